@@ -1,0 +1,50 @@
+"""llava_patch: Detached Skip-Links, DPVR routing and R-Probe for LLaVA models, without forking or editing them.
+
+Importing this package installs one lazy import hook and changes nothing else; the names below are loaded on first use.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False  # typing itself takes longer to import than everything here
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "patch": "llava_patch.patching",
+    "get_handle": "llava_patch.patching",
+    "Handle": "llava_patch.patching",
+    "load": "llava_patch.checkpoint",
+    "SkipLinks": "llava_patch.settings",
+    "Routing": "llava_patch.settings",
+    "RProbe": "llava_patch.probe.settings",
+    "Saturation": "llava_patch.diagnostics.saturation",
+    "LlavaPatchError": "llava_patch.errors",
+}
+__all__ = [*_EXPORTS, "__version__"]
+
+if TYPE_CHECKING:
+    from llava_patch.checkpoint import load
+    from llava_patch.diagnostics.saturation import Saturation
+    from llava_patch.errors import LlavaPatchError
+    from llava_patch.patching import Handle, get_handle, patch
+    from llava_patch.probe.settings import RProbe
+    from llava_patch.settings import Routing, SkipLinks
+
+
+def __getattr__(name: str) -> object:
+    """Load a public name on first use."""
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'llava_patch' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted(__all__)
+
+
+from llava_patch import autostart as _autostart  # noqa: E402 - after the names it may need
+
+_autostart.install()

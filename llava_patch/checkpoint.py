@@ -1,0 +1,304 @@
+"""Our part of a checkpoint: settings, added weights, and a fingerprint of the base model.
+
+A full checkpoint is what the host itself saves: our modules are part of its state dict and the settings part of its
+config. An adapter folder holds only what was added or trained (safetensors), the settings with the fingerprint (json),
+and the base's configuration and tokenizer files, so that the host's own loaders open it; the start-up hook sends them on
+to the base.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llava_patch.errors import CheckpointError
+from llava_patch.patching import CONFIG_KEY, FORMAT, Handle, get_handle, patch
+from llava_patch.settings import from_dict
+
+SETTINGS_FILE = "llava_patch.json"
+WEIGHTS_FILE = "llava_patch.safetensors"
+_SIDE_FILES = (
+    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "generation_config.json", "preprocessor_config.json", "processor_config.json", "chat_template.json",
+    "chat_template.jinja",
+)  # fmt: skip
+_FINGERPRINT_TENSORS = 24
+_FINGERPRINT_VALUES = 16
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old or the new content, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def base_fingerprint(model: nn.Module, changed: set[str]) -> dict[str, list[float]]:
+    """Sampled values of tensors that a patch does not change: {tensor name: values}.
+
+    Values rather than a hash, because a base may be loaded in another precision than it was saved in.
+
+    Args:
+        model: the causal LM.
+        changed: names of tensors that are not the base's.
+    """
+    names = [n for n, p in model.named_parameters() if n not in changed and p.ndim == 2 and "vision" not in n]
+    step = max(1, len(names) // _FINGERPRINT_TENSORS)
+    parameters = dict(model.named_parameters())
+    samples = {}
+    for name in names[::step][:_FINGERPRINT_TENSORS]:
+        flat = parameters[name].detach().flatten()
+        places = torch.linspace(0, flat.numel() - 1, _FINGERPRINT_VALUES, device=flat.device).long()
+        samples[name] = flat[places].float().tolist()
+    return samples
+
+
+def _check_fingerprint(model: nn.Module, saved: dict[str, list[float]], source: Path) -> None:
+    parameters = dict(model.named_parameters())
+    for name, values in saved.items():
+        if name not in parameters:
+            raise CheckpointError(f"{source}: made on a base with a tensor {name}, which this model does not have")
+        flat = parameters[name].detach().flatten()
+        places = torch.linspace(0, flat.numel() - 1, len(values), device=flat.device).long()
+        here, there = flat[places].float().cpu(), torch.tensor(values)
+        # Two roundings to bfloat16 (8 bits of mantissa) are the same base; training moves values further.
+        if not torch.allclose(here, there, rtol=2**-7, atol=1e-6):
+            raise CheckpointError(
+                f"{source}: made on another base model: {name} differs "
+                f"(for example {there[0]:.6g} there, {here[0]:.6g} here)"
+            )
+
+
+def adapter_tensors(handle: Handle) -> dict[str, Tensor]:
+    """What an adapter holds: the side branch, the projector, and everything that trains; {state-dict name: tensor}."""
+    model, anatomy = handle.model, handle.anatomy
+    kept = {id(p) for p in anatomy.projector.parameters()}
+    branch = getattr(anatomy.decoder, "side_branch", None)
+    if branch is not None:
+        kept |= {id(p) for p in branch.parameters()}
+    trained = set(handle.trainable())
+    return {
+        n: p.detach().to("cpu").clone().contiguous()
+        for n, p in model.named_parameters()
+        if id(p) in kept or n in trained
+    }
+
+
+def save(handle: Handle, directory: str | os.PathLike[str], form: str = "adapter") -> Path:
+    """Save a patched model.
+
+    Args:
+        handle: the patch.
+        directory: folder to write; files of the same name are replaced.
+        form: "adapter": only what was added or trained, with a pointer to the base; "full": everything.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: the handle was removed, an unknown form, or an adapter without a base to point at.
+    """
+    from safetensors.torch import save_file
+
+    if not handle.active:
+        raise CheckpointError("this patch was removed from its model: there is nothing to save")
+    if form not in ("adapter", "full"):
+        raise CheckpointError(f'form = {form!r}: expected "adapter" or "full"')
+    folder = Path(directory)
+    base = getattr(handle.model.config, "_name_or_path", "") or ""
+    if form == "adapter":
+        base = _base_of(base)
+        if not base:
+            raise CheckpointError('the model does not say where it was loaded from: save it with form="full"')
+        if Path(base).is_dir() and Path(base).resolve() == folder.resolve():
+            raise CheckpointError(f"{folder} is the base model's own folder: save the adapter elsewhere")
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {**handle.settings(), "form": form}
+    if form == "full":
+        handle.model.save_pretrained(folder)
+    else:
+        tensors = adapter_tensors(handle)
+        record |= {
+            "base": os.path.abspath(base) if os.path.isdir(base) else base,
+            "fingerprint": base_fingerprint(handle.model, set(tensors)),
+        }
+        _save_config(handle.model.config, folder)
+        temporary = folder / f".{WEIGHTS_FILE}.tmp"
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        os.replace(temporary, folder / WEIGHTS_FILE)
+    _copy_side_files(base, folder)
+    write_atomic(folder / SETTINGS_FILE, json.dumps(record, indent=2) + "\n")
+    return folder
+
+
+def _save_config(config: Any, folder: Path) -> None:
+    config = copy.deepcopy(config)
+    config.use_cache = True  # training scripts switch it off while they train
+    config.save_pretrained(folder)
+
+
+def _base_of(name: str) -> str:
+    """Follow a model that was itself loaded from an adapter to that adapter's base."""
+    record = read_settings(name) if name else None
+    return record["base"] if record is not None and record.get("form") == "adapter" else name
+
+
+def _copy_side_files(base: str, folder: Path) -> None:
+    from transformers.utils import cached_file
+
+    for name in _SIDE_FILES:
+        if (folder / name).exists():
+            continue
+        try:
+            found = cached_file(base, name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
+        except (OSError, ValueError):
+            found = None  # the base has no such file: which of these exist depends on the host
+        if found:
+            shutil.copyfile(found, folder / name)
+
+
+def read_settings(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The settings file of a checkpoint folder; None when there is none.
+
+    Raises:
+        CheckpointError: a damaged file, or one of a newer format.
+    """
+    path = Path(directory) / SETTINGS_FILE
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+    if record.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: format {record.get('format')!r}, this version reads {FORMAT}")
+    return record
+
+
+def methods(record: dict[str, Any], source: str) -> dict[str, Any]:
+    """The settings dataclasses of a record, as keyword arguments of `patch`."""
+    return {k: from_dict(record[k], source) for k in ("fusion", "routing") if record.get(k)}
+
+
+def load(model: nn.Module, directory: str | os.PathLike[str]) -> Handle:
+    """Apply a saved adapter to a base model that is already in memory.
+
+    Args:
+        model: the base, patched with the same settings or not at all.
+        directory: a folder written by `save`.
+
+    Returns:
+        The model's handle.
+
+    Raises:
+        CheckpointError: no settings file, another base, a missing tensor or one of another shape.
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(directory)
+    record = read_settings(folder)
+    if record is None:
+        raise CheckpointError(f"{folder}: no {SETTINGS_FILE} here; was it saved with handle.save()?")
+    if record.get("form") != "adapter":
+        raise CheckpointError(f"{folder}: a full checkpoint; open it with the host's own from_pretrained")
+    had_patch = get_handle(model) is not None
+    handle = patch(model, **methods(record, str(folder / SETTINGS_FILE)))
+    try:
+        tensors = load_file(folder / WEIGHTS_FILE)
+        _check_fingerprint(handle.model, record.get("fingerprint", {}), folder)
+        _copy_tensors(handle.model, tensors, folder / WEIGHTS_FILE, set(adapter_names(handle)))
+    except BaseException:
+        if not had_patch:
+            handle.remove()
+        raise
+    return handle
+
+
+def adapter_names(handle: Handle) -> list[str]:
+    """Names of the tensors that a patch adds, which an adapter must hold."""
+    anatomy = handle.anatomy
+    wanted = {id(p) for p in getattr(anatomy.decoder, "side_branch", nn.Module()).parameters()}
+    if handle.fusion is not None:
+        wanted |= {id(p) for p in anatomy.projector.parameters()}
+    return [n for n, p in handle.model.named_parameters() if id(p) in wanted]
+
+
+def _copy_tensors(model: nn.Module, tensors: dict[str, Tensor], source: Path, required: set[str]) -> None:
+    parameters = dict(model.named_parameters())
+    missing = sorted(required - set(tensors))
+    if missing:
+        raise CheckpointError(f"{source}: tensor {missing[0]} is missing ({len(missing)} in all)")
+    for name, tensor in tensors.items():
+        if name not in parameters:
+            raise CheckpointError(f"{source}: the model has no tensor {name}")
+        if parameters[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"{source}: {name} has shape {tuple(tensor.shape)}, the model's has {tuple(parameters[name].shape)}"
+            )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            parameters[name].copy_(tensor)
+
+
+def config_record(config: Any) -> dict[str, Any] | None:
+    """The settings that a model configuration carries; None when it has none."""
+    return getattr(config, CONFIG_KEY, None)
+
+
+def restore_tower(handle: Handle, folder: Path) -> None:
+    """Bring back trained vision-tower weights on `llava`, whose loader takes the tower from its own checkpoint.
+
+    Modifications: on `llava`, while the tower is not loaded yet, its instance attribute `load_model`.
+
+    Args:
+        handle: a patch whose fusion trains something in the tower.
+        folder: the full checkpoint.
+    """
+    from llava_patch.hosts.anatomy import HF
+
+    if handle.anatomy.host == HF:
+        return  # the tower is part of HF's state dict and was loaded with it
+    prefix = "model.vision_tower."
+    tensors = {k[len(prefix) :]: v for k, v in _read_full(folder).items() if k.startswith(prefix)}
+    if not tensors:
+        raise CheckpointError(f"{folder}: its vision tower was trained, but the checkpoint holds no tower weights")
+    tower = handle.anatomy.tower
+    if tower.is_loaded:
+        tower.load_state_dict(tensors)
+        return
+    load_model = tower.load_model
+
+    @functools.wraps(load_model)
+    def load_and_restore(*args: Any, **kwargs: Any) -> None:
+        was_loaded = tower.is_loaded
+        load_model(*args, **kwargs)
+        if not was_loaded:
+            tower.load_state_dict(tensors)
+
+    handle._undo.set_attribute(tower, "load_model", load_and_restore)
+
+
+def _read_full(folder: Path) -> dict[str, Tensor]:
+    from safetensors import safe_open
+
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as stream:
+            tensors.update({k: stream.get_tensor(k) for k in stream.keys() if "vision_tower" in k})  # noqa: SIM118
+    return tensors

@@ -1,0 +1,133 @@
+"""Gin configuration: the one root, how files are found, and the operative config.
+
+Bindings name the same classes and fields as Python does (`Routing.split = 18`). The root is `Patch`, with `Patch.fusion`
+and `Patch.routing`; binding any field of a method switches that method on as well.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Sequence
+
+import gin
+
+from llava_patch.errors import SettingError
+from llava_patch.resources import gin_dir
+from llava_patch.settings import METHODS, Routing, SkipLinks
+
+for _cls in METHODS.values():
+    gin.register(_cls, module="llava_patch")
+
+
+@gin.configurable("Patch", module="llava_patch")
+def _root(fusion: Any = None, routing: Any = None, pruning: Any = None, probe: Any = None) -> dict[str, Any]:
+    return {"fusion": fusion, "routing": routing, "pruning": pruning, "probe": probe}
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What was configured.
+
+    Attributes:
+        fusion: fusion settings or None.
+        routing: routing settings or None.
+        operative: gin's operative config as text: every value in use, the defaults included.
+        sources: the files and bindings it came from.
+    """
+
+    fusion: SkipLinks | None = None
+    routing: Routing | None = None
+    operative: str = ""
+    sources: tuple[str, ...] = field(default=())
+
+    def methods(self) -> dict[str, Any]:
+        """Keyword arguments of `patch`."""
+        return {"fusion": self.fusion, "routing": self.routing}
+
+    def __bool__(self) -> bool:
+        """Whether anything is configured."""
+        return self.fusion is not None or self.routing is not None
+
+
+def find_file(name: str) -> Path:
+    """A gin file by path, or by bare name in the current folder and then among the shipped files.
+
+    Raises:
+        SettingError: no such file; lists the shipped ones.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.name == name and (gin_dir() / name).is_file():
+        return gin_dir() / name
+    shipped = sorted(p.name for p in gin_dir().glob("*.gin"))
+    near = difflib.get_close_matches(path.name, shipped, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise SettingError(f"--gin_file {name}: no such file here or among the shipped ones ({', '.join(shipped)}){hint}")
+
+
+def read(files: Sequence[str], params: Sequence[str]) -> Configuration:
+    """Parse gin files and bindings into settings; leaves gin's global state as it was found: empty.
+
+    Args:
+        files: names or paths.
+        params: single bindings, applied after the files.
+
+    Raises:
+        SettingError: a missing file, an unknown name or binding, or a value that a setting refuses.
+    """
+    paths = [find_file(name) for name in files]
+    sources = (*map(str, paths), *params)
+    gin.clear_config()
+    gin.add_config_file_search_path(str(gin_dir()))
+    try:
+        gin.parse_config_files_and_bindings([str(p) for p in paths], list(params), finalize_config=False)
+        resolved = _root()
+        for kind, value in _implied().items():
+            if resolved[kind] is None:
+                resolved[kind] = value
+        operative = gin.operative_config_str()
+    except SettingError:
+        raise
+    except (ValueError, TypeError, SyntaxError, OSError, KeyError, RuntimeError) as error:
+        inner = _setting_error(error)
+        raise SettingError(inner or f"gin configuration ({', '.join(sources)}): {_explain(error)}") from error
+    finally:
+        gin.clear_config()
+    return Configuration(resolved["fusion"], resolved["routing"], operative, sources)
+
+
+def _implied() -> dict[str, Any]:
+    implied: dict[str, Any] = {}
+    for name, cls in METHODS.items():
+        if not gin.get_bindings(name, resolve_references=False):
+            continue
+        if cls.KIND in implied:
+            raise SettingError(
+                f"two {cls.KIND}s are bound: {type(implied[cls.KIND]).__name__} and {name}; a model takes one"
+            )
+        implied[cls.KIND] = gin.get_configurable(name)()
+    return implied
+
+
+def _setting_error(error: BaseException) -> str | None:
+    # Gin wraps what a dataclass raises and appends the call's scope to its message.
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, SettingError):
+            return str(seen.args[0]).split("\n  In call to configurable")[0]
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def _explain(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    unknown = re.search(r"No configurable matching '([^']+)'", text)
+    if unknown:
+        near = difflib.get_close_matches(unknown[1].split(".")[0], [*METHODS, "Patch"], n=1)
+        known = ", ".join(["Patch", *METHODS])
+        return f"{text} Known names: {known}." + (f" Did you mean {near[0]}?" if near else "")
+    return text

@@ -1,0 +1,23 @@
+"""The errors that llava_patch raises; every message names the setting, file or tensor and what to do."""
+
+from __future__ import annotations
+
+
+class LlavaPatchError(RuntimeError):
+    """Base class of every error raised by llava_patch itself."""
+
+
+class SettingError(LlavaPatchError, ValueError):
+    """A setting (dataclass field or gin binding) has a value that cannot be honoured."""
+
+
+class HostError(LlavaPatchError, TypeError):
+    """The model, or the version of a library under it, is not one that llava_patch knows."""
+
+
+class CheckpointError(LlavaPatchError):
+    """A saved patch does not fit the model or the request: wrong base, missing tensor, other shape."""
+
+
+class InputError(LlavaPatchError, ValueError):
+    """What was passed to a patched model at run time does not fit together."""

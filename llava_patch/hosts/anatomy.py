@@ -1,0 +1,224 @@
+"""Where things are in a host model: decoder layers, norm, head, vision tower, projector, image tokens.
+
+This is the only file that knows attribute names of the hosts. Two hosts are known: the original `llava` package
+(`LlavaLlamaForCausalLM` and kin) and Hugging Face's `LlavaForConditionalGeneration`. They are recognised by the
+attributes they have, so neither package needs to be installed for the other to work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llava_patch.errors import HostError
+
+LLAVA = "llava"
+HF = "hf"
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Strip DDP, DeepSpeed engines and peft wrappers around a host model."""
+    while True:
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif type(model).__name__ in ("DistributedDataParallel", "DeepSpeedEngine", "DataParallel"):
+            model = model.module
+        else:
+            return model
+
+
+@dataclass(frozen=True, eq=False)
+class Anatomy:
+    """The parts of one host model.
+
+    Attributes:
+        host: "llava" or "hf".
+        model: the causal LM itself (wrappers stripped).
+        decoder: the LlamaModel (embed_tokens, layers, norm, rotary_emb).
+        wrapper: the module whose forward turns token ids and images into the decoder's embeddings: the causal LM on
+            `llava`, the inner LlavaModel on HF.
+        tower: the vision tower as the host holds it (CLIPVisionTower on `llava`, CLIPVisionModel on HF).
+        projector_owner: the module that holds the projector.
+        projector_name: the projector's attribute name there.
+    """
+
+    host: str
+    model: nn.Module
+    decoder: nn.Module
+    wrapper: nn.Module
+    tower: nn.Module
+    projector_owner: nn.Module
+    projector_name: str
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers, 0..L-1."""
+        return self.decoder.layers
+
+    @property
+    def norm(self) -> nn.Module:
+        """The decoder's final norm."""
+        return self.decoder.norm
+
+    @property
+    def lm_head(self) -> nn.Module:
+        """The output head: hidden size to vocabulary."""
+        return self.model.lm_head
+
+    @property
+    def embed_tokens(self) -> nn.Module:
+        """The token embedding."""
+        return self.decoder.embed_tokens
+
+    @property
+    def text_config(self) -> Any:
+        """Configuration of the decoder (hidden_size, num_attention_heads, ...)."""
+        return self.decoder.config
+
+    @property
+    def projector(self) -> nn.Module:
+        """The projector: vision channels to decoder hidden size."""
+        return getattr(self.projector_owner, self.projector_name)
+
+    @property
+    def vision_model(self) -> nn.Module | None:
+        """The transformers vision model inside the tower; None while `llava` has not loaded it yet."""
+        if self.host == HF:
+            return self.tower
+        return getattr(self.tower, "vision_tower", None)
+
+    @property
+    def vision_config(self) -> Any:
+        """Configuration of the vision model; known before its weights are loaded."""
+        return self.tower.config
+
+    @property
+    def n_blocks(self) -> int:
+        """Number N of transformer blocks in the vision tower."""
+        return int(self.vision_config.num_hidden_layers)
+
+    @property
+    def main_block(self) -> int:
+        """The block whose output is the main feature, 1..N (LLaVA-1.5 selects -2: block N-1).
+
+        Raises:
+            HostError: the host itself selects several layers, or one that the tower does not have.
+        """
+        select = self.tower.select_layer if self.host == LLAVA else self.model.config.vision_feature_layer
+        if not isinstance(select, int):
+            raise HostError(
+                f"the model's own vision_feature_layer = {select} already fuses several layers; llava_patch needs one "
+                "main layer (an integer)"
+            )
+        block = select if select >= 0 else self.n_blocks + 1 + select
+        if not 1 <= block <= self.n_blocks:
+            raise HostError(f"vision select layer {select} is outside the tower's {self.n_blocks} blocks")
+        return block
+
+    @property
+    def drops_cls(self) -> bool:
+        """Whether the host drops the CLS token before the projector."""
+        if self.host == LLAVA:
+            return self.tower.select_feature == "patch"
+        return self.model.config.vision_feature_select_strategy == "default"
+
+    @property
+    def patch_size(self) -> int:
+        """Side of one ViT patch in pixels of the processed image."""
+        return int(self.vision_config.patch_size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the patch grid of one image (tile)."""
+        side = int(self.vision_config.image_size) // self.patch_size
+        return side, side
+
+    @property
+    def image_token_id(self) -> int:
+        """The id that marks an image in `input_ids` (a placeholder of -200 on `llava`)."""
+        if self.host == LLAVA:
+            from llava.constants import IMAGE_TOKEN_INDEX
+
+            return IMAGE_TOKEN_INDEX
+        return int(self.model.config.image_token_id)
+
+    def vision_parts(self) -> tuple[list[nn.Module], nn.ModuleList, list[nn.Module]]:
+        """Split the vision model into what comes before, the blocks, and what comes after them.
+
+        Returns:
+            (modules before the first block, the N blocks, modules after the last block).
+
+        Raises:
+            HostError: the tower's class is not known; the message names what was not found.
+        """
+        vision = self.vision_model
+        if vision is None:
+            raise HostError("the vision tower is not loaded yet: call its load_model() first")
+        body = getattr(vision, "vision_model", vision)
+        blocks = getattr(getattr(body, "encoder", None), "layers", None)
+        if not isinstance(blocks, nn.ModuleList):
+            raise HostError(f"vision tower {type(vision).__name__} is not known: it has no encoder.layers")
+        names = [name for name, _ in body.named_children()]
+        at = names.index("encoder")
+        children = dict(body.named_children())
+        return [children[n] for n in names[:at]], blocks, [children[n] for n in names[at + 1 :]]
+
+    def first_linear(self) -> tuple[nn.Module, str, nn.Linear]:
+        """The projector's first Linear as (parent module, attribute name, module).
+
+        Raises:
+            HostError: the projector has no Linear (mm_projector_type = identity).
+        """
+        if isinstance(self.projector, nn.Linear):
+            return self.projector_owner, self.projector_name, self.projector
+        for name, child in self.projector.named_children():
+            if isinstance(child, nn.Linear):
+                return self.projector, name, child
+        raise HostError(f"the projector {type(self.projector).__name__} has no Linear layer to widen")
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """Projected visual tokens, through the host's own path (so a patched model gives its fused features).
+
+        Args:
+            pixel_values: [images, 3, height, width], normalised by the host's image processor.
+
+        Returns:
+            [images, tokens, hidden_size].
+        """
+        if self.host == LLAVA:
+            return self.model.encode_images(pixel_values)
+        features = self.wrapper.get_image_features(pixel_values=pixel_values)
+        features = getattr(features, "pooler_output", features)  # a model output from transformers 5 on
+        return features if isinstance(features, Tensor) else torch.stack(list(features))
+
+
+def find(model: nn.Module) -> Anatomy:
+    """Describe a host model.
+
+    Args:
+        model: `LlavaLlamaForCausalLM` (original package) or `LlavaForConditionalGeneration`, possibly inside DDP,
+            DeepSpeed or peft.
+
+    Raises:
+        HostError: another kind of model, or one that has no vision tower yet.
+    """
+    model = unwrap(model)
+    if hasattr(model, "get_vision_tower") and hasattr(model, "prepare_inputs_labels_for_multimodal"):
+        decoder = model.get_model()
+        tower = model.get_vision_tower()
+        if tower is None or getattr(decoder, "mm_projector", None) is None:
+            raise HostError(
+                "this llava model has no vision tower or projector yet: patch it after "
+                "initialize_vision_modules(), or load a finished LLaVA checkpoint"
+            )
+        return Anatomy(LLAVA, model, decoder, model, tower, decoder, "mm_projector")
+    inner = getattr(model, "model", None)
+    if hasattr(inner, "multi_modal_projector") and hasattr(inner, "language_model"):
+        return Anatomy(HF, model, inner.language_model, inner, inner.vision_tower, inner, "multi_modal_projector")
+    raise HostError(
+        f"{type(model).__name__} is not a model that llava_patch knows: expected the llava package's "
+        "LlavaLlamaForCausalLM or Hugging Face's LlavaForConditionalGeneration"
+    )

@@ -1,0 +1,257 @@
+"""Every difference between host versions, each found by feature rather than by version number.
+
+Two parts. The first hides how transformers' decoder layers and masks are called. The second makes LLaVA's unmodified
+training script and `generate` run on a transformers newer than the one it was written for: each `fix_*` function names
+what broke and since when, does nothing where the feature is as LLaVA expects, and touches only code that would raise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import inspect
+import logging
+import sys
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llava_patch.errors import HostError
+
+logger = logging.getLogger("llava_patch")
+
+SUPPORTED_TRANSFORMERS = ("4.57", "5")
+"""Lowest supported version (inclusive) and first unsupported one (exclusive)."""
+
+
+def check_versions() -> None:
+    """Refuse host versions that llava_patch was never run on.
+
+    Raises:
+        HostError: names the installed version, the supported range and the command that mends it.
+    """
+    import transformers
+    from packaging.version import Version
+
+    low, high = SUPPORTED_TRANSFORMERS
+    if not Version(low) <= Version(transformers.__version__) < Version(high):
+        raise HostError(
+            f"transformers {transformers.__version__} is outside the supported range >={low},<{high}; "
+            f"install one that is, for example: pip install 'transformers=={low}.*'"
+        )
+
+
+# --- calling decoder layers -------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=None)
+def _cache_argument(layer_class: type) -> str:
+    # `past_key_value` up to 4.55, `past_key_values` from 4.56.
+    names = inspect.signature(layer_class.forward).parameters  # type: ignore[attr-defined]
+    return "past_key_values" if "past_key_values" in names else "past_key_value"
+
+
+def call_layer(
+    layer: nn.Module,
+    hidden_states: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    position_embeddings: tuple[Tensor, Tensor],
+    position_ids: Tensor | None = None,
+    past_key_values: Any = None,
+    cache_position: Tensor | None = None,
+    use_cache: bool = False,
+    checkpoint: bool = True,
+) -> Tensor:
+    """Run one decoder layer, whatever its version's signature.
+
+    Args:
+        layer: a LlamaDecoderLayer or one of its kin.
+        hidden_states: [batch, tokens, hidden].
+        attention_mask: what `causal_mask` returned.
+        position_embeddings: rotary (cos, sin), each [batch or 1, tokens, head_dim].
+        position_ids: only for layers on consecutive positions; flash attention takes gaps for packed samples.
+        past_key_values: cache that the layer appends to, or None.
+        cache_position: [tokens] places in that cache.
+        use_cache: as in the host.
+        checkpoint: False bypasses gradient checkpointing where no gradient is wanted (it would only warn).
+
+    Returns:
+        [batch, tokens, hidden].
+    """
+    kwargs = {
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+        _cache_argument(type(layer)): past_key_values,
+        "use_cache": use_cache,
+        "cache_position": cache_position,
+        "position_embeddings": position_embeddings,
+    }
+    call = layer if checkpoint else functools.partial(nn.Module.__call__, layer)
+    out = call(hidden_states, **kwargs)
+    return out[0] if isinstance(out, tuple) else out  # a tuple up to 4.53, a tensor from 4.54
+
+
+class _Lengths:
+    """Stands in for a cache when a mask is built: it only answers how long keys are."""
+
+    is_compileable = False
+
+    def __init__(self, kv_length: int) -> None:
+        self.kv_length = kv_length
+
+    def get_mask_sizes(self, cache_position: Tensor, layer_idx: int) -> tuple[int, int]:
+        return self.kv_length, 0
+
+
+def causal_mask(
+    config: Any,
+    hidden_states: Tensor,
+    key_valid: Tensor | None = None,
+    kv_length: int | None = None,
+    attn_implementation: str | None = None,
+) -> Any:
+    """Causal mask in the form that the configured attention backend takes.
+
+    Args:
+        config: decoder configuration (its `_attn_implementation` picks the form).
+        hidden_states: [batch, queries, hidden]; only shape, dtype and device are read.
+        key_valid: bool [batch, keys], False at padding; None when every key is valid.
+        kv_length: number of keys, queries included; None: as many as queries.
+        attn_implementation: another backend than the configured one.
+
+    Returns:
+        What `call_layer` takes as attention_mask; None where plain causal attention suffices.
+    """
+    from transformers import masking_utils
+
+    queries = hidden_states.shape[1]
+    keys = queries if kv_length is None else kv_length
+    if attn_implementation is not None:
+        config = _with_attention(config, attn_implementation)
+    sliding = getattr(config, "sliding_window", None) is not None
+    make = masking_utils.create_sliding_window_causal_mask if sliding else masking_utils.create_causal_mask
+    return make(
+        config=config,
+        input_embeds=hidden_states,
+        attention_mask=key_valid,
+        cache_position=torch.arange(keys - queries, keys, device=hidden_states.device),
+        past_key_values=_Lengths(keys),
+    )
+
+
+def _with_attention(config: Any, attn_implementation: str) -> Any:
+    import copy
+
+    config = copy.copy(config)
+    config._attn_implementation = attn_implementation
+    return config
+
+
+def stock_mask(
+    decoder: nn.Module,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | None,
+    cache_position: Tensor,
+    past_key_values: Any,
+    position_ids: Tensor | None,
+) -> Any:
+    """The mask that the stock decoder would build for these arguments (layers below the split must match it)."""
+    from transformers import masking_utils
+
+    sliding = getattr(decoder.config, "sliding_window", None) is not None
+    make = masking_utils.create_sliding_window_causal_mask if sliding else masking_utils.create_causal_mask
+    return make(
+        config=decoder.config,
+        input_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        cache_position=cache_position,
+        past_key_values=past_key_values,
+        position_ids=position_ids,
+    )
+
+
+def input_grads_are_forced(*modules: nn.Module) -> bool:
+    """Whether `enable_input_require_grads` makes embeddings require a gradient that nobody reads."""
+    return any(getattr(m, "_require_grads_hook", None) is not None for m in modules)
+
+
+# --- LLaVA's own code on newer transformers ---------------------------------------------------------------------------
+
+
+def fix_trainer_exports(trainer_module: ModuleType) -> None:
+    """`ALL_LAYERNORM_LAYERS` is no longer re-exported by transformers.trainer (4.5x); llava_trainer imports it."""
+    if not hasattr(trainer_module, "ALL_LAYERNORM_LAYERS"):
+        from transformers.pytorch_utils import ALL_LAYERNORM_LAYERS
+
+        trainer_module.ALL_LAYERNORM_LAYERS = ALL_LAYERNORM_LAYERS  # type: ignore[attr-defined]
+
+
+RENAMED_FLAGS = {"--evaluation_strategy": "--eval_strategy"}  # since 4.46
+
+
+def fix_argv(argv: list[str]) -> None:
+    """Rename flags of LLaVA's launch scripts that TrainingArguments has renamed, in place."""
+    import transformers
+
+    fields = {f.name for f in dataclasses.fields(transformers.TrainingArguments)}
+    for i, argument in enumerate(argv):
+        flag, equals, value = argument.partition("=")
+        new = RENAMED_FLAGS.get(flag)
+        if new is not None and flag[2:] not in fields and new[2:] in fields:
+            argv[i] = new + equals + value
+
+
+def fix_trainer_methods(llava_trainer: ModuleType) -> None:
+    """LLaVATrainer overrides two Trainer methods with the signatures of 4.37."""
+    from transformers import Trainer
+
+    cls = llava_trainer.LLaVATrainer
+    sampler = cls._get_train_sampler
+    # The Trainer passes the data set since 4.5x.
+    if (
+        "train_dataset" in inspect.signature(Trainer._get_train_sampler).parameters
+        and "train_dataset" not in inspect.signature(sampler).parameters
+    ):
+
+        @functools.wraps(sampler)
+        def _get_train_sampler(self: Any, train_dataset: Any = None) -> Any:
+            return sampler(self)
+
+        cls._get_train_sampler = _get_train_sampler
+
+    save = cls._save_checkpoint
+    # `metrics` is gone since 4.47, but LLaVA still hands it to the base class.
+    if "metrics" not in inspect.signature(Trainer._save_checkpoint).parameters:
+
+        @functools.wraps(save)
+        def _save_checkpoint(self: Any, model: Any, trial: Any, metrics: Any = None) -> Any:
+            if getattr(self.args, "tune_mm_mlp_adapter", False):
+                return save(self, model, trial)
+            return Trainer._save_checkpoint(self, model, trial)
+
+        cls._save_checkpoint = _save_checkpoint
+
+
+def fix_forward_arguments(cls: type) -> None:
+    """`generate` passes `cache_position` (4.38 on), which llava's forward does not take and does not need."""
+    forward = cls.forward  # type: ignore[attr-defined]
+    if "cache_position" in inspect.signature(forward).parameters:
+        return
+
+    @functools.wraps(forward)
+    def with_cache_position(self: Any, *args: Any, cache_position: Any = None, **kwargs: Any) -> Any:
+        return forward(self, *args, **kwargs)
+
+    cls.forward = with_cache_position  # type: ignore[attr-defined]
+
+
+def flash_fallback(kwargs: dict[str, Any]) -> None:
+    """`train_mem.py` asks for flash_attention_2; without the package, use sdpa and say so (in place)."""
+    if kwargs.get("attn_implementation") == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        logger.warning("flash_attention_2 was asked for but flash_attn is not installed: using sdpa")
+        print("llava_patch: flash_attn is not installed; attention falls back to sdpa", file=sys.stderr)
+        kwargs["attn_implementation"] = "sdpa"

@@ -1,0 +1,90 @@
+"""Image positions of a batch: which places of the decoder's input hold projected image features."""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+import torch
+from torch import Tensor
+
+from llava_patch.errors import InputError
+
+IGNORE_INDEX = -100
+
+
+def hf_image_mask(input_ids: Tensor, image_token_id: int) -> Tensor:
+    """Bool mask [batch, tokens] of the image placeholders that HF's processor already expanded."""
+    return input_ids == image_token_id
+
+
+def llava_prepare(
+    prepare: Callable[..., tuple],
+    image_token_id: int,
+    input_ids: Tensor,
+    position_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    past_key_values: Any,
+    labels: Tensor | None,
+    images: Tensor | list[Tensor] | None,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[tuple, Tensor | None]:
+    """Run llava's `prepare_inputs_labels_for_multimodal` and learn where the image features went.
+
+    The host returns embeddings without saying which of them are image features. It does keep labels aligned, so labels
+    that hold each text token's own index come back as -100 exactly at image features and padding; padding is told
+    apart by the attention mask, and the caller's labels are recovered through the indices.
+
+    Args:
+        prepare: the host's own bound method.
+        image_token_id: the placeholder in `input_ids`.
+        input_ids: [batch, tokens] with placeholders.
+        position_ids: [batch, tokens] or None.
+        attention_mask: [batch, tokens] or None.
+        past_key_values: passed through.
+        labels: [batch, tokens] or None.
+        images: pixel values [images, 3, height, width], or a list of them, or None.
+        *args: further arguments of the host's version (image_sizes).
+        **kwargs: likewise.
+
+    Returns:
+        (what the stock method would have returned, bool mask [batch, new tokens] or None when there is no image).
+
+    Raises:
+        InputError: the number of image placeholders and of images disagree.
+    """
+    outputs: tuple
+    if images is None or input_ids is None or input_ids.shape[1] == 1:
+        outputs = prepare(
+            input_ids, position_ids, attention_mask, past_key_values, labels, images, *args, **kwargs
+        )
+        return outputs, None
+    _check_counts(input_ids, attention_mask, images, image_token_id)
+    valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask
+    own_index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    outputs = prepare(input_ids, position_ids, valid, past_key_values, own_index, images, *args, **kwargs)
+    new_ids, new_positions, new_mask, past_key_values, embeds, index = outputs
+    if embeds is None:  # the host had nothing to insert (no vision tower)
+        return (new_ids, new_positions, attention_mask, past_key_values, None, labels), None
+    image_mask = (index == IGNORE_INDEX) & new_mask.bool()
+    new_labels = None
+    if labels is not None:
+        taken = labels.gather(1, index.clamp(min=0))
+        new_labels = torch.where(index == IGNORE_INDEX, torch.full_like(taken, IGNORE_INDEX), taken)
+    kept_mask = None if attention_mask is None else new_mask
+    return (new_ids, new_positions, kept_mask, past_key_values, embeds, new_labels), image_mask
+
+
+def _check_counts(
+    input_ids: Tensor, attention_mask: Tensor | None, images: Tensor | list[Tensor], image_token_id: int
+) -> None:
+    placeholders = input_ids == image_token_id
+    if attention_mask is not None:
+        placeholders = placeholders & attention_mask.bool()
+    # A sample without a placeholder still consumes one (dummy) image in the host's loop.
+    needed = int(placeholders.sum(1).clamp(min=1).sum())
+    if needed != len(images):
+        raise InputError(
+            f"image tokens and images disagree: {int(placeholders.sum())} image tokens in {len(input_ids)} samples "
+            f"need {needed} images (a sample without an image token needs one dummy image), got {len(images)}"
+        )

@@ -1,0 +1,233 @@
+"""`patch(model, ...) -> handle`: every change to a model goes through here, and comes back off it here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+
+from llava_patch.errors import SettingError
+from llava_patch.fusion import attach as fusion_attach
+from llava_patch.fusion.taps import Taps
+from llava_patch.hosts import anatomy as anatomy_module
+from llava_patch.hosts.anatomy import Anatomy
+from llava_patch.hosts.compat import check_versions
+from llava_patch.routing import late_fusion
+from llava_patch.settings import FUSIONS, Routing, SkipLinks, to_dict
+from llava_patch.undo import UndoStack
+
+CONFIG_KEY = "llava_patch"
+FORMAT = 1
+
+_HANDLE = "_llava_patch_handle"
+
+
+class Handle:
+    """A patched model's handle: what was applied, what trains, how to save it and how to take it off.
+
+    Attributes:
+        model: the patched causal LM.
+        anatomy: where its parts are.
+        fusion: Skip-Links settings, or None.
+        routing: routing settings, or None.
+        taps: the blocks that the fusion taps on this tower, or None.
+    """
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy, loading: bool) -> None:
+        """Use `patch`, not this."""
+        self.model = model
+        self.anatomy = anatomy
+        self.fusion: SkipLinks | None = None
+        self.routing: Routing | None = None
+        self.taps: Taps | None = None
+        self.loading = loading
+        self._undo = UndoStack()
+        flags = [(p, p.requires_grad) for p in model.parameters()]
+        self._undo.push(lambda: [p.requires_grad_(flag) for p, flag in flags])  # type: ignore[arg-type, func-returns-value]
+        self.active = True
+
+    def __enter__(self) -> "Handle":
+        """Use the patch inside a `with` block."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Take the patch off, also after an exception."""
+        self.remove()
+
+    def __repr__(self) -> str:
+        """Name what is applied."""
+        parts = [str(s) for s in (self.fusion, self.routing) if s is not None]
+        return f"<llava_patch on {type(self.model).__name__}: {', '.join(parts) or 'nothing'}>"
+
+    def settings(self) -> dict[str, Any]:
+        """The applied settings as JSON values, as they are stored in a checkpoint's config."""
+        return {
+            "format": FORMAT,
+            "fusion": None if self.fusion is None else to_dict(self.fusion),
+            "routing": None if self.routing is None else to_dict(self.routing),
+        }
+
+    def remove(self) -> None:
+        """Restore the stock model: modules, instance attributes, hooks, config and requires_grad flags.
+
+        What was trained is lost unless it was saved. Can be called twice. After loading a fused checkpoint there is no
+        stock projector to go back to: its first layer keeps the main columns.
+        """
+        if not self.active:
+            return
+        self.active = False
+        self._undo.unwind()
+
+    def apply_freeze(self) -> None:
+        """Set requires_grad as the settings say; call it after a training script has set its own flags."""
+        if self.routing is not None and late_fusion.side_parameters(self.anatomy):
+            freeze = self.routing.freeze
+            if freeze != "none":
+                self.model.requires_grad_(False)
+            if freeze == "side_and_fusion":
+                for layer in self.anatomy.layers[len(self.anatomy.layers) - self.routing.fusion_layers :]:
+                    layer.requires_grad_(True)
+            for parameter in late_fusion.side_parameters(self.anatomy):
+                parameter.requires_grad_(True)
+        if self.fusion is not None and self.taps is not None:
+            fusion_attach.set_tower_flags(self.anatomy, self.fusion, self.taps)
+
+    def trainable(self) -> list[str]:
+        """Names of the parameters that a training step gives a gradient, in the model's order."""
+        unused: set[int] = set()
+        if self.anatomy.vision_model is not None:
+            deepest = self.anatomy.main_block if self.taps is None else self.taps.deepest
+            _, blocks, after = self.anatomy.vision_parts()
+            unused = {id(p) for m in [*blocks[deepest:], *after] for p in m.parameters()}
+        return [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in unused]
+
+    def report(self) -> str:
+        """One line: how many parameters train, and their share of the model."""
+        names = set(self.trainable())
+        total = sum(p.numel() for p in self.model.parameters())
+        count = sum(p.numel() for n, p in self.model.named_parameters() if n in names)
+        return f"{count:,} of {total:,} parameters train ({100 * count / max(total, 1):.2f} %), {len(names)} tensors"
+
+    def save(self, directory: str | os.PathLike[str], form: str = "adapter") -> Path:
+        """Save what was added or trained ("adapter") or the whole model ("full"); see `checkpoint.save`."""
+        from llava_patch import checkpoint
+
+        return checkpoint.save(self, directory, form)
+
+
+def get_handle(model: nn.Module) -> Handle | None:
+    """The handle of a patched model; None when it is not patched."""
+    return vars(anatomy_module.unwrap(model)).get(_HANDLE)
+
+
+def patch(
+    model: nn.Module,
+    fusion: SkipLinks | None = None,
+    routing: Routing | None = None,
+    pruning: None = None,
+    probe: None = None,
+    *,
+    zero_start: bool = True,
+    loading: bool = False,
+) -> Handle:
+    """Apply methods to a LLaVA model, in place.
+
+    Args:
+        model: `LlavaLlamaForCausalLM` of the llava package or Hugging Face's `LlavaForConditionalGeneration`; may be
+            wrapped by peft, DDP or DeepSpeed.
+        fusion: multi-layer vision fusion.
+        routing: routing of image tokens around the deep layers.
+        pruning: reserved for FastV.
+        probe: reserved for the auxiliary R-Probe loss.
+        zero_start: grow an existing projector so that the output does not change (True), or initialise the widened
+            layer as a new one (False: a projector that was made from scratch).
+        loading: the model is being built from a patched checkpoint and its weights follow.
+
+    Returns:
+        The handle; `handle.remove()` restores the model. Patching a patched model again adds what is missing.
+
+    Raises:
+        SettingError: settings that the model cannot take, or that contradict a patch already on it.
+        HostError: an unknown model or an unsupported version.
+    """
+    for name, value, kinds in (("fusion", fusion, FUSIONS), ("routing", routing, (Routing,))):
+        if value is not None and not isinstance(value, kinds):
+            expected = ", ".join(k.__name__ for k in kinds)
+            raise SettingError(f"patch({name}={value!r}): expected {expected}")
+    for name, value in (("pruning", pruning), ("probe", probe)):
+        if value is not None:
+            raise SettingError(f"patch({name}=...) is not available in this version")
+    _check_together(fusion, routing)
+    check_versions()
+    found = anatomy_module.find(model)
+    handle = get_handle(found.model)
+    fresh = handle is None
+    if handle is None:
+        handle = Handle(found.model, found, loading)
+    else:
+        _check_against(handle, fusion, routing)
+    try:
+        if fusion is not None and handle.fusion is None:
+            handle.taps = fusion_attach.attach(
+                found, fusion, handle._undo, zero_start=zero_start, keep_original=not loading
+            )
+            handle.fusion = fusion
+        if routing is not None and handle.routing is None:
+            late_fusion.attach(found, routing, handle._undo)
+            handle.routing = routing
+        _check_together(handle.fusion, handle.routing)
+        handle._undo.set_attribute(found.model.config, CONFIG_KEY, handle.settings())
+        if not loading:
+            handle.apply_freeze()
+        handle._undo.set_attribute(found.model, _HANDLE, handle)
+    except BaseException:
+        if fresh:
+            handle._undo.unwind()
+        else:
+            handle.remove()  # a half-extended patch is worse than none
+        raise
+    return handle
+
+
+def _check_together(fusion: SkipLinks | None, routing: Routing | None) -> None:
+    if fusion is not None and routing is not None and fusion.train_tower != "frozen" and routing.freeze != "none":
+        raise SettingError(
+            f'SkipLinks.train_tower = {fusion.train_tower!r} contradicts Routing.freeze = "{routing.freeze}", which '
+            'freezes the vision tower: set SkipLinks.train_tower = "frozen" or Routing.freeze = "none"'
+        )
+
+
+def _check_against(handle: Handle, fusion: SkipLinks | None, routing: Routing | None) -> None:
+    for name, asked, there in (("fusion", fusion, handle.fusion), ("routing", routing, handle.routing)):
+        if asked is not None and there is not None and asked != there:
+            raise SettingError(
+                f"the model already carries {name} {there}, but {asked} was asked for: remove the patch first "
+                "(handle.remove()), or ask for what the checkpoint was trained with"
+            )
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A short name of the patch on a model, "" when there is none; equal patches and weights give equal names."""
+    handle = get_handle(model)
+    if handle is None:
+        return ""
+    digest = hashlib.sha256(json.dumps(handle.settings(), sort_keys=True).encode())
+    for parameter in _added(handle):
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)][:64]
+        digest.update(sample.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _added(handle: Handle) -> list[Tensor]:
+    added: list[Tensor] = list(late_fusion.side_parameters(handle.anatomy))
+    if handle.fusion is not None:
+        added += list(handle.anatomy.projector.parameters())
+    return added

@@ -1,0 +1,1 @@
+"""Routing of image tokens around deep decoder layers: plan, side branch, cache, attachment."""

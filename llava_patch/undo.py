@@ -1,0 +1,66 @@
+"""One undo stack for everything that a patch changes."""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+from torch import nn
+
+_MISSING = object()
+
+
+class UndoStack:
+    """Applies changes and remembers how to take each back; `unwind` runs in reverse order and can run twice."""
+
+    def __init__(self) -> None:
+        self._steps: list[Callable[[], None]] = []
+
+    def push(self, step: Callable[[], None]) -> None:
+        """Remember a step that takes back what the caller has just done."""
+        self._steps.append(step)
+
+    def set_attribute(self, owner: Any, name: str, value: Any) -> None:
+        """Set an instance attribute; undo restores the instance's own dictionary, not the class's value."""
+        old = vars(owner).get(name, _MISSING)
+        setattr(owner, name, value)
+
+        def restore() -> None:
+            if old is _MISSING:
+                vars(owner).pop(name, None)
+            else:
+                vars(owner)[name] = old
+
+        self.push(restore)
+
+    def replace_module(
+        self, parent: nn.Module, name: str, module: nn.Module, original: Callable[[], nn.Module] | None = None
+    ) -> None:
+        """Put another module in a child's place.
+
+        Args:
+            parent: the module that holds the child.
+            name: the child's name.
+            module: what takes its place.
+            original: builds what undo puts back; by default the replaced module itself.
+        """
+        old = getattr(parent, name)
+        setattr(parent, name, module)
+        self.push(lambda: setattr(parent, name, old if original is None else original()))
+
+    def add_module(self, parent: nn.Module, name: str, module: nn.Module) -> None:
+        """Add a child module that was not there."""
+        if hasattr(parent, name):
+            raise AttributeError(f"{type(parent).__name__} already has an attribute {name!r}")
+        parent.add_module(name, module)
+        self.push(lambda: parent._modules.pop(name, None))
+
+    def unwind(self) -> None:
+        """Take everything back, last change first; a step that fails does not keep the others from running."""
+        errors: list[BaseException] = []
+        while self._steps:
+            try:
+                self._steps.pop()()
+            except BaseException as error:  # noqa: BLE001 - the remaining steps must still run
+                errors.append(error)
+        if errors:
+            raise errors[0]
