@@ -90,8 +90,8 @@ def read(files: Sequence[str], params: Sequence[str]) -> Configuration:
             if resolved[kind] is None:
                 resolved[kind] = value
         operative = gin.operative_config_str()
-    except SettingError:
-        raise
+    except SettingError as error:
+        raise SettingError(_setting_error(error)) from None
     except (ValueError, TypeError, SyntaxError, OSError, KeyError, RuntimeError) as error:
         inner = _setting_error(error)
         raise SettingError(inner or f"gin configuration ({', '.join(sources)}): {_explain(error)}") from error
@@ -118,7 +118,7 @@ def _setting_error(error: BaseException) -> str | None:
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, SettingError):
-            return str(seen.args[0]).split("\n  In call to configurable")[0]
+            return str(seen).split("\n  In call to configurable")[0]
         seen = seen.__cause__ or seen.__context__
     return None
 

@@ -158,6 +158,8 @@ def patch(
         HostError: an unknown model or an unsupported version.
     """
     for name, value, kinds in (("fusion", fusion, FUSIONS), ("routing", routing, (Routing,))):
+        if isinstance(value, (tuple, list)):
+            raise SettingError(f"patch({name}=...) got {len(value)} settings: a model takes one {name}")
         if value is not None and not isinstance(value, kinds):
             expected = ", ".join(k.__name__ for k in kinds)
             raise SettingError(f"patch({name}={value!r}): expected {expected}")

@@ -146,5 +146,10 @@ class FusedLinear(nn.Linear):
                 f"the fused projector takes {self.in_features} channels (main + taps), got {features.shape[-1]}: were "
                 "the features taken from a tower without this patch?"
             )
-        main = F.linear(features[..., :d].contiguous(), self.weight[:, :d].contiguous(), self.bias)
+        main = features[..., :d]
+        # A contiguous input takes a fused multiply-add, a slice does not, and the two round differently in bfloat16:
+        # the main part must keep the layout that the stock layer's input would have had.
+        if features.is_contiguous():
+            main = main.contiguous()
+        main = F.linear(main, self.weight[:, :d].contiguous(), self.bias)
         return main + F.linear(features[..., d:], self.weight[:, d:])

@@ -187,11 +187,12 @@ class RoutedForward:
             hidden = inputs_embeds if keep_graph else inputs_embeds.detach()
             rotary = decoder.rotary_emb(hidden, position_ids)
             full = {"attention_mask": full_mask, "position_embeddings": rotary, "position_ids": position_ids}
+            _record(recorded, hidden)
             for layer in lower:
-                _record(recorded, hidden)
                 hidden = compat.call_layer(
                     layer, hidden, **full, **common, cache_position=cache_position, checkpoint=keep_graph
                 )
+                _record(recorded, hidden)
         if plan is None:
             text_states, text_rotary = hidden, rotary
             n_keys = cache.text_length
@@ -208,22 +209,23 @@ class RoutedForward:
         text_states = _prime(text_states, middle)
         text_place = torch.arange(n_keys - text_states.shape[1], n_keys, device=text_states.device)
         for layer in middle:
-            _record(recorded, text_states, text if plan is not None else None, queries)
             text_states = compat.call_layer(
                 layer, text_states, attention_mask=text_mask, position_embeddings=text_rotary, **common,
                 cache_position=text_place, checkpoint=text_states.requires_grad,
             )  # fmt: skip
+            _record(recorded, text_states, text, queries)
         # Phase 4: fusion layers, every position again.
         hidden = text_states if plan is None else plan.merge(side_states, text_states)
         fusion = list(self.anatomy.layers[self.fusion_start :])
         hidden = _prime(hidden, fusion)
         for layer in fusion:
-            _record(recorded, hidden)
             hidden = compat.call_layer(
                 layer, hidden, **full, **common, cache_position=cache_position, checkpoint=hidden.requires_grad
             )
+            _record(recorded, hidden)
         hidden = decoder.norm(hidden)
-        _record(recorded, hidden)
+        if recorded is not None:
+            recorded[-1] = hidden  # as in the stock decoder, the last entry is after the final norm
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
             past_key_values=cache if use_cache else None,

@@ -1,0 +1,43 @@
+"""Fixtures: one tiny model per host, fresh for each test, and no patch configuration left over."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # tiny models: threads only wait for one another
+
+
+@pytest.fixture(scope="session")
+def tower_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tower")
+
+
+@pytest.fixture(params=["hf", "llava"])
+def host(request: pytest.FixtureRequest, tower_folder: Path):
+    import models
+
+    model = models.hf_model() if request.param == "hf" else models.llava_model(tower_folder)
+    return models.Host(request.param, model)
+
+
+@pytest.fixture(autouse=True)
+def no_configuration(monkeypatch: pytest.MonkeyPatch):
+    import gin
+
+    from llava_patch import startup
+
+    monkeypatch.delenv("LLAVA_PATCH_GIN_FILE", raising=False)
+    monkeypatch.delenv("LLAVA_PATCH_GIN_PARAM", raising=False)
+    startup.reset()
+    yield
+    startup.reset()
+    gin.clear_config()

@@ -1,0 +1,154 @@
+"""Tiny random models of both hosts and ragged batches for them; everything offline and in memory but the tower folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Sequence
+
+import torch
+from torch import Tensor, nn
+
+LAYERS, BLOCKS, TOKENS, VOCAB = 6, 8, 16, 96
+HF_IMAGE_TOKEN = 95
+IMAGE = "image"
+
+
+def vision_config() -> Any:
+    from transformers import CLIPVisionConfig
+
+    return CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=BLOCKS, num_attention_heads=2, image_size=56,
+        patch_size=14, initializer_range=0.2, initializer_factor=4.0,
+    )  # fmt: skip
+
+
+TEXT = {
+    "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 256, "initializer_range": 0.2,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def hf_model(attention: str = "sdpa") -> nn.Module:
+    from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = LlavaConfig(
+        vision_config=vision_config(), text_config=LlamaConfig(**TEXT), image_token_index=HF_IMAGE_TOKEN,
+        image_seq_length=TOKENS,
+    )  # fmt: skip
+    model = LlavaForConditionalGeneration(config).eval()
+    model.set_attn_implementation(attention)
+    return model
+
+
+def llava_model(folder: Path, attention: str = "sdpa") -> nn.Module:
+    from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+    from transformers import CLIPImageProcessor, CLIPVisionModel
+
+    torch.manual_seed(0)
+    tower = folder / "clip"
+    if not tower.exists():
+        CLIPVisionModel(vision_config()).save_pretrained(tower)
+        CLIPImageProcessor(
+            size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}
+        ).save_pretrained(tower)
+    config = LlavaConfig(
+        **TEXT, mm_vision_tower=str(tower), mm_hidden_size=32, mm_projector_type="mlp2x_gelu",
+        mm_vision_select_layer=-2, mm_vision_select_feature="patch", tune_mm_mlp_adapter=False,
+        attn_implementation=attention,
+    )  # fmt: skip
+    model = LlavaLlamaForCausalLM(config)
+    model.get_vision_tower().load_model()
+    return model.float().eval()
+
+
+@dataclass
+class Batch:
+    """One batch as model.forward takes it.
+
+    `valid` [batch, tokens] and `image` [batch, tokens] are in the decoder's coordinates.
+    """
+
+    inputs: dict[str, Any]
+    valid: Tensor
+    image: Tensor
+
+
+@dataclass
+class Host:
+    """A tiny model and how its batches look."""
+
+    name: str
+    model: nn.Module
+
+    def batch(self, samples: Sequence[Sequence[Any]], padding: str = "right", seed: int = 0, labels: bool = False) -> Batch:
+        """Make a batch.
+
+        Args:
+            samples: each a sequence of text lengths and IMAGE.
+            padding: "left" or "right".
+            seed: of tokens and pixels; sample i depends on seed + i only.
+            labels: add labels on all text tokens.
+        """
+        rows, pixels, kinds = [], [], []
+        for i, sample in enumerate(samples):
+            generator = torch.Generator().manual_seed(1000 * seed + i)
+            ids: list[Tensor] = []
+            kind: list[int] = []
+            images = 0
+            for part in sample:
+                if part == IMAGE:
+                    images += 1
+                    pixels.append(torch.randn(3, 56, 56, generator=generator))
+                    ids.append(torch.full((TOKENS if self.name == "hf" else 1,), HF_IMAGE_TOKEN if self.name == "hf" else -200))
+                    kind += [1] * TOKENS
+                else:
+                    ids.append(torch.randint(3, 90, (part,), generator=generator))
+                    kind += [0] * part
+            if images == 0 and self.name == "llava":
+                pixels.append(torch.zeros(3, 56, 56))
+            rows.append(torch.cat(ids))
+            kinds.append(torch.tensor(kind))
+        longest = max(map(len, rows))
+        input_ids = torch.stack([_pad(r, longest, 0, padding) for r in rows])
+        attention = torch.stack([_pad(torch.ones(len(r), dtype=torch.long), longest, 0, padding) for r in rows])
+        full = max(map(len, kinds))
+        valid = torch.stack([_pad(torch.ones(len(k)), full, 0, padding) for k in kinds]).bool()
+        image = torch.stack([_pad(k, full, 0, padding) for k in kinds]).bool()
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention}
+        if self.name == "hf":
+            if pixels:
+                inputs["pixel_values"] = torch.stack(pixels)
+        else:
+            self.model.config.tokenizer_padding_side = padding
+            inputs["images"] = torch.stack(pixels)
+        if labels:
+            drop = (attention == 0) | (input_ids == HF_IMAGE_TOKEN) | (input_ids == -200)
+            inputs["labels"] = input_ids.masked_fill(drop, -100)
+        return Batch(inputs, valid, image)
+
+    def logits(self, batch: Batch, **kwargs: Any) -> Tensor:
+        return self.model(**batch.inputs, **kwargs).logits
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self.model.get_model() if self.name == "llava" else self.model.model.language_model
+
+
+def _pad(row: Tensor, length: int, value: int, side: str) -> Tensor:
+    fill = torch.full((length - len(row),), value, dtype=row.dtype)
+    return torch.cat([row, fill] if side == "right" else [fill, row])
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """Within 1e-5 of the logits' scale: other kernel shapes reorder sums."""
+    return bool((a - b).abs().max() <= 1e-5 * b.abs().max().clamp(min=1.0))
+
+
+def silence_side_branch(decoder: nn.Module) -> None:
+    """Make the side branch pass its input on: each layer then adds zero to the residual stream."""
+    for layer in decoder.side_branch:
+        nn.init.zeros_(layer.self_attn.o_proj.weight)
+        nn.init.zeros_(layer.mlp.down_proj.weight)

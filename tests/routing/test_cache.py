@@ -1,0 +1,117 @@
+"""Decode with the KV cache equals recomputing the whole context."""
+
+import pytest
+import torch
+from models import IMAGE, LAYERS, TOKENS, close
+
+from llava_patch import Routing, patch
+from llava_patch.errors import InputError
+
+PROMPTS = [(2, IMAGE, 5), (3, IMAGE, 1, IMAGE, 4), (7,), (1, IMAGE, 9)]
+STEPS = 5
+
+
+def _extend(host, batch, tokens):
+    inputs = dict(batch.inputs)
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], tokens], 1)
+    inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(tokens)], 1)
+    return inputs
+
+
+def _positions(mask):
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_cached_decode_is_recomputation_under_teacher_forcing(host, attention):
+    host.model.set_attn_implementation(attention)
+    batch = host.batch(PROMPTS, "left")
+    tokens = torch.randint(3, 90, (len(PROMPTS), STEPS), generator=torch.Generator().manual_seed(5))
+    with patch(host.model, routing=Routing(split=2)):
+        mask = torch.cat([batch.valid.long(), torch.ones_like(tokens)], 1)
+        whole = _extend(host, batch, tokens)
+        # a plain forward counts padding as positions; HF is given what its generate() would make
+        extra = {"position_ids": _positions(mask)} if host.name == "hf" else {}
+        full = host.model(**whole, use_cache=False, **extra).logits
+        n = batch.valid.shape[1]
+        first = {"position_ids": _positions(batch.valid.long())} if host.name == "hf" else {}
+        out = host.model(**batch.inputs, use_cache=True, **first)
+        assert close(out.logits[:, -1], full[:, n - 1])
+        for step in range(STEPS):
+            if host.name == "hf":
+                extra = {"position_ids": _positions(mask[:, : n + step + 1])[:, -1:]}
+            out = host.model(
+                input_ids=tokens[:, step : step + 1], attention_mask=mask[:, : n + step + 1],
+                past_key_values=out.past_key_values, use_cache=True, **extra,
+            )  # fmt: skip
+            assert close(out.logits[:, -1], full[:, n + step]), step
+
+
+@torch.no_grad()
+def test_cache_lengths_differ_by_layer(host):
+    batch = host.batch([(2, IMAGE, 5)])
+    with patch(host.model, routing=Routing(split=2)):
+        cache = host.model(**batch.inputs, use_cache=True).past_key_values
+    lengths = [cache.get_seq_length(i) for i in range(LAYERS)]
+    assert lengths == [7 + TOKENS] * 2 + [7] * (LAYERS - 3) + [7 + TOKENS]
+    assert cache.nbytes() == sum(lengths) * 2 * 64 * 4
+
+
+@torch.no_grad()
+def test_greedy_generation_picks_what_recomputation_picks(host):
+    batch = host.batch([(2, IMAGE, 5), (2, IMAGE, 5)], seed=3)
+    with patch(host.model, routing=Routing(split=2)):
+        inputs = dict(batch.inputs)
+        ids = inputs.pop("input_ids")
+        options = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False, "use_cache": True}
+        answer = host.model.generate(ids, **inputs, **options)
+        answer = answer[:, -STEPS:]
+        tokens = torch.empty(2, 0, dtype=torch.long)
+        for _ in range(STEPS):
+            logits = host.model(**_extend(host, batch, tokens), use_cache=False).logits[:, -1]
+            logits[:, 2] = -torch.inf  # min_new_tokens forbids the end token
+            top = logits.topk(2).values
+            assert (top[:, 0] - top[:, 1] > 1e-3).all()
+            tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], 1)
+    assert torch.equal(answer, tokens)
+
+
+@torch.no_grad()
+def test_generations_may_interleave(host):
+    first, second = host.batch([(2, IMAGE, 5)], seed=1), host.batch([(4, IMAGE, 2)], seed=2)
+    step = torch.tensor([[7]])
+    with patch(host.model, routing=Routing(split=2)):
+        alone = host.model(**first.inputs, use_cache=True)
+        expected = host.model(input_ids=step, past_key_values=alone.past_key_values, use_cache=True).logits
+        a = host.model(**first.inputs, use_cache=True)
+        b = host.model(**second.inputs, use_cache=True)
+        host.model(input_ids=step, past_key_values=b.past_key_values, use_cache=True)
+        again = host.model(input_ids=step, past_key_values=a.past_key_values, use_cache=True).logits
+    assert torch.equal(again, expected)
+
+
+@torch.no_grad()
+def test_beams_carry_their_prompt(host):
+    batch = host.batch([(2, IMAGE, 5), (3, IMAGE, 1, IMAGE, 4)], "left", seed=4)
+    inputs = dict(batch.inputs)
+    ids = inputs.pop("input_ids")
+    options = {"max_new_tokens": 4, "num_beams": 3, "num_return_sequences": 2, "do_sample": False, "use_cache": True}
+    with patch(host.model, routing=Routing(split=2)):
+        out = host.model.generate(ids, **inputs, **options, return_dict_in_generate=True, output_scores=True)
+    assert out.sequences.shape[0] == 4
+    assert out.sequences_scores.isfinite().all()
+
+
+@torch.no_grad()
+def test_unsupported_caches_are_refused(host):
+    from transformers import StaticCache
+
+    batch = host.batch([(2, IMAGE, 5)])
+    with patch(host.model, routing=Routing(split=2)):
+        static = StaticCache(config=host.decoder.config, max_cache_len=64)
+        with pytest.raises(InputError, match="cache_implementation"):
+            host.model(**batch.inputs, past_key_values=static, use_cache=True)
+        built = host.model(**batch.inputs, use_cache=True).past_key_values
+        with pytest.raises(InputError, match="cropped"):
+            built.crop(3)
