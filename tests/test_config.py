@@ -1,0 +1,64 @@
+"""Gin bindings name the same classes and fields as Python."""
+
+import pytest
+
+from llava_patch import Routing, SkipLinks, config
+from llava_patch.errors import SettingError
+from llava_patch.resources import gin_dir
+from llava_patch.settings import from_dict, to_dict
+
+
+def test_shipped_files_parse_to_the_papers_settings():
+    assert config.read(["dpvr_lf_7b.gin"], []).routing == Routing(split=18)
+    assert config.read(["skiplinks_7b.gin"], []).fusion == SkipLinks(stride=6)
+    for path in gin_dir().glob("*.gin"):
+        assert config.read([path.name], [])
+
+
+def test_files_and_bindings_combine_as_in_the_contract():
+    read = config.read(["dpvr_lf_7b.gin"], ["SkipLinks.stride = 4", "Routing.split = 16"])
+    assert read.methods() == {"fusion": SkipLinks(stride=4), "routing": Routing(split=16)}
+    assert "Routing.side_layers = 1" in read.operative  # defaults and all
+    assert "SkipLinks.stride = 4" in read.operative
+
+
+def test_the_operative_config_reproduces_itself(tmp_path):
+    read = config.read([], ["SkipLinks.layers = (2, 5)", "Routing.split = 3"])
+    (tmp_path / "again.gin").write_text(read.operative)
+    assert config.read([str(tmp_path / "again.gin")], []).methods() == read.methods()
+
+
+def test_gin_is_left_empty():
+    import gin
+
+    config.read([], ["Routing.split = 3"])
+    assert gin.config_str().strip() == ""
+
+
+@pytest.mark.parametrize(
+    ("files", "params", "message"),
+    [
+        (["no_such.gin"], [], "no_such.gin: no such file"),
+        (["dpvr_lf_7.gin"], [], "did you mean dpvr_lf_7b.gin"),
+        ([], ["Routng.split = 3"], "Did you mean Routing"),
+        ([], ["Routing.splt = 3"], "'splt'"),
+        ([], ["Routing.split = -1"], "^Routing.split = -1: expected an integer >= 0$"),
+        ([], ["Routing.split ="], "Routing.split"),
+        ([], ["Patch.fusion = @Routng()"], "Routng"),
+        ([], ['Routing.variant = "pc"'], "not available in this version"),
+        ([], ['Routing.variant = "nope"'], "expected one of lf"),
+        ([], ["Routing.freeze = 3"], "Routing.freeze"),
+    ],
+)
+def test_bad_configuration_names_the_setting(files, params, message):
+    with pytest.raises(SettingError, match=message):
+        config.read(files, params)
+
+
+def test_settings_survive_json():
+    for settings in (SkipLinks(layers=(3, 1), detach=1, train_tower=2), Routing(split=4, freeze="none")):
+        assert from_dict(to_dict(settings), "here") == settings
+    with pytest.raises(SettingError, match=r"here: Routing has no setting splt"):
+        from_dict({"method": "Routing", "splt": 1}, "here")
+    with pytest.raises(SettingError, match="unknown method 'Rout'"):
+        from_dict({"method": "Rout"}, "here")
