@@ -1,0 +1,23 @@
+"""Runs LLaVA's training script with the compatibility fixes alone: no start-up hook, no import of llava_patch's patching.
+
+The stock script cannot start on a current transformers without them, so this is what "without llava_patch" means there.
+"""
+
+import runpy
+import sys
+
+from llava_patch.hosts import compat
+
+assert "llava_patch.startup" not in sys.modules
+import llava.model.language_model.llava_llama as llava_llama  # noqa: E402
+import transformers.trainer  # noqa: E402
+
+compat.fix_trainer_exports(transformers.trainer)
+import llava.train.llava_trainer as llava_trainer  # noqa: E402
+
+compat.fix_trainer_methods(llava_trainer)
+compat.fix_forward_arguments(llava_llama.LlavaLlamaForCausalLM)
+compat.fix_argv(sys.argv)
+script = sys.argv[1]
+del sys.argv[0]
+runpy.run_path(script, run_name="__main__")

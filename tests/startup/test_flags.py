@@ -1,0 +1,98 @@
+"""Flags, environment and the import hook, without a training run."""
+
+import subprocess
+import sys
+
+import pytest
+
+from llava_patch import SkipLinks, autostart, startup
+from llava_patch.errors import SettingError
+from llava_patch.hosts import compat
+
+
+def test_our_flags_leave_the_command_line():
+    argv = ["train.py", "--lr", "1", "--gin_file", "a.gin", "--gin_param=X.y = z", "--gin_file=b.gin", "--bf16", "True"]
+    assert startup.take_flags(argv) == (["a.gin", "b.gin"], ["X.y = z"])
+    assert argv == ["train.py", "--lr", "1", "--bf16", "True"]
+
+
+def test_a_flag_without_a_value():
+    with pytest.raises(SettingError, match="--gin_file needs a value"):
+        startup.take_flags(["train.py", "--gin_file"])
+
+
+def test_environment_takes_several(monkeypatch):
+    monkeypatch.setenv("LLAVA_PATCH_GIN_FILE", "dpvr_lf_7b.gin; skiplinks_7b.gin")
+    monkeypatch.setenv("LLAVA_PATCH_GIN_PARAM", "Routing.split = 20;SkipLinks.stride = 4")
+    read = startup.configuration()
+    assert (read.routing.split, read.fusion) == (20, SkipLinks(stride=4))
+
+
+def test_nothing_configured_is_none():
+    assert startup.configuration() is None
+
+
+def test_a_configuration_that_turns_nothing_on_is_an_error(monkeypatch, tmp_path):
+    (tmp_path / "empty.gin").write_text("# nothing\n")
+    monkeypatch.setenv("LLAVA_PATCH_GIN_FILE", str(tmp_path / "empty.gin"))
+    with pytest.raises(SettingError, match="configures no method"):
+        startup.configuration()
+
+
+def test_renamed_flags():
+    argv = ["--evaluation_strategy", "no", "--evaluation_strategy=no", "--learning_rate", "1"]
+    compat.fix_argv(argv)
+    assert argv == ["--eval_strategy", "no", "--eval_strategy=no", "--learning_rate", "1"]
+
+
+def test_versions_outside_the_range_are_refused(monkeypatch):
+    import transformers
+
+    from llava_patch.errors import HostError
+
+    for version in ("4.37.2", "5.23.0"):
+        monkeypatch.setattr(transformers, "__version__", version)
+        with pytest.raises(HostError, match=rf"transformers {version} is outside the supported range"):
+            compat.check_versions()
+
+
+def _python(code, **env):
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env}, check=False
+    )
+
+
+def test_the_hook_is_lazy():
+    code = "import sys, llava_patch; print([m for m in sys.modules if m.split('.')[0] in ('torch', 'transformers', 'gin')])"
+    assert _python(code).stdout.strip() == "[]"
+
+
+def test_the_hook_can_be_switched_off():
+    code = "import sys, llava_patch.autostart as a; print(a.installed())"
+    assert _python(code).stdout.strip() == "True"
+    assert _python(code, LLAVA_PATCH_DISABLE="1").stdout.strip() == "False"
+
+
+def test_watched_modules_have_a_handler():
+    assert set(startup._HANDLERS) == autostart.WATCHED
+
+
+def test_the_hook_serves_modules_that_are_already_loaded():
+    code = (
+        "import os, sys; os.environ.pop('LLAVA_PATCH_DISABLE')\n"
+        "import transformers.modeling_utils as m; before = m.PreTrainedModel.from_pretrained.__func__\n"
+        "import llava_patch\n"
+        "print(m.PreTrainedModel.from_pretrained.__func__.__wrapped__ is before)"
+    )
+    assert _python(code, LLAVA_PATCH_DISABLE="1").stdout.strip() == "True"
+
+
+def test_other_models_load_through_the_wrapper_unchanged(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    model = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert "_llava_patch_handle" not in vars(model)

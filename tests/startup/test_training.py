@@ -1,0 +1,169 @@
+"""LLaVA's unmodified train.py: flags, environment, torchrun, and nothing changed when nothing is configured."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from quickstart.fileset import write_fileset
+from safetensors.torch import load_file
+
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 8, "num_attention_heads": 2,
+          "image_size": 56, "patch_size": 14}  # fmt: skip
+TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "num_attention_heads": 4}
+TRAIN = Path(importlib.util.find_spec("llava").submodule_search_locations[0]) / "train" / "train.py"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    import numpy as np
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("train")
+    files = write_fileset(root / "set", vision=VISION, text=TEXT, vocab_size=512)
+    rng = np.random.default_rng(0)
+    plain, chat = [], []
+    for i in range(64):
+        Image.fromarray(rng.integers(0, 255, (56, 56, 3), dtype=np.uint8)).save(root / f"{i}.png")
+        answer = str(rng.integers(100, 999))
+        plain.append({"id": str(i), "image": f"{i}.png", "conversations": [
+            {"from": "human", "value": "Read.\n<image>"}, {"from": "gpt", "value": answer}]})  # fmt: skip
+        row = {"id": str(i), "conversations": [
+            {"from": "human", "value": "<image>\nWhat is the number?"}, {"from": "gpt", "value": answer}]}  # fmt: skip
+        if i % 8 == 7:
+            row["conversations"][0]["value"] = "What is a number?"
+        else:
+            row["image"] = f"{i}.png"
+        chat.append(row)
+    (root / "plain.json").write_text(json.dumps(plain))
+    (root / "v1.json").write_text(json.dumps(chat))
+    return root, files
+
+
+def _arguments(data, stage, out, steps=3, **extra):
+    root, files = data
+    arguments = {
+        "model_name_or_path": files.language_model, "image_folder": root, "vision_tower": files.tower,
+        "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False, "output_dir": out, "num_train_epochs": 1, "max_steps": steps,
+        "per_device_train_batch_size": 2, "per_device_eval_batch_size": 4, "gradient_accumulation_steps": 1,
+        "evaluation_strategy": "no", "save_strategy": "steps", "save_steps": 1000, "save_total_limit": 1,
+        "weight_decay": 0.0, "warmup_ratio": 0.03, "lr_scheduler_type": "cosine", "logging_steps": 1,
+        "model_max_length": 512, "gradient_checkpointing": True, "dataloader_num_workers": 0, "lazy_preprocess": True,
+        "report_to": "none", "use_cpu": True, "bf16": False, "learning_rate": 1e-3,
+    }  # fmt: skip
+    if stage == 1:
+        arguments |= {"version": "plain", "data_path": root / "plain.json", "tune_mm_mlp_adapter": True}
+    else:
+        arguments |= {
+            "version": "v1", "data_path": root / "v1.json", "image_aspect_ratio": "pad",
+            "group_by_modality_length": True, "pretrain_mm_mlp_adapter": files.projector,
+        }  # fmt: skip
+    arguments |= extra
+    return [text for k, v in arguments.items() for text in (f"--{k}", str(v))]
+
+
+def _run(command, **env):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_DISABLED": "true", **env}
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=environment)
+    return done
+
+
+def _ok(done):
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+def _losses(out):
+    history = json.loads((Path(out) / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+@pytest.mark.timeout(900)
+def test_both_stages_by_flags_environment_and_torchrun(data, tmp_path):
+    root, files = data
+    first, second, third = tmp_path / "one", tmp_path / "llava-two", tmp_path / "llava-three"
+    text = _ok(_run([TRAIN, *_arguments(data, 1, first), "--gin_param", "SkipLinks.stride = 2", "--gin_param=SkipLinks.detach = 1"]))
+    assert "SkipLinks(stride=2, detach=1" in text
+    projector = torch.load(first / "mm_projector.bin", weights_only=True)
+    assert projector["model.mm_projector.0.weight"].shape == (64, 4 * 32)
+    assert (projector["model.mm_projector.0.weight"] != 0).all()  # made from scratch: every column initialised
+    assert "SkipLinks.stride = 2" in (first / "llava_patch_operative.gin").read_text()
+    assert json.loads((first / "config.json").read_text())["llava_patch"]["fusion"]["detach"] == 1
+
+    # stage 2 takes stage 1's wide projector; settings come from the environment, through torchrun with two workers
+    arguments = _arguments(data, 2, second, pretrain_mm_mlp_adapter=first / "mm_projector.bin")
+    text = _ok(
+        _run(
+            ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", 29811, TRAIN, *arguments],
+            LLAVA_PATCH_GIN_PARAM="SkipLinks.stride = 2; SkipLinks.detach = 1; Routing.split = 3",
+        )
+    )
+    assert text.count("parameters train") == 1  # rank 0 alone reports
+    weights = load_file(second / "model.safetensors")
+    assert torch.equal(weights["model.mm_projector.0.weight"], projector["model.mm_projector.0.weight"])  # frozen
+    base = torch.load(files.language_model / "pytorch_model.bin", weights_only=True)
+    for name, tensor in base.items():
+        assert torch.equal(weights[name], tensor.float()), name  # all_but_single: nothing else moved
+    moved = weights["model.side_branch.0.mlp.down_proj.weight"] - base["model.layers.3.mlp.down_proj.weight"].float()
+    assert moved.abs().max() > 0
+    assert (second / "llava_patch_adapter" / "llava_patch.safetensors").is_file()
+
+    # continuing from the finished checkpoint needs no flag; another fusion is refused before anything is written
+    arguments = _arguments(data, 2, third, model_name_or_path=second)
+    arguments = [a for a in arguments]
+    at = arguments.index("--pretrain_mm_mlp_adapter")
+    del arguments[at : at + 2]
+    assert "Routing(variant='lf', split=3" in _ok(_run([TRAIN, *arguments]))
+    refused = _run([TRAIN, *arguments, "--gin_param", "SkipLinks.stride = 3"])
+    assert refused.returncode != 0 and "already carries fusion" in refused.stderr
+
+
+@pytest.mark.timeout(900)
+def test_nothing_configured_changes_nothing_in_32_steps(data, tmp_path):
+    plain = Path(__file__).parent / "plain_train.py"
+    without, with_package = tmp_path / "llava-without", tmp_path / "llava-with"
+    _ok(_run([plain, TRAIN, *_arguments(data, 2, without, steps=32)], LLAVA_PATCH_DISABLE="1"))
+    run = "import sys, runpy, llava_patch; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    _ok(_run(["-c", run, TRAIN, *_arguments(data, 2, with_package, steps=32)]))
+    assert len(_losses(without)) == 32
+    assert _losses(without) == _losses(with_package)
+    a, b = load_file(without / "model.safetensors"), load_file(with_package / "model.safetensors")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    assert not list(with_package.glob("*llava_patch*"))
+    assert "llava_patch" not in json.loads((with_package / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("flags", "extra", "message"),
+    [
+        (["--gin_param", "SkipLinks.strid = 2"], {}, "'strid'"),
+        (["--gin_param", "Routing.split = 9"], {}, "Routing.split = 9 is outside 0..5"),
+        (["--gin_param", "Routing.split = 3"], {"tune_mm_mlp_adapter": True}, "leave Routing out of stage 1"),
+    ],
+)
+@pytest.mark.timeout(300)
+def test_bad_flags_stop_before_anything_is_written(data, tmp_path, flags, extra, message):
+    done = _run([TRAIN, *_arguments(data, 2, tmp_path / "out", steps=1, **extra), *flags])
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+@pytest.mark.timeout(300)
+def test_seed_decides_new_weights_and_data_order(data, tmp_path):
+    def run(name, seed):
+        out = tmp_path / name
+        _ok(_run([TRAIN, *_arguments(data, 1, out, steps=2, seed=seed), "--gin_param", "SkipLinks.stride = 2"]))
+        return _losses(out), torch.load(out / "mm_projector.bin", weights_only=True)
+
+    (losses, weights), (same, same_weights), (other, other_weights) = run("a", 1), run("b", 1), run("c", 2)
+    assert losses == same and all(torch.equal(weights[n], same_weights[n]) for n in weights)
+    assert losses != other
+    name = "model.mm_projector.0.weight"
+    assert not torch.equal(weights[name], other_weights[name])
