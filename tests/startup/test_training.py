@@ -99,7 +99,7 @@ def test_both_stages_by_flags_environment_and_torchrun(data, tmp_path):
     arguments = _arguments(data, 2, second, pretrain_mm_mlp_adapter=first / "mm_projector.bin")
     text = _ok(
         _run(
-            ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", 29811, TRAIN, *arguments],
+            ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, TRAIN, *arguments],
             LLAVA_PATCH_GIN_PARAM="SkipLinks.stride = 2; SkipLinks.detach = 1; Routing.split = 3",
         )
     )

@@ -1,0 +1,127 @@
+"""The console command `llava-patch`."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from llava_patch import __version__, autostart
+from llava_patch.errors import LlavaPatchError
+
+app = typer.Typer(help="Detached Skip-Links, DPVR routing and R-Probe for LLaVA models.", no_args_is_help=True)
+console = Console()
+
+
+@app.callback()
+def _root() -> None:
+    """Detached Skip-Links, DPVR routing and R-Probe for LLaVA models."""
+
+
+def _version(distribution: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, the start-up hook and what is configured; exit 1 when something cannot work."""
+    table = Table("what", "found", "advice", title=f"llava_patch {__version__}")
+    problems = 0
+    for name in ("torch", "transformers", "llava-torch", "lmms-eval", "deepspeed", "peft", "flash-attn", "gin-config"):
+        table.add_row(name, _version(name), "")
+    try:
+        from llava_patch.hosts.compat import check_versions
+
+        check_versions()
+        table.add_row("supported versions", "yes", "")
+    except (LlavaPatchError, ImportError) as error:
+        problems += 1
+        table.add_row("supported versions", "no", str(error))
+    hook = "off (LLAVA_PATCH_DISABLE=1)" if autostart.disabled() else "on" if autostart.installed() else "missing"
+    table.add_row("start-up hook", hook, "" if hook == "on" else "unset LLAVA_PATCH_DISABLE or reinstall")
+    table.add_row("starts with Python", "yes" if _has_pth() else "no", "" if _has_pth() else "pip install llava_patch")
+    try:
+        from llava_patch import startup
+
+        asked = startup.configuration()
+        table.add_row("configured by environment", "nothing" if asked is None else str(asked.methods()), "")
+    except LlavaPatchError as error:
+        problems += 1
+        table.add_row("configured by environment", "error", str(error))
+    try:
+        import torch
+
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU only"
+        table.add_row("device", device, "" if torch.cuda.is_available() else "use fp32: half precision is slow on CPUs")
+    except ImportError:
+        problems += 1
+        table.add_row("torch", "missing", "install the torch build for your hardware")
+    console.print(table)
+    raise typer.Exit(1 if problems else 0)
+
+
+def _has_pth() -> bool:
+    import sysconfig
+
+    return (Path(sysconfig.get_paths()["purelib"]) / "llava_patch.pth").is_file()
+
+
+@app.command()
+def inspect(checkpoint: Path = typer.Argument(..., help="a checkpoint folder")) -> None:  # noqa: B008
+    """Show a checkpoint's patch: settings, added tensors, base."""
+    from llava_patch.checkpoint import SETTINGS_FILE, WEIGHTS_FILE, read_settings
+
+    record: dict[str, Any] | None = read_settings(checkpoint)
+    if record is None and (checkpoint / "config.json").is_file():
+        record = json.loads((checkpoint / "config.json").read_text(encoding="utf-8")).get("llava_patch")
+    if not record:
+        console.print(f"{checkpoint}: a stock checkpoint (no {SETTINGS_FILE}, nothing in config.json)")
+        return
+    for kind in ("fusion", "routing"):
+        console.print(f"{kind}: {record.get(kind) or 'none'}")
+    console.print(f"form: {record.get('form', 'full')}   base: {record.get('base', '-')}")
+    if (checkpoint / WEIGHTS_FILE).is_file():
+        from safetensors import safe_open
+
+        table = Table("tensor", "shape")
+        with safe_open(checkpoint / WEIGHTS_FILE, framework="pt") as stream:
+            for name in stream.keys():  # noqa: SIM118 - not a dict
+                table.add_row(name, "x".join(map(str, stream.get_slice(name).get_shape())))
+        console.print(table)
+
+
+@app.command("gin-files")
+def gin_files(name: str = typer.Argument("", help="print this file instead of the list")) -> None:
+    """List the shipped gin files, or print one."""
+    from llava_patch.config import find_file
+    from llava_patch.resources import gin_dir
+
+    if name:
+        typer.echo(find_file(name).read_text(encoding="utf-8"))
+        return
+    for path in sorted(gin_dir().glob("*.gin")):
+        first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        typer.echo(f"{path.name:28} {first}")
+
+
+def main() -> None:
+    """Entry point; our own errors are one line, not a traceback."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except LlavaPatchError as error:
+        raise SystemExit(f"llava-patch: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""What a wheel holds, and that it shadows nothing."""
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+CHECK = """
+import sys
+import llava_patch, gin, gin.config
+from llava_patch import autostart
+from llava_patch.resources import eval_tasks_dir, gin_dir
+assert "site-packages" in llava_patch.__file__, llava_patch.__file__
+assert autostart.installed()
+assert hasattr(gin, "parse_config"), gin.__file__
+print(*sorted(p.name for p in gin_dir().glob("*.gin")))
+print(*sorted(p.parent.name + "/" + p.name for p in eval_tasks_dir().glob("*/*.yaml")))
+"""
+
+
+@pytest.mark.timeout(300)
+def test_the_wheel_in_an_empty_environment(tmp_path):
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    subprocess.run([*build, str(ROOT)], check=True, capture_output=True)
+    wheel = next(tmp_path.glob("llava_patch-*.whl"))
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "env")], check=True)
+    python = tmp_path / "env" / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", str(wheel)], check=True)
+    site = next((tmp_path / "env" / "lib").glob("python*/site-packages"))
+    # gin-config is the one dependency that a package of our own could shadow
+    shutil.copytree(Path(importlib.util.find_spec("gin").origin).parent, site / "gin")
+    assert not (site / "gin" / "dpvr_lf_7b.gin").exists()
+    done = subprocess.run([python, "-c", CHECK], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    gin_files, tasks = done.stdout.splitlines()
+    assert gin_files.split() == sorted(p.name for p in (ROOT / "gin").glob("*.gin"))
+    assert {"rprobe/rprobe.yaml", "saturation/saturation.yaml"} <= set(tasks.split())
+    names = subprocess.run([sys.executable, "-m", "zipfile", "-l", str(wheel)], capture_output=True, text=True).stdout
+    assert " eval_tasks" not in names and "\ngin/" not in names
+
+
+def test_no_package_of_ours_is_called_gin():
+    assert not (ROOT / "gin" / "__init__.py").exists()
+    import gin
+
+    assert hasattr(gin, "parse_config")
+
+
+def test_public_names():
+    import llava_patch
+
+    for name in llava_patch.__all__:
+        assert getattr(llava_patch, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        llava_patch.nothing  # noqa: B018
