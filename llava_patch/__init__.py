@@ -20,7 +20,18 @@ _EXPORTS = {
     "Saturation": "llava_patch.diagnostics.saturation",
     "LlavaPatchError": "llava_patch.errors",
 }
-__all__ = [*_EXPORTS, "__version__"]
+__all__ = [
+    "Handle",
+    "LlavaPatchError",
+    "RProbe",
+    "Routing",
+    "Saturation",
+    "SkipLinks",
+    "__version__",
+    "get_handle",
+    "load",
+    "patch",
+]
 
 if TYPE_CHECKING:
     from llava_patch.checkpoint import load

@@ -1,9 +1,9 @@
 """Our part of a checkpoint: settings, added weights, and a fingerprint of the base model.
 
 A full checkpoint is what the host itself saves: our modules are part of its state dict and the settings part of its
-config. An adapter folder holds only what was added or trained (safetensors), the settings with the fingerprint (json),
-and the base's configuration and tokenizer files, so that the host's own loaders open it; the start-up hook sends them on
-to the base.
+config. An adapter folder holds only what was added or trained (safetensors), the settings with the fingerprint
+(json), and the base's configuration and tokenizer files, so that the host's own loaders open it; the start-up hook
+sends them on to the base.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def save(handle: Handle, directory: str | os.PathLike[str], form: str = "adapter
     folder.mkdir(parents=True, exist_ok=True)
     record = {**handle.settings(), "form": form}
     if form == "full":
-        handle.model.save_pretrained(folder)
+        handle.anatomy.model.save_pretrained(folder)
     else:
         tensors = adapter_tensors(handle)
         record |= {

@@ -1,19 +1,19 @@
 """Gin configuration: the one root, how files are found, and the operative config.
 
-Bindings name the same classes and fields as Python does (`Routing.split = 18`). The root is `Patch`, with `Patch.fusion`
-and `Patch.routing`; binding any field of a method switches that method on as well.
+Bindings name the same classes and fields as Python does (`Routing.split = 18`). The root is `Patch`, with
+`Patch.fusion` and `Patch.routing`; binding any field of a method switches that method on as well.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import gin
-
 from llava_patch.errors import SettingError
 from llava_patch.resources import gin_dir
 from llava_patch.settings import METHODS, Routing, SkipLinks

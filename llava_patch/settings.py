@@ -27,7 +27,7 @@ def _train_tower(owner: str, value: Any) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise SettingError(
-            f'{owner}.train_tower = {value!r}: expected "frozen", "all" or a number k >= 1 (train the last k used blocks)'
+            f'{owner}.train_tower = {value!r}: expected "frozen", "all" or k >= 1 (train the last k used blocks)'
         )
 
 
@@ -116,7 +116,7 @@ class Routing:
 
 
 FUSIONS: tuple[type, ...] = (SkipLinks,)
-METHODS: dict[str, type] = {"SkipLinks": SkipLinks, "Routing": Routing}
+METHODS: dict[str, Any] = {"SkipLinks": SkipLinks, "Routing": Routing}
 Fusion = SkipLinks
 
 

@@ -1,7 +1,7 @@
 """What happens in unmodified scripts: flags, environment, compatibility fixes, and patched checkpoints on load.
 
-Everything class-level that llava_patch does to its hosts is in this file; each step leaves a model or script alone unless
-a patch is configured, a checkpoint carries one, or the stock code would raise on the installed versions.
+Everything class-level that llava_patch does to its hosts is in this file; each step leaves a model or script alone
+unless a patch is configured, a checkpoint carries one, or the stock code would raise on the installed versions.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import functools
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Iterator
+from typing import TYPE_CHECKING, Any
 
 from llava_patch.errors import CheckpointError, SettingError
 
@@ -258,12 +259,12 @@ def _prepare_training(model: Any, training_args: Any) -> "Handle | None":
     if asked is not None:
         handle = _patch_for_training(model, training_args, asked)
     assert handle is not None
-    if getattr(training_args, "tune_mm_mlp_adapter", False) and handle.routing is not None:
-        if handle.routing.freeze != "none":
-            raise SettingError(
-                f'--tune_mm_mlp_adapter True trains the projector, but Routing.freeze = "{handle.routing.freeze}" '
-                "freezes it: leave Routing out of stage 1"
-            )
+    routing = handle.routing
+    if getattr(training_args, "tune_mm_mlp_adapter", False) and routing is not None and routing.freeze != "none":
+        raise SettingError(
+            f'--tune_mm_mlp_adapter True trains the projector, but Routing.freeze = "{routing.freeze}" freezes it: '
+            "leave Routing out of stage 1"
+        )
     handle.apply_freeze()
     if getattr(training_args, "process_index", 0) == 0:
         print(f"llava_patch: {handle!r}\nllava_patch: {handle.report()}", flush=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -52,7 +53,7 @@ class UndoStack:
         if hasattr(parent, name):
             raise AttributeError(f"{type(parent).__name__} already has an attribute {name!r}")
         parent.add_module(name, module)
-        self.push(lambda: parent._modules.pop(name, None))
+        self.push(lambda: delattr(parent, name))
 
     def unwind(self) -> None:
         """Take everything back, last change first; a step that fails does not keep the others from running."""
@@ -60,7 +61,7 @@ class UndoStack:
         while self._steps:
             try:
                 self._steps.pop()()
-            except BaseException as error:  # noqa: BLE001 - the remaining steps must still run
+            except BaseException as error:
                 errors.append(error)
         if errors:
             raise errors[0]

@@ -32,7 +32,6 @@ def host(request: pytest.FixtureRequest, tower_folder: Path):
 @pytest.fixture(autouse=True)
 def no_configuration(monkeypatch: pytest.MonkeyPatch):
     import gin
-
     from llava_patch import startup
 
     monkeypatch.delenv("LLAVA_PATCH_GIN_FILE", raising=False)

@@ -1,10 +1,11 @@
-"""Tiny random models of both hosts and ragged batches for them; everything offline and in memory but the tower folder."""
+"""Tiny random models of both hosts and ragged batches for them; offline, in memory but for the tower folder."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,9 +52,7 @@ def llava_model(folder: Path, attention: str = "sdpa") -> nn.Module:
     tower = folder / "clip"
     if not tower.exists():
         CLIPVisionModel(vision_config()).save_pretrained(tower)
-        CLIPImageProcessor(
-            size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}
-        ).save_pretrained(tower)
+        CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}).save_pretrained(tower)
     config = LlavaConfig(
         **TEXT, mm_vision_tower=str(tower), mm_hidden_size=32, mm_projector_type="mlp2x_gelu",
         mm_vision_select_layer=-2, mm_vision_select_feature="patch", tune_mm_mlp_adapter=False,
@@ -83,7 +82,9 @@ class Host:
     name: str
     model: nn.Module
 
-    def batch(self, samples: Sequence[Sequence[Any]], padding: str = "right", seed: int = 0, labels: bool = False) -> Batch:
+    def batch(
+        self, samples: Sequence[Sequence[Any]], padding: str = "right", seed: int = 0, labels: bool = False
+    ) -> Batch:
         """Make a batch.
 
         Args:
@@ -102,7 +103,9 @@ class Host:
                 if part == IMAGE:
                     images += 1
                     pixels.append(torch.randn(3, 56, 56, generator=generator))
-                    ids.append(torch.full((TOKENS if self.name == "hf" else 1,), HF_IMAGE_TOKEN if self.name == "hf" else -200))
+                    ids.append(
+                        torch.full((TOKENS if self.name == "hf" else 1,), HF_IMAGE_TOKEN if self.name == "hf" else -200)
+                    )
                     kind += [1] * TOKENS
                 else:
                     ids.append(torch.randint(3, 90, (part,), generator=generator))

@@ -57,4 +57,4 @@ def test_public_names():
     for name in llava_patch.__all__:
         assert getattr(llava_patch, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        llava_patch.nothing  # noqa: B018
+        llava_patch.nothing

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +95,13 @@ class FusedLinear(nn.Linear):
     """
 
     def __init__(
-        self, main_features: int, n_taps: int, out_features: int, bias: bool, device: object = None, dtype: object = None
+        self,
+        main_features: int,
+        n_taps: int,
+        out_features: int,
+        bias: bool,
+        device: object = None,
+        dtype: object = None,
     ) -> None:
         """Make a layer with `nn.Linear`'s usual initialisation over its full width."""
         super().__init__((1 + n_taps) * main_features, out_features, bias=bias, device=device, dtype=dtype)  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ LLAVA = "llava"
 HF = "hf"
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: Any) -> Any:
     """Strip DDP, DeepSpeed engines and peft wrappers around a host model."""
     while True:
         if hasattr(model, "get_base_model"):
@@ -46,11 +46,12 @@ class Anatomy:
     """
 
     host: str
-    model: nn.Module
-    decoder: nn.Module
-    wrapper: nn.Module
-    tower: nn.Module
-    projector_owner: nn.Module
+    # Typed Any: what these modules have is the host's business, and this file is where it is known.
+    model: Any
+    decoder: Any
+    wrapper: Any
+    tower: Any
+    projector_owner: Any
     projector_name: str
 
     @property
@@ -69,7 +70,7 @@ class Anatomy:
         return self.model.lm_head
 
     @property
-    def embed_tokens(self) -> nn.Module:
+    def embed_tokens(self) -> Any:
         """The token embedding."""
         return self.decoder.embed_tokens
 
@@ -84,7 +85,7 @@ class Anatomy:
         return getattr(self.projector_owner, self.projector_name)
 
     @property
-    def vision_model(self) -> nn.Module | None:
+    def vision_model(self) -> Any:
         """The transformers vision model inside the tower; None while `llava` has not loaded it yet."""
         if self.host == HF:
             return self.tower
@@ -195,7 +196,7 @@ class Anatomy:
         return features if isinstance(features, Tensor) else torch.stack(list(features))
 
 
-def find(model: nn.Module) -> Anatomy:
+def find(model: Any) -> Anatomy:
     """Describe a host model.
 
     Args:
@@ -215,7 +216,7 @@ def find(model: nn.Module) -> Anatomy:
                 "initialize_vision_modules(), or load a finished LLaVA checkpoint"
             )
         return Anatomy(LLAVA, model, decoder, model, tower, decoder, "mm_projector")
-    inner = getattr(model, "model", None)
+    inner: Any = getattr(model, "model", None)
     if hasattr(inner, "multi_modal_projector") and hasattr(inner, "language_model"):
         return Anatomy(HF, model, inner.language_model, inner, inner.vision_tower, inner, "multi_modal_projector")
     raise HostError(

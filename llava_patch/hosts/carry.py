@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any, Iterator
+from typing import Any
 
 from torch import Tensor
 
@@ -103,7 +104,7 @@ def _attach_hf(anatomy: Anatomy, undo: UndoStack) -> None:
                 if input_ids is not None:
                     scope.image_mask = hf_image_mask(input_ids, image_token_id)
                 else:  # the host recognises placeholders by their embedding; so must we
-                    embeds = kwargs["inputs_embeds"]
+                    embeds: Tensor = kwargs["inputs_embeds"]
                     token = anatomy.embed_tokens.weight[image_token_id].to(embeds)
                     scope.image_mask = (embeds == token).all(-1)
             return forward(input_ids, pixel_values, *args, **kwargs)

@@ -47,10 +47,10 @@ def check_versions() -> None:
 # --- calling decoder layers -------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=None)
-def _cache_argument(layer_class: type) -> str:
+@functools.cache
+def _cache_argument(layer_class: Any) -> str:
     # `past_key_value` up to 4.55, `past_key_values` from 4.56.
-    names = inspect.signature(layer_class.forward).parameters  # type: ignore[attr-defined]
+    names = inspect.signature(layer_class.forward).parameters
     return "past_key_values" if "past_key_values" in names else "past_key_value"
 
 
@@ -85,7 +85,7 @@ def call_layer(
     kwargs = {
         "attention_mask": attention_mask,
         "position_ids": position_ids,
-        _cache_argument(type(layer)): past_key_values,
+        _cache_argument(type(layer)): past_key_values,  # type: ignore[arg-type]
         "use_cache": use_cache,
         "cache_position": cache_position,
         "position_embeddings": position_embeddings,
@@ -139,7 +139,7 @@ def causal_mask(
         input_embeds=hidden_states,
         attention_mask=key_valid,
         cache_position=torch.arange(keys - queries, keys, device=hidden_states.device),
-        past_key_values=_Lengths(keys),
+        past_key_values=_Lengths(keys),  # type: ignore[arg-type]
     )
 
 
@@ -152,7 +152,7 @@ def _with_attention(config: Any, attn_implementation: str) -> Any:
 
 
 def stock_mask(
-    decoder: nn.Module,
+    decoder: Any,
     inputs_embeds: Tensor,
     attention_mask: Tensor | None,
     cache_position: Tensor,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,9 +56,7 @@ def llava_prepare(
     """
     outputs: tuple
     if images is None or input_ids is None or input_ids.shape[1] == 1:
-        outputs = prepare(
-            input_ids, position_ids, attention_mask, past_key_values, labels, images, *args, **kwargs
-        )
+        outputs = prepare(input_ids, position_ids, attention_mask, past_key_values, labels, images, *args, **kwargs)
         return outputs, None
     _check_counts(input_ids, attention_mask, images, image_token_id)
     valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask

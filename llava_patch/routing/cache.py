@@ -36,8 +36,8 @@ class RoutedCache(DynamicCache):
         """
         if type(cache) is not DynamicCache and type(cache) is not cls:
             raise InputError(
-                f"routing needs a dynamic KV cache, got {type(cache).__name__}: do not set cache_implementation, or set "
-                'it to "dynamic"'
+                f"routing needs a dynamic KV cache, got {type(cache).__name__}: do not set cache_implementation, or "
+                'set it to "dynamic"'
             )
         if cache.get_seq_length() > 0:
             raise InputError(
@@ -45,9 +45,10 @@ class RoutedCache(DynamicCache):
                 "in the first prompt: start from an empty cache"
             )
         cache.__class__ = cls
-        cache.text_length = text_length
-        cache.text_valid = text_valid
-        return cache
+        routed: RoutedCache = cache  # type: ignore[assignment]
+        routed.text_length = text_length
+        routed.text_valid = text_valid
+        return routed
 
     def append_text(self, count: int, valid: Tensor | None) -> None:
         """Count new text positions.
@@ -70,7 +71,7 @@ class RoutedCache(DynamicCache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder samples (beam search)."""
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         if self.text_valid is not None:
             self.text_valid = self.text_valid.index_select(0, beam_idx.to(self.text_valid.device))
 

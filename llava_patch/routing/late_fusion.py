@@ -7,7 +7,8 @@ layers; the last K layers on everything again.
 from __future__ import annotations
 
 import copy
-from typing import Any, Iterable
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from llava_patch.errors import InputError, SettingError
 from llava_patch.hosts import carry, compat
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.routing.cache import RoutedCache
-from llava_patch.routing.plan import PositionSet, RoutingPlan, make_plan
+from llava_patch.routing.plan import PositionSet, make_plan
 from llava_patch.settings import Routing
 from llava_patch.undo import UndoStack
 
@@ -229,7 +230,7 @@ class RoutedForward:
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
             past_key_values=cache if use_cache else None,
-            hidden_states=None if recorded is None else tuple(recorded),
+            hidden_states=None if recorded is None else tuple(recorded),  # type: ignore[arg-type]
         )
 
     def _side_branch(self, states: Tensor, rotary: tuple[Tensor, Tensor], valid: Tensor | None) -> Tensor:
@@ -269,7 +270,7 @@ class RoutedForward:
 def _fit_mask(image_mask: Tensor, batch: int, tokens: int) -> Tensor:
     if image_mask.shape[1] != tokens:
         raise InputError(
-            f"image positions cover {image_mask.shape[1]} tokens but the decoder got {tokens}: prefill in chunks is not "
+            f"image positions cover {image_mask.shape[1]} tokens but the decoder got {tokens}: chunked prefill is not "
             "available with routing in this version"
         )
     if batch % image_mask.shape[0]:

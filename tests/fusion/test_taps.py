@@ -45,8 +45,9 @@ def test_impossible_taps(settings, message):
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"stride": 0}, {"detach": -1}, {"layers": ()}, {"layers": (0,)}, {"layers": (3, 3)}, {"merge_size": 3},
-                  {"train_tower": "some"}, {"train_tower": 0}, {"stride": True}]
+    "arguments",
+    [{"stride": 0}, {"detach": -1}, {"layers": ()}, {"layers": (0,)}, {"layers": (3, 3)}, {"merge_size": 3},
+     {"train_tower": "some"}, {"train_tower": 0}, {"stride": True}],
 )  # fmt: skip
 def test_values_that_no_tower_can_take(arguments):
     with pytest.raises(SettingError, match=f"SkipLinks.{next(iter(arguments))}"):

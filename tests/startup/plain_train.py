@@ -1,4 +1,4 @@
-"""Runs LLaVA's training script with the compatibility fixes alone: no start-up hook, no import of llava_patch's patching.
+"""Runs LLaVA's training script with the compatibility fixes alone: no start-up hook, nothing that patches.
 
 The stock script cannot start on a current transformers without them, so this is what "without llava_patch" means there.
 """

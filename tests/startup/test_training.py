@@ -87,7 +87,17 @@ def _losses(out):
 def test_both_stages_by_flags_environment_and_torchrun(data, tmp_path):
     root, files = data
     first, second, third = tmp_path / "one", tmp_path / "llava-two", tmp_path / "llava-three"
-    text = _ok(_run([TRAIN, *_arguments(data, 1, first), "--gin_param", "SkipLinks.stride = 2", "--gin_param=SkipLinks.detach = 1"]))
+    text = _ok(
+        _run(
+            [
+                TRAIN,
+                *_arguments(data, 1, first),
+                "--gin_param",
+                "SkipLinks.stride = 2",
+                "--gin_param=SkipLinks.detach = 1",
+            ]
+        )
+    )
     assert "SkipLinks(stride=2, detach=1" in text
     projector = torch.load(first / "mm_projector.bin", weights_only=True)
     assert projector["model.mm_projector.0.weight"].shape == (64, 4 * 32)

@@ -1,0 +1,76 @@
+"""Prefill time of a routed model over the stock model: both in one process, interleaved, medians."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from llava_patch.patching import patch
+from llava_patch.settings import Routing
+
+
+@dataclass(frozen=True)
+class PrefillRatio:
+    """Medians over the repeats, in milliseconds.
+
+    Attributes:
+        stock_ms: stock prefill.
+        routed_ms: routed prefill.
+        ratio: routed over stock; below 1 is faster.
+        spread: lowest and highest ratio of single neighbouring pairs.
+        tokens: positions of the prompt, image positions included.
+    """
+
+    stock_ms: float
+    routed_ms: float
+    ratio: float
+    spread: tuple[float, float]
+    tokens: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def measure_prefill(model: nn.Module, inputs: dict[str, Any], routing: Routing, repeats: int = 7) -> PrefillRatio:
+    """Time one prompt's prefill with and without routing.
+
+    Args:
+        model: a stock host model in eval mode; it is patched and restored for every pair of measurements.
+        inputs: keyword arguments of model.forward, with images.
+        routing: what to compare with the stock model.
+        repeats: pairs of measurements, after one warm-up pair.
+
+    Returns:
+        The medians and their ratio. A single forward with a KV cache is timed, the vision tower included.
+    """
+    stock: list[float] = []
+    routed: list[float] = []
+    tokens = 0
+    for i in range(repeats + 1):
+        seconds, tokens = _time(model, inputs)
+        with patch(model, routing=routing):
+            seconds_routed, _ = _time(model, inputs)
+        if i:
+            stock.append(seconds)
+            routed.append(seconds_routed)
+    pairs = [r / s for r, s in zip(routed, stock, strict=True)]
+    a, b = statistics.median(stock), statistics.median(routed)
+    return PrefillRatio(1000 * a, 1000 * b, b / a, (min(pairs), max(pairs)), tokens)
+
+
+def _time(model: nn.Module, inputs: dict[str, Any]) -> tuple[float, int]:
+    on_gpu = next(model.parameters()).is_cuda
+    if on_gpu:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    out = model(**inputs, use_cache=True)
+    if on_gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, int(out.logits.shape[1])

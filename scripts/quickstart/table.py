@@ -1,0 +1,111 @@
+"""The closing table of the quickstart: stock beside patched, every figure read from what the steps wrote."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+
+def lmms_results(folder: Path) -> dict[str, dict[str, Any]]:
+    """Metrics of an lmms-eval run, by task.
+
+    Args:
+        folder: its --output_path.
+
+    Raises:
+        FileNotFoundError: no results file.
+    """
+    files = sorted(folder.rglob("*_results.json"), key=lambda path: path.stat().st_mtime)
+    if not files:
+        raise FileNotFoundError(f"{folder}: lmms-eval left no *_results.json")
+    return json.loads(files[-1].read_text())["results"]
+
+
+def metric(results: dict[str, dict[str, Any]], task: str, name: str) -> float:
+    """One metric, whatever filter lmms-eval has appended to its name; nan when a task reports none.
+
+    Raises:
+        KeyError: the task or the metric is not in the results.
+    """
+    for key, value in results[task].items():
+        if key.split(",")[0] == name:
+            return float(value) if isinstance(value, (int, float)) else math.nan
+    raise KeyError(f"{task} has no metric {name}; it has {sorted(results[task])}")
+
+
+def losses(run: Path) -> list[float]:
+    """Training losses of a run of LLaVA's Trainer, one a step."""
+    history = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def _loss_text(run: Path) -> str:
+    values = losses(run)
+    tail = values[-10:]
+    return f"{values[0]:.3f} -> {sum(tail) / len(tail):.3f}"
+
+
+def _number(value: float, digits: int = 3) -> str:
+    return "none" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def build(out: Path, base: Path, stage1: Path, patched: Path) -> Table:
+    """The table.
+
+    Args:
+        out: the quickstart's folder, which holds read_*.json and eval_*.
+        base: the small file set with base.json.
+        stage1: stage 1's output.
+        patched: stage 2's output.
+    """
+    record = json.loads((base / "base.json").read_text())
+    read = {name: json.loads((out / f"read_{name}.json").read_text()) for name in ("stock", "patched")}
+    evaluated = {name: lmms_results(out / f"eval_{name}") for name in ("stock", "patched")}
+    both = ("stock", "patched")
+    table = Table("", "stock LLaVA-1.5 (small)", "Skip-Links + DPVR-LF", title="quickstart")
+    table.add_row("what trains", f"all {record['parameters']:,} parameters", _trains(stage1, read["patched"]))
+    table.add_row("loss, stage 1 (projector)", "-", _loss_text(stage1))
+    table.add_row("loss, stage 2 (side branch)", "-", _loss_text(patched))
+    table.add_row("exact match, held-out strings", *(f"{read[n]['exact_match']:.3f}" for n in both))
+    table.add_row("  control: another sample's image", *(f"{read[n]['exact_match_other_image']:.3f}" for n in both))
+    table.add_row(
+        "  control: side branch sees another's", "-", f"{read['patched']['exact_match_side_other_image']:.3f}"
+    )
+    for label, task, name, digits in (
+        ("R-Probe error (MSE, held-out)", "rprobe", "rprobe_mse", 3),
+        ("R-Probe error / variance (FVU)", "rprobe", "rprobe_fvu", 3),
+        ("vision transition layer", "saturation", "vision_transition_layer", 1),
+        ("recommended split", "saturation", "recommended_split", 0),
+        ("POPE accuracy (24 local rows)", "pope", "pope_accuracy", 3),
+        ("MME perception (local rows)", "mme", "mme_perception_score", 1),
+    ):
+        table.add_row(label, *(_number(metric(evaluated[n], task, name), digits) for n in both))
+    time = read["stock"]["prefill"]
+    table.add_row(
+        f"prefill time ratio ({time['tokens']} tokens, {time['depth']} layers)",
+        "1.00",
+        f"{time['ratio']:.2f} ({time['spread'][0]:.2f} to {time['spread'][1]:.2f})",
+    )
+    return table
+
+
+def _trains(stage1: Path, read: dict[str, Any]) -> str:
+    taps = json.loads((stage1 / "config.json").read_text())["llava_patch"]["fusion"]["stride"]
+    return f"stage 1: projector (taps every {taps} blocks)\nstage 2: {read['trainable']}"
+
+
+def closing(out: Path, patched: Path) -> list[str]:
+    """Lines under the table: where the figures are, and what to type for a real checkpoint."""
+    figures = sorted(str(path) for path in out.glob("eval_*/**/*.png"))
+    return [
+        "",
+        "[bold]figures[/]",
+        *(f"  {path}" for path in figures),
+        f"[bold]patched checkpoint[/]  {patched}  (loads with llava's and lmms-eval's own loaders, no flag needed)",
+        "[bold]next, on your own LLaVA-1.5 7B[/] (your launch script, two flags appended):",
+        "  bash scripts/v1_5/finetune.sh --gin_file dpvr_lf_7b.gin",
+        "  lmms-eval --model llava --model_args pretrained=CKPT --tasks rprobe,saturation,pope,mme",
+        "  (a script that takes no arguments: LLAVA_PATCH_GIN_FILE=dpvr_lf_7b.gin bash scripts/v1_5/finetune.sh)",
+    ]
