@@ -308,12 +308,25 @@ def _make_callback(handle: "Handle") -> Any:
                 write_records(handle, Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.is_world_process_zero:
-                from llava_patch import checkpoint
+            reason = _why_no_adapter(handle)
+            if not state.is_world_process_zero:
+                return
+            if reason is not None:
+                print(f"llava_patch: no separate adapter is written: {reason}", flush=True)
+                return
+            from llava_patch import checkpoint
 
-                checkpoint.save(handle, Path(args.output_dir) / ADAPTER_FOLDER)
+            checkpoint.save(handle, Path(args.output_dir) / ADAPTER_FOLDER)
 
     return PatchCallback()
+
+
+def _why_no_adapter(handle: "Handle") -> str | None:
+    if any("lora_" in name for name in handle.trainable()):
+        return "LoRA trains, and LLaVA's script writes its own LoRA checkpoint, which holds our weights too"
+    if any(hasattr(p, "ds_id") for p in handle.anatomy.model.parameters()):
+        return "ZeRO-3 keeps the weights in parts; the full checkpoint holds them"
+    return None
 
 
 def write_records(handle: "Handle", folder: Path) -> None:

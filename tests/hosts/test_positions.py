@@ -71,6 +71,17 @@ def test_image_tokens_and_images_that_disagree_are_named(llava, images):
     undo.unwind()
 
 
+def test_the_hf_host_itself_names_a_mismatch(host):
+    if host.name == "llava":
+        pytest.skip("llava has no check of its own; ours is tested above")
+    from llava_patch import Routing, patch
+
+    batch = host.batch(SAMPLES[:2])
+    batch.inputs["pixel_values"] = batch.inputs["pixel_values"][:2]
+    with patch(host.model, routing=Routing(split=2)), pytest.raises(ValueError, match="do not match: tokens: 48"):
+        host.logits(batch)
+
+
 def test_anatomy_of_both_hosts(host):
     found = anatomy.find(host.model)
     assert (found.host, found.n_blocks, found.main_block, len(found.layers)) == (host.name, 8, 7, 6)
