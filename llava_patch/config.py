@@ -14,11 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import gin
+from llava_patch.diagnostics.saturation import Saturation
 from llava_patch.errors import SettingError
+from llava_patch.probe.settings import RProbe
 from llava_patch.resources import gin_dir
 from llava_patch.settings import METHODS, Routing, SkipLinks
 
-for _cls in METHODS.values():
+MEASUREMENTS: dict[str, Any] = {"RProbe": RProbe, "Saturation": Saturation}
+
+for _cls in (*METHODS.values(), *MEASUREMENTS.values()):
     gin.register(_cls, module="llava_patch")
 
 
@@ -34,12 +38,14 @@ class Configuration:
     Attributes:
         fusion: fusion settings or None.
         routing: routing settings or None.
+        measurements: settings of measurements that have a binding, by class name.
         operative: gin's operative config as text: every value in use, the defaults included.
         sources: the files and bindings it came from.
     """
 
     fusion: SkipLinks | None = None
     routing: Routing | None = None
+    measurements: dict[str, Any] = field(default_factory=dict)
     operative: str = ""
     sources: tuple[str, ...] = field(default=())
 
@@ -47,9 +53,14 @@ class Configuration:
         """Keyword arguments of `patch`."""
         return {"fusion": self.fusion, "routing": self.routing}
 
+    @property
+    def patches(self) -> bool:
+        """Whether a model is to be patched."""
+        return self.fusion is not None or self.routing is not None
+
     def __bool__(self) -> bool:
         """Whether anything is configured."""
-        return self.fusion is not None or self.routing is not None
+        return self.patches or bool(self.measurements)
 
 
 def find_file(name: str) -> Path:
@@ -89,6 +100,7 @@ def read(files: Sequence[str], params: Sequence[str]) -> Configuration:
         for kind, value in _implied().items():
             if resolved[kind] is None:
                 resolved[kind] = value
+        measurements = {n: gin.get_configurable(n)() for n in MEASUREMENTS if _bound(n)}
         operative = gin.operative_config_str()
     except SettingError as error:
         raise SettingError(_setting_error(error)) from None
@@ -97,13 +109,17 @@ def read(files: Sequence[str], params: Sequence[str]) -> Configuration:
         raise SettingError(inner or f"gin configuration ({', '.join(sources)}): {_explain(error)}") from error
     finally:
         gin.clear_config()
-    return Configuration(resolved["fusion"], resolved["routing"], operative, sources)
+    return Configuration(resolved["fusion"], resolved["routing"], measurements, operative, sources)
+
+
+def _bound(name: str) -> bool:
+    return bool(gin.get_bindings(name, resolve_references=False))
 
 
 def _implied() -> dict[str, Any]:
     implied: dict[str, Any] = {}
     for name, cls in METHODS.items():
-        if not gin.get_bindings(name, resolve_references=False):
+        if not _bound(name):
             continue
         if cls.KIND in implied:
             raise SettingError(
@@ -127,7 +143,7 @@ def _explain(error: BaseException) -> str:
     text = " ".join(str(error).split())
     unknown = re.search(r"No configurable matching '([^']+)'", text)
     if unknown:
-        near = difflib.get_close_matches(unknown[1].split(".")[0], [*METHODS, "Patch"], n=1)
-        known = ", ".join(["Patch", *METHODS])
+        near = difflib.get_close_matches(unknown[1].split(".")[0], [*METHODS, *MEASUREMENTS, "Patch"], n=1)
+        known = ", ".join(["Patch", *METHODS, *MEASUREMENTS])
         return f"{text} Known names: {known}." + (f" Did you mean {near[0]}?" if near else "")
     return text

@@ -82,8 +82,8 @@ def configuration() -> "Configuration | None":
         read = config.read(files, params)
         if not read:
             raise SettingError(
-                f"{', '.join([*files, *params])} configures no method: bind Patch.fusion or Patch.routing, or a field "
-                "of a method"
+                f"{', '.join([*files, *params])} configures nothing: bind Patch.fusion or Patch.routing, or a field "
+                "of a method or measurement"
             )
         _configuration = read
     return _configuration
@@ -177,7 +177,8 @@ def _on_llava_arch(module: ModuleType) -> None:
 
     @functools.wraps(original)
     def initialize_vision_modules(self: Any, model_args: Any, fsdp: Any = None) -> None:
-        if not _training or configuration() is None:
+        asked = configuration()
+        if not _training or asked is None or not asked.patches:
             return original(self, model_args, fsdp)
         from transformers import set_seed
 
@@ -254,11 +255,10 @@ def _prepare_training(model: Any, training_args: Any) -> "Handle | None":
 
     asked = configuration()
     handle = get_handle(model)
-    if asked is None and handle is None:
-        return None
-    if asked is not None:
+    if asked is not None and asked.patches:
         handle = _patch_for_training(model, training_args, asked)
-    assert handle is not None
+    if handle is None:
+        return None
     routing = handle.routing
     if getattr(training_args, "tune_mm_mlp_adapter", False) and routing is not None and routing.freeze != "none":
         raise SettingError(
@@ -396,7 +396,7 @@ def _load_host(original: Any, cls: Any, path: Any, args: tuple, kwargs: dict[str
 def _finish(model: Any) -> Any:
     """Apply what flags or environment ask for to a model that is loaded for use; training waits for the Trainer."""
     asked = None if _training else configuration()
-    if asked is not None:
+    if asked is not None and asked.patches:
         from llava_patch.patching import patch
 
         patch(model[0] if isinstance(model, tuple) else model, **asked.methods())

@@ -28,6 +28,13 @@ def test_the_operative_config_reproduces_itself(tmp_path):
     assert config.read([str(tmp_path / "again.gin")], []).methods() == read.methods()
 
 
+def test_measurements_are_bound_by_the_same_names():
+    read = config.read([], ["RProbe.steps = 7", "Saturation.transition_share = 0.3"])
+    assert read.measurements["RProbe"].steps == 7 and read.measurements["Saturation"].transition_share == 0.3
+    assert read and not read.patches
+    assert config.read([], ["Routing.split = 3"]).measurements == {}
+
+
 def test_gin_is_left_empty():
     import gin
 

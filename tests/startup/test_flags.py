@@ -35,7 +35,7 @@ def test_nothing_configured_is_none():
 def test_a_configuration_that_turns_nothing_on_is_an_error(monkeypatch, tmp_path):
     (tmp_path / "empty.gin").write_text("# nothing\n")
     monkeypatch.setenv("LLAVA_PATCH_GIN_FILE", str(tmp_path / "empty.gin"))
-    with pytest.raises(SettingError, match="configures no method"):
+    with pytest.raises(SettingError, match="configures nothing"):
         startup.configuration()
 
 

@@ -1,0 +1,139 @@
+"""From saturation curves to transition layers and to a split: mathematics only."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """Where image tokens may leave the decoder.
+
+    Attributes:
+        split: first layer of the window; None when there is no window.
+        window: first and last layer of the window, both included; None when there is none.
+        reason: why, in a sentence; it says so when the signals disagree.
+    """
+
+    split: int | None
+    window: tuple[int, int] | None
+    reason: str
+
+
+def transition_layer(kl: Sequence[float], share: float) -> int | None:
+    """First layer from which the logit-lens KL stays at or below a share of its layer-0 value.
+
+    "Stays" rather than "first touches": one layer's dip must not count as the transition.
+
+    Args:
+        kl: KL(final || layer) per layer in nats; NaN where the positions are absent (such layers are passed over).
+        share: of the layer-0 value.
+
+    Returns:
+        Layer number, or None when layer 0 already predicts what the last layer does (KL of 0) or is absent.
+    """
+    if not kl or math.isnan(kl[0]) or kl[0] <= 0:
+        return None
+    above = [layer for layer, value in enumerate(kl) if value > share * kl[0]]
+    later = [layer for layer, value in enumerate(kl) if layer > above[-1] and not math.isnan(value)] if above else [0]
+    return later[0] if later else None
+
+
+def deep_median(mass: Sequence[float]) -> float:
+    """Median attention mass of the deep layers: L/2 .. L-2.
+
+    The second half of the decoder is this project's reading of "deep". The last layer is left out: late-layer fusion
+    always shows it the image (K >= 1), so it has no say in where the image may leave, and it is often unlike the rest.
+    """
+    deep = mass[len(mass) // 2 : -1]
+    return statistics.median(deep if deep else mass)
+
+
+def settled_layer(mass: Sequence[float], tolerance: float) -> int | None:
+    """First layer from which attention mass stays within a tolerance of its deep median (the last layer left out)."""
+    median = deep_median(mass)
+    outside = [i for i, value in enumerate(mass[:-1]) if abs(value - median) > tolerance * median]
+    first = outside[-1] + 1 if outside else 0
+    return first if first < len(mass) - 1 else None
+
+
+def recommend(
+    mass: Sequence[float],
+    image_kl: Sequence[float],
+    image_cosine: Sequence[float],
+    image_present: Sequence[bool],
+    *,
+    transition_share: float,
+    mass_tolerance: float,
+    fall_share: float,
+) -> Recommendation:
+    """Recommend a split as a window from where text has stopped reading the image to where the image has stopped.
+
+    The window opens at the first layer from which attention mass stays near its deep median and closes at the image
+    transition layer. Mass that is flat from the start says nothing (a small model reads the image to its end), so the
+    deep median must also have fallen to `fall_share` of the highest mass.
+
+    Args:
+        mass: text-to-image attention mass per layer.
+        image_kl: logit-lens KL at image positions per layer.
+        image_cosine: cosine of image states across each layer.
+        image_present: whether the layer sees image positions at all.
+        transition_share: see `transition_layer`.
+        mass_tolerance: see `settled_layer`.
+        fall_share: how low the deep median must be, as a share of the highest mass.
+
+    Returns:
+        The window, or the reason why there is none.
+    """
+    absent = [layer for layer, present in enumerate(image_present) if not present]
+    if absent:
+        return Recommendation(
+            None,
+            None,
+            f"the model is already routed: layers {absent[0]}..{absent[-1]} see no image; measure the stock model",
+        )
+    transition = transition_layer(image_kl, transition_share)
+    settled = settled_layer(mass, mass_tolerance)
+    median, highest = deep_median(mass), max(mass)
+    lens = (
+        f"the logit lens has its image transition at layer {transition}"
+        if transition is not None
+        else "the logit lens shows no image transition (KL is 0 from layer 0 on)"
+    )
+    if median > fall_share * highest:
+        return Recommendation(
+            None,
+            None,
+            f"attention mass does not fall: its deep median {median:.3g} is {median / highest:.0%} of its highest "
+            f"value {highest:.3g} (at most {fall_share:.0%} would count); {lens}"
+            + ("; the signals disagree" if transition is not None and transition < len(mass) - 1 else ""),
+        )
+    if settled is None:
+        return Recommendation(
+            None,
+            None,
+            f"attention mass never settles within {mass_tolerance:.0%} of its deep median {median:.3g}; {lens}",
+        )
+    if transition is None:
+        return Recommendation(None, None, f"attention mass settles from layer {settled} on, but {lens}")
+    if settled > transition:
+        return Recommendation(
+            None,
+            None,
+            f"the signals disagree: attention mass settles only from layer {settled} on, after the image transition at "
+            f"layer {transition}: the window is empty",
+        )
+    reason = (
+        f"attention mass stays within {mass_tolerance:.0%} of its deep median {median:.3g} from layer {settled} on, "
+        f"and image positions have made their transition by layer {transition}"
+    )
+    before, after = image_cosine[:settled], image_cosine[settled:-1]
+    if before and after and statistics.mean(after) < statistics.mean(before):
+        reason += (
+            f"; the signals disagree in part: image states still turn more after the split (mean cosine "
+            f"{statistics.mean(after):.3f}) than before it ({statistics.mean(before):.3f})"
+        )
+    return Recommendation(settled, (settled, transition), reason)

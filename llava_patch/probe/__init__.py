@@ -1,0 +1,1 @@
+"""R-Probe: can the first quarter of the LLM rebuild the pixels from the projected tokens?"""

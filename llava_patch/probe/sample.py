@@ -1,0 +1,77 @@
+"""One probe sample: an image, one text region of it and where that region is; and the split into train and held-out."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Union
+
+from PIL import Image
+
+from llava_patch.errors import InputError
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A text region of an image.
+
+    Attributes:
+        image: the picture, or the file it is in (opened when it is needed).
+        text: transcript of the region.
+        box: (x0, y0, x1, y1) of the region in pixels of the image, x to the right, y down.
+        all_boxes: boxes of all text regions of the image.
+        id: names the sample in errors and results; a file and line where it came from one.
+        document: samples of one document are never split between train and held-out; "" means the id.
+    """
+
+    image: Union[Image.Image, str, Path]
+    text: str
+    box: Box
+    all_boxes: tuple[Box, ...] = ()
+    id: str = ""
+    document: str = ""
+
+    def open_image(self) -> Image.Image:
+        """The picture in RGB.
+
+        Raises:
+            InputError: the file is missing or broken; names sample and file.
+        """
+        if isinstance(self.image, Image.Image):
+            return self.image.convert("RGB")
+        try:
+            with Image.open(self.image) as image:
+                return image.convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:  # PIL raises all three on broken files
+            raise InputError(f"{self.id}: image {self.image} cannot be read: {error}") from error
+
+
+def split_samples(samples: Sequence[Sample], heldout_share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """Split by document: the same seed and documents give the same split, whatever the order of the samples.
+
+    Args:
+        samples: all samples; one without a document is a document of its own, named by its id.
+        heldout_share: share of the documents held out, 0..1; at least one document lands on either side.
+        seed: of the split.
+
+    Returns:
+        (train, held-out), each in the given order.
+
+    Raises:
+        InputError: fewer than two documents.
+    """
+    documents = sorted({sample.document or sample.id for sample in samples})
+    if len(documents) < 2:
+        raise InputError(
+            f"R-Probe needs at least two documents, one to train on and one held out; got {len(samples)} samples of "
+            f"{len(documents)} documents (samples without a document are told apart by their id)"
+        )
+    random.Random(seed).shuffle(documents)
+    count = min(max(1, round(heldout_share * len(documents))), len(documents) - 1)
+    held = set(documents[:count])
+    train = [s for s in samples if (s.document or s.id) not in held]
+    return train, [s for s in samples if (s.document or s.id) in held]

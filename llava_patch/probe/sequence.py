@@ -1,0 +1,176 @@
+"""The probe's sequence: which image tokens are targets, in which order tokens are read, and where each one sits.
+
+Pure mathematics on tensors; no host is imported. Source: "Detached Skip-Links and R-Probe", section 5.2, eq. 8: the
+input is [context image tokens ; text tokens ; target image tokens], and positions are given before reordering.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llava_patch.errors import InputError
+
+CHANNELS = 3
+
+
+@dataclass(frozen=True)
+class TokenGrid:
+    """How the visual tokens of one image tile its pixels, in raster order.
+
+    Attributes:
+        rows: token rows.
+        columns: token columns.
+        cell: side in pixels of the square under one token (patch size x merge size; 14 on LLaVA-1.5).
+    """
+
+    rows: int
+    columns: int
+    cell: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one image."""
+        return self.rows * self.columns
+
+    @property
+    def pixels(self) -> int:
+        """Values under one token: cell x cell x 3 (588 for cell 14, 2352 for cell 28)."""
+        return self.cell * self.cell * CHANNELS
+
+    @property
+    def text_start(self) -> int:
+        """The first text token sits at (p, p) for this p, the first place past the grid on both axes."""
+        return max(self.rows, self.columns)
+
+    def positions(self, device: torch.device | str = "cpu") -> Tensor:
+        """(row, column) of every token, int64 [tokens, 2]."""
+        index = torch.arange(self.tokens, device=device)
+        return torch.stack([index // self.columns, index % self.columns], dim=-1)
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeSequence:
+    """The order of a batch. Slot s of sample b holds entry `order[b, s]` of [image tokens ; padded text tokens].
+
+    Attributes:
+        order: int64 [batch, slots]; slots = image tokens + widest text.
+        positions: int64 [batch, slots, 2], (row, column) of what lies in each slot.
+        valid: bool [batch, slots]; False at padding, which always lies at the end.
+        target: bool [batch, slots]; True where a target image token is read out.
+    """
+
+    order: Tensor
+    positions: Tensor
+    valid: Tensor
+    target: Tensor
+
+    def to(self, device: torch.device | str) -> ProbeSequence:
+        """The same sequence on another device."""
+        return ProbeSequence(*(t.to(device) for t in (self.order, self.positions, self.valid, self.target)))
+
+
+def merge_size(tokens: int, patch_rows: int, patch_columns: int) -> int:
+    """How many patches on a side one visual token covers.
+
+    Args:
+        tokens: visual tokens of one image.
+        patch_rows: rows of the vision tower's patch grid.
+        patch_columns: columns of it.
+
+    Raises:
+        InputError: the tokens do not tile the grid (a CLS token was kept, or tokens without a patch were added).
+    """
+    for merge in range(1, min(patch_rows, patch_columns) + 1):
+        if patch_rows % merge == 0 == patch_columns % merge and tokens * merge**2 == patch_rows * patch_columns:
+            return merge
+    raise InputError(
+        f"{tokens} visual tokens do not tile a grid of {patch_rows} x {patch_columns} patches: R-Probe needs one "
+        "token a patch, or a square group of patches; tokens without a patch are not available in this version"
+    )
+
+
+def target_mask(boxes: Tensor, grid: TokenGrid) -> Tensor:
+    """Tokens whose pixels meet the text box; a box of any positive area inside the image meets at least one.
+
+    Args:
+        boxes: float [batch, 4], (x0, y0, x1, y1) in pixels of the processed image.
+        grid: the token grid.
+
+    Returns:
+        bool [batch, tokens].
+    """
+    low = grid.positions(boxes.device) * grid.cell
+    high = low + grid.cell
+    x0, y0, x1, y1 = (boxes[:, i, None] for i in range(4))
+    meets_row = (y0 < high[:, 0]) & (y1 > low[:, 0])
+    meets_column = (x0 < high[:, 1]) & (x1 > low[:, 1])
+    return meets_row & meets_column
+
+
+def build_sequence(
+    target: Tensor, text_counts: Tensor, grid: TokenGrid, text_width: int | None = None
+) -> ProbeSequence:
+    """Order the tokens of a batch as [context ; text ; target ; padding] and give each its position.
+
+    Image tokens keep the (row, column) they have in the whole image; text token j sits at (p + j, p + j) past it.
+    Padding comes last, so under a causal mask no valid token ever sees it.
+
+    Args:
+        target: bool [batch, image tokens], from `target_mask`.
+        text_counts: int64 [batch], text tokens of each sample.
+        grid: the token grid.
+        text_width: width to which the text tokens are padded; None: the largest count.
+    """
+    device = target.device
+    width = int(text_counts.max()) if text_width is None else text_width
+    text_index = torch.arange(width, device=device)
+    is_text = text_index < text_counts[:, None]
+    # Rank of the group that an entry belongs to; a stable sort keeps raster and reading order inside each group.
+    context, text, targets, padding = 0, 1, 2, 3
+    group = torch.cat([torch.where(target, targets, context), torch.where(is_text, text, padding)], dim=1)
+    order = torch.argsort(group, dim=1, stable=True)
+    group = group.gather(1, order)
+    text_positions = (grid.text_start + text_index)[:, None].expand(-1, 2)
+    positions = torch.cat([grid.positions(device), text_positions])
+    return ProbeSequence(order, positions[order], group != padding, group == targets)
+
+
+def arrange(image_tokens: Tensor, text_tokens: Tensor, order: Tensor) -> Tensor:
+    """Put embeddings into the sequence's order.
+
+    Args:
+        image_tokens: [batch, image tokens, hidden].
+        text_tokens: [batch, text width, hidden]; what stands at padding does not matter.
+        order: int64 [batch, slots], from `ProbeSequence.order`.
+
+    Returns:
+        [batch, slots, hidden].
+    """
+    joined = torch.cat([image_tokens, text_tokens], dim=1)
+    return joined.gather(1, order[..., None].expand(-1, -1, joined.shape[-1]))
+
+
+def patchify(pixel_values: Tensor, grid: TokenGrid) -> Tensor:
+    """Cut images into the pixels under each token.
+
+    Args:
+        pixel_values: [images, 3, height, width].
+        grid: the token grid; height = rows x cell, width = columns x cell.
+
+    Returns:
+        [images, tokens, cell x cell x 3], tokens in raster order, values in (row, column, channel) order.
+    """
+    expected = (CHANNELS, grid.rows * grid.cell, grid.columns * grid.cell)
+    if tuple(pixel_values.shape[1:]) != expected:
+        raise InputError(f"pixel_values of shape {tuple(pixel_values.shape)}: this tower's images are {expected}")
+    cells = pixel_values.reshape(-1, CHANNELS, grid.rows, grid.cell, grid.columns, grid.cell)
+    return cells.permute(0, 2, 4, 3, 5, 1).reshape(-1, grid.tokens, grid.pixels)
+
+
+def unpatchify(patches: Tensor, grid: TokenGrid) -> Tensor:
+    """Undo `patchify`: [images, tokens, cell x cell x 3] to [images, 3, height, width]."""
+    cells = patches.reshape(-1, grid.rows, grid.columns, grid.cell, grid.cell, CHANNELS)
+    return cells.permute(0, 5, 1, 3, 2, 4).reshape(-1, CHANNELS, grid.rows * grid.cell, grid.columns * grid.cell)

@@ -1,0 +1,165 @@
+"""Images to pixel values through the model's own image processor, and boxes through the same transform."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from llava_patch.errors import HostError, InputError
+from llava_patch.probe.sample import Box
+
+ROUNDING = 1.0
+"""Pixels by which a box may stick out of its image: annotations are rounded."""
+
+
+@dataclass(frozen=True)
+class Transform:
+    """How an image becomes the tower's square input.
+
+    Attributes:
+        processor: the model's image processor (CLIPImageProcessor and kin).
+        mode: "resize" stretches the whole image, "crop" is the processor's own resize and centre crop, "pad" pads to
+            a square with the mean colour first, as LLaVA-1.5's `image_aspect_ratio=pad` does.
+        height: of the processed image, pixels.
+        width: of the processed image, pixels.
+    """
+
+    processor: Any
+    mode: str
+    height: int
+    width: int
+
+    def pixel_values(self, images: Sequence[Image.Image]) -> Tensor:
+        """Normalised pixels of RGB images, float32 [images, 3, height, width] on CPU.
+
+        Raises:
+            HostError: the processor does not give the size that the tower takes.
+        """
+        options: dict[str, Any] = {}
+        if self.mode == "resize":
+            options = {
+                "do_resize": True,
+                "size": {"height": self.height, "width": self.width},
+                "do_center_crop": False,
+            }
+        elif self.mode == "pad":
+            fill = tuple(int(x * 255) for x in self.processor.image_mean)
+            images = [pad_to_square(image, fill) for image in images]
+        pixels = self.processor(list(images), return_tensors="pt", **options)["pixel_values"]
+        if tuple(pixels.shape[1:]) != (3, self.height, self.width):
+            raise HostError(
+                f"the image processor gives {tuple(pixels.shape[1:])}, the vision tower takes "
+                f"{(3, self.height, self.width)}: is it this model's image processor?"
+            )
+        return pixels.to(torch.float32)
+
+    def box(self, box: Box, size: tuple[int, int], name: str) -> Box:
+        """Where a box of the original image lies on the processed image.
+
+        Args:
+            box: (x0, y0, x1, y1) in pixels of the original image.
+            size: (width, height) of the original image.
+            name: sample id, or file and line, for errors.
+
+        Returns:
+            (x0, y0, x1, y1) in pixels of the processed image, cut at its border.
+
+        Raises:
+            InputError: the box is empty, outside the image, or wholly cropped away.
+        """
+        x0, y0, x1, y1 = check_box(box, size, name)
+        width, height = size
+        left, top, square = 0.0, 0.0, size
+        if self.mode == "pad":
+            side = max(size)
+            left, top, square = float((side - width) // 2), float((side - height) // 2), (side, side)
+        new_width, new_height, crop_left, crop_top = self._geometry(square)
+        scale_x, scale_y = new_width / square[0], new_height / square[1]
+        moved = (
+            min(max((x0 + left) * scale_x - crop_left, 0.0), self.width),
+            min(max((y0 + top) * scale_y - crop_top, 0.0), self.height),
+            min(max((x1 + left) * scale_x - crop_left, 0.0), self.width),
+            min(max((y1 + top) * scale_y - crop_top, 0.0), self.height),
+        )
+        if not (moved[0] < moved[2] and moved[1] < moved[3]):
+            raise InputError(
+                f"{name}: box {tuple(box)} lies in the part of the {width} x {height} image that the centre crop cuts "
+                'away; use image_mode "resize" or "pad"'
+            )
+        return moved
+
+    def _geometry(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """(resized width, resized height, columns cropped on the left, rows cropped at the top); < 0 where padded."""
+        if self.mode == "resize":
+            return self.width, self.height, 0, 0
+        width, height = size
+        if self.processor.do_resize:
+            wanted = self.processor.size
+            if "shortest_edge" in wanted:
+                # The long side is truncated, as in transformers' get_resize_output_image_size.
+                short, long = wanted["shortest_edge"], int(wanted["shortest_edge"] * max(size) / min(size))
+                width, height = (short, long) if width <= height else (long, short)
+            else:
+                width, height = wanted["width"], wanted["height"]
+        if not self.processor.do_center_crop:
+            return width, height, 0, 0
+        return width, height, (width - self.width) // 2, (height - self.height) // 2
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """(mean, std) of the processor's normalisation, each float32 [3]: pixels x std + mean lie in 0..1.
+
+        Raises:
+            HostError: the processor does not scale pixels to 0..1 first.
+        """
+        if not getattr(self.processor, "do_rescale", True):
+            raise HostError("the image processor has do_rescale = False: R-Probe cannot tell the pixels' range")
+        if not getattr(self.processor, "do_normalize", True):
+            return torch.zeros(3, dtype=torch.float32), torch.ones(3, dtype=torch.float32)
+        mean, std = self.processor.image_mean, self.processor.image_std
+        return torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32)
+
+
+def check_box(box: Box, size: tuple[int, int], name: str) -> Box:
+    """Refuse a box that has no area or is not on the image; what sticks out by rounding is cut off.
+
+    Args:
+        box: (x0, y0, x1, y1) in pixels.
+        size: (width, height) of the image.
+        name: sample id, or file and line, for the error.
+    """
+    x0, y0, x1, y1 = (float(v) for v in box)
+    width, height = size
+    if not (x0 < x1 and y0 < y1):  # also catches NaN
+        raise InputError(f"{name}: empty box {tuple(box)}: expected x0 < x1 and y0 < y1")
+    if min(x0, y0) < -ROUNDING or x1 > width + ROUNDING or y1 > height + ROUNDING:
+        raise InputError(f"{name}: box {tuple(box)} is outside its image of {width} x {height} pixels")
+    inside = max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))
+    if not (inside[0] < inside[2] and inside[1] < inside[3]):
+        raise InputError(f"{name}: box {tuple(box)} is outside its image of {width} x {height} pixels")
+    return inside
+
+
+def pad_to_square(image: Image.Image, fill: tuple[int, ...]) -> Image.Image:
+    """Centre an RGB image on a square of its longer side, as llava's `expand2square` does."""
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    square = Image.new(image.mode, (side, side), fill)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def black_out(image: Image.Image, box: Box) -> Image.Image:
+    """Copy of an RGB image with every pixel that the box touches set to black (appendix D.2, "masked")."""
+    masked = image.copy()
+    x0, y0, x1, y1 = box
+    # PIL's rectangles include their last row and column.
+    right, bottom = -int(-x1 // 1) - 1, -int(-y1 // 1) - 1
+    ImageDraw.Draw(masked).rectangle((int(x0), int(y0), right, bottom), fill=(0, 0, 0))
+    return masked

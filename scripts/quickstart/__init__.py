@@ -1,0 +1,15 @@
+"""Everything `scripts/quickstart.sh` needs before llava_patch: a small LLaVA-1.5 that reads, and its data.
+
+Modules, in the order they are used:
+    render      images of digits in real fonts, crops of real photographs
+    english     lines of real English text
+    questions   what is asked about an image, and the right answer
+    prompts     vicuna_v1 prompts as token ids
+    tokenizer   a small sentencepiece tokenizer with vicuna's file set
+    model       the small LLaVA-1.5 as one torch module, for training
+    fileset     the files of a LLaVA-1.5 release, as the hub has them
+    data        training data in LLaVA's JSON format, held-out test rows
+    score       exact match on the held-out rows, for either host's model
+    base        trains the model and writes all of it (`python -m quickstart.base OUT`)
+    evaldata    local POPE and MME data for lmms-eval's stock tasks
+"""

@@ -1,0 +1,282 @@
+"""Two stages that teach the small LLaVA-1.5 to read: the tower on patch labels, then the rest on answers.
+
+Trained jointly from scratch it learns nothing within minutes. Once the tower can tell which character covers each
+patch and which place that has in the string, the rest follows quickly. As in LLaVA the tower then stays frozen: the
+aimless gradients of the first hundred steps would undo what it has learnt.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from . import questions
+from .model import SmallLlava, normalise
+from .prompts import IMAGE_TOKEN_INDEX, PromptEncoder
+
+PHOTO_SHARE = 0.1  # of the images in the tower's stage
+BLANK = 10  # patch class after the ten digits; the photographs' words follow it
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Length and step size of one stage.
+
+    Attributes:
+        steps: optimiser steps.
+        learning_rate: at the end of the warm-up; falls along a half cosine to a twentieth.
+        warmup: steps of linear warm-up.
+        batch_size: images a step.
+        weight_decay: of matrices; vectors have none.
+        clip: largest gradient norm.
+    """
+
+    steps: int
+    learning_rate: float = 2e-3
+    warmup: int = 50
+    batch_size: int = 64
+    weight_decay: float = 0.05
+    clip: float = 1.0
+
+    def __post_init__(self):
+        for name in ("steps", "warmup", "batch_size", "learning_rate", "clip"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps)))
+        return self.learning_rate * min(1.0, (step + 1) / self.warmup) * (0.95 * cosine + 0.05)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids of a training step.
+
+    Attributes:
+        ids: int64 [batch, tokens], padded with 0 on the right.
+        images: float [images, 3, height, width].
+        answer_mask: bool [batch, tokens], True where an answer is.
+    """
+
+    ids: torch.Tensor
+    images: torch.Tensor
+    answer_mask: torch.Tensor
+
+
+def patch_labels(sample: questions.Sample, photo_words: list[str], grid: int) -> tuple[np.ndarray, np.ndarray]:
+    """What each patch of an image shows, and which place in the string that has.
+
+    Args:
+        sample: with an image.
+        photo_words: every object word, in the order of their classes.
+        grid: patches along each side.
+
+    Returns:
+        Two int64 arrays [grid * grid]: the digit, `BLANK`, or `BLANK + 1 +` the index of the photograph's word; and
+        the digit's place counted from 1, or 0 where there is none.
+    """
+    if sample.photo is not None:
+        word = BLANK + 1 + photo_words.index(sample.photo)
+        return np.full(grid * grid, word), np.zeros(grid * grid, dtype=np.int64)
+    image = sample.text_image
+    patch = sample.pixels.shape[0] / grid
+    centre = (np.arange(grid) + 0.5) * patch
+    left, top, right, bottom = image.box
+    distance = np.abs(centre[:, None] - image.centres[None, :, 0])
+    # Generous bounds: a patch whose centre lies just outside a glyph still holds part of its ink.
+    in_columns = distance.min(axis=1) <= 0.75 * (right - left) / len(image.text)
+    in_rows = (centre >= top - 0.3 * patch) & (centre <= bottom + 0.3 * patch)
+    inked = in_rows[:, None] & in_columns[None, :]
+    place = distance.argmin(axis=1)
+    digit = np.array([int(c) for c in image.text])[place]
+    return np.where(inked, digit, BLANK).reshape(-1), np.where(inked, place + 1, 0).reshape(-1)
+
+
+def make_batch(
+    samples: list[questions.Sample], encoder: PromptEncoder, num_patches: int, with_system: np.ndarray
+) -> Batch:
+    """Tokenises samples into one padded batch.
+
+    Args:
+        samples: what to train on.
+        encoder: of prompts and answers.
+        num_patches: placeholders per image.
+        with_system: bool [batch], which prompts begin with the system prompt.
+    """
+    rows = []
+    for sample, system in zip(samples, with_system, strict=True):
+        prompt = encoder.prompt_ids(sample.question, sample.pixels is not None, bool(system))
+        rows.append((expand_image(prompt, num_patches), encoder.answer_ids(sample.answer)))
+    width = max(len(prompt) + len(answer) for prompt, answer in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, (prompt, answer) in enumerate(rows):
+        ids[i, : len(prompt) + len(answer)] = torch.tensor([*prompt, *answer])
+        mask[i, len(prompt) : len(prompt) + len(answer)] = True
+    pixels = [sample.pixels for sample in samples if sample.pixels is not None]
+    return Batch(ids, normalise(torch.from_numpy(np.stack(pixels))), mask)
+
+
+def expand_image(prompt: tuple[int, ...], num_patches: int) -> list[int]:
+    """Repeats the image placeholder once per patch."""
+    return [i for token in prompt for i in ([token] * num_patches if token == IMAGE_TOKEN_INDEX else [token])]
+
+
+def _minimise(
+    losses: Iterator[torch.Tensor],
+    parameters: list[nn.Parameter],
+    stage: Stage,
+    on_step: Callable[[int, float], None] | None,
+) -> float:
+    """Runs one stage with AdamW.
+
+    Args:
+        losses: one loss a step, computed when it is asked for.
+        parameters: what to train; those without a gradient are left alone.
+        stage: length and step size.
+        on_step: called with the number of steps done and the loss.
+
+    Returns:
+        Seconds taken.
+    """
+    started = time.perf_counter()
+    matrices = [p for p in parameters if p.ndim >= 2]
+    vectors = [p for p in parameters if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": stage.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimiser = torch.optim.AdamW(groups, lr=stage.learning_rate, betas=(0.9, 0.98), fused=True)
+    for step in range(stage.steps):
+        for group in optimiser.param_groups:
+            group["lr"] = stage.rate(step)
+        loss = next(losses)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, stage.clip)
+        optimiser.step()
+        if on_step is not None:
+            on_step(step + 1, loss.item())
+    return time.perf_counter() - started
+
+
+def pretrain_tower(
+    model: SmallLlava,
+    sampler: questions.Sampler,
+    stage: Stage,
+    on_step: Callable[[int, float], None] | None = None,
+) -> float:
+    """Teaches the tower to tell, from the hidden state LLaVA selects, what each patch shows.
+
+    Args:
+        model: its `tower` is trained in place.
+        sampler: source of images.
+        stage: length and step size.
+        on_step: called with the number of steps done and the loss.
+
+    Returns:
+        Seconds taken.
+    """
+    grid = math.isqrt(model.num_patches)
+    width = model.tower.config.hidden_size
+    character = nn.Linear(width, BLANK + 1 + len(sampler.photo_words))
+    # Without the place the language model would have to find out by itself which patch holds the first character, and
+    # that alone takes it longer than all the rest.
+    place = nn.Linear(width, sampler.renderer.num_digits + 1)
+
+    def losses() -> Iterator[torch.Tensor]:
+        while True:
+            # Some photographs, or their classes would drown; the rest digits.
+            kinds = np.where(sampler.rng.random(stage.batch_size) < PHOTO_SHARE, "photo", "read")
+            samples = [sampler.draw(str(kind)) for kind in kinds]
+            labels = [patch_labels(s, sampler.photo_words, grid) for s in samples]
+            characters, places = (torch.from_numpy(np.stack(part)).flatten() for part in zip(*labels, strict=True))
+            features = model.patch_features(normalise(torch.from_numpy(np.stack([s.pixels for s in samples]))))
+            yield nn.functional.cross_entropy(character(features).flatten(0, 1), characters) + (
+                nn.functional.cross_entropy(place(features).flatten(0, 1), places)
+            )
+
+    parameters = [*model.tower.parameters(), *character.parameters(), *place.parameters()]
+    return _minimise(losses(), parameters, stage, on_step)
+
+
+def train_answers(
+    model: SmallLlava,
+    encoder: PromptEncoder,
+    sampler: questions.Sampler,
+    stage: Stage,
+    system_prompt_share: float = 0.75,
+    on_step: Callable[[int, float], None] | None = None,
+) -> float:
+    """Trains projector and language model on answers, the tower frozen.
+
+    Args:
+        model: trained in place.
+        encoder: of prompts and answers.
+        sampler: source of samples.
+        stage: length and step size.
+        system_prompt_share: share of prompts with the system prompt, as llava writes them; the others are as the HF
+            chat template writes them.
+        on_step: called with the number of steps done and the loss.
+
+    Returns:
+        Seconds taken.
+    """
+    if not 0 <= system_prompt_share <= 1:
+        raise ValueError(f"system_prompt_share must be between 0 and 1, not {system_prompt_share}")
+
+    def losses() -> Iterator[torch.Tensor]:
+        while True:
+            samples = [sampler.draw() for _ in range(stage.batch_size)]
+            system = sampler.rng.random(stage.batch_size) < system_prompt_share
+            batch = make_batch(samples, encoder, model.num_patches, system)
+            yield model.loss(batch.ids, batch.images, batch.answer_mask)
+
+    model.tower.requires_grad_(False)
+    try:
+        return _minimise(losses(), [*model.projector.parameters(), *model.language.parameters()], stage, on_step)
+    finally:
+        model.tower.requires_grad_(True)
+
+
+def accuracy(
+    model: SmallLlava,
+    encoder: PromptEncoder,
+    samples: list[questions.Sample],
+    *,
+    shuffled: bool = False,
+    with_system: bool = True,
+    batch_size: int = 128,
+) -> float:
+    """Share of samples whose greedy answer, end token included, is exactly right.
+
+    Args:
+        model: in float32.
+        encoder: of prompts and answers.
+        samples: with images; two may share neither question nor image.
+        shuffled: gives every sample the next one's image.
+        with_system: whether prompts begin with the system prompt.
+        batch_size: images at once.
+    """
+    pixels = [s.pixels for s in samples]
+    if shuffled:
+        pixels = pixels[1:] + pixels[:1]
+    by_length: dict[int, list[int]] = {}
+    prompts = [encoder.prompt_ids(s.question, True, with_system) for s in samples]
+    for i, prompt in enumerate(prompts):
+        by_length.setdefault(len(prompt), []).append(i)
+    was_training = model.training
+    model.eval()
+    right = 0
+    for group in by_length.values():
+        for start in range(0, len(group), batch_size):
+            rows = group[start : start + batch_size]
+            ids = torch.tensor([expand_image(prompts[i], model.num_patches) for i in rows])
+            images = normalise(torch.from_numpy(np.stack([pixels[i] for i in rows])))
+            wanted = [list(encoder.answer_ids(samples[i].answer)) for i in rows]
+            out = model.generate(ids, images, max(map(len, wanted))).tolist()
+            right += sum(answer[: len(want)] == want for answer, want in zip(out, wanted, strict=True))
+    model.train(was_training)
+    return right / len(samples)

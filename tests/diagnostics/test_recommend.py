@@ -1,0 +1,81 @@
+"""Attention mathematics, transition layers and the recommended window."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from llava_patch.diagnostics.attention import mass_on_keys
+from llava_patch.diagnostics.recommend import deep_median, recommend, settled_layer, transition_layer
+
+NAN = float("nan")
+SHARES = {"transition_share": 0.5, "mass_tolerance": 0.2, "fall_share": 0.5}
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("chunk", [1, 4, 99])
+def test_mass_over_all_keys_is_one_and_disjoint_keys_add_up(window: int | None, chunk: int) -> None:
+    torch.manual_seed(0)
+    q, k, queries = torch.randn(4, 9, 8), torch.randn(2, 9, 8), torch.tensor([2, 5, 6, 7, 8])
+    every = torch.ones(9, dtype=torch.bool)
+    some = torch.arange(9) < 4
+    mass = mass_on_keys(q, k, queries, every, 0.35, window, chunk)
+    torch.testing.assert_close(mass, torch.ones(4))
+    parts = [mass_on_keys(q, k, queries, keys, 0.35, window, chunk) for keys in (some, ~some)]
+    torch.testing.assert_close(parts[0] + parts[1], torch.ones(4))
+    # Flash-style reference: the probability on a set of keys is attention applied to an indicator value.
+    near = torch.arange(9)[None] > torch.arange(9)[:, None] - (window or 99)
+    allowed = torch.ones(9, 9).tril().bool() & near
+    value = some.float()[None, None, :, None].expand(1, 4, 9, 1)
+    reference = torch.nn.functional.scaled_dot_product_attention(
+        q[None], k.repeat_interleave(2, 0)[None], value, attn_mask=allowed, scale=0.35
+    )
+    torch.testing.assert_close(parts[0], reference[0, :, queries, 0].mean(-1))
+
+
+def test_transition_is_where_kl_stays_low() -> None:
+    assert transition_layer([2.0, 1.5, 0.9, 0.5, 0.0], 0.5) == 2
+    assert transition_layer([2.0, 0.9, 1.5, 0.5, 0.0], 0.5) == 3  # a dip does not count
+    assert transition_layer([2.0, 1.9, 1.8, 1.7, 0.0], 0.5) == 4  # only the last layer, whose KL is 0
+    assert transition_layer([2.0, 1.5, NAN, NAN, 0.0], 0.5) == 4  # absent layers are passed over
+    assert transition_layer([0.0, 0.0], 0.5) is None
+    assert transition_layer([NAN, 0.0], 0.5) is None
+
+
+def paper_like() -> list[float]:
+    return [0.68, 0.4, 0.2, 0.1, 0.07] + [0.06] * 13 + [0.04] * 13 + [0.2]
+
+
+def test_deep_mass_leaves_the_last_layer_out() -> None:
+    assert deep_median(paper_like()) == 0.04
+    assert settled_layer(paper_like(), 0.2) == 18
+    assert settled_layer([0.9, 0.1, 0.5, 0.1, 0.5, 0.1], 0.2) is None
+
+
+def test_the_papers_curve_gives_its_split() -> None:
+    kl = [4.0] * 20 + [1.0] * 11 + [0.0]
+    got = recommend(paper_like(), kl, [0.9] * 18 + [0.99] * 14, [True] * 32, **SHARES)
+    assert got.split == 18 and got.window == (18, 20) and "disagree" not in got.reason
+    turning = recommend(paper_like(), kl, [0.99] * 18 + [0.9] * 14, [True] * 32, **SHARES)
+    assert turning.split == 18 and "disagree in part" in turning.reason
+
+
+@pytest.mark.parametrize(
+    "mass, kl, words",
+    [
+        ([0.96, 0.9, 0.85, 0.8, 0.8, 0.8, 0.76, 0.75], [2.7, 2, 1.5, *[0.1] * 4, 0], "does not fall.*layer 3.*disagr"),
+        ([0.9, 0.5, 0.3, 0.1, 0.1, 0.1, 0.1, 0.1], [2.7, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0], "disagree.*window is empty"),
+        ([0.9, 0.1, 0.5, 0.1, 0.5, 0.1, 0.5, 0.1], [2.7, 2, 2, 2, 2, 2, 0.1, 0], "does not fall|never settles"),
+        ([0.9, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1], [0.0] * 8, "no image transition"),
+        ([0.9, 0.1, 0.1, 0, 0, 0, 0, 0.1], [2.0, 2, 2, NAN, NAN, NAN, NAN, 0], "already routed: layers 3..6"),
+    ],
+)  # fmt: skip
+def test_no_window_gives_the_reason(mass: list[float], kl: list[float], words: str) -> None:
+    import re
+
+    present = [not math.isnan(value) for value in kl]
+    got = recommend(mass, kl, [0.9] * 8, present, **SHARES)
+    assert got.split is None and got.window is None
+    assert re.search(words, got.reason), got.reason
