@@ -26,7 +26,8 @@ from llava_patch.probe.sample import Sample, split_samples
 from llava_patch.probe.settings import RProbe
 from llava_patch.probe.store import FrozenData, freeze_samples, make_transform
 
-RUNNING = 0.95  # decay of the running MSE, corrected for its start as in Adam
+RUNNING = 0.95  # decay of the running MSE
+LEARNED = 0.9  # training FVU under which a probe has learned something
 OVERFIT = 0.2  # how much higher the held-out FVU may be than the training FVU before we warn
 
 
@@ -75,8 +76,8 @@ def run_rprobe(
         losses = train_probe(decoder, train, settings, lr, progress)
         trained = time.perf_counter()
         found = evaluate(decoder, held, constant, transform, settings)
-    running = running_mean(losses)
     train_variance = float(train.pixels.var(0, correction=0).mean(dtype=torch.float64))
+    running = running_mean(losses, start=train_variance)
     vacuous = settings.threshold >= found.constant_mse
     notes = []
     if vacuous:
@@ -85,7 +86,8 @@ def run_rprobe(
             f"({found.constant_mse:.4f}) on these documents: steps to the threshold say nothing; read FVU instead"
         )
     train_fvu = running[-1] / train_variance
-    if found.mse / found.variance > train_fvu + OVERFIT:
+    # A run too short to learn anything is above that too, but for another reason.
+    if train_fvu < LEARNED and found.mse / found.variance > train_fvu + OVERFIT:
         notes.append(
             f"R-Probe fits its training samples (FVU {train_fvu:.2f}) much better than the held-out ones "
             f"({found.mse / found.variance:.2f}): {len(train)} samples are few for {settings.steps} steps, and the "
@@ -212,12 +214,17 @@ def batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
         waiting = waiting[size:]
 
 
-def running_mean(losses: Sequence[float]) -> list[float]:
-    """Exponential running mean that starts unbiased at the first value."""
-    running, total = [], 0.0
-    for step, loss in enumerate(losses, start=1):
-        total = RUNNING * total + (1 - RUNNING) * loss
-        running.append(total / (1 - RUNNING**step))
+def running_mean(losses: Sequence[float], start: float) -> list[float]:
+    """Exponential running mean of the losses.
+
+    Args:
+        losses: of each step.
+        start: where it starts: the MSE of the constant patch, so that one lucky first batch counts for little.
+    """
+    running, mean = [], start
+    for loss in losses:
+        mean = RUNNING * mean + (1 - RUNNING) * loss
+        running.append(mean)
     return running
 
 

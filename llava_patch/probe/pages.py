@@ -30,8 +30,10 @@ FONTS = {
 SPLITS = ("train", "heldout")
 HELDOUT_SENTENCES = 0.2  # sentences that no training page shows
 SCALE = 2  # pages are rendered at twice the tower's side, so that the resize is part of what is measured
-TEXT_HEIGHT = (8.0, 18.0)  # font size in pixels of the processed image, whatever its side
+TEXT_HEIGHT = (8.0, 18.0)  # font size in pixels of the processed image, so that letters and patches compare
+SMALL_TOWER, LARGE_TEXT = 112, (10.0, 20.0)  # smaller towers get a few large words: they can read no others
 TWO_COLUMNS_FROM = 224  # smaller towers have no room for two columns
+DARK_EVERY = 20  # light on dark; not by lot, because few dark pages make much of the targets' variance
 MARGIN = 0.05  # of the page's side
 
 
@@ -97,6 +99,7 @@ class Pages(Sequence[Sample]):
             raise SettingError(f"Pages: tower_size = {tower_size}: text cannot be read under 28 pixels")
         self.pages = count
         self.side = SCALE * tower_size
+        self.text_height = LARGE_TEXT if tower_size < SMALL_TOWER else TEXT_HEIGHT
         self.columns_allowed = tower_size >= TWO_COLUMNS_FROM
         self.seed = seed
         self.split = split
@@ -130,7 +133,7 @@ class Pages(Sequence[Sample]):
         width = (self.side - 2 * margin) if not two else (self.side - 3 * margin) / 2
         family = list(font_files().values())[rng.integers(len(FONTS))]
         while not lines:  # a large font may find no word that fits: draw another
-            size = round(SCALE * rng.uniform(*TEXT_HEIGHT))
+            size = round(SCALE * rng.uniform(*self.text_height))
             font = _font(family[rng.integers(len(family))], size)
             for column in range(2 if two else 1):
                 lines += self._column(rng, ink, font, margin + column * (width + margin), margin, width)
@@ -141,7 +144,7 @@ class Pages(Sequence[Sample]):
         boxes = tuple(rotated_box(box, angle, self.side) for _, box in lines)
         chosen = int(rng.integers(len(lines)))
         return Sample(
-            image=self._colour(rng, ink),
+            image=self._colour(rng, ink, dark=index % DARK_EVERY == DARK_EVERY - 1),
             text=lines[chosen][0],
             box=boxes[chosen],
             all_boxes=boxes,
@@ -161,8 +164,8 @@ class Pages(Sequence[Sample]):
         draw = ImageDraw.Draw(ink)
         step = font.size * rng.uniform(1.15, 1.6)
         last = self.side - y - 1.1 * font.size
-        last = min(last, y + (last - y) * rng.uniform(0.5, 1.3))  # some pages are not full
-        y += rng.uniform(0.0, 1.2) * font.size
+        last = min(last, y + (last - y) * rng.uniform(0.7, 1.3))  # some pages are not full
+        y += rng.uniform(0.0, 0.5) * font.size
         indent = rng.uniform(0.0, 0.15) * width
         x, width = x + indent, width - indent
         words = self._words(rng)
@@ -185,11 +188,11 @@ class Pages(Sequence[Sample]):
             y += step * (1.5 if text.endswith(".") and rng.random() < 0.3 else 1.0)
         return lines
 
-    def _colour(self, rng: np.random.Generator, ink: Image.Image) -> Image.Image:
+    def _colour(self, rng: np.random.Generator, ink: Image.Image, dark: bool) -> Image.Image:
         """Ink and paper in contrasting colours, lit unevenly, with pixel noise."""
         paper = rng.uniform(200, 255) + rng.uniform(-20, 20, 3)
         text = rng.uniform(0, 90) + rng.uniform(-30, 30, 3)
-        if rng.random() < 0.05:
+        if dark:
             paper, text = text, paper
         alpha = np.asarray(ink, np.float32)[..., None] / 255
         page = paper.astype(np.float32) * (1 - alpha) + text.astype(np.float32) * alpha

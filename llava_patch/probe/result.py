@@ -58,7 +58,7 @@ class RProbeResult:
         steps_to_half_fvu: first step at which the running training MSE was under half the training targets' variance.
         documents: for every held-out sample its id, document, text, target tokens, mse and psnr.
         losses: training MSE of each step.
-        running: its running mean.
+        running: its running mean, which starts at the constant patch's MSE.
         settings: the settings of the run.
         facts: what else one needs to compare two runs (decoder layers, learning rate, sample counts, host, ...).
         warnings: what the user was warned of.

@@ -25,9 +25,10 @@ from .model import SMALL_TEXT, SMALL_VISION, SmallLlava
 from .prompts import PromptEncoder
 
 RECORD = "base.json"
-TOWER_STAGE = training.Stage(steps=900)
+TOWER_STAGE = training.Stage(steps=1200, learning_rate=3e-3)
 # Many small batches: what takes time is to find out where to look, and that takes steps.
-ANSWER_STAGE = training.Stage(steps=900, batch_size=32)
+ANSWER_STAGE = training.Stage(steps=650, batch_size=32)
+SHARES = {kind: share for kind, share in questions.DEFAULT_SHARES.items() if kind != "text"}
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,11 @@ class BaseSettings:
     Attributes:
         seed: of the weights, the training samples and the data.
         tower_stage: the tower on patch labels.
-        answer_stage: projector and language model on answers.
-        shares: kind of question -> share in the answer stage, see `questions.DEFAULT_SHARES`.
+        answer_stage: projector, language model and, after `frozen_steps`, the tower on answers.
+        frozen_steps: of the answer stage, without the tower.
+        tower_rate: factor on the tower's learning rate in the answer stage.
+        shares: kind of question -> share in the answer stage. Without the text-only rows that the data files have:
+            their long, unpredictable answers hide what there is to learn from images.
         system_prompt_share: share of prompts in llava's wording; the others as the HF chat template has them.
         vision, text: keyword arguments of `CLIPVisionConfig` and `LlamaConfig`.
         vocab_size: pieces of the tokenizer.
@@ -48,7 +52,9 @@ class BaseSettings:
     seed: int = 0
     tower_stage: training.Stage = TOWER_STAGE
     answer_stage: training.Stage = ANSWER_STAGE
-    shares: dict[str, float] = field(default_factory=lambda: dict(questions.DEFAULT_SHARES))
+    frozen_steps: int = 150
+    tower_rate: float = 0.1
+    shares: dict[str, float] = field(default_factory=lambda: dict(SHARES))
     system_prompt_share: float = 0.75
     vision: dict = field(default_factory=lambda: dict(SMALL_VISION))
     text: dict = field(default_factory=lambda: dict(SMALL_TEXT))
@@ -130,7 +136,14 @@ def _train_and_write(root: Path, settings: BaseSettings) -> dict:
             seconds["tower_stage"] = training.pretrain_tower(model, sampler, settings.tower_stage, on_step)
             on_step = _stage_bar(bar, "answers", settings.answer_stage)
             seconds["answer_stage"] = training.train_answers(
-                model, encoder, sampler, settings.answer_stage, settings.system_prompt_share, on_step
+                model,
+                encoder,
+                sampler,
+                settings.answer_stage,
+                frozen_steps=settings.frozen_steps,
+                tower_rate=settings.tower_rate,
+                system_prompt_share=settings.system_prompt_share,
+                on_step=on_step,
             )
         # The files hold half-precision weights: measure those.
         for module in (model.language, model.projector, model.tower):
@@ -147,7 +160,6 @@ def _train_and_write(root: Path, settings: BaseSettings) -> dict:
             num_plain=settings.num_plain,
             num_v1=settings.num_v1,
             num_test=settings.num_test,
-            shares=settings.shares,
             image_size=image_size,
             seed=settings.seed,
         )

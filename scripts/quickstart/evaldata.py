@@ -27,7 +27,8 @@ def pope_rows(rng: np.random.Generator, rows_per_category: int = 8) -> list[dict
     """POPE rows: is an object there, half yes, half no.
 
     As in POPE, the absent object is one that is easily confused with what is there (adversarial), one that is
-    frequent in the data (popular), or any (random). Every fourth pair is about a photograph.
+    frequent in the data (popular), or one of another sort (random: an object on an image of digits, a digit on a
+    photograph). Every fourth pair is about a photograph.
 
     Args:
         rng: source of randomness.
@@ -38,7 +39,7 @@ def pope_rows(rng: np.random.Generator, rows_per_category: int = 8) -> list[dict
     rows = []
     for category in POPE_CATEGORIES:
         for pair in range(rows_per_category // 2):
-            sample = sampler.draw("photo" if pair % 4 == 3 else "read")
+            sample = sampler.draw_image(photo=pair % 4 == 3)
             present, absent = _present_and_absent(sample, category, rng)
             source = f"QUICKSTART_{category}_{pair:04d}"
             for noun, answer in ((present, "yes"), (absent, "no")):
@@ -50,15 +51,19 @@ def pope_rows(rng: np.random.Generator, rows_per_category: int = 8) -> list[dict
 
 
 def _present_and_absent(sample: questions.Sample, category: str, rng: np.random.Generator) -> tuple[str, str]:
+    """Something the image shows, and something it does not."""
+    words = sorted(render.photographs())
     if sample.photo is not None:
-        words = [word for word in sorted(render.photographs()) if word != sample.photo]
-        return sample.photo, str(rng.choice(words))
+        absent = list("0123456789") if category == "random" else [word for word in words if word != sample.photo]
+        return sample.photo, str(rng.choice(absent))
     text = sample.text_image.text
     absent = [digit for digit in "0123456789" if digit not in text]
-    if category == "adversarial":
+    if category == "random":
+        absent = words
+    elif category == "adversarial":
         # Not every string has a look-alike that it lacks; then any absent digit has to do.
         absent = [d for d in absent if any(questions.LOOKALIKE[c] == d for c in text)] or absent
-    elif category == "popular":
+    else:
         absent = [digit for digit in "0123" if digit in absent] or absent
     return str(rng.choice(list(text))), str(rng.choice(absent))
 
@@ -76,7 +81,7 @@ def mme_rows(rng: np.random.Generator, images_per_category: int = 4) -> list[dic
     rows = []
     for category in ("existence", "OCR", "numerical_calculation"):
         for number in range(images_per_category):
-            sample = sampler.draw("photo" if category == "existence" and number % 2 else "read")
+            sample = sampler.draw_image(photo=category == "existence" and number % 2 == 1)
             for question, answer in _mme_pair(sample, category, rng):
                 row = {"question_id": f"{category}/{number:04d}.png", "image": sample.pixels}
                 rows.append({**row, "question": question + MME_SUFFIX, "answer": answer, "category": category})

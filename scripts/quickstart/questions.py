@@ -14,7 +14,7 @@ READ_QUESTION = "What is the number in the image?"
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 
 # Share of each kind of sample in training. Reading is what the demo measures, so the others stay small.
-DEFAULT_SHARES = {"read": 0.70, "digit": 0.12, "ocr": 0.06, "compare": 0.03, "photo": 0.07, "text": 0.02}
+DEFAULT_SHARES = {"read": 0.74, "digit": 0.10, "ocr": 0.02, "compare": 0.02, "photo": 0.10, "text": 0.02}
 
 # Digits that are easily taken for one another: POPE's "adversarial" objects, for digits.
 LOOKALIKE = {"0": "8", "1": "7", "2": "7", "3": "8", "4": "9", "5": "6", "6": "8", "7": "1", "8": "3", "9": "4"}
@@ -83,6 +83,9 @@ def near_miss(string: str, rng: np.random.Generator) -> str:
 class Sampler:
     """Draws samples of all kinds.
 
+    Half of what is asked for and is absent is of the other sort: an object on an image of digits, a digit on a
+    photograph. Those absences are easy to tell, as POPE's random objects are.
+
     Args:
         rng: source of all randomness.
         shares: kind -> share; None for `DEFAULT_SHARES`. Need not sum to 1.
@@ -117,6 +120,13 @@ class Sampler:
             raise ValueError(f"kind must be one of {sorted(makers)}, not {kind!r}")
         return makers[kind]()
 
+    def draw_image(self, photo: bool) -> Sample:
+        """A sample whose image is a photograph or digits; what it asks does not matter."""
+        if not photo:
+            return self._read()
+        word = str(self.rng.choice(self.photo_words))
+        return self._on_photo("photo", word, this=False, word=word)
+
     def _on_digits(self, kind: str, image: render.TextImage, question: str, answer: str) -> Sample:
         return Sample(kind, question, answer, image.pixels, text_image=image)
 
@@ -125,12 +135,22 @@ class Sampler:
         return self._on_digits("read", image, READ_QUESTION, image.text)
 
     def _digit(self) -> Sample:
-        image = self.renderer.draw()
         truth = bool(self.rng.integers(2))
+        this = bool(self.rng.integers(2))
+        if not truth and self.rng.integers(2):
+            return self._on_photo("digit", str(self.rng.integers(10)), this)
+        image = self.renderer.draw()
         absent = sorted(set("0123456789") - set(image.text))
         digit = str(self.rng.choice(sorted(set(image.text)) if truth else absent))
-        question = existence_question(digit, this=bool(self.rng.integers(2))) + SHORT_ANSWER
+        question = existence_question(digit, this) + SHORT_ANSWER
         return self._on_digits("digit", image, question, yes_no(truth))
+
+    def _on_photo(self, kind: str, asked: str, this: bool, word: str | None = None) -> Sample:
+        """Is `asked` in a photograph of `word`, or of a random object."""
+        word = str(self.rng.choice(self.photo_words)) if word is None else word
+        question = existence_question(asked, this) + SHORT_ANSWER
+        pixels = render.photo_crop(word, self.rng, self.image_size)
+        return Sample(kind, question, yes_no(asked == word), pixels, photo=word)
 
     def _ocr(self) -> Sample:
         image = self.renderer.draw()
@@ -148,12 +168,14 @@ class Sampler:
         return self._on_digits("compare", image, compare_question(less) + SHORT_ANSWER, yes_no(truth))
 
     def _photo(self) -> Sample:
-        word = str(self.rng.choice(self.photo_words))
         truth = bool(self.rng.integers(2))
-        asked = word if truth else str(self.rng.choice([w for w in self.photo_words if w != word]))
-        question = existence_question(asked, this=bool(self.rng.integers(2))) + SHORT_ANSWER
-        pixels = render.photo_crop(word, self.rng, self.image_size)
-        return Sample("photo", question, yes_no(truth), pixels, photo=word)
+        this = bool(self.rng.integers(2))
+        word = str(self.rng.choice(self.photo_words))
+        if not truth and self.rng.integers(2):
+            image = self.renderer.draw()
+            return self._on_digits("photo", image, existence_question(word, this) + SHORT_ANSWER, yes_no(False))
+        others = [other for other in self.photo_words if other != word]
+        return self._on_photo("photo", word if truth else str(self.rng.choice(others)), this, word)
 
     def _text(self) -> Sample:
         words = english.random_line(self.rng)

@@ -1,10 +1,11 @@
 """Two stages that teach the small LLaVA-1.5 to read: the tower on patch labels, then the rest on answers.
 
 Trained jointly from scratch it learns nothing within minutes. Once the tower can tell which character covers each
-patch and which place that has in the string, the rest follows quickly. As in LLaVA the tower then stays frozen: the
-aimless gradients of the first hundred steps would undo what it has learnt.
+patch and which place that has in the string, the rest follows quickly, provided that the tower is frozen at first and
+then trains slowly: at the full learning rate it forgets within fifty steps what it has learnt.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -14,12 +15,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from . import questions
+from . import questions, render
 from .model import SmallLlava, normalise
 from .prompts import IMAGE_TOKEN_INDEX, PromptEncoder
 
 PHOTO_SHARE = 0.1  # of the images in the tower's stage
-BLANK = 10  # patch class after the ten digits; the photographs' words follow it
+BLANK = 10  # patch class after the ten digits
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,10 @@ class Batch:
     answer_mask: torch.Tensor
 
 
-def patch_labels(sample: questions.Sample, photo_words: list[str], grid: int) -> tuple[np.ndarray, np.ndarray]:
-    """What each patch of an image shows, and which place in the string that has.
+def patch_labels(sample: questions.Sample, photo_words: list[str], grid: int) -> tuple[np.ndarray, int]:
+    """Which characters each patch of an image holds, place by place, and what a photograph shows.
+
+    A patch may hold parts of two characters, so there is one label for each place in the string.
 
     Args:
         sample: with an image.
@@ -77,24 +80,22 @@ def patch_labels(sample: questions.Sample, photo_words: list[str], grid: int) ->
         grid: patches along each side.
 
     Returns:
-        Two int64 arrays [grid * grid]: the digit, `BLANK`, or `BLANK + 1 +` the index of the photograph's word; and
-        the digit's place counted from 1, or 0 where there is none.
+        int64 [grid * grid, places]: the digit at that place if it is in the patch, else `BLANK`; and the number of
+        the photograph's word counted from 1, or 0 for an image of digits.
     """
     if sample.photo is not None:
-        word = BLANK + 1 + photo_words.index(sample.photo)
-        return np.full(grid * grid, word), np.zeros(grid * grid, dtype=np.int64)
+        return np.full((grid * grid, render.NUM_DIGITS), BLANK), 1 + photo_words.index(sample.photo)
     image = sample.text_image
     patch = sample.pixels.shape[0] / grid
-    centre = (np.arange(grid) + 0.5) * patch
+    middle = (np.arange(grid) + 0.5) * patch
     left, top, right, bottom = image.box
-    distance = np.abs(centre[:, None] - image.centres[None, :, 0])
-    # Generous bounds: a patch whose centre lies just outside a glyph still holds part of its ink.
-    in_columns = distance.min(axis=1) <= 0.75 * (right - left) / len(image.text)
-    in_rows = (centre >= top - 0.3 * patch) & (centre <= bottom + 0.3 * patch)
-    inked = in_rows[:, None] & in_columns[None, :]
-    place = distance.argmin(axis=1)
-    digit = np.array([int(c) for c in image.text])[place]
-    return np.where(inked, digit, BLANK).reshape(-1), np.where(inked, place + 1, 0).reshape(-1)
+    width = (right - left) / len(image.text)
+    # Within reach: the patch overlaps the middle half of the character.
+    in_columns = np.abs(middle[:, None] - image.centres[None, :, 0]) <= patch / 2 + width / 4
+    in_rows = (middle >= top - 0.3 * patch) & (middle <= bottom + 0.3 * patch)
+    digits = np.array([int(c) for c in image.text])
+    labels = np.where(in_rows[:, None, None] & in_columns[None], digits, BLANK)
+    return labels.reshape(grid * grid, -1), 0
 
 
 def make_batch(
@@ -129,7 +130,7 @@ def expand_image(prompt: tuple[int, ...], num_patches: int) -> list[int]:
 
 def _minimise(
     losses: Iterator[torch.Tensor],
-    parameters: list[nn.Parameter],
+    parameters: list[tuple[nn.Parameter, float]],
     stage: Stage,
     on_step: Callable[[int, float], None] | None,
 ) -> float:
@@ -137,7 +138,7 @@ def _minimise(
 
     Args:
         losses: one loss a step, computed when it is asked for.
-        parameters: what to train; those without a gradient are left alone.
+        parameters: what to train, each with the factor on its learning rate; those without a gradient are left alone.
         stage: length and step size.
         on_step: called with the number of steps done and the loss.
 
@@ -145,17 +146,23 @@ def _minimise(
         Seconds taken.
     """
     started = time.perf_counter()
-    matrices = [p for p in parameters if p.ndim >= 2]
-    vectors = [p for p in parameters if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": stage.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, lr=stage.learning_rate, betas=(0.9, 0.98), fused=True)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter, factor in parameters:
+        decay = stage.weight_decay if parameter.ndim >= 2 else 0.0
+        groups.setdefault((factor, decay), []).append(parameter)
+    optimiser = torch.optim.AdamW(
+        [{"params": p, "factor": factor, "weight_decay": decay} for (factor, decay), p in groups.items()],
+        lr=stage.learning_rate,
+        betas=(0.9, 0.98),
+        fused=True,
+    )
     for step in range(stage.steps):
         for group in optimiser.param_groups:
-            group["lr"] = stage.rate(step)
+            group["lr"] = stage.rate(step) * group["factor"]
         loss = next(losses)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, stage.clip)
+        nn.utils.clip_grad_norm_([parameter for parameter, _ in parameters], stage.clip)
         optimiser.step()
         if on_step is not None:
             on_step(step + 1, loss.item())
@@ -181,25 +188,25 @@ def pretrain_tower(
     """
     grid = math.isqrt(model.num_patches)
     width = model.tower.config.hidden_size
-    character = nn.Linear(width, BLANK + 1 + len(sampler.photo_words))
-    # Without the place the language model would have to find out by itself which patch holds the first character, and
-    # that alone takes it longer than all the rest.
-    place = nn.Linear(width, sampler.renderer.num_digits + 1)
+    # One head for each place: else the language model would have to find out by itself which character comes first,
+    # and that alone takes it longer than all the rest.
+    characters = nn.Linear(width, render.NUM_DIGITS * (BLANK + 1))
+    objects = nn.Linear(width, 1 + len(sampler.photo_words))
 
     def losses() -> Iterator[torch.Tensor]:
         while True:
             # Some photographs, or their classes would drown; the rest digits.
-            kinds = np.where(sampler.rng.random(stage.batch_size) < PHOTO_SHARE, "photo", "read")
-            samples = [sampler.draw(str(kind)) for kind in kinds]
-            labels = [patch_labels(s, sampler.photo_words, grid) for s in samples]
-            characters, places = (torch.from_numpy(np.stack(part)).flatten() for part in zip(*labels, strict=True))
+            samples = [sampler.draw_image(photo=u < PHOTO_SHARE) for u in sampler.rng.random(stage.batch_size)]
+            labels, words = zip(*(patch_labels(s, sampler.photo_words, grid) for s in samples), strict=True)
             features = model.patch_features(normalise(torch.from_numpy(np.stack([s.pixels for s in samples]))))
-            yield nn.functional.cross_entropy(character(features).flatten(0, 1), characters) + (
-                nn.functional.cross_entropy(place(features).flatten(0, 1), places)
-            )
+            wanted = torch.from_numpy(np.stack(labels)).flatten()
+            shown = torch.tensor(words).repeat_interleave(model.num_patches)
+            character_loss = nn.functional.cross_entropy(characters(features).view(-1, BLANK + 1), wanted)
+            object_loss = nn.functional.cross_entropy(objects(features).flatten(0, 1), shown)
+            yield render.NUM_DIGITS * character_loss + object_loss
 
-    parameters = [*model.tower.parameters(), *character.parameters(), *place.parameters()]
-    return _minimise(losses(), parameters, stage, on_step)
+    parameters = [*model.tower.parameters(), *characters.parameters(), *objects.parameters()]
+    return _minimise(losses(), [(parameter, 1.0) for parameter in parameters], stage, on_step)
 
 
 def train_answers(
@@ -207,16 +214,20 @@ def train_answers(
     encoder: PromptEncoder,
     sampler: questions.Sampler,
     stage: Stage,
+    frozen_steps: int = 150,
+    tower_rate: float = 0.1,
     system_prompt_share: float = 0.75,
     on_step: Callable[[int, float], None] | None = None,
 ) -> float:
-    """Trains projector and language model on answers, the tower frozen.
+    """Trains projector and language model on answers, and later the tower too.
 
     Args:
         model: trained in place.
         encoder: of prompts and answers.
         sampler: source of samples.
         stage: length and step size.
+        frozen_steps: steps before the tower trains too.
+        tower_rate: factor on the tower's learning rate.
         system_prompt_share: share of prompts with the system prompt, as llava writes them; the others are as the HF
             chat template writes them.
         on_step: called with the number of steps done and the loss.
@@ -228,17 +239,16 @@ def train_answers(
         raise ValueError(f"system_prompt_share must be between 0 and 1, not {system_prompt_share}")
 
     def losses() -> Iterator[torch.Tensor]:
-        while True:
+        for step in itertools.count():
+            model.tower.requires_grad_(step >= frozen_steps)
             samples = [sampler.draw() for _ in range(stage.batch_size)]
             system = sampler.rng.random(stage.batch_size) < system_prompt_share
             batch = make_batch(samples, encoder, model.num_patches, system)
             yield model.loss(batch.ids, batch.images, batch.answer_mask)
 
-    model.tower.requires_grad_(False)
-    try:
-        return _minimise(losses(), [*model.projector.parameters(), *model.language.parameters()], stage, on_step)
-    finally:
-        model.tower.requires_grad_(True)
+    parameters = [(parameter, tower_rate) for parameter in model.tower.parameters()]
+    parameters += [(p, 1.0) for part in (model.projector, model.language) for p in part.parameters()]
+    return _minimise(losses(), parameters, stage, on_step)
 
 
 def accuracy(

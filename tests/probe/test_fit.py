@@ -50,7 +50,7 @@ def test_training_needs_no_gradient_mode_of_the_caller():
 
 
 def test_result_holds_what_the_report_needs():
-    result = run(tiny_model(), dataclasses.replace(QUICK, threshold=0.75))
+    result = run(tiny_model(), dataclasses.replace(QUICK, threshold=0.2))
     assert len(result.losses) == len(result.running) == 6
     assert len(result.documents) == 5
     assert {"id", "document", "text", "tokens", "mse", "psnr"} == set(result.documents[0])
@@ -151,7 +151,6 @@ def test_probe_that_only_learns_its_training_samples_by_heart_warns():
     assert result.facts["train_fvu"] < 0.8 < result.fvu
 
 
-@pytest.mark.filterwarnings("ignore:R-Probe fits its training samples")
 def test_own_samples_are_split_or_taken_as_given():
     data = samples(10)
     result = run(tiny_model(), samples=data)
@@ -205,10 +204,11 @@ def test_schedule_rises_and_falls():
 
 
 def test_running_mean_and_first_step_under():
-    assert running_mean([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
-    running = running_mean([1.0] + [0.0] * 30)
-    assert running[0] == 1.0
+    assert running_mean([2.0, 2.0, 2.0], 2.0) == pytest.approx([2.0, 2.0, 2.0])
+    running = running_mean([0.0] * 100, 1.0)
+    assert running[0] == pytest.approx(0.95)  # one lucky batch counts for little
     assert all(a > b for a, b in itertools.pairwise(running))
+    assert running[-1] < 0.01
     assert first_under([3, 2, 1], 2.5) == 2
     assert first_under([3, 2, 1], 1) is None
 

@@ -59,6 +59,11 @@ def test_boxes_hold_the_ink_and_only_it(tower, count):
         assert page.text.strip() == page.text != ""
 
 
+def test_every_twentieth_page_is_light_on_dark():
+    corners = [np.asarray(page.image)[:3, :3].mean() for page in Pages(40, 56, seed=2)]
+    assert [i for i, value in enumerate(corners) if value < 128] == [19, 39]
+
+
 def test_pages_vary():
     pages = list(Pages(60, 56))
     assert len({p.text for p in pages}) > 40
