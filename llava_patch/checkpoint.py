@@ -9,7 +9,6 @@ sends them on to the base.
 from __future__ import annotations
 
 import copy
-import functools
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_patch.errors import CheckpointError
+from llava_patch.hosts.tower import when_loaded
 from llava_patch.patching import CONFIG_KEY, FORMAT, Handle, get_handle, patch
 from llava_patch.settings import from_dict
 
@@ -31,8 +31,7 @@ _SIDE_FILES = (
     "generation_config.json", "preprocessor_config.json", "processor_config.json", "chat_template.json",
     "chat_template.jinja",
 )  # fmt: skip
-_FINGERPRINT_TENSORS = 24
-_FINGERPRINT_VALUES = 16
+_FINGERPRINT_VALUES = 4
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -58,15 +57,21 @@ def base_fingerprint(model: nn.Module, changed: set[str]) -> dict[str, list[floa
         model: the causal LM.
         changed: names of tensors that are not the base's.
     """
-    names = [n for n, p in model.named_parameters() if n not in changed and p.ndim == 2 and "vision" not in n]
-    step = max(1, len(names) // _FINGERPRINT_TENSORS)
-    parameters = dict(model.named_parameters())
     samples = {}
-    for name in names[::step][:_FINGERPRINT_TENSORS]:
-        flat = parameters[name].detach().flatten()
+    for name, parameter in model.named_parameters():
+        if name in changed or parameter.ndim != 2:
+            continue
+        flat = parameter.detach().flatten()
         places = torch.linspace(0, flat.numel() - 1, _FINGERPRINT_VALUES, device=flat.device).long()
         samples[name] = flat[places].float().tolist()
     return samples
+
+
+def _check_base(handle: Handle, saved: dict[str, list[float]], source: Path) -> None:
+    """Compare the fingerprint; a tower that `llava` loads later is compared then."""
+    tower = {n: v for n, v in saved.items() if "vision_tower" in n}
+    _check_fingerprint(handle.model, {n: v for n, v in saved.items() if n not in tower}, source)
+    when_loaded(handle.anatomy, handle._undo, lambda: _check_fingerprint(handle.model, tower, source))
 
 
 def _check_fingerprint(model: nn.Module, saved: dict[str, list[float]], source: Path) -> None:
@@ -120,6 +125,11 @@ def save(handle: Handle, directory: str | os.PathLike[str], form: str = "adapter
         raise CheckpointError("this patch was removed from its model: there is nothing to save")
     if form not in ("adapter", "full"):
         raise CheckpointError(f'form = {form!r}: expected "adapter" or "full"')
+    if has_lora(handle):
+        raise CheckpointError(
+            "the model carries LoRA layers, which an adapter of ours could not bring back: merge them first "
+            "(merge_and_unload), or save with peft and LLaVA's own files"
+        )
     folder = Path(directory)
     base = getattr(handle.model.config, "_name_or_path", "") or ""
     if form == "adapter":
@@ -142,9 +152,16 @@ def save(handle: Handle, directory: str | os.PathLike[str], form: str = "adapter
         temporary = folder / f".{WEIGHTS_FILE}.tmp"
         save_file(tensors, temporary, metadata={"format": "pt"})
         os.replace(temporary, folder / WEIGHTS_FILE)
+    if form == "full":
+        (folder / WEIGHTS_FILE).unlink(missing_ok=True)  # of an adapter that was saved here before
     _copy_side_files(base, folder)
     write_atomic(folder / SETTINGS_FILE, json.dumps(record, indent=2) + "\n")
     return folder
+
+
+def has_lora(handle: Handle) -> bool:
+    """Whether peft has put LoRA layers into the model."""
+    return any("lora_" in name for name, _ in handle.anatomy.model.named_parameters())
 
 
 def _save_config(config: Any, folder: Path) -> None:
@@ -221,7 +238,7 @@ def load(model: nn.Module, directory: str | os.PathLike[str]) -> Handle:
     handle = patch(model, **methods(record, str(folder / SETTINGS_FILE)))
     try:
         tensors = load_file(folder / WEIGHTS_FILE)
-        _check_fingerprint(handle.model, record.get("fingerprint", {}), folder)
+        _check_base(handle, record.get("fingerprint", {}), folder)
         _copy_tensors(handle.model, tensors, folder / WEIGHTS_FILE, set(adapter_names(handle)))
     except BaseException:
         if not had_patch:
@@ -278,20 +295,7 @@ def restore_tower(handle: Handle, folder: Path) -> None:
     tensors = {k[len(prefix) :]: v for k, v in _read_full(folder).items() if k.startswith(prefix)}
     if not tensors:
         raise CheckpointError(f"{folder}: its vision tower was trained, but the checkpoint holds no tower weights")
-    tower = handle.anatomy.tower
-    if tower.is_loaded:
-        tower.load_state_dict(tensors)
-        return
-    load_model = tower.load_model
-
-    @functools.wraps(load_model)
-    def load_and_restore(*args: Any, **kwargs: Any) -> None:
-        was_loaded = tower.is_loaded
-        load_model(*args, **kwargs)
-        if not was_loaded:
-            tower.load_state_dict(tensors)
-
-    handle._undo.set_attribute(tower, "load_model", load_and_restore)
+    when_loaded(handle.anatomy, handle._undo, lambda: handle.anatomy.tower.load_state_dict(tensors))
 
 
 def _read_full(folder: Path) -> dict[str, Tensor]:

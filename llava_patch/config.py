@@ -81,7 +81,7 @@ def find_file(name: str) -> Path:
 
 
 def read(files: Sequence[str], params: Sequence[str]) -> Configuration:
-    """Parse gin files and bindings into settings; leaves gin's global state as it was found: empty.
+    """Parse gin files and bindings into settings; the program's own gin configuration stays as it was.
 
     Args:
         files: names or paths.
@@ -92,14 +92,19 @@ def read(files: Sequence[str], params: Sequence[str]) -> Configuration:
     """
     paths = [find_file(name) for name in files]
     sources = (*map(str, paths), *params)
+    outside = _save_gin()
     gin.clear_config()
     gin.add_config_file_search_path(str(gin_dir()))
     try:
         gin.parse_config_files_and_bindings([str(p) for p in paths], list(params), finalize_config=False)
+        _check_bindings()
         resolved = _root()
-        for kind, value in _implied().items():
-            if resolved[kind] is None:
-                resolved[kind] = value
+        explicit = gin.get_bindings("Patch", resolve_references=False)
+        implied = {k: name for k, name in _implied().items() if k not in explicit}  # `Patch.routing = None` stays off
+        if implied:  # bound for good, so that the operative config reproduces the run
+            gin.parse_config([f"Patch.{kind} = @{name}()" for kind, name in implied.items()])
+            resolved = _root()
+        _check_kinds(resolved)
         measurements = {n: gin.get_configurable(n)() for n in MEASUREMENTS if _bound(n)}
         operative = gin.operative_config_str()
     except SettingError as error:
@@ -109,23 +114,52 @@ def read(files: Sequence[str], params: Sequence[str]) -> Configuration:
         raise SettingError(inner or f"gin configuration ({', '.join(sources)}): {_explain(error)}") from error
     finally:
         gin.clear_config()
+        _restore_gin(outside)
     return Configuration(resolved["fusion"], resolved["routing"], measurements, operative, sources)
+
+
+_GIN_STATE = ("_CONFIG", "_OPERATIVE_CONFIG")
+
+
+def _save_gin() -> dict[str, dict]:
+    """The program's own gin configuration, which ours must neither see nor disturb."""
+    return {name: dict(getattr(gin.config, name)) for name in _GIN_STATE}
+
+
+def _restore_gin(saved: dict[str, dict]) -> None:
+    for name, values in saved.items():
+        getattr(gin.config, name).update(values)
+
+
+def _check_bindings() -> None:
+    for scope, selector in gin.config._CONFIG:
+        if scope and selector != "gin.macro":
+            raise SettingError(f"{scope}/{selector}: a scoped binding has no effect here; bind {selector} itself")
+
+
+def _check_kinds(resolved: dict[str, Any]) -> None:
+    for kind, value in resolved.items():
+        known = [cls for cls in METHODS.values() if kind == cls.KIND]
+        if value is None or isinstance(value, tuple(known)):
+            continue
+        if not known:
+            raise SettingError(f"Patch.{kind} is not available in this version")
+        names = ", ".join(f"@{cls.__name__}()" for cls in known)
+        raise SettingError(f"Patch.{kind} = {value!r}: expected {names}")
 
 
 def _bound(name: str) -> bool:
     return bool(gin.get_bindings(name, resolve_references=False))
 
 
-def _implied() -> dict[str, Any]:
-    implied: dict[str, Any] = {}
+def _implied() -> dict[str, str]:
+    implied: dict[str, str] = {}
     for name, cls in METHODS.items():
         if not _bound(name):
             continue
         if cls.KIND in implied:
-            raise SettingError(
-                f"two {cls.KIND}s are bound: {type(implied[cls.KIND]).__name__} and {name}; a model takes one"
-            )
-        implied[cls.KIND] = gin.get_configurable(name)()
+            raise SettingError(f"two {cls.KIND}s are bound: {implied[cls.KIND]} and {name}; a model takes one")
+        implied[cls.KIND] = name
     return implied
 
 

@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from llava_patch.errors import SettingError
+from llava_patch.errors import LlavaPatchError, SettingError
 from llava_patch.fusion import attach as fusion_attach
 from llava_patch.fusion.taps import Taps
 from llava_patch.hosts import anatomy as anatomy_module
+from llava_patch.hosts import carry
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.hosts.compat import check_versions
 from llava_patch.routing import late_fusion
@@ -50,6 +51,14 @@ class Handle:
         flags = [(p, p.requires_grad) for p in model.parameters()]
         self._undo.push(lambda: [p.requires_grad_(flag) for p, flag in flags])  # type: ignore[arg-type, func-returns-value]
         self.active = True
+        self._carries = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Handle":
+        """Refused: the copy's methods would still run the original's weights."""
+        raise LlavaPatchError(
+            "a patched model cannot be copied: call handle.remove() first and patch the copy, or save the patch and "
+            "load it twice"
+        )
 
     def __enter__(self) -> "Handle":
         """Use the patch inside a `with` block."""
@@ -102,7 +111,10 @@ class Handle:
     def trainable(self) -> list[str]:
         """Names of the parameters that a training step gives a gradient, in the model's order."""
         unused: set[int] = set()
-        if self.anatomy.vision_model is not None:
+        lifted = self.fusion is not None and self.fusion.train_tower != "frozen"
+        if self.anatomy.host == anatomy_module.LLAVA and not lifted:
+            unused = {id(p) for p in self.anatomy.tower.parameters()}  # llava runs its tower under no_grad
+        elif self.anatomy.vision_model is not None:
             deepest = self.anatomy.main_block if self.taps is None else self.taps.deepest
             _, blocks, after = self.anatomy.vision_parts()
             unused = {id(p) for m in [*blocks[deepest:], *after] for p in m.parameters()}
@@ -169,6 +181,11 @@ def patch(
     _check_together(fusion, routing)
     check_versions()
     found = anatomy_module.find(model)
+    if any(hasattr(p, "ds_id") for p in found.model.parameters()):
+        raise SettingError(
+            "the model's weights are partitioned by DeepSpeed ZeRO-3 (--deepspeed with stage 3), which this version "
+            "cannot patch: use stage 2 (LLaVA's scripts/zero2.json)"
+        )
     handle = get_handle(found.model)
     fresh = handle is None
     if handle is None:
@@ -176,6 +193,9 @@ def patch(
     else:
         _check_against(handle, fusion, routing)
     try:
+        if not handle._carries and (fusion is not None or _routes(routing, found)):
+            carry.attach(found, handle._undo)
+            handle._carries = True
         if fusion is not None and handle.fusion is None:
             handle.taps = fusion_attach.attach(
                 found, fusion, handle._undo, zero_start=zero_start, keep_original=not loading
@@ -196,6 +216,10 @@ def patch(
             handle.remove()  # a half-extended patch is worse than none
         raise
     return handle
+
+
+def _routes(routing: Routing | None, anatomy: Anatomy) -> bool:
+    return routing is not None and routing.split != len(anatomy.layers)
 
 
 def _check_together(fusion: SkipLinks | None, routing: Routing | None) -> None:

@@ -7,6 +7,7 @@ unless a patch is configured, a checkpoint carries one, or the stock code would 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import json
 import os
@@ -260,6 +261,11 @@ def _prepare_training(model: Any, training_args: Any) -> "Handle | None":
     if handle is None:
         return None
     routing = handle.routing
+    if routing is not None and routing.split == len(handle.anatomy.layers) and routing.freeze != "none":
+        raise SettingError(
+            f"Routing.split = {routing.split} is this model's depth: nothing is routed and there is no side branch for "
+            f'Routing.freeze = "{routing.freeze}" to train'
+        )
     if getattr(training_args, "tune_mm_mlp_adapter", False) and routing is not None and routing.freeze != "none":
         raise SettingError(
             f'--tune_mm_mlp_adapter True trains the projector, but Routing.freeze = "{routing.freeze}" freezes it: '
@@ -308,25 +314,18 @@ def _make_callback(handle: "Handle") -> Any:
                 write_records(handle, Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            reason = _why_no_adapter(handle)
             if not state.is_world_process_zero:
-                return
-            if reason is not None:
-                print(f"llava_patch: no separate adapter is written: {reason}", flush=True)
                 return
             from llava_patch import checkpoint
 
+            if checkpoint.has_lora(handle):
+                print(
+                    "llava_patch: no separate adapter beside LoRA: LLaVA's own LoRA files hold our weights", flush=True
+                )
+                return
             checkpoint.save(handle, Path(args.output_dir) / ADAPTER_FOLDER)
 
     return PatchCallback()
-
-
-def _why_no_adapter(handle: "Handle") -> str | None:
-    if any("lora_" in name for name in handle.trainable()):
-        return "LoRA trains, and LLaVA's script writes its own LoRA checkpoint, which holds our weights too"
-    if any(hasattr(p, "ds_id") for p in handle.anatomy.model.parameters()):
-        return "ZeRO-3 keeps the weights in parts; the full checkpoint holds them"
-    return None
 
 
 def write_records(handle: "Handle", folder: Path) -> None:
@@ -374,14 +373,17 @@ def _load_host(original: Any, cls: Any, path: Any, args: tuple, kwargs: dict[str
     record = checkpoint.read_settings(path) if isinstance(path, (str, os.PathLike)) else None
     if record is not None and record.get("form") == "adapter":
         return _finish(_load_adapter(original, cls, path, record, args, kwargs))
+    config = kwargs.get("config")
+    carried = checkpoint.config_record(config) if config is not None else None
+    if carried and str(getattr(config, "_name_or_path", path)) != str(path):
+        return _load_base_for(original, cls, path, config, carried, args, kwargs)
     wants_info = kwargs.pop("output_loading_info", False)
     with _patched_construction(cls):
         model, info = original(cls, path, *args, output_loading_info=True, **kwargs)
     handle = get_handle(model)
     if handle is not None:
-        own = getattr(model.config, "_name_or_path", None) == str(path)
         missing = sorted(set(checkpoint.adapter_names(handle)) & set(info["missing_keys"]))
-        if missing and own:
+        if missing:
             raise CheckpointError(
                 f"{path}: the checkpoint says it carries {handle!r} but lacks {missing[0]} ({len(missing)} tensors)"
             )
@@ -391,6 +393,25 @@ def _load_host(original: Any, cls: Any, path: Any, args: tuple, kwargs: dict[str
         handle.apply_freeze()
     _finish(model)
     return (model, info) if wants_info else model
+
+
+def _load_base_for(
+    original: Any, cls: Any, path: Any, config: Any, carried: dict, args: tuple, kwargs: dict[str, Any]
+) -> Any:
+    """Load a base under a patched checkpoint's config, as llava's builder does when it is given a model_base.
+
+    The base has stock shapes, so it is loaded as it is and patched afterwards; the builder then fills in the
+    checkpoint's own files (mm_projector.bin, non_lora_trainables.bin).
+    """
+    from llava_patch import checkpoint
+    from llava_patch.patching import CONFIG_KEY, patch
+
+    source = getattr(config, "_name_or_path", "config.json")
+    stock = copy.deepcopy(config)
+    delattr(stock, CONFIG_KEY)
+    loaded = original(cls, path, *args, **{**kwargs, "config": stock})
+    patch(loaded[0] if isinstance(loaded, tuple) else loaded, **checkpoint.methods(carried, f"{source}/config.json"))
+    return _finish(loaded)
 
 
 def _finish(model: Any) -> Any:
@@ -410,9 +431,16 @@ def _load_adapter(original: Any, cls: Any, path: Any, record: dict, args: tuple,
     config = kwargs.pop("config", None)
     if config is None:
         config = cls.config_class.from_pretrained(path)
+    config = copy.deepcopy(config)
+    base = record["base"]
+    if os.path.isabs(base) and not os.path.isdir(base):
+        raise CheckpointError(
+            f'{path}: its base model {base} is not there any more; change "base" in '
+            f"{os.path.join(path, checkpoint.SETTINGS_FILE)} to where it is now"
+        )
     if hasattr(config, CONFIG_KEY):
         delattr(config, CONFIG_KEY)  # the base is loaded as it is and patched afterwards
-    loaded = original(cls, record["base"], *args, config=config, **kwargs)
+    loaded = original(cls, base, *args, config=config, **kwargs)
     checkpoint.load(loaded[0] if isinstance(loaded, tuple) else loaded, path)
     return loaded
 

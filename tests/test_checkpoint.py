@@ -154,6 +154,63 @@ def test_another_base_is_refused(files, tmp_path):
     assert llava_patch.get_handle(model) is None
 
 
+def test_another_tower_is_another_base(files, tmp_path):
+    model, folder = _saved(files, tmp_path)
+    torch.nn.init.normal_(model.model.vision_tower.vision_model.encoder.layers[3].mlp.fc1.weight)
+    with pytest.raises(CheckpointError, match=r"another base model: .*vision_tower.*layers.3.mlp.fc1"):
+        llava_patch.load(model, folder)
+
+
+def test_a_base_that_has_moved_is_named(files, tmp_path):
+    from transformers import LlavaForConditionalGeneration
+
+    _, folder = _saved(files, tmp_path)
+    record = json.loads((folder / SETTINGS_FILE).read_text())
+    (folder / SETTINGS_FILE).write_text(json.dumps({**record, "base": "/no/such/model"}))
+    with pytest.raises(CheckpointError, match=r"base model /no/such/model is not there"):
+        LlavaForConditionalGeneration.from_pretrained(folder)
+
+
+def test_llavas_loader_with_a_model_base(files, tmp_path):
+    """A stage-1 folder (config and projector) over its language model, as LLaVA's evaluation scripts load it."""
+    from llava.model.builder import load_pretrained_model
+
+    model = _load("llava", files)
+    batch = _batch("llava", model)
+    handle = patch(model, fusion=PATCH["fusion"])
+    _train_a_little(handle.anatomy.projector.requires_grad_(True))
+    with torch.no_grad():
+        expected = model(**batch).logits
+    stage1 = tmp_path / "llava-stage1"
+    model.config.save_pretrained(stage1)
+    tensors = {f"model.mm_projector.{k}": v for k, v in handle.anatomy.projector.state_dict().items()}
+    torch.save(tensors, stage1 / "mm_projector.bin")
+    again = load_pretrained_model(
+        str(stage1), str(files.language_model), "llava-small", device_map="cpu", device="cpu"
+    )[1].float()
+    again.get_vision_tower().float()
+    with torch.no_grad():
+        assert torch.equal(again.eval()(**batch).logits, expected)
+
+
+def test_an_adapter_beside_lora_is_refused(files, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(_load("hf", files), LoraConfig(r=2, target_modules=["q_proj"]))
+    handle = patch(model, routing=PATCH["routing"])
+    with pytest.raises(CheckpointError, match="LoRA"):
+        handle.save(tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_full_save_over_an_adapter_leaves_no_adapter(files, tmp_path):
+    model = _load("hf", files)
+    with patch(model, **PATCH) as handle:
+        handle.save(tmp_path / "x")
+        handle.save(tmp_path / "x", form="full")
+    assert not (tmp_path / "x" / WEIGHTS_FILE).exists()
+
+
 def test_a_base_in_another_precision_is_the_same_base(files, tmp_path):
     model, folder = _saved(files, tmp_path)
     llava_patch.load(model.to(torch.bfloat16), folder).remove()

@@ -35,11 +35,27 @@ def test_measurements_are_bound_by_the_same_names():
     assert config.read([], ["Routing.split = 3"]).measurements == {}
 
 
-def test_gin_is_left_empty():
+def test_the_programs_own_gin_configuration_stays_as_it_was():
     import gin
 
     config.read([], ["Routing.split = 3"])
     assert gin.config_str().strip() == ""
+    gin.external_configurable(dict, "users_own")
+    gin.bind_parameter("users_own.x", 5)
+    before = gin.config_str()
+    assert config.read([], ["Routing.split = 3"]).routing == Routing(split=3)
+    assert gin.config_str() == before
+    with pytest.raises(SettingError):
+        config.read([], ["Routing.splt = 3"])
+    assert gin.config_str() == before
+
+
+def test_an_explicit_none_switches_a_shipped_files_method_off():
+    assert config.read(["dpvr_lf_7b.gin"], ["Patch.routing = None"]).routing is None
+
+
+def test_macros_work():
+    assert config.read([], ["depth = 5", "Routing.split = %depth"]).routing == Routing(split=5)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +71,9 @@ def test_gin_is_left_empty():
         ([], ['Routing.variant = "pc"'], "not available in this version"),
         ([], ['Routing.variant = "nope"'], "expected one of lf"),
         ([], ["Routing.freeze = 3"], "Routing.freeze"),
+        ([], ["Routing.split = 3", "Patch.pruning = 5"], "Patch.pruning is not available"),
+        ([], ["Patch.fusion = @Routing()"], "Patch.fusion = .*expected @SkipLinks"),
+        ([], ["a/SkipLinks.stride = 3"], "scoped binding"),
     ],
 )
 def test_bad_configuration_names_the_setting(files, params, message):

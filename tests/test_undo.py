@@ -119,6 +119,16 @@ def test_extending_a_patch_keeps_one_handle(host):
     _same(before, _snapshot(host.model))
 
 
+def test_a_patched_model_refuses_to_be_copied(host):
+    import copy
+
+    from llava_patch.errors import LlavaPatchError
+
+    with patch(host.model, routing=Routing(split=2)), pytest.raises(LlavaPatchError, match="cannot be copied"):
+        copy.deepcopy(host.model)
+    copy.deepcopy(host.model)
+
+
 def test_a_patched_model_is_freed_with_its_last_reference(tower_folder):
     import gc
     import weakref

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 from llava_patch.errors import HostError, SettingError
 from llava_patch.fusion.taps import FusedLinear, Taps, choose_taps, fuse
 from llava_patch.hosts.anatomy import LLAVA, Anatomy
+from llava_patch.hosts.tower import when_loaded
 from llava_patch.settings import SkipLinks
 from llava_patch.undo import UndoStack
 
@@ -42,7 +42,7 @@ def attach(
     if hasattr(anatomy.tower, "s2_scales"):
         raise HostError("SkipLinks does not know multi-scale (S2) towers: load the model without s2")
     _widen_projector(anatomy, taps, undo, zero_start, keep_original)
-    _when_loaded(anatomy, undo, lambda: _hook_vision_model(anatomy, taps, undo))
+    when_loaded(anatomy, undo, lambda: _hook_vision_model(anatomy, taps, undo))
     if anatomy.host == LLAVA and settings.train_tower != "frozen":
         _lift_no_grad(anatomy, undo)
     return taps
@@ -74,23 +74,6 @@ def _hook_vision_model(anatomy: Anatomy, taps: Taps, undo: UndoStack) -> None:
 
     hook = vision.register_forward_hook(put_fused_feature)
     undo.push(hook.remove)
-
-
-def _when_loaded(anatomy: Anatomy, undo: UndoStack, attach_hook: Callable[[], None]) -> None:
-    if anatomy.vision_model is not None:
-        attach_hook()
-        return
-    tower = anatomy.tower
-    load_model = tower.load_model
-
-    @functools.wraps(load_model)
-    def load_and_attach(*args: Any, **kwargs: Any) -> None:
-        was_loaded = tower.is_loaded
-        load_model(*args, **kwargs)
-        if not was_loaded:
-            attach_hook()
-
-    undo.set_attribute(tower, "load_model", load_and_attach)
 
 
 def _lift_no_grad(anatomy: Anatomy, undo: UndoStack) -> None:

@@ -27,6 +27,7 @@ class _Scope:
         self.image_mask: Tensor | None = None
 
 
+_MARK = "_llava_patch_image_mask"
 _current: ContextVar[_Scope | None] = ContextVar("llava_patch_image_positions", default=None)
 
 
@@ -44,11 +45,16 @@ def _scope() -> Iterator[_Scope]:
         _current.reset(token)
 
 
-def take_image_mask() -> Tensor | None:
-    """The image mask [batch, tokens] of the current call, once; None when there is none."""
+def take_image_mask(inputs_embeds: Tensor | None = None) -> Tensor | None:
+    """The image mask [batch, tokens] of the current call, once; None when there is none.
+
+    Args:
+        inputs_embeds: embeddings that the caller may have prepared with the host's own method before this call.
+    """
     scope = _current.get()
-    if scope is None:
-        return None
+    prepared: Tensor | None = getattr(inputs_embeds, _MARK, None)
+    if scope is None or scope.image_mask is None:
+        return prepared
     mask, scope.image_mask = scope.image_mask, None
     return mask
 
@@ -76,6 +82,8 @@ def _attach_llava(anatomy: Anatomy, undo: UndoStack) -> None:
         scope = _current.get()
         if scope is not None:
             scope.image_mask = image_mask
+        if image_mask is not None and outputs[4] is not None:
+            setattr(outputs[4], _MARK, image_mask)
         return outputs
 
     undo.set_attribute(model, "prepare_inputs_labels_for_multimodal", prepare_and_report)

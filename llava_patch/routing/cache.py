@@ -34,11 +34,7 @@ class RoutedCache(DynamicCache):
         Raises:
             InputError: another kind of cache, or one that already holds tokens.
         """
-        if type(cache) is not DynamicCache and type(cache) is not cls:
-            raise InputError(
-                f"routing needs a dynamic KV cache, got {type(cache).__name__}: do not set cache_implementation, or "
-                'set it to "dynamic"'
-            )
+        cls.check(cache)
         if cache.get_seq_length() > 0:
             raise InputError(
                 "an image arrives in a conversation whose KV cache was already built; this version routes images only "
@@ -49,6 +45,29 @@ class RoutedCache(DynamicCache):
         routed.text_length = text_length
         routed.text_valid = text_valid
         return routed
+
+    @classmethod
+    def check(cls, cache: Any) -> None:
+        """Refuse a cache whose layers cannot differ in length.
+
+        Raises:
+            InputError: names the cache's class and the option that chose it.
+        """
+        if cache is not None and type(cache) is not DynamicCache and type(cache) is not cls:
+            raise InputError(
+                f"routing needs a dynamic KV cache, got {type(cache).__name__}: do not set cache_implementation, or "
+                'set it to "dynamic"'
+            )
+
+    def get_seq_length(self, layer_idx: int | None = None) -> int:
+        """Positions in a layer; by default in the last one, a fusion layer, which holds every position."""
+        if not self.layers:
+            return 0
+        return super().get_seq_length(len(self.layers) - 1 if layer_idx is None else layer_idx)
+
+    def get_mask_sizes(self, cache_position: Tensor, layer_idx: int) -> tuple[int, int]:
+        """Key length and offset for a mask over every position (the layer that transformers names is the first)."""
+        return super().get_mask_sizes(cache_position, max(0, len(self.layers) - 1))
 
     def append_text(self, count: int, valid: Tensor | None) -> None:
         """Count new text positions.

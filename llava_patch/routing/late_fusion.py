@@ -7,6 +7,8 @@ layers; the last K layers on everything again.
 from __future__ import annotations
 
 import copy
+import functools
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,6 +25,7 @@ from llava_patch.settings import Routing
 from llava_patch.undo import UndoStack
 
 SIDE_BRANCH = "side_branch"
+logger = logging.getLogger("llava_patch")
 
 
 def check(settings: Routing, n_layers: int) -> None:
@@ -55,8 +58,6 @@ def attach(anatomy: Anatomy, settings: Routing, undo: UndoStack) -> None:
     check(settings, len(anatomy.layers))
     if settings.split == len(anatomy.layers):
         return
-    compat.check_versions()
-    carry.attach(anatomy, undo)
     split = int(settings.split)
     branch = nn.ModuleList(copy.deepcopy(anatomy.layers[split + i]) for i in range(settings.side_layers))
     undo.add_module(anatomy.decoder, SIDE_BRANCH, branch)
@@ -102,7 +103,7 @@ class RoutedForward:
         Raises:
             InputError: a cache, mask or output option that routing cannot honour.
         """
-        image_mask = carry.take_image_mask()
+        image_mask = carry.take_image_mask(inputs_embeds)
         if image_mask is not None and not bool(image_mask.any()):
             image_mask = None
         routed_before = isinstance(past_key_values, RoutedCache)
@@ -139,13 +140,14 @@ class RoutedForward:
     ) -> BaseModelOutputWithPast:
         decoder = self.anatomy.decoder
         config = decoder.config
-        if kwargs.get("output_attentions") or (
-            kwargs.get("output_attentions") is None and getattr(config, "output_attentions", False)
-        ):
+        asked = kwargs.get("output_attentions")
+        configs = (config, self.anatomy.model.config)  # on HF the outer one does not reach the decoder
+        if asked or (asked is None and any(getattr(c, "output_attentions", False) for c in configs)):
             raise InputError(
                 "output_attentions is not available on a routed model (layers see different positions): call "
                 "handle.remove() first, or use the saturation task"
             )
+        RoutedCache.check(cache)
         if attention_mask is not None and attention_mask.ndim != 2:
             raise InputError(
                 f"routing needs a 2-D attention_mask [batch, tokens], got {attention_mask.ndim} dimensions"
@@ -162,6 +164,8 @@ class RoutedForward:
             valid = None if attention_mask is None else attention_mask[:, -queries:].bool()
             plan = make_plan(image_mask, valid)
             text = plan.text
+            if use_cache and valid is not None and not bool(valid[:, -1].all()):
+                _warn_right_padding()
             if cache is not None or use_cache:
                 from transformers.cache_utils import DynamicCache
 
@@ -210,10 +214,11 @@ class RoutedForward:
         text_states = _prime(text_states, middle)
         text_place = torch.arange(n_keys - text_states.shape[1], n_keys, device=text_states.device)
         for layer in middle:
-            text_states = compat.call_layer(
-                layer, text_states, attention_mask=text_mask, position_embeddings=text_rotary, **common,
-                cache_position=text_place, checkpoint=text_states.requires_grad,
-            )  # fmt: skip
+            if text_states.shape[1]:  # a prompt may be nothing but an image
+                text_states = compat.call_layer(
+                    layer, text_states, attention_mask=text_mask, position_embeddings=text_rotary, **common,
+                    cache_position=text_place, checkpoint=text_states.requires_grad,
+                )  # fmt: skip
             _record(recorded, text_states, text, queries)
         # Phase 4: fusion layers, every position again.
         hidden = text_states if plan is None else plan.merge(side_states, text_states)
@@ -265,6 +270,14 @@ class RoutedForward:
             return True
         # Embeddings may require a gradient only because gradient checkpointing asked for it: nobody reads that one.
         return inputs_embeds.requires_grad and not compat.input_grads_are_forced(a.model, a.wrapper, a.decoder)
+
+
+@functools.lru_cache(maxsize=1)
+def _warn_right_padding() -> None:
+    logger.warning(
+        "the prompt is padded on the right, where generation goes on from padding, in the stock model too: pad on the "
+        'left (tokenizer.padding_side = "left"; llava: config.tokenizer_padding_side = "left")'
+    )
 
 
 def _fit_mask(image_mask: Tensor, batch: int, tokens: int) -> Tensor:

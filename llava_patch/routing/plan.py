@@ -25,9 +25,9 @@ class PositionSet:
         batch, n = self.index.shape
         index = self.index.to(values.device)
         if values.shape[0] == 1:
-            return values[0].index_select(0, index.flatten()).view(batch, n, -1)
+            return values[0].index_select(0, index.flatten()).view(batch, n, values.shape[-1])
         offset = torch.arange(batch, device=index.device)[:, None] * values.shape[1]
-        return values.flatten(0, 1).index_select(0, (index + offset).flatten()).view(batch, n, -1)
+        return values.flatten(0, 1).index_select(0, (index + offset).flatten()).view(batch, n, values.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class RoutingPlan:
         rows = torch.cat([image_states, text_states.to(image_states.device)], dim=1)
         batch, n, channels = rows.shape
         restore = self.restore.to(rows.device) + torch.arange(batch, device=rows.device)[:, None] * n
-        return rows.flatten(0, 1).index_select(0, restore.flatten()).view(batch, -1, channels)
+        return rows.flatten(0, 1).index_select(0, restore.flatten()).view(batch, self.restore.shape[1], channels)
 
 
 def make_plan(image_mask: Tensor, valid: Tensor | None) -> RoutingPlan:

@@ -25,9 +25,9 @@ from .model import SMALL_TEXT, SMALL_VISION, SmallLlava
 from .prompts import PromptEncoder
 
 RECORD = "base.json"
-TOWER_STAGE = training.Stage(steps=1200, learning_rate=3e-3)
+TOWER_STAGE = training.Stage(steps=1900, learning_rate=3e-3, batch_size=32)
 # Many small batches: what takes time is to find out where to look, and that takes steps.
-ANSWER_STAGE = training.Stage(steps=650, batch_size=32)
+ANSWER_STAGE = training.Stage(steps=650, batch_size=24)
 SHARES = {kind: share for kind, share in questions.DEFAULT_SHARES.items() if kind != "text"}
 
 
@@ -52,8 +52,8 @@ class BaseSettings:
     seed: int = 0
     tower_stage: training.Stage = TOWER_STAGE
     answer_stage: training.Stage = ANSWER_STAGE
-    frozen_steps: int = 150
-    tower_rate: float = 0.1
+    frozen_steps: int = 100
+    tower_rate: float = 0.2
     shares: dict[str, float] = field(default_factory=lambda: dict(SHARES))
     system_prompt_share: float = 0.75
     vision: dict = field(default_factory=lambda: dict(SMALL_VISION))

@@ -19,9 +19,10 @@ NUM_DIGITS = 3
 FONT_SIZES = range(16, 23)
 FONT_FILES = ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSansMono.ttf", "DejaVuSerif.ttf")
 
-# Gray levels from 0 (black) to 255 (white), each drawn from its range.
-PAPER = (225, 255)
-INK = (0, 40)
+# Gray levels from 0 (black) to 255 (white), each drawn from its range. Paper is about CLIP's mean, so that it is near
+# zero once normalised: blank patches then carry no signal that the tower has to learn to ignore.
+PAPER = (105, 130)
+INK = (0, 20)
 
 # Object word -> (package, file inside it). Each shows its object in most of the frame, so that a crop still does.
 PHOTOGRAPH_FILES = {
@@ -86,7 +87,7 @@ def _digit_glyphs(font: Path, font_size: int) -> tuple[np.ndarray, ...]:
 
 
 class TextRenderer:
-    """Draws strings of digits at a random place, in a random font and size, dark on light.
+    """Draws strings of digits at a random place, in a random font and size, black on gray.
 
     Args:
         rng: source of all randomness.

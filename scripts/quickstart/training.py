@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from . import questions, render
+from . import questions
 from .model import SmallLlava, normalise
 from .prompts import IMAGE_TOKEN_INDEX, PromptEncoder
 
 PHOTO_SHARE = 0.1  # of the images in the tower's stage
-BLANK = 10  # patch class after the ten digits
+BLANK = 10  # patch class after the ten digits; the photographs' words follow it
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,8 @@ class Batch:
     answer_mask: torch.Tensor
 
 
-def patch_labels(sample: questions.Sample, photo_words: list[str], grid: int) -> tuple[np.ndarray, int]:
-    """Which characters each patch of an image holds, place by place, and what a photograph shows.
-
-    A patch may hold parts of two characters, so there is one label for each place in the string.
+def patch_labels(sample: questions.Sample, photo_words: list[str], grid: int) -> tuple[np.ndarray, np.ndarray]:
+    """What each patch of an image shows, and which place in the string that has.
 
     Args:
         sample: with an image.
@@ -80,22 +78,24 @@ def patch_labels(sample: questions.Sample, photo_words: list[str], grid: int) ->
         grid: patches along each side.
 
     Returns:
-        int64 [grid * grid, places]: the digit at that place if it is in the patch, else `BLANK`; and the number of
-        the photograph's word counted from 1, or 0 for an image of digits.
+        Two int64 arrays [grid * grid]: the digit, `BLANK`, or `BLANK + 1 +` the index of the photograph's word; and
+        the digit's place counted from 1, or 0 where there is none.
     """
     if sample.photo is not None:
-        return np.full((grid * grid, render.NUM_DIGITS), BLANK), 1 + photo_words.index(sample.photo)
+        word = BLANK + 1 + photo_words.index(sample.photo)
+        return np.full(grid * grid, word), np.zeros(grid * grid, dtype=np.int64)
     image = sample.text_image
     patch = sample.pixels.shape[0] / grid
     middle = (np.arange(grid) + 0.5) * patch
     left, top, right, bottom = image.box
-    width = (right - left) / len(image.text)
-    # Within reach: the patch overlaps the middle half of the character.
-    in_columns = np.abs(middle[:, None] - image.centres[None, :, 0]) <= patch / 2 + width / 4
+    distance = np.abs(middle[:, None] - image.centres[None, :, 0])
+    # Generous bounds: a patch whose middle lies just outside a glyph still holds part of its ink.
+    in_columns = distance.min(axis=1) <= 0.75 * (right - left) / len(image.text)
     in_rows = (middle >= top - 0.3 * patch) & (middle <= bottom + 0.3 * patch)
-    digits = np.array([int(c) for c in image.text])
-    labels = np.where(in_rows[:, None, None] & in_columns[None], digits, BLANK)
-    return labels.reshape(grid * grid, -1), 0
+    inked = in_rows[:, None] & in_columns[None, :]
+    nearest = distance.argmin(axis=1)
+    digit = np.array([int(c) for c in image.text])[nearest]
+    return np.where(inked, digit, BLANK).reshape(-1), np.where(inked, nearest + 1, 0).reshape(-1)
 
 
 def make_batch(
@@ -188,24 +188,23 @@ def pretrain_tower(
     """
     grid = math.isqrt(model.num_patches)
     width = model.tower.config.hidden_size
-    # One head for each place: else the language model would have to find out by itself which character comes first,
-    # and that alone takes it longer than all the rest.
-    characters = nn.Linear(width, render.NUM_DIGITS * (BLANK + 1))
-    objects = nn.Linear(width, 1 + len(sampler.photo_words))
+    character = nn.Linear(width, BLANK + 1 + len(sampler.photo_words))
+    # Without the place the language model would have to find out by itself which character comes first, and that
+    # alone takes it longer than all the rest.
+    place = nn.Linear(width, sampler.renderer.num_digits + 1)
 
     def losses() -> Iterator[torch.Tensor]:
         while True:
             # Some photographs, or their classes would drown; the rest digits.
             samples = [sampler.draw_image(photo=u < PHOTO_SHARE) for u in sampler.rng.random(stage.batch_size)]
-            labels, words = zip(*(patch_labels(s, sampler.photo_words, grid) for s in samples), strict=True)
+            labels = [patch_labels(s, sampler.photo_words, grid) for s in samples]
+            characters, places = (torch.from_numpy(np.stack(part)).flatten() for part in zip(*labels, strict=True))
             features = model.patch_features(normalise(torch.from_numpy(np.stack([s.pixels for s in samples]))))
-            wanted = torch.from_numpy(np.stack(labels)).flatten()
-            shown = torch.tensor(words).repeat_interleave(model.num_patches)
-            character_loss = nn.functional.cross_entropy(characters(features).view(-1, BLANK + 1), wanted)
-            object_loss = nn.functional.cross_entropy(objects(features).flatten(0, 1), shown)
-            yield render.NUM_DIGITS * character_loss + object_loss
+            character_loss = nn.functional.cross_entropy(character(features).flatten(0, 1), characters)
+            place_loss = nn.functional.cross_entropy(place(features).flatten(0, 1), places)
+            yield character_loss + place_loss
 
-    parameters = [*model.tower.parameters(), *characters.parameters(), *objects.parameters()]
+    parameters = [*model.tower.parameters(), *character.parameters(), *place.parameters()]
     return _minimise(losses(), [(parameter, 1.0) for parameter in parameters], stage, on_step)
 
 
@@ -214,8 +213,8 @@ def train_answers(
     encoder: PromptEncoder,
     sampler: questions.Sampler,
     stage: Stage,
-    frozen_steps: int = 150,
-    tower_rate: float = 0.1,
+    frozen_steps: int = 100,
+    tower_rate: float = 0.2,
     system_prompt_share: float = 0.75,
     on_step: Callable[[int, float], None] | None = None,
 ) -> float:

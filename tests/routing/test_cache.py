@@ -23,12 +23,13 @@ def _positions(mask):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("split", [0, 2, LAYERS - 1])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_cached_decode_is_recomputation_under_teacher_forcing(host, attention):
+def test_cached_decode_is_recomputation_under_teacher_forcing(host, attention, split):
     host.model.set_attn_implementation(attention)
     batch = host.batch(PROMPTS, "left")
     tokens = torch.randint(3, 90, (len(PROMPTS), STEPS), generator=torch.Generator().manual_seed(5))
-    with patch(host.model, routing=Routing(split=2)):
+    with patch(host.model, routing=Routing(split=split)):
         mask = torch.cat([batch.valid.long(), torch.ones_like(tokens)], 1)
         whole = _extend(host, batch, tokens)
         # a plain forward counts padding as positions; HF is given what its generate() would make
@@ -92,15 +93,60 @@ def test_generations_may_interleave(host):
 
 
 @torch.no_grad()
-def test_beams_carry_their_prompt(host):
-    batch = host.batch([(2, IMAGE, 5), (3, IMAGE, 1, IMAGE, 4)], "left", seed=4)
+@pytest.mark.parametrize("split", [0, 2])
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3, "num_return_sequences": 2}, {"num_beams": 1}], ids=["beams", "greedy"]
+)
+def test_generation_with_and_without_cache_agrees(host, options, split):
+    """Unequal prompts, padded on the left, with and without images; beams reorder what the cache knows of them."""
+    # One image each: the hosts' own expansion for beams mixes up the images of a prompt that has several.
+    batch = host.batch([(2, IMAGE, 5), (3, IMAGE, 9), (1, IMAGE, 2)], "left", seed=4)
+    options = {**options, "max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True}
+    options |= {"output_scores": True, "pad_token_id": 0, "suppress_tokens": [95]}  # HF's image token
+    with patch(host.model, routing=Routing(split=split)):
+        cached, full = (_generate(host, batch, use_cache=use_cache, **options) for use_cache in (True, False))
+    assert torch.equal(cached.sequences, full.sequences)
+    if "num_return_sequences" in options:
+        assert cached.sequences.shape[0] == 6
+        assert torch.allclose(cached.sequences_scores, full.sequences_scores, atol=1e-5)
+
+
+def _generate(host, batch, **options):
     inputs = dict(batch.inputs)
-    ids = inputs.pop("input_ids")
-    options = {"max_new_tokens": 4, "num_beams": 3, "num_return_sequences": 2, "do_sample": False, "use_cache": True}
+    return host.model.generate(inputs.pop("input_ids"), **inputs, **options)
+
+
+@torch.no_grad()
+def test_a_conversation_goes_on_from_its_cache(host):
+    """A second turn of text only, several tokens at once."""
+    batch = host.batch([(2, IMAGE, 5)])
+    more = torch.randint(3, 90, (1, 4), generator=torch.Generator().manual_seed(7))
     with patch(host.model, routing=Routing(split=2)):
-        out = host.model.generate(ids, **inputs, **options, return_dict_in_generate=True, output_scores=True)
-    assert out.sequences.shape[0] == 4
-    assert out.sequences_scores.isfinite().all()
+        full = host.model(**_extend(host, batch, more), use_cache=False).logits
+        cache = host.model(**batch.inputs, use_cache=True).past_key_values
+        again = host.model(input_ids=more, past_key_values=cache, use_cache=True).logits
+    assert close(again, full[:, -4:])
+
+
+@torch.no_grad()
+def test_a_second_image_after_the_cache_was_built_is_refused(host):
+    batch = host.batch([(2, IMAGE, 5)])
+    with patch(host.model, routing=Routing(split=2)):
+        cache = host.model(**batch.inputs, use_cache=True).past_key_values
+        again = {k: v for k, v in batch.inputs.items() if k != "attention_mask"}
+        with pytest.raises(InputError, match="already built"):
+            host.model(**again, past_key_values=cache, use_cache=True)
+
+
+@torch.no_grad()
+def test_right_padded_prompts_are_warned_about_once(host, caplog):
+    from llava_patch.routing import late_fusion
+
+    late_fusion._warn_right_padding.cache_clear()
+    with patch(host.model, routing=Routing(split=2)), caplog.at_level("WARNING", "llava_patch"):
+        for _ in range(2):
+            host.model(**host.batch(PROMPTS, "right").inputs, use_cache=True)
+    assert sum("padded on the right" in r.message for r in caplog.records) == 1
 
 
 @torch.no_grad()
@@ -112,6 +158,8 @@ def test_unsupported_caches_are_refused(host):
         static = StaticCache(config=host.decoder.config, max_cache_len=64)
         with pytest.raises(InputError, match="cache_implementation"):
             host.model(**batch.inputs, past_key_values=static, use_cache=True)
+        with pytest.raises(InputError, match=r"StaticCache.*cache_implementation"):
+            _generate(host, batch, max_new_tokens=2, cache_implementation="static")
         built = host.model(**batch.inputs, use_cache=True).past_key_values
         with pytest.raises(InputError, match="cropped"):
             built.crop(3)

@@ -23,6 +23,7 @@ def _with_gradient(model):
         {"routing": Routing(split=3)},
         {"routing": Routing(split=2, side_layers=2, fusion_layers=2, freeze="side_and_fusion")},
         {"routing": Routing(split=3, freeze="none")},
+        {"routing": Routing(split=0)},
         {"fusion": SkipLinks(stride=2)},
         {"fusion": SkipLinks(stride=2, train_tower="all")},
         {"fusion": SkipLinks(stride=2, detach=0, train_tower=2)},
