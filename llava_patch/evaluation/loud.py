@@ -52,10 +52,17 @@ def _loud_evaluate(original: Callable[..., Any]) -> Callable[..., Any]:
     def evaluate(*args: Any, **kwargs: Any) -> Any:
         from llava_patch.evaluation import cache
 
+        error: Exception
         lm = kwargs.get("lm", args[0] if args else None)
         tasks = kwargs.get("task_dict", args[1] if len(args) > 1 else {})
         model = model_of(lm)
         patch_name = _fingerprint(model)
+        if not patch_name and _patch_is_configured():
+            error = EvaluationFailure(
+                f"a patch is configured, but {type(model).__name__} was loaded without it: this kind of model is not "
+                "one that llava_patch knows (unset LLAVA_PATCH_GIN_FILE and LLAVA_PATCH_GIN_PARAM to evaluate it)"
+            )
+            _fail(error, "a model that should have been patched", kwargs.get("cli_args"))
         if not patch_name and not has_our_task(tasks):
             return original(*args, **kwargs)
         try:
@@ -66,7 +73,7 @@ def _loud_evaluate(original: Callable[..., Any]) -> Callable[..., Any]:
                 del model
                 return original(*args, **kwargs)
         except _Escape as escape:
-            error: Exception = escape.error
+            error = escape.error
         except Exception as caught:  # whatever it is, it is reported and raised again
             error = caught
         what = f"the patched model ({patch_name})" if patch_name else "a llava_patch task"
@@ -87,6 +94,13 @@ def _loud_simple_evaluate(original: Callable[..., Any]) -> Callable[..., Any]:
             _fail(error, "llava_patch, before the first request", kwargs.get("cli_args"))
 
     return simple_evaluate
+
+
+def _patch_is_configured() -> bool:
+    from llava_patch import startup
+
+    asked = startup.configuration()
+    return asked is not None and asked.patches
 
 
 def _fail(error: Exception, what: str, cli_args: Any) -> None:

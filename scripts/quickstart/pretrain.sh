@@ -2,21 +2,21 @@
 # Stage 1 in the form of LLaVA's scripts/v1_5/pretrain.sh: projector only. Appended arguments go to train.py.
 # BASE: folder of the small file set; OUT: output folder; LLAVA: folder of the installed llava package.
 
-python $LLAVA/train/train.py \
-    --model_name_or_path $BASE/vicuna-small \
+python "$LLAVA/train/train.py" \
+    --model_name_or_path "$BASE/vicuna-small" \
     --version plain \
-    --data_path $BASE/plain.json \
-    --image_folder $BASE/images \
-    --vision_tower $BASE/clip-vit-small-56 \
+    --data_path "$BASE/plain.json" \
+    --image_folder "$BASE/images" \
+    --vision_tower "$BASE/clip-vit-small-56" \
     --mm_projector_type mlp2x_gelu \
     --tune_mm_mlp_adapter True \
-    --pretrain_mm_mlp_adapter $BASE/mm_projector.bin \
+    --pretrain_mm_mlp_adapter "$BASE/mm_projector.bin" \
     --mm_vision_select_layer -2 \
     --mm_use_im_start_end False \
     --mm_use_im_patch_token False \
     --bf16 False \
     --use_cpu True \
-    --output_dir $OUT \
+    --output_dir "$OUT" \
     --num_train_epochs 1 \
     --max_steps ${STEPS:-32} \
     --per_device_train_batch_size 32 \

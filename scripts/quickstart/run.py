@@ -7,6 +7,7 @@ judge the stock and the patched checkpoint.
 
 import argparse
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -25,6 +26,7 @@ from .fileset import write_atomically
 SCRIPTS = Path(__file__).resolve().parent
 STAGE1_FLAGS = ["--gin_param", "SkipLinks.stride = 2"]
 STAGE2_FLAGS = [*STAGE1_FLAGS, "--gin_file", "dpvr_lf_small.gin"]
+PINNED = ("torch", "transformers", "llava-torch", "lmms_eval", "llava_patch")
 TASKS = "rprobe,saturation,pope,mme"
 console = Console()
 
@@ -32,30 +34,37 @@ console = Console()
 class Steps:
     """Runs the steps of one output folder, each at most once for the same inputs."""
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, inputs: object) -> None:
+        """Start.
+
+        Args:
+            out: the folder.
+            inputs: JSON values; when they change every step is run again.
+        """
         self.out = out
+        self.key = json.dumps(inputs, sort_keys=True, default=str)
         self.started = time.time()
         (out / "logs").mkdir(parents=True, exist_ok=True)
 
-    def run(self, name: str, title: str, work: Callable[[], None], depends: object) -> None:
+    def run(self, name: str, title: str, work: Callable[[], None], makes: Path) -> None:
         """Run a step unless it is done.
 
         Args:
             name: of its marker and log.
             title: shown to the user.
             work: does it, and raises when it fails.
-            depends: JSON values; when they change the step is run again.
+            makes: a file that the step leaves; without it the step is run again.
         """
         marker = self.out / f"{name}.done"
-        key = hashlib.sha256(json.dumps(depends, sort_keys=True, default=str).encode()).hexdigest()
-        if marker.is_file() and marker.read_text() == key:
+        self.key = hashlib.sha256(f"{self.key} {name}".encode()).hexdigest()
+        if marker.is_file() and marker.read_text() == self.key and makes.exists():
             console.print(f"[green]done before[/] {title}")
             return
         marker.unlink(missing_ok=True)
         start = time.time()
         console.print(f"[bold]{title}[/]")
         work()
-        write_atomically(marker, key.encode())
+        write_atomically(marker, self.key.encode())
         console.print(f"  [green]{time.time() - start:.0f} s[/] (in all {(time.time() - self.started) / 60:.1f} min)")
 
     def command(self, name: str, command: list[str], cwd: Path | None = None, **env: object) -> None:
@@ -91,7 +100,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=256, help="held-out rows for exact match")
     args = parser.parse_args()
     out = args.out.resolve()
-    steps = Steps(out)
+    sources = [p.read_text() for p in sorted(SCRIPTS.glob("*.*")) if p.suffix in (".py", ".sh")]
+    versions = [f"{d.name} {d.version}" for d in importlib.metadata.distributions() if d.name in PINNED]
+    steps = Steps(out, [sources, sorted(versions), STAGE1_FLAGS, STAGE2_FLAGS, args.rows])
     base, stage1, patched = out / "base", out / "stage1", out / "llava-v1.5-small-patched"
     stock = base / "llava-v1.5-small"
     spec = importlib.util.find_spec("llava")
@@ -99,7 +110,6 @@ def main() -> None:
         raise SystemExit("the llava package is not installed: run scripts/quickstart.sh, which installs it")
     env = {"LLAVA": spec.submodule_search_locations[0], "BASE": base, "STAGE1": stage1}
     python = sys.executable
-    code = [p.read_text() for p in sorted(SCRIPTS.glob("*.sh"))]
 
     def base_model() -> None:
         # Its own progress bars; it skips itself when it has finished before.
@@ -120,19 +130,23 @@ def main() -> None:
         command += ["--model_args", f"pretrained={checkpoint},device_map=auto", "--batch_size", "1"]
         steps.command(name, [*command, "--log_samples", "--output_path", str(out / name)], cwd=out / "data")
 
-    steps.run("base", "1/7 small LLaVA-1.5 that reads three digits, and its data", base_model, 1)
+    steps.run("base", "1/7 small LLaVA-1.5 that reads three digits, and its data", base_model, base / "base.json")
     steps.run(
         "stage1", "2/7 stage 1, train.py: projector with Detached Skip-Links",
-        lambda: train("stage1", "pretrain.sh", stage1, STAGE1_FLAGS), [code, STAGE1_FLAGS],
+        lambda: train("stage1", "pretrain.sh", stage1, STAGE1_FLAGS), stage1 / "mm_projector.bin",
     )  # fmt: skip
     steps.run(
         "stage2", "3/7 stage 2, train.py: DPVR-LF side branch",
-        lambda: train("stage2", "finetune.sh", patched, STAGE2_FLAGS), [code, STAGE2_FLAGS],
+        lambda: train("stage2", "finetune.sh", patched, STAGE2_FLAGS), patched / "model.safetensors",
     )  # fmt: skip
-    steps.run("read_stock", "4/7 exact match, stock", lambda: read("read_stock", stock, "--prefill"), [args.rows])
-    steps.run("read_patched", "5/7 exact match, patched", lambda: read("read_patched", patched), [code, args.rows])
-    steps.run("eval_stock", f"6/7 lmms-eval {TASKS}, stock", lambda: evaluate("eval_stock", stock), TASKS)
-    steps.run("eval_patched", "7/7 the same, patched", lambda: evaluate("eval_patched", patched), [code, TASKS])
+    steps.run(
+        "read_stock", "4/7 exact match, stock", lambda: read("read_stock", stock, "--prefill"), out / "read_stock.json"
+    )
+    steps.run(
+        "read_patched", "5/7 exact match, patched", lambda: read("read_patched", patched), out / "read_patched.json"
+    )
+    steps.run("eval_stock", f"6/7 lmms-eval {TASKS}, stock", lambda: evaluate("eval_stock", stock), out / "eval_stock")
+    steps.run("eval_patched", "7/7 the same, patched", lambda: evaluate("eval_patched", patched), out / "eval_patched")
     console.print(table.build(out, base, stage1, patched))
     for line in table.closing(out, patched):
         console.print(line, soft_wrap=True)
