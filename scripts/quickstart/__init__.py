@@ -6,10 +6,18 @@ Modules, in the order they are used:
     questions   what is asked about an image, and the right answer
     prompts     vicuna_v1 prompts as token ids
     tokenizer   a small sentencepiece tokenizer with vicuna's file set
+    hub_files   contents of the configuration files of a LLaVA-1.5 release
     model       the small LLaVA-1.5 as one torch module, for training
     fileset     the files of a LLaVA-1.5 release, as the hub has them
+    training    the two stages that teach it to read
     data        training data in LLaVA's JSON format, held-out test rows
     score       exact match on the held-out rows, for either host's model
     base        trains the model and writes all of it (`python -m quickstart.base OUT`)
     evaldata    local POPE and MME data for lmms-eval's stock tasks
 """
+
+import os
+
+# torch reads this when it is first imported. Threads that spin while they wait make a small model fifty times slower as
+# soon as another process wants the same cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -25,9 +25,9 @@ from .model import SMALL_TEXT, SMALL_VISION, SmallLlava
 from .prompts import PromptEncoder
 
 RECORD = "base.json"
-TOWER_STAGE = training.Stage(steps=1900, learning_rate=3e-3, batch_size=32)
-# Many small batches: what takes time is to find out where to look, and that takes steps.
-ANSWER_STAGE = training.Stage(steps=650, batch_size=24)
+TOWER_STAGE = training.Stage(steps=1400, learning_rate=3e-3)
+# Smaller batches: what takes time is to find out where to look, and that takes steps rather than samples.
+ANSWER_STAGE = training.Stage(steps=620, batch_size=32)
 SHARES = {kind: share for kind, share in questions.DEFAULT_SHARES.items() if kind != "text"}
 
 
@@ -43,7 +43,8 @@ class BaseSettings:
         tower_rate: factor on the tower's learning rate in the answer stage.
         shares: kind of question -> share in the answer stage. Without the text-only rows that the data files have:
             their long, unpredictable answers hide what there is to learn from images.
-        system_prompt_share: share of prompts in llava's wording; the others as the HF chat template has them.
+        caption_share: share of samples that are image and caption alone, as stage 1 has them.
+        system_prompt_share: share of batches in llava's wording; the others as the HF chat template has them.
         vision, text: keyword arguments of `CLIPVisionConfig` and `LlamaConfig`.
         vocab_size: pieces of the tokenizer.
         num_plain, num_v1, num_test: rows of the data files.
@@ -55,7 +56,8 @@ class BaseSettings:
     frozen_steps: int = 100
     tower_rate: float = 0.2
     shares: dict[str, float] = field(default_factory=lambda: dict(SHARES))
-    system_prompt_share: float = 0.75
+    system_prompt_share: float = 0.4
+    caption_share: float = 0.08
     vision: dict = field(default_factory=lambda: dict(SMALL_VISION))
     text: dict = field(default_factory=lambda: dict(SMALL_TEXT))
     vocab_size: int = tokenizer.DEFAULT_VOCAB_SIZE
@@ -143,6 +145,7 @@ def _train_and_write(root: Path, settings: BaseSettings) -> dict:
                 frozen_steps=settings.frozen_steps,
                 tower_rate=settings.tower_rate,
                 system_prompt_share=settings.system_prompt_share,
+                caption_share=settings.caption_share,
                 on_step=on_step,
             )
         # The files hold half-precision weights: measure those.

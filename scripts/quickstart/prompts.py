@@ -55,6 +55,11 @@ class PromptEncoder:
         """Ids of an answer with the closing EOS."""
         return (*self.sentencepiece.encode(answer), self.sentencepiece.eos_id())
 
+    def caption_ids(self, caption: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Prompt and answer of a stage-1 sample (`--version plain`): an image, then its caption and a line break."""
+        prompt = (self.sentencepiece.bos_id(), IMAGE_TOKEN_INDEX)
+        return prompt, tuple(self.sentencepiece.encode(f"{caption}\n"))
+
     def decode(self, ids: list[int]) -> str:
         """Text of generated ids, up to the first EOS."""
         eos = self.sentencepiece.eos_id()

@@ -99,7 +99,11 @@ def patch_labels(sample: questions.Sample, photo_words: list[str], grid: int) ->
 
 
 def make_batch(
-    samples: list[questions.Sample], encoder: PromptEncoder, num_patches: int, with_system: np.ndarray
+    samples: list[questions.Sample],
+    encoder: PromptEncoder,
+    num_patches: int,
+    with_system: np.ndarray,
+    as_caption: np.ndarray,
 ) -> Batch:
     """Tokenises samples into one padded batch.
 
@@ -108,11 +112,16 @@ def make_batch(
         encoder: of prompts and answers.
         num_patches: placeholders per image.
         with_system: bool [batch], which prompts begin with the system prompt.
+        as_caption: bool [batch], which samples are image and caption alone, as stage 1 has them.
     """
     rows = []
-    for sample, system in zip(samples, with_system, strict=True):
-        prompt = encoder.prompt_ids(sample.question, sample.pixels is not None, bool(system))
-        rows.append((expand_image(prompt, num_patches), encoder.answer_ids(sample.answer)))
+    for sample, system, caption in zip(samples, with_system, as_caption, strict=True):
+        if caption and sample.pixels is not None:
+            prompt, answer = encoder.caption_ids(sample.caption)
+        else:
+            prompt = encoder.prompt_ids(sample.question, sample.pixels is not None, bool(system))
+            answer = encoder.answer_ids(sample.answer)
+        rows.append((expand_image(prompt, num_patches), answer))
     width = max(len(prompt) + len(answer) for prompt, answer in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
@@ -216,6 +225,7 @@ def train_answers(
     frozen_steps: int = 100,
     tower_rate: float = 0.2,
     system_prompt_share: float = 0.75,
+    caption_share: float = 0.0,
     on_step: Callable[[int, float], None] | None = None,
 ) -> float:
     """Trains projector and language model on answers, and later the tower too.
@@ -227,8 +237,9 @@ def train_answers(
         stage: length and step size.
         frozen_steps: steps before the tower trains too.
         tower_rate: factor on the tower's learning rate.
-        system_prompt_share: share of prompts with the system prompt, as llava writes them; the others are as the HF
+        system_prompt_share: share of batches with the system prompt, as llava writes them; the others are as the HF
             chat template writes them.
+        caption_share: share of samples that are image and caption alone, as stage 1 has them.
         on_step: called with the number of steps done and the loss.
 
     Returns:
@@ -241,8 +252,10 @@ def train_answers(
         for step in itertools.count():
             model.tower.requires_grad_(step >= frozen_steps)
             samples = [sampler.draw() for _ in range(stage.batch_size)]
-            system = sampler.rng.random(stage.batch_size) < system_prompt_share
-            batch = make_batch(samples, encoder, model.num_patches, system)
+            # Whole batches, not single samples: a batch without the system prompt is half as long.
+            system = np.full(stage.batch_size, sampler.rng.random() < system_prompt_share)
+            captions = sampler.rng.random(stage.batch_size) < caption_share
+            batch = make_batch(samples, encoder, model.num_patches, system, captions)
             yield model.loss(batch.ids, batch.images, batch.answer_mask)
 
     parameters = [(parameter, tower_rate) for parameter in model.tower.parameters()]
