@@ -44,6 +44,23 @@ def test_the_wheel_in_an_empty_environment(tmp_path):
     assert " eval_tasks" not in names and "\ngin/" not in names
 
 
+@pytest.mark.timeout(300)
+def test_an_editable_install_starts_with_python(tmp_path, monkeypatch):
+    """The wheel that `pip install -e` makes holds the start-up line and points here."""
+    import zipfile
+
+    from hatchling import build
+
+    monkeypatch.chdir(ROOT)
+    with zipfile.ZipFile(tmp_path / build.build_editable(str(tmp_path))) as wheel:
+        names = wheel.namelist()
+        assert "llava_patch" in wheel.read("llava_patch.pth").decode()
+        paths = [wheel.read(n).decode() for n in names if n.endswith(".pth") and n != "llava_patch.pth"]
+    assert str(ROOT) in paths[0]
+    # site reads .pth files in sorted order: the path must be there before the line that imports
+    assert sorted(n for n in names if n.endswith(".pth"))[-1] == "llava_patch.pth"
+
+
 def test_no_package_of_ours_is_called_gin():
     assert not (ROOT / "gin" / "__init__.py").exists()
     import gin
