@@ -111,6 +111,36 @@ def test_generation_with_and_without_cache_agrees(host, options, split):
         assert torch.allclose(cached.sequences_scores, full.sequences_scores, atol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["reorder", "repeat", "select"])
+def test_what_the_cache_knows_moves_with_its_samples(host, change):
+    """Across samples of unequal length, which beams of one prompt never cross."""
+    batch = host.batch([(2, IMAGE, 5), (3, IMAGE, 9)], "left")
+    step = torch.tensor([[7], [11]])
+    order = {"reorder": [1, 0], "repeat": [0, 0, 1, 1], "select": [1]}[change]
+
+    def decode(tokens, change_cache=None):
+        cache = host.model(**batch.inputs, use_cache=True).past_key_values
+        rows = list(range(2))
+        if change_cache is not None:
+            change_cache(cache)
+            rows = order
+        mask = torch.cat([batch.valid[rows].long(), torch.ones(len(rows), 1, dtype=torch.long)], 1)
+        # Two steps: the second one's mask is made from what the first one left in the cache.
+        for _ in range(2):
+            out = host.model(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True)
+            mask = torch.cat([mask, torch.ones_like(tokens)], 1)
+        return out.logits
+
+    changes = {
+        "reorder": lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
+        "repeat": lambda cache: cache.batch_repeat_interleave(2),
+        "select": lambda cache: cache.batch_select_indices(torch.tensor([1])),
+    }
+    with patch(host.model, routing=Routing(split=2)):
+        assert close(decode(step[order], changes[change]), decode(step)[order])
+
+
 def _generate(host, batch, **options):
     inputs = dict(batch.inputs)
     return host.model.generate(inputs.pop("input_ids"), **inputs, **options)
