@@ -12,7 +12,6 @@ import copy
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_patch.errors import CheckpointError
+from llava_patch.files import atomic
 from llava_patch.hosts.tower import when_loaded
 from llava_patch.patching import CONFIG_KEY, FORMAT, Handle, get_handle, patch
 from llava_patch.settings import from_dict
@@ -34,18 +34,10 @@ _SIDE_FILES = (
 _FINGERPRINT_VALUES = 4
 
 
-def write_atomic(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old or the new content, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def base_fingerprint(model: nn.Module, changed: set[str]) -> dict[str, list[float]]:
@@ -149,13 +141,12 @@ def save(handle: Handle, directory: str | os.PathLike[str], form: str = "adapter
             "fingerprint": base_fingerprint(handle.model, set(tensors)),
         }
         _save_config(handle.model.config, folder)
-        temporary = folder / f".{WEIGHTS_FILE}.tmp"
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        os.replace(temporary, folder / WEIGHTS_FILE)
+        with atomic(folder / WEIGHTS_FILE) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
     if form == "full":
         (folder / WEIGHTS_FILE).unlink(missing_ok=True)  # of an adapter that was saved here before
     _copy_side_files(base, folder)
-    write_atomic(folder / SETTINGS_FILE, json.dumps(record, indent=2) + "\n")
+    write_text(folder / SETTINGS_FILE, json.dumps(record, indent=2) + "\n")
     return folder
 
 

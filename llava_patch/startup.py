@@ -333,11 +333,11 @@ def write_records(handle: "Handle", folder: Path) -> None:
     from llava_patch import checkpoint
 
     record = {**handle.settings(), "form": "full"}
-    checkpoint.write_atomic(folder / checkpoint.SETTINGS_FILE, json.dumps(record, indent=2) + "\n")
+    checkpoint.write_text(folder / checkpoint.SETTINGS_FILE, json.dumps(record, indent=2) + "\n")
     asked = configuration()
     if asked is not None:
         header = "".join(f"# {line}\n" for line in ("operative config of llava_patch, from:", *asked.sources))
-        checkpoint.write_atomic(folder / OPERATIVE_FILE, f"{header}\n{asked.operative}")
+        checkpoint.write_text(folder / OPERATIVE_FILE, f"{header}\n{asked.operative}")
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_patch.diagnostics.files import atomic
+from llava_patch.files import atomic
 
 if TYPE_CHECKING:
     from llava_patch.diagnostics.saturation import SaturationResult

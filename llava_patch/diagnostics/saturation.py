@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from llava_patch.diagnostics import files, trace
+from llava_patch import files
+from llava_patch.diagnostics import trace
 from llava_patch.diagnostics.recommend import Recommendation, recommend, transition_layer
 from llava_patch.errors import InputError, SettingError
 from llava_patch.hosts.anatomy import HF, Anatomy, find

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from llava_patch.diagnostics.files import plain, track
 from llava_patch.diagnostics.recommend import transition_layer
 from llava_patch.diagnostics.saturation import (
     CurveMean,
@@ -23,6 +22,7 @@ from llava_patch.diagnostics.saturation import (
 )
 from llava_patch.evaluation.access import reach
 from llava_patch.evaluation.options import output_folder
+from llava_patch.files import plain, track
 
 NAN = float("nan")
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from llava_patch.errors import InputError
-from llava_patch.probe.result import Reconstruction, RProbeResult, write_atomically
+from llava_patch.files import atomic
+from llava_patch.probe.result import Reconstruction, RProbeResult
 
 BLANK = 235  # grey of what is not under a target token
 
@@ -34,7 +35,10 @@ def save_figure(result: RProbeResult, path: str | Path, documents: Sequence[str]
             raise InputError(f"no example {', '.join(unknown)}: this run kept {', '.join(known) or 'none'}")
         examples = [known[name] for name in documents]
     figure = _draw(result, examples)
-    return write_atomically(path, lambda part: figure.savefig(part, format="png", dpi=130))
+    path = Path(path)
+    with atomic(path) as part:
+        figure.savefig(part, format="png", dpi=130)
+    return path
 
 
 def _draw(result: RProbeResult, examples: list[Reconstruction]) -> Any:

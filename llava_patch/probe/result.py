@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from llava_patch.files import atomic
 from llava_patch.probe.sample import Box
 
 
@@ -100,28 +98,7 @@ class RProbeResult:
 def write_json(result: RProbeResult, path: str | Path) -> Path:
     """Write a result as JSON; the file appears complete or not at all."""
     text = json.dumps(result.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    return write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
-
-
-def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> Path:
-    """Let `write` fill a file beside `path`, then move it there in one step.
-
-    Args:
-        path: final place; its folder is made when it is missing.
-        write: called with the place to write to, which has the same suffix.
-    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    part = Path(name)
-    try:
-        write(part)
-        umask = os.umask(0)
-        os.umask(umask)
-        part.chmod(0o666 & ~umask)  # mkstemp makes files that only their owner can read
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with atomic(path) as part:
+        part.write_text(text, encoding="utf-8")
     return path

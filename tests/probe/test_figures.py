@@ -6,7 +6,7 @@ from PIL import Image
 from llava_patch.errors import InputError
 from llava_patch.probe.figures import save_figure
 from llava_patch.probe.fit import run_rprobe
-from llava_patch.probe.result import write_atomically, write_json
+from llava_patch.probe.result import write_json
 from llava_patch.probe.settings import RProbe
 
 from .tiny import Characters, processor, tiny_model
@@ -33,20 +33,3 @@ def test_json_round_trip(result, tmp_path):
     read = json.loads(write_json(result, tmp_path / "r.json").read_text())
     assert read == result.to_json()
     assert "examples" not in read
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
-    target = tmp_path / "r.json"
-    target.write_text("old")
-
-    def fail(part):
-        part.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(target, fail)
-    assert target.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [target]
-    write_atomically(target, lambda part: part.write_text("new"))
-    assert target.read_text() == "new"
-    assert target.stat().st_mode & 0o044
