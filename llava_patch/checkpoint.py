@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from llava_patch.errors import CheckpointError
 from llava_patch.files import atomic
 from llava_patch.hosts.tower import when_loaded
-from llava_patch.patching import CONFIG_KEY, FORMAT, Handle, get_handle, patch
+from llava_patch.patching import CONFIG_KEY, FORMAT, Handle, added_parameters, get_handle, patch
 from llava_patch.settings import from_dict
 
 SETTINGS_FILE = "llava_patch.json"
@@ -53,10 +53,15 @@ def base_fingerprint(model: nn.Module, changed: set[str]) -> dict[str, list[floa
     for name, parameter in model.named_parameters():
         if name in changed or parameter.ndim != 2:
             continue
-        flat = parameter.detach().flatten()
-        places = torch.linspace(0, flat.numel() - 1, _FINGERPRINT_VALUES, device=flat.device).long()
-        samples[name] = flat[places].float().tolist()
+        samples[name] = _sample(parameter, _FINGERPRINT_VALUES).tolist()
     return samples
+
+
+def _sample(parameter: Tensor, count: int) -> Tensor:
+    """Evenly spaced values of a tensor: float32 [count] on the CPU."""
+    flat = parameter.detach().flatten()
+    places = torch.linspace(0, flat.numel() - 1, count, device=flat.device).long()
+    return flat[places].float().cpu()
 
 
 def _check_base(handle: Handle, saved: dict[str, list[float]], source: Path) -> None:
@@ -71,9 +76,7 @@ def _check_fingerprint(model: nn.Module, saved: dict[str, list[float]], source: 
     for name, values in saved.items():
         if name not in parameters:
             raise CheckpointError(f"{source}: made on a base with a tensor {name}, which this model does not have")
-        flat = parameters[name].detach().flatten()
-        places = torch.linspace(0, flat.numel() - 1, len(values), device=flat.device).long()
-        here, there = flat[places].float().cpu(), torch.tensor(values)
+        here, there = _sample(parameters[name], len(values)), torch.tensor(values)
         # Two roundings to bfloat16 (8 bits of mantissa) are the same base; training moves values further.
         if not torch.allclose(here, there, rtol=2**-7, atol=1e-6):
             raise CheckpointError(
@@ -84,11 +87,8 @@ def _check_fingerprint(model: nn.Module, saved: dict[str, list[float]], source: 
 
 def adapter_tensors(handle: Handle) -> dict[str, Tensor]:
     """What an adapter holds: the side branch, the projector, and everything that trains; {state-dict name: tensor}."""
-    model, anatomy = handle.model, handle.anatomy
-    kept = {id(p) for p in anatomy.projector.parameters()}
-    branch = getattr(anatomy.decoder, "side_branch", None)
-    if branch is not None:
-        kept |= {id(p) for p in branch.parameters()}
+    model = handle.model
+    kept = {id(p) for p in (*added_parameters(handle), *handle.anatomy.projector.parameters())}
     trained = set(handle.trainable())
     return {
         n: p.detach().to("cpu").clone().contiguous()
@@ -194,13 +194,24 @@ def read_settings(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from error
-    if record.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format {record.get('format')!r}, this version reads {FORMAT}")
+    _check_format(record, str(path))
     return record
 
 
+def _check_format(record: dict[str, Any], source: str) -> None:
+    if record.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{source}: llava_patch settings of format {record.get('format')!r}, this version reads {FORMAT}"
+        )
+
+
 def methods(record: dict[str, Any], source: str) -> dict[str, Any]:
-    """The settings dataclasses of a record, as keyword arguments of `patch`."""
+    """The settings dataclasses of a record, as keyword arguments of `patch`.
+
+    Raises:
+        CheckpointError: a record of a newer format.
+    """
+    _check_format(record, source)
     return {k: from_dict(record[k], source) for k in ("fusion", "routing") if record.get(k)}
 
 
@@ -240,10 +251,7 @@ def load(model: nn.Module, directory: str | os.PathLike[str]) -> Handle:
 
 def adapter_names(handle: Handle) -> list[str]:
     """Names of the tensors that a patch adds, which an adapter must hold."""
-    anatomy = handle.anatomy
-    wanted = {id(p) for p in getattr(anatomy.decoder, "side_branch", nn.Module()).parameters()}
-    if handle.fusion is not None:
-        wanted |= {id(p) for p in anatomy.projector.parameters()}
+    wanted = {id(p) for p in added_parameters(handle)}
     return [n for n, p in handle.model.named_parameters() if id(p) in wanted]
 
 

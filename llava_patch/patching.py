@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from llava_patch.errors import LlavaPatchError, SettingError
 from llava_patch.fusion import attach as fusion_attach
@@ -39,14 +39,13 @@ class Handle:
         taps: the blocks that the fusion taps on this tower, or None.
     """
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, loading: bool) -> None:
+    def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
         """Use `patch`, not this."""
         self.model = model
         self.anatomy = anatomy
         self.fusion: SkipLinks | None = None
         self.routing: Routing | None = None
         self.taps: Taps | None = None
-        self.loading = loading
         self._undo = UndoStack()
         flags = [(p, p.requires_grad) for p in model.parameters()]
         self._undo.push(lambda: [p.requires_grad_(flag) for p, flag in flags])  # type: ignore[arg-type, func-returns-value]
@@ -189,7 +188,7 @@ def patch(
     handle = get_handle(found.model)
     fresh = handle is None
     if handle is None:
-        handle = Handle(found.model, found, loading)
+        handle = Handle(found.model, found)
     else:
         _check_against(handle, fusion, routing)
     try:
@@ -245,15 +244,16 @@ def fingerprint(model: nn.Module) -> str:
     if handle is None:
         return ""
     digest = hashlib.sha256(json.dumps(handle.settings(), sort_keys=True).encode())
-    for parameter in _added(handle):
+    for parameter in added_parameters(handle):
         flat = parameter.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 64)][:64]
         digest.update(sample.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def _added(handle: Handle) -> list[Tensor]:
-    added: list[Tensor] = list(late_fusion.side_parameters(handle.anatomy))
+def added_parameters(handle: Handle) -> list[nn.Parameter]:
+    """What a patch adds: the side branch, and with a fusion the projector that it widened."""
+    added = list(late_fusion.side_parameters(handle.anatomy))
     if handle.fusion is not None:
         added += list(handle.anatomy.projector.parameters())
     return added

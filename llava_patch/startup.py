@@ -389,7 +389,6 @@ def _load_host(original: Any, cls: Any, path: Any, args: tuple, kwargs: dict[str
             )
         if handle.fusion is not None and handle.fusion.train_tower != "frozen":
             checkpoint.restore_tower(handle, Path(path))
-        handle.loading = False
         handle.apply_freeze()
     _finish(model)
     return (model, info) if wants_info else model
@@ -404,13 +403,11 @@ def _load_base_for(
     checkpoint's own files (mm_projector.bin, non_lora_trainables.bin).
     """
     from llava_patch import checkpoint
-    from llava_patch.patching import CONFIG_KEY, patch
+    from llava_patch.patching import patch
 
     source = getattr(config, "_name_or_path", "config.json")
-    stock = copy.deepcopy(config)
-    delattr(stock, CONFIG_KEY)
-    loaded = original(cls, path, *args, **{**kwargs, "config": stock})
-    patch(loaded[0] if isinstance(loaded, tuple) else loaded, **checkpoint.methods(carried, f"{source}/config.json"))
+    loaded = original(cls, path, *args, **{**kwargs, "config": _stock_config(config)})
+    patch(_model_of(loaded), **checkpoint.methods(carried, f"{source}/config.json"))
     return _finish(loaded)
 
 
@@ -420,28 +417,38 @@ def _finish(model: Any) -> Any:
     if asked is not None and asked.patches:
         from llava_patch.patching import patch
 
-        patch(model[0] if isinstance(model, tuple) else model, **asked.methods())
+        patch(_model_of(model), **asked.methods())
     return model
+
+
+def _model_of(loaded: Any) -> Any:
+    """The model in what from_pretrained returned, with or without loading info."""
+    return loaded[0] if isinstance(loaded, tuple) else loaded
+
+
+def _stock_config(config: Any) -> Any:
+    """A copy of a configuration without the patch it carries: the base is loaded as it is and patched afterwards."""
+    from llava_patch.patching import CONFIG_KEY
+
+    config = copy.deepcopy(config)
+    vars(config).pop(CONFIG_KEY, None)
+    return config
 
 
 def _load_adapter(original: Any, cls: Any, path: Any, record: dict, args: tuple, kwargs: dict[str, Any]) -> Any:
     from llava_patch import checkpoint
-    from llava_patch.patching import CONFIG_KEY
 
     config = kwargs.pop("config", None)
     if config is None:
         config = cls.config_class.from_pretrained(path)
-    config = copy.deepcopy(config)
     base = record["base"]
     if os.path.isabs(base) and not os.path.isdir(base):
         raise CheckpointError(
             f'{path}: its base model {base} is not there any more; change "base" in '
             f"{os.path.join(path, checkpoint.SETTINGS_FILE)} to where it is now"
         )
-    if hasattr(config, CONFIG_KEY):
-        delattr(config, CONFIG_KEY)  # the base is loaded as it is and patched afterwards
-    loaded = original(cls, base, *args, config=config, **kwargs)
-    checkpoint.load(loaded[0] if isinstance(loaded, tuple) else loaded, path)
+    loaded = original(cls, base, *args, config=_stock_config(config), **kwargs)
+    checkpoint.load(_model_of(loaded), path)
     return loaded
 
 
@@ -462,8 +469,6 @@ def _patched_construction(cls: Any) -> Iterator[None]:
 
         record = checkpoint.config_record(config)
         if type(self) is cls and record:
-            if record.get("format") != 1:
-                raise CheckpointError(f"the checkpoint's llava_patch settings have format {record.get('format')!r}")
             patch(self, **checkpoint.methods(record, "config.json"), loading=True)
 
     cls.__init__ = __init__

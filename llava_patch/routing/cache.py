@@ -76,17 +76,14 @@ class RoutedCache(DynamicCache):
             count: how many.
             valid: bool [batch, count]; None: all valid.
         """
-        if self.text_valid is not None or valid is not None:
-            batch, device = (self.text_valid if self.text_valid is not None else valid).shape[0], self._device(valid)  # type: ignore[union-attr]
-            old = self.text_valid
-            if old is None:
-                old = torch.ones(batch, self.text_length, dtype=torch.bool, device=device)
-            new = torch.ones(batch, count, dtype=torch.bool, device=device) if valid is None else valid.to(old.device)
+        known = valid if self.text_valid is None else self.text_valid
+        if known is not None:  # as soon as one part has padding, the other must say that it has none
+            old, new = (
+                known.new_ones(known.shape[0], n) if part is None else part.to(known.device)
+                for part, n in ((self.text_valid, self.text_length), (valid, count))
+            )
             self.text_valid = torch.cat([old, new], dim=1)
         self.text_length += count
-
-    def _device(self, valid: Tensor | None) -> torch.device:
-        return (self.text_valid if self.text_valid is not None else valid).device  # type: ignore[union-attr]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder samples (beam search)."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llava_patch.errors import InputError, SettingError
@@ -158,19 +159,16 @@ class RoutedForward:
         use_cache = bool(getattr(config, "use_cache", False) if use_cache is None else use_cache)
         if decoder.training and getattr(decoder, "gradient_checkpointing", False):
             use_cache = False
-        plan, text = None, None
+        plan = None
         if image_mask is not None:
             image_mask = _fit_mask(image_mask, batch, queries)
             valid = None if attention_mask is None else attention_mask[:, -queries:].bool()
             plan = make_plan(image_mask, valid)
-            text = plan.text
             if use_cache and valid is not None and not bool(valid[:, -1].all()):
                 _warn_right_padding()
             if cache is not None or use_cache:
-                from transformers.cache_utils import DynamicCache
-
                 cache = DynamicCache(config=config) if cache is None else cache
-                cache = RoutedCache.adopt(cache, text.index.shape[1], text.valid)
+                cache = RoutedCache.adopt(cache, plan.text.index.shape[1], plan.text.valid)
         else:
             new_valid = None
             if attention_mask is not None and (cache.text_valid is not None or queries > 1):
@@ -205,10 +203,9 @@ class RoutedForward:
         else:
             # Phase 2: the side branch, image positions only.
             side_states = self._side_branch(plan.image.take(hidden), _take_rotary(plan.image, rotary), plan.image.valid)
-            assert text is not None
-            text_states, text_rotary = text.take(hidden), _take_rotary(text, rotary)
+            text_states, text_rotary = plan.text.take(hidden), _take_rotary(plan.text, rotary)
             n_keys = text_states.shape[1]
-            text_mask = compat.causal_mask(config, text_states, text.valid)
+            text_mask = compat.causal_mask(config, text_states, plan.text.valid)
         # Phase 3: text-only layers. No position_ids: flash attention would take their gaps for packed samples.
         middle = list(self.anatomy.layers[self.split : self.fusion_start])
         text_states = _prime(text_states, middle)
@@ -219,7 +216,7 @@ class RoutedForward:
                     layer, text_states, attention_mask=text_mask, position_embeddings=text_rotary, **common,
                     cache_position=text_place, checkpoint=text_states.requires_grad,
                 )  # fmt: skip
-            _record(recorded, text_states, text, queries)
+            _record(recorded, text_states, None if plan is None else plan.text, queries)
         # Phase 4: fusion layers, every position again.
         hidden = text_states if plan is None else plan.merge(side_states, text_states)
         fusion = list(self.anatomy.layers[self.fusion_start :])
