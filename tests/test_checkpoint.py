@@ -243,6 +243,19 @@ def test_a_full_checkpoint_without_its_added_weights_is_refused(files, tmp_path)
         LlavaForConditionalGeneration.from_pretrained(folder)
 
 
+def test_a_full_checkpoint_of_a_newer_format_is_refused(files, tmp_path):
+    from transformers import LlavaForConditionalGeneration
+
+    model = _load("hf", files)
+    with patch(model, **PATCH) as handle:
+        folder = handle.save(tmp_path / "full", form="full")
+    config = json.loads((folder / "config.json").read_text())
+    config["llava_patch"]["format"] = 99
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"config\.json: .*format 99"):
+        LlavaForConditionalGeneration.from_pretrained(folder)
+
+
 def test_a_checkpoint_of_another_fusion_is_refused(files, tmp_path):
     model, folder = _saved(files, tmp_path)
     with patch(model, fusion=SkipLinks(stride=3)), pytest.raises(SettingError, match="already carries fusion"):
