@@ -16,11 +16,13 @@ _EXPORTS = {
     "load": "llava_patch.checkpoint",
     "SkipLinks": "llava_patch.settings",
     "Routing": "llava_patch.settings",
+    "FastV": "llava_patch.settings",
     "RProbe": "llava_patch.probe.settings",
     "Saturation": "llava_patch.diagnostics.saturation",
     "LlavaPatchError": "llava_patch.errors",
 }
 __all__ = [
+    "FastV",
     "Handle",
     "LlavaPatchError",
     "RProbe",
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
     from llava_patch.errors import LlavaPatchError
     from llava_patch.patching import Handle, get_handle, patch
     from llava_patch.probe.settings import RProbe
-    from llava_patch.settings import Routing, SkipLinks
+    from llava_patch.settings import FastV, Routing, SkipLinks
 
 
 def __getattr__(name: str) -> object:

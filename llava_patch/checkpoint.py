@@ -212,7 +212,7 @@ def methods(record: dict[str, Any], source: str) -> dict[str, Any]:
         CheckpointError: a record of a newer format.
     """
     _check_format(record, source)
-    return {k: from_dict(record[k], source) for k in ("fusion", "routing") if record.get(k)}
+    return {k: from_dict(record[k], source) for k in ("fusion", "routing", "pruning") if record.get(k)}
 
 
 def load(model: nn.Module, directory: str | os.PathLike[str]) -> Handle:

@@ -87,7 +87,7 @@ def inspect(checkpoint: Path = typer.Argument(..., help="a checkpoint folder")) 
     if not record:
         console.print(f"{checkpoint}: a stock checkpoint (no {SETTINGS_FILE}, nothing in config.json)")
         return
-    for kind in ("fusion", "routing"):
+    for kind in ("fusion", "routing", "pruning"):
         console.print(f"{kind}: {record.get(kind) or 'none'}")
     console.print(f"form: {record.get('form', 'full')}   base: {record.get('base', '-')}")
     if (checkpoint / WEIGHTS_FILE).is_file():

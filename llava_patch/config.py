@@ -18,7 +18,7 @@ from llava_patch.diagnostics.saturation import Saturation
 from llava_patch.errors import SettingError
 from llava_patch.probe.settings import RProbe
 from llava_patch.resources import gin_dir
-from llava_patch.settings import METHODS, Routing, SkipLinks
+from llava_patch.settings import METHODS, FastV, Routing, SkipLinks
 
 MEASUREMENTS: dict[str, Any] = {"RProbe": RProbe, "Saturation": Saturation}
 
@@ -38,6 +38,7 @@ class Configuration:
     Attributes:
         fusion: fusion settings or None.
         routing: routing settings or None.
+        pruning: pruning settings or None.
         measurements: settings of measurements that have a binding, by class name.
         operative: gin's operative config as text: every value in use, the defaults included.
         sources: the files and bindings it came from.
@@ -45,18 +46,19 @@ class Configuration:
 
     fusion: SkipLinks | None = None
     routing: Routing | None = None
+    pruning: FastV | None = None
     measurements: dict[str, Any] = field(default_factory=dict)
     operative: str = ""
     sources: tuple[str, ...] = field(default=())
 
     def methods(self) -> dict[str, Any]:
         """Keyword arguments of `patch`."""
-        return {"fusion": self.fusion, "routing": self.routing}
+        return {"fusion": self.fusion, "routing": self.routing, "pruning": self.pruning}
 
     @property
     def patches(self) -> bool:
         """Whether a model is to be patched."""
-        return self.fusion is not None or self.routing is not None
+        return any(value is not None for value in self.methods().values())
 
     def __bool__(self) -> bool:
         """Whether anything is configured."""
@@ -115,7 +117,9 @@ def read(files: Sequence[str], params: Sequence[str]) -> Configuration:
     finally:
         gin.clear_config()
         _restore_gin(outside)
-    return Configuration(resolved["fusion"], resolved["routing"], measurements, operative, sources)
+    return Configuration(
+        resolved["fusion"], resolved["routing"], resolved["pruning"], measurements, operative, sources
+    )
 
 
 _GIN_STATE = ("_CONFIG", "_OPERATIVE_CONFIG")

@@ -19,7 +19,7 @@ from llava_patch.hosts import carry
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.hosts.compat import check_versions
 from llava_patch.routing import late_fusion
-from llava_patch.settings import FUSIONS, Routing, SkipLinks, to_dict
+from llava_patch.settings import FUSIONS, FastV, Routing, SkipLinks, to_dict
 from llava_patch.undo import UndoStack
 
 CONFIG_KEY = "llava_patch"
@@ -36,6 +36,7 @@ class Handle:
         anatomy: where its parts are.
         fusion: Skip-Links settings, or None.
         routing: routing settings, or None.
+        pruning: pruning settings, or None.
         taps: the blocks that the fusion taps on this tower, or None.
     """
 
@@ -45,6 +46,7 @@ class Handle:
         self.anatomy = anatomy
         self.fusion: SkipLinks | None = None
         self.routing: Routing | None = None
+        self.pruning: FastV | None = None
         self.taps: Taps | None = None
         self._undo = UndoStack()
         flags = [(p, p.requires_grad) for p in model.parameters()]
@@ -71,7 +73,7 @@ class Handle:
 
     def __repr__(self) -> str:
         """Name what is applied."""
-        parts = [str(s) for s in (self.fusion, self.routing) if s is not None]
+        parts = [str(s) for s in (self.fusion, self.routing, self.pruning) if s is not None]
         return f"<llava_patch on {type(self.model).__name__}: {', '.join(parts) or 'nothing'}>"
 
     def settings(self) -> dict[str, Any]:
@@ -80,6 +82,7 @@ class Handle:
             "format": FORMAT,
             "fusion": None if self.fusion is None else to_dict(self.fusion),
             "routing": None if self.routing is None else to_dict(self.routing),
+            "pruning": None if self.pruning is None else to_dict(self.pruning),
         }
 
     def remove(self) -> None:
@@ -142,7 +145,7 @@ def patch(
     model: nn.Module,
     fusion: SkipLinks | None = None,
     routing: Routing | None = None,
-    pruning: None = None,
+    pruning: FastV | None = None,
     probe: None = None,
     *,
     zero_start: bool = True,
@@ -155,7 +158,7 @@ def patch(
             wrapped by peft, DDP or DeepSpeed.
         fusion: multi-layer vision fusion.
         routing: routing of image tokens around the deep layers.
-        pruning: reserved for FastV.
+        pruning: pruning of image tokens, alone or beside any routing variant.
         probe: reserved for the auxiliary R-Probe loss.
         zero_start: grow an existing projector so that the output does not change (True), or initialise the widened
             layer as a new one (False: a projector that was made from scratch).
@@ -168,15 +171,16 @@ def patch(
         SettingError: settings that the model cannot take, or that contradict a patch already on it.
         HostError: an unknown model or an unsupported version.
     """
-    for name, value, kinds in (("fusion", fusion, FUSIONS), ("routing", routing, (Routing,))):
+    for name, value, kinds in (
+        ("fusion", fusion, FUSIONS), ("routing", routing, (Routing,)), ("pruning", pruning, (FastV,)),
+    ):  # fmt: skip
         if isinstance(value, (tuple, list)):
             raise SettingError(f"patch({name}=...) got {len(value)} settings: a model takes one {name}")
         if value is not None and not isinstance(value, kinds):
             expected = ", ".join(k.__name__ for k in kinds)
             raise SettingError(f"patch({name}={value!r}): expected {expected}")
-    for name, value in (("pruning", pruning), ("probe", probe)):
-        if value is not None:
-            raise SettingError(f"patch({name}=...) is not available in this version")
+    if probe is not None:
+        raise SettingError("patch(probe=...) is not available in this version")
     _check_together(fusion, routing)
     check_versions()
     found = anatomy_module.find(model)
@@ -190,7 +194,7 @@ def patch(
     if handle is None:
         handle = Handle(found.model, found)
     else:
-        _check_against(handle, fusion, routing)
+        _check_against(handle, fusion, routing, pruning)
     try:
         if not handle._carries and (fusion is not None or _routes(routing, found)):
             carry.attach(found, handle._undo)
@@ -229,8 +233,12 @@ def _check_together(fusion: SkipLinks | None, routing: Routing | None) -> None:
         )
 
 
-def _check_against(handle: Handle, fusion: SkipLinks | None, routing: Routing | None) -> None:
-    for name, asked, there in (("fusion", fusion, handle.fusion), ("routing", routing, handle.routing)):
+def _check_against(
+    handle: Handle, fusion: SkipLinks | None, routing: Routing | None, pruning: FastV | None
+) -> None:
+    for name, asked, there in (
+        ("fusion", fusion, handle.fusion), ("routing", routing, handle.routing), ("pruning", pruning, handle.pruning),
+    ):  # fmt: skip
         if asked is not None and there is not None and asked != there:
             raise SettingError(
                 f"the model already carries {name} {there}, but {asked} was asked for: remove the patch first "

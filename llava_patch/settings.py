@@ -14,6 +14,8 @@ from llava_patch.errors import SettingError
 
 TrainTower = Union[Literal["frozen", "all"], int]
 VARIANTS = ("lf", "pc", "kv", "ideal", "vtw")
+LEARNING_VARIANTS = ("lf", "pc", "kv")
+"""Variants in which text reads the side branch, so that it can learn."""
 FREEZE_STRATEGIES = ("all_but_single", "side_and_fusion", "none")
 
 
@@ -75,48 +77,119 @@ class SkipLinks:
 
 @dataclass(frozen=True)
 class Routing:
-    """DPVR routing of image tokens around the deep decoder layers.
+    """DPVR routing of image tokens around the deep decoder layers, its variants and the VTW baseline.
 
-    Source: "Late-Layer Fusion is Enough" (DPVR), section 3. With L layers: layers 0..split-1 run as in the stock
-    model; the side branch (n trainable layers) runs on the image positions; layers split..L-K-1 run on text positions
-    only; the last K layers see both again.
+    Source: "Late-Layer Fusion is Enough" (DPVR), section 3; VTW: "Boosting Multimodal LLMs with Visual Tokens
+    Withdrawal". With L layers: layers 0..split-1 run as in the stock model; the side branch (n trainable layers) runs
+    on the image positions. What the deep layers split..L-1 do with the image is the variant's:
+
+    - "lf" (late-layer fusion): they run on text positions only, the fusion layers on both.
+    - "pc": each runs on both, the image positions reset to the side branch's output.
+    - "kv": as pc, but image positions give keys and values only.
+    - "ideal": they run on text positions only; image positions end as the side branch's output.
+    - "vtw": as ideal without a side branch; image positions end as they left the decoder.
 
     Attributes:
-        variant: "lf" (late-layer fusion); the other variants of the paper are named but not available yet.
-        split: first layer that image tokens leave out, 0..L-K; split = L routes nothing.
-        fusion_layers: K, how many of the last layers see image and text again.
-        side_layers: n, depth of the side branch; it starts as a copy of layers split..split+n-1.
+        variant: one of the above.
+        split: first layer that image tokens leave out, 0..L-K; split = L routes nothing; "auto": what the saturation
+            measurement recommends on the user's own samples.
+        fusion_layers: lf: K, how many of the last layers see image and text again, or a tuple of layer numbers (sparse
+            fusion). 0 for ideal and vtw, whatever the default.
+        side_layers: n, depth of the side branch; it starts as a copy of layers split..split+n-1. 0 for vtw.
         freeze: "all_but_single" trains the side branch only, "side_and_fusion" also the fusion layers, "none" leaves
-            the flags as the training script set them.
+            the flags as the training script set them. None: "all_but_single" where a side branch can learn (lf, pc,
+            kv), else "none".
     """
 
     KIND: ClassVar[str] = "routing"
 
     variant: str = "lf"
     split: int | str = 18
-    fusion_layers: int = 1
+    fusion_layers: int | tuple[int, ...] = 1
     side_layers: int = 1
-    freeze: str = "all_but_single"
+    freeze: str | None = None
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
             raise SettingError(f"Routing.variant = {self.variant!r}: expected one of {', '.join(VARIANTS)}")
-        if self.variant != "lf":
-            raise SettingError(f'Routing.variant = {self.variant!r} is not available in this version; use "lf"')
-        if self.split == "auto":
-            raise SettingError(
-                'Routing.split = "auto" is not available in this version; run the `saturation` task and bind the '
-                "split it recommends"
-            )
-        _integer("Routing", "split", self.split, 0)
-        _integer("Routing", "fusion_layers", self.fusion_layers, 1)
-        _integer("Routing", "side_layers", self.side_layers, 1)
+        if self.split != "auto":
+            if isinstance(self.split, str):
+                raise SettingError(f'Routing.split = {self.split!r}: expected a layer number or "auto"')
+            _integer("Routing", "split", self.split, 0)
+        self._check_fusion_layers()
+        _integer("Routing", "side_layers", self.side_layers, 0)
+        if self.variant == "vtw":
+            if self.side_layers > 1:
+                raise SettingError(f"Routing.side_layers = {self.side_layers}: vtw has no side branch")
+            object.__setattr__(self, "side_layers", 0)
+        learns = self.variant in LEARNING_VARIANTS
+        if self.freeze is None:
+            object.__setattr__(self, "freeze", "all_but_single" if learns else "none")
         if self.freeze not in FREEZE_STRATEGIES:
             raise SettingError(f"Routing.freeze = {self.freeze!r}: expected one of {', '.join(FREEZE_STRATEGIES)}")
+        if self.freeze != "none" and not learns:
+            why = "has no side branch" if self.variant == "vtw" else "never shows the side branch's output to a text token"
+            raise SettingError(
+                f'Routing.freeze = "{self.freeze}" leaves nothing to train: {self.variant} {why}; set Routing.freeze = '
+                '"none", or use variant "lf"'
+            )
+
+    def _check_fusion_layers(self) -> None:
+        value = self.fusion_layers
+        if isinstance(value, (tuple, list)):
+            layers = tuple(value)
+            for layer in layers:
+                _integer("Routing", "fusion_layers", layer, 0)
+            if len(set(layers)) != len(layers) or not layers:
+                raise SettingError(f"Routing.fusion_layers = {layers}: expected distinct layer numbers, at least one")
+            object.__setattr__(self, "fusion_layers", tuple(sorted(layers)))
+            if self.variant != "lf":
+                raise SettingError(f"Routing.fusion_layers = {layers}: only lf fuses; {self.variant} takes the default")
+            return
+        _integer("Routing", "fusion_layers", value, 0)
+        if self.variant in ("ideal", "vtw"):
+            if value > 1:
+                raise SettingError(f"Routing.fusion_layers = {value}: {self.variant} has no fusion layer")
+            object.__setattr__(self, "fusion_layers", 0)
+        elif self.variant in ("pc", "kv") and value != 1:
+            raise SettingError(
+                f"Routing.fusion_layers = {value}: {self.variant} shows the image to every deep layer, so there is no "
+                "number of fusion layers to choose; leave it at 1"
+            )
+
+
+@dataclass(frozen=True)
+class FastV:
+    """FastV: image tokens that the prompt's last token hardly looks at leave the decoder for good.
+
+    Source: "An Image is Worth 1/2 Tokens After Layer 2" (FastV), section 4. Before layer k, each sample keeps
+    ceil((1 - r) * n) of its n image tokens: those with the highest attention from the last prompt token at layer k-1,
+    mean over heads; the lower position wins ties, order and position ids stay. The choice is made once, at the prefill
+    that brings the image. Positions that are read (a label follows at once, or generation samples from them) are kept.
+
+    Attributes:
+        layer: k >= 1, first layer without the pruned tokens.
+        ratio: r, share of image tokens to prune, 0..1; 0 prunes nothing.
+        training: prune in training mode too (the last token that is not padding then stands for the prompt's last).
+    """
+
+    KIND: ClassVar[str] = "pruning"
+
+    layer: int = 2
+    ratio: float = 0.5
+    training: bool = False
+
+    def __post_init__(self) -> None:
+        _integer("FastV", "layer", self.layer, 1)
+        number = isinstance(self.ratio, (int, float)) and not isinstance(self.ratio, bool)
+        if not number or not 0 <= self.ratio <= 1:
+            raise SettingError(f"FastV.ratio = {self.ratio!r}: expected a number from 0 to 1")
+        if not isinstance(self.training, bool):
+            raise SettingError(f"FastV.training = {self.training!r}: expected True or False")
 
 
 FUSIONS: tuple[type, ...] = (SkipLinks,)
-METHODS: dict[str, Any] = {"SkipLinks": SkipLinks, "Routing": Routing}
+METHODS: dict[str, Any] = {"SkipLinks": SkipLinks, "Routing": Routing, "FastV": FastV}
 Fusion = SkipLinks
 
 
