@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -9,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from llava_patch.errors import LlavaPatchError, SettingError
 from llava_patch.fusion import attach as fusion_attach
@@ -18,7 +19,9 @@ from llava_patch.hosts import anatomy as anatomy_module
 from llava_patch.hosts import carry
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.hosts.compat import check_versions
-from llava_patch.routing import late_fusion
+from llava_patch.routing import attach as routing_attach
+from llava_patch.routing import side_branch
+from llava_patch.routing.program import Program, make_program
 from llava_patch.settings import FUSIONS, FastV, Routing, SkipLinks, to_dict
 from llava_patch.undo import UndoStack
 
@@ -98,17 +101,30 @@ class Handle:
 
     def apply_freeze(self) -> None:
         """Set requires_grad as the settings say; call it after a training script has set its own flags."""
-        if self.routing is not None and late_fusion.side_parameters(self.anatomy):
-            freeze = self.routing.freeze
-            if freeze != "none":
-                self.model.requires_grad_(False)
-            if freeze == "side_and_fusion":
-                for layer in self.anatomy.layers[len(self.anatomy.layers) - self.routing.fusion_layers :]:
-                    layer.requires_grad_(True)
-            for parameter in late_fusion.side_parameters(self.anatomy):
-                parameter.requires_grad_(True)
+        if self.routing is not None:
+            routing_attach.freeze(self.anatomy, self.routing, self.program())
         if self.fusion is not None and self.taps is not None:
             fusion_attach.set_tower_flags(self.anatomy, self.fusion, self.taps)
+
+    def program(self) -> Program:
+        """What each decoder layer does under the applied settings."""
+        return make_program(self.routing, self.pruning, len(self.anatomy.layers))
+
+    def image_positions(
+        self, image_mask: Tensor | None = None, kept: Tensor | None = None
+    ) -> contextlib.AbstractContextManager[None]:
+        """Tell the model where the images are in the next call, for embeddings that were merged by hand.
+
+        For chunked prefill as well, where a chunk's embeddings come without pixels.
+
+        Args:
+            image_mask: bool [batch, tokens] of the next call's tokens, or of all tokens so far; None: as the host says.
+            kept: bool of the same shape, positions that pruning keeps, to repeat an earlier choice; None: choose.
+
+        Returns:
+            A context manager for one call of the model.
+        """
+        return carry.placed(self.anatomy, image_mask, kept)
 
     def trainable(self) -> list[str]:
         """Names of the parameters that a training step gives a gradient, in the model's order."""
@@ -195,8 +211,9 @@ def patch(
         handle = Handle(found.model, found)
     else:
         _check_against(handle, fusion, routing, pruning)
+    program = _program(handle, routing, pruning, found)
     try:
-        if not handle._carries and (fusion is not None or _routes(routing, found)):
+        if not handle._carries and (fusion is not None or program.does_something):
             carry.attach(found, handle._undo)
             handle._carries = True
         if fusion is not None and handle.fusion is None:
@@ -204,9 +221,8 @@ def patch(
                 found, fusion, handle._undo, zero_start=zero_start, keep_original=not loading
             )
             handle.fusion = fusion
-        if routing is not None and handle.routing is None:
-            late_fusion.attach(found, routing, handle._undo)
-            handle.routing = routing
+        routing_attach.attach(found, program, handle._undo)
+        handle.routing, handle.pruning = routing or handle.routing, pruning or handle.pruning
         _check_together(handle.fusion, handle.routing)
         handle._undo.set_attribute(found.model.config, CONFIG_KEY, handle.settings())
         if not loading:
@@ -221,8 +237,8 @@ def patch(
     return handle
 
 
-def _routes(routing: Routing | None, anatomy: Anatomy) -> bool:
-    return routing is not None and routing.split != len(anatomy.layers)
+def _program(handle: Handle, routing: Routing | None, pruning: FastV | None, anatomy: Anatomy) -> Program:
+    return make_program(handle.routing or routing, handle.pruning or pruning, len(anatomy.layers))
 
 
 def _check_together(fusion: SkipLinks | None, routing: Routing | None) -> None:
@@ -233,9 +249,7 @@ def _check_together(fusion: SkipLinks | None, routing: Routing | None) -> None:
         )
 
 
-def _check_against(
-    handle: Handle, fusion: SkipLinks | None, routing: Routing | None, pruning: FastV | None
-) -> None:
+def _check_against(handle: Handle, fusion: SkipLinks | None, routing: Routing | None, pruning: FastV | None) -> None:
     for name, asked, there in (
         ("fusion", fusion, handle.fusion), ("routing", routing, handle.routing), ("pruning", pruning, handle.pruning),
     ):  # fmt: skip
@@ -261,7 +275,7 @@ def fingerprint(model: nn.Module) -> str:
 
 def added_parameters(handle: Handle) -> list[nn.Parameter]:
     """What a patch adds: the side branch, and with a fusion the projector that it widened."""
-    added = list(late_fusion.side_parameters(handle.anatomy))
+    added = list(side_branch.parameters(handle.anatomy))
     if handle.fusion is not None:
         added += list(handle.anatomy.projector.parameters())
     return added

@@ -127,8 +127,16 @@ class Routing:
             object.__setattr__(self, "freeze", "all_but_single" if learns else "none")
         if self.freeze not in FREEZE_STRATEGIES:
             raise SettingError(f"Routing.freeze = {self.freeze!r}: expected one of {', '.join(FREEZE_STRATEGIES)}")
+        if self.freeze == "side_and_fusion" and self.variant in ("pc", "kv"):
+            raise SettingError(
+                f'Routing.freeze = "side_and_fusion": {self.variant} has no fusion layer; use "all_but_single"'
+            )
         if self.freeze != "none" and not learns:
-            why = "has no side branch" if self.variant == "vtw" else "never shows the side branch's output to a text token"
+            why = (
+                "has no side branch"
+                if self.variant == "vtw"
+                else "never shows the side branch's output to a text token"
+            )
             raise SettingError(
                 f'Routing.freeze = "{self.freeze}" leaves nothing to train: {self.variant} {why}; set Routing.freeze = '
                 '"none", or use variant "lf"'

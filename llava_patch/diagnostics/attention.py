@@ -10,29 +10,6 @@ import torch
 from torch import Tensor
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply the rotary embedding in Llama's layout (first and second half of a head form the pairs).
-
-    Source: `apply_rotary_pos_emb` of transformers' modeling_llama.
-
-    Args:
-        x: [heads, tokens, head_dim].
-        cos: [tokens, head_dim].
-        sin: [tokens, head_dim].
-
-    Returns:
-        [heads, tokens, head_dim].
-    """
-    half = x.shape[-1] // 2
-    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
-    return x * cos + turned * sin
-
-
-def split_heads(projected: Tensor, head_dim: int) -> Tensor:
-    """[tokens, heads * head_dim] to [heads, tokens, head_dim]."""
-    return projected.unflatten(-1, (-1, head_dim)).transpose(0, 1)
-
-
 def mass_on_keys(
     q: Tensor,
     k: Tensor,

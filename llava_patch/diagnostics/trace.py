@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llava_patch.diagnostics.attention import mass_on_keys, rotate, split_heads
+from llava_patch.diagnostics.attention import mass_on_keys
 from llava_patch.errors import HostError, InputError
 from llava_patch.hosts.anatomy import HF, LLAVA, Anatomy
 from llava_patch.hosts.positions import hf_image_mask, llava_prepare
+from llava_patch.hosts.projections import rotate, split_heads
 from llava_patch.undo import UndoStack
 
 NAN = float("nan")

@@ -1,4 +1,4 @@
-"""Carries the image positions from the host's wrapper, where they are known, to its decoder, where they are used.
+"""Carries what the host's wrapper knows of a call to its decoder, where it is used: image positions above all.
 
 On `llava` only `inputs_embeds` reach the decoder, and `generate` may copy them; on HF the decoder never sees
 `input_ids`. A context variable around the wrapper's call works for both and keeps concurrent calls apart. The decoder
@@ -11,20 +11,43 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llava_patch.hosts.anatomy import LLAVA, Anatomy
-from llava_patch.hosts.positions import hf_image_mask, llava_prepare
+from llava_patch.hosts.positions import IGNORE_INDEX, hf_image_mask, llava_prepare
 from llava_patch.undo import UndoStack
 
 
-class _Scope:
-    """One call of the host: the image mask that waits for the decoder."""
+@dataclass
+class Given:
+    """What the decoder is told about one call.
 
-    def __init__(self) -> None:
-        self.image_mask: Tensor | None = None
+    Attributes:
+        image_mask: bool [batch, tokens], the image positions; None when the call brings no image.
+        read: bool [batch, tokens], positions whose next label counts; None when there are no labels.
+        suffix: how many of the last positions the caller reads (`logits_to_keep`, generation); None: any may be read.
+        kept: bool [batch, tokens], positions that survive pruning, when that was decided before; None: choose.
+    """
+
+    image_mask: Tensor | None = None
+    read: Tensor | None = None
+    suffix: int | None = None
+    kept: Tensor | None = None
+
+
+class _Scope:
+    """One call of the host, with what waits for the decoder."""
+
+    def __init__(self, anatomy: Anatomy) -> None:
+        self.anatomy = anatomy
+        self.given = Given()
+        self.placed = False  # positions were set by hand: the host's own view of the call does not count
+        self.generating = False
+        self.chosen: Tensor | None = None  # what pruning kept earlier in this generation
 
 
 _MARK = "_llava_patch_image_mask"
@@ -32,12 +55,12 @@ _current: ContextVar[_Scope | None] = ContextVar("llava_patch_image_positions", 
 
 
 @contextlib.contextmanager
-def _scope() -> Iterator[_Scope]:
+def _scope(anatomy: Anatomy) -> Iterator[_Scope]:
     active = _current.get()
-    if active is not None:  # generate() calls forward(): the outer scope holds the mask
+    if active is not None and active.anatomy.model is anatomy.model:  # generate() calls forward(): the outer scope holds the mask
         yield active
         return
-    scope = _Scope()
+    scope = _Scope(anatomy)
     token = _current.set(scope)
     try:
         yield scope
@@ -45,76 +68,147 @@ def _scope() -> Iterator[_Scope]:
         _current.reset(token)
 
 
-def take_image_mask(inputs_embeds: Tensor | None = None) -> Tensor | None:
-    """The image mask [batch, tokens] of the current call, once; None when there is none.
+@contextlib.contextmanager
+def placed(anatomy: Anatomy, image_mask: Tensor | None, kept: Tensor | None = None) -> Iterator[None]:
+    """Tell the decoder the image positions of the next call, for embeddings that were merged by hand.
 
     Args:
+        anatomy: the host model.
+        image_mask: bool [batch, tokens] of that call; None: as the host says.
+        kept: bool [batch, tokens], positions that survive pruning; None: choose.
+    """
+    with _scope(anatomy) as scope:
+        before = scope.given, scope.placed
+        scope.given, scope.placed = Given(image_mask=image_mask, kept=kept), image_mask is not None
+        try:
+            yield
+        finally:
+            scope.given, scope.placed = before
+
+
+def take(anatomy: Anatomy, inputs_embeds: Tensor | None = None) -> Given:
+    """What is known of the current call; the image mask is handed out once.
+
+    Args:
+        anatomy: the host model.
         inputs_embeds: embeddings that the caller may have prepared with the host's own method before this call.
     """
     scope = _current.get()
-    prepared: Tensor | None = getattr(inputs_embeds, _MARK, None)
-    if scope is None or scope.image_mask is None:
-        return prepared
-    mask, scope.image_mask = scope.image_mask, None
-    return mask
+    if scope is None or scope.anatomy.model is not anatomy.model:
+        return Given(image_mask=getattr(inputs_embeds, _MARK, None))
+    given = scope.given
+    scope.given = Given(suffix=given.suffix)
+    if given.image_mask is None:
+        given.image_mask = getattr(inputs_embeds, _MARK, None)
+    if given.kept is None and scope.generating:
+        given.kept = scope.chosen
+    return given
+
+
+def remember_chosen(anatomy: Anatomy, kept: Tensor) -> None:
+    """Within one generation pruning chooses once, also where each step recomputes the prompt (use_cache=False)."""
+    scope = _current.get()
+    if scope is not None and scope.anatomy.model is anatomy.model and scope.generating and scope.chosen is None:
+        scope.chosen = kept
 
 
 def attach(anatomy: Anatomy, undo: UndoStack) -> None:
-    """Make a host model report its image positions.
+    """Make a host model report its image positions and what is read of its output.
 
-    Modifications: instance attributes `forward`, `generate` and `prepare_inputs_labels_for_multimodal` of the causal LM
-    on `llava`; `forward` of the inner LlavaModel on HF.
+    Modifications: instance attributes `forward` and `generate` of the causal LM; on `llava` also
+    `prepare_inputs_labels_for_multimodal`, on HF `forward` of the inner LlavaModel.
     """
     if anatomy.host == LLAVA:
         _attach_llava(anatomy, undo)
     else:
         _attach_hf(anatomy, undo)
+    _attach_generate(anatomy, undo)
+
+
+def _attach_generate(anatomy: Anatomy, undo: UndoStack) -> None:
+    generate = anatomy.model.generate
+
+    @functools.wraps(generate)
+    def scoped(*args: Any, **kwargs: Any) -> Any:
+        with _scope(anatomy) as scope:
+            before = scope.generating, scope.chosen
+            scope.generating, scope.chosen = True, None
+            # `llava` knows no logits_to_keep; every way of generating but assisted decoding reads the last position.
+            assisted = kwargs.get("assistant_model") or kwargs.get("prompt_lookup_num_tokens")
+            if anatomy.host == LLAVA and not assisted:
+                scope.given.suffix = 1
+            try:
+                return generate(*args, **kwargs)
+            finally:
+                scope.generating, scope.chosen = before
+                scope.given = Given()
+
+    undo.set_attribute(anatomy.model, "generate", scoped)
 
 
 def _attach_llava(anatomy: Anatomy, undo: UndoStack) -> None:
     model = anatomy.model
     prepare = model.prepare_inputs_labels_for_multimodal
+    forward = model.forward
     image_token_id = anatomy.image_token_id
 
     @functools.wraps(prepare)
     def prepare_and_report(*args: Any, **kwargs: Any) -> tuple:
         outputs, image_mask = llava_prepare(prepare, image_token_id, *args, **kwargs)
         scope = _current.get()
-        if scope is not None:
-            scope.image_mask = image_mask
+        if scope is not None and scope.anatomy.model is anatomy.model and not scope.placed:
+            scope.given.image_mask = image_mask
+            scope.given.read = _read(outputs[5])
         if image_mask is not None and outputs[4] is not None:
             setattr(outputs[4], _MARK, image_mask)
         return outputs
 
+    @functools.wraps(forward)
+    def scoped(*args: Any, **kwargs: Any) -> Any:
+        with _scope(anatomy):
+            return forward(*args, **kwargs)
+
     undo.set_attribute(model, "prepare_inputs_labels_for_multimodal", prepare_and_report)
-    for name in ("forward", "generate"):
-        method = getattr(model, name)
-
-        def scoped(*args: Any, _method: Any = method, **kwargs: Any) -> Any:
-            with _scope():
-                return _method(*args, **kwargs)
-
-        undo.set_attribute(model, name, functools.wraps(method)(scoped))
+    undo.set_attribute(model, "forward", scoped)
 
 
 def _attach_hf(anatomy: Anatomy, undo: UndoStack) -> None:
-    wrapper = anatomy.wrapper
-    forward = wrapper.forward
+    model, wrapper = anatomy.model, anatomy.wrapper
+    outer, inner = model.forward, wrapper.forward
     image_token_id = anatomy.image_token_id
 
-    @functools.wraps(forward)
-    def forward_and_report(
+    @functools.wraps(outer)
+    def outer_and_report(*args: Any, **kwargs: Any) -> Any:
+        with _scope(anatomy) as scope:
+            keep = kwargs.get("logits_to_keep")
+            scope.given.suffix = keep if isinstance(keep, int) and keep > 0 else None
+            scope.given.read = _read(kwargs.get("labels"))
+            return outer(*args, **kwargs)
+
+    @functools.wraps(inner)
+    def inner_and_report(
         input_ids: Tensor | None = None, pixel_values: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        with _scope() as scope:
-            scope.image_mask = None
-            if pixel_values is not None:
-                if input_ids is not None:
-                    scope.image_mask = hf_image_mask(input_ids, image_token_id)
-                else:  # the host recognises placeholders by their embedding; so must we
-                    embeds: Tensor = kwargs["inputs_embeds"]
-                    token = anatomy.embed_tokens.weight[image_token_id].to(embeds)
-                    scope.image_mask = (embeds == token).all(-1)
-            return forward(input_ids, pixel_values, *args, **kwargs)
+        with _scope(anatomy) as scope:
+            if not scope.placed:
+                scope.given.image_mask = None
+                if pixel_values is not None:
+                    if input_ids is not None:
+                        scope.given.image_mask = hf_image_mask(input_ids, image_token_id)
+                    else:  # the host recognises placeholders by their embedding; so must we
+                        embeds: Tensor = kwargs["inputs_embeds"]
+                        token = anatomy.embed_tokens.weight[image_token_id].to(embeds)
+                        scope.given.image_mask = (embeds == token).all(-1)
+            return inner(input_ids, pixel_values, *args, **kwargs)
 
-    undo.set_attribute(wrapper, "forward", forward_and_report)
+    undo.set_attribute(model, "forward", outer_and_report)
+    undo.set_attribute(wrapper, "forward", inner_and_report)
+
+
+def _read(labels: Tensor | None) -> Tensor | None:
+    """Positions whose next label counts: bool [batch, tokens]."""
+    if labels is None:
+        return None
+    read = torch.zeros_like(labels, dtype=torch.bool)
+    read[:, :-1] = labels[:, 1:] != IGNORE_INDEX
+    return read

@@ -13,13 +13,15 @@ import importlib.util
 import inspect
 import logging
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llava_patch.errors import HostError
+from llava_patch.errors import HostError, InputError
+from llava_patch.undo import UndoStack
 
 logger = logging.getLogger("llava_patch")
 
@@ -95,6 +97,16 @@ def call_layer(
     return out[0] if isinstance(out, tuple) else out  # a tuple up to 4.53, a tensor from 4.54
 
 
+def checkpointed(layer: Any, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Call a function of tensors under a decoder layer's gradient checkpointing, where that is switched on.
+
+    For calls that the layer's own checkpointing would break: it drops whatever is passed as a cache.
+    """
+    if getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled():
+        return layer._gradient_checkpointing_func(function, *tensors)
+    return function(*tensors)
+
+
 class _Lengths:
     """Stands in for a cache when a mask is built: it only answers how long keys are."""
 
@@ -149,6 +161,73 @@ def _with_attention(config: Any, attn_implementation: str) -> Any:
     config = copy.copy(config)
     config._attn_implementation = attn_implementation
     return config
+
+
+def position_mask(
+    config: Any, query_index: Tensor, key_index: Tensor, key_valid: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Causal mask between positions in any order, for sdpa and eager attention.
+
+    A sliding window counts positions of the whole sequence, those that a layer does not see included.
+
+    Args:
+        config: decoder configuration.
+        query_index: int64 [batch, queries], places in the sequence.
+        key_index: int64 [batch, keys].
+        key_valid: bool [batch, keys], False at padding; None when every key is valid.
+        dtype: of the hidden states.
+
+    Returns:
+        [batch, 1, queries, keys], bool (sdpa) or additive in `dtype` (eager).
+    """
+    distance = query_index[:, :, None] - key_index[:, None]
+    allowed = distance >= 0
+    window = getattr(config, "sliding_window", None)
+    if window is not None:
+        allowed &= distance < window
+    if key_valid is not None:
+        allowed &= key_valid[:, None]
+        # A query that is padding may see nothing; let it see itself, so that no row is empty.
+        allowed |= distance == 0
+    allowed = allowed[:, None]
+    if attention_of(config) == "eager":
+        return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+    return allowed
+
+
+def attention_of(config: Any) -> str:
+    """The attention backend in use: "eager", "sdpa", or a flash attention's name.
+
+    Raises:
+        InputError: a backend whose masks we cannot make.
+    """
+    name = config._attn_implementation or "eager"
+    if name in ("eager", "sdpa") or name.startswith("flash_attention"):
+        return name
+    raise InputError(
+        f'attn_implementation = "{name}" is not available with routing: use "sdpa", "flash_attention_2" or "eager"'
+    )
+
+
+class _MaskedAttentionConfig:
+    """A decoder configuration whose attention backend takes any mask: sdpa where flash attention is configured."""
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._config, name)
+        if name == "_attn_implementation" and str(value).startswith("flash_attention"):
+            return "sdpa"
+        return value
+
+
+def allow_any_mask(attention: Any, undo: UndoStack) -> None:
+    """Let an attention module run sdpa where the model runs flash attention, which knows only causal masks.
+
+    Modifications: the module's instance attribute `config`.
+    """
+    undo.set_attribute(attention, "config", _MaskedAttentionConfig(attention.config))
 
 
 def stock_mask(

@@ -1,49 +1,94 @@
-"""A KV cache whose layers differ in length, and what decode needs to know of the prompt.
+"""A KV cache whose layers differ in length, and what later calls need to know of the conversation so far.
 
-Layers below the split and fusion layers hold every position, text-only layers the text positions. Which of the latter
-are padding travels here, with the cache, never with the model: two generations may interleave, and beams expand and
-reorder it with the keys and values.
+Layers below the split hold every position, text-only layers the text positions, pruned layers the survivors. Which
+positions those are travels here, with the cache, never with the model: two generations may interleave, and beams
+expand and reorder it with the keys and values.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from llava_patch.errors import InputError
+from llava_patch.routing.plan import PositionSet
+
+FULL, KEPT, TEXT = "full", "kept", "text"
+
+
+@dataclass
+class SideMemory:
+    """The side branch's inputs so far: an image in a later turn attends to the earlier ones there.
+
+    Inputs rather than keys and values, which take twice the memory; the branch runs over all of them again when an
+    image arrives, and only then.
+
+    Attributes:
+        states: [batch, images so far, hidden].
+        position_ids: int64 [batch, images so far].
+        places: where they are in the conversation.
+    """
+
+    states: Tensor
+    position_ids: Tensor
+    places: PositionSet
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "SideMemory":
+        """The same change of the batch dimension on every tensor."""
+        return SideMemory(change(self.states), change(self.position_ids), self.places.map(change))
 
 
 class RoutedCache(DynamicCache):
-    """DynamicCache of a routed prompt.
+    """DynamicCache of a routed conversation.
 
     Attributes:
-        text_length: number of positions that text-only layers hold (padding included).
-        text_valid: bool [batch, text_length], False at padding; None when no sample is padded.
+        length: positions seen so far, whether or not a layer holds them; what `get_seq_length()` returns.
+        image_end: first position behind the last image.
+        streams: the positions that layers of each kind hold ("full": every one, "kept": all but pruned, "text").
+        side: what the side branch has seen, or None.
     """
 
-    text_length: int
-    text_valid: Tensor | None
+    length: int
+    image_end: int
+    streams: dict[str, PositionSet]
+    side: SideMemory | None
 
     @classmethod
-    def adopt(cls, cache: Any, text_length: int, text_valid: Tensor | None) -> "RoutedCache":
-        """Turn an empty DynamicCache, which `generate` has made, into a routed one, in place.
+    def adopt(cls, cache: Any, valid: Tensor | None, batch: int, device: torch.device) -> "RoutedCache":
+        """Turn a DynamicCache that has seen no image into a routed one, in place.
+
+        Args:
+            cache: empty, as `generate` has made it, or filled by earlier turns of text alone.
+            valid: bool [batch, tokens so far], False at padding; None: no padding.
+            batch: number of samples.
+            device: of the index tensors.
 
         Raises:
-            InputError: another kind of cache, or one that already holds tokens.
+            InputError: another kind of cache, or one with a sliding window that has already dropped positions.
         """
+        if isinstance(cache, cls):
+            return cache
         cls.check(cache)
-        if cache.get_seq_length() > 0:
-            raise InputError(
-                "an image arrives in a conversation whose KV cache was already built; this version routes images only "
-                "in the first prompt: start from an empty cache"
-            )
+        length = cache.get_seq_length()
+        # A windowed layer drops positions by its own length; ours differ in length, so the mask does the windowing.
+        for number, layer in enumerate(cache.layers):
+            if layer.is_initialized and layer.keys.shape[-2] != length:
+                raise InputError(
+                    f"layer {number} of the KV cache has dropped positions that lie outside its sliding window: an "
+                    "image cannot join this conversation; start from an empty cache"
+                )
+            layer.__class__ = DynamicLayer
+        cache.layer_class_to_replicate = DynamicLayer
         cache.__class__ = cls
-        routed: RoutedCache = cache  # type: ignore[assignment]
-        routed.text_length = text_length
-        routed.text_valid = text_valid
+        routed: RoutedCache = cache
+        routed.length, routed.image_end, routed.side = length, 0, None
+        so_far = PositionSet.run(0, length, batch, device, valid)
+        routed.streams = dict.fromkeys((FULL, KEPT, TEXT), so_far)
         return routed
 
     @classmethod
@@ -58,57 +103,93 @@ class RoutedCache(DynamicCache):
                 f"routing needs a dynamic KV cache, got {type(cache).__name__}: do not set cache_implementation, or "
                 'set it to "dynamic"'
             )
+        if cache is not None and cache.offloading:
+            raise InputError('routing needs a KV cache on the device: do not set cache_implementation = "offloaded"')
+
+    def keys_of(self, layer: int) -> Tensor:
+        """Keys that a layer holds: [batch, key_value_heads, positions, head_dim]."""
+        keys = self.layers[layer].keys
+        assert keys is not None
+        return keys
+
+    def extend(self, stream: str, new: PositionSet) -> PositionSet:
+        """Note the positions that this call adds to a kind of layer; returns all that such layers hold then."""
+        self.streams[stream] = self.streams[stream].joined(new)
+        return self.streams[stream]
+
+    def remember_side(self, states: Tensor, position_ids: Tensor, places: PositionSet) -> SideMemory:
+        """Note what the side branch sees in this call; returns all that it has seen."""
+        if self.side is None:
+            self.side = SideMemory(states, position_ids, places)
+        else:
+            old = self.side
+            self.side = SideMemory(
+                torch.cat([old.states, states], dim=1),
+                torch.cat([old.position_ids, position_ids], dim=1),
+                old.places.joined(places),
+            )
+        return self.side
 
     def get_seq_length(self, layer_idx: int | None = None) -> int:
-        """Positions in a layer; by default in the last one, a fusion layer, which holds every position."""
-        if not self.layers:
-            return 0
-        return super().get_seq_length(len(self.layers) - 1 if layer_idx is None else layer_idx)
+        """Positions that a layer holds; without an argument, positions of the conversation."""
+        return self.length if layer_idx is None else super().get_seq_length(layer_idx)
 
     def get_mask_sizes(self, cache_position: Tensor, layer_idx: int) -> tuple[int, int]:
-        """Key length and offset for a mask over every position (the layer that transformers names is the first)."""
-        return super().get_mask_sizes(cache_position, max(0, len(self.layers) - 1))
-
-    def append_text(self, count: int, valid: Tensor | None) -> None:
-        """Count new text positions.
-
-        Args:
-            count: how many.
-            valid: bool [batch, count]; None: all valid.
-        """
-        known = valid if self.text_valid is None else self.text_valid
-        if known is not None:  # as soon as one part has padding, the other must say that it has none
-            old, new = (
-                known.new_ones(known.shape[0], n) if part is None else part.to(known.device)
-                for part, n in ((self.text_valid, self.text_length), (valid, count))
-            )
-            self.text_valid = torch.cat([old, new], dim=1)
-        self.text_length += count
+        """Key length and offset for a mask over every position."""
+        return self.length + cache_position.shape[0], 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder samples (beam search)."""
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-        if self.text_valid is not None:
-            self.text_valid = self.text_valid.index_select(0, beam_idx.to(self.text_valid.device))
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sample (several return sequences)."""
         super().batch_repeat_interleave(repeats)
-        if self.text_valid is not None:
-            self.text_valid = self.text_valid.repeat_interleave(repeats, dim=0)
+        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some samples."""
         super().batch_select_indices(indices)
-        if self.text_valid is not None:
-            self.text_valid = self.text_valid[indices.to(self.text_valid.device)]
+        self._map(lambda x: x[indices.to(x.device)])
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.streams = {name: places.map(change) for name, places in self.streams.items()}
+        if self.side is not None:
+            self.side = self.side.map(change)
 
     def crop(self, max_length: int) -> None:
-        """Refused: layers differ in length, so one length cannot crop them all."""
-        raise InputError("a routed KV cache cannot be cropped (assisted decoding and contrastive search need that)")
+        """Forget the latest positions (assisted decoding), as far as they are text.
+
+        Args:
+            max_length: positions to keep; negative: positions to forget.
+
+        Raises:
+            InputError: an image would be cut.
+        """
+        keep = self.length + max_length if max_length < 0 else max_length
+        forget = self.length - keep
+        if forget <= 0:
+            return
+        if keep < self.image_end:
+            raise InputError(
+                f"a routed KV cache cannot be cropped to {keep} positions: its last image ends at {self.image_end}"
+            )
+        for layer in self.layers:
+            assert isinstance(layer, DynamicLayer)
+            layer.crop(layer.get_seq_length() - forget)
+        self.streams = {name: places.map(lambda x: x[:, :-forget]) for name, places in self.streams.items()}
+        self.length = keep
 
     def nbytes(self) -> int:
-        """Bytes held by keys and values."""
-        return sum(
-            t.numel() * t.element_size() for layer in self.layers for t in (layer.keys, layer.values) if t is not None
-        )
+        """Bytes held: keys and values of every layer, and what the side branch remembers."""
+        return cache_bytes(self) + (0 if self.side is None else _bytes(self.side.states, self.side.position_ids))
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of the keys and values of any transformers cache."""
+    return sum(_bytes(layer.keys, layer.values) for layer in cache.layers if getattr(layer, "keys", None) is not None)
+
+
+def _bytes(*tensors: Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,14 +21,96 @@ class PositionSet:
     index: Tensor
     valid: Tensor | None
 
+    @classmethod
+    def run(cls, start: int, stop: int, batch: int, device: torch.device, valid: Tensor | None = None) -> "PositionSet":
+        """The positions start..stop-1 of every sample."""
+        return cls(torch.arange(start, stop, device=device).expand(batch, -1), valid)
+
+    def __len__(self) -> int:
+        """Positions of a sample, padding included."""
+        return self.index.shape[1]
+
     def take(self, values: Tensor) -> Tensor:
         """Gather rows: [batch or 1, tokens, channels] to [batch, n, channels]."""
         batch, n = self.index.shape
         index = self.index.to(values.device)
         if values.shape[0] == 1:
             return values[0].index_select(0, index.flatten()).view(batch, n, values.shape[-1])
-        offset = torch.arange(batch, device=index.device)[:, None] * values.shape[1]
-        return values.flatten(0, 1).index_select(0, (index + offset).flatten()).view(batch, n, values.shape[-1])
+        return _gather(values, index)
+
+    def take_rotary(self, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """`take` for (cos, sin)."""
+        return self.take(rotary[0]), self.take(rotary[1])
+
+    def of(self, outer: "PositionSet") -> "PositionSet":
+        """These places, which count within `outer`, as places in the sequence that `outer` was taken from."""
+        return replace(self, index=outer.index.gather(1, self.index))
+
+    def shifted(self, offset: int) -> "PositionSet":
+        """The same places in a sequence that has `offset` more positions in front."""
+        return replace(self, index=self.index + offset) if offset else self
+
+    def validity(self) -> Tensor:
+        """`valid`, spelled out: bool [batch, n]."""
+        return torch.ones_like(self.index, dtype=torch.bool) if self.valid is None else self.valid
+
+    def joined(self, later: "PositionSet") -> "PositionSet":
+        """These places and then the later ones."""
+        valid = None
+        if self.valid is not None or later.valid is not None:
+            valid = torch.cat([self.validity(), later.validity().to(self.index.device)], dim=1)
+        return PositionSet(torch.cat([self.index, later.index.to(self.index.device)], dim=1), valid)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "PositionSet":
+        """The same change of the batch dimension on both tensors."""
+        return PositionSet(change(self.index), None if self.valid is None else change(self.valid))
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the host must know of a batch of masks; reading it costs one synchronisation.
+
+    Attributes:
+        image: image positions of each sample.
+        text: other valid positions of each sample.
+        image_end: first column behind every sample's last image position.
+        suffix_valid: whether the last columns (as many as were asked about) are valid in every sample.
+        suffix_text: whether they are all text.
+        protected: per sample, image positions that are read.
+    """
+
+    image: tuple[int, ...]
+    text: tuple[int, ...]
+    image_end: int
+    suffix_valid: bool
+    suffix_text: bool
+    protected: tuple[int, ...]
+
+
+def count(image_mask: Tensor, valid: Tensor, suffix: int = 1, protected: Tensor | None = None) -> Counts:
+    """Count a batch, with one synchronisation whatever its size.
+
+    Args:
+        image_mask: bool [batch, tokens].
+        valid: bool [batch, tokens], False at padding.
+        suffix: how many of the last columns `suffix_valid` and `suffix_text` speak of.
+        protected: bool [batch, tokens], positions that are read; None: none.
+    """
+    image_mask = image_mask & valid
+    text_mask = valid & ~image_mask
+    places = torch.arange(1, image_mask.shape[1] + 1, device=image_mask.device)
+    rows = [
+        image_mask.sum(1),
+        text_mask.sum(1),
+        (image_mask * places).amax(1),
+        valid[:, -suffix:].all(1).long(),
+        text_mask[:, -suffix:].all(1).long(),
+        image_mask.new_zeros(len(image_mask), dtype=torch.long)
+        if protected is None
+        else (protected & image_mask).sum(1),
+    ]
+    image, text, ends, suffix_valid, suffix_text, kept = torch.stack(rows).tolist()
+    return Counts(tuple(image), tuple(text), max(ends), all(suffix_valid), all(suffix_text), tuple(kept))
 
 
 @dataclass(frozen=True)
@@ -48,37 +131,74 @@ class RoutingPlan:
     def merge(self, image_states: Tensor, text_states: Tensor) -> Tensor:
         """Put both streams back in order: [batch, n_image, d] and [batch, n_text, d] to [batch, tokens, d]."""
         rows = torch.cat([image_states, text_states.to(image_states.device)], dim=1)
-        batch, n, channels = rows.shape
-        restore = self.restore.to(rows.device) + torch.arange(batch, device=rows.device)[:, None] * n
-        return rows.flatten(0, 1).index_select(0, restore.flatten()).view(batch, self.restore.shape[1], channels)
+        return _gather(rows, self.restore.to(rows.device))
+
+    def merge_heads(self, image_states: Tensor, text_states: Tensor) -> Tensor:
+        """`merge` for keys and values: [batch, heads, n, head_dim]."""
+        rows = torch.cat([image_states, text_states], dim=2)
+        index = self.restore.to(rows.device)[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3])
+        return rows.gather(2, index)
 
 
-def make_plan(image_mask: Tensor, valid: Tensor | None) -> RoutingPlan:
+def make_plan(image_mask: Tensor, valid: Tensor | None, counts: Counts | None = None) -> RoutingPlan:
     """Split a batch into image and text positions.
-
-    One host-device synchronisation (the four extreme counts), whatever the batch.
 
     Args:
         image_mask: bool [batch, tokens].
         valid: bool [batch, tokens], False at padding; None when there is no padding.
+        counts: what `count` says of the two masks, when the caller knows it already.
     """
     if valid is None:
         valid = torch.ones_like(image_mask)
+    counts = count(image_mask, valid) if counts is None else counts
     image_mask = image_mask & valid
     text_mask = valid & ~image_mask
-    counts = torch.stack([image_mask.sum(1), text_mask.sum(1)])
-    (n_image, n_text), (min_image, min_text) = torch.stack([counts.amax(1), counts.amin(1)]).tolist()
-    image = _positions(image_mask, counts[0], n_image, n_image != min_image)
-    text = _positions(text_mask, counts[1], n_text, n_text != min_text)
-    image_row = image_mask.cumsum(1) - 1 + (n_image - counts[0])[:, None]
-    text_row = text_mask.cumsum(1) - 1 + (n_text - counts[1])[:, None] + n_image
+    image, text = positions(image_mask, counts.image), positions(text_mask, counts.text)
+    n_image = max(counts.image)
+    image_row = image_mask.cumsum(1) - 1 + (n_image - image_mask.sum(1, keepdim=True))
+    text_row = text_mask.cumsum(1) - 1 + (max(counts.text) - text_mask.sum(1, keepdim=True)) + n_image
     restore = torch.where(image_mask, image_row, torch.where(text_mask, text_row, torch.zeros_like(text_row)))
     return RoutingPlan(image, text, restore)
 
 
-def _positions(mask: Tensor, counts: Tensor, n: int, ragged: bool) -> PositionSet:
-    tokens = mask.shape[1]
+def positions(mask: Tensor, counts: tuple[int, ...]) -> PositionSet:
+    """The places where a mask is set.
+
+    Args:
+        mask: bool [batch, tokens].
+        counts: how many there are in each sample.
+    """
+    tokens, n = mask.shape[1], max(counts)
     # A stable sort of 0/1 puts the wanted places last and keeps their order.
     index = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, tokens - n :]
-    valid = torch.arange(n, device=mask.device)[None] >= n - counts[:, None] if ragged else None
-    return PositionSet(index, valid)
+    if min(counts) == n:
+        return PositionSet(index, None)
+    places = torch.arange(n, device=mask.device)[None]
+    return PositionSet(index, places >= n - mask.sum(1, keepdim=True))
+
+
+def put_back(base: Tensor, kept: PositionSet, states: Tensor) -> Tensor:
+    """Overwrite some positions, without changing the base in place.
+
+    Args:
+        base: [batch, tokens, d].
+        kept: n places of `base`.
+        states: [batch, n, d].
+
+    Returns:
+        [batch, tokens, d].
+    """
+    tokens = base.shape[1]
+    row = torch.arange(tokens, device=base.device).expand(base.shape[0], -1)
+    index, new = kept.index.to(base.device), tokens + torch.arange(len(kept), device=base.device)
+    # Padding points at places that must keep their row: send it to a column that is cut off again.
+    index = index if kept.valid is None else torch.where(kept.valid.to(base.device), index, tokens)
+    row = torch.cat([row, row[:, :1]], dim=1).scatter(1, index, new.expand_as(index))[:, :tokens]
+    return _gather(torch.cat([base, states.to(base.device)], dim=1), row)
+
+
+def _gather(values: Tensor, index: Tensor) -> Tensor:
+    # One flat index_select: on CPU and in backward cheaper than gather with an index of [batch, n, channels].
+    batch, n = index.shape
+    offset = torch.arange(batch, device=index.device)[:, None] * values.shape[1]
+    return values.flatten(0, 1).index_select(0, (index + offset).flatten()).view(batch, n, values.shape[-1])

@@ -170,9 +170,9 @@ def test_a_second_image_after_the_cache_was_built_is_refused(host):
 
 @torch.no_grad()
 def test_right_padded_prompts_are_warned_about_once(host, caplog):
-    from llava_patch.routing import late_fusion
+    from llava_patch.routing import forward
 
-    late_fusion._warn_right_padding.cache_clear()
+    forward._warn_right_padding.cache_clear()
     with patch(host.model, routing=Routing(split=2)), caplog.at_level("WARNING", "llava_patch"):
         for _ in range(2):
             host.model(**host.batch(PROMPTS, "right").inputs, use_cache=True)

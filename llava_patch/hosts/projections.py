@@ -1,0 +1,90 @@
+"""Queries, keys and values from an attention layer's own projections, apart from its forward.
+
+Used where a position gives keys and values but asks nothing (the KV variant, the last layer at prefill), and to read
+attention without asking any backend for it. Projections are called as modules, so LoRA and quantised ones count.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply the rotary embedding in Llama's layout (first and second half of a head form the pairs).
+
+    Source: `apply_rotary_pos_emb` of transformers' modeling_llama.
+
+    Args:
+        x: [..., heads, tokens, head_dim].
+        cos: [..., tokens, head_dim], broadcast over heads.
+        sin: likewise.
+
+    Returns:
+        As x.
+    """
+    half = x.shape[-1] // 2
+    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
+    return x * cos + turned * sin
+
+
+def split_heads(projected: Tensor, head_dim: int) -> Tensor:
+    """[..., tokens, heads * head_dim] to [..., heads, tokens, head_dim]."""
+    return projected.unflatten(-1, (-1, head_dim)).transpose(-3, -2)
+
+
+def keys_values(layer: Any, hidden_states: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Keys and values that a decoder layer makes of some positions.
+
+    Args:
+        layer: a decoder layer (input_layernorm, self_attn with k_proj and v_proj).
+        hidden_states: [batch, tokens, hidden], the layer's input.
+        rotary: (cos, sin), each [batch or 1, tokens, head_dim].
+
+    Returns:
+        (keys with rotary applied, values), each [batch, key_value_heads, tokens, head_dim].
+    """
+    attention = layer.self_attn
+    states = layer.input_layernorm(hidden_states.to(attention.k_proj.weight.device))
+    return _keys(attention, states, rotary), split_heads(attention.v_proj(states), attention.head_dim)
+
+
+def keys(layer: Any, hidden_states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """The keys of `keys_values` alone."""
+    return _keys(layer.self_attn, layer.input_layernorm(hidden_states), rotary)
+
+
+def queries(layer: Any, hidden_states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Queries of some positions with rotary applied: [batch, heads, tokens, head_dim]; arguments as `keys_values`."""
+    attention = layer.self_attn
+    projected = attention.q_proj(layer.input_layernorm(hidden_states))
+    return _rotated(split_heads(projected, attention.head_dim), rotary)
+
+
+def _keys(attention: Any, states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    return _rotated(split_heads(attention.k_proj(states), attention.head_dim), rotary)
+
+
+def _rotated(heads: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    cos, sin = (part.unsqueeze(-3).to(heads.device) for part in rotary)
+    return rotate(heads, cos, sin)
+
+
+def attention_of_query(query: Tensor, key: Tensor, allowed: Tensor, scaling: float) -> Tensor:
+    """Attention probabilities of one query a sample, mean over heads.
+
+    Args:
+        query: [batch, heads, 1, head_dim].
+        key: [batch, key_value_heads, keys, head_dim]; heads must be a multiple (grouped-query attention).
+        allowed: bool [batch, keys], what the query may see.
+        scaling: factor on q.k before the softmax.
+
+    Returns:
+        float32 [batch, keys].
+    """
+    grouped = query.unflatten(1, (key.shape[1], -1)).squeeze(-2)  # [batch, key_value_heads, groups, head_dim]
+    scores = torch.matmul(grouped, key.transpose(-1, -2)).float() * scaling
+    scores = scores.masked_fill(~allowed[:, None, None], float("-inf"))
+    return scores.softmax(-1).mean(dim=(1, 2))

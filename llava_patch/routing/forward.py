@@ -1,0 +1,195 @@
+"""The decoder's forward with routing and pruning: what a call brings, and when the stock forward serves it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from llava_patch.errors import InputError
+from llava_patch.hosts import carry, compat
+from llava_patch.hosts.anatomy import Anatomy
+from llava_patch.routing import side_branch
+from llava_patch.routing.cache import RoutedCache
+from llava_patch.routing.plan import count
+from llava_patch.routing.program import Program
+from llava_patch.routing.run import Call, Run
+
+logger = logging.getLogger("llava_patch")
+
+
+class RoutedForward:
+    """The decoder's forward with routing; called as the decoder calls its own."""
+
+    def __init__(self, anatomy: Anatomy, program: Program) -> None:
+        """Remember the decoder's stock forward, which serves conversations without an image."""
+        self.anatomy = anatomy
+        self.program = program
+        self.stock = anatomy.decoder.forward
+
+    def __call__(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        cache_position: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the decoder; see LlamaModel.forward for the arguments.
+
+        Returns:
+            BaseModelOutputWithPast. Where the caller reads only the last positions (generation, `logits_to_keep`),
+            `last_hidden_state` holds only those. With `output_hidden_states`, a layer's absent positions are NaN; in
+            the last entry every position has the state that it left the decoder with.
+
+        Raises:
+            InputError: a cache, mask, backend or output option that routing cannot honour.
+        """
+        given = carry.take(self.anatomy, inputs_embeds)
+        routed_before = isinstance(past_key_values, RoutedCache)
+        call = None
+        if given.image_mask is not None or routed_before:
+            self._check(past_key_values, attention_mask, kwargs)
+            if inputs_embeds is None:
+                inputs_embeds = self.anatomy.decoder.embed_tokens(input_ids)
+                input_ids = None
+            call = self._call(given, inputs_embeds, attention_mask, past_key_values, use_cache, kwargs)
+        if call is None:
+            outputs = self.stock(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                cache_position=cache_position,
+                **kwargs,
+            )
+            if side_branch.wants_gradient(self.anatomy):
+                outputs["last_hidden_state"] = side_branch.keep_in_graph(self.anatomy, outputs.last_hidden_state)
+            return outputs
+        if cache_position is None:
+            cache_position = torch.arange(call.seen, call.seen + call.queries, device=call.embeds.device)
+        call.cache_position = cache_position
+        call.position_ids = cache_position[None] if position_ids is None else position_ids
+        return Run(self.anatomy, self.program, call).forward()
+
+    def _check(self, cache: Any, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+        decoder = self.anatomy.decoder
+        asked = kwargs.get("output_attentions")
+        configs = (decoder.config, self.anatomy.model.config)  # on HF the outer one does not reach the decoder
+        if asked or (asked is None and any(getattr(c, "output_attentions", False) for c in configs)):
+            raise InputError(
+                "output_attentions is not available on a routed model (layers see different positions): call "
+                "handle.remove() first, or use the saturation task"
+            )
+        compat.attention_of(decoder.config)
+        RoutedCache.check(cache)
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise InputError(
+                f"routing needs a 2-D attention_mask [batch, tokens], got {attention_mask.ndim} dimensions"
+            )
+        if kwargs.get("cu_seq_lens_q") is not None:
+            raise InputError("routing takes padded batches, not samples packed into one sequence (cu_seq_lens_q)")
+
+    def _call(
+        self,
+        given: carry.Given,
+        embeds: Tensor,
+        attention_mask: Tensor | None,
+        cache: Any,
+        use_cache: bool | None,
+        kwargs: dict[str, Any],
+    ) -> Call | None:
+        """What this call brings; None when the stock forward serves it."""
+        decoder = self.anatomy.decoder
+        batch, queries = embeds.shape[:2]
+        config = decoder.config
+        use_cache = bool(getattr(config, "use_cache", False) if use_cache is None else use_cache)
+        if decoder.training and getattr(decoder, "gradient_checkpointing", False):
+            use_cache = False
+        seen = cache.get_seq_length() if cache is not None else 0
+        attention_mask = _whole_mask(attention_mask, cache, seen, batch, queries)
+        call = Call(embeds, attention_mask, seen, use_cache=use_cache, recording=_wants_hidden_states(config, kwargs))
+        if attention_mask is not None and (queries > 1 or _has_padding(cache)):
+            call.valid = attention_mask[:, -queries:].bool()
+        if given.image_mask is not None:
+            image_mask = _fit("image positions", given.image_mask, batch, queries, seen).to(embeds.device)
+            call.suffix = given.suffix
+            call.protected = self._read_positions(given, call, batch, queries, seen)
+            valid = torch.ones_like(image_mask) if call.valid is None else call.valid
+            counts = count(image_mask, valid, given.suffix or 1, call.protected)
+            if use_cache and not counts.suffix_valid:
+                _warn_right_padding()
+            if max(counts.image) > 0:
+                call.image_mask, call.counts = image_mask & valid, counts
+                if given.kept is not None:
+                    call.kept = _fit("kept positions", given.kept, batch, queries, seen, fill=True)
+        if call.image_mask is None and not isinstance(cache, RoutedCache):
+            return None
+        if cache is not None or use_cache:
+            cache = DynamicCache(config=config) if cache is None else cache
+            past_valid = None if attention_mask is None or not seen else attention_mask[:, :seen].bool()
+            call.cache = RoutedCache.adopt(cache, past_valid, batch, embeds.device)
+        return call
+
+    def _read_positions(self, given: carry.Given, call: Call, batch: int, queries: int, seen: int) -> Tensor | None:
+        """Positions that pruning must leave in: bool [batch, queries]."""
+        if self.program.prune_at is None:
+            return None
+        if given.read is not None:
+            return _fit("labels", given.read, batch, queries, seen)
+        read = torch.zeros(batch, queries, dtype=torch.bool, device=call.embeds.device)
+        if given.suffix is not None:
+            read[:, -given.suffix :] = True
+            return read
+        return read.scatter_(1, call.last_index()[:, None], True)
+
+
+@functools.lru_cache(maxsize=1)
+def _warn_right_padding() -> None:
+    logger.warning(
+        "the prompt is padded on the right, where generation goes on from padding, in the stock model too: pad on the "
+        'left (tokenizer.padding_side = "left"; llava: config.tokenizer_padding_side = "left")'
+    )
+
+
+def _fit(what: str, mask: Tensor, batch: int, queries: int, seen: int, fill: bool | None = None) -> Tensor:
+    """A mask of the call's own tokens, from one that may also cover earlier ones, or fewer samples (beams)."""
+    if mask.shape[1] == seen + queries:
+        mask = mask[:, seen:]
+    elif fill is not None and mask.shape[1] < queries:
+        mask = torch.nn.functional.pad(mask, (0, queries - mask.shape[1]), value=fill)
+    if mask.shape[1] != queries:
+        raise InputError(
+            f"{what} cover {mask.shape[1]} tokens but the decoder got {queries} (after {seen} cached ones)"
+        )
+    if batch % mask.shape[0]:
+        raise InputError(f"{what} are for {mask.shape[0]} samples but the decoder got {batch}")
+    return mask.repeat_interleave(batch // mask.shape[0], dim=0)
+
+
+def _whole_mask(mask: Tensor | None, cache: Any, seen: int, batch: int, queries: int) -> Tensor | None:
+    """An attention mask over the whole conversation; `llava` makes one for a later turn's own tokens only."""
+    if mask is None or not seen or mask.shape[1] != queries:
+        return mask
+    past = mask.new_ones(batch, seen)
+    if isinstance(cache, RoutedCache):
+        past = cache.streams["full"].validity().to(mask)
+    return torch.cat([past, mask], dim=1)
+
+
+def _has_padding(cache: Any) -> bool:
+    return isinstance(cache, RoutedCache) and cache.streams["full"].valid is not None
+
+
+def _wants_hidden_states(config: Any, kwargs: dict[str, Any]) -> bool:
+    asked = kwargs.get("output_hidden_states")
+    return bool(getattr(config, "output_hidden_states", False) if asked is None else asked)
