@@ -31,12 +31,14 @@ class Given:
         read: bool [batch, tokens], positions whose next label counts; None when there are no labels.
         suffix: how many of the last positions the caller reads (`logits_to_keep`, generation); None: any may be read.
         kept: bool [batch, tokens], positions that survive pruning, when that was decided before; None: choose.
+        ahead: how many of the tokens are guesses behind the prompt (assisted decoding).
     """
 
     image_mask: Tensor | None = None
     read: Tensor | None = None
     suffix: int | None = None
     kept: Tensor | None = None
+    ahead: int = 0
 
 
 class _Scope:
@@ -57,8 +59,8 @@ _current: ContextVar[_Scope | None] = ContextVar("llava_patch_image_positions", 
 @contextlib.contextmanager
 def _scope(anatomy: Anatomy) -> Iterator[_Scope]:
     active = _current.get()
-    if active is not None and active.anatomy.model is anatomy.model:  # generate() calls forward(): the outer scope holds the mask
-        yield active
+    if active is not None and active.anatomy.model is anatomy.model:
+        yield active  # generate() calls forward(): the outer scope holds the mask
         return
     scope = _Scope(anatomy)
     token = _current.set(scope)
@@ -102,6 +104,8 @@ def take(anatomy: Anatomy, inputs_embeds: Tensor | None = None) -> Given:
         given.image_mask = getattr(inputs_embeds, _MARK, None)
     if given.kept is None and scope.generating:
         given.kept = scope.chosen
+    if scope.generating and given.suffix is not None:
+        given.ahead = given.suffix - 1
     return given
 
 

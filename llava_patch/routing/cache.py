@@ -117,6 +117,13 @@ class RoutedCache(DynamicCache):
         self.streams[stream] = self.streams[stream].joined(new)
         return self.streams[stream]
 
+    def kept(self) -> Tensor:
+        """Positions that pruning has left: bool [batch, length]; all valid ones where nothing is pruned."""
+        places = self.streams[KEPT if len(self.streams[KEPT]) else FULL]
+        mask = torch.zeros(len(places.index), self.length + 1, dtype=torch.bool, device=places.index.device)
+        index = places.index if places.valid is None else places.index.where(places.valid, self.length)
+        return mask.scatter_(1, index, True)[:, :-1]
+
     def remember_side(self, states: Tensor, position_ids: Tensor, places: PositionSet) -> SideMemory:
         """Note what the side branch sees in this call; returns all that it has seen."""
         if self.side is None:

@@ -122,7 +122,7 @@ class RoutedForward:
             call.valid = attention_mask[:, -queries:].bool()
         if given.image_mask is not None:
             image_mask = _fit("image positions", given.image_mask, batch, queries, seen).to(embeds.device)
-            call.suffix = given.suffix
+            call.suffix, call.ahead = given.suffix, given.ahead
             call.protected = self._read_positions(given, call, batch, queries, seen)
             valid = torch.ones_like(image_mask) if call.valid is None else call.valid
             counts = count(image_mask, valid, given.suffix or 1, call.protected)

@@ -41,6 +41,7 @@ class Call:
         protected: bool [batch, tokens], positions that pruning must leave in.
         kept: bool [batch, tokens], an earlier pruning decision to repeat.
         suffix: how many of the last positions are read; None: any may be.
+        ahead: how many of the last tokens are guesses behind the prompt.
         cache: the conversation's cache, or None.
         cache_position: int64 [tokens].
         position_ids: int64 [batch or 1, tokens].
@@ -57,6 +58,7 @@ class Call:
     protected: Tensor | None = None
     kept: Tensor | None = None
     suffix: int | None = None
+    ahead: int = 0
     cache: RoutedCache | None = None
     cache_position: Tensor = field(default_factory=lambda: torch.empty(0))
     position_ids: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -67,10 +69,10 @@ class Call:
         return self.embeds.shape[1]
 
     def last_index(self) -> Tensor:
-        """The last valid column of each sample: int64 [batch]."""
+        """The column of each sample's last prompt token: int64 [batch]."""
         if self.valid is None:
-            return torch.full((len(self.embeds),), self.queries - 1, device=self.embeds.device)
-        return (self.valid * torch.arange(self.queries, device=self.valid.device)).argmax(1)
+            return torch.full((len(self.embeds),), self.queries - 1 - self.ahead, device=self.embeds.device)
+        return (self.valid * torch.arange(self.queries, device=self.valid.device)).argmax(1) - self.ahead
 
 
 class Run:

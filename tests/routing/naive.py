@@ -1,4 +1,4 @@
-"""Every variant written down plainly, one sample at a time, as an oracle: no cache, no batch, no backend of the host."""
+"""Every variant written down plainly, one sample at a time, as an oracle: no cache, no batch, no backend."""
 
 from __future__ import annotations
 

@@ -153,13 +153,12 @@ def test_attention_backends_agree(host, case, attention):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("host", ["hf"], indirect=True)  # llava's forward has no logits_to_keep; its generate is below
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("samples", [RAGGED, EDGES, [(2, IMAGE, 5), (2, IMAGE, 5)]], ids=["ragged", "edges", "even"])
 @pytest.mark.parametrize("case", ALL)
 def test_the_last_positions_alone_are_those_of_the_whole(host, case, samples, padding):
     """Lean fusion: what is read is what a plain forward gives, whatever is left out for it."""
-    if host.name == "llava":
-        pytest.skip("llava's forward has no logits_to_keep; its generate is tested below")
     batch = host.batch(samples, padding)
     with patch(host.model, **ALL[case]):
         for keep in (1, 3):
