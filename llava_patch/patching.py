@@ -205,6 +205,11 @@ def patch(
             "the model's weights are partitioned by DeepSpeed ZeRO-3 (--deepspeed with stage 3), which this version "
             "cannot patch: use stage 2 (LLaVA's scripts/zero2.json)"
         )
+    if (getattr(found.model, "_tp_size", None) or 1) > 1:
+        raise SettingError(
+            f"the model runs tensor parallel on {found.model._tp_size} devices (tp_plan), which routing and fusion "
+            "cannot follow: load it without tp_plan"
+        )
     handle = get_handle(found.model)
     fresh = handle is None
     if handle is None:
