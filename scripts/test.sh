@@ -10,5 +10,6 @@ ruff format --check .
 ruff check .
 echo "== mypy =="
 mypy
-echo "== pytest =="
-python -m pytest -n "${PYTEST_WORKERS:-2}" --dist worksteal "$@"
+seed=${HYPOTHESIS_SEED:-$RANDOM}
+echo "== pytest (HYPOTHESIS_SEED=$seed) =="
+python -m pytest -n "${PYTEST_WORKERS:-2}" --dist worksteal --hypothesis-seed="$seed" "$@"

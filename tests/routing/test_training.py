@@ -1,10 +1,15 @@
 """Gradients of a routed model: who gets one, and no autograd where nothing trains."""
 
+import dataclasses
+
 import pytest
 import torch
-from models import IMAGE, LAYERS
+from models import IMAGE, LAYERS, TOKENS
 
-from llava_patch import Routing, SkipLinks, patch
+from llava_patch import FastV, Routing, SkipLinks, patch
+from llava_patch.errors import SettingError
+
+from .cases import ALL
 
 SAMPLES = [(2, IMAGE, 5), (7,), (3, IMAGE, 4)]
 
@@ -24,6 +29,15 @@ def _with_gradient(model):
         {"routing": Routing(split=2, side_layers=2, fusion_layers=2, freeze="side_and_fusion")},
         {"routing": Routing(split=3, freeze="none")},
         {"routing": Routing(split=0)},
+        {"routing": Routing(split=1, fusion_layers=(2, 4), freeze="side_and_fusion")},
+        {"routing": Routing(variant="pc", split=3)},
+        {"routing": Routing(variant="kv", split=2, side_layers=2)},
+        {"routing": Routing(variant="kv", split=2, freeze="none")},
+        {"routing": Routing(variant="ideal", split=2)},
+        {"routing": Routing(variant="vtw", split=2)},
+        {"pruning": FastV(layer=2, ratio=0.5, training=True)},
+        {"routing": Routing(split=3), "pruning": FastV(layer=2, ratio=1.0, training=True)},
+        {"routing": Routing(variant="pc", split=1), "pruning": FastV(layer=3, ratio=0.5, training=True)},
         {"fusion": SkipLinks(stride=2)},
         {"fusion": SkipLinks(stride=2, train_tower="all")},
         {"fusion": SkipLinks(stride=2, detach=0, train_tower=2)},
@@ -80,8 +94,16 @@ def test_a_gradient_that_is_wanted_below_the_split_is_kept(host):
 
 @pytest.mark.parametrize("freeze", ["all_but_single", "none"])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_gives_the_same_gradients(host, freeze, reentrant):
-    handle = patch(host.model, routing=Routing(split=2, fusion_layers=2, freeze=freeze))
+@pytest.mark.parametrize("case", ["lf-k2", "lf-sparse", "pc", "kv", "ideal", "vtw", "fastv", "kv+fastv"])
+def test_checkpointing_gives_the_same_gradients(host, case, freeze, reentrant):
+    settings = dict(ALL[case])
+    if "routing" in settings and freeze != "none" and settings["routing"].variant in ("ideal", "vtw"):
+        pytest.skip("refused: nothing to train")
+    if "routing" in settings:
+        settings["routing"] = dataclasses.replace(settings["routing"], freeze=freeze)
+    if "pruning" in settings:
+        settings["pruning"] = dataclasses.replace(settings["pruning"], training=True)
+    handle = patch(host.model, **settings)
     host.model.train()
     _loss(host).backward()
     plain = {n: p.grad.clone() for n, p in host.model.named_parameters() if p.grad is not None}
@@ -118,3 +140,76 @@ def test_frozen_parameters_do_not_move(host):
     for name, parameter in host.model.named_parameters():
         assert torch.equal(parameter, before[name]) == (name not in trained), name
     handle.remove()
+
+
+@pytest.mark.parametrize("case", ["lf", "lf-sparse", "pc", "kv", "vtw", "ideal", "lf+fastv"])
+def test_a_batch_with_images_in_some_ranks_only(host, case):
+    """The same parameters get a gradient with and without an image, so that no rank waits for another."""
+    settings = dict(ALL[case])
+    if "pruning" in settings:
+        settings["pruning"] = dataclasses.replace(settings["pruning"], training=True)
+    with patch(host.model, **settings):
+        host.model.train()
+        names = []
+        for samples in ([(7,), (4,)], SAMPLES, [(2, IMAGE, 5)]):
+            host.model.zero_grad()
+            _loss(host, samples).backward()
+            names.append([n for n in _with_gradient(host.model) if "projector" not in n and "vision" not in n])
+        assert names[0] == names[1] == names[2]
+
+
+@pytest.mark.parametrize("split", [0, 3])
+def test_ideal_teaches_the_side_branch_nothing(host, split):
+    """No text position sees its output; where an image position is read, it does learn."""
+    with patch(host.model, routing=Routing(variant="ideal", split=split)):
+        host.model.train()
+        batch = host.batch([(2, IMAGE, 5), (7,)], labels=True)
+        start = 1 if host.name == "llava" else TOKENS
+        batch.inputs["labels"][0, 2 + start] = -100  # the label behind the image is read from the image's last position
+        host.model(**batch.inputs, use_cache=False).loss.backward()
+        for parameter in host.decoder.side_branch.parameters():
+            assert parameter.grad is None or not parameter.grad.any()
+        _loss(host).backward()
+        assert any(p.grad.any() for p in host.decoder.side_branch.parameters())
+
+
+@pytest.mark.parametrize("variant", ["ideal", "vtw"])
+def test_nothing_to_train_is_refused(variant):
+    for freeze in ("all_but_single", "side_and_fusion"):
+        with pytest.raises(SettingError, match=f'Routing.freeze = "{freeze}" leaves nothing to train: {variant}'):
+            Routing(variant=variant, freeze=freeze)
+
+
+@pytest.mark.parametrize("case", ["lf", "kv", "ideal", "vtw", "fastv", "lf+fastv"])
+def test_a_caption_right_behind_an_image_is_read_from_its_last_position(host, case):
+    """Stage 1's captions: the first label belongs to the image's last position, which no saving may lose."""
+    settings = dict(ALL[case])
+    if "pruning" in settings:
+        settings["pruning"] = FastV(layer=settings["pruning"].layer, ratio=1.0, training=True)
+    batch = host.batch([(1, IMAGE, 3)], labels=True)
+    batch.inputs["labels"][:, :1] = -100
+    batch.inputs["labels"][:, -2:] = -100  # only the label right behind the image is left
+    with patch(host.model, **settings):
+        host.model.train()
+        states = host.model(**batch.inputs, use_cache=False, output_hidden_states=True).hidden_states
+        loss = host.model(**batch.inputs, use_cache=False).loss
+        if "fastv" in case:
+            survivors = ~states[LAYERS - 1][..., 0].isnan() & batch.image
+            if case == "fastv":
+                assert survivors.nonzero().tolist() == [[0, TOKENS]]
+        logits = host.model.lm_head(states[-1])[0, TOKENS]
+        label = batch.inputs["labels"][batch.inputs["labels"] != -100]
+        assert torch.allclose(loss, torch.nn.functional.cross_entropy(logits[None], label), rtol=1e-5)
+
+
+def test_pruning_is_off_in_training_unless_asked(host):
+    batch = host.batch(SAMPLES, labels=True)
+    host.model.train()
+    stock = host.model(**batch.inputs, use_cache=False).logits
+    with patch(host.model, pruning=FastV(layer=2, ratio=0.5)):
+        assert torch.equal(host.model(**batch.inputs, use_cache=False).logits, stock)
+        host.model.eval()
+        assert not torch.equal(host.model(**batch.inputs, use_cache=False).logits, stock)
+        host.model.train()
+    with patch(host.model, pruning=FastV(layer=2, ratio=0.5, training=True)):
+        assert not torch.equal(host.model(**batch.inputs, use_cache=False).logits, stock)
