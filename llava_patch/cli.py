@@ -114,6 +114,47 @@ def gin_files(name: str = typer.Argument("", help="print this file instead of th
         typer.echo(f"{path.name:28} {first}")
 
 
+@app.command()
+def bench(
+    shape: str = typer.Option("small", help="small (7B's depth, reduced width), 7b or 13b; random weights"),
+    device: str = typer.Option("", help="cpu or cuda; default: cuda where there is one"),
+    dtype: str = typer.Option("", help="float32, bfloat16 or float16; default: bfloat16 on cuda, else float32"),
+    attention: str = typer.Option("sdpa", help="attention backend: sdpa, eager or flash_attention_2"),
+    split: int = typer.Option(-1, help="first routed layer; default: the shape's own"),
+    text: list[int] = typer.Option([64], help="text tokens beside 576 image tokens; may be repeated"),  # noqa: B008
+    batch: list[int] = typer.Option([1], help="samples a batch; may be repeated"),  # noqa: B008
+    repeats: int = typer.Option(5, min=1, help="rounds after one warm-up; ratios are medians over rounds"),
+    train: bool = typer.Option(False, help="time a forward and backward pass too"),
+    lora: bool = typer.Option(True, help="compare with LoRA (needs peft)"),
+    output: Path = typer.Option(Path("bench"), help="folder for routing_<shape>.json, .md and .png"),  # noqa: B008
+) -> None:
+    """Time prefill and decode of every routing method beside the stock model, and check its identity."""
+    import torch
+
+    from llava_patch.bench import measure, report, shapes
+    from llava_patch.bench.methods import methods
+    from llava_patch.errors import SettingError
+
+    if shape not in shapes.SHAPES:
+        raise SettingError(f"--shape {shape}: expected one of {', '.join(shapes.SHAPES)}")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise SettingError(f"--dtype {dtype}: expected float32, bfloat16 or float16")
+    size = shapes.SHAPES[shape]
+    rows = methods(size.layers, size.split if split < 0 else split, lora)
+    model: Any = shapes.build(size, device, getattr(torch, dtype), attention)
+    about = {**report.machine(model.device), "shape": shape, "dtype": dtype, "attention": attention, "repeats": repeats}
+    tables = {}
+    for samples in batch:
+        for words in text:
+            title = f"{shape}: 576 image + {words} text tokens, batch {samples}, {about['device']}, {dtype}"
+            tables[title] = measure.measure(model, rows, words, samples, repeats=repeats, training=train)
+            console.print(report.screen(tables[title], title))
+    for path in report.write(output, f"routing_{shape}", tables, about):
+        console.print(f"wrote {path}")
+
+
 def main() -> None:
     """Entry point; our own errors are one line, not a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from llava_patch.errors import InputError
-from llava_patch.routing.plan import PositionSet
+from llava_patch.routing.plan import Held, PositionSet
 
 FULL, KEPT, TEXT = "full", "kept", "text"
 
@@ -55,7 +55,7 @@ class RoutedCache(DynamicCache):
 
     length: int
     image_end: int
-    streams: dict[str, PositionSet]
+    streams: dict[str, Held]
     side: SideMemory | None
 
     @classmethod
@@ -88,7 +88,7 @@ class RoutedCache(DynamicCache):
         routed: RoutedCache = cache
         routed.length, routed.image_end, routed.side = length, 0, None
         so_far = PositionSet.run(0, length, batch, device, valid)
-        routed.streams = dict.fromkeys((FULL, KEPT, TEXT), so_far)
+        routed.streams = {name: Held(so_far) for name in (FULL, KEPT, TEXT)}
         return routed
 
     @classmethod
@@ -112,10 +112,18 @@ class RoutedCache(DynamicCache):
         assert keys is not None
         return keys
 
-    def extend(self, stream: str, new: PositionSet) -> PositionSet:
-        """Note the positions that this call adds to a kind of layer; returns all that such layers hold then."""
-        self.streams[stream] = self.streams[stream].joined(new)
-        return self.streams[stream]
+    def extend(self, stream: str, new: PositionSet | int) -> Held:
+        """Note the positions that this call adds to a kind of layer (a number: as many as come next).
+
+        Returns:
+            All that such layers hold then.
+        """
+        held = self.streams[stream]
+        if isinstance(new, int):
+            held.add_run(new, self.length + new)
+        else:
+            held.add(new)
+        return held
 
     def kept(self) -> Tensor:
         """Positions that pruning has left: bool [batch, length]; all valid ones where nothing is pruned."""
@@ -185,7 +193,9 @@ class RoutedCache(DynamicCache):
         for layer in self.layers:
             assert isinstance(layer, DynamicLayer)
             layer.crop(layer.get_seq_length() - forget)
-        self.streams = {name: places.map(lambda x: x[:, :-forget]) for name, places in self.streams.items()}
+        for held in self.streams.values():
+            if len(held):  # kinds of layers that this model does not have hold nothing
+                held.forget(forget)
         self.length = keep
 
     def nbytes(self) -> int:

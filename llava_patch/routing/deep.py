@@ -9,7 +9,7 @@ from torch import Tensor
 from llava_patch.routing import feed, side_branch
 from llava_patch.routing.autograd import prime
 from llava_patch.routing.cache import TEXT
-from llava_patch.routing.plan import RoutingPlan, make_plan
+from llava_patch.routing.plan import Held, RoutingPlan, make_plan
 from llava_patch.routing.program import Work
 from llava_patch.routing.streams import Stream
 
@@ -70,7 +70,7 @@ class DeepLayers:
             if memory.states.shape[1] > new:
                 states, places = memory.states, memory.places
                 rotary = run.decoder.rotary_emb(states, memory.position_ids)
-        stream = Stream(run.config, rotary, places, places, states, run.windowed)
+        stream = Stream(run.config, rotary, len(places), Held(places), states, run.windowed)
         return side_branch.run(run.anatomy, states, stream)[:, -new:]
 
     # --- one layer ----------------------------------------------------------------------------------------------------

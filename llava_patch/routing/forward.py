@@ -14,7 +14,7 @@ from llava_patch.errors import InputError
 from llava_patch.hosts import carry, compat
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.routing import side_branch
-from llava_patch.routing.cache import RoutedCache
+from llava_patch.routing.cache import FULL, RoutedCache
 from llava_patch.routing.plan import count
 from llava_patch.routing.program import Program
 from llava_patch.routing.run import Call, Run
@@ -182,12 +182,12 @@ def _whole_mask(mask: Tensor | None, cache: Any, seen: int, batch: int, queries:
         return mask
     past = mask.new_ones(batch, seen)
     if isinstance(cache, RoutedCache):
-        past = cache.streams["full"].validity().to(mask)
+        past = cache.streams[FULL].validity().to(mask)
     return torch.cat([past, mask], dim=1)
 
 
 def _has_padding(cache: Any) -> bool:
-    return isinstance(cache, RoutedCache) and cache.streams["full"].valid is not None
+    return isinstance(cache, RoutedCache) and cache.streams[FULL].padded
 
 
 def _wants_hidden_states(config: Any, kwargs: dict[str, Any]) -> bool:

@@ -66,6 +66,76 @@ class PositionSet:
         return PositionSet(change(self.index), None if self.valid is None else change(self.valid))
 
 
+class Held:
+    """The positions that layers of one kind hold: listed ones, then a run of further ones without padding.
+
+    Decoding a token only lengthens the run; tensors are made where somebody looks at them.
+    """
+
+    def __init__(self, listed: PositionSet, run: int = 0, end: int = 0) -> None:
+        """Hold some positions.
+
+        Args:
+            listed: places in the conversation.
+            run: how many places follow them.
+            end: the place behind the run.
+        """
+        self.listed = listed
+        self.run = run
+        self.end = end
+
+    def __len__(self) -> int:
+        """Positions of a sample, padding included."""
+        return len(self.listed) + self.run
+
+    @property
+    def padded(self) -> bool:
+        """Whether any sample has padding."""
+        return self.listed.valid is not None
+
+    def _spelled_out(self) -> PositionSet:
+        if self.run:
+            index = self.listed.index
+            run = PositionSet.run(self.end - self.run, self.end, len(index), index.device)
+            self.listed, self.run = self.listed.joined(run), 0
+        return self.listed
+
+    @property
+    def index(self) -> Tensor:
+        """Places in the conversation: int64 [batch, n]."""
+        return self._spelled_out().index
+
+    @property
+    def valid(self) -> Tensor | None:
+        """False at padding, bool [batch, n]; None when no sample has any."""
+        return self._spelled_out().valid if self.padded else None
+
+    def validity(self) -> Tensor:
+        """`valid`, spelled out: bool [batch, n]."""
+        return self._spelled_out().validity()
+
+    def add(self, new: PositionSet) -> None:
+        """Add places behind."""
+        self.listed = self._spelled_out().joined(new)
+
+    def add_run(self, count: int, end: int) -> None:
+        """Add the `count` places in front of `end`, none of them padding."""
+        if self.run and self.end != end - count:
+            self._spelled_out()
+        self.run, self.end = self.run + count, end
+
+    def forget(self, count: int) -> None:
+        """Take the last places away."""
+        from_run = min(count, self.run)
+        self.run, self.end = self.run - from_run, self.end - from_run
+        if count > from_run:
+            self.listed = self.listed.map(lambda x: x[:, : -(count - from_run)])
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Held":
+        """The same change of the batch dimension on every tensor."""
+        return Held(self.listed.map(change), self.run, self.end)
+
+
 @dataclass(frozen=True)
 class Counts:
     """What the host must know of a batch of masks; reading it costs one synchronisation.

@@ -19,7 +19,7 @@ from llava_patch.routing import feed, side_branch
 from llava_patch.routing.autograd import prime, trains
 from llava_patch.routing.cache import FULL, KEPT, RoutedCache
 from llava_patch.routing.deep import DeepLayers
-from llava_patch.routing.plan import Counts, PositionSet, count, positions, put_back
+from llava_patch.routing.plan import Counts, Held, PositionSet, count, positions, put_back
 from llava_patch.routing.program import Program
 from llava_patch.routing.prune import choose, keep_counts
 from llava_patch.routing.streams import Stream
@@ -131,8 +131,7 @@ class Run:
     def _open_main(self, hidden: Tensor) -> None:
         call = self.call
         rotary = self.decoder.rotary_emb(hidden, call.position_ids)
-        every = PositionSet.run(call.seen, call.seen + call.queries, len(hidden), hidden.device, call.valid)
-        self.full = self._stream(FULL, every, rotary, hidden)
+        self.full = self._stream(FULL, None, rotary, hidden)
         self.full.position_ids = call.position_ids
         stock = compat.stock_mask(
             self.decoder, hidden, call.attention_mask, call.cache_position, call.cache, call.position_ids
@@ -140,15 +139,24 @@ class Run:
         self.full.set_mask(self.backend, stock)
         self.main_stream = self.text_stream = self.full
 
-    def _stream(self, name: str, new: PositionSet, rotary: tuple[Tensor, Tensor], hidden: Tensor) -> Stream:
-        keys = new if self.call.cache is None else self.call.cache.extend(name, new)
-        return Stream(self.config, rotary, new, keys, hidden, self.windowed)
+    def _stream(self, name: str, columns: PositionSet | None, rotary: tuple[Tensor, Tensor], hidden: Tensor) -> Stream:
+        call = self.call
+        if columns is None and (call.valid is not None or call.cache is None):
+            columns = PositionSet.run(0, call.queries, len(hidden), hidden.device, call.valid)
+        new = call.queries if columns is None else columns.shifted(call.seen)
+        if call.cache is not None:
+            keys = call.cache.extend(name, new)
+        else:
+            assert isinstance(new, PositionSet)
+            keys = Held(new)
+        count = new if isinstance(new, int) else len(new)
+        return Stream(self.config, rotary, count, keys, hidden, self.windowed)
 
     def substream(self, name: str, columns: PositionSet | None, hidden: Tensor) -> Stream:
         """A stream of some columns of this call; None: of all."""
         if columns is None:
-            return self._stream(name, self.full.new, self.full.rotary, hidden)
-        return self._stream(name, columns.shifted(self.call.seen), columns.take_rotary(self.full.rotary), hidden)
+            return self._stream(name, None, self.full.rotary, hidden)
+        return self._stream(name, columns, columns.take_rotary(self.full.rotary), hidden)
 
     def columns(self, part: PositionSet) -> PositionSet:
         """Places among the main positions, as columns of this call."""

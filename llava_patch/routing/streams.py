@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llava_patch.hosts import compat
-from llava_patch.routing.plan import PositionSet
+from llava_patch.routing.plan import Held, PositionSet
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -19,32 +20,40 @@ class Stream:
     Masks are made once, when a layer first asks for them.
     """
 
-    def __init__(
-        self, config: Any, rotary: Rotary, new: PositionSet, keys: PositionSet, example: Tensor, windowed: bool
-    ) -> None:
+    def __init__(self, config: Any, rotary: Rotary, count: int, keys: Held, example: Tensor, windowed: bool) -> None:
         """Describe a stream.
 
         Args:
             config: decoder configuration.
             rotary: (cos, sin) of the new positions.
-            new: the positions of this call, as places in the conversation.
+            count: how many positions are new, padding included.
             keys: what its layers hold once this call is done: earlier positions, then the new ones.
             example: a tensor of the hidden states' dtype and device.
             windowed: whether a sliding window cuts off a part of the conversation.
         """
         self.config = config
         self.rotary = rotary
-        self.new = new
+        self.count = count
         self.keys = keys
         self.position_ids: Tensor | None = None  # flash attention takes gaps for packed samples
         self._example = example
         self._windowed = windowed
         self._masks: dict[tuple, Any] = {}
 
-    @property
+    @functools.cached_property
     def cache_position(self) -> Tensor:
         """Places of the new keys in the layers' cache: int64 [new]."""
-        return torch.arange(len(self.keys) - len(self.new), len(self.keys), device=self.new.index.device)
+        return torch.arange(len(self.keys) - self.count, len(self.keys), device=self._example.device)
+
+    @functools.cached_property
+    def new(self) -> PositionSet:
+        """The new positions, as places in the conversation."""
+        return self._last(self.count)
+
+    def _last(self, count: int) -> PositionSet:
+        start = len(self.keys) - count
+        valid = self.keys.valid
+        return PositionSet(self.keys.index[:, start:], None if valid is None else valid[:, start:])
 
     def set_mask(self, backend: str, mask: Any) -> None:
         """Use the stock model's own mask."""
@@ -57,7 +66,7 @@ class Stream:
             backend: attention backend that the layer runs.
             last: how many; None: all.
         """
-        key = (backend, None if last is not None and last >= len(self.new) else last)
+        key = (backend, None if last is not None and last >= self.count else last)
         if key not in self._masks:
             self._masks[key] = self._make_mask(backend, last)
         return self._masks[key]
@@ -67,11 +76,10 @@ class Stream:
         return compat.position_mask(self.config, asking.index, self.keys.index, self.keys.valid, self._example.dtype)
 
     def _make_mask(self, backend: str, last: int | None) -> Any:
-        queries = len(self.new) if last is None else last
+        queries = self.count if last is None else last
         if self._windowed:
-            index = self.new.index[:, len(self.new) - queries :]
-            return self.mask_among(PositionSet(index, None))
-        if queries == 1 and self.keys.valid is None:
+            return self.mask_among(self._last(queries))
+        if queries == 1 and not self.keys.padded:
             return None
         states = self._example[:, :1].expand(-1, queries, -1)
         return compat.causal_mask(self.config, states, self.keys.valid, len(self.keys), backend)

@@ -1,0 +1,102 @@
+"""Models with random weights for timing: speed does not depend on the values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+IMAGE_TOKENS = 576  # LLaVA-1.5: 336 pixels, patches of 14
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder's size.
+
+    Attributes:
+        layers: L.
+        hidden: hidden size.
+        intermediate: width of the feed-forward network.
+        heads: attention heads (of 128 channels in LLaVA-1.5).
+        vocabulary: number of tokens.
+        split: default split of the routed methods.
+    """
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    vocabulary: int
+    split: int
+
+
+SHAPES = {
+    # LLaVA-1.5 7B's depth, head size and token counts at a fraction of its width, for a machine without a GPU.
+    "small": Shape(32, 768, 2064, 6, 4096, 18),
+    "7b": Shape(32, 4096, 11008, 32, 32064, 18),
+    # The paper does not give 13B's splits; this keeps 7B's share of the depth.
+    "13b": Shape(40, 5120, 13824, 40, 32064, 22),
+}
+
+
+def build(shape: Shape, device: str, dtype: torch.dtype, attention: str = "sdpa") -> nn.Module:
+    """A Hugging Face LLaVA of a shape, in eval mode, with a small vision tower that hardly counts.
+
+    Args:
+        shape: the decoder's size.
+        device: where to make it.
+        dtype: of the weights.
+        attention: attention backend.
+    """
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    vision = CLIPVisionConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=336, patch_size=14
+    )
+    text = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        max_position_embeddings=4096,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=shape.vocabulary - 1,
+        image_seq_length=IMAGE_TOKENS,
+        attn_implementation=attention,
+    )
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = LlavaForConditionalGeneration(config)
+    finally:
+        torch.set_default_dtype(before)
+    return model.eval().requires_grad_(False)
+
+
+def inputs(model: Any, text: int, batch: int) -> dict[str, Any]:
+    """A batch of equal prompts: a beginning token, one image, text.
+
+    Args:
+        model: from `build`.
+        text: text tokens, the beginning token included.
+        batch: number of samples.
+    """
+    generator = torch.Generator().manual_seed(0)
+    marker = int(model.config.image_token_id)
+    words = torch.randint(3, marker, (batch, text), generator=generator)
+    ids = torch.cat([words[:, :1], torch.full((batch, IMAGE_TOKENS), marker), words[:, 1:]], dim=1)
+    pixels = torch.randn(batch, 3, 336, 336, generator=generator)
+    return {
+        "input_ids": ids.to(model.device),
+        "attention_mask": torch.ones_like(ids).to(model.device),
+        "pixel_values": pixels.to(model.device, model.dtype),
+    }
