@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,7 +20,7 @@ from llava_patch.hosts import carry
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.hosts.compat import check_versions
 from llava_patch.routing import late_fusion
-from llava_patch.settings import FUSIONS, FastV, Routing, SkipLinks, to_dict
+from llava_patch.settings import AUTO, FUSIONS, FastV, Routing, SkipLinks, to_dict
 from llava_patch.undo import UndoStack
 
 CONFIG_KEY = "llava_patch"
@@ -150,6 +151,7 @@ def patch(
     *,
     zero_start: bool = True,
     loading: bool = False,
+    samples: Iterable[Mapping[str, Any]] | None = None,
 ) -> Handle:
     """Apply methods to a LLaVA model, in place.
 
@@ -163,6 +165,7 @@ def patch(
         zero_start: grow an existing projector so that the output does not change (True), or initialise the widened
             layer as a new one (False: a projector that was made from scratch).
         loading: the model is being built from a patched checkpoint and its weights follow.
+        samples: what Routing(split="auto") measures on, see `diagnostics.auto_split.resolve_split`.
 
     Returns:
         The handle; `handle.remove()` restores the model. Patching a patched model again adds what is missing.
@@ -184,11 +187,13 @@ def patch(
     _check_together(fusion, routing)
     check_versions()
     found = anatomy_module.find(model)
-    if any(hasattr(p, "ds_id") for p in found.model.parameters()):
-        raise SettingError(
-            "the model's weights are partitioned by DeepSpeed ZeRO-3 (--deepspeed with stage 3), which this version "
-            "cannot patch: use stage 2 (LLaVA's scripts/zero2.json)"
-        )
+    refuse_partitioned(found.model)
+    if routing is not None and routing.split == AUTO:
+        from llava_patch.diagnostics.auto_split import resolve_split
+
+        routing = resolve_split(found.model, routing, samples)
+    elif samples is not None:
+        raise SettingError('patch(samples=...) is what Routing(split="auto") measures on, which was not asked for')
     handle = get_handle(found.model)
     fresh = handle is None
     if handle is None:
@@ -221,6 +226,15 @@ def patch(
     return handle
 
 
+def refuse_partitioned(model: nn.Module) -> None:
+    """Raise SettingError when DeepSpeed ZeRO-3 has spread the weights over processes."""
+    if any(hasattr(p, "ds_id") for p in model.parameters()):
+        raise SettingError(
+            "the model's weights are partitioned by DeepSpeed ZeRO-3 (--deepspeed with stage 3), which this version "
+            "cannot patch: use stage 2 (LLaVA's scripts/zero2.json)"
+        )
+
+
 def _routes(routing: Routing | None, anatomy: Anatomy) -> bool:
     return routing is not None and routing.split != len(anatomy.layers)
 
@@ -233,9 +247,7 @@ def _check_together(fusion: SkipLinks | None, routing: Routing | None) -> None:
         )
 
 
-def _check_against(
-    handle: Handle, fusion: SkipLinks | None, routing: Routing | None, pruning: FastV | None
-) -> None:
+def _check_against(handle: Handle, fusion: SkipLinks | None, routing: Routing | None, pruning: FastV | None) -> None:
     for name, asked, there in (
         ("fusion", fusion, handle.fusion), ("routing", routing, handle.routing), ("pruning", pruning, handle.pruning),
     ):  # fmt: skip
