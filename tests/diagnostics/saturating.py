@@ -1,7 +1,7 @@
 """Weights that truly saturate: the first layers read the image, the others look at all positions alike.
 
-Two channels of the residual stream say what a position is: KIND is positive at image positions and negative at text, ONE
-is positive everywhere. Queries are made of ONE and keys of KIND in the slowest rotary pair, so that a reading layer
+Two channels of the residual stream say what a position is: KIND is positive at image positions and negative at text,
+ONE is positive everywhere. Queries are made of ONE and keys of KIND in the slowest rotary pair, so that a reading layer
 puts nearly all its attention on the image. A layer with zero queries attends to every position before it alike.
 Only one layer writes to the residual stream, so that the logit lens falls there and nowhere else.
 """
