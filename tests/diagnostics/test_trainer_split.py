@@ -178,8 +178,8 @@ def test_a_fused_projector_is_in_place_before_the_model_is_measured(model: Any, 
     with patch(model, fusion=SkipLinks(stride=1)) as handle:
         projector = {k: v.clone() for k, v in handle.anatomy.projector.state_dict().items()}
     linear = model.get_model().mm_projector[-1]
-    torch.nn.init.normal_(linear.weight)  # the stock projector has learned nothing: measured through it, no window
-    torch.nn.init.zeros_(linear.bias)
+    torch.nn.init.constant_(linear.bias, -60.0)  # through this stock projector, no layer looks at the image
+    torch.nn.init.zeros_(linear.weight)
     with pytest.raises(SettingError, match="recommend no split"):
         resolve_for_training(model, AUTO, arguments(tmp_path), Data(), collate, Saturation(max_samples=2))
     startup._pending[id(model.get_model())] = startup._Pending(fresh=False, projector=projector)
