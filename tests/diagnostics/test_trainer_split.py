@@ -16,7 +16,7 @@ from llava_patch.errors import SettingError
 from llava_patch.hosts.anatomy import find
 
 from . import tiny
-from .saturating import saturate
+from .saturating import KIND, SIZE, saturate
 
 AUTO = Routing(split="auto")
 pytest.importorskip("llava")
@@ -178,8 +178,9 @@ def test_a_fused_projector_is_in_place_before_the_model_is_measured(model: Any, 
     with patch(model, fusion=SkipLinks(stride=1)) as handle:
         projector = {k: v.clone() for k, v in handle.anatomy.projector.state_dict().items()}
     linear = model.get_model().mm_projector[-1]
-    torch.nn.init.constant_(linear.bias, -60.0)  # through this stock projector, no layer looks at the image
-    torch.nn.init.zeros_(linear.weight)
+    for parameter in linear.parameters():
+        torch.nn.init.zeros_(parameter)
+    linear.bias.data[KIND] = -2 * SIZE  # through this stock projector, no layer looks at the image
     with pytest.raises(SettingError, match="recommend no split"):
         resolve_for_training(model, AUTO, arguments(tmp_path), Data(), collate, Saturation(max_samples=2))
     startup._pending[id(model.get_model())] = startup._Pending(fresh=False, projector=projector)
