@@ -274,6 +274,19 @@ def test_a_fused_model_is_measured_with_its_fusion(subject: Subject, cache: Path
     assert len(list(cache.iterdir())) == 2
 
 
+def test_other_taps_of_one_width_are_another_model() -> None:
+    import models
+
+    from llava_patch.diagnostics.split_cache import model_digest
+
+    model = models.hf_model()
+    digests = set()
+    for layer in (2, 4):
+        with patch(model, fusion=SkipLinks(layers=(layer,))) as handle:
+            digests.add(model_digest(handle.anatomy))
+    assert len(digests) == 2 and model_digest(find(model)) not in digests
+
+
 def test_a_pruned_model_is_refused(subject: Subject, monkeypatch: Any) -> None:
     handle = patch(subject.model, fusion=SkipLinks(stride=1))
     monkeypatch.setattr(handle, "pruning", FastV())
