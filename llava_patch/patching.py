@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,7 +23,7 @@ from llava_patch.hosts.compat import check_versions
 from llava_patch.routing import attach as routing_attach
 from llava_patch.routing import side_branch
 from llava_patch.routing.program import Program, make_program
-from llava_patch.settings import FUSIONS, FastV, Routing, SkipLinks, to_dict
+from llava_patch.settings import AUTO, FUSIONS, FastV, Routing, SkipLinks, to_dict
 from llava_patch.undo import UndoStack
 
 CONFIG_KEY = "llava_patch"
@@ -166,6 +167,7 @@ def patch(
     *,
     zero_start: bool = True,
     loading: bool = False,
+    samples: Iterable[Mapping[str, Any]] | None = None,
 ) -> Handle:
     """Apply methods to a LLaVA model, in place.
 
@@ -179,6 +181,7 @@ def patch(
         zero_start: grow an existing projector so that the output does not change (True), or initialise the widened
             layer as a new one (False: a projector that was made from scratch).
         loading: the model is being built from a patched checkpoint and its weights follow.
+        samples: what Routing(split="auto") measures on, see `diagnostics.auto_split.resolve_split`.
 
     Returns:
         The handle; `handle.remove()` restores the model. Patching a patched model again adds what is missing.
@@ -200,16 +203,18 @@ def patch(
     _check_together(fusion, routing)
     check_versions()
     found = anatomy_module.find(model)
-    if any(hasattr(p, "ds_id") for p in found.model.parameters()):
-        raise SettingError(
-            "the model's weights are partitioned by DeepSpeed ZeRO-3 (--deepspeed with stage 3), which this version "
-            "cannot patch: use stage 2 (LLaVA's scripts/zero2.json)"
-        )
     if (getattr(found.model, "_tp_size", None) or 1) > 1:
         raise SettingError(
             f"the model runs tensor parallel on {found.model._tp_size} devices (tp_plan), which routing and fusion "
             "cannot follow: load it without tp_plan"
         )
+    refuse_partitioned(found.model)
+    if routing is not None and routing.split == AUTO:
+        from llava_patch.diagnostics.auto_split import resolve_split
+
+        routing = resolve_split(found.model, routing, samples)
+    elif samples is not None:
+        raise SettingError('patch(samples=...) is what Routing(split="auto") measures on, which was not asked for')
     handle = get_handle(found.model)
     fresh = handle is None
     if handle is None:
@@ -244,6 +249,15 @@ def patch(
 
 def _program(handle: Handle, routing: Routing | None, pruning: FastV | None, anatomy: Anatomy) -> Program:
     return make_program(handle.routing or routing, handle.pruning or pruning, len(anatomy.layers))
+
+
+def refuse_partitioned(model: nn.Module) -> None:
+    """Raise SettingError when DeepSpeed ZeRO-3 has spread the weights over processes."""
+    if any(hasattr(p, "ds_id") for p in model.parameters()):
+        raise SettingError(
+            "the model's weights are partitioned by DeepSpeed ZeRO-3 (--deepspeed with stage 3), which this version "
+            "cannot patch: use stage 2 (LLaVA's scripts/zero2.json)"
+        )
 
 
 def _check_together(fusion: SkipLinks | None, routing: Routing | None) -> None:

@@ -13,6 +13,8 @@ from typing import Any, ClassVar, Literal, Union
 from llava_patch.errors import SettingError
 
 TrainTower = Union[Literal["frozen", "all"], int]
+AUTO = "auto"
+"""Routing.split: measure instead of naming a layer."""
 VARIANTS = ("lf", "pc", "kv", "ideal", "vtw")
 LEARNING_VARIANTS = ("lf", "pc", "kv")
 """Variants in which text reads the side branch, so that it can learn."""
@@ -112,7 +114,7 @@ class Routing:
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
             raise SettingError(f"Routing.variant = {self.variant!r}: expected one of {', '.join(VARIANTS)}")
-        if self.split != "auto":
+        if self.split != AUTO:
             if isinstance(self.split, str):
                 raise SettingError(f'Routing.split = {self.split!r}: expected a layer number or "auto"')
             _integer("Routing", "split", self.split, 0)
@@ -227,5 +229,10 @@ def from_dict(values: dict[str, Any], source: str) -> Any:
     if unknown:
         raise SettingError(
             f"{source}: {name} has no setting {', '.join(unknown)}; saved by a newer version of llava_patch?"
+        )
+    if name == "Routing" and values.get("split") == AUTO:
+        raise SettingError(
+            f'{source}: Routing.split = "{AUTO}" in a saved record; a record always holds the layer number: '
+            "the file was changed by hand; write the number there"
         )
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

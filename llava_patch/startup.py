@@ -11,6 +11,7 @@ import copy
 import functools
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -243,7 +244,10 @@ def _wrap_trainer_init(cls: Any) -> None:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         model = kwargs.get("model", args[0] if args else None)
         training_args = kwargs.get("args", args[1] if len(args) > 1 else None)
-        handle = None if model is None else _prepare_training(model, training_args)
+        data = [
+            kwargs.get(k, args[i] if len(args) > i else None) for i, k in ((3, "train_dataset"), (2, "data_collator"))
+        ]
+        handle = None if model is None else _prepare_training(model, training_args, *data)
         original(self, *args, **kwargs)
         if handle is not None:
             self.add_callback(_make_callback(handle))
@@ -251,13 +255,13 @@ def _wrap_trainer_init(cls: Any) -> None:
     cls.__init__ = __init__
 
 
-def _prepare_training(model: Any, training_args: Any) -> "Handle | None":
+def _prepare_training(model: Any, training_args: Any, dataset: Any, collator: Any) -> "Handle | None":
     from llava_patch.patching import get_handle
 
     asked = configuration()
     handle = get_handle(model)
     if asked is not None and asked.patches:
-        handle = _patch_for_training(model, training_args, asked)
+        handle = _patch_for_training(model, training_args, asked, dataset, collator)
     if handle is None:
         return None
     routing = handle.routing
@@ -277,7 +281,9 @@ def _prepare_training(model: Any, training_args: Any) -> "Handle | None":
     return handle
 
 
-def _patch_for_training(model: Any, training_args: Any, asked: "Configuration") -> "Handle":
+def _patch_for_training(
+    model: Any, training_args: Any, asked: "Configuration", dataset: Any, collator: Any
+) -> "Handle":
     from transformers import set_seed
 
     from llava_patch.hosts import anatomy
@@ -285,18 +291,47 @@ def _patch_for_training(model: Any, training_args: Any, asked: "Configuration") 
 
     found = anatomy.find(model)
     pending = _pending.pop(id(found.decoder), None)
+    fresh = pending is not None and pending.fresh
+    methods = asked.methods()
     set_seed(getattr(training_args, "seed", 42))
-    handle = patch(model, **asked.methods(), zero_start=not (pending is not None and pending.fresh))
-    if pending is not None and pending.projector is not None:
-        expected = {k: tuple(v.shape) for k, v in found.projector.state_dict().items()}
-        given = {k: tuple(v.shape) for k, v in pending.projector.items()}
-        if expected != given:
-            raise CheckpointError(
-                f"--pretrain_mm_mlp_adapter holds a projector of shapes {given}, but {asked.fusion or 'no fusion'} "
-                f"makes {expected}: use the fusion settings that it was trained with"
-            )
-        found.projector.load_state_dict(pending.projector)
-    return handle
+    if pending is not None and pending.projector is not None:  # before anything is measured through it
+        patch(model, fusion=asked.fusion)
+        _load_fused_projector(found, pending.projector, asked.fusion)
+    if _auto_split(asked):
+        methods["routing"] = _resolve_auto(model, training_args, asked, dataset, collator, fresh)
+        set_seed(getattr(training_args, "seed", 42))  # the data set may have drawn random numbers
+    return patch(model, **methods, zero_start=not fresh)
+
+
+def _load_fused_projector(anatomy: Any, projector: dict[str, Any], fusion: Any) -> None:
+    expected = {k: tuple(v.shape) for k, v in anatomy.projector.state_dict().items()}
+    given = {k: tuple(v.shape) for k, v in projector.items()}
+    if expected != given:
+        raise CheckpointError(
+            f"--pretrain_mm_mlp_adapter holds a projector of shapes {given}, but {fusion or 'no fusion'} "
+            f"makes {expected}: use the fusion settings that it was trained with"
+        )
+    anatomy.projector.load_state_dict(projector)
+
+
+def _auto_split(asked: "Configuration") -> bool:
+    return asked.routing is not None and asked.routing.split == "auto"
+
+
+def _resolve_auto(
+    model: Any, training_args: Any, asked: "Configuration", dataset: Any, collator: Any, fresh: bool
+) -> Any:
+    from llava_patch.diagnostics.saturation import Saturation
+    from llava_patch.diagnostics.trainer_split import resolve_for_training
+
+    if fresh:
+        raise SettingError(
+            'Routing.split = "auto" measures how the model reads images, but its projector is new: leave Routing out '
+            "of stage 1, or give --pretrain_mm_mlp_adapter"
+        )
+    assert asked.routing is not None
+    settings = asked.measurements.get("Saturation", Saturation())
+    return resolve_for_training(model, asked.routing, training_args, dataset, collator, settings)
 
 
 def _make_callback(handle: "Handle") -> Any:
@@ -337,7 +372,10 @@ def write_records(handle: "Handle", folder: Path) -> None:
     asked = configuration()
     if asked is not None:
         header = "".join(f"# {line}\n" for line in ("operative config of llava_patch, from:", *asked.sources))
-        checkpoint.write_text(folder / OPERATIVE_FILE, f"{header}\n{asked.operative}")
+        operative = asked.operative
+        if _auto_split(asked) and handle.routing is not None:  # the file reproduces the run: it holds what was chosen
+            operative = re.sub(r"(?m)^(\S*Routing\.split) = .*$", rf"\1 = {handle.routing.split}", operative)
+        checkpoint.write_text(folder / OPERATIVE_FILE, f"{header}\n{operative}")
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ def test_shipped_files_parse_to_the_papers_settings():
 
 def test_files_and_bindings_combine_as_in_the_contract():
     read = config.read(["dpvr_lf_7b.gin"], ["SkipLinks.stride = 4", "Routing.split = 16"])
-    assert read.methods() == {"fusion": SkipLinks(stride=4), "routing": Routing(split=16)}
+    assert read.methods() == {"fusion": SkipLinks(stride=4), "routing": Routing(split=16), "pruning": None}
     assert "Routing.side_layers = 1" in read.operative  # defaults and all
     assert "SkipLinks.stride = 4" in read.operative
 
@@ -68,10 +68,12 @@ def test_macros_work():
         ([], ["Routing.split = -1"], "^Routing.split = -1: expected an integer >= 0$"),
         ([], ["Routing.split ="], "Routing.split"),
         ([], ["Patch.fusion = @Routng()"], "Routng"),
-        ([], ['Routing.variant = "pc"'], "not available in this version"),
+        ([], ['Routing.variant = "pc"', "Routing.fusion_layers = 2"], "pc shows the image to every deep layer"),
         ([], ['Routing.variant = "nope"'], "expected one of lf"),
         ([], ["Routing.freeze = 3"], "Routing.freeze"),
-        ([], ["Routing.split = 3", "Patch.pruning = 5"], "Patch.pruning is not available"),
+        ([], ["Routing.split = 3", "Patch.pruning = 5"], "Patch.pruning = 5: expected @FastV"),
+        ([], ["Routing.split = 3", "Patch.probe = 5"], "Patch.probe is not available"),
+        ([], ["FastV.ratio = 1.5"], "FastV.ratio = 1.5: expected a number from 0 to 1"),
         ([], ["Patch.fusion = @Routing()"], "Patch.fusion = .*expected @SkipLinks"),
         ([], ["a/SkipLinks.stride = 3"], "scoped binding"),
     ],

@@ -61,7 +61,7 @@ def screen(rows: list[Row], title: str) -> Table:
 
 def markdown(rows: list[Row]) -> str:
     """The table for a page."""
-    lines: list[Sequence[str]] = [HEAD, ["---"] * len(HEAD)]
+    lines: list[Sequence[str]] = [HEAD, ("---",) * len(HEAD)]
     lines += [cells(row, rows[0]) for row in rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
@@ -131,7 +131,7 @@ def figure(rows: list[Row], title: str, path: Path) -> Path:
     import matplotlib.pyplot as plt
 
     names = [row.method for row in rows[1:]][::-1]
-    kinds = (
+    kinds: tuple[tuple[str, list[Any]], ...] = (
         ("prefill time", [ratio(r, rows[0], "prefill_ms") for r in rows[1:]]),
         ("decode time a token", [ratio(r, rows[0], "decode_ms") for r in rows[1:]]),
         ("KV cache", [(r.cache_bytes / rows[0].cache_bytes,) * 3 for r in rows[1:]]),

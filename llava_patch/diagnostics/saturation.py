@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,15 @@ class Curves:
         """Attention mass per layer, mean over heads."""
         return [sum(heads) / len(heads) for heads in self.head_mass]
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Curves":
+        """Read curves from JSON values, where null is NaN; KeyError, TypeError or ValueError when they are damaged."""
+        curves = cls(**{f.name: _with_nan(values[f.name]) for f in fields(cls)})
+        lengths = {len(curve) for curve in vars(curves).values()}
+        if len(lengths) != 1 or 0 in lengths or not all(curves.head_mass):
+            raise ValueError(f"curves over {sorted(lengths)} layers")
+        return curves
+
     @property
     def image_present(self) -> list[bool]:
         """Whether each layer sees image positions."""
@@ -89,7 +98,7 @@ class SaturationResult:
     """What was measured and what follows from it.
 
     Attributes:
-        curves: mean over samples (each sample counts the same, however long).
+        curves: mean over samples, each of which counts the same.
         recommendation: the split and why.
         image_transition: layer number or None, see `recommend.transition_layer`.
         text_transition: the same at text positions.
@@ -140,6 +149,12 @@ class SaturationResult:
             "settings": asdict(self.settings),
         }
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "SaturationResult":
+        """Read what `to_dict` made; what follows from the curves is worked out again."""
+        curves, settings = Curves.from_dict(values), Saturation(**values["settings"])
+        return summarise(curves, values["samples"], values["skipped"], settings)
+
     def save(self, folder: str | Path, name: str = "saturation") -> tuple[Path, Path]:
         """Write `<name>.json` and `<name>.png` into a folder, each atomically.
 
@@ -151,6 +166,12 @@ class SaturationResult:
         folder = Path(folder)
         json_path = files.write_json(folder / f"{name}.json", self.to_dict())
         return json_path, saturation_figure(self, folder / f"{name}.png")
+
+
+def _with_nan(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_with_nan(item) for item in value]
+    return math.nan if value is None else float(value)
 
 
 class CurveMean:

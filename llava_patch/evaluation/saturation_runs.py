@@ -68,7 +68,7 @@ def answer(lm: Any, requests: Sequence[Any]) -> list[str]:
 def process_results(doc: Any, results: Sequence[str]) -> dict[str, Any]:
     """Per-document numbers for the samples log; the entries also carry what aggregation needs."""
     answered = json.loads(results[0])
-    curves, settings = _curves(answered["curves"]), Saturation(**answered["settings"])
+    curves, settings = Curves.from_dict(answered["curves"]), Saturation(**answered["settings"])
     found = summarise(curves, 1, settings=settings)
     share = settings.transition_share
     return {
@@ -114,18 +114,9 @@ def pooled(items: Sequence[dict[str, Any]]) -> SaturationResult:
     """
     mean = CurveMean()
     for item in items:
-        mean.add(_curves(item["curves"]))
+        mean.add(Curves.from_dict(item["curves"]))
     return summarise(mean.mean(), mean.samples, settings=Saturation(**items[0]["settings"]))
 
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def _curves(values: dict[str, Any]) -> Curves:
-    def numbers(value: Any) -> Any:
-        if isinstance(value, list):
-            return [numbers(item) for item in value]
-        return NAN if value is None else value
-
-    return Curves(**{name: numbers(value) for name, value in values.items()})

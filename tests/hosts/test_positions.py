@@ -50,13 +50,13 @@ def test_the_decoder_is_told_the_positions_once(host):
     forward = host.decoder.forward
 
     def listen(*args, **kwargs):
-        seen.extend([carry.take_image_mask(), carry.take_image_mask()])
+        seen.extend([carry.take(found).image_mask, carry.take(found).image_mask])
         return forward(*args, **kwargs)
 
     undo.set_attribute(host.decoder, "forward", listen)
     host.logits(batch)
     assert torch.equal(seen[0], batch.image) and seen[1] is None
-    assert carry.take_image_mask() is None  # nothing is left behind between calls
+    assert carry.take(found).image_mask is None  # nothing is left behind between calls
     undo.unwind()
 
 
