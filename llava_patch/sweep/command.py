@@ -54,7 +54,9 @@ def sweep(
     if dry_run:
         for run, known in zip(runs, done, strict=True):
             state = "finished" if known else "to do"
-            console.print(f"[bold]{run.name}[/bold]: {state}\n  {shlex.join(run.command)}", highlight=False)
+            console.print(
+                f"[bold]{run.name}[/bold]: {state}\n  {shlex.join(run.command)}", highlight=False, soft_wrap=True
+            )
         return True
     results = _run_all(runs, done, evaluate)
     _report(results, output, command, evaluate, console)
