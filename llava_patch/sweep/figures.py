@@ -34,8 +34,11 @@ def sweep_figure(results: Sequence[Result], path: Path) -> Path:
         _panel(axis, results, key, name)
     for axis in axes[len(names) :]:
         axis.remove()
-    what = "seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
-    figure.suptitle(f"{', '.join(results[0].run.point)}: {what} {', '.join(map(str, seeds))}", fontsize=10)
+    word = "seed" if len(seeds) == 1 else "seeds"
+    figure.suptitle(
+        f"Sweep of {', '.join(results[0].run.point)} ({word} {', '.join(map(str, seeds))})"
+        "\nsmall dots: single seeds; large dots and bars: mean ± std", fontsize=10,
+    )  # fmt: skip
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=140)
     return path
@@ -52,23 +55,22 @@ def _panel(axis: Any, results: Sequence[Result], key: str, name: str) -> None:
     place = {value: value if numeric else i for i, value in enumerate(swept)}
     gap = min((b - a for a, b in zip(*_neighbours(sorted(place.values())), strict=True)), default=1)
     for i, (others, points) in enumerate(lines.items()):
-        shift = 0.06 * gap * (i - (len(lines) - 1) / 2)  # several lines would hide one another's bars
+        shift = 0.16 * gap * (i - (len(lines) - 1) / 2)  # several lines would hide one another's bars
         color = f"C{i}"
         done = [(place[value] + shift, Spread.of(values)) for value, values in points if values]
         for value, values in points:
-            at = [place[value] + shift + 0.04 * gap] * len(values)
+            at = [place[value] + shift + 0.05 * gap] * len(values)
             axis.plot(at, values, "o", color=color, ms=4, alpha=0.45, mew=0, zorder=3)
-        axis.errorbar(
-            [x for x, _ in done], [s.mean for _, s in done], [s.std or 0.0 for _, s in done], fmt="o-", color=color,
-            ms=6, lw=1.5, capsize=4, label=others or None,
-        )  # fmt: skip
+        deviations = [math.nan if spread.std is None else spread.std for _, spread in done]
+        places, means = [x for x, _ in done], [spread.mean for _, spread in done]
+        axis.errorbar(places, means, deviations, fmt="o-", color=color, ms=6, lw=1.5, capsize=4, label=others or None)
     axis.set_xticks(list(place.values()), [str(value) for value in swept])
     axis.margins(x=0.12)
     axis.set_xlabel(key)
     axis.set_ylabel("training loss (nats per token)" if name == LOSS else name)
-    title = f"mean of the final {FINAL_STEPS} steps" if name == LOSS else name
-    axis.set_title(f"{title}\ndots: single seeds; bars: mean ± std", fontsize=9)
+    axis.set_title(f"Training loss, mean of the final {FINAL_STEPS} steps" if name == LOSS else name, fontsize=10)
     axis.grid(alpha=0.3)
+    axis.ticklabel_format(axis="y", useOffset=False)
     if len(lines) > 1:
         axis.legend(fontsize=8)
 

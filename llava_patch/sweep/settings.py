@@ -39,7 +39,9 @@ class Sweep:
                 raise SettingError(f"Sweep.grid: {key!r} is not the name of a binding, such as Routing.split")
             if not isinstance(values, (list, tuple)) or not values:
                 raise SettingError(f'Sweep.grid["{key}"] = {values!r}: expected a tuple of values')
-            grid[key] = tuple(values)
+            if any(isinstance(value, (dict, set)) for value in values):
+                raise SettingError(f'Sweep.grid["{key}"] = {values!r}: expected numbers, strings or tuples of them')
+            grid[key] = tuple(tuple(value) if isinstance(value, list) else value for value in values)
         object.__setattr__(self, "grid", grid)
         seeds = tuple(self.seeds) if isinstance(self.seeds, (list, tuple)) else (self.seeds,)
         whole = all(isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in seeds)

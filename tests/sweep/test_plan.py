@@ -43,6 +43,7 @@ def test_every_point_times_every_seed():
         ({"grid": {"Routing.split": (3,)}, "command": ("no-such-program",)}, "no-such-program: no such command"),
         ({}, r"Sweep.grid = \{\}"),
         ({"grid": {"Routing.split": 3}}, "expected a tuple of values"),
+        ({"grid": {"Routing.split": ({},)}}, "expected numbers, strings or tuples"),
         ({"grid": {"a b": (3,)}}, "'a b' is not the name of a binding"),
         ({"grid": {"Routing.split": (3,)}, "gin_files": "a.gin"}, "Sweep.gin_files"),
     ],
