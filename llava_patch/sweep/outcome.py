@@ -96,7 +96,7 @@ def _numbers(task: str, values: dict[str, Any]) -> dict[str, float]:
     numbers = {}
     for key, value in values.items():
         metric, _, variant = key.partition(",")
-        if metric.endswith("_stderr") or isinstance(value, bool) or not isinstance(value, (int, float)):
+        if "_stderr" in metric or isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
         name = metric if variant in ("", "none") else f"{metric} ({variant})"
         numbers[f"{task}/{name}"] = float(value)

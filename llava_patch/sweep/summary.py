@@ -84,27 +84,27 @@ def spreads(results: Sequence[Result]) -> dict[str, Spread]:
 
 
 def mean_rows(results: Sequence[Result]) -> Rows:
-    """The table of means: one row a point."""
-    names = measured(results)
+    """The table of means: for each point one row a measurement, so that it stays narrow however many there are."""
     rows = []
     for point, group in by_point(results):
         found = spreads(group)
-        done = sum(result.error is None for result in group)
-        cells = [str(found.get(name, "-")) for name in names]
-        rows.append([*map(str, point.values()), f"{done} of {len(group)}", *cells])
-    return [*results[0].run.point, "seeds done", *names], rows
+        for name in measured(results):
+            spread = found.get(name)
+            done = 0 if spread is None else spread.n
+            rows.append([*map(str, point.values()), name, str(spread or "-"), f"{done} of {len(group)}"])
+    return [*results[0].run.point, "measured", "mean ± std", "seeds"], rows
 
 
 def seed_rows(results: Sequence[Result]) -> Rows:
-    """The per-seed table: one row a run."""
-    names = measured(results)
+    """The per-seed table: one column a seed."""
+    seeds = list(dict.fromkeys(result.run.seed for result in results))
     rows = []
-    for result in results:
-        values = result.values()
-        cells = [f"{values[name]:.4f}" if name in values else "-" for name in names]
-        steps = "-" if result.loss is None else str(result.loss.steps)
-        rows.append([*map(str, result.run.point.values()), str(result.run.seed), *cells, steps])
-    return [*results[0].run.point, "seed", *names, "steps averaged"], rows
+    for point, group in by_point(results):
+        by_seed = {result.run.seed: result.values() for result in group}
+        for name in measured(results):
+            cells = [f"{by_seed[seed][name]:.4f}" if name in by_seed[seed] else "-" for seed in seeds]
+            rows.append([*map(str, point.values()), name, *cells])
+    return [*results[0].run.point, "measured", *(f"seed {seed}" for seed in seeds)], rows
 
 
 def notes(results: Sequence[Result]) -> list[str]:
@@ -128,7 +128,7 @@ def rich_table(title: str, rows: Rows) -> "Table":
 
     table = Table(title=title)
     for name in rows[0]:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for row in rows[1]:
         table.add_row(*row)
     return table

@@ -36,7 +36,8 @@ def test_means_spreads_tables_and_plot(sweep_file, command, calls, tmp_path):
         {"mean": 6.0, "steps": 50, "last_step": 60},
     ]
     table = (tmp_path / "out" / "table.md").read_text()
-    assert "| 3 | 2 of 2 | 5.0000 ± 1.4142 |" in table and "| 5 | 3 | 8.0000 | 50 |" in table
+    assert "| 3 | final loss | 5.0000 ± 1.4142 | 2 of 2 |" in table
+    assert "| seed 1 | seed 3 |" in table and "| 5 | final loss | 6.0000 | 8.0000 |" in table
     assert "5.0000 ± 1.4142" in done.output and "fewer than 50" not in done.output
     assert (tmp_path / "out" / "sweep.png").read_bytes()[:4] == b"\x89PNG"
 

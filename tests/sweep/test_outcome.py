@@ -49,7 +49,15 @@ def test_the_state_is_found_in_the_run_or_its_latest_checkpoint(tmp_path):
 def test_metrics_as_lmms_eval_writes_them(tmp_path):
     folder = tmp_path / "name"
     folder.mkdir()
-    values = {"alias": "x", "acc,none": 0.5, "acc_stderr,none": 0.1, "f1,strict": 1, "submission,none": None, "b": True}
+    values = {
+        "alias": "x",
+        "acc,none": 0.5,
+        "acc_stderr,none": 0.1,
+        "acc_stderr_clt,none": 0.1,
+        "f1,strict": 1,
+        "submission,none": None,
+        "b": True,
+    }
     (folder / "1_results.json").write_text(json.dumps({"results": {"pope": values}}))
     assert metrics(tmp_path) == {"pope/acc": 0.5, "pope/f1 (strict)": 1.0}
     with pytest.raises(RunError, match=r"no \*results.json"):
