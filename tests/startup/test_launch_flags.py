@@ -67,7 +67,8 @@ def _lora(folder):
 @pytest.mark.timeout(600)
 def test_lora_by_gin_alone_and_its_seeds(data, tmp_path):
     def train(name, seed):
-        params = ["--gin_param", "Flags.lora_r = 4", "--gin_param", f"Flags.seed = {seed}"]
+        bindings = ["Flags.lora_r = 4", f"Flags.seed = {seed}", "Flags.evaluation_strategy = 'no'"]  # an old name
+        params = [word for binding in bindings for word in ("--gin_param", binding)]
         out = tmp_path / name
         command = [TRAIN, *arguments(data, 2, out, steps=2, seed=7), "--gin_file", "lora_r16_7b.gin", *params]
         return ok(run(command)), out
@@ -76,6 +77,7 @@ def test_lora_by_gin_alone_and_its_seeds(data, tmp_path):
     lines = [line for line in text.splitlines() if line.startswith("llava_patch: flags from gin")]
     assert len(lines) == 1
     assert "--lora_enable True --lora_r 4 --lora_alpha 32 --learning_rate 0.0002" in lines[0]
+    assert "--eval_strategy no" in lines[0]
     assert lines[0].endswith("(instead of the script's --learning_rate 0.001 --seed 7)")
     adapter = json.loads((first / "adapter_config.json").read_text())
     assert (adapter["r"], adapter["lora_alpha"]) == (4, 32)
@@ -102,23 +104,9 @@ def test_the_seed_decides_the_data_order_where_nothing_is_new(data, tmp_path):
     assert a == b and a[0] != c[0]
 
 
-@pytest.mark.parametrize(
-    ("param", "message"),
-    [
-        ("Flags.lora_rr = 16", r"Flags.lora_rr: the training script has no flag --lora_rr; did you mean Flags.lora_r?"),
-        ("Flags.lora_r = 'many'", "invalid int value: 'many'"),
-    ],
-)
 @pytest.mark.timeout(300)
-def test_bad_flags_stop_before_anything_is_written(data, tmp_path, param, message):
-    done = run([TRAIN, *arguments(data, 2, tmp_path / "out", steps=1), "--gin_param", param])
+def test_an_unknown_flag_stops_before_anything_is_written(data, tmp_path):
+    done = run([TRAIN, *arguments(data, 2, tmp_path / "out", steps=1), "--gin_param", "Flags.lora_rr = 16"])
     assert done.returncode != 0
-    assert message in done.stderr
+    assert "Flags.lora_rr: the training script has no flag --lora_rr; did you mean Flags.lora_r?" in done.stderr
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.timeout(300)
-def test_renamed_flags_may_be_bound_by_their_old_names(data, tmp_path):
-    out = tmp_path / "llava-renamed"
-    command = [TRAIN, *arguments(data, 1, out, steps=1), "--gin_param", "Flags.evaluation_strategy = 'no'"]
-    assert "--eval_strategy no" in ok(run(command))
