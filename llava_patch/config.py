@@ -14,16 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import gin
+from llava_patch import flags as launch_flags
 from llava_patch.diagnostics.saturation import Saturation
 from llava_patch.errors import SettingError
 from llava_patch.probe.settings import RProbe
 from llava_patch.resources import gin_dir
 from llava_patch.settings import METHODS, FastV, Routing, SkipLinks
+from llava_patch.sweep.settings import Sweep
 
 MEASUREMENTS: dict[str, Any] = {"RProbe": RProbe, "Saturation": Saturation}
 
 for _cls in (*METHODS.values(), *MEASUREMENTS.values()):
     gin.register(_cls, module="llava_patch")
+gin.register(Sweep, module="llava_patch")
+gin.register(launch_flags.GIN_NAME, module="llava_patch")(launch_flags.bound)
 
 
 @gin.configurable("Patch", module="llava_patch")
@@ -40,6 +44,8 @@ class Configuration:
         routing: routing settings or None.
         pruning: pruning settings or None.
         measurements: settings of measurements that have a binding, by class name.
+        flags: flags for LLaVA's training script, by name.
+        sweep: a grid for `llava-patch sweep`, or None.
         operative: gin's operative config as text: every value in use, the defaults included.
         sources: the files and bindings it came from.
     """
@@ -48,6 +54,8 @@ class Configuration:
     routing: Routing | None = None
     pruning: FastV | None = None
     measurements: dict[str, Any] = field(default_factory=dict)
+    flags: dict[str, Any] = field(default_factory=dict)
+    sweep: Sweep | None = None
     operative: str = ""
     sources: tuple[str, ...] = field(default=())
 
@@ -62,7 +70,7 @@ class Configuration:
 
     def __bool__(self) -> bool:
         """Whether anything is configured."""
-        return self.patches or bool(self.measurements)
+        return self.patches or bool(self.measurements) or bool(self.flags) or self.sweep is not None
 
 
 def find_file(name: str) -> Path:
@@ -108,6 +116,8 @@ def read(files: Sequence[str], params: Sequence[str]) -> Configuration:
             resolved = _root()
         _check_kinds(resolved)
         measurements = {n: gin.get_configurable(n)() for n in MEASUREMENTS if _bound(n)}
+        flags = gin.get_configurable(launch_flags.GIN_NAME)() if _bound(launch_flags.GIN_NAME) else {}
+        sweep = gin.get_configurable("Sweep")() if _bound("Sweep") else None
         operative = gin.operative_config_str()
     except SettingError as error:
         raise SettingError(_setting_error(error)) from None
@@ -117,7 +127,9 @@ def read(files: Sequence[str], params: Sequence[str]) -> Configuration:
     finally:
         gin.clear_config()
         _restore_gin(outside)
-    return Configuration(resolved["fusion"], resolved["routing"], resolved["pruning"], measurements, operative, sources)
+    return Configuration(
+        resolved["fusion"], resolved["routing"], resolved["pruning"], measurements, flags, sweep, operative, sources
+    )
 
 
 _GIN_STATE = ("_CONFIG", "_OPERATIVE_CONFIG")
@@ -179,7 +191,7 @@ def _explain(error: BaseException) -> str:
     text = " ".join(str(error).split())
     unknown = re.search(r"No configurable matching '([^']+)'", text)
     if unknown:
-        near = difflib.get_close_matches(unknown[1].split(".")[0], [*METHODS, *MEASUREMENTS, "Patch"], n=1)
-        known = ", ".join(["Patch", *METHODS, *MEASUREMENTS])
-        return f"{text} Known names: {known}." + (f" Did you mean {near[0]}?" if near else "")
+        known = ["Patch", *METHODS, *MEASUREMENTS, launch_flags.GIN_NAME, "Sweep"]
+        near = difflib.get_close_matches(unknown[1].split(".")[0], known, n=1)
+        return f"{text} Known names: {', '.join(known)}." + (f" Did you mean {near[0]}?" if near else "")
     return text

@@ -21,3 +21,7 @@ class CheckpointError(LlavaPatchError):
 
 class InputError(LlavaPatchError, ValueError):
     """What was passed to a patched model at run time does not fit together."""
+
+
+class RunError(LlavaPatchError):
+    """A command of a sweep failed, or left nothing to read behind."""

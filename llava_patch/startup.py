@@ -87,6 +87,11 @@ def configuration() -> "Configuration | None":
                 f"{', '.join([*files, *params])} configures nothing: bind Patch.fusion or Patch.routing, or a field "
                 "of a method or measurement"
             )
+        if read.sweep is not None:
+            raise SettingError(f"{', '.join([*files, *params])} describes a sweep: run it with `llava-patch sweep`")
+        if read.flags and not _training:  # a training recipe reused for evaluation
+            names = ", ".join(f"Flags.{name}" for name in read.flags)
+            print(f"llava_patch: {names}: flags of LLaVA's training script, without effect here", file=sys.stderr)
         _configuration = read
     return _configuration
 
@@ -144,9 +149,55 @@ def _on_llava_trainer(module: ModuleType) -> None:
     _take_flags_from_command_line()
     compat.fix_argv(sys.argv)
     compat.fix_trainer_methods(module)
-    if configuration() is not None:  # raises here, before a model is loaded or a file written
+    asked = configuration()  # raises here, before a model is loaded or a file written
+    if asked is not None:
         compat.check_versions()
+        _add_flags(asked)
+        _wrap_argument_parser(asked)
     _wrap_trainer_init(module.LLaVATrainer)
+
+
+def _add_flags(asked: "Configuration") -> None:
+    """Append the flags that gin binds to the script's own: of two, its parser takes the later."""
+    from llava_patch import flags
+    from llava_patch.hosts import compat
+
+    added = flags.arguments(asked.flags)
+    compat.fix_argv(added)
+    if added and os.environ.get("RANK", "0") == "0":
+        print(flags.describe(sys.argv[1:], added), flush=True)
+    sys.argv.extend(added)
+
+
+def _wrap_argument_parser(asked: "Configuration") -> None:
+    """When the script parses its flags: refuse unknown ones by their gin names, and seed.
+
+    LLaVA makes a new projector and LoRA's matrices before the Trainer seeds anything.
+    """
+    from transformers import HfArgumentParser, set_seed
+
+    from llava_patch import flags
+    from llava_patch.hosts import compat
+
+    cls: Any = HfArgumentParser
+    original = cls.parse_args_into_dataclasses
+
+    @functools.wraps(original)
+    def parse_args_into_dataclasses(self: Any, *args: Any, **kwargs: Any) -> Any:
+        cls.parse_args_into_dataclasses = original  # for the script's own call only
+        renamed = dict(asked.flags)
+        for name in asked.flags:
+            option = [f"--{name}"]
+            compat.fix_argv(option)
+            renamed[option[0][2:]] = renamed.pop(name)
+        flags.refuse_unknown(renamed, self._option_string_actions)
+        parsed = original(self, *args, **kwargs)
+        for part in parsed:
+            if hasattr(part, "seed"):
+                set_seed(part.seed)
+        return parsed
+
+    cls.parse_args_into_dataclasses = parse_args_into_dataclasses
 
 
 def _on_lmms_eval(module: ModuleType) -> None:
@@ -182,9 +233,6 @@ def _on_llava_arch(module: ModuleType) -> None:
         asked = configuration()
         if not _training or asked is None or not asked.patches:
             return original(self, model_args, fsdp)
-        from transformers import set_seed
-
-        set_seed(_seed_from_command_line())  # LLaVA makes a new projector before the Trainer seeds anything
         fresh = getattr(self, "mm_projector", None) is None and model_args.pretrain_mm_mlp_adapter is None
         path = model_args.pretrain_mm_mlp_adapter
         projector = _read_projector(path) if path is not None else None
@@ -229,14 +277,6 @@ def _tower_width(decoder: Any, model_args: Any) -> int:
     return int(CLIPVisionConfig.from_pretrained(model_args.vision_tower).hidden_size)
 
 
-def _seed_from_command_line() -> int:
-    for i, argument in enumerate(sys.argv):
-        flag, equals, value = argument.partition("=")
-        if flag == "--seed":
-            return int(value if equals else sys.argv[i + 1])
-    return 42  # TrainingArguments' default
-
-
 def _wrap_trainer_init(cls: Any) -> None:
     original = cls.__init__
 
@@ -249,7 +289,8 @@ def _wrap_trainer_init(cls: Any) -> None:
         ]
         handle = None if model is None else _prepare_training(model, training_args, *data)
         original(self, *args, **kwargs)
-        if handle is not None:
+        asked = configuration()
+        if handle is not None or (asked is not None and asked.flags):
             self.add_callback(_make_callback(handle))
 
     cls.__init__ = __init__
@@ -334,7 +375,7 @@ def _resolve_auto(
     return resolve_for_training(model, asked.routing, training_args, dataset, collator, settings)
 
 
-def _make_callback(handle: "Handle") -> Any:
+def _make_callback(handle: "Handle | None") -> Any:
     from transformers import TrainerCallback
 
     class PatchCallback(TrainerCallback):
@@ -349,7 +390,7 @@ def _make_callback(handle: "Handle") -> Any:
                 write_records(handle, Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if not state.is_world_process_zero:
+            if handle is None or not state.is_world_process_zero:
                 return
             from llava_patch import checkpoint
 
@@ -363,12 +404,13 @@ def _make_callback(handle: "Handle") -> Any:
     return PatchCallback()
 
 
-def write_records(handle: "Handle", folder: Path) -> None:
-    """Write the settings and gin's operative config into a run's or checkpoint's folder."""
+def write_records(handle: "Handle | None", folder: Path) -> None:
+    """Write a patch's settings, if there is one, and gin's operative config into a run's or checkpoint's folder."""
     from llava_patch import checkpoint
 
-    record = {**handle.settings(), "form": "full"}
-    checkpoint.write_text(folder / checkpoint.SETTINGS_FILE, json.dumps(record, indent=2) + "\n")
+    if handle is not None:
+        record = {**handle.settings(), "form": "full"}
+        checkpoint.write_text(folder / checkpoint.SETTINGS_FILE, json.dumps(record, indent=2) + "\n")
     asked = configuration()
     if asked is not None:
         header = "".join(f"# {line}\n" for line in ("operative config of llava_patch, from:", *asked.sources))

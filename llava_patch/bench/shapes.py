@@ -34,10 +34,10 @@ class Shape:
 
 SHAPES = {
     # LLaVA-1.5 7B's depth, head size and token counts at a fraction of its width, for a machine without a GPU.
-    "small": Shape(32, 768, 2064, 6, 4096, 18),
+    "small": Shape(32, 512, 1376, 4, 4096, 18),
     "7b": Shape(32, 4096, 11008, 32, 32064, 18),
-    # The paper does not give 13B's splits; this keeps 7B's share of the depth.
-    "13b": Shape(40, 5120, 13824, 40, 32064, 22),
+    # The paper does not give 13B's splits; 24 is this project's choice, as in dpvr_lf_13b.gin.
+    "13b": Shape(40, 5120, 13824, 40, 32064, 24),
 }
 
 

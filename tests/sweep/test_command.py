@@ -1,0 +1,177 @@
+"""`llava-patch sweep` from end to end, with a script that stands in for training."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+from llava_patch.cli import app, main
+from llava_patch.errors import SettingError
+from llava_patch.sweep.command import sweep
+from llava_patch.sweep.record import FILE
+
+
+def _results(output):
+    return json.loads((output / "results.json").read_text())
+
+
+def test_means_spreads_tables_and_plot(sweep_file, command, calls, tmp_path):
+    arguments = ["sweep", str(sweep_file), "--output", str(tmp_path / "out"), "--", *command]
+    done = CliRunner().invoke(app, arguments, env={"COLUMNS": "160"})
+    assert done.exit_code == 0, done.output
+    assert len(calls()) == 4
+    points = _results(tmp_path / "out")["points"]
+    # seeds 1 and 3 give split + 1 and split + 3; the first ten steps do not count
+    assert [p["summary"]["final loss"] for p in points] == [
+        {"mean": 5.0, "std": pytest.approx(2**0.5), "n": 2},
+        {"mean": 7.0, "std": pytest.approx(2**0.5), "n": 2},
+    ]
+    assert [r["loss"] for r in points[0]["runs"]] == [
+        {"mean": 4.0, "steps": 50, "last_step": 60},
+        {"mean": 6.0, "steps": 50, "last_step": 60},
+    ]
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| 3 | final loss | 5.0000 ± 1.4142 | 2 of 2 |" in table
+    assert "| seed 1 | seed 3 |" in table and "| 5 | final loss | 6.0000 | 8.0000 |" in table
+    assert "5.0000 ± 1.4142" in done.output and "fewer than 50" not in done.output
+    assert (tmp_path / "out" / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_one_seed_has_no_spread_and_short_runs_are_named(sweep_file, command, calls, tmp_path):
+    arguments = ["sweep", str(sweep_file), "--output", str(tmp_path / "o"), "--seeds", "42", "--", *command]
+    done = CliRunner().invoke(app, [*arguments, "--steps", "20"], env={"COLUMNS": "160"})
+    assert done.exit_code == 0, done.output
+    run = _results(tmp_path / "o")["points"][0]
+    assert run["summary"]["final loss"] == {"mean": pytest.approx((10 * 100 + 10 * 45) / 20), "std": None, "n": 1}
+    assert run["runs"][0]["loss"]["steps"] == 20
+    assert "fewer than 50 steps: the mean is over 20" in done.output
+
+
+def test_a_failed_run_is_told_and_the_others_go_on(sweep_file, command, calls, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FAKE_FAIL", "3")
+    assert sweep(str(sweep_file), tmp_path / "o", command) is False
+    error = capsys.readouterr().err
+    assert "the reason why" in error and "exit code 3" in error
+    failed, well = _results(tmp_path / "o")["points"]
+    assert failed["summary"] == {} and "the reason why" in failed["runs"][0]["error"]
+    assert well["summary"]["final loss"]["n"] == 2
+    assert "Failed, and left out of the means: Routing.split = 3, seed 1" in (tmp_path / "o" / "table.md").read_text()
+    # the same again runs the failed ones alone
+    monkeypatch.delenv("FAKE_FAIL")
+    before = len(calls())
+    assert sweep(str(sweep_file), tmp_path / "o", command) is True
+    assert len(calls()) - before == 2
+    assert all(p["summary"]["final loss"]["n"] == 2 for p in _results(tmp_path / "o")["points"])
+
+
+def test_exit_code_of_a_failed_sweep(sweep_file, command, calls, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAKE_FAIL", "3")
+    arguments = ["sweep", str(sweep_file), "--output", str(tmp_path / "o"), "--seeds", "1", "--", *command]
+    assert CliRunner().invoke(app, arguments).exit_code == 1
+
+
+def test_finished_runs_are_kept_and_the_folder_may_move(sweep_file, command, calls, tmp_path):
+    assert sweep(str(sweep_file), tmp_path / "o", command, seeds=[1])
+    (tmp_path / "o").rename(tmp_path / "moved")
+    assert sweep(str(sweep_file), tmp_path / "moved", command, seeds=[1, 2])
+    assert len(calls()) == 4  # two new seeds, nothing again
+
+
+def test_records_of_other_settings_or_commands_are_refused(sweep_file, command, calls, tmp_path):
+    assert sweep(str(sweep_file), tmp_path / "o", command, seeds=[1])
+    text = sweep_file.read_text()
+    with pytest.raises(SettingError, match=r"another command: nothing there, --steps 9 now"):
+        sweep(str(sweep_file), tmp_path / "o", [*command, "--steps", "9"], seeds=[1])
+    sweep_file.write_text(text + 'Sweep.gin_params = ("Routing.side_layers = 2",)\n')
+    with pytest.raises(SettingError, match=r"settings: .*side_layers = 1 there, Routing.side_layers = 2 now"):
+        sweep(str(sweep_file), tmp_path / "o", command, seeds=[1])
+    assert len(calls()) == 2
+    record = tmp_path / "o" / "Routing.split-3" / "seed1" / FILE
+    record.unlink()
+    sweep_file.write_text(text)
+    with pytest.raises(SettingError, match=r"holds started but no llava_patch_sweep.json"):
+        sweep(str(sweep_file), tmp_path / "o", command, seeds=[1])
+    record.write_text("{")
+    with pytest.raises(SettingError, match="not JSON"):
+        sweep(str(sweep_file), tmp_path / "o", command, seeds=[1])
+
+
+def test_evaluation_metrics_join_the_tables(sweep_file, command, calls, tmp_path):
+    evaluate = " ".join([*command, "--evaluated", "{checkpoint}"])
+    assert sweep(str(sweep_file), tmp_path / "o", command, evaluate=evaluate)
+    summary = _results(tmp_path / "o")["points"][0]["summary"]
+    assert summary["pope/pope_accuracy"]["mean"] == pytest.approx(0.95)
+    assert list(summary) == ["final loss", "pope/pope_accuracy"]
+    assert len(calls()) == 8
+    assert sweep(str(sweep_file), tmp_path / "o", command, evaluate=evaluate)
+    assert len(calls()) == 8
+    with pytest.raises(SettingError, match="remove the file to evaluate again"):
+        sweep(str(sweep_file), tmp_path / "o", command, evaluate=evaluate + " --seed 1")
+    with pytest.raises(SettingError, match=r"write \{checkpoint\}"):
+        sweep(str(sweep_file), tmp_path / "o", command, evaluate="lmms-eval")
+
+
+def test_a_dry_run_writes_nothing(sweep_file, command, calls, tmp_path):
+    arguments = ["sweep", str(sweep_file), "--output", str(tmp_path / "o"), "--dry-run", "--", *command]
+    done = CliRunner().invoke(app, arguments, env={"COLUMNS": "400"})
+    assert done.exit_code == 0 and done.output.count("to do") == 4
+    assert "--gin_param 'Routing.split = 5' --seed 3 --output_dir" in done.output
+    assert not calls() and not (tmp_path / "o").exists()
+
+
+def test_a_bad_point_stops_everything(sweep_file, command, calls, tmp_path, monkeypatch):
+    sweep_file.write_text(sweep_file.read_text().replace("(3, 5)", "(3, -5)"))
+    arguments = ["sweep", str(sweep_file), "--output", str(tmp_path / "o"), "--", *command]
+    monkeypatch.setattr(sys, "argv", ["llava-patch", *arguments])
+    with pytest.raises(SystemExit, match=r"^llava-patch: point Routing.split = -5 of the sweep"):
+        main()
+    assert not calls() and not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("seeds", ["a", "1,1", "-1"])
+def test_bad_seeds(seeds, sweep_file, command, tmp_path):
+    arguments = ["sweep", str(sweep_file), "--output", str(tmp_path / "o"), f"--seeds={seeds}", "--", *command]
+    error = CliRunner().invoke(app, arguments).exception
+    assert isinstance(error, SettingError) and "expected distinct integers" in str(error)
+
+
+def _start(sweep_file, command, tmp_path):
+    arguments = ["-m", "llava_patch.cli", "sweep", str(sweep_file), "--output", str(tmp_path / "o"), "--", *command]
+    process = subprocess.Popen(
+        [sys.executable, *arguments], env={**os.environ, "FAKE_SLEEP": "60"}, stdout=subprocess.PIPE, text=True
+    )
+    started = tmp_path / "o" / "Routing.split-3" / "seed1" / "started"
+    deadline = time.monotonic() + 60
+    while not started.exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    return process
+
+
+@pytest.mark.timeout(120)
+def test_an_interrupted_sweep_leaves_nothing_running_and_resumes(sweep_file, command, calls, tmp_path):
+    process = _start(sweep_file, command, tmp_path)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command again goes on" in output
+    assert sweep(str(sweep_file), tmp_path / "o", command)  # the folder is free: the training ended too
+    assert len(calls()) == 5
+
+
+@pytest.mark.timeout(120)
+def test_no_second_training_beside_one_that_outlived_its_sweep(sweep_file, command, calls, tmp_path):
+    process = _start(sweep_file, command, tmp_path)
+    process.kill()
+    process.wait()
+    child = int(subprocess.check_output(["pgrep", "-f", str(tmp_path / "o" / "Routing.split-3" / "seed1")]).split()[0])
+    try:
+        assert sweep(str(sweep_file), tmp_path / "o", command, seeds=[1]) is False
+        error = _results(tmp_path / "o")["points"][0]["runs"][0]["error"]
+        assert "still runs there" in error
+    finally:
+        os.kill(child, signal.SIGKILL)

@@ -1,0 +1,64 @@
+"""The final loss and lmms-eval's metrics, read from files as their programs write them."""
+
+import json
+
+import pytest
+
+from llava_patch.errors import RunError
+from llava_patch.sweep.outcome import FinalLoss, final_loss, metrics, trainer_state
+
+
+def _state(folder, entries):
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "trainer_state.json"
+    path.write_text(json.dumps({"log_history": entries}))
+    return path
+
+
+def test_the_last_fifty_steps_alone_count(tmp_path):
+    entries = [{"step": i, "loss": 9.0 if i <= 20 else float(i)} for i in range(1, 71)]
+    path = _state(tmp_path, [*entries, {"step": 70, "train_loss": 5.0}])
+    assert final_loss(path) == FinalLoss(sum(range(21, 71)) / 50, 50, 70)
+
+
+def test_sparse_logging_is_weighted_by_steps(tmp_path):
+    # Entries cover steps 1-40, 41-60 and 61-70: the last 50 hold 20 steps of the first.
+    path = _state(tmp_path, [{"step": 40, "loss": 4.0}, {"step": 60, "loss": 2.0}, {"step": 70, "loss": 1.0}])
+    assert final_loss(path) == FinalLoss((20 * 4.0 + 20 * 2.0 + 10 * 1.0) / 50, 50, 70)
+
+
+def test_a_short_run_says_how_many_steps_it_has(tmp_path):
+    assert final_loss(_state(tmp_path, [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}])) == FinalLoss(1.5, 2, 2)
+
+
+def test_no_logged_loss_is_an_error(tmp_path):
+    with pytest.raises(RunError, match="no training loss"):
+        final_loss(_state(tmp_path, [{"step": 1, "eval_loss": 1.0}]))
+
+
+def test_the_state_is_found_in_the_run_or_its_latest_checkpoint(tmp_path):
+    with pytest.raises(RunError, match="--output_dir"):
+        trainer_state(tmp_path)
+    _state(tmp_path / "checkpoint-9", [])
+    latest = _state(tmp_path / "checkpoint-10", [])
+    assert trainer_state(tmp_path) == latest
+    own = _state(tmp_path, [])
+    assert trainer_state(tmp_path) == own
+
+
+def test_metrics_as_lmms_eval_writes_them(tmp_path):
+    folder = tmp_path / "name"
+    folder.mkdir()
+    values = {
+        "alias": "x",
+        "acc,none": 0.5,
+        "acc_stderr,none": 0.1,
+        "acc_stderr_clt,none": 0.1,
+        "f1,strict": 1,
+        "submission,none": None,
+        "b": True,
+    }
+    (folder / "1_results.json").write_text(json.dumps({"results": {"pope": values}}))
+    assert metrics(tmp_path) == {"pope/acc": 0.5, "pope/f1 (strict)": 1.0}
+    with pytest.raises(RunError, match=r"no \*results.json"):
+        metrics(tmp_path, frozenset([folder / "1_results.json"]))
