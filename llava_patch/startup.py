@@ -415,7 +415,9 @@ def write_records(handle: "Handle | None", folder: Path) -> None:
     if asked is not None:
         header = "".join(f"# {line}\n" for line in ("operative config of llava_patch, from:", *asked.sources))
         operative = asked.operative
-        if _auto_split(asked) and handle.routing is not None:  # the file reproduces the run: it holds what was chosen
+        if (
+            handle is not None and handle.routing is not None and _auto_split(asked)
+        ):  # the file reproduces the run: it holds what was chosen
             operative = re.sub(r"(?m)^(\S*Routing\.split) = .*$", rf"\1 = {handle.routing.split}", operative)
         checkpoint.write_text(folder / OPERATIVE_FILE, f"{header}\n{operative}")
 
@@ -442,7 +444,7 @@ def _on_modeling_utils(module: ModuleType) -> None:
 
 def _is_host(cls: Any) -> bool:
     return hasattr(cls, "prepare_inputs_labels_for_multimodal") or any(
-        c.__name__ == "LlavaForConditionalGeneration" for c in cls.__mro__
+        c.__name__ in ("LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration") for c in cls.__mro__
     )
 
 
