@@ -53,25 +53,32 @@ def _layer(config: Any, asking: int, keys: int, batch: int) -> Counter[Product]:
     size = hidden // heads
     if not asking or not keys:
         return Counter()
-    return Counter(
-        {
-            (asking * batch, hidden, hidden): 2,  # q_proj, o_proj
-            (keys * batch, hidden, groups * size): 2,  # k_proj, v_proj
-            (asking * batch, hidden, wide): 2,
-            (asking * batch, wide, hidden): 1,
-        }
-    ) + Counter({(asking, size, keys): heads * batch, (asking, keys, size): heads * batch})
+    # Added one by one: two of these shapes may be the same.
+    return _sum(
+        ((asking * batch, hidden, hidden), 2),  # q_proj, o_proj
+        ((keys * batch, hidden, groups * size), 2),  # k_proj, v_proj
+        ((asking * batch, hidden, wide), 2),  # gate_proj, up_proj
+        ((asking * batch, wide, hidden), 1),  # down_proj
+        ((asking, size, keys), heads * batch),
+        ((asking, keys, size), heads * batch),
+    )
 
 
 def _lora(config: Any, rows: int, rank: int) -> Counter[Product]:
     hidden, wide = config.hidden_size, config.intermediate_size
-    return (
-        Counter({(rows, hidden, rank): 6})
-        + Counter({(rows, rank, hidden): 4})
-        + Counter({(rows, rank, wide): 2})
-        + Counter({(rows, wide, rank): 1})
-        + Counter({(rows, rank, hidden): 1})
+    return _sum(
+        ((rows, hidden, rank), 6),  # A of q, k, v, o, gate, up
+        ((rows, rank, hidden), 5),  # B of q, k, v, o, down
+        ((rows, rank, wide), 2),  # B of gate, up
+        ((rows, wide, rank), 1),  # A of down
     )
+
+
+def _sum(*counted: tuple[Product, int]) -> Counter[Product]:
+    total: Counter[Product] = Counter()
+    for product, times in counted:
+        total[product] += times
+    return total
 
 
 def flops(model: Any, method: Method, text: int, batch: int) -> float:
