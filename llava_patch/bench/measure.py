@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -169,10 +170,8 @@ def _cached_delta(model: Any, handle: Any, inputs: dict[str, Any]) -> float:
         part = slice(None, mask.shape[1] - 1 + i)
         out = model(input_ids=tokens[:, i : i + 1], attention_mask=mask[:, part], past_key_values=cache, use_cache=True)
     whole = {**inputs, "input_ids": torch.cat([inputs["input_ids"], tokens], dim=1), "attention_mask": mask}
-    if isinstance(cache, RoutedCache):
-        with handle.image_positions(kept=cache.kept()):
-            full = model(**whole, use_cache=False).logits
-    else:
+    pruned = handle is not None and handle.pruning is not None and handle.pruning.ratio > 0
+    with handle.image_positions(kept=cache.kept()) if pruned else contextlib.nullcontext():
         full = model(**whole, use_cache=False).logits
     return float((out.logits[:, -1].float() - full[:, -1].float()).abs().max())
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llava_patch.errors import InputError
 from llava_patch.hosts.anatomy import LLAVA, Anatomy
 from llava_patch.hosts.positions import IGNORE_INDEX, hf_image_mask, llava_prepare
 from llava_patch.undo import UndoStack
@@ -32,6 +34,9 @@ class Given:
         suffix: how many of the last positions the caller reads (`logits_to_keep`, generation); None: any may be read.
         kept: bool [batch, tokens], positions that survive pruning, when that was decided before; None: choose.
         ahead: how many of the tokens are guesses behind the prompt (assisted decoding).
+        generating: whether `generate` makes this call.
+        unknown: the caller brings embeddings of which nobody knows whether images are in them.
+        by_hand: the image positions come from `placed`.
     """
 
     image_mask: Tensor | None = None
@@ -39,6 +44,18 @@ class Given:
     suffix: int | None = None
     kept: Tensor | None = None
     ahead: int = 0
+    generating: bool = False
+    unknown: bool = False
+    by_hand: bool = False
+
+
+@dataclass
+class _Placed:
+    """Positions set by hand, and whether a call has used them."""
+
+    image_mask: Tensor | None
+    kept: Tensor | None
+    used: bool = False
 
 
 class _Scope:
@@ -47,13 +64,13 @@ class _Scope:
     def __init__(self, anatomy: Anatomy) -> None:
         self.anatomy = anatomy
         self.given = Given()
-        self.placed = False  # positions were set by hand: the host's own view of the call does not count
+        self.placed: _Placed | None = None
         self.generating = False
-        self.chosen: Tensor | None = None  # what pruning kept earlier in this generation
+        self.chosen: tuple[Tensor, Tensor] | None = None  # in this generation: a prompt's embeddings, what was kept
 
 
 _MARK = "_llava_patch_image_mask"
-_current: ContextVar[_Scope | None] = ContextVar("llava_patch_image_positions", default=None)
+_current: ContextVar[_Scope | None] = ContextVar("llava_patch_call", default=None)
 
 
 @contextlib.contextmanager
@@ -72,48 +89,99 @@ def _scope(anatomy: Anatomy) -> Iterator[_Scope]:
 
 @contextlib.contextmanager
 def placed(anatomy: Anatomy, image_mask: Tensor | None, kept: Tensor | None = None) -> Iterator[None]:
-    """Tell the decoder the image positions of the next call, for embeddings that were merged by hand.
+    """Tell the decoder the image positions of the call in this block, for embeddings that were merged by hand.
 
     Args:
         anatomy: the host model.
-        image_mask: bool [batch, tokens] of that call; None: as the host says.
-        kept: bool [batch, tokens], positions that survive pruning; None: choose.
+        image_mask: bool [batch, tokens] of that call, or of the whole conversation up to its end; None: as the host
+            says.
+        kept: bool of the same shape, positions that survive pruning; None: choose.
+
+    Raises:
+        InputError: not a mask, or a block in which the model was not called.
     """
+    for name, mask in (("image_mask", image_mask), ("kept", kept)):
+        if mask is not None and (mask.ndim != 2 or mask.dtype != torch.bool):
+            raise InputError(
+                f"image_positions({name}=...): expected a bool tensor [batch, tokens], got {mask.dtype} "
+                f"{list(mask.shape)}"
+            )
     with _scope(anatomy) as scope:
-        before = scope.given, scope.placed
-        scope.given, scope.placed = Given(image_mask=image_mask, kept=kept), image_mask is not None
+        before = scope.placed
+        scope.placed = here = _Placed(image_mask, kept)
         try:
             yield
         finally:
-            scope.given, scope.placed = before
+            scope.placed = before
+        if not here.used:
+            raise InputError(
+                "image_positions(...): the model was not called in this block, or in another thread: its call would "
+                "not have known the image positions"
+            )
 
 
-def take(anatomy: Anatomy, inputs_embeds: Tensor | None = None) -> Given:
+def take(anatomy: Anatomy, inputs_embeds: Tensor | None = None, continuing: bool = False) -> Given:
     """What is known of the current call; the image mask is handed out once.
 
     Args:
         anatomy: the host model.
-        inputs_embeds: embeddings that the caller may have prepared with the host's own method before this call.
+        inputs_embeds: [batch, tokens, hidden] when the caller brings embeddings; on `llava` those that its own method
+            has prepared before this call say themselves where their images are.
+        continuing: whether the call goes on from a cache that has seen an image.
+
+    Raises:
+        InputError: a second chunk in a block that speaks of one call.
     """
     scope = _current.get()
     if scope is None or scope.anatomy.model is not anatomy.model:
         return Given(image_mask=getattr(inputs_embeds, _MARK, None))
     given = scope.given
     scope.given = Given(suffix=given.suffix)
-    if given.image_mask is None:
+    given.generating = scope.generating
+    if scope.placed is not None:
+        _take_placed(scope.placed, given, inputs_embeds, continuing)
+    elif given.image_mask is None:
         given.image_mask = getattr(inputs_embeds, _MARK, None)
-    if given.kept is None and scope.generating:
-        given.kept = scope.chosen
-    if scope.generating and given.suffix is not None:
-        given.ahead = given.suffix - 1
+    if scope.generating:
+        given.ahead = 0 if given.suffix is None else given.suffix - 1
+        if given.kept is None and scope.chosen is not None and inputs_embeds is not None and not continuing:
+            prompt, kept = scope.chosen
+            start = inputs_embeds[:, : prompt.shape[1]]
+            if start.shape == prompt.shape and torch.equal(start, prompt):  # not another prompt in between
+                given.kept = _longer(kept, inputs_embeds.shape[1], True)
     return given
 
 
-def remember_chosen(anatomy: Anatomy, kept: Tensor) -> None:
-    """Within one generation pruning chooses once, also where each step recomputes the prompt (use_cache=False)."""
+def _take_placed(here: _Placed, given: Given, inputs_embeds: Tensor | None, continuing: bool) -> None:
+    tokens = 1 if inputs_embeds is None else inputs_embeds.shape[1]
+    given.by_hand = True
+    if here.used and continuing:
+        if tokens > 1 and not given.generating:
+            raise InputError("image_positions(...) speaks of one call: open a block of its own for every chunk")
+        return
+    here.used = True
+    # Generation without a cache comes again with one more token.
+    if here.image_mask is not None:
+        given.image_mask = _longer(here.image_mask, tokens, False) if given.generating else here.image_mask
+    if here.kept is not None:
+        given.kept = _longer(here.kept, tokens, True) if given.generating else here.kept
+
+
+def _longer(mask: Tensor, tokens: int, value: bool) -> Tensor:
+    return torch.nn.functional.pad(mask, (0, max(0, tokens - mask.shape[1])), value=value)
+
+
+def remember_chosen(anatomy: Anatomy, prompt: Tensor, kept: Tensor) -> None:
+    """Within one generation pruning chooses once, also where each step recomputes the prompt (use_cache=False).
+
+    Args:
+        anatomy: the host model.
+        prompt: [batch, tokens, hidden], the embeddings that the choice was made for.
+        kept: bool [batch, tokens].
+    """
     scope = _current.get()
     if scope is not None and scope.anatomy.model is anatomy.model and scope.generating and scope.chosen is None:
-        scope.chosen = kept
+        scope.chosen = prompt, kept
 
 
 def attach(anatomy: Anatomy, undo: UndoStack) -> None:
@@ -156,11 +224,13 @@ def _attach_llava(anatomy: Anatomy, undo: UndoStack) -> None:
     forward = model.forward
     image_token_id = anatomy.image_token_id
 
+    order = list(inspect.signature(forward).parameters)
+
     @functools.wraps(prepare)
     def prepare_and_report(*args: Any, **kwargs: Any) -> tuple:
         outputs, image_mask = llava_prepare(prepare, image_token_id, *args, **kwargs)
         scope = _current.get()
-        if scope is not None and scope.anatomy.model is anatomy.model and not scope.placed:
+        if scope is not None and scope.anatomy.model is anatomy.model:
             scope.given.image_mask = image_mask
             scope.given.read = _read(outputs[5])
         if image_mask is not None and outputs[4] is not None:
@@ -169,8 +239,18 @@ def _attach_llava(anatomy: Anatomy, undo: UndoStack) -> None:
 
     @functools.wraps(forward)
     def scoped(*args: Any, **kwargs: Any) -> Any:
-        with _scope(anatomy):
-            return forward(*args, **kwargs)
+        with _scope(anatomy) as scope:
+            given = {**dict(zip(order, args, strict=False)), **kwargs}
+            suffix = scope.given.suffix
+            if given.get("images") is not None:  # generate() prepares the images itself: this call is somebody else's
+                scope.given.suffix = None
+            if given.get("inputs_embeds") is not None:
+                scope.given.read = _read(given.get("labels"))
+                scope.given.unknown = not scope.generating and not hasattr(given["inputs_embeds"], _MARK)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                scope.given.suffix = suffix
 
     undo.set_attribute(model, "prepare_inputs_labels_for_multimodal", prepare_and_report)
     undo.set_attribute(model, "forward", scoped)
@@ -181,12 +261,15 @@ def _attach_hf(anatomy: Anatomy, undo: UndoStack) -> None:
     outer, inner = model.forward, wrapper.forward
     image_token_id = anatomy.image_token_id
 
+    order = list(inspect.signature(outer).parameters)
+
     @functools.wraps(outer)
     def outer_and_report(*args: Any, **kwargs: Any) -> Any:
         with _scope(anatomy) as scope:
-            keep = kwargs.get("logits_to_keep")
+            given = {**dict(zip(order, args, strict=False)), **kwargs}
+            keep = given.get("logits_to_keep")
             scope.given.suffix = keep if isinstance(keep, int) and keep > 0 else None
-            scope.given.read = _read(kwargs.get("labels"))
+            scope.given.read = _read(given.get("labels"))
             return outer(*args, **kwargs)
 
     @functools.wraps(inner)
@@ -194,15 +277,15 @@ def _attach_hf(anatomy: Anatomy, undo: UndoStack) -> None:
         input_ids: Tensor | None = None, pixel_values: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         with _scope(anatomy) as scope:
-            if not scope.placed:
-                scope.given.image_mask = None
-                if pixel_values is not None:
-                    if input_ids is not None:
-                        scope.given.image_mask = hf_image_mask(input_ids, image_token_id)
-                    else:  # the host recognises placeholders by their embedding; so must we
-                        embeds: Tensor = kwargs["inputs_embeds"]
-                        token = anatomy.embed_tokens.weight[image_token_id].to(embeds)
-                        scope.given.image_mask = (embeds == token).all(-1)
+            scope.given.image_mask = None
+            scope.given.unknown = input_ids is None and pixel_values is None
+            if pixel_values is not None:
+                if input_ids is not None:
+                    scope.given.image_mask = hf_image_mask(input_ids, image_token_id)
+                else:  # the host recognises placeholders by their embedding; so must we
+                    embeds: Tensor = kwargs["inputs_embeds"]
+                    token = anatomy.embed_tokens.weight[image_token_id].to(embeds)
+                    scope.given.image_mask = (embeds == token).all(-1)
             return inner(input_ids, pixel_values, *args, **kwargs)
 
     undo.set_attribute(model, "forward", outer_and_report)

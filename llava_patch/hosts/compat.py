@@ -216,6 +216,8 @@ class _MaskedAttentionConfig:
         self._config = config
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_config" or name.startswith("__"):  # copying asks before there is one
+            raise AttributeError(name)
         value = getattr(self._config, name)
         if name == "_attn_implementation" and str(value).startswith("flash_attention"):
             return "sdpa"
@@ -227,7 +229,8 @@ def allow_any_mask(attention: Any, undo: UndoStack) -> None:
 
     Modifications: the module's instance attribute `config`.
     """
-    undo.set_attribute(attention, "config", _MaskedAttentionConfig(attention.config))
+    if not isinstance(attention.config, _MaskedAttentionConfig):
+        undo.set_attribute(attention, "config", _MaskedAttentionConfig(attention.config))
 
 
 def stock_mask(
@@ -255,7 +258,9 @@ def stock_mask(
 
 def input_grads_are_forced(*modules: nn.Module) -> bool:
     """Whether `enable_input_require_grads` makes embeddings require a gradient that nobody reads."""
-    return any(getattr(m, "_require_grads_hook", None) is not None for m in modules)
+    hooks = [getattr(m, "_require_grads_hook", None) for m in modules]
+    # `disable_input_require_grads` takes the hook away but leaves the attribute.
+    return any(h is not None and h.id in (h.hooks_dict_ref() or {}) for h in hooks)
 
 
 # --- LLaVA's own code on newer transformers ---------------------------------------------------------------------------

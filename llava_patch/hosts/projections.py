@@ -53,13 +53,14 @@ def keys_values(layer: Any, hidden_states: Tensor, rotary: tuple[Tensor, Tensor]
 
 def keys(layer: Any, hidden_states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """The keys of `keys_values` alone."""
-    return _keys(layer.self_attn, layer.input_layernorm(hidden_states), rotary)
+    states = hidden_states.to(layer.self_attn.k_proj.weight.device)
+    return _keys(layer.self_attn, layer.input_layernorm(states), rotary)
 
 
 def queries(layer: Any, hidden_states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Queries of some positions with rotary applied: [batch, heads, tokens, head_dim]; arguments as `keys_values`."""
     attention = layer.self_attn
-    projected = attention.q_proj(layer.input_layernorm(hidden_states))
+    projected = attention.q_proj(layer.input_layernorm(hidden_states.to(attention.q_proj.weight.device)))
     return _rotated(split_heads(projected, attention.head_dim), rotary)
 
 

@@ -6,7 +6,7 @@ from llava_patch.hosts import compat
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.routing import side_branch
 from llava_patch.routing.forward import RoutedForward
-from llava_patch.routing.program import Program
+from llava_patch.routing.program import Program, Work
 from llava_patch.settings import Routing
 from llava_patch.undo import UndoStack
 
@@ -39,7 +39,7 @@ def attach(anatomy: Anatomy, program: Program, undo: UndoStack) -> None:
 def _allow_masks(anatomy: Anatomy, program: Program, undo: UndoStack) -> None:
     windowed = getattr(anatomy.decoder.config, "sliding_window", None) is not None
     first = program.split if program.prune_at is None else min(program.split, program.prune_at)
-    layers = [anatomy.layers[i] for i in range(first, program.n_layers) if windowed or program.asks_for_keys(i)]
+    layers = [anatomy.layers[i] for i in range(first, program.n_layers) if windowed or program.work[i] is Work.KEYS]
     if windowed and program.side_layers:
         layers += getattr(anatomy.decoder, side_branch.SIDE_BRANCH)
     for layer in layers:

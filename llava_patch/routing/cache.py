@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from llava_patch.errors import InputError
 from llava_patch.routing.plan import Held, PositionSet
+from llava_patch.routing.program import Program
 
 FULL, KEPT, TEXT = "full", "kept", "text"
 
@@ -47,23 +48,30 @@ class RoutedCache(DynamicCache):
     """DynamicCache of a routed conversation.
 
     Attributes:
+        program: what the model's layers do; a cache goes on under the same program only.
+        running: whether a routed call is under way; nothing else may add keys.
         length: positions seen so far, whether or not a layer holds them; what `get_seq_length()` returns.
         image_end: first position behind the last image.
         streams: the positions that layers of each kind hold ("full": every one, "kept": all but pruned, "text").
         side: what the side branch has seen, or None.
     """
 
+    program: Program
+    running: bool
     length: int
     image_end: int
     streams: dict[str, Held]
     side: SideMemory | None
 
     @classmethod
-    def adopt(cls, cache: Any, valid: Tensor | None, batch: int, device: torch.device) -> "RoutedCache":
+    def adopt(
+        cls, cache: Any, program: Program, valid: Tensor | None, batch: int, device: torch.device
+    ) -> "RoutedCache":
         """Turn a DynamicCache that has seen no image into a routed one, in place.
 
         Args:
             cache: empty, as `generate` has made it, or filled by earlier turns of text alone.
+            program: what the model's layers do.
             valid: bool [batch, tokens so far], False at padding; None: no padding.
             batch: number of samples.
             device: of the index tensors.
@@ -73,7 +81,6 @@ class RoutedCache(DynamicCache):
         """
         if isinstance(cache, cls):
             return cache
-        cls.check(cache)
         length = cache.get_seq_length()
         # A windowed layer drops positions by its own length; ours differ in length, so the mask does the windowing.
         for number, layer in enumerate(cache.layers):
@@ -86,18 +93,25 @@ class RoutedCache(DynamicCache):
         cache.layer_class_to_replicate = DynamicLayer
         cache.__class__ = cls
         routed: RoutedCache = cache
+        routed.program, routed.running = program, False
         routed.length, routed.image_end, routed.side = length, 0, None
         so_far = PositionSet.run(0, length, batch, device, valid)
-        routed.streams = {name: Held(so_far) for name in (FULL, KEPT, TEXT)}
+        kinds = [FULL, *([KEPT] if program.prune_at is not None else []), *([TEXT] if program.has_text_layers else [])]
+        routed.streams = {name: Held(so_far) for name in kinds}
         return routed
 
     @classmethod
-    def check(cls, cache: Any) -> None:
-        """Refuse a cache whose layers cannot differ in length.
+    def check(cls, cache: Any, program: Program) -> None:
+        """Refuse a cache whose layers cannot differ in length, or that another program has filled.
 
         Raises:
             InputError: names the cache's class and the option that chose it.
         """
+        if isinstance(cache, cls) and cache.program != program:
+            raise InputError(
+                "this KV cache was filled under other routing or pruning settings than the model has now: start from "
+                "an empty cache"
+            )
         if cache is not None and type(cache) is not DynamicCache and type(cache) is not cls:
             raise InputError(
                 f"routing needs a dynamic KV cache, got {type(cache).__name__}: do not set cache_implementation, or "
@@ -105,6 +119,21 @@ class RoutedCache(DynamicCache):
             )
         if cache is not None and cache.offloading:
             raise InputError('routing needs a KV cache on the device: do not set cache_implementation = "offloaded"')
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        """Add a layer's keys and values.
+
+        Raises:
+            InputError: the caller is not a routed model, whose layers know which positions they hold.
+        """
+        if not self.running:
+            raise InputError(
+                "this KV cache was filled by a routed model, but the model that goes on with it is not routed (was the "
+                "patch removed?): start from an empty cache"
+            )
+        return super().update(key_states, value_states, layer_idx, cache_kwargs)
 
     def keys_of(self, layer: int) -> Tensor:
         """Keys that a layer holds: [batch, key_value_heads, positions, head_dim]."""
@@ -127,7 +156,7 @@ class RoutedCache(DynamicCache):
 
     def kept(self) -> Tensor:
         """Positions that pruning has left: bool [batch, length]; all valid ones where nothing is pruned."""
-        places = self.streams[KEPT if len(self.streams[KEPT]) else FULL]
+        places = self.streams.get(KEPT, self.streams[FULL])
         mask = torch.zeros(len(places.index), self.length + 1, dtype=torch.bool, device=places.index.device)
         index = places.index if places.valid is None else places.index.where(places.valid, self.length)
         return mask.scatter_(1, index, True)[:, :-1]
@@ -194,8 +223,7 @@ class RoutedCache(DynamicCache):
             assert isinstance(layer, DynamicLayer)
             layer.crop(layer.get_seq_length() - forget)
         for held in self.streams.values():
-            if len(held):  # kinds of layers that this model does not have hold nothing
-                held.forget(forget)
+            held.forget(forget)
         self.length = keep
 
     def nbytes(self) -> int:

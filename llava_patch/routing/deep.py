@@ -31,11 +31,13 @@ class DeepLayers:
         self.text: Tensor | None = hidden
         self.merged: Tensor | None = None
         if run.image_mask is None:
-            run.text_stream = run.substream(TEXT, None, hidden)
+            if run.program.has_text_layers:
+                run.text_stream = run.substream(TEXT, None, hidden)
         else:
             valid = run.call.valid if run.main is None else run.main.valid
             self.plan = make_plan(run.image_mask, valid, run.counts)
-            run.text_stream = run.substream(TEXT, run.columns(self.plan.text), hidden)
+            name = TEXT if run.program.has_text_layers else None
+            run.text_stream = run.substream(name, run.columns(self.plan.text), hidden)
             self.image = self._side_branch(self.plan.image.take(hidden))
             self.text = self.plan.text.take(hidden)
         self.entered: Tensor | None = None  # what the layer before pruning got

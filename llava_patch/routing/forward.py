@@ -52,11 +52,16 @@ class RoutedForward:
         Raises:
             InputError: a cache, mask, backend or output option that routing cannot honour.
         """
-        given = carry.take(self.anatomy, inputs_embeds)
         routed_before = isinstance(past_key_values, RoutedCache)
+        given = carry.take(self.anatomy, inputs_embeds, routed_before)
         call = None
+        if given.unknown and given.image_mask is None and not routed_before and inputs_embeds.shape[1] > 1:  # type: ignore[union-attr]
+            raise InputError(
+                "the model was given inputs_embeds without pixels, so it cannot know where images are in them: call it "
+                "inside `with handle.image_positions(mask):`, mask being bool [batch, tokens] (all False: no image)"
+            )
         if given.image_mask is not None or routed_before:
-            self._check(past_key_values, attention_mask, kwargs)
+            self._check(past_key_values, attention_mask, position_ids, kwargs)
             if inputs_embeds is None:
                 inputs_embeds = self.anatomy.decoder.embed_tokens(input_ids)
                 input_ids = None
@@ -81,7 +86,9 @@ class RoutedForward:
         call.position_ids = cache_position[None] if position_ids is None else position_ids
         return Run(self.anatomy, self.program, call).forward()
 
-    def _check(self, cache: Any, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+    def _check(
+        self, cache: Any, attention_mask: Tensor | None, position_ids: Tensor | None, kwargs: dict[str, Any]
+    ) -> None:
         decoder = self.anatomy.decoder
         asked = kwargs.get("output_attentions")
         configs = (decoder.config, self.anatomy.model.config)  # on HF the outer one does not reach the decoder
@@ -91,13 +98,16 @@ class RoutedForward:
                 "handle.remove() first, or use the saturation task"
             )
         compat.attention_of(decoder.config)
-        RoutedCache.check(cache)
+        RoutedCache.check(cache, self.program)
         if attention_mask is not None and attention_mask.ndim != 2:
             raise InputError(
                 f"routing needs a 2-D attention_mask [batch, tokens], got {attention_mask.ndim} dimensions"
             )
-        if kwargs.get("cu_seq_lens_q") is not None:
-            raise InputError("routing takes padded batches, not samples packed into one sequence (cu_seq_lens_q)")
+        packed = kwargs.get("cu_seq_lens_q") is not None
+        if attention_mask is None and cache is None and position_ids is not None:
+            packed |= bool((position_ids.diff() != 1).any())  # so the stock model would take them
+        if packed:
+            raise InputError("routing takes padded batches, not samples packed into one sequence")
 
     def _call(
         self,
@@ -112,6 +122,7 @@ class RoutedForward:
         decoder = self.anatomy.decoder
         batch, queries = embeds.shape[:2]
         config = decoder.config
+        asked_for_cache = use_cache is True
         use_cache = bool(getattr(config, "use_cache", False) if use_cache is None else use_cache)
         if decoder.training and getattr(decoder, "gradient_checkpointing", False):
             use_cache = False
@@ -121,33 +132,49 @@ class RoutedForward:
         if attention_mask is not None and (queries > 1 or _has_padding(cache)):
             call.valid = attention_mask[:, -queries:].bool()
         if given.image_mask is not None:
-            image_mask = _fit("image positions", given.image_mask, batch, queries, seen).to(embeds.device)
-            call.suffix, call.ahead = given.suffix, given.ahead
-            call.protected = self._read_positions(given, call, batch, queries, seen)
-            valid = torch.ones_like(image_mask) if call.valid is None else call.valid
-            counts = count(image_mask, valid, given.suffix or 1, call.protected)
-            if use_cache and not counts.suffix_valid:
-                _warn_right_padding()
-            if max(counts.image) > 0:
-                call.image_mask, call.counts = image_mask & valid, counts
-                if given.kept is not None:
-                    call.kept = _fit("kept positions", given.kept, batch, queries, seen, fill=True)
+            self._image_call(call, given, warns=given.generating or asked_for_cache)
+        elif call.valid is None:  # then the last positions are no padding
+            call.suffix = given.suffix
         if call.image_mask is None and not isinstance(cache, RoutedCache):
             return None
         if cache is not None or use_cache:
             cache = DynamicCache(config=config) if cache is None else cache
             past_valid = None if attention_mask is None or not seen else attention_mask[:, :seen].bool()
-            call.cache = RoutedCache.adopt(cache, past_valid, batch, embeds.device)
+            call.cache = RoutedCache.adopt(cache, self.program, past_valid, batch, embeds.device)
         return call
 
-    def _read_positions(self, given: carry.Given, call: Call, batch: int, queries: int, seen: int) -> Tensor | None:
+    def _image_call(self, call: Call, given: carry.Given, warns: bool) -> None:
+        """Note image positions and what is read."""
+        batch, queries = call.embeds.shape[:2]
+        assert given.image_mask is not None
+        image_mask = _fit("image positions", given.image_mask, batch, queries, call.seen).to(call.embeds.device)
+        call.suffix, call.ahead = given.suffix, given.ahead
+        call.protected = self._read_positions(given, call)
+        valid = torch.ones_like(image_mask) if call.valid is None else call.valid
+        counts = count(image_mask, valid, given.suffix or 1, call.protected)
+        if warns and not counts.suffix_valid:
+            _warn_right_padding()
+        if min(a + b for a, b in zip(counts.image, counts.text, strict=True)) == queries:
+            call.valid = None  # a mask of ones is no padding
+        prunes = self.program.prune_at is not None
+        if prunes and not given.generating and call.suffix != 1 and not counts.suffix_text:
+            call.suffix = None  # some of the last positions may be pruned, as on a plain forward
+        if max(counts.image) > 0:
+            call.image_mask, call.counts = image_mask & valid, counts
+        if given.kept is not None:
+            if not prunes:
+                raise InputError("image_positions(kept=...): this model prunes nothing")
+            call.kept = _fit("kept positions", given.kept, batch, queries, call.seen)
+
+    def _read_positions(self, given: carry.Given, call: Call) -> Tensor | None:
         """Positions that pruning must leave in: bool [batch, queries]."""
         if self.program.prune_at is None:
             return None
+        batch, queries = call.embeds.shape[:2]
         if given.read is not None:
-            return _fit("labels", given.read, batch, queries, seen)
+            return _fit("labels", given.read, batch, queries, call.seen)
         read = torch.zeros(batch, queries, dtype=torch.bool, device=call.embeds.device)
-        if given.suffix is not None:
+        if given.generating and given.suffix is not None:
             read[:, -given.suffix :] = True
             return read
         return read.scatter_(1, call.last_index()[:, None], True)
@@ -161,12 +188,10 @@ def _warn_right_padding() -> None:
     )
 
 
-def _fit(what: str, mask: Tensor, batch: int, queries: int, seen: int, fill: bool | None = None) -> Tensor:
+def _fit(what: str, mask: Tensor, batch: int, queries: int, seen: int) -> Tensor:
     """A mask of the call's own tokens, from one that may also cover earlier ones, or fewer samples (beams)."""
     if mask.shape[1] == seen + queries:
         mask = mask[:, seen:]
-    elif fill is not None and mask.shape[1] < queries:
-        mask = torch.nn.functional.pad(mask, (0, queries - mask.shape[1]), value=fill)
     if mask.shape[1] != queries:
         raise InputError(
             f"{what} cover {mask.shape[1]} tokens but the decoder got {queries} (after {seen} cached ones)"

@@ -51,9 +51,10 @@ class Program:
         """The layers that fuse."""
         return tuple(i for i, work in enumerate(self.work) if work is Work.FUSE)
 
-    def asks_for_keys(self, layer: int) -> bool:
-        """Whether image positions only give keys and values in a layer."""
-        return self.work[layer] is Work.KEYS
+    @property
+    def has_text_layers(self) -> bool:
+        """Whether any layer sees text positions only."""
+        return Work.TEXT in self.work
 
 
 def make_program(routing: Routing | None, pruning: FastV | None, n_layers: int) -> Program:

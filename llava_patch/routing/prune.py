@@ -14,10 +14,10 @@ def keep_counts(images: tuple[int, ...], ratio: float, protected: tuple[int, ...
 
     Args:
         images: n of each sample.
-        ratio: r; taken as the decimal that it was written as, so that 0.7 of 10 leaves 3 and not 4.
+        ratio: r; taken as the nearest simple fraction, so that 0.7 of 10 leaves 3 and not 4, and 1/3 of 9 leaves 6.
         protected: positions of each sample that are read.
     """
-    share = 1 - Fraction(str(ratio))
+    share = 1 - Fraction(ratio).limit_denominator(10**6)
     return tuple(max(math.ceil(share * n), p) for n, p in zip(images, protected, strict=True))
 
 

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from llava_patch.hosts import carry, compat, projections
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.routing import feed, side_branch
-from llava_patch.routing.autograd import prime, trains
+from llava_patch.routing.autograd import prime
 from llava_patch.routing.cache import FULL, KEPT, RoutedCache
 from llava_patch.routing.deep import DeepLayers
 from llava_patch.routing.plan import Counts, Held, PositionSet, count, positions, put_back
@@ -82,7 +82,7 @@ class Run:
         """Prepare the stream of all positions."""
         self.anatomy = anatomy
         self.decoder = anatomy.decoder
-        self.layers = anatomy.layers
+        self.layers: list[Any] = list(anatomy.layers)
         self.program = program
         self.call = call
         self.config = self.decoder.config
@@ -99,9 +99,18 @@ class Run:
 
     def forward(self) -> BaseModelOutputWithPast:
         """Run all layers."""
+        cache = self.call.cache
+        if cache is None:
+            return self._forward()
+        cache.running = True
+        try:
+            return self._forward()
+        finally:
+            cache.running = False
+
+    def _forward(self) -> BaseModelOutputWithPast:
         call = self.call
-        lower = list(self.layers[: self.program.split])
-        keep_graph = self._graph_below_split(lower)
+        keep_graph = self._graph_below_split()
         with torch.set_grad_enabled(keep_graph):
             hidden = call.embeds if keep_graph else call.embeds.detach()
             self._open_main(hidden)
@@ -139,12 +148,14 @@ class Run:
         self.full.set_mask(self.backend, stock)
         self.main_stream = self.text_stream = self.full
 
-    def _stream(self, name: str, columns: PositionSet | None, rotary: tuple[Tensor, Tensor], hidden: Tensor) -> Stream:
+    def _stream(
+        self, name: str | None, columns: PositionSet | None, rotary: tuple[Tensor, Tensor], hidden: Tensor
+    ) -> Stream:
         call = self.call
-        if columns is None and (call.valid is not None or call.cache is None):
+        if columns is None and (call.valid is not None or call.cache is None or name is None):
             columns = PositionSet.run(0, call.queries, len(hidden), hidden.device, call.valid)
         new = call.queries if columns is None else columns.shifted(call.seen)
-        if call.cache is not None:
+        if call.cache is not None and name is not None:
             keys = call.cache.extend(name, new)
         else:
             assert isinstance(new, PositionSet)
@@ -152,8 +163,8 @@ class Run:
         count = new if isinstance(new, int) else len(new)
         return Stream(self.config, rotary, count, keys, hidden, self.windowed)
 
-    def substream(self, name: str, columns: PositionSet | None, hidden: Tensor) -> Stream:
-        """A stream of some columns of this call; None: of all."""
+    def substream(self, name: str | None, columns: PositionSet | None, hidden: Tensor) -> Stream:
+        """A stream of some columns of this call (None: of all); without a name no layer's keys are its own."""
         if columns is None:
             return self._stream(name, None, self.full.rotary, hidden)
         return self._stream(name, columns, columns.take_rotary(self.full.rotary), hidden)
@@ -176,12 +187,19 @@ class Run:
             hidden = self.prune(before, hidden)
         return hidden
 
-    def _graph_below_split(self, lower: list[nn.Module]) -> bool:
+    def _graph_below_split(self) -> bool:
         if not torch.is_grad_enabled():
             return False
-        a = self.anatomy
-        if self.program.split == len(self.layers) or trains([*lower, a.embed_tokens, a.projector, a.tower]):
+        a, split = self.anatomy, self.program.split
+        if split == len(self.layers):
             return True
+        above = [*self.layers[split:], a.norm, getattr(self.decoder, side_branch.SIDE_BRANCH, nn.Module())]
+        known = {id(p) for module in above for p in module.parameters()}
+        head = {id(p) for p in a.lm_head.parameters()} - {id(p) for p in a.embed_tokens.parameters()}
+        if any(p.requires_grad and id(p) not in known and id(p) not in head for p in a.model.parameters()):
+            return True
+        if self.call.embeds.is_leaf:
+            return self.call.embeds.requires_grad
         # Embeddings may require a gradient only because gradient checkpointing asked for it: nobody reads that one.
         return self.call.embeds.requires_grad and not compat.input_grads_are_forced(a.model, a.wrapper, a.decoder)
 
@@ -200,13 +218,13 @@ class Run:
             return hidden
         valid = torch.ones_like(self.image_mask) if call.valid is None else call.valid
         if call.kept is not None:
-            kept = call.kept & valid
+            kept = (call.kept if call.protected is None else call.kept | call.protected) & valid
             self.counts = count(self.image_mask & kept, kept, call.suffix or 1)
         else:
             keep = keep_counts(self.counts.image, self.program.ratio, self.counts.protected)
             chosen = choose(self._attention_to(before), self.image_mask, keep, call.protected)
             kept = valid & (~self.image_mask | chosen)
-            carry.remember_chosen(self.anatomy, kept)
+            carry.remember_chosen(self.anatomy, call.embeds, kept)
             self.counts = replace(self.counts, image=keep)
         both = tuple(a + b for a, b in zip(self.counts.image, self.counts.text, strict=True))
         self.main = positions(kept, both)
@@ -223,7 +241,7 @@ class Run:
         """Attention of the prompt's last token at the layer before pruning: float32 [batch, tokens]."""
         assert self.prune_at is not None
         call = self.call
-        layer: Any = self.layers[self.prune_at - 1]
+        layer = self.layers[self.prune_at - 1]
         last = call.last_index()
         rows = torch.arange(len(last), device=last.device)
         rotary = PositionSet(last[:, None], None).take_rotary(self.full.rotary)
@@ -272,13 +290,15 @@ class Run:
 
     def lean(self, hidden: Tensor, text_only: bool = False) -> bool:
         """Whether the last layer need only answer at the last positions."""
-        if not self._only_suffix() or self.call.counts is None or self.call.suffix is None:
+        if not self._only_suffix() or self.call.suffix is None:
             return False
-        return self.call.suffix < hidden.shape[1] and (not text_only or self.call.counts.suffix_text)
+        all_text = self.call.counts is None or self.call.counts.suffix_text
+        return self.call.suffix < hidden.shape[1] and (not text_only or all_text)
 
     def _only_suffix(self) -> bool:
         call = self.call
-        return call.suffix is not None and call.counts is not None and call.counts.suffix_valid and not call.recording
+        valid = call.counts is None or call.counts.suffix_valid
+        return call.suffix is not None and valid and not call.recording
 
     def text_rows(self) -> Tensor:
         """The mask of a layer that text asks and whose keys are all main positions, in the main order."""
@@ -289,7 +309,7 @@ class Run:
 
     def backend_of(self, number: int) -> str:
         """The attention backend that a layer runs."""
-        layer: Any = self.layers[number]
+        layer = self.layers[number]
         return compat.attention_of(layer.self_attn.config)
 
     def record(self, states: Tensor, columns: PositionSet | None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from models import IMAGE, LAYERS
 
@@ -73,6 +75,12 @@ def extend(batch, tokens):
     inputs["input_ids"] = torch.cat([inputs["input_ids"], tokens], 1)
     inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(tokens)], 1)
     return inputs
+
+
+def again(handle, cache):
+    """For a plain forward over a conversation: what pruning has chosen on the way is chosen again."""
+    pruned = handle.program().prune_at is not None
+    return handle.image_positions(kept=cache.kept()) if pruned else contextlib.nullcontext()
 
 
 def places(mask):

@@ -83,7 +83,7 @@ def naive(decoder, embeds: Tensor, image: Tensor, routing=None, pruning=None, ch
         if pruning is not None and number == pruning.layer and pruning.ratio > 0 and image.any():
             rows = place[alive]
             p = probabilities(decoder, layers[number - 1], before[-1:], place[-1:], before[rows], rows).mean(0)[0]
-            wanted = math.ceil((1 - Fraction(str(pruning.ratio))) * int(image.sum()))
+            wanted = math.ceil((1 - Fraction(pruning.ratio).limit_denominator(10**6)) * int(image.sum()))
             scores = [(-(math.inf if i == n - 1 else float(p[i])), i) for i in place[image].tolist()]
             kept = [i for _, i in sorted(scores)[: max(wanted, int(image[-1]))]]
             alive = ~image

@@ -9,7 +9,7 @@ from models import HF_IMAGE_TOKEN, IMAGE, TOKENS, close
 from llava_patch import patch
 from llava_patch.errors import InputError
 
-from .cases import ALL, RAGGED, VARIANTS, embeddings, extend, places
+from .cases import ALL, RAGGED, VARIANTS, again, embeddings, extend, places
 
 STEPS = 4
 SOME = ["lf", "lf-sparse", "kv", "ideal", "fastv", "kv+fastv", "pc+fastv-deep", "lf+fastv"]
@@ -27,7 +27,7 @@ def _step(host, tokens, mask, cache):
 def _whole(host, handle, inputs, mask, cache):
     """A plain forward over everything, with the choice that pruning made on the way."""
     extra = {"position_ids": places(mask)} if host.name == "hf" else {}
-    with handle.image_positions(kept=cache.kept()):
+    with again(handle, cache):
         return host.model(**inputs, use_cache=False, **extra).logits
 
 

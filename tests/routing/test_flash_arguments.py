@@ -10,7 +10,7 @@ from transformers import modeling_flash_attention_utils as flash
 
 from llava_patch import patch
 
-from .cases import ALL, RAGGED, embeddings, extend, places
+from .cases import ALL, RAGGED, again, embeddings, extend, places
 
 
 def plain_attention(q, k, v, causal=False, softmax_scale=None, dropout_p=0.0, window_size=(-1, -1)):
@@ -108,7 +108,7 @@ def test_flash_decode_is_recomputation(host, case, calls):
             input_ids=tokens[:, 1:], attention_mask=mask, past_key_values=out.past_key_values, use_cache=True,
             **ids(mask, 2),
         )  # fmt: skip
-        with handle.image_positions(kept=out.past_key_values.kept()):
+        with again(handle, out.past_key_values):
             whole = host.model(**extend(batch, tokens), use_cache=False, **ids(mask)).logits
     assert close(one.logits[:, -1], whole[:, n])
     assert close(two.logits, whole[:, n + 1 :])
@@ -138,6 +138,6 @@ def test_flash_in_chunks(host, case, calls):
             with handle.image_positions(batch.image[:, part]):
                 out = host.model(inputs_embeds=embeds[:, part], past_key_values=cache, use_cache=True)
             cache = out.past_key_values
-        with handle.image_positions(kept=cache.kept()):
+        with again(handle, cache):
             whole = host.logits(batch, use_cache=False)
     assert close(out.logits[:, -1], whole[:, -1])

@@ -7,7 +7,7 @@ from models import HF_IMAGE_TOKEN, IMAGE, TEXT, Host, close, vision_config
 from llava_patch import patch
 from llava_patch.errors import InputError, SettingError
 
-from .cases import ALL, RAGGED, embeddings, extend, places
+from .cases import ALL, RAGGED, again, embeddings, extend, places
 from .naive import naive
 
 SOME = ["lf", "lf-k2", "lf-sparse", "pc", "kv", "ideal", "vtw", "fastv", "lf+fastv", "kv+fastv-deep"]
@@ -70,7 +70,7 @@ def test_sliding_window_and_grouped_queries(name, attention, tower_folder):
                     input_ids=tokens[:, step : step + 1], attention_mask=mask[:, :n],
                     past_key_values=out.past_key_values, use_cache=True, **ids,
                 )  # fmt: skip
-            with handle.image_positions(kept=out.past_key_values.kept()):
+            with again(handle, out.past_key_values):
                 whole = host.model(**extend(left, tokens), use_cache=False, **extra).logits
             assert close(out.logits[:, -1], whole[:, -1]), case
 

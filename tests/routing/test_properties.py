@@ -1,5 +1,6 @@
 """Whatever the batch and the settings: the variant's definition holds, cached and not, and nothing piles up."""
 
+import contextlib
 import dataclasses
 import gc
 import os
@@ -58,7 +59,7 @@ def test_any_batch_under_any_settings(host, samples, chosen, padding, seed):
     batch = host.batch(samples, padding, seed=seed)
     embeds = embeddings(host, batch)
     extra = {"position_ids": places(batch.valid)} if host.name == "hf" else {}
-    with patch(host.model, **chosen):
+    with patch(host.model, **chosen) as handle:
         out = host.model(**batch.inputs, use_cache=True, **extra)
         # The choice is compared by its scores, not by itself: near ties may fall either way in another batch shape.
         kept = out.past_key_values.kept() if hasattr(out.past_key_values, "kept") else batch.valid
@@ -68,10 +69,10 @@ def test_any_batch_under_any_settings(host, samples, chosen, padding, seed):
             states = naive(host.decoder, embeds[i][keep], batch.image[i][keep], **chosen, choice=choice)
             assert close(out.logits[i][keep], host.model.lm_head(states))
         if padding == "left":
-            _decode(host, batch, out, chosen, kept)
+            _decode(host, handle, batch, out, chosen)
 
 
-def _decode(host, batch, out, chosen, kept):
+def _decode(host, handle, batch, out, chosen):
     token = torch.full((len(batch.valid), 1), 7)
     mask = torch.cat([batch.valid.long(), torch.ones_like(token)], 1)
     last = {"position_ids": places(mask)[:, -1:]} if host.name == "hf" else {}
@@ -79,7 +80,8 @@ def _decode(host, batch, out, chosen, kept):
     step = host.model(
         input_ids=token, attention_mask=mask, past_key_values=out.past_key_values, use_cache=True, **last
     ).logits
-    with patch(host.model, **chosen) as handle, handle.image_positions(kept=kept):
+    pruned = "pruning" in chosen and hasattr(out.past_key_values, "kept")
+    with handle.image_positions(kept=out.past_key_values.kept()) if pruned else contextlib.nullcontext():
         whole = host.model(**extend(batch, token), use_cache=False, **every).logits
     assert close(step[:, -1], whole[:, -1])
 
