@@ -15,7 +15,7 @@ from llava_patch.errors import LlavaPatchError, SettingError
 from llava_patch.fusion import attach as fusion_attach
 from llava_patch.fusion.taps import Taps
 from llava_patch.hosts import anatomy as anatomy_module
-from llava_patch.hosts import carry
+from llava_patch.hosts import carry, zero
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.hosts.compat import check_versions
 from llava_patch.routing import late_fusion
@@ -125,8 +125,8 @@ class Handle:
     def report(self) -> str:
         """One line: how many parameters train, and their share of the model."""
         names = set(self.trainable())
-        total = sum(p.numel() for p in self.model.parameters())
-        count = sum(p.numel() for n, p in self.model.named_parameters() if n in names)
+        total = sum(zero.numel(p) for p in self.model.parameters())
+        count = sum(zero.numel(p) for n, p in self.model.named_parameters() if n in names)
         return f"{count:,} of {total:,} parameters train ({100 * count / max(total, 1):.2f} %), {len(names)} tensors"
 
     def save(self, directory: str | os.PathLike[str], form: str = "adapter") -> Path:
@@ -184,11 +184,7 @@ def patch(
     _check_together(fusion, routing)
     check_versions()
     found = anatomy_module.find(model)
-    if any(hasattr(p, "ds_id") for p in found.model.parameters()):
-        raise SettingError(
-            "the model's weights are partitioned by DeepSpeed ZeRO-3 (--deepspeed with stage 3), which this version "
-            "cannot patch: use stage 2 (LLaVA's scripts/zero2.json)"
-        )
+    _check_partitioned(found, fusion)
     handle = get_handle(found.model)
     fresh = handle is None
     if handle is None:
@@ -219,6 +215,21 @@ def patch(
             handle.remove()  # a half-extended patch is worse than none
         raise
     return handle
+
+
+def _check_partitioned(found: Anatomy, fusion: SkipLinks | None) -> None:
+    if not zero.is_partitioned(found.model.parameters()):
+        return
+    if fusion is not None:
+        raise SettingError(
+            f"the model's weights are partitioned by DeepSpeed ZeRO-3 (--deepspeed with stage 3), where routing is "
+            f"available but a fusion ({type(fusion).__name__}) is not: use stage 2 (LLaVA's scripts/zero2.json)"
+        )
+    if zero.in_engine(found.model):
+        raise SettingError(
+            "DeepSpeed's ZeRO-3 engine has already taken this model over and would not train what a patch adds: patch "
+            "the model before deepspeed.initialize()"
+        )
 
 
 def _routes(routing: Routing | None, anatomy: Anatomy) -> bool:

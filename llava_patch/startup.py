@@ -143,6 +143,7 @@ def _on_llava_trainer(module: ModuleType) -> None:
     _take_flags_from_command_line()
     compat.fix_argv(sys.argv)
     compat.fix_trainer_methods(module)
+    compat.fix_optimizer_groups(module)
     if configuration() is not None:  # raises here, before a model is loaded or a file written
         compat.check_versions()
     _wrap_trainer_init(module.LLaVATrainer)
@@ -237,6 +238,8 @@ def _seed_from_command_line() -> int:
 
 
 def _wrap_trainer_init(cls: Any) -> None:
+    from llava_patch.hosts import compat
+
     original = cls.__init__
 
     @functools.wraps(original)
@@ -244,6 +247,8 @@ def _wrap_trainer_init(cls: Any) -> None:
         model = kwargs.get("model", args[0] if args else None)
         training_args = kwargs.get("args", args[1] if len(args) > 1 else None)
         handle = None if model is None else _prepare_training(model, training_args)
+        if model is not None:
+            compat.fix_zero3_dtypes(model, training_args)
         original(self, *args, **kwargs)
         if handle is not None:
             self.add_callback(_make_callback(handle))
@@ -314,16 +319,15 @@ def _make_callback(handle: "Handle") -> Any:
                 write_records(handle, Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if not state.is_world_process_zero:
-                return
             from llava_patch import checkpoint
+            from llava_patch.hosts import zero
 
             if checkpoint.has_lora(handle):
-                print(
-                    "llava_patch: no separate adapter beside LoRA: LLaVA's own LoRA files hold our weights", flush=True
-                )
-                return
-            checkpoint.save(handle, Path(args.output_dir) / ADAPTER_FOLDER)
+                if state.is_world_process_zero:
+                    print("llava_patch: no separate adapter beside LoRA: LLaVA's LoRA files hold our weights")
+            # Partitioned weights are put together by all ranks, of which the first one writes.
+            elif state.is_world_process_zero or zero.is_partitioned(handle.model.parameters()):
+                checkpoint.save(handle, Path(args.output_dir) / ADAPTER_FOLDER)
 
     return PatchCallback()
 

@@ -6,7 +6,6 @@ layers; the last K layers on everything again.
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 from collections.abc import Iterable
@@ -18,10 +17,11 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llava_patch.errors import InputError, SettingError
-from llava_patch.hosts import carry, compat
+from llava_patch.hosts import carry, compat, zero
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.routing.cache import RoutedCache
 from llava_patch.routing.plan import PositionSet, make_plan
+from llava_patch.routing.side_branch import copy_layers
 from llava_patch.settings import Routing
 from llava_patch.undo import UndoStack
 
@@ -60,7 +60,7 @@ def attach(anatomy: Anatomy, settings: Routing, undo: UndoStack) -> None:
     if settings.split == len(anatomy.layers):
         return
     split = int(settings.split)
-    branch = nn.ModuleList(copy.deepcopy(anatomy.layers[split + i]) for i in range(settings.side_layers))
+    branch = copy_layers(anatomy.layers[split : split + settings.side_layers])
     undo.add_module(anatomy.decoder, SIDE_BRANCH, branch)
     undo.set_attribute(anatomy.decoder, "forward", RoutedForward(anatomy, settings))
 
@@ -108,7 +108,7 @@ class RoutedForward:
         if image_mask is not None and not bool(image_mask.any()):
             image_mask = None
         routed_before = isinstance(past_key_values, RoutedCache)
-        if image_mask is None and not routed_before:
+        if image_mask is None and not routed_before and not self._keeps_order(past_key_values):
             outputs = self.stock(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -159,6 +159,8 @@ class RoutedForward:
         use_cache = bool(getattr(config, "use_cache", False) if use_cache is None else use_cache)
         if decoder.training and getattr(decoder, "gradient_checkpointing", False):
             use_cache = False
+        if image_mask is None and cache is None:
+            use_cache = False
         plan = None
         if image_mask is not None:
             image_mask = _fit_mask(image_mask, batch, queries)
@@ -169,7 +171,7 @@ class RoutedForward:
             if cache is not None or use_cache:
                 cache = DynamicCache(config=config) if cache is None else cache
                 cache = RoutedCache.adopt(cache, plan.text.index.shape[1], plan.text.valid)
-        else:
+        elif cache is not None:
             new_valid = None
             if attention_mask is not None and (cache.text_valid is not None or queries > 1):
                 new_valid = attention_mask[:, -queries:].bool()
@@ -196,7 +198,12 @@ class RoutedForward:
                     layer, hidden, **full, **common, cache_position=cache_position, checkpoint=keep_graph
                 )
                 _record(recorded, hidden)
-        if plan is None:
+        idle = None
+        if plan is None and cache is None:
+            idle = self._idle_side_branch(hidden, rotary)
+            text_states, text_rotary, text_mask = hidden, rotary, full_mask
+            n_keys = queries
+        elif plan is None:
             text_states, text_rotary = hidden, rotary
             n_keys = cache.text_length
             text_mask = compat.causal_mask(config, hidden, cache.text_valid, n_keys)
@@ -219,6 +226,8 @@ class RoutedForward:
             _record(recorded, text_states, None if plan is None else plan.text, queries)
         # Phase 4: fusion layers, every position again.
         hidden = text_states if plan is None else plan.merge(side_states, text_states)
+        if idle is not None:
+            hidden = hidden + idle
         fusion = list(self.anatomy.layers[self.fusion_start :])
         hidden = _prime(hidden, fusion)
         for layer in fusion:
@@ -253,11 +262,21 @@ class RoutedForward:
         if not decoder.training or not _trains(branch):
             return outputs
         last = outputs.last_hidden_state
-        row = torch.zeros_like(last[:1, :1])
-        place = torch.zeros(1, 1, dtype=torch.long, device=row.device)
-        idle = self._side_branch(row, decoder.rotary_emb(row, place), None)
-        outputs["last_hidden_state"] = last + 0.0 * idle.sum()
+        place = torch.zeros(1, 1, dtype=torch.long, device=last.device)
+        outputs["last_hidden_state"] = last + self._idle_side_branch(last, decoder.rotary_emb(last, place))
         return outputs
+
+    def _idle_side_branch(self, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """The side branch on one made-up position, times zero: a scalar 0 whose gradient reaches its weights."""
+        row = torch.zeros_like(hidden[:1, :1])
+        return 0.0 * self._side_branch(row, (rotary[0][:1, :1], rotary[1][:1, :1]), None).sum()
+
+    def _keeps_order(self, cache: Any) -> bool:
+        # Partitioned weights are put together layer by layer, by all ranks at once: a rank whose batch has no image
+        # must run the same modules in the same order as one that routes, forwards and backwards. (DeepSpeed counts
+        # modules without weights too: by the order of the first step it decides what to fetch ahead in the next.)
+        branch = getattr(self.anatomy.decoder, SIDE_BRANCH)
+        return cache is None and zero.is_partitioned(branch.parameters())
 
     def _graph_below_split(self, inputs_embeds: Tensor, lower: list[nn.Module]) -> bool:
         if not torch.is_grad_enabled():
