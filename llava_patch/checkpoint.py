@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from llava_patch.errors import CheckpointError
 from llava_patch.files import atomic
-from llava_patch.hosts import zero
+from llava_patch.hosts import lora, zero
 from llava_patch.hosts.tower import when_loaded
 from llava_patch.patching import CONFIG_KEY, FORMAT, Handle, added_parameters, get_handle, patch
 from llava_patch.settings import from_dict
@@ -121,7 +121,7 @@ def save(handle: Handle, directory: str | os.PathLike[str], form: str = "adapter
         raise CheckpointError("this patch was removed from its model: there is nothing to save")
     if form not in ("adapter", "full"):
         raise CheckpointError(f'form = {form!r}: expected "adapter" or "full"')
-    if has_lora(handle):
+    if lora.has_lora(handle.anatomy.model):
         raise CheckpointError(
             "the model carries LoRA layers, which an adapter of ours could not bring back: merge them first "
             "(merge_and_unload), or save with peft and LLaVA's own files"
@@ -161,11 +161,6 @@ def save(handle: Handle, directory: str | os.PathLike[str], form: str = "adapter
     _copy_side_files(base, folder)
     write_text(folder / SETTINGS_FILE, json.dumps(record, indent=2) + "\n")
     return folder
-
-
-def has_lora(handle: Handle) -> bool:
-    """Whether peft has put LoRA layers into the model."""
-    return any("lora_" in name for name, _ in handle.anatomy.model.named_parameters())
 
 
 def _save_config(config: Any, folder: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,7 +17,7 @@ from llava_patch.errors import LlavaPatchError, SettingError
 from llava_patch.fusion import attach as fusion_attach
 from llava_patch.fusion.taps import Taps
 from llava_patch.hosts import anatomy as anatomy_module
-from llava_patch.hosts import carry, zero
+from llava_patch.hosts import carry, lora, zero
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.hosts.compat import check_versions
 from llava_patch.routing import late_fusion
@@ -49,8 +51,7 @@ class Handle:
         self.pruning: FastV | None = None
         self.taps: Taps | None = None
         self._undo = UndoStack()
-        flags = [(p, p.requires_grad) for p in model.parameters()]
-        self._undo.push(lambda: [p.requires_grad_(flag) for p, flag in flags])  # type: ignore[arg-type, func-returns-value]
+        self._undo.push(_restore_flags(model))
         self.active = True
         self._carries = False
 
@@ -97,9 +98,19 @@ class Handle:
         self._undo.unwind()
 
     def apply_freeze(self) -> None:
-        """Set requires_grad as the settings say; call it after a training script has set its own flags."""
+        """Set requires_grad as the settings say; call it after a training script has set its own flags.
+
+        Raises:
+            SettingError: a freeze strategy that would freeze peft's LoRA layers, which are there to be trained.
+        """
         if self.routing is not None and late_fusion.side_parameters(self.anatomy):
             freeze = self.routing.freeze
+            if freeze != "none" and lora.trains(self.model):
+                raise SettingError(
+                    f'Routing.freeze = "{freeze}" would freeze the LoRA layers that peft has put into the model '
+                    '(--lora_enable True): set Routing.freeze = "none", which trains them and the side branch, or '
+                    "leave LoRA out"
+                )
             if freeze != "none":
                 self.model.requires_grad_(False)
             if freeze == "side_and_fusion":
@@ -134,6 +145,20 @@ class Handle:
         from llava_patch import checkpoint
 
         return checkpoint.save(self, directory, form)
+
+
+def _restore_flags(model: nn.Module) -> Callable[[], None]:
+    """Remember every requires_grad flag; the returned step brings them back."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    had_lora = lora.has_lora(model)
+
+    def restore() -> None:
+        if lora.has_lora(model) and not had_lora:
+            return  # get_peft_model() came after the patch and has set the flags that hold now
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+    return restore
 
 
 def get_handle(model: nn.Module) -> Handle | None:
@@ -200,8 +225,9 @@ def patch(
                 found, fusion, handle._undo, zero_start=zero_start, keep_original=not loading
             )
             handle.fusion = fusion
-        if routing is not None and handle.routing is None:
-            late_fusion.attach(found, routing, handle._undo)
+        if routing is not None:
+            if handle.routing is None:
+                late_fusion.attach(found, routing, handle._undo)
             handle.routing = routing
         _check_together(handle.fusion, handle.routing)
         handle._undo.set_attribute(found.model.config, CONFIG_KEY, handle.settings())
@@ -250,6 +276,8 @@ def _check_against(
     for name, asked, there in (
         ("fusion", fusion, handle.fusion), ("routing", routing, handle.routing), ("pruning", pruning, handle.pruning),
     ):  # fmt: skip
+        if isinstance(asked, Routing) and isinstance(there, Routing):  # what trains may differ from one run to the next
+            there = dataclasses.replace(there, freeze=asked.freeze)
         if asked is not None and there is not None and asked != there:
             raise SettingError(
                 f"the model already carries {name} {there}, but {asked} was asked for: remove the patch first "

@@ -276,10 +276,32 @@ def _prepare_training(model: Any, training_args: Any) -> "Handle | None":
             f'--tune_mm_mlp_adapter True trains the projector, but Routing.freeze = "{routing.freeze}" freezes it: '
             "leave Routing out of stage 1"
         )
+    _train_side_branch_in_full(model, handle)
     handle.apply_freeze()
     if getattr(training_args, "process_index", 0) == 0:
         print(f"llava_patch: {handle!r}\nllava_patch: {handle.report()}", flush=True)
     return handle
+
+
+def _train_side_branch_in_full(model: Any, handle: "Handle") -> None:
+    """Keep peft's LoRA and the side branch apart.
+
+    LLaVA's script puts LoRA on every Linear, of a model that was loaded patched on the side branch's too: it is taken
+    off again. The branch is then saved with LLaVA's other non-LoRA weights, and the adapter's config says that LoRA
+    leaves it out, or peft would look for its matrices when LLaVA's loader applies the adapter.
+    """
+    from llava_patch.hosts import lora
+    from llava_patch.routing.late_fusion import SIDE_BRANCH
+    from llava_patch.routing.side_branch import copy_layers
+
+    branch = getattr(handle.anatomy.decoder, SIDE_BRANCH, None)
+    if branch is None:
+        return
+    if lora.has_lora(branch):
+        setattr(handle.anatomy.decoder, SIDE_BRANCH, copy_layers(branch))
+    for config in getattr(model, "peft_config", {}).values():
+        if getattr(config, "exclude_modules", "") is None:  # peft 0.14 and newer
+            config.exclude_modules = rf".*\.{SIDE_BRANCH}\..*"
 
 
 def _patch_for_training(model: Any, training_args: Any, asked: "Configuration") -> "Handle":
@@ -320,9 +342,9 @@ def _make_callback(handle: "Handle") -> Any:
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             from llava_patch import checkpoint
-            from llava_patch.hosts import zero
+            from llava_patch.hosts import lora, zero
 
-            if checkpoint.has_lora(handle):
+            if lora.has_lora(handle.model):
                 if state.is_world_process_zero:
                     print("llava_patch: no separate adapter beside LoRA: LLaVA's LoRA files hold our weights")
             # Partitioned weights are put together by all ranks, of which the first one writes.

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Iterable
 
 from torch import nn
 
 from llava_patch.errors import SettingError
-from llava_patch.hosts import zero
+from llava_patch.hosts import lora, zero
 
 
 def copy_layers(layers: Iterable[nn.Module]) -> nn.ModuleList:
@@ -34,7 +33,7 @@ def _copy(layer: nn.Module) -> nn.Module:
     with zero.gathered(layer.parameters()):
         # A copied parameter has the gathered values and none of DeepSpeed's attributes.
         twin = copy.deepcopy(layer)
-    merge_lora(twin)
+    lora.merge(twin)
     for name, parameter in twin.named_parameters():
         if not parameter.is_floating_point():
             raise SettingError(
@@ -42,27 +41,3 @@ def _copy(layer: nn.Module) -> nn.Module:
                 "a decoder layer that trains in full: load the model without quantisation (--bits 16)"
             )
     return twin
-
-
-def merge_lora(module: nn.Module) -> bool:
-    """Put plain layers, with the active LoRA update merged in, in the place of peft's wrappers.
-
-    Args:
-        module: changed in place.
-
-    Returns:
-        Whether there was anything to merge.
-    """
-    if "peft" not in sys.modules:  # without it nothing can be wrapped
-        return False
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    found = False
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, BaseTunerLayer):
-                if not child.disable_adapters:
-                    child.merge()
-                setattr(parent, name, child.get_base_layer())
-                found = True
-    return found
