@@ -117,9 +117,7 @@ def read(files: Sequence[str], params: Sequence[str]) -> Configuration:
     finally:
         gin.clear_config()
         _restore_gin(outside)
-    return Configuration(
-        resolved["fusion"], resolved["routing"], resolved["pruning"], measurements, operative, sources
-    )
+    return Configuration(resolved["fusion"], resolved["routing"], resolved["pruning"], measurements, operative, sources)
 
 
 _GIN_STATE = ("_CONFIG", "_OPERATIVE_CONFIG")

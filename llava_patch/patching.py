@@ -270,9 +270,7 @@ def _check_together(fusion: SkipLinks | None, routing: Routing | None) -> None:
         )
 
 
-def _check_against(
-    handle: Handle, fusion: SkipLinks | None, routing: Routing | None, pruning: FastV | None
-) -> None:
+def _check_against(handle: Handle, fusion: SkipLinks | None, routing: Routing | None, pruning: FastV | None) -> None:
     for name, asked, there in (
         ("fusion", fusion, handle.fusion), ("routing", routing, handle.routing), ("pruning", pruning, handle.pruning),
     ):  # fmt: skip

@@ -128,7 +128,11 @@ class Routing:
         if self.freeze not in FREEZE_STRATEGIES:
             raise SettingError(f"Routing.freeze = {self.freeze!r}: expected one of {', '.join(FREEZE_STRATEGIES)}")
         if self.freeze != "none" and not learns:
-            why = "has no side branch" if self.variant == "vtw" else "never shows the side branch's output to a text token"
+            why = (
+                "has no side branch"
+                if self.variant == "vtw"
+                else "never shows the side branch's output to a text token"
+            )
             raise SettingError(
                 f'Routing.freeze = "{self.freeze}" leaves nothing to train: {self.variant} {why}; set Routing.freeze = '
                 '"none", or use variant "lf"'

@@ -1,4 +1,4 @@
-"""LLaVA's unmodified train.py with the side branch under DeepSpeed ZeRO-2 and ZeRO-3, two ranks, bf16, checkpointing."""
+"""LLaVA's unmodified train.py under DeepSpeed ZeRO-2 and ZeRO-3: two ranks, bf16, gradient checkpointing, LoRA."""
 
 import json
 import math
@@ -35,7 +35,7 @@ ZERO3 = {**ZERO2, "zero_optimization": {
 
 @pytest.fixture(scope="module")
 def mixed(data, tmp_path_factory):  # noqa: F811
-    """The data set with half of its images gone: with one sample a rank, one rank often has an image, the other none."""
+    """The data set with half of its images gone: one sample a rank, and often only one rank has an image."""
     rows = json.loads((data[0] / "v1.json").read_text())
     for row in rows[::2]:
         row.pop("image", None)
@@ -55,8 +55,8 @@ def _train(data, mixed, out, *flags, zero=None, steps=4, **extra):  # noqa: F811
         config = out.parent / f"{out.name}.json"
         config.write_text(json.dumps(zero))
         extra |= {"deepspeed": config, "use_cpu": False}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               str(HERE / "cpu_deepspeed.py"), str(TRAIN), *_arguments(data, 2, out, steps, **extra), *flags]  # fmt: skip
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, str(HERE / "cpu_deepspeed.py"), str(TRAIN), *_arguments(data, 2, out, steps, **extra), *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_DISABLED": "true"}
     log = out.parent / f"{out.name}.log"
     with log.open("w") as stream:
@@ -144,8 +144,10 @@ def test_lora_beside_the_side_branch_under_zero_3(data, mixed, tmp_path):  # noq
             expected[name] += LORA["lora_alpha"] / LORA["lora_r"] * delta
     assert not adapter  # none on the side branch
     expected |= {name.removeprefix("base_model.model."): tensor.float() for name, tensor in beside.items()}
-    assert sum("side_branch" in name for name in expected) == 9 and sum("mm_projector" in name for name in expected) == 4
-    assert _update(expected, base).abs().max() > 1e-2
+    assert (
+        sum("side_branch" in name for name in expected) == 9 and sum("mm_projector" in name for name in expected) == 4
+    )
+    assert _update(expected, base).abs().max() > 2e-3
 
     from llava.model.builder import load_pretrained_model
 
@@ -171,14 +173,12 @@ def test_lora_beside_the_side_branch_under_zero_3(data, mixed, tmp_path):  # noq
 
 
 @pytest.mark.timeout(400)
-def test_lora_instead_and_what_would_freeze_it(data, tmp_path):
-    """Without ours LLaVA's LoRA script runs as it is; a freeze strategy that would stop LoRA is refused."""
+def test_lora_instead_of_ours(data, tmp_path):  # noqa: F811
+    """With nothing of ours configured LLaVA's LoRA script runs as it is."""
     from test_launch_scripts import _ok, _run
 
     out = tmp_path / "llava-lora"
     _ok(_run([TRAIN, *_arguments(data, 2, out, steps=2, bf16=True, **LORA)]))
-    assert (out / "adapter_model.safetensors").is_file() and not list(out.glob("*llava_patch*"))
-    refused = tmp_path / "refused"
-    done = _run([TRAIN, *_arguments(data, 2, refused, steps=2, **LORA), "--gin_param", "Routing.split = 3"])
-    assert done.returncode != 0 and "would freeze the LoRA layers" in done.stderr
-    assert not refused.exists() or not any(refused.iterdir())
+    adapter = load_file(out / "adapter_model.safetensors")
+    assert any(tensor.abs().max() > 0 for name, tensor in adapter.items() if "lora_B" in name)
+    assert (out / "non_lora_trainables.bin").is_file() and not list(out.glob("*llava_patch*"))
