@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from llava_patch.errors import CheckpointError
 from llava_patch.files import atomic
+from llava_patch.hosts import lora, zero
 from llava_patch.hosts.tower import when_loaded
 from llava_patch.patching import CONFIG_KEY, FORMAT, Handle, added_parameters, get_handle, patch
 from llava_patch.settings import from_dict
@@ -51,7 +52,7 @@ def base_fingerprint(model: nn.Module, changed: set[str]) -> dict[str, list[floa
     """
     samples = {}
     for name, parameter in model.named_parameters():
-        if name in changed or parameter.ndim != 2:
+        if name in changed or len(zero.shape(parameter)) != 2:
             continue
         samples[name] = _sample(parameter, _FINGERPRINT_VALUES).tolist()
     return samples
@@ -59,9 +60,10 @@ def base_fingerprint(model: nn.Module, changed: set[str]) -> dict[str, list[floa
 
 def _sample(parameter: Tensor, count: int) -> Tensor:
     """Evenly spaced values of a tensor: float32 [count] on the CPU."""
-    flat = parameter.detach().flatten()
-    places = torch.linspace(0, flat.numel() - 1, count, device=flat.device).long()
-    return flat[places].float().cpu()
+    with zero.gathered([parameter]):
+        flat = parameter.detach().flatten()
+        places = torch.linspace(0, flat.numel() - 1, count, device=flat.device).long()
+        return flat[places].float().cpu()
 
 
 def _check_base(handle: Handle, saved: dict[str, list[float]], source: Path) -> None:
@@ -90,11 +92,12 @@ def adapter_tensors(handle: Handle) -> dict[str, Tensor]:
     model = handle.model
     kept = {id(p) for p in (*added_parameters(handle), *handle.anatomy.projector.parameters())}
     trained = set(handle.trainable())
-    return {
-        n: p.detach().to("cpu").clone().contiguous()
-        for n, p in model.named_parameters()
-        if id(p) in kept or n in trained
-    }
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in kept or name in trained:
+            with zero.gathered([parameter]):
+                tensors[name] = parameter.detach().to("cpu").clone().contiguous()
+    return tensors
 
 
 def save(handle: Handle, directory: str | os.PathLike[str], form: str = "adapter") -> Path:
@@ -102,7 +105,8 @@ def save(handle: Handle, directory: str | os.PathLike[str], form: str = "adapter
 
     Args:
         handle: the patch.
-        directory: folder to write; files of the same name are replaced.
+        directory: folder to write; files of the same name are replaced. With weights that DeepSpeed ZeRO-3 has
+            partitioned, every rank must call this (gathering is collective) and the first one writes.
         form: "adapter": only what was added or trained, with a pointer to the base; "full": everything.
 
     Returns:
@@ -117,7 +121,7 @@ def save(handle: Handle, directory: str | os.PathLike[str], form: str = "adapter
         raise CheckpointError("this patch was removed from its model: there is nothing to save")
     if form not in ("adapter", "full"):
         raise CheckpointError(f'form = {form!r}: expected "adapter" or "full"')
-    if has_lora(handle):
+    if lora.has_lora(handle.anatomy.model):
         raise CheckpointError(
             "the model carries LoRA layers, which an adapter of ours could not bring back: merge them first "
             "(merge_and_unload), or save with peft and LLaVA's own files"
@@ -130,9 +134,15 @@ def save(handle: Handle, directory: str | os.PathLike[str], form: str = "adapter
             raise CheckpointError('the model does not say where it was loaded from: save it with form="full"')
         if Path(base).is_dir() and Path(base).resolve() == folder.resolve():
             raise CheckpointError(f"{folder} is the base model's own folder: save the adapter elsewhere")
-    folder.mkdir(parents=True, exist_ok=True)
+    partitioned = zero.is_partitioned(handle.model.parameters())
+    if form == "full" and partitioned:
+        raise CheckpointError(
+            'the weights are partitioned by DeepSpeed ZeRO-3, where form="full" is not available: save with '
+            "trainer.save_model() (stage3_gather_16bit_weights_on_model_save in the DeepSpeed config)"
+        )
     record = {**handle.settings(), "form": form}
     if form == "full":
+        folder.mkdir(parents=True, exist_ok=True)
         handle.anatomy.model.save_pretrained(folder)
     else:
         tensors = adapter_tensors(handle)
@@ -140,6 +150,9 @@ def save(handle: Handle, directory: str | os.PathLike[str], form: str = "adapter
             "base": os.path.abspath(base) if os.path.isdir(base) else base,
             "fingerprint": base_fingerprint(handle.model, set(tensors)),
         }
+        if partitioned and torch.distributed.get_rank() != 0:
+            return folder  # every rank gathers, the first one writes
+        folder.mkdir(parents=True, exist_ok=True)
         _save_config(handle.model.config, folder)
         with atomic(folder / WEIGHTS_FILE) as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})
@@ -148,11 +161,6 @@ def save(handle: Handle, directory: str | os.PathLike[str], form: str = "adapter
     _copy_side_files(base, folder)
     write_text(folder / SETTINGS_FILE, json.dumps(record, indent=2) + "\n")
     return folder
-
-
-def has_lora(handle: Handle) -> bool:
-    """Whether peft has put LoRA layers into the model."""
-    return any("lora_" in name for name, _ in handle.anatomy.model.named_parameters())
 
 
 def _save_config(config: Any, folder: Path) -> None:
@@ -263,13 +271,13 @@ def _copy_tensors(model: nn.Module, tensors: dict[str, Tensor], source: Path, re
     for name, tensor in tensors.items():
         if name not in parameters:
             raise CheckpointError(f"{source}: the model has no tensor {name}")
-        if parameters[name].shape != tensor.shape:
-            raise CheckpointError(
-                f"{source}: {name} has shape {tuple(tensor.shape)}, the model's has {tuple(parameters[name].shape)}"
-            )
+        shape = zero.shape(parameters[name])
+        if shape != tensor.shape:
+            raise CheckpointError(f"{source}: {name} has shape {tuple(tensor.shape)}, the model's has {tuple(shape)}")
     with torch.no_grad():
         for name, tensor in tensors.items():
-            parameters[name].copy_(tensor)
+            with zero.gathered([parameters[name]], changed=True):
+                parameters[name].copy_(tensor)
 
 
 def config_record(config: Any) -> dict[str, Any] | None:

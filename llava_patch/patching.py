@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from llava_patch.errors import LlavaPatchError, SettingError
 from llava_patch.fusion import attach as fusion_attach
 from llava_patch.fusion.taps import Taps
 from llava_patch.hosts import anatomy as anatomy_module
-from llava_patch.hosts import carry
+from llava_patch.hosts import carry, lora, zero
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.hosts.compat import check_versions
 from llava_patch.routing import attach as routing_attach
@@ -30,6 +31,17 @@ CONFIG_KEY = "llava_patch"
 FORMAT = 1
 
 _HANDLE = "_llava_patch_handle"
+
+
+class _Mark(NamedTuple):
+    """Where one call of `patch` began."""
+
+    steps: int
+    fusion: SkipLinks | None
+    routing: Routing | None
+    pruning: FastV | None
+    taps: Taps | None
+    carries: bool
 
 
 class Handle:
@@ -53,10 +65,22 @@ class Handle:
         self.pruning: FastV | None = None
         self.taps: Taps | None = None
         self._undo = UndoStack()
-        flags = [(p, p.requires_grad) for p in model.parameters()]
-        self._undo.push(lambda: [p.requires_grad_(flag) for p, flag in flags])  # type: ignore[arg-type, func-returns-value]
+        self._undo.push(_restore_flags(model))
         self.active = True
         self._carries = False
+        self._began = self._mark()
+        self._entered: list[_Mark] = []
+
+    def _mark(self) -> _Mark:
+        return _Mark(len(self._undo), self.fusion, self.routing, self.pruning, self.taps, self._carries)
+
+    def _back_to(self, mark: _Mark) -> None:
+        """Take back what was applied since; everything when the mark is the beginning."""
+        if mark.steps <= 1:  # the flags alone
+            self.remove()
+        elif self.active:
+            self._undo.unwind(to=mark.steps)
+            _, self.fusion, self.routing, self.pruning, self.taps, self._carries = mark
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Handle":
         """Refused: the copy's methods would still run the original's weights."""
@@ -66,14 +90,15 @@ class Handle:
         )
 
     def __enter__(self) -> "Handle":
-        """Use the patch inside a `with` block."""
+        """Use the patch inside a `with` block; what the block's own `patch` added is taken off at its end."""
+        self._entered.append(self._began)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Take the patch off, also after an exception."""
-        self.remove()
+        self._back_to(self._entered.pop())
 
     def __repr__(self) -> str:
         """Name what is applied."""
@@ -101,8 +126,18 @@ class Handle:
         self._undo.unwind()
 
     def apply_freeze(self) -> None:
-        """Set requires_grad as the settings say; call it after a training script has set its own flags."""
-        if self.routing is not None:
+        """Set requires_grad as the settings say; call it after a training script has set its own flags.
+
+        Raises:
+            SettingError: a freeze strategy that would freeze peft's LoRA layers, which are there to be trained.
+        """
+        if self.routing is not None and side_branch.parameters(self.anatomy):
+            if self.routing.freeze != "none" and lora.trains(self.model):
+                raise SettingError(
+                    f'Routing.freeze = "{self.routing.freeze}" would freeze the LoRA layers that peft has put into the '
+                    'model (--lora_enable True): set Routing.freeze = "none", which trains them and the side branch, '
+                    "or leave LoRA out"
+                )
             routing_attach.freeze(self.anatomy, self.routing, self.program())
         if self.fusion is not None and self.taps is not None:
             fusion_attach.set_tower_flags(self.anatomy, self.fusion, self.taps)
@@ -142,8 +177,8 @@ class Handle:
     def report(self) -> str:
         """One line: how many parameters train, and their share of the model."""
         names = set(self.trainable())
-        total = sum(p.numel() for p in self.model.parameters())
-        count = sum(p.numel() for n, p in self.model.named_parameters() if n in names)
+        total = sum(zero.numel(p) for p in self.model.parameters())
+        count = sum(zero.numel(p) for n, p in self.model.named_parameters() if n in names)
         return f"{count:,} of {total:,} parameters train ({100 * count / max(total, 1):.2f} %), {len(names)} tensors"
 
     def save(self, directory: str | os.PathLike[str], form: str = "adapter") -> Path:
@@ -151,6 +186,20 @@ class Handle:
         from llava_patch import checkpoint
 
         return checkpoint.save(self, directory, form)
+
+
+def _restore_flags(model: nn.Module) -> Callable[[], None]:
+    """Remember every requires_grad flag; the returned step brings them back."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    had_lora = lora.has_lora(model)
+
+    def restore() -> None:
+        if lora.has_lora(model) and not had_lora:
+            return  # get_peft_model() came after the patch and has set the flags that hold now
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+    return restore
 
 
 def get_handle(model: nn.Module) -> Handle | None:
@@ -208,7 +257,7 @@ def patch(
             f"the model runs tensor parallel on {found.model._tp_size} devices (tp_plan), which routing and fusion "
             "cannot follow: load it without tp_plan"
         )
-    refuse_partitioned(found.model)
+    _check_partitioned(found, fusion, routing, pruning)
     if routing is not None and routing.split == AUTO:
         from llava_patch.diagnostics.auto_split import resolve_split
 
@@ -216,13 +265,14 @@ def patch(
     elif samples is not None:
         raise SettingError('patch(samples=...) is what Routing(split="auto") measures on, which was not asked for')
     handle = get_handle(found.model)
-    fresh = handle is None
     if handle is None:
         handle = Handle(found.model, found)
     else:
         _check_against(handle, fusion, routing, pruning)
-    program = _program(handle, routing, pruning, found)
+        handle._began = handle._mark()
+        handle._undo.push(_restore_flags(found.model))
     try:
+        program = make_program(handle.routing or routing, handle.pruning or pruning, len(found.layers))
         if not handle._carries and (fusion is not None or program.does_something):
             carry.attach(found, handle._undo)
             handle._carries = True
@@ -239,24 +289,35 @@ def patch(
             handle.apply_freeze()
         handle._undo.set_attribute(found.model, _HANDLE, handle)
     except BaseException:
-        if fresh:
-            handle._undo.unwind()
-        else:
-            handle.remove()  # a half-extended patch is worse than none
+        handle._back_to(handle._began)
         raise
     return handle
 
 
-def _program(handle: Handle, routing: Routing | None, pruning: FastV | None, anatomy: Anatomy) -> Program:
-    return make_program(handle.routing or routing, handle.pruning or pruning, len(anatomy.layers))
-
-
-def refuse_partitioned(model: nn.Module) -> None:
-    """Raise SettingError when DeepSpeed ZeRO-3 has spread the weights over processes."""
-    if any(hasattr(p, "ds_id") for p in model.parameters()):
+def _check_partitioned(
+    found: Anatomy, fusion: SkipLinks | None, routing: Routing | None, pruning: FastV | None
+) -> None:
+    """Refuse what cannot be done with weights that DeepSpeed ZeRO-3 has partitioned."""
+    if not zero.is_partitioned(found.model.parameters()):
+        return
+    asked = None
+    if fusion is not None:
+        asked = f"a fusion ({type(fusion).__name__})"
+    elif routing is not None and routing.split == AUTO:
+        asked = f'Routing.split = "{AUTO}"'
+    elif routing is not None and routing.variant == "kv":
+        asked = 'Routing.variant = "kv"'  # calls projections apart from their layers, in another order without an image
+    elif pruning is not None and pruning.training:
+        asked = "FastV.training = True"
+    if asked is not None:
         raise SettingError(
-            "the model's weights are partitioned by DeepSpeed ZeRO-3 (--deepspeed with stage 3), which this version "
-            "cannot patch: use stage 2 (LLaVA's scripts/zero2.json)"
+            f"the model's weights are partitioned by DeepSpeed ZeRO-3 (--deepspeed with stage 3), where routing is "
+            f"available but {asked} is not: use stage 2 (LLaVA's scripts/zero2.json)"
+        )
+    if zero.in_engine(found.model):
+        raise SettingError(
+            "DeepSpeed's ZeRO-3 engine has already taken this model over and would not train what a patch adds: patch "
+            "the model before deepspeed.initialize()"
         )
 
 
@@ -272,6 +333,8 @@ def _check_against(handle: Handle, fusion: SkipLinks | None, routing: Routing | 
     for name, asked, there in (
         ("fusion", fusion, handle.fusion), ("routing", routing, handle.routing), ("pruning", pruning, handle.pruning),
     ):  # fmt: skip
+        if isinstance(asked, Routing) and isinstance(there, Routing):  # what trains may differ from one run to the next
+            there = dataclasses.replace(there, freeze=asked.freeze)
         if asked is not None and there is not None and asked != there:
             raise SettingError(
                 f"the model already carries {name} {there}, but {asked} was asked for: remove the patch first "

@@ -149,6 +149,7 @@ def _on_llava_trainer(module: ModuleType) -> None:
     _take_flags_from_command_line()
     compat.fix_argv(sys.argv)
     compat.fix_trainer_methods(module)
+    compat.fix_optimizer_groups(module)
     asked = configuration()  # raises here, before a model is loaded or a file written
     if asked is not None:
         compat.check_versions()
@@ -278,6 +279,8 @@ def _tower_width(decoder: Any, model_args: Any) -> int:
 
 
 def _wrap_trainer_init(cls: Any) -> None:
+    from llava_patch.hosts import compat
+
     original = cls.__init__
 
     @functools.wraps(original)
@@ -288,6 +291,8 @@ def _wrap_trainer_init(cls: Any) -> None:
             kwargs.get(k, args[i] if len(args) > i else None) for i, k in ((3, "train_dataset"), (2, "data_collator"))
         ]
         handle = None if model is None else _prepare_training(model, training_args, *data)
+        if model is not None:
+            compat.fix_zero3_dtypes(model, training_args)
         original(self, *args, **kwargs)
         asked = configuration()
         if handle is not None or (asked is not None and asked.flags):
@@ -316,10 +321,36 @@ def _prepare_training(model: Any, training_args: Any, dataset: Any, collator: An
             f'--tune_mm_mlp_adapter True trains the projector, but Routing.freeze = "{routing.freeze}" freezes it: '
             "leave Routing out of stage 1"
         )
+    if getattr(training_args, "n_gpu", 0) > 1:
+        raise SettingError(
+            f"one process on {training_args.n_gpu} GPUs (nn.DataParallel) would run the first GPU's weights on all of "
+            "them under a patch: launch with torchrun or deepspeed, or set CUDA_VISIBLE_DEVICES to one"
+        )
+    _train_side_branch_in_full(model, handle)
     handle.apply_freeze()
     if getattr(training_args, "process_index", 0) == 0:
         print(f"llava_patch: {handle!r}\nllava_patch: {handle.report()}", flush=True)
     return handle
+
+
+def _train_side_branch_in_full(model: Any, handle: "Handle") -> None:
+    """Keep peft's LoRA and the side branch apart.
+
+    LLaVA's script puts LoRA on every Linear, of a model that was loaded patched on the side branch's too: it is taken
+    off again. The branch is then saved with LLaVA's other non-LoRA weights, and the adapter's config says that LoRA
+    leaves it out, or peft would look for its matrices when LLaVA's loader applies the adapter.
+    """
+    from llava_patch.hosts import lora
+    from llava_patch.routing.side_branch import SIDE_BRANCH, copy_layers
+
+    branch = getattr(handle.anatomy.decoder, SIDE_BRANCH, None)
+    if branch is None:
+        return
+    if lora.has_lora(branch):
+        setattr(handle.anatomy.decoder, SIDE_BRANCH, copy_layers(branch))
+    for config in getattr(model, "peft_config", {}).values():
+        if getattr(config, "exclude_modules", "") is None:  # peft 0.14 and newer
+            config.exclude_modules = rf".*\.{SIDE_BRANCH}\..*"
 
 
 def _patch_for_training(
@@ -390,16 +421,17 @@ def _make_callback(handle: "Handle | None") -> Any:
                 write_records(handle, Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if handle is None or not state.is_world_process_zero:
+            if handle is None:
                 return
             from llava_patch import checkpoint
+            from llava_patch.hosts import lora, zero
 
-            if checkpoint.has_lora(handle):
-                print(
-                    "llava_patch: no separate adapter beside LoRA: LLaVA's own LoRA files hold our weights", flush=True
-                )
-                return
-            checkpoint.save(handle, Path(args.output_dir) / ADAPTER_FOLDER)
+            if lora.has_lora(handle.model):
+                if state.is_world_process_zero:
+                    print("llava_patch: no separate adapter beside LoRA: LLaVA's LoRA files hold our weights")
+            # Partitioned weights are put together by all ranks, of which the first one writes.
+            elif state.is_world_process_zero or zero.is_partitioned(handle.model.parameters()):
+                checkpoint.save(handle, Path(args.output_dir) / ADAPTER_FOLDER)
 
     return PatchCallback()
 

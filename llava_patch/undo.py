@@ -55,10 +55,18 @@ class UndoStack:
         parent.add_module(name, module)
         self.push(lambda: delattr(parent, name))
 
-    def unwind(self) -> None:
-        """Take everything back, last change first; a step that fails does not keep the others from running."""
+    def __len__(self) -> int:
+        """How many changes there are to take back."""
+        return len(self._steps)
+
+    def unwind(self, to: int = 0) -> None:
+        """Take changes back, last one first; a step that fails does not keep the others from running.
+
+        Args:
+            to: how many changes stay.
+        """
         errors: list[BaseException] = []
-        while self._steps:
+        while len(self._steps) > to:
             try:
                 self._steps.pop()()
             except BaseException as error:

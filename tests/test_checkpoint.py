@@ -197,7 +197,7 @@ def test_an_adapter_beside_lora_is_refused(files, tmp_path):
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(_load("hf", files), LoraConfig(r=2, target_modules=["q_proj"]))
-    handle = patch(model, routing=PATCH["routing"])
+    handle = patch(model, routing=Routing(split=3, freeze="none"))
     with pytest.raises(CheckpointError, match="LoRA"):
         handle.save(tmp_path / "x")
     assert not (tmp_path / "x").exists()

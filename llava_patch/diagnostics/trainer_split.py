@@ -15,8 +15,9 @@ from llava_patch import checkpoint
 from llava_patch.diagnostics.auto_split import logger, resolve_split
 from llava_patch.diagnostics.saturation import Saturation
 from llava_patch.errors import SettingError
+from llava_patch.hosts import zero
 from llava_patch.hosts.anatomy import find
-from llava_patch.patching import get_handle, refuse_partitioned
+from llava_patch.patching import get_handle
 from llava_patch.settings import Routing
 
 if TYPE_CHECKING:
@@ -58,7 +59,11 @@ def resolve_for_training(
     device = arguments.device  # this also joins the ranks
 
     def resolve() -> Routing:
-        refuse_partitioned(model)
+        if zero.is_partitioned(model.parameters()):
+            raise SettingError(
+                'Routing.split = "auto" is not measured on weights that DeepSpeed ZeRO-3 has partitioned: use stage 2 '
+                "(LLaVA's scripts/zero2.json), or bind Routing.split to a layer number"
+            )
         handle = get_handle(model)
         if handle is not None and handle.routing is not None:
             return resolve_split(model, routing, None)

@@ -320,6 +320,43 @@ def fix_trainer_methods(llava_trainer: ModuleType) -> None:
         cls._save_checkpoint = _save_checkpoint
 
 
+def fix_optimizer_groups(llava_trainer: ModuleType) -> None:
+    """LLaVATrainer makes optimizer groups that may be empty, and DeepSpeed drops those.
+
+    Where biases and norms are frozen (a side branch alone has none that LLaVA exempts from decay), the learning-rate
+    scheduler then counts more groups than the optimizer has, which raises since torch 2.13 (`zip(strict=True)`).
+    Without DeepSpeed the groups stay as LLaVA makes them.
+    """
+    cls = llava_trainer.LLaVATrainer
+    create = cls.create_optimizer
+
+    @functools.wraps(create)
+    def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
+        optimizer = create(self, *args, **kwargs)
+        if self.is_deepspeed_enabled:
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
+    cls.create_optimizer = create_optimizer
+
+
+def fix_zero3_dtypes(model: nn.Module, training_args: Any) -> None:
+    """Give what LLaVA and peft make outside DeepSpeed ZeRO-3's reach the precision that the rest has (in place).
+
+    With --bf16 or --fp16 the weights that ZeRO-3 partitions on loading have that type, but a new projector and LoRA's
+    matrices are float32, and DeepSpeed stops at a mixture (`defragment` asserts one type, a product of two types
+    raises). In stages 1 and 2 DeepSpeed casts the whole model itself; it keeps float32 master weights in every stage.
+    """
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else None
+    if dtype is None or not is_deepspeed_zero3_enabled():
+        return
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.to(dtype)
+
+
 def fix_forward_arguments(cls: type) -> None:
     """`generate` passes `cache_position` (4.38 on), which llava's forward does not take and does not need."""
     forward = cls.forward  # type: ignore[attr-defined]

@@ -30,7 +30,10 @@ class DeepLayers:
         self.image: Tensor | None = None
         self.text: Tensor | None = hidden
         self.merged: Tensor | None = None
+        self.idle: Tensor | None = None  # joins where a batch with an image first reads the side branch
         if run.image_mask is None:
+            if run.call.idle:
+                self.idle = side_branch.idle(run.anatomy, hidden, run.full.rotary)
             if run.program.has_text_layers:
                 run.text_stream = run.substream(TEXT, None, hidden)
         else:
@@ -55,7 +58,12 @@ class DeepLayers:
             if number + 1 == run.prune_at:
                 self.entered = self._whole()
             self._layer(number)
-        return self._whole()
+        return self._with_idle(self._whole())
+
+    def _with_idle(self, whole: Tensor) -> Tensor:
+        if self.idle is not None:
+            whole, self.idle = whole + self.idle, None
+        return whole
 
     def _side_branch(self, states: Tensor) -> Tensor:
         run, plan = self.run, self.plan
@@ -107,7 +115,7 @@ class DeepLayers:
         elif not last and number == run.program.fusion[-1] and self._image_is_read_no_more(number):
             self._keys_layer(number)
         else:
-            self.merged = run.layer(number, self._whole(), run.main_stream)
+            self.merged = run.layer(number, self._with_idle(self._whole()), run.main_stream)
             self.text = None
             run.record(self.merged, run.main)
 
@@ -122,7 +130,7 @@ class DeepLayers:
     def _reset_layer(self, number: int, last: bool) -> None:
         run = self.run
         side = self.image
-        whole = self._whole()
+        whole = self._with_idle(self._whole())
         if last and run.lean(whole):
             self._finish(run.suffix_only(number, whole, run.main_stream))
             return

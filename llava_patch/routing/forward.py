@@ -60,12 +60,13 @@ class RoutedForward:
                 "the model was given inputs_embeds without pixels, so it cannot know where images are in them: call it "
                 "inside `with handle.image_positions(mask):`, mask being bool [batch, tokens] (all False: no image)"
             )
-        if given.image_mask is not None or routed_before:
+        in_order = past_key_values is None and side_branch.keeps_order(self.anatomy)
+        if given.image_mask is not None or routed_before or in_order:
             self._check(past_key_values, attention_mask, position_ids, kwargs)
             if inputs_embeds is None:
                 inputs_embeds = self.anatomy.decoder.embed_tokens(input_ids)
                 input_ids = None
-            call = self._call(given, inputs_embeds, attention_mask, past_key_values, use_cache, kwargs)
+            call = self._call(given, inputs_embeds, attention_mask, past_key_values, use_cache, kwargs, in_order)
         if call is None:
             outputs = self.stock(
                 input_ids=input_ids,
@@ -78,7 +79,8 @@ class RoutedForward:
                 **kwargs,
             )
             if side_branch.wants_gradient(self.anatomy):
-                outputs["last_hidden_state"] = side_branch.keep_in_graph(self.anatomy, outputs.last_hidden_state)
+                last = outputs.last_hidden_state
+                outputs["last_hidden_state"] = last + side_branch.idle(self.anatomy, last)
             return outputs
         if cache_position is None:
             cache_position = torch.arange(call.seen, call.seen + call.queries, device=call.embeds.device)
@@ -117,6 +119,7 @@ class RoutedForward:
         cache: Any,
         use_cache: bool | None,
         kwargs: dict[str, Any],
+        in_order: bool,
     ) -> Call | None:
         """What this call brings; None when the stock forward serves it."""
         decoder = self.anatomy.decoder
@@ -136,7 +139,9 @@ class RoutedForward:
         elif call.valid is None:  # then the last positions are no padding
             call.suffix = given.suffix
         if call.image_mask is None and not isinstance(cache, RoutedCache):
-            return None
+            if not in_order:
+                return None
+            call.use_cache, call.idle, use_cache = False, True, False
         if cache is not None or use_cache:
             cache = DynamicCache(config=config) if cache is None else cache
             past_valid = None if attention_mask is None or not seen else attention_mask[:, :seen].bool()

@@ -42,6 +42,7 @@ class Call:
         kept: bool [batch, tokens], an earlier pruning decision to repeat.
         suffix: how many of the last positions are read; None: any may be.
         ahead: how many of the last tokens are guesses behind the prompt.
+        idle: whether the side branch runs on nothing, so that a batch without an image keeps the modules' order.
         cache: the conversation's cache, or None.
         cache_position: int64 [tokens].
         position_ids: int64 [batch or 1, tokens].
@@ -59,6 +60,7 @@ class Call:
     kept: Tensor | None = None
     suffix: int | None = None
     ahead: int = 0
+    idle: bool = False
     cache: RoutedCache | None = None
     cache_position: Tensor = field(default_factory=lambda: torch.empty(0))
     position_ids: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -122,7 +124,7 @@ class Run:
             hidden = put_back(self.base, self.main, hidden)
         hidden = self.decoder.norm(hidden)
         if self.counts is not None and max(self.counts.image) == 0 and side_branch.wants_gradient(self.anatomy):
-            hidden = side_branch.keep_in_graph(self.anatomy, hidden)  # pruning left the side branch nothing
+            hidden = hidden + side_branch.idle(self.anatomy, hidden)  # pruning left the side branch nothing
         if call.cache is not None:
             call.cache.length += call.queries
             if call.counts is not None:

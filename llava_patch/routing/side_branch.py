@@ -8,7 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from llava_patch.hosts import compat
+from llava_patch.errors import SettingError
+from llava_patch.hosts import compat, lora, zero
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.routing.autograd import prime, trains
 from llava_patch.routing.streams import Stream
@@ -17,8 +18,35 @@ SIDE_BRANCH = "side_branch"
 
 
 def copy_layers(layers: Iterable[nn.Module]) -> nn.ModuleList:
-    """Copies of decoder layers, with weights of their own."""
-    return nn.ModuleList(copy.deepcopy(layer) for layer in layers)
+    """Copy decoder layers.
+
+    Args:
+        layers: the originals; they may be partitioned by DeepSpeed ZeRO-3 (then every rank must call this), and their
+            Linear layers may be wrapped by peft's LoRA.
+
+    Returns:
+        Layers of the same dtype and device that share nothing with the originals: not partitioned (the engine does
+        that when it takes the model over), and plain Linear layers with the LoRA update merged in, since the side
+        branch trains in full.
+
+    Raises:
+        SettingError: quantised layers, which cannot train.
+    """
+    return nn.ModuleList(_copy(layer) for layer in layers)
+
+
+def _copy(layer: nn.Module) -> nn.Module:
+    with zero.gathered(layer.parameters()):
+        # A copied parameter has the gathered values and none of DeepSpeed's attributes.
+        twin = copy.deepcopy(layer)
+    lora.merge(twin)
+    for name, parameter in twin.named_parameters():
+        if not parameter.is_floating_point():
+            raise SettingError(
+                f"the decoder's weights are quantised ({name} is {parameter.dtype}), but the side branch is a copy of "
+                "a decoder layer that trains in full: load the model without quantisation (--bits 16)"
+            )
+    return twin
 
 
 def parameters(anatomy: Anatomy) -> list[nn.Parameter]:
@@ -53,19 +81,31 @@ def wants_gradient(anatomy: Anatomy) -> bool:
     return branch is not None and anatomy.decoder.training and trains(branch)
 
 
-def keep_in_graph(anatomy: Anatomy, hidden: Tensor) -> Tensor:
-    """Add the side branch's output on a dummy row, times zero.
+def idle(anatomy: Anatomy, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """The side branch on one made-up position, times zero: a scalar 0 whose gradient reaches its weights.
 
     A rank or micro-batch without an image must still give the side branch a gradient (of zero), or the others wait for
     it in the all-reduce for ever.
 
     Args:
         anatomy: a routed host model.
-        hidden: [batch, tokens, hidden].
+        hidden: [batch, tokens, hidden], for its dtype and device.
+        rotary: (cos, sin) of any positions, when they are at hand.
     """
     row = torch.zeros_like(hidden[:1, :1])
-    rotary = anatomy.decoder.rotary_emb(row, torch.zeros(1, 1, dtype=torch.long, device=row.device))
+    if rotary is None:
+        rotary = anatomy.decoder.rotary_emb(row, torch.zeros(1, 1, dtype=torch.long, device=row.device))
+    here = (rotary[0][:1, :1], rotary[1][:1, :1])
     for layer in getattr(anatomy.decoder, SIDE_BRANCH):
         row = prime(row, layer)
-        row = compat.call_layer(layer, row, position_embeddings=rotary, checkpoint=row.requires_grad)
-    return hidden + 0.0 * row.sum()
+        row = compat.call_layer(layer, row, position_embeddings=here, checkpoint=row.requires_grad)
+    return 0.0 * row.sum()
+
+
+def keeps_order(anatomy: Anatomy) -> bool:
+    """Whether a batch without an image must run the same modules in the same order as one that routes.
+
+    Weights that DeepSpeed ZeRO-3 has partitioned are put together module by module, by all ranks at once, and it
+    counts modules without weights too: by the order of the first step it decides what to fetch ahead in the next.
+    """
+    return zero.is_partitioned(parameters(anatomy))

@@ -1,0 +1,50 @@
+"""Weights that DeepSpeed ZeRO-3 keeps in parts: every rank holds a slice, and a collective call puts a tensor together.
+
+Whatever gathers must run on every rank, in the same order: a rank that leaves it out leaves the others waiting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+def is_partitioned(parameters: Iterable[Tensor]) -> bool:
+    """Whether any of these parameters is partitioned."""
+    return any(hasattr(p, "ds_id") for p in parameters)
+
+
+def in_engine(model: nn.Module) -> bool:
+    """Whether DeepSpeed's ZeRO-3 engine has already taken the model over (it numbers the modules then)."""
+    return any(hasattr(m, "ds_id") for m in model.modules())
+
+
+def shape(parameter: Tensor) -> torch.Size:
+    """The shape of the whole tensor."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def numel(parameter: Tensor) -> int:
+    """The number of values of the whole tensor."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+@contextlib.contextmanager
+def gathered(parameters: Iterable[Tensor], changed: bool = False) -> Iterator[None]:
+    """Inside the block the parameters are whole; ones that are not partitioned are left alone.
+
+    Args:
+        parameters: what the block reads.
+        changed: whether the block changes them, alike on every rank; the first rank's values are kept.
+    """
+    parts = [p for p in parameters if hasattr(p, "ds_id")]
+    if not parts:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parts, modifier_rank=0 if changed else None):
+        yield
