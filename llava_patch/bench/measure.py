@@ -73,7 +73,7 @@ def measure(
         batch: samples.
         repeats: rounds.
         decode_tokens: tokens decoded a round.
-        training: time a forward and backward pass as well.
+        training: time a forward and backward pass as well, in at most two rounds.
         progress: show a progress bar.
     """
     batch_inputs = make_inputs(model, text, batch)
@@ -86,7 +86,7 @@ def measure(
             if warm_up:
                 results[i].trainable = _trainable(model, rows[i], handle)
                 results[i].cached_delta = _cached_delta(model, handle, batch_inputs)
-            if training:
+            if training and number <= 2:  # a training step is long and its spread small
                 _time_training(model, rows[i], batch_inputs, results[i], keep=not warm_up)
     for method, result in zip(rows, files.track(results, "identities and bound", progress), strict=True):
         result.partner_delta = partner_difference(model, method, batch_inputs)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from llava_patch.errors import HostError
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.hosts.compat import call_layer, causal_mask
-from llava_patch.probe.rotary import frequencies, rotary_1d, rotary_2d, rotate
+from llava_patch.hosts.projections import rotate
+from llava_patch.probe.rotary import frequencies, rotary_1d, rotary_2d
 from llava_patch.probe.sequence import ProbeSequence, TokenGrid, arrange
 
 MIN_LAYERS = 4

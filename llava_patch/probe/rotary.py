@@ -45,9 +45,3 @@ def rotary_1d(count: int, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
     """The model's own rotary for consecutive places 0..count-1: (cos, sin), each float32 [1, count, d]."""
     index = torch.arange(count, device=inv_freq.device)
     return rotary_2d(torch.stack([index, index], dim=-1)[None], inv_freq)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate vectors [..., tokens, d] with the same pairing as transformers' `rotate_half`."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin

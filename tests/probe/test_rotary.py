@@ -4,7 +4,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from llava_patch.errors import InputError
-from llava_patch.probe.rotary import frequencies, rotary_1d, rotary_2d, rotate
+from llava_patch.hosts.projections import rotate
+from llava_patch.probe.rotary import frequencies, rotary_1d, rotary_2d
 
 HEAD = 16
 
