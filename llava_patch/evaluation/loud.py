@@ -122,7 +122,7 @@ def concerns_us(error: BaseException) -> bool:
             return True
         for frame, _ in traceback.walk_tb(link.__traceback__):
             path = Path(frame.f_code.co_filename).resolve()
-            if _PACKAGE in path.parents and path not in _OURS and path.name != "startup.py":
+            if _PACKAGE in path.parents and path not in _OURS and path.name not in ("startup.py", "loading.py"):
                 return True
         link = link.__cause__ or link.__context__
     return False

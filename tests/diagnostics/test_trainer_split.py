@@ -173,7 +173,7 @@ def test_one_rank_decides_for_all(monkeypatch: Any) -> None:
 
 
 def test_a_fused_projector_is_in_place_before_the_model_is_measured(model: Any, tmp_path: Path) -> None:
-    from llava_patch import SkipLinks, config, startup
+    from llava_patch import SkipLinks, config, training
 
     with patch(model, fusion=SkipLinks(stride=1)) as handle:
         projector = {k: v.clone() for k, v in handle.anatomy.projector.state_dict().items()}
@@ -183,8 +183,8 @@ def test_a_fused_projector_is_in_place_before_the_model_is_measured(model: Any, 
     linear.bias.data[KIND] = -2 * SIZE  # through this stock projector, no layer looks at the image
     with pytest.raises(SettingError, match="recommend no split"):
         resolve_for_training(model, AUTO, arguments(tmp_path), Data(), collate, Saturation(max_samples=2))
-    startup._pending[id(model.get_model())] = startup._Pending(fresh=False, projector=projector)
+    training.pending[id(model.get_model())] = training.Pending(fresh=False, projector=projector)
     asked = config.read([], ["SkipLinks.stride = 1", 'Routing.split = "auto"', "Saturation.max_samples = 2"])
-    handle = startup._patch_for_training(model, arguments(tmp_path), asked, Data(), collate)
+    handle = training._patch_for_training(model, arguments(tmp_path), asked, Data(), collate)
     assert handle.routing == Routing(split=2) and handle.fusion == SkipLinks(stride=1)
     assert all(torch.equal(v, projector[k]) for k, v in handle.anatomy.projector.state_dict().items())

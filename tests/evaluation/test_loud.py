@@ -52,7 +52,7 @@ def test_swallowed_failures_of_a_patched_model_get_out(capsys: pytest.CaptureFix
         with pytest.raises(SystemExit) as ended:
             wrapped(SwallowingLm(model), {}, cli_args=SimpleNamespace())
         assert ended.value.code == 1
-        assert {k: v for k, v in vars(model).items()} == before and "generate" not in vars(model)
+        assert {k: v for k, v in vars(model).items()} == before
     err = capsys.readouterr().err
     assert "Traceback" in err and "llava_patch: the evaluation of the patched model" in err
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import IMAGE
 
-from llava_patch import Routing, get_handle, patch, startup
+from llava_patch import Routing, get_handle, patch, training
 from llava_patch.errors import SettingError
 
 peft = pytest.importorskip("peft")
@@ -122,7 +122,7 @@ def test_a_script_that_puts_lora_everywhere_leaves_the_side_branch_whole(host):
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
     model = peft.get_peft_model(host.model, config)
     patch(model, routing=Routing(split=3, freeze="none"))  # what trains may change; the rest may not
-    handle = startup._prepare_training(model, None, None, None)
+    handle = training.prepare(model, None, None, None)
     found = dict(host.decoder.side_branch.named_parameters())
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[n], expected[n]) and found[n].requires_grad for n in expected)

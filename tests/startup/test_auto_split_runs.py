@@ -7,7 +7,10 @@ import pytest
 from diagnostics.saturating import saturate
 from quickstart.fileset import split_state, write_fileset
 from quickstart.model import SmallLlava
-from test_launch_scripts import TEXT, TRAIN, VISION, _arguments, _ok, _run
+from tiny_train import TEXT, TRAIN, VISION
+from tiny_train import arguments as _arguments
+from tiny_train import ok as _ok
+from tiny_train import run as _run
 
 from llava_patch import Routing, config, get_handle
 from llava_patch.errors import SettingError
@@ -112,11 +115,11 @@ def test_loading_has_no_samples_but_a_patched_checkpoint_needs_none(tmp_path, mo
 def test_a_split_bound_by_a_macro_is_recorded_as_a_number(tmp_path, monkeypatch):
     import models
 
-    from llava_patch import patch, startup
+    from llava_patch import patch, startup, training
 
     monkeypatch.setenv("LLAVA_PATCH_GIN_PARAM", 'where = "auto"; Routing.split = %where')
     startup.reset()
     assert startup.configuration().routing == Routing(split="auto")
-    startup.write_records(patch(models.hf_model(), routing=Routing(split=3)), tmp_path)
+    training.write_records(patch(models.hf_model(), routing=Routing(split=3)), tmp_path)
     monkeypatch.delenv("LLAVA_PATCH_GIN_PARAM")
     assert config.read([str(tmp_path / "llava_patch_operative.gin")], []).routing == Routing(split=3)

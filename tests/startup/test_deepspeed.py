@@ -177,7 +177,8 @@ def test_lora_beside_the_side_branch_under_zero_3(data, mixed, tmp_path):  # noq
 @pytest.mark.timeout(400)
 def test_lora_instead_of_ours(data, tmp_path):  # noqa: F811
     """With nothing of ours configured LLaVA's LoRA script runs as it is."""
-    from test_launch_scripts import _ok, _run
+    from tiny_train import ok as _ok
+    from tiny_train import run as _run
 
     out = tmp_path / "llava-lora"
     _ok(_run([TRAIN, *_arguments(data, 2, out, steps=2, bf16=True, **LORA)]))
