@@ -150,7 +150,7 @@ def bench(
         for words in text:
             title = f"{shape}: 576 image + {words} text tokens, batch {samples}, {about['device']}, {dtype}"
             tables[title] = measure.measure(model, rows, words, samples, repeats=repeats, training=train)
-            console.print(report.screen(tables[title], title))
+            console.print(*report.screen(tables[title], title))
     for path in report.write(output, f"routing_{shape}", tables, about):
         console.print(f"wrote {path}")
 

@@ -12,7 +12,7 @@ from models import IMAGE, Host
 from quickstart.fileset import write_fileset
 
 import llava_patch
-from llava_patch import Routing, SkipLinks, patch
+from llava_patch import FastV, Routing, SkipLinks, get_handle, patch
 from llava_patch.checkpoint import SETTINGS_FILE, WEIGHTS_FILE
 from llava_patch.errors import CheckpointError, SettingError
 
@@ -99,6 +99,33 @@ def test_a_new_process_gets_the_same_logits(name, form, files, tmp_path):
     assert not torch.allclose(expected, stock, atol=1e-2)
     handle.save(tmp_path / "llava-saved", form=form)
     assert torch.equal(_in_new_process(name, tmp_path / "llava-saved", batch, tmp_path), expected)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"routing": Routing(variant="kv", split=3), "pruning": FastV(2, 0.5)},
+        {"routing": Routing(split=1, fusion_layers=(2, 5), side_layers=2)},
+        {"routing": Routing(variant="vtw", split=2)},
+        {"pruning": FastV(1, 0.75, training=True)},
+    ],
+    ids=["kv+fastv", "sparse", "vtw", "fastv"],
+)
+@pytest.mark.parametrize("form", ["adapter", "full"])
+def test_every_method_comes_back(form, settings, files, tmp_path):
+    from transformers import LlavaForConditionalGeneration
+
+    model = _load("hf", files)
+    batch = _batch("hf", model)
+    handle = patch(model, **settings)
+    _train_a_little(getattr(handle.anatomy.decoder, "side_branch", torch.nn.Identity()))
+    with torch.no_grad():
+        expected = model(**batch).logits
+    handle.save(tmp_path / "saved", form=form)
+    again = LlavaForConditionalGeneration.from_pretrained(tmp_path / "saved").eval()
+    assert get_handle(again).settings() == handle.settings()
+    with torch.no_grad():
+        assert torch.equal(again(**batch).logits, expected)
 
 
 def test_an_adapter_holds_only_what_was_added(files, tmp_path):

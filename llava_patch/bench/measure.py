@@ -177,6 +177,12 @@ def _cached_delta(model: Any, handle: Any, inputs: dict[str, Any]) -> float:
 
 
 def ratio(row: Row, base: Row, what: str) -> tuple[float, float, float] | None:
-    """A row's time over the base's: (median over rounds, lowest, highest); None where either was not measured."""
-    pairs = [a / b for a, b in zip(getattr(row, what), getattr(base, what), strict=False)]
-    return (statistics.median(pairs), min(pairs), max(pairs)) if pairs else None
+    """A row's time over the base's: (ratio of the medians, lowest and highest ratio within one round).
+
+    None where either was not measured.
+    """
+    times, base_times = getattr(row, what), getattr(base, what)
+    pairs = [a / b for a, b in zip(times, base_times, strict=False)]
+    if not pairs:
+        return None
+    return statistics.median(times) / statistics.median(base_times), min(pairs), max(pairs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,27 +16,33 @@ from llava_patch import files
 from llava_patch.bench.clock import median
 from llava_patch.bench.measure import Row, ratio
 
-HEAD = (
-    "method", "prefill ms", "/ stock", "of bound", "decode ms/token", "/ stock", "cache MB", "/ stock",
-    "train step / stock", "trainable", "max |Δlogit| to its partner", "cached decode",
-)  # fmt: skip
+SPEED = ("method", "prefill ms", "/ stock", "of bound", "decode ms/token", "/ stock", "cache MB", "/ stock")
+TRAINING = ("method", "trainable", "training step / stock", "must equal", "max |Δlogit|", "cached decode")
 
 
-def cells(row: Row, base: Row) -> list[str]:
-    """One line of the table."""
+def speed_cells(row: Row, base: Row) -> list[str]:
+    """One line of the speed table."""
     return [
         row.method,
-        f"{median(row.prefill_ms) or 0:,.1f}",
+        f"{median(row.prefill_ms) or 0:,.0f}",
         _ratio(row, base, "prefill_ms"),
         f"{_share_of_bound(row, base):.2f}",
-        f"{median(row.decode_ms) or 0:,.2f}",
+        f"{median(row.decode_ms) or 0:,.1f}",
         _ratio(row, base, "decode_ms"),
         f"{row.cache_bytes / 1e6:,.1f}",
         f"{row.cache_bytes / base.cache_bytes:.3f}",
-        _ratio(row, base, "train_ms"),
+    ]
+
+
+def training_cells(row: Row, base: Row) -> list[str]:
+    """One line of the table of training and identities."""
+    return [
+        row.method,
         "-" if row.trainable is None else f"{row.trainable / 1e6:,.1f} M",
-        f"{row.partner_delta:.1e} ({row.partner})",
-        f"{row.cached_delta:.1e}",
+        _ratio(row, base, "train_ms"),
+        row.partner,
+        f"{row.partner_delta:.0e}" if row.partner_delta else "0",
+        f"{row.cached_delta:.0e}" if row.cached_delta else "0",
     ]
 
 
@@ -51,19 +57,25 @@ def _share_of_bound(row: Row, base: Row) -> float:
     return reached / (base.bound_ms / row.bound_ms)
 
 
-def screen(rows: list[Row], title: str) -> Table:
-    """The table for a terminal."""
-    table = Table(*HEAD, title=title)
-    for row in rows:
-        table.add_row(*cells(row, rows[0]))
-    return table
+def screen(rows: list[Row], title: str) -> list[Table]:
+    """The tables for a terminal."""
+    tables = []
+    for head, cells in ((SPEED, speed_cells), (TRAINING, training_cells)):
+        table = Table(*head, title=title)
+        for row in rows:
+            table.add_row(*cells(row, rows[0]))
+        tables.append(table)
+    return tables
 
 
 def markdown(rows: list[Row]) -> str:
-    """The table for a page."""
-    lines: list[Sequence[str]] = [HEAD, ("---",) * len(HEAD)]
-    lines += [cells(row, rows[0]) for row in rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    """The tables for a page."""
+    return f"{_page(SPEED, speed_cells, rows)}\n{_page(TRAINING, training_cells, rows)}"
+
+
+def _page(head: Sequence[str], cells: Callable[[Row, Row], list[str]], rows: list[Row]) -> str:
+    lines: list[Sequence[str]] = [head, ("---",) * len(head), *(cells(row, rows[0]) for row in rows)]
+    return "".join("| " + " | ".join(line).replace("|Δlogit|", "\\|Δlogit\\|") + " |\n" for line in lines)
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -145,7 +157,7 @@ def figure(rows: list[Row], title: str, path: Path) -> Path:
         axis.bar_label(bars, [f"{m:.2f}" for m in middle], label_type="center", color="white", fontsize=8)
         axis.axvline(1.0, color="black", linewidth=1)
         axis.set_xlabel(f"{what} / stock")
-    plot.suptitle(title)
+    plot.suptitle(f"Over the stock model ({title})", fontsize=11)
     with files.atomic(path) as temporary:
         plot.savefig(temporary, dpi=150, format="png")
     plt.close(plot)

@@ -42,13 +42,14 @@ def measure_prefill(model: nn.Module, inputs: dict[str, Any], routing: Routing, 
     """Time one prompt's prefill with and without routing.
 
     Args:
-        model: a stock host model in eval mode; it is patched and restored for every pair of measurements.
+        model: a stock Hugging Face model in eval mode; it is patched and restored for every pair of measurements.
         inputs: keyword arguments of model.forward, with images.
         routing: what to compare with the stock model.
         repeats: pairs of measurements, after one warm-up pair.
 
     Returns:
-        The medians and their ratio. A single forward with a KV cache is timed, the vision tower included.
+        The medians and their ratio. A single forward with a KV cache is timed as generation makes it (logits of the
+        last position only), the vision tower included.
     """
     stock: list[float] = []
     routed: list[float] = []
@@ -70,7 +71,7 @@ def _time(model: nn.Module, inputs: dict[str, Any]) -> tuple[float, int]:
     if on_gpu:
         torch.cuda.synchronize()
     start = time.perf_counter()
-    out = model(**inputs, use_cache=True)
+    out = model(**inputs, use_cache=True, logits_to_keep=1)
     if on_gpu:
         torch.cuda.synchronize()
-    return time.perf_counter() - start, int(out.logits.shape[1])
+    return time.perf_counter() - start, int(out.past_key_values.get_seq_length())

@@ -22,6 +22,8 @@ from llava_patch.diagnostics import trace
 from llava_patch.diagnostics.recommend import Recommendation, recommend, transition_layer
 from llava_patch.errors import InputError, SettingError
 from llava_patch.hosts.anatomy import HF, Anatomy, find
+from llava_patch.patching import get_handle
+from llava_patch.routing.program import Work
 
 
 @dataclass(frozen=True)
@@ -241,6 +243,16 @@ def unusable(anatomy: Anatomy, sample: dict[str, Any]) -> str | None:
     return None if len(trace.text_after_image(places)) else "no text after the image"
 
 
+def _check_program(anatomy: Anatomy) -> None:
+    handle = get_handle(anatomy.model)
+    program = None if handle is None else handle.program()
+    if program is not None and (program.prune_at is not None or Work.KEYS in program.work):
+        raise InputError(
+            "saturation cannot be measured on a model that prunes image tokens or runs the KV variant, whose layers "
+            "see a part of them: measure the stock model, or another variant"
+        )
+
+
 def measure_sample(anatomy: Anatomy, sample: dict[str, Any], settings: Saturation = Saturation()) -> Curves:
     """Measure one usable sample: one forward pass of the model.
 
@@ -249,6 +261,7 @@ def measure_sample(anatomy: Anatomy, sample: dict[str, Any], settings: Saturatio
         sample: keyword arguments of the model's forward, batch of one, no padding.
         settings: see `Saturation`.
     """
+    _check_program(anatomy)
     with evaluating(anatomy.model):
         with trace.traced(anatomy, settings.chunk) as seen:
             trace.run(anatomy, seen, sample)

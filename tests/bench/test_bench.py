@@ -77,7 +77,7 @@ def test_measuring_fills_the_table_and_leaves_the_model(model, tmp_path):
     record = json.loads(paths[0].read_text())
     assert record["tables"]["tiny"][1]["cache_ratio"] == lf.cache_bytes / stock.cache_bytes
     assert record["torch"] == torch.__version__ and record["date"]
-    assert paths[1].read_text().count("\n| ") == 6  # head, rule, four rows
+    assert paths[1].read_text().count("\n| ") == 12  # two tables of a head, a rule and four rows
     with patch(model, **chosen[1].settings):
         pass  # nothing was left on it
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from llava_patch import FastV, Routing, patch
 from llava_patch.diagnostics.saturation import Saturation, measure_sample, measure_saturation
 from llava_patch.errors import HostError, InputError, SettingError
 from llava_patch.hosts.anatomy import find
@@ -98,9 +99,15 @@ def test_leaves_no_hook_and_no_flag_behind_also_after_an_exception(host: Any) ->
     assert snapshot(model) == before
 
 
-def test_routed_model_has_no_image_in_text_only_layers(host: Any) -> None:
-    from llava_patch import Routing, patch
+@pytest.mark.parametrize("methods", [{"routing": Routing(variant="kv", split=2)}, {"pruning": FastV(1, 0.5)}], ids=str)
+def test_models_whose_layers_see_a_part_of_the_image_are_refused(host: Any, methods: Any) -> None:
+    make_model, make_sample = host
+    model = make_model()
+    with patch(model, **methods), pytest.raises(InputError, match="prunes image tokens or runs the KV variant"):
+        measure_saturation(model, [make_sample()], progress=False)
 
+
+def test_routed_model_has_no_image_in_text_only_layers(host: Any) -> None:
     make_model, make_sample = host
     model, sample = make_model(), make_sample()
     stock = measure_sample(find(model), sample)

@@ -127,8 +127,9 @@ def test_a_batch_without_image_gives_zero_gradients_not_none(host):
             assert torch.equal(parameter.grad, torch.zeros_like(parameter))
 
 
-def test_frozen_parameters_do_not_move(host):
-    handle = patch(host.model, routing=Routing(split=3))
+@pytest.mark.parametrize("variant", ["lf", "pc", "kv"])
+def test_frozen_parameters_do_not_move(host, variant):
+    handle = patch(host.model, routing=Routing(variant=variant, split=3))
     host.model.train()
     before = {n: p.detach().clone() for n, p in host.model.named_parameters()}
     optimizer = torch.optim.AdamW([p for p in host.model.parameters() if p.requires_grad], lr=1e-2)

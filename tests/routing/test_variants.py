@@ -4,7 +4,7 @@ import pytest
 import torch
 from models import IMAGE, LAYERS, close, silence_side_branch
 
-from llava_patch import FastV, Routing, patch
+from llava_patch import FastV, Routing, SkipLinks, patch
 
 from .cases import ALL, PRUNED, RAGGED, VARIANTS, alone, embeddings
 from .naive import naive
@@ -26,6 +26,21 @@ def test_a_variant_is_what_its_definition_says(host, case, samples):
     with patch(host.model, **ALL[case]):
         logits = host.logits(batch, use_cache=False)
         for i in range(len(samples)):
+            keep = batch.valid[i]
+            states = naive(host.decoder, embeds[i][keep], batch.image[i][keep], **ALL[case])
+            assert close(logits[i][keep], host.model.lm_head(states)), i
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["lf", "kv", "vtw", "lf+fastv"])
+def test_routing_takes_what_a_fusion_of_vision_layers_gives(host, case):
+    batch = host.batch(RAGGED, "right")
+    stock = embeddings(host, batch)
+    with patch(host.model, fusion=SkipLinks(stride=2), zero_start=False, **ALL[case]):
+        embeds = embeddings(host, batch)
+        assert not close(embeds[batch.image], stock[batch.image])
+        logits = host.logits(batch, use_cache=False)
+        for i in range(len(RAGGED)):
             keep = batch.valid[i]
             states = naive(host.decoder, embeds[i][keep], batch.image[i][keep], **ALL[case])
             assert close(logits[i][keep], host.model.lm_head(states)), i
