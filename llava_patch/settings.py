@@ -175,7 +175,8 @@ class FastV:
     Source: "An Image is Worth 1/2 Tokens After Layer 2" (FastV), section 4. Before layer k, each sample keeps
     ceil((1 - r) * n) of its n image tokens: those with the highest attention from the last prompt token at layer k-1,
     mean over heads; the lower position wins ties, order and position ids stay. The choice is made once, at the prefill
-    that brings the image. Positions that are read (a label follows at once, or generation samples from them) are kept.
+    that brings the image (of a prompt in chunks, by the last token of the image's chunk). Positions that are read (a
+    label follows at once, or generation samples from them) are kept.
 
     Attributes:
         layer: k >= 1, first layer without the pruned tokens.

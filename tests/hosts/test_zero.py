@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from llava_patch import FastV, Routing, SkipLinks, patch
+from llava_patch.errors import SettingError
+
 pytest.importorskip("deepspeed")
 
 
@@ -19,3 +22,19 @@ def test_patching_training_saving_and_loading_partitioned_weights(tmp_path):
     command = [sys.executable, script, tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=environment)
     assert "every check passed" in done.stdout, done.stderr[-4000:]
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"fusion": SkipLinks(stride=2)}, r"a fusion \(SkipLinks\)"),
+        ({"routing": Routing(split="auto")}, 'Routing.split = "auto"'),
+        ({"routing": Routing(variant="kv", split=2)}, 'Routing.variant = "kv"'),
+        ({"pruning": FastV(2, 0.5, training=True)}, "FastV.training = True"),
+    ],
+    ids=["fusion", "auto", "kv", "fastv"],
+)
+def test_what_partitioned_weights_cannot_have_is_named(host, settings, named):
+    next(host.model.parameters()).ds_id = 0  # as DeepSpeed marks them
+    with pytest.raises(SettingError, match=f"partitioned by DeepSpeed ZeRO-3.*{named} is not: use stage 2"):
+        patch(host.model, **settings)
