@@ -281,6 +281,27 @@ def test_two_turns_of_a_padded_batch(host):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("host", ["hf"], indirect=True)  # llava is told of a later turn's own padding only
+@pytest.mark.parametrize("case", ["lf", "vtw", "fastv"])
+def test_an_image_joins_a_padded_batch_that_began_with_text(host, case):
+    """The stock cache does not know of the padding; the attention mask does."""
+    first, second = host.batch([(6,), (3,)], "left"), host.batch([(2, IMAGE, 4)] * 2, seed=3)
+    step = torch.tensor([[7], [9]])
+    mask = torch.cat([first.valid.long(), second.valid.long()], 1)
+    longer = torch.cat([mask, torch.ones_like(step)], 1)
+    with patch(host.model, **ALL[case]) as handle:
+        cache = host.model(**first.inputs, use_cache=True).past_key_values
+        host.model(**{**second.inputs, "attention_mask": mask}, past_key_values=cache, use_cache=True)
+        last = host.model(input_ids=step, attention_mask=longer, past_key_values=cache, use_cache=True).logits
+        ids = torch.cat([first.inputs["input_ids"][1, -3:], second.inputs["input_ids"][1], step[1]])[None]
+        single = {"input_ids": ids, "pixel_values": second.inputs["pixel_values"][1:]}
+        kept = cache.kept()[1:, 3:]
+        with handle.image_positions(kept=kept) if case == "fastv" else contextlib.nullcontext():
+            alone = host.model(**single, use_cache=False).logits
+    assert close(last[1, -1], alone[0, -1])
+
+
+@torch.no_grad()
 def test_cropping_stops_at_the_last_image_of_any_turn(host):
     first, second = host.batch([(2, IMAGE, 5)], seed=1), host.batch([(3, IMAGE, 4)], seed=2)
     turn = {k: v for k, v in second.inputs.items() if k != "attention_mask"}

@@ -210,7 +210,8 @@ def test_lean_calls_ask_only_where_somebody_reads(host):
     hook = host.decoder.layers[-1].mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
     inputs = dict(batch.inputs)
     ids = inputs.pop("input_ids")
-    for case, whole in (("lf", 23), ("pc", 23), ("kv", 23), ("vtw", 7), ("fastv", 15)):
+    plain = {"lf": 23, "lf-k2": 23, "lf-sparse-last": 23, "pc": 23, "kv": 23, "vtw": 7, "lf-sparse": 7, "fastv": 15}
+    for case, whole in plain.items():
         with patch(host.model, **ALL[case]), torch.no_grad():
             seen.clear()
             host.model(**batch.inputs)
@@ -219,6 +220,20 @@ def test_lean_calls_ask_only_where_somebody_reads(host):
             host.model.generate(ids, **inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False)
             assert seen == [1, 1], case
     hook.remove()
+
+
+def test_the_last_of_sparse_fusion_layers_asks_for_text_alone(host):
+    """Nobody reads its image output once generation has said that it samples from text."""
+    batch = host.batch([(2, IMAGE, 5), (1, IMAGE, 6)], "left")
+    seen = {2: [], 4: []}
+    for number, counts in seen.items():
+        mlp = host.decoder.layers[number].mlp
+        mlp.register_forward_pre_hook(lambda module, args, counts=counts: counts.append(args[0].shape[1]))
+    inputs = dict(batch.inputs)
+    ids = inputs.pop("input_ids")
+    with patch(host.model, routing=Routing(split=1, fusion_layers=(2, 4))):
+        host.model.generate(ids, **inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False)
+    assert seen == {2: [23, 1], 4: [7, 1]}
 
 
 @torch.no_grad()
