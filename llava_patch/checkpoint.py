@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -24,6 +25,8 @@ from llava_patch.hosts import lora, zero
 from llava_patch.hosts.tower import when_loaded
 from llava_patch.patching import CONFIG_KEY, FORMAT, Handle, added_parameters, get_handle, patch
 from llava_patch.settings import from_dict
+
+logger = logging.getLogger("llava_patch")
 
 SETTINGS_FILE = "llava_patch.json"
 WEIGHTS_FILE = "llava_patch.safetensors"
@@ -146,6 +149,14 @@ def save(handle: Handle, directory: str | os.PathLike[str], form: str = "adapter
         handle.anatomy.model.save_pretrained(folder)
     else:
         tensors = adapter_tensors(handle)
+        size = sum(t.numel() for t in tensors.values())
+        whole = sum(zero.numel(p) for p in handle.model.parameters())
+        if size > whole // 2:
+            logger.warning(
+                "the adapter holds %.0f %% of the model, because requires_grad is set on it: switch it off on what did "
+                "not train (model.requires_grad_(False)) before saving",
+                100 * size / whole,
+            )
         record |= {
             "base": os.path.abspath(base) if os.path.isdir(base) else base,
             "fingerprint": base_fingerprint(handle.model, set(tensors)),

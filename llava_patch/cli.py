@@ -12,10 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from llava_patch import __version__, autostart
-from llava_patch.errors import LlavaPatchError
+from llava_patch.errors import CheckpointError, LlavaPatchError, SettingError
 
 app = typer.Typer(help="Detached Skip-Links, DPVR routing and R-Probe for LLaVA models.", no_args_is_help=True)
 console = Console()
+KNOWN_VARIABLES = (
+    "LLAVA_PATCH_GIN_FILE", "LLAVA_PATCH_GIN_PARAM", "LLAVA_PATCH_DISABLE", "LLAVA_PATCH_CACHE",
+    "LLAVA_PATCH_RPROBE_DATA", "LLAVA_PATCH_VENV",
+)  # fmt: skip
 
 
 @app.callback()
@@ -48,13 +52,19 @@ def doctor() -> None:
         problems += 1
         table.add_row("supported versions", "no", str(error))
     hook = "off (LLAVA_PATCH_DISABLE=1)" if autostart.disabled() else "on" if autostart.installed() else "missing"
-    table.add_row("start-up hook", hook, "" if hook == "on" else "unset LLAVA_PATCH_DISABLE or reinstall")
+    advice = {"on": "", "missing": "reinstall llava_patch"}.get(hook, "unset LLAVA_PATCH_DISABLE")
+    table.add_row("start-up hook", hook, advice)
     table.add_row("starts with Python", "yes" if _has_pth() else "no", "" if _has_pth() else "pip install llava_patch")
     try:
         from llava_patch import startup
 
         asked = startup.configuration()
-        table.add_row("configured by environment", "nothing" if asked is None else str(asked.methods()), "")
+        settings = [] if asked is None else [*asked.methods().values(), *asked.measurements.values()]
+        found = [str(value) for value in settings if value is not None]
+        found += [] if asked is None else [f"--{name} {value}" for name, value in asked.flags.items()]
+        table.add_row("configured by environment", "\n".join(found) or "nothing", "")
+        for name in sorted(n for n in os.environ if n.startswith("LLAVA_PATCH_") and n not in KNOWN_VARIABLES):
+            table.add_row(name, "set", f"unknown; known are {', '.join(KNOWN_VARIABLES)}")
     except LlavaPatchError as error:
         problems += 1
         table.add_row("configured by environment", "error", str(error))
@@ -81,7 +91,11 @@ def inspect(checkpoint: Path = typer.Argument(..., help="a checkpoint folder")) 
     """Show a checkpoint's patch: settings, added tensors, base."""
     from llava_patch.checkpoint import SETTINGS_FILE, WEIGHTS_FILE, read_settings
 
+    if not checkpoint.is_dir():
+        raise CheckpointError(f"{checkpoint}: no such folder")
     record: dict[str, Any] | None = read_settings(checkpoint)
+    if record is None and not (checkpoint / "config.json").is_file():
+        raise CheckpointError(f"{checkpoint}: not a checkpoint, it holds neither {SETTINGS_FILE} nor config.json")
     if record is None and (checkpoint / "config.json").is_file():
         record = json.loads((checkpoint / "config.json").read_text(encoding="utf-8")).get("llava_patch")
     if not record:
@@ -120,10 +134,10 @@ def bench(
     device: str = typer.Option("", help="cpu or cuda; default: cuda where there is one"),
     dtype: str = typer.Option("", help="float32, bfloat16 or float16; default: bfloat16 on cuda, else float32"),
     attention: str = typer.Option("sdpa", help="attention backend: sdpa, eager or flash_attention_2"),
-    split: int = typer.Option(-1, help="first routed layer; default: the shape's own"),
-    text: list[int] = typer.Option([64], help="text tokens beside 576 image tokens; may be repeated"),  # noqa: B008
-    batch: list[int] = typer.Option([1], help="samples a batch; may be repeated"),  # noqa: B008
-    repeats: int = typer.Option(5, min=1, help="rounds after one warm-up; ratios are medians over rounds"),
+    split: int = typer.Option(-1, show_default=False, help="first routed layer; default: the shape's own"),
+    text: list[int] = typer.Option([64], min=1, help="text tokens beside 576 image tokens; may be repeated"),  # noqa: B008
+    batch: list[int] = typer.Option([1], min=1, help="samples a batch; may be repeated"),  # noqa: B008
+    repeats: int = typer.Option(5, min=1, help="rounds after one warm-up; ratios are of the medians over rounds"),
     train: bool = typer.Option(False, help="time a forward and backward pass too"),
     lora: bool = typer.Option(True, help="compare with LoRA (needs peft)"),
     output: Path = typer.Option(Path("bench"), help="folder for routing_<shape>.json, .md and .png"),  # noqa: B008
@@ -133,7 +147,6 @@ def bench(
 
     from llava_patch.bench import measure, report, shapes
     from llava_patch.bench.methods import methods
-    from llava_patch.errors import SettingError
 
     if shape not in shapes.SHAPES:
         raise SettingError(f"--shape {shape}: expected one of {', '.join(shapes.SHAPES)}")
@@ -141,7 +154,13 @@ def bench(
     dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise SettingError(f"--dtype {dtype}: expected float32, bfloat16 or float16")
+    if attention not in ("sdpa", "eager", "flash_attention_2"):
+        raise SettingError(f"--attention {attention}: expected sdpa, eager or flash_attention_2")
+    if device.split(":")[0] not in ("cpu", "cuda") or (device != "cpu" and not torch.cuda.is_available()):
+        raise SettingError(f"--device {device}: expected cpu, or cuda on a machine that has one")
     size = shapes.SHAPES[shape]
+    if split >= size.layers - 1:
+        raise SettingError(f"--split {split}: shape {shape} has {size.layers} layers; expected 0..{size.layers - 2}")
     rows = methods(size.layers, size.split if split < 0 else split, lora)
     model: Any = shapes.build(size, device, getattr(torch, dtype), attention)
     about = {**report.machine(model.device), "shape": shape, "dtype": dtype, "attention": attention, "repeats": repeats}
@@ -184,7 +203,6 @@ def sweep_command(
     --model_args pretrained={checkpoint},model_name=llava"
     -- deepspeed llava/train/train_mem.py ...your stage-2 flags...
     """
-    from llava_patch.errors import SettingError
     from llava_patch.sweep.command import sweep
 
     words = [word.strip() for word in seeds.split(",") if word.strip()]

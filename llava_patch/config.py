@@ -6,6 +6,7 @@ Bindings name the same classes and fields as Python does (`Routing.split = 18`).
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 from collections.abc import Sequence
@@ -77,7 +78,7 @@ def find_file(name: str) -> Path:
     """A gin file by path, or by bare name in the current folder and then among the shipped files.
 
     Raises:
-        SettingError: no such file; lists the shipped ones.
+        SettingError: no such file.
     """
     path = Path(name)
     if path.is_file():
@@ -87,7 +88,9 @@ def find_file(name: str) -> Path:
     shipped = sorted(p.name for p in gin_dir().glob("*.gin"))
     near = difflib.get_close_matches(path.name, shipped, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise SettingError(f"--gin_file {name}: no such file here or among the shipped ones ({', '.join(shipped)}){hint}")
+    raise SettingError(
+        f"{name}: no such gin file here or among the shipped ones{hint} (llava-patch gin-files lists them)"
+    )
 
 
 def read(files: Sequence[str], params: Sequence[str]) -> Configuration:
@@ -146,9 +149,18 @@ def _restore_gin(saved: dict[str, dict]) -> None:
 
 
 def _check_bindings() -> None:
+    used = {reference.config_key for reference in gin.config.iterate_references(gin.config._CONFIG)}
     for scope, selector in gin.config._CONFIG:
-        if scope and selector != "gin.macro":
+        if selector == "gin.macro":
+            if (scope, selector) not in used:  # gin takes `split = 14` for a macro
+                example = f"{scope}.{_first_field(scope)}" if scope in METHODS else f"Routing.{scope}"
+                raise SettingError(f"{scope} = ... sets nothing: write METHOD.setting, as in {example} = ...")
+        elif scope:
             raise SettingError(f"{scope}/{selector}: a scoped binding has no effect here; bind {selector} itself")
+
+
+def _first_field(method: str) -> str:
+    return dataclasses.fields(METHODS[method])[0].name
 
 
 def _check_kinds(resolved: dict[str, Any]) -> None:
@@ -194,4 +206,14 @@ def _explain(error: BaseException) -> str:
         known = ["Patch", *METHODS, *MEASUREMENTS, launch_flags.GIN_NAME, "Sweep"]
         near = difflib.get_close_matches(unknown[1].split(".")[0], known, n=1)
         return f"{text} Known names: {', '.join(known)}." + (f" Did you mean {near[0]}?" if near else "")
+    parameter = re.search(r"Configurable '(?:llava_patch\.)?(\w+)' doesn't have a parameter named '(\w+)'", text)
+    if parameter and parameter[1] in {**METHODS, **MEASUREMENTS}:
+        names = [f.name for f in dataclasses.fields({**METHODS, **MEASUREMENTS}[parameter[1]])]
+        near = difflib.get_close_matches(parameter[2], names, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"{parameter[1]} has no setting {parameter[2]}, it has {', '.join(names)}{hint}"
+    if "malformed node or string" in text:
+        return f'{text.split(":")[0]}: a value is neither a number nor quoted; write text as in Routing.variant = "lf"'
+    if "Expected newline" in text:
+        return f'{text} (one binding a --gin_param; ";" separates them in LLAVA_PATCH_GIN_PARAM only)'
     return text

@@ -103,7 +103,8 @@ class Handle:
     def __repr__(self) -> str:
         """Name what is applied."""
         parts = [str(s) for s in (self.fusion, self.routing, self.pruning) if s is not None]
-        return f"<llava_patch on {type(self.model).__name__}: {', '.join(parts) or 'nothing'}>"
+        removed = "" if self.active else " (removed)"
+        return f"<llava_patch on {type(self.model).__name__}: {', '.join(parts) or 'nothing'}{removed}>"
 
     def settings(self) -> dict[str, Any]:
         """The applied settings as JSON values, as they are stored in a checkpoint's config."""
@@ -179,7 +180,13 @@ class Handle:
         names = set(self.trainable())
         total = sum(zero.numel(p) for p in self.model.parameters())
         count = sum(zero.numel(p) for n, p in self.model.named_parameters() if n in names)
-        return f"{count:,} of {total:,} parameters train ({100 * count / max(total, 1):.2f} %), {len(names)} tensors"
+        line = f"{count:,} of {total:,} parameters train ({100 * count / max(total, 1):.2f} %), {len(names)} tensors"
+        if self.fusion is not None and fusion_attach.is_silent(self.anatomy, names):
+            line += (
+                f"; {type(self.fusion).__name__} does nothing: its new weights are zero and frozen (train it in stage "
+                '1 first, or set Routing.freeze = "none")'
+            )
+        return line
 
     def save(self, directory: str | os.PathLike[str], form: str = "adapter") -> Path:
         """Save what was added or trained ("adapter") or the whole model ("full"); see `checkpoint.save`."""
@@ -246,7 +253,9 @@ def patch(
             raise SettingError(f"patch({name}=...) got {len(value)} settings: a model takes one {name}")
         if value is not None and not isinstance(value, kinds):
             expected = ", ".join(k.__name__ for k in kinds)
-            raise SettingError(f"patch({name}={value!r}): expected {expected}")
+            kind = getattr(value, "KIND", None)
+            hint = f" (write {kind}=)" if kind else ""
+            raise SettingError(f"patch({name}={value!r}): expected {expected}{hint}")
     if probe is not None:
         raise SettingError("patch(probe=...) is not available in this version")
     _check_together(fusion, routing)

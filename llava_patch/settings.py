@@ -122,7 +122,7 @@ class Routing:
         _integer("Routing", "side_layers", self.side_layers, 0)
         if self.variant == "vtw":
             if self.side_layers > 1:
-                raise SettingError(f"Routing.side_layers = {self.side_layers}: vtw has no side branch")
+                raise SettingError(f"Routing.side_layers = {self.side_layers}: vtw has no side branch; leave it out")
             object.__setattr__(self, "side_layers", 0)
         learns = self.variant in LEARNING_VARIANTS
         if self.freeze is None:
@@ -159,7 +159,7 @@ class Routing:
         _integer("Routing", "fusion_layers", value, 0)
         if self.variant in ("ideal", "vtw"):
             if value > 1:
-                raise SettingError(f"Routing.fusion_layers = {value}: {self.variant} has no fusion layer")
+                raise SettingError(f"Routing.fusion_layers = {value}: {self.variant} has no fusion layer; leave it out")
             object.__setattr__(self, "fusion_layers", 0)
         elif self.variant in ("pc", "kv") and value != 1:
             raise SettingError(

@@ -61,10 +61,10 @@ def test_macros_work():
 @pytest.mark.parametrize(
     ("files", "params", "message"),
     [
-        (["no_such.gin"], [], "no_such.gin: no such file"),
+        (["no_such.gin"], [], "no_such.gin: no such gin file"),
         (["dpvr_lf_7.gin"], [], "did you mean dpvr_lf_7b.gin"),
         ([], ["Routng.split = 3"], "Did you mean Routing"),
-        ([], ["Routing.splt = 3"], "'splt'"),
+        ([], ["Routing.splt = 3"], "has no setting splt"),
         ([], ["Routing.split = -1"], "^Routing.split = -1: expected an integer >= 0$"),
         ([], ["Routing.split ="], "Routing.split"),
         ([], ["Patch.fusion = @Routng()"], "Routng"),
@@ -76,6 +76,11 @@ def test_macros_work():
         ([], ["FastV.ratio = 1.5"], "FastV.ratio = 1.5: expected a number from 0 to 1"),
         ([], ["Patch.fusion = @Routing()"], "Patch.fusion = .*expected @SkipLinks"),
         ([], ["a/SkipLinks.stride = 3"], "scoped binding"),
+        (["dpvr_lf_7b.gin"], ["split = 14"], r"split = ... sets nothing: write METHOD.setting, as in Routing.split"),
+        ([], ["Routing.split = 18", "FastV = 0.5"], "as in FastV.layer = ..."),
+        ([], ["Routing.splitt = 18"], "Routing has no setting splitt, it has variant, split.*did you mean split"),
+        ([], ["Routing.split = auto"], 'write text as in Routing.variant = "lf"'),
+        ([], ["FastV.layer = 2; FastV.ratio = 0.5"], "one binding a --gin_param"),
     ],
 )
 def test_bad_configuration_names_the_setting(files, params, message):
@@ -90,3 +95,7 @@ def test_settings_survive_json():
         from_dict({"method": "Routing", "splt": 1}, "here")
     with pytest.raises(SettingError, match="unknown method 'Rout'"):
         from_dict({"method": "Rout"}, "here")
+
+
+def test_a_macro_that_is_used_may_stay():
+    assert config.read([], ["s = 4", "Routing.split = %s"]).routing.split == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -121,3 +122,17 @@ def set_tower_flags(anatomy: Anatomy, settings: SkipLinks, taps: Taps) -> None:
         body = getattr(vision, "vision_model", vision)
         for parameter in body.parameters(recurse=False):
             parameter.requires_grad_(True)
+
+
+def is_silent(anatomy: Anatomy, trainable: Collection[str]) -> bool:
+    """Whether a fusion's new columns are all zero and stay so, because the projector does not train.
+
+    Args:
+        anatomy: a fused host model.
+        trainable: names of the parameters that train.
+    """
+    layer = anatomy.first_linear()[2]
+    names = {n for n, p in anatomy.model.named_parameters() if p is layer.weight}
+    if not isinstance(layer, FusedLinear) or names & set(trainable):
+        return False
+    return not bool(layer.weight[:, layer.main_features :].any())

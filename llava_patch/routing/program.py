@@ -82,22 +82,24 @@ def make_program(routing: Routing | None, pruning: FastV | None, n_layers: int) 
 
 
 def _check_routing(routing: Routing, n_layers: int) -> None:
-    split, n = routing.split, routing.side_layers
+    split, n, k = routing.split, routing.side_layers, routing.fusion_layers
     if isinstance(split, str):
         raise SettingError(
             'Routing.split = "auto" has not been resolved to a layer number: patch() needs samples for it, see '
             "patch(..., samples=...)"
         )
+    if not isinstance(k, tuple) and k > n_layers:
+        raise SettingError(f"Routing.fusion_layers = {k}: this model has {n_layers} layers")
     if split == n_layers:
         return
-    k = routing.fusion_layers
     if isinstance(k, tuple):
         if split > n_layers:
             raise SettingError(f"Routing.split = {split} is outside 0..{n_layers}: this model has {n_layers} layers")
         outside = [layer for layer in k if not split <= layer < n_layers]
         if outside:
             raise SettingError(
-                f"Routing.fusion_layers = {k}: layer {outside[0]} is not one of the deep layers {split}..{n_layers - 1}"
+                f"Routing.fusion_layers = {k}: layer {outside[0]} is not one of the deep layers "
+                f"{split}..{n_layers - 1}: leave it out, or choose another Routing.split"
             )
     else:
         if routing.variant == "lf" and k == 0:
@@ -115,7 +117,7 @@ def _check_routing(routing: Routing, n_layers: int) -> None:
     if split + n > n_layers:
         raise SettingError(
             f"Routing.side_layers = {n} with Routing.split = {split}: the side branch starts as a copy of layers "
-            f"{split}..{split + n - 1}, but the last layer is {n_layers - 1}"
+            f"{split}..{split + n - 1}, but the last layer is {n_layers - 1}: at most {n_layers - split} fit"
         )
 
 

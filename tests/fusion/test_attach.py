@@ -169,3 +169,12 @@ def test_a_projector_of_another_width_is_refused(host):
     setattr(parent, name, torch.nn.Linear(64, linear.out_features))
     with pytest.raises(SettingError, match="takes 64 channels, but this tower gives 32"):
         patch(host.model, fusion=SkipLinks(stride=2))
+
+
+def test_a_fusion_that_stays_at_zero_is_reported(host):
+    handle = patch(host.model, fusion=SkipLinks(stride=2), routing=Routing(split=3))
+    assert "SkipLinks does nothing: its new weights are zero and frozen" in handle.report()
+    handle.anatomy.projector.requires_grad_(True)
+    assert "does nothing" not in handle.report()
+    handle.remove()
+    assert repr(handle).endswith("(removed)>")

@@ -33,8 +33,8 @@ def test_every_point_times_every_seed():
     ("settings", "message"),
     [
         ({"grid": {"Routing.split": (3, -1)}}, r"^point Routing.split = -1 of the sweep: Routing.split = -1: expected"),
-        ({"grid": {"Routing.splt": (3,)}}, r"^point Routing.splt = 3 of the sweep: .*'splt'"),
-        ({"grid": {"Routing.split": (3,)}, "gin_files": ("no.gin",)}, "no.gin: no such file"),
+        ({"grid": {"Routing.splt": (3,)}}, r"^point Routing.splt = 3 of the sweep: .*has no setting splt"),
+        ({"grid": {"Routing.split": (3,)}, "gin_files": ("no.gin",)}, "no.gin: no such gin file"),
         ({"grid": {"Flags.seed": (3,)}}, "Flags.seed is bound, but a sweep sets --seed"),
         ({"grid": {"Flags.output_dir": ("x",)}}, "Flags.output_dir is bound"),
         ({"grid": {"Flags.optim": ("a b", "a-b")}}, "would share the folder Flags.optim-a-b"),
