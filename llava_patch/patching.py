@@ -161,6 +161,8 @@ class Handle:
         Returns:
             A context manager for one call of the model.
         """
+        if not self.program().does_something:
+            return contextlib.nullcontext()  # the stock model does not ask
         return carry.placed(self.anatomy, image_mask, kept)
 
     def trainable(self) -> list[str]:

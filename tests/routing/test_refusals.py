@@ -77,6 +77,15 @@ def test_positions_that_fit_no_call_are_refused(host):
 
 
 @torch.no_grad()
+def test_a_model_that_nothing_is_routed_on_does_not_ask(host):
+    batch = host.batch([(2, IMAGE, 5)])
+    embeds = embeddings(host, batch)
+    stock = host.logits(batch, use_cache=False)
+    with patch(host.model, routing=Routing(split=6)) as handle, handle.image_positions(batch.image):
+        assert torch.equal(host.model(inputs_embeds=embeds, use_cache=False).logits, stock)
+
+
+@torch.no_grad()
 def test_a_generation_inside_a_block_keeps_its_positions(host):
     """Also where each step recomputes the prompt."""
     if host.name == "llava":
