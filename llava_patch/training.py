@@ -235,4 +235,7 @@ def write_records(handle: "Handle | None", folder: Path) -> None:
             handle is not None and handle.routing is not None and _auto_split(asked)
         ):  # the file reproduces the run: it holds what was chosen
             operative = re.sub(r"(?m)^(\S*Routing\.split) = .*$", rf"\1 = {handle.routing.split}", operative)
+            for macro in re.findall(r"(?m)^(\w+) = ", operative):  # one that only named the split is of no use any more
+                if f"%{macro}" not in operative:
+                    operative = re.sub(rf"(?m)^{macro} = .*\n", "", operative)
         checkpoint.write_text(folder / OPERATIVE_FILE, f"{header}\n{operative}")
