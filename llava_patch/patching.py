@@ -65,7 +65,7 @@ class Handle:
         self.pruning: FastV | None = None
         self.taps: Taps | None = None
         self._undo = UndoStack()
-        self._undo.push(_restore_flags(model))
+        self._undo.push(restore_flags(model))
         self.active = True
         self._carries = False
         self._began = self._mark()
@@ -197,7 +197,7 @@ class Handle:
         return checkpoint.save(self, directory, form)
 
 
-def _restore_flags(model: nn.Module) -> Callable[[], None]:
+def restore_flags(model: nn.Module) -> Callable[[], None]:
     """Remember every requires_grad flag; the returned step brings them back."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
     had_lora = lora.has_lora(model)
@@ -281,7 +281,7 @@ def patch(
     else:
         _check_against(handle, fusion, routing, pruning)
         handle._began = handle._mark()
-        handle._undo.push(_restore_flags(found.model))
+        handle._undo.push(restore_flags(found.model))
     try:
         program = make_program(handle.routing or routing, handle.pruning or pruning, len(found.layers))
         if not handle._carries and (fusion is not None or program.does_something):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_patch import startup
 from llava_patch.errors import CheckpointError, SettingError
+from llava_patch.settings import AUTO
 
 if TYPE_CHECKING:
     from llava_patch.config import Configuration
@@ -170,7 +171,7 @@ def _load_fused_projector(anatomy: Any, projector: dict[str, Any], fusion: Any) 
 
 
 def _auto_split(asked: "Configuration") -> bool:
-    return asked.routing is not None and asked.routing.split == "auto"
+    return asked.routing is not None and asked.routing.split == AUTO
 
 
 def _resolve_auto(
@@ -231,9 +232,8 @@ def write_records(handle: "Handle | None", folder: Path) -> None:
     if asked is not None:
         header = "".join(f"# {line}\n" for line in ("operative config of llava_patch, from:", *asked.sources))
         operative = asked.operative
-        if (
-            handle is not None and handle.routing is not None and _auto_split(asked)
-        ):  # the file reproduces the run: it holds what was chosen
+        if handle is not None and handle.routing is not None and _auto_split(asked):
+            # The file reproduces the run: it holds what was chosen.
             operative = re.sub(r"(?m)^(\S*Routing\.split) = .*$", rf"\1 = {handle.routing.split}", operative)
             for macro in re.findall(r"(?m)^(\w+) = ", operative):  # one that only named the split is of no use any more
                 if f"%{macro}" not in operative:

@@ -15,6 +15,7 @@ from llava_patch.bench.bound import bound_ms, flops
 from llava_patch.bench.clock import Clock
 from llava_patch.bench.methods import Method, partner_difference
 from llava_patch.bench.shapes import inputs as make_inputs
+from llava_patch.patching import restore_flags
 from llava_patch.routing.cache import RoutedCache, cache_bytes
 
 
@@ -137,7 +138,7 @@ def _trainable(model: Any, method: Method, handle: Any) -> int | None:
 def _time_training(model: Any, method: Method, inputs: dict[str, Any], row: Row, keep: bool) -> None:
     if row.trainable is None:
         return
-    flags = [(p, p.requires_grad) for p in model.parameters()]
+    restore = restore_flags(model)
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.image_token_id, -100)
     try:
         model.requires_grad_(False)
@@ -153,8 +154,7 @@ def _time_training(model: Any, method: Method, inputs: dict[str, Any], row: Row,
     finally:
         model.eval()
         model.zero_grad(set_to_none=True)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        restore()
     if keep:
         row.train_ms.append(step.ms)
 

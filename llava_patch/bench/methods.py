@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_patch.errors import SettingError
-from llava_patch.patching import Handle, patch
+from llava_patch.patching import Handle, patch, restore_flags
 from llava_patch.settings import FastV, Routing
 
 SILENT, SAME, NOTHING = "silent", "same", "nothing"
@@ -72,14 +72,13 @@ def _lora(model: Any, rank: int) -> Iterator[None]:
     except ImportError as error:
         raise SettingError("the LoRA rows need peft: pip install peft, or leave them out (--no-lora)") from error
     targets = r".*language_model\.layers\..*_proj"
-    flags = [(p, p.requires_grad) for p in model.parameters()]
+    restore = restore_flags(model)
     wrapped = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
     try:
         yield
     finally:
         wrapped.unload()
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        restore()
 
 
 def methods(n_layers: int, split: int, lora: bool = True) -> list[Method]:

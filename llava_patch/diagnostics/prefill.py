@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from llava_patch.bench.clock import Clock
 from llava_patch.patching import patch
 from llava_patch.settings import Routing
 
@@ -55,23 +55,18 @@ def measure_prefill(model: nn.Module, inputs: dict[str, Any], routing: Routing, 
     routed: list[float] = []
     tokens = 0
     for i in range(repeats + 1):
-        seconds, tokens = _time(model, inputs)
+        stock_ms, tokens = _time(model, inputs)
         with patch(model, routing=routing):
-            seconds_routed, _ = _time(model, inputs)
+            routed_ms, _ = _time(model, inputs)
         if i:
-            stock.append(seconds)
-            routed.append(seconds_routed)
+            stock.append(stock_ms)
+            routed.append(routed_ms)
     pairs = [r / s for r, s in zip(routed, stock, strict=True)]
     a, b = statistics.median(stock), statistics.median(routed)
-    return PrefillRatio(1000 * a, 1000 * b, b / a, (min(pairs), max(pairs)), tokens)
+    return PrefillRatio(a, b, b / a, (min(pairs), max(pairs)), tokens)
 
 
 def _time(model: nn.Module, inputs: dict[str, Any]) -> tuple[float, int]:
-    on_gpu = next(model.parameters()).is_cuda
-    if on_gpu:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    out = model(**inputs, use_cache=True, logits_to_keep=1)
-    if on_gpu:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, int(out.past_key_values.get_seq_length())
+    with Clock(next(model.parameters()).device) as clock:
+        out = model(**inputs, use_cache=True, logits_to_keep=1)
+    return clock.ms, int(out.past_key_values.get_seq_length())

@@ -36,7 +36,6 @@ class Given:
         ahead: how many of the tokens are guesses behind the prompt (assisted decoding).
         generating: whether `generate` makes this call.
         unknown: the caller brings embeddings of which nobody knows whether images are in them.
-        by_hand: the image positions come from `placed`.
     """
 
     image_mask: Tensor | None = None
@@ -46,7 +45,6 @@ class Given:
     ahead: int = 0
     generating: bool = False
     unknown: bool = False
-    by_hand: bool = False
 
 
 @dataclass
@@ -154,7 +152,6 @@ def take(anatomy: Anatomy, inputs_embeds: Tensor | None = None, continuing: bool
 
 def _take_placed(here: _Placed, given: Given, inputs_embeds: Tensor | None, continuing: bool) -> None:
     tokens = 1 if inputs_embeds is None else inputs_embeds.shape[1]
-    given.by_hand = True
     if here.used and continuing:
         if tokens > 1 and not given.generating:
             raise InputError("image_positions(...) speaks of one call: open a block of its own for every chunk")

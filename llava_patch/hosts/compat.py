@@ -138,15 +138,11 @@ def causal_mask(
     Returns:
         What `call_layer` takes as attention_mask; None where plain causal attention suffices.
     """
-    from transformers import masking_utils
-
     queries = hidden_states.shape[1]
     keys = queries if kv_length is None else kv_length
-    if attn_implementation is not None:
+    if attn_implementation is not None and attn_implementation != config._attn_implementation:
         config = _with_attention(config, attn_implementation)
-    sliding = getattr(config, "sliding_window", None) is not None
-    make = masking_utils.create_sliding_window_causal_mask if sliding else masking_utils.create_causal_mask
-    return make(
+    return _mask_maker(config)(
         config=config,
         input_embeds=hidden_states,
         attention_mask=key_valid,
@@ -155,12 +151,41 @@ def causal_mask(
     )
 
 
+def sliding_window(config: Any) -> int | None:
+    """How many positions back attention reaches, the query's own included; None: to the beginning."""
+    return getattr(config, "sliding_window", None)
+
+
+def _mask_maker(config: Any) -> Callable[..., Any]:
+    from transformers import masking_utils
+
+    windowed = sliding_window(config) is not None
+    return masking_utils.create_sliding_window_causal_mask if windowed else masking_utils.create_causal_mask
+
+
 def _with_attention(config: Any, attn_implementation: str) -> Any:
     import copy
 
     config = copy.copy(config)
     config._attn_implementation = attn_implementation
     return config
+
+
+def visible(config: Any, query_index: Tensor, key_index: Tensor, key_valid: Tensor | None) -> Tensor:
+    """Which keys a causal query sees, by their places in the sequence: bool [batch, queries, keys].
+
+    Args:
+        config: decoder configuration (its sliding window counts).
+        query_index: int64 [batch, queries].
+        key_index: int64 [batch, keys].
+        key_valid: bool [batch, keys], False at padding; None when every key is valid.
+    """
+    distance = query_index[:, :, None] - key_index[:, None]
+    seen = distance >= 0
+    window = sliding_window(config)
+    if window is not None:
+        seen &= distance < window
+    return seen if key_valid is None else seen & key_valid[:, None]
 
 
 def position_mask(
@@ -180,15 +205,10 @@ def position_mask(
     Returns:
         [batch, 1, queries, keys], bool (sdpa) or additive in `dtype` (eager).
     """
-    distance = query_index[:, :, None] - key_index[:, None]
-    allowed = distance >= 0
-    window = getattr(config, "sliding_window", None)
-    if window is not None:
-        allowed &= distance < window
+    allowed = visible(config, query_index, key_index, key_valid)
     if key_valid is not None:
-        allowed &= key_valid[:, None]
         # A query that is padding may see nothing; let it see itself, so that no row is empty.
-        allowed |= distance == 0
+        allowed |= query_index[:, :, None] == key_index[:, None]
     allowed = allowed[:, None]
     if attention_of(config) == "eager":
         return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
@@ -242,11 +262,7 @@ def stock_mask(
     position_ids: Tensor | None,
 ) -> Any:
     """The mask that the stock decoder would build for these arguments (layers below the split must match it)."""
-    from transformers import masking_utils
-
-    sliding = getattr(decoder.config, "sliding_window", None) is not None
-    make = masking_utils.create_sliding_window_causal_mask if sliding else masking_utils.create_causal_mask
-    return make(
+    return _mask_maker(decoder.config)(
         config=decoder.config,
         input_embeds=inputs_embeds,
         attention_mask=attention_mask,

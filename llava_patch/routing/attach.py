@@ -37,7 +37,7 @@ def attach(anatomy: Anatomy, program: Program, undo: UndoStack) -> None:
 
 
 def _allow_masks(anatomy: Anatomy, program: Program, undo: UndoStack) -> None:
-    windowed = getattr(anatomy.decoder.config, "sliding_window", None) is not None
+    windowed = compat.sliding_window(anatomy.decoder.config) is not None
     first = program.split if program.prune_at is None else min(program.split, program.prune_at)
     layers = [anatomy.layers[i] for i in range(first, program.n_layers) if windowed or program.work[i] is Work.KEYS]
     if windowed and program.side_layers:

@@ -129,7 +129,6 @@ class DeepLayers:
 
     def _reset_layer(self, number: int, last: bool) -> None:
         run = self.run
-        side = self.image
         whole = self._with_idle(self._whole())
         if last and run.lean(whole):
             self._finish(run.suffix_only(number, whole, run.main_stream))
@@ -139,7 +138,7 @@ class DeepLayers:
         if last or self.plan is None:
             self.merged, self.text = out, None
         else:
-            self.text, self.merged, self.image = self.plan.text.take(out), None, side
+            self.text, self.merged = self.plan.text.take(out), None  # `image` stays the side branch's output
 
     def _keys_layer(self, number: int) -> None:
         run, plan = self.run, self.plan

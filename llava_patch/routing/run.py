@@ -91,7 +91,7 @@ class Run:
         self.backend = compat.attention_of(self.config)
         prunes = program.prune_at is not None and (program.prune_in_training or not self.decoder.training)
         self.prune_at = program.prune_at if prunes else None
-        window = getattr(self.config, "sliding_window", None)
+        window = compat.sliding_window(self.config)
         self.windowed = window is not None and call.seen + call.queries > window
         self.main: PositionSet | None = None  # what pruning left, as columns of this call; None: all
         self.base: Tensor | None = None  # states that pruned positions left with
@@ -226,7 +226,8 @@ class Run:
             keep = keep_counts(self.counts.image, self.program.ratio, self.counts.protected)
             chosen = choose(self._attention_to(before), self.image_mask, keep, call.protected)
             kept = valid & (~self.image_mask | chosen)
-            carry.remember_chosen(self.anatomy, call.embeds, kept)
+            if call.cache is None:  # with a cache the prompt does not come again
+                carry.remember_chosen(self.anatomy, call.embeds, kept)
             self.counts = replace(self.counts, image=keep)
         both = tuple(a + b for a, b in zip(self.counts.image, self.counts.text, strict=True))
         self.main = positions(kept, both)
@@ -253,11 +254,7 @@ class Run:
         else:
             key = call.cache.keys_of(self.prune_at - 1)
         keys = self.full.keys
-        distance = (last + call.seen)[:, None] - keys.index
-        allowed = (distance >= 0) & keys.validity()
-        window = getattr(self.config, "sliding_window", None)
-        if window is not None:
-            allowed &= distance < window
+        allowed = compat.visible(self.config, (last + call.seen)[:, None], keys.index, keys.valid)[:, 0]
         return projections.attention_of_query(query, key, allowed, float(layer.self_attn.scaling))[:, call.seen :]
 
     # --- calling layers -----------------------------------------------------------------------------------------------

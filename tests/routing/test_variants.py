@@ -24,11 +24,15 @@ def test_a_variant_is_what_its_definition_says(host, case, samples):
     batch = host.batch(samples, "right")
     embeds = embeddings(host, batch)
     with patch(host.model, **ALL[case]):
-        logits = host.logits(batch, use_cache=False)
-        for i in range(len(samples)):
-            keep = batch.valid[i]
-            states = naive(host.decoder, embeds[i][keep], batch.image[i][keep], **ALL[case])
-            assert close(logits[i][keep], host.model.lm_head(states)), i
+        _assert_as_defined(host, batch, embeds, ALL[case])
+
+
+def _assert_as_defined(host, batch, embeds, settings):
+    logits = host.logits(batch, use_cache=False)
+    for i in range(len(batch.valid)):
+        keep = batch.valid[i]
+        states = naive(host.decoder, embeds[i][keep], batch.image[i][keep], **settings)
+        assert close(logits[i][keep], host.model.lm_head(states)), i
 
 
 @torch.no_grad()
@@ -39,11 +43,7 @@ def test_routing_takes_what_a_fusion_of_vision_layers_gives(host, case):
     with patch(host.model, fusion=SkipLinks(stride=2), zero_start=False, **ALL[case]):
         embeds = embeddings(host, batch)
         assert not close(embeds[batch.image], stock[batch.image])
-        logits = host.logits(batch, use_cache=False)
-        for i in range(len(RAGGED)):
-            keep = batch.valid[i]
-            states = naive(host.decoder, embeds[i][keep], batch.image[i][keep], **ALL[case])
-            assert close(logits[i][keep], host.model.lm_head(states)), i
+        _assert_as_defined(host, batch, embeds, ALL[case])
 
 
 @torch.no_grad()
