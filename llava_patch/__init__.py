@@ -15,6 +15,9 @@ _EXPORTS = {
     "Handle": "llava_patch.patching",
     "load": "llava_patch.checkpoint",
     "SkipLinks": "llava_patch.settings",
+    "DenseConnector": "llava_patch.settings",
+    "DirectFusion": "llava_patch.settings",
+    "DeepStack": "llava_patch.settings",
     "Routing": "llava_patch.settings",
     "FastV": "llava_patch.settings",
     "RProbe": "llava_patch.probe.settings",
@@ -22,6 +25,9 @@ _EXPORTS = {
     "LlavaPatchError": "llava_patch.errors",
 }
 __all__ = [
+    "DeepStack",
+    "DenseConnector",
+    "DirectFusion",
     "FastV",
     "Handle",
     "LlavaPatchError",
@@ -41,7 +47,7 @@ if TYPE_CHECKING:
     from llava_patch.errors import LlavaPatchError
     from llava_patch.patching import Handle, get_handle, patch
     from llava_patch.probe.settings import RProbe
-    from llava_patch.settings import FastV, Routing, SkipLinks
+    from llava_patch.settings import DeepStack, DenseConnector, DirectFusion, FastV, Routing, SkipLinks
 
 
 def __getattr__(name: str) -> object:

@@ -20,7 +20,7 @@ from llava_patch.diagnostics.saturation import Saturation
 from llava_patch.errors import SettingError
 from llava_patch.probe.settings import RProbe
 from llava_patch.resources import gin_dir
-from llava_patch.settings import METHODS, FastV, Routing, SkipLinks
+from llava_patch.settings import METHODS, FastV, Fusion, Routing
 from llava_patch.sweep.settings import Sweep
 
 MEASUREMENTS: dict[str, Any] = {"RProbe": RProbe, "Saturation": Saturation}
@@ -51,7 +51,7 @@ class Configuration:
         sources: the files and bindings it came from.
     """
 
-    fusion: SkipLinks | None = None
+    fusion: Fusion | None = None
     routing: Routing | None = None
     pruning: FastV | None = None
     measurements: dict[str, Any] = field(default_factory=dict)

@@ -24,7 +24,7 @@ from llava_patch.hosts.compat import check_versions
 from llava_patch.routing import attach as routing_attach
 from llava_patch.routing import side_branch
 from llava_patch.routing.program import Program, make_program
-from llava_patch.settings import AUTO, FUSIONS, FastV, Routing, SkipLinks, to_dict
+from llava_patch.settings import AUTO, FUSIONS, FastV, Fusion, Routing, to_dict
 from llava_patch.undo import UndoStack
 
 CONFIG_KEY = "llava_patch"
@@ -37,7 +37,7 @@ class _Mark(NamedTuple):
     """Where one call of `patch` began."""
 
     steps: int
-    fusion: SkipLinks | None
+    fusion: Fusion | None
     routing: Routing | None
     pruning: FastV | None
     taps: Taps | None
@@ -50,7 +50,7 @@ class Handle:
     Attributes:
         model: the patched causal LM.
         anatomy: where its parts are.
-        fusion: Skip-Links settings, or None.
+        fusion: settings of a fusion, or None.
         routing: routing settings, or None.
         pruning: pruning settings, or None.
         taps: the blocks that the fusion taps on this tower, or None.
@@ -60,7 +60,7 @@ class Handle:
         """Use `patch`, not this."""
         self.model = model
         self.anatomy = anatomy
-        self.fusion: SkipLinks | None = None
+        self.fusion: Fusion | None = None
         self.routing: Routing | None = None
         self.pruning: FastV | None = None
         self.taps: Taps | None = None
@@ -173,8 +173,8 @@ class Handle:
             unused = {id(p) for p in self.anatomy.tower.parameters()}  # llava runs its tower under no_grad
         elif self.anatomy.vision_model is not None:
             deepest = self.anatomy.main_block if self.taps is None else self.taps.deepest
-            _, blocks, after = self.anatomy.vision_parts()
-            unused = {id(p) for m in [*blocks[deepest:], *after] for p in m.parameters()}
+            tower = self.anatomy.vision_parts()
+            unused = {id(p) for m in [*tower.blocks[deepest:], *tower.after] for p in m.parameters()}
         return [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in unused]
 
     def report(self) -> str:
@@ -218,7 +218,7 @@ def get_handle(model: nn.Module) -> Handle | None:
 
 def patch(
     model: nn.Module,
-    fusion: SkipLinks | None = None,
+    fusion: Fusion | None = None,
     routing: Routing | None = None,
     pruning: FastV | None = None,
     probe: None = None,
@@ -305,9 +305,7 @@ def patch(
     return handle
 
 
-def _check_partitioned(
-    found: Anatomy, fusion: SkipLinks | None, routing: Routing | None, pruning: FastV | None
-) -> None:
+def _check_partitioned(found: Anatomy, fusion: Fusion | None, routing: Routing | None, pruning: FastV | None) -> None:
     """Refuse what cannot be done with weights that DeepSpeed ZeRO-3 has partitioned."""
     if not zero.is_partitioned(found.model.parameters()):
         return
@@ -332,15 +330,15 @@ def _check_partitioned(
         )
 
 
-def _check_together(fusion: SkipLinks | None, routing: Routing | None) -> None:
+def _check_together(fusion: Fusion | None, routing: Routing | None) -> None:
     if fusion is not None and routing is not None and fusion.train_tower != "frozen" and routing.freeze != "none":
         raise SettingError(
-            f'SkipLinks.train_tower = {fusion.train_tower!r} contradicts Routing.freeze = "{routing.freeze}", which '
-            'freezes the vision tower: set SkipLinks.train_tower = "frozen" or Routing.freeze = "none"'
+            f'{type(fusion).__name__}.train_tower = {fusion.train_tower!r} contradicts Routing.freeze = "{routing.freeze}", which '
+            'freezes the vision tower: set train_tower = "frozen" or Routing.freeze = "none"'
         )
 
 
-def _check_against(handle: Handle, fusion: SkipLinks | None, routing: Routing | None, pruning: FastV | None) -> None:
+def _check_against(handle: Handle, fusion: Fusion | None, routing: Routing | None, pruning: FastV | None) -> None:
     for name, asked, there in (
         ("fusion", fusion, handle.fusion), ("routing", routing, handle.routing), ("pruning", pruning, handle.pruning),
     ):  # fmt: skip

@@ -104,13 +104,13 @@ def set_tower_flags(anatomy: Anatomy, settings: SkipLinks, taps: Taps) -> None:
     vision = anatomy.vision_model
     if vision is None:
         return
-    before, blocks, _ = anatomy.vision_parts()
+    tower = anatomy.vision_parts()
     vision.requires_grad_(False)
     if settings.train_tower == "frozen":
         return
-    used = list(blocks[: taps.deepest])
+    used = list(tower.blocks[: taps.deepest])
     if settings.train_tower == "all":
-        parts: list[nn.Module] = [*before, *used]
+        parts: list[nn.Module] = [*tower.before, *used]
     else:
         k = int(settings.train_tower)
         if k > len(used):
@@ -119,8 +119,7 @@ def set_tower_flags(anatomy: Anatomy, settings: SkipLinks, taps: Taps) -> None:
     for part in parts:
         part.requires_grad_(True)
     if settings.train_tower == "all":
-        body = getattr(vision, "vision_model", vision)
-        for parameter in body.parameters(recurse=False):
+        for parameter in tower.own:
             parameter.requires_grad_(True)
 
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from llava_patch.errors import HostError
+from llava_patch.hosts import towers
+from llava_patch.hosts.towers import Tower
 
 LLAVA = "llava"
 HF = "hf"
@@ -146,26 +148,15 @@ class Anatomy:
             return IMAGE_TOKEN_INDEX
         return int(self.model.config.image_token_id)
 
-    def vision_parts(self) -> tuple[list[nn.Module], nn.ModuleList, list[nn.Module]]:
-        """Split the vision model into what comes before, the blocks, and what comes after them.
-
-        Returns:
-            (modules before the first block, the N blocks, modules after the last block).
+    def vision_parts(self) -> Tower:
+        """Where the blocks of the loaded vision tower are, and what its tokens mean.
 
         Raises:
-            HostError: the tower's class is not known; the message names what was not found.
+            HostError: the tower is not loaded yet, or its class is not known; the message names what was not found.
         """
-        vision = self.vision_model
-        if vision is None:
+        if self.vision_model is None:
             raise HostError("the vision tower is not loaded yet: call its load_model() first")
-        body = getattr(vision, "vision_model", vision)
-        blocks = getattr(getattr(body, "encoder", None), "layers", None)
-        if not isinstance(blocks, nn.ModuleList):
-            raise HostError(f"vision tower {type(vision).__name__} is not known: it has no encoder.layers")
-        names = [name for name, _ in body.named_children()]
-        at = names.index("encoder")
-        children = dict(body.named_children())
-        return [children[n] for n in names[:at]], blocks, [children[n] for n in names[at + 1 :]]
+        return towers.describe(self.vision_model)
 
     def first_linear(self) -> tuple[nn.Module, str, nn.Linear]:
         """The projector's first Linear as (parent module, attribute name, module).

@@ -117,7 +117,7 @@ def a_decoder_weight(subject: Subject) -> None:
 
 
 def a_tower_weight(subject: Subject) -> None:
-    _, blocks, _ = find(subject.model).vision_parts()
+    blocks = find(subject.model).vision_parts().blocks
     blocks[0].mlp.fc1.weight.data.mul_(1.1)
 
 

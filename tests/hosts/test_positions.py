@@ -90,7 +90,8 @@ def test_anatomy_of_both_hosts(host):
     assert found.grid == (4, 4) and found.patch_size == 14 and found.drops_cls
     assert found.first_linear()[2].in_features == 32
     assert found.encode_images(torch.zeros(2, 3, 56, 56)).shape == (2, 16, 64)
-    before, blocks, after = found.vision_parts()
+    tower = found.vision_parts()
+    before, blocks, after = tower.before, tower.blocks, tower.after
     assert len(blocks) == 8 and len(before) == 2 and len(after) == 1
 
 

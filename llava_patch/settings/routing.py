@@ -1,80 +1,19 @@
-"""Settings of every method as frozen dataclasses; checks that need no model happen here.
-
-This file imports neither torch nor gin, so that `import llava_patch` stays cheap. How the same names are bound
-from gin files is in `config.py`.
-"""
+"""Settings of what happens in the decoder: routing of image tokens, and pruning."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Union
+from typing import ClassVar
 
 from llava_patch.errors import SettingError
+from llava_patch.settings.checks import integer
 
-TrainTower = Union[Literal["frozen", "all"], int]
 AUTO = "auto"
 """Routing.split: measure instead of naming a layer."""
 VARIANTS = ("lf", "pc", "kv", "ideal", "vtw")
 LEARNING_VARIANTS = ("lf", "pc", "kv")
 """Variants in which text reads the side branch, so that it can learn."""
 FREEZE_STRATEGIES = ("all_but_single", "side_and_fusion", "none")
-
-
-def _integer(owner: str, name: str, value: Any, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise SettingError(f"{owner}.{name} = {value!r}: expected an integer >= {minimum}")
-
-
-def _train_tower(owner: str, value: Any) -> None:
-    if value in ("frozen", "all"):
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise SettingError(
-            f'{owner}.train_tower = {value!r}: expected "frozen", "all" or k >= 1 (train the last k used blocks)'
-        )
-
-
-@dataclass(frozen=True)
-class SkipLinks:
-    """Detached Skip-Links: shallow ViT blocks feed the projector, without gradient through the shallow taps.
-
-    Source: "Detached Skip-Links and R-Probe", section 3, eq. 1.
-
-    Attributes:
-        stride: take blocks S, 2S, 3S, ... of the vision tower as taps (ignored when `layers` is given).
-        detach: how many of the shallowest taps are under stop-gradient; None: those in the lower half of the tower.
-        layers: explicit tap blocks (1 = output of the first block) instead of a stride.
-        merge_size: join m x m neighbouring patches on channels before the projector; 1 is LLaVA-1.5's behaviour.
-        train_tower: what trains in the vision tower: "frozen", "all", or the last k blocks that are used.
-    """
-
-    KIND: ClassVar[str] = "fusion"
-
-    stride: int = 6
-    detach: int | None = None
-    layers: tuple[int, ...] | None = None
-    merge_size: int = 1
-    train_tower: TrainTower = "frozen"
-
-    def __post_init__(self) -> None:
-        _integer("SkipLinks", "stride", self.stride, 1)
-        if self.detach is not None:
-            _integer("SkipLinks", "detach", self.detach, 0)
-        if self.layers is not None:
-            layers = tuple(self.layers)
-            if not layers:
-                raise SettingError("SkipLinks.layers = (): no tap left; name at least one block")
-            for layer in layers:
-                _integer("SkipLinks", "layers", layer, 1)
-            if len(set(layers)) != len(layers):
-                raise SettingError(f"SkipLinks.layers = {layers}: a block is named twice")
-            object.__setattr__(self, "layers", tuple(sorted(layers)))
-        if self.merge_size != 1:
-            raise SettingError(
-                f"SkipLinks.merge_size = {self.merge_size!r}: only 1 (LLaVA-1.5) is available in this version"
-            )
-        _train_tower("SkipLinks", self.train_tower)
 
 
 @dataclass(frozen=True)
@@ -117,9 +56,9 @@ class Routing:
         if self.split != AUTO:
             if isinstance(self.split, str):
                 raise SettingError(f'Routing.split = {self.split!r}: expected a layer number or "auto"')
-            _integer("Routing", "split", self.split, 0)
+            integer("Routing", "split", self.split, 0)
         self._check_fusion_layers()
-        _integer("Routing", "side_layers", self.side_layers, 0)
+        integer("Routing", "side_layers", self.side_layers, 0)
         if self.variant == "vtw":
             if self.side_layers > 1:
                 raise SettingError(f"Routing.side_layers = {self.side_layers}: vtw has no side branch; leave it out")
@@ -149,14 +88,14 @@ class Routing:
         if isinstance(value, (tuple, list)):
             layers = tuple(value)
             for layer in layers:
-                _integer("Routing", "fusion_layers", layer, 0)
+                integer("Routing", "fusion_layers", layer, 0)
             if len(set(layers)) != len(layers) or not layers:
                 raise SettingError(f"Routing.fusion_layers = {layers}: expected distinct layer numbers, at least one")
             object.__setattr__(self, "fusion_layers", tuple(sorted(layers)))
             if self.variant != "lf":
                 raise SettingError(f"Routing.fusion_layers = {layers}: only lf fuses; {self.variant} takes the default")
             return
-        _integer("Routing", "fusion_layers", value, 0)
+        integer("Routing", "fusion_layers", value, 0)
         if self.variant in ("ideal", "vtw"):
             if value > 1:
                 raise SettingError(f"Routing.fusion_layers = {value}: {self.variant} has no fusion layer; leave it out")
@@ -191,49 +130,9 @@ class FastV:
     training: bool = False
 
     def __post_init__(self) -> None:
-        _integer("FastV", "layer", self.layer, 1)
+        integer("FastV", "layer", self.layer, 1)
         number = isinstance(self.ratio, (int, float)) and not isinstance(self.ratio, bool)
         if not number or not 0 <= self.ratio <= 1:
             raise SettingError(f"FastV.ratio = {self.ratio!r}: expected a number from 0 to 1")
         if not isinstance(self.training, bool):
             raise SettingError(f"FastV.training = {self.training!r}: expected True or False")
-
-
-FUSIONS: tuple[type, ...] = (SkipLinks,)
-METHODS: dict[str, Any] = {"SkipLinks": SkipLinks, "Routing": Routing, "FastV": FastV}
-Fusion = SkipLinks
-
-
-def to_dict(settings: Any) -> dict[str, Any]:
-    """Turn a settings dataclass into plain JSON values, with its class name under "method"."""
-    values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(settings).items()}
-    return {"method": type(settings).__name__, **values}
-
-
-def from_dict(values: dict[str, Any], source: str) -> Any:
-    """Rebuild a settings dataclass from `to_dict`'s output.
-
-    Args:
-        values: the dictionary, with the class name under "method".
-        source: file that it came from, for the error message.
-
-    Raises:
-        SettingError: unknown method or field, naming both and the file.
-    """
-    values = dict(values)
-    name = values.pop("method", None)
-    if name not in METHODS:
-        raise SettingError(f"{source}: unknown method {name!r}; this version knows {', '.join(METHODS)}")
-    cls = METHODS[name]
-    known = {f.name for f in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise SettingError(
-            f"{source}: {name} has no setting {', '.join(unknown)}; saved by a newer version of llava_patch?"
-        )
-    if name == "Routing" and values.get("split") == AUTO:
-        raise SettingError(
-            f'{source}: Routing.split = "{AUTO}" in a saved record; a record always holds the layer number: '
-            "the file was changed by hand; write the number there"
-        )
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

@@ -1,0 +1,34 @@
+"""Checks that several settings share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llava_patch.errors import SettingError
+
+
+def integer(owner: str, name: str, value: Any, minimum: int) -> None:
+    """Refuse what is not an integer of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise SettingError(f"{owner}.{name} = {value!r}: expected an integer >= {minimum}")
+
+
+def fraction(owner: str, name: str, value: Any, *, zero: bool = False) -> None:
+    """Refuse what is not a number above 0 (or 0, if `zero`) and at most 1."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not (value >= 0 if zero else value > 0) or value > 1:
+        raise SettingError(f"{owner}.{name} = {value!r}: expected a number {'from' if zero else 'above'} 0 to 1")
+
+
+def distinct_blocks(owner: str, name: str, value: Any, minimum: int, empty: bool = False) -> tuple[int, ...]:
+    """A tuple of distinct block numbers, sorted; refuse anything else."""
+    if not isinstance(value, (tuple, list)):
+        raise SettingError(f"{owner}.{name} = {value!r}: expected a tuple of block numbers, as (6, 12)")
+    blocks = tuple(value)
+    if not blocks and not empty:
+        raise SettingError(f"{owner}.{name} = (): no tap left; name at least one block")
+    for block in blocks:
+        integer(owner, name, block, minimum)
+    if len(set(blocks)) != len(blocks):
+        raise SettingError(f"{owner}.{name} = {blocks}: a block is named twice")
+    return tuple(sorted(blocks))
