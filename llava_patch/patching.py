@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from llava_patch.errors import LlavaPatchError, SettingError
 from llava_patch.fusion import attach as fusion_attach
-from llava_patch.fusion.taps import Taps
+from llava_patch.fusion.taps import Taps, injection_layers
 from llava_patch.hosts import anatomy as anatomy_module
 from llava_patch.hosts import carry, lora, zero
 from llava_patch.hosts.anatomy import Anatomy
@@ -145,7 +145,8 @@ class Handle:
 
     def program(self) -> Program:
         """What each decoder layer does under the applied settings."""
-        return make_program(self.routing, self.pruning, len(self.anatomy.layers))
+        injections = injection_layers(self.fusion, self.taps)
+        return make_program(self.routing, self.pruning, len(self.anatomy.layers), injections)
 
     def image_positions(
         self, image_mask: Tensor | None = None, kept: Tensor | None = None
@@ -283,15 +284,16 @@ def patch(
         handle._began = handle._mark()
         handle._undo.push(restore_flags(found.model))
     try:
-        program = make_program(handle.routing or routing, handle.pruning or pruning, len(found.layers))
+        taps = fusion_attach.resolve(found, fusion) if fusion is not None and handle.fusion is None else handle.taps
+        injections = injection_layers(handle.fusion or fusion, taps)
+        program = make_program(handle.routing or routing, handle.pruning or pruning, len(found.layers), injections)
         if not handle._carries and (fusion is not None or program.does_something):
             carry.attach(found, handle._undo)
             handle._carries = True
         if fusion is not None and handle.fusion is None:
-            handle.taps = fusion_attach.attach(
-                found, fusion, handle._undo, zero_start=zero_start, keep_original=not loading
-            )
-            handle.fusion = fusion
+            assert taps is not None
+            fusion_attach.attach(found, fusion, taps, handle._undo, zero_start=zero_start, loading=loading)
+            handle.fusion, handle.taps = fusion, taps
         routing_attach.attach(found, program, handle._undo)
         handle.routing, handle.pruning = routing or handle.routing, pruning or handle.pruning
         _check_together(handle.fusion, handle.routing)
@@ -333,8 +335,8 @@ def _check_partitioned(found: Anatomy, fusion: Fusion | None, routing: Routing |
 def _check_together(fusion: Fusion | None, routing: Routing | None) -> None:
     if fusion is not None and routing is not None and fusion.train_tower != "frozen" and routing.freeze != "none":
         raise SettingError(
-            f'{type(fusion).__name__}.train_tower = {fusion.train_tower!r} contradicts Routing.freeze = "{routing.freeze}", which '
-            'freezes the vision tower: set train_tower = "frozen" or Routing.freeze = "none"'
+            f"{type(fusion).__name__}.train_tower = {fusion.train_tower!r} contradicts Routing.freeze = "
+            f'"{routing.freeze}", which freezes the vision tower: set train_tower = "frozen" or Routing.freeze = "none"'
         )
 
 
@@ -368,5 +370,5 @@ def added_parameters(handle: Handle) -> list[nn.Parameter]:
     """What a patch adds: the side branch, and with a fusion the projector that it widened."""
     added = list(side_branch.parameters(handle.anatomy))
     if handle.fusion is not None:
-        added += list(handle.anatomy.projector.parameters())
+        added += [*handle.anatomy.projector.parameters(), *fusion_attach.parameters(handle.anatomy)]
     return added

@@ -1,8 +1,9 @@
-"""How Detached Skip-Links attach to a host's tower and projector, and what trains in the tower."""
+"""How a fusion attaches to a host's tower and projector, and what trains in the tower."""
 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Collection
 from typing import Any
 
@@ -10,67 +11,121 @@ import torch
 from torch import nn
 
 from llava_patch.errors import HostError, SettingError
-from llava_patch.fusion.taps import FusedLinear, Taps, choose_taps, fuse
+from llava_patch.fusion import stack
+from llava_patch.fusion.features import check_grid, fuse, stacked
+from llava_patch.fusion.linear import FusedLinear
+from llava_patch.fusion.taps import Join, Taps, choose_taps
+from llava_patch.hosts import zero
 from llava_patch.hosts.anatomy import LLAVA, Anatomy
 from llava_patch.hosts.tower import when_loaded
-from llava_patch.settings import SkipLinks
+from llava_patch.settings import Fusion
 from llava_patch.undo import UndoStack
 
+logger = logging.getLogger("llava_patch")
 
-def attach(
-    anatomy: Anatomy, settings: SkipLinks, undo: UndoStack, *, zero_start: bool = True, keep_original: bool = True
-) -> Taps:
-    """Feed shallow blocks to the projector.
 
-    Modifications: a forward hook on the vision model that puts the fused feature in the main feature's place; the
-    projector's first Linear replaced by a `FusedLinear` of the same name; on `llava` the tower's instance attributes
-    `forward` (its `no_grad` lifted only while something in it trains) and, while its weights are not loaded yet,
-    `load_model`.
-
-    Args:
-        anatomy: the host model.
-        settings: what to tap.
-        undo: takes every change back.
-        zero_start: see `FusedLinear.grow`.
-        keep_original: False when the model is being loaded from a fused checkpoint, where no stock layer exists: undo
-            then leaves the main columns.
+def resolve(anatomy: Anatomy, settings: Fusion) -> Taps:
+    """Resolve a fusion against a host's tower and check that the host can take it; changes nothing.
 
     Raises:
-        SettingError: taps that the tower does not have, a projector of another width.
+        SettingError: taps that the tower does not have, patches that cannot be merged, a host whose number of image
+            tokens is fixed elsewhere, a projector of another width.
         HostError: a tower or projector that is not known.
     """
     taps = choose_taps(settings, anatomy.n_blocks, anatomy.main_block)
+    name = type(settings).__name__
     if hasattr(anatomy.tower, "s2_scales"):
-        raise HostError("SkipLinks does not know multi-scale (S2) towers: load the model without s2")
-    _widen_projector(anatomy, taps, undo, zero_start, keep_original)
-    when_loaded(anatomy, undo, lambda: _hook_vision_model(anatomy, taps, undo))
-    if anatomy.host == LLAVA and settings.train_tower != "frozen":
-        _lift_no_grad(anatomy, undo)
+        raise HostError(f"{name} does not know multi-scale (S2) towers: load the model without s2")
+    if not taps.keeps_tokens:
+        what = f"{name}.merge_size = {taps.merge_size}" if taps.merge_size > 1 else f'{name}.kind = "sti"'
+        if anatomy.tiles:
+            raise SettingError(
+                f"{what} changes the number of tokens of an image, but this model cuts images into tiles (anyres) and "
+                "counts their patches itself: use merge_size = 1 and another kind"
+            )
+        if anatomy.vision_model is not None:
+            _check_tokens(anatomy, taps, what)
+    linear = anatomy.first_linear()[2]
+    width = int(anatomy.vision_width)
+    if isinstance(linear, FusedLinear) or zero.shape(linear.weight)[1] != width:
+        fused = taps.columns * taps.merge_size**2 * width
+        raise SettingError(
+            f"the projector takes {zero.shape(linear.weight)[1]} channels, but this tower gives {width} ({fused} with "
+            "this fusion): it was made for another tower or another fusion"
+        )
     return taps
 
 
-def _widen_projector(anatomy: Anatomy, taps: Taps, undo: UndoStack, zero_start: bool, keep_original: bool) -> None:
-    parent, name, linear = anatomy.first_linear()
-    width = int(anatomy.vision_config.hidden_size)
-    if isinstance(linear, FusedLinear) or linear.in_features != width:
+def _check_tokens(anatomy: Anatomy, taps: Taps, what: str) -> None:
+    tower = anatomy.vision_parts()
+    if anatomy.drops_cls and tower.prefix_tokens != 1:
         raise SettingError(
-            f"the projector takes {linear.in_features} channels, but this tower gives {width} "
-            f"({(1 + len(taps.blocks)) * width} with these taps): it was made for another tower or another fusion"
+            f"{what} needs whole patches, but the host drops the first token of a tower that has "
+            f"{tower.prefix_tokens} tokens before the patches: set vision_feature_select_strategy = "
+            '"full" (llava: mm_vision_select_feature = "cls_patch")'
         )
-    fused = FusedLinear.grow(linear, len(taps.blocks), zero_start)
-    undo.replace_module(parent, name, fused, None if keep_original else fused.stock)
+    if taps.merge_size > 1:
+        if not anatomy.drops_cls and tower.prefix_tokens:
+            raise SettingError(
+                f"{what} joins patches, but the host keeps the tower's CLS token: set "
+                'vision_feature_select_strategy = "default" (llava: mm_vision_select_feature = "patch")'
+            )
+        check_grid(tower.grid, taps.merge_size, taps.merge_padding)
 
 
-def _hook_vision_model(anatomy: Anatomy, taps: Taps, undo: UndoStack) -> None:
+def attach(
+    anatomy: Anatomy, settings: Fusion, taps: Taps, undo: UndoStack, *, zero_start: bool = True, loading: bool = False
+) -> None:
+    """Feed other blocks to the projector, or to the decoder.
+
+    Modifications: a forward hook on the vision model that puts the fused feature in the main feature's place; the
+    projector's first Linear replaced by a `FusedLinear` of the same name where it gets wider; with DeepStack what
+    `stack.attach` says; on `llava` the tower's instance attributes `forward` (its `no_grad` lifted only while something
+    in it trains) and, while its weights are not loaded yet, `load_model`.
+
+    Args:
+        anatomy: the host model.
+        settings: the fusion.
+        taps: it, resolved against the tower.
+        undo: takes every change back.
+        zero_start: see `FusedLinear.grow`.
+        loading: the model is being loaded from a fused checkpoint, where no stock layer exists: undo then leaves the
+            main columns.
+    """
+    if taps.columns > 1 or taps.merge_size > 1:
+        parent, name, linear = anatomy.first_linear()
+        fused = FusedLinear.grow(linear, taps.columns, taps.merge_size, zero_start)
+        undo.replace_module(parent, name, fused, fused.stock if loading else None)
+    if taps.join is Join.LAYERS:
+        stack.attach(anatomy, undo)
+    if not taps.keeps_tokens and not loading:
+        rows, columns = anatomy.grid
+        logger.warning(
+            "%s: an image has %d tokens instead of %d, so before it is trained the model's output is not the stock "
+            "model's", type(settings).__name__, taps.tokens((rows, columns)), rows * columns,
+        )  # fmt: skip
+    when_loaded(anatomy, undo, lambda: _hook_vision_model(anatomy, settings, taps, undo))
+    if anatomy.host == LLAVA and settings.train_tower != "frozen":
+        _lift_no_grad(anatomy, undo)
+
+
+def _hook_vision_model(anatomy: Anatomy, settings: Fusion, taps: Taps, undo: UndoStack) -> None:
     vision = anatomy.vision_model
     assert vision is not None
-    anatomy.vision_parts()  # an unknown tower is refused here, at patch time
+    tower = anatomy.vision_parts()  # an unknown tower is refused here, at patch time
+    if not taps.keeps_tokens:
+        _check_tokens(anatomy, taps, type(settings).__name__)
+    prefix, grid = tower.prefix_tokens, tower.grid
 
     def put_fused_feature(module: nn.Module, args: Any, output: Any) -> Any:
         states = getattr(output, "hidden_states", None)
         if states is None:  # nobody asked for hidden states: the host does not select a feature here
             return output
-        output["hidden_states"] = (*states[: taps.main], fuse(states, taps), *states[taps.main + 1 :])
+        if taps.join is Join.LAYERS:
+            stack.note(stacked(states, taps, prefix, grid))
+        output["hidden_states"] = (
+            *states[: taps.main], fuse(states, taps, prefix, grid), *states[taps.main + 1 :],
+        )  # fmt: skip
         return output
 
     hook = vision.register_forward_hook(put_fused_feature)
@@ -93,10 +148,10 @@ def _lift_no_grad(anatomy: Anatomy, undo: UndoStack) -> None:
     undo.set_attribute(tower, "forward", forward)
 
 
-def set_tower_flags(anatomy: Anatomy, settings: SkipLinks, taps: Taps) -> None:
+def set_tower_flags(anatomy: Anatomy, settings: Fusion, taps: Taps) -> None:
     """Set requires_grad in the vision tower as `train_tower` says.
 
-    Blocks above the deepest used feature, and the final norm, never train: nothing reads them.
+    Blocks above the deepest feature that carries a gradient, and a final norm that nobody reads, never train.
 
     Raises:
         SettingError: more blocks asked for than are used.
@@ -114,7 +169,9 @@ def set_tower_flags(anatomy: Anatomy, settings: SkipLinks, taps: Taps) -> None:
     else:
         k = int(settings.train_tower)
         if k > len(used):
-            raise SettingError(f"SkipLinks.train_tower = {k}: only {len(used)} blocks of this tower are used")
+            raise SettingError(
+                f"{type(settings).__name__}.train_tower = {k}: only {len(used)} blocks of this tower are used"
+            )
         parts = used[len(used) - k :]
     for part in parts:
         part.requires_grad_(True)
@@ -123,15 +180,31 @@ def set_tower_flags(anatomy: Anatomy, settings: SkipLinks, taps: Taps) -> None:
             parameter.requires_grad_(True)
 
 
+def parameters(anatomy: Anatomy) -> list[nn.Parameter]:
+    """DeepStack's own projector; empty without one."""
+    projector = getattr(anatomy.projector_owner, anatomy.stack_name, None)
+    return [] if projector is None else list(projector.parameters())
+
+
 def is_silent(anatomy: Anatomy, trainable: Collection[str]) -> bool:
-    """Whether a fusion's new columns are all zero and stay so, because the projector does not train.
+    """Whether a fusion's new weights are all zero and stay so, because they do not train.
 
     Args:
         anatomy: a fused host model.
         trainable: names of the parameters that train.
     """
+    own = getattr(anatomy.projector_owner, anatomy.stack_name, None)
     layer = anatomy.first_linear()[2]
-    names = {n for n, p in anatomy.model.named_parameters() if p is layer.weight}
-    if not isinstance(layer, FusedLinear) or names & set(trainable):
+    if own is not None:
+        decisive: list[Any] = list([m for m in own.modules() if isinstance(m, nn.Linear)][-1].parameters())
+    elif isinstance(layer, FusedLinear) and layer.in_features > layer.main_features:
+        decisive = [layer.weight]
+    else:
         return False
-    return not bool(layer.weight[:, layer.main_features :].any())
+    ids = {id(p) for p in decisive}
+    if {n for n, p in anatomy.model.named_parameters() if id(p) in ids} & set(trainable):
+        return False
+    with zero.gathered(decisive):
+        if own is not None:
+            return not any(bool(p.any()) for p in decisive)
+        return not bool(layer.weight[:, layer.main_features :].any())  # type: ignore[union-attr]

@@ -1,161 +1,202 @@
-"""Detached Skip-Links: which blocks are tapped, and the projector's widened first layer. Mathematics only."""
+"""Which blocks of a tower a fusion taps, and how their features are joined. No tensors here."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from enum import Enum
 
 from llava_patch.errors import SettingError
-from llava_patch.settings import SkipLinks
+from llava_patch.settings.fusion import DeepStack, DenseConnector, Detach, DirectFusion, Fusion, SkipLinks
+
+STI_POOL = 8
+"""How many neighbouring tokens STI averages (Dense Connector, section 3)."""
+
+
+class Join(Enum):
+    """Where tapped features go."""
+
+    CHANNELS = "beside the main feature, on channels"
+    TOKENS = "behind the main feature's tokens, averaged over neighbours"
+    LAYERS = "through a projector of their own, added to the decoder's image positions"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Blocks whose mean is one tap; mostly a single one.
+
+    Attributes:
+        blocks: block numbers, 0 being the embedding.
+        detached: whether the tap is under stop-gradient.
+    """
+
+    blocks: tuple[int, ...]
+    detached: bool
 
 
 @dataclass(frozen=True)
 class Taps:
-    """Tapped blocks of one tower.
+    """A fusion resolved against one tower.
 
     Attributes:
         main: block of the main feature, 1..N.
-        blocks: tapped blocks, shallowest first.
-        detached: how many of the shallowest are under stop-gradient.
+        groups: the taps, in the order of their columns (tokens, decoder layers).
+        join: where they go.
+        merge_size: m x m patches are joined on channels.
+        merge_padding: whether a grid that m does not divide is padded.
     """
 
     main: int
-    blocks: tuple[int, ...]
-    detached: int
+    groups: tuple[Group, ...]
+    join: Join = Join.CHANNELS
+    merge_size: int = 1
+    merge_padding: bool = False
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """All tapped blocks, the shallowest first."""
+        return tuple(sorted({block for group in self.groups for block in group.blocks}))
 
     @property
     def deepest(self) -> int:
-        """The deepest block whose output is used."""
-        return max(self.main, *self.blocks)
+        """The deepest block whose output carries a gradient: the main one, or a tap that is not detached."""
+        return max([self.main, *(block for group in self.groups if not group.detached for block in group.blocks)])
+
+    @property
+    def columns(self) -> int:
+        """How many features stand beside one another on channels."""
+        return 1 + (len(self.groups) if self.join is Join.CHANNELS else 0)
+
+    @property
+    def keeps_tokens(self) -> bool:
+        """Whether an image has as many tokens as in the stock model."""
+        return self.join is not Join.TOKENS and self.merge_size == 1
+
+    def tokens(self, grid: tuple[int, int]) -> int:
+        """Tokens of an image (without a CLS token) whose patches form a grid of (rows, columns)."""
+        m = self.merge_size
+        own = -(-grid[0] // m) * -(-grid[1] // m)
+        return own + (len(self.groups) * (own // STI_POOL) if self.join is Join.TOKENS else 0)
 
 
-def choose_taps(settings: SkipLinks, n_blocks: int, main: int) -> Taps:
-    """Resolve stride and detach for a tower.
-
-    Taps by stride S are the blocks S, 2S, 3S, ...; one that reaches N is clipped to N-1; one equal to the main block
-    is dropped (paper section 6.2: S in {3, 4, 6, 12}).
+def choose_taps(settings: Fusion, n_blocks: int, main: int) -> Taps:
+    """Resolve a fusion against a tower.
 
     Args:
-        settings: the Skip-Links settings.
+        settings: the fusion.
         n_blocks: number N of blocks.
         main: block of the main feature.
 
     Raises:
-        SettingError: a tap outside 1..N, no tap left, or more detached taps than taps.
+        SettingError: a tap outside the tower, no tap left, or a detach setting for taps that are not there.
+    """
+    join = Join.CHANNELS
+    if isinstance(settings, SkipLinks):
+        groups = _skip_links(settings, n_blocks, main)
+    elif isinstance(settings, DenseConnector):
+        groups = _dense_connector(settings, n_blocks)
+        join = Join.TOKENS if settings.kind == "sti" else Join.CHANNELS
+    elif isinstance(settings, DirectFusion):
+        groups = _direct_fusion(settings, n_blocks, main)
+    else:
+        assert isinstance(settings, DeepStack)
+        groups, join = _deep_stack(settings, n_blocks), Join.LAYERS
+    return Taps(main, groups, join, settings.merge_size, settings.merge_padding)
+
+
+def _skip_links(settings: SkipLinks, n_blocks: int, main: int) -> tuple[Group, ...]:
+    """Blocks S, 2S, 3S, ... or a list, deepest first: deep before shallow for every D, so columns stay where they are.
+
+    A stride's last block that reaches N is clipped to N-1, one equal to the main block is dropped (section 6.2: S in
+    {3, 4, 6, 12}).
     """
     if settings.layers is not None:
-        outside = [b for b in settings.layers if b > n_blocks]
-        if outside:
-            raise SettingError(
-                f"SkipLinks.layers = {settings.layers}: block {outside[0]} is outside this tower's 1..{n_blocks}"
-            )
         asked = f"SkipLinks.layers = {settings.layers}"
-        candidates: Sequence[int] = settings.layers
+        _check_inside("SkipLinks.layers", settings.layers, n_blocks)
+        candidates: Iterable[int] = settings.layers
     else:
         asked = f"SkipLinks.stride = {settings.stride}"
         strided = range(settings.stride, n_blocks + settings.stride, settings.stride)
         candidates = sorted({min(b, n_blocks - 1) for b in strided if b <= n_blocks})
-    blocks = tuple(b for b in candidates if b != main and b >= 1)
-    if not blocks:
+    blocks = [b for b in candidates if b != main and b >= 1]
+    if not blocks and settings.layers != ():
         raise SettingError(f"{asked}: no tap left on a tower of {n_blocks} blocks whose main feature is block {main}")
     detached = sum(b <= n_blocks / 2 for b in blocks) if settings.detach is None else settings.detach
-    if detached > len(blocks):
-        raise SettingError(f"SkipLinks.detach = {detached}: there are only {len(blocks)} taps: blocks {blocks}")
-    return Taps(main, blocks, detached)
+    places = _detached("SkipLinks", detached, [(b,) for b in blocks])
+    return tuple(Group((b,), i in places) for i, b in reversed(list(enumerate(blocks))))
 
 
-def fuse(hidden_states: Sequence[Tensor], taps: Taps) -> Tensor:
-    """Concatenate main feature and taps on channels, deepest tap first, shallow ones under stop-gradient (eq. 1).
-
-    Deepest first puts deep before shallow for every D, so columns never move when D changes.
-
-    Args:
-        hidden_states: h[0] (embedding) to h[N], each [images, tokens, channels].
-        taps: what to take.
-
-    Returns:
-        [images, tokens, (1 + K) * channels].
-    """
-    parts = [hidden_states[taps.main]]
-    for place in reversed(range(len(taps.blocks))):
-        tap = hidden_states[taps.blocks[place]]
-        parts.append(tap.detach() if place < taps.detached else tap)
-    return torch.cat(parts, dim=-1)
-
-
-class FusedLinear(nn.Linear):
-    """A projector's first Linear, widened to [main ; taps] and stored as one weight [out, (1 + K) * d].
-
-    The output is computed as Linear(main) + taps @ W_taps^T: with zero tap columns it then equals the stock layer's
-    bit for bit, which one wide product does not (another reduction order).
-    """
-
-    def __init__(
-        self,
-        main_features: int,
-        n_taps: int,
-        out_features: int,
-        bias: bool,
-        device: object = None,
-        dtype: object = None,
-    ) -> None:
-        """Make a layer with `nn.Linear`'s usual initialisation over its full width."""
-        super().__init__((1 + n_taps) * main_features, out_features, bias=bias, device=device, dtype=dtype)  # type: ignore[arg-type]
-        self.main_features = main_features
-
-    @classmethod
-    def grow(cls, linear: nn.Linear, n_taps: int, zero_start: bool) -> "FusedLinear":
-        """Widen a stock layer.
-
-        Args:
-            linear: the projector's first Linear, main channels wide.
-            n_taps: number K of taps.
-            zero_start: True: keep the stock weights and start the new columns at zero (an existing projector). False:
-                `nn.Linear`'s usual initialisation over the whole width (a projector made from scratch).
-        """
-        weight = linear.weight
-        fused = cls(
-            linear.in_features, n_taps, linear.out_features, linear.bias is not None, weight.device, weight.dtype
-        )
-        fused.weight.requires_grad_(weight.requires_grad)
-        if linear.bias is not None:
-            fused.bias.requires_grad_(linear.bias.requires_grad)
-        if zero_start and not weight.is_meta:
-            with torch.no_grad():
-                fused.weight.zero_()
-                fused.weight[:, : linear.in_features] = weight
-                if linear.bias is not None:
-                    fused.bias.copy_(linear.bias)
-        fused.train(linear.training)
-        return fused
-
-    def stock(self) -> nn.Linear:
-        """The stock layer that holds the main columns."""
-        linear = nn.Linear(
-            self.main_features, self.out_features, self.bias is not None, self.weight.device, self.weight.dtype
-        )
-        with torch.no_grad():
-            linear.weight.copy_(self.weight[:, : self.main_features])
-            if self.bias is not None:
-                linear.bias.copy_(self.bias)
-        return linear
-
-    def forward(self, features: Tensor) -> Tensor:
-        """[..., (1 + K) * d] to [..., out]."""
-        d = self.main_features
-        if features.shape[-1] != self.in_features:
+def _dense_connector(settings: DenseConnector, n_blocks: int) -> tuple[Group, ...]:
+    half = n_blocks // 2
+    if settings.groups is not None:
+        groups = [g if isinstance(g, tuple) else (g,) for g in settings.groups]
+    elif settings.kind == "dci":
+        groups = [tuple(range(half)), tuple(range(half, 2 * half))]
+    else:
+        groups = [(7,), (15,)]
+        if n_blocks < 15:
             raise SettingError(
-                f"the fused projector takes {self.in_features} channels (main + taps), got {features.shape[-1]}: were "
-                "the features taken from a tower without this patch?"
+                f'DenseConnector.kind = "{settings.kind}" taps blocks 7 and 15, but this tower has {n_blocks}: name '
+                "others in DenseConnector.groups, as (2, 5)"
             )
-        main = features[..., :d]
-        # A contiguous input takes a fused multiply-add, a slice does not, and the two round differently in bfloat16:
-        # the main part must keep the layout that the stock layer's input would have had.
-        if features.is_contiguous():
-            main = main.contiguous()
-        main = F.linear(main, self.weight[:, :d].contiguous(), self.bias)
-        return main + F.linear(features[..., d:], self.weight[:, d:])
+    for group in groups:
+        _check_inside("DenseConnector.groups", group, n_blocks)
+    return _with_detach("DenseConnector", settings.detach, groups)
+
+
+def _direct_fusion(settings: DirectFusion, n_blocks: int, main: int) -> tuple[Group, ...]:
+    half = n_blocks // 2
+    former, latter = tuple(range(1, half + 1)), tuple(range(half + 1, n_blocks + 1))
+    named = {"former": [former], "latter": [latter], "all": [former, latter]}
+    if isinstance(settings.layers, str) and settings.layers in named:
+        groups = named[settings.layers]
+    else:
+        layers = settings.layers.split("-") if isinstance(settings.layers, str) else settings.layers
+        blocks = [int(b) for b in layers]
+        _check_inside("DirectFusion.layers", blocks, n_blocks)
+        groups = [(b,) for b in blocks if b != main]
+        if not groups:
+            raise SettingError(f"DirectFusion.layers = {settings.layers!r}: no tap left beside the main block {main}")
+    return _with_detach("DirectFusion", settings.detach, groups)
+
+
+def _deep_stack(settings: DeepStack, n_blocks: int) -> tuple[Group, ...]:
+    if settings.taps is None:
+        blocks = tuple(sorted({max(1, n_blocks // 4), n_blocks // 2, 3 * n_blocks // 4, n_blocks - 1} - {0}))
+    else:
+        blocks = settings.taps
+        _check_inside("DeepStack.taps", blocks, n_blocks)
+    return _with_detach("DeepStack", settings.detach, [(b,) for b in blocks])
+
+
+def injection_layers(settings: Fusion | None, taps: Taps | None) -> tuple[int, ...]:
+    """Decoder layers whose input takes a tap, in the order of the taps; () unless the fusion is DeepStack."""
+    if not isinstance(settings, DeepStack) or taps is None:
+        return ()
+    return tuple(settings.start + i * settings.interval for i in range(len(taps.groups)))
+
+
+def _check_inside(setting: str, blocks: Iterable[int], n_blocks: int) -> None:
+    outside = [b for b in blocks if b > n_blocks]
+    if outside:
+        raise SettingError(f"{setting}: block {outside[0]} is outside this tower's 1..{n_blocks}")
+
+
+def _with_detach(owner: str, detach: Detach, groups: list[tuple[int, ...]]) -> tuple[Group, ...]:
+    places = _detached(owner, detach, groups)
+    return tuple(Group(group, i in places) for i, group in enumerate(groups))
+
+
+def _detached(owner: str, detach: Detach, groups: list[tuple[int, ...]]) -> set[int]:
+    """Places of the detached groups: a number means that many of the shallowest."""
+    there = ", ".join(str(g[0]) if len(g) == 1 else f"{g[0]}-{g[-1]}" for g in groups) or "none"
+    if isinstance(detach, int):
+        if detach > len(groups):
+            raise SettingError(f"{owner}.detach = {detach}: there are only {len(groups)} taps (blocks {there})")
+        return set(sorted(range(len(groups)), key=lambda i: (max(groups[i]), i))[:detach])
+    wrong = [place for place in detach if place >= len(groups)]
+    if wrong:
+        raise SettingError(
+            f"{owner}.detach = {detach}: place {wrong[0]} is outside 0..{len(groups) - 1} of the taps (blocks {there})"
+        )
+    return set(detach)

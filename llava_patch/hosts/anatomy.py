@@ -87,6 +87,11 @@ class Anatomy:
         return getattr(self.projector_owner, self.projector_name)
 
     @property
+    def stack_name(self) -> str:
+        """Name of DeepStack's projector beside the projector; LLaVA's scripts treat what starts like it alike."""
+        return f"{self.projector_name}_stack"
+
+    @property
     def vision_model(self) -> Any:
         """The transformers vision model inside the tower; None while `llava` has not loaded it yet."""
         if self.host == HF:
@@ -97,6 +102,18 @@ class Anatomy:
     def vision_config(self) -> Any:
         """Configuration of the vision model; known before its weights are loaded."""
         return self.tower.config
+
+    @property
+    def vision_width(self) -> int:
+        """Channels d of the vision tower."""
+        return int(self.vision_config.hidden_size)
+
+    @property
+    def tiles(self) -> bool:
+        """Whether images are cut into tiles whose patches the host itself counts (anyres with a spatial layout)."""
+        if self.host == HF:
+            return hasattr(self.wrapper, "pack_image_features")
+        return str(getattr(self.model.config, "mm_patch_merge_type", "flat")).startswith("spatial")
 
     @property
     def n_blocks(self) -> int:

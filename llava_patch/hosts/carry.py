@@ -20,8 +20,21 @@ from torch import Tensor
 
 from llava_patch.errors import InputError
 from llava_patch.hosts.anatomy import LLAVA, Anatomy
-from llava_patch.hosts.positions import IGNORE_INDEX, hf_image_mask, llava_prepare
+from llava_patch.hosts.positions import IGNORE_INDEX, hf_image_mask, llava_prepare, llava_rows
 from llava_patch.undo import UndoStack
+
+
+@dataclass
+class Stacked:
+    """What DeepStack adds to the image positions of one call.
+
+    Attributes:
+        features: for each tap [rows, hidden].
+        rows: int64 [batch, tokens]: 1 + the row that a position takes, 0 for none.
+    """
+
+    features: list[Tensor]
+    rows: Tensor
 
 
 @dataclass
@@ -36,6 +49,7 @@ class Given:
         ahead: how many of the tokens are guesses behind the prompt (assisted decoding).
         generating: whether `generate` makes this call.
         unknown: the caller brings embeddings of which nobody knows whether images are in them.
+        stacked: what DeepStack adds; None without it or without pixels.
     """
 
     image_mask: Tensor | None = None
@@ -45,6 +59,7 @@ class Given:
     ahead: int = 0
     generating: bool = False
     unknown: bool = False
+    stacked: Stacked | None = None
 
 
 @dataclass
@@ -64,10 +79,13 @@ class _Scope:
         self.given = Given()
         self.placed: _Placed | None = None
         self.generating = False
+        self.offered: list[Tensor] | None = None  # DeepStack's features of the images encoded last
+        self.packing: Tensor | None = None  # their rows in the order that anyres gives them
         self.chosen: tuple[Tensor, Tensor] | None = None  # in this generation: a prompt's embeddings, what was kept
 
 
 _MARK = "_llava_patch_image_mask"
+_STACKED = "_llava_patch_stacked"
 _current: ContextVar[_Scope | None] = ContextVar("llava_patch_call", default=None)
 
 
@@ -132,7 +150,7 @@ def take(anatomy: Anatomy, inputs_embeds: Tensor | None = None, continuing: bool
     """
     scope = _current.get()
     if scope is None or scope.anatomy.model is not anatomy.model:
-        return Given(image_mask=getattr(inputs_embeds, _MARK, None))
+        return Given(image_mask=getattr(inputs_embeds, _MARK, None), stacked=getattr(inputs_embeds, _STACKED, None))
     given = scope.given
     scope.given = Given(suffix=given.suffix)
     given.generating = scope.generating
@@ -140,6 +158,8 @@ def take(anatomy: Anatomy, inputs_embeds: Tensor | None = None, continuing: bool
         _take_placed(scope.placed, given, inputs_embeds, continuing)
     elif given.image_mask is None:
         given.image_mask = getattr(inputs_embeds, _MARK, None)
+    if given.stacked is None:
+        given.stacked = getattr(inputs_embeds, _STACKED, None)
     if scope.generating:
         given.ahead = 0 if given.suffix is None else given.suffix - 1
         if given.kept is None and scope.chosen is not None and inputs_embeds is not None and not continuing:
@@ -166,6 +186,35 @@ def _take_placed(here: _Placed, given: Given, inputs_embeds: Tensor | None, cont
 
 def _longer(mask: Tensor, tokens: int, value: bool) -> Tensor:
     return torch.nn.functional.pad(mask, (0, max(0, tokens - mask.shape[1])), value=value)
+
+
+def is_listening(anatomy: Anatomy) -> bool:
+    """Whether a call of the host is under way whose images go to the decoder."""
+    scope = _current.get()
+    return scope is not None and scope.anatomy.model is anatomy.model
+
+
+def offer(anatomy: Anatomy, features: list[Tensor]) -> None:
+    """Hand DeepStack's features of the images being encoded on: for each tap [images, tokens, hidden]."""
+    scope = _current.get()
+    assert scope is not None
+    scope.offered = features
+    if anatomy.host == LLAVA or scope.given.image_mask is None:
+        return  # `llava` has yet to say where they go
+    # The host fills its placeholders in order.
+    mask = scope.given.image_mask
+    rows = mask.flatten().cumsum(0).view_as(mask) * mask
+    if scope.packing is not None:
+        rows = torch.nn.functional.pad(scope.packing, (1, 0))[rows.clamp(max=len(scope.packing))]
+        scope.packing = None
+    scope.given.stacked = Stacked([f.flatten(0, 1) for f in features], rows)
+
+
+def offer_packing(anatomy: Anatomy, rows: Tensor) -> None:
+    """Say in which order anyres gives the features: int64 [features], 1 + the row, 0 for a line end."""
+    scope = _current.get()
+    assert scope is not None
+    scope.packing = rows
 
 
 def remember_chosen(anatomy: Anatomy, prompt: Tensor, kept: Tensor) -> None:
@@ -225,14 +274,24 @@ def _attach_llava(anatomy: Anatomy, undo: UndoStack) -> None:
 
     @functools.wraps(prepare)
     def prepare_and_report(*args: Any, **kwargs: Any) -> tuple:
-        outputs, image_mask = llava_prepare(prepare, image_token_id, *args, **kwargs)
-        scope = _current.get()
-        if scope is not None and scope.anatomy.model is anatomy.model:
+        with _scope(anatomy) as scope:
+            scope.offered = None
+            outputs, image_mask = llava_prepare(prepare, image_token_id, *args, **kwargs)
             scope.given.image_mask = image_mask
             scope.given.read = _read(outputs[5])
-        if image_mask is not None and outputs[4] is not None:
-            setattr(outputs[4], _MARK, image_mask)
+            if image_mask is not None and outputs[4] is not None:
+                setattr(outputs[4], _MARK, image_mask)
+                if scope.offered is not None:
+                    scope.given.stacked = _stack(scope.offered, image_mask, *args, **kwargs)
+                    setattr(outputs[4], _STACKED, scope.given.stacked)
         return outputs
+
+    def _stack(
+        features: list[Tensor], image_mask: Tensor, input_ids: Tensor, position_ids: Any, attention_mask: Any,
+        past_key_values: Any, labels: Any, images: Any, *args: Any, **kwargs: Any,
+    ) -> Stacked:  # fmt: skip
+        rows = llava_rows(prepare, image_mask, features[0].shape, input_ids, attention_mask, images, *args, **kwargs)
+        return Stacked([f.flatten(0, 1) for f in features], rows)
 
     @functools.wraps(forward)
     def scoped(*args: Any, **kwargs: Any) -> Any:

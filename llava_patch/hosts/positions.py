@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 from llava_patch.errors import InputError
 
 IGNORE_INDEX = -100
+
+indexing: ContextVar[Tensor | None] = ContextVar("llava_patch_indexing", default=None)
+"""While `llava_rows` asks: what `encode_images` gives instead of features."""
 
 
 def hf_image_mask(input_ids: Tensor, image_token_id: int) -> Tensor:
@@ -72,6 +76,49 @@ def llava_prepare(
         new_labels = torch.where(index == IGNORE_INDEX, torch.full_like(taken, IGNORE_INDEX), taken)
     kept_mask = None if attention_mask is None else new_mask
     return (new_ids, new_positions, kept_mask, past_key_values, embeds, new_labels), image_mask
+
+
+def llava_rows(
+    prepare: Callable[..., tuple],
+    image_mask: Tensor,
+    shape: tuple[int, ...],
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    images: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """Which row of the image features stands at each place of the decoder's input.
+
+    The host splits, cuts, joins and truncates features on the way (anyres above all). It does the same to features that
+    hold their own row's number.
+
+    Args:
+        prepare: the host's own bound method.
+        image_mask: bool [batch, new tokens].
+        shape: [images (or tiles), tokens, hidden] of the features.
+        input_ids: as the host got them, and
+        attention_mask: likewise, and
+        images: likewise.
+        *args: further arguments of the host's version (image_sizes).
+        **kwargs: likewise.
+
+    Returns:
+        int64 [batch, new tokens]: 1 + the row, 0 where there is none (text, padding, line ends of anyres).
+    """
+    tiles, tokens, width = shape
+    numbers = torch.arange(1, tiles * tokens + 1, device=image_mask.device, dtype=torch.float32)
+    # A line end's learned vector is no feature: a number followed by its negative is.
+    signs = torch.tensor([1.0, -1.0], device=image_mask.device).repeat(width // 2)
+    token = indexing.set((numbers[:, None] * signs).view(tiles, tokens, width))
+    try:
+        with torch.no_grad():
+            found = prepare(input_ids, None, attention_mask, None, None, images, *args, **kwargs)[4]
+    finally:
+        indexing.reset(token)
+    first, second = found[..., 0], found[..., 1]
+    numbered = image_mask & (first == -second) & (first >= 1) & (first == first.round())
+    return torch.where(numbered, first, torch.zeros_like(first)).long()
 
 
 def _check_counts(

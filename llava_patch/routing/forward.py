@@ -61,6 +61,7 @@ class RoutedForward:
                 "inside `with handle.image_positions(mask):`, mask being bool [batch, tokens] (all False: no image)"
             )
         in_order = past_key_values is None and side_branch.keeps_order(self.anatomy)
+        self._check_stacked(given)
         if given.image_mask is not None or routed_before or in_order:
             self._check(past_key_values, attention_mask, position_ids, kwargs)
             if inputs_embeds is None:
@@ -81,12 +82,25 @@ class RoutedForward:
             if side_branch.wants_gradient(self.anatomy):
                 last = outputs.last_hidden_state
                 outputs["last_hidden_state"] = last + side_branch.idle(self.anatomy, last)
+            if given.stacked is not None and torch.is_grad_enabled():
+                # Every rank must give DeepStack's projector a gradient, also one whose batch has no image.
+                last = outputs.last_hidden_state
+                outputs["last_hidden_state"] = last + 0.0 * torch.stack(
+                    [f.sum() for f in given.stacked.features]
+                ).sum().to(last)
             return outputs
         if cache_position is None:
             cache_position = torch.arange(call.seen, call.seen + call.queries, device=call.embeds.device)
         call.cache_position = cache_position
         call.position_ids = cache_position[None] if position_ids is None else position_ids
         return Run(self.anatomy, self.program, call).forward()
+
+    def _check_stacked(self, given: carry.Given) -> None:
+        if self.program.injections and given.image_mask is not None and given.stacked is None:
+            raise InputError(
+                "DeepStack adds the image at several decoder layers, but this call brings its embeddings without its "
+                "pixels: give the model pixel_values (llava: images)"
+            )
 
     def _check(
         self, cache: Any, attention_mask: Tensor | None, position_ids: Tensor | None, kwargs: dict[str, Any]
@@ -154,6 +168,9 @@ class RoutedForward:
         assert given.image_mask is not None
         image_mask = _fit("image positions", given.image_mask, batch, queries, call.seen).to(call.embeds.device)
         call.suffix, call.ahead = given.suffix, given.ahead
+        if given.stacked is not None:
+            rows = _fit("image rows", given.stacked.rows, batch, queries, call.seen).to(call.embeds.device)
+            call.stacked = carry.Stacked(given.stacked.features, rows)
         call.protected = self._read_positions(given, call)
         valid = torch.ones_like(image_mask) if call.valid is None else call.valid
         counts = count(image_mask, valid, given.suffix or 1, call.protected)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from llava_patch.errors import SettingError
@@ -31,6 +31,7 @@ class Program:
         prune_at: first layer without the pruned tokens; None: nothing is pruned.
         ratio: share of image tokens to prune.
         prune_in_training: whether training mode prunes as well.
+        injections: DeepStack: layers whose input takes a tap, in the order of the taps.
     """
 
     n_layers: int
@@ -40,11 +41,12 @@ class Program:
     prune_at: int | None = None
     ratio: float = 0.0
     prune_in_training: bool = False
+    injections: tuple[int, ...] = ()
 
     @property
     def does_something(self) -> bool:
         """Whether it differs from the stock model at all."""
-        return self.split < self.n_layers or self.prune_at is not None
+        return self.split < self.n_layers or self.prune_at is not None or bool(self.injections)
 
     @property
     def fusion(self) -> tuple[int, ...]:
@@ -57,11 +59,19 @@ class Program:
         return Work.TEXT in self.work
 
 
-def make_program(routing: Routing | None, pruning: FastV | None, n_layers: int) -> Program:
+def make_program(
+    routing: Routing | None, pruning: FastV | None, n_layers: int, injections: tuple[int, ...] = ()
+) -> Program:
     """Resolve settings against a model's depth.
 
+    Args:
+        routing: its settings.
+        pruning: its settings.
+        n_layers: L.
+        injections: DeepStack's layers.
+
     Raises:
-        SettingError: a split, K, n or pruning layer that the model or the variant cannot take.
+        SettingError: a split, K, n, pruning or injection layer that the model or the variant cannot take.
     """
     split, work, side_layers = n_layers, [Work.STOCK] * n_layers, 0
     if routing is not None:
@@ -75,10 +85,28 @@ def make_program(routing: Routing | None, pruning: FastV | None, n_layers: int) 
                 k = routing.fusion_layers
                 for layer in k if isinstance(k, tuple) else range(n_layers - k, n_layers):
                     work[layer] = Work.FUSE
+    _check_injections(injections, n_layers, split)
+    program = Program(n_layers, split, tuple(work), side_layers, injections=injections)
     if pruning is None or pruning.ratio == 0:
-        return Program(n_layers, split, tuple(work), side_layers)
+        return program
     _check_pruning(pruning, routing, n_layers, split)
-    return Program(n_layers, split, tuple(work), side_layers, pruning.layer, float(pruning.ratio), pruning.training)
+    return replace(program, prune_at=pruning.layer, ratio=float(pruning.ratio), prune_in_training=pruning.training)
+
+
+def _check_injections(injections: tuple[int, ...], n_layers: int, split: int) -> None:
+    outside = [layer for layer in injections if layer >= split]
+    if not outside:
+        return
+    where = ", ".join(map(str, injections))
+    if outside[-1] >= n_layers:
+        raise SettingError(
+            f"DeepStack adds its taps at layers {where}, but this model has layers 0..{n_layers - 1}: choose a smaller "
+            "DeepStack.start or DeepStack.interval, or fewer taps"
+        )
+    raise SettingError(
+        f"DeepStack adds its taps at layers {where}, but image tokens leave the decoder at Routing.split = {split}: "
+        "choose a smaller DeepStack.start or DeepStack.interval, fewer taps, or a later split"
+    )
 
 
 def _check_routing(routing: Routing, n_layers: int) -> None:

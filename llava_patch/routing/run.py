@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from llava_patch.fusion import stack
 from llava_patch.hosts import carry, compat, projections
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.routing import feed, side_branch
@@ -43,6 +44,7 @@ class Call:
         suffix: how many of the last positions are read; None: any may be.
         ahead: how many of the last tokens are guesses behind the prompt.
         idle: whether the side branch runs on nothing, so that a batch without an image keeps the modules' order.
+        stacked: what DeepStack adds at the image positions, or None.
         cache: the conversation's cache, or None.
         cache_position: int64 [tokens].
         position_ids: int64 [batch or 1, tokens].
@@ -61,6 +63,7 @@ class Call:
     suffix: int | None = None
     ahead: int = 0
     idle: bool = False
+    stacked: carry.Stacked | None = None
     cache: RoutedCache | None = None
     cache_position: Tensor = field(default_factory=lambda: torch.empty(0))
     position_ids: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -182,12 +185,24 @@ class Run:
         for number in range(self.program.split):
             if number == self.prune_at:
                 hidden = self.prune(before, hidden)
-            before = hidden
+            hidden = before = self._inject(number, hidden)
             hidden = self._whole_or_suffix(number, hidden)
             self.record(hidden, self.main)
         if self.program.split == self.prune_at:
             hidden = self.prune(before, hidden)
         return hidden
+
+    def _inject(self, number: int, hidden: Tensor) -> Tensor:
+        """Add the taps that DeepStack has for this layer."""
+        stacked = self.call.stacked
+        if stacked is None or number not in self.program.injections:
+            return hidden
+        rows = stacked.rows
+        if self.main is not None:
+            rows = rows.gather(1, self.main.index)
+            if self.main.valid is not None:
+                rows = rows * self.main.valid
+        return stack.add(hidden, stacked.features[self.program.injections.index(number)], rows)
 
     def _graph_below_split(self) -> bool:
         if not torch.is_grad_enabled():

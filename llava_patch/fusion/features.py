@@ -1,0 +1,113 @@
+"""Fused features from a tower's hidden states. Mathematics only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llava_patch.errors import SettingError
+from llava_patch.fusion.taps import STI_POOL, Group, Join, Taps
+
+
+def tap(hidden_states: Sequence[Tensor], group: Group) -> Tensor:
+    """One tap: a block's output or the mean of several, under stop-gradient where the group says so.
+
+    Args:
+        hidden_states: h[0] (embedding) to h[N], each [images, tokens, channels].
+        group: what to take.
+    """
+    states = [hidden_states[block].detach() if group.detached else hidden_states[block] for block in group.blocks]
+    return states[0] if len(states) == 1 else torch.stack(states).sum(0) / len(states)
+
+
+def merge_patches(patches: Tensor, grid: tuple[int, int], size: int, padding: bool) -> Tensor:
+    """Join size x size neighbouring patches on channels, each square row by row.
+
+    Args:
+        patches: [images, rows * columns, channels].
+        grid: (rows, columns).
+        size: 1 leaves the patches as they are.
+        padding: pad a grid that `size` does not divide with zeros, at the right and below.
+
+    Returns:
+        [images, ceil(rows / size) * ceil(columns / size), size * size * channels].
+
+    Raises:
+        SettingError: another number of patches than the grid has, or a grid that `size` does not divide.
+    """
+    if size == 1:
+        return patches
+    images, tokens, channels = patches.shape
+    rows, columns = grid
+    if tokens != rows * columns:
+        raise SettingError(f"merge_size = {size}: {tokens} patches do not form the tower's grid of {rows} x {columns}")
+    check_grid(grid, size, padding)
+    square = patches.view(images, rows, columns, channels)
+    down, right = -rows % size, -columns % size
+    if down or right:
+        square = F.pad(square, (0, 0, 0, right, 0, down))
+    square = square.view(images, (rows + down) // size, size, (columns + right) // size, size, channels)
+    return square.transpose(2, 3).reshape(images, -1, size * size * channels)
+
+
+def check_grid(grid: tuple[int, int], size: int, padding: bool) -> None:
+    """Refuse a grid that `size` does not divide unless padding is asked for.
+
+    Raises:
+        SettingError: naming the setting.
+    """
+    if (grid[0] % size or grid[1] % size) and not padding:
+        raise SettingError(
+            f"merge_size = {size} does not divide this tower's grid of {grid[0]} x {grid[1]} patches: set "
+            "merge_padding = True to pad it with zeros, or merge_size = 1"
+        )
+
+
+def fuse(hidden_states: Sequence[Tensor], taps: Taps, prefix: int, grid: tuple[int, int]) -> Tensor:
+    """The main feature with its taps, tokens before the patches included.
+
+    On channels (eq. 1 of the Skip-Links paper; SCI, DCI and direct fusion): [main ; taps] in the order of the taps. As
+    tokens (STI): the taps' patches, averaged over `STI_POOL` neighbours, behind the main feature's. With merge_size,
+    patches of every feature are joined first. In decoder layers (DeepStack): the main feature alone.
+
+    Args:
+        hidden_states: h[0] (embedding) to h[N], each [images, prefix + patches, channels].
+        taps: what to take.
+        prefix: tokens before the patches (1 for a CLS token). They pass with the channels; where patches are merged
+            they have no meaning any more and become zeros.
+        grid: (rows, columns) of patches.
+
+    Returns:
+        [images, prefix + tokens, columns * merge_size^2 * channels].
+    """
+    main = hidden_states[taps.main]
+    groups = () if taps.join is Join.LAYERS else taps.groups
+    if taps.keeps_tokens:
+        return torch.cat([main, *(tap(hidden_states, group) for group in groups)], dim=-1) if groups else main
+    parts = [_patches(main, taps, prefix, grid)]
+    parts += [_patches(tap(hidden_states, group), taps, prefix, grid) for group in groups]
+    if taps.join is Join.TOKENS:
+        fused = torch.cat([parts[0], *(_pooled(part) for part in parts[1:])], dim=1)
+    else:
+        fused = torch.cat(parts, dim=-1)
+    if not prefix:
+        return fused
+    first = main[:, :prefix] if taps.merge_size == 1 else fused.new_zeros(len(fused), prefix, fused.shape[-1])
+    return torch.cat([first, fused], dim=1)
+
+
+def stacked(hidden_states: Sequence[Tensor], taps: Taps, prefix: int, grid: tuple[int, int]) -> list[Tensor]:
+    """DeepStack's taps: each [images, tokens, merge_size^2 * channels], without the tokens before the patches."""
+    return [_patches(tap(hidden_states, group), taps, prefix, grid) for group in taps.groups]
+
+
+def _patches(states: Tensor, taps: Taps, prefix: int, grid: tuple[int, int]) -> Tensor:
+    return merge_patches(states[:, prefix:], grid, taps.merge_size, taps.merge_padding)
+
+
+def _pooled(tokens: Tensor) -> Tensor:
+    """Means of STI_POOL neighbouring tokens: [images, tokens // STI_POOL, channels]; a rest is left out."""
+    return F.avg_pool1d(tokens.transpose(1, 2), STI_POOL, STI_POOL).transpose(1, 2)

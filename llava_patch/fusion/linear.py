@@ -1,0 +1,103 @@
+"""The projector's first layer for a fused feature. Mathematics only."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llava_patch.errors import SettingError
+from llava_patch.hosts import zero
+
+
+class FusedLinear(nn.Linear):
+    """A projector's first Linear, widened to [main ; taps] and stored as one weight [out, columns * m^2 * d].
+
+    The output is computed as Linear(main) + taps @ W_taps^T: with zero tap columns it then equals the stock layer's
+    bit for bit, which one wide product does not (another reduction order).
+    """
+
+    def __init__(
+        self,
+        stock_features: int,
+        out_features: int,
+        columns: int,
+        merge_size: int,
+        bias: bool,
+        device: object = None,
+        dtype: object = None,
+    ) -> None:
+        """Make a layer with `nn.Linear`'s usual initialisation over its full width.
+
+        Args:
+            stock_features: channels d of the tower.
+            out_features: channels of the output.
+            columns: how many features stand on channels, the main one included.
+            merge_size: m x m patches of each are joined.
+            bias: whether there is one.
+            device: of the weights.
+            dtype: of the weights.
+        """
+        main_features = merge_size**2 * stock_features
+        super().__init__(columns * main_features, out_features, bias=bias, device=device, dtype=dtype)  # type: ignore[arg-type]
+        self.stock_features = stock_features
+        self.main_features = main_features
+        self.merge_size = merge_size
+
+    @classmethod
+    def grow(cls, linear: nn.Linear, columns: int, merge_size: int, zero_start: bool) -> "FusedLinear":
+        """Widen a stock layer.
+
+        Args:
+            linear: the projector's first Linear, d channels wide; DeepSpeed ZeRO-3 may have partitioned it (then every
+                rank must call this, and the result is whole: the engine partitions it when it takes the model over).
+            columns: how many features stand on channels, the main one included.
+            merge_size: m x m patches of each are joined.
+            zero_start: True: an existing projector: its weights stay and new columns start at zero; where patches are
+                merged, it starts on their mean. False: `nn.Linear`'s usual initialisation over the whole width (a
+                projector made from scratch).
+        """
+        weight = linear.weight
+        fused = cls(
+            linear.in_features, linear.out_features, columns, merge_size, linear.bias is not None, weight.device,
+            weight.dtype,
+        )  # fmt: skip
+        fused.weight.requires_grad_(weight.requires_grad)
+        if linear.bias is not None:
+            fused.bias.requires_grad_(linear.bias.requires_grad)
+        if zero_start and not weight.is_meta:
+            with torch.no_grad(), zero.gathered(linear.parameters()):
+                fused.weight.zero_()
+                fused.weight[:, : fused.main_features] = linear.weight.repeat(1, merge_size**2) / merge_size**2
+                if linear.bias is not None:
+                    fused.bias.copy_(linear.bias)
+        fused.train(linear.training)
+        return fused
+
+    def stock(self) -> nn.Linear:
+        """A layer of the stock width with the main columns; where patches are merged, with their sum."""
+        linear = nn.Linear(
+            self.stock_features, self.out_features, self.bias is not None, self.weight.device, self.weight.dtype
+        )
+        with torch.no_grad(), zero.gathered(self.parameters()):
+            main = self.weight[:, : self.main_features]
+            linear.weight.copy_(main.unflatten(1, (-1, self.stock_features)).sum(1))
+            if self.bias is not None:
+                linear.bias.copy_(self.bias)
+        return linear
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[..., columns * m^2 * d] to [..., out]."""
+        d = self.main_features
+        if features.shape[-1] != self.in_features:
+            raise SettingError(
+                f"the fused projector takes {self.in_features} channels (main + taps), got {features.shape[-1]}: were "
+                "the features taken from a tower without this patch?"
+            )
+        main = features[..., :d]
+        # A contiguous input takes a fused multiply-add, a slice does not, and the two round differently in bfloat16:
+        # the main part must keep the layout that the stock layer's input would have had.
+        if features.is_contiguous():
+            main = main.contiguous()
+        main = F.linear(main, self.weight[:, :d].contiguous(), self.bias)
+        return main if d == self.in_features else main + F.linear(features[..., d:], self.weight[:, d:])

@@ -1,0 +1,129 @@
+"""DeepStack: a projector for the taps, and how their features reach the decoder."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llava_patch.errors import HostError
+from llava_patch.hosts import carry, positions, zero
+from llava_patch.hosts.anatomy import LLAVA, Anatomy
+from llava_patch.undo import UndoStack
+
+_taken: ContextVar[list[list[Tensor]] | None] = ContextVar("llava_patch_taps", default=None)
+
+
+def copy_projector(projector: nn.Module) -> nn.Module:
+    """A projector for the taps: a copy whose last Linear is zero, so that it adds nothing before training.
+
+    Args:
+        projector: takes one feature per token; DeepSpeed ZeRO-3 may have partitioned it (then every rank must call
+            this).
+
+    Raises:
+        HostError: no Linear in it.
+    """
+    with zero.gathered(projector.parameters()):
+        twin = copy.deepcopy(projector)
+    linears = [m for m in twin.modules() if isinstance(m, nn.Linear)]
+    if not linears:
+        raise HostError(f"the projector {type(projector).__name__} has no Linear layer that DeepStack could start at 0")
+    for parameter in linears[-1].parameters():
+        nn.init.zeros_(parameter)
+    return twin
+
+
+def add(hidden_states: Tensor, features: Tensor, rows: Tensor) -> Tensor:
+    """Add projected taps to the image positions.
+
+    Args:
+        hidden_states: [batch, tokens, hidden].
+        features: [rows, hidden].
+        rows: int64 [batch, tokens]: 1 + the row that a position takes, 0 for none.
+
+    Returns:
+        [batch, tokens, hidden]; a position without a row stays as it is.
+    """
+    features = F.pad(features.to(hidden_states), (0, 0, 1, 0))
+    return hidden_states + F.embedding(rows, features, padding_idx=0)
+
+
+def note(taps: Sequence[Tensor]) -> None:
+    """Hand over the taps of one call of the tower, each [images, tokens, channels]."""
+    taken = _taken.get()
+    if taken is not None:
+        taken.append(list(taps))
+
+
+@contextlib.contextmanager
+def _collecting() -> Iterator[list[list[Tensor]]]:
+    taken: list[list[Tensor]] = []
+    token = _taken.set(taken)
+    try:
+        yield taken
+    finally:
+        _taken.reset(token)
+
+
+def attach(anatomy: Anatomy, undo: UndoStack) -> None:
+    """Project the taps where the host projects its images, and send them on to the decoder.
+
+    They are projected there, not where they are added, because every rank of a DeepSpeed ZeRO-3 run must call modules
+    in the same order, and because the tower runs under `no_grad` on `llava`.
+
+    Modifications: a module beside the projector; the instance attribute `encode_images` of the causal LM on `llava`,
+    `get_image_features` (and with anyres tiles `pack_image_features`) of the inner LlavaModel on HF.
+    """
+    undo.add_module(anatomy.projector_owner, anatomy.stack_name, copy_projector(anatomy.projector))
+    owner, name = (anatomy.model, "encode_images") if anatomy.host == LLAVA else (anatomy.wrapper, "get_image_features")
+    encode = getattr(owner, name)
+
+    @functools.wraps(encode)
+    def encode_and_stack(*args: Any, **kwargs: Any) -> Any:
+        if positions.indexing.get() is not None:
+            return positions.indexing.get()
+        if not carry.is_listening(anatomy):  # images encoded for their own sake
+            return encode(*args, **kwargs)
+        with _collecting() as taken:
+            features = encode(*args, **kwargs)
+        carry.offer(anatomy, _project(anatomy, taken))
+        return features
+
+    undo.set_attribute(owner, name, encode_and_stack)
+    if anatomy.host != LLAVA and hasattr(anatomy.wrapper, "pack_image_features"):
+        _report_packing(anatomy, undo)
+
+
+def _project(anatomy: Anatomy, taken: list[list[Tensor]]) -> list[Tensor]:
+    """Taps of the tower's calls through the projector: for each tap [images, tokens, hidden]."""
+    projector: Any = getattr(anatomy.projector_owner, anatomy.stack_name)
+    first = next(projector.parameters())
+    taps = [torch.cat(parts).to(first.dtype) for parts in zip(*taken, strict=True)]
+    return [projector(tap) for tap in taps]
+
+
+def _report_packing(anatomy: Anatomy, undo: UndoStack) -> None:
+    """Anyres tiles are cut and joined on their way: do the same with their rows' numbers."""
+    pack = anatomy.wrapper.pack_image_features
+
+    @functools.wraps(pack)
+    def pack_and_report(image_features: Any, image_sizes: Any, *args: Any, **kwargs: Any) -> Any:
+        packed = pack(image_features, image_sizes, *args, **kwargs)
+        if carry.is_listening(anatomy):
+            counts = [f.shape[0] * f.shape[1] for f in image_features]
+            numbers = torch.arange(1, sum(counts) + 1, device=image_features[0].device).split(counts)
+            shaped = [n.view(*f.shape[:2], 1) for n, f in zip(numbers, image_features, strict=True)]
+            if kwargs.get("image_newline") is not None:
+                kwargs["image_newline"] = numbers[0].new_zeros(1)
+            carry.offer_packing(anatomy, torch.cat(pack(shaped, image_sizes, *args, **kwargs)[0])[:, 0])
+        return packed
+
+    undo.set_attribute(anatomy.wrapper, "pack_image_features", pack_and_report)
