@@ -77,10 +77,11 @@ class Batch:
 
 @dataclass
 class Host:
-    """A tiny model and how its batches look."""
+    """A tiny model, how its batches look, and the tokens that an image becomes."""
 
     name: str
     model: nn.Module
+    tokens: int = TOKENS
 
     def batch(
         self, samples: Sequence[Sequence[Any]], padding: str = "right", seed: int = 0, labels: bool = False
@@ -104,9 +105,9 @@ class Host:
                     images += 1
                     pixels.append(torch.randn(3, 56, 56, generator=generator))
                     ids.append(
-                        torch.full((TOKENS if self.name == "hf" else 1,), HF_IMAGE_TOKEN if self.name == "hf" else -200)
+                        torch.full((self.tokens if self.name == "hf" else 1,), HF_IMAGE_TOKEN if self.name == "hf" else -200)
                     )
-                    kind += [1] * TOKENS
+                    kind += [1] * self.tokens
                 else:
                     ids.append(torch.randint(3, 90, (part,), generator=generator))
                     kind += [0] * part

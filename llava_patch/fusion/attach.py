@@ -14,7 +14,7 @@ from llava_patch.errors import HostError, SettingError
 from llava_patch.fusion import stack
 from llava_patch.fusion.features import check_grid, fuse, stacked
 from llava_patch.fusion.linear import FusedLinear
-from llava_patch.fusion.taps import Join, Taps, choose_taps
+from llava_patch.fusion.taps import STI_POOL, Join, Taps, choose_taps
 from llava_patch.hosts import zero
 from llava_patch.hosts.anatomy import LLAVA, Anatomy
 from llava_patch.hosts.tower import when_loaded
@@ -63,6 +63,11 @@ def _check_tokens(anatomy: Anatomy, taps: Taps, what: str) -> None:
             f"{what} needs whole patches, but the host drops the first token of a tower that has "
             f"{tower.prefix_tokens} tokens before the patches: set vision_feature_select_strategy = "
             '"full" (llava: mm_vision_select_feature = "cls_patch")'
+        )
+    if taps.join is Join.TOKENS and taps.main_tokens(tower.grid) < STI_POOL:
+        raise SettingError(
+            f"{what} averages {STI_POOL} neighbouring tokens, but an image of this tower has "
+            f"{taps.main_tokens(tower.grid)}"
         )
     if taps.merge_size > 1:
         if not anatomy.drops_cls and tower.prefix_tokens:

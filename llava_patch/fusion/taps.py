@@ -72,10 +72,13 @@ class Taps:
         """Whether an image has as many tokens as in the stock model."""
         return self.join is not Join.TOKENS and self.merge_size == 1
 
+    def main_tokens(self, grid: tuple[int, int]) -> int:
+        """Tokens of the main feature, without a CLS token."""
+        return -(-grid[0] // self.merge_size) * -(-grid[1] // self.merge_size)
+
     def tokens(self, grid: tuple[int, int]) -> int:
         """Tokens of an image (without a CLS token) whose patches form a grid of (rows, columns)."""
-        m = self.merge_size
-        own = -(-grid[0] // m) * -(-grid[1] // m)
+        own = self.main_tokens(grid)
         return own + (len(self.groups) * (own // STI_POOL) if self.join is Join.TOKENS else 0)
 
 

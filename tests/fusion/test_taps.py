@@ -1,12 +1,14 @@
-"""Which blocks are tapped, and the widened layer's arithmetic."""
+"""Which blocks each fusion taps on a tower, in which order, and which of them are detached."""
 
 import pytest
-import torch
-from torch import nn
 
 from llava_patch.errors import SettingError
-from llava_patch.fusion.taps import FusedLinear, choose_taps, fuse
-from llava_patch.settings import SkipLinks
+from llava_patch.fusion.taps import Join, choose_taps, injection_layers
+from llava_patch.settings import DeepStack, DenseConnector, DirectFusion, SkipLinks
+
+
+def _groups(settings, n=24, main=23):
+    return [(g.blocks, g.detached) for g in choose_taps(settings, n, main).groups]
 
 
 @pytest.mark.parametrize(
@@ -20,23 +22,91 @@ from llava_patch.settings import SkipLinks
         (24, 22, (23,), 0),
     ],
 )
-def test_taps_by_stride(stride, main, blocks, detached):
+def test_skip_links_by_stride(stride, main, blocks, detached):
     taps = choose_taps(SkipLinks(stride=stride), 24, main)
-    assert (taps.blocks, taps.detached) == (blocks, detached)
+    assert taps.blocks == blocks
+    assert [g.blocks[0] for g in taps.groups] == list(reversed(blocks))  # deepest first
+    assert [g.blocks[0] for g in taps.groups if g.detached] == list(reversed(blocks[:detached]))
+    assert taps.deepest == max(main, *blocks[detached:], 0)
 
 
-def test_taps_by_list():
+def test_skip_links_by_list():
     taps = choose_taps(SkipLinks(layers=(9, 3), detach=1), 24, 23)
-    assert (taps.blocks, taps.detached, taps.deepest) == ((3, 9), 1, 23)
+    assert [(g.blocks, g.detached) for g in taps.groups] == [((9,), False), ((3,), True)]
+    assert (taps.columns, taps.deepest, taps.join) == (3, 23, Join.CHANNELS)
+
+
+def test_a_detached_tap_above_the_main_block_trains_nothing_there():
+    assert choose_taps(SkipLinks(layers=(24,), detach=1), 24, 23).deepest == 23
+    assert choose_taps(SkipLinks(layers=(24,), detach=0), 24, 23).deepest == 24
+
+
+def test_merging_alone_needs_no_tap():
+    taps = choose_taps(SkipLinks(layers=(), merge_size=2), 24, 23)
+    assert (taps.groups, taps.columns, taps.tokens((32, 32))) == ((), 1, 256)
+
+
+def test_dense_connector_as_published():
+    first, second = tuple(range(12)), tuple(range(12, 24))
+    assert _groups(DenseConnector()) == [(first, True), (second, False)]
+    siglip = _groups(DenseConnector(detach=()), n=27, main=26)
+    assert siglip == [(tuple(range(13)), False), (tuple(range(13, 26)), False)]
+    assert _groups(DenseConnector(kind="sci")) == [((7,), True), ((15,), False)]
+    sti = choose_taps(DenseConnector(kind="sti"), 24, 23)
+    assert (sti.join, sti.columns, sti.tokens((24, 24))) == (Join.TOKENS, 1, 576 + 2 * 72)
+    assert not sti.keeps_tokens
+
+
+def test_free_groups_and_their_places():
+    free = DenseConnector(groups=((12, 11), 3, (1, 2)), detach=(1,))
+    assert _groups(free) == [((11, 12), False), ((3,), True), ((1, 2), False)]
+    assert [d for _, d in _groups(DenseConnector(groups=((12, 11), 3, (1, 2)), detach=2))] == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("layers", "groups"),
+    [
+        ("18", [(18,)]),
+        ("3-18", [(3,), (18,)]),
+        ("3-18-23", [(3,), (18,)]),  # 23 is the main feature
+        ("former", [tuple(range(1, 13))]),
+        ("latter", [tuple(range(13, 25))]),
+        ("all", [tuple(range(1, 13)), tuple(range(13, 25))]),
+        ((20, 5), [(5,), (20,)]),
+    ],
+)
+def test_direct_fusion_sets(layers, groups):
+    assert [g for g, _ in _groups(DirectFusion(layers=layers))] == groups
+    last = DirectFusion(layers=layers, detach=(len(groups) - 1,))  # the paper detaches the set's last layer
+    assert [d for _, d in _groups(last)] == [False] * (len(groups) - 1) + [True]
+
+
+def test_deep_stack_taps_and_layers():
+    settings = DeepStack()
+    taps = choose_taps(settings, 24, 23)
+    assert [g.blocks[0] for g in taps.groups] == [6, 12, 18, 23]
+    assert injection_layers(settings, taps) == (4, 6, 8, 10)
+    assert (taps.columns, taps.join, taps.deepest) == (1, Join.LAYERS, 23)
+    assert choose_taps(DeepStack(), 8, 7).blocks == (2, 4, 6, 7)
+    assert injection_layers(SkipLinks(), taps) == ()
+    assert [g.detached for g in choose_taps(DeepStack(detach=2), 24, 23).groups] == [True, True, False, False]
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (SkipLinks(layers=(3, 25)), r"block 25 is outside this tower's 1..24"),
+        (SkipLinks(layers=(3, 25)), r"SkipLinks.layers: block 25 is outside this tower's 1..24"),
         (SkipLinks(stride=30), "no tap left"),
         (SkipLinks(layers=(23,)), "no tap left"),
-        (SkipLinks(stride=6, detach=4), "only 3 taps"),
+        (SkipLinks(stride=6, detach=4), r"only 3 taps \(blocks 6, 12, 18\)"),
+        (SkipLinks(layers=(), merge_size=2, detach=1), "only 0 taps"),
+        (DenseConnector(groups=((3, 25),)), "DenseConnector.groups: block 25 is outside"),
+        (DenseConnector(detach=(2,)), r"DenseConnector.detach = \(2,\): place 2 is outside 0..1"),
+        (DirectFusion(layers=(25,)), "DirectFusion.layers: block 25 is outside"),
+        (DirectFusion(layers=(23,)), "no tap left beside the main block 23"),
+        (DirectFusion(detach=3), "DirectFusion.detach = 3: there are only 2 taps"),
+        (DeepStack(taps=(6, 30)), "DeepStack.taps: block 30 is outside"),
+        (DeepStack(detach=(4,)), "place 4 is outside 0..3"),
     ],
 )
 def test_impossible_taps(settings, message):
@@ -44,60 +114,36 @@ def test_impossible_taps(settings, message):
         choose_taps(settings, 24, 23)
 
 
+def test_blocks_of_a_small_tower_must_be_named():
+    with pytest.raises(SettingError, match="taps blocks 7 and 15, but this tower has 8: name others"):
+        choose_taps(DenseConnector(kind="sci"), 8, 7)
+    with pytest.raises(SettingError, match="DirectFusion.layers: block 18 is outside this tower's 1..8"):
+        choose_taps(DirectFusion(), 8, 7)
+
+
 @pytest.mark.parametrize(
-    "arguments",
-    [{"stride": 0}, {"detach": -1}, {"layers": ()}, {"layers": (0,)}, {"layers": (3, 3)}, {"merge_size": 3},
-     {"train_tower": "some"}, {"train_tower": 0}, {"stride": True}],
+    ("cls", "arguments"),
+    [
+        *((SkipLinks, a) for a in (
+            {"stride": 0}, {"detach": -1}, {"layers": ()}, {"layers": (0,)}, {"layers": (3, 3)}, {"merge_size": 3},
+            {"train_tower": "some"}, {"train_tower": 0}, {"stride": True}, {"layers": 6}, {"merge_padding": 1},
+            {"tower_lr": 1e-5}, {"layer_decay": 0.9}, {"unfreeze_after": 1.5},
+        )),
+        (SkipLinks, {"tower_lr": 0, "train_tower": "all"}),
+        (SkipLinks, {"layer_decay": 1.5, "train_tower": "all"}),
+        *((DenseConnector, a) for a in (
+            {"kind": "dic"}, {"groups": ()}, {"groups": 3}, {"groups": ((),)}, {"groups": ((2, 2),)}, {"detach": (0, 0)},
+        )),
+        *((DirectFusion, a) for a in ({"layers": "4-18"}, {"layers": ()}, {"layers": (0,)}, {"detach": "all"})),
+        *((DeepStack, a) for a in ({"start": -1}, {"interval": 0}, {"taps": ()}, {"taps": (4, 4)}, {"detach": -1})),
+    ],
+    ids=str,
 )  # fmt: skip
-def test_values_that_no_tower_can_take(arguments):
-    with pytest.raises(SettingError, match=f"SkipLinks.{next(iter(arguments))}"):
-        SkipLinks(**arguments)
+def test_values_that_no_tower_can_take(cls, arguments):
+    with pytest.raises(SettingError, match=f"{cls.__name__}.{next(iter(arguments))}"):
+        cls(**arguments)
 
 
-def test_deepest_tap_comes_first_and_columns_do_not_move_with_detach():
-    states = [torch.full((1, 2, 1), float(i)) for i in range(9)]
-    fused = [fuse(states, choose_taps(SkipLinks(layers=(2, 4, 6), detach=d), 8, 7)) for d in range(4)]
-    assert fused[0][0, 0].tolist() == [7, 6, 4, 2]
-    assert all(torch.equal(f, fused[0]) for f in fused)
-
-
-def test_shallow_taps_have_no_gradient():
-    states = [torch.full((1, 2, 1), float(i), requires_grad=True) for i in range(9)]
-    fuse(states, choose_taps(SkipLinks(layers=(2, 4, 6), detach=2), 8, 7)).sum().backward()
-    assert [i for i, s in enumerate(states) if s.grad is not None] == [6, 7]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(3, 17), (1, 577), (2, 7)])
-@pytest.mark.parametrize("drops_cls", [True, False])
-def test_zero_columns_leave_the_output_bit_for_bit(dtype, shape, drops_cls):
-    """Also when the host hands over a slice (its CLS token dropped), which rounds differently in half precision."""
-    torch.manual_seed(0)
-    stock = nn.Linear(96, 112).to(dtype)
-    states = [torch.randn(*shape, 96).to(dtype) for _ in range(4)]
-    main, features = states[0], torch.cat(states, -1)
-    if drops_cls:
-        main, features = main[:, 1:], features[:, 1:]
-    fused = FusedLinear.grow(stock, 3, zero_start=True)
-    assert fused.weight.shape == (112, 4 * 96)
-    assert torch.equal(fused(features), stock(main))
-    assert torch.equal(fused.stock().weight, stock.weight)
-
-
-def test_a_fresh_layer_uses_every_column():
-    fused = FusedLinear.grow(nn.Linear(8, 4), 2, zero_start=False)
-    assert (fused.weight != 0).all()
-    assert fused.weight.abs().max() <= 24**-0.5  # nn.Linear's bound at the full width
-
-
-def test_one_stored_weight_does_the_work_of_a_wide_linear():
-    torch.manual_seed(0)
-    fused = FusedLinear.grow(nn.Linear(8, 4), 2, zero_start=False)
-    x = torch.randn(5, 24)
-    assert torch.allclose(fused(x), nn.functional.linear(x, fused.weight, fused.bias), atol=1e-6)
-    assert [n for n, _ in fused.named_parameters()] == ["weight", "bias"]
-
-
-def test_features_of_an_unpatched_tower_are_refused():
-    with pytest.raises(SettingError, match="takes 24 channels"):
-        FusedLinear.grow(nn.Linear(8, 4), 2, True)(torch.randn(2, 8))
+def test_settings_name_what_matters():
+    assert repr(SkipLinks(stride=4)) == "SkipLinks(stride=4, detach=None, layers=None)"
+    assert repr(DeepStack(merge_size=2)).endswith("merge_size=2)")
