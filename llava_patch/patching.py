@@ -148,6 +148,19 @@ class Handle:
         injections = injection_layers(self.fusion, self.taps)
         return make_program(self.routing, self.pruning, len(self.anatomy.layers), injections)
 
+    @property
+    def tokens_per_image(self) -> int:
+        """Tokens that an image (or tile) becomes in the decoder, line ends of anyres apart."""
+        tower_grid = self.anatomy.grid
+        if self.taps is not None and not self.taps.keeps_tokens:
+            return self.taps.tokens(tower_grid)
+        extra = (
+            0
+            if self.anatomy.drops_cls or self.anatomy.vision_model is None
+            else self.anatomy.vision_parts().prefix_tokens
+        )
+        return tower_grid[0] * tower_grid[1] + extra
+
     def image_positions(
         self, image_mask: Tensor | None = None, kept: Tensor | None = None
     ) -> contextlib.AbstractContextManager[None]:

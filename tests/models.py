@@ -105,7 +105,9 @@ class Host:
                     images += 1
                     pixels.append(torch.randn(3, 56, 56, generator=generator))
                     ids.append(
-                        torch.full((self.tokens if self.name == "hf" else 1,), HF_IMAGE_TOKEN if self.name == "hf" else -200)
+                        torch.full(
+                            (self.tokens if self.name == "hf" else 1,), HF_IMAGE_TOKEN if self.name == "hf" else -200
+                        )
                     )
                     kind += [1] * self.tokens
                 else:

@@ -61,7 +61,6 @@ class RoutedForward:
                 "inside `with handle.image_positions(mask):`, mask being bool [batch, tokens] (all False: no image)"
             )
         in_order = past_key_values is None and side_branch.keeps_order(self.anatomy)
-        self._check_stacked(given)
         if given.image_mask is not None or routed_before or in_order:
             self._check(past_key_values, attention_mask, position_ids, kwargs)
             if inputs_embeds is None:
@@ -94,13 +93,6 @@ class RoutedForward:
         call.cache_position = cache_position
         call.position_ids = cache_position[None] if position_ids is None else position_ids
         return Run(self.anatomy, self.program, call).forward()
-
-    def _check_stacked(self, given: carry.Given) -> None:
-        if self.program.injections and given.image_mask is not None and given.stacked is None:
-            raise InputError(
-                "DeepStack adds the image at several decoder layers, but this call brings its embeddings without its "
-                "pixels: give the model pixel_values (llava: images)"
-            )
 
     def _check(
         self, cache: Any, attention_mask: Tensor | None, position_ids: Tensor | None, kwargs: dict[str, Any]
@@ -183,6 +175,11 @@ class RoutedForward:
             call.suffix = None  # some of the last positions may be pruned, as on a plain forward
         if max(counts.image) > 0:
             call.image_mask, call.counts = image_mask & valid, counts
+            if self.program.injections and call.stacked is None:
+                raise InputError(
+                    "DeepStack adds the image at several decoder layers, but this call brings its embeddings without "
+                    "its pixels: give the model pixel_values (llava: images)"
+                )
         if given.kept is not None:
             if not prunes:
                 raise InputError("image_positions(kept=...): this model prunes nothing")

@@ -31,9 +31,10 @@ TOKENS = {"sti": 16 + 2 * 2, **dict.fromkeys((n for n in OTHER_TOKENS if n.start
 def randomise(handle, seed=1):
     """Give what the fusion adds weights that matter."""
     generator = torch.Generator().manual_seed(seed)
-    projector = getattr(handle.anatomy.projector_owner, handle.anatomy.stack_name, handle.anatomy.projector)
+    own = getattr(handle.anatomy.projector_owner, handle.anatomy.stack_name, None)
+    added = own if own is not None else handle.anatomy.first_linear()[2]
     with torch.no_grad():
-        for parameter in projector.parameters():
+        for parameter in added.parameters():
             parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
 
 

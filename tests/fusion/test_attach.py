@@ -1,56 +1,83 @@
-"""Detached Skip-Links on whole models of both hosts."""
+"""Fusions on whole models of both hosts."""
 
 import pytest
 import torch
-from models import IMAGE
+from models import IMAGE, close
 
-from llava_patch import Routing, SkipLinks, patch
+from llava_patch import DeepStack, DenseConnector, DirectFusion, Routing, SkipLinks, patch
 from llava_patch.errors import HostError, SettingError
+from llava_patch.fusion.features import fuse
+
+from .cases import ALL, OTHER_TOKENS, TOKENS, ZERO_START, hidden_states, pixels, randomise
 
 SAMPLES = [(2, IMAGE, 5), (3, IMAGE, 1, IMAGE, 4)]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("settings", [SkipLinks(stride=2), SkipLinks(layers=(1, 5, 8), detach=3)], ids=str)
-def test_zero_start_is_stock(host, dtype, settings):
+@pytest.mark.parametrize("case", ZERO_START)
+def test_zero_start_is_stock(host, dtype, case):
     host.model.to(dtype)
     batch = host.batch(SAMPLES)
     key = "images" if host.name == "llava" else "pixel_values"
     batch.inputs[key] = batch.inputs[key].to(dtype)
     stock = host.logits(batch)
-    handle = patch(host.model, fusion=settings)
+    handle = patch(host.model, fusion=ZERO_START[case])
     assert torch.equal(host.logits(batch), stock)
-    handle.anatomy.first_linear()[2].weight[:, 32:].normal_()
-    assert not torch.equal(host.logits(batch), stock)  # the taps do reach the projector
+    randomise(handle)
+    assert not torch.equal(host.logits(batch), stock)  # the taps do reach the model
     handle.remove()
+    assert torch.equal(host.logits(batch), stock)
 
 
 @torch.no_grad()
-def test_the_projector_sees_the_blocks_it_was_promised(host):
-    """Columns of the fused feature against hidden states of the tower run by hand."""
+@pytest.mark.parametrize("case", [c for c in ALL if "stack" not in c])
+def test_the_projector_sees_what_it_was_promised(host, case):
+    """The projector's input against hidden states of the tower run by hand."""
     pixels = torch.randn(2, 3, 56, 56)
-    from llava_patch.hosts import anatomy
-
-    vision = anatomy.find(host.model).vision_model
-    states = vision(pixels, output_hidden_states=True).hidden_states
+    states = hidden_states(host, pixels)
     seen = []
-    with patch(host.model, fusion=SkipLinks(stride=3, detach=1)) as handle:
-        linear = handle.anatomy.first_linear()[2]
-        hook = linear.register_forward_pre_hook(lambda m, a: seen.append(a[0]))
-        handle.anatomy.encode_images(pixels)
+    with patch(host.model, fusion=ALL[case]) as handle:
+        hook = handle.anatomy.projector.register_forward_pre_hook(lambda m, a: seen.append(a[0]))
+        tokens = handle.anatomy.encode_images(pixels)
         hook.remove()
-        assert handle.taps.blocks == (3, 6)
-    assert torch.equal(seen[0], torch.cat([states[7], states[6], states[3]], -1)[:, 1:])
+        expected = fuse(states, handle.taps, 1, (4, 4))[:, 1:]
+        assert tokens.shape[1] == TOKENS.get(case, 16) == handle.tokens_per_image
+    assert torch.equal(seen[0], expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", OTHER_TOKENS)
+def test_other_numbers_of_tokens_go_through_the_whole_model(host, case):
+    """Ragged batches, several images; logits equal a stock decoder that is given these embeddings."""
+    host.tokens = TOKENS[case]
+    with patch(host.model, fusion=ALL[case]) as handle:
+        randomise(handle)
+        batch = host.batch([(2, IMAGE, 5), (3, IMAGE, 1, IMAGE, 4), (7,)])
+        logits = host.logits(batch)
+        features = iter(handle.anatomy.encode_images(pixels(host, batch)))
+        for i, sample in enumerate([(2, IMAGE, 5), (3, IMAGE, 1, IMAGE, 4), (7,)]):
+            ids = iter(batch.inputs["input_ids"][i])
+            parts = []
+            for part in sample:
+                if part == IMAGE:
+                    parts.append(next(features))
+                    skipped = [next(ids) for _ in range(1 if host.name == "llava" else host.tokens)]
+                    assert len(set(map(int, skipped))) == 1
+                else:
+                    parts.append(handle.anatomy.embed_tokens(torch.stack([next(ids) for _ in range(part)])))
+            if case.endswith("stack"):
+                continue  # its taps are added further up: test_stack
+            embeds = torch.cat(parts)[None]
+            alone = handle.anatomy.lm_head(handle.anatomy.decoder(inputs_embeds=embeds).last_hidden_state)
+            assert close(logits[i][batch.valid[i]], alone[0])
 
 
 def _tower_gradients(host, settings):
     torch.manual_seed(0)
     with patch(host.model, fusion=settings) as handle:
-        generator = torch.Generator().manual_seed(1)
-        weight = handle.anatomy.first_linear()[2].weight
-        with torch.no_grad():
-            weight[:, 32:] = 0.1 * torch.randn(weight[:, 32:].shape, generator=generator)
+        randomise(handle)
+        host.tokens = handle.tokens_per_image
         host.model.zero_grad()
         logits = host.model(**host.batch([(2, IMAGE, 5)]).inputs).logits
         logits.square().mean().backward()
@@ -58,44 +85,89 @@ def _tower_gradients(host, settings):
         return logits.detach(), {n: p.grad.clone() for n, p in parameters if p.grad is not None}
 
 
-def _main_path_gradients(host, settings):
-    """The main path alone: the taps are constants from a second run of the tower."""
-    from llava_patch.fusion import attach
+def _main_path_gradients(host, settings, monkeypatch):
+    """The main path alone: every tap is a constant, from the same hidden states."""
+    from llava_patch.fusion import features
 
-    original = attach.fuse
-    vision_states = []
-
-    def constant_taps(hidden_states, taps):
-        if not vision_states:
-            vision_states.extend(s.detach().clone() for s in hidden_states)
-        parts = [hidden_states[taps.main], *(vision_states[b] for b in reversed(taps.blocks))]
-        return torch.cat(parts, -1)
-
-    attach.fuse = constant_taps
-    try:
+    with monkeypatch.context() as changed:
+        changed.setattr(features, "tap", lambda states, group: _plain_tap([s.detach() for s in states], group))
         return _tower_gradients(host, settings)[1]
-    finally:
-        attach.fuse = original
 
 
-def test_a_detached_tap_contributes_no_gradient(host):
-    everything = SkipLinks(layers=(2, 4, 6), detach=3, train_tower="all")
-    logits, detached = _tower_gradients(host, everything)
-    main = _main_path_gradients(host, everything)
+def _plain_tap(states, group):
+    states = [states[b] for b in group.blocks]
+    return states[0] if len(states) == 1 else torch.stack(states).sum(0) / len(states)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        SkipLinks(layers=(2, 4, 6), detach=3), DenseConnector(detach=2),
+        DenseConnector(kind="sti", groups=(2, 5), detach=2), DirectFusion(layers="all", detach=2),
+        DeepStack(start=1, interval=1, detach=4), SkipLinks(layers=(2, 4, 6), detach=3, merge_size=2),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_detached_tap_contributes_no_gradient(host, settings, monkeypatch):
+    import dataclasses
+
+    settings = dataclasses.replace(settings, train_tower="all")
+    logits, detached = _tower_gradients(host, settings)
+    main = _main_path_gradients(host, settings, monkeypatch)
     assert detached.keys() == main.keys()
     assert all(torch.equal(detached[n], main[n]) for n in main)
-    same_logits, attached = _tower_gradients(host, SkipLinks(layers=(2, 4, 6), detach=0, train_tower="all"))
+    same_logits, attached = _tower_gradients(host, dataclasses.replace(settings, detach=0))
     assert torch.equal(logits, same_logits)  # the forward output does not depend on detach
     assert any(not torch.allclose(attached[n], main[n], rtol=1e-2) for n in main)
 
 
-def test_the_tower_runs_once(host):
+@pytest.mark.parametrize("case", ALL)
+def test_the_tower_runs_once(host, case):
     calls = []
-    with patch(host.model, fusion=SkipLinks(stride=2)) as handle:
+    host.tokens = TOKENS.get(case, 16)
+    with patch(host.model, fusion=ALL[case]) as handle:
         hook = handle.anatomy.vision_model.register_forward_hook(lambda *a: calls.append(1))
         host.model(**host.batch([(2, IMAGE, 5)]).inputs)
         hook.remove()
     assert len(calls) == 1
+
+
+class _Saved:
+    """Bytes that autograd keeps for the backward pass, weights apart."""
+
+    def __init__(self, model):
+        self.weights = {p.data_ptr() for p in model.parameters()}
+        self.storages = {}
+
+    def pack(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.weights:
+            self.storages[storage.data_ptr()] = storage
+        return tensor
+
+    @property
+    def bytes(self):
+        return sum(s.nbytes() for s in self.storages.values())
+
+
+@pytest.mark.parametrize("case", ["skip", "dci", "direct-all"])
+def test_a_frozen_tower_costs_the_memory_of_its_taps(host, case):
+    """What a training step keeps beyond the stock step: each tap once, as the projector's input."""
+    from llava_patch.hosts import anatomy
+
+    def kept():
+        anatomy.find(host.model).vision_model.requires_grad_(False)
+        saved = _Saved(host.model)
+        with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda t: t):
+            features = anatomy.find(host.model).encode_images(torch.randn(3, 3, 56, 56))
+        assert features.requires_grad
+        return saved.bytes
+
+    stock = kept()
+    with patch(host.model, fusion=ZERO_START[case]) as handle:
+        randomise(handle)
+        taps = len(handle.taps.groups) * 3 * 16 * 32 * 4
+        assert kept() == stock + taps
 
 
 def test_no_grad_is_lifted_only_while_the_tower_trains(host):
@@ -137,6 +209,12 @@ def test_a_tower_that_is_loaded_later_is_tapped_then(tower_folder):
         ({"fusion": (SkipLinks(), SkipLinks(stride=3))}, "one fusion"),
         ({"fusion": SkipLinks(train_tower="all", stride=2), "routing": Routing(split=2)}, "contradicts Routing.freeze"),
         ({"fusion": Routing(split=2)}, "expected SkipLinks"),
+        ({"fusion": DirectFusion(layers=(7,))}, "no tap left"),
+        ({"fusion": DeepStack(start=3)}, "layers 3, 5, 7, 9, but this model has layers 0..5"),
+        (
+            {"fusion": DeepStack(start=0, interval=1), "routing": Routing(split=3)},
+            "leave the decoder at Routing.split = 3",
+        ),
     ],
 )
 def test_refused_before_anything_changes(host, arguments, message):

@@ -115,7 +115,9 @@ def test_merged_patches_are_squares_row_by_row():
 
 def test_padding_only_where_asked_for():
     patches = torch.arange(1, 10, dtype=torch.float32).view(1, 9, 1)
-    with pytest.raises(SettingError, match=r"merge_size = 2 does not divide this tower's grid of 3 x 3 .*merge_padding"):
+    with pytest.raises(
+        SettingError, match=r"merge_size = 2 does not divide this tower's grid of 3 x 3 .*merge_padding"
+    ):
         merge_patches(patches, (3, 3), 2, padding=False)
     merged = merge_patches(patches, (3, 3), 2, padding=True)
     assert merged.tolist() == [[[1, 2, 4, 5], [3, 0, 6, 0], [7, 8, 0, 0], [9, 0, 0, 0]]]

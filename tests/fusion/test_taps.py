@@ -117,7 +117,7 @@ def test_impossible_taps(settings, message):
 def test_blocks_of_a_small_tower_must_be_named():
     with pytest.raises(SettingError, match="taps blocks 7 and 15, but this tower has 8: name others"):
         choose_taps(DenseConnector(kind="sci"), 8, 7)
-    with pytest.raises(SettingError, match="DirectFusion.layers: block 18 is outside this tower's 1..8"):
+    with pytest.raises(SettingError, match=r"DirectFusion\.layers: block 18 is outside this tower's 1..8"):
         choose_taps(DirectFusion(), 8, 7)
 
 
@@ -132,7 +132,8 @@ def test_blocks_of_a_small_tower_must_be_named():
         (SkipLinks, {"tower_lr": 0, "train_tower": "all"}),
         (SkipLinks, {"layer_decay": 1.5, "train_tower": "all"}),
         *((DenseConnector, a) for a in (
-            {"kind": "dic"}, {"groups": ()}, {"groups": 3}, {"groups": ((),)}, {"groups": ((2, 2),)}, {"detach": (0, 0)},
+            {"kind": "dic"}, {"groups": ()}, {"groups": 3}, {"groups": ((),)}, {"groups": ((2, 2),)},
+            {"detach": (0, 0)},
         )),
         *((DirectFusion, a) for a in ({"layers": "4-18"}, {"layers": ()}, {"layers": (0,)}, {"detach": "all"})),
         *((DeepStack, a) for a in ({"start": -1}, {"interval": 0}, {"taps": ()}, {"taps": (4, 4)}, {"detach": -1})),

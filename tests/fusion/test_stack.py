@@ -1,0 +1,306 @@
+"""DeepStack in the decoder, against a stock decoder whose layers get the taps added by hand, position by position."""
+
+import copy
+
+import pytest
+import torch
+from models import HF_IMAGE_TOKEN, IMAGE, TEXT, Host, close, vision_config
+from routing.cases import again
+
+from llava_patch import DeepStack, FastV, Routing, SkipLinks, get_handle, patch
+from llava_patch.errors import InputError, SettingError
+from llava_patch.hosts import anatomy
+
+from .cases import hidden_states, pixels, randomise
+
+RAGGED = [(2, IMAGE, 5), (3, IMAGE, 1, IMAGE, 4), (7,), (1, IMAGE, 9)]
+STACK = DeepStack(taps=(2, 5, 7), start=1, interval=2, detach=(0,))
+LAYERS = (1, 3, 5)
+
+
+def _features(host, handle, images):
+    """Each tap of each image through a copy of DeepStack's projector: {layer: [images, 16, hidden]}."""
+    projector = copy.deepcopy(getattr(handle.anatomy.projector_owner, handle.anatomy.stack_name))
+    states = hidden_states(host, images)
+    taps = [group.blocks[0] for group in handle.taps.groups]
+    return {layer: projector(states[tap][:, 1:]) for layer, tap in zip(handle.program().injections, taps, strict=True)}
+
+
+def _by_hand(host, batch, features):
+    """The stock model, with the features added at the image positions before each layer of `features`."""
+    at = [(i, t) for i in range(len(batch.image)) for t in batch.image[i].nonzero()[:, 0].tolist()]
+    order = list(range(len(at)))
+    if host.name == "llava":  # a sample without an image brings an empty one
+        order, image = [], 0
+        for row in batch.image:
+            n = int(row.sum()) // 16
+            order += [16 * image + k for k in range(16 * n)]
+            image += max(1, n)
+
+    def adding(layer):
+        def hook(module, args):
+            hidden = args[0].clone()
+            if hidden.shape[1] > 1:
+                flat = features[layer].flatten(0, 1)
+                for (i, t), row in zip(at, order, strict=True):
+                    hidden[i, t] += flat[row]
+            return (hidden, *args[1:])
+
+        return hook
+
+    hooks = [host.decoder.layers[n].register_forward_pre_hook(adding(n)) for n in features]
+    try:
+        return host.logits(batch, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_taps_are_added_at_the_image_positions(host, attention, padding):
+    host.model.set_attn_implementation(attention)
+    batch = host.batch(RAGGED, padding)
+    with patch(host.model, fusion=STACK) as handle:
+        randomise(handle)
+        assert handle.program().injections == LAYERS
+        features = _features(host, handle, pixels(host, batch))
+        logits = host.logits(batch, use_cache=False)
+    expected = _by_hand(host, batch, features)
+    assert close(logits[batch.valid], expected[batch.valid])
+    assert not close(host.logits(batch)[batch.valid], expected[batch.valid])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [
+    {}, {"pruning": FastV(layer=2, ratio=0.5)}, {"routing": Routing(split=4)},
+    {"routing": Routing(variant="kv", split=4), "pruning": FastV(layer=3, ratio=0.5)},
+], ids=str)  # fmt: skip
+def test_nothing_is_added_twice_under_a_cache(host, changes):
+    """Decoding step by step equals the whole conversation at once; the stock layers see the image once."""
+    stack = DeepStack(taps=(2, 5), start=1, interval=2)
+    batch = host.batch([(2, IMAGE, 5), (3, IMAGE, 1, IMAGE, 4)], "left")
+    tokens = torch.randint(3, 90, (2, 3), generator=torch.Generator().manual_seed(5))
+    with patch(host.model, fusion=stack, **changes) as handle:
+        randomise(handle)
+        positions = (
+            (lambda mask: {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)})
+            if host.name == "hf"
+            else (lambda mask: {})
+        )
+        out = host.model(**batch.inputs, use_cache=True, **positions(batch.valid.long()))
+        kept = out.past_key_values
+        mask = batch.valid.long()
+        for step in range(3):
+            mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
+            ids = {k: v[:, -1:] for k, v in positions(mask).items()}
+            out = host.model(
+                input_ids=tokens[:, step : step + 1], attention_mask=mask, past_key_values=kept, use_cache=True, **ids
+            )
+        whole = dict(batch.inputs)
+        whole["input_ids"] = torch.cat([whole["input_ids"], tokens], 1)
+        whole["attention_mask"] = torch.cat([whole["attention_mask"], torch.ones_like(tokens)], 1)
+        with again(handle, kept):
+            recomputed = host.model(**whole, use_cache=False, **positions(mask)).logits
+        assert close(out.logits[:, -1], recomputed[:, -1])
+        generated = host.model.generate(
+            *([whole["input_ids"]] if host.name == "llava" else []),
+            **{k: v for k, v in whole.items() if host.name == "hf" or k != "input_ids"},
+            max_new_tokens=4, do_sample=False, num_beams=2,
+        )  # fmt: skip
+        assert generated.shape[0] == 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_equals_recomputation(host, use_cache, beams):
+    batch = host.batch([(2, IMAGE, 5), (3, IMAGE, 4)], "left", seed=3)
+    with patch(host.model, fusion=STACK) as handle:
+        randomise(handle)
+        inputs = dict(batch.inputs)
+        ids = inputs.pop("input_ids")
+        options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "suppress_tokens": [HF_IMAGE_TOKEN]}
+        answer = host.model.generate(ids, **inputs, **options, num_beams=beams, use_cache=use_cache)[:, -3:]
+        other = host.model.generate(ids, **inputs, **options, num_beams=beams, use_cache=not use_cache)[:, -3:]
+        assert torch.equal(answer, other)
+        if beams > 1:
+            return
+        tokens = torch.empty(2, 0, dtype=torch.long)
+        for _ in range(3):
+            whole = {**inputs, "input_ids": torch.cat([ids, tokens], 1)}
+            whole["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(tokens)], 1)
+            logits = host.model(**whole, use_cache=False).logits[:, -1]
+            logits[:, [2, HF_IMAGE_TOKEN]] = -torch.inf  # min_new_tokens forbids the end token
+            tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], 1)
+        assert torch.equal(answer, tokens)
+
+
+@torch.no_grad()
+def test_a_prompt_cut_by_the_length_limit_keeps_its_rows(host):
+    if host.name == "hf":
+        pytest.skip("HF does not cut prompts")
+    batch = host.batch([(2, IMAGE, 5), (3, IMAGE, 1, IMAGE, 4)])
+    with patch(host.model, fusion=STACK) as handle:
+        randomise(handle)
+        whole = host.logits(batch)
+        host.model.config.tokenizer_model_max_length = 27  # inside the second image
+        cut = host.logits(batch)
+    assert close(cut[0, :23], whole[0, :23]) and close(cut[1], whole[1, :27])
+
+
+@torch.no_grad()
+def test_anyres_tiles_on_hf():
+    """Tiles are joined, cut, and rows end in a newline feature, which takes no tap."""
+    from transformers import LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = LlavaNextConfig(
+        vision_config=vision_config(), text_config=LlamaConfig(**TEXT), image_token_index=HF_IMAGE_TOKEN,
+        image_grid_pinpoints=[[56, 112], [112, 56], [112, 112]],
+    )  # fmt: skip
+    model = LlavaNextForConditionalGeneration(config).eval()
+    generator = torch.Generator().manual_seed(1)
+    tiles, sizes = torch.randn(2, 3, 3, 56, 56, generator=generator), torch.tensor([[56, 112], [112, 50]])
+    with patch(model, fusion=STACK) as handle:
+        randomise(handle)
+        states = hidden_states(Host("hf", model), tiles.flatten(0, 1))
+        projector = model.model.multi_modal_projector_stack
+        packed, newline = {}, model.model.image_newline
+        model.model.image_newline = torch.nn.Parameter(torch.zeros_like(newline))
+        for layer, tap in zip(LAYERS, (2, 5, 7), strict=True):
+            features = projector(states[tap][:, 1:]).split([3, 3])
+            packed[layer] = torch.cat(
+                model.model.pack_image_features(features, sizes, "default", image_newline=model.model.image_newline)[0]
+            )
+        model.model.image_newline = newline
+        counts = [len(f) for f in model.model.get_image_features(tiles, sizes)]
+        rows = [torch.tensor([3, 4] + [HF_IMAGE_TOKEN] * n + [5, 6, 7]) for n in counts]
+        longest = max(map(len, rows))
+        ids = torch.stack([torch.nn.functional.pad(r, (longest - len(r), 0)) for r in rows])
+        mask = torch.stack([torch.arange(longest) >= longest - len(r) for r in rows]).long()
+        inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": tiles, "image_sizes": sizes}
+        logits = model(**inputs).logits
+
+    def adding(layer):
+        def hook(module, args):
+            hidden = args[0].clone()
+            hidden[ids == HF_IMAGE_TOKEN] += packed[layer]
+            return (hidden, *args[1:])
+
+        return hook
+
+    for layer in LAYERS:
+        model.model.language_model.layers[layer].register_forward_pre_hook(adding(layer))
+    assert close(logits[mask.bool()], model(**inputs).logits[mask.bool()])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("host", ["llava"], indirect=True)
+def test_anyres_tiles_on_llava(host):
+    config = host.model.config
+    config.image_aspect_ratio, config.mm_patch_merge_type = "anyres", "spatial_unpad"
+    config.image_grid_pinpoints = [[56, 112], [112, 56], [112, 112]]
+    newline = torch.randn(64, generator=torch.Generator().manual_seed(2))
+    host.decoder.image_newline = torch.nn.Parameter(newline.clone())
+    generator = torch.Generator().manual_seed(1)
+    images = [torch.randn(3, 3, 56, 56, generator=generator), torch.randn(5, 3, 56, 56, generator=generator)]
+    inputs = {
+        "input_ids": torch.tensor([[3, 4, -200, 5, 6, 7], [8, -200, 9, 10, 11, 12]]),
+        "attention_mask": torch.ones(2, 6, dtype=torch.long), "images": images, "image_sizes": [(112, 56), (112, 100)],
+    }  # fmt: skip
+    with patch(host.model, fusion=STACK) as handle:
+        randomise(handle)
+        features = _features(host, handle, torch.cat(images))
+        logits = host.model(**inputs).logits
+    # The host lays out the taps as it does the image, with a newline of zeros; text is recognised by its zeros too.
+    encode, embed = host.model.encode_images, host.decoder.embed_tokens.weight.clone()
+    added = {}
+    for layer, feature in features.items():
+        host.model.encode_images = lambda images, feature=feature: feature
+        host.decoder.image_newline.zero_()
+        host.decoder.embed_tokens.weight.zero_()
+        arguments = (inputs["input_ids"], None, inputs["attention_mask"], None, None, images, inputs["image_sizes"])
+        added[layer] = host.model.prepare_inputs_labels_for_multimodal(*arguments)[4]
+    host.model.encode_images = encode
+    host.decoder.image_newline.copy_(newline)
+    host.decoder.embed_tokens.weight.copy_(embed)
+    for layer, values in added.items():
+        host.decoder.layers[layer].register_forward_pre_hook(
+            lambda m, args, values=values: (args[0] + values, *args[1:])
+        )
+    valid = host.model.prepare_inputs_labels_for_multimodal(*arguments)[2].bool()
+    assert close(logits[valid], host.model(**inputs).logits[valid])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True, "reentrant"])
+def test_gradients_reach_projector_and_tower_through_checkpoints(host, checkpointing):
+    """Also with reentrant checkpoints, which lose what a layer takes from elsewhere."""
+    gradients = {}
+    for on in (False, checkpointing):
+        with patch(host.model, fusion=DeepStack(taps=(2, 5), start=1, interval=2, train_tower="all")) as handle:
+            randomise(handle)
+            host.model.train()
+            if on:
+                host.model.gradient_checkpointing_enable({"use_reentrant": on == "reentrant"})
+                host.model.enable_input_require_grads()
+            host.model.zero_grad()
+            host.model(**host.batch(RAGGED, labels=True).inputs).loss.backward()
+            gradients[on] = {n: p.grad.clone() for n, p in host.model.named_parameters() if p.grad is not None}
+            assert set(handle.trainable()) == set(gradients[on])
+            host.model.gradient_checkpointing_disable()
+            host.model.eval()
+    assert any("_stack" in n for n in gradients[False])
+    assert gradients[False].keys() == gradients[checkpointing].keys()
+    for name, gradient in gradients[False].items():
+        assert close(gradients[checkpointing][name], gradient), name
+
+
+@pytest.mark.parametrize("host", ["llava"], indirect=True)
+def test_a_batch_without_an_image_still_gives_every_parameter_a_gradient(host):
+    """Or other ranks would wait for it: a gradient of zero."""
+    with patch(host.model, fusion=STACK) as handle:
+        host.model.train()
+        host.model(**host.batch([(4,), (6,)], labels=True).inputs).loss.backward()
+        stack = dict(host.decoder.mm_projector_stack.named_parameters())
+        assert all(p.grad is not None and not p.grad.any() for p in stack.values())
+        assert handle.active
+        host.model.eval()
+
+
+def test_embeddings_without_pixels_are_refused(host):
+    batch = host.batch([(2, IMAGE, 5)])
+    embeds = torch.randn(1, 23, 64)
+    with patch(host.model, fusion=STACK) as handle:
+        with pytest.raises(InputError, match="cannot know where images are"):
+            host.model(inputs_embeds=embeds)
+        with pytest.raises(InputError, match="embeddings without its pixels"), handle.image_positions(batch.image):
+            host.model(inputs_embeds=embeds)
+        with handle.image_positions(torch.zeros_like(batch.image)):
+            patched = host.model(inputs_embeds=embeds).logits
+    assert torch.equal(patched, host.model(inputs_embeds=embeds).logits)
+
+
+def test_undo_leaves_nothing(host):
+    keys, attributes = list(host.model.state_dict()), set(vars(host.model))
+    inner = set(vars(anatomy.find(host.model).wrapper))
+    handle = patch(host.model, fusion=STACK)
+    assert any("_stack" in name for name in host.model.state_dict())
+    handle.remove()
+    assert list(host.model.state_dict()) == keys and set(vars(host.model)) == attributes
+    assert set(vars(anatomy.find(host.model).wrapper)) == inner
+    assert get_handle(host.model) is None
+
+
+def test_routing_added_later_respects_the_injections(host):
+    with patch(host.model, fusion=STACK):
+        with pytest.raises(SettingError, match=r"leave the decoder at Routing\.split = 4"):
+            patch(host.model, routing=Routing(split=4))
+        assert get_handle(host.model).routing is None
+    with patch(host.model, routing=Routing(split=4)):
+        with pytest.raises(SettingError, match=r"leave the decoder at Routing\.split = 4"):
+            patch(host.model, fusion=STACK)
+        with pytest.raises(SettingError, match="already carries fusion"):
+            patch(host.model, fusion=SkipLinks(stride=2))
+            patch(host.model, fusion=STACK)
