@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 from llava_patch.errors import CheckpointError
 from llava_patch.files import atomic
+from llava_patch.fusion.processor import fields
 from llava_patch.hosts import lora, zero
+from llava_patch.hosts.anatomy import HF
 from llava_patch.hosts.tower import when_loaded
 from llava_patch.patching import CONFIG_KEY, FORMAT, Handle, added_parameters, get_handle, patch
 from llava_patch.settings import from_dict
@@ -170,6 +172,7 @@ def save(handle: Handle, directory: str | os.PathLike[str], form: str = "adapter
     if form == "full":
         (folder / WEIGHTS_FILE).unlink(missing_ok=True)  # of an adapter that was saved here before
     _copy_side_files(base, folder)
+    _fit_processor(handle, folder)
     write_text(folder / SETTINGS_FILE, json.dumps(record, indent=2) + "\n")
     return folder
 
@@ -198,6 +201,16 @@ def _copy_side_files(base: str, folder: Path) -> None:
             found = None  # the base has no such file: which of these exist depends on the host
         if found:
             shutil.copyfile(found, folder / name)
+
+
+def _fit_processor(handle: Handle, folder: Path) -> None:
+    path = folder / "processor_config.json"
+    if handle.anatomy.host != HF or handle.taps is None or not path.is_file():
+        return
+    values = json.loads(path.read_text(encoding="utf-8"))
+    fitted = {**values, **fields(handle.anatomy, handle.taps)}
+    if fitted != values and not handle.taps.keeps_tokens:
+        write_text(path, json.dumps(fitted, indent=2) + "\n")
 
 
 def read_settings(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -305,8 +318,6 @@ def restore_tower(handle: Handle, folder: Path) -> None:
         handle: a patch whose fusion trains something in the tower.
         folder: the full checkpoint.
     """
-    from llava_patch.hosts.anatomy import HF
-
     if handle.anatomy.host == HF:
         return  # the tower is part of HF's state dict and was loaded with it
     prefix = "model.vision_tower."

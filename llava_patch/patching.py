@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from llava_patch.errors import LlavaPatchError, SettingError
 from llava_patch.fusion import attach as fusion_attach
+from llava_patch.fusion import processor as fusion_processor
 from llava_patch.fusion.taps import Taps, injection_layers
 from llava_patch.hosts import anatomy as anatomy_module
 from llava_patch.hosts import carry, lora, zero
@@ -160,6 +161,14 @@ class Handle:
             else self.anatomy.vision_parts().prefix_tokens
         )
         return tower_grid[0] * tower_grid[1] + extra
+
+    def fit_processor(self, processor: Any) -> None:
+        """Make HF's `LlavaProcessor` write as many image placeholders as the fused model has tokens, in place.
+
+        Needed with merge_size = 2 and DenseConnector(kind="sti"); a checkpoint that `save` writes holds it already.
+        """
+        if self.anatomy.host == anatomy_module.HF and self.taps is not None:
+            fusion_processor.fit(processor, self.anatomy, self.taps)
 
     def image_positions(
         self, image_mask: Tensor | None = None, kept: Tensor | None = None

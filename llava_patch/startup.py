@@ -224,8 +224,8 @@ def _on_llava_arch(module: ModuleType) -> None:
         fresh = getattr(self, "mm_projector", None) is None and model_args.pretrain_mm_mlp_adapter is None
         path = model_args.pretrain_mm_mlp_adapter
         projector = training_run.read_projector(path) if path is not None else None
-        fused = projector is not None and training_run.first_width(projector) != training_run.tower_width(
-            self, model_args
+        fused = projector is not None and not training_run.is_stock(
+            projector, training_run.tower_width(self, model_args)
         )
         if fused:  # the stock layer cannot hold it: load it once the projector is widened
             model_args.pretrain_mm_mlp_adapter = None

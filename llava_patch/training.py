@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 OPERATIVE_FILE = "llava_patch_operative.gin"
 ADAPTER_FOLDER = "llava_patch_adapter"
+PROJECTOR = "mm_projector"
 
 
 class Pending:
@@ -32,7 +33,7 @@ pending: dict[int, Pending] = {}
 
 
 def read_projector(path: str) -> dict[str, Any]:
-    """The tensors of LLaVA's stage-1 file (mm_projector.bin), by their names in the projector.
+    """The tensors of LLaVA's stage-1 file (mm_projector.bin), by their names in the decoder.
 
     Raises:
         CheckpointError: no such file, or no projector in it.
@@ -43,10 +44,21 @@ def read_projector(path: str) -> dict[str, Any]:
         raise CheckpointError(f"--pretrain_mm_mlp_adapter {path}: no such file")
     # LLaVA's own file format; weights_only keeps a foreign pickle from running code.
     tensors = torch.load(path, map_location="cpu", weights_only=True)
-    found = {k.split("mm_projector.")[1]: v for k, v in tensors.items() if "mm_projector." in k}
-    if not found:
+    # "model.mm_projector.0.weight", or "base_model.model.model.mm_projector.0.weight" after LoRA
+    found = {k[k.index(PROJECTOR) :]: v for k, v in tensors.items() if PROJECTOR in k}
+    if not any(k.startswith(f"{PROJECTOR}.") for k in found):
         raise CheckpointError(f"--pretrain_mm_mlp_adapter {path}: holds no mm_projector tensors")
     return found
+
+
+def is_stock(projector: dict[str, Any], width: int) -> bool:
+    """Whether the stock model can hold a stage-1 file of `read_projector` itself.
+
+    Args:
+        projector: the tensors.
+        width: channels of the vision tower.
+    """
+    return first_width(projector) == width and all(k.startswith(f"{PROJECTOR}.") for k in projector)
 
 
 def first_width(projector: dict[str, Any]) -> int:
@@ -55,7 +67,7 @@ def first_width(projector: dict[str, Any]) -> int:
     Raises:
         CheckpointError: the projector has none.
     """
-    for name in ("0.weight", "weight"):
+    for name in (f"{PROJECTOR}.0.weight", f"{PROJECTOR}.weight"):
         if name in projector:
             return int(projector[name].shape[1])
     raise CheckpointError(f"projector file without a first Linear; it holds {sorted(projector)}")
@@ -160,14 +172,23 @@ def _patch_for_training(
 
 
 def _load_fused_projector(anatomy: Any, projector: dict[str, Any], fusion: Any) -> None:
-    expected = {k: tuple(v.shape) for k, v in anatomy.projector.state_dict().items()}
+    import torch
+
+    from llava_patch.hosts import zero
+
+    modules = {n: m for n, m in anatomy.projector_owner.named_children() if n.startswith(PROJECTOR)}
+    parameters = {f"{n}.{k}": p for n, m in modules.items() for k, p in m.named_parameters()}
+    expected = {k: tuple(zero.shape(p)) for k, p in parameters.items()}
     given = {k: tuple(v.shape) for k, v in projector.items()}
     if expected != given:
         raise CheckpointError(
             f"--pretrain_mm_mlp_adapter holds a projector of shapes {given}, but {fusion or 'no fusion'} "
             f"makes {expected}: use the fusion settings that it was trained with"
         )
-    anatomy.projector.load_state_dict(projector)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            with zero.gathered([parameter], changed=True):
+                parameter.copy_(projector[name])
 
 
 def _auto_split(asked: "Configuration") -> bool:
