@@ -140,9 +140,14 @@ def bench(
     repeats: int = typer.Option(5, min=1, help="rounds after one warm-up; ratios are of the medians over rounds"),
     train: bool = typer.Option(False, help="time a forward and backward pass too"),
     lora: bool = typer.Option(True, help="compare with LoRA (needs peft)"),
+    fusions: bool = typer.Option(False, "--fusions", help="time vision fusions (prefill, full training step) instead"),
     output: Path = typer.Option(Path("bench"), help="folder for routing_<shape>.json, .md and .png"),  # noqa: B008
 ) -> None:
-    """Time prefill and decode of every routing method beside the stock model, and check its identity."""
+    """Time prefill and decode of every routing method beside the stock model, and check its identity.
+
+    With --fusions: prefill and a full training step of every vision
+    fusion, tower included.
+    """
     import torch
 
     from llava_patch.bench import measure, report, shapes
@@ -161,6 +166,8 @@ def bench(
     size = shapes.SHAPES[shape]
     if split >= size.layers - 1:
         raise SettingError(f"--split {split}: shape {shape} has {size.layers} layers; expected 0..{size.layers - 2}")
+    if fusions:
+        return _bench_fusions(shape, device, dtype, attention, text[0], batch[0], repeats, output)
     rows = methods(size.layers, size.split if split < 0 else split, lora)
     model: Any = shapes.build(size, device, getattr(torch, dtype), attention)
     about = {**report.machine(model.device), "shape": shape, "dtype": dtype, "attention": attention, "repeats": repeats}
@@ -171,6 +178,23 @@ def bench(
             tables[title] = measure.measure(model, rows, words, samples, repeats=repeats, training=train)
             console.print(*report.screen(tables[title], title))
     for path in report.write(output, f"routing_{shape}", tables, about):
+        console.print(f"wrote {path}")
+
+
+def _bench_fusions(
+    shape: str, device: str, dtype: str, attention: str, text: int, batch: int, repeats: int, output: Path
+) -> None:
+    import torch
+
+    from llava_patch.bench import fusion, report, shapes
+
+    tower = shapes.TOWERS["small" if shape == "small" else "large"]
+    model: Any = shapes.build(shapes.SHAPES[shape], device, getattr(torch, dtype), attention, tower)
+    about = {**report.machine(model.device), "shape": shape, "dtype": dtype, "attention": attention, "repeats": repeats}
+    title = f"{shape}: 24 ViT blocks, one image + {text} text tokens, batch {batch}, {about['device']}, {dtype}"
+    rows = fusion.measure(model, fusion.fusions(), text, batch, repeats=repeats)
+    console.print(fusion.screen(rows, title))
+    for path in fusion.write(output, f"fusion_{shape}", rows, title, about):
         console.print(f"wrote {path}")
 
 

@@ -176,7 +176,7 @@ def _cached_delta(model: Any, handle: Any, inputs: dict[str, Any]) -> float:
     return float((out.logits[:, -1].float() - full[:, -1].float()).abs().max())
 
 
-def ratio(row: Row, base: Row, what: str) -> tuple[float, float, float] | None:
+def ratio(row: Any, base: Any, what: str) -> tuple[float, float, float] | None:
     """A row's time over the base's: (ratio of the medians, lowest and highest ratio within one round).
 
     None where either was not measured.

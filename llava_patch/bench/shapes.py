@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,20 +42,30 @@ SHAPES = {
 }
 
 
-def build(shape: Shape, device: str, dtype: torch.dtype, attention: str = "sdpa") -> nn.Module:
-    """A Hugging Face LLaVA of a shape, in eval mode, with a small vision tower that hardly counts.
+TOWERS = {
+    # Hardly counts: for methods that change the decoder alone.
+    "none": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
+    # CLIP ViT-L's depth and token counts at a fraction of its width.
+    "small": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 4},
+    "large": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
+}
+
+
+def build(
+    shape: Shape, device: str, dtype: torch.dtype, attention: str = "sdpa", tower: Mapping[str, int] = TOWERS["none"]
+) -> nn.Module:
+    """A Hugging Face LLaVA of a shape, in eval mode.
 
     Args:
         shape: the decoder's size.
         device: where to make it.
         dtype: of the weights.
         attention: attention backend.
+        tower: the vision tower's size; by default one that hardly counts.
     """
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    vision = CLIPVisionConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=336, patch_size=14
-    )
+    vision = CLIPVisionConfig(**tower, image_size=336, patch_size=14)  # type: ignore[arg-type]
     text = LlamaConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
@@ -82,18 +93,19 @@ def build(shape: Shape, device: str, dtype: torch.dtype, attention: str = "sdpa"
     return model.eval().requires_grad_(False)
 
 
-def inputs(model: Any, text: int, batch: int) -> dict[str, Any]:
+def inputs(model: Any, text: int, batch: int, image_tokens: int = IMAGE_TOKENS) -> dict[str, Any]:
     """A batch of equal prompts: a beginning token, one image, text.
 
     Args:
         model: from `build`.
         text: text tokens, the beginning token included.
         batch: number of samples.
+        image_tokens: tokens that the image becomes.
     """
     generator = torch.Generator().manual_seed(0)
     marker = int(model.config.image_token_id)
     words = torch.randint(3, marker, (batch, text), generator=generator)
-    ids = torch.cat([words[:, :1], torch.full((batch, IMAGE_TOKENS), marker), words[:, 1:]], dim=1)
+    ids = torch.cat([words[:, :1], torch.full((batch, image_tokens), marker), words[:, 1:]], dim=1)
     pixels = torch.randn(batch, 3, 336, 336, generator=generator)
     return {
         "input_ids": ids.to(model.device),

@@ -105,13 +105,18 @@ def attach(
         stack.attach(anatomy, undo)
     if not taps.keeps_tokens and not loading:
         rows, columns = anatomy.grid
-        logger.warning(
-            "%s: an image has %d tokens instead of %d, so before it is trained the model's output is not the stock "
-            "model's", type(settings).__name__, taps.tokens((rows, columns)), rows * columns,
-        )  # fmt: skip
+        _warn_other_tokens(type(settings).__name__, taps.tokens((rows, columns)), rows * columns)
     when_loaded(anatomy, undo, lambda: _hook_vision_model(anatomy, settings, taps, undo))
     if anatomy.host == LLAVA and settings.train_tower != "frozen":
         _lift_no_grad(anatomy, undo)
+
+
+@functools.lru_cache
+def _warn_other_tokens(name: str, tokens: int, stock: int) -> None:
+    logger.warning(
+        "%s: an image has %d tokens instead of %d, so before it is trained the model's output is not the stock model's",
+        name, tokens, stock,
+    )  # fmt: skip
 
 
 def _hook_vision_model(anatomy: Anatomy, settings: Fusion, taps: Taps, undo: UndoStack) -> None:

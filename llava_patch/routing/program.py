@@ -46,7 +46,12 @@ class Program:
     @property
     def does_something(self) -> bool:
         """Whether it differs from the stock model at all."""
-        return self.split < self.n_layers or self.prune_at is not None or bool(self.injections)
+        return self.leaves_out or bool(self.injections)
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether any layer sees fewer positions than in the stock model."""
+        return self.split < self.n_layers or self.prune_at is not None
 
     @property
     def fusion(self) -> tuple[int, ...]:

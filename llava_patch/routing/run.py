@@ -304,7 +304,7 @@ class Run:
 
     def lean(self, hidden: Tensor, text_only: bool = False) -> bool:
         """Whether the last layer need only answer at the last positions."""
-        if not self._only_suffix() or self.call.suffix is None:
+        if not self._only_suffix() or self.call.suffix is None or not self.program.leaves_out:
             return False
         all_text = self.call.counts is None or self.call.counts.suffix_text
         return self.call.suffix < hidden.shape[1] and (not text_only or all_text)

@@ -138,6 +138,21 @@ def test_generation_equals_recomputation(host, use_cache, beams):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zero_start_generates_the_stock_models_logits(host, dtype):
+    """Bit for bit, prefill and every decoded token."""
+    host.model.to(dtype)
+    batch = host.batch([(2, IMAGE, 5), (3, IMAGE, 4)], "left")
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.inputs.items()}
+    ids = inputs.pop("input_ids")
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
+    stock = host.model.generate(ids, **inputs, **options, output_logits=True).logits
+    with patch(host.model, fusion=STACK):
+        patched = host.model.generate(ids, **inputs, **options, output_logits=True).logits
+    assert all(torch.equal(a, b) for a, b in zip(patched, stock, strict=True)) and len(stock) == 4
+
+
+@torch.no_grad()
 def test_a_prompt_cut_by_the_length_limit_keeps_its_rows(host):
     if host.name == "hf":
         pytest.skip("HF does not cut prompts")
