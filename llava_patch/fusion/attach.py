@@ -51,7 +51,7 @@ def attach(
 
 def _widen_projector(anatomy: Anatomy, taps: Taps, undo: UndoStack, zero_start: bool, keep_original: bool) -> None:
     parent, name, linear = anatomy.first_linear()
-    width = int(anatomy.vision_config.hidden_size)
+    width = anatomy.vision_width
     if isinstance(linear, FusedLinear) or linear.in_features != width:
         raise SettingError(
             f"the projector takes {linear.in_features} channels, but this tower gives {width} "
@@ -96,7 +96,8 @@ def _lift_no_grad(anatomy: Anatomy, undo: UndoStack) -> None:
 def set_tower_flags(anatomy: Anatomy, settings: SkipLinks, taps: Taps) -> None:
     """Set requires_grad in the vision tower as `train_tower` says.
 
-    Blocks above the deepest used feature, and the final norm, never train: nothing reads them.
+    Blocks above the deepest used feature never train, nor does the final norm unless that feature is read through it:
+    nothing reads them.
 
     Raises:
         SettingError: more blocks asked for than are used.
@@ -110,17 +111,19 @@ def set_tower_flags(anatomy: Anatomy, settings: SkipLinks, taps: Taps) -> None:
         return
     used = list(tower.blocks[: taps.deepest])
     if settings.train_tower == "all":
-        parts: list[nn.Module] = [*tower.before, *used]
+        parts: list[nn.Module] = [*tower.before, *used, *tower.final_norm(taps.deepest)]
     else:
         k = int(settings.train_tower)
         if k > len(used):
             raise SettingError(f"SkipLinks.train_tower = {k}: only {len(used)} blocks of this tower are used")
-        parts = used[len(used) - k :]
+        parts = [*used[len(used) - k :], *tower.final_norm(taps.deepest)]
     for part in parts:
         part.requires_grad_(True)
     if settings.train_tower == "all":
         for parameter in tower.own:
             parameter.requires_grad_(True)
+    for parameter in tower.idle:
+        parameter.requires_grad_(False)
 
 
 def is_silent(anatomy: Anatomy, trainable: Collection[str]) -> bool:
