@@ -1,7 +1,8 @@
 """What happens in unmodified scripts: flags, environment, compatibility fixes, and patched checkpoints on load.
 
 Everything class-level that llava_patch does to its hosts is in this file; each step leaves a model or script alone
-unless a patch is configured, a checkpoint carries one, or the stock code would raise on the installed versions.
+unless a patch is configured, a checkpoint carries one, or the stock code would raise on the installed versions or
+load random weights (a vision tower that is not CLIP).
 """
 
 from __future__ import annotations

@@ -1,28 +1,17 @@
 """Vision models other than CLIP from a folder or the hub: configuration, weights, image processor; no torchvision.
 
 Every model made here answers `vision(pixels, output_hidden_states=True)` with square pixels in and N + 1 hidden states
-[images, tokens, channels] out; classes of transformers that do not are subclassed so that they do, in one forward.
+[images, tokens, channels] out; for classes of transformers that do not, `tower_classes` has subclasses that do.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import (
-    AutoConfig,
-    CLIPImageProcessor,
-    InternVLVisionModel,
-    PretrainedConfig,
-    Siglip2VisionModel,
-    SiglipImageProcessor,
-)
+from transformers import AutoConfig, CLIPImageProcessor, PretrainedConfig, SiglipImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import PILImageResampling
-from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperModel
 from transformers.utils.generic import is_timm_config_dict
 
 from llava_patch.errors import CheckpointError, HostError
@@ -92,88 +81,23 @@ def load_model(name: str, config: Any, device_map: Any = None) -> Any:
 
 def model_class(config: Any) -> Any:
     """The class that `load_model` makes of a configuration."""
-    own = {"siglip2_vision_model": SquareSiglip2, "internvl_vision": InternViT, towers.TIMM: TimmTower}
-    if config.model_type in own:
-        return own[config.model_type]
-    from transformers import AutoModel
+    if config.model_type == towers.TIMM:
+        from llava_patch.hosts.timm_tower import TimmTower
 
-    return AutoModel._model_mapping[type(config)]
+        return TimmTower
+    if config.model_type in ("siglip2_vision_model", "internvl_vision"):
+        from llava_patch.hosts import tower_classes
 
+        return {
+            "siglip2_vision_model": tower_classes.SquareSiglip2, "internvl_vision": tower_classes.InternViT,
+        }[config.model_type]  # fmt: skip
+    if config.model_type == "aimv2_vision_model":
+        from transformers import Aimv2VisionModel
 
-class SquareSiglip2(Siglip2VisionModel):
-    """SigLIP 2 NaFlex on a fixed square grid: takes pixels, as the other towers do, and cuts the patches itself."""
+        return Aimv2VisionModel
+    from transformers import SiglipVisionModel
 
-    def forward(self, pixel_values: Tensor, **kwargs: Any) -> Any:
-        """[images, 3, side, side], the side a multiple of the patch size, to the stock class's output."""
-        size = self.config.patch_size
-        patches = patchify(pixel_values, size)
-        rows, columns = pixel_values.shape[-2] // size, pixel_values.shape[-1] // size
-        mask = torch.ones(patches.shape[:2], dtype=torch.long, device=patches.device)
-        shapes = torch.tensor([[rows, columns]]).expand(len(patches), 2)  # on the CPU: read as sizes, one by one
-        return super().forward(patches, mask, shapes, **kwargs)
-
-
-class InternViT(InternVLVisionModel):
-    """InternVLVisionModel, which records no hidden states, with them."""
-
-    last_state_is_normed = True
-
-    def forward(self, pixel_values: Tensor, output_hidden_states: bool | None = None, **kwargs: Any) -> Any:
-        """[images, 3, side, side] to the stock class's output, with hidden states when asked."""
-        return with_states(self, lambda: super(InternViT, self).forward(pixel_values, **kwargs), output_hidden_states)
-
-
-class TimmTower(TimmWrapperModel):
-    """TimmWrapperModel, which reports feature maps without prefix tokens, with hidden states like the other towers'."""
-
-    last_state_is_normed = True
-
-    def forward(self, pixel_values: Tensor, output_hidden_states: bool | None = None, **kwargs: Any) -> Any:
-        """[images, 3, side, side] to the stock class's output, unpooled, with hidden states when asked."""
-        stock = super().forward
-        return with_states(
-            self,
-            lambda: stock(pixel_values, output_hidden_states=False, do_pooling=False, **kwargs),
-            output_hidden_states,
-        )
-
-
-def with_states(vision: Any, forward: Callable[[], Any], wanted: bool | None) -> Any:
-    """Run a forward and add what goes into each block, and comes out at the end, as its hidden states.
-
-    Entry N is the model's last_hidden_state, after the final norm, as transformers' own recorder has it.
-
-    Args:
-        vision: the vision model.
-        forward: its stock forward, without arguments.
-        wanted: whether hidden states are asked for.
-    """
-    if not wanted:
-        return forward()
-    states: list[Tensor] = []
-
-    def keep(module: Any, args: Any, kwargs: Any) -> None:
-        states.append(args[0] if args else kwargs["hidden_states"])
-
-    blocks = towers.describe(vision).blocks
-    hooks = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in blocks]
-    try:
-        output = forward()
-    finally:  # before a recomputation of checkpointed blocks, which would be heard again
-        for hook in hooks:
-            hook.remove()
-    output["hidden_states"] = (*states, output.last_hidden_state)
-    return output
-
-
-def patchify(pixels: Tensor, size: int) -> Tensor:
-    """Cut images as Siglip2ImageProcessor does: [images, channels, height, width] to [images, patches, values].
-
-    Patches in rows; a patch's values in its rows, columns and channels, channels fastest.
-    """
-    images, channels, height, width = pixels.shape
-    cut = pixels.reshape(images, channels, height // size, size, width // size, size)
-    return cut.permute(0, 2, 4, 3, 5, 1).reshape(images, (height // size) * (width // size), size * size * channels)
+    return SiglipVisionModel
 
 
 class SquareSize(dict):
@@ -208,13 +132,13 @@ def load_processor(name: str, config: Any, side: int) -> Any:
         raw = _timm_processor(colours)
     kind = raw.get("image_processor_type") or raw.get("feature_extractor_type") or "none named"
     if kind.startswith("CLIP"):
-        processor = CLIPImageProcessor.from_dict(raw)
-        gives = (processor.crop_size["height"], processor.crop_size["width"])
+        clip: Any = CLIPImageProcessor.from_dict(raw)
+        gives = (clip.crop_size["height"], clip.crop_size["width"])
         if gives != (side, side):
             raise HostError(
                 f"the image processor of {name} gives {gives} pixels, its vision tower takes {(side, side)}"
             )
-        return processor
+        return clip
     if not kind.startswith(("Siglip", "GotOcr2", "PerceptionLM", "Timm")):
         raise HostError(
             f"the image processor of {name} is a {kind}: known are those of CLIP, Siglip, Siglip2, GotOcr2 (InternVL), "

@@ -157,7 +157,7 @@ def shape_of(config: Any) -> Shape:
     """
     kind = type(config).__name__
     if getattr(config, "model_type", None) == TIMM and not hasattr(config, "num_hidden_layers"):
-        return _timm_shape_of_config(json.dumps(config.to_dict(), sort_keys=True, default=str))
+        return _timm_shape(_on_meta(*_timm_key(config)))
     missing = [n for n in ("num_hidden_layers", "hidden_size", "patch_size") if not hasattr(config, n)]
     if not hasattr(config, "image_size") and not hasattr(config, "num_patches"):
         missing.append("image_size (or num_patches)")
@@ -187,7 +187,7 @@ def prefix_tokens_of(config: Any) -> int:
     if hasattr(config, "num_prefix_tokens"):
         return int(config.num_prefix_tokens)
     if kind == TIMM:
-        return int(_on_meta(json.dumps(config.to_dict(), sort_keys=True, default=str)).timm_model.num_prefix_tokens)
+        return int(_on_meta(*_timm_key(config)).timm_model.num_prefix_tokens)
     if kind not in PREFIX_TOKENS:
         raise HostError(
             f"vision tower of type {kind}: whether it has a CLS token is not known; known are "
@@ -281,18 +281,19 @@ def _timm_shape(vision: Any) -> Shape:
     return Shape(len(blocks), int(body.embed_dim), height, _pair(embed.grid_size))
 
 
-def _timm_shape_of_config(config: str) -> Shape:
-    return _timm_shape(_on_meta(config))
+def _timm_key(config: Any) -> tuple[str, str]:
+    return config.architecture, json.dumps(config.model_args, sort_keys=True)
 
 
 @functools.lru_cache(maxsize=4)
-def _on_meta(config: str) -> Any:
+def _on_meta(architecture: str, model_args: str) -> Any:
     """A timm tower without weights: its configuration holds only a name that timm alone can resolve."""
     from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrapperConfig
     from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperModel
 
+    config = TimmWrapperConfig(architecture=architecture, model_args=json.loads(model_args))
     try:
         with torch.device("meta"):
-            return TimmWrapperModel(TimmWrapperConfig.from_dict(json.loads(config)))
+            return TimmWrapperModel(config)
     except ImportError as error:
         raise HostError(f"a timm tower (Perception Encoder) needs the timm package: {error}") from error

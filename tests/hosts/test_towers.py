@@ -3,10 +3,10 @@
 import models
 import pytest
 import torch
+import zoo
 from models import IMAGE
 from torch import nn
 
-import zoo
 from llava_patch import SkipLinks, patch
 from llava_patch.errors import HostError
 from llava_patch.hosts import anatomy, towers

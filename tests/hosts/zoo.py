@@ -37,17 +37,17 @@ def config(name: str) -> Any:
     colours = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4], "interpolation": "bicubic"}
     return t.TimmWrapperConfig(
         architecture="vit_pe_stand_in", model_args={"embed_dim": WIDTH, "depth": BLOCKS}, pretrained_cfg=colours,
-        label_names=["none"],
+        label_names=["a", "b"],
     )  # fmt: skip
 
 
 def scramble(model: nn.Module) -> nn.Module:
-    """Weights far from their tiny initial values, so that blocks differ from one another."""
+    """Weights of one seed, far from their tiny initial values, so that blocks differ from one another."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             noise = 0.2 * torch.randn(parameter.shape, generator=generator)
-            parameter.add_(noise) if parameter.ndim == 1 else parameter.copy_(noise)
+            parameter.copy_(noise + 1 if parameter.ndim == 1 and name.endswith("weight") else noise)
     return model
 
 
@@ -169,7 +169,9 @@ class StandIn(nn.Module):
     def forward_intermediates(self, x: Tensor) -> Any:
         maps, hooks = [], []
         for block in self.blocks:
-            hooks.append(block.register_forward_hook(lambda m, a, o: maps.append(o[:, 1:].mT.reshape(len(o), -1, 4, 4))))
+            hooks.append(
+                block.register_forward_hook(lambda m, a, o: maps.append(o[:, 1:].mT.reshape(len(o), -1, 4, 4)))
+            )
         last = self.forward_features(x)
         for hook in hooks:
             hook.remove()
