@@ -213,9 +213,13 @@ def test_anyres_tiles(folders, name):
 
 @pytest.mark.parametrize("name", ["siglip", "siglip2", "internvl", "aimv2"])
 def test_gradient_checkpointing_changes_no_gradient(folders, name):
-    """Hidden states are kept from inside checkpointed blocks, which run without gradients and once more in backward."""
-    pixels, found = torch.randn(1, 3, 56, 56), []
-    model = zoo.llava_model(zoo.folder(folders, name))
+    """Hidden states are kept from inside checkpointed blocks, which run without gradients and once more in backward.
+
+    In float64, and not bit for bit: gradients from a tap and from the next block are added in another order then, and
+    AIMv2's norms compute in float32.
+    """
+    pixels, found = torch.randn(1, 3, 56, 56, dtype=torch.float64), []
+    model = zoo.llava_model(zoo.folder(folders, name)).double()
     vision = model.get_vision_tower().vision_tower.train()
     with patch(model, fusion=SkipLinks(layers=(2, 5), detach=1, train_tower="all")) as handle:
         handle.anatomy.first_linear()[2].weight.data.normal_(std=0.1)
@@ -226,7 +230,8 @@ def test_gradient_checkpointing_changes_no_gradient(folders, name):
             model.encode_images(pixels.requires_grad_()).square().mean().backward()
             found.append({n: p.grad.clone() for n, p in vision.named_parameters() if p.grad is not None})
     assert vision.is_gradient_checkpointing and found[0].keys() == found[1].keys() and len(found[0]) > 50
-    assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
+    for parameter, gradient in found[0].items():
+        assert (gradient - found[1][parameter]).abs().max() <= 1e-5 * gradient.abs().max() + 1e-9, parameter
 
 
 def test_a_trained_tower_comes_back(folders, tmp_path):
@@ -245,11 +250,11 @@ def test_a_trained_tower_comes_back(folders, tmp_path):
 def test_a_clip_tower_needs_no_other_class(folders):
     """timm imports torchvision, which may be broken: nothing of the kind is imported for CLIP."""
     code = (
-        "import sys; from llava.model import llava_arch; from types import SimpleNamespace as N; "
-        f"llava_arch.build_vision_tower(N(mm_vision_tower={str(zoo.folder(folders, 'clip'))!r}, "
-        "mm_vision_select_layer=-2)); print([m for m in sys.modules if 'timm' in m or 'internvl.modeling' in m])"
+        "import sys; from llava_patch.hosts.tower_models import read_config; "
+        f"print(read_config({str(zoo.folder(folders, 'clip'))!r}), "
+        "[m for m in sys.modules if 'timm' in m.split('.')[0] or 'modeling_internvl' in m or 'modeling_timm' in m])"
     )
-    assert tiny_train.ok(tiny_train.run(["-c", code])).strip().splitlines()[-1].startswith("[]")
+    assert tiny_train.ok(tiny_train.run(["-c", code])).strip().splitlines()[-1] == "None []"
 
 
 def test_stage_1_and_loading_with_siglip(tmp_path, folders):
