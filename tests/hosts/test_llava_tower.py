@@ -257,8 +257,11 @@ def test_a_clip_tower_needs_no_other_class(folders):
     assert tiny_train.ok(tiny_train.run(["-c", code])).strip().splitlines()[-1] == "None []"
 
 
-def test_stage_1_and_loading_with_siglip(tmp_path, folders):
-    """LLaVA's unmodified train.py on a SigLIP tower with Detached Skip-Links, and its builder on what came out."""
+def test_both_stages_and_loading_with_siglip(tmp_path, folders):
+    """LLaVA's unmodified train.py on a SigLIP tower with Detached Skip-Links, and its builder on what came out.
+
+    Stage 2 trains the tower and reads every conversation, those without an image too (crop_size).
+    """
     from llava.model.builder import load_pretrained_model
 
     root, files = tiny_train.make_data(tmp_path / "data")
@@ -285,3 +288,13 @@ def test_stage_1_and_loading_with_siglip(tmp_path, folders):
     with torch.no_grad():
         host = models.Host("llava", model.float())
         assert torch.isfinite(host.logits(host.batch([(2, models.IMAGE, 3)]))).all()
+    gin.write_text(gin.read_text() + 'SkipLinks.train_tower = "all"\n')
+    arguments = tiny_train.arguments(
+        (root, files), 2, tmp_path / "llava-two", steps=2, vision_tower=tower, per_device_train_batch_size=32,
+        pretrain_mm_mlp_adapter=out / "mm_projector.bin",
+    )  # fmt: skip
+    tiny_train.ok(tiny_train.run([tiny_train.TRAIN, *arguments, "--gin_file", gin]))
+    model = load_pretrained_model(str(tmp_path / "llava-two"), None, "llava-two", device_map="cpu", device="cpu")[1]
+    after = model.get_vision_tower().vision_tower.state_dict()
+    moved = {k for k, v in tensors.items() if not torch.equal(after[k], v.half())}
+    assert any("layers.6" in k for k in moved) and not any("layers.7" in k or "head" in k for k in moved)

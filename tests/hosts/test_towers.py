@@ -120,14 +120,16 @@ def test_what_trains_is_what_gets_a_gradient(case, folders, layer):
     vision = anatomy.find(case.host.model).vision_model
     with patch(case.host.model, fusion=SkipLinks(layers=(2, 5), detach=1, train_tower="all")) as handle:
         handle.anatomy.first_linear()[2].weight.data.normal_(std=0.1)
-        listed = set(handle.trainable())
         names = {n for n, p in case.host.model.named_parameters() if any(p is q for q in vision.parameters())}
-        case.host.logits(case.host.batch([(2, IMAGE, 5)])).square().mean().backward()
-        given = {n for n, p in case.host.model.named_parameters() if p.grad is not None}
-        assert listed & names == given & names
+        for everything in (True, False):  # also when a script has switched on what nothing reads
+            vision.requires_grad_(True) if everything else handle.apply_freeze()
+            listed = set(handle.trainable())
+            case.host.model.zero_grad()
+            case.host.logits(case.host.batch([(2, IMAGE, 5)])).square().mean().backward()
+            given = {n for n, p in case.host.model.named_parameters() if p.grad is not None}
+            assert listed & names == given & names
         tower = handle.anatomy.vision_parts()
-        mine = {n for n, p in case.host.model.named_parameters() if n in listed}
-        ids = {id(p) for n, p in case.host.model.named_parameters() if n in mine}
+        ids = {id(p) for n, p in case.host.model.named_parameters() if n in listed}
         assert all(id(p) in ids for p in tower.blocks[6].parameters())
         assert any(id(p) in ids for p in tower.blocks[7].parameters()) == (layer == -1)
         normed = layer == -1 and case.name != "clip"
