@@ -148,6 +148,7 @@ def load_processor(name: str, config: Any, side: int) -> Any:
     known = {n: raw[n] for n in fields if raw.get(n) is not None}
     processor: Any = SiglipImageProcessor(size=SquareSize(height=side, width=side), do_convert_rgb=True, **known)
     processor.crop_size = {"height": side, "width": side}
+    processor.do_center_crop = False  # R-Probe asks every processor
     return processor
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from llava_patch import SkipLinks, patch
 from llava_patch.errors import CheckpointError, HostError
 from llava_patch.hosts import llava_tower, tower_classes, tower_models
+from llava_patch.probe.transform import Transform
 from llava_patch.training import tower_width
 
 OTHERS = tuple(n for n in zoo.NAMES if n != "clip")
@@ -103,6 +104,19 @@ def test_weights_are_loaded_late_unless_they_train(folders, capsys):
     assert build(path, delay_load=True, unfreeze_mm_vision_tower=True).is_loaded
 
 
+@pytest.mark.parametrize("mode", ["resize", "crop", "pad"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_r_probe_follows_a_box_through_the_processor(folders, name, mode):
+    processor = build(zoo.folder(folders, name)).image_processor
+    transform = Transform(processor, mode, 56, 56)
+    assert transform.pixel_values([picture(80, 40)]).shape == (1, 3, 56, 56)
+    stretched = (14.0, 14.0, 42.0, 42.0)
+    middle = {"resize": stretched, "pad": (14.0, 21.0, 42.0, 35.0)}
+    if mode == "crop" and name != "aimv2":
+        middle["crop"] = stretched  # SigLIP's way is to stretch
+    assert transform.box((20, 10, 60, 30), (80, 40), "b") == middle.get(mode, (0.0, 14.0, 56.0, 42.0))
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_use_that_llava_makes_of_its_image_processor(folders, name):
     from llava.mm_utils import process_images
@@ -154,6 +168,26 @@ def test_the_vision_part_of_a_larger_model(folders, tmp_path):
         mine = tower.vision_tower.state_dict()
         theirs = {k.removeprefix("vision_model."): v for k, v in whole.vision_model.state_dict().items()}
         assert all(torch.equal(v, theirs[k.removeprefix("vision_model.")]) for k, v in mine.items())
+
+
+def test_the_vision_part_of_a_larger_language_model(tmp_path):
+    import transformers as t
+
+    text = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text |= {"num_key_value_heads": 2, "vocab_size": 96}
+    vision = zoo.config("internvl").to_dict()
+    internvl = t.InternVLConfig(vision_config=vision, text_config=t.Qwen2Config(**text).to_dict())
+    perception = t.PerceptionLMConfig(vision_config=zoo.config("timm"), text_config=t.LlamaConfig(**text).to_dict())
+    for whole in (
+        t.InternVLForConditionalGeneration(internvl),
+        t.PerceptionLMForConditionalGeneration(perception),
+        zoo.hf_model("siglip"),
+    ):
+        folder = tmp_path / type(whole).__name__
+        whole.save_pretrained(folder)
+        made = tower_models.load_model(str(folder), tower_models.read_config(str(folder))).state_dict()
+        theirs = whole.model.vision_tower.state_dict()
+        assert made.keys() == theirs.keys() and all(torch.equal(v, theirs[k]) for k, v in made.items())
 
 
 def edit(source, target, **changes):
