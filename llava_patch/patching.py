@@ -196,8 +196,7 @@ class Handle:
             unused = {id(p) for p in self.anatomy.tower.parameters()}  # llava runs its tower under no_grad
         elif self.anatomy.vision_model is not None:
             deepest = self.anatomy.main_block if self.taps is None else self.taps.deepest
-            tower = self.anatomy.vision_parts()
-            unused = {id(p) for m in [*tower.blocks[deepest:], *tower.after] for p in m.parameters()}
+            unused = {id(p) for p in self.anatomy.vision_parts().unused(deepest)}
         return [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in unused]
 
     def report(self) -> str:

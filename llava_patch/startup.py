@@ -1,7 +1,8 @@
 """What happens in unmodified scripts: flags, environment, compatibility fixes, and patched checkpoints on load.
 
 Everything class-level that llava_patch does to its hosts is in this file; each step leaves a model or script alone
-unless a patch is configured, a checkpoint carries one, or the stock code would raise on the installed versions.
+unless a patch is configured, a checkpoint carries one, or the stock code would raise on the installed versions or
+load random weights (a vision tower that is not CLIP).
 """
 
 from __future__ import annotations
@@ -211,6 +212,7 @@ def _on_lmms_eval_tasks(module: ModuleType) -> None:
 
 
 def _on_llava_arch(module: ModuleType) -> None:
+    _wrap_tower_builder(module)
     cls = module.LlavaMetaModel  # type: ignore[attr-defined]
     original = cls.initialize_vision_modules
 
@@ -236,6 +238,21 @@ def _on_llava_arch(module: ModuleType) -> None:
         training_run.pending[id(self)] = training_run.Pending(fresh, projector if fused else None)
 
     cls.initialize_vision_modules = initialize_vision_modules
+
+
+def _wrap_tower_builder(module: Any) -> None:
+    """Build vision towers that are not CLIP, which llava refuses by name or fills with random weights."""
+    original = module.build_vision_tower
+
+    @functools.wraps(original)
+    def build_vision_tower(vision_tower_cfg: Any, **kwargs: Any) -> Any:
+        from llava_patch.hosts import llava_tower
+
+        name = getattr(vision_tower_cfg, "mm_vision_tower", getattr(vision_tower_cfg, "vision_tower", None))
+        tower = llava_tower.build(name, vision_tower_cfg, **kwargs)
+        return original(vision_tower_cfg, **kwargs) if tower is None else tower
+
+    module.build_vision_tower = build_vision_tower
 
 
 def _wrap_trainer_init(cls: Any) -> None:

@@ -80,7 +80,10 @@ def tower_width(decoder: Any, model_args: Any) -> int:
         return int(tower.hidden_size)
     from transformers import CLIPVisionConfig
 
-    return int(CLIPVisionConfig.from_pretrained(model_args.vision_tower).hidden_size)
+    from llava_patch.hosts import tower_models, towers
+
+    config = tower_models.read_config(model_args.vision_tower)
+    return towers.shape_of(config or CLIPVisionConfig.from_pretrained(model_args.vision_tower)).width
 
 
 def prepare(model: Any, training_args: Any, dataset: Any, collator: Any) -> "Handle | None":

@@ -58,11 +58,10 @@ def resolve(anatomy: Anatomy, settings: Fusion) -> Taps:
 
 def _check_tokens(anatomy: Anatomy, taps: Taps, what: str) -> None:
     tower = anatomy.vision_parts()
-    if anatomy.drops_cls and tower.prefix_tokens != 1:
+    if anatomy.drops_patch:
         raise SettingError(
-            f"{what} needs whole patches, but the host drops the first token of a tower that has "
-            f"{tower.prefix_tokens} tokens before the patches: set vision_feature_select_strategy = "
-            '"full" (llava: mm_vision_select_feature = "cls_patch")'
+            f"{what} needs every patch, but the host drops the first token of a tower without a CLS token: set "
+            'vision_feature_select_strategy = "full"'
         )
     if taps.join is Join.TOKENS and taps.main_tokens(tower.grid) < STI_POOL:
         raise SettingError(
@@ -161,7 +160,8 @@ def _lift_no_grad(anatomy: Anatomy, undo: UndoStack) -> None:
 def set_tower_flags(anatomy: Anatomy, settings: Fusion, taps: Taps) -> None:
     """Set requires_grad in the vision tower as `train_tower` says.
 
-    Blocks above the deepest feature that carries a gradient, and a final norm that nobody reads, never train.
+    Blocks above the deepest feature that carries a gradient never train, nor does the final norm unless that feature is
+    read through it: nothing would give them a gradient.
 
     Raises:
         SettingError: more blocks asked for than are used.
@@ -175,19 +175,21 @@ def set_tower_flags(anatomy: Anatomy, settings: Fusion, taps: Taps) -> None:
         return
     used = list(tower.blocks[: taps.deepest])
     if settings.train_tower == "all":
-        parts: list[nn.Module] = [*tower.before, *used]
+        parts: list[nn.Module] = [*tower.before, *used, *tower.final_norm(taps.deepest)]
     else:
         k = int(settings.train_tower)
         if k > len(used):
             raise SettingError(
                 f"{type(settings).__name__}.train_tower = {k}: only {len(used)} blocks of this tower are used"
             )
-        parts = used[len(used) - k :]
+        parts = [*used[len(used) - k :], *tower.final_norm(taps.deepest)]
     for part in parts:
         part.requires_grad_(True)
     if settings.train_tower == "all":
         for parameter in tower.own:
             parameter.requires_grad_(True)
+    for parameter in tower.idle:
+        parameter.requires_grad_(False)
 
 
 def parameters(anatomy: Anatomy) -> list[nn.Parameter]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from llava_patch.errors import HostError
 from llava_patch.hosts import towers
-from llava_patch.hosts.towers import Tower
+from llava_patch.hosts.towers import Shape, Tower
 
 LLAVA = "llava"
 HF = "hf"
@@ -104,9 +104,13 @@ class Anatomy:
         return self.tower.config
 
     @property
+    def _shape(self) -> Shape:
+        return towers.shape_of(self.vision_config)
+
+    @property
     def vision_width(self) -> int:
-        """Channels d of the vision tower."""
-        return int(self.vision_config.hidden_size)
+        """Channels of one token of the vision tower."""
+        return self._shape.width
 
     @property
     def tiles(self) -> bool:
@@ -118,7 +122,7 @@ class Anatomy:
     @property
     def n_blocks(self) -> int:
         """Number N of transformer blocks in the vision tower."""
-        return int(self.vision_config.num_hidden_layers)
+        return self._shape.n_blocks
 
     @property
     def main_block(self) -> int:
@@ -139,22 +143,34 @@ class Anatomy:
         return block
 
     @property
-    def drops_cls(self) -> bool:
-        """Whether the host drops the CLS token before the projector."""
+    def _drops_first(self) -> bool:
+        """Whether the host asks for patches alone."""
         if self.host == LLAVA:
             return self.tower.select_feature == "patch"
         return self.model.config.vision_feature_select_strategy == "default"
 
     @property
+    def drops_cls(self) -> bool:
+        """Whether the host drops what comes before the patches (the CLS token) before the projector."""
+        return self._drops_first and towers.prefix_tokens_of(self.vision_config) > 0
+
+    @property
+    def drops_patch(self) -> bool:
+        """Whether the host drops the first patch: HF's "default" strategy on a tower without CLS.
+
+        It is the host's own behaviour, whatever the tower; "full" keeps all patches.
+        """
+        return self.host == HF and self._drops_first and towers.prefix_tokens_of(self.vision_config) == 0
+
+    @property
     def patch_size(self) -> int:
         """Side of one ViT patch in pixels of the processed image."""
-        return int(self.vision_config.patch_size)
+        return self._shape.patch_size
 
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the patch grid of one image (tile)."""
-        side = int(self.vision_config.image_size) // self.patch_size
-        return side, side
+        return self._shape.grid
 
     @property
     def image_token_id(self) -> int:
@@ -169,10 +185,12 @@ class Anatomy:
         """Where the blocks of the loaded vision tower are, and what its tokens mean.
 
         Raises:
-            HostError: the tower is not loaded yet, or its class is not known; the message names what was not found.
+            HostError: the tower is not loaded yet, its class is not known (the message names what was not found), or
+                it does not report its hidden states to this host.
         """
         if self.vision_model is None:
             raise HostError("the vision tower is not loaded yet: call its load_model() first")
+        towers.check_reports(self.vision_model)
         return towers.describe(self.vision_model)
 
     def first_linear(self) -> tuple[nn.Module, str, nn.Linear]:
