@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_patch import checkpoint as patched
-from llava_patch.convert.configs import ORIGINAL_KEY
+from llava_patch.convert.configs import ORIGINAL_KEY, plain
 from llava_patch.convert.weights import locate, read_json, write_json
 from llava_patch.errors import CheckpointError
 
@@ -93,9 +93,10 @@ def write_hf(source: "Checkpoint", out: Path, tokenizer: Any, vision: Any, tower
         kind: "llama" or "mistral".
         pad_id: id of "<pad>".
     """
-    from transformers import CLIPImageProcessor, LlavaImageProcessor, LlavaProcessor
+    from transformers import LlavaProcessor
+    from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 
-    images: Any = CLIPImageProcessor.from_pretrained(tower)
+    images = _clip_images(tower)
     if source.config.get("image_aspect_ratio") == "pad":  # HF has LLaVA's padding to a square in a class of its own
         values = {k: v for k, v in images.to_dict().items() if k != "image_processor_type"}
         images = LlavaImageProcessor(**values, do_pad=True)
@@ -212,8 +213,15 @@ def write_tower_files(place: str, folder: Path, vision: Any) -> None:
         folder: the tower's.
         vision: the tower's configuration.
     """
+    write_json(folder / "config.json", {**plain(vision), "architectures": ["CLIPVisionModel"]})
+    _clip_images(place).save_pretrained(folder)
+
+
+def _clip_images(place: str) -> Any:
+    """CLIP's image processor, without what other processors' files say beside its settings."""
     from transformers import CLIPImageProcessor
 
-    values = {k: v for k, v in vision.to_dict().items() if k != "_name_or_path"}
-    write_json(folder / "config.json", {**values, "architectures": ["CLIPVisionModel"]})
-    CLIPImageProcessor.from_pretrained(place).save_pretrained(folder)
+    images = CLIPImageProcessor.from_pretrained(place)
+    for name in ("do_pad", "_processor_class"):
+        vars(images).pop(name, None)
+    return images

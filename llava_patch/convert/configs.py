@@ -50,9 +50,7 @@ def text_config(config: dict[str, Any], host: str) -> Any:
 
     if host == HF:
         return hf_config(config).text_config
-    kind = (
-        "mistral" if "mistral" in str(config.get("model_type")) + str(config.get("architectures")).lower() else "llama"
-    )
+    kind = "mistral" if config.get("model_type") == "llava_mistral" else "llama"
     dropped = ("model_type", "architectures", "_name_or_path", "auto_map", CONFIG_KEY)
     values = {k: v for k, v in copy.deepcopy(config).items() if not is_own(k) and k not in dropped}
     return AutoConfig.for_model(kind, **values)
@@ -97,8 +95,8 @@ def check_convertible(config: dict[str, Any], host: str) -> None:
         merge = config.get("mm_patch_merge_type") or "flat"
         if merge != "flat" or config.get("image_aspect_ratio") == "anyres":
             raise CheckpointError(
-                f"mm_patch_merge_type = {merge!r}, image_aspect_ratio = {config.get('image_aspect_ratio')!r}: conversion "
-                "knows one tile an image (LLaVA-1.5), not anyres"
+                f"mm_patch_merge_type = {merge!r}, image_aspect_ratio = {config.get('image_aspect_ratio')!r}: "
+                "conversion knows one tile an image (LLaVA-1.5), not anyres"
             )
         if config.get("mm_projector_type", "linear") != "mlp2x_gelu":
             raise CheckpointError(
@@ -128,12 +126,13 @@ def check_convertible(config: dict[str, Any], host: str) -> None:
         raise CheckpointError(f"its language model is a {whole.text_config.model_type!r}: llava has llama and mistral")
     if whole.projector_hidden_act != "gelu" or not whole.multimodal_projector_bias:
         raise CheckpointError(
-            "its projector is not llava's mlp2x_gelu (projector_hidden_act, multimodal_projector_bias)"
+            f"projector_hidden_act = {whole.projector_hidden_act!r}, multimodal_projector_bias = "
+            f"{whole.multimodal_projector_bias}: llava's mlp2x_gelu has gelu and biases"
         )
 
 
 def to_hf(config: dict[str, Any], vision: Any, tokens: dict[str, int], added: list[str], vocab: int) -> dict[str, Any]:
-    """HF's config.json for a llava checkpoint.
+    """The config.json of HF for a llava checkpoint.
 
     Args:
         config: llava's.
@@ -157,8 +156,8 @@ def to_hf(config: dict[str, Any], vision: Any, tokens: dict[str, int], added: li
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": True,
         "tie_word_embeddings": bool(text.tie_word_embeddings),
-        "text_config": _plain(text) | dtype,
-        "vision_config": {**_plain(vision), "architectures": ["CLIPVisionModel"]},
+        "text_config": plain(text) | dtype,
+        "vision_config": {**plain(vision), "architectures": ["CLIPVisionModel"]},
         "vision_feature_layer": config.get("mm_vision_select_layer", -2),
         "vision_feature_select_strategy": _FEATURES[config.get("mm_vision_select_feature", "patch")],
         **dtype,
@@ -167,7 +166,7 @@ def to_hf(config: dict[str, Any], vision: Any, tokens: dict[str, int], added: li
 
 
 def to_llava(config: dict[str, Any], tower: str, vocab: int) -> dict[str, Any]:
-    """llava's config.json for an HF checkpoint.
+    """The config.json of llava for an HF checkpoint.
 
     Args:
         config: HF's.
@@ -179,7 +178,7 @@ def to_llava(config: dict[str, Any], tower: str, vocab: int) -> dict[str, Any]:
     original = dict(config.get(ORIGINAL_KEY, {}))
     original.pop("added_tokens", None)
     return {
-        **_plain(whole.text_config),
+        **plain(whole.text_config),
         **_dtype(config),
         "architectures": [f"Llava{kind.capitalize()}ForCausalLM"],
         "model_type": f"llava_{kind}",
@@ -194,12 +193,23 @@ def to_llava(config: dict[str, Any], tower: str, vocab: int) -> dict[str, Any]:
     }
 
 
-def _plain(config: Any) -> dict[str, Any]:
-    values = config.to_dict()
-    values.pop("_name_or_path", None)
-    return values
+def plain(config: Any) -> dict[str, Any]:
+    """What a configuration object says beyond what every transformers configuration has by default, without dtype."""
+    from transformers import PretrainedConfig
+
+    default = PretrainedConfig().to_dict()
+    dropped = ("_name_or_path", "dtype", "torch_dtype", "transformers_version")
+    values = {k: v for k, v in config.to_dict().items() if k not in default or default[k] != v}
+    return {k: v for k, v in values.items() if k not in dropped} | {"model_type": config.model_type}
 
 
 def _dtype(config: dict[str, Any]) -> dict[str, Any]:
     # `torch_dtype` up to 4.55, `dtype` from 4.56; both are read.
     return {"torch_dtype": value} if (value := config.get("dtype", config.get("torch_dtype"))) else {}
+
+
+def feature_width(config: dict[str, Any], host: str) -> int:
+    """Channels of one vision feature."""
+    if host == HF:
+        return int(hf_config(config).vision_config.hidden_size)
+    return int(config["mm_hidden_size"])

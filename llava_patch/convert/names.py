@@ -1,7 +1,7 @@
 """Tensor names: one neutral spelling, and both hosts' own.
 
-Neutral names: `decoder.<name in the LlamaModel>`, `head.weight`, `projector.<k>.<weight or bias>` (the k-th Linear, from
-0), `stack.<k>.<...>` (DeepStack's second projector), `tower.<name in the vision model>`, `image_newline`.
+Neutral names: `decoder.<name in the LlamaModel>`, `head.weight`, `projector.<k>.<weight or bias>` (the k-th Linear,
+from 0), `stack.<k>.<...>` (DeepStack's second projector), `tower.<name in the vision model>`, `image_newline`.
 """
 
 from __future__ import annotations
@@ -83,8 +83,6 @@ def written(name: str, host: str, single: bool = False) -> str:
     part, _, rest = name.partition(".")
     if part in ("projector", "stack"):
         place, _, kind = rest.partition(".")
-        if host == HF:
-            rest = f"linear_{int(place) + 1}.{kind}"
-        else:
-            rest = kind if single else f"{2 * int(place)}.{kind}"
+        in_llava = kind if single else f"{2 * int(place)}.{kind}"
+        rest = f"linear_{int(place) + 1}.{kind}" if host == HF else in_llava
     return _WRITTEN[host][part] + (rest or part)

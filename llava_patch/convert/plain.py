@@ -16,7 +16,7 @@ from torch import Tensor
 from llava_patch.convert import configs
 from llava_patch.convert.source import Checkpoint
 from llava_patch.errors import CheckpointError
-from llava_patch.hosts.anatomy import HF, LLAVA
+from llava_patch.hosts.anatomy import LLAVA
 from llava_patch.patching import Handle, patch
 from llava_patch.routing.program import make_program
 from llava_patch.settings import DeepStack, DenseConnector, Fusion
@@ -70,8 +70,8 @@ def without_patch(found: Checkpoint, target: str) -> Checkpoint:
         )
     if pruning is not None and make_program(None, pruning, depth).does_something:
         raise CheckpointError(
-            f"{found.name}: {pruning} takes image tokens out of the decoder, which no stock decoder does: it has no plain "
-            f"form; {_KEEP} (it has no weights of its own: without it, merge the checkpoint that it was put on)"
+            f"{found.name}: {pruning} takes image tokens out of the decoder, which no stock decoder does: it has no "
+            f"plain form; {_KEEP} (it has no weights of its own: without it, merge the checkpoint that it was put on)"
         )
     plain = replace(found, record=None)
     return plain if fusion is None else _without_fusion(plain, fusion, target)
@@ -81,17 +81,17 @@ def _without_fusion(found: Checkpoint, fusion: Fusion, target: str) -> Checkpoin
     name = type(fusion).__name__
     if fusion.merge_size != 1:
         raise CheckpointError(
-            f"{found.name}: {name}.merge_size = {fusion.merge_size} joins neighbouring patches, which no stock projector "
-            f"does: it has no plain form; {_KEEP}"
+            f"{found.name}: {name}.merge_size = {fusion.merge_size} joins neighbouring patches, which no stock "
+            f"projector does: it has no plain form; {_KEEP}"
         )
     if isinstance(fusion, DenseConnector) and fusion.kind == "sti":
         raise CheckpointError(
-            f'{found.name}: DenseConnector.kind = "sti" appends visual tokens, which no stock model does: it has no plain '
-            f"form; {_KEEP}"
+            f'{found.name}: DenseConnector.kind = "sti" appends visual tokens, which no stock model does: it has no '
+            f"plain form; {_KEEP}"
         )
     if isinstance(fusion, DeepStack):
         return _without_stack(found)
-    weight, width = found.tensors[_FIRST](), _width(found)
+    weight, width = found.tensors[_FIRST](), configs.feature_width(found.config, found.host)
     if not weight[:, width:].any():
         return _with_projector(found, lambda: found.tensors[_FIRST]()[:, :width])
     if LLAVA in (found.host, target):
@@ -120,17 +120,10 @@ def _without_stack(found: Checkpoint) -> Checkpoint:
     last = max(int(k.split(".")[1]) for k in stack)
     if any(load().any() for k, load in stack.items() if k.startswith(f"stack.{last}.")):
         raise CheckpointError(
-            f"{found.name}: its DeepStack has learnt, and adds features inside the decoder, which no stock decoder does: "
-            f"it has no plain form; {_KEEP}"
+            f"{found.name}: its DeepStack has learnt, and adds features inside the decoder, which no stock decoder "
+            f"does: it has no plain form; {_KEEP}"
         )
     return replace(found, tensors={k: load for k, load in found.tensors.items() if k not in stack})
-
-
-def _width(found: Checkpoint) -> int:
-    """Channels of one vision feature."""
-    if found.host == HF:
-        return int(configs.hf_config(found.config).vision_config.hidden_size)
-    return int(found.config["mm_hidden_size"])
 
 
 def _on_meta(found: Checkpoint, fusion: Fusion) -> Handle:

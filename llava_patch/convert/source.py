@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llava_patch import checkpoint as patched
 from llava_patch.convert import companions, configs, names
+from llava_patch.convert.complete import check_complete, compare, expected_tower, shapes_of
 from llava_patch.convert.weights import Tensors, locate, open_file, open_weights, read_json
 from llava_patch.errors import CheckpointError
-from llava_patch.hosts.anatomy import HF, LLAVA
+from llava_patch.hosts.anatomy import LLAVA
 from llava_patch.patching import CONFIG_KEY
-from llava_patch.settings import DeepStack
 
 logger = logging.getLogger("llava_patch")
 
@@ -174,93 +173,8 @@ def tower_tensors(source: str, vision: Any) -> Tensors:
         for name, load in open_weights(source).items()
         if not name.startswith(_OTHER_CLIP_PARTS) and not names.is_computed(name)
     }
-    _compare(_shapes(tensors), {f"tower.{k}": v for k, v in expected_tower(vision).items()}, source)
+    compare(shapes_of(tensors), {f"tower.{k}": v for k, v in expected_tower(vision).items()}, source)
     return tensors
-
-
-def expected_tower(vision: Any) -> dict[str, torch.Size]:
-    """Names and shapes of a vision model's tensors."""
-    from transformers import AutoModel
-
-    with torch.device("meta"):
-        return _stored(AutoModel.from_config(vision))
-
-
-def _stored(model: nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in model.state_dict().items() if not names.is_computed(name)}
-
-
-def _shapes(tensors: Tensors) -> dict[str, torch.Size]:
-    return {name: load().shape for name, load in tensors.items()}
-
-
-def _compare(found: dict[str, torch.Size], expected: dict[str, torch.Size], source: str) -> None:
-    missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    if missing:
-        raise CheckpointError(f"{source}: tensor {missing[0]} is missing ({len(missing)} in all)")
-    if unknown:
-        raise CheckpointError(f"{source}: tensor {unknown[0]} has no place in this model ({len(unknown)} in all)")
-    for name, shape in expected.items():
-        if found[name] != shape:
-            raise CheckpointError(
-                f"{source}: {name} has shape {tuple(found[name])}, its config.json says {tuple(shape)}"
-            )
-
-
-def check_complete(found: Checkpoint, source: str, tower: str) -> None:
-    """Compare names and shapes with what the configuration and the settings call for.
-
-    Args:
-        found: the checkpoint.
-        source: what messages call it.
-        tower: where llava's vision tower is.
-
-    Raises:
-        CheckpointError: names the tensor that is missing, left over or of another shape.
-    """
-    from transformers import AutoModelForCausalLM
-
-    text = configs.text_config(found.config, found.host)
-    with torch.device("meta"):
-        language = _stored(AutoModelForCausalLM.from_config(text))
-    expected = {_language(name): shape for name, shape in language.items()}
-    if text.tie_word_embeddings and "head.weight" not in found.tensors:
-        del expected["head.weight"]
-    shapes = _shapes(found.tensors)
-    routing = found.methods().get("routing")
-    side = 0 if routing is None or routing.split == text.num_hidden_layers else routing.side_layers
-    for name in [n for n in expected if n.startswith("decoder.layers.0.")]:
-        rest = name.removeprefix("decoder.layers.0.")
-        expected |= {f"decoder.side_branch.{i}.{rest}": expected[name] for i in range(side)}
-    kept = {k: v for k, v in shapes.items() if k.startswith(("decoder.", "head."))}
-    _compare(kept, expected, source)
-    if found.host == HF or found.reads_own_tower():
-        vision = configs.hf_config(found.config).vision_config if found.host == HF else configs.vision_config(tower)
-        blocks = {f"tower.{k}": v for k, v in expected_tower(vision).items()}
-        _compare({k: v for k, v in shapes.items() if k.startswith("tower.")}, blocks, source)
-    _check_projectors(found, shapes, source)
-
-
-def _check_projectors(found: Checkpoint, shapes: dict[str, torch.Size], source: str) -> None:
-    """The projector, DeepStack's second one, and the new line of anyres: each there if and only if it is called for."""
-    linears, kinds = 2, ["weight", "bias"]
-    if found.host == LLAVA:
-        depth = re.fullmatch(r"mlp(\d+)x_gelu", found.config.get("mm_projector_type", "linear"))
-        linears, anyres = int(depth[1]) if depth else 1, "unpad" in (found.config.get("mm_patch_merge_type") or "")
-    else:
-        anyres = found.config["model_type"] == "llava_next"
-        kinds = kinds if found.config.get("multimodal_projector_bias", True) else ["weight"]
-    expected = {f"projector.{i}.{kind}" for i in range(linears) for kind in kinds}
-    if isinstance(found.methods().get("fusion"), DeepStack):
-        expected |= {name.replace("projector.", "stack.") for name in expected}
-    if anyres:
-        expected.add("image_newline")
-    rest = {k: v for k, v in shapes.items() if not k.startswith(("decoder.", "head.", "tower."))}
-    _compare(rest, {k: rest.get(k, torch.Size()) for k in expected}, source)
-
-
-def _language(name: str) -> str:
-    return "head.weight" if name == "lm_head.weight" else "decoder." + name.removeprefix("model.")
 
 
 def equal(one: Tensor, other: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -82,13 +83,13 @@ def open_file(path: Path) -> Tensors:
         from safetensors import safe_open
 
         stream = safe_open(path, framework="pt")
-        return {name: (lambda name=name: stream.get_tensor(name)) for name in stream.keys()}  # noqa: SIM118
+        return {name: functools.partial(stream.get_tensor, name) for name in stream.keys()}  # noqa: SIM118
     try:
         # The host's own file format; weights_only keeps a foreign pickle from running code.
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError as error:
         raise CheckpointError(f"{path}: cannot be read tensor by tensor ({error})") from error
-    return {name: (lambda tensor=tensor: tensor) for name, tensor in loaded.items()}
+    return {name: functools.partial(torch.Tensor.detach, tensor) for name, tensor in loaded.items()}
 
 
 def write_weights(folder: Path, tensors: Tensors, shard_bytes: int = SHARD_BYTES) -> None:
