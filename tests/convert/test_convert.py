@@ -109,6 +109,8 @@ def test_tokenizer_and_processor(files, made):
         for name, folder in (("before", files.llava), ("hf", made / "hf"), ("back", made / "back"))
     }
     assert ids["before"] == ids["hf"] == ids["back"]
+    lengths = [len(AutoTokenizer.from_pretrained(made / "back", use_fast=fast)) for fast in (True, False)]
+    assert lengths == [512, 512]  # llava's loader grows the embedding to it
     processor = AutoProcessor.from_pretrained(made / "hf", use_fast=False)
     turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
     prompt = processor.apply_chat_template(turns, add_generation_prompt=True)
@@ -150,6 +152,23 @@ def test_a_trained_tower_is_converted(files, tmp_path):
         assert close(logits(load(tmp_path / f"hf-{form}")), expected)
     convert(tmp_path / "hf-full", tmp_path / "back", "llava")
     assert torch.equal(logits(load(tmp_path / "back")), expected)
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_the_tower_that_llavas_loader_takes(used, made, tmp_path):
+    """A stock loader takes the tower from its own folder, unless `unfreeze_mm_vision_tower` is set."""
+    folder = tensors(made / "back" / "vision_tower")
+
+    def add_tower(held):
+        held.update({f"model.vision_tower.vision_tower.{k}": 2 * v for k, v in folder.items()})
+
+    flag = {"unfreeze_mm_vision_tower": used}
+    source = edited(made / "back", tmp_path / "in", config_values=flag, change=add_tower)
+    convert(source, tmp_path / "hf", "hf")
+    name = "vision_model.post_layernorm.weight"
+    assert torch.equal(tensors(tmp_path / "hf")[f"vision_tower.{name}"], (2 if used else 1) * folder[name])
+    convert(tmp_path / "hf", tmp_path / "back", "llava")
+    assert (f"model.vision_tower.vision_tower.{name}" in tensors(tmp_path / "back")) == used
 
 
 def test_deepstacks_projector_is_converted(made, tmp_path):
