@@ -240,6 +240,36 @@ def sweep_command(
     raise typer.Exit(0 if well else 1)
 
 
+_TO = typer.Option(..., "--to", help="hf or llava")
+_TOWER = typer.Option("", "--vision-tower", help="the tower's folder: to hf, where it is; to llava, what to point at")
+
+
+@app.command("convert")
+def convert_command(
+    checkpoint: Path = typer.Argument(..., help="a full checkpoint, stock or patched, or an adapter"),  # noqa: B008
+    out: Path = typer.Argument(..., help="folder to write: a new one"),  # noqa: B008
+    to: str = _TO,
+    vision_tower: str = _TOWER,
+) -> None:
+    """Write a checkpoint for the other host, with the patch that it carries."""
+    from llava_patch.convert.command import convert
+
+    console.print(f"wrote {convert(checkpoint, out, to, vision_tower or None)}")
+
+
+@app.command("merge")
+def merge_command(
+    checkpoint: Path = typer.Argument(..., help="an adapter or a full patched checkpoint"),  # noqa: B008
+    out: Path = typer.Argument(..., help="folder to write: a new one"),  # noqa: B008
+    to: str = typer.Option("", help="hf or llava, to convert in the same go; default: the host that it is of"),
+    vision_tower: str = _TOWER,
+) -> None:
+    """Write a plain checkpoint, which needs no llava_patch, where that is exact."""
+    from llava_patch.convert.command import merge
+
+    console.print(f"wrote {merge(checkpoint, out, to or None, vision_tower or None)}")
+
+
 def main() -> None:
     """Entry point; our own errors are one line, not a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

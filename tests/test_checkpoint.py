@@ -289,6 +289,32 @@ def test_a_checkpoint_of_another_fusion_is_refused(files, tmp_path):
         llava_patch.load(model, folder)
 
 
+@pytest.mark.parametrize("name", ["hf", "llava"])
+def test_a_stock_checkpoint_grows_taps(name, files, monkeypatch, tmp_path):
+    """The host's own loader with a fusion asked for by the environment: until it trains, the stock model's output."""
+    model = _load(name, files)
+    batch = _batch(name, model)
+    with torch.no_grad():
+        stock = model(**batch).logits
+    monkeypatch.setenv("LLAVA_PATCH_GIN_PARAM", "SkipLinks.stride = 2")
+    grown = _load(name, files)
+    handle = get_handle(grown)
+    assert handle.fusion == SkipLinks(stride=2)
+    assert handle.anatomy.first_linear()[2].in_features == 4 * 32
+    with torch.no_grad():
+        assert torch.equal(grown(**batch).logits, stock)
+
+
+@pytest.mark.parametrize("form", ["adapter", "full"])
+def test_a_checkpoint_with_another_fusion_than_asked_for_is_refused(form, files, monkeypatch, tmp_path):
+    from transformers import LlavaForConditionalGeneration
+
+    patch(_load("hf", files), fusion=PATCH["fusion"]).save(tmp_path / "saved", form=form)
+    monkeypatch.setenv("LLAVA_PATCH_GIN_PARAM", "SkipLinks.stride = 3")
+    with pytest.raises(SettingError, match=r"already carries fusion SkipLinks\(stride=2.*stride=3"):
+        LlavaForConditionalGeneration.from_pretrained(tmp_path / "saved")
+
+
 @pytest.mark.parametrize(
     ("content", "message"), [("{", "not valid JSON"), ('{"format": 99}', "format 99"), (None, f"no {SETTINGS_FILE}")]
 )
