@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from llava_patch.errors import RunError, SettingError
 from llava_patch.sweep import outcome, process, record, summary
+from llava_patch.sweep.bubbles import bubble_figure
 from llava_patch.sweep.figures import sweep_figure
 from llava_patch.sweep.plan import Run, make_plan, read_sweep
 from llava_patch.sweep.summary import Result
@@ -32,7 +33,8 @@ def sweep(
 
     Args:
         file: gin file with a `Sweep`, by path or shipped name.
-        output: folder for the runs, `results.json`, `table.md` and `sweep.png`.
+        output: folder for the runs, `results.json`, `table.md`, `sweep.png` and, for two numbers swept
+            against a baseline, `bubbles.png`.
         command: the launch command, to which each run's flags are appended.
         seeds: instead of the file's.
         evaluate: command that evaluates "{checkpoint}" with lmms-eval; `--output_path` is appended.
@@ -125,6 +127,8 @@ def _report(
     written.append(summary.write_markdown(output / "table.md", results))
     if summary.measured(results):
         written.append(sweep_figure(results, output / "sweep.png"))
+        bubbles = bubble_figure(results, output / "bubbles.png")
+        written += [bubbles] if bubbles is not None else []
     console.print(summary.rich_table("Mean ± std over seeds", summary.mean_rows(results)))
     console.print(summary.rich_table("Each seed", summary.seed_rows(results)))
     for line in [*summary.notes(results), *(f"wrote {path}" for path in written)]:

@@ -17,6 +17,8 @@ RANKS = 2
 AUTO = "auto"
 # LLaVA's scripts/zero2.json, in float32: on a CPU half precision is slower.
 ZERO2 = {
+    "fp16": {"enabled": AUTO},  # without them the Trainer would hand on images in half precision
+    "bf16": {"enabled": AUTO},
     "train_micro_batch_size_per_gpu": AUTO,
     "train_batch_size": AUTO,
     "gradient_accumulation_steps": AUTO,

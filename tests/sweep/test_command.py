@@ -52,6 +52,24 @@ def test_one_seed_has_no_spread_and_short_runs_are_named(sweep_file, command, ca
     assert "fewer than 50 steps: the mean is over 20" in done.output
 
 
+def test_a_baseline_has_its_own_rows_and_gives_a_bubble_chart(command, calls, tmp_path):
+    file = tmp_path / "sweep.gin"
+    file.write_text(
+        'Sweep.gin_files = ("dpvr_lf_small.gin",)\nSweep.baseline = {"Routing.split": 4}\nSweep.seeds = (1,)\n'
+        'Sweep.grid = [{"Routing.split": (2,), "Routing.side_layers": (1, 2)}, '
+        '{"Routing.split": (6,), "Routing.side_layers": (1,)}]\n'
+    )
+    assert sweep(str(file), tmp_path / "o", command)
+    points = _results(tmp_path / "o")["points"]
+    assert [(p["baseline"], p["summary"]["final loss"]["mean"]) for p in points] == [
+        (True, 5.0), (False, 3.0), (False, 3.0), (False, 7.0),
+    ]  # fmt: skip
+    table = (tmp_path / "o" / "table.md").read_text()
+    assert "| Routing.split | Routing.side_layers | measured |" in table and "| 4 | - | final loss | 5.0000 |" in table
+    assert "| 2 | 2 | final loss | 3.0000 |" in table
+    assert all((tmp_path / "o" / name).read_bytes()[:4] == b"\x89PNG" for name in ("sweep.png", "bubbles.png"))
+
+
 def test_a_failed_run_is_told_and_the_others_go_on(sweep_file, command, calls, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FAKE_FAIL", "3")
     assert sweep(str(sweep_file), tmp_path / "o", command) is False
