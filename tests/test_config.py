@@ -63,6 +63,14 @@ def test_an_explicit_none_switches_a_shipped_files_method_off():
     assert config.read(["dpvr_lf_7b.gin"], ["Patch.routing = None"]).routing is None
 
 
+def test_an_explicit_none_is_a_configuration_of_its_own():
+    """The baseline of a sweep, which its runs must take although nothing is patched."""
+    off = config.read([], ['SkipLinks.train_tower = "all"', "Patch.fusion = None"])
+    assert off and not off.patches and off.off == ("fusion",)
+    assert not config.read([], [])
+    assert config.read([], ["Routing.split = 3"]).off == ()
+
+
 def test_macros_work():
     assert config.read([], ["depth = 5", "Routing.split = %depth"]).routing == Routing(split=5)
 

@@ -12,7 +12,7 @@ from .measure import FINAL_STEPS, paired
 NAME = "fusion_small"
 HEADER = (
     "arm", "settings", "detached taps", "trained in stage 1", "trained in stage 2", "final loss, stage 1",
-    "final loss, stage 2", "exact match", "95 % interval", "less plain LLaVA (95 %)", "another image",
+    "final loss, stage 2", "exact match", "95 % interval", "minus plain LLaVA (95 %)", "another image",
 )  # fmt: skip
 
 
@@ -31,7 +31,7 @@ def collect(arms: list[Arm], records: dict[str, dict], setting: dict) -> dict:
         row = {"arm": arm.name, "title": arm.title, "settings": arm.settings_text(), "detached": arm.detached}
         row |= {k: v for k, v in record.items() if k != "right"}
         if plain is not None and arm is not PLAIN:
-            row["less_plain"] = paired(plain["right"], record["right"])
+            row["minus_plain"] = paired(plain["right"], record["right"])
         rows.append(row)
     size = len(next(iter(records.values()))["right"])
     return {"setting": {**setting, "held_out_rows": size, "final_steps": FINAL_STEPS}, "arms": rows}
@@ -43,7 +43,7 @@ def markdown(found: dict) -> str:
     steps, rates = setting["recipe"]["steps"], setting["recipe"]["learning_rates"]
     lines = [f"| {' | '.join(HEADER)} |", "|---|---|---|" + "---:|" * (len(HEADER) - 3)]
     for row in found["arms"]:
-        difference = row.get("less_plain")
+        difference = row.get("minus_plain")
         cells = [
             row["title"], f"`{row['settings']}`" if row["settings"] != "-" else "-", row["detached"],
             *(f"{n:,}" for n in row["trained_parameters"]), *(f"{loss:.4f}" for loss in row["final_loss"]),
@@ -74,7 +74,7 @@ def markdown(found: dict) -> str:
             f"Final loss: mean training loss (nats per token) of the last {setting['final_steps']} steps. Exact match: "
             f"greedy answers to {setting['held_out_rows']} images of strings that no training image shows; Wilson's "
             "interval, which is that of the sample of images, not of the training run: other seeds would move each "
-            "arm as well. Less plain LLaVA: the difference on the same images. Another image: the same questions, "
+            "arm as well. Minus plain LLaVA: the difference on the same images. Another image: the same questions, "
             "each with another row's image: what can be guessed.",
             "",
         ]

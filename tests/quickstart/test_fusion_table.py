@@ -103,8 +103,8 @@ def test_the_table_says_what_was_measured(tmp_path):
     paths = table.write(found, tmp_path)
     assert [path.name for path in paths] == ["fusion_small.json", "fusion_small.md", "fusion_small.png"]
     rows = json.loads(paths[0].read_text())["arms"]
-    assert [row["arm"] for row in rows] == [arm.name for arm in arms.ARMS] and "less_plain" not in rows[0]
-    assert rows[3]["less_plain"][0] == pytest.approx(rows[3]["exact_match"] - rows[0]["exact_match"])
+    assert [row["arm"] for row in rows] == [arm.name for arm in arms.ARMS] and "minus_plain" not in rows[0]
+    assert rows[3]["minus_plain"][0] == pytest.approx(rows[3]["exact_match"] - rows[0]["exact_match"])
     lines = paths[1].read_text().splitlines()
     (plain,) = [line for line in lines if line.startswith("| plain")]
     assert "its tower never trains" in plain and f"| {rows[0]['exact_match']:.3f} |" in plain and "| 2,000 |" in plain
