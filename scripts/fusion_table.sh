@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The table of fusions: plain LLaVA, Skip-Links, Dense Connector, direct fusion and DeepStack, with and without detach.
-# Usage: bash scripts/fusion_table.sh [OUTPUT_FOLDER] [--arms plain,skiplinks] [--steps 48,200] [--publish]
+# Usage: bash scripts/fusion_table.sh [OUTPUT_FOLDER] [--arms plain,skiplinks] [--steps 32,160] [--publish]
 # (default: fusion_table_out). Safe to run again: finished arms are kept. About 35 minutes on two quiet cores.
 set -euo pipefail
 out=$(dirname "$0")/../fusion_table_out

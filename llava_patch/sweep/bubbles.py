@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,13 @@ def swept_numbers(results: Sequence[Result]) -> tuple[str, str] | None:
     return first, second
 
 
-def bubble_figure(results: Sequence[Result], path: Path) -> Path | None:
-    """One panel for the final loss and for each metric.
+def bubble_figure(results: Sequence[Result], path: Path, scores: Collection[str] = ()) -> Path | None:
+    """One panel for the final loss and for each metric, or for each score where there are any.
 
     Args:
         results: of a sweep.
         path: where to write.
+        scores: names of the sweep's own means of metrics.
 
     Returns:
         The path written; None for a sweep that this chart does not fit, or whose baseline failed.
@@ -67,6 +69,8 @@ def bubble_figure(results: Sequence[Result], path: Path) -> Path | None:
     names = [name for name in measured(results) if name in baseline and math.isfinite(baseline[name].mean)]
     if keys is None or not names:
         return None
+    if set(scores) & set(names):
+        names = [name for name in names if name == LOSS or name in scores]
     points = [(point, group) for point, group in by_point(results) if not group[0].run.baseline]
     places = tuple({v: i for i, v in enumerate(sorted({point[key] for point, _ in points}))} for key in keys)
     columns = min(COLUMNS, len(names))
@@ -83,11 +87,11 @@ def bubble_figure(results: Sequence[Result], path: Path) -> Path | None:
     for axis in axes[len(names) :]:
         axis.remove()
     seeds = max(len(group) for _, group in by_point(results))
-    figure.suptitle(
-        "Difference to the baseline (yellow): green better, red worse; area by its size"
-        f"\n{'one seed a point' if seeds == 1 else f'means of up to {seeds} seeds'}; a cross: failed or diverged",
-        fontsize=10,
+    seeds_text = "One seed a point." if seeds == 1 else f"Means of up to {seeds} seeds."
+    title = (
+        f"Difference to the baseline (yellow): green better, red worse; area by its size. Cross: failed. {seeds_text}"
     )
+    figure.suptitle(textwrap.fill(title, 60 * columns), fontsize=10)
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=140)
     return path

@@ -22,6 +22,8 @@ class Sweep:
             {"SkipLinks.stride": (12,), "SkipLinks.detach": (0, 1)}].
         baseline: one more point, trained first, that the others are compared with, such as {"Patch.fusion": None}
             (the files' fusion switched off). None: no such point.
+        scores: named means of metrics of the evaluation, such as {"OCR": ("textvqa_val/exact_match",
+            "ocrbench/ocrbench_accuracy")}; they are shown beside the metrics. Metrics of one mean should share a scale.
         seeds: one run each; the DPVR paper's are 1, 2 and 3, its single runs have 42.
         gin_files: files that every run takes, by path or shipped name.
         gin_params: bindings that every run takes.
@@ -29,6 +31,7 @@ class Sweep:
 
     grid: Mapping[str, tuple[Any, ...]] | Sequence[Mapping[str, tuple[Any, ...]]] = field(default_factory=dict)
     baseline: Mapping[str, Any] | None = None
+    scores: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     seeds: tuple[int, ...] = (1, 2, 3)
     gin_files: tuple[str, ...] = ()
     gin_params: tuple[str, ...] = ()
@@ -47,6 +50,16 @@ class Sweep:
                 )
             baseline = _checked({key: (value,) for key, value in self.baseline.items()}, "Sweep.baseline")
             object.__setattr__(self, "baseline", {key: value for key, (value,) in baseline.items()})
+        well = isinstance(self.scores, Mapping) and all(
+            isinstance(name, str) and isinstance(metrics, (list, tuple)) and metrics
+            and all(isinstance(metric, str) for metric in metrics)
+            for name, metrics in self.scores.items()
+        )  # fmt: skip
+        if not well:
+            raise SettingError(
+                f'Sweep.scores = {self.scores!r}: expected names with metrics, as {{"OCR": ("pope/pope_accuracy",)}}'
+            )
+        object.__setattr__(self, "scores", {name: tuple(metrics) for name, metrics in self.scores.items()})
         seeds = tuple(self.seeds) if isinstance(self.seeds, (list, tuple)) else (self.seeds,)
         whole = all(isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in seeds)
         if not seeds or not whole or len(set(seeds)) != len(seeds):

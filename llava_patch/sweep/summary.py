@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,26 @@ class Result:
     def values(self) -> dict[str, float]:
         """Loss and metrics by name; nothing for a run that failed."""
         return {} if self.loss is None else {LOSS: self.loss.mean, **self.metrics}
+
+
+def with_scores(result: Result, scores: Mapping[str, Sequence[str]]) -> Result:
+    """The result with the means that `Sweep.scores` names; one that lacks a metric is left out."""
+    means = {
+        name: statistics.fmean(result.metrics[metric] for metric in metrics)
+        for name, metrics in scores.items()
+        if set(metrics) <= set(result.metrics)
+    }
+    return replace(result, metrics={**result.metrics, **means})
+
+
+def missing_scores(results: Sequence[Result], scores: Mapping[str, Sequence[str]]) -> list[str]:
+    """What a reader must know of scores that no run could be given."""
+    found = set(measured(results))
+    return [
+        f"Sweep.scores: {name} is not there, for want of {', '.join(sorted(set(metrics) - found))}."
+        for name, metrics in scores.items()
+        if name not in found
+    ]
 
 
 @dataclass(frozen=True)

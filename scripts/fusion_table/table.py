@@ -7,7 +7,7 @@ from pathlib import Path
 from quickstart.fileset import write_atomically
 
 from .arms import PLAIN, Arm
-from .measure import FINAL_STEPS, paired
+from .measure import CONTROL_ROWS, FINAL_STEPS, paired
 
 NAME = "fusion_small"
 HEADER = (
@@ -74,8 +74,8 @@ def markdown(found: dict) -> str:
             f"Final loss: mean training loss (nats per token) of the last {setting['final_steps']} steps. Exact match: "
             f"greedy answers to {setting['held_out_rows']} images of strings that no training image shows; Wilson's "
             "interval, which is that of the sample of images, not of the training run: other seeds would move each "
-            "arm as well. Minus plain LLaVA: the difference on the same images. Another image: the same questions, "
-            "each with another row's image: what can be guessed.",
+            "arm as well. Minus plain LLaVA: the difference on the same images. Another image: the first "
+            f"{CONTROL_ROWS} questions, each with another row's image: what can be guessed.",
             "",
         ]
     )

@@ -40,7 +40,7 @@ class Recipe:
         seed: of new weights and the order of the data.
     """
 
-    steps: tuple[int, int] = (48, 200)
+    steps: tuple[int, int] = (32, 160)
     learning_rates: tuple[float, float] = (2e-3, 1e-3)
     batch_size: int = 64
     seed: int = 42

@@ -124,7 +124,7 @@ def test_evaluation_metrics_join_the_tables(sweep_file, command, calls, tmp_path
     assert sweep(str(sweep_file), tmp_path / "o", command, evaluate=evaluate)
     summary = _results(tmp_path / "o")["points"][0]["summary"]
     assert summary["pope/pope_accuracy"]["mean"] == pytest.approx(0.95)
-    assert list(summary) == ["final loss", "pope/pope_accuracy"]
+    assert list(summary) == ["final loss", "pope/pope_accuracy", "pope/pope_f1"]
     assert len(calls()) == 8
     assert sweep(str(sweep_file), tmp_path / "o", command, evaluate=evaluate)
     assert len(calls()) == 8
@@ -132,6 +132,22 @@ def test_evaluation_metrics_join_the_tables(sweep_file, command, calls, tmp_path
         sweep(str(sweep_file), tmp_path / "o", command, evaluate=evaluate + " --seed 1")
     with pytest.raises(SettingError, match=r"write \{checkpoint\}"):
         sweep(str(sweep_file), tmp_path / "o", command, evaluate="lmms-eval")
+
+
+def test_scores_are_means_of_metrics(sweep_file, command, calls, tmp_path, capsys):
+    sweep_file.write_text(
+        sweep_file.read_text()
+        + 'Sweep.scores = {"average": ("pope/pope_accuracy", "pope/pope_f1"), "OCR": ("ocr/a",)}\n'
+    )
+    evaluate = " ".join([*command, "--evaluated", "{checkpoint}"])
+    assert sweep(str(sweep_file), tmp_path / "o", command, evaluate=evaluate, seeds=[1])
+    for point in _results(tmp_path / "o")["points"]:
+        metrics = point["runs"][0]["metrics"]
+        assert list(metrics) == ["pope/pope_accuracy", "pope/pope_f1", "average"]
+        assert metrics["average"] == (metrics["pope/pope_accuracy"] + metrics["pope/pope_f1"]) / 2
+        assert point["summary"]["average"]["mean"] == metrics["average"] != metrics["pope/pope_accuracy"]
+    told = capsys.readouterr().out
+    assert "Sweep.scores: OCR is not there, for want of ocr/a." in told and "average is not there" not in told
 
 
 def test_a_dry_run_writes_nothing(sweep_file, command, calls, tmp_path):

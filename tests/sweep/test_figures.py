@@ -98,6 +98,14 @@ def test_bubbles_show_the_difference_to_the_baseline(drawn):
     assert loss.collections[0].get_sizes()[0] > loss.collections[1].get_sizes()[0]
 
 
+def test_scores_take_the_place_of_the_metrics(drawn):
+    results = _grid()
+    for result in results:
+        result.metrics["OCR"] = result.metrics.get("ocr/acc", 0.0)
+    axes = drawn(results, lambda *a: bubbles.bubble_figure(*a, scores=["OCR", "average"])).axes
+    assert [axis.get_title().split(" (")[0] for axis in axes][1:] == ["OCR"] and len(axes) == 2
+
+
 @pytest.mark.parametrize(
     "results",
     [

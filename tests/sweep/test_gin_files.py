@@ -166,8 +166,12 @@ def test_the_grid_of_stride_and_detached_taps(size, tmp_path):
     found = [(point["SkipLinks.stride"], point["SkipLinks.detach"]) for point in points[1:]]
     assert set(found) == wanted and len(found) == len(wanted) == 20
     assert (6, 2) in found  # the main setting is one of the points
+    text = (gin_dir() / f"sweep_skiplinks_{size}.gin").read_text()
+    assert list(sweep.scores) == ["OCR", "average"]  # figure 6
+    for metric in {metric for metrics in sweep.scores.values() for metric in metrics}:
+        assert metric.split("/")[0] in re.search(r"--tasks (\S+)", text)[1].split(",")  # the command measures it
     runs = make_plan(sweep, sweep.seeds, tmp_path, ["true"])
-    assert len(runs) == 21 and f"{len(runs)} full trainings" in (gin_dir() / f"sweep_skiplinks_{size}.gin").read_text()
+    assert len(runs) == 21 and f"{len(runs)} full trainings" in text
     for run in runs:
         read = config.read([f"skiplinks_stage2_{size}.gin"], [f"{k} = {v!r}" for k, v in run.point.items()])
         assert (read.fusion is None) == run.baseline and read.flags["learning_rate"] == 1e-5

@@ -53,6 +53,8 @@ def test_several_grids_and_a_baseline():
         ),
         ({"grid": {"Routing.split": (3,)}, "baseline": {"Routing.split": 3}}, "Routing.split = 3 is there twice"),
         ({"grid": {"Routing.split": (3,)}, "baseline": {}}, r"Sweep.baseline = \{\}: expected bindings with one value"),
+        ({"grid": {"Routing.split": (3,)}, "scores": {"OCR": "pope/acc"}}, "Sweep.scores"),
+        ({"grid": {"Routing.split": (3,)}, "scores": {"OCR": ()}}, "Sweep.scores"),
         ({"grid": {"Routing.split": (3,)}, "baseline": {"a b": 3}}, "Sweep.baseline: 'a b' is not the name"),
         ({"grid": {"Routing.split": (3, -1)}}, r"^point Routing.split = -1 of the sweep: Routing.split = -1: expected"),
         ({"grid": {"Routing.splt": (3,)}}, r"^point Routing.splt = 3 of the sweep: .*has no setting splt"),
