@@ -33,8 +33,9 @@ def collect(arms: list[Arm], records: dict[str, dict], setting: dict) -> dict:
         if plain is not None and arm is not PLAIN:
             row["minus_plain"] = paired(plain["right"], record["right"])
         rows.append(row)
+    final_steps = min(FINAL_STEPS, *(len(history) for record in records.values() for history in record["losses"]))
     size = len(next(iter(records.values()))["right"])
-    return {"setting": {**setting, "held_out_rows": size, "final_steps": FINAL_STEPS}, "arms": rows}
+    return {"setting": {**setting, "held_out_rows": size, "final_steps": final_steps}, "arms": rows}
 
 
 def markdown(found: dict) -> str:

@@ -110,4 +110,5 @@ def test_the_table_says_what_was_measured(tmp_path):
     assert "its tower never trains" in plain and f"| {rows[0]['exact_match']:.3f} |" in plain and "| 2,000 |" in plain
     assert len([line for line in lines if line.startswith("|")]) == 2 + 9
     assert all(line.count("|") == len(table.HEADER) + 1 for line in lines if line.startswith("|"))
+    assert "of the last 2 steps" in paths[1].read_text()  # stage 1 has no more here
     assert paths[2].read_bytes()[:4] == b"\x89PNG"
