@@ -218,7 +218,7 @@ def sweep_command(
     The same command again goes on where a sweep stopped: finished runs are
     kept, failed and interrupted ones run again. Exit code 1 when one failed.
     OUTPUT gets results.json, table.md (means and the per-seed table) and
-    sweep.png.
+    sweep.png; two numbers swept against a baseline also give bubbles.png.
 
     In full:
 

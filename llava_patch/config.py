@@ -49,6 +49,7 @@ class Configuration:
         sweep: a grid for `llava-patch sweep`, or None.
         operative: gin's operative config as text: every value in use, the defaults included.
         sources: the files and bindings it came from.
+        off: kinds of method that are explicitly None, as in `Patch.fusion = None`: asked for, and not nothing.
     """
 
     fusion: Fusion | None = None
@@ -59,6 +60,7 @@ class Configuration:
     sweep: Sweep | None = None
     operative: str = ""
     sources: tuple[str, ...] = field(default=())
+    off: tuple[str, ...] = ()
 
     def methods(self) -> dict[str, Any]:
         """Keyword arguments of `patch`."""
@@ -71,7 +73,7 @@ class Configuration:
 
     def __bool__(self) -> bool:
         """Whether anything is configured."""
-        return self.patches or bool(self.measurements) or bool(self.flags) or self.sweep is not None
+        return self.patches or bool(self.measurements or self.flags or self.off) or self.sweep is not None
 
 
 def find_file(name: str) -> Path:
@@ -131,7 +133,15 @@ def read(files: Sequence[str], params: Sequence[str]) -> Configuration:
         gin.clear_config()
         _restore_gin(outside)
     return Configuration(
-        resolved["fusion"], resolved["routing"], resolved["pruning"], measurements, flags, sweep, operative, sources
+        resolved["fusion"],
+        resolved["routing"],
+        resolved["pruning"],
+        measurements,
+        flags,
+        sweep,
+        operative,
+        sources,
+        tuple(kind for kind, value in explicit.items() if value is None),
     )
 
 

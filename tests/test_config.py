@@ -15,6 +15,15 @@ def test_shipped_files_parse_to_the_papers_settings():
         assert config.read([path.name], [])
 
 
+def test_a_shipped_file_finds_what_it_includes_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.gin").write_text('include "skiplinks_stage2_7b.gin"\nSkipLinks.stride = 4\n')
+    read = config.read([str(tmp_path / "mine.gin")], [])
+    assert read.fusion == SkipLinks(stride=4, train_tower="all") and read.flags["learning_rate"] == 1e-5
+    off = config.read(["skiplinks_stage2_7b.gin"], ["Patch.fusion = None"])  # the baseline with the same flags
+    assert not off.patches and off.flags == read.flags
+
+
 def test_files_and_bindings_combine_as_in_the_contract():
     read = config.read(["dpvr_lf_7b.gin"], ["SkipLinks.stride = 4", "Routing.split = 16"])
     assert read.methods() == {"fusion": SkipLinks(stride=4), "routing": Routing(split=16), "pruning": None}
@@ -52,6 +61,14 @@ def test_the_programs_own_gin_configuration_stays_as_it_was():
 
 def test_an_explicit_none_switches_a_shipped_files_method_off():
     assert config.read(["dpvr_lf_7b.gin"], ["Patch.routing = None"]).routing is None
+
+
+def test_an_explicit_none_is_a_configuration_of_its_own():
+    """The baseline of a sweep, which its runs must take although nothing is patched."""
+    off = config.read([], ['SkipLinks.train_tower = "all"', "Patch.fusion = None"])
+    assert off and not off.patches and off.off == ("fusion",)
+    assert not config.read([], [])
+    assert config.read([], ["Routing.split = 3"]).off == ()
 
 
 def test_macros_work():

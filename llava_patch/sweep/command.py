@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from llava_patch.errors import RunError, SettingError
 from llava_patch.sweep import outcome, process, record, summary
+from llava_patch.sweep.bubbles import bubble_figure
 from llava_patch.sweep.figures import sweep_figure
 from llava_patch.sweep.plan import Run, make_plan, read_sweep
 from llava_patch.sweep.summary import Result
@@ -32,7 +33,8 @@ def sweep(
 
     Args:
         file: gin file with a `Sweep`, by path or shipped name.
-        output: folder for the runs, `results.json`, `table.md` and `sweep.png`.
+        output: folder for the runs, `results.json`, `table.md`, `sweep.png` and, for two numbers swept
+            against a baseline, `bubbles.png`.
         command: the launch command, to which each run's flags are appended.
         seeds: instead of the file's.
         evaluate: command that evaluates "{checkpoint}" with lmms-eval; `--output_path` is appended.
@@ -58,8 +60,10 @@ def sweep(
                 f"[bold]{run.name}[/bold]: {state}\n  {shlex.join(run.command)}", highlight=False, soft_wrap=True
             )
         return True
-    results = _run_all(runs, done, evaluate)
-    _report(results, output, command, evaluate, console)
+    results = [summary.with_scores(result, plan.scores) for result in _run_all(runs, done, evaluate)]
+    _report(results, output, command, evaluate, plan.scores, console)
+    for line in summary.missing_scores(results, plan.scores):
+        console.print(line, highlight=False, markup=False)
     return all(result.error is None for result in results)
 
 
@@ -119,12 +123,19 @@ def _evaluate(run: Run, evaluate: str, descriptor: int) -> dict[str, float]:
 
 
 def _report(
-    results: Sequence[Result], output: Path, command: Sequence[str], evaluate: str | None, console: Console
+    results: Sequence[Result],
+    output: Path,
+    command: Sequence[str],
+    evaluate: str | None,
+    scores: Collection[str],
+    console: Console,
 ) -> None:
     written = [summary.write_results(output / "results.json", results, command, evaluate)]
     written.append(summary.write_markdown(output / "table.md", results))
     if summary.measured(results):
         written.append(sweep_figure(results, output / "sweep.png"))
+        bubbles = bubble_figure(results, output / "bubbles.png", scores)
+        written += [bubbles] if bubbles is not None else []
     console.print(summary.rich_table("Mean ± std over seeds", summary.mean_rows(results)))
     console.print(summary.rich_table("Each seed", summary.seed_rows(results)))
     for line in [*summary.notes(results), *(f"wrote {path}" for path in written)]:

@@ -10,13 +10,15 @@ from typing import Any
 from llava_patch.files import atomic
 from llava_patch.sweep.outcome import FINAL_STEPS
 from llava_patch.sweep.settings import describe
-from llava_patch.sweep.summary import LOSS, Result, Spread, by_point, measured
+from llava_patch.sweep.summary import LOSS, Result, Spread, bindings, by_point, measured, spreads
 
 COLUMNS = 3
 
 
 def sweep_figure(results: Sequence[Result], path: Path) -> Path:
     """Final loss and each metric over the first swept binding; one line for each combination of the others.
+
+    The baseline of a sweep, which has no place on that axis, is a dashed line.
 
     Returns:
         The path written.
@@ -28,15 +30,20 @@ def sweep_figure(results: Sequence[Result], path: Path) -> Path:
     rows = math.ceil(len(names) / columns)
     figure = Figure(figsize=(5.2 * columns, 3.9 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    key = next(iter(results[0].run.point))
+    swept = [result for result in results if not result.run.baseline]
+    baseline = spreads([result for result in results if result.run.baseline])
+    key = next(iter(swept[0].run.point))
     seeds = sorted({result.run.seed for result in results})
     for axis, name in zip(axes, names, strict=False):
-        _panel(axis, results, key, name)
+        _panel(axis, swept, key, name)
+        if name in baseline:
+            axis.axhline(baseline[name].mean, color="0.4", ls="--", lw=1.2, label="baseline", zorder=1)
+            axis.legend(fontsize=8)
     for axis in axes[len(names) :]:
         axis.remove()
     word = "seed" if len(seeds) == 1 else "seeds"
     figure.suptitle(
-        f"Sweep of {', '.join(results[0].run.point)} ({word} {', '.join(map(str, seeds))})"
+        f"Sweep of {', '.join(bindings(swept))} ({word} {', '.join(map(str, seeds))})"
         "\nsmall dots: single seeds; large dots and bars: mean ± std", fontsize=10,
     )  # fmt: skip
     with atomic(path) as temporary:
@@ -55,7 +62,8 @@ def _panel(axis: Any, results: Sequence[Result], key: str, name: str) -> None:
     place = {value: value if numeric else i for i, value in enumerate(swept)}
     gap = min((b - a for a, b in zip(*_neighbours(sorted(place.values())), strict=True)), default=1)
     for i, (others, points) in enumerate(lines.items()):
-        shift = 0.16 * gap * (i - (len(lines) - 1) / 2)  # several lines would hide one another's bars
+        # Several lines would hide one another's bars; many must stay nearer to their own value than to the next.
+        shift = min(0.16, 0.6 / len(lines)) * gap * (i - (len(lines) - 1) / 2)
         color = f"C{i}"
         done = [(place[value] + shift, Spread.of(values)) for value, values in points if values]
         for value, values in points:

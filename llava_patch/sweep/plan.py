@@ -28,6 +28,7 @@ class Run:
         base: the user's launch command.
         added: what the sweep appends to it.
         settings: every value in use, as lines of gin, the defaults included.
+        baseline: whether it is a run of the point that the others are compared with.
     """
 
     point: dict[str, Any]
@@ -36,6 +37,7 @@ class Run:
     base: tuple[str, ...]
     added: tuple[str, ...]
     settings: tuple[str, ...]
+    baseline: bool = False
 
     @property
     def command(self) -> list[str]:
@@ -91,6 +93,8 @@ def make_plan(sweep: Sweep, seeds: Sequence[int], output: Path, command: Sequenc
         params = [*sweep.gin_params, *(f"{key} = {value!r}" for key, value in point.items())]
         settings = _settings(point, [*own_files, *sweep.gin_files], [*own_params, *params])
         name = folder_name(point)
+        if folders.get(name) == point:
+            raise SettingError(f"Sweep.grid: {describe(point)} is there twice")
         if name in folders:
             raise SettingError(
                 f"Sweep.grid: {describe(point)} and {describe(folders[name])} would share the folder {name}"
@@ -101,7 +105,7 @@ def make_plan(sweep: Sweep, seeds: Sequence[int], output: Path, command: Sequenc
         for seed in seeds:
             folder = output / name / f"seed{seed}"
             added = (*files, *bindings, "--seed", str(seed), "--output_dir", str(folder))
-            runs.append(Run(point, seed, folder, tuple(command), added, settings))
+            runs.append(Run(point, seed, folder, tuple(command), added, settings, point == sweep.baseline))
     return runs
 
 

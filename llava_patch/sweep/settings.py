@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,32 +17,49 @@ class Sweep:
 
     Attributes:
         grid: for each gin binding its values, such as {"Routing.split": (10, 14, 18, 22)}; several bindings give
-            every combination, the last one varying fastest.
+            every combination, the last one varying fastest. A list of such grids gives the points of each in turn,
+            for values that do not go with every other: [{"SkipLinks.stride": (6,), "SkipLinks.detach": (0, 1, 2, 3)},
+            {"SkipLinks.stride": (12,), "SkipLinks.detach": (0, 1)}].
+        baseline: one more point, trained first, that the others are compared with, such as {"Patch.fusion": None}
+            (the files' fusion switched off). None: no such point.
+        scores: named means of metrics of the evaluation, such as {"OCR": ("textvqa_val/exact_match",
+            "ocrbench/ocrbench_accuracy")}; they are shown beside the metrics. Metrics of one mean should share a scale.
         seeds: one run each; the DPVR paper's are 1, 2 and 3, its single runs have 42.
         gin_files: files that every run takes, by path or shipped name.
         gin_params: bindings that every run takes.
     """
 
-    grid: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    grid: Mapping[str, tuple[Any, ...]] | Sequence[Mapping[str, tuple[Any, ...]]] = field(default_factory=dict)
+    baseline: Mapping[str, Any] | None = None
+    scores: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     seeds: tuple[int, ...] = (1, 2, 3)
     gin_files: tuple[str, ...] = ()
     gin_params: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.grid, Mapping) or not self.grid:
+        several = isinstance(self.grid, (list, tuple))
+        grids = tuple(map(_checked, self.grid)) if several else (_checked(self.grid),)
+        if not grids:
+            _checked({})
+        object.__setattr__(self, "grid", grids if several else grids[0])
+        if self.baseline is not None:
+            if not isinstance(self.baseline, Mapping) or not self.baseline:
+                raise SettingError(
+                    f'Sweep.baseline = {self.baseline!r}: expected bindings with one value each, as {{"Patch.fusion": '
+                    "None}"
+                )
+            baseline = _checked({key: (value,) for key, value in self.baseline.items()}, "Sweep.baseline")
+            object.__setattr__(self, "baseline", {key: value for key, (value,) in baseline.items()})
+        well = isinstance(self.scores, Mapping) and all(
+            isinstance(name, str) and isinstance(metrics, (list, tuple)) and metrics
+            and all(isinstance(metric, str) for metric in metrics)
+            for name, metrics in self.scores.items()
+        )  # fmt: skip
+        if not well:
             raise SettingError(
-                f'Sweep.grid = {self.grid!r}: expected bindings with their values, as {{"Routing.split": (14, 18)}}'
+                f'Sweep.scores = {self.scores!r}: expected names with metrics, as {{"OCR": ("pope/pope_accuracy",)}}'
             )
-        grid = {}
-        for key, values in self.grid.items():
-            if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", key):
-                raise SettingError(f"Sweep.grid: {key!r} is not the name of a binding, such as Routing.split")
-            if not isinstance(values, (list, tuple)) or not values:
-                raise SettingError(f'Sweep.grid["{key}"] = {values!r}: expected a tuple of values')
-            if any(isinstance(value, (dict, set)) for value in values):
-                raise SettingError(f'Sweep.grid["{key}"] = {values!r}: expected numbers, strings or tuples of them')
-            grid[key] = tuple(tuple(value) if isinstance(value, list) else value for value in values)
-        object.__setattr__(self, "grid", grid)
+        object.__setattr__(self, "scores", {name: tuple(metrics) for name, metrics in self.scores.items()})
         seeds = tuple(self.seeds) if isinstance(self.seeds, (list, tuple)) else (self.seeds,)
         whole = all(isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in seeds)
         if not seeds or not whole or len(set(seeds)) != len(seeds):
@@ -55,8 +72,32 @@ class Sweep:
             object.__setattr__(self, name, tuple(texts))
 
     def points(self) -> list[dict[str, Any]]:
-        """Every combination of the grid's values, as {binding: value}."""
-        return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+        """The baseline, if there is one, then every combination of each grid's values, as {binding: value}."""
+        grids = self.grid if isinstance(self.grid, tuple) else (self.grid,)
+        points = [] if self.baseline is None else [dict(self.baseline)]
+        for grid in grids:
+            assert isinstance(grid, Mapping)
+            points += [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+        return points
+
+
+def _checked(grid: Any, owner: str = "Sweep.grid") -> dict[str, tuple[Any, ...]]:
+    """One grid with its lists made tuples."""
+    if not isinstance(grid, Mapping) or not grid:
+        raise SettingError(
+            f'{owner} = {grid!r}: expected bindings with their values, as {{"Routing.split": (14, 18)}}, or a list of '
+            "such grids"
+        )
+    checked = {}
+    for key, values in grid.items():
+        if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", key):
+            raise SettingError(f"{owner}: {key!r} is not the name of a binding, such as Routing.split")
+        if not isinstance(values, (list, tuple)) or not values:
+            raise SettingError(f'{owner}["{key}"] = {values!r}: expected a tuple of values')
+        if any(isinstance(value, (dict, set)) for value in values):
+            raise SettingError(f'{owner}["{key}"] = {values!r}: expected numbers, strings or tuples of them')
+        checked[key] = tuple(tuple(value) if isinstance(value, list) else value for value in values)
+    return checked
 
 
 def describe(point: Mapping[str, Any]) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,26 @@ class Result:
         return {} if self.loss is None else {LOSS: self.loss.mean, **self.metrics}
 
 
+def with_scores(result: Result, scores: Mapping[str, Sequence[str]]) -> Result:
+    """The result with the means that `Sweep.scores` names; one that lacks a metric is left out."""
+    means = {
+        name: statistics.fmean(result.metrics[metric] for metric in metrics)
+        for name, metrics in scores.items()
+        if set(metrics) <= set(result.metrics)
+    }
+    return replace(result, metrics={**result.metrics, **means})
+
+
+def missing_scores(results: Sequence[Result], scores: Mapping[str, Sequence[str]]) -> list[str]:
+    """What a reader must know of scores that no run could be given."""
+    found = set(measured(results))
+    return [
+        f"Sweep.scores: {name} is not there, for want of {', '.join(sorted(set(metrics) - found))}."
+        for name, metrics in scores.items()
+        if name not in found
+    ]
+
+
 @dataclass(frozen=True)
 class Spread:
     """Mean and sample standard deviation (n - 1) over seeds; std is None for one seed."""
@@ -69,6 +89,15 @@ def by_point(results: Iterable[Result]) -> list[tuple[dict[str, Any], list[Resul
     return list(groups.values())
 
 
+def bindings(results: Iterable[Result]) -> list[str]:
+    """Every binding that some point sets, in order; the baseline of a sweep may set others than its grid."""
+    return list(dict.fromkeys(key for result in results for key in result.run.point))
+
+
+def _cells(point: dict[str, Any], keys: Sequence[str]) -> list[str]:
+    return [str(point[key]) if key in point else "-" for key in keys]
+
+
 def measured(results: Iterable[Result]) -> list[str]:
     """Names of everything that was measured, the loss first."""
     return list(dict.fromkeys(name for result in results for name in result.values()))
@@ -85,26 +114,26 @@ def spreads(results: Sequence[Result]) -> dict[str, Spread]:
 
 def mean_rows(results: Sequence[Result]) -> Rows:
     """The table of means: for each point one row a measurement, so that it stays narrow however many there are."""
-    rows = []
+    rows, keys = [], bindings(results)
     for point, group in by_point(results):
         found = spreads(group)
         for name in measured(results):
             spread = found.get(name)
             done = 0 if spread is None else spread.n
-            rows.append([*map(str, point.values()), name, str(spread or "-"), f"{done} of {len(group)}"])
-    return [*results[0].run.point, "measured", "mean ± std", "seeds"], rows
+            rows.append([*_cells(point, keys), name, str(spread or "-"), f"{done} of {len(group)}"])
+    return [*keys, "measured", "mean ± std", "seeds"], rows
 
 
 def seed_rows(results: Sequence[Result]) -> Rows:
     """The per-seed table: one column a seed."""
     seeds = list(dict.fromkeys(result.run.seed for result in results))
-    rows = []
+    rows, keys = [], bindings(results)
     for point, group in by_point(results):
         by_seed = {result.run.seed: result.values() for result in group}
         for name in measured(results):
             cells = [f"{by_seed[seed][name]:.4f}" if name in by_seed[seed] else "-" for seed in seeds]
-            rows.append([*map(str, point.values()), name, *cells])
-    return [*results[0].run.point, "measured", *(f"seed {seed}" for seed in seeds)], rows
+            rows.append([*_cells(point, keys), name, *cells])
+    return [*keys, "measured", *(f"seed {seed}" for seed in seeds)], rows
 
 
 def notes(results: Sequence[Result]) -> list[str]:
@@ -161,7 +190,8 @@ def write_results(path: Path, results: Sequence[Result], command: Sequence[str],
             }
             for result in group
         ]
-        points.append({"point": point, "summary": {k: asdict(v) for k, v in spreads(group).items()}, "runs": runs})
+        summary = {k: asdict(v) for k, v in spreads(group).items()}
+        points.append({"point": point, "baseline": group[0].run.baseline, "summary": summary, "runs": runs})
     return write_json(
         path, {"command": list(command), "evaluate": evaluation, "final_steps": FINAL_STEPS, "points": points}
     )

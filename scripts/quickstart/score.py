@@ -78,6 +78,14 @@ def hf_answerer(model: Any, processor: Any, max_new_tokens: int = 8) -> Answerer
 
 
 def exact_match(
+    model: Any, processor: Any, rows: Sequence[dict], image_folder: str | os.PathLike, **options: Any
+) -> float:
+    """Share of rows that the model answers with exactly the right text; arguments as for `exactly_right`."""
+    right = exactly_right(model, processor, rows, image_folder, **options)
+    return sum(right) / len(right)
+
+
+def exactly_right(
     model: Any,
     processor: Any,
     rows: Sequence[dict],
@@ -87,8 +95,8 @@ def exact_match(
     with_system: bool = True,
     batch_size: int = 64,
     max_new_tokens: int = 8,
-) -> float:
-    """Share of rows that the model answers with exactly the right text.
+) -> list[bool]:
+    """For each row, whether the model answers it with exactly the right text.
 
     Args:
         model: an original llava model or a `LlavaForConditionalGeneration`, patched or not.
@@ -102,7 +110,7 @@ def exact_match(
         max_new_tokens: longest answer.
     """
     if not rows:
-        raise ValueError("exact_match needs at least one row")
+        raise ValueError("exact match needs at least one row")
     if isinstance(processor, tuple):
         answer = llava_answerer(model, *processor, max_new_tokens=max_new_tokens)
     else:
@@ -111,7 +119,7 @@ def exact_match(
     prompts = [v1_prompt(row["question"].replace(f"{IMAGE_TOKEN}\n", ""), True, with_system) for row in rows]
     # Equal prompts go together, so that no batch needs padding.
     order = sorted(range(len(rows)), key=lambda i: prompts[i])
-    right = 0
+    right = [False] * len(rows)
     was_training = model.training
     model.eval()
     try:
@@ -121,10 +129,11 @@ def exact_match(
             images = [Image.open(Path(image_folder) / names[i]).convert("RGB") for i in group]
             with torch.inference_mode():
                 answers = answer(images, [prompts[i] for i in group])
-            right += sum(text.strip() == rows[i]["answer"] for i, text in zip(group, answers, strict=True))
+            for i, text in zip(group, answers, strict=True):
+                right[i] = text.strip() == rows[i]["answer"]
     finally:
         model.train(was_training)
-    return right / len(rows)
+    return right
 
 
 def other_images(rows: Sequence[dict]) -> list[str]:

@@ -52,6 +52,24 @@ def test_one_seed_has_no_spread_and_short_runs_are_named(sweep_file, command, ca
     assert "fewer than 50 steps: the mean is over 20" in done.output
 
 
+def test_a_baseline_has_its_own_rows_and_gives_a_bubble_chart(command, calls, tmp_path):
+    file = tmp_path / "sweep.gin"
+    file.write_text(
+        'Sweep.gin_files = ("dpvr_lf_small.gin",)\nSweep.baseline = {"Routing.split": 4}\nSweep.seeds = (1,)\n'
+        'Sweep.grid = [{"Routing.split": (2,), "Routing.side_layers": (1, 2)}, '
+        '{"Routing.split": (6,), "Routing.side_layers": (1,)}]\n'
+    )
+    assert sweep(str(file), tmp_path / "o", command)
+    points = _results(tmp_path / "o")["points"]
+    assert [(p["baseline"], p["summary"]["final loss"]["mean"]) for p in points] == [
+        (True, 5.0), (False, 3.0), (False, 3.0), (False, 7.0),
+    ]  # fmt: skip
+    table = (tmp_path / "o" / "table.md").read_text()
+    assert "| Routing.split | Routing.side_layers | measured |" in table and "| 4 | - | final loss | 5.0000 |" in table
+    assert "| 2 | 2 | final loss | 3.0000 |" in table
+    assert all((tmp_path / "o" / name).read_bytes()[:4] == b"\x89PNG" for name in ("sweep.png", "bubbles.png"))
+
+
 def test_a_failed_run_is_told_and_the_others_go_on(sweep_file, command, calls, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FAKE_FAIL", "3")
     assert sweep(str(sweep_file), tmp_path / "o", command) is False
@@ -106,7 +124,7 @@ def test_evaluation_metrics_join_the_tables(sweep_file, command, calls, tmp_path
     assert sweep(str(sweep_file), tmp_path / "o", command, evaluate=evaluate)
     summary = _results(tmp_path / "o")["points"][0]["summary"]
     assert summary["pope/pope_accuracy"]["mean"] == pytest.approx(0.95)
-    assert list(summary) == ["final loss", "pope/pope_accuracy"]
+    assert list(summary) == ["final loss", "pope/pope_accuracy", "pope/pope_f1"]
     assert len(calls()) == 8
     assert sweep(str(sweep_file), tmp_path / "o", command, evaluate=evaluate)
     assert len(calls()) == 8
@@ -114,6 +132,22 @@ def test_evaluation_metrics_join_the_tables(sweep_file, command, calls, tmp_path
         sweep(str(sweep_file), tmp_path / "o", command, evaluate=evaluate + " --seed 1")
     with pytest.raises(SettingError, match=r"write \{checkpoint\}"):
         sweep(str(sweep_file), tmp_path / "o", command, evaluate="lmms-eval")
+
+
+def test_scores_are_means_of_metrics(sweep_file, command, calls, tmp_path, capsys):
+    sweep_file.write_text(
+        sweep_file.read_text()
+        + 'Sweep.scores = {"average": ("pope/pope_accuracy", "pope/pope_f1"), "OCR": ("ocr/a",)}\n'
+    )
+    evaluate = " ".join([*command, "--evaluated", "{checkpoint}"])
+    assert sweep(str(sweep_file), tmp_path / "o", command, evaluate=evaluate, seeds=[1])
+    for point in _results(tmp_path / "o")["points"]:
+        metrics = point["runs"][0]["metrics"]
+        assert list(metrics) == ["pope/pope_accuracy", "pope/pope_f1", "average"]
+        assert metrics["average"] == (metrics["pope/pope_accuracy"] + metrics["pope/pope_f1"]) / 2
+        assert point["summary"]["average"]["mean"] == metrics["average"] != metrics["pope/pope_accuracy"]
+    told = capsys.readouterr().out
+    assert "Sweep.scores: OCR is not there, for want of ocr/a." in told and "average is not there" not in told
 
 
 def test_a_dry_run_writes_nothing(sweep_file, command, calls, tmp_path):

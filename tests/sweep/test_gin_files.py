@@ -5,12 +5,24 @@ import re
 import pytest
 
 from llava_patch import config
+from llava_patch.fusion.taps import choose_taps
 from llava_patch.resources import gin_dir
-from llava_patch.settings import LEARNING_VARIANTS, FastV, Routing, SkipLinks
+from llava_patch.settings import LEARNING_VARIANTS, DeepStack, DenseConnector, DirectFusion, FastV, Routing, SkipLinks
 from llava_patch.sweep.plan import make_plan, read_sweep
 
 LAYERS = {"7b": 32, "13b": 40, "small": 8}
 WIDTHS = {"7b": (4096, 11008), "13b": (5120, 13824)}  # hidden and intermediate size of Llama 1 and 2
+BLOCKS, MAIN = 24, 23  # of LLaVA-1.5's tower
+STAGE2 = {
+    "skiplinks": SkipLinks(stride=6, train_tower="all"),
+    "denseconnector": DenseConnector(kind="dci", detach=(0,), train_tower="all"),
+    "directfusion": DirectFusion(layers="3-18", detach=(1,), train_tower="all"),
+    "deepstack": DeepStack(taps=(6, 12, 18, 23), start=4, interval=2, train_tower="all"),
+}
+UNSIZED = {
+    "dpvr_lf_small", "paper_stage1", "paper_stage2", "skiplinks_448_stage1", "skiplinks_448_stage2", "skiplinks_aimv2",
+    "skiplinks_siglip2",
+}  # fmt: skip
 FILES = sorted(path.stem for path in gin_dir().glob("*.gin"))
 
 
@@ -27,8 +39,10 @@ def test_the_set_is_complete():
     expected = {f"dpvr_{v}_{z}" for v in ("lf", "pc", "kv", "ideal", "vtw") for z in WIDTHS}
     expected |= {f"{name}_{z}" for name in ("fastv", "lora_r16", "lora_r64", "full") for z in WIDTHS}
     expected |= {f"sweep_{key}_{z}" for key in ("split", "fusion", "side") for z in WIDTHS}
+    expected |= {f"{name}_{z}" for name in ("skiplinks", "skiplinks_stage1", "sweep_skiplinks") for z in WIDTHS}
+    expected |= {f"{name}_stage2_{z}" for name in STAGE2 for z in WIDTHS}
     assert expected <= set(FILES)
-    assert set(FILES) - expected == {"dpvr_lf_small", "skiplinks_7b", "sweep_split_pc_13b"}
+    assert set(FILES) - expected == UNSIZED | {"sweep_split_pc_13b"}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -37,10 +51,16 @@ def test_opens_with_claim_cost_and_command(name):
     assert len(lines[0]) > 30 and lines[1].startswith("# Cost: ")
     assert any(line.startswith("# Use:  ") for line in lines)
     assert max(map(len, lines)) <= 120
-    if name not in ("dpvr_lf_small", "skiplinks_7b"):
+    if name == "dpvr_lf_small":
+        return
+    assert any(line.startswith("# Expect") for line in lines) and f"{name}.gin" in " ".join(lines)
+    if name not in UNSIZED:
         size = name.rsplit("_", 1)[1]
-        assert size.upper() in lines[0] and any(line.startswith("# Expect") for line in lines)
-        assert f"{name}.gin" in " ".join(lines)
+        assert size.upper() in lines[0]
+        for other in set(WIDTHS) - {size}:  # a copy for the other size, with a name forgotten
+            assert not any(
+                re.search(rf"(links|connector|fusion|stack)(_stage\d)?_{other}\.gin", line) for line in lines
+            )
         for other in set(WIDTHS) - {size}:
             assert f"llava-v1.5-{other}" not in " ".join(lines)
 
@@ -77,10 +97,90 @@ def test_other_baselines(size):
         assert f"Flags.lora_r = {rank}" in read.operative
     full = config.read([f"full_{size}.gin"], [])
     assert not full.patches and full.flags["lora_enable"] is False and full.flags["freeze_backbone"] is False
-    assert config.read(["skiplinks_7b.gin"], []).fusion == SkipLinks(stride=6)
+    read = config.read([f"skiplinks_{size}.gin"], [])
+    assert read.fusion == SkipLinks(stride=6) and not read.flags
 
 
-@pytest.mark.parametrize("name", _names(r"sweep_\w+"))
+RECIPE = {"weight_decay": 0.05, "warmup_ratio": 0.03, "lr_scheduler_type": "cosine", "bf16": True,
+          "deepspeed": "./scripts/zero3.json", "model_max_length": 2048}  # fmt: skip
+STAGE1_FLAGS = {**RECIPE, "learning_rate": 2e-5, "tune_mm_mlp_adapter": True}
+STAGE2_FLAGS = {**RECIPE, "learning_rate": 1e-5, "tune_mm_mlp_adapter": False, "freeze_mm_mlp_adapter": False,
+                "freeze_backbone": False, "lora_enable": False}  # fmt: skip
+
+
+def _is_recipe(flags, stage, **more):
+    flags = dict(flags)
+    assert 8 * flags.pop("per_device_train_batch_size") * flags.pop("gradient_accumulation_steps") == 256
+    assert flags == {**(STAGE1_FLAGS if stage == 1 else STAGE2_FLAGS), **more}
+
+
+def test_flags_of_the_papers_recipe_by_themselves():
+    for stage in (1, 2):
+        read = config.read([f"paper_stage{stage}.gin"], [])
+        assert not read.patches
+        _is_recipe(read.flags, stage)
+        assert "which stays" in (gin_dir() / f"paper_stage{stage}.gin").read_text()  # why 2048
+
+
+@pytest.mark.parametrize("size", WIDTHS)
+def test_fusions_with_the_papers_recipe(size):
+    read = config.read([f"skiplinks_stage1_{size}.gin"], [])
+    assert read.fusion == SkipLinks(stride=6)  # the tower is frozen
+    _is_recipe(read.flags, 1)
+    for name, fusion in STAGE2.items():
+        read = config.read([f"{name}_stage2_{size}.gin"], [])
+        assert read.methods() == {"fusion": fusion, "routing": None, "pruning": None}
+        _is_recipe(read.flags, 2)
+
+
+def test_the_papers_448_pixel_models_and_their_baseline():
+    for stage in (1, 2):
+        tower = "all" if stage == 2 else "frozen"
+        read = config.read([f"skiplinks_448_stage{stage}.gin"], [])
+        assert read.fusion == SkipLinks(stride=6, merge_size=2, train_tower=tower)
+        _is_recipe(read.flags, stage, mm_vision_select_layer=-1)
+        taps = choose_taps(read.fusion, 24, 24)
+        assert (taps.blocks, taps.detached) == ((6, 12, 18, 23), 2)  # section 3.2
+        baseline = config.read([f"skiplinks_448_stage{stage}.gin"], ["SkipLinks.layers = ()"])
+        assert baseline.fusion == SkipLinks(stride=6, layers=(), merge_size=2, train_tower=tower)
+
+
+def test_other_towers():
+    read = config.read(["skiplinks_siglip2.gin"], [])
+    assert read.fusion == SkipLinks(stride=6, merge_size=2, merge_padding=True) and not read.flags
+    taps = choose_taps(read.fusion, 27, 26)
+    assert (taps.blocks, taps.detached) == ((6, 12, 18, 24), 2)
+    assert config.read(["skiplinks_aimv2.gin"], []).fusion == SkipLinks(stride=6)
+
+
+@pytest.mark.parametrize("size", WIDTHS)
+def test_the_grid_of_stride_and_detached_taps(size, tmp_path):
+    sweep = read_sweep(f"sweep_skiplinks_{size}.gin")
+    assert sweep.gin_files == (f"skiplinks_stage2_{size}.gin",) and sweep.seeds == (42,)
+    points = sweep.points()
+    assert points[0] == {"Patch.fusion": None}
+    wanted = set()
+    for stride in (3, 4, 6, 12):
+        taps = len(choose_taps(SkipLinks(stride=stride), BLOCKS, MAIN).blocks)
+        wanted |= {(stride, detach) for detach in range(taps + 1)}
+    found = [(point["SkipLinks.stride"], point["SkipLinks.detach"]) for point in points[1:]]
+    assert set(found) == wanted and len(found) == len(wanted) == 20
+    assert (6, 2) in found  # the main setting is one of the points
+    text = (gin_dir() / f"sweep_skiplinks_{size}.gin").read_text()
+    assert list(sweep.scores) == ["OCR", "average"]  # figure 6
+    for metric in {metric for metrics in sweep.scores.values() for metric in metrics}:
+        assert metric.split("/")[0] in re.search(r"--tasks (\S+)", text)[1].split(",")  # the command measures it
+    runs = make_plan(sweep, sweep.seeds, tmp_path, ["true"])
+    assert len(runs) == 21 and f"{len(runs)} full trainings" in text
+    for run in runs:
+        read = config.read([f"skiplinks_stage2_{size}.gin"], [f"{k} = {v!r}" for k, v in run.point.items()])
+        assert (read.fusion is None) == run.baseline and read.flags["learning_rate"] == 1e-5
+        if read.fusion is not None:
+            assert choose_taps(read.fusion, BLOCKS, MAIN).detached == run.point["SkipLinks.detach"]
+            assert read.fusion.train_tower == "all"
+
+
+@pytest.mark.parametrize("name", [name for name in _names(r"sweep_\w+") if "skiplinks" not in name])
 def test_every_point_of_a_sweep_fits_its_model(name, tmp_path):
     sweep = read_sweep(f"{name}.gin")
     size = name.rsplit("_", 1)[1]
@@ -103,8 +203,26 @@ def test_parameter_numbers_in_the_comments(size):
     whole = LAYERS[size] * layer + 2 * 32000 * width + width
     projector = 1024 * width + width + width**2 + width
 
+    block = 4 * (1024**2 + 1024) + 2 * 1024 * 4096 + 4096 + 1024 + 4 * 1024  # attention, MLP, two norms
+    before = 1024 + 3 * 14 * 14 * 1024 + (24 * 24 + 1) * 1024 + 2 * 1024  # class, patches, positions, norm
+
     def text(name):
         return (gin_dir() / f"{name}_{size}.gin").read_text()
+
+    def fused(taps):
+        return (1 + taps) * 1024 * width + width + width**2 + width
+
+    used = f"{(MAIN * block + before) / 1e6:.1f} M of the tower"
+    assert f"({3 * 1024 * width / 1e6:.1f} M parameters)" in text("skiplinks")
+    assert f"{fused(3) / 1e6:.1f} M parameters train, {3 * 1024 * width / 1e6:.1f} M of them" in text(
+        "skiplinks_stage1"
+    )
+    assert f"{whole / 1e9:.2f} B parameters" in text("skiplinks_stage2")
+    assert f"projector's {fused(3) / 1e6:.1f} M" in text("skiplinks_stage2")
+    assert f"second projector of {projector / 1e6:.1f} M" in text("deepstack_stage2")
+    assert all(used in text(f"{name}_stage2") for name in STAGE2)
+    for name in ("denseconnector", "directfusion"):
+        assert f"{2 * 1024 * width / 1e6:.1f} M more parameters" in text(f"{name}_stage2")
 
     for variant in ("lf", "pc", "kv"):
         assert f"one trainable layer, {layer / 1e6:.0f} M parameters" in text(f"dpvr_{variant}")

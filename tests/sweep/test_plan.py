@@ -29,9 +29,33 @@ def test_every_point_times_every_seed():
     assert "Routing.variant = 'pc'" in runs[2].settings and "Routing.side_layers = 1" in runs[2].settings
 
 
+def test_several_grids_and_a_baseline():
+    grids = [
+        {"SkipLinks.stride": (6,), "SkipLinks.detach": (0, 1, 2)},
+        {"SkipLinks.stride": [4], "SkipLinks.detach": (5,)},
+    ]
+    runs = _plan(grid=grids, baseline={"Patch.fusion": None}, gin_files=("skiplinks_7b.gin",))
+    pairs = [(run.point.get("SkipLinks.stride"), run.point.get("SkipLinks.detach"), run.baseline) for run in runs]
+    assert pairs == [(None, None, True), (6, 0, False), (6, 1, False), (6, 2, False), (4, 5, False)]
+    assert runs[0].folder == Path("out/Patch.fusion-None/seed1")
+    assert "Patch.fusion = None" in runs[0].settings and not any("SkipLinks" in line for line in runs[0].settings)
+    assert "SkipLinks.detach = 2" in runs[3].settings and "Patch.fusion = @SkipLinks()" in runs[3].settings
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"grid": ()}, r"Sweep.grid = \{\}"),
+        ({"grid": [{"Routing.split": (3,)}, {}]}, r"Sweep.grid = \{\}"),
+        (
+            {"grid": [{"Routing.split": (3, 5)}, {"Routing.split": (5,)}]},
+            "Sweep.grid: Routing.split = 5 is there twice",
+        ),
+        ({"grid": {"Routing.split": (3,)}, "baseline": {"Routing.split": 3}}, "Routing.split = 3 is there twice"),
+        ({"grid": {"Routing.split": (3,)}, "baseline": {}}, r"Sweep.baseline = \{\}: expected bindings with one value"),
+        ({"grid": {"Routing.split": (3,)}, "scores": {"OCR": "pope/acc"}}, "Sweep.scores"),
+        ({"grid": {"Routing.split": (3,)}, "scores": {"OCR": ()}}, "Sweep.scores"),
+        ({"grid": {"Routing.split": (3,)}, "baseline": {"a b": 3}}, "Sweep.baseline: 'a b' is not the name"),
         ({"grid": {"Routing.split": (3, -1)}}, r"^point Routing.split = -1 of the sweep: Routing.split = -1: expected"),
         ({"grid": {"Routing.splt": (3,)}}, r"^point Routing.splt = 3 of the sweep: .*has no setting splt"),
         ({"grid": {"Routing.split": (3,)}, "gin_files": ("no.gin",)}, "no.gin: no such gin file"),

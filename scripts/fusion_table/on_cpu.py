@@ -1,0 +1,25 @@
+"""Runs a training script under DeepSpeed where there is no GPU: `python -m torch.distributed.run … on_cpu.py SCRIPT …`.
+
+`--use_cpu` would switch DeepSpeed off. Without it, two things take a GPU for granted, and both are answered here;
+neither touches weights, gradients or the script.
+"""
+
+import runpy
+import sys
+
+import torch
+
+
+def without_gpu() -> None:
+    """Let LLaVA's final save and DeepSpeed's start pass on a CPU."""
+    import deepspeed  # noqa: F401  (loads the module that is changed below)
+
+    torch.cuda.synchronize = lambda *args, **kwargs: None  # LLaVA calls it before it saves
+    # DeepSpeed would compile its own all-reduce for CPUs first, for a minute; gloo has one.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+
+
+if __name__ == "__main__":
+    without_gpu()
+    del sys.argv[0]
+    runpy.run_path(sys.argv[0], run_name="__main__")
