@@ -172,7 +172,7 @@ def save(handle: Handle, directory: str | os.PathLike[str], form: str = "adapter
     if form == "full":
         (folder / WEIGHTS_FILE).unlink(missing_ok=True)  # of an adapter that was saved here before
     _copy_side_files(base, folder)
-    _fit_processor(handle, folder)
+    fit_processor(handle, folder)
     write_text(folder / SETTINGS_FILE, json.dumps(record, indent=2) + "\n")
     return folder
 
@@ -203,7 +203,8 @@ def _copy_side_files(base: str, folder: Path) -> None:
             shutil.copyfile(found, folder / name)
 
 
-def _fit_processor(handle: Handle, folder: Path) -> None:
+def fit_processor(handle: Handle, folder: Path) -> None:
+    """Make the processor saved in a folder count the tokens of a fused HF model."""
     path = folder / "processor_config.json"
     if handle.anatomy.host != HF or handle.taps is None or not path.is_file():
         return

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from llava_patch import checkpoint as patched
 from llava_patch.convert import hosts, names, source, weights
-from llava_patch.convert.plain import without_patch
+from llava_patch.convert.plain import on_meta, without_patch
 from llava_patch.convert.source import Checkpoint
 from llava_patch.errors import CheckpointError, SettingError
 from llava_patch.hosts.anatomy import HF, LLAVA
@@ -45,7 +46,13 @@ def convert(
     found = _read(folder, out, to, vision_tower)
     if found.host == to:
         raise CheckpointError(f"{found.name} is a checkpoint of {to} already")
-    made = hosts.to_hf(found, vision_tower) if to == HF else hosts.to_llava(found, Path(out), vision_tower)
+    if to == LLAVA:
+        return _write(hosts.to_llava(found, Path(out), vision_tower), Path(out), shard_bytes)
+    made = hosts.to_hf(found, vision_tower)
+    fusion = made.methods().get("fusion")
+    if fusion is not None:
+        handle = on_meta(made, fusion)
+        made = replace(made, files=(*made.files, lambda folder: patched.fit_processor(handle, folder)))
     return _write(made, Path(out), shard_bytes)
 
 

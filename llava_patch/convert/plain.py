@@ -28,7 +28,7 @@ _KEEP = "keep it patched: with llava_patch installed, the host's own from_pretra
 def columns(handle: Handle) -> list[tuple[int, ...]]:
     """The blocks of each group of a fused projector's columns, after the main one; a group's feature is their mean."""
     assert handle.taps is not None
-    return [(block,) for block in reversed(handle.taps.blocks)]
+    return [group.blocks for group in handle.taps.groups]
 
 
 def spread(weight: Tensor, width: int, groups: Sequence[tuple[int, ...]]) -> Tensor:
@@ -99,7 +99,7 @@ def _without_fusion(found: Checkpoint, fusion: Fusion, target: str) -> Checkpoin
             f"{found.name}: {fusion} has learnt, and llava's model takes one vision layer only: merge it with --to hf, "
             f"whose model takes several, or {_KEEP}"
         )
-    groups = columns(_on_meta(found, fusion))
+    groups = columns(on_meta(found, fusion))
     if weight.shape[1] != (1 + len(groups)) * width:
         raise CheckpointError(
             f"{found.name}: its projector takes {weight.shape[1]} channels, {fusion} makes {(1 + len(groups)) * width}"
@@ -126,7 +126,7 @@ def _without_stack(found: Checkpoint) -> Checkpoint:
     return replace(found, tensors={k: load for k, load in found.tensors.items() if k not in stack})
 
 
-def _on_meta(found: Checkpoint, fusion: Fusion) -> Handle:
+def on_meta(found: Checkpoint, fusion: Fusion) -> Handle:
     """The patched HF model without weights: the patch itself says which blocks it takes on this tower."""
     from transformers import AutoModelForImageTextToText
 

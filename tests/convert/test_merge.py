@@ -10,7 +10,7 @@ from models import close
 from typer.testing import CliRunner
 
 from convert.checkpoints import batch, config, edited, load, logits, same_bits, tensors, trained
-from llava_patch import DeepStack, DenseConnector, FastV, Routing, SkipLinks, get_handle, patch
+from llava_patch import DeepStack, DenseConnector, DirectFusion, FastV, Routing, SkipLinks, get_handle, patch
 from llava_patch.cli import app
 from llava_patch.convert.command import convert, merge
 from llava_patch.convert.plain import spread
@@ -81,6 +81,61 @@ def test_channels_merge_on_hf(learnt, form, tmp_path):
         same_bits(tensors(tmp_path / "plain"), tensors(root / "full"))
     with pytest.raises(CheckpointError, match="takes one layer"):
         convert(tmp_path / "plain", tmp_path / "x", "llava")
+
+
+@pytest.mark.parametrize(
+    ("fusion", "layers"),
+    [
+        (SkipLinks(layers=(8, 1)), [8, 1]),
+        (DenseConnector(groups=((0, 1, 2, 3), (4, 5, 6))), [0, 1, 2, 3, 4, 5, 6]),
+        (DenseConnector(kind="sci", groups=(5, 2)), [5, 2]),
+        (DirectFusion(layers="all"), [1, 2, 3, 4, 5, 6, 7, 8]),
+    ],
+    ids=str,
+)
+def test_every_fusion_on_channels_merges(files, fusion, layers, tmp_path):
+    model = load(files.hf)
+    stock = logits(model)
+    handle = patch(model, fusion=fusion)
+    trained(handle.anatomy.projector)
+    expected = logits(model)
+    assert not torch.allclose(expected, stock, atol=1e-2)
+    merge(handle.save(tmp_path / "full", form="full"), tmp_path / "plain")
+    assert config(tmp_path / "plain")["vision_feature_layer"] == [-2, *layers]
+    assert is_plain(tmp_path / "plain")
+    assert close(logits(load(tmp_path / "plain")), expected)
+
+
+def test_a_deep_stack_that_has_not_learnt_merges_and_one_that_has_converts(files, tmp_path):
+    model = load(files.llava)
+    stock = logits(model)
+    handle = patch(model, fusion=DeepStack(start=0, interval=1))
+    full = handle.save(tmp_path / "full", form="full")
+    merge(full, tmp_path / "plain")
+    assert is_plain(tmp_path / "plain") and torch.equal(logits(load(tmp_path / "plain")), stock)
+    trained(handle.anatomy.model.model.mm_projector_stack)
+    expected = logits(model)
+    assert not torch.allclose(expected, stock, atol=1e-2)
+    full = handle.save(tmp_path / "learnt", form="full")
+    with pytest.raises(CheckpointError, match="its DeepStack has learnt"):
+        merge(full, tmp_path / "x")
+    convert(full, tmp_path / "hf", "hf")
+    assert close(logits(load(tmp_path / "hf")), expected)
+
+
+def test_a_converted_processor_counts_the_fused_tokens(files, tmp_path):
+    from PIL import Image
+    from transformers import AutoProcessor
+
+    model = load(files.llava)
+    handle = patch(model, fusion=DenseConnector(kind="sti", groups=(2, 5)))
+    convert(handle.save(tmp_path / "full", form="full"), tmp_path / "hf", "hf")
+    inputs = AutoProcessor.from_pretrained(tmp_path / "hf")(
+        images=Image.new("RGB", (56, 56)), text="<image> read", return_tensors="pt"
+    )
+    converted = load(tmp_path / "hf")
+    assert int((inputs["input_ids"] == converted.config.image_token_id).sum()) == handle.tokens_per_image == 20
+    assert torch.isfinite(converted(**inputs).logits).all()
 
 
 def test_a_merged_folder_needs_nothing_of_ours(learnt, tmp_path):
