@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_patch import startup
 from llava_patch.errors import CheckpointError, SettingError
+from llava_patch.fusion import trainer as fusion_trainer
 from llava_patch.settings import AUTO
 
 if TYPE_CHECKING:
@@ -112,8 +113,11 @@ def prepare(model: Any, training_args: Any, dataset: Any, collator: Any) -> "Han
         )
     _train_side_branch_in_full(model, handle)
     handle.apply_freeze()
+    fusion_trainer.check(model, handle, training_args)
+    fusion_trainer.make_trainable(handle)
+    report = handle.report()  # on every rank: it may put partitioned weights together
     if getattr(training_args, "process_index", 0) == 0:
-        print(f"llava_patch: {handle!r}\nllava_patch: {handle.report()}", flush=True)
+        print(f"llava_patch: {handle!r}\nllava_patch: {report}", flush=True)
     return handle
 
 
@@ -160,14 +164,18 @@ def _patch_for_training(
 
 
 def _load_fused_projector(anatomy: Any, projector: dict[str, Any], fusion: Any) -> None:
-    expected = {k: tuple(v.shape) for k, v in anatomy.projector.state_dict().items()}
+    from llava_patch.hosts import zero
+
+    parameters = dict(anatomy.projector.named_parameters())
+    expected = {k: tuple(zero.shape(p)) for k, p in parameters.items()}
     given = {k: tuple(v.shape) for k, v in projector.items()}
     if expected != given:
         raise CheckpointError(
             f"--pretrain_mm_mlp_adapter holds a projector of shapes {given}, but {fusion or 'no fusion'} "
             f"makes {expected}: use the fusion settings that it was trained with"
         )
-    anatomy.projector.load_state_dict(projector)
+    with zero.gathered(parameters.values(), changed=True):
+        anatomy.projector.load_state_dict(projector)
 
 
 def _auto_split(asked: "Configuration") -> bool:

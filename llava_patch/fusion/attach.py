@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from llava_patch.errors import HostError, SettingError
+from llava_patch.fusion.checkpointing import keep_gradients
 from llava_patch.fusion.taps import FusedLinear, Taps, choose_taps, fuse
+from llava_patch.hosts import zero
 from llava_patch.hosts.anatomy import LLAVA, Anatomy
 from llava_patch.hosts.tower import when_loaded
-from llava_patch.settings import SkipLinks
+from llava_patch.settings import Fusion, SkipLinks
 from llava_patch.undo import UndoStack
 
 
@@ -44,8 +46,7 @@ def attach(
         raise HostError("SkipLinks does not know multi-scale (S2) towers: load the model without s2")
     _widen_projector(anatomy, taps, undo, zero_start, keep_original)
     when_loaded(anatomy, undo, lambda: _hook_vision_model(anatomy, taps, undo))
-    if anatomy.host == LLAVA and settings.train_tower != "frozen":
-        _lift_no_grad(anatomy, undo)
+    let_tower_train(anatomy, settings, undo)
     return taps
 
 
@@ -75,6 +76,15 @@ def _hook_vision_model(anatomy: Anatomy, taps: Taps, undo: UndoStack) -> None:
 
     hook = vision.register_forward_hook(put_fused_feature)
     undo.push(hook.remove)
+
+
+def let_tower_train(anatomy: Anatomy, settings: Fusion, undo: UndoStack) -> None:
+    """Make gradients reach the tower if the settings train something in it; see `attach` and `keep_gradients`."""
+    if settings.train_tower == "frozen":
+        return
+    when_loaded(anatomy, undo, lambda: keep_gradients(anatomy, undo))
+    if anatomy.host == LLAVA:
+        _lift_no_grad(anatomy, undo)
 
 
 def _lift_no_grad(anatomy: Anatomy, undo: UndoStack) -> None:
@@ -134,4 +144,5 @@ def is_silent(anatomy: Anatomy, trainable: Collection[str]) -> bool:
     names = {n for n, p in anatomy.model.named_parameters() if p is layer.weight}
     if not isinstance(layer, FusedLinear) or names & set(trainable):
         return False
-    return not bool(layer.weight[:, layer.main_features :].any())
+    with zero.gathered([layer.weight]):
+        return not bool(layer.weight[:, layer.main_features :].any())

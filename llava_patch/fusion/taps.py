@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llava_patch.errors import SettingError
+from llava_patch.hosts import zero
 from llava_patch.settings import SkipLinks
 
 
@@ -125,7 +126,7 @@ class FusedLinear(nn.Linear):
         if linear.bias is not None:
             fused.bias.requires_grad_(linear.bias.requires_grad)
         if zero_start and not weight.is_meta:
-            with torch.no_grad():
+            with zero.gathered(linear.parameters()), zero.gathered(fused.parameters(), changed=True), torch.no_grad():
                 fused.weight.zero_()
                 fused.weight[:, : linear.in_features] = weight
                 if linear.bias is not None:
@@ -138,7 +139,7 @@ class FusedLinear(nn.Linear):
         linear = nn.Linear(
             self.main_features, self.out_features, self.bias is not None, self.weight.device, self.weight.dtype
         )
-        with torch.no_grad():
+        with zero.gathered(self.parameters()), torch.no_grad():
             linear.weight.copy_(self.weight[:, : self.main_features])
             if self.bias is not None:
                 linear.bias.copy_(self.bias)
