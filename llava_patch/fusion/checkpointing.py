@@ -22,7 +22,10 @@ class _Primed:
         self.block = block
 
     def __call__(self, function: Callable[..., Any], states: Tensor, *args: Any) -> Any:
-        return self.function(function, prime(states, self.block), *args)
+        states = prime(states, self.block)
+        if not states.requires_grad:  # frozen up to here: there is nothing to recompute, torch would only warn
+            return function(states, *args)
+        return self.function(function, states, *args)
 
 
 def keep_gradients(anatomy: Anatomy, undo: UndoStack) -> None:
