@@ -8,22 +8,23 @@ from typing import Any
 from torch import Tensor, nn
 
 from llava_patch.hosts.anatomy import Anatomy
-from llava_patch.routing.autograd import prime
 from llava_patch.undo import UndoStack
 
 _FUNCTION = "_gradient_checkpointing_func"
 
 
-class _Primed:
-    """A block's checkpointing function, for reentrant checkpoints: one input must require a gradient, or none comes."""
+class _WhereGradientsPass:
+    """A block's checkpointing function that runs the block as it is where its input requires no gradient.
 
-    def __init__(self, function: Callable[..., Any], block: nn.Module) -> None:
+    A reentrant checkpoint would give none to the first block that trains. The frozen blocks below keep no activations
+    anyway, so checkpointing that one block is all that is given up.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        self.block = block
 
     def __call__(self, function: Callable[..., Any], states: Tensor, *args: Any) -> Any:
-        states = prime(states, self.block)
-        if not states.requires_grad:  # frozen up to here: there is nothing to recompute, torch would only warn
+        if not states.requires_grad:
             return function(states, *args)
         return self.function(function, states, *args)
 
@@ -31,27 +32,25 @@ class _Primed:
 def keep_gradients(anatomy: Anatomy, undo: UndoStack) -> None:
     """Let the first block that trains get its gradient where the blocks below it are frozen.
 
-    Only that block's input is cut off and made to require a gradient, so nothing runs backward through frozen blocks.
-
     Modifications: a forward pre-hook on the vision model, which wraps each block's checkpointing function once the host
     has set it (training scripts switch checkpointing on after the patch).
     """
     vision = anatomy.vision_model
     blocks = anatomy.vision_parts().blocks
 
-    def prime_checkpoints(module: nn.Module, args: Any) -> None:
+    def wrap_checkpoints(module: nn.Module, args: Any) -> None:
         for block in blocks:
             function = vars(block).get(_FUNCTION)
-            if function is not None and not isinstance(function, _Primed):
-                setattr(block, _FUNCTION, _Primed(function, block))
+            if function is not None and not isinstance(function, _WhereGradientsPass):
+                setattr(block, _FUNCTION, _WhereGradientsPass(function))
 
-    hook = vision.register_forward_pre_hook(prime_checkpoints)
+    hook = vision.register_forward_pre_hook(wrap_checkpoints)
 
     def restore() -> None:
         hook.remove()
         for block in blocks:
             function = vars(block).get(_FUNCTION)
-            if isinstance(function, _Primed):
+            if isinstance(function, _WhereGradientsPass):
                 setattr(block, _FUNCTION, function.function)
 
     undo.push(restore)
