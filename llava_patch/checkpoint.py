@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llava_patch import tower_weights
 from llava_patch.errors import CheckpointError
 from llava_patch.files import atomic
 from llava_patch.fusion.processor import fields
@@ -96,6 +97,8 @@ def adapter_tensors(handle: Handle) -> dict[str, Tensor]:
     """What an adapter holds: the side branch, the projector, and everything that trains; {state-dict name: tensor}."""
     model = handle.model
     kept = {id(p) for p in (*added_parameters(handle), *handle.anatomy.projector.parameters())}
+    if handle.trained_tower and handle.anatomy.vision_model is not None:
+        kept |= {id(p) for p in handle.anatomy.vision_model.parameters()}  # trained in this run or an earlier one
     trained = set(handle.trainable())
     tensors = {}
     for name, parameter in model.named_parameters():
@@ -274,6 +277,12 @@ def load(model: nn.Module, directory: str | os.PathLike[str]) -> Handle:
     try:
         tensors = load_file(folder / WEIGHTS_FILE)
         _check_base(handle, record.get("fingerprint", {}), folder)
+        handle.trained_tower |= bool(record.get("trained_tower"))
+        if handle.anatomy.vision_model is None:
+            tower = tower_weights.of_tower(tensors)
+            if tower:
+                tower_weights.put(handle, tower, folder / WEIGHTS_FILE)
+                tensors = {n: t for n, t in tensors.items() if not tower_weights.of_tower({n: t})}
         _copy_tensors(handle.model, tensors, folder / WEIGHTS_FILE, set(adapter_names(handle)))
     except BaseException:
         if not had_patch:
@@ -308,31 +317,3 @@ def _copy_tensors(model: nn.Module, tensors: dict[str, Tensor], source: Path, re
 def config_record(config: Any) -> dict[str, Any] | None:
     """The settings that a model configuration carries; None when it has none."""
     return getattr(config, CONFIG_KEY, None)
-
-
-def restore_tower(handle: Handle, folder: Path) -> None:
-    """Bring back trained vision-tower weights on `llava`, whose loader takes the tower from its own checkpoint.
-
-    Modifications: on `llava`, while the tower is not loaded yet, its instance attribute `load_model`.
-
-    Args:
-        handle: a patch whose fusion trains something in the tower.
-        folder: the full checkpoint.
-    """
-    if handle.anatomy.host == HF:
-        return  # the tower is part of HF's state dict and was loaded with it
-    prefix = "model.vision_tower."
-    tensors = {k[len(prefix) :]: v for k, v in _read_full(folder).items() if k.startswith(prefix)}
-    if not tensors:
-        raise CheckpointError(f"{folder}: its vision tower was trained, but the checkpoint holds no tower weights")
-    when_loaded(handle.anatomy, handle._undo, lambda: handle.anatomy.tower.load_state_dict(tensors))
-
-
-def _read_full(folder: Path) -> dict[str, Tensor]:
-    from safetensors import safe_open
-
-    tensors = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as stream:
-            tensors.update({k: stream.get_tensor(k) for k in stream.keys() if "vision_tower" in k})  # noqa: SIM118
-    return tensors

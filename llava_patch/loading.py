@@ -34,7 +34,7 @@ def load(original: Any, cls: Any, path: Any, args: tuple, kwargs: dict[str, Any]
     Raises:
         CheckpointError: a patched checkpoint that lacks tensors, or whose base is gone.
     """
-    from llava_patch import checkpoint
+    from llava_patch import checkpoint, tower_weights
     from llava_patch.patching import get_handle
 
     record = checkpoint.read_settings(path) if isinstance(path, (str, os.PathLike)) else None
@@ -54,8 +54,8 @@ def load(original: Any, cls: Any, path: Any, args: tuple, kwargs: dict[str, Any]
             raise CheckpointError(
                 f"{path}: the checkpoint says it carries {handle!r} but lacks {missing[0]} ({len(missing)} tensors)"
             )
-        if handle.fusion is not None and handle.fusion.train_tower != "frozen":
-            checkpoint.restore_tower(handle, Path(path))
+        if handle.trained_tower:
+            tower_weights.restore(handle, Path(path))
         handle.apply_freeze()
     _finish(model)
     return (model, info) if wants_info else model
@@ -69,12 +69,15 @@ def _load_base_for(
     The base has stock shapes, so it is loaded as it is and patched afterwards; the builder then fills in the
     checkpoint's own files (mm_projector.bin, non_lora_trainables.bin).
     """
-    from llava_patch import checkpoint
+    from llava_patch import checkpoint, tower_weights
+    from llava_patch.hosts.anatomy import LLAVA
     from llava_patch.patching import patch
 
     source = getattr(config, "_name_or_path", "config.json")
     loaded = original(cls, path, *args, **{**kwargs, "config": _stock_config(config)})
-    patch(_model_of(loaded), **checkpoint.methods(carried, f"{source}/config.json"))
+    handle = patch(_model_of(loaded), **checkpoint.methods(carried, f"{source}/config.json"))
+    if handle.trained_tower and handle.anatomy.host == LLAVA:
+        tower_weights.restore_beside_lora(handle, source)
     return _finish(loaded)
 
 
@@ -136,7 +139,8 @@ def _patched_construction(cls: Any) -> Iterator[None]:
 
         record = checkpoint.config_record(config)
         if type(self) is cls and record:
-            patch(self, **checkpoint.methods(record, "config.json"), loading=True)
+            handle = patch(self, **checkpoint.methods(record, "config.json"), loading=True)
+            handle.trained_tower |= bool(record.get("trained_tower"))
 
     cls.__init__ = __init__
     try:

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from llava_patch.errors import LlavaPatchError, SettingError
 from llava_patch.fusion import attach as fusion_attach
+from llava_patch.fusion import optimizer as fusion_optimizer
 from llava_patch.fusion import processor as fusion_processor
 from llava_patch.fusion.taps import Taps, injection_layers
+from llava_patch.fusion.warm_up import WarmUp, steps_of
 from llava_patch.hosts import anatomy as anatomy_module
 from llava_patch.hosts import carry, lora, zero
 from llava_patch.hosts.anatomy import Anatomy
@@ -32,6 +34,7 @@ CONFIG_KEY = "llava_patch"
 FORMAT = 1
 
 _HANDLE = "_llava_patch_handle"
+_TRAINING = ("train_tower", "tower_lr", "layer_decay", "unfreeze_after")  # fields of Fusion that change no output
 
 
 class _Mark(NamedTuple):
@@ -55,6 +58,8 @@ class Handle:
         routing: routing settings, or None.
         pruning: pruning settings, or None.
         taps: the blocks that the fusion taps on this tower, or None.
+        trained_tower: whether the vision tower's weights are not the original ones: something in it trains, or did in
+            an earlier run.
     """
 
     def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
@@ -65,6 +70,7 @@ class Handle:
         self.routing: Routing | None = None
         self.pruning: FastV | None = None
         self.taps: Taps | None = None
+        self.trained_tower = False
         self._undo = UndoStack()
         self._undo.push(restore_flags(model))
         self.active = True
@@ -114,6 +120,7 @@ class Handle:
             "fusion": None if self.fusion is None else to_dict(self.fusion),
             "routing": None if self.routing is None else to_dict(self.routing),
             "pruning": None if self.pruning is None else to_dict(self.pruning),
+            **({"trained_tower": True} if self.trained_tower else {}),
         }
 
     def remove(self) -> None:
@@ -198,6 +205,70 @@ class Handle:
             deepest = self.anatomy.main_block if self.taps is None else self.taps.deepest
             unused = {id(p) for p in self.anatomy.vision_parts().unused(deepest)}
         return [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in unused]
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """Parameters between the vision tower and the decoder: the projector's, and DeepStack's second projector's."""
+        return [*self.anatomy.projector.parameters(), *fusion_attach.parameters(self.anatomy)]
+
+    def param_groups(
+        self, lr: float, weight_decay: float = 0.0, projector_lr: float | None = None
+    ) -> list[dict[str, Any]]:
+        """Optimizer groups of everything that trains, for a training loop of your own.
+
+        `optimizer = torch.optim.AdamW(handle.param_groups(1e-5, weight_decay=0.05))`. The fusion's `tower_lr` and
+        `layer_decay` are in the groups; LLaVA's own trainer gets them without this. A scheduler that multiplies each
+        group's learning rate keeps their ratios. With `unfreeze_after`, see `warm_up`.
+
+        Args:
+            lr: learning rate of what has no other.
+            weight_decay: of matrices; biases, norms and other vectors have none, much as in Hugging Face's Trainer.
+            projector_lr: learning rate of the projector (LLaVA's --mm_projector_lr); None: `lr`.
+
+        Returns:
+            Groups with "params", "lr" and "weight_decay": each parameter that trains in exactly one, none empty.
+        """
+        names = set(self.trainable())
+        parameters = [p for n, p in self.model.named_parameters() if n in names]
+        adapter = {id(p) for p in self.adapter_parameters()}
+        groups = fusion_optimizer.by_kind(
+            parameters, adapter, lr=lr, weight_decay=weight_decay, projector_lr=projector_lr
+        )
+        return self.arrange_groups(groups, lr)
+
+    def arrange_groups(self, groups: Iterable[dict[str, Any]], base_lr: float) -> list[dict[str, Any]]:
+        """Split an optimizer's groups as the fusion's `tower_lr`, `layer_decay` and `unfreeze_after` ask.
+
+        Args:
+            groups: groups of a torch optimizer.
+            base_lr: the tower's learning rate where the fusion names none.
+        """
+        fusion = self.fusion
+        if fusion is None or self.taps is None:
+            return list(groups)
+        below = fusion_optimizer.distances(self.anatomy.vision_parts(), self.taps.deepest)
+        adapter = {id(p) for p in self.adapter_parameters()} if fusion.unfreeze_after else set()
+        return fusion_optimizer.regroup(
+            groups, below, base_lr=base_lr, tower_lr=fusion.tower_lr, layer_decay=fusion.layer_decay, adapter=adapter
+        )
+
+    def warm_up(self, optimizer: Any, steps: int) -> WarmUp:
+        """Carry out the fusion's `unfreeze_after` in a training loop of your own (LLaVA's trainer does it itself).
+
+        Call `begin_step(i)` of what this returns before each optimizer step's first forward pass; `end()` lets every
+        gradient through again.
+
+        Args:
+            optimizer: torch's AdamW or Adam on `param_groups`, before a saved state is loaded into it.
+            steps: optimizer steps of the whole run.
+
+        Raises:
+            SettingError: no `unfreeze_after`, another optimizer, or groups that mix the projector with the rest.
+        """
+        if self.fusion is None or not self.fusion.unfreeze_after:
+            raise SettingError("handle.warm_up() carries out a fusion's unfreeze_after, which is not set")
+        held = WarmUp(optimizer, self.adapter_parameters(), steps_of(self.fusion.unfreeze_after, steps))
+        self._undo.push(held.end)
+        return held
 
     def report(self) -> str:
         """One line: how many parameters train, and their share of the model."""
@@ -315,9 +386,16 @@ def patch(
             assert taps is not None
             fusion_attach.attach(found, fusion, taps, handle._undo, zero_start=zero_start, loading=loading)
             handle.fusion, handle.taps = fusion, taps
+        elif fusion is not None and fusion != handle.fusion:  # another choice of what trains
+            assert handle.fusion is not None
+            if handle.fusion.train_tower == "frozen":
+                fusion_attach.let_tower_train(found, fusion, handle._undo)
+            handle.fusion = fusion
         routing_attach.attach(found, program, handle._undo)
         handle.routing, handle.pruning = routing or handle.routing, pruning or handle.pruning
         _check_together(handle.fusion, handle.routing)
+        if handle.fusion is not None and handle.fusion.train_tower != "frozen":
+            handle.trained_tower = True
         handle._undo.set_attribute(found.model.config, CONFIG_KEY, handle.settings())
         if not loading:
             handle.apply_freeze()
@@ -333,9 +411,7 @@ def _check_partitioned(found: Anatomy, fusion: Fusion | None, routing: Routing |
     if not zero.is_partitioned(found.model.parameters()):
         return
     asked = None
-    if fusion is not None:
-        asked = f"a fusion ({type(fusion).__name__})"
-    elif routing is not None and routing.split == AUTO:
+    if routing is not None and routing.split == AUTO:
         asked = f'Routing.split = "{AUTO}"'
     elif routing is not None and routing.variant == "kv":
         asked = 'Routing.variant = "kv"'  # calls projections apart from their layers, in another order without an image
@@ -343,8 +419,8 @@ def _check_partitioned(found: Anatomy, fusion: Fusion | None, routing: Routing |
         asked = "FastV.training = True"
     if asked is not None:
         raise SettingError(
-            f"the model's weights are partitioned by DeepSpeed ZeRO-3 (--deepspeed with stage 3), where routing is "
-            f"available but {asked} is not: use stage 2 (LLaVA's scripts/zero2.json)"
+            f"the model's weights are partitioned by DeepSpeed ZeRO-3 (--deepspeed with stage 3), where fusions "
+            f"and routing are available but {asked} is not: use stage 2 (LLaVA's scripts/zero2.json)"
         )
     if zero.in_engine(found.model):
         raise SettingError(
@@ -367,6 +443,8 @@ def _check_against(handle: Handle, fusion: Fusion | None, routing: Routing | Non
     ):  # fmt: skip
         if isinstance(asked, Routing) and isinstance(there, Routing):  # what trains may differ from one run to the next
             there = dataclasses.replace(there, freeze=asked.freeze)
+        if isinstance(asked, Fusion) and type(asked) is type(there):
+            there = dataclasses.replace(there, **{f: getattr(asked, f) for f in _TRAINING})
         if asked is not None and there is not None and asked != there:
             raise SettingError(
                 f"the model already carries {name} {there}, but {asked} was asked for: remove the patch first "
@@ -381,9 +459,10 @@ def fingerprint(model: nn.Module) -> str:
         return ""
     digest = hashlib.sha256(json.dumps(handle.settings(), sort_keys=True).encode())
     for parameter in added_parameters(handle):
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 64)][:64]
-        digest.update(sample.float().cpu().numpy().tobytes())
+        with zero.gathered([parameter]):
+            flat = parameter.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 64)][:64]
+            digest.update(sample.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -391,5 +470,5 @@ def added_parameters(handle: Handle) -> list[nn.Parameter]:
     """What a patch adds: the side branch, and with a fusion the projector that it widened."""
     added = list(side_branch.parameters(handle.anatomy))
     if handle.fusion is not None:
-        added += [*handle.anatomy.projector.parameters(), *fusion_attach.parameters(handle.anatomy)]
+        added += handle.adapter_parameters()
     return added

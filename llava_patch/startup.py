@@ -153,6 +153,7 @@ def _on_llava_trainer(module: ModuleType) -> None:
         _add_flags(asked)
         _wrap_argument_parser(asked)
     _wrap_trainer_init(module.LLaVATrainer)
+    _wrap_create_optimizer(module.LLaVATrainer)
 
 
 def _add_flags(asked: "Configuration") -> None:
@@ -277,6 +278,24 @@ def _wrap_trainer_init(cls: Any) -> None:
             self.add_callback(training_run.make_callback(handle))
 
     cls.__init__ = __init__
+
+
+def _wrap_create_optimizer(cls: Any) -> None:
+    original = cls.create_optimizer
+
+    @functools.wraps(original)
+    def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from llava_patch.fusion import trainer as fusion_trainer
+        from llava_patch.patching import get_handle
+
+        made = self.optimizer is None
+        optimizer = original(self, *args, **kwargs)
+        handle = get_handle(self.model)
+        if made and handle is not None:
+            fusion_trainer.arrange(self, handle)
+        return optimizer
+
+    cls.create_optimizer = create_optimizer
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_patch import startup
 from llava_patch.errors import CheckpointError, SettingError
+from llava_patch.fusion import trainer as fusion_trainer
 from llava_patch.settings import AUTO
 
 if TYPE_CHECKING:
@@ -127,8 +128,11 @@ def prepare(model: Any, training_args: Any, dataset: Any, collator: Any) -> "Han
         )
     _train_side_branch_in_full(model, handle)
     handle.apply_freeze()
+    fusion_trainer.check(model, handle, training_args)
+    fusion_trainer.make_trainable(handle)
+    report = handle.report()  # on every rank: it may put partitioned weights together
     if getattr(training_args, "process_index", 0) == 0:
-        print(f"llava_patch: {handle!r}\nllava_patch: {handle.report()}", flush=True)
+        print(f"llava_patch: {handle!r}\nllava_patch: {report}", flush=True)
     return handle
 
 

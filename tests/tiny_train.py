@@ -40,6 +40,7 @@ def make_data(root):
 
 
 def arguments(data, stage, out, steps=3, **extra):
+    """Flags of a run; extra ones replace the defaults, and None leaves one out."""
     root, files = data
     values = {
         "model_name_or_path": files.language_model, "image_folder": root, "vision_tower": files.tower,
@@ -59,7 +60,7 @@ def arguments(data, stage, out, steps=3, **extra):
             "group_by_modality_length": True, "pretrain_mm_mlp_adapter": files.projector,
         }  # fmt: skip
     values |= extra
-    return [text for k, v in values.items() for text in (f"--{k}", str(v))]
+    return [text for k, v in values.items() if v is not None for text in (f"--{k}", str(v))]
 
 
 def run(command, **env):

@@ -12,6 +12,7 @@ from torch import nn
 
 from llava_patch.errors import HostError, SettingError
 from llava_patch.fusion import stack
+from llava_patch.fusion.checkpointing import keep_gradients
 from llava_patch.fusion.features import check_grid, fuse, stacked
 from llava_patch.fusion.linear import FusedLinear
 from llava_patch.fusion.taps import STI_POOL, Join, Taps, choose_taps
@@ -106,8 +107,7 @@ def attach(
         rows, columns = anatomy.grid
         _warn_other_tokens(type(settings).__name__, taps.tokens((rows, columns)), rows * columns)
     when_loaded(anatomy, undo, lambda: _hook_vision_model(anatomy, settings, taps, undo))
-    if anatomy.host == LLAVA and settings.train_tower != "frozen":
-        _lift_no_grad(anatomy, undo)
+    let_tower_train(anatomy, settings, undo)
 
 
 @functools.lru_cache
@@ -139,6 +139,15 @@ def _hook_vision_model(anatomy: Anatomy, settings: Fusion, taps: Taps, undo: Und
 
     hook = vision.register_forward_hook(put_fused_feature)
     undo.push(hook.remove)
+
+
+def let_tower_train(anatomy: Anatomy, settings: Fusion, undo: UndoStack) -> None:
+    """Make gradients reach the tower if the settings train something in it; see `attach` and `keep_gradients`."""
+    if settings.train_tower == "frozen":
+        return
+    when_loaded(anatomy, undo, lambda: keep_gradients(anatomy, undo))
+    if anatomy.host == LLAVA:
+        _lift_no_grad(anatomy, undo)
 
 
 def _lift_no_grad(anatomy: Anatomy, undo: UndoStack) -> None:

@@ -66,7 +66,7 @@ class FusedLinear(nn.Linear):
         if linear.bias is not None:
             fused.bias.requires_grad_(linear.bias.requires_grad)
         if zero_start and not weight.is_meta:
-            with torch.no_grad(), zero.gathered(linear.parameters()):
+            with zero.gathered(linear.parameters()), zero.gathered(fused.parameters(), changed=True), torch.no_grad():
                 fused.weight.zero_()
                 fused.weight[:, : fused.main_features] = linear.weight.repeat(1, merge_size**2) / merge_size**2
                 if linear.bias is not None:
@@ -79,7 +79,7 @@ class FusedLinear(nn.Linear):
         linear = nn.Linear(
             self.stock_features, self.out_features, self.bias is not None, self.weight.device, self.weight.dtype
         )
-        with torch.no_grad(), zero.gathered(self.parameters()):
+        with zero.gathered(self.parameters()), torch.no_grad():
             main = self.weight[:, : self.main_features]
             linear.weight.copy_(main.unflatten(1, (-1, self.stock_features)).sum(1))
             if self.bias is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,3 +49,33 @@ def gathered(parameters: Iterable[Tensor], changed: bool = False) -> Iterator[No
 
     with deepspeed.zero.GatheredParameters(parts, modifier_rank=0 if changed else None):
         yield
+
+
+def innermost(optimizer: Any) -> Any:
+    """The torch optimizer under accelerate's and DeepSpeed's wrappers."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def reset_state(optimizer: Any, group: int) -> None:
+    """Bring the Adam state of one optimizer group back to its beginning.
+
+    In place: DeepSpeed's parameters refer to the same tensors.
+
+    Args:
+        optimizer: torch's Adam or AdamW, possibly inside accelerate's and DeepSpeed's wrappers. ZeRO-1 and -2 put one
+            flat tensor into each group; ZeRO-3 empties the groups between steps and knows which tensors were there.
+        group: its number.
+    """
+    inner = innermost(optimizer)
+    tensors = inner.param_groups[group]["params"]
+    while hasattr(optimizer, "optimizer"):
+        if hasattr(optimizer, "sub_group_to_group_id"):
+            flat = optimizer.fp32_partitioned_groups_flat
+            tensors = [flat[i] for i, owner in optimizer.sub_group_to_group_id.items() if owner == group]
+        optimizer = optimizer.optimizer
+    for tensor in tensors:
+        for value in inner.state.get(tensor, {}).values():
+            if isinstance(value, Tensor):  # moments, and the step counter
+                value.zero_()

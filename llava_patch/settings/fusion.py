@@ -27,11 +27,17 @@ class Fusion:
             2: 256 tokens of 32 x 32 patches); 1 is LLaVA-1.5's behaviour.
         merge_padding: pad a patch grid that merge_size does not divide with zeros, at the right and below; without it
             such a grid is an error.
-        train_tower: what trains in the vision tower: "frozen", "all", or the last k blocks that are used.
-        tower_lr: learning rate of the vision tower; None: that of the rest of the model.
-        layer_decay: each block's learning rate is that of the block above it times this; None: all the same.
-        unfreeze_after: share of the training steps in which only the projector (and what else the fusion adds)
-            learns, before the rest that the script trains joins in; None: from the beginning.
+        train_tower: what trains in the vision tower: "frozen", "all" (the embeddings and every block that is used), or
+            the last k blocks that are used.
+        tower_lr: learning rate of the vision tower; None: that of the rest of the model (never --mm_projector_lr).
+        layer_decay: each block's learning rate is that of the block above it times this, the embeddings' that of block
+            1 times this; the last used block has the tower's own. None: all the same.
+        unfreeze_after: share of the run's optimizer steps (rounded up) in which only the projector, and what else the
+            fusion adds, learns; then everything that the script trains joins in, with a fresh Adam state. A resumed run
+            goes on in its phase. Backward passes cost as much as later: what waits gets zeros. None or 0: from the
+            beginning. In a loop of your own: `Handle.warm_up`.
+
+    What trains may change from one run to the next, on a finished checkpoint too; the other settings may not.
     """
 
     KIND: ClassVar[str] = "fusion"

@@ -1,0 +1,103 @@
+"""Adapter first: until a training step the rest of what trains gets no gradient, then it starts like a new run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from llava_patch.errors import SettingError
+from llava_patch.hosts import zero
+
+
+def steps_of(share: float, total: int) -> int:
+    """The number of training steps in a share of the run; a share above 0 is at least one step."""
+    return math.ceil(share * total - 1e-9)  # 0.1 * 30 is a little more than 3
+
+
+class WarmUp:
+    """Holds back everything in an optimizer but the adapter.
+
+    What waits keeps requires_grad (DDP's buckets and DeepSpeed's partitions are made once, from what trains); its
+    gradients are replaced by zeros before anything else sees them, so the clipped norm is the adapter's alone, and its
+    groups have no weight decay. An Adam step then changes nothing, not even a bit. At the switch the step counters and
+    moments of what waited are set to zero: bias correction would otherwise take the first gradients for the thousandth.
+
+    Attributes:
+        steps: how many optimizer steps the warm-up lasts.
+    """
+
+    def __init__(self, optimizer: Any, adapter: Iterable[nn.Parameter], steps: int) -> None:
+        """Remember what waits; changes nothing yet.
+
+        Args:
+            optimizer: `torch.optim.AdamW` or `Adam` over whole parameters: before DeepSpeed takes it over, and before a
+                saved state is loaded into it. Its groups must not mix the adapter with the rest.
+            adapter: what trains from the beginning.
+            steps: length of the warm-up.
+
+        Raises:
+            SettingError: another optimizer, a mixed group, or nothing that waits or that learns meanwhile.
+        """
+        if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+            raise SettingError(
+                f"unfreeze_after needs torch's Adam or AdamW, whose state it resets at the switch; the optimizer is "
+                f"{type(optimizer).__name__} (--optim adamw_torch)"
+            )
+        learns = {id(p) for p in adapter}
+        self.steps = steps
+        self._waiting: list[int] = []
+        self._decay: list[float] = []
+        self._parameters: list[nn.Parameter] = []
+        self._hooks: list[Any] = []
+        for number, group in enumerate(optimizer.param_groups):
+            inside = sum(id(p) in learns for p in group["params"])
+            if 0 < inside < len(group["params"]):
+                raise SettingError(
+                    "unfreeze_after: an optimizer group mixes the projector with other parameters: make the groups "
+                    "with handle.param_groups()"
+                )
+            if not inside:
+                self._waiting.append(number)
+                self._decay.append(group["weight_decay"])
+                self._parameters += group["params"]
+        if not self._parameters or len(self._waiting) == len(optimizer.param_groups):
+            what = "nothing but the projector" if not self._parameters else "no part of the projector"
+            raise SettingError(f"unfreeze_after: {what} is in the optimizer, so there is no one to wait for the other")
+        self._optimizer = optimizer
+
+    @property
+    def active(self) -> bool:
+        """Whether something is held back now."""
+        return bool(self._hooks)
+
+    def begin_step(self, step: int, optimizer: Any = None) -> None:
+        """Do what an optimizer step needs; call it before the step's first forward pass.
+
+        Args:
+            step: number of optimizer steps done so far, in earlier parts of a resumed run too.
+            optimizer: what now steps, if the optimizer was wrapped (accelerate, DeepSpeed).
+        """
+        optimizer = self._optimizer if optimizer is None else optimizer
+        if step < self.steps:
+            if not self.active:
+                self._hooks = [p.register_hook(torch.zeros_like) for p in self._parameters]
+                self._set_decay(optimizer, [0.0] * len(self._decay))
+        elif self.active or step == self.steps:  # a run that was resumed right at the switch has no hooks
+            self.end()
+            self._set_decay(optimizer, self._decay)
+            for number in self._waiting:
+                zero.reset_state(optimizer, number)
+
+    def end(self) -> None:
+        """Let every gradient through again; can be called twice."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _set_decay(self, optimizer: Any, values: list[float]) -> None:
+        for number, value in zip(self._waiting, values, strict=True):
+            zero.innermost(optimizer).param_groups[number]["weight_decay"] = value
