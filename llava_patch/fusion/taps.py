@@ -58,6 +58,11 @@ class Taps:
         return tuple(sorted({block for group in self.groups for block in group.blocks}))
 
     @property
+    def detached(self) -> int:
+        """How many taps are under stop-gradient."""
+        return sum(group.detached for group in self.groups)
+
+    @property
     def deepest(self) -> int:
         """The deepest block whose output carries a gradient: the main one, or a tap that is not detached."""
         return max([self.main, *(block for group in self.groups if not group.detached for block in group.blocks)])

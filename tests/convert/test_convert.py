@@ -178,7 +178,9 @@ def test_deepstacks_projector_is_converted(made, tmp_path):
                 held[f"multi_modal_projector.linear_{i}.{kind}"] * 2
             )
 
-    source = edited(made / "hf", tmp_path / "hf", settings={"fusion": to_dict(DeepStack(start=0))}, change=add_stack)
+    source = edited(
+        made / "hf", tmp_path / "hf", settings={"fusion": to_dict(DeepStack(start=0, interval=1))}, change=add_stack
+    )
     convert(source, tmp_path / "llava", "llava")
     held = tensors(tmp_path / "llava")
     assert torch.equal(held["model.mm_projector_stack.2.weight"], held["model.mm_projector.2.weight"] * 2)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_patch import DenseConnector, FastV, Routing, patch
+from llava_patch import FastV, Routing, patch
 from llava_patch.errors import SettingError
 
 pytest.importorskip("deepspeed")
@@ -27,12 +27,11 @@ def test_patching_training_saving_and_loading_partitioned_weights(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"fusion": DenseConnector()}, "DenseConnector"),
         ({"routing": Routing(split="auto")}, 'Routing.split = "auto"'),
         ({"routing": Routing(variant="kv", split=2)}, 'Routing.variant = "kv"'),
         ({"pruning": FastV(2, 0.5, training=True)}, "FastV.training = True"),
     ],
-    ids=["fusion", "auto", "kv", "fastv"],
+    ids=["auto", "kv", "fastv"],
 )
 def test_what_partitioned_weights_cannot_have_is_named(host, settings, named):
     next(host.model.parameters()).ds_id = 0  # as DeepSpeed marks them

@@ -12,7 +12,7 @@ import models
 import torch
 
 import llava_patch
-from llava_patch import Routing, SkipLinks, patch
+from llava_patch import DeepStack, Routing, SkipLinks, patch
 from llava_patch.errors import CheckpointError, SettingError
 
 CONFIG = {
@@ -99,13 +99,18 @@ def check(make, name, folder):
     refused(SettingError, "before deepspeed.initialize()", lambda: patch(model, routing=ROUTING))
 
 
-FUSION = SkipLinks(stride=2, train_tower=2, tower_lr=2e-3, layer_decay=0.5, unfreeze_after=0.4)
+TRAINING = {"train_tower": 2, "tower_lr": 2e-3, "layer_decay": 0.5, "unfreeze_after": 0.4}
+FUSIONS = (SkipLinks(stride=2, **TRAINING), DeepStack(start=1, interval=1, **TRAINING))
 STEPS = 5  # two with the projector alone
 
 
-def train(model, batch, stage):
+def train(model, batch, stage, fusion):
     """Five steps of AdamW with a warm-up; returns the handle and the weights after each step."""
-    handle = patch(model, fusion=FUSION)
+    handle = patch(model, fusion=fusion)
+    generator = torch.Generator().manual_seed(0)
+    for n, p in model.named_parameters():
+        if "_stack" in n:  # its last layer starts at zero, and then only that one has a gradient
+            p.data.copy_(0.2 * torch.randn(p.shape, generator=generator))
     optimizer = torch.optim.AdamW(handle.param_groups(1e-3, weight_decay=0.1, projector_lr=5e-3))
     held = handle.warm_up(optimizer, STEPS)
     engine = wrapped = None
@@ -132,12 +137,12 @@ def train(model, batch, stage):
     return handle, after
 
 
-def check_fusion(make, name, folder):
+def check_fusion(make, name, folder, fusion):
     host = models.Host(name, make())
     batch = host.batch([(2, models.IMAGE, 5)], labels=True).inputs
     with torch.no_grad():
         stock = host.model(**batch).loss
-    handle, expected = train(host.model, batch, None)
+    handle, expected = train(host.model, batch, None, fusion)
     trained = set(handle.trainable())
     projector = {n for n in trained if "projector" in n}
     assert any("vision_tower" in n for n in trained) and any("norm" in n for n in trained)
@@ -150,13 +155,13 @@ def check_fusion(make, name, folder):
         model.config._name_or_path = "hub/base"
         if stage == 3:
             partition(model)
-            with patch(model, fusion=FUSION), torch.no_grad():
+            with patch(model, fusion=fusion), torch.no_grad():
                 pass  # taken off again: the projector is put together from parts
             with torch.no_grad():
-                handle = patch(model, fusion=FUSION)
+                handle = patch(model, fusion=fusion)
                 assert "does nothing" not in handle.report()
                 handle.remove()
-        handle, after = train(model, batch, stage)
+        handle, after = train(model, batch, stage, fusion)
         for step in range(STEPS + 1):
             for n in trained:
                 # The same arithmetic in flat parts. Adam's first steps blow gradients that are mere rounding up to the
@@ -182,6 +187,8 @@ if __name__ == "__main__":
     check(models.hf_model, "hf", root / "hf")
     models.llava_model(root)  # the first one makes the tower's folder, which moves the random numbers on
     check(lambda: models.llava_model(root), "llava", root / "llava")
-    check_fusion(models.hf_model, "hf", root / "hf")
-    check_fusion(lambda: models.llava_model(root), "llava", root / "llava")
+    for fusion in FUSIONS:
+        kind = type(fusion).__name__
+        check_fusion(models.hf_model, "hf", root / f"hf-{kind}", fusion)
+        check_fusion(lambda: models.llava_model(root), "llava", root / f"llava-{kind}", fusion)
     print("every check passed")
