@@ -12,7 +12,7 @@ import models
 import torch
 
 import llava_patch
-from llava_patch import Routing, SkipLinks, patch
+from llava_patch import Routing, SkipLinks, get_handle, patch
 from llava_patch.errors import CheckpointError, SettingError
 
 CONFIG = {
@@ -132,11 +132,17 @@ def train(model, batch, stage):
     return handle, after
 
 
+def first_layer(model):
+    return get_handle(model).anatomy.first_linear()[2]
+
+
+def _name(model, parameter):
+    return next(n for n, p in model.named_parameters() if p is parameter)
+
+
 def check_fusion(make, name, folder):
     host = models.Host(name, make())
     batch = host.batch([(2, models.IMAGE, 5)], labels=True).inputs
-    with torch.no_grad():
-        stock = host.model(**batch).loss
     handle, expected = train(host.model, batch, None)
     trained = set(handle.trainable())
     projector = {n for n in trained if "projector" in n}
@@ -150,12 +156,10 @@ def check_fusion(make, name, folder):
         model.config._name_or_path = "hub/base"
         if stage == 3:
             partition(model)
-            with patch(model, fusion=FUSION), torch.no_grad():
-                pass  # taken off again: the projector is put together from parts
-            with torch.no_grad():
-                handle = patch(model, fusion=FUSION)
-                assert "does nothing" not in handle.report()
-                handle.remove()
+            with patch(model, fusion=FUSION), torch.no_grad():  # its stock weights were in parts
+                weight = first_layer(model).weight
+                stock = expected[0][_name(host.model, first_layer(host.model).weight)]
+                assert torch.equal(weight, stock)
         handle, after = train(model, batch, stage)
         for step in range(STEPS + 1):
             for n in trained:
@@ -171,7 +175,13 @@ def check_fusion(make, name, folder):
             partition(again)
             llava_patch.load(again, folder / "fused")
             assert all(torch.equal(p, after[STEPS][n]) for n, p in whole(again).items())
-    return stock
+            handle.anatomy.projector.requires_grad_(False)
+            assert "does nothing" not in handle.report()  # its new columns, in parts, are not zero
+            linear = handle.anatomy.first_linear()[2]
+            assert linear.weight.numel() == 0
+            assert torch.equal(
+                linear.stock().weight, after[STEPS][_name(model, linear.weight)][:, : linear.main_features]
+            )
 
 
 if __name__ == "__main__":
