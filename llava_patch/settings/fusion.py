@@ -109,8 +109,8 @@ class SkipLinks(Fusion):
     Attributes:
         stride: take blocks S, 2S, 3S, ... of the vision tower as taps (ignored when `layers` is given).
         detach: how many of the shallowest taps are under stop-gradient; None: those in the lower half of the tower.
-        layers: explicit tap blocks (1 = output of the first block) instead of a stride. With merge_size = 2, () is the
-            merged model without taps: the baseline of the paper's models.
+        layers: explicit tap blocks (1 = output of the first block) instead of a stride. () is the baseline without
+            taps, for a model that merges patches or trains its tower.
     """
 
     stride: int = 6
@@ -123,7 +123,9 @@ class SkipLinks(Fusion):
         if self.detach is not None:
             integer("SkipLinks", "detach", self.detach, 0)
         if self.layers is not None:
-            layers = distinct_blocks("SkipLinks", "layers", self.layers, 1, empty=self.merge_size > 1)
+            layers = distinct_blocks(
+                "SkipLinks", "layers", self.layers, 1, empty=self.merge_size > 1 or self.train_tower != "frozen"
+            )
             object.__setattr__(self, "layers", layers)
 
 

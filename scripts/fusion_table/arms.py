@@ -8,6 +8,8 @@ The paper does not detach DeepStack: its lower half here is this project's choic
 
 from dataclasses import dataclass
 
+NO_TAPS = (("layers", ()),)
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -30,8 +32,8 @@ class Arm:
     train_tower: str = "all"
 
     def parameters(self, stage: int) -> list[str]:
-        """The gin bindings of a stage; the tower trains in stage 2 alone."""
-        if self.fusion is None:
+        """The gin bindings of a stage; the tower trains in stage 2 alone, so without taps stage 1 is plain LLaVA's."""
+        if self.fusion is None or (stage == 1 and self.settings == NO_TAPS):
             return []
         values = [*self.settings, ("train_tower", self.train_tower if stage == 2 else "frozen")]
         return [f"{self.fusion}.{field} = {value!r}" for field, value in values]
@@ -50,15 +52,18 @@ def _pair(name: str, title: str, fusion: str, detach: object, words: str, nothin
 
 
 PLAIN = Arm("plain", "plain LLaVA (its tower never trains)", train_tower="frozen")
+# What fusions are to be compared with: stock LLaVA never trains its tower.
+TOWER = Arm("tower", "plain LLaVA, its tower trained", "SkipLinks", NO_TAPS, "no taps")
 ARMS = (
     PLAIN,
+    TOWER,
     *_pair("skiplinks", "SkipLinks", "SkipLinks", 2, "blocks 2, 4", 0, layers=(2, 4, 6)),
     *_pair("dense", "DenseConnector", "DenseConnector", (0,), "blocks 0-3", (), kind="dci",
            groups=((0, 1, 2, 3), (4, 5, 6, 7))),
     *_pair("direct", "DirectFusion", "DirectFusion", (1,), "block 6", (), layers=(1, 6)),
     *_pair("deepstack", "DeepStack", "DeepStack", (0, 1), "blocks 2, 4", (), taps=(2, 4, 6, 7), start=1, interval=1),
 )  # fmt: skip
-# Not one of the table's nine: it tells what a fusion gives from what training the tower gives.
+# Not one of the table's ten: it tells what a fusion gives from what training the tower gives.
 FROZEN = Arm(
     "skiplinks_frozen", "SkipLinks, tower frozen", "SkipLinks", (("layers", (2, 4, 6)),), "all (frozen)", "frozen"
 )
@@ -66,7 +71,7 @@ BY_NAME = {arm.name: arm for arm in (*ARMS, FROZEN)}
 
 
 def choose(names: str | None) -> list[Arm]:
-    """The arms named, comma-separated; None or "" for the nine.
+    """The arms named, comma-separated; None or "" for the ten.
 
     Raises:
         ValueError: an unknown name.

@@ -82,7 +82,7 @@ def main() -> None:
             recipe = dataclasses.replace(recipe, steps=(first, second))
         chosen = arm_list.choose(args.arms)
         if args.publish and not set(arm_list.ARMS) <= set(chosen):
-            raise ValueError("--publish needs all nine arms: leave --arms out")
+            raise ValueError("--publish needs all ten arms: leave --arms out")
     except ValueError as error:
         parser.error(str(error))
     out = args.out.resolve()

@@ -69,8 +69,9 @@ def markdown(found: dict) -> str:
             f"{base['answer_stage']} steps.",
             "",
             "LLaVA never trains its vision tower, so plain LLaVA's stays as it is while the fusions' trains "
-            '(`train_tower = "all"`): the difference to plain LLaVA is that of fusion and tower together. A fusion '
-            "with and without detach differ in the gradient alone.",
+            '(`train_tower = "all"`): the difference to plain LLaVA is that of fusion and tower together, and the '
+            "second row says what the tower alone does. A fusion with and without detach differ in the gradient "
+            "alone.",
             "",
             f"Final loss: mean training loss (nats per token) of the last {setting['final_steps']} steps. Exact match: "
             f"greedy answers to {setting['held_out_rows']} images of strings that no training image shows; Wilson's "
@@ -92,7 +93,7 @@ def figure(found: dict, path: Path) -> None:
     titles = list(dict.fromkeys(row["title"] for row in rows))
     for place, row in enumerate(rows):
         color = f"C{titles.index(row['title'])}"
-        stopped = row["detached"] not in ("-", "none")
+        stopped = row["detached"] not in ("-", "none", "no taps")
         low, high = row["interval"]
         match.plot([low, high], [place, place], "-", color=color, lw=2)
         match.plot(row["exact_match"], place, "o", color=color, ms=8, mfc=color if stopped else "white", mew=1.8)
@@ -114,7 +115,7 @@ def figure(found: dict, path: Path) -> None:
 
 def _label(row: dict) -> str:
     title = row["title"].split(" (")[0]
-    return f"{title}, {row['detached']} detached" if row["detached"] not in ("-", "none") else title
+    return f"{title}, {row['detached']} detached" if row["detached"] not in ("-", "none", "no taps") else title
 
 
 def _smooth(values: list[float], window: int = 15) -> list[float]:

@@ -12,7 +12,7 @@ import models
 import torch
 
 import llava_patch
-from llava_patch import DeepStack, Routing, SkipLinks, patch
+from llava_patch import DeepStack, Routing, SkipLinks, get_handle, patch
 from llava_patch.errors import CheckpointError, SettingError
 
 CONFIG = {
@@ -137,11 +137,18 @@ def train(model, batch, stage, fusion):
     return handle, after
 
 
+def first_layer(model):
+    return get_handle(model).anatomy.first_linear()[2]
+
+
+def _name(model, parameter):
+    return next(n for n, p in model.named_parameters() if p is parameter)
+
+
 def check_fusion(make, name, folder, fusion):
     host = models.Host(name, make())
     batch = host.batch([(2, models.IMAGE, 5)], labels=True).inputs
-    with torch.no_grad():
-        stock = host.model(**batch).loss
+    start = whole(host.model) if isinstance(fusion, DeepStack) else {}
     handle, expected = train(host.model, batch, None, fusion)
     trained = set(handle.trainable())
     projector = {n for n in trained if "projector" in n}
@@ -155,12 +162,12 @@ def check_fusion(make, name, folder, fusion):
         model.config._name_or_path = "hub/base"
         if stage == 3:
             partition(model)
-            with patch(model, fusion=fusion), torch.no_grad():
-                pass  # taken off again: the projector is put together from parts
-            with torch.no_grad():
-                handle = patch(model, fusion=fusion)
-                assert "does nothing" not in handle.report()
-                handle.remove()
+            with patch(model, fusion=fusion) as handle, torch.no_grad():  # its stock weights were in parts
+                grown = handle.adapter_parameters() if isinstance(fusion, DeepStack) else [first_layer(model).weight]
+                names = {id(p): n for n, p in model.named_parameters()}
+                for parameter in grown[4:-2] or grown:  # DeepStack: its own projector but for the layer of zeros
+                    same = names[id(parameter)].replace("_stack", "")
+                    assert torch.equal(parameter, start[same] if same in start else expected[0][same]), same
         handle, after = train(model, batch, stage, fusion)
         for step in range(STEPS + 1):
             for n in trained:
@@ -176,7 +183,16 @@ def check_fusion(make, name, folder, fusion):
             partition(again)
             llava_patch.load(again, folder / "fused")
             assert all(torch.equal(p, after[STEPS][n]) for n, p in whole(again).items())
-    return stock
+            for parameter in handle.adapter_parameters():
+                parameter.requires_grad_(False)
+            assert "does nothing" not in handle.report()  # its new weights, in parts, are not zero
+            if isinstance(fusion, DeepStack):
+                continue
+            linear = handle.anatomy.first_linear()[2]
+            assert linear.weight.numel() == 0
+            assert torch.equal(
+                linear.stock().weight, after[STEPS][_name(model, linear.weight)][:, : linear.main_features]
+            )
 
 
 if __name__ == "__main__":

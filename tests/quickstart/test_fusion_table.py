@@ -14,12 +14,15 @@ BLOCKS, MAIN, LAYERS = SMALL_VISION["num_hidden_layers"], SMALL_VISION["num_hidd
 
 
 def _fusion(arm, stage):
-    return config.read([], arm.parameters(stage)).fusion if arm.fusion else None
+    bindings = arm.parameters(stage)
+    return config.read([], bindings).fusion if bindings else None
 
 
-def test_nine_arms_plain_and_each_fusion_with_and_without_detach():
-    assert len(arms.ARMS) == 9 and arms.ARMS[0].parameters(1) == arms.ARMS[0].parameters(2) == []
-    for attached, detached in zip(arms.ARMS[1::2], arms.ARMS[2::2], strict=True):
+def test_ten_arms_plain_and_each_fusion_with_and_without_detach():
+    plain, tower, *pairs = arms.ARMS
+    assert len(pairs) == 8 and plain.parameters(1) == plain.parameters(2) == tower.parameters(1) == []
+    assert _fusion(tower, 2).layers == () and _fusion(tower, 2).train_tower == "all"
+    for attached, detached in zip(pairs[::2], pairs[1::2], strict=True):
         first, second = _fusion(attached, 2), _fusion(detached, 2)
         assert first.detach in (0, ()) and second.detach not in (0, ())
         assert {**vars(first), "detach": None} == {**vars(second), "detach": None}  # nothing else differs
@@ -32,7 +35,10 @@ def test_every_arm_fits_the_small_model(arm):
     if arm.fusion is None:
         return
     fusion = _fusion(arm, 2)
-    assert _fusion(arm, 1).train_tower == "frozen" and fusion.train_tower == arm.train_tower
+    assert fusion.train_tower == arm.train_tower
+    if arm.settings == arms.NO_TAPS:
+        return
+    assert _fusion(arm, 1).train_tower == "frozen"
     blocks = dict(arm.settings)
     named = blocks.get("layers") or blocks.get("taps") or sum(blocks.get("groups", ()), ())
     assert named and max(named) <= MAIN < BLOCKS
@@ -43,7 +49,7 @@ def test_every_arm_fits_the_small_model(arm):
 def test_choosing_arms_keeps_the_tables_order():
     assert arms.choose(None) == list(arms.ARMS)
     assert [arm.name for arm in arms.choose("dense, plain")] == ["plain", "dense"]
-    with pytest.raises(ValueError, match=r"no arm plane; there are plain, skiplinks"):
+    with pytest.raises(ValueError, match=r"no arm plane; there are plain, tower, skiplinks"):
         arms.choose("plane")
 
 
@@ -106,9 +112,9 @@ def test_the_table_says_what_was_measured(tmp_path):
     assert [row["arm"] for row in rows] == [arm.name for arm in arms.ARMS] and "minus_plain" not in rows[0]
     assert rows[3]["minus_plain"][0] == pytest.approx(rows[3]["exact_match"] - rows[0]["exact_match"])
     lines = paths[1].read_text().splitlines()
-    (plain,) = [line for line in lines if line.startswith("| plain")]
+    (plain,) = [line for line in lines if line.startswith("| plain LLaVA (")]
     assert "its tower never trains" in plain and f"| {rows[0]['exact_match']:.3f} |" in plain and "| 2,000 |" in plain
-    assert len([line for line in lines if line.startswith("|")]) == 2 + 9
+    assert len([line for line in lines if line.startswith("|")]) == 2 + 10
     assert all(line.count("|") == len(table.HEADER) + 1 for line in lines if line.startswith("|"))
     assert "of the last 2 steps" in paths[1].read_text()  # stage 1 has no more here
     assert paths[2].read_bytes()[:4] == b"\x89PNG"

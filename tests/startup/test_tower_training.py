@@ -130,7 +130,8 @@ def test_zero_2_and_zero_3_go_on_from_a_finished_checkpoint(data, trained, tmp_p
     """With the projector and the tower in parts from the beginning under ZeRO-3, and frozen blocks below."""
     before = load_file(trained / "model.safetensors")
     bindings = gin("SkipLinks.train_tower = 2", "SkipLinks.unfreeze_after = 0.3")
-    extra = {"model_name_or_path": trained, "pretrain_mm_mlp_adapter": None, "learning_rate": 2e-3, "weight_decay": 0.1}
+    extra = {"model_name_or_path": trained, "pretrain_mm_mlp_adapter": None, "learning_rate": 2e-3, "weight_decay": 0.1,
+             "save_steps": 1, "save_total_limit": 9}  # fmt: skip
     found, weights, norms = {}, {}, {}
     for name, zero in (("zero2", ZERO2), ("zero3", ZERO3)):
         out = tmp_path / f"llava-{name}"
@@ -141,6 +142,10 @@ def test_zero_2_and_zero_3_go_on_from_a_finished_checkpoint(data, trained, tmp_p
         norms[name] = [entry["grad_norm"] for entry in history if "grad_norm" in entry]
         tower = {n.split("layers.")[1][0] for n in moved(before, weights[name]) if n.startswith(TOWER)}
         assert tower == {"5", "6"}  # the rest is the finished run's, not the original
+    resumed = tmp_path / "llava-resumed"  # right at the switch
+    shutil.copytree(tmp_path / "llava-zero3" / "checkpoint-1", resumed / "checkpoint-1")
+    _train(data, data[0] / "v1.json", resumed, *bindings, zero=ZERO3, steps=3, warmup_ratio=0, **extra)
+    assert not moved(weights["zero3"], load_file(resumed / "model.safetensors"))
     # The same arithmetic in parts, but for the order of sums in the gradients; see test_deepspeed.
     assert len(found["zero2"]) == 3 and found["zero3"] == pytest.approx(found["zero2"], abs=1e-3)
     assert norms["zero3"] == pytest.approx(norms["zero2"], rel=1e-2)
