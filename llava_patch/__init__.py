@@ -11,8 +11,8 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "patch": "llava_patch.patching",
-    "get_handle": "llava_patch.patching",
-    "Handle": "llava_patch.patching",
+    "get_handle": "llava_patch.handle",
+    "Handle": "llava_patch.handle",
     "load": "llava_patch.checkpoint",
     "SkipLinks": "llava_patch.settings",
     "DenseConnector": "llava_patch.settings",
@@ -45,7 +45,8 @@ if TYPE_CHECKING:
     from llava_patch.checkpoint import load
     from llava_patch.diagnostics.saturation import Saturation
     from llava_patch.errors import LlavaPatchError
-    from llava_patch.patching import Handle, get_handle, patch
+    from llava_patch.handle import Handle, get_handle
+    from llava_patch.patching import patch
     from llava_patch.probe.settings import RProbe
     from llava_patch.settings import DeepStack, DenseConnector, DirectFusion, FastV, Routing, SkipLinks
 

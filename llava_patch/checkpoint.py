@@ -23,10 +23,11 @@ from llava_patch import tower_weights
 from llava_patch.errors import CheckpointError
 from llava_patch.files import atomic
 from llava_patch.fusion.processor import fields
+from llava_patch.handle import CONFIG_KEY, FORMAT, Handle, added_parameters, get_handle
 from llava_patch.hosts import lora, zero
 from llava_patch.hosts.anatomy import HF
 from llava_patch.hosts.tower import when_loaded
-from llava_patch.patching import CONFIG_KEY, FORMAT, Handle, added_parameters, get_handle, patch
+from llava_patch.patching import patch
 from llava_patch.settings import from_dict
 
 logger = logging.getLogger("llava_patch")

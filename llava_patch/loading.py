@@ -35,7 +35,7 @@ def load(original: Any, cls: Any, path: Any, args: tuple, kwargs: dict[str, Any]
         CheckpointError: a patched checkpoint that lacks tensors, or whose base is gone.
     """
     from llava_patch import checkpoint, tower_weights
-    from llava_patch.patching import get_handle
+    from llava_patch.handle import get_handle
 
     record = checkpoint.read_settings(path) if isinstance(path, (str, os.PathLike)) else None
     if record is not None and record.get("form") == "adapter":
@@ -98,7 +98,7 @@ def _model_of(loaded: Any) -> Any:
 
 def _stock_config(config: Any) -> Any:
     """A copy of a configuration without the patch it carries: the base is loaded as it is and patched afterwards."""
-    from llava_patch.patching import CONFIG_KEY
+    from llava_patch.handle import CONFIG_KEY
 
     config = copy.deepcopy(config)
     vars(config).pop(CONFIG_KEY, None)

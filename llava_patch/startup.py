@@ -286,7 +286,7 @@ def _wrap_create_optimizer(cls: Any) -> None:
     @functools.wraps(original)
     def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
         from llava_patch.fusion import trainer as fusion_trainer
-        from llava_patch.patching import get_handle
+        from llava_patch.handle import get_handle
 
         made = self.optimizer is None
         optimizer = original(self, *args, **kwargs)

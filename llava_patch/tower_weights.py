@@ -15,7 +15,7 @@ from llava_patch.hosts.anatomy import HF
 from llava_patch.hosts.tower import when_loaded
 
 if TYPE_CHECKING:
-    from llava_patch.patching import Handle
+    from llava_patch.handle import Handle
 
 _PART = "vision_tower."
 LORA_FILE = "non_lora_trainables.bin"

@@ -15,7 +15,7 @@ from llava_patch.settings import AUTO
 
 if TYPE_CHECKING:
     from llava_patch.config import Configuration
-    from llava_patch.patching import Handle
+    from llava_patch.handle import Handle
 
 OPERATIVE_FILE = "llava_patch_operative.gin"
 ADAPTER_FOLDER = "llava_patch_adapter"
@@ -102,7 +102,7 @@ def prepare(model: Any, training_args: Any, dataset: Any, collator: Any) -> "Han
     Raises:
         SettingError: settings that this run cannot honour.
     """
-    from llava_patch.patching import get_handle
+    from llava_patch.handle import get_handle
 
     asked = startup.configuration()
     handle = get_handle(model)

@@ -15,7 +15,8 @@ from llava_patch import files
 from llava_patch.bench.clock import Clock, median
 from llava_patch.bench.measure import ratio
 from llava_patch.bench.shapes import inputs as make_inputs
-from llava_patch.patching import patch, restore_flags
+from llava_patch.handle import restore_flags
+from llava_patch.patching import patch
 from llava_patch.settings import DeepStack, DenseConnector, DirectFusion, Fusion, SkipLinks
 
 HEAD = (

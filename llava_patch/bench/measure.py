@@ -15,7 +15,7 @@ from llava_patch.bench.bound import bound_ms, flops
 from llava_patch.bench.clock import Clock
 from llava_patch.bench.methods import Method, partner_difference
 from llava_patch.bench.shapes import inputs as make_inputs
-from llava_patch.patching import restore_flags
+from llava_patch.handle import restore_flags
 from llava_patch.routing.cache import RoutedCache, cache_bytes
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from llava_patch.errors import SettingError
-from llava_patch.patching import Handle, patch, restore_flags
+from llava_patch.handle import Handle, restore_flags
+from llava_patch.patching import patch
 from llava_patch.settings import FastV, Routing
 
 SILENT, SAME, NOTHING = "silent", "same", "nothing"

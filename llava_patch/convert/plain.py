@@ -16,8 +16,9 @@ from torch import Tensor
 from llava_patch.convert import configs
 from llava_patch.convert.source import Checkpoint
 from llava_patch.errors import CheckpointError
+from llava_patch.handle import Handle
 from llava_patch.hosts.anatomy import LLAVA
-from llava_patch.patching import Handle, patch
+from llava_patch.patching import patch
 from llava_patch.routing.program import make_program
 from llava_patch.settings import DeepStack, DenseConnector, Fusion
 

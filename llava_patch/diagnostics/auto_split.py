@@ -12,8 +12,8 @@ from torch import nn
 from llava_patch.diagnostics import split_cache
 from llava_patch.diagnostics.saturation import Saturation, SaturationResult, measure_saturation, unusable
 from llava_patch.errors import HostError, SettingError
+from llava_patch.handle import get_handle
 from llava_patch.hosts.anatomy import Anatomy, find
-from llava_patch.patching import get_handle
 from llava_patch.settings import AUTO, Routing
 
 logger = logging.getLogger("llava_patch")

@@ -21,8 +21,8 @@ from llava_patch import files
 from llava_patch.diagnostics import trace
 from llava_patch.diagnostics.recommend import Recommendation, recommend, transition_layer
 from llava_patch.errors import InputError, SettingError
+from llava_patch.handle import get_handle
 from llava_patch.hosts.anatomy import HF, Anatomy, find
-from llava_patch.patching import get_handle
 from llava_patch.routing.program import Work
 
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from llava_patch.checkpoint import base_fingerprint
 from llava_patch.diagnostics.saturation import Saturation, SaturationResult
 from llava_patch.files import write_json
+from llava_patch.handle import get_handle
 from llava_patch.hosts.anatomy import Anatomy
-from llava_patch.patching import get_handle
 
 VARIABLE = "LLAVA_PATCH_CACHE"
 FORMAT = 1

@@ -15,9 +15,9 @@ from llava_patch import checkpoint
 from llava_patch.diagnostics.auto_split import logger, resolve_split
 from llava_patch.diagnostics.saturation import Saturation
 from llava_patch.errors import SettingError
+from llava_patch.handle import get_handle
 from llava_patch.hosts import zero
 from llava_patch.hosts.anatomy import find
-from llava_patch.patching import get_handle
 from llava_patch.settings import Routing
 
 if TYPE_CHECKING:

@@ -138,7 +138,7 @@ def model_of(lm: Any) -> nn.Module | None:
 
 
 def _fingerprint(model: nn.Module | None) -> str:
-    from llava_patch.patching import fingerprint
+    from llava_patch.handle import fingerprint
 
     return "" if model is None else fingerprint(model)
 

@@ -11,7 +11,7 @@ from llava_patch.errors import SettingError
 from llava_patch.fusion import warm_up
 
 if TYPE_CHECKING:
-    from llava_patch.patching import Handle
+    from llava_patch.handle import Handle
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 ZERO_STAGES = (1, 2, 3)

@@ -64,10 +64,10 @@ def test_the_decoder_is_told_the_positions_once(host):
 def test_image_tokens_and_images_that_disagree_are_named(llava, images):
     batch = llava.batch(SAMPLES[:2])
     batch.inputs["images"] = torch.zeros(images, 3, 56, 56)
-    from llava_patch import SkipLinks, patch
+    from llava_patch import Routing, patch
 
     with (
-        patch(llava.model, fusion=SkipLinks(stride=2)),
+        patch(llava.model, routing=Routing(split=2)),
         pytest.raises(InputError, match=f"3 image tokens in 2 samples need 3 images.*got {images}"),
     ):
         llava.logits(batch)

@@ -80,7 +80,7 @@ def test_trained_saved_and_resumed(data, trained, tmp_path):
     model, tower = tower_of(trained)
     assert same_half(tower, steps[3]) and not same_half(tower, steps[1])
     from llava_patch import SkipLinks, patch
-    from llava_patch.patching import get_handle
+    from llava_patch.handle import get_handle
 
     # The next run freezes the tower: what it saves is still not the original one.
     settings = get_handle(model).fusion
