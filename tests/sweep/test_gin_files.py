@@ -158,7 +158,7 @@ def test_the_grid_of_stride_and_detached_taps(size, tmp_path):
     sweep = read_sweep(f"sweep_skiplinks_{size}.gin")
     assert sweep.gin_files == (f"skiplinks_stage2_{size}.gin",) and sweep.seeds == (42,)
     points = sweep.points()
-    assert points[0] == {"Patch.fusion": None}
+    assert points[0] == {"SkipLinks.layers": ()}
     wanted = set()
     for stride in (3, 4, 6, 12):
         taps = len(choose_taps(SkipLinks(stride=stride), BLOCKS, MAIN).blocks)
@@ -174,10 +174,9 @@ def test_the_grid_of_stride_and_detached_taps(size, tmp_path):
     assert len(runs) == 21 and f"{len(runs)} full trainings" in text
     for run in runs:
         read = config.read([f"skiplinks_stage2_{size}.gin"], [f"{k} = {v!r}" for k, v in run.point.items()])
-        assert (read.fusion is None) == run.baseline and read.flags["learning_rate"] == 1e-5
-        if read.fusion is not None:
-            assert choose_taps(read.fusion, BLOCKS, MAIN).detached == run.point["SkipLinks.detach"]
-            assert read.fusion.train_tower == "all"
+        assert (read.fusion.layers == ()) == run.baseline and read.fusion.train_tower == "all"
+        assert read.flags["learning_rate"] == 1e-5
+        assert choose_taps(read.fusion, BLOCKS, MAIN).detached == run.point.get("SkipLinks.detach", 0)
 
 
 @pytest.mark.parametrize("name", [name for name in _names(r"sweep_\w+") if "skiplinks" not in name])
