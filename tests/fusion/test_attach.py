@@ -249,10 +249,55 @@ def test_a_projector_of_another_width_is_refused(host):
         patch(host.model, fusion=SkipLinks(stride=2))
 
 
-def test_a_fusion_that_stays_at_zero_is_reported(host):
-    handle = patch(host.model, fusion=SkipLinks(stride=2), routing=Routing(split=3))
-    assert "SkipLinks does nothing: its new weights are zero and frozen" in handle.report()
-    handle.anatomy.projector.requires_grad_(True)
+@pytest.mark.parametrize("fusion", [SkipLinks(stride=2), DeepStack(taps=(2, 4), start=0)], ids=str)
+def test_a_fusion_that_stays_at_zero_is_reported(host, fusion):
+    handle = patch(host.model, fusion=fusion, routing=Routing(split=3))
+    assert f"{type(fusion).__name__} does nothing: its new weights are zero and frozen" in handle.report()
+    randomise(handle)
+    assert "does nothing" not in handle.report()  # frozen, but no longer zero
+    handle.remove()
+    handle = patch(host.model, fusion=fusion, routing=Routing(split=3))
+    for parameter in handle.adapter_parameters():
+        parameter.requires_grad_(True)
     assert "does nothing" not in handle.report()
     handle.remove()
     assert repr(handle).endswith("(removed)>")
+
+
+@pytest.mark.parametrize("case", OTHER_TOKENS)
+def test_other_tokens_need_a_host_that_does_not_count_them(host, case):
+    if host.name == "llava":
+        host.model.config.mm_patch_merge_type = "spatial_unpad"
+    else:
+        host.model.model.pack_image_features = None  # as LlavaNext has it
+    with pytest.raises(SettingError, match=r"changes the number of tokens of an image, but this model cuts images"):
+        patch(host.model, fusion=ALL[case])
+
+
+def test_patches_are_merged_only_where_the_class_token_is_dropped(host):
+    if host.name == "llava":
+        host.model.get_vision_tower().select_feature = "cls_patch"
+    else:
+        host.model.config.vision_feature_select_strategy = "full"
+    with pytest.raises(SettingError, match=r"merge_size = 2 joins patches, but the host keeps the tower's CLS token"):
+        patch(host.model, fusion=SkipLinks(stride=2, merge_size=2))
+    with patch(host.model, fusion=DenseConnector(kind="sti", groups=(2, 5))) as handle:
+        assert handle.anatomy.encode_images(torch.zeros(1, 3, 56, 56)).shape[1] == 1 + 16 + 4
+
+
+def test_too_few_tokens_to_average(host):
+    with pytest.raises(SettingError, match="averages 8 neighbouring tokens, but an image of this tower has 4"):
+        patch(host.model, fusion=DenseConnector(kind="sti", groups=(2, 5), merge_size=2))
+
+
+def test_a_baseline_without_taps_trains_the_tower(host):
+    """Stock output, and the gradients of the main path."""
+    batch = host.batch(SAMPLES, labels=True)
+    stock = host.logits(batch)
+    with patch(host.model, fusion=SkipLinks(layers=(), train_tower="all")) as handle:
+        assert torch.equal(host.logits(batch), stock)
+        host.model(**batch.inputs).loss.backward()
+        tower = {n for n, p in handle.anatomy.vision_model.named_parameters() if p.grad is not None}
+        assert len(tower) == len([n for n in handle.trainable() if "vision_tower" in n]) > 50
+    with pytest.raises(SettingError, match=r"SkipLinks\.layers = \(\)"):
+        SkipLinks(layers=())
