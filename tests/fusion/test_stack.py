@@ -218,6 +218,8 @@ def test_anyres_tiles_on_llava(host):
     config.image_aspect_ratio, config.mm_patch_merge_type = "anyres", "spatial_unpad"
     config.image_grid_pinpoints = [[56, 112], [112, 56], [112, 112]]
     newline = torch.randn(64, generator=torch.Generator().manual_seed(2))
+    newline[:2] = torch.tensor([3.0, 2.0])  # could pass for the number of a row
+    host.decoder.embed_tokens.weight[5, :2] = torch.tensor([4.0, -4.0])
     host.decoder.image_newline = torch.nn.Parameter(newline.clone())
     generator = torch.Generator().manual_seed(1)
     images = [torch.randn(3, 3, 56, 56, generator=generator), torch.randn(5, 3, 56, 56, generator=generator)]
@@ -282,6 +284,20 @@ def test_a_batch_without_an_image_still_gives_every_parameter_a_gradient(host):
         assert all(p.grad is not None and not p.grad.any() for p in stack.values())
         assert handle.active
         host.model.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("host", ["llava"], indirect=True)
+def test_embeddings_that_the_host_has_prepared_bring_their_taps(host):
+    batch = host.batch(RAGGED).inputs
+    with patch(host.model, fusion=STACK) as handle:
+        randomise(handle)
+        expected = host.model(**batch).logits
+        prepared = host.model.prepare_inputs_labels_for_multimodal(
+            batch["input_ids"], None, batch["attention_mask"], None, None, batch["images"]
+        )
+        logits = host.model(inputs_embeds=prepared[4], attention_mask=prepared[2]).logits
+    assert torch.equal(logits, expected)
 
 
 def test_embeddings_without_pixels_are_refused(host):

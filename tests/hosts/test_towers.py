@@ -7,8 +7,8 @@ import zoo
 from models import IMAGE
 from torch import nn
 
-from llava_patch import SkipLinks, patch
-from llava_patch.errors import HostError
+from llava_patch import DeepStack, DenseConnector, DirectFusion, SkipLinks, patch
+from llava_patch.errors import HostError, SettingError
 from llava_patch.hosts import anatomy, towers
 
 CASES = [("hf", n) for n in zoo.ON_HF] + [("llava", n) for n in zoo.NAMES]
@@ -98,6 +98,44 @@ def test_zero_start_is_stock(case):
         handle.anatomy.first_linear()[2].weight[:, zoo.WIDTH :].normal_()
         assert not torch.equal(case.host.logits(batch), stock)
     assert torch.equal(case.host.logits(batch), stock)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fusion", [
+    DenseConnector(), DirectFusion(layers="all"), DeepStack(start=0, interval=1), SkipLinks(stride=3, merge_size=2),
+    DenseConnector(kind="sti", groups=(2, 5)), DeepStack(taps=(2, 5), start=0, merge_size=2),
+], ids=str)  # fmt: skip
+def test_every_fusion_on_every_tower(case, fusion):
+    """Tokens by the number of patches, prefix or not; zero-start where the number stays."""
+    batch = case.host.batch([(2, IMAGE, 5)])
+    stock = case.host.logits(batch)
+    pixels = torch.randn(2, 3, 56, 56)
+    states = anatomy.find(case.host.model).vision_model(pixels, output_hidden_states=True).hidden_states
+    with patch(case.host.model, fusion=fusion) as handle:
+        features = handle.anatomy.encode_images(pixels)
+        tokens = 4 if fusion.merge_size == 2 else 16 if handle.taps.keeps_tokens else 20
+        assert features.shape[1] == handle.tokens_per_image == tokens
+        if handle.taps.keeps_tokens:
+            assert torch.equal(case.host.logits(batch), stock)
+        if fusion.merge_size == 2 and handle.taps.columns > 1:  # a tap's columns belong to its squares of patches
+            linear = handle.anatomy.first_linear()[2]
+            linear.weight[:, linear.main_features :].normal_()
+            seen = []
+            linear.register_forward_pre_hook(lambda m, a: seen.append(a[0]))
+            handle.anatomy.encode_images(pixels)
+            tap = states[handle.taps.groups[0].blocks[0]][:, case.prefix :]
+            square = torch.cat([tap[:, i] for i in (0, 1, 4, 5)], -1)  # the grid's first 2 x 2 patches
+            d = linear.main_features
+            assert torch.equal(seen[0][:, 0, d : 2 * d], square)
+        case.host.tokens = handle.tokens_per_image
+        assert torch.isfinite(case.host.logits(case.host.batch([(2, IMAGE, 5), (3, IMAGE, 1, IMAGE, 4)]))).all()
+
+
+def test_a_host_that_drops_a_patch_cannot_merge():
+    model = zoo.hf_model("siglip", strategy="default")
+    for fusion in (SkipLinks(stride=3, merge_size=2), DenseConnector(kind="sti", groups=(2, 5))):
+        with pytest.raises(SettingError, match="needs every patch, but the host drops the first token"):
+            patch(model, fusion=fusion)
 
 
 @torch.no_grad()
