@@ -9,6 +9,7 @@ from torch import nn
 
 from llava_patch import DeepStack, DenseConnector, DirectFusion, SkipLinks, patch
 from llava_patch.errors import HostError, SettingError
+from llava_patch.fusion.optimizer import distances
 from llava_patch.hosts import anatomy, towers
 
 CASES = [("hf", n) for n in zoo.ON_HF] + [("llava", n) for n in zoo.NAMES]
@@ -174,6 +175,11 @@ def test_what_trains_is_what_gets_a_gradient(case, folders, layer):
         assert [id(p) in ids for p in tower.after[0].parameters()] == [normed] * len(list(tower.after[0].parameters()))
         assert not any(id(p) in ids for m in tower.after[1:] for p in m.parameters())
         assert not any(p.requires_grad for p in tower.idle)
+        used = [p for m in (*tower.before, *tower.blocks[: handle.taps.deepest]) for p in m.parameters()]
+        used += [*tower.own, *(p for m in tower.final_norm(handle.taps.deepest) for p in m.parameters())]
+        everything = {id(p) for p in used} - {id(p) for p in tower.idle}
+        assert ids & {id(p) for p in vision.parameters()} == everything
+        assert everything <= set(distances(tower, handle.taps.deepest))  # each has a learning rate of the tower's
 
 
 def test_internvl_reports_its_mask_token_as_idle():
