@@ -38,14 +38,14 @@ def trained_parameters(log: Path) -> int:
 
 
 def final_loss(values: list[float]) -> float:
-    """Mean of the last steps.
+    """Median of the last steps: a few of them hold text alone, whose loss nobody trains here and would drown the rest.
 
     Raises:
         ValueError: a loss that is not finite, or none.
     """
     if not values or not all(map(math.isfinite, values)):
         raise ValueError(f"losses must be finite; got {values[-5:]} at the end of {len(values)}")
-    return statistics.fmean(values[-FINAL_STEPS:])
+    return statistics.median(values[-FINAL_STEPS:])
 
 
 def wilson(right: int, rows: int, z: float = 1.959964) -> tuple[float, float]:

@@ -85,7 +85,7 @@ def test_what_is_read_of_a_run(tmp_path):
     log.write_text("nothing\n")
     with pytest.raises(ValueError, match="Number of trainable parameters"):
         measure.trained_parameters(log)
-    assert measure.final_loss([9.0] * 10 + [1.0] * measure.FINAL_STEPS) == 1.0
+    assert measure.final_loss([9.0] * 10 + [1.0] * (measure.FINAL_STEPS - 2) + [12.0, 13.0]) == 1.0  # text alone
     for bad in ([], [1.0, math.nan]):
         with pytest.raises(ValueError, match="finite"):
             measure.final_loss(bad)
