@@ -77,7 +77,7 @@ def _check_base(handle: Handle, saved: dict[str, list[float]], source: Path) -> 
     """Compare the fingerprint; a tower that `llava` loads later is compared then."""
     tower = {n: v for n, v in saved.items() if "vision_tower" in n}
     _check_fingerprint(handle.model, {n: v for n, v in saved.items() if n not in tower}, source)
-    when_loaded(handle.anatomy, handle._undo, lambda: _check_fingerprint(handle.model, tower, source))
+    when_loaded(handle.anatomy, handle._undo, lambda _: _check_fingerprint(handle.model, tower, source))
 
 
 def _check_fingerprint(model: nn.Module, saved: dict[str, list[float]], source: Path) -> None:
@@ -159,8 +159,8 @@ def save(handle: Handle, directory: str | os.PathLike[str], form: str = "adapter
         whole = sum(zero.numel(p) for p in handle.model.parameters())
         if size > whole // 2:
             logger.warning(
-                "the adapter holds %.0f %% of the model, because requires_grad is set on it: switch it off on what did "
-                "not train (model.requires_grad_(False)) before saving",
+                "the adapter holds %.0f %% of the model, because requires_grad is set on it: if all of that was trained, "
+                'form="full" is the smaller trouble; else switch requires_grad off where nothing trains, before training',
                 100 * size / whole,
             )
         record |= {
@@ -267,6 +267,8 @@ def load(model: nn.Module, directory: str | os.PathLike[str]) -> Handle:
     """
     from safetensors.torch import load_file
 
+    if not isinstance(model, nn.Module):
+        raise CheckpointError(f"load(model, directory) takes the base model itself, not {model!r}: load that one first")
     folder = Path(directory)
     record = read_settings(folder)
     if record is None:
@@ -306,6 +308,10 @@ def _copy_tensors(model: nn.Module, tensors: dict[str, Tensor], source: Path, re
     for name, tensor in tensors.items():
         if name not in parameters:
             raise CheckpointError(f"{source}: the model has no tensor {name}")
+        if parameters[name].is_meta:
+            raise CheckpointError(
+                f"{source}: {name} lies outside memory (device_map): load the model without offloading"
+            )
         shape = zero.shape(parameters[name])
         if shape != tensor.shape:
             raise CheckpointError(f"{source}: {name} has shape {tuple(tensor.shape)}, the model's has {tuple(shape)}")

@@ -22,6 +22,7 @@ def bound(**values: Any) -> dict[str, Any]:
     Raises:
         SettingError: a value that no command line can hold.
     """
+    values = {name: value for name, value in values.items() if value is not None}  # takes an included file's back
     for name, value in values.items():
         if name in OWN:
             raise SettingError(f"Flags.{name}: a gin file cannot bring further gin settings; use gin's include")
@@ -29,7 +30,7 @@ def bound(**values: Any) -> dict[str, Any]:
         if not items or not all(isinstance(item, (bool, int, float, str)) for item in items):
             raise SettingError(
                 f"Flags.{name} = {value!r}: expected True, False, a number, a string or a list of these; to leave a "
-                "flag as the script has it, do not bind it"
+                "flag as the script has it, do not bind it, or bind None"
             )
     return values
 

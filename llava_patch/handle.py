@@ -41,6 +41,7 @@ class _Mark(NamedTuple):
     routing: Routing | None
     pruning: FastV | None
     taps: Taps | None
+    trained_tower: bool
     carries: bool
 
 
@@ -75,7 +76,9 @@ class Handle:
         self._entered: list[_Mark] = []
 
     def _mark(self) -> _Mark:
-        return _Mark(len(self._undo), self.fusion, self.routing, self.pruning, self.taps, self._carries)
+        return _Mark(
+            len(self._undo), self.fusion, self.routing, self.pruning, self.taps, self.trained_tower, self._carries
+        )
 
     def _back_to(self, mark: _Mark) -> None:
         """Take back what was applied since; everything when the mark is the beginning."""
@@ -83,7 +86,7 @@ class Handle:
             self.remove()
         elif self.active:
             self._undo.unwind(to=mark.steps)
-            _, self.fusion, self.routing, self.pruning, self.taps, self._carries = mark
+            _, self.fusion, self.routing, self.pruning, self.taps, self.trained_tower, self._carries = mark
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Handle":
         """Refused: the copy's methods would still run the original's weights."""
@@ -266,6 +269,12 @@ class Handle:
         self._undo.push(held.end)
         return held
 
+    def trained_share(self) -> float:
+        """Share of the parameters that train, 0..1."""
+        names = set(self.trainable())
+        count = sum(zero.numel(p) for n, p in self.model.named_parameters() if n in names)
+        return count / max(1, sum(zero.numel(p) for p in self.model.parameters()))
+
     def report(self) -> str:
         """One line: how many parameters train, and their share of the model."""
         names = set(self.trainable())
@@ -273,10 +282,15 @@ class Handle:
         count = sum(zero.numel(p) for n, p in self.model.named_parameters() if n in names)
         line = f"{count:,} of {total:,} parameters train ({100 * count / max(total, 1):.2f} %), {len(names)} tensors"
         if self.fusion is not None and fusion_attach.is_silent(self.anatomy, names):
-            line += (
-                f"; {type(self.fusion).__name__} does nothing: its new weights are zero and frozen (train it in stage "
-                '1 first, or set Routing.freeze = "none")'
+            freezes = self.routing is not None and self.routing.freeze != "none"
+            line += f"; {type(self.fusion).__name__} does nothing: its new weights are zero and frozen (" + (
+                'train it in stage 1 first, or set Routing.freeze = "none")'
+                if freezes
+                else "train it first: set requires_grad on handle.adapter_parameters())"
             )
+        if self.fusion is not None and self.taps is not None and self.taps.detached:
+            if self.fusion.train_tower == "frozen" and count:
+                line += "; nothing in the vision tower trains, so detach changes nothing (see train_tower)"
         return line
 
     def save(self, directory: str | os.PathLike[str], form: str = "adapter") -> Path:

@@ -7,7 +7,6 @@ import copy
 import functools
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from llava_patch import startup
@@ -55,7 +54,7 @@ def load(original: Any, cls: Any, path: Any, args: tuple, kwargs: dict[str, Any]
                 f"{path}: the checkpoint says it carries {handle!r} but lacks {missing[0]} ({len(missing)} tensors)"
             )
         if handle.trained_tower:
-            tower_weights.restore(handle, Path(path))
+            tower_weights.restore(handle, path)
         handle.apply_freeze()
     _finish(model)
     return (model, info) if wants_info else model
@@ -66,18 +65,27 @@ def _load_base_for(
 ) -> Any:
     """Load a base under a patched checkpoint's config, as llava's builder does when it is given a model_base.
 
-    The base has stock shapes, so it is loaded as it is and patched afterwards; the builder then fills in the
-    checkpoint's own files (mm_projector.bin, non_lora_trainables.bin).
+    A stock base is loaded as it is and patched afterwards, one that carries a patch comes with it; the builder then
+    fills in the checkpoint's own files (mm_projector.bin, non_lora_trainables.bin).
     """
     from llava_patch import checkpoint, tower_weights
+    from llava_patch.handle import CONFIG_KEY
     from llava_patch.hosts.anatomy import LLAVA
     from llava_patch.patching import patch
 
     source = getattr(config, "_name_or_path", "config.json")
-    loaded = original(cls, path, *args, **{**kwargs, "config": _stock_config(config)})
+    own = checkpoint.config_record(cls.config_class.from_pretrained(path))
+    stock = _stock_config(config)
+    if own:  # the base was patched before: its added weights come first
+        setattr(stock, CONFIG_KEY, own)
+        stock._name_or_path = str(path)
+        loaded = load(original, cls, path, args, {**kwargs, "config": stock})
+    else:
+        loaded = original(cls, path, *args, **{**kwargs, "config": stock})
     handle = patch(_model_of(loaded), **checkpoint.methods(carried, f"{source}/config.json"))
-    if handle.trained_tower and handle.anatomy.host == LLAVA:
-        tower_weights.restore_beside_lora(handle, source)
+    if (handle.trained_tower or carried.get("trained_tower")) and handle.anatomy.host == LLAVA:
+        handle.trained_tower = True
+        tower_weights.restore_beside_lora(handle, source, required=not (own or {}).get("trained_tower"))
     return _finish(loaded)
 
 

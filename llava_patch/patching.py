@@ -18,9 +18,7 @@ from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.hosts.compat import check_versions
 from llava_patch.routing import attach as routing_attach
 from llava_patch.routing.program import make_program
-from llava_patch.settings import AUTO, FUSIONS, FastV, Fusion, Routing
-
-_TRAINING = ("train_tower", "tower_lr", "layer_decay", "unfreeze_after")  # fields of Fusion that change no output
+from llava_patch.settings import AUTO, FUSIONS, FastV, Fusion, Routing, differs
 
 
 def patch(
@@ -63,7 +61,9 @@ def patch(
         if value is not None and not isinstance(value, kinds):
             expected = ", ".join(k.__name__ for k in kinds)
             kind = getattr(value, "KIND", None)
-            hint = f" (write {kind}=)" if kind else ""
+            hint = f" (write {kind}=)" if kind not in (None, name) else ""
+            if isinstance(value, type):
+                hint = f" (an instance: {value.__name__}())"
             raise SettingError(f"patch({name}={value!r}): expected {expected}{hint}")
     if probe is not None:
         raise SettingError("patch(probe=...) is not available in this version")
@@ -76,6 +76,11 @@ def patch(
             "cannot follow: load it without tp_plan"
         )
     _check_partitioned(found, fusion, routing, pruning)
+    if fusion is not None and not loading and any(p.is_meta for p in found.projector.parameters()):
+        raise SettingError(
+            f"the projector's weights lie outside memory (device_map with offloading), where {type(fusion).__name__} "
+            "cannot grow them: load the model without offloading, or load a checkpoint that carries the fusion"
+        )
     if routing is not None and routing.split == AUTO:
         from llava_patch.diagnostics.auto_split import resolve_split
 
@@ -157,10 +162,11 @@ def _check_against(handle: Handle, fusion: Fusion | None, routing: Routing | Non
     ):  # fmt: skip
         if isinstance(asked, Routing) and isinstance(there, Routing):  # what trains may differ from one run to the next
             there = dataclasses.replace(there, freeze=asked.freeze)
-        if isinstance(asked, Fusion) and type(asked) is type(there):
-            there = dataclasses.replace(there, **{f: getattr(asked, f) for f in _TRAINING})
+        if isinstance(asked, Fusion) and isinstance(there, Fusion) and not differs(asked, there):
+            continue
         if asked is not None and there is not None and asked != there:
             raise SettingError(
                 f"the model already carries {name} {there}, but {asked} was asked for: remove the patch first "
-                "(handle.remove()), or ask for what the checkpoint was trained with"
+                "(handle.remove()), or ask for what the checkpoint was trained with (in a launch script: drop the binding, the "
+                "checkpoint carries its own)"
             )

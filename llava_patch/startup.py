@@ -222,14 +222,18 @@ def _on_llava_arch(module: ModuleType) -> None:
         from llava_patch import training as training_run
 
         asked = configuration()
-        if not _training or asked is None or not asked.patches:
-            return original(self, model_args, fsdp)
-        fresh = getattr(self, "mm_projector", None) is None and model_args.pretrain_mm_mlp_adapter is None
         path = model_args.pretrain_mm_mlp_adapter
-        projector = training_run.read_projector(path) if path is not None else None
-        fused = projector is not None and not training_run.is_stock(
-            projector, training_run.tower_width(self, model_args)
-        )
+        if not _training:
+            return original(self, model_args, fsdp)
+        projector = fusion = None
+        if path is not None:
+            fusion = training_run.fusion_of_run(asked, self.config)
+            width = training_run.tower_width(self, model_args)
+            projector = training_run.check_projector(path, fusion, width)
+        if asked is None or not asked.patches:
+            return original(self, model_args, fsdp)
+        fresh = getattr(self, "mm_projector", None) is None and path is None
+        fused = projector is not None and not training_run.is_stock(projector, width)
         if fused:  # the stock layer cannot hold it: load it once the projector is widened
             model_args.pretrain_mm_mlp_adapter = None
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,15 +53,15 @@ def put(handle: "Handle", tensors: Mapping[str, Tensor], source: Path | str) -> 
             with zero.gathered([parameters[name]], changed=True), torch.no_grad():
                 parameters[name].copy_(tensor)
 
-    when_loaded(handle.anatomy, handle._undo, copy)
+    when_loaded(handle.anatomy, handle._undo, lambda _: copy())
 
 
-def restore(handle: "Handle", folder: Path) -> None:
+def restore(handle: "Handle", folder: Path | str) -> None:
     """Bring back trained vision-tower weights from a full checkpoint.
 
     Args:
         handle: a patch whose vision tower was trained.
-        folder: the checkpoint.
+        folder: the checkpoint, or its name on the hub.
 
     Raises:
         CheckpointError: it holds no tower weights.
@@ -73,7 +74,7 @@ def restore(handle: "Handle", folder: Path) -> None:
     put(handle, tensors, folder)
 
 
-def restore_beside_lora(handle: "Handle", source: str) -> None:
+def restore_beside_lora(handle: "Handle", source: str, required: bool = True) -> None:
     """Bring back trained vision-tower weights from the file that LLaVA's LoRA script saves beside the adapter.
 
     LLaVA's own loader reads that file before there is a tower, and loses them without a word.
@@ -81,6 +82,7 @@ def restore_beside_lora(handle: "Handle", source: str) -> None:
     Args:
         handle: a patch whose vision tower was trained.
         source: the LoRA run's folder, or its name on the hub.
+        required: whether the weights must be there; not when the base brought trained ones of its own.
 
     Raises:
         CheckpointError: no such file, or no tower weights in it.
@@ -90,20 +92,36 @@ def restore_beside_lora(handle: "Handle", source: str) -> None:
     path = cached_file(source, LORA_FILE, _raise_exceptions_for_missing_entries=False)
     # LLaVA's own file format; weights_only keeps a foreign pickle from running code.
     tensors = of_tower(torch.load(path, map_location="cpu", weights_only=True)) if path else {}
+    if not tensors and not required:
+        return
     if not tensors:
         lacks = "holds no tower weights" if path else "is missing"
         raise CheckpointError(f"{source}: its vision tower was trained, but {LORA_FILE} {lacks}")
     put(handle, tensors, f"{source}/{LORA_FILE}")
 
 
-def _read_full(folder: Path) -> dict[str, Tensor]:
+def _weight_files(source: Path | str) -> list[Path]:
+    """The safetensors files of a checkpoint, local or on the hub (by its index, where there are several)."""
+    from transformers.utils import cached_file
+
+    if Path(source).is_dir():
+        return sorted(Path(source).glob("*.safetensors"))
+    names = ["model.safetensors"]
+    index = cached_file(str(source), "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+    if index:
+        names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    found = [cached_file(str(source), name, _raise_exceptions_for_missing_entries=False) for name in names]
+    return [Path(path) for path in found if path]
+
+
+def _read_full(source: Path | str) -> dict[str, Tensor]:
     from safetensors import safe_open
 
     tensors: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in _weight_files(source):
         with safe_open(path, framework="pt") as stream:
             tensors.update({k: stream.get_tensor(k) for k in stream.keys() if _PART in k})  # noqa: SIM118
     if not tensors:
-        for path in sorted(folder.glob("pytorch_model*.bin")):  # --save_safetensors False
+        for path in sorted(Path(source).glob("pytorch_model*.bin")):  # --save_safetensors False
             tensors.update(torch.load(path, map_location="cpu", weights_only=True))
     return tensors

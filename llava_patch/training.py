@@ -62,6 +62,52 @@ def is_stock(projector: dict[str, Any], width: int) -> bool:
     return first_width(projector) == width and all(k.startswith(f"{PROJECTOR}.") for k in projector)
 
 
+def fusion_of_run(asked: "Configuration | None", config: Any) -> Any:
+    """The fusion that this run asks for, or else that its model's configuration carries."""
+    from llava_patch import checkpoint
+
+    if asked is not None and asked.fusion is not None:
+        return asked.fusion
+    record = checkpoint.config_record(config)
+    return None if not record else checkpoint.methods(record, "config.json").get("fusion")
+
+
+def check_projector(path: str, fusion: Any, width: int) -> dict[str, Any]:
+    """Read LLaVA's stage-1 file and compare it with the fusion of this run.
+
+    Args:
+        path: mm_projector.bin; the settings that it was trained with lie beside it, if llava_patch was there.
+        fusion: this run's fusion, or None.
+        width: channels of the vision tower.
+
+    Returns:
+        The tensors, by their names in the decoder.
+
+    Raises:
+        CheckpointError: it was trained with another fusion; detach and what trains may differ.
+    """
+    from llava_patch import checkpoint
+    from llava_patch.settings import differs
+    from llava_patch.settings.fusion import TRAINING
+
+    projector = read_projector(path)
+    folder = os.path.dirname(path)
+    record = checkpoint.read_settings(folder or ".")
+    there = None if record is None else checkpoint.methods(record, folder).get("fusion")
+    stock = is_stock(projector, width)
+    if there is not None and not stock and differs(fusion, there, (*TRAINING, "detach") if fusion else TRAINING):
+        raise CheckpointError(
+            f"--pretrain_mm_mlp_adapter {path} was trained with {there}, but this run has {fusion or 'no fusion'}: "
+            "give it the same settings (--gin_file, --gin_param)"
+        )
+    if not stock and fusion is None:
+        raise CheckpointError(
+            f"--pretrain_mm_mlp_adapter {path} holds the projector of a fused model, but this run has no fusion: give "
+            "it the settings that it was trained with (--gin_file, --gin_param)"
+        )
+    return projector
+
+
 def first_width(projector: dict[str, Any]) -> int:
     """Input channels of a projector's first Linear.
 
@@ -127,6 +173,9 @@ def prepare(model: Any, training_args: Any, dataset: Any, collator: Any) -> "Han
             "them under a patch: launch with torchrun or deepspeed, or set CUDA_VISIBLE_DEVICES to one"
         )
     _train_side_branch_in_full(model, handle)
+    stack = handle.adapter_parameters()[len(list(handle.anatomy.projector.parameters())) :]
+    for parameter in stack:  # the script has set the projector's flags, and does not know DeepStack's own
+        parameter.requires_grad_(any(p.requires_grad for p in handle.anatomy.projector.parameters()))
     handle.apply_freeze()
     fusion_trainer.check(model, handle, training_args)
     fusion_trainer.make_trainable(handle)
@@ -242,6 +291,11 @@ def make_callback(handle: "Handle | None") -> Any:
             if lora.has_lora(handle.model):
                 if state.is_world_process_zero:
                     print("llava_patch: no separate adapter beside LoRA: LLaVA's LoRA files hold our weights")
+            elif handle.trained_share() > 0.5:
+                if state.is_world_process_zero:
+                    print(
+                        "llava_patch: no separate adapter: most of the model was trained, and its checkpoint holds it"
+                    )
             # Partitioned weights are put together by all ranks, of which the first one writes.
             elif state.is_world_process_zero or zero.is_partitioned(handle.model.parameters()):
                 checkpoint.save(handle, Path(args.output_dir) / ADAPTER_FOLDER)

@@ -60,7 +60,8 @@ class Checkpoint:
     def trains_tower(self) -> bool:
         """Whether its patch trained something in the vision tower."""
         fusion = self.methods().get("fusion")
-        return fusion is not None and fusion.train_tower != "frozen"
+        frozen_since = self.record is not None and bool(self.record.get("trained_tower"))
+        return frozen_since or (fusion is not None and fusion.train_tower != "frozen")
 
     def reads_own_tower(self) -> bool:
         """Whether llava's loader takes the tower's weights from the checkpoint itself."""
@@ -92,7 +93,8 @@ def read(folder: str | os.PathLike[str], vision_tower: str | None = None) -> Che
     carried = config.pop(CONFIG_KEY, None)
     record = settings or carried
     if record is not None:
-        record = {k: record.get(k) for k in ("format", "fusion", "routing", "pruning")}
+        known = ("format", "fusion", "routing", "pruning", "trained_tower")
+        record = {k: record.get(k) for k in known if k in record}
     tower = vision_tower or config.get("mm_vision_tower", "")
     sources: tuple[str, ...] = (source,)
     samples: dict[str, list[float]] = {}

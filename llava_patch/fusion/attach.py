@@ -38,7 +38,7 @@ def resolve(anatomy: Anatomy, settings: Fusion) -> Taps:
     if hasattr(anatomy.tower, "s2_scales"):
         raise HostError(f"{name} does not know multi-scale (S2) towers: load the model without s2")
     if not taps.keeps_tokens:
-        what = f"{name}.merge_size = {taps.merge_size}" if taps.merge_size > 1 else f'{name}.kind = "sti"'
+        what = f'{name}.kind = "sti"' if taps.join is Join.TOKENS else f"{name}.merge_size = {taps.merge_size}"
         if anatomy.tiles:
             raise SettingError(
                 f"{what} changes the number of tokens of an image, but this model cuts images into tiles (anyres) and "
@@ -105,16 +105,17 @@ def attach(
         stack.attach(anatomy, undo)
     if not taps.keeps_tokens and not loading:
         rows, columns = anatomy.grid
-        _warn_other_tokens(type(settings).__name__, taps.tokens((rows, columns)), rows * columns)
-    when_loaded(anatomy, undo, lambda: _hook_vision_model(anatomy, settings, taps, undo))
+        _warn_other_tokens(type(settings).__name__, taps.tokens((rows, columns)), rows * columns, anatomy.host)
+    when_loaded(anatomy, undo, lambda late: _hook_vision_model(anatomy, settings, taps, late))
     let_tower_train(anatomy, settings, undo)
 
 
 @functools.lru_cache
-def _warn_other_tokens(name: str, tokens: int, stock: int) -> None:
+def _warn_other_tokens(name: str, tokens: int, stock: int, host: str) -> None:
+    hint = "" if host == LLAVA else "; HF's processor must write as many: handle.fit_processor(processor)"
     logger.warning(
-        "%s: an image has %d tokens instead of %d, so before it is trained the model's output is not the stock model's",
-        name, tokens, stock,
+        "%s: an image has %d tokens instead of %d, so before it is trained the model's output is not the stock model's"
+        "%s", name, tokens, stock, hint,
     )  # fmt: skip
 
 
@@ -131,7 +132,7 @@ def _hook_vision_model(anatomy: Anatomy, settings: Fusion, taps: Taps, undo: Und
         if states is None:  # nobody asked for hidden states: the host does not select a feature here
             return output
         if taps.join is Join.LAYERS:
-            stack.note(stacked(states, taps, prefix, grid))
+            stack.note(stacked(states, taps, anatomy.dropped_tokens, grid))
         output["hidden_states"] = (
             *states[: taps.main], fuse(states, taps, prefix, grid), *states[taps.main + 1 :],
         )  # fmt: skip
@@ -145,7 +146,7 @@ def let_tower_train(anatomy: Anatomy, settings: Fusion, undo: UndoStack) -> None
     """Make gradients reach the tower if the settings train something in it; see `attach` and `keep_gradients`."""
     if settings.train_tower == "frozen":
         return
-    when_loaded(anatomy, undo, lambda: keep_gradients(anatomy, undo))
+    when_loaded(anatomy, undo, lambda late: keep_gradients(anatomy, late))
     if anatomy.host == LLAVA:
         _lift_no_grad(anatomy, undo)
 

@@ -99,9 +99,16 @@ def fuse(hidden_states: Sequence[Tensor], taps: Taps, prefix: int, grid: tuple[i
     return torch.cat([first, fused], dim=1)
 
 
-def stacked(hidden_states: Sequence[Tensor], taps: Taps, prefix: int, grid: tuple[int, int]) -> list[Tensor]:
-    """DeepStack's taps: each [images, tokens, merge_size^2 * channels], without the tokens before the patches."""
-    return [_patches(tap(hidden_states, group), taps, prefix, grid) for group in taps.groups]
+def stacked(hidden_states: Sequence[Tensor], taps: Taps, dropped: int, grid: tuple[int, int]) -> list[Tensor]:
+    """DeepStack's taps: each [images, tokens, merge_size^2 * channels], of the tokens that the projector gets.
+
+    Args:
+        hidden_states: h[0] (embedding) to h[N], each [images, prefix + patches, channels].
+        taps: what to take.
+        dropped: how many tokens the host drops at the front; where patches are merged, those before the patches.
+        grid: (rows, columns) of patches.
+    """
+    return [_patches(tap(hidden_states, group), taps, dropped, grid) for group in taps.groups]
 
 
 def _patches(states: Tensor, taps: Taps, prefix: int, grid: tuple[int, int]) -> Tensor:

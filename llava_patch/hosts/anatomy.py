@@ -163,6 +163,13 @@ class Anatomy:
         return self.host == HF and self._drops_first and towers.prefix_tokens_of(self.vision_config) == 0
 
     @property
+    def dropped_tokens(self) -> int:
+        """How many tokens of the tower the host drops at the front before the projector."""
+        if self.host == HF:
+            return int(self._drops_first)
+        return towers.prefix_tokens_of(self.vision_config) if self._drops_first else 0
+
+    @property
     def patch_size(self) -> int:
         """Side of one ViT patch in pixels of the processed image."""
         return self._shape.patch_size
@@ -204,7 +211,10 @@ class Anatomy:
         for name, child in self.projector.named_children():
             if isinstance(child, nn.Linear):
                 return self.projector, name, child
-        raise HostError(f"the projector {type(self.projector).__name__} has no Linear layer to widen")
+        hint = ""
+        if any("lora_" in name for name, _ in self.projector.named_parameters()):
+            hint = ": peft has wrapped it; patch the model first, or leave the projector out of LoRA's target_modules"
+        raise HostError(f"the projector {type(self.projector).__name__} has no Linear layer to widen{hint}")
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """Projected visual tokens, through the host's own path (so a patched model gives its fused features).

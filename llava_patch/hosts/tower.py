@@ -10,7 +10,7 @@ from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.undo import UndoStack
 
 
-def when_loaded(anatomy: Anatomy, undo: UndoStack, work: Callable[[], object]) -> None:
+def when_loaded(anatomy: Anatomy, undo: UndoStack, work: Callable[[UndoStack], object]) -> None:
     """Do something once the tower is loaded: now, or right after the host has loaded it.
 
     Modifications: on `llava`, while the tower is not loaded yet, its instance attribute `load_model`.
@@ -18,10 +18,12 @@ def when_loaded(anatomy: Anatomy, undo: UndoStack, work: Callable[[], object]) -
     Args:
         anatomy: the host model.
         undo: takes the change back.
-        work: what to do; what it raises reaches whoever loads the tower.
+        work: what to do, given where to note how it is taken back; what it raises reaches whoever loads the tower.
     """
+    late = UndoStack()  # has its place in the order now, whatever is applied until the tower is there
+    undo.push(late.unwind)
     if anatomy.vision_model is not None:
-        work()
+        work(late)
         return
     tower = anatomy.tower
     load_model = tower.load_model
@@ -31,6 +33,6 @@ def when_loaded(anatomy: Anatomy, undo: UndoStack, work: Callable[[], object]) -
         was_loaded = tower.is_loaded
         load_model(*args, **kwargs)
         if not was_loaded:
-            work()
+            work(late)
 
     undo.set_attribute(tower, "load_model", load_and_work)

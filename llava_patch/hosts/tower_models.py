@@ -39,7 +39,7 @@ def read_config(name: str) -> Any:
     if not raw or raw.get("model_type") in CLIP or ("model_type" not in raw and not timm):
         return None
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (ValueError, KeyError, ImportError) as error:
         raise HostError(f"vision tower {name}: its configuration cannot be read ({error})") from error
     config = getattr(config, "vision_config", config)

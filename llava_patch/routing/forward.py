@@ -84,9 +84,8 @@ class RoutedForward:
             if given.stacked is not None and torch.is_grad_enabled():
                 # Every rank must give DeepStack's projector a gradient, also one whose batch has no image.
                 last = outputs.last_hidden_state
-                outputs["last_hidden_state"] = last + 0.0 * torch.stack(
-                    [f.sum() for f in given.stacked.features]
-                ).sum().to(last)
+                nothing = torch.cat([f[:0] for f in given.stacked.features])  # 0 * a sum is NaN where float16 overflows
+                outputs["last_hidden_state"] = last + nothing.sum().to(last)
             return outputs
         if cache_position is None:
             cache_position = torch.arange(call.seen, call.seen + call.queries, device=call.embeds.device)
@@ -102,8 +101,8 @@ class RoutedForward:
         configs = (decoder.config, self.anatomy.model.config)  # on HF the outer one does not reach the decoder
         if asked or (asked is None and any(getattr(c, "output_attentions", False) for c in configs)):
             raise InputError(
-                "output_attentions is not available on a routed model (layers see different positions): call "
-                "handle.remove() first, or use the saturation task"
+                "output_attentions is not available on a model that llava_patch routes, prunes or stacks images in (its "
+                "layers are called one by one): call handle.remove() first, or use the saturation task"
             )
         compat.attention_of(decoder.config)
         RoutedCache.check(cache, self.program)

@@ -10,7 +10,7 @@ import dataclasses
 from typing import Any
 
 from llava_patch.errors import SettingError
-from llava_patch.settings.fusion import DeepStack, DenseConnector, DirectFusion, Fusion, SkipLinks
+from llava_patch.settings.fusion import DeepStack, DenseConnector, DirectFusion, Fusion, SkipLinks, differs
 from llava_patch.settings.routing import AUTO, FREEZE_STRATEGIES, LEARNING_VARIANTS, VARIANTS, FastV, Routing
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Fusion",
     "Routing",
     "SkipLinks",
+    "differs",
     "from_dict",
     "to_dict",
 ]

@@ -20,8 +20,10 @@ def fraction(owner: str, name: str, value: Any, *, zero: bool = False) -> None:
         raise SettingError(f"{owner}.{name} = {value!r}: expected a number {'from' if zero else 'above'} 0 to 1")
 
 
-def distinct_blocks(owner: str, name: str, value: Any, minimum: int, empty: bool = False) -> tuple[int, ...]:
-    """A tuple of distinct block numbers, sorted; refuse anything else."""
+def distinct_blocks(
+    owner: str, name: str, value: Any, minimum: int, *, empty: bool = False, ordered: bool = False
+) -> tuple[int, ...]:
+    """A tuple of distinct block numbers, sorted unless their order counts (`ordered`); refuse anything else."""
     if not isinstance(value, (tuple, list)):
         raise SettingError(f"{owner}.{name} = {value!r}: expected a tuple of block numbers, as (6, 12)")
     blocks = tuple(value)
@@ -31,4 +33,4 @@ def distinct_blocks(owner: str, name: str, value: Any, minimum: int, empty: bool
         integer(owner, name, block, minimum)
     if len(set(blocks)) != len(blocks):
         raise SettingError(f"{owner}.{name} = {blocks}: a block is named twice")
-    return tuple(sorted(blocks))
+    return blocks if ordered else tuple(sorted(blocks))

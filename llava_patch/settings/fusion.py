@@ -6,6 +6,7 @@ Blocks are counted from 1: block i is the output of the vision tower's i-th bloc
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Union
 
@@ -58,12 +59,16 @@ class Fusion:
         _train_tower(owner, self.train_tower)
         if self.tower_lr is not None:
             number = isinstance(self.tower_lr, (int, float)) and not isinstance(self.tower_lr, bool)
-            if not number or self.tower_lr <= 0:
+            if not number or not 0 < self.tower_lr < math.inf:
                 raise SettingError(f"{owner}.tower_lr = {self.tower_lr!r}: expected a number above 0")
         if self.layer_decay is not None:
             fraction(owner, "layer_decay", self.layer_decay)
+        if self.merge_padding and self.merge_size == 1:
+            raise SettingError(f"{owner}.merge_padding = True pads for merge_size = 2, but merge_size is 1")
         if self.unfreeze_after is not None:
             fraction(owner, "unfreeze_after", self.unfreeze_after, zero=True)
+            if self.unfreeze_after == 1:
+                raise SettingError(f"{owner}.unfreeze_after = 1: nothing but the projector would ever learn")
         if self.train_tower == "frozen":
             for name in ("tower_lr", "layer_decay"):
                 if getattr(self, name) is not None:
@@ -78,6 +83,17 @@ class Fusion:
         own = [f.name for f in dataclasses.fields(self) if f.name not in shared]
         changed = [name for name, default in shared.items() if getattr(self, name) != default]
         return f"{type(self).__name__}({', '.join(f'{n}={getattr(self, n)!r}' for n in own + changed)})"
+
+
+TRAINING = ("train_tower", "tower_lr", "layer_decay", "unfreeze_after")
+"""Fields of `Fusion` that change no output."""
+
+
+def differs(one: Fusion | None, other: Fusion | None, ignoring: tuple[str, ...] = TRAINING) -> bool:
+    """Whether two fusions differ in more than some fields; by default in more than what trains."""
+    if one is None or other is None or type(one) is not type(other):
+        return one is not other
+    return dataclasses.replace(one, **{name: getattr(other, name) for name in ignoring}) != other
 
 
 def _train_tower(owner: str, value: Any) -> None:
@@ -177,9 +193,10 @@ class DirectFusion(Fusion):
 
     Attributes:
         layers: "18", "3-18" or "3-18-23" (these blocks; the main one is there anyway), "former" (mean of the lower
-            half of the blocks), "latter" (mean of the upper half), "all" (both means), or a tuple of blocks.
+            half of the blocks), "latter" (mean of the upper half), "all" (both means), or a tuple of blocks, which
+            keeps its order.
         detach: taps under stop-gradient: a number (that many shallowest), or places in the set, from 0. The Skip-Links
-            paper detaches the set's last layer (section 6.4): (1,) for "3-18".
+            paper detaches the set's last layer (section 6.4), which is (1,) for "3-18"; the default detaches nothing.
     """
 
     layers: str | tuple[int, ...] = "3-18"
@@ -195,7 +212,7 @@ class DirectFusion(Fusion):
                     "blocks, as (3, 18)"
                 )
             return
-        object.__setattr__(self, "layers", distinct_blocks("DirectFusion", "layers", self.layers, 1))
+        object.__setattr__(self, "layers", distinct_blocks("DirectFusion", "layers", self.layers, 1, ordered=True))
 
 
 @dataclass(frozen=True, repr=False)
@@ -203,10 +220,10 @@ class DeepStack(Fusion):
     """DeepStack: projected features of other blocks are added to the image positions at several decoder layers.
 
     Source: "DeepStack" (Meng et al., 2024); with blocks of one tower as in the Skip-Links paper, section 6.4. The taps
-    go through one projector of their own; the shallowest is added to the input of layer `start`.
+    go through one projector of their own; the first is added to the input of layer `start`.
 
     Attributes:
-        taps: blocks, the shallowest first; None: at N/4, N/2, 3N/4 and N-1 of a tower of N blocks (6, 12, 18, 23).
+        taps: blocks, in the order of the decoder layers; None: at N/4, N/2, 3N/4 and N-1 of a tower of N blocks (6, 12, 18, 23).
         start: decoder layer, from 0, that takes the first tap.
         interval: decoder layers from one tap to the next.
         detach: taps under stop-gradient: a number (that many shallowest), or places in `taps`, from 0.
@@ -223,4 +240,4 @@ class DeepStack(Fusion):
         integer("DeepStack", "interval", self.interval, 1)
         object.__setattr__(self, "detach", _detach("DeepStack", self.detach))
         if self.taps is not None:
-            object.__setattr__(self, "taps", distinct_blocks("DeepStack", "taps", self.taps, 1))
+            object.__setattr__(self, "taps", distinct_blocks("DeepStack", "taps", self.taps, 1, ordered=True))

@@ -73,8 +73,8 @@ def markdown(found: dict) -> str:
             "second row says what the tower alone does. A fusion with and without detach differ in the gradient "
             "alone.",
             "",
-            f"Final loss: median training loss (nats per token) of the last {setting['final_steps']} steps (LLaVA groups samples by "
-            "kind, and the few steps of text alone stand at 9 to 13 in every arm). Exact match: "
+            f"Final loss: median training loss (nats per token) of the last {setting['final_steps']} steps (LLaVA "
+            "groups samples by kind, and the few steps of text alone stand far above the rest). Exact match: "
             f"greedy answers to {setting['held_out_rows']} images of strings that no training image shows; Wilson's "
             "interval, which is that of the sample of images, not of the training run: other seeds would move each "
             "arm as well. Minus plain LLaVA: the difference on the same images. Another image: the first "
