@@ -159,8 +159,8 @@ def save(handle: Handle, directory: str | os.PathLike[str], form: str = "adapter
         whole = sum(zero.numel(p) for p in handle.model.parameters())
         if size > whole // 2:
             logger.warning(
-                "the adapter holds %.0f %% of the model, because requires_grad is set on it: if all of that was trained, "
-                'form="full" is the smaller trouble; else switch requires_grad off where nothing trains, before training',
+                "the adapter holds %.0f %% of the model, because requires_grad is set on that much: if all of it was "
+                'trained, save with form="full"; if not, switch requires_grad off where nothing trains, before',
                 100 * size / whole,
             )
         record |= {

@@ -14,7 +14,10 @@ from rich.table import Table
 from llava_patch import __version__, autostart
 from llava_patch.errors import CheckpointError, LlavaPatchError, SettingError
 
-app = typer.Typer(help="Detached Skip-Links, DPVR routing and R-Probe for LLaVA models.", no_args_is_help=True)
+app = typer.Typer(
+    help="Multi-layer vision fusions (Detached Skip-Links and others), DPVR routing and R-Probe for LLaVA models.",
+    no_args_is_help=True,
+)
 console = Console()
 KNOWN_VARIABLES = (
     "LLAVA_PATCH_GIN_FILE", "LLAVA_PATCH_GIN_PARAM", "LLAVA_PATCH_DISABLE", "LLAVA_PATCH_CACHE",
@@ -24,7 +27,7 @@ KNOWN_VARIABLES = (
 
 @app.callback()
 def _root() -> None:
-    """Detached Skip-Links, DPVR routing and R-Probe for LLaVA models."""
+    """Multi-layer vision fusions (Detached Skip-Links and others), DPVR routing and R-Probe for LLaVA models."""
 
 
 def _version(distribution: str) -> str:
@@ -103,6 +106,11 @@ def inspect(checkpoint: Path = typer.Argument(..., help="a checkpoint folder")) 
         return
     for kind in ("fusion", "routing", "pruning"):
         console.print(f"{kind}: {record.get(kind) or 'none'}")
+    if record.get("trained_tower"):
+        console.print("vision tower: trained")
+    if (checkpoint / "mm_projector.bin").is_file() and not list(checkpoint.glob("*.safetensors")):
+        console.print("form: a stage-1 projector; give it to stage 2 with --pretrain_mm_mlp_adapter and these settings")
+        return
     console.print(f"form: {record.get('form', 'full')}   base: {record.get('base', '-')}")
     if (checkpoint / WEIGHTS_FILE).is_file():
         from safetensors import safe_open
@@ -115,15 +123,16 @@ def inspect(checkpoint: Path = typer.Argument(..., help="a checkpoint folder")) 
 
 
 @app.command("gin-files")
-def gin_files(name: str = typer.Argument("", help="print this file instead of the list")) -> None:
+def gin_files(name: str = typer.Argument("", help="print this file, or list those with this in their name")) -> None:
     """List the shipped gin files, or print one."""
     from llava_patch.config import find_file
     from llava_patch.resources import gin_dir
 
-    if name:
+    listed = [path for path in sorted(gin_dir().glob("*.gin")) if name in path.name]
+    if name and (name.endswith(".gin") or not listed):
         typer.echo(find_file(name).read_text(encoding="utf-8"))
         return
-    for path in sorted(gin_dir().glob("*.gin")):
+    for path in listed:
         first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
         typer.echo(f"{path.name:28} {first}")
 
@@ -141,7 +150,7 @@ def bench(
     train: bool = typer.Option(False, help="time a forward and backward pass too"),
     lora: bool = typer.Option(True, help="compare with LoRA (needs peft)"),
     fusions: bool = typer.Option(False, "--fusions", help="time vision fusions (prefill, full training step) instead"),
-    output: Path = typer.Option(Path("bench"), help="folder for routing_<shape>.json, .md and .png"),  # noqa: B008
+    output: Path = typer.Option(Path("bench"), help="folder for the .json, .md and (routing) .png"),  # noqa: B008
 ) -> None:
     """Time prefill and decode of every routing method beside the stock model, and check its identity.
 
@@ -167,7 +176,12 @@ def bench(
     if split >= size.layers - 1:
         raise SettingError(f"--split {split}: shape {shape} has {size.layers} layers; expected 0..{size.layers - 2}")
     if fusions:
-        return _bench_fusions(shape, device, dtype, attention, text[0], batch[0], repeats, output)
+        if split >= 0 or train:
+            raise SettingError("--fusions: always times a training step, and knows no --split: leave both out")
+        for samples in batch:
+            for words in text:
+                _bench_fusions(shape, device, dtype, attention, words, samples, repeats, output)
+        return
     rows = methods(size.layers, size.split if split < 0 else split, lora)
     model: Any = shapes.build(size, device, getattr(torch, dtype), attention)
     about = {**report.machine(model.device), "shape": shape, "dtype": dtype, "attention": attention, "repeats": repeats}
@@ -194,7 +208,8 @@ def _bench_fusions(
     title = f"{shape}: 24 ViT blocks, one image + {text} text tokens, batch {batch}, {about['device']}, {dtype}"
     rows = fusion.measure(model, fusion.fusions(), text, batch, repeats=repeats)
     console.print(fusion.screen(rows, title))
-    for path in fusion.write(output, f"fusion_{shape}", rows, title, about):
+    name = f"fusion_speed_{shape}" + (f"_text{text}_batch{batch}" if (text, batch) != (64, 1) else "")
+    for path in fusion.write(output, name, rows, title, about):
         console.print(f"wrote {path}")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -85,8 +86,9 @@ def find_file(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    if path.name == name and (gin_dir() / name).is_file():
-        return gin_dir() / name
+    for shipped_name in (name, f"{name}.gin"):
+        if path.name == name and (gin_dir() / shipped_name).is_file():
+            return gin_dir() / shipped_name
     shipped = sorted(p.name for p in gin_dir().glob("*.gin"))
     near = difflib.get_close_matches(path.name, shipped, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
@@ -109,6 +111,10 @@ def read(files: Sequence[str], params: Sequence[str]) -> Configuration:
     sources = (*map(str, paths), *params)
     outside = _save_gin()
     gin.clear_config()
+    root = logging.getLogger()
+    handler, quiet = logging.NullHandler(), _FoundElsewhere()
+    root.addHandler(handler)  # or the first message would set up logging for the whole program
+    root.addFilter(quiet)
     gin.add_config_file_search_path(str(gin_dir()))
     try:
         gin.parse_config_files_and_bindings([str(p) for p in paths], list(params), finalize_config=False)
@@ -132,6 +138,8 @@ def read(files: Sequence[str], params: Sequence[str]) -> Configuration:
     finally:
         gin.clear_config()
         _restore_gin(outside)
+        root.removeFilter(quiet)
+        root.removeHandler(handler)
     return Configuration(
         resolved["fusion"],
         resolved["routing"],
@@ -143,6 +151,13 @@ def read(files: Sequence[str], params: Sequence[str]) -> Configuration:
         sources,
         tuple(kind for kind, value in explicit.items() if value is None),
     )
+
+
+class _FoundElsewhere(logging.Filter):
+    """Drops gin's error about an included file that is not in the current folder, before it looks among ours."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith("Path not found")
 
 
 _GIN_STATE = ("_CONFIG", "_OPERATIVE_CONFIG")

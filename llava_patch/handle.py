@@ -288,9 +288,9 @@ class Handle:
                 if freezes
                 else "train it first: set requires_grad on handle.adapter_parameters())"
             )
-        if self.fusion is not None and self.taps is not None and self.taps.detached:
-            if self.fusion.train_tower == "frozen" and count:
-                line += "; nothing in the vision tower trains, so detach changes nothing (see train_tower)"
+        frozen = self.fusion is not None and self.fusion.train_tower == "frozen"
+        if frozen and count and self.taps is not None and self.taps.detached:
+            line += "; nothing in the vision tower trains, so detach changes nothing (see train_tower)"
         return line
 
     def save(self, directory: str | os.PathLike[str], form: str = "adapter") -> Path:

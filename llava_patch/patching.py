@@ -167,6 +167,6 @@ def _check_against(handle: Handle, fusion: Fusion | None, routing: Routing | Non
         if asked is not None and there is not None and asked != there:
             raise SettingError(
                 f"the model already carries {name} {there}, but {asked} was asked for: remove the patch first "
-                "(handle.remove()), or ask for what the checkpoint was trained with (in a launch script: drop the binding, the "
-                "checkpoint carries its own)"
+                "(handle.remove()), or ask for what the checkpoint was trained with (in a launch script: leave the "
+                "binding out, the checkpoint carries its own)"
             )

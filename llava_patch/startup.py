@@ -225,15 +225,15 @@ def _on_llava_arch(module: ModuleType) -> None:
         path = model_args.pretrain_mm_mlp_adapter
         if not _training:
             return original(self, model_args, fsdp)
-        projector = fusion = None
+        projector = None
         if path is not None:
-            fusion = training_run.fusion_of_run(asked, self.config)
-            width = training_run.tower_width(self, model_args)
-            projector = training_run.check_projector(path, fusion, width)
+            projector = training_run.check_projector(path, training_run.fusion_of_run(asked, self.config))
         if asked is None or not asked.patches:
             return original(self, model_args, fsdp)
         fresh = getattr(self, "mm_projector", None) is None and path is None
-        fused = projector is not None and not training_run.is_stock(projector, width)
+        fused = projector is not None and not training_run.is_stock(
+            projector, training_run.tower_width(self, model_args)
+        )
         if fused:  # the stock layer cannot hold it: load it once the projector is widened
             model_args.pretrain_mm_mlp_adapter = None
         try:

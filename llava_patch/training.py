@@ -72,13 +72,12 @@ def fusion_of_run(asked: "Configuration | None", config: Any) -> Any:
     return None if not record else checkpoint.methods(record, "config.json").get("fusion")
 
 
-def check_projector(path: str, fusion: Any, width: int) -> dict[str, Any]:
+def check_projector(path: str, fusion: Any) -> dict[str, Any]:
     """Read LLaVA's stage-1 file and compare it with the fusion of this run.
 
     Args:
         path: mm_projector.bin; the settings that it was trained with lie beside it, if llava_patch was there.
         fusion: this run's fusion, or None.
-        width: channels of the vision tower.
 
     Returns:
         The tensors, by their names in the decoder.
@@ -94,16 +93,15 @@ def check_projector(path: str, fusion: Any, width: int) -> dict[str, Any]:
     folder = os.path.dirname(path)
     record = checkpoint.read_settings(folder or ".")
     there = None if record is None else checkpoint.methods(record, folder).get("fusion")
-    stock = is_stock(projector, width)
-    if there is not None and not stock and differs(fusion, there, (*TRAINING, "detach") if fusion else TRAINING):
+    if there is not None and differs(fusion, there, (*TRAINING, "detach")):
         raise CheckpointError(
             f"--pretrain_mm_mlp_adapter {path} was trained with {there}, but this run has {fusion or 'no fusion'}: "
             "give it the same settings (--gin_file, --gin_param)"
         )
-    if not stock and fusion is None:
+    if fusion is None and not all(k.startswith(f"{PROJECTOR}.") for k in projector):
         raise CheckpointError(
-            f"--pretrain_mm_mlp_adapter {path} holds the projector of a fused model, but this run has no fusion: give "
-            "it the settings that it was trained with (--gin_file, --gin_param)"
+            f"--pretrain_mm_mlp_adapter {path} holds DeepStack's projector, but this run has no fusion: give it the "
+            "settings that it was trained with (--gin_file, --gin_param)"
         )
     return projector
 
@@ -293,9 +291,7 @@ def make_callback(handle: "Handle | None") -> Any:
                     print("llava_patch: no separate adapter beside LoRA: LLaVA's LoRA files hold our weights")
             elif handle.trained_share() > 0.5:
                 if state.is_world_process_zero:
-                    print(
-                        "llava_patch: no separate adapter: most of the model was trained, and its checkpoint holds it"
-                    )
+                    print("llava_patch: no separate adapter: most of the model was trained, and the checkpoint has it")
             # Partitioned weights are put together by all ranks, of which the first one writes.
             elif state.is_world_process_zero or zero.is_partitioned(handle.model.parameters()):
                 checkpoint.save(handle, Path(args.output_dir) / ADAPTER_FOLDER)

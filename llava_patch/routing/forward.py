@@ -101,8 +101,8 @@ class RoutedForward:
         configs = (decoder.config, self.anatomy.model.config)  # on HF the outer one does not reach the decoder
         if asked or (asked is None and any(getattr(c, "output_attentions", False) for c in configs)):
             raise InputError(
-                "output_attentions is not available on a model that llava_patch routes, prunes or stacks images in (its "
-                "layers are called one by one): call handle.remove() first, or use the saturation task"
+                "output_attentions is not available on a model that is routed or pruned, or takes DeepStack's taps ("
+                "its layers are called one by one): call handle.remove() first, or use the saturation task"
             )
         compat.attention_of(decoder.config)
         RoutedCache.check(cache, self.program)

@@ -223,7 +223,8 @@ class DeepStack(Fusion):
     go through one projector of their own; the first is added to the input of layer `start`.
 
     Attributes:
-        taps: blocks, in the order of the decoder layers; None: at N/4, N/2, 3N/4 and N-1 of a tower of N blocks (6, 12, 18, 23).
+        taps: blocks, in the order of the decoder layers; None: at N/4, N/2, 3N/4 and N-1 of a tower of N blocks
+            (6, 12, 18, 23).
         start: decoder layer, from 0, that takes the first tap.
         interval: decoder layers from one tap to the next.
         detach: taps under stop-gradient: a number (that many shallowest), or places in `taps`, from 0.

@@ -72,7 +72,7 @@ def test_free_groups_and_their_places():
         ("former", [tuple(range(1, 13))]),
         ("latter", [tuple(range(13, 25))]),
         ("all", [tuple(range(1, 13)), tuple(range(13, 25))]),
-        ((20, 5), [(5,), (20,)]),
+        ((20, 5), [(20,), (5,)]),  # in the order given
     ],
 )
 def test_direct_fusion_sets(layers, groups):
