@@ -152,6 +152,13 @@ def test_a_trained_tower_is_converted(files, tmp_path):
         assert close(logits(load(tmp_path / f"hf-{form}")), expected)
     convert(tmp_path / "hf-full", tmp_path / "back", "llava")
     assert torch.equal(logits(load(tmp_path / "back")), expected)
+    # a later run that freezes the tower does not make it the original one
+    patch(model, fusion=SkipLinks(stride=2))
+    assert handle.fusion.train_tower == "frozen"
+    handle.save(tmp_path / "frozen", form="full")
+    convert(tmp_path / "frozen", tmp_path / "hf-frozen", "hf")
+    assert close(logits(load(tmp_path / "hf-frozen")), expected)
+    assert config(tmp_path / "hf-frozen")["llava_patch"]["trained_tower"] is True
 
 
 @pytest.mark.parametrize("used", [False, True])

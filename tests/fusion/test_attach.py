@@ -285,6 +285,45 @@ def test_patches_are_merged_only_where_the_class_token_is_dropped(host):
         assert handle.anatomy.encode_images(torch.zeros(1, 3, 56, 56)).shape[1] == 1 + 16 + 4
 
 
+def test_weights_outside_memory_cannot_grow(host):
+    """As accelerate leaves them where a device map offloads."""
+    from llava_patch.hosts import anatomy
+
+    anatomy.find(host.model).projector.to("meta")
+    for fusion in (SkipLinks(stride=2), DeepStack(taps=(2, 4), start=0)):
+        with pytest.raises(SettingError, match="projector's weights lie outside memory"):
+            patch(host.model, fusion=fusion)
+
+
+def test_a_refused_patch_leaves_no_mark_of_training(host):
+    with pytest.raises(SettingError, match="only 7 blocks"):
+        patch(host.model, fusion=SkipLinks(stride=2, train_tower=8))
+    outer = patch(host.model, fusion=SkipLinks(stride=2))
+    with pytest.raises(SettingError, match="only 7 blocks"):
+        patch(host.model, fusion=SkipLinks(stride=2, train_tower=8))
+    assert "trained_tower" not in outer.settings() and outer.fusion.train_tower == "frozen"
+    with patch(host.model, fusion=SkipLinks(stride=2, train_tower=1)):
+        assert outer.settings()["trained_tower"]
+    assert "trained_tower" not in outer.settings()
+    outer.remove()
+
+
+def test_a_tower_loaded_inside_a_block_stays_tapped_after_it(tower_folder):
+    import models
+    from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+
+    model = models.llava_model(tower_folder)
+    late = LlavaLlamaForCausalLM(model.config)
+    late.load_state_dict(model.state_dict(), strict=False)
+    handle = patch(late.eval(), fusion=SkipLinks(stride=2))
+    with patch(late, routing=Routing(split=3)):
+        late.get_vision_tower().load_model()
+    batch = models.Host("llava", late).batch(SAMPLES)
+    with torch.no_grad():
+        assert torch.equal(models.Host("llava", late).logits(batch), models.Host("llava", model).logits(batch))
+    handle.remove()
+
+
 def test_too_few_tokens_to_average(host):
     with pytest.raises(SettingError, match="averages 8 neighbouring tokens, but an image of this tower has 4"):
         patch(host.model, fusion=DenseConnector(kind="sti", groups=(2, 5), merge_size=2))

@@ -153,6 +153,56 @@ def test_zero_start_generates_the_stock_models_logits(host, dtype):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("merge_size", [1, 2])
+def test_taps_are_the_tokens_that_the_host_keeps(host, merge_size):
+    """With its CLS token kept, and with patches merged."""
+    stack = DeepStack(taps=(2, 5), start=1, interval=2, merge_size=merge_size)
+    first, tokens = 1, 4
+    if merge_size == 1:
+        first, tokens = 0, 17
+        if host.name == "llava":
+            host.model.get_vision_tower().select_feature = "cls_patch"
+        else:
+            host.model.config.vision_feature_select_strategy = "full"
+    host.tokens = tokens
+    batch = host.batch([(2, IMAGE, 5), (3, IMAGE, 1, IMAGE, 4)])
+    with patch(host.model, fusion=stack) as handle:
+        randomise(handle)
+        states = hidden_states(host, pixels(host, batch))
+        projector = getattr(handle.anatomy.projector_owner, handle.anatomy.stack_name)
+        logits = host.logits(batch, use_cache=False)
+        for layer, tap in ((1, 2), (3, 5)):
+            taken = states[tap][:, first:]
+            if merge_size == 2:
+                taken = torch.stack([taken[:, [p, p + 1, p + 4, p + 5]].flatten(1) for p in (0, 2, 8, 10)], 1)
+            flat = projector(taken).flatten(0, 1)
+
+            def add(module, args, flat=flat):
+                hidden = args[0].clone()
+                hidden[batch.image] += flat
+                return (hidden, *args[1:])
+
+            host.decoder.layers[layer].register_forward_pre_hook(add)
+        for parameter in projector.parameters():
+            parameter.zero_()  # now the hooks alone add
+        assert close(logits[batch.valid], host.logits(batch, use_cache=False)[batch.valid])
+
+
+@pytest.mark.parametrize("host", ["llava"], indirect=True)
+def test_text_alone_in_half_precision(host):
+    """What is added for nothing must be nothing, also where a sum over features would overflow."""
+    host.model.half()
+    with patch(host.model, fusion=STACK) as handle:
+        for parameter in handle.anatomy.projector_owner.mm_projector_stack.parameters():
+            parameter.data.fill_(1.0)
+        batch = host.batch([(4,), (6,)], labels=True).inputs
+        batch["images"] = batch["images"].half()
+        host.model.train()
+        assert torch.isfinite(host.model(**batch).loss)
+        host.model.eval()
+
+
+@torch.no_grad()
 def test_a_prompt_cut_by_the_length_limit_keeps_its_rows(host):
     if host.name == "hf":
         pytest.skip("HF does not cut prompts")

@@ -28,10 +28,15 @@ def test_flags_alone_are_a_configuration_and_in_the_operative_one(tmp_path):
     assert config.read([str(tmp_path / "again.gin")], []).flags == read.flags
 
 
-@pytest.mark.parametrize("value", ["None", "{}", "()", "[{}]"])
+@pytest.mark.parametrize("value", ["{}", "()", "[{}]"])
 def test_values_that_no_command_line_holds(value):
-    with pytest.raises(SettingError, match=r"^Flags.lora_r = .*do not bind it$"):
+    with pytest.raises(SettingError, match=r"^Flags.lora_r = .*do not bind it, or bind None$"):
         config.read([], [f"Flags.lora_r = {value}"])
+
+
+def test_none_takes_an_included_binding_back():
+    assert config.read(["paper_stage2.gin"], []).flags["deepspeed"] == "./scripts/zero3.json"
+    assert "deepspeed" not in config.read(["paper_stage2.gin"], ["Flags.deepspeed = None"]).flags
 
 
 def test_flags_cannot_bring_gin_files():
