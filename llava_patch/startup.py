@@ -219,6 +219,7 @@ def _on_llava_arch(module: ModuleType) -> None:
 
     @functools.wraps(original)
     def initialize_vision_modules(self: Any, model_args: Any, fsdp: Any = None) -> None:
+        from llava_patch import stage1
         from llava_patch import training as training_run
 
         asked = configuration()
@@ -227,13 +228,11 @@ def _on_llava_arch(module: ModuleType) -> None:
             return original(self, model_args, fsdp)
         projector = None
         if path is not None:
-            projector = training_run.check_projector(path, training_run.fusion_of_run(asked, self.config))
+            projector = stage1.check_projector(path, stage1.fusion_of_run(asked, self.config))
         if asked is None or not asked.patches:
             return original(self, model_args, fsdp)
         fresh = getattr(self, "mm_projector", None) is None and path is None
-        fused = projector is not None and not training_run.is_stock(
-            projector, training_run.tower_width(self, model_args)
-        )
+        fused = projector is not None and not stage1.is_stock(projector, stage1.tower_width(self, model_args))
         if fused:  # the stock layer cannot hold it: load it once the projector is widened
             model_args.pretrain_mm_mlp_adapter = None
         try:

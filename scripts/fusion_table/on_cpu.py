@@ -23,3 +23,10 @@ if __name__ == "__main__":
     without_gpu()
     del sys.argv[0]
     runpy.run_path(sys.argv[0], run_name="__main__")
+    import torch.distributed
+
+    if (
+        torch.distributed.is_initialized()
+    ):  # a rank that only exits may abort in gloo's threads, and take the others along
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

@@ -32,9 +32,9 @@ def test_measuring_fills_the_table_and_leaves_the_model(model, tmp_path):
     assert by_name["stock"].added == 0
     assert by_name["SkipLinks, S = 6, D = 2"].added == 3 * 16 * 32
     assert by_name["DeepStack"].added == 16 * 32 + 32 + 32 * 32 + 32
-    # three taps kept once, and the sum of two products
+    # three taps kept once, and the sum of two products (a tenth more: small tensors come and go)
     kept = by_name["SkipLinks, S = 6, D = 2"].kept_bytes - by_name["stock"].kept_bytes
-    assert 3 * 576 * 16 * 4 <= kept <= (3 * 16 + 32) * 577 * 4
+    assert 3 * 576 * 16 * 4 <= kept <= 1.1 * (3 * 16 + 32) * 577 * 4
     paths = fusion.write(tmp_path, "fusion_tiny", rows, "tiny", report.machine(model.device))
     record = json.loads(paths[0].read_text())
     assert record["rows"][1]["train_ratio"] and record["torch"] == torch.__version__

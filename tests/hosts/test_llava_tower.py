@@ -15,7 +15,7 @@ from llava_patch import SkipLinks, patch
 from llava_patch.errors import CheckpointError, HostError
 from llava_patch.hosts import llava_tower, tower_classes, tower_models
 from llava_patch.probe.transform import Transform
-from llava_patch.training import tower_width
+from llava_patch.stage1 import tower_width
 
 OTHERS = tuple(n for n in zoo.NAMES if n != "clip")
 

@@ -22,3 +22,8 @@ if __name__ == "__main__":
     sys.argv.remove(script)
     sys.argv.insert(0, script)
     runpy.run_path(script, run_name="__main__")
+    if (
+        torch.distributed.is_initialized()
+    ):  # a rank that only exits may abort in gloo's threads, and take the others along
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

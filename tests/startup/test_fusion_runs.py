@@ -11,7 +11,8 @@ from tiny_train import TRAIN, arguments, losses, make_data, ok, run
 
 from llava_patch import DeepStack, DenseConnector, DirectFusion, SkipLinks, patch
 from llava_patch.errors import CheckpointError
-from llava_patch.training import check_projector, prepare
+from llava_patch.stage1 import check_projector
+from llava_patch.training import prepare
 
 
 @pytest.fixture(scope="module")
