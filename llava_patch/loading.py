@@ -12,6 +12,8 @@ from typing import Any
 from llava_patch import startup
 from llava_patch.errors import CheckpointError
 
+_IGNORED = "_keys_to_ignore_on_load_unexpected"  # transformers' own list
+
 
 def is_host(cls: Any) -> bool:
     """Whether a model class is one of the hosts'."""
@@ -46,6 +48,7 @@ def load(original: Any, cls: Any, path: Any, args: tuple, kwargs: dict[str, Any]
     wants_info = kwargs.pop("output_loading_info", False)
     with _patched_construction(cls):
         model, info = original(cls, path, *args, output_loading_info=True, **kwargs)
+    vars(model).pop(_IGNORED, None)
     handle = get_handle(model)
     if handle is not None:
         missing = sorted(set(checkpoint.adapter_names(handle)) & set(info["missing_keys"]))
@@ -149,6 +152,8 @@ def _patched_construction(cls: Any) -> Iterator[None]:
         if type(self) is cls and record:
             handle = patch(self, **checkpoint.methods(record, "config.json"), loading=True)
             handle.trained_tower |= bool(record.get("trained_tower"))
+            if handle.anatomy.vision_model is None:  # comes later, and the checkpoint's own weights for it with it
+                setattr(self, _IGNORED, [*(getattr(self, _IGNORED) or ()), r"\bvision_tower\."])
 
     cls.__init__ = __init__
     try:
