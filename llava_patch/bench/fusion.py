@@ -142,19 +142,19 @@ def _step(model: Any, inputs: dict[str, Any], row: Row, keep: bool) -> None:
 
 
 def _kept(model: nn.Module, inputs: dict[str, Any]) -> int:
-    """Bytes that autograd keeps for the backward pass of a step, weights apart."""
+    """Bytes that a step's forward pass saves for the backward pass, weights apart."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    storages: dict[int, int] = {}
+    storages: dict[int, torch.UntypedStorage] = {}  # held, or an address would come again
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            storages[storage.data_ptr()] = storage.nbytes()
+            storages[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(**inputs).loss.backward()
-    return sum(storages.values())
+        model(**inputs)
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def cells(row: Row, base: Row) -> list[str]:

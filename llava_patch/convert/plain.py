@@ -6,6 +6,7 @@ channels is therefore a plain HF checkpoint. What adds nothing (zero columns, a 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,8 @@ from llava_patch.hosts.anatomy import LLAVA
 from llava_patch.patching import patch
 from llava_patch.routing.program import make_program
 from llava_patch.settings import DeepStack, DenseConnector, Fusion
+
+logger = logging.getLogger("llava_patch")
 
 _FIRST = "projector.0.weight"
 _KEEP = "keep it patched: with llava_patch installed, the host's own from_pretrained loads it as it is"
@@ -94,6 +97,7 @@ def _without_fusion(found: Checkpoint, fusion: Fusion, target: str) -> Checkpoin
         return _without_stack(found)
     weight, width = found.tensors[_FIRST](), configs.feature_width(found.config, found.host)
     if not weight[:, width:].any():
+        logger.warning("%s: the columns of %s are all zero: nothing of it is left in the merged one", found.name, name)
         return _with_projector(found, lambda: found.tensors[_FIRST]()[:, :width])
     if LLAVA in (found.host, target):
         raise CheckpointError(

@@ -116,6 +116,12 @@ def _settings(point: dict[str, Any], files: list[str], params: list[str]) -> tup
         raise SettingError(f"point {describe(point)} of the sweep: {error}") from error
     if read.sweep is not None:
         raise SettingError(f"{', '.join(files)}: a run's own files cannot describe a sweep; take it out of gin_files")
+    detached = next((key for key in point if key.endswith(".detach")), None)
+    if detached is not None and read.fusion is not None and read.fusion.train_tower == "frozen":
+        raise SettingError(
+            f"point {describe(point)} of the sweep: {detached} changes nothing while the vision tower is frozen: bind "
+            f'{type(read.fusion).__name__}.train_tower = "all", or the last k blocks'
+        )
     for flag in TAKEN:
         if flag in read.flags:
             raise SettingError(f"Flags.{flag} is bound, but a sweep sets --{flag} for each run: take the binding out")

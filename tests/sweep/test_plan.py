@@ -34,12 +34,17 @@ def test_several_grids_and_a_baseline():
         {"SkipLinks.stride": (6,), "SkipLinks.detach": (0, 1, 2)},
         {"SkipLinks.stride": [4], "SkipLinks.detach": (5,)},
     ]
-    runs = _plan(grid=grids, baseline={"Patch.fusion": None}, gin_files=("skiplinks_7b.gin",))
+    runs = _plan(grid=grids, baseline={"Patch.fusion": None}, gin_files=("skiplinks_stage2_7b.gin",))
     pairs = [(run.point.get("SkipLinks.stride"), run.point.get("SkipLinks.detach"), run.baseline) for run in runs]
     assert pairs == [(None, None, True), (6, 0, False), (6, 1, False), (6, 2, False), (4, 5, False)]
     assert runs[0].folder == Path("out/Patch.fusion-None/seed1")
     assert "Patch.fusion = None" in runs[0].settings and not any("SkipLinks" in line for line in runs[0].settings)
     assert "SkipLinks.detach = 2" in runs[3].settings and "Patch.fusion = @SkipLinks()" in runs[3].settings
+
+
+def test_detach_is_not_swept_while_the_tower_is_frozen():
+    with pytest.raises(SettingError, match=r"SkipLinks\.detach changes nothing while the vision tower is frozen"):
+        _plan(grid={"SkipLinks.detach": (0, 1)}, gin_files=("skiplinks_7b.gin",))
 
 
 @pytest.mark.parametrize(
