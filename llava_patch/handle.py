@@ -271,15 +271,18 @@ class Handle:
 
     def trained_share(self) -> float:
         """Share of the parameters that train, 0..1."""
-        names = set(self.trainable())
-        count = sum(zero.numel(p) for n, p in self.model.named_parameters() if n in names)
-        return count / max(1, sum(zero.numel(p) for p in self.model.parameters()))
+        count, total = self._counts(set(self.trainable()))
+        return count / max(1, total)
+
+    def _counts(self, names: set[str]) -> tuple[int, int]:
+        """Values of the parameters of these names, and of all."""
+        sizes = {n: zero.numel(p) for n, p in self.model.named_parameters()}
+        return sum(size for n, size in sizes.items() if n in names), sum(sizes.values())
 
     def report(self) -> str:
         """One line: how many parameters train, and their share of the model."""
         names = set(self.trainable())
-        total = sum(zero.numel(p) for p in self.model.parameters())
-        count = sum(zero.numel(p) for n, p in self.model.named_parameters() if n in names)
+        count, total = self._counts(names)
         line = f"{count:,} of {total:,} parameters train ({100 * count / max(total, 1):.2f} %), {len(names)} tensors"
         if self.fusion is not None and fusion_attach.is_silent(self.anatomy, names):
             freezes = self.routing is not None and self.routing.freeze != "none"

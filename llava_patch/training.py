@@ -75,7 +75,7 @@ def prepare(model: Any, training_args: Any, dataset: Any, collator: Any) -> "Han
     for parameter in stack:  # the script has set the projector's flags, and does not know DeepStack's own
         parameter.requires_grad_(any(p.requires_grad for p in handle.anatomy.projector.parameters()))
     handle.apply_freeze()
-    fusion_trainer.check(model, handle, training_args)
+    fusion_trainer.check(handle, training_args)
     fusion_trainer.make_trainable(handle)
     report = handle.report()  # on every rank: it may put partitioned weights together
     if getattr(training_args, "process_index", 0) == 0:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from llava_patch.errors import SettingError
 from llava_patch.fusion import warm_up
@@ -17,12 +16,11 @@ OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 ZERO_STAGES = (1, 2, 3)
 
 
-def check(model: nn.Module, handle: "Handle", training_args: Any) -> None:
+def check(handle: "Handle", training_args: Any) -> None:
     """Refuse settings that this run cannot honour, before anything is written.
 
     Args:
-        model: the Trainer's model.
-        handle: its patch, with requires_grad as it will be.
+        handle: the model's patch, with requires_grad as it will be.
         training_args: the Trainer's arguments.
 
     Raises:

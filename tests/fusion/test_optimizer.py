@@ -199,9 +199,9 @@ def deepspeed(**config):
 )
 def test_runs_that_cannot_honour_a_setting_are_refused(host, settings, arguments, message):
     handle = patch(host.model, fusion=SkipLinks(stride=2, train_tower="all", **settings))
-    fusion_trainer.check(host.model, handle, SimpleNamespace(optim="adamw_torch"))
+    fusion_trainer.check(handle, SimpleNamespace(optim="adamw_torch"))
     with pytest.raises(SettingError, match=message):
-        fusion_trainer.check(host.model, handle, SimpleNamespace(**arguments))
+        fusion_trainer.check(handle, SimpleNamespace(**arguments))
 
 
 @pytest.mark.parametrize(("projector", "message"), [(True, "nothing but the projector"), (False, "does not train")])
@@ -212,7 +212,7 @@ def test_a_warm_up_needs_both_sides(host, projector, message):
     if projector:
         handle.anatomy.projector.requires_grad_(True)
     with pytest.raises(SettingError, match=f"SkipLinks.unfreeze_after = 0.1.*{message}"):
-        fusion_trainer.check(host.model, handle, SimpleNamespace())
+        fusion_trainer.check(handle, SimpleNamespace())
 
 
 def test_deepstacks_projector_is_part_of_the_adapter(host):
