@@ -185,3 +185,18 @@ def test_lora_instead_of_ours(data, tmp_path):  # noqa: F811
     adapter = load_file(out / "adapter_model.safetensors")
     assert any(tensor.abs().max() > 0 for name, tensor in adapter.items() if "lora_B" in name)
     assert (out / "non_lora_trainables.bin").is_file() and not list(out.glob("*llava_patch*"))
+
+
+@pytest.mark.timeout(400)
+def test_deep_stack_where_a_rank_has_no_image(data, mixed, tmp_path):  # noqa: F811
+    """Every rank gives both projectors and the tower a gradient, in the same order of modules."""
+    bindings = ("DeepStack.start = 1", "DeepStack.interval = 1", 'DeepStack.train_tower = "all"')
+    flags = [word for binding in bindings for word in ("--gin_param", binding)]
+    found, weights = {}, {}
+    for name, zero in (("ddp", None), ("zero3", ZERO3)):
+        out = tmp_path / f"llava-{name}"
+        _train(data, mixed, out, *flags, zero=zero, learning_rate=1e-3)
+        found[name], weights[name] = _losses(out), load_file(out / "model.safetensors")
+    assert len(found["ddp"]) == 4 and found["zero3"] == pytest.approx(found["ddp"], rel=1e-3)  # roundings, as above
+    for kind in weights.values():
+        assert kind["model.mm_projector_stack.2.weight"].abs().max() > 1e-4  # it started at zero
