@@ -285,7 +285,7 @@ def load(model: nn.Module, directory: str | os.PathLike[str]) -> Handle:
             tower = tower_weights.of_tower(tensors)
             if tower:
                 tower_weights.put(handle, tower, folder / WEIGHTS_FILE)
-                tensors = {n: t for n, t in tensors.items() if not tower_weights.of_tower({n: t})}
+                tensors = {n: t for n, t in tensors.items() if not tower_weights.is_of_tower(n)}
         _copy_tensors(handle.model, tensors, folder / WEIGHTS_FILE, set(adapter_names(handle)))
     except BaseException:
         if not had_patch:

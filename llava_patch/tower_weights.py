@@ -22,9 +22,14 @@ _PART = "vision_tower."
 LORA_FILE = "non_lora_trainables.bin"
 
 
+def is_of_tower(name: str) -> bool:
+    """Whether a tensor of this name is a `llava` vision tower's."""
+    return f"model.{_PART}" in name
+
+
 def of_tower(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a `llava` vision tower, by their names in the tower."""
-    return {name.split(_PART, 1)[1]: tensor for name, tensor in tensors.items() if f"model.{_PART}" in name}
+    return {name.split(_PART, 1)[1]: tensor for name, tensor in tensors.items() if is_of_tower(name)}
 
 
 def put(handle: "Handle", tensors: Mapping[str, Tensor], source: Path | str) -> None:

@@ -12,6 +12,7 @@ from llava_patch.convert import hosts, names, source, weights
 from llava_patch.convert.plain import on_meta, without_patch
 from llava_patch.convert.source import Checkpoint
 from llava_patch.errors import CheckpointError, SettingError
+from llava_patch.files import atomic_folder
 from llava_patch.handle import CONFIG_KEY
 from llava_patch.hosts.anatomy import HF, LLAVA
 
@@ -108,7 +109,7 @@ def _write(made: Checkpoint, out: Path, shard_bytes: int) -> Path:
     single = made.host == LLAVA and "projector.1.weight" not in made.tensors
     tensors = {names.written(name, made.host, single): load for name, load in made.tensors.items()}
     config = made.config if made.record is None else {**made.config, CONFIG_KEY: made.record}
-    with weights.whole_folder(out) as partial:
+    with atomic_folder(out) as partial:
         weights.write_weights(partial, tensors, shard_bytes)
         weights.write_json(partial / "config.json", config)
         if made.record is not None:

@@ -38,14 +38,13 @@ def resolve(anatomy: Anatomy, settings: Fusion) -> Taps:
     if hasattr(anatomy.tower, "s2_scales"):
         raise HostError(f"{name} does not know multi-scale (S2) towers: load the model without s2")
     if not taps.keeps_tokens:
-        what = f'{name}.kind = "sti"' if taps.join is Join.TOKENS else f"{name}.merge_size = {taps.merge_size}"
         if anatomy.tiles:
             raise SettingError(
-                f"{what} changes the number of tokens of an image, but this model cuts images into tiles (anyres) and "
-                "counts their patches itself: use merge_size = 1 and another kind"
+                f"{_token_setting(settings, taps)} changes the number of tokens of an image, but this model cuts "
+                "images into tiles (anyres) and counts their patches itself: use merge_size = 1 and another kind"
             )
         if anatomy.vision_model is not None:
-            _check_tokens(anatomy, taps, what)
+            _check_tokens(anatomy, settings, taps)
     linear = anatomy.first_linear()[2]
     width = int(anatomy.vision_width)
     if isinstance(linear, FusedLinear) or zero.shape(linear.weight)[1] != width:
@@ -57,8 +56,14 @@ def resolve(anatomy: Anatomy, settings: Fusion) -> Taps:
     return taps
 
 
-def _check_tokens(anatomy: Anatomy, taps: Taps, what: str) -> None:
-    tower = anatomy.vision_parts()
+def _token_setting(settings: Fusion, taps: Taps) -> str:
+    """The setting that changes the number of tokens, for messages."""
+    name = type(settings).__name__
+    return f'{name}.kind = "sti"' if taps.join is Join.TOKENS else f"{name}.merge_size = {taps.merge_size}"
+
+
+def _check_tokens(anatomy: Anatomy, settings: Fusion, taps: Taps) -> None:
+    tower, what = anatomy.vision_parts(), _token_setting(settings, taps)
     if anatomy.drops_patch:
         raise SettingError(
             f"{what} needs every patch, but the host drops the first token of a tower without a CLS token: set "
@@ -124,7 +129,7 @@ def _hook_vision_model(anatomy: Anatomy, settings: Fusion, taps: Taps, undo: Und
     assert vision is not None
     tower = anatomy.vision_parts()  # an unknown tower is refused here, at patch time
     if not taps.keeps_tokens:
-        _check_tokens(anatomy, taps, type(settings).__name__)
+        _check_tokens(anatomy, settings, taps)
     prefix, grid = tower.prefix_tokens, tower.grid
 
     def put_fused_feature(module: nn.Module, args: Any, output: Any) -> Any:
