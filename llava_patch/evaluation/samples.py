@@ -47,7 +47,7 @@ def _sample(line: str, folder: Path, where: str) -> Sample:
     return Sample(
         image=image,
         text=str(values["text"]),
-        box=_box(values["box"], where),
+        boxes=(_box(values["box"], where),),
         all_boxes=tuple(_box(box, where) for box in values.get("all_boxes", ())),
         id=where,
         document=str(values.get("document", image)),

@@ -112,7 +112,7 @@ def _example(index: int, data: FrozenData, rebuilt: Tensor, transform: Transform
     return Reconstruction(
         id=sample.id,
         text=sample.text,
-        box=transform.box(sample.box, image.size, sample.id),
+        boxes=tuple(transform.box(box, image.size, sample.id) for box in sample.boxes),
         original=picture(patches),
         rebuilt=picture(painted),
         target=where.numpy(),

@@ -63,8 +63,8 @@ def _draw(result: RProbeResult, examples: list[Reconstruction]) -> Any:
             axes.set_yticks([])
             axes.set_title(title, fontsize=8)
             if column == 0:
-                x0, y0, x1, y1 = example.box
-                axes.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, color="tab:red"))
+                for x0, y0, x1, y1 in example.boxes:
+                    axes.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, color="tab:red"))
                 label = textwrap.shorten(example.text, 24, placeholder="…").replace("$", r"\$")
                 axes.set_ylabel(f"{example.id[-24:]}\n{label}", fontsize=6)
     axes = figure.add_subplot(grid[rows, :])

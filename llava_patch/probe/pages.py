@@ -146,7 +146,7 @@ class Pages(Sequence[Sample]):
         return Sample(
             image=self._colour(rng, ink, dark=index % DARK_EVERY == DARK_EVERY - 1),
             text=lines[chosen][0],
-            box=boxes[chosen],
+            boxes=(boxes[chosen],),
             all_boxes=boxes,
             id=f"page-{self.split}-{self.seed}-{index}",
         )

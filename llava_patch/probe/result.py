@@ -21,7 +21,7 @@ class Reconstruction:
     Attributes:
         id: of the sample.
         text: transcript of the region.
-        box: (x0, y0, x1, y1) in pixels of the processed image.
+        boxes: the region, each (x0, y0, x1, y1) in pixels of the processed image.
         original: uint8 [height, width, 3].
         rebuilt: uint8 [height, width, 3], the original with the pixels under target tokens replaced.
         target: bool [height, width], the pixels under target tokens.
@@ -30,7 +30,7 @@ class Reconstruction:
 
     id: str
     text: str
-    box: Box
+    boxes: tuple[Box, ...]
     original: np.ndarray
     rebuilt: np.ndarray
     target: np.ndarray

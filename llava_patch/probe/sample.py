@@ -22,7 +22,7 @@ class Sample:
     Attributes:
         image: the picture, or the file it is in (opened when it is needed).
         text: transcript of the region.
-        box: (x0, y0, x1, y1) of the region in pixels of the image, x to the right, y down.
+        boxes: the region: one (x0, y0, x1, y1) or several, in pixels of the image, x to the right, y down.
         all_boxes: boxes of all text regions of the image.
         id: names the sample in errors and results; a file and line where it came from one.
         document: samples of one document are never split between train and held-out; "" means the id.
@@ -30,7 +30,7 @@ class Sample:
 
     image: Union[Image.Image, str, Path]
     text: str
-    box: Box
+    boxes: tuple[Box, ...]
     all_boxes: tuple[Box, ...] = ()
     id: str = ""
     document: str = ""

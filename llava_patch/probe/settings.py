@@ -10,6 +10,8 @@ from llava_patch.errors import SettingError
 
 ROPE_FORMS = ("attention", "embedding")
 IMAGE_MODES = ("resize", "crop", "pad")
+TRAINED = ("all", "lora", "head")
+BROKEN = ("stop", "skip")
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,17 @@ class RProbe:
         text: False replaces every text token by the unknown token.
         max_text_tokens: longer texts are cut to this many tokens.
         examples: held-out reconstructions that are kept for figures.
+        maps: held-out pages that are rebuilt whole, for error maps.
+        boxes_per_sample: text regions of one image that make one sample; their tokens are targets together.
+        broken: what becomes of a sample that cannot be used (its image is missing or broken, its box empty or outside):
+            "stop" with an error, or "skip" and count it.
+        trained: "all" layers of the decoder; "lora": low-rank updates of its linear layers and the pixel head;
+            "head": the pixel head alone. Figures of the last two are not comparable with the paper's or the first's.
+        lora_rank: rank of those updates.
+        store: keep frozen tokens on disk ($LLAVA_PATCH_CACHE), where the next run of model and data finds them.
+        store_gb: size in GB that the stores on disk together do not exceed; the longest unused are deleted first.
+        save_every: steps between two states from which an interrupted run goes on.
+        resamples: bootstrap resamples behind a 95 % interval.
     """
 
     KIND: ClassVar[str] = "probe"
@@ -62,23 +75,47 @@ class RProbe:
     text: bool = True
     max_text_tokens: int = 64
     examples: int = 6
+    maps: int = 2
+    boxes_per_sample: int = 1
+    broken: str = "stop"
+    trained: str = "all"
+    lora_rank: int = 16
+    store: bool = True
+    store_gb: float = 20.0
+    save_every: int = 200
+    resamples: int = 2000
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "train_pages", "heldout_pages", "max_text_tokens"):
+        for name in (
+            "steps",
+            "batch_size",
+            "train_pages",
+            "heldout_pages",
+            "max_text_tokens",
+            "boxes_per_sample",
+            "lora_rank",
+            "save_every",
+            "resamples",
+        ):
             self._integer(name, 1)
-        for name in ("seed", "examples"):
+        for name in ("seed", "examples", "maps"):
             self._integer(name, 0)
-        for name in ("clip", "threshold"):
+        for name in ("clip", "threshold", "store_gb"):
             self._number(name, above=0.0)
         if self.lr is not None:
             self._number("lr", above=0.0)
         self._number("weight_decay", low=0.0)
         self._number("warmup", low=0.0, below=1.0)
         self._number("heldout_share", above=0.0, below=1.0)
-        for name, choices in (("rope", ROPE_FORMS), ("image_mode", IMAGE_MODES)):
+        for name, choices in (
+            ("rope", ROPE_FORMS),
+            ("image_mode", IMAGE_MODES),
+            ("trained", TRAINED),
+            ("broken", BROKEN),
+        ):
             if getattr(self, name) not in choices:
                 raise SettingError(f"RProbe.{name} = {getattr(self, name)!r}: expected one of {', '.join(choices)}")
-        for name in ("masked", "text"):
+        for name in ("masked", "text", "store"):
             if not isinstance(getattr(self, name), bool):
                 raise SettingError(f"RProbe.{name} = {getattr(self, name)!r}: expected True or False")
 

@@ -146,7 +146,10 @@ def freeze_samples(
             originals = [sample.open_image() for sample in batch]
             true_pixels = transform.pixel_values(originals)
             fresh: list[int] = []  # places in this batch whose image the tower has not seen yet
-            moved = [transform.box(s.box, image.size, s.id) for s, image in zip(batch, originals, strict=True)]
+            moved = [
+                [transform.box(box, image.size, s.id) for box in s.boxes]
+                for s, image in zip(batch, originals, strict=True)
+            ]
             for place, sample in enumerate(batch):
                 texts.append(_token_ids(sample, tokenizer, settings))
                 labels.append((sample.id, sample.document or sample.id, sample.text))
@@ -159,14 +162,16 @@ def freeze_samples(
             if fresh:
                 seen = true_pixels[fresh]
                 if settings.masked:
-                    seen = transform.pixel_values([black_out(originals[i], batch[i].box) for i in fresh])
+                    seen = transform.pixel_values([black_out(originals[i], batch[i].boxes) for i in fresh])
                 tokens.append(_encode(anatomy, seen))
                 if grid is None:
                     merge = merge_size(tokens[0].shape[1], *anatomy.grid)
                     rows, columns = (n // merge for n in anatomy.grid)
                     grid = TokenGrid(rows, columns, anatomy.patch_size * merge)
             assert grid is not None  # the first batch always brings an image
-            target = target_mask(torch.tensor(moved, dtype=torch.float32), grid)
+            target = torch.stack(
+                [target_mask(torch.tensor(boxes, dtype=torch.float32), grid).any(0) for boxes in moved]
+            )
             targets.append(target)
             pixels.append(patchify(true_pixels, grid)[target])
             bar.update(len(batch))

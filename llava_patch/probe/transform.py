@@ -155,11 +155,12 @@ def pad_to_square(image: Image.Image, fill: tuple[int, ...]) -> Image.Image:
     return square
 
 
-def black_out(image: Image.Image, box: Box) -> Image.Image:
-    """Copy of an RGB image with every pixel that the box touches set to black (appendix D.2, "masked")."""
+def black_out(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
+    """Copy of an RGB image with every pixel that a box touches set to black (appendix D.2, "masked")."""
     masked = image.copy()
-    x0, y0, x1, y1 = box
-    # PIL's rectangles include their last row and column.
-    right, bottom = -int(-x1 // 1) - 1, -int(-y1 // 1) - 1
-    ImageDraw.Draw(masked).rectangle((int(x0), int(y0), right, bottom), fill=(0, 0, 0))
+    draw = ImageDraw.Draw(masked)
+    for x0, y0, x1, y1 in boxes:
+        # PIL's rectangles include their last row and column.
+        right, bottom = -int(-x1 // 1) - 1, -int(-y1 // 1) - 1
+        draw.rectangle((int(x0), int(y0), right, bottom), fill=(0, 0, 0))
     return masked

@@ -32,7 +32,7 @@ def frozen():
     anatomy = find(tiny_model())
     transform = make_transform(anatomy, processor(), "resize")
     page = samples(1)[0].image
-    data = [Sample(page, f"t{i}", (0, 0, 14 * (i + 1), 14), id=f"s{i}", document="page") for i in range(3)]
+    data = [Sample(page, f"t{i}", ((0, 0, 14 * (i + 1), 14),), id=f"s{i}", document="page") for i in range(3)]
     return freeze_samples(anatomy, transform, Characters(), data, RProbe()), transform
 
 
@@ -69,5 +69,5 @@ def test_examples_show_the_pixels_that_were_rebuilt(frozen):
     assert (last.rebuilt[~last.target] == last.original[~last.target]).all()
     assert last.target.nonzero()[0].max() == 13
     assert last.target.nonzero()[1].max() == 41
-    assert last.box == pytest.approx((0, 0, 42, 14))
+    assert last.boxes[0] == pytest.approx((0, 0, 42, 14))
     assert evaluate(Offset(data, [0.0] * 3), data, torch.zeros(588), transform, RProbe(examples=0)).examples == []

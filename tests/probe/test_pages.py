@@ -26,7 +26,7 @@ def test_every_font_has_its_letters():
 def test_same_seed_same_page_whatever_else_is_asked_for():
     a, b = Pages(50, 56, seed=3)[7], Pages(9, 56, seed=3)[7]
     assert np.array_equal(np.asarray(a.image), np.asarray(b.image))
-    assert (a.text, a.box, a.all_boxes, a.id) == (b.text, b.box, b.all_boxes, b.id)
+    assert (a.text, a.boxes, a.all_boxes, a.id) == (b.text, b.boxes, b.all_boxes, b.id)
     for other in (Pages(9, 56, seed=4)[7], Pages(9, 56, seed=3, split="heldout")[7], Pages(9, 56, seed=3)[6]):
         assert not np.array_equal(np.asarray(a.image), np.asarray(other.image))
         assert other.id != a.id
@@ -55,7 +55,7 @@ def test_boxes_hold_the_ink_and_only_it(tower, count):
             assert ink[line].any(0).mean() > 0.4  # no column-wide blanks: the box fits its line
         grown = inside | np.roll(inside, 1, 0) | np.roll(inside, -1, 0) | np.roll(inside, 1, 1) | np.roll(inside, -1, 1)
         assert not (ink & ~grown).any()
-        assert page.box in page.all_boxes
+        assert page.boxes[0] in page.all_boxes
         assert page.text.strip() == page.text != ""
 
 

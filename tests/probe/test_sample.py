@@ -6,7 +6,7 @@ from llava_patch.probe.sample import Sample, split_samples
 
 
 def make(documents):
-    return [Sample(Image.new("RGB", (4, 4)), "x", (0, 0, 2, 2), id=f"{d}:{i}", document=d) for i, d in documents]
+    return [Sample(Image.new("RGB", (4, 4)), "x", ((0, 0, 2, 2),), id=f"{d}:{i}", document=d) for i, d in documents]
 
 
 def test_lines_of_a_document_stay_together():
@@ -36,10 +36,10 @@ def test_missing_and_broken_files_are_named(tmp_path):
     broken.write_bytes(b"\xff\xd8\xff\xe0 not really")
     for file in (broken, tmp_path / "missing.png"):
         with pytest.raises(InputError, match=rf"list.jsonl:3: image .*{file.name}"):
-            Sample(file, "x", (0, 0, 1, 1), id="list.jsonl:3").open_image()
+            Sample(file, "x", ((0, 0, 1, 1),), id="list.jsonl:3").open_image()
 
 
 def test_a_file_is_opened_in_rgb(tmp_path):
     Image.new("L", (5, 4), 7).save(tmp_path / "grey.png")
-    image = Sample(tmp_path / "grey.png", "x", (0, 0, 1, 1)).open_image()
+    image = Sample(tmp_path / "grey.png", "x", ((0, 0, 1, 1),)).open_image()
     assert (image.mode, image.size, image.getpixel((0, 0))) == ("RGB", (5, 4), (7, 7, 7))

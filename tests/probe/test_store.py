@@ -27,7 +27,7 @@ def test_targets_are_exactly_the_pixels_under_the_target_tokens(model):
     """On a page of unique colours every target value names the pixel that it came from."""
     page = unique_page()
     boxes = [(3.0, 15.0, 40.0, 27.0), (30.0, 0.0, 56.0, 56.0), (20.5, 20.5, 20.6, 20.6)]
-    data = freeze(model, [Sample(page, "abc", box, id=str(i)) for i, box in enumerate(boxes)])
+    data = freeze(model, [Sample(page, "abc", (box,), id=str(i)) for i, box in enumerate(boxes)])
     batch = data.batch(torch.tensor([2, 0, 1]))
     assert batch.counts.tolist() == [1, 3, 8]
     mean, std = make_transform(find(model), processor(), "resize").statistics()
@@ -52,7 +52,7 @@ def test_tokens_and_text_are_the_models_own(model):
 
 def test_batches_of_unequal_samples_are_padded(model):
     page = samples(1)[0].image
-    data = [Sample(page, "a", (0, 0, 5, 5), id="0"), Sample(page, "abcd", (0, 0, 50, 50), id="1")]
+    data = [Sample(page, "a", ((0, 0, 5, 5),), id="0"), Sample(page, "abcd", ((0, 0, 50, 50),), id="1")]
     frozen = freeze(model, data)
     batch = frozen.batch(torch.tensor([1, 0]))
     assert batch.text_tokens.shape == (2, 4, HIDDEN)
@@ -70,13 +70,13 @@ def test_masked_blacks_out_what_the_tower_sees_but_not_the_targets(model):
     for sample in samples(3):
         pixels = np.asarray(sample.image).copy()
         pixels[15:27, 3:40] = 0
-        blacked.append(Sample(Image.fromarray(pixels), "x", sample.box, id="b"))
+        blacked.append(Sample(Image.fromarray(pixels), "x", sample.boxes, id="b"))
     assert torch.equal(freeze(model, blacked).image_tokens, masked.image_tokens)
 
 
 def test_lines_of_one_page_share_its_tokens(model):
     page, other = (s.image for s in samples(2))
-    lines = [Sample(p, "x", (0, i, 9, i + 5), id=str(i)) for i, p in enumerate([page] * 40 + [other])]
+    lines = [Sample(p, "x", ((0, i, 9, i + 5),), id=str(i)) for i, p in enumerate([page] * 40 + [other])]
     data = freeze(model, lines)
     assert len(data.image_tokens) == 2
     assert data.image_index.tolist() == [0] * 40 + [1]
@@ -110,7 +110,7 @@ def test_the_model_is_left_as_it_was():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert ([(p.requires_grad, p.grad) for p in model.parameters()], [m.training for m in model.modules()]) == flags
     with pytest.raises(InputError):  # after an exception too
-        freeze(model, [Sample(samples(1)[0].image, "", (0, 0, 5, 5), id="x")])
+        freeze(model, [Sample(samples(1)[0].image, "", ((0, 0, 5, 5),), id="x")])
     assert [m.training for m in model.modules()] == flags[1]
 
 
@@ -128,14 +128,14 @@ def test_nothing_comes_out_as_an_inference_tensor(model):
 @pytest.mark.parametrize(
     ("sample", "message"),
     [
-        (dict(box=(5.0, 5.0, 5.0, 9.0)), "ocr.csv:4: empty box"),
-        (dict(box=(5.0, 5.0, 90.0, 9.0)), "ocr.csv:4: .*outside its image"),
+        (dict(boxes=((5.0, 5.0, 5.0, 9.0),)), "ocr.csv:4: empty box"),
+        (dict(boxes=((5.0, 5.0, 90.0, 9.0),)), "ocr.csv:4: .*outside its image"),
         (dict(text=""), "ocr.csv:4: the text '' has no tokens"),
         (dict(image="/nowhere/page.jpg"), "ocr.csv:4: image /nowhere/page.jpg"),
     ],
 )
 def test_bad_samples_are_named(model, sample, message):
-    fields = dict(image=unique_page(), text="a", box=(0.0, 0.0, 5.0, 5.0), id="ocr.csv:4") | sample
+    fields = dict(image=unique_page(), text="a", boxes=((0.0, 0.0, 5.0, 5.0),), id="ocr.csv:4") | sample
     with pytest.raises(InputError, match=message):
         freeze(model, [*samples(1), Sample(**fields)])
 

@@ -108,7 +108,7 @@ def test_another_models_processor_is_noticed():
 
 def test_black_out_covers_every_pixel_that_the_box_touches():
     image = Image.new("RGB", (20, 20), (9, 9, 9))
-    masked = np.asarray(black_out(image, (3.2, 4.0, 7.0, 9.5)))[..., 0]
+    masked = np.asarray(black_out(image, [(3.2, 4.0, 7.0, 9.5)]))[..., 0]
     black = np.argwhere(masked == 0)
     assert black.min(0).tolist() == [4, 3]
     assert black.max(0).tolist() == [9, 6]

@@ -64,7 +64,7 @@ def samples(count: int, box=(3.0, 15.0, 40.0, 27.0)) -> list[Sample]:
     """Random pages with one box each."""
     rng = np.random.default_rng(5)
     pixels = rng.integers(0, 256, (count, SIDE, SIDE, 3), dtype=np.uint8)
-    return [Sample(Image.fromarray(p), f"line {i}", box, id=f"data.jsonl:{i + 1}") for i, p in enumerate(pixels)]
+    return [Sample(Image.fromarray(p), f"line {i}", (box,), id=f"data.jsonl:{i + 1}") for i, p in enumerate(pixels)]
 
 
 def made_up(count: int, seed: int, kind: str) -> FrozenData:

@@ -1,0 +1,23 @@
+"""`llava-patch rprobe`: one file a subcommand; a first word that names none of them is a checkpoint for `run`."""
+
+from __future__ import annotations
+
+import typer
+from typer.core import TyperGroup
+
+DEFAULT = "run"
+
+
+class DefaultGroup(TyperGroup):
+    """A group whose default subcommand need not be named (a checkpoint called like a subcommand: ./NAME)."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        """Put the default subcommand in front of arguments that name none."""
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args = [DEFAULT, *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=DefaultGroup, no_args_is_help=True, help="R-Probe: how well pixels can be rebuilt from projected visual tokens."
+)
