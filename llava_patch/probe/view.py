@@ -1,4 +1,4 @@
-"""One image as the probe sees it: its projected tokens, where each sits on the whole image, and whose pixels it covers."""
+"""One image as the probe sees it: its projected tokens, where each sits, and whose pixels each covers."""
 
 from __future__ import annotations
 
