@@ -69,14 +69,14 @@ def run_rprobe(
         train = freeze_samples(anatomy, transform, tokenizer, train_samples, settings, progress, "training samples")
         held = freeze_samples(anatomy, transform, tokenizer, heldout_samples, settings, progress, "held-out samples")
         encoded = time.perf_counter()
-        constant = train.pixels.mean(0)
+        constant = train.target_mean
         decoder = ProbeDecoder(anatomy, train.grid, settings.rope, settings.seed)
         decoder.start_at(constant)
         lr = settings.learning_rate(int(anatomy.text_config.hidden_size))
         losses = train_probe(decoder, train, settings, lr, progress)
         trained = time.perf_counter()
         found = evaluate(decoder, held, constant, transform, settings)
-    train_variance = float(train.pixels.var(0, correction=0).mean(dtype=torch.float64))
+    train_variance = train.target_variance
     running = running_mean(losses, start=train_variance)
     vacuous = settings.threshold >= found.constant_mse
     notes = []
@@ -120,7 +120,7 @@ def run_rprobe(
             "train_samples": len(train),
             "heldout_samples": len(held),
             "train_fvu": train_fvu,
-            "heldout_target_tokens": int(held.target.sum()),
+            "heldout_target_tokens": int(held.counts.sum()),
             "data": "pages" if samples is None else "own",
             "encode_seconds": encoded - began,
             "train_seconds": trained - encoded,
