@@ -80,6 +80,21 @@ class FrozenData:
         """Targets of each sample, int64 [samples]."""
         return self.target.sum(1)
 
+    @property
+    def target_mean(self) -> Tensor:
+        """Mean training target, float32 [pixels]."""
+        return self.pixels.mean(0)
+
+    @property
+    def target_variance(self) -> float:
+        """Variance of the targets about their mean, mean over the pixels."""
+        return float(self.pixels.var(0, correction=0).mean(dtype=torch.float64))
+
+    @property
+    def key(self) -> str:
+        """Stand-in until the store has keys."""
+        return f"{len(self)} {float(self.pixels.double().sum())!r} {float(self.image_tokens.double().sum())!r}"
+
     def batch(self, index: Tensor, device: torch.device | str = "cpu") -> Batch:
         """The samples of `index` (int64 [batch], on CPU)."""
         counts = self.counts

@@ -12,8 +12,9 @@ from llava_patch.hosts.anatomy import find
 from llava_patch.probe import fit
 from llava_patch.probe.decoder import ProbeDecoder
 from llava_patch.probe.evaluate import predict
-from llava_patch.probe.fit import batches, first_under, rate, run_rprobe, running_mean, token_errors, train_probe
+from llava_patch.probe.fit import first_under, run_rprobe, running_mean
 from llava_patch.probe.settings import RProbe
+from llava_patch.probe.train import batches, rate, token_errors, train_probe
 
 from .tiny import Characters, made_up, processor, samples, tiny_model
 
