@@ -86,7 +86,8 @@ def test_a_killed_process_goes_on_and_leaves_no_litter(tmp_path):
         "import sys; from pathlib import Path; from tests.probe.test_resume import *\n"
         "import llava_patch.probe.train as t, time; torch.set_num_threads(1)\n"
         "decoder, data, key = fresh()\n"
-        "slow = Stopping(data, 99); slow.batch = lambda i, d='cpu': (time.sleep(float(sys.argv[2])), data.batch(i, d))[1]\n"
+        "slow = Stopping(data, 99)\n"
+        "slow.batch = lambda i, d='cpu': (time.sleep(float(sys.argv[2])), data.batch(i, d))[1]\n"
         "print(train_probe(decoder, slow, SETTINGS, 1e-2, work=Work(Path(sys.argv[1]), key)))\n"
     )
     root = Path(__file__).parents[2]
