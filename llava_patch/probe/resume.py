@@ -45,7 +45,7 @@ def fingerprint(decoder: ProbeDecoder) -> str:
     The pixel head starts from seed and data, which are compared by themselves. Sampled, because a 7B's decoder is
     6 GB: any training changes practically all values of a tensor.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(f"DeepStack enters layers {decoder.injection_layers} ".encode())
     for name, parameter in decoder.named_parameters():
         if name.startswith("head.") or "lora_" in name:
             continue

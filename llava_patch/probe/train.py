@@ -146,7 +146,7 @@ class _Training:
         try:
             if len(own) and self.failure is None:
                 batch = self.data.batch(index[own.start : own.stop], self.device)
-                rebuilt = self.decoder(batch.image_tokens, batch.text_tokens, batch.sequence)
+                rebuilt = self.decoder(batch.image_tokens, batch.text_tokens, batch.sequence, batch.injections)
                 total = token_errors(rebuilt, batch.pixels).sum() / int(self.counts[index].sum())
                 total.backward()
                 loss = total.detach()
