@@ -10,7 +10,7 @@ from llava_patch.errors import InputError
 from llava_patch.probe.data.text import decode
 
 IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .png .bmp .gif .tif .tiff .webp .ppm .pgm .pbm .jp2".split()
+    [".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".jp2"]
 )  # what people keep scans in
 
 

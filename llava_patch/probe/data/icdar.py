@@ -22,7 +22,7 @@ from llava_patch.probe.sample import Box
 SUFFIXES = (".txt", ".csv", ".tsv")
 DONT_CARE = ("###", "*")
 SCRIPTS = frozenset(
-    "arabic latin chinese japanese korean bangla hindi devanagari symbols mixed none".split()
+    ["arabic", "latin", "chinese", "japanese", "korean", "bangla", "hindi", "devanagari", "symbols", "mixed", "none"]
 )  # ICDAR MLT's third column
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 _SEPARATORS = (re.compile(","), re.compile("\t"), re.compile(r"[ \t]+"))
