@@ -1,4 +1,4 @@
-"""Reading and writing of R-Probe's own data: `read_samples` understands what people have, `write_jsonl` is our format."""
+"""One's own data for R-Probe: `read_samples` understands what people have, `write_jsonl` is our format."""
 
 from llava_patch.probe.data.jsonl import read_jsonl, write_jsonl
 from llava_patch.probe.data.read import read_samples

@@ -101,7 +101,7 @@ def _box(ann: dict[str, Any], where: str) -> Box:
     if "bbox" in ann:
         x, y, width, height = four_numbers(ann["bbox"], f"{where}: bbox", "[x, y, width, height] in pixels")
         return x, y, x + width, y + height
-    points = ann.get("points")
+    points: Any = ann.get("points")
     sound = isinstance(points, list) and len(points) >= 6 and len(points) % 2 == 0
     if not sound or not all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in points):
         raise InputError(f"{where}: neither a bbox nor points x, y, x, y, …")

@@ -112,5 +112,5 @@ class Images:
 def _shared(first: Path, second: Path) -> tuple[int, int]:
     """How near two files are: folders they share, and (fewer is nearer) how deep the second lies under them."""
     a, b = first.resolve().parent.parts, second.resolve().parent.parts
-    common = len(os.path.commonprefix([a, b]))
+    common = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     return common, -len(b)

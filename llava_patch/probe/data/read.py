@@ -64,7 +64,7 @@ def parse_source(text: str) -> Source:
     """
     path, _, query = (text, "", "") if Path(text).exists() else text.partition("?")
     known = ("format", "images", "boxes", "split", "config")
-    settings = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=False))
+    settings: dict[str, Any] = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=False))
     unknown = [name for name in settings if name not in known]
     if unknown or bool(query) != bool(settings):
         wrong = f"{unknown[0]!r} is no setting of a source" if unknown else f"{query!r} is not NAME=VALUE"
@@ -110,7 +110,7 @@ def read_samples(
     parts = [text] if Path(text).exists() or "," not in text else [part.strip() for part in text.split(",")]
     found = []
     for part in parts:
-        given = {"images": str(images), "format": format}
+        given: dict[str, Any] = {"images": str(images), "format": format}
         one = replace(parse_source(part), **{name: value for name, value in given.items() if value})
         found.append(_read(one, boxes_per_sample, broken))
     if len(found) == 1:
