@@ -2,7 +2,8 @@
 
 A line is four corners x1,y1,…,x4,y4 or a box x0,y0,x1,y1 and then the transcript, separated by commas, tabs or spaces.
 The transcript is the rest of the line, so it may hold commas; quotes around it are taken off (ICDAR 2013, csv). The
-script column of ICDAR MLT between the two is recognised when every line of the file has one. Four corners become the
+script column of ICDAR MLT between the two is recognised when every line of the file has one, a first line that names
+the columns is left out. Four corners become the
 upright box around them. "###", "*" and an empty transcript mark a region that nobody read: text of the page, but no
 sample.
 """
@@ -72,6 +73,8 @@ def read_icdar(files: list[Path], images: Images, collector: Collector) -> None:
 
 def _read_file(file: Path, image: Path, collector: Collector) -> None:
     lines = [_cut(number, line) for number, line in numbered_lines(file)]
+    if lines and _is_header(lines[0]):
+        del lines[0]
     # A transcript may open with numbers, so that one line alone does not tell; the layout is that of most lines.
     corners = 2 * sum(line.numbers >= 8 for line in lines) >= len(lines) and bool(lines)
     count = 8 if corners else 4
@@ -84,7 +87,7 @@ def _read_file(file: Path, image: Path, collector: Collector) -> None:
             if line.numbers < count:
                 raise InputError(f"{where}: {_complaint(line, count)}")
             text = _unquote(line.rest(count + has_script).strip())
-            box = bounds([float(field) for field in line.fields[:count]], count == 4)
+            box = bounds([float(field.strip(' "')) for field in line.fields[:count]], count == 4)
             collector.region(page, None if text in DONT_CARE else text, [box], where)
 
 
@@ -102,6 +105,13 @@ def bounds(numbers: list[float], corners_are_opposite: bool = False) -> Box:
     return min(xs), min(ys), max(xs), max(ys)
 
 
+def _is_header(line: _Line) -> bool:
+    """Whether a line names columns in the order in which they are read: x…, y…, x…, y… or left, top, right, bottom."""
+    names = [field.strip(' "').lower() for field in line.fields[:4]]
+    first = [name[:1] for name in names]
+    return line.numbers == 0 and (first == ["x", "y", "x", "y"] or names == ["left", "top", "right", "bottom"])
+
+
 def _cut(number: int, text: str) -> _Line:
     """Cut a line at the separator that gives most numbers at its front; of equals the comma."""
     best: _Line | None = None
@@ -112,7 +122,7 @@ def _cut(number: int, text: str) -> _Line:
             end = match.end()
             starts.append(end)
         fields = separator.split(text)
-        numbers = next((i for i, field in enumerate(fields) if not _NUMBER.fullmatch(field.strip())), len(fields))
+        numbers = next((i for i, field in enumerate(fields) if not _NUMBER.fullmatch(field.strip(' "'))), len(fields))
         if best is None or (best.numbers < 4 and numbers > best.numbers):
             best = _Line(number, text, starts, fields, numbers)
     assert best is not None
