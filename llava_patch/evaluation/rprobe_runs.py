@@ -30,7 +30,7 @@ def data_file(metadata: Any) -> str | None:
 
 def own_samples(settings: RProbe, path: str) -> tuple[list[Any], list[Any]]:
     """(training samples, held-out samples) of a file, split by document."""
-    from llava_patch.evaluation.samples import read_jsonl
+    from llava_patch.probe.data import read_jsonl
     from llava_patch.probe.sample import split_samples
 
     return split_samples(read_jsonl(path), settings.heldout_share, settings.seed)

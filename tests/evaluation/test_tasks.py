@@ -169,7 +169,7 @@ def test_ones_own_data_are_the_documents(tmp_path: Path, monkeypatch: pytest.Mon
     ],
 )
 def test_bad_data_name_file_and_line(tmp_path: Path, line: str, words: str) -> None:
-    from llava_patch.evaluation.samples import read_jsonl
+    from llava_patch.probe.data import read_jsonl
 
     path = write_samples(tmp_path)
     path.write_text("\n".join([path.read_text().splitlines()[0], line]))
