@@ -86,7 +86,7 @@ def summarise(results: Mapping[str, RProbeResult], settings: RProbe) -> dict[str
 
 def tables(summary: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
     """(head, rows) of the two tables, as text: the runs, and what text and region do."""
-    head = ["image", "text", "held-out MSE", "95 % interval", "FVU", "PSNR", "steps to FVU < 0.5", "paper (8B)"]
+    head = ["image", "text", "held-out MSE", "95 % interval", "FVU", "FVU < 0.5 at step", "paper (8B)"]
     rows = []
     for name, run in summary["runs"].items():
         image, text = ("masked" if VARIANTS[name]["masked"] else "full"), ("yes" if VARIANTS[name]["text"] else "no")
@@ -94,8 +94,8 @@ def tables(summary: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]]]
         low, high = run["interval"] or (None, None)
         rows.append(
             [
-                image, text, f"{run['mse']:.4f}", _between(low, high), f"{run['fvu']:.3f}", f"{run['psnr']:.1f} dB",
-                steps, f"{run['paper']:.3f}",
+                image, text, f"{run['mse']:.4f}", _between(low, high), f"{run['fvu']:.3f}", steps,
+                f"{run['paper']:.3f}",
             ]
         )  # fmt: skip
     effects = [
