@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llava_patch.errors import LlavaPatchError
+from llava_patch.errors import InputError, LlavaPatchError
 from llava_patch.hosts.anatomy import find
 from llava_patch.probe import parallel
 from llava_patch.probe.decoder import ProbeDecoder, quarter
@@ -110,6 +110,11 @@ def _run(
 
         train = _on_all(lambda: freeze(train_samples, "training samples"), settings)
         held = _on_all(lambda: freeze(heldout_samples, "held-out samples"), settings)
+        for data, what in ((train, "training"), (held, "held-out")):
+            if not data.target_variance:
+                raise InputError(
+                    f"R-Probe's {what} samples all show the same patch of one colour each: there is nothing to rebuild"
+                )
         encoded = time.perf_counter()
         constant = train.target_mean
         decoder = ProbeDecoder(anatomy, train.grid, settings.rope, settings.seed)
