@@ -38,13 +38,13 @@ def no_users_cache(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture(autouse=True)
-def no_configuration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def no_configuration(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory):
     import gin
     from llava_patch import startup
 
     monkeypatch.delenv("LLAVA_PATCH_GIN_FILE", raising=False)
     monkeypatch.delenv("LLAVA_PATCH_GIN_PARAM", raising=False)
-    monkeypatch.setenv("LLAVA_PATCH_CACHE", str(tmp_path / "cache"))  # nothing of a test outlives it
+    monkeypatch.setenv("LLAVA_PATCH_CACHE", str(tmp_path_factory.mktemp("cache")))  # nothing of a test outlives it
     startup.reset()
     yield
     startup.reset()
