@@ -104,6 +104,8 @@ def test_inside_names_the_pixels_whose_centre_lies_in_a_text_box(model):
     assert inside.any() and not inside.all()
     assert torch.equal(inside, white)
     assert int(data.inside(torch.tensor([2])).sum()) == 5 * 6  # its own box alone
+    parts = freeze_list(model, [Sample(picture, "d", ((2.4, 3.0, 5.6, 5.0),), id="d")])
+    assert int(parts.inside(torch.tensor([0])).sum()) == 4 * 2  # the centres of columns 2 to 5
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 256])
