@@ -168,25 +168,17 @@ class FrozenData:
         device = torch.device(device)
         pin = device.type == "cuda"  # a copy from pinned memory does not hold up the host
         places = [(self.shards[shard], row) for shard, row in (self.places[i] for i in index.tolist())]
-        tokens = [shard.tokens(row) for shard, row in places]
         targets = [shard.target(row).long() for shard, row in places]
-        widths = torch.tensor([len(t) for t in tokens])
+        tokens = _padded([shard.tokens(row) for shard, row in places], pin)
+        positions = _padded([shard.positions(row) for shard, row in places], False)
+        widths = torch.tensor([len(shard.cells(row)) for shard, row in places])
         counts = torch.tensor([len(t) for t in targets])
-        width = int(widths.max())
-        image_tokens = torch.zeros(len(places), width, tokens[0].shape[1], pin_memory=pin, dtype=torch.float32)
-        positions = torch.zeros(len(places), width, 2, dtype=torch.float32)
-        for i, (shard, row) in enumerate(places):
-            image_tokens[i, : widths[i]] = tokens[i]
-            positions[i, : widths[i]] = shard.positions(row)
-        target = torch.zeros(len(places), width, dtype=torch.bool)
+        target = torch.zeros(tokens.shape[:2], dtype=torch.bool)
         target[torch.arange(len(places)).repeat_interleave(counts), torch.cat(targets)] = True
         injections = None
-        if (added := places[0][0].tensors.get("injections")) is not None:
-            injections = torch.zeros(
-                len(places), added.shape[1], width, added.shape[2], pin_memory=pin, dtype=torch.float32
-            )
-            for i, (shard, row) in enumerate(places):
-                injections[i, :, : widths[i]] = shard.injections(row).transpose(0, 1)
+        if "injections" in places[0][0].tensors:
+            added = _padded([shard.injections(row) for shard, row in places], pin)
+            injections = added.to(device, non_blocking=pin).float().transpose(1, 2).contiguous()
         pixels = [shard.pixels(row) for shard, row in places]
         joined = torch.empty(int(counts.sum()), pixels[0].shape[1], pin_memory=pin, dtype=torch.float32)
         torch.cat(pixels, out=joined)
@@ -194,7 +186,7 @@ class FrozenData:
         text_width = int(text_counts.max())
         sequence = build_sequence(
             target,
-            torch.arange(width) < widths[:, None],
+            torch.arange(tokens.shape[1]) < widths[:, None],
             positions,
             text_counts,
             torch.tensor([shard.text_start(row) for shard, row in places]),
@@ -202,10 +194,20 @@ class FrozenData:
         )
         text_tokens = self.text.table[self.text.ids[index, :text_width]]
         return Batch(
-            image_tokens=image_tokens.to(device, non_blocking=pin),
+            image_tokens=tokens.to(device, non_blocking=pin).float(),
             text_tokens=text_tokens.to(device),
             sequence=sequence.to(device),
             pixels=joined.to(device, non_blocking=pin),
             counts=counts.to(device),
-            injections=None if injections is None else injections.to(device, non_blocking=pin),
+            injections=injections,
         )
+
+
+def _padded(rows: Sequence[Tensor], pin: bool) -> Tensor:
+    """Tensors of unequal length [n, ...] as one [rows, longest n, ...] of their dtype, with zeros behind each."""
+    width = max(len(row) for row in rows)
+    padded = torch.empty(len(rows), width, *rows[0].shape[1:], dtype=rows[0].dtype, pin_memory=pin)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row
+        padded[i, len(row) :] = 0
+    return padded
