@@ -138,6 +138,7 @@ def save_preview(samples: Sequence[Sample], transform: Transform, path: str | Pa
         rows, 3, width_ratios=WIDTHS, left=0.01, right=0.99, bottom=0.005, top=top - 0.26 / (ROW * rows), wspace=0.05,
         hspace=0.2,
     )  # fmt: skip
+    title = title if len(title) <= 90 else f"…{title[-89:]}"
     figure.text(0.01, 1 - 0.06 / (ROW * rows + 0.55), title, fontsize=9, va="top", weight="bold")
     legend = "red: the region;  blue: other text boxes;  shaded: tokens that are the target"
     figure.text(0.01, 1 - 0.26 / (ROW * rows + 0.55), legend, fontsize=8, va="top", color="0.35")
@@ -148,6 +149,7 @@ def save_preview(samples: Sequence[Sample], transform: Transform, path: str | Pa
         _draw_plane(axes[1], sample, image, transform)
         _draw_region(axes[2], sample, image)
         for one in axes:
+            one.set_anchor("N")
             one.set_xticks([])
             one.set_yticks([])
             for spine in one.spines.values():
@@ -221,7 +223,7 @@ def _draw_region(axes: Any, sample: Sample, image: Image.Image) -> None:
     _show(axes, image.crop((left, top, right, bottom)), (right - left, bottom - top), (left, top))
     _outline(axes, sample.boxes, RED, 1.0)
     lines = [part for line in sample.text.split("\n") for part in textwrap.wrap(line, 40) or [""]]
-    text = "\n".join([*lines[:3], f"… {len(sample.text)} characters"] if len(lines) > 4 else lines)
+    text = "\n".join([*lines[:2], f"… {len(sample.text)} characters"] if len(lines) > 3 else lines)
     axes.set_title(text.replace("$", r"\$"), fontsize=8, family=["DejaVu Sans"])
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from llava_patch.probe.commands import app
 from llava_patch.probe.settings import IMAGE_MODES
 
-PAGES = 32  # rendered pages that are counted when there is no data
+PAGES = 16  # rendered pages that are counted when there is no data
 
 
 @app.command("preview")
@@ -33,7 +33,6 @@ def preview(
     x.json?format=funsd. A look before every run: are the boxes right?
     """
     from llava_patch.errors import SettingError
-    from llava_patch.hosts.configuration import read_transform
     from llava_patch.probe.data import read_samples
     from llava_patch.probe.pages import Pages
     from llava_patch.probe.preview import choose, clip_like, counts, save_preview
@@ -42,7 +41,12 @@ def preview(
         raise SettingError(f"--image-mode {image_mode}: expected one of {', '.join(IMAGE_MODES)}")
     if output.suffix.lower() != ".png":
         raise SettingError(f"--output {output}: expected a .png file")
-    transform = read_transform(model, image_mode) if model else clip_like(size, patch, image_mode)
+    if model:
+        from llava_patch.hosts.configuration import read_transform
+
+        transform = read_transform(model, image_mode)
+    else:
+        transform = clip_like(size, patch, image_mode)
     names = [name.strip() for name in samples.split(",") if name.strip()]
     if data:
         found = read_samples(data, boxes_per_sample, broken)
