@@ -46,8 +46,9 @@ def evaluate(
     """
     rebuilt = predict(decoder, data, settings.batch_size)
     owner = torch.arange(len(data)).repeat_interleave(data.counts)
-    errors = (rebuilt - data.pixels).double().square().mean(-1)
-    shown = (_unit(rebuilt, transform) - _unit(data.pixels, transform)).double().square().mean(-1)
+    pixels = torch.cat([data.batch(i).pixels for i in torch.arange(len(data)).split(settings.batch_size)])
+    errors = (rebuilt - pixels).double().square().mean(-1)
+    shown = (_unit(rebuilt, transform) - _unit(pixels, transform)).double().square().mean(-1)
     sample_mse = _mean_by(errors, owner, data.counts)
     sample_psnr = -10 * _mean_by(shown, owner, data.counts).clamp(min=SMALLEST_MSE).log10()
     documents = [
@@ -66,8 +67,8 @@ def evaluate(
     return Evaluation(
         mse=float(errors.mean()),
         psnr=float(sample_psnr.mean()),
-        constant_mse=float((data.pixels - constant).double().square().mean()),
-        variance=float(data.pixels.double().var(0, correction=0).mean()),
+        constant_mse=float((pixels - constant).double().square().mean()),
+        variance=data.target_variance,
         documents=documents,
         examples=[_example(i, data, rebuilt[owner == i], transform, float(sample_mse[i])) for i in chosen],
     )
@@ -75,7 +76,7 @@ def evaluate(
 
 @torch.no_grad()
 def predict(decoder: ProbeDecoder, data: FrozenData, batch_size: int) -> Tensor:
-    """What the decoder answers for every target, float32 [targets, pixels] on CPU, in the order of `data.pixels`."""
+    """What the decoder answers for every target, float32 [targets, pixels] on CPU, sample by sample."""
     device = next(decoder.parameters()).device
     rebuilt = []
     with torch.autocast(device.type, enabled=False):
@@ -99,14 +100,15 @@ def _unit(pixels: Tensor, transform: Transform) -> Tensor:
 def _example(index: int, data: FrozenData, rebuilt: Tensor, transform: Transform, mse: float) -> Reconstruction:
     sample = data.samples[index]
     image = sample.open_image()
-    patches = patchify(transform.pixel_values([image]), data.grid)
-    target = data.target[index]
+    grid = data.grid_of(index)
+    patches = patchify(transform.plane(image)[None], grid)
+    target = torch.zeros(grid.tokens, dtype=torch.bool).index_fill(0, data.cells_of(index), True)
     painted = patches.clone()
-    painted[0, target] = rebuilt
-    where = unpatchify(target[None, :, None].expand(1, -1, data.grid.pixels), data.grid)[0, 0]
+    painted[0, data.cells_of(index)] = rebuilt
+    where = unpatchify(target[None, :, None].expand(1, -1, grid.pixels), grid)[0, 0]
 
     def picture(values: Tensor) -> np.ndarray:
-        pixels = unpatchify(_unit(values, transform), data.grid)[0]
+        pixels = unpatchify(_unit(values, transform), grid)[0]
         return (pixels.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
 
     return Reconstruction(
