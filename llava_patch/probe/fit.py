@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from llava_patch.errors import LlavaPatchError
 from llava_patch.hosts.anatomy import find
 from llava_patch.probe.decoder import ProbeDecoder, quarter
+from llava_patch.probe.error_map import error_maps
 from llava_patch.probe.evaluate import evaluate
 from llava_patch.probe.pages import Pages
 from llava_patch.probe.progress import progress_bar
@@ -76,10 +77,11 @@ def run_rprobe(
         losses = train_probe(decoder, train, settings, lr, progress)
         trained = time.perf_counter()
         found = evaluate(decoder, held, constant, transform, settings)
+        maps = error_maps(decoder, anatomy, transform, tokenizer, held, found.documents, settings)
     train_variance = float(train.pixels.var(0, correction=0).mean(dtype=torch.float64))
     running = running_mean(losses, start=train_variance)
     vacuous = settings.threshold >= found.constant_mse
-    notes = []
+    notes = list(found.notes)
     if vacuous:
         notes.append(
             f"RProbe.threshold = {settings.threshold:g} is not under the MSE of a constant patch "
@@ -102,6 +104,10 @@ def run_rprobe(
         constant_mse=found.constant_mse,
         constant_fvu=found.constant_mse / found.variance,
         target_variance=found.variance,
+        mse_interval=found.mse_interval,
+        fvu_interval=found.fvu_interval,
+        inside=found.inside,
+        outside=found.outside,
         steps_to_threshold=first_under(running, settings.threshold),
         threshold=settings.threshold,
         threshold_is_vacuous=vacuous,
@@ -127,6 +133,7 @@ def run_rprobe(
         },
         warnings=notes,
         examples=found.examples,
+        maps=maps,
     )
 
 

@@ -7,6 +7,7 @@ vision tower runs here and never again.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +72,7 @@ class FrozenData:
     text_counts: Tensor
     text_table: Tensor
     pixels: Tensor
+    transform: Any = None
 
     def __len__(self) -> int:
         return len(self.image_index)
@@ -79,6 +81,29 @@ class FrozenData:
     def counts(self) -> Tensor:
         """Targets of each sample, int64 [samples]."""
         return self.target.sum(1)
+
+    @functools.cached_property
+    def target_mean(self) -> Tensor:
+        """Mean target, float32 [pixels]."""
+        return self.pixels.mean(0)
+
+    @functools.cached_property
+    def target_variance(self) -> float:
+        """Variance of the targets about their mean patch, mean over the pixels."""
+        return float(self.pixels.double().var(0, correction=0).mean())
+
+    def inside(self, index: Tensor) -> Tensor:
+        """Which pixels under the targets of these samples lie in a text box of their image, bool [targets, cell²]."""
+        from llava_patch.probe.plane import Plane
+
+        found = []
+        for i in index.tolist():
+            sample = self.samples[i]
+            plane = Plane.of(self.transform, sample.open_image(), self.grid.pixels)
+            boxes = [plane.box(self.transform, b, sample.id) for b in dict.fromkeys((*sample.boxes, *sample.all_boxes))]
+            mask = plane.inside(boxes)[None, None].expand(1, 3, -1, -1)
+            found.append(patchify(mask, self.grid)[0, :, ::3][self.target[i]])
+        return torch.cat(found)
 
     def batch(self, index: Tensor, device: torch.device | str = "cpu") -> Batch:
         """The samples of `index` (int64 [batch], on CPU)."""
@@ -188,6 +213,7 @@ def freeze_samples(
             text_counts=text_counts,
             text_table=table,
             pixels=torch.cat(pixels),
+            transform=transform,
         )
 
 
