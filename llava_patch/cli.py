@@ -14,7 +14,9 @@ from rich.table import Table
 from llava_patch import __version__, autostart
 from llava_patch.errors import CheckpointError, LlavaPatchError, SettingError
 from llava_patch.probe import commands as rprobe
-from llava_patch.probe.commands import compare, correlate  # noqa: F401 - their import adds them to `rprobe.app`
+from llava_patch.probe.commands import compare as _rprobe_compare  # noqa: F401 - registers itself
+from llava_patch.probe.commands import correlate as _rprobe_correlate  # noqa: F401 - registers itself
+from llava_patch.probe.commands import store as _rprobe_store  # noqa: F401 - registers itself
 
 app = typer.Typer(
     help="Multi-layer vision fusions (Detached Skip-Links and others), DPVR routing and R-Probe for LLaVA models.",

@@ -192,8 +192,7 @@ def _map(
             answers = answer(decoder, batch).split(batch.counts.tolist())
             truths = batch.pixels.cpu().split(batch.counts.tolist())
             for i, rebuilt, true in zip(index.tolist(), answers, truths, strict=True):
-                cells = plane.cells([plane.box(transform, box, group[i].id) for box in group[i].boxes]).nonzero()[:, 0]
-                plane.check(patches[0, cells], true, group[i].id)
+                cells = frozen.cells_of(i)
                 # A cell that several regions touch is shown as the first of them rebuilt it.
                 fresh = error[cells].isnan()
                 painted[0, cells[fresh]] = rebuilt[fresh]

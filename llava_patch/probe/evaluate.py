@@ -13,6 +13,7 @@ from torch import Tensor
 from llava_patch.errors import HostError
 from llava_patch.probe.bootstrap import FEW, interval
 from llava_patch.probe.decoder import ProbeDecoder
+from llava_patch.probe.parallel import exchange, share
 from llava_patch.probe.plane import Plane, picture, unit
 from llava_patch.probe.result import Part, Reconstruction
 from llava_patch.probe.sequence import CHANNELS, patchify, unpatchify
@@ -81,13 +82,17 @@ def evaluate(
 
 
 def _table(decoder: ProbeDecoder, data: FrozenData, constant: Tensor, transform: Transform, size: int) -> Tensor:
-    """Sums of every held-out sample, float64 [samples, COLUMNS] on CPU: all figures are made of these."""
-    rows = [
-        sums(answer(decoder, batch), batch, data.inside(index), data.target_mean, constant, transform)
-        for index in torch.arange(len(data)).split(size)
-        for batch in [data.batch(index, next(decoder.parameters()).device)]
-    ]
-    return torch.cat(rows)
+    """Sums of every held-out sample, float64 [samples, COLUMNS] on CPU: all figures are made of these.
+
+    Every process measures its share of the samples, and gets the sums of all.
+    """
+    device = next(decoder.parameters()).device
+    rows = [torch.zeros(0, COLUMNS, dtype=torch.float64)]
+    for index in torch.tensor(share(len(data)), dtype=torch.int64).split(size):
+        if len(index):
+            batch = data.batch(index, device)
+            rows.append(sums(answer(decoder, batch), batch, data.inside(index), data.target_mean, constant, transform))
+    return torch.cat(exchange(torch.cat(rows)))
 
 
 @torch.no_grad()
@@ -101,7 +106,7 @@ def predict(decoder: ProbeDecoder, data: FrozenData, batch_size: int) -> Tensor:
 def answer(decoder: ProbeDecoder, batch: Batch) -> Tensor:
     """What the decoder answers for every target of a batch, float32 [targets, pixels] on CPU."""
     with torch.autocast(batch.image_tokens.device.type, enabled=False):
-        return decoder(batch.image_tokens, batch.text_tokens, batch.sequence).cpu()
+        return decoder(batch.image_tokens, batch.text_tokens, batch.sequence, batch.injections).cpu()
 
 
 def sums(rebuilt: Tensor, batch: Batch, inside: Tensor, mean: Tensor, constant: Tensor, transform: Transform) -> Tensor:
@@ -203,11 +208,12 @@ def example(
     batch = data.batch(torch.tensor([index]), next(decoder.parameters()).device)
     plane = Plane.of(transform, sample.open_image(), batch.pixels.shape[-1])
     boxes = tuple(plane.box(transform, box, sample.id) for box in sample.boxes)
-    target = plane.cells(boxes)
+    cells = data.cells_of(index)
+    target = torch.zeros(plane.grid.tokens, dtype=torch.bool)
+    target[cells] = True
     patches = patchify(plane.pixels[None], plane.grid)
-    plane.check(patches[0, target], batch.pixels.cpu(), sample.id)
     painted = patches.clone()
-    painted[0, target] = answer(decoder, batch)
+    painted[0, cells] = answer(decoder, batch)
     where = unpatchify(target[None, :, None].expand(1, -1, plane.grid.pixels), plane.grid)[0, 0]
     return Reconstruction(
         id=sample.id,

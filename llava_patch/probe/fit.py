@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from llava_patch.errors import LlavaPatchError
 from llava_patch.hosts.anatomy import find
 from llava_patch.probe.decoder import ProbeDecoder, quarter
-from llava_patch.probe.error_map import error_maps
 from llava_patch.probe.evaluate import evaluate
 from llava_patch.probe.pages import Pages
 from llava_patch.probe.progress import progress_bar
@@ -70,18 +69,17 @@ def run_rprobe(
         train = freeze_samples(anatomy, transform, tokenizer, train_samples, settings, progress, "training samples")
         held = freeze_samples(anatomy, transform, tokenizer, heldout_samples, settings, progress, "held-out samples")
         encoded = time.perf_counter()
-        constant = train.pixels.mean(0)
+        constant = train.target_mean
         decoder = ProbeDecoder(anatomy, train.grid, settings.rope, settings.seed)
         decoder.start_at(constant)
         lr = settings.learning_rate(int(anatomy.text_config.hidden_size))
         losses = train_probe(decoder, train, settings, lr, progress)
         trained = time.perf_counter()
         found = evaluate(decoder, held, constant, transform, settings)
-        maps = error_maps(decoder, anatomy, transform, tokenizer, held, found.documents, settings)
-    train_variance = float(train.pixels.var(0, correction=0).mean(dtype=torch.float64))
+    train_variance = train.target_variance
     running = running_mean(losses, start=train_variance)
     vacuous = settings.threshold >= found.constant_mse
-    notes = list(found.notes)
+    notes = []
     if vacuous:
         notes.append(
             f"RProbe.threshold = {settings.threshold:g} is not under the MSE of a constant patch "
@@ -104,10 +102,6 @@ def run_rprobe(
         constant_mse=found.constant_mse,
         constant_fvu=found.constant_mse / found.variance,
         target_variance=found.variance,
-        mse_interval=found.mse_interval,
-        fvu_interval=found.fvu_interval,
-        inside=found.inside,
-        outside=found.outside,
         steps_to_threshold=first_under(running, settings.threshold),
         threshold=settings.threshold,
         threshold_is_vacuous=vacuous,
@@ -126,14 +120,13 @@ def run_rprobe(
             "train_samples": len(train),
             "heldout_samples": len(held),
             "train_fvu": train_fvu,
-            "heldout_target_tokens": int(held.target.sum()),
+            "heldout_target_tokens": int(held.counts.sum()),
             "data": "pages" if samples is None else "own",
             "encode_seconds": encoded - began,
             "train_seconds": trained - encoded,
         },
         warnings=notes,
         examples=found.examples,
-        maps=maps,
     )
 
 
@@ -180,7 +173,7 @@ def train_probe(
     with bar, torch.enable_grad(), torch.autocast(device.type, enabled=False):
         for step in range(settings.steps):
             batch = data.batch(next(order), device)
-            rebuilt = decoder(batch.image_tokens, batch.text_tokens, batch.sequence)
+            rebuilt = decoder(batch.image_tokens, batch.text_tokens, batch.sequence, batch.injections)
             loss = token_errors(rebuilt, batch.pixels).mean()
             value = float(loss.detach())
             if not math.isfinite(value):

@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from llava_patch.errors import HostError
 from llava_patch.probe.sample import Box
 from llava_patch.probe.sequence import CHANNELS, TokenGrid, target_mask, unpatchify
 from llava_patch.probe.transform import Transform
@@ -63,13 +62,6 @@ class Plane:
         """Cells that boxes on the plane touch, bool [cells] in raster order."""
         return target_mask(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), self.grid).any(0)
 
-    def inside(self, boxes: Sequence[Box]) -> Tensor:
-        """Pixels whose centre lies in one of the boxes on the plane, bool [height, width]."""
-        found = torch.zeros(self.pixels.shape[1:], dtype=torch.bool)
-        for x0, y0, x1, y1 in boxes:
-            found[math.ceil(y0 - 0.5) : math.ceil(y1 - 0.5), math.ceil(x0 - 0.5) : math.ceil(x1 - 0.5)] = True
-        return found
-
     def original(self, cell: int) -> Box | None:
         """The part of the original under a cell (raster order), a little inside it; None: the cell is padding."""
         row, column = divmod(cell, self.grid.columns)
@@ -79,14 +71,6 @@ class Plane:
         x0, y0 = (max(v, 0.0) for v in low)
         x1, y1 = (min(v, float(limit)) for v, limit in zip(high, self.size, strict=True))
         return (x0, y0, x1, y1) if x0 < x1 and y0 < y1 else None
-
-    def check(self, ours: Tensor, theirs: Tensor, name: str) -> None:
-        """Refuse to draw where the frozen pixels of a sample are not the pixels of its cells, in raster order."""
-        if ours.shape != theirs.shape or not torch.equal(ours, theirs):
-            raise HostError(
-                f"{name}: the pixels of its cells ({len(ours)}) are not the frozen targets ({len(theirs)}): was the "
-                "image changed since they were frozen?"
-            )
 
 
 def unit(pixels: Tensor, transform: Transform) -> Tensor:

@@ -15,7 +15,7 @@ from llava_patch.probe.evaluate import predict
 from llava_patch.probe.fit import batches, first_under, rate, run_rprobe, running_mean, token_errors, train_probe
 from llava_patch.probe.settings import RProbe
 
-from .tiny import Characters, made_up, processor, samples, tiny_model
+from .tiny import Characters, made_up, processor, samples, targets_of, tiny_model
 
 QUICK = RProbe(steps=6, batch_size=4, train_pages=12, heldout_pages=5, examples=2, threshold=1e-6)
 
@@ -29,8 +29,8 @@ def fvu(model, kind: str) -> float:
     train, held = made_up(512, 1, kind), made_up(128, 2, kind)
     decoder = ProbeDecoder(find(model), train.grid, seed=0)
     train_probe(decoder, train, RProbe(steps=160, batch_size=32), lr=3e-3)
-    errors = token_errors(predict(decoder, held, 64), held.pixels)
-    return float(errors.mean() / held.pixels.var(0).mean())
+    errors = token_errors(predict(decoder, held, 64), targets_of(held))
+    return float(errors.mean() / held.target_variance)
 
 
 def test_the_probe_reads_what_is_in_the_tokens_and_nothing_else():
