@@ -146,6 +146,11 @@ def processes() -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def is_first() -> bool:
+    """Whether this is rank 0, or will be: also before the processes have joined and after they have parted."""
+    return int(os.environ.get("RANK", "0")) == 0 if world() == 1 else rank() == 0
+
+
 def local_rank() -> int:
     """Number of this process on its machine: which of the machine's devices it takes."""
     return int(os.environ.get("LOCAL_RANK", "0"))

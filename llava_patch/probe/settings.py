@@ -54,6 +54,8 @@ class RProbe:
         store: keep frozen tokens on disk ($LLAVA_PATCH_CACHE), where the next run of model and data finds them.
         store_gb: size in GB that the stores on disk together do not exceed; the longest unused are deleted first.
         save_every: steps between two states from which an interrupted run goes on.
+        minutes: training ends at the first step after so many minutes (earlier starts of the run count too) and the
+            result says so; None: after `steps`.
         resamples: bootstrap resamples behind a 95 % interval.
     """
 
@@ -84,6 +86,7 @@ class RProbe:
     store: bool = True
     store_gb: float = 20.0
     save_every: int = 200
+    minutes: float | None = None
     resamples: int = 2000
 
     def __post_init__(self) -> None:
@@ -103,8 +106,9 @@ class RProbe:
             self._integer(name, 0)
         for name in ("clip", "threshold", "store_gb"):
             self._number(name, above=0.0)
-        if self.lr is not None:
-            self._number("lr", above=0.0)
+        for name in ("lr", "minutes"):
+            if getattr(self, name) is not None:
+                self._number(name, above=0.0)
         self._number("weight_decay", low=0.0)
         self._number("warmup", low=0.0, below=1.0)
         self._number("heldout_share", above=0.0, below=1.0)

@@ -99,10 +99,6 @@ class Transform:
             )
         return pixels.to(torch.float32)
 
-    def plane(self, image: Image.Image) -> Tensor:
-        """The processed whole image, float32 [3, height, width]."""
-        return self.pixel_values([image])[0]
-
     def box(self, box: Box, size: tuple[int, int], name: str) -> Box:
         """Where a box of the original image lies on the processed image.
 

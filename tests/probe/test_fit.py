@@ -6,14 +6,16 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from llava_patch.errors import HostError, InputError, LlavaPatchError
 from llava_patch.hosts.anatomy import find
 from llava_patch.probe import fit
 from llava_patch.probe.decoder import ProbeDecoder
 from llava_patch.probe.evaluate import predict
-from llava_patch.probe.fit import batches, first_under, rate, run_rprobe, running_mean, token_errors, train_probe
+from llava_patch.probe.fit import first_under, run_rprobe, running_mean
 from llava_patch.probe.settings import RProbe
+from llava_patch.probe.train import batches, rate, token_errors, train_probe
 
 from .tiny import Characters, made_up, processor, samples, targets_of, tiny_model
 
@@ -162,6 +164,12 @@ def test_own_samples_are_split_or_taken_as_given():
         run(tiny_model(), heldout=data)
     with pytest.raises(InputError, match="at least two documents"):
         run(tiny_model(), samples=data[:1])
+
+
+def test_samples_of_one_colour_are_refused():
+    white = [dataclasses.replace(s, image=Image.new("RGB", (56, 56), "white")) for s in samples(4)]
+    with pytest.raises(InputError, match="held-out samples all show the same patch"):
+        run(tiny_model(), samples=samples(4), heldout=white)
 
 
 def test_too_small_an_llm_is_refused_before_any_page_is_drawn(monkeypatch):
