@@ -33,7 +33,7 @@ def interval(
         seed: the same one gives the same interval.
         value: which per-sample figure, "mse" by default.
         relative_to: divide by the mean over tokens of this figure instead of by 1; "variance" gives FVU. It is drawn
-            together with the value, so documents that are hard because they vary much do not widen the interval.
+            together with the value, so the interval holds what both owe to the choice of documents.
 
     Returns:
         (low, high); None where there are fewer than 2 documents (`FEW` says so in words).

@@ -20,6 +20,7 @@ from llava_patch.errors import InputError, LlavaPatchError
 from llava_patch.hosts.anatomy import find
 from llava_patch.probe import parallel
 from llava_patch.probe.decoder import ProbeDecoder, quarter
+from llava_patch.probe.error_map import ErrorMap, error_maps
 from llava_patch.probe.evaluate import evaluate
 from llava_patch.probe.pages import Pages
 from llava_patch.probe.result import RProbeResult
@@ -108,8 +109,7 @@ def _run(
         def freeze(chosen: Sequence[Sample], label: str) -> FrozenData:
             return freeze_samples(anatomy, transform, tokenizer, chosen, settings, progress, label)
 
-        train = freeze(train_samples, "training samples")
-        held = freeze(heldout_samples, "held-out samples")
+        train, held = freeze(train_samples, "training samples"), freeze(heldout_samples, "held-out samples")
         for data, what in ((train, "training"), (held, "held-out")):
             if not data.target_variance:
                 raise InputError(
@@ -126,10 +126,13 @@ def _run(
         losses = _trained(decoder, train, settings, lr, progress, None if folder is None else Work(folder, key))
         trained = time.perf_counter()
         found = evaluate(decoder, held, constant, transform, settings)
+        maps: list[ErrorMap] = []
+        if parallel.rank() == 0:
+            maps = error_maps(decoder, anatomy, transform, tokenizer, held, found.documents, settings)
     train_variance = train.target_variance
     running = running_mean(losses, start=train_variance)
     vacuous = settings.threshold >= found.constant_mse
-    notes = []
+    notes = list(found.notes)
     if len(losses) < settings.steps:
         notes.append(
             f"RProbe.minutes = {settings.minutes:g} ended training after step {len(losses)} of {settings.steps}, "
@@ -158,6 +161,10 @@ def _run(
         constant_mse=found.constant_mse,
         constant_fvu=found.constant_mse / found.variance,
         target_variance=found.variance,
+        mse_interval=found.mse_interval,
+        fvu_interval=found.fvu_interval,
+        inside=found.inside,
+        outside=found.outside,
         steps_to_threshold=first_under(running, settings.threshold),
         threshold=settings.threshold,
         threshold_is_vacuous=vacuous,
@@ -189,6 +196,7 @@ def _run(
         },
         warnings=notes,
         examples=found.examples,
+        maps=maps,
     )
 
 

@@ -165,6 +165,7 @@ class Pages(Sequence[Sample]):
             text=lines[chosen][0],
             boxes=(boxes[chosen],),
             all_boxes=boxes,
+            all_texts=tuple(text for text, _ in lines),
             id=f"page-{self.split}-{self.seed}-{index}",
         )
 

@@ -25,6 +25,7 @@ class Sample:
         all_boxes: boxes of all text regions of the image.
         id: names the sample in errors and results; a file and line where it came from one.
         document: samples of one document are never split between train and held-out; "" means the id.
+        all_texts: transcripts of `all_boxes`, where they are known: error maps rebuild each region with its text.
     """
 
     image: ImageSource
@@ -33,6 +34,7 @@ class Sample:
     all_boxes: tuple[Box, ...] = ()
     id: str = ""
     document: str = ""
+    all_texts: tuple[str, ...] = ()
 
     def open_image(self) -> Image.Image:
         """The picture in 8-bit RGB and stored pixels (`llava_patch.probe.images` says how modes are converted).
