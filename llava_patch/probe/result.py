@@ -178,8 +178,9 @@ class RProbeResult:
         spread = "" if self.mse_interval is None else " [{:.4f}, {:.4f}]".format(*self.mse_interval)
         return (
             f"R-Probe{caveat}: held-out MSE {self.mse:.4f}{spread}, FVU {self.fvu:.3f} "
-            f"(constant {self.constant_mse:.4f}, {self.constant_fvu:.3f}), PSNR {self.psnr:.1f} dB, steps to MSE < {self.threshold:g}: "
-            f"{self.steps_to_threshold}{vacuous}, to FVU < 0.5: {self.steps_to_half_fvu}"
+            f"(constant {self.constant_mse:.4f}, {self.constant_fvu:.3f}), PSNR {self.psnr:.1f} dB, "
+            f"steps to MSE < {self.threshold:g}: {self.steps_to_threshold}{vacuous}, "
+            f"to FVU < 0.5: {self.steps_to_half_fvu}"
         )
 
 
