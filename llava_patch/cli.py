@@ -13,11 +13,14 @@ from rich.table import Table
 
 from llava_patch import __version__, autostart
 from llava_patch.errors import CheckpointError, LlavaPatchError, SettingError
+from llava_patch.probe import commands as rprobe
+from llava_patch.probe.commands import compare, correlate, export, preview, run, store  # noqa: F401 - they join `app`
 
 app = typer.Typer(
     help="Multi-layer vision fusions (Detached Skip-Links and others), DPVR routing and R-Probe for LLaVA models.",
     no_args_is_help=True,
 )
+app.add_typer(rprobe.app, name="rprobe")
 console = Console()
 KNOWN_VARIABLES = (
     "LLAVA_PATCH_GIN_FILE", "LLAVA_PATCH_GIN_PARAM", "LLAVA_PATCH_DISABLE", "LLAVA_PATCH_CACHE",

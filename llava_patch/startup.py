@@ -7,6 +7,7 @@ load random weights (a vision tower that is not CLIP).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from llava_patch.errors import SettingError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from llava_patch.config import Configuration
 
 FILE_FLAG, PARAM_FLAG = "--gin_file", "--gin_param"
@@ -57,6 +60,18 @@ def take_flags(argv: list[str]) -> tuple[list[str], list[str]]:
         (files if flag == FILE_FLAG else params).append(value)
     argv[:] = kept
     return files, params
+
+
+@contextlib.contextmanager
+def also(files: "Sequence[str]", params: "Sequence[str]") -> "Iterator[None]":
+    """Inside the block, gin files and bindings of one of our own commands count after those of the environment."""
+    global _configuration, _flags
+    before = _flags, _configuration
+    _flags, _configuration = ([*_flags[0], *files], [*_flags[1], *params]), None
+    try:
+        yield
+    finally:
+        _flags, _configuration = before
 
 
 def configuration() -> "Configuration | None":

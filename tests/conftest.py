@@ -29,13 +29,22 @@ def host(request: pytest.FixtureRequest, tower_folder: Path):
     return models.Host(request.param, model)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_users_cache(tmp_path_factory: pytest.TempPathFactory):
+    """Fixtures that live longer than a test keep nothing in the user's cache folder either."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLAVA_PATCH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
-def no_configuration(monkeypatch: pytest.MonkeyPatch):
+def no_configuration(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory):
     import gin
     from llava_patch import startup
 
     monkeypatch.delenv("LLAVA_PATCH_GIN_FILE", raising=False)
     monkeypatch.delenv("LLAVA_PATCH_GIN_PARAM", raising=False)
+    monkeypatch.setenv("LLAVA_PATCH_CACHE", str(tmp_path_factory.mktemp("cache")))  # nothing of a test outlives it
     startup.reset()
     yield
     startup.reset()

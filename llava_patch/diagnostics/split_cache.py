@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llava_patch.cache import VARIABLE, cache_folder
 from llava_patch.checkpoint import base_fingerprint
 from llava_patch.diagnostics.saturation import Saturation, SaturationResult
 from llava_patch.files import write_json
 from llava_patch.handle import get_handle
 from llava_patch.hosts.anatomy import Anatomy
 
-VARIABLE = "LLAVA_PATCH_CACHE"
 FORMAT = 1
 _MODEL_SETTINGS = (
     "mm_vision_select_layer", "mm_vision_select_feature", "vision_feature_layer", "vision_feature_select_strategy",
@@ -33,14 +32,6 @@ _MODEL_SETTINGS = (
 _DECODER_SETTINGS = ("rope_theta", "rope_scaling", "sliding_window")
 _NOT_MEASURED = ("labels", "attention_mask")  # samples have no padding, so that neither changes what is measured
 logger = logging.getLogger("llava_patch")
-
-
-def cache_folder() -> Path:
-    """`$LLAVA_PATCH_CACHE`, or `llava_patch` in the user's cache folder (`$XDG_CACHE_HOME`, else `~/.cache`)."""
-    chosen = os.environ.get(VARIABLE)
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava_patch"
 
 
 def key(anatomy: Anatomy, samples: Sequence[Mapping[str, Any]], settings: Saturation) -> dict[str, Any]:

@@ -1,22 +1,31 @@
-"""Held-out figures of a trained probe."""
+"""Held-out figures of a trained probe, summed batch by batch: memory does not grow with the pixels of the data."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from llava_patch.errors import HostError
+from llava_patch.probe.bootstrap import FEW, interval
 from llava_patch.probe.decoder import ProbeDecoder
-from llava_patch.probe.result import Reconstruction
+from llava_patch.probe.parallel import exchange, share
+from llava_patch.probe.plane import Plane, picture, unit
+from llava_patch.probe.result import Part, Reconstruction
 from llava_patch.probe.sequence import CHANNELS, patchify, unpatchify
 from llava_patch.probe.settings import RProbe
-from llava_patch.probe.store import FrozenData
+from llava_patch.probe.store import Batch, FrozenData
 from llava_patch.probe.transform import Transform
 
 SMALLEST_MSE = 1e-10  # a perfect sample counts as 100 dB
+
+# Columns of the table of sums, one row a sample; a channel's sums stand side by side.
+TOKENS, ERROR, SHOWN, CONSTANT, VARIANCE, INSIDE, OUTSIDE = 0, 1, 2, 3, 4, 5, 5 + 2 + 2 * CHANNELS
+COLUMNS = OUTSIDE + 2 + 2 * CHANNELS
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,8 +36,13 @@ class Evaluation:
     psnr: float
     constant_mse: float
     variance: float
+    mse_interval: tuple[float, float] | None
+    fvu_interval: tuple[float, float] | None
+    inside: Part
+    outside: Part | None
     documents: list[dict[str, Any]]
     examples: list[Reconstruction]
+    notes: list[str]
 
 
 @torch.no_grad()
@@ -42,79 +56,173 @@ def evaluate(
         data: frozen held-out samples.
         constant: float32 [pixels], the constant prediction: the mean training target.
         transform: for the pixel statistics and the examples.
-        settings: `batch_size` and `examples` are read.
+        settings: `batch_size`, `examples`, `resamples` and `seed` are read.
     """
-    rebuilt = predict(decoder, data, settings.batch_size)
-    owner = torch.arange(len(data)).repeat_interleave(data.counts)
-    errors = (rebuilt - data.pixels).double().square().mean(-1)
-    shown = (_unit(rebuilt, transform) - _unit(data.pixels, transform)).double().square().mean(-1)
-    sample_mse = _mean_by(errors, owner, data.counts)
-    sample_psnr = -10 * _mean_by(shown, owner, data.counts).clamp(min=SMALLEST_MSE).log10()
-    documents = [
-        {
-            "id": name,
-            "document": document,
-            "text": text,
-            "tokens": int(data.counts[i]),
-            "mse": float(sample_mse[i]),
-            "psnr": float(sample_psnr[i]),
-        }
-        for i, (name, document, text) in enumerate(data.labels)
-    ]
-    kept = min(settings.examples, len(data))
-    chosen = sorted({round(i * (len(data) - 1) / max(1, kept - 1)) for i in range(kept)})
+    table = _table(decoder, data, constant, transform, settings.batch_size)
+    tokens = float(table[:, TOKENS].sum())
+    documents = _documents(data.labels, table)
+    mse = float(table[:, ERROR].sum()) / tokens
+    mse_interval = interval(documents, settings.resamples, settings.seed)
     return Evaluation(
-        mse=float(errors.mean()),
-        psnr=float(sample_psnr.mean()),
-        constant_mse=float((data.pixels - constant).double().square().mean()),
-        variance=float(data.pixels.double().var(0, correction=0).mean()),
+        mse=mse,
+        psnr=sum(document["psnr"] for document in documents) / len(documents),
+        constant_mse=float(table[:, CONSTANT].sum()) / tokens,
+        variance=data.target_variance,
+        mse_interval=mse_interval,
+        fvu_interval=interval(documents, settings.resamples, settings.seed, relative_to="variance"),
+        inside=_need(_part(table, INSIDE)),
+        outside=_part(table, OUTSIDE),
         documents=documents,
-        examples=[_example(i, data, rebuilt[owner == i], transform, float(sample_mse[i])) for i in chosen],
+        examples=[
+            example(decoder, data, i, transform, documents[i]["mse"], documents[i]["psnr"])
+            for i in chosen([document["mse"] for document in documents], settings.examples)
+        ],
+        notes=[FEW] if mse_interval is None else [],
     )
+
+
+def _table(decoder: ProbeDecoder, data: FrozenData, constant: Tensor, transform: Transform, size: int) -> Tensor:
+    """Sums of every held-out sample, float64 [samples, COLUMNS] on CPU: all figures are made of these.
+
+    Every process measures its share of the samples, and gets the sums of all.
+    """
+    device = next(decoder.parameters()).device
+    rows = [torch.zeros(0, COLUMNS, dtype=torch.float64)]
+    for index in torch.tensor(share(len(data)), dtype=torch.int64).split(size):
+        if len(index):
+            batch = data.batch(index, device)
+            rows.append(sums(answer(decoder, batch), batch, data.inside(index), data.target_mean, constant, transform))
+    return torch.cat(exchange(torch.cat(rows)))
 
 
 @torch.no_grad()
 def predict(decoder: ProbeDecoder, data: FrozenData, batch_size: int) -> Tensor:
-    """What the decoder answers for every target, float32 [targets, pixels] on CPU, in the order of `data.pixels`."""
+    """What the decoder answers for every target of all samples, float32 [targets, pixels] on CPU; for small data."""
     device = next(decoder.parameters()).device
-    rebuilt = []
-    with torch.autocast(device.type, enabled=False):
-        for index in torch.arange(len(data)).split(batch_size):
-            batch = data.batch(index, device)
-            rebuilt.append(decoder(batch.image_tokens, batch.text_tokens, batch.sequence).cpu())
-    return torch.cat(rebuilt)
+    return torch.cat([answer(decoder, data.batch(i, device)) for i in torch.arange(len(data)).split(batch_size)])
 
 
-def _mean_by(values: Tensor, owner: Tensor, counts: Tensor) -> Tensor:
-    """Mean of the values of each owner, float64 [samples]."""
-    return torch.zeros(len(counts), dtype=torch.float64).index_add(0, owner, values) / counts
+@torch.no_grad()
+def answer(decoder: ProbeDecoder, batch: Batch) -> Tensor:
+    """What the decoder answers for every target of a batch, float32 [targets, pixels] on CPU."""
+    with torch.autocast(batch.image_tokens.device.type, enabled=False):
+        return decoder(batch.image_tokens, batch.text_tokens, batch.sequence, batch.injections).cpu()
 
 
-def _unit(pixels: Tensor, transform: Transform) -> Tensor:
-    """Normalised pixels [..., pixels] as 0..1, clipped."""
-    mean, std = transform.statistics()
-    return (pixels.unflatten(-1, (-1, CHANNELS)) * std + mean).clamp(0, 1).flatten(-2)
+def sums(rebuilt: Tensor, batch: Batch, inside: Tensor, mean: Tensor, constant: Tensor, transform: Transform) -> Tensor:
+    """What one batch adds to the table of sums.
+
+    Args:
+        rebuilt: float32 [targets, pixels], the decoder's answer.
+        batch: its inputs and true pixels.
+        inside: bool [targets, cell x cell], the pixel lies in a text box of its image.
+        mean: float32 [pixels], mean held-out target.
+        constant: float32 [pixels], the constant prediction.
+        transform: for the pixel statistics.
+
+    Returns:
+        float64 [batch, COLUMNS]: target tokens; sums over them of the mean squared error inside a token, of the same
+        on de-normalised clipped pixels, of the constant's, and of the deviation from `mean`; then for pixels inside
+        and outside text: their number, the sum of their error (mean over channels), and each channel's sum and sum of
+        squares.
+    """
+    pixels, counts = batch.pixels.cpu(), batch.counts.cpu()
+    error = (rebuilt - pixels).double().square()
+    shown = (unit(rebuilt, transform) - unit(pixels, transform)).double().square()
+    columns = [torch.ones(len(pixels), 1, dtype=torch.float64)]
+    columns += [e.mean(-1, keepdim=True) for e in (error, shown)]
+    columns += [(pixels - other).double().square().mean(-1, keepdim=True) for other in (constant, mean)]
+    by_pixel = error.unflatten(-1, (-1, CHANNELS)).mean(-1)
+    values = pixels.double().unflatten(-1, (-1, CHANNELS))
+    for where in (inside.cpu(), ~inside.cpu()):
+        kept = where.double()
+        columns += [kept.sum(-1, keepdim=True), (by_pixel * kept).sum(-1, keepdim=True)]
+        columns += [(v * kept[..., None]).sum(-2) for v in (values, values.square())]
+    table = torch.cat(columns, dim=-1)
+    owner = torch.arange(len(counts)).repeat_interleave(counts)
+    return torch.zeros(len(counts), table.shape[1], dtype=torch.float64).index_add(0, owner, table)
 
 
-def _example(index: int, data: FrozenData, rebuilt: Tensor, transform: Transform, mse: float) -> Reconstruction:
+def _documents(labels: Sequence[tuple[str, str, str]], table: Tensor) -> list[dict[str, Any]]:
+    """Every sample's figures, as `RProbeResult.documents` describes them."""
+    found = []
+    for (name, document, text), row in zip(labels, table.tolist(), strict=True):
+        tokens = row[TOKENS]
+        found.append(
+            {
+                "id": name,
+                "document": document,
+                "text": text,
+                "tokens": int(tokens),
+                "mse": row[ERROR] / tokens,
+                "psnr": -10 * math.log10(max(row[SHOWN] / tokens, SMALLEST_MSE)),
+                "variance": row[VARIANCE] / tokens,
+                "inside_mse": row[INSIDE + 1] / row[INSIDE] if row[INSIDE] else None,
+                "inside_pixels": int(row[INSIDE]),
+                "outside_mse": row[OUTSIDE + 1] / row[OUTSIDE] if row[OUTSIDE] else None,
+                "outside_pixels": int(row[OUTSIDE]),
+            }
+        )
+    return found
+
+
+def _part(table: Tensor, first: int) -> Part | None:
+    """Error of the pixels whose sums start at that column; None: there are none."""
+    total = table.sum(0)
+    pixels = float(total[first])
+    if not pixels:
+        return None
+    mean, square = (total[first + 2 + i * CHANNELS :][:CHANNELS] / pixels for i in (0, 1))
+    mse, variance = float(total[first + 1]) / pixels, float((square - mean.square()).clamp(min=0).mean())
+    share = pixels / float(total[INSIDE] + total[OUTSIDE])
+    return Part(mse=mse, variance=variance, fvu=mse / variance if variance else None, share=share)
+
+
+def _need(part: Part | None) -> Part:
+    if part is None:
+        raise HostError("no held-out target has a pixel inside its own region: the boxes and the pixels disagree")
+    return part
+
+
+def chosen(mse: Sequence[float], count: int) -> list[int]:
+    """Samples to show, best first: best, worst and median, then those that halve the gaps in rank; one: the median."""
+    order = sorted(range(len(mse)), key=mse.__getitem__)
+    if count == 1:
+        return order[(len(order) - 1) // 2 :][:1]
+    ranks: dict[int, None] = {}
+    parts = 1
+    while len(ranks) < min(count, len(order)):
+        # 0, 1; then 1/2; then 1/4, 3/4; ...
+        for i in range(parts + 1):
+            if len(ranks) < count:
+                ranks.setdefault(round(i / parts * (len(order) - 1)))
+        parts *= 2
+    return [order[rank] for rank in sorted(ranks)]
+
+
+def example(
+    decoder: ProbeDecoder, data: FrozenData, index: int, transform: Transform, mse: float, psnr: float
+) -> Reconstruction:
+    """One held-out sample for a figure."""
     sample = data.samples[index]
-    image = sample.open_image()
-    patches = patchify(transform.pixel_values([image]), data.grid)
-    target = data.target[index]
+    batch = data.batch(torch.tensor([index]), next(decoder.parameters()).device)
+    plane = Plane.of(transform, sample.open_image(), batch.pixels.shape[-1])
+    boxes = tuple(plane.box(transform, box, sample.id) for box in sample.boxes)
+    cells = data.cells_of(index)
+    target = torch.zeros(plane.grid.tokens, dtype=torch.bool)
+    target[cells] = True
+    patches = patchify(plane.pixels[None], plane.grid)
     painted = patches.clone()
-    painted[0, target] = rebuilt
-    where = unpatchify(target[None, :, None].expand(1, -1, data.grid.pixels), data.grid)[0, 0]
-
-    def picture(values: Tensor) -> np.ndarray:
-        pixels = unpatchify(_unit(values, transform), data.grid)[0]
-        return (pixels.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
-
+    painted[0, cells] = answer(decoder, batch)
+    where = unpatchify(target[None, :, None].expand(1, -1, plane.grid.pixels), plane.grid)[0, 0]
     return Reconstruction(
         id=sample.id,
         text=sample.text,
-        boxes=tuple(transform.box(box, image.size, sample.id) for box in sample.boxes),
-        original=picture(patches),
-        rebuilt=picture(painted),
+        boxes=boxes,
+        original=picture(patches, plane.grid, transform),
+        rebuilt=picture(painted, plane.grid, transform),
         target=where.numpy(),
         mse=mse,
+        psnr=psnr,
+        stretch=plane.stretch,
     )

@@ -6,25 +6,30 @@ Source: "Detached Skip-Links and R-Probe", section 5; ablations in appendix D.2,
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from llava_patch.errors import LlavaPatchError
+from llava_patch.errors import InputError, LlavaPatchError
 from llava_patch.hosts.anatomy import find
+from llava_patch.probe import parallel
 from llava_patch.probe.decoder import ProbeDecoder, quarter
+from llava_patch.probe.error_map import ErrorMap, error_maps
 from llava_patch.probe.evaluate import evaluate
 from llava_patch.probe.pages import Pages
-from llava_patch.probe.progress import progress_bar
 from llava_patch.probe.result import RProbeResult
+from llava_patch.probe.resume import Progress, Work, difference, make_key
 from llava_patch.probe.sample import Sample, split_samples
 from llava_patch.probe.settings import RProbe
 from llava_patch.probe.store import FrozenData, freeze_samples, make_transform
+from llava_patch.probe.train import train_probe
+from llava_patch.probe.trainable import check_memory, choose, float32_default, trained_parameters
 
 RUNNING = 0.95  # decay of the running MSE
 LEARNED = 0.9  # training FVU under which a probe has learned something
@@ -39,11 +44,15 @@ def run_rprobe(
     samples: Sequence[Sample] | None = None,
     heldout: Sequence[Sample] | None = None,
     progress: bool = True,
+    work: str | Path | None = None,
 ) -> RProbeResult:
     """Measure how well pixels can be rebuilt from a model's projected visual tokens.
 
     Works from within `torch.inference_mode()` and `torch.no_grad()`. The model's weights, gradient flags, training
     mode and the caller's random state are left as they were; the same seed gives the same numbers.
+
+    Under `torch.distributed` every process calls it with its own copy of the model; they share the work, and each gets
+    the one result. It agrees with that of one process but for the order of float32 sums.
 
     Args:
         model: `LlavaLlamaForCausalLM` or `LlavaForConditionalGeneration`, patched or not.
@@ -53,33 +62,82 @@ def run_rprobe(
         samples: one's own data; None: rendered pages.
         heldout: one's own held-out data; None: a share of the documents of `samples`.
         progress: show progress bars on standard error.
+        work: folder for the state of training every `settings.save_every` steps. Called again after an interruption,
+            the run goes on from there and ends with the same numbers; when training has ended, the state gives way to
+            `decoder.safetensors`, with which the same run is evaluated again without training. None: nothing is kept.
 
     Raises:
         HostError: a model that is not known, or whose LLM has fewer than 4 layers.
         InputError: a sample that cannot be used; named in the message.
+        SettingError: the decoder does not fit into the device's memory, or `trained = "lora"` without peft.
+        CheckpointError: `work` holds an unfinished training of another model, data set or settings.
         LlavaPatchError: the training loss is not finite.
+        PeerError: another process of the run failed.
     """
-    settings = RProbe() if settings is None else settings
+    with parallel.guard(), float32_default():
+        return _run(
+            model,
+            image_processor,
+            tokenizer,
+            settings or RProbe(),
+            samples,
+            heldout,
+            progress,
+            None if work is None else Path(work),
+        )
+
+
+def _run(
+    model: nn.Module,
+    image_processor: Any,
+    tokenizer: Any,
+    settings: RProbe,
+    samples: Sequence[Sample] | None,
+    heldout: Sequence[Sample] | None,
+    progress: bool,
+    folder: Path | None,
+) -> RProbeResult:
     began = time.perf_counter()
+    progress = progress and parallel.rank() == 0
     anatomy = find(model)
     quarter(len(anatomy.layers))  # refuse before the long part
+    check_memory(anatomy, settings)
     transform = make_transform(anatomy, image_processor, settings.image_mode)
     train_samples, heldout_samples = _data(settings, samples, heldout, transform.height)
     with torch.inference_mode(False):
-        train = freeze_samples(anatomy, transform, tokenizer, train_samples, settings, progress, "training samples")
-        held = freeze_samples(anatomy, transform, tokenizer, heldout_samples, settings, progress, "held-out samples")
+
+        def freeze(chosen: Sequence[Sample], label: str) -> FrozenData:
+            return freeze_samples(anatomy, transform, tokenizer, chosen, settings, progress, label)
+
+        train, held = freeze(train_samples, "training samples"), freeze(heldout_samples, "held-out samples")
+        for data, what in ((train, "training"), (held, "held-out")):
+            if not data.target_variance:
+                raise InputError(
+                    f"R-Probe's {what} samples all show the same patch of one colour each: there is nothing to rebuild"
+                )
         encoded = time.perf_counter()
-        constant = train.pixels.mean(0)
+        constant = train.target_mean
         decoder = ProbeDecoder(anatomy, train.grid, settings.rope, settings.seed)
-        decoder.start_at(constant)
+        choose(decoder, settings)
         lr = settings.learning_rate(int(anatomy.text_config.hidden_size))
-        losses = train_probe(decoder, train, settings, lr, progress)
+        key = make_key(decoder, train.key, settings, lr)
+        _check_same(key)
+        decoder.start_at(constant)
+        losses = _trained(decoder, train, settings, lr, progress, None if folder is None else Work(folder, key))
         trained = time.perf_counter()
         found = evaluate(decoder, held, constant, transform, settings)
-    train_variance = float(train.pixels.var(0, correction=0).mean(dtype=torch.float64))
+        maps: list[ErrorMap] = []
+        if parallel.rank() == 0:
+            maps = error_maps(decoder, anatomy, transform, tokenizer, held, found.documents, settings)
+    train_variance = train.target_variance
     running = running_mean(losses, start=train_variance)
     vacuous = settings.threshold >= found.constant_mse
-    notes = []
+    notes = list(found.notes)
+    if len(losses) < settings.steps:
+        notes.append(
+            f"RProbe.minutes = {settings.minutes:g} ended training after step {len(losses)} of {settings.steps}, "
+            "before the learning rate had fallen: its figures do not compare with those of finished runs"
+        )
     if vacuous:
         notes.append(
             f"RProbe.threshold = {settings.threshold:g} is not under the MSE of a constant patch "
@@ -93,8 +151,9 @@ def run_rprobe(
             f"({found.mse / found.variance:.2f}): {len(train)} samples are few for {settings.steps} steps, and the "
             "steps to a threshold, which are counted on training samples, say little"
         )
-    for note in notes:
-        warnings.warn(note, stacklevel=2)
+    if parallel.rank() == 0:
+        for note in notes:
+            warnings.warn(note, stacklevel=3)
     return RProbeResult(
         mse=found.mse,
         fvu=found.mse / found.variance,
@@ -102,6 +161,10 @@ def run_rprobe(
         constant_mse=found.constant_mse,
         constant_fvu=found.constant_mse / found.variance,
         target_variance=found.variance,
+        mse_interval=found.mse_interval,
+        fvu_interval=found.fvu_interval,
+        inside=found.inside,
+        outside=found.outside,
         steps_to_threshold=first_under(running, settings.threshold),
         threshold=settings.threshold,
         threshold_is_vacuous=vacuous,
@@ -115,19 +178,52 @@ def run_rprobe(
             "decoder_layers": len(decoder.layers),
             "learning_rate": lr,
             "probe_parameters": sum(p.numel() for p in decoder.parameters()),
+            "trained_parameters": sum(p.numel() for p in trained_parameters(decoder).values()),
+            "comparable": settings.trained == "all",
+            "steps_done": len(losses),
+            "cut": len(losses) < settings.steps,
+            "processes": parallel.world(),
+            "key": key,
             "image_tokens": train.grid.tokens,
             "pixels_per_token": train.grid.pixels,
             "train_samples": len(train),
             "heldout_samples": len(held),
             "train_fvu": train_fvu,
-            "heldout_target_tokens": int(held.target.sum()),
+            "heldout_target_tokens": int(held.counts.sum()),
             "data": "pages" if samples is None else "own",
             "encode_seconds": encoded - began,
             "train_seconds": trained - encoded,
         },
         warnings=notes,
         examples=found.examples,
+        maps=maps,
     )
+
+
+def _check_same(key: dict[str, Any]) -> None:
+    """Refuse processes that measure different things."""
+    keys = parallel.exchange(key)
+    for number, other in enumerate(keys):
+        found = difference(other, keys[0])
+        if found:
+            raise LlavaPatchError(f"R-Probe: process {number} and process 0 do not run the same: {found}")
+
+
+def _trained(
+    decoder: ProbeDecoder, data: FrozenData, settings: RProbe, lr: float, progress: bool, work: Work | None
+) -> list[float]:
+    """Train the decoder, or fill it with the weights that the same run left behind; the losses."""
+    found: Progress | None = None
+    if work is not None and parallel.rank() == 0:
+        found = work.load_finished(decoder)
+    found = parallel.exchange(found)[0]
+    if found is None:
+        return train_probe(decoder, data, settings, lr, progress, work)
+    with torch.no_grad():
+        parallel.from_rank_0(trained_parameters(decoder).values())
+    if progress and work is not None:
+        print(f"R-Probe: training is finished, its decoder is {work.decoder}", file=sys.stderr)
+    return found.losses
 
 
 def _data(
@@ -143,75 +239,6 @@ def _data(
     if heldout is not None:
         return samples, heldout
     return split_samples(samples, settings.heldout_share, settings.seed)
-
-
-def train_probe(
-    decoder: ProbeDecoder, data: FrozenData, settings: RProbe, lr: float, progress: bool = False
-) -> list[float]:
-    """Fit a decoder with AdamW, warm-up, cosine fall and clipped gradients.
-
-    Args:
-        decoder: changed in place.
-        data: frozen training samples.
-        settings: of the run.
-        lr: peak learning rate.
-        progress: show a bar.
-
-    Returns:
-        The training MSE of each step.
-
-    Raises:
-        LlavaPatchError: the loss is not finite.
-    """
-    device = next(decoder.parameters()).device
-    parameters = list(decoder.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=settings.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, settings.steps, settings.warmup))
-    order = batches(len(data), settings.batch_size, settings.seed)
-    losses: list[float] = []
-    bar = progress_bar(settings.steps, "train", progress)
-    with bar, torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        for step in range(settings.steps):
-            batch = data.batch(next(order), device)
-            rebuilt = decoder(batch.image_tokens, batch.text_tokens, batch.sequence)
-            loss = token_errors(rebuilt, batch.pixels).mean()
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise LlavaPatchError(f"R-Probe's loss is {value} at step {step + 1}: lower RProbe.lr (now {lr:g})")
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
-            optimizer.step()
-            schedule.step()
-            losses.append(value)
-            bar.update()
-            if step % 20 == 0:
-                bar.set_postfix(mse=f"{value:.4f}", refresh=False)
-    return losses
-
-
-def token_errors(rebuilt: Tensor, pixels: Tensor) -> Tensor:
-    """Mean squared error inside each token, [targets]; both arguments are [targets, pixels]."""
-    return (rebuilt - pixels).square().mean(-1)
-
-
-def rate(step: int, steps: int, warmup: float) -> float:
-    """Share of the peak learning rate at a step: linear warm-up, then a cosine to zero."""
-    rise = max(1, round(warmup * steps))
-    if step < rise:
-        return (step + 1) / rise
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
-
-
-def batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
-    """Endless batches of sample numbers, int64 [size]: every sample once before any comes again."""
-    generator = torch.Generator().manual_seed(seed)
-    waiting = torch.randperm(count, generator=generator)
-    while True:
-        while len(waiting) < size:
-            waiting = torch.cat([waiting, torch.randperm(count, generator=generator)])
-        yield waiting[:size]
-        waiting = waiting[size:]
 
 
 def running_mean(losses: Sequence[float], start: float) -> list[float]:

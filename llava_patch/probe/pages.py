@@ -8,11 +8,13 @@ within one environment.
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 import re
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -124,6 +126,21 @@ class Pages(Sequence[Sample]):
             raise IndexError(index)
         return self._page(index % self.pages)
 
+    def identity(self) -> dict[str, Any]:
+        """JSON values that tell these pages from all others, without drawing them all.
+
+        What draws (this file, PIL, fonts, the text) may change with the environment: the first page stands for it.
+        """
+        first = self._page(0)
+        drawn = hashlib.blake2b(first.open_image().tobytes(), digest_size=16)
+        drawn.update(repr((self.sentences, first.text, first.boxes, first.all_boxes)).encode())
+        return {
+            "name": f"{self.pages} pages of {self.side} px, {self.split}, seed {self.seed}",
+            "noise": self.noise,
+            "drawn": drawn.hexdigest(),
+            "libraries": {name: version(name) for name in ("matplotlib", "pillow", "numpy")},
+        }
+
     def _page(self, index: int) -> Sample:
         rng = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
         ink = Image.new("L", (self.side, self.side), 0)
@@ -148,6 +165,7 @@ class Pages(Sequence[Sample]):
             text=lines[chosen][0],
             boxes=(boxes[chosen],),
             all_boxes=boxes,
+            all_texts=tuple(text for text, _ in lines),
             id=f"page-{self.split}-{self.seed}-{index}",
         )
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Union
 
 from PIL import Image
 
 from llava_patch.errors import InputError
+from llava_patch.probe.images import ImageSource, open_rgb
 
 Box = tuple[float, float, float, float]
 
@@ -20,34 +19,30 @@ class Sample:
     """A text region of an image.
 
     Attributes:
-        image: the picture, or the file it is in (opened when it is needed).
+        image: the picture, or the file it is in (opened when it is needed; an `EncodedImage` lies inside another file).
         text: transcript of the region.
         boxes: the region: one (x0, y0, x1, y1) or several, in pixels of the image, x to the right, y down.
         all_boxes: boxes of all text regions of the image.
         id: names the sample in errors and results; a file and line where it came from one.
         document: samples of one document are never split between train and held-out; "" means the id.
+        all_texts: transcripts of `all_boxes`, where they are known: error maps rebuild each region with its text.
     """
 
-    image: Union[Image.Image, str, Path]
+    image: ImageSource
     text: str
     boxes: tuple[Box, ...]
     all_boxes: tuple[Box, ...] = ()
     id: str = ""
     document: str = ""
+    all_texts: tuple[str, ...] = ()
 
     def open_image(self) -> Image.Image:
-        """The picture in RGB.
+        """The picture in 8-bit RGB and stored pixels (`llava_patch.probe.images` says how modes are converted).
 
         Raises:
-            InputError: the file is missing or broken; names sample and file.
+            InputError: the file is missing, broken or too large; names sample and file.
         """
-        if isinstance(self.image, Image.Image):
-            return self.image.convert("RGB")
-        try:
-            with Image.open(self.image) as image:
-                return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # PIL raises all three on broken files
-            raise InputError(f"{self.id}: image {self.image} cannot be read: {error}") from error
+        return open_rgb(self.image, self.id)
 
 
 def split_samples(samples: Sequence[Sample], heldout_share: float, seed: int) -> tuple[list[Sample], list[Sample]]:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from llava_patch.errors import SettingError
 
 ROPE_FORMS = ("attention", "embedding")
-IMAGE_MODES = ("resize", "crop", "pad")
+IMAGE_MODES = ("resize", "crop", "pad", "anyres")
 TRAINED = ("all", "lora", "head")
 BROKEN = ("stop", "skip")
 
@@ -37,7 +37,8 @@ class RProbe:
         rope: "attention" rotates queries and keys by (row, column); "embedding" reads the paper's sentence as a
             rotation of the visual tokens themselves, before they are reordered, under the model's own 1-D rotary.
         image_mode: how an image becomes square: "resize" (stretched, whole image kept), "crop" (the image processor's
-            own shortest edge and centre crop) or "pad" (padded with the mean colour first).
+            own shortest edge and centre crop) or "pad" (padded with the mean colour first). "anyres" is the tiling of
+            models that cut images into tiles; the default shows those models one square as well, their overview tile.
         threshold: per-token MSE under which the paper calls a reconstruction visually coherent; 0.75.
         masked: the box is blacked out in the original image; the loss is still against the unmasked pixels.
         text: False replaces every text token by the unknown token.
@@ -53,6 +54,8 @@ class RProbe:
         store: keep frozen tokens on disk ($LLAVA_PATCH_CACHE), where the next run of model and data finds them.
         store_gb: size in GB that the stores on disk together do not exceed; the longest unused are deleted first.
         save_every: steps between two states from which an interrupted run goes on.
+        minutes: training ends at the first step after so many minutes (earlier starts of the run count too) and the
+            result says so; None: after `steps`.
         resamples: bootstrap resamples behind a 95 % interval.
     """
 
@@ -83,6 +86,7 @@ class RProbe:
     store: bool = True
     store_gb: float = 20.0
     save_every: int = 200
+    minutes: float | None = None
     resamples: int = 2000
 
     def __post_init__(self) -> None:
@@ -102,8 +106,9 @@ class RProbe:
             self._integer(name, 0)
         for name in ("clip", "threshold", "store_gb"):
             self._number(name, above=0.0)
-        if self.lr is not None:
-            self._number("lr", above=0.0)
+        for name in ("lr", "minutes"):
+            if getattr(self, name) is not None:
+                self._number(name, above=0.0)
         self._number("weight_decay", low=0.0)
         self._number("warmup", low=0.0, below=1.0)
         self._number("heldout_share", above=0.0, below=1.0)

@@ -136,6 +136,18 @@ def test_steps_that_say_nothing_are_nan() -> None:
     assert rprobe_runs.fvu([item["rprobe_fvu"]]) == 0.25
 
 
+def test_a_document_that_could_not_be_used_counts_for_nothing() -> None:
+    run_facts = {"target_variance": 2.0, "steps": None, "steps_half_fvu": 7, "warnings": []}
+    document = {"id": "a", "text": "b", "tokens": 3, "mse": 0.5, "psnr": 20.0}
+    items = [
+        rprobe_runs.process_results({}, [json.dumps({"document": one, "run": run_facts})]) for one in (None, document)
+    ]
+    assert rprobe_runs.mse([item["rprobe_mse"] for item in items]) == 0.5
+    assert rprobe_runs.fvu([item["rprobe_fvu"] for item in items]) == 0.25
+    assert rprobe_runs.psnr([item["rprobe_psnr"] for item in items]) == 20
+    assert math.isnan(rprobe_runs.mse([None])) and math.isnan(rprobe_runs.psnr([None]))
+
+
 def write_samples(folder: Path) -> Path:
     lines = []
     for i in range(5):
@@ -169,7 +181,7 @@ def test_ones_own_data_are_the_documents(tmp_path: Path, monkeypatch: pytest.Mon
     ],
 )
 def test_bad_data_name_file_and_line(tmp_path: Path, line: str, words: str) -> None:
-    from llava_patch.evaluation.samples import read_jsonl
+    from llava_patch.probe.data import read_jsonl
 
     path = write_samples(tmp_path)
     path.write_text("\n".join([path.read_text().splitlines()[0], line]))

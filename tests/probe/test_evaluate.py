@@ -9,7 +9,7 @@ from llava_patch.probe.sample import Sample
 from llava_patch.probe.settings import RProbe
 from llava_patch.probe.store import freeze_samples, make_transform
 
-from .tiny import Characters, processor, samples, tiny_model
+from .tiny import Characters, processor, samples, targets_of, tiny_model
 
 
 class Offset(torch.nn.Module):
@@ -19,10 +19,10 @@ class Offset(torch.nn.Module):
         super().__init__()
         self.anchor = torch.nn.Parameter(torch.zeros(1))
         added = torch.tensor(errors).repeat_interleave(data.counts)[:, None]
-        self.answers = (data.pixels + added).split(data.counts.tolist())
+        self.answers = (targets_of(data) + added).split(data.counts.tolist())
         self.at = 0
 
-    def forward(self, image_tokens, text_tokens, sequence):
+    def forward(self, image_tokens, text_tokens, sequence, injections=None):
         self.at += len(image_tokens)
         return torch.cat(self.answers[self.at - len(image_tokens) : self.at])
 
@@ -43,8 +43,8 @@ def test_figures_of_a_probe_whose_error_is_known(frozen):
     assert [d["tokens"] for d in found.documents] == [1, 2, 3]
     assert [d["mse"] for d in found.documents] == pytest.approx([0.0, 0.01, 0.09], abs=1e-6)
     assert found.mse == pytest.approx((2 * 0.01 + 3 * 0.09) / 6, rel=1e-4)  # over tokens, not over samples
-    assert found.constant_mse == pytest.approx(float(data.pixels.square().mean()))
-    assert found.variance == pytest.approx(float(data.pixels.var(0, correction=0).mean()))
+    assert found.constant_mse == pytest.approx(float(targets_of(data).square().mean()))
+    assert found.variance == pytest.approx(float(targets_of(data).var(0, correction=0).mean()))
     assert [(d["id"], d["document"], d["text"]) for d in found.documents][1] == ("s1", "page", "t1")
 
 

@@ -8,8 +8,10 @@ from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from llava_patch.probe.sample import Sample
-from llava_patch.probe.sequence import TokenGrid, build_sequence
+from llava_patch.probe.sequence import ProbeSequence, TokenGrid, build_sequence
 from llava_patch.probe.store import Batch, FrozenData
+from llava_patch.probe.store.shard import Record, Shard
+from llava_patch.probe.store.text import Text
 
 SIDE, PATCH, HIDDEN, VOCABULARY = 56, 14, 64, 120
 
@@ -39,9 +41,9 @@ def tiny_model(layers: int = 4, dtype: torch.dtype = torch.float32, **text) -> L
     return LlavaForConditionalGeneration(config).to(dtype)
 
 
-def processor() -> CLIPImageProcessor:
+def processor(side: int = SIDE) -> CLIPImageProcessor:
     """CLIP's image processor at the tiny tower's side."""
-    return CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    return CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
 
 class Characters:
@@ -88,18 +90,41 @@ def made_up(count: int, seed: int, kind: str) -> FrozenData:
     first = torch.randint(0, 3, (count,), generator=generator)
     rows = grid.positions()[:, 0]
     target[(rows >= first[:, None]) & (rows <= first[:, None] + 1)] = True
+    tensors = {
+        "tokens": (seen @ projection[: grid.pixels]).flatten(0, 1),
+        "positions": grid.positions().float().repeat(count, 1),
+        "cells": torch.arange(grid.tokens, dtype=torch.int32).repeat(count),
+        "image_counts": torch.full((count,), grid.tokens),
+        "grids": torch.tensor([[grid.rows, grid.columns, grid.cell]] * count),
+        "text_start": torch.full((count,), grid.text_start),
+        "sample_image": torch.arange(count),
+        "target": target.nonzero()[:, 1].to(torch.int32),
+        "target_counts": target.sum(1),
+        "pixels": pixels[target],
+        "boxes": torch.zeros(0, 4, dtype=torch.float64),
+        "box_counts": torch.zeros(count, dtype=torch.int64),
+    }
+    ones = torch.ones(count, dtype=torch.int64)
     return FrozenData(
         samples=[],
         labels=[(str(i), str(i), "") for i in range(count)],
-        grid=grid,
-        image_tokens=seen @ projection[: grid.pixels],
-        image_index=torch.arange(count),
-        target=target,
-        text_ids=torch.zeros(count, 1, dtype=torch.int64),
-        text_counts=torch.ones(count, dtype=torch.int64),
-        text_table=torch.randn(1, HIDDEN, generator=generator),
-        pixels=pixels[target],
+        shards=[Shard(tensors, [Record(i, str(i), str(i), "") for i in range(count)], [])],
+        places=[(0, i) for i in range(count)],
+        text=Text(torch.zeros(count, 1, dtype=torch.int64), ones, torch.randn(1, HIDDEN, generator=generator)),
+        key=f"{kind} {count} {seed}",
     )
+
+
+def targets_of(data: FrozenData) -> torch.Tensor:
+    """The pixels of all targets, float32 [targets, pixels]."""
+    return torch.cat([data.batch(index).pixels for index in torch.arange(len(data)).split(64)])
+
+
+def grid_sequence(target: torch.Tensor, text_counts: torch.Tensor, grid: TokenGrid) -> ProbeSequence:
+    """The sequence of images that all have the grid's tokens in raster order."""
+    places = grid.positions().float().expand(len(target), -1, -1)
+    start = torch.full_like(text_counts, grid.text_start)
+    return build_sequence(target, torch.ones_like(target), places, text_counts, start)
 
 
 def random_batch(grid: TokenGrid, target: torch.Tensor, text_counts: list[int], seed: int = 0) -> Batch:
@@ -109,7 +134,7 @@ def random_batch(grid: TokenGrid, target: torch.Tensor, text_counts: list[int], 
     return Batch(
         image_tokens=torch.randn(len(target), grid.tokens, HIDDEN, generator=generator),
         text_tokens=torch.randn(len(target), int(counts.max()), HIDDEN, generator=generator),
-        sequence=build_sequence(target, counts, grid),
+        sequence=grid_sequence(target, counts, grid),
         pixels=torch.randn(int(target.sum()), grid.pixels, generator=generator),
         counts=target.sum(1),
     )

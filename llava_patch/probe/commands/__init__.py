@@ -18,6 +18,10 @@ class DefaultGroup(TyperGroup):
         return super().parse_args(ctx, args)
 
 
-app = typer.Typer(
-    cls=DefaultGroup, no_args_is_help=True, help="R-Probe: how well pixels can be rebuilt from projected visual tokens."
-)
+HELP = """R-Probe: how well pixels can be rebuilt from projected visual tokens.
+
+llava-patch rprobe CKPT [DATA] [OPTIONS] is short for rprobe run:
+it trains a small decoder on the tokens of a checkpoint's images and
+measures it on held-out ones. Its options: llava-patch rprobe run --help
+"""
+app = typer.Typer(cls=DefaultGroup, no_args_is_help=True, help=HELP)

@@ -1,0 +1,265 @@
+"""Several R-Probe results side by side: one table, one figure, and what keeps them from being compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava_patch import files
+from llava_patch.errors import InputError, SettingError
+from llava_patch.probe.bootstrap import interval, paired, unlike
+from llava_patch.probe.result import RProbeResult, read_result
+
+RESULT = "rprobe.json"
+# Settings and facts that change what is measured; the others (pictures, store, resamples) do not.
+SETTINGS = (
+    "steps", "batch_size", "lr", "weight_decay", "warmup", "clip", "train_pages", "heldout_pages", "heldout_share",
+    "seed", "rope", "image_mode", "threshold", "masked", "text", "max_text_tokens", "boxes_per_sample", "trained",
+)  # fmt: skip
+FACTS = (
+    "data", "learning_rate", "decoder_layers", "image_tokens", "pixels_per_token", "train_samples", "heldout_samples",
+)  # fmt: skip
+HEAD = (
+    "result", "held-out MSE [95 %]", "FVU", "PSNR dB", "MSE in text", "beside text", "steps to MSE < {threshold}",
+    "to FVU < 0.5", "MSE minus {baseline} [paired 95 %]",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One result of a comparison.
+
+    Attributes:
+        name: of the result.
+        interval: bootstrap 95 % interval of its MSE; None: fewer than 2 documents.
+        difference: (MSE minus the baseline's, low, high), paired over documents; None: the baseline itself, or the
+            held-out samples differ.
+        unlike: how the held-out samples differ from the baseline's; None: they do not.
+    """
+
+    name: str
+    interval: tuple[float, float] | None
+    difference: tuple[float, float | None, float | None] | None
+    unlike: str | None
+
+
+def find_results(path: Path) -> dict[str, Path]:
+    """The result files that a path names.
+
+    Args:
+        path: a result file, or a folder that holds `rprobe.json` in itself or anywhere below (lmms-eval's output).
+
+    Returns:
+        File by name; the name is the folder's, and with several files below it that of each file's own folder too.
+
+    Raises:
+        InputError: there is none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return {(path.resolve().parent.name if path.name == RESULT else path.stem): path}
+    if not path.is_dir():
+        raise InputError(f"{path}: no such file or folder")
+    if (path / RESULT).is_file():
+        return {path.resolve().name: path / RESULT}
+    below = sorted(path.rglob(RESULT))
+    if not below:
+        raise InputError(f"{path}: holds no {RESULT}, in itself or below")
+    if len(below) == 1:
+        return {path.resolve().name: below[0]}
+    return {f"{path.resolve().name}/{file.parent.relative_to(path)}": file for file in below}
+
+
+def load(paths: Sequence[Path], names: Sequence[str] = ()) -> dict[str, RProbeResult]:
+    """Results by name, in order.
+
+    Args:
+        paths: see `find_results`.
+        names: what to call them; empty: by their folders, numbered where those are alike.
+
+    Raises:
+        InputError: a file that cannot be used.
+        SettingError: another number of names than of results, or one name twice.
+    """
+    found = [(name, file) for path in paths for name, file in find_results(path).items()]
+    if names:
+        if len(names) != len(found):
+            files_found = ", ".join(str(file) for _, file in found)
+            raise SettingError(f"--names: {len(names)} names for {len(found)} results ({files_found})")
+        if len(set(names)) < len(names):
+            raise SettingError(f"--names {','.join(names)}: expected distinct names")
+        return {name: read_result(file) for name, (_, file) in zip(names, found, strict=True)}
+    given = [name for name, _ in found]
+    return {
+        name if given.count(name) == 1 else f"{name} ({i + 1})": read_result(file)
+        for i, (name, file) in enumerate(found)
+    }
+
+
+def rows(results: Mapping[str, RProbeResult], baseline: str, resamples: int, seed: int) -> list[Row]:
+    """Intervals of each result and its paired difference to the baseline.
+
+    Raises:
+        SettingError: no result has the baseline's name.
+    """
+    if baseline not in results:
+        raise SettingError(f"--baseline {baseline}: expected one of {', '.join(results)}")
+    base, found = results[baseline].documents, []
+    for name, result in results.items():
+        why = unlike(result.documents, base)
+        alone = name == baseline or why is not None
+        difference = None if alone else paired(result.documents, base, resamples, seed)
+        found.append(Row(name, interval(result.documents, resamples, seed), difference, why))
+    return found
+
+
+def warnings_of(results: Mapping[str, RProbeResult], baseline: str) -> list[str]:
+    """What keeps results from being compared with the baseline, and what each was warned of; a sentence each."""
+    found = []
+    base = results[baseline]
+    for name, result in results.items():
+        apart = [
+            f"{key} = {_get(mine, key)} (there {_get(theirs, key)})"
+            for mine, theirs, keys in ((result.settings, base.settings, SETTINGS), (result.facts, base.facts, FACTS))
+            for key in keys
+            if _get(mine, key) != _get(theirs, key)
+        ]
+        if apart:
+            found.append(f"{name} differs from {baseline} in more than the model: {', '.join(apart)}")
+        why = unlike(result.documents, base.documents)
+        if why is not None:
+            found.append(f"{name} has other held-out samples than {baseline}, so there is no paired difference: {why}")
+    for name, result in results.items():
+        if result.settings.get("trained", "all") != "all":
+            found.append(f'{name}: trained = "{result.settings["trained"]}": not comparable with probes of all weights')
+        if len(result.losses) < result.settings["steps"]:
+            found.append(
+                f"{name} was stopped after {len(result.losses)} of {result.settings['steps']} steps: not comparable "
+                "with finished runs"
+            )
+    vacuous = [name for name, result in results.items() if result.threshold_is_vacuous]
+    if vacuous:
+        found.append(
+            f"{', '.join(vacuous)}: a constant patch is under the threshold, so steps to it say nothing (in brackets)"
+        )
+    return found
+
+
+def _get(values: Mapping[str, Any], key: str) -> Any:
+    return values.get(key, "not recorded")
+
+
+def cells(
+    rows_: Sequence[Row], results: Mapping[str, RProbeResult], baseline: str
+) -> tuple[list[str], list[list[str]]]:
+    """(head, lines) of the table as text."""
+    threshold = f"{results[baseline].threshold:g}"
+    head = [text.format(threshold=threshold, baseline=baseline) for text in HEAD]
+    lines = []
+    for row in rows_:
+        result = results[row.name]
+        steps = _steps(result.steps_to_threshold)
+        lines.append(
+            [
+                row.name,
+                f"{result.mse:.4f}" + between(row.interval),
+                f"{result.fvu:.3f}",
+                f"{result.psnr:.1f}",
+                f"{result.inside.mse:.4f}",
+                "-" if result.outside is None else f"{result.outside.mse:.4f}",
+                f"({steps})" if result.threshold_is_vacuous else steps,
+                _steps(result.steps_to_half_fvu),
+                _difference(row, baseline),
+            ]
+        )
+    return head, lines
+
+
+def narrow(head: Sequence[str], lines: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """The same table for a terminal: what belongs together, and an interval and its value, below one another."""
+    joined = [
+        [*line[:4], f"{line[4]}\n{line[5]}", f"{line[6]}\n{line[7]}", line[8]]
+        for line in (list(head), *map(list, lines))
+    ]
+    folded = [[cell.replace(" [", "\n[") for cell in line] for line in joined]
+    return folded[0], folded[1:]
+
+
+def _difference(row: Row, baseline: str) -> str:
+    if row.name == baseline:
+        return "baseline"
+    if row.difference is None:
+        return "not paired"
+    value, low, high = row.difference
+    return f"{value:+.4f}" + (" [no interval]" if low is None or high is None else f" [{low:+.4f}, {high:+.4f}]")
+
+
+def between(limits: tuple[float, float] | None) -> str:
+    """An interval behind its value, as text."""
+    return " [no interval]" if limits is None else f" [{limits[0]:.4f}, {limits[1]:.4f}]"
+
+
+def _steps(value: int | None) -> str:
+    return "never" if value is None else str(value)
+
+
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str], title: str) -> str:
+    """A table with its footer in Markdown."""
+    table = [head, ["---"] * len(head), *lines]
+    text = [f"# {title}", "", *("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in table)]
+    return "\n".join([*text, "", *(f"- {note}" for note in notes)]).rstrip() + "\n"
+
+
+def write(
+    folder: Path,
+    results: Mapping[str, RProbeResult],
+    rows_: Sequence[Row],
+    baseline: str,
+    notes: Sequence[str],
+    formats: Sequence[str],
+) -> list[Path]:
+    """Write compare.md, compare.json and the figure of all curves; each appears whole or not at all."""
+    from llava_patch.probe.figures import save
+
+    folder = Path(folder)
+    head, lines = cells(rows_, results, baseline)
+    with files.atomic(folder / "compare.md") as part:
+        part.write_text(markdown(head, lines, notes, "R-Probe results"), encoding="utf-8")
+    values = {
+        row.name: {
+            "mse": results[row.name].mse,
+            "mse_interval": row.interval,
+            "difference": None if row.difference is None else row.difference[0],
+            "difference_interval": None if row.difference is None else row.difference[1:],
+            "unlike": row.unlike,
+            **{key: getattr(results[row.name], key) for key in _SHOWN},
+            "inside_mse": results[row.name].inside.mse,
+            "outside_mse": None if (outside := results[row.name].outside) is None else outside.mse,
+        }
+        for row in rows_
+    }
+    files.write_json(folder / "compare.json", {"baseline": baseline, "results": values, "notes": list(notes)})
+    return [
+        folder / "compare.md",
+        folder / "compare.json",
+        *(save(_figure(results), folder / f"compare.{suffix}") for suffix in formats),
+    ]
+
+
+_SHOWN = (
+    "fvu", "psnr", "constant_mse", "steps_to_threshold", "threshold", "threshold_is_vacuous", "steps_to_half_fvu",
+)  # fmt: skip
+
+
+def _figure(results: Mapping[str, RProbeResult]) -> Any:
+    from matplotlib.figure import Figure
+
+    from llava_patch.probe.curves import draw_curves
+
+    height = max(3.2, 0.9 + 0.17 * (len(results) + 3))  # the legend has a line a result
+    figure = Figure(figsize=(7.0, height))
+    axes = figure.add_axes((0.6 / 7.0, 0.5 / height, 4.3 / 7.0, (height - 0.85) / height))
+    draw_curves(axes, results)
+    return figure
