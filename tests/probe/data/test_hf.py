@@ -109,7 +109,7 @@ def test_thousandths_are_asked_for_never_guessed(tmp_path):
     assert read_samples(f"{large}?boxes=pixels")[0].boxes == ((100, 50, 400, 150),)
     assert read_samples(f"{large}?boxes=1000")[0].boxes == ((160, 60, 640, 180),)
     shares = save(lists(scale=0.01), tmp_path / "shares", "disk")
-    with pytest.raises(InputError, match="within 0..1: add .boxes=1"):
+    with pytest.raises(InputError, match=r"within 0..1: add .boxes=1"):
         read_samples(shares)
     assert read_samples(f"{shares}?boxes=1")[0].boxes[0] == pytest.approx((10, 3, 40, 9))
     with pytest.raises(InputError, match=r"small:0\[0\]: box .* is not in 0..1, as .boxes=1 says"):
@@ -125,7 +125,7 @@ def test_missing_columns_broken_rows_and_unknown_names(tmp_path, monkeypatch):
     images = [{"bytes": stream.getvalue(), "path": None}, {"bytes": b"no", "path": None}, {"bytes": None, "path": None}]
     words = {"image": images, "words": [["a", "b"], ["c"], ["d"]], "bboxes": [[[1, 2, 3, 9]], [[1, 2, 3, 9]]] + [[]]}
     datasets.Dataset.from_dict(words).to_parquet(tmp_path / "y.parquet")
-    with pytest.raises(InputError, match="y.parquet:0: words has 2 values, bboxes does not have as many"):
+    with pytest.raises(InputError, match=r"y.parquet:0: words has 2 values, bboxes does not have as many"):
         read_samples(tmp_path / "y.parquet")
     words["words"], words["bboxes"] = [["a"], ["c"], ["d"]], [[[1, 2, 3, 9]]] * 3
     datasets.Dataset.from_dict(words).to_parquet(tmp_path / "z.parquet")
@@ -139,7 +139,7 @@ def test_missing_columns_broken_rows_and_unknown_names(tmp_path, monkeypatch):
         raise ConnectionError("no way there\nand more")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(InputError, match="someone/pages: datasets cannot load it: no way there$"):
+    with pytest.raises(InputError, match=r"someone/pages: datasets cannot load it: no way there$"):
         read_samples("hf:someone/pages")
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *a: asked.append(a) or datasets.DatasetDict({"test": lists()}))
