@@ -64,3 +64,23 @@ def test_what_is_no_checkpoint_or_has_no_tiles(tmp_path):
         read_transform(tmp_path, "resize")
     with pytest.raises(HostError, match="does not cut images into tiles"):
         read_transform(checkpoint(tmp_path, tiny_model()), "anyres")
+
+
+def test_tiles_of_llava_next(tmp_path):
+    from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextImageProcessor
+
+    stock = tiny_model().config
+    pinpoints = [[56, 112], [112, 56], [112, 112]]
+    config = LlavaNextConfig(
+        vision_config=stock.vision_config, text_config=stock.text_config, image_grid_pinpoints=pinpoints
+    )
+    config.save_pretrained(tmp_path)
+    LlavaNextImageProcessor(
+        size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, image_grid_pinpoints=pinpoints
+    ).save_pretrained(tmp_path)
+    read = read_transform(tmp_path, "anyres")
+    anatomy = find(LlavaNextForConditionalGeneration(config))
+    theirs = make_transform(anatomy, read.processor, "anyres")
+    same(read, theirs)
+    assert read.tiling == theirs.tiling
+    assert read.plane_size((40, 100)) == (112, 56)

@@ -101,6 +101,10 @@ def test_thousandths_are_asked_for_never_guessed(tmp_path):
     for broken in ("stop", "skip"):
         with pytest.raises(InputError, match=r"small:0\[.\]: .*within 0..1000.*boxes=1000"):
             read_samples(source, broken=broken)
+    partly = save(lists(scale=2), tmp_path / "partly", "disk")  # the first of its boxes would fit
+    with pytest.raises(InputError, match=r"^\S*partly:0\[1\]: .*within 0..1000.*boxes=1000"):
+        read_samples(partly, broken="skip")
+    assert len(read_samples(f"{partly}?boxes=pixels", broken="skip")) == 1
     (first, *_) = read_samples(f"{source}?boxes=1000")
     assert first.boxes == ((10, 3, 40, 9),)  # 100..400 of 1000 on 100 x 60 pixels
     large = save(lists(1600, 1200, scale=10), tmp_path / "large", "disk")
