@@ -76,3 +76,13 @@ def test_export(scans, tmp_path):
     with pytest.raises(InputError, match=r"b.txt:1"):
         run("export", scans, out)
     assert len(out.read_text().splitlines()) == 4  # what was there is untouched
+
+
+def test_preview_skips_a_file_that_breaks_off(scans, tmp_path):
+    Image.effect_noise((120, 300), 90).save(scans / "b.png")
+    (scans / "b.png").write_bytes((scans / "b.png").read_bytes()[:3000])
+    arguments = ["preview", scans, "--size", 56, "--output", tmp_path / "p.png"]
+    with pytest.raises(InputError, match=r"b.txt:1: image .*b.png cannot be read"):
+        run(*arguments, "--samples", "0,4")
+    assert "b.txt:1: image" in run(*arguments, "--samples", "0,4", "--broken", "skip").output.replace("\n", "")
+    assert (tmp_path / "p.png").is_file()
