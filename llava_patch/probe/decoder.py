@@ -156,8 +156,8 @@ class ProbeDecoder(nn.Module):
         slots, window = sequence.order.shape[1], sliding_window(self.config)
         if window is not None and window < slots:
             raise InputError(
-                f"this LLM attends {window} positions back (sliding_window), an image and its text are {slots}: targets "
-                "would not see all context; set text_config.sliding_window = None or use fewer tokens"
+                f"this LLM attends {window} positions back (sliding_window), an image and its text are {slots}, so "
+                "targets would not see all of the context: set text_config.sliding_window = None or use fewer tokens"
             )
         rotary = rotary_2d(sequence.positions, self.inv_freq)
         turn = None
