@@ -37,32 +37,30 @@ def read_transform(folder: str | Path, mode: str) -> Transform:
     file = base / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{base}: not a checkpoint, it holds no config.json")
-    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    record = record or config.get(CONFIG_KEY)
-    host, vision, processor = (_llava if "mm_vision_tower" in config else _hf)(base, config)
-    shape = towers.shape_of(vision)
+    raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    record = record or raw.get(CONFIG_KEY)
+    host, config, processor = (_llava if "mm_vision_tower" in raw else _hf)(base, raw)
+    shape = towers.shape_of(config.vision_config)
     fusion = checkpoint.methods(record, str(folder)).get("fusion") if record else None
     cell = shape.patch_size * getattr(fusion, "merge_size", 1)
     height, width = (n * shape.patch_size for n in shape.grid)
     if mode != "anyres":
         return Transform(processor, mode, height, width, cell)
-    if not config.get("image_grid_pinpoints"):
+    on_llava = host == LLAVA and raw.get("image_aspect_ratio") == "anyres"
+    if not on_llava and not (host == HF and hasattr(config, "image_grid_pinpoints")):
         raise HostError(f'image mode "anyres": {folder} does not cut images into tiles')
     # The tiling asks an Anatomy for no more than this.
     parts: Any = SimpleNamespace(
-        host=host,
-        grid=shape.grid,
-        patch_size=shape.patch_size,
-        model=SimpleNamespace(config=SimpleNamespace(**config)),
+        host=host, grid=shape.grid, patch_size=shape.patch_size, model=SimpleNamespace(config=config)
     )
     return Transform(processor, mode, height, width, cell, tiles.make_tiling(parts, processor))
 
 
-def _llava(base: Path, config: dict[str, Any]) -> tuple[str, Any, Any]:
-    """(host, vision configuration, image processor) of the llava package's checkpoint: its tower lies elsewhere."""
+def _llava(base: Path, raw: dict[str, Any]) -> tuple[str, Any, Any]:
+    """(host, configuration, image processor) of the llava package's checkpoint, whose tower lies elsewhere."""
     from transformers import AutoConfig
 
-    name = str(config["mm_vision_tower"])
+    name = str(raw["mm_vision_tower"])
     try:
         vision = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -70,18 +68,19 @@ def _llava(base: Path, config: dict[str, Any]) -> tuple[str, Any, Any]:
     vision = getattr(vision, "vision_config", vision)
     rows, _ = towers.shape_of(vision).grid
     side = rows * towers.shape_of(vision).patch_size
-    return LLAVA, vision, tower_models.load_processor(name, vision, side)
+    config = SimpleNamespace(**{**raw, "vision_config": vision})
+    return LLAVA, config, tower_models.load_processor(name, vision, side)
 
 
-def _hf(base: Path, config: dict[str, Any]) -> tuple[str, Any, Any]:
-    """The same of Hugging Face's LLaVA."""
+def _hf(base: Path, raw: dict[str, Any]) -> tuple[str, Any, Any]:
+    """The same of Hugging Face's LLaVA; its configuration knows what config.json leaves out because it is usual."""
     from transformers import AutoConfig, AutoImageProcessor
 
     try:
-        vision = getattr(AutoConfig.from_pretrained(base), "vision_config", None)
+        config = AutoConfig.from_pretrained(base)
         processor = AutoImageProcessor.from_pretrained(base, use_fast=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{base}: its configuration or image processor cannot be read: {error}") from error
-    if vision is None:
-        raise HostError(f"{base}: a {config.get('model_type')} model: its config.json has no vision tower")
-    return HF, vision, processor
+    if getattr(config, "vision_config", None) is None:
+        raise HostError(f"{base}: a {raw.get('model_type')} model: its config.json has no vision tower")
+    return HF, config, processor

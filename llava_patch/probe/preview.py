@@ -23,6 +23,7 @@ RED, BLUE = "#d62728", "#1f77b4"
 LONGEST = 1400  # pixels of an original that is drawn: more is not seen
 WIDTHS = (2.1, 2.6, 2.8)  # inches of the three pictures of a row
 ROW = 2.9  # inches
+TALL = 2.6  # a page of more heights to its width is shown around the region only
 
 
 def clip_like(side: int, patch: int, mode: str) -> Transform:
@@ -177,13 +178,20 @@ def _show(axes: Any, picture: Any, size: tuple[int, int], origin: tuple[float, f
 
 def _draw_original(axes: Any, sample: Sample, image: Image.Image) -> None:
     shown = image
-    if max(image.size) > LONGEST:
+    if max(image.size) > LONGEST and image.height <= TALL * image.width:
         shown = image.copy()
         shown.thumbnail((LONGEST, LONGEST))
     _show(axes, shown, image.size)
     _outline(axes, [box for box in sample.all_boxes if box not in sample.boxes], BLUE, 0.5)
     _outline(axes, sample.boxes, RED, 1.4)
-    axes.set_title(f"{_ending(sample.id)}\n{image.width} x {image.height} px", fontsize=8)
+    note = ""
+    tallest = round(TALL * image.width)
+    if image.height > tallest:  # the whole of it would be a thread
+        middle = (min(box[1] for box in sample.boxes) + max(box[3] for box in sample.boxes)) / 2
+        top = round(min(max(middle - tallest / 2, 0), image.height - tallest))
+        axes.set_ylim(top + tallest, top)
+        note = f", rows {top} to {top + tallest}"
+    axes.set_title(f"{_ending(sample.id)}\n{image.width} x {image.height} px{note}", fontsize=8)
 
 
 def _draw_plane(axes: Any, sample: Sample, image: Image.Image, transform: Transform) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
@@ -10,6 +11,9 @@ from rich.table import Table
 
 from llava_patch.probe.commands import app
 from llava_patch.probe.settings import IMAGE_MODES
+
+if TYPE_CHECKING:
+    from llava_patch.probe.sample import Sample
 
 PAGES = 16  # rendered pages that are counted when there is no data
 
@@ -60,6 +64,8 @@ def preview(
             raise SettingError("--boxes-per-sample: rendered pages have one region each")
         pages = list(Pages(max(PAGES, count), transform.height))
         rows, shown, skipped = counts(pages, transform), choose(pages, count, names), []
+    if broken == "skip":
+        shown = _sound(shown, skipped)
     title = f"{data or 'rendered pages'}  ·  {model or f'a CLIP tower of {size} / {patch}'}  ·  {image_mode}"
     path = save_preview(shown, transform, output, title.replace("$", r"\$"))
     console = Console()
@@ -72,3 +78,18 @@ def preview(
     if len(skipped) > 5:
         console.print(f"… and {len(skipped) - 5} more")
     console.print(f"wrote {path}", markup=False, soft_wrap=True)
+
+
+def _sound(shown: list[Sample], skipped: list[str]) -> list[Sample]:
+    """Those whose pixels can be read: a file may break off behind its header, which is all that was read so far."""
+    from llava_patch.errors import InputError
+
+    kept = []
+    for sample in shown:
+        try:
+            sample.open_image()
+        except InputError as error:
+            skipped.append(str(error))
+        else:
+            kept.append(sample)
+    return kept

@@ -113,7 +113,7 @@ def _is_header(line: _Line) -> bool:
 
 
 def _cut(number: int, text: str) -> _Line:
-    """Cut a line at the separator that gives most numbers at its front; of equals the comma."""
+    """Cut a line at the first separator that gives four numbers at its front, else at that which gives most."""
     best: _Line | None = None
     text = text.strip(" \r\n")
     for separator in _SEPARATORS:
@@ -123,8 +123,10 @@ def _cut(number: int, text: str) -> _Line:
             starts.append(end)
         fields = separator.split(text)
         numbers = next((i for i, field in enumerate(fields) if not _NUMBER.fullmatch(field.strip(' "'))), len(fields))
-        if best is None or (best.numbers < 4 and numbers > best.numbers):
+        if best is None or numbers > best.numbers:
             best = _Line(number, text, starts, fields, numbers)
+        if best.numbers >= 4:
+            break
     assert best is not None
     return best
 

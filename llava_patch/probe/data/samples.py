@@ -129,14 +129,17 @@ class Collector:
             InputError: there is no usable sample.
         """
         samples = []
+        around: dict[int, tuple[Box, ...]] = {}  # one tuple a page, not one a sample
         for regions in _runs(self._regions, boxes_per_sample):
             page = regions[0].page
+            if id(page) not in around:
+                around[id(page)] = tuple(page.boxes)
             samples.append(
                 Sample(
                     image=page.image,
                     text="\n".join(region.text for region in regions),
                     boxes=tuple(box for region in regions for box in region.boxes),
-                    all_boxes=tuple(page.boxes),
+                    all_boxes=around[id(page)],
                     id=regions[0].where,
                     document=page.document,
                 )

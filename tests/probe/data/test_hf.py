@@ -101,6 +101,10 @@ def test_thousandths_are_asked_for_never_guessed(tmp_path):
     for broken in ("stop", "skip"):
         with pytest.raises(InputError, match=r"small:0\[.\]: .*within 0..1000.*boxes=1000"):
             read_samples(source, broken=broken)
+    partly = save(lists(scale=2), tmp_path / "partly", "disk")  # the first of its boxes would fit
+    with pytest.raises(InputError, match=r"^\S*partly:0\[1\]: .*within 0..1000.*boxes=1000"):
+        read_samples(partly, broken="skip")
+    assert len(read_samples(f"{partly}?boxes=pixels", broken="skip")) == 1
     (first, *_) = read_samples(f"{source}?boxes=1000")
     assert first.boxes == ((10, 3, 40, 9),)  # 100..400 of 1000 on 100 x 60 pixels
     large = save(lists(1600, 1200, scale=10), tmp_path / "large", "disk")
@@ -109,7 +113,7 @@ def test_thousandths_are_asked_for_never_guessed(tmp_path):
     assert read_samples(f"{large}?boxes=pixels")[0].boxes == ((100, 50, 400, 150),)
     assert read_samples(f"{large}?boxes=1000")[0].boxes == ((160, 60, 640, 180),)
     shares = save(lists(scale=0.01), tmp_path / "shares", "disk")
-    with pytest.raises(InputError, match="within 0..1: add .boxes=1"):
+    with pytest.raises(InputError, match=r"within 0..1: add .boxes=1"):
         read_samples(shares)
     assert read_samples(f"{shares}?boxes=1")[0].boxes[0] == pytest.approx((10, 3, 40, 9))
     with pytest.raises(InputError, match=r"small:0\[0\]: box .* is not in 0..1, as .boxes=1 says"):
@@ -125,7 +129,7 @@ def test_missing_columns_broken_rows_and_unknown_names(tmp_path, monkeypatch):
     images = [{"bytes": stream.getvalue(), "path": None}, {"bytes": b"no", "path": None}, {"bytes": None, "path": None}]
     words = {"image": images, "words": [["a", "b"], ["c"], ["d"]], "bboxes": [[[1, 2, 3, 9]], [[1, 2, 3, 9]]] + [[]]}
     datasets.Dataset.from_dict(words).to_parquet(tmp_path / "y.parquet")
-    with pytest.raises(InputError, match="y.parquet:0: words has 2 values, bboxes does not have as many"):
+    with pytest.raises(InputError, match=r"y.parquet:0: words has 2 values, bboxes does not have as many"):
         read_samples(tmp_path / "y.parquet")
     words["words"], words["bboxes"] = [["a"], ["c"], ["d"]], [[[1, 2, 3, 9]]] * 3
     datasets.Dataset.from_dict(words).to_parquet(tmp_path / "z.parquet")
@@ -139,7 +143,7 @@ def test_missing_columns_broken_rows_and_unknown_names(tmp_path, monkeypatch):
         raise ConnectionError("no way there\nand more")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(InputError, match="someone/pages: datasets cannot load it: no way there$"):
+    with pytest.raises(InputError, match=r"someone/pages: datasets cannot load it: no way there$"):
         read_samples("hf:someone/pages")
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *a: asked.append(a) or datasets.DatasetDict({"test": lists()}))

@@ -96,7 +96,7 @@ def test_two_formats_need_a_word(tmp_path):
     text(tmp_path / "more.jsonl", json.dumps(LINE))
     with pytest.raises(InputError, match="2 files of jsonl"):
         read_samples(tmp_path, format="jsonl")
-    with pytest.raises(InputError, match="format=funsd, but there is no .json"):
+    with pytest.raises(InputError, match=r"format=funsd, but there is no .json"):
         read_samples(tmp_path, format="funsd")
 
 
@@ -123,7 +123,7 @@ def test_bad_arguments(tmp_path):
         read_samples(file, broken="warn")
     with pytest.raises(SettingError, match="boxes_per_sample = 0"):
         read_samples(file, boxes_per_sample=0)
-    with pytest.raises(InputError, match="folder of images .*nowhere: no such folder"):
+    with pytest.raises(InputError, match=r"folder of images .*nowhere: no such folder"):
         read_samples(f"{file}?images=nowhere")
 
 

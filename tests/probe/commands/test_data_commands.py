@@ -1,0 +1,88 @@
+import json
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from llava_patch import cli
+from llava_patch.errors import InputError, SettingError
+from llava_patch.probe.data import read_samples
+
+
+def run(*arguments):
+    result = CliRunner().invoke(cli.app, ["rprobe", *map(str, arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+@pytest.fixture
+def scans(tmp_path):
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for name in ("a", "b"):
+        Image.new("RGB", (120, 300), (240, 240, 240)).save(folder / f"{name}.png")
+        lines = [f"5,{20 * i + 5},90,{20 * i + 20},{name} line {i}" for i in range(4)] + ["5,200,90,220,###"]
+        (folder / f"{name}.txt").write_text("\n".join(lines))
+    return folder
+
+
+def test_preview_counts_and_draws(scans, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    output = tmp_path / "p.png"
+    result = run("preview", scans, "--size", 56, "--count", 2, "--output", output)
+    assert result.exit_code == 0
+    shown = " ".join(result.output.split())
+    for words in ("read as │ icdar", "documents │ 2", "samples │ 8", "regions without transcript │ 2", "skipped │ 0"):
+        assert words in shown
+    assert Image.open(output).format == "PNG"
+
+
+def test_preview_of_pages_and_of_what_is_skipped(scans, tmp_path):
+    output = tmp_path / "p.png"
+    result = run("preview", "--size", 56, "--samples", "page-train-0-3", "--output", output)
+    assert "16 rendered pages" in result.output
+    assert output.stat().st_size > 1000
+    (scans / "a.txt").write_text("5,5,90,20,fine\n5,5,900,20,far off")
+    with pytest.raises(InputError, match=r"a.txt:2: box"):
+        run("preview", scans, "--output", output)
+    result = run("preview", scans, "--broken", "skip", "--count", 1, "--output", output)
+    assert "skipped: " in result.output
+    assert "a.txt:2: box" in result.output
+
+
+def test_preview_refuses_before_it_reads(tmp_path):
+    for arguments, words in (
+        (["--output", "p.jpg"], "--output p.jpg: expected a .png"),
+        (["--image-mode", "squeeze"], "--image-mode squeeze: expected one of"),
+        (["--boxes-per-sample", 2], "rendered pages have one region each"),
+    ):
+        with pytest.raises(SettingError, match=words):
+            run("preview", *arguments)
+
+
+def test_export(scans, tmp_path):
+    out = tmp_path / "all.jsonl"
+    result = run("export", scans, out, "--boxes-per-sample", 3)
+    assert "4 samples of 2 documents (icdar; 2 regions without transcript are boxes only)" in result.output
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert lines[0]["text"] == "a line 0\na line 1\na line 2"
+    assert lines[0]["image"] == "scans/a.png"
+    assert len(lines[0]["all_boxes"]) == 5
+    assert [s.boxes for s in read_samples(out)] == [s.boxes for s in read_samples(scans, boxes_per_sample=3)]
+    with pytest.raises(SettingError, match=r"expected a .jsonl file"):
+        run("export", scans, tmp_path / "all.csv")
+    (scans / "b.txt").write_text("not a line")
+    with pytest.raises(InputError, match=r"b.txt:1"):
+        run("export", scans, out)
+    assert len(out.read_text().splitlines()) == 4  # what was there is untouched
+
+
+def test_preview_skips_a_file_that_breaks_off(scans, tmp_path):
+    Image.effect_noise((120, 300), 90).save(scans / "b.png")
+    (scans / "b.png").write_bytes((scans / "b.png").read_bytes()[:3000])
+    arguments = ["preview", scans, "--size", 56, "--output", tmp_path / "p.png"]
+    with pytest.raises(InputError, match=r"b.txt:1: image .*b.png cannot be read"):
+        run(*arguments, "--samples", "0,4")
+    assert "b.txt:1: image" in run(*arguments, "--samples", "0,4", "--broken", "skip").output.replace("\n", "")
+    assert (tmp_path / "p.png").is_file()
