@@ -220,6 +220,21 @@ def test_no_limit_of_the_prompt_cuts_the_image(case):
     del model.config.tokenizer_model_max_length
 
 
+@pytest.mark.parametrize("host", ["hf", "llava"])
+def test_half_precision(host, tmp_path):
+    """Tokens keep the model's precision, and the order of tokens does not suffer from it."""
+    model, image_processor = anyres_model(host, tmp_path)
+    page = noise(200, 96)
+    transform = make_transform(find(model), image_processor, "anyres")
+    expected = look(find(model), transform, [page])[0]
+    with torch.inference_mode():
+        found = look(find(model.bfloat16()), transform, [page])[0]
+    assert found.tokens.dtype == torch.bfloat16
+    assert torch.equal(found.cells, expected.cells)
+    assert torch.equal(found.positions, expected.positions)
+    torch.testing.assert_close(found.tokens.float(), expected.tokens, atol=0.1, rtol=0.1)  # eight bits of mantissa
+
+
 def test_refusals(case, tmp_path):
     model, image_processor = case
     anatomy = find(model)

@@ -180,6 +180,10 @@ def test_views_of_a_batch_are_those_of_each_image(model):
 
 def test_refusals(model):
     anatomy = find(model)
+    anatomy.tower.s2_scales = [1, 2]
+    with pytest.raises(HostError, match="multi-scale"):
+        make_transform(anatomy, processor(), "resize")
+    del anatomy.tower.s2_scales
     with pytest.raises(SettingError, match=r'image_mode = "anyres": this model does not cut images into tiles'):
         make_transform(anatomy, processor(), "anyres")
     transform = make_transform(anatomy, processor(), "resize")
