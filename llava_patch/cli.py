@@ -14,10 +14,7 @@ from rich.table import Table
 from llava_patch import __version__, autostart
 from llava_patch.errors import CheckpointError, LlavaPatchError, SettingError
 from llava_patch.probe import commands as rprobe
-from llava_patch.probe.commands import compare as _rprobe_compare  # noqa: F401 - registers itself
-from llava_patch.probe.commands import correlate as _rprobe_correlate  # noqa: F401 - registers itself
-from llava_patch.probe.commands import run as _rprobe_run  # noqa: F401 - importing it registers the command
-from llava_patch.probe.commands import store as _rprobe_store  # noqa: F401 - registers itself
+from llava_patch.probe.commands import compare, correlate, export, preview, run, store  # noqa: F401 - they join `app`
 
 app = typer.Typer(
     help="Multi-layer vision fusions (Detached Skip-Links and others), DPVR routing and R-Probe for LLaVA models.",

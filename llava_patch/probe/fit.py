@@ -9,7 +9,7 @@ import dataclasses
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +109,7 @@ def _run(
         def freeze(chosen: Sequence[Sample], label: str) -> FrozenData:
             return freeze_samples(anatomy, transform, tokenizer, chosen, settings, progress, label)
 
-        train = _on_all(lambda: freeze(train_samples, "training samples"), settings)
-        held = _on_all(lambda: freeze(heldout_samples, "held-out samples"), settings)
+        train, held = freeze(train_samples, "training samples"), freeze(heldout_samples, "held-out samples")
         for data, what in ((train, "training"), (held, "held-out")):
             if not data.target_variance:
                 raise InputError(
@@ -199,11 +198,6 @@ def _run(
         examples=found.examples,
         maps=maps,
     )
-
-
-def _on_all(freeze: Callable[[], FrozenData], settings: RProbe) -> FrozenData:
-    """The frozen samples on every process; with a store on disk rank 0 encodes, and the others read what it wrote."""
-    return parallel.rank_0_first(freeze) if settings.store else freeze()
 
 
 def _check_same(key: dict[str, Any]) -> None:

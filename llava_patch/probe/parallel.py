@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -98,21 +98,6 @@ def guard() -> Iterator[None]:
         raise
     finally:
         _guarded = False
-
-
-def rank_0_first(work: Callable[[], T]) -> T:
-    """Do something on rank 0, then on the others, which find on disk what rank 0 left there.
-
-    Raises:
-        PeerError: another process failed; call it inside `guard`.
-    """
-    if rank() == 0:
-        value = work()
-        exchange(None)
-    else:
-        exchange(None)
-        value = work()
-    return value
 
 
 def add_up(tensors: Iterable[Tensor]) -> None:

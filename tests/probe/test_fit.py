@@ -55,7 +55,7 @@ def test_result_holds_what_the_report_needs():
     result = run(tiny_model(), dataclasses.replace(QUICK, threshold=0.2))
     assert len(result.losses) == len(result.running) == 6
     assert len(result.documents) == 5
-    assert {"id", "document", "text", "tokens", "mse", "psnr"} == set(result.documents[0])
+    assert {"id", "document", "text", "tokens", "mse", "psnr"} <= set(result.documents[0])
     weighted = sum(d["mse"] * d["tokens"] for d in result.documents) / sum(d["tokens"] for d in result.documents)
     assert result.mse == pytest.approx(weighted)
     assert result.psnr == pytest.approx(np.mean([d["psnr"] for d in result.documents]))
@@ -190,7 +190,7 @@ def test_the_tower_runs_once_over_the_data():
         lambda module, args, kwargs: seen.append(len(kwargs.get("pixel_values", args[0] if args else ()))),
         with_kwargs=True,
     )
-    run(model, dataclasses.replace(QUICK, steps=12))
+    run(model, dataclasses.replace(QUICK, steps=12, maps=0))
     assert sum(seen) == 12 + 5
 
 

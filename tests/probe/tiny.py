@@ -41,9 +41,9 @@ def tiny_model(layers: int = 4, dtype: torch.dtype = torch.float32, **text) -> L
     return LlavaForConditionalGeneration(config).to(dtype)
 
 
-def processor() -> CLIPImageProcessor:
+def processor(side: int = SIDE) -> CLIPImageProcessor:
     """CLIP's image processor at the tiny tower's side."""
-    return CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    return CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
 
 class Characters:

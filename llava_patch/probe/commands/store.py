@@ -24,17 +24,19 @@ def store_command(clear: bool = typer.Option(False, "--clear", help="delete ever
 
     console = Console()
     if clear:
-        deleted, left = delete_unused()
+        deleted, left = delete_unused(stores_folder())
         console.print(f"deleted {len(deleted)} stores, {sum(kept.bytes for kept in deleted) / GB:.3g} GB")
         for kept in left:
             console.print(f"left, because a process uses it: {kept.folder}")
         return
-    stores = list_stores()
+    stores = list_stores(stores_folder())
     if not stores:
         console.print(f"no stores under {stores_folder()}")
         return
     size = sum(kept.bytes for kept in stores) / GB
-    table = Table("store", "GB", "model", "data", "shards", "last use", title=f"{stores_folder()}: {size:.3g} GB")
+    table = Table(title=f"{stores_folder()}: {size:.3g} GB")
+    for heading in ("store", "GB", "model", "data", "shards", "last use"):
+        table.add_column(heading, overflow="fold")
     for kept in reversed(stores):
         about = kept.about
         there = len(list(kept.folder.glob("shard-*.safetensors")))

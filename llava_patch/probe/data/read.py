@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl
 
 from llava_patch.errors import InputError, SettingError
 from llava_patch.probe.data import cocotext, funsd, hf, icdar
@@ -64,11 +63,12 @@ def parse_source(text: str) -> Source:
     """
     path, _, query = (text, "", "") if Path(text).exists() else text.partition("?")
     known = ("format", "images", "boxes", "split", "config")
-    settings: dict[str, Any] = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=False))
-    unknown = [name for name in settings if name not in known]
-    if unknown or bool(query) != bool(settings):
-        wrong = f"{unknown[0]!r} is no setting of a source" if unknown else f"{query!r} is not NAME=VALUE"
-        raise SettingError(f"{text}: {wrong}: known are {', '.join(known)}")
+    # Not a URL: a plus or a percent sign in a folder's name is itself.
+    pairs = [pair.partition("=") for pair in query.split("&") if pair]
+    settings: dict[str, Any] = {name: value for name, _, value in pairs}
+    for name in settings:
+        if name not in known:
+            raise SettingError(f"{text}: {name!r} is no setting of a source: known are {', '.join(known)}")
     if not path.startswith(HUB):
         return Source(path, **settings)
     name, _, split = path.removeprefix(HUB).partition(":")
@@ -228,7 +228,7 @@ def _choose(path: Path, files: list[Path], kinds: dict[str, list[Path]]) -> str:
     count: dict[str, int] = {}
     for file in files:
         count[file.suffix.lower() or "no suffix"] = count.get(file.suffix.lower() or "no suffix", 0) + 1
-    there = ", ".join(f"{n} {suffix}" for suffix, n in sorted(count.items(), key=lambda item: -item[1])[:8])
+    there = ", ".join(f"{n} {suffix}" for suffix, n in sorted(count.items(), key=lambda item: (-item[1], item[0]))[:8])
     opens = f" that opens with {''.join(first_lines(path)[:1])[:60]!r}" if path.is_file() else ""
     known = "".join(f"\n  {name}: {text}" for name, text in FORMATS.items())
     raise InputError(

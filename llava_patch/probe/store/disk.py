@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from llava_patch.cache import VARIABLE, cache_folder
 from llava_patch.errors import LlavaPatchError, SettingError
@@ -29,6 +30,7 @@ from llava_patch.files import write_json
 from llava_patch.probe.store.shard import DamagedShard, Shard, open_shard, write_shard
 
 MANIFEST = "manifest.json"
+DELETED = ".deleted-"
 GB = 1e9
 logger = logging.getLogger("llava_patch")
 
@@ -55,9 +57,8 @@ class Kept:
     used: float
 
 
-def list_stores() -> list[Kept]:
-    """All stores, the longest unused first."""
-    root = stores_folder()
+def list_stores(root: Path) -> list[Kept]:
+    """All stores under `stores_folder()`, the longest unused first."""
     folders = [f for f in root.iterdir() if f.is_dir() and not f.name.startswith(".")] if root.is_dir() else []
     return sorted((_kept(f) for f in folders), key=lambda kept: (kept.used, kept.folder.name))
 
@@ -85,9 +86,8 @@ def _last_use(folder: Path) -> float:
 
 
 @contextlib.contextmanager
-def _alone() -> Iterator[None]:
+def _alone(root: Path) -> Iterator[None]:
     """Only one process at a time enters or deletes stores."""
-    root = stores_folder()
     try:
         root.mkdir(parents=True, exist_ok=True)
         lock = FileLock(root / ".lock")
@@ -116,32 +116,33 @@ def in_use(folder: Path) -> bool:
     return False
 
 
-def delete_unused() -> tuple[list[Kept], list[Kept]]:
+def delete_unused(root: Path) -> tuple[list[Kept], list[Kept]]:
     """Delete every store that no living process uses; returns (deleted, left)."""
     deleted: list[Kept] = []
     left: list[Kept] = []
-    if stores_folder().is_dir():
-        with _alone():
-            for kept in list_stores():
+    if root.is_dir():
+        with _alone(root):
+            for kept in list_stores(root):
                 (left if in_use(kept.folder) else deleted).append(kept)
             for kept in deleted:
                 _delete(kept.folder)
+            for leftover in root.glob(f"{DELETED}*"):  # of a process that died
+                shutil.rmtree(leftover, ignore_errors=True)
     return deleted, left
 
 
 def _delete(folder: Path) -> None:
     # Renamed first: half a store must not be found under its key.
-    gone = folder.with_name(f".deleted-{uuid.uuid4().hex}")
+    gone = folder.with_name(f"{DELETED}{uuid.uuid4().hex}")
     folder.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def _leave(folder: Path, user: Path, lock: Any) -> None:
+def _leave(user: Path, lock: Any) -> None:
+    # May run in the middle of anything (garbage collection), so it must wait for no other lock.
     lock.release()
-    with contextlib.suppress(OSError, LlavaPatchError), _alone():
+    with contextlib.suppress(OSError):
         user.unlink(missing_ok=True)
-        if not in_use(folder) and not any(folder.glob("shard-*.safetensors")):
-            _delete(folder)
 
 
 class Store:
@@ -158,18 +159,21 @@ class Store:
         """
         self.key, self.shards, self.about, self.limit_gb = key, shards, about, limit_gb
         self.folder = stores_folder() / key
-        with _alone():
+        with _alone(self.folder.parent):
             users = self.folder / "users"
             users.mkdir(parents=True, exist_ok=True)
             user = users / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.lock"
-            lock = FileLock(user)
+            lock = FileLock(user, thread_local=False)  # whichever thread collects it must be able to release it
             lock.acquire()
             (self.folder / "used").touch()
-        self._leave = weakref.finalize(self, _leave, self.folder, user, lock)
+        self._leave = weakref.finalize(self, _leave, user, lock)
 
     def close(self) -> None:
         """Leave it; nothing stays of a store into which nothing was written."""
         self._leave()
+        with contextlib.suppress(OSError, LlavaPatchError), _alone(self.folder.parent):
+            if not in_use(self.folder) and not any(self.folder.glob("shard-*.safetensors")):
+                _delete(self.folder)
 
     def path(self, number: int) -> Path:
         """File of a shard."""
@@ -208,6 +212,8 @@ class Store:
         missing = [n for n in range(self.shards) if n not in shards]
         # Those that another process is busy with come last: by then it has finished, failed or died.
         for waits in (False, True):
+            if waits and len(shards) < self.shards:
+                logger.info("llava_patch: R-Probe waits for another process that encodes into %s", self.folder)
             for number in [n for n in missing if n not in shards]:
                 made = self._make(number, encode, waits)
                 if made is not None:
@@ -236,7 +242,7 @@ class Store:
             if not (self.folder / MANIFEST).is_file():
                 write_json(self.folder / MANIFEST, {**self.about, "shards": self.shards})
             write_shard(self.path(number), shard, self.key, number)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise LlavaPatchError(
                 f"R-Probe's store {self.folder} cannot be written ({error}): set {VARIABLE} to a folder with room, or "
                 "RProbe.store = False"
@@ -254,8 +260,8 @@ class Store:
                 "raise it, use fewer pages (RProbe.train_pages, heldout_pages) or samples, or set RProbe.store = False "
                 "(then they are kept in memory)"
             )
-        with _alone():
-            others = [kept for kept in list_stores() if kept.folder != self.folder]
+        with _alone(self.folder.parent):
+            others = [kept for kept in list_stores(self.folder.parent) if kept.folder != self.folder]
             kept_bytes = sum(kept.bytes for kept in others)
             for kept in others:
                 enough = shutil.disk_usage(self.folder).free >= to_come

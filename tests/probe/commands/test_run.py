@@ -42,10 +42,11 @@ def rprobe(*words, fails=None):
 
 
 def test_one_probe_writes_result_figure_and_decoder(checkpoint, tmp_path):
-    out = rprobe(checkpoint, *QUICK, "--masked", "--no-text", "--output", tmp_path)
-    assert "R-Probe: held-out MSE" in out and str(tmp_path / "rprobe.json") in out
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["decoder.safetensors", "rprobe.json", "rprobe.png"]
-    written = json.loads((tmp_path / "rprobe.json").read_text())
+    folder = tmp_path / "out"
+    out = rprobe(checkpoint, *QUICK, "--masked", "--no-text", "--output", folder)
+    assert "R-Probe: held-out MSE" in out and str(folder / "rprobe.json") in out
+    assert sorted(p.name for p in folder.iterdir()) == ["decoder.safetensors", "rprobe.json", "rprobe.png"]
+    written = json.loads((folder / "rprobe.json").read_text())
     settings = written["settings"]
     assert (settings["masked"], settings["text"], settings["steps"]) == (True, False, 4)
     assert written["facts"]["checkpoint"] == str(checkpoint) and len(written["documents"]) == 4

@@ -1,0 +1,40 @@
+"""`llava-patch rprobe store`."""
+
+import gc
+
+import torch
+from typer.testing import CliRunner
+
+from llava_patch.cli import app
+from llava_patch.hosts.anatomy import find
+from llava_patch.probe.pages import Pages
+from llava_patch.probe.settings import RProbe
+from llava_patch.probe.store import freeze_samples, make_transform
+from llava_patch.probe.store.disk import stores_folder
+
+from ..tiny import Characters, processor, tiny_model
+
+
+def call(*arguments):
+    result = CliRunner().invoke(app, ["rprobe", "store", *arguments], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_stores_are_listed_and_deleted_unless_they_are_in_use():
+    assert "no stores under" in call()
+    assert "deleted 0 stores" in call("--clear")
+    anatomy = find(tiny_model())
+    transform = make_transform(anatomy, processor(), "resize")
+    data = freeze_samples(anatomy, transform, Characters(), Pages(3, 56), RProbe(masked=True))
+    listed = call()
+    for shown in (data.store.folder.name[:8], "LlavaForConditionalGeneration", "3 pages of 112 px", "masked", "1 of 1"):
+        assert shown in listed
+    cleared = call("--clear")
+    assert "deleted 0 stores" in cleared and "left, because a process uses it" in cleared
+    tokens = data.batch(torch.arange(3)).image_tokens
+    assert tokens.isfinite().all()
+    del data
+    gc.collect()
+    assert "deleted 1 stores" in call("--clear")
+    assert [path.name for path in stores_folder().iterdir()] == [".lock"]

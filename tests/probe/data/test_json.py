@@ -1,0 +1,134 @@
+"""FUNSD, COCO-Text and TextOCR."""
+
+import pytest
+
+from llava_patch.errors import InputError
+from llava_patch.probe.data import read_samples
+
+from .common import document, page, text
+
+FORM = [
+    {"id": 0, "box": [1, 2, 30, 12], "text": "Weight:", "words": [{"box": [1, 2, 30, 12], "text": "Weight:"}]},
+    {"id": 1, "box": [40, 2, 70, 12], "text": "", "words": []},
+    {
+        "id": 2,
+        "words": [{"box": [1, 20, 10, 30], "text": "12"}, {"box": [12, 21, 30, 33], "text": "kg"}],
+    },
+]
+
+
+def funsd(folder, form=FORM):
+    page(folder / "images" / "0a.png")
+    return document(folder / "annotations" / "0a.json", {"form": form})
+
+
+def test_funsd_entries(tmp_path):
+    file = funsd(tmp_path / "training_data")
+    for source in (tmp_path, file, file.parent):
+        samples = read_samples(source)
+        assert [(s.text, s.boxes) for s in samples] == [
+            ("Weight:", ((1, 2, 30, 12),)),
+            ("12 kg", ((1, 20, 30, 33),)),
+        ]
+        assert [s.id for s in samples] == [f"{file}:form[0]", f"{file}:form[2]"]
+        assert samples[0].all_boxes == ((1, 2, 30, 12), (40, 2, 70, 12), (1, 20, 30, 33))
+        assert (samples.format, samples.unread) == ("funsd", 1)
+        assert samples[0].open_image().size == (100, 60)
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"text": "x", "box": [1, 2, 3]}, r"form\[0\]: box \[1, 2, 3\]: expected \[x0, y0, x1, y1\]"),
+        ({"text": "x", "box": [1, 2, "3", 4]}, r"form\[0\]: box"),
+        ({"text": "x"}, r"form\[0\]: lacks box"),
+        ({"text": 5, "box": [1, 2, 3, 4]}, r"form\[0\]: text is 5"),
+        ({"text": "x", "box": [1, 2, 300, 4]}, r"form\[0\]: box .* outside its image"),
+        ("x", r"form\[0\]: expected an object"),
+    ],
+)
+def test_broken_funsd_entries(tmp_path, entry, words):
+    funsd(tmp_path, [entry, FORM[0]])
+    with pytest.raises(InputError, match=rf"0a.json:{words}"):
+        read_samples(tmp_path)
+    samples = read_samples(tmp_path, broken="skip")
+    assert (len(samples), len(samples.skipped)) == (1, 1)
+
+
+def test_broken_funsd_files(tmp_path):
+    file = funsd(tmp_path)
+    text(file, '{"form": [', '{"text": }')
+    with pytest.raises(InputError, match=r"0a.json:2: not JSON"):
+        read_samples(tmp_path)
+    document(file, {"form": {}})
+    with pytest.raises(InputError, match=r"0a.json: not a FUNSD file"):
+        read_samples(tmp_path)
+    funsd(tmp_path)
+    (tmp_path / "images" / "0a.png").unlink()
+    with pytest.raises(InputError, match=r"0a.json: its image is missing"):
+        read_samples(tmp_path)
+
+
+def coco(folder, anns, images=None, name="set.json", **more):
+    images = images or {"7": {"id": 7, "file_name": "a.jpg", "width": 100, "height": 60}}
+    anns = {str(i): {"image_id": 7, "bbox": [1, 2, 20, 10], **ann} for i, ann in enumerate(anns)}
+    return document(folder / name, {"imgs": images, "anns": anns, **more})
+
+
+def test_coco_text(tmp_path):
+    page(tmp_path / "train2014" / "a.jpg")
+    anns = [
+        {"utf8_string": "open", "legibility": "legible", "language": "english"},
+        {"utf8_string": "", "legibility": "illegible", "bbox": [30, 2, 20.5, 10]},
+        {"utf8_string": "shut", "legibility": "legible", "bbox": [30, 20, 20.5, 10]},
+    ]
+    file = coco(tmp_path, anns, imgToAnns={"7": [2, 0, 1], "9": []})
+    samples = read_samples(tmp_path)
+    assert [(s.text, s.boxes) for s in samples] == [("shut", ((30, 20, 50.5, 30),)), ("open", ((1, 2, 21, 12),))]
+    assert [s.id for s in samples] == [f"{file}:anns[2]", f"{file}:anns[0]"]
+    assert len(samples[0].all_boxes) == 3
+    assert (samples.format, samples.unread) == ("cocotext", 1)
+
+
+def test_textocr(tmp_path):
+    page(tmp_path / "train_images" / "ab12.jpg")
+    images = {"ab12": {"id": "ab12", "file_name": "train/ab12.jpg", "width": 100, "height": 60, "set": "train"}}
+    anns = [{"utf8_string": "form"}, {"utf8_string": "."}, {"utf8_string": "tilt", "points": [5, 9, 30, 5, 28, 20]}]
+    file = coco(tmp_path, anns, images, imgToAnns={"ab12": ["0", "1", "2"]})
+    found = read_samples(file)
+    assert [s.text for s in found] == ["form", "tilt"]  # a word that looks like FUNSD's key
+    assert found[0].image == tmp_path / "train_images" / "ab12.jpg"
+
+
+def test_points_stand_for_a_missing_bbox_and_images_elsewhere(tmp_path):
+    page(tmp_path / "far" / "a.jpg")
+    file = coco(tmp_path / "deep" / "er", [{"utf8_string": "x"}])
+    values = {"image_id": 7, "utf8_string": "x", "points": [5, 9, 30, 5, 28, 20]}
+    document(file, {"imgs": {"7": {"file_name": "a.jpg"}}, "anns": {"0": values}})
+    with pytest.raises(InputError, match=r"set.json:imgs\[7\]: image a.jpg is missing: .*images=FOLDER"):
+        read_samples(file)
+    (sample,) = read_samples(f"{file}?images={tmp_path}/far")
+    assert sample.boxes == ((5, 5, 30, 20),)
+
+
+@pytest.mark.parametrize(
+    ("ann", "words"),
+    [
+        ({"bbox": [1, 2, 20]}, r"bbox \[1, 2, 20\]: expected \[x, y, width, height\]"),
+        ({"bbox": [1, 2, 0, 5]}, "empty box"),
+        ({"bbox": [90, 2, 20, 5]}, "outside its image"),
+    ],
+)
+def test_broken_coco_annotations(tmp_path, ann, words):
+    page(tmp_path / "a.jpg")
+    coco(tmp_path, [{"utf8_string": "x", **ann}, {"utf8_string": "y"}])
+    with pytest.raises(InputError, match=rf"set.json:anns\[0\]: .*{words}"):
+        read_samples(tmp_path)
+    assert [s.text for s in read_samples(tmp_path, broken="skip")] == ["y"]
+
+
+def test_images_of_another_size_than_annotated_are_refused(tmp_path):
+    page(tmp_path / "a.jpg", 50, 30)
+    coco(tmp_path, [{"utf8_string": "x", "bbox": [1, 1, 5, 5]}])
+    with pytest.raises(InputError, match=r"imgs\[7\]: .*a.jpg has 50 x 30 pixels, its annotation says 100 x 60"):
+        read_samples(tmp_path)

@@ -1,0 +1,157 @@
+"""Recognising formats, our own JSONL, and writing it."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from llava_patch.errors import InputError, SettingError
+from llava_patch.probe.data import read_jsonl, read_samples, write_jsonl
+from llava_patch.probe.pages import Pages
+from llava_patch.probe.sample import Sample, split_samples
+
+from .common import document, page, quad, text
+
+
+def jsonl(folder, *lines, name="list.jsonl"):
+    page(folder / "a.png")
+    return text(folder / name, *(line if isinstance(line, str) else json.dumps(line) for line in lines))
+
+
+LINE = {"image": "a.png", "text": "x", "box": [1, 2, 30, 12]}
+
+
+def test_jsonl(tmp_path):
+    several = {**LINE, "text": "two\u2028parts", "box": [[1, 20, 9, 30], [11, 20, 19.5, 30]], "document": "d"}
+    file = jsonl(tmp_path, {**LINE, "note": 5}, "", several, {**LINE, "box": [40, 2, 70, 12]})
+    for samples in (read_jsonl(file), read_samples(file), read_samples(str(tmp_path))):
+        assert [s.text for s in samples] == ["x", "two\u2028parts", "x"]
+        assert [s.id for s in samples] == [f"{file}:{n}" for n in (1, 3, 4)]
+        assert samples[1].boxes == ((1, 20, 9, 30), (11, 20, 19.5, 30))
+        assert [s.document for s in samples] == [str(tmp_path / "a.png"), "d", str(tmp_path / "a.png")]
+        assert samples[0].all_boxes == ((1, 2, 30, 12), (40, 2, 70, 12))  # of all lines of its page
+    around = {**LINE, "all_boxes": [[1, 2, 30, 12], [50, 2, 60, 9]]}
+    assert read_samples(jsonl(tmp_path, around))[0].all_boxes == ((1, 2, 30, 12), (50, 2, 60, 9))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "not JSON"),
+        ("[]", "expected an object"),
+        ({"image": "a.png", "text": "x"}, "lacks box"),
+        ({**LINE, "boxes": [1, 2, 3, 4], "box": None}, "box None"),
+        ({"image": "a.png", "text": "x", "boxes": [1, 2, 3, 4]}, "unknown key 'boxes': did you mean 'box'"),
+        ({**LINE, "allboxes": []}, "unknown key 'allboxes': did you mean 'all_boxes'"),
+        ({**LINE, "image": "no.png"}, "image .*no.png is missing"),
+        ({**LINE, "image": "list.jsonl"}, "image .*list.jsonl cannot be read"),
+        ({**LINE, "text": None}, "text is None: expected a string"),
+        ({**LINE, "box": [1, 2, 3]}, r"box \[1, 2, 3\]"),
+        ({**LINE, "box": []}, r"box \[\]"),
+        ({**LINE, "box": [[1, 2, 3, 4], [1, 2]]}, r"box \[1, 2\]"),
+        ({**LINE, "box": ["1", 2, 3, 4]}, "box"),
+        ({**LINE, "box": [5, 2, 5, 4]}, "empty box"),
+        ({**LINE, "box": [5, 2, 500, 4]}, "outside its image of 100 x 60"),
+        ({**LINE, "all_boxes": [[5, 2, 500, 4]]}, "all_boxes: box .* outside its image"),
+        ({**LINE, "all_boxes": 5}, "all_boxes is 5"),
+    ],
+)
+def test_broken_jsonl_lines(tmp_path, line, words):
+    file = jsonl(tmp_path, LINE, line)
+    with pytest.raises(InputError, match=rf"list.jsonl:2: .*{words}"):
+        read_samples(file)
+    samples = read_samples(file, broken="skip")
+    assert (len(samples), len(samples.skipped)) == (1, 1)
+
+
+def test_nothing_left_or_nothing_there(tmp_path):
+    with pytest.raises(InputError, match=r"list.jsonl: no usable sample"):
+        read_samples(jsonl(tmp_path, ""))
+    with pytest.raises(InputError, match=r"none.jsonl: no such file"):
+        read_jsonl(tmp_path / "none.jsonl")
+    with pytest.raises(InputError, match=r"some/set: no such file or folder .*hf:some/set"):
+        read_samples("some/set")
+
+
+def test_unknown_formats_list_what_is_understood_and_what_was_found(tmp_path):
+    text(tmp_path / "a.xml", "<page/>")
+    document(tmp_path / "b.json", {"images": [], "annotations": []})
+    with pytest.raises(InputError, match=r"(?s)found 1 .json, 1 .xml.*jsonl:.*icdar:.*funsd:.*cocotext:.*hf:"):
+        read_samples(tmp_path)
+    text(tmp_path / "c.txt", "hello there")
+    with pytest.raises(InputError, match=r"c.txt: format not recognised; found 1 .txt that opens with 'hello there'"):
+        read_samples(tmp_path / "c.txt")
+
+
+def test_two_formats_need_a_word(tmp_path):
+    file = jsonl(tmp_path, LINE)
+    text(tmp_path / "a.txt", f"{quad(1, 1, 9, 9)},from text")
+    with pytest.raises(InputError, match=r"of several formats, icdar: a.txt \(1 files\); jsonl: .*format="):
+        read_samples(tmp_path)
+    assert read_samples(f"{tmp_path}?format=icdar")[0].text == "from text"
+    assert read_samples(tmp_path, format="jsonl")[0].text == "x"
+    joined = read_samples(f"{file}, {tmp_path}/a.txt")
+    assert [s.text for s in joined] == ["x", "from text"]
+    assert joined.format == "jsonl, icdar"
+    text(tmp_path / "more.jsonl", json.dumps(LINE))
+    with pytest.raises(InputError, match="2 files of jsonl"):
+        read_samples(tmp_path, format="jsonl")
+    with pytest.raises(InputError, match="format=funsd, but there is no .json"):
+        read_samples(tmp_path, format="funsd")
+
+
+@pytest.mark.parametrize(
+    ("query", "words"),
+    [
+        ("fromat=icdar", "'fromat' is no setting of a source: known are format, images"),
+        ("icdar", "'icdar' is no setting of a source"),
+        ("format=pdf", "format=pdf: expected one of jsonl"),
+        ("boxes=100", "boxes=100: expected one of pixels"),
+        ("boxes=1000", "settings of Hugging Face datasets"),
+        ("images=.", "images is no setting of JSONL"),
+    ],
+)
+def test_settings_of_a_source(tmp_path, query, words):
+    file = jsonl(tmp_path, LINE)
+    with pytest.raises(SettingError, match=words):
+        read_samples(f"{file}?{query}")
+
+
+def test_bad_arguments(tmp_path):
+    file = jsonl(tmp_path, LINE)
+    with pytest.raises(SettingError, match="broken = 'warn'"):
+        read_samples(file, broken="warn")
+    with pytest.raises(SettingError, match="boxes_per_sample = 0"):
+        read_samples(file, boxes_per_sample=0)
+    with pytest.raises(InputError, match="folder of images .*nowhere: no such folder"):
+        read_samples(f"{file}?images=nowhere")
+
+
+def test_what_is_exported_reads_the_same(tmp_path):
+    for name in ("a", "b", "c"):
+        page(tmp_path / "scans" / f"{name}.png")
+        lines = [f"{quad(1, 10 * i + 1, 9, 10 * i + 9)},{name}, {i}" for i in range(3)]
+        text(tmp_path / "scans" / f"{name}.txt", *lines, f"{quad(50, 1, 59, 9)},###")
+    for length in (1, 2):
+        first = read_samples(tmp_path / "scans", boxes_per_sample=length)
+        for out in (tmp_path / "out.jsonl", tmp_path / "elsewhere" / "out.jsonl"):
+            again = read_samples(write_jsonl(first, out))
+            for a, b in zip(first, again, strict=True):
+                assert (a.text, a.boxes, set(a.all_boxes)) == (b.text, b.boxes, set(b.all_boxes))
+                assert a.document == b.document
+                assert b.image.samefile(a.image)
+            held = [[s.text for s in split_samples(part, 0.4, seed=1)[1]] for part in (first, again)]
+            assert held[0] == held[1]
+    line = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])
+    assert line["image"] == "scans/a.png"  # the folder can be moved as a whole
+
+
+def test_pictures_without_a_file_are_written_once(tmp_path):
+    picture = Image.new("RGB", (40, 30), (9, 8, 7))
+    two = [Sample(picture, t, ((1, 1, 9, 9),), id=f"p:{t}", document="a page") for t in ("one", "two")]
+    again = read_samples(write_jsonl([*two, *Pages(2, 56)], tmp_path / "made.jsonl"))
+    assert [s.text for s in again][:2] == ["one", "two"]
+    assert sorted(p.name for p in (tmp_path / "made_images").iterdir()) == [
+        "000000_a_page.png", "000001_page-train-0-0.png", "000002_page-train-0-1.png"
+    ]  # fmt: skip
+    assert again[0].open_image().getpixel((0, 0)) == (9, 8, 7)
