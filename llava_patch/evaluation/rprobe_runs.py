@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from llava_patch.evaluation.access import reach
@@ -73,9 +72,8 @@ def _run(lm: Any, name: str) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]
     """Train and measure one task's probe; (numbers of each held-out sample by its id, the run's)."""
     from llava_patch.evaluation.tasks import active
     from llava_patch.probe import parallel
-    from llava_patch.probe.figures import save_figure
     from llava_patch.probe.fit import run_rprobe
-    from llava_patch.probe.result import write_json
+    from llava_patch.probe.output import write_run
 
     task, subject = active(name), reach(lm)
     train, heldout = (None, None) if task.data() is None else own_samples(task.settings, task.data())
@@ -89,10 +87,9 @@ def _run(lm: Any, name: str) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]
         heldout,
         work=folder,
     )
+    if folder is not None:
+        write_run(result, folder)
     if parallel.rank() == 0:
-        if folder is not None:
-            write_json(result, Path(folder) / "rprobe.json")
-            save_figure(result, Path(folder) / "rprobe.png")
         print(f"{name}: {result.summary()}", flush=True)
     run = {
         "target_variance": result.target_variance,

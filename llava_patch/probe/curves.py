@@ -60,7 +60,8 @@ def draw_curve(axes: Any, result: RProbeResult) -> None:
         axes.plot([], [], color=COLOURS[1], linestyle="--", label=f"threshold {result.threshold:g}{vacuous}, off scale")
     masked = "region blacked out" if result.settings["masked"] else "full image"
     text = "with text" if result.settings["text"] else "without text"
-    title = f"{masked}, {text}: held-out FVU {result.fvu:.3f}, PSNR {result.psnr:.1f} dB"
+    caveat = f"\n{result.caveat()}" if result.caveat() else ""
+    title = f"{masked}, {text}: held-out FVU {result.fvu:.3f}, PSNR {result.psnr:.1f} dB{caveat}"
     _finish(axes, title, top, len(steps))
 
 

@@ -162,13 +162,23 @@ class RProbeResult:
             given[key] = None if given[key] is None else Part(**given[key])
         return cls(**given)
 
+    def caveat(self) -> str:
+        """Why its figures do not compare with the paper's or with those of full probes; "" when they do."""
+        found = []
+        if not self.facts.get("comparable", True):
+            found.append(f"only {self.settings['trained']} was trained")
+        if self.facts.get("cut"):
+            found.append(f"cut at step {len(self.losses)} of {self.settings['steps']}")
+        return f"not comparable: {', '.join(found)}" if found else ""
+
     def summary(self) -> str:
         """The result in one line."""
+        caveat = f" ({self.caveat()})" if self.caveat() else ""
         vacuous = " (vacuous: a constant is under it)" if self.threshold_is_vacuous else ""
         spread = "" if self.mse_interval is None else " [{:.4f}, {:.4f}]".format(*self.mse_interval)
         return (
-            f"R-Probe: held-out MSE {self.mse:.4f}{spread}, FVU {self.fvu:.3f} (constant {self.constant_mse:.4f}, "
-            f"{self.constant_fvu:.3f}), PSNR {self.psnr:.1f} dB, steps to MSE < {self.threshold:g}: "
+            f"R-Probe{caveat}: held-out MSE {self.mse:.4f}{spread}, FVU {self.fvu:.3f} "
+            f"(constant {self.constant_mse:.4f}, {self.constant_fvu:.3f}), PSNR {self.psnr:.1f} dB, steps to MSE < {self.threshold:g}: "
             f"{self.steps_to_threshold}{vacuous}, to FVU < 0.5: {self.steps_to_half_fvu}"
         )
 

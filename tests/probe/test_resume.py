@@ -213,4 +213,5 @@ def test_a_finished_run_is_measured_again_without_training(tmp_path, monkeypatch
     cut = dataclasses.replace(settings, minutes=1e-9, seed=2)
     with pytest.warns(UserWarning, match="RProbe.minutes = 1e-09 ended training after step 1 of 4"):
         result = run(cut)
+    assert result.summary().startswith("R-Probe (not comparable: cut at step 1 of 4): held-out MSE")
     assert result.facts["cut"] and len(result.losses) == result.facts["steps_done"] == 1

@@ -59,6 +59,7 @@ def test_lora_is_the_same_whatever_the_callers_random_state_and_dtype():
     finally:
         torch.set_default_dtype(torch.float32)
     assert expected.facts["comparable"] is False
+    assert "not comparable: only lora was trained" in expected.summary()
     assert expected.facts["trained_parameters"] < expected.facts["probe_parameters"]
 
 

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from llava_patch.probe.sample import Sample
     from llava_patch.probe.subject import Subject
 
-RESULT, FIGURE = "rprobe.json", "rprobe.png"
-
 
 @app.command("run", no_args_is_help=True)
 def run_command(
@@ -63,8 +61,8 @@ def run_command(
     Every setting of RProbe can be bound with --gin-param; options of the
     command line win over bindings, and bindings over defaults.
 
-    OUTPUT gets rprobe.json, rprobe.png and decoder.safetensors; with
-    --ablation a folder with these for each of the four runs, and
+    OUTPUT gets rprobe.json, rprobe.png, map-N.png and decoder.safetensors;
+    with --ablation a folder with these for each of the four runs, and
     ablation.json and ablation.md.
 
     Interrupted (Ctrl-C), the same command goes on from the last state, which
@@ -127,6 +125,7 @@ def _measure(
     from llava_patch.files import atomic, write_json
     from llava_patch.probe import parallel
     from llava_patch.probe.ablation import VARIANTS, markdown, notes, summarise, tables, variant
+    from llava_patch.probe.output import FIGURE, RESULT
     from llava_patch.probe.subject import load_subject
 
     samples = _read(data, settings)
@@ -136,7 +135,7 @@ def _measure(
     if not ablation:
         result = _probe(subject, settings, samples, measured, folder, facts)
         _say(result.summary())
-        _say(f"wrote {folder / RESULT} and {folder / FIGURE}")
+        _say(f"wrote {folder / RESULT}, and {folder / FIGURE} with {len(result.maps)} map-N.png beside it")
         return
     results = {}
     for number, name in enumerate(VARIANTS, 1):
@@ -176,18 +175,14 @@ def _probe(
     folder: Path,
     facts: dict[str, Any],
 ) -> "RProbeResult":
-    from llava_patch.probe import parallel
-    from llava_patch.probe.figures import save_figure
     from llava_patch.probe.fit import run_rprobe
-    from llava_patch.probe.result import write_json
+    from llava_patch.probe.output import write_run
 
     result = run_rprobe(
         subject.model, subject.image_processor, subject.tokenizer, settings, samples, heldout, work=folder
     )
     result.facts.update(facts)
-    if parallel.rank() == 0:
-        write_json(result, folder / RESULT)
-        save_figure(result, folder / FIGURE)
+    write_run(result, folder)
     return result
 
 

@@ -45,7 +45,9 @@ def test_one_probe_writes_result_figure_and_decoder(checkpoint, tmp_path):
     folder = tmp_path / "out"
     out = rprobe(checkpoint, *QUICK, "--masked", "--no-text", "--output", folder)
     assert "R-Probe: held-out MSE" in out and str(folder / "rprobe.json") in out
-    assert sorted(p.name for p in folder.iterdir()) == ["decoder.safetensors", "rprobe.json", "rprobe.png"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "decoder.safetensors", "map-1.png", "map-2.png", "rprobe.json", "rprobe.png",
+    ]  # fmt: skip
     written = json.loads((folder / "rprobe.json").read_text())
     settings = written["settings"]
     assert (settings["masked"], settings["text"], settings["steps"]) == (True, False, 4)

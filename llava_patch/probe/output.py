@@ -1,0 +1,31 @@
+"""The files of one run: its result and its pictures, side by side in a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llava_patch.probe import parallel
+from llava_patch.probe.figures import save_figure, save_map
+from llava_patch.probe.result import RProbeResult, write_json
+
+RESULT, FIGURE, MAP = "rprobe.json", "rprobe.png", "map-{}.png"
+
+
+def write_run(result: RProbeResult, folder: str | Path) -> None:
+    """Write `rprobe.json`, `rprobe.png` and, for each page rebuilt whole, `map-N.png`; rank 0 does.
+
+    Args:
+        result: what `run_rprobe` returned.
+        folder: made when it is missing; maps of an earlier run that had more of them are deleted.
+    """
+    if parallel.rank() != 0:
+        return
+    folder = Path(folder)
+    write_json(result, folder / RESULT)
+    save_figure(result, folder / FIGURE)
+    for number, page in enumerate(result.maps, 1):
+        save_map(page, folder / MAP.format(number))
+    number = len(result.maps) + 1
+    while (folder / MAP.format(number)).is_file():
+        (folder / MAP.format(number)).unlink()
+        number += 1
