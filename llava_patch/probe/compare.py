@@ -167,8 +167,7 @@ def cells(
                 f"{result.mse:.4f}" + between(row.interval),
                 f"{result.fvu:.3f}",
                 f"{result.psnr:.1f}",
-                f"{result.inside.mse:.4f}",
-                "-" if result.outside is None else f"{result.outside.mse:.4f}",
+                *("-" if part is None else f"{part.mse:.4f}" for part in (result.inside, result.outside)),
                 f"({steps})" if result.threshold_is_vacuous else steps,
                 _steps(result.steps_to_half_fvu),
                 _difference(row, baseline),
@@ -235,8 +234,10 @@ def write(
             "difference_interval": None if row.difference is None else row.difference[1:],
             "unlike": row.unlike,
             **{key: getattr(results[row.name], key) for key in _SHOWN},
-            "inside_mse": results[row.name].inside.mse,
-            "outside_mse": None if (outside := results[row.name].outside) is None else outside.mse,
+            **{
+                f"{where}_mse": None if (part := getattr(results[row.name], where)) is None else part.mse
+                for where in ("inside", "outside")
+            },
         }
         for row in rows_
     }

@@ -6,8 +6,9 @@ from PIL import Image
 
 from llava_patch.errors import InputError, SettingError
 from llava_patch.probe.curves import half_variance
-from llava_patch.probe.figures import save_figure, save_figures, save_map
+from llava_patch.probe.figures import save_figure, save_map
 from llava_patch.probe.fit import run_rprobe
+from llava_patch.probe.output import write_run
 from llava_patch.probe.settings import RProbe
 
 from .tiny import Characters, processor, tiny_model
@@ -40,26 +41,34 @@ def test_figure_is_a_png_with_a_row_for_each_example(result, tmp_path):
 
 
 def test_all_figures_in_both_formats_and_alike_each_time(result, tmp_path):
-    names = ["rprobe.pdf", "rprobe.png", "rprobe_map_1.pdf", "rprobe_map_1.png"]
-    written = save_figures(result, tmp_path / "a", ("png", "pdf"))
-    assert sorted(p.name for p in written) == names == sorted(p.name for p in (tmp_path / "a").iterdir())
-    assert is_drawn(tmp_path / "a" / "rprobe_map_1.png")
-    save_figures(result, tmp_path / "b", ("png", "pdf"))
+    names = ["map-1.pdf", "map-1.png", "rprobe.json", "rprobe.pdf", "rprobe.png"]
+    write_run(dataclasses.replace(result, maps=result.maps * 2), tmp_path / "a", ("png", "pdf"))
+    assert (tmp_path / "a" / "map-2.pdf").is_file()
+    for folder in "ab":
+        write_run(result, tmp_path / folder, ("png", "pdf"))
+        assert sorted(p.name for p in (tmp_path / folder).iterdir()) == names
+    assert is_drawn(tmp_path / "a" / "map-1.png")
     for name in names:
         first, second = ((tmp_path / folder / name).read_bytes() for folder in "ab")
         assert first == second
-        assert first.startswith(b"%PDF" if name.endswith("pdf") else b"\x89PNG")
-    with pytest.raises(SettingError, match=r"format svg: expected png or pdf"):
-        save_figures(result, tmp_path / "c", ("svg",))
+        assert first.startswith({"pdf": b"%PDF", "png": b"\x89PNG", "son": b"{"}[name[-3:]])
     with pytest.raises(SettingError, match=r"x.jpg: expected a name that ends in .png or .pdf"):
         save_figure(result, tmp_path / "x.jpg")
-    assert not (tmp_path / "c").exists()
+    assert not (tmp_path / "x.jpg").exists()
 
 
 def test_a_run_without_examples_still_has_its_curve(result, tmp_path):
-    bare = dataclasses.replace(result, examples=[], maps=[])
-    assert [p.name for p in save_figures(bare, tmp_path)] == ["rprobe.png"]
+    save_figure(dataclasses.replace(result, examples=[], maps=[]), tmp_path / "rprobe.png")
     assert Image.open(tmp_path / "rprobe.png").size[1] < 600
+
+
+def test_chosen_documents_are_shown_and_unknown_ones_refused_before_training():
+    settings = RProbe(steps=1, batch_size=2, train_pages=2, heldout_pages=3, maps=0)
+    arguments = (tiny_model(), processor(), Characters(), settings)
+    found = run_rprobe(*arguments, progress=False, show=["page-heldout-0-2", "page-heldout-0-0"])
+    assert [example.id for example in found.examples] == ["page-heldout-0-2", "page-heldout-0-0"]
+    with pytest.raises(InputError, match="no held-out sample x to show; there are page-heldout-0-0, page-heldout-0-1"):
+        run_rprobe(*arguments, progress=False, show=["x"])
 
 
 def test_tall_pages_small_regions_and_any_text_are_drawn(result, tmp_path):
