@@ -19,7 +19,7 @@ SETTINGS = (
     "seed", "rope", "image_mode", "threshold", "masked", "text", "max_text_tokens", "boxes_per_sample", "trained",
 )  # fmt: skip
 FACTS = (
-    "data", "learning_rate", "decoder_layers", "image_tokens", "pixels_per_token", "train_samples", "heldout_samples",
+    "data", "source", "heldout_source", "learning_rate", "decoder_layers", "image_tokens", "pixels_per_token", "train_samples", "heldout_samples",
 )  # fmt: skip
 HEAD = (
     "result", "held-out MSE [95 %]", "FVU", "PSNR dB", "MSE in text", "beside text", "steps to MSE < {threshold}",
@@ -121,10 +121,10 @@ def warnings_of(results: Mapping[str, RProbeResult], baseline: str) -> list[str]
     base = results[baseline]
     for name, result in results.items():
         apart = [
-            f"{key} = {_get(mine, key)} (there {_get(theirs, key)})"
+            f"{key} = {mine.get(key)} (there {theirs.get(key)})"
             for mine, theirs, keys in ((result.settings, base.settings, SETTINGS), (result.facts, base.facts, FACTS))
             for key in keys
-            if _get(mine, key) != _get(theirs, key)
+            if mine.get(key, theirs.get(key)) != theirs.get(key, mine.get(key))
         ]
         if apart:
             found.append(f"{name} differs from {baseline} in more than the model: {', '.join(apart)}")
@@ -145,10 +145,6 @@ def warnings_of(results: Mapping[str, RProbeResult], baseline: str) -> list[str]
             f"{', '.join(vacuous)}: a constant patch is under the threshold, so steps to it say nothing (in brackets)"
         )
     return found
-
-
-def _get(values: Mapping[str, Any], key: str) -> Any:
-    return values.get(key, "not recorded")
 
 
 def cells(

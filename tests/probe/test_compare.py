@@ -59,6 +59,12 @@ def test_what_differs_is_named_and_other_samples_are_not_paired(tmp_path):
     assert any(note.startswith("d differs from a") and "trained = head (there all)" in note for note in notes)
     assert any(note.startswith('d: trained = "head": not comparable') for note in notes)
     assert compare.cells(rows, results, "a")[1][2][-1] == "not paired"
+    other = made_up_result()
+    other.facts.update(source="scans.jsonl", checkpoint="b")
+    assert compare.warnings_of({"a": results["a"], "x": other}, "a") == []  # lmms-eval's results do not record it
+    results["a"].facts["source"] = "receipts"
+    assert "source = scans.jsonl (there receipts)" in compare.warnings_of({"a": results["a"], "x": other}, "a")[0]
+    del results["a"].facts["source"]
     shown = made_up_result(examples=1, maps=0, store=False, resamples=3)
     assert compare.warnings_of({"a": results["a"], "x": shown}, "a") == []  # pictures and the store change no figure
 

@@ -141,9 +141,8 @@ def _measure(
     if not ablation:
         result = _probe(subject, settings, samples, measured, folder, facts, show, formats)
         _say(result.summary())
-        _say(
-            f"wrote {folder / RESULT}, and {folder / Path(FIGURE).stem}.{formats[0]} with {len(result.maps)} error maps beside it"
-        )
+        figure = (folder / FIGURE).with_suffix(f".{formats[0]}")
+        _say(f"wrote {folder / RESULT}, and {figure} with {len(result.maps)} error maps beside it")
         return
     results = {}
     for number, name in enumerate(VARIANTS, 1):
