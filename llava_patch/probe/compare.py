@@ -19,7 +19,8 @@ SETTINGS = (
     "seed", "rope", "image_mode", "threshold", "masked", "text", "max_text_tokens", "boxes_per_sample", "trained",
 )  # fmt: skip
 FACTS = (
-    "data", "source", "heldout_source", "learning_rate", "decoder_layers", "image_tokens", "pixels_per_token", "train_samples", "heldout_samples",
+    "data", "source", "heldout_source", "learning_rate",
+    "decoder_layers", "image_tokens", "pixels_per_token", "train_samples", "heldout_samples",
 )  # fmt: skip
 HEAD = (
     "result", "held-out MSE [95 %]", "FVU", "PSNR dB", "MSE in text", "beside text", "steps to MSE < {threshold}",
