@@ -176,10 +176,10 @@ class RProbeResult:
         caveat = f" ({self.caveat()})" if self.caveat() else ""
         vacuous = " (vacuous: a constant is under it)" if self.threshold_is_vacuous else ""
         spread = "" if self.mse_interval is None else " [{:.4f}, {:.4f}]".format(*self.mse_interval)
-        constant = f"constant {self.constant_mse:.4f}, {self.constant_fvu:.3f}"
         return (
-            f"R-Probe{caveat}: held-out MSE {self.mse:.4f}{spread}, FVU {self.fvu:.3f} ({constant}), "
-            f"PSNR {self.psnr:.1f} dB, steps to MSE < {self.threshold:g}: {self.steps_to_threshold}{vacuous}, "
+            f"R-Probe{caveat}: held-out MSE {self.mse:.4f}{spread}, FVU {self.fvu:.3f} "
+            f"(constant {self.constant_mse:.4f}, {self.constant_fvu:.3f}), PSNR {self.psnr:.1f} dB, "
+            f"steps to MSE < {self.threshold:g}: {self.steps_to_threshold}{vacuous}, "
             f"to FVU < 0.5: {self.steps_to_half_fvu}"
         )
 

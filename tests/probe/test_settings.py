@@ -18,6 +18,7 @@ from llava_patch.probe.settings import RProbe
         ("seed", -1),
         ("examples", None),
         ("lr", 0.0),
+        ("minutes", 0.0),
         ("clip", float("nan")),
         ("threshold", "low"),
         ("weight_decay", -0.1),
