@@ -19,7 +19,8 @@ SETTINGS = (
     "seed", "rope", "image_mode", "threshold", "masked", "text", "max_text_tokens", "boxes_per_sample", "trained",
 )  # fmt: skip
 FACTS = (
-    "data", "learning_rate", "decoder_layers", "image_tokens", "pixels_per_token", "train_samples", "heldout_samples",
+    "data", "source", "heldout_source", "learning_rate",
+    "decoder_layers", "image_tokens", "pixels_per_token", "train_samples", "heldout_samples",
 )  # fmt: skip
 HEAD = (
     "result", "held-out MSE [95 %]", "FVU", "PSNR dB", "MSE in text", "beside text", "steps to MSE < {threshold}",
@@ -121,10 +122,10 @@ def warnings_of(results: Mapping[str, RProbeResult], baseline: str) -> list[str]
     base = results[baseline]
     for name, result in results.items():
         apart = [
-            f"{key} = {_get(mine, key)} (there {_get(theirs, key)})"
+            f"{key} = {mine.get(key)} (there {theirs.get(key)})"
             for mine, theirs, keys in ((result.settings, base.settings, SETTINGS), (result.facts, base.facts, FACTS))
             for key in keys
-            if _get(mine, key) != _get(theirs, key)
+            if mine.get(key, theirs.get(key)) != theirs.get(key, mine.get(key))
         ]
         if apart:
             found.append(f"{name} differs from {baseline} in more than the model: {', '.join(apart)}")
@@ -147,10 +148,6 @@ def warnings_of(results: Mapping[str, RProbeResult], baseline: str) -> list[str]
     return found
 
 
-def _get(values: Mapping[str, Any], key: str) -> Any:
-    return values.get(key, "not recorded")
-
-
 def cells(
     rows_: Sequence[Row], results: Mapping[str, RProbeResult], baseline: str
 ) -> tuple[list[str], list[list[str]]]:
@@ -167,8 +164,7 @@ def cells(
                 f"{result.mse:.4f}" + between(row.interval),
                 f"{result.fvu:.3f}",
                 f"{result.psnr:.1f}",
-                f"{result.inside.mse:.4f}",
-                "-" if result.outside is None else f"{result.outside.mse:.4f}",
+                *("-" if part is None else f"{part.mse:.4f}" for part in (result.inside, result.outside)),
                 f"({steps})" if result.threshold_is_vacuous else steps,
                 _steps(result.steps_to_half_fvu),
                 _difference(row, baseline),
@@ -235,8 +231,10 @@ def write(
             "difference_interval": None if row.difference is None else row.difference[1:],
             "unlike": row.unlike,
             **{key: getattr(results[row.name], key) for key in _SHOWN},
-            "inside_mse": results[row.name].inside.mse,
-            "outside_mse": None if (outside := results[row.name].outside) is None else outside.mse,
+            **{
+                f"{where}_mse": None if (part := getattr(results[row.name], where)) is None else part.mse
+                for where in ("inside", "outside")
+            },
         }
         for row in rows_
     }

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_patch.errors import HostError
+from llava_patch.errors import InputError
 from llava_patch.probe.bootstrap import FEW, interval
 from llava_patch.probe.decoder import ProbeDecoder
 from llava_patch.probe.parallel import exchange, share
@@ -38,7 +38,7 @@ class Evaluation:
     variance: float
     mse_interval: tuple[float, float] | None
     fvu_interval: tuple[float, float] | None
-    inside: Part
+    inside: Part | None
     outside: Part | None
     documents: list[dict[str, Any]]
     examples: list[Reconstruction]
@@ -47,7 +47,12 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    decoder: ProbeDecoder, data: FrozenData, constant: Tensor, transform: Transform, settings: RProbe
+    decoder: ProbeDecoder,
+    data: FrozenData,
+    constant: Tensor,
+    transform: Transform,
+    settings: RProbe,
+    show: Sequence[str] = (),
 ) -> Evaluation:
     """Measure a probe on held-out samples.
 
@@ -57,7 +62,12 @@ def evaluate(
         constant: float32 [pixels], the constant prediction: the mean training target.
         transform: for the pixel statistics and the examples.
         settings: `batch_size`, `examples`, `resamples` and `seed` are read.
+        show: ids of the samples that become examples; empty: `examples` of them, spread over the errors.
+
+    Raises:
+        InputError: no held-out sample has such an id.
     """
+    check_shown(data, show)
     table = _table(decoder, data, constant, transform, settings.batch_size)
     tokens = float(table[:, TOKENS].sum())
     documents = _documents(data.labels, table)
@@ -70,12 +80,12 @@ def evaluate(
         variance=data.target_variance,
         mse_interval=mse_interval,
         fvu_interval=interval(documents, settings.resamples, settings.seed, relative_to="variance"),
-        inside=_need(_part(table, INSIDE)),
+        inside=_part(table, INSIDE),
         outside=_part(table, OUTSIDE),
         documents=documents,
         examples=[
             example(decoder, data, i, transform, documents[i]["mse"], documents[i]["psnr"])
-            for i in chosen([document["mse"] for document in documents], settings.examples)
+            for i in (check_shown(data, show) or chosen([document["mse"] for document in documents], settings.examples))
         ],
         notes=[FEW] if mse_interval is None else [],
     )
@@ -178,10 +188,19 @@ def _part(table: Tensor, first: int) -> Part | None:
     return Part(mse=mse, variance=variance, fvu=mse / variance if variance else None, share=share)
 
 
-def _need(part: Part | None) -> Part:
-    if part is None:
-        raise HostError("no held-out target has a pixel inside its own region: the boxes and the pixels disagree")
-    return part
+def check_shown(data: FrozenData, show: Sequence[str]) -> list[int]:
+    """Places of the samples with these ids, in their order.
+
+    Raises:
+        InputError: there is no such held-out sample; names some that there are.
+    """
+    places = {name: i for i, (name, _, _) in enumerate(data.labels)}
+    unknown = [name for name in show if name not in places]
+    if unknown:
+        known = list(places)
+        more = f", ... ({len(known)} in all)" if len(known) > 3 else ""
+        raise InputError(f"no held-out sample {', '.join(unknown)} to show; there are {', '.join(known[:3])}{more}")
+    return [places[name] for name in show]
 
 
 def chosen(mse: Sequence[float], count: int) -> list[int]:

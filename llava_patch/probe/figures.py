@@ -25,33 +25,6 @@ EDGE, GAP, HEAD, CAPTION, CURVE = 0.08, 0.1, 0.24, 0.2, 2.6  # inches
 LOWEST, TALLEST = 0.5, 1.5  # inches of one row's pictures
 
 
-def save_figures(
-    result: RProbeResult,
-    folder: str | Path,
-    formats: Sequence[str] = ("png",),
-    documents: Sequence[str] | None = None,
-    name: str = "rprobe",
-) -> list[Path]:
-    """Write `NAME` (regions and curve) and `NAME_map_N` (error maps) into a folder, in each format.
-
-    Args:
-        result: what `run_rprobe` returned.
-        folder: made when it is missing.
-        formats: of "png", "pdf" (text and lines stay vectors).
-        documents: as in `save_figure`.
-        name: of the files.
-    """
-    wrong = [f for f in formats if f not in FORMATS]
-    if wrong or not formats:
-        raise SettingError(f"figure format {', '.join(wrong) or 'none'}: expected {' or '.join(FORMATS)}")
-    written = []
-    for suffix in formats:
-        written.append(save_figure(result, Path(folder) / f"{name}.{suffix}", documents))
-        for number, page in enumerate(result.maps, start=1):
-            written.append(save_map(page, Path(folder) / f"{name}_map_{number}.{suffix}"))
-    return written
-
-
 def save_figure(result: RProbeResult, path: str | Path, documents: Sequence[str] | None = None) -> Path:
     """Draw original, region and reconstruction of held-out samples, and the loss curve with its baselines.
 
@@ -187,8 +160,14 @@ def _bounds(target: np.ndarray) -> tuple[int, int, int, int]:
     return int(ys.min()), int(ys.max()) + 1, int(xs.min()), int(xs.max()) + 1
 
 
+def short(name: str, length: int) -> str:
+    """A name for a figure: of a path its last part, at most so many characters of its end."""
+    name = name.rstrip("/").rsplit("/", 1)[-1]
+    return name if len(name) <= length else "…" + name[1 - length :]
+
+
 def _caption(example: Reconstruction) -> str:
-    name = example.id if len(example.id) <= 38 else "…" + example.id[-37:]
+    name = short(example.id, 38)
     text = textwrap.shorten(example.text, 44, placeholder="…") or example.text[:43] + "…"
     return f"{name}: “{text}”   MSE {example.mse:.3f}, PSNR {example.psnr:.1f} dB"
 
@@ -211,7 +190,7 @@ def _error_map(page: ErrorMap) -> Any:
     figure = Figure(figsize=(width, height))
     heat = np.ma.masked_invalid(page.error)
     # On a large page a few cells far above the rest must not make the rest one colour.
-    limit = float(np.nanpercentile(page.error, 99) if page.error.size >= 200 else np.nanmax(page.error))
+    limit = float(np.nanpercentile(page.error, 98) if page.error.size >= 200 else np.nanmax(page.error))
     shown: Any = None
     for i, title in enumerate(("page", "reconstruction", "error of each token")):
         x = shift + EDGE + i * (wide + GAP)
@@ -240,7 +219,7 @@ def _error_map(page: ErrorMap) -> Any:
     colours.ax.tick_params(labelsize=LABEL - 1)
     outside = "" if page.outside_mse is None else f", elsewhere {page.outside_mse:.3f}"
     figure.suptitle(
-        f"{page.id if len(page.id) <= 48 else '…' + page.id[-47:]}\n"
+        f"{short(page.id, 48)}\n"
         f"mean MSE: cells with text {page.inside_mse:.3f}{outside}",
         fontsize=TITLE, y=1 - 0.08 / height, va="top", parse_math=False,
     )  # fmt: skip

@@ -21,7 +21,7 @@ from llava_patch.hosts.anatomy import find
 from llava_patch.probe import parallel
 from llava_patch.probe.decoder import ProbeDecoder, quarter
 from llava_patch.probe.error_map import ErrorMap, error_maps
-from llava_patch.probe.evaluate import evaluate
+from llava_patch.probe.evaluate import check_shown, evaluate
 from llava_patch.probe.pages import Pages
 from llava_patch.probe.result import RProbeResult
 from llava_patch.probe.resume import Progress, Work, difference, make_key
@@ -45,6 +45,7 @@ def run_rprobe(
     heldout: Sequence[Sample] | None = None,
     progress: bool = True,
     work: str | Path | None = None,
+    show: Sequence[str] = (),
 ) -> RProbeResult:
     """Measure how well pixels can be rebuilt from a model's projected visual tokens.
 
@@ -65,6 +66,7 @@ def run_rprobe(
         work: folder for the state of training every `settings.save_every` steps. Called again after an interruption,
             the run goes on from there and ends with the same numbers; when training has ended, the state gives way to
             `decoder.safetensors`, with which the same run is evaluated again without training. None: nothing is kept.
+        show: ids of held-out samples that become examples for figures; empty: `settings.examples` of them.
 
     Raises:
         HostError: a model that is not known, or whose LLM has fewer than 4 layers.
@@ -84,6 +86,7 @@ def run_rprobe(
             heldout,
             progress,
             None if work is None else Path(work),
+            show,
         )
 
 
@@ -96,6 +99,7 @@ def _run(
     heldout: Sequence[Sample] | None,
     progress: bool,
     folder: Path | None,
+    show: Sequence[str],
 ) -> RProbeResult:
     began = time.perf_counter()
     progress = progress and parallel.rank() == 0
@@ -110,6 +114,7 @@ def _run(
             return freeze_samples(anatomy, transform, tokenizer, chosen, settings, progress, label)
 
         train, held = freeze(train_samples, "training samples"), freeze(heldout_samples, "held-out samples")
+        check_shown(held, show)  # before training
         for data, what in ((train, "training"), (held, "held-out")):
             if not data.target_variance:
                 raise InputError(
@@ -125,7 +130,7 @@ def _run(
         decoder.start_at(constant)
         losses = _trained(decoder, train, settings, lr, progress, None if folder is None else Work(folder, key))
         trained = time.perf_counter()
-        found = evaluate(decoder, held, constant, transform, settings)
+        found = evaluate(decoder, held, constant, transform, settings, show)
         maps: list[ErrorMap] = []
         if parallel.rank() == 0:
             maps = error_maps(decoder, anatomy, transform, tokenizer, held, found.documents, settings)

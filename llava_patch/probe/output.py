@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from llava_patch.probe import parallel
-from llava_patch.probe.figures import save_figure, save_map
+from llava_patch.probe.figures import FORMATS, save_figure, save_map
 from llava_patch.probe.result import RProbeResult, write_json
 
 RESULT, FIGURE, MAP = "rprobe.json", "rprobe.png", "map-{}.png"
 
 
-def write_run(result: RProbeResult, folder: str | Path) -> None:
+def write_run(result: RProbeResult, folder: str | Path, formats: Sequence[str] = ("png",)) -> None:
     """Write `rprobe.json`, `rprobe.png` and, for each page rebuilt whole, `map-N.png`; rank 0 does.
 
     Args:
         result: what `run_rprobe` returned.
         folder: made when it is missing; maps of an earlier run that had more of them are deleted.
+        formats: of the pictures, "png" and "pdf".
     """
     if parallel.rank() != 0:
         return
     folder = Path(folder)
     write_json(result, folder / RESULT)
-    save_figure(result, folder / FIGURE)
-    for number, page in enumerate(result.maps, 1):
-        save_map(page, folder / MAP.format(number))
-    number = len(result.maps) + 1
-    while (folder / MAP.format(number)).is_file():
-        (folder / MAP.format(number)).unlink()
-        number += 1
+    for suffix in formats:
+        save_figure(result, (folder / FIGURE).with_suffix(f".{suffix}"))
+        for number, page in enumerate(result.maps, 1):
+            save_map(page, (folder / MAP.format(number)).with_suffix(f".{suffix}"))
+    for suffix in FORMATS:
+        number = len(result.maps) + 1
+        while (old := (folder / MAP.format(number)).with_suffix(f".{suffix}")).is_file():
+            old.unlink()
+            number += 1

@@ -81,7 +81,7 @@ class RProbeResult:
         target_variance: variance of the held-out targets about their mean patch.
         mse_interval: bootstrap 95 % interval of the MSE over documents; None: fewer than 2 documents.
         fvu_interval: of the FVU, error and variance drawn together.
-        inside: error of the target pixels that lie in a text box of their image.
+        inside: error of the target pixels that lie in a text box of their image; None: all boxes are under a pixel.
         outside: error of the others (a token reaches beyond its text); None: there are none.
         steps_to_threshold: first step at which the running training MSE was under `threshold`; None: never.
         threshold: `RProbe.threshold`.
@@ -106,7 +106,7 @@ class RProbeResult:
     target_variance: float
     mse_interval: tuple[float, float] | None
     fvu_interval: tuple[float, float] | None
-    inside: Part
+    inside: Part | None
     outside: Part | None
     steps_to_threshold: int | None
     threshold: float

@@ -13,6 +13,7 @@ import typer
 
 from llava_patch.errors import SettingError
 from llava_patch.probe.commands import app
+from llava_patch.probe.commands.compare import check_formats
 from llava_patch.probe.settings import RProbe
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ def run_command(
     boxes_per_sample: int | None = typer.Option(None, help="text regions that make one sample together"),
     image_mode: str | None = typer.Option(None, help="resize, crop or pad"),
     broken: str | None = typer.Option(None, help="stop at a sample that cannot be used, or skip it"),
+    show: list[str] = typer.Option([], help="id of a held-out sample to draw; may be repeated; default: spread"),  # noqa: B008
+    formats: list[str] = typer.Option(["png"], "--format", help="of figures: png or pdf; may be repeated"),  # noqa: B008
     gin_file: list[str] = typer.Option([], help="gin file with RProbe bindings or a patch; may be repeated"),  # noqa: B008
     gin_param: list[str] = typer.Option([], help="one gin binding, RProbe.lr = 1e-3; may be repeated"),  # noqa: B008
 ) -> None:
@@ -78,6 +81,7 @@ def run_command(
         "trained": trained, "seed": seed, "train_pages": train_pages, "heldout_pages": heldout_pages,
         "boxes_per_sample": boxes_per_sample, "image_mode": image_mode, "broken": broken,
     }  # fmt: skip
+    check_formats(formats)
     if ablation and (masked is not None or text is not None):
         raise SettingError("--ablation runs masked and full images, with and without text: leave these options out")
     if heldout and not data:
@@ -87,7 +91,7 @@ def run_command(
         with startup.also(gin_file, gin_param), signals_interrupt(), _short_warnings(), parallel.processes():
             settings = settings_of({name: value for name, value in given.items() if value is not None})
             with parallel.guard():
-                _measure(checkpoint, data, heldout, folder, ablation, settings, base, device, dtype)
+                _measure(checkpoint, data, heldout, folder, ablation, settings, base, device, dtype, show, formats)
     except KeyboardInterrupt:
         if parallel.is_first():
             typer.echo("interrupted: the same command goes on from here", err=True)
@@ -121,6 +125,8 @@ def _measure(
     base: str,
     device: str,
     dtype: str,
+    show: list[str],
+    formats: list[str],
 ) -> None:
     from llava_patch.files import atomic, write_json
     from llava_patch.probe import parallel
@@ -133,14 +139,15 @@ def _measure(
     subject = load_subject(checkpoint, base, device, dtype)
     facts = {"checkpoint": checkpoint, "base": base, "source": data, "heldout_source": heldout}
     if not ablation:
-        result = _probe(subject, settings, samples, measured, folder, facts)
+        result = _probe(subject, settings, samples, measured, folder, facts, show, formats)
         _say(result.summary())
-        _say(f"wrote {folder / RESULT}, and {folder / FIGURE} with {len(result.maps)} map-N.png beside it")
+        figure = (folder / FIGURE).with_suffix(f".{formats[0]}")
+        _say(f"wrote {folder / RESULT}, and {figure} with {len(result.maps)} error maps beside it")
         return
     results = {}
     for number, name in enumerate(VARIANTS, 1):
         _say(f"{number} of {len(VARIANTS)}: {name.replace('_', ' ')}")
-        results[name] = _probe(subject, variant(settings, name), samples, measured, folder / name, facts)
+        results[name] = _probe(subject, variant(settings, name), samples, measured, folder / name, facts, show, formats)
         _say(results[name].summary())
     if parallel.rank() != 0:
         return
@@ -174,15 +181,17 @@ def _probe(
     heldout: "list[Sample] | None",
     folder: Path,
     facts: dict[str, Any],
+    show: list[str],
+    formats: list[str],
 ) -> "RProbeResult":
     from llava_patch.probe.fit import run_rprobe
     from llava_patch.probe.output import write_run
 
     result = run_rprobe(
-        subject.model, subject.image_processor, subject.tokenizer, settings, samples, heldout, work=folder
+        subject.model, subject.image_processor, subject.tokenizer, settings, samples, heldout, work=folder, show=show
     )
     result.facts.update(facts)
-    write_run(result, folder)
+    write_run(result, folder, formats)
     return result
 
 

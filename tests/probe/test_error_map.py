@@ -1,0 +1,116 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from llava_patch.hosts.anatomy import find
+from llava_patch.probe.error_map import error_maps, pieces
+from llava_patch.probe.plane import Plane, picture
+from llava_patch.probe.sample import Sample
+from llava_patch.probe.sequence import patchify
+from llava_patch.probe.settings import RProbe
+from llava_patch.probe.store import freeze_samples, make_transform
+
+from .tiny import SIDE, Characters, processor, tiny_model, unique_page
+
+FIRST, SECOND, THIRD = (0.0, 0.0, 30.0, 10.0), (0.0, 20.0, 20.0, 27.0), (30.0, 44.0, 56.0, 50.0)
+
+
+class Grey(torch.nn.Module):
+    """Answers with one value a target, which says whether text went before: 1 for the unknown token, else 2."""
+
+    def __init__(self, unknown):
+        super().__init__()
+        self.anchor = torch.nn.Parameter(torch.zeros(1))
+        self.unknown = unknown
+
+    def forward(self, image_tokens, text_tokens, sequence, injections=None):
+        silent = (text_tokens[:, 0] == self.unknown).all(-1)
+        values = torch.where(silent, 1.0, 2.0).repeat_interleave(sequence.target.sum(1))
+        return values[:, None].expand(-1, 588).clone()
+
+
+@pytest.fixture
+def page():
+    image = unique_page()
+    boxes = (FIRST, SECOND, THIRD)
+    return [
+        Sample(image, "one", (FIRST,), boxes, "p:1", "p", all_texts=("one", "two", "")),
+        Sample(Image.new("RGB", (SIDE, SIDE)), "other page of the document", (FIRST,), (FIRST,), "p:2", "p"),
+    ]
+
+
+def measured(page, mode="resize", **settings):
+    anatomy = find(tiny_model())
+    transform = make_transform(anatomy, processor(), mode)
+    settings = RProbe(maps=1, store=False, **settings)
+    data = freeze_samples(anatomy, transform, Characters(), page, settings)
+    documents = [{"mse": 1.0, "tokens": 3} for _ in page]
+    probe = Grey(anatomy.embed_tokens.weight[0].detach())
+    return error_maps(probe, anatomy, transform, Characters(), data, documents, settings), transform
+
+
+def test_every_cell_is_rebuilt_once_and_measured_against_its_own_pixels(page):
+    (found,), transform = measured(page)
+    assert found.id == "p"
+    # Cells are 14 pixels: the boxes touch (row 0, columns 0-2), (row 1, columns 0-1), (row 3, columns 2-3).
+    text = np.array([[1, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 1, 1]], dtype=bool)
+    assert (found.text == text).all()
+    spoken = text.copy()
+    spoken[3] = False  # the third box has no transcript
+    assert (found.spoken == spoken).all()
+    plane = Plane.of(transform, page[0].image, 588)
+    patches = patchify(plane.pixels[None], plane.grid)[0]
+    answer = torch.from_numpy(np.where(spoken, 2.0, 1.0)).reshape(-1, 1)
+    expected = (answer - patches).square().mean(-1).reshape(4, 4).numpy()
+    assert found.error == pytest.approx(expected, rel=1e-5)
+    assert found.inside_mse == pytest.approx(expected[text].mean(), rel=1e-5)
+    assert found.outside_mse == pytest.approx(expected[~text].mean(), rel=1e-5)
+    assert (found.original == picture(patches[None], plane.grid, transform)).all()
+    painted = answer.float().expand(16, 588)[None]
+    assert (found.rebuilt == picture(painted, plane.grid, transform)).all()
+
+
+def test_masked_and_silent_settings_hold_for_the_map_too(page):
+    (found,), _ = measured(page, masked=True, text=False)
+    assert not found.spoken.any()
+    assert not np.isnan(found.error).any()
+
+
+def test_padding_is_left_out_and_boxes_go_where_the_page_goes():
+    wide = Sample(unique_page(112, 56), "one", ((2.0, 2.0, 20.0, 20.0),), ((2.0, 2.0, 20.0, 20.0),), "w", "w")
+    (found,), _ = measured([wide], "pad")
+    assert np.isnan(found.error[[0, 3]]).all() and not np.isnan(found.error[1:3]).any()
+    assert found.boxes[0] == pytest.approx((1, 15, 10, 24))
+    assert found.stretch == pytest.approx(1.0)
+    (cut,), _ = measured([Sample(wide.image, "one", ((50.0, 2.0, 60.0, 20.0),), wide.boxes, "w", "w")], "crop")
+    assert len(cut.boxes) == 1  # the other one is cropped away
+    assert not np.isnan(cut.error).any()
+    (squeezed,), _ = measured([wide])
+    assert squeezed.stretch == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("mode", ["resize", "pad", "crop"])
+@pytest.mark.parametrize("size", [(56, 56), (113, 57), (90, 400)])
+def test_a_cells_own_box_touches_that_cell_alone(mode, size):
+    transform = make_transform(find(tiny_model()), processor(), mode)
+    plane = Plane.of(transform, unique_page(*size), 588)
+    for cell in range(plane.grid.tokens):
+        box = plane.original(cell)
+        if box is None:
+            assert mode == "pad"
+            continue
+        assert plane.cells([plane.box(transform, box, "c")]).nonzero().flatten().tolist() == [cell]
+
+
+def test_pieces_name_each_region_once(page):
+    transform = make_transform(find(tiny_model()), processor(), "resize")
+    known, rest = pieces(page[:1], Plane.of(transform, page[0].image, 588), transform)
+    assert [(s.text, s.boxes) for s in known] == [("one", (FIRST,)), ("two", (SECOND,))]
+    assert rest[0].boxes == (THIRD,)
+    assert sum(len(s.boxes) for s in rest[1:]) == 16 - 3 - 2 - 2
+    assert max(len(s.boxes) for s in rest) <= 3
+
+
+def test_no_maps_when_none_are_asked_for(page):
+    assert error_maps(None, None, None, None, None, [], RProbe(maps=0)) == []
