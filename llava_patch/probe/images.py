@@ -8,18 +8,19 @@ pages the first is read.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import os
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Union
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 from llava_patch.errors import InputError
 
@@ -102,13 +103,23 @@ def _reason(error: BaseException) -> str:
 # Time and size are part of the key: a file that was written anew is read anew.
 @functools.lru_cache(maxsize=2)
 def _decoded_file(path: str, modified: int, size: int) -> Image.Image:
-    with Image.open(path) as image:
+    with _whole_files(), Image.open(path) as image:
         return to_rgb(image)
+
+
+@contextlib.contextmanager
+def _whole_files() -> Iterator[None]:
+    """Let PIL refuse files that are cut short: lmms-eval's import tells it to fill them up with grey."""
+    asked, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = asked
 
 
 @functools.lru_cache(maxsize=2)
 def _decoded_bytes(source: EncodedImage) -> Image.Image:
-    with Image.open(io.BytesIO(source.read())) as image:
+    with _whole_files(), Image.open(io.BytesIO(source.read())) as image:
         return to_rgb(image)
 
 

@@ -2,7 +2,7 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from llava_patch.errors import InputError
 from llava_patch.probe import images
@@ -75,13 +75,16 @@ def test_grey_of_unknown_range_is_refused(tmp_path):
     assert to_rgb(Image.fromarray(np.full((2, 2), 65535, np.int32))).getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_a_file_cut_short_and_one_too_large_are_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize("lenient", [False, True])
+def test_a_file_cut_short_and_one_too_large_are_named(tmp_path, monkeypatch, lenient):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", lenient)  # as lmms-eval's import sets it
     whole = io.BytesIO()
     Image.effect_noise((60, 60), 90).save(whole, "JPEG")
     (tmp_path / "short.jpg").write_bytes(whole.getvalue()[:-400])
     assert image_size(tmp_path / "short.jpg", "x") == (60, 60)  # the header is sound
     with pytest.raises(InputError, match=r"list:1: image .*short.jpg cannot be read: .*truncated"):
         opened(tmp_path / "short.jpg")
+    assert lenient == ImageFile.LOAD_TRUNCATED_IMAGES
     (tmp_path / "sound.jpg").write_bytes(whole.getvalue())
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(InputError, match=r"list:1: image .*sound.jpg .*scale it down"):

@@ -88,12 +88,12 @@ def _freeze(
                 messages[record.index] = str(error)
 
     read(plan.records or ())  # before the long part, where texts are known before images are drawn
-    described = store_key(anatomy, transform, plan, settings)
+    with _as_measured(anatomy):
+        described = store_key(anatomy, transform, plan, settings)
     images = [plan.images[i : i + SHARD_IMAGES] for i in range(0, len(plan.images), SHARD_IMAGES)]
 
     def make(number: int) -> Shard:
-        weight = next(anatomy.vision_model.parameters())
-        with evaluation(anatomy.model), torch.autocast(weight.device.type, enabled=False):
+        with _as_measured(anatomy):
             return encode(anatomy, transform, samples, images[number], settings)
 
     store = None
@@ -152,6 +152,14 @@ def _about(anatomy: Anatomy, plan: Plan, settings: RProbe, samples: int) -> dict
         "data": f"{samples} samples of own data" if plan.records is not None else str(plan.key.get("name", "drawn")),
         "masked": settings.masked,
     }
+
+
+@contextlib.contextmanager
+def _as_measured(anatomy: Anatomy) -> Iterator[None]:
+    """Evaluation mode, and the model's own precision."""
+    device = next(anatomy.embed_tokens.parameters()).device
+    with evaluation(anatomy.model), torch.autocast(device.type, enabled=False):
+        yield
 
 
 @contextlib.contextmanager

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from llava_patch.errors import HostError, InputError
@@ -27,6 +29,7 @@ from llava_patch.probe.sample import Sample
 from llava_patch.probe.settings import RProbe
 from llava_patch.probe.store.shard import FORMAT, Record
 from llava_patch.probe.transform import Transform
+from llava_patch.probe.view import look
 
 LIBRARIES = ("llava_patch", "torch", "transformers", "llava-torch", "llava", "timm", "pillow", "numpy")
 SETTINGS = ("masked",)  # those of RProbe that change what is stored; image_mode is the transform's
@@ -78,6 +81,7 @@ def store_key(anatomy: Anatomy, transform: Transform, plan: Plan, settings: RPro
         "format": FORMAT,
         "versions": versions(),
         "model": model_key(anatomy),
+        "answer": answer_key(anatomy, transform),
         "transform": _described(transform),
         "data": plan.key,
         "settings": {name: getattr(settings, name) for name in SETTINGS},
@@ -109,6 +113,26 @@ def model_key(anatomy: Anatomy) -> dict[str, Any]:
             torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
         ],
     }  # fmt: skip
+
+
+@torch.no_grad()
+def answer_key(anatomy: Anatomy, transform: Transform) -> str:
+    """Digest of the tokens that the model gives for one fixed image.
+
+    Weights and settings do not tell of a hook, or of a forward that somebody has overridden: those show here.
+
+    Args:
+        anatomy: the model under test, in evaluation mode.
+        transform: from `make_transform`.
+    """
+    side = max(transform.height, transform.width)
+    noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    (view,) = look(anatomy, transform, [Image.fromarray(noise)])
+    found = hashlib.blake2b(digest_size=16)
+    for tensor in (view.tokens, view.injections):
+        if tensor is not None:
+            found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def _weights(anatomy: Anatomy) -> str:
