@@ -115,6 +115,7 @@ class ProbeDecoder(nn.Module):
         else:
             rotary = rotary_2d(sequence.positions, self.inv_freq)
         hidden = arrange(image_tokens, text_tokens, sequence.order)
+        rotary = (rotary[0].to(hidden.dtype), rotary[1].to(hidden.dtype))  # as the host does in half precision
         # Padding is at the end, where causality already hides it from every valid token: no padding mask is needed.
         mask = causal_mask(self.config, hidden)
         for layer in self.layers:
