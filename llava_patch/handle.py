@@ -9,11 +9,10 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
-from llava_patch.auxiliary.attach import Auxiliary
 from llava_patch.errors import LlavaPatchError, SettingError
 from llava_patch.fusion import attach as fusion_attach
 from llava_patch.fusion import optimizer as fusion_optimizer
@@ -28,6 +27,9 @@ from llava_patch.routing import side_branch
 from llava_patch.routing.program import Program, make_program
 from llava_patch.settings import AuxiliaryProbe, FastV, Fusion, Routing, to_dict
 from llava_patch.undo import UndoStack
+
+if TYPE_CHECKING:
+    from llava_patch.auxiliary.attach import Auxiliary
 
 CONFIG_KEY = "llava_patch"
 FORMAT = 1
@@ -71,7 +73,7 @@ class Handle:
         self.pruning: FastV | None = None
         self.taps: Taps | None = None
         self.trained_tower = False
-        self.auxiliary: Auxiliary | None = None
+        self.auxiliary: "Auxiliary | None" = None
         self._undo = UndoStack()
         self._undo.push(restore_flags(model))
         self.active = True

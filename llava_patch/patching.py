@@ -112,11 +112,7 @@ def patch(
             handle.fusion = fusion
         routing_attach.attach(found, program, handle._undo)
         handle.routing, handle.pruning = routing or handle.routing, pruning or handle.pruning
-        if probe is not None and handle.auxiliary is None:
-            auxiliary = Auxiliary(found, probe, handle.tokens_per_image)
-            auxiliary.attach(handle._undo)
-            handle.auxiliary = auxiliary
-        _check_together(handle.fusion, handle.routing, handle.probe)
+        _check_together(handle.fusion, handle.routing, probe or handle.probe)
         if handle.fusion is not None and handle.fusion.train_tower != "frozen":
             handle.trained_tower = True
         if any(s is not None for s in (handle.fusion, handle.routing, handle.pruning)):
@@ -124,6 +120,10 @@ def patch(
         if not loading:
             handle.apply_freeze()
         handle._undo.set_attribute(found.model, HANDLE, handle)
+        if probe is not None and handle.auxiliary is None:  # last: its head follows what the fusion does
+            auxiliary = Auxiliary(found, probe, handle.tokens_per_image)
+            auxiliary.attach(handle._undo)
+            handle.auxiliary = auxiliary
     except BaseException:
         handle._back_to(handle._began)
         raise
@@ -177,6 +177,11 @@ def _check_against(
             there = dataclasses.replace(there, freeze=asked.freeze)
         if isinstance(asked, Fusion) and isinstance(there, Fusion) and not differs(asked, there):
             continue
+        if name == "fusion" and asked is not None and there is None and handle.auxiliary is not None:
+            raise SettingError(
+                "a fusion under an auxiliary loss that is there already would change what its head was made for: give "
+                "both to one call of patch"
+            )
         if asked is not None and there is not None and asked != there:
             raise SettingError(
                 f"the model already carries {name} {there}, but {asked} was asked for: remove the patch first "

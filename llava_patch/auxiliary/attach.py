@@ -12,41 +12,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_patch.auxiliary.head import Head, idle, token_errors
+from llava_patch.auxiliary.head import Head, Seen, idle, token_errors
+from llava_patch.auxiliary.regions import KEY, Marker
 from llava_patch.errors import InputError, SettingError
-from llava_patch.hosts import positions
+from llava_patch.hosts import carry, positions, tiles, zero
 from llava_patch.hosts.anatomy import Anatomy
-from llava_patch.probe.sequence import TokenGrid, merge_size
+from llava_patch.probe.layout import Layout
+from llava_patch.probe.view import layout_of, make_transform
 from llava_patch.settings.auxiliary import AuxiliaryProbe
 from llava_patch.undo import UndoStack
 
 logger = logging.getLogger("llava_patch")
 
-KEY = "rprobe"
-"""The batch key of the regions, and the key of a region in a record."""
 HEAD = "llava_patch_rprobe"
 """The head's name on the causal LM."""
 _IGNORED = "_keys_to_ignore_on_save"  # transformers' own list
 
 
-def grid_of(anatomy: Anatomy, tokens: int) -> TokenGrid:
-    """The grid of visual tokens that the loss rebuilds.
+def _layout(anatomy: Anatomy, tokens: int) -> Layout:
+    """Where the visual tokens sit whose pixels the loss rebuilds.
 
     Args:
         anatomy: the model.
         tokens: of one image.
 
     Raises:
-        SettingError: tokens without a patch of their own, or images in tiles.
+        SettingError: images in tiles, or tokens that cannot be placed.
     """
-    if anatomy.tiles:
-        raise SettingError("AuxiliaryProbe does not know images in tiles (anyres): leave it out, or train without")
+    if tiles.cuts_tiles(anatomy):
+        raise SettingError(
+            "AuxiliaryProbe does not train on images in tiles (anyres), whose tokens differ from image to image: leave "
+            "it out (LLaVA-1.5 takes whole images: image_aspect_ratio = pad)"
+        )
     try:
-        merge = merge_size(tokens, *anatomy.grid)
+        return layout_of(anatomy, tokens)
     except InputError as error:
         raise SettingError(f"AuxiliaryProbe: {error}") from None
-    rows, columns = anatomy.grid
-    return TokenGrid(rows // merge, columns // merge, anatomy.patch_size * merge)
 
 
 class Auxiliary:
@@ -55,7 +56,7 @@ class Auxiliary:
     Attributes:
         settings: of the loss.
         anatomy: the model.
-        grid: the visual tokens that are rebuilt.
+        layout: the visual tokens of one image.
         head: the module that rebuilds them; None with weight 0, and once it was released.
     """
 
@@ -63,10 +64,10 @@ class Auxiliary:
         """Use `patch(model, probe=AuxiliaryProbe())`, not this."""
         self.settings = settings
         self.anatomy = anatomy
-        self.grid = grid_of(anatomy, tokens)
-        self.head: Head | None = None if settings.weight == 0 else Head(anatomy, self.grid, settings)
+        self.layout = _layout(anatomy, tokens)
+        self.head: Head | None = None if settings.weight == 0 else Head(anatomy, self.layout, settings)
         self._step: int | None = None
-        self._seen: tuple[Tensor, Tensor] | None = None
+        self._seen: Seen | None = None
         self._watching = False
         self._sums: Tensor | None = None
 
@@ -77,6 +78,12 @@ class Auxiliary:
             step: number of optimizer steps done so far, in earlier parts of a resumed run too.
         """
         self._step = step
+
+    def marker(self, image_processor: Any, tokenizer: Any, mode: str) -> Marker:
+        """What marks the regions of this model's data; see `RegionCollator`."""
+        transform = make_transform(self.anatomy, image_processor, mode)
+        vocabulary = int(zero.shape(self.anatomy.embed_tokens.weight)[0])
+        return Marker(transform, self.layout, tokenizer, self.settings, vocabulary)
 
     @property
     def computes(self) -> bool:
@@ -137,10 +144,20 @@ class Auxiliary:
             features = encode(*args, **kwargs)
             if self._watching and positions.indexing.get() is None:
                 pixels = args[0] if args else kwargs["pixel_values"]
-                self._seen = _one_tensor(features), pixels
+                self._seen = Seen(_one_tensor(features), pixels, self._injections())
             return features
 
         undo.set_attribute(owner, name, encode_and_note)
+
+    def _injections(self) -> Tensor | None:
+        """What DeepStack adds to the images just encoded, in the head's layers."""
+        assert self.head is not None
+        layers = self.head.decoder.injection_layers
+        if not layers:
+            return None
+        offered = carry.offered(self.anatomy)
+        assert offered is not None  # its wrapper of the encoder lies under ours
+        return torch.stack(offered[: len(layers)])
 
     def _add(self, outputs: Any, regions: Mapping[str, Tensor] | None, given: Mapping[str, Any]) -> Any:
         """The outputs of a forward pass with the loss's term in their loss."""
@@ -162,7 +179,7 @@ class Auxiliary:
         else:
             if seen is None:
                 raise InputError("a batch with regions but without images")
-            errors = token_errors(self.head, self.anatomy.embed_tokens, *seen, regions)
+            errors = token_errors(self.head, self.anatomy.embed_tokens, seen, regions)
             term = self.settings.weight * weight * errors.mean()
             self._note(loss, weight, errors)
         total = loss + term.to(loss.dtype)

@@ -7,11 +7,9 @@ from typing import Any
 
 from PIL import Image
 
-from llava_patch.auxiliary.attach import KEY
-from llava_patch.auxiliary.regions import Marker, collate, parse
+from llava_patch.auxiliary.regions import KEY, collate, parse
 from llava_patch.errors import InputError, SettingError
 from llava_patch.handle import Handle
-from llava_patch.probe.store import make_transform
 
 
 class RegionCollator:
@@ -64,8 +62,7 @@ class RegionCollator:
         if auxiliary is None:
             raise SettingError("RegionCollator: the model has no auxiliary loss: patch(model, probe=AuxiliaryProbe())")
         self.collator = collator
-        transform = make_transform(auxiliary.anatomy, image_processor, mode)
-        self.marker = Marker(transform, auxiliary.grid, tokenizer, auxiliary.settings)
+        self.marker = auxiliary.marker(image_processor, tokenizer, mode)
 
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Make a batch.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from llava_patch.errors import InputError
 from llava_patch.hosts import lora, zero
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.probe.decoder import ProbeDecoder, quarter
-from llava_patch.probe.sequence import TokenGrid, build_sequence, patchify
+from llava_patch.probe.layout import Layout
+from llava_patch.probe.sequence import ProbeSequence, build_sequence, patchify
 from llava_patch.settings.auxiliary import AuxiliaryProbe
 
 
@@ -22,28 +24,35 @@ class Head(nn.Module):
     Args:
         anatomy: the model; DeepSpeed ZeRO-3 may have partitioned it (then every rank must make the head), and its
             Linear layers may be wrapped by peft's LoRA: the copies are plain layers with the update merged in.
-        grid: its visual tokens.
+        layout: its visual tokens.
         settings: of the loss.
 
     Raises:
         HostError: fewer than 4 decoder layers, quantised weights, or an unknown rotary embedding.
     """
 
-    def __init__(self, anatomy: Anatomy, grid: TokenGrid, settings: AuxiliaryProbe) -> None:
+    positions: Tensor
+    cells: Tensor
+
+    def __init__(self, anatomy: Anatomy, layout: Layout, settings: AuxiliaryProbe) -> None:
         super().__init__()
         sources = [*anatomy.layers[: quarter(len(anatomy.layers))], anatomy.norm]
         with zero.gathered(p for module in sources for p in module.parameters()):
-            self.decoder = ProbeDecoder(anatomy, grid, settings.rope, settings.seed)
+            self.decoder = ProbeDecoder(anatomy, layout.grid, settings.rope, settings.seed)
         lora.merge(self.decoder)
-        self._frequencies = {n: b.detach().to("cpu", copy=True) for n, b in self.decoder.named_buffers()}
+        device = next(self.decoder.parameters()).device
+        self.register_buffer("positions", layout.positions.to(device), persistent=False)
+        self.register_buffer("cells", layout.cells.to(device), persistent=False)
+        self.text_start = max(layout.grid.text_start, int(layout.positions.max().floor()) + 1)
+        self._exact = {n: b.detach().to("cpu", copy=True) for n, b in self.named_buffers()}
         self.to(next(anatomy.layers[0].parameters()).dtype)
         self.requires_grad_(True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "Head":
-        """Move or cast the head; positions would be wrong in half precision, so the frequencies keep theirs."""
+        """Move or cast the head; positions and rotary frequencies would be wrong in half precision and keep theirs."""
         super()._apply(fn, *args, **kwargs)
-        for name, exact in self._frequencies.items():
-            buffer = self.decoder.get_buffer(name)
+        for name, exact in self._exact.items():
+            buffer = self.get_buffer(name)
             buffer.data = exact.to(buffer.device)
         return self
 
@@ -52,7 +61,9 @@ class Head(nn.Module):
         """Of the weights."""
         return next(self.parameters()).dtype
 
-    def forward(self, image_tokens: Tensor, text_tokens: Tensor, sequence: Any) -> Tensor:
+    def forward(
+        self, image_tokens: Tensor, text_tokens: Tensor, sequence: ProbeSequence, injections: Tensor | None = None
+    ) -> Tensor:
         """Rebuilt pixels of every target, float32 [targets, pixels]; arguments as in `ProbeDecoder`.
 
         A reentrant checkpoint gives no gradient to a layer none of whose inputs requires one.
@@ -60,35 +71,53 @@ class Head(nn.Module):
         image_tokens, text_tokens = image_tokens.to(self.dtype), text_tokens.to(self.dtype)
         if not image_tokens.requires_grad:
             image_tokens = image_tokens.detach().requires_grad_()
-        return self.decoder(image_tokens, text_tokens, sequence).float()
+        if injections is not None:
+            injections = injections.to(self.dtype)
+        return self.decoder(image_tokens, text_tokens, sequence, injections).float()
 
 
-def token_errors(
-    head: Head, embed: Callable[[Tensor], Tensor], tokens: Tensor, pixels: Tensor, regions: Mapping[str, Tensor]
-) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What a forward pass of the model made of its images, with the gradient.
+
+    Attributes:
+        tokens: [images, tokens, hidden], projected visual tokens.
+        pixels: [images, 3, height, width], what the vision tower saw.
+        injections: [layers, images, tokens, hidden], what DeepStack adds in the head's layers; None without it.
+    """
+
+    tokens: Tensor
+    pixels: Tensor
+    injections: Tensor | None = None
+
+
+def token_errors(head: Head, embed: Callable[[Tensor], Tensor], seen: Seen, regions: Mapping[str, Tensor]) -> Tensor:
     """Mean squared error inside each target token of a batch, float32 [targets].
 
     Args:
         head: the head.
         embed: the token embedding; no gradient goes back through it.
-        tokens: [images, tokens, hidden], projected visual tokens of the batch, with their gradient.
-        pixels: [images, 3, height, width], what the vision tower saw.
+        seen: the batch's images.
         regions: from the collator: "image" int64 [samples], whose image it is; "target" bool [samples, tokens];
             "text" int64 [samples, width], padded with 0; "counts" int64 [samples], text tokens.
 
     Raises:
         InputError: regions and images do not fit together.
     """
-    grid = head.decoder.grid
-    if tokens.shape[1:2] != regions["target"].shape[1:2] or tokens.shape[1] != grid.tokens:
+    image, target = regions["image"], regions["target"]
+    count = len(head.cells)
+    if (seen.tokens.shape[1], target.shape[1]) != (count, count):
         raise InputError(
-            f"the loss's head rebuilds {grid.tokens} tokens an image, the model gave {tokens.shape[1]} and the "
-            f"collator marked {regions['target'].shape[1]}"
+            f"the loss's head knows {count} tokens an image, the model gave {seen.tokens.shape[1]} and the collator "
+            f"marked {target.shape[1]}"
         )
-    image = regions["image"]
-    sequence = build_sequence(regions["target"], regions["counts"], grid, regions["text"].shape[1])
-    rebuilt = head(tokens[image], _embedded(embed, regions["text"]), sequence)
-    wanted = patchify(pixels, grid)[image][regions["target"]].float()
+    injections = None if seen.injections is None else seen.injections[:, image].transpose(0, 1)
+    text = _embedded(embed, regions["text"])
+    rebuilt = head(seen.tokens[image], text, _sequence(head, target, regions["counts"], text.shape[1]), injections)
+    grid = head.decoder.grid
+    patches = patchify(seen.pixels[:, :, : grid.rows * grid.cell, : grid.columns * grid.cell], grid)
+    sample, token = target.nonzero(as_tuple=True)
+    wanted = patches[image[sample], head.cells[token]].float()
     return (rebuilt - wanted).square().mean(-1)
 
 
@@ -98,14 +127,21 @@ def idle(head: Head, embed: Callable[[Tensor], Tensor], device: torch.device) ->
     DDP and DeepSpeed reduce the same tensors on all ranks, and ZeRO-3 wants the same modules in the same order: the
     ranks and batches without a region run this.
     """
-    grid = head.decoder.grid
-    target = torch.zeros(1, grid.tokens, dtype=torch.bool, device=device)
-    target[:, 0] = True
-    one = torch.ones(1, dtype=torch.int64, device=device)
-    sequence = build_sequence(target, one, grid, 1)
+    target = torch.zeros(1, len(head.cells), dtype=torch.bool, device=device)
+    target[:, -1] = True
+    counts = torch.ones(1, dtype=torch.int64, device=device)
     text = _embedded(embed, torch.zeros(1, 1, dtype=torch.int64, device=device))
-    tokens = torch.zeros(1, grid.tokens, text.shape[-1], dtype=head.dtype, device=device)
-    return 0.0 * head(tokens, text, sequence).sum()
+    tokens = torch.zeros(1, len(head.cells), text.shape[-1], dtype=head.dtype, device=device)
+    layers = len(head.decoder.injection_layers)
+    injections = tokens[:, None].expand(-1, layers, -1, -1) if layers else None
+    return 0.0 * head(tokens, text, _sequence(head, target, counts, 1), injections).sum()
+
+
+def _sequence(head: Head, target: Tensor, counts: Tensor, width: int) -> ProbeSequence:
+    """The order of a batch of images that all have the same tokens."""
+    places = head.positions.expand(len(target), -1, -1)
+    start = torch.full_like(counts, head.text_start)
+    return build_sequence(target, torch.ones_like(target), places, counts, start, width)
 
 
 def _embedded(embed: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:

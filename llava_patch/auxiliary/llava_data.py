@@ -9,10 +9,9 @@ from typing import Any
 from PIL import Image
 from torch.utils.data import Dataset
 
-from llava_patch.auxiliary.attach import KEY, Auxiliary
-from llava_patch.auxiliary.regions import Marker, Region, collate, parse
+from llava_patch.auxiliary.attach import Auxiliary
+from llava_patch.auxiliary.regions import KEY, Marker, Region, collate, parse
 from llava_patch.errors import InputError, SettingError
-from llava_patch.probe.store import make_transform
 
 MODES = {"pad": "pad", "square": "crop"}  # --image_aspect_ratio: the transform that does the same
 
@@ -117,14 +116,15 @@ def wrap(auxiliary: Auxiliary, train_dataset: Any, data_collator: Any) -> tuple[
             files, name = _files(record), _name(source, index, record)
             regions[index] = parse(record[KEY], len(files), name)
             if regions[index].image_index:
-                raise InputError(f"{name}: image_index {regions[index].image_index}: LLaVA's data has one image a record")
+                raise InputError(
+                    f"{name}: image_index {regions[index].image_index}: LLaVA's data has one image a record"
+                )
     if not regions:
         raise InputError(
             f'{source}: no record has a region for AuxiliaryProbe: add "rprobe": {{"box": [x0, y0, x1, y1], '
-            '"text": "..."}} to records, or leave the setting out'
+            '"text": "..."} to records, or leave the setting out'
         )
-    transform = make_transform(auxiliary.anatomy, about.image_processor, MODES[ratio])
-    marker = Marker(transform, auxiliary.grid, dataset.tokenizer, auxiliary.settings)
+    marker = auxiliary.marker(about.image_processor, dataset.tokenizer, MODES[ratio])
     return RegionDataset(dataset, marker, regions, about.image_folder or "", source), LlavaCollator(data_collator)
 
 

@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 
 from llava_patch.errors import InputError
+from llava_patch.probe.layout import Layout
 from llava_patch.probe.sample import Box
-from llava_patch.probe.sequence import TokenGrid, target_mask
 from llava_patch.probe.transform import Transform
+from llava_patch.probe.view import target_tokens
 from llava_patch.settings.auxiliary import AuxiliaryProbe
 
 logger = logging.getLogger("llava_patch")
 
+KEY = "rprobe"
+"""The key of a region in a record, and of the regions in a batch."""
 FIELDS = ("box", "text", "image_index")
 
 
@@ -56,8 +59,8 @@ def parse(value: Any, images: int, name: str) -> Region:
     text = value.get("text")
     if not isinstance(text, str) or not text.strip():
         raise InputError(f'{name}: "rprobe" needs the region\'s "text", got {text!r}')
-    given = value.get("box")
-    boxes = given if _is_list(given) and len(given) and _is_list(given[0]) else [given]
+    given: Any = value.get("box")
+    boxes: Any = given if _is_list(given) and len(given) and _is_list(given[0]) else [given]
     for box in boxes:
         numbers = _is_list(box) and len(box) == 4 and all(_is_number(v) for v in box)
         if not numbers or not (box[0] < box[2] and box[1] < box[3]):
@@ -65,7 +68,7 @@ def parse(value: Any, images: int, name: str) -> Region:
     index = value.get("image_index", 0)
     if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < images:
         raise InputError(f"{name}: image_index {index!r}, but the record has {images} images (counted from 0)")
-    return Region(tuple(tuple(float(v) for v in box) for box in boxes), text, index)  # type: ignore[misc]
+    return Region(tuple((float(a), float(b), float(c), float(d)) for a, b, c, d in boxes), text, index)
 
 
 def _is_list(value: Any) -> bool:
@@ -82,15 +85,17 @@ class Marker:
 
     Attributes:
         transform: how the run turns images into pixels.
-        grid: the visual tokens of one image.
+        layout: the visual tokens of one image.
         tokenizer: the model's.
         settings: of the loss.
+        vocabulary: tokens that the model embeds.
     """
 
     transform: Transform
-    grid: TokenGrid
+    layout: Layout
     tokenizer: Any
     settings: AuxiliaryProbe
+    vocabulary: int
 
     def mark(self, region: Region, size: tuple[int, int], name: str) -> dict[str, Tensor] | None:
         """What the loss needs of a region.
@@ -108,17 +113,23 @@ class Marker:
             InputError: it cannot be used.
         """
         try:
-            moved = [self.transform.box(box, size, name) for box in region.boxes]
+            boxes = [self.transform.box(box, size, name) for box in region.boxes]
             ids = list(self.tokenizer(region.text, add_special_tokens=False)["input_ids"])
             if not ids:
                 raise InputError(f"{name}: the text {region.text!r} has no tokens")
+            target = target_tokens(self.layout, boxes, name)
         except InputError as error:
             if self.settings.broken == "skip":
                 logger.warning("AuxiliaryProbe: left out: %s", error)
                 return None
             raise InputError(f'{error}; AuxiliaryProbe.broken = "skip" trains on the rest') from None
+        if max(ids) >= self.vocabulary:
+            raise InputError(
+                f"{name}: the tokenizer gives id {max(ids)}, the model embeds {self.vocabulary} tokens: is it its "
+                "tokenizer?"
+            )
         return {
-            "target": target_mask(torch.tensor(moved, dtype=torch.float32), self.grid).any(0),
+            "target": target,
             "text": torch.tensor(ids[: self.settings.max_text_tokens], dtype=torch.int64),
         }
 

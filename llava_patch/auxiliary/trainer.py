@@ -6,8 +6,8 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_patch.auxiliary import state
-from llava_patch.auxiliary.attach import KEY
+from llava_patch.auxiliary import state as head_file
+from llava_patch.auxiliary.regions import KEY
 from llava_patch.errors import SettingError
 from llava_patch.fusion import optimizer as optimizer_groups
 from llava_patch.handle import get_handle
@@ -139,7 +139,7 @@ def _follow_resume(trainer: Any, handle: "Handle") -> None:
     @functools.wraps(original)
     def load_head_too(resume_from_checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
         loaded = original(resume_from_checkpoint, *args, **kwargs)
-        state.load(handle, Path(resume_from_checkpoint))
+        head_file.load(handle, Path(resume_from_checkpoint))
         return loaded
 
     trainer._load_from_checkpoint = load_head_too
@@ -148,21 +148,21 @@ def _follow_resume(trainer: Any, handle: "Handle") -> None:
 def _callback(handle: "Handle", release: bool) -> Any:
     from transformers import TrainerCallback
 
+    assert handle.auxiliary is not None
     auxiliary = handle.auxiliary
-    assert auxiliary is not None
 
     class AuxiliaryCallback(TrainerCallback):
         """Tells the loss which step it is, and saves its head."""
 
-        def on_step_begin(self, args: Any, trainer_state: Any, control: Any, **kwargs: Any) -> None:
-            auxiliary.begin_step(trainer_state.global_step)
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            auxiliary.begin_step(state.global_step)
 
-        def on_save(self, args: Any, trainer_state: Any, control: Any, **kwargs: Any) -> None:
-            folder = Path(args.output_dir) / f"checkpoint-{trainer_state.global_step}"
-            state.save(handle, folder, trainer_state.is_world_process_zero)
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            head_file.save(handle, folder, state.is_world_process_zero)
 
-        def on_train_end(self, args: Any, trainer_state: Any, control: Any, **kwargs: Any) -> None:
-            state.save(handle, Path(args.output_dir), trainer_state.is_world_process_zero)
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            head_file.save(handle, Path(args.output_dir), state.is_world_process_zero)
             if release:
                 auxiliary.release()
 

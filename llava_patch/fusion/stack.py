@@ -73,6 +73,21 @@ def _collecting() -> Iterator[list[list[Tensor]]]:
         _taken.reset(token)
 
 
+def encode(anatomy: Anatomy, pixel_values: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Encode images outside a call of the model, taps included.
+
+    Args:
+        anatomy: a host model with DeepStack.
+        pixel_values: [images, 3, height, width], normalised by the host's image processor.
+
+    Returns:
+        (projected visual tokens [images, tokens, hidden], for each tap the same of what it adds to them).
+    """
+    with _collecting() as taken:
+        features = anatomy.encode_images(pixel_values)
+    return features, _project(anatomy, taken)
+
+
 def attach(anatomy: Anatomy, undo: UndoStack) -> None:
     """Project the taps where the host projects its images, and send them on to the decoder.
 

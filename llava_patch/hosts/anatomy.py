@@ -150,6 +150,11 @@ class Anatomy:
         return self.model.config.vision_feature_select_strategy == "default"
 
     @property
+    def prefix_tokens(self) -> int:
+        """Tokens that the tower puts before the patches (CLS, registers), dropped or not."""
+        return towers.prefix_tokens_of(self.vision_config)
+
+    @property
     def drops_cls(self) -> bool:
         """Whether the host drops what comes before the patches (the CLS token) before the projector."""
         return self._drops_first and towers.prefix_tokens_of(self.vision_config) > 0
@@ -224,6 +229,8 @@ class Anatomy:
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """Projected visual tokens, through the host's own path (so a patched model gives its fused features).
 
+        On a model that cuts images into tiles: of single tiles, neither joined nor cut.
+
         Args:
             pixel_values: [images, 3, height, width], normalised by the host's image processor.
 
@@ -232,6 +239,9 @@ class Anatomy:
         """
         if self.host == LLAVA:
             return self.model.encode_images(pixel_values)
+        if hasattr(self.wrapper, "pack_image_features"):  # LLaVA-NeXT's own method wants all tiles of whole images
+            states = self.tower(pixel_values, output_hidden_states=True).hidden_states
+            return self.projector(states[self.main_block][:, self.dropped_tokens :])
         features = self.wrapper.get_image_features(pixel_values=pixel_values)
         features = getattr(features, "pooler_output", features)  # a model output from transformers 5 on
         return features if isinstance(features, Tensor) else torch.stack(list(features))

@@ -119,6 +119,17 @@ class _Lengths:
         return self.kv_length, 0
 
 
+def known_options(processor: Any) -> frozenset[str]:
+    """Names that an image processor's call takes; it warns about others and drops them.
+
+    Slow processors name them in the signature of `preprocess`, fast ones in a TypedDict of the class.
+    """
+    fast = getattr(processor, "valid_kwargs", None)
+    if fast is not None:
+        return frozenset(fast.__annotations__)
+    return frozenset(inspect.signature(processor.preprocess).parameters)
+
+
 def causal_mask(
     config: Any,
     hidden_states: Tensor,

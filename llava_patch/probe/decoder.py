@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llava_patch.errors import HostError
+from llava_patch.errors import HostError, InputError
+from llava_patch.handle import get_handle
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.hosts.compat import call_layer, causal_mask
 from llava_patch.hosts.projections import rotate
@@ -34,11 +36,36 @@ def quarter(layers: int) -> int:
     return math.ceil(layers / 4)
 
 
+def injection_layers(anatomy: Anatomy) -> tuple[int, ...]:
+    """Layers of the probe whose input takes a tap of DeepStack, in the order of the taps; () without DeepStack.
+
+    The model's own numbers; those from ceil(L/4) on lie behind the probe and are left out.
+    """
+    return tuple(layer for layer in _all_injections(anatomy) if layer < quarter(len(anatomy.layers)))
+
+
+def _all_injections(anatomy: Anatomy) -> tuple[int, ...]:
+    handle = get_handle(anatomy.model)
+    return () if handle is None else handle.program().injections
+
+
+def _warn_out_of_reach(anatomy: Anatomy, reached: tuple[int, ...]) -> None:
+    beyond = [layer for layer in _all_injections(anatomy) if layer not in reached]
+    if beyond:
+        what = "only some of" if reached else "none of"
+        warnings.warn(
+            f"R-Probe has layers 0 to {quarter(len(anatomy.layers)) - 1} of this model, so it sees {what} what "
+            f"DeepStack adds to the image tokens: out of reach is what enters layer {', '.join(map(str, beyond))}",
+            stacklevel=3,
+        )
+
+
 class ProbeDecoder(nn.Module):
     """First ceil(L/4) decoder layers and the final norm of the model under test, then hidden -> 2 hidden -> pixels.
 
     Everything is float32 and shares no memory with the model. The copies are stock layers: overridden forwards and
-    hooks that a patch or a dispatcher put on the model's own layers are left behind.
+    hooks that a patch or a dispatcher put on the model's own layers are left behind. What DeepStack adds to the image
+    tokens is added in the layers that are here (`injection_layers`); a warning names those that are not.
 
     Args:
         anatomy: the model under test.
@@ -60,6 +87,8 @@ class ProbeDecoder(nn.Module):
         n_layers = quarter(len(anatomy.layers))
         self.grid = grid
         self.rope = rope
+        self.injection_layers = injection_layers(anatomy)
+        _warn_out_of_reach(anatomy, self.injection_layers)
         # sdpa whatever the model runs: flash attention has no float32.
         self.config = copy.deepcopy(anatomy.text_config)
         self.config._attn_implementation = "sdpa"
@@ -92,35 +121,66 @@ class ProbeDecoder(nn.Module):
         assert isinstance(last, nn.Linear)
         last.bias.copy_(constant)
 
-    def forward(self, image_tokens: Tensor, text_tokens: Tensor, sequence: ProbeSequence) -> Tensor:
+    def forward(
+        self, image_tokens: Tensor, text_tokens: Tensor, sequence: ProbeSequence, injections: Tensor | None = None
+    ) -> Tensor:
         """Rebuild the pixels under every target token.
 
         Args:
-            image_tokens: float32 [batch, image tokens, hidden], projected visual tokens in raster order.
+            image_tokens: float32 [batch, image tokens, hidden], projected visual tokens in the host's order, padded
+                at the end.
             text_tokens: float32 [batch, text width, hidden], token embeddings padded at the end.
             sequence: from `build_sequence`, on the same device.
+            injections: float32 [batch, layers, image tokens, hidden], what DeepStack adds to the image tokens in the
+                layers of `injection_layers`; None when there are none.
 
         Returns:
-            float32 [targets, pixels]: all targets of the first sample in raster order, then of the second, ...
+            float32 [targets, pixels]: all targets of the first sample in the host's order, then of the second, ...
+
+        Raises:
+            InputError: injections for another number of layers.
         """
-        hidden = self.hidden_states(image_tokens, text_tokens, sequence)
+        hidden = self.hidden_states(image_tokens, text_tokens, sequence, injections)
         return self.head(hidden[sequence.target])
 
-    def hidden_states(self, image_tokens: Tensor, text_tokens: Tensor, sequence: ProbeSequence) -> Tensor:
+    def hidden_states(
+        self, image_tokens: Tensor, text_tokens: Tensor, sequence: ProbeSequence, injections: Tensor | None = None
+    ) -> Tensor:
         """Normed decoder states of every slot, float32 [batch, slots, hidden]; arguments as in `forward`."""
+        given = 0 if injections is None else injections.shape[1]
+        if given != len(self.injection_layers):
+            raise InputError(
+                f"R-Probe's decoder takes DeepStack's features for layers {list(self.injection_layers)}, got those of "
+                f"{given} layers"
+            )
+        slots = sequence.order.shape[1]
+        rotary = rotary_2d(sequence.positions, self.inv_freq)
+        turn = None
         if self.rope == "embedding":
-            places = self.grid.positions(image_tokens.device)
-            image_tokens = rotate(image_tokens, *rotary_2d(places, self.embedding_freq))
-            rotary = rotary_1d(sequence.order.shape[1], self.inv_freq)
-        else:
-            rotary = rotary_2d(sequence.positions, self.inv_freq)
-        hidden = arrange(image_tokens, text_tokens, sequence.order)
-        rotary = (rotary[0].to(hidden.dtype), rotary[1].to(hidden.dtype))  # as the host does in half precision
+            # Every token carries the place it had in the image: rotating before or after reordering is the same.
+            turn = _like(image_tokens, rotary_2d(sequence.positions, self.embedding_freq))
+            rotary = rotary_1d(slots, self.inv_freq)
+        is_image = (sequence.order < image_tokens.shape[1])[..., None]
+
+        def place(tokens: Tensor, text: Tensor) -> Tensor:
+            arranged = arrange(tokens, text, sequence.order)
+            return arranged if turn is None else torch.where(is_image, rotate(arranged, *turn), arranged)
+
+        hidden = place(image_tokens, text_tokens)
+        rotary = _like(hidden, rotary)
         # Padding is at the end, where causality already hides it from every valid token: no padding mask is needed.
         mask = causal_mask(self.config, hidden)
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
+            if injections is not None and number in self.injection_layers:
+                added = injections[:, self.injection_layers.index(number)]
+                hidden = hidden + place(added, torch.zeros_like(text_tokens))
             hidden = call_layer(layer, hidden, attention_mask=mask, position_embeddings=rotary)
         return self.norm(hidden)
+
+
+def _like(hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Cosines and sines in the dtype that they turn, as the hosts do in half precision."""
+    return rotary[0].to(hidden.dtype), rotary[1].to(hidden.dtype)
 
 
 def stock_copy(module: nn.Module, name: str, config: Any) -> nn.Module:

@@ -81,7 +81,7 @@ def predict(decoder: ProbeDecoder, data: FrozenData, batch_size: int) -> Tensor:
     with torch.autocast(device.type, enabled=False):
         for index in torch.arange(len(data)).split(batch_size):
             batch = data.batch(index, device)
-            rebuilt.append(decoder(batch.image_tokens, batch.text_tokens, batch.sequence).cpu())
+            rebuilt.append(decoder(batch.image_tokens, batch.text_tokens, batch.sequence, batch.injections).cpu())
     return torch.cat(rebuilt)
 
 

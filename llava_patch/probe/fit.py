@@ -173,7 +173,7 @@ def train_probe(
     with bar, torch.enable_grad(), torch.autocast(device.type, enabled=False):
         for step in range(settings.steps):
             batch = data.batch(next(order), device)
-            rebuilt = decoder(batch.image_tokens, batch.text_tokens, batch.sequence)
+            rebuilt = decoder(batch.image_tokens, batch.text_tokens, batch.sequence, batch.injections)
             loss = token_errors(rebuilt, batch.pixels).mean()
             value = float(loss.detach())
             if not math.isfinite(value):

@@ -23,7 +23,7 @@ def rotary_2d(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines for `apply_rotary_pos_emb`, turning even pairs by the row and odd pairs by the column.
 
     Args:
-        positions: int64 [..., tokens, 2], (row, column).
+        positions: float32 (or integer) [..., tokens, 2], (row, column).
         inv_freq: float32 [d/2], frequency of each pair; d/2 must be even so that both axes get the same share.
 
     Returns:

@@ -57,7 +57,7 @@ class ProbeSequence:
 
     Attributes:
         order: int64 [batch, slots]; slots = image tokens + widest text.
-        positions: int64 [batch, slots, 2], (row, column) of what lies in each slot.
+        positions: float32 [batch, slots, 2], (row, column) of what lies in each slot; fractions are allowed.
         valid: bool [batch, slots]; False at padding, which always lies at the end.
         target: bool [batch, slots]; True where a target image token is read out.
     """
@@ -87,8 +87,8 @@ def merge_size(tokens: int, patch_rows: int, patch_columns: int) -> int:
         if patch_rows % merge == 0 == patch_columns % merge and tokens * merge**2 == patch_rows * patch_columns:
             return merge
     raise InputError(
-        f"{tokens} visual tokens do not tile a grid of {patch_rows} x {patch_columns} patches: R-Probe needs one "
-        "token a patch, or a square group of patches; tokens without a patch are not available in this version"
+        f"{tokens} visual tokens do not tile a grid of {patch_rows} x {patch_columns} patches: R-Probe places one "
+        "token a patch, or a square group of patches, and the tokens of llava_patch's own fusions"
     )
 
 
@@ -111,7 +111,12 @@ def target_mask(boxes: Tensor, grid: TokenGrid) -> Tensor:
 
 
 def build_sequence(
-    target: Tensor, text_counts: Tensor, grid: TokenGrid, text_width: int | None = None
+    target: Tensor,
+    valid: Tensor,
+    positions: Tensor,
+    text_counts: Tensor,
+    text_start: Tensor,
+    text_width: int | None = None,
 ) -> ProbeSequence:
     """Order the tokens of a batch as [context ; text ; target ; padding] and give each its position.
 
@@ -119,9 +124,11 @@ def build_sequence(
     Padding comes last, so under a causal mask no valid token ever sees it.
 
     Args:
-        target: bool [batch, image tokens], from `target_mask`.
+        target: bool [batch, image tokens], tokens to be read out.
+        valid: bool [batch, image tokens], False at padding of images that have fewer tokens than others.
+        positions: float32 [batch, image tokens, 2], (row, column) of each; what stands at padding does not matter.
         text_counts: int64 [batch], text tokens of each sample.
-        grid: the token grid.
+        text_start: int64 [batch], the p of each sample: the first place past its grid on both axes.
         text_width: width to which the text tokens are padded; None: the largest count.
     """
     device = target.device
@@ -130,12 +137,14 @@ def build_sequence(
     is_text = text_index < text_counts[:, None]
     # Rank of the group that an entry belongs to; a stable sort keeps raster and reading order inside each group.
     context, text, targets, padding = 0, 1, 2, 3
-    group = torch.cat([torch.where(target, targets, context), torch.where(is_text, text, padding)], dim=1)
+    image = torch.where(target, targets, context).masked_fill(~valid, padding)
+    group = torch.cat([image, torch.where(is_text, text, padding)], dim=1)
     order = torch.argsort(group, dim=1, stable=True)
     group = group.gather(1, order)
-    text_positions = (grid.text_start + text_index)[:, None].expand(-1, 2)
-    positions = torch.cat([grid.positions(device), text_positions])
-    return ProbeSequence(order, positions[order], group != padding, group == targets)
+    text_positions = (text_start[:, None] + text_index)[..., None].expand(-1, -1, 2)
+    joined = torch.cat([positions, text_positions.to(positions.dtype)], dim=1)
+    positions = joined.gather(1, order[..., None].expand(-1, -1, 2))
+    return ProbeSequence(order, positions, group != padding, group == targets)
 
 
 def arrange(image_tokens: Tensor, text_tokens: Tensor, order: Tensor) -> Tensor:

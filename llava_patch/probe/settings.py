@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from llava_patch.errors import SettingError
 
 ROPE_FORMS = ("attention", "embedding")
-IMAGE_MODES = ("resize", "crop", "pad")
+IMAGE_MODES = ("resize", "crop", "pad", "anyres")
 TRAINED = ("all", "lora", "head")
 BROKEN = ("stop", "skip")
 
@@ -37,7 +37,8 @@ class RProbe:
         rope: "attention" rotates queries and keys by (row, column); "embedding" reads the paper's sentence as a
             rotation of the visual tokens themselves, before they are reordered, under the model's own 1-D rotary.
         image_mode: how an image becomes square: "resize" (stretched, whole image kept), "crop" (the image processor's
-            own shortest edge and centre crop) or "pad" (padded with the mean colour first).
+            own shortest edge and centre crop) or "pad" (padded with the mean colour first). "anyres" is the tiling of
+            models that cut images into tiles; the default shows those models one square as well, their overview tile.
         threshold: per-token MSE under which the paper calls a reconstruction visually coherent; 0.75.
         masked: the box is blacked out in the original image; the loss is still against the unmasked pixels.
         text: False replaces every text token by the unknown token.

@@ -21,6 +21,9 @@ from llava_patch.probe.sample import Sample
 from llava_patch.probe.sequence import ProbeSequence, TokenGrid, build_sequence, merge_size, patchify, target_mask
 from llava_patch.probe.settings import RProbe
 from llava_patch.probe.transform import Transform, black_out
+from llava_patch.probe.view import make_transform
+
+__all__ = ["Batch", "FrozenData", "evaluation", "freeze_samples", "make_transform"]
 
 ENCODE_BATCH = 32  # samples that go through the vision tower at once
 
@@ -35,6 +38,8 @@ class Batch:
         sequence: their order and positions.
         pixels: float32 [targets, pixels], in the order in which the decoder answers.
         counts: int64 [batch], targets of each sample.
+        injections: float32 [batch, layers, image tokens, hidden], what DeepStack adds to the image tokens in the
+            probe's layers; None without it.
     """
 
     image_tokens: Tensor
@@ -42,6 +47,7 @@ class Batch:
     sequence: ProbeSequence
     pixels: Tensor
     counts: Tensor
+    injections: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +96,10 @@ class FrozenData:
         rows = torch.arange(int(chosen.sum())) + starts.repeat_interleave(chosen)
         text_counts = self.text_counts[index]
         width = int(text_counts.max())
-        sequence = build_sequence(self.target[index], text_counts, self.grid, width)
+        target = self.target[index]
+        places = self.grid.positions().to(torch.float32).expand(len(index), -1, -1)
+        start = torch.full_like(text_counts, self.grid.text_start)
+        sequence = build_sequence(target, torch.ones_like(target), places, text_counts, start, width)
         return Batch(
             image_tokens=self.image_tokens[self.image_index[index]].to(device),
             text_tokens=self.text_table[self.text_ids[index, :width]].to(device),
@@ -98,12 +107,6 @@ class FrozenData:
             pixels=self.pixels[rows].to(device),
             counts=chosen.to(device),
         )
-
-
-def make_transform(anatomy: Anatomy, image_processor: Any, mode: str) -> Transform:
-    """The image transform of a model, to the side that its vision tower takes."""
-    rows, columns = anatomy.grid
-    return Transform(image_processor, mode, rows * anatomy.patch_size, columns * anatomy.patch_size)
 
 
 def freeze_samples(

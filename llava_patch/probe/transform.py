@@ -11,6 +11,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from llava_patch.errors import HostError, InputError
+from llava_patch.hosts.compat import known_options
+from llava_patch.hosts.tiles import Tiling
 from llava_patch.probe.sample import Box
 
 ROUNDING = 1.0
@@ -19,27 +21,59 @@ ROUNDING = 1.0
 
 @dataclass(frozen=True)
 class Transform:
-    """How an image becomes the tower's square input.
+    """How an image becomes the tower's input.
 
     Attributes:
         processor: the model's image processor (CLIPImageProcessor and kin).
         mode: "resize" stretches the whole image, "crop" is the processor's own resize and centre crop, "pad" pads to
-            a square with the mean colour first, as LLaVA-1.5's `image_aspect_ratio=pad` does.
-        height: of the processed image, pixels.
-        width: of the processed image, pixels.
+            a square with the mean colour first, as LLaVA-1.5's `image_aspect_ratio=pad` does. "anyres" is the host's
+            tiling: resized with its aspect kept, centred on the best of several resolutions.
+        height: of the tower's input, pixels.
+        width: of the tower's input, pixels.
+        cell: side of the square under one token, pixels.
+        tiling: how the host cuts tiles; None in the other modes.
     """
 
     processor: Any
     mode: str
     height: int
     width: int
+    cell: int = 1
+    tiling: Tiling | None = None
 
-    def pixel_values(self, images: Sequence[Image.Image]) -> Tensor:
-        """Normalised pixels of RGB images, float32 [images, 3, height, width] on CPU.
+    def plane(self, image: Image.Image) -> Tensor:
+        """The processed whole image, from which targets are cut: normalised float32 [3, height, width] on CPU.
+
+        In the square modes the tower's input; of anyres the stitched tiles, padding included. Rows and columns behind
+        the last whole cell (merge_padding) are left out, so that cells tile the plane exactly.
 
         Raises:
             HostError: the processor does not give the size that the tower takes.
         """
+        if self.tiling is None:
+            pixels = self.pixel_values([image])[0]
+        else:
+            pixels = self.tiling.stitch(self.tiling.cut(self.processor, image), self.tiling.place(image.size))
+        height, width = self.plane_size(image.size)
+        return pixels[:, :height, :width]
+
+    def plane_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) of the plane of an image of (width, height), in pixels."""
+        height, width = self.height, self.width
+        if self.tiling is not None:
+            place = self.tiling.place(size)
+            height, width = place.height, place.width
+        return height // self.cell * self.cell, width // self.cell * self.cell
+
+    def pixel_values(self, images: Sequence[Image.Image]) -> Tensor:
+        """Normalised pixels of RGB images in the square modes, float32 [images, 3, height, width] on CPU.
+
+        Raises:
+            HostError: the processor does not give the size that the tower takes.
+            InputError: mode "anyres", where an image has several tiles.
+        """
+        if self.tiling is not None:
+            raise InputError('image_mode "anyres" cuts an image into tiles: use plane(image), or view.look for tokens')
         options: dict[str, Any] = {}
         if self.mode == "resize":
             options = {
@@ -50,7 +84,14 @@ class Transform:
         elif self.mode == "pad":
             fill = tuple(int(x * 255) for x in self.processor.image_mean)
             images = [pad_to_square(image, fill) for image in images]
+        if hasattr(self.processor, "image_grid_pinpoints"):
+            # One tile is the least it cuts; the overview in front of it is the whole image, stretched.
+            options = {"image_grid_pinpoints": [[self.height, self.width]]}
+        known = known_options(self.processor)
+        options = {name: value for name, value in options.items() if name in known}
         pixels = self.processor(list(images), return_tensors="pt", **options)["pixel_values"]
+        if hasattr(self.processor, "image_grid_pinpoints"):
+            pixels = pixels[:, 0]
         if tuple(pixels.shape[1:]) != (3, self.height, self.width):
             raise HostError(
                 f"the image processor gives {tuple(pixels.shape[1:])}, the vision tower takes "
@@ -67,13 +108,14 @@ class Transform:
             name: sample id, or file and line, for errors.
 
         Returns:
-            (x0, y0, x1, y1) in pixels of the processed image, cut at its border.
+            (x0, y0, x1, y1) in pixels of `plane`, cut at its border.
 
         Raises:
             InputError: the box is empty, outside the image, or wholly cropped away.
         """
         x0, y0, x1, y1 = check_box(box, size, name)
         width, height = size
+        plane_height, plane_width = self.plane_size(size)
         left, top, square = 0.0, 0.0, size
         if self.mode == "pad":
             side = max(size)
@@ -81,21 +123,24 @@ class Transform:
         new_width, new_height, crop_left, crop_top = self._geometry(square)
         scale_x, scale_y = new_width / square[0], new_height / square[1]
         moved = (
-            min(max((x0 + left) * scale_x - crop_left, 0.0), self.width),
-            min(max((y0 + top) * scale_y - crop_top, 0.0), self.height),
-            min(max((x1 + left) * scale_x - crop_left, 0.0), self.width),
-            min(max((y1 + top) * scale_y - crop_top, 0.0), self.height),
+            min(max((x0 + left) * scale_x - crop_left, 0.0), plane_width),
+            min(max((y0 + top) * scale_y - crop_top, 0.0), plane_height),
+            min(max((x1 + left) * scale_x - crop_left, 0.0), plane_width),
+            min(max((y1 + top) * scale_y - crop_top, 0.0), plane_height),
         )
         if not (moved[0] < moved[2] and moved[1] < moved[3]):
-            raise InputError(
-                f"{name}: box {tuple(box)} lies in the part of the {width} x {height} image that the centre crop cuts "
-                'away; use image_mode "resize" or "pad"'
-            )
+            cut = 'the centre crop cuts away; use image_mode "resize" or "pad"'
+            if self.mode != "crop":
+                cut = f"has no whole cell of {self.cell} pixels (merge_padding: its tokens cover padding as well)"
+            raise InputError(f"{name}: box {tuple(box)} lies in the part of the {width} x {height} image that {cut}")
         return moved
 
     def _geometry(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
         """(resized width, resized height, columns cropped on the left, rows cropped at the top); < 0 where padded."""
-        if self.mode == "resize":
+        if self.tiling is not None:
+            place = self.tiling.place(size)
+            return place.new_width, place.new_height, -place.left, -place.top
+        if self.mode == "resize" or hasattr(self.processor, "image_grid_pinpoints"):
             return self.width, self.height, 0, 0
         width, height = size
         if self.processor.do_resize:
@@ -106,7 +151,7 @@ class Transform:
                 width, height = (short, long) if width <= height else (long, short)
             else:
                 width, height = wanted["width"], wanted["height"]
-        if not self.processor.do_center_crop:
+        if not getattr(self.processor, "do_center_crop", False):  # SigLIP's has none
             return width, height, 0, 0
         return width, height, (width - self.width) // 2, (height - self.height) // 2
 

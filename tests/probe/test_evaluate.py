@@ -22,7 +22,7 @@ class Offset(torch.nn.Module):
         self.answers = (data.pixels + added).split(data.counts.tolist())
         self.at = 0
 
-    def forward(self, image_tokens, text_tokens, sequence):
+    def forward(self, image_tokens, text_tokens, sequence, injections=None):
         self.at += len(image_tokens)
         return torch.cat(self.answers[self.at - len(image_tokens) : self.at])
 

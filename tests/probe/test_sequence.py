@@ -7,12 +7,13 @@ from llava_patch.errors import InputError
 from llava_patch.probe.sequence import (
     TokenGrid,
     arrange,
-    build_sequence,
     merge_size,
     patchify,
     target_mask,
     unpatchify,
 )
+
+from .tiny import grid_sequence
 
 GRIDS = [TokenGrid(4, 4, 14), TokenGrid(2, 2, 28), TokenGrid(2, 3, 14)]
 
@@ -71,7 +72,7 @@ def test_edges_of_a_box_do_not_reach_into_the_next_token():
 def test_order_is_context_text_target_padding():
     grid = TokenGrid(2, 3, 14)
     target = torch.tensor([[0, 1, 0, 0, 1, 0], [1, 1, 1, 1, 1, 1]], dtype=torch.bool)
-    sequence = build_sequence(target, torch.tensor([1, 3]), grid)
+    sequence = grid_sequence(target, torch.tensor([1, 3]), grid)
     # Image tokens are 0..5, text tokens 6..8.
     assert sequence.order.tolist() == [[0, 2, 3, 5, 6, 1, 4, 7, 8], [6, 7, 8, 0, 1, 2, 3, 4, 5]]
     assert sequence.valid.tolist() == [[True] * 7 + [False] * 2, [True] * 9]
@@ -84,7 +85,7 @@ def test_order_is_context_text_target_padding():
 def test_arrange_takes_each_entry_to_its_slot():
     grid = TokenGrid(2, 2, 14)
     target = torch.tensor([[True, False, False, True]])
-    sequence = build_sequence(target, torch.tensor([2]), grid)
+    sequence = grid_sequence(target, torch.tensor([2]), grid)
     image = torch.tensor([[[0.0], [1.0], [2.0], [3.0]]])
     text = torch.tensor([[[10.0], [11.0]]])
     assert arrange(image, text, sequence.order)[0, :, 0].tolist() == [1, 2, 10, 11, 0, 3]

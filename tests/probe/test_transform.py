@@ -1,9 +1,12 @@
+from typing import TypedDict
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
 from llava_patch.errors import HostError, InputError
+from llava_patch.hosts.compat import known_options
 from llava_patch.probe.transform import Transform, black_out, check_box
 
 from .tiny import SIDE, processor
@@ -114,3 +117,39 @@ def test_black_out_covers_every_pixel_that_the_box_touches():
     assert black.max(0).tolist() == [9, 6]
     assert (masked == 0).sum() == 6 * 4
     assert np.asarray(image).min() == 9
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_siglips_processor_is_asked_only_for_what_it_knows(caplog, mode):
+    """It has no centre crop; a name that it does not know would be dropped with a warning."""
+    from transformers import SiglipImageProcessor
+    from transformers.utils import logging
+
+    logging.enable_propagation()
+    siglip = SiglipImageProcessor(size={"height": SIDE, "width": SIDE})
+    transform = Transform(siglip, mode, SIDE, SIDE)
+    image = rectangle((100, 61), (20, 11, 60, 41))
+    with caplog.at_level("WARNING"):
+        pixels = transform.pixel_values([image])
+    logging.disable_propagation()
+    assert not caplog.records
+    assert pixels.shape == (1, 3, SIDE, SIDE)
+    seen = red(pixels[0], transform)
+    rows, columns = np.nonzero(seen > 0.5)
+    x0, y0, x1, y1 = transform.box((20, 11, 60, 41), image.size, "s")
+    found = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+    assert max(abs(a - b) for a, b in zip(found, (x0, y0, x1, y1), strict=True)) <= 1
+
+
+def test_options_of_slow_and_fast_processors():
+    from types import SimpleNamespace
+
+    assert {"size", "do_center_crop"} <= known_options(processor())
+
+    class Options(TypedDict, total=False):
+        size: int
+
+    class More(Options, total=False):
+        do_resize: bool
+
+    assert known_options(SimpleNamespace(valid_kwargs=More)) == {"size", "do_resize"}

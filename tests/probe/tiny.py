@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from llava_patch.probe.sample import Sample
-from llava_patch.probe.sequence import TokenGrid, build_sequence
+from llava_patch.probe.sequence import ProbeSequence, TokenGrid, build_sequence
 from llava_patch.probe.store import Batch, FrozenData
 
 SIDE, PATCH, HIDDEN, VOCABULARY = 56, 14, 64, 120
@@ -39,9 +39,9 @@ def tiny_model(layers: int = 4, dtype: torch.dtype = torch.float32, **text) -> L
     return LlavaForConditionalGeneration(config).to(dtype)
 
 
-def processor() -> CLIPImageProcessor:
+def processor(side: int = SIDE) -> CLIPImageProcessor:
     """CLIP's image processor at the tiny tower's side."""
-    return CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    return CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
 
 class Characters:
@@ -102,6 +102,13 @@ def made_up(count: int, seed: int, kind: str) -> FrozenData:
     )
 
 
+def grid_sequence(target: torch.Tensor, text_counts: torch.Tensor, grid: TokenGrid) -> ProbeSequence:
+    """The sequence of images that all have the grid's tokens in raster order."""
+    places = grid.positions().float().expand(len(target), -1, -1)
+    start = torch.full_like(text_counts, grid.text_start)
+    return build_sequence(target, torch.ones_like(target), places, text_counts, start)
+
+
 def random_batch(grid: TokenGrid, target: torch.Tensor, text_counts: list[int], seed: int = 0) -> Batch:
     """A batch of random embeddings, padded to the longest text."""
     generator = torch.Generator().manual_seed(seed)
@@ -109,7 +116,7 @@ def random_batch(grid: TokenGrid, target: torch.Tensor, text_counts: list[int], 
     return Batch(
         image_tokens=torch.randn(len(target), grid.tokens, HIDDEN, generator=generator),
         text_tokens=torch.randn(len(target), int(counts.max()), HIDDEN, generator=generator),
-        sequence=build_sequence(target, counts, grid),
+        sequence=grid_sequence(target, counts, grid),
         pixels=torch.randn(int(target.sum()), grid.pixels, generator=generator),
         counts=target.sum(1),
     )

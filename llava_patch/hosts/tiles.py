@@ -1,0 +1,219 @@
+"""How the hosts cut an image into tiles (anyres), and in which order its tokens come out.
+
+An image is resized with its aspect kept and centred on one of several resolutions; that plane is cut into squares of
+the tower's side. In front of them stands the whole image, stretched to one such square: the overview tile.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from llava_patch.errors import HostError
+from llava_patch.hosts import positions
+from llava_patch.hosts.anatomy import HF, LLAVA, Anatomy
+from llava_patch.undo import UndoStack
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where an image lies on the plane that its tiles form, in pixels of that plane.
+
+    Attributes:
+        width: of the plane.
+        height: of the plane.
+        new_width: of the resized image.
+        new_height: of the resized image.
+        left: padding on its left.
+        top: padding above it.
+    """
+
+    width: int
+    height: int
+    new_width: int
+    new_height: int
+    left: int
+    top: int
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """A host's anyres.
+
+    Attributes:
+        host: "llava" or "hf".
+        resolutions: (width, height) of the planes to choose from.
+        side: of a tile, in pixels.
+    """
+
+    host: str
+    resolutions: tuple[tuple[int, int], ...]
+    side: int
+
+    def place(self, size: tuple[int, int]) -> Placement:
+        """Choose the plane of an image, by the host's own rule, and centre the image on it.
+
+        Args:
+            size: (width, height) of the image.
+        """
+        if self.host == LLAVA:
+            from llava.mm_utils import select_best_resolution
+
+            width, height = select_best_resolution(size, list(self.resolutions))
+        else:
+            from transformers.image_processing_utils import select_best_resolution
+
+            height, width = select_best_resolution(size[::-1], [r[::-1] for r in self.resolutions])
+        across, down = width / size[0], height / size[1]
+        if across < down:
+            new_width, new_height = width, min(math.ceil(size[1] * across), height)
+        else:
+            new_width, new_height = min(math.ceil(size[0] * down), width), height
+        return Placement(width, height, new_width, new_height, (width - new_width) // 2, (height - new_height) // 2)
+
+    def cut(self, processor: Any, image: Image.Image) -> Tensor:
+        """Tiles of an RGB image through the host's own code: float32 [1 + tiles, 3, side, side], overview first.
+
+        Raises:
+            HostError: the image processor does not give tiles of the tower's side.
+        """
+        if self.host == LLAVA:
+            from llava.mm_utils import process_anyres_image
+
+            tiles = process_anyres_image(image, processor, [list(r) for r in self.resolutions])
+        else:
+            tiles = processor([image], return_tensors="pt")["pixel_values"][0]
+        place = self.place(image.size)
+        expected = (1 + place.width * place.height // self.side**2, 3, self.side, self.side)
+        if tuple(tiles.shape) != expected:
+            raise HostError(
+                f"the image processor gives tiles of shape {tuple(tiles.shape)}, the model takes {expected}: is it "
+                "this model's image processor?"
+            )
+        return tiles.to(torch.float32)
+
+    def stitch(self, tiles: Tensor, place: Placement) -> Tensor:
+        """The plane that the tiles behind the overview were cut from: [3, height, width]."""
+        rows, columns = place.height // self.side, place.width // self.side
+        grid = tiles[1:].unflatten(0, (rows, columns))
+        return grid.permute(2, 0, 3, 1, 4).reshape(3, place.height, place.width)
+
+
+def cuts_tiles(anatomy: Anatomy) -> bool:
+    """Whether the host cuts images into tiles: HF's LLaVA-NeXT, or `image_aspect_ratio=anyres` on `llava`."""
+    if anatomy.host == HF:
+        return hasattr(anatomy.wrapper, "pack_image_features")
+    return getattr(anatomy.model.config, "image_aspect_ratio", None) == "anyres"
+
+
+def make_tiling(anatomy: Anatomy, processor: Any) -> Tiling:
+    """The tiling of a model and its image processor.
+
+    Args:
+        anatomy: a model for which `cuts_tiles` holds.
+        processor: its image processor: LlavaNextImageProcessor on HF, the tower's own on `llava`.
+
+    Raises:
+        HostError: tiles that do not fit the tower, or a processor of another model.
+    """
+    rows, columns = anatomy.grid
+    side = rows * anatomy.patch_size
+    if rows != columns:
+        raise HostError(f"anyres cuts square tiles, but this tower takes {rows} x {columns} patches")
+    given = anatomy.model.config.image_grid_pinpoints
+    given = ast.literal_eval(given) if isinstance(given, str) else given
+    resolutions = tuple((int(a), int(b)) for a, b in given)
+    if anatomy.host == HF:
+        if not hasattr(processor, "image_grid_pinpoints"):
+            raise HostError(
+                f"{type(processor).__name__} does not cut images into tiles: a LLaVA-NeXT model needs its "
+                "LlavaNextImageProcessor"
+            )
+        theirs = tuple((int(a), int(b)) for a, b in processor.image_grid_pinpoints)
+        if set(theirs) != set(resolutions):
+            raise HostError(
+                f"image_grid_pinpoints of the image processor {theirs} and of the model {resolutions} differ: is it "
+                "this model's image processor?"
+            )
+        resolutions = tuple(r[::-1] for r in resolutions)
+    for width, height in resolutions:
+        if width % side or height % side:
+            raise HostError(
+                f"image_grid_pinpoints: {width} x {height} pixels are no multiple of the vision tower's {side}"
+            )
+    sizes = {name: _side(getattr(processor, name, None)) for name in ("size", "crop_size")}
+    wrong = {name: value for name, value in sizes.items() if value not in (side, None)}
+    if wrong:
+        raise HostError(
+            f"the image processor's {', '.join(f'{n} = {v}' for n, v in wrong.items())} is not the vision tower's side "
+            f"of {side}: is it this model's image processor?"
+        )
+    return Tiling(anatomy.host, resolutions, side)
+
+
+def _side(size: Any) -> int | None:
+    """The side of a square {"shortest_edge"} or {"height", "width"}; 0 for one that is not square."""
+    if size is None:
+        return None
+    if "shortest_edge" in size:
+        return int(size["shortest_edge"])
+    return int(size["height"]) if size["height"] == size["width"] else 0
+
+
+def order_of_tokens(anatomy: Anatomy, shape: Sequence[int], size: tuple[int, int]) -> Tensor:
+    """Which features of an image's tiles the host gives to the decoder, and in which order.
+
+    The host joins tiles, cuts padding off and adds a learned vector after each line. It does the same to features that
+    hold their own number; that vector is no feature and left out.
+
+    Args:
+        anatomy: the host model.
+        shape: (tiles, tokens a tile), overview included.
+        size: (width, height) of the original image.
+
+    Returns:
+        int64 [tokens], rows of the features [tiles * tokens a tile] on CPU.
+    """
+    tiles, tokens = shape
+    if anatomy.host == HF:
+        numbers = torch.arange(1, tiles * tokens + 1).view(tiles, tokens, 1)
+        packed = anatomy.wrapper.pack_image_features(
+            [numbers],
+            torch.tensor([size[::-1]]),
+            vision_feature_select_strategy=anatomy.model.config.vision_feature_select_strategy,
+            image_newline=torch.zeros(1, dtype=torch.int64),
+        )[0][0]
+        found = packed[:, 0]
+    else:
+        found = _order_on_llava(anatomy, tiles, tokens, size)
+    return found[found > 0].cpu() - 1
+
+
+def _order_on_llava(anatomy: Anatomy, tiles: int, tokens: int, size: tuple[int, int]) -> Tensor:
+    model = anatomy.model
+    device = anatomy.embed_tokens.weight.device
+    width = int(anatomy.text_config.hidden_size)
+    undo = UndoStack()
+    try:
+        # To the host a prompt of one token is a step of decoding: a text token stands in front of the image. It
+        # must not run its tower on numbers, nor cut the image where a prompt would end.
+        undo.set_attribute(model, "encode_images", lambda images: positions.indexing.get())
+        undo.set_attribute(model.config, "tokenizer_model_max_length", None)
+        return positions.llava_rows(
+            model.prepare_inputs_labels_for_multimodal,
+            torch.ones(1, 1, dtype=torch.bool, device=device),
+            (tiles, tokens, width),
+            torch.tensor([[0, anatomy.image_token_id]], device=device),
+            None,
+            [torch.zeros(tiles, 3, 1, 1, device=device)],
+            [size],
+        )[0, 1:]
+    finally:
+        undo.unwind()

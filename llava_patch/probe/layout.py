@@ -1,0 +1,104 @@
+"""Where the visual tokens of an image sit on its grid, and whose pixels each covers. Mathematics only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llava_patch.errors import InputError
+from llava_patch.fusion.taps import STI_POOL
+from llava_patch.probe.sequence import TokenGrid
+
+NO_CELL = -1
+"""Cell of a token that has no pixels of its own."""
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The tokens of an image (tile) in the order in which the host gives them.
+
+    Attributes:
+        grid: the cells that have pixels.
+        positions: float32 [tokens, 2], (row, column) in cells.
+        cells: int64 [tokens], raster number of the cell under each token; -1: none.
+    """
+
+    grid: TokenGrid
+    positions: Tensor
+    cells: Tensor
+
+
+def square_layout(
+    patches: tuple[int, int], patch_size: int, merge: int = 1, pooled: int = 0, prefix: int = 0, dropped: int = 0
+) -> Layout:
+    """Tokens of one image that the tower sees as a whole.
+
+    They are the tower's prefix tokens (CLS, registers), one token for each merge x merge patches, then for each of
+    STI's taps the means of `STI_POOL` tokens that follow each other in raster order. A prefix token sits in the middle
+    of the image, since it stands for all of it; a mean at the mean of the places that it covers; neither has a cell.
+    Where merge does not divide the patches, the tokens at the right and below cover padding as well and have no cell.
+
+    Args:
+        patches: (rows, columns) of the tower.
+        patch_size: side of a patch in pixels.
+        merge: patches on a side of a token.
+        pooled: number of STI's taps.
+        prefix: tokens before the patches.
+        dropped: how many of all these the host drops at the front; beyond `prefix` those are patches.
+    """
+    rows, columns = (-(-n // merge) for n in patches)
+    grid = TokenGrid(patches[0] // merge, patches[1] // merge, patch_size * merge)
+    places = TokenGrid(rows, columns, grid.cell).positions()
+    inside = (places[:, 0] < grid.rows) & (places[:, 1] < grid.columns)
+    cells = torch.where(inside, places[:, 0] * grid.columns + places[:, 1], NO_CELL)
+    main = places.to(torch.float32)
+    count = len(main) // STI_POOL
+    means = main[: count * STI_POOL].unflatten(0, (count, STI_POOL)).mean(1).repeat(pooled, 1)
+    middle = main.new_tensor([[(rows - 1) / 2, (columns - 1) / 2]]).expand(prefix, 2)
+    none = cells.new_full((1,), NO_CELL)
+    return Layout(
+        grid,
+        torch.cat([middle, main, means])[dropped:],
+        torch.cat([none.expand(prefix), cells, none.expand(len(means))])[dropped:],
+    )
+
+
+def tiled_layout(tile: Layout, tiles: tuple[int, int], image: tuple[float, float, float, float], side: int) -> Layout:
+    """Tokens of an overview tile and of the tiles behind it, all on the one grid that the latter form.
+
+    A token of the overview has no cell; its place is where its centre falls on the big grid (a fraction in general).
+
+    Args:
+        tile: tokens of one tile.
+        tiles: (rows, columns) of tiles.
+        image: (left, top, width, height) of the image on the tiles' pixels; the overview shows just that, stretched.
+        side: of a tile in pixels.
+
+    Returns:
+        The layout of (1 + rows * columns) * tokens features, tile by tile.
+
+    Raises:
+        InputError: a tile's cells do not cover it.
+    """
+    small = tile.grid
+    if (small.rows * small.cell, small.columns * small.cell) != (side, side):
+        raise InputError(
+            f"merge_padding: cells of {small.cell} pixels do not cover a tile of {side}, so the tiles of anyres do not "
+            'form one grid: use RProbe.image_mode = "resize", or a merge_size that divides the tower\'s patches'
+        )
+    grid = TokenGrid(tiles[0] * small.rows, tiles[1] * small.columns, small.cell)
+    corners = TokenGrid(*tiles, side).positions() * torch.tensor([small.rows, small.columns])
+    corners = corners[:, None]  # [tiles, 1, 2], first row and column of each
+    positions = tile.positions + corners
+    row, column = tile.cells // small.columns + corners[..., 0], tile.cells % small.columns + corners[..., 1]
+    cells = torch.where(tile.cells >= 0, row * grid.columns + column, NO_CELL)
+    left, top, width, height = image
+    share = (tile.positions + 0.5) / torch.tensor([small.rows, small.columns])
+    overview = (share * torch.tensor([height, width]) + torch.tensor([top, left])) / grid.cell - 0.5
+    return Layout(
+        grid,
+        torch.cat([overview, positions.flatten(0, 1)]),
+        torch.cat([torch.full_like(tile.cells, NO_CELL), cells.flatten()]),
+    )
