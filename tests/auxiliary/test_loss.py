@@ -3,10 +3,9 @@
 import pytest
 import torch
 from models import IMAGE
-from PIL import Image
 from probe.tiny import Characters, processor, unique_page
 
-from llava_patch import AuxiliaryProbe, DenseConnector, Routing, SkipLinks, patch
+from llava_patch import AuxiliaryProbe, DeepStack, DenseConnector, Routing, SkipLinks, patch
 from llava_patch.auxiliary.attach import HEAD
 from llava_patch.auxiliary.head import Seen, token_errors
 from llava_patch.auxiliary.regions import Region, collate
@@ -170,7 +169,31 @@ def test_other_kinds_of_tokens(host):
     handle.remove()
     handle = patch(host.model, fusion=SkipLinks(stride=2, merge_size=2), probe=AuxiliaryProbe(weight=1.0))
     assert handle.auxiliary.layout.grid.pixels == 28 * 28 * 3
+    host.model.train()
+    host.tokens = handle.tokens_per_image
+    target = torch.tensor([[False, True, False, True]])
+    given = {"image": torch.tensor([0]), "target": target, "text": torch.tensor([[5]]), "counts": torch.tensor([1])}
+    host.model(**batch(host, rprobe=given)).loss.backward()
+    with pytest.raises(InputError, match="knows 4 tokens an image, the model gave 4 and the collator marked 16"):
+        host.model(**batch(host, rprobe=regions(host)))
     handle.remove()
+
+
+def test_what_deep_stack_adds_reaches_the_head(host):
+    """With its projector's gradient, in the layers that the head has (two of six here)."""
+    stack = DeepStack(taps=(2, 4, 6), start=0, interval=1)
+    handle = patch(host.model, fusion=stack, probe=AuxiliaryProbe(weight=1.0))
+    added = handle.adapter_parameters()[4:]
+    with torch.no_grad():
+        for parameter in added:
+            parameter.normal_(std=0.1)
+    host.model.train()
+    own = torch.autograd.grad(host.model(**batch(host)).loss, added)
+    both = torch.autograd.grad(host.model(**batch(host, rprobe=regions(host))).loss, added)
+    assert handle.auxiliary.head.decoder.injection_layers == (0, 1)
+    assert all((a - b).abs().max() > 1e-4 for a, b in zip(own, both, strict=True))
+    host.model(**batch(host)).loss.backward()
+    assert all(p.grad is not None for p in handle.auxiliary.head.parameters())
 
 
 def test_share_of_the_steps_is_the_same_everywhere(host):
@@ -266,8 +289,3 @@ def test_an_image_is_not_needed_to_hold_the_graph_together(host):
     host.model.train()
     host.model(**host.batch([(5,), (3,)], labels=True).inputs).loss.backward()
     assert all(p.grad is not None and not p.grad.any() for p in handle.auxiliary.head.parameters())
-
-
-def test_an_image_of_another_size(tmp_path):
-    """The image's own size decides where a box is, not the size that the tower takes."""
-    assert Image.new("RGB", (3, 4)).size == (3, 4)

@@ -173,3 +173,27 @@ def test_saved_models_and_adapters_hold_nothing_of_the_head(host, tmp_path):
 
         model = type(host.model).from_pretrained(tmp_path / "full")
         assert get_handle(model).probe is None and torch.equal(model(**given).logits, expected)
+
+
+def test_a_training_recipe_at_evaluation_and_in_inspect(tmp_path, monkeypatch, capsys):
+    """Gin files of a training run are reused for evaluation, where the loss has no place."""
+    from typer.testing import CliRunner
+
+    from llava_patch import get_handle, loading
+    from llava_patch.cli import app
+
+    hf_model().save_pretrained(tmp_path / "stock")
+    loading._say_once.cache_clear()
+    monkeypatch.setenv("LLAVA_PATCH_GIN_PARAM", "AuxiliaryProbe.weight = 0.3")
+    doctor = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "300"}).output
+    assert "AuxiliaryProbe(weight=0.3" in doctor.replace("\n", "")
+    model = type(hf_model()).from_pretrained(tmp_path / "stock")
+    assert get_handle(model) is None
+    assert capsys.readouterr().err.count("AuxiliaryProbe is a training loss, without effect here") == 1
+
+    record = {"format": 1, "fusion": None, "routing": None, "pruning": None, "form": "full",
+              "probe": {"method": "AuxiliaryProbe", "weight": 0.3}}  # fmt: skip
+    (tmp_path / "stock" / "llava_patch.json").write_text(json.dumps(record))
+    text = CliRunner().invoke(app, ["inspect", str(tmp_path / "stock")], env={"COLUMNS": "300"}).output
+    assert "probe: {'method': 'AuxiliaryProbe', 'weight': 0.3}" in text
+    assert get_handle(type(hf_model()).from_pretrained(tmp_path / "stock")) is None
