@@ -69,6 +69,10 @@ class Configuration:
         """Keyword arguments of `patch`."""
         return {"fusion": self.fusion, "routing": self.routing, "pruning": self.pruning, "probe": self.probe}
 
+    def lasting(self) -> dict[str, Any]:
+        """Keyword arguments of `patch` for a model that is used and not trained; only what is asked for."""
+        return {k: v for k, v in self.methods().items() if v is not None and k != AuxiliaryProbe.KIND}
+
     @property
     def patches(self) -> bool:
         """Whether a model is to be patched."""

@@ -96,13 +96,12 @@ def _load_base_for(
 def _finish(model: Any) -> Any:
     """Apply what flags or environment ask for to a model that is loaded for use; training waits for the Trainer."""
     asked = None if startup.training() else startup.configuration()
-    methods = {} if asked is None else {k: v for k, v in asked.methods().items() if v is not None}
-    if methods.pop("probe", None) is not None:  # a training recipe reused for evaluation
+    if asked is not None and asked.probe is not None:  # a training recipe reused for evaluation
         _say_once("llava_patch: AuxiliaryProbe is a training loss, without effect here")
-    if methods:
+    if asked is not None and asked.lasting():
         from llava_patch.patching import patch
 
-        patch(_model_of(model), **methods)
+        patch(_model_of(model), **asked.lasting())
     return model
 
 

@@ -179,6 +179,7 @@ class Auxiliary:
         else:
             if seen is None:
                 raise InputError("a batch with regions but without images")
+            regions = {name: value.to(device) for name, value in regions.items()}
             errors = token_errors(self.head, self.anatomy.embed_tokens, seen, regions)
             term = self.settings.weight * weight * errors.mean()
             self._note(loss, weight, errors)

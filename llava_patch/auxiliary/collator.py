@@ -21,7 +21,7 @@ class RegionCollator:
         collator = RegionCollator(my_collator, handle, processor.image_processor, processor.tokenizer)
         arguments = TrainingArguments(..., remove_unused_columns=False)
         trainer = Trainer(model, arguments, train_dataset=data, data_collator=collator)
-        llava_patch.auxiliary.follow(trainer)
+        follow(trainer)
         trainer.train()
 
     `remove_unused_columns` must be False: the Trainer would otherwise drop what the model's `forward` does not name,

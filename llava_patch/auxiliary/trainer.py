@@ -89,6 +89,11 @@ def follow(trainer: Any, *, release: bool = False) -> None:
         )
     if getattr(trainer, "compute_loss_func", None) is not None:
         raise SettingError("AuxiliaryProbe adds to the model's own loss, but the Trainer has a compute_loss_func")
+    if getattr(trainer.args, "n_gpu", 0) > 1:
+        raise SettingError(
+            f"one process on {trainer.args.n_gpu} GPUs (nn.DataParallel) would split the regions apart from their "
+            "images: launch with torchrun or deepspeed, or set CUDA_VISIBLE_DEVICES to one"
+        )
     auxiliary = handle.auxiliary
     if auxiliary.head is not None:
         auxiliary.head.requires_grad_(True)  # peft freezes whatever is no LoRA

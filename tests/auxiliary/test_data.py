@@ -1,6 +1,7 @@
 """Regions in records: how they are read and refused, in LLaVA's data and in one's own."""
 
 import json
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -78,6 +79,7 @@ def test_llavas_data_keep_their_regions(auxiliary, folder):
     # 112 x 56 is padded to 112 x 112 and halved: the page lies in rows 1 and 2 of the 4 x 4 tokens.
     assert [t.nonzero().flatten().tolist() for t in found["target"]] == [[4, 11], [6]]
     assert found["text"].tolist() == [[6, 6, 8], [7, 0, 0]] and found["counts"].tolist() == [3, 1]
+    assert torch.equal(pickle.loads(pickle.dumps(data))[1]["rprobe"]["text"], data[1]["rprobe"]["text"])  # a worker's
     assert not any(t.is_floating_point() for t in found.values())  # DeepSpeed's Trainer would round them
 
 

@@ -110,9 +110,10 @@ def test_the_targets_are_the_pixels_under_the_box(host, mode, monkeypatch):
     given = host.batch([(3, IMAGE, 5), (2, IMAGE, 4)], labels=True).inputs
     key = "images" if host.name == "llava" else "pixel_values"
     given[key] = torch.cat([given[key][:1], transform.pixel_values([page])])
-    _answers(handle, monkeypatch)
+    calls = _answers(handle, monkeypatch)
     host.model.train()
     host.model(**given, rprobe=collate([marked], [1]))
+    assert torch.equal(calls[0][0], handle.anatomy.encode_images(given[key])[1])  # the tokens of that very image
     cut = given[key][1, :, 14:28, 28:42]
     assert handle.auxiliary.take_logs()["rprobe_loss"] == pytest.approx(float(cut.square().mean()), rel=1e-6)
 
