@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from llava_patch.errors import HostError, InputError
 from llava_patch.handle import get_handle
 from llava_patch.hosts.anatomy import Anatomy
-from llava_patch.hosts.compat import call_layer, causal_mask
+from llava_patch.hosts.compat import call_layer, causal_mask, sliding_window
 from llava_patch.hosts.projections import rotate
 from llava_patch.probe.rotary import frequencies, rotary_1d, rotary_2d
 from llava_patch.probe.sequence import ProbeSequence, TokenGrid, arrange
@@ -69,7 +69,7 @@ class ProbeDecoder(nn.Module):
 
     Args:
         anatomy: the model under test.
-        grid: its visual tokens.
+        grid: of any image; only the number of pixels under a token is read.
         rope: "attention" or "embedding", see `RProbe.rope`.
         seed: of the MLP's initial weights; the caller's random state is not touched.
 
@@ -138,7 +138,7 @@ class ProbeDecoder(nn.Module):
             float32 [targets, pixels]: all targets of the first sample in the host's order, then of the second, ...
 
         Raises:
-            InputError: injections for another number of layers.
+            InputError: injections for another number of layers, or a sequence longer than a sliding window.
         """
         hidden = self.hidden_states(image_tokens, text_tokens, sequence, injections)
         return self.head(hidden[sequence.target])
@@ -153,7 +153,12 @@ class ProbeDecoder(nn.Module):
                 f"R-Probe's decoder takes DeepStack's features for layers {list(self.injection_layers)}, got those of "
                 f"{given} layers"
             )
-        slots = sequence.order.shape[1]
+        slots, window = sequence.order.shape[1], sliding_window(self.config)
+        if window is not None and window < slots:
+            raise InputError(
+                f"this LLM attends {window} positions back (sliding_window), an image and its text are {slots}, so "
+                "targets would not see all of the context: set text_config.sliding_window = None or use fewer tokens"
+            )
         rotary = rotary_2d(sequence.positions, self.inv_freq)
         turn = None
         if self.rope == "embedding":

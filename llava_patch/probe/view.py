@@ -61,8 +61,10 @@ def make_transform(anatomy: Anatomy, image_processor: Any, mode: str) -> Transfo
 
     Raises:
         SettingError: a mode that the model or the processor does not know.
-        HostError: an image processor of another model.
+        HostError: an image processor of another model, or a tower of several scales.
     """
+    if hasattr(anatomy.tower, "s2_scales"):
+        raise HostError("R-Probe does not know multi-scale (S2) towers: load the model without s2")
     rows, columns = anatomy.grid
     height, width = rows * anatomy.patch_size, columns * anatomy.patch_size
     taps = _taps(anatomy)

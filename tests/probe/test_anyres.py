@@ -160,7 +160,7 @@ def test_deep_stack_on_tiles(monkeypatch, case):
 
     model, image_processor = case
     page = noise(61, 100)
-    with patch(model, fusion=DeepStack(taps=(2, 5, 7), start=1, interval=1)) as handle:
+    with patch(model, fusion=DeepStack(taps=(2, 5, 7), start=0, interval=1)) as handle:
         randomise(handle)
         anatomy = handle.anatomy
         transform = make_transform(anatomy, image_processor, "anyres")
@@ -176,9 +176,10 @@ def test_deep_stack_on_tiles(monkeypatch, case):
                 count = len(model.model.get_image_features(tiles[None], sizes)[0])
                 ids = torch.tensor([[1, *[95] * count, 5]])
                 model(input_ids=ids, pixel_values=tiles[None], image_sizes=sizes)
-        features, rows = added[0]
-        assert view.injections.shape == (1, len(view.cells), 64)
-        assert torch.equal(view.injections[0], features[rows[rows > 0] - 1])
+        assert view.injections.shape == (2, len(view.cells), 64)
+        assert not torch.equal(*view.injections)
+        for mine, (features, rows) in zip(view.injections, added, strict=False):
+            assert torch.equal(mine, features[rows[rows > 0] - 1])
 
 
 def test_other_tokens_on_flat_tiles(tmp_path):
@@ -217,6 +218,21 @@ def test_no_limit_of_the_prompt_cuts_the_image(case):
     assert torch.equal(whole.tokens, cut.tokens)
     assert (dict(vars(model.config)), set(vars(model))) == before
     del model.config.tokenizer_model_max_length
+
+
+@pytest.mark.parametrize("host", ["hf", "llava"])
+def test_half_precision(host, tmp_path):
+    """Tokens keep the model's precision, and the order of tokens does not suffer from it."""
+    model, image_processor = anyres_model(host, tmp_path)
+    page = noise(200, 96)
+    transform = make_transform(find(model), image_processor, "anyres")
+    expected = look(find(model), transform, [page])[0]
+    with torch.inference_mode():
+        found = look(find(model.bfloat16()), transform, [page])[0]
+    assert found.tokens.dtype == torch.bfloat16
+    assert torch.equal(found.cells, expected.cells)
+    assert torch.equal(found.positions, expected.positions)
+    torch.testing.assert_close(found.tokens.float(), expected.tokens, atol=0.1, rtol=0.1)  # eight bits of mantissa
 
 
 def test_refusals(case, tmp_path):

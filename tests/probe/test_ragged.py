@@ -202,3 +202,12 @@ def test_layers_out_of_reach_are_named_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ProbeDecoder(find(model), GRID)
+
+
+def test_a_sliding_window_that_hides_context_is_refused(model):
+    decoder = ProbeDecoder(find(model), GRID)
+    decoder.config.sliding_window = 24
+    assert len(Ragged().run(decoder, 1))  # 21 slots
+    decoder.config.sliding_window = 20
+    with pytest.raises(InputError, match=r"attends 20 positions back \(sliding_window\), an image and its text are 21"):
+        Ragged().run(decoder, 1)

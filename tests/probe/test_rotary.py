@@ -10,7 +10,7 @@ from llava_patch.probe.rotary import frequencies, rotary_1d, rotary_2d
 HEAD = 16
 
 
-def scores(query_at: tuple[int, int], key_at: tuple[int, int], dtype=torch.float64) -> torch.Tensor:
+def scores(query_at: tuple[float, float], key_at: tuple[float, float], dtype=torch.float64) -> torch.Tensor:
     """Attention scores of 8 fixed random query-key pairs, rotated by transformers' own function."""
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 1, 8, 1, HEAD, generator=generator, dtype=dtype)
@@ -22,9 +22,11 @@ def scores(query_at: tuple[int, int], key_at: tuple[int, int], dtype=torch.float
 
 
 def test_scores_depend_on_differences_only():
-    for shift_row, shift_column in ((5, 0), (0, 7), (11, 3)):
-        moved = scores((9 + shift_row, 4 + shift_column), (2 + shift_row, 6 + shift_column))
-        torch.testing.assert_close(moved, scores((9, 4), (2, 6)), atol=1e-5, rtol=0)
+    for shift_row, shift_column in ((5, 0), (0, 7), (11, 3), (2.375, 0.5)):
+        for query, key in (((9, 4), (2, 6)), ((9.25, 4), (2.5, 6.625))):  # an overview's tokens sit between the others
+            moved = scores((query[0] + shift_row, query[1] + shift_column), (key[0] + shift_row, key[1] + shift_column))
+            torch.testing.assert_close(moved, scores(query, key), atol=1e-5, rtol=0)
+    assert (scores((9.25, 4), (2.5, 6.625)) - scores((9, 4), (2, 6))).abs().min() > 1e-4
 
 
 def test_scores_depend_on_row_and_on_column():
