@@ -11,7 +11,7 @@ from llava_patch.auxiliary.regions import KEY
 from llava_patch.errors import SettingError
 from llava_patch.fusion import optimizer as optimizer_groups
 from llava_patch.handle import get_handle
-from llava_patch.hosts import lora
+from llava_patch.hosts import compat, lora
 
 if TYPE_CHECKING:
     from llava_patch.handle import Handle
@@ -144,6 +144,7 @@ def _follow_resume(trainer: Any, handle: "Handle") -> None:
     @functools.wraps(original)
     def load_head_too(resume_from_checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
         loaded = original(resume_from_checkpoint, *args, **kwargs)
+        compat.load_renamed(handle.model, Path(resume_from_checkpoint))
         head_file.load(handle, Path(resume_from_checkpoint))
         return loaded
 

@@ -76,7 +76,10 @@ def test_a_run_logs_both_losses_learns_and_goes_on(tmp_path):
     assert fingerprint and set(fingerprint) <= set(here)
     with pytest.raises(CheckpointError, match="made on another base model"):
         head_file.load(again, folder)
-    again.anatomy.model.load_state_dict(handle.anatomy.model.state_dict())
+    other.train(resume_from_checkpoint=str(folder))  # the model's weights too, which the stock Trainer leaves out on HF
+    ended, here = handle.anatomy.model.state_dict(), again.anatomy.model.state_dict()
+    assert all(torch.equal(tensor, here[name]) for name, tensor in ended.items())
+    assert [e["loss"] for e in other.state.log_history if "loss" in e] == [e["loss"] for e in logs]
     head_file.save(again, tmp_path / "c", writes=True)
     expected = [p.clone() for p in again.auxiliary.head.parameters()]
     with torch.no_grad():
