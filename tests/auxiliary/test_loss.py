@@ -206,8 +206,9 @@ def test_share_of_the_steps_is_the_same_everywhere(host):
         handle.auxiliary.begin_step(step)
         chosen.append(handle.auxiliary.computes)
     assert 0.22 < sum(chosen) / 2000 < 0.28
-    handle.auxiliary.begin_step(5)  # a resumed run
-    assert handle.auxiliary.computes == chosen[5]
+    for step in range(500, 600):  # a resumed run
+        handle.auxiliary.begin_step(step)
+        assert handle.auxiliary.computes == chosen[step]
     handle.auxiliary.begin_step(chosen.index(False))
     host.model.train()
     host.model(**batch(host, rprobe=regions(host)))
