@@ -20,11 +20,13 @@ _EXPORTS = {
     "DeepStack": "llava_patch.settings",
     "Routing": "llava_patch.settings",
     "FastV": "llava_patch.settings",
+    "AuxiliaryProbe": "llava_patch.settings",
     "RProbe": "llava_patch.probe.settings",
     "Saturation": "llava_patch.diagnostics.saturation",
     "LlavaPatchError": "llava_patch.errors",
 }
 __all__ = [
+    "AuxiliaryProbe",
     "DeepStack",
     "DenseConnector",
     "DirectFusion",
@@ -48,7 +50,7 @@ if TYPE_CHECKING:
     from llava_patch.handle import Handle, get_handle
     from llava_patch.patching import patch
     from llava_patch.probe.settings import RProbe
-    from llava_patch.settings import DeepStack, DenseConnector, DirectFusion, FastV, Routing, SkipLinks
+    from llava_patch.settings import AuxiliaryProbe, DeepStack, DenseConnector, DirectFusion, FastV, Routing, SkipLinks
 
 
 def __getattr__(name: str) -> object:

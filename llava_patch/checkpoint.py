@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_patch import tower_weights
+from llava_patch.auxiliary.attach import HEAD
 from llava_patch.errors import CheckpointError
 from llava_patch.files import atomic
 from llava_patch.fusion.processor import fields
@@ -59,10 +60,15 @@ def base_fingerprint(model: nn.Module, changed: set[str]) -> dict[str, list[floa
     """
     samples = {}
     for name, parameter in model.named_parameters():
-        if name in changed or len(zero.shape(parameter)) != 2:
+        if name in changed or not _is_base(name) or len(zero.shape(parameter)) != 2:
             continue
         samples[name] = _sample(parameter, _FINGERPRINT_VALUES).tolist()
     return samples
+
+
+def _is_base(name: str) -> bool:
+    """Whether a tensor is no part of the auxiliary loss's head, which is saved apart and only for training."""
+    return not name.startswith(f"{HEAD}.")
 
 
 def _sample(parameter: Tensor, count: int) -> Tensor:
@@ -76,11 +82,16 @@ def _sample(parameter: Tensor, count: int) -> Tensor:
 def _check_base(handle: Handle, saved: dict[str, list[float]], source: Path) -> None:
     """Compare the fingerprint; a tower that `llava` loads later is compared then."""
     tower = {n: v for n, v in saved.items() if "vision_tower" in n}
-    _check_fingerprint(handle.model, {n: v for n, v in saved.items() if n not in tower}, source)
-    when_loaded(handle.anatomy, handle._undo, lambda _: _check_fingerprint(handle.model, tower, source))
+    check_fingerprint(handle.model, {n: v for n, v in saved.items() if n not in tower}, source)
+    when_loaded(handle.anatomy, handle._undo, lambda _: check_fingerprint(handle.model, tower, source))
 
 
-def _check_fingerprint(model: nn.Module, saved: dict[str, list[float]], source: Path) -> None:
+def check_fingerprint(model: nn.Module, saved: dict[str, list[float]], source: Path) -> None:
+    """Compare a model with what `base_fingerprint` saved.
+
+    Raises:
+        CheckpointError: names the first tensor that differs.
+    """
     parameters = dict(model.named_parameters())
     for name, values in saved.items():
         if name not in parameters:
@@ -103,6 +114,8 @@ def adapter_tensors(handle: Handle) -> dict[str, Tensor]:
     trained = set(handle.trainable())
     tensors = {}
     for name, parameter in model.named_parameters():
+        if not _is_base(name):
+            continue
         if id(parameter) in kept or name in trained:
             with zero.gathered([parameter]):
                 tensors[name] = parameter.detach().to("cpu").clone().contiguous()

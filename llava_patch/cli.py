@@ -107,7 +107,7 @@ def inspect(checkpoint: Path = typer.Argument(..., help="a checkpoint folder")) 
     if not record:
         console.print(f"{checkpoint}: a stock checkpoint (no {SETTINGS_FILE}, nothing in config.json)")
         return
-    for kind in ("fusion", "routing", "pruning"):
+    for kind in ("fusion", "routing", "pruning", "probe"):
         console.print(f"{kind}: {record.get(kind) or 'none'}")
     if record.get("trained_tower"):
         console.print("vision tower: trained")

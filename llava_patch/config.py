@@ -21,7 +21,7 @@ from llava_patch.diagnostics.saturation import Saturation
 from llava_patch.errors import SettingError
 from llava_patch.probe.settings import RProbe
 from llava_patch.resources import gin_dir
-from llava_patch.settings import METHODS, FastV, Fusion, Routing
+from llava_patch.settings import METHODS, AuxiliaryProbe, FastV, Fusion, Routing
 from llava_patch.sweep.settings import Sweep
 
 MEASUREMENTS: dict[str, Any] = {"RProbe": RProbe, "Saturation": Saturation}
@@ -45,6 +45,7 @@ class Configuration:
         fusion: fusion settings or None.
         routing: routing settings or None.
         pruning: pruning settings or None.
+        probe: settings of R-Probe as an auxiliary loss or None; only training uses them.
         measurements: settings of measurements that have a binding, by class name.
         flags: flags for LLaVA's training script, by name.
         sweep: a grid for `llava-patch sweep`, or None.
@@ -56,6 +57,7 @@ class Configuration:
     fusion: Fusion | None = None
     routing: Routing | None = None
     pruning: FastV | None = None
+    probe: AuxiliaryProbe | None = None
     measurements: dict[str, Any] = field(default_factory=dict)
     flags: dict[str, Any] = field(default_factory=dict)
     sweep: Sweep | None = None
@@ -65,7 +67,11 @@ class Configuration:
 
     def methods(self) -> dict[str, Any]:
         """Keyword arguments of `patch`."""
-        return {"fusion": self.fusion, "routing": self.routing, "pruning": self.pruning}
+        return {"fusion": self.fusion, "routing": self.routing, "pruning": self.pruning, "probe": self.probe}
+
+    def lasting(self) -> dict[str, Any]:
+        """Keyword arguments of `patch` for a model that is used and not trained; only what is asked for."""
+        return {k: v for k, v in self.methods().items() if v is not None and k != AuxiliaryProbe.KIND}
 
     @property
     def patches(self) -> bool:
@@ -144,6 +150,7 @@ def read(files: Sequence[str], params: Sequence[str]) -> Configuration:
         resolved["fusion"],
         resolved["routing"],
         resolved["pruning"],
+        resolved["probe"],
         measurements,
         flags,
         sweep,

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -25,8 +25,11 @@ from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.routing import attach as routing_attach
 from llava_patch.routing import side_branch
 from llava_patch.routing.program import Program, make_program
-from llava_patch.settings import FastV, Fusion, Routing, to_dict
+from llava_patch.settings import AuxiliaryProbe, FastV, Fusion, Routing, to_dict
 from llava_patch.undo import UndoStack
+
+if TYPE_CHECKING:
+    from llava_patch.auxiliary.attach import Auxiliary
 
 CONFIG_KEY = "llava_patch"
 FORMAT = 1
@@ -43,6 +46,7 @@ class _Mark(NamedTuple):
     taps: Taps | None
     trained_tower: bool
     carries: bool
+    auxiliary: Auxiliary | None
 
 
 class Handle:
@@ -57,6 +61,7 @@ class Handle:
         taps: the blocks that the fusion taps on this tower, or None.
         trained_tower: whether the vision tower's weights are not the original ones: something in it trains, or did in
             an earlier run.
+        auxiliary: R-Probe as an auxiliary loss, or None.
     """
 
     def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
@@ -68,6 +73,7 @@ class Handle:
         self.pruning: FastV | None = None
         self.taps: Taps | None = None
         self.trained_tower = False
+        self.auxiliary: "Auxiliary | None" = None
         self._undo = UndoStack()
         self._undo.push(restore_flags(model))
         self.active = True
@@ -77,8 +83,9 @@ class Handle:
 
     def _mark(self) -> _Mark:
         return _Mark(
-            len(self._undo), self.fusion, self.routing, self.pruning, self.taps, self.trained_tower, self._carries
-        )
+            len(self._undo), self.fusion, self.routing, self.pruning, self.taps, self.trained_tower, self._carries,
+            self.auxiliary,
+        )  # fmt: skip
 
     def _back_to(self, mark: _Mark) -> None:
         """Take back what was applied since; everything when the mark is the beginning."""
@@ -86,7 +93,8 @@ class Handle:
             self.remove()
         elif self.active:
             self._undo.unwind(to=mark.steps)
-            _, self.fusion, self.routing, self.pruning, self.taps, self.trained_tower, self._carries = mark
+            _, self.fusion, self.routing, self.pruning, self.taps, self.trained_tower, self._carries, auxiliary = mark
+            self.auxiliary = auxiliary
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Handle":
         """Refused: the copy's methods would still run the original's weights."""
@@ -108,12 +116,21 @@ class Handle:
 
     def __repr__(self) -> str:
         """Name what is applied."""
-        parts = [str(s) for s in (self.fusion, self.routing, self.pruning) if s is not None]
+        parts = [str(s) for s in (self.fusion, self.routing, self.pruning, self.probe) if s is not None]
         removed = "" if self.active else " (removed)"
         return f"<llava_patch on {type(self.model).__name__}: {', '.join(parts) or 'nothing'}{removed}>"
 
+    @property
+    def probe(self) -> AuxiliaryProbe | None:
+        """Settings of the auxiliary loss, or None."""
+        return None if self.auxiliary is None else self.auxiliary.settings
+
     def settings(self) -> dict[str, Any]:
-        """The applied settings as JSON values, as they are stored in a checkpoint's config."""
+        """The applied settings as JSON values, as a run's llava_patch.json records them."""
+        return self.record() | ({} if self.probe is None else {"probe": to_dict(self.probe)})
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint's config holds: all that its finished model needs, so not the auxiliary loss."""
         return {
             "format": FORMAT,
             "fusion": None if self.fusion is None else to_dict(self.fusion),
@@ -209,6 +226,10 @@ class Handle:
         """Parameters between the vision tower and the decoder: the projector's, and DeepStack's second projector's."""
         return [*self.anatomy.projector.parameters(), *fusion_attach.parameters(self.anatomy)]
 
+    def _head_parameters(self) -> list[nn.Parameter]:
+        head = None if self.auxiliary is None else self.auxiliary.head
+        return [] if head is None else list(head.parameters())
+
     def param_groups(
         self, lr: float, weight_decay: float = 0.0, projector_lr: float | None = None
     ) -> list[dict[str, Any]]:
@@ -242,10 +263,15 @@ class Handle:
             base_lr: the tower's learning rate where the fusion names none.
         """
         fusion = self.fusion
+        head = self._head_parameters()
+        groups = list(groups)
+        if head and self.probe is not None and self.probe.lr is not None:
+            groups = fusion_optimizer.apart(groups, {id(p) for p in head}, self.probe.lr)
         if fusion is None or self.taps is None:
-            return list(groups)
+            return groups
         below = fusion_optimizer.distances(self.anatomy.vision_parts(), self.taps.deepest)
-        adapter = {id(p) for p in self.adapter_parameters()} if fusion.unfreeze_after else set()
+        first = [*self.adapter_parameters(), *head]
+        adapter = {id(p) for p in first} if fusion.unfreeze_after else set()
         return fusion_optimizer.regroup(
             groups, below, base_lr=base_lr, tower_lr=fusion.tower_lr, layer_decay=fusion.layer_decay, adapter=adapter
         )
@@ -265,7 +291,9 @@ class Handle:
         """
         if self.fusion is None or not self.fusion.unfreeze_after:
             raise SettingError("handle.warm_up() carries out a fusion's unfreeze_after, which is not set")
-        held = WarmUp(optimizer, self.adapter_parameters(), steps_of(self.fusion.unfreeze_after, steps))
+        # The auxiliary loss's head learns with the projector, which gets gradients through it.
+        first = [*self.adapter_parameters(), *self._head_parameters()]
+        held = WarmUp(optimizer, first, steps_of(self.fusion.unfreeze_after, steps))
         self._undo.push(held.end)
         return held
 
@@ -284,6 +312,9 @@ class Handle:
         names = set(self.trainable())
         count, total = self._counts(names)
         line = f"{count:,} of {total:,} parameters train ({100 * count / max(total, 1):.2f} %), {len(names)} tensors"
+        head = sum(zero.numel(p) for p in self._head_parameters())
+        if head:
+            line += f"; {head:,} of them are the head of the auxiliary loss, which is not part of the finished model"
         if self.fusion is not None and fusion_attach.is_silent(self.anatomy, names):
             freezes = self.routing is not None and self.routing.freeze != "none"
             line += f"; {type(self.fusion).__name__} does nothing: its new weights are zero and frozen (" + (
@@ -327,7 +358,7 @@ def fingerprint(model: nn.Module) -> str:
     handle = get_handle(model)
     if handle is None:
         return ""
-    digest = hashlib.sha256(json.dumps(handle.settings(), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(handle.record(), sort_keys=True).encode())
     for parameter in added_parameters(handle):
         with zero.gathered([parameter]):
             flat = parameter.detach().flatten()

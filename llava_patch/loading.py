@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -95,11 +96,18 @@ def _load_base_for(
 def _finish(model: Any) -> Any:
     """Apply what flags or environment ask for to a model that is loaded for use; training waits for the Trainer."""
     asked = None if startup.training() else startup.configuration()
-    if asked is not None and asked.patches:
+    if asked is not None and asked.probe is not None:  # a training recipe reused for evaluation
+        _say_once("llava_patch: AuxiliaryProbe is a training loss, without effect here")
+    if asked is not None and asked.lasting():
         from llava_patch.patching import patch
 
-        patch(_model_of(model), **asked.methods())
+        patch(_model_of(model), **asked.lasting())
     return model
+
+
+@functools.lru_cache
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _model_of(loaded: Any) -> Any:

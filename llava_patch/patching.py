@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from llava_patch.auxiliary.attach import Auxiliary
 from llava_patch.errors import SettingError
 from llava_patch.fusion import attach as fusion_attach
 from llava_patch.fusion.taps import injection_layers
@@ -18,7 +19,7 @@ from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.hosts.compat import check_versions
 from llava_patch.routing import attach as routing_attach
 from llava_patch.routing.program import make_program
-from llava_patch.settings import AUTO, FUSIONS, FastV, Fusion, Routing, differs
+from llava_patch.settings import AUTO, FUSIONS, AuxiliaryProbe, FastV, Fusion, Routing, differs
 
 
 def patch(
@@ -26,7 +27,7 @@ def patch(
     fusion: Fusion | None = None,
     routing: Routing | None = None,
     pruning: FastV | None = None,
-    probe: None = None,
+    probe: AuxiliaryProbe | None = None,
     *,
     zero_start: bool = True,
     loading: bool = False,
@@ -40,7 +41,7 @@ def patch(
         fusion: multi-layer vision fusion.
         routing: routing of image tokens around the deep layers.
         pruning: pruning of image tokens, alone or beside any routing variant.
-        probe: reserved for the auxiliary R-Probe loss.
+        probe: R-Probe as an auxiliary loss in training.
         zero_start: grow an existing projector so that the output does not change (True), or initialise the widened
             layer as a new one (False: a projector that was made from scratch).
         loading: the model is being built from a patched checkpoint and its weights follow.
@@ -55,6 +56,7 @@ def patch(
     """
     for name, value, kinds in (
         ("fusion", fusion, FUSIONS), ("routing", routing, (Routing,)), ("pruning", pruning, (FastV,)),
+        ("probe", probe, (AuxiliaryProbe,)),
     ):  # fmt: skip
         if isinstance(value, (tuple, list)):
             raise SettingError(f"patch({name}=...) got {len(value)} settings: a model takes one {name}")
@@ -65,9 +67,7 @@ def patch(
             if isinstance(value, type):
                 hint = f" (an instance: {value.__name__}())"
             raise SettingError(f"patch({name}={value!r}): expected {expected}{hint}")
-    if probe is not None:
-        raise SettingError("patch(probe=...) is not available in this version")
-    _check_together(fusion, routing)
+    _check_together(fusion, routing, probe)
     check_versions()
     found = anatomy_module.find(model)
     if (getattr(found.model, "_tp_size", None) or 1) > 1:
@@ -91,7 +91,7 @@ def patch(
     if handle is None:
         handle = Handle(found.model, found)
     else:
-        _check_against(handle, fusion, routing, pruning)
+        _check_against(handle, fusion, routing, pruning, probe)
         handle._began = handle._mark()
         handle._undo.push(restore_flags(found.model))
     try:
@@ -112,13 +112,18 @@ def patch(
             handle.fusion = fusion
         routing_attach.attach(found, program, handle._undo)
         handle.routing, handle.pruning = routing or handle.routing, pruning or handle.pruning
-        _check_together(handle.fusion, handle.routing)
+        _check_together(handle.fusion, handle.routing, probe or handle.probe)
         if handle.fusion is not None and handle.fusion.train_tower != "frozen":
             handle.trained_tower = True
-        handle._undo.set_attribute(found.model.config, CONFIG_KEY, handle.settings())
+        if any(s is not None for s in (handle.fusion, handle.routing, handle.pruning)):
+            handle._undo.set_attribute(found.model.config, CONFIG_KEY, handle.record())
         if not loading:
             handle.apply_freeze()
         handle._undo.set_attribute(found.model, HANDLE, handle)
+        if probe is not None and handle.auxiliary is None:  # last: its head follows what the fusion does
+            auxiliary = Auxiliary(found, probe, handle.tokens_per_image)
+            auxiliary.attach(handle._undo)
+            handle.auxiliary = auxiliary
     except BaseException:
         handle._back_to(handle._began)
         raise
@@ -148,7 +153,12 @@ def _check_partitioned(found: Anatomy, fusion: Fusion | None, routing: Routing |
         )
 
 
-def _check_together(fusion: Fusion | None, routing: Routing | None) -> None:
+def _check_together(fusion: Fusion | None, routing: Routing | None, probe: AuxiliaryProbe | None) -> None:
+    if probe is not None and routing is not None and routing.freeze != "none":
+        raise SettingError(
+            f'Routing.freeze = "{routing.freeze}" freezes the projector and the vision tower, so that AuxiliaryProbe '
+            'would train nothing but its own head: set Routing.freeze = "none", or leave AuxiliaryProbe out'
+        )
     if fusion is not None and routing is not None and fusion.train_tower != "frozen" and routing.freeze != "none":
         raise SettingError(
             f"{type(fusion).__name__}.train_tower = {fusion.train_tower!r} contradicts Routing.freeze = "
@@ -156,14 +166,22 @@ def _check_together(fusion: Fusion | None, routing: Routing | None) -> None:
         )
 
 
-def _check_against(handle: Handle, fusion: Fusion | None, routing: Routing | None, pruning: FastV | None) -> None:
+def _check_against(
+    handle: Handle, fusion: Fusion | None, routing: Routing | None, pruning: FastV | None, probe: AuxiliaryProbe | None
+) -> None:
     for name, asked, there in (
         ("fusion", fusion, handle.fusion), ("routing", routing, handle.routing), ("pruning", pruning, handle.pruning),
+        ("probe", probe, handle.probe),
     ):  # fmt: skip
         if isinstance(asked, Routing) and isinstance(there, Routing):  # what trains may differ from one run to the next
             there = dataclasses.replace(there, freeze=asked.freeze)
         if isinstance(asked, Fusion) and isinstance(there, Fusion) and not differs(asked, there):
             continue
+        if name == "fusion" and asked is not None and there is None and handle.auxiliary is not None:
+            raise SettingError(
+                "a fusion under an auxiliary loss that is there already would change what its head was made for: give "
+                "both to one call of patch"
+            )
         if asked is not None and there is not None and asked != there:
             raise SettingError(
                 f"the model already carries {name} {there}, but {asked} was asked for: remove the patch first "

@@ -288,14 +288,36 @@ def _wrap_trainer_init(cls: Any) -> None:
             kwargs.get(k, args[i] if len(args) > i else None) for i, k in ((3, "train_dataset"), (2, "data_collator"))
         ]
         handle = None if model is None else training_run.prepare(model, training_args, *data)
+        probed = handle is not None and handle.auxiliary is not None
+        if probed:
+            args, kwargs = _carry_regions(handle, args, kwargs)
         if model is not None:
             compat.fix_zero3_dtypes(model, training_args)
         original(self, *args, **kwargs)
         asked = configuration()
+        if probed:
+            from llava_patch.auxiliary.trainer import follow
+
+            follow(self, release=True)  # before the callback that saves what was trained
         if handle is not None or (asked is not None and asked.flags):
             self.add_callback(training_run.make_callback(handle))
 
     cls.__init__ = __init__
+
+
+def _carry_regions(handle: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The Trainer's arguments with data that carry the auxiliary loss's regions."""
+    from llava_patch.auxiliary import llava_data
+
+    places, positional, named = {"data_collator": 2, "train_dataset": 3}, list(args), dict(kwargs)
+    data = {name: args[i] if len(args) > i else kwargs.get(name) for name, i in places.items()}
+    data["train_dataset"], data["data_collator"] = llava_data.wrap(handle.auxiliary, **data)
+    for name, i in places.items():
+        if len(positional) > i:
+            positional[i] = data[name]
+        else:
+            named[name] = data[name]
+    return tuple(positional), named
 
 
 def _wrap_create_optimizer(cls: Any) -> None:

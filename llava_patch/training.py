@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_patch import stage1, startup
+from llava_patch.auxiliary import trainer as auxiliary_trainer
 from llava_patch.errors import SettingError
 from llava_patch.fusion import trainer as fusion_trainer
 from llava_patch.settings import AUTO
@@ -76,6 +77,7 @@ def prepare(model: Any, training_args: Any, dataset: Any, collator: Any) -> "Han
         parameter.requires_grad_(any(p.requires_grad for p in handle.anatomy.projector.parameters()))
     handle.apply_freeze()
     fusion_trainer.check(handle, training_args)
+    auxiliary_trainer.check(handle, training_args)
     fusion_trainer.make_trainable(handle)
     report = handle.report()  # on every rank: it may put partitioned weights together
     if getattr(training_args, "process_index", 0) == 0:

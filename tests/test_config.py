@@ -26,7 +26,12 @@ def test_a_shipped_file_finds_what_it_includes_from_any_folder(tmp_path, monkeyp
 
 def test_files_and_bindings_combine_as_in_the_contract():
     read = config.read(["dpvr_lf_7b.gin"], ["SkipLinks.stride = 4", "Routing.split = 16"])
-    assert read.methods() == {"fusion": SkipLinks(stride=4), "routing": Routing(split=16), "pruning": None}
+    assert read.methods() == {
+        "fusion": SkipLinks(stride=4),
+        "routing": Routing(split=16),
+        "pruning": None,
+        "probe": None,
+    }
     assert "Routing.side_layers = 1" in read.operative  # defaults and all
     assert "SkipLinks.stride = 4" in read.operative
 
@@ -89,7 +94,7 @@ def test_macros_work():
         ([], ['Routing.variant = "nope"'], "expected one of lf"),
         ([], ["Routing.freeze = 3"], "Routing.freeze"),
         ([], ["Routing.split = 3", "Patch.pruning = 5"], "Patch.pruning = 5: expected @FastV"),
-        ([], ["Routing.split = 3", "Patch.probe = 5"], "Patch.probe is not available"),
+        ([], ["Routing.split = 3", "Patch.probe = 5"], r"Patch.probe = 5: expected @AuxiliaryProbe\(\)"),
         ([], ["FastV.ratio = 1.5"], "FastV.ratio = 1.5: expected a number from 0 to 1"),
         ([], ["Patch.fusion = @Routing()"], "Patch.fusion = .*expected @SkipLinks"),
         ([], ["a/SkipLinks.stride = 3"], "scoped binding"),

@@ -17,7 +17,7 @@ from llava_patch.convert import companions, configs, names
 from llava_patch.convert.complete import check_complete, compare, expected_tower, shapes_of
 from llava_patch.convert.weights import Tensors, locate, open_file, open_weights, read_json
 from llava_patch.errors import CheckpointError
-from llava_patch.handle import CONFIG_KEY
+from llava_patch.handle import CONFIG_KEY, FORMAT
 from llava_patch.hosts.anatomy import LLAVA
 
 logger = logging.getLogger("llava_patch")
@@ -95,6 +95,10 @@ def read(folder: str | os.PathLike[str], vision_tower: str | None = None) -> Che
     if record is not None:
         known = ("format", "fusion", "routing", "pruning", "trained_tower")
         record = {k: record.get(k) for k in known if k in record}
+        if record.get("format") == FORMAT and not any(
+            record.get(k) for k in known[1:]
+        ):  # a run with the auxiliary loss alone leaves a stock model
+            record = None
     tower = vision_tower or config.get("mm_vision_tower", "")
     sources: tuple[str, ...] = (source,)
     samples: dict[str, list[float]] = {}

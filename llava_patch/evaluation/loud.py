@@ -100,7 +100,7 @@ def _patch_is_configured() -> bool:
     from llava_patch import startup
 
     asked = startup.configuration()
-    return asked is not None and asked.patches
+    return asked is not None and bool(asked.lasting())
 
 
 def _fail(error: Exception, what: str, cli_args: Any) -> None:

@@ -72,6 +72,28 @@ def regroup(
     return made
 
 
+def apart(groups: Iterable[Group], own: Collection[int], lr: float) -> list[Group]:
+    """Give some parameters groups of their own.
+
+    Args:
+        groups: an optimizer's groups; each part of a group keeps its other entries.
+        own: ids of the parameters.
+        lr: their learning rate.
+
+    Returns:
+        The groups, none of them empty; what is apart already stays where it is.
+    """
+    made = []
+    for group in groups:
+        inside = [p for p in group["params"] if id(p) in own]
+        rest = [p for p in group["params"] if id(p) not in own]
+        if rest:
+            made.append({**group, "params": rest})
+        if inside:
+            made.append({**group, "params": inside, "lr": lr})
+    return made
+
+
 def by_kind(
     parameters: Iterable[nn.Parameter],
     projector: Collection[int],

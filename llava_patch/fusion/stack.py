@@ -98,7 +98,7 @@ def attach(anatomy: Anatomy, undo: UndoStack) -> None:
     `get_image_features` (and with anyres tiles `pack_image_features`) of the inner LlavaModel on HF.
     """
     undo.add_module(anatomy.projector_owner, anatomy.stack_name, copy_projector(anatomy.projector))
-    owner, name = (anatomy.model, "encode_images") if anatomy.host == LLAVA else (anatomy.wrapper, "get_image_features")
+    owner, name = anatomy.encoder
     encode = getattr(owner, name)
 
     @functools.wraps(encode)

@@ -100,10 +100,11 @@ def arrange(trainer: Any, handle: "Handle") -> None:
     """
     fusion = handle.fusion
     optimizer = trainer.optimizer
-    if fusion is None or not (fusion.tower_lr or fusion.layer_decay or fusion.unfreeze_after):
+    own_rates = fusion is not None and (fusion.tower_lr or fusion.layer_decay or fusion.unfreeze_after)
+    if not own_rates and (handle.probe is None or handle.probe.lr is None):
         return  # the groups stay as LLaVA makes them
     optimizer.param_groups[:] = handle.arrange_groups(optimizer.param_groups, optimizer.defaults["lr"])
-    if fusion.unfreeze_after:
+    if fusion is not None and fusion.unfreeze_after:
         trainer.add_callback(_callback(handle.warm_up(optimizer, 0), fusion.unfreeze_after))
 
 

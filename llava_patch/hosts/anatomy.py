@@ -221,6 +221,11 @@ class Anatomy:
             hint = ": peft has wrapped it; patch the model first, or leave the projector out of LoRA's target_modules"
         raise HostError(f"the projector {type(self.projector).__name__} has no Linear layer to widen{hint}")
 
+    @property
+    def encoder(self) -> tuple[Any, str]:
+        """(owner, name) of the method that turns pixel values into projected visual tokens in the host's own path."""
+        return (self.model, "encode_images") if self.host == LLAVA else (self.wrapper, "get_image_features")
+
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """Projected visual tokens, through the host's own path (so a patched model gives its fused features).
 

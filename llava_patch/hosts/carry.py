@@ -210,6 +210,11 @@ def offer(anatomy: Anatomy, features: list[Tensor]) -> None:
     scope.given.stacked = Stacked([f.flatten(0, 1) for f in features], rows)
 
 
+def offered(anatomy: Anatomy) -> list[Tensor] | None:
+    """What `offer` got last in the call under way; None without DeepStack."""
+    return None if (scope := _current.get()) is None or scope.anatomy.model is not anatomy.model else scope.offered
+
+
 def offer_packing(anatomy: Anatomy, rows: Tensor) -> None:
     """Say in which order anyres gives the features: int64 [features], 1 + the row, 0 for a line end."""
     scope = _current.get()

@@ -12,8 +12,10 @@ import functools
 import importlib.util
 import inspect
 import logging
+import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -365,6 +367,30 @@ def fix_optimizer_groups(llava_trainer: ModuleType) -> None:
         return optimizer
 
     cls.create_optimizer = create_optimizer
+
+
+def load_renamed(model: Any, folder: Path) -> None:
+    """Load what a Trainer that goes on from a checkpoint leaves out on HF (in place).
+
+    `save_pretrained` writes a LLaVA's tensors under the names of older versions (transformers 4.52 to 4.57);
+    `from_pretrained` translates them, but the Trainer's own loading does not, warns, and trains on with the weights
+    that it was started with.
+    """
+    from safetensors.torch import load_file
+
+    mapping = getattr(model, "_checkpoint_conversion_mapping", None)
+    if not mapping:
+        return
+    expected = set(model.state_dict())
+    for path in sorted(folder.glob("model*.safetensors")):
+        found = {}
+        for name, tensor in load_file(path).items():
+            for old, new in mapping.items() if name not in expected else ():
+                renamed, count = re.subn(old, new, name)
+                if count:
+                    found[renamed] = tensor
+                    break
+        model.load_state_dict(found, strict=False)
 
 
 def fix_zero3_dtypes(model: nn.Module, training_args: Any) -> None:

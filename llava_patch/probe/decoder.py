@@ -163,7 +163,7 @@ class ProbeDecoder(nn.Module):
         turn = None
         if self.rope == "embedding":
             # Every token carries the place it had in the image: rotating before or after reordering is the same.
-            turn = rotary_2d(sequence.positions, self.embedding_freq)
+            turn = _like(image_tokens, rotary_2d(sequence.positions, self.embedding_freq))
             rotary = rotary_1d(slots, self.inv_freq)
         is_image = (sequence.order < image_tokens.shape[1])[..., None]
 
@@ -172,6 +172,7 @@ class ProbeDecoder(nn.Module):
             return arranged if turn is None else torch.where(is_image, rotate(arranged, *turn), arranged)
 
         hidden = place(image_tokens, text_tokens)
+        rotary = _like(hidden, rotary)
         # Padding is at the end, where causality already hides it from every valid token: no padding mask is needed.
         mask = causal_mask(self.config, hidden)
         for number, layer in enumerate(self.layers):
@@ -180,6 +181,11 @@ class ProbeDecoder(nn.Module):
                 hidden = hidden + place(added, torch.zeros_like(text_tokens))
             hidden = call_layer(layer, hidden, attention_mask=mask, position_embeddings=rotary)
         return self.norm(hidden)
+
+
+def _like(hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Cosines and sines in the dtype that they turn, as the hosts do in half precision."""
+    return rotary[0].to(hidden.dtype), rotary[1].to(hidden.dtype)
 
 
 def stock_copy(module: nn.Module, name: str, config: Any) -> nn.Module:

@@ -107,7 +107,7 @@ def look(anatomy: Anatomy, transform: Transform, images: Sequence[Image.Image]) 
     """
     if transform.tiling is None:
         tokens, injections = _encode(anatomy, transform.pixel_values(images))
-        layout = _layout(anatomy, tokens.shape[1])
+        layout = layout_of(anatomy, tokens.shape[1])
         return [
             View(one, layout.positions, layout.cells, layout.grid, None if injections is None else injections[:, i])
             for i, one in enumerate(tokens)
@@ -127,7 +127,7 @@ def _look_at_tiles(anatomy: Anatomy, transform: Transform, image: Image.Image) -
         )
     place = tiling.place(image.size)
     layout = tiled_layout(
-        _layout(anatomy, tokens.shape[1]),
+        layout_of(anatomy, tokens.shape[1]),
         (place.height // tiling.side, place.width // tiling.side),
         (place.left, place.top, place.new_width, place.new_height),
         tiling.side,
@@ -142,7 +142,7 @@ def _look_at_tiles(anatomy: Anatomy, transform: Transform, image: Image.Image) -
     )
 
 
-def target_tokens(view: View, boxes: Sequence[Box], name: str) -> Tensor:
+def target_tokens(view: View | Layout, boxes: Sequence[Box], name: str) -> Tensor:
     """Tokens whose pixels meet one of the boxes.
 
     Cells without a token (a first patch that HF drops, padding that anyres cuts off) are not measured.
@@ -175,7 +175,7 @@ def _taps(anatomy: Anatomy) -> Taps | None:
     return None if handle is None else handle.taps
 
 
-def _layout(anatomy: Anatomy, tokens: int) -> Layout:
+def layout_of(anatomy: Anatomy, tokens: int) -> Layout:
     """Where the tokens of one image (tile) sit.
 
     Raises:

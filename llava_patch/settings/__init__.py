@@ -10,6 +10,7 @@ import dataclasses
 from typing import Any
 
 from llava_patch.errors import SettingError
+from llava_patch.settings.auxiliary import AuxiliaryProbe
 from llava_patch.settings.fusion import DeepStack, DenseConnector, DirectFusion, Fusion, SkipLinks, differs
 from llava_patch.settings.routing import AUTO, FREEZE_STRATEGIES, LEARNING_VARIANTS, VARIANTS, FastV, Routing
 
@@ -20,6 +21,7 @@ __all__ = [
     "LEARNING_VARIANTS",
     "METHODS",
     "VARIANTS",
+    "AuxiliaryProbe",
     "DeepStack",
     "DenseConnector",
     "DirectFusion",
@@ -33,7 +35,7 @@ __all__ = [
 ]
 
 FUSIONS: tuple[type[Fusion], ...] = (SkipLinks, DenseConnector, DirectFusion, DeepStack)
-METHODS: dict[str, Any] = {cls.__name__: cls for cls in (*FUSIONS, Routing, FastV)}
+METHODS: dict[str, Any] = {cls.__name__: cls for cls in (*FUSIONS, Routing, FastV, AuxiliaryProbe)}
 
 
 def _plain(value: Any) -> Any:

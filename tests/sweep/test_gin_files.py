@@ -7,7 +7,16 @@ import pytest
 from llava_patch import config
 from llava_patch.fusion.taps import choose_taps
 from llava_patch.resources import gin_dir
-from llava_patch.settings import LEARNING_VARIANTS, DeepStack, DenseConnector, DirectFusion, FastV, Routing, SkipLinks
+from llava_patch.settings import (
+    LEARNING_VARIANTS,
+    AuxiliaryProbe,
+    DeepStack,
+    DenseConnector,
+    DirectFusion,
+    FastV,
+    Routing,
+    SkipLinks,
+)
 from llava_patch.sweep.plan import make_plan, read_sweep
 
 LAYERS = {"7b": 32, "13b": 40, "small": 8}
@@ -41,6 +50,7 @@ def test_the_set_is_complete():
     expected |= {f"sweep_{key}_{z}" for key in ("split", "fusion", "side") for z in WIDTHS}
     expected |= {f"{name}_{z}" for name in ("skiplinks", "skiplinks_stage1", "sweep_skiplinks") for z in WIDTHS}
     expected |= {f"{name}_stage2_{z}" for name in STAGE2 for z in WIDTHS}
+    expected |= {f"rprobe_aux_stage2_{z}" for z in WIDTHS}
     assert expected <= set(FILES)
     assert set(FILES) - expected == UNSIZED | {"sweep_split_pc_13b"}
 
@@ -129,8 +139,22 @@ def test_fusions_with_the_papers_recipe(size):
     _is_recipe(read.flags, 1)
     for name, fusion in STAGE2.items():
         read = config.read([f"{name}_stage2_{size}.gin"], [])
-        assert read.methods() == {"fusion": fusion, "routing": None, "pruning": None}
+        assert read.methods() == {"fusion": fusion, "routing": None, "pruning": None, "probe": None}
         _is_recipe(read.flags, 2)
+
+
+@pytest.mark.parametrize("size", WIDTHS)
+def test_the_auxiliary_loss_on_the_papers_recipe(size):
+    read = config.read([f"rprobe_aux_stage2_{size}.gin"], [])
+    assert read.fusion == SkipLinks(layers=(), train_tower="all") and read.routing is read.pruning is None
+    assert read.probe == AuxiliaryProbe(weight=0.1) and "AuxiliaryProbe.share = 1.0" in read.operative
+    _is_recipe(read.flags, 2)
+    hidden, inner = WIDTHS[size]
+    layers = LAYERS[size] // 4
+    head = layers * (4 * hidden**2 + 3 * hidden * inner + 2 * hidden) + hidden
+    head += 2 * hidden * (hidden + 1) + 588 * (2 * hidden + 1)
+    text = (gin_dir() / f"rprobe_aux_stage2_{size}.gin").read_text()
+    assert f"head of {head / 1e9:.2f} B parameters ({layers} of the {LAYERS[size]} decoder layers)" in text
 
 
 def test_the_papers_448_pixel_models_and_their_baseline():
