@@ -63,12 +63,13 @@ def open_rgb(source: ImageSource, name: str) -> Image.Image:
         InputError: missing, broken or too large, or of a mode whose range is not known.
     """
     try:
-        if isinstance(source, Image.Image):
-            return to_rgb(source)
-        if isinstance(source, EncodedImage):
-            return _decoded_bytes(source).copy()
-        state = os.stat(source)
-        return _decoded_file(os.fspath(source), state.st_mtime_ns, state.st_size).copy()
+        with _whole_files():
+            if isinstance(source, Image.Image):
+                return to_rgb(source)
+            if isinstance(source, EncodedImage):
+                return _decoded_bytes(source).copy()
+            state = os.stat(source)
+            return _decoded_file(os.fspath(source), state.st_mtime_ns, state.st_size).copy()
     except BROKEN_FILE as error:
         raise InputError(f"{name}: image {source} cannot be read: {_reason(error)}") from error
 
@@ -103,7 +104,7 @@ def _reason(error: BaseException) -> str:
 # Time and size are part of the key: a file that was written anew is read anew.
 @functools.lru_cache(maxsize=2)
 def _decoded_file(path: str, modified: int, size: int) -> Image.Image:
-    with _whole_files(), Image.open(path) as image:
+    with Image.open(path) as image:
         return to_rgb(image)
 
 
@@ -119,7 +120,7 @@ def _whole_files() -> Iterator[None]:
 
 @functools.lru_cache(maxsize=2)
 def _decoded_bytes(source: EncodedImage) -> Image.Image:
-    with _whole_files(), Image.open(io.BytesIO(source.read())) as image:
+    with Image.open(io.BytesIO(source.read())) as image:
         return to_rgb(image)
 
 

@@ -18,7 +18,7 @@ from llava_patch.hosts.anatomy import find
 from llava_patch.probe.fit import run_rprobe
 from llava_patch.probe.pages import Pages
 from llava_patch.probe.settings import RProbe
-from llava_patch.probe.store import disk, freeze, freeze_samples, make_transform
+from llava_patch.probe.store import disk, freeze, freeze_samples, key, make_transform
 from llava_patch.probe.store.disk import delete_unused, in_use, list_stores, stores_folder
 from llava_patch.probe.store.shard import open_shard
 
@@ -38,9 +38,19 @@ def model():
 
 
 @pytest.fixture
-def seen(model):
-    """Numbers of images that the tower was given, call by call."""
+def seen(model, monkeypatch):
+    """Numbers of images that the tower was given, call by call, without the one image that the key is made of."""
     calls = []
+    answer_key = key.answer_key
+
+    def uncounted(*arguments):
+        before = len(calls)
+        answer = answer_key(*arguments)
+        assert calls[before:] == [1]
+        del calls[before:]
+        return answer
+
+    monkeypatch.setattr(key, "answer_key", uncounted)
     hook = model.model.vision_tower.register_forward_pre_hook(
         lambda module, args, kwargs: calls.append(len(kwargs.get("pixel_values", args[0] if args else ()))),
         with_kwargs=True,

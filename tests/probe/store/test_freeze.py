@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
 from llava_patch.errors import HostError, InputError, SettingError
 from llava_patch.hosts.anatomy import find
@@ -195,7 +195,8 @@ def test_one_bad_line_of_a_page_leaves_the_others(model):
     assert images(data) == 1
 
 
-def test_a_picture_whose_file_ends_early_is_a_bad_sample(model, tmp_path):
+def test_a_picture_whose_file_ends_early_is_a_bad_sample(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as lmms-eval's import sets it
     unique_page().resize((300, 300)).save(tmp_path / "page.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "page.jpg").read_bytes()[:2000])
     with Image.open(tmp_path / "cut.jpg") as image:

@@ -39,7 +39,7 @@ def main(folder: Path, rank: int) -> None:
     torch.distributed.barrier()
     data = freeze_samples(anatomy, transform, Characters(), Pages(10, 56), RProbe())
     assert len(data.batch(torch.arange(10)).counts) == 10
-    (folder / f"calls-{rank}").write_text(str(len(calls)))
+    (folder / f"calls-{rank}").write_text(str(len(calls) - 1))  # one is for the key
     if rank == 0:
         failing.append(True)
     try:
