@@ -19,7 +19,7 @@ class AuxiliaryProbe:
 
     Source: "Detached Skip-Links and R-Probe", figure 4, section 5.3 and appendix D.1 (table 4). A copy of the first
     quarter of the decoder's layers rebuilds the pixels of a text region from the projected visual tokens and the
-    region's text, on the samples that carry a region (see docs/rprobe_auxiliary.md). Its gradient reaches the projector
+    region's text, on the samples that carry a region (see docs/rprobe.md). Its gradient reaches the projector
     and the vision tower as far as they train, and nothing of the decoder or the token embeddings. The paper gives no
     weight, share of steps or learning rate: those defaults are this project's choice.
 
