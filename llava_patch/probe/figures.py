@@ -47,9 +47,23 @@ def save_figure(result: RProbeResult, path: str | Path, documents: Sequence[str]
     return save(_examples(result, examples), path)
 
 
-def save_map(page: ErrorMap, path: str | Path) -> Path:
-    """Draw a page, its reconstruction and the error of each cell on the same grid; arguments as in `save_figure`."""
-    return save(_error_map(page), path)
+def save_map(page: ErrorMap, path: str | Path, masked: bool = False, limit: float | None = None) -> Path:
+    """Draw a page, its reconstruction and the error of each cell on the same grid.
+
+    Args:
+        page: one of `RProbeResult.maps`.
+        path: as in `save_figure`.
+        masked: whether each region was blacked out while it was rebuilt.
+        limit: error at the upper end of the colours, the same for pages to be compared; None: `colour_limit`'s.
+    """
+    return save(_error_map(page, masked, colour_limit([page]) if limit is None else limit), path)
+
+
+def colour_limit(pages: Sequence[ErrorMap]) -> float:
+    """Where the colours of error maps end, so that those of several pages can be compared by eye."""
+    error = np.concatenate([page.error.ravel() for page in pages])
+    # On a large page a few cells far above the rest must not make the rest one colour.
+    return float(np.nanpercentile(error, 98) if error.size >= 200 else np.nanmax(error))
 
 
 def save(figure: Any, path: str | Path) -> Path:
@@ -84,7 +98,9 @@ def _examples(result: RProbeResult, examples: list[Reconstruction]) -> Any:
     figure = Figure(figsize=(WIDTH, height))
     top_edge = height
     if examples:
-        for i, title in enumerate(("original, region outlined", "region", "reconstruction")):
+        masked = bool(result.settings["masked"])
+        first = "tower's input, region blacked out" if masked else "tower's input, region outlined"
+        for i, title in enumerate((first, "pixels under its tokens", "reconstruction")):
             x = EDGE + i * (column + GAP) + column / 2
             figure.text(x / WIDTH, 1 - 0.6 * HEAD / height, title, ha="center", va="center", fontsize=TITLE)
         top_edge -= HEAD
@@ -94,7 +110,7 @@ def _examples(result: RProbeResult, examples: list[Reconstruction]) -> Any:
             parse_math=False,
         )  # fmt: skip
         bottom = top_edge - CAPTION - row
-        _row(figure, example, cut, scale, (column, row), bottom, height)
+        _row(figure, example, cut, scale, (column, row), bottom, height, bool(result.settings["masked"]))
         top_edge = bottom - GAP
     axes = figure.add_axes((0.6 / WIDTH, 0.45 / height, (WIDTH - 2.65) / WIDTH, (CURVE - 0.8) / height))
     draw_curve(axes, result)
@@ -109,8 +125,9 @@ def _row(
     size: tuple[float, float],
     bottom: float,
     total: float,
+    masked: bool,
 ) -> None:
-    """The three pictures of one sample; region and reconstruction at one magnification, nearest neighbour."""
+    """The three pictures of one sample; the last two at one magnification, nearest neighbour."""
     from matplotlib.patches import Rectangle
 
     column, row = size
@@ -134,7 +151,13 @@ def _row(
             for x0, y0, x1, y1 in example.boxes:
                 axes.add_patch(
                     Rectangle(
-                        (x0 - 0.5 - around[2], y0 - 0.5 - around[0]), x1 - x0, y1 - y0, fill=False, color=MARK, lw=1.0
+                        (x0 - 0.5 - around[2], y0 - 0.5 - around[0]),
+                        x1 - x0,
+                        y1 - y0,
+                        fill=masked,
+                        facecolor="black",
+                        edgecolor=MARK,
+                        lw=1.0,
                     )
                 )
 
@@ -172,7 +195,7 @@ def _caption(example: Reconstruction) -> str:
     return f"{name}: “{text}”   MSE {example.mse:.3f}, PSNR {example.psnr:.1f} dB"
 
 
-def _error_map(page: ErrorMap) -> Any:
+def _error_map(page: ErrorMap, masked: bool, limit: float) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
@@ -189,8 +212,6 @@ def _error_map(page: ErrorMap) -> Any:
     width = max(width, 5.0)
     figure = Figure(figsize=(width, height))
     heat = np.ma.masked_invalid(page.error)
-    # On a large page a few cells far above the rest must not make the rest one colour.
-    limit = float(np.nanpercentile(page.error, 98) if page.error.size >= 200 else np.nanmax(page.error))
     shown: Any = None
     for i, title in enumerate(("page", "reconstruction", "error of each token")):
         x = shift + EDGE + i * (wide + GAP)
@@ -217,7 +238,7 @@ def _error_map(page: ErrorMap) -> Any:
     )
     colours.set_label("MSE (normalised pixel values²)", fontsize=LABEL)
     colours.ax.tick_params(labelsize=LABEL - 1)
-    outside = "" if page.outside_mse is None else f", elsewhere {page.outside_mse:.3f}"
+    outside = "" if page.outside_mse is None else f", elsewhere (not trained on) {page.outside_mse:.3f}"
     figure.suptitle(
         f"{short(page.id, 48)}\n"
         f"mean MSE: cells with text {page.inside_mse:.3f}{outside}",
@@ -227,7 +248,8 @@ def _error_map(page: ErrorMap) -> Any:
     figure.text(
         0.5, 0.06 / height,
         f"white: text boxes; rebuilt piece by piece, {min(1.0, share):.0%} of text cells with their text before them,\n"
-        "the rest without text; the probe was trained on text regions",
+        "the rest without text; the probe was trained on text regions"
+        + (", each blacked out while it was rebuilt" if masked else ""),
         ha="center", va="bottom", fontsize=LABEL - 1.5, color="0.3",
     )  # fmt: skip
     return figure

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava_patch.probe import parallel
-from llava_patch.probe.figures import FORMATS, save_figure, save_map
+from llava_patch.probe.figures import FORMATS, colour_limit, save_figure, save_map
 from llava_patch.probe.result import RProbeResult, write_json
 
 RESULT, FIGURE, MAP = "rprobe.json", "rprobe.png", "map-{}.png"
@@ -27,7 +27,8 @@ def write_run(result: RProbeResult, folder: str | Path, formats: Sequence[str] =
     for suffix in formats:
         save_figure(result, (folder / FIGURE).with_suffix(f".{suffix}"))
         for number, page in enumerate(result.maps, 1):
-            save_map(page, (folder / MAP.format(number)).with_suffix(f".{suffix}"))
+            path = (folder / MAP.format(number)).with_suffix(f".{suffix}")
+            save_map(page, path, bool(result.settings["masked"]), colour_limit(result.maps))
     for suffix in FORMATS:
         number = len(result.maps) + 1
         while (old := (folder / MAP.format(number)).with_suffix(f".{suffix}")).is_file():

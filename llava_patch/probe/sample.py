@@ -14,7 +14,7 @@ from llava_patch.probe.images import ImageSource, open_rgb
 Box = tuple[float, float, float, float]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Sample:
     """A text region of an image.
 
@@ -35,6 +35,9 @@ class Sample:
     id: str = ""
     document: str = ""
     all_texts: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"Sample({self.id!r}, {self.text!r}, boxes={self.boxes})"
 
     def open_image(self) -> Image.Image:
         """The picture in 8-bit RGB and stored pixels (`llava_patch.probe.images` says how modes are converted).
@@ -63,7 +66,8 @@ def split_samples(samples: Sequence[Sample], heldout_share: float, seed: int) ->
     if len(documents) < 2:
         raise InputError(
             f"R-Probe needs at least two documents, one to train on and one held out; got {len(samples)} samples of "
-            f"{len(documents)} documents (samples without a document are told apart by their id)"
+            f"{len(documents)} document{'s' * (len(documents) != 1)} (samples without a document are told apart by "
+            "their id): add documents, or give those to measure on apart (--heldout, run_rprobe(heldout=...))"
         )
     random.Random(seed).shuffle(documents)
     count = min(max(1, round(heldout_share * len(documents))), len(documents) - 1)

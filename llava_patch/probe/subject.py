@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,7 +101,8 @@ def pick_dtype(name: str, device: str) -> torch.dtype:
 
 def _load_llava(checkpoint: str, config: dict[str, Any], base: str, device: str, dtype: torch.dtype) -> Subject:
     try:
-        from llava.model.builder import load_pretrained_model
+        with _interrupted_afterwards():
+            from llava.model.builder import load_pretrained_model
     except ImportError as error:
         raise HostError(
             f"{checkpoint} is a checkpoint of the llava package, which cannot be imported ({error}): "
@@ -120,6 +125,22 @@ def _load_llava(checkpoint: str, config: dict[str, Any], base: str, device: str,
     )
     model.to(dtype)
     return Subject(model, tokenizer, image_processor)
+
+
+@contextlib.contextmanager
+def _interrupted_afterwards() -> Iterator[None]:
+    """Hold Ctrl-C back until the block is over: llava's package swallows it among its imports and is broken then."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
 
 
 def _load_hf(checkpoint: str, config: dict[str, Any], base: str, device: str, dtype: torch.dtype) -> Subject:

@@ -100,7 +100,7 @@ def figure(record: dict, path: Path) -> None:
     left.set_xlim(left=0)
     left.set_yticks(range(len(rows)), [row["title"] for row in rows], fontsize=8)
     left.set_xlabel("per-token MSE, held-out pages (bars: 95 % interval)")
-    left.legend(fontsize=8, loc="upper right")
+    left.legend(fontsize=8, loc="center left")
     for place, row in enumerate(differences):
         for offset, (value, low, high) in enumerate(row["by_seed"]):
             height = place + 0.18 * (offset - (len(row["by_seed"]) - 1) / 2)

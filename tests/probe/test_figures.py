@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from llava_patch.errors import InputError, SettingError
+from llava_patch.probe import figures
 from llava_patch.probe.curves import half_variance
 from llava_patch.probe.figures import save_figure, save_map
 from llava_patch.probe.fit import run_rprobe
@@ -90,3 +91,15 @@ def test_tall_pages_small_regions_and_any_text_are_drawn(result, tmp_path):
 def test_half_of_the_training_variance_is_recovered_from_the_facts(result):
     assert half_variance(result) == pytest.approx(0.5 * result.running[-1] / result.facts["train_fvu"])
     assert half_variance(dataclasses.replace(result, facts={})) is None
+
+
+def test_what_the_tower_did_not_see_is_black(result):
+    def first_column(masked):
+        changed = dataclasses.replace(result, settings={**result.settings, "masked": masked})
+        figure = figures._examples(changed, changed.examples[:1])
+        figure.canvas.draw()
+        (box,) = figure.axes[0].patches
+        return box.get_fill(), figure.texts[0].get_text()
+
+    assert first_column(False) == (False, "tower's input, region outlined")
+    assert first_column(True) == (True, "tower's input, region blacked out")

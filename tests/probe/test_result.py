@@ -49,3 +49,11 @@ def test_missing_and_broken_files_are_named(tmp_path):
     (tmp_path / "list.json").write_text("[1]")
     with pytest.raises(InputError, match=r"list\.json: not an R-Probe result"):
         read_result(tmp_path / "list.json")
+
+
+def test_the_summary_says_what_strokes_cost_and_how_many_documents_there_are():
+    result = made_up_result()
+    assert "FVU 0.400 (in text 0.500, beside it 0.200)" in repr(result)
+    assert "3 samples of 3 documents" in result.summary()
+    bare = dataclasses.replace(result, inside=None, outside=None, documents=result.documents[:1])
+    assert "FVU 0.400 (constant" in bare.summary() and "1 samples of 1 document," in bare.summary()

@@ -1,9 +1,12 @@
 import json
+import os
+import signal
 
 import pytest
 import torch
 
 from llava_patch.errors import CheckpointError, SettingError
+from llava_patch.probe import subject
 from llava_patch.probe.subject import load_subject, pick_device, pick_dtype
 from tests.evaluation import fileset
 
@@ -46,3 +49,17 @@ def test_device_and_dtype(monkeypatch):
     assert pick_device("") == pick_device("cuda") == "cuda:1" and pick_device("cuda:3") == "cuda:3"
     with pytest.raises(SettingError, match="--device mps"):
         pick_device("mps")
+
+
+def test_ctrl_c_outlives_a_block_that_swallows_it():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        with subject._interrupted_afterwards():
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                finished = True
+            except BaseException:
+                finished = False
+    assert finished and signal.getsignal(signal.SIGINT) is before
+    with subject._interrupted_afterwards():
+        pass
