@@ -27,7 +27,7 @@ def test_split_follows_the_seed_not_the_order():
 def test_either_side_gets_a_document():
     assert [len(part) for part in split_samples(make([(0, "a"), (1, "b")]), 0.001, 0)] == [1, 1]
     assert [len(part) for part in split_samples(make([(0, "a"), (1, "b")]), 0.999, 0)] == [1, 1]
-    with pytest.raises(InputError, match="2 samples of 1 document .*--heldout"):
+    with pytest.raises(InputError, match=r"2 samples of 1 document .*--heldout"):
         split_samples(make([(0, "a"), (1, "a")]), 0.2, 0)
 
 
