@@ -47,7 +47,9 @@ def measured(page, mode="resize", **settings):
     data = freeze_samples(anatomy, transform, Characters(), page, settings)
     documents = [{"mse": 1.0, "tokens": 3} for _ in page]
     probe = Grey(anatomy.embed_tokens.weight[0].detach())
-    return error_maps(probe, anatomy, transform, Characters(), data, documents, settings), transform
+    maps, notes = error_maps(probe, anatomy, transform, Characters(), data, documents, settings)
+    assert notes == []
+    return maps, transform
 
 
 def test_every_cell_is_rebuilt_once_and_measured_against_its_own_pixels(page):
@@ -105,7 +107,7 @@ def test_a_cells_own_box_touches_that_cell_alone(mode, size):
 
 def test_pieces_name_each_region_once(page):
     transform = make_transform(find(tiny_model()), processor(), "resize")
-    known, rest = pieces(page[:1], Plane.of(transform, page[0].image, 588), transform)
+    known, rest = pieces(page[:1], Plane.of(transform, page[0].image, 588), transform, torch.ones(16).bool())
     assert [(s.text, s.boxes) for s in known] == [("one", (FIRST,)), ("two", (SECOND,))]
     assert rest[0].boxes == (THIRD,)
     assert sum(len(s.boxes) for s in rest[1:]) == 16 - 3 - 2 - 2
@@ -113,4 +115,4 @@ def test_pieces_name_each_region_once(page):
 
 
 def test_no_maps_when_none_are_asked_for(page):
-    assert error_maps(None, None, None, None, None, [], RProbe(maps=0)) == []
+    assert error_maps(None, None, None, None, None, [], RProbe(maps=0)) == ([], [])
