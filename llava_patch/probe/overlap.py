@@ -37,7 +37,7 @@ def trained_on(train: Sequence[Sample], heldout: Sequence[Sample]) -> tuple[list
     shared = [name for name, found in documents.items() if found]
     if shared and len(shared) == len(documents):
         raise InputError(
-            f"R-Probe: all {len(documents)} held-out documents are trained on, such as {shared[0]}: name other "
-            "held-out data, or none to have a share of the documents held out"
+            f"R-Probe: all {len(documents)} held-out documents are trained on, such as {shared[0]}: hold out "
+            "documents whose images are not among the training samples"
         )
     return shared, len(documents)
