@@ -178,7 +178,7 @@ def test_data_that_was_skipped_is_told_and_kept_with_the_result(
     path = write_samples(tmp_path)
     path.write_text(path.read_text() + "\n{")
     monkeypatch.setenv("LLAVA_PATCH_RPROBE_DATA", str(path))
-    task = load("rprobe", settings={**FAST, "broken": "skip"})
+    task = load("rprobe", settings={**FAST, "broken": "skip", "heldout_share": 0.4})
     assert list(task.dataset["test"]["id"])
     assert "1 things were skipped; the first" in capsys.readouterr().err
     task.args = Namespace(output_path=str(tmp_path / "out"), model_args="pretrained=/somewhere/model")

@@ -122,6 +122,11 @@ def test_pieces_name_each_region_once(page):
     assert rest[0].boxes == (THIRD,)
     assert sum(len(s.boxes) for s in rest[1:]) == 16 - 3 - 2 - 2
     assert max(len(s.boxes) for s in rest) <= 3
+    seen = torch.ones(16).bool()
+    seen[[4, 5, 14, 15]] = False  # all of the second and third box
+    known, rest = pieces(page[:1], Plane.of(transform, page[0].image, 588), transform, seen)
+    assert [s.boxes for s in known] == [(FIRST,)]
+    assert THIRD not in rest[0].boxes and sum(len(s.boxes) for s in rest) == 16 - 3 - 4
 
 
 def test_no_maps_when_none_are_asked_for(page):
