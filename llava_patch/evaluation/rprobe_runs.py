@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,11 +28,15 @@ def data_file(metadata: Any) -> str | None:
 
 def own_samples(settings: RProbe, path: str) -> tuple[list[Any], list[Any]]:
     """(training samples, held-out samples) of one's own data, split by document."""
-    from llava_patch.probe.data import read_samples
+    from llava_patch.probe import parallel
+    from llava_patch.probe.data import Samples, read_samples
     from llava_patch.probe.sample import split_samples
 
     samples = read_samples(path, settings.boxes_per_sample, settings.broken)
-    return split_samples(samples, settings.heldout_share, settings.seed)
+    if samples.skipped and parallel.is_first():
+        print(f"{path}: {len(samples.skipped)} things were skipped; the first: {samples.skipped[0]}", file=sys.stderr)
+    train, heldout = split_samples(samples, settings.heldout_share, settings.seed)
+    return Samples(train, samples.skipped, samples.unread, samples.format), heldout
 
 
 def heldout_ids(settings: RProbe, path: str | None) -> list[str]:

@@ -21,6 +21,7 @@ SETTINGS = (
 FACTS = (
     "data", "source", "heldout_source", "learning_rate",
     "decoder_layers", "image_tokens", "pixels_per_token", "train_samples", "heldout_samples",
+    "skipped_by_reader", "skipped_train", "skipped_heldout", "unread",
 )  # fmt: skip
 HEAD = (
     "result", "held-out MSE [95 %]", "FVU", "PSNR dB", "MSE in text", "beside text", "steps to MSE < {threshold}",

@@ -40,14 +40,14 @@ class ErrorMap:
         original: uint8 [height, width, 3], the processed page.
         rebuilt: uint8 [height, width, 3]; grey where nothing was rebuilt.
         error: float32 [rows, columns], mean squared error of each cell in normalised pixels; nan: not rebuilt
-            (padding).
+            (padding, or a cell whose token the host drops).
         text: bool [rows, columns], the cell touches a text box.
         spoken: bool [rows, columns], the cell was rebuilt with its own text before it.
         boxes: text boxes in pixels of the processed page.
         cell: side of a cell in pixels.
         stretch: how much taller than wide a processed pixel is on the original page.
-        inside_mse: mean error of the text cells.
-        outside_mse: mean error of the other cells; None: there are none.
+        inside_mse: mean error of the text cells that were rebuilt.
+        outside_mse: mean error of the other cells that were; None: there are none.
     """
 
     id: str
@@ -71,8 +71,10 @@ def error_maps(
     data: FrozenData,
     documents: Sequence[Mapping[str, Any]],
     settings: RProbe,
-) -> list[ErrorMap]:
+) -> tuple[list[ErrorMap], list[str]]:
     """Maps of `settings.maps` held-out pages: the best and the worst first, then those in between.
+
+    A map is a look at a page beside a measurement that is finished: what goes wrong in one is said, not raised.
 
     Args:
         decoder: the trained probe.
@@ -82,9 +84,12 @@ def error_maps(
         data: frozen held-out samples; their pages are opened again.
         documents: figures of these samples, from `evaluate`.
         settings: of the run.
+
+    Returns:
+        The maps, and a sentence for each page that has none because something went wrong.
     """
     if not settings.maps:
-        return []
+        return [], []
     # Samples of one page carry one document name; a document of several pages is shown by its first.
     places: dict[str, list[int]] = {}
     for i, (_, document, _) in enumerate(data.labels):
@@ -95,19 +100,16 @@ def error_maps(
         for members in places.values()
     ]
     pages = list(places.items())
-    return [
-        _map(
-            decoder,
-            anatomy,
-            transform,
-            tokenizer,
-            _page([data.samples[i] for i in pages[n][1]]),
-            pages[n][0],
-            settings,
-            len(data.target_mean),
-        )
-        for n in chosen(errors, settings.maps)
-    ]
+    maps, notes = [], []
+    for n in chosen(errors, settings.maps):
+        name, members = pages[n]
+        try:
+            page = _page([data.samples[i] for i in members])
+            seen = data.seen_of(members[0])
+            maps.append(_map(decoder, anatomy, transform, tokenizer, page, name, seen, settings, len(data.target_mean)))
+        except Exception as error:
+            notes.append(f"R-Probe: there is no error map of {name}: {type(error).__name__}: {error}")
+    return maps, notes
 
 
 def _page(samples: Sequence[Sample]) -> list[Sample]:
@@ -116,13 +118,17 @@ def _page(samples: Sequence[Sample]) -> list[Sample]:
     return [s for s in samples if s.image is first or (not hasattr(first, "size") and s.image == first)]
 
 
-def pieces(samples: Sequence[Sample], plane: Plane, transform: Transform) -> tuple[list[Sample], list[Sample]]:
-    """Cut a page into (regions whose text is known, all other pieces); together they touch every cell with pixels.
+def pieces(
+    samples: Sequence[Sample], plane: Plane, transform: Transform, seen: Tensor
+) -> tuple[list[Sample], list[Sample]]:
+    """Cut a page into (regions whose text is known, all other pieces); together they touch every cell with a token.
 
     Args:
         samples: of one page.
         plane: the page.
         transform: as in training.
+        seen: bool [cells], the cells that have a token. A host drops some (the first patch, padding that anyres cuts
+            off together with the last pixels of the page): nothing can be rebuilt there.
     """
     image = samples[0].open_image()
     texts = dict(zip(samples[0].all_boxes, samples[0].all_texts, strict=False))
@@ -130,7 +136,7 @@ def pieces(samples: Sequence[Sample], plane: Plane, transform: Transform) -> tup
     covered = {box for sample in samples for box in sample.boxes}
     silent: list[tuple[Box, ...]] = []
     for box in dict.fromkeys(box for sample in samples for box in sample.all_boxes):
-        if box in covered or not _on(plane, transform, box):
+        if box in covered or not (_cells(plane, transform, box) & seen).any():
             continue
         if texts.get(box):
             named[(box,)] = texts[box]
@@ -143,7 +149,8 @@ def pieces(samples: Sequence[Sample], plane: Plane, transform: Transform) -> tup
         sizes.append(int(cells.sum()))
         touched |= cells
     size = max(1, round(statistics.median(sizes)))
-    rest = [part for c in (~touched).nonzero().flatten().tolist() if (part := plane.original(c)) is not None]
+    left = (seen & ~touched).nonzero().flatten().tolist()
+    rest = [part for cell in left if (part := plane.original(cell)) is not None]
     silent += [tuple(rest[start : start + size]) for start in range(0, len(rest), size)]
 
     def sample(boxes: tuple[Box, ...], text: str, number: int) -> Sample:
@@ -153,13 +160,12 @@ def pieces(samples: Sequence[Sample], plane: Plane, transform: Transform) -> tup
     return known, [sample(boxes, PLACEHOLDER, len(known) + i) for i, boxes in enumerate(silent)]
 
 
-def _on(plane: Plane, transform: Transform, box: Box) -> bool:
-    """Whether a box that is no sample has pixels on the plane: a crop may have cut it away."""
+def _cells(plane: Plane, transform: Transform, box: Box) -> Tensor:
+    """Cells under a box that is no sample, bool [cells]; none where a crop has cut it away."""
     try:
-        plane.box(transform, box, "")
+        return plane.cells([plane.box(transform, box, "")])
     except InputError:
-        return False
-    return True
+        return plane.cells([])
 
 
 @torch.no_grad()
@@ -170,24 +176,26 @@ def _map(
     tokenizer: Any,
     samples: list[Sample],
     name: str,
+    seen: Tensor,
     settings: RProbe,
     pixels: int,
 ) -> ErrorMap:
     plane = Plane.of(transform, samples[0].open_image(), pixels)
-    known, rest = pieces(samples, plane, transform)
+    known, rest = pieces(samples, plane, transform, seen)
     patches = patchify(plane.pixels[None], plane.grid)
     painted = torch.zeros_like(patches)
     error = torch.full((plane.grid.tokens,), float("nan"))
     spoken = torch.zeros(plane.grid.tokens, dtype=torch.bool)
-    once = dataclasses.replace(settings, store=False)
+    # A piece that cannot be used (a listed text without tokens) stays grey.
+    once = dataclasses.replace(settings, store=False, broken="skip")
     # Without an unknown token the placeholder stands for itself.
     has_unknown = getattr(tokenizer, "unk_token_id", None) is not None
     silent = dataclasses.replace(once, text=False) if has_unknown else once
     for group, setting, with_text in ((known, once, settings.text), (rest, silent, False)):
         if not group:
             continue
-        frozen = freeze_samples(anatomy, transform, tokenizer, group, setting, False, "pieces of a page")
-        for index in torch.arange(len(group)).split(settings.batch_size):
+        frozen = freeze_samples(anatomy, transform, tokenizer, group, setting, False, "pieces of a page", warn=False)
+        for index in torch.arange(len(frozen)).split(settings.batch_size):
             batch = frozen.batch(index, next(decoder.parameters()).device)
             answers = answer(decoder, batch).split(batch.counts.tolist())
             truths = batch.pixels.cpu().split(batch.counts.tolist())
@@ -201,14 +209,15 @@ def _map(
     boxes = tuple(
         plane.box(transform, box, name)
         for box in dict.fromkeys(each for s in samples for each in (*s.boxes, *s.all_boxes))
-        if _on(plane, transform, box)
+        if _cells(plane, transform, box).any()
     )
     text = plane.cells(boxes)
 
     def shaped(values: Tensor) -> np.ndarray:
         return values.reshape(plane.grid.rows, plane.grid.columns).numpy()
 
-    other = ~text & ~error.isnan()
+    done = ~error.isnan()
+    other = ~text & done
     return ErrorMap(
         id=name,
         original=picture(patches, plane.grid, transform),
@@ -219,6 +228,6 @@ def _map(
         boxes=boxes,
         cell=plane.grid.cell,
         stretch=plane.stretch,
-        inside_mse=float(error[text].double().mean()),
+        inside_mse=float(error[text & done].double().mean()),
         outside_mse=float(error[other].double().mean()) if other.any() else None,
     )

@@ -22,6 +22,7 @@ from llava_patch.probe import parallel
 from llava_patch.probe.decoder import ProbeDecoder, quarter
 from llava_patch.probe.error_map import ErrorMap, error_maps
 from llava_patch.probe.evaluate import check_shown, evaluate
+from llava_patch.probe.overlap import trained_on
 from llava_patch.probe.pages import Pages
 from llava_patch.probe.result import RProbeResult
 from llava_patch.probe.resume import Progress, Work, difference, make_key
@@ -70,7 +71,7 @@ def run_rprobe(
 
     Raises:
         HostError: a model that is not known, or whose LLM has fewer than 4 layers.
-        InputError: a sample that cannot be used; named in the message.
+        InputError: a sample that cannot be used (named in the message), or all held-out documents are trained on.
         SettingError: the decoder does not fit into the device's memory, or `trained = "lora"` without peft.
         CheckpointError: `work` holds an unfinished training of another model, data set or settings.
         LlavaPatchError: the training loss is not finite.
@@ -108,6 +109,13 @@ def _run(
     check_memory(anatomy, settings)
     transform = make_transform(anatomy, image_processor, settings.image_mode)
     train_samples, heldout_samples = _data(settings, samples, heldout, transform.height)
+    early = _unread(samples, heldout)  # notes that are said before the long part
+    shared: list[str] = []
+    if samples is not None:
+        shared, documents = trained_on(train_samples, heldout_samples)
+        if shared:
+            early.append(f"{len(shared)} of {documents} held-out documents are trained on, such as {shared[0]}")
+    _warn(early)
     with torch.inference_mode(False):
 
         def freeze(chosen: Sequence[Sample], label: str) -> FrozenData:
@@ -115,7 +123,9 @@ def _run(
 
         train, held = freeze(train_samples, "training samples"), freeze(heldout_samples, "held-out samples")
         check_shown(held, show)  # before training
-        for data, what in ((train, "training"), (held, "held-out")):
+        for data, what, more in ((train, "training", "train on more"), (held, "held-out", "hold out more")):
+            if int(data.counts.sum()) == 1:
+                raise InputError(f"R-Probe's {what} samples: there is one target token: {more}")
             if not data.target_variance:
                 raise InputError(
                     f"R-Probe's {what} samples all show the same patch of one colour each: there is nothing to rebuild"
@@ -132,12 +142,14 @@ def _run(
         trained = time.perf_counter()
         found = evaluate(decoder, held, constant, transform, settings, show)
         maps: list[ErrorMap] = []
+        without: list[str] = []
         if parallel.rank() == 0:
-            maps = error_maps(decoder, anatomy, transform, tokenizer, held, found.documents, settings)
+            maps, without = error_maps(decoder, anatomy, transform, tokenizer, held, found.documents, settings)
+        notes = [*found.notes, *parallel.exchange(without)[0]]
     train_variance = train.target_variance
     running = running_mean(losses, start=train_variance)
-    vacuous = settings.threshold >= found.constant_mse
-    notes = list(found.notes)
+    # The steps to it are counted on a training curve that starts at the training targets' variance.
+    vacuous = settings.threshold >= min(found.constant_mse, train_variance)
     if len(losses) < settings.steps:
         notes.append(
             f"RProbe.minutes = {settings.minutes:g} ended training after step {len(losses)} of {settings.steps}, "
@@ -146,7 +158,8 @@ def _run(
     if vacuous:
         notes.append(
             f"RProbe.threshold = {settings.threshold:g} is not under the MSE of a constant patch "
-            f"({found.constant_mse:.4f}) on these documents: steps to the threshold say nothing; read FVU instead"
+            f"({found.constant_mse:.4f} on held-out, {train_variance:.4f} on training samples): steps to the threshold "
+            "say nothing; read FVU instead"
         )
     train_fvu = running[-1] / train_variance
     # A run too short to learn anything is above that too, but for another reason.
@@ -156,9 +169,7 @@ def _run(
             f"({found.mse / found.variance:.2f}): {len(train)} samples are few for {settings.steps} steps, and the "
             "steps to a threshold, which are counted on training samples, say little"
         )
-    if parallel.rank() == 0:
-        for note in notes:
-            warnings.warn(note, stacklevel=3)
+    _warn(notes)
     return RProbeResult(
         mse=found.mse,
         fvu=found.mse / found.variance,
@@ -193,16 +204,37 @@ def _run(
             "pixels_per_token": train.grid.pixels,
             "train_samples": len(train),
             "heldout_samples": len(held),
+            "heldout_documents_trained_on": len(shared),
+            "skipped_by_reader": sum(len(getattr(data, "skipped", ())) for data in (samples, heldout)),
+            "unread": sum(getattr(data, "unread", 0) for data in (samples, heldout)),
+            "skipped_train": len(train.skipped),
+            "skipped_heldout": len(held.skipped),
+            "texts_cut": train.texts_cut + held.texts_cut,
             "train_fvu": train_fvu,
             "heldout_target_tokens": int(held.counts.sum()),
             "data": "pages" if samples is None else "own",
             "encode_seconds": encoded - began,
             "train_seconds": trained - encoded,
         },
-        warnings=notes,
+        warnings=[*early, *train.notes, *held.notes, *notes],
         examples=found.examples,
         maps=maps,
     )
+
+
+def _warn(notes: Sequence[str]) -> None:
+    """Warn the user on the first process."""
+    if parallel.rank() == 0:
+        for note in notes:
+            warnings.warn(note, stacklevel=4)
+
+
+def _unread(*data: Sequence[Sample] | None) -> list[str]:
+    """A sentence if the reader of one's own data left things out (`Samples.skipped`)."""
+    skipped = [message for part in data for message in getattr(part, "skipped", ())]
+    if not skipped:
+        return []
+    return [f"reading the data, {len(skipped)} things could not be used and were skipped; the first: {skipped[0]}"]
 
 
 def _check_same(key: dict[str, Any]) -> None:

@@ -85,7 +85,8 @@ class RProbeResult:
         outside: error of the others (a token reaches beyond its text); None: there are none.
         steps_to_threshold: first step at which the running training MSE was under `threshold`; None: never.
         threshold: `RProbe.threshold`.
-        threshold_is_vacuous: the constant patch is already under it, so those steps say nothing.
+        threshold_is_vacuous: a constant patch is already under it, on held-out or on training samples, so those steps
+            say nothing.
         steps_to_half_fvu: first step at which the running training MSE was under half the training targets' variance.
         documents: for every held-out sample its id, document, text, target tokens, mse, psnr, variance (mean squared
             deviation from the held-out mean patch), inside_mse, inside_pixels, outside_mse and outside_pixels.

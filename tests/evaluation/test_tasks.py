@@ -170,6 +170,24 @@ def test_ones_own_data_are_the_documents(tmp_path: Path, monkeypatch: pytest.Mon
     assert [r["rprobe_run"]["id"] for r in results] == ids and table["rprobe_mse"] > 0
 
 
+def test_data_that_was_skipped_is_told_and_kept_with_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from .conftest import make_lm
+
+    path = write_samples(tmp_path)
+    path.write_text(path.read_text() + "\n{")
+    monkeypatch.setenv("LLAVA_PATCH_RPROBE_DATA", str(path))
+    task = load("rprobe", settings={**FAST, "broken": "skip", "heldout_share": 0.4})
+    assert list(task.dataset["test"]["id"])
+    assert "1 things were skipped; the first" in capsys.readouterr().err
+    task.args = Namespace(output_path=str(tmp_path / "out"), model_args="pretrained=/somewhere/model")
+    results, _ = run(task, make_lm("hf", tmp_path))
+    assert any("samples.jsonl:11: not JSON" in note for note in results[0]["rprobe_run"]["warnings"])
+    (file,) = (tmp_path / "out").rglob("rprobe.json")
+    assert json.loads(file.read_text())["facts"]["skipped_by_reader"] == 1
+
+
 @pytest.mark.parametrize(
     "line, words",
     [

@@ -65,6 +65,13 @@ def test_what_differs_is_named_and_other_samples_are_not_paired(tmp_path):
     results["a"].facts["source"] = "receipts"
     assert "source = scans.jsonl (there receipts)" in compare.warnings_of({"a": results["a"], "x": other}, "a")[0]
     del results["a"].facts["source"]
+    counts = {"skipped_by_reader": 1, "skipped_train": 2, "skipped_heldout": 3, "unread": 4}
+    results["a"].facts.update(dict.fromkeys(counts, 0))
+    other.facts.update(counts)
+    (apart,) = compare.warnings_of({"a": results["a"], "x": other}, "a")
+    assert all(f"{name} = {count} (there 0)" in apart for name, count in counts.items())
+    for name in counts:
+        del results["a"].facts[name]
     shown = made_up_result(examples=1, maps=0, store=False, resamples=3)
     assert compare.warnings_of({"a": results["a"], "x": shown}, "a") == []  # pictures and the store change no figure
 

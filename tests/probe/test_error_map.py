@@ -1,17 +1,27 @@
+import dataclasses
+import json
+import warnings
+
 import numpy as np
 import pytest
 import torch
+from hosts import zoo
 from PIL import Image
 
 from llava_patch.hosts.anatomy import find
+from llava_patch.probe import error_map
 from llava_patch.probe.error_map import error_maps, pieces
+from llava_patch.probe.fit import run_rprobe
+from llava_patch.probe.output import write_run
 from llava_patch.probe.plane import Plane, picture
 from llava_patch.probe.sample import Sample
 from llava_patch.probe.sequence import patchify
 from llava_patch.probe.settings import RProbe
 from llava_patch.probe.store import freeze_samples, make_transform
+from llava_patch.probe.view import look
 
-from .tiny import SIDE, Characters, processor, tiny_model, unique_page
+from .tiny import SIDE, Characters, processor, samples, tiny_model, unique_page
+from .views import anyres_model, noise
 
 FIRST, SECOND, THIRD = (0.0, 0.0, 30.0, 10.0), (0.0, 20.0, 20.0, 27.0), (30.0, 44.0, 56.0, 50.0)
 
@@ -47,7 +57,9 @@ def measured(page, mode="resize", **settings):
     data = freeze_samples(anatomy, transform, Characters(), page, settings)
     documents = [{"mse": 1.0, "tokens": 3} for _ in page]
     probe = Grey(anatomy.embed_tokens.weight[0].detach())
-    return error_maps(probe, anatomy, transform, Characters(), data, documents, settings), transform
+    maps, notes = error_maps(probe, anatomy, transform, Characters(), data, documents, settings)
+    assert notes == []
+    return maps, transform
 
 
 def test_every_cell_is_rebuilt_once_and_measured_against_its_own_pixels(page):
@@ -105,12 +117,111 @@ def test_a_cells_own_box_touches_that_cell_alone(mode, size):
 
 def test_pieces_name_each_region_once(page):
     transform = make_transform(find(tiny_model()), processor(), "resize")
-    known, rest = pieces(page[:1], Plane.of(transform, page[0].image, 588), transform)
+    known, rest = pieces(page[:1], Plane.of(transform, page[0].image, 588), transform, torch.ones(16).bool())
     assert [(s.text, s.boxes) for s in known] == [("one", (FIRST,)), ("two", (SECOND,))]
     assert rest[0].boxes == (THIRD,)
     assert sum(len(s.boxes) for s in rest[1:]) == 16 - 3 - 2 - 2
     assert max(len(s.boxes) for s in rest) <= 3
+    seen = torch.ones(16).bool()
+    seen[[4, 5, 14, 15]] = False  # all of the second and third box
+    known, rest = pieces(page[:1], Plane.of(transform, page[0].image, 588), transform, seen)
+    assert [s.boxes for s in known] == [(FIRST,)]
+    assert THIRD not in rest[0].boxes and sum(len(s.boxes) for s in rest) == 16 - 3 - 4
 
 
 def test_no_maps_when_none_are_asked_for(page):
-    assert error_maps(None, None, None, None, None, [], RProbe(maps=0)) == []
+    assert error_maps(None, None, None, None, None, [], RProbe(maps=0)) == ([], [])
+
+
+SHORT = RProbe(steps=1, batch_size=4, maps=2, examples=0, resamples=10, heldout_share=0.5, store=False, threshold=1e-6)
+
+
+def shown(model, image_processor, data, tokenizer=None, **settings):
+    """The maps of a run in which nothing is left out and nothing goes wrong; the cells of a page that have a token."""
+    settings = dataclasses.replace(SHORT, **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        result = run_rprobe(model, image_processor, tokenizer or Characters(), settings, data, progress=False)
+    anatomy = find(model)
+    (view,) = look(anatomy, make_transform(anatomy, image_processor, settings.image_mode), [data[0].image])
+    seen = torch.zeros(view.grid.tokens, dtype=torch.bool)
+    seen[view.cells[view.cells >= 0]] = True
+    assert len(result.maps) == 2
+    return result.maps, seen.reshape(view.grid.rows, view.grid.columns).numpy()
+
+
+@pytest.mark.parametrize("broken", ["stop", "skip"])
+@pytest.mark.parametrize("host", ["hf", "llava"])
+def test_cells_whose_token_anyres_cuts_off_stay_grey(tmp_path, host, broken):
+    model, image_processor = anyres_model(host, tmp_path)
+    boxes = ((60.0, 18.0, 70.0, 22.0),)
+    data = [Sample(noise(130, 40, i), "AB", boxes, boxes, f"s{i}") for i in range(4)]
+    maps, seen = shown(model, image_processor, data, image_mode="anyres", broken=broken)
+    plane = Plane.of(make_transform(find(model), image_processor, "anyres"), data[0].image, 588)
+    dropped = [cell for cell in (~seen).flatten().nonzero()[0] if plane.original(cell) is not None]
+    assert dropped  # cells with pixels of the page but no token
+    for found in maps:
+        assert np.array_equal(np.isnan(found.error), ~seen)
+
+
+@pytest.mark.parametrize("broken", ["stop", "skip"])
+def test_a_first_patch_that_the_host_drops_stays_grey(broken):
+    model = zoo.hf_model("siglip", strategy="default")
+    cell, first = (20.0, 20.0, 22.0, 22.0), (1.0, 1.0, 5.0, 5.0)  # nothing can be rebuilt under the second
+    data = [Sample(noise(56, 56, i), "AB", (cell,), (cell, first), f"s{i}", "", ("AB", "first")) for i in range(4)]
+    maps, seen = shown(model, processor(), data, broken=broken)
+    assert not seen[0, 0] and seen.sum() == 15
+    for found in maps:
+        assert np.array_equal(np.isnan(found.error), ~seen)
+        assert found.text[0, 0] and found.inside_mse == pytest.approx(found.error[1, 1])
+        assert found.spoken.sum() == 1
+
+
+def test_a_page_on_which_nothing_is_left_but_dropped_cells():
+    model = zoo.hf_model("siglip", strategy="default")
+    boxes = ((0.0, 14.0, 56.0, 56.0), (14.0, 0.0, 56.0, 14.0))
+    maps, seen = shown(model, processor(), [Sample(noise(56, 56, i), "AB", boxes, boxes, f"s{i}") for i in range(4)])
+    for found in maps:
+        assert np.array_equal(np.isnan(found.error), ~seen)
+        assert found.outside_mse is None
+
+
+def test_a_listed_text_without_tokens_stays_grey():
+    class Deaf(Characters):
+        def __call__(self, text, **kwargs):
+            return {"input_ids": []} if text == "two" else super().__call__(text, **kwargs)
+
+    boxes = (FIRST, SECOND)
+    data = [Sample(noise(56, 56, i), "one", (FIRST,), boxes, f"s{i}", "", ("one", "two")) for i in range(4)]
+    (found, _), _ = shown(tiny_model(), processor(), data, Deaf())
+    assert np.isnan(found.error[1, :2]).all() and np.isnan(found.error).sum() == 2
+    assert found.inside_mse == pytest.approx(found.error[0, :3].mean())
+
+
+def test_a_map_that_fails_costs_a_note_and_not_the_result(tmp_path, monkeypatch):
+    def go(**settings):
+        settings = dataclasses.replace(SHORT, **settings)
+        return run_rprobe(tiny_model(), processor(), Characters(), settings, samples(8), progress=False)
+
+    whole, real, calls = go(), error_map._map, []
+
+    def fail_once(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise RuntimeError("out of memory")
+        return real(*args)
+
+    monkeypatch.setattr(error_map, "_map", fail_once)
+    with pytest.warns(UserWarning, match="there is no error map of data.jsonl:.: RuntimeError: out of memory"):
+        result = go()
+    assert len(result.maps) == 1  # the other page has its own
+    write_run(result, tmp_path)
+    written, expected = json.loads((tmp_path / "rprobe.json").read_text()), whole.to_json()
+    for values in (written, expected):
+        del values["facts"]["encode_seconds"], values["facts"]["train_seconds"]
+    assert [note for note in written.pop("warnings") if "no error map" in note]
+    expected.pop("warnings")
+    assert written == json.loads(json.dumps(expected))
+    monkeypatch.setattr(error_map, "_map", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        go()

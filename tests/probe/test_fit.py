@@ -11,9 +11,11 @@ from PIL import Image
 from llava_patch.errors import HostError, InputError, LlavaPatchError
 from llava_patch.hosts.anatomy import find
 from llava_patch.probe import fit
+from llava_patch.probe.data import Samples
 from llava_patch.probe.decoder import ProbeDecoder
 from llava_patch.probe.evaluate import predict
 from llava_patch.probe.fit import first_under, run_rprobe, running_mean
+from llava_patch.probe.pages import Pages
 from llava_patch.probe.sample import Sample
 from llava_patch.probe.settings import RProbe
 from llava_patch.probe.train import batches, rate, token_errors, train_probe
@@ -167,6 +169,75 @@ def test_vacuous_threshold_warns_and_says_so():
         result = run(tiny_model())
     assert not result.threshold_is_vacuous
     assert result.steps_to_threshold is None
+
+
+def test_a_threshold_above_the_training_variance_alone_is_vacuous():
+    """Steps are counted on the training curve, which starts at the training targets' variance."""
+    dim = [dataclasses.replace(s, image=s.image.point(lambda value: value // 2)) for s in samples(9)[:6]]
+    with pytest.warns(
+        UserWarning, match=r"on held-out, 0\.\d+ on training samples\): steps to the threshold say nothing"
+    ):
+        result = run(tiny_model(), dataclasses.replace(QUICK, threshold=0.6), samples=dim, heldout=samples(9)[6:])
+    assert result.running[0] < result.threshold < result.constant_mse
+    assert result.threshold_is_vacuous
+
+
+def test_what_is_left_out_is_counted_and_kept_with_the_result():
+    empty = dataclasses.replace(samples(1)[0], boxes=((3.0, 3.0, 3.0, 9.0),), id="empty")
+    train = Samples([*samples(9)[:6], empty, empty], ["a.jsonl:3: not JSON"], 4)
+    held = Samples([*samples(9)[6:], empty], ["b.jsonl:1: lacks box", "b.jsonl:2: lacks box"], 1)
+    settings = dataclasses.replace(QUICK, broken="skip", max_text_tokens=5)
+    with pytest.warns(UserWarning) as told:
+        result = run(tiny_model(), settings, samples=train, heldout=held)
+    counts = {"skipped_by_reader": 3, "unread": 5, "skipped_train": 2, "skipped_heldout": 1, "texts_cut": 9}
+    assert counts.items() <= result.facts.items()
+    for words in (
+        "3 things could not be used and were skipped; the first: a.jsonl:3: not JSON",
+        "leaves out 2 of 8 training samples; the first: empty: empty box",
+        "leaves out 1 of 4 held-out samples",
+        "cuts the texts of 6 of 6 training samples",
+        "cuts the texts of 3 of 3 held-out samples",
+    ):
+        assert sum(words in note for note in result.warnings) == 1
+        assert sum(words in str(warning.message) for warning in told) == 1
+    whole = run(tiny_model(), samples=samples(8))
+    assert not any(whole.facts[name] for name in counts)
+
+
+def test_held_out_documents_that_are_trained_on_are_told_and_all_of_them_refused(tmp_path):
+    data = samples(9)
+    copies = []
+    for number, sample in enumerate(data):
+        for folder in ("one", "two"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            sample.image.save(tmp_path / folder / f"{folder}{number}.png")
+        copies.append(
+            [
+                dataclasses.replace(sample, image=tmp_path / f / f"{f}{number}.png", id=f"{f}{number}")
+                for f in ("one", "two")
+            ]
+        )
+    one, two = zip(*copies, strict=True)
+    with pytest.warns(UserWarning, match="2 of 5 held-out documents are trained on, such as two4"):
+        result = run(tiny_model(), samples=one[:6], heldout=two[4:])
+    assert result.facts["heldout_documents_trained_on"] == 2
+    assert any("held-out documents are trained on" in note for note in result.warnings)
+    with pytest.raises(InputError, match="all 2 held-out documents are trained on, such as two4"):
+        run(tiny_model(), samples=one[:6], heldout=two[4:6])
+    with pytest.raises(InputError, match="all 9 held-out documents are trained on"):
+        run(tiny_model(), samples=data, heldout=data)
+    with pytest.raises(InputError, match="the held-out samples are the training samples"):
+        run(tiny_model(), samples=Pages(4, 56), heldout=Pages(4, 56))
+    apart = run(tiny_model(), samples=one[:6], heldout=two[6:])
+    assert apart.facts["heldout_documents_trained_on"] == 0 and not apart.warnings
+
+
+def test_one_target_token_is_called_what_it_is():
+    one = [dataclasses.replace(samples(9)[8], boxes=((20.0, 20.0, 22.0, 22.0),))]
+    with pytest.raises(InputError, match="held-out samples: there is one target token: hold out more"):
+        run(tiny_model(), samples=samples(8), heldout=one)
+    with pytest.raises(InputError, match="training samples: there is one target token: train on more"):
+        run(tiny_model(), samples=one, heldout=samples(8))
 
 
 def test_probe_that_only_learns_its_training_samples_by_heart_warns():

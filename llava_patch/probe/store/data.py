@@ -71,6 +71,8 @@ class FrozenData:
         places: (shard, row in it) of each sample.
         text: text tokens of each sample.
         skipped: a message for each sample that was left out.
+        texts_cut: samples whose text was cut to `max_text_tokens`.
+        notes: sentences on both, for the user.
         key: digest of all that the batches depend on: model, data, settings.
         store: the store on disk, which stays in use as long as this lives; None: in memory.
     """
@@ -81,6 +83,8 @@ class FrozenData:
     places: list[tuple[int, int]]
     text: Text
     skipped: list[str] = field(default_factory=list)
+    texts_cut: int = 0
+    notes: list[str] = field(default_factory=list)
     key: str = ""
     store: Store | None = None
 
@@ -107,6 +111,14 @@ class FrozenData:
         """Cells (raster order) under the targets of a sample, int64 [targets], in the order of its pixels."""
         shard, row = self.places[index]
         return self.shards[shard].cells(row)[self.shards[shard].target(row).long()].long()
+
+    def seen_of(self, index: int) -> Tensor:
+        """Cells (raster order) of a sample's image that have a token, bool [cells]; a host may drop some."""
+        shard, row = self.places[index]
+        cells = self.shards[shard].cells(row).long()
+        seen = torch.zeros(self.grid_of(index).tokens, dtype=torch.bool)
+        seen[cells[cells >= 0]] = True
+        return seen
 
     @functools.cached_property
     def _moments(self) -> tuple[Tensor, float]:

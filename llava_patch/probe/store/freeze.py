@@ -36,6 +36,7 @@ def freeze_samples(
     settings: RProbe,
     progress: bool = False,
     label: str = "samples",
+    warn: bool = True,
 ) -> FrozenData:
     """Run vision tower, fusion, projector and token embeddings once over all samples.
 
@@ -52,6 +53,7 @@ def freeze_samples(
         settings: `masked`, `text`, `max_text_tokens`, `broken`, `store` and `store_gb` are read.
         progress: show a bar.
         label: its name.
+        warn: warn of what `FrozenData.notes` says.
 
     Raises:
         InputError: no usable sample, or, with `broken="stop"`, one with a bad image, box or text (it is named).
@@ -62,7 +64,11 @@ def freeze_samples(
     if not len(samples):
         raise InputError(f"R-Probe got no {label}")
     with parallel.guard(), torch.inference_mode(False), torch.no_grad():
-        return _freeze(anatomy, transform, tokenizer, samples, settings, progress, label)
+        data = _freeze(anatomy, transform, tokenizer, samples, settings, progress, label)
+    if warn and parallel.rank() == 0:
+        for note in data.notes:
+            warnings.warn(note, stacklevel=2)
+    return data
 
 
 def _freeze(
@@ -77,11 +83,14 @@ def _freeze(
     plan = make_plan(samples, settings)
     texts: dict[int, list[int]] = {}
     messages: dict[int, str] = {}
+    cut: set[int] = set()
 
     def read(records: Sequence[Record]) -> None:
         for record in records:
             try:
-                texts[record.index] = token_ids(record.text, record.id, tokenizer, settings)
+                texts[record.index], whole = token_ids(record.text, record.id, tokenizer, settings)
+                if not whole:
+                    cut.add(record.index)
             except InputError as error:
                 if settings.broken == "stop":
                     raise
@@ -125,9 +134,14 @@ def _freeze(
         skipped = [messages[index] for index in sorted(messages)]
         if not kept:
             raise InputError(f"R-Probe: none of the {len(samples)} {label} can be used; the first: {skipped[0]}")
+        notes = []
         if skipped:
-            warnings.warn(
-                f"R-Probe leaves out {len(skipped)} of {len(samples)} {label}; the first: {skipped[0]}", stacklevel=3
+            notes.append(f"R-Probe leaves out {len(skipped)} of {len(samples)} {label}; the first: {skipped[0]}")
+        texts_cut = len(cut.intersection(kept))
+        if texts_cut:
+            notes.append(
+                f"R-Probe cuts the texts of {texts_cut} of {len(kept)} {label} to RProbe.max_text_tokens = "
+                f"{settings.max_text_tokens} tokens: their regions are rebuilt without the rest of it"
             )
         return FrozenData(
             samples=Chosen(samples, kept) if skipped else samples,
@@ -136,6 +150,8 @@ def _freeze(
             places=[places[i] for i in kept],
             text=embed(anatomy, [texts[i] for i in kept]),
             skipped=skipped,
+            texts_cut=texts_cut,
+            notes=notes,
             key=digest([described, [(i, texts[i]) for i in kept], [records[i].id for i in kept]]),
             store=store,
         )

@@ -182,7 +182,7 @@ def make_plan(samples: Sequence[Sample], settings: RProbe) -> Plan:
     identity = getattr(samples, "identity", None)
     if identity is not None:
         return Plan([[i] for i in range(len(samples))], None, identity())
-    content_of = _Contents()
+    content_of = Contents()
     number_of: dict[Any, int] = {}
     images: list[list[int]] = []
     records, described = [], []
@@ -199,7 +199,7 @@ def make_plan(samples: Sequence[Sample], settings: RProbe) -> Plan:
     return Plan(images, records, {"own": digest(described), "samples": len(described), "images": len(images)})
 
 
-class _Contents:
+class Contents:
     """Content of a sample's image; each file and each picture in memory is read once."""
 
     def __init__(self) -> None:
@@ -207,6 +207,7 @@ class _Contents:
         self._pictures: dict[int, tuple[weakref.ref[Any], str]] = {}
 
     def __call__(self, sample: Sample) -> str:
+        """Digest of the file's bytes, or of the pixels in memory; of its name where it cannot be read."""
         image: Any = sample.image
         if isinstance(image, (str, os.PathLike)) or hasattr(image, "read"):
             place = os.path.abspath(image) if isinstance(image, (str, os.PathLike)) else f"inside {image}"

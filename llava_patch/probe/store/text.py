@@ -29,22 +29,27 @@ class Text:
     table: Tensor
 
 
-def token_ids(text: str, name: str, tokenizer: Any, settings: RProbe) -> list[int]:
+def token_ids(text: str, name: str, tokenizer: Any, settings: RProbe) -> tuple[list[int], bool]:
     """Ids of a text, cut to `max_text_tokens`; the unknown token in their places when `settings.text` is False.
+
+    Returns:
+        The ids, and whether they are all that the text has.
 
     Raises:
         InputError: the text has no tokens; names the sample.
         SettingError: the unknown token is wanted, but the tokenizer has none.
     """
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])[: settings.max_text_tokens]
+    found = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids = found[: settings.max_text_tokens]
+    whole = len(ids) == len(found)
     if not ids:
         raise InputError(f"{name}: the text {text!r} has no tokens")
     if settings.text:
-        return ids
+        return ids, whole
     unknown = getattr(tokenizer, "unk_token_id", None)
     if unknown is None:
         raise SettingError("RProbe.text = False replaces text by the unknown token, but this tokenizer has none")
-    return [int(unknown)] * len(ids)
+    return [int(unknown)] * len(ids), whole
 
 
 def embed(anatomy: Anatomy, texts: Sequence[list[int]]) -> Text:

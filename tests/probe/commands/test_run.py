@@ -56,17 +56,20 @@ def test_one_probe_writes_result_figure_and_decoder(checkpoint, tmp_path):
 
 def test_own_data_and_held_out_data(checkpoint, tmp_path):
     lines = []
-    for i in range(6):
+    for i in range(8):
         Image.effect_noise((60, 50), 40 + 10 * i).convert("RGB").save(tmp_path / f"{i}.png")
         lines.append({"image": f"{i}.png", "text": f"line {i}", "box": [2, 3, 45, 22]})
-    (tmp_path / "all.jsonl").write_text("\n".join(map(json.dumps, [*lines, {**lines[0], "image": "gone.png"}])))
-    (tmp_path / "held.jsonl").write_text("\n".join(map(json.dumps, lines[:2])))
+    (tmp_path / "all.jsonl").write_text("\n".join(map(json.dumps, [*lines[:6], {**lines[0], "image": "gone.png"}])))
+    (tmp_path / "held.jsonl").write_text("\n".join(map(json.dumps, lines[5:7])))
     out = rprobe(checkpoint, tmp_path / "all.jsonl", *QUICK, "--broken", "skip", "--output", tmp_path / "a")
     assert "1 things could not be used and were skipped" in out and "gone.png" in out
     rprobe(
         checkpoint, tmp_path / "all.jsonl", *QUICK, "--broken", "skip", "--output", tmp_path / "b",
         "--heldout", tmp_path / "held.jsonl",
     )  # fmt: skip
+    kept = json.loads((tmp_path / "b" / "rprobe.json").read_text())["warnings"]
+    assert any(note.startswith("1 of 2 held-out documents are trained on") for note in kept)
+    assert any("1 things could not be used" in note and "gone.png" in note for note in kept)
     first, second = (json.loads((tmp_path / name / "rprobe.json").read_text())["facts"] for name in "ab")
     assert (first["train_samples"], second["train_samples"], second["heldout_samples"]) == (5, 6, 2)
     message = rprobe(checkpoint, tmp_path / "all.jsonl", *QUICK, "--output", tmp_path / "c", fails=LlavaPatchError)

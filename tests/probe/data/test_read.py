@@ -34,6 +34,14 @@ def test_jsonl(tmp_path):
     assert read_samples(jsonl(tmp_path, around))[0].all_boxes == ((1, 2, 30, 12), (50, 2, 60, 9))
 
 
+def test_an_image_is_one_document_however_its_path_is_spelt(tmp_path):
+    (tmp_path / "x").mkdir()
+    file = jsonl(tmp_path, LINE, {**LINE, "image": "x/../a.png", "box": [40, 2, 70, 12]}, {**LINE, "image": "./a.png"})
+    samples = read_jsonl(file)
+    assert {s.document for s in samples} == {str(tmp_path / "a.png")}
+    assert {s.all_boxes for s in samples} == {((1, 2, 30, 12), (40, 2, 70, 12))}
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [

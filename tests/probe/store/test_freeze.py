@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -108,6 +110,16 @@ def test_without_text_every_token_is_the_unknown_one(model):
     tokenizer.unk_token_id = None
     with pytest.raises(SettingError, match=r"RProbe\.text = False"):
         freeze(model, samples(1), tokenizer=tokenizer, text=False)
+
+
+def test_texts_that_are_cut_are_counted_and_told(model):
+    page = unique_page()
+    data = [Sample(page, text, ((0.0, 0.0, 5.0, 5.0),), id=text) for text in ("abcd", "abcde", "a")]
+    with pytest.warns(UserWarning, match="cuts the texts of 1 of 3 samples to RProbe.max_text_tokens = 4 tokens"):
+        assert freeze(model, data, max_text_tokens=4).texts_cut == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert freeze(model, data, max_text_tokens=5).texts_cut == 0
 
 
 def test_long_texts_are_cut(model):
