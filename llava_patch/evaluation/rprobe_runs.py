@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from llava_patch.evaluation.access import reach
@@ -74,21 +75,23 @@ def _run(lm: Any, name: str) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]
     from llava_patch.probe import parallel
     from llava_patch.probe.fit import run_rprobe
     from llava_patch.probe.output import write_run
+    from llava_patch.probe.resume import alone
 
     task, subject = active(name), reach(lm)
     train, heldout = (None, None) if task.data() is None else own_samples(task.settings, task.data())
     folder = output_folder(getattr(task, "args", None), name)
-    result = run_rprobe(
-        subject.anatomy.model,
-        subject.image_processor,
-        subject.tokenizer,
-        task.settings,
-        train,
-        heldout,
-        work=folder,
-    )
-    if folder is not None:
-        write_run(result, folder)
+    with alone(None if folder is None else Path(folder)):
+        result = run_rprobe(
+            subject.anatomy.model,
+            subject.image_processor,
+            subject.tokenizer,
+            task.settings,
+            train,
+            heldout,
+            work=folder,
+        )
+        if folder is not None:
+            write_run(result, folder)
     if parallel.rank() == 0:
         print(f"{name}: {result.summary()}", flush=True)
     run = {
