@@ -203,7 +203,7 @@ def test_a_second_run_in_the_same_folder_is_refused_and_a_killed_one_is_not_in_t
 
         half = folder / f".{Path(STATE_FILE).stem}-half.safetensors"
         half.write_bytes(b"of the other run")
-        with pytest.raises(CheckpointError, match="another run works in .*: wait for it or give another --output"):
+        with pytest.raises(CheckpointError, match=r"another run works in .*: wait for it or give another --output"):
             run()
         assert half.exists()
     finally:

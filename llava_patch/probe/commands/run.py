@@ -162,6 +162,7 @@ def _measure(
     from llava_patch.files import atomic, write_json
     from llava_patch.probe import parallel
     from llava_patch.probe.ablation import VARIANTS, markdown, notes, summarise, tables, variant
+    from llava_patch.probe.data.read import resolve_source
     from llava_patch.probe.output import FIGURE, RESULT
     from llava_patch.probe.resume import alone
     from llava_patch.probe.subject import load_subject
@@ -170,7 +171,8 @@ def _measure(
     samples = _read(data, settings)
     measured = _read(heldout, settings)
     subject = load_subject(checkpoint, base, device, dtype)
-    facts = {"checkpoint": named(checkpoint), "base": base, "source": data, "heldout_source": heldout}
+    facts = {"checkpoint": named(checkpoint), "base": base, "source": resolve_source(data)}
+    facts["heldout_source"] = resolve_source(heldout)
     if not ablation:
         result = _probe(subject, settings, samples, measured, folder, facts, show, formats)
         _say(result.summary())

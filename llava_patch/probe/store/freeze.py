@@ -81,7 +81,8 @@ def _freeze(
     def read(records: Sequence[Record]) -> None:
         for record in records:
             try:
-                texts[record.index] = token_ids(record.text, record.id, tokenizer, settings)
+                name = record.id if plan.records is None else samples[record.index].place
+                texts[record.index] = token_ids(record.text, name, tokenizer, settings)
             except InputError as error:
                 if settings.broken == "stop":
                     raise
@@ -136,7 +137,7 @@ def _freeze(
             places=[places[i] for i in kept],
             text=embed(anatomy, [texts[i] for i in kept]),
             skipped=skipped,
-            key=digest([described, [(i, texts[i]) for i in kept], [records[i].id for i in kept]]),
+            key=digest([described, [(i, texts[i]) for i in kept]]),
             store=store,
         )
     except BaseException:

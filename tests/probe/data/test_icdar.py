@@ -30,9 +30,9 @@ def read(tmp_path, *lines, name="p.txt", **kwargs):
 def test_layouts_of_a_line(tmp_path, line, words):
     (sample,) = read(tmp_path, line)
     assert (sample.text, sample.boxes) == (words, ((10, 5, 60, 20),))
-    assert sample.id == f"{tmp_path}/p.txt:1"
+    assert (sample.id, sample.where) == ("p.txt:1", f"{tmp_path}/p.txt:1")
     assert sample.image == tmp_path / "p.png"
-    assert sample.document == str(tmp_path / "p.png")
+    assert sample.document == "p.png"
 
 
 def test_quadrilaterals_become_the_box_around_them(tmp_path):

@@ -30,7 +30,7 @@ def test_funsd_entries(tmp_path):
             ("Weight:", ((1, 2, 30, 12),)),
             ("12 kg", ((1, 20, 30, 33),)),
         ]
-        assert [s.id for s in samples] == [f"{file}:form[0]", f"{file}:form[2]"]
+        assert [s.where for s in samples] == [f"{file}:form[0]", f"{file}:form[2]"]
         assert samples[0].all_boxes == ((1, 2, 30, 12), (40, 2, 70, 12), (1, 20, 30, 33))
         assert (samples.format, samples.unread) == ("funsd", 1)
         assert samples[0].open_image().size == (100, 60)
@@ -85,7 +85,7 @@ def test_coco_text(tmp_path):
     file = coco(tmp_path, anns, imgToAnns={"7": [2, 0, 1], "9": []})
     samples = read_samples(tmp_path)
     assert [(s.text, s.boxes) for s in samples] == [("shut", ((30, 20, 50.5, 30),)), ("open", ((1, 2, 21, 12),))]
-    assert [s.id for s in samples] == [f"{file}:anns[2]", f"{file}:anns[0]"]
+    assert [s.where for s in samples] == [f"{file}:anns[2]", f"{file}:anns[0]"]
     assert len(samples[0].all_boxes) == 3
     assert (samples.format, samples.unread) == ("cocotext", 1)
 
