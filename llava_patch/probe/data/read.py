@@ -21,7 +21,8 @@ FORMATS = {
     "jsonl": 'our own JSONL: {"image", "text", "box", ("all_boxes", "document")} a line',
     "icdar": "SROIE or ICDAR .txt or .csv files, x1,y1,…,x4,y4,text or x0,y0,x1,y1,text a line, and their images",
     "funsd": 'FUNSD .json files, {"form": [...]}, and their images',
-    "cocotext": 'a COCO-Text or TextOCR .json file, {"imgs", "anns", "imgToAnns"}, and its images',
+    "cocotext": 'a COCO-Text, TextOCR or COCO .json file, {"imgs", "anns", "imgToAnns"} or {"images", "annotations"}, '
+    "and its images",
     "hf": "a Hugging Face dataset: saved to disk, .parquet or .arrow files, or hf:NAME[:SPLIT] from the hub",
 }
 """What can be read, by the name that `format` takes."""

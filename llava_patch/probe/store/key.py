@@ -31,7 +31,7 @@ from llava_patch.probe.store.shard import FORMAT, Record
 from llava_patch.probe.transform import Transform
 from llava_patch.probe.view import look
 
-LIBRARIES = ("llava_patch", "torch", "transformers", "llava-torch", "llava", "timm", "pillow", "numpy")
+LIBRARIES = ("llava_patch", "torch", "torchvision", "transformers", "llava-torch", "llava", "timm", "pillow", "numpy")
 SETTINGS = ("masked",)  # those of RProbe that change what is stored; image_mode is the transform's
 _CONFIG = ("mm_", "vision", "image_", "projector_", "multimodal_")  # what of a host's config is about images
 
@@ -125,8 +125,9 @@ def answer_key(anatomy: Anatomy, transform: Transform) -> str:
         anatomy: the model under test, in evaluation mode.
         transform: from `make_transform`.
     """
-    side = max(transform.height, transform.width)
-    noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    # Larger than the tower's input and not square, so that resizing and cutting count.
+    height, width = 2 * transform.height + 3, transform.width + 5
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     (view,) = look(anatomy, transform, [Image.fromarray(noise)])
     found = hashlib.blake2b(digest_size=16)
     for tensor in (view.tokens, view.injections):

@@ -78,7 +78,7 @@ def test_nothing_left_or_nothing_there(tmp_path):
 
 def test_unknown_formats_list_what_is_understood_and_what_was_found(tmp_path):
     text(tmp_path / "a.xml", "<page/>")
-    document(tmp_path / "b.json", {"images": [], "annotations": []})
+    document(tmp_path / "b.json", {"pictures": [], "annotations": []})
     with pytest.raises(InputError, match=r"(?s)found 1 .json, 1 .xml.*jsonl:.*icdar:.*funsd:.*cocotext:.*hf:"):
         read_samples(tmp_path)
     text(tmp_path / "c.txt", "hello there")
