@@ -10,14 +10,15 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from llava_patch.errors import InputError
 from llava_patch.evaluation.access import reach
 from llava_patch.evaluation.options import output_folder
 from llava_patch.probe.settings import RProbe
 
 DATA_VARIABLE = "LLAVA_PATCH_RPROBE_DATA"
-NAN = float("nan")
 
 
 def data_file(metadata: Any) -> str | None:
@@ -79,21 +80,23 @@ def _run(lm: Any, name: str) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]
     from llava_patch.probe import parallel
     from llava_patch.probe.fit import run_rprobe
     from llava_patch.probe.output import write_run
+    from llava_patch.probe.resume import alone
 
     task, subject = active(name), reach(lm)
     train, heldout = (None, None) if task.data() is None else own_samples(task.settings, task.data())
     folder = output_folder(getattr(task, "args", None), name)
-    result = run_rprobe(
-        subject.anatomy.model,
-        subject.image_processor,
-        subject.tokenizer,
-        task.settings,
-        train,
-        heldout,
-        work=folder,
-    )
-    if folder is not None:
-        write_run(result, folder)
+    with alone(None if folder is None else Path(folder)):
+        result = run_rprobe(
+            subject.anatomy.model,
+            subject.image_processor,
+            subject.tokenizer,
+            task.settings,
+            train,
+            heldout,
+            work=folder,
+        )
+        if folder is not None:
+            write_run(result, folder)
     if parallel.rank() == 0:
         print(f"{name}: {result.summary()}", flush=True)
     run = {
@@ -107,7 +110,12 @@ def _run(lm: Any, name: str) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]
         "steps_done": len(result.losses),
         "warnings": result.warnings,
     }
-    return {document["id"]: document for document in result.documents}, run
+    documents = {document["id"]: document for document in result.documents}
+    if len(documents) < len(result.documents):
+        ids = [document["id"] for document in result.documents]
+        twice = next(one for one in ids if ids.count(one) > 1)
+        raise InputError(f"{name}: two held-out samples are called {twice!r}: their numbers cannot be told apart")
+    return documents, run
 
 
 def process_results(doc: Any, results: Sequence[str]) -> dict[str, Any]:
@@ -130,24 +138,28 @@ def process_results(doc: Any, results: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def mse(items: Sequence[dict[str, Any] | None]) -> float:
-    """Held-out per-token MSE: mean inside a token, then over all tokens of all documents that could be used."""
+def mse(items: Sequence[dict[str, Any] | None]) -> float | None:
+    """Held-out per-token MSE: mean inside a token, then over all tokens of all documents that could be used.
+
+    None, here and below, where there is no number: lmms-eval prints N/A, and its JSON has null (a NaN is no JSON).
+    """
     used = [item for item in items if item is not None]
-    return sum(item["mse"] * item["tokens"] for item in used) / sum(item["tokens"] for item in used) if used else NAN
+    return sum(item["mse"] * item["tokens"] for item in used) / sum(item["tokens"] for item in used) if used else None
 
 
-def fvu(items: Sequence[dict[str, Any] | None]) -> float:
+def fvu(items: Sequence[dict[str, Any] | None]) -> float | None:
     """That MSE divided by the variance of all held-out targets."""
-    return next((mse(items) / item["target_variance"] for item in items if item is not None), NAN)
+    error = mse(items)
+    variance = next((item["target_variance"] for item in items if item is not None), None)
+    return None if error is None or variance is None else error / variance
 
 
-def psnr(items: Sequence[float | None]) -> float:
+def psnr(items: Sequence[float | None]) -> float | None:
     """Peak signal-to-noise ratio in dB, mean over documents."""
     used = [item for item in items if item is not None]
-    return sum(used) / len(used) if used else NAN
+    return sum(used) / len(used) if used else None
 
 
-def steps(items: Sequence[dict[str, Any]]) -> float:
-    """Training steps to a threshold; nan when it was never reached, or lies above what a constant reaches."""
-    value = items[0]["steps"]
-    return NAN if value is None else value
+def steps(items: Sequence[dict[str, Any]]) -> int | None:
+    """Training steps to a threshold; None when it was never reached, or lies above what a constant reaches."""
+    return items[0]["steps"]

@@ -132,6 +132,16 @@ def known_options(processor: Any) -> frozenset[str]:
     return frozenset(inspect.signature(processor.preprocess).parameters)
 
 
+def layout_options(processor: Any) -> dict[str, str]:
+    """What tells an image processor where a PIL image has its channels; {} where it knows.
+
+    Slow processors make an array of it and guess: 1 or 3 rows of pixels would be taken for channels. Fast ones make a
+    tensor with the channels first, and would believe anything else that they are told.
+    """
+    guesses = getattr(processor, "valid_kwargs", None) is None and "input_data_format" in known_options(processor)
+    return {"input_data_format": "channels_last"} if guesses else {}
+
+
 def causal_mask(
     config: Any,
     hidden_states: Tensor,

@@ -19,6 +19,7 @@ from torch import Tensor
 from llava_patch.errors import HostError
 from llava_patch.hosts import positions
 from llava_patch.hosts.anatomy import HF, LLAVA, Anatomy
+from llava_patch.hosts.compat import layout_options
 from llava_patch.undo import UndoStack
 
 
@@ -89,7 +90,7 @@ class Tiling:
 
             tiles = process_anyres_image(image, processor, [list(r) for r in self.resolutions])
         else:
-            tiles = processor([image], return_tensors="pt")["pixel_values"][0]
+            tiles = processor([image], return_tensors="pt", **layout_options(processor))["pixel_values"][0]
         place = self.place(image.size)
         expected = (1 + place.width * place.height // self.side**2, 3, self.side, self.side)
         if tuple(tiles.shape) != expected:

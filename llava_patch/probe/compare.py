@@ -10,6 +10,7 @@ from typing import Any
 from llava_patch import files
 from llava_patch.errors import InputError, SettingError
 from llava_patch.probe.bootstrap import interval, paired, unlike
+from llava_patch.probe.data.read import resolve_source
 from llava_patch.probe.result import RProbeResult, read_result
 
 RESULT = "rprobe.json"
@@ -126,7 +127,7 @@ def warnings_of(results: Mapping[str, RProbeResult], baseline: str) -> list[str]
             f"{key} = {mine.get(key)} (there {theirs.get(key)})"
             for mine, theirs, keys in ((result.settings, base.settings, SETTINGS), (result.facts, base.facts, FACTS))
             for key in keys
-            if mine.get(key, theirs.get(key)) != theirs.get(key, mine.get(key))
+            if _plain(key, mine.get(key, theirs.get(key))) != _plain(key, theirs.get(key, mine.get(key)))
         ]
         if apart:
             found.append(f"{name} differs from {baseline} in more than the model: {', '.join(apart)}")
@@ -147,6 +148,16 @@ def warnings_of(results: Mapping[str, RProbeResult], baseline: str) -> list[str]
             f"{', '.join(vacuous)}: a constant patch is under the threshold, so steps to it say nothing (in brackets)"
         )
     return found
+
+
+def _plain(key: str, value: Any) -> Any:
+    """A value as it is compared: a source by where it lies, not by how its path is written."""
+    if not key.endswith("source") or not isinstance(value, str):
+        return value
+    try:
+        return resolve_source(value)
+    except SettingError:  # of another version
+        return value
 
 
 def cells(

@@ -25,7 +25,7 @@ from llava_patch.probe.evaluate import check_shown, evaluate
 from llava_patch.probe.overlap import trained_on
 from llava_patch.probe.pages import Pages
 from llava_patch.probe.result import RProbeResult
-from llava_patch.probe.resume import Progress, Work, difference, make_key
+from llava_patch.probe.resume import Progress, Work, alone, difference, make_key
 from llava_patch.probe.sample import Sample, split_samples
 from llava_patch.probe.settings import RProbe
 from llava_patch.probe.store import FrozenData, freeze_samples, make_transform
@@ -73,11 +73,12 @@ def run_rprobe(
         HostError: a model that is not known, or whose LLM has fewer than 4 layers.
         InputError: a sample that cannot be used (named in the message), or all held-out documents are trained on.
         SettingError: the decoder does not fit into the device's memory, or `trained = "lora"` without peft.
-        CheckpointError: `work` holds an unfinished training of another model, data set or settings.
+        CheckpointError: `work` holds an unfinished training of another model, data set or settings, or another run
+            works in it.
         LlavaPatchError: the training loss is not finite.
         PeerError: another process of the run failed.
     """
-    with parallel.guard(), float32_default():
+    with parallel.guard(), alone(None if work is None else Path(work)), float32_default():
         return _run(
             model,
             image_processor,
@@ -135,7 +136,7 @@ def _run(
         decoder = ProbeDecoder(anatomy, train.grid, settings.rope, settings.seed)
         choose(decoder, settings)
         lr = settings.learning_rate(int(anatomy.text_config.hidden_size))
-        key = make_key(decoder, train.key, settings, lr)
+        key = make_key(decoder, train.key, train.text.table, settings, lr)
         _check_same(key)
         decoder.start_at(constant)
         losses = _trained(decoder, train, settings, lr, progress, None if folder is None else Work(folder, key))

@@ -17,7 +17,7 @@ def write_run(result: RProbeResult, folder: str | Path, formats: Sequence[str] =
 
     Args:
         result: what `run_rprobe` returned.
-        folder: made when it is missing; maps of an earlier run that had more of them are deleted.
+        folder: made when it is missing; pictures of an earlier run that this one has not are deleted.
         formats: of the pictures, "png" and "pdf".
     """
     if parallel.rank() != 0:
@@ -30,7 +30,9 @@ def write_run(result: RProbeResult, folder: str | Path, formats: Sequence[str] =
             path = (folder / MAP.format(number)).with_suffix(f".{suffix}")
             save_map(page, path, bool(result.settings["masked"]), colour_limit(result.maps))
     for suffix in FORMATS:
-        number = len(result.maps) + 1
+        if suffix not in formats:
+            (folder / FIGURE).with_suffix(f".{suffix}").unlink(missing_ok=True)
+        number = len(result.maps) + 1 if suffix in formats else 1
         while (old := (folder / MAP.format(number)).with_suffix(f".{suffix}")).is_file():
             old.unlink()
             number += 1

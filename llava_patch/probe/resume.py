@@ -6,27 +6,35 @@ never taken up; the message names the first field that differs.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from llava_patch.errors import CheckpointError
 from llava_patch.files import atomic
+from llava_patch.probe import parallel
 from llava_patch.probe.decoder import ProbeDecoder
+from llava_patch.probe.sequence import build_sequence
 from llava_patch.probe.settings import RProbe
+from llava_patch.probe.store.key import described, digest
 from llava_patch.probe.trainable import trained_parameters
 
 STATE_FILE = "training.safetensors"
 DECODER_FILE = "decoder.safetensors"
+LOCK_FILE = ".lock"
 FORMAT = 1
 # What does not change a trained decoder; what belongs to the data is in the data's own key as well.
 _NOT_TRAINING = {
@@ -35,8 +43,14 @@ _NOT_TRAINING = {
 _MEANING = {
     "decoder": "the decoder belongs to another model (its first layers' weights)",
     "data": "the frozen training data are others (images, boxes, texts, or the tower and projector that encoded them)",
+    "embeddings": "the token embeddings of the training texts are others",
+    "config": "the decoder belongs to another model (the configuration of its language model)",
+    "answer": "the decoder belongs to another model (before training it answers otherwise to the same input)",
 }
 _SAMPLED = 4096  # values of each tensor that the fingerprint reads
+_ANSWERS = 64  # numbers that stand for a fresh decoder's answer
+_CLOSE = 1e-4  # by which two of them may differ: sums in another order, with other threads or on another device
+_NOT_MODEL = ("architectures", "dtype", "torch_dtype", "use_cache", "mm_vision_tower", "llava_patch")
 
 
 def fingerprint(decoder: ProbeDecoder) -> str:
@@ -57,18 +71,50 @@ def fingerprint(decoder: ProbeDecoder) -> str:
     return digest.hexdigest()[:32]
 
 
-def make_key(decoder: ProbeDecoder, data_key: str, settings: RProbe, lr: float) -> dict[str, Any]:
-    """All that a trained decoder depends on, as flat JSON values.
+@torch.no_grad()
+def answer(decoder: ProbeDecoder) -> list[float]:
+    """What a fresh decoder's layers and norm make of one fixed short sequence, as numbers that every state enters.
+
+    Weights do not tell of a number that a module keeps as an attribute (a norm's epsilon), nor of rotary frequencies:
+    those show here. Numbers and not their hash, because float32 sums depend on threads and device.
+    """
+    hidden = int(decoder.config.hidden_size)
+    device = next(decoder.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    text, side = 3, 3
+    cells = torch.cartesian_prod(torch.arange(side), torch.arange(side)).float()[None]
+    target = torch.zeros(1, side * side, dtype=torch.bool)
+    target[0, -3:] = True
+    sequence = build_sequence(target, torch.ones_like(target), cells, torch.tensor([text]), torch.tensor([side]))
+    # Of the sizes that projected and embedded tokens have; an epsilon counts where tokens are small.
+    image = 0.5 * torch.randn(1, side * side, hidden, generator=generator)
+    words = 0.02 * torch.randn(1, text, hidden, generator=generator)
+    layers = len(decoder.injection_layers)
+    added = 0.5 * torch.randn(1, layers, side * side, hidden, generator=generator).to(device) if layers else None
+    with torch.autocast(device.type, enabled=False):
+        states = decoder.hidden_states(image.to(device), words.to(device), sequence.to(device), added)
+    flat = states.cpu().double().flatten()
+    place = torch.arange(len(flat), dtype=torch.float64)
+    waves = torch.cos(torch.arange(1, _ANSWERS + 1, dtype=torch.float64)[:, None] * (0.7 * place + 0.3))
+    return (waves @ flat / math.sqrt(len(flat))).tolist()
+
+
+def make_key(decoder: ProbeDecoder, data_key: str, table: Tensor, settings: RProbe, lr: float) -> dict[str, Any]:
+    """All that a trained decoder depends on, as flat JSON values and one list of numbers.
 
     Args:
         decoder: before its first step.
         data_key: of the frozen training data.
+        table: float32 [distinct tokens, hidden], embeddings of the training texts.
         settings: of the run.
         lr: peak learning rate.
     """
     values = {f"RProbe.{k}": v for k, v in vars(settings).items() if k not in _NOT_TRAINING}
+    config = {k: v for k, v in described(decoder.config).items() if k not in _NOT_MODEL}
     return {
         "decoder": fingerprint(decoder),
+        "config": digest(config),
+        "answer": answer(decoder),
         **values,
         "RProbe.lr": lr,
         "version of torch": torch.__version__,
@@ -76,7 +122,45 @@ def make_key(decoder: ProbeDecoder, data_key: str, settings: RProbe, lr: float) 
         **({"version of peft": version("peft")} if settings.trained == "lora" else {}),
         # Last: other settings make other data too, and then they are what to name.
         "data": data_key,
+        "embeddings": hashlib.sha256(table.contiguous().numpy().tobytes()).hexdigest()[:32],
     }
+
+
+@contextlib.contextmanager
+def alone(folder: Path | None) -> Iterator[None]:
+    """Keep other runs out of a folder for the time of the block; rank 0 does, and its process may enter again.
+
+    The lock ends with its process, however that ends. A folder in which nothing was written does not stay.
+
+    Args:
+        folder: made when it is missing; None: nothing is done.
+
+    Raises:
+        CheckpointError: another run works there, or the folder cannot be written or locked.
+    """
+    if folder is None or parallel.rank() != 0:
+        yield
+        return
+    path = Path(folder).resolve() / LOCK_FILE
+    # Made before the first write: what a failed run would leave behind is taken away again.
+    made = [parent for parent in path.parents if not parent.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path, timeout=0, is_singleton=True)
+        lock.acquire()
+    except Timeout as error:
+        raise CheckpointError(f"another run works in {folder}: wait for it or give another --output") from error
+    except (OSError, NotImplementedError) as error:
+        raise CheckpointError(f"{folder} cannot be written or locked ({error}): give another --output") from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            if lock.lock_counter == 1 and [entry.name for entry in path.parent.iterdir()] == [LOCK_FILE]:
+                path.unlink()
+                for parent in made:
+                    parent.rmdir()
+        lock.release()
 
 
 @dataclass
@@ -198,9 +282,15 @@ def load_decoder(decoder: ProbeDecoder, path: str | Path, key: dict[str, Any]) -
 def difference(saved: dict[str, Any], key: dict[str, Any]) -> str:
     """The first field in which a saved key differs, in words; "" when they are equal."""
     for name in [*key, *(name for name in saved if name not in key)]:
-        if saved.get(name) != key.get(name):
+        if not _equal(name, saved.get(name), key.get(name)):
             return _MEANING.get(name) or f"{name} was {saved.get(name)!r} there and is {key.get(name)!r} here"
     return ""
+
+
+def _equal(name: str, saved: Any, here: Any) -> bool:
+    if name != "answer" or not (isinstance(saved, list) and isinstance(here, list) and len(saved) == len(here)):
+        return bool(saved == here)
+    return math.dist(saved, here) <= _CLOSE * math.hypot(*here)
 
 
 def _write(path: Path, tensors: dict[str, Tensor], progress: Progress, key: dict[str, Any]) -> None:

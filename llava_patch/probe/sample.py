@@ -23,9 +23,11 @@ class Sample:
         text: transcript of the region.
         boxes: the region: one (x0, y0, x1, y1) or several, in pixels of the image, x to the right, y down.
         all_boxes: boxes of all text regions of the image.
-        id: names the sample in errors and results; a file and line where it came from one.
+        id: names the sample in results. A file and line where it came from one; the file is relative to the source, so
+            that the same data have the same ids wherever they lie.
         document: samples of one document are never split between train and held-out; "" means the id.
         all_texts: transcripts of `all_boxes`, where they are known: error maps rebuild each region with its text.
+        where: file and line with a path that finds it, for errors; "" means the id.
     """
 
     image: ImageSource
@@ -35,6 +37,12 @@ class Sample:
     id: str = ""
     document: str = ""
     all_texts: tuple[str, ...] = ()
+    where: str = ""
+
+    @property
+    def place(self) -> str:
+        """Names the sample in errors."""
+        return self.where or self.id
 
     def __repr__(self) -> str:
         return f"Sample({self.id!r}, {self.text!r}, boxes={self.boxes})"
@@ -45,7 +53,7 @@ class Sample:
         Raises:
             InputError: the file is missing, broken or too large; names sample and file.
         """
-        return open_rgb(self.image, self.id)
+        return open_rgb(self.image, self.place)
 
 
 def split_samples(samples: Sequence[Sample], heldout_share: float, seed: int) -> tuple[list[Sample], list[Sample]]:

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from llava_patch.errors import HostError, InputError
-from llava_patch.hosts.compat import known_options
+from llava_patch.hosts.compat import known_options, layout_options
 from llava_patch.hosts.tiles import Tiling
 from llava_patch.probe.sample import Box
 
@@ -89,7 +89,8 @@ class Transform:
             options = {"image_grid_pinpoints": [[self.height, self.width]]}
         known = known_options(self.processor)
         options = {name: value for name, value in options.items() if name in known}
-        pixels = self.processor(list(images), return_tensors="pt", **options)["pixel_values"]
+        pixels = self.processor(list(images), return_tensors="pt", **options, **layout_options(self.processor))
+        pixels = pixels["pixel_values"]
         if hasattr(self.processor, "image_grid_pinpoints"):
             pixels = pixels[:, 0]
         if tuple(pixels.shape[1:]) != (3, self.height, self.width):

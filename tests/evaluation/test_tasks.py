@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from PIL import Image
 
 from llava_patch.errors import HostError, InputError, SettingError
 from llava_patch.evaluation import rprobe_runs, saturation_runs
+from llava_patch.probe.pages import Pages
 from llava_patch.resources import eval_tasks_dir
 
 from . import fileset
@@ -127,13 +130,34 @@ def test_variants_differ_only_in_their_settings() -> None:
     assert [(s.masked, s.text) for s in variants.values()] == [(False, True), (True, True), (False, False)]
 
 
-def test_steps_that_say_nothing_are_nan() -> None:
+def test_steps_that_say_nothing_are_null_in_lmms_evals_json_and_not_available_in_its_table() -> None:
+    from lmms_eval.evaluator_utils import TaskOutput
+    from lmms_eval.utils import make_table
+
     run_facts = {"target_variance": 2.0, "steps": None, "steps_half_fvu": 7, "warnings": []}
     document = {"id": "a", "text": "b", "tokens": 3, "mse": 0.5, "psnr": 20.0}
     item = rprobe_runs.process_results({}, [json.dumps({"document": document, "run": run_facts})])
-    assert math.isnan(rprobe_runs.steps([item["rprobe_steps"]]))
+    assert rprobe_runs.steps([item["rprobe_steps"]]) is None
     assert rprobe_runs.steps([item["rprobe_steps_half_fvu"]]) == 7
     assert rprobe_runs.fvu([item["rprobe_fvu"]]) == 0.25
+    task = SimpleNamespace(aggregation=lambda: {"rprobe_steps": rprobe_runs.steps})
+    output = TaskOutput(task=task, task_name="rprobe", task_config={})
+    output.sample_metrics["rprobe_steps", "none"] = [item["rprobe_steps"]] * 2
+    output.calculate_aggregate_metric(bootstrap_iters=10)
+    output.calculate_clt_aggregate_metric()
+    results = dict(output.agg_metrics)
+    assert json.loads(json.dumps(results, allow_nan=False))["rprobe_steps,none"] is None
+    table = make_table({"results": {"rprobe": results}, "n-shot": {}, "higher_is_better": {}})
+    assert "|rprobe_steps|" in table.replace(" ", "") and "N/A" in table
+
+
+def test_two_samples_of_one_name_are_refused(lm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = [dataclasses.replace(page, id="twice", document=page.id) for page in Pages(6, fileset.SIDE, 0)]
+    monkeypatch.setattr(rprobe_runs, "own_samples", lambda *given: (pages[:4], pages[4:]))
+    task = load("rprobe", settings=FAST)
+    monkeypatch.setattr(task, "data", lambda: "own")
+    with pytest.raises(InputError, match="rprobe: two held-out samples are called 'twice'"):
+        run(task, lm)
 
 
 def test_a_document_that_could_not_be_used_counts_for_nothing() -> None:
@@ -145,7 +169,7 @@ def test_a_document_that_could_not_be_used_counts_for_nothing() -> None:
     assert rprobe_runs.mse([item["rprobe_mse"] for item in items]) == 0.5
     assert rprobe_runs.fvu([item["rprobe_fvu"] for item in items]) == 0.25
     assert rprobe_runs.psnr([item["rprobe_psnr"] for item in items]) == 20
-    assert math.isnan(rprobe_runs.mse([None])) and math.isnan(rprobe_runs.psnr([None]))
+    assert rprobe_runs.mse([None]) is rprobe_runs.fvu([None]) is rprobe_runs.psnr([None]) is None
 
 
 def write_samples(folder: Path) -> Path:
@@ -165,7 +189,7 @@ def test_ones_own_data_are_the_documents(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("LLAVA_PATCH_RPROBE_DATA", str(path))
     task = load("rprobe", settings={**FAST, "heldout_share": 0.4})
     ids = list(task.dataset["test"]["id"])
-    assert len(ids) == 4 and all(name.startswith(f"{path}:") for name in ids)  # two images, two lines each
+    assert len(ids) == 4 and all(name.startswith(f"{path.name}:") for name in ids)  # two images, two lines each
     results, table = run(task, make_lm("hf", tmp_path))
     assert [r["rprobe_run"]["id"] for r in results] == ids and table["rprobe_mse"] > 0
 

@@ -64,6 +64,8 @@ def test_what_differs_is_named_and_other_samples_are_not_paired(tmp_path):
     assert compare.warnings_of({"a": results["a"], "x": other}, "a") == []  # lmms-eval's results do not record it
     results["a"].facts["source"] = "receipts"
     assert "source = scans.jsonl (there receipts)" in compare.warnings_of({"a": results["a"], "x": other}, "a")[0]
+    results["a"].facts["source"] = os.path.abspath("scans.jsonl")
+    assert compare.warnings_of({"a": results["a"], "x": other}, "a") == []
     del results["a"].facts["source"]
     counts = {"skipped_by_reader": 1, "skipped_train": 2, "skipped_heldout": 3, "unread": 4}
     results["a"].facts.update(dict.fromkeys(counts, 0))

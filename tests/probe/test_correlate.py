@@ -38,6 +38,18 @@ def lmms(mse=None, **tasks):
     return {"results": results, "higher_is_better": better, "model_name": "runs/step-1"}
 
 
+@pytest.mark.parametrize("never", [NAN, None])
+def test_steps_never_reached_are_no_figure_whether_nan_or_null(tmp_path, never):
+    document = lmms(0.5, ocr=("acc", 1.0, True))
+    document["results"]["rprobe"]["rprobe_steps,none"] = never
+    for i in range(2):
+        (tmp_path / f"{i}.json").write_text(json.dumps(document))
+    found, _ = read_checkpoints([str(tmp_path / f"{i}.json") for i in range(2)])
+    assert [one.probe for one in found] == [{"mse": 0.5}] * 2
+    notes = correlate(found, "steps")[1]
+    assert "has no steps to the MSE threshold" in notes[0]
+
+
 def test_rank_correlation_by_hand():
     # Ranks of x: 1 2 3 4 5, of y: 2 1 4 3 5. Spearman: 1 - 6 * (1+1+1+1+0) / (5 * 24) = 0.8; Kendall: (8 - 2) / 10.
     x, y = np.array([1.0, 2, 3, 4, 50]), np.array([20.0, 10, 40, 30, 50])

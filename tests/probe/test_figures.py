@@ -43,6 +43,9 @@ def test_figure_is_a_png_with_a_row_for_each_example(result, tmp_path):
 
 def test_all_figures_in_both_formats_and_alike_each_time(result, tmp_path):
     names = ["map-1.pdf", "map-1.png", "rprobe.json", "rprobe.pdf", "rprobe.png"]
+    write_run(dataclasses.replace(result, maps=result.maps * 2), tmp_path / "b", ("png",))
+    write_run(result, tmp_path / "b", ("pdf",))
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["map-1.pdf", "rprobe.json", "rprobe.pdf"]
     write_run(dataclasses.replace(result, maps=result.maps * 2), tmp_path / "a", ("png", "pdf"))
     assert (tmp_path / "a" / "map-2.pdf").is_file()
     for folder in "ab":

@@ -36,7 +36,7 @@ def fitted(settings, work=None, wrap=lambda data: data):
     decoder = ProbeDecoder(find(tiny_model()), data.grid)
     choose(decoder, settings)
     if work is not None:
-        work = Work(work, make_key(decoder, "data", settings, 1e-2))
+        work = Work(work, make_key(decoder, "data", data.text.table, settings, 1e-2))
     losses = train_probe(decoder, wrap(data), settings, 1e-2, work=work)
     return losses, decoder.head[0].weight.detach().clone(), decoder.layers[0].mlp.down_proj.weight.detach().clone()
 

@@ -16,7 +16,7 @@ from llava_patch.hosts.anatomy import find
 from llava_patch.probe import train
 from llava_patch.probe.decoder import ProbeDecoder
 from llava_patch.probe.fit import run_rprobe
-from llava_patch.probe.resume import DECODER_FILE, STATE_FILE, Work, difference, load_decoder, make_key
+from llava_patch.probe.resume import DECODER_FILE, STATE_FILE, Work, alone, answer, difference, load_decoder, make_key
 from llava_patch.probe.settings import RProbe
 from llava_patch.probe.train import train_probe
 from llava_patch.probe.trainable import choose, trained_parameters
@@ -50,11 +50,11 @@ class Stopping:
         return self.data.batch(index, device)
 
 
-def fresh(settings=SETTINGS, model=None, data_key="data"):
+def fresh(settings=SETTINGS, model=None, data_key="data", embeddings=1.0):
     data = made_up(24, 1, "true")
     decoder = ProbeDecoder(find(model or tiny_model()), data.grid)
     choose(decoder, settings)
-    return decoder, data, make_key(decoder, data_key, settings, 1e-2)
+    return decoder, data, make_key(decoder, data_key, embeddings * data.text.table, settings, 1e-2)
 
 
 @pytest.mark.parametrize("trained", ["all", "lora", "head"])
@@ -127,9 +127,27 @@ def other_model():
     return model
 
 
+def other_epsilon():
+    """Set on the modules, where neither weights nor configuration tell of it."""
+    model = tiny_model()
+    for layer in model.model.language_model.layers:
+        layer.input_layernorm.variance_epsilon = 0.5
+    return model
+
+
+def other_frequencies():
+    model = tiny_model()
+    model.model.language_model.rotary_emb.inv_freq.mul_(0.01)
+    return model
+
+
 @pytest.mark.parametrize(
     "changed, words",
     [
+        ({"model": other_epsilon()}, "before training it answers otherwise"),
+        ({"model": other_frequencies()}, "before training it answers otherwise"),
+        ({"model": tiny_model(sliding_window=4096)}, "the configuration of its language model"),
+        ({"embeddings": 2.0}, "the token embeddings of the training texts are others"),
         ({"model": other_model()}, "the decoder belongs to another model"),
         ({"data_key": "others"}, "the frozen training data are others"),
         ({"settings": dataclasses.replace(SETTINGS, clip=2.0)}, r"RProbe.clip was 1.0 there and is 2.0 here"),
@@ -142,6 +160,67 @@ def test_a_state_of_another_run_is_refused_and_kept(tmp_path, changed, words):
     with pytest.raises(CheckpointError, match=words):
         train_probe(decoder, data, changed.get("settings", SETTINGS), 1e-2, work=Work(tmp_path, key))
     assert (tmp_path / STATE_FILE).read_bytes() == before
+
+
+@pytest.mark.parametrize("changed", [{"model": other_epsilon()}, {"embeddings": 2.0}])
+def test_a_finished_decoder_of_another_model_is_not_taken(tmp_path, changed, capsys):
+    decoder, data, key = fresh()
+    train_probe(decoder, data, SETTINGS, 1e-2, work=Work(tmp_path, key))
+    again, _, key = fresh()
+    assert Work(tmp_path, key).load_finished(again) is not None
+    other, _, key = fresh(**changed)
+    assert Work(tmp_path, key).load_finished(other) is None
+    assert "is not used and will be replaced" in capsys.readouterr().err
+
+
+def test_an_answer_may_differ_by_rounding_and_by_no_more():
+    decoder, _, _ = fresh()
+    key = {"answer": answer(decoder)}
+    size = torch.tensor(key["answer"]).norm().item()
+    assert size > 0.1
+    assert difference({"answer": [n + 1e-6 * size for n in key["answer"]]}, key) == ""
+    assert "answers otherwise" in difference({"answer": [key["answer"][0] + 1e-3 * size, *key["answer"][1:]]}, key)
+    assert "answers otherwise" in difference({}, key)
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_a_killed_one_is_not_in_the_way(tmp_path):
+    folder = tmp_path / "out"
+    program = (
+        "import sys; from pathlib import Path; from llava_patch.probe.resume import alone\n"
+        "with alone(Path(sys.argv[1])):\n    print('in', flush=True); sys.stdin.read()"
+    )
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+    other = subprocess.Popen(
+        [sys.executable, "-c", program, str(folder)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert other.stdout.readline() == b"in\n"
+        settings = RProbe(steps=2, batch_size=4, train_pages=4, heldout_pages=2, store=False)
+
+        def run():
+            return run_rprobe(tiny_model(), processor(), Characters(), settings, progress=False, work=folder)
+
+        half = folder / f".{Path(STATE_FILE).stem}-half.safetensors"
+        half.write_bytes(b"of the other run")
+        with pytest.raises(CheckpointError, match=r"another run works in .*: wait for it or give another --output"):
+            run()
+        assert half.exists()
+    finally:
+        other.kill()
+        other.wait()
+    with alone(folder), alone(folder):  # the command holds it around the run and the writing of its files
+        run()
+    assert not half.exists() and (folder / DECODER_FILE).is_file()
+
+
+def test_a_failed_run_leaves_no_empty_folder(tmp_path):
+    with pytest.raises(Interrupted), alone(tmp_path / "a" / "b"):
+        raise Interrupted
+    assert list(tmp_path.iterdir()) == []
+    with alone(tmp_path):
+        pass
+    assert tmp_path.is_dir()
 
 
 def test_what_does_not_change_training_may_change(tmp_path):

@@ -4,6 +4,7 @@ from typing import TypedDict
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image, ImageDraw
 
 from llava_patch.errors import HostError, InputError
@@ -27,6 +28,23 @@ def red(pixels: torch.Tensor, transform: Transform) -> np.ndarray:
     mean, std = transform.statistics()
     paper = PAPER[0] / 255
     return (((pixels[0] * std[0] + mean[0]) - paper) / (1 - paper)).numpy()
+
+
+@pytest.mark.parametrize("name", ["CLIPImageProcessor", "CLIPImageProcessorFast"])
+@pytest.mark.parametrize("size", [(200, 1), (200, 3), (1, 200), (3, 200), (3, 3), (1, 1)])
+def test_images_of_one_or_three_rows_are_no_channels(name, size):
+    """Black on the left, red on the right: what is read must show both, and no other colour."""
+    image = Image.new("RGB", size, (255, 0, 0))
+    image.paste((0, 0, 0), (0, 0, size[0] // 2, size[1]))
+    if name.endswith("Fast"):
+        pytest.importorskip("torchvision")
+    plain = getattr(transformers, name)(
+        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, do_normalize=False
+    )
+    pixels = Transform(plain, "resize", SIDE, SIDE).pixel_values([image])[0]
+    assert pixels[0, :, -1].min() > 0.99 and pixels[1:].max() == 0
+    if size[0] > 1:
+        assert pixels[0, :, 0].max() < 0.01
 
 
 @pytest.mark.parametrize("mode", ["resize", "crop", "pad"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from llava_patch.errors import SettingError
+from llava_patch.errors import CheckpointError, SettingError
 from llava_patch.probe.commands import app
 from llava_patch.probe.commands.compare import check_formats
-from llava_patch.probe.settings import RProbe
+from llava_patch.probe.settings import IMAGE_MODES, RProbe
+
+SUMMARY = "ablation.json"
 
 if TYPE_CHECKING:
     from llava_patch.probe.result import RProbeResult
@@ -33,7 +36,7 @@ def run_command(
     heldout: str = typer.Option("", help="data to measure on, like DATA; default: a share of DATA's documents"),
     output: Path | None = typer.Option(  # noqa: B008
         None,
-        help="folder for results; the same one again goes on; default: rprobe/ and CKPT's name",
+        help="folder for results; the same one again goes on; default: rprobe/ and CKPT's name (RUN__checkpoint-N)",
         show_default=False,
     ),
     ablation: bool = typer.Option(False, "--ablation", help="image masked or full, text given or not: all four"),
@@ -52,7 +55,7 @@ def run_command(
     train_pages: int | None = typer.Option(None, help="rendered pages to train on"),
     heldout_pages: int | None = typer.Option(None, help="rendered pages to measure on"),
     boxes_per_sample: int | None = typer.Option(None, help="text regions that make one sample together"),
-    image_mode: str | None = typer.Option(None, help="resize, crop or pad"),
+    image_mode: str | None = typer.Option(None, help=f"{', '.join(IMAGE_MODES[:-1])} or {IMAGE_MODES[-1]}"),
     broken: str | None = typer.Option(None, help="stop at a sample that cannot be used, or skip it"),
     show: list[str] = typer.Option([], help="id of a held-out sample to draw; may be repeated; default: spread"),  # noqa: B008
     formats: list[str] = typer.Option(["png"], "--format", help="of figures: png or pdf; may be repeated"),  # noqa: B008
@@ -66,7 +69,8 @@ def run_command(
 
     OUTPUT gets rprobe.json, rprobe.png, map-N.png and decoder.safetensors;
     with --ablation a folder with these for each of the four runs, and
-    ablation.json and ablation.md.
+    ablation.json and ablation.md. A folder with results of another checkpoint
+    is refused: without --output, checkpoints of one folder name share one.
 
     Interrupted (Ctrl-C), the same command goes on from the last state, which
     is written every RProbe.save_every steps. With several GPUs:
@@ -115,6 +119,33 @@ def default_name(checkpoint: str) -> str:
     return f"{path.parent.name}__{path.name}" if path.name.startswith("checkpoint-") else path.name
 
 
+def named(checkpoint: str) -> str:
+    """A checkpoint whatever way its path is written; what is no local folder is a name of the hub."""
+    return str(Path(checkpoint).resolve()) if Path(checkpoint).is_dir() else checkpoint
+
+
+def check_folder(folder: Path, checkpoint: str) -> None:
+    """Refuse to replace the results of another checkpoint.
+
+    Raises:
+        CheckpointError: names the file, and what it was measured on.
+    """
+    from llava_patch.probe.ablation import VARIANTS
+    from llava_patch.probe.output import RESULT
+
+    for path in (folder / RESULT, folder / SUMMARY, *(folder / name / RESULT for name in VARIANTS)):
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # none, or none that is worth keeping
+            continue
+        facts = values.get("facts", values) if isinstance(values, dict) else {}
+        other = facts.get("checkpoint") if isinstance(facts, dict) else None
+        if isinstance(other, str) and named(other) != named(checkpoint):
+            raise CheckpointError(
+                f"{path} holds the results of {other}, not of {named(checkpoint)}: give another folder with --output"
+            )
+
+
 def _measure(
     checkpoint: str,
     data: str,
@@ -131,34 +162,41 @@ def _measure(
     from llava_patch.files import atomic, write_json
     from llava_patch.probe import parallel
     from llava_patch.probe.ablation import VARIANTS, markdown, notes, summarise, tables, variant
+    from llava_patch.probe.data.read import resolve_source
     from llava_patch.probe.output import FIGURE, RESULT
+    from llava_patch.probe.resume import alone
     from llava_patch.probe.subject import load_subject
 
+    check_folder(folder, checkpoint)
     samples = _read(data, settings)
     measured = _read(heldout, settings)
     subject = load_subject(checkpoint, base, device, dtype)
-    facts = {"checkpoint": checkpoint, "base": base, "source": data, "heldout_source": heldout}
+    facts = {"checkpoint": named(checkpoint), "base": base, "source": resolve_source(data)}
+    facts["heldout_source"] = resolve_source(heldout)
     if not ablation:
         result = _probe(subject, settings, samples, measured, folder, facts, show, formats)
         _say(result.summary())
         figure = (folder / FIGURE).with_suffix(f".{formats[0]}")
         _say(f"wrote {folder / RESULT}, and {figure} with {len(result.maps)} error maps beside it")
         return
-    results = {}
-    for number, name in enumerate(VARIANTS, 1):
-        _say(f"{number} of {len(VARIANTS)}: {name.replace('_', ' ')}")
-        results[name] = _probe(subject, variant(settings, name), samples, measured, folder / name, facts, show, formats)
-        _say(results[name].summary())
-    if parallel.rank() != 0:
-        return
-    summary = summarise(results, settings)
-    write_json(folder / "ablation.json", {**facts, **summary})
-    with atomic(folder / "ablation.md") as part:
-        part.write_text(markdown(summary, f"R-Probe ablation of {checkpoint}"), encoding="utf-8")
-    _show(tables(summary))
-    for note in notes(summary):
-        _say(note)
-    _say(f"wrote {folder / 'ablation.json'}, {folder / 'ablation.md'} and, for each run, {RESULT} and {FIGURE}")
+    with alone(folder):
+        results = {}
+        for number, name in enumerate(VARIANTS, 1):
+            _say(f"{number} of {len(VARIANTS)}: {name.replace('_', ' ')}")
+            results[name] = _probe(
+                subject, variant(settings, name), samples, measured, folder / name, facts, show, formats
+            )
+            _say(results[name].summary())
+        if parallel.rank() != 0:
+            return
+        summary = summarise(results, settings)
+        write_json(folder / SUMMARY, {**facts, **summary})
+        with atomic(folder / "ablation.md") as part:
+            part.write_text(markdown(summary, f"R-Probe ablation of {checkpoint}"), encoding="utf-8")
+        _show(tables(summary))
+        for note in notes(summary):
+            _say(note)
+        _say(f"wrote {folder / 'ablation.json'}, {folder / 'ablation.md'} and, for each run, {RESULT} and {FIGURE}")
 
 
 def _read(source: str, settings: RProbe) -> "list[Sample] | None":
@@ -186,12 +224,21 @@ def _probe(
 ) -> "RProbeResult":
     from llava_patch.probe.fit import run_rprobe
     from llava_patch.probe.output import write_run
+    from llava_patch.probe.resume import alone
 
-    result = run_rprobe(
-        subject.model, subject.image_processor, subject.tokenizer, settings, samples, heldout, work=folder, show=show
-    )
-    result.facts.update(facts)
-    write_run(result, folder, formats)
+    with alone(folder):
+        result = run_rprobe(
+            subject.model,
+            subject.image_processor,
+            subject.tokenizer,
+            settings,
+            samples,
+            heldout,
+            work=folder,
+            show=show,
+        )
+        result.facts.update(facts)
+        write_run(result, folder, formats)
     return result
 
 

@@ -1,5 +1,8 @@
 """COCO-Text and TextOCR: one JSON file with "imgs", "anns" and "imgToAnns", and a folder of images.
 
+COCO's own layout, lists of "images" and "annotations" with their ids, is read as well; there the text may also be
+called "caption" or "text".
+
 A region is a "bbox" of x, y, width, height in pixels (or the upright box around "points") with its "utf8_string". What
 is illegible (COCO-Text: legibility, or no string; TextOCR: ".") is a box of the page, but no sample. All languages are
 read: leave out what a tokenizer does not know with `llava-patch rprobe export` and a text editor.
@@ -18,11 +21,36 @@ from llava_patch.probe.data.samples import Collector, Page
 from llava_patch.probe.sample import Box
 
 ILLEGIBLE = "."  # TextOCR
+TEXTS = ("utf8_string", "caption", "text")
 
 
 def is_coco_text(values: Any) -> bool:
     """Whether a JSON value is of this kind."""
-    return isinstance(values, dict) and isinstance(values.get("imgs"), dict) and isinstance(values.get("anns"), dict)
+    if not isinstance(values, dict):
+        return False
+    return all(isinstance(values.get(name), dict) for name in ("imgs", "anns")) or all(
+        isinstance(values.get(name), list) for name in ("images", "annotations")
+    )
+
+
+def _by_id(values: Any, where: str) -> dict[str, Any]:
+    """COCO's lists as COCO-Text has them; what has no id keeps its place's number."""
+    if not isinstance(values, list):
+        return {str(key): value for key, value in values.items()}
+    found: dict[str, Any] = {}
+    for place, value in enumerate(values):
+        name = str(value.get("id", place) if isinstance(value, dict) else place)
+        if name in found:
+            raise InputError(f"{where}[{place}]: the id {name} is there twice")
+        found[name] = value
+    return found
+
+
+def _names(file: Path, key: str, names: Any) -> list[str]:
+    """Of an image's annotations."""
+    if not isinstance(names, list):
+        raise InputError(f"{file}:imgToAnns[{key}]: {names!r}: expected a list of annotations")
+    return [str(name) for name in names]
 
 
 def read_coco_text(file: Path, values: dict[str, Any], folder: Path | None, collector: Collector) -> None:
@@ -37,21 +65,28 @@ def read_coco_text(file: Path, values: dict[str, Any], folder: Path | None, coll
     Raises:
         InputError: names file and annotation; see `read_samples`.
     """
-    anns: dict[str, Any] = {str(key): ann for key, ann in values["anns"].items()}
-    of_image = {str(key): [str(n) for n in names] for key, names in (values.get("imgToAnns") or {}).items()}
+    imgs, named = ("imgs", "anns") if "imgs" in values else ("images", "annotations")
+    images, anns = _by_id(values[imgs], f"{file}:{imgs}"), _by_id(values[named], f"{file}:{named}")
+    given = values.get("imgToAnns") or {}
+    if not isinstance(given, dict):
+        raise InputError(f"{file}:imgToAnns: expected an object of lists, got {type(given).__name__}")
+    of_image: dict[str, Any] = {str(key): names for key, names in given.items()}
     if not of_image:
         for key, ann in anns.items():
-            of_image.setdefault(str(ann.get("image_id")), []).append(key)
+            with collector.one():
+                if not isinstance(ann, dict):
+                    raise InputError(f"{file}:{named}[{key}]: expected an object, got {type(ann).__name__}")
+                of_image.setdefault(str(ann.get("image_id")), []).append(key)
     places = _places(file, folder)
-    for key, image in values["imgs"].items():
-        names = of_image.get(str(key), [])
-        if not names:
+    for key, image in images.items():
+        if of_image.get(key, []) == []:
             continue
         with collector.one():
-            page = _page(file, key, image, places, collector)
+            names = _names(file, key, of_image[key])
+            page = _page(f"{file}:{imgs}[{key}]", file, key, image, places, collector)
             for name in names:
                 with collector.one():
-                    where = f"{file}:anns[{name}]"
+                    where = f"{file}:{named}[{name}]"
                     if not isinstance(anns.get(name), dict):
                         raise InputError(f"{where}: image {key} names this annotation, but there is none")
                     collector.region(page, _text(anns[name]), [_box(anns[name], where)], where)
@@ -67,8 +102,7 @@ def _places(file: Path, folder: Path | None) -> list[Path]:
     return [place for root in roots for place in (root, *sorted(p for p in root.iterdir() if p.is_dir()))]
 
 
-def _page(file: Path, key: str, image: Any, places: list[Path], collector: Collector) -> Page:
-    where = f"{file}:imgs[{key}]"
+def _page(where: str, file: Path, key: str, image: Any, places: list[Path], collector: Collector) -> Page:
     if not isinstance(image, dict):
         raise InputError(f"{where}: expected an object with file_name")
     name = str(image.get("file_name") or "")
@@ -82,7 +116,11 @@ def _page(file: Path, key: str, image: Any, places: list[Path], collector: Colle
         )
     page = collector.page(found, str(found), where)
     declared = (image.get("width"), image.get("height"))
-    if None not in declared and declared != page.size:
+    try:
+        other = None not in declared and tuple(map(int, declared)) != page.size
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where}: width and height are {declared}: expected numbers of pixels") from error
+    if other:
         raise InputError(
             f"{where}: {found} has {page.size[0]} x {page.size[1]} pixels, its annotation says {declared[0]} x "
             f"{declared[1]}: boxes would not fit (a copy of another size, or one turned by its EXIF orientation?)"
@@ -91,7 +129,7 @@ def _page(file: Path, key: str, image: Any, places: list[Path], collector: Colle
 
 
 def _text(ann: dict[str, Any]) -> str | None:
-    text = ann.get("utf8_string")
+    text = next((ann[name] for name in TEXTS if name in ann), None)
     if not isinstance(text, str) or ann.get("legibility") == "illegible" or text == ILLEGIBLE:
         return None
     return text

@@ -46,7 +46,10 @@ def read_funsd(files: list[Path], images: Images, collector: Collector) -> None:
 def _entry(entry: Any, where: str) -> tuple[str, Box | None]:
     if not isinstance(entry, dict):
         raise InputError(f"{where}: expected an object with text and box, got {type(entry).__name__}")
-    words = [word for word in entry.get("words") or [] if isinstance(word, dict)]
+    words = entry.get("words") or []
+    if not isinstance(words, list):
+        raise InputError(f"{where}: words is {words!r}: expected a list")
+    words = [word for word in words if isinstance(word, dict)]
     text = entry.get("text")
     if text is None:
         text = " ".join(str(word.get("text", "")) for word in words)

@@ -2,8 +2,10 @@
 
 A row is a page: an image column, and either lists of texts and boxes or one text and one box. Boxes are
 [x0, y0, x1, y1] in pixels, unless the source says `?boxes=1000` (LayoutLM's thousandths of width and height) or
-`?boxes=1` (shares of them). Which it is is never guessed: where pixels cannot be told from thousandths, or boxes do not
-fit, the error asks for the setting. Other columns (labels) are ignored.
+`?boxes=1` (shares of them). Without it they are pixels, and an error asks for the setting where they may be something
+else: they do not fit, are all within 0..1, or are all within 0..1000 on images that are larger. Where no image has more
+than 1000 pixels on a side and every box fits, thousandths cannot be told from pixels: set `?boxes=1000`. Other columns
+(labels) are ignored.
 """
 
 from __future__ import annotations

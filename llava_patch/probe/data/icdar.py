@@ -1,6 +1,7 @@
 """SROIE and ICDAR annotations: a text file an image, a region a line.
 
-A line is four corners x1,y1,…,x4,y4 or a box x0,y0,x1,y1 and then the transcript, separated by commas, tabs or spaces.
+A line is four corners x1,y1,…,x4,y4 or a box x0,y0,x1,y1 and then the transcript, separated by commas, semicolons, tabs
+or spaces.
 The transcript is the rest of the line, so it may hold commas; quotes around it are taken off (ICDAR 2013, csv). The
 script column of ICDAR MLT between the two is recognised when every line of the file has one, a first line that names
 the columns is left out. Four corners become the
@@ -26,7 +27,7 @@ SCRIPTS = frozenset(
     ["arabic", "latin", "chinese", "japanese", "korean", "bangla", "hindi", "devanagari", "symbols", "mixed", "none"]
 )  # ICDAR MLT's third column
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
-_SEPARATORS = (re.compile(","), re.compile("\t"), re.compile(r"[ \t]+"))
+_SEPARATORS = (re.compile(","), re.compile(";"), re.compile("\t"), re.compile(r"[ \t]+"))
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def bounds(numbers: list[float], corners_are_opposite: bool = False) -> Box:
 
 def _is_header(line: _Line) -> bool:
     """Whether a line names columns in the order in which they are read: x…, y…, x…, y… or left, top, right, bottom."""
-    names = [field.strip(' "').lower() for field in line.fields[:4]]
+    names = [field.strip('"').lower() for field in re.split(r"[,;\s]+", line.text)[:4]]
     first = [name[:1] for name in names]
     return line.numbers == 0 and (first == ["x", "y", "x", "y"] or names == ["left", "top", "right", "bottom"])
 

@@ -24,7 +24,7 @@ REQUIRED = ("image", "text", "box")
 KNOWN = (*REQUIRED, "all_boxes", "document")
 
 
-def read_jsonl(path: str | Path, boxes_per_sample: int = 1, broken: str = "stop") -> Samples:
+def read_jsonl(path: str | Path, boxes_per_sample: int = 1, broken: str = "stop", root: Path | None = None) -> Samples:
     """Read samples; image paths are relative to the file's folder.
 
     "box" is one [x0, y0, x1, y1] in pixels or a list of them. Lines of one image belong to one document unless they
@@ -35,6 +35,7 @@ def read_jsonl(path: str | Path, boxes_per_sample: int = 1, broken: str = "stop"
         path: the file, in UTF-8.
         boxes_per_sample: see `read_samples`.
         broken: likewise.
+        root: folder to which ids are relative; None: the file's.
 
     Raises:
         InputError: names file and line: a missing file, broken JSON, a missing field or image, or a bad box.
@@ -47,7 +48,7 @@ def read_jsonl(path: str | Path, boxes_per_sample: int = 1, broken: str = "stop"
     for number, line in numbered_lines(path, "utf-8-sig"):
         with collector.one():
             _line(collector, pages, line, path.parent, f"{path}:{number}")
-    return collector.finish(str(path), "jsonl", boxes_per_sample)
+    return collector.finish(str(path), "jsonl", boxes_per_sample, root or path.parent)
 
 
 def _line(collector: Collector, pages: dict[tuple[str, str], Page], line: str, folder: Path, where: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,7 +21,8 @@ FORMATS = {
     "jsonl": 'our own JSONL: {"image", "text", "box", ("all_boxes", "document")} a line',
     "icdar": "SROIE or ICDAR .txt or .csv files, x1,y1,…,x4,y4,text or x0,y0,x1,y1,text a line, and their images",
     "funsd": 'FUNSD .json files, {"form": [...]}, and their images',
-    "cocotext": 'a COCO-Text or TextOCR .json file, {"imgs", "anns", "imgToAnns"}, and its images',
+    "cocotext": 'a COCO-Text, TextOCR or COCO .json file, {"imgs", "anns", "imgToAnns"} or {"images", "annotations"}, '
+    "and its images",
     "hf": "a Hugging Face dataset: saved to disk, .parquet or .arrow files, or hf:NAME[:SPLIT] from the hub",
 }
 """What can be read, by the name that `format` takes."""
@@ -83,9 +85,10 @@ def read_samples(
     """Read samples in any of `FORMATS`; several sources are joined by commas.
 
     A region is a sample, in the order of the file; its id is FILE:LINE (in JSON: file and entry), its document the
-    image, its `all_boxes` the boxes of all regions of the page. Quadrilaterals become the upright box around them.
-    Boxes are in stored pixels (EXIF orientation is not applied) and are checked against their image here, of which
-    only the header is read; pixels are read by `Sample.open_image`.
+    image, both relative to the source's folder (of several sources: to the folder that holds all of them), its
+    `all_boxes` the boxes of all regions of the page. Quadrilaterals become the upright box around them. Boxes are in
+    stored pixels (EXIF orientation is not applied) and are checked against their image here, of which only the header
+    is read; pixels are read by `Sample.open_image`.
 
     Args:
         source: PATH or hf:NAME[:SPLIT], with settings behind it as `Source` describes: "scans?images=../jpg",
@@ -108,11 +111,11 @@ def read_samples(
         raise SettingError(f"boxes_per_sample = {boxes_per_sample}: expected an integer >= 1")
     text = str(source)
     parts = [text] if Path(text).exists() or "," not in text else [part.strip() for part in text.split(",")]
-    found = []
-    for part in parts:
-        given: dict[str, Any] = {"images": str(images), "format": format}
-        one = replace(parse_source(part), **{name: value for name, value in given.items() if value})
-        found.append(_read(one, boxes_per_sample, broken))
+    given: dict[str, Any] = {"images": str(images), "format": format}
+    sources = [replace(parse_source(part), **{n: value for n, value in given.items() if value}) for part in parts]
+    roots = [_folder(one) for one in sources if not one.hub]
+    root = Path(os.path.commonpath(roots)) if roots else Path()
+    found = [_read(one, boxes_per_sample, broken, root) for one in sources]
     if len(found) == 1:
         return found[0]
     return Samples(
@@ -123,7 +126,32 @@ def read_samples(
     )
 
 
-def _read(source: Source, boxes_per_sample: int, broken: str) -> Samples:
+def _folder(source: Source) -> Path:
+    path = Path(os.path.abspath(source.path))  # not resolved: a link has the name that its user gave it
+    return path if path.is_dir() else path.parent
+
+
+def resolve_source(text: str) -> str:
+    """A source as `read_samples` takes it, with absolute paths: two spellings of one source become equal.
+
+    Raises:
+        SettingError: see `parse_source`.
+    """
+    if not text or Path(text).exists():
+        return text and str(Path(text).resolve())
+    if "," in text:
+        return ",".join(resolve_source(part.strip()) for part in text.split(","))
+    source = parse_source(text)
+    if source.hub:
+        return text
+    settings = {name: value for name, value in vars(source).items() if value and name not in ("path", "hub")}
+    if source.images:
+        settings["images"] = str(Path(source.images).resolve())
+    query = "&".join(f"{name}={value}" for name, value in settings.items())
+    return str(Path(source.path).resolve()) + (f"?{query}" if query else "")
+
+
+def _read(source: Source, boxes_per_sample: int, broken: str, root: Path) -> Samples:
     collector = Collector(broken)
     images = Path(source.images) if source.images else None
     if images is not None and not images.is_dir():
@@ -145,7 +173,7 @@ def _read(source: Source, boxes_per_sample: int, broken: str) -> Samples:
     if format == "jsonl":
         if images is not None:
             raise SettingError(f"{path}: images is no setting of JSONL files: their paths are relative to the file")
-        return read_jsonl(_only(path, chosen, format), boxes_per_sample, broken)
+        return read_jsonl(_only(path, chosen, format), boxes_per_sample, broken, root)
     if format == "cocotext":
         file = _only(path, chosen, format)
         values = load_json(file)
@@ -153,11 +181,13 @@ def _read(source: Source, boxes_per_sample: int, broken: str) -> Samples:
             raise InputError(f"{file}: not {FORMATS[format]}")
         cocotext.read_coco_text(file, values, images, collector)
     elif format == "hf":
+        path = Path(os.path.abspath(path))  # "." has no name
         hf.read_hf(path, source.split, "", source.boxes, images, collector)
+        root = path.parent if root == path else root
     else:
         read = funsd.read_funsd if format == "funsd" else icdar.read_icdar
         read(chosen, _images(path, files, images), collector)
-    return collector.finish(str(path), format, boxes_per_sample)
+    return collector.finish(str(path), format, boxes_per_sample, root)
 
 
 def _images(path: Path, files: list[Path], images: Path | None) -> Images:

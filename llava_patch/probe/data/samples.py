@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from llava_patch.errors import InputError, SettingError
 from llava_patch.probe.images import ImageSource, image_size
@@ -116,7 +118,7 @@ class Collector:
         """Note checked boxes as text of the page."""
         page.boxes.update(dict.fromkeys(boxes))
 
-    def finish(self, source: str, format: str, boxes_per_sample: int = 1) -> Samples:
+    def finish(self, source: str, format: str, boxes_per_sample: int = 1, root: Path | None = None) -> Samples:
         """All samples.
 
         Args:
@@ -124,6 +126,8 @@ class Collector:
             format: see `Samples`.
             boxes_per_sample: regions that follow each other on a page and make one sample; the last sample of a page
                 may have fewer.
+            root: folder to which ids and images as documents are relative, so that they do not depend on how the path
+                of the source is written; None: they stay as they are.
 
         Raises:
             InputError: there is no usable sample.
@@ -140,8 +144,9 @@ class Collector:
                     text="\n".join(region.text for region in regions),
                     boxes=tuple(box for region in regions for box in region.boxes),
                     all_boxes=around[id(page)],
-                    id=regions[0].where,
-                    document=page.document,
+                    id=_relative_place(regions[0].where, root),
+                    document=_document(page, root),
+                    where=regions[0].where,
                 )
             )
         if not samples:
@@ -151,6 +156,24 @@ class Collector:
                 f"transcript, {len(self.skipped)} things skipped{first})"
             )
         return Samples(samples, self.skipped, self.unread, format)
+
+
+def _relative_place(where: str, root: Path | None) -> str:
+    """FILE:LINE with the file relative to a folder."""
+    if root is None:
+        return where
+    file, colon, line = where.rpartition(":")
+    return os.path.relpath(file, root) + colon + line
+
+
+def _document(page: Page, root: Path | None) -> str:
+    if root is None or page.document != str(page.image):
+        return page.document  # named by the data
+    return (
+        os.path.relpath(page.document, root)
+        if isinstance(page.image, (str, Path))
+        else _relative_place(page.document, root)
+    )
 
 
 def _runs(regions: Sequence[_Region], length: int) -> Iterator[list[_Region]]:

@@ -210,6 +210,8 @@ class Store:
             if found is not None:
                 take(number, found)
         missing = [n for n in range(self.shards) if n not in shards]
+        if not missing:  # the bound may have come down since it was written
+            self._make_room(0)
         # Those that another process is busy with come last: by then it has finished, failed or died.
         for waits in (False, True):
             if waits and len(shards) < self.shards:

@@ -43,9 +43,9 @@ def encode(
             try:
                 sample = samples[number]
                 picture = _open(sample) if picture is None else picture
-                boxes = tuple(transform.box(box, picture.size, sample.id) for box in sample.boxes)
+                boxes = tuple(transform.box(box, picture.size, sample.place) for box in sample.boxes)
                 if not boxes:
-                    raise InputError(f"{sample.id}: the sample has no box")
+                    raise InputError(f"{sample.place}: the sample has no box")
                 usable.append((number, sample, boxes))
             except InputError as error:
                 if settings.broken == "stop":
@@ -67,7 +67,7 @@ def _open(sample: Sample) -> Image.Image:
     except InputError:
         raise
     except (OSError, SyntaxError, ValueError) as error:  # a picture in memory whose file PIL has not read to its end
-        raise InputError(f"{sample.id}: its image cannot be read: {error}") from error
+        raise InputError(f"{sample.place}: its image cannot be read: {error}") from error
 
 
 def _shard(
@@ -84,7 +84,7 @@ def _shard(
         patches = patchify(transform.plane(picture)[None], view.grid)[0]
         for number, sample, boxes in of:
             try:
-                target = target_tokens(view, boxes, sample.id).nonzero()[:, 0]
+                target = target_tokens(view, boxes, sample.place).nonzero()[:, 0]
             except InputError as error:
                 if settings.broken == "stop":
                     raise
@@ -120,7 +120,7 @@ def _regions(transform: Transform, picture: Image.Image, sample: Sample, boxes: 
     moved = list(boxes)
     for box in sample.all_boxes:
         try:
-            moved.append(transform.box(box, picture.size, sample.id))
+            moved.append(transform.box(box, picture.size, sample.place))
         except InputError:
             continue  # not a target, and nothing of it is on the processed image: no pixel lies in it
     return torch.tensor(moved, dtype=torch.float64)

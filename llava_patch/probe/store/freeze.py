@@ -88,7 +88,8 @@ def _freeze(
     def read(records: Sequence[Record]) -> None:
         for record in records:
             try:
-                texts[record.index], whole = token_ids(record.text, record.id, tokenizer, settings)
+                name = record.id if plan.records is None else samples[record.index].place
+                texts[record.index], whole = token_ids(record.text, name, tokenizer, settings)
                 if not whole:
                     cut.add(record.index)
             except InputError as error:
@@ -152,7 +153,7 @@ def _freeze(
             skipped=skipped,
             texts_cut=texts_cut,
             notes=notes,
-            key=digest([described, [(i, texts[i]) for i in kept], [records[i].id for i in kept]]),
+            key=digest([described, [(i, texts[i]) for i in kept]]),
             store=store,
         )
     except BaseException:

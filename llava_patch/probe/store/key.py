@@ -31,7 +31,7 @@ from llava_patch.probe.store.shard import FORMAT, Record
 from llava_patch.probe.transform import Transform
 from llava_patch.probe.view import look
 
-LIBRARIES = ("llava_patch", "torch", "transformers", "llava-torch", "llava", "timm", "pillow", "numpy")
+LIBRARIES = ("llava_patch", "torch", "torchvision", "transformers", "llava-torch", "llava", "timm", "pillow", "numpy")
 SETTINGS = ("masked",)  # those of RProbe that change what is stored; image_mode is the transform's
 _CONFIG = ("mm_", "vision", "image_", "projector_", "multimodal_")  # what of a host's config is about images
 
@@ -82,7 +82,7 @@ def store_key(anatomy: Anatomy, transform: Transform, plan: Plan, settings: RPro
         "versions": versions(),
         "model": model_key(anatomy),
         "answer": answer_key(anatomy, transform),
-        "transform": _described(transform),
+        "transform": described(transform),
         "data": plan.key,
         "settings": {name: getattr(settings, name) for name in SETTINGS},
     }
@@ -103,7 +103,7 @@ def model_key(anatomy: Anatomy) -> dict[str, Any]:
         "host": anatomy.host,
         "weights": _weights(anatomy),
         "config": config,
-        "vision_config": _described(anatomy.vision_config),
+        "vision_config": described(anatomy.vision_config),
         "attention": getattr(anatomy.vision_config, "_attn_implementation", None),
         "parts": [type(part).__name__ for part in (model, anatomy.tower, anatomy.vision_model, anatomy.projector)],
         "layers": len(anatomy.layers),  # DeepStack's layers inside the probe's quarter
@@ -125,8 +125,9 @@ def answer_key(anatomy: Anatomy, transform: Transform) -> str:
         anatomy: the model under test, in evaluation mode.
         transform: from `make_transform`.
     """
-    side = max(transform.height, transform.width)
-    noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    # Larger than the tower's input and not square, so that resizing and cutting count.
+    height, width = 2 * transform.height + 3, transform.width + 5
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     (view,) = look(anatomy, transform, [Image.fromarray(noise)])
     found = hashlib.blake2b(digest_size=16)
     for tensor in (view.tokens, view.injections):
@@ -161,10 +162,10 @@ def _tensors(module: Any) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def _described(thing: Any) -> Any:
+def described(thing: Any) -> Any:
     """JSON values of a configuration object: dataclasses by their fields, transformers' objects by `to_dict`."""
     if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
-        fields = {f.name: _described(getattr(thing, f.name)) for f in dataclasses.fields(thing)}
+        fields = {f.name: described(getattr(thing, f.name)) for f in dataclasses.fields(thing)}
         return {"class": type(thing).__name__, **fields}
     if hasattr(thing, "to_dict"):
         values = {n: v for n, v in thing.to_dict().items() if n not in ("_name_or_path", "transformers_version")}

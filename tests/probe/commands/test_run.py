@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -18,7 +20,7 @@ from llava_patch.handle import get_handle
 from llava_patch.hosts.anatomy import find
 from llava_patch.probe import fit
 from llava_patch.probe.ablation import VARIANTS
-from llava_patch.probe.commands.run import default_name, settings_of
+from llava_patch.probe.commands.run import check_folder, default_name, settings_of
 from llava_patch.probe.settings import RProbe
 from tests.evaluation import fileset
 
@@ -45,13 +47,36 @@ def test_one_probe_writes_result_figure_and_decoder(checkpoint, tmp_path):
     folder = tmp_path / "out"
     out = rprobe(checkpoint, *QUICK, "--masked", "--no-text", "--output", folder)
     assert "R-Probe: held-out MSE" in out and str(folder / "rprobe.json") in out
-    assert sorted(p.name for p in folder.iterdir()) == [
+    assert sorted(p.name for p in folder.iterdir() if p.name != ".lock") == [
         "decoder.safetensors", "map-1.png", "map-2.png", "rprobe.json", "rprobe.png",
     ]  # fmt: skip
     written = json.loads((folder / "rprobe.json").read_text())
     settings = written["settings"]
     assert (settings["masked"], settings["text"], settings["steps"]) == (True, False, 4)
     assert written["facts"]["checkpoint"] == str(checkpoint) and len(written["documents"]) == 4
+
+
+def test_results_of_another_checkpoint_are_not_replaced(checkpoint, tmp_path, monkeypatch):
+    """Two checkpoints of one folder name share the default folder."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(checkpoint, tmp_path / "elsewhere" / checkpoint.name)
+    rprobe(checkpoint, *QUICK)
+    before = (tmp_path / "rprobe" / "model" / "rprobe.json").read_bytes()
+    for more in ((), ("--ablation",)):
+        message = rprobe(f"elsewhere/{checkpoint.name}", *QUICK, *more, fails=CheckpointError)
+        assert str(checkpoint.resolve()) in message and "--output" in message
+    assert (tmp_path / "rprobe" / "model" / "rprobe.json").read_bytes() == before
+    rprobe(os.path.relpath(checkpoint), *QUICK)  # the same one by another path
+    check_folder(tmp_path / "rprobe" / "model", str(checkpoint))
+
+
+def test_a_second_command_in_the_same_folder_is_refused(checkpoint, tmp_path):
+    other = FileLock(tmp_path / "out" / ".lock")
+    (tmp_path / "out").mkdir()
+    with other:
+        for more in ((), ("--ablation",)):
+            message = rprobe(checkpoint, *QUICK, *more, "--output", tmp_path / "out", fails=CheckpointError)
+            assert "another run works in" in message
 
 
 def test_own_data_and_held_out_data(checkpoint, tmp_path):

@@ -58,7 +58,8 @@ def test_pages_of_words(tmp_path, how):
     source = save(lists(), tmp_path / "set", how)
     samples = read_samples(source)
     assert [s.text for s in samples] == ["gross", "weight", "net"]
-    assert [s.id for s in samples] == [f"{source}:0[0]", f"{source}:0[1]", f"{source}:1[0]"]
+    assert [s.where for s in samples] == [f"{source}:0[0]", f"{source}:0[1]", f"{source}:1[0]"]
+    assert [s.id for s in samples] == [f"{source.name}:0[0]", f"{source.name}:0[1]", f"{source.name}:1[0]"]
     assert samples[0].boxes == ((10, 5, 40, 15),)
     assert samples[0].all_boxes == ((10, 5, 40, 15), (50, 5, 90, 15))
     assert samples.format == "hf"
@@ -81,7 +82,7 @@ def test_a_region_a_row_and_splits(tmp_path):
         read_samples(f"{tmp_path}/set?split=dev")
     assert [s.text for s in read_samples(f"{tmp_path}/set?split=train")] == ["one", "two"]
     (sample,) = read_samples(f"{tmp_path}/set?split=test")
-    assert (sample.text, sample.id) == ("two", f"{tmp_path}/set[test]:0")
+    assert (sample.text, sample.id, sample.where) == ("two", "set[test]:0", f"{tmp_path}/set[test]:0")
     (tmp_path / "parts").mkdir()
     for name, part in both.items():
         part.to_parquet(tmp_path / "parts" / f"{name}-00000-of-00001.parquet")

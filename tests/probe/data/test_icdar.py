@@ -19,6 +19,7 @@ def read(tmp_path, *lines, name="p.txt", **kwargs):
         ('10, 5, 60, 20, "Main Street"', "Main Street"),  # ICDAR 2013, test
         ('10 5 60 20 "Main Street"', "Main Street"),  # ICDAR 2013, training
         ("10\t5\t60\t20\ta, b", "a, b"),
+        ("10;5;60;20;a; b", "a; b"),
         ("10,5,60,20,3,5", "3,5"),  # a price with a comma
         (f"{quad(10, 5, 60, 20)},Latin,Main, Street", "Main, Street"),  # MLT
         (f'{quad(10, 5, 60, 20)},"size 6"", wide"', 'size 6", wide'),  # csv
@@ -30,9 +31,9 @@ def read(tmp_path, *lines, name="p.txt", **kwargs):
 def test_layouts_of_a_line(tmp_path, line, words):
     (sample,) = read(tmp_path, line)
     assert (sample.text, sample.boxes) == (words, ((10, 5, 60, 20),))
-    assert sample.id == f"{tmp_path}/p.txt:1"
+    assert (sample.id, sample.where) == ("p.txt:1", f"{tmp_path}/p.txt:1")
     assert sample.image == tmp_path / "p.png"
-    assert sample.document == str(tmp_path / "p.png")
+    assert sample.document == "p.png"
 
 
 def test_quadrilaterals_become_the_box_around_them(tmp_path):
@@ -59,6 +60,7 @@ def test_order_ids_blank_lines_and_unread_regions(tmp_path):
 
 def test_header_of_a_csv_is_left_out_only_in_our_order(tmp_path):
     assert [s.id[-1] for s in read(tmp_path, "x1,y1,x2,y2,text", "1,2,3,4,a", name="p.csv")] == ["2"]
+    assert [s.text for s in read(tmp_path, "x1;y1;x2;y2;text", "1;2;3;4;a, b", name="p.csv")] == ["a, b"]
     with pytest.raises(InputError, match=r"p.csv:1: 'x1,x2,y1,y2,text' does not open with numbers"):
         read(tmp_path, "x1,x2,y1,y2,text", "1,2,3,4,a", name="p.csv")
 

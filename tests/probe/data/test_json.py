@@ -30,7 +30,7 @@ def test_funsd_entries(tmp_path):
             ("Weight:", ((1, 2, 30, 12),)),
             ("12 kg", ((1, 20, 30, 33),)),
         ]
-        assert [s.id for s in samples] == [f"{file}:form[0]", f"{file}:form[2]"]
+        assert [s.where for s in samples] == [f"{file}:form[0]", f"{file}:form[2]"]
         assert samples[0].all_boxes == ((1, 2, 30, 12), (40, 2, 70, 12), (1, 20, 30, 33))
         assert (samples.format, samples.unread) == ("funsd", 1)
         assert samples[0].open_image().size == (100, 60)
@@ -45,6 +45,7 @@ def test_funsd_entries(tmp_path):
         ({"text": 5, "box": [1, 2, 3, 4]}, r"form\[0\]: text is 5"),
         ({"text": "x", "box": [1, 2, 300, 4]}, r"form\[0\]: box .* outside its image"),
         ("x", r"form\[0\]: expected an object"),
+        ({"text": "x", "box": [1, 2, 3, 4], "words": 5}, r"form\[0\]: words is 5: expected a list"),
     ],
 )
 def test_broken_funsd_entries(tmp_path, entry, words):
@@ -85,7 +86,7 @@ def test_coco_text(tmp_path):
     file = coco(tmp_path, anns, imgToAnns={"7": [2, 0, 1], "9": []})
     samples = read_samples(tmp_path)
     assert [(s.text, s.boxes) for s in samples] == [("shut", ((30, 20, 50.5, 30),)), ("open", ((1, 2, 21, 12),))]
-    assert [s.id for s in samples] == [f"{file}:anns[2]", f"{file}:anns[0]"]
+    assert [s.where for s in samples] == [f"{file}:anns[2]", f"{file}:anns[0]"]
     assert len(samples[0].all_boxes) == 3
     assert (samples.format, samples.unread) == ("cocotext", 1)
 
@@ -125,6 +126,57 @@ def test_broken_coco_annotations(tmp_path, ann, words):
     with pytest.raises(InputError, match=rf"set.json:anns\[0\]: .*{words}"):
         read_samples(tmp_path)
     assert [s.text for s in read_samples(tmp_path, broken="skip")] == ["y"]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"imgToAnns": {"7": 5, "8": [0]}}, r"imgToAnns\[7\]: 5: expected a list"),
+        ({"imgToAnns": {"7": None, "8": [0]}}, r"imgToAnns\[7\]: None: expected a list"),
+        (
+            {"anns": {"0": {"image_id": 8, "bbox": [1, 2, 9, 9], "utf8_string": "x"}, "1": [1]}},
+            r"anns\[1\]: expected an obj",
+        ),
+        (
+            {
+                "imgs": {"7": {"file_name": "a.jpg", "width": "wide", "height": 60}, "8": {"file_name": "a.jpg"}},
+                "imgToAnns": {"7": ["0"], "8": ["0"]},
+            },
+            r"imgs\[7\]: width and height are \('wide', 60\)",
+        ),
+    ],
+)
+def test_broken_parts_of_a_coco_file_are_named_and_can_be_skipped(tmp_path, more, words):
+    page(tmp_path / "a.jpg")
+    images = {name: {"file_name": "a.jpg", "width": "100", "height": "60"} for name in "78"}  # sizes as texts are sound
+    anns = {"0": {"image_id": 8, "bbox": [1, 2, 20, 10], "utf8_string": "x"}}
+    document(tmp_path / "set.json", {"imgs": images, "anns": anns, **more})
+    with pytest.raises(InputError, match=rf"set.json:{words}"):
+        read_samples(tmp_path)
+    found = read_samples(tmp_path, broken="skip")
+    assert ([s.text for s in found], len(found.skipped)) == (["x"], 1)
+
+
+def test_a_coco_file_whose_table_is_none(tmp_path):
+    page(tmp_path / "a.jpg")
+    coco(tmp_path, [{"utf8_string": "x"}], imgToAnns=[["0"]])
+    with pytest.raises(InputError, match=r"set.json:imgToAnns: expected an object of lists, got list"):
+        read_samples(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["caption", "text", "utf8_string"])
+def test_plain_coco(tmp_path, name):
+    page(tmp_path / "a.jpg")
+    file = tmp_path / "set.json"
+    image = {"id": 3, "file_name": "a.jpg", "width": 100, "height": 60}
+    ann = {"id": 9, "image_id": 3, "bbox": [1, 2, 20, 10], name: "open"}
+    document(file, {"images": [image], "annotations": [ann, {**ann, "id": 10, name: None}]})
+    (sample,) = read_samples(tmp_path)
+    assert (sample.text, sample.boxes, sample.id) == ("open", ((1, 2, 21, 12),), "set.json:annotations[9]")
+    assert read_samples(tmp_path).unread == 1
+    document(file, {"images": [image], "annotations": [ann, ann]})
+    with pytest.raises(InputError, match=r"annotations\[1\]: the id 9 is there twice"):
+        read_samples(tmp_path)
 
 
 def test_images_of_another_size_than_annotated_are_refused(tmp_path):

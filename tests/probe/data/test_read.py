@@ -1,12 +1,14 @@
 """Recognising formats, our own JSONL, and writing it."""
 
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from llava_patch.errors import InputError, SettingError
 from llava_patch.probe.data import read_jsonl, read_samples, write_jsonl
+from llava_patch.probe.data.read import resolve_source
 from llava_patch.probe.pages import Pages
 from llava_patch.probe.sample import Sample, split_samples
 
@@ -26,9 +28,10 @@ def test_jsonl(tmp_path):
     file = jsonl(tmp_path, {**LINE, "note": 5}, "", several, {**LINE, "box": [40, 2, 70, 12]})
     for samples in (read_jsonl(file), read_samples(file), read_samples(str(tmp_path))):
         assert [s.text for s in samples] == ["x", "two\u2028parts", "x"]
-        assert [s.id for s in samples] == [f"{file}:{n}" for n in (1, 3, 4)]
+        assert [s.id for s in samples] == [f"{file.name}:{n}" for n in (1, 3, 4)]
+        assert [s.where for s in samples] == [f"{file}:{n}" for n in (1, 3, 4)]
         assert samples[1].boxes == ((1, 20, 9, 30), (11, 20, 19.5, 30))
-        assert [s.document for s in samples] == [str(tmp_path / "a.png"), "d", str(tmp_path / "a.png")]
+        assert [s.document for s in samples] == ["a.png", "d", "a.png"]
         assert samples[0].all_boxes == ((1, 2, 30, 12), (40, 2, 70, 12))  # of all lines of its page
     around = {**LINE, "all_boxes": [[1, 2, 30, 12], [50, 2, 60, 9]]}
     assert read_samples(jsonl(tmp_path, around))[0].all_boxes == ((1, 2, 30, 12), (50, 2, 60, 9))
@@ -83,7 +86,7 @@ def test_nothing_left_or_nothing_there(tmp_path):
 
 def test_unknown_formats_list_what_is_understood_and_what_was_found(tmp_path):
     text(tmp_path / "a.xml", "<page/>")
-    document(tmp_path / "b.json", {"images": [], "annotations": []})
+    document(tmp_path / "b.json", {"pictures": [], "annotations": []})
     with pytest.raises(InputError, match=r"(?s)found 1 .json, 1 .xml.*jsonl:.*icdar:.*funsd:.*cocotext:.*hf:"):
         read_samples(tmp_path)
     text(tmp_path / "c.txt", "hello there")
@@ -123,6 +126,46 @@ def test_settings_of_a_source(tmp_path, query, words):
     file = jsonl(tmp_path, LINE)
     with pytest.raises(SettingError, match=words):
         read_samples(f"{file}?{query}")
+
+
+def named(samples):
+    return [(s.id, s.document) for s in samples]
+
+
+def test_names_do_not_depend_on_how_a_path_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page(tmp_path / "set" / "img" / "a.png")
+    page(tmp_path / "set" / "img" / "b.png")
+    text(tmp_path / "set" / "box" / "a.txt", f"{quad(1, 1, 9, 9)},x")
+    text(tmp_path / "more" / "list.jsonl", json.dumps({**LINE, "image": "../set/img/b.png"}))
+    for one, image in (("set", "img/a.png"), ("set/box", "../img/a.png")):
+        found = named(read_samples(one))
+        assert found[0][1] == image and not found[0][0].startswith("/")
+        assert named(read_samples(tmp_path / one)) == named(read_samples(f"more/../{one}")) == found
+        assert read_samples(one)[0].open_image().size == (100, 60)
+    two = named(read_samples("set/box,more/list.jsonl"))
+    assert two == [("set/box/a.txt:1", "set/img/a.png"), ("more/list.jsonl:1", "set/img/b.png")]
+    assert named(read_samples(f"{tmp_path}/set/box,{tmp_path}/more/list.jsonl")) == two
+    monkeypatch.chdir(tmp_path / "set")
+    assert named(read_samples(".")) == named(read_samples(tmp_path / "set"))
+    # What goes wrong later names a file that is there.
+    (sample,) = read_samples(".")
+    Path("img/a.png").unlink()
+    with pytest.raises(InputError, match=r"^box/a.txt:1: image"):
+        sample.open_image()
+
+
+def test_sources_are_the_same_however_their_path_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scans").mkdir()
+    (tmp_path / "jpg").mkdir()
+    for one, other in (
+        ("scans", f"{tmp_path}/scans"),
+        ("scans?images=jpg", f"{tmp_path}/jpg/../scans?images={tmp_path}/jpg"),
+        ("scans,jpg", f"{tmp_path}/scans, {tmp_path}/jpg"),
+    ):
+        assert resolve_source(one) == resolve_source(other) != resolve_source("jpg")
+    assert resolve_source("") == "" and resolve_source("hf:a/b:train") == "hf:a/b:train"
 
 
 def test_bad_arguments(tmp_path):

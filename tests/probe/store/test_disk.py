@@ -223,6 +223,19 @@ def test_the_longest_unused_store_that_nobody_uses_makes_room(model):
     assert same(everything(reader), everything(freeze_pages(model, seed=1, store=False)))
 
 
+def test_the_bound_holds_for_what_is_there_already(model):
+    """Nothing is written, but the others go, and a store that is too large alone is refused and kept."""
+    folders = [freeze_pages(model, seed=seed).store.folder for seed in range(2)]
+    gc.collect()
+    size = list_stores(stores_folder())[0].bytes / 1e9
+    freeze_pages(model, seed=0, store_gb=1.5 * size)
+    assert [folder.exists() for folder in folders] == [True, False]
+    gc.collect()
+    with pytest.raises(SettingError, match=r"frozen tokens take about .* RProbe\.store_gb = "):
+        freeze_pages(model, seed=0, store_gb=0.5 * size)
+    assert folders[0].exists() and not in_use(folders[0])
+
+
 def test_data_that_exceed_the_bound_are_refused_before_anything_is_written_or_deleted(model):
     other = freeze_pages(model, seed=1).store.folder
     gc.collect()

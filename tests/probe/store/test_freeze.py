@@ -1,3 +1,4 @@
+import dataclasses
 import warnings
 
 import numpy as np
@@ -23,6 +24,23 @@ def freeze(model, data, mode="resize", tokenizer=None, **settings):
     anatomy = find(model)
     transform = make_transform(anatomy, processor(), mode)
     return freeze_samples(anatomy, transform, tokenizer or Characters(), data, RProbe(**settings))
+
+
+def test_names_of_samples_are_not_among_what_the_data_are(model):
+    """The same files under another path are the same data; another text is not."""
+    key = freeze(model, samples(2), store=False).key
+    named = [dataclasses.replace(sample, id=f"elsewhere/{sample.id}", document="d") for sample in samples(2)]
+    assert freeze(model, named, store=False).key == key
+    other = [dataclasses.replace(sample, text="other") for sample in samples(2)]
+    assert freeze(model, other, store=False).key != key
+
+
+def test_errors_name_a_place_that_finds_the_file(model):
+    (sample,) = samples(1)
+    for wrong in ({"text": ""}, {"boxes": ()}):
+        bad = dataclasses.replace(sample, where="/far/list.jsonl:1", **wrong)
+        with pytest.raises(InputError, match=r"^/far/list.jsonl:1: "):
+            freeze(model, [bad], store=False)
 
 
 def tokens_of(data):

@@ -48,6 +48,22 @@ def test_settings_that_tokens_do_not_depend_on(before, settings):
     assert key_of(tiny_model(), samples(3), **settings) == before
 
 
+@pytest.mark.parametrize("mode", ["resize", "pad", "crop"])
+def test_the_answer_tells_of_another_way_to_resize(mode):
+    """An overridden method is in no configuration; a picture of the tower's own size would not show it."""
+    anatomy, plain, other = find(tiny_model()), processor(), processor()
+    original = plain.resize
+    other.resize = lambda *args, **kwargs: original(*args, **{**kwargs, "resample": Image.Resampling.NEAREST})
+    one, two, three = (
+        key_module.answer_key(anatomy, make_transform(anatomy, p, mode)) for p in (plain, processor(), other)
+    )
+    assert one == two != three
+
+
+def test_versions_name_what_fast_processors_resize_with():
+    assert "torchvision" in key_module.versions()
+
+
 def test_a_mode_of_training_and_a_moved_text_model_are_the_same_model(before):
     model = tiny_model()
     model.train()
