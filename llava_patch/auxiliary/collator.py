@@ -28,10 +28,11 @@ class RegionCollator:
     before this collator sees it (`follow` refuses it).
 
     A record with a region has the entry "rprobe", as in LLaVA's data: {"box": [x0, y0, x1, y1] or a list of those in
-    pixels of the original image, "text": "...", "image_index": 0}; tensors and arrays will do as well. Its image is under "image", or its images are a list
-    under "images": PIL images, or paths. A record without the entry is trained on as before. The inner collator gets
-    the records without the entry; it must give every image of the batch to the model in the records' order
-    ("pixel_values" [images, 3, height, width]), resized and cropped by the image processor alone.
+    pixels of the original image, "text": "...", "image_index": 0}; tensors and arrays will do as well. Its image is
+    under "image", or its images are a list under "images": PIL images, or paths. A record without the entry is trained
+    on as before. The inner collator gets the records without the entry; it must give every image of the batch to the
+    model in the records' order ("pixel_values" [images, 3, height, width]), resized and cropped by the image processor
+    alone.
 
     The batch gets the key "rprobe", which the patched model's `forward` takes out again; a batch without a region does
     not have it, and no batch has it while the model has no head (weight 0): entries are then dropped unread.

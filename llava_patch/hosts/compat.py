@@ -384,10 +384,8 @@ def load_renamed(model: Any, folder: Path) -> None:
     expected = set(model.state_dict())
     files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     for path in files:
-        if path.suffix == ".bin":
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-        else:
-            tensors = load_file(path)
+        pickled = path.suffix == ".bin"
+        tensors = torch.load(path, map_location="cpu", weights_only=True) if pickled else load_file(path)
         found = {}
         for name, tensor in tensors.items():
             for old, new in mapping.items() if name not in expected else ():
