@@ -62,9 +62,7 @@ def test_the_sequence_is_r_probes(host, fusion, monkeypatch):
 
 def test_each_region_gets_what_belongs_to_its_image(host):
     """Tokens, pixels and DeepStack's additions: the regions of a batch in another order have the same errors."""
-    handle = patch(
-        host.model, fusion=DeepStack(taps=(2, 4, 6), start=0, interval=1), probe=AuxiliaryProbe(weight=1.0)
-    )
+    handle = patch(host.model, fusion=DeepStack(taps=(2, 4, 6), start=0, interval=1), probe=AuxiliaryProbe(weight=1.0))
     given = regions(host)
     other = {name: value.flip(0) for name, value in given.items()}
     with torch.no_grad():
