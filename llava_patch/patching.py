@@ -154,7 +154,7 @@ def _check_partitioned(found: Anatomy, fusion: Fusion | None, routing: Routing |
 
 
 def _check_together(fusion: Fusion | None, routing: Routing | None, probe: AuxiliaryProbe | None) -> None:
-    if probe is not None and routing is not None and routing.freeze != "none":
+    if probe is not None and probe.weight and routing is not None and routing.freeze != "none":
         raise SettingError(
             f'Routing.freeze = "{routing.freeze}" freezes the projector and the vision tower, so that AuxiliaryProbe '
             'would train nothing but its own head: set Routing.freeze = "none", or leave AuxiliaryProbe out'

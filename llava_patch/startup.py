@@ -288,7 +288,7 @@ def _wrap_trainer_init(cls: Any) -> None:
             kwargs.get(k, args[i] if len(args) > i else None) for i, k in ((3, "train_dataset"), (2, "data_collator"))
         ]
         handle = None if model is None else training_run.prepare(model, training_args, *data)
-        probed = handle is not None and handle.auxiliary is not None
+        probed = handle is not None and handle.auxiliary is not None and handle.auxiliary.head is not None
         if probed:
             args, kwargs = _carry_regions(handle, args, kwargs)
         if model is not None:

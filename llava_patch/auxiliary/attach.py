@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_patch.auxiliary.head import Head, Seen, idle, token_errors
+from llava_patch.auxiliary.head import Head, Seen, check_images, idle, token_errors
 from llava_patch.auxiliary.regions import KEY, Marker
 from llava_patch.errors import InputError, SettingError
 from llava_patch.hosts import carry, positions, tiles, zero
@@ -26,6 +26,8 @@ logger = logging.getLogger("llava_patch")
 
 HEAD = "llava_patch_rprobe"
 """The head's name on the causal LM."""
+SILENT_BATCHES = 50
+"""Training batches without any region after which a warning says so."""
 _IGNORED = "_keys_to_ignore_on_save"  # transformers' own list
 
 
@@ -56,7 +58,7 @@ class Auxiliary:
     Attributes:
         settings: of the loss.
         anatomy: the model.
-        layout: the visual tokens of one image.
+        layout: the visual tokens of one image; None with weight 0.
         head: the module that rebuilds them; None with weight 0, and once it was released.
     """
 
@@ -64,8 +66,12 @@ class Auxiliary:
         """Use `patch(model, probe=AuxiliaryProbe())`, not this."""
         self.settings = settings
         self.anatomy = anatomy
-        self.layout = _layout(anatomy, tokens)
-        self.head: Head | None = None if settings.weight == 0 else Head(anatomy, self.layout, settings)
+        self.layout: Layout | None = None
+        self.head: Head | None = None
+        if settings.weight:
+            self.layout = _layout(anatomy, tokens)
+            self.head = Head(anatomy, self.layout, settings)
+        self._without: int | None = 0  # batches, as long as none had a region
         self._step: int | None = None
         self._seen: Seen | None = None
         self._watching = False
@@ -80,7 +86,8 @@ class Auxiliary:
         self._step = step
 
     def marker(self, image_processor: Any, tokenizer: Any, mode: str) -> Marker:
-        """What marks the regions of this model's data; see `RegionCollator`."""
+        """What marks the regions of this model's data, with a weight above 0; see `RegionCollator`."""
+        assert self.layout is not None
         transform = make_transform(self.anatomy, image_processor, mode)
         vocabulary = int(zero.shape(self.anatomy.embed_tokens.weight)[0])
         return Marker(transform, self.layout, tokenizer, self.settings, vocabulary)
@@ -107,6 +114,10 @@ class Auxiliary:
         Modifications: a module `llava_patch_rprobe` on the causal LM; its instance attributes `forward` (which takes
         the regions out of the arguments) and `_keys_to_ignore_on_save`; `encode_images` of the causal LM on `llava`,
         `get_image_features` of the inner LlavaModel on HF.
+
+        The patched `forward` takes one argument more, `rprobe`, the regions of a batch. It adds the term in training
+        mode with gradients on alone: in evaluation mode and under `no_grad` regions are dropped unread and the loss is
+        the model's own, so that an evaluation during training (`eval_loss`) measures the next-token loss.
         """
         model = self.anatomy.model
         if self.head is None:
@@ -172,22 +183,38 @@ class Auxiliary:
                 "a training batch with regions but without labels: the auxiliary loss is added to the model's own loss"
             )
         weight = _share_of_step(given)
-        device = loss.device
+        self._count(regions)
         if regions is None or not self.computes:
-            term = idle(self.head, self.anatomy.embed_tokens, device)
+            term = idle(self.head, self.anatomy.embed_tokens)
             self._note(loss, weight, None)
         else:
             if seen is None:
                 raise InputError("a batch with regions but without images")
-            regions = {name: value.to(device) for name, value in regions.items()}
+            check_images(regions, len(seen.tokens))
             errors = token_errors(self.head, self.anatomy.embed_tokens, seen, regions)
+            errors = errors.to(loss.device)
             term = self.settings.weight * weight * errors.mean()
             self._note(loss, weight, errors)
-        total = loss + term.to(loss.dtype)
+        total = loss + term.to(loss)
         if named:
             outputs.loss = total
             return outputs
         return (total, *outputs[1:])
+
+    def _count(self, regions: Any) -> None:
+        """Say it, once, when none of the first batches had a region; later ones may lack them."""
+        if self._without is None:
+            return
+        self._without = None if regions is not None else self._without + 1
+        if self._without == SILENT_BATCHES:
+            self._without = None
+            logger.warning(
+                "AuxiliaryProbe: none of the first %d training batches of this process had a region, so that its loss "
+                "was not computed: records carry them under %r; a collator or TrainingArguments.remove_unused_columns "
+                '(set it to False) may drop that, and AuxiliaryProbe.broken = "skip" leaves out what does not fit',
+                SILENT_BATCHES,
+                KEY,
+            )
 
     def _note(self, loss: Tensor, weight: Any, errors: Tensor | None) -> None:
         """Add a batch to what the next log line is made of; stays on the device."""

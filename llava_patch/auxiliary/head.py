@@ -104,6 +104,8 @@ def token_errors(head: Head, embed: Callable[[Tensor], Tensor], seen: Seen, regi
     Raises:
         InputError: regions and images do not fit together.
     """
+    device = head.cells.device  # of its weights as well; on several devices (device_map) tokens may lie elsewhere
+    regions = {name: value.to(device) for name, value in regions.items()}
     image, target = regions["image"], regions["target"]
     count = len(head.cells)
     if (seen.tokens.shape[1], target.shape[1]) != (count, count):
@@ -111,39 +113,62 @@ def token_errors(head: Head, embed: Callable[[Tensor], Tensor], seen: Seen, regi
             f"the loss's head knows {count} tokens an image, the model gave {seen.tokens.shape[1]} and the collator "
             f"marked {target.shape[1]}"
         )
-    injections = None if seen.injections is None else seen.injections[:, image].transpose(0, 1)
+    injections = None if seen.injections is None else seen.injections.to(device)[:, image].transpose(0, 1)
     text = _embedded(embed, regions["text"])
-    rebuilt = head(seen.tokens[image], text, _sequence(head, target, regions["counts"], text.shape[1]), injections)
+    sequence = _sequence(head, head.positions, target, regions["counts"], text.shape[1])
+    rebuilt = head(seen.tokens.to(device)[image], text, sequence, injections)
     grid = head.decoder.grid
-    patches = patchify(seen.pixels[:, :, : grid.rows * grid.cell, : grid.columns * grid.cell], grid)
+    patches = patchify(seen.pixels.to(device)[:, :, : grid.rows * grid.cell, : grid.columns * grid.cell], grid)
     sample, token = target.nonzero(as_tuple=True)
     wanted = patches[image[sample], head.cells[token]].float()
     return (rebuilt - wanted).square().mean(-1)
 
 
-def idle(head: Head, embed: Callable[[Tensor], Tensor], device: torch.device) -> Tensor:
-    """The head on a made-up image, times zero: a scalar 0 whose gradient reaches all its weights.
+def check_images(regions: Mapping[str, Tensor], images: int) -> None:
+    """Refuse a region of an image that the batch does not have, where looking costs no wait for a device.
+
+    Args:
+        regions: as in `token_errors`.
+        images: of the batch.
+
+    Raises:
+        InputError: names the image.
+    """
+    image = regions["image"]
+    if image.device.type != "cpu":
+        return
+    low, high = int(image.min()), int(image.max())
+    if not 0 <= low <= high < images:
+        raise InputError(
+            f"a region belongs to image {high if low >= 0 else low} of the batch, which has {images} (counted from 0): "
+            "the collator must give the model all images of its records, in their order"
+        )
+
+
+def idle(head: Head, embed: Callable[[Tensor], Tensor]) -> Tensor:
+    """The head on one made-up image token and one of text, times zero: a scalar 0 whose gradient reaches its weights.
 
     DDP and DeepSpeed reduce the same tensors on all ranks, and ZeRO-3 wants the same modules in the same order: the
-    ranks and batches without a region run this.
+    ranks and batches without a region run this. Nobody reads the values, so two tokens do.
     """
-    target = torch.zeros(1, len(head.cells), dtype=torch.bool, device=device)
-    target[:, -1] = True
+    device = head.cells.device
+    target = torch.ones(1, 1, dtype=torch.bool, device=device)
     counts = torch.ones(1, dtype=torch.int64, device=device)
     text = _embedded(embed, torch.zeros(1, 1, dtype=torch.int64, device=device))
-    tokens = torch.zeros(1, len(head.cells), text.shape[-1], dtype=head.dtype, device=device)
+    tokens = torch.zeros(1, 1, text.shape[-1], dtype=head.dtype, device=device)
     layers = len(head.decoder.injection_layers)
     injections = tokens[:, None].expand(-1, layers, -1, -1) if layers else None
-    return 0.0 * head(tokens, text, _sequence(head, target, counts, 1), injections).sum()
+    return 0.0 * head(tokens, text, _sequence(head, head.positions[-1:], target, counts, 1), injections).sum()
 
 
-def _sequence(head: Head, target: Tensor, counts: Tensor, width: int) -> ProbeSequence:
-    """The order of a batch of images that all have the same tokens."""
-    places = head.positions.expand(len(target), -1, -1)
+def _sequence(head: Head, positions: Tensor, target: Tensor, counts: Tensor, width: int) -> ProbeSequence:
+    """The order of a batch of images that all have the same tokens, at `positions` [tokens, 2]."""
+    places = positions.expand(len(target), -1, -1)
     start = torch.full_like(counts, head.text_start)
     return build_sequence(target, torch.ones_like(target), places, counts, start, width)
 
 
 def _embedded(embed: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
+    weight = getattr(embed, "weight", ids)
     with torch.no_grad():
-        return embed(ids).detach()
+        return embed(ids.to(weight.device)).detach().to(ids.device)

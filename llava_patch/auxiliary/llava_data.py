@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from llava_patch.auxiliary.attach import Auxiliary
-from llava_patch.auxiliary.regions import KEY, Marker, Region, collate, parse
+from llava_patch.auxiliary.regions import KEY, Marker, Region, collate, entry, parse
 from llava_patch.errors import InputError, SettingError
 
 MODES = {"pad": "pad", "square": "crop"}  # --image_aspect_ratio: the transform that does the same
@@ -112,9 +112,10 @@ def wrap(auxiliary: Auxiliary, train_dataset: Any, data_collator: Any) -> tuple[
     source = str(about.data_path)
     regions = {}
     for index, record in enumerate(records):
-        if KEY in record:
+        value = entry(record)
+        if value is not None:
             files, name = _files(record), _name(source, index, record)
-            regions[index] = parse(record[KEY], len(files), name)
+            regions[index] = parse(value, len(files), name)
             if regions[index].image_index:
                 raise InputError(
                     f"{name}: image_index {regions[index].image_index}: LLaVA's data has one image a record"

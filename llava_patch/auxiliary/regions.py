@@ -40,11 +40,23 @@ class Region:
     image_index: int = 0
 
 
+def entry(record: Mapping[str, Any]) -> Any:
+    """A record's "rprobe" entry; None where it has none.
+
+    Exports and the tables of `datasets` write None where a value is missing, for the entry or for all of its fields.
+    """
+    value = record.get(KEY)
+    if isinstance(value, Mapping) and value and all(v is None for v in value.values()):
+        return None
+    return value
+
+
 def parse(value: Any, images: int, name: str) -> Region:
     """Read a record's "rprobe" entry; its image need not be open.
 
     Args:
-        value: {"box": [x0, y0, x1, y1] or a list of those, "text": str, "image_index": int (0 if left out)}.
+        value: {"box": [x0, y0, x1, y1] or a list of those, "text": str, "image_index": int (0 if left out)}. Boxes and
+            numbers may be tensors or arrays; a field that is None counts as left out.
         images: how many images the record has.
         name: file and record, for errors.
 
@@ -53,6 +65,7 @@ def parse(value: Any, images: int, name: str) -> Region:
     """
     if not isinstance(value, Mapping):
         raise InputError(f'{name}: "rprobe" is {value!r}: expected {{"box": [x0, y0, x1, y1], "text": "..."}}')
+    value = {k: _plain(v) for k, v in value.items() if v is not None}
     unknown = sorted(set(value) - set(FIELDS))
     if unknown:
         raise InputError(f'{name}: "rprobe" has no entry {", ".join(unknown)}, it takes {", ".join(FIELDS)}')
@@ -69,6 +82,13 @@ def parse(value: Any, images: int, name: str) -> Region:
     if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < images:
         raise InputError(f"{name}: image_index {index!r}, but the record has {images} images (counted from 0)")
     return Region(tuple((float(a), float(b), float(c), float(d)) for a, b, c, d in boxes), text, index)
+
+
+def _plain(value: Any) -> Any:
+    """Tensors, arrays and their numbers as Python's own."""
+    if _is_list(value):
+        return [_plain(v) for v in value]
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _is_list(value: Any) -> bool:

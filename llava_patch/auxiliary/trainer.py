@@ -6,6 +6,8 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch.utils.data import IterableDataset
+
 from llava_patch.auxiliary import state as head_file
 from llava_patch.auxiliary.regions import KEY
 from llava_patch.errors import SettingError
@@ -28,7 +30,7 @@ def check(handle: "Handle", training_args: Any) -> None:
         SettingError: names the setting and what stands against it.
     """
     auxiliary = handle.auxiliary
-    if auxiliary is None:
+    if auxiliary is None or auxiliary.head is None:
         return
     if getattr(training_args, "fsdp", None):
         raise SettingError("AuxiliaryProbe does not work with --fsdp: use DeepSpeed")
@@ -43,8 +45,6 @@ def check(handle: "Handle", training_args: Any) -> None:
             'AuxiliaryProbe.lr needs optimizer groups, but the DeepSpeed config has its own "optimizer": remove that '
             "entry"
         )
-    if auxiliary.head is None:
-        return
     if lora.has_lora(auxiliary.head):
         raise SettingError(
             "peft has put LoRA into the auxiliary loss's head, which trains in full: patch after get_peft_model()"
@@ -78,11 +78,15 @@ def follow(trainer: Any, *, release: bool = False) -> None:
         release: take the head off the model when training ends.
 
     Raises:
-        SettingError: the model has no auxiliary loss, or the Trainer's arguments do not go with it.
+        SettingError: the model has no auxiliary loss, or the Trainer's arguments, or an optimizer that it was given, do
+            not go with it. With weight 0 nothing is checked and nothing followed.
     """
     handle = get_handle(trainer.model)
     if handle is None or handle.auxiliary is None:
         raise SettingError("follow(trainer): the model has no auxiliary loss: patch(model, probe=AuxiliaryProbe())")
+    auxiliary = handle.auxiliary
+    if auxiliary.head is None:
+        return
     if getattr(trainer.args, "remove_unused_columns", False):
         raise SettingError(
             f"the Trainer would drop the records' {KEY!r} entries: set TrainingArguments.remove_unused_columns = False"
@@ -94,16 +98,45 @@ def follow(trainer: Any, *, release: bool = False) -> None:
             f"one process on {trainer.args.n_gpu} GPUs (nn.DataParallel) would split the regions apart from their "
             "images: launch with torchrun or deepspeed, or set CUDA_VISIBLE_DEVICES to one"
         )
-    auxiliary = handle.auxiliary
-    if auxiliary.head is not None:
-        auxiliary.head.requires_grad_(True)  # peft freezes whatever is no LoRA
+    _check_dispatch(trainer)
+    auxiliary.head.requires_grad_(True)  # peft freezes whatever is no LoRA
     check(handle, trainer.args)
-    if auxiliary.head is None:
-        return
+    if trainer.optimizer is not None:
+        _check_optimizer(trainer.optimizer, auxiliary)
     _follow_logs(trainer, auxiliary)
     _follow_optimizer(trainer, auxiliary)
     _follow_resume(trainer, handle)
     trainer.add_callback(_callback(handle, release))
+
+
+def _check_dispatch(trainer: Any) -> None:
+    """Refuse rank 0 reading for all: accelerate cuts every tensor at the batch's samples, regions are fewer."""
+    dispatch = trainer.accelerator.dispatch_batches
+    if dispatch is None:  # accelerate's default
+        dispatch = isinstance(trainer.train_dataset, IterableDataset)
+    if dispatch and trainer.args.world_size > 1:
+        raise SettingError(
+            "dispatch_batches (accelerate's default for an IterableDataset) lets rank 0 read batches and cuts them up "
+            "for the others, which would put regions on wrong images: set TrainingArguments(accelerator_config="
+            '{"dispatch_batches": False}), so that every rank reads its own'
+        )
+
+
+def _check_optimizer(optimizer: Any, auxiliary: Any) -> None:
+    """Refuse an optimizer of the caller's that leaves the head out, or trains it at another rate than `lr`."""
+    own = {id(p) for p in auxiliary.head.parameters()}
+    hint = "make it from handle.param_groups(lr, weight_decay), after patch()"
+    groups = optimizer.param_groups
+    if own - {id(p) for group in groups for p in group["params"]}:
+        raise SettingError(f"the Trainer's optimizer does not train the auxiliary loss's head: {hint}")
+    rate = auxiliary.settings.lr
+    # A scheduler that was made already may have changed "lr".
+    rates = {float(g.get("initial_lr", g["lr"])) for g in groups if any(id(p) in own for p in g["params"])}
+    if rate is not None and rates != {float(rate)}:
+        raise SettingError(
+            f"AuxiliaryProbe.lr = {rate}, but the Trainer's optimizer has the auxiliary loss's head at "
+            f"{', '.join(map(str, sorted(rates)))}: {hint}, or leave AuxiliaryProbe.lr out"
+        )
 
 
 def _follow_logs(trainer: Any, auxiliary: Any) -> None:

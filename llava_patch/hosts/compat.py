@@ -384,7 +384,7 @@ def load_renamed(model: Any, folder: Path) -> None:
 
     `save_pretrained` writes a LLaVA's tensors under the names of older versions (transformers 4.52 to 4.57);
     `from_pretrained` translates them, but the Trainer's own loading does not, warns, and trains on with the weights
-    that it was started with.
+    that it was started with. With `save_safetensors=False` they lie in PyTorch's own files.
     """
     from safetensors.torch import load_file
 
@@ -392,9 +392,12 @@ def load_renamed(model: Any, folder: Path) -> None:
     if not mapping:
         return
     expected = set(model.state_dict())
-    for path in sorted(folder.glob("model*.safetensors")):
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    for path in files:
+        pickled = path.suffix == ".bin"
+        tensors = torch.load(path, map_location="cpu", weights_only=True) if pickled else load_file(path)
         found = {}
-        for name, tensor in load_file(path).items():
+        for name, tensor in tensors.items():
             for old, new in mapping.items() if name not in expected else ():
                 renamed, count = re.subn(old, new, name)
                 if count:

@@ -12,7 +12,7 @@ from llava_patch.errors import CheckpointError, HostError
 from llava_patch.handle import CONFIG_KEY
 from llava_patch.hosts import tiles, tower_models, towers
 from llava_patch.hosts.anatomy import HF, LLAVA
-from llava_patch.probe.transform import Transform
+from llava_patch.probe.transform import Transform, check_crop
 
 
 def read_transform(folder: str | Path, mode: str) -> Transform:
@@ -24,6 +24,7 @@ def read_transform(folder: str | Path, mode: str) -> Transform:
 
     Raises:
         CheckpointError: no checkpoint there, or its base or vision tower is gone.
+        SettingError: `mode` "crop" for an image processor that does otherwise.
         HostError: a model, tower or image processor that is not known, or `mode` "anyres" for a model without tiles.
     """
     folder = Path(folder)
@@ -44,6 +45,8 @@ def read_transform(folder: str | Path, mode: str) -> Transform:
     fusion = checkpoint.methods(record, str(folder)).get("fusion") if record else None
     cell = shape.patch_size * getattr(fusion, "merge_size", 1)
     height, width = (n * shape.patch_size for n in shape.grid)
+    if mode == "crop":
+        check_crop(processor)
     if mode != "anyres":
         return Transform(processor, mode, height, width, cell)
     on_llava = host == LLAVA and raw.get("image_aspect_ratio") == "anyres"

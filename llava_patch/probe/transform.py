@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from llava_patch.errors import HostError, InputError
+from llava_patch.errors import HostError, InputError, SettingError
 from llava_patch.hosts.compat import known_options, layout_options
 from llava_patch.hosts.tiles import Tiling
 from llava_patch.probe.sample import Box
@@ -80,6 +80,7 @@ class Transform:
                 "do_resize": True,
                 "size": {"height": self.height, "width": self.width},
                 "do_center_crop": False,
+                "do_pad": False,
             }
         elif self.mode == "pad":
             fill = tuple(int(x * 255) for x in self.processor.image_mean)
@@ -168,6 +169,30 @@ class Transform:
             return torch.zeros(3, dtype=torch.float32), torch.ones(3, dtype=torch.float32)
         mean, std = self.processor.image_mean, self.processor.image_std
         return torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32)
+
+
+def check_crop(processor: Any) -> None:
+    """Refuse image mode "crop" where the processor's own way is no resize and centre crop of the image.
+
+    Raises:
+        SettingError: names the mode to use.
+    """
+    name = type(processor).__name__
+    if hasattr(processor, "image_grid_pinpoints"):
+        raise SettingError(
+            f'RProbe.image_mode = "crop": {name} has no centre crop of the whole image: use "anyres", "resize" or "pad"'
+        )
+    if not getattr(processor, "do_pad", False):
+        return
+    if hasattr(processor, "pad_to_square"):  # LlavaImageProcessor, which pads as mode "pad" does
+        raise SettingError(
+            f'image mode "crop": {name} has do_pad = True and pads images to a square first, so that boxes lie '
+            'elsewhere: use RProbe.image_mode = "pad" (RegionCollator: mode="pad"), or set its do_pad = False'
+        )
+    raise SettingError(
+        f'image mode "crop": {name} has do_pad = True, and where it pads is not known: set its do_pad = False, or use '
+        'RProbe.image_mode = "resize" or "pad" (RegionCollator: mode, with images made square before the processor)'
+    )
 
 
 def check_box(box: Box, size: tuple[int, int], name: str) -> Box:

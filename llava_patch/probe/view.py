@@ -20,7 +20,7 @@ from llava_patch.probe.decoder import injection_layers
 from llava_patch.probe.layout import Layout, square_layout, tiled_layout
 from llava_patch.probe.sample import Box
 from llava_patch.probe.sequence import TokenGrid, merge_size, target_mask
-from llava_patch.probe.transform import Transform
+from llava_patch.probe.transform import Transform, check_crop
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,11 +77,8 @@ def make_transform(anatomy: Anatomy, image_processor: Any, mode: str) -> Transfo
                 'or image_aspect_ratio = "anyres" on llava does): use "resize", "crop" or "pad"'
             )
         return Transform(image_processor, mode, height, width, cell, tiles.make_tiling(anatomy, image_processor))
-    if mode == "crop" and hasattr(image_processor, "image_grid_pinpoints"):
-        raise SettingError(
-            f'RProbe.image_mode = "crop": {type(image_processor).__name__} has no centre crop of the whole image: use '
-            '"anyres", "resize" or "pad"'
-        )
+    if mode == "crop":
+        check_crop(image_processor)
     return Transform(image_processor, mode, height, width, cell)
 
 

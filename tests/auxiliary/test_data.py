@@ -4,10 +4,12 @@ import json
 import pickle
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from probe.tiny import processor
+from transformers import LlavaImageProcessor
 
 from llava_patch import AuxiliaryProbe, patch
 from llava_patch.auxiliary import RegionCollator
@@ -154,12 +156,12 @@ def test_records_with_several_images(host, folder):
     records = [
         {"images": [page, folder / "wide.png"], "rprobe": {**region, "image_index": 1}},
         {"text": "no image"},
-        {"image": page, "rprobe": None},
+        {"images": [page, page], "rprobe": None},
         {"images": [page, page], "rprobe": {**region, "image_index": None}},
     ]
     records[0]["rprobe"]["box"] = [28, 0, 42, 14]  # the crop takes 28 columns away on the left
     batch = collator(records)
-    assert batch["rprobe"]["image"].tolist() == [1, 3] and batch["rprobe"]["target"][:, 0].all()
+    assert batch["rprobe"]["image"].tolist() == [1, 4] and batch["rprobe"]["target"][:, 0].all()
     assert all("rprobe" not in record for record in seen) and len(seen) == 4
     assert "rprobe" not in collator([{"image": page}])
     with pytest.raises(InputError, match=r"record 0 of the batch: image .*gone.png.* cannot be read"):
@@ -167,6 +169,65 @@ def test_records_with_several_images(host, folder):
     handle.remove()
     with pytest.raises(SettingError, match="has no auxiliary loss"):
         RegionCollator(_collate, patch(host.model), processor(), Words())
+
+
+def test_an_inner_collator_that_drops_images_is_refused(host):
+    handle = patch(host.model, probe=AuxiliaryProbe())
+    page = Image.new("RGB", (56, 56))
+    records = [{"images": [page, page]}, {"image": page, "rprobe": {"box": [0, 0, 14, 14], "text": "x"}}]
+
+    def collate(count):
+        return RegionCollator(lambda _: {"pixel_values": torch.zeros(count, 3, 56, 56)}, handle, processor(), Words())
+
+    assert collate(3)(records)["rprobe"]["image"].tolist() == [2]
+    with pytest.raises(InputError, match="hold 3 images, but the inner collator gave the model 2"):
+        collate(2)(records)
+    assert "rprobe" not in collate(2)(records[:1])
+
+
+@pytest.mark.parametrize("as_array", [torch.tensor, np.array], ids=["torch", "numpy"])
+def test_boxes_of_tensors_and_arrays(as_array):
+    one, two = [0, 0, 1, 1], [2.5, 0.0, 3.0, 1.0]
+    plain = parse({"box": [one, two], "text": "x", "image_index": 1}, 2, "here")
+    for box in (as_array([one, two]), [as_array(one), as_array(two)], [[as_array(v) for v in b] for b in (one, two)]):
+        assert parse({"box": box, "text": "x", "image_index": as_array(1)}, 2, "here") == plain
+    assert parse({"box": as_array(one), "text": "x"}, 1, "here").boxes == ((0.0, 0.0, 1.0, 1.0),)
+    assert parse({"box": [np.int64(0), np.float32(0), 1, 1], "text": np.str_("x")}, 1, "here").text == "x"
+    with pytest.raises(InputError, match=r"here: box .*expected"):
+        parse({"box": as_array(one[:3]), "text": "x"}, 1, "here")
+
+
+def test_none_is_what_exports_write_for_a_missing_value(auxiliary, folder):
+    missing = {"box": None, "text": None, "image_index": None}
+    records = [
+        {**_record(), "rprobe": None},
+        _record(**missing),
+        _record(box=[56, 0, 84, 28], text="five", image_index=None),
+    ]
+    data, collator = wrap(auxiliary, LlavaData(records, folder), _collate)
+    assert ["rprobe" in data[i] for i in range(3)] == [False, False, True]
+    assert collator([data[i] for i in range(3)])["rprobe"]["image"].tolist() == [2]
+    with pytest.raises(InputError, match="no record has a region"):
+        wrap(auxiliary, LlavaData(records[:2], folder), _collate)
+    with pytest.raises(InputError, match=r"box None: expected"):
+        wrap(auxiliary, LlavaData([_record(text="x", box=None)], folder), _collate)
+
+
+def test_a_processor_that_pads_is_marked_as_it_pads(host):
+    """HF's LlavaImageProcessor with do_pad: a white block of a wide black page is the brightest marked cell."""
+    pads = LlavaImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, do_pad=True)
+    handle = patch(host.model, probe=AuxiliaryProbe())
+    with pytest.raises(SettingError, match=r'do_pad = True.*RegionCollator: mode="pad"'):
+        RegionCollator(_collate, handle, pads, Words())
+    page = Image.new("RGB", (112, 56), "black")
+    page.paste((255, 255, 255), (56, 0, 84, 28))
+    region = Region(((56.0, 0.0, 84.0, 28.0),), "x")
+    pixels = pads([page], return_tensors="pt")["pixel_values"][0]
+    brightness = pixels.mean(0).unfold(0, 14, 14).unfold(1, 14, 14).mean((-1, -2)).flatten()
+    marked = handle.auxiliary.marker(pads, Words(), "pad").mark(region, page.size, "here")["target"]
+    assert marked.nonzero().flatten().tolist() == [int(brightness.argmax())] == [6]
+    off = LlavaImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, do_pad=False)
+    RegionCollator(_collate, handle, off, Words())
 
 
 def test_a_record_of_the_docs_can_be_read():

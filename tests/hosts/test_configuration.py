@@ -5,7 +5,7 @@ import json
 import pytest
 
 from llava_patch import SkipLinks, patch
-from llava_patch.errors import CheckpointError, HostError
+from llava_patch.errors import CheckpointError, HostError, SettingError
 from llava_patch.hosts.anatomy import find
 from llava_patch.hosts.configuration import read_transform
 from llava_patch.probe.view import make_transform
@@ -84,3 +84,14 @@ def test_tiles_of_llava_next(tmp_path):
     same(read, theirs)
     assert read.tiling == theirs.tiling
     assert read.plane_size((40, 100)) == (112, 56)
+
+
+def test_crop_is_refused_where_the_processor_pads(tmp_path):
+    from transformers import LlavaImageProcessor
+
+    checkpoint(tmp_path, tiny_model())
+    LlavaImageProcessor(**{k: v for k, v in processor().to_dict().items() if k in ("size", "crop_size")}, do_pad=True
+                        ).save_pretrained(tmp_path)  # fmt: skip
+    with pytest.raises(SettingError, match="LlavaImageProcessor has do_pad = True"):
+        read_transform(tmp_path, "crop")
+    assert read_transform(tmp_path, "pad").processor.do_pad

@@ -226,3 +226,28 @@ def test_deep_stack_brings_what_the_decoder_would_add(monkeypatch, model):
             assert torch.equal(mine, features[rows[rows > 0] - 1])
         assert not torch.equal(*view.injections)
     assert seen(model, page)[0].injections is None
+
+
+@pytest.mark.parametrize("mode", ["resize", "pad"])
+def test_a_processor_that_pads_by_itself(model, mode):
+    """The probe's own modes are what they say, whatever the processor does when left alone."""
+    from transformers import LlavaImageProcessor
+
+    size = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
+    anatomy = find(model)
+    pads, stays = (make_transform(anatomy, LlavaImageProcessor(**size, do_pad=p), mode) for p in (True, False))
+    page = noise(2 * SIDE, SIDE)
+    assert torch.equal(pads.plane(page), stays.plane(page))
+    box = (3.0, 4.0, 20.0, 30.0)
+    assert pads.box(box, page.size, "here") == stays.box(box, page.size, "here")
+
+
+def test_crop_is_refused_where_the_processor_pads(model):
+    from transformers import LlavaImageProcessor
+
+    with pytest.raises(SettingError, match=r'LlavaImageProcessor has do_pad = True.*RProbe.image_mode = "pad"'):
+        make_transform(find(model), LlavaImageProcessor(do_pad=True), "crop")
+    other = processor()
+    other.do_pad = True
+    with pytest.raises(SettingError, match=r"CLIPImageProcessor has do_pad = True, and where it pads is not known"):
+        make_transform(find(model), other, "crop")

