@@ -34,6 +34,7 @@ from llava_patch.probe.trainable import check_memory, choose, float32_default, t
 
 RUNNING = 0.95  # decay of the running MSE
 LEARNED = 0.9  # training FVU under which a probe has learned something
+FEW_DOCUMENTS = 10  # under which percentile intervals are clearly too narrow
 OVERFIT = 0.2  # how much higher the held-out FVU may be than the training FVU before we warn
 
 
@@ -161,6 +162,18 @@ def _run(
             f"RProbe.threshold = {settings.threshold:g} is not under the MSE of a constant patch "
             f"({found.constant_mse:.4f} on held-out, {train_variance:.4f} on training samples): steps to the threshold "
             "say nothing; read FVU instead"
+        )
+    if found.mse >= found.constant_mse:
+        notes.append(
+            f"R-Probe learned nothing: its held-out MSE {found.mse:.4f} is not under that of a constant patch "
+            f"({found.constant_mse:.4f}): train longer or on more samples, or see with `llava-patch rprobe preview "
+            "--model` whether text is large enough for this tower"
+        )
+    documents = len({sample["document"] for sample in found.documents})
+    if 2 <= documents < FEW_DOCUMENTS:
+        notes.append(
+            f"R-Probe's 95 % intervals are drawn over {documents} held-out documents only: with so few they are too "
+            "narrow"
         )
     train_fvu = running[-1] / train_variance
     # A run too short to learn anything is above that too, but for another reason.

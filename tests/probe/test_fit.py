@@ -165,9 +165,9 @@ def test_vacuous_threshold_warns_and_says_so():
     assert result.warnings
     assert result.steps_to_threshold == 1
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("error", message="RProbe.threshold")
         result = run(tiny_model())
-    assert not result.threshold_is_vacuous
+    assert not result.threshold_is_vacuous and not any("RProbe.threshold" in note for note in result.warnings)
     assert result.steps_to_threshold is None
 
 
@@ -229,7 +229,17 @@ def test_held_out_documents_that_are_trained_on_are_told_and_all_of_them_refused
     with pytest.raises(InputError, match="the held-out samples are the training samples"):
         run(tiny_model(), samples=Pages(4, 56), heldout=Pages(4, 56))
     apart = run(tiny_model(), samples=one[:6], heldout=two[6:])
-    assert apart.facts["heldout_documents_trained_on"] == 0 and not apart.warnings
+    assert apart.facts["heldout_documents_trained_on"] == 0
+    assert not any("trained on" in note for note in apart.warnings)
+
+
+def test_few_documents_and_a_probe_that_learned_nothing_are_told():
+    noise = run(tiny_model(), samples=samples(8), heldout=samples(12)[8:])
+    assert sum("learned nothing: its held-out MSE" in note for note in noise.warnings) == 1
+    assert sum("drawn over 4 held-out documents only" in note for note in noise.warnings) == 1
+    settings = RProbe(steps=150, batch_size=16, masked=True, maps=0, examples=0, resamples=10)
+    learned = run(tiny_model(), settings, samples=coloured(96, 1), heldout=coloured(12, 2))
+    assert not any("learned nothing" in note or "documents only" in note for note in learned.warnings)
 
 
 def test_one_target_token_is_called_what_it_is():
