@@ -53,7 +53,7 @@ def coloured(count: int, seed: int) -> list[Sample]:
     found = []
     for i in range(count):
         name, top = int(rng.integers(8)), 14 * int(rng.integers(4))
-        page = np.full((56, 56, 3), 128, np.uint8)
+        page = rng.integers(120, 136, (56, 56, 3), dtype=np.uint8)
         page[top : top + 14] = colours[name]
         box = (0.0, float(top), 56.0, top + 14.0)
         found.append(Sample(Image.fromarray(page), "abcdefgh"[name], (box,), id=f"{seed}-{i}"))
