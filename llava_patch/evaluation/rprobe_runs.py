@@ -78,9 +78,9 @@ def _run(lm: Any, name: str) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]
     """Train and measure one task's probe; (numbers of each held-out sample by its id, the run's)."""
     from llava_patch.evaluation.tasks import active
     from llava_patch.probe import parallel
+    from llava_patch.probe.alone import alone
     from llava_patch.probe.fit import run_rprobe
     from llava_patch.probe.output import write_run
-    from llava_patch.probe.resume import alone
 
     task, subject = active(name), reach(lm)
     train, heldout = (None, None) if task.data() is None else own_samples(task.settings, task.data())

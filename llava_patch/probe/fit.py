@@ -19,13 +19,14 @@ from torch import nn
 from llava_patch.errors import InputError, LlavaPatchError
 from llava_patch.hosts.anatomy import find
 from llava_patch.probe import parallel
+from llava_patch.probe.alone import alone
 from llava_patch.probe.decoder import ProbeDecoder, quarter
 from llava_patch.probe.error_map import ErrorMap, error_maps
 from llava_patch.probe.evaluate import check_shown, evaluate
 from llava_patch.probe.overlap import trained_on
 from llava_patch.probe.pages import Pages
 from llava_patch.probe.result import RProbeResult
-from llava_patch.probe.resume import Progress, Work, alone, difference, make_key
+from llava_patch.probe.resume import Progress, Work, difference, make_key
 from llava_patch.probe.sample import Sample, split_samples
 from llava_patch.probe.settings import RProbe
 from llava_patch.probe.store import FrozenData, freeze_samples, make_transform

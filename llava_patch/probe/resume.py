@@ -6,26 +6,22 @@ never taken up; the message names the first field that differs.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from llava_patch.errors import CheckpointError
 from llava_patch.files import atomic
-from llava_patch.probe import parallel
 from llava_patch.probe.decoder import ProbeDecoder
 from llava_patch.probe.sequence import build_sequence
 from llava_patch.probe.settings import RProbe
@@ -34,7 +30,6 @@ from llava_patch.probe.trainable import trained_parameters
 
 STATE_FILE = "training.safetensors"
 DECODER_FILE = "decoder.safetensors"
-LOCK_FILE = ".lock"
 FORMAT = 1
 # What does not change a trained decoder; what belongs to the data is in the data's own key as well.
 _NOT_TRAINING = {
@@ -124,43 +119,6 @@ def make_key(decoder: ProbeDecoder, data_key: str, table: Tensor, settings: RPro
         "data": data_key,
         "embeddings": hashlib.sha256(table.contiguous().numpy().tobytes()).hexdigest()[:32],
     }
-
-
-@contextlib.contextmanager
-def alone(folder: Path | None) -> Iterator[None]:
-    """Keep other runs out of a folder for the time of the block; rank 0 does, and its process may enter again.
-
-    The lock ends with its process, however that ends. A folder in which nothing was written does not stay.
-
-    Args:
-        folder: made when it is missing; None: nothing is done.
-
-    Raises:
-        CheckpointError: another run works there, or the folder cannot be written or locked.
-    """
-    if folder is None or parallel.rank() != 0:
-        yield
-        return
-    path = Path(folder).resolve() / LOCK_FILE
-    # Made before the first write: what a failed run would leave behind is taken away again.
-    made = [parent for parent in path.parents if not parent.exists()]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path, timeout=0, is_singleton=True)
-        lock.acquire()
-    except Timeout as error:
-        raise CheckpointError(f"another run works in {folder}: wait for it or give another --output") from error
-    except (OSError, NotImplementedError) as error:
-        raise CheckpointError(f"{folder} cannot be written or locked ({error}): give another --output") from error
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            if lock.lock_counter == 1 and [entry.name for entry in path.parent.iterdir()] == [LOCK_FILE]:
-                path.unlink()
-                for parent in made:
-                    parent.rmdir()
-        lock.release()
 
 
 @dataclass

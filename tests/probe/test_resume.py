@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from llava_patch.errors import CheckpointError
 from llava_patch.hosts.anatomy import find
 from llava_patch.probe import train
+from llava_patch.probe.alone import alone
 from llava_patch.probe.decoder import ProbeDecoder
 from llava_patch.probe.fit import run_rprobe
-from llava_patch.probe.resume import DECODER_FILE, STATE_FILE, Work, alone, answer, difference, load_decoder, make_key
+from llava_patch.probe.resume import DECODER_FILE, STATE_FILE, Work, answer, difference, load_decoder, make_key
 from llava_patch.probe.settings import RProbe
 from llava_patch.probe.train import train_probe
 from llava_patch.probe.trainable import choose, trained_parameters
@@ -186,7 +187,7 @@ def test_an_answer_may_differ_by_rounding_and_by_no_more():
 def test_a_second_run_in_the_same_folder_is_refused_and_a_killed_one_is_not_in_the_way(tmp_path):
     folder = tmp_path / "out"
     program = (
-        "import sys; from pathlib import Path; from llava_patch.probe.resume import alone\n"
+        "import sys; from pathlib import Path; from llava_patch.probe.alone import alone\n"
         "with alone(Path(sys.argv[1])):\n    print('in', flush=True); sys.stdin.read()"
     )
     root = Path(__file__).parents[2]

@@ -162,9 +162,9 @@ def _measure(
     from llava_patch.files import atomic, write_json
     from llava_patch.probe import parallel
     from llava_patch.probe.ablation import VARIANTS, markdown, notes, summarise, tables, variant
+    from llava_patch.probe.alone import alone
     from llava_patch.probe.data.read import resolve_source
     from llava_patch.probe.output import FIGURE, RESULT
-    from llava_patch.probe.resume import alone
     from llava_patch.probe.subject import load_subject
 
     check_folder(folder, checkpoint)
@@ -222,9 +222,9 @@ def _probe(
     show: list[str],
     formats: list[str],
 ) -> "RProbeResult":
+    from llava_patch.probe.alone import alone
     from llava_patch.probe.fit import run_rprobe
     from llava_patch.probe.output import write_run
-    from llava_patch.probe.resume import alone
 
     with alone(folder):
         result = run_rprobe(

@@ -117,7 +117,7 @@ def _page(where: str, file: Path, key: str, image: Any, places: list[Path], coll
     page = collector.page(found, str(found), where)
     declared = (image.get("width"), image.get("height"))
     try:
-        other = None not in declared and tuple(int(number or 0) for number in declared) != page.size
+        other = None not in declared and tuple(int(n or 0) for n in declared) != page.size
     except (TypeError, ValueError) as error:
         raise InputError(f"{where}: width and height are {declared}: expected numbers of pixels") from error
     if other:
