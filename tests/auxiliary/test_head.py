@@ -89,7 +89,8 @@ def test_the_idle_head_runs_on_two_tokens(host, monkeypatch):
     calls = _sequences(head, monkeypatch)
     nothing = idle(head, handle.anatomy.embed_tokens)
     assert used == real  # ZeRO-3 gathers weights in one order on all ranks
-    assert calls[0][2].order.shape == (1, 2) and float(nothing.detach()) == 0.0
+    assert calls[0][0].shape[:2] == (1, 1) and calls[0][2].order.shape == (1, 2)
+    assert float(nothing.detach()) == 0.0
     nothing.backward()
     assert all(p.grad is not None and not p.grad.any() for p in head.parameters())
 
