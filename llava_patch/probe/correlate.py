@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from llava_patch.errors import InputError, SettingError
+from llava_patch.probe.curves import COLOURS
 from llava_patch.probe.scores import Checkpoint, Score
 
 PROBES = {
@@ -27,6 +28,7 @@ PROBES = {
     "psnr": ("held-out PSNR (dB)", True),
 }
 """Name of each probe figure: what it is, and whether more is better."""
+MARKERS = "os^Dv*P"
 FEW = 5
 RESAMPLES = 9999
 EXACT = 7  # checkpoints up to which all permutations (5040) are fewer than that
@@ -92,11 +94,17 @@ def correlate(
     for checkpoint in checkpoints:
         value = checkpoint.probe.get(probe)
         if value is None or math.isnan(value):
-            notes.append(f"{checkpoint.name} has no {PROBES[probe][0]} and is left out")
+            why = " (its threshold is vacuous, or lmms-eval's results do not tell)" if probe == "steps" else ""
+            notes.append(f"{checkpoint.name} has no {PROBES[probe][0]} and is left out{why}")
         else:
             values[checkpoint.name] = value
             if math.isinf(value):
                 notes.append(f"{checkpoint.name} never got there ({PROBES[probe][0]}): ranked last")
+    if len(values) < 2:
+        raise InputError(
+            f"nothing to correlate: {len(values)} of {len(checkpoints)} checkpoints have {PROBES[probe][0]}; "
+            f"{'; '.join(notes)}"
+        )
     if len(values) < FEW:
         notes.append(
             f"n = {len(values)}: fewer than {FEW} checkpoints prove nothing, whatever the correlation; "
@@ -238,53 +246,45 @@ def sign_note(probe: str) -> str:
 
 
 def figure(found: Sequence[Correlation], probe: str) -> Any:
-    """A small panel a benchmark; points are numbered, because names would cover one another."""
+    """A small panel a benchmark; a legend names the points, because names beside them would cover one another."""
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(name for one in found for name, _, _ in one.points))
     columns = min(3, len(found))
     rows = math.ceil(len(found) / columns)
-    foot = 0.35 + 0.14 * math.ceil(len(names) / 2)
-    width, height = max(4.0, 2.4 * columns), 2.35 * rows + foot
-    picture = Figure(figsize=(width, height))
-    axes = picture.subplots(
-        rows, columns, squeeze=False,
-        gridspec_kw={
-            "left": 0.62 / width, "right": 1 - 0.1 / width, "bottom": (foot + 0.3) / height, "top": 1 - 0.4 / height,
-            "wspace": 0.45, "hspace": 0.5,
-        },
-    ).reshape(-1)  # fmt: skip
+    picture = Figure(figsize=(max(4.0, 2.5 * columns), 2.4 * rows + 0.4 + 0.17 * math.ceil(len(names) / 2)))
+    picture.set_layout_engine("constrained")
+    axes = picture.subplots(rows, columns, squeeze=False).reshape(-1)
     for axis in axes[len(found) :]:
         axis.remove()
     for axis, one in zip(axes, found, strict=False):
         _panel(axis, one, names)
-    picture.text(0.5, (foot - 0.08) / height, PROBES[probe][0], ha="center", va="center", fontsize=8)
-    for i, name in enumerate(names):
-        line, column = divmod(i, 2)
-        shown = name if len(name) <= 44 else "…" + name[-43:]
-        picture.text(
-            0.04 + 0.5 * column, (foot - 0.3 - 0.14 * line) / height, f"{i + 1}  {shown}", fontsize=7,
-            parse_math=False, va="center",
-        )  # fmt: skip
+        axis.set_xlabel(PROBES[probe][0], fontsize=7)
+    points = [axes[0].plot([], [], *_mark(i)[:1], **_mark(i)[1])[0] for i in range(len(names))]
+    shown = [(name if len(name) <= 44 else "…" + name[-43:]).replace("$", r"\$") for name in names]
+    picture.legend(points, shown, loc="outside lower center", ncols=2, fontsize=7, frameon=False)
     return picture
+
+
+def _mark(number: int) -> tuple[str, dict[str, Any]]:
+    """(marker, style) of a checkpoint: colours come round again with another marker."""
+    marker = MARKERS[number // len(COLOURS) % len(MARKERS)]
+    return marker, {"color": COLOURS[number % len(COLOURS)], "markersize": 4.5, "linestyle": "none"}
 
 
 def _panel(axis: Any, one: Correlation, names: Sequence[str]) -> None:
     finite = [value for _, value, _ in one.points if math.isfinite(value)]
     # What was never reached stands past the largest value.
     never = 1.15 * max(finite, default=1.0)
-    places: dict[tuple[float, float], list[str]] = {}
     for name, value, score in one.points:
-        place = (value if math.isfinite(value) else never, score)
-        places.setdefault(place, []).append(str(names.index(name) + 1))
-    for place, numbers in places.items():
-        axis.plot(*place, "o", color="#0072b2", markersize=4)
-        axis.annotate(",".join(numbers), place, (3, 3), textcoords="offset points", fontsize=7)
+        marker, style = _mark(names.index(name))
+        axis.plot(value if math.isfinite(value) else never, score, marker, **style)
     rho = "no rank" if one.spearman is None else f"$\\rho$ = {one.spearman:+.2f}, n = {one.n}"
     axis.set_title(one.task.replace("$", r"\$") + f"\n{rho}", fontsize=8)
     better = {True: "(higher is better)", False: "(lower is better)", None: ""}[one.higher_is_better]
     axis.set_ylabel(f"{one.metric}\n{better}".rstrip(), fontsize=7, parse_math=False)
     axis.tick_params(labelsize=6.5)
+    axis.locator_params(axis="x", nbins=5)
     axis.margins(0.15, 0.15)
     axis.grid(alpha=0.25, linewidth=0.5)
     if len(finite) < len(one.points):

@@ -46,8 +46,8 @@ def test_steps_never_reached_are_no_figure_whether_nan_or_null(tmp_path, never):
         (tmp_path / f"{i}.json").write_text(json.dumps(document))
     found, _ = read_checkpoints([str(tmp_path / f"{i}.json") for i in range(2)])
     assert [one.probe for one in found] == [{"mse": 0.5}] * 2
-    notes = correlate(found, "steps")[1]
-    assert "has no steps to the MSE threshold" in notes[0]
+    with pytest.raises(InputError, match=r"nothing to correlate: 0 of 2 .*step-1 \(1\) has no steps .*vacuous"):
+        correlate(found, "steps")
 
 
 def test_rank_correlation_by_hand():
