@@ -25,8 +25,8 @@ FACTS = (
     "skipped_by_reader", "skipped_train", "skipped_heldout", "unread",
 )  # fmt: skip
 HEAD = (
-    "result", "held-out MSE [95 %]", "FVU", "PSNR dB", "MSE in text", "beside text", "steps to MSE < {threshold}",
-    "to FVU < 0.5", "MSE minus {baseline} [paired 95 %]",
+    "result", "documents", "held-out MSE [95 %]", "FVU", "PSNR dB", "MSE in text", "beside text",
+    "steps to MSE < {threshold}", "to FVU < 0.5", "MSE minus {baseline} [paired 95 %]",
 )  # fmt: skip
 
 
@@ -124,7 +124,7 @@ def warnings_of(results: Mapping[str, RProbeResult], baseline: str) -> list[str]
     base = results[baseline]
     for name, result in results.items():
         apart = [
-            f"{key} = {mine.get(key)} (there {theirs.get(key)})"
+            f"{key} = {_said(mine.get(key))} (there {_said(theirs.get(key))})"
             for mine, theirs, keys in ((result.settings, base.settings, SETTINGS), (result.facts, base.facts, FACTS))
             for key in keys
             if _plain(key, mine.get(key, theirs.get(key))) != _plain(key, theirs.get(key, mine.get(key)))
@@ -133,6 +133,7 @@ def warnings_of(results: Mapping[str, RProbeResult], baseline: str) -> list[str]
             found.append(f"{name} differs from {baseline} in more than the model: {', '.join(apart)}")
         why = unlike(result.documents, base.documents)
         if why is not None:
+            why = why.replace("in the first result", f"in {name}").replace("in the second result", f"in {baseline}")
             found.append(f"{name} has other held-out samples than {baseline}, so there is no paired difference: {why}")
     for name, result in results.items():
         if result.settings.get("trained", "all") != "all":
@@ -148,6 +149,10 @@ def warnings_of(results: Mapping[str, RProbeResult], baseline: str) -> list[str]
             f"{', '.join(vacuous)}: a constant patch is under the threshold, so steps to it say nothing (in brackets)"
         )
     return found
+
+
+def _said(value: Any) -> str:
+    return "none" if value in (None, "") else str(value)
 
 
 def _plain(key: str, value: Any) -> Any:
@@ -173,6 +178,7 @@ def cells(
         lines.append(
             [
                 row.name,
+                str(len({sample["document"] for sample in result.documents})),
                 f"{result.mse:.4f}" + between(row.interval),
                 f"{result.fvu:.3f}",
                 f"{result.psnr:.1f}",
@@ -185,14 +191,28 @@ def cells(
     return head, lines
 
 
-def narrow(head: Sequence[str], lines: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
-    """The same table for a terminal: what belongs together, and an interval and its value, below one another."""
-    joined = [
-        [*line[:4], f"{line[4]}\n{line[5]}", f"{line[6]}\n{line[7]}", line[8]]
-        for line in (list(head), *map(list, lines))
+def narrow(
+    rows_: Sequence[Row], results: Mapping[str, RProbeResult], baseline: str
+) -> list[tuple[list[str], list[list[str]]]]:
+    """(head, lines) of two tables that fit a terminal: errors with their intervals, and the rest."""
+    _, lines = cells(rows_, results, baseline)
+    errors = [[line[0], *_apart(line[2]), *_apart(line[-1])] for line in lines]
+    rest = []
+    for row, line in zip(rows_, lines, strict=True):
+        result = results[row.name]
+        parts = ["-" if p is None or p.fvu is None else f"{p.fvu:.3f}" for p in (result.inside, result.outside)]
+        rest.append([*line[:2], line[3], *parts, line[4], line[7], line[8]])
+    threshold = f"{results[baseline].threshold:g}"
+    return [
+        (["result", "MSE", "95 %", "minus base", "paired 95 %"], errors),
+        (["result", "pages", "FVU", "in text", "beside", "PSNR", f"to {threshold}", "to FVU 0.5"], rest),
     ]
-    folded = [[cell.replace(" [", "\n[") for cell in line] for line in joined]
-    return folded[0], folded[1:]
+
+
+def _apart(cell: str) -> list[str]:
+    """A value and its interval."""
+    value, _, interval_ = cell.partition(" [")
+    return [value, f"[{interval_}" if interval_ else ""]
 
 
 def _difference(row: Row, baseline: str) -> str:
@@ -254,7 +274,7 @@ def write(
     return [
         folder / "compare.md",
         folder / "compare.json",
-        *(save(_figure(results), folder / f"compare.{suffix}") for suffix in formats),
+        *(save(_figure(results, rows_, baseline), folder / f"compare.{suffix}") for suffix in formats),
     ]
 
 
@@ -263,13 +283,26 @@ _SHOWN = (
 )  # fmt: skip
 
 
-def _figure(results: Mapping[str, RProbeResult]) -> Any:
+def _figure(results: Mapping[str, RProbeResult], rows_: Sequence[Row], baseline: str) -> Any:
+    """All curves above; below, each result's error and, where it is paired, its difference to the baseline."""
     from matplotlib.figure import Figure
 
-    from llava_patch.probe.curves import draw_curves
+    from llava_patch.probe.curves import draw_curves, draw_intervals, short
 
-    height = max(3.2, 0.9 + 0.17 * (len(results) + 3))  # the legend has a line a result
-    figure = Figure(figsize=(7.0, height))
-    axes = figure.add_axes((0.6 / 7.0, 0.5 / height, 4.3 / 7.0, (height - 0.85) / height))
-    draw_curves(axes, results)
+    below = 0.75 + 0.17 * len(results)
+    figure = Figure(figsize=(7.0, 2.9 + below), layout="constrained")
+    grid = figure.add_gridspec(2, 2, height_ratios=(2.9, below))
+    curves = figure.add_subplot(grid[0, :])
+    draw_curves(curves, results)
+    curves.get_legend().remove()  # beside all panels, so that the layout makes room for it
+    figure.legend(*curves.get_legend_handles_labels(), loc="outside right upper", fontsize=7, frameon=False)
+    errors = [(results[row.name].mse, *(row.interval or (None, None))) for row in rows_]
+    paired_ = any(row.difference is not None for row in rows_)
+    left = figure.add_subplot(grid[1, 0] if paired_ else grid[1, :])
+    draw_intervals(left, list(results), errors, "held-out MSE, 95 % interval")
+    if paired_:
+        differences = [(0.0, None, None) if row.name == baseline else row.difference for row in rows_]
+        right = figure.add_subplot(grid[1, 1])
+        draw_intervals(right, [""] * len(results), differences, f"MSE minus {short(baseline)}, paired 95 %")
+        right.axvline(0, color="0.35", linewidth=0.8)
     return figure

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,27 +65,31 @@ def draw_curve(axes: Any, result: RProbeResult) -> None:
     _finish(axes, title, top, len(steps))
 
 
+def short(name: str) -> str:
+    """A name as figures show it: its end, without what matplotlib takes for mathematics."""
+    return (name if len(name) <= 28 else "…" + name[-27:]).replace("$", r"\$")
+
+
+def _line(number: int) -> dict[str, Any]:
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)]}
+
+
 def draw_curves(axes: Any, results: Mapping[str, RProbeResult]) -> None:
-    """Several runs: running means in one panel, each with its held-out MSE and interval at the right edge."""
+    """Several runs: their running training MSE, with constant patch and threshold."""
     longest = max(len(result.running) for result in results.values())
-    top = 0.0
+    top = max(max(result.constant_mse, *result.running) for result in results.values())
     for i, (name, result) in enumerate(results.items()):
-        colour, dash = COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]
         steps = np.arange(1, len(result.running) + 1)
-        shown = name if len(name) <= 28 else "…" + name[-27:]
-        axes.plot(steps, result.running, color=colour, linestyle=dash, linewidth=1.3, label=shown.replace("$", r"\$"))
-        # Held-out values stand beside one another past the last step, so that their bars do not hide each other.
-        x = longest * (1.03 + 0.03 * i)
-        low, high = result.mse_interval or (result.mse, result.mse)
-        axes.errorbar(
-            [x], [result.mse], [[max(0.0, result.mse - low)], [max(0.0, high - result.mse)]],
-            fmt="o", color=colour, markersize=3, capsize=2, linewidth=1.0,
-        )  # fmt: skip
-        top = max(top, high, result.constant_mse, *result.running)
+        axes.plot(steps, result.running, linewidth=1.3, label=short(name), **_line(i))
     first = next(iter(results.values()))
     if first.threshold <= HEADROOM * top:
+        vacuous = " (vacuous)" if all(result.threshold_is_vacuous for result in results.values()) else ""
         axes.axhline(
-            first.threshold, color="0.35", linestyle="--", linewidth=0.9, label=f"threshold {first.threshold:g}"
+            first.threshold,
+            color="0.35",
+            linestyle="--",
+            linewidth=0.9,
+            label=f"threshold {first.threshold:g}{vacuous}",
         )
     constants = {round(result.constant_mse, 6) for result in results.values()}
     if len(constants) == 1:
@@ -96,13 +100,36 @@ def draw_curves(axes: Any, results: Mapping[str, RProbeResult]) -> None:
             linewidth=1.0,
             label=f"constant patch {first.constant_mse:.3f}",
         )
-    axes.plot([], [], "o", color="0.35", markersize=3, label="held-out MSE, 95 %")
-    _finish(
-        axes,
-        "running training MSE, and held-out MSE at the right",
-        HEADROOM * top,
-        longest * (1.05 + 0.03 * len(results)),
-    )
+    _finish(axes, "running training MSE", HEADROOM * top, longest)
+
+
+def draw_intervals(
+    axes: Any,
+    names: Sequence[str],
+    values: Sequence[tuple[float, float | None, float | None] | None],
+    title: str,
+) -> None:
+    """Values with their intervals, a line each, in the colours of `draw_curves`.
+
+    Args:
+        axes: of matplotlib.
+        names: beside each line.
+        values: (value, low, high); low and high may be None, and so may be the whole.
+        title: of the axis.
+    """
+    for i, value in enumerate(values):
+        if value is not None:
+            middle, low, high = value
+            if low is not None and high is not None:
+                axes.plot([low, high], [i, i], color=_line(i)["color"], linewidth=1.4)
+            axes.plot(middle, i, "o", color=_line(i)["color"], markersize=4)
+    axes.set_yticks(range(len(names)), [short(name) for name in names], fontsize=FONT - 1)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlabel(title, fontsize=FONT)
+    axes.tick_params(labelsize=FONT - 1)
+    axes.grid(axis="x", alpha=0.25, linewidth=0.5)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
 
 
 def _finish(axes: Any, title: str, top: float, right: float) -> None:

@@ -17,7 +17,8 @@ def show(
     # Few rules, so that the table fits a narrow terminal.
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for i, name in enumerate(head):
-        table.add_column(escape(name), overflow="fold", justify="left" if i == 0 else "right")
+        # Names are broken last, and numbers never.
+        table.add_column(escape(name), overflow="fold", justify="left" if i == 0 else "right", no_wrap=i > 0)
     for line in lines:
         table.add_row(*(escape(cell) for cell in line))
     console.print(table)

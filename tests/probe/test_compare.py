@@ -36,7 +36,9 @@ def test_command_writes_table_json_and_figure(tmp_path):
     assert (low, high) == pytest.approx((0.2, 0.6))
     assert found["notes"] == []
     table = (out / "compare.md").read_text()
-    assert "| lmms | 0.4000 [0.2000, 0.6000] | 0.400 | 20.0 | 0.5000 | 0.1000 | 3 | never | -0.0500 [-0.0500," in table
+    assert (
+        "| lmms | 3 | 0.4000 [0.2000, 0.6000] | 0.400 | 20.0 | 0.5000 | 0.1000 | 3 | never | -0.0500 [-0.0500," in table
+    )
     assert "| stock |" in table and "| baseline |" in table
     assert len(Image.open(out / "compare.png").convert("RGB").resize((200, 90)).getcolors(1 << 20)) > 20
     assert max(map(len, done.output.split("\nwrote")[0].splitlines())) <= 80
@@ -87,7 +89,7 @@ def test_runs_cut_short_and_vacuous_thresholds_are_said():
     notes = compare.warnings_of(results, "a")
     assert any("b was stopped after 2 of 4 steps" in note for note in notes)
     assert any(note.startswith("b: a constant patch is under the threshold") for note in notes)
-    assert compare.cells(compare.rows(results, "a", 50, 0), results, "a")[1][1][6] == "(3)"
+    assert compare.cells(compare.rows(results, "a", 50, 0), results, "a")[1][1][7] == "(3)"
 
 
 def test_results_are_found_and_named(tmp_path):
@@ -133,7 +135,22 @@ def test_many_results_share_one_figure():
     from llava_patch.probe.compare import _figure
 
     many = {f"a long name of checkpoint number {i}": made_up_result(shift=0.02 * i) for i in range(12)}
-    figure = _figure(many)
+    first = next(iter(many))
+    figure = _figure(many, compare.rows(many, first, 50, 0), first)
     figure.canvas.draw()
-    legend = figure.axes[0].get_legend().get_window_extent()
+    legend = figure.legends[0].get_window_extent()
     assert legend.y0 >= 0 and legend.x1 <= figure.bbox.x1 + 1
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_tables_fit_a_terminal_with_whole_names(tmp_path, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    for name in ("skiplinks_detached", "deepstack"):
+        write_json(made_up_result(), tmp_path / name / "rprobe.json")
+    folders = [str(tmp_path / name) for name in ("skiplinks_detached", "deepstack")]
+    shown = CliRunner().invoke(app, ["rprobe", "compare", *folders, "--output", str(tmp_path / "out")])
+    assert shown.exit_code == 0, shown.output
+    lines = [line for line in shown.output.splitlines() if not line.startswith("wrote")]
+    assert sum(line.split()[:1] == ["skiplinks_detached"] for line in lines) == 2
+    assert all(len(line) <= width for line in lines if not line.startswith("- "))
+    assert "[0.2000, 0.6000]" in shown.output and "[+0.0000, +0.0000]" in shown.output

@@ -41,7 +41,9 @@ def compare(
     rows = comparison.rows(found, base, resamples, seed)
     notes = comparison.warnings_of(found, base)
     written = comparison.write(output, found, rows, base, notes, formats)
-    show(Console(), *comparison.narrow(*comparison.cells(rows, found, base)), notes, "R-Probe results")
+    (errors, rest) = comparison.narrow(rows, found, base)
+    show(Console(), *errors, [], f"R-Probe results (base: {base})")
+    show(Console(), *rest, notes, "")
     for path in written:
         typer.echo(f"wrote {path}")
 
