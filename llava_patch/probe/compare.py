@@ -292,7 +292,7 @@ def _figure(results: Mapping[str, RProbeResult], rows_: Sequence[Row], baseline:
     below = 0.75 + 0.17 * len(results)
     figure = Figure(figsize=(7.0, 2.9 + below), layout="constrained")
     grid = figure.add_gridspec(2, 2, height_ratios=(2.9, below))
-    curves = figure.add_subplot(grid[0, :])
+    curves: Any = figure.add_subplot(grid[0, :])
     draw_curves(curves, results)
     curves.get_legend().remove()  # beside all panels, so that the layout makes room for it
     figure.legend(*curves.get_legend_handles_labels(), loc="outside right upper", fontsize=7, frameon=False)

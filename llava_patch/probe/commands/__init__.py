@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+import os
+
 import typer
 from typer.core import TyperGroup
 
@@ -14,6 +17,9 @@ class DefaultGroup(TyperGroup):
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
         """Put the default subcommand in front of arguments that name none."""
         if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            meant = difflib.get_close_matches(args[0], self.commands, n=1, cutoff=0.75)
+            if meant and not os.path.exists(args[0]):
+                ctx.fail(f"no command and no checkpoint is called {args[0]!r}: did you mean {meant[0]!r}?")
             args = [DEFAULT, *args]
         return super().parse_args(ctx, args)
 

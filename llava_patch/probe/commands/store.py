@@ -20,12 +20,12 @@ def store_command(clear: bool = typer.Option(False, "--clear", help="delete ever
     from rich.console import Console
     from rich.table import Table
 
-    from llava_patch.probe.store.disk import GB, delete_unused, list_stores, stores_folder
+    from llava_patch.probe.store.disk import MB, delete_unused, list_stores, stores_folder
 
     console = Console()
     if clear:
         deleted, left = delete_unused(stores_folder())
-        console.print(f"deleted {len(deleted)} stores, {sum(kept.bytes for kept in deleted) / GB:.3g} GB")
+        console.print(f"deleted {len(deleted)} stores, {sum(kept.bytes for kept in deleted) / MB:,.1f} MB")
         for kept in left:
             console.print(f"left, because a process uses it: {kept.folder}")
         return
@@ -33,16 +33,16 @@ def store_command(clear: bool = typer.Option(False, "--clear", help="delete ever
     if not stores:
         console.print(f"no stores under {stores_folder()}")
         return
-    size = sum(kept.bytes for kept in stores) / GB
-    table = Table(title=f"{stores_folder()}: {size:.3g} GB")
-    for heading in ("store", "GB", "model", "data", "shards", "last use"):
+    size = sum(kept.bytes for kept in stores) / MB
+    table = Table(title=f"{stores_folder()}: {size:,.1f} MB")
+    for heading in ("store", "MB", "model", "data", "shards", "last use"):
         table.add_column(heading, overflow="fold")
     for kept in reversed(stores):
         about = kept.about
         there = len(list(kept.folder.glob("shard-*.safetensors")))
         table.add_row(
             kept.folder.name[:8],
-            f"{kept.bytes / GB:.3g}",
+            f"{kept.bytes / MB:,.1f}",
             str(about.get("model", "?")),
             str(about.get("data", "?")) + (", masked" if about.get("masked") else ""),
             f"{there} of {about.get('shards', '?')}",

@@ -31,7 +31,7 @@ from llava_patch.probe.store.shard import DamagedShard, Shard, open_shard, write
 
 MANIFEST = "manifest.json"
 DELETED = ".deleted-"
-GB = 1e9
+GB, MB = 1e9, 1e6
 logger = logging.getLogger("llava_patch")
 
 

@@ -234,3 +234,9 @@ def test_two_processes_and_ctrl_c(checkpoint, tmp_path):
 def test_settings_are_those_of_the_dataclass():
     given = {field.name: field.default for field in dataclasses.fields(RProbe)}
     assert settings_of(given) == RProbe()
+
+
+def test_a_mistyped_subcommand_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = CliRunner().invoke(app, ["rprobe", "comapre", "a", "b"], env={"COLUMNS": "200"})
+    assert found.exit_code == 2 and "did you mean 'compare'?" in found.output
