@@ -140,7 +140,7 @@ def shown(model, image_processor, data, tokenizer=None, **settings):
     """The maps of a run in which nothing is left out and nothing goes wrong; the cells of a page that have a token."""
     settings = dataclasses.replace(SHORT, **settings)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("error", message=".*(leaves out|error map)")
         result = run_rprobe(model, image_processor, tokenizer or Characters(), settings, data, progress=False)
     anatomy = find(model)
     (view,) = look(anatomy, make_transform(anatomy, image_processor, settings.image_mode), [data[0].image])

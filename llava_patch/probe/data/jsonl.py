@@ -69,10 +69,13 @@ def _line(collector: Collector, pages: dict[tuple[str, str], Page], line: str, f
         if not isinstance(values[name], str):
             raise InputError(f"{where}: {name} is {values[name]!r}: expected a string")
     image = folder / values["image"]
-    # However its path is spelt, an image is one document: split by name, it would be trained on and held out.
-    document = str(values.get("document") or os.path.normpath(image))
     if not image.is_file():
         raise InputError(f"{where}: image {image} is missing")
+    # However its path is spelt, an image is one document: split by name, it would be trained on and held out.
+    short = Path(os.path.normpath(image))
+    if short.is_file() and short.samefile(image):  # not so where a link precedes ".."
+        image = short
+    document = str(values.get("document") or image)
     key = (os.path.realpath(image), document)
     page = pages.get(key) or collector.page(image, document, where)
     boxes = values["box"]

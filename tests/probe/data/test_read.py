@@ -41,7 +41,7 @@ def test_an_image_is_one_document_however_its_path_is_spelt(tmp_path):
     (tmp_path / "x").mkdir()
     file = jsonl(tmp_path, LINE, {**LINE, "image": "x/../a.png", "box": [40, 2, 70, 12]}, {**LINE, "image": "./a.png"})
     samples = read_jsonl(file)
-    assert {s.document for s in samples} == {str(tmp_path / "a.png")}
+    assert {s.document for s in samples} == {"a.png"}
     assert {s.all_boxes for s in samples} == {((1, 2, 30, 12), (40, 2, 70, 12))}
 
 
