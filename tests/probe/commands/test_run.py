@@ -213,7 +213,11 @@ def test_two_processes_and_ctrl_c(checkpoint, tmp_path):
     assert two["mse"] == pytest.approx(one["mse"], rel=1e-4)  # float32 sums in another order
 
     long = [sys.executable, *words, str(tmp_path / "long"), "--steps", "100000", "--gin-param", "RProbe.save_every = 5"]
-    process = subprocess.Popen(long, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        long, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # A shell starts what it puts into the background with Ctrl-C ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     state = tmp_path / "long" / "training.safetensors"
     for _ in range(600):
         if state.exists() or process.poll() is not None:
