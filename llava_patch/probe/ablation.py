@@ -56,7 +56,7 @@ def summarise(results: Mapping[str, RProbeResult], settings: RProbe) -> dict[str
             "mse": result.mse,
             "interval": interval(result.documents, settings.resamples, settings.seed),
             "fvu": result.fvu,
-            "fvu_in_text": None if result.inside is None else result.inside.fvu,
+            "mse_in_text": None if result.inside is None else result.inside.mse,
             "psnr": result.psnr,
             "steps_to_threshold": None if result.threshold_is_vacuous else result.steps_to_threshold,
             "steps_to_half_fvu": result.steps_to_half_fvu,
@@ -87,7 +87,7 @@ def summarise(results: Mapping[str, RProbeResult], settings: RProbe) -> dict[str
 
 def tables(summary: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
     """(head, rows) of the two tables, as text: the runs, and what text and region do."""
-    head = ["image", "text", "held-out MSE", "95 % interval", "FVU", "FVU in text", "FVU < 0.5 at step", "paper (8B)"]
+    head = ["image", "text", "held-out MSE", "95 % interval", "FVU", "MSE in text", "FVU < 0.5 at step", "paper (8B)"]
     rows = []
     for name, run in summary["runs"].items():
         image, text = ("masked" if VARIANTS[name]["masked"] else "full"), ("yes" if VARIANTS[name]["text"] else "no")
@@ -96,7 +96,7 @@ def tables(summary: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]]]
         rows.append(
             [
                 image, text, f"{run['mse']:.4f}", _between(low, high), f"{run['fvu']:.3f}",
-                "-" if run["fvu_in_text"] is None else f"{run['fvu_in_text']:.3f}", steps,
+                "-" if run["mse_in_text"] is None else f"{run['mse_in_text']:.4f}", steps,
                 f"{run['paper']:.3f}",
             ]
         )  # fmt: skip

@@ -97,6 +97,8 @@ def load(paths: Sequence[Path], names: Sequence[str] = ()) -> dict[str, RProbeRe
         if len(set(names)) < len(names):
             raise SettingError(f"--names {','.join(names)}: expected distinct names")
         return {name: read_result(file) for name, (_, file) in zip(names, found, strict=True)}
+    if len({name.split("/")[0] for name, _ in found}) == 1 and all("/" in name for name, _ in found):
+        found = [(name.split("/", 1)[1], file) for name, file in found]  # all of one folder
     given = [name for name, _ in found]
     return {
         name if given.count(name) == 1 else f"{name} ({i + 1})": read_result(file)
@@ -200,15 +202,11 @@ def narrow(
     """(head, lines) of two tables that fit a terminal: errors with their intervals, and the rest."""
     _, lines = cells(rows_, results, baseline)
     errors = [[line[0], *_apart(line[2]), *_apart(line[-1])] for line in lines]
-    rest = []
-    for row, line in zip(rows_, lines, strict=True):
-        result = results[row.name]
-        parts = ["-" if p is None or p.fvu is None else f"{p.fvu:.3f}" for p in (result.inside, result.outside)]
-        rest.append([*line[:2], line[3], *parts, line[4], line[7], line[8]])
+    rest = [[*line[:2], *line[3:-1]] for line in lines]
     threshold = f"{results[baseline].threshold:g}"
     return [
         (["result", "MSE", "95 %", "minus base", "paired 95 %"], errors),
-        (["result", "docs", "FVU", "in text", "beside", "PSNR", f"to {threshold}", "to FVU 0.5"], rest),
+        (["result", "docs", "FVU", "PSNR", "in text", "beside", f"to {threshold}", "FVU .5"], rest),
     ]
 
 

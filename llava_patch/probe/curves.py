@@ -61,7 +61,10 @@ def draw_curve(axes: Any, result: RProbeResult) -> None:
     masked = "region blacked out" if result.settings["masked"] else "full image"
     text = "with text" if result.settings["text"] else "without text"
     caveat = f"\n{result.caveat()}" if result.caveat() else ""
-    title = f"{masked}, {text}: held-out FVU {result.fvu:.3f}{result.parts()}, PSNR {result.psnr:.1f} dB{caveat}"
+    title = (
+        f"{masked}, {text}: held-out MSE {result.mse:.3f}{result.parts()},\n"
+        f"FVU {result.fvu:.3f}, PSNR {result.psnr:.1f} dB{caveat}"
+    )
     _finish(axes, title, top, len(steps))
 
 

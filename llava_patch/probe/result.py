@@ -29,7 +29,8 @@ class Part:
     Attributes:
         mse: mean squared error of these pixels, normalised.
         variance: their own variance: population variance of each channel's values, mean over channels.
-        fvu: mse / variance; None where they do not vary.
+        fvu: mse / variance; None where they do not vary. Text and what is beside it differ in brightness more than
+            within themselves, so both may lie above the FVU of all pixels.
         share: of all pixels under target tokens, 0..1.
     """
 
@@ -176,9 +177,9 @@ class RProbeResult:
         return f"not comparable: {', '.join(found)}" if found else ""
 
     def parts(self) -> str:
-        """FVU of the pixels inside text and beside it, " (in text 0.898, beside it 0.369)"; "" where there are none."""
+        """MSE of the pixels inside text and beside it, " (in text 0.820, beside it 0.129)"; "" where there are none."""
         named = (("in text", self.inside), ("beside it", self.outside))
-        found = [f"{name} {part.fvu:.3f}" for name, part in named if part is not None and part.fvu is not None]
+        found = [f"{name} {part.mse:.3f}" for name, part in named if part is not None]
         return f" ({', '.join(found)})" if found else ""
 
     def summary(self) -> str:
@@ -188,7 +189,7 @@ class RProbeResult:
         spread = "" if self.mse_interval is None else " [{:.4f}, {:.4f}]".format(*self.mse_interval)
         documents = len({sample["document"] for sample in self.documents})
         return (
-            f"R-Probe{caveat}: held-out MSE {self.mse:.4f}{spread}, FVU {self.fvu:.3f}{self.parts()} "
+            f"R-Probe{caveat}: held-out MSE {self.mse:.4f}{spread}{self.parts()}, FVU {self.fvu:.3f} "
             f"(constant {self.constant_mse:.4f}, {self.constant_fvu:.3f}), PSNR {self.psnr:.1f} dB, "
             f"{len(self.documents)} samples of {documents} document{'s' * (documents != 1)}, "
             f"steps to MSE < {self.threshold:g}: {self.steps_to_threshold}{vacuous}, "

@@ -53,7 +53,7 @@ def test_missing_and_broken_files_are_named(tmp_path):
 
 def test_the_summary_says_what_strokes_cost_and_how_many_documents_there_are():
     result = made_up_result()
-    assert "FVU 0.400 (in text 0.500, beside it 0.200)" in repr(result)
+    assert "[0.3000, 0.5000] (in text 0.500, beside it 0.100), FVU 0.400" in repr(result)
     assert "3 samples of 3 documents" in result.summary()
     bare = dataclasses.replace(result, inside=None, outside=None, documents=result.documents[:1])
     assert "FVU 0.400 (constant" in bare.summary() and "1 samples of 1 document," in bare.summary()

@@ -43,7 +43,7 @@ def compare(
     written = comparison.write(output, found, rows, base, notes, formats)
     (errors, rest) = comparison.narrow(rows, found, base)
     show(Console(), *errors, [], f"R-Probe results (base: {base})")
-    show(Console(), *rest, notes, "")
+    show(Console(), *rest, notes, "in text, beside: MSE of the pixels there; last two: training steps until")
     for path in written:
         typer.echo(f"wrote {path}")
 
