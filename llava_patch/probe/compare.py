@@ -12,6 +12,7 @@ from llava_patch.errors import InputError, SettingError
 from llava_patch.probe.bootstrap import interval, paired, unlike
 from llava_patch.probe.data.read import resolve_source
 from llava_patch.probe.result import RProbeResult, read_result
+from llava_patch.probe.screen import counted
 
 RESULT = "rprobe.json"
 # Settings and facts that change what is measured; the others (pictures, store, resamples) do not.
@@ -90,7 +91,9 @@ def load(paths: Sequence[Path], names: Sequence[str] = ()) -> dict[str, RProbeRe
     if names:
         if len(names) != len(found):
             files_found = ", ".join(str(file) for _, file in found)
-            raise SettingError(f"--names: {len(names)} names for {len(found)} results ({files_found})")
+            raise SettingError(
+                f"--names: {counted(len(names), 'name')} for {counted(len(found), 'result')} ({files_found})"
+            )
         if len(set(names)) < len(names):
             raise SettingError(f"--names {','.join(names)}: expected distinct names")
         return {name: read_result(file) for name, (_, file) in zip(names, found, strict=True)}
@@ -203,7 +206,7 @@ def narrow(
     threshold = f"{results[baseline].threshold:g}"
     return [
         (["result", "MSE", "95 %", "minus base", "paired 95 %"], errors),
-        (["result", "pages", "FVU", "PSNR", "in text", "beside", f"to {threshold}", "FVU .5"], rest),
+        (["result", "docs", "FVU", "PSNR", "in text", "beside", f"to {threshold}", "FVU .5"], rest),
     ]
 
 

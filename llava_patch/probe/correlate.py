@@ -78,7 +78,7 @@ def correlate(
 
     Raises:
         SettingError: unknown probe figure or task.
-        InputError: fewer than two checkpoints, or no score that they share.
+        InputError: fewer than two checkpoints, no score that they share, or none that two of them have with the figure.
     """
     if probe not in PROBES:
         raise SettingError(f"--probe {probe}: expected one of {', '.join(PROBES)}")
@@ -94,23 +94,25 @@ def correlate(
     for checkpoint in checkpoints:
         value = checkpoint.probe.get(probe)
         if value is None or math.isnan(value):
-            why = " (its threshold is vacuous, or lmms-eval's results do not tell)" if probe == "steps" else ""
-            notes.append(f"{checkpoint.name} has no {PROBES[probe][0]} and is left out{why}")
+            why = checkpoint.missing.get(probe, "its results do not hold it")
+            notes.append(f"{checkpoint.name} has no {PROBES[probe][0]} and is left out: {why}")
         else:
             values[checkpoint.name] = value
             if math.isinf(value):
-                notes.append(f"{checkpoint.name} never got there ({PROBES[probe][0]}): ranked last")
-    if len(values) < 2:
+                notes.append(f"{checkpoint.name} never reached it ({PROBES[probe][0]}): ranked last")
+    found = [_one(key, checkpoints, values, probe, seed) for key in keys]
+    if all(one.n < 2 for one in found):
+        most = max(one.n for one in found)
         raise InputError(
-            f"nothing to correlate: {len(values)} of {len(checkpoints)} checkpoints have {PROBES[probe][0]}; "
-            f"{'; '.join(notes)}"
+            f"nothing to correlate: {most} of {len(checkpoints)} checkpoints have both {PROBES[probe][0]} and a score: "
+            f"{'; '.join([*notes, *footer(found)])}"
         )
     if len(values) < FEW:
         notes.append(
             f"n = {len(values)}: fewer than {FEW} checkpoints prove nothing, whatever the correlation; "
             f"with {FEW - 1} even a perfect one arises by chance in 1 of 12 cases"
         )
-    return [_one(key, checkpoints, values, probe, seed) for key in keys], notes
+    return found, notes
 
 
 def _shared(checkpoints: Sequence[Checkpoint], notes: list[str]) -> list[tuple[str, str]]:

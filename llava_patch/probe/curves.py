@@ -85,15 +85,15 @@ def draw_curves(axes: Any, results: Mapping[str, RProbeResult]) -> None:
         steps = np.arange(1, len(result.running) + 1)
         axes.plot(steps, result.running, linewidth=1.3, label=short(name), **_line(i))
     first = next(iter(results.values()))
+    vacuous = sum(result.threshold_is_vacuous for result in results.values())
+    label = f"threshold {first.threshold:g}"
+    if vacuous:
+        label += " (vacuous)" if vacuous == len(results) else f" (vacuous for {vacuous} of {len(results)})"
+    style: dict[str, Any] = {"color": "0.35", "linestyle": "--", "linewidth": 0.9}
     if first.threshold <= HEADROOM * top:
-        vacuous = " (vacuous)" if all(result.threshold_is_vacuous for result in results.values()) else ""
-        axes.axhline(
-            first.threshold,
-            color="0.35",
-            linestyle="--",
-            linewidth=0.9,
-            label=f"threshold {first.threshold:g}{vacuous}",
-        )
+        axes.axhline(first.threshold, label=label, **style)
+    else:
+        axes.plot([], [], label=f"{label}, off scale", **style)
     constants = {round(result.constant_mse, 6) for result in results.values()}
     if len(constants) == 1:
         axes.axhline(

@@ -21,8 +21,11 @@ from llava_patch.probe.transform import Transform
 
 RED, BLUE = "#d62728", "#1f77b4"
 LONGEST = 1400  # pixels of an original that is drawn: more is not seen
-WIDTHS = (2.1, 2.6, 2.8)  # inches of the three pictures of a row
-ROW = 2.9  # inches
+# Inches: of the figure, between pictures, of titles, and of a row's pictures.
+WIDTH, EDGE, GAP, OVER, CAPTION = 7.6, 0.08, 0.12, 0.5, 0.5
+HIGHEST, LOWEST, NARROWEST = 2.6, 0.8, 1.5
+LETTER = 0.062  # inches of a title's letter, on average
+DPI, LARGEST = 180, 60000  # dots an inch, and dots of the longest side that a PNG is drawn with
 TALL = 2.6  # a page of more heights to its width is shown around the region only
 
 
@@ -132,33 +135,77 @@ def save_preview(samples: Sequence[Sample], transform: Transform, path: str | Pa
 
     if not samples:
         raise InputError("preview: there is no sample to show")
-    rows = len(samples)
-    figure = Figure(figsize=(sum(WIDTHS), ROW * rows + 0.55))
-    top = 1 - 0.52 / (ROW * rows + 0.55)
-    grid = figure.add_gridspec(
-        rows, 3, width_ratios=WIDTHS, left=0.01, right=0.99, bottom=0.005, top=top - 0.26 / (ROW * rows), wspace=0.05,
-        hspace=0.2,
-    )  # fmt: skip
-    title = title if len(title) <= 90 else f"…{title[-89:]}"
-    figure.text(0.01, 1 - 0.06 / (ROW * rows + 0.55), title, fontsize=9, va="top", weight="bold")
+    images = [sample.open_image() for sample in samples]
+    planes = [transform.plane(image) for image in images]
+    cuts = [_around(sample, image) for sample, image in zip(samples, images, strict=True)]
+    rows = [
+        _fit((_ratio(image), plane.shape[-1] / plane.shape[-2], (cut[2] - cut[0]) / (cut[3] - cut[1])))
+        for image, plane, cut in zip(images, planes, cuts, strict=True)
+    ]
+    height = OVER + sum(CAPTION + row for row, _ in rows)
+    figure = Figure(figsize=(WIDTH, height))
+    figure.text(
+        EDGE / WIDTH, 1 - 0.06 / height, _ending(title, 100), fontsize=9, va="top", weight="bold", parse_math=False
+    )
     legend = "red: the region;  blue: other text boxes;  shaded: tokens that are the target"
-    figure.text(0.01, 1 - 0.26 / (ROW * rows + 0.55), legend, fontsize=8, va="top", color="0.35")
-    for row, sample in enumerate(samples):
-        image = sample.open_image()
-        axes = [figure.add_subplot(grid[row, column]) for column in range(3)]
-        _draw_original(axes[0], sample, image)
-        _draw_plane(axes[1], sample, image, transform)
-        _draw_region(axes[2], sample, image)
+    figure.text(EDGE / WIDTH, 1 - 0.26 / height, legend, fontsize=8, va="top", color="0.35")
+    top = height - OVER
+    for sample, image, plane, cut, (row, widths) in zip(samples, images, planes, cuts, rows, strict=True):
+        axes, left = [], EDGE
+        for width in widths:
+            axes.append(
+                figure.add_axes((left / WIDTH, (top - CAPTION - row + EDGE) / height, width / WIDTH, row / height))
+            )
+            left += width + GAP
+        letters = [int(width / LETTER) for width in widths]
         for one in axes:
-            one.set_anchor("N")
+            one.set_anchor("NW")
             one.set_xticks([])
             one.set_yticks([])
             for spine in one.spines.values():
                 spine.set(color="0.6", linewidth=0.5)
+        _draw_original(axes[0], sample, image, letters[0])
+        _draw_plane(axes[1], sample, image, plane, transform, letters[1])
+        _draw_region(axes[2], sample, image, cut, letters[2])
+        top -= CAPTION + row
     path = Path(path)
     with atomic(path) as part:
-        figure.savefig(part, format="png", dpi=150)
+        figure.savefig(part, format="png", dpi=min(DPI, LARGEST / height))
     return path
+
+
+def _ratio(image: Image.Image) -> float:
+    """Width to height of an original as it is shown."""
+    return image.width / min(image.height, TALL * image.width)
+
+
+def _fit(ratios: Sequence[float]) -> tuple[float, list[float]]:
+    """(height, widths) in inches of a row's pictures: as high as the width allows, so that little of it stays white."""
+    space = WIDTH - 2 * EDGE - GAP * (len(ratios) - 1)
+    # A long line of text would take all of the width; a narrow page needs some for its title.
+    ratios = [min(ratio, 2.2) for ratio in ratios]
+    height = HIGHEST
+    while sum(max(NARROWEST, height * ratio) for ratio in ratios) > space and height > LOWEST:
+        height -= 0.02
+    widths = [max(NARROWEST, height * ratio) for ratio in ratios]
+    widths[-1] = max(widths[-1], space - sum(widths[:-1]))  # for the text, which stands over it
+    return height, widths
+
+
+def _around(sample: Sample, image: Image.Image) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of a sample's region with a margin, pixels."""
+    x0, y0 = min(box[0] for box in sample.boxes), min(box[1] for box in sample.boxes)
+    x1, y1 = max(box[2] for box in sample.boxes), max(box[3] for box in sample.boxes)
+    margin = 0.35 * max(y1 - y0, 8) / max(len(sample.boxes) ** 0.5, 1)
+    left, top = max(int(x0 - margin), 0), max(int(y0 - margin), 0)
+    return left, top, min(int(x1 + margin) + 1, image.width), min(int(y1 + margin) + 1, image.height)
+
+
+def _caption(axes: Any, lines: Sequence[str], letters: int, **style: Any) -> None:
+    """Lines over a picture, from its left edge, at most as long as it is wide; three of them."""
+    parts = [part for line in lines for part in textwrap.wrap(line, letters) or [""]]
+    parts = parts if len(parts) <= 3 else [*parts[:2], "…"]
+    axes.set_title("\n".join(parts), loc="left", fontsize=7, pad=3, parse_math=False, **style)
 
 
 def _outline(axes: Any, boxes: Sequence[Box], color: str, width: float) -> None:
@@ -176,7 +223,7 @@ def _show(axes: Any, picture: Any, size: tuple[int, int], origin: tuple[float, f
     axes.set_ylim(top + height, top)
 
 
-def _draw_original(axes: Any, sample: Sample, image: Image.Image) -> None:
+def _draw_original(axes: Any, sample: Sample, image: Image.Image, letters: int) -> None:
     shown = image
     if max(image.size) > LONGEST and image.height <= TALL * image.width:
         shown = image.copy()
@@ -191,11 +238,16 @@ def _draw_original(axes: Any, sample: Sample, image: Image.Image) -> None:
         top = round(min(max(middle - tallest / 2, 0), image.height - tallest))
         axes.set_ylim(top + tallest, top)
         note = f", rows {top} to {top + tallest}"
-    axes.set_title(f"{_ending(sample.id)}\n{image.width} x {image.height} px{note}", fontsize=8)
+    name = "/".join(sample.id.split("/")[-2:])
+    name = _ending(name, 2 * letters)
+    _caption(
+        axes, [*filter(None, (name[:letters], name[letters:])), f"{image.width} x {image.height} px{note}"], letters
+    )
 
 
-def _draw_plane(axes: Any, sample: Sample, image: Image.Image, transform: Transform) -> None:
-    plane = transform.plane(image)
+def _draw_plane(
+    axes: Any, sample: Sample, image: Image.Image, plane: torch.Tensor, transform: Transform, letters: int
+) -> None:
     mean, std = transform.statistics()
     pixels = (plane * std[:, None, None] + mean[:, None, None]).clamp(0, 1)
     height, width = pixels.shape[1:]
@@ -208,35 +260,26 @@ def _draw_plane(axes: Any, sample: Sample, image: Image.Image, transform: Transf
     try:
         moved = [transform.box(box, image.size, sample.id) for box in sample.boxes]
     except InputError:
-        axes.set_title(f"{transform.mode} {width} x {height}:\nthe region is cut away", fontsize=8, color=RED)
+        _caption(axes, [f"{transform.mode} {width} x {height}:", "the region is cut away"], letters, color=RED)
         return
     target = target_mask(torch.tensor(moved, dtype=torch.float32), grid).any(0).reshape(grid.rows, grid.columns)
     shade = np.zeros((grid.rows, grid.columns, 4), np.float32)
     shade[target.numpy()] = (1.0, 0.75, 0.0, 0.45)
     axes.imshow(shade, extent=(0, width, height, 0), interpolation="nearest")
     _outline(axes, moved, RED, 1.0)
-    axes.set_title(
-        f"{transform.mode} {width} x {height}, tokens of {grid.cell} px:\n{int(target.sum())} of {grid.tokens} are the "
-        "target",
-        fontsize=8,
-    )
+    size = [f"{transform.mode} {width} x {height},", f"tokens of {grid.cell} px:"]
+    _caption(axes, [*size, f"{int(target.sum())} of {grid.tokens} are the target"], letters)
 
 
-def _draw_region(axes: Any, sample: Sample, image: Image.Image) -> None:
-    x0, y0 = min(box[0] for box in sample.boxes), min(box[1] for box in sample.boxes)
-    x1, y1 = max(box[2] for box in sample.boxes), max(box[3] for box in sample.boxes)
-    margin = 0.35 * max(y1 - y0, 8) / max(len(sample.boxes) ** 0.5, 1)
-    left, top = max(int(x0 - margin), 0), max(int(y0 - margin), 0)
-    right, bottom = min(int(x1 + margin) + 1, image.width), min(int(y1 + margin) + 1, image.height)
-    _show(axes, image.crop((left, top, right, bottom)), (right - left, bottom - top), (left, top))
+def _draw_region(axes: Any, sample: Sample, image: Image.Image, cut: tuple[int, int, int, int], letters: int) -> None:
+    left, top, right, bottom = cut
+    _show(axes, image.crop(cut), (right - left, bottom - top), (left, top))
     _outline(axes, sample.boxes, RED, 1.0)
-    lines = [part for line in sample.text.split("\n") for part in textwrap.wrap(line, 40) or [""]]
-    text = "\n".join([*lines[:2], f"… {len(sample.text)} characters"] if len(lines) > 3 else lines)
-    axes.set_title(text.replace("$", r"\$"), fontsize=8, family=["DejaVu Sans"])
+    lines = [part for line in sample.text.split("\n") for part in textwrap.wrap(line, letters) or [""]]
+    shown = [*lines[:2], f"… {len(sample.text)} characters"] if len(lines) > 3 else lines
+    _caption(axes, shown, letters, family=["DejaVu Sans"])
 
 
-def _ending(name: str, length: int = 34) -> str:
-    """The end of a sample's id: folders say little."""
-    name = "/".join(name.split("/")[-2:])
-    name = name if len(name) <= length else f"…{name[-length + 1 :]}"
-    return name.replace("$", r"\$")
+def _ending(name: str, length: int) -> str:
+    """The end of a name that is too long: folders say little."""
+    return name if len(name) <= length else f"…{name[1 - length :]}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from llava_patch.probe.result import RProbeResult, read_result
 
 TASK = "rprobe"
 NEVER = math.inf
+VACUOUS = "its threshold {0.threshold:g} is vacuous (a constant patch, MSE {0.constant_mse:.3f}, is under it)"
+UNTOLD = "lmms-eval's results hold no number of steps where they were never reached or their threshold is vacuous"
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,13 @@ class Checkpoint:
         name: of the checkpoint.
         probe: "mse", "fvu", "psnr", "steps", "steps_half_fvu"; missing: not measured or meaningless; infinite: never.
         scores: (task, metric) to score.
+        missing: why a figure is not in `probe`, where that is known.
     """
 
     name: str
     probe: Mapping[str, float]
     scores: Mapping[tuple[str, str], Score]
+    missing: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_checkpoints(sources: Sequence[str], names: Sequence[str] = ()) -> tuple[list[Checkpoint], list[str]]:
@@ -62,7 +66,7 @@ def read_checkpoints(sources: Sequence[str], names: Sequence[str] = ()) -> tuple
     """
     if names and (len(names) != len(sources) or len(set(names)) < len(names)):
         raise SettingError(f"--names: expected {len(sources)} distinct names, got {', '.join(names)}")
-    found: list[tuple[str, dict[str, float], dict[tuple[str, str], Score]]] = []
+    found: list[tuple[str, dict[str, float], dict[tuple[str, str], Score], dict[str, str]]] = []
     notes: list[str] = []
     for source in sources:
         probe_file, results_file = _files(source, notes)
@@ -70,13 +74,19 @@ def read_checkpoints(sources: Sequence[str], names: Sequence[str] = ()) -> tuple
         scores = read_scores(document, str(results_file))
         if probe_file is None:
             probe = _probe_of_scores(scores, str(results_file))
+            missing = {key: UNTOLD for key in ("steps", "steps_half_fvu") if key not in probe}
         else:
-            probe = probe_figures(read_result(probe_file))
+            result = read_result(probe_file)
+            probe = probe_figures(result)
+            missing = {"steps": VACUOUS.format(result)} if result.threshold_is_vacuous else {}
         model = str(document.get("model_name") or "").rstrip("/").split("/")[-1]
-        found.append((model or results_file.resolve().parent.name, probe, scores))
-    given = [name for name, _, _ in found]
+        found.append((model or results_file.resolve().parent.name, probe, scores, missing))
+    given = [name for name, *_ in found]
     labels = names or [name if given.count(name) == 1 else f"{name} ({i + 1})" for i, name in enumerate(given)]
-    checkpoints = [Checkpoint(label, probe, scores) for label, (_, probe, scores) in zip(labels, found, strict=True)]
+    checkpoints = [
+        Checkpoint(label, probe, scores, missing)
+        for label, (_, probe, scores, missing) in zip(labels, found, strict=True)
+    ]
     return checkpoints, notes
 
 

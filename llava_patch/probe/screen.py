@@ -9,16 +9,33 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+GAP = 2  # columns between two cells: their padding and the rule that is not drawn
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things, such as "1 store" and "2 stores"."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
 
 def show(
     console: Console, head: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str], title: str
 ) -> None:
-    """Print a table and its notes; names may hold brackets, which rich would take for markup."""
+    """Print a table and its notes; names may hold brackets, which rich would take for markup.
+
+    Nothing is broken: where the names of the first column leave no space for the rest, numbers stand for them and are
+    explained above the table.
+    """
+    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
+    if lines and sum(widths) + GAP * len(widths) > console.width:
+        for i, line in enumerate(lines, 1):
+            console.print(f"{i} = {escape(line[0])}", highlight=False, soft_wrap=True)
+        lines = [[str(i), *line[1:]] for i, line in enumerate(lines, 1)]
+    if title:
+        console.print(escape(title), style="bold", highlight=False, soft_wrap=True)
     # Few rules, so that the table fits a narrow terminal.
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for i, name in enumerate(head):
-        # Names are broken last, and numbers never.
-        table.add_column(escape(name), overflow="fold", justify="left" if i == 0 else "right", no_wrap=i > 0)
+        table.add_column(escape(name), overflow="fold", justify="left" if i == 0 else "right", no_wrap=True)
     for line in lines:
         table.add_row(*(escape(cell) for cell in line))
     console.print(table)

@@ -105,7 +105,7 @@ def test_results_are_found_and_named(tmp_path):
     assert list(found) == ["y/m/rprobe", "y/m/rprobe_masked"]
     assert list(compare.load([tmp_path / "x", tmp_path / "z.json", tmp_path / "w" / "x"])) == ["x (1)", "z", "x (3)"]
     assert list(compare.load([tmp_path / "x", tmp_path / "z.json"], ["p", "q"])) == ["p", "q"]
-    with pytest.raises(SettingError, match="1 names for 2 results"):
+    with pytest.raises(SettingError, match="1 name for 2 results"):
         compare.load([tmp_path / "y"], ["p"])
     with pytest.raises(SettingError, match="distinct"):
         compare.load([tmp_path / "y"], ["p", "p"])
@@ -124,11 +124,22 @@ def test_refusals_write_nothing(tmp_path):
         ([tmp_path / "a"], "expected at least two"),
         ([tmp_path / "a", tmp_path / "b", "--baseline", "c"], "--baseline c: expected one of a, b"),
         ([tmp_path / "a", tmp_path / "b", "--format", "svg"], "--format svg"),
-        ([tmp_path / "a", tmp_path / "b", "--names", "a"], "1 names for 2 results"),
+        ([tmp_path / "a", tmp_path / "b", "--names", "a"], "1 name for 2 results"),
     ):
         done = command(*words, "--output", out)
         assert done.exit_code == 1 and message in str(done.exception)
     assert not out.exists()
+
+
+def test_long_names_are_not_broken(tmp_path):
+    name = "llava-v1.5-7b-detached-skip-links-from-layers-6-and-12"
+    for one in ("a", name):
+        write_json(made_up_result(), tmp_path / one / "rprobe.json")
+    done = command(tmp_path / "a", tmp_path / name, "--output", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    table = done.output.split("\nwrote")[0].splitlines()
+    assert f"2 = {name}" in table and any(line.split()[:2] == ["2", "0.4000"] for line in table)
+    assert "| " + name + " |" in (tmp_path / "out" / "compare.md").read_text()
 
 
 def test_many_results_share_one_figure():

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 import math
@@ -91,13 +92,17 @@ def test_few_ties_missing_and_unending_are_said():
     assert "ties among probe figures and scores take their mean rank" in found[0].notes
     found, _ = correlate(checkpoints([0.1, 0.2, 0.3], [1.0, 1.0, 1.0]))
     assert (found[0].spearman, found[0].p) == (None, None) and "all scores are equal: no rank" in found[0].notes
-    found, _ = correlate(checkpoints([0.1, 0.2, 0.3], [1.0, NAN, None]), tasks=["ocr"])
-    assert found[0].n == 1 and found[0].spearman is None
+    few = checkpoints([0.1, 0.2, 0.3], [1.0, NAN, None])
+    few = [dataclasses.replace(c, scores={**c.scores, ("all", "acc"): Score(i, True)}) for i, c in enumerate(few)]
+    found, _ = correlate(few, tasks=["ocr", "all"])
+    assert [one.n for one in found] == [1, 3] and found[0].spearman is None
     assert {"c1 has no ocr/acc", "c2 has no ocr/acc", "fewer than two checkpoints have it"} == set(found[0].notes)
     assert footer(found)[0] == "ocr/acc: c1 has no ocr/acc"
+    with pytest.raises(InputError, match=r"nothing to correlate: 1 of 3 checkpoints .*c1 has no ocr/acc"):
+        correlate(few, tasks=["ocr"])
     found, notes = correlate(checkpoints([10.0, 20.0, math.inf], [3.0, 2.0, 1.0], key="steps"), "steps")
     assert found[0].spearman == pytest.approx(1.0)
-    assert any("c2 never got there" in note for note in notes)
+    assert any("c2 never reached it" in note for note in notes)
     figure(found, "steps")  # an infinite place must not break it
 
 
@@ -141,11 +146,23 @@ def test_lmms_results_are_read():
 
 
 def test_steps_that_say_nothing_are_missing_and_steps_never_reached_come_last():
-    import dataclasses
-
     result = made_up_result()
     assert probe_figures(result)["steps"] == 3 and probe_figures(result)["steps_half_fvu"] == math.inf
     assert "steps" not in probe_figures(dataclasses.replace(result, threshold_is_vacuous=True))
+
+
+def test_a_vacuous_threshold_leaves_nothing_to_correlate_and_nothing_is_written(tmp_path):
+    words = []
+    for i in range(2):
+        write_json(dataclasses.replace(made_up_result(), threshold_is_vacuous=True), tmp_path / f"{i}" / "rprobe.json")
+        (tmp_path / f"{i}" / "x_results.json").write_text(json.dumps(lmms(None, ocr=("acc", 0.1 * i, True))))
+        words.append(str(tmp_path / f"{i}"))
+    out = tmp_path / "out"
+    done = CliRunner().invoke(app, ["rprobe", "correlate", *words, "--probe", "steps", "--output", str(out)])
+    assert done.exit_code == 1 and not out.exists()
+    assert "is left out: its threshold 0.75 is vacuous (a constant patch, MSE 1.000, is under it)" in str(
+        done.exception
+    )
 
 
 def test_sources_pairs_folders_and_results_with_the_probe_inside(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from typing import Any
 
 import typer
 from typer.core import TyperGroup
@@ -22,6 +23,17 @@ class DefaultGroup(TyperGroup):
                 ctx.fail(f"no command and no checkpoint is called {args[0]!r}: did you mean {meant[0]!r}?")
             args = [DEFAULT, *args]
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        """Say where a second data argument belongs, which click only calls unexpected."""
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            # click's class: typer carries a copy of it in some versions and depends on it in others.
+            inner, message = getattr(error, "ctx", None), getattr(error, "message", "")
+            if getattr(inner, "info_name", None) == DEFAULT and "unexpected extra argument" in message:
+                error.message = f"{message}: CKPT takes one DATA; data to measure on goes with --heldout"  # type: ignore[attr-defined]
+            raise
 
 
 HELP = """R-Probe: how well pixels can be rebuilt from projected visual tokens.

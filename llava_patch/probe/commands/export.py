@@ -15,6 +15,7 @@ def export(
     out: Path = typer.Argument(..., help="JSONL file to write"),  # noqa: B008
     boxes_per_sample: int = typer.Option(1, min=1, help="regions of a page that make one sample"),
     broken: str = typer.Option("stop", help="what becomes of broken samples: stop or skip"),
+    force: bool = typer.Option(False, "--force", help="overwrite OUT"),
 ) -> None:
     """Write samples of any source as JSONL, a line a region, to look at, to cut and to share.
 
@@ -23,13 +24,19 @@ def export(
     """
     from llava_patch.errors import SettingError
     from llava_patch.probe.data import read_samples, write_jsonl
+    from llava_patch.probe.screen import counted
 
     if out.suffix.lower() != ".jsonl":
         raise SettingError(f"{out}: expected a .jsonl file")
+    if out.exists() and not force:
+        raise SettingError(f"{out}: is there already: name another file, or overwrite it with --force")
     samples = read_samples(source, boxes_per_sample, broken)
     write_jsonl(samples, out)
     documents = len({sample.document for sample in samples})
     for message in samples.skipped:
         typer.echo(f"skipped: {message}")
-    left = f"; {samples.unread:,} regions without transcript are boxes only" if samples.unread else ""
-    typer.echo(f"wrote {out}: {len(samples):,} samples of {documents:,} documents ({samples.format}{left})")
+    left = ""
+    if samples.unread:
+        left = f"; {counted(samples.unread, 'region')} without transcript: boxes only"
+    told = f"{counted(len(samples), 'sample')} of {counted(documents, 'document')}"
+    typer.echo(f"wrote {out}: {told} ({samples.format}{left})")

@@ -40,6 +40,7 @@ def preview(
     from llava_patch.probe.data import read_samples
     from llava_patch.probe.pages import Pages
     from llava_patch.probe.preview import choose, clip_like, counts, save_preview
+    from llava_patch.probe.screen import counted
 
     if image_mode not in IMAGE_MODES:
         raise SettingError(f"--image-mode {image_mode}: expected one of {', '.join(IMAGE_MODES)}")
@@ -67,16 +68,16 @@ def preview(
     if broken == "skip":
         shown = _sound(shown, skipped)
     title = f"{data or 'rendered pages'}  ·  {model or f'a CLIP tower of {size} / {patch}'}  ·  {image_mode}"
-    path = save_preview(shown, transform, output, title.replace("$", r"\$"))
+    path = save_preview(shown, transform, output, title)
     console = Console()
-    table = Table("what", "how many", title=data or f"{len(pages)} rendered pages", title_justify="left")
+    table = Table("what", "how many", title=data or counted(len(pages), "rendered page"), title_justify="left")
     for row in rows:
         table.add_row(*row)
     console.print(table)
     for message in skipped[:5]:
         console.print(f"skipped: {message}", markup=False, soft_wrap=True)
     if len(skipped) > 5:
-        console.print(f"… and {len(skipped) - 5} more")
+        console.print(f"… and {len(skipped) - 5:,} more")
     console.print(f"wrote {path}", markup=False, soft_wrap=True)
 
 

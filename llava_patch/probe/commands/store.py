@@ -18,14 +18,14 @@ def store_command(clear: bool = typer.Option(False, "--clear", help="delete ever
     import time
 
     from rich.console import Console
-    from rich.table import Table
 
-    from llava_patch.probe.store.disk import MB, delete_unused, list_stores, stores_folder
+    from llava_patch.probe.screen import counted
+    from llava_patch.probe.store.disk import delete_unused, list_stores, stores_folder
 
     console = Console()
     if clear:
         deleted, left = delete_unused(stores_folder())
-        console.print(f"deleted {len(deleted)} stores, {sum(kept.bytes for kept in deleted) / MB:,.1f} MB")
+        console.print(f"deleted {counted(len(deleted), 'store')}, {_size(sum(kept.bytes for kept in deleted))}")
         for kept in left:
             console.print(f"left, because a process uses it: {kept.folder}")
         return
@@ -33,19 +33,28 @@ def store_command(clear: bool = typer.Option(False, "--clear", help="delete ever
     if not stores:
         console.print(f"no stores under {stores_folder()}")
         return
-    size = sum(kept.bytes for kept in stores) / MB
-    table = Table(title=f"{stores_folder()}: {size:,.1f} MB")
-    for heading in ("store", "MB", "model", "data", "shards", "last use"):
-        table.add_column(heading, overflow="fold")
+    total = _size(sum(kept.bytes for kept in stores))
+    # A line a path: a table would break each of them over several.
+    lines = [f"{stores_folder()}: {counted(len(stores), 'store')}, {total}"]
     for kept in reversed(stores):
         about = kept.about
         there = len(list(kept.folder.glob("shard-*.safetensors")))
-        table.add_row(
-            kept.folder.name[:8],
-            f"{kept.bytes / MB:,.1f}",
-            str(about.get("model", "?")),
-            str(about.get("data", "?")) + (", masked" if about.get("masked") else ""),
-            f"{there} of {about.get('shards', '?')}",
-            time.strftime("%Y-%m-%d %H:%M", time.localtime(kept.used)),
-        )
-    console.print(table)
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(kept.used))
+        masked = ", masked" if about.get("masked") else ""
+        lines += [
+            f"{kept.folder.name[:8]}  {_size(kept.bytes)}, {there} of {about.get('shards', '?')} shards, used {used}",
+            f"  model  {about.get('model', '?')}",
+            f"  data   {about.get('data', '?')}{masked}",
+        ]
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _size(number: int) -> str:
+    """Bytes as text, in the unit that leaves at most three digits before the point."""
+    from llava_patch.probe.store.disk import GB, MB
+
+    for unit, scale in (("GB", GB), ("MB", MB)):
+        if number >= scale:
+            return f"{number / scale:.1f} {unit}"
+    return f"{number / 1e3:.1f} kB"

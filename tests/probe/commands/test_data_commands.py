@@ -64,7 +64,7 @@ def test_preview_refuses_before_it_reads(tmp_path):
 def test_export(scans, tmp_path):
     out = tmp_path / "all.jsonl"
     result = run("export", scans, out, "--boxes-per-sample", 3)
-    assert "4 samples of 2 documents (icdar; 2 regions without transcript are boxes only)" in result.output
+    assert "4 samples of 2 documents (icdar; 2 regions without transcript: boxes only)" in result.output
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert lines[0]["text"] == "a line 0\na line 1\na line 2"
     assert lines[0]["image"] == "scans/a.png"
@@ -72,9 +72,18 @@ def test_export(scans, tmp_path):
     assert [s.boxes for s in read_samples(out)] == [s.boxes for s in read_samples(scans, boxes_per_sample=3)]
     with pytest.raises(SettingError, match=r"expected a .jsonl file"):
         run("export", scans, tmp_path / "all.csv")
+    with pytest.raises(SettingError, match=r"all.jsonl: is there already: .*--force"):
+        run("export", scans, out)
+    assert len(out.read_text().splitlines()) == 4
+    (tmp_path / "few").mkdir()
+    Image.new("RGB", (120, 300)).save(tmp_path / "few" / "a.png")
+    (tmp_path / "few" / "a.txt").write_text("5,5,90,20,only")
+    assert "1 sample of 1 document (icdar)" in run("export", tmp_path / "few", tmp_path / "few.jsonl").output
+    assert json.loads((tmp_path / "few.jsonl").read_text())["document"] == "a.png"
+    run("export", tmp_path / "few", tmp_path / "few.jsonl", "--force")
     (scans / "b.txt").write_text("not a line")
     with pytest.raises(InputError, match=r"b.txt:1"):
-        run("export", scans, out)
+        run("export", scans, out, "--force")
     assert len(out.read_text().splitlines()) == 4  # what was there is untouched
 
 

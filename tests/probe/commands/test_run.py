@@ -244,3 +244,5 @@ def test_a_mistyped_subcommand_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = CliRunner().invoke(app, ["rprobe", "comapre", "a", "b"], env={"COLUMNS": "200"})
     assert found.exit_code == 2 and "did you mean 'compare'?" in found.output
+    found = CliRunner().invoke(app, ["rprobe", "model", "train.jsonl", "test.jsonl"], env={"COLUMNS": "200"})
+    assert found.exit_code == 2 and "(test.jsonl)" in found.output and "--heldout" in found.output
