@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 from quickstart.fileset import write_atomically
@@ -123,13 +124,19 @@ def _smooth(values: list[float], window: int = 15) -> list[float]:
     return [statistics.median(values[max(0, i + 1 - window) : i + 1]) for i in range(len(values))]
 
 
-def write(found: dict, folder: Path) -> list[Path]:
-    """Write all three files; returns their paths."""
+def write(
+    found: dict,
+    folder: Path,
+    name: str = NAME,
+    text: Callable[[dict], str] = markdown,
+    draw: Callable[[dict, Path], None] = figure,
+) -> list[Path]:
+    """Write a table's three files; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{NAME}.{suffix}" for suffix in ("json", "md", "png")]
+    paths = [folder / f"{name}.{suffix}" for suffix in ("json", "md", "png")]
     write_atomically(paths[0], (json.dumps(_rounded(found)) + "\n").encode())
-    write_atomically(paths[1], markdown(found).encode())
-    figure(found, paths[2])
+    write_atomically(paths[1], text(found).encode())
+    draw(found, paths[2])
     return paths
 
 

@@ -1,9 +1,8 @@
 """The table of all probes: Markdown, JSON and a figure, every number read from what the probes left."""
 
-import json
 from pathlib import Path
 
-from quickstart.fileset import write_atomically
+from fusion_table import table as fusion_table
 
 from llava_patch.probe import bootstrap
 
@@ -119,17 +118,4 @@ def figure(record: dict, path: Path) -> None:
 
 def write(record: dict, folder: Path) -> list[Path]:
     """Write all three files; returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{NAME}.{suffix}" for suffix in ("json", "md", "png")]
-    write_atomically(paths[0], (json.dumps(_rounded(record)) + "\n").encode())
-    write_atomically(paths[1], markdown(record).encode())
-    figure(record, paths[2])
-    return paths
-
-
-def _rounded(value: object) -> object:
-    if isinstance(value, float):
-        return round(value, 6)
-    if isinstance(value, (list, tuple)):
-        return [_rounded(item) for item in value]
-    return {k: _rounded(v) for k, v in value.items()} if isinstance(value, dict) else value
+    return fusion_table.write(record, folder, NAME, markdown, figure)

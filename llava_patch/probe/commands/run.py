@@ -165,6 +165,7 @@ def _measure(
     from llava_patch.probe.alone import alone
     from llava_patch.probe.data.read import resolve_source
     from llava_patch.probe.output import FIGURE, RESULT
+    from llava_patch.probe.screen import counted
     from llava_patch.probe.subject import load_subject
 
     check_folder(folder, checkpoint)
@@ -177,7 +178,7 @@ def _measure(
         result = _probe(subject, settings, samples, measured, folder, facts, show, formats)
         _say(result.summary())
         figure = (folder / FIGURE).with_suffix(f".{formats[0]}")
-        _say(f"wrote {folder / RESULT}, and {figure} with {len(result.maps)} error maps beside it")
+        _say(f"wrote {folder / RESULT}, and {figure} with {counted(len(result.maps), 'error map')} beside it")
         return
     with alone(folder):
         results = {}
@@ -203,11 +204,12 @@ def _read(source: str, settings: RProbe) -> "list[Sample] | None":
     if not source:
         return None
     from llava_patch.probe.data import read_samples
+    from llava_patch.probe.screen import counted
 
     samples = read_samples(source, settings.boxes_per_sample, settings.broken)
     if samples.skipped:
         _say(
-            f"{source}: {len(samples.skipped)} things could not be used and were skipped, such as {samples.skipped[0]}"
+            f"{source}: {counted(len(samples.skipped), 'thing')} could not be used and skipped, such as {samples.skipped[0]}"
         )
     return samples
 
