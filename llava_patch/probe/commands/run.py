@@ -208,9 +208,8 @@ def _read(source: str, settings: RProbe) -> "list[Sample] | None":
 
     samples = read_samples(source, settings.boxes_per_sample, settings.broken)
     if samples.skipped:
-        _say(
-            f"{source}: {counted(len(samples.skipped), 'thing')} could not be used and skipped, such as {samples.skipped[0]}"
-        )
+        count = counted(len(samples.skipped), "thing")
+        _say(f"{source}: {count} could not be used, such as {samples.skipped[0]}")
     return samples
 
 
