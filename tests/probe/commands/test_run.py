@@ -87,7 +87,7 @@ def test_own_data_and_held_out_data(checkpoint, tmp_path):
     (tmp_path / "all.jsonl").write_text("\n".join(map(json.dumps, [*lines[:6], {**lines[0], "image": "gone.png"}])))
     (tmp_path / "held.jsonl").write_text("\n".join(map(json.dumps, lines[5:7])))
     out = rprobe(checkpoint, tmp_path / "all.jsonl", *QUICK, "--broken", "skip", "--output", tmp_path / "a")
-    assert "1 things could not be used and were skipped" in out and "gone.png" in out
+    assert "1 thing could not be used" in out and "gone.png" in out
     rprobe(
         checkpoint, tmp_path / "all.jsonl", *QUICK, "--broken", "skip", "--output", tmp_path / "b",
         "--heldout", tmp_path / "held.jsonl",
