@@ -16,7 +16,7 @@ def _rotary(decoder, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _heads(x: Tensor, head_dim: int) -> Tensor:
-    return x.view(len(x), -1, head_dim).transpose(0, 1)
+    return x.view(len(x), x.shape[-1] // head_dim, head_dim).transpose(0, 1)  # x may be empty
 
 
 def _turn(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
