@@ -79,8 +79,14 @@ def paired(a: Samples, b: Samples, resamples: int, seed: int) -> tuple[float, fl
     return (value, None, None) if found is None else (value, *found)
 
 
-def unlike(a: Samples, b: Samples) -> str | None:
-    """What keeps two results from being measured on the same held-out samples, in words; None: nothing."""
+def unlike(a: Samples, b: Samples, names: tuple[str, str] = ("the first result", "the second result")) -> str | None:
+    """What keeps two results from being measured on the same held-out samples, in words; None: nothing.
+
+    Args:
+        a: `RProbeResult.documents` of one result.
+        b: of the other.
+        names: what to call the two.
+    """
     ids_a, ids_b = [str(s["id"]) for s in a], [str(s["id"]) for s in b]
     for ids in (ids_a, ids_b):
         if len(set(ids)) < len(ids):
@@ -90,8 +96,8 @@ def unlike(a: Samples, b: Samples) -> str | None:
     only_a, only_b = [i for i in ids_a if i not in known_b], [i for i in ids_b if i not in known_a]
     if only_a or only_b:
         parts = [
-            f"{len(names)} of {len(ids)} held-out samples are only in the {which} result (such as {names[0]!r})"
-            for names, ids, which in ((only_a, ids_a, "first"), (only_b, ids_b, "second"))
+            f"{len(names)} of {len(ids)} held-out samples are only in {which} (such as {names[0]!r})"
+            for names, ids, which in ((only_a, ids_a, names[0]), (only_b, ids_b, names[1]))
             if names
         ]
         return ", ".join(parts)

@@ -136,9 +136,8 @@ def warnings_of(results: Mapping[str, RProbeResult], baseline: str) -> list[str]
         ]
         if apart:
             found.append(f"{name} differs from {baseline} in more than the model: {', '.join(apart)}")
-        why = unlike(result.documents, base.documents)
+        why = unlike(result.documents, base.documents, (name, baseline))
         if why is not None:
-            why = why.replace("in the first result", f"in {name}").replace("in the second result", f"in {baseline}")
             found.append(f"{name} has other held-out samples than {baseline}, so there is no paired difference: {why}")
     for name, result in results.items():
         if result.settings.get("trained", "all") != "all":

@@ -24,11 +24,12 @@ def write_run(result: RProbeResult, folder: str | Path, formats: Sequence[str] =
         return
     folder = Path(folder)
     write_json(result, folder / RESULT)
+    limit = colour_limit(result.maps) if result.maps else None
     for suffix in formats:
         save_figure(result, (folder / FIGURE).with_suffix(f".{suffix}"))
         for number, page in enumerate(result.maps, 1):
             path = (folder / MAP.format(number)).with_suffix(f".{suffix}")
-            save_map(page, path, bool(result.settings["masked"]), colour_limit(result.maps))
+            save_map(page, path, bool(result.settings["masked"]), limit)
     for suffix in FORMATS:
         if suffix not in formats:
             (folder / FIGURE).with_suffix(f".{suffix}").unlink(missing_ok=True)
