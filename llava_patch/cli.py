@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llava_patch import __version__, autostart
+from llava_patch.diagnostics import commands as measurements
 from llava_patch.errors import CheckpointError, LlavaPatchError, SettingError
 from llava_patch.probe import commands as rprobe
 from llava_patch.probe.commands import compare, correlate, export, preview, run, store  # noqa: F401 - they join `app`
@@ -21,6 +22,7 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 app.add_typer(rprobe.app, name="rprobe")
+measurements.register(app)
 console = Console()
 KNOWN_VARIABLES = (
     "LLAVA_PATCH_GIN_FILE", "LLAVA_PATCH_GIN_PARAM", "LLAVA_PATCH_DISABLE", "LLAVA_PATCH_CACHE",

@@ -17,12 +17,12 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.api.task import ConfigurableTask
 
+from llava_patch.diagnostics.examples import QUESTION
 from llava_patch.diagnostics.saturation import Saturation
 from llava_patch.evaluation import loud, rprobe_runs, saturation_runs
 from llava_patch.evaluation.options import settings_for
 from llava_patch.probe.settings import RProbe
 
-QUESTION = "What is written in the image?"
 _active: "weakref.WeakValueDictionary[str, MeasurementTask]" = weakref.WeakValueDictionary()
 
 

@@ -15,8 +15,9 @@ import torch
 from llava_patch import checkpoint as patched
 from llava_patch.convert.configs import host_of
 from llava_patch.convert.weights import locate, read_json
+from llava_patch.diagnostics.inputs import Inputs
 from llava_patch.errors import CheckpointError, HostError, SettingError
-from llava_patch.hosts.anatomy import LLAVA
+from llava_patch.hosts.anatomy import LLAVA, find
 from llava_patch.probe import parallel
 from llava_patch.probe.trainable import float32_default
 
@@ -33,11 +34,17 @@ class Subject:
         model: in evaluation mode, with the patch that its checkpoint carries or that gin asks for.
         tokenizer: its tokenizer.
         image_processor: turns PIL images into pixel values.
+        processor: HF's joint processor; None on `llava`.
     """
 
     model: Any
     tokenizer: Any
     image_processor: Any
+    processor: Any = None
+
+    def inputs(self) -> Inputs:
+        """Makes the model's inputs of an image and a question."""
+        return Inputs(find(self.model), self.tokenizer, self.image_processor, self.processor)
 
 
 def load_subject(checkpoint: str, base: str = "", device: str = "", dtype: str = "") -> Subject:
@@ -151,4 +158,4 @@ def _load_hf(checkpoint: str, config: dict[str, Any], base: str, device: str, dt
     kinds: dict[str, Any] = {"llava": LlavaForConditionalGeneration, "llava_next": LlavaNextForConditionalGeneration}
     model: Any = kinds[config["model_type"]].from_pretrained(checkpoint, torch_dtype=dtype)
     processor: Any = AutoProcessor.from_pretrained(checkpoint)
-    return Subject(model.to(device), processor.tokenizer, processor.image_processor)
+    return Subject(model.to(device), processor.tokenizer, processor.image_processor, processor)

@@ -4,6 +4,7 @@
 neither touches weights, gradients or the script.
 """
 
+import os
 import runpy
 import sys
 
@@ -25,8 +26,10 @@ if __name__ == "__main__":
     runpy.run_path(sys.argv[0], run_name="__main__")
     import torch.distributed
 
-    if (
-        torch.distributed.is_initialized()
-    ):  # a rank that only exits may abort in gloo's threads, and take the others along
+    if torch.distributed.is_initialized():
         torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Everything is written. A rank that takes its interpreter down may abort in gloo's threads, whether or not its
+    # groups were destroyed, and takes the others along.
+    os._exit(0)

@@ -10,6 +10,7 @@ import sys
 import deepspeed  # noqa: F401
 import torch
 import transformers.training_args as training_args
+from rank import leave
 
 torch.cuda.synchronize = lambda *args, **kwargs: None  # LLaVA's final save calls it
 training_args.is_torch_bf16_gpu_available = lambda *args, **kwargs: True  # --bf16 asks for a GPU
@@ -22,8 +23,4 @@ if __name__ == "__main__":
     sys.argv.remove(script)
     sys.argv.insert(0, script)
     runpy.run_path(script, run_name="__main__")
-    if (
-        torch.distributed.is_initialized()
-    ):  # a rank that only exits may abort in gloo's threads, and take the others along
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    leave()

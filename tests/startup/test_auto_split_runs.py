@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from diagnostics.saturating import saturate
@@ -16,7 +17,8 @@ from llava_patch import Routing, config, get_handle
 from llava_patch.errors import SettingError
 
 AUTO = 'Routing.split = "auto"'
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+RANK = Path(__file__).parent / "rank.py"
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, RANK]
 
 
 def _file_set(root, saturated):

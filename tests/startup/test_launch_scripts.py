@@ -12,6 +12,8 @@ from tiny_train import losses as _losses
 from tiny_train import ok as _ok
 from tiny_train import run as _run
 
+RANK = Path(__file__).parent / "rank.py"
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -44,7 +46,7 @@ def test_both_stages_by_flags_environment_and_torchrun(data, tmp_path):
     arguments = _arguments(data, 2, second, pretrain_mm_mlp_adapter=first / "mm_projector.bin")
     text = _ok(
         _run(
-            ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, TRAIN, *arguments],
+            ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, RANK, TRAIN, *arguments],
             LLAVA_PATCH_GIN_PARAM="SkipLinks.stride = 2; SkipLinks.detach = 1; Routing.split = 3",
         )
     )

@@ -1,0 +1,110 @@
+"""Subcommands of `llava-patch` that measure a checkpoint: one file each, and what they share.
+
+A file has a function `add(app)` that adds its command (or a group) to the console command; `NAMES` lists the files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from llava_patch.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from llava_patch.diagnostics.examples import Example
+    from llava_patch.probe.subject import Subject
+
+NAMES: tuple[str, ...] = ()
+
+# Options that mean the same in every measurement.
+CHECKPOINT = typer.Argument(
+    ..., metavar="CKPT", help="checkpoint folder or hub name, of llava or HF, patched or not; or an adapter"
+)
+DATA = typer.Argument(
+    "", metavar="DATA", help="LLaVA's JSON, R-Probe's kinds of data, an image or a folder of them; default: pages"
+)
+BASE = typer.Option("", help="the model below a LoRA or projector-only checkpoint of llava")
+DEVICE = typer.Option("", help="cpu, cuda or cuda:N; default: cuda where there is one")
+DTYPE = typer.Option("", help="of the model: float32, bfloat16, float16; default: float32 on cpu, else float16")
+QUESTION = typer.Option("", help="asked about every image; default: the data's own, or what its text is")
+GIN_FILE = typer.Option([], help="gin file with bindings of this measurement or a patch; may be repeated")
+GIN_PARAM = typer.Option([], help="one gin binding; may be repeated")
+
+
+def register(app: typer.Typer) -> None:
+    """Add every measurement's command."""
+    for name in NAMES:
+        importlib.import_module(f"{__name__}.{name}").add(app)
+
+
+@contextlib.contextmanager
+def configured(gin_file: list[str], gin_param: list[str]) -> Iterator[None]:
+    """A command's own gin bindings count inside; Ctrl-C ends with exit code 130 and one line."""
+    from llava_patch import startup
+    from llava_patch.sweep.process import signals_interrupt
+
+    try:
+        with startup.also(gin_file, gin_param), signals_interrupt():
+            yield
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        raise typer.Exit(130) from None
+
+
+def settings_of(cls: Any, **given: Any) -> Any:
+    """A measurement's settings: gin's, or the defaults, with the command line's own (those not None) on top."""
+    import dataclasses
+
+    from llava_patch import startup
+
+    asked = startup.configuration()
+    bound = None if asked is None else asked.measurements.get(cls.__name__)
+    return dataclasses.replace(cls() if bound is None else bound, **{k: v for k, v in given.items() if v is not None})
+
+
+def load(checkpoint: str, base: str = "", device: str = "", dtype: str = "") -> "Subject":
+    """The checkpoint's model, ready to be measured."""
+    from llava_patch.probe.subject import load_subject
+
+    return load_subject(checkpoint, base, device, dtype)
+
+
+def examples_for(
+    subject: "Subject", data: str, count: int | None, question: str = "", answers: bool = False
+) -> "list[Example]":
+    """Examples at the size of the model's vision tower; see `read_examples`."""
+    from llava_patch.diagnostics.examples import read_examples
+    from llava_patch.hosts.anatomy import find
+
+    anatomy = find(subject.model)
+    return read_examples(data, count, anatomy.grid[0] * anatomy.patch_size, question, answers)
+
+
+def samples_of(subject: "Subject", examples: "list[Example]", answers: bool = False) -> Iterator[dict[str, Any]]:
+    """Keyword arguments of the model's forward, one example at a time; with `labels` where answers are asked for."""
+    inputs = subject.inputs()
+    for example in examples:
+        image = example.open_image()
+        if answers:
+            yield inputs.training_inputs(image, example.question, example.answer)
+        else:
+            yield inputs.forward_inputs(image, example.question)
+
+
+def folder_for(measurement: str, checkpoint: str, output: Path | None) -> Path:
+    """Where results go: `output`, or MEASUREMENT/NAME-OF-CHECKPOINT.
+
+    Raises:
+        CheckpointError: the path is a file.
+    """
+    from llava_patch.probe.commands.run import default_name
+
+    folder = output if output is not None else Path(measurement) / default_name(checkpoint)
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"--output {folder}: is a file; expected a folder")
+    return folder

@@ -1,0 +1,58 @@
+"""What the measurements' figures share: size, type, layer axes, the split's line, and how they are written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llava_patch.files import atomic
+
+IMAGE, TEXT, SPLIT, OTHER = "#c44e52", "#4c72b0", "#55a868", "#8172b3"
+PANEL = 3.4, 2.7  # inches: one panel fills a column of a two-column paper, and its type is of the size of a caption's
+STYLE = {
+    "font.size": 8.0,
+    "axes.titlesize": 8.5,
+    "axes.labelsize": 8.0,
+    "legend.fontsize": 7.0,
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
+    "lines.linewidth": 1.3,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+}
+
+
+def panels(rows: int = 1, columns: int = 1, height: float = PANEL[1]) -> tuple[Any, list[Any]]:
+    """A figure without pyplot (no global state, no display) and its axes, row by row."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(PANEL[0] * columns, height * rows), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False)
+    return figure, list(axes.flat)
+
+
+def layer_axis(axis: Any, n_layers: int, label: str = "decoder layer") -> None:
+    """Whole layer numbers, at most about a dozen of them."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_xlim(-0.5, n_layers - 0.5)
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=min(4, n_layers)))
+    axis.set_xlabel(label)
+
+
+def mark_split(axis: Any, split: int | None, label: str = "split") -> None:
+    """A dashed line where image tokens leave the decoder; nothing where there is no split."""
+    if split is not None:
+        axis.axvline(split, color=SPLIT, ls="--", lw=1.2, label=f"{label} {split}")
+
+
+def write_figure(figure: Any, path: str | Path) -> Path:
+    """Write a figure atomically, in the format that the path's suffix names."""
+    import matplotlib as mpl
+
+    path = Path(path)
+    with atomic(path) as temporary, mpl.rc_context(STYLE):
+        figure.savefig(temporary, dpi=200)
+    return path
