@@ -9,7 +9,7 @@ from llava_patch.files import atomic
 
 IMAGE, TEXT, SPLIT, OTHER = "#c44e52", "#4c72b0", "#55a868", "#8172b3"
 PANEL = 3.4, 2.7  # inches: one panel fills a column of a two-column paper, and its type is of the size of a caption's
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 8.0,
     "axes.titlesize": 8.5,
     "axes.labelsize": 8.0,
