@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from llava_patch import __version__, autostart
 from llava_patch.diagnostics import commands as measurements
-from llava_patch.errors import CheckpointError, LlavaPatchError, SettingError
+from llava_patch.doctor import command as doctor
+from llava_patch.errors import LlavaPatchError, SettingError
+from llava_patch.inspection import command as inspection
 from llava_patch.probe import commands as rprobe
 from llava_patch.probe.commands import compare, correlate, export, preview, run, store  # noqa: F401 - they join `app`
 
@@ -23,108 +22,14 @@ app = typer.Typer(
 )
 app.add_typer(rprobe.app, name="rprobe")
 measurements.register(app)
+doctor.add(app)
+inspection.add(app)
 console = Console()
-KNOWN_VARIABLES = (
-    "LLAVA_PATCH_GIN_FILE", "LLAVA_PATCH_GIN_PARAM", "LLAVA_PATCH_DISABLE", "LLAVA_PATCH_CACHE",
-    "LLAVA_PATCH_RPROBE_DATA", "LLAVA_PATCH_VENV",
-)  # fmt: skip
 
 
 @app.callback()
 def _root() -> None:
     """Multi-layer vision fusions (Detached Skip-Links and others), DPVR routing and R-Probe for LLaVA models."""
-
-
-def _version(distribution: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-@app.command()
-def doctor() -> None:
-    """Show versions, the start-up hook and what is configured; exit 1 when something cannot work."""
-    table = Table("what", "found", "advice", title=f"llava_patch {__version__}")
-    problems = 0
-    for name in ("torch", "transformers", "llava-torch", "lmms-eval", "deepspeed", "peft", "flash-attn", "gin-config"):
-        table.add_row(name, _version(name), "")
-    try:
-        from llava_patch.hosts.compat import check_versions
-
-        check_versions()
-        table.add_row("supported versions", "yes", "")
-    except (LlavaPatchError, ImportError) as error:
-        problems += 1
-        table.add_row("supported versions", "no", str(error))
-    hook = "off (LLAVA_PATCH_DISABLE=1)" if autostart.disabled() else "on" if autostart.installed() else "missing"
-    advice = {"on": "", "missing": "reinstall llava_patch"}.get(hook, "unset LLAVA_PATCH_DISABLE")
-    table.add_row("start-up hook", hook, advice)
-    table.add_row("starts with Python", "yes" if _has_pth() else "no", "" if _has_pth() else "pip install llava_patch")
-    try:
-        from llava_patch import startup
-
-        asked = startup.configuration()
-        settings = [] if asked is None else [*asked.methods().values(), *asked.measurements.values()]
-        found = [str(value) for value in settings if value is not None]
-        found += [] if asked is None else [f"--{name} {value}" for name, value in asked.flags.items()]
-        table.add_row("configured by environment", "\n".join(found) or "nothing", "")
-        for name in sorted(n for n in os.environ if n.startswith("LLAVA_PATCH_") and n not in KNOWN_VARIABLES):
-            table.add_row(name, "set", f"unknown; known are {', '.join(KNOWN_VARIABLES)}")
-    except LlavaPatchError as error:
-        problems += 1
-        table.add_row("configured by environment", "error", str(error))
-    try:
-        import torch
-
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU only"
-        table.add_row("device", device, "" if torch.cuda.is_available() else "use fp32: half precision is slow on CPUs")
-    except ImportError:
-        problems += 1
-        table.add_row("torch", "missing", "install the torch build for your hardware")
-    console.print(table)
-    raise typer.Exit(1 if problems else 0)
-
-
-def _has_pth() -> bool:
-    import sysconfig
-
-    return (Path(sysconfig.get_paths()["purelib"]) / "llava_patch.pth").is_file()
-
-
-@app.command()
-def inspect(checkpoint: Path = typer.Argument(..., help="a checkpoint folder")) -> None:  # noqa: B008
-    """Show a checkpoint's patch: settings, added tensors, base."""
-    from llava_patch.checkpoint import SETTINGS_FILE, WEIGHTS_FILE, read_settings
-
-    if not checkpoint.is_dir():
-        raise CheckpointError(f"{checkpoint}: no such folder")
-    record: dict[str, Any] | None = read_settings(checkpoint)
-    if record is None and not (checkpoint / "config.json").is_file():
-        raise CheckpointError(f"{checkpoint}: not a checkpoint, it holds neither {SETTINGS_FILE} nor config.json")
-    if record is None and (checkpoint / "config.json").is_file():
-        record = json.loads((checkpoint / "config.json").read_text(encoding="utf-8")).get("llava_patch")
-    if not record:
-        console.print(f"{checkpoint}: a stock checkpoint (no {SETTINGS_FILE}, nothing in config.json)")
-        return
-    for kind in ("fusion", "routing", "pruning", "probe"):
-        console.print(f"{kind}: {record.get(kind) or 'none'}")
-    if record.get("trained_tower"):
-        console.print("vision tower: trained")
-    if (checkpoint / "mm_projector.bin").is_file() and not list(checkpoint.glob("*.safetensors")):
-        console.print("form: a stage-1 projector; give it to stage 2 with --pretrain_mm_mlp_adapter and these settings")
-        return
-    console.print(f"form: {record.get('form', 'full')}   base: {record.get('base', '-')}")
-    if (checkpoint / WEIGHTS_FILE).is_file():
-        from safetensors import safe_open
-
-        table = Table("tensor", "shape")
-        with safe_open(checkpoint / WEIGHTS_FILE, framework="pt") as stream:
-            for name in stream.keys():  # noqa: SIM118 - not a dict
-                table.add_row(name, "x".join(map(str, stream.get_slice(name).get_shape())))
-        console.print(table)
 
 
 @app.command("gin-files")

@@ -1,0 +1,65 @@
+"""All of the doctor's checks, in the order in which they are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from llava_patch import __version__
+from llava_patch.doctor import configured, machine, software
+from llava_patch.doctor.row import NOTE, PROBLEM, Row
+from llava_patch.errors import LlavaPatchError
+
+
+def examine(checkpoint: str = "", gin_file: Sequence[str] = (), gin_param: Sequence[str] = ()) -> list[Row]:
+    """Look at everything.
+
+    Args:
+        checkpoint: a checkpoint folder to look at as well.
+        gin_file: gin files beside those of the environment.
+        gin_param: single bindings likewise.
+    """
+    rows = [*software.check_packages(), _supported(), software.check_torchvision()]
+    hosts = software.check_hosts()
+    hook = software.check_hook()
+    asked, error = configured.read(gin_file, gin_param)
+    rows += [*hosts, *software.check_attention(), hook]
+    rows += configured.check_configured(asked, error)
+    rows += configured.check_ignored(asked, hook)
+    rows += configured.check_deepspeed()
+    rows += [*machine.check_device(), *machine.check_memory(), machine.check_disk()]
+    if checkpoint:
+        from llava_patch.doctor.subject import check_checkpoint
+
+        rows += check_checkpoint(checkpoint, asked, {row.what.removeprefix("host "): row for row in hosts})
+    return rows
+
+
+def _supported() -> Row:
+    try:
+        from llava_patch.hosts.compat import check_versions
+
+        check_versions()
+    except (LlavaPatchError, ImportError) as error:
+        return Row("supported versions", "no", PROBLEM, str(error))
+    return Row("supported versions", "yes")
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """The outcome in one line."""
+    problems, notes = (sum(row.state == state for row in rows) for state in (PROBLEM, NOTE))
+    if problems:
+        return f"{problems} problem{'s' * (problems != 1)}: something above cannot work; {notes} to note"
+    return f"nothing in the way; {notes} to note" if notes else "all well"
+
+
+def to_json(rows: Sequence[Row]) -> str:
+    """For machines: format 1, which only grows."""
+    values: dict[str, Any] = {
+        "format": 1,
+        "llava_patch": __version__,
+        "problems": sum(row.state == PROBLEM for row in rows),
+        "rows": [vars(row) for row in rows],
+    }
+    return json.dumps(values, indent=1)

@@ -1,0 +1,24 @@
+"""One finding of the doctor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+OK, NOTE, PROBLEM = "ok", "note", "problem"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One finding.
+
+    Attributes:
+        what: what was looked at; unique in a report.
+        found: what is there.
+        state: "ok"; "note": works, but not as one may think; "problem": something cannot work.
+        advice: what to do; "" where nothing is to be done.
+    """
+
+    what: str
+    found: str
+    state: str = OK
+    advice: str = ""

@@ -1,0 +1,65 @@
+"""What loading one checkpoint on this machine would do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llava_patch.doctor.machine import memory_bytes
+from llava_patch.doctor.row import NOTE, OK, PROBLEM, Row
+from llava_patch.errors import LlavaPatchError
+from llava_patch.settings import Fusion, differs
+
+if TYPE_CHECKING:
+    from llava_patch.config import Configuration
+
+
+def check_checkpoint(checkpoint: str, asked: "Configuration | None", hosts: dict[str, Row]) -> list[Row]:
+    """Host, form, what a load would patch, and whether it fits.
+
+    Args:
+        checkpoint: the folder.
+        asked: what environment and options ask for.
+        hosts: the rows about the hosts, by host.
+    """
+    from llava_patch.inspection import inspect_checkpoint
+    from llava_patch.inspection.read import FORMS
+
+    try:
+        found = inspect_checkpoint(checkpoint)
+    except LlavaPatchError as error:
+        return [Row("checkpoint", checkpoint, PROBLEM, str(error))]
+    rows = [Row("checkpoint", f"{found.host or 'no config.json'}: {FORMS[found.form]}")]
+    host = None if found.host is None else hosts.get(found.host)
+    if host is not None and (host.state == PROBLEM or host.found == "not installed"):
+        rows.append(Row("checkpoint: host", f"{found.host}: {host.found}", PROBLEM, host.advice))
+    rows += _patched_on_load(found.methods(), asked)
+    if found.match is not None and found.match.same is False:
+        rows.append(Row("checkpoint: base", found.match.note, PROBLEM, "load the adapter on the base it was made on"))
+    elif found.form == "adapter" and found.base and Path(found.base).is_absolute() and not Path(found.base).is_dir():
+        where = f'change "base" in {Path(checkpoint) / "llava_patch.json"} to where it is now'
+        rows.append(Row("checkpoint: base", f"{found.base} is not there", PROBLEM, where))
+    size, room = found.weight_bytes, memory_bytes()
+    if room is not None and size > room:
+        rows.append(
+            Row("checkpoint: memory", f"{size / 1e9:.1f} GB of weights, {room / 1e9:.0f} GB of memory", NOTE,
+                "does not fit into main memory: load it on a GPU, or on a larger machine")
+        )  # fmt: skip
+    return rows
+
+
+def _patched_on_load(carried: dict, asked: "Configuration | None") -> list[Row]:
+    wanted = {} if asked is None else asked.lasting()
+    rows = []
+    for kind in sorted({*carried, *wanted}):
+        own, other = carried.get(kind), wanted.get(kind)
+        same = own is None or other is None or own == other
+        if isinstance(own, Fusion) and isinstance(other, Fusion):
+            same = not differs(other, own)
+        if not same:
+            advice = "leave the binding out: the checkpoint carries its own"
+            rows.append(Row(f"load would refuse: {kind}", f"it carries {own}, {other} is configured", PROBLEM, advice))
+            continue
+        whose = "the checkpoint's own" if own is not None else "configured"
+        rows.append(Row(f"load would patch: {kind}", f"{own or other} ({whose})", OK))
+    return rows or [Row("load would patch", "nothing: a stock model")]
