@@ -20,11 +20,12 @@ from llava_patch import flags as launch_flags
 from llava_patch.diagnostics.saturation import Saturation
 from llava_patch.errors import SettingError
 from llava_patch.probe.settings import RProbe
+from llava_patch.report.settings import Report
 from llava_patch.resources import gin_dir
 from llava_patch.settings import METHODS, AuxiliaryProbe, FastV, Fusion, Routing
 from llava_patch.sweep.settings import Sweep
 
-MEASUREMENTS: dict[str, Any] = {"RProbe": RProbe, "Saturation": Saturation}
+MEASUREMENTS: dict[str, Any] = {"RProbe": RProbe, "Report": Report, "Saturation": Saturation}
 
 for _cls in (*METHODS.values(), *MEASUREMENTS.values()):
     gin.register(_cls, module="llava_patch")

@@ -1,0 +1,1 @@
+"""`llava-patch report`: every measurement of one checkpoint in one HTML file that needs nothing else."""

@@ -1,0 +1,110 @@
+"""What sections share: the checkpoint, its base, the data, and models that are loaded when the first one asks."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llava_patch.diagnostics import commands
+from llava_patch.errors import InputError, LlavaPatchError
+from llava_patch.inspection import Inspection, inspect_checkpoint
+from llava_patch.report.section import SkipSection
+from llava_patch.report.settings import Report
+
+if TYPE_CHECKING:
+    from llava_patch.diagnostics.examples import Example
+    from llava_patch.probe.subject import Subject
+
+
+class Context:
+    """One checkpoint that a report is about.
+
+    Attributes:
+        checkpoint: folder.
+        data: as measurements take it; "": rendered pages.
+        base: folder of the model below or before; "": none known.
+        rprobe: folder of R-Probe results; "": none.
+        run: folder of the training run; "": none.
+        device: as `load_subject` takes it.
+        dtype: likewise.
+        question: asked about every image; "": the data's own.
+        settings: sample counts.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        data: str = "",
+        base: str = "",
+        rprobe: str = "",
+        run: str = "",
+        device: str = "",
+        dtype: str = "",
+        question: str = "",
+        settings: Report = Report(),
+    ) -> None:
+        self.checkpoint, self.data, self.rprobe = checkpoint, data, rprobe
+        self.device, self.dtype, self.question, self.settings = device, dtype, question, settings
+        self.inspection: Inspection = inspect_checkpoint(checkpoint, base)
+        self.base = base or self._recorded_base()
+        self.run = run or (checkpoint if (Path(checkpoint) / "trainer_state.json").is_file() else "")
+
+    def _recorded_base(self) -> str:
+        """An adapter's base, where it is a LLaVA that is there (a run that began with a plain LLM names that)."""
+        recorded = self.inspection.base
+        if not recorded or not Path(recorded).is_dir():
+            return ""
+        try:
+            inspect_checkpoint(recorded)
+        except LlavaPatchError:
+            return ""
+        return recorded
+
+    @property
+    def below(self) -> str:
+        """What the loader needs under this checkpoint (LoRA and projector-only checkpoints of llava)."""
+        return self.base if self.inspection.form in ("lora", "projector") else ""
+
+    @cached_property
+    def subject(self) -> "Subject":
+        """The checkpoint's model; loaded once."""
+        return commands.load(self.checkpoint, self.below, self.device, self.dtype)
+
+    @cached_property
+    def base_subject(self) -> "Subject":
+        """The base's model; loaded once."""
+        if not self.base:
+            raise SkipSection("no base to compare with: give one with --base")
+        return commands.load(self.base, "", self.device, self.dtype)
+
+    def examples(self, count: int, answers: bool = False) -> "list[Example]":
+        """The first examples of the data."""
+        if not answers:
+            return commands.examples_for(self.subject, self.data, count, self.question)
+        try:
+            return commands.examples_for(self.subject, self.data, count, self.question, answers=True)
+        except InputError as error:
+            raise SkipSection(str(error)) from error
+
+    def samples(self, count: int, answers: bool = False) -> Iterator[dict[str, Any]]:
+        """Keyword arguments of the model's forward, with labels where answers are asked for."""
+        return commands.samples_of(self.subject, self.examples(count, answers), answers)
+
+    def command(self, *words: str, base: bool = False, data: bool = True) -> str:
+        """A command line of ours about this checkpoint.
+
+        Args:
+            words: the subcommand and its options.
+            base: whether it takes --base in any case.
+            data: whether it takes the data.
+        """
+        parts = ["llava-patch", words[0], self.checkpoint, *([self.data] if data and self.data else []), *words[1:]]
+        below = self.base if base else self.below
+        parts += ["--base", below] if below else []
+        parts += ["--question", self.question] if self.question and data else []
+        parts += ["--device", self.device] if self.device else []
+        parts += ["--dtype", self.dtype] if self.dtype else []
+        return shlex.join(parts)

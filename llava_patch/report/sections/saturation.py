@@ -1,0 +1,45 @@
+"""Visual saturation."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from llava_patch.diagnostics.commands import settings_of
+from llava_patch.diagnostics.saturation import Saturation, measure_saturation
+from llava_patch.report.context import Context
+from llava_patch.report.section import Found, Section, found_of
+
+
+def _settings(context: Context) -> Saturation:
+    bound = settings_of(Saturation)
+    return bound if bound.max_samples is not None else settings_of(Saturation, max_samples=context.settings.samples)
+
+
+def _recorded(context: Context) -> dict[str, Any]:
+    return asdict(_settings(context))
+
+
+def _run(context: Context, folder: Path) -> Found:
+    settings = _settings(context)
+    count = settings.max_samples or context.settings.samples
+    result = measure_saturation(context.subject.model, context.samples(count), settings)
+    return found_of(
+        result,
+        folder,
+        "saturation",
+        "Three panels over the decoder layers: cosine of a layer's input and output, attention mass of text on the "
+        "image, and KL of the logit lens.",
+    )
+
+
+SECTION = Section(
+    "saturation",
+    "Visual saturation",
+    "From which layer on does the decoder no longer need its image tokens? Cosine near 1: a layer hardly turns the "
+    "states. Attention mass: how much text looks at the image. KL: how far a layer's prediction is from the last one's.",
+    _run,
+    _recorded,
+    lambda context: context.command("saturation", "run"),
+)
