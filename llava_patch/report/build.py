@@ -129,11 +129,11 @@ def _make(section: Section, context: Context, folder: Path, wanted: str) -> Reco
         if why_not is not None:
             raise SkipSection(why_not)
         found = section.run(context, folder)
-    except SkipSection as reason:
-        return replace(record, state=SKIPPED, reason=str(reason))
+    except SkipSection as skipped:
+        return replace(record, state=SKIPPED, reason=str(skipped))
     except Exception as error:  # one section's failure must not take the others with it; the command ends with 1
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        return replace(record, state=FAILED, reason=reason, trace=traceback.format_exc())
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        return replace(record, state=FAILED, reason=message, trace=traceback.format_exc())
     return replace(record, found=found, seconds=round(time.monotonic() - began, 1))
 
 

@@ -44,10 +44,10 @@ class Context:
         device: str = "",
         dtype: str = "",
         question: str = "",
-        settings: Report = Report(),
+        settings: Report | None = None,
     ) -> None:
         self.checkpoint, self.data, self.rprobe = checkpoint, data, rprobe
-        self.device, self.dtype, self.question, self.settings = device, dtype, question, settings
+        self.device, self.dtype, self.question, self.settings = device, dtype, question, settings or Report()
         self.inspection: Inspection = inspect_checkpoint(checkpoint, base)
         self.base = base or self._recorded_base()
         self.run = run or (checkpoint if (Path(checkpoint) / "trainer_state.json").is_file() else "")

@@ -23,7 +23,7 @@ def report_command(
         None,
         help="folder; the same one again keeps finished sections; default: report/ and CKPT's name",
         show_default=False,
-    ),  # fmt: skip
+    ),
     rprobe: str = typer.Option("", help="folder with R-Probe results of this checkpoint"),
     run: str = typer.Option("", help="folder of the training run; default: CKPT, where it has trainer_state.json"),
     only: list[str] = typer.Option([], help="make this section only; may be repeated"),  # noqa: B008

@@ -38,7 +38,7 @@ SECTION = Section(
     "saturation",
     "Visual saturation",
     "From which layer on does the decoder no longer need its image tokens? Cosine near 1: a layer hardly turns the "
-    "states. Attention mass: how much text looks at the image. KL: how far a layer's prediction is from the last one's.",
+    "states. Attention mass: how much text looks at the image. KL: how far a layer's prediction is from the last.",
     _run,
     _recorded,
     lambda context: context.command("saturation", "run"),
