@@ -69,6 +69,7 @@ def recommend(
     transition_share: float,
     mass_tolerance: float,
     fall_share: float,
+    patched: str = "",
 ) -> Recommendation:
     """Recommend a split as a window from where text has stopped reading the image to where the image has stopped.
 
@@ -80,20 +81,20 @@ def recommend(
         mass: text-to-image attention mass per layer.
         image_kl: logit-lens KL at image positions per layer.
         image_cosine: cosine of image states across each layer.
-        image_present: whether the layer sees image positions at all.
+        image_present: whether the layer has hidden states of image positions.
         transition_share: see `transition_layer`.
         mass_tolerance: see `settled_layer`.
         fall_share: how low the deep median must be, as a share of the highest mass.
+        patched: how the model is routed or pruned, in words; such curves say nothing about where to split it.
 
     Returns:
         The window, or the reason why there is none.
     """
     absent = [layer for layer, present in enumerate(image_present) if not present]
-    if absent:
+    if patched or absent:
+        where = f", and layers {absent[0]}..{absent[-1]} have no image states" if absent else ""
         return Recommendation(
-            None,
-            None,
-            f"the model is already routed: layers {absent[0]}..{absent[-1]} see no image; measure the stock model",
+            None, None, f"the model is already {patched or 'routed'}{where}; measure the stock model for a split"
         )
     transition = transition_layer(image_kl, transition_share)
     settled = settled_layer(mass, mass_tolerance)

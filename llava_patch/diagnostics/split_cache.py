@@ -25,7 +25,7 @@ from llava_patch.files import write_json
 from llava_patch.handle import get_handle
 from llava_patch.hosts.anatomy import Anatomy
 
-FORMAT = 1
+FORMAT = 2
 _MODEL_SETTINGS = (
     "mm_vision_select_layer", "mm_vision_select_feature", "vision_feature_layer", "vision_feature_select_strategy",
 )  # fmt: skip
@@ -46,7 +46,7 @@ def key(anatomy: Anatomy, samples: Sequence[Mapping[str, Any]], settings: Satura
         "format": FORMAT,
         "model": model_digest(anatomy),
         "samples": _digest([{k: v for k, v in s.items() if k not in _NOT_MEASURED} for s in samples]),
-        "settings": asdict(settings),
+        "settings": {k: v for k, v in asdict(settings).items() if k != "save_every"},
     }
 
 

@@ -1,7 +1,8 @@
 """One forward pass seen layer by layer: hooks on a decoder's layers, and what is read there.
 
 Hooks see the layers' own inputs and outputs, so the same code serves stock and patched models and every attention
-backend. The side branch of a routed model is not part of `decoder.layers` and is not seen.
+backend. A routed or pruned decoder says itself which positions a layer runs on (`routing.watch`). The side branch of a
+routed model is not part of `decoder.layers` and is not seen.
 """
 
 from __future__ import annotations
@@ -18,55 +19,92 @@ from torch import Tensor, nn
 from llava_patch.diagnostics.attention import mass_on_keys
 from llava_patch.errors import HostError, InputError
 from llava_patch.hosts.anatomy import HF, LLAVA, Anatomy
+from llava_patch.hosts.compat import sliding_window
 from llava_patch.hosts.positions import hf_image_mask, llava_prepare
 from llava_patch.hosts.projections import rotate, split_heads
+from llava_patch.routing.feed import Feed
+from llava_patch.routing.watch import watching
 from llava_patch.undo import UndoStack
-
-NAN = float("nan")
 
 
 @dataclass
 class Trace:
     """What one sample's forward pass left behind; L layers, T tokens of which some are image.
 
+    Every text position is in every layer, whatever the patch; image positions may be absent.
+
     Attributes:
         image_mask: bool [T]; set when the host has placed the image features, before the first layer runs.
-        states: output of each layer, [T, hidden], or [text tokens, hidden] in a layer that sees text only.
-        image_cosine: per layer, mean cosine between input and output at image positions; NaN where absent.
+        states: output of each layer, [positions that it runs on, hidden].
+        asking: int64 [rows of states], their positions; only of layers that a routed or pruned decoder runs.
+        giving: int64 [keys], the positions whose keys those look at; likewise.
+        image_cosine: per layer, mean cosine between input and output at image positions; NaN where absent (0-d).
         text_cosine: the same at text positions.
-        mass: float32 [heads] per layer, text-to-image attention mass; zeros where image positions are absent.
+        mass: float32 [heads] per layer, text-to-image attention mass; zeros where no image position gives a key.
     """
 
     image_mask: Tensor | None = None
     states: dict[int, Tensor] = field(default_factory=dict)
-    image_cosine: dict[int, float] = field(default_factory=dict)
-    text_cosine: dict[int, float] = field(default_factory=dict)
+    asking: dict[int, Tensor] = field(default_factory=dict)
+    giving: dict[int, Tensor] = field(default_factory=dict)
+    image_cosine: dict[int, Tensor] = field(default_factory=dict)
+    text_cosine: dict[int, Tensor] = field(default_factory=dict)
     mass: dict[int, Tensor] = field(default_factory=dict)
+    _positions: tuple[Tensor, Tensor, int] | None = None
 
-    def layer_mask(self, tokens: int, layer: int) -> Tensor:
-        """Image positions among the tokens that a layer sees: bool [tokens].
+    def mask(self) -> Tensor:
+        """`image_mask`, when it is known.
 
         Raises:
-            HostError: the layer sees neither every position nor exactly the text positions.
+            HostError: it is not yet.
         """
         if self.image_mask is None:
             raise HostError("the decoder ran before the host told where the image features are")
-        if tokens == len(self.image_mask):
-            return self.image_mask
-        if tokens == int((~self.image_mask).sum()):
-            return torch.zeros(tokens, dtype=torch.bool, device=self.image_mask.device)
-        raise HostError(
-            f"layer {layer} sees {tokens} tokens, which is neither all {len(self.image_mask)} nor the "
-            f"{int((~self.image_mask).sum())} text tokens of the sample; measure without pruning"
-        )
+        return self.image_mask
+
+    def positions(self) -> tuple[Tensor, Tensor, int]:
+        """(int64 [T], text positions behind the image, number of text positions); one synchronisation a sample."""
+        if self._positions is None:
+            image = self.mask()
+            queries = text_after_image(image)
+            self._positions = torch.arange(len(image), device=image.device), queries, int((~image).sum())
+        return self._positions
+
+    def tell(self, layer: int, asking: Tensor, giving: Tensor) -> None:
+        """Take note of what a routed or pruned decoder says of a layer; each [1, n]."""
+        self.asking[layer], self.giving[layer] = asking[0], giving[0]
+
+    def places(self, layer: int, rows: int, keys: bool = False) -> Tensor:
+        """Positions of a layer's hidden states, or of its keys: int64 [rows].
+
+        Raises:
+            HostError: the layer runs on something else than the decoder said, or than all positions.
+        """
+        found = (self.giving if keys else self.asking).get(layer)
+        if found is None:
+            found = self.positions()[0]
+        if len(found) != rows:
+            what = "keys" if keys else "tokens"
+            raise HostError(
+                f"layer {layer} sees {rows} {what} of {len(found)} expected ones (the sample has {len(self.mask())} "
+                "tokens): something besides llava_patch removes tokens, and where they are from cannot be known"
+            )
+        return found
+
+    def image_states(self, layer: int) -> int:
+        """How many image positions have hidden states in a layer."""
+        return len(self.states[layer]) - self.positions()[2]
+
+    def image_keys(self, layer: int) -> int:
+        """How many image positions a layer's queries may look at."""
+        found = self.giving.get(layer)
+        return (len(self.mask()) if found is None else len(found)) - self.positions()[2]
 
     def rows(self, layer: int) -> Tensor:
         """Where each full position is in `states[layer]`: int64 [T], -1 where absent."""
-        assert self.image_mask is not None
-        if len(self.states[layer]) == len(self.image_mask):
-            return torch.arange(len(self.image_mask), device=self.image_mask.device)
-        text = (~self.image_mask).long()
-        return torch.where(self.image_mask, -1, text.cumsum(0) - 1)
+        places = self.places(layer, len(self.states[layer]))
+        row = torch.full_like(self.positions()[0], -1)
+        return row.scatter(0, places.to(row.device), torch.arange(len(places), device=row.device))
 
 
 @contextlib.contextmanager
@@ -88,7 +126,8 @@ def traced(anatomy: Anatomy, chunk: int) -> Iterator[Trace]:
             _watch_attention(trace, index, layer.self_attn, anatomy.text_config, chunk, undo)
         if anatomy.host == LLAVA:
             _watch_preparation(trace, anatomy, undo)
-        yield trace
+        with watching(trace.tell):
+            yield trace
     finally:
         undo.unwind()
 
@@ -126,10 +165,11 @@ def _watch_layer(trace: Trace, index: int, layer: nn.Module, undo: UndoStack) ->
     def after(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         before = _hidden_argument(args, kwargs)
         states = (output[0] if isinstance(output, tuple) else output)[0]  # a tuple up to transformers 4.53
-        image = trace.layer_mask(len(states), index).to(states.device)
+        places = trace.places(index, len(states))
+        image = trace.mask()[places.to(trace.mask().device)].to(states.device)
         cosine = F.cosine_similarity(before.float(), states.float(), dim=-1)
-        trace.image_cosine[index] = float(cosine[image].mean()) if bool(image.any()) else NAN
-        trace.text_cosine[index] = float(cosine[~image].mean())
+        trace.image_cosine[index] = (cosine * image).sum() / image.sum()  # 0 / 0 is NaN: absent
+        trace.text_cosine[index] = (cosine * ~image).sum() / (~image).sum()
         trace.states[index] = states.detach()
 
     undo.push(layer.register_forward_hook(after, with_kwargs=True).remove)
@@ -138,11 +178,11 @@ def _watch_layer(trace: Trace, index: int, layer: nn.Module, undo: UndoStack) ->
 def _watch_attention(trace: Trace, index: int, attention: Any, config: Any, chunk: int, undo: UndoStack) -> None:
     def before(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         hidden = _hidden_argument(args, kwargs)
-        image = trace.layer_mask(len(hidden), index).to(hidden.device)
-        head_dim = int(module.head_dim)
-        if not bool(image.any()):  # no image key to look at: zero by definition
-            trace.mass[index] = torch.zeros(int(config.num_attention_heads))
+        asking = trace.places(index, len(hidden)).to(hidden.device)
+        if trace.image_keys(index) == 0:  # no image key to look at: zero by definition
+            trace.mass[index] = torch.zeros(int(config.num_attention_heads), device=hidden.device)
             return
+        head_dim = int(module.head_dim)
         rotary = kwargs.get("position_embeddings")
         if rotary is None:
             raise HostError(
@@ -152,10 +192,17 @@ def _watch_attention(trace: Trace, index: int, attention: Any, config: Any, chun
         cos, sin = (part[0] for part in rotary)
         q = rotate(split_heads(module.q_proj(hidden[None])[0], head_dim), cos, sin)
         k = rotate(split_heads(module.k_proj(hidden[None])[0], head_dim), cos, sin)
-        queries = text_after_image(image)
-        window = getattr(config, "sliding_window", None)
+        feed = next((value for value in kwargs.values() if isinstance(value, Feed)), None)
+        if feed is not None:  # other positions give keys that the layer did not compute in this call
+            k = feed.merged_keys(k[None])[0]
+        giving = trace.places(index, k.shape[1], keys=True).to(hidden.device)
+        # Every text position asks in every layer, and positions ascend.
+        queries = torch.searchsorted(asking, trace.positions()[1].to(hidden.device))
+        image = trace.mask().to(hidden.device)[giving]
         scaling = float(getattr(module, "scaling", head_dim**-0.5))
-        trace.mass[index] = mass_on_keys(q, k, queries, image, scaling, window, chunk).cpu()
+        trace.mass[index] = mass_on_keys(
+            q, k, queries, image, scaling, sliding_window(config), chunk, places=(asking, giving)
+        )
 
     undo.push(attention.register_forward_pre_hook(before, with_kwargs=True).remove)
 
@@ -179,43 +226,3 @@ def _watch_preparation(trace: Trace, anatomy: Anatomy, undo: UndoStack) -> None:
         return outputs
 
     undo.set_attribute(anatomy.model, "prepare_inputs_labels_for_multimodal", prepare_and_note)
-
-
-def lens_kl(anatomy: Anatomy, trace: Trace, chunk: int) -> tuple[list[float], list[float]]:
-    """Logit lens: KL(final || layer) through the model's own final norm and head.
-
-    Args:
-        anatomy: the host model.
-        trace: a finished trace.
-        chunk: positions whose logits [chunk, vocabulary] are held at a time.
-
-    Returns:
-        (image, text): per layer the mean over positions in nats; NaN where positions are absent, in that layer or in
-        the last one. The last layer's is 0 by definition.
-    """
-    assert trace.image_mask is not None
-    n_layers = len(anatomy.layers)
-    rows = [trace.rows(layer) for layer in range(n_layers)]
-    results = []
-    for positions in (trace.image_mask.nonzero().flatten(), (~trace.image_mask).nonzero().flatten()):
-        sums = [0.0] * n_layers
-        for part in positions.split(chunk):
-            final = _lens(anatomy, trace, n_layers - 1, rows, part)
-            for layer in range(n_layers):
-                log_probs = None if final is None else _lens(anatomy, trace, layer, rows, part)
-                if log_probs is None:
-                    sums[layer] = NAN
-                    continue
-                assert final is not None
-                sums[layer] += float((final.exp() * (final - log_probs)).sum())
-        results.append([value / max(len(positions), 1) for value in sums])
-    return results[0], results[1]
-
-
-def _lens(anatomy: Anatomy, trace: Trace, layer: int, rows: list[Tensor], positions: Tensor) -> Tensor | None:
-    take = rows[layer][positions]
-    if bool((take < 0).any()):
-        return None
-    states = trace.states[layer]
-    logits = anatomy.lm_head(anatomy.norm(states[take.to(states.device)][None]))
-    return logits[0].float().log_softmax(-1)

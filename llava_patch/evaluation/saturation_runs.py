@@ -13,11 +13,13 @@ from typing import Any
 
 from llava_patch.diagnostics.recommend import transition_layer
 from llava_patch.diagnostics.saturation import (
-    CurveMean,
     Curves,
+    PatchOn,
+    RunningMean,
     Saturation,
     SaturationResult,
     measure_sample,
+    patch_on,
     summarise,
 )
 from llava_patch.evaluation.access import reach
@@ -35,7 +37,7 @@ def answer(lm: Any, requests: Sequence[Any]) -> list[str]:
         requests: of one or several saturation tasks.
 
     Returns:
-        One JSON string a request: `task`, `curves`, `settings`, `folder`.
+        One JSON string a request: `task`, `curves`, `settings`, `patch`, `folder`.
     """
     from llava_patch.evaluation.tasks import active
     from llava_patch.probe.pages import Pages
@@ -45,6 +47,7 @@ def answer(lm: Any, requests: Sequence[Any]) -> list[str]:
     subject = reach(lm)
     rows, _ = subject.anatomy.grid
     side = rows * subject.anatomy.patch_size
+    patch = patch_on(subject.anatomy)
     answers = []
     for request in track(requests, "saturation", getattr(lm, "rank", 0) == 0):
         task = active(request.task_name)
@@ -58,6 +61,7 @@ def answer(lm: Any, requests: Sequence[Any]) -> list[str]:
                     "task": request.task_name,
                     "curves": plain(asdict(curves)),
                     "settings": asdict(task.settings),
+                    "patch": None if patch is None else asdict(patch),
                     "folder": output_folder(getattr(task, "args", None), request.task_name),
                 }
             )
@@ -69,7 +73,7 @@ def process_results(doc: Any, results: Sequence[str]) -> dict[str, Any]:
     """Per-document numbers for the samples log; the entries also carry what aggregation needs."""
     answered = json.loads(results[0])
     curves, settings = Curves.from_dict(answered["curves"]), Saturation(**answered["settings"])
-    found = summarise(curves, 1, settings=settings)
+    found = summarise(curves, 1, settings=settings, patch=_patch(answered))
     share = settings.transition_share
     return {
         "vision_transition_layer": {"layer": found.image_transition, "kl": curves.image_kl, "share": share},
@@ -112,10 +116,15 @@ def pooled(items: Sequence[dict[str, Any]]) -> SaturationResult:
     Args:
         items: the `recommended_split` entries of `process_results`.
     """
-    mean = CurveMean()
+    done = RunningMean()
     for item in items:
-        mean.add(Curves.from_dict(item["curves"]))
-    return summarise(mean.mean(), mean.samples, settings=Saturation(**items[0]["settings"]))
+        done = done.plus(Curves.from_dict(item["curves"]))
+    first = items[0]
+    return summarise(done.mean(), done.samples, settings=Saturation(**first["settings"]), patch=_patch(first))
+
+
+def _patch(answered: dict[str, Any]) -> PatchOn | None:
+    return None if answered["patch"] is None else PatchOn(**answered["patch"])
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from llava_patch.routing import feed, side_branch
+from llava_patch.routing import feed, side_branch, watch
 from llava_patch.routing.autograd import prime
 from llava_patch.routing.cache import TEXT
 from llava_patch.routing.plan import Held, RoutingPlan, make_plan
@@ -156,6 +156,7 @@ class DeepLayers:
         elif not image.shape[1]:
             self.text = run.layer(number, text, run.main_stream)
         else:
+            watch.tell(number, run.text_stream, run.main_stream)
             self.text = feed.call_with_keys(
                 layer, prime(text, layer), image, rotary=run.text_stream.rotary, others_rotary=image_rotary,
                 merge=plan.merge_heads, attention_mask=run.text_rows(), past_key_values=run.call.cache,

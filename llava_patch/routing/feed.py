@@ -24,7 +24,7 @@ def in_front(others: Tensor, own: Tensor) -> Tensor:
     return torch.cat([others, own], dim=2)
 
 
-class _Feed:
+class Feed:
     """Stands in for a cache during one layer's call."""
 
     def __init__(self, cache: Any, key: Tensor, value: Tensor, merge: Merge) -> None:
@@ -33,8 +33,13 @@ class _Feed:
         self.value = value
         self.merge = merge
 
+    def merged_keys(self, own: Tensor) -> Tensor:
+        """The keys that the layer's queries meet in this call: [batch, key_value_heads, keys, head_dim]."""
+        return self.merge(self.key, own)
+
     def update(self, key: Tensor, value: Tensor, layer_idx: int, cache_kwargs: Any = None) -> tuple[Tensor, Tensor]:
-        key, value = self.merge(self.key, key), self.merge(self.value, value)
+        """What a layer calls on its cache: merged keys and values, which the real cache takes as well."""
+        key, value = self.merged_keys(key), self.merge(self.value, value)
         return (key, value) if self.cache is None else self.cache.update(key, value, layer_idx, cache_kwargs)
 
 
@@ -67,7 +72,7 @@ def call_with_keys(
 
     def run(hidden_states: Tensor, others: Tensor) -> Tensor:
         key, value = projections.keys_values(layer, others, others_rotary)
-        feed = _Feed(past_key_values, key, value, merge)
+        feed = Feed(past_key_values, key, value, merge)
         return compat.call_layer(
             layer, hidden_states, attention_mask=attention_mask, position_embeddings=rotary, past_key_values=feed,
             use_cache=True, checkpoint=False,

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from llava_patch.fusion import stack
 from llava_patch.hosts import carry, compat, projections
 from llava_patch.hosts.anatomy import Anatomy
-from llava_patch.routing import feed, side_branch
+from llava_patch.routing import feed, side_branch, watch
 from llava_patch.routing.autograd import prime
 from llava_patch.routing.cache import FULL, KEPT, RoutedCache
 from llava_patch.routing.deep import DeepLayers
@@ -276,6 +276,7 @@ class Run:
 
     def layer(self, number: int, hidden: Tensor, stream: Stream) -> Tensor:
         """Run one layer on a stream."""
+        watch.tell(number, stream, stream)
         layer = self.layers[number]
         hidden = prime(hidden, layer)
         return compat.call_layer(
@@ -289,6 +290,7 @@ class Run:
         """Run the last layer where only the last positions are read: the others give keys and values."""
         layer, last = self.layers[number], self.call.suffix
         assert last is not None
+        watch.tell(number, stream, stream, last)
         cut = hidden.shape[1] - last
         cos, sin = stream.rotary
         return feed.call_with_keys(

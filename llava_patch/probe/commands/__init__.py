@@ -15,6 +15,8 @@ DEFAULT = "run"
 class DefaultGroup(TyperGroup):
     """A group whose default subcommand need not be named (a checkpoint called like a subcommand: ./NAME)."""
 
+    second = "data to measure on goes with --heldout"  # where a second data argument belongs
+
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
         """Put the default subcommand in front of arguments that name none."""
         if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
@@ -32,7 +34,7 @@ class DefaultGroup(TyperGroup):
             # click's class: typer carries a copy of it in some versions and depends on it in others.
             inner, message = getattr(error, "ctx", None), getattr(error, "message", "")
             if getattr(inner, "info_name", None) == DEFAULT and "unexpected extra argument" in message:
-                error.message = f"{message}: CKPT takes one DATA; data to measure on goes with --heldout"  # type: ignore[attr-defined]
+                error.message = f"{message}: CKPT takes one DATA; {self.second}"  # type: ignore[attr-defined]
             raise
 
 

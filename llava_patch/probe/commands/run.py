@@ -124,8 +124,13 @@ def named(checkpoint: str) -> str:
     return str(Path(checkpoint).resolve()) if Path(checkpoint).is_dir() else checkpoint
 
 
-def check_folder(folder: Path, checkpoint: str) -> None:
+def check_folder(folder: Path, checkpoint: str, names: tuple[str, ...] = ()) -> None:
     """Refuse to replace the results of another checkpoint.
+
+    Args:
+        folder: where results will be written.
+        checkpoint: what they are measured on.
+        names: of the result files; none: R-Probe's.
 
     Raises:
         CheckpointError: names the file, and what it was measured on.
@@ -133,7 +138,8 @@ def check_folder(folder: Path, checkpoint: str) -> None:
     from llava_patch.probe.ablation import VARIANTS
     from llava_patch.probe.output import RESULT
 
-    for path in (folder / RESULT, folder / SUMMARY, *(folder / name / RESULT for name in VARIANTS)):
+    names = names or (RESULT, SUMMARY, *(f"{name}/{RESULT}" for name in VARIANTS))
+    for path in (folder / name for name in names):
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):  # none, or none that is worth keeping

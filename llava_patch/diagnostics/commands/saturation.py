@@ -1,0 +1,238 @@
+"""`llava-patch saturation`: one checkpoint (`run`, which need not be named) or several (`compare`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from llava_patch.diagnostics.commands import (
+    BASE,
+    CHECKPOINT,
+    DATA,
+    DEVICE,
+    DTYPE,
+    GIN_FILE,
+    GIN_PARAM,
+    QUESTION,
+    configured,
+    examples_for,
+    folder_for,
+    load,
+    settings_of,
+)
+from llava_patch.errors import SettingError
+from llava_patch.probe.commands import DefaultGroup
+
+if TYPE_CHECKING:
+    from llava_patch.diagnostics.examples import Example
+    from llava_patch.diagnostics.inputs import Inputs
+    from llava_patch.diagnostics.saturation import Saturation, SaturationResult
+    from llava_patch.probe.subject import Subject
+
+DEFAULT_SAMPLES = 32
+SAMPLES = typer.Option(
+    None, min=0, help=f"spread evenly over DATA; 0: all of it; default: Saturation.max_samples, or {DEFAULT_SAMPLES}"
+)
+
+
+class _Group(DefaultGroup):
+    second = "several checkpoints: llava-patch saturation compare A B ... --data DATA"
+
+
+HELP = """Visual saturation: from which layer on the image is no longer needed.
+
+llava-patch saturation CKPT [DATA] [OPTIONS] is short for saturation run: it
+measures cosine, attention mass and logit lens layer by layer, and recommends
+a split. Its options: llava-patch saturation run --help
+"""
+app = typer.Typer(cls=_Group, no_args_is_help=True, help=HELP)
+
+
+def add(root: typer.Typer) -> None:
+    """Add the group to the console command."""
+    root.add_typer(app, name="saturation")
+
+
+@app.command("run", no_args_is_help=True)
+def run_command(
+    checkpoint: str = CHECKPOINT,
+    data: str = DATA,
+    samples: int | None = SAMPLES,
+    output: Path | None = typer.Option(  # noqa: B008
+        None, help="folder for results; default: saturation/ and CKPT's name", show_default=False
+    ),
+    question: str = QUESTION,
+    base: str = BASE,
+    device: str = DEVICE,
+    dtype: str = DTYPE,
+    gin_file: list[str] = GIN_FILE,
+    gin_param: list[str] = GIN_PARAM,
+) -> None:
+    """Measure one checkpoint, stock or patched, and recommend a split.
+
+    Every setting of Saturation can be bound with --gin-param; options win over
+    bindings. OUTPUT gets saturation.json and saturation.png. Interrupted, the
+    same command goes on, and its result is the same to the last bit.
+    """
+    from llava_patch.diagnostics.saturation.compare import RESULT
+    from llava_patch.probe.commands.run import check_folder
+
+    folder = folder_for("saturation", checkpoint, output)
+    with configured(gin_file, gin_param):
+        settings = _settings(samples)
+        check_folder(folder, checkpoint, (RESULT,))
+        result = _measure(checkpoint, data, folder, settings, question, base, device, dtype)
+    typer.echo(result.summary())
+    for name in (RESULT, "saturation.png"):
+        typer.echo(f"wrote {folder / name}")
+
+
+@app.command("compare", no_args_is_help=True)
+def compare_command(
+    models: list[str] = typer.Argument(  # noqa: B008
+        ..., metavar="A B ...", help="checkpoints, saturation.json files of earlier runs, or folders with one"
+    ),
+    data: str = typer.Option("", help="what checkpoints are measured on, as DATA of saturation run"),
+    samples: int | None = SAMPLES,
+    names: str = typer.Option("", help="what to call them, such as stock,patched; default: by their paths"),
+    output: Path = typer.Option(Path("saturation_compare"), help="folder for table, figure and results"),  # noqa: B008
+    question: str = QUESTION,
+    base: str = BASE,
+    device: str = DEVICE,
+    dtype: str = DTYPE,
+    gin_file: list[str] = GIN_FILE,
+    gin_param: list[str] = GIN_PARAM,
+) -> None:
+    """Compare models: one figure with all curves, one table.
+
+    Checkpoints are measured one after the other, each into a folder of OUTPUT
+    that has its name; the same command again takes up what is there. OUTPUT
+    gets compare.json and compare.png.
+    """
+    from rich.console import Console
+
+    from llava_patch.convert.weights import read_json
+    from llava_patch.diagnostics.saturation import compare
+    from llava_patch.diagnostics.saturation.result import read_result
+    from llava_patch.errors import CheckpointError
+    from llava_patch.probe.commands.compare import split_names
+    from llava_patch.probe.commands.run import check_folder
+    from llava_patch.probe.screen import show
+
+    if len(models) < 2:
+        raise SettingError(f"saturation compare: one model ({models[0]}), expected at least two")
+    # All that can be wrong with the arguments, before minutes are spent on the first checkpoint.
+    called = compare.names_of(models, split_names(names))
+    files = [compare.find_result(given) for given in models]
+    read = [None if file is None else read_result(file) for file in files]
+    found: dict[str, SaturationResult] = {}
+    with configured(gin_file, gin_param):
+        settings = _settings(samples)
+        for name, given, result in zip(called, models, read, strict=True):
+            if result is None:
+                if read_json(given, "config.json") is None:
+                    raise CheckpointError(f"{given}: neither a checkpoint (no config.json) nor a saturation result")
+                check_folder(output / name, given, (compare.RESULT,))
+        for name, given, result in zip(called, models, read, strict=True):
+            if result is None:
+                typer.echo(f"measuring {name}", err=True)
+                result = _measure(given, data, output / name, settings, question, base, device, dtype, reuse=True)
+            found[name] = result
+    written = compare.write(found, output)
+    show(Console(), *compare.table(found), compare.notes(found), "Visual saturation (layers, % of depth)")
+    for path in written:
+        typer.echo(f"wrote {path}")
+
+
+def _settings(samples: int | None) -> "Saturation":
+    from llava_patch.diagnostics.saturation import Saturation
+
+    settings = settings_of(Saturation, max_samples=samples or None)
+    if samples == 0:
+        return dataclasses.replace(settings, max_samples=None)
+    return dataclasses.replace(settings, max_samples=settings.max_samples or DEFAULT_SAMPLES)
+
+
+def _measure(
+    checkpoint: str,
+    data: str,
+    folder: Path,
+    settings: "Saturation",
+    question: str,
+    base: str,
+    device: str,
+    dtype: str,
+    reuse: bool = False,
+) -> "SaturationResult":
+    """Measure a checkpoint into a folder; with `reuse` a finished result of the same measurement is taken as it is."""
+    from llava_patch.diagnostics.saturation import measure_saturation
+    from llava_patch.diagnostics.saturation.compare import RESULT
+    from llava_patch.diagnostics.saturation.result import read_result
+    from llava_patch.diagnostics.saturation.state import STATE_FILE, State, make_key
+    from llava_patch.hosts.anatomy import find
+    from llava_patch.probe.alone import alone
+    from llava_patch.probe.commands.run import named
+    from llava_patch.probe.data.read import resolve_source
+
+    with alone(folder):
+        subject = load(checkpoint, base, device, dtype)
+        examples = _examples(subject, data, question, settings.max_samples)
+        key = make_key(find(subject.model), examples, settings)
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        if reuse and (folder / RESULT).is_file() and (kept := read_result(folder / RESULT)).facts.get("key") == digest:
+            typer.echo(f"{folder / RESULT}: measured before", err=True)
+            return kept
+        state = State(folder / STATE_FILE, key)
+        result = measure_saturation(subject.model, _Samples(subject.inputs(), examples), settings, state=state)
+        facts = {
+            "checkpoint": named(checkpoint),
+            "base": base,
+            "data": resolve_source(data),
+            "question": question,
+            "examples": len(examples),
+            "dtype": key["dtype"],
+            "device": key["device"],
+            "key": digest,
+        }
+        result = dataclasses.replace(result, facts=facts)
+        result.save(folder)
+        state.remove()
+    del subject
+    gc.collect()  # one model at a time in memory: patched ones hold themselves through their handle
+    return result
+
+
+def _examples(subject: "Subject", data: str, question: str, count: int | None) -> "list[Example]":
+    """All examples, or so many spread evenly over them: data sets often come sorted by kind."""
+    if not data:
+        return examples_for(subject, data, count, question)
+    found = examples_for(subject, data, None, question)
+    if count is None or count >= len(found):
+        return found
+    return [found[i * len(found) // count] for i in range(count)]
+
+
+class _Samples(Sequence):
+    """Inputs of examples, made when they are asked for; a slice of them makes nothing."""
+
+    def __init__(self, inputs: "Inputs", examples: "Sequence[Example]") -> None:
+        self.inputs, self.examples = inputs, examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return _Samples(self.inputs, self.examples[index])
+        example = self.examples[index]
+        return self.inputs.forward_inputs(example.open_image(), example.question)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[i] for i in range(len(self)))
