@@ -299,6 +299,10 @@ def _wrap_trainer_init(cls: Any) -> None:
             from llava_patch.auxiliary.trainer import follow
 
             follow(self, release=True)  # before the callback that saves what was trained
+        if asked is not None and "Gradients" in asked.measurements:
+            from llava_patch.diagnostics.gradients.training import follow as follow_gradients
+
+            follow_gradients(self, asked.measurements["Gradients"])
         if handle is not None or (asked is not None and asked.flags):
             self.add_callback(training_run.make_callback(handle))
 

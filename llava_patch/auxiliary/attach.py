@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import logging
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -246,6 +247,16 @@ class Auxiliary:
         if count:
             found["rprobe_loss"] = error / count
         return found
+
+    @contextlib.contextmanager
+    def unobserved(self) -> Iterator[None]:
+        """Forward passes inside do not count in what is logged: a measurement's, not the run's."""
+        sums, without = None if self._sums is None else self._sums.clone(), self._without
+        self._without = None  # says nothing meanwhile
+        try:
+            yield
+        finally:
+            self._sums, self._without = sums, without
 
     def release(self) -> None:
         """Take the head off the model, whose training is over, so that nothing saves or counts it."""

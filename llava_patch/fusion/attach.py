@@ -153,10 +153,17 @@ def let_tower_train(anatomy: Anatomy, settings: Fusion, undo: UndoStack) -> None
         return
     when_loaded(anatomy, undo, lambda late: keep_gradients(anatomy, late))
     if anatomy.host == LLAVA:
-        _lift_no_grad(anatomy, undo)
+        lift_no_grad(anatomy, undo)
 
 
-def _lift_no_grad(anatomy: Anatomy, undo: UndoStack) -> None:
+def lift_no_grad(anatomy: Anatomy, undo: UndoStack) -> None:
+    """Run `llava`'s tower with gradients while something in it asks for one.
+
+    Modifications: the tower's instance attribute `forward`.
+
+    Raises:
+        HostError: a tower whose forward is not under `no_grad`.
+    """
     tower = anatomy.tower
     original = tower.forward
     undecorated = getattr(type(tower).forward, "__wrapped__", None)

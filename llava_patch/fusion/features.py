@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -11,15 +12,22 @@ from torch import Tensor
 from llava_patch.errors import SettingError
 from llava_patch.fusion.taps import STI_POOL, Group, Join, Taps
 
+detaching: ContextVar[bool | None] = ContextVar("llava_patch_detaching", default=None)
+"""What a measurement asks of every tap: True detaches all, False none; None: as each group says."""
+
 
 def tap(hidden_states: Sequence[Tensor], group: Group) -> Tensor:
     """One tap: a block's output or the mean of several, under stop-gradient where the group says so.
+
+    `detaching` says otherwise while gradients are measured.
 
     Args:
         hidden_states: h[0] (embedding) to h[N], each [images, tokens, channels].
         group: what to take.
     """
-    states = [hidden_states[block].detach() if group.detached else hidden_states[block] for block in group.blocks]
+    asked = detaching.get()
+    detached = group.detached if asked is None else asked
+    states = [hidden_states[block].detach() if detached else hidden_states[block] for block in group.blocks]
     return states[0] if len(states) == 1 else torch.stack(states).sum(0) / len(states)
 
 
