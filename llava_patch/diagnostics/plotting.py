@@ -53,6 +53,19 @@ def write_figure(figure: Any, path: str | Path) -> Path:
     import matplotlib as mpl
 
     path = Path(path)
+    _fit_type(figure)
     with atomic(path) as temporary, mpl.rc_context(STYLE):
         figure.savefig(temporary, dpi=200)
     return path
+
+
+def _fit_type(figure: Any) -> None:
+    """Titles and legends take matplotlib's own size when they are made, after `panels`: give them the style's."""
+    usual = {"title": 12.0, "legend": 10.0}
+    for axis in figure.axes:
+        if axis.title.get_fontsize() == usual["title"]:
+            axis.title.set_fontsize(STYLE["axes.titlesize"])
+        texts = [] if axis.get_legend() is None else axis.get_legend().get_texts()
+        for text in texts:
+            if text.get_fontsize() == usual["legend"]:
+                text.set_fontsize(STYLE["legend.fontsize"])

@@ -89,7 +89,9 @@ class FlopsResult:
 
     def main_row(self) -> Row:
         """What the summary and the figure are about: the configured variant, or LF."""
-        return next(row for row in self.rows[0][::-1] if row.variant.name == OWN or row.variant.name.startswith("LF, K"))
+        return next(
+            row for row in self.rows[0][::-1] if row.variant.name == OWN or row.variant.name.startswith("LF, K")
+        )
 
     def summary(self) -> str:
         """What was found, in two sentences."""
@@ -120,9 +122,14 @@ class FlopsResult:
             deep = row.deep_image / stock.deep_image if stock.deep_image else 0.0
             body.append(
                 [
-                    row.variant.name, f"{row.forward.total / scale:.3f}", f"{self.saved(row, prompt=prompt):.1%}",
-                    f"{row.prefill.total / scale:.3f}", f"{self.saved(row, 'prefill', prompt):.1%}", f"{deep:.1%}",
-                    f"{row.decode.total / small:.2f}", f"{row.cache_bytes / 1e6:.4g}",
+                    row.variant.name,
+                    f"{row.forward.total / scale:.3f}",
+                    f"{self.saved(row, prompt=prompt):.1%}",
+                    f"{row.prefill.total / scale:.3f}",
+                    f"{self.saved(row, 'prefill', prompt):.1%}",
+                    f"{deep:.1%}",
+                    f"{row.decode.total / small:.2f}",
+                    f"{row.cache_bytes / 1e6:.4g}",
                 ]  # fmt: skip
             )
         return head, body
