@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from llava_patch.diagnostics.plotting import IMAGE, SPLIT, TEXT, panels, write_figure
+from llava_patch.diagnostics.plotting import IMAGE, SPLIT, STYLE, TEXT, panels, write_figure
 
 if TYPE_CHECKING:
     from llava_patch.diagnostics.gradients.result import GradientsResult
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 SKIP, MAIN, RUNNING = IMAGE, TEXT, "0.25"
 DOTS = {"ls": "none", "marker": ".", "ms": 2.5, "mew": 0}
+FEW = 60  # steps whose dots are drawn large
 SMALL_DELTA = 0.1  # the paper: "typically below 0.1"
 
 
@@ -29,43 +30,52 @@ def gradients_figure(result: "GradientsResult", path: str | Path) -> Path:
     Returns:
         The path written.
     """
+    import matplotlib as mpl
+
+    with mpl.rc_context(STYLE):
+        return write_figure(_four_panels(result), path)
+
+
+def _four_panels(result: "GradientsResult") -> Any:
     figure, (norms, traces, cosine, delta) = panels(2, 2)
     steps = [s for s in result.steps if s.finite]
+    each = "each step" if result.trains else "each batch"
     for name, color in (("skip", SKIP), ("main", MAIN)):
-        _dots(norms, steps, [getattr(s, name) for s in steps], color, f"{name}, $\\|g\\|^2$")
-        _levels(norms, result.windows, f"{name}_mean", color, f"{name}, $\\|$window mean$\\|^2$")
-        _levels(traces, result.windows, f"{name}_trace", color, name, ends=True)
+        _dots(norms, steps, [getattr(s, name) for s in steps], color, f"{name}, {each}")
+        _levels(norms, result.windows, f"{name}_mean", color, f"{name}, window")
+        _levels(traces, result.windows, f"{name}_trace", color)
     _positive_log(norms)
     _positive_log(traces)
-    _describe(norms, "(a) Gradient norms", "squared norm")
-    _describe(traces, "(b) Variance", r"tr $\Sigma$")
+    _describe(norms, r"(a) Norms: $\|g\|^2$ and $\|$window's mean $g\|^2$", "squared norm")
+    _describe(traces, r"(b) Variance in a window", r"tr $\Sigma$ (squared norm)")
 
     values = [s.cosine for s in steps]
-    _dots(cosine, steps, values, SKIP, "each step")
-    cosine.plot(*_running([s.step for s in steps], values, result.settings.window), color=RUNNING, label="median")
+    _dots(cosine, steps, values, SKIP)
+    cosine.plot(
+        *_running([s.step for s in steps], values, result.settings.window), color=RUNNING, label="running median"
+    )
     cosine.axhline(0, color="0.5", lw=0.8, zorder=0)
     widest = max([abs(v) for v in values if not math.isnan(v)], default=0.0)
     reach = min(1.05, max(0.05, 1.2 * widest))
     cosine.set_ylim(-reach, reach)
-    _describe(cosine, "(c) Skip against main", r"cosine of $g_\mathrm{skip}$ and $g_\mathrm{main}$")
+    _describe(cosine, "(c) Direction of skip against main", r"cosine of $g_\mathrm{skip}$ and $g_\mathrm{main}$")
 
     middles = [(w.first + w.last) / 2 for w in result.windows]
-    delta.plot(middles, [w.delta for w in result.windows], "o", color=SKIP, ms=3.5, label="each window")
-    delta.axhline(SMALL_DELTA, color="0.5", ls=":", lw=1, label=f"{SMALL_DELTA} (paper: below)")
-    delta.set_ylim(bottom=0)
-    _describe(delta, r"(d) Cross-covariance, $\delta$", r"$\delta$ (share of tr $\Sigma_\mathrm{skip}$)")
+    delta.plot(middles, [w.delta for w in result.windows], "o", color=SKIP, ms=3.5)
+    delta.axhline(SMALL_DELTA, color="0.4", ls=":", lw=1, label=rf"$\delta$ = {SMALL_DELTA} (paper: below)")
+    delta.set_ylim(0, 1.15 * max([SMALL_DELTA, *(w.delta for w in result.windows if math.isfinite(w.delta))]))
+    _describe(delta, r"(d) Cross-covariance in a window", r"$\delta$ (share of tr $\Sigma_\mathrm{skip}$)")
 
     for axis in (norms, traces, cosine, delta):
         _shade(axis, result.windows)
         if result.transition is not None:
-            axis.axvline(
-                result.transition, color=SPLIT, ls="--", lw=1.2, label=rf"$t_\mathrm{{trans}}$ {result.transition}"
-            )
+            label = rf"$t_\mathrm{{trans}}$ = {result.transition}" if axis is norms else None
+            axis.axvline(result.transition, color=SPLIT, ls="--", lw=1.2, label=label)
         _step_axis(axis, [s.step for s in result.steps], "training step" if result.trains else "batch")
-        if axis.get_legend_handles_labels()[1]:
-            axis.legend(loc="best", handlelength=1.4, framealpha=0.85)
     figure.suptitle(_title(result), fontsize=8.5)
-    return write_figure(figure, path)
+    scale = 1 if len(steps) <= FEW else 3
+    figure.legend(loc="outside lower center", ncols=4, handlelength=1.6, columnspacing=1.4, markerscale=scale)
+    return figure
 
 
 def runs_figure(results: "Mapping[str, GradientsResult]", path: str | Path) -> Path:
@@ -80,30 +90,37 @@ def runs_figure(results: "Mapping[str, GradientsResult]", path: str | Path) -> P
     """
     import matplotlib as mpl
 
+    with mpl.rc_context(STYLE):
+        return write_figure(_two_panels(results, mpl.colormaps["viridis"]), path)
+
+
+def _two_panels(results: "Mapping[str, GradientsResult]", colors: Any) -> Any:
     figure, (ratio, delta) = panels(1, 2)
-    colors = mpl.colormaps["viridis"]
-    last = 0
+    last = 1
     for number, (name, result) in enumerate(results.items()):
         color = colors(0.9 * number / max(1, len(results) - 1))
-        steps = [s for s in result.steps if not math.isnan(s.ratio)]
+        steps = [s for s in result.steps if math.isfinite(s.ratio)]
         where, values = _running([s.step for s in steps], [s.ratio for s in steps], result.settings.window)
-        ratio.plot(where, values, color=color, label=name)
+        rate = result.facts.get("learning_rate")
+        ratio.plot(where, values, color=color, label=f"{name} (lr {rate:g})" if rate else name)
         if result.transition is not None:
             ratio.axvline(result.transition, color=color, ls="--", lw=1)
         middles = [(w.first + w.last) / 2 for w in result.windows]
-        delta.plot(middles, [w.delta for w in result.windows], "o-", color=color, ms=3, lw=0.8, label=name)
+        delta.plot(middles, [w.delta for w in result.windows], "o-", color=color, ms=3, lw=0.8)
         last = max([last, *(s.step for s in result.steps)])
     ratio.axhline(1, color="0.5", lw=0.8, zorder=0)
     _positive_log(ratio)
-    _describe(ratio, r"Skip against main (dashed: $t_\mathrm{trans}$)", r"$\|g_\mathrm{skip}\|/\|g_\mathrm{main}\|$")
-    delta.axhline(SMALL_DELTA, color="0.5", ls=":", lw=1)
+    _describe(
+        ratio, r"Skip against main, running median (dashed: $t_\mathrm{trans}$)",
+        r"$\|g_\mathrm{skip}\|/\|g_\mathrm{main}\|$",
+    )  # fmt: skip
+    delta.axhline(SMALL_DELTA, color="0.4", ls=":", lw=1, label=rf"$\delta$ = {SMALL_DELTA} (paper: below)")
     delta.set_ylim(bottom=0)
-    _describe(delta, r"Cross-covariance, $\delta$", r"$\delta$ (share of tr $\Sigma_\mathrm{skip}$)")
+    _describe(delta, "Cross-covariance in a window", r"$\delta$ (share of tr $\Sigma_\mathrm{skip}$)")
     for axis in (ratio, delta):
         _step_axis(axis, [1, last], "training step")
-        if axis.get_legend_handles_labels()[1]:
-            axis.legend(loc="best", handlelength=1.4, framealpha=0.85)
-    return write_figure(figure, path)
+    figure.legend(loc="outside lower center", ncols=min(3, len(results) + 1), handlelength=1.6)
+    return figure
 
 
 def _title(result: "GradientsResult") -> str:
@@ -117,8 +134,8 @@ def _title(result: "GradientsResult") -> str:
     return "Gradient statistics: " + ", ".join(parts)
 
 
-def _dots(axis: Any, steps: "Sequence[Step]", values: Sequence[float], color: str, label: str) -> None:
-    few = len(steps) <= 60
+def _dots(axis: Any, steps: "Sequence[Step]", values: Sequence[float], color: str, label: str | None = None) -> None:
+    few = len(steps) <= FEW
     axis.plot(
         [s.step for s in steps],
         values,
@@ -129,12 +146,11 @@ def _dots(axis: Any, steps: "Sequence[Step]", values: Sequence[float], color: st
     )
 
 
-def _levels(axis: Any, windows: "Sequence[Moments]", name: str, color: str, label: str, ends: bool = False) -> None:
+def _levels(axis: Any, windows: "Sequence[Moments]", name: str, color: str, label: str | None = None) -> None:
     """One level line a window, from its first step to its last."""
     for number, window in enumerate(windows):
         axis.plot(
-            [window.first, window.last], [getattr(window, name)] * 2, color=color, marker="o" if ends else None, ms=2,
-            label=label if number == 0 else None,
+            [window.first, window.last], [getattr(window, name)] * 2, color=color, label=None if number else label
         )  # fmt: skip
 
 
@@ -151,9 +167,17 @@ def _shade(axis: Any, windows: "Sequence[Moments]") -> None:
 
 
 def _positive_log(axis: Any) -> None:
-    """A logarithmic axis where there is something above zero to show."""
-    if any(v > 0 for line in axis.lines for v in line.get_ydata() if not math.isnan(v)):
-        axis.set_yscale("log")
+    """A logarithmic axis where there is something above zero to show; plain numbers where it spans little."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    shown = [v for line in axis.lines for v in line.get_ydata() if v > 0 and math.isfinite(v)]
+    if not shown:
+        return
+    axis.set_yscale("log")
+    if max(shown) / min(shown) < 50:
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _step_axis(axis: Any, steps: Sequence[int], label: str) -> None:

@@ -141,7 +141,7 @@ class GradientsResult:
             windows = f"{_count(self.windows, 'window')} of {self.settings.window}"
             text += (
                 f"Over {windows}: variance {_number(self.typical('c'))} times "
-                f" the main path's (c), delta {_number(self.median_delta)}; {self._condition()} "
+                f"the main path's (c), delta {_number(self.median_delta)}; {self._condition()} "
             )
         if not self.trains:
             return text.rstrip()
@@ -153,9 +153,10 @@ class GradientsResult:
         known = [c for c in self.conditions() if c is not None]
         if known:
             return f"condition (7) holds in {sum(known)} of {len(known)}."
-        return (
-            f"condition (7) needs a product of smoothness and step size of {_number(self.typical('product_needed'))}."
-        )
+        needed = self.typical("product_needed")
+        if not math.isfinite(needed):
+            return "condition (7) holds for no step size in the median window."
+        return f"condition (7) holds where smoothness times step size is at least {needed:.3g} (median)."
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Head and rows: median and range of what the paper names."""
