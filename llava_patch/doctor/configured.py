@@ -25,6 +25,7 @@ KNOWN_VARIABLES = (
     "LLAVA_PATCH_VENV",
 )  # fmt: skip
 READERS = {
+    "Gradients": "llava-patch gradients and report, LLaVA's training script",
     "Report": "llava-patch report",
     "RProbe": "llava-patch rprobe, lmms-eval's task rprobe",
     "Saturation": 'llava-patch saturation and report, lmms-eval\'s task saturation, Routing.split = "auto"',

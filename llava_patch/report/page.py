@@ -12,6 +12,8 @@ from llava_patch.files import atomic
 
 PAGE = "report.html"
 TEMPLATE = "report.html.j2"
+BROAD = 1.8
+"""Width over height from which a figure scrolls on a phone instead of becoming too small to read."""
 
 
 def write(values: dict[str, Any], folder: Path) -> Path:
@@ -31,12 +33,10 @@ def write(values: dict[str, Any], folder: Path) -> Path:
     )
     source = (resources.files("llava_patch.report") / TEMPLATE).read_text(encoding="utf-8")
     template = environment.from_string(source)
-    # A figure written over since its section was measured would show other numbers than the table beside it; a
-    # missing one is an error of the file system that must be seen.
     text = template.render(
         **values,
         name=Path(values["checkpoint"]).name,
-        picture=lambda file: _data(folder / file),
+        picture=lambda file: _picture(folder / file),
         pretty=lambda value: json.dumps(value, indent=1, default=str),
     )
     path = folder / PAGE
@@ -45,5 +45,11 @@ def write(values: dict[str, Any], folder: Path) -> Path:
     return path
 
 
-def _data(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
+def _picture(path: Path) -> dict[str, Any]:
+    """What an img element needs: its data, its size in pixels, and whether it is broad (several panels in a row)."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        width, height = image.size
+    data = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
+    return {"data": data, "width": width, "height": height, "broad": width > BROAD * height}

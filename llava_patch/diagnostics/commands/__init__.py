@@ -19,7 +19,12 @@ if TYPE_CHECKING:
     from llava_patch.diagnostics.examples import Example
     from llava_patch.probe.subject import Subject
 
-NAMES: tuple[str, ...] = ("flops", "gradients", "report", "saturation",)
+NAMES: tuple[str, ...] = (
+    "flops",
+    "gradients",
+    "report",
+    "saturation",
+)
 
 # Options that mean the same in every measurement.
 CHECKPOINT = typer.Argument(

@@ -6,7 +6,7 @@ import importlib
 
 from llava_patch.report.section import Section
 
-NAMES = ("saturation", "training", "rprobe")
+NAMES = ("saturation", "flops", "gradients", "training_gradients", "training", "rprobe")
 
 
 def sections() -> list[Section]:
