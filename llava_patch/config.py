@@ -17,6 +17,9 @@ from typing import Any
 
 import gin
 from llava_patch import flags as launch_flags
+from llava_patch.diagnostics.attention_maps import AttentionMaps
+from llava_patch.diagnostics.drift import Drift
+from llava_patch.diagnostics.fusion_attention import FusionAttention
 from llava_patch.diagnostics.saturation import Saturation
 from llava_patch.errors import SettingError
 from llava_patch.probe.settings import RProbe
@@ -24,7 +27,10 @@ from llava_patch.resources import gin_dir
 from llava_patch.settings import METHODS, AuxiliaryProbe, FastV, Fusion, Routing
 from llava_patch.sweep.settings import Sweep
 
-MEASUREMENTS: dict[str, Any] = {"RProbe": RProbe, "Saturation": Saturation}
+MEASUREMENTS: dict[str, Any] = {
+    "RProbe": RProbe, "Saturation": Saturation, "AttentionMaps": AttentionMaps, "Drift": Drift,
+    "FusionAttention": FusionAttention,
+}  # fmt: skip
 
 for _cls in (*METHODS.values(), *MEASUREMENTS.values()):
     gin.register(_cls, module="llava_patch")
