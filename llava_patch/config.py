@@ -17,6 +17,9 @@ from typing import Any
 
 import gin
 from llava_patch import flags as launch_flags
+from llava_patch.diagnostics.attention_maps import AttentionMaps
+from llava_patch.diagnostics.drift import Drift
+from llava_patch.diagnostics.fusion_attention import FusionAttention
 from llava_patch.diagnostics.gradients.settings import Gradients
 from llava_patch.diagnostics.saturation import Saturation
 from llava_patch.errors import SettingError
@@ -26,7 +29,7 @@ from llava_patch.resources import gin_dir
 from llava_patch.settings import METHODS, AuxiliaryProbe, FastV, Fusion, Routing
 from llava_patch.sweep.settings import Sweep
 
-MEASUREMENTS: dict[str, Any] = {"Gradients": Gradients, "RProbe": RProbe, "Report": Report, "Saturation": Saturation}
+MEASUREMENTS: dict[str, Any] = {"AttentionMaps": AttentionMaps, "Drift": Drift, "FusionAttention": FusionAttention, "Gradients": Gradients, "RProbe": RProbe, "Report": Report, "Saturation": Saturation}
 
 for _cls in (*METHODS.values(), *MEASUREMENTS.values()):
     gin.register(_cls, module="llava_patch")

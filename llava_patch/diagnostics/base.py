@@ -1,0 +1,37 @@
+"""Which model a checkpoint is compared with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llava_patch import checkpoint as patched
+from llava_patch.convert.weights import read_json
+from llava_patch.errors import CheckpointError
+
+
+def base_of(checkpoint: str, given: str, setting: str) -> str:
+    """The base to compare a checkpoint with: the one that was named, or the one that its record names.
+
+    Args:
+        checkpoint: folder or hub name.
+        given: what was named; "": nothing.
+        setting: how to name one, for errors ("BASE", "Drift.base").
+
+    Raises:
+        CheckpointError: none is known, or it is not there.
+    """
+    if given:
+        if read_json(given, "config.json") is None:
+            raise CheckpointError(f"{setting} {given}: not a checkpoint, it has no config.json")
+        return given
+    record = patched.read_settings(checkpoint) if Path(checkpoint).is_dir() else None
+    named = (record or {}).get("base")
+    if not named:
+        why = "it is no adapter of llava_patch, so it names no base" if record is None else "its record names no base"
+        raise CheckpointError(f"{checkpoint}: {why}: say with {setting} what to compare it with")
+    if not Path(named).is_dir():
+        raise CheckpointError(
+            f"{checkpoint}: its record names {named} as its base, and there is no such folder here: say with {setting} "
+            "where it is"
+        )
+    return str(named)

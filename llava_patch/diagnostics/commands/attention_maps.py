@@ -1,0 +1,103 @@
+"""`llava-patch attention-maps`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from llava_patch.diagnostics import commands
+from llava_patch.diagnostics.commands import several
+from llava_patch.errors import SettingError
+
+if TYPE_CHECKING:
+    from llava_patch.diagnostics.attention_maps import AttentionMaps, AttentionMapsResult
+
+NAME = "attention_maps"
+
+
+def add(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("attention-maps", no_args_is_help=True)(attention_maps)
+
+
+def attention_maps(
+    checkpoints: list[str] = typer.Argument(  # noqa: B008
+        ..., metavar="CKPT [CKPT ...]", help="checkpoints of llava or HF, patched or not; or adapters"
+    ),
+    image: list[str] = typer.Option([], help="an image; may be repeated; instead of --data"),  # noqa: B008
+    data: str = typer.Option("", help="LLaVA's JSON, R-Probe's kinds of data or a folder of images; default: pages"),
+    block: int | None = typer.Option(None, help="ViT block, from 1; default 4"),
+    samples: int = typer.Option(4, min=1, help="images"),
+    names: str = typer.Option("", help="what to call the checkpoints, with commas; default: their folders' names"),
+    output: Path | None = typer.Option(  # noqa: B008
+        None, help="folder; default: attention-maps/ and the first CKPT's name", show_default=False
+    ),
+    base: str = commands.BASE,
+    device: str = commands.DEVICE,
+    dtype: str = commands.DTYPE,
+    gin_file: list[str] = commands.GIN_FILE,
+    gin_param: list[str] = commands.GIN_PARAM,
+) -> None:
+    """Which patches does a shallow ViT block look at? Checkpoints side by side.
+
+    CLS-to-patch attention, mean over heads; in a tower without CLS the mean
+    over all patches. Checkpoints are loaded one after the other.
+    OUTPUT gets attention_maps.json and attention_maps.png.
+    """
+    from llava_patch.diagnostics.attention_maps import AttentionMaps
+    from llava_patch.probe.commands.run import default_name, named
+
+    if image and data:
+        raise SettingError("--image and --data: give one of them")
+    labels = [name.strip() for name in names.split(",")] if names else [default_name(c) for c in checkpoints]
+    if len(labels) != len(checkpoints):
+        raise SettingError(f"--names has {len(labels)} names for {len(checkpoints)} checkpoints")
+    if not names and len(set(labels)) < len(labels):  # RUN/llava-stage2 of several runs
+        labels = [f"{Path(c).resolve().parent.name}/{default_name(c)}" for c in checkpoints]
+    folder = commands.folder_for("attention-maps", checkpoints[0], output)
+    sources = [named(c) for c in checkpoints]
+    several.check_folder(folder / f"{NAME}.json", sources)
+    with commands.configured(gin_file, gin_param):
+        settings = commands.settings_of(AttentionMaps, block=block)
+        result: "AttentionMapsResult | None" = None
+        for checkpoint, label, source in zip(checkpoints, labels, sources, strict=True):
+            one = _measure(checkpoint, label, source, image, data, samples, settings, base, device, dtype)
+            result = one if result is None else result.beside(one)
+        assert result is not None
+        several.show(result.table())
+        typer.echo(result.summary())
+        for path in result.save(folder, NAME):
+            typer.echo(f"wrote {path}")
+
+
+def _measure(
+    checkpoint: str,
+    label: str,
+    source: str,
+    image: list[str],
+    data: str,
+    count: int,
+    settings: "AttentionMaps",
+    base: str,
+    device: str,
+    dtype: str,
+) -> "AttentionMapsResult":
+    """One checkpoint, which is gone from memory when this returns."""
+    from llava_patch.diagnostics.attention_maps import measure_attention_maps
+
+    subject = commands.load(checkpoint, base, device, dtype)
+    if image:
+        examples = [example for path in image for example in commands.examples_for(subject, path, 1)]
+    else:
+        examples = commands.examples_for(subject, data, count)
+    return measure_attention_maps(
+        subject.model,
+        several.Samples(subject, examples),
+        settings,
+        image_processor=subject.image_processor,
+        checkpoint=label,
+        images=[example.id for example in examples],
+        source=source,
+    )

@@ -1,0 +1,72 @@
+"""`llava-patch drift`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import typer
+
+from llava_patch.diagnostics import commands
+from llava_patch.diagnostics.commands import several
+
+NAME = "drift"
+STOCK = typer.Argument(
+    "", metavar="BASE", help='the model to compare with; "" or left out: what the record of CKPT names'
+)
+
+
+def add(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("drift", no_args_is_help=True)(drift)
+
+
+def drift(
+    checkpoint: str = commands.CHECKPOINT,
+    stock: str = STOCK,
+    data: str = commands.DATA,
+    samples: int = typer.Option(32, min=1, help="examples"),
+    split: int | None = typer.Option(
+        None, min=1, help="compare layers 0..N-1; default: those below CKPT's split, or all"
+    ),
+    together: bool | None = typer.Option(
+        None, "--together/--apart", help="both models in memory, or one after the other (default)"
+    ),
+    store_gb: float | None = typer.Option(None, help="disk for hidden states of the first model; default 20"),
+    question: str = commands.QUESTION,
+    output: Path | None = typer.Option(None, help="folder; default: drift/NAME", show_default=False),  # noqa: B008
+    base: str = commands.BASE,
+    device: str = commands.DEVICE,
+    dtype: str = commands.DTYPE,
+    gin_file: list[str] = commands.GIN_FILE,
+    gin_param: list[str] = commands.GIN_PARAM,
+) -> None:
+    """Are a trained checkpoint's lower layers still the base's?
+
+    Median cosine of both models' hidden states, layer by layer below the
+    split, image and text positions apart. The models are loaded one after
+    the other; the first one's states wait on disk (--store-gb).
+    OUTPUT gets drift.json and drift.png.
+    """
+    from llava_patch.diagnostics.base import base_of
+    from llava_patch.diagnostics.drift import Drift, measure_drift, measure_drift_apart
+    from llava_patch.probe.commands.run import named
+
+    folder = commands.folder_for(NAME, checkpoint, output)
+    with commands.configured(gin_file, gin_param):
+        settings = commands.settings_of(Drift, split=split, together=together, store_gb=store_gb)
+        stock = base_of(checkpoint, stock or settings.base or base, "BASE")
+        sources = [named(checkpoint), named(stock)]
+        several.check_folder(folder / f"{NAME}.json", sources)
+        own = several.opener(checkpoint, base, data, samples, question, device, dtype)
+        other = several.opener(stock, "", data, samples, question, device, dtype)
+        if settings.together:
+            (model, ours), (stock_model, theirs) = own(), other()
+            result = measure_drift(model, stock_model, ours, settings, base_samples=theirs)
+        else:
+            result = measure_drift_apart(own, other, settings)
+        result = dataclasses.replace(result, checkpoint=sources[0], base=sources[1])
+        several.show(result.table())
+        typer.echo(result.summary())
+        for path in result.save(folder, NAME):
+            typer.echo(f"wrote {path}")

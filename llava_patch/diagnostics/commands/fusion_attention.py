@@ -1,0 +1,73 @@
+"""`llava-patch fusion-attention`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import typer
+
+from llava_patch.diagnostics import commands
+from llava_patch.diagnostics.commands import several
+from llava_patch.diagnostics.commands.drift import STOCK
+from llava_patch.errors import SettingError
+
+NAME = "fusion_attention"
+
+
+def add(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("fusion-attention", no_args_is_help=True)(fusion_attention)
+
+
+def fusion_attention(
+    checkpoint: str = commands.CHECKPOINT,
+    stock: str = STOCK,
+    data: str = commands.DATA,
+    samples: int = typer.Option(32, min=1, help="examples"),
+    layers: str = typer.Option("", help="decoder layers, as 30,31; default: CKPT's fusion layers, else the last"),
+    question: str = commands.QUESTION,
+    output: Path | None = typer.Option(  # noqa: B008
+        None, help="folder; default: fusion-attention/NAME", show_default=False
+    ),
+    base: str = commands.BASE,
+    device: str = commands.DEVICE,
+    dtype: str = commands.DTYPE,
+    gin_file: list[str] = commands.GIN_FILE,
+    gin_param: list[str] = commands.GIN_PARAM,
+) -> None:
+    """Has the fusion layer learned to look at the image, and which heads?
+
+    Attention that text behind the image puts on it, head by head, against
+    the base's same layer. The models are loaded one after the other.
+    OUTPUT gets fusion_attention.json and fusion_attention.png.
+    """
+    from llava_patch.diagnostics.base import base_of
+    from llava_patch.diagnostics.fusion_attention import FusionAttention, measure_fusion_attention_apart
+    from llava_patch.probe.commands.run import named
+
+    folder = commands.folder_for("fusion-attention", checkpoint, output)
+    with commands.configured(gin_file, gin_param):
+        settings = commands.settings_of(FusionAttention, layers=_numbers(layers))
+        stock = base_of(checkpoint, stock or settings.base or base, "BASE")
+        sources = [named(checkpoint), named(stock)]
+        several.check_folder(folder / f"{NAME}.json", sources)
+        result = measure_fusion_attention_apart(
+            several.opener(checkpoint, base, data, samples, question, device, dtype),
+            several.opener(stock, "", data, samples, question, device, dtype),
+            settings,
+        )
+        result = dataclasses.replace(result, checkpoint=sources[0], base=sources[1])
+        several.show(result.table())
+        typer.echo(result.summary())
+        for path in result.save(folder, NAME):
+            typer.echo(f"wrote {path}")
+
+
+def _numbers(layers: str) -> tuple[int, ...] | None:
+    if not layers:
+        return None
+    try:
+        return tuple(int(part) for part in layers.split(","))
+    except ValueError:
+        raise SettingError(f"--layers {layers}: expected layer numbers, as 30,31") from None

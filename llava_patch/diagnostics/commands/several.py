@@ -1,0 +1,73 @@
+"""What commands over more than one checkpoint share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llava_patch.diagnostics import commands
+from llava_patch.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from llava_patch.diagnostics.examples import Example
+    from llava_patch.probe.subject import Subject
+
+
+class Samples:
+    """The model's inputs of some examples, made one at a time; of known length, for the progress bar."""
+
+    def __init__(self, subject: "Subject", examples: "list[Example]") -> None:
+        self.subject, self.examples = subject, examples
+
+    def __len__(self) -> int:
+        """How many examples."""
+        return len(self.examples)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Keyword arguments of the model's forward."""
+        return commands.samples_of(self.subject, self.examples)
+
+
+def opener(
+    checkpoint: str, base: str, data: str, count: int | None, question: str, device: str, dtype: str
+) -> Callable[[], tuple[Any, Samples]]:
+    """Loads a checkpoint when it is called: (model, the samples made for it)."""
+
+    def open_now() -> tuple[Any, Samples]:
+        subject = commands.load(checkpoint, base, device, dtype)
+        return subject.model, Samples(subject, commands.examples_for(subject, data, count, question))
+
+    return open_now
+
+
+def check_folder(path: Path, sources: Sequence[str]) -> None:
+    """Refuse to replace the results of other checkpoints.
+
+    Args:
+        path: the measurement's JSON file.
+        sources: the checkpoints of this run, as `probe.commands.run.named` writes them.
+
+    Raises:
+        CheckpointError: names the file, and what it was measured on.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        others = [str(one) for one in values["sources"]]
+    except (OSError, ValueError, KeyError, TypeError):  # none, or none that is worth keeping
+        return
+    if others != list(sources):
+        raise CheckpointError(
+            f"{path} holds the results of {', '.join(others)}, not of {', '.join(sources)}: give another folder with "
+            "--output"
+        )
+
+
+def show(table: tuple[list[str], list[list[str]]], title: str = "") -> None:
+    """Print a measurement's table in 80 columns."""
+    from rich.console import Console
+
+    from llava_patch.probe import screen
+
+    screen.show(Console(), table[0], table[1], [], title)
