@@ -132,9 +132,7 @@ def count_flops(shape: ModelShape, program: Program, prompt: Prompt, mode: Mode 
         prompt: what it gets.
         mode: a plain forward pass, generation's prefill, or its first further token.
     """
-    at = products.decoder_positions(
-        program, prompt.text, prompt.image, mode, answers_last_only=shape.host == HF
-    )
+    at = products.decoder_positions(program, prompt.text, prompt.image, mode, answers_last_only=shape.host == HF)
     decoder, batch = shape.decoder, prompt.batch
     images = 0 if mode is Mode.DECODE else -(-prompt.image // shape.projected) * batch
     chooser: Counter[Product] = (

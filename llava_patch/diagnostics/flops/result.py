@@ -89,7 +89,9 @@ class FlopsResult:
 
     def main_row(self) -> Row:
         """What the summary and the figure are about: the configured variant, or LF."""
-        return next(row for row in self.rows[0][::-1] if row.variant.name == OWN or row.variant.name.startswith("LF, K"))
+        return next(
+            row for row in self.rows[0][::-1] if row.variant.name == OWN or row.variant.name.startswith("LF, K")
+        )
 
     def summary(self) -> str:
         """What was found, in two sentences."""
@@ -120,10 +122,15 @@ class FlopsResult:
             deep = row.deep_image / stock.deep_image if stock.deep_image else 0.0
             body.append(
                 [
-                    row.variant.name, f"{row.forward.total / scale:.3f}", f"{self.saved(row, prompt=prompt):.1%}",
-                    f"{row.prefill.total / scale:.3f}", f"{self.saved(row, 'prefill', prompt):.1%}", f"{deep:.1%}",
-                    f"{row.decode.total / small:.2f}", f"{row.cache_bytes / 1e6:.4g}",
-                ]  # fmt: skip
+                    row.variant.name,
+                    f"{row.forward.total / scale:.3f}",
+                    f"{self.saved(row, prompt=prompt):.1%}",
+                    f"{row.prefill.total / scale:.3f}",
+                    f"{self.saved(row, 'prefill', prompt):.1%}",
+                    f"{deep:.1%}",
+                    f"{row.decode.total / small:.2f}",
+                    f"{row.cache_bytes / 1e6:.4g}",
+                ]
             )
         return head, body
 
@@ -217,9 +224,9 @@ def variants(split: int, fusion_layers: int | tuple[int, ...], side_layers: int,
         Variant("ideal", routed("ideal")), Variant("VTW", Routing(variant="vtw", split=split)),
     ]  # fmt: skip
     if depth > 2:
-        rows.append(Variant("FastV(2, 0.5)", None, FastV(2, 0.5)))
+        rows.append(Variant("FastV(2, ½)", None, FastV(2, 0.5)))
         if split >= 2:
-            rows.append(Variant("LF + FastV(2, 0.5)", lf, FastV(2, 0.5)))
+            rows.append(Variant("LF + FastV(2, ½)", lf, FastV(2, 0.5)))
     return rows
 
 
