@@ -100,7 +100,7 @@ def _show(title: str, head: list[str], rows: list[list[str]]) -> None:
 
     table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
     for number, name in enumerate(head):
-        table.add_column(name, justify="right" if number else "left")
+        table.add_column(name, justify="right" if number else "left", no_wrap=not number)
     for row in rows:
         table.add_row(*row)
     Console().print(table)

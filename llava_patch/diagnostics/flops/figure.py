@@ -23,9 +23,12 @@ _COLOURS = ("0.45", "#dd8452", "#55a868", "#8172b3", "#937860", "#4c72b0", "#64b
 
 def flops_figure(result: "FlopsResult", path: str | Path) -> Path:
     """Two panels; returns the path written."""
+    import matplotlib as mpl
+
     figure, (layers, lengths) = plotting.panels(1, 2)
-    _draw_layers(layers, result)
-    _draw_lengths(lengths, result)
+    with mpl.rc_context(plotting.STYLE):
+        _draw_layers(layers, result)
+        _draw_lengths(lengths, result)
     return plotting.write_figure(figure, path)
 
 
@@ -57,7 +60,7 @@ def _draw_layers(axis: Any, result: "FlopsResult") -> None:
     axis.set_ylabel(f"{unit} a forward pass")
     prompt = result.prompts[0]
     axis.set_title(f"{row.variant.name}: {prompt.image} image + {prompt.text} text tokens")
-    axis.legend(ncols=3, loc="upper center", handlelength=1.4, columnspacing=1.0)
+    axis.legend(ncols=3, loc="upper center", handlelength=1.2, columnspacing=0.8, framealpha=1, borderpad=0.3)
 
 
 def _draw_lengths(axis: Any, result: "FlopsResult") -> None:
@@ -81,5 +84,5 @@ def _draw_lengths(axis: Any, result: "FlopsResult") -> None:
     axis.set_ylabel("forward FLOPs saved (%)")
     axis.set_title(f"{result.shape.name}, split {result.split}")
     low, high = axis.get_ylim()
-    axis.set_ylim(low, high + 0.42 * (high - low))
-    axis.legend(ncols=2, loc="upper center", handlelength=1.4, columnspacing=1.0)
+    axis.set_ylim(low, high + 0.45 * (high - low))
+    axis.legend(ncols=2, loc="upper center", handlelength=1.2, columnspacing=0.8, framealpha=1, borderpad=0.3)

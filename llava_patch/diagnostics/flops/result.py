@@ -130,7 +130,7 @@ class FlopsResult:
                     f"{deep:.1%}",
                     f"{row.decode.total / small:.2f}",
                     f"{row.cache_bytes / 1e6:.4g}",
-                ]  # fmt: skip
+                ]
             )
         return head, body
 
@@ -224,9 +224,9 @@ def variants(split: int, fusion_layers: int | tuple[int, ...], side_layers: int,
         Variant("ideal", routed("ideal")), Variant("VTW", Routing(variant="vtw", split=split)),
     ]  # fmt: skip
     if depth > 2:
-        rows.append(Variant("FastV(2, 0.5)", None, FastV(2, 0.5)))
+        rows.append(Variant("FastV(2, ½)", None, FastV(2, 0.5)))
         if split >= 2:
-            rows.append(Variant("LF + FastV(2, 0.5)", lf, FastV(2, 0.5)))
+            rows.append(Variant("LF + FastV(2, ½)", lf, FastV(2, 0.5)))
     return rows
 
 

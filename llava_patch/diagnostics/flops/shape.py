@@ -151,16 +151,16 @@ def _patch_embedding(before: list[nn.Module], kind: str) -> Linear:
 
 
 def _pooling(after: list[nn.Module], tokens: int, width: int) -> int:
-    """Multiply-adds behind the blocks for one image: an attention pooling head, or linear layers on one token."""
+    """Multiply-adds behind the blocks for one image: attention pooling with one query, linear layers on its answer."""
     total = 0
-    for part in after:
-        pooled = [m for m in part.modules() if isinstance(m, nn.MultiheadAttention)]
-        inside = {id(m) for attention in pooled for m in attention.modules()}
-        for _ in pooled:  # one query asks all tokens
-            total += (2 * tokens + 2) * width * width + 2 * tokens * width
-        total += sum(
-            m.in_features * m.out_features for m in part.modules() if isinstance(m, nn.Linear) and id(m) not in inside
-        )
+    for name, module in ((n, m) for part in after for n, m in part.named_modules()):
+        last = name.rpartition(".")[2]
+        if isinstance(module, nn.MultiheadAttention):  # SigLIP; its out_proj is a Linear and comes by itself
+            total += (2 * tokens + 1) * width * width + 2 * tokens * width
+        elif isinstance(module, nn.Linear):
+            each = module.in_features * module.out_features
+            total += each * (tokens if last in ("k_proj", "v_proj") else 1)  # AIMv2
+            total += 2 * tokens * width if last == "k_proj" else 0
     return total
 
 
