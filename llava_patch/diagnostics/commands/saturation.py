@@ -42,6 +42,9 @@ SAMPLES = typer.Option(
 )
 
 
+TITLE = "Recommended split, window, image and text transition; attention mass"
+
+
 class _Group(DefaultGroup):
     second = "several checkpoints: llava-patch saturation compare A B ... --data DATA"
 
@@ -146,7 +149,7 @@ def compare_command(
                 result = _measure(given, data, output / name, settings, question, base, device, dtype, reuse=True)
             found[name] = result
     written = compare.write(found, output)
-    show(Console(), *compare.table(found), compare.notes(found), "Visual saturation (layers, % of depth)")
+    show(Console(), *compare.table(found), compare.notes(found), TITLE)
     for path in written:
         typer.echo(f"wrote {path}")
 
@@ -194,7 +197,7 @@ def _measure(
         facts = {
             "checkpoint": named(checkpoint),
             "base": base,
-            "data": resolve_source(data),
+            "data": resolve_source(data) or "rendered pages",
             "question": question,
             "examples": len(examples),
             "dtype": key["dtype"],

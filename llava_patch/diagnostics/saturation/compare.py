@@ -11,7 +11,8 @@ from llava_patch.errors import InputError, SettingError
 from llava_patch.files import write_json
 
 RESULT = f"{NAME}.json"
-FACTS = ("data", "question", "dtype", "examples")  # what else than the model changes the numbers
+FACTS = ("data", "question", "dtype")  # what else than the model changes the numbers
+_UNSEEN = ("save_every", "max_samples", "chunk")  # settings that do not
 
 
 def find_result(given: str) -> Path | None:
@@ -71,8 +72,12 @@ def _parts(given: str) -> list[str]:
 
 
 def table(results: Mapping[str, SaturationResult]) -> tuple[list[str], list[list[str]]]:
-    """(head, rows), a line a model; layers are numbers with their percentage of the depth."""
-    head = ["model", "layers", "split", "window", "image trans.", "text trans.", "mass at 0", "deep"]
+    """(head, rows), a line a model; layers are numbers with their percentage of the depth.
+
+    `image` and `text` are the transition layers, `mass 0` and `deep` the attention mass at layer 0 and in the deep
+    median, `own` is a patched model's own split.
+    """
+    head = ["model", "layers", "split", "window", "image", "text", "mass 0", "deep"]
     own = any(result.split is not None for result in results.values())
     rows = []
     for name, result in results.items():
@@ -90,7 +95,7 @@ def table(results: Mapping[str, SaturationResult]) -> tuple[list[str], list[list
                 *([result.worded(result.split)] * own),
             ]
         )
-    return head + ["own split"] * own, rows
+    return head + ["own"] * own, rows
 
 
 def notes(results: Mapping[str, SaturationResult]) -> list[str]:
@@ -102,7 +107,7 @@ def notes(results: Mapping[str, SaturationResult]) -> list[str]:
             found.append(f"{name}: no split: {result.recommendation.reason}")
         mine = {**asdict(result.settings), **{k: result.facts.get(k) for k in FACTS}, "samples": result.samples}
         theirs = {**asdict(base.settings), **{k: base.facts.get(k) for k in FACTS}, "samples": base.samples}
-        unlike = [f"{k} = {mine[k]} (there {theirs[k]})" for k in mine if k != "save_every" and mine[k] != theirs[k]]
+        unlike = [f"{k} = {mine[k]} (there {theirs[k]})" for k in mine if k not in _UNSEEN and mine[k] != theirs[k]]
         if unlike:
             found.append(f"{name} differs from {base_name} in more than the model: {', '.join(unlike)}")
     return found
