@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llava_patch.diagnostics.examples import Example
     from llava_patch.probe.subject import Subject
 
-NAMES: tuple[str, ...] = ()
+NAMES: tuple[str, ...] = ("gradients",)
 
 # Options that mean the same in every measurement.
 CHECKPOINT = typer.Argument(

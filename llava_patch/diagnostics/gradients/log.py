@@ -19,10 +19,11 @@ _KIND = "kind"
 class StepLog:
     """Appends measured steps and windows to a file; its first line holds settings and facts of the run."""
 
-    def __init__(self, path: Path, settings: Gradients) -> None:
+    def __init__(self, path: Path, settings: Gradients, facts: dict[str, Any]) -> None:
         """Use `begin` or `resume`."""
         self.path = path
         self.settings = settings
+        self.facts = facts
 
     @classmethod
     def begin(cls, folder: str | Path, settings: Gradients, facts: dict[str, Any]) -> "StepLog":
@@ -33,7 +34,7 @@ class StepLog:
             settings: of the measurement.
             facts: plain values that a reader should know: learning_rate, block, fusion, batch, checkpoint.
         """
-        log = cls(Path(folder) / LOG, settings)
+        log = cls(Path(folder) / LOG, settings, plain(facts))
         _rewrite(log.path, [{_KIND: "run", "settings": asdict(settings), "facts": facts}])
         return log
 
@@ -61,7 +62,7 @@ class StepLog:
             )
         kept = [entry for entry in lines[1:] if entry["last" if entry[_KIND] == "window" else "step"] <= step]
         _rewrite(path, [lines[0], *kept])
-        return cls(path, settings)
+        return cls(path, settings, lines[0]["facts"])
 
     def add(self, step: Step, moments: Moments | None = None) -> None:
         """Append a step and the window that it completed; on disk when this returns."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Iterable, Sized
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -59,9 +59,9 @@ class GradientsResult:
         """Over the complete windows; NaN without one."""
         return _median(w.delta for w in self.windows)
 
-    def over_windows(self, value: Callable[[Moments], float]) -> float:
-        """Median of something over the complete windows; NaN without one."""
-        return _median(map(value, self.windows))
+    def typical(self, name: str) -> float:
+        """Median of one of the windows' values, by its name in `Moments`; NaN without a complete window."""
+        return _median(getattr(w, name) for w in self.windows)
 
     def conditions(self) -> list[bool | None]:
         """Whether condition (7) holds in each window; None where L, gamma or a second step is missing."""
@@ -119,8 +119,67 @@ class GradientsResult:
             raise CheckpointError(f"{place}: damaged gradient statistics ({error!r})") from error
 
     def summary(self) -> str:
-        """Two or three sentences: what the skip path brings to the block."""
-        raise NotImplementedError
+        """A few sentences: what the skip path brings to the block."""
+        measured = [s for s in self.steps if s.finite]
+        unit = "step" if self.trains else "batch"
+        block = f"block {self.facts['block']}" if "block" in self.facts else "the block"
+        if not measured:
+            return f"No {unit} with finite gradients at {block} was measured."
+        if all(s.skip == 0 for s in measured):
+            return (
+                f"No gradient passes the skip taps to {block} in {_count(measured, unit)}: their weights in the "
+                "projector are still zero, as a fresh patch has them."
+            )
+        ratio = _median(s.ratio for s in measured)
+        text = (
+            f"In the median over {_count(measured, unit)}, the skip gradient at {block} is {ratio:.3g} times as long "
+            f"as the main one, at a cosine of {_number(self.median_cosine)} to it. "
+        )
+        if not self.windows:
+            text += f"No window of {self.settings.window} is complete, so there are no variances. "
+        else:
+            windows = f"{_count(self.windows, 'window')} of {self.settings.window}"
+            text += (
+                f"Over {windows}: variance {_number(self.typical('c'))} times "
+                f"the main path's (c), delta {_number(self.median_delta)}; {self._condition()} "
+            )
+        if not self.trains:
+            return text.rstrip()
+        if self.transition is not None:
+            return f"{text}From step {self.transition} on the skip gradient is the shorter one (t_trans)."
+        return f"{text}It did not settle below the main one (no t_trans)."
+
+    def _condition(self) -> str:
+        known = [c for c in self.conditions() if c is not None]
+        if known:
+            return f"condition (7) holds in {sum(known)} of {len(known)}."
+        needed = self.typical("product_needed")
+        if not math.isfinite(needed):
+            return "condition (7) holds for no step size in the median window."
+        return f"condition (7) holds where smoothness times step size is at least {needed:.3g} (median)."
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Head and rows: median and range of what the paper names."""
+        measured = [s for s in self.steps if s.finite]
+        rows = [
+            _row("||g_skip|| / ||g_main||", (s.ratio for s in measured)),
+            _row("cosine", (s.cosine for s in measured)),
+        ]
+        names = {
+            "main_trace": "tr Sigma_main",
+            "skip_trace": "tr Sigma_skip",
+            "c": "c = tr Sigma_skip / tr Sigma_main",
+            "rho": "rho = ||s|| / ||m||",
+            "delta": "delta",
+            "product_needed": "L gamma needed by (7)",
+        }
+        rows += [_row(label, (getattr(w, name) for w in self.windows)) for name, label in names.items()]
+        rows += [_row(f"SNR {path}", (w.snr(path) for w in self.windows)) for path in ("main", "skip", "full")]
+        against = [str(sum(w.alignment < 0 for w in self.windows)), str(len(self.windows))]
+        rows.append(["windows with <m, s> < 0", " of ".join(against), "", ""])
+        if (known := [c for c in self.conditions() if c is not None]) and self.windows:
+            rows.append(["windows where (7) holds", f"{sum(known)} of {len(known)}", "", ""])
+        return ["quantity", "median", "lowest", "highest"], rows
 
     def save(self, folder: str | Path, name: str = NAME) -> tuple[Path, Path]:
         """Write `<name>.json` and `<name>.png` into a folder, each atomically.
@@ -135,6 +194,20 @@ class GradientsResult:
         return json_path, gradients_figure(self, folder / f"{name}.png")
 
 
-def _median(values: Any) -> float:
+def _median(values: Iterable[float]) -> float:
     known = [v for v in values if not math.isnan(v)]
     return median(known) if known else math.nan
+
+
+def _number(value: float) -> str:
+    return "unknown" if math.isnan(value) else f"{value:.3g}"
+
+
+def _count(things: Sized, unit: str) -> str:
+    plural = {"batch": "batches"}.get(unit, f"{unit}s")
+    return f"{len(things)} {unit if len(things) == 1 else plural}"
+
+
+def _row(label: str, values: Iterable[float]) -> list[str]:
+    known = [v for v in values if not math.isnan(v)]
+    return [label, *(["-"] * 3 if not known else [f"{v:.3g}" for v in (median(known), min(known), max(known))])]

@@ -46,13 +46,14 @@ def load_window(path: str | Path, size: int, device: torch.device | str = "cpu")
     try:
         with safe_open(str(path), framework="pt") as file:
             values = json.loads((file.metadata() or {})["window"])
-            tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}
+            names = file.keys()
+            tensors = {name: file.get_tensor(name).to(device) for name in names}
         window = Window.restore(tensors, values)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: no running sums of gradient statistics ({error})") from error
     if window.size != size:
         raise CheckpointError(
-            f"{path}: its windows have {window.size} steps, but Gradients.window = {size}: keep it at {window.size} for "
-            "the run that goes on"
+            f"{path}: its windows have {window.size} steps, but Gradients.window = {size}: keep it at {window.size} "
+            "for the run that goes on"
         )
     return window

@@ -65,8 +65,10 @@ class Step:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Step":
         """Read what `to_dict` made; null stands for a number that was not finite."""
-        numbers = (math.nan if values[n] is None else float(values[n]) for n in ("main", "skip", "full", "inner"))
-        return cls(int(values["step"]), *numbers, learning_rate=values.get("learning_rate"))
+        main, skip, full, inner = (
+            math.nan if values[name] is None else float(values[name]) for name in ("main", "skip", "full", "inner")
+        )
+        return cls(int(values["step"]), main, skip, full, inner, values.get("learning_rate"))
 
 
 @dataclass(frozen=True)
@@ -249,6 +251,11 @@ class Window:
         self._rates: list[float] = []
         self._first = self._last = self._count = 0
 
+    @property
+    def last(self) -> int:
+        """Number of the last training step that was added, also to a window that is complete; 0: none."""
+        return self._last
+
     @torch.no_grad()
     def add(
         self, step: int, main: Tensor, full: Tensor, learning_rate: float | None = None
@@ -274,22 +281,34 @@ class Window:
         self._skip += torch.where(finite, skip, 0)
         sums = [_dot(self._main, self._main), _dot(self._skip, self._skip), _dot(self._main, self._skip)]
         *numbers, main_sum, skip_sum, product = torch.stack([*squares, *sums]).tolist()
-        found = Step(step, *numbers, learning_rate=learning_rate)
+        found = Step(step, numbers[0], numbers[1], numbers[2], numbers[3], learning_rate)
+        self._last = step
         if not all(map(math.isfinite, numbers)):
             return found, None
         for name, number in zip(self._sums, numbers, strict=True):
             self._sums[name] += number
-        self._first, self._last = self._first if self._count else step, step
+        if not self._count:
+            self._first = step
         self._count += 1
         if learning_rate is not None:
             self._rates.append(learning_rate)
         if self._count < self.size:
             return found, None
         k = self._count
+        means = {name: total / k for name, total in self._sums.items()}
         moments = Moments(
-            self._first, self._last, k, *(total / k for total in self._sums.values()), main_sum / k**2,
-            skip_sum / k**2, product / k**2, math.fsum(self._rates) / len(self._rates) if self._rates else None,
-        )  # fmt: skip
+            first=self._first,
+            last=step,
+            count=k,
+            main_square=means["main"],
+            skip_square=means["skip"],
+            full_square=means["full"],
+            inner=means["inner"],
+            main_mean=main_sum / k**2,
+            skip_mean=skip_sum / k**2,
+            mean_inner=product / k**2,
+            learning_rate=math.fsum(self._rates) / len(self._rates) if self._rates else None,
+        )
         self._clear()
         return found, moments
 
@@ -297,7 +316,7 @@ class Window:
         self._main = self._skip = None
         self._sums = dict.fromkeys(self._sums, 0.0)
         self._rates = []
-        self._first = self._last = self._count = 0
+        self._first = self._count = 0
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The unfinished window as tensors and plain values, for `restore`; no tensors at a window's beginning."""

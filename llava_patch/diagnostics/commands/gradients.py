@@ -1,0 +1,195 @@
+"""`llava-patch gradients`: gradient statistics of a checkpoint, a run's figure, and the table over runs."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from typer.core import TyperGroup
+
+from llava_patch.diagnostics.commands import (
+    BASE,
+    CHECKPOINT,
+    DATA,
+    DEVICE,
+    GIN_FILE,
+    GIN_PARAM,
+    QUESTION,
+    configured,
+    examples_for,
+    folder_for,
+    load,
+    settings_of,
+)
+from llava_patch.errors import InputError, SettingError
+from llava_patch.probe.commands import DefaultGroup
+
+if TYPE_CHECKING:
+    from llava_patch.diagnostics.examples import Example
+    from llava_patch.diagnostics.inputs import Inputs
+
+
+class _Group(DefaultGroup):
+    """`gradients CKPT` is `gradients run CKPT`."""
+
+    invoke = TyperGroup.invoke
+
+
+HELP = """Gradients of a vision block: what comes through skip taps, and what does not.
+
+llava-patch gradients CKPT [DATA] is short for gradients run: it measures a
+fixed checkpoint. A training run is measured by a Gradients binding in its gin
+configuration; show draws what it wrote, table compares several runs.
+"""
+app = typer.Typer(cls=_Group, no_args_is_help=True, help=HELP)
+
+
+def add(parent: typer.Typer) -> None:
+    """Add the group to the console command."""
+    parent.add_typer(app, name="gradients")
+
+
+@app.command("run", no_args_is_help=True)
+def run_command(
+    checkpoint: str = CHECKPOINT,
+    data: str = DATA,
+    output: Path | None = typer.Option(  # noqa: B008
+        None, help="folder for results; the same one again goes on; default: gradients/ and CKPT's name"
+    ),
+    steps: int = typer.Option(16, help="batches, each standing for a training step"),
+    batch_size: int = typer.Option(4, help="examples a batch; the noise depends on it, so take the run's own"),
+    block: int | None = typer.Option(None, help="block of the vision tower, from 1; default: the shallowest tapped"),
+    full: str | None = typer.Option(None, help="run: taps as they are detached; attached: as if none were"),
+    window: int | None = typer.Option(None, help="batches a window; default: Gradients.window, at most --steps"),
+    smoothness: float | None = typer.Option(None, help="L of condition (7)"),
+    step_size: float | None = typer.Option(None, help="its gamma: the learning rate that is asked about"),
+    base: str = BASE,
+    device: str = DEVICE,
+    dtype: str = typer.Option("", help="float32, bfloat16 or float16; default: float32 on cpu, else bfloat16"),
+    question: str = QUESTION,
+    gin_file: list[str] = GIN_FILE,
+    gin_param: list[str] = GIN_PARAM,
+) -> None:
+    """Measure the gradients of a fixed checkpoint; no weight moves.
+
+    DATA needs answers: LLaVA's JSON or transcripts (default: rendered pages).
+    A stock checkpoint has no skip taps: give it some, as in
+    --gin-param "SkipLinks.stride = 2"; their weights are zero before they are
+    trained, so that nothing passes them yet.
+
+    OUTPUT gets gradients.json, gradients.png, and gradients.jsonl while it
+    runs. Interrupted (Ctrl-C), the same command goes on.
+    """
+    from llava_patch.diagnostics.gradients.decompose import measured_block
+    from llava_patch.diagnostics.gradients.measure import measure_gradients
+    from llava_patch.diagnostics.gradients.settings import Gradients
+    from llava_patch.probe.commands.run import named
+    from llava_patch.probe.subject import pick_device
+
+    for name, value, least in (("--steps", steps, 2), ("--batch-size", batch_size, 1)):
+        if value < least:
+            raise SettingError(f"{name} {value}: expected at least {least}")
+    folder = folder_for("gradients", checkpoint, output)
+    with configured(gin_file, gin_param):
+        settings = settings_of(
+            Gradients, block=block, full=full, window=window, smoothness=smoothness, step_size=step_size
+        )
+        if window is None and settings.window > steps:
+            settings = settings_of(
+                Gradients, block=block, full=full, window=steps, smoothness=smoothness, step_size=step_size
+            )
+        if not dtype and pick_device(device) != "cpu":
+            dtype = "bfloat16"  # float16 gradients vanish without a loss scaler
+        subject = load(checkpoint, base, device, dtype)
+        measured_block(subject.model, settings.block, settings.full)  # before data are read
+        examples = examples_for(subject, data, steps * batch_size, question, answers=True)
+        if len(examples) < 2 * batch_size:
+            raise InputError(
+                f"{data or 'rendered pages'}: {len(examples)} examples, too few for two batches of {batch_size}: lower "
+                "--batch-size, or give more data"
+            )
+        inputs = subject.inputs()
+        batches = [
+            [functools.partial(_inputs, inputs, example) for example in examples[i : i + batch_size]]
+            for i in range(0, len(examples) - batch_size + 1, batch_size)
+        ]
+        facts: dict[str, Any] = {"checkpoint": named(checkpoint), "base": base, "data": data or "rendered pages"}
+        facts |= {"question": question, "dtype": str(next(subject.model.parameters()).dtype).removeprefix("torch.")}
+        result = measure_gradients(subject.model, batches, settings, folder, facts)
+    if len(batches) < steps:
+        typer.echo(f"{len(examples)} examples make {len(batches)} batches of {batch_size}")
+    _report(result, folder)
+
+
+def _inputs(inputs: "Inputs", example: "Example") -> dict[str, Any]:
+    return inputs.training_inputs(example.open_image(), example.question, example.answer)
+
+
+@app.command("show", no_args_is_help=True)
+def show_command(
+    run: Path = typer.Argument(..., metavar="RUN", help="folder of a run that was measured, finished or not"),  # noqa: B008
+    output: Path | None = typer.Option(None, help="folder for results; default: RUN itself"),  # noqa: B008
+) -> None:
+    """Draw and sum up what a training run has measured so far.
+
+    Writes gradients.json and gradients.png from the run's gradients.jsonl.
+    """
+    from llava_patch.diagnostics.gradients.result import GradientsResult
+
+    result = GradientsResult.read(run)
+    _report(result, folder_for("gradients", str(run), run if output is None else output))
+
+
+@app.command("table", no_args_is_help=True)
+def table_command(
+    runs: list[Path] = typer.Argument(..., metavar="RUN...", help="folders of measured runs"),  # noqa: B008
+    form: str = typer.Option("text", "--format", help="text, markdown or json"),
+    figure: Path | None = typer.Option(None, help="also draw the runs over one another into this file"),  # noqa: B008
+) -> None:
+    """Compare runs: learning rate, t_trans, median cosine, median delta.
+
+    This is the paper's Table 3; t_trans is "/" where the skip gradient did not
+    settle below the main one.
+    """
+    from llava_patch.diagnostics.gradients.compare import ordered, runs_dict, runs_table
+    from llava_patch.diagnostics.gradients.figure import runs_figure
+    from llava_patch.diagnostics.gradients.result import GradientsResult
+
+    if form not in ("text", "markdown", "json"):
+        raise SettingError(f"--format {form}: expected text, markdown or json")
+    names = [run.resolve().name for run in runs]
+    results = {}
+    for run, name in zip(runs, names, strict=True):
+        label = name if names.count(name) == 1 else str(run)
+        if label in results:
+            raise InputError(f"{run}: named twice")
+        results[label] = GradientsResult.read(run)
+    head, rows = runs_table(results)
+    if form == "json":
+        typer.echo(json.dumps(runs_dict(results), indent=1))
+    elif form == "markdown":
+        typer.echo("\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)))
+    else:
+        _print_table(head, rows)
+    if figure is not None:
+        typer.echo(f"wrote {runs_figure(ordered(results), figure)}", err=form == "json")
+
+
+def _report(result: Any, folder: Path) -> None:
+    _print_table(*result.table())
+    typer.echo("")
+    typer.echo(result.summary())
+    for path in result.save(folder):
+        typer.echo(f"wrote {path}")
+
+
+def _print_table(head: list[str], rows: list[list[str]]) -> None:
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    for row in (head, *rows):
+        first, *rest = (
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        typer.echo("  ".join([first, *rest]).rstrip())
