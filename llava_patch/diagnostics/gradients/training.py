@@ -35,11 +35,12 @@ logger = logging.getLogger("llava_patch")
 ZERO_STAGES = (0, 1, 2)
 
 
-def check(trainer: Any, settings: Gradients) -> int:
-    """Refuse what this run cannot measure, before anything is written.
+def check(model: nn.Module, arguments: Any, settings: Gradients) -> int:
+    """Refuse what a run cannot measure, before anything is written.
 
     Args:
-        trainer: the Trainer, with its model.
+        model: what the Trainer gets, patched.
+        arguments: the Trainer's arguments.
         settings: of the measurement.
 
     Returns:
@@ -47,9 +48,9 @@ def check(trainer: Any, settings: Gradients) -> int:
 
     Raises:
         SettingError: names what stands against it.
+        HostError: a tower that is not loaded or has only quantised weights.
     """
-    block = measured_block(trainer.model, settings.block, settings.full)
-    arguments = trainer.args
+    block = measured_block(model, settings.block, settings.full)
     deepspeed = getattr(getattr(arguments, "hf_deepspeed_config", None), "config", None) or {}
     stage = deepspeed.get("zero_optimization", {}).get("stage", 0)
     if stage not in ZERO_STAGES:
@@ -57,22 +58,20 @@ def check(trainer: Any, settings: Gradients) -> int:
             f"Gradients needs whole weights on every rank, but DeepSpeed ZeRO stage {stage} cuts them up: use stage 2 "
             '(LLaVA\'s scripts/zero2.json; Flags.deepspeed = "./scripts/zero2.json")'
         )
+    parallel = getattr(model, "tp_size", None) or getattr(arguments, "parallelism_config", None)
     against = {
-        "--fsdp, which cuts weights up: use DeepSpeed ZeRO-2": getattr(trainer, "is_fsdp_enabled", False),
+        "--fsdp, which cuts weights up: use DeepSpeed ZeRO-2": getattr(arguments, "fsdp", None),
         f"one process on {arguments.n_gpu} GPUs (nn.DataParallel): launch with torchrun or deepspeed, or set "
         "CUDA_VISIBLE_DEVICES to one": arguments.n_gpu > 1,
-        "--torch_compile, which may keep a compiled graph where taps are to be detached: leave it out": getattr(
-            arguments, "torch_compile", False
-        ),
-        "tensor or context parallelism: use torchrun or DeepSpeed ZeRO-2": getattr(trainer, "is_tp_enabled", False)
-        or getattr(trainer.accelerator, "parallelism_config", None) is not None,
-        "DeepSpeed's own torch_autocast: bind bf16 or fp16 instead": deepspeed.get("torch_autocast", {}).get("enabled"),
-        "apex: use --bf16": getattr(trainer, "use_apex", False),
+        "--torch_compile, whose graphs would keep the taps as they are: leave it out": arguments.torch_compile,
+        "tensor or context parallelism: use torchrun or DeepSpeed ZeRO-2": parallel,
+        "DeepSpeed's own torch_autocast: use --bf16": deepspeed.get("torch_autocast", {}).get("enabled"),
+        "apex: use --bf16": arguments.fp16 and getattr(arguments, "half_precision_backend", None) == "apex",
     }
     for what, there in against.items():
         if there:
             raise SettingError(f"Gradients does not work with {what}")
-    block_parameters(trainer.model, block)
+    block_parameters(model, block)
     return block
 
 
@@ -106,7 +105,7 @@ def follow(trainer: Any, settings: Gradients | None = None) -> "Following":
         HostError: a tower that is not loaded or has only quantised weights.
     """
     chosen = Gradients() if settings is None else settings
-    following = Following(trainer, chosen, check(trainer, chosen))
+    following = Following(trainer, chosen, check(trainer.model, trainer.args, chosen))
     trainer.add_callback(_callback(following))
     return following
 

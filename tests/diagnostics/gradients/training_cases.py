@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,18 @@ def model(dropout: float = 0.1, **fusion: Any) -> nn.Module:
             module.attention_dropout = dropout
         elif type(module).__name__ == "CLIPAttention":
             module.dropout = dropout
-    patch(made, fusion=SkipLinks(**{"stride": 2, "detach": 0, "train_tower": "all", **fusion}))
+    # With new columns at zero nothing would come through the taps in the first step.
+    patch(made, fusion=SkipLinks(**{"stride": 2, "detach": 0, "train_tower": "all", **fusion}), zero_start=False)
     return made
 
 
 def trainer(out: Path, made: nn.Module | None = None, **more: Any) -> Any:
     """A Trainer that takes STEPS steps; keyword arguments go into its TrainingArguments."""
+    from accelerate.state import AcceleratorState
     from transformers import Trainer, TrainingArguments
 
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # an earlier Trainer's precision would stay in force
+    AcceleratorState._reset_state(reset_partial_state=True)
     made = model() if made is None else made
     values = {"per_device_train_batch_size": 2, "max_steps": STEPS, "logging_steps": 1, "learning_rate": 3e-3,
               "report_to": "none", "use_cpu": True, "remove_unused_columns": False, "save_strategy": "no",
