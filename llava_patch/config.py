@@ -29,7 +29,15 @@ from llava_patch.resources import gin_dir
 from llava_patch.settings import METHODS, AuxiliaryProbe, FastV, Fusion, Routing
 from llava_patch.sweep.settings import Sweep
 
-MEASUREMENTS: dict[str, Any] = {"AttentionMaps": AttentionMaps, "Drift": Drift, "FusionAttention": FusionAttention, "Gradients": Gradients, "RProbe": RProbe, "Report": Report, "Saturation": Saturation}
+MEASUREMENTS: dict[str, Any] = {
+    "AttentionMaps": AttentionMaps,
+    "Drift": Drift,
+    "FusionAttention": FusionAttention,
+    "Gradients": Gradients,
+    "RProbe": RProbe,
+    "Report": Report,
+    "Saturation": Saturation,
+}
 
 for _cls in (*METHODS.values(), *MEASUREMENTS.values()):
     gin.register(_cls, module="llava_patch")

@@ -25,6 +25,9 @@ KNOWN_VARIABLES = (
     "LLAVA_PATCH_VENV",
 )  # fmt: skip
 READERS = {
+    "AttentionMaps": "llava-patch attention-maps and report",
+    "Drift": "llava-patch drift and report, lmms-eval's task drift",
+    "FusionAttention": "llava-patch fusion-attention and report, lmms-eval's task fusion_attention",
     "Gradients": "llava-patch gradients and report, LLaVA's training script",
     "Report": "llava-patch report",
     "RProbe": "llava-patch rprobe, lmms-eval's task rprobe",

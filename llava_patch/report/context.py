@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_patch.diagnostics import commands
+from llava_patch.diagnostics.commands.several import Samples
 from llava_patch.errors import InputError, LlavaPatchError
 from llava_patch.inspection import Inspection, inspect_checkpoint
 from llava_patch.report.section import SkipSection
@@ -17,6 +18,8 @@ from llava_patch.report.settings import Report
 if TYPE_CHECKING:
     from llava_patch.diagnostics.examples import Example
     from llava_patch.probe.subject import Subject
+
+Opened = Callable[[], tuple[Any, Samples]]
 
 
 class Context:
@@ -73,25 +76,61 @@ class Context:
         """The checkpoint's model; loaded once."""
         return commands.load(self.checkpoint, self.below, self.device, self.dtype)
 
-    @cached_property
-    def base_subject(self) -> "Subject":
-        """The base's model; loaded once."""
+    def openers(self, count: int) -> "tuple[Opened, Opened]":
+        """Two calls that load the checkpoint and the base with samples of the same examples.
+
+        Neither model stays here: what compares them has one in memory at a time.
+        """
+
+        def own() -> "tuple[Any, Samples]":
+            subject = self.subject
+            del self.subject  # whoever asked holds it alone; the next section loads it again
+            return subject.model, Samples(subject, self._examples(subject, count))
+
+        def other() -> "tuple[Any, Samples]":
+            subject = commands.load(self.base, "", self.device, self.dtype)
+            return subject.model, Samples(subject, self._examples(subject, count))
+
+        return own, other
+
+    def why_no_base(self) -> str | None:
+        """Why there is nothing to compare with; None where there is."""
         if not self.base:
-            raise SkipSection("no base to compare with: give one with --base")
-        return commands.load(self.base, "", self.device, self.dtype)
+            return "no base to compare with: give the model it was trained from as --base"
+        try:
+            inspect_checkpoint(self.base)
+        except LlavaPatchError as error:
+            return f"the base is no LLaVA: {error}"
+        return None
 
     def examples(self, count: int, answers: bool = False) -> "list[Example]":
-        """The first examples of the data."""
+        """The first examples of the data.
+
+        Raises:
+            SkipSection: answers are asked for, and the data have none.
+        """
         if not answers:
-            return commands.examples_for(self.subject, self.data, count, self.question)
+            return self._examples(self.subject, count)
         try:
             return commands.examples_for(self.subject, self.data, count, self.question, answers=True)
         except InputError as error:
             raise SkipSection(str(error)) from error
 
-    def samples(self, count: int, answers: bool = False) -> Iterator[dict[str, Any]]:
-        """Keyword arguments of the model's forward, with labels where answers are asked for."""
-        return commands.samples_of(self.subject, self.examples(count, answers), answers)
+    def _examples(self, subject: "Subject", count: int) -> "list[Example]":
+        return commands.examples_for(subject, self.data, count, self.question)
+
+    def samples(self, count: int) -> Samples:
+        """Keyword arguments of the model's forward for the first examples, made one at a time."""
+        return Samples(self.subject, self.examples(count))
+
+    def against_base(self, *words: str) -> str:
+        """A command line that takes the base as its second argument."""
+        parts = ["llava-patch", words[0], self.checkpoint, self.base or "BASE", *([self.data] if self.data else [])]
+        return shlex.join([*parts, *words[1:], *self._options()])
+
+    def _options(self) -> list[str]:
+        parts = ["--device", self.device] if self.device else []
+        return parts + (["--dtype", self.dtype] if self.dtype else [])
 
     def command(self, *words: str, base: bool = False, data: bool = True) -> str:
         """A command line of ours about this checkpoint.
@@ -105,6 +144,4 @@ class Context:
         below = self.base if base else self.below
         parts += ["--base", below] if below else []
         parts += ["--question", self.question] if self.question and data else []
-        parts += ["--device", self.device] if self.device else []
-        parts += ["--dtype", self.dtype] if self.dtype else []
-        return shlex.join(parts)
+        return shlex.join([*parts, *self._options()])

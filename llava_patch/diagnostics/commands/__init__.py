@@ -19,7 +19,15 @@ if TYPE_CHECKING:
     from llava_patch.diagnostics.examples import Example
     from llava_patch.probe.subject import Subject
 
-NAMES: tuple[str, ...] = ("attention_maps", "drift", "flops", "fusion_attention", "gradients", "report", "saturation",)
+NAMES: tuple[str, ...] = (
+    "attention_maps",
+    "drift",
+    "flops",
+    "fusion_attention",
+    "gradients",
+    "report",
+    "saturation",
+)
 
 # Options that mean the same in every measurement.
 CHECKPOINT = typer.Argument(

@@ -6,7 +6,17 @@ import importlib
 
 from llava_patch.report.section import Section
 
-NAMES = ("saturation", "flops", "gradients", "training_gradients", "training", "rprobe")
+NAMES = (
+    "saturation",
+    "attention_maps",
+    "flops",
+    "gradients",
+    "drift",
+    "fusion_attention",
+    "training_gradients",
+    "training",
+    "rprobe",
+)
 
 
 def sections() -> list[Section]:

@@ -50,8 +50,8 @@ def _run(context: Context, folder: Path) -> Found:
         result,
         folder,
         "gradients",
-        "Four panels over the batches: length of the skip gradient over the main one, their cosine, delta over windows, "
-        "and signal to noise.",
+        "Four panels over the batches: squared norms of the skip and the main gradient, their variance in windows, "
+        "their cosine, and their cross-covariance in windows.",
     )
 
 

@@ -26,8 +26,8 @@ def _run(context: Context, folder: Path) -> Found:
         result,
         folder,
         "training_gradients",
-        "Four panels over the training steps: length of the skip gradient over the main one, their cosine, delta over "
-        "windows, and signal to noise.",
+        "Four panels over the training steps: squared norms of the skip and the main gradient, their variance in "
+        "windows, their cosine, and their cross-covariance in windows.",
     )
 
 

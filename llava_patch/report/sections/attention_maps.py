@@ -1,0 +1,76 @@
+"""Attention maps of the vision tower."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llava_patch.diagnostics import commands
+from llava_patch.diagnostics.attention_maps import AttentionMaps, measure_attention_maps
+from llava_patch.diagnostics.commands.several import Samples
+from llava_patch.probe.commands.run import named
+from llava_patch.report.context import Context
+from llava_patch.report.section import Found, Section, found_of
+
+if TYPE_CHECKING:
+    from llava_patch.diagnostics.attention_maps import AttentionMapsResult
+    from llava_patch.diagnostics.examples import Example
+    from llava_patch.probe.subject import Subject
+
+
+def _settings(context: Context) -> AttentionMaps:
+    bound = commands.settings_of(AttentionMaps)
+    return bound if bound.max_samples is not None else dataclasses.replace(bound, max_samples=context.settings.maps)
+
+
+def _run(context: Context, folder: Path) -> Found:
+    settings = _settings(context)
+    examples = context.examples(settings.max_samples or context.settings.maps)
+    own = _label(context.checkpoint)
+    result = _measure(context.subject, examples, settings, own, named(context.checkpoint))
+    if context.inspection.trained_tower and context.why_no_base() is None:  # an untrained tower is the base's own
+        below = _label(context.base) + (" (base)" if _label(context.base) == own else "")
+        other = commands.load(context.base, "", context.device, context.dtype)
+        result = result.beside(_measure(other, examples, settings, below, named(context.base)))
+    alt = "A row an image: the image, and beside it which patches the block looks at."
+    return found_of(result, folder, "attention_maps", alt)
+
+
+def _measure(
+    subject: "Subject", examples: "list[Example]", settings: AttentionMaps, label: str, source: str
+) -> "AttentionMapsResult":
+    return measure_attention_maps(
+        subject.model,
+        Samples(subject, examples),
+        settings,
+        image_processor=subject.image_processor,
+        checkpoint=label,
+        images=[example.id for example in examples],
+        source=source,
+    )
+
+
+def _label(checkpoint: str) -> str:
+    return Path(checkpoint).name
+
+
+def _recorded(context: Context) -> dict[str, Any]:
+    return dataclasses.asdict(_settings(context))
+
+
+def _command(context: Context) -> str:
+    count = str(_settings(context).max_samples)
+    data = ["--data", context.data] if context.data else []
+    return context.command("attention-maps", *data, "--samples", count, data=False)
+
+
+SECTION = Section(
+    "attention_maps",
+    "Attention maps",
+    "Where does a shallow block of the vision tower look? Attention of the CLS token to the patches, mean over heads, "
+    "from dark (least in the image) to bright (most). Beside the base where the tower was trained; else it is the same.",
+    _run,
+    _recorded,
+    _command,
+)
