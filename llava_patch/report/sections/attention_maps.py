@@ -69,7 +69,7 @@ SECTION = Section(
     "attention_maps",
     "Attention maps",
     "Where does a shallow block of the vision tower look? Attention of the CLS token to the patches, mean over heads, "
-    "from dark (least in the image) to bright (most). Beside the base where the tower was trained; else it is the same.",
+    "from dark (least in the image) to bright (most). With the base beside it where the tower was trained.",
     _run,
     _recorded,
     _command,
