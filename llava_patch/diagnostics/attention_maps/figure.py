@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from llava_patch.diagnostics.attention_maps import maths
 from llava_patch.diagnostics.attention_maps.result import WHOLE
 
 if TYPE_CHECKING:
-    from llava_patch.diagnostics.attention_maps.result import AttentionMapsResult, View
+    from llava_patch.diagnostics.attention_maps.result import AttentionMapsResult, CheckpointMaps, View
 
 CELL, HEAD = 1.35, 0.75  # inches: side of a picture, and what titles and the bar take
 COLOURS = "viridis"
@@ -39,7 +40,7 @@ def attention_maps_figure(result: "AttentionMapsResult", path: str | Path) -> Pa
                 if drawn:
                     heat = maths.nearest(maths.min_max(one.scores(row)), view.patch)
                     picture = axis.imshow(heat.numpy(), cmap=COLOURS, vmin=0, vmax=1, interpolation="nearest")
-                    axis.set_xlabel(f"{_effective(result, number, row):.0f} eff. patches", fontsize=6.5, labelpad=2)
+                    axis.set_xlabel(_effective(one, row), fontsize=6, labelpad=2)
                 else:
                     axis.imshow(view.pixels, interpolation="nearest")
                 if row == 0:
@@ -69,10 +70,9 @@ def _whose(result: "AttentionMapsResult", number: int) -> str:
     return f" ({result.checkpoints[number].checkpoint})" if number else ""
 
 
-def _effective(result: "AttentionMapsResult", number: int, row: int) -> float:
-    import math
-
-    return math.exp(maths.entropy(result.checkpoints[number].scores(row)))
+def _effective(one: "CheckpointMaps", row: int) -> str:
+    scores = one.scores(row)
+    return f"effective patches: {math.exp(maths.entropy(scores)):.1f} of {scores.numel()}"
 
 
 def _title(result: "AttentionMapsResult") -> str:

@@ -174,7 +174,7 @@ class AttentionMapsResult:
         )
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Head and rows: a checkpoint each."""
+        """Head and rows, a checkpoint each; "like 1st" is the correlation with the first checkpoint's maps."""
         rows = []
         for number, one in enumerate(self.checkpoints):
             patches = one.scores(0).numel()
@@ -190,7 +190,7 @@ class AttentionMapsResult:
                     "-" if math.isnan(mean) else f"{mean:.3f}",
                 ]
             )
-        return ["checkpoint", "query", "entropy (nats)", "effective patches", "correlation with the first"], rows
+        return ["checkpoint", "query", "entropy", "effective patches", "like 1st"], rows
 
     def summary(self) -> str:
         """What was found, in a sentence a checkpoint."""

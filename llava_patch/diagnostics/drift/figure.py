@@ -3,49 +3,65 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llava_patch.diagnostics import plotting
 
 if TYPE_CHECKING:
     from llava_patch.diagnostics.drift.result import DriftResult
 
-SMALL = 0.01  # below this, differences from 1 are drawn themselves: at 1 - 1e-6 an axis of cosines cannot be read
+SMALL = 0.002  # below this, differences from 1 are drawn themselves: at 1 - 1e-6 an axis of cosines cannot be read
 
 
 def drift_figure(result: "DriftResult", path: str | Path) -> Path:
-    """Median cosine over the layers at image and text positions; the lowest 5 % as a pale band.
+    """Median cosine over the layers at image and text positions; a pale band down to the lowest 5 %.
+
+    Where all cosines are within `SMALL` of 1, their distance from 1 is drawn instead.
 
     Returns:
         The path written.
     """
-    from matplotlib.ticker import FixedLocator, MaxNLocator
+    import matplotlib as mpl
 
     figure, (axis,) = plotting.panels()
+    with mpl.rc_context(plotting.STYLE):
+        _draw(axis, result)
+        figure.legend(loc="outside lower center", ncols=2)
+        return plotting.write_figure(figure, path)
+
+
+def _draw(axis: Any, result: "DriftResult") -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    curves = (
+        (result.image, plotting.IMAGE, "image positions", "o"),
+        (result.text, plotting.TEXT, "text positions", "s"),
+    )
     layers = range(-1, result.layers)
-    curves = ((result.image, plotting.IMAGE, "image", "o"), (result.text, plotting.TEXT, "text", "s"))
-    values = [[c.input, *c.median] for c, *_ in curves]
-    spread = 1 - min(map(min, values))
-    if 0 < spread < SMALL:
-        for value, (_, color, name, mark) in zip(values, curves, strict=True):
-            axis.plot(layers, [1 - v for v in value], color=color, marker=mark, ms=3, label=f"{name} positions")
-        axis.set_ylabel("1 - median cosine with the base")
+    lowest = min(min(c.input, c.input_low, *c.median, *c.low) for c, *_ in curves)
+    distance = 0 < 1 - lowest < SMALL
+    for found, color, name, mark in curves:
+        median, low = [found.input, *found.median], [found.input_low, *found.low]
+        if distance:
+            median, low = [1 - v for v in median], [1 - v for v in low]
+        axis.plot(layers, median, color=color, marker=mark, ms=3, label=name)
+        axis.fill_between(layers, low, median, color=color, alpha=0.15, lw=0)
+    axis.fill_between([], [], [], color="0.6", alpha=0.4, lw=0, label="median to worst 5 %")
+    if distance:
+        axis.set_ylabel("1 - cosine with the base")
         axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
-        axis.set_ylim(bottom=-0.05 * spread)
+        axis.set_ylim(bottom=-0.04 * (1 - lowest))
     else:
-        for value, (found, color, name, mark) in zip(values, curves, strict=True):
-            axis.fill_between(range(result.layers), found.low, found.median, color=color, alpha=0.15, lw=0)
-            axis.plot(layers, value, color=color, marker=mark, ms=3, label=f"{name}, median")
-        axis.plot([], [], color="0.6", lw=5, alpha=0.4, label="down to lowest 5 %")
         axis.set_ylabel("cosine with the base")
-        axis.set_ylim(top=1.005) if spread > 0 else axis.set_ylim(0.9, 1.02)
-    plotting.layer_axis(axis, result.layers + (result.split == result.layers), "decoder layer (in: input of layer 0)")
-    axis.set_xlim(-1.5, result.layers - 0.5 + (result.split == result.layers))
-    numbers = [v for v in MaxNLocator(nbins=10, integer=True).tick_values(0, max(result.layers - 1, 1)) if v >= 0]
-    shown = [int(v) for v in numbers if v < result.layers + (result.split == result.layers)]
-    axis.xaxis.set_major_locator(FixedLocator([-1, *shown]))
-    axis.set_xticklabels(["in", *map(str, shown)])
-    plotting.mark_split(axis, result.split if result.split == result.layers else None)
-    axis.legend(loc="best")
+        axis.set_ylim(lowest - 0.04 * (1 - lowest), 1 + 0.04 * (1 - lowest))
+        if lowest == 1:
+            axis.set_ylim(0.9, 1.02)
+    leaves = result.split == result.layers
+    last = result.layers if leaves else result.layers - 1
+    axis.set_xlim(-1.5, last + 0.5)
+    numbers = MaxNLocator(nbins=10, integer=True).tick_values(0, max(last, 1))
+    shown = sorted({int(v) for v in numbers if 0 <= v <= last} | ({last} if leaves else set()))
+    axis.set_xticks([-1, *shown], ["in", *map(str, shown)])
+    axis.set_xlabel("decoder layer (in: input of layer 0)")
+    plotting.mark_split(axis, result.split if leaves else None)
     axis.set_title(f"Drift of the shallow layers, {result.samples} samples")
-    return plotting.write_figure(figure, path)

@@ -95,10 +95,10 @@ def measure_drift_apart(
             meter.skipped = skipped
             wanted, last = set(places), places[-1]
             for number, sample in enumerate(files.track(base_samples, "drift: base", progress)):
+                if number > last:
+                    break
                 if number in wanted:
                     meter.add(store.take(number), states_of(other, sample, layers), number)
-                if number == last:
-                    break
             if meter.samples != len(places):
                 raise InputError(f"drift: the base got {meter.samples} of the checkpoint's {len(places)} samples")
             return meter.result()
@@ -206,7 +206,7 @@ class Meter:
 
 def _curves(values: Quantiles) -> DriftCurves:
     median, low = values.of(0.5, LOW)
-    return DriftCurves(median[1:], low[1:], median[0], values.count)
+    return DriftCurves(median[1:], low[1:], median[0], low[0], values.count)
 
 
 def split_of(anatomy: Anatomy) -> int | None:

@@ -55,14 +55,16 @@ class DriftCurves:
 
     Attributes:
         median: per layer 0..s-1, over all positions of all samples; exact.
-        low: the same, 5 % of the positions lie below.
+        low: the same, but 5 % of the positions lie below.
         input: median at the input of layer 0: what tower, projector and embeddings changed.
+        input_low: there too, 5 % of the positions lie below.
         positions: how many.
     """
 
     median: list[float]
     low: list[float]
     input: float
+    input_low: float
     positions: int
 
 
@@ -113,17 +115,21 @@ class DriftResult:
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Head and rows: a layer each."""
         curves = (self.image, self.text)
-        rows = [["input", *(f"{c.input:.6f}" for c in curves), "", ""]]
+        rows = [["input", *(f"{c.input:.6f}" for c in curves), *(f"{c.input_low:.6f}" for c in curves)]]
         for layer in range(self.layers):
             cells = [f"{c.median[layer]:.6f}" for c in curves] + [f"{c.low[layer]:.6f}" for c in curves]
             rows.append([str(layer), *cells])
-        return ["layer", "image", "text", "image, lowest 5 %", "text, lowest 5 %"], rows
+        return ["layer", "image", "text", "image, worst 5 %", "text, worst 5 %"], rows
 
     def summary(self) -> str:
         """What was found, in one or two sentences."""
         lowest = {name: min(curves.median) for name, curves in (("image", self.image), ("text", self.text))}
         over = f"over {self.samples} samples, layers 0..{self.layers - 1}"
-        if min(lowest.values()) == 1.0 == min(*self.image.low, *self.text.low, self.image.input, self.text.input):
+        if (
+            min(lowest.values())
+            == 1.0
+            == min(*self.image.low, *self.text.low, self.image.input_low, self.text.input_low)
+        ):
             return f"No drift: hidden states are the base's, cosine 1 at image and text positions, {over}."
         where = {
             name: curves.median.index(lowest[name]) for name, curves in (("image", self.image), ("text", self.text))

@@ -20,16 +20,21 @@ def fusion_attention_figure(result: "FusionAttentionResult", path: str | Path) -
     Returns:
         The path written.
     """
+    import matplotlib as mpl
+
     count = len(result.layers)
     columns = min(COLUMNS, count)
     figure, axes = plotting.panels(-(-count // columns), columns)
-    for index, axis in enumerate(axes):
-        if index < count:
-            _panel(axis, result, index)
-        else:
-            axis.set_visible(False)
-    figure.suptitle(f"Text-to-image attention by head, {result.samples} samples", fontsize=8.5)
-    return plotting.write_figure(figure, path)
+    with mpl.rc_context(plotting.STYLE):
+        for index, axis in enumerate(axes):
+            if index < count:
+                _panel(axis, result, index)
+            else:
+                axis.set_visible(False)
+        figure.suptitle(f"Text-to-image attention by head, {result.samples} samples", fontsize=8.5)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2)
+        return plotting.write_figure(figure, path)
 
 
 def _panel(axis: Any, result: "FusionAttentionResult", index: int) -> None:
@@ -39,20 +44,19 @@ def _panel(axis: Any, result: "FusionAttentionResult", index: int) -> None:
     own, base = [trained[h] for h in order], [stock[h] for h in order]
     above = [a > 2 * b for a, b in zip(own, base, strict=True)]
     for wanted, color, label in ((False, "0.72", "trained"), (True, plotting.IMAGE, "trained, above twice stock")):
-        chosen = [i for i in places if above[i] is wanted]
-        axis.bar(chosen, [own[i] for i in chosen], color=color, width=0.8, label=label)
+        heights = [mass if high is wanted else 0.0 for mass, high in zip(own, above, strict=True)]
+        axis.bar(places, heights, color=color, width=0.8, label=label)
     axis.plot(places, base, "o", color=plotting.TEXT, ms=3, label="stock")
     axis.step(places, [2 * b for b in base], where="mid", color=plotting.TEXT, ls="--", lw=0.9, label="twice stock")
     ratio, heads = result.mean_ratio(index), len(order)
     where = f"layer {result.layers[index]} of 0..{result.n_layers - 1}"
-    axis.set_title(f"{where}: mean x {ratio:.3g}, {sum(above)} of {heads} heads over twice", fontsize=7.5)
+    axis.set_title(f"{where}: mean x {ratio:.2f}, {sum(above)} of {heads} heads over twice", fontsize=7.5)
     if heads <= NUMBERED:
         axis.set_xticks(list(places), [str(h) for h in order])
         axis.set_xlabel("head number, sorted by stock's mass")
     else:
         axis.set_xlabel(f"{heads} heads, sorted by stock's mass")
     axis.set_xlim(-0.7, heads - 0.3)
-    axis.set_ylim(0, 1.05 * max(max(own), max(base), 1e-9) + 0.0)
+    axis.set_ylim(0, 1.08 * max(*own, *base, 1e-9))  # twice stock may lie above, where nothing reaches it
     axis.set_ylabel("mass on image keys (probability)")
     axis.grid(visible=False, axis="x")
-    axis.legend(loc="best")

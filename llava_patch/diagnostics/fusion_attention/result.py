@@ -135,7 +135,7 @@ class FusionAttentionResult:
                     str(layer),
                     f"{_mean(a):.4f}",
                     f"{_mean(b):.4f}",
-                    f"{self.mean_ratio(i):.3g}",
+                    f"{self.mean_ratio(i):.2f}",
                     f"{max(a):.3f} ({_highest(a)})",
                     f"{max(b):.3f} ({_highest(b)})",
                     f"{self.above_twice(i)} of {len(a)}",
@@ -148,11 +148,10 @@ class FusionAttentionResult:
         lines = []
         for i, layer in enumerate(self.layers):
             a, b = self.trained[i], self.stock[i]
-            twice = f"{self.above_twice(i)} of {len(a)} heads are above twice stock"
             lines.append(
-                f"Layer {layer}: text puts {_mean(a):.4f} of its attention on the image, {self.mean_ratio(i):.3g} times "
-                f"stock's {_mean(b):.4f}; highest head {max(a):.3f} (head {_highest(a)}), stock's {max(b):.3f} "
-                f"(head {_highest(b)}); {twice}."
+                f"Layer {layer}: text puts {_mean(a):.4f} of its attention on the image, {_times(self.mean_ratio(i))} "
+                f"stock's {_mean(b):.4f}; highest head {max(a):.3f} (head {_highest(a)}), stock's {max(b):.3f} (head "
+                f"{_highest(b)}); {self.above_twice(i)} of {len(a)} heads are above twice stock."
             )
         return f"{' '.join(lines)} ({self.samples} samples)"
 
@@ -171,6 +170,10 @@ class FusionAttentionResult:
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
+
+
+def _times(ratio: float) -> str:
+    return "against" if math.isnan(ratio) else f"{ratio:.2f} times"
 
 
 def _highest(values: list[float]) -> int:
