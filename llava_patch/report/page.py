@@ -12,6 +12,8 @@ from llava_patch.files import atomic
 
 PAGE = "report.html"
 TEMPLATE = "report.html.j2"
+SHOWN = 0.65
+"""Pixels of the page for one of a figure: 200 dots an inch are finer than a screen."""
 BROAD = 1.8
 """Width over height from which a figure scrolls on a phone instead of becoming too small to read."""
 
@@ -52,4 +54,5 @@ def _picture(path: Path) -> dict[str, Any]:
     with Image.open(path) as image:
         width, height = image.size
     data = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
-    return {"data": data, "width": width, "height": height, "broad": width > BROAD * height}
+    shown = {"width": round(SHOWN * width), "height": round(SHOWN * height)}
+    return {"data": data, **shown, "broad": width > BROAD * height}

@@ -6,11 +6,17 @@ the image, and how far each layer's logit-lens prediction is from the last one's
 """
 
 from llava_patch.diagnostics.saturation.curves import Curves, RunningMean
-from llava_patch.diagnostics.saturation.measure import evaluating, measure_sample, measure_saturation, patch_on, unusable
+from llava_patch.diagnostics.saturation.measure import (
+    evaluating,
+    measure_sample,
+    measure_saturation,
+    patch_on,
+    unusable,
+)
 from llava_patch.diagnostics.saturation.result import PatchOn, SaturationResult, summarise
 from llava_patch.diagnostics.saturation.settings import Saturation
 
 __all__ = [
-    "Curves", "PatchOn", "RunningMean", "Saturation", "SaturationResult", "evaluating", "measure_sample", "measure_saturation",
-    "patch_on", "summarise", "unusable",
+    "Curves", "PatchOn", "RunningMean", "Saturation", "SaturationResult", "evaluating", "measure_sample",
+    "measure_saturation", "patch_on", "summarise", "unusable",
 ]  # fmt: skip
