@@ -108,7 +108,7 @@ def test_a_base_that_is_gone(files, tmp_path):
     (folder / SETTINGS_FILE).write_text(json.dumps({**record, "base": str(tmp_path / "gone")}))
     match = inspect_checkpoint(folder).match
     assert match.same is None and "not there any more" in match.note
-    with pytest.raises(CheckpointError, match="--base .*no such folder"):
+    with pytest.raises(CheckpointError, match=r"--base .*no such folder"):
         inspect_checkpoint(folder, str(tmp_path / "gone"))
 
 
@@ -136,7 +136,9 @@ def test_lora_files(files, tmp_path):
     lora = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=r".*layers\.\d+\.self_attn\.q_proj"))
     lora.save_pretrained(tmp_path)
     model.config.save_pretrained(tmp_path)
-    projector = {f"base_model.model.model.mm_projector.{n}": p for n, p in model.model.mm_projector.state_dict().items()}
+    projector = {
+        f"base_model.model.model.mm_projector.{n}": p for n, p in model.model.mm_projector.state_dict().items()
+    }
     torch.save(projector, tmp_path / "non_lora_trainables.bin")
     found = inspect_checkpoint(tmp_path, str(files.llava))
     matrices = sum(p.numel() for n, p in lora.named_parameters() if "lora_" in n)

@@ -1,0 +1,142 @@
+"""The command, on a small patched checkpoint and its base."""
+
+import json
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+from llava_patch.cli import app
+from llava_patch.errors import CheckpointError, SettingError
+from llava_patch.report import build
+from llava_patch.report.sections import NAMES, sections
+
+MEASURED = {"saturation", "attention_maps", "flops", "gradients", "drift", "fusion_attention"}
+
+
+def _run(*arguments):
+    return CliRunner().invoke(app, ["report", *map(str, arguments)], catch_exceptions=False)
+
+
+def test_every_section_that_can_be_made_is_made(report):
+    folder, screen, _ = report
+    records = {record.name: record for record in build.read(folder)["sections"]}
+    assert list(records) == list(NAMES)
+    made = {name for name, record in records.items() if record.state == "done"}
+    assert made >= MEASURED
+    for name in made:
+        record = records[name]
+        assert record.found.summary and record.found.figures and record.found.tables, name
+        assert all((folder / file).is_file() for file in record.found.files)
+        assert all(len(figure.alt) > 20 for figure in record.found.figures)
+        assert record.found.files[0] == f"{name}.json" and json.loads((folder / f"{name}.json").read_text())
+    for record in records.values():
+        assert record.state == "done" or (record.state == "skipped" and record.reason), record
+    assert f"1 of {len(NAMES)}" in screen and "wrote" in screen
+
+
+def test_the_page_refers_to_nothing_outside(report):
+    text = (report[0] / "report.html").read_text()
+    links = re.findall(r'(?:src|href|action|url)\s*[=(]\s*["\']?([^"\'\s>)]+)', text)
+    assert len(links) > 10 and all(link.startswith(("#", "data:")) for link in links)
+    assert "<script" not in text and "@import" not in text
+    assert "patched &lt;b&gt;&amp;" in text and "patched <b>&" not in text
+
+
+def test_the_same_command_again_measures_nothing(report, monkeypatch):
+    from llava_patch.diagnostics import commands
+
+    monkeypatch.setattr(commands, "load", None)
+    folder, _, arguments = report
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*.png")}
+    done = _run(*arguments)
+    assert done.exit_code == 0 and done.output.count(": kept") >= len(MEASURED)
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("*.png")} == before
+
+
+def test_the_page_is_written_again_from_its_folder(report, tmp_path):
+    import shutil
+
+    copied = tmp_path / "copied"
+    shutil.copytree(report[0], copied)
+    (copied / "report.html").unlink()
+    done = _run("--from", copied)
+    assert done.exit_code == 0
+    assert (copied / "report.html").read_text() == (report[0] / "report.html").read_text()
+
+
+def test_a_failing_section_is_exit_code_1(files, few, tmp_path):
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([{"id": "a", "image": "lost.png", "conversations": [
+        {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This."}]}]))  # fmt: skip
+    out = tmp_path / "out"
+    done = _run(files.hf, data, "--output", out, "--only", "saturation", "--only", "flops", "--gin-file", few)
+    assert done.exit_code == 1 and "failed: saturation" in done.output
+    text = (out / "report.html").read_text()
+    assert "lost.png cannot be read" in text and "FLOP" in text
+
+
+def test_a_stock_checkpoint_and_what_it_skips(files, few, tmp_path):
+    done = _run(files.hf, "--output", tmp_path, "--skip", "saturation", "--skip", "attention_maps", "--gin-file", few)
+    assert done.exit_code == 0, done.output
+    reasons = {r.name: r.reason for r in build.read(tmp_path)["sections"] if r.state == "skipped"}
+    assert "no skip taps" in reasons["gradients"] and "--base" in reasons["drift"]
+    assert "--rprobe" in reasons["rprobe"] and "--run" in reasons["training"]
+
+
+def test_training_curves(files, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    history = [{"step": i, "loss": 4.0 - i / 10, "learning_rate": 1e-3, "grad_norm": 1.0} for i in range(1, 21)]
+    (run / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    _run(files.hf, "--output", tmp_path / "out", "--only", "training", "--run", run)
+    (record,) = build.read(tmp_path / "out")["sections"]
+    assert record.found.summary == "Training loss went from 3.900 to 2.050 over 20 optimizer steps."
+    (run / "trainer_state.json").write_text(json.dumps({"log_history": []}))
+    _run(files.hf, "--output", tmp_path / "out", "--only", "training", "--run", run)
+    (record,) = build.read(tmp_path / "out")["sections"]
+    assert record.state == "skipped" and "no logged loss" in record.reason
+
+
+def test_r_probe_results(files, tmp_path):
+    import shutil
+
+    probe = tmp_path / "probe"
+    few = ["RProbe.steps = 3", "RProbe.train_pages = 2", "RProbe.heldout_pages = 2", "RProbe.batch_size = 1"]
+    params = [word for line in few for word in ("--gin-param", line)]
+    done = CliRunner().invoke(app, ["rprobe", str(files.hf), "--output", str(probe), *params], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    _run(files.hf, "--output", tmp_path / "out", "--only", "rprobe", "--rprobe", probe)
+    (record,) = build.read(tmp_path / "out")["sections"]
+    assert record.state == "done" and record.found.summary.startswith("R-Probe") and record.found.figures
+    shutil.rmtree(probe)  # the report does not need it any more
+    assert _run("--from", tmp_path / "out").exit_code == 0
+    with pytest.raises(CheckpointError, match="--rprobe"):
+        _run(files.hf, "--output", tmp_path / "out", "--rprobe", probe)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ([], SettingError, "name a checkpoint"),
+        (["CKPT", "--from", "x"], SettingError, "leave CKPT out"),
+        (["--from", "/nowhere"], CheckpointError, "no report.json"),
+        (["/nowhere"], CheckpointError, "no such folder"),
+        (["CKPT", "--only", "everything"], SettingError, "--only everything"),
+        (["CKPT", "--run", "/nowhere"], CheckpointError, "--run /nowhere"),
+        (["CKPT", "--gin-param", "Report.samples = 0"], SettingError, "Report.samples = 0"),
+    ],
+)
+def test_what_is_refused_before_anything_is_written(files, tmp_path, arguments, error, message, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = [str(files.hf) if word == "CKPT" else word for word in arguments]
+    if not given:
+        given = ["--device", "cpu"]
+    with pytest.raises(error, match=message):
+        _run(*given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_section_says_what_it_is():
+    for section in sections():
+        assert section.title and len(section.about) > 40
