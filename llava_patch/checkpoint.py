@@ -75,7 +75,10 @@ def _sample(parameter: Tensor, count: int) -> Tensor:
     """Evenly spaced values of a tensor: float32 [count] on the CPU."""
     with zero.gathered([parameter]):
         flat = parameter.detach().flatten()
-        places = torch.linspace(0, flat.numel() - 1, count, device=flat.device).long()
+        # Above 2^24 float32 skips integers, and the last place would lie behind the tensor; below, places stay as in
+        # fingerprints that were saved before.
+        dtype = torch.float32 if flat.numel() <= 2**24 else torch.float64
+        places = torch.linspace(0, flat.numel() - 1, count, device=flat.device, dtype=dtype).long()
         return flat[places].float().cpu()
 
 

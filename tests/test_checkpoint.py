@@ -367,3 +367,11 @@ def test_hub_files_load_as_the_hub_has_them(files):
     tokenizer = AutoTokenizer.from_pretrained(files.language_model, use_fast=False)
     text = "What is the number in the image?"
     assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
+
+
+@pytest.mark.parametrize("numel", [2**24 - 1, 2**24, 32064 * 1024, 32000 * 4096])
+def test_fingerprints_of_large_tensors_stay_inside_them(numel):
+    from llava_patch.checkpoint import _sample
+
+    values = torch.zeros(1, dtype=torch.bool).expand(numel)  # takes no memory
+    assert len(_sample(values[None], 8)) == 8

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from llava_patch.diagnostics.attention import mass_on_keys
 from llava_patch.errors import HostError, InputError
+from llava_patch.hosts import carry
 from llava_patch.hosts.anatomy import HF, LLAVA, Anatomy
 from llava_patch.hosts.compat import sliding_window
 from llava_patch.hosts.positions import hf_image_mask, llava_prepare
@@ -217,11 +218,16 @@ def text_after_image(image: Tensor) -> Tensor:
 
 
 def _watch_preparation(trace: Trace, anatomy: Anatomy, undo: UndoStack) -> None:
-    # Around whatever is there, so that a routed model's own bookkeeping still runs.
+    # Around whatever is there, so that a routed model's own bookkeeping still runs; but where that already says where
+    # images are, nothing is asked twice: the labels that `llava_prepare` asks with would tell FastV what to protect.
     prepare: Any = anatomy.model.prepare_inputs_labels_for_multimodal
 
     def prepare_and_note(*args: Any, **kwargs: Any) -> tuple:
-        outputs, image_mask = llava_prepare(prepare, anatomy.image_token_id, *args, **kwargs)
+        if carry.reports(prepare):
+            outputs = prepare(*args, **kwargs)
+            image_mask = carry.reported(outputs[4])
+        else:
+            outputs, image_mask = llava_prepare(prepare, anatomy.image_token_id, *args, **kwargs)
         trace.image_mask = None if image_mask is None else image_mask[0]
         return outputs
 

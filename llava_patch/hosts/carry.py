@@ -86,6 +86,7 @@ class _Scope:
 
 _MARK = "_llava_patch_image_mask"
 _STACKED = "_llava_patch_stacked"
+_REPORTS = "_llava_patch_reports"
 _current: ContextVar[_Scope | None] = ContextVar("llava_patch_call", default=None)
 
 
@@ -222,6 +223,16 @@ def offer_packing(anatomy: Anatomy, rows: Tensor) -> None:
     scope.packing = rows
 
 
+def reports(prepare: Any) -> bool:
+    """Whether `llava`'s prepare_inputs_labels_for_multimodal already says where images are (see `reported`)."""
+    return getattr(prepare, _REPORTS, False)
+
+
+def reported(embeds: Tensor | None) -> Tensor | None:
+    """Image positions of embeddings that such a method has prepared: bool [batch, tokens]; None without an image."""
+    return getattr(embeds, _MARK, None)
+
+
 def remember_chosen(anatomy: Anatomy, prompt: Tensor, kept: Tensor) -> None:
     """Within one generation pruning chooses once, also where each step recomputes the prompt (use_cache=False).
 
@@ -313,6 +324,7 @@ def _attach_llava(anatomy: Anatomy, undo: UndoStack) -> None:
             finally:
                 scope.given.suffix = suffix
 
+    setattr(prepare_and_report, _REPORTS, True)
     undo.set_attribute(model, "prepare_inputs_labels_for_multimodal", prepare_and_report)
     undo.set_attribute(model, "forward", scoped)
 

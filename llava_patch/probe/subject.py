@@ -18,7 +18,7 @@ from llava_patch.convert.weights import locate, read_json
 from llava_patch.diagnostics.inputs import Inputs
 from llava_patch.errors import CheckpointError, HostError, SettingError
 from llava_patch.hosts.anatomy import LLAVA, find
-from llava_patch.probe import parallel
+from llava_patch.probe import memory, parallel
 from llava_patch.probe.trainable import float32_default
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -58,12 +58,13 @@ def load_subject(checkpoint: str, base: str = "", device: str = "", dtype: str =
             LoRA or projector-only checkpoint of llava (then with `base`).
         base: the model under such a checkpoint.
         device: "cpu", "cuda" (the process's own one), "cuda:N"; "": cuda where there is one.
-        dtype: one of `DTYPES`; "": float32 on CPU, float16 elsewhere.
+        dtype: one of `DTYPES`; "": float32 on CPU (bfloat16 where the machine's memory does not hold that, which is
+            said), float16 elsewhere.
 
     Raises:
         CheckpointError: no checkpoint, one of another model, or one that needs `base` or must not have it.
         HostError: the llava package, whose checkpoint it is, is not installed.
-        SettingError: a device or dtype that is not there.
+        SettingError: a device or dtype that is not there, or weights that this machine's memory cannot hold.
     """
     place, number = pick_device(device), pick_dtype(dtype, pick_device(device))
     config = read_json(checkpoint, "config.json")
@@ -72,6 +73,10 @@ def load_subject(checkpoint: str, base: str = "", device: str = "", dtype: str =
     host = host_of(config, checkpoint)
     if base and read_json(base, "config.json") is None:
         raise CheckpointError(f"--base {base}: not a checkpoint, it has no config.json")
+    if place == "cpu":
+        record = (patched.read_settings(checkpoint) or {}) if os.path.isdir(checkpoint) else {}
+        below = record.get("base") if record.get("form") == "adapter" else None
+        number = memory.cpu_dtype(dtype, base or below or checkpoint) or number
     load = _load_llava if host == LLAVA else _load_hf
     with float32_default():
         try:

@@ -172,7 +172,7 @@ def test_only_the_samples_that_are_measured_count(subject: Subject, caplog: Any)
     [
         lambda text: text[: len(text) // 2],
         lambda text: "[]",
-        lambda text: text.replace('"format": 1', '"format": 0'),
+        lambda text: text.replace('"format": 2', '"format": 1'),
         lambda text: json.dumps({**json.loads(text), "saturation": {}}),
         lambda text: text.replace('"image_kl": [', '"image_kl": [ 0.5,'),
     ],

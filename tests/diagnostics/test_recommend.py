@@ -35,6 +35,29 @@ def test_mass_over_all_keys_is_one_and_disjoint_keys_add_up(window: int | None, 
     torch.testing.assert_close(parts[0], reference[0, :, queries, 0].mean(-1))
 
 
+def test_places_say_what_is_before_a_query() -> None:
+    torch.manual_seed(0)
+    q, k = torch.randn(4, 9, 8), torch.randn(2, 9, 8)
+    keys, alive, asking = torch.arange(9) < 4, torch.tensor([0, 2, 3, 5, 6, 8]), torch.tensor([5, 8])
+    for window in (None, 4):
+        got = mass_on_keys(
+            q[:, asking], k[:, alive], torch.tensor([0, 1]), keys[alive], 0.35, window, 1, (asking, alive)
+        )
+        scores = torch.einsum("hqd,hkd->hqk", q[:, asking], k[:, alive].repeat_interleave(2, 0)) * 0.35
+        distance = asking[:, None] - alive[None]
+        scores[:, (distance < 0) | (distance >= (window or 99))] = float("-inf")
+        torch.testing.assert_close(got, (scores.softmax(-1) * keys[alive]).sum(-1).mean(-1))
+
+
+def test_half_precision_is_summed_in_single() -> None:
+    torch.manual_seed(0)
+    q, k, queries = torch.randn(2, 40, 8), torch.randn(2, 40, 8), torch.arange(20, 40)
+    half = [x.bfloat16() for x in (q, k)]
+    keys = torch.arange(40) < 20
+    expected = mass_on_keys(half[0].float(), half[1].float(), queries, keys, 0.35)
+    assert torch.equal(mass_on_keys(*half, queries, keys, 0.35), expected)
+
+
 def test_transition_is_where_kl_stays_low() -> None:
     assert transition_layer([2.0, 1.5, 0.9, 0.5, 0.0], 0.5) == 2
     assert transition_layer([2.0, 0.9, 1.5, 0.5, 0.0], 0.5) == 3  # a dip does not count
@@ -69,7 +92,7 @@ def test_the_papers_curve_gives_its_split() -> None:
         ([0.9, 0.5, 0.3, 0.1, 0.1, 0.1, 0.1, 0.1], [2.7, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0], "disagree.*window is empty"),
         ([0.9, 0.1, 0.5, 0.1, 0.5, 0.1, 0.5, 0.1], [2.7, 2, 2, 2, 2, 2, 0.1, 0], "does not fall|never settles"),
         ([0.9, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1], [0.0] * 8, "no image transition"),
-        ([0.9, 0.1, 0.1, 0, 0, 0, 0, 0.1], [2.0, 2, 2, NAN, NAN, NAN, NAN, 0], "already routed: layers 3..6"),
+        ([0.9, 0.1, 0.1, 0, 0, 0, 0, 0.1], [2.0, 2, 2, NAN, NAN, NAN, NAN, 0], "already routed, and layers 3..6 have"),
     ],
 )  # fmt: skip
 def test_no_window_gives_the_reason(mass: list[float], kl: list[float], words: str) -> None:

@@ -38,7 +38,9 @@ DATA = typer.Argument(
 )
 BASE = typer.Option("", help="the model below a LoRA or projector-only checkpoint of llava")
 DEVICE = typer.Option("", help="cpu, cuda or cuda:N; default: cuda where there is one")
-DTYPE = typer.Option("", help="of the model: float32, bfloat16, float16; default: float32 on cpu, else float16")
+DTYPE = typer.Option(
+    "", help="of the model: float32, bfloat16, float16; default: float32 on cpu if it fits, else float16"
+)
 QUESTION = typer.Option("", help="asked about every image; default: the data's own, or what its text is")
 GIN_FILE = typer.Option([], help="gin file with bindings of this measurement or a patch; may be repeated")
 GIN_PARAM = typer.Option([], help="one gin binding; may be repeated")
