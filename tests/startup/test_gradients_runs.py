@@ -1,7 +1,6 @@
 """LLaVA's unmodified train.py measures gradient statistics where gin binds them, and trains as it would without."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
