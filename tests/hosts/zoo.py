@@ -123,15 +123,42 @@ def hf_model(name: str, layer: int = -2, strategy: str | None = None) -> Any:
     return model
 
 
+class _Attention(nn.Module):
+    """One projection for queries, keys and values, norms a head, rotary on the patches: as timm's attention with rope."""
+
+    def __init__(self, width: int, heads: int = 2) -> None:
+        super().__init__()
+        self.num_heads, self.scale, self.fused_attn = heads, (width // heads) ** -0.5, True
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.q_norm, self.k_norm = nn.LayerNorm(width // heads), nn.LayerNorm(width // heads)
+
+    def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = (torch.cat([t[:, :, :1], _turned(t[:, :, 1:], rope)], 2) for t in (q, k))
+        if self.fused_attn:
+            x = nn.functional.scaled_dot_product_attention(q, k, v)
+        else:
+            self.seen = ((q * self.scale) @ k.mT).softmax(-1)
+            x = self.seen @ v
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+def _turned(x: Tensor, rope: Tensor) -> Tensor:
+    sin, cos = rope.chunk(2, -1)
+    turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+    return x * cos + turned * sin
+
+
 class _Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm, self.attn = nn.LayerNorm(width), nn.MultiheadAttention(width, 2, batch_first=True)
+        self.norm, self.attn = nn.LayerNorm(width), _Attention(width)
         self.norm2, self.mlp = nn.LayerNorm(width), nn.Linear(width, width)
 
     def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
-        y = self.norm(x)
-        x = x + self.attn(y, y, y, need_weights=False)[0]
+        x = x + self.attn(self.norm(x), rope=rope)
         return x + self.mlp(self.norm2(x))
 
 
@@ -162,8 +189,10 @@ class StandIn(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         x = self.patch_embed(x)
         x = self.norm_pre(torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed)
+        angles = torch.arange(16.0, device=x.device)[:, None] * 0.1 * torch.arange(1, 9).repeat_interleave(2)
+        rope = torch.cat([angles.sin(), angles.cos()], -1).to(x.dtype)
         for block in self.blocks:
-            x = block(x, rope=None)
+            x = block(x, rope=rope)
         return self.norm(x)
 
     def forward_intermediates(self, x: Tensor) -> Any:

@@ -53,9 +53,8 @@ def _draw(axis: Any, result: "DriftResult") -> None:
         axis.set_ylim(bottom=-0.04 * (1 - lowest))
     else:
         axis.set_ylabel("cosine with the base")
-        axis.set_ylim(lowest - 0.04 * (1 - lowest), 1 + 0.04 * (1 - lowest))
-        if lowest == 1:
-            axis.set_ylim(0.9, 1.02)
+        room = 0.04 * (1 - lowest)
+        axis.set_ylim(*((lowest - room, 1 + room) if room else (0.9, 1.02)))
     leaves = result.split == result.layers
     last = result.layers if leaves else result.layers - 1
     axis.set_xlim(-1.5, last + 0.5)

@@ -55,6 +55,7 @@ def states_of(anatomy: Anatomy, sample: dict[str, Any], layers: int) -> States:
         HostError: a layer sees a part of the positions only.
     """
     found: dict[int, Tensor] = {}
+    seen: passes.Pass
 
     def keep(row: int) -> Callable[..., None]:
         def hook(module: Any, args: tuple, kwargs: dict[str, Any], output: Any = None) -> None:
@@ -62,6 +63,11 @@ def states_of(anatomy: Anatomy, sample: dict[str, Any], layers: int) -> States:
                 states = args[0] if args else kwargs["hidden_states"]
             else:
                 states = output[0] if isinstance(output, tuple) else output
+            if states.shape[1] != len(seen.placed):
+                raise HostError(
+                    f"layer {row - 1} sees {states.shape[1]} of {len(seen.placed)} positions: set Drift.split to at "
+                    f"most {row - 1}"
+                )
             found[row] = states[0].detach()
 
         return hook
@@ -71,12 +77,6 @@ def states_of(anatomy: Anatomy, sample: dict[str, Any], layers: int) -> States:
         for layer in range(layers):
             undo.push(anatomy.layers[layer].register_forward_hook(keep(layer + 1), with_kwargs=True).remove)
         passes.run(anatomy, sample)
-    for row in range(layers + 1):
-        if len(found[row]) != len(seen.placed):
-            raise HostError(
-                f"layer {row - 1} sees {len(found[row])} of {len(seen.placed)} positions: set Drift.split to at most "
-                f"{row - 1}"
-            )
     return States(seen, [found[row] for row in range(layers + 1)])
 
 

@@ -15,7 +15,7 @@ NUMBERED = 16  # up to so many heads, each one's number stands under it
 
 
 def fusion_attention_figure(result: "FusionAttentionResult", path: str | Path) -> Path:
-    """A panel a layer: each head's mass, sorted by stock's; trained as bars, stock and its double as steps.
+    """A panel a layer: each head's mass, sorted by stock's; trained as bars, stock as points, its double as dashes.
 
     Returns:
         The path written.
@@ -47,7 +47,8 @@ def _panel(axis: Any, result: "FusionAttentionResult", index: int) -> None:
         heights = [mass if high is wanted else 0.0 for mass, high in zip(own, above, strict=True)]
         axis.bar(places, heights, color=color, width=0.8, label=label)
     axis.plot(places, base, "o", color=plotting.TEXT, ms=3, label="stock")
-    axis.step(places, [2 * b for b in base], where="mid", color=plotting.TEXT, ls="--", lw=0.9, label="twice stock")
+    left, right = [i - 0.4 for i in places], [i + 0.4 for i in places]
+    axis.hlines([2 * b for b in base], left, right, color=plotting.TEXT, ls="--", lw=1.0, label="twice stock")
     ratio, heads = result.mean_ratio(index), len(order)
     where = f"layer {result.layers[index]} of 0..{result.n_layers - 1}"
     axis.set_title(f"{where}: mean x {ratio:.2f}, {sum(above)} of {heads} heads over twice", fontsize=7.5)
