@@ -17,6 +17,7 @@ from typing import Any
 
 import gin
 from llava_patch import flags as launch_flags
+from llava_patch.diagnostics.reach.settings import Reach
 from llava_patch.diagnostics.saturation import Saturation
 from llava_patch.errors import SettingError
 from llava_patch.probe.settings import RProbe
@@ -24,7 +25,7 @@ from llava_patch.resources import gin_dir
 from llava_patch.settings import METHODS, AuxiliaryProbe, FastV, Fusion, Routing
 from llava_patch.sweep.settings import Sweep
 
-MEASUREMENTS: dict[str, Any] = {"RProbe": RProbe, "Saturation": Saturation}
+MEASUREMENTS: dict[str, Any] = {"RProbe": RProbe, "Saturation": Saturation, "Reach": Reach}
 
 for _cls in (*METHODS.values(), *MEASUREMENTS.values()):
     gin.register(_cls, module="llava_patch")

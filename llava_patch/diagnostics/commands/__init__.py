@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llava_patch.diagnostics.examples import Example
     from llava_patch.probe.subject import Subject
 
-NAMES: tuple[str, ...] = ("flops",)
+NAMES: tuple[str, ...] = ("flops", "reach")
 
 # Options that mean the same in every measurement.
 CHECKPOINT = typer.Argument(
