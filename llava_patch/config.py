@@ -21,6 +21,7 @@ from llava_patch.diagnostics.attention_maps import AttentionMaps
 from llava_patch.diagnostics.drift import Drift
 from llava_patch.diagnostics.fusion_attention import FusionAttention
 from llava_patch.diagnostics.gradients.settings import Gradients
+from llava_patch.diagnostics.reach.settings import Reach
 from llava_patch.diagnostics.saturation import Saturation
 from llava_patch.errors import SettingError
 from llava_patch.probe.settings import RProbe
@@ -35,6 +36,7 @@ MEASUREMENTS: dict[str, Any] = {
     "FusionAttention": FusionAttention,
     "Gradients": Gradients,
     "RProbe": RProbe,
+    "Reach": Reach,
     "Report": Report,
     "Saturation": Saturation,
 }

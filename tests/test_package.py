@@ -42,6 +42,7 @@ def test_the_wheel_in_an_empty_environment(tmp_path):
     assert {"rprobe/rprobe.yaml", "saturation/saturation.yaml"} <= set(tasks.split())
     names = subprocess.run([sys.executable, "-m", "zipfile", "-l", str(wheel)], capture_output=True, text=True).stdout
     assert " eval_tasks" not in names and "\ngin/" not in names
+    assert "llava_patch/report/report.html.j2" in names
 
 
 @pytest.mark.timeout(300)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from llava_patch.routing import feed, side_branch, watch
+from llava_patch.routing import feed, side_branch, side_output, watch
 from llava_patch.routing.autograd import prime
 from llava_patch.routing.cache import TEXT
 from llava_patch.routing.plan import Held, RoutingPlan, make_plan
@@ -31,6 +31,8 @@ class DeepLayers:
         self.text: Tensor | None = hidden
         self.merged: Tensor | None = None
         self.idle: Tensor | None = None  # joins where a batch with an image first reads the side branch
+        self.side: Tensor | None = None  # the side branch's output, which `image` is until a layer changes it
+        self.number = run.program.split  # the layer under way; L behind the last
         if run.image_mask is None:
             if run.call.idle:
                 self.idle = side_branch.idle(run.anatomy, hidden, run.full.rotary)
@@ -42,6 +44,8 @@ class DeepLayers:
             name = TEXT if run.program.has_text_layers else None
             run.text_stream = run.substream(name, run.columns(self.plan.text), hidden)
             self.image = self._side_branch(self.plan.image.take(hidden))
+            if run.program.side_layers and self.image.shape[1]:
+                self.side = self.image = side_output.output(self.image)
             self.text = self.plan.text.take(hidden)
         self.entered: Tensor | None = None  # what the layer before pruning got
 
@@ -53,11 +57,13 @@ class DeepLayers:
         """
         run = self.run
         for number in range(run.program.split, len(run.layers)):
+            self.number = number
             if number == run.prune_at and number > run.program.split:
                 self._prune()
             if number + 1 == run.prune_at:
                 self.entered = self._whole()
             self._layer(number)
+        self.number = len(run.layers)
         return self._with_idle(self._whole())
 
     def _with_idle(self, whole: Tensor) -> Tensor:
@@ -146,8 +152,7 @@ class DeepLayers:
             self.text = run.layer(number, self._text(), run.main_stream)
             run.record(self.text, run.main)
             return
-        text, image = self._text(), self.image
-        assert image is not None
+        text, image = self._text(), self._image()
         layer = run.layers[number]
         columns = run.columns(plan.image)
         image_rotary = columns.take_rotary(run.full.rotary)
@@ -181,9 +186,12 @@ class DeepLayers:
             if self.plan is None:
                 self.merged = self.text
             else:
-                assert self.image is not None
-                self.merged = self.plan.merge(self.image, self.text)
+                self.merged = self.plan.merge(self._image(), self.text)
         return self.merged
+
+    def _image(self) -> Tensor:
+        assert self.image is not None
+        return side_output.read(self.image, self.number) if self.image is self.side else self.image
 
     def _finish(self, states: Tensor) -> None:
         self.merged, self.text, self.plan = states, None, None
@@ -192,8 +200,10 @@ class DeepLayers:
         """Prune between deep layers (pc and kv, whose layers see the image)."""
         run = self.run
         assert self.entered is not None
+        was_side, self.side = self.image is self.side, None  # pruning is no layer that reads it
         hidden = run.prune(self.entered, self._whole())
         if self.plan is not None:  # the text positions, and so the text stream, stay as they are
             assert run.image_mask is not None and run.main is not None
             self.plan = make_plan(run.image_mask, run.main.valid, run.counts)
             self.text, self.image, self.merged = self.plan.text.take(hidden), self.plan.image.take(hidden), None
+            self.side = self.image if was_side else None

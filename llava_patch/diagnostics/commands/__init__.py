@@ -25,6 +25,7 @@ NAMES: tuple[str, ...] = (
     "flops",
     "fusion_attention",
     "gradients",
+    "reach",
     "report",
     "saturation",
 )

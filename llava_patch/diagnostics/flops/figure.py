@@ -47,8 +47,7 @@ def _draw_layers(axis: Any, result: "FlopsResult") -> None:
     routing = row.variant.routing
     split = routing.split if routing is not None and isinstance(routing.split, int) else None
     if split is not None and split < len(numbers):
-        plotting.mark_split(axis, split - 0.5, f"split {split}")
-        axis.lines[-1].set_label(f"split {split}")
+        axis.axvline(split - 0.5, color=plotting.SPLIT, ls="--", lw=1.2, label=f"split {split}")
         if row.forward.side.total:
             axis.bar(
                 split, row.forward.side.total / scale, bottom=below[split], color="none", edgecolor=plotting.SPLIT,

@@ -1,0 +1,117 @@
+"""`llava-patch reach`: which parameters a training step gives a gradient."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from llava_patch.diagnostics import commands
+from llava_patch.errors import CheckpointError, SettingError
+
+_OUTPUT = typer.Option(None, help="folder of reach.json and reach.png; default: reach/NAME")
+
+
+def add(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("reach")(reach)
+
+
+def reach(
+    checkpoint: str = commands.CHECKPOINT,
+    data: str = commands.DATA,
+    samples: int | None = typer.Option(None, min=1, help="how many, one backward pass each; default: 4"),
+    everything: bool = typer.Option(False, "--all", help="as if every parameter trained, the vision tower included"),
+    variants: str = typer.Option("", help="routings to compare on a checkpoint without one, such as lf,pc,kv,ideal"),
+    split: int | None = typer.Option(None, min=0, help="with --variants: first routed layer; default: 18/32 of depth"),
+    question: str = commands.QUESTION,
+    base: str = commands.BASE,
+    device: str = commands.DEVICE,
+    dtype: str = commands.DTYPE,
+    gin_file: list[str] = commands.GIN_FILE,
+    gin_param: list[str] = commands.GIN_PARAM,
+    output: Path | None = _OUTPUT,
+) -> None:
+    """Which parameters get a gradient, and how the side branch gets its own.
+
+    One backward pass a sample, in training mode, with the checkpoint's patch
+    or the one that gin bindings ask for. "none": no gradient arrives at
+    something that trains; "exactly 0": only zeros do. Data need answers, or
+    none are given (rendered pages).
+
+    In full:
+
+    llava-patch reach llava-v1.5-7b data.json --gin-param "Routing.split = 18"
+    """
+    from llava_patch.diagnostics.flops.result import default_split
+    from llava_patch.diagnostics.reach.compare import compare_reach
+    from llava_patch.diagnostics.reach.measure import measure_reach
+    from llava_patch.diagnostics.reach.settings import Reach
+    from llava_patch.hosts.anatomy import find
+
+    names = [name.strip() for name in variants.split(",") if name.strip()]
+    if split is not None and not names:
+        raise SettingError(
+            f'--split {split} belongs to --variants; one routing is --gin-param "Routing.split = {split}"'
+        )
+    with commands.configured(gin_file, gin_param):
+        settings = commands.settings_of(Reach, samples=samples, everything=everything or None)
+        folder = commands.folder_for("reach", checkpoint, output)
+        name = "reach_variants" if names else "reach"
+        _check_folder(folder / f"{name}.json", checkpoint)
+        subject = commands.load(checkpoint, base, device, dtype)
+        examples = commands.examples_for(subject, data, settings.samples, question, answers=True)
+        facts = {"checkpoint": str(Path(checkpoint).resolve()) if Path(checkpoint).is_dir() else checkpoint}
+        result: Any
+        if names:
+            depth = len(find(subject.model).layers)
+            result = compare_reach(
+                subject.model,
+                lambda: commands.samples_of(subject, examples, answers=True),
+                names,
+                default_split(depth) if split is None else split,
+                settings,
+            )
+        else:
+            result = measure_reach(subject.model, commands.samples_of(subject, examples, answers=True), settings)
+        _show(*result.table())
+        typer.echo(result.summary())
+        paths = result.save(folder, name)
+        _add_facts(paths[0], facts)
+        for path in paths:
+            typer.echo(f"wrote {path}")
+
+
+def _check_folder(path: Path, checkpoint: str) -> None:
+    """Refuse to replace the results of another checkpoint."""
+    from llava_patch.probe.commands.run import named
+
+    try:
+        other = json.loads(path.read_text(encoding="utf-8")).get("facts", {}).get("checkpoint")
+    except (OSError, ValueError, AttributeError):  # none, or none that is worth keeping
+        return
+    if isinstance(other, str) and named(other) != named(checkpoint):
+        raise CheckpointError(
+            f"{path} holds the results of {other}, not of {named(checkpoint)}: give another folder with --output"
+        )
+
+
+def _add_facts(path: Path, facts: dict[str, Any]) -> None:
+    from llava_patch.files import write_json
+
+    write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "facts": facts})
+
+
+def _show(head: list[str], rows: list[list[str]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for number, name in enumerate(head):
+        table.add_column(name, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)

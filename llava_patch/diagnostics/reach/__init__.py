@@ -1,0 +1,1 @@
+"""Gradient reach: which parameters a training step gives a gradient, and through which layers the image gets one."""
