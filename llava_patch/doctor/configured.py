@@ -29,6 +29,7 @@ READERS = {
     "Drift": "llava-patch drift and report, lmms-eval's task drift",
     "FusionAttention": "llava-patch fusion-attention and report, lmms-eval's task fusion_attention",
     "Gradients": "llava-patch gradients and report, LLaVA's training script",
+    "Reach": "llava-patch reach and report",
     "Report": "llava-patch report",
     "RProbe": "llava-patch rprobe, lmms-eval's task rprobe",
     "Saturation": 'llava-patch saturation and report, lmms-eval\'s task saturation, Routing.split = "auto"',

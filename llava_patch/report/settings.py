@@ -17,13 +17,11 @@ class Report:
         samples: images for saturation, and for what is compared with the base.
         maps: images in the panel of attention maps.
         gradient_steps: batches over which gradients are decomposed.
-        reach_samples: images for gradient reach.
     """
 
     samples: int = 24
     maps: int = 3
     gradient_steps: int = 48
-    reach_samples: int = 4
 
     def __post_init__(self) -> None:
         for field in fields(self):

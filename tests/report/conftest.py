@@ -10,7 +10,7 @@ from llava_patch.cli import app
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 8, "num_attention_heads": 2,
           "image_size": 56, "patch_size": 14}  # fmt: skip
 TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4}
-FEW = "Report.samples = 2\nReport.maps = 2\nReport.gradient_steps = 4\nReport.reach_samples = 1\n"
+FEW = "Report.samples = 2\nReport.maps = 2\nReport.gradient_steps = 4\nReach.samples = 1\n"
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from llava_patch.errors import CheckpointError, SettingError
 from llava_patch.report import build
 from llava_patch.report.sections import NAMES, sections
 
-MEASURED = {"saturation", "attention_maps", "flops", "gradients", "drift", "fusion_attention"}
+MEASURED = {"saturation", "attention_maps", "flops", "gradients", "reach", "drift", "fusion_attention"}
 
 
 def _run(*arguments):

@@ -11,6 +11,7 @@ NAMES = (
     "attention_maps",
     "flops",
     "gradients",
+    "reach",
     "drift",
     "fusion_attention",
     "training_gradients",
