@@ -49,6 +49,7 @@ def reach(
     from llava_patch.diagnostics.reach.compare import compare_reach
     from llava_patch.diagnostics.reach.measure import measure_reach
     from llava_patch.diagnostics.reach.settings import Reach
+    from llava_patch.handle import get_handle
     from llava_patch.hosts.anatomy import find
 
     names = [name.strip() for name in variants.split(",") if name.strip()]
@@ -75,6 +76,9 @@ def reach(
                 settings,
             )
         else:
+            handle = get_handle(subject.model)
+            if handle is not None:  # llava loads its tower after the patch and freezes it; a training run does this too
+                handle.apply_freeze()
             result = measure_reach(subject.model, commands.samples_of(subject, examples, answers=True), settings)
         _show(*result.table())
         typer.echo(result.summary())

@@ -41,8 +41,8 @@ class ReachComparison:
         if lf is not None and pc is not None and lf.side is not None and pc.side is not None:
             a, b = lf.side, pc.side
             lines.append(
-                f"Layers through which the side branch's output gets a gradient: LF {len(a.nonzero)}, PC "
-                f"{len(b.nonzero)} (the paper's 7B model: 1 and 14)."
+                f"Layers through which the side branch's output gets a gradient: LF {len(lf.reading_layers)}, PC "
+                f"{len(pc.reading_layers)} (the paper's 7B model: 1 and 14)."
             )
             if a.norm and b.norm:
                 lines.append(f"Its norm in LF is {a.norm / b.norm:.2f} of PC's.")
@@ -66,7 +66,8 @@ class ReachComparison:
             branch = [p for p in result.parts if p.part.kind == groups.SIDE]
             weights = result.norm_of(groups.SIDE)
             shown = f"{weights:.3g}" if weights else "none" if not any(p.reached for p in branch) else "exactly 0"
-            rows.append([result.name, str(len(side.nonzero)), norm, ratio, shown])
+            end = " + end" if result.n_layers in side.nonzero else ""
+            rows.append([result.name, f"{len(result.reading_layers)}{end}", norm, ratio, shown])
         return ["variant", "layers", "at its output", "to PC", "at its weights"], rows
 
     def to_dict(self) -> dict[str, Any]:

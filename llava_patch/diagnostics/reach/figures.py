@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from llava_patch.diagnostics.reach.result import ReachResult
 
 _FLOOR = {ZERO: ("o", "exactly 0"), NONE: ("x", "none arrives"), FROZEN: ("_", "frozen")}
-_COLOURS = {"lf": "#4c72b0", "pc": "#dd8452", "kv": "#55a868", "ideal": "#8172b3"}
+_LINES = {"lf": ("#4c72b0", "o"), "pc": ("#dd8452", "s"), "kv": ("#55a868", "."), "ideal": ("#8172b3", "o")}
 _SHORT = {
     groups.EMBEDDING: "embed", groups.AFTER: "after", groups.PROJECTOR: "proj", groups.STACK: "stack",
     groups.TOKENS: "tokens", groups.NORM: "norm", groups.HEAD: "head", groups.OTHER: "other",
@@ -27,6 +27,9 @@ def reach_figure(result: "ReachResult", path: str | Path) -> Path:
 
     figure, axes = plotting.panels(1, 2 if result.side is None else 3)
     with mpl.rc_context(plotting.STYLE):
+        for axis in axes[:2]:  # one scale, so that tower and decoder compare
+            axis.set_yscale("log")
+            axis.set_ylim(*_range(result))
         _draw_parts(axes[0], result, (groups.EMBEDDING, groups.BLOCK, groups.AFTER, groups.PROJECTOR, groups.STACK))
         axes[0].set_title("Vision tower and projector")
         axes[0].set_xlabel("tower block")
@@ -69,12 +72,13 @@ def _draw_parts(axis: Any, result: "ReachResult", kinds: tuple[str, ...]) -> Non
             tick.set_rotation(60)
             tick.set_ha("right")
             tick.set_rotation_mode("anchor")
+    _legend(axis)
 
 
 def _draw_decoder(axis: Any, result: "ReachResult") -> None:
     layers = result.of(groups.LAYER)
     numbers = [f.part.number or 0 for f in layers]
-    _bars(axis, numbers, [f.state for f in layers], [f.norm for f in layers], legend=False)
+    _bars(axis, numbers, [f.state for f in layers], [f.norm for f in layers])
     fused = [f for f in layers if f.part.role == "fusion"]
     for found in fused:
         axis.axvspan((found.part.number or 0) - 0.5, (found.part.number or 0) + 0.5, color=plotting.SPLIT, alpha=0.2)
@@ -86,7 +90,6 @@ def _draw_decoder(axis: Any, result: "ReachResult") -> None:
                 [result.split + (f.part.number or 0) for f in alive], [f.norm for f in alive], width=0.5,
                 color="none", edgecolor=plotting.IMAGE, hatch="////", label="side branch",
             )  # fmt: skip
-    _extend(axis)
     plotting.layer_axis(axis, result.n_layers)
     if result.split is not None:
         axis.axvline(result.split - 0.5, color=plotting.SPLIT, ls="--", lw=1.2, label=f"split {result.split}")
@@ -94,34 +97,30 @@ def _draw_decoder(axis: Any, result: "ReachResult") -> None:
     _legend(axis)
 
 
-def _bars(axis: Any, places: list[int], states: list[str], norms: list[float], legend: bool = True) -> None:
-    axis.set_yscale("log")
+def _bars(axis: Any, places: list[int], states: list[str], norms: list[float]) -> None:
     alive = [(p, n) for p, s, n in zip(places, states, norms, strict=True) if s == NONZERO and n > 0]
     if alive:
         axis.bar(*zip(*alive, strict=True), color=plotting.TEXT, width=0.8, label="gradient")
-    lowest = min((n for _, n in alive), default=1e-3)
-    floor = 10.0 ** _below(lowest)
+    floor = axis.get_ylim()[0]
     for state, (marker, label) in _FLOOR.items():
         there = [p for p, s in zip(places, states, strict=True) if s == state]
         if there:
             axis.plot(there, [1.6 * floor] * len(there), marker, color="0.35", ms=4, mfc="none", label=label)
-    axis.set_ylim(bottom=floor)
     axis.set_ylabel("gradient norm")
     axis.grid(axis="x", visible=False)
-    if legend:
-        _extend(axis)
-        _legend(axis)
+
+
+def _range(result: "ReachResult") -> tuple[float, float]:
+    """Limits of a log axis: a decade below the smallest norm, and room for a legend above the largest."""
+    norms = [f.norm for f in result.parts if f.state == NONZERO and f.norm > 0] or [1.0]
+    low, high = 10.0 ** _below(min(norms)), 2 * max(norms)
+    return low, high * (high / low) ** 0.3
 
 
 def _below(value: float) -> int:
     from math import floor, log10
 
     return floor(log10(value)) - 1
-
-
-def _extend(axis: Any) -> None:
-    low, high = axis.get_ylim()
-    axis.set_ylim(low, max(high, 10 * low) * (max(high, 10 * low) / low) ** 0.35)  # room for the legend
 
 
 def _legend(axis: Any) -> None:
@@ -132,27 +131,36 @@ def _draw_side(axis: Any, results: "list[ReachResult]") -> None:
     """One line a variant over the deep layers; a layer that reads the output for nothing is a mark on the floor."""
     axis.set_yscale("log")
     first = results[0]
-    positive = [n for r in results if r.side for n in r.side.layers.values() if n > 0]
-    floor = 10.0 ** _below(min(positive, default=1e-3))
+    found = [n for r in results if r.side for n in (*r.side.layers.values(), r.side.norm or 0.0) if n > 0] or [1.0]
+    floor, top = 10.0 ** _below(min(found)), 2 * max(found)
     for number, result in enumerate(results):
         assert result.side is not None
-        colour = _COLOURS.get(result.name.split(" + ")[-1], plotting.TEXT)
+        variant = result.name.split(" + ")[-1]
+        colour, marker = _LINES.get(variant, (plotting.TEXT, "o"))
         alive = {k: v for k, v in result.side.layers.items() if v > 0}
         if alive:
-            axis.plot(list(alive), list(alive.values()), "o-", ms=4, color=colour, label=f"{result.name} by layer")
+            axis.plot(
+                list(alive), list(alive.values()), marker=marker, ms=7 if marker == "s" else 4, mfc="none",
+                ls=":" if marker == "." else "-", color=colour, label=variant,
+            )  # fmt: skip
         dead = [k for k in result.side.layers if k not in alive]
         if dead or not alive:
             at = dead or [result.n_layers]
-            height = floor * 1.6 * 1.5**number
             word = "exactly 0" if dead else "none arrives"
-            axis.plot(at, [height] * len(at), "o", ms=5, mfc="none", color=colour, label=f"{result.name}: {word}")
+            axis.plot(
+                at, [floor * 1.6 * 1.6**number] * len(at), "o", ms=5, mfc="none", color=colour,
+                label=f"{variant}: {word}",
+            )  # fmt: skip
         if len(results) == 1 and result.side.norm:
-            axis.axhline(result.side.norm, color=colour, ls=":", lw=1, label="whole")
-    axis.set_ylim(bottom=floor)
-    _extend(axis)
-    plotting.layer_axis(axis, first.n_layers + 1, "decoder layer that reads it (last: the end)")
+            axis.axhline(result.side.norm, color="black", ls=":", lw=1, label="whole")
+    axis.set_ylim(floor, top * (top / floor) ** 0.35)
+    plotting.layer_axis(axis, first.n_layers + 1, "decoder layer that reads it")
+    left = 0 if first.split is None else first.split
+    step = max(1, (first.n_layers - left) // 8)
+    places = [n for n in range(left, first.n_layers, step) if n + step <= first.n_layers] + [first.n_layers]
+    axis.set_xticks(places, [*map(str, places[:-1]), "end"])
+    axis.set_xlim(left - 1, first.n_layers + 0.7)
     if first.split is not None:
-        axis.set_xlim(left=max(first.split - 2.5, -0.5))
         axis.axvline(first.split - 0.5, color=plotting.SPLIT, ls="--", lw=1.2, label=f"split {first.split}")
     axis.set_ylabel("‖∂loss / ∂(side output)‖")
     _legend(axis)
@@ -161,14 +169,14 @@ def _draw_side(axis: Any, results: "list[ReachResult]") -> None:
 def _draw_whole(axis: Any, results: "list[ReachResult]") -> None:
     names = [r.name for r in results]
     norms = [r.side.norm if r.side is not None and r.side.norm else 0.0 for r in results]
-    colours = [_COLOURS.get(name.split(" + ")[-1], plotting.TEXT) for name in names]
+    colours = [_LINES.get(name.split(" + ")[-1], (plotting.TEXT, ""))[0] for name in names]
     bars = axis.bar(names, norms, color=colours, width=0.6)
     words = [
-        f"{n:.2g}\n{len(r.side.nonzero)} layer{'s' * (len(r.side.nonzero) != 1)}" if n and r.side else "0"
+        f"{n:.2g}\n{len(r.reading_layers)} layer{'s' * (len(r.reading_layers) != 1)}" if n else "0"
         for n, r in zip(norms, results, strict=True)
     ]
     axis.bar_label(bars, words, padding=1, fontsize=7)
     axis.margins(y=0.22)
     axis.grid(axis="x", visible=False)
     axis.set_ylabel("‖∂loss / ∂(side output)‖")
-    axis.set_title("The whole gradient, and through how many layers")
+    axis.set_title("Whole, and number of layers it comes through")

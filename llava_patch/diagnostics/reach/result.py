@@ -107,9 +107,19 @@ class ReachResult:
         if not self.side.nonzero:
             how = "is exactly zero" if self.side.norm is not None else "does not exist"
             return f"The loss's gradient at the side branch's output {how}: the side branch cannot be trained."
-        through = self.side.nonzero
-        layers = f"one layer ({through[0]})" if len(through) == 1 else f"{len(through)} layers ({_runs(through)})"
-        return f"The side branch's output gets its gradient through {layers}; its norm is {self.side.norm:.3g}."
+        through = self.reading_layers
+        layers = f"{'one layer' if len(through) == 1 else f'{len(through)} layers'} ({_runs(through)})"
+        end = "the decoder's end (an image position is read itself: its next token has a label)"
+        ways = ([layers] if through else []) + ([end] if self.n_layers in self.side.nonzero else [])
+        return (
+            f"The side branch's output gets its gradient through {' and '.join(ways)}; its norm is "
+            f"{self.side.norm:.3g}."
+        )
+
+    @property
+    def reading_layers(self) -> tuple[int, ...]:
+        """Decoder layers through which the side branch's output gets a gradient: the paper's paths."""
+        return () if self.side is None else tuple(layer for layer in self.side.nonzero if layer < self.n_layers)
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """(head, rows): neighbouring parts with the same outcome share a row, and its norm is that of all of them."""
