@@ -74,6 +74,24 @@ def also(files: "Sequence[str]", params: "Sequence[str]") -> "Iterator[None]":
         _flags, _configuration = before
 
 
+@contextlib.contextmanager
+def without_patches() -> "Iterator[None]":
+    """Inside the block, models come as their checkpoints are: a configured patch is not put on them.
+
+    For the model that a patched one is compared with; settings of measurements still count.
+    """
+    import dataclasses
+
+    global _configuration
+    asked, before = configuration(), _configuration
+    if asked is not None:
+        _configuration = dataclasses.replace(asked, fusion=None, routing=None, pruning=None, probe=None, off=())
+    try:
+        yield
+    finally:
+        _configuration = before
+
+
 def configuration() -> "Configuration | None":
     """What flags and environment ask for, read once; None when nothing is configured.
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llava_patch import checkpoint as patched
 from llava_patch.convert.weights import read_json
 from llava_patch.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from llava_patch.probe.subject import Subject
 
 
 def base_of(checkpoint: str, given: str, setting: str) -> str:
@@ -35,3 +39,12 @@ def base_of(checkpoint: str, given: str, setting: str) -> str:
             "where it is"
         )
     return str(named)
+
+
+def load_base(name: str, device: str = "", dtype: str = "") -> "Subject":
+    """Load a base as its checkpoint is, without the patch that gin asks for on the checkpoint's side."""
+    from llava_patch import startup
+    from llava_patch.probe.subject import load_subject
+
+    with startup.without_patches():
+        return load_subject(name, device=device, dtype=dtype)

@@ -1,7 +1,7 @@
 """Our lmms-eval tasks: embedded documents, one request each, answered by looking inside the live model.
 
 lmms-eval runs a task's requests through a method of the model object that bears the task's output type, once per rank
-with all requests. Importing this module adds our two output types and their methods; the model, its tokenizer and its
+with all requests. Importing this module adds our output types and their methods; the model, its tokenizer and its
 image processor are alive there, but no longer when results are processed, so each answer is a JSON string that holds
 all that scoring needs.
 """
@@ -17,9 +17,11 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.api.task import ConfigurableTask
 
+from llava_patch.diagnostics.drift import Drift
 from llava_patch.diagnostics.examples import QUESTION
+from llava_patch.diagnostics.fusion_attention import FusionAttention
 from llava_patch.diagnostics.saturation import Saturation
-from llava_patch.evaluation import loud, rprobe_runs, saturation_runs
+from llava_patch.evaluation import drift_runs, fusion_attention_runs, loud, rprobe_runs, saturation_runs
 from llava_patch.evaluation.options import settings_for
 from llava_patch.probe.settings import RProbe
 
@@ -75,10 +77,8 @@ def active(name: str) -> MeasurementTask:
     return _active[name]
 
 
-class SaturationTask(MeasurementTask):
-    """Visual saturation on rendered pages; YAML: `metadata.documents` is their number."""
-
-    SETTINGS = Saturation
+class PagesTask(MeasurementTask):
+    """A measurement on rendered pages; YAML: `metadata.documents` is their number."""
 
     def documents(self) -> dict[str, list[Any]]:
         """Pages by number; they are drawn when the size of the model's tower is known."""
@@ -88,6 +88,24 @@ class SaturationTask(MeasurementTask):
             "page": list(range(count)),
             "question": [QUESTION] * count,
         }
+
+
+class SaturationTask(PagesTask):
+    """Visual saturation."""
+
+    SETTINGS = Saturation
+
+
+class DriftTask(PagesTask):
+    """Drift of the shallow layers from a base."""
+
+    SETTINGS = Drift
+
+
+class FusionAttentionTask(PagesTask):
+    """Text-to-image attention of the fusion layers' heads against a base's."""
+
+    SETTINGS = FusionAttention
 
 
 class RProbeTask(MeasurementTask):
@@ -113,7 +131,20 @@ def _rprobe(self: Any, requests: list[Instance]) -> list[str]:
     return rprobe_runs.answer(self, requests)
 
 
-for _output_type, _method in (("llava_patch_saturation", _saturation), ("llava_patch_rprobe", _rprobe)):
+def _drift(self: Any, requests: list[Instance]) -> list[str]:
+    return drift_runs.answer(self, requests)
+
+
+def _fusion_attention(self: Any, requests: list[Instance]) -> list[str]:
+    return fusion_attention_runs.answer(self, requests)
+
+
+for _output_type, _method in (
+    ("llava_patch_saturation", _saturation),
+    ("llava_patch_rprobe", _rprobe),
+    ("llava_patch_drift", _drift),
+    ("llava_patch_fusion_attention", _fusion_attention),
+):
     if _output_type not in api_task.ALL_OUTPUT_TYPES:
         api_task.ALL_OUTPUT_TYPES.append(_output_type)
     setattr(lmms, _output_type, _method)

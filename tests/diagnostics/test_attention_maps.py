@@ -193,9 +193,9 @@ def test_nearest_and_min_max() -> None:
 
 def test_bad_settings_and_samples_are_named() -> None:
     model, sample = tiny.hf_model(), tiny.hf_sample()
-    with pytest.raises(SettingError, match="AttentionMaps.block = 0"):
+    with pytest.raises(SettingError, match=r"AttentionMaps\.block = 0"):
         AttentionMaps(block=0)
-    with pytest.raises(SettingError, match=r"AttentionMaps.block = 4: .* has blocks 1..3"):
+    with pytest.raises(SettingError, match=r"AttentionMaps\.block = 4: .* has blocks 1\.\.3"):
         measure_attention_maps(model, [sample], progress=False)
     with pytest.raises(InputError, match="one image each, got 0"):
         measure_attention_maps(model, [{"input_ids": sample["input_ids"]}], AttentionMaps(1), progress=False)

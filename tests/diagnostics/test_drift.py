@@ -93,7 +93,7 @@ def test_routed_models_are_compared_below_their_split(host: Any, tmp_path: Path)
         result = measure_drift(model, base, [sample], progress=False)
         assert (result.layers, result.split, result.n_layers) == (2, 2, 5)
         assert result.image.median == result.text.median == [1.0, 1.0]
-        with pytest.raises(SettingError, match="Drift.split = 3: this model shows all positions to layers 0..1 only"):
+        with pytest.raises(SettingError, match=r"Drift\.split = 3: this model shows all positions to layers 0..1 only"):
             measure_drift(model, base, [sample], Drift(split=3), progress=False)
         with pytest.raises(SettingError, match="leave the base's decoder at layer 2"):
             measure_drift(base, model, [sample], progress=False)
@@ -154,7 +154,7 @@ def test_the_store_is_bounded_and_always_removed(cache: Path, monkeypatch: pytes
     assert seen == [4] and not list(cache.iterdir())
     with pytest.raises(InputError, match=r"of 4 samples need .* more than Drift.store_gb"):
         measure_drift_apart(opened(model, samples), base, short, progress=False)  # known from the first sample on
-    with pytest.raises(InputError, match="Drift.store_gb"):
+    with pytest.raises(InputError, match=r"Drift\.store_gb"):
         measure_drift_apart(opened(model, iter(samples)), base, short, progress=False)  # when it gets there
     assert seen == [4] and not list(cache.iterdir())
 

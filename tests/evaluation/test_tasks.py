@@ -11,9 +11,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
-from llava_patch.errors import HostError, InputError, SettingError
+from llava_patch.errors import CheckpointError, HostError, InputError, SettingError
 from llava_patch.evaluation import rprobe_runs, saturation_runs
 from llava_patch.probe.pages import Pages
 from llava_patch.resources import eval_tasks_dir
@@ -251,3 +252,56 @@ def test_prompt_of_a_model_without_template_is_llavas_own(tmp_path: Path) -> Non
     texts = [lm.tokenizer.decode(i["input_ids"][0]) for i in (templated, plain)]
     assert texts[0].startswith("USER:") and texts[1].startswith("A chat between a curious user")
     assert all(text.count("<image>") == (fileset.SIDE // fileset.PATCH) ** 2 for text in texts)
+
+
+def moved_copy(lm: Any, folder: Path, layer: int) -> Path:
+    """The model's own weights as a checkpoint, with one decoder layer changed."""
+    from llava_patch.hosts.anatomy import find
+
+    lm.model.half().float()  # llava's loader reads weights in float16
+    weight = find(lm.model).layers[layer].mlp.down_proj.weight
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight.mul_(1.5)
+    lm.model.save_pretrained(folder)
+    lm.tokenizer.save_pretrained(folder)
+    if hasattr(lm._image_processor, "tokenizer"):
+        lm._image_processor.save_pretrained(folder)
+    with torch.no_grad():
+        weight.copy_(before)
+    return folder
+
+
+def test_drift_fills_the_table_from_all_positions_of_all_documents(lm: Any, tmp_path: Path) -> None:
+    base = moved_copy(lm, tmp_path / "llava-base", 2)
+    task = load("drift", documents=3, settings={"base": str(base)})
+    task.args = Namespace(output_path=str(tmp_path / "out"), model_args="pretrained=model")
+    results, table = run(task, lm)
+    written = json.loads((tmp_path / "out" / "model" / "drift" / "drift.json").read_text())
+    assert (tmp_path / "out" / "model" / "drift" / "drift.png").stat().st_size > 8_000
+    assert written["image"]["median"][:2] == written["text"]["median"][:2] == [1.0, 1.0]
+    assert table["drift_image"] == min(written["image"]["median"]) < 1
+    assert table["drift_text"] == min(written["text"]["median"]) < 1
+    assert written["samples"] == len(results) == 3 and written["base"] == str(base)
+    assert set(task.higher_is_better()) == set(table)
+
+
+def test_fusion_attention_fills_the_table(lm: Any, tmp_path: Path) -> None:
+    base = moved_copy(lm, tmp_path / "llava-base", 3)
+    task = load("fusion_attention", documents=2, settings={"base": str(base), "layers": [1, 3]})
+    task.args = Namespace(output_path=str(tmp_path / "out"), model_args="pretrained=model")
+    results, table = run(task, lm)
+    written = json.loads((tmp_path / "out" / "model" / "fusion_attention" / "fusion_attention.json").read_text())
+    assert [layer["layer"] for layer in written["layers"]] == [1, 3] and written["samples"] == 2
+    means = [layer["trained_mean"] for layer in written["layers"]]
+    assert table["fusion_attention_mass"] == pytest.approx(sum(means) / 2)
+    assert table["fusion_attention_ratio"] == 1 and table["heads_above_twice_stock"] == 0  # the change comes later
+    single = load("fusion_attention", documents=1, settings={"base": str(base), "layers": [1, 3]})
+    first = run(single, lm)[0][0]["fusion_attention_mass"]["result"]["layers"][0]["trained_mean"]
+    assert first == results[0]["fusion_attention_mass"]["result"]["layers"][0]["trained_mean"]
+
+
+def test_a_comparison_without_a_base_is_an_error(lm: Any) -> None:
+    for name, setting in (("drift", "Drift.base"), ("fusion_attention", "FusionAttention.base")):
+        with pytest.raises(CheckpointError, match=f"say with {setting} what to compare it with"):
+            run(load(name, documents=1), lm)

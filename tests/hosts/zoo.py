@@ -124,7 +124,7 @@ def hf_model(name: str, layer: int = -2, strategy: str | None = None) -> Any:
 
 
 class _Attention(nn.Module):
-    """One projection for queries, keys and values, norms a head, rotary on the patches: as timm's attention with rope."""
+    """As timm's attention with rope: one projection for all three, norms a head, rotary on the patches."""
 
     def __init__(self, width: int, heads: int = 2) -> None:
         super().__init__()

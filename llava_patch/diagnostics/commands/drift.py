@@ -58,8 +58,7 @@ def drift(
         stock = base_of(checkpoint, stock or settings.base or base, "BASE")
         sources = [named(checkpoint), named(stock)]
         several.check_folder(folder / f"{NAME}.json", sources)
-        own = several.opener(checkpoint, base, data, samples, question, device, dtype)
-        other = several.opener(stock, "", data, samples, question, device, dtype)
+        own, other = several.openers(checkpoint, stock, base, data, samples, question, device, dtype)
         if settings.together:
             (model, ours), (stock_model, theirs) = own(), other()
             result = measure_drift(model, stock_model, ours, settings, base_samples=theirs)

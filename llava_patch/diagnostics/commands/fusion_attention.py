@@ -52,11 +52,8 @@ def fusion_attention(
         stock = base_of(checkpoint, stock or settings.base or base, "BASE")
         sources = [named(checkpoint), named(stock)]
         several.check_folder(folder / f"{NAME}.json", sources)
-        result = measure_fusion_attention_apart(
-            several.opener(checkpoint, base, data, samples, question, device, dtype),
-            several.opener(stock, "", data, samples, question, device, dtype),
-            settings,
-        )
+        own, other = several.openers(checkpoint, stock, base, data, samples, question, device, dtype)
+        result = measure_fusion_attention_apart(own, other, settings)
         result = dataclasses.replace(result, checkpoint=sources[0], base=sources[1])
         several.show(result.table())
         typer.echo(result.summary())

@@ -30,16 +30,33 @@ class Samples:
         return commands.samples_of(self.subject, self.examples)
 
 
-def opener(
-    checkpoint: str, base: str, data: str, count: int | None, question: str, device: str, dtype: str
-) -> Callable[[], tuple[Any, Samples]]:
-    """Loads a checkpoint when it is called: (model, the samples made for it)."""
+Opener = Callable[[], "tuple[Any, Samples]"]
 
-    def open_now() -> tuple[Any, Samples]:
-        subject = commands.load(checkpoint, base, device, dtype)
+
+def openers(
+    checkpoint: str, stock: str, below: str, data: str, count: int | None, question: str, device: str, dtype: str
+) -> tuple[Opener, Opener]:
+    """What loads a checkpoint, and what loads the model it is compared with: (model, the samples made for it).
+
+    Args:
+        checkpoint: with the patch that it carries, or that gin asks for.
+        stock: as it is.
+        below: the model below a LoRA or projector-only checkpoint.
+        data: see `read_examples`, and
+        count: likewise, and
+        question: likewise.
+        device: as `load_subject` takes it, and
+        dtype: likewise.
+    """
+    from llava_patch.diagnostics.base import load_base
+
+    def opened(subject: "Subject") -> tuple[Any, Samples]:
         return subject.model, Samples(subject, commands.examples_for(subject, data, count, question))
 
-    return open_now
+    return (
+        lambda: opened(commands.load(checkpoint, below, device, dtype)),
+        lambda: opened(load_base(stock, device, dtype)),
+    )
 
 
 def check_folder(path: Path, sources: Sequence[str]) -> None:

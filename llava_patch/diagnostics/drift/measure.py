@@ -47,7 +47,7 @@ def measure_drift(
         SettingError: a split that one of the models does not have.
     """
     own, other = find(model), find(base)
-    meter = Meter(own, other, settings)
+    meter = Meter.between(own, other, settings)
     tracked = files.track(samples, "drift", progress)
     pairs: Iterable[tuple[dict[str, Any], dict[str, Any]]]
     pairs = ((s, s) for s in tracked) if base_samples is None else zip(tracked, base_samples, strict=True)
@@ -86,12 +86,8 @@ def measure_drift_apart(
             torch.cuda.empty_cache()
         base, base_samples = open_base()
         other = find(base)
-        with evaluating(base), Meter(other, other, settings, layers, split) as meter:
-            if len(other.layers) != total:
-                raise InputError(
-                    f"drift: the checkpoint has {total} decoder layers, the base {len(other.layers)}: is it this "
-                    "checkpoint's base?"
-                )
+        check_base(other, layers, total)
+        with evaluating(base), Meter(settings, layers, total, split) as meter:
             meter.skipped = skipped
             wanted, last = set(places), places[-1]
             for number, sample in enumerate(files.track(base_samples, "drift: base", progress)):
@@ -133,33 +129,34 @@ def _first(
 
 
 class Meter:
-    """Running comparison of one model's states with another's. Use as a context manager."""
+    """Running comparison of one model's states with another's. Use as a context manager.
 
-    def __init__(
-        self, own: Anatomy, other: Anatomy, settings: Drift, layers: int | None = None, split: int | None = None
-    ) -> None:
-        """Choose the layers.
+    Attributes:
+        layers: how many are compared.
+        n_layers: L.
+        split: of the checkpoint, or None.
+        samples: how many were compared.
+        skipped: how many had no image.
+    """
+
+    def __init__(self, settings: Drift, layers: int, n_layers: int, split: int | None) -> None:
+        """Start with nothing; `Meter.between` chooses the layers of two models."""
+        self.settings, self.layers, self.n_layers, self.split = settings, layers, n_layers, split
+        self.samples = self.skipped = 0
+        self._image, self._text = Quantiles(), Quantiles()
+
+    @classmethod
+    def between(cls, own: Anatomy, other: Anatomy, settings: Drift) -> "Meter":
+        """A meter for two models in memory.
 
         Raises:
             SettingError: a split that one of the models does not have.
             InputError: models of different depth.
         """
-        if len(own.layers) != len(other.layers):
-            raise InputError(
-                f"drift: the checkpoint has {len(own.layers)} decoder layers, the base {len(other.layers)}: is it this "
-                "checkpoint's base?"
-            )
-        self.split = split_of(own) if layers is None else split
-        self.layers = layers_for(settings, len(own.layers), self.split) if layers is None else layers
-        limit = split_of(other)
-        if limit is not None and self.layers > limit:
-            raise SettingError(
-                f"Drift.split = {self.layers}: image positions leave the base's decoder at layer {limit}: set at most "
-                f"that"
-            )
-        self.settings, self.n_layers = settings, len(own.layers)
-        self.samples = self.skipped = 0
-        self._image, self._text = Quantiles(), Quantiles()
+        split = split_of(own)
+        layers = layers_for(settings, len(own.layers), split)
+        check_base(other, layers, len(own.layers))
+        return cls(settings, layers, len(own.layers), split)
 
     def __enter__(self) -> "Meter":
         """The meter."""
@@ -190,8 +187,8 @@ class Meter:
         self._text.add(values[:, ~image])
         self.samples += 1
 
-    def result(self) -> DriftResult:
-        """What was measured.
+    def result(self, checkpoint: str = "", base: str = "") -> DriftResult:
+        """What was measured, under the names of the two models.
 
         Raises:
             InputError: nothing.
@@ -200,13 +197,37 @@ class Meter:
             raise InputError(f"no usable sample for drift: {self.skipped} without an image")
         return DriftResult(
             _curves(self._image), _curves(self._text), self.n_layers, self.split, self.samples, self.skipped,
-            settings=self.settings,
+            checkpoint, base, self.settings,
         )  # fmt: skip
 
 
 def _curves(values: Quantiles) -> DriftCurves:
     median, low = values.of(0.5, LOW)
     return DriftCurves(median[1:], low[1:], median[0], low[0], values.count)
+
+
+def check_base(base: Anatomy, layers: int, n_layers: int) -> None:
+    """Refuse a base whose layers cannot be compared.
+
+    Args:
+        base: the base.
+        layers: how many are compared.
+        n_layers: L of the checkpoint.
+
+    Raises:
+        SettingError: it routes below the split.
+        InputError: it is of another depth.
+    """
+    if len(base.layers) != n_layers:
+        raise InputError(
+            f"drift: the checkpoint has {n_layers} decoder layers, the base {len(base.layers)}: is it this "
+            "checkpoint's base?"
+        )
+    limit = split_of(base)
+    if limit is not None and layers > limit:
+        raise SettingError(
+            f"Drift.split = {layers}: image positions leave the base's decoder at layer {limit}: set at most that"
+        )
 
 
 def split_of(anatomy: Anatomy) -> int | None:

@@ -32,6 +32,7 @@ def measure_fusion_attention(
     samples: Iterable[dict[str, Any]],
     settings: FusionAttention = DEFAULTS,
     progress: bool = True,
+    base_samples: Iterable[dict[str, Any]] | None = None,
 ) -> FusionAttentionResult:
     """Compare two models that are both in memory, sample by sample.
 
@@ -41,6 +42,7 @@ def measure_fusion_attention(
         samples: keyword arguments of both models' forward, each a batch of one without padding.
         settings: see `FusionAttention`.
         progress: show a progress bar on stderr.
+        base_samples: those of the base, where they are not the same (another host, precision or device).
 
     Raises:
         InputError: no usable sample, or samples that the two models read in different ways.
@@ -52,11 +54,14 @@ def measure_fusion_attention(
         check_layers(layers, anatomy)
     trained, stock = HeadMass(layers, len(own.layers)), HeadMass(layers, len(other.layers))
     with evaluating(model), evaluating(base):
-        for sample in files.track(samples, WHAT, progress):
+        tracked = files.track(samples, WHAT, progress)
+        pairs: Iterable[tuple[dict[str, Any], dict[str, Any]]]
+        pairs = ((s, s) for s in tracked) if base_samples is None else zip(tracked, base_samples, strict=True)
+        for sample, base_sample in pairs:
             if settings.max_samples is not None and trained.samples >= settings.max_samples:
                 break
             trained.add(*measure_sample(own, sample, layers, settings.chunk))
-            stock.add(*measure_sample(other, sample, layers, settings.chunk))
+            stock.add(*measure_sample(other, base_sample, layers, settings.chunk))
     return compare(trained, stock, settings)
 
 
