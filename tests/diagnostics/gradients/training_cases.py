@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from models import HF_IMAGE_TOKEN, hf_model
 from torch import nn
@@ -48,9 +50,22 @@ def model(dropout: float = 0.1, **fusion: Any) -> nn.Module:
             module.attention_dropout = dropout
         elif type(module).__name__ == "CLIPAttention":
             module.dropout = dropout
+    _count_calls(made.model.multi_modal_projector)
     # With new columns at zero nothing would come through the taps in the first step.
     patch(made, fusion=SkipLinks(**{"stride": 2, "detach": 0, "train_tower": "all", **fusion}), zero_start=False)
     return made
+
+
+def _count_calls(module: nn.Module) -> None:
+    """A module whose forward changes buffers, in place and by another tensor, and draws Python's and NumPy's numbers."""
+    module.register_buffer("calls", torch.zeros(()))
+    module.register_buffer("drawn", torch.zeros(()))
+
+    def count(module: nn.Module, args: Any) -> None:
+        module.calls += 1
+        module.drawn = module.drawn + random.random() + np.random.rand()
+
+    module.register_forward_pre_hook(count)
 
 
 def trainer(out: Path, made: nn.Module | None = None, **more: Any) -> Any:
