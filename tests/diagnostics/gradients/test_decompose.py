@@ -195,7 +195,9 @@ def test_gradient_checkpointing_changes_nothing(host, reentrant, train_tower):
         host.model.enable_input_require_grads()
         before = snapshot(host.model)
         under = decompose(host.model, work, 2)
-        functions = [m._gradient_checkpointing_func for m in host.model.modules() if "_gradient_checkpointing_func" in vars(m)]
+        functions = [
+            m._gradient_checkpointing_func for m in host.model.modules() if "_gradient_checkpointing_func" in vars(m)
+        ]
         assert functions and all("False" in str(f) or reentrant for f in functions)
         same(before, snapshot(host.model))
         assert all(torch.equal(a, b) for a, b in zip(plain, under, strict=True))
