@@ -124,11 +124,11 @@ def _from_conversations(records: list[Any], path: Path, images: Path) -> list[Ex
     found = []
     for number, record in enumerate(records):
         where = f"{path}: entry {number}"
-        if not record.get("image") or not isinstance(record["image"], str):
-            continue
         try:
-            asked, answered = record["conversations"][0]["value"], record["conversations"][1]["value"]
-        except (KeyError, IndexError, TypeError) as error:
+            if not record.get("image") or not isinstance(record["image"], str):
+                continue
+            asked, answered = (str.strip(record["conversations"][i]["value"]) for i in (0, 1))
+        except (AttributeError, KeyError, IndexError, TypeError) as error:
             raise InputError(
                 f"{where}: conversations: expected a question and an answer, each {{from, value}}"
             ) from error

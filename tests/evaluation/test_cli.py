@@ -66,7 +66,9 @@ def test_our_tasks_beside_a_stock_one_on_a_patched_model(folder: Path) -> None:
     for name in ("rprobe_fast", "saturation", "pope"):
         (samples,) = written.parent.glob(f"*_samples_{name}.jsonl")
         assert len(samples.read_text().splitlines()) == 2
-    assert "layers 2..2 see no image" in (written.parent / "saturation" / "saturation.json").read_text()
+    saturation = json.loads((written.parent / "saturation" / "saturation.json").read_text())
+    assert "routed (lf, split 2), and layers 2..2 have no image states" in saturation["reason"]
+    assert saturation["patch"]["split"] == 2
     assert (written.parent / "rprobe_fast" / "rprobe.png").is_file()
     for metric in ("rprobe_psnr", "recommended_split", "pope_accuracy"):
         assert metric in done.stdout

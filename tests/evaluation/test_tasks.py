@@ -67,7 +67,7 @@ def test_saturation_fills_the_table_and_writes_beside_the_output(lm: Any, tmp_pa
     assert table["attention_mass_final"] == pytest.approx(written["attention_mass"][-1])
     split = written["recommended_split"]
     assert table["recommended_split"] == split if split is not None else math.isnan(table["recommended_split"])
-    assert results[0]["recommended_split"]["reason"] and written["reason"]
+    assert results[0]["recommended_split"]["reason"] and written["reason"] and written["patch"] is None
     assert table["vision_transition_layer"] == written["image_transition_layer"]
     assert table["text_transition_layer"] == written["text_transition_layer"]
     assert task.higher_is_better() == dict.fromkeys(table)
@@ -84,8 +84,9 @@ def test_requests_stay_out_of_the_response_cache() -> None:
 
 def test_aggregation_of_absent_layers_and_without_output_path() -> None:
     item = {
-        "task": "saturation", "folder": None, "settings": {},
+        "task": "saturation", "folder": None, "settings": {}, "patch": None,
         "curves": {
+            "image_states": [4, 0, 4], "image_keys": [4, 0, 4],
             "image_cosine": [0.9, None, 0.9], "text_cosine": [0.9] * 3, "head_mass": [[0.5], [0.0], [0.5]],
             "image_kl": [2.0, None, 0.0], "text_kl": [2.0, 0.5, 0.0],
         },
