@@ -61,7 +61,8 @@ def _inputs(inputs: "Inputs", example: "Example") -> dict[str, Any]:
 
 def _why_not(context: Context) -> str | None:
     asked = startup.configuration()
-    if context.inspection.settings["fusion"] is None and (asked is None or asked.fusion is None):
+    fusion = context.inspection.methods().get("fusion") or (None if asked is None else asked.fusion)
+    if fusion is None or getattr(fusion, "layers", None) == ():  # SkipLinks(layers=()): a trained tower alone
         return "the model has no skip taps, so there is no skip gradient"
     return None
 
