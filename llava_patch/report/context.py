@@ -32,7 +32,7 @@ class Context:
         rprobe: folder of R-Probe results; "": none.
         run: folder of the training run; "": none.
         device: as `load_subject` takes it.
-        dtype: likewise.
+        dtype: likewise; "": float32 on CPU, bfloat16 on a GPU that has it.
         question: asked about every image; "": the data's own.
         settings: sample counts.
     """
@@ -50,7 +50,8 @@ class Context:
         settings: Report | None = None,
     ) -> None:
         self.checkpoint, self.data, self.rprobe = checkpoint, data, rprobe
-        self.device, self.dtype, self.question, self.settings = device, dtype, question, settings or Report()
+        self.device, self.dtype = device, dtype or _dtype(device)
+        self.question, self.settings = question, settings or Report()
         self.inspection: Inspection = inspect_checkpoint(checkpoint, base)
         self.base = base or self._recorded_base()
         self.run = run or (checkpoint if (Path(checkpoint) / "trainer_state.json").is_file() else "")
@@ -76,6 +77,10 @@ class Context:
         """The checkpoint's model; loaded once."""
         return commands.load(self.checkpoint, self.below, self.device, self.dtype)
 
+    def release(self) -> None:
+        """Let go of the model; the next section that asks loads it again."""
+        del self.subject
+
     def openers(self, count: int) -> "tuple[Opened, Opened]":
         """Two calls that load the checkpoint and the base with samples of the same examples.
 
@@ -84,7 +89,7 @@ class Context:
 
         def own() -> "tuple[Any, Samples]":
             subject = self.subject
-            del self.subject  # whoever asked holds it alone; the next section loads it again
+            self.release()
             return subject.model, Samples(subject, self._examples(subject, count))
 
         def other() -> "tuple[Any, Samples]":
@@ -145,3 +150,14 @@ class Context:
         parts += ["--base", below] if below else []
         parts += ["--question", self.question] if self.question and data else []
         return shlex.join([*parts, *self._options()])
+
+
+def _dtype(device: str) -> str:
+    """Of the models where none is asked for: on a GPU bfloat16, whose gradients do not vanish as float16's do."""
+    import torch
+
+    from llava_patch.probe.subject import pick_device
+
+    if pick_device(device) == "cpu":
+        return ""
+    return "bfloat16" if torch.cuda.is_bf16_supported() else ""

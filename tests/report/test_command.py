@@ -84,6 +84,22 @@ def test_a_stock_checkpoint_and_what_it_skips(files, few, tmp_path):
     assert "--rprobe" in reasons["rprobe"] and "--run" in reasons["training"]
 
 
+def test_an_adapter_is_compared_with_the_base_that_it_names(files, few, tmp_path):
+    from transformers import LlavaForConditionalGeneration
+
+    from llava_patch import Routing, SkipLinks, patch
+
+    model = LlavaForConditionalGeneration.from_pretrained(files.hf)
+    fusion = SkipLinks(stride=2, train_tower="all")
+    patch(model, fusion=fusion, routing=Routing(split=2, freeze="none")).save(tmp_path / "adapter")
+    only = ("--only", "drift", "--only", "attention_maps")
+    done = _run(tmp_path / "adapter", "--output", tmp_path / "out", *only, "--gin-file", few)
+    assert done.exit_code == 0, done.output
+    maps, drift = build.read(tmp_path / "out")["sections"]
+    assert drift.state == "done" and str(files.hf) in drift.command
+    assert len(maps.found.tables[0].rows) == 2  # a trained tower stands beside the base's
+
+
 def test_training_curves(files, tmp_path):
     run = tmp_path / "run"
     run.mkdir()

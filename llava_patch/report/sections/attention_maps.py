@@ -31,6 +31,7 @@ def _run(context: Context, folder: Path) -> Found:
     result = _measure(context.subject, examples, settings, own, named(context.checkpoint))
     if context.inspection.trained_tower and context.why_no_base() is None:  # an untrained tower is the base's own
         below = _label(context.base) + (" (base)" if _label(context.base) == own else "")
+        context.release()  # one model in memory at a time
         other = commands.load(context.base, "", context.device, context.dtype)
         result = result.beside(_measure(other, examples, settings, below, named(context.base)))
     alt = "A row an image: the image, and beside it which patches the block looks at."
