@@ -112,7 +112,7 @@ def build(
 
 
 def _holds(kept: Record, wanted: str, folder: Path) -> bool:
-    if kept.state != DONE or kept.key != wanted or kept.found is None:
+    if kept.found is None or kept.key != wanted:  # skipped and failed sections have found nothing
         return False
     names = [*kept.found.files, *(figure.file for figure in kept.found.figures)]
     return all((folder / name).is_file() for name in names)

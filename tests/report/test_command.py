@@ -100,6 +100,18 @@ def test_an_adapter_is_compared_with_the_base_that_it_names(files, few, tmp_path
     assert len(maps.found.tables[0].rows) == 2  # a trained tower stands beside the base's
 
 
+def test_gradients_of_the_run(report, files, tmp_path):
+    run = tmp_path / "run"
+    (run / "gradients").mkdir(parents=True)
+    (run / "gradients" / "gradients.json").write_text((report[0] / "gradients.json").read_text())
+    _run(files.hf, "--output", tmp_path / "out", "--only", "training_gradients", "--run", run)
+    (record,) = build.read(tmp_path / "out")["sections"]
+    assert record.state == "done" and record.found.figures[0].file == "training_gradients.png"
+    (run / "gradients" / "gradients.json").write_text("{")
+    done = _run(files.hf, "--output", tmp_path / "out", "--only", "training_gradients", "--run", run)
+    assert done.exit_code == 1
+
+
 def test_training_curves(files, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
