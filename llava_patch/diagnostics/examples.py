@@ -127,7 +127,7 @@ def _from_conversations(records: list[Any], path: Path, images: Path) -> list[Ex
         try:
             if not record.get("image") or not isinstance(record["image"], str):
                 continue
-            asked, answered = (str.strip(record["conversations"][i]["value"]) for i in (0, 1))
+            asked, answered = (record["conversations"][i]["value"] + "" for i in (0, 1))  # text
         except (AttributeError, KeyError, IndexError, TypeError) as error:
             raise InputError(
                 f"{where}: conversations: expected a question and an answer, each {{from, value}}"
