@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 from typer.core import TyperGroup
@@ -26,10 +26,6 @@ from llava_patch.diagnostics.commands import (
 )
 from llava_patch.errors import InputError, SettingError
 from llava_patch.probe.commands import DefaultGroup
-
-if TYPE_CHECKING:
-    from llava_patch.diagnostics.examples import Example
-    from llava_patch.diagnostics.inputs import Inputs
 
 
 class _Group(DefaultGroup):
@@ -84,7 +80,7 @@ def run_command(
     runs. Interrupted (Ctrl-C), the same command goes on.
     """
     from llava_patch.diagnostics.gradients.decompose import measured_block
-    from llava_patch.diagnostics.gradients.measure import measure_gradients
+    from llava_patch.diagnostics.gradients.measure import make_batches, measure_gradients
     from llava_patch.diagnostics.gradients.settings import Gradients
     from llava_patch.probe.commands.run import named
     from llava_patch.probe.subject import pick_device
@@ -97,35 +93,20 @@ def run_command(
         settings = settings_of(
             Gradients, block=block, full=full, window=window, smoothness=smoothness, step_size=step_size
         )
-        if window is None and settings.window > steps:
-            settings = settings_of(
-                Gradients, block=block, full=full, window=steps, smoothness=smoothness, step_size=step_size
-            )
+        if window is None:
+            settings = dataclasses.replace(settings, window=min(settings.window, steps))
         if not dtype and pick_device(device) != "cpu":
             dtype = "bfloat16"  # float16 gradients vanish without a loss scaler
         subject = load(checkpoint, base, device, dtype)
         measured_block(subject.model, settings.block, settings.full)  # before data are read
         examples = examples_for(subject, data, steps * batch_size, question, answers=True)
-        if len(examples) < 2 * batch_size:
-            raise InputError(
-                f"{data or 'rendered pages'}: {len(examples)} examples, too few for two batches of {batch_size}: lower "
-                "--batch-size, or give more data"
-            )
-        inputs = subject.inputs()
-        batches = [
-            [functools.partial(_inputs, inputs, example) for example in examples[i : i + batch_size]]
-            for i in range(0, len(examples) - batch_size + 1, batch_size)
-        ]
+        batches = make_batches(subject.inputs(), examples, batch_size)
         facts: dict[str, Any] = {"checkpoint": named(checkpoint), "base": base, "data": data or "rendered pages"}
         facts |= {"question": question, "dtype": str(next(subject.model.parameters()).dtype).removeprefix("torch.")}
         result = measure_gradients(subject.model, batches, settings, folder, facts)
     if len(batches) < steps:
         typer.echo(f"{len(examples)} examples make {len(batches)} batches of {batch_size}")
     _report(result, folder)
-
-
-def _inputs(inputs: "Inputs", example: "Example") -> dict[str, Any]:
-    return inputs.training_inputs(example.open_image(), example.question, example.answer)
 
 
 @app.command("show", no_args_is_help=True)
