@@ -165,7 +165,7 @@ def test_a_window_goes_on_from_a_file(cut, tmp_path):
     assert again.last == cut
     after = feed(again, main[cut:], skip[cut:], rates=[0.1] * (12 - cut), first=cut + 1)
     assert before[0] + after[0] == whole[0] and before[1] + after[1] == whole[1]
-    with pytest.raises(CheckpointError, match="5 steps, but Gradients.window = 6"):
+    with pytest.raises(CheckpointError, match=r"5 steps, but Gradients\.window = 6"):
         load_window(tmp_path / "window.safetensors", 6)
     (tmp_path / "window.safetensors").write_bytes(b"no tensors")
     with pytest.raises(CheckpointError, match="no running sums"):
