@@ -58,6 +58,23 @@ def innermost(optimizer: Any) -> Any:
     return optimizer
 
 
+def groups(optimizer: Any) -> list[list[Tensor]]:
+    """The model's own parameters in each optimizer group.
+
+    Args:
+        optimizer: a torch optimizer, possibly inside accelerate's and DeepSpeed's wrappers. ZeRO-1 and -2 put one flat
+            tensor into each group, and remember what was there.
+    """
+    inner = optimizer
+    while True:
+        for name in ("bit16_groups", "bf16_groups"):
+            if hasattr(inner, name):
+                return [list(group) for group in getattr(inner, name)]
+        if not hasattr(inner, "optimizer"):
+            return [list(group["params"]) for group in inner.param_groups]
+        inner = inner.optimizer
+
+
 def reset_state(optimizer: Any, group: int) -> None:
     """Bring the Adam state of one optimizer group back to its beginning.
 

@@ -51,6 +51,7 @@ def test_the_set_is_complete():
     expected |= {f"{name}_{z}" for name in ("skiplinks", "skiplinks_stage1", "sweep_skiplinks") for z in WIDTHS}
     expected |= {f"{name}_stage2_{z}" for name in STAGE2 for z in WIDTHS}
     expected |= {f"rprobe_aux_stage2_{z}" for z in WIDTHS}
+    expected |= {f"{name}_{z}" for name in ("gradients_skiplinks", "gradients_lr") for z in WIDTHS}
     assert expected <= set(FILES)
     assert set(FILES) - expected == UNSIZED | {"sweep_split_pc_13b"}
 
@@ -255,3 +256,22 @@ def test_parameter_numbers_in_the_comments(size):
         added = LAYERS[size] * rank * (4 * 2 * width + 3 * (width + inner))
         assert f"{added / 1e6:.1f} M parameters" in text(f"lora_r{rank}")
         assert f"projector's {projector / 1e6:.1f} M" in text(f"lora_r{rank}")
+
+
+@pytest.mark.parametrize("size", WIDTHS)
+def test_the_gradient_statistics_of_the_paper(size, tmp_path):
+    name = f"gradients_skiplinks_{size}.gin"
+    read = config.read([name], [])
+    assert read.fusion == SkipLinks(stride=6, detach=0, train_tower="all")
+    settings = read.measurements["Gradients"]
+    assert (settings.block, settings.full, settings.steps) == (6, "run", 1300)
+    assert 8 * read.flags["per_device_train_batch_size"] * read.flags["gradient_accumulation_steps"] == 128
+    assert read.flags["learning_rate"] == 1e-5 and read.flags["deepspeed"].endswith("zero2.json")
+    assert choose_taps(read.fusion, BLOCKS, MAIN).blocks[0] == settings.block  # the first tapped block
+    assert "50 is this project's choice" in (gin_dir() / name).read_text() and settings.window == 50
+    sweep = read_sweep(f"gradients_lr_{size}.gin")
+    assert sweep.gin_files == (name,) and sweep.seeds == (42,)
+    assert sweep.grid == {"Flags.learning_rate": (8e-5, 2e-5, 5e-6)}  # table 3
+    assert len(make_plan(sweep, sweep.seeds, tmp_path, ["true"])) == 3
+    point = config.read([name], [*sweep.gin_params, "Flags.learning_rate = 5e-06"])
+    assert point.flags["max_steps"] == settings.steps and point.flags["learning_rate"] == 5e-6

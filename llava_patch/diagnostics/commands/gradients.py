@@ -120,13 +120,15 @@ def show_command(
     """
     from llava_patch.diagnostics.gradients.result import GradientsResult
 
+    inside = run / "gradients"  # a training run's own folder does as well
+    run = inside if inside.is_dir() else run
     result = GradientsResult.read(run)
     _report(result, folder_for("gradients", str(run), run if output is None else output))
 
 
 @app.command("table", no_args_is_help=True)
 def table_command(
-    runs: list[Path] = typer.Argument(..., metavar="RUN...", help="folders of measured runs"),  # noqa: B008
+    runs: list[Path] = typer.Argument(..., metavar="RUN...", help="folders of measured runs, or of a sweep of them"),  # noqa: B008
     form: str = typer.Option("text", "--format", help="text, markdown or json"),
     figure: Path | None = typer.Option(None, help="also draw the runs over one another into this file"),  # noqa: B008
 ) -> None:
@@ -135,19 +137,13 @@ def table_command(
     This is the paper's Table 3; t_trans is "/" where the skip gradient did not
     settle below the main one.
     """
-    from llava_patch.diagnostics.gradients.compare import ordered, runs_dict, runs_table
+    from llava_patch.diagnostics.gradients.compare import ordered, run_folders, runs_dict, runs_table
     from llava_patch.diagnostics.gradients.figure import runs_figure
     from llava_patch.diagnostics.gradients.result import GradientsResult
 
     if form not in ("text", "markdown", "json"):
         raise SettingError(f"--format {form}: expected text, markdown or json")
-    names = [run.resolve().name for run in runs]
-    results = {}
-    for run, name in zip(runs, names, strict=True):
-        label = name if names.count(name) == 1 else str(run)
-        if label in results:
-            raise InputError(f"{run}: named twice")
-        results[label] = GradientsResult.read(run)
+    results = {name: GradientsResult.read(folder) for name, folder in run_folders(runs).items()}
     head, rows = runs_table(results)
     if form == "json":
         typer.echo(json.dumps(runs_dict(results), indent=1))

@@ -3,15 +3,63 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava_patch.diagnostics.gradients.log import LOG
+from llava_patch.errors import InputError
 from llava_patch.files import plain
 
 if TYPE_CHECKING:
     from llava_patch.diagnostics.gradients.result import GradientsResult
 
 HEAD = ["run", "lr", "t_trans", "median cos", "median delta", "steps"]
+
+
+WHOLE = "gradients.json"
+PLACES = ("", "gradients", "seed*/gradients", "*/seed*/gradients")
+"""Where a run's results lie: in its folder, a training run's, a sweep's point or a whole sweep."""
+
+
+def run_folders(paths: Sequence[Path]) -> dict[str, Path]:
+    """Folders of measured runs, by a short name of each.
+
+    Args:
+        paths: folders of results, of training runs, of a sweep's points, or of whole sweeps; files beside a sweep's
+            points, as a shell's `sweeps/lr/*` gives them, are passed over.
+
+    Raises:
+        InputError: a folder without results, or one that is named twice.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if path.is_file() and len(paths) > 1:
+            continue
+        inside = next((hit for place in PLACES if (hit := _measured(path, place))), None)
+        if inside is None:
+            raise InputError(
+                f"{path}: no {LOG} or {WHOLE} there, nor in a run or a sweep's runs under it: give the folders of runs "
+                "that were measured (a Gradients binding in their gin configuration)"
+            )
+        found += inside
+    resolved = [folder.resolve() for folder in found]
+    twice = next((folder for folder in resolved if resolved.count(folder) > 1), None)
+    if twice is not None:
+        raise InputError(f"{twice}: named twice")
+    if not found:
+        raise InputError(f"{', '.join(map(str, paths))}: files, but no folder of a measured run among them")
+    runs = [folder.parent if folder.name == "gradients" else folder for folder in resolved]
+    if len({run.name for run in runs}) == 1 and runs[0].name.startswith("seed"):  # it tells nothing
+        runs = [run.parent for run in runs]
+    common = os.path.commonpath(runs) if len(runs) > 1 else runs[0].parent
+    return dict(zip([run.relative_to(common).as_posix() for run in runs], found, strict=True))
+
+
+def _measured(path: Path, place: str) -> list[Path]:
+    folders = [path] if not place else sorted(path.glob(place))
+    return [folder for folder in folders if (folder / LOG).is_file() or (folder / WHOLE).is_file()]
 
 
 def ordered(results: "Mapping[str, GradientsResult]") -> "dict[str, GradientsResult]":

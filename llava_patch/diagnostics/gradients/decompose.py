@@ -97,7 +97,12 @@ def block_parameters(model: nn.Module, block: int) -> dict[str, nn.Parameter]:
 
 
 def decompose(
-    model: nn.Module, loss_of: Callable[[], Tensor], block: int, full: str = RUN, scale: float = 1.0
+    model: nn.Module,
+    loss_of: Callable[[], Tensor],
+    block: int,
+    full: str = RUN,
+    scale: float = 1.0,
+    images: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Main and full gradient of one batch; their difference is the skip gradient.
 
@@ -117,6 +122,7 @@ def decompose(
         full: see `Gradients.full`.
         scale: the loss is multiplied by it before the backward pass and the gradients are divided by it, as a loss
             scaler does for float16.
+        images: whether the batch must have images; else a batch that gives the block no gradient gives zeros.
 
     Returns:
         (main, full), float32 vectors over `block_parameters(model, block)` in their order, on the model's device.
@@ -140,7 +146,7 @@ def decompose(
             found = []
             for detached in (True, False if full == ATTACHED else None):
                 with torch.random.fork_rng(devices), _taps(detached):
-                    found.append(_gradient(loss_of, leaves, block, scale))
+                    found.append(_gradient(loss_of, leaves, block if images else None, scale))
     finally:
         undo.unwind()
     return found[0], found[1]
@@ -152,13 +158,15 @@ def _handle(model: nn.Module) -> Handle:
     return handle
 
 
-def _gradient(loss_of: Callable[[], Tensor], leaves: list[nn.Parameter], block: int, scale: float) -> Tensor:
+def _gradient(loss_of: Callable[[], Tensor], leaves: list[nn.Parameter], block: int | None, scale: float) -> Tensor:
     loss = loss_of()
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise InputError(f"the loss must be one number, not {loss!r:.100}: return the model's loss (give it labels)")
     reached = loss.requires_grad
-    parts: Any = torch.autograd.grad(loss.reshape(()) * scale, leaves, allow_unused=True) if reached else []
-    if not any(part is not None for part in parts):
+    parts: Any = [None] * len(leaves)
+    if reached:
+        parts = torch.autograd.grad(loss.reshape(()) * scale, leaves, allow_unused=True)
+    if block is not None and all(part is None for part in parts):
         raise InputError(
             f"no gradient of the loss reaches block {block} of the vision tower: the batch has no image, or the model "
             "runs its images under no_grad"
