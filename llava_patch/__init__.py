@@ -23,6 +23,7 @@ _EXPORTS = {
     "AuxiliaryProbe": "llava_patch.settings",
     "RProbe": "llava_patch.probe.settings",
     "Saturation": "llava_patch.diagnostics.saturation",
+    "Gradients": "llava_patch.diagnostics.gradients.settings",
     "LlavaPatchError": "llava_patch.errors",
 }
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "DenseConnector",
     "DirectFusion",
     "FastV",
+    "Gradients",
     "Handle",
     "LlavaPatchError",
     "RProbe",
@@ -45,6 +47,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from llava_patch.checkpoint import load
+    from llava_patch.diagnostics.gradients.settings import Gradients
     from llava_patch.diagnostics.saturation import Saturation
     from llava_patch.errors import LlavaPatchError
     from llava_patch.handle import Handle, get_handle

@@ -312,8 +312,8 @@ def _wrap_trainer_init(cls: Any) -> None:
         if model is not None:
             compat.fix_zero3_dtypes(model, training_args)
         asked = configuration()
-        gradients = None if asked is None or model is None else asked.measurements.get("Gradients")
-        if gradients is not None:
+        gradients = None if asked is None else asked.measurements.get("Gradients")
+        if gradients is not None and model is not None:
             from llava_patch.diagnostics.gradients import training as measured_run
 
             measured_run.check(model, training_args, gradients)
@@ -322,7 +322,7 @@ def _wrap_trainer_init(cls: Any) -> None:
             from llava_patch.auxiliary.trainer import follow
 
             follow(self, release=True)  # before the callback that saves what was trained
-        if gradients is not None:
+        if gradients is not None and model is not None:
             measured_run.follow(self, gradients)
         if handle is not None or (asked is not None and asked.flags):
             self.add_callback(training_run.make_callback(handle))

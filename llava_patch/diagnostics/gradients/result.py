@@ -156,6 +156,8 @@ class GradientsResult:
         needed = self.typical("product_needed")
         if not math.isfinite(needed):
             return "condition (7) holds for no step size in the median window."
+        if needed == 0:
+            return "condition (7) holds for however small a step size (median)."
         return f"condition (7) holds where smoothness times step size is at least {needed:.3g} (median)."
 
     def table(self) -> tuple[list[str], list[list[str]]]:
