@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 from typer.core import TyperGroup
@@ -24,12 +24,8 @@ from llava_patch.diagnostics.commands import (
     load,
     settings_of,
 )
-from llava_patch.errors import InputError, SettingError
+from llava_patch.errors import SettingError
 from llava_patch.probe.commands import DefaultGroup
-
-if TYPE_CHECKING:
-    from llava_patch.diagnostics.examples import Example
-    from llava_patch.diagnostics.inputs import Inputs
 
 
 class _Group(DefaultGroup):
@@ -63,7 +59,7 @@ def run_command(
     batch_size: int = typer.Option(4, help="examples a batch; the noise depends on it, so take the run's own"),
     block: int | None = typer.Option(None, help="block of the vision tower, from 1; default: the shallowest tapped"),
     full: str | None = typer.Option(None, help="run: taps as they are detached; attached: as if none were"),
-    window: int | None = typer.Option(None, help="batches a window; default: Gradients.window, at most --steps"),
+    window: int | None = typer.Option(None, help="batches a window; default: Gradients.window, at most all"),
     smoothness: float | None = typer.Option(None, help="L of condition (7)"),
     step_size: float | None = typer.Option(None, help="its gamma: the learning rate that is asked about"),
     base: str = BASE,
@@ -84,7 +80,7 @@ def run_command(
     runs. Interrupted (Ctrl-C), the same command goes on.
     """
     from llava_patch.diagnostics.gradients.decompose import measured_block
-    from llava_patch.diagnostics.gradients.measure import measure_gradients
+    from llava_patch.diagnostics.gradients.measure import make_batches, measure_gradients
     from llava_patch.diagnostics.gradients.settings import Gradients
     from llava_patch.probe.commands.run import named
     from llava_patch.probe.subject import pick_device
@@ -97,25 +93,14 @@ def run_command(
         settings = settings_of(
             Gradients, block=block, full=full, window=window, smoothness=smoothness, step_size=step_size
         )
-        if window is None and settings.window > steps:
-            settings = settings_of(
-                Gradients, block=block, full=full, window=steps, smoothness=smoothness, step_size=step_size
-            )
         if not dtype and pick_device(device) != "cpu":
             dtype = "bfloat16"  # float16 gradients vanish without a loss scaler
         subject = load(checkpoint, base, device, dtype)
         measured_block(subject.model, settings.block, settings.full)  # before data are read
         examples = examples_for(subject, data, steps * batch_size, question, answers=True)
-        if len(examples) < 2 * batch_size:
-            raise InputError(
-                f"{data or 'rendered pages'}: {len(examples)} examples, too few for two batches of {batch_size}: lower "
-                "--batch-size, or give more data"
-            )
-        inputs = subject.inputs()
-        batches = [
-            [functools.partial(_inputs, inputs, example) for example in examples[i : i + batch_size]]
-            for i in range(0, len(examples) - batch_size + 1, batch_size)
-        ]
+        batches = make_batches(subject.inputs(), examples, batch_size)
+        if window is None:
+            settings = dataclasses.replace(settings, window=min(settings.window, len(batches)))
         facts: dict[str, Any] = {"checkpoint": named(checkpoint), "base": base, "data": data or "rendered pages"}
         facts |= {"question": question, "dtype": str(next(subject.model.parameters()).dtype).removeprefix("torch.")}
         result = measure_gradients(subject.model, batches, settings, folder, facts)
@@ -124,24 +109,27 @@ def run_command(
     _report(result, folder)
 
 
-def _inputs(inputs: "Inputs", example: "Example") -> dict[str, Any]:
-    return inputs.training_inputs(example.open_image(), example.question, example.answer)
-
-
 @app.command("show", no_args_is_help=True)
 def show_command(
     run: Path = typer.Argument(..., metavar="RUN", help="folder of a run that was measured, finished or not"),  # noqa: B008
     output: Path | None = typer.Option(None, help="folder for results; default: RUN itself"),  # noqa: B008
+    smoothness: float | None = typer.Option(None, help="L of condition (7); default: the run's setting"),
+    step_size: float | None = typer.Option(None, help="its gamma; default: the run's setting or learning rate"),
+    transition_windows: int | None = typer.Option(None, help="windows that t_trans must last; default: the run's"),
 ) -> None:
     """Draw and sum up what a training run has measured so far.
 
     Writes gradients.json and gradients.png from the run's gradients.jsonl.
+    What is asked about condition (7) and t_trans may be changed afterwards.
     """
     from llava_patch.diagnostics.gradients.result import GradientsResult
 
     inside = run / "gradients"  # a training run's own folder does as well
     run = inside if inside.is_dir() else run
     result = GradientsResult.read(run)
+    asked: dict[str, Any] = {"smoothness": smoothness, "step_size": step_size, "transition_windows": transition_windows}
+    given = {name: value for name, value in asked.items() if value is not None}
+    result = dataclasses.replace(result, settings=dataclasses.replace(result.settings, **given))
     _report(result, folder_for("gradients", str(run), run if output is None else output))
 
 

@@ -14,6 +14,8 @@ from llava_patch.files import atomic, plain
 
 LOG = "gradients.jsonl"
 _KIND = "kind"
+READING = ("transition_windows", "smoothness", "step_size")
+"""Settings that say how the numbers are read, not what is measured: they may change afterwards."""
 
 
 class StepLog:
@@ -44,7 +46,7 @@ class StepLog:
 
         Args:
             folder: of the run.
-            settings: of the measurement, as they were.
+            settings: of the measurement, as they were but for `READING`.
             step: number of the last training step that the checkpoint holds.
 
         Raises:
@@ -53,7 +55,7 @@ class StepLog:
         path = Path(folder) / LOG
         lines = read_lines(path)
         written = Gradients(**lines[0]["settings"])
-        differing = [n for n, value in asdict(settings).items() if value != getattr(written, n)]
+        differing = [n for n in asdict(settings) if n not in READING and getattr(settings, n) != getattr(written, n)]
         if differing:
             name = differing[0]
             raise CheckpointError(
@@ -61,7 +63,7 @@ class StepLog:
                 f"{getattr(settings, name)!r}: keep the settings of a run that goes on, or move the file away"
             )
         kept = [entry for entry in lines[1:] if entry["last" if entry[_KIND] == "window" else "step"] <= step]
-        _rewrite(path, [lines[0], *kept])
+        _rewrite(path, [{**lines[0], "settings": asdict(settings)}, *kept])
         return cls(path, settings, lines[0]["facts"])
 
     def add(self, step: Step, moments: Moments | None = None) -> None:

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from llava_patch import files
+from llava_patch.diagnostics.examples import Example
 from llava_patch.diagnostics.gradients.decompose import block_parameters, decompose, measured_block
 from llava_patch.diagnostics.gradients.log import LOG, StepLog, read_lines
 from llava_patch.diagnostics.gradients.result import GradientsResult
 from llava_patch.diagnostics.gradients.settings import Gradients
 from llava_patch.diagnostics.gradients.state import STATE, load_window, save_window
 from llava_patch.diagnostics.gradients.statistics import Moments, Step, Window
-from llava_patch.diagnostics.inputs import IGNORED
+from llava_patch.diagnostics.inputs import IGNORED, Inputs
 from llava_patch.errors import CheckpointError, InputError
 from llava_patch.handle import get_handle
 from llava_patch.hosts.anatomy import find
@@ -27,6 +28,29 @@ from llava_patch.hosts.anatomy import find
 DEFAULTS = Gradients()
 SAVE_EVERY = 30.0  # seconds between two states of an unfinished window
 Batch = Sequence[Callable[[], Mapping[str, Any]]]
+
+
+def make_batches(inputs: Inputs, examples: Sequence[Example], size: int) -> list[Batch]:
+    """Batches of examples with answers for `measure_gradients`; images are opened when their turn comes.
+
+    Args:
+        inputs: makes the model's inputs.
+        examples: with their answers; what does not fill a batch is left out.
+        size: examples a batch.
+
+    Raises:
+        InputError: too few for two batches, without which there is no variance.
+    """
+    if len(examples) < 2 * size:
+        raise InputError(
+            f"{len(examples)} examples are too few for two batches of {size}: lower --batch-size, or give more data"
+        )
+    makers = [functools.partial(_inputs_of, inputs, example) for example in examples]
+    return [makers[i : i + size] for i in range(0, len(makers) - size + 1, size)]
+
+
+def _inputs_of(inputs: Inputs, example: Example) -> dict[str, Any]:
+    return inputs.training_inputs(example.open_image(), example.question, example.answer)
 
 
 def measure_gradients(

@@ -89,6 +89,8 @@ def test_data_with_answers(fused, tmp_path):
     (tmp_path / "data.json").write_text(json.dumps([{"image": "a.png", "conversations": turns}] * 5))
     out = gradients(fused, tmp_path / "data.json", *QUICK, "--output", tmp_path / "out")
     assert "5 examples make 2 batches of 2" in out
+    out = gradients(fused, tmp_path / "data.json", *QUICK[:4], "--output", tmp_path / "whole")
+    assert "1 window of 2" in out  # the default's 50 are cut to what there is
     message = gradients(fused, tmp_path / "data.json", *QUICK[:2], "--batch-size", "4", fails=InputError)
     assert "too few for two batches of 4" in message
     assert "answer is not known" in gradients(fused, tmp_path / "a.png", *QUICK, fails=LlavaPatchError)
@@ -102,6 +104,8 @@ def test_a_run_is_drawn_again_and_runs_are_compared(tmp_path):
         )
     out = gradients("show", tmp_path / "low", "--output", tmp_path / "drawn")
     assert "no t_trans" in " ".join(out.split()) and (tmp_path / "drawn" / "gradients.png").exists()
+    out = gradients("show", tmp_path / "high", "--smoothness", "1e9", "--step-size", "1", "--transition-windows", "9")
+    assert "windows where (7) holds" in out and "10 of 10" in out and "no t_trans" in " ".join(out.split())
     gradients("show", tmp_path / "high")
     assert (tmp_path / "high" / "gradients.json").exists()
     text = gradients("table", tmp_path / "low", tmp_path / "high")

@@ -66,6 +66,9 @@ def test_a_run_that_is_resumed_takes_back_what_came_after_its_checkpoint(tmp_pat
     assert len(GradientsResult.read(tmp_path).steps) == 11
     with pytest.raises(CheckpointError, match=r"Gradients\.every = 1, not 2"):
         StepLog.resume(tmp_path, dataclasses.replace(SETTINGS, every=2), 10)
+    read_otherwise = dataclasses.replace(SETTINGS, smoothness=3.0, transition_windows=9)
+    StepLog.resume(tmp_path, read_otherwise, 11)
+    assert GradientsResult.read(tmp_path).settings == read_otherwise
     StepLog.begin(tmp_path, SETTINGS, facts)
     assert GradientsResult.read(tmp_path).steps == []
 

@@ -1,0 +1,225 @@
+"""One step's numbers, and what one window of steps is made of: mathematics only.
+
+Source: "Detached Skip-Links and R-Probe", sections 4.2 and 4.3, appendix C.2.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+EPSILON = 1e-12
+"""Added to the denominator of delta (eq. 15)."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One measured step.
+
+    Attributes:
+        step: number of the training step, from 1.
+        main: squared norm of the main gradient.
+        skip: of the skip gradient.
+        full: of their sum.
+        inner: inner product of main and skip gradient.
+        learning_rate: of the measured block in this step, or None.
+    """
+
+    step: int
+    main: float
+    skip: float
+    full: float
+    inner: float
+    learning_rate: float | None = None
+
+    @property
+    def finite(self) -> bool:
+        """Whether the gradients were finite; steps that were not (float16) count nowhere."""
+        return math.isfinite(self.main) and math.isfinite(self.skip)
+
+    @property
+    def cosine(self) -> float:
+        """Cosine of main and skip gradient; NaN where one of them is zero."""
+        product = math.sqrt(self.main) * math.sqrt(self.skip) if self.finite else 0.0
+        return self.inner / product if product else math.nan
+
+    @property
+    def ratio(self) -> float:
+        """Norm of the skip gradient over the main one's; NaN where both are zero."""
+        if not self.finite or (self.main == 0 and self.skip == 0):
+            return math.nan
+        return math.sqrt(self.skip / self.main) if self.main else math.inf
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, cosine and ratio included."""
+        return {**asdict(self), "cosine": self.cosine, "ratio": self.ratio}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Step":
+        """Read what `to_dict` made; null stands for a number that was not finite."""
+        main, skip, full, inner = (
+            math.nan if values[name] is None else float(values[name]) for name in ("main", "skip", "full", "inner")
+        )
+        return cls(int(values["step"]), main, skip, full, inner, values.get("learning_rate"))
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What one window of K steps is made of; everything else follows.
+
+    Attributes:
+        first: number of its first training step.
+        last: of its last.
+        count: measured steps K in it.
+        main_square: mean of ||g_main||^2.
+        skip_square: mean of ||g_skip||^2.
+        full_square: mean of ||g_full||^2.
+        inner: mean of <g_main, g_skip>, each within its own step.
+        main_mean: ||m||^2, m being the mean of g_main.
+        skip_mean: ||s||^2.
+        mean_inner: <m, s>.
+        learning_rate: mean of the steps', or None.
+    """
+
+    first: int
+    last: int
+    count: int
+    main_square: float
+    skip_square: float
+    full_square: float
+    inner: float
+    main_mean: float
+    skip_mean: float
+    mean_inner: float
+    learning_rate: float | None = None
+
+    @property
+    def full_mean(self) -> float:
+        """||m + s||^2."""
+        return self.main_mean + self.skip_mean + 2 * self.mean_inner
+
+    @property
+    def main_trace(self) -> float:
+        """Tr Sigma_m as published (eq. 12): mean of squares less square of the mean."""
+        return self.main_square - self.main_mean
+
+    @property
+    def skip_trace(self) -> float:
+        """Tr Sigma_s as published (eq. 14)."""
+        return self.skip_square - self.skip_mean
+
+    @property
+    def full_trace(self) -> float:
+        """Tr Sigma of the full gradient, alike."""
+        return self.full_square - self.full_mean
+
+    @property
+    def bessel(self) -> float:
+        """K / (K - 1): what a trace is multiplied with to be unbiased for independent steps."""
+        return self.count / (self.count - 1) if self.count > 1 else math.nan
+
+    @property
+    def cross(self) -> float:
+        """|tr(Sigma_ms + Sigma_ms')| (eq. 13)."""
+        return 2 * abs(self.inner - self.mean_inner)
+
+    @property
+    def delta(self) -> float:
+        """The cross term's share of the skip path's variance (eq. 15)."""
+        return self.cross / (self.skip_trace + EPSILON)
+
+    @property
+    def c(self) -> float:
+        """Variance dominance of the skip path, tr Sigma_s / tr Sigma_m (Assumption 4.2)."""
+        return _over(self.skip_trace, self.main_trace)
+
+    @property
+    def rho(self) -> float:
+        """||s|| / ||m|| (Assumption 4.2)."""
+        return math.sqrt(_over(max(self.skip_mean, 0.0), self.main_mean))
+
+    @property
+    def alignment(self) -> int:
+        """Sign of <m, s>: -1, 0 or 1."""
+        return (self.mean_inner > 0) - (self.mean_inner < 0)
+
+    def snr(self, path: str) -> float:
+        """Signal-to-noise ratio ||mean||^2 / mean ||.||^2 (eq. 5); pure noise gives its floor, about 1 / K.
+
+        Args:
+            path: "main", "skip" or "full".
+        """
+        return _over(getattr(self, f"{path}_mean"), getattr(self, f"{path}_square"))
+
+    @property
+    def gain(self) -> float:
+        """Left side of condition (7), <m + s, s>, over pairs of different steps; NaN with one step.
+
+        A step's own noise is in its gradient and in its skip part, so the product of the window's means is biased by
+        the variance over K. Without the pairs of a step with itself it is not.
+        """
+        k = self.count
+        if k < 2:
+            return math.nan
+        same = self.inner + self.skip_square  # mean of <g_full, g_skip> within a step
+        return (k * (self.mean_inner + self.skip_mean) - same) / (k - 1)
+
+    @property
+    def penalty(self) -> float:
+        """What L gamma / 2 multiplies in condition (7): E ||g_full||^2 - E ||g_main||^2."""
+        return self.full_square - self.main_square
+
+    def holds(self, product: float) -> bool | None:
+        """Whether condition (7) holds: then a step without the skip gradient is no worse in expectation.
+
+        Args:
+            product: L * gamma, smoothness times step size.
+
+        Returns:
+            None with one step.
+        """
+        return None if math.isnan(self.gain) else self.gain <= product / 2 * self.penalty
+
+    @property
+    def product_needed(self) -> float:
+        """The smallest L * gamma >= 0 at which condition (7) holds; infinity: none; NaN with one step."""
+        if math.isnan(self.gain) or self.gain <= 0:
+            return self.gain if math.isnan(self.gain) else 0.0
+        return 2 * self.gain / self.penalty if self.penalty > 0 else math.inf
+
+    def to_dict(self, smoothness: float | None = None, step_size: float | None = None) -> dict[str, Any]:
+        """Plain values: what is stored, then what follows.
+
+        Args:
+            smoothness: L of condition (7); None: "condition" is null.
+            step_size: gamma; None: the window's learning rate.
+        """
+        gamma = self.learning_rate if step_size is None else step_size
+        known = smoothness is not None and gamma is not None
+        derived = ("full_mean", "main_trace", "skip_trace", "full_trace", "cross", "delta", "c", "rho", "alignment")
+        return {
+            **asdict(self),
+            **{name: getattr(self, name) for name in derived},
+            "main_trace_debiased": self.main_trace * self.bessel,
+            "skip_trace_debiased": self.skip_trace * self.bessel,
+            "full_trace_debiased": self.full_trace * self.bessel,
+            **{f"{path}_snr": self.snr(path) for path in ("main", "skip", "full")},
+            "snr_floor": 1 / self.count,
+            "gain": self.gain,
+            "penalty": self.penalty,
+            "product_needed": self.product_needed,
+            "step_size": gamma,
+            "condition": self.holds(smoothness * gamma) if known else None,  # type: ignore[operator]
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Moments":
+        """Read what `to_dict` made."""
+        return cls(**{name: values[name] for name in cls.__dataclass_fields__})
+
+
+def _over(above: float, below: float) -> float:
+    if below > 0:
+        return above / below
+    return math.nan if above <= 0 else math.inf
