@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava_patch import checkpoint as patched
+from llava_patch.convert.configs import host_of
 from llava_patch.convert.weights import read_json
 from llava_patch.errors import CheckpointError
 
@@ -25,8 +26,10 @@ def base_of(checkpoint: str, given: str, setting: str) -> str:
         CheckpointError: none is known, or it is not there.
     """
     if given:
-        if read_json(given, "config.json") is None:
+        config = read_json(given, "config.json")
+        if config is None:
             raise CheckpointError(f"{setting} {given}: not a checkpoint, it has no config.json")
+        host_of(config, given)
         return given
     record = patched.read_settings(checkpoint) if Path(checkpoint).is_dir() else None
     named = (record or {}).get("base")
@@ -38,6 +41,13 @@ def base_of(checkpoint: str, given: str, setting: str) -> str:
             f"{checkpoint}: its record names {named} as its base, and there is no such folder here: say with {setting} "
             "where it is"
         )
+    try:
+        host_of(read_json(named, "config.json") or {}, named)
+    except CheckpointError as error:  # LLaVA's training starts from a language model alone
+        raise CheckpointError(
+            f"{checkpoint}: its record names {named} as its base, which is no LLaVA with a vision tower and projector "
+            f"of its own: say with {setting} what to compare it with"
+        ) from error
     return str(named)
 
 

@@ -259,7 +259,8 @@ def moved_copy(lm: Any, folder: Path, layer: int) -> Path:
     """The model's own weights as a checkpoint, with one decoder layer changed."""
     from llava_patch.hosts.anatomy import find
 
-    lm.model.half().float()  # llava's loader reads weights in float16
+    for parameter in lm.model.parameters():
+        parameter.data = parameter.data.half().float()  # llava's loader reads weights in float16
     weight = find(lm.model).layers[layer].mlp.down_proj.weight
     before = weight.detach().clone()
     with torch.no_grad():

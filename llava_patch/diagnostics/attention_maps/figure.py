@@ -72,7 +72,7 @@ def _whose(result: "AttentionMapsResult", number: int) -> str:
 
 def _effective(one: "CheckpointMaps", row: int) -> str:
     scores = one.scores(row)
-    return f"effective patches: {math.exp(maths.entropy(scores)):.1f} of {scores.numel()}"
+    return f"{math.exp(maths.entropy(scores)):.1f} of {scores.numel()} patches"
 
 
 def _title(result: "AttentionMapsResult") -> str:
@@ -80,7 +80,7 @@ def _title(result: "AttentionMapsResult") -> str:
     parts = [part for part in dict.fromkeys(one.part for one in result.checkpoints) if part != WHOLE]
     blocks = ", ".join(dict.fromkeys(f"{one.block} of {one.n_blocks}" for one in result.checkpoints))
     who = " / ".join(kinds) + "".join(f", {part}" for part in parts)
-    return f"Attention to patches, ViT block {blocks}\n({who})"
+    return f"Attention of ViT block {blocks} ({who})\nbelow each map: its effective number of patches"
 
 
 def _short(name: str, width: int = 18) -> str:
@@ -98,5 +98,6 @@ def _bare(axis: Any) -> None:
     axis.set_xticks([])
     axis.set_yticks([])
     axis.grid(visible=False)
-    for spine in axis.spines.values():
-        spine.set_visible(False)
+    for spine in axis.spines.values():  # a white page on white needs a border
+        spine.set_color("0.8")
+        spine.set_linewidth(0.5)

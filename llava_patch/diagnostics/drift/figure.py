@@ -34,17 +34,17 @@ def _draw(axis: Any, result: "DriftResult") -> None:
     from matplotlib.ticker import MaxNLocator
 
     curves = (
-        (result.image, plotting.IMAGE, "image positions", "o"),
-        (result.text, plotting.TEXT, "text positions", "s"),
+        (result.image, plotting.IMAGE, "image positions", "o", 5, "none"),
+        (result.text, plotting.TEXT, "text positions", "s", 2.5, plotting.TEXT),
     )
     layers = range(-1, result.layers)
     lowest = min(min(c.input, c.input_low, *c.median, *c.low) for c, *_ in curves)
     distance = 0 < 1 - lowest < SMALL
-    for found, color, name, mark in curves:
+    for found, color, name, mark, size, fill in curves:
         median, low = [found.input, *found.median], [found.input_low, *found.low]
         if distance:
             median, low = [1 - v for v in median], [1 - v for v in low]
-        axis.plot(layers, median, color=color, marker=mark, ms=3, label=name)
+        axis.plot(layers, median, color=color, marker=mark, ms=size, mfc=fill, label=name)
         axis.fill_between(layers, low, median, color=color, alpha=0.15, lw=0)
     axis.fill_between([], [], [], color="0.6", alpha=0.4, lw=0, label="median to worst 5 %")
     if distance:

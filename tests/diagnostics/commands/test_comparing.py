@@ -121,7 +121,15 @@ def test_a_base_that_is_not_there(folders: dict[str, Path], tmp_path: Path) -> N
     shutil.copytree(folders["adapter"], moved)
     record = json.loads((moved / "llava_patch.json").read_text())
     (moved / "llava_patch.json").write_text(json.dumps({**record, "base": "/gone"}))
+    language_model = tmp_path / "vicuna"
+    language_model.mkdir()
+    (language_model / "config.json").write_text('{"model_type": "llama"}')
+    trained = tmp_path / "trained"  # LLaVA's training names the language model that it started from
+    shutil.copytree(folders["adapter"], trained)
+    (trained / "llava_patch.json").write_text(json.dumps({**record, "base": str(language_model)}))
     for command in ("drift", "fusion-attention"):
+        with pytest.raises(CheckpointError, match=r"vicuna as its base, which is no LLaVA .* say with BASE"):
+            run(command, trained)
         with pytest.raises(CheckpointError, match="names /gone as its base, and there is no such folder"):
             run(command, moved)
         with pytest.raises(CheckpointError, match=r"not a checkpoint, it has no config\.json"):
