@@ -18,7 +18,7 @@ from llava_patch.inspection.command import facts_of
 from llava_patch.inspection.read import FORMS
 from llava_patch.probe.commands.run import named
 from llava_patch.report.context import Context
-from llava_patch.report.identity import key
+from llava_patch.report.identity import configured, key
 from llava_patch.report.section import DONE, FAILED, SKIPPED, Record, Section, SkipSection
 
 KEPT = "report.json"
@@ -152,7 +152,10 @@ def _values(context: Context, records: list[Record]) -> dict[str, Any]:
         "data": context.data or "rendered pages",
         "base": named(context.base) if context.base else "",
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "facts": [list(fact) for fact in facts_of(context.inspection, FORMS)],
+        "facts": [
+            *(list(fact) for fact in facts_of(context.inspection, FORMS)),
+            *([["put on it by gin", "; ".join(configured())]] if configured() else []),
+        ],
         "settings": {kind: values for kind, values in context.inspection.settings.items() if values},
         "versions": {
             "llava_patch": __version__,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_patch.diagnostics import commands
+from llava_patch.diagnostics.base import load_base
 from llava_patch.diagnostics.commands.several import Samples
 from llava_patch.errors import InputError, LlavaPatchError
 from llava_patch.inspection import Inspection, inspect_checkpoint
@@ -35,6 +36,7 @@ class Context:
         dtype: likewise; "": float32 on CPU, bfloat16 on a GPU that has it.
         question: asked about every image; "": the data's own.
         settings: sample counts.
+        gin: gin options of the command line, which commands that repeat a section need as well.
     """
 
     def __init__(
@@ -48,10 +50,11 @@ class Context:
         dtype: str = "",
         question: str = "",
         settings: Report | None = None,
+        gin: Sequence[str] = (),
     ) -> None:
         self.checkpoint, self.data, self.rprobe = checkpoint, data, rprobe
         self.device, self.dtype = device, dtype or _dtype(device)
-        self.question, self.settings = question, settings or Report()
+        self.question, self.settings, self.gin = question, settings or Report(), list(gin)
         self.inspection: Inspection = inspect_checkpoint(checkpoint, base)
         self.base = base or self._recorded_base()
         self.run = run or (checkpoint if (Path(checkpoint) / "trainer_state.json").is_file() else "")
@@ -93,7 +96,7 @@ class Context:
             return subject.model, Samples(subject, self._examples(subject, count))
 
         def other() -> "tuple[Any, Samples]":
-            subject = commands.load(self.base, "", self.device, self.dtype)
+            subject = load_base(self.base, self.device, self.dtype)
             return subject.model, Samples(subject, self._examples(subject, count))
 
         return own, other
@@ -135,7 +138,7 @@ class Context:
 
     def _options(self) -> list[str]:
         parts = ["--device", self.device] if self.device else []
-        return parts + (["--dtype", self.dtype] if self.dtype else [])
+        return parts + (["--dtype", self.dtype] if self.dtype else []) + self.gin
 
     def command(self, *words: str, base: bool = False, data: bool = True) -> str:
         """A command line of ours about this checkpoint.
@@ -145,7 +148,8 @@ class Context:
             base: whether it takes --base in any case.
             data: whether it takes the data.
         """
-        parts = ["llava-patch", words[0], self.checkpoint, *([self.data] if data and self.data else []), *words[1:]]
+        data_word = [self.data] if data and self.data else []
+        parts = ["llava-patch", *words[0].split(), self.checkpoint, *data_word, *words[1:]]
         below = self.base if base else self.below
         parts += ["--base", below] if below else []
         parts += ["--question", self.question] if self.question and data else []

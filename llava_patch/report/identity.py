@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_patch import __version__
+from llava_patch import __version__, startup
 from llava_patch.probe.commands.run import named
 
 if TYPE_CHECKING:
@@ -26,11 +26,18 @@ def key(section: "Section", context: "Context") -> str:
         "base": [named(context.base), _model(context.base)] if context.base else None,
         "data": [context.data, _stamp(Path(context.data.split("?")[0]))] if context.data else None,
         "question": context.question,
+        "configured": configured(),
         "precision": [context.device, context.dtype],
         "settings": section.settings(context),
         "inputs": [[path, _stamp(Path(path))] for path in section.inputs(context)],
     }
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def configured() -> list[str]:
+    """The methods that gin puts on the checkpoint's model when it is loaded."""
+    asked = startup.configuration()
+    return [] if asked is None else [f"{kind}: {value}" for kind, value in asked.lasting().items()]
 
 
 def _model(folder: str) -> list[Any]:

@@ -124,3 +124,18 @@ def test_a_record_comes_back():
     assert Record.from_dict(json.loads(json.dumps(record.to_dict()))) == record
     skipped = dataclasses.replace(record, state=SKIPPED, found=None, reason="why")
     assert Record.from_dict(json.loads(json.dumps(skipped.to_dict()))) == skipped
+
+
+def test_a_configured_patch_is_measured_shown_and_kept_off_the_base(files, tmp_path):
+    from llava_patch import get_handle, startup
+
+    every = [_section("one", _works)]
+    plain = build.build(Context(str(files.hf), base=str(files.hf)), every, every, tmp_path)
+    with startup.also([], ["Routing.split = 2"]):
+        context = Context(str(files.hf), base=str(files.hf))
+        own, other = context.openers(1)
+        assert get_handle(own()[0]) is not None and get_handle(other()[0]) is None
+        patched = build.build(context, every, every, tmp_path)
+    assert patched["sections"][0].key != plain["sections"][0].key
+    assert "split=2" in dict(patched["facts"])["put on it by gin"]
+    assert "put on it by gin" not in dict(plain["facts"])

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 
 import pytest
 from typer.testing import CliRunner
@@ -33,6 +34,19 @@ def test_every_section_that_can_be_made_is_made(report):
     for record in records.values():
         assert record.state == "done" or (record.state == "skipped" and record.reason), record
     assert f"1 of {len(NAMES)}" in screen and "wrote" in screen
+    for name in MEASURED:  # each can be repeated alone, under the same settings
+        words = shlex.split(records[name].command)
+        assert words[0] == "llava-patch" and "--gin-file" in words and str(report[2][0]) in words
+
+
+@pytest.mark.parametrize("name", sorted(MEASURED))
+def test_the_command_that_a_section_names_works(report, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    record = next(record for record in build.read(report[0])["sections"] if record.name == name)
+    words = shlex.split(record.command)[1:]
+    done = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert list(tmp_path.rglob(f"{name}.json"))
 
 
 def test_the_page_refers_to_nothing_outside(report):

@@ -57,7 +57,9 @@ def report_command(
     if not checkpoint:
         raise SettingError("name a checkpoint, or a report's folder with --from")
     with configured(gin_file, gin_param):
-        values = _measure(checkpoint, data, base, output, rprobe, run, only, skip, fresh, device, dtype, question)
+        gin = [word for file in gin_file for word in ("--gin-file", file)]
+        gin += [word for binding in gin_param for word in ("--gin-param", binding)]
+        values = _measure(checkpoint, data, base, output, rprobe, run, only, skip, fresh, device, dtype, question, gin)
     failed = [record.name for record in values["sections"] if record.state == FAILED]
     if failed:
         typer.echo(f"failed: {', '.join(failed)}", err=True)
@@ -67,6 +69,7 @@ def report_command(
 def _measure(
     checkpoint: str, data: str, base: str, output: Path | None, rprobe: str, run: str, only: list[str],
     skip: list[str], fresh: bool, device: str, dtype: str, question: str,
+    gin: list[str],
 ) -> dict:  # fmt: skip
     from llava_patch.diagnostics.commands import folder_for
     from llava_patch.probe.alone import alone
@@ -81,7 +84,7 @@ def _measure(
         if folder_name and not Path(folder_name).is_dir():
             raise CheckpointError(f"{option} {folder_name}: no such folder")
     folder = folder_for("report", checkpoint, output)
-    context = Context(checkpoint, data, base, rprobe, run, device, dtype, question, settings_of(Report))
+    context = Context(checkpoint, data, base, rprobe, run, device, dtype, question, settings_of(Report), gin)
     with alone(folder):
         values = build.build(context, every, chosen, folder, fresh, typer.echo)
         typer.echo(f"wrote {page.write(values, folder)}")

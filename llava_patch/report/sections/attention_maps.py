@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_patch.diagnostics import commands
 from llava_patch.diagnostics.attention_maps import AttentionMaps, measure_attention_maps
+from llava_patch.diagnostics.base import load_base
 from llava_patch.diagnostics.commands.several import Samples
 from llava_patch.probe.commands.run import named
 from llava_patch.report.context import Context
@@ -32,7 +33,7 @@ def _run(context: Context, folder: Path) -> Found:
     if context.inspection.trained_tower and context.why_no_base() is None:  # an untrained tower is the base's own
         below = _label(context.base) + (" (base)" if _label(context.base) == own else "")
         context.release()  # one model in memory at a time
-        other = commands.load(context.base, "", context.device, context.dtype)
+        other = load_base(context.base, context.device, context.dtype)
         result = result.beside(_measure(other, examples, settings, below, named(context.base)))
     alt = "A row an image: the image, and beside it which patches the block looks at."
     return found_of(result, folder, "attention_maps", alt)

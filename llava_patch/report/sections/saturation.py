@@ -41,5 +41,5 @@ SECTION = Section(
     "states. Attention mass: how much text looks at the image. KL: how far a layer's prediction is from the last.",
     _run,
     _recorded,
-    lambda context: context.command("saturation", "run"),
+    lambda context: context.command("saturation run", "--samples", str(_settings(context).max_samples)),
 )
