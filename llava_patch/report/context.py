@@ -124,12 +124,14 @@ class Context:
         except InputError as error:
             raise SkipSection(str(error)) from error
 
-    def _examples(self, subject: "Subject", count: int) -> "list[Example]":
+    def _examples(self, subject: "Subject", count: int | None) -> "list[Example]":
         return commands.examples_for(subject, self.data, count, self.question)
 
-    def samples(self, count: int) -> Samples:
-        """Keyword arguments of the model's forward for the first examples, made one at a time."""
-        return Samples(self.subject, self.examples(count))
+    def spread_samples(self, count: int) -> Samples:
+        """Keyword arguments of the model's forward, for examples spread evenly over the data (sets come sorted)."""
+        found = self._examples(self.subject, None if self.data else count)
+        count = min(count, len(found))
+        return Samples(self.subject, [found[i * len(found) // count] for i in range(count)])
 
     def against_base(self, *words: str) -> str:
         """A command line that takes the base as its second argument."""

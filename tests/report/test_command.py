@@ -47,6 +47,7 @@ def test_the_command_that_a_section_names_works(report, name, tmp_path, monkeypa
     done = CliRunner().invoke(app, words, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert list(tmp_path.rglob(f"{name}.json"))
+    assert "".join(record.found.summary.split()) in "".join(done.output.split())  # the same numbers
 
 
 def test_the_page_refers_to_nothing_outside(report):
