@@ -177,7 +177,6 @@ def _measure(
     """Measure a checkpoint into a folder; with `reuse` a finished result of the same measurement is taken as it is."""
     from llava_patch.diagnostics.saturation import measure_saturation
     from llava_patch.diagnostics.saturation.compare import RESULT
-    from llava_patch.diagnostics.saturation.result import read_result
     from llava_patch.diagnostics.saturation.state import STATE_FILE, State, make_key
     from llava_patch.hosts.anatomy import find
     from llava_patch.probe.alone import alone
@@ -189,7 +188,8 @@ def _measure(
         examples = _examples(subject, data, question, settings.max_samples)
         key = make_key(find(subject.model), examples, settings)
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        if reuse and (folder / RESULT).is_file() and (kept := read_result(folder / RESULT)).facts.get("key") == digest:
+        kept = _finished(folder / RESULT, digest) if reuse else None
+        if kept is not None:
             typer.echo(f"{folder / RESULT}: measured before", err=True)
             return kept
         state = State(folder / STATE_FILE, key)
@@ -210,6 +210,20 @@ def _measure(
     del subject
     gc.collect()  # one model at a time in memory: patched ones hold themselves through their handle
     return result
+
+
+def _finished(path: Path, digest: str) -> "SaturationResult | None":
+    """The result of the very same measurement; None when there is none, or one that is to be replaced."""
+    from llava_patch.diagnostics.saturation.result import read_result
+    from llava_patch.errors import InputError
+
+    if not path.is_file():
+        return None
+    try:
+        found = read_result(path)
+    except InputError:  # of an earlier version, or damaged
+        return None
+    return found if found.facts.get("key") == digest else None
 
 
 def _examples(subject: "Subject", data: str, question: str, count: int | None) -> "list[Example]":
