@@ -56,3 +56,11 @@ def test_two_ranks_with_zero_2_train_the_same_and_go_on_after_a_stop(data, tmp_p
     text = ok(run(_ranks(_command(data, measured, *TAPS, *MEASURED, **extra))))
     assert text.count("gradient statistics of block 2 in") == 1
     assert _same(plain, measured) and _history(plain) == _history(measured) and len(_history(plain)) == 4
+
+
+@pytest.mark.timeout(200)
+def test_without_taps_nothing_is_written(data, tmp_path):
+    out = tmp_path / "llava-out"
+    done = run(_command(data, out, "Gradients.every = 5", steps=2))
+    assert done.returncode != 0 and not out.exists()
+    assert "this model has no skip taps: bind a fusion, as in SkipLinks.stride = 2" in done.stderr
