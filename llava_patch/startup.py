@@ -314,16 +314,17 @@ def _wrap_trainer_init(cls: Any) -> None:
         asked = configuration()
         gradients = None if asked is None else asked.measurements.get("Gradients")
         if gradients is not None and model is not None:
-            from llava_patch.diagnostics.gradients import training as measured_run
+            from llava_patch.diagnostics.gradients import follow as follow_gradients
+            from llava_patch.diagnostics.gradients.training_check import check
 
-            measured_run.check(model, training_args, gradients)
+            check(model, training_args, gradients)
         original(self, *args, **kwargs)
         if probed:
             from llava_patch.auxiliary.trainer import follow
 
             follow(self, release=True)  # before the callback that saves what was trained
         if gradients is not None and model is not None:
-            measured_run.follow(self, gradients)
+            follow_gradients(self, gradients)
         if handle is not None or (asked is not None and asked.flags):
             self.add_callback(training_run.make_callback(handle))
 

@@ -1,7 +1,7 @@
 """Gradient statistics: what reaches a vision block through the skip taps, and what through the main path.
 
 Source: "Detached Skip-Links and R-Probe", section 4 and appendix C. `decompose` splits one step's gradient, `Window`
-sums them up, `GradientsResult` is what came out.
+sums them up, `follow` does both while a Trainer trains, `GradientsResult` is what came out.
 """
 
 from llava_patch.diagnostics.gradients.decompose import decompose, measured_block
@@ -9,6 +9,7 @@ from llava_patch.diagnostics.gradients.result import GradientsResult, StepLog
 from llava_patch.diagnostics.gradients.settings import Gradients
 from llava_patch.diagnostics.gradients.state import load_window, save_window
 from llava_patch.diagnostics.gradients.statistics import Moments, Step, Window, transition_step
+from llava_patch.diagnostics.gradients.training import follow
 
 __all__ = [
     "Gradients",
@@ -18,6 +19,7 @@ __all__ = [
     "StepLog",
     "Window",
     "decompose",
+    "follow",
     "load_window",
     "measured_block",
     "save_window",

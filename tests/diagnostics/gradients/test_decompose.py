@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from llava_patch import AuxiliaryProbe, DenseConnector, DirectFusion, Routing, SkipLinks, patch
 from llava_patch.diagnostics.gradients import decompose, measured_block
 from llava_patch.diagnostics.gradients.decompose import block_parameters
-from llava_patch.errors import InputError, SettingError
+from llava_patch.errors import HostError, InputError, SettingError
 from llava_patch.hosts.anatomy import find
 from tests.fusion.cases import ALL, randomise
 
@@ -122,9 +122,9 @@ def test_both_passes_drop_the_same_and_the_generator_is_where_it_was(host):
         state, python = torch.get_rng_state(), random.getstate()
         decompose(host.model, noted, 2)
         assert torch.equal(torch.get_rng_state(), state) and random.getstate() == python
-        assert float(losses[0]) == float(losses[1])
+        assert torch.equal(*losses)
         torch.rand(1)
-        assert float(work()) != float(losses[0])  # the dropout is real
+        assert not torch.equal(work(), losses[0])  # the dropout is real
 
 
 def snapshot(model):
@@ -267,6 +267,22 @@ def test_which_block_is_measured(host):
     assert chosen(SkipLinks(layers=(2, 4), detach=2), None, "attached") == 2
     with pytest.raises(SettingError, match="no skip taps: bind a fusion"):
         measured_block(host.model)
+
+
+def test_weights_that_have_no_gradient(host):
+    with patch(host.model, fusion=SkipLinks(stride=2)) as handle:
+        work = loss_of(host, batch_of(handle, host))
+        blocks = handle.anatomy.vision_parts().blocks
+        blocks[1].mlp.fc1.weight.ds_id = 0  # as DeepSpeed ZeRO-3 marks it
+        with pytest.raises(SettingError, match="ZeRO-3 has partitioned them: use stage 2"):
+            decompose(host.model, work, 2)
+        for parameter in blocks[2].parameters():
+            parameter.requires_grad_(False)
+            parameter.data = parameter.data.to(torch.int8)
+        with pytest.raises(HostError, match="block 3 of the vision tower has no floating-point weights"):
+            decompose(host.model, work, 3)
+        for parameter in blocks[2].parameters():  # the patch's end sets their flags again
+            parameter.data = parameter.data.float()
 
 
 def test_what_cannot_be_measured(host):

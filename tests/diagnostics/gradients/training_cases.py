@@ -57,7 +57,7 @@ def model(dropout: float = 0.1, **fusion: Any) -> nn.Module:
 
 
 def _count_calls(module: nn.Module) -> None:
-    """A module whose forward changes buffers, in place and by another tensor, and draws Python's and NumPy's numbers."""
+    """Its forward then changes buffers, in place and by another tensor, and draws Python's and NumPy's numbers."""
     module.register_buffer("calls", torch.zeros(()))
     module.register_buffer("drawn", torch.zeros(()))
 

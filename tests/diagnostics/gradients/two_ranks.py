@@ -1,4 +1,4 @@
-"""One of two ranks that train under DDP: `python -m tests.diagnostics.gradients.two_ranks FOLDER` (torchrun's variables).
+"""One of two ranks under DDP: `python -m tests.diagnostics.gradients.two_ranks FOLDER`, with torchrun's variables.
 
 Trains twice, without and with the measurement, and writes weights and history of both.
 """
