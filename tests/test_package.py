@@ -39,7 +39,8 @@ def test_the_wheel_in_an_empty_environment(tmp_path):
     assert done.returncode == 0, done.stderr
     gin_files, tasks = done.stdout.splitlines()
     assert gin_files.split() == sorted(p.name for p in (ROOT / "gin").glob("*.gin"))
-    assert {"rprobe/rprobe.yaml", "saturation/saturation.yaml"} <= set(tasks.split())
+    ours = ("rprobe/rprobe.yaml", "saturation/saturation.yaml", "drift/drift.yaml")
+    assert {*ours, "fusion_attention/fusion_attention.yaml"} <= set(tasks.split())
     names = subprocess.run([sys.executable, "-m", "zipfile", "-l", str(wheel)], capture_output=True, text=True).stdout
     assert " eval_tasks" not in names and "\ngin/" not in names
     assert "llava_patch/report/report.html.j2" in names
