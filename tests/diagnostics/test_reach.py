@@ -277,7 +277,10 @@ def test_gradients_are_not_held_together(host, monkeypatch):
     assert len(held) > 50 and max(held) == 1
 
 
-def test_what_cannot_be_measured_is_said(host):
+def test_what_cannot_be_measured_is_said(host, monkeypatch):
+    with monkeypatch.context() as inside, pytest.raises(SettingError, match="partitioned by DeepSpeed ZeRO-3"):
+        inside.setattr("llava_patch.hosts.zero.is_partitioned", lambda parameters: True)
+        measure(host)
     with pytest.raises(InputError, match="no samples"):
         measure_reach(host.model, [], progress=False)
     with pytest.raises(SettingError, match=r"Reach.samples = 0: expected an integer from 1 on"):
