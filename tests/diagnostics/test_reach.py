@@ -304,9 +304,13 @@ def test_results_go_through_json_and_are_drawn(host, tmp_path):
     head, rows = result.table()
     assert head[0] == "part" and ["decoder layers 2-4, text only", "no", "frozen"] in [[r[0], r[3], r[4]] for r in rows]
     assert any(r[0] == "decoder layer 5, fusion" for r in rows) and any(r[0] == "side branch layer 0" for r in rows)
+    with patch(host.model, pruning=FastV(2, 0.5), routing=Routing("ideal", split=2)):
+        pruned = measure(host)
+        paths += pruned.save(tmp_path / "pruned")
+    assert (pruned.name, pruned.variant) == ("ideal + FastV", "ideal")
     both = compare_reach(host.model, lambda: samples(host), ["pc", "lf", "ideal"], 2, progress=False)
     paths += both.save(tmp_path)
-    assert ReachComparison.from_dict(json.loads(paths[2].read_text())) == both
+    assert ReachComparison.from_dict(json.loads(paths[4].read_text())) == both
     assert all(path.stat().st_size > 5_000 for path in paths if path.suffix == ".png")
     assert measure(host).save(tmp_path / "stock")[1].is_file()
 
