@@ -277,7 +277,10 @@ def test_gradients_are_not_held_together(host, monkeypatch):
     assert len(held) > 50 and max(held) == 1
 
 
-def test_what_cannot_be_measured_is_said(host):
+def test_what_cannot_be_measured_is_said(host, monkeypatch):
+    with monkeypatch.context() as inside, pytest.raises(SettingError, match="partitioned by DeepSpeed ZeRO-3"):
+        inside.setattr("llava_patch.hosts.zero.is_partitioned", lambda parameters: True)
+        measure(host)
     with pytest.raises(InputError, match="no samples"):
         measure_reach(host.model, [], progress=False)
     with pytest.raises(SettingError, match=r"Reach.samples = 0: expected an integer from 1 on"):
@@ -301,9 +304,13 @@ def test_results_go_through_json_and_are_drawn(host, tmp_path):
     head, rows = result.table()
     assert head[0] == "part" and ["decoder layers 2-4, text only", "no", "frozen"] in [[r[0], r[3], r[4]] for r in rows]
     assert any(r[0] == "decoder layer 5, fusion" for r in rows) and any(r[0] == "side branch layer 0" for r in rows)
+    with patch(host.model, pruning=FastV(2, 0.5), routing=Routing("ideal", split=2)):
+        pruned = measure(host)
+        paths += pruned.save(tmp_path / "pruned")
+    assert (pruned.name, pruned.variant) == ("ideal + FastV", "ideal")
     both = compare_reach(host.model, lambda: samples(host), ["pc", "lf", "ideal"], 2, progress=False)
     paths += both.save(tmp_path)
-    assert ReachComparison.from_dict(json.loads(paths[2].read_text())) == both
+    assert ReachComparison.from_dict(json.loads(paths[4].read_text())) == both
     assert all(path.stat().st_size > 5_000 for path in paths if path.suffix == ".png")
     assert measure(host).save(tmp_path / "stock")[1].is_file()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import typer
 
 from llava_patch.diagnostics import commands
+from llava_patch.diagnostics.commands import output as written
 from llava_patch.errors import SettingError
 
 _CHECKPOINT = typer.Argument("", metavar="CKPT", help="checkpoint folder or hub name; only its JSON files are read")
@@ -51,14 +52,17 @@ def flops(
         raise SettingError(f"--dtype {dtype}: expected {', '.join(sizes)}")
     if checkpoint and shape:
         raise SettingError(f"--shape {shape} stands for a checkpoint: leave it or {checkpoint} out")
+    subject = checkpoint or shape or "7b"
     with commands.configured(gin_file, gin_param):
+        folder = commands.folder_for("flops", subject, output)
+        written.check_file(folder / "flops.json", subject)
         routing = pruning = None
         asked = startup.configuration()
         if checkpoint:
             found, routing, pruning = files.read_shape(checkpoint)
         else:
-            found = shapes.named(shape or "7b")
-            split = SHAPES[shape or "7b"].split if split < 0 and (asked is None or asked.routing is None) else split
+            found = shapes.named(subject)
+            split = SHAPES[subject].split if split < 0 and (asked is None or asked.routing is None) else split
         if asked is not None:
             if asked.fusion is not None:
                 raise SettingError(
@@ -77,12 +81,13 @@ def flops(
             (routing, pruning),
             sizes[dtype],
         )
-        folder = commands.folder_for("flops", checkpoint or (shape or "7b"), output)
         for number, prompt in enumerate(measured.prompts):
-            _show(f"{found.name}: {prompt.image} image + {prompt.text} text tokens, batch {prompt.batch}, split "
-                  f"{measured.split}", *measured.table(number))  # fmt: skip
+            tokens = f"{prompt.image} image + {prompt.text} text tokens, batch {prompt.batch}"
+            written.show(*measured.table(number), f"{found.name}: {tokens}, split {measured.split}")
         typer.echo(measured.summary())
-        for path in measured.save(folder):
+        paths = measured.save(folder)
+        written.add_checkpoint(paths[0], subject)
+        for path in paths:
             typer.echo(f"wrote {path}")
 
 
@@ -91,16 +96,3 @@ def _fusion_layers(text: str) -> int | tuple[int, ...]:
     if not all(word.isdigit() for word in words):
         raise SettingError(f"--fusion-layers {text}: expected a number, or layer numbers as 20,31")
     return int(words[0]) if len(words) == 1 else tuple(map(int, words))
-
-
-def _show(title: str, head: list[str], rows: list[list[str]]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for number, name in enumerate(head):
-        table.add_column(name, justify="right" if number else "left", no_wrap=not number)
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)

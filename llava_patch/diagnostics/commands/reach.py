@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from llava_patch.diagnostics import commands
-from llava_patch.errors import CheckpointError, SettingError
+from llava_patch.diagnostics.commands import output as written
+from llava_patch.errors import SettingError
 
 _OUTPUT = typer.Option(None, help="folder of reach.json and reach.png; default: reach/NAME")
 
@@ -61,10 +61,9 @@ def reach(
         settings = commands.settings_of(Reach, samples=samples, everything=everything or None)
         folder = commands.folder_for("reach", checkpoint, output)
         name = "reach_variants" if names else "reach"
-        _check_folder(folder / f"{name}.json", checkpoint)
+        written.check_file(folder / f"{name}.json", checkpoint)
         subject = commands.load(checkpoint, base, device, dtype)
         examples = commands.examples_for(subject, data, settings.samples, question, answers=True)
-        facts = {"checkpoint": str(Path(checkpoint).resolve()) if Path(checkpoint).is_dir() else checkpoint}
         result: Any
         if names:
             depth = len(find(subject.model).layers)
@@ -80,42 +79,9 @@ def reach(
             if handle is not None:  # llava loads its tower after the patch and freezes it; a training run does this too
                 handle.apply_freeze()
             result = measure_reach(subject.model, commands.samples_of(subject, examples, answers=True), settings)
-        _show(*result.table())
+        written.show(*result.table())
         typer.echo(result.summary())
         paths = result.save(folder, name)
-        _add_facts(paths[0], facts)
+        written.add_checkpoint(paths[0], checkpoint)
         for path in paths:
             typer.echo(f"wrote {path}")
-
-
-def _check_folder(path: Path, checkpoint: str) -> None:
-    """Refuse to replace the results of another checkpoint."""
-    from llava_patch.probe.commands.run import named
-
-    try:
-        other = json.loads(path.read_text(encoding="utf-8")).get("facts", {}).get("checkpoint")
-    except (OSError, ValueError, AttributeError):  # none, or none that is worth keeping
-        return
-    if isinstance(other, str) and named(other) != named(checkpoint):
-        raise CheckpointError(
-            f"{path} holds the results of {other}, not of {named(checkpoint)}: give another folder with --output"
-        )
-
-
-def _add_facts(path: Path, facts: dict[str, Any]) -> None:
-    from llava_patch.files import write_json
-
-    write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "facts": facts})
-
-
-def _show(head: list[str], rows: list[list[str]]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for number, name in enumerate(head):
-        table.add_column(name, justify="right" if number else "left")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)

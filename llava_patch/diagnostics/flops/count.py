@@ -119,8 +119,8 @@ class Flops:
 
 
 def program_of(shape: ModelShape, routing: Routing | None, pruning: FastV | None) -> Program:
-    """Settings resolved against a model's depth; errors name the setting."""
-    return make_program(routing, pruning, shape.decoder.layers, shape.injections)
+    """Settings resolved against a model's depth; errors name the setting (DeepStack's layers change no FLOPs)."""
+    return make_program(routing, pruning, shape.decoder.layers)
 
 
 def count_flops(shape: ModelShape, program: Program, prompt: Prompt, mode: Mode = Mode.FORWARD) -> Flops:

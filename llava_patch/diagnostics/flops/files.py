@@ -13,7 +13,7 @@ from llava_patch.convert.configs import host_of
 from llava_patch.convert.weights import read_json
 from llava_patch.diagnostics.flops.shape import DecoderShape, Linear, ModelShape, tower_shape
 from llava_patch.errors import CheckpointError, HostError
-from llava_patch.fusion.taps import Join, Taps, choose_taps, injection_layers
+from llava_patch.fusion.taps import Join, Taps, choose_taps
 from llava_patch.handle import CONFIG_KEY
 from llava_patch.hosts import tower_models, towers
 from llava_patch.hosts.anatomy import HF, LLAVA
@@ -55,7 +55,6 @@ def read_shape(checkpoint: str) -> tuple[ModelShape, Routing | None, FastV | Non
     stacked = len(taps.groups) if taps is not None and taps.join is Join.LAYERS else 0
     found = ModelShape(
         Path(checkpoint).name, host, DecoderShape.of(text), tower, _widened(projector, taps), projected, stacked,
-        injection_layers(methods.get("fusion"), taps),
     )  # fmt: skip
     return found, methods.get("routing"), methods.get("pruning")
 

@@ -84,7 +84,6 @@ class ModelShape:
         projector: linear layers from tower to decoder; () where the features go over as they are.
         projected: tokens that the projector takes of an image; those that the decoder gets.
         stacked: how many taps DeepStack sends through a projector like this one.
-        injections: decoder layers that DeepStack adds them at.
     """
 
     name: str
@@ -94,7 +93,6 @@ class ModelShape:
     projector: tuple[Linear, ...]
     projected: int
     stacked: int = 0
-    injections: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -111,7 +109,6 @@ class ModelShape:
                 "decoder": DecoderShape(**values["decoder"]),
                 "tower": TowerShape(**tower),
                 "projector": _pairs(values["projector"]),
-                "injections": tuple(values["injections"]),
             }
         )
 
@@ -174,7 +171,7 @@ def shape_of(model: Any, name: str = "") -> ModelShape:
     Raises:
         HostError: a model or a tower that is not known, or one that is not loaded yet.
     """
-    from llava_patch.fusion.taps import Join, injection_layers
+    from llava_patch.fusion.taps import Join
     from llava_patch.handle import get_handle
 
     anatomy = find(model)
@@ -187,10 +184,9 @@ def shape_of(model: Any, name: str = "") -> ModelShape:
     if taps is not None and not taps.keeps_tokens:
         projected = taps.tokens((rows, columns))
     stacked = len(taps.groups) if taps is not None and taps.join is Join.LAYERS else 0
-    injections = injection_layers(None if handle is None else handle.fusion, taps)
     return ModelShape(
         name or type(anatomy.model).__name__, anatomy.host, DecoderShape.of(anatomy.text_config), tower,
-        _linears(anatomy.projector), projected, stacked, injections,
+        _linears(anatomy.projector), projected, stacked,
     )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ class ReachComparison:
 
     def of(self, variant: str) -> ReachResult | None:
         """A variant's result."""
-        return next((result for result in self.results if result.name.split(" + ")[-1] == variant), None)
+        return next((result for result in self.results if result.variant == variant), None)
 
     def summary(self) -> str:
         """LF against PC, and what cannot be trained."""

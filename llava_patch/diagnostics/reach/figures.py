@@ -90,6 +90,14 @@ def _draw_decoder(axis: Any, result: "ReachResult") -> None:
                 [result.split + (f.part.number or 0) for f in alive], [f.norm for f in alive], width=0.5,
                 color="none", edgecolor=plotting.IMAGE, hatch="////", label="side branch",
             )  # fmt: skip
+        dead = [f for f in side if f.state in (ZERO, NONE)]
+        if dead:
+            marker, word = _FLOOR[dead[0].state]
+            places = [result.split + (f.part.number or 0) for f in dead]
+            axis.plot(
+                places, [4 * axis.get_ylim()[0]] * len(dead), marker, color=plotting.IMAGE, ms=5, mfc="white",
+                label=f"side branch: {word}",
+            )  # fmt: skip
     plotting.layer_axis(axis, result.n_layers)
     if result.split is not None:
         axis.axvline(result.split - 0.5, color=plotting.SPLIT, ls="--", lw=1.2, label=f"split {result.split}")
@@ -135,7 +143,7 @@ def _draw_side(axis: Any, results: "list[ReachResult]") -> None:
     floor, top = 10.0 ** _below(min(found)), 2 * max(found)
     for number, result in enumerate(results):
         assert result.side is not None
-        variant = result.name.split(" + ")[-1]
+        variant = result.variant
         colour, marker = _LINES.get(variant, (plotting.TEXT, "o"))
         alive = {k: v for k, v in result.side.layers.items() if v > 0}
         if alive:
@@ -154,6 +162,9 @@ def _draw_side(axis: Any, results: "list[ReachResult]") -> None:
         if len(results) == 1 and result.side.norm:
             axis.axhline(result.side.norm, color="black", ls=":", lw=1, label="whole")
     axis.set_ylim(floor, top * (top / floor) ** 0.35)
+    if not any(r.side is not None and r.side.norm for r in results):
+        axis.set_yticks([], [])  # nothing that a scale could measure
+        axis.set_yticks([], [], minor=True)
     plotting.layer_axis(axis, first.n_layers + 1, "decoder layer that reads it")
     left = 0 if first.split is None else first.split
     step = max(1, (first.n_layers - left) // 8)
@@ -169,7 +180,7 @@ def _draw_side(axis: Any, results: "list[ReachResult]") -> None:
 def _draw_whole(axis: Any, results: "list[ReachResult]") -> None:
     names = [r.name for r in results]
     norms = [r.side.norm if r.side is not None and r.side.norm else 0.0 for r in results]
-    colours = [_LINES.get(name.split(" + ")[-1], (plotting.TEXT, ""))[0] for name in names]
+    colours = [_LINES.get(r.variant, (plotting.TEXT, ""))[0] for r in results]
     bars = axis.bar(names, norms, color=colours, width=0.6)
     words = [
         f"{n:.2g}\n{len(r.reading_layers)} layer{'s' * (len(r.reading_layers) != 1)}" if n else "0"

@@ -13,9 +13,10 @@ from llava_patch.diagnostics.reach.gradients import Arrivals, SideOutput
 from llava_patch.diagnostics.reach.groups import Part
 from llava_patch.diagnostics.reach.result import FROZEN, NONE, NONZERO, ZERO, PartReach, ReachResult, SideReach
 from llava_patch.diagnostics.reach.settings import Reach
-from llava_patch.errors import InputError
+from llava_patch.errors import InputError, SettingError
 from llava_patch.files import track
 from llava_patch.handle import get_handle
+from llava_patch.hosts import zero
 from llava_patch.hosts.anatomy import Anatomy, find
 
 
@@ -36,9 +37,15 @@ def measure_reach(
 
     Raises:
         InputError: no samples, one without labels, or a loss or gradient that is not finite.
+        SettingError: DeepSpeed ZeRO-3 has partitioned the weights.
     """
     settings = settings or Reach()
     anatomy = find(model)
+    if zero.is_partitioned(anatomy.model.parameters()):
+        raise SettingError(
+            "the model's weights are partitioned by DeepSpeed ZeRO-3, where gradients are not seen whole: measure a "
+            "checkpoint outside DeepSpeed"
+        )
     arrivals, side, losses = Arrivals(), SideOutput(), []
     with gradients.training_step(anatomy, settings.everything):
         parameters = dict(anatomy.model.named_parameters())

@@ -11,6 +11,7 @@ from typing import Any
 from llava_patch.diagnostics.reach import groups
 from llava_patch.diagnostics.reach.groups import Part
 from llava_patch.diagnostics.reach.settings import Reach
+from llava_patch.settings import VARIANTS
 
 FROZEN, NONE, ZERO, NONZERO = "frozen", "none", "zero", "nonzero"
 
@@ -78,6 +79,11 @@ class ReachResult:
     loss: float
     dtype: str
     settings: Reach = field(default_factory=Reach)
+
+    @property
+    def variant(self) -> str:
+        """The routing's variant; the whole name where nothing is routed."""
+        return next((word for word in self.name.split(" + ") if word in VARIANTS), self.name)
 
     def of(self, kind: str) -> list[PartReach]:
         """The parts of a kind."""
