@@ -1,5 +1,8 @@
 """The console command."""
 
+import subprocess
+import sys
+
 import pytest
 from typer.testing import CliRunner
 
@@ -23,3 +26,11 @@ def test_bench_checks_its_options_before_it_builds_a_model(arguments):
 def test_gin_files(arguments):
     done = runner.invoke(app, arguments)
     assert done.exit_code == 0 and "DPVR-LF" in done.output
+
+
+def test_the_command_starts_without_loading_models_code():
+    code = (
+        "import llava_patch.cli, sys; print([n for n in ('torch', 'transformers', 'matplotlib') if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"  # seconds, before --help or an error about an option is shown
