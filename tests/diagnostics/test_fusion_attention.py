@@ -18,7 +18,7 @@ from llava_patch.diagnostics.fusion_attention import (
     measure_fusion_attention_apart,
 )
 from llava_patch.diagnostics.fusion_attention.heads import fusion_layers, measure_sample
-from llava_patch.errors import HostError, InputError, SettingError
+from llava_patch.errors import InputError, SettingError
 from llava_patch.hosts.anatomy import find
 
 from . import tiny
@@ -68,6 +68,27 @@ def test_equals_eager_attention_in_routed_layers(host: Any, variant: str) -> Non
         below, _ = measure_sample(find(model), sample, (1, 2))
         torch.testing.assert_close(below[0], eager_mass(eager, sample, 1), atol=1e-5, rtol=0)
         assert variant != "lf" or not below[1].any()  # a text-only layer
+
+
+@pytest.mark.parametrize("routing", [None, Routing(split=3)], ids=["fastv", "lf+fastv"])
+def test_equals_eager_attention_on_the_image_tokens_that_pruning_leaves(host: Any, routing: Routing | None) -> None:
+    make_model, make_sample = host
+    sample, pruning, kept = make_sample(after=6), FastV(2, 0.5), tiny.PATCHES // 2
+    eager, model = make_model(attention="eager"), make_model()
+    weights: list[torch.Tensor] = []
+    with patch(eager, routing=routing, pruning=pruning), patch(model, routing=routing, pruning=pruning):
+        shake(eager), shake(model)
+        assert fusion_layers(find(model)) == (4,)
+        hook = find(eager).layers[4].self_attn.register_forward_hook(lambda m, a, o: weights.append(o[1][0]))
+        with torch.no_grad():
+            eager(**sample, use_cache=False)
+        hook.remove()
+        mass, _ = measure_sample(find(model), sample, (4,))
+        result = measure_fusion_attention(model, make_model(), [sample], progress=False)
+    assert weights[0].shape[-1] == weights[0].shape[-2] == 2 + kept + 6
+    expected = weights[0][:, 2 + kept :, 2 : 2 + kept].sum(-1).mean(-1)
+    torch.testing.assert_close(mass[0], expected, atol=1e-5, rtol=0)
+    assert result.trained[0] == mass[0].double().tolist() and result.samples == 1
 
 
 def test_stock_against_stock_is_exactly_one(host: Any) -> None:
@@ -127,8 +148,6 @@ def test_what_cannot_be_compared_is_refused(host: Any) -> None:
     with pytest.raises(SettingError, match=r"layers = \(5,\): this model has layers 0..4"):
         measure_fusion_attention(model, model, [sample], FusionAttention(layers=(5,)), False)
     with patch(model, routing=Routing(variant="vtw", split=2)), pytest.raises(InputError, match="no fusion layer"):
-        measure_fusion_attention(model, model, [sample], progress=False)
-    with patch(model, pruning=FastV(2, 0.5)), pytest.raises(HostError, match=r"pruned \(FastV\)"):
         measure_fusion_attention(model, model, [sample], progress=False)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in find(model).decoder.modules())
 
