@@ -18,7 +18,7 @@ from llava_patch.diagnostics.fusion_attention import (
     measure_fusion_attention_apart,
 )
 from llava_patch.diagnostics.fusion_attention.heads import fusion_layers, measure_sample
-from llava_patch.errors import InputError, SettingError
+from llava_patch.errors import HostError, InputError, SettingError
 from llava_patch.hosts.anatomy import find
 
 from . import tiny
@@ -149,6 +149,10 @@ def test_what_cannot_be_compared_is_refused(host: Any) -> None:
         measure_fusion_attention(model, model, [sample], FusionAttention(layers=(5,)), False)
     with patch(model, routing=Routing(variant="vtw", split=2)), pytest.raises(InputError, match="no fusion layer"):
         measure_fusion_attention(model, model, [sample], progress=False)
+    with torch.no_grad():
+        find(other_model := make_model()).layers[2].mlp.down_proj.weight.fill_(math.nan)
+    with pytest.raises(HostError, match="layer 4 are not finite"):
+        measure_fusion_attention(other_model, model, [sample], progress=False)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in find(model).decoder.modules())
 
 

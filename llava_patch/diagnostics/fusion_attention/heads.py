@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llava_patch import files
 from llava_patch.diagnostics import passes
-from llava_patch.diagnostics.saturation import evaluating
+from llava_patch.diagnostics.saturation import check_finite, evaluating
 from llava_patch.diagnostics.trace import run, text_after_image, traced
 from llava_patch.errors import InputError, SettingError
 from llava_patch.handle import get_handle
@@ -141,7 +141,7 @@ def measure_sample(
 
     Raises:
         InputError: a batch, or padding.
-        HostError: something besides llava_patch removes tokens.
+        HostError: something besides llava_patch removes tokens, or numbers that are not finite.
     """
     ids = sample["input_ids"]
     if not passes.has_image(anatomy, sample) or not len(text_after_image(ids[0] == anatomy.image_token_id)):
@@ -150,4 +150,7 @@ def measure_sample(
         run(anatomy, seen, sample, WHAT)
     text = ids[0][ids[0] != anatomy.image_token_id]
     digest = hashlib.sha256(str((text.tolist(), seen.mask().int().tolist())).encode()).hexdigest()
-    return torch.stack([seen.mass[layer].cpu() for layer in layers]), digest
+    found = torch.stack([seen.mass[layer].cpu() for layer in layers])
+    for layer, mass in zip(layers, found.tolist(), strict=True):
+        check_finite(mass, layer, anatomy)
+    return found, digest
