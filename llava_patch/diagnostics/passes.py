@@ -1,12 +1,12 @@
 """One forward pass of a host model that somebody looks into: where its image positions are, and whether it can be run.
 
-Hooks are the caller's; what is here is the same for every measurement that compares two models.
+Hooks are the caller's; what is here is the same for every measurement that looks into the decoder.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llava_patch.errors import HostError, InputError
+from llava_patch.hosts import carry
 from llava_patch.hosts.anatomy import HF, LLAVA, Anatomy
 from llava_patch.hosts.positions import hf_image_mask, llava_prepare
 from llava_patch.undo import UndoStack
@@ -58,21 +59,35 @@ def watching(anatomy: Anatomy, sample: dict[str, Any], what: str) -> Iterator[tu
     Raises:
         InputError: a batch, or padding.
     """
-    ids = sample["input_ids"]
-    if ids.shape[0] != 1:
-        raise InputError(f"{what} takes one sample at a time, got a batch of {ids.shape[0]}")
-    mask = sample.get("attention_mask")
-    if mask is not None and not bool(mask.bool().all()):
-        raise InputError(f"{what} takes samples without padding: attention_mask holds zeros")
+    ids = one_sample(sample, what)
     seen, undo = Pass(ids[0][ids[0] != anatomy.image_token_id].cpu()), UndoStack()
     try:
         if anatomy.host == LLAVA:
-            _watch_preparation(seen, anatomy, undo)
+            watch_preparation(anatomy, lambda image: setattr(seen, "image", image), undo)
         else:
             seen.image = hf_image_mask(ids, anatomy.image_token_id)[0]
         yield seen, undo
     finally:
         undo.unwind()
+
+
+def one_sample(sample: dict[str, Any], what: str) -> Tensor:
+    """A sample's token ids: int64 [1, tokens].
+
+    Args:
+        sample: keyword arguments of a host model's forward.
+        what: name of the measurement, for errors.
+
+    Raises:
+        InputError: a batch, or padding.
+    """
+    ids: Tensor = sample["input_ids"]
+    if ids.shape[0] != 1:
+        raise InputError(f"{what} takes one sample at a time, got a batch of {ids.shape[0]}")
+    mask = sample.get("attention_mask")
+    if mask is not None and not bool(mask.bool().all()):
+        raise InputError(f"{what} takes samples without padding: attention_mask holds zeros")
+    return ids
 
 
 def run(anatomy: Anatomy, sample: dict[str, Any]) -> None:
@@ -114,13 +129,26 @@ def same_input(one: Pass, other: Pass, number: int, what: str) -> None:
         )
 
 
-def _watch_preparation(seen: Pass, anatomy: Anatomy, undo: UndoStack) -> None:
-    # Around whatever is there, so that a routed model's own bookkeeping still runs.
+def watch_preparation(anatomy: Anatomy, note: Callable[[Tensor | None], None], undo: UndoStack) -> None:
+    """Have `llava` tell where it places the image features of a sample, before its decoder runs.
+
+    Around whatever is there, so that a routed model's own bookkeeping still runs; but where that already says where
+    images are, nothing is asked twice: the labels that `llava_prepare` asks with would tell FastV what to protect.
+
+    Args:
+        anatomy: a model of the `llava` package.
+        note: gets bool [T], True at image positions; None: the sample has no image.
+        undo: takes it away again.
+    """
     prepare: Any = anatomy.model.prepare_inputs_labels_for_multimodal
 
     def prepare_and_note(*args: Any, **kwargs: Any) -> tuple:
-        outputs, image_mask = llava_prepare(prepare, anatomy.image_token_id, *args, **kwargs)
-        seen.image = None if image_mask is None else image_mask[0]
+        if carry.reports(prepare):
+            outputs = prepare(*args, **kwargs)
+            image_mask = carry.reported(outputs[4])
+        else:
+            outputs, image_mask = llava_prepare(prepare, anatomy.image_token_id, *args, **kwargs)
+        note(None if image_mask is None else image_mask[0])
         return outputs
 
     undo.set_attribute(anatomy.model, "prepare_inputs_labels_for_multimodal", prepare_and_note)

@@ -8,7 +8,7 @@ routed model is not part of `decoder.layers` and is not seen.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llava_patch.diagnostics import passes
 from llava_patch.diagnostics.attention import mass_on_keys
 from llava_patch.errors import HostError, InputError
-from llava_patch.hosts import carry
 from llava_patch.hosts.anatomy import HF, LLAVA, Anatomy
 from llava_patch.hosts.compat import sliding_window
-from llava_patch.hosts.positions import hf_image_mask, llava_prepare
+from llava_patch.hosts.positions import hf_image_mask
 from llava_patch.hosts.projections import rotate, split_heads
 from llava_patch.routing.feed import Feed
 from llava_patch.routing.watch import watching
@@ -109,12 +109,13 @@ class Trace:
 
 
 @contextlib.contextmanager
-def traced(anatomy: Anatomy, chunk: int) -> Iterator[Trace]:
+def traced(anatomy: Anatomy, chunk: int, mass_of: Sequence[int] | None = None) -> Iterator[Trace]:
     """Watch the forward passes of one sample; every hook is gone afterwards, after an exception too.
 
     Args:
         anatomy: the host model.
         chunk: attention queries held at a time.
+        mass_of: layers whose attention mass is all that is wanted; None: everything of every layer.
 
     Yields:
         The trace, filled by calling `run` inside the block.
@@ -123,42 +124,40 @@ def traced(anatomy: Anatomy, chunk: int) -> Iterator[Trace]:
     undo = UndoStack()
     try:
         for index, layer in enumerate(anatomy.layers):
-            _watch_layer(trace, index, layer, undo)
-            _watch_attention(trace, index, layer.self_attn, anatomy.text_config, chunk, undo)
+            if mass_of is None:
+                _watch_layer(trace, index, layer, undo)
+            if mass_of is None or index in mass_of:
+                _watch_attention(trace, index, layer.self_attn, anatomy.text_config, chunk, undo)
         if anatomy.host == LLAVA:
-            _watch_preparation(trace, anatomy, undo)
+            passes.watch_preparation(anatomy, lambda image: setattr(trace, "image_mask", image), undo)
         with watching(trace.tell):
             yield trace
     finally:
         undo.unwind()
 
 
-def run(anatomy: Anatomy, trace: Trace, sample: dict[str, Any]) -> None:
+def run(anatomy: Anatomy, trace: Trace, sample: dict[str, Any], what: str = "saturation") -> None:
     """Run the model's own forward on one sample inside `traced`.
 
     Args:
         anatomy: the host model.
         trace: from `traced`.
         sample: keyword arguments of the model's forward, batch of one.
+        what: name of the measurement, for errors.
 
     Raises:
         InputError: a batch, or padding.
     """
-    input_ids = sample["input_ids"]
-    if input_ids.shape[0] != 1:
-        raise InputError(f"saturation takes one sample at a time, got a batch of {input_ids.shape[0]}")
-    mask = sample.get("attention_mask")
-    if mask is not None and not bool(mask.bool().all()):
-        raise InputError("saturation takes samples without padding: attention_mask holds zeros")
+    input_ids = passes.one_sample(sample, what)
     if anatomy.host == HF:
         trace.image_mask = hf_image_mask(input_ids, anatomy.image_token_id)[0]
-    anatomy.model(**{**sample, "use_cache": False})
+    passes.run(anatomy, sample)
 
 
 def _hidden_argument(args: tuple, kwargs: dict[str, Any]) -> Tensor:
     hidden = args[0] if args else kwargs["hidden_states"]
     if hidden.shape[0] != 1:
-        raise InputError(f"saturation takes one sample at a time, but the decoder got {hidden.shape[0]}")
+        raise InputError(f"one sample at a time is measured, but the decoder got {hidden.shape[0]}")
     return hidden[0]
 
 
@@ -215,20 +214,3 @@ def text_after_image(image: Tensor) -> Tensor:
         image: bool [tokens].
     """
     return (~image & (image.long().cumsum(0) > 0)).nonzero().flatten()
-
-
-def _watch_preparation(trace: Trace, anatomy: Anatomy, undo: UndoStack) -> None:
-    # Around whatever is there, so that a routed model's own bookkeeping still runs; but where that already says where
-    # images are, nothing is asked twice: the labels that `llava_prepare` asks with would tell FastV what to protect.
-    prepare: Any = anatomy.model.prepare_inputs_labels_for_multimodal
-
-    def prepare_and_note(*args: Any, **kwargs: Any) -> tuple:
-        if carry.reports(prepare):
-            outputs = prepare(*args, **kwargs)
-            image_mask = carry.reported(outputs[4])
-        else:
-            outputs, image_mask = llava_prepare(prepare, anatomy.image_token_id, *args, **kwargs)
-        trace.image_mask = None if image_mask is None else image_mask[0]
-        return outputs
-
-    undo.set_attribute(anatomy.model, "prepare_inputs_labels_for_multimodal", prepare_and_note)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_patch.diagnostics import commands
 from llava_patch.diagnostics.base import load_base
-from llava_patch.diagnostics.commands.several import Samples
+from llava_patch.diagnostics.commands.several import Samples, spread
 from llava_patch.errors import InputError, LlavaPatchError
 from llava_patch.inspection import Inspection, inspect_checkpoint
 from llava_patch.report.section import SkipSection
@@ -93,11 +93,11 @@ class Context:
         def own() -> "tuple[Any, Samples]":
             subject = self.subject
             self.release()
-            return subject.model, Samples(subject, self._examples(subject, count))
+            return subject.model, Samples(subject, spread(subject, self.data, self.question, count))
 
         def other() -> "tuple[Any, Samples]":
             subject = load_base(self.base, self.device, self.dtype)
-            return subject.model, Samples(subject, self._examples(subject, count))
+            return subject.model, Samples(subject, spread(subject, self.data, self.question, count))
 
         return own, other
 
@@ -129,9 +129,7 @@ class Context:
 
     def spread_samples(self, count: int) -> Samples:
         """Keyword arguments of the model's forward, for examples spread evenly over the data (sets come sorted)."""
-        found = self._examples(self.subject, None if self.data else count)
-        count = min(count, len(found))
-        return Samples(self.subject, [found[i * len(found) // count] for i in range(count)])
+        return Samples(self.subject, spread(self.subject, self.data, self.question, count))
 
     def against_base(self, *words: str) -> str:
         """A command line that takes the base as its second argument."""

@@ -12,7 +12,7 @@ import torch
 
 from llava_patch import FastV, Routing, patch
 from llava_patch.diagnostics.drift import Drift, DriftResult, measure_drift, measure_drift_apart
-from llava_patch.diagnostics.drift.states import Quantiles
+from llava_patch.diagnostics.drift.states import Quantiles, Store
 from llava_patch.errors import HostError, InputError, SettingError
 from llava_patch.hosts.anatomy import find
 
@@ -151,19 +151,19 @@ def test_the_store_is_bounded_and_always_removed(cache: Path, monkeypatch: pytes
         return model, samples
 
     assert measure_drift_apart(opened(model, samples), base, enough, progress=False).samples == 4
-    assert seen == [4] and not list(cache.iterdir())
+    assert seen == [4] and not list(cache.glob("states-*"))
     with pytest.raises(InputError, match=r"of 4 samples need .* more than Drift.store_gb"):
         measure_drift_apart(opened(model, samples), base, short, progress=False)  # known from the first sample on
     with pytest.raises(InputError, match=r"Drift\.store_gb"):
         measure_drift_apart(opened(model, iter(samples)), base, short, progress=False)  # when it gets there
-    assert seen == [4] and not list(cache.iterdir())
+    assert seen == [4] and not list(cache.glob("states-*"))
 
     def broken() -> Any:
         raise RuntimeError("base cannot be loaded")
 
     with pytest.raises(RuntimeError):
         measure_drift_apart(opened(model, samples), broken, enough, progress=False)
-    assert not list(cache.iterdir())
+    assert not list(cache.glob("states-*"))
 
 
 def test_medians_are_exact_however_they_come() -> None:
@@ -189,3 +189,15 @@ def test_states_that_are_not_finite_are_named() -> None:
 def test_bad_settings_are_named(field: str, value: Any) -> None:
     with pytest.raises(SettingError, match=f"Drift.{field} = "):
         Drift(**{field: value})
+
+
+def test_what_a_killed_process_left_is_removed_and_what_another_one_uses_is_not(cache: Path) -> None:
+    (cache / "states-dead").mkdir(parents=True)
+    (cache / "states-dead" / "0.safetensors").write_bytes(b"left")
+    (cache / "states-dead" / ".lock").touch()
+    with Store(1) as one:
+        assert one.folder is not None and [f.name for f in cache.glob("states-*")] == [one.folder.name]
+        with Store(1) as other:
+            assert other.folder is not None and one.folder.is_dir() and other.folder != one.folder
+        assert one.folder.is_dir()
+    assert not list(cache.glob("states-*"))

@@ -70,6 +70,27 @@ def test_equals_eager_attention_in_routed_layers(host: Any, variant: str) -> Non
         assert variant != "lf" or not below[1].any()  # a text-only layer
 
 
+@pytest.mark.parametrize("routing", [None, Routing(split=3)], ids=["fastv", "lf+fastv"])
+def test_equals_eager_attention_on_the_image_tokens_that_pruning_leaves(host: Any, routing: Routing | None) -> None:
+    make_model, make_sample = host
+    sample, pruning, kept = make_sample(after=6), FastV(2, 0.5), tiny.PATCHES // 2
+    eager, model = make_model(attention="eager"), make_model()
+    weights: list[torch.Tensor] = []
+    with patch(eager, routing=routing, pruning=pruning), patch(model, routing=routing, pruning=pruning):
+        shake(eager), shake(model)
+        assert fusion_layers(find(model)) == (4,)
+        hook = find(eager).layers[4].self_attn.register_forward_hook(lambda m, a, o: weights.append(o[1][0]))
+        with torch.no_grad():
+            eager(**sample, use_cache=False)
+        hook.remove()
+        mass, _ = measure_sample(find(model), sample, (4,))
+        result = measure_fusion_attention(model, make_model(), [sample], progress=False)
+    assert weights[0].shape[-1] == weights[0].shape[-2] == 2 + kept + 6
+    expected = weights[0][:, 2 + kept :, 2 : 2 + kept].sum(-1).mean(-1)
+    torch.testing.assert_close(mass[0], expected, atol=1e-5, rtol=0)
+    assert result.trained[0] == mass[0].double().tolist() and result.samples == 1
+
+
 def test_stock_against_stock_is_exactly_one(host: Any) -> None:
     make_model, make_sample = host
     samples = [make_sample(seed=seed, after=seed + 3) for seed in range(3)]
@@ -128,8 +149,10 @@ def test_what_cannot_be_compared_is_refused(host: Any) -> None:
         measure_fusion_attention(model, model, [sample], FusionAttention(layers=(5,)), False)
     with patch(model, routing=Routing(variant="vtw", split=2)), pytest.raises(InputError, match="no fusion layer"):
         measure_fusion_attention(model, model, [sample], progress=False)
-    with patch(model, pruning=FastV(2, 0.5)), pytest.raises(HostError, match=r"pruned \(FastV\)"):
-        measure_fusion_attention(model, model, [sample], progress=False)
+    with torch.no_grad():
+        find(other_model := make_model()).layers[2].mlp.down_proj.weight.fill_(math.nan)
+    with pytest.raises(HostError, match="layer 4 are not finite"):
+        measure_fusion_attention(other_model, model, [sample], progress=False)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in find(model).decoder.modules())
 
 

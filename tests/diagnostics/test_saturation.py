@@ -55,6 +55,18 @@ def test_equals_the_naive_computation_with_full_attention(host: Any, chunk: int)
     assert all(0 < mass < 1 for mass in got.mass)
 
 
+@pytest.mark.parametrize("at", ["layer", "norm"])
+def test_what_is_not_finite_is_not_taken_for_absent(host: Any, at: str) -> None:
+    make_model, make_sample = host
+    model = make_model()
+    weight = find(model).layers[2].mlp.down_proj.weight if at == "layer" else find(model).norm.weight
+    with torch.no_grad():
+        weight.fill_(math.nan)
+    where = 2 if at == "layer" else 0  # only the logit lens, which has the norm in every layer
+    with pytest.raises(HostError, match=f"layer {where} are not finite in float32: load the model with --dtype"):
+        measure_saturation(model, [make_sample()], progress=False)
+
+
 def test_several_samples_are_averaged_and_unusable_ones_counted(host: Any) -> None:
     make_model, make_sample = host
     model = make_model()

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from llava_patch import FastV, Routing, patch
 from llava_patch.cli import app
 from llava_patch.diagnostics.commands import saturation as command
+from llava_patch.diagnostics.commands import several
 from llava_patch.diagnostics.saturation import PatchOn, measure, summarise
 from llava_patch.diagnostics.saturation.compare import find_result, names_of, notes, table
 from llava_patch.diagnostics.saturation.figure import comparison_figure, saturation_figure
@@ -65,9 +66,9 @@ def test_samples_are_spread_over_the_data(models: Path, tmp_path: Path) -> None:
     for i in range(6):
         Image.new("RGB", (30, 30), (40 * i, 0, 0)).save(tmp_path / f"{i}.png")
     subject = command.load(str(models / "stock"))
-    chosen = command._examples(subject, str(tmp_path), "What?", 3)
+    chosen = several.spread(subject, str(tmp_path), "What?", 3)
     assert [e.id for e in chosen] == ["0.png", "2.png", "4.png"] and {e.question for e in chosen} == {"What?"}
-    assert len(command._examples(subject, str(tmp_path), "", None)) == 6
+    assert len(several.spread(subject, str(tmp_path), "", None)) == 6
     samples = command._Samples(subject.inputs(), chosen)
     assert len(samples) == 3 and len(samples[1:]) == 2 and len(list(samples[2:])) == 1
     assert command._settings(None).max_samples == 32 and command._settings(0).max_samples is None

@@ -9,12 +9,13 @@ import typer
 
 from llava_patch.diagnostics import commands
 from llava_patch.diagnostics.commands import several
-from llava_patch.errors import SettingError
+from llava_patch.errors import InputError, SettingError
 
 if TYPE_CHECKING:
     from llava_patch.diagnostics.attention_maps import AttentionMaps, AttentionMapsResult
 
 NAME = "attention_maps"
+DEFAULT_IMAGES = 4
 
 
 def add(app: typer.Typer) -> None:
@@ -29,8 +30,10 @@ def attention_maps(
     image: list[str] = typer.Option([], help="an image; may be repeated; instead of --data"),  # noqa: B008
     data: str = typer.Option("", help="LLaVA's JSON, R-Probe's kinds of data or a folder of images; default: pages"),
     block: int | None = typer.Option(None, help="ViT block, from 1; default 4"),
-    samples: int = typer.Option(4, min=1, help="images"),
-    names: str = typer.Option("", help="what to call the checkpoints, with commas; default: their folders' names"),
+    samples: int | None = typer.Option(
+        None, min=0, help="images, spread evenly over --data; 0: all; default: AttentionMaps.max_samples, or 4"
+    ),
+    names: str = typer.Option("", help="what to call the checkpoints, with commas; default: by their paths"),
     output: Path | None = typer.Option(  # noqa: B008
         None, help="folder; default: attention-maps/ and the first CKPT's name", show_default=False
     ),
@@ -47,23 +50,27 @@ def attention_maps(
     OUTPUT gets attention_maps.json and attention_maps.png.
     """
     from llava_patch.diagnostics.attention_maps import AttentionMaps
-    from llava_patch.probe.commands.run import default_name, named
+    from llava_patch.diagnostics.saturation.compare import names_of
+    from llava_patch.probe.commands.compare import split_names
+    from llava_patch.probe.commands.run import named
 
     if image and data:
         raise SettingError("--image and --data: give one of them")
-    labels = [name.strip() for name in names.split(",")] if names else [default_name(c) for c in checkpoints]
-    if len(labels) != len(checkpoints):
-        raise SettingError(f"--names has {len(labels)} names for {len(checkpoints)} checkpoints")
-    if not names and len(set(labels)) < len(labels):  # RUN/llava-stage2 of several runs
-        labels = [f"{Path(c).resolve().parent.name}/{default_name(c)}" for c in checkpoints]
+    if image and samples is not None:
+        raise SettingError("--image and --samples: every image that is named is taken; leave out --samples")
+    missing = [one for one in image if not Path(one).is_file()]
+    if missing:
+        raise InputError(f"--image {missing[0]}: no such file (a folder of images is given with --data)")
+    labels = names_of(checkpoints, split_names(names))
     folder = commands.folder_for("attention-maps", checkpoints[0], output)
     sources = [named(c) for c in checkpoints]
     several.check_folder(folder / f"{NAME}.json", sources)
     with commands.configured(gin_file, gin_param):
         settings = commands.settings_of(AttentionMaps, block=block)
+        settings = several.with_count(settings, len(image) or samples, DEFAULT_IMAGES)
         result: "AttentionMapsResult | None" = None
         for checkpoint, label, source in zip(checkpoints, labels, sources, strict=True):
-            one = _measure(checkpoint, label, source, image, data, samples, settings, base, device, dtype)
+            one = _measure(checkpoint, label, source, image, data, settings, base, device, dtype)
             result = one if result is None else result.beside(one)
         assert result is not None
         several.show(result.table())
@@ -78,7 +85,6 @@ def _measure(
     source: str,
     image: list[str],
     data: str,
-    count: int,
     settings: "AttentionMaps",
     base: str,
     device: str,
@@ -91,7 +97,7 @@ def _measure(
     if image:
         examples = [example for path in image for example in commands.examples_for(subject, path, 1)]
     else:
-        examples = commands.examples_for(subject, data, count)
+        examples = several.spread(subject, data, "", settings.max_samples)
     return measure_attention_maps(
         subject.model,
         several.Samples(subject, examples),

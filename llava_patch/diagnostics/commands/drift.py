@@ -11,6 +11,7 @@ from llava_patch.diagnostics import commands
 from llava_patch.diagnostics.commands import several
 
 NAME = "drift"
+DEFAULT_SAMPLES = 32
 STOCK = typer.Argument(
     "", metavar="BASE", help='the model to compare with; "" or left out: what the record of CKPT names'
 )
@@ -25,7 +26,9 @@ def drift(
     checkpoint: str = commands.CHECKPOINT,
     stock: str = STOCK,
     data: str = commands.DATA,
-    samples: int = typer.Option(32, min=1, help="examples"),
+    samples: int | None = typer.Option(
+        None, min=0, help="spread evenly over DATA; 0: all of it; default: Drift.max_samples, or 32"
+    ),
     split: int | None = typer.Option(
         None, min=1, help="compare layers 0..N-1; default: those below CKPT's split, or all"
     ),
@@ -55,10 +58,11 @@ def drift(
     folder = commands.folder_for(NAME, checkpoint, output)
     with commands.configured(gin_file, gin_param):
         settings = commands.settings_of(Drift, split=split, together=together, store_gb=store_gb)
+        settings = several.with_count(settings, samples, DEFAULT_SAMPLES)
         stock = base_of(checkpoint, stock or settings.base or base, "BASE")
         sources = [named(checkpoint), named(stock)]
         several.check_folder(folder / f"{NAME}.json", sources)
-        own, other = several.openers(checkpoint, stock, base, data, samples, question, device, dtype)
+        own, other = several.openers(checkpoint, stock, base, data, settings.max_samples, question, device, dtype)
         if settings.together:
             (model, ours), (stock_model, theirs) = own(), other()
             result = measure_drift(model, stock_model, ours, settings, base_samples=theirs)

@@ -9,7 +9,7 @@ import typer
 
 from llava_patch.diagnostics import commands
 from llava_patch.diagnostics.commands import several
-from llava_patch.diagnostics.commands.drift import STOCK
+from llava_patch.diagnostics.commands.drift import DEFAULT_SAMPLES, STOCK
 from llava_patch.errors import SettingError
 
 NAME = "fusion_attention"
@@ -24,7 +24,9 @@ def fusion_attention(
     checkpoint: str = commands.CHECKPOINT,
     stock: str = STOCK,
     data: str = commands.DATA,
-    samples: int = typer.Option(32, min=1, help="examples"),
+    samples: int | None = typer.Option(
+        None, min=0, help="spread evenly over DATA; 0: all of it; default: FusionAttention.max_samples, or 32"
+    ),
     layers: str = typer.Option("", help="decoder layers, as 30,31; default: CKPT's fusion layers, else the last"),
     question: str = commands.QUESTION,
     output: Path | None = typer.Option(  # noqa: B008
@@ -49,10 +51,11 @@ def fusion_attention(
     folder = commands.folder_for("fusion-attention", checkpoint, output)
     with commands.configured(gin_file, gin_param):
         settings = commands.settings_of(FusionAttention, layers=_numbers(layers))
+        settings = several.with_count(settings, samples, DEFAULT_SAMPLES)
         stock = base_of(checkpoint, stock or settings.base or base, "BASE")
         sources = [named(checkpoint), named(stock)]
         several.check_folder(folder / f"{NAME}.json", sources)
-        own, other = several.openers(checkpoint, stock, base, data, samples, question, device, dtype)
+        own, other = several.openers(checkpoint, stock, base, data, settings.max_samples, question, device, dtype)
         result = measure_fusion_attention_apart(own, other, settings)
         result = dataclasses.replace(result, checkpoint=sources[0], base=sources[1])
         several.show(result.table())

@@ -22,10 +22,10 @@ from llava_patch.diagnostics.commands import (
     GIN_PARAM,
     QUESTION,
     configured,
-    examples_for,
     folder_for,
     load,
     settings_of,
+    several,
 )
 from llava_patch.errors import SettingError
 from llava_patch.probe.commands import DefaultGroup
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from llava_patch.diagnostics.examples import Example
     from llava_patch.diagnostics.inputs import Inputs
     from llava_patch.diagnostics.saturation import Saturation, SaturationResult
-    from llava_patch.probe.subject import Subject
 
 DEFAULT_SAMPLES = 32
 SAMPLES = typer.Option(
@@ -157,10 +156,8 @@ def compare_command(
 def _settings(samples: int | None) -> "Saturation":
     from llava_patch.diagnostics.saturation import Saturation
 
-    settings = settings_of(Saturation, max_samples=samples or None)
-    if samples == 0:
-        return dataclasses.replace(settings, max_samples=None)
-    return dataclasses.replace(settings, max_samples=settings.max_samples or DEFAULT_SAMPLES)
+    settings: Saturation = several.with_count(settings_of(Saturation), samples, DEFAULT_SAMPLES)
+    return settings
 
 
 def _measure(
@@ -185,7 +182,7 @@ def _measure(
 
     with alone(folder):
         subject = load(checkpoint, base, device, dtype)
-        examples = _examples(subject, data, question, settings.max_samples)
+        examples = several.spread(subject, data, question, settings.max_samples)
         key = make_key(find(subject.model), examples, settings)
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         kept = _finished(folder / RESULT, digest) if reuse else None
@@ -224,16 +221,6 @@ def _finished(path: Path, digest: str) -> "SaturationResult | None":
     except InputError:  # of an earlier version, or damaged
         return None
     return found if found.facts.get("key") == digest else None
-
-
-def _examples(subject: "Subject", data: str, question: str, count: int | None) -> "list[Example]":
-    """All examples, or so many spread evenly over them: data sets often come sorted by kind."""
-    if not data:
-        return examples_for(subject, data, count, question)
-    found = examples_for(subject, data, None, question)
-    if count is None or count >= len(found):
-        return found
-    return [found[i * len(found) // count] for i in range(count)]
 
 
 class _Samples(Sequence):

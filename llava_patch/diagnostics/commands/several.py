@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,6 +31,22 @@ class Samples:
         return commands.samples_of(self.subject, self.examples)
 
 
+def with_count(settings: Any, samples: int | None, default: int) -> Any:
+    """A measurement's settings with `max_samples` from --samples (0: all), or as they are, or a default."""
+    count = settings.max_samples or default if samples is None else samples or None
+    return dataclasses.replace(settings, max_samples=count)
+
+
+def spread(subject: "Subject", data: str, question: str, count: int | None) -> "list[Example]":
+    """All examples, or so many spread evenly over them: data sets often come sorted by kind."""
+    if not data:
+        return commands.examples_for(subject, data, count, question)
+    found = commands.examples_for(subject, data, None, question)
+    if count is None or count >= len(found):
+        return found
+    return [found[i * len(found) // count] for i in range(count)]
+
+
 Opener = Callable[[], "tuple[Any, Samples]"]
 
 
@@ -43,15 +60,15 @@ def openers(
         stock: as it is.
         below: the model below a LoRA or projector-only checkpoint.
         data: see `read_examples`, and
-        count: likewise, and
         question: likewise.
+        count: how many examples, spread evenly over the data; None: all.
         device: as `load_subject` takes it, and
         dtype: likewise.
     """
     from llava_patch.diagnostics.base import load_base
 
     def opened(subject: "Subject") -> tuple[Any, Samples]:
-        return subject.model, Samples(subject, commands.examples_for(subject, data, count, question))
+        return subject.model, Samples(subject, spread(subject, data, question, count))
 
     return (
         lambda: opened(commands.load(checkpoint, below, device, dtype)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,6 +25,7 @@ from llava_patch.hosts.anatomy import Anatomy
 
 WHAT = "drift"
 GB = 10**9
+PREFIX, LOCK = "states-", ".lock"
 
 
 @dataclass
@@ -111,7 +114,8 @@ def cosines(one: States, other: States) -> np.ndarray:
 class Store:
     """Hidden states of one model on disk, a file a sample; the folder is gone when the block ends.
 
-    Use as a context manager. Reading is memory-mapped, a row at a time.
+    Use as a context manager. Reading is memory-mapped, a row at a time. What a killed process left is removed by the
+    next one.
     """
 
     def __init__(self, limit_gb: float) -> None:
@@ -119,18 +123,25 @@ class Store:
         self.limit = int(limit_gb * GB)
         self.used = 0
         self.folder: Path | None = None
+        self._lock: FileLock | None = None
 
     def __enter__(self) -> "Store":
         """The store."""
         parent = cache_folder() / "drift"
         parent.mkdir(parents=True, exist_ok=True)
-        self.folder = Path(tempfile.mkdtemp(dir=parent, prefix="states-"))
+        with FileLock(parent / LOCK):  # nobody takes a folder for a dead one's before it is locked
+            for folder in parent.glob(f"{PREFIX}*"):
+                _remove_if_dead(folder)
+            self.folder = Path(tempfile.mkdtemp(dir=parent, prefix=PREFIX))
+            self._lock = FileLock(self.folder / LOCK)
+            self._lock.acquire()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         """Remove everything."""
-        if self.folder is not None:
+        if self.folder is not None and self._lock is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
+            self._lock.release()
 
     def expect(self, size: int, samples: int | None) -> None:
         """Refuse a run that cannot end well, as soon as the first sample's size is known.
@@ -181,6 +192,15 @@ class Store:
             seen = passes.Pass(file.get_tensor("text_ids"), file.get_tensor("image"))
         path.unlink()
         return States(seen, rows)
+
+
+def _remove_if_dead(folder: Path) -> None:
+    """Remove a store whose process is gone: its lock went with it."""
+    lock = FileLock(folder / LOCK, timeout=0)
+    with contextlib.suppress(Timeout, OSError):  # in use, or another user's
+        lock.acquire()
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.release()
 
 
 class Quantiles:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,13 +12,11 @@ from torch import Tensor, nn
 
 from llava_patch import files
 from llava_patch.diagnostics import passes
-from llava_patch.diagnostics.attention import mass_on_keys
-from llava_patch.diagnostics.saturation import evaluating
-from llava_patch.diagnostics.trace import text_after_image
-from llava_patch.errors import HostError, InputError, SettingError
+from llava_patch.diagnostics.saturation import check_finite, evaluating
+from llava_patch.diagnostics.trace import run, text_after_image, traced
+from llava_patch.errors import InputError, SettingError
 from llava_patch.handle import get_handle
 from llava_patch.hosts.anatomy import Anatomy, find
-from llava_patch.hosts.projections import rotate, split_heads
 from llava_patch.routing.program import Work
 
 WHAT = "fusion attention"
@@ -138,55 +136,21 @@ def measure_sample(
 
     Returns:
         (float32 [layers, heads] on CPU, digest of what the model read); (None, None) for a sample without an image or
-        without text after it. Layers that see no image have zeros.
+        without text after it. Layers that see no image have zeros; where image tokens are pruned, mass is that on the
+        ones that are left.
 
     Raises:
-        HostError: a layer sees a part of the image (pruning), or none of the known ways to call it.
+        InputError: a batch, or padding.
+        HostError: something besides llava_patch removes tokens, or numbers that are not finite.
     """
     ids = sample["input_ids"]
     if not passes.has_image(anatomy, sample) or not len(text_after_image(ids[0] == anatomy.image_token_id)):
         return None, None
-    found: dict[int, Tensor] = {}
-    with passes.watching(anatomy, sample, WHAT) as (seen, undo):
-        for layer in layers:
-            attention: Any = anatomy.layers[layer].self_attn
-            hook = _reader(anatomy, seen, found, layer, chunk)
-            undo.push(attention.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        passes.run(anatomy, sample)
-    digest = hashlib.sha256(str((seen.text_ids.tolist(), seen.placed.int().tolist())).encode()).hexdigest()
-    return torch.stack([found[layer] for layer in layers]), digest
-
-
-def _reader(
-    anatomy: Anatomy, seen: passes.Pass, found: dict[int, Tensor], layer: int, chunk: int
-) -> Callable[..., None]:
-    config = anatomy.text_config
-
-    def before(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        hidden = (args[0] if args else kwargs["hidden_states"])[0]
-        image = seen.placed.to(hidden.device)
-        cos, sin = (part[0] for part in kwargs["position_embeddings"])
-        head_dim = int(module.head_dim)
-        q = rotate(split_heads(module.q_proj(hidden), head_dim), cos, sin)
-        k = rotate(split_heads(module.k_proj(hidden), head_dim), cos, sin)
-        own = torch.arange(len(image), device=hidden.device)
-        feed: Any = kwargs.get("past_key_values", kwargs.get("past_key_value"))
-        if len(hidden) == int((~image).sum()) < len(image):
-            if not hasattr(feed, "merge"):  # text alone, keys and all
-                found[layer] = torch.zeros(len(q))
-                return
-            own = own[~image]  # KV: text asks, and the image positions' keys were made apart
-            k = feed.merge(feed.key, k[None])[0]
-        if k.shape[1] != len(image) or len(hidden) != len(own):
-            raise HostError(
-                f"layer {layer} sees {len(hidden)} tokens and {k.shape[1]} keys of {len(image)} positions: {WHAT} "
-                "cannot be measured where image tokens are pruned (FastV); measure the model without pruning"
-            )
-        queries = text_after_image(image)
-        whole = q.new_zeros(q.shape[0], len(image), q.shape[2])
-        whole[:, own] = q
-        scaling = float(getattr(module, "scaling", head_dim**-0.5))
-        window = getattr(config, "sliding_window", None)
-        found[layer] = mass_on_keys(whole, k, queries, image, scaling, window, chunk).cpu()
-
-    return before
+    with traced(anatomy, chunk, layers) as seen:
+        run(anatomy, seen, sample, WHAT)
+    text = ids[0][ids[0] != anatomy.image_token_id]
+    digest = hashlib.sha256(str((text.tolist(), seen.mask().int().tolist())).encode()).hexdigest()
+    found = torch.stack([seen.mass[layer].cpu() for layer in layers])
+    for layer, mass in zip(layers, found.tolist(), strict=True):
+        check_finite(mass, layer, anatomy)
+    return found, digest

@@ -7,6 +7,7 @@ the image, and how far each layer's logit-lens prediction is from the last one's
 
 from llava_patch.diagnostics.saturation.curves import Curves, RunningMean
 from llava_patch.diagnostics.saturation.measure import (
+    check_finite,
     evaluating,
     measure_sample,
     measure_saturation,
@@ -17,6 +18,6 @@ from llava_patch.diagnostics.saturation.result import PatchOn, SaturationResult,
 from llava_patch.diagnostics.saturation.settings import Saturation
 
 __all__ = [
-    "Curves", "PatchOn", "RunningMean", "Saturation", "SaturationResult", "evaluating", "measure_sample",
-    "measure_saturation", "patch_on", "summarise", "unusable",
+    "Curves", "PatchOn", "RunningMean", "Saturation", "SaturationResult", "check_finite", "evaluating",
+    "measure_sample", "measure_saturation", "patch_on", "summarise", "unusable",
 ]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from llava_patch.diagnostics.saturation.curves import Curves, RunningMean
 from llava_patch.diagnostics.saturation.result import PatchOn, SaturationResult, summarise
 from llava_patch.diagnostics.saturation.settings import DEFAULTS, Saturation
 from llava_patch.diagnostics.saturation.state import State
-from llava_patch.errors import InputError
+from llava_patch.errors import HostError, InputError
 from llava_patch.handle import get_handle
 from llava_patch.hosts.anatomy import HF, Anatomy, find
 
@@ -69,6 +70,9 @@ def measure_sample(anatomy: Anatomy, sample: dict[str, Any], settings: Saturatio
         anatomy: the host model, from `hosts.anatomy.find`.
         sample: keyword arguments of the model's forward, batch of one, no padding.
         settings: see `Saturation`.
+
+    Raises:
+        HostError: numbers that are not finite; names the first layer that has them.
     """
     layers = range(len(anatomy.layers))
     with evaluating(anatomy.model):
@@ -80,7 +84,7 @@ def measure_sample(anatomy: Anatomy, sample: dict[str, Any], settings: Saturatio
         """One transfer from the device."""
         return torch.stack([values[i].to(values[0].device) for i in layers]).tolist()
 
-    return Curves(
+    curves = Curves(
         image_cosine=together(seen.image_cosine),
         text_cosine=together(seen.text_cosine),
         head_mass=together(seen.mass),
@@ -89,6 +93,34 @@ def measure_sample(anatomy: Anatomy, sample: dict[str, Any], settings: Saturatio
         image_states=[float(seen.image_states(i)) for i in layers],
         image_keys=[float(seen.image_keys(i)) for i in layers],
     )
+    _check_finite(curves, anatomy)
+    return curves
+
+
+def _check_finite(curves: Curves, anatomy: Anatomy) -> None:
+    # NaN stands for absent positions in the curves: what overflowed must not be taken for that.
+    for layer, states in enumerate(curves.image_states):
+        values = [*curves.head_mass[layer], curves.text_cosine[layer]]
+        if states:
+            values.append(curves.image_cosine[layer])
+        check_finite(values, layer, anatomy)
+    for layer, states in enumerate(curves.image_states):  # behind the states: all are held against the last layer's
+        values = [curves.text_kl[layer]] + [curves.image_kl[layer]] * bool(states and curves.image_states[-1])
+        check_finite(values, layer, anatomy)
+
+
+def check_finite(values: Iterable[float], layer: int, anatomy: Anatomy) -> None:
+    """Refuse what overflowed, or comes of broken weights.
+
+    Raises:
+        HostError: names the layer and the precision.
+    """
+    if not all(map(math.isfinite, values)):
+        dtype = str(next(anatomy.layers[0].parameters()).dtype).removeprefix("torch.")
+        raise HostError(
+            f"the hidden states or the attention of layer {layer} are not finite in {dtype}: load the model with "
+            "--dtype float32 (or bfloat16), and if that does not help its weights are broken"
+        )
 
 
 def measure_saturation(
@@ -116,6 +148,7 @@ def measure_saturation(
 
     Raises:
         InputError: no usable sample, a batch, padding.
+        HostError: numbers that are not finite.
         CheckpointError: the state belongs to another measurement.
     """
     anatomy = find(model)

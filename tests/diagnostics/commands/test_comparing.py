@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from llava_patch import Routing, patch, startup
 from llava_patch.cli import app
-from llava_patch.errors import CheckpointError, SettingError
+from llava_patch.diagnostics.commands import several
+from llava_patch.errors import CheckpointError, InputError, SettingError
 
 runner = CliRunner()
 
@@ -74,8 +75,38 @@ def test_attention_maps(folders: dict[str, Path], tmp_path: Path) -> None:
     assert values["settings"]["block"] == 1 and len(values["checkpoints"][0]["images"]) == 2
     with pytest.raises(SettingError, match="give one of them"):
         run("attention-maps", folders["stock"], "--data", "x", "--image", "y")
-    with pytest.raises(SettingError, match="1 names for 2 checkpoints"):
+    with pytest.raises(SettingError, match="--names one: expected 2 distinct names"):
         run("attention-maps", folders["stock"], folders["full"], "--names", "one")
+    with pytest.raises(InputError, match=r"images: no such file \(a folder of images is given with --data\)"):
+        run("attention-maps", folders["stock"], "--image", folders["data"])
+    with pytest.raises(SettingError, match="--image and --samples"):
+        run("attention-maps", folders["stock"], "--image", first, "--samples", 3)
+
+
+def test_examples_are_as_many_as_options_or_bindings_say_and_spread_over_the_data(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[list[str]] = []
+    real = several.Samples.__init__
+
+    def noted(self: Any, subject: Any, examples: Any) -> None:
+        taken.append([example.id for example in examples])
+        real(self, subject, examples)
+
+    monkeypatch.setattr(several.Samples, "__init__", noted)
+    data = folders["root"] / "more"
+    data.mkdir()
+    for i in range(34):
+        Image.new("RGB", (8, 8), (7 * i, 0, 0)).save(data / f"{i:02}.png")
+    stock = folders["stock"]
+    run("attention-maps", stock, "--data", data, "--block", 1)
+    run("attention-maps", stock, "--data", data, "--block", 1, "--gin-param", "AttentionMaps.max_samples = 5")
+    run("fusion-attention", stock, stock, data, "--gin-param", "FusionAttention.max_samples = 33")
+    run("drift", stock, stock, data, "--samples", 2, "--gin-param", "Drift.max_samples = 33", "--together")
+    run("drift", stock, stock, data, "--samples", 0)
+    assert [len(one) for one in taken] == [4, 5, 33, 33, 2, 2, 34, 34]
+    assert taken[0] == ["00.png", "08.png", "17.png", "25.png"] and taken[4] == ["00.png", "17.png"]
+    assert json.loads(Path("drift/stock/drift.json").read_text())["samples"] == 34
 
 
 def test_drift(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -93,7 +124,7 @@ def test_drift(folders: dict[str, Path], tmp_path: Path) -> None:
         run("drift", folders["full"])
     with pytest.raises(CheckpointError, match="holds the results of"):
         run("drift", folders["full"], folders["adapter"])
-    assert not list((tmp_path / "cache" / "drift").iterdir())
+    assert [one.name for one in (tmp_path / "cache" / "drift").iterdir()] in ([], [".lock"])
 
 
 def test_a_configured_patch_is_not_put_on_the_base(folders: dict[str, Path]) -> None:
