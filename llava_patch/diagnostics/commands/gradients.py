@@ -80,7 +80,7 @@ def run_command(
     runs. Interrupted (Ctrl-C), the same command goes on.
     """
     from llava_patch.diagnostics.gradients.decompose import measured_block
-    from llava_patch.diagnostics.gradients.measure import make_batches, measure_gradients
+    from llava_patch.diagnostics.gradients.measure import examples_digest, make_batches, measure_gradients
     from llava_patch.diagnostics.gradients.settings import Gradients
     from llava_patch.probe.commands.run import named
     from llava_patch.probe.subject import pick_device
@@ -102,6 +102,7 @@ def run_command(
         if window is None:
             settings = dataclasses.replace(settings, window=min(settings.window, len(batches)))
         facts: dict[str, Any] = {"checkpoint": named(checkpoint), "base": base, "data": data or "rendered pages"}
+        facts["examples"] = examples_digest(examples[: len(batches) * batch_size])
         facts |= {"question": question, "dtype": str(next(subject.model.parameters()).dtype).removeprefix("torch.")}
         result = measure_gradients(subject.model, batches, settings, folder, facts)
     if len(batches) < steps:
