@@ -143,7 +143,7 @@ def table_command(
     """Compare runs: learning rate, t_trans, median cosine, median delta.
 
     This is the paper's Table 3; t_trans is "/" where the skip gradient did not
-    settle below the main one.
+    settle below the main one, "-" where too few steps were measured to tell.
     """
     from llava_patch.diagnostics.gradients.compare import ordered, run_folders, runs_dict, runs_table
     from llava_patch.diagnostics.gradients.figure import runs_figure
