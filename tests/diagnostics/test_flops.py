@@ -154,6 +154,27 @@ def test_the_llava_packages_generation_answers_every_position_unless_it_is_route
         assert wanted.head == 2 * heads[0] * shape.decoder.hidden * shape.decoder.vocabulary
 
 
+@pytest.mark.parametrize("name", ["stock", "lf"])
+def test_tiles_of_which_tokens_are_dropped(name, tower_folder):
+    """Anyres on llava: five tiles of 16 tokens a sample, of which more than a tile's are cut away as padding."""
+    pytest.importorskip("llava")
+    host = models.Host("llava", models.llava_model(tower_folder))
+    eager(host)
+    config = host.model.config
+    config.image_aspect_ratio, config.mm_patch_merge_type = "anyres", "spatial_unpad"
+    config.image_grid_pinpoints = [[112, 112]]
+    host.decoder.image_newline = torch.nn.Parameter(torch.randn(64))
+    inputs = {
+        "input_ids": torch.tensor([[3, 4, -200, 5, 6, 7]] * 2), "attention_mask": torch.ones(2, 6, dtype=torch.long),
+        "images": [torch.randn(5, 3, 56, 56)] * 2, "image_sizes": [(112, 56)] * 2,
+    }  # fmt: skip
+    image = 16 + 4 * (8 + 1)  # 8 x 8 cut to 4 rows of 8 and a newline each
+    prompt = Prompt(5, image, 2, tiles=5)
+    wanted = check(host.model, cases.ALL.get(name, {}), inputs, prompt, Mode.FORWARD, use_cache=False)
+    shape = shapes.shape_of(host.model)
+    assert count_flops(shape, program_of(shape, None, None), Prompt(5, image, 2)).tower == wanted.tower * 4 / 5
+
+
 @pytest.mark.parametrize("name", ["stock", *GROUPED])
 def test_grouped_query_attention(name):
     model = tiny.hf_model(layers=6, attention="eager")
@@ -221,6 +242,10 @@ def test_prompts_and_splits_are_checked():
     assert [default_split(n) for n in (32, 8)] == [18, 4]
     with pytest.raises(SettingError, match="text = 0: expected an integer from 1 on"):
         Prompt(0)
+    with pytest.raises(SettingError, match="tiles = 0: expected an integer from 1 on, or None"):
+        Prompt(tiles=0)
+    with pytest.raises(SettingError, match="tiles = 5, but image = 0"):
+        Prompt(image=0, tiles=5)
     with pytest.raises(SettingError, match=r"split = 40 is outside 0\.\.31: the model has 32 decoder layers"):
         measure_flops(shapes.named("7b"), split=40)
     with pytest.raises(SettingError, match="--shape 70b: expected one of small, 7b, 13b"):
@@ -263,8 +288,9 @@ def test_the_command(tmp_path, monkeypatch):
     run = CliRunner().invoke(app, ["flops", "--shape", "small", "--text", "32", "--fusion-layers", "20,31"])
     assert run.exit_code == 0, run.output
     assert "LF, K at 20,31" in run.output and "wrote flops/small/flops.png" in run.output
-    bound = ["flops", "--shape", "small", "--gin-param", "Routing.split = 20", "--output", "here"]
+    bound = ["flops", "--shape", "small", "--gin-param", "Routing.split = 20", "--tiles", "2", "--output", "here"]
     run = CliRunner().invoke(app, bound)
+    assert json.loads((tmp_path / "here/flops.json").read_text())["tables"][0]["prompt"]["tiles"] == 2
     assert "as configured" in run.output and json.loads((tmp_path / "here/flops.json").read_text())["split"] == 20
     for wrong, why in (
         (["--fusion-layers", "a"], "--fusion-layers a: expected a number"),

@@ -28,6 +28,7 @@ def flops(
     side_layers: int = typer.Option(1, min=1, help="depth of the side branch"),
     text: list[int] = _TEXT,
     image: int = typer.Option(-1, show_default=False, help="image tokens; default: one image of the model"),
+    tiles: int = typer.Option(-1, show_default=False, help="tiles that the tower takes; default: as IMAGE tokens need"),
     batch: int = typer.Option(1, min=1, help="samples a batch"),
     dtype: str = typer.Option("float16", help="of the KV cache: float32, bfloat16 or float16"),
     gin_file: list[str] = commands.GIN_FILE,
@@ -74,7 +75,10 @@ def flops(
             raise SettingError(f'Routing.split = "{routing.split}": nothing is measured here; name a layer')
         measured = result.measure_flops(
             found,
-            [Prompt(words, found.projected if image < 0 else image, batch) for words in text],
+            [
+                Prompt(words, found.projected if image < 0 else image, batch, None if tiles < 0 else tiles)
+                for words in text
+            ],
             None if split < 0 else split,
             _fusion_layers(fusion_layers),
             side_layers,

@@ -80,7 +80,7 @@ def run_command(
     runs. Interrupted (Ctrl-C), the same command goes on.
     """
     from llava_patch.diagnostics.gradients.decompose import measured_block
-    from llava_patch.diagnostics.gradients.measure import make_batches, measure_gradients
+    from llava_patch.diagnostics.gradients.measure import examples_digest, make_batches, measure_gradients
     from llava_patch.diagnostics.gradients.settings import Gradients
     from llava_patch.probe.commands.run import named
     from llava_patch.probe.subject import pick_device
@@ -102,6 +102,7 @@ def run_command(
         if window is None:
             settings = dataclasses.replace(settings, window=min(settings.window, len(batches)))
         facts: dict[str, Any] = {"checkpoint": named(checkpoint), "base": base, "data": data or "rendered pages"}
+        facts["examples"] = examples_digest(examples[: len(batches) * batch_size])
         facts |= {"question": question, "dtype": str(next(subject.model.parameters()).dtype).removeprefix("torch.")}
         result = measure_gradients(subject.model, batches, settings, folder, facts)
     if len(batches) < steps:
@@ -142,7 +143,7 @@ def table_command(
     """Compare runs: learning rate, t_trans, median cosine, median delta.
 
     This is the paper's Table 3; t_trans is "/" where the skip gradient did not
-    settle below the main one.
+    settle below the main one, "-" where too few steps were measured to tell.
     """
     from llava_patch.diagnostics.gradients.compare import ordered, run_folders, runs_dict, runs_table
     from llava_patch.diagnostics.gradients.figure import runs_figure

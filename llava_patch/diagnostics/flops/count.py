@@ -28,19 +28,35 @@ class Prompt:
 
     Attributes:
         text: text tokens of a sample, 1 or more.
-        image: image tokens of a sample; 0: no image. The tower runs once for each full or begun image of the model.
+        image: image tokens of a sample; 0: no image.
         batch: samples.
+        tiles: how often the tower and the projector run for a sample; None: once for each full or begun image of the
+            model. They differ where tokens are dropped behind the projector (anyres with "spatial_unpad").
     """
 
     text: int = 64
     image: int = 576
     batch: int = 1
+    tiles: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("text", 1), ("image", 0), ("batch", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise SettingError(f"{name} = {value!r}: expected an integer from {least} on")
+        if self.tiles is not None:
+            if isinstance(self.tiles, bool) or not isinstance(self.tiles, int) or self.tiles < 1:
+                raise SettingError(f"tiles = {self.tiles!r}: expected an integer from 1 on, or None")
+            if not self.image:
+                raise SettingError(f"tiles = {self.tiles}, but image = 0: give the image tokens that they become")
+
+    def images(self, projected: int) -> int:
+        """How often the tower runs for all samples.
+
+        Args:
+            projected: tokens that the decoder gets of one image.
+        """
+        return self.batch * (-(-self.image // projected) if self.tiles is None else self.tiles)
 
 
 @dataclass(frozen=True)
@@ -134,7 +150,7 @@ def count_flops(shape: ModelShape, program: Program, prompt: Prompt, mode: Mode 
     """
     at = products.decoder_positions(program, prompt.text, prompt.image, mode, answers_last_only=shape.host == HF)
     decoder, batch = shape.decoder, prompt.batch
-    images = 0 if mode is Mode.DECODE else -(-prompt.image // shape.projected) * batch
+    images = 0 if mode is Mode.DECODE else prompt.images(shape.projected)
     chooser: Counter[Product] = (
         Counter() if at.chooser is None else products.chooser_products(decoder, at.chooser, batch)
     )

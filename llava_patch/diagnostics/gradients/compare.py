@@ -71,7 +71,8 @@ def ordered(results: "Mapping[str, GradientsResult]") -> "dict[str, GradientsRes
 def runs_table(results: "Mapping[str, GradientsResult]") -> tuple[list[str], list[list[str]]]:
     """Learning rate, t_trans, median cosine and median delta of each run; head and rows of text.
 
-    t_trans is "/" where the skip gradient never settled below the main one, as in the paper.
+    t_trans is "/" where the skip gradient never settled below the main one, as in the paper, and "-" where too few
+    steps were measured to tell.
 
     Args:
         results: by the run's name.
@@ -83,7 +84,7 @@ def runs_table(results: "Mapping[str, GradientsResult]") -> tuple[list[str], lis
             [
                 name,
                 f"{rate:g}" if rate else "-",
-                "/" if result.transition is None else str(result.transition),
+                _transition(result),
                 _number(result.median_cosine),
                 _number(result.median_delta),
                 str(len(result.steps)),
@@ -106,6 +107,12 @@ def runs_dict(results: "Mapping[str, GradientsResult]") -> list[dict[str, Any]]:
         }
         for name, result in ordered(results).items()
     ])  # fmt: skip
+
+
+def _transition(result: "GradientsResult") -> str:
+    if result.transition is not None:
+        return str(result.transition)
+    return "-" if result.too_short else "/"
 
 
 def _number(value: float) -> str:

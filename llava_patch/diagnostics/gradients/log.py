@@ -41,18 +41,21 @@ class StepLog:
         return log
 
     @classmethod
-    def resume(cls, folder: str | Path, settings: Gradients, step: int) -> "StepLog":
+    def resume(cls, folder: str | Path, settings: Gradients, step: int, source: str | Path | None = None) -> "StepLog":
         """Go on with a log whose run goes on from a checkpoint: what was measured after that is taken out.
+
+        Nothing is written where an error is raised.
 
         Args:
             folder: of the run.
             settings: of the measurement, as they were but for `READING`.
             step: number of the last training step that the checkpoint holds.
+            source: folder of the log to go on with; None: the run's own.
 
         Raises:
             CheckpointError: no log, a damaged one, or one with other settings.
         """
-        path = Path(folder) / LOG
+        path = Path(folder if source is None else source) / LOG
         lines = read_lines(path)
         written = Gradients(**lines[0]["settings"])
         differing = [n for n in asdict(settings) if n not in READING and getattr(settings, n) != getattr(written, n)]
@@ -63,8 +66,9 @@ class StepLog:
                 f"{getattr(settings, name)!r}: keep the settings of a run that goes on, or move the file away"
             )
         kept = [entry for entry in lines[1:] if entry["last" if entry[_KIND] == "window" else "step"] <= step]
-        _rewrite(path, [{**lines[0], "settings": asdict(settings)}, *kept])
-        return cls(path, settings, lines[0]["facts"])
+        log = cls(Path(folder) / LOG, settings, lines[0]["facts"])
+        _rewrite(log.path, [{**lines[0], "settings": asdict(settings)}, *kept])
+        return log
 
     def add(self, step: Step, moments: Moments | None = None) -> None:
         """Append a step and the window that it completed; on disk when this returns."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from llava_patch.diagnostics.gradients.settings import Gradients
 from llava_patch.diagnostics.gradients.state import STATE, load_window, save_window
 from llava_patch.diagnostics.gradients.statistics import Moments, Step, Window
 from llava_patch.diagnostics.inputs import IGNORED, Inputs
+from llava_patch.diagnostics.split_cache import model_digest
 from llava_patch.errors import CheckpointError, InputError
 from llava_patch.handle import get_handle
 from llava_patch.hosts.anatomy import find
@@ -28,6 +30,7 @@ from llava_patch.hosts.anatomy import find
 DEFAULTS = Gradients()
 SAVE_EVERY = 30.0  # seconds between two states of an unfinished window
 Batch = Sequence[Callable[[], Mapping[str, Any]]]
+_MEANING = {"model": "another model (weights, configuration or patch)", "examples": "other examples"}
 
 
 def make_batches(inputs: Inputs, examples: Sequence[Example], size: int) -> list[Batch]:
@@ -47,6 +50,12 @@ def make_batches(inputs: Inputs, examples: Sequence[Example], size: int) -> list
         )
     makers = [functools.partial(_inputs_of, inputs, example) for example in examples]
     return [makers[i : i + size] for i in range(0, len(makers) - size + 1, size)]
+
+
+def examples_digest(examples: Sequence[Example]) -> str:
+    """Hexadecimal digest of examples' texts and names, for `measure_gradients`' facts: files change under a name."""
+    texts = [(example.id, example.question, example.answer) for example in examples]
+    return hashlib.sha256(repr(texts).encode()).hexdigest()
 
 
 def _inputs_of(inputs: Inputs, example: Example) -> dict[str, Any]:
@@ -74,7 +83,7 @@ def measure_gradients(
             `labels`, on the model's device (a function, so that images are opened when they are needed).
         settings: `every`, `start` and `steps` have no meaning here.
         folder: results of single batches go there as they come (see `StepLog`), and a measurement that was interrupted
-            goes on; None: nothing is written.
+            goes on, on the same model and examples; None: nothing is written.
         facts: plain values to keep with the result; a folder with other facts is refused.
         progress: show a progress bar on stderr.
 
@@ -93,6 +102,8 @@ def measure_gradients(
         "block": block, "fusion": str(handle.fusion), "routing": str(handle.routing or ""),
         "batch": len(batches[0]), "batches": len(batches), "trains": False, **dict(facts or {}),
     }  # fmt: skip
+    if folder is not None:
+        about["model"] = model_digest(find(model))
     device = next(find(model).projector.parameters()).device
     log, window = _start(folder, settings, files.plain(about), device)
     if log is not None and window is None:
@@ -135,13 +146,14 @@ def _start(
     if not path.exists():
         return StepLog.begin(folder, settings, facts), Window(settings.window)
     header, *entries = read_lines(path)
+    if not entries and header["facts"].get("trains") is False:  # ended before anything was measured
+        return StepLog.begin(folder, settings, facts), Window(settings.window)
     differing = [name for name in {**header["facts"], **facts} if header["facts"].get(name) != facts.get(name)]
     if differing:
         name = differing[0]
-        raise CheckpointError(
-            f"{path} holds a measurement with {name} = {header['facts'].get(name)!r}, not {facts.get(name)!r}: give "
-            "another folder (--output), or delete this one"
-        )
+        what = f"with {name} = {header['facts'].get(name)!r}, not {facts.get(name)!r}"
+        what = f"of {_MEANING[name]}" if name in _MEANING else what
+        raise CheckpointError(f"{path} holds a measurement {what}: give another folder (--output), or delete this one")
     done = max((entry["step"] for entry in entries if entry["kind"] == "step"), default=0)
     if done == facts["batches"]:
         return StepLog.resume(folder, settings, done), None

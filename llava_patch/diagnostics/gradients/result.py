@@ -45,6 +45,16 @@ class GradientsResult:
         return transition_step(self.steps, self.settings.window, self.settings.transition_windows)
 
     @property
+    def transition_takes(self) -> int:
+        """How many measured steps t_trans takes at least."""
+        return self.settings.window * self.settings.transition_windows
+
+    @property
+    def too_short(self) -> bool:
+        """Whether fewer steps were measured, so that no t_trans says nothing."""
+        return sum(not math.isnan(s.ratio) for s in self.steps) < self.transition_takes
+
+    @property
     def trains(self) -> bool:
         """Whether the weights moved from step to step."""
         return bool(self.facts.get("trains", True))
@@ -147,6 +157,9 @@ class GradientsResult:
             return text.rstrip()
         if self.transition is not None:
             return f"{text}From step {self.transition} on the skip gradient is the shorter one (t_trans)."
+        if self.too_short:
+            known = _count([s for s in measured if not math.isnan(s.ratio)], unit)
+            return f"{text}t_trans cannot be told from {known}: it takes {self.transition_takes}."
         return f"{text}It did not settle below the main one (no t_trans)."
 
     def _condition(self) -> str:

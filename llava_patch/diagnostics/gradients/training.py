@@ -216,11 +216,10 @@ class Following:
                 "Gradients: %s has no gradient statistics to go on with: they begin at step %d", folder, step + 1
             )
             return False
-        with atomic(self.folder / LOG) as temporary:  # the run's own log may have grown since, or lie elsewhere
-            shutil.copyfile(folder / LOG, temporary)
-        self._log = StepLog.resume(self.folder, self.settings, step)
         device = self._parameters()[0].device
         self._window = saved.load_window(folder / saved.STATE, self.settings.window, device)
+        # The checkpoint's log: the run's own may have grown since, or lie elsewhere.
+        self._log = StepLog.resume(self.folder, self.settings, step, folder)
         return True
 
     def _warn(self, steps: int) -> None:

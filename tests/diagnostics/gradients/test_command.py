@@ -86,9 +86,13 @@ def test_data_with_answers(fused, tmp_path):
 
     Image.new("RGB", (60, 60), "white").save(tmp_path / "a.png")
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A page"}]
+    answer = {"from": "gpt", "value": "Nothing"}
     (tmp_path / "data.json").write_text(json.dumps([{"image": "a.png", "conversations": turns}] * 5))
     out = gradients(fused, tmp_path / "data.json", *QUICK, "--output", tmp_path / "out")
     assert "5 examples make 2 batches of 2" in out
+    (tmp_path / "data.json").write_text(json.dumps([{"image": "a.png", "conversations": [turns[0], answer]}] * 5))
+    message = gradients(fused, tmp_path / "data.json", *QUICK, "--output", tmp_path / "out", fails=CheckpointError)
+    assert "holds a measurement of other examples" in message
     out = gradients(fused, tmp_path / "data.json", *QUICK[:4], "--output", tmp_path / "whole")
     assert "1 window of 2" in out  # the default's 50 are cut to what there is
     message = gradients(fused, tmp_path / "data.json", *QUICK[:2], "--batch-size", "4", fails=InputError)

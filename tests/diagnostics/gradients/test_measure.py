@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llava_patch import SkipLinks, patch
-from llava_patch.diagnostics.gradients import Gradients, GradientsResult, decompose
+from llava_patch.diagnostics.gradients import Gradients, GradientsResult, StepLog, decompose
 from llava_patch.diagnostics.gradients import measure as module
 from llava_patch.diagnostics.gradients.log import LOG
 from llava_patch.diagnostics.gradients.measure import measure_gradients
@@ -131,7 +131,27 @@ def test_results_of_another_measurement_are_not_replaced(patched, tmp_path):
     other = dataclasses.replace(SETTINGS, window=3)
     with pytest.raises(CheckpointError, match=r"Gradients\.window = 2, not 3"):
         measure_gradients(patched.model, batches, other, tmp_path, {"checkpoint": "a"}, progress=False)
+    with torch.no_grad():
+        next(patched.model.lm_head.parameters()).mul_(2)  # trained on, under the same name
+    with pytest.raises(CheckpointError, match=r"of another model \(weights, configuration or patch\): give another"):
+        measure_gradients(patched.model, batches, SETTINGS, tmp_path, {"checkpoint": "a"}, progress=False)
     assert (tmp_path / LOG).read_text() == before
+
+
+def test_a_measurement_that_found_nothing_makes_way(patched, tmp_path):
+    """As one whose first image is missing; a training run's log that has only begun stays."""
+
+    def missing():
+        raise InputError("it is missing")
+
+    with pytest.raises(InputError, match="it is missing"):
+        measure_gradients(patched.model, [[missing]] * 2, SETTINGS, tmp_path, {"data": "wrong"}, progress=False)
+    found = measure_gradients(patched.model, batches_of(patched, 2), SETTINGS, tmp_path, {"data": "a"}, progress=False)
+    assert len(found.steps) == 2 and found.facts["data"] == "a"
+    run = StepLog.begin(tmp_path / "run", SETTINGS, {"trains": True}).path.read_text()
+    with pytest.raises(CheckpointError, match="give another folder"):
+        measure_gradients(patched.model, batches_of(patched, 2), SETTINGS, tmp_path / "run", progress=False)
+    assert (tmp_path / "run" / LOG).read_text() == run
 
 
 def test_what_cannot_be_measured(patched, tmp_path):

@@ -112,6 +112,10 @@ def test_summaries():
     text = make(turns=99, settings=dataclasses.replace(SETTINGS, smoothness=None)).summary()
     assert text.endswith("(no t_trans).") and "smoothness times step size is at least" in text
     assert "No window of 4 is complete" in make(count=3).summary()
+    takes = SETTINGS.window * SETTINGS.transition_windows
+    short, enough = (make(count=takes - n, turns=99).summary() for n in (1, 0))
+    assert short.endswith(f"t_trans cannot be told from {takes - 1} steps: it takes {takes}.")
+    assert enough.endswith("(no t_trans).")
     assert "weights in the projector are still zero" in make(skip=0.0).summary()
     assert GradientsResult([], [], SETTINGS, {"block": 6}).summary().startswith("No step with finite gradients")
     head, rows = make().table()
@@ -130,11 +134,14 @@ def test_figures_of_whatever_there_is(tmp_path):
 
 def test_the_table_over_learning_rates():
     runs = {"slow": make(rate=5e-6, turns=99), "fast": make(rate=8e-5, turns=8), "unknown": make(rate=None)}
+    runs["short"] = make(rate=1e-6, count=4)
     head, rows = runs_table(runs)
     assert head[:5] == ["run", "lr", "t_trans", "median cos", "median delta"]
-    assert [row[:3] for row in rows] == [["fast", "8e-05", "11"], ["slow", "5e-06", "/"], ["unknown", "-", "23"]]
+    assert [row[:3] for row in rows] == [
+        ["fast", "8e-05", "11"], ["slow", "5e-06", "/"], ["short", "1e-06", "-"], ["unknown", "-", "23"],
+    ]  # fmt: skip
     assert rows[0][3] == f"{runs['fast'].median_cosine:.4f}" and rows[0][4] == f"{runs['fast'].median_delta:.4f}"
-    assert list(ordered(runs)) == ["fast", "slow", "unknown"]
+    assert list(ordered(runs)) == ["fast", "slow", "short", "unknown"]
     values = runs_dict(runs)
     assert values[1]["transition_step"] is None and values[0]["learning_rate"] == 8e-5
     json.dumps(values, allow_nan=False)

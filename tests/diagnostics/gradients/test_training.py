@@ -1,8 +1,10 @@
 """Gradient statistics under Hugging Face's Trainer: the run stays as it is, and what is measured is its gradient."""
 
 import dataclasses
+import gc
 import logging
 import random
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -148,10 +150,11 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path, caplog):
     log = [tmp_path / name / "gradients" / "gradients.jsonl" for name in ("whole", "other")]
     assert log[0].read_text() == log[1].read_text()
     assert following.result == expected.result and len(expected.result.windows) == 2
-    third = trainer(tmp_path / "third")
+    third = trainer(tmp_path / "other")
     follow(third, dataclasses.replace(settings, window=3))
-    with pytest.raises(CheckpointError, match=r"Gradients\.window = 2, not 3"):
+    with pytest.raises(CheckpointError, match=r"Gradients\.window = 3: keep it at 2"):
         third.train(resume_from_checkpoint=str(folder))
+    assert log[0].read_text() == log[1].read_text()  # not cut back by a run that was refused
     (folder / "llava_patch_gradients.safetensors").unlink()
     fourth = trainer(tmp_path / "fourth")
     late = follow(fourth, settings)
@@ -159,6 +162,30 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path, caplog):
         fourth.train(resume_from_checkpoint=str(folder))
     assert "no gradient statistics to go on with: they begin at step 5" in caplog.text
     assert [step.step for step in late.result.steps] == [5, 6]
+
+
+def test_one_graph_is_held_at_a_time(tmp_path):
+    """A marker on a node of a pass's graph lives as long as the graph; cycles would wait for the collector."""
+    made = trainer(tmp_path, max_steps=1, gradient_accumulation_steps=2)
+    living, most = weakref.WeakSet(), []
+
+    class Marker:
+        pass
+
+    def mark(module, args, output):
+        marker = Marker()
+        output.grad_fn.metadata["marker"] = marker
+        living.add(marker)
+        most.append(len(living))
+
+    made.model.lm_head.register_forward_hook(mark)
+    follow(made, EVERY_STEP)
+    gc.disable()
+    try:
+        made.train()
+    finally:
+        gc.enable()
+    assert most == [1] * 6  # two micro-batches, three passes each
 
 
 def test_every_so_many_steps_and_means_in_the_log(tmp_path, caplog):
@@ -192,6 +219,7 @@ def test_beside_lora_and_the_auxiliary_loss(tmp_path):
             torch.manual_seed(3)  # of LoRA's new matrices
             made = trainer(tmp_path / f"{number}-{measures}", wrapped(model()), max_steps=3)
             if wrapped is _with_probe:
+                made.data_collator = _with_regions(made.data_collator)
                 follow_auxiliary(made)
             if measures:
                 following = follow(made, EVERY_STEP)
@@ -200,10 +228,22 @@ def test_beside_lora_and_the_auxiliary_loss(tmp_path):
             ended.append((_weights(made), logs))
         assert _same(ended[0][0], ended[1][0]) and ended[0][1] == ended[1][1]
         assert all(step.main > 0 and step.skip > 0 for step in following.result.steps)
-        assert ("ntp_loss" in ended[0][1][0]) == (wrapped is _with_probe)
+        assert all(("rprobe_loss" in entry) == (wrapped is _with_probe) for entry in ended[0][1])
 
 
 KEYS = {"loss", "grad_norm", "learning_rate", "ntp_loss", "rprobe_loss"}
+
+
+def _with_regions(collate):
+    def collate_both(records):
+        batch = collate(records)
+        target = torch.zeros(len(records), 16, dtype=torch.bool)
+        target[:, 2:6] = True
+        regions = {"image": torch.arange(len(records)), "target": target, "text": batch["input_ids"][:, 16:19],
+                   "counts": torch.full((len(records),), 3)}  # fmt: skip
+        return {**batch, "rprobe": regions}
+
+    return collate_both
 
 
 def _with_probe(made):
