@@ -132,7 +132,14 @@ def main() -> None:
 
     def report() -> None:
         # What an interrupted run has finished is kept, so the folder is not emptied.
-        command = [python, "-m", "llava_patch.cli", "report", str(patched), f"{base / 'v1.json'}?images={base / 'images'}"]
+        command = [
+            python,
+            "-m",
+            "llava_patch.cli",
+            "report",
+            str(patched),
+            f"{base / 'v1.json'}?images={base / 'images'}",
+        ]
         steps.command("report", [*command, "--base", str(stock), "--output", str(out / "report")])
 
     steps.run("base", "1/8 small LLaVA-1.5 that reads three digits, and its data", base_model, base / "base.json")

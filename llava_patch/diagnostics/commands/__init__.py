@@ -53,6 +53,27 @@ def register(app: typer.Typer) -> None:
         importlib.import_module(f"{__name__}.{name}").add(app)
 
 
+def samples_option(default: int, setting: str) -> Any:
+    """`--samples`, which means the same everywhere."""
+    return typer.Option(
+        None,
+        min=0,
+        help=f"spread evenly over DATA; 0: all of it; default: {setting}, or {default}",
+        show_default=False,
+    )
+
+
+def count_of(samples: int | None, bound: int | None, default: int) -> int | None:
+    """How many samples: the option's number, else the setting's, else the command's own; None: all.
+
+    Args:
+        samples: of the command line; 0: all.
+        bound: of the measurement's settings.
+        default: the command's.
+    """
+    return (bound or default) if samples is None else (samples or None)
+
+
 @contextlib.contextmanager
 def configured(gin_file: list[str], gin_param: list[str]) -> Iterator[None]:
     """A command's own gin bindings count inside; Ctrl-C ends with exit code 130 and one line."""
@@ -88,7 +109,7 @@ def load(checkpoint: str, base: str = "", device: str = "", dtype: str = "") -> 
 def examples_for(
     subject: "Subject", data: str, count: int | None, question: str = "", answers: bool = False
 ) -> "list[Example]":
-    """Examples at the size of the model's vision tower; see `read_examples`."""
+    """Examples at the size of the model's vision tower, spread over the data; see `read_examples`."""
     from llava_patch.diagnostics.examples import read_examples
     from llava_patch.hosts.anatomy import find
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,12 +10,14 @@ import typer
 
 from llava_patch.diagnostics import commands
 from llava_patch.diagnostics.commands import several
+from llava_patch.diagnostics.examples import check_data
 from llava_patch.errors import SettingError
 
 if TYPE_CHECKING:
     from llava_patch.diagnostics.attention_maps import AttentionMaps, AttentionMapsResult
 
 NAME = "attention_maps"
+SAMPLES = 4
 
 
 def add(app: typer.Typer) -> None:
@@ -29,7 +32,7 @@ def attention_maps(
     image: list[str] = typer.Option([], help="an image; may be repeated; instead of --data"),  # noqa: B008
     data: str = typer.Option("", help="LLaVA's JSON, R-Probe's kinds of data or a folder of images; default: pages"),
     block: int | None = typer.Option(None, help="ViT block, from 1; default 4"),
-    samples: int = typer.Option(4, min=1, help="images"),
+    samples: int | None = commands.samples_option(SAMPLES, "AttentionMaps.max_samples"),
     names: str = typer.Option("", help="what to call the checkpoints, with commas; default: their folders' names"),
     output: Path | None = typer.Option(  # noqa: B008
         None, help="folder; default: attention-maps/ and the first CKPT's name", show_default=False
@@ -51,6 +54,8 @@ def attention_maps(
 
     if image and data:
         raise SettingError("--image and --data: give one of them")
+    if image and samples is not None:
+        raise SettingError("--samples belongs to --data: every --image is shown")
     labels = [name.strip() for name in names.split(",")] if names else [default_name(c) for c in checkpoints]
     if len(labels) != len(checkpoints):
         raise SettingError(f"--names has {len(labels)} names for {len(checkpoints)} checkpoints")
@@ -61,9 +66,13 @@ def attention_maps(
     several.check_folder(folder / f"{NAME}.json", sources)
     with commands.configured(gin_file, gin_param):
         settings = commands.settings_of(AttentionMaps, block=block)
+        count = None if image else commands.count_of(samples, settings.max_samples, SAMPLES)
+        settings = dataclasses.replace(settings, max_samples=count)
+        for source in image or [data]:
+            check_data(source)
         result: "AttentionMapsResult | None" = None
         for checkpoint, label, source in zip(checkpoints, labels, sources, strict=True):
-            one = _measure(checkpoint, label, source, image, data, samples, settings, base, device, dtype)
+            one = _measure(checkpoint, label, source, image, data, count, settings, base, device, dtype)
             result = one if result is None else result.beside(one)
         assert result is not None
         several.show(result.table())
@@ -78,7 +87,7 @@ def _measure(
     source: str,
     image: list[str],
     data: str,
-    count: int,
+    count: int | None,
     settings: "AttentionMaps",
     base: str,
     device: str,

@@ -24,6 +24,7 @@ from llava_patch.diagnostics.commands import (
     load,
     settings_of,
 )
+from llava_patch.diagnostics.examples import check_data
 from llava_patch.errors import SettingError
 from llava_patch.probe.commands import DefaultGroup
 
@@ -95,6 +96,7 @@ def run_command(
         )
         if not dtype and pick_device(device) != "cpu":
             dtype = "bfloat16"  # float16 gradients vanish without a loss scaler
+        check_data(data)
         subject = load(checkpoint, base, device, dtype)
         measured_block(subject.model, settings.block, settings.full)  # before data are read
         examples = examples_for(subject, data, steps * batch_size, question, answers=True)

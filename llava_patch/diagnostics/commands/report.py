@@ -7,6 +7,7 @@ from pathlib import Path
 import typer
 
 from llava_patch.diagnostics.commands import DATA, DEVICE, DTYPE, GIN_FILE, GIN_PARAM, QUESTION, configured, settings_of
+from llava_patch.diagnostics.examples import check_data
 from llava_patch.errors import CheckpointError, SettingError
 
 
@@ -84,6 +85,7 @@ def _measure(
         if folder_name and not Path(folder_name).is_dir():
             raise CheckpointError(f"{option} {folder_name}: no such folder")
     folder = folder_for("report", checkpoint, output)
+    check_data(data)
     context = Context(checkpoint, data, base, rprobe, run, device, dtype, question, settings_of(Report), gin)
     with alone(folder):
         values = build.build(context, every, chosen, folder, fresh, typer.echo)

@@ -22,11 +22,14 @@ from llava_patch.diagnostics.commands import (
     GIN_PARAM,
     QUESTION,
     configured,
+    count_of,
     examples_for,
     folder_for,
     load,
+    samples_option,
     settings_of,
 )
+from llava_patch.diagnostics.examples import check_data
 from llava_patch.errors import SettingError
 from llava_patch.probe.commands import DefaultGroup
 
@@ -34,12 +37,9 @@ if TYPE_CHECKING:
     from llava_patch.diagnostics.examples import Example
     from llava_patch.diagnostics.inputs import Inputs
     from llava_patch.diagnostics.saturation import Saturation, SaturationResult
-    from llava_patch.probe.subject import Subject
 
 DEFAULT_SAMPLES = 32
-SAMPLES = typer.Option(
-    None, min=0, help=f"spread evenly over DATA; 0: all of it; default: Saturation.max_samples, or {DEFAULT_SAMPLES}"
-)
+SAMPLES = samples_option(DEFAULT_SAMPLES, "Saturation.max_samples")
 
 
 TITLE = "Recommended split, window, image and text transition; attention mass"
@@ -91,6 +91,7 @@ def run_command(
     with configured(gin_file, gin_param):
         settings = _settings(samples)
         check_folder(folder, checkpoint, (RESULT,))
+        check_data(data)
         result = _measure(checkpoint, data, folder, settings, question, base, device, dtype)
     typer.echo(result.summary())
     for name in (RESULT, "saturation.png"):
@@ -138,6 +139,7 @@ def compare_command(
     found: dict[str, SaturationResult] = {}
     with configured(gin_file, gin_param):
         settings = _settings(samples)
+        check_data(data)
         for name, given, result in zip(called, models, read, strict=True):
             if result is None:
                 if read_json(given, "config.json") is None:
@@ -157,10 +159,8 @@ def compare_command(
 def _settings(samples: int | None) -> "Saturation":
     from llava_patch.diagnostics.saturation import Saturation
 
-    settings = settings_of(Saturation, max_samples=samples or None)
-    if samples == 0:
-        return dataclasses.replace(settings, max_samples=None)
-    return dataclasses.replace(settings, max_samples=settings.max_samples or DEFAULT_SAMPLES)
+    settings = settings_of(Saturation)
+    return dataclasses.replace(settings, max_samples=count_of(samples, settings.max_samples, DEFAULT_SAMPLES))
 
 
 def _measure(
@@ -185,7 +185,7 @@ def _measure(
 
     with alone(folder):
         subject = load(checkpoint, base, device, dtype)
-        examples = _examples(subject, data, question, settings.max_samples)
+        examples = examples_for(subject, data, settings.max_samples, question)
         key = make_key(find(subject.model), examples, settings)
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         kept = _finished(folder / RESULT, digest) if reuse else None
@@ -224,16 +224,6 @@ def _finished(path: Path, digest: str) -> "SaturationResult | None":
     except InputError:  # of an earlier version, or damaged
         return None
     return found if found.facts.get("key") == digest else None
-
-
-def _examples(subject: "Subject", data: str, question: str, count: int | None) -> "list[Example]":
-    """All examples, or so many spread evenly over them: data sets often come sorted by kind."""
-    if not data:
-        return examples_for(subject, data, count, question)
-    found = examples_for(subject, data, None, question)
-    if count is None or count >= len(found):
-        return found
-    return [found[i * len(found) // count] for i in range(count)]
 
 
 class _Samples(Sequence):

@@ -30,6 +30,19 @@ class Samples:
         return commands.samples_of(self.subject, self.examples)
 
 
+def base_for(checkpoint: str, stock: str) -> str:
+    """The base to compare a checkpoint with, by its argument or the checkpoint's record.
+
+    Raises:
+        CheckpointError: none is known, it is not there, or DATA stands in its place.
+    """
+    from llava_patch.diagnostics.base import base_of
+
+    if Path(stock.partition("?")[0]).is_file():
+        raise CheckpointError(f'BASE {stock}: is a file; BASE stands before DATA ("" for the one that CKPT names)')
+    return base_of(checkpoint, stock, "BASE")
+
+
 Opener = Callable[[], "tuple[Any, Samples]"]
 
 

@@ -74,6 +74,8 @@ def test_attention_maps(folders: dict[str, Path], tmp_path: Path) -> None:
     assert values["settings"]["block"] == 1 and len(values["checkpoints"][0]["images"]) == 2
     with pytest.raises(SettingError, match="give one of them"):
         run("attention-maps", folders["stock"], "--data", "x", "--image", "y")
+    with pytest.raises(SettingError, match="every --image is shown"):
+        run("attention-maps", folders["stock"], "--image", first, "--samples", 1)
     with pytest.raises(SettingError, match="1 names for 2 checkpoints"):
         run("attention-maps", folders["stock"], folders["full"], "--names", "one")
 
@@ -93,7 +95,22 @@ def test_drift(folders: dict[str, Path], tmp_path: Path) -> None:
         run("drift", folders["full"])
     with pytest.raises(CheckpointError, match="holds the results of"):
         run("drift", folders["full"], folders["adapter"])
+    with pytest.raises(CheckpointError, match="is a file; BASE stands before DATA"):
+        run("drift", folders["full"], folders["data"] / "0.png")
     assert not list((tmp_path / "cache" / "drift").iterdir())
+
+
+def test_a_bound_number_of_samples_counts_unless_the_option_is_given(folders: dict[str, Path]) -> None:
+    bound = ["--gin-param", "Drift.max_samples = 2", "--gin-param", "FusionAttention.max_samples = 2"]
+    for command in ("drift", "fusion-attention"):
+        path = Path("out") / command / f"{command.replace('-', '_')}.json"
+        words = [command, folders["full"], folders["stock"], folders["data"], *bound, "--output", path.parent]
+        run(*words)
+        assert json.loads(path.read_text())["samples"] == 2
+        run(*words, "--samples", 1)
+        assert json.loads(path.read_text())["samples"] == 1
+        run(*words, "--samples", 0)
+        assert json.loads(path.read_text())["samples"] == 3
 
 
 def test_a_configured_patch_is_not_put_on_the_base(folders: dict[str, Path]) -> None:
