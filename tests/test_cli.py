@@ -1,5 +1,8 @@
 """The console command."""
 
+import subprocess
+import sys
+
 import pytest
 from typer.testing import CliRunner
 
@@ -23,3 +26,10 @@ def test_bench_checks_its_options_before_it_builds_a_model(arguments):
 def test_gin_files(arguments):
     done = runner.invoke(app, arguments)
     assert done.exit_code == 0 and "DPVR-LF" in done.output
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys, llava_patch.cli; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    said = runner.invoke(app, ["--help"]).output
+    assert "Measure a checkpoint" in said and "Start with doctor" in said

@@ -90,7 +90,7 @@ def run_command(
         if value < least:
             raise SettingError(f"{name} {value}: expected at least {least}")
     folder = folder_for("gradients", checkpoint, output)
-    with configured(gin_file, gin_param):
+    with configured(gin_file, gin_param, goes_on=True):
         settings = settings_of(
             Gradients, block=block, full=full, window=window, smoothness=smoothness, step_size=step_size
         )

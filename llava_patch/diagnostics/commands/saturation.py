@@ -88,7 +88,7 @@ def run_command(
     from llava_patch.probe.commands.run import check_folder
 
     folder = folder_for("saturation", checkpoint, output)
-    with configured(gin_file, gin_param):
+    with configured(gin_file, gin_param, goes_on=True):
         settings = _settings(samples)
         check_folder(folder, checkpoint, (RESULT,))
         check_data(data)
@@ -137,7 +137,7 @@ def compare_command(
     files = [compare.find_result(given) for given in models]
     read = [None if file is None else read_result(file) for file in files]
     found: dict[str, SaturationResult] = {}
-    with configured(gin_file, gin_param):
+    with configured(gin_file, gin_param, goes_on=True):
         settings = _settings(samples)
         check_data(data)
         for name, given, result in zip(called, models, read, strict=True):
