@@ -23,19 +23,27 @@ _EXPORTS = {
     "AuxiliaryProbe": "llava_patch.settings",
     "RProbe": "llava_patch.probe.settings",
     "Saturation": "llava_patch.diagnostics.saturation",
+    "AttentionMaps": "llava_patch.diagnostics.attention_maps",
+    "Drift": "llava_patch.diagnostics.drift",
+    "FusionAttention": "llava_patch.diagnostics.fusion_attention",
+    "Reach": "llava_patch.diagnostics.reach.settings",
     "Gradients": "llava_patch.diagnostics.gradients.settings",
     "LlavaPatchError": "llava_patch.errors",
 }
 __all__ = [
+    "AttentionMaps",
     "AuxiliaryProbe",
     "DeepStack",
     "DenseConnector",
     "DirectFusion",
+    "Drift",
     "FastV",
+    "FusionAttention",
     "Gradients",
     "Handle",
     "LlavaPatchError",
     "RProbe",
+    "Reach",
     "Routing",
     "Saturation",
     "SkipLinks",
@@ -47,7 +55,11 @@ __all__ = [
 
 if TYPE_CHECKING:
     from llava_patch.checkpoint import load
+    from llava_patch.diagnostics.attention_maps import AttentionMaps
+    from llava_patch.diagnostics.drift import Drift
+    from llava_patch.diagnostics.fusion_attention import FusionAttention
     from llava_patch.diagnostics.gradients.settings import Gradients
+    from llava_patch.diagnostics.reach.settings import Reach
     from llava_patch.diagnostics.saturation import Saturation
     from llava_patch.errors import LlavaPatchError
     from llava_patch.handle import Handle, get_handle

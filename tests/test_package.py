@@ -1,5 +1,6 @@
 """What a wheel holds, and that it shadows nothing."""
 
+import importlib
 import importlib.util
 import shutil
 import subprocess
@@ -70,10 +71,10 @@ def test_no_package_of_ours_is_called_gin():
     assert hasattr(gin, "parse_config")
 
 
-def test_public_names():
-    import llava_patch
-
-    for name in llava_patch.__all__:
-        assert getattr(llava_patch, name) is not None
+@pytest.mark.parametrize("package", ["llava_patch", "llava_patch.diagnostics", "llava_patch.inspection"])
+def test_public_names(package):
+    module = importlib.import_module(package)
+    for name in module.__all__:
+        assert name == "__version__" or getattr(module, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        llava_patch.nothing
+        module.nothing

@@ -1,8 +1,11 @@
-"""`llava-patch inspect`: what a checkpoint is and holds, from its files alone."""
+"""`llava-patch inspect`: what a checkpoint is and holds, from its files alone.
+
+The names are loaded on first use: the console command knows this package, and should not load models' code to start.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llava_patch.inspection.read import Inspection, inspect_checkpoint
@@ -10,10 +13,10 @@ if TYPE_CHECKING:
 __all__ = ["Inspection", "inspect_checkpoint"]
 
 
-def __getattr__(name: str) -> Any:
-    # On demand: the console command imports this package for its help, which must not wait for torch.
-    if name in __all__:
-        from llava_patch.inspection import read
+def __getattr__(name: str) -> object:
+    """Load a public name on first use."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from llava_patch.inspection import read
 
-        return getattr(read, name)
-    raise AttributeError(f"module {__name__} has no attribute {name}")
+    return getattr(read, name)
