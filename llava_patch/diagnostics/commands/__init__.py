@@ -51,12 +51,13 @@ GIN_PARAM = typer.Option([], help="one gin binding; may be repeated")
 
 def register(app: typer.Typer) -> None:
     """Add every measurement's command, in a panel of its own in the help."""
-    before = [*app.registered_commands, *app.registered_groups]
+    commands, groups = len(app.registered_commands), len(app.registered_groups)
     for name in NAMES:
         importlib.import_module(f"{__name__}.{name}").add(app)
-    for added in (*app.registered_commands, *app.registered_groups):
-        if added not in before:
-            added.rich_help_panel = PANEL
+    for command in app.registered_commands[commands:]:
+        command.rich_help_panel = PANEL
+    for group in app.registered_groups[groups:]:
+        group.rich_help_panel = PANEL
 
 
 def samples_option(default: int, setting: str) -> Any:
