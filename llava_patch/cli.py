@@ -16,11 +16,8 @@ from llava_patch.inspection import command as inspection
 from llava_patch.probe import commands as rprobe
 from llava_patch.probe.commands import compare, correlate, export, preview, run, store  # noqa: F401 - they join `app`
 
-app = typer.Typer(
-    help="Multi-layer vision fusions (Detached Skip-Links and others), DPVR routing and R-Probe for LLaVA models.",
-    no_args_is_help=True,
-)
-app.add_typer(rprobe.app, name="rprobe")
+app = typer.Typer(no_args_is_help=True)
+app.add_typer(rprobe.app, name="rprobe", rich_help_panel=measurements.PANEL)
 measurements.register(app)
 doctor.add(app)
 inspection.add(app)
@@ -29,7 +26,11 @@ console = Console()
 
 @app.callback()
 def _root() -> None:
-    """Multi-layer vision fusions (Detached Skip-Links and others), DPVR routing and R-Probe for LLaVA models."""
+    """Multi-layer vision fusions, DPVR routing, R-Probe and diagnostics for LLaVA models.
+
+    Start with doctor (is everything there?), inspect CKPT (what is it?) and
+    report CKPT (every diagnostic in one HTML file).
+    """
 
 
 @app.command("gin-files")

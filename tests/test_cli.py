@@ -34,3 +34,8 @@ def test_the_command_starts_without_loading_models_code():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"  # seconds, before --help or an error about an option is shown
+
+
+def test_help_shows_where_to_start_and_what_measures():
+    said = runner.invoke(app, ["--help"]).output
+    assert "Measure a checkpoint" in said and "Start with doctor" in said

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +60,8 @@ def read_examples(
         data: LLaVA's conversation JSON (images beside it, or PATH?images=FOLDER), a source that
             `llava_patch.probe.data.read_samples` takes (one example a page, its transcript the answer), an image, or a
             folder of images; "": rendered pages.
-        count: how many at most; None: all (32 rendered pages).
+        count: how many at most, spread evenly over the data, which often come sorted by kind; None: all (32 rendered
+            pages).
         side: of the vision tower's input in pixels; rendered pages have twice that.
         question: asked about every image; "": the data's own, or `QUESTION`.
         answers: whether the answer must be known.
@@ -72,7 +72,9 @@ def read_examples(
     Raises:
         InputError: nothing usable there; names the file.
     """
-    found = [replace(e, question=question) if question else e for e in islice(_read(data, count, side), count)]
+    found = _spread(_read(data, count, side), count)
+    if question:
+        found = [replace(example, question=question) for example in found]
     if answers and (silent := next((e for e in found if not e.answer), None)) is not None:
         raise InputError(
             f"{silent.where or silent.id}: its answer is not known, and this measurement needs the loss: give data "
@@ -81,6 +83,22 @@ def read_examples(
     if not found:
         raise InputError(f"{data}: no example with an image in it")
     return found
+
+
+def check_data(data: str) -> None:
+    """Refuse data that cannot be read, before minutes are spent on loading a model.
+
+    Raises:
+        InputError: as `read_examples`.
+    """
+    if data:
+        read_examples(data, 1)
+
+
+def _spread(examples: Sequence[Example], count: int | None) -> list[Example]:
+    if count is None or count >= len(examples):
+        return list(examples)
+    return [examples[i * len(examples) // count] for i in range(count)]
 
 
 def _read(data: str, count: int | None, side: int) -> Sequence[Example]:
@@ -94,6 +112,8 @@ def _read(data: str, count: int | None, side: int) -> Sequence[Example]:
 
     source = parse_source(data)
     path = Path(source.path)
+    if not source.hub and not path.exists():
+        raise InputError(f"DATA {data}: no such file or folder (a data set of the Hugging Face hub is hf:{data})")
     if not source.hub and not source.format and path.is_file() and path.suffix.lower() == ".json":
         records = _conversations(path)
         if records is not None:
@@ -102,7 +122,16 @@ def _read(data: str, count: int | None, side: int) -> Sequence[Example]:
     if files and not source.format and all(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
         return [Example(file, QUESTION, id=file.name, where=str(file)) for file in files]
     documents: dict[str, tuple[Example, list[str]]] = {}
-    for sample in read_samples(data):
+    try:
+        samples = list(read_samples(data))
+    except InputError as error:
+        if source.hub or source.format:
+            raise
+        raise InputError(
+            f"DATA {data} is neither LLaVA's conversation JSON nor an image nor a folder of images only; as data with "
+            f"text: {error}"
+        ) from error
+    for sample in samples:
         name = sample.document or sample.id
         first = Example(sample.image, QUESTION, id=name, where=sample.place)
         documents.setdefault(name, (first, []))[1].append(sample.text)

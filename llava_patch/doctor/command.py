@@ -35,7 +35,9 @@ def doctor_command(
 
         from llava_patch import __version__
 
-        table = Table("", "what", "found", "advice", title=f"llava_patch {__version__}")
+        table = Table("", title=f"llava_patch {__version__}")
+        for name in ("what", "found", "advice"):
+            table.add_column(name, overflow="fold")  # nothing is cut: names of classes and paths are long
         marks = {"ok": "", "note": "[yellow]note[/]", "problem": "[bold red]problem[/]"}
         from rich.markup import escape
 

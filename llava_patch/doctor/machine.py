@@ -62,7 +62,7 @@ def check_memory() -> list[Row]:
     threads = torch.get_num_threads()
     idle = threads < cores
     advice = f"OMP_NUM_THREADS holds torch to {threads} of {cores} cores" if idle else ""
-    rows = [Row("CPU", f"{cores} cores, {threads} threads", NOTE if idle else "ok", advice)]
+    rows = [Row("CPU", f"{_counted(cores, 'core')}, {_counted(threads, 'thread')}", NOTE if idle else "ok", advice)]
     size = memory_bytes()
     if size is None:
         return rows
@@ -75,6 +75,10 @@ def check_memory() -> list[Row]:
         )
         return [*rows, Row("memory", found, NOTE, advice)]
     return [*rows, Row("memory", found, advice="7B fits, in float32 too")]
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def memory_bytes() -> int | None:

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 
 from llava_patch.convert import names
+from llava_patch.convert.configs import host_of
 from llava_patch.convert.weights import read_json
 from llava_patch.errors import CheckpointError
 from llava_patch.hosts.anatomy import LLAVA
@@ -32,40 +33,39 @@ class Match:
     note: str
 
 
-def match_base(
-    base: str, host: str, fingerprint: dict[str, list[float]] | None, own: list[Tensor], asked: bool
-) -> Match:
-    """Compare a base with an adapter's record, or, for a full checkpoint, with the checkpoint's own tensors.
+def match_base(base: str, host: str, fingerprint: dict[str, list[float]] | None, own: list[Tensor], form: str) -> Match:
+    """Compare a base with an adapter's record, or with the checkpoint's own tensors.
 
     Args:
         base: folder of the base.
         host: of the checkpoint.
-        fingerprint: the record's sampled values; None for a full checkpoint.
-        own: a full checkpoint's tensors.
-        asked: whether the user named the base: it must then be there.
+        fingerprint: the record's sampled values; None where there are none, as in a full checkpoint and LoRA files.
+        own: the checkpoint's tensors.
+        form: "full", "lora", ...: what they are.
 
     Raises:
-        CheckpointError: the named base is not there, or holds no weights.
+        CheckpointError: the base holds no weights.
     """
     if not os.path.isdir(base):
-        if asked:
-            raise CheckpointError(f"--base {base}: no such folder")
         lost = "not there any more" if os.path.isabs(base) else "a name of the hub, which is not looked up"
         return Match(None, 0, 0, f"{base} is {lost}; name a folder with --base to compare")
     files = weight_files(base)
     if not files:
         raise CheckpointError(f"--base {base}: holds no weights")
-    below = {names.neutral(t.name, host) or t.name: t for t in read_headers(files)}
+    below_host = _host(base, host)
+    below = {names.neutral(t.name, below_host) or t.name: t for t in read_headers(files)}
     if fingerprint is None:
-        return _against_own(below, host, own)
-    tower = _tower(base) if host == LLAVA else {}  # llava's lies in a folder of its own
+        return {"full": _against_own, "lora": _under_lora}.get(form, _unknown)(below, host, own)
+    if below_host != host:  # which pads its embeddings in another way, so that recorded places are other places
+        return Match(None, 0, 0, "it is a checkpoint of the other host: llava-patch convert makes one to compare with")
+    tower = _tower(base) if below_host == LLAVA else {}  # llava's lies in a folder of its own
     below |= tower
     differing, lacking = [], []
     away = 0
     for name, values in fingerprint.items():
         plain = names.neutral(name, host) or name
         there = below.get(plain)
-        if there is None and not tower and host == LLAVA and plain.startswith("tower."):
+        if there is None and not tower and below_host == LLAVA and plain.startswith("tower."):
             away += 1
         elif there is None:
             lacking.append(name)
@@ -93,8 +93,44 @@ def _against_own(below: dict[str, Tensor], host: str, own: list[Tensor]) -> Matc
     if not compared:
         return Match(False, 0, 0, "another base: no matrix in common")
     equal = compared - len(differing)
-    note = f"a full checkpoint records no base; {equal} of {compared} matrices equal this one's at {_VALUES} places"
+    note = f"a full checkpoint records no base; {equal} of {compared} matrices are this one's, at {_VALUES} places each"
     return Match(True if not differing else None, compared, len(differing), note)
+
+
+def _under_lora(below: dict[str, Tensor], host: str, own: list[Tensor]) -> Match:
+    """LoRA files record no base either: what they change must be there, in the sizes that they change."""
+    wanted = {
+        t.name.removeprefix("base_model.model.").split(".lora_A.")[0] + ".weight": t.shape[1]
+        for t in own
+        if ".lora_A." in t.name
+    }
+    fit = 0
+    for name, columns in wanted.items():
+        plain = names.neutral(name, host) or name
+        there = below.get(plain)
+        if there is None and plain.startswith("tower."):  # llava's lies in a folder of its own
+            continue
+        if there is None:
+            return Match(False, len(wanted), 0, f"another base: it has no tensor {name}")
+        if there.shape[-1] != columns:
+            shape = "x".join(map(str, there.shape))
+            return Match(
+                False, len(wanted), 1, f"another base: {name} is {shape}, the LoRA files want {columns} columns"
+            )
+        fit += 1
+    return Match(None, fit, 0, f"LoRA files record no base; the {fit} matrices that they change there fit in size")
+
+
+def _unknown(below: dict[str, Tensor], host: str, own: list[Tensor]) -> Match:
+    return Match(None, 0, 0, "these files record no base")
+
+
+def _host(base: str, host: str) -> str:
+    """The base's own host; the checkpoint's for a plain language model, which LLaVA's training starts from."""
+    try:
+        return host_of(read_json(base, "config.json") or {}, base)
+    except CheckpointError:
+        return host
 
 
 def _tower(base: str) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -19,7 +18,9 @@ def add(app: typer.Typer) -> None:
 
 
 def inspect_command(
-    checkpoint: Path = typer.Argument(..., metavar="CKPT", help="a checkpoint folder of any form"),  # noqa: B008
+    checkpoint: str = typer.Argument(
+        ..., metavar="CKPT", help="a checkpoint folder of any form, or a hub model on this machine"
+    ),
     base: str = typer.Option("", help="folder of the model below, to compare with; default: what an adapter names"),
     as_json: bool = typer.Option(False, "--json", help="everything as JSON, all tensors included"),
 ) -> None:
@@ -61,7 +62,7 @@ def show(found: "Inspection") -> None:
                 table.add_row(name, repr(value))
         console.print(table)
     if found.added:
-        console.print(_tensors(found.added, Table("tensor", "shape", "dtype", "parameters", "part")))
+        console.print(_tensors(found.added, _table()))
 
 
 def facts_of(found: "Inspection", forms: dict[str, str]) -> list[tuple[str, str]]:
@@ -102,6 +103,16 @@ def share_text(found: "Inspection") -> str:
         text += f" of {share.total:,} parameters ({100 * share.trainable / share.total:.2f} %)"
     parts = ", ".join(f"{part} {count:,}" for part, count in share.by_part.items())
     return f"{text}: {parts or 'nothing'} ({share.note})"
+
+
+def _table() -> Any:
+    from rich.table import Table
+
+    table = Table()
+    table.add_column("tensor", overflow="fold")  # the ends of names tell them apart
+    for name in ("shape", "dtype", "parameters", "part"):
+        table.add_column(name, justify="right" if name == "parameters" else "left", no_wrap=True)
+    return table
 
 
 def _tensors(added: "list[Added]", table: Any) -> Any:

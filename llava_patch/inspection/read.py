@@ -17,6 +17,7 @@ from llava_patch.handle import CONFIG_KEY
 from llava_patch.hosts.anatomy import LLAVA
 from llava_patch.inspection.base import Match, match_base
 from llava_patch.inspection.headers import Tensor, read_header, read_headers, weight_files
+from llava_patch.inspection.place import folder_of
 from llava_patch.settings import from_dict, to_dict
 from llava_patch.stage1 import PROJECTOR
 from llava_patch.tower_weights import LORA_FILE
@@ -123,15 +124,16 @@ def inspect_checkpoint(folder: str | os.PathLike[str], base: str = "") -> Inspec
     """Read a checkpoint's files; no weights are loaded.
 
     Args:
-        folder: a checkpoint of either host, an adapter, LLaVA's LoRA files, or a stage-1 folder.
-        base: the model below, to compare with; "": what the adapter's record names.
+        folder: a checkpoint of either host, an adapter, LLaVA's LoRA files, or a stage-1 folder; a hub name where the
+            model is on this machine.
+        base: likewise, the model below, to compare with; "": what the adapter's record names.
 
     Raises:
         CheckpointError: no folder, no checkpoint in it, or a damaged one; names the file.
     """
-    source = os.fspath(folder)
-    if not os.path.isdir(source):
-        raise CheckpointError(f"{source}: no such folder")
+    given = os.fspath(folder)
+    source = folder_of(given)
+    base = base and folder_of(base, setting="--base")
     config = read_json(source, "config.json")
     record = patched.read_settings(source) or (config or {}).get(CONFIG_KEY)
     if config is None and record is None and not (Path(source) / f"{PROJECTOR}.bin").is_file():
@@ -147,9 +149,9 @@ def inspect_checkpoint(folder: str | os.PathLike[str], base: str = "") -> Inspec
     match = None
     if below:
         fingerprint = (record or {}).get("fingerprint")
-        match = match_base(below, host, fingerprint, tensors if form == "full" else [], bool(base))
+        match = match_base(below, host, fingerprint, tensors, form)
     return Inspection(
-        checkpoint=source,
+        checkpoint=given,
         host=host if config is not None else None,
         form=form,
         settings=settings,
@@ -253,6 +255,14 @@ def _share(
 
 
 def _parameters_of(base: str) -> int | None:
+    """Of the whole model: llava's own files lack the vision tower, which the configuration names."""
+    from llava_patch.inspection.share import total
+
+    try:
+        config = read_json(base, "config.json") or {}
+        return total(config, configs.host_of(config, base))
+    except LlavaPatchError:
+        pass
     files = weight_files(base)
     return sum(t.parameters for t in read_headers(files)) if files else None
 
@@ -267,7 +277,7 @@ def _stage1(folder: Path) -> list[str]:
 
 
 def _versions(config: dict[str, Any], record: dict[str, Any]) -> dict[str, str]:
-    found = {"transformers": config.get("transformers_version"), "llava_patch settings": record.get("format")}
+    found = {"transformers": config.get("transformers_version"), "settings of format": record.get("format")}
     return {name: str(value) for name, value in found.items() if value is not None}
 
 

@@ -45,4 +45,15 @@ def count(config: dict[str, Any], host: str, methods: dict[str, Any], stage1: bo
         if name in trains:
             part = role(name, host)
             parts[part] = parts.get(part, 0) + parameter.numel()
-    return Share(sum(parts.values()), total, parts, "what the settings leave trainable")
+    stage = "1" if stage1 else "2"
+    return Share(sum(parts.values()), total, parts, f"what the settings leave trainable in stage {stage}")
+
+
+def total(config: dict[str, Any], host: str) -> int:
+    """Parameters of a model, vision tower included, from its configuration alone.
+
+    Raises:
+        LlavaPatchError: the host or its vision tower is not there.
+    """
+    model = skeleton.build({k: v for k, v in config.items() if k != CONFIG_KEY}, host)
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -166,7 +166,7 @@ def _values(context: Context, records: list[Record]) -> dict[str, Any]:
         "command": context.command(
             "report",
             *(["--rprobe", context.rprobe] if context.rprobe else []),
-            *(["--run", context.run] if context.run and context.run != context.checkpoint else []),
+            *(["--run", context.run] if context.run and context.run != context.folder else []),
             base=True,
         ),
         "sections": records,

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_patch.diagnostics import commands
-from llava_patch.diagnostics.base import load_base
-from llava_patch.diagnostics.commands.several import Samples, spread
+from llava_patch.diagnostics.base import base_of, load_base
+from llava_patch.diagnostics.commands.several import Samples
 from llava_patch.errors import InputError, LlavaPatchError
 from llava_patch.inspection import Inspection, inspect_checkpoint
+from llava_patch.inspection.place import folder_of
 from llava_patch.report.section import SkipSection
 from llava_patch.report.settings import Report
 
@@ -27,7 +28,8 @@ class Context:
     """One checkpoint that a report is about.
 
     Attributes:
-        checkpoint: folder.
+        checkpoint: folder or hub name.
+        folder: where its files are.
         data: as measurements take it; "": rendered pages.
         base: folder of the model below or before; "": none known.
         rprobe: folder of R-Probe results; "": none.
@@ -55,9 +57,12 @@ class Context:
         self.checkpoint, self.data, self.rprobe = checkpoint, data, rprobe
         self.device, self.dtype = device, dtype or _dtype(device)
         self.question, self.settings, self.gin = question, settings or Report(), list(gin)
-        self.inspection: Inspection = inspect_checkpoint(checkpoint, base)
+        self.folder = folder_of(checkpoint, download=True)
+        self.inspection: Inspection = inspect_checkpoint(
+            self.folder, base and folder_of(base, download=True, setting="--base")
+        )
         self.base = base or self._recorded_base()
-        self.run = run or (checkpoint if (Path(checkpoint) / "trainer_state.json").is_file() else "")
+        self.run = run or (self.folder if (Path(self.folder) / "trainer_state.json").is_file() else "")
 
     def _recorded_base(self) -> str:
         """An adapter's base, where it is a LLaVA that is there (a run that began with a plain LLM names that)."""
@@ -93,11 +98,11 @@ class Context:
         def own() -> "tuple[Any, Samples]":
             subject = self.subject
             self.release()
-            return subject.model, Samples(subject, spread(subject, self.data, self.question, count))
+            return subject.model, Samples(subject, self._examples(subject, count))
 
         def other() -> "tuple[Any, Samples]":
             subject = load_base(self.base, self.device, self.dtype)
-            return subject.model, Samples(subject, spread(subject, self.data, self.question, count))
+            return subject.model, Samples(subject, self._examples(subject, count))
 
         return own, other
 
@@ -106,13 +111,13 @@ class Context:
         if not self.base:
             return "no base to compare with: give the model it was trained from as --base"
         try:
-            inspect_checkpoint(self.base)
+            base_of(self.checkpoint, self.base, "--base")
         except LlavaPatchError as error:
             return f"the base is no LLaVA: {error}"
         return None
 
     def examples(self, count: int, answers: bool = False) -> "list[Example]":
-        """The first examples of the data.
+        """Examples spread evenly over the data.
 
         Raises:
             SkipSection: answers are asked for, and the data have none.
@@ -127,13 +132,14 @@ class Context:
     def _examples(self, subject: "Subject", count: int | None) -> "list[Example]":
         return commands.examples_for(subject, self.data, count, self.question)
 
-    def spread_samples(self, count: int) -> Samples:
-        """Keyword arguments of the model's forward, for examples spread evenly over the data (sets come sorted)."""
-        return Samples(self.subject, spread(self.subject, self.data, self.question, count))
+    def samples(self, count: int) -> Samples:
+        """Keyword arguments of the model's forward, for examples spread over the data."""
+        return Samples(self.subject, self._examples(self.subject, count))
 
     def against_base(self, *words: str) -> str:
         """A command line that takes the base as its second argument."""
         parts = ["llava-patch", words[0], self.checkpoint, self.base or "BASE", *([self.data] if self.data else [])]
+        parts += ["--question", self.question] if self.question else []
         return shlex.join([*parts, *words[1:], *self._options()])
 
     def _options(self) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_patch import __version__, startup
+from llava_patch.inspection.place import folder_of
 from llava_patch.probe.commands.run import named
 
 if TYPE_CHECKING:
@@ -22,8 +23,8 @@ def key(section: "Section", context: "Context") -> str:
     values = {
         "section": section.name,
         "version": __version__,
-        "checkpoint": [named(context.checkpoint), _model(context.checkpoint)],
-        "base": [named(context.base), _model(context.base)] if context.base else None,
+        "checkpoint": [named(context.checkpoint), _model(context.folder)],
+        "base": [named(context.base), _model(folder_of(context.base))] if context.base else None,
         "data": [context.data, _stamp(Path(context.data.split("?")[0]))] if context.data else None,
         "question": context.question,
         "configured": configured(),

@@ -2,7 +2,7 @@
 
 `python -m quickstart.run OUT`: a small LLaVA-1.5 is trained until it reads; LLaVA's own train.py trains Detached
 Skip-Links (stage 1) and DPVR-LF (stage 2) through appended gin flags; exact match, R-Probe, saturation, POPE and MME
-judge the stock and the patched checkpoint.
+judge the stock and the patched checkpoint, and a report draws every diagnostic of the patched one.
 """
 
 import argparse
@@ -130,25 +130,39 @@ def main() -> None:
         command += ["--model_args", f"pretrained={checkpoint},device_map=auto", "--batch_size", "1"]
         steps.command(name, [*command, "--log_samples", "--output_path", str(out / name)], cwd=out / "data")
 
-    steps.run("base", "1/7 small LLaVA-1.5 that reads three digits, and its data", base_model, base / "base.json")
+    def report() -> None:
+        # What an interrupted run has finished is kept, so the folder is not emptied.
+        command = [
+            python,
+            "-m",
+            "llava_patch.cli",
+            "report",
+            str(patched),
+            f"{base / 'v1.json'}?images={base / 'images'}",
+        ]
+        steps.command("report", [*command, "--base", str(stock), "--output", str(out / "report")])
+
+    steps.run("base", "1/8 small LLaVA-1.5 that reads three digits, and its data", base_model, base / "base.json")
     steps.run(
-        "stage1", "2/7 stage 1, train.py: projector with Detached Skip-Links",
+        "stage1", "2/8 stage 1, train.py: projector with Detached Skip-Links",
         lambda: train("stage1", "pretrain.sh", stage1, STAGE1_FLAGS), stage1 / "mm_projector.bin",
     )  # fmt: skip
     steps.run(
-        "stage2", "3/7 stage 2, train.py: DPVR-LF side branch",
+        "stage2", "3/8 stage 2, train.py: DPVR-LF side branch",
         lambda: train("stage2", "finetune.sh", patched, STAGE2_FLAGS), patched / "model.safetensors",
     )  # fmt: skip
     steps.run(
-        "read_stock", "4/7 exact match, stock", lambda: read("read_stock", stock, "--prefill"), out / "read_stock.json"
+        "read_stock", "4/8 exact match, stock", lambda: read("read_stock", stock, "--prefill"), out / "read_stock.json"
     )
     steps.run(
-        "read_patched", "5/7 exact match, patched", lambda: read("read_patched", patched), out / "read_patched.json"
+        "read_patched", "5/8 exact match, patched", lambda: read("read_patched", patched), out / "read_patched.json"
     )
-    steps.run("eval_stock", f"6/7 lmms-eval {TASKS}, stock", lambda: evaluate("eval_stock", stock), out / "eval_stock")
-    steps.run("eval_patched", "7/7 the same, patched", lambda: evaluate("eval_patched", patched), out / "eval_patched")
+    steps.run("eval_stock", f"6/8 lmms-eval {TASKS}, stock", lambda: evaluate("eval_stock", stock), out / "eval_stock")
+    steps.run("eval_patched", "7/8 the same, patched", lambda: evaluate("eval_patched", patched), out / "eval_patched")
+    page = out / "report" / "report.html"
+    steps.run("report", "8/8 llava-patch report: every diagnostic of the patched checkpoint", report, page)
     console.print(table.build(out, base, stage1, patched))
-    for line in table.closing(out, patched):
+    for line in table.closing(out, patched, page):
         console.print(line, soft_wrap=True)
     console.print(f"{(time.time() - steps.started) / 60:.1f} minutes")
 

@@ -97,16 +97,18 @@ def _trains(stage1: Path, read: dict[str, Any]) -> str:
     return f"stage 1: projector (taps every {taps} blocks)\nstage 2: {read['trainable']}"
 
 
-def closing(out: Path, patched: Path) -> list[str]:
-    """Lines under the table: where the figures are, and what to type for a real checkpoint."""
+def closing(out: Path, patched: Path, report: Path) -> list[str]:
+    """Lines under the table: where report and figures are, and what to type for a real checkpoint."""
     figures = sorted(str(path) for path in out.glob("eval_*/**/*.png"))
     return [
         "",
         "[bold]figures[/]",
         *(f"  {path}" for path in figures),
+        f"[bold]report of the patched checkpoint[/] (open it in a browser; works offline)  {report}",
         f"[bold]patched checkpoint[/]  {patched}  (loads with llava's and lmms-eval's own loaders, no flag needed)",
         "[bold]next, on your own LLaVA-1.5 7B[/] (your launch script, two flags appended):",
         "  bash scripts/v1_5/finetune.sh --gin_file dpvr_lf_7b.gin",
         "  lmms-eval --model llava --model_args pretrained=CKPT --tasks rprobe,saturation,pope,mme",
+        "  llava-patch report CKPT DATA.json --base liuhaotian/llava-v1.5-7b",
         "  (a script that takes no arguments: LLAVA_PATCH_GIN_FILE=dpvr_lf_7b.gin bash scripts/v1_5/finetune.sh)",
     ]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from llava_patch.diagnostics.examples import QUESTION, read_examples
+from llava_patch.diagnostics.examples import QUESTION, check_data, read_examples
 from llava_patch.errors import InputError
 
 
@@ -93,3 +93,21 @@ def test_boxes_of_one_page_are_one_example(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
     found = read_examples(str(tmp_path / "data.jsonl"), answers=True)
     assert sorted(e.answer for e in found) in (["TOTAL\n4.50", "hello"], ["4.50", "TOTAL", "hello"])
+
+
+def test_a_number_of_examples_is_spread_over_the_data(tmp_path: Path) -> None:
+    for i in range(6):
+        Image.new("RGB", (30, 30), (40 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    assert [e.id for e in read_examples(str(tmp_path), 3)] == ["0.png", "2.png", "4.png"]
+    assert [e.id for e in read_examples(str(tmp_path), 4)] == ["0.png", "1.png", "3.png", "4.png"]
+    assert len(read_examples(str(tmp_path), 7)) == len(read_examples(str(tmp_path))) == 6
+    assert {e.question for e in read_examples(str(tmp_path), 2, question="What?")} == {"What?"}
+
+
+def test_data_that_are_not_there_or_of_no_known_kind(tmp_path: Path) -> None:
+    check_data("")  # rendered pages
+    with pytest.raises(InputError, match=r"DATA .*gone\.json: no such file or folder"):
+        check_data(str(tmp_path / "gone.json"))
+    (tmp_path / "odd.json").write_text('{"a": 1}')
+    with pytest.raises(InputError, match=r"odd\.json is neither LLaVA's conversation JSON .*format not recognised"):
+        check_data(str(tmp_path / "odd.json"))

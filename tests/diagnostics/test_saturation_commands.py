@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 from llava_patch import FastV, Routing, patch
 from llava_patch.cli import app
 from llava_patch.diagnostics.commands import saturation as command
-from llava_patch.diagnostics.commands import several
 from llava_patch.diagnostics.saturation import PatchOn, measure, summarise
 from llava_patch.diagnostics.saturation.compare import find_result, names_of, notes, table
 from llava_patch.diagnostics.saturation.figure import comparison_figure, saturation_figure
@@ -60,15 +59,13 @@ def test_one_checkpoint_in_short(models: Path, tmp_path: Path, monkeypatch: Any)
     assert "routed (lf, split 2) and pruned" in out.replace("\n", " ")
 
 
-def test_samples_are_spread_over_the_data(models: Path, tmp_path: Path) -> None:
+def test_samples_are_made_when_they_are_asked_for(models: Path, tmp_path: Path) -> None:
     from PIL import Image
 
     for i in range(6):
         Image.new("RGB", (30, 30), (40 * i, 0, 0)).save(tmp_path / f"{i}.png")
     subject = command.load(str(models / "stock"))
-    chosen = several.spread(subject, str(tmp_path), "What?", 3)
-    assert [e.id for e in chosen] == ["0.png", "2.png", "4.png"] and {e.question for e in chosen} == {"What?"}
-    assert len(several.spread(subject, str(tmp_path), "", None)) == 6
+    chosen = command.examples_for(subject, str(tmp_path), 3, "What?")
     samples = command._Samples(subject.inputs(), chosen)
     assert len(samples) == 3 and len(samples[1:]) == 2 and len(list(samples[2:])) == 1
     assert command._settings(None).max_samples == 32 and command._settings(0).max_samples is None

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from convert.checkpoints import load
+from quickstart.fileset import write_fileset
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from inspection.conftest import TEXT, VISION
 from llava_patch import DeepStack, FastV, Routing, SkipLinks, patch
 from llava_patch.checkpoint import SETTINGS_FILE, WEIGHTS_FILE, _sample
 from llava_patch.cli import app
@@ -102,6 +104,21 @@ def test_a_full_checkpoint_beside_its_base(stock, tmp_path):
     assert match.differing == 1 and match.same is None
 
 
+def test_a_base_of_the_other_host_is_not_called_another_one(files, tmp_path):
+    _, _, adapter = _saved(str(files.hf), tmp_path / "a", "adapter")
+    match = inspect_checkpoint(adapter, str(files.llava)).match
+    assert match.same is None and "other host" in match.note
+    _, _, full = _saved(str(files.hf), tmp_path / "c", "full")
+    match = inspect_checkpoint(full, str(files.llava)).match
+    assert match.same is not False and match.compared > 20 and match.differing == 0
+
+
+def test_names_of_tensors_are_not_cut(files, tmp_path):
+    _, _, folder = _saved(str(files.hf), tmp_path / "c", "full")
+    output = CliRunner().invoke(app, ["inspect", str(folder)], env={"COLUMNS": "80"}).output
+    assert "…" not in output and "in stage 2" in " ".join(output.split())
+
+
 def test_a_base_that_is_gone(files, tmp_path):
     _, _, folder = _saved(str(files.hf), tmp_path / "a", "adapter")
     record = json.loads((folder / SETTINGS_FILE).read_text())
@@ -144,7 +161,15 @@ def test_lora_files(files, tmp_path):
     matrices = sum(p.numel() for n, p in lora.named_parameters() if "lora_" in n)
     assert found.form == "lora" and found.share.by_part["LoRA"] == matrices
     assert found.share.by_part["projector"] == sum(p.numel() for p in projector.values())
-    assert found.share.total and {t.role for t in found.added} == {"LoRA", "projector"}
+    assert {t.role for t in found.added} == {"LoRA", "projector"}
+    assert found.share.total == sum(p.numel() for p in load(str(files.llava)).parameters())  # the tower's too
+    assert found.match.same is None and "the 4 matrices that they change there fit" in found.match.note
+    assert inspect_checkpoint(tmp_path, str(files.hf)).match.same is None  # the same sizes, in the other host's names
+    wide = write_fileset(tmp_path / "wide", vision=VISION, text={**TEXT, "hidden_size": 32}, vocab_size=512).llava
+    done = CliRunner().invoke(app, ["inspect", str(tmp_path), "--base", str(wide)], env={"COLUMNS": "200"})
+    assert done.exit_code == 1 and "is 32x32, the LoRA files want 64 columns" in done.output
+    deep = write_fileset(tmp_path / "deep", vision=VISION, text={**TEXT, "num_hidden_layers": 2}, vocab_size=512).llava
+    assert "no tensor model.layers.2" in inspect_checkpoint(tmp_path, str(deep)).match.note
 
 
 def test_sampled_values_are_the_fingerprints(files, tmp_path):

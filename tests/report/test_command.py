@@ -3,12 +3,14 @@
 import json
 import re
 import shlex
+import shutil
 
 import pytest
 from typer.testing import CliRunner
 
 from llava_patch.cli import app
-from llava_patch.errors import CheckpointError, SettingError
+from llava_patch.errors import CheckpointError, InputError, SettingError
+from llava_patch.inspection import inspect_checkpoint
 from llava_patch.report import build
 from llava_patch.report.sections import NAMES, sections
 
@@ -37,6 +39,33 @@ def test_every_section_that_can_be_made_is_made(report):
     for name in MEASURED:  # each can be repeated alone, under the same settings
         words = shlex.split(records[name].command)
         assert words[0] == "llava-patch" and "--gin-file" in words and str(report[2][0]) in words
+
+
+def test_data_that_cannot_be_read_are_refused_before_anything_is_written(checkpoint, tmp_path):
+    with pytest.raises(InputError, match="no such file or folder"):
+        _run(checkpoint, tmp_path / "gone.json", "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_of_the_hub(files, checkpoint, few, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    for name, folder in (("me/patched", checkpoint), ("me/stock", files.hf)):
+        kept = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        (kept / "refs").mkdir(parents=True)
+        (kept / "refs" / "main").write_text("0" * 40)
+        shutil.copytree(folder, kept / "snapshots" / ("0" * 40))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    out = tmp_path / "out"
+    only = ("--only", "flops", "--only", "fusion_attention", "--gin-file", few, "--output", out)
+    done = _run("me/patched", "--base", "me/stock", *only)
+    assert done.exit_code == 0 and [r.state for r in build.read(out)["sections"]] == ["done", "done"], done.output
+    assert build.read(out)["checkpoint"] == "me/patched"
+    assert inspect_checkpoint("me/patched", "me/stock").match.compared > 20
+    with pytest.raises(CheckpointError, match="me/gone: no such folder; as a hub name"):
+        _run("me/gone")
 
 
 @pytest.mark.parametrize("name", sorted(MEASURED))

@@ -30,6 +30,8 @@ NAMES: tuple[str, ...] = (
     "saturation",
 )
 
+PANEL = "Measure a checkpoint"
+
 # Options that mean the same in every measurement.
 CHECKPOINT = typer.Argument(
     ..., metavar="CKPT", help="checkpoint folder or hub name, of llava or HF, patched or not; or an adapter"
@@ -40,7 +42,7 @@ DATA = typer.Argument(
 BASE = typer.Option("", help="the model below a LoRA or projector-only checkpoint of llava")
 DEVICE = typer.Option("", help="cpu, cuda or cuda:N; default: cuda where there is one")
 DTYPE = typer.Option(
-    "", help="of the model: float32, bfloat16, float16; default: float32 on cpu if it fits, else float16"
+    "", help="of the model; default: float32 on cpu (bfloat16 where that does not fit), float16 on cuda"
 )
 QUESTION = typer.Option("", help="asked about every image; default: the data's own, or what its text is")
 GIN_FILE = typer.Option([], help="gin file with bindings of this measurement or a patch; may be repeated")
@@ -48,14 +50,46 @@ GIN_PARAM = typer.Option([], help="one gin binding; may be repeated")
 
 
 def register(app: typer.Typer) -> None:
-    """Add every measurement's command."""
+    """Add every measurement's command, in a panel of its own in the help."""
+    commands, groups = len(app.registered_commands), len(app.registered_groups)
     for name in NAMES:
         importlib.import_module(f"{__name__}.{name}").add(app)
+    for command in app.registered_commands[commands:]:
+        command.rich_help_panel = PANEL
+    for group in app.registered_groups[groups:]:
+        group.rich_help_panel = PANEL
+
+
+def samples_option(default: int, setting: str) -> Any:
+    """`--samples`, which means the same everywhere."""
+    return typer.Option(
+        None,
+        min=0,
+        help=f"spread evenly over DATA; 0: all of it; default: {setting}, or {default}",
+        show_default=False,
+    )
+
+
+def count_of(samples: int | None, bound: int | None, default: int) -> int | None:
+    """How many samples: the option's number, else the setting's, else the command's own; None: all.
+
+    Args:
+        samples: of the command line; 0: all.
+        bound: of the measurement's settings.
+        default: the command's.
+    """
+    return (bound or default) if samples is None else (samples or None)
 
 
 @contextlib.contextmanager
-def configured(gin_file: list[str], gin_param: list[str]) -> Iterator[None]:
-    """A command's own gin bindings count inside; Ctrl-C ends with exit code 130 and one line."""
+def configured(gin_file: list[str], gin_param: list[str], goes_on: bool = False) -> Iterator[None]:
+    """A command's own gin bindings count inside; Ctrl-C ends with exit code 130 and one line.
+
+    Args:
+        gin_file: gin files.
+        gin_param: single bindings.
+        goes_on: whether the same command takes up what an interrupted one has done, which the line then says.
+    """
     from llava_patch import startup
     from llava_patch.sweep.process import signals_interrupt
 
@@ -63,7 +97,7 @@ def configured(gin_file: list[str], gin_param: list[str]) -> Iterator[None]:
         with startup.also(gin_file, gin_param), signals_interrupt():
             yield
     except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
+        typer.echo("interrupted" + (": the same command again goes on from here" if goes_on else ""), err=True)
         raise typer.Exit(130) from None
 
 
@@ -88,7 +122,7 @@ def load(checkpoint: str, base: str = "", device: str = "", dtype: str = "") -> 
 def examples_for(
     subject: "Subject", data: str, count: int | None, question: str = "", answers: bool = False
 ) -> "list[Example]":
-    """Examples at the size of the model's vision tower; see `read_examples`."""
+    """Examples at the size of the model's vision tower, spread over the data; see `read_examples`."""
     from llava_patch.diagnostics.examples import read_examples
     from llava_patch.hosts.anatomy import find
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,13 +10,14 @@ import typer
 
 from llava_patch.diagnostics import commands
 from llava_patch.diagnostics.commands import several
+from llava_patch.diagnostics.examples import check_data
 from llava_patch.errors import InputError, SettingError
 
 if TYPE_CHECKING:
     from llava_patch.diagnostics.attention_maps import AttentionMaps, AttentionMapsResult
 
 NAME = "attention_maps"
-DEFAULT_IMAGES = 4
+SAMPLES = 4
 
 
 def add(app: typer.Typer) -> None:
@@ -30,9 +32,7 @@ def attention_maps(
     image: list[str] = typer.Option([], help="an image; may be repeated; instead of --data"),  # noqa: B008
     data: str = typer.Option("", help="LLaVA's JSON, R-Probe's kinds of data or a folder of images; default: pages"),
     block: int | None = typer.Option(None, help="ViT block, from 1; default 4"),
-    samples: int | None = typer.Option(
-        None, min=0, help="images, spread evenly over --data; 0: all; default: AttentionMaps.max_samples, or 4"
-    ),
+    samples: int | None = commands.samples_option(SAMPLES, "AttentionMaps.max_samples"),
     names: str = typer.Option("", help="what to call the checkpoints, with commas; default: by their paths"),
     output: Path | None = typer.Option(  # noqa: B008
         None, help="folder; default: attention-maps/ and the first CKPT's name", show_default=False
@@ -57,7 +57,7 @@ def attention_maps(
     if image and data:
         raise SettingError("--image and --data: give one of them")
     if image and samples is not None:
-        raise SettingError("--image and --samples: every image that is named is taken; leave out --samples")
+        raise SettingError("--samples belongs to --data: every --image is shown")
     missing = [one for one in image if not Path(one).is_file()]
     if missing:
         raise InputError(f"--image {missing[0]}: no such file (a folder of images is given with --data)")
@@ -67,10 +67,13 @@ def attention_maps(
     several.check_folder(folder / f"{NAME}.json", sources)
     with commands.configured(gin_file, gin_param):
         settings = commands.settings_of(AttentionMaps, block=block)
-        settings = several.with_count(settings, len(image) or samples, DEFAULT_IMAGES)
+        count = len(image) or commands.count_of(samples, settings.max_samples, SAMPLES)
+        settings = dataclasses.replace(settings, max_samples=count)
+        for source in image or [data]:
+            check_data(source)
         result: "AttentionMapsResult | None" = None
         for checkpoint, label, source in zip(checkpoints, labels, sources, strict=True):
-            one = _measure(checkpoint, label, source, image, data, settings, base, device, dtype)
+            one = _measure(checkpoint, label, source, image, data, count, settings, base, device, dtype)
             result = one if result is None else result.beside(one)
         assert result is not None
         several.show(result.table())
@@ -85,6 +88,7 @@ def _measure(
     source: str,
     image: list[str],
     data: str,
+    count: int | None,
     settings: "AttentionMaps",
     base: str,
     device: str,
@@ -97,7 +101,7 @@ def _measure(
     if image:
         examples = [example for path in image for example in commands.examples_for(subject, path, 1)]
     else:
-        examples = several.spread(subject, data, "", settings.max_samples)
+        examples = commands.examples_for(subject, data, count)
     return measure_attention_maps(
         subject.model,
         several.Samples(subject, examples),

@@ -9,9 +9,10 @@ import typer
 
 from llava_patch.diagnostics import commands
 from llava_patch.diagnostics.commands import several
+from llava_patch.diagnostics.examples import check_data
 
 NAME = "drift"
-DEFAULT_SAMPLES = 32
+SAMPLES = 32
 STOCK = typer.Argument(
     "", metavar="BASE", help='the model to compare with; "" or left out: what the record of CKPT names'
 )
@@ -26,9 +27,7 @@ def drift(
     checkpoint: str = commands.CHECKPOINT,
     stock: str = STOCK,
     data: str = commands.DATA,
-    samples: int | None = typer.Option(
-        None, min=0, help="spread evenly over DATA; 0: all of it; default: Drift.max_samples, or 32"
-    ),
+    samples: int | None = commands.samples_option(SAMPLES, "Drift.max_samples"),
     split: int | None = typer.Option(
         None, min=1, help="compare layers 0..N-1; default: those below CKPT's split, or all"
     ),
@@ -51,18 +50,19 @@ def drift(
     the other; the first one's states wait on disk (--store-gb).
     OUTPUT gets drift.json and drift.png.
     """
-    from llava_patch.diagnostics.base import base_of
     from llava_patch.diagnostics.drift import Drift, measure_drift, measure_drift_apart
     from llava_patch.probe.commands.run import named
 
     folder = commands.folder_for(NAME, checkpoint, output)
     with commands.configured(gin_file, gin_param):
         settings = commands.settings_of(Drift, split=split, together=together, store_gb=store_gb)
-        settings = several.with_count(settings, samples, DEFAULT_SAMPLES)
-        stock = base_of(checkpoint, stock or settings.base or base, "BASE")
+        stock = several.base_for(checkpoint, stock or settings.base or base)
         sources = [named(checkpoint), named(stock)]
         several.check_folder(folder / f"{NAME}.json", sources)
-        own, other = several.openers(checkpoint, stock, base, data, settings.max_samples, question, device, dtype)
+        count = commands.count_of(samples, settings.max_samples, SAMPLES)
+        settings = dataclasses.replace(settings, max_samples=count)
+        check_data(data)
+        own, other = several.openers(checkpoint, stock, base, data, count, question, device, dtype)
         if settings.together:
             (model, ours), (stock_model, theirs) = own(), other()
             result = measure_drift(model, stock_model, ours, settings, base_samples=theirs)

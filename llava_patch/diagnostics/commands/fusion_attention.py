@@ -9,10 +9,12 @@ import typer
 
 from llava_patch.diagnostics import commands
 from llava_patch.diagnostics.commands import several
-from llava_patch.diagnostics.commands.drift import DEFAULT_SAMPLES, STOCK
+from llava_patch.diagnostics.commands.drift import STOCK
+from llava_patch.diagnostics.examples import check_data
 from llava_patch.errors import SettingError
 
 NAME = "fusion_attention"
+SAMPLES = 32
 
 
 def add(app: typer.Typer) -> None:
@@ -24,9 +26,7 @@ def fusion_attention(
     checkpoint: str = commands.CHECKPOINT,
     stock: str = STOCK,
     data: str = commands.DATA,
-    samples: int | None = typer.Option(
-        None, min=0, help="spread evenly over DATA; 0: all of it; default: FusionAttention.max_samples, or 32"
-    ),
+    samples: int | None = commands.samples_option(SAMPLES, "FusionAttention.max_samples"),
     layers: str = typer.Option("", help="decoder layers, as 30,31; default: CKPT's fusion layers, else the last"),
     question: str = commands.QUESTION,
     output: Path | None = typer.Option(  # noqa: B008
@@ -44,18 +44,19 @@ def fusion_attention(
     the base's same layer. The models are loaded one after the other.
     OUTPUT gets fusion_attention.json and fusion_attention.png.
     """
-    from llava_patch.diagnostics.base import base_of
     from llava_patch.diagnostics.fusion_attention import FusionAttention, measure_fusion_attention_apart
     from llava_patch.probe.commands.run import named
 
     folder = commands.folder_for("fusion-attention", checkpoint, output)
     with commands.configured(gin_file, gin_param):
         settings = commands.settings_of(FusionAttention, layers=_numbers(layers))
-        settings = several.with_count(settings, samples, DEFAULT_SAMPLES)
-        stock = base_of(checkpoint, stock or settings.base or base, "BASE")
+        stock = several.base_for(checkpoint, stock or settings.base or base)
         sources = [named(checkpoint), named(stock)]
         several.check_folder(folder / f"{NAME}.json", sources)
-        own, other = several.openers(checkpoint, stock, base, data, settings.max_samples, question, device, dtype)
+        count = commands.count_of(samples, settings.max_samples, SAMPLES)
+        settings = dataclasses.replace(settings, max_samples=count)
+        check_data(data)
+        own, other = several.openers(checkpoint, stock, base, data, count, question, device, dtype)
         result = measure_fusion_attention_apart(own, other, settings)
         result = dataclasses.replace(result, checkpoint=sources[0], base=sources[1])
         several.show(result.table())

@@ -24,6 +24,7 @@ from llava_patch.diagnostics.commands import (
     load,
     settings_of,
 )
+from llava_patch.diagnostics.examples import check_data
 from llava_patch.errors import SettingError
 from llava_patch.probe.commands import DefaultGroup
 
@@ -89,12 +90,13 @@ def run_command(
         if value < least:
             raise SettingError(f"{name} {value}: expected at least {least}")
     folder = folder_for("gradients", checkpoint, output)
-    with configured(gin_file, gin_param):
+    with configured(gin_file, gin_param, goes_on=True):
         settings = settings_of(
             Gradients, block=block, full=full, window=window, smoothness=smoothness, step_size=step_size
         )
         if not dtype and pick_device(device) != "cpu":
             dtype = "bfloat16"  # float16 gradients vanish without a loss scaler
+        check_data(data)
         subject = load(checkpoint, base, device, dtype)
         measured_block(subject.model, settings.block, settings.full)  # before data are read
         examples = examples_for(subject, data, steps * batch_size, question, answers=True)

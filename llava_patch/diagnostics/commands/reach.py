@@ -9,6 +9,7 @@ import typer
 
 from llava_patch.diagnostics import commands
 from llava_patch.diagnostics.commands import output as written
+from llava_patch.diagnostics.examples import check_data
 from llava_patch.errors import SettingError
 
 _OUTPUT = typer.Option(None, help="folder of reach.json and reach.png; default: reach/NAME")
@@ -62,6 +63,7 @@ def reach(
         folder = commands.folder_for("reach", checkpoint, output)
         name = "reach_variants" if names else "reach"
         written.check_file(folder / f"{name}.json", checkpoint)
+        check_data(data)
         subject = commands.load(checkpoint, base, device, dtype)
         examples = commands.examples_for(subject, data, settings.samples, question, answers=True)
         result: Any

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import typer
 
-from llava_patch.diagnostics.commands import DATA, DEVICE, DTYPE, GIN_FILE, GIN_PARAM, QUESTION, configured, settings_of
+from llava_patch.diagnostics.commands import DATA, DEVICE, GIN_FILE, GIN_PARAM, QUESTION, configured, settings_of
+from llava_patch.diagnostics.examples import check_data
 from llava_patch.errors import CheckpointError, SettingError
 
 
@@ -16,7 +17,9 @@ def add(app: typer.Typer) -> None:
 
 
 def report_command(
-    checkpoint: str = typer.Argument("", metavar="CKPT", help="checkpoint folder, of llava or HF, patched or not"),
+    checkpoint: str = typer.Argument(
+        "", metavar="CKPT", help="checkpoint folder or hub name, of llava or HF, patched or not"
+    ),
     data: str = DATA,
     base: str = typer.Option("", help="the model it was trained from, for drift and fusion attention"),
     output: Path | None = typer.Option(  # noqa: B008
@@ -31,7 +34,7 @@ def report_command(
     fresh: bool = typer.Option(False, "--fresh", help="measure finished sections again"),
     source: str = typer.Option("", "--from", help="write the page of this report folder again; needs no model"),
     device: str = DEVICE,
-    dtype: str = DTYPE,
+    dtype: str = typer.Option("", help="of the models; default: float32 on cpu, bfloat16 on cuda"),
     question: str = QUESTION,
     gin_file: list[str] = GIN_FILE,
     gin_param: list[str] = GIN_PARAM,
@@ -56,7 +59,7 @@ def report_command(
         return
     if not checkpoint:
         raise SettingError("name a checkpoint, or a report's folder with --from")
-    with configured(gin_file, gin_param):
+    with configured(gin_file, gin_param, goes_on=True):
         gin = [word for file in gin_file for word in ("--gin-file", file)]
         gin += [word for binding in gin_param for word in ("--gin-param", binding)]
         values = _measure(checkpoint, data, base, output, rprobe, run, only, skip, fresh, device, dtype, question, gin)
@@ -84,6 +87,7 @@ def _measure(
         if folder_name and not Path(folder_name).is_dir():
             raise CheckpointError(f"{option} {folder_name}: no such folder")
     folder = folder_for("report", checkpoint, output)
+    check_data(data)
     context = Context(checkpoint, data, base, rprobe, run, device, dtype, question, settings_of(Report), gin)
     with alone(folder):
         values = build.build(context, every, chosen, folder, fresh, typer.echo)

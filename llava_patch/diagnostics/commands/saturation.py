@@ -22,11 +22,14 @@ from llava_patch.diagnostics.commands import (
     GIN_PARAM,
     QUESTION,
     configured,
+    count_of,
+    examples_for,
     folder_for,
     load,
+    samples_option,
     settings_of,
-    several,
 )
+from llava_patch.diagnostics.examples import check_data
 from llava_patch.errors import SettingError
 from llava_patch.probe.commands import DefaultGroup
 
@@ -36,9 +39,7 @@ if TYPE_CHECKING:
     from llava_patch.diagnostics.saturation import Saturation, SaturationResult
 
 DEFAULT_SAMPLES = 32
-SAMPLES = typer.Option(
-    None, min=0, help=f"spread evenly over DATA; 0: all of it; default: Saturation.max_samples, or {DEFAULT_SAMPLES}"
-)
+SAMPLES = samples_option(DEFAULT_SAMPLES, "Saturation.max_samples")
 
 
 TITLE = "Recommended split, window, image and text transition; attention mass"
@@ -87,9 +88,10 @@ def run_command(
     from llava_patch.probe.commands.run import check_folder
 
     folder = folder_for("saturation", checkpoint, output)
-    with configured(gin_file, gin_param):
+    with configured(gin_file, gin_param, goes_on=True):
         settings = _settings(samples)
         check_folder(folder, checkpoint, (RESULT,))
+        check_data(data)
         result = _measure(checkpoint, data, folder, settings, question, base, device, dtype)
     typer.echo(result.summary())
     for name in (RESULT, "saturation.png"):
@@ -135,8 +137,9 @@ def compare_command(
     files = [compare.find_result(given) for given in models]
     read = [None if file is None else read_result(file) for file in files]
     found: dict[str, SaturationResult] = {}
-    with configured(gin_file, gin_param):
+    with configured(gin_file, gin_param, goes_on=True):
         settings = _settings(samples)
+        check_data(data)
         for name, given, result in zip(called, models, read, strict=True):
             if result is None:
                 if read_json(given, "config.json") is None:
@@ -156,8 +159,8 @@ def compare_command(
 def _settings(samples: int | None) -> "Saturation":
     from llava_patch.diagnostics.saturation import Saturation
 
-    settings: Saturation = several.with_count(settings_of(Saturation), samples, DEFAULT_SAMPLES)
-    return settings
+    settings = settings_of(Saturation)
+    return dataclasses.replace(settings, max_samples=count_of(samples, settings.max_samples, DEFAULT_SAMPLES))
 
 
 def _measure(
@@ -182,7 +185,7 @@ def _measure(
 
     with alone(folder):
         subject = load(checkpoint, base, device, dtype)
-        examples = several.spread(subject, data, question, settings.max_samples)
+        examples = examples_for(subject, data, settings.max_samples, question)
         key = make_key(find(subject.model), examples, settings)
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         kept = _finished(folder / RESULT, digest) if reuse else None

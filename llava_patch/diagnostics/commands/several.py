@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -31,20 +30,17 @@ class Samples:
         return commands.samples_of(self.subject, self.examples)
 
 
-def with_count(settings: Any, samples: int | None, default: int) -> Any:
-    """A measurement's settings with `max_samples` from --samples (0: all), or as they are, or a default."""
-    count = settings.max_samples or default if samples is None else samples or None
-    return dataclasses.replace(settings, max_samples=count)
+def base_for(checkpoint: str, stock: str) -> str:
+    """The base to compare a checkpoint with, by its argument or the checkpoint's record.
 
+    Raises:
+        CheckpointError: none is known, it is not there, or DATA stands in its place.
+    """
+    from llava_patch.diagnostics.base import base_of
 
-def spread(subject: "Subject", data: str, question: str, count: int | None) -> "list[Example]":
-    """All examples, or so many spread evenly over them: data sets often come sorted by kind."""
-    if not data:
-        return commands.examples_for(subject, data, count, question)
-    found = commands.examples_for(subject, data, None, question)
-    if count is None or count >= len(found):
-        return found
-    return [found[i * len(found) // count] for i in range(count)]
+    if Path(stock.partition("?")[0]).is_file():
+        raise CheckpointError(f'BASE {stock}: is a file; BASE stands before DATA ("" for the one that CKPT names)')
+    return base_of(checkpoint, stock, "BASE")
 
 
 Opener = Callable[[], "tuple[Any, Samples]"]
@@ -68,7 +64,7 @@ def openers(
     from llava_patch.diagnostics.base import load_base
 
     def opened(subject: "Subject") -> tuple[Any, Samples]:
-        return subject.model, Samples(subject, spread(subject, data, question, count))
+        return subject.model, Samples(subject, commands.examples_for(subject, data, count, question))
 
     return (
         lambda: opened(commands.load(checkpoint, below, device, dtype)),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from llava_patch.diagnostics import commands
 from llava_patch.diagnostics.attention_maps import AttentionMaps, measure_attention_maps
 from llava_patch.diagnostics.base import load_base
-from llava_patch.diagnostics.commands.several import Samples, spread
+from llava_patch.diagnostics.commands.several import Samples
 from llava_patch.probe.commands.run import named
 from llava_patch.report.context import Context
 from llava_patch.report.section import Found, Section, found_of
@@ -27,7 +27,7 @@ def _settings(context: Context) -> AttentionMaps:
 
 def _run(context: Context, folder: Path) -> Found:
     settings = _settings(context)
-    examples = spread(context.subject, context.data, context.question, settings.max_samples or context.settings.maps)
+    examples = context.examples(settings.max_samples or context.settings.maps)
     own = _label(context.checkpoint)
     result = _measure(context.subject, examples, settings, own, named(context.checkpoint))
     if context.inspection.trained_tower and context.why_no_base() is None:  # an untrained tower is the base's own

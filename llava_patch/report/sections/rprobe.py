@@ -77,7 +77,7 @@ def _table(result: RProbeResult) -> Table:
 
 def _why_not(context: Context) -> str | None:
     if not context.rprobe:
-        return "no results given: measure with `llava-patch rprobe CKPT`, then give the folder as --rprobe"
+        return "no results given: measure with llava-patch rprobe CKPT, then give the folder as --rprobe"
     source = Path(context.rprobe)
     there = (source / RESULT).is_file() or (source / SUMMARY).is_file()
     return None if there else f"{source} holds neither {RESULT} nor {SUMMARY}"

@@ -24,7 +24,7 @@ def _recorded(context: Context) -> dict[str, Any]:
 def _run(context: Context, folder: Path) -> Found:
     settings = _settings(context)
     count = settings.max_samples or context.settings.samples
-    result = measure_saturation(context.subject.model, context.spread_samples(count), settings)
+    result = measure_saturation(context.subject.model, context.samples(count), settings)
     return found_of(
         result,
         folder,

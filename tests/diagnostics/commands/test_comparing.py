@@ -79,7 +79,7 @@ def test_attention_maps(folders: dict[str, Path], tmp_path: Path) -> None:
         run("attention-maps", folders["stock"], folders["full"], "--names", "one")
     with pytest.raises(InputError, match=r"images: no such file \(a folder of images is given with --data\)"):
         run("attention-maps", folders["stock"], "--image", folders["data"])
-    with pytest.raises(SettingError, match="--image and --samples"):
+    with pytest.raises(SettingError, match="every --image is shown"):
         run("attention-maps", folders["stock"], "--image", first, "--samples", 3)
 
 
@@ -124,6 +124,8 @@ def test_drift(folders: dict[str, Path], tmp_path: Path) -> None:
         run("drift", folders["full"])
     with pytest.raises(CheckpointError, match="holds the results of"):
         run("drift", folders["full"], folders["adapter"])
+    with pytest.raises(CheckpointError, match="is a file; BASE stands before DATA"):
+        run("drift", folders["full"], folders["data"] / "0.png")
     assert [one.name for one in (tmp_path / "cache" / "drift").iterdir()] in ([], [".lock"])
 
 
