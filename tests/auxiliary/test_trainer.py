@@ -1,6 +1,7 @@
 """Hugging Face's own Trainer with the auxiliary loss, and what is saved and loaded of it."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -198,5 +199,5 @@ def test_a_training_recipe_at_evaluation_and_in_inspect(tmp_path, monkeypatch, c
               "probe": {"method": "AuxiliaryProbe", "weight": 0.3}}  # fmt: skip
     (tmp_path / "stock" / "llava_patch.json").write_text(json.dumps(record))
     text = CliRunner().invoke(app, ["inspect", str(tmp_path / "stock")], env={"COLUMNS": "300"}).output
-    assert "probe: {'method': 'AuxiliaryProbe', 'weight': 0.3}" in text
+    assert "probe: AuxiliaryProbe" in text and re.search(r"weight\W+0\.3\b", text)
     assert get_handle(type(hf_model()).from_pretrained(tmp_path / "stock")) is None

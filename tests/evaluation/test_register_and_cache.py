@@ -11,7 +11,10 @@ from llava_patch.errors import HostError
 from llava_patch.evaluation import cache, register
 from llava_patch.resources import eval_tasks_dir
 
-OURS = ["rprobe", "rprobe_ablation", "rprobe_masked", "rprobe_masked_nolang", "rprobe_nolang", "saturation"]
+OURS = [
+    "drift", "fusion_attention", "rprobe", "rprobe_ablation", "rprobe_masked", "rprobe_masked_nolang", "rprobe_nolang",
+    "saturation",
+]  # fmt: skip
 
 
 def test_tasks_are_registered_once_and_only_with_the_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
