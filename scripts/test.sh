@@ -9,8 +9,10 @@ unset LLAVA_PATCH_GIN_FILE LLAVA_PATCH_GIN_PARAM LLAVA_PATCH_DISABLE
 if ! command -v chromium >/dev/null || ! command -v chromedriver >/dev/null; then
   if command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
     echo "== installing chromium and chromedriver (apt-get), for the report's browser test =="
-    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-      chromium chromium-driver; } >/dev/null || echo "chromium cannot be installed: the browser test will be skipped"
+    _patience=(-o Acquire::http::Timeout=20 -o Acquire::Retries=1)
+    { apt-get update -qq "${_patience[@]}" &&
+      DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${_patience[@]}" \
+        chromium chromium-driver; } >/dev/null || echo "chromium cannot be installed: the browser test will be skipped"
   else
     echo "no chromium and chromedriver, and no apt-get as root to install them: the browser test will be skipped"
   fi
