@@ -132,6 +132,7 @@ def main() -> None:
 
     def report() -> None:
         # What an interrupted run has finished is kept, so the folder is not emptied.
+        measured = max((out / "eval_patched").glob("*/rprobe/rprobe.json")).parent  # lmms-eval has just run R-Probe
         command = [
             python,
             "-m",
@@ -140,7 +141,8 @@ def main() -> None:
             str(patched),
             f"{base / 'v1.json'}?images={base / 'images'}",
         ]
-        steps.command("report", [*command, "--base", str(stock), "--output", str(out / "report")])
+        command += ["--base", str(stock), "--rprobe", str(measured), "--output", str(out / "report")]
+        steps.command("report", command)
 
     steps.run("base", "1/8 small LLaVA-1.5 that reads three digits, and its data", base_model, base / "base.json")
     steps.run(
