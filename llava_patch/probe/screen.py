@@ -17,6 +17,14 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
+def width_of(head: Sequence[str], lines: Sequence[Sequence[str]]) -> int:
+    """Columns of the terminal that a table takes; a title of several lines is as wide as its longest."""
+    widths = [
+        max(len(line) for cell in column for line in cell.split("\n")) for column in zip(head, *lines, strict=True)
+    ]
+    return sum(widths) + GAP * len(widths)
+
+
 def show(
     console: Console, head: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str], title: str
 ) -> None:
@@ -25,8 +33,7 @@ def show(
     Nothing is broken: where the names of the first column leave no space for the rest, numbers stand for them and are
     explained above the table.
     """
-    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
-    if lines and sum(widths) + GAP * len(widths) > console.width:
+    if lines and width_of(head, lines) > console.width:
         for i, line in enumerate(lines, 1):
             console.print(f"{i} = {escape(line[0])}", highlight=False, soft_wrap=True)
         lines = [[str(i), *line[1:]] for i, line in enumerate(lines, 1)]

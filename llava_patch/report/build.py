@@ -130,7 +130,7 @@ def _make(section: Section, context: Context, folder: Path, wanted: str) -> Reco
             raise SkipSection(why_not)
         found = section.run(context, folder)
     except SkipSection as skipped:
-        return replace(record, state=SKIPPED, reason=str(skipped))
+        return replace(record, state=SKIPPED, reason=str(skipped), command=record.command if section.supplies else "")
     except Exception as error:  # one section's failure must not take the others with it; the command ends with 1
         message = " ".join(f"{type(error).__name__}: {error}".split())
         return replace(record, state=FAILED, reason=message, trace=traceback.format_exc())

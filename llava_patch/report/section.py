@@ -78,6 +78,7 @@ class Section:
         command: the command that repeats it alone; "" where the report is the only way.
         why_not: why it cannot be made, found out before anything is loaded; None: it can.
         inputs: further files or folders that the result depends on.
+        supplies: whether the command makes what a skipped section lacks; otherwise it would end as the section did.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Section:
     command: "Callable[[Context], str]" = lambda context: ""
     why_not: "Callable[[Context], str | None]" = lambda context: None
     inputs: "Callable[[Context], list[str]]" = lambda context: []
+    supplies: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class Record:
         trace: of a failure.
         found: what was measured; None when it was skipped or failed.
         settings: what it was measured with.
-        command: repeats it alone.
+        command: repeats it alone; "" where it was skipped and that cannot work either.
         key: changes when checkpoint, base, data, settings or version do.
         seconds: how long it took.
     """

@@ -126,6 +126,10 @@ def test_a_stock_checkpoint_and_what_it_skips(files, few, tmp_path):
     reasons = {r.name: r.reason for r in build.read(tmp_path)["sections"] if r.state == "skipped"}
     assert "no skip taps" in reasons["gradients"] and "--base" in reasons["drift"]
     assert "--rprobe" in reasons["rprobe"] and "--run" in reasons["training"]
+    commands = {r.name: r.command for r in build.read(tmp_path)["sections"]}
+    assert {name for name in reasons if commands[name]} == {"rprobe"}  # the others' could not work either
+    assert all(command for name, command in commands.items() if name not in reasons)
+    assert (tmp_path / "report.html").read_text().count("<summary>Run it alone</summary>") == 1
 
 
 def test_an_adapter_is_compared_with_the_base_that_it_names(files, few, tmp_path):

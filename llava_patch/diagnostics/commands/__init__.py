@@ -112,6 +112,28 @@ def settings_of(cls: Any, **given: Any) -> Any:
     return dataclasses.replace(cls() if bound is None else bound, **{k: v for k, v in given.items() if v is not None})
 
 
+def check_checkpoint(name: str, setting: str = "") -> None:
+    """Refuse a path that leads nowhere before it is taken for a name of the hub, which has one slash at most.
+
+    Args:
+        name: folder or hub name.
+        setting: what it was given as, for errors; "": CKPT, whose name says enough.
+
+    Raises:
+        CheckpointError: a path, and nothing is there; or it may be either, and neither is there.
+    """
+    from llava_patch.convert.weights import read_json
+
+    if Path(name).exists():
+        return
+    what = f"{setting} {name}".strip()
+    slashes = name.replace("\\", "/").rstrip("/").count("/")
+    if name.startswith((".", "/", "~")) or name.endswith("/") or slashes > 1:
+        raise CheckpointError(f"{what}: no such folder")
+    if slashes and read_json(name, "config.json") is None:
+        raise CheckpointError(f"{what}: no such folder; as a hub name: the hub does not give it")
+
+
 def load(checkpoint: str, base: str = "", device: str = "", dtype: str = "") -> "Subject":
     """The checkpoint's model, ready to be measured."""
     from llava_patch.probe.subject import load_subject

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from llava_patch.diagnostics import commands
+from llava_patch.diagnostics.commands import output as written
 from llava_patch.diagnostics.commands import several
 from llava_patch.diagnostics.examples import check_data
 from llava_patch.errors import InputError, SettingError
@@ -61,11 +62,13 @@ def attention_maps(
     missing = [one for one in image if not Path(one).is_file()]
     if missing:
         raise InputError(f"--image {missing[0]}: no such file (a folder of images is given with --data)")
+    for checkpoint in checkpoints:
+        commands.check_checkpoint(checkpoint)
     labels = names_of(checkpoints, split_names(names))
     folder = commands.folder_for("attention-maps", checkpoints[0], output)
     sources = [named(c) for c in checkpoints]
-    several.check_folder(folder / f"{NAME}.json", sources)
     with commands.configured(gin_file, gin_param):
+        written.check_results(folder / f"{NAME}.json", sources)
         settings = commands.settings_of(AttentionMaps, block=block)
         count = len(image) or commands.count_of(samples, settings.max_samples, SAMPLES)
         settings = dataclasses.replace(settings, max_samples=count)
@@ -76,9 +79,11 @@ def attention_maps(
             one = _measure(checkpoint, label, source, image, data, count, settings, base, device, dtype)
             result = one if result is None else result.beside(one)
         assert result is not None
-        several.show(result.table())
+        written.show(result.table())
         typer.echo(result.summary())
-        for path in result.save(folder, NAME):
+        paths = result.save(folder, NAME)
+        written.add_facts(paths[0], checkpoints[0])
+        for path in paths:
             typer.echo(f"wrote {path}")
 
 

@@ -53,10 +53,12 @@ def flops(
         raise SettingError(f"--dtype {dtype}: expected {', '.join(sizes)}")
     if checkpoint and shape:
         raise SettingError(f"--shape {shape} stands for a checkpoint: leave it or {checkpoint} out")
+    if checkpoint:
+        commands.check_checkpoint(checkpoint)
     subject = checkpoint or shape or "7b"
     with commands.configured(gin_file, gin_param):
         folder = commands.folder_for("flops", subject, output)
-        written.check_file(folder / "flops.json", subject)
+        written.check_results(folder / "flops.json", [subject])
         routing = pruning = None
         asked = startup.configuration()
         if checkpoint:
@@ -87,10 +89,10 @@ def flops(
         )
         for number, prompt in enumerate(measured.prompts):
             tokens = f"{prompt.image} image + {prompt.text} text tokens, batch {prompt.batch}"
-            written.show(*measured.table(number), f"{found.name}: {tokens}, split {measured.split}")
+            written.show(measured.table(number), f"{found.name}: {tokens}, split {measured.split}")
         typer.echo(measured.summary())
         paths = measured.save(folder)
-        written.add_checkpoint(paths[0], subject)
+        written.add_facts(paths[0], subject)
         for path in paths:
             typer.echo(f"wrote {path}")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import typer
 
 from llava_patch.diagnostics import commands
+from llava_patch.diagnostics.commands import output as written
 from llava_patch.diagnostics.commands import several
 from llava_patch.diagnostics.commands.drift import STOCK
 from llava_patch.diagnostics.examples import check_data
@@ -47,21 +48,24 @@ def fusion_attention(
     from llava_patch.diagnostics.fusion_attention import FusionAttention, measure_fusion_attention_apart
     from llava_patch.probe.commands.run import named
 
+    commands.check_checkpoint(checkpoint)
     folder = commands.folder_for("fusion-attention", checkpoint, output)
     with commands.configured(gin_file, gin_param):
         settings = commands.settings_of(FusionAttention, layers=_numbers(layers))
         stock = several.base_for(checkpoint, stock or settings.base or base)
         sources = [named(checkpoint), named(stock)]
-        several.check_folder(folder / f"{NAME}.json", sources)
+        written.check_results(folder / f"{NAME}.json", sources)
         count = commands.count_of(samples, settings.max_samples, SAMPLES)
         settings = dataclasses.replace(settings, max_samples=count)
         check_data(data)
         own, other = several.openers(checkpoint, stock, base, data, count, question, device, dtype)
         result = measure_fusion_attention_apart(own, other, settings)
         result = dataclasses.replace(result, checkpoint=sources[0], base=sources[1])
-        several.show(result.table())
+        written.show(result.table())
         typer.echo(result.summary())
-        for path in result.save(folder, NAME):
+        paths = result.save(folder, NAME)
+        written.add_facts(paths[0], checkpoint)
+        for path in paths:
             typer.echo(f"wrote {path}")
 
 

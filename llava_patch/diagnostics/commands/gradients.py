@@ -18,12 +18,14 @@ from llava_patch.diagnostics.commands import (
     GIN_FILE,
     GIN_PARAM,
     QUESTION,
+    check_checkpoint,
     configured,
     examples_for,
     folder_for,
     load,
     settings_of,
 )
+from llava_patch.diagnostics.commands import output as written
 from llava_patch.diagnostics.examples import check_data
 from llava_patch.errors import SettingError
 from llava_patch.probe.commands import DefaultGroup
@@ -78,19 +80,22 @@ def run_command(
     trained, so that nothing passes them yet.
 
     OUTPUT gets gradients.json, gradients.png, and gradients.jsonl while it
-    runs. Interrupted (Ctrl-C), the same command goes on.
+    runs. Interrupted (Ctrl-C), the same command goes on. Finished results of the
+    same checkpoint make way for those of other settings.
     """
     from llava_patch.diagnostics.gradients.decompose import measured_block
     from llava_patch.diagnostics.gradients.measure import examples_digest, make_batches, measure_gradients
+    from llava_patch.diagnostics.gradients.result import NAME
     from llava_patch.diagnostics.gradients.settings import Gradients
-    from llava_patch.probe.commands.run import named
     from llava_patch.probe.subject import pick_device
 
     for name, value, least in (("--steps", steps, 2), ("--batch-size", batch_size, 1)):
         if value < least:
             raise SettingError(f"{name} {value}: expected at least {least}")
+    check_checkpoint(checkpoint)
     folder = folder_for("gradients", checkpoint, output)
     with configured(gin_file, gin_param, goes_on=True):
+        written.check_results(folder / f"{NAME}.json", [checkpoint])
         settings = settings_of(
             Gradients, block=block, full=full, window=window, smoothness=smoothness, step_size=step_size
         )
@@ -103,7 +108,7 @@ def run_command(
         batches = make_batches(subject.inputs(), examples, batch_size)
         if window is None:
             settings = dataclasses.replace(settings, window=min(settings.window, len(batches)))
-        facts: dict[str, Any] = {"checkpoint": named(checkpoint), "base": base, "data": data or "rendered pages"}
+        facts: dict[str, Any] = {**written.facts_of(checkpoint), "base": base, "data": data or "rendered pages"}
         facts["examples"] = examples_digest(examples[: len(batches) * batch_size])
         facts |= {"question": question, "dtype": str(next(subject.model.parameters()).dtype).removeprefix("torch.")}
         result = measure_gradients(subject.model, batches, settings, folder, facts)
@@ -160,23 +165,13 @@ def table_command(
     elif form == "markdown":
         typer.echo("\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)))
     else:
-        _print_table(head, rows)
+        written.show((head, rows))
     if figure is not None:
         typer.echo(f"wrote {runs_figure(ordered(results), figure)}", err=form == "json")
 
 
 def _report(result: Any, folder: Path) -> None:
-    _print_table(*result.table())
-    typer.echo("")
+    written.show(result.table())
     typer.echo(result.summary())
     for path in result.save(folder):
         typer.echo(f"wrote {path}")
-
-
-def _print_table(head: list[str], rows: list[list[str]]) -> None:
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    for row in (head, *rows):
-        first, *rest = (
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        typer.echo("  ".join([first, *rest]).rstrip())

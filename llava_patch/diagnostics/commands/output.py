@@ -2,16 +2,49 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from llava_patch.errors import CheckpointError
 from llava_patch.files import write_json
 
+CONFIGURED = "configured_patch"
 
-def check_file(path: Path, checkpoint: str) -> None:
-    """Refuse to replace the results of another checkpoint.
+
+def configured_patch() -> dict[str, str]:
+    """The methods that gin puts on the checkpoint, by kind, with the settings that are not the defaults; {}: none."""
+    from llava_patch import startup
+
+    asked = startup.configuration()
+    return {} if asked is None else {kind: _worded(method) for kind, method in asked.lasting().items()}
+
+
+def facts_of(checkpoint: str) -> dict[str, Any]:
+    """What `check_results` compares, for the facts in a result's file.
+
+    Args:
+        checkpoint: folder or hub name.
+
+    Returns:
+        "checkpoint", and `CONFIGURED` where gin puts a patch on it.
+    """
+    from llava_patch.probe.commands.run import named
+
+    patch = configured_patch()
+    return {"checkpoint": named(checkpoint), **({CONFIGURED: patch} if patch else {})}
+
+
+def check_results(path: Path, sources: Sequence[str], configured: bool = True) -> None:
+    """Refuse to replace the results of other checkpoints, or of the same ones under another configured patch.
+
+    Args:
+        path: the results' JSON file; one that is not there or cannot be read is no obstacle.
+        sources: the checkpoints of this run, in order.
+        configured: whether the patch counts that gin puts on them; results without a record of one had none.
 
     Raises:
         CheckpointError: names the file, and what it was measured on.
@@ -19,31 +52,73 @@ def check_file(path: Path, checkpoint: str) -> None:
     from llava_patch.probe.commands.run import named
 
     try:
-        other = json.loads(path.read_text(encoding="utf-8")).get("facts", {}).get("checkpoint")
-    except (OSError, ValueError, AttributeError):  # none, or none that is worth keeping
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none, or none that is worth keeping
         return
-    if isinstance(other, str) and named(other) != named(checkpoint):
-        raise CheckpointError(
-            f"{path} holds the results of {other}, not of {named(checkpoint)}: give another folder with --output"
-        )
+    others, before = _recorded(values)
+    if not others:
+        return
+    now = configured_patch() if configured else before
+    asked = [named(source) for source in sources]
+    if [named(other) for other in others] == asked and before == now:
+        return
+    held, wanted = ", ".join(others), ", ".join(asked)
+    if before != now:
+        held, wanted = held + _with(before), wanted + _with(now)
+    raise CheckpointError(f"{path} holds the results of {held}, not of {wanted}: give another folder with --output")
 
 
-def add_checkpoint(path: Path, checkpoint: str) -> None:
-    """Note in a result's file what it was measured on."""
-    facts = {"checkpoint": str(Path(checkpoint).resolve()) if Path(checkpoint).is_dir() else checkpoint}
+def add_facts(path: Path, checkpoint: str) -> None:
+    """Note in a result's file what it was measured on; see `facts_of`."""
     values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    write_json(path, {**values, "facts": facts})
+    write_json(path, {**values, "facts": facts_of(checkpoint)})
 
 
-def show(head: list[str], rows: list[list[str]], title: str | None = None) -> None:
-    """A table on the screen: the first column is a name, the others are numbers."""
-    from rich import box
+def show(table: tuple[Sequence[str], Sequence[Sequence[str]]], title: str = "", notes: Sequence[str] = ()) -> None:
+    """Print a measurement's table: the first column is a name, the others are numbers.
+
+    Args:
+        table: head and rows; where they are too wide for the screen, titles of columns take several lines.
+        title: above it.
+        notes: below it.
+    """
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for number, name in enumerate(head):
-        table.add_column(name, justify="right" if number else "left", no_wrap=not number)
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+    from llava_patch.probe import screen
+
+    console = Console()
+    head, rows = table
+    if screen.width_of(head, rows) > console.width:
+        cells = [max((len(row[i]) for row in rows), default=1) for i in range(len(head))]
+        head = [
+            "\n".join(textwrap.wrap(name, max(width, 1), break_long_words=False, break_on_hyphens=False))
+            for name, width in zip(head, cells, strict=True)
+        ]
+    screen.show(console, head, rows, notes, title)
+
+
+def _recorded(values: Any) -> tuple[list[str], dict[str, str]]:
+    """(checkpoints, configured patch) of a result's file; ([], {}) where it does not say."""
+    if not isinstance(values, dict):
+        return [], {}
+    facts = values.get("facts", values)
+    facts = facts if isinstance(facts, dict) else {}
+    others = values.get("sources", [facts.get("checkpoint")])
+    if not isinstance(others, list) or not all(isinstance(other, str) for other in others):
+        return [], {}
+    return others, facts.get(CONFIGURED) or {}
+
+
+def _with(patch: dict[str, str]) -> str:
+    return f" with {', '.join(patch.values())} of gin" if patch else " without a patch of gin"
+
+
+def _worded(method: Any) -> str:
+    """A method's settings that are not the defaults, so that a setting added later does not make it another one."""
+    given = []
+    for field in dataclasses.fields(method):
+        value = getattr(method, field.name)
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if value != default:
+            given.append(f"{field.name}={value!r}")
+    return f"{type(method).__name__}({', '.join(given)})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from llava_patch.diagnostics.commands import output as written
 from llava_patch.diagnostics.examples import check_data
 from llava_patch.errors import SettingError
 
+SAMPLES = 4
 _OUTPUT = typer.Option(None, help="folder of reach.json and reach.png; default: reach/NAME")
 
 
@@ -23,7 +25,7 @@ def add(app: typer.Typer) -> None:
 def reach(
     checkpoint: str = commands.CHECKPOINT,
     data: str = commands.DATA,
-    samples: int | None = typer.Option(None, min=1, help="how many, one backward pass each; default: 4"),
+    samples: int | None = commands.samples_option(SAMPLES, "Reach.samples"),
     everything: bool = typer.Option(False, "--all", help="as if every parameter trained, the vision tower included"),
     variants: str = typer.Option("", help="routings to compare on a checkpoint without one, such as lf,pc,kv,ideal"),
     split: int | None = typer.Option(None, min=0, help="with --variants: first routed layer; default: 18/32 of depth"),
@@ -53,19 +55,22 @@ def reach(
     from llava_patch.handle import get_handle
     from llava_patch.hosts.anatomy import find
 
+    commands.check_checkpoint(checkpoint)
     names = [name.strip() for name in variants.split(",") if name.strip()]
     if split is not None and not names:
         raise SettingError(
             f'--split {split} belongs to --variants; one routing is --gin-param "Routing.split = {split}"'
         )
     with commands.configured(gin_file, gin_param):
-        settings = commands.settings_of(Reach, samples=samples, everything=everything or None)
+        settings = commands.settings_of(Reach, everything=everything or None)
         folder = commands.folder_for("reach", checkpoint, output)
         name = "reach_variants" if names else "reach"
-        written.check_file(folder / f"{name}.json", checkpoint)
+        written.check_results(folder / f"{name}.json", [checkpoint])
         check_data(data)
         subject = commands.load(checkpoint, base, device, dtype)
-        examples = commands.examples_for(subject, data, settings.samples, question, answers=True)
+        count = commands.count_of(samples, settings.samples, SAMPLES)
+        examples = commands.examples_for(subject, data, count, question, answers=True)
+        settings = dataclasses.replace(settings, samples=count or len(examples))
         result: Any
         if names:
             depth = len(find(subject.model).layers)
@@ -81,9 +86,9 @@ def reach(
             if handle is not None:  # llava loads its tower after the patch and freezes it; a training run does this too
                 handle.apply_freeze()
             result = measure_reach(subject.model, commands.samples_of(subject, examples, answers=True), settings)
-        written.show(*result.table())
+        written.show(result.table())
         typer.echo(result.summary())
         paths = result.save(folder, name)
-        written.add_checkpoint(paths[0], checkpoint)
+        written.add_facts(paths[0], checkpoint)
         for path in paths:
             typer.echo(f"wrote {path}")

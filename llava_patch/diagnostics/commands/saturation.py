@@ -21,6 +21,7 @@ from llava_patch.diagnostics.commands import (
     GIN_FILE,
     GIN_PARAM,
     QUESTION,
+    check_checkpoint,
     configured,
     count_of,
     examples_for,
@@ -29,6 +30,7 @@ from llava_patch.diagnostics.commands import (
     samples_option,
     settings_of,
 )
+from llava_patch.diagnostics.commands import output as written
 from llava_patch.diagnostics.examples import check_data
 from llava_patch.errors import SettingError
 from llava_patch.probe.commands import DefaultGroup
@@ -85,12 +87,12 @@ def run_command(
     same command goes on, and its result is the same to the last bit.
     """
     from llava_patch.diagnostics.saturation.compare import RESULT
-    from llava_patch.probe.commands.run import check_folder
 
+    check_checkpoint(checkpoint)
     folder = folder_for("saturation", checkpoint, output)
     with configured(gin_file, gin_param, goes_on=True):
         settings = _settings(samples)
-        check_folder(folder, checkpoint, (RESULT,))
+        written.check_results(folder / RESULT, [checkpoint])
         check_data(data)
         result = _measure(checkpoint, data, folder, settings, question, base, device, dtype)
     typer.echo(result.summary())
@@ -120,15 +122,11 @@ def compare_command(
     that has its name; the same command again takes up what is there. OUTPUT
     gets compare.json and compare.png.
     """
-    from rich.console import Console
-
     from llava_patch.convert.weights import read_json
     from llava_patch.diagnostics.saturation import compare
     from llava_patch.diagnostics.saturation.result import read_result
     from llava_patch.errors import CheckpointError
     from llava_patch.probe.commands.compare import split_names
-    from llava_patch.probe.commands.run import check_folder
-    from llava_patch.probe.screen import show
 
     if len(models) < 2:
         raise SettingError(f"saturation compare: one model ({models[0]}), expected at least two")
@@ -142,17 +140,18 @@ def compare_command(
         check_data(data)
         for name, given, result in zip(called, models, read, strict=True):
             if result is None:
+                check_checkpoint(given)
                 if read_json(given, "config.json") is None:
                     raise CheckpointError(f"{given}: neither a checkpoint (no config.json) nor a saturation result")
-                check_folder(output / name, given, (compare.RESULT,))
+                written.check_results(output / name / compare.RESULT, [given])
         for name, given, result in zip(called, models, read, strict=True):
             if result is None:
                 typer.echo(f"measuring {name}", err=True)
                 result = _measure(given, data, output / name, settings, question, base, device, dtype, reuse=True)
             found[name] = result
-    written = compare.write(found, output)
-    show(Console(), *compare.table(found), compare.notes(found), TITLE)
-    for path in written:
+    paths = compare.write(found, output)
+    written.show(compare.table(found), TITLE, compare.notes(found))
+    for path in paths:
         typer.echo(f"wrote {path}")
 
 
@@ -180,7 +179,6 @@ def _measure(
     from llava_patch.diagnostics.saturation.state import STATE_FILE, State, make_key
     from llava_patch.hosts.anatomy import find
     from llava_patch.probe.alone import alone
-    from llava_patch.probe.commands.run import named
     from llava_patch.probe.data.read import resolve_source
 
     with alone(folder):
@@ -195,7 +193,7 @@ def _measure(
         state = State(folder / STATE_FILE, key)
         result = measure_saturation(subject.model, _Samples(subject.inputs(), examples), settings, state=state)
         facts = {
-            "checkpoint": named(checkpoint),
+            **written.facts_of(checkpoint),
             "base": base,
             "data": resolve_source(data) or "rendered pages",
             "question": question,

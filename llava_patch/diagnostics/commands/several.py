@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +37,8 @@ def base_for(checkpoint: str, stock: str) -> str:
     """
     from llava_patch.diagnostics.base import base_of
 
+    if stock:
+        commands.check_checkpoint(stock, "BASE")
     if Path(stock.partition("?")[0]).is_file():
         raise CheckpointError(f'BASE {stock}: is a file; BASE stands before DATA ("" for the one that CKPT names)')
     return base_of(checkpoint, stock, "BASE")
@@ -70,34 +71,3 @@ def openers(
         lambda: opened(commands.load(checkpoint, below, device, dtype)),
         lambda: opened(load_base(stock, device, dtype)),
     )
-
-
-def check_folder(path: Path, sources: Sequence[str]) -> None:
-    """Refuse to replace the results of other checkpoints.
-
-    Args:
-        path: the measurement's JSON file.
-        sources: the checkpoints of this run, as `probe.commands.run.named` writes them.
-
-    Raises:
-        CheckpointError: names the file, and what it was measured on.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        others = [str(one) for one in values["sources"]]
-    except (OSError, ValueError, KeyError, TypeError):  # none, or none that is worth keeping
-        return
-    if others != list(sources):
-        raise CheckpointError(
-            f"{path} holds the results of {', '.join(others)}, not of {', '.join(sources)}: give another folder with "
-            "--output"
-        )
-
-
-def show(table: tuple[list[str], list[list[str]]], title: str = "") -> None:
-    """Print a measurement's table in 80 columns."""
-    from rich.console import Console
-
-    from llava_patch.probe import screen
-
-    screen.show(Console(), table[0], table[1], [], title)

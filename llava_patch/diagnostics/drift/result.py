@@ -107,7 +107,7 @@ class DriftResult:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "DriftResult":
         """Read what `to_dict` made."""
-        plain = {k: v for k, v in values.items() if k not in ("sources", "image", "text", "settings")}
+        plain = {k: v for k, v in values.items() if k not in ("sources", "facts", "image", "text", "settings")}
         return cls(
             DriftCurves(**values["image"]), DriftCurves(**values["text"]), settings=Drift(**values["settings"]), **plain
         )

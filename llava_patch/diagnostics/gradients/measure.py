@@ -7,6 +7,7 @@ import functools
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from llava_patch import files
 from llava_patch.diagnostics.examples import Example
 from llava_patch.diagnostics.gradients.decompose import block_parameters, decompose, measured_block
-from llava_patch.diagnostics.gradients.log import LOG, StepLog, read_lines
+from llava_patch.diagnostics.gradients.log import LOG, READING, StepLog, read_lines
 from llava_patch.diagnostics.gradients.result import GradientsResult
 from llava_patch.diagnostics.gradients.settings import Gradients
 from llava_patch.diagnostics.gradients.state import STATE, load_window, save_window
@@ -83,8 +84,10 @@ def measure_gradients(
             `labels`, on the model's device (a function, so that images are opened when they are needed).
         settings: `every`, `start` and `steps` have no meaning here.
         folder: results of single batches go there as they come (see `StepLog`), and a measurement that was interrupted
-            goes on, on the same model and examples; None: nothing is written.
-        facts: plain values to keep with the result; a folder with other facts is refused.
+            goes on, on the same model and examples. A finished one of the same checkpoint and patch makes way for other
+            settings or facts; a training run's log never does. None: nothing is written.
+        facts: plain values to keep with the result, such as "checkpoint"; a folder with an unfinished measurement with
+            other facts is refused.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -148,19 +151,32 @@ def _start(
     header, *entries = read_lines(path)
     if not entries and header["facts"].get("trains") is False:  # ended before anything was measured
         return StepLog.begin(folder, settings, facts), Window(settings.window)
+    done = max((entry["step"] for entry in entries if entry["kind"] == "step"), default=0)
+    if _makes_way(header, done, settings, facts):
+        return StepLog.begin(folder, settings, facts), Window(settings.window)
     differing = [name for name in {**header["facts"], **facts} if header["facts"].get(name) != facts.get(name)]
     if differing:
         name = differing[0]
         what = f"with {name} = {header['facts'].get(name)!r}, not {facts.get(name)!r}"
         what = f"of {_MEANING[name]}" if name in _MEANING else what
         raise CheckpointError(f"{path} holds a measurement {what}: give another folder (--output), or delete this one")
-    done = max((entry["step"] for entry in entries if entry["kind"] == "step"), default=0)
     if done == facts["batches"]:
         return StepLog.resume(folder, settings, done), None
     if not state.exists():  # ended before the first state was written
         return StepLog.begin(folder, settings, facts), Window(settings.window)
     window = load_window(state, settings.window, device)
     return StepLog.resume(folder, settings, window.last), window
+
+
+def _makes_way(header: dict[str, Any], done: int, settings: Gradients, facts: dict[str, Any]) -> bool:
+    """Whether a log is of a finished measurement of the same fixed checkpoint with other settings or facts."""
+    about = header["facts"]
+    if about.get("trains") is not False or done != about.get("batches"):  # a training run's, or to be gone on with
+        return False
+    name = "checkpoint" if "checkpoint" in facts else "model"
+    same = all(about.get(what) == facts.get(what) for what in (name, "fusion", "routing"))
+    measured = {k: v for k, v in header["settings"].items() if k not in READING}
+    return same and (about != facts or measured != {k: v for k, v in asdict(settings).items() if k not in READING})
 
 
 def _gradients(model: nn.Module, batch: Batch, block: int, full: str) -> tuple[Tensor, Tensor]:

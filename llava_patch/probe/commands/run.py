@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from llava_patch.errors import CheckpointError, SettingError
+from llava_patch.errors import SettingError
 from llava_patch.probe.commands import app
 from llava_patch.probe.commands.compare import check_formats
 from llava_patch.probe.settings import IMAGE_MODES, RProbe
@@ -124,32 +123,22 @@ def named(checkpoint: str) -> str:
     return str(Path(checkpoint).resolve()) if Path(checkpoint).is_dir() else checkpoint
 
 
-def check_folder(folder: Path, checkpoint: str, names: tuple[str, ...] = ()) -> None:
-    """Refuse to replace the results of another checkpoint.
+def check_folder(folder: Path, checkpoint: str) -> None:
+    """Refuse to replace R-Probe's results of another checkpoint.
 
     Args:
         folder: where results will be written.
         checkpoint: what they are measured on.
-        names: of the result files; none: R-Probe's.
 
     Raises:
         CheckpointError: names the file, and what it was measured on.
     """
+    from llava_patch.diagnostics.commands.output import check_results
     from llava_patch.probe.ablation import VARIANTS
     from llava_patch.probe.output import RESULT
 
-    names = names or (RESULT, SUMMARY, *(f"{name}/{RESULT}" for name in VARIANTS))
-    for path in (folder / name for name in names):
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # none, or none that is worth keeping
-            continue
-        facts = values.get("facts", values) if isinstance(values, dict) else {}
-        other = facts.get("checkpoint") if isinstance(facts, dict) else None
-        if isinstance(other, str) and named(other) != named(checkpoint):
-            raise CheckpointError(
-                f"{path} holds the results of {other}, not of {named(checkpoint)}: give another folder with --output"
-            )
+    for name in (RESULT, SUMMARY, *(f"{name}/{RESULT}" for name in VARIANTS)):
+        check_results(folder / name, [checkpoint], configured=False)
 
 
 def _measure(

@@ -96,4 +96,5 @@ SECTION = Section(
     command=lambda context: context.command("rprobe"),
     why_not=_why_not,
     inputs=_inputs,
+    supplies=True,
 )

@@ -12,7 +12,8 @@ from llava_patch.diagnostics.gradients import Gradients, GradientsResult, StepLo
 from llava_patch.diagnostics.gradients import measure as module
 from llava_patch.diagnostics.gradients.log import LOG
 from llava_patch.diagnostics.gradients.measure import measure_gradients
-from llava_patch.diagnostics.gradients.state import STATE
+from llava_patch.diagnostics.gradients.state import STATE, save_window
+from llava_patch.diagnostics.gradients.statistics import Window
 from llava_patch.errors import CheckpointError, InputError, SettingError
 from tests.fusion.cases import randomise
 
@@ -125,16 +126,34 @@ def test_a_log_ahead_of_the_last_state_is_cut_back(patched, tmp_path, monkeypatc
 def test_results_of_another_measurement_are_not_replaced(patched, tmp_path):
     batches = batches_of(patched, count=2)
     measure_gradients(patched.model, batches, SETTINGS, tmp_path, {"checkpoint": "a"}, progress=False)
-    before = (tmp_path / LOG).read_text()
     with pytest.raises(CheckpointError, match="checkpoint = 'a', not 'b'"):
         measure_gradients(patched.model, batches, SETTINGS, tmp_path, {"checkpoint": "b"}, progress=False)
+    lines = (tmp_path / LOG).read_text().splitlines(keepends=True)
+    before = "".join(lines[:2])  # one step of two: an unfinished measurement
+    (tmp_path / LOG).write_text(before)
     other = dataclasses.replace(SETTINGS, window=3)
-    with pytest.raises(CheckpointError, match=r"Gradients\.window = 2, not 3"):
+    save_window(Window(2), tmp_path / STATE)
+    with pytest.raises(CheckpointError, match=r"its windows have 2 steps, but Gradients\.window = 3"):
         measure_gradients(patched.model, batches, other, tmp_path, {"checkpoint": "a"}, progress=False)
     with torch.no_grad():
         next(patched.model.lm_head.parameters()).mul_(2)  # trained on, under the same name
     with pytest.raises(CheckpointError, match=r"of another model \(weights, configuration or patch\): give another"):
         measure_gradients(patched.model, batches, SETTINGS, tmp_path, {"checkpoint": "a"}, progress=False)
+    assert (tmp_path / LOG).read_text() == before
+
+
+def test_a_finished_measurement_makes_way_for_other_settings(patched, tmp_path):
+    batches, facts = batches_of(patched, count=4), {"checkpoint": "a"}
+    measure_gradients(patched.model, batches[:2], SETTINGS, tmp_path, {**facts, "question": "?"}, progress=False)
+    other = dataclasses.replace(SETTINGS, window=4)
+    found = measure_gradients(patched.model, batches, other, tmp_path, facts, progress=False)
+    fresh = measure_gradients(patched.model, batches, other, tmp_path / "fresh", facts, progress=False)
+    assert found.to_dict() == fresh.to_dict() and len(found.steps) == 4 and found.settings.window == 4
+    header, *steps = (tmp_path / LOG).read_text().splitlines()
+    (tmp_path / LOG).write_text("\n".join([header.replace('"trains": false', '"trains": true'), *steps, ""]))
+    before = (tmp_path / LOG).read_text()  # as a training run's, which is never replaced
+    with pytest.raises(CheckpointError, match="give another folder"):
+        measure_gradients(patched.model, batches[:2], SETTINGS, tmp_path, facts, progress=False)
     assert (tmp_path / LOG).read_text() == before
 
 
