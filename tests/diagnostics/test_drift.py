@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from llava_patch import FastV, Routing, patch
+from llava_patch.diagnostics import plotting
 from llava_patch.diagnostics.drift import Drift, DriftResult, measure_drift, measure_drift_apart
 from llava_patch.diagnostics.drift.states import Quantiles, Store
 from llava_patch.errors import HostError, InputError, SettingError
