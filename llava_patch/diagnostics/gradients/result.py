@@ -166,7 +166,7 @@ class GradientsResult:
 
     def _cross_covariance(self) -> str:
         c, delta = self.typical("c"), _number(self.median_delta)
-        correlation = f"noise of both paths correlated at {_number(self.typical('correlation'))}"
+        correlation = f"|correlation| of both paths' noise {_number(self.typical('correlation'))}"
         if c < SMALL_C:
             return (
                 f"{correlation}; delta ({delta}) says little with so small a c: it may reach 2 / sqrt(c) = "
@@ -203,7 +203,7 @@ class GradientsResult:
             "rho": "rho = ||s|| / ||m||",
             "delta": "delta",
             "delta_bound": "largest delta at this c, 2 / sqrt(c)",
-            "correlation": "correlation of both paths' noise",
+            "correlation": "|correlation| of both paths' noise",
             "product_needed": "L gamma needed by (7)",
         }
         rows += [_row(label, (getattr(w, name) for w in self.windows)) for name, label in names.items()]
