@@ -48,6 +48,12 @@ def mark_split(axis: Any, split: int | None, label: str = "split") -> None:
         axis.axvline(split, color=SPLIT, ls="--", lw=1.2, label=f"{label} {split}")
 
 
+def mark_pruning(axis: Any, layer: int | None) -> None:
+    """A dash-dotted line at the first layer without the pruned image tokens; nothing where none are pruned."""
+    if layer is not None:
+        axis.axvline(layer, color=OTHER, ls="-.", lw=1.2, label=f"pruning from layer {layer}")
+
+
 def write_figure(figure: Any, path: str | Path) -> Path:
     """Write a figure atomically, in the format that the path's suffix names."""
     import matplotlib as mpl

@@ -29,17 +29,25 @@ def transition_layer(kl: Sequence[float], share: float) -> int | None:
     "Stays" rather than "first touches": one layer's dip must not count as the transition.
 
     Args:
-        kl: KL(final || layer) per layer in nats; NaN where the positions are absent (such layers are passed over).
+        kl: KL(final || layer) per layer in nats; NaN where the positions are absent. Only the layers before the first
+            absent one count: a routed model shows its last layer the image again, where KL is 0 by definition.
         share: of the layer-0 value.
 
     Returns:
-        Layer number, or None when layer 0 already predicts what the last layer does (KL of 0) or is absent.
+        Layer number, or None when layer 0 already predicts what the last layer does (KL of 0) or is absent, or when
+        the positions are absent before the KL has fallen.
     """
     if not kl or math.isnan(kl[0]) or kl[0] <= 0:
         return None
-    above = [layer for layer, value in enumerate(kl) if value > share * kl[0]]
-    later = [layer for layer, value in enumerate(kl) if layer > above[-1] and not math.isnan(value)] if above else [0]
-    return later[0] if later else None
+    followed = kl[: absent_from(kl)]
+    above = [layer for layer, value in enumerate(followed) if value > share * kl[0]]
+    first = above[-1] + 1 if above else 0
+    return first if first < len(followed) else None
+
+
+def absent_from(kl: Sequence[float]) -> int | None:
+    """First layer without these positions (NaN), or None when all layers have them."""
+    return next((layer for layer, value in enumerate(kl) if math.isnan(value)), None)
 
 
 def deep_median(mass: Sequence[float]) -> float:

@@ -44,6 +44,7 @@ def answer(lm: Any, requests: Sequence[Any]) -> list[str]:
             "rows": len(values),
             "image": image.astype(int).tolist(),
             "split": meter.split,
+            "prunes": meter.prunes,
             "n_layers": meter.n_layers,
         }
         answers.append(json.dumps({**pair.facts(), **found}))
@@ -85,7 +86,8 @@ def text(items: Sequence[dict[str, Any]]) -> float:
 def pooled(items: Sequence[dict[str, Any]]) -> DriftResult:
     """The result over all documents of a run."""
     first = items[0]
-    with Meter(Drift(**first["settings"]), first["rows"] - 1, first["n_layers"], first["split"]) as meter:
+    limit = first["split"], first["prunes"]
+    with Meter(Drift(**first["settings"]), first["rows"] - 1, first["n_layers"], *limit) as meter:
         for item in items:
             values = np.frombuffer(base64.b64decode(item["cosines"]), dtype="<f4").reshape(item["rows"], -1)
             meter.add_cosines(values, np.array(item["image"], dtype=bool))

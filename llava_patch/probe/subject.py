@@ -161,6 +161,6 @@ def _load_hf(checkpoint: str, config: dict[str, Any], base: str, device: str, dt
     if base:
         raise CheckpointError(f"{checkpoint} is a checkpoint of Hugging Face's LLaVA: leave out --base")
     kinds: dict[str, Any] = {"llava": LlavaForConditionalGeneration, "llava_next": LlavaNextForConditionalGeneration}
-    model: Any = kinds[config["model_type"]].from_pretrained(checkpoint, torch_dtype=dtype)
+    model: Any = kinds[config["model_type"]].from_pretrained(checkpoint, dtype=dtype)
     processor: Any = AutoProcessor.from_pretrained(checkpoint)
     return Subject(model.to(device), processor.tokenizer, processor.image_processor, processor)

@@ -15,8 +15,10 @@ from hosts import zoo
 from PIL import Image
 
 from llava_patch import SkipLinks, patch
+from llava_patch.diagnostics import plotting
 from llava_patch.diagnostics.attention_maps import AttentionMaps, AttentionMapsResult, maths, measure_attention_maps
-from llava_patch.diagnostics.attention_maps.figure import _columns
+from llava_patch.diagnostics.attention_maps.figure import _columns, attention_maps_figure
+from llava_patch.diagnostics.attention_maps.result import WHOLE, CheckpointMaps, View
 from llava_patch.diagnostics.inputs import Inputs
 from llava_patch.errors import HostError, InputError, SettingError
 from llava_patch.hosts import tower_attention, towers
@@ -149,6 +151,21 @@ def test_several_models_stand_side_by_side(host: Any, tmp_path: Path) -> None:
     inverted = [{k: -v if k in ("images", "pixel_values") else v for k, v in s.items()} for s in samples]
     other = measure_attention_maps(make_model(), inverted, settings, progress=False, image_processor=processor)
     assert _columns(both.beside(other)) == [(0, False), (0, True), (1, True), (2, False), (2, True)]
+
+
+@pytest.mark.parametrize("side", [4, 24, 48])
+def test_what_stands_below_a_map_is_no_wider_than_the_map(side: int, tmp_path: Path, monkeypatch: Any) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(plotting, "write_figure", lambda figure, path: drawn.append(figure) or path)
+    view = View(np.zeros((side * 14, side * 14, 3), np.uint8), 14)
+    one = CheckpointMaps("model", "CLS token", WHOLE, 2, 8, [[[1.0] * side] * side], views=[view])
+    attention_maps_figure(AttentionMapsResult(["page"], [one], AttentionMaps()), tmp_path / "maps.png")
+    (figure,) = drawn
+    figure.canvas.draw()
+    _, axis, _ = figure.axes
+    label, picture = axis.xaxis.label.get_window_extent(), axis.get_window_extent()
+    assert axis.get_xlabel() == f"{side * side:.1f} of {side * side}"
+    assert picture.x0 <= label.x0 and label.x1 <= picture.x1
 
 
 def test_a_tower_without_cls_says_so_and_tiles_give_the_overview(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from llava_patch import FastV, Routing, patch
+from llava_patch.diagnostics import plotting
 from llava_patch.diagnostics.drift import Drift, DriftResult, measure_drift, measure_drift_apart
 from llava_patch.diagnostics.drift.states import Quantiles, Store
 from llava_patch.errors import HostError, InputError, SettingError
@@ -86,6 +87,15 @@ def test_equals_the_naive_computation_with_hidden_states(host: Any) -> None:
         assert len(curves.median) == 4 and min(curves.median) < 0.999
 
 
+def marked(result: DriftResult) -> list[tuple[str, str]]:
+    """Labels and styles of the vertical lines in the figure."""
+    from llava_patch.diagnostics.drift import figure
+
+    (axis,) = plotting.panels()[1]
+    figure._draw(axis, result)
+    return [(str(line.get_label()), line.get_linestyle()) for line in axis.lines if len(set(line.get_xdata())) == 1]
+
+
 def test_routed_models_are_compared_below_their_split(host: Any, tmp_path: Path) -> None:
     make_model, make_sample = host
     model, base, sample = shift(make_model(), 3), make_model(), make_sample()
@@ -100,8 +110,12 @@ def test_routed_models_are_compared_below_their_split(host: Any, tmp_path: Path)
     json_path, png_path = result.save(tmp_path / "new")
     assert DriftResult.from_dict(json.loads(json_path.read_text())) == result
     assert png_path.read_bytes().startswith(b"\x89PNG") and png_path.stat().st_size > 8_000
+    assert not result.prunes and marked(result) == [("split 2", "--")]
     with patch(model, pruning=FastV(1, 0.5)):
-        assert measure_drift(model, base, [sample], progress=False).layers == 1
+        pruned = measure_drift(model, base, [sample], progress=False)
+        apart = measure_drift_apart(opened(model, [sample]), opened(base, [sample]), progress=False)
+    assert pruned.layers == 1 and pruned.prunes and apart == pruned
+    assert DriftResult.from_dict(pruned.to_dict()) == pruned and marked(pruned) == [("pruning from layer 1", "-.")]
     drop = find(model).layers[1].register_forward_hook(lambda m, a, o: o[:, :-1])
     with pytest.raises(HostError, match=r"layer 1 sees 10 of 11 positions: set Drift.split to at most 1"):
         measure_drift(model, base, [sample], progress=False)

@@ -225,6 +225,8 @@ def test_the_numbers_of_7b():
     assert result.summary().startswith(
         "LLaVA-1.5 7b, 576 image and 64 text tokens: LF, K = 1 with split 18 takes 6.2 of"
     )
+    assert result.summary().endswith("The DPVR paper gives 25-30 % of forward FLOPs for LLaVA-1.5 7B.")
+    assert "paper" not in measure_flops(shapes.named("13b")).summary()
 
 
 def test_a_result_goes_through_json_and_is_drawn(tmp_path):

@@ -62,7 +62,9 @@ def test_transition_is_where_kl_stays_low() -> None:
     assert transition_layer([2.0, 1.5, 0.9, 0.5, 0.0], 0.5) == 2
     assert transition_layer([2.0, 0.9, 1.5, 0.5, 0.0], 0.5) == 3  # a dip does not count
     assert transition_layer([2.0, 1.9, 1.8, 1.7, 0.0], 0.5) == 4  # only the last layer, whose KL is 0
-    assert transition_layer([2.0, 1.5, NAN, NAN, 0.0], 0.5) == 4  # absent layers are passed over
+    assert transition_layer([2.0, 1.5, NAN, NAN, 0.0], 0.5) is None  # gone before it fell; 0 at the end says nothing
+    assert transition_layer([2.0, 1.5, 0.9, NAN, 0.0], 0.5) == 2
+    assert transition_layer([2.0, 0.9, 1.5, NAN, NAN], 0.5) is None
     assert transition_layer([0.0, 0.0], 0.5) is None
     assert transition_layer([NAN, 0.0], 0.5) is None
 

@@ -143,6 +143,26 @@ def test_the_papers_7b_curve_recommends_18() -> None:
     assert "layer 18 (56 %) of 32, window 18..20" in result.summary()
 
 
+def test_an_image_that_leaves_early_has_no_transition() -> None:
+    from llava_patch.diagnostics.saturation import Curves
+    from llava_patch.diagnostics.saturation.result import SaturationResult
+
+    nan = float("nan")
+    for kl, layer, said in (
+        ([2.0, 1.5, nan, nan, 0.0], None, "image none (not reached before the image leaves at layer 2), text 4"),
+        ([2.0, 0.5, nan, nan, 0.0], 1, "image 1 (20 %), text 4"),
+        ([0.0] * 5, None, "image none, text 4"),
+    ):
+        gone = [nan if value != value else 0.9 for value in kl]
+        curves = Curves(gone, [0.9] * 5, [[0.1]] * 5, kl, [2.0] * 4 + [0.0], [4] * 5, [4] * 5)
+        found = summarise(curves, 1, patch=PatchOn(2, None, "routed (lf, split 2)"))
+        assert found.image_transition == layer and said in found.summary()
+        values = found.to_dict()
+        assert values["image_transition_layer"] == layer
+        assert values["image_leaves_layer"] == (None if kl[-2] == 0 else 2)
+        assert SaturationResult.from_dict(values).summary() == found.summary()
+
+
 def texts(figure: Any) -> list[str]:
     return [t.get_text() for legend in figure.legends for t in legend.get_texts()]
 
@@ -156,10 +176,12 @@ def test_figures_mark_recommended_and_own_splits_apart(tmp_path: Path, monkeypat
     saturation_figure(made(patch_on=PatchOn(14, 3, "routed (lf, split 14)")), tmp_path / "b.png")
     assert "recommended split 18" in texts(drawn[0]) and "image transition 20" in texts(drawn[0])
     assert not any("own" in text for text in texts(drawn[0]))
-    assert "own split 14" in texts(drawn[1]) and "prunes at 3" in texts(drawn[1])
+    assert "own split 14" in texts(drawn[1]) and "pruning from layer 3" in texts(drawn[1])
     assert not any("recommended" in text for text in texts(drawn[1]))
     for axis in drawn[0].axes:
         assert axis.get_xlabel() == "decoder layer" and axis.get_ylabel() and axis.get_title()
+    lines = [{line.get_label(): line.get_linestyle() for line in figure.axes[0].lines} for figure in drawn]
+    assert lines[0]["recommended split 18"] == ":" and lines[1]["own split 14"] == "--"  # as plotting.mark_split
     comparison_figure({"7b": made(), "13b": made(40), "own": made(patch_on=PatchOn(14, None, "x"))}, tmp_path / "c.png")
     assert texts(drawn[2]) == ["7b (split 18)", "13b (split 18)", "own (own split 14)"]
     assert all("%" in axis.get_xlabel() for axis in drawn[2].axes)

@@ -72,7 +72,7 @@ def _whose(result: "AttentionMapsResult", number: int) -> str:
 
 def _effective(one: "CheckpointMaps", row: int) -> str:
     scores = one.scores(row)
-    return f"{math.exp(maths.entropy(scores)):.1f} of {scores.numel()} patches"
+    return f"{math.exp(maths.entropy(scores)):.1f} of {scores.numel()}"  # no wider than a map: the title has the unit
 
 
 def _title(result: "AttentionMapsResult") -> str:

@@ -62,5 +62,6 @@ def _draw(axis: Any, result: "DriftResult") -> None:
     shown = sorted({int(v) for v in numbers if 0 <= v <= last} | ({last} if leaves else set()))
     axis.set_xticks([-1, *shown], ["in", *map(str, shown)])
     axis.set_xlabel("decoder layer (in: input of layer 0)")
-    plotting.mark_split(axis, result.split if leaves else None)
+    if leaves:
+        (plotting.mark_pruning if result.prunes else plotting.mark_split)(axis, result.split)
     axis.set_title(f"Drift of the shallow layers, {result.samples} samples")

@@ -80,14 +80,14 @@ def measure_drift_apart(
         SettingError: as `measure_drift`.
     """
     with Store(settings.store_gb) as store:
-        layers, places, skipped, split, total = _first(open_model, settings, store, progress)
+        layers, places, skipped, limit, total = _first(open_model, settings, store, progress)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         base, base_samples = open_base()
         other = find(base)
         check_base(other, layers, total)
-        with evaluating(base), Meter(settings, layers, total, split) as meter:
+        with evaluating(base), Meter(settings, layers, total, *limit) as meter:
             meter.skipped = skipped
             wanted, last = set(places), places[-1]
             for number, sample in enumerate(files.track(base_samples, "drift: base", progress)):
@@ -102,12 +102,12 @@ def measure_drift_apart(
 
 def _first(
     open_model: Opened, settings: Drift, store: Store, progress: bool
-) -> tuple[int, list[int], int, int | None, int]:
+) -> tuple[int, list[int], int, tuple[int | None, bool], int]:
     """Run the checkpoint, which is out of memory when this returns."""
     model, samples = open_model()
     anatomy = find(model)
-    split = split_of(anatomy)
-    layers = layers_for(settings, len(anatomy.layers), split)
+    limit = split_of(anatomy), prunes(anatomy)
+    layers = layers_for(settings, len(anatomy.layers), limit[0])
     places: list[int] = []
     skipped = 0
     count = len(samples) if hasattr(samples, "__len__") else None  # type: ignore[arg-type]
@@ -125,7 +125,7 @@ def _first(
             places.append(number)
     if not places:
         raise InputError(f"no usable sample for drift: {skipped} without an image")
-    return layers, places, skipped, split, len(anatomy.layers)
+    return layers, places, skipped, limit, len(anatomy.layers)
 
 
 class Meter:
@@ -135,13 +135,15 @@ class Meter:
         layers: how many are compared.
         n_layers: L.
         split: of the checkpoint, or None.
+        prunes: whether that is where it prunes.
         samples: how many were compared.
         skipped: how many had no image.
     """
 
-    def __init__(self, settings: Drift, layers: int, n_layers: int, split: int | None) -> None:
+    def __init__(self, settings: Drift, layers: int, n_layers: int, split: int | None, prunes: bool = False) -> None:
         """Start with nothing; `Meter.between` chooses the layers of two models."""
         self.settings, self.layers, self.n_layers, self.split = settings, layers, n_layers, split
+        self.prunes = prunes
         self.samples = self.skipped = 0
         self._image, self._text = Quantiles(), Quantiles()
 
@@ -156,7 +158,7 @@ class Meter:
         split = split_of(own)
         layers = layers_for(settings, len(own.layers), split)
         check_base(other, layers, len(own.layers))
-        return cls(settings, layers, len(own.layers), split)
+        return cls(settings, layers, len(own.layers), split, prunes(own))
 
     def __enter__(self) -> "Meter":
         """The meter."""
@@ -197,7 +199,7 @@ class Meter:
             raise InputError(f"no usable sample for drift: {self.skipped} without an image")
         return DriftResult(
             _curves(self._image), _curves(self._text), self.n_layers, self.split, self.samples, self.skipped,
-            checkpoint, base, self.settings,
+            checkpoint, base, self.settings, self.prunes,
         )  # fmt: skip
 
 
@@ -237,6 +239,13 @@ def split_of(anatomy: Anatomy) -> int | None:
     if program is None or not program.leaves_out:
         return None
     return program.split if program.prune_at is None else min(program.split, program.prune_at)
+
+
+def prunes(anatomy: Anatomy) -> bool:
+    """Whether `split_of` is the first layer without pruned image tokens, rather than a routed model's split."""
+    handle = get_handle(anatomy.model)
+    program = None if handle is None else handle.program()
+    return program is not None and program.prune_at is not None and program.prune_at < program.split
 
 
 def layers_for(settings: Drift, n_layers: int, split: int | None) -> int:

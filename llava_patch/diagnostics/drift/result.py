@@ -82,6 +82,7 @@ class DriftResult:
         checkpoint: what was measured.
         base: what with.
         settings: the settings used.
+        prunes: whether `split` is the first layer without pruned image tokens, rather than a routed model's split.
     """
 
     image: DriftCurves
@@ -93,6 +94,7 @@ class DriftResult:
     checkpoint: str = ""
     base: str = ""
     settings: Drift = field(default_factory=Drift)
+    prunes: bool = False
 
     @property
     def layers(self) -> int:

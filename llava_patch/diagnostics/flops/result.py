@@ -22,6 +22,7 @@ from llava_patch.settings import FastV, Routing, from_dict, to_dict
 
 OWN = "as configured"
 PAPER = "25-30 %"  # forward FLOPs saved, DPVR paper, abstract (7B)
+PAPER_SIZES = 32, 4096  # layers and width of its decoder
 _UNITS = ((1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
 
 
@@ -103,9 +104,14 @@ class FlopsResult:
             f"{row.forward.total / scale:.3g} of {stock.forward.total / scale:.3g} {unit} a forward pass "
             f"({self.saved(row):.1%} saved; of the decoder alone {1 - row.forward.decoder / stock.forward.decoder:.1%}"
             f"), and {self.saved(row, 'prefill'):.1%} less at generation's prefill, where the last layer answers at "
-            f"one position. The DPVR paper gives {PAPER} of forward FLOPs for LLaVA-1.5 7B; tower, projector and head, "
-            "which no variant changes, are counted here."
+            f"one position. Tower, projector and head, which no variant changes, are counted.{self._paper()}"
         )
+
+    def _paper(self) -> str:
+        decoder = self.shape.decoder
+        if (decoder.layers, decoder.hidden) != PAPER_SIZES:
+            return ""
+        return f" The DPVR paper gives {PAPER} of forward FLOPs for LLaVA-1.5 7B."
 
     def table(self, prompt: int = 0) -> tuple[list[str], list[list[str]]]:
         """(head, rows) for one of the prompts."""

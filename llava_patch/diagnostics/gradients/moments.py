@@ -135,6 +135,20 @@ class Moments:
         return _over(self.skip_trace, self.main_trace)
 
     @property
+    def correlation(self) -> float:
+        """Size of the correlation of both paths' noise, |tr Sigma_ms| / sqrt(tr Sigma_m tr Sigma_s), 0 to 1.
+
+        The cross term without the lengths: delta = 2 / sqrt(c) times this. NaN where a path has no variance.
+        """
+        product = math.sqrt(max(self.main_trace, 0.0)) * math.sqrt(max(self.skip_trace, 0.0))
+        return self.cross / (2 * product) if product > 0 else math.nan
+
+    @property
+    def delta_bound(self) -> float:
+        """The largest delta that c allows, 2 / sqrt(c), from |tr Sigma_ms|^2 <= tr Sigma_m tr Sigma_s; NaN as c is."""
+        return 2 / math.sqrt(self.c) if self.c > 0 else math.nan if math.isnan(self.c) else math.inf
+
+    @property
     def rho(self) -> float:
         """||s|| / ||m|| (Assumption 4.2)."""
         return math.sqrt(_over(max(self.skip_mean, 0.0), self.main_mean))
@@ -188,6 +202,13 @@ class Moments:
             return self.gain if math.isnan(self.gain) else 0.0
         return 2 * self.gain / self.penalty if self.penalty > 0 else math.inf
 
+    @property
+    def product_limit(self) -> float:
+        """The largest L * gamma at which condition (7) holds; infinity: no limit; NaN: none, or one step."""
+        if math.isnan(self.product_needed) or math.isinf(self.product_needed):
+            return math.nan
+        return math.inf if self.penalty >= 0 else 2 * self.gain / self.penalty
+
     def to_dict(self, smoothness: float | None = None, step_size: float | None = None) -> dict[str, Any]:
         """Plain values: what is stored, then what follows.
 
@@ -197,7 +218,10 @@ class Moments:
         """
         gamma = self.learning_rate if step_size is None else step_size
         known = smoothness is not None and gamma is not None
-        derived = ("full_mean", "main_trace", "skip_trace", "full_trace", "cross", "delta", "c", "rho", "alignment")
+        derived = (
+            "full_mean", "main_trace", "skip_trace", "full_trace", "cross", "correlation", "delta", "delta_bound", "c",
+            "rho", "alignment",
+        )  # fmt: skip
         return {
             **asdict(self),
             **{name: getattr(self, name) for name in derived},
@@ -209,6 +233,7 @@ class Moments:
             "gain": self.gain,
             "penalty": self.penalty,
             "product_needed": self.product_needed,
+            "product_limit": self.product_limit,
             "step_size": gamma,
             "condition": self.holds(smoothness * gamma) if known else None,  # type: ignore[operator]
         }

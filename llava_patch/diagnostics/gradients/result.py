@@ -19,6 +19,8 @@ from llava_patch.errors import CheckpointError
 
 __all__ = ["LOG", "NAME", "GradientsResult", "StepLog"]
 NAME = "gradients"
+SMALL_C = 0.01
+"""Below this c, a correlation of 0.005 between the paths' noise already makes delta 0.1, the paper's bound."""
 
 
 @dataclass(frozen=True)
@@ -150,8 +152,8 @@ class GradientsResult:
         else:
             windows = f"{_count(self.windows, 'window')} of {self.settings.window}"
             text += (
-                f"Over {windows}: variance {_number(self.typical('c'))} times "
-                f"the main path's (c), delta {_number(self.median_delta)}; {self._condition()} "
+                f"Over {windows}: variance {_number(self.typical('c'))} times the main path's (c), "
+                f"{self._cross_covariance()}. {self._condition()} "
             )
         if not self.trains:
             return text.rstrip()
@@ -162,16 +164,30 @@ class GradientsResult:
             return f"{text}t_trans cannot be told from {known}: it takes {self.transition_takes}."
         return f"{text}It did not settle below the main one (no t_trans)."
 
+    def _cross_covariance(self) -> str:
+        c, delta = self.typical("c"), _number(self.median_delta)
+        correlation = f"|correlation| of both paths' noise {_number(self.typical('correlation'))}"
+        if c < SMALL_C:
+            return (
+                f"{correlation}; delta ({delta}) says little with so small a c: it may reach 2 / sqrt(c) = "
+                f"{_number(self.typical('delta_bound'))}"
+            )
+        return f"delta {delta}, {correlation}"
+
     def _condition(self) -> str:
         known = [c for c in self.conditions() if c is not None]
         if known:
-            return f"condition (7) holds in {sum(known)} of {len(known)}."
-        needed = self.typical("product_needed")
-        if not math.isfinite(needed):
-            return "condition (7) holds for no step size in the median window."
-        if needed == 0:
-            return "condition (7) holds for however small a step size (median)."
-        return f"condition (7) holds where smoothness times step size is at least {needed:.3g} (median)."
+            return f"Condition (7) holds in {sum(known)} of {len(known)} windows."
+        needed, limit = self.typical("product_needed"), self.typical("product_limit")
+        if math.isnan(needed):
+            return "Condition (7) takes windows of two steps."
+        if math.isinf(needed):
+            where = "at no L * gamma"
+        elif needed == 0:
+            where = "at every L * gamma" if limit == math.inf else f"where L * gamma is at most {_number(limit)}"
+        else:
+            where = f"where L * gamma is at least {needed:.3g}"
+        return f"Condition (7) holds {where} (smoothness times step size; median)."
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Head and rows: median and range of what the paper names."""
@@ -186,6 +202,8 @@ class GradientsResult:
             "c": "c = tr Sigma_skip / tr Sigma_main",
             "rho": "rho = ||s|| / ||m||",
             "delta": "delta",
+            "delta_bound": "largest delta at this c, 2 / sqrt(c)",
+            "correlation": "|correlation| of both paths' noise",
             "product_needed": "L gamma needed by (7)",
         }
         rows += [_row(label, (getattr(w, name) for w in self.windows)) for name, label in names.items()]

@@ -6,12 +6,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_patch.diagnostics.plotting import IMAGE, OTHER, SPLIT, STYLE, TEXT, layer_axis, panels, write_figure
+from llava_patch.diagnostics.plotting import (
+    IMAGE,
+    OTHER,
+    SPLIT,
+    STYLE,
+    TEXT,
+    layer_axis,
+    mark_pruning,
+    mark_split,
+    panels,
+    write_figure,
+)
 
 if TYPE_CHECKING:
     from llava_patch.diagnostics.saturation.result import SaturationResult
 
-OWN = "0.25"  # a patched model's own split: dark, unlike the green of a recommendation
 COLOURS = (IMAGE, TEXT, SPLIT, OTHER, "#dd8452", "#64b5cd", "#937860", "#da8bc3", "#8c8c8c", "#ccb974")
 TITLES = ("Hidden states across a layer", "Text attention on the image", "Logit lens")
 UNITS = ("cosine(layer input, output)", "attention mass (probability)", "KL(final || layer) (nats)")
@@ -20,10 +30,10 @@ _MARKED: dict[str, Any] = {"marker": "o", "ms": 2.5}
 
 
 def saturation_figure(result: "SaturationResult", path: str | Path) -> Path:
-    """Cosine, attention mass and logit-lens KL over the layers; the recommended window is shaded.
+    """Cosine, attention mass and logit-lens KL over the layers; rings are the transition layers.
 
-    A patched model's own split, or the layer where it prunes, is marked apart from a recommendation; rings are the
-    transition layers.
+    A patched model's own split is dashed as in every figure, and the layer where it prunes has a line of its own; a
+    recommended split is a dotted line that opens a shaded window.
 
     Returns:
         The path written.
@@ -69,11 +79,10 @@ def _mark(result: "SaturationResult", axes: list[Any]) -> None:
     for axis in axes:
         if window is not None:
             axis.axvspan(window[0] - 0.15, window[1] + 0.15, color=SPLIT, alpha=0.15, lw=0, label="window")
-            axis.axvline(window[0], color=SPLIT, ls="--", lw=1.2, label=f"recommended split {window[0]}")
-        if patch is not None and patch.split is not None:
-            axis.axvline(patch.split, color=OWN, ls="-.", lw=1.2, label=f"own split {patch.split}")
-        if patch is not None and patch.prune_at is not None:
-            axis.axvline(patch.prune_at, color=OTHER, ls=":", lw=1.4, label=f"prunes at {patch.prune_at}")
+            axis.axvline(window[0], color=SPLIT, ls=":", lw=1.6, label=f"recommended split {window[0]}")
+        if patch is not None:
+            mark_split(axis, patch.split, "own split")
+            mark_pruning(axis, patch.prune_at)
 
 
 def _one_legend(figure: Any, axes: list[Any]) -> None:
@@ -133,7 +142,7 @@ def _flag(axis: Any, layer: int | None, unit: float, number: int, color: str, fi
     """A triangle on a line; those of equal splits hang below each other."""
     if layer is None:
         return
-    axis.axvline(layer * unit, color=color, lw=0.8, ls="--" if filled else ":", zorder=1)
+    axis.axvline(layer * unit, color=color, lw=0.8, ls=":" if filled else "--", zorder=1)
     face, across = color if filled else "white", axis.get_xaxis_transform()
     axis.plot([layer * unit], [0.96 - 0.07 * (number % 10)], "v", ms=5, mec=color, mfc=face, transform=across, zorder=4)
 

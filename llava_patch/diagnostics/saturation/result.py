@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_patch import files
-from llava_patch.diagnostics.recommend import Recommendation, deep_median, recommend, transition_layer
+from llava_patch.diagnostics.recommend import Recommendation, absent_from, deep_median, recommend, transition_layer
 from llava_patch.diagnostics.saturation.curves import Curves
 from llava_patch.diagnostics.saturation.settings import DEFAULTS, Saturation
 from llava_patch.errors import InputError
@@ -97,8 +97,18 @@ class SaturationResult:
         return (
             f"{head} ({samples}): {self.recommendation.reason}. Attention mass on the image is "
             f"{self.curves.mass[0]:.3g} at layer 0 and {self.deep_mass:.3g} in the deep median; transition layers: "
-            f"image {self.worded(self.image_transition)}, text {self.worded(self.text_transition)}."
+            f"image {self.worded(self.image_transition)}{self._why_none()}, text {self.worded(self.text_transition)}."
         )
+
+    @property
+    def image_leaves(self) -> int | None:
+        """First layer without hidden states of image positions, or None when all layers have them."""
+        return absent_from(self.curves.image_kl)
+
+    def _why_none(self) -> str:
+        if self.image_transition is not None or self.image_leaves is None:
+            return ""
+        return f" (not reached before the image leaves at layer {self.image_leaves})"
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """(head, rows): the curves, a line a layer."""
@@ -124,6 +134,7 @@ class SaturationResult:
             "reason": self.recommendation.reason,
             "image_transition_layer": self.image_transition,
             "image_transition_percent": self.depth_percent(self.image_transition),
+            "image_leaves_layer": self.image_leaves,
             "text_transition_layer": self.text_transition,
             "text_transition_percent": self.depth_percent(self.text_transition),
             "patch": None if self.patch is None else asdict(self.patch),

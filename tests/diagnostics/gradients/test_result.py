@@ -43,6 +43,11 @@ def test_json_there_and_back(tmp_path):
     # With two low steps of four the running median is 1.25.
     assert written["transition_step"] == result.transition == 23
     assert len(written["windows"]) == 10 and written["windows"][0]["condition"] in (True, False)
+    first = written["windows"][0]
+    assert first["delta"] == pytest.approx(first["correlation"] * first["delta_bound"])
+    assert {"|correlation| of both paths' noise", "largest delta at this c, 2 / sqrt(c)"} < {
+        row[0] for row in result.table()[1]
+    }
     assert written["median_delta"] == result.median_delta
 
 
@@ -107,10 +112,18 @@ def test_numbers_that_are_not_finite_survive(tmp_path):
 
 def test_summaries():
     text = make().summary()
-    assert "Over 10 windows of 4" in text and "condition (7) holds in" in text
+    assert "Over 10 windows of 4" in text and "Condition (7) holds in" in text
     assert text.endswith("From step 23 on the skip gradient is the shorter one (t_trans).")
     text = make(turns=99, settings=dataclasses.replace(SETTINGS, smoothness=None)).summary()
-    assert text.endswith("(no t_trans).") and "smoothness times step size is at least" in text
+    assert text.endswith("(no t_trans).") and "Condition (7) holds where L * gamma is at least" in text
+    assert "says little" not in text and f", delta {make(turns=99).median_delta:.3g}, |correlation| of both" in text
+    tiny = make(turns=99, skip=0.02)
+    bound = 2 / math.sqrt(tiny.typical("c"))
+    assert bound > 20 and f"says little with so small a c: it may reach 2 / sqrt(c) = {bound:.3g}." in tiny.summary()
+    assert (
+        f"|correlation| of both paths' noise {tiny.typical('correlation'):.3g}; delta ({tiny.median_delta:.3g})"
+        in tiny.summary()
+    )
     assert "No window of 4 is complete" in make(count=3).summary()
     takes = SETTINGS.window * SETTINGS.transition_windows
     short, enough = (make(count=takes - n, turns=99).summary() for n in (1, 0))

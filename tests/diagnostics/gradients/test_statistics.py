@@ -6,8 +6,19 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from llava_patch.diagnostics.gradients import Moments, Step, Window, load_window, save_window, transition_step
+from llava_patch.diagnostics.gradients import (
+    Gradients,
+    GradientsResult,
+    Moments,
+    Step,
+    Window,
+    load_window,
+    save_window,
+    transition_step,
+)
 from llava_patch.errors import CheckpointError
 
 
@@ -43,6 +54,7 @@ def test_running_sums_are_the_moments_of_the_stored_vectors():
         mixed = np.trace((m - m.mean(0)).T @ (s - s.mean(0))) / 8
         assert window.cross == close(2 * abs(mixed))
         assert window.delta == close(2 * abs(mixed) / (traces[1] + 1e-12))
+        assert window.correlation == close(abs(mixed) / math.sqrt(traces[0] * traces[1]))
         assert window.c == close(traces[1] / traces[0])
         assert window.rho == close(np.linalg.norm(s.mean(0)) / np.linalg.norm(m.mean(0)))
         assert window.alignment == np.sign(m.mean(0) @ s.mean(0))
@@ -86,9 +98,55 @@ def test_a_linear_model_whose_moments_are_known(linked):
     assert moments.c == 9 / 4 and moments.rho == 0.5 and moments.alignment == -1
     assert moments.snr("main") == 1 / 5 and moments.snr("skip") == pytest.approx(0.25 / 9.25)
     assert moments.cross == (12 if linked else 0) and moments.delta == pytest.approx(12 / 9 if linked else 0)
+    assert moments.correlation == (1 if linked else 0) and moments.delta_bound == pytest.approx(4 / 3)
     assert moments.full_trace == (25 if linked else 13)  # eq. 4
     assert moments.snr("full") == 0.25 / (0.25 + moments.full_trace)
     assert moments.penalty == (20.25 if linked else 8.25)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6), size=st.integers(1, 40), count=st.integers(2, 12), scale=st.floats(-4.0, 1.0),
+    mix=st.floats(-1.0, 1.0),
+)  # fmt: skip
+def test_delta_is_the_correlation_times_what_c_allows(seed, size, count, scale, mix):
+    """However long the skip gradient is and however it goes with the main one."""
+    generator, window = torch.Generator().manual_seed(seed), Window(count)
+    for number in range(1, count + 1):
+        main, other = torch.randn(2, size, generator=generator, dtype=torch.float64)
+        _, moments = window.add(number, main, main + 10**scale * (mix * main + (1 - abs(mix)) * other))
+    assert 0 <= moments.correlation <= 1 + 1e-3  # float32 sums
+    assert moments.delta_bound == pytest.approx(2 / math.sqrt(moments.c))
+    assert moments.delta == pytest.approx(moments.correlation * moments.delta_bound, rel=1e-3)
+    if mix in (-1, 1):
+        assert moments.correlation == pytest.approx(1, rel=1e-2)
+
+
+def moments_of(gain, penalty):
+    """Two steps with this left side of condition (7), and with what L * gamma / 2 multiplies."""
+    return Moments(1, 2, 2, main_square=9.0, skip_square=0.0, full_square=9.0 + penalty, inner=0.0, main_mean=1.0,
+                   skip_mean=0.0, mean_inner=gain / 2)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "gain, penalty, least, most, said",
+    [
+        (1.0, 4.0, 0.5, math.inf, "holds where L * gamma is at least 0.5 ("),
+        (-1.0, 4.0, 0.0, math.inf, "holds at every L * gamma ("),
+        (-1.0, 0.0, 0.0, math.inf, "holds at every L * gamma ("),
+        (-1.0, -4.0, 0.0, 0.5, "holds where L * gamma is at most 0.5 ("),
+        (1.0, -4.0, math.inf, math.nan, "holds at no L * gamma ("),
+        (1.0, 0.0, math.inf, math.nan, "holds at no L * gamma ("),
+    ],
+)
+def test_where_condition_7_holds(gain, penalty, least, most, said):
+    moments = moments_of(gain, penalty)
+    assert moments.gain == gain and moments.penalty == penalty
+    for product in (0.0, 1e-3, 0.49, 0.51, 3.0, 1e6):
+        assert moments.holds(product) is (least <= product <= most)
+    assert moments.product_needed == least and moments.product_limit == pytest.approx(most, nan_ok=True)
+    result = GradientsResult([Step(1, 9.0, 1.0, 10.0, 0.0)], [moments], Gradients(window=2), {})
+    assert f"Condition (7) {said}smoothness times step size; median)." in result.summary()
 
 
 @pytest.mark.parametrize("along, noise, better", [(-0.5, 0.5, True), (0.8, 0.1, False), (0.2, 3.0, True)])

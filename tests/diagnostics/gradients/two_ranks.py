@@ -1,11 +1,13 @@
-"""One of two ranks under DDP: `python -m tests.diagnostics.gradients.two_ranks FOLDER`, with torchrun's variables.
+"""Two ranks under DDP: `python -m tests.diagnostics.gradients.two_ranks FOLDER`, with torchrun's variables but RANK.
 
-Trains twice, without and with the measurement, and writes weights and history of both.
+Each trains twice, without and with the measurement, and writes weights, history and what it printed. The ranks are
+forked after the imports, which take longer than the runs.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -28,9 +30,12 @@ def measured_run(folder: Path, **more: Any) -> Any:
     return made, follow(made, SETTINGS)
 
 
-def main(folder: Path) -> None:
+def run_rank(folder: Path, rank: str) -> None:
+    os.environ.update(RANK=rank, LOCAL_RANK=rank)
+    printed = os.open(folder / f"printed-{rank}.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(printed, 1)
+    os.dup2(printed, 2)
     torch.set_num_threads(1)
-    rank = os.environ["RANK"]
     for name, settings in (("plain", None), ("measured", Gradients(window=2))):
         made = trainer(folder / name, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=3,
                        ddp_find_unused_parameters=False)  # fmt: skip
@@ -46,5 +51,18 @@ def main(folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+def main(folder: Path) -> int:
+    """The number of ranks that failed."""
+    from transformers import Trainer  # noqa: F401  imported before the fork
+
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=run_rank, args=(folder, rank)) for rank in "01"]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    return sum(process.exitcode != 0 for process in ranks)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    sys.exit(main(Path(sys.argv[1])))
