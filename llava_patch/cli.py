@@ -18,6 +18,7 @@ from llava_patch.probe.commands import compare, correlate, export, preview, run,
 
 app = typer.Typer(no_args_is_help=True)
 app.add_typer(rprobe.app, name="rprobe", rich_help_panel=measurements.PANEL)
+app.command("correlate", no_args_is_help=True, rich_help_panel=measurements.PANEL)(correlate.correlate)
 measurements.register(app)
 doctor.add(app)
 inspection.add(app)

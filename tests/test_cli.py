@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from llava_patch.cli import app
-from llava_patch.errors import SettingError
+from llava_patch.errors import LlavaPatchError, SettingError
 
 runner = CliRunner()
 
@@ -39,3 +39,15 @@ def test_the_command_starts_without_loading_models_code():
 def test_help_shows_where_to_start_and_what_measures():
     said = runner.invoke(app, ["--help"]).output
     assert "Measure a checkpoint" in said and "Start with doctor" in said
+
+
+def test_every_job_is_a_subcommand():
+    shown = runner.invoke(app, ["--help"], env={"COLUMNS": "200"}).output
+    for name in (
+        "doctor", "inspect", "report", "saturation", "gradients", "attention-maps", "drift", "fusion-attention", "reach",
+        "flops", "rprobe", "correlate", "bench", "sweep", "merge", "convert", "gin-files",
+    ):  # fmt: skip
+        assert f" {name} " in shown
+    done = runner.invoke(app, ["correlate", "a.json"])
+    assert isinstance(done.exception, LlavaPatchError)  # the same command as `rprobe correlate`
+    assert str(done.exception) == str(runner.invoke(app, ["rprobe", "correlate", "a.json"]).exception)

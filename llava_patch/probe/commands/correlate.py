@@ -1,4 +1,4 @@
-"""`llava-patch rprobe correlate`."""
+"""`llava-patch correlate`, also found as `llava-patch rprobe correlate`."""
 
 from __future__ import annotations
 
