@@ -124,8 +124,8 @@ def _make(section: Section, context: Context, folder: Path, wanted: str) -> Reco
         command=section.command(context),
     )  # fmt: skip
     began = time.monotonic()
-    why_not = section.why_not(context)
     try:
+        why_not = section.why_not(context)
         if why_not is not None:
             raise SkipSection(why_not)
         found = section.run(context, folder)
