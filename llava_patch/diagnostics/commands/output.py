@@ -38,13 +38,13 @@ def facts_of(checkpoint: str) -> dict[str, Any]:
     return {"checkpoint": named(checkpoint), **({CONFIGURED: patch} if patch else {})}
 
 
-def check_results(path: Path, sources: Sequence[str], configured: bool = True) -> None:
+def check_results(path: Path, sources: Sequence[str]) -> None:
     """Refuse to replace the results of other checkpoints, or of the same ones under another configured patch.
 
     Args:
         path: the results' JSON file; one that is not there or cannot be read is no obstacle.
-        sources: the checkpoints of this run, in order.
-        configured: whether the patch counts that gin puts on them; results without a record of one had none.
+        sources: the checkpoints of this run, in order. The patch that gin puts on them counts too; results without a
+            record of one had none.
 
     Raises:
         CheckpointError: names the file, and what it was measured on.
@@ -58,7 +58,7 @@ def check_results(path: Path, sources: Sequence[str], configured: bool = True) -
     others, before = _recorded(values)
     if not others:
         return
-    now = configured_patch() if configured else before
+    now = configured_patch()
     asked = [named(source) for source in sources]
     if [named(other) for other in others] == asked and before == now:
         return

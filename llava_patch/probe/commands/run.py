@@ -124,7 +124,7 @@ def named(checkpoint: str) -> str:
 
 
 def check_folder(folder: Path, checkpoint: str) -> None:
-    """Refuse to replace R-Probe's results of another checkpoint.
+    """Refuse to replace R-Probe's results of another checkpoint, or of this one under another patch of gin.
 
     Args:
         folder: where results will be written.
@@ -138,7 +138,7 @@ def check_folder(folder: Path, checkpoint: str) -> None:
     from llava_patch.probe.output import RESULT
 
     for name in (RESULT, SUMMARY, *(f"{name}/{RESULT}" for name in VARIANTS)):
-        check_results(folder / name, [checkpoint], configured=False)
+        check_results(folder / name, [checkpoint])
 
 
 def _measure(
@@ -154,6 +154,7 @@ def _measure(
     show: list[str],
     formats: list[str],
 ) -> None:
+    from llava_patch.diagnostics.commands.output import facts_of
     from llava_patch.files import atomic, write_json
     from llava_patch.probe import parallel
     from llava_patch.probe.ablation import VARIANTS, markdown, notes, summarise, tables, variant
@@ -167,7 +168,7 @@ def _measure(
     samples = _read(data, settings)
     measured = _read(heldout, settings)
     subject = load_subject(checkpoint, base, device, dtype)
-    facts = {"checkpoint": named(checkpoint), "base": base, "source": resolve_source(data)}
+    facts = {**facts_of(checkpoint), "base": base, "source": resolve_source(data)}
     facts["heldout_source"] = resolve_source(heldout)
     if not ablation:
         result = _probe(subject, settings, samples, measured, folder, facts, show, formats)

@@ -65,6 +65,8 @@ def test_results_of_another_checkpoint_are_not_replaced(checkpoint, tmp_path, mo
     for more in ((), ("--ablation",)):
         message = rprobe(f"elsewhere/{checkpoint.name}", *QUICK, *more, fails=CheckpointError)
         assert str(checkpoint.resolve()) in message and "--output" in message
+    message = rprobe(checkpoint, *QUICK, "--gin-param", "SkipLinks.layers = (1,)", fails=CheckpointError)
+    assert "without a patch of gin, not of" in message and "SkipLinks(" in message
     assert (tmp_path / "rprobe" / "model" / "rprobe.json").read_bytes() == before
     rprobe(os.path.relpath(checkpoint), *QUICK)  # the same one by another path
     check_folder(tmp_path / "rprobe" / "model", str(checkpoint))
@@ -158,6 +160,8 @@ def test_a_patch_asked_for_by_gin_is_measured(checkpoint, tmp_path, monkeypatch)
         "--gin-param", "RProbe.steps = 9",
     )  # fmt: skip
     assert "SkipLinks" in seen[0]
+    facts = json.loads((tmp_path / "rprobe.json").read_text())["facts"]
+    assert facts["configured_patch"]["fusion"].startswith("SkipLinks(")
     assert json.loads((tmp_path / "rprobe.json").read_text())["settings"]["steps"] == 4  # the option wins
     assert startup.configuration() is None
 
