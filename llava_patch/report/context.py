@@ -89,7 +89,7 @@ class Context:
         """Let go of the model; the next section that asks loads it again."""
         del self.subject
 
-    def openers(self, count: int) -> "tuple[Opened, Opened]":
+    def openers(self, count: int | None) -> "tuple[Opened, Opened]":
         """Two calls that load the checkpoint and the base with samples of the same examples.
 
         Neither model stays here: what compares them has one in memory at a time.
@@ -116,7 +116,7 @@ class Context:
             return f"the base is no LLaVA: {error}"
         return None
 
-    def examples(self, count: int, answers: bool = False) -> "list[Example]":
+    def examples(self, count: int | None, answers: bool = False) -> "list[Example]":
         """Examples spread evenly over the data.
 
         Raises:
@@ -132,9 +132,13 @@ class Context:
     def _examples(self, subject: "Subject", count: int | None) -> "list[Example]":
         return commands.examples_for(subject, self.data, count, self.question)
 
-    def samples(self, count: int) -> Samples:
+    def samples(self, count: int | None) -> Samples:
         """Keyword arguments of the model's forward, for examples spread over the data."""
         return Samples(self.subject, self._examples(self.subject, count))
+
+    def counted(self, kind: Any, count: int) -> Any:
+        """Settings of a measurement as gin binds them, with `count` samples where it does not say how many."""
+        return commands.with_count(commands.settings_of(kind), None, count)
 
     def against_base(self, *words: str) -> str:
         """A command line that takes the base as its second argument."""

@@ -6,6 +6,7 @@ A file has a function `add(app)` that adds its command (or a group) to the conso
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,6 +82,11 @@ def count_of(samples: int | None, bound: int | None, default: int) -> int | None
     return (bound or default) if samples is None else (samples or None)
 
 
+def with_count(settings: Any, samples: int | None, default: int) -> Any:
+    """A measurement's settings with `max_samples` as `count_of` has it."""
+    return dataclasses.replace(settings, max_samples=count_of(samples, settings.max_samples, default))
+
+
 @contextlib.contextmanager
 def configured(gin_file: list[str], gin_param: list[str], goes_on: bool = False) -> Iterator[None]:
     """A command's own gin bindings count inside; Ctrl-C ends with exit code 130 and one line.
@@ -103,8 +109,6 @@ def configured(gin_file: list[str], gin_param: list[str], goes_on: bool = False)
 
 def settings_of(cls: Any, **given: Any) -> Any:
     """A measurement's settings: gin's, or the defaults, with the command line's own (those not None) on top."""
-    import dataclasses
-
     from llava_patch import startup
 
     asked = startup.configuration()

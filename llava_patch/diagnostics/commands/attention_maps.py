@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,21 +69,16 @@ def attention_maps(
     with commands.configured(gin_file, gin_param):
         written.check_results(folder / f"{NAME}.json", sources)
         settings = commands.settings_of(AttentionMaps, block=block)
-        count = len(image) or commands.count_of(samples, settings.max_samples, SAMPLES)
-        settings = dataclasses.replace(settings, max_samples=count)
+        settings = commands.with_count(settings, len(image) or samples, SAMPLES)
         for source in image or [data]:
             check_data(source)
         result: "AttentionMapsResult | None" = None
         for checkpoint, label, source in zip(checkpoints, labels, sources, strict=True):
-            one = _measure(checkpoint, label, source, image, data, count, settings, base, device, dtype)
+            one = _measure(checkpoint, label, source, image, data, settings, base, device, dtype)
             result = one if result is None else result.beside(one)
         assert result is not None
         written.show(result.table())
-        typer.echo(result.summary())
-        paths = result.save(folder, NAME)
-        written.add_facts(paths[0], checkpoints[0])
-        for path in paths:
-            typer.echo(f"wrote {path}")
+        written.finish(result, folder, NAME, checkpoints[0])
 
 
 def _measure(
@@ -93,7 +87,6 @@ def _measure(
     source: str,
     image: list[str],
     data: str,
-    count: int | None,
     settings: "AttentionMaps",
     base: str,
     device: str,
@@ -106,7 +99,7 @@ def _measure(
     if image:
         examples = [example for path in image for example in commands.examples_for(subject, path, 1)]
     else:
-        examples = commands.examples_for(subject, data, count)
+        examples = commands.examples_for(subject, data, settings.max_samples)
     return measure_attention_maps(
         subject.model,
         several.Samples(subject, examples),

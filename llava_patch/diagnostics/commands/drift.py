@@ -61,10 +61,9 @@ def drift(
         stock = several.base_for(checkpoint, stock or settings.base or base)
         sources = [named(checkpoint), named(stock)]
         written.check_results(folder / f"{NAME}.json", sources)
-        count = commands.count_of(samples, settings.max_samples, SAMPLES)
-        settings = dataclasses.replace(settings, max_samples=count)
+        settings = commands.with_count(settings, samples, SAMPLES)
         check_data(data)
-        own, other = several.openers(checkpoint, stock, base, data, count, question, device, dtype)
+        own, other = several.openers(checkpoint, stock, base, data, settings.max_samples, question, device, dtype)
         if settings.together:
             (model, ours), (stock_model, theirs) = own(), other()
             result = measure_drift(model, stock_model, ours, settings, base_samples=theirs)
@@ -72,8 +71,4 @@ def drift(
             result = measure_drift_apart(own, other, settings)
         result = dataclasses.replace(result, checkpoint=sources[0], base=sources[1])
         written.show(result.table())
-        typer.echo(result.summary())
-        paths = result.save(folder, NAME)
-        written.add_facts(paths[0], checkpoint)
-        for path in paths:
-            typer.echo(f"wrote {path}")
+        written.finish(result, folder, NAME, checkpoint)

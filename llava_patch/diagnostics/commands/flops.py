@@ -90,11 +90,7 @@ def flops(
         for number, prompt in enumerate(measured.prompts):
             tokens = f"{prompt.image} image + {prompt.text} text tokens, batch {prompt.batch}"
             written.show(measured.table(number), f"{found.name}: {tokens}, split {measured.split}")
-        typer.echo(measured.summary())
-        paths = measured.save(folder)
-        written.add_facts(paths[0], subject)
-        for path in paths:
-            typer.echo(f"wrote {path}")
+        written.finish(measured, folder, "flops", subject)
 
 
 def _fusion_layers(text: str) -> int | tuple[int, ...]:

@@ -68,10 +68,23 @@ def check_results(path: Path, sources: Sequence[str]) -> None:
     raise CheckpointError(f"{path} holds the results of {held}, not of {wanted}: give another folder with --output")
 
 
-def add_facts(path: Path, checkpoint: str) -> None:
-    """Note in a result's file what it was measured on; see `facts_of`."""
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    write_json(path, {**values, "facts": facts_of(checkpoint)})
+def finish(result: Any, folder: Path, name: str, checkpoint: str) -> None:
+    """Say what was found, write it, note in its JSON what it was measured on (`facts_of`), and say where it is.
+
+    Args:
+        result: with `summary()` and `save(folder, name)`, which gives the JSON's path first.
+        folder: of the files.
+        name: of the files.
+        checkpoint: folder or hub name.
+    """
+    import typer
+
+    typer.echo(result.summary())
+    paths = result.save(folder, name)
+    values: dict[str, Any] = json.loads(paths[0].read_text(encoding="utf-8"))
+    write_json(paths[0], {**values, "facts": facts_of(checkpoint)})
+    for path in paths:
+        typer.echo(f"wrote {path}")
 
 
 def show(table: tuple[Sequence[str], Sequence[Sequence[str]]], title: str = "", notes: Sequence[str] = ()) -> None:

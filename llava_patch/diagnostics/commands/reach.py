@@ -87,8 +87,4 @@ def reach(
                 handle.apply_freeze()
             result = measure_reach(subject.model, commands.samples_of(subject, examples, answers=True), settings)
         written.show(result.table())
-        typer.echo(result.summary())
-        paths = result.save(folder, name)
-        written.add_facts(paths[0], checkpoint)
-        for path in paths:
-            typer.echo(f"wrote {path}")
+        written.finish(result, folder, name, checkpoint)

@@ -23,12 +23,12 @@ from llava_patch.diagnostics.commands import (
     QUESTION,
     check_checkpoint,
     configured,
-    count_of,
     examples_for,
     folder_for,
     load,
     samples_option,
     settings_of,
+    with_count,
 )
 from llava_patch.diagnostics.commands import output as written
 from llava_patch.diagnostics.examples import check_data
@@ -158,8 +158,8 @@ def compare_command(
 def _settings(samples: int | None) -> "Saturation":
     from llava_patch.diagnostics.saturation import Saturation
 
-    settings = settings_of(Saturation)
-    return dataclasses.replace(settings, max_samples=count_of(samples, settings.max_samples, DEFAULT_SAMPLES))
+    settings: Saturation = with_count(settings_of(Saturation), samples, DEFAULT_SAMPLES)
+    return settings
 
 
 def _measure(

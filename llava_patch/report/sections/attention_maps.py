@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_patch.diagnostics import commands
 from llava_patch.diagnostics.attention_maps import AttentionMaps, measure_attention_maps
 from llava_patch.diagnostics.base import load_base
 from llava_patch.diagnostics.commands.several import Samples
@@ -21,13 +20,13 @@ if TYPE_CHECKING:
 
 
 def _settings(context: Context) -> AttentionMaps:
-    bound = commands.settings_of(AttentionMaps)
-    return bound if bound.max_samples is not None else dataclasses.replace(bound, max_samples=context.settings.maps)
+    settings: AttentionMaps = context.counted(AttentionMaps, context.settings.maps)
+    return settings
 
 
 def _run(context: Context, folder: Path) -> Found:
     settings = _settings(context)
-    examples = context.examples(settings.max_samples or context.settings.maps)
+    examples = context.examples(settings.max_samples)
     own = _label(context.checkpoint)
     result = _measure(context.subject, examples, settings, own, named(context.checkpoint))
     if context.inspection.trained_tower and context.why_no_base() is None:  # an untrained tower is the base's own

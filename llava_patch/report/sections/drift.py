@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from llava_patch.diagnostics.commands import settings_of
 from llava_patch.diagnostics.drift import Drift, measure_drift_apart
 from llava_patch.probe.commands.run import named
 from llava_patch.report.context import Context
@@ -14,13 +13,13 @@ from llava_patch.report.section import Found, Section, found_of
 
 
 def _settings(context: Context) -> Drift:
-    bound = settings_of(Drift)
-    return bound if bound.max_samples is not None else settings_of(Drift, max_samples=context.settings.samples)
+    settings: Drift = context.counted(Drift, context.settings.samples)
+    return settings
 
 
 def _run(context: Context, folder: Path) -> Found:
     settings = _settings(context)
-    result = measure_drift_apart(*context.openers(settings.max_samples or context.settings.samples), settings)
+    result = measure_drift_apart(*context.openers(settings.max_samples), settings)
     result = dataclasses.replace(result, checkpoint=named(context.checkpoint), base=named(context.base))
     alt = "Median cosine between this checkpoint's and the base's hidden states over the decoder layers."
     return found_of(result, folder, "drift", alt)

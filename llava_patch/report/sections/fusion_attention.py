@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from llava_patch.diagnostics.commands import settings_of
 from llava_patch.diagnostics.fusion_attention import FusionAttention, measure_fusion_attention_apart
 from llava_patch.probe.commands.run import named
 from llava_patch.report.context import Context
@@ -14,16 +13,13 @@ from llava_patch.report.section import Found, Section, found_of
 
 
 def _settings(context: Context) -> FusionAttention:
-    bound = settings_of(FusionAttention)
-    if bound.max_samples is not None:
-        return bound
-    return settings_of(FusionAttention, max_samples=context.settings.samples)
+    settings: FusionAttention = context.counted(FusionAttention, context.settings.samples)
+    return settings
 
 
 def _run(context: Context, folder: Path) -> Found:
     settings = _settings(context)
-    openers = context.openers(settings.max_samples or context.settings.samples)
-    result = measure_fusion_attention_apart(*openers, settings)
+    result = measure_fusion_attention_apart(*context.openers(settings.max_samples), settings)
     result = dataclasses.replace(result, checkpoint=named(context.checkpoint), base=named(context.base))
     alt = "Attention mass on the image, head by head, in this checkpoint and in the base."
     return found_of(result, folder, "fusion_attention", alt)

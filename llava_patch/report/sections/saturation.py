@@ -6,15 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llava_patch.diagnostics.commands import settings_of
 from llava_patch.diagnostics.saturation import Saturation, measure_saturation
 from llava_patch.report.context import Context
 from llava_patch.report.section import Found, Section, found_of
 
 
 def _settings(context: Context) -> Saturation:
-    bound = settings_of(Saturation)
-    return bound if bound.max_samples is not None else settings_of(Saturation, max_samples=context.settings.samples)
+    settings: Saturation = context.counted(Saturation, context.settings.samples)
+    return settings
 
 
 def _recorded(context: Context) -> dict[str, Any]:
@@ -23,8 +22,7 @@ def _recorded(context: Context) -> dict[str, Any]:
 
 def _run(context: Context, folder: Path) -> Found:
     settings = _settings(context)
-    count = settings.max_samples or context.settings.samples
-    result = measure_saturation(context.subject.model, context.samples(count), settings)
+    result = measure_saturation(context.subject.model, context.samples(settings.max_samples), settings)
     return found_of(
         result,
         folder,
