@@ -6,13 +6,14 @@ Hooks are the caller's; what is here is the same for every measurement that look
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llava_patch import files
 from llava_patch.errors import HostError, InputError
 from llava_patch.hosts import carry
 from llava_patch.hosts.anatomy import HF, LLAVA, Anatomy
@@ -152,3 +153,18 @@ def watch_preparation(anatomy: Anatomy, note: Callable[[Tensor | None], None], u
         return outputs
 
     undo.set_attribute(anatomy.model, "prepare_inputs_labels_for_multimodal", prepare_and_note)
+
+
+def paired(
+    samples: Iterable[dict[str, Any]], base_samples: Iterable[dict[str, Any]] | None, what: str, progress: bool
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Each sample of a model beside that of its base.
+
+    Args:
+        samples: of the model.
+        base_samples: of its base, as many; None: the same ones.
+        what: the measurement, for the progress bar.
+        progress: show one on stderr.
+    """
+    tracked = files.track(samples, what, progress)
+    return ((s, s) for s in tracked) if base_samples is None else zip(tracked, base_samples, strict=True)

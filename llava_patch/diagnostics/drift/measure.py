@@ -48,11 +48,8 @@ def measure_drift(
     """
     own, other = find(model), find(base)
     meter = Meter.between(own, other, settings)
-    tracked = files.track(samples, "drift", progress)
-    pairs: Iterable[tuple[dict[str, Any], dict[str, Any]]]
-    pairs = ((s, s) for s in tracked) if base_samples is None else zip(tracked, base_samples, strict=True)
     with evaluating(model), evaluating(base), meter:
-        for sample, base_sample in pairs:
+        for sample, base_sample in passes.paired(samples, base_samples, "drift", progress):
             if meter.full:
                 break
             if not passes.has_image(own, sample):

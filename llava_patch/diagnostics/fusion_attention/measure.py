@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llava_patch import files
+from llava_patch.diagnostics import passes
 from llava_patch.diagnostics.fusion_attention.heads import (
     WHAT,
     HeadMass,
@@ -54,10 +54,7 @@ def measure_fusion_attention(
         check_layers(layers, anatomy)
     trained, stock = HeadMass(layers, len(own.layers)), HeadMass(layers, len(other.layers))
     with evaluating(model), evaluating(base):
-        tracked = files.track(samples, WHAT, progress)
-        pairs: Iterable[tuple[dict[str, Any], dict[str, Any]]]
-        pairs = ((s, s) for s in tracked) if base_samples is None else zip(tracked, base_samples, strict=True)
-        for sample, base_sample in pairs:
+        for sample, base_sample in passes.paired(samples, base_samples, WHAT, progress):
             if settings.max_samples is not None and trained.samples >= settings.max_samples:
                 break
             trained.add(*measure_sample(own, sample, layers, settings.chunk))
