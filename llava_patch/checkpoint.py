@@ -24,16 +24,16 @@ from llava_patch.auxiliary.attach import HEAD
 from llava_patch.errors import CheckpointError
 from llava_patch.files import atomic
 from llava_patch.fusion.processor import fields
-from llava_patch.handle import CONFIG_KEY, FORMAT, Handle, added_parameters, get_handle
+from llava_patch.handle import Handle, added_parameters, get_handle
 from llava_patch.hosts import lora, zero
 from llava_patch.hosts.anatomy import HF
 from llava_patch.hosts.tower import when_loaded
 from llava_patch.patching import patch
+from llava_patch.records import SETTINGS_FILE, check_format, read_settings
 from llava_patch.settings import from_dict
 
 logger = logging.getLogger("llava_patch")
 
-SETTINGS_FILE = "llava_patch.json"
 WEIGHTS_FILE = "llava_patch.safetensors"
 _SIDE_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -234,37 +234,13 @@ def fit_processor(handle: Handle, folder: Path) -> None:
         write_text(path, json.dumps(fitted, indent=2) + "\n")
 
 
-def read_settings(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The settings file of a checkpoint folder; None when there is none.
-
-    Raises:
-        CheckpointError: a damaged file, or one of a newer format.
-    """
-    path = Path(directory) / SETTINGS_FILE
-    if not path.is_file():
-        return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
-    _check_format(record, str(path))
-    return record
-
-
-def _check_format(record: dict[str, Any], source: str) -> None:
-    if record.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{source}: llava_patch settings of format {record.get('format')!r}, this version reads {FORMAT}"
-        )
-
-
 def methods(record: dict[str, Any], source: str) -> dict[str, Any]:
     """The settings dataclasses of a record, as keyword arguments of `patch`.
 
     Raises:
         CheckpointError: a record of a newer format.
     """
-    _check_format(record, source)
+    check_format(record, source)
     return {k: from_dict(record[k], source) for k in ("fusion", "routing", "pruning") if record.get(k)}
 
 
@@ -335,8 +311,3 @@ def _copy_tensors(model: nn.Module, tensors: dict[str, Tensor], source: Path, re
         for name, tensor in tensors.items():
             with zero.gathered([parameters[name]], changed=True):
                 parameters[name].copy_(tensor)
-
-
-def config_record(config: Any) -> dict[str, Any] | None:
-    """The settings that a model configuration carries; None when it has none."""
-    return getattr(config, CONFIG_KEY, None)

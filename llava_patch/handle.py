@@ -22,6 +22,7 @@ from llava_patch.fusion.warm_up import WarmUp, steps_of
 from llava_patch.hosts import anatomy as anatomy_module
 from llava_patch.hosts import carry, lora, zero
 from llava_patch.hosts.anatomy import Anatomy
+from llava_patch.records import FORMAT
 from llava_patch.routing import attach as routing_attach
 from llava_patch.routing import side_branch
 from llava_patch.routing.program import Program, make_program
@@ -31,8 +32,6 @@ from llava_patch.undo import UndoStack
 if TYPE_CHECKING:
     from llava_patch.auxiliary.attach import Auxiliary
 
-CONFIG_KEY = "llava_patch"
-FORMAT = 1
 HANDLE = "_llava_patch_handle"
 
 

@@ -7,19 +7,19 @@ import copy
 import functools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from llava_patch import startup
-from llava_patch.errors import CheckpointError
+from llava_patch import records, startup
+from llava_patch.errors import CheckpointError, HostError
 
 _IGNORED = "_keys_to_ignore_on_load_unexpected"  # transformers' own list
 
 
 def is_host(cls: Any) -> bool:
-    """Whether a model class is one of the hosts'."""
+    """Whether a model class is one of the hosts', or a kin of theirs on which `patch` refuses what is configured."""
     return hasattr(cls, "prepare_inputs_labels_for_multimodal") or any(
-        c.__name__ in ("LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration") for c in cls.__mro__
+        "Llava" in c.__name__ and c.__name__.endswith("ForConditionalGeneration") for c in cls.__mro__
     )
 
 
@@ -36,22 +36,21 @@ def load(original: Any, cls: Any, path: Any, args: tuple, kwargs: dict[str, Any]
     Raises:
         CheckpointError: a patched checkpoint that lacks tensors, or whose base is gone.
     """
-    from llava_patch import checkpoint, tower_weights
-    from llava_patch.handle import get_handle
-
-    record = checkpoint.read_settings(path) if isinstance(path, (str, os.PathLike)) else None
+    record = records.read_settings(path) if isinstance(path, (str, os.PathLike)) else None
     if record is not None and record.get("form") == "adapter":
         return _finish(_load_adapter(original, cls, path, record, args, kwargs))
     config = kwargs.get("config")
-    carried = checkpoint.config_record(config) if config is not None else None
+    carried = records.config_record(config) if config is not None else None
     if carried and str(getattr(config, "_name_or_path", path)) != str(path):
         return _load_base_for(original, cls, path, config, carried, args, kwargs)
     wants_info = kwargs.pop("output_loading_info", False)
-    with _patched_construction(cls):
+    with _construction(cls, _patch_new):
         model, info = original(cls, path, *args, output_loading_info=True, **kwargs)
     vars(model).pop(_IGNORED, None)
-    handle = get_handle(model)
+    handle = startup.handle_of(model)
     if handle is not None:
+        from llava_patch import checkpoint, tower_weights
+
         missing = sorted(set(checkpoint.adapter_names(handle)) & set(info["missing_keys"]))
         if missing:
             raise CheckpointError(
@@ -64,6 +63,31 @@ def load(original: Any, cls: Any, path: Any, args: tuple, kwargs: dict[str, Any]
     return (model, info) if wants_info else model
 
 
+def load_stock(original: Any, cls: Any, path: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Load a host model on versions where nothing can be patched, as its own from_pretrained does.
+
+    Args:
+        original: the stock from_pretrained.
+        cls: the model class.
+        path: checkpoint, as from_pretrained takes it.
+        args: further arguments of from_pretrained.
+        kwargs: likewise.
+
+    Raises:
+        HostError: the checkpoint carries a patch, and would be another model without it.
+    """
+    from llava_patch.hosts import compat
+
+    def refuse(model: Any, record: dict[str, Any]) -> None:
+        raise HostError(f"{path} carries a patch, which cannot be applied: {compat.unsupported()}")
+
+    record = records.read_settings(path) if isinstance(path, (str, os.PathLike)) else None
+    if record is not None and record.get("form") == "adapter":
+        refuse(None, record)
+    with _construction(cls, refuse):
+        return original(cls, path, *args, **kwargs)
+
+
 def _load_base_for(
     original: Any, cls: Any, path: Any, config: Any, carried: dict, args: tuple, kwargs: dict[str, Any]
 ) -> Any:
@@ -73,15 +97,14 @@ def _load_base_for(
     fills in the checkpoint's own files (mm_projector.bin, non_lora_trainables.bin).
     """
     from llava_patch import checkpoint, tower_weights
-    from llava_patch.handle import CONFIG_KEY
     from llava_patch.hosts.anatomy import LLAVA
     from llava_patch.patching import patch
 
     source = getattr(config, "_name_or_path", "config.json")
-    own = checkpoint.config_record(cls.config_class.from_pretrained(path))
+    own = records.config_record(cls.config_class.from_pretrained(path))
     stock = _stock_config(config)
     if own:  # the base was patched before: its added weights come first
-        setattr(stock, CONFIG_KEY, own)
+        setattr(stock, records.CONFIG_KEY, own)
         stock._name_or_path = str(path)
         loaded = load(original, cls, path, args, {**kwargs, "config": stock})
     else:
@@ -117,10 +140,8 @@ def _model_of(loaded: Any) -> Any:
 
 def _stock_config(config: Any) -> Any:
     """A copy of a configuration without the patch it carries: the base is loaded as it is and patched afterwards."""
-    from llava_patch.handle import CONFIG_KEY
-
     config = copy.deepcopy(config)
-    vars(config).pop(CONFIG_KEY, None)
+    vars(config).pop(records.CONFIG_KEY, None)
     return config
 
 
@@ -134,7 +155,7 @@ def _load_adapter(original: Any, cls: Any, path: Any, record: dict, args: tuple,
     if os.path.isabs(base) and not os.path.isdir(base):
         raise CheckpointError(
             f'{path}: its base model {base} is not there any more; change "base" in '
-            f"{os.path.join(path, checkpoint.SETTINGS_FILE)} to where it is now"
+            f"{os.path.join(path, records.SETTINGS_FILE)} to where it is now"
         )
     loaded = original(cls, base, *args, config=_stock_config(config), **kwargs)
     checkpoint.load(_model_of(loaded), path)
@@ -142,10 +163,15 @@ def _load_adapter(original: Any, cls: Any, path: Any, record: dict, args: tuple,
 
 
 @contextlib.contextmanager
-def _patched_construction(cls: Any) -> Iterator[None]:
-    """While a checkpoint whose config carries a patch is loaded, build the model with its added modules in place.
+def _construction(cls: Any, found: Callable[[Any, dict[str, Any]], None]) -> Iterator[None]:
+    """While a checkpoint is loaded, hand a model whose config carries a patch on as soon as it is constructed.
 
-    The host's loader then fills them like any others: sharded files, device maps and precisions need no code of ours.
+    The host's loader then fills modules that were added like any others: sharded files, device maps and precisions
+    need no code of ours.
+
+    Args:
+        cls: the model's class.
+        found: called with the model and its record.
     """
     own = "__init__" in vars(cls)
     original = cls.__init__
@@ -153,15 +179,9 @@ def _patched_construction(cls: Any) -> Iterator[None]:
     @functools.wraps(original)
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         original(self, config, *args, **kwargs)
-        from llava_patch import checkpoint
-        from llava_patch.patching import patch
-
-        record = checkpoint.config_record(config)
+        record = records.config_record(config)
         if type(self) is cls and record:
-            handle = patch(self, **checkpoint.methods(record, "config.json"), loading=True)
-            handle.trained_tower |= bool(record.get("trained_tower"))
-            if handle.anatomy.vision_model is None:  # comes later, and the checkpoint's own weights for it with it
-                setattr(self, _IGNORED, [*(getattr(self, _IGNORED) or ()), r"\bvision_tower\."])
+            found(self, record)
 
     cls.__init__ = __init__
     try:
@@ -171,3 +191,14 @@ def _patched_construction(cls: Any) -> Iterator[None]:
             cls.__init__ = original
         else:
             del cls.__init__
+
+
+def _patch_new(model: Any, record: dict[str, Any]) -> None:
+    """Put the modules that a checkpoint's record names into its model, whose weights follow."""
+    from llava_patch import checkpoint
+    from llava_patch.patching import patch
+
+    handle = patch(model, **checkpoint.methods(record, "config.json"), loading=True)
+    handle.trained_tower |= bool(record.get("trained_tower"))
+    if handle.anatomy.vision_model is None:  # comes later, and the checkpoint's own weights for it with it
+        setattr(model, _IGNORED, [*(getattr(model, _IGNORED) or ()), r"\bvision_tower\."])

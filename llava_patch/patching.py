@@ -12,11 +12,12 @@ from llava_patch.auxiliary.attach import Auxiliary
 from llava_patch.errors import SettingError
 from llava_patch.fusion import attach as fusion_attach
 from llava_patch.fusion.taps import injection_layers
-from llava_patch.handle import CONFIG_KEY, HANDLE, Handle, get_handle, restore_flags
+from llava_patch.handle import HANDLE, Handle, get_handle, restore_flags
 from llava_patch.hosts import anatomy as anatomy_module
 from llava_patch.hosts import carry, zero
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.hosts.compat import check_versions
+from llava_patch.records import CONFIG_KEY
 from llava_patch.routing import attach as routing_attach
 from llava_patch.routing.program import make_program
 from llava_patch.settings import AUTO, FUSIONS, AuxiliaryProbe, FastV, Fusion, Routing, differs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from llava_patch import records
 from llava_patch.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -44,12 +45,14 @@ def is_stock(projector: dict[str, Any], width: int) -> bool:
 
 def fusion_of_run(asked: "Configuration | None", config: Any) -> Any:
     """The fusion that this run asks for, or else that its model's configuration carries."""
-    from llava_patch import checkpoint
-
     if asked is not None and asked.fusion is not None:
         return asked.fusion
-    record = checkpoint.config_record(config)
-    return None if not record else checkpoint.methods(record, "config.json").get("fusion")
+    record = records.config_record(config)
+    if not record:
+        return None
+    from llava_patch import checkpoint
+
+    return checkpoint.methods(record, "config.json").get("fusion")
 
 
 def check_projector(path: str, fusion: Any) -> dict[str, Any]:
@@ -65,14 +68,16 @@ def check_projector(path: str, fusion: Any) -> dict[str, Any]:
     Raises:
         CheckpointError: it was trained with another fusion; detach and what trains may differ.
     """
-    from llava_patch import checkpoint
     from llava_patch.settings import differs
     from llava_patch.settings.fusion import TRAINING
 
     projector = read_projector(path)
     folder = os.path.dirname(path)
-    record = checkpoint.read_settings(folder or ".")
-    there = None if record is None else checkpoint.methods(record, folder).get("fusion")
+    record, there = records.read_settings(folder or "."), None
+    if record is not None:
+        from llava_patch import checkpoint
+
+        there = checkpoint.methods(record, folder).get("fusion")
     if there is not None and differs(fusion, there, (*TRAINING, "detach")):
         raise CheckpointError(
             f"--pretrain_mm_mlp_adapter {path} was trained with {there}, but this run has {fusion or 'no fusion'}: "

@@ -1,8 +1,8 @@
 """What happens in unmodified scripts: flags, environment, compatibility fixes, and patched checkpoints on load.
 
-Everything class-level that llava_patch does to its hosts is in this file; each step leaves a model or script alone
-unless a patch is configured, a checkpoint carries one, or the stock code would raise on the installed versions or
-load random weights (a vision tower that is not CLIP).
+Each step leaves a model or script alone unless a patch is configured, a checkpoint carries one, or the stock code would
+raise on the installed versions or load random weights (a vision tower that is not CLIP). On versions that llava_patch
+does not support, and on a `llava` package that brings its own vision towers, nothing but the first two counts.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from llava_patch.errors import SettingError
+from llava_patch.errors import HostError, LlavaPatchError, SettingError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from llava_patch.config import Configuration
+    from llava_patch.undo import UndoStack
 
 FILE_FLAG, PARAM_FLAG = "--gin_file", "--gin_param"
 FILE_VARIABLE, PARAM_VARIABLE = "LLAVA_PATCH_GIN_FILE", "LLAVA_PATCH_GIN_PARAM"
@@ -146,47 +147,92 @@ def _take_flags_from_command_line() -> None:
 
 
 def on_import(name: str, module: Any) -> None:
-    """Run what a freshly imported host module needs; called by the import hook."""
-    _HANDLERS[name](module)
+    """Run what a freshly imported host module needs; called by the import hook.
+
+    Raises:
+        LlavaPatchError: what is configured cannot be honoured. With nothing configured a handler that fails says so
+            and leaves the host as it is.
+    """
+    from llava_patch.undo import UndoStack
+
+    undo = UndoStack()
+    try:
+        _HANDLERS[name](module, undo)
+    except LlavaPatchError:
+        undo.unwind()
+        raise
+    except Exception as error:  # a host that is not as we know it may make anything fail
+        undo.unwind()
+        found = f"{name} is not as llava_patch knows it ({type(error).__name__}: {error})"
+        if _asked():
+            raise HostError(f"{found}, so what is configured cannot be applied: see `llava-patch doctor`") from error
+        print(f"llava_patch: {found} and stays as it is; nothing is configured", file=sys.stderr)
 
 
-def _on_transformers_trainer(module: ModuleType) -> None:
-    if "llava" in sys.modules:
+def _asked() -> bool:
+    """Whether flags or environment configure anything, readable or not."""
+    variables = (FILE_VARIABLE, PARAM_VARIABLE)
+    return any(_flags) or any(_split(os.environ.get(name)) for name in variables)
+
+
+def _out_of_range() -> bool:
+    """Whether nothing can be patched on these versions, and nothing is asked for: the host is then left alone."""
+    from llava_patch.hosts import compat
+
+    return not _asked() and compat.unsupported() is not None
+
+
+def _mends() -> bool:
+    """Whether the `llava` that is loaded is the code, on versions, that the mends of `compat` were written for."""
+    from llava_patch.hosts import compat
+
+    llava = sys.modules.get("llava")
+    return llava is not None and compat.unsupported() is None and not compat.brings_towers(llava)
+
+
+def _on_transformers_trainer(module: ModuleType, undo: "UndoStack") -> None:
+    if _mends():
         from llava_patch.hosts import compat
 
-        compat.fix_trainer_exports(module)
+        compat.fix_trainer_exports(module, undo)
 
 
-def _on_llava(module: ModuleType) -> None:
+def _on_llava(module: ModuleType, undo: "UndoStack") -> None:
     if "transformers.trainer" in sys.modules:
-        _on_transformers_trainer(sys.modules["transformers.trainer"])
+        _on_transformers_trainer(sys.modules["transformers.trainer"], undo)
 
 
-def _on_llava_model(module: ModuleType) -> None:
+def _on_llava_model(module: ModuleType, undo: "UndoStack") -> None:
+    if not _mends():
+        return
     from llava_patch.hosts import compat
 
     for name in ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM"):
         cls = vars(module).get(name)
         if cls is not None and cls.__module__ == module.__name__:
-            compat.fix_forward_arguments(cls)
+            compat.fix_forward_arguments(cls, undo)
 
 
-def _on_llava_trainer(module: ModuleType) -> None:
+def _on_llava_trainer(module: ModuleType, undo: "UndoStack") -> None:
     global _training
     from llava_patch.hosts import compat
 
-    _training = True
     _take_flags_from_command_line()
-    compat.fix_argv(sys.argv)
-    compat.fix_trainer_methods(module)
-    compat.fix_optimizer_groups(module)
+    if _out_of_range():
+        return
+    _training = True
     asked = configuration()  # raises here, before a model is loaded or a file written
     if asked is not None:
         compat.check_versions()
+    if _mends():
+        compat.fix_argv(sys.argv)
+        compat.fix_trainer_methods(module, undo)
+        compat.fix_optimizer_groups(module, undo)
+    if asked is not None:
         _add_flags(asked)
-        _wrap_argument_parser(asked)
-    _wrap_trainer_init(module.LLaVATrainer)
-    _wrap_create_optimizer(module.LLaVATrainer)
+        _wrap_argument_parser(asked, undo)
+    _wrap_trainer_init(module.LLaVATrainer, undo)
+    _wrap_create_optimizer(module.LLaVATrainer, undo)
 
 
 def _add_flags(asked: "Configuration") -> None:
@@ -201,7 +247,7 @@ def _add_flags(asked: "Configuration") -> None:
     sys.argv.extend(added)
 
 
-def _wrap_argument_parser(asked: "Configuration") -> None:
+def _wrap_argument_parser(asked: "Configuration", undo: "UndoStack") -> None:
     """When the script parses its flags: refuse unknown ones by their gin names, and seed.
 
     LLaVA makes a new projector and LoRA's matrices before the Trainer seeds anything.
@@ -229,14 +275,14 @@ def _wrap_argument_parser(asked: "Configuration") -> None:
                 set_seed(part.seed)
         return parsed
 
-    cls.parse_args_into_dataclasses = parse_args_into_dataclasses
+    undo.set_attribute(cls, "parse_args_into_dataclasses", parse_args_into_dataclasses)
 
 
-def _on_lmms_eval(module: ModuleType) -> None:
+def _on_lmms_eval(module: ModuleType, undo: "UndoStack") -> None:
     _take_flags_from_command_line()
 
 
-def _on_lmms_eval_tasks(module: ModuleType) -> None:
+def _on_lmms_eval_tasks(module: ModuleType, undo: "UndoStack") -> None:
     from llava_patch.evaluation import register
 
     register.register_tasks()
@@ -245,8 +291,11 @@ def _on_lmms_eval_tasks(module: ModuleType) -> None:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def _on_llava_arch(module: ModuleType) -> None:
-    _wrap_tower_builder(module)
+def _on_llava_arch(module: ModuleType, undo: "UndoStack") -> None:
+    if _mends():
+        _wrap_tower_builder(module, undo)
+    if _out_of_range():
+        return
     cls = module.LlavaMetaModel  # type: ignore[attr-defined]
     original = cls.initialize_vision_modules
 
@@ -274,10 +323,10 @@ def _on_llava_arch(module: ModuleType) -> None:
             model_args.pretrain_mm_mlp_adapter = path
         training_run.pending[id(self)] = training_run.Pending(fresh, projector if fused else None)
 
-    cls.initialize_vision_modules = initialize_vision_modules
+    undo.set_attribute(cls, "initialize_vision_modules", initialize_vision_modules)
 
 
-def _wrap_tower_builder(module: Any) -> None:
+def _wrap_tower_builder(module: Any, undo: "UndoStack") -> None:
     """Build vision towers that are not CLIP, which llava refuses by name or fills with random weights."""
     original = module.build_vision_tower
 
@@ -289,11 +338,10 @@ def _wrap_tower_builder(module: Any) -> None:
         tower = llava_tower.build(name, vision_tower_cfg, **kwargs)
         return original(vision_tower_cfg, **kwargs) if tower is None else tower
 
-    module.build_vision_tower = build_vision_tower
+    undo.set_attribute(module, "build_vision_tower", build_vision_tower)
 
 
-def _wrap_trainer_init(cls: Any) -> None:
-    from llava_patch import training as training_run
+def _wrap_trainer_init(cls: Any, undo: "UndoStack") -> None:
     from llava_patch.hosts import compat
 
     original = cls.__init__
@@ -305,15 +353,20 @@ def _wrap_trainer_init(cls: Any) -> None:
         data = [
             kwargs.get(k, args[i] if len(args) > i else None) for i, k in ((3, "train_dataset"), (2, "data_collator"))
         ]
-        handle = None if model is None else training_run.prepare(model, training_args, *data)
+        asked = configuration()
+        if model is None or (asked is None and handle_of(model) is None):
+            if model is not None and _mends():
+                compat.fix_zero3_dtypes(model, training_args)
+            return original(self, *args, **kwargs)
+        from llava_patch import training as training_run
+
+        handle = training_run.prepare(model, training_args, *data)
         probed = handle is not None and handle.auxiliary is not None and handle.auxiliary.head is not None
         if probed:
             args, kwargs = _carry_regions(handle, args, kwargs)
-        if model is not None:
-            compat.fix_zero3_dtypes(model, training_args)
-        asked = configuration()
+        compat.fix_zero3_dtypes(model, training_args)
         gradients = None if asked is None else asked.measurements.get("Gradients")
-        if gradients is not None and model is not None:
+        if gradients is not None:
             from llava_patch.diagnostics.gradients import follow as follow_gradients
             from llava_patch.diagnostics.gradients.training_check import check
 
@@ -323,12 +376,12 @@ def _wrap_trainer_init(cls: Any) -> None:
             from llava_patch.auxiliary.trainer import follow
 
             follow(self, release=True)  # before the callback that saves what was trained
-        if gradients is not None and model is not None:
+        if gradients is not None:
             follow_gradients(self, gradients)
         if handle is not None or (asked is not None and asked.flags):
             self.add_callback(training_run.make_callback(handle))
 
-    cls.__init__ = __init__
+    undo.set_attribute(cls, "__init__", __init__)
 
 
 def _carry_regions(handle: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -346,44 +399,52 @@ def _carry_regions(handle: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
     return tuple(positional), named
 
 
-def _wrap_create_optimizer(cls: Any) -> None:
+def _wrap_create_optimizer(cls: Any, undo: "UndoStack") -> None:
     original = cls.create_optimizer
 
     @functools.wraps(original)
     def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from llava_patch.fusion import trainer as fusion_trainer
-        from llava_patch.handle import get_handle
-
         made = self.optimizer is None
         optimizer = original(self, *args, **kwargs)
-        handle = get_handle(self.model)
+        handle = handle_of(self.model)
         if made and handle is not None:
+            from llava_patch.fusion import trainer as fusion_trainer
+
             fusion_trainer.arrange(self, handle)
         return optimizer
 
-    cls.create_optimizer = create_optimizer
+    undo.set_attribute(cls, "create_optimizer", create_optimizer)
+
+
+def handle_of(model: Any) -> Any:
+    """The handle of a patched model; None without loading anything where nothing can have been patched yet."""
+    module = sys.modules.get("llava_patch.handle")
+    return None if module is None else module.get_handle(model)
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
-def _on_modeling_utils(module: ModuleType) -> None:
+def _on_modeling_utils(module: ModuleType, undo: "UndoStack") -> None:
     cls = module.PreTrainedModel  # type: ignore[attr-defined]
     original = cls.from_pretrained.__func__
 
     @functools.wraps(original)
     def from_pretrained(model_class: Any, path: Any = None, *args: Any, **kwargs: Any) -> Any:
         from llava_patch import loading
+        from llava_patch.hosts import compat
 
         if not loading.is_host(model_class):
             return original(model_class, path, *args, **kwargs)
-        if "llava" in sys.modules:
-            from llava_patch.hosts import compat
-
+        if compat.unsupported() is not None:
+            if _asked():
+                compat.check_versions()
+            return loading.load_stock(original, model_class, path, args, kwargs)
+        if _mends():
             compat.flash_fallback(kwargs)
         return loading.load(original, model_class, path, args, kwargs)
 
-    cls.from_pretrained = classmethod(from_pretrained)
+    undo.set_attribute(cls, "from_pretrained", classmethod(from_pretrained))
 
 
 _HANDLERS = {

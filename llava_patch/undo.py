@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
 _MISSING = object()
 
@@ -21,12 +22,14 @@ class UndoStack:
         self._steps.append(step)
 
     def set_attribute(self, owner: Any, name: str, value: Any) -> None:
-        """Set an instance attribute; undo restores the instance's own dictionary, not the class's value."""
+        """Set an attribute; undo restores the owner's own dictionary, not what a class gives an instance."""
         old = vars(owner).get(name, _MISSING)
         setattr(owner, name, value)
 
         def restore() -> None:
-            if old is _MISSING:
+            if isinstance(owner, type):  # its dictionary is read-only
+                delattr(owner, name) if old is _MISSING else setattr(owner, name, old)
+            elif old is _MISSING:
                 vars(owner).pop(name, None)
             else:
                 vars(owner)[name] = old

@@ -13,8 +13,8 @@ from llava_patch.convert.plain import on_meta, without_patch
 from llava_patch.convert.source import Checkpoint
 from llava_patch.errors import CheckpointError, SettingError
 from llava_patch.files import atomic_folder
-from llava_patch.handle import CONFIG_KEY
 from llava_patch.hosts.anatomy import HF, LLAVA
+from llava_patch.records import CONFIG_KEY
 
 
 def convert(

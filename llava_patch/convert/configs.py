@@ -6,8 +6,8 @@ import copy
 from typing import Any
 
 from llava_patch.errors import CheckpointError
-from llava_patch.handle import CONFIG_KEY
 from llava_patch.hosts.anatomy import HF, LLAVA
+from llava_patch.records import CONFIG_KEY
 
 ORIGINAL_KEY = "original_llava_config"
 """What llava's config says and HF's has no place for is kept there in HF's, so that the way back restores it."""

@@ -17,8 +17,8 @@ from llava_patch.convert import companions, configs, names
 from llava_patch.convert.complete import check_complete, compare, expected_tower, shapes_of
 from llava_patch.convert.weights import Tensors, locate, open_file, open_weights, read_json
 from llava_patch.errors import CheckpointError
-from llava_patch.handle import CONFIG_KEY, FORMAT
 from llava_patch.hosts.anatomy import LLAVA
+from llava_patch.records import CONFIG_KEY, FORMAT
 
 logger = logging.getLogger("llava_patch")
 

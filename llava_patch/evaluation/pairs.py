@@ -15,8 +15,9 @@ from llava_patch.diagnostics.inputs import Inputs
 from llava_patch.evaluation.access import reach
 from llava_patch.evaluation.options import output_folder
 from llava_patch.files import track
-from llava_patch.handle import CONFIG_KEY, get_handle
+from llava_patch.handle import get_handle
 from llava_patch.hosts.anatomy import Anatomy
+from llava_patch.records import CONFIG_KEY
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,21 +31,39 @@ SUPPORTED_TRANSFORMERS = ("4.57", "5")
 """Lowest supported version (inclusive) and first unsupported one (exclusive)."""
 
 
+def unsupported() -> str | None:
+    """Why nothing can be patched on the installed versions; None where it can."""
+    import transformers
+    from packaging.version import Version
+
+    low, high = SUPPORTED_TRANSFORMERS
+    if Version(low) <= Version(transformers.__version__) < Version(high):
+        return None
+    return (
+        f"transformers {transformers.__version__} is outside the supported range >={low},<{high}; "
+        f"install one that is, for example: pip install 'transformers=={low}.*'"
+    )
+
+
 def check_versions() -> None:
     """Refuse host versions that llava_patch was never run on.
 
     Raises:
         HostError: names the installed version, the supported range and the command that mends it.
     """
-    import transformers
-    from packaging.version import Version
+    reason = unsupported()
+    if reason is not None:
+        raise HostError(reason)
 
-    low, high = SUPPORTED_TRANSFORMERS
-    if not Version(low) <= Version(transformers.__version__) < Version(high):
-        raise HostError(
-            f"transformers {transformers.__version__} is outside the supported range >={low},<{high}; "
-            f"install one that is, for example: pip install 'transformers=={low}.*'"
-        )
+
+def brings_towers(llava: ModuleType) -> bool:
+    """Whether a `llava` package has vision towers of its own besides CLIP, as LLaVA-NeXT's has.
+
+    Its towers, forwards and trainer are then not those that the mends below were written for.
+    """
+    folders = [Path(place) / "model" / "multimodal_encoder" for place in llava.__path__]
+    names = {file.stem for folder in folders for file in folder.glob("*.py")}
+    return bool(names - {"__init__", "builder", "clip_encoder"})
 
 
 # --- calling decoder layers -------------------------------------------------------------------------------------------
@@ -305,12 +323,12 @@ def input_grads_are_forced(*modules: nn.Module) -> bool:
 # --- LLaVA's own code on newer transformers ---------------------------------------------------------------------------
 
 
-def fix_trainer_exports(trainer_module: ModuleType) -> None:
+def fix_trainer_exports(trainer_module: ModuleType, undo: UndoStack) -> None:
     """`ALL_LAYERNORM_LAYERS` is no longer re-exported by transformers.trainer (4.5x); llava_trainer imports it."""
     if not hasattr(trainer_module, "ALL_LAYERNORM_LAYERS"):
         from transformers.pytorch_utils import ALL_LAYERNORM_LAYERS
 
-        trainer_module.ALL_LAYERNORM_LAYERS = ALL_LAYERNORM_LAYERS  # type: ignore[attr-defined]
+        undo.set_attribute(trainer_module, "ALL_LAYERNORM_LAYERS", ALL_LAYERNORM_LAYERS)
 
 
 RENAMED_FLAGS = {"--evaluation_strategy": "--eval_strategy"}  # since 4.46
@@ -328,7 +346,7 @@ def fix_argv(argv: list[str]) -> None:
             argv[i] = new + equals + value
 
 
-def fix_trainer_methods(llava_trainer: ModuleType) -> None:
+def fix_trainer_methods(llava_trainer: ModuleType, undo: UndoStack) -> None:
     """LLaVATrainer overrides two Trainer methods with the signatures of 4.37."""
     from transformers import Trainer
 
@@ -344,7 +362,7 @@ def fix_trainer_methods(llava_trainer: ModuleType) -> None:
         def _get_train_sampler(self: Any, train_dataset: Any = None) -> Any:
             return sampler(self)
 
-        cls._get_train_sampler = _get_train_sampler
+        undo.set_attribute(cls, "_get_train_sampler", _get_train_sampler)
 
     save = cls._save_checkpoint
     # `metrics` is gone since 4.47, but LLaVA still hands it to the base class.
@@ -356,10 +374,10 @@ def fix_trainer_methods(llava_trainer: ModuleType) -> None:
                 return save(self, model, trial)
             return Trainer._save_checkpoint(self, model, trial)
 
-        cls._save_checkpoint = _save_checkpoint
+        undo.set_attribute(cls, "_save_checkpoint", _save_checkpoint)
 
 
-def fix_optimizer_groups(llava_trainer: ModuleType) -> None:
+def fix_optimizer_groups(llava_trainer: ModuleType, undo: UndoStack) -> None:
     """LLaVATrainer makes optimizer groups that may be empty, and DeepSpeed drops those.
 
     Where biases and norms are frozen (a side branch alone has none that LLaVA exempts from decay), the learning-rate
@@ -376,7 +394,7 @@ def fix_optimizer_groups(llava_trainer: ModuleType) -> None:
             optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 
-    cls.create_optimizer = create_optimizer
+    undo.set_attribute(cls, "create_optimizer", create_optimizer)
 
 
 def load_renamed(model: Any, folder: Path) -> None:
@@ -423,7 +441,7 @@ def fix_zero3_dtypes(model: nn.Module, training_args: Any) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def fix_forward_arguments(cls: type) -> None:
+def fix_forward_arguments(cls: type, undo: UndoStack) -> None:
     """`generate` passes `cache_position` (4.38 on), which llava's forward does not take and does not need."""
     forward = cls.forward  # type: ignore[attr-defined]
     if "cache_position" in inspect.signature(forward).parameters:
@@ -433,7 +451,7 @@ def fix_forward_arguments(cls: type) -> None:
     def with_cache_position(self: Any, *args: Any, cache_position: Any = None, **kwargs: Any) -> Any:
         return forward(self, *args, **kwargs)
 
-    cls.forward = with_cache_position  # type: ignore[attr-defined]
+    undo.set_attribute(cls, "forward", with_cache_position)
 
 
 def flash_fallback(kwargs: dict[str, Any]) -> None:

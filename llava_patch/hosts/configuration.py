@@ -9,10 +9,10 @@ from typing import Any
 
 from llava_patch import checkpoint
 from llava_patch.errors import CheckpointError, HostError
-from llava_patch.handle import CONFIG_KEY
 from llava_patch.hosts import tiles, tower_models, towers
 from llava_patch.hosts.anatomy import HF, LLAVA
 from llava_patch.probe.transform import Transform, check_crop
+from llava_patch.records import CONFIG_KEY
 
 
 def read_transform(folder: str | Path, mode: str) -> Transform:

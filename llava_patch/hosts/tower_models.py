@@ -12,7 +12,6 @@ from typing import Any
 from transformers import AutoConfig, CLIPImageProcessor, PretrainedConfig, SiglipImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import PILImageResampling
-from transformers.utils.generic import is_timm_config_dict
 
 from llava_patch.errors import CheckpointError, HostError
 from llava_patch.hosts import towers
@@ -35,7 +34,7 @@ def read_config(name: str) -> Any:
         raw, _ = PretrainedConfig.get_config_dict(name)
     except OSError:
         return None
-    timm = "model_type" not in raw and is_timm_config_dict(raw)
+    timm = "model_type" not in raw and _is_timm(raw)
     if not raw or raw.get("model_type") in CLIP or ("model_type" not in raw and not timm):
         return None
     try:
@@ -150,6 +149,12 @@ def load_processor(name: str, config: Any, side: int) -> Any:
     processor.crop_size = {"height": side, "width": side}
     processor.do_center_crop = False  # R-Probe asks every processor
     return processor
+
+
+def _is_timm(raw: dict[str, Any]) -> bool:
+    from transformers.utils.generic import is_timm_config_dict
+
+    return is_timm_config_dict(raw)
 
 
 def _timm_processor(pretrained: dict[str, Any]) -> dict[str, Any]:

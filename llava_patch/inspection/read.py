@@ -13,11 +13,11 @@ from llava_patch import checkpoint as patched
 from llava_patch.convert import configs, names
 from llava_patch.convert.weights import read_json
 from llava_patch.errors import CheckpointError, LlavaPatchError
-from llava_patch.handle import CONFIG_KEY
 from llava_patch.hosts.anatomy import LLAVA
 from llava_patch.inspection.base import Match, match_base
 from llava_patch.inspection.headers import Tensor, read_header, read_headers, weight_files
 from llava_patch.inspection.place import folder_of
+from llava_patch.records import CONFIG_KEY
 from llava_patch.settings import from_dict, to_dict
 from llava_patch.stage1 import PROJECTOR
 from llava_patch.tower_weights import LORA_FILE

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from llava_patch.handle import CONFIG_KEY
 from llava_patch.hosts import skeleton
 from llava_patch.patching import patch
+from llava_patch.records import CONFIG_KEY
 
 
 def count(config: dict[str, Any], host: str, methods: dict[str, Any], stage1: bool = False) -> Any:

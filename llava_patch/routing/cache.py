@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 
 from llava_patch.errors import InputError
 from llava_patch.routing.plan import Held, PositionSet
@@ -79,6 +79,8 @@ class RoutedCache(DynamicCache):
         Raises:
             InputError: another kind of cache, or one with a sliding window that has already dropped positions.
         """
+        from transformers.cache_utils import DynamicLayer
+
         if isinstance(cache, cls):
             return cache
         length = cache.get_seq_length()
@@ -220,8 +222,7 @@ class RoutedCache(DynamicCache):
                 f"a routed KV cache cannot be cropped to {keep} positions: its last image ends at {self.image_end}"
             )
         for layer in self.layers:
-            assert isinstance(layer, DynamicLayer)
-            layer.crop(layer.get_seq_length() - forget)
+            layer.crop(layer.get_seq_length() - forget)  # type: ignore[attr-defined]
         for held in self.streams.values():
             held.forget(forget)
         self.length = keep

@@ -7,16 +7,17 @@ import runpy
 import sys
 
 from llava_patch.hosts import compat
+from llava_patch.undo import UndoStack
 
 assert "llava_patch.startup" not in sys.modules
 import llava.model.language_model.llava_llama as llava_llama  # noqa: E402
 import transformers.trainer  # noqa: E402
 
-compat.fix_trainer_exports(transformers.trainer)
+compat.fix_trainer_exports(transformers.trainer, UndoStack())
 import llava.train.llava_trainer as llava_trainer  # noqa: E402
 
-compat.fix_trainer_methods(llava_trainer)
-compat.fix_forward_arguments(llava_llama.LlavaLlamaForCausalLM)
+compat.fix_trainer_methods(llava_trainer, UndoStack())
+compat.fix_forward_arguments(llava_llama.LlavaLlamaForCausalLM, UndoStack())
 compat.fix_argv(sys.argv)
 script = sys.argv[1]
 del sys.argv[0]

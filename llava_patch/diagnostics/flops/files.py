@@ -14,9 +14,9 @@ from llava_patch.convert.weights import read_json
 from llava_patch.diagnostics.flops.shape import DecoderShape, Linear, ModelShape, tower_shape
 from llava_patch.errors import CheckpointError, HostError
 from llava_patch.fusion.taps import Join, Taps, choose_taps
-from llava_patch.handle import CONFIG_KEY
 from llava_patch.hosts import tower_models, towers
 from llava_patch.hosts.anatomy import HF, LLAVA
+from llava_patch.records import CONFIG_KEY
 from llava_patch.settings import FastV, Routing
 
 
