@@ -171,15 +171,13 @@ def on_import(name: str, module: Any) -> None:
 
 def _asked() -> bool:
     """Whether flags or environment configure anything, readable or not."""
+    given = (argument.partition("=")[0] for argument in sys.argv)  # a script's flags are taken out later
     variables = (FILE_VARIABLE, PARAM_VARIABLE)
-    return any(_flags) or any(_split(os.environ.get(name)) for name in variables)
-
-
-def _out_of_range() -> bool:
-    """Whether nothing can be patched on these versions, and nothing is asked for: the host is then left alone."""
-    from llava_patch.hosts import compat
-
-    return not _asked() and compat.unsupported() is not None
+    return (
+        any(_flags)
+        or any(flag in (FILE_FLAG, PARAM_FLAG) for flag in given)
+        or any(_split(os.environ.get(name)) for name in variables)
+    )
 
 
 def _mends() -> bool:
@@ -198,6 +196,10 @@ def _on_transformers_trainer(module: ModuleType, undo: "UndoStack") -> None:
 
 
 def _on_llava(module: ModuleType, undo: "UndoStack") -> None:
+    from llava_patch.hosts import compat
+
+    if _asked():  # before the package's training code may fail on such a version
+        compat.check_versions()
     if "transformers.trainer" in sys.modules:
         _on_transformers_trainer(sys.modules["transformers.trainer"], undo)
 
@@ -218,12 +220,12 @@ def _on_llava_trainer(module: ModuleType, undo: "UndoStack") -> None:
     from llava_patch.hosts import compat
 
     _take_flags_from_command_line()
-    if _out_of_range():
+    if compat.unsupported() is not None:
+        if _asked():
+            compat.check_versions()
         return
     _training = True
     asked = configuration()  # raises here, before a model is loaded or a file written
-    if asked is not None:
-        compat.check_versions()
     if _mends():
         compat.fix_argv(sys.argv)
         compat.fix_trainer_methods(module, undo)
@@ -292,10 +294,12 @@ def _on_lmms_eval_tasks(module: ModuleType, undo: "UndoStack") -> None:
 
 
 def _on_llava_arch(module: ModuleType, undo: "UndoStack") -> None:
+    from llava_patch.hosts import compat
+
+    if compat.unsupported() is not None:
+        return
     if _mends():
         _wrap_tower_builder(module, undo)
-    if _out_of_range():
-        return
     cls = module.LlavaMetaModel  # type: ignore[attr-defined]
     original = cls.initialize_vision_modules
 
