@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llava_patch.extras import need
 from llava_patch.diagnostics.gradients import state as saved
 from llava_patch.diagnostics.gradients.decompose import block_parameters, decompose
 from llava_patch.diagnostics.gradients.learning_rate import learning_rate
@@ -61,7 +62,9 @@ def follow(trainer: Any, settings: Gradients | None = None) -> "Following":
         SettingError: no taps, no gradient through them, a block that is not there, or a kind of training (ZeRO-3, FSDP,
             nn.DataParallel, compiled models) in which this does not work.
         HostError: a tower that is not loaded or has only quantised weights.
+        MissingExtraError: no matplotlib.
     """
+    need("Gradients", "figures")  # the run ends with a figure: not found out then
     chosen = Gradients() if settings is None else settings
     following = Following(trainer, chosen, check(trainer.model, trainer.args, chosen))
     trainer.add_callback(_callback(following))
