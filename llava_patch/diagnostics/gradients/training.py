@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava_patch.extras import need
 from llava_patch.diagnostics.gradients import state as saved
 from llava_patch.diagnostics.gradients.decompose import block_parameters, decompose
 from llava_patch.diagnostics.gradients.learning_rate import learning_rate
@@ -27,6 +26,7 @@ from llava_patch.diagnostics.gradients.settings import Gradients
 from llava_patch.diagnostics.gradients.statistics import Step, Window
 from llava_patch.diagnostics.gradients.training_check import check
 from llava_patch.diagnostics.gradients.training_loss import caught_loss, loss_scale, unnoticed
+from llava_patch.extras import need
 from llava_patch.files import atomic
 from llava_patch.handle import get_handle
 from llava_patch.undo import UndoStack
