@@ -12,6 +12,7 @@ from rich.console import Console
 from llava_patch.diagnostics import commands as measurements
 from llava_patch.doctor import command as doctor
 from llava_patch.errors import LlavaPatchError, SettingError
+from llava_patch.extras import needs
 from llava_patch.inspection import command as inspection
 from llava_patch.probe import commands as rprobe
 from llava_patch.probe.commands import compare, correlate, export, preview, run, store  # noqa: F401 - they join `app`
@@ -50,6 +51,7 @@ def gin_files(name: str = typer.Argument("", help="print this file, or list thos
 
 
 @app.command()
+@needs("bench", "figures")
 def bench(
     shape: str = typer.Option("small", help="small (7B's depth, reduced width), 7b or 13b; random weights"),
     device: str = typer.Option("", help="cpu or cuda; default: cuda where there is one"),
@@ -126,6 +128,7 @@ def _bench_fusions(
 
 
 @app.command("sweep", no_args_is_help=True)
+@needs("sweep", "figures")
 def sweep_command(
     file: str = typer.Argument(..., metavar="SWEEP.gin", help="a gin file that binds Sweep.grid, by path or name"),
     command: list[str] = typer.Argument(  # noqa: B008

@@ -23,5 +23,9 @@ class InputError(LlavaPatchError, ValueError):
     """What was passed to a patched model at run time does not fit together."""
 
 
+class MissingExtraError(LlavaPatchError):
+    """A package that one of our extras brings is not installed; the message says what to type."""
+
+
 class RunError(LlavaPatchError):
     """A command of a sweep failed, or left nothing to read behind."""

@@ -2,7 +2,7 @@
 # Everything from nothing: environment, lint, types, the whole suite. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source scripts/install.sh dev
+source scripts/install.sh
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false PYTHONPATH=
 unset LLAVA_PATCH_GIN_FILE LLAVA_PATCH_GIN_PARAM LLAVA_PATCH_DISABLE
 # The report is looked at in a real browser; without one that test is skipped and says so.

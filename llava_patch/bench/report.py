@@ -15,6 +15,7 @@ from rich.table import Table
 from llava_patch import files
 from llava_patch.bench.clock import median
 from llava_patch.bench.measure import Row, ratio
+from llava_patch.extras import optional
 
 SPEED = ("method", "prefill ms", "/ stock", "of bound", "decode ms/token", "/ stock", "cache MB", "/ stock")
 TRAINING = ("method", "trainable", "training step / stock", "must equal", "max |Δlogit|", "cached decode")
@@ -137,10 +138,8 @@ def _values(row: Row, base: Row) -> dict[str, Any]:
 
 def figure(rows: list[Row], title: str, path: Path) -> Path:
     """Bars: prefill time, decode time and cache of each method over the stock model's."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    optional("matplotlib").use("Agg")
+    plt = optional("matplotlib.pyplot")
 
     names = [row.method for row in rows[1:]][::-1]
     kinds: tuple[tuple[str, list[Any]], ...] = (

@@ -72,8 +72,8 @@ def hf_tokenizer(source: "Checkpoint") -> tuple[Any, dict[str, int], list[str]]:
         tokenizer = AutoTokenizer.from_pretrained(place)
     except (ImportError, ValueError) as error:
         raise CheckpointError(
-            f"{place}: the tokenizer cannot be loaded ({error}); sentencepiece and protobuf come with "
-            "pip install 'llava_patch[train]'"
+            f"{place}: the tokenizer cannot be loaded ({error}); if that is for want of a package: "
+            "pip install sentencepiece protobuf"
         ) from error
     added = [name for name in (IMAGE, PAD) if name not in tokenizer.get_vocab()]
     tokenizer.add_tokens(AddedToken(IMAGE, special=True, normalized=False), special_tokens=True)

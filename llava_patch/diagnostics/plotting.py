@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from llava_patch.extras import optional
 from llava_patch.files import atomic
 
 IMAGE, TEXT, SPLIT, OTHER = "#c44e52", "#4c72b0", "#55a868", "#8172b3"
@@ -24,8 +25,8 @@ STYLE: dict[Any, Any] = {
 
 def panels(rows: int = 1, columns: int = 1, height: float = PANEL[1]) -> tuple[Any, list[Any]]:
     """A figure without pyplot (no global state, no display) and its axes, row by row."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
+    mpl = optional("matplotlib")
+    Figure = optional("matplotlib.figure").Figure
 
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(PANEL[0] * columns, height * rows), layout="constrained")
@@ -35,7 +36,7 @@ def panels(rows: int = 1, columns: int = 1, height: float = PANEL[1]) -> tuple[A
 
 def layer_axis(axis: Any, n_layers: int, label: str = "decoder layer") -> None:
     """Whole layer numbers, at most about a dozen of them."""
-    from matplotlib.ticker import MaxNLocator
+    MaxNLocator = optional("matplotlib.ticker").MaxNLocator
 
     axis.set_xlim(-0.5, n_layers - 0.5)
     axis.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=min(4, n_layers)))
@@ -56,7 +57,7 @@ def mark_pruning(axis: Any, layer: int | None) -> None:
 
 def write_figure(figure: Any, path: str | Path) -> Path:
     """Write a figure atomically, in the format that the path's suffix names."""
-    import matplotlib as mpl
+    mpl = optional("matplotlib")
 
     path = Path(path)
     _fit_type(figure)

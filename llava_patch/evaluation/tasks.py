@@ -23,6 +23,7 @@ from llava_patch.diagnostics.fusion_attention import FusionAttention
 from llava_patch.diagnostics.saturation import Saturation
 from llava_patch.evaluation import drift_runs, fusion_attention_runs, loud, rprobe_runs, saturation_runs
 from llava_patch.evaluation.options import settings_for
+from llava_patch.extras import need
 from llava_patch.probe.settings import RProbe
 
 _active: "weakref.WeakValueDictionary[str, MeasurementTask]" = weakref.WeakValueDictionary()
@@ -33,13 +34,16 @@ class MeasurementTask(ConfigurableTask):
 
     Attributes:
         SETTINGS: the dataclass of the measurement's settings.
+        EXTRAS: of ours that it ends with, see `llava_patch.extras`.
         settings: those of this task, see `options.settings_for`.
     """
 
     SETTINGS: ClassVar[type]
+    EXTRAS: ClassVar[tuple[str, ...]] = ("figures",)
 
     def __init__(self, config: dict[str, Any] | None = None) -> None:
         config = dict(config or {})
+        need(f"the lmms-eval task {config.get('task')}", *self.EXTRAS)
         config.pop("class", None)  # how lmms-eval found this class; not a field of its TaskConfig
         self.settings: Any = settings_for(self.SETTINGS, config.get("metadata"), str(config.get("task")))
         loud.install()
@@ -112,6 +116,7 @@ class RProbeTask(MeasurementTask):
     """R-Probe: the documents are the held-out samples; the probe is trained on the others."""
 
     SETTINGS = RProbe
+    EXTRAS = ("figures", "probe")
 
     def documents(self) -> dict[str, list[Any]]:
         """Held-out samples by number, in the order in which the probe reports them."""

@@ -12,6 +12,7 @@ from llava_patch.errors import CheckpointError
 from llava_patch.probe import parallel
 
 LOCK_FILE = ".lock"
+_held: set[Path] = set()
 
 
 @contextlib.contextmanager
@@ -30,21 +31,26 @@ def alone(folder: Path | None) -> Iterator[None]:
         yield
         return
     path = Path(folder).resolve() / LOCK_FILE
+    if path in _held:
+        yield
+        return
     # Made before the first write: what a failed run would leave behind is taken away again.
     made = [parent for parent in path.parents if not parent.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path, timeout=0, is_singleton=True)
+        lock = FileLock(path, timeout=0)
         lock.acquire()
     except Timeout as error:
         raise CheckpointError(f"another run works in {folder}: wait for it or give another --output") from error
     except (OSError, NotImplementedError) as error:
         raise CheckpointError(f"{folder} cannot be written or locked ({error}): give another --output") from error
+    _held.add(path)
     try:
         yield
     finally:
+        _held.remove(path)
         with contextlib.suppress(OSError):
-            if lock.lock_counter == 1 and [entry.name for entry in path.parent.iterdir()] == [LOCK_FILE]:
+            if [entry.name for entry in path.parent.iterdir()] == [LOCK_FILE]:
                 path.unlink()
                 for parent in made:
                     parent.rmdir()

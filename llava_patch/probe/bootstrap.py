@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from llava_patch.errors import InputError
+from llava_patch.extras import optional
 
 LEVEL = 0.95
 FEW = "no interval: it is drawn over documents, and there are fewer than 2"
@@ -134,7 +135,7 @@ def _sums(owner: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def _bootstrap(data: list[np.ndarray], statistic: Any, resamples: int, seed: int) -> tuple[float, float] | None:
-    from scipy.stats import bootstrap
+    bootstrap = optional("scipy.stats").bootstrap
 
     count = len(data[0])
     if count < 2:

@@ -9,6 +9,7 @@ from typing import Any
 
 from llava_patch import files
 from llava_patch.errors import InputError, SettingError
+from llava_patch.extras import optional
 from llava_patch.probe.bootstrap import interval, paired, unlike
 from llava_patch.probe.data.read import resolve_source
 from llava_patch.probe.result import RProbeResult, read_result
@@ -285,7 +286,7 @@ _SHOWN = (
 
 def _figure(results: Mapping[str, RProbeResult], rows_: Sequence[Row], baseline: str) -> Any:
     """All curves above; below, each result's error and, where it is paired, its difference to the baseline."""
-    from matplotlib.figure import Figure
+    Figure = optional("matplotlib.figure").Figure
 
     from llava_patch.probe.curves import draw_curves, draw_intervals, short
 

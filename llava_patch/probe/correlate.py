@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from llava_patch.errors import InputError, SettingError
+from llava_patch.extras import optional
 from llava_patch.probe.curves import COLOURS
 from llava_patch.probe.scores import Checkpoint, Score
 
@@ -201,12 +202,12 @@ def ranks(x: np.ndarray, y: np.ndarray, seed: int = 0) -> tuple[float, float, fl
     Every order of the scores is counted up to 7 values (then a tie with the found value counts as at least as extreme);
     above, 9999 orders are drawn.
     """
-    from scipy.stats import kendalltau, permutation_test, rankdata, spearmanr
+    stats = optional("scipy.stats")
 
-    a, b = rankdata(x), rankdata(y)
+    a, b = stats.rankdata(x), stats.rankdata(y)
     a, b = a - a.mean(), b - b.mean()
     norm = math.sqrt(float((a**2).sum() * (b**2).sum()))
-    test = permutation_test(
+    test = stats.permutation_test(
         (a,),
         lambda order, axis: (order * b).sum(axis) / norm,
         permutation_type="pairings",
@@ -215,7 +216,7 @@ def ranks(x: np.ndarray, y: np.ndarray, seed: int = 0) -> tuple[float, float, fl
         alternative="two-sided",
         random_state=np.random.default_rng(seed),
     )
-    return float(spearmanr(a, b).statistic), float(kendalltau(a, b).statistic), min(1.0, float(test.pvalue))
+    return float(stats.spearmanr(a, b).statistic), float(stats.kendalltau(a, b).statistic), min(1.0, float(test.pvalue))
 
 
 def cells(found: Sequence[Correlation]) -> tuple[list[str], list[list[str]]]:
@@ -249,7 +250,7 @@ def sign_note(probe: str) -> str:
 
 def figure(found: Sequence[Correlation], probe: str) -> Any:
     """A small panel a benchmark; a legend names the points, because names beside them would cover one another."""
-    from matplotlib.figure import Figure
+    Figure = optional("matplotlib.figure").Figure
 
     names = list(dict.fromkeys(name for one in found for name, _, _ in one.points))
     columns = min(3, len(found))

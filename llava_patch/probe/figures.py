@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from llava_patch.errors import InputError, SettingError
+from llava_patch.extras import optional
 from llava_patch.files import atomic
 from llava_patch.probe.curves import draw_curve
 from llava_patch.probe.error_map import ErrorMap
@@ -81,7 +82,7 @@ def save(figure: Any, path: str | Path) -> Path:
 
 def _examples(result: RProbeResult, examples: list[Reconstruction]) -> Any:
     # matplotlib is imported late: runs without figures do not need it, and no global backend is touched.
-    from matplotlib.figure import Figure
+    Figure = optional("matplotlib.figure").Figure
 
     column = (WIDTH - 2 * EDGE - 2 * GAP) / 3
     cuts = [_bounds(example.target) for example in examples]
@@ -128,7 +129,7 @@ def _row(
     masked: bool,
 ) -> None:
     """The three pictures of one sample; the last two at one magnification, nearest neighbour."""
-    from matplotlib.patches import Rectangle
+    Rectangle = optional("matplotlib.patches").Rectangle
 
     column, row = size
     top, low, left, right = cut
@@ -196,8 +197,8 @@ def _caption(example: Reconstruction) -> str:
 
 
 def _error_map(page: ErrorMap, masked: bool, limit: float) -> Any:
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
+    Figure = optional("matplotlib.figure").Figure
+    Rectangle = optional("matplotlib.patches").Rectangle
 
     rows, columns = page.error.shape
     bar, head, foot = 0.75, 0.66, 0.42

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from llava_patch.errors import LlavaPatchError, SettingError
+from llava_patch.extras import optional
 from llava_patch.probe.sample import Box, Sample
 
 FONTS = {
@@ -66,10 +67,7 @@ def font_files() -> dict[str, tuple[Path, ...]]:
     Raises:
         LlavaPatchError: matplotlib is missing, or lacks one of the fonts.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise LlavaPatchError("R-Probe's rendered pages use the fonts of matplotlib: pip install matplotlib") from error
+    matplotlib = optional("matplotlib", "the font of rendered pages")
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     files = {family: tuple(folder / f"{name}.ttf" for name in names) for family, names in FONTS.items()}
     missing = [str(f) for names in files.values() for f in names if not f.is_file()]

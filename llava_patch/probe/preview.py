@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from llava_patch.errors import InputError, SettingError
+from llava_patch.extras import optional
 from llava_patch.files import atomic
 from llava_patch.probe.images import image_size
 from llava_patch.probe.sample import Box, Sample
@@ -131,7 +132,7 @@ def save_preview(samples: Sequence[Sample], transform: Transform, path: str | Pa
         InputError: an image that cannot be read, or no sample.
     """
     # matplotlib is imported late, and no global backend is touched.
-    from matplotlib.figure import Figure
+    Figure = optional("matplotlib.figure").Figure
 
     if not samples:
         raise InputError("preview: there is no sample to show")
@@ -209,7 +210,7 @@ def _caption(axes: Any, lines: Sequence[str], letters: int, **style: Any) -> Non
 
 
 def _outline(axes: Any, boxes: Sequence[Box], color: str, width: float) -> None:
-    from matplotlib.collections import PolyCollection
+    PolyCollection = optional("matplotlib.collections").PolyCollection
 
     corners = [[(x0, y0), (x1, y0), (x1, y1), (x0, y1)] for x0, y0, x1, y1 in boxes]
     axes.add_collection(PolyCollection(corners, facecolors="none", edgecolors=color, linewidths=width), autolim=False)

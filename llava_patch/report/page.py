@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from llava_patch.extras import optional
 from llava_patch.files import atomic
 
 PAGE = "report.html"
@@ -28,7 +29,7 @@ def write(values: dict[str, Any], folder: Path) -> Path:
     Returns:
         The page's path.
     """
-    import jinja2
+    jinja2 = optional("jinja2")
 
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True

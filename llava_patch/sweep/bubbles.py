@@ -13,6 +13,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from llava_patch.extras import optional
 from llava_patch.files import atomic
 from llava_patch.sweep.outcome import FINAL_STEPS
 from llava_patch.sweep.summary import LOSS, Result, bindings, by_point, measured, spreads
@@ -62,7 +63,7 @@ def bubble_figure(results: Sequence[Result], path: Path, scores: Collection[str]
     Returns:
         The path written; None for a sweep that this chart does not fit, or whose baseline failed.
     """
-    from matplotlib.figure import Figure  # no pyplot: no global state, no display needed
+    Figure = optional("matplotlib.figure").Figure  # no pyplot: no global state, no display needed
 
     keys = swept_numbers(results)
     baseline = spreads([result for result in results if result.run.baseline])
@@ -115,7 +116,7 @@ def _panel(
         means: (horizontal value, vertical value, mean or not-a-number).
         baseline: its mean.
     """
-    import matplotlib
+    matplotlib = optional("matplotlib")
 
     sign = -1 if lower_is_better(name) else 1
     largest = max((abs(mean - baseline) for *_, mean in means if math.isfinite(mean)), default=0.0) or 1.0

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llava_patch.extras import optional
 from llava_patch.files import atomic
 from llava_patch.sweep.outcome import FINAL_STEPS
 from llava_patch.sweep.settings import describe
@@ -23,7 +24,7 @@ def sweep_figure(results: Sequence[Result], path: Path) -> Path:
     Returns:
         The path written.
     """
-    from matplotlib.figure import Figure  # no pyplot: no global state, no display needed
+    Figure = optional("matplotlib.figure").Figure  # no pyplot: no global state, no display needed
 
     names = measured(results)
     columns = min(COLUMNS, len(names))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from llava_patch.diagnostics import plotting
 from llava_patch.diagnostics.attention_maps import maths
 from llava_patch.diagnostics.attention_maps.result import WHOLE
+from llava_patch.extras import optional
 
 if TYPE_CHECKING:
     from llava_patch.diagnostics.attention_maps.result import AttentionMapsResult, CheckpointMaps, View
@@ -23,8 +24,8 @@ def attention_maps_figure(result: "AttentionMapsResult", path: str | Path) -> Pa
     Returns:
         The path written.
     """
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
+    mpl = optional("matplotlib")
+    Figure = optional("matplotlib.figure").Figure
 
     columns = _columns(result)
     rows = min(len(result.images), *(len(one.views) for one in result.checkpoints))

@@ -12,6 +12,7 @@ from llava_patch.diagnostics.commands import output as written
 from llava_patch.diagnostics.commands import several
 from llava_patch.diagnostics.examples import check_data
 from llava_patch.errors import InputError, SettingError
+from llava_patch.extras import needs
 
 if TYPE_CHECKING:
     from llava_patch.diagnostics.attention_maps import AttentionMaps, AttentionMapsResult
@@ -25,6 +26,7 @@ def add(app: typer.Typer) -> None:
     app.command("attention-maps", no_args_is_help=True)(attention_maps)
 
 
+@needs("attention-maps", "figures")
 def attention_maps(
     checkpoints: list[str] = typer.Argument(  # noqa: B008
         ..., metavar="CKPT [CKPT ...]", help="checkpoints of llava or HF, patched or not; or adapters"

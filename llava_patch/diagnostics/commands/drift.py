@@ -11,6 +11,7 @@ from llava_patch.diagnostics import commands
 from llava_patch.diagnostics.commands import output as written
 from llava_patch.diagnostics.commands import several
 from llava_patch.diagnostics.examples import check_data
+from llava_patch.extras import needs
 
 NAME = "drift"
 SAMPLES = 32
@@ -24,6 +25,7 @@ def add(app: typer.Typer) -> None:
     app.command("drift", no_args_is_help=True)(drift)
 
 
+@needs("drift", "figures")
 def drift(
     checkpoint: str = commands.CHECKPOINT,
     stock: str = STOCK,

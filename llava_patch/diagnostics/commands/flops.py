@@ -9,6 +9,7 @@ import typer
 from llava_patch.diagnostics import commands
 from llava_patch.diagnostics.commands import output as written
 from llava_patch.errors import SettingError
+from llava_patch.extras import needs
 
 _CHECKPOINT = typer.Argument("", metavar="CKPT", help="checkpoint folder or hub name; only its JSON files are read")
 _OUTPUT = typer.Option(None, help="folder of flops.json and flops.png; default: flops/NAME")
@@ -20,6 +21,7 @@ def add(app: typer.Typer) -> None:
     app.command("flops")(flops)
 
 
+@needs("flops", "figures")
 def flops(
     checkpoint: str = _CHECKPOINT,
     shape: str = typer.Option("", help="7b, 13b or small instead of a checkpoint; default: 7b"),

@@ -13,6 +13,7 @@ from llava_patch.diagnostics.commands import several
 from llava_patch.diagnostics.commands.drift import STOCK
 from llava_patch.diagnostics.examples import check_data
 from llava_patch.errors import SettingError
+from llava_patch.extras import needs
 
 NAME = "fusion_attention"
 SAMPLES = 32
@@ -23,6 +24,7 @@ def add(app: typer.Typer) -> None:
     app.command("fusion-attention", no_args_is_help=True)(fusion_attention)
 
 
+@needs("fusion-attention", "figures")
 def fusion_attention(
     checkpoint: str = commands.CHECKPOINT,
     stock: str = STOCK,

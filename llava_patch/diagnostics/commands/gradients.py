@@ -28,6 +28,7 @@ from llava_patch.diagnostics.commands import (
 from llava_patch.diagnostics.commands import output as written
 from llava_patch.diagnostics.examples import check_data
 from llava_patch.errors import SettingError
+from llava_patch.extras import needs
 from llava_patch.probe.commands import DefaultGroup
 
 
@@ -52,6 +53,7 @@ def add(parent: typer.Typer) -> None:
 
 
 @app.command("run", no_args_is_help=True)
+@needs("gradients", "figures")
 def run_command(
     checkpoint: str = CHECKPOINT,
     data: str = DATA,
@@ -118,6 +120,7 @@ def run_command(
 
 
 @app.command("show", no_args_is_help=True)
+@needs("gradients show", "figures")
 def show_command(
     run: Path = typer.Argument(..., metavar="RUN", help="folder of a run that was measured, finished or not"),  # noqa: B008
     output: Path | None = typer.Option(None, help="folder for results; default: RUN itself"),  # noqa: B008

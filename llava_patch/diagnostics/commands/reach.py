@@ -12,6 +12,7 @@ from llava_patch.diagnostics import commands
 from llava_patch.diagnostics.commands import output as written
 from llava_patch.diagnostics.examples import check_data
 from llava_patch.errors import SettingError
+from llava_patch.extras import needs
 
 SAMPLES = 4
 _OUTPUT = typer.Option(None, help="folder of reach.json and reach.png; default: reach/NAME")
@@ -22,6 +23,7 @@ def add(app: typer.Typer) -> None:
     app.command("reach")(reach)
 
 
+@needs("reach", "figures")
 def reach(
     checkpoint: str = commands.CHECKPOINT,
     data: str = commands.DATA,

@@ -9,6 +9,7 @@ import typer
 from llava_patch.diagnostics.commands import DATA, DEVICE, GIN_FILE, GIN_PARAM, QUESTION, configured, settings_of
 from llava_patch.diagnostics.examples import check_data
 from llava_patch.errors import CheckpointError, SettingError
+from llava_patch.extras import needs
 
 
 def add(app: typer.Typer) -> None:
@@ -16,6 +17,7 @@ def add(app: typer.Typer) -> None:
     app.command("report", no_args_is_help=True)(report_command)
 
 
+@needs("report", "figures", "report")
 def report_command(
     checkpoint: str = typer.Argument(
         "", metavar="CKPT", help="checkpoint folder or hub name, of llava or HF, patched or not"

@@ -33,6 +33,7 @@ from llava_patch.diagnostics.commands import (
 from llava_patch.diagnostics.commands import output as written
 from llava_patch.diagnostics.examples import check_data
 from llava_patch.errors import SettingError
+from llava_patch.extras import needs
 from llava_patch.probe.commands import DefaultGroup
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def add(root: typer.Typer) -> None:
 
 
 @app.command("run", no_args_is_help=True)
+@needs("saturation", "figures")
 def run_command(
     checkpoint: str = CHECKPOINT,
     data: str = DATA,
@@ -101,6 +103,7 @@ def run_command(
 
 
 @app.command("compare", no_args_is_help=True)
+@needs("saturation compare", "figures")
 def compare_command(
     models: list[str] = typer.Argument(  # noqa: B008
         ..., metavar="A B ...", help="checkpoints, saturation.json files of earlier runs, or folders with one"

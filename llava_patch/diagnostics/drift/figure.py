@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_patch.diagnostics import plotting
+from llava_patch.extras import optional
 
 if TYPE_CHECKING:
     from llava_patch.diagnostics.drift.result import DriftResult
@@ -21,7 +22,7 @@ def drift_figure(result: "DriftResult", path: str | Path) -> Path:
     Returns:
         The path written.
     """
-    import matplotlib as mpl
+    mpl = optional("matplotlib")
 
     figure, (axis,) = plotting.panels()
     with mpl.rc_context(plotting.STYLE):
@@ -31,7 +32,7 @@ def drift_figure(result: "DriftResult", path: str | Path) -> Path:
 
 
 def _draw(axis: Any, result: "DriftResult") -> None:
-    from matplotlib.ticker import MaxNLocator
+    MaxNLocator = optional("matplotlib.ticker").MaxNLocator
 
     curves = (
         (result.image, plotting.IMAGE, "image positions", "o", 5, "none"),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_patch.diagnostics import plotting
 from llava_patch.diagnostics.flops.count import count_flops, program_of
+from llava_patch.extras import optional
 
 if TYPE_CHECKING:
     from llava_patch.diagnostics.flops.result import FlopsResult
@@ -23,7 +24,7 @@ _COLOURS = ("0.45", "#dd8452", "#55a868", "#8172b3", "#937860", "#4c72b0", "#64b
 
 def flops_figure(result: "FlopsResult", path: str | Path) -> Path:
     """Two panels; returns the path written."""
-    import matplotlib as mpl
+    mpl = optional("matplotlib")
 
     figure, (layers, lengths) = plotting.panels(1, 2)
     with mpl.rc_context(plotting.STYLE):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_patch.diagnostics import plotting
+from llava_patch.extras import optional
 
 if TYPE_CHECKING:
     from llava_patch.diagnostics.fusion_attention.result import FusionAttentionResult
@@ -20,7 +21,7 @@ def fusion_attention_figure(result: "FusionAttentionResult", path: str | Path) -
     Returns:
         The path written.
     """
-    import matplotlib as mpl
+    mpl = optional("matplotlib")
 
     count = len(result.layers)
     columns = min(COLUMNS, count)

@@ -9,6 +9,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from llava_patch.diagnostics.plotting import IMAGE, SPLIT, STYLE, TEXT, panels, write_figure
+from llava_patch.extras import optional
 
 if TYPE_CHECKING:
     from llava_patch.diagnostics.gradients.result import GradientsResult
@@ -30,7 +31,7 @@ def gradients_figure(result: "GradientsResult", path: str | Path) -> Path:
     Returns:
         The path written.
     """
-    import matplotlib as mpl
+    mpl = optional("matplotlib")
 
     with mpl.rc_context(STYLE):
         return write_figure(_four_panels(result), path)
@@ -88,7 +89,7 @@ def runs_figure(results: "Mapping[str, GradientsResult]", path: str | Path) -> P
     Returns:
         The path written.
     """
-    import matplotlib as mpl
+    mpl = optional("matplotlib")
 
     with mpl.rc_context(STYLE):
         return write_figure(_two_panels(results, mpl.colormaps["viridis"]), path)
@@ -168,20 +169,20 @@ def _shade(axis: Any, windows: "Sequence[Moments]") -> None:
 
 def _positive_log(axis: Any) -> None:
     """A logarithmic axis where there is something above zero to show; plain numbers where it spans little."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+    ticker = optional("matplotlib.ticker")
 
     shown = [v for line in axis.lines for v in line.get_ydata() if v > 0 and math.isfinite(v)]
     if not shown:
         return
     axis.set_yscale("log")
     if max(shown) / min(shown) < 50:
-        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+        axis.yaxis.set_minor_formatter(ticker.NullFormatter())
 
 
 def _step_axis(axis: Any, steps: Sequence[int], label: str) -> None:
-    from matplotlib.ticker import MaxNLocator
+    MaxNLocator = optional("matplotlib.ticker").MaxNLocator
 
     if steps:
         margin = max(0.5, 0.02 * (max(steps) - min(steps)))

@@ -26,6 +26,7 @@ from llava_patch.diagnostics.gradients.settings import Gradients
 from llava_patch.diagnostics.gradients.statistics import Step, Window
 from llava_patch.diagnostics.gradients.training_check import check
 from llava_patch.diagnostics.gradients.training_loss import caught_loss, loss_scale, unnoticed
+from llava_patch.extras import need
 from llava_patch.files import atomic
 from llava_patch.handle import get_handle
 from llava_patch.undo import UndoStack
@@ -61,7 +62,9 @@ def follow(trainer: Any, settings: Gradients | None = None) -> "Following":
         SettingError: no taps, no gradient through them, a block that is not there, or a kind of training (ZeRO-3, FSDP,
             nn.DataParallel, compiled models) in which this does not work.
         HostError: a tower that is not loaded or has only quantised weights.
+        MissingExtraError: no matplotlib.
     """
+    need("Gradients", "figures")  # the run ends with a figure: not found out then
     chosen = Gradients() if settings is None else settings
     following = Following(trainer, chosen, check(trainer.model, trainer.args, chosen))
     trainer.add_callback(_callback(following))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from llava_patch.diagnostics import plotting
 from llava_patch.diagnostics.reach import groups
 from llava_patch.diagnostics.reach.result import FROZEN, NONE, NONZERO, ZERO
+from llava_patch.extras import optional
 
 if TYPE_CHECKING:
     from llava_patch.diagnostics.reach.compare import ReachComparison
@@ -23,7 +24,7 @@ _SHORT = {
 
 def reach_figure(result: "ReachResult", path: str | Path) -> Path:
     """Gradient norms of the vision side and of the decoder, and the side output's by layer where there is a branch."""
-    import matplotlib as mpl
+    mpl = optional("matplotlib")
 
     figure, axes = plotting.panels(1, 2 if result.side is None else 3)
     with mpl.rc_context(plotting.STYLE):
@@ -43,7 +44,7 @@ def reach_figure(result: "ReachResult", path: str | Path) -> Path:
 
 def comparison_figure(result: "ReachComparison", path: str | Path) -> Path:
     """The side output's gradient by layer for every variant, and as a whole."""
-    import matplotlib as mpl
+    mpl = optional("matplotlib")
 
     figure, (layers, whole) = plotting.panels(1, 2)
     shown = [r for r in result.results if r.side is not None]

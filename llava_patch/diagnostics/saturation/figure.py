@@ -18,6 +18,7 @@ from llava_patch.diagnostics.plotting import (
     panels,
     write_figure,
 )
+from llava_patch.extras import optional
 
 if TYPE_CHECKING:
     from llava_patch.diagnostics.saturation.result import SaturationResult
@@ -38,7 +39,7 @@ def saturation_figure(result: "SaturationResult", path: str | Path) -> Path:
     Returns:
         The path written.
     """
-    import matplotlib as mpl
+    mpl = optional("matplotlib")
 
     with mpl.rc_context(STYLE):
         figure, axes = panels(1, 3, HEIGHT)
@@ -101,8 +102,8 @@ def comparison_figure(results: "Mapping[str, SaturationResult]", path: str | Pat
     Returns:
         The path written.
     """
-    import matplotlib as mpl
-    from matplotlib.lines import Line2D
+    mpl = optional("matplotlib")
+    Line2D = optional("matplotlib.lines").Line2D
 
     depths = {result.n_layers for result in results.values()}
     alike = len(depths) == 1

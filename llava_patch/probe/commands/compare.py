@@ -7,10 +7,12 @@ from pathlib import Path
 import typer
 
 from llava_patch.errors import SettingError
+from llava_patch.extras import needs
 from llava_patch.probe.commands import app
 
 
 @app.command("compare", no_args_is_help=True)
+@needs("rprobe compare", "figures", "probe")
 def compare(
     results: list[Path] = typer.Argument(  # noqa: B008
         ..., metavar="A B ...", help="result files, or folders that hold rprobe.json (lmms-eval's output too)"

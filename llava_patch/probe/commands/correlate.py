@@ -6,11 +6,13 @@ from pathlib import Path
 
 import typer
 
+from llava_patch.extras import needs
 from llava_patch.probe.commands import app
 from llava_patch.probe.commands.compare import check_formats, split_names
 
 
 @app.command("correlate", no_args_is_help=True)
+@needs("correlate", "figures", "probe")
 def correlate(
     sources: list[str] = typer.Argument(  # noqa: B008
         ...,

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from llava_patch.extras import needs
 from llava_patch.probe.commands import app
 from llava_patch.probe.settings import IMAGE_MODES
 
@@ -19,6 +20,7 @@ PAGES = 16  # rendered pages that are counted when there is no data
 
 
 @app.command("preview")
+@needs("rprobe preview", "figures")
 def preview(
     data: str = typer.Argument("", help="JSONL file, SROIE/ICDAR, FUNSD, COCO-Text, TextOCR, hf:NAME; default: pages"),
     model: str = typer.Option("", help="checkpoint whose image processor and tokens are used; no weights are loaded"),

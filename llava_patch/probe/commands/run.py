@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from llava_patch.errors import SettingError
+from llava_patch.extras import needs
 from llava_patch.probe.commands import app
 from llava_patch.probe.commands.compare import check_formats
 from llava_patch.probe.settings import IMAGE_MODES, RProbe
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 
 @app.command("run", no_args_is_help=True)
+@needs("rprobe", "figures", "probe")
 def run_command(
     checkpoint: str = typer.Argument(
         ..., metavar="CKPT", help="checkpoint folder or hub name, of llava or HF, patched or not; or an adapter"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_patch.errors import InputError, LlavaPatchError
+from llava_patch.extras import optional
 from llava_patch.probe.data.objects import four_numbers
 from llava_patch.probe.data.samples import Collector
 from llava_patch.probe.images import EncodedImage, ImageSource
@@ -139,7 +140,7 @@ def _image(dataset: Any, value: Any, row: int, columns: _Columns, folder: Path, 
 
 def _columns(dataset: Any, name: str) -> tuple[Any, _Columns]:
     """Find the columns by their names; images stay encoded."""
-    from datasets import Image
+    Image = optional("datasets").Image
 
     features = dataset.features
     pictures = [key for key, feature in features.items() if isinstance(feature, Image)]
@@ -163,10 +164,7 @@ def _first(names: Sequence[str], among: Any) -> str:
 
 
 def _load(source: Path | str, split: str, config: str) -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise LlavaPatchError(f"{source}: reading Hugging Face datasets needs: pip install datasets") from error
+    datasets = optional("datasets", f"{source}: a Hugging Face dataset")
     try:
         found = _from_disk(datasets, source) if isinstance(source, Path) else _from_hub(datasets, source, config)
     except LlavaPatchError:
