@@ -1,4 +1,4 @@
-"""Finds the files that come with the package: gin files and lmms-eval tasks, in a checkout or in a wheel."""
+"""Finds the files that come with the package: gin files, lmms-eval tasks, locks; in a checkout or in a wheel."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 _PACKAGE = Path(__file__).resolve().parent
 
 
-def _find(name: str) -> Path:
-    for folder in (_PACKAGE / "shipped" / name, _PACKAGE.parent / name):
+def _find(name: str, checkout: str = "") -> Path:
+    for folder in (_PACKAGE / "shipped" / name, _PACKAGE.parent / checkout / name):
         if folder.is_dir():
             return folder
     raise FileNotFoundError(f"llava_patch's folder {name!r} is missing: reinstall the package")
@@ -22,3 +22,8 @@ def gin_dir() -> Path:
 def eval_tasks_dir() -> Path:
     """Folder of the shipped lmms-eval tasks."""
     return _find("eval_tasks")
+
+
+def locks_dir() -> Path:
+    """Folder of the locks: for each stack that llava_patch was run with, the version of every package."""
+    return _find("locks", "scripts")

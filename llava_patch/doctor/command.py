@@ -23,14 +23,16 @@ def doctor_command(
     Gin options are read as a launch script's --gin_file and --gin_param would
     be. Exit code 1 when something cannot work.
     """
+    from rich.console import Console
+
     from llava_patch.doctor.examine import examine, summary, to_json
     from llava_patch.doctor.row import PROBLEM
 
-    rows = examine(checkpoint, gin_file, gin_param)
+    with Console(stderr=True).status("looking, and trying what training and evaluation import"):
+        rows = examine(checkpoint, gin_file, gin_param)
     if as_json:
         typer.echo(to_json(rows))
     else:
-        from rich.console import Console
         from rich.table import Table
 
         from llava_patch import __version__

@@ -58,6 +58,10 @@ def check_configured(asked: "Configuration | None", error: LlavaPatchError | Non
         if value is not None:
             where = "LLaVA's training script" if kind == AuxiliaryProbe.KIND else "training, and every model loaded"
             rows.append(Row(f"would patch: {kind}", f"{value} ({where})"))
+    if asked.fusion is not None and asked.routing is not None and asked.routing.freeze != "none":
+        found = f"new weights start at zero, and Routing.freeze = {asked.routing.freeze!r} keeps them there"
+        advice = "on a stock checkpoint train the fusion first (stage 1), or bind Routing.freeze = 'none'"
+        rows.append(Row(f"does nothing yet: {type(asked.fusion).__name__}", found, NOTE, advice))
     rows += [Row(f"switched off: {kind}", "by an explicit None") for kind in asked.off]
     if asked.flags:
         given = " ".join(f"--{name} {value}" for name, value in asked.flags.items())

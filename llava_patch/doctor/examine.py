@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llava_patch import __version__
-from llava_patch.doctor import configured, machine, software
+from llava_patch.doctor import configured, machine, measured, software
 from llava_patch.doctor.row import NOTE, PROBLEM, Row
 from llava_patch.errors import LlavaPatchError
 
@@ -20,11 +20,11 @@ def examine(checkpoint: str = "", gin_file: Sequence[str] = (), gin_param: Seque
         gin_file: gin files beside those of the environment.
         gin_param: single bindings likewise.
     """
-    rows = [*software.check_packages(), _supported(), software.check_torchvision()]
+    rows = [*software.check_packages(), _supported(), *measured.check_measured(), software.check_torchvision()]
     hosts = software.check_hosts()
     hook = software.check_hook()
     asked, error = configured.read(gin_file, gin_param)
-    rows += [*hosts, *software.check_attention(), hook]
+    rows += [*hosts, *measured.check_imports(), *software.check_attention(), hook]
     rows += configured.check_configured(asked, error)
     rows += configured.check_ignored(asked, hook)
     rows += configured.check_deepspeed()

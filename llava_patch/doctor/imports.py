@@ -19,18 +19,16 @@ from pathlib import Path
 from typing import Any
 
 TRIED = {
-    "llava": (
+    "training": (
         "llava.train.train", "llava.train.llava_trainer", "llava.model.builder", "llava.model.llava_arch",
-        "llava.model.language_model.llava_llama", "llava.mm_utils",
+        "llava.model.language_model.llava_llama", "llava.mm_utils", "deepspeed", "peft",
     ),
-    "lmms_eval": (
+    "lmms-eval": (
         "lmms_eval.__main__", "lmms_eval.evaluator", "lmms_eval.tasks", "lmms_eval.api.task", "lmms_eval.utils",
         "lmms_eval.models.simple.llava_hf", "lmms_eval.models.llava_hf",
     ),
-    "deepspeed": ("deepspeed",),
-    "peft": ("peft",),
 }  # fmt: skip
-"""Modules of each host that a training or evaluation command goes through; those that a version lacks are left out."""
+"""Modules that a training or an evaluation command goes through; those that are not installed are left out."""
 
 
 def failures(names: list[str]) -> list[dict[str, str]]:
@@ -62,9 +60,9 @@ def failures(names: list[str]) -> list[dict[str, str]]:
             found.setdefault(_text(error), _failure(name, error, _missing(error) or name))
             continue
         for line, wanted, attribute in later_imports(Path(str(module.__file__)), module.__package__ or ""):
-            error = _try(wanted, attribute)
-            if error is not None:
-                found.setdefault(_text(error), _failure(f"{name}:{line}", error, wanted))
+            missing = _try(wanted, attribute)
+            if missing is not None:
+                found.setdefault(_text(missing), _failure(f"{name}:{line}", missing, wanted))
     return list(found.values())
 
 

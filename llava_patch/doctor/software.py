@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -14,13 +15,17 @@ from packaging.requirements import Requirement
 
 from llava_patch import autostart
 from llava_patch.doctor.row import NOTE, OK, PROBLEM, Row
+from llava_patch.extras import EXTRAS
 
 LMMS_EVAL = "0.7"
 """The series of lmms-eval that the tasks were run with."""
 _OPTIONAL = {
     "accelerate": "training", "deepspeed": "training on several GPUs", "peft": "LoRA", "flash-attn": "flash attention",
     "lmms-eval": "benchmarks", "llava-torch": "the original host", "timm": "some vision towers",
+    **{package: f"the commands of llava_patch[{extra}]" for extra, package in EXTRAS.items()},
 }  # fmt: skip
+_BOUNDING = ("eval", "hosts")
+"""Extras whose bounds say with which versions the hosts work, whether or not they were asked for."""
 _HOOKED = "import sys; print(any(type(f).__name__ == '_PostImportFinder' for f in sys.meta_path))"
 
 
@@ -42,17 +47,25 @@ def check_packages() -> list[Row]:
         rows.append(
             Row("llava_patch", "run from its source folder", NOTE, "pip install it, or nothing starts with Python")
         )
-    seen: set[str] = set()
+    bounds: dict[str, Requirement] = {}
     for need in wanted:
-        extra = need.marker is not None and "extra" in str(need.marker)
-        if need.name in seen or (extra and need.name not in _OPTIONAL):
+        extra = _extra_of(need)
+        if extra == "eval" and installed("lmms-eval") is None:  # what lmms-eval needs to go on working
             continue
-        seen.add(need.name)
-        rows.append(_package(need, extra))
+        if need.name in bounds:
+            bounds[need.name].specifier &= need.specifier
+        elif extra is None or need.name in _OPTIONAL or (installed(need.name) is not None and extra in _BOUNDING):
+            bounds[need.name] = Requirement(f"{need.name}{need.specifier}")
+    core = {need.name for need in wanted if _extra_of(need) is None}
     for name in _OPTIONAL:
-        if name not in seen:
-            rows.append(_package(Requirement(name), True))
-    return rows
+        bounds.setdefault(name, Requirement(name))
+    return rows + [_package(need, name not in core) for name, need in bounds.items()]
+
+
+def _extra_of(need: Requirement) -> str | None:
+    """The extra of ours that asks for a requirement; None: everyone needs it."""
+    found = re.search(r"extra == ['\"]([\w.-]+)['\"]", str(need.marker or ""))
+    return found.group(1) if found else None
 
 
 def _package(need: Requirement, optional: bool) -> Row:
@@ -89,6 +102,8 @@ def check_torchvision() -> Row:
 
 def check_hosts() -> list[Row]:
     """Both hosts: whether they can be imported, and which `llava` it is."""
+    from llava_patch.hosts.compat import brings_towers
+
     hf = _import("transformers", "LlavaForConditionalGeneration")
     llava = None
     if importlib.util.find_spec("llava") is not None:
@@ -113,6 +128,9 @@ def check_hosts() -> list[Row]:
                 "LLAVA_PATCH_DISABLE=1 LLaVA's code meets transformers unmended",
             )
         )
+    elif brings_towers(sys.modules["llava"]):
+        advice = "its towers, forwards and trainer stay its own; llava_patch knows LLaVA's original package only"
+        rows.append(Row("host llava", f"{_origin()}, with vision towers of its own, as LLaVA-NeXT's", NOTE, advice))
     else:
         rows.append(Row("host llava", _origin()))
     return rows

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from llava_patch import Routing, SkipLinks, autostart, patch
 from llava_patch.cli import app
-from llava_patch.doctor import configured, machine, software
+from llava_patch.doctor import configured, machine, measured, software
 from llava_patch.doctor.examine import examine, summary
 from llava_patch.doctor.row import NOTE, OK, PROBLEM, Row
 
@@ -24,6 +24,12 @@ def _row(rows, what):
     found = [row for row in rows if row.what == what]
     assert len(found) == 1, [row.what for row in rows]
     return found[0]
+
+
+@pytest.fixture
+def no_imports(monkeypatch):
+    """Leave out what takes seconds, and `test_all_is_well_here` tries for real."""
+    monkeypatch.setattr(measured, "check_imports", list)
 
 
 def _run(*arguments, **environment):
@@ -39,6 +45,7 @@ def test_all_is_well_here():
     assert len({row.what for row in rows}) == len(rows)
     assert _row(rows, "supported versions").found == "yes"
     assert _row(rows, "start-up hook").state == OK
+    assert _row(rows, "imports: training").found == _row(rows, "imports: lmms-eval").found == "all there"
 
 
 @pytest.mark.parametrize(
@@ -49,6 +56,8 @@ def test_all_is_well_here():
         ("peft", "0.3.0", NOTE, "supported is"),
         ("deepspeed", None, OK, "several GPUs only"),
         ("lmms-eval", "0.3.1", NOTE, "0.7 only"),
+        ("filelock", "4.3.1", PROBLEM, "pip install 'filelock<4.3"),  # lmms-eval is here
+        ("matplotlib", None, OK, "llava_patch[figures] only"),
     ],
 )
 def test_packages(monkeypatch, name, there, state, advice):
@@ -90,6 +99,21 @@ def test_llava_as_wheel_checkout_or_broken(monkeypatch, tmp_path):
     assert [row.state for row in rows] == [PROBLEM, PROBLEM] and "no LlavaLlama" in rows[1].found
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert _row(software.check_hosts(), "host llava").found == "not installed"
+
+
+def test_a_llava_with_towers_of_its_own(monkeypatch):
+    from llava_patch.hosts import compat
+
+    assert _row(software.check_hosts(), "host llava").state == OK
+    monkeypatch.setattr(compat, "brings_towers", lambda module: module.__name__ == "llava")
+    row = _row(software.check_hosts(), "host llava")
+    assert row.state == NOTE and "vision towers of its own" in row.found and "original package only" in row.advice
+
+
+def test_filelock_matters_to_lmms_eval_alone(monkeypatch):
+    there = {"filelock": "4.3.1"}
+    monkeypatch.setattr(software, "installed", lambda name: there.get(name))
+    assert _row(software.check_packages(), "filelock").state == OK
 
 
 @pytest.mark.parametrize(
@@ -141,6 +165,14 @@ def test_what_is_configured(monkeypatch):
     assert "--lora_r 16" in _row(rows, "training flags").found and _row(rows, "training flags").state == NOTE
     row = _row(rows, "measurement: Saturation")
     assert row.state == NOTE and "max_samples=8" in row.found and "saturation" in row.advice
+
+
+def test_a_fusion_that_would_stay_at_zero():
+    asked, error = configured.read([], ["SkipLinks.stride = 6", "Routing.split = 18"])
+    row = _row(configured.check_configured(asked, error), "does nothing yet: SkipLinks")
+    assert row.state == NOTE and "Routing.freeze = 'none'" in row.advice
+    asked, error = configured.read([], ["SkipLinks.stride = 6", "Routing.split = 18", "Routing.freeze = 'none'"])
+    assert not [r for r in configured.check_configured(asked, error) if r.what.startswith("does nothing")]
 
 
 def test_every_measurement_has_a_reader():
@@ -253,7 +285,7 @@ def adapter(tmp_path_factory):
     return patch(model, fusion=SkipLinks(stride=2), routing=Routing(split=2)).save(folder / "adapter")
 
 
-def test_what_a_load_would_patch(adapter):
+def test_what_a_load_would_patch(no_imports, adapter):
     rows = examine(str(adapter))
     assert "hf: an adapter" in _row(rows, "checkpoint").found
     assert "split=2" in _row(rows, "load would patch: routing").found
@@ -266,7 +298,7 @@ def test_what_a_load_would_patch(adapter):
     assert _row(examine(stock), "load would patch").found.startswith("nothing")
 
 
-def test_checkpoints_that_cannot_work(adapter, tmp_path, monkeypatch):
+def test_checkpoints_that_cannot_work(no_imports, adapter, tmp_path, monkeypatch):
     assert _row(examine(str(tmp_path)), "checkpoint").state == PROBLEM
     import shutil
 
@@ -287,14 +319,14 @@ def test_checkpoints_that_cannot_work(adapter, tmp_path, monkeypatch):
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def test_exit_codes_and_screen(monkeypatch):
+def test_exit_codes_and_screen(no_imports, monkeypatch):
     done = _run()
     assert done.exit_code == 0 and "start-up hook" in done.output and "4.57" in done.output
     done = _run("--gin-file", "missing.gin")
     assert done.exit_code == 1 and "missing.gin" in done.output and "1 problem" in done.output
 
 
-def test_json_is_stable():
+def test_json_is_stable(no_imports):
     done = _run("--json", "--gin-param", "Routing.split = 7")
     values = json.loads(done.output)
     assert values["format"] == 1 and values["problems"] == 0
