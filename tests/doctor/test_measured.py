@@ -152,9 +152,10 @@ def test_a_command_whose_import_ends_the_interpreter(host, monkeypatch):
 def test_a_filelock_that_lmms_eval_cannot_import_is_found_by_the_command(tmp_path):
     """filelock 4.3 came into a fresh environment, and lmms-eval failed in the middle of a run."""
     real = Path(importlib.util.find_spec("filelock").origin).parent
-    shutil.copytree(real, tmp_path / "filelock")
-    for path in (tmp_path / "filelock").glob("_api*"):
-        path.unlink()
+    shutil.copytree(real, tmp_path / "filelock", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "filelock" / "_api.py").rename(tmp_path / "filelock" / "_core.py")
+    for path in (tmp_path / "filelock").glob("*.py"):
+        path.write_text(path.read_text().replace("_api import", "_core import"))
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-W", "ignore", "-m", "llava_patch.doctor.imports", *imports.TRIED["lmms-eval"]]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
