@@ -154,7 +154,7 @@ def test_a_filelock_that_lmms_eval_cannot_import_is_found_by_the_command(tmp_pat
     real = Path(importlib.util.find_spec("filelock").origin).parent
     shutil.copytree(real, tmp_path / "filelock", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "filelock" / "_api.py").rename(tmp_path / "filelock" / "_core.py")
-    for path in (tmp_path / "filelock").glob("*.py"):
+    for path in (tmp_path / "filelock").rglob("*.py"):
         path.write_text(path.read_text().replace("_api import", "_core import"))
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-W", "ignore", "-m", "llava_patch.doctor.imports", *imports.TRIED["lmms-eval"]]
