@@ -25,3 +25,7 @@ class InputError(LlavaPatchError, ValueError):
 
 class RunError(LlavaPatchError):
     """A command of a sweep failed, or left nothing to read behind."""
+
+
+class SilentFusionWarning(UserWarning):
+    """A fusion was asked for that changes nothing: its new weights are zero, and frozen."""
