@@ -46,6 +46,11 @@ def resolve(anatomy: Anatomy, settings: Fusion) -> Taps:
             )
         if anatomy.vision_model is not None:
             _check_tokens(anatomy, settings, taps)
+    if taps.join is Join.LAYERS and anatomy.mixes_patches:
+        raise HostError(
+            f"{name} adds a tap to each patch's own token, but this model makes tokens of several patches "
+            "(image_aspect_ratio = anyres_max, mm_patch_merge_type = ...maxpool...): take another fusion"
+        )
     linear = anatomy.first_linear()[2]
     width = int(anatomy.vision_width)
     if isinstance(linear, FusedLinear) or zero.shape(linear.weight)[1] != width:

@@ -131,6 +131,13 @@ class Anatomy:
         return str(getattr(self.model.config, "mm_patch_merge_type", "flat")).startswith("spatial")
 
     @property
+    def mixes_patches(self) -> bool:
+        """Whether the host makes tokens of several patches on their way (LLaVA-NeXT's pooling and anyres_max)."""
+        config = self.model.config
+        ratio, merge = (str(getattr(config, n, "")) for n in ("image_aspect_ratio", "mm_patch_merge_type"))
+        return self.host == LLAVA and ("anyres_max" in ratio or "maxpool" in merge)
+
+    @property
     def n_blocks(self) -> int:
         """Number N of transformer blocks in the vision tower."""
         return self._shape.n_blocks

@@ -272,3 +272,18 @@ def test_videos_of_llava_next_are_refused_and_its_images_are_not(tower_folder, h
         for modalities in (["video"], ["image", "video"], "video"):
             with pytest.raises(InputError, match="modalities = 'video' is not routed: give still images"):
                 call(modalities)
+
+
+@pytest.mark.parametrize("kind", ["Gemma", "Qwen3", "Phi3"])
+def test_measurements_that_run_or_read_decoder_layers_are_refused_too(kind):
+    from llava_patch.diagnostics import trace
+    from llava_patch.probe.decoder import ProbeDecoder
+    from llava_patch.probe.layout import TokenGrid
+
+    message, settings = UNPROVEN[kind]
+    found = anatomy.find(hf_host(kind, **TEXT, **settings).model)
+    with pytest.raises(HostError, match=f"measuring attention is not available on {message}"):
+        with trace.traced(found, 8):
+            pass
+    with pytest.raises(HostError, match=f"R-Probe is not available on {message}"):
+        ProbeDecoder(found, TokenGrid.__new__(TokenGrid))
