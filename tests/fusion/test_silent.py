@@ -1,10 +1,13 @@
 """A fusion that does nothing, because its new weights are zero and frozen, is not overlooked."""
 
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
-from models import IMAGE
+from decoders import hf_host
+from models import IMAGE, TEXT
 
 import llava_patch
 from llava_patch import DeepStack, DenseConnector, DirectFusion, FastV, Routing, SkipLinks, patch
@@ -101,3 +104,31 @@ def test_the_call_of_the_contract_still_works(host, warned):
     with patch(host.model, fusion=SkipLinks(stride=2), routing=Routing(split=3)) as handle:
         assert "does nothing" in handle.report()
     assert len(warned()) == 1
+
+
+def _calls_of_the_readme():
+    """Every `patch(model, ...)` of the README's first Python example, those in its comments too."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    example = readme.split("```python")[1].split("```")[0]
+    text = " ".join(line.strip().removeprefix("#") for line in example.splitlines())
+    found = []
+    for start in (match.start() for match in re.finditer(r"patch\(model, \w", text)):
+        depth = end = 0
+        for end, character in enumerate(text[start:], start):
+            depth += (character == "(") - (character == ")")
+            if character == ")" and not depth:
+                break
+        found.append(text[start : end + 1])
+    return found
+
+
+@pytest.mark.parametrize("call", range(3))
+def test_what_the_readme_shows_does_something(call, warned):
+    """With as many layers as its settings need."""
+    model = hf_host("Llama", **{**TEXT, "num_hidden_layers": 20}).model
+    calls = _calls_of_the_readme()
+    assert len(calls) == 3
+    names = {"patch": patch, "SkipLinks": SkipLinks, "Routing": Routing, "model": model}
+    with eval(calls[call], names) as handle:
+        assert handle.silent_fusion() is None and handle.trainable()
+    assert not warned()
