@@ -48,14 +48,16 @@ _LOOKED_AT = {
 _VARYING_ROPE = ("dynamic", "longrope")
 
 
-def name_of(module: nn.Module, method: str = "forward") -> str:
+def name_of(module: nn.Module, method: str = "forward", by_class: bool = False) -> str:
     """The class whose method an object runs, with its module: "package.module.Class".
 
     Args:
         module: what is asked.
         method: of it; one that was set on the instance counts.
+        by_class: it does not.
     """
-    used: Any = vars(module).get(method) or getattr(type(module), method)
+    own = None if by_class else vars(module).get(method)
+    used: Any = getattr(type(module), method) if own is None else own
     where = getattr(used, "__module__", None) or type(used).__module__
     name = getattr(used, "__qualname__", None) or type(used).__qualname__
     return f"{where}.{name}".removesuffix(f".{method}")
@@ -72,8 +74,7 @@ def check_host(model: nn.Module, parts: Iterable[tuple[nn.Module, str]]) -> None
         HostError: names the class and the method.
     """
     for module, method in parts:
-        used = getattr(type(module), method)
-        name = f"{used.__module__}.{used.__qualname__}".removesuffix(f".{method}")
+        name = name_of(module, method, by_class=True)
         if not any(name == known or name.endswith(f".{known}") for known in HOSTS):
             raise HostError(
                 f"{type(model).__name__} is not a model that llava_patch knows: it brings a {method} of its own "
@@ -83,23 +84,24 @@ def check_host(model: nn.Module, parts: Iterable[tuple[nn.Module, str]]) -> None
             )
 
 
-def check_decoder(decoder: Any, what: str) -> None:
+def check_decoder(decoder: Any, what: str, by_class: bool = False) -> None:
     """Refuse a decoder whose layers the identity tests did not run on.
 
     Args:
         decoder: of a host model.
         what: what was asked for, for the message.
+        by_class: what runs is a copy of the layers, made by their classes: what their instances carry does not count.
 
     Raises:
         HostError: names the class, or the entry of its config, and what is missing.
     """
-    used = name_of(decoder)
+    used = name_of(decoder, by_class=by_class)
     family = next((f for f in DECODERS.values() if used == f"{f}Model"), None)
     if family is None:
         _refuse(type(decoder), used, what)
     for number, layer in enumerate(decoder.layers):
         for part, kind in ((layer, "DecoderLayer"), (getattr(layer, "self_attn", layer), "Attention")):
-            if (used := name_of(part)) != f"{family}{kind}":
+            if (used := name_of(part, by_class=by_class)) != f"{family}{kind}":
                 _refuse(type(part), used, what, f"layer {number} of {type(decoder).__name__}: ")
     _check_config(decoder, what)
 
@@ -141,7 +143,7 @@ def _check_config(decoder: Any, what: str) -> None:
 
 def _window(attention: Any) -> int | None:
     """The sliding window that an attention module applies."""
-    if name_of(attention).endswith(".LlamaAttention"):
+    if name_of(attention, by_class=True).endswith(".LlamaAttention"):
         return None  # whatever its config says
     return getattr(attention, "sliding_window", compat.sliding_window(attention.config))
 

@@ -83,7 +83,7 @@ class ProbeDecoder(nn.Module):
 
     def __init__(self, anatomy: Anatomy, grid: TokenGrid, rope: str = "attention", seed: int = 0) -> None:
         super().__init__()
-        known.check_decoder(anatomy.decoder, "R-Probe")
+        known.check_decoder(anatomy.decoder, "R-Probe", by_class=True)
         hidden = int(anatomy.text_config.hidden_size)
         device = next(anatomy.layers[0].parameters()).device
         n_layers = quarter(len(anatomy.layers))
