@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from llava_patch import tower_weights
 from llava_patch.auxiliary.attach import HEAD
-from llava_patch.errors import CheckpointError
+from llava_patch.errors import CheckpointError, SilentFusionWarning
 from llava_patch.files import atomic
 from llava_patch.fusion.processor import fields
 from llava_patch.handle import Handle, added_parameters, get_handle
@@ -268,7 +269,9 @@ def load(model: nn.Module, directory: str | os.PathLike[str]) -> Handle:
     if record.get("form") != "adapter":
         raise CheckpointError(f"{folder}: a full checkpoint; open it with the host's own from_pretrained")
     had_patch = get_handle(model) is not None
-    handle = patch(model, **methods(record, str(folder / SETTINGS_FILE)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SilentFusionWarning)  # its weights follow
+        handle = patch(model, **methods(record, str(folder / SETTINGS_FILE)))
     try:
         tensors = load_file(folder / WEIGHTS_FILE)
         _check_base(handle, record.get("fingerprint", {}), folder)

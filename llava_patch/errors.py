@@ -29,3 +29,7 @@ class MissingExtraError(LlavaPatchError):
 
 class RunError(LlavaPatchError):
     """A command of a sweep failed, or left nothing to read behind."""
+
+
+class SilentFusionWarning(UserWarning):
+    """A fusion was asked for that changes nothing: its new weights are zero, and frozen."""

@@ -314,17 +314,32 @@ class Handle:
         head = sum(zero.numel(p) for p in self._head_parameters())
         if head:
             line += f"; {head:,} of them are the head of the auxiliary loss, which is not part of the finished model"
-        if self.fusion is not None and fusion_attach.is_silent(self.anatomy, names):
-            freezes = self.routing is not None and self.routing.freeze != "none"
-            line += f"; {type(self.fusion).__name__} does nothing: its new weights are zero and frozen (" + (
-                'train it in stage 1 first, or set Routing.freeze = "none")'
-                if freezes
-                else "train it first: set requires_grad on handle.adapter_parameters())"
-            )
+        silent = self._silent_fusion(names)
+        if silent:
+            line += f"; {silent}"
         frozen = self.fusion is not None and self.fusion.train_tower == "frozen"
         if frozen and count and self.taps is not None and self.taps.detached:
             line += "; nothing in the vision tower trains, so detach changes nothing (see train_tower)"
         return line
+
+    def silent_fusion(self) -> str | None:
+        """Why the fusion does nothing and will not learn to, and what to do; None when it is not so.
+
+        Its new weights are zero and frozen: Routing's default freeze keeps what patch() has just added where it is.
+        Under DeepSpeed ZeRO-3 every rank must call this.
+        """
+        return self._silent_fusion(set(self.trainable()))
+
+    def _silent_fusion(self, trainable: set[str]) -> str | None:
+        if self.fusion is None or not fusion_attach.is_silent(self.anatomy, trainable):
+            return None
+        freezes = self.routing is not None and self.routing.freeze != "none"
+        return f"{type(self.fusion).__name__} does nothing: its new weights are zero and frozen (" + (
+            "train it first, without Routing (LLaVA's stage 1) and load that checkpoint, or set "
+            'Routing.freeze = "none")'
+            if freezes
+            else "train it first: set requires_grad on handle.adapter_parameters())"
+        )
 
     def save(self, directory: str | os.PathLike[str], form: str = "adapter") -> Path:
         """Save what was added or trained ("adapter") or the whole model ("full"); see `checkpoint.save`."""

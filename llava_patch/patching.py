@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
 from llava_patch.auxiliary.attach import Auxiliary
-from llava_patch.errors import SettingError
+from llava_patch.errors import SettingError, SilentFusionWarning
 from llava_patch.fusion import attach as fusion_attach
 from llava_patch.fusion.taps import injection_layers
 from llava_patch.handle import HANDLE, Handle, get_handle, restore_flags
 from llava_patch.hosts import anatomy as anatomy_module
-from llava_patch.hosts import carry, zero
+from llava_patch.hosts import carry, known, zero
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.hosts.compat import check_versions
 from llava_patch.records import CONFIG_KEY
 from llava_patch.routing import attach as routing_attach
 from llava_patch.routing.program import make_program
-from llava_patch.settings import AUTO, FUSIONS, AuxiliaryProbe, FastV, Fusion, Routing, differs
+from llava_patch.settings import AUTO, FUSIONS, AuxiliaryProbe, DeepStack, FastV, Fusion, Routing, differs
 
 
 def patch(
@@ -53,7 +54,7 @@ def patch(
 
     Raises:
         SettingError: settings that the model cannot take, or that contradict a patch already on it.
-        HostError: an unknown model or an unsupported version.
+        HostError: an unknown model, a decoder that what was asked for was not proven on, or an unsupported version.
     """
     for name, value, kinds in (
         ("fusion", fusion, FUSIONS), ("routing", routing, (Routing,)), ("pruning", pruning, (FastV,)),
@@ -77,6 +78,7 @@ def patch(
             "cannot follow: load it without tp_plan"
         )
     _check_partitioned(found, fusion, routing, pruning)
+    _check_decoder(found, fusion, routing, pruning, probe)
     if fusion is not None and not loading and any(p.is_meta for p in found.projector.parameters()):
         raise SettingError(
             f"the projector's weights lie outside memory (device_map with offloading), where {type(fusion).__name__} "
@@ -112,6 +114,8 @@ def patch(
                 fusion_attach.let_tower_train(found, fusion, handle._undo)
             handle.fusion = fusion
         routing_attach.attach(found, program, handle._undo)
+        if program.does_something:  # last: a fusion may have put another projector there
+            carry.watch(found, handle._undo)
         handle.routing, handle.pruning = routing or handle.routing, pruning or handle.pruning
         _check_together(handle.fusion, handle.routing, probe or handle.probe)
         if handle.fusion is not None and handle.fusion.train_tower != "frozen":
@@ -128,7 +132,23 @@ def patch(
     except BaseException:
         handle._back_to(handle._began)
         raise
+    if not loading and (fusion or routing) is not None and (problem := handle.silent_fusion()):
+        warnings.warn(problem, SilentFusionWarning, stacklevel=2)
     return handle
+
+
+def _check_decoder(
+    found: Anatomy,
+    fusion: Fusion | None,
+    routing: Routing | None,
+    pruning: FastV | None,
+    probe: AuxiliaryProbe | None,
+) -> None:
+    """Refuse decoders that nothing of what calls decoder layers was proven on; other fusions leave them alone."""
+    asked = (routing, pruning, probe, fusion if isinstance(fusion, DeepStack) else None)
+    names = [type(settings).__name__ for settings in asked if settings is not None]
+    if names:
+        known.check_decoder(found.decoder, " and ".join(names))
 
 
 def _check_partitioned(found: Anatomy, fusion: Fusion | None, routing: Routing | None, pruning: FastV | None) -> None:

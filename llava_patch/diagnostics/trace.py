@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from llava_patch.diagnostics import passes
 from llava_patch.diagnostics.attention import mass_on_keys
 from llava_patch.errors import HostError, InputError
+from llava_patch.hosts import known
 from llava_patch.hosts.anatomy import HF, LLAVA, Anatomy
 from llava_patch.hosts.compat import sliding_window
 from llava_patch.hosts.positions import hf_image_mask
@@ -119,7 +120,11 @@ def traced(anatomy: Anatomy, chunk: int, mass_of: Sequence[int] | None = None) -
 
     Yields:
         The trace, filled by calling `run` inside the block.
+
+    Raises:
+        HostError: a decoder whose attention is not known.
     """
+    known.check_decoder(anatomy.decoder, "measuring attention")
     trace = Trace()
     undo = UndoStack()
     try:

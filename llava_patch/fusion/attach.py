@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 from collections.abc import Collection
 from typing import Any
 
@@ -45,6 +46,11 @@ def resolve(anatomy: Anatomy, settings: Fusion) -> Taps:
             )
         if anatomy.vision_model is not None:
             _check_tokens(anatomy, settings, taps)
+    if taps.join is Join.LAYERS and anatomy.mixes_patches:
+        raise HostError(
+            f"{name} adds a tap to each patch's own token, but this model makes tokens of several patches "
+            "(image_aspect_ratio = anyres_max, mm_patch_merge_type = ...maxpool...): take another fusion"
+        )
     linear = anatomy.first_linear()[2]
     width = int(anatomy.vision_width)
     if isinstance(linear, FusedLinear) or zero.shape(linear.weight)[1] != width:
@@ -88,10 +94,10 @@ def attach(
 ) -> None:
     """Feed other blocks to the projector, or to the decoder.
 
-    Modifications: a forward hook on the vision model that puts the fused feature in the main feature's place; the
-    projector's first Linear replaced by a `FusedLinear` of the same name where it gets wider; with DeepStack what
-    `stack.attach` says; on `llava` the tower's instance attributes `forward` (its `no_grad` lifted only while something
-    in it trains) and, while its weights are not loaded yet, `load_model`.
+    Modifications: hooks on the vision model, one of which puts the fused feature in the main feature's place, and one
+    on the projector; the projector's first Linear replaced by a `FusedLinear` of the same name where it gets wider;
+    with DeepStack what `stack.attach` says; on `llava` the tower's instance attributes `forward` (its `no_grad` lifted
+    only while something in it trains) and, while its weights are not loaded yet, `load_model`.
 
     Args:
         anatomy: the host model.
@@ -111,7 +117,9 @@ def attach(
     if not taps.keeps_tokens and not loading:
         rows, columns = anatomy.grid
         _warn_other_tokens(type(settings).__name__, taps.tokens((rows, columns)), rows * columns, anatomy.host)
-    when_loaded(anatomy, undo, lambda late: _hook_vision_model(anatomy, settings, taps, late))
+    took_part = threading.local()  # `fused`: whether the tower's last call in this thread was tapped
+    when_loaded(anatomy, undo, lambda late: _hook_vision_model(anatomy, settings, taps, late, took_part))
+    _watch_projector(anatomy, settings, undo, took_part)
     let_tower_train(anatomy, settings, undo)
 
 
@@ -124,27 +132,51 @@ def _warn_other_tokens(name: str, tokens: int, stock: int, host: str) -> None:
     )  # fmt: skip
 
 
-def _hook_vision_model(anatomy: Anatomy, settings: Fusion, taps: Taps, undo: UndoStack) -> None:
+def _watch_projector(anatomy: Anatomy, settings: Fusion, undo: UndoStack, took_part: threading.local) -> None:
+    """Refuse features of a tower whose taps took no part: where nothing gets wider, no shape would tell."""
+
+    def check(module: nn.Module, args: Any) -> None:
+        if getattr(took_part, "fused", True):  # features without any call of the tower are the caller's own
+            return
+        raise HostError(
+            f"the projector was called on features that {type(settings).__name__} had no part in: the vision tower ran "
+            "without reporting its hidden states, which this version of the host may take from elsewhere. Call "
+            "handle.remove(), or install a supported version"
+        )
+
+    undo.push(anatomy.projector.register_forward_pre_hook(check).remove)
+
+
+def _hook_vision_model(
+    anatomy: Anatomy, settings: Fusion, taps: Taps, undo: UndoStack, took_part: threading.local
+) -> None:
     vision = anatomy.vision_model
     assert vision is not None
     tower = anatomy.vision_parts()  # an unknown tower is refused here, at patch time
     if not taps.keeps_tokens:
         _check_tokens(anatomy, settings, taps)
     prefix, grid = tower.prefix_tokens, tower.grid
+    needed = {taps.main, *taps.blocks}
+
+    def begin(module: nn.Module, args: Any) -> None:
+        took_part.fused = False
 
     def put_fused_feature(module: nn.Module, args: Any, output: Any) -> Any:
         states = getattr(output, "hidden_states", None)
         if states is None:  # nobody asked for hidden states: the host does not select a feature here
             return output
+        if any(states[block] is None for block in needed):
+            return output  # this version keeps only those that the host asked for
         if taps.join is Join.LAYERS:
             stack.note(stacked(states, taps, anatomy.dropped_tokens, grid))
         output["hidden_states"] = (
             *states[: taps.main], fuse(states, taps, prefix, grid), *states[taps.main + 1 :],
         )  # fmt: skip
+        took_part.fused = True
         return output
 
-    hook = vision.register_forward_hook(put_fused_feature)
-    undo.push(hook.remove)
+    undo.push(vision.register_forward_pre_hook(begin).remove)
+    undo.push(vision.register_forward_hook(put_fused_feature).remove)
 
 
 def let_tower_train(anatomy: Anatomy, settings: Fusion, undo: UndoStack) -> None:

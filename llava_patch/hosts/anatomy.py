@@ -2,7 +2,8 @@
 
 This is the only file that knows attribute names of the hosts. Two hosts are known: the original `llava` package
 (`LlavaLlamaForCausalLM` and kin) and Hugging Face's `LlavaForConditionalGeneration`. They are recognised by the
-attributes they have, so neither package needs to be installed for the other to work.
+attributes they have, so neither package needs to be installed for the other to work; which of the models that have them
+are taken is in `known`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_patch.errors import HostError
-from llava_patch.hosts import towers
+from llava_patch.hosts import known, towers
 from llava_patch.hosts.towers import Shape, Tower
 
 LLAVA = "llava"
@@ -58,8 +59,18 @@ class Anatomy:
 
     @property
     def layers(self) -> nn.ModuleList:
-        """The decoder layers, 0..L-1."""
-        return self.decoder.layers
+        """The decoder layers, 0..L-1.
+
+        Raises:
+            HostError: a decoder that keeps them elsewhere.
+        """
+        layers = getattr(self.decoder, "layers", None)
+        if layers is None:
+            raise HostError(
+                f"{type(self.decoder).__name__} is not a decoder that llava_patch knows: it has no `layers`. Proven "
+                f"decoders: {', '.join(known.DECODERS)}"
+            )
+        return layers
 
     @property
     def norm(self) -> nn.Module:
@@ -118,6 +129,13 @@ class Anatomy:
         if self.host == HF:
             return hasattr(self.wrapper, "pack_image_features")
         return str(getattr(self.model.config, "mm_patch_merge_type", "flat")).startswith("spatial")
+
+    @property
+    def mixes_patches(self) -> bool:
+        """Whether the host makes tokens of several patches on their way (LLaVA-NeXT's pooling and anyres_max)."""
+        config = self.model.config
+        ratio, merge = (str(getattr(config, n, "")) for n in ("image_aspect_ratio", "mm_patch_merge_type"))
+        return self.host == LLAVA and ("anyres_max" in ratio or "maxpool" in merge)
 
     @property
     def n_blocks(self) -> int:
@@ -255,7 +273,8 @@ def find(model: Any) -> Anatomy:
             DeepSpeed or peft.
 
     Raises:
-        HostError: another kind of model, or one that has no vision tower yet.
+        HostError: another kind of model, one that overrides what turns images into embeddings (see `known`), or one
+            that has no vision tower yet.
     """
     model = unwrap(model)
     if hasattr(model, "get_vision_tower") and hasattr(model, "prepare_inputs_labels_for_multimodal"):
@@ -266,9 +285,13 @@ def find(model: Any) -> Anatomy:
                 "this llava model has no vision tower or projector yet: patch it after "
                 "initialize_vision_modules(), or load a finished LLaVA checkpoint"
             )
+        known.check_host(
+            model, ((model, "forward"), (model, "prepare_inputs_labels_for_multimodal"), (model, "encode_images"))
+        )
         return Anatomy(LLAVA, model, decoder, model, tower, decoder, "mm_projector")
     inner: Any = getattr(model, "model", None)
     if hasattr(inner, "multi_modal_projector") and hasattr(inner, "language_model"):
+        known.check_host(model, ((model, "forward"), (inner, "forward"), (inner, "get_image_features")))
         return Anatomy(HF, model, inner.language_model, inner, inner.vision_tower, inner, "multi_modal_projector")
     raise HostError(
         f"{type(model).__name__} is not a model that llava_patch knows: expected the llava package's "

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import re
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_patch.errors import InputError
-from llava_patch.hosts.anatomy import LLAVA, Anatomy
+from llava_patch.errors import HostError, InputError
+from llava_patch.hosts.anatomy import HF, LLAVA, Anatomy
 from llava_patch.hosts.positions import IGNORE_INDEX, hf_image_mask, llava_prepare, llava_rows
 from llava_patch.undo import UndoStack
 
@@ -79,6 +80,9 @@ class _Scope:
         self.given = Given()
         self.placed: _Placed | None = None
         self.generating = False
+        self.own = False  # whether the embeddings that `llava`'s generate itself made are still to come
+        self.calls = 0  # how many of the host's methods are under way; 0 inside a block of `placed` alone
+        self.encoded = False  # whether images were encoded that no decoder call has taken
         self.offered: list[Tensor] | None = None  # DeepStack's features of the images encoded last
         self.packing: Tensor | None = None  # their rows in the order that anyres gives them
         self.chosen: tuple[Tensor, Tensor] | None = None  # in this generation: a prompt's embeddings, what was kept
@@ -87,6 +91,12 @@ class _Scope:
 _MARK = "_llava_patch_image_mask"
 _STACKED = "_llava_patch_stacked"
 _REPORTS = "_llava_patch_reports"
+_WATCHES = "_llava_patch_watches"
+_TAKEN = {
+    LLAVA: {"images", "image_sizes", "modalities"},
+    HF: {"pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy"},
+}
+_BRINGS = re.compile("pixel_values|image|video|audio|vision|encoder_outputs")
 _current: ContextVar[_Scope | None] = ContextVar("llava_patch_call", default=None)
 
 
@@ -102,6 +112,49 @@ def _scope(anatomy: Anatomy) -> Iterator[_Scope]:
         yield scope
     finally:
         _current.reset(token)
+
+
+@contextlib.contextmanager
+def _call(anatomy: Anatomy) -> Iterator[_Scope]:
+    """One call of the host's forward or generate: images that it encodes must have reached the decoder at its end."""
+    with _scope(anatomy) as scope:
+        scope.calls += 1
+        try:
+            yield scope
+            if scope.encoded:
+                raise _not_routed(anatomy)
+        finally:
+            scope.calls -= 1
+            scope.encoded = False
+
+
+def _not_routed(anatomy: Anatomy) -> HostError:
+    import transformers
+
+    return HostError(
+        "images were encoded, but no call of the decoder routed them: they were encoded outside of the decoder's call "
+        "(as generate() does in some versions of transformers), or the decoder or its forward was replaced after "
+        f"patch(). {type(anatomy.model).__name__} on transformers {transformers.__version__} would have answered as "
+        "the stock model: call handle.remove(), or install a supported version"
+    )
+
+
+def watch(anatomy: Anatomy, undo: UndoStack) -> None:
+    """Notice images that are encoded in a call of the host and reach no routed decoder; see `_call` and `take`.
+
+    Modifications: a forward hook on the projector.
+    """
+    projector = anatomy.projector
+    if any(getattr(hook, _WATCHES, False) for hook in projector._forward_hooks.values()):
+        return
+
+    def note(module: Any, args: Any, output: Any) -> None:
+        scope = _current.get()
+        if scope is not None and scope.calls and scope.anatomy.model is anatomy.model:
+            scope.encoded = True
+
+    setattr(note, _WATCHES, True)
+    undo.push(projector.register_forward_hook(note).remove)
 
 
 @contextlib.contextmanager
@@ -148,10 +201,15 @@ def take(anatomy: Anatomy, inputs_embeds: Tensor | None = None, continuing: bool
 
     Raises:
         InputError: a second chunk in a block that speaks of one call.
+        HostError: images were encoded in this call of the host, but not for this call of the decoder.
     """
     scope = _current.get()
-    if scope is None or scope.anatomy.model is not anatomy.model:
-        return Given(image_mask=getattr(inputs_embeds, _MARK, None), stacked=getattr(inputs_embeds, _STACKED, None))
+    if scope is None or scope.anatomy.model is not anatomy.model:  # the decoder itself was called
+        return Given(
+            image_mask=getattr(inputs_embeds, _MARK, None),
+            stacked=getattr(inputs_embeds, _STACKED, None),
+            unknown=inputs_embeds is not None and not hasattr(inputs_embeds, _MARK),
+        )
     given = scope.given
     scope.given = Given(suffix=given.suffix)
     given.generating = scope.generating
@@ -159,6 +217,10 @@ def take(anatomy: Anatomy, inputs_embeds: Tensor | None = None, continuing: bool
         _take_placed(scope.placed, given, inputs_embeds, continuing)
     elif given.image_mask is None:
         given.image_mask = getattr(inputs_embeds, _MARK, None)
+    if given.image_mask is not None:
+        scope.encoded = False
+    elif scope.encoded and not continuing:
+        raise _not_routed(anatomy)
     if given.stacked is None:
         given.stacked = getattr(inputs_embeds, _STACKED, None)
     if scope.generating:
@@ -264,9 +326,10 @@ def _attach_generate(anatomy: Anatomy, undo: UndoStack) -> None:
 
     @functools.wraps(generate)
     def scoped(*args: Any, **kwargs: Any) -> Any:
-        with _scope(anatomy) as scope:
-            before = scope.generating, scope.chosen
-            scope.generating, scope.chosen = True, None
+        with _call(anatomy) as scope:
+            _check_arguments(anatomy, scope, kwargs)
+            before = scope.generating, scope.chosen, scope.own
+            scope.generating, scope.chosen, scope.own = True, None, anatomy.host == LLAVA
             # `llava` knows no logits_to_keep; every way of generating but assisted decoding reads the last position.
             assisted = kwargs.get("assistant_model") or kwargs.get("prompt_lookup_num_tokens")
             if anatomy.host == LLAVA and not assisted:
@@ -274,7 +337,7 @@ def _attach_generate(anatomy: Anatomy, undo: UndoStack) -> None:
             try:
                 return generate(*args, **kwargs)
             finally:
-                scope.generating, scope.chosen = before
+                scope.generating, scope.chosen, scope.own = before
                 scope.given = Given()
 
     undo.set_attribute(anatomy.model, "generate", scoped)
@@ -287,9 +350,11 @@ def _attach_llava(anatomy: Anatomy, undo: UndoStack) -> None:
     image_token_id = anatomy.image_token_id
 
     order = list(inspect.signature(forward).parameters)
+    prepared_order = list(inspect.signature(prepare).parameters)
 
     @functools.wraps(prepare)
     def prepare_and_report(*args: Any, **kwargs: Any) -> tuple:
+        _check_modalities({**dict(zip(prepared_order, args, strict=False)), **kwargs}.get("modalities"))
         with _scope(anatomy) as scope:
             scope.offered = None
             outputs, image_mask = llava_prepare(prepare, image_token_id, *args, **kwargs)
@@ -311,14 +376,17 @@ def _attach_llava(anatomy: Anatomy, undo: UndoStack) -> None:
 
     @functools.wraps(forward)
     def scoped(*args: Any, **kwargs: Any) -> Any:
-        with _scope(anatomy) as scope:
+        with _call(anatomy) as scope:
             given = {**dict(zip(order, args, strict=False)), **kwargs}
+            _check_arguments(anatomy, scope, given)
             suffix = scope.given.suffix
             if given.get("images") is not None:  # generate() prepares the images itself: this call is somebody else's
                 scope.given.suffix = None
             if given.get("inputs_embeds") is not None:
                 scope.given.read = _read(given.get("labels"))
-                scope.given.unknown = not scope.generating and not hasattr(given["inputs_embeds"], _MARK)
+                # generate's own are copied on their way and lose the mark; whoever calls in between brings others.
+                scope.given.unknown = not scope.own and not hasattr(given["inputs_embeds"], _MARK)
+                scope.own = False
             try:
                 return forward(*args, **kwargs)
             finally:
@@ -338,8 +406,9 @@ def _attach_hf(anatomy: Anatomy, undo: UndoStack) -> None:
 
     @functools.wraps(outer)
     def outer_and_report(*args: Any, **kwargs: Any) -> Any:
-        with _scope(anatomy) as scope:
+        with _call(anatomy) as scope:
             given = {**dict(zip(order, args, strict=False)), **kwargs}
+            _check_arguments(anatomy, scope, given)
             keep = given.get("logits_to_keep")
             scope.given.suffix = keep if isinstance(keep, int) and keep > 0 else None
             scope.given.read = _read(given.get("labels"))
@@ -349,7 +418,8 @@ def _attach_hf(anatomy: Anatomy, undo: UndoStack) -> None:
     def inner_and_report(
         input_ids: Tensor | None = None, pixel_values: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        with _scope(anatomy) as scope:
+        with _call(anatomy) as scope:
+            _check_arguments(anatomy, scope, kwargs)
             scope.given.image_mask = None
             scope.given.unknown = input_ids is None and pixel_values is None
             if pixel_values is not None:
@@ -363,6 +433,34 @@ def _attach_hf(anatomy: Anatomy, undo: UndoStack) -> None:
 
     undo.set_attribute(model, "forward", outer_and_report)
     undo.set_attribute(wrapper, "forward", inner_and_report)
+
+
+def _check_arguments(anatomy: Anatomy, scope: _Scope, given: dict[str, Any]) -> None:
+    """Refuse arguments that bring images in another way than the one that is routed; hosts may drop unknown ones.
+
+    Raises:
+        InputError: names the argument.
+        HostError: the host itself has encoded images before this call.
+    """
+    for name, value in given.items():
+        if value is None or name in _TAKEN[anatomy.host] or not _BRINGS.search(name):
+            continue
+        if scope.encoded:
+            raise _not_routed(anatomy)
+        pixels = "images" if anatomy.host == LLAVA else "pixel_values"
+        raise InputError(
+            f"{name} is not routed on {type(anatomy.model).__name__}, nor are videos or images that are already "
+            f"encoded: give still images as {pixels}, embeddings inside `with handle.image_positions(mask):`, or call "
+            "handle.remove() first"
+        )
+
+
+def _check_modalities(modalities: Any) -> None:
+    """Refuse what LLaVA-NeXT's package takes beside images ("text" stands for a sample with a dummy image)."""
+    asked = [modalities] if isinstance(modalities, str) else modalities or []
+    other = [m for m in asked if m not in ("image", "text")]
+    if other:
+        raise InputError(f"modalities = {other[0]!r} is not routed: give still images, or call handle.remove() first")
 
 
 def _read(labels: Tensor | None) -> Tensor | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from llava_patch.errors import HostError, InputError
 from llava_patch.handle import get_handle
+from llava_patch.hosts import known
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.hosts.compat import call_layer, causal_mask, sliding_window
 from llava_patch.hosts.projections import rotate
@@ -74,7 +75,7 @@ class ProbeDecoder(nn.Module):
         seed: of the MLP's initial weights; the caller's random state is not touched.
 
     Raises:
-        HostError: fewer than 4 layers, weights that are quantised or not in memory, unknown rotary embedding.
+        HostError: fewer than 4 layers, weights that are quantised or not in memory, a decoder that is not known.
     """
 
     inv_freq: Tensor
@@ -82,6 +83,7 @@ class ProbeDecoder(nn.Module):
 
     def __init__(self, anatomy: Anatomy, grid: TokenGrid, rope: str = "attention", seed: int = 0) -> None:
         super().__init__()
+        known.check_decoder(anatomy.decoder, "R-Probe", by_class=True)
         hidden = int(anatomy.text_config.hidden_size)
         device = next(anatomy.layers[0].parameters()).device
         n_layers = quarter(len(anatomy.layers))

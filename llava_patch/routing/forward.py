@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from llava_patch.errors import InputError
-from llava_patch.hosts import carry, compat
+from llava_patch.hosts import carry, compat, known
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.routing import side_branch
 from llava_patch.routing.cache import FULL, RoutedCache
@@ -30,6 +30,12 @@ class RoutedForward:
         self.anatomy = anatomy
         self.program = program
         self.stock = anatomy.decoder.forward
+        functools.update_wrapper(self, self.stock, updated=())
+        self._layers = self._layers_now()
+
+    def _layers_now(self) -> tuple[Any, ...]:
+        layers = list(self.anatomy.layers)
+        return (*layers, *(getattr(layer, "self_attn", None) for layer in layers))
 
     def __call__(
         self,
@@ -51,17 +57,23 @@ class RoutedForward:
 
         Raises:
             InputError: a cache, mask, backend or output option that routing cannot honour.
+            HostError: layers that somebody has replaced by others, or images that would not have been routed.
         """
         routed_before = isinstance(past_key_values, RoutedCache)
         given = carry.take(self.anatomy, inputs_embeds, routed_before)
         call = None
-        if given.unknown and given.image_mask is None and not routed_before and inputs_embeds.shape[1] > 1:  # type: ignore[union-attr]
+        if given.unknown and given.image_mask is None:
             raise InputError(
                 "the model was given inputs_embeds without pixels, so it cannot know where images are in them: call it "
                 "inside `with handle.image_positions(mask):`, mask being bool [batch, tokens] (all False: no image)"
             )
         in_order = past_key_values is None and side_branch.keeps_order(self.anatomy)
         if given.image_mask is not None or routed_before or in_order:
+            if (
+                given.image_mask is not None and (now := self._layers_now()) != self._layers
+            ):  # somebody put others there
+                known.check_decoder(self.anatomy.decoder, "routing")
+                self._layers = now
             self._check(past_key_values, attention_mask, position_ids, kwargs)
             if inputs_embeds is None:
                 inputs_embeds = self.anatomy.decoder.embed_tokens(input_ids)

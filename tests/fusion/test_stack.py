@@ -8,7 +8,7 @@ from models import HF_IMAGE_TOKEN, IMAGE, TEXT, Host, close, vision_config
 from routing.cases import again
 
 from llava_patch import DeepStack, FastV, Routing, SkipLinks, get_handle, patch
-from llava_patch.errors import InputError, SettingError
+from llava_patch.errors import HostError, InputError, SettingError
 from llava_patch.hosts import anatomy
 
 from .cases import hidden_states, pixels, randomise
@@ -385,3 +385,15 @@ def test_routing_added_later_respects_the_injections(host):
         with pytest.raises(SettingError, match="already carries fusion"):
             patch(host.model, fusion=SkipLinks(stride=2))
             patch(host.model, fusion=STACK)
+
+
+@pytest.mark.parametrize("host", ["llava"], indirect=True)
+@pytest.mark.parametrize(
+    "setting", [{"image_aspect_ratio": "anyres_max_9"}, {"mm_patch_merge_type": "spatial_maxpool2x2"}]
+)
+def test_tokens_of_several_patches_are_refused(host, setting):
+    """LLaVA-NeXT averages neighbouring patches there: no row of a tap belongs to such a token."""
+    vars(host.model.config).update(setting)
+    with pytest.raises(HostError, match="DeepStack adds a tap to each patch's own token, but this model makes tokens"):
+        patch(host.model, fusion=STACK)
+    patch(host.model, fusion=SkipLinks(stride=2)).remove()

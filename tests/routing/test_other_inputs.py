@@ -1,83 +1,22 @@
-"""Other decoders and other shapes of image input: grouped-query attention, sliding windows, anyres tiles, cut spans."""
+"""Other shapes of image input: anyres tiles, spans cut by the length limit, caches that a window has cut."""
 
+import decoders
 import pytest
 import torch
-from models import HF_IMAGE_TOKEN, IMAGE, TEXT, Host, close, vision_config
+from models import HF_IMAGE_TOKEN, IMAGE, TEXT, close, vision_config
 
 from llava_patch import patch
 from llava_patch.errors import InputError, SettingError
 
-from .cases import ALL, RAGGED, again, embeddings, extend, places
+from .cases import ALL, embeddings, places
 from .naive import naive
 
 SOME = ["lf", "lf-k2", "lf-sparse", "pc", "kv", "ideal", "vtw", "fastv", "lf+fastv", "kv+fastv-deep"]
-# Grouped-query attention, and a window of less than one image.
-MISTRAL = {**TEXT, "num_key_value_heads": 2, "sliding_window": 12, "head_dim": 16}
-
-
-def _mistral(name, tower_folder):
-    torch.manual_seed(0)
-    if name == "hf":
-        from transformers import LlavaConfig, LlavaForConditionalGeneration, MistralConfig
-
-        config = LlavaConfig(
-            vision_config=vision_config(), text_config=MistralConfig(**MISTRAL), image_token_index=HF_IMAGE_TOKEN,
-            image_seq_length=16,
-        )  # fmt: skip
-        return Host("hf", LlavaForConditionalGeneration(config).eval())
-    import models
-
-    models.llava_model(tower_folder)  # writes the tower's folder
-    from llava.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
-
-    torch.manual_seed(0)
-    config = LlavaMistralConfig(
-        **MISTRAL, mm_vision_tower=str(tower_folder / "clip"), mm_hidden_size=32, mm_projector_type="mlp2x_gelu",
-        mm_vision_select_layer=-2, mm_vision_select_feature="patch", tune_mm_mlp_adapter=False,
-    )  # fmt: skip
-    model = LlavaMistralForCausalLM(config)
-    model.get_vision_tower().load_model()
-    return Host("llava", model.float().eval())
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", ["hf", "llava"])
-def test_sliding_window_and_grouped_queries(name, attention, tower_folder):
-    """The window counts positions of the whole sequence, also where a layer sees a part of it."""
-    host = _mistral(name, tower_folder)
-    host.model.set_attn_implementation(attention)
-    left, right = host.batch(RAGGED, "left"), host.batch(RAGGED, "right")  # llava pads as the last one was made
-    embeds = embeddings(host, right)
-    tokens = torch.randint(3, 90, (len(RAGGED), 3), generator=torch.Generator().manual_seed(5))
-    mask = torch.cat([left.valid.long(), torch.ones_like(tokens)], 1)
-    for case in SOME:
-        with patch(host.model, **ALL[case]) as handle:
-            host.batch(RAGGED, "right")
-            logits = host.logits(right, use_cache=False)
-            for i in range(len(RAGGED)):
-                keep = right.valid[i]
-                states = naive(host.decoder, embeds[i][keep], right.image[i][keep], **ALL[case])
-                assert close(logits[i][keep], host.model.lm_head(states)), (case, i)
-            host.batch(RAGGED, "left")
-            extra = {"position_ids": places(mask)} if name == "hf" else {}
-            first = {"position_ids": places(left.valid)} if name == "hf" else {}
-            out = host.model(**left.inputs, use_cache=True, **first)
-            for step in range(3):
-                n = left.valid.shape[1] + step + 1
-                ids = {"position_ids": places(mask[:, :n])[:, -1:]} if name == "hf" else {}
-                out = host.model(
-                    input_ids=tokens[:, step : step + 1], attention_mask=mask[:, :n],
-                    past_key_values=out.past_key_values, use_cache=True, **ids,
-                )  # fmt: skip
-            with again(handle, out.past_key_values):
-                whole = host.model(**extend(left, tokens), use_cache=False, **extra).logits
-            assert close(out.logits[:, -1], whole[:, -1]), case
 
 
 @torch.no_grad()
 def test_a_cache_that_has_dropped_positions_is_refused(tower_folder):
-    host = _mistral("hf", tower_folder)
+    host = decoders.build("hf", "mistral", tower_folder)
     cache = host.model(**host.batch([(20,)]).inputs, use_cache=True).past_key_values
     turn = {k: v for k, v in host.batch([(2, IMAGE, 3)]).inputs.items() if k != "attention_mask"}
     with patch(host.model, **ALL["lf"]), pytest.raises(InputError, match="outside its sliding window"):

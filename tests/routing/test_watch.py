@@ -1,0 +1,333 @@
+"""A patched model either routes its images or raises, whatever the host, somebody else or a new version does."""
+
+import decoders
+import pytest
+import torch
+from models import HF_IMAGE_TOKEN, IMAGE, LAYERS, close
+from torch import nn
+
+from llava_patch import DeepStack, DenseConnector, FastV, Routing, SkipLinks, patch
+from llava_patch.errors import HostError, InputError
+
+from .cases import ALL, embeddings
+
+METHODS = {
+    "lf": {"routing": Routing(split=2)},
+    "vtw": {"routing": Routing(variant="vtw", split=2)},
+    "fastv": {"pruning": FastV(layer=2, ratio=0.5)},
+    "stack": {"fusion": DeepStack(start=1, interval=1)},
+}
+NOT_ROUTED = "images were encoded, but no call of the decoder routed them.*handle.remove"
+
+
+def _newer_host(monkeypatch, way):
+    """What transformers does from 5.18 on: generate() encodes, the model's forward gets what was encoded.
+
+    Args:
+        monkeypatch: takes it back.
+        way: how the features come: as an argument, or without one.
+    """
+    from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration as Outer
+    from transformers.models.llava.modeling_llava import LlavaModel as Inner
+
+    inner, generate, prepare = Inner.forward, Outer.generate, Outer.prepare_inputs_for_generation
+
+    def forward(self, input_ids=None, pixel_values=None, mm_encoder_outputs=None, **kwargs):
+        waiting, self.__dict__["waiting"] = self.__dict__.get("waiting"), None
+        features = mm_encoder_outputs if waiting is None else waiting
+        if features is None:
+            return inner(self, input_ids, pixel_values, **kwargs)
+        embeds = self.get_input_embeddings()(input_ids)
+        embeds[input_ids == HF_IMAGE_TOKEN] = features
+        names = ("attention_mask", "position_ids", "past_key_values", "use_cache", "cache_position")
+        outputs = self.language_model(inputs_embeds=embeds, **{k: v for k, v in kwargs.items() if k in names})
+        outputs.image_hidden_states = None
+        return outputs
+
+    def generating(self, inputs=None, pixel_values=None, **kwargs):
+        features = torch.cat(list(self.model.get_image_features(pixel_values=pixel_values)))
+        if way == "hidden":
+            self.model.__dict__["waiting"] = features
+            return generate(self, inputs, **kwargs)
+        return generate(self, inputs, mm_encoder_outputs=features, **kwargs)
+
+    def preparing(self, input_ids, mm_encoder_outputs=None, **kwargs):
+        made = prepare(self, input_ids, **kwargs)
+        if kwargs["cache_position"][0] == 0:
+            made["mm_encoder_outputs"] = mm_encoder_outputs
+        return made
+
+    monkeypatch.setattr(Inner, "forward", decoders.named(forward, inner.__module__, inner.__qualname__))
+    monkeypatch.setattr(Outer, "generate", generating)
+    monkeypatch.setattr(Outer, "prepare_inputs_for_generation", preparing)
+    monkeypatch.setattr(Outer, "_validate_model_kwargs", lambda *args: None)
+
+
+def _generate(host, batch, **options):
+    inputs = dict(batch.inputs)
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, **options}
+    return host.model.generate(inputs.pop("input_ids"), **inputs, **options)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("host", ["hf"], indirect=True)
+@pytest.mark.parametrize("way", ["argument", "hidden"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_host_that_encodes_before_the_decoder_is_called(host, monkeypatch, method, way):
+    batch = host.batch([(2, IMAGE, 5)])
+    stock = _generate(host, batch)
+    _newer_host(monkeypatch, way)
+    assert torch.equal(_generate(host, batch), stock)
+    with patch(host.model, **METHODS[method]):
+        with pytest.raises(HostError, match=NOT_ROUTED):
+            _generate(host, batch)
+        host.model.model.__dict__.pop("waiting", None)
+        host.logits(batch)  # forward routes there: nothing of the failed call is left
+    with patch(host.model, routing=Routing(split=LAYERS)):  # nothing is routed, nothing is watched
+        assert torch.equal(_generate(host, batch), stock)
+
+
+@pytest.mark.parametrize("how", ["forward", "generate", "train"])
+@pytest.mark.parametrize("what", ["forward", "decoder"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_decoder_that_somebody_replaces_after_the_patch(host, method, what, how):
+    batch = host.batch([(2, IMAGE, 5), (1, IMAGE, 9)], "left", labels=how == "train")
+    owner, name = (host.model, "model") if host.name == "llava" else (host.model.model, "language_model")
+    decoder = host.decoder
+    with patch(host.model, **METHODS[method]):
+        routed = decoder.forward
+        if what == "forward":
+            decoder.forward = type(decoder).forward.__get__(decoder)
+        else:
+            other = type(decoder)(decoder.config).eval()
+            if host.name == "llava":
+                other.vision_tower, other.mm_projector = decoder.vision_tower, decoder.mm_projector
+            setattr(owner, name, other)
+        with pytest.raises(HostError, match=NOT_ROUTED):
+            if how == "generate":
+                _generate(host, batch)
+            elif how == "train":
+                host.model.train()
+                host.model(**batch.inputs, use_cache=False)
+            else:
+                host.logits(batch)
+        text = host.batch([(7,)])
+        text.inputs.pop("images", None)
+        host.logits(text)  # no image, no error
+        setattr(owner, name, decoder)
+        decoder.forward = routed
+        host.model.eval()
+        host.logits(batch)
+
+
+class _Other(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.self_attn = layer, layer.self_attn
+
+    def forward(self, *args, **kwargs):
+        return self.layer(*args, **kwargs)
+
+
+@torch.no_grad()
+def test_layers_that_somebody_replaces_after_the_patch(host):
+    """By the same kind: those are routed. By another: refused, as patch() would have refused them."""
+    batch = host.batch([(2, IMAGE, 5)])
+    with patch(host.model, **ALL["lf"]):
+        before = host.logits(batch)
+        host.decoder.layers[1] = type(host.decoder.layers[1])(host.decoder.config, 1).eval()
+        after = host.logits(batch)
+        assert not close(after, before) and torch.equal(host.logits(batch), after)
+        host.decoder.layers[3] = _Other(host.decoder.layers[3])
+        for call in (host.logits, lambda batch: _generate(host, batch)):
+            with pytest.raises(HostError, match=r"layer 3 of .*: routing is not available on _Other"):
+                call(batch)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", METHODS)
+def test_encoding_images_outside_of_a_call_is_nobodys_business(host, method):
+    batch = host.batch([(2, IMAGE, 5)])
+    pixels = batch.inputs["pixel_values" if host.name == "hf" else "images"]
+    step = torch.tensor([[7]])
+    with patch(host.model, **METHODS[method]) as handle:
+        expected = host.logits(batch, use_cache=False)
+        handle.anatomy.encode_images(pixels)
+        host.model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=False)
+        assert torch.equal(host.logits(batch, use_cache=False), expected)
+        cache = host.model(**batch.inputs, use_cache=True).past_key_values
+        handle.anatomy.encode_images(pixels)
+        host.model(input_ids=step, past_key_values=cache, use_cache=True)
+        if method == "stack":
+            return  # which needs the pixels
+        with handle.image_positions(batch.image):
+            embeds = host.model.get_input_embeddings()(batch.inputs["input_ids"].clamp(min=0))
+            features = handle.anatomy.encode_images(pixels)[0]
+            embeds = torch.cat([embeds[:, :2], features[None], embeds[:, -5:]], 1)
+            merged = host.model(inputs_embeds=embeds, use_cache=False).logits
+            handle.anatomy.encode_images(pixels)
+        assert close(merged, expected)
+
+
+@pytest.mark.parametrize("host", ["llava"], indirect=True)
+def test_images_prepared_by_hand_belong_to_no_call(host):
+    batch = host.batch([(2, IMAGE, 5)])
+    i = batch.inputs
+    with torch.no_grad(), patch(host.model, **ALL["lf"]):
+        host.model.prepare_inputs_labels_for_multimodal(
+            i["input_ids"], None, i["attention_mask"], None, None, i["images"]
+        )
+        host.model(input_ids=i["input_ids"][:, -5:], use_cache=False)
+
+
+def test_a_projector_is_watched_once_whatever_is_added_to_it(host):
+    hooks = lambda handle: len(handle.anatomy.projector._forward_hooks)  # noqa: E731
+    host.model.requires_grad_(True)
+    projector = patch(host.model, routing=Routing(split=3, freeze="none"))
+    assert hooks(projector) == 1
+    for added in ({"pruning": FastV(2, 0.5)}, {"fusion": SkipLinks(stride=2)}):
+        patch(host.model, **added)
+        assert hooks(projector) == 1
+    projector.remove()
+    assert hooks(projector) == 0 and not projector.anatomy.projector._forward_pre_hooks
+
+
+@torch.no_grad()
+def test_a_projector_that_a_fusion_puts_there_later_is_watched_too(host):
+    """A projector of one Linear is itself replaced."""
+    owner = host.model.model
+    name = "mm_projector" if host.name == "llava" else "multi_modal_projector"
+    setattr(owner, name, nn.Linear(32, 64))
+    batch = host.batch([(2, IMAGE, 5)])
+    handle = patch(host.model, routing=Routing(split=2))
+    patch(host.model, fusion=SkipLinks(stride=2))
+    host.logits(batch)
+    host.decoder.forward = type(host.decoder).forward.__get__(host.decoder)
+    with pytest.raises(HostError, match=NOT_ROUTED):
+        host.logits(batch)
+    handle.remove()
+
+
+# --- fusions ----------------------------------------------------------------------------------------------------------
+
+FUSIONS = {
+    "skip": SkipLinks(stride=2),
+    "merge": SkipLinks(layers=(), merge_size=2),
+    "sti": DenseConnector(kind="sti", groups=(2, 5)),
+    "stack": DeepStack(start=1, interval=1),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("states", ["none", "some"])
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_a_tower_whose_taps_took_no_part(host, fusion, states):
+    """It gives no hidden states, or those alone that were asked for, and the host finds its feature elsewhere."""
+    batch = host.batch([(2, IMAGE, 5)])
+    pixels = batch.inputs["pixel_values" if host.name == "hf" else "images"]
+    with patch(host.model, fusion=FUSIONS[fusion]) as handle:
+        vision, projector = handle.anatomy.vision_model, handle.anatomy.projector
+        handle.anatomy.encode_images(pixels)
+        with pytest.MonkeyPatch.context() as patched:
+            forward = vision.forward
+
+            def newer(*args, **kwargs):
+                output = forward(*args, **kwargs)
+                found = list(output.hidden_states)
+                output["hidden_states"] = None if states == "none" else (*[None] * 8, *found[8:])
+                return output
+
+            patched.setattr(vision, "forward", newer)
+            feature = vision(pixels, output_hidden_states=True).last_hidden_state
+            with pytest.raises(HostError, match=f"features that {type(FUSIONS[fusion]).__name__} had no part in"):
+                projector(feature[:, 1:])
+        handle.anatomy.encode_images(pixels)
+
+
+# --- inputs that would not be routed ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [
+    "pixel_values_videos", "image_features", "image_embeds", "mm_encoder_outputs", "encoder_outputs",
+    "image_hidden_states", "video_features", "vision_outputs",
+])  # fmt: skip
+def test_videos_and_encoded_images_are_refused(host, name):
+    batch = host.batch([(2, IMAGE, 5)])
+    text = {"input_ids": batch.inputs["input_ids"]}
+    value = torch.zeros(1, 16, 64)
+    with patch(host.model, **ALL["lf"]):
+        for inputs in (batch.inputs, text):
+            ids = {k: v for k, v in inputs.items() if k != "input_ids"}
+            for call in (
+                lambda: host.model(**inputs, **{name: value}),
+                lambda: host.model.generate(inputs["input_ids"], **ids, **{name: value}, max_new_tokens=1),
+            ):
+                with pytest.raises(InputError, match=f"{name} is not routed on .*give still images as"):
+                    call()
+        host.model(**batch.inputs, **{name: None} if host.name == "hf" else {})
+    if host.name == "hf":
+        with patch(host.model, routing=Routing(split=LAYERS)):
+            host.model(**batch.inputs, **{name: value})  # as the stock model has it
+
+
+UNKNOWN = "cannot know where images are in them.*image_positions"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [
+    lambda x: x.clone(), lambda x: x[:, 3:], lambda x: torch.cat([x, x], 1), lambda x: x[:, 4:5],
+    lambda x: x.double().float(),
+], ids=["clone", "slice", "cat", "one", "cast"])  # fmt: skip
+@pytest.mark.parametrize("seen", ["nothing", "text", "image"])
+def test_embeddings_that_nobody_vouches_for(host, change, seen):
+    """Whatever they were made of, alone or behind a cache, through the model or its decoder."""
+    batch = host.batch([(2, IMAGE, 5)])
+    embeds = embeddings(host, batch)
+    if host.name == "llava":
+        i = batch.inputs
+    with patch(host.model, **ALL["lf"]) as handle:
+        if host.name == "llava":  # marked until somebody touches them
+            embeds = host.model.prepare_inputs_labels_for_multimodal(
+                i["input_ids"], None, i["attention_mask"], None, None, i["images"]
+            )[4]
+        changed = change(embeds)
+
+        def given():
+            if seen == "nothing":
+                return {"inputs_embeds": changed}
+            inputs = batch.inputs if seen == "image" else {"input_ids": torch.tensor([[5, 6, 7]])}
+            cache = host.model(**inputs, use_cache=True).past_key_values
+            return {"inputs_embeds": changed, "past_key_values": cache, "use_cache": True}
+
+        for call in (host.model, host.decoder):
+            with pytest.raises(InputError, match=UNKNOWN):
+                call(**given())
+        vouched = given()
+        with handle.image_positions(torch.zeros(1, changed.shape[1], dtype=torch.bool)):
+            host.model(**vouched)
+
+
+@torch.no_grad()
+def test_embeddings_that_come_in_the_middle_of_a_generation(host):
+    """The host's own are trusted, those of somebody who calls the model in between are not."""
+    from transformers import LogitsProcessor, LogitsProcessorList
+
+    batch = host.batch([(2, IMAGE, 5)])
+    embeds = embeddings(host, batch).clone()
+    seen = []
+
+    class Asking(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            with pytest.raises(InputError, match=UNKNOWN):
+                host.model(inputs_embeds=embeds, use_cache=False)
+            seen.append(True)
+            return scores
+
+    with patch(host.model, **ALL["lf"]):
+        for options in ({}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}):
+            _generate(host, batch, logits_processor=LogitsProcessorList([Asking()]), **options)
+        text = host.batch([(7,)])
+        text.inputs.pop("images", None)
+        _generate(host, text, logits_processor=LogitsProcessorList([Asking()]))
+    assert len(seen) == 12
