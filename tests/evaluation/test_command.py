@@ -151,7 +151,7 @@ def test_the_command_is_known_however_it_was_started(
 
 
 def results(**tasks: dict[str, Any]) -> dict[str, Any]:
-    return {"results": tasks, "configs": dict.fromkeys(tasks, {})}
+    return {"results": tasks, "configs": {name: {} for name in tasks}}
 
 
 GOOD = results(rprobe={"alias": "rprobe", "rprobe_mse,none": 0.5}, pope={"alias": "pope", "f1,none": None})
