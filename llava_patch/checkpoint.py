@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from llava_patch import tower_weights
 from llava_patch.auxiliary.attach import HEAD
 from llava_patch.errors import CheckpointError
-from llava_patch.files import atomic
+from llava_patch.files import SETTINGS_FILE, atomic
 from llava_patch.fusion.processor import fields
 from llava_patch.handle import CONFIG_KEY, FORMAT, Handle, added_parameters, get_handle
 from llava_patch.hosts import lora, zero
@@ -33,7 +33,6 @@ from llava_patch.settings import from_dict
 
 logger = logging.getLogger("llava_patch")
 
-SETTINGS_FILE = "llava_patch.json"
 WEIGHTS_FILE = "llava_patch.safetensors"
 _SIDE_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",

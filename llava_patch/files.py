@@ -12,6 +12,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+CONFIG_KEY = "llava_patch"
+"""A checkpoint's config.json carries its patch under this key."""
+SETTINGS_FILE = "llava_patch.json"
+"""An adapter carries it in this file."""
+
 T = TypeVar("T")
 
 

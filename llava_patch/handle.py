@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 
 from llava_patch.errors import LlavaPatchError, SettingError
+from llava_patch.files import CONFIG_KEY as CONFIG_KEY  # named here for those that import it from here
 from llava_patch.fusion import attach as fusion_attach
 from llava_patch.fusion import optimizer as fusion_optimizer
 from llava_patch.fusion import processor as fusion_processor
@@ -31,7 +32,6 @@ from llava_patch.undo import UndoStack
 if TYPE_CHECKING:
     from llava_patch.auxiliary.attach import Auxiliary
 
-CONFIG_KEY = "llava_patch"
 FORMAT = 1
 HANDLE = "_llava_patch_handle"
 

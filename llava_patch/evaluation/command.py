@@ -255,8 +255,7 @@ def _carries_patch(model_args: Any) -> bool:
 
 
 def _is_patched(checkpoint: str) -> bool:
-    from llava_patch.checkpoint import SETTINGS_FILE
-    from llava_patch.handle import CONFIG_KEY
+    from llava_patch.files import CONFIG_KEY, SETTINGS_FILE
 
     if _find(checkpoint, SETTINGS_FILE) is not None:
         return True
@@ -286,7 +285,7 @@ def _find(checkpoint: str, name: str) -> Path | None:
 
 def _missing(results: dict[str, Any], output_path: Any, since: float) -> str | None:
     """What is not there of one evaluation's results, in the table or in the file; None when nothing is missing."""
-    tasks = list(results["configs"])
+    tasks = list(results.get("configs") or results["results"])
     empty = [name for name in tasks if not has_metrics(results["results"].get(name))]
     if not tasks or empty:
         return f"the table has no result for {', '.join(empty) or 'any task'}"
