@@ -103,6 +103,7 @@ FAILING: dict[str, tuple[list[str], str, str, list[str], dict[str, str], int, st
     "flag": (MODULE, "pope", "model", ["--gin_param", "Routing.split=2"], {"FAULTS": "module"}, 1, "filelock._api"),
     "two ranks": (TWO_RANKS, "saturation", "model", [], {"FAULTS": "module", "ACCELERATE_USE_CPU": "true"}, 1, ""),
     "neither": (SCRIPT, "pope", "model", [], {"FAULTS": "module"}, 0, ""),
+    "a device that is not there": (SCRIPT, "pope", "patched", ["--device", "cuda:99"], {}, 1, "Error: "),
     "before the evaluation": (SCRIPT, "saturation", "model", ["--log_samples"], {}, 1, "no table of results came out"),
     "swallowed in generate": (SCRIPT, "saturation,pope", "model", [], {"FAULTS": "generate"}, 1, "ZeroDivisionError"),
     "results not written": (SCRIPT, "pope", "patched", ["--output_path", "a_file/x"], {}, 1, "no results file"),
