@@ -10,7 +10,9 @@ from typing import Any
 from llava_patch.errors import CheckpointError
 
 CONFIG_KEY = "llava_patch"
+"""A checkpoint's config.json carries its patch under this key."""
 SETTINGS_FILE = "llava_patch.json"
+"""An adapter carries it in this file."""
 FORMAT = 1
 
 

@@ -281,6 +281,9 @@ def _wrap_argument_parser(asked: "Configuration", undo: "UndoStack") -> None:
 
 
 def _on_lmms_eval(module: ModuleType, undo: "UndoStack") -> None:
+    from llava_patch.evaluation import command
+
+    command.watch()  # with our flags still in its arguments
     _take_flags_from_command_line()
 
 

@@ -1,36 +1,35 @@
-"""Makes failures of a patched model, and of our tasks, end an evaluation with a message and a non-zero exit status.
+"""Lets failures of a patched model, and of our tasks, out of an evaluation.
 
 Left alone, lmms-eval hides them twice: its `llava_hf` model catches every exception of `generate`, answers with an
-empty string and so scores a full table of zeros; and its command line prints the traceback of any other exception but
-exits with status 0. Evaluations of unpatched models on stock tasks stay exactly as lmms-eval runs them.
+empty string and so scores a full table of zeros; and its command line prints any other exception but exits with status
+0, see `command`. Evaluations that llava_patch takes no part in stay exactly as lmms-eval runs them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import sys
-import traceback
 import weakref
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from llava_patch.errors import LlavaPatchError
+from llava_patch.evaluation import command
 
 _MARK = "_llava_patch_loud"
-_PACKAGE = Path(__file__).resolve().parents[1]
-_OURS = (Path(__file__).resolve(), Path(__file__).resolve().with_name("register.py"))
+_MAIN = ("lmms_eval.__main__", "__main__")  # `python -m lmms_eval` runs it under the second name, in some versions
 
 
 class EvaluationFailure(LlavaPatchError):
-    """An evaluation that llava_patch takes part in failed; the cause is chained."""
+    """An evaluation that llava_patch takes part in failed; where there is a cause it is chained."""
 
 
 class _Escape(BaseException):
-    """Carries an exception out of a patched model through `except Exception` in lmms-eval's model classes."""
+    """Carries an exception out of a model through `except Exception` in lmms-eval's model classes."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
@@ -38,46 +37,57 @@ class _Escape(BaseException):
 
 
 def install() -> None:
-    """Wrap lmms-eval's `evaluate` and `simple_evaluate`; does nothing when that is done or it is not loaded."""
-    evaluator: Any = sys.modules.get("lmms_eval.evaluator")
-    for name, wrap in (("evaluate", _loud_evaluate), ("simple_evaluate", _loud_simple_evaluate)):
-        function = getattr(evaluator, name, None)
+    """Wrap what lmms-eval evaluates with and prints its tables with; does nothing where that is done or not loaded."""
+    _wrap("lmms_eval.evaluator", evaluate=_loud_evaluate, simple_evaluate=_loud_simple_evaluate)
+    for name in _MAIN:
+        if hasattr(sys.modules.get(name), "cli_evaluate"):
+            _wrap(name, make_table=_noted_table)
+
+
+def _wrap(module_name: str, **wrappers: Callable[..., Any]) -> None:
+    module: Any = sys.modules.get(module_name)
+    for name, wrap in wrappers.items():
+        function = getattr(module, name, None)
         if function is not None and not getattr(function, _MARK, False):
             wrapped = functools.wraps(function)(wrap(function))
             setattr(wrapped, _MARK, True)
-            setattr(evaluator, name, wrapped)
+            setattr(module, name, wrapped)
 
 
 def _loud_evaluate(original: Callable[..., Any]) -> Callable[..., Any]:
     def evaluate(*args: Any, **kwargs: Any) -> Any:
         from llava_patch.evaluation import cache
 
-        error: Exception
         lm = kwargs.get("lm", args[0] if args else None)
         tasks = kwargs.get("task_dict", args[1] if len(args) > 1 else {})
         model = model_of(lm)
         patch_name = _fingerprint(model)
-        if not patch_name and _patch_is_configured():
-            error = EvaluationFailure(
-                f"a patch is configured, but {type(model).__name__} was loaded without it: this kind of model is not "
-                "one that llava_patch knows (unset LLAVA_PATCH_GIN_FILE and LLAVA_PATCH_GIN_PARAM to evaluate it)"
-            )
-            _fail(error, "a model that should have been patched", kwargs.get("cli_args"))
-        if not patch_name and not has_our_task(tasks):
+        configured = _patch_is_configured()
+        if patch_name or configured or has_our_task(tasks):
+            command.seen()
+        elif not command.involves_us():
             return original(*args, **kwargs)
         try:
+            if configured and not patch_name:
+                raise EvaluationFailure(
+                    f"a patch is configured, but {type(model).__name__} was loaded without it: this kind of model is "
+                    "not one that llava_patch knows (unset LLAVA_PATCH_GIN_FILE and LLAVA_PATCH_GIN_PARAM to evaluate "
+                    "it)"
+                )
             if patch_name:
                 cache.mark(kwargs.get("response_cache"), patch_name)
-            with _guarded(model if patch_name else None):
+            with _guarded(model):
                 # lm.clean() deletes the model before scoring; a name for it here would keep its memory
                 del model
                 return original(*args, **kwargs)
         except _Escape as escape:
-            error = escape.error
-        except Exception as caught:  # whatever it is, it is reported and raised again
-            error = caught
-        what = f"the patched model ({patch_name})" if patch_name else "a llava_patch task"
-        _fail(error, what, kwargs.get("cli_args"))
+            what, error = f"the patched model ({patch_name})" if patch_name else "the model", escape.error
+            failure = EvaluationFailure(f"{what} failed: {type(error).__name__}: {error}")
+            _tell(failure, kwargs)
+            raise failure from error
+        except Exception as error:
+            _tell(error, kwargs)
+            raise
 
     return evaluate
 
@@ -85,15 +95,35 @@ def _loud_evaluate(original: Callable[..., Any]) -> Callable[..., Any]:
 def _loud_simple_evaluate(original: Callable[..., Any]) -> Callable[..., Any]:
     def simple_evaluate(*args: Any, **kwargs: Any) -> Any:
         try:
-            return original(*args, **kwargs)
-        except EvaluationFailure:
-            raise
+            results = original(*args, **kwargs)
         except Exception as error:
-            if not concerns_us(error):
-                raise
-            _fail(error, "llava_patch, before the first request", kwargs.get("cli_args"))
+            if command.involves_us():
+                _tell(error, kwargs)
+            raise
+        # Results are complete when lmms-eval has come to printing them; ranks above the first are given none.
+        if os.environ.get("RANK", "0") != "0" if results is None else not _tables_are_noted():
+            command.finished(results)
+        return results
 
     return simple_evaluate
+
+
+def _noted_table(original: Callable[..., Any]) -> Callable[..., Any]:
+    def make_table(result_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        table = original(result_dict, *args, **kwargs)
+        command.finished(result_dict)
+        return table
+
+    return make_table
+
+
+def _tables_are_noted() -> bool:
+    return any(getattr(getattr(sys.modules.get(name), "make_table", None), _MARK, False) for name in _MAIN)
+
+
+def _tell(error: Exception, kwargs: dict[str, Any]) -> None:
+    if kwargs.get("cli_args") is not None:  # called from Python, an exception is loud enough
+        command.failed(error)
 
 
 def _patch_is_configured() -> bool:
@@ -101,31 +131,6 @@ def _patch_is_configured() -> bool:
 
     asked = startup.configuration()
     return asked is not None and bool(asked.lasting())
-
-
-def _fail(error: Exception, what: str, cli_args: Any) -> None:
-    message = f"llava_patch: the evaluation of {what} failed: {type(error).__name__}: {error}"
-    if cli_args is None:  # called from Python: an exception is loud enough
-        raise EvaluationFailure(message) from error
-    traceback.print_exception(error, file=sys.stderr)
-    print(f"{message}\nNo results were written.", file=sys.stderr, flush=True)
-    raise SystemExit(1)  # the command line swallows any Exception and exits with 0
-
-
-def concerns_us(error: BaseException) -> bool:
-    """Whether an exception, or one that it came from, is ours or passed through our code."""
-    seen: set[int] = set()
-    link: BaseException | None = error
-    while link is not None and id(link) not in seen:
-        seen.add(id(link))
-        if isinstance(link, LlavaPatchError):
-            return True
-        for frame, _ in traceback.walk_tb(link.__traceback__):
-            path = Path(frame.f_code.co_filename).resolve()
-            if _PACKAGE in path.parents and path not in _OURS and path.name not in ("startup.py", "loading.py"):
-                return True
-        link = link.__cause__ or link.__context__
-    return False
 
 
 def model_of(lm: Any) -> nn.Module | None:

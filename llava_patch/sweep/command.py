@@ -113,7 +113,7 @@ def _train(run: Run, descriptor: int) -> outcome.FinalLoss:
 
 
 def _evaluate(run: Run, evaluate: str, descriptor: int) -> dict[str, float]:
-    folder = run.folder / "evaluation"
+    folder = run.folder / record.EVALUATION
     earlier = frozenset(outcome.result_files(folder))
     words = [word.replace(PLACE, str(run.folder)) for word in shlex.split(evaluate)]
     process.execute([*words, "--output_path", str(folder)], run.folder / "evaluate.log", descriptor)

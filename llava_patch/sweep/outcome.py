@@ -29,17 +29,31 @@ class FinalLoss:
 
 
 def trainer_state(folder: Path) -> Path:
-    """The run's trainer_state.json: its own, or its latest checkpoint's.
+    """The trainer_state.json of a training that came to its end: its own, or its last checkpoint's.
 
     Raises:
-        RunError: there is none.
+        RunError: there is none, or the last checkpoint is not the last step's.
     """
     checkpoints = [p for p in folder.glob("checkpoint-*") if p.name.split("-")[-1].isdigit()]
     latest = sorted(checkpoints, key=lambda p: int(p.name.split("-")[-1]), reverse=True)
-    for candidate in (folder, *latest):
-        if (candidate / "trainer_state.json").is_file():
-            return candidate / "trainer_state.json"
+    for path in (candidate / "trainer_state.json" for candidate in (folder, *latest)):
+        if path.is_file():
+            done, steps = (_read(path).get(key) for key in ("global_step", "max_steps"))
+            # The Trainer writes its own at the end; a checkpoint is also left by a training that broke off.
+            if path.parent != folder and isinstance(steps, int) and isinstance(done, int) and done < steps:
+                raise RunError(
+                    f"{path}: the command ended well but left a training that broke off at step {done} of {steps}"
+                )
+            return path
     raise RunError(f"{folder}: the command ended well but left no trainer_state.json; does it honour --output_dir?")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: the command ended well but left what cannot be read ({error})") from error
+    return found if isinstance(found, dict) else {}
 
 
 def final_loss(state: Path, window: int = FINAL_STEPS) -> FinalLoss:
@@ -51,7 +65,7 @@ def final_loss(state: Path, window: int = FINAL_STEPS) -> FinalLoss:
     Raises:
         RunError: no loss was logged.
     """
-    history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
+    history = _read(state).get("log_history", [])
     entries = sorted((entry["step"], entry["loss"]) for entry in history if "loss" in entry)
     if not entries:
         raise RunError(f"{state}: holds no training loss; is --logging_steps longer than the run?")
@@ -79,7 +93,7 @@ def metrics(folder: Path, known: frozenset[Path] = frozenset()) -> dict[str, flo
     found: dict[str, float] = {}
     files = sorted(set(result_files(folder)) - known)
     for path in files:
-        for task, values in json.loads(path.read_text(encoding="utf-8"))["results"].items():
+        for task, values in _read(path).get("results", {}).items():
             found.update(_numbers(task, values))
     if not found:
         read = f"read {', '.join(map(str, files))}" if files else "no *results.json there"

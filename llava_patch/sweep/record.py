@@ -11,17 +11,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llava_patch.errors import SettingError
+from llava_patch.errors import RunError, SettingError
 from llava_patch.files import write_json
-from llava_patch.sweep.outcome import FinalLoss
+from llava_patch.sweep.outcome import FinalLoss, result_files, trainer_state
 from llava_patch.sweep.plan import Run
 
+EVALUATION = "evaluation"
 FILE, EVALUATION_FILE = "llava_patch_sweep.json", "llava_patch_sweep_evaluation.json"
 FORMAT = 1
 
 
 def begin(run: Run) -> None:
-    """Write that a run was begun."""
+    """Write that a run was begun; an evaluation of what it replaces counts no more."""
+    (run.folder / EVALUATION_FILE).unlink(missing_ok=True)
     write_json(run.folder / FILE, {**_identity(run), "state": "begun"})
 
 
@@ -32,7 +34,7 @@ def finish(run: Run, loss: FinalLoss, seconds: float) -> None:
 
 
 def finished(run: Run) -> FinalLoss | None:
-    """A finished run's loss; None for a run that is still to do.
+    """A finished run's loss; None for a run that is still to do, or whose training's state is gone.
 
     Raises:
         SettingError: the folder holds a run of other settings or of another command, or files of unknown origin.
@@ -55,6 +57,10 @@ def finished(run: Run) -> FinalLoss | None:
             )
     if found["state"] != "finished":
         return None
+    try:
+        trainer_state(run.folder)
+    except RunError:
+        return None
     loss = found["loss"]
     return FinalLoss(float("nan") if loss["mean"] is None else loss["mean"], loss["steps"], loss["last_step"])
 
@@ -65,7 +71,7 @@ def finish_evaluation(run: Run, command: str, metrics: dict[str, float]) -> None
 
 
 def evaluated(run: Run, command: str) -> dict[str, float] | None:
-    """A finished evaluation's metrics; None when it is still to do.
+    """A finished evaluation's metrics; None when it is still to do, or its results are gone.
 
     Raises:
         SettingError: it was made with another command.
@@ -78,6 +84,8 @@ def evaluated(run: Run, command: str) -> dict[str, float] | None:
         raise SettingError(
             f"{path}: made with --evaluate {found['command']!r}, not {command!r}; remove the file to evaluate again"
         )
+    if not result_files(run.folder / EVALUATION):
+        return None
     return {key: float("nan") if value is None else value for key, value in found["metrics"].items()}
 
 

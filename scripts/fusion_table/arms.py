@@ -82,4 +82,6 @@ def choose(names: str | None) -> list[Arm]:
     unknown = sorted(set(wanted) - set(BY_NAME))
     if unknown:
         raise ValueError(f"--arms: no arm {', '.join(unknown)}; there are {', '.join(BY_NAME)}")
+    if not wanted:
+        raise ValueError(f"--arms {names!r} names no arm; there are {', '.join(BY_NAME)}")
     return [arm for arm in BY_NAME.values() if arm.name in wanted]

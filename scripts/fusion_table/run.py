@@ -6,17 +6,18 @@
 import argparse
 import dataclasses
 import importlib.metadata
-import json
 import shutil
 import sys
 import time
 from pathlib import Path
 
 from quickstart import base as small
-from quickstart.run import PINNED, Steps, console
+from quickstart.run import PINNED
+from quickstart.steps import Steps, console, json_with, losses, make_folder
 
 from . import arms as arm_list
 from . import table, train
+from .measure import NUMBERS, trained_parameters
 
 SCRIPTS = Path(__file__).resolve().parent.parent
 PUBLISHED = SCRIPTS.parent / "docs" / "measured"
@@ -58,11 +59,18 @@ def run_arm(arm: arm_list.Arm, recipe: train.Recipe, out: Path, base: Path, inpu
         command = [sys.executable, "-m", "fusion_table.measure", str(folder), str(base), str(result)]
         steps.command("measure", command, cwd=SCRIPTS)
 
-    stage1, stage2 = train.stage_folder(folder, 1), train.stage_folder(folder, 2)
-    steps.run("stage1", f"{arm.name}: stage 1", lambda: stage(1), stage1 / "mm_projector.bin")
-    steps.run("stage2", f"{arm.name}: stage 2", lambda: stage(2), stage2 / "trainer_state.json")
-    steps.run("measure", f"{arm.name}: exact match", measure, result)
-    return json.loads(result.read_text())
+    def trained(number: int) -> None:
+        losses(train.stage_folder(folder, number), recipe.steps[number - 1])
+        trained_parameters(folder / "logs" / f"stage{number}.log")
+
+    for number, weights in ((1, "mm_projector.bin"), (2, "model.safetensors")):
+        place = train.stage_folder(folder, number)
+        steps.run(
+            f"stage{number}", f"{arm.name}: stage {number}", lambda n=number: stage(n),
+            [place / weights, place / "config.json"], lambda n=number: trained(n),
+        )  # fmt: skip
+    steps.run("measure", f"{arm.name}: exact match", measure, [result], lambda: json_with(result, *NUMBERS))
+    return json_with(result)
 
 
 def main() -> None:
@@ -85,7 +93,7 @@ def main() -> None:
             raise ValueError("--publish needs all ten arms: leave --arms out")
     except ValueError as error:
         parser.error(str(error))
-    out = args.out.resolve()
+    out = make_folder(args.out.resolve())
     started = time.time()
     # Enough rows that none is seen twice, so that the training loss is that of new images.
     settings = base_settings(args.tower_steps, args.answer_steps, recipe.steps[1] * recipe.batch_size)

@@ -14,6 +14,9 @@ Modules, in the order they are used:
     score       exact match on the held-out rows, for either host's model
     base        trains the model and writes all of it (`python -m quickstart.base OUT`)
     evaldata    local POPE and MME data for lmms-eval's stock tasks
+    steps       runs steps, none of them for done that has not left what it was to leave
+    table       the closing table
+    measure     what it needs of one checkpoint
 """
 
 import os

@@ -111,9 +111,12 @@ def finished(out: str | os.PathLike, settings: BaseSettings) -> dict | None:
     path = root / RECORD
     if not path.is_file():
         return None
-    record = json.loads(path.read_text())
+    try:
+        record = json.loads(path.read_text())
+    except ValueError:  # damaged: it is made again
+        return None
     # The llava checkpoint names its tower by an absolute path, so a moved folder has to be written again.
-    same = record["settings"] == settings.as_dict() and record["folder"] == str(root)
+    same = record.get("settings") == settings.as_dict() and record.get("folder") == str(root)
     files = fileset.FileSet.at(root, settings.vision["image_size"])
     return record if same and files.complete() and data.TrainingData.at(root).complete() else None
 

@@ -132,6 +132,11 @@ def write_evaldata(
     }
 
 
+def shards(workdir: Path, namespace: str = DEFAULT_NAMESPACE) -> list[Path]:
+    """Where `write_evaldata` writes both data sets."""
+    return [workdir / namespace / name / "data" / SHARD for name in ("POPE", "MME")]
+
+
 def _write_parquet(rows: list[dict], folder: Path) -> Path:
     import datasets
 

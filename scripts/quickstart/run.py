@@ -6,85 +6,27 @@ judge the stock and the patched checkpoint, and a report draws every diagnostic 
 """
 
 import argparse
-import hashlib
 import importlib.metadata
 import importlib.util
-import json
-import os
 import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
-
 from . import table
-from .fileset import write_atomically
+from .base import RECORD
+from .data import TrainingData
+from .evaldata import shards
+from .fileset import FileSet
+from .steps import Lacking, Steps, console, found, json_with, lmms_results, losses, metric
 
 SCRIPTS = Path(__file__).resolve().parent
 STAGE1_FLAGS = ["--gin_param", "SkipLinks.stride = 2"]
 STAGE2_FLAGS = [*STAGE1_FLAGS, "--gin_file", "dpvr_lf_small.gin"]
 PINNED = ("torch", "transformers", "llava-torch", "lmms_eval", "llava_patch")
 TASKS = "rprobe,saturation,pope,mme"
-console = Console()
-
-
-class Steps:
-    """Runs the steps of one output folder, each at most once for the same inputs."""
-
-    def __init__(self, out: Path, inputs: object) -> None:
-        """Start.
-
-        Args:
-            out: the folder.
-            inputs: JSON values; when they change every step is run again.
-        """
-        self.out = out
-        self.key = json.dumps(inputs, sort_keys=True, default=str)
-        self.started = time.time()
-        (out / "logs").mkdir(parents=True, exist_ok=True)
-
-    def run(self, name: str, title: str, work: Callable[[], None], makes: Path) -> None:
-        """Run a step unless it is done.
-
-        Args:
-            name: of its marker and log.
-            title: shown to the user.
-            work: does it, and raises when it fails.
-            makes: a file that the step leaves; without it the step is run again.
-        """
-        marker = self.out / f"{name}.done"
-        self.key = hashlib.sha256(f"{self.key} {name}".encode()).hexdigest()
-        if marker.is_file() and marker.read_text() == self.key and makes.exists():
-            console.print(f"[green]done before[/] {title}")
-            return
-        marker.unlink(missing_ok=True)
-        start = time.time()
-        console.print(f"[bold]{title}[/]")
-        work()
-        write_atomically(marker, self.key.encode())
-        console.print(f"  [green]{time.time() - start:.0f} s[/] (in all {(time.time() - self.started) / 60:.1f} min)")
-
-    def command(self, name: str, command: list[str], cwd: Path | None = None, **env: object) -> None:
-        """Run a command with its output in logs/NAME.log and its last line on the screen; raise when it fails."""
-        log = self.out / "logs" / f"{name}.log"
-        environment = {**os.environ, **{k: str(v) for k, v in env.items()}}
-        with log.open("w") as stream, console.status("  starting") as status:
-            process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=cwd, env=environment,
-                bufsize=1, errors="replace",
-            )  # fmt: skip
-            assert process.stdout is not None
-            for line in process.stdout:
-                stream.write(line)
-                if line.strip():
-                    status.update("  " + line.strip().split("\r")[-1][: console.width - 8].replace("[", r"\["))
-            code = process.wait()
-        if code != 0:
-            tail = "".join(log.read_text(errors="replace").splitlines(keepends=True)[-15:])
-            raise SystemExit(f"{name} failed (exit {code}); the end of {log}:\n{tail}")
+READ = ("exact_match", "exact_match_other_image")  # what read_*.json must hold; and beside it, of either checkpoint:
+READ_OF = {"stock": ("prefill",), "patched": ("trainable", "exact_match_side_other_image")}
 
 
 def _fresh(folder: Path) -> Path:
@@ -93,12 +35,53 @@ def _fresh(folder: Path) -> Path:
     return folder
 
 
+def trained(run: Path) -> None:
+    """A training stage: every step has a finite loss, and the run's own records are there.
+
+    Raises:
+        Lacking: what is not there.
+    """
+    losses(run)
+    json_with(run / "config.json", "llava_patch")
+    json_with(run / "llava_patch.json")
+
+
+def evaluated(folder: Path) -> None:
+    """An evaluation: each number of the closing table, and the samples, results and figures of its tasks.
+
+    Raises:
+        Lacking: what is not there.
+    """
+    results = lmms_results(folder, TASKS.split(","))
+    for _, task, name, _ in table.METRICS:
+        metric(results, task, name)
+    for task in TASKS.split(","):
+        found(folder, f"*/*_samples_{task}.jsonl")
+    for task in ("rprobe", "saturation"):
+        json_with(found(folder, f"*/{task}/{task}.json"))
+        found(folder, f"*/{task}/{task}.png")
+
+
+def reported(page: Path) -> None:
+    """A report: it is whole, and none of its sections failed.
+
+    Raises:
+        Lacking: what is not there.
+    """
+    sections = json_with(page.with_name("report.json"), "sections")["sections"]
+    failed = [section["name"] for section in sections if section["state"] == "failed"]
+    if failed or not sections or not page.read_text(encoding="utf-8").rstrip().endswith("</html>"):
+        raise Lacking(f"{page} is not whole" + (f": {', '.join(failed)} failed" if failed else ""))
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder to write into")
     parser.add_argument("--rows", type=int, default=256, help="held-out rows for exact match")
     args = parser.parse_args()
+    if args.rows < 2:
+        parser.error(f"--rows {args.rows}: at least 2 are needed, one for the other's image")
     out = args.out.resolve()
     sources = [p.read_text() for p in sorted(SCRIPTS.glob("*.*")) if p.suffix in (".py", ".sh")]
     versions = [f"{d.name} {d.version}" for d in importlib.metadata.distributions() if d.name in PINNED]
@@ -113,8 +96,8 @@ def main() -> None:
 
     def base_model() -> None:
         # Its own progress bars; it skips itself when it has finished before.
-        subprocess.run([python, "-m", "quickstart.base", str(base)], check=True, cwd=SCRIPTS.parent)
-        subprocess.run([python, "-m", "quickstart.evaldata", str(out / "data")], check=True, cwd=SCRIPTS.parent)
+        steps.shown([python, "-m", "quickstart.base", str(base)], cwd=SCRIPTS.parent)
+        steps.shown([python, "-m", "quickstart.evaldata", str(out / "data")], cwd=SCRIPTS.parent)
 
     def train(name: str, script: str, folder: Path, flags: list[str]) -> None:
         _fresh(folder)
@@ -132,37 +115,49 @@ def main() -> None:
 
     def report() -> None:
         # What an interrupted run has finished is kept, so the folder is not emptied.
-        measured = max((out / "eval_patched").glob("*/rprobe/rprobe.json")).parent  # lmms-eval has just run R-Probe
-        command = [
-            python,
-            "-m",
-            "llava_patch.cli",
-            "report",
-            str(patched),
-            f"{base / 'v1.json'}?images={base / 'images'}",
-        ]
+        measured = found(out / "eval_patched", "*/rprobe/rprobe.json").parent  # lmms-eval has just run R-Probe
+        data = f"{base / 'v1.json'}?images={base / 'images'}"
+        command = [python, "-m", "llava_patch.cli", "report", str(patched), data]
         command += ["--base", str(stock), "--rprobe", str(measured), "--output", str(out / "report")]
         steps.command("report", command)
 
-    steps.run("base", "1/8 small LLaVA-1.5 that reads three digits, and its data", base_model, base / "base.json")
+    files, data = FileSet.at(base), TrainingData.at(base)
+    steps.run(
+        "base", "1/8 small LLaVA-1.5 that reads three digits, and its data", base_model,
+        [base / RECORD, *files.paths(), data.images, data.plain, data.v1, data.read_test, *shards(out / "data")],
+        lambda: json_with(base / RECORD, "parameters"),
+    )  # fmt: skip
     steps.run(
         "stage1", "2/8 stage 1, train.py: projector with Detached Skip-Links",
-        lambda: train("stage1", "pretrain.sh", stage1, STAGE1_FLAGS), stage1 / "mm_projector.bin",
+        lambda: train("stage1", "pretrain.sh", stage1, STAGE1_FLAGS), [stage1 / "mm_projector.bin"],
+        lambda: trained(stage1),
     )  # fmt: skip
     steps.run(
         "stage2", "3/8 stage 2, train.py: DPVR-LF side branch",
-        lambda: train("stage2", "finetune.sh", patched, STAGE2_FLAGS), patched / "model.safetensors",
+        lambda: train("stage2", "finetune.sh", patched, STAGE2_FLAGS),
+        [patched / "model.safetensors", patched / "llava_patch_adapter" / "llava_patch.safetensors"],
+        lambda: trained(patched),
     )  # fmt: skip
-    steps.run(
-        "read_stock", "4/8 exact match, stock", lambda: read("read_stock", stock, "--prefill"), out / "read_stock.json"
-    )
-    steps.run(
-        "read_patched", "5/8 exact match, patched", lambda: read("read_patched", patched), out / "read_patched.json"
-    )
-    steps.run("eval_stock", f"6/8 lmms-eval {TASKS}, stock", lambda: evaluate("eval_stock", stock), out / "eval_stock")
-    steps.run("eval_patched", "7/8 the same, patched", lambda: evaluate("eval_patched", patched), out / "eval_patched")
+    for name, checkpoint, place, flag in (("stock", stock, 4, ["--prefill"]), ("patched", patched, 5, [])):
+        record = out / f"read_{name}.json"
+        steps.run(
+            f"read_{name}", f"{place}/8 exact match, {name}",
+            lambda n=name, c=checkpoint, f=flag: read(f"read_{n}", c, *f), [record],
+            lambda n=name, r=record: json_with(r, *READ, *READ_OF[n]),
+        )  # fmt: skip
+    for name, checkpoint, title in (
+        ("eval_stock", stock, f"6/8 lmms-eval {TASKS}, stock"),
+        ("eval_patched", patched, "7/8 the same, patched"),
+    ):
+        steps.run(
+            name, title, lambda n=name, c=checkpoint: evaluate(n, c), [out / name],
+            lambda n=name: evaluated(out / n),
+        )  # fmt: skip
     page = out / "report" / "report.html"
-    steps.run("report", "8/8 llava-patch report: every diagnostic of the patched checkpoint", report, page)
+    steps.run(
+        "report", "8/8 llava-patch report: every diagnostic of the patched checkpoint", report, [page],
+        lambda: reported(page),
+    )  # fmt: skip
     console.print(table.build(out, base, stage1, patched))
     for line in table.closing(out, patched, page):
         console.print(line, soft_wrap=True)

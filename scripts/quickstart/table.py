@@ -8,38 +8,16 @@ from typing import Any
 
 from rich.table import Table
 
+from .steps import lmms_results, losses, metric
 
-def lmms_results(folder: Path) -> dict[str, dict[str, Any]]:
-    """Metrics of an lmms-eval run, by task.
-
-    Args:
-        folder: its --output_path.
-
-    Raises:
-        FileNotFoundError: no results file.
-    """
-    files = sorted(folder.rglob("*_results.json"), key=lambda path: path.stat().st_mtime)
-    if not files:
-        raise FileNotFoundError(f"{folder}: lmms-eval left no *_results.json")
-    return json.loads(files[-1].read_text())["results"]
-
-
-def metric(results: dict[str, dict[str, Any]], task: str, name: str) -> float:
-    """One metric, whatever filter lmms-eval has appended to its name; nan when a task reports none.
-
-    Raises:
-        KeyError: the task or the metric is not in the results.
-    """
-    for key, value in results[task].items():
-        if key.split(",")[0] == name:
-            return float(value) if isinstance(value, (int, float)) else math.nan
-    raise KeyError(f"{task} has no metric {name}; it has {sorted(results[task])}")
-
-
-def losses(run: Path) -> list[float]:
-    """Training losses of a run of LLaVA's Trainer, one a step."""
-    history = json.loads((run / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
+METRICS = (
+    ("R-Probe error (MSE, held-out)", "rprobe", "rprobe_mse", 3),
+    ("R-Probe error / variance (FVU)", "rprobe", "rprobe_fvu", 3),
+    ("vision transition layer", "saturation", "vision_transition_layer", 1),
+    ("recommended split", "saturation", "recommended_split", 0),
+    ("POPE accuracy (24 local rows)", "pope", "pope_accuracy", 3),
+    ("MME perception (local rows)", "mme", "mme_perception_score", 1),
+)
 
 
 def _loss_text(run: Path) -> str:
@@ -74,14 +52,7 @@ def build(out: Path, base: Path, stage1: Path, patched: Path) -> Table:
     table.add_row(
         "  control: side branch sees another's", "-", f"{read['patched']['exact_match_side_other_image']:.3f}"
     )
-    for label, task, name, digits in (
-        ("R-Probe error (MSE, held-out)", "rprobe", "rprobe_mse", 3),
-        ("R-Probe error / variance (FVU)", "rprobe", "rprobe_fvu", 3),
-        ("vision transition layer", "saturation", "vision_transition_layer", 1),
-        ("recommended split", "saturation", "recommended_split", 0),
-        ("POPE accuracy (24 local rows)", "pope", "pope_accuracy", 3),
-        ("MME perception (local rows)", "mme", "mme_perception_score", 1),
-    ):
+    for label, task, name, digits in METRICS:
         table.add_row(label, *(_number(metric(evaluated[n], task, name), digits) for n in both))
     time = read["stock"]["prefill"]
     table.add_row(

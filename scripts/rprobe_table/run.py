@@ -5,13 +5,13 @@
 
 import argparse
 import importlib.metadata
-import json
 import time
 from pathlib import Path
 
 from quickstart import base as small
 from quickstart.measure import load
-from quickstart.run import PINNED, Steps, console
+from quickstart.run import PINNED
+from quickstart.steps import Lacking, Steps, console, json_with, make_folder
 
 from llava_patch.probe.figures import save_figure
 from llava_patch.probe.result import write_json
@@ -20,6 +20,18 @@ from . import arms, table
 
 SCRIPTS = Path(__file__).resolve().parent.parent
 PUBLISHED = SCRIPTS.parent / "docs" / "measured"
+
+
+def measured_in(path: Path) -> dict:
+    """A probe's result, with what the table needs.
+
+    Raises:
+        Lacking: what is not there.
+    """
+    result = json_with(path, *table.FIGURES, "documents", "settings")
+    if not result["documents"]:
+        raise Lacking(f"{path} has no documents")
+    return result
 
 
 def main() -> None:
@@ -33,7 +45,9 @@ def main() -> None:
     if not all(word.strip().isdigit() for word in words):
         parser.error(f"--seeds {args.seeds}: expected integers, such as 0,1,2")
     seeds = [int(word) for word in words]
-    out = args.out.resolve()
+    if len(set(seeds)) < len(seeds):
+        parser.error(f"--seeds {args.seeds}: one is named twice")
+    out = make_folder(args.out.resolve())
     started = time.time()
     base = small.train_base(out / "base", small.BaseSettings())
     console.print(f"the model reads {base['exact_match']:.3f} of its held-out strings")
@@ -51,8 +65,11 @@ def main() -> None:
                 write_json(measured, result)
 
             steps = Steps(folder, [base["exact_match"], versions, arm.settings, arm.blurred, seed])
-            steps.run("probe", f"seed {seed}: {arm.title}", work, result)
-            found[arm.name].append(json.loads(result.read_text(encoding="utf-8")))
+            figure = result.with_suffix(".png")
+            steps.run(
+                "probe", f"seed {seed}: {arm.title}", work, [result, figure], lambda result=result: measured_in(result)
+            )
+            found[arm.name].append(measured_in(result))
     record = table.collect(found, seeds, {"exact_match": base["exact_match"], "versions": versions})
     paths = table.write(record, out)
     if args.publish:

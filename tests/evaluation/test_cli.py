@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +75,102 @@ def test_our_tasks_beside_a_stock_one_on_a_patched_model(folder: Path) -> None:
         assert metric in done.stdout
 
 
+# Appended to every start of Python in the runs below: the start-up hook, as an installed package has it, and faults.
+SITE = """
+import os, sys
+import llava_patch
+if "module" in os.environ["FAULTS"]:  # as with a release of filelock that lmms-eval does not know
+    import filelock
+    sys.modules["filelock._api"] = None
+if "generate" in os.environ["FAULTS"]:
+    class Late:
+        def find_spec(self, name, path=None, target=None):
+            if name == "transformers.models.llava.modeling_llava":
+                from transformers import GenerationMixin
+                GenerationMixin.generate = lambda *args, **kwargs: 1 / 0
+    sys.meta_path.insert(0, Late())
+"""
+SCRIPT, MODULE = ["lmms-eval"], [sys.executable, "-m", "lmms_eval"]
+LAUNCHED = ["accelerate", "launch", "--cpu", "--num_processes", "1", "-m", "lmms_eval"]
+TWO_RANKS = ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "lmms_eval"]
+PATCHED = {"LLAVA_PATCH_GIN_PARAM": "Routing.split=2"}
+# name: (how it is started, --tasks, checkpoint, other arguments, environment, exit status, the end of the last line)
+FAILING: dict[str, tuple[list[str], str, str, list[str], dict[str, str], int, str]] = {
+    "our task": (SCRIPT, "saturation", "model", [], {"FAULTS": "module"}, 1, "filelock._api"),
+    "our group": (LAUNCHED, "rprobe_ablation", "model", [], {"FAULTS": "module"}, 1, "filelock._api"),
+    "patched checkpoint": (MODULE, "pope", "patched", [], {"FAULTS": "module"}, 1, "filelock._api"),
+    "configured patch": (SCRIPT, "pope", "model", [], {"FAULTS": "module", **PATCHED}, 1, "filelock._api"),
+    "flag": (MODULE, "pope", "model", ["--gin_param", "Routing.split=2"], {"FAULTS": "module"}, 1, "filelock._api"),
+    "two ranks": (TWO_RANKS, "saturation", "model", [], {"FAULTS": "module", "ACCELERATE_USE_CPU": "true"}, 1, ""),
+    "neither": (SCRIPT, "pope", "model", [], {"FAULTS": "module"}, 0, ""),
+    "a device that is not there": (SCRIPT, "pope", "patched", ["--device", "cuda:99"], {}, 1, "Error: "),
+    "before the evaluation": (SCRIPT, "saturation", "model", ["--log_samples"], {}, 1, "no table of results came out"),
+    "swallowed in generate": (SCRIPT, "saturation,pope", "model", [], {"FAULTS": "generate"}, 1, "ZeroDivisionError"),
+    "results not written": (SCRIPT, "pope", "patched", ["--output_path", "a_file/x"], {}, 1, "no results file"),
+}  # fmt: skip
+
+
+def _start(root: Path, name: str) -> Any:
+    start, tasks, model, more, environment, _, _ = FAILING[name]
+    arguments = ["--model", "llava_hf", "--model_args", f"pretrained={root / model},device_map=cpu", "--device", "cpu"]
+    arguments += ["--tasks", tasks, "--limit", "2", "--gen_kwargs", "max_new_tokens=2", *more]
+    own = Path(__file__).resolve().parents[2]
+    found = os.pathsep.join([str(root / "site"), str(own), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    here = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(root / "hf"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PATH": here, "PYTHONPATH": found, "FAULTS": "", **offline, **environment}
+    return subprocess.run(
+        [*start, *arguments], cwd=root, env=environment, capture_output=True, text=True, timeout=300
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ended(folder: Path) -> dict[str, Any]:
+    """All of them, two at a time."""
+    from llava_patch import Routing, patch
+
+    model = fileset.hf_model()
+    patch(model, routing=Routing(split=2))
+    model.save_pretrained(folder / "patched")
+    fileset.processor().save_pretrained(folder / "patched")
+    (folder / "a_file").touch()
+    (folder / "site").mkdir()
+    (folder / "site" / "sitecustomize.py").write_text(SITE)
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(FAILING, pool.map(lambda name: _start(folder, name), FAILING), strict=True))
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_a_command_that_failed_anywhere_exits_non_zero_where_llava_patch_takes_part(
+    name: str, ended: dict[str, Any]
+) -> None:
+    start, tasks, *_, status, message = FAILING[name]
+    done = ended[name]
+    assert done.returncode == status, done.stdout + done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("llava_patch: this evaluation failed: ")]
+    if status == 0:  # as lmms-eval does it
+        assert "filelock._api" in done.stderr and not said
+        return
+    assert (
+        message in said[0]
+        and f"the command was: {'python -m lmms_eval' if '-m' in start else 'lmms-eval'} --" in said[0]
+    )
+    assert f"--tasks {tasks}" in said[0]
+    if start in (SCRIPT, MODULE):  # launchers have last words of their own
+        assert done.stderr.splitlines()[-1] == said[0] and len(said) == 1
+
+
 @pytest.mark.parametrize(
     "tasks, model, before, environment, message",
     [
         ("pope", "model", BREAK, {"LLAVA_PATCH_GIN_PARAM": "Routing.split=2"}, "patched model .* failed: ZeroDivision"),
-        ("rprobe_fast", "shallow", "pass", {}, "llava_patch task failed: HostError"),
+        (
+            "rprobe_fast",
+            "shallow",
+            "pass",
+            {},
+            "this evaluation failed: HostError.*the command was: lmms-eval --model llava_hf .*--tasks rprobe_fast",
+        ),
     ],
     ids=["broken patch", "our task"],
 )

@@ -7,6 +7,7 @@ import random
 import pytest
 from fusion_table import arms, measure, table, train
 from quickstart.model import SMALL_TEXT, SMALL_VISION
+from quickstart.steps import Lacking
 
 from llava_patch import config
 
@@ -83,7 +84,7 @@ def test_what_is_read_of_a_run(tmp_path):
     log.write_text("x\n  Number of trainable parameters = 1,845,632\n")
     assert measure.trained_parameters(log) == 1845632
     log.write_text("nothing\n")
-    with pytest.raises(ValueError, match="Number of trainable parameters"):
+    with pytest.raises(Lacking, match="Number of trainable parameters"):
         measure.trained_parameters(log)
     assert measure.final_loss([9.0] * 10 + [1.0] * (measure.FINAL_STEPS - 2) + [12.0, 13.0]) == 1.0  # text alone
     for bad in ([], [1.0, math.nan]):

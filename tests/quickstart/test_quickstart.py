@@ -1,14 +1,10 @@
-"""The quickstart's data, prompts, steps and table; its whole run is `scripts/quickstart.sh`."""
-
-import json
+"""The quickstart's data and prompts; its whole run is `scripts/quickstart.sh`."""
 
 import numpy as np
-import pytest
 import torch
-from quickstart import questions, table
+from quickstart import questions
 from quickstart.fileset import write_fileset
 from quickstart.prompts import PromptEncoder
-from quickstart.run import Steps
 from quickstart.score import other_images
 
 VISION = {
@@ -59,41 +55,6 @@ def test_the_control_gives_every_row_an_image_of_another_answer():
     rows = [{"image": str(i), "answer": a} for i, a in enumerate("aabba")]
     answers = {row["image"]: row["answer"] for row in rows}
     assert all(answers[image] != row["answer"] for image, row in zip(other_images(rows), rows, strict=True))
-
-
-def test_a_step_runs_once_until_something_before_it_runs_again(tmp_path):
-    done = []
-
-    def run(inputs, steps=("a", "b")):
-        runner = Steps(tmp_path, inputs)
-        for name in steps:
-            runner.run(name, name, lambda name=name: (done.append(name), (tmp_path / name).touch()), tmp_path / name)
-
-    run(1)
-    run(1)
-    assert done == ["a", "b"]
-    (tmp_path / "b").unlink()
-    run(1)
-    assert done == ["a", "b", "b"]
-    run(2)
-    assert done == ["a", "b", "b", "a", "b"]
-
-
-def test_a_failing_command_shows_its_end(tmp_path):
-    with pytest.raises(SystemExit, match=r"bad failed \(exit 3\)(.|\n)*the reason"):
-        Steps(tmp_path, 0).command("bad", ["bash", "-c", "echo the reason; exit 3"])
-
-
-def test_metrics_are_read_whatever_their_filter(tmp_path):
-    results = {"results": {"pope": {"pope_accuracy,none": 0.5, "alias": "pope"}}}
-    (tmp_path / "m").mkdir()
-    (tmp_path / "m" / "2026_results.json").write_text(json.dumps(results))
-    read = table.lmms_results(tmp_path)
-    assert table.metric(read, "pope", "pope_accuracy") == 0.5
-    with pytest.raises(KeyError, match="has no metric other"):
-        table.metric(read, "pope", "other")
-    with pytest.raises(FileNotFoundError, match=r"results\.json"):
-        table.lmms_results(tmp_path / "m" / "none")
 
 
 def test_a_file_set_is_the_same_for_the_same_seed(tmp_path):

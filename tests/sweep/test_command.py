@@ -100,6 +100,20 @@ def test_finished_runs_are_kept_and_the_folder_may_move(sweep_file, command, cal
     assert len(calls()) == 4  # two new seeds, nothing again
 
 
+def test_a_run_whose_files_are_gone_is_not_finished(sweep_file, command, calls, tmp_path):
+    evaluate = " ".join([*command, "--evaluated", "{checkpoint}"])
+    assert sweep(str(sweep_file), tmp_path / "o", command, seeds=[1], evaluate=evaluate)
+    assert len(calls()) == 4
+    run = tmp_path / "o" / "Routing.split-3" / "seed1"
+    (results,) = run.glob("evaluation/**/*results.json")
+    results.unlink()
+    assert sweep(str(sweep_file), tmp_path / "o", command, seeds=[1], evaluate=evaluate)
+    assert len(calls()) == 5 and "--evaluated" in calls()[-1]
+    (run / "trainer_state.json").unlink()
+    assert sweep(str(sweep_file), tmp_path / "o", command, seeds=[1], evaluate=evaluate)
+    assert len(calls()) == 7 and "--evaluated" in calls()[-1]  # of what was trained anew
+
+
 def test_records_of_other_settings_or_commands_are_refused(sweep_file, command, calls, tmp_path):
     assert sweep(str(sweep_file), tmp_path / "o", command, seeds=[1])
     text = sweep_file.read_text()

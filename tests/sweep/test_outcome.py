@@ -46,6 +46,31 @@ def test_the_state_is_found_in_the_run_or_its_latest_checkpoint(tmp_path):
     assert trainer_state(tmp_path) == own
 
 
+def test_a_checkpoint_of_a_training_that_broke_off_is_no_end(tmp_path):
+    path = _state(tmp_path / "checkpoint-5", [{"step": 5, "loss": 1.0}])
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps({**state, "global_step": 5, "max_steps": 9}))
+    with pytest.raises(RunError, match="broke off at step 5 of 9"):
+        trainer_state(tmp_path)
+    path.write_text(json.dumps({**state, "global_step": 9, "max_steps": 9}))
+    assert trainer_state(tmp_path) == path
+
+
+def test_files_that_cannot_be_read_are_an_error(tmp_path):
+    (tmp_path / "trainer_state.json").write_text("{")
+    with pytest.raises(RunError, match=r"trainer_state\.json: the command ended well but left what cannot be read"):
+        trainer_state(tmp_path)
+    (tmp_path / "trainer_state.json").write_text("{}")
+    with pytest.raises(RunError, match="no training loss"):
+        final_loss(tmp_path / "trainer_state.json")
+    (tmp_path / "1_results.json").write_text("{")
+    with pytest.raises(RunError, match="cannot be read"):
+        metrics(tmp_path)
+    (tmp_path / "1_results.json").write_text("{}")
+    with pytest.raises(RunError, match="left no metric"):
+        metrics(tmp_path)
+
+
 def test_metrics_as_lmms_eval_writes_them(tmp_path):
     folder = tmp_path / "name"
     folder.mkdir()
