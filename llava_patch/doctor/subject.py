@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llava_patch.doctor.machine import memory_bytes
 from llava_patch.doctor.row import NOTE, OK, PROBLEM, Row
 from llava_patch.errors import LlavaPatchError
-from llava_patch.settings import Fusion, differs
+from llava_patch.settings import AUTO, Fusion, differs
 
 if TYPE_CHECKING:
     from llava_patch.config import Configuration
@@ -34,6 +35,8 @@ def check_checkpoint(checkpoint: str, asked: "Configuration | None", hosts: dict
     if host is not None and (host.state == PROBLEM or host.found == "not installed"):
         rows.append(Row("checkpoint: host", f"{found.host}: {host.found}", PROBLEM, host.advice))
     rows += _patched_on_load(found.methods(), asked)
+    if found.host is not None and found.form in ("full", "adapter"):
+        rows += _rehearsal(checkpoint, found.host, {**({} if asked is None else asked.lasting()), **found.methods()})
     if found.match is not None and found.match.same is False:
         rows.append(Row("checkpoint: base", found.match.note, PROBLEM, "load the adapter on the base it was made on"))
     elif found.form == "adapter" and found.base and Path(found.base).is_absolute() and not Path(found.base).is_dir():
@@ -46,6 +49,39 @@ def check_checkpoint(checkpoint: str, asked: "Configuration | None", hosts: dict
                 "does not fit into main memory: load it on a GPU, or on a larger machine")
         )  # fmt: skip
     return rows
+
+
+def _rehearsal(checkpoint: str, host: str, methods: dict[str, Any]) -> list[Row]:
+    """Patch the checkpoint's model without its weights, so that what a load would refuse is known before it.
+
+    Args:
+        checkpoint: the folder.
+        host: of it.
+        methods: keyword arguments of `patch`; empty: whether routing would be available.
+    """
+    from llava_patch.convert.weights import read_json
+    from llava_patch.hosts import anatomy, known, skeleton
+    from llava_patch.patching import patch
+    from llava_patch.records import CONFIG_KEY
+
+    routing = methods.get("routing")
+    if routing is not None and routing.split == AUTO:  # any layer will do
+        methods = {**methods, "routing": dataclasses.replace(routing, split=0)}
+    config = read_json(checkpoint, "config.json") or {}
+    try:
+        model = skeleton.build({k: v for k, v in config.items() if k != CONFIG_KEY}, host)
+        if methods:
+            patch(model, **methods, loading=True)
+        else:
+            known.check_decoder(anatomy.find(model).decoder, "routing")
+    except LlavaPatchError as error:
+        if methods:
+            return [
+                Row("checkpoint: patching it", str(error), PROBLEM, "load it without the patch, or mend what it names")
+            ]
+        return [Row("checkpoint: patching it", str(error), NOTE, "as a stock model it works")]
+    kind = type(anatomy.find(model).decoder).__name__
+    return [Row("checkpoint: patching it", f"tried without its weights, on {kind}: works")]
 
 
 def _patched_on_load(carried: dict, asked: "Configuration | None") -> list[Row]:

@@ -316,6 +316,36 @@ def test_checkpoints_that_cannot_work(no_imports, adapter, tmp_path, monkeypatch
     assert "does not fit" in _row(subject.check_checkpoint(str(adapter), None, {}), "checkpoint: memory").advice
 
 
+def _gemma(folder):
+    import models
+    from transformers import Gemma2Config, LlavaConfig, LlavaForConditionalGeneration
+
+    text = Gemma2Config(**{**models.TEXT, "num_key_value_heads": 2, "head_dim": 16})
+    config = LlavaConfig(vision_config=models.vision_config(), text_config=text, image_token_index=95)
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_decoder_that_would_be_refused(adapter, tmp_path, no_imports):
+    gemma = _gemma(tmp_path / "gemma")
+    row = _row(examine(gemma), "checkpoint: patching it")
+    assert row.state == NOTE and "Gemma2Model" in row.found and "stock model" in row.advice
+    row = _row(examine(gemma, gin_param=["Routing.split = 3"]), "checkpoint: patching it")
+    assert row.state == PROBLEM and "Gemma2Model" in row.found
+    assert _row(examine(gemma, gin_param=["SkipLinks.stride = 2"]), "checkpoint: patching it").state == OK
+    stock = str(Path(adapter).parent / "base")
+    assert "LlamaModel: works" in _row(examine(stock), "checkpoint: patching it").found
+    row = _row(examine(stock, gin_param=["Routing.split = 77"]), "checkpoint: patching it")
+    assert row.state == PROBLEM and "Routing.split = 77" in row.found
+    assert _row(examine(stock, gin_param=["Routing.split = 'auto'"]), "checkpoint: patching it").state == OK
+
+
+def test_a_model_that_is_no_host(tmp_path, no_imports):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava_onevision", "text_config": {}}))
+    row = _row(examine(str(tmp_path)), "checkpoint")
+    assert row.state == PROBLEM and "llava_onevision" in row.advice
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
