@@ -72,6 +72,10 @@ def test_a_fusion_on_channels_leaves_every_decoder_alone(kind, fusion):
     assert torch.equal(trained, by_hand) and not close(trained, stock)
 
 
+def test_every_decoder_of_the_list_is_one_that_the_identity_tests_run_on():
+    assert {f"{kind}Model" for kind, _ in decoders.PROVEN.values()} == set(known.DECODERS)
+
+
 ROPE = {"rope_type": "dynamic", "factor": 2.0}
 LONG = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "factor": 2.0}
 CONFIGURED = {
