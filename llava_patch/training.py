@@ -79,6 +79,9 @@ def prepare(model: Any, training_args: Any, dataset: Any, collator: Any) -> "Han
     fusion_trainer.check(handle, training_args)
     auxiliary_trainer.check(handle, training_args)
     fusion_trainer.make_trainable(handle)
+    silent = handle.silent_fusion()
+    if silent is not None:
+        raise SettingError(silent)
     report = handle.report()  # on every rank: it may put partitioned weights together
     if getattr(training_args, "process_index", 0) == 0:
         print(f"llava_patch: {handle!r}\nllava_patch: {report}", flush=True)

@@ -114,3 +114,12 @@ def test_seed_decides_new_weights_and_data_order(data, tmp_path):
     assert losses != other
     name = "model.mm_projector.0.weight"
     assert not torch.equal(weights[name], other_weights[name])
+
+
+def test_a_fusion_that_would_stay_at_zero_stops_before_training(data, tmp_path):
+    """Stage 2 with a stock projector: Routing's default freeze would keep the fusion's new weights where they start."""
+    arguments = _arguments(data, 2, tmp_path / "out")
+    done = _run([TRAIN, *arguments], LLAVA_PATCH_GIN_PARAM="SkipLinks.stride = 2; Routing.split = 3")
+    assert done.returncode == 1
+    assert "SettingError: SkipLinks does nothing: its new weights are zero and frozen" in done.stderr
+    assert not list((tmp_path / "out").rglob("*.safetensors")) and not (tmp_path / "out" / "llava_patch.json").exists()
