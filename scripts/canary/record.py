@@ -11,10 +11,10 @@ from canary.steps import OK
 
 TITLE = """# What works with what
 
-Written by `bash scripts/canary.sh` (see CONTRIBUTING.md), which makes each environment anew and throws it away. `newest`
-and `oldest`: of everything within the ranges of pyproject.toml, its extras `all`, `eval` and `hosts`, beside llava-torch
-and lmms-eval. `llava-pinned`: what LLaVA's own pyproject.toml pins, where `pip install` of llava_patch must change nothing
-and LLaVA's training must stay what it is.
+Written by `bash scripts/canary.sh` (see CONTRIBUTING.md), which makes each environment anew and throws it away.
+`newest` and `oldest`: of everything within the ranges of pyproject.toml, its extras `all`, `eval` and `hosts`, beside
+llava-torch and lmms-eval. `llava-pinned`: what LLaVA's own pyproject.toml pins, where `pip install` of llava_patch must
+change nothing and LLaVA's training must stay what it is.
 """
 
 
