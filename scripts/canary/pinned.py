@@ -51,7 +51,8 @@ def _main(data: Path, out: Path) -> None:
         data.mkdir(parents=True, exist_ok=True)
         tiny_train.make_data(data)
     files = FileSet.at(data / "set", tiny_train.VISION["image_size"])
-    flags = tiny_train.arguments((data, files), 2, out, STEPS)
+    # That torch has no float16 convolution on a CPU, and LLaVA's tower is of that type unless bf16 is asked for.
+    flags = tiny_train.arguments((data, files), 2, out, STEPS, bf16=True)
     os.execv(sys.executable, [sys.executable, str(tiny_train.TRAIN), *flags])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -68,9 +69,10 @@ class Steps:
 
 
 def last_line(text: str) -> str:
-    """The last line that says something, short enough for a table."""
-    lines = [line.strip() for line in text.splitlines() if line.strip(" -=~^╯╰─")]
-    return lines[-1][:200] if lines else ""
+    """The last error that a text names, or else its last line that says something; short enough for a table."""
+    lines = [line.strip() for line in text.splitlines() if re.search(r"\w", line) and "it/s]" not in line]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return (errors or lines or [""])[-1][:200]
 
 
 def _kind(error: Exception) -> str:

@@ -94,6 +94,8 @@ def test_a_command_fails_with_its_last_line_and_the_log_has_all(tmp_path):
         )
     assert "much\nBoom: it broke" in (tmp_path / "log.txt").read_text()
     assert last_line("a\n  b  \n ----\n") == "b" and last_line("") == ""
+    assert last_line("x\n  0%|  | 0/3 [00:04<?, ?it/s]\n") == "x"
+    assert last_line("Traceback\nValueError: no\n\nwandb: done\n") == "ValueError: no"
 
 
 def test_only_packages_of_torchs_gpu_builds_are_left_to_torch():
