@@ -44,7 +44,8 @@ class Steps:
         return found
 
     def add(self, name: str, state: str, said: str = "", seconds: float = 0.0) -> None:
-        """Note a step."""
+        """Note a step; where the environment lay says nothing."""
+        said = said.replace(f"{self._log.parent}/", "")
         self.rows.append({"step": name, "state": state, "said": said, "seconds": round(seconds, 1)})
         print(f"   {name}: {state}{': ' * bool(said)}{said}", flush=True)
 

@@ -44,14 +44,14 @@ def fake(monkeypatch, tmp_path):
 
 def _breaks(environment):
     environment.steps.run("first", lambda: 1 / 0)
-    environment.steps.run("second", lambda: "found")
+    environment.steps.run("second", lambda: f"found {environment.folder}/env")
 
 
 def test_a_failed_step_stops_nothing_and_shows_in_the_exit_status(fake, tmp_path):
     code, found = fake(_breaks)
     assert code == 1 and set(found) == {"newest", "oldest"}
     rows = [(row["step"], row["state"], row["said"]) for row in found["newest"]["steps"]]
-    assert rows == [("first", FAILED, "ZeroDivisionError: division by zero"), ("second", OK, "found")]
+    assert rows == [("first", FAILED, "ZeroDivisionError: division by zero"), ("second", OK, "found env")]
     assert found["newest"]["versions"] == {"torch": "2.0", "numpy": "1.0"} and found["newest"]["llava_patch"] == "0.1.0"
     table = (tmp_path / "canary.md").read_text()
     assert (
@@ -81,7 +81,7 @@ def test_a_hosts_steps_are_told_apart(fails, tmp_path):
     states = [row["state"] for row in environment.steps.rows]
     assert [row["step"] for row in environment.steps.rows] == [f"hf: {name}" for name in STEPS]
     if fails:
-        assert states == [OK, FAILED] + [SKIPPED] * 4 and environment.steps.rows[1]["said"] == "more"
+        assert states == [OK, FAILED] + [SKIPPED] * 4 and environment.steps.rows[1]["said"] == "HostError: no"
     else:
         assert states == [FAILED] + [SKIPPED] * 5 and environment.steps.rows[0]["said"] == "it died"
 
