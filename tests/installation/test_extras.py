@@ -196,3 +196,22 @@ def test_tasks_and_training_miss_theirs_before_they_start(monkeypatch):
         RProbeTask({"task": "rprobe"})
     with pytest.raises(MissingExtraError, match="Gradients needs matplotlib"):
         follow(None)
+
+
+def test_the_command_line_is_written_for_the_oldest_typer():
+    """typer 0.9, of LLaVA's time, stops every command at an option of type `X | None`."""
+    (need,) = [need for need in core() if need.name == "typer"]
+    assert str(need.specifier) == ">=0.9"
+    wrong = []
+    for path, tree in _sources().items():
+        if not any(module == "typer" for _, module, inside in _imports(tree) if not inside):
+            continue
+        for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+            arguments = [*function.args.posonlyargs, *function.args.args]
+            given = arguments[len(arguments) - len(function.args.defaults) :]
+            wrong += [
+                f"{path}:{argument.lineno}"
+                for argument, default in zip(given, function.args.defaults, strict=True)
+                if isinstance(default, ast.Call) and isinstance(argument.annotation, ast.BinOp)
+            ]
+    assert wrong == []

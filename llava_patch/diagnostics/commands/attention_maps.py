@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Optional
 
 import typer
 
@@ -33,10 +33,10 @@ def attention_maps(
     ),
     image: list[str] = typer.Option([], help="an image; may be repeated; instead of --data"),  # noqa: B008
     data: str = typer.Option("", help="LLaVA's JSON, R-Probe's kinds of data or a folder of images; default: pages"),
-    block: int | None = typer.Option(None, help="ViT block, from 1; default 4"),
-    samples: int | None = commands.samples_option(SAMPLES, "AttentionMaps.max_samples"),
+    block: Optional[int] = typer.Option(None, help="ViT block, from 1; default 4"),
+    samples: Optional[int] = commands.samples_option(SAMPLES, "AttentionMaps.max_samples"),
     names: str = typer.Option("", help="what to call the checkpoints, with commas; default: by their paths"),
-    output: Path | None = typer.Option(  # noqa: B008
+    output: Optional[Path] = typer.Option(  # noqa: B008
         None, help="folder; default: attention-maps/ and the first CKPT's name", show_default=False
     ),
     base: str = commands.BASE,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Optional
 
 import typer
 
@@ -30,16 +31,16 @@ def drift(
     checkpoint: str = commands.CHECKPOINT,
     stock: str = STOCK,
     data: str = commands.DATA,
-    samples: int | None = commands.samples_option(SAMPLES, "Drift.max_samples"),
-    split: int | None = typer.Option(
+    samples: Optional[int] = commands.samples_option(SAMPLES, "Drift.max_samples"),
+    split: Optional[int] = typer.Option(
         None, min=1, help="compare layers 0..N-1; default: those below CKPT's split, or all"
     ),
-    together: bool | None = typer.Option(
+    together: Optional[bool] = typer.Option(
         None, "--together/--apart", help="both models in memory, or one after the other (default)"
     ),
-    store_gb: float | None = typer.Option(None, help="disk for hidden states of the first model; default 20"),
+    store_gb: Optional[float] = typer.Option(None, help="disk for hidden states of the first model; default 20"),
     question: str = commands.QUESTION,
-    output: Path | None = typer.Option(None, help="folder; default: drift/NAME", show_default=False),  # noqa: B008
+    output: Optional[Path] = typer.Option(None, help="folder; default: drift/NAME", show_default=False),  # noqa: B008
     base: str = commands.BASE,
     device: str = commands.DEVICE,
     dtype: str = commands.DTYPE,

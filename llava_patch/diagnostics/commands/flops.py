@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Optional
 
 import typer
 
@@ -35,7 +36,7 @@ def flops(
     dtype: str = typer.Option("float16", help="of the KV cache: float32, bfloat16 or float16"),
     gin_file: list[str] = commands.GIN_FILE,
     gin_param: list[str] = commands.GIN_PARAM,
-    output: Path | None = _OUTPUT,
+    output: Optional[Path] = _OUTPUT,
 ) -> None:
     """FLOPs and KV cache of the stock model and every variant, in closed form.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Optional
 
 import typer
 
@@ -29,10 +30,10 @@ def fusion_attention(
     checkpoint: str = commands.CHECKPOINT,
     stock: str = STOCK,
     data: str = commands.DATA,
-    samples: int | None = commands.samples_option(SAMPLES, "FusionAttention.max_samples"),
+    samples: Optional[int] = commands.samples_option(SAMPLES, "FusionAttention.max_samples"),
     layers: str = typer.Option("", help="decoder layers, as 30,31; default: CKPT's fusion layers, else the last"),
     question: str = commands.QUESTION,
-    output: Path | None = typer.Option(  # noqa: B008
+    output: Optional[Path] = typer.Option(  # noqa: B008
         None, help="folder; default: fusion-attention/NAME", show_default=False
     ),
     base: str = commands.BASE,

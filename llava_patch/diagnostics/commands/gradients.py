@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import typer
 from typer.core import TyperGroup
@@ -57,16 +57,16 @@ def add(parent: typer.Typer) -> None:
 def run_command(
     checkpoint: str = CHECKPOINT,
     data: str = DATA,
-    output: Path | None = typer.Option(  # noqa: B008
+    output: Optional[Path] = typer.Option(  # noqa: B008
         None, help="folder for results; the same one again goes on; default: gradients/ and CKPT's name"
     ),
     steps: int = typer.Option(16, help="batches, each standing for a training step"),
     batch_size: int = typer.Option(4, help="examples a batch; the noise depends on it, so take the run's own"),
-    block: int | None = typer.Option(None, help="block of the vision tower, from 1; default: the shallowest tapped"),
-    full: str | None = typer.Option(None, help="run: taps as they are detached; attached: as if none were"),
-    window: int | None = typer.Option(None, help="batches a window; default: Gradients.window, at most all"),
-    smoothness: float | None = typer.Option(None, help="L of condition (7)"),
-    step_size: float | None = typer.Option(None, help="its gamma: the learning rate that is asked about"),
+    block: Optional[int] = typer.Option(None, help="block of the vision tower, from 1; default: the shallowest tapped"),
+    full: Optional[str] = typer.Option(None, help="run: taps as they are detached; attached: as if none were"),
+    window: Optional[int] = typer.Option(None, help="batches a window; default: Gradients.window, at most all"),
+    smoothness: Optional[float] = typer.Option(None, help="L of condition (7)"),
+    step_size: Optional[float] = typer.Option(None, help="its gamma: the learning rate that is asked about"),
     base: str = BASE,
     device: str = DEVICE,
     dtype: str = typer.Option("", help="float32, bfloat16 or float16; default: float32 on cpu, else bfloat16"),
@@ -123,10 +123,10 @@ def run_command(
 @needs("gradients show", "figures")
 def show_command(
     run: Path = typer.Argument(..., metavar="RUN", help="folder of a run that was measured, finished or not"),  # noqa: B008
-    output: Path | None = typer.Option(None, help="folder for results; default: RUN itself"),  # noqa: B008
-    smoothness: float | None = typer.Option(None, help="L of condition (7); default: the run's setting"),
-    step_size: float | None = typer.Option(None, help="its gamma; default: the run's setting or learning rate"),
-    transition_windows: int | None = typer.Option(None, help="windows that t_trans must last; default: the run's"),
+    output: Optional[Path] = typer.Option(None, help="folder for results; default: RUN itself"),  # noqa: B008
+    smoothness: Optional[float] = typer.Option(None, help="L of condition (7); default: the run's setting"),
+    step_size: Optional[float] = typer.Option(None, help="its gamma; default: the run's setting or learning rate"),
+    transition_windows: Optional[int] = typer.Option(None, help="windows that t_trans must last; default: the run's"),
 ) -> None:
     """Draw and sum up what a training run has measured so far.
 
@@ -148,7 +148,7 @@ def show_command(
 def table_command(
     runs: list[Path] = typer.Argument(..., metavar="RUN...", help="folders of measured runs, or of a sweep of them"),  # noqa: B008
     form: str = typer.Option("text", "--format", help="text, markdown or json"),
-    figure: Path | None = typer.Option(None, help="also draw the runs over one another into this file"),  # noqa: B008
+    figure: Optional[Path] = typer.Option(None, help="also draw the runs over one another into this file"),  # noqa: B008
 ) -> None:
     """Compare runs: learning rate, t_trans, median cosine, median delta.
 

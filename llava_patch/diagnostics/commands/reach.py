@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import typer
 
@@ -27,17 +27,19 @@ def add(app: typer.Typer) -> None:
 def reach(
     checkpoint: str = commands.CHECKPOINT,
     data: str = commands.DATA,
-    samples: int | None = commands.samples_option(SAMPLES, "Reach.samples"),
+    samples: Optional[int] = commands.samples_option(SAMPLES, "Reach.samples"),
     everything: bool = typer.Option(False, "--all", help="as if every parameter trained, the vision tower included"),
     variants: str = typer.Option("", help="routings to compare on a checkpoint without one, such as lf,pc,kv,ideal"),
-    split: int | None = typer.Option(None, min=0, help="with --variants: first routed layer; default: 18/32 of depth"),
+    split: Optional[int] = typer.Option(
+        None, min=0, help="with --variants: first routed layer; default: 18/32 of depth"
+    ),
     question: str = commands.QUESTION,
     base: str = commands.BASE,
     device: str = commands.DEVICE,
     dtype: str = commands.DTYPE,
     gin_file: list[str] = commands.GIN_FILE,
     gin_param: list[str] = commands.GIN_PARAM,
-    output: Path | None = _OUTPUT,
+    output: Optional[Path] = _OUTPUT,
 ) -> None:
     """Which parameters get a gradient, and how the side branch gets its own.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Optional
 
 import typer
 
@@ -24,7 +25,7 @@ def report_command(
     ),
     data: str = DATA,
     base: str = typer.Option("", help="the model it was trained from, for drift and fusion attention"),
-    output: Path | None = typer.Option(  # noqa: B008
+    output: Optional[Path] = typer.Option(  # noqa: B008
         None,
         help="folder; the same one again keeps finished sections; default: report/ and CKPT's name",
         show_default=False,

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Optional
 
 import typer
 
@@ -71,8 +71,8 @@ def add(root: typer.Typer) -> None:
 def run_command(
     checkpoint: str = CHECKPOINT,
     data: str = DATA,
-    samples: int | None = SAMPLES,
-    output: Path | None = typer.Option(  # noqa: B008
+    samples: Optional[int] = SAMPLES,
+    output: Optional[Path] = typer.Option(  # noqa: B008
         None, help="folder for results; default: saturation/ and CKPT's name", show_default=False
     ),
     question: str = QUESTION,
@@ -109,7 +109,7 @@ def compare_command(
         ..., metavar="A B ...", help="checkpoints, saturation.json files of earlier runs, or folders with one"
     ),
     data: str = typer.Option("", help="what checkpoints are measured on, as DATA of saturation run"),
-    samples: int | None = SAMPLES,
+    samples: Optional[int] = SAMPLES,
     names: str = typer.Option("", help="what to call them, such as stock,patched; default: by their paths"),
     output: Path = typer.Option(Path("saturation_compare"), help="folder for table, figure and results"),  # noqa: B008
     question: str = QUESTION,

@@ -7,7 +7,7 @@ import dataclasses
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Optional
 
 import typer
 
@@ -35,7 +35,7 @@ def run_command(
         "", metavar="DATA", help="JSONL, SROIE/ICDAR, FUNSD, COCO-Text, TextOCR or HF data; default: rendered pages"
     ),
     heldout: str = typer.Option("", help="data to measure on, like DATA; default: a share of DATA's documents"),
-    output: Path | None = typer.Option(  # noqa: B008
+    output: Optional[Path] = typer.Option(  # noqa: B008
         None,
         help="folder for results; the same one again goes on; default: rprobe/ and CKPT's name (RUN__checkpoint-N)",
         show_default=False,
@@ -46,18 +46,20 @@ def run_command(
     dtype: str = typer.Option(
         "", help="of the model: float32, bfloat16, float16; default: float32 on cpu, else float16"
     ),
-    masked: bool | None = typer.Option(None, "--masked/--full", help="black out the region before the tower sees it"),
-    text: bool | None = typer.Option(None, "--text/--no-text", help="give the text, or the unknown token instead"),
-    steps: int | None = typer.Option(None, help="optimiser steps"),
-    batch_size: int | None = typer.Option(None, help="samples a step, over all processes"),
-    minutes: float | None = typer.Option(None, help="end training after so many minutes; the result says so"),
-    trained: str | None = typer.Option(None, help="all, lora or head; the last two need little memory"),
-    seed: int | None = typer.Option(None, help="of pages, split, pixel head and order"),
-    train_pages: int | None = typer.Option(None, help="rendered pages to train on"),
-    heldout_pages: int | None = typer.Option(None, help="rendered pages to measure on"),
-    boxes_per_sample: int | None = typer.Option(None, help="text regions that make one sample together"),
-    image_mode: str | None = typer.Option(None, help=f"{', '.join(IMAGE_MODES[:-1])} or {IMAGE_MODES[-1]}"),
-    broken: str | None = typer.Option(None, help="stop at a sample that cannot be used, or skip it"),
+    masked: Optional[bool] = typer.Option(
+        None, "--masked/--full", help="black out the region before the tower sees it"
+    ),
+    text: Optional[bool] = typer.Option(None, "--text/--no-text", help="give the text, or the unknown token instead"),
+    steps: Optional[int] = typer.Option(None, help="optimiser steps"),
+    batch_size: Optional[int] = typer.Option(None, help="samples a step, over all processes"),
+    minutes: Optional[float] = typer.Option(None, help="end training after so many minutes; the result says so"),
+    trained: Optional[str] = typer.Option(None, help="all, lora or head; the last two need little memory"),
+    seed: Optional[int] = typer.Option(None, help="of pages, split, pixel head and order"),
+    train_pages: Optional[int] = typer.Option(None, help="rendered pages to train on"),
+    heldout_pages: Optional[int] = typer.Option(None, help="rendered pages to measure on"),
+    boxes_per_sample: Optional[int] = typer.Option(None, help="text regions that make one sample together"),
+    image_mode: Optional[str] = typer.Option(None, help=f"{', '.join(IMAGE_MODES[:-1])} or {IMAGE_MODES[-1]}"),
+    broken: Optional[str] = typer.Option(None, help="stop at a sample that cannot be used, or skip it"),
     show: list[str] = typer.Option([], help="id of a held-out sample to draw; may be repeated; default: spread"),  # noqa: B008
     formats: list[str] = typer.Option(["png"], "--format", help="of figures: png or pdf; may be repeated"),  # noqa: B008
     gin_file: list[str] = typer.Option([], help="gin file with RProbe bindings or a patch; may be repeated"),  # noqa: B008
