@@ -207,6 +207,13 @@ def main() -> None:
         app()
     except LlavaPatchError as error:
         raise SystemExit(f"llava-patch: {error}") from error
+    except (ImportError, OSError) as error:  # a torch without its libraries raises either
+        from llava_patch.doctor.software import check_torch
+
+        broken = check_torch()
+        if broken is None:
+            raise
+        raise SystemExit(f"llava-patch: torch {broken.found}: {broken.advice}") from error
 
 
 if __name__ == "__main__":

@@ -128,6 +128,19 @@ def _finish(model: Any) -> Any:
     return model
 
 
+def say_unpatched(cls: Any) -> None:
+    """Say that a vision-language model of another kind is loaded without the patch that is configured."""
+    sub_configs = getattr(getattr(cls, "config_class", None), "sub_configs", {})
+    if not hasattr(cls, "generate") or "vision_config" not in sub_configs:
+        return
+    asked = startup.configuration()
+    if asked is not None and asked.lasting():
+        _say_once(
+            f"llava_patch: {cls.__name__} is not a model that llava_patch knows, and is loaded without what is "
+            f"configured: {', '.join(str(s) for s in asked.lasting().values() if s is not None)}"
+        )
+
+
 @functools.lru_cache
 def _say_once(line: str) -> None:
     print(line, file=sys.stderr)

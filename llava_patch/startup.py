@@ -1,8 +1,8 @@
 """What happens in unmodified scripts: flags, environment, compatibility fixes, and patched checkpoints on load.
 
 Each step leaves a model or script alone unless a patch is configured, a checkpoint carries one, or the stock code would
-raise on the installed versions or load random weights (a vision tower that is not CLIP). On versions that llava_patch
-does not support, and on a `llava` package that brings its own vision towers, nothing but the first two counts.
+raise on the installed versions or load random weights (a vision tower that is not CLIP, in a package that brings no
+other). On versions that llava_patch does not support hosts stay as they are, and what was asked for is refused.
 """
 
 from __future__ import annotations
@@ -181,11 +181,10 @@ def _asked() -> bool:
 
 
 def _mends() -> bool:
-    """Whether the `llava` that is loaded is the code, on versions, that the mends of `compat` were written for."""
+    """Whether `llava` is loaded, on versions that the mends of `compat` were written for."""
     from llava_patch.hosts import compat
 
-    llava = sys.modules.get("llava")
-    return llava is not None and compat.unsupported() is None and not compat.brings_towers(llava)
+    return "llava" in sys.modules and compat.unsupported() is None
 
 
 def _on_transformers_trainer(module: ModuleType, undo: "UndoStack") -> None:
@@ -301,7 +300,8 @@ def _on_llava_arch(module: ModuleType, undo: "UndoStack") -> None:
 
     if compat.unsupported() is not None:
         return
-    if _mends():
+    builder = sys.modules.get(module.build_vision_tower.__module__)
+    if builder is not None and not compat.brings_towers(builder):
         _wrap_tower_builder(module, undo)
     cls = module.LlavaMetaModel  # type: ignore[attr-defined]
     original = cls.initialize_vision_modules
@@ -442,6 +442,8 @@ def _on_modeling_utils(module: ModuleType, undo: "UndoStack") -> None:
         from llava_patch.hosts import compat
 
         if not loading.is_host(model_class):
+            if _asked():
+                loading.say_unpatched(model_class)
             return original(model_class, path, *args, **kwargs)
         if compat.unsupported() is not None:
             if _asked():

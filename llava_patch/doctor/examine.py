@@ -9,7 +9,6 @@ from typing import Any
 from llava_patch import __version__
 from llava_patch.doctor import configured, machine, measured, software
 from llava_patch.doctor.row import NOTE, PROBLEM, Row
-from llava_patch.errors import LlavaPatchError
 
 
 def examine(checkpoint: str = "", gin_file: Sequence[str] = (), gin_param: Sequence[str] = ()) -> list[Row]:
@@ -20,10 +19,14 @@ def examine(checkpoint: str = "", gin_file: Sequence[str] = (), gin_param: Seque
         gin_file: gin files beside those of the environment.
         gin_param: single bindings likewise.
     """
-    rows = [*software.check_packages(), _supported(), *measured.check_measured(), software.check_torchvision()]
+    rows = [*software.check_packages(), *measured.check_measured()]
+    broken = software.check_torch()
+    if broken is not None:
+        return [*rows, broken]
     hosts = software.check_hosts()
     hook = software.check_hook()
     asked, error = configured.read(gin_file, gin_param)
+    rows += [_supported(asked is not None or error is not None), software.check_torchvision()]
     rows += [*hosts, *measured.check_imports(), *software.check_attention(), hook]
     rows += configured.check_configured(asked, error)
     rows += configured.check_ignored(asked, hook)
@@ -36,14 +39,21 @@ def examine(checkpoint: str = "", gin_file: Sequence[str] = (), gin_param: Seque
     return rows
 
 
-def _supported() -> Row:
-    try:
-        from llava_patch.hosts.compat import check_versions
+def _supported(asked: bool) -> Row:
+    """Whether these versions can be patched; where LLaVA's own pins are installed, that need not be wanted."""
+    from llava_patch.hosts.compat import unsupported
 
-        check_versions()
-    except (LlavaPatchError, ImportError) as error:
-        return Row("supported versions", "no", PROBLEM, str(error))
-    return Row("supported versions", "yes")
+    try:
+        reason = unsupported()
+    except ImportError as error:  # no transformers
+        reason = str(error)
+    if reason is None:
+        return Row("supported versions", "yes")
+    stack, _ = measured.lock_of(measured.installed("transformers"))
+    if stack == "main" or asked:
+        return Row("supported versions", "no", PROBLEM, reason)
+    found = f"no, these are {stack}.txt of scripts/locks: training and evaluation work, as without llava_patch"
+    return Row("supported versions", found, NOTE, "to patch, use another environment: scripts/locks/main.txt is one")
 
 
 def summary(rows: Sequence[Row]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from llava_patch import autostart
+from llava_patch.doctor.measured import lock_of
 from llava_patch.doctor.row import NOTE, OK, PROBLEM, Row
 from llava_patch.extras import EXTRAS
 
@@ -47,10 +48,13 @@ def check_packages() -> list[Row]:
         rows.append(
             Row("llava_patch", "run from its source folder", NOTE, "pip install it, or nothing starts with Python")
         )
+    patches = lock_of(installed("transformers"))[0] == "main"  # else an environment of another purpose
     bounds: dict[str, Requirement] = {}
     for need in wanted:
         extra = _extra_of(need)
         if extra == "eval" and installed("lmms-eval") is None:  # what lmms-eval needs to go on working
+            continue
+        if extra == "hosts" and not patches:
             continue
         if need.name in bounds:
             bounds[need.name].specifier &= need.specifier
@@ -80,6 +84,19 @@ def _package(need: Requirement, optional: bool) -> Row:
         state = NOTE if optional else PROBLEM
         return Row(need.name, there, state, f"supported is {need.specifier}: pip install '{need.name}{need.specifier}'")
     return Row(need.name, there)
+
+
+def check_torch() -> Row | None:
+    """A torch that cannot be imported, with which nothing else can be looked at; None when all is well."""
+    error = _import("torch", "nn")
+    if not isinstance(error, Exception):
+        return None
+    return Row(
+        "torch: import",
+        f"cannot be imported ({_short(error)})",
+        PROBLEM,
+        "install a build for this machine (https://pytorch.org/get-started); nothing else was looked at",
+    )
 
 
 def check_torchvision() -> Row:
@@ -128,8 +145,8 @@ def check_hosts() -> list[Row]:
                 "LLAVA_PATCH_DISABLE=1 LLaVA's code meets transformers unmended",
             )
         )
-    elif brings_towers(sys.modules["llava"]):
-        advice = "its towers, forwards and trainer stay its own; llava_patch knows LLaVA's original package only"
+    elif brings_towers(importlib.import_module("llava.model.multimodal_encoder.builder")):
+        advice = "its towers stay its own; llava_patch was measured with LLaVA's original package only"
         rows.append(Row("host llava", f"{_origin()}, with vision towers of its own, as LLaVA-NeXT's", NOTE, advice))
     else:
         rows.append(Row("host llava", _origin()))
@@ -170,13 +187,17 @@ def check_attention() -> list[Row]:
     """Which attention a model gets, and what LLaVA's train_mem.py gets, which asks for flash attention."""
     import torch
 
+    from llava_patch.hosts.compat import unsupported
+
     rows = [Row("attention", "sdpa, eager")]
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     flash: Any = None if importlib.util.find_spec("flash_attn") is None else _import("flash_attn", "flash_attn_func")
     if flash is None:
         # The fallback is the start-up hook's: LLaVA's own code would raise here.
         gets = Row("train_mem.py", "sdpa, because flash-attn is not installed", OK, "nothing to do: sdpa works")
-        if autostart.disabled():
+        if unsupported() is not None:
+            gets = Row("train_mem.py", "fails: no flash-attn", NOTE, "start train.py instead of train_mem.py")
+        elif autostart.disabled():
             gets = Row("train_mem.py", "fails: no flash-attn", NOTE, "unset LLAVA_PATCH_DISABLE, or start train.py")
         return [*rows, Row("flash attention", "not installed"), gets]
     start = "start train.py instead of train_mem.py"

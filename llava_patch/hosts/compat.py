@@ -56,14 +56,15 @@ def check_versions() -> None:
         raise HostError(reason)
 
 
-def brings_towers(llava: ModuleType) -> bool:
-    """Whether a `llava` package has vision towers of its own besides CLIP, as LLaVA-NeXT's has.
+def brings_towers(builder: ModuleType) -> bool:
+    """Whether a `llava` package builds vision towers of its own besides CLIP, as LLaVA-NeXT's does.
 
-    Its towers, forwards and trainer are then not those that the mends below were written for.
+    Args:
+        builder: the module of its `build_vision_tower`, which imports every class that it can build.
     """
-    folders = [Path(place) / "model" / "multimodal_encoder" for place in llava.__path__]
-    names = {file.stem for folder in folders for file in folder.glob("*.py")}
-    return bool(names - {"__init__", "builder", "clip_encoder"})
+    package = builder.__name__.partition(".")[0]
+    classes = [c for c in vars(builder).values() if isinstance(c, type) and c.__module__.partition(".")[0] == package]
+    return any(not c.__name__.startswith("CLIPVisionTower") for c in classes)
 
 
 # --- calling decoder layers -------------------------------------------------------------------------------------------

@@ -11,11 +11,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from llava_patch import Routing, SkipLinks, autostart, patch
+from llava_patch import Routing, SkipLinks, autostart, cli, patch
 from llava_patch.cli import app
 from llava_patch.doctor import configured, machine, measured, software
+from llava_patch.doctor import examine as examine_module
 from llava_patch.doctor.examine import examine, summary
 from llava_patch.doctor.row import NOTE, OK, PROBLEM, Row
+from llava_patch.hosts import compat
+from llava_patch.resources import locks_dir
 
 HOOK = Row("start-up hook", "on")
 
@@ -102,12 +105,50 @@ def test_llava_as_wheel_checkout_or_broken(monkeypatch, tmp_path):
 
 
 def test_a_llava_with_towers_of_its_own(monkeypatch):
-    from llava_patch.hosts import compat
-
     assert _row(software.check_hosts(), "host llava").state == OK
-    monkeypatch.setattr(compat, "brings_towers", lambda module: module.__name__ == "llava")
+    monkeypatch.setattr(
+        compat, "brings_towers", lambda builder: builder.__name__.endswith("multimodal_encoder.builder")
+    )
     row = _row(software.check_hosts(), "host llava")
-    assert row.state == NOTE and "vision towers of its own" in row.found and "original package only" in row.advice
+    assert row.state == NOTE and "vision towers of its own" in row.found and "original package" in row.advice
+
+
+def test_llavas_own_environment_is_no_problem(monkeypatch):
+    """There stock training works, and llava_patch must not say that transformers is to be replaced."""
+    pinned = measured.read_lock(locks_dir() / "llava_pinned.txt")
+    for module in (software, measured):
+        monkeypatch.setattr(module, "installed", lambda name: pinned.get(name, "1.0"))
+    monkeypatch.setattr(compat, "unsupported", lambda: "transformers 4.37.2 is outside the supported range")
+    assert not [row for row in software.check_packages() if row.what == "transformers" and row.state != OK]
+    row = examine_module._supported(asked=False)
+    assert row.state == NOTE and "another environment" in row.advice and "pip install" not in row.advice
+    row = examine_module._supported(asked=True)
+    assert row.state == PROBLEM and "outside the supported range" in row.advice
+    monkeypatch.setattr(software.autostart, "disabled", lambda: False)
+    assert "fails" in _row(software.check_attention(), "train_mem.py").found  # nothing falls back to sdpa there
+
+
+def test_a_torch_that_cannot_be_imported(monkeypatch, capsys):
+    real = software._import
+
+    def broken(module, name):
+        return OSError("libcudart.so.12: cannot open") if module == "torch" else real(module, name)
+
+    monkeypatch.setattr(software, "_import", broken)
+    rows = examine()
+    assert rows[-1].what == "torch: import" and rows[-1].state == PROBLEM and "libcudart" in rows[-1].found
+    assert _row(rows, "python")
+    monkeypatch.setattr(sys, "argv", ["llava-patch", "gin-files", "dpvr_lf_7b"])
+
+    def fails(*arguments, **options):
+        raise OSError("libcudart.so.12: cannot open")
+
+    monkeypatch.setattr(cli, "app", fails)
+    with pytest.raises(SystemExit, match=r"llava-patch: torch cannot be imported \(OSError: libcudart"):
+        cli.main()
+    monkeypatch.setattr(software, "_import", real)
+    with pytest.raises(OSError, match="libcudart"):  # torch is fine: it was something else
+        cli.main()
 
 
 def test_filelock_matters_to_lmms_eval_alone(monkeypatch):

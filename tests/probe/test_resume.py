@@ -147,7 +147,7 @@ def other_frequencies():
     [
         ({"model": other_epsilon()}, "before training it answers otherwise"),
         ({"model": other_frequencies()}, "before training it answers otherwise"),
-        ({"model": tiny_model(sliding_window=4096)}, "the configuration of its language model"),
+        ({"model": tiny_model(max_position_embeddings=4096)}, "the configuration of its language model"),
         ({"embeddings": 2.0}, "the token embeddings of the training texts are others"),
         ({"model": other_model()}, "the decoder belongs to another model"),
         ({"data_key": "others"}, "the frozen training data are others"),

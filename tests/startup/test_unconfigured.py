@@ -1,9 +1,11 @@
 """With nothing configured the hosts stay as they are: on any version, with any `llava`, whatever a handler meets."""
 
 import os
+import shutil
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -196,7 +198,7 @@ class LlavaMetaModel:
     "model/language_model/llava_llama.py": """
 import llava.model.llava_arch
 class LlavaLlamaForCausalLM:
-    def forward(self, input_ids):
+    def forward(self, input_ids, cache_position=None):
         return input_ids
 """,
     "train/__init__.py": "",
@@ -215,12 +217,9 @@ OTHER_SCRIPT = """
 import sys
 import llava.model.language_model.llava_llama as llama, llava.model.llava_arch as arch
 import llava.model.multimodal_encoder.builder as builder
-import llava.train.llava_trainer as trainer
-import transformers.trainer
-functions = (llama.LlavaLlamaForCausalLM.forward, trainer.LLaVATrainer._get_train_sampler,
-             trainer.LLaVATrainer._save_checkpoint)
-print(arch.build_vision_tower is builder.build_vision_tower, [hasattr(f, "__wrapped__") for f in functions],
-      hasattr(transformers.trainer, "ALL_LAYERNORM_LAYERS"))
+import llava.train.llava_trainer
+forward = llama.LlavaLlamaForCausalLM.forward
+print(arch.build_vision_tower is builder.build_vision_tower, hasattr(forward, "__wrapped__"))
 class Arguments:
     pretrain_mm_mlp_adapter, mm_vision_tower = None, sys.argv[1]
 print(type(arch.LlavaMetaModel().initialize_vision_modules(Arguments)).__module__)
@@ -248,10 +247,61 @@ def test_a_package_with_towers_of_its_own_keeps_them_and_its_forwards(tmp_path):
 
 
 def test_the_original_package_still_gets_the_towers_that_it_refuses(tower_folder):
-    import llava
+    import llava.model.multimodal_encoder.builder as builder
     import models
 
-    assert not compat.brings_towers(llava)
+    assert not compat.brings_towers(builder)
     host = Host("llava", models.llava_model(tower_folder))  # and its forward the argument that generate passes
     batch = host.batch([(2, IMAGE, 3)]).inputs
     assert host.model(**batch, cache_position=None).logits.shape[0] == 1
+
+
+def test_a_fork_with_files_of_its_own_is_mended_too(tmp_path):
+    """What makes a mend necessary is the code that it mends, not what else a package holds."""
+    import llava
+
+    shutil.copytree(Path(llava.__file__).parent, tmp_path / "llava", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "llava" / "model" / "multimodal_encoder" / "utils.py").write_text("")
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    code = "import llava.train.train, llava; print(llava.__file__)"
+    done = _run(code, PYTHONPATH=path)
+    assert done.returncode == 0 and str(tmp_path) in done.stdout, done.stderr[-1000:]
+
+
+def test_another_module_called_llava_changes_nothing(files, tmp_path):
+    (tmp_path / "llava.py").write_text("")
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    code = (
+        "import sys, llava\nfrom transformers import LlavaForConditionalGeneration as L\n"
+        "L.from_pretrained(sys.argv[1]); print(llava.__file__)"
+    )
+    done = _run(code, files.hf, PYTHONPATH=path)
+    assert done.returncode == 0 and "llava.py" in done.stdout, done.stderr[-1000:]
+    assert "llava_patch:" not in done.stderr
+
+
+@pytest.mark.parametrize("asked", ["Routing.split = 1", "RProbe.lr = 0.01", ""])
+def test_another_kind_of_model_is_loaded_without_what_is_configured_and_that_is_said(
+    asked, tmp_path, monkeypatch, capsys
+):
+    import models
+    from transformers import CLIPVisionModel, LlamaConfig, Mistral3Config, Mistral3ForConditionalGeneration
+
+    vision = {"model_type": "pixtral", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "intermediate_size": 64, "image_size": 28, "patch_size": 14}  # fmt: skip
+    config = Mistral3Config(vision_config=vision, text_config=LlamaConfig(**models.TEXT))
+    Mistral3ForConditionalGeneration(config).save_pretrained(tmp_path / "other")
+    CLIPVisionModel(models.vision_config()).save_pretrained(tmp_path / "tower")
+    capsys.readouterr()
+    if asked:
+        monkeypatch.setenv("LLAVA_PATCH_GIN_PARAM", asked)
+    CLIPVisionModel.from_pretrained(tmp_path / "tower")
+    Mistral3ForConditionalGeneration.from_pretrained(tmp_path / "other")
+    Mistral3ForConditionalGeneration.from_pretrained(tmp_path / "other")
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("llava_patch:")]
+    if "Routing" not in asked:
+        assert not said
+    else:
+        [line] = said
+        assert line.startswith("llava_patch: Mistral3ForConditionalGeneration is not a model that llava_patch knows")
+        assert "Routing(" in line
