@@ -23,6 +23,41 @@ def is_host(cls: Any) -> bool:
     )
 
 
+def is_bare(cls: Any) -> bool:
+    """Whether a model class is what a Hugging Face host wraps (LlavaModel), which cannot be patched by itself."""
+    return cls.__name__ in ("LlavaModel", "LlavaNextModel")
+
+
+def load_bare(original: Any, cls: Any, path: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Load the inner model of a host, as its own from_pretrained does.
+
+    Args:
+        original: the stock from_pretrained.
+        cls: the model class.
+        path: checkpoint, as from_pretrained takes it.
+        args: further arguments of from_pretrained.
+        kwargs: likewise.
+
+    Raises:
+        HostError: the checkpoint carries a patch, or one is configured: it would be another model without it.
+    """
+
+    def refuse(what: str) -> None:
+        whole = cls.__name__.replace("Model", "ForConditionalGeneration")
+        raise HostError(
+            f"{what}, which {cls.__name__} would be loaded without: load it with {whole}, and take its .model"
+        )
+
+    asked = startup.configuration()
+    if asked is not None and asked.lasting():
+        refuse(f"{', '.join(str(s) for s in asked.lasting().values() if s is not None)} is configured")
+    record = records.read_settings(path) if isinstance(path, (str, os.PathLike)) else None
+    if record is not None and record.get("form") == "adapter":
+        refuse(f"{path} carries a patch")
+    with _construction(cls, lambda model, record: refuse(f"{path} carries a patch")):
+        return original(cls, path, *args, **kwargs)
+
+
 def load(original: Any, cls: Any, path: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Load a host model, with the patch that its checkpoint carries or that flags and environment ask for.
 

@@ -138,9 +138,12 @@ def _split(value: str | None) -> list[str]:
 
 
 def _take_flags_from_command_line() -> None:
+    global _configuration
     files, params = take_flags(sys.argv)
     _flags[0].extend(files)
     _flags[1].extend(params)
+    if files or params:  # what was read before lacks them
+        _configuration = None
 
 
 # --- the import hook's dispatch ---------------------------------------------------------------------------------------
@@ -441,10 +444,13 @@ def _on_modeling_utils(module: ModuleType, undo: "UndoStack") -> None:
         from llava_patch import loading
         from llava_patch.hosts import compat
 
+        if loading.is_bare(model_class):
+            return loading.load_bare(original, model_class, path, args, kwargs)
         if not loading.is_host(model_class):
             if _asked():
                 loading.say_unpatched(model_class)
             return original(model_class, path, *args, **kwargs)
+        _take_flags_from_command_line()  # of a script of one's own that leaves unknown ones alone
         if compat.unsupported() is not None:
             if _asked():
                 compat.check_versions()
