@@ -19,6 +19,7 @@ WATCHED = frozenset(
         "llava.model.language_model.llava_mistral",
         "llava.train.llava_trainer",
         "lmms_eval",
+        "lmms_eval.__main__",
         "lmms_eval.tasks",
     }
 )

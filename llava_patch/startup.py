@@ -295,6 +295,12 @@ def _on_lmms_eval_tasks(module: ModuleType, undo: "UndoStack") -> None:
     register.register_tasks()
 
 
+def _on_lmms_eval_main(module: ModuleType, undo: "UndoStack") -> None:
+    from llava_patch.evaluation import loud
+
+    loud.install()
+
+
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
@@ -471,5 +477,6 @@ _HANDLERS = {
     "llava.model.language_model.llava_mistral": _on_llava_model,
     "llava.train.llava_trainer": _on_llava_trainer,
     "lmms_eval": _on_lmms_eval,
+    "lmms_eval.__main__": _on_lmms_eval_main,
     "lmms_eval.tasks": _on_lmms_eval_tasks,
 }

@@ -2,9 +2,9 @@
 
 lmms-eval's command line prints any exception that ends an evaluation and exits with 0, and what swallows one inside it
 looks like a success. So an absence of exceptions proves nothing here; what counts is what was to come out: for every
-evaluation of the command a table with every task in it, and its results file. That is looked for when the process ends,
-the one place that lies around all of lmms-eval however it was started. What llava_patch takes part in is read from the
-arguments. Commands that it takes no part in end as lmms-eval ends them.
+evaluation of the command a table with every task in it, and its results file. That is looked for when `cli_evaluate`
+returns and, where that could not be wrapped, when the process ends. What llava_patch takes part in is read from the
+arguments. Commands that it takes no part in end as lmms-eval ends them, also when something in here fails.
 
 Nothing heavy is imported here: this module is loaded before lmms-eval's own.
 """
@@ -15,21 +15,65 @@ import argparse
 import atexit
 import contextlib
 import fnmatch
+import functools
+import importlib.util
 import json
 import os
 import shlex
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from llava_patch.errors import LlavaPatchError
 
 PROGRAM, MODULE = "lmms-eval", "lmms_eval"
 OUTPUT_TYPE = "llava_patch_"  # how the output types of our tasks begin
 _LISTS = ("list", "list_groups", "list_tags", "list_subtasks")
 _NO_EVALUATION = {"-h", "--help", "--tui", "--power-analysis"}
+_OPTIONS = ("config", "model", "tasks", "model_args", "include_path", "output_path")
 
 _current: "Command | None" = None
+
+
+class EvaluationFailure(LlavaPatchError):
+    """An evaluation that llava_patch takes part in failed; where there is a cause it is chained."""
+
+
+class Evaluation:
+    """One evaluation of a command.
+
+    Attributes:
+        asked: what was asked for, as `evaluations` gives it.
+        arguments: lmms-eval's parsed arguments, by which it is known again.
+        outcome: its results, or the exception that ended it; None before, and on ranks that are given none.
+        complete: whether lmms-eval has come to the end of it.
+        before: the results files that were there when it began.
+    """
+
+    def __init__(self, asked: dict[str, Any]) -> None:
+        self.asked, self.arguments = asked, None
+        self.outcome: dict[str, Any] | Exception | None = None
+        self.complete, self.before = False, frozenset[Any]()
+
+    def begin(self, arguments: Any) -> None:
+        """It runs, maybe once more: what came of it before no longer counts."""
+        self.arguments, self.outcome, self.complete = arguments, None, False
+        self.before = _results_files(self.asked.get("output_path"))
+
+    def looks_like(self, arguments: Any) -> bool:
+        """Whether parsed arguments may be this evaluation's."""
+        names = {"model", "tasks", "model_args", "output_path"} & set(self.asked)
+        return all(getattr(arguments, name, None) == self.asked[name] for name in names)
+
+    def why_failed(self) -> str | None:
+        """What went wrong, in one line; None when all that was asked for is there."""
+        if isinstance(self.outcome, Exception):
+            return _in_words(self.outcome)
+        if not self.complete:
+            tasks = ",".join(_wanted(self.asked.get("tasks"))) or "no task"
+            return f"no table of results came out for {tasks}; the reason stands above"
+        return None if self.outcome is None else _missing(self.outcome, self.asked.get("output_path"), self.before)
 
 
 class Command:
@@ -38,45 +82,112 @@ class Command:
     Attributes:
         line: what was typed, for messages.
         words: its arguments, our flags among them.
+        given: arguments that a program hands over besides.
         ours: whether a patched model or a task of ours was seen in it; its arguments count besides.
-        error: what ended an evaluation of it.
-        results: of the evaluations that ended well, in order; None on ranks that are given none.
+        doubt: what failed in here, so that it is not known whether llava_patch takes part.
+        told: whether its end was looked at.
     """
 
-    def __init__(self, line: str, words: Sequence[str]) -> None:
-        self.line, self.words, self.ours = line, list(words), False
-        self.error: Exception | None = None
-        self.results: list[dict[str, Any] | None] = []
-        self.started, self.process = time.time(), os.getpid()
+    def __init__(self, line: str, words: Sequence[str], given: dict[str, Any] | None = None) -> None:
+        self.line, self.words, self.given = line, list(words), given or {}
+        self.ours, self.told, self.process = False, False, os.getpid()
+        self.doubt: Exception | None = None
+
+    @functools.cached_property
+    def evaluations(self) -> list[Evaluation]:
+        """Its evaluations, in order."""
+        return [Evaluation(one) for one in evaluations(self.words, self.given)]
+
+    @contextlib.contextmanager
+    def doubting(self) -> Iterator[None]:
+        """Inside the block nothing raises: no fault of ours may end an evaluation."""
+        try:
+            yield
+        except Exception as error:
+            self.doubt = self.doubt or error
+
+    def asks(self) -> bool:
+        """Whether it asks for any evaluation, as far as can be told."""
+        found = True
+        with self.doubting():
+            found = bool(self.evaluations)
+        return found
 
     def involves_us(self) -> bool:
         """Whether a patch is configured, or a task of ours or a checkpoint that carries a patch asked for."""
         if not self.ours:
-            asked = evaluations(self.words)
-            self.ours = bool(asked) and (_configured(self.words, asked) or any(map(_names_us, asked)))
+            with self.doubting():
+                asked = [one.asked for one in self.evaluations]
+                self.ours = bool(asked) and (_configured(self.words, asked) or any(map(_names_us, asked)))
         return self.ours
+
+    def evaluation(self, arguments: Any) -> Evaluation | None:
+        """The evaluation that has these parsed arguments; where several look alike, the first that has not run."""
+        if len(self.evaluations) == 1:
+            return self.evaluations[0]
+        known = [one for one in self.evaluations if arguments is not None and one.arguments is arguments]
+        alike = (one for one in self.evaluations if one.arguments is None and one.looks_like(arguments))
+        return known[0] if known else next(alike, None)
 
     def why_failed(self) -> str | None:
         """What went wrong, in one line; None when all that was asked for is there."""
-        if self.error is not None:
-            return f"{type(self.error).__name__}: {' '.join(str(self.error).split())}"
-        asked = evaluations(self.words)
-        if len(self.results) < len(asked):
-            tasks = ", ".join(str(one.get("tasks") or "no task") for one in asked[len(self.results) :])
-            return f"no table of results came out for {tasks}; the reason stands above"
-        for one, results in zip(asked, self.results, strict=False):
-            if results is not None:
-                missing = _missing(results, one.get("output_path"), self.started)
-                if missing:
-                    return missing
-        return None
+        return "; ".join(why for one in self.evaluations if (why := one.why_failed()) is not None) or None
+
+    def failure(self) -> str | None:
+        """The message about a command that failed; None for others and where llava_patch takes no part."""
+        self.told = True
+        involved = self.involves_us()
+        if not involved and self.doubt is None:
+            return None
+        try:
+            why = self.why_failed()
+        except Exception as error:
+            why = f"what came out of it cannot be told ({_in_words(error)})"
+        if why is not None and not involved and self.doubt is not None:
+            why = f"{why}; nor can it be told whether llava_patch takes part ({_in_words(self.doubt)})"
+        return why and f"llava_patch: this evaluation failed: {why}; the command was: {self.line}"
 
 
 def watch() -> None:
     """Look at the command that this process runs when it ends; called when lmms-eval's package is imported."""
+    global _current
     program = _program()
     if program is not None and _current is None:
-        _begin(program)
+        _current = Command(_line(*program.split()), sys.argv[1:])
+        atexit.register(_at_exit)
+
+
+@contextlib.contextmanager
+def called(arguments: Any = None) -> Iterator[None]:
+    """Around lmms-eval's `cli_evaluate`, called by its command or by a program of one's own.
+
+    Args:
+        arguments: the parsed arguments that a program may give it.
+
+    Raises:
+        SystemExit: the command failed.
+        EvaluationFailure: the evaluation of another program failed.
+    """
+    global _current
+    outer = run = _current
+    if run is None or not run.asks():  # lmms-eval's wizard writes the arguments while it runs
+        run = Command(_line(Path(sys.argv[0]).name), sys.argv[1:], vars(arguments) if arguments else None)
+    _current, ended = run, None
+    try:
+        try:
+            yield
+        except SystemExit as end:
+            if end.code:
+                raise  # a failure that lmms-eval tells itself
+            ended = end
+        message = run.failure()
+        if message is not None:
+            _flush()
+            raise EvaluationFailure(message) if outer is None else SystemExit(message)
+        if ended is not None:
+            raise ended
+    finally:
+        _current = outer
 
 
 def involves_us() -> bool:
@@ -90,24 +201,44 @@ def seen() -> None:
         _current.ours = True
 
 
-def failed(error: Exception) -> None:
-    """An evaluation that llava_patch takes part in was ended by an exception, which the command line will swallow."""
-    current = _current or _begin(Path(sys.argv[0]).name)
-    current.ours, current.error = True, error
+def doubted(error: Exception) -> None:
+    """It cannot be told whether a model is patched or a task ours."""
+    if _current is not None:
+        _current.doubt = error
 
 
-def finished(results: dict[str, Any] | None) -> None:
-    """An evaluation ended well."""
-    if _current is not None and not any(results is not None and results is other for other in _current.results):
-        _current.results.append(results)
+def began(arguments: Any) -> None:
+    """An evaluation begins, with these parsed arguments."""
+    if _current is not None:
+        with _current.doubting():
+            evaluation = _current.evaluation(arguments)
+            if evaluation is not None:
+                evaluation.begin(arguments)
 
 
-def _begin(program: str) -> Command:
-    global _current
-    words = sys.argv[1:]
-    _current = Command(shlex.join([*program.split(), *words]), words)
-    atexit.register(_at_exit)
-    return _current
+def ended(arguments: Any, outcome: dict[str, Any] | Exception | None, complete: bool = False) -> None:
+    """An evaluation ended, with results or an exception, and complete if lmms-eval has nothing left to do in it."""
+    if _current is not None:
+        with _current.doubting():
+            evaluation = _current.evaluation(arguments)
+            if evaluation is not None:
+                evaluation.outcome, evaluation.complete = outcome, complete
+
+
+def printed(results: dict[str, Any]) -> None:
+    """lmms-eval prints the table of results, the last thing that it does with them."""
+    if _current is not None:
+        with _current.doubting():
+            for evaluation in _current.evaluations:
+                evaluation.complete |= evaluation.outcome is results
+
+
+def _line(*program: str) -> str:
+    return shlex.join([*program, *sys.argv[1:]])
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _program() -> str | None:
@@ -123,46 +254,62 @@ def _program() -> str | None:
 
 
 def _at_exit() -> None:
+    """The net behind `called`, for versions and installations in which that is not wrapped."""
     command = _current
-    if command is None or os.getpid() != command.process or not command.involves_us():
+    if command is None or command.told or os.getpid() != command.process:
         return
-    why = command.why_failed()
-    if why is not None:
-        _end(f"llava_patch: this evaluation failed: {why}; the command was: {command.line}")
-
-
-def _end(message: str) -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
+    message = command.failure()
+    if message is None:
+        return
+    _flush()
     print(message, file=sys.stderr, flush=True)
-    if getattr(sys, "last_type", None) is None:  # else the exception that ended Python gives the exit status
-        os._exit(1)  # too late for any other way; what else was to run at exit has run
+    if getattr(sys, "last_type", None) is not KeyboardInterrupt:  # shells look for how such a process ended
+        # Other handlers and open files come first: what `sys` holds goes when all modules are gone.
+        sys._llava_patch_status = _Status()  # type: ignore[attr-defined]
+
+
+class _Status:
+    """Ends the process with exit status 1 when it is deleted."""
+
+    def __del__(self, end: Any = os._exit) -> None:
+        end(1)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
 
 
 # --- what was asked for -----------------------------------------------------------------------------------------------
 
 
-def evaluations(words: Sequence[str]) -> list[dict[str, Any]]:
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise ValueError(message)
+
+
+def evaluations(words: Sequence[str], given: dict[str, Any] | None = None) -> list[dict[str, Any]]:
     """The evaluations that lmms-eval's arguments ask for, one a configuration in `--config`; none for its other jobs.
 
     Args:
         words: the arguments.
+        given: parsed arguments that count before them.
 
     Returns:
         Of each what matters here, where it is given: `tasks`, `model_args`, `include_path`, `output_path`, `env`.
     """
     words = words[1:] if words[:1] == ["eval"] else words
-    if not words or not words[0].startswith("-") or _NO_EVALUATION & set(words):
+    if (not given and not words) or (words and not words[0].startswith("-")) or _NO_EVALUATION & set(words):
         return []
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-    # --model: else it would be taken for an abbreviation
-    for name in ("config", "model", "tasks", "model_args", "include_path", "output_path"):
+    parser = _Parser(add_help=False, exit_on_error=False)
+    for name in _OPTIONS:  # --model: else it would be taken for an abbreviation
         parser.add_argument(f"--{name}")
     try:
-        options = {k: v for k, v in vars(parser.parse_known_args(words)[0]).items() if v is not None}
-    except argparse.ArgumentError:
+        typed = vars(parser.parse_known_args(words)[0])
+    except (argparse.ArgumentError, ValueError):
         return []  # nothing that lmms-eval could parse: it says so and exits with 2
+    options = {k: v for k, v in {**typed, **(given or {})}.items() if k in _OPTIONS and v is not None}
     listed = [{**given, **options} for given in _configurations(options.pop("config", None))]
     return [one for one in listed if one.get("tasks") not in _LISTS]
 
@@ -181,7 +328,7 @@ def _configured(words: Sequence[str], asked: Sequence[dict[str, Any]]) -> bool:
     values = [os.environ.get(name) for name in variables]
     values += [env.get(name) for one in asked if isinstance(env := one.get("env"), dict) for name in variables]
     flags = {word.partition("=")[0] for word in words} & {startup.FILE_FLAG, startup.PARAM_FLAG}
-    return bool(flags) or any(value and str(value).strip(" ;") for value in values)
+    return bool(flags) or any(startup._flags) or any(value and str(value).strip(" ;") for value in values)
 
 
 def _names_us(one: dict[str, Any]) -> bool:
@@ -191,26 +338,47 @@ def _names_us(one: dict[str, Any]) -> bool:
 def _asks_for_ours(tasks: Any, include_path: Any) -> bool:
     from llava_patch.resources import eval_tasks_dir
 
-    wanted = str(tasks or "").split(",")
-    folders = [eval_tasks_dir(), *([Path(str(include_path))] if include_path else [])]
-    files = [Path(name) for name in wanted if name.endswith(".yaml") or os.path.isdir(name)]  # tasks given by path
-    names, members = set(), {}
-    for path in _yaml_files([*folders, *files]):
+    wanted = _wanted(tasks)
+    given = {name: Path(name) for name in wanted if os.path.exists(name)}  # tasks given by path
+    folders = [eval_tasks_dir(), *(Path(str(path)) for path in _listed(include_path)), *_plugin_folders()]
+    ours: set[str] = set()
+    groups: list[tuple[set[str], set[str]]] = []
+    for path in dict.fromkeys(_yaml_files([*folders, *given.values()])):
         config = _task_config(path)
-        name = config.get("task")
+        names = {name for name, place in given.items() if place == path or place in path.parents}
+        names |= _names([config.get("group"), config.get("tag")])
         if str(config.get("output_type")).startswith(OUTPUT_TYPE):
-            if any(given == path or given in path.parents for given in files):
-                return True
-            names.add(name)
-        elif "group" in config:
-            members[config["group"]] = name if isinstance(name, list) else [name]
-    while grown := {group for group, inside in members.items() if group not in names and names & _hashable(inside)}:
-        names |= grown
-    return any(fnmatch.fnmatch(str(name), pattern) for name in names for pattern in wanted)
+            ours |= names | _names(config.get("task"))
+        elif isinstance(config.get("task"), list):
+            groups.append((names, _names(config["task"])))
+    while grown := [names for names, inside in groups if inside & ours and not names <= ours]:
+        ours = ours.union(*grown)
+    return any(name in ours or fnmatch.filter(ours, name) for name in wanted)
 
 
-def _hashable(inside: list[Any]) -> set[str]:
-    return {str(one.get("task") or one.get("group")) if isinstance(one, dict) else str(one) for one in inside}
+def _wanted(tasks: Any) -> list[str]:
+    return [name.strip() for part in _listed(tasks) for name in str(part).split(",") if name.strip()]
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _names(value: Any) -> set[str]:
+    """The tasks, groups and tags that a part of a task's YAML names."""
+    if isinstance(value, dict):
+        return _names([value.get("task"), value.get("group")])
+    if isinstance(value, list):
+        return set().union(*map(_names, value))
+    return set() if value is None else {str(value)}
+
+
+def _plugin_folders() -> Iterator[Path]:
+    for plugin in filter(None, os.environ.get("LMMS_EVAL_PLUGINS", "").split(",")):
+        with contextlib.suppress(ImportError, ValueError):  # lmms-eval imports it and says so
+            spec = importlib.util.find_spec(plugin)
+            for folder in (spec and spec.submodule_search_locations) or ():
+                yield Path(folder, "tasks")
 
 
 def _yaml_files(places: Sequence[Path]) -> Iterator[Path]:
@@ -223,11 +391,10 @@ def _task_config(path: Path, depth: int = 0) -> dict[str, Any]:
     own = _read_yaml(path)
     if not isinstance(own, dict):
         return {}
-    above = own.get("include") or []
     merged: dict[str, Any] = {}
-    for name in [above] if isinstance(above, str) else above:
+    for name in map(str, reversed(_listed(own.get("include")))):  # the first one counts most
         if depth < 10:
-            merged |= _task_config(path.parent / str(name), depth + 1)
+            merged |= _task_config(Path(name) if os.path.isfile(name) else path.parent / name, depth + 1)
     return merged | own
 
 
@@ -238,10 +405,11 @@ def _read_yaml(path: Path) -> Any:
     class Loader(yaml.SafeLoader):
         pass
 
-    Loader.add_multi_constructor("!", lambda loader, suffix, node: None)  # functions, which are not needed here
+    # Functions and Python's own types, which are not needed here.
+    Loader.add_constructor(None, lambda loader, node: None)  # type: ignore[type-var]
     try:
         return yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except Exception:  # whatever a constructor raises: ValueError for a date that there is not
         return None
 
 
@@ -283,20 +451,30 @@ def _find(checkpoint: str, name: str) -> Path | None:
 # --- what came out ----------------------------------------------------------------------------------------------------
 
 
-def _missing(results: dict[str, Any], output_path: Any, since: float) -> str | None:
+def _missing(results: dict[str, Any], output_path: Any, before: frozenset[Any]) -> str | None:
     """What is not there of one evaluation's results, in the table or in the file; None when nothing is missing."""
     tasks = list(results.get("configs") or results["results"])
     empty = [name for name in tasks if not has_metrics(results["results"].get(name))]
     if not tasks or empty:
         return f"the table has no result for {', '.join(empty) or 'any task'}"
-    if not output_path:
-        return None
-    place = Path(str(output_path))
-    place = place if place.is_dir() else place.parent
-    written = [path for path in place.rglob("*results.json") if path.stat().st_mtime >= since - 2]
-    if not any(set(tasks) <= set(_tasks_in(path)) for path in written):
+    written = [path for path, *_ in _results_files(output_path) - before]
+    if output_path and not any(set(tasks) <= set(_tasks_in(path)) for path in written):
         return f"no results file with {', '.join(tasks)} was written below {output_path}"
     return None
+
+
+def _results_files(output_path: Any) -> frozenset[Any]:
+    """The results files where lmms-eval puts them: in the folder of the path, or below it in one named by the model.
+
+    With what tells a file that is written anew: no clock, as the files' server may have another.
+    """
+    found = set()
+    for pattern in ("*results.json", "*/*results.json") if output_path else ():
+        for path in Path(str(output_path)).glob(pattern):
+            with contextlib.suppress(OSError):
+                status = path.stat()
+                found.add((path, status.st_mtime_ns, status.st_size))
+    return frozenset(found)
 
 
 def has_metrics(row: Any) -> bool:

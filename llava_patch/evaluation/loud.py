@@ -17,15 +17,11 @@ from typing import Any
 
 from torch import nn
 
-from llava_patch.errors import LlavaPatchError
 from llava_patch.evaluation import command
+from llava_patch.evaluation.command import EvaluationFailure
 
 _MARK = "_llava_patch_loud"
 _MAIN = ("lmms_eval.__main__", "__main__")  # `python -m lmms_eval` runs it under the second name, in some versions
-
-
-class EvaluationFailure(LlavaPatchError):
-    """An evaluation that llava_patch takes part in failed; where there is a cause it is chained."""
 
 
 class _Escape(BaseException):
@@ -37,11 +33,14 @@ class _Escape(BaseException):
 
 
 def install() -> None:
-    """Wrap what lmms-eval evaluates with and prints its tables with; does nothing where that is done or not loaded."""
+    """Wrap lmms-eval's command, what it evaluates and what it prints its tables with.
+
+    What is wrapped already, or not loaded, is left as it is.
+    """
     _wrap("lmms_eval.evaluator", evaluate=_loud_evaluate, simple_evaluate=_loud_simple_evaluate)
     for name in _MAIN:
         if hasattr(sys.modules.get(name), "cli_evaluate"):
-            _wrap(name, make_table=_noted_table)
+            _wrap(name, cli_evaluate=_checked_command, make_table=_noted_table)
 
 
 def _wrap(module_name: str, **wrappers: Callable[..., Any]) -> None:
@@ -60,10 +59,17 @@ def _loud_evaluate(original: Callable[..., Any]) -> Callable[..., Any]:
 
         lm = kwargs.get("lm", args[0] if args else None)
         tasks = kwargs.get("task_dict", args[1] if len(args) > 1 else {})
-        model = model_of(lm)
-        patch_name = _fingerprint(model)
         configured = _patch_is_configured()
-        if patch_name or configured or has_our_task(tasks):
+        try:
+            model = model_of(lm)
+            patch_name = _fingerprint(model)
+            ours = bool(patch_name) or configured or has_our_task(tasks)
+        except Exception as unknown:  # not a model, or not tasks, as we know them
+            if configured:
+                raise
+            command.doubted(unknown)
+            return original(*args, **kwargs)
+        if ours:
             command.seen()
         elif not command.involves_us():
             return original(*args, **kwargs)
@@ -82,36 +88,40 @@ def _loud_evaluate(original: Callable[..., Any]) -> Callable[..., Any]:
                 return original(*args, **kwargs)
         except _Escape as escape:
             what, error = f"the patched model ({patch_name})" if patch_name else "the model", escape.error
-            failure = EvaluationFailure(f"{what} failed: {type(error).__name__}: {error}")
-            _tell(failure, kwargs)
-            raise failure from error
-        except Exception as error:
-            _tell(error, kwargs)
-            raise
+            raise EvaluationFailure(f"{what} failed: {type(error).__name__}: {error}") from error
 
     return evaluate
 
 
 def _loud_simple_evaluate(original: Callable[..., Any]) -> Callable[..., Any]:
     def simple_evaluate(*args: Any, **kwargs: Any) -> Any:
+        arguments = kwargs.get("cli_args")
+        command.began(arguments)
         try:
             results = original(*args, **kwargs)
         except Exception as error:
-            if command.involves_us():
-                _tell(error, kwargs)
+            command.ended(arguments, error)
             raise
         # Results are complete when lmms-eval has come to printing them; ranks above the first are given none.
-        if os.environ.get("RANK", "0") != "0" if results is None else not _tables_are_noted():
-            command.finished(results)
+        complete = os.environ.get("RANK", "0") != "0" if results is None else not _tables_are_noted()
+        command.ended(arguments, results, complete)
         return results
 
     return simple_evaluate
 
 
+def _checked_command(original: Callable[..., Any]) -> Callable[..., Any]:
+    def cli_evaluate(*args: Any, **kwargs: Any) -> Any:
+        with command.called(kwargs.get("args", args[0] if args else None)):
+            return original(*args, **kwargs)
+
+    return cli_evaluate
+
+
 def _noted_table(original: Callable[..., Any]) -> Callable[..., Any]:
     def make_table(result_dict: Any, *args: Any, **kwargs: Any) -> Any:
         table = original(result_dict, *args, **kwargs)
-        command.finished(result_dict)
+        command.printed(result_dict)
         return table
 
     return make_table
@@ -119,11 +129,6 @@ def _noted_table(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _tables_are_noted() -> bool:
     return any(getattr(getattr(sys.modules.get(name), "make_table", None), _MARK, False) for name in _MAIN)
-
-
-def _tell(error: Exception, kwargs: dict[str, Any]) -> None:
-    if kwargs.get("cli_args") is not None:  # called from Python, an exception is loud enough
-        command.failed(error)
 
 
 def _patch_is_configured() -> bool:

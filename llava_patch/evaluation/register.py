@@ -57,7 +57,10 @@ def _warn_of_clashes(ours: dict[str, Any], index: dict[str, Any]) -> None:
 
 
 def entry_point() -> list[Any]:
-    """For the entry point group `lmms_eval.models`: registers the tasks and offers no model."""
+    """For the entry point group `lmms_eval.models`: registers the tasks, watches the command and offers no model."""
+    from llava_patch.evaluation import command
+
     if not autostart.disabled():
+        command.watch()
         register_tasks()
     return []

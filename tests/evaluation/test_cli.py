@@ -91,6 +91,7 @@ if "generate" in os.environ["FAULTS"]:
     sys.meta_path.insert(0, Late())
 """
 SCRIPT, MODULE = ["lmms-eval"], [sys.executable, "-m", "lmms_eval"]
+OWN = [sys.executable, "-c", "from lmms_eval.__main__ import cli_evaluate as run; run()"]
 LAUNCHED = ["accelerate", "launch", "--cpu", "--num_processes", "1", "-m", "lmms_eval"]
 TWO_RANKS = ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "lmms_eval"]
 PATCHED = {"LLAVA_PATCH_GIN_PARAM": "Routing.split=2"}
@@ -104,6 +105,7 @@ FAILING: dict[str, tuple[list[str], str, str, list[str], dict[str, str], int, st
     "two ranks": (TWO_RANKS, "saturation", "model", [], {"FAULTS": "module", "ACCELERATE_USE_CPU": "true"}, 1, ""),
     "neither": (SCRIPT, "pope", "model", [], {"FAULTS": "module"}, 0, ""),
     "a device that is not there": (SCRIPT, "pope", "patched", ["--device", "cuda:99"], {}, 1, "Error: "),
+    "a program of one's own": (OWN, "pope", "patched", [], {"FAULTS": "module"}, 1, "filelock._api"),
     "before the evaluation": (SCRIPT, "saturation", "model", ["--log_samples"], {}, 1, "no table of results came out"),
     "swallowed in generate": (SCRIPT, "saturation,pope", "model", [], {"FAULTS": "generate"}, 1, "ZeroDivisionError"),
     "results not written": (SCRIPT, "pope", "patched", ["--output_path", "a_file/x"], {}, 1, "no results file"),
@@ -147,16 +149,20 @@ def test_a_command_that_failed_anywhere_exits_non_zero_where_llava_patch_takes_p
     start, tasks, *_, status, message = FAILING[name]
     done = ended[name]
     assert done.returncode == status, done.stdout + done.stderr
-    said = [line for line in done.stderr.splitlines() if line.startswith("llava_patch: this evaluation failed: ")]
+    opening = "llava_patch: this evaluation failed: "
+    if start is OWN:
+        opening = f"llava_patch.evaluation.command.EvaluationFailure: {opening}"
+    said = [line for line in done.stderr.splitlines() if line.startswith(opening)]
     if status == 0:  # as lmms-eval does it
         assert "filelock._api" in done.stderr and not said
         return
     assert (
         message in said[0]
-        and f"the command was: {'python -m lmms_eval' if '-m' in start else 'lmms-eval'} --" in said[0]
+        and f"the command was: {'python -m lmms_eval' if '-m' in start else '-c' if start is OWN else 'lmms-eval'} --"
+        in said[0]
     )
     assert f"--tasks {tasks}" in said[0]
-    if start in (SCRIPT, MODULE):  # launchers have last words of their own
+    if start in (SCRIPT, MODULE, OWN):  # launchers have last words of their own
         assert done.stderr.splitlines()[-1] == said[0] and len(said) == 1
 
 

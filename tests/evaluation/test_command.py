@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,6 +38,8 @@ def stock(tmp_path: Path) -> str:
         ["--task", "drift"],  # argparse takes abbreviations
         ["eval", "--model", "llava", "--tasks", "rprobe_ablation"],
         ["--tasks", "rprobe*"],
+        ["--tasks", " rprobe"],
+        ["--tasks", "pope, rprobe"],
         ["--tasks", str(eval_tasks_dir() / "drift" / "drift.yaml")],
         ["--tasks", str(eval_tasks_dir() / "drift")],
         ["--tasks", "pope", "--gin_param", "Routing.split = 2"],
@@ -110,20 +117,37 @@ def test_yaml_configurations_are_read(tmp_path: Path, stock: str) -> None:
     (tmp_path / "patched" / "llava_patch.json").write_text("{}")
     file.write_text(f"tasks: pope\nmodel_args: {{pretrained: {tmp_path / 'patched'}, trust: true}}\n")
     assert involved(*words)
+    file.write_text("tasks: [rprobe]\n")  # lmms-eval fails on the list, and swallows that
+    assert involved(*words)
     file.write_text("tasks: [")
     assert not involved(*words) and involved(*words, "--tasks", "rprobe")
 
 
 def test_tasks_made_from_ours_are_ours(tmp_path: Path) -> None:
     ours = eval_tasks_dir() / "rprobe" / "rprobe.yaml"
-    (tmp_path / "a.yaml").write_text(f"include: {ours}\ntask: mine\n")
+    (tmp_path / "a.yaml").write_text(f"include: {ours}\ntask: mine\ntag: [mytag, other]\ngroup: mygroup\n")
+    (tmp_path / "f.yaml").write_text("group: of_tag\ntask: [mytag]\n")
+    (tmp_path / "g.yaml").write_text("group: inline\ntask: [{group: x, task: [pope, {task: rprobe}]}]\n")
+    (tmp_path / "h.yaml").write_text("group: stock\ntask: [pope]\n")
     (tmp_path / "b.yaml").write_text("group: inner\ntask: [mine, pope]\n")
     (tmp_path / "c.yaml").write_text("group: outer\ntask:\n  - {group: inner}\n")
     (tmp_path / "d.yaml").write_text("task: theirs\nclass: !function x.Y\noutput_type: generate_until\n")
     (tmp_path / "e.yaml").write_text("include: e.yaml\ntask: circle\n")
-    for task, expected in {"mine": True, "inner": True, "outer": True, "theirs": False, "circle": False}.items():
-        assert involved("--tasks", task, "--include_path", str(tmp_path)) is expected
+    for task in ("mine", "inner", "outer", "mytag", "other", "mygroup", "of_tag", "inline", str(tmp_path / "g.yaml")):
+        assert involved("--tasks", task, "--include_path", str(tmp_path)), task
+    for task in ("theirs", "circle", "stock", str(tmp_path / "h.yaml")):
+        assert not involved("--tasks", task, "--include_path", str(tmp_path)), task
     assert not involved("--tasks", "mine")
+
+
+def test_tasks_of_plugins_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = tmp_path / "a_plugin" / "tasks"
+    tasks.mkdir(parents=True)
+    (tmp_path / "a_plugin" / "__init__.py").touch()
+    (tasks / "a.yaml").write_text(f"include: {eval_tasks_dir() / 'rprobe' / 'rprobe.yaml'}\ntask: mine\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("LMMS_EVAL_PLUGINS", "not_there,a_plugin")
+    assert involved("--tasks", "mine") and not involved("--tasks", "pope")
 
 
 @pytest.mark.parametrize(
@@ -157,34 +181,85 @@ def results(**tasks: dict[str, Any]) -> dict[str, Any]:
 GOOD = results(rprobe={"alias": "rprobe", "rprobe_mse,none": 0.5}, pope={"alias": "pope", "f1,none": None})
 
 
-def test_only_a_whole_table_is_a_success(tmp_path: Path) -> None:
-    run = Command("lmms-eval ...", ["--tasks", "rprobe,pope"])
-    assert run.why_failed() == "no table of results came out for rprobe,pope; the reason stands above"
-    run.results = [GOOD]
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Command]:
+    def started(*words: str) -> Command:
+        monkeypatch.setattr(command, "_current", Command("lmms-eval ...", words))
+        assert command._current is not None
+        return command._current
+
+    return started
+
+
+def ran(outcome: Any, complete: bool = True, **arguments: Any) -> None:
+    known = SimpleNamespace(**arguments)
+    command.began(known)
+    command.ended(known, outcome, complete)
+
+
+def test_only_a_whole_table_is_a_success(start: Callable[..., Command]) -> None:
+    run = start("--tasks", "rprobe,pope")
+    no_table = "no table of results came out for rprobe,pope; the reason stands above"
+    assert run.why_failed() == no_table
+    ran(GOOD, complete=False)
+    assert run.why_failed() == no_table
+    command.printed(results())
+    assert run.why_failed() == no_table
+    command.printed(GOOD)
     assert run.why_failed() is None
     for row in ({"alias": "pope"}, {"alias": "pope", " ": " ", "f1_stderr,none": 0.1}):
-        run.results = [results(rprobe={"rprobe_mse,none": 0.5}, pope=row)]
+        ran(results(rprobe={"rprobe_mse,none": 0.5}, pope=row))
         assert run.why_failed() == "the table has no result for pope"
-    run.results = [results()]
+    ran(results())
     assert run.why_failed() == "the table has no result for any task"
-    run.results = [None]  # a rank that is given no results
+    ran(None)  # a rank that is given no results
     assert run.why_failed() is None
-    run.error = ValueError("two\n lines")
+    ran(ValueError("two\n lines"))
     assert run.why_failed() == "ValueError: two lines"
-
-
-def test_every_evaluation_of_a_command_counts(tmp_path: Path) -> None:
-    (tmp_path / "runs.yaml").write_text("- tasks: rprobe\n- tasks: drift\n")
-    run = Command("lmms-eval ...", ["--config", str(tmp_path / "runs.yaml")])
-    run.results = [GOOD]
-    assert "no table of results came out for drift" in str(run.why_failed())
-    run.results = [GOOD, GOOD]
+    ran(GOOD)  # tried again
     assert run.why_failed() is None
 
 
-def test_the_results_file_is_looked_into(tmp_path: Path) -> None:
-    run = Command("lmms-eval ...", ["--tasks", "rprobe,pope", "--output_path", str(tmp_path / "out")])
-    run.results = [GOOD]
+def test_every_evaluation_of_a_command_counts_for_itself(tmp_path: Path, start: Callable[..., Command]) -> None:
+    tasks = ("rprobe", "drift", "saturation")
+    file = tmp_path / "runs.yaml"
+    file.write_text(json.dumps([{"tasks": task, "output_path": str(tmp_path / task)} for task in tasks]))
+
+    def all_but(*left_out: str) -> Command:
+        run = start("--config", str(file))
+        for task in tasks:
+            if task not in left_out:
+                arguments = SimpleNamespace(tasks=task, output_path=str(tmp_path / task), model="llava")
+                command.began(arguments)
+                table = results(**{task: {"x,none": 1}})
+                (tmp_path / task).mkdir(exist_ok=True)
+                (tmp_path / task / f"{len(list((tmp_path / task).iterdir()))}_results.json").write_text(
+                    json.dumps(table)
+                )
+                command.ended(arguments, table, complete=True)
+        return run
+
+    assert all_but().why_failed() is None
+    assert all_but("drift").why_failed() == "no table of results came out for drift; the reason stands above"
+    assert "for rprobe;" in str(all_but("rprobe", "drift").why_failed())
+    run = all_but("drift")
+    ran(ValueError("x"), tasks="drift", output_path=str(tmp_path / "drift"))
+    assert run.why_failed() == "ValueError: x"
+
+
+def test_evaluations_that_look_alike_are_told_apart(tmp_path: Path, start: Callable[..., Command]) -> None:
+    (tmp_path / "runs.yaml").write_text("- {tasks: rprobe, limit: 1}\n- {tasks: rprobe, limit: 2}\n")
+    run = start("--config", str(tmp_path / "runs.yaml"))
+    ran(results(rprobe={"x,none": 1}), tasks="rprobe")
+    assert "no table" in str(run.why_failed())
+    ran(results(rprobe={"x,none": 1}), tasks="rprobe")
+    assert run.why_failed() is None
+
+
+def test_the_results_file_is_looked_into(tmp_path: Path, start: Callable[..., Command]) -> None:
+    run = start("--tasks", "rprobe,pope", "--output_path", str(tmp_path / "out"))
+    (tmp_path / "1_results.json").write_text(json.dumps(GOOD))  # beside the output, not in it
+    ran(GOOD)
     missing = f"no results file with rprobe, pope was written below {tmp_path / 'out'}"
     assert run.why_failed() == missing
     folder = tmp_path / "out" / "model"
@@ -194,5 +269,113 @@ def test_the_results_file_is_looked_into(tmp_path: Path) -> None:
         assert run.why_failed() == missing
     (folder / "1_results.json").write_text(json.dumps(GOOD))
     assert run.why_failed() is None
-    run.started += 100  # an earlier run's
+    os.utime(folder / "1_results.json", (1, 1))  # a file server with another clock
+    assert run.why_failed() is None
+    ran(GOOD)  # an earlier run's
     assert run.why_failed() == missing
+    (folder / "2_results.json").write_text(json.dumps(GOOD))
+    assert run.why_failed() is None
+
+
+def test_files_are_looked_for_below_the_output_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    searched: list[Path] = []
+    for name in ("glob", "rglob"):
+        original = getattr(Path, name)
+        monkeypatch.setattr(
+            Path, name, lambda self, *args, original=original: searched.append(self) or original(self, *args)
+        )
+    assert command._missing(GOOD, tmp_path / "not" / "there", frozenset()) is not None
+    assert searched and set(searched) == {tmp_path / "not" / "there"}
+
+
+def folder_of_oddities(root: Path) -> str:
+    """Tasks that lmms-eval accepts, or that break whoever reads them."""
+    (root / "groups.yaml").write_text("task: [pope]\ngroup: [g1, g2]\n")
+    (root / "tagged.yaml").write_text("task: mine\ngroup: [g1, g2]\ntag: {a: 1}\ninclude: 5\n")
+    (root / "date.yaml").write_text("task: mine\ndate: 2024-02-30\n")
+    (root / "python.yaml").write_text("task: mine\nvalue: !!python/tuple [1, 2]\n")
+    return str(root)
+
+
+def test_no_task_file_is_too_odd(tmp_path: Path) -> None:
+    odd = folder_of_oddities(tmp_path)
+    for tasks, expected in (("rprobe", True), ("pope,g1", False)):
+        run = Command("lmms-eval ...", ["--tasks", tasks, "--include_path", odd])
+        assert run.involves_us() is expected and run.doubt is None
+
+
+def test_a_fault_of_ours_ends_no_evaluation_and_hides_no_failure(
+    start: Callable[..., Command], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def faulty(*args: Any) -> bool:
+        raise TypeError("unhashable")
+
+    monkeypatch.setattr(command, "_names_us", faulty)
+    run = start("--tasks", "pope")
+    assert not command.involves_us() and "TypeError: unhashable" in str(run.failure())
+    ran(GOOD)
+    assert run.failure() is None
+    monkeypatch.setattr(command, "evaluations", faulty)
+    run = start("--tasks", "pope")
+    ran(GOOD)
+    assert "cannot be told (TypeError: unhashable)" in str(run.failure())
+
+
+@pytest.mark.parametrize(
+    "given, status, raised",
+    [
+        (None, None, SystemExit),
+        (None, 0, SystemExit),
+        ({"tasks": "rprobe"}, None, command.EvaluationFailure),
+        ({"tasks": "pope"}, None, None),
+    ],
+)
+def test_the_command_ends_with_its_failure_and_other_programs_are_told(
+    given: dict[str, Any] | None, status: int | None, raised: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/my/script.py"])
+    run = None if given else Command("lmms-eval ...", ["--tasks", "rprobe"])
+    monkeypatch.setattr(command, "_current", run)
+    with pytest.raises(raised, match="no table of results came out for rprobe") if raised else nullcontext():
+        with command.called(SimpleNamespace(**given) if given else None):
+            assert command._current is not None
+            if status is not None:
+                sys.exit(status)
+    assert command._current is run and (run is None or run.told)
+
+
+def test_what_lmms_eval_ends_with_itself_is_left(start: Callable[..., Command]) -> None:
+    run = start("--tasks", "rprobe")
+    for end in (SystemExit(2), KeyboardInterrupt()):
+        with pytest.raises(type(end)) as caught, command.called():
+            raise end
+        assert caught.value is end and not run.told
+    ran(results(rprobe={"x,none": 1}))
+    with pytest.raises(SystemExit) as ended, command.called():
+        sys.exit(0)
+    assert ended.value.code == 0
+
+
+AT_EXIT = """
+import atexit, sys, tempfile
+atexit.register(print, "an earlier handler")
+kept, file = tempfile.TemporaryDirectory(dir="."), open("file", "w")
+file.write("buffered")
+from llava_patch.evaluation import command
+sys.argv = ["lmms-eval", "--tasks", sys.argv[1]]
+command.watch()
+sys.last_type = ValueError  # as after PyErr_Print in an extension
+"""
+
+
+@pytest.mark.parametrize("task, status", [("rprobe", 1), ("pope", 0)])
+def test_the_net_at_exit_lets_all_else_end_first(task: str, status: int, tmp_path: Path) -> None:
+    paths = os.pathsep.join([str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", AT_EXIT, task], cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths.rstrip(os.pathsep)},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == status and ("this evaluation failed: no table" in done.stderr) is bool(status)
+    assert done.stdout == "an earlier handler\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "buffered"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import sys
 import weakref
 from types import SimpleNamespace
 from typing import Any
@@ -55,9 +57,10 @@ def test_swallowed_failures_of_a_patched_model_get_out() -> None:
         with pytest.raises(loud.EvaluationFailure, match=r"patched model .* failed: .*bad") as caught:
             wrapped(lm=SwallowingLm(model), task_dict={})
         assert caught.value.__cause__ is not None and command._current is None  # from Python: loud enough
+        run = command._current = command.Command("lmms-eval", ["--tasks", "pope"])
         with pytest.raises(loud.EvaluationFailure):
-            wrapped(SwallowingLm(model), {}, cli_args=SimpleNamespace())
-        assert command._current is not None and "patched model" in str(command._current.why_failed())
+            loud._loud_simple_evaluate(wrapped)(SwallowingLm(model), {}, cli_args=SimpleNamespace())
+        assert run.ours and "patched model" in str(run.why_failed())
         assert {k: v for k, v in vars(model).items()} == before
 
 
@@ -104,10 +107,41 @@ def test_our_tasks_failures_are_told_on_any_model() -> None:
     wrapped = loud._loud_evaluate(failing)
     ours = {"group": {"mine": object.__new__(MeasurementTask)}}
     for tasks, told in (({"stock": object()}, False), (ours, True)):
+        run = command._current = command.Command("lmms-eval", ["--tasks", "pope"])
         with pytest.raises(ValueError, match="inside"):
-            wrapped(SimpleNamespace(), tasks, cli_args=SimpleNamespace())
-        assert (command._current is not None) is told
-    assert command._current is not None and command._current.why_failed() == "ValueError: inside"
+            loud._loud_simple_evaluate(wrapped)(SimpleNamespace(), tasks, cli_args=SimpleNamespace())
+        assert (run.failure() is not None) is told and run.why_failed() == "ValueError: inside"
+
+
+def test_another_program_that_is_told_by_an_exception_is_not_ended_later() -> None:
+    from llava_patch.evaluation.tasks import MeasurementTask
+
+    def failing(lm: Any, task_dict: Any, cli_args: Any = None) -> None:
+        raise ValueError("inside")
+
+    wrapped = loud._loud_simple_evaluate(loud._loud_evaluate(failing))
+    with pytest.raises(ValueError, match="inside"):
+        wrapped(SimpleNamespace(), {"mine": object.__new__(MeasurementTask)}, cli_args=SimpleNamespace())
+    assert command._current is None
+
+
+def test_what_is_not_as_we_know_it_is_evaluated_as_ever_while_nothing_is_configured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Odd:
+        @property
+        def model(self) -> Any:
+            raise RuntimeError("not loaded yet")
+
+    from llava_patch.evaluation import tasks  # noqa: F401
+
+    run = command._current = command.Command("lmms-eval", ["--tasks", "pope"])
+    wrapped = loud._loud_evaluate(lambda lm, task_dict: "answer")
+    assert wrapped(Odd(), {}) == wrapped(SimpleNamespace(), [("not", "a dictionary")]) == "answer"
+    assert run.doubt is not None
+    monkeypatch.setattr(loud, "_patch_is_configured", lambda: True)
+    with pytest.raises(RuntimeError, match="not loaded yet"):
+        wrapped(Odd(), {})
 
 
 @pytest.mark.parametrize("task", ["pope", "rprobe"])
@@ -118,7 +152,29 @@ def test_what_fails_outside_our_code_is_told_where_the_command_asks_for_us(task:
     run = command._current = command.Command("lmms-eval", ["--tasks", task])
     with pytest.raises(OSError, match="no such checkpoint"):
         loud._loud_simple_evaluate(failing)(cli_args=SimpleNamespace())
-    assert (run.error is not None) is (task == "rprobe")
+    assert (run.failure() is not None) is (task == "rprobe")
+
+
+def test_a_program_of_ones_own_is_told_what_lmms_eval_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cli_evaluate(args: Any = None) -> str:
+        def failing(cli_args: Any) -> None:
+            raise OSError("no such checkpoint")
+
+        with contextlib.suppress(OSError):
+            loud._loud_simple_evaluate(failing)(cli_args=args)
+        return "printed"
+
+    main = SimpleNamespace(cli_evaluate=cli_evaluate)
+    monkeypatch.setitem(loud.sys.modules, "lmms_eval.__main__", main)
+    for asked in (SimpleNamespace(tasks="rprobe"), SimpleNamespace(tasks="pope")):
+        monkeypatch.setattr(sys, "argv", ["script.py"])
+        loud.install()
+        if asked.tasks == "pope":
+            assert main.cli_evaluate(asked) == "printed"
+        else:
+            with pytest.raises(loud.EvaluationFailure, match="OSError: no such checkpoint"):
+                main.cli_evaluate(asked)
+        assert command._current is None
 
 
 def test_an_evaluation_is_finished_when_its_table_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,20 +183,18 @@ def test_an_evaluation_is_finished_when_its_table_is_printed(monkeypatch: pytest
     main = SimpleNamespace(cli_evaluate=None, make_table=lambda results, column="results": "|Tasks|")
     monkeypatch.setitem(loud.sys.modules, "lmms_eval.__main__", main)
     loud.install()
-    assert loud._loud_simple_evaluate(lambda: results)() is results and run.results == []
+    assert loud._loud_simple_evaluate(lambda: results)() is results and "no table" in str(run.why_failed())
     assert main.make_table(results) == main.make_table(results, "groups") == "|Tasks|"
-    assert run.results == [results] and run.why_failed() is None
-    run.results = []
+    assert run.why_failed() is None
     monkeypatch.setenv("RANK", "1")
     loud._loud_simple_evaluate(lambda: None)()
-    assert run.results == [None]
+    assert run.why_failed() is None
     monkeypatch.setenv("RANK", "0")  # the first rank is given results, or has failed
-    run.results = []
     loud._loud_simple_evaluate(lambda: None)()
-    assert run.results == []
+    assert "no table" in str(run.why_failed())
     del main.make_table  # a version that prints otherwise: what it returns has to do
     loud._loud_simple_evaluate(lambda: results)()
-    assert run.results == [results]
+    assert run.why_failed() is None
 
 
 def test_install_wraps_once() -> None:
