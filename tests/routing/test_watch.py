@@ -244,7 +244,7 @@ def test_encoding_images_by_hand_inside_a_call_is_nobodys_business(host, method)
                     hook.remove()
 
 
-# --- a mask belongs to the call that it was made for -------------------------------------------------------------------
+# --- a mask belongs to the call that it was made for ------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -458,6 +458,43 @@ def test_a_tower_whose_taps_took_no_part(host, fusion, states):
             with pytest.raises(HostError, match=f"features that {type(FUSIONS[fusion]).__name__} had no part in"):
                 projector(feature[:, 1:])
         handle.anatomy.encode_images(pixels)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("before", ["called", "not called"])
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_a_tower_that_somebody_replaces_after_the_patch(host, fusion, before):
+    batch = host.batch([(2, IMAGE, 5)])
+    owner = host.model.get_vision_tower() if host.name == "llava" else host.model.model
+    with patch(host.model, fusion=FUSIONS[fusion]) as handle:
+        encode, pixels = handle.anatomy.encode_images, _pixels(host, batch)
+        if before == "called":
+            encode(pixels)
+        tower = owner.vision_tower
+        owner.vision_tower = type(tower)(tower.config).eval()
+        for call in (host.logits, lambda batch: _generate(host, batch), lambda batch: encode(pixels)):
+            with pytest.raises(HostError, match=f"was replaced after patch.*{type(FUSIONS[fusion]).__name__} has its"):
+                call(batch)
+        owner.vision_tower = tower
+        expected = encode(pixels)
+        owner.vision_tower = torch.compile(tower, backend="eager")  # another module around it is no replacement
+        assert close(encode(pixels), expected)
+        owner.vision_tower = tower
+
+
+@torch.no_grad()
+def test_a_tower_that_has_raised_is_forgotten(host):
+    """Features that the caller has kept are the caller's own, as before."""
+    pixels = _pixels(host, host.batch([(2, IMAGE, 5)]))
+    with patch(host.model, fusion=FUSIONS["skip"]) as handle:
+        projector, vision = handle.anatomy.projector, handle.anatomy.vision_model
+        kept = []
+        hook = projector.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
+        expected = handle.anatomy.encode_images(pixels)
+        hook.remove()
+        with pytest.raises(ValueError):
+            vision(pixels[..., :28, :28], output_hidden_states=True)
+        assert torch.equal(projector(kept[0]), expected)
 
 
 # --- inputs that would not be routed ----------------------------------------------------------------------------------
