@@ -17,13 +17,27 @@ from llava_patch.fusion.checkpointing import keep_gradients
 from llava_patch.fusion.features import check_grid, fuse, stacked
 from llava_patch.fusion.linear import FusedLinear
 from llava_patch.fusion.taps import STI_POOL, Join, Taps, choose_taps
-from llava_patch.hosts import zero
+from llava_patch.hosts import carry, zero
 from llava_patch.hosts.anatomy import LLAVA, Anatomy
 from llava_patch.hosts.tower import when_loaded
 from llava_patch.settings import Fusion
 from llava_patch.undo import UndoStack
 
 logger = logging.getLogger("llava_patch")
+
+
+class _TookPart:
+    """Whether the taps were in what the tower gave.
+
+    Attributes:
+        last: `fused`: they were in what it gave last in this thread; without it features are the caller's own.
+        hooked: the vision model that has them; None while it is not loaded.
+    """
+
+    def __init__(self) -> None:
+        # A bare one: what torch.compile makes of a subclass's attributes is another matter.
+        self.last = threading.local()
+        self.hooked: nn.Module | None = None
 
 
 def resolve(anatomy: Anatomy, settings: Fusion) -> Taps:
@@ -117,9 +131,10 @@ def attach(
     if not taps.keeps_tokens and not loading:
         rows, columns = anatomy.grid
         _warn_other_tokens(type(settings).__name__, taps.tokens((rows, columns)), rows * columns, anatomy.host)
-    took_part = threading.local()  # `fused`: whether the tower's last call in this thread was tapped
+    took_part = _TookPart()
     when_loaded(anatomy, undo, lambda late: _hook_vision_model(anatomy, settings, taps, late, took_part))
     _watch_projector(anatomy, settings, undo, took_part)
+    carry.refuse_other_features(anatomy, undo)
     let_tower_train(anatomy, settings, undo)
 
 
@@ -132,11 +147,17 @@ def _warn_other_tokens(name: str, tokens: int, stock: int, host: str) -> None:
     )  # fmt: skip
 
 
-def _watch_projector(anatomy: Anatomy, settings: Fusion, undo: UndoStack, took_part: threading.local) -> None:
+def _watch_projector(anatomy: Anatomy, settings: Fusion, undo: UndoStack, took_part: _TookPart) -> None:
     """Refuse features of a tower whose taps took no part: where nothing gets wider, no shape would tell."""
 
     def check(module: nn.Module, args: Any) -> None:
-        if getattr(took_part, "fused", True):  # features without any call of the tower are the caller's own
+        now, hooked = anatomy.vision_model_now, took_part.hooked
+        if not (now is hooked or now is None or any(m is hooked for m in now.modules())):
+            raise HostError(
+                f"the vision tower was replaced after patch(): {type(settings).__name__} has its taps in the old one. "
+                "Put it back, or call handle.remove() and patch again"
+            )
+        if getattr(took_part.last, "fused", True):  # features without any call of the tower are the caller's own
             return
         raise HostError(
             f"the projector was called on features that {type(settings).__name__} had no part in: the vision tower ran "
@@ -147,9 +168,7 @@ def _watch_projector(anatomy: Anatomy, settings: Fusion, undo: UndoStack, took_p
     undo.push(anatomy.projector.register_forward_pre_hook(check).remove)
 
 
-def _hook_vision_model(
-    anatomy: Anatomy, settings: Fusion, taps: Taps, undo: UndoStack, took_part: threading.local
-) -> None:
+def _hook_vision_model(anatomy: Anatomy, settings: Fusion, taps: Taps, undo: UndoStack, took_part: _TookPart) -> None:
     vision = anatomy.vision_model
     assert vision is not None
     tower = anatomy.vision_parts()  # an unknown tower is refused here, at patch time
@@ -157,9 +176,14 @@ def _hook_vision_model(
         _check_tokens(anatomy, settings, taps)
     prefix, grid = tower.prefix_tokens, tower.grid
     needed = {taps.main, *taps.blocks}
+    last = took_part.last
 
     def begin(module: nn.Module, args: Any) -> None:
-        took_part.fused = False
+        last.fused = False
+
+    def end(module: nn.Module, args: Any, output: Any) -> None:
+        if output is None:  # it has raised: what the projector gets next is not its
+            last.fused = True
 
     def put_fused_feature(module: nn.Module, args: Any, output: Any) -> Any:
         states = getattr(output, "hidden_states", None)
@@ -172,11 +196,13 @@ def _hook_vision_model(
         output["hidden_states"] = (
             *states[: taps.main], fuse(states, taps, prefix, grid), *states[taps.main + 1 :],
         )  # fmt: skip
-        took_part.fused = True
+        last.fused = True
         return output
 
     undo.push(vision.register_forward_pre_hook(begin).remove)
     undo.push(vision.register_forward_hook(put_fused_feature).remove)
+    undo.push(vision.register_forward_hook(end, always_call=True).remove)
+    took_part.hooked = vision
 
 
 def let_tower_train(anatomy: Anatomy, settings: Fusion, undo: UndoStack) -> None:

@@ -23,8 +23,9 @@ HF = "hf"
 
 
 def unwrap(model: Any) -> Any:
-    """Strip DDP, DeepSpeed engines and peft wrappers around a host model."""
+    """Strip DDP, DeepSpeed engines, torch.compile and peft wrappers around a host model."""
     while True:
+        model = known.bare(model)
         if hasattr(model, "get_base_model"):
             model = model.get_base_model()
         elif type(model).__name__ in ("DistributedDataParallel", "DeepSpeedEngine", "DataParallel"):
@@ -108,6 +109,13 @@ class Anatomy:
         if self.host == HF:
             return self.tower
         return getattr(self.tower, "vision_tower", None)
+
+    @property
+    def vision_model_now(self) -> Any:
+        """`vision_model`, or what somebody has put in its place since the model was described."""
+        if self.host == HF:
+            return self.wrapper.vision_tower
+        return getattr(self.model.get_vision_tower(), "vision_tower", None)
 
     @property
     def vision_config(self) -> Any:
@@ -270,7 +278,7 @@ def find(model: Any) -> Anatomy:
 
     Args:
         model: `LlavaLlamaForCausalLM` (original package) or `LlavaForConditionalGeneration`, possibly inside DDP,
-            DeepSpeed or peft.
+            DeepSpeed, torch.compile or peft.
 
     Raises:
         HostError: another kind of model, one that overrides what turns images into embeddings (see `known`), or one

@@ -13,7 +13,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -69,7 +69,43 @@ class _Placed:
 
     image_mask: Tensor | None
     kept: Tensor | None
+    level: int = 0
     used: bool = False
+
+
+@dataclass
+class _Images:
+    """What became of the images that one call of the host brought.
+
+    Attributes:
+        level: the scope's, when the call began.
+        rows: how many features the projector gave, for each time it was called before the images were routed.
+        routed: whether a call of the decoder has taken them.
+    """
+
+    level: int
+    rows: list[int] = field(default_factory=list)
+    routed: bool = False
+
+    @property
+    def wait(self) -> bool:
+        return bool(self.rows) and not self.routed
+
+
+@dataclass
+class _Prepared:
+    """Embeddings that `llava` has prepared for a generation, which may copy them."""
+
+    embeds: Tensor
+    image_mask: Tensor
+    stacked: Stacked | None
+
+    def fits(self, embeds: Tensor, exactly: bool) -> bool:
+        """Whether the decoder's embeddings are these, repeated for beams or not."""
+        own = self.embeds
+        if own.shape[1:] != embeds.shape[1:] or len(embeds) % len(own):
+            return False
+        return not exactly or torch.equal(own.to(embeds).repeat_interleave(len(embeds) // len(own), 0), embeds)
 
 
 class _Scope:
@@ -81,8 +117,9 @@ class _Scope:
         self.placed: _Placed | None = None
         self.generating = False
         self.own = False  # whether the embeddings that `llava`'s generate itself made are still to come
-        self.calls = 0  # how many of the host's methods are under way; 0 inside a block of `placed` alone
-        self.encoded = False  # whether images were encoded that no decoder call has taken
+        self.level = 0  # inside how many calls of the host's encoder: what is called there is another matter
+        self.images: list[_Images] = []  # of the calls under way that brought some
+        self.prepared: list[_Prepared] = []  # in this generation
         self.offered: list[Tensor] | None = None  # DeepStack's features of the images encoded last
         self.packing: Tensor | None = None  # their rows in the order that anyres gives them
         self.chosen: tuple[Tensor, Tensor] | None = None  # in this generation: a prompt's embeddings, what was kept
@@ -115,17 +152,45 @@ def _scope(anatomy: Anatomy) -> Iterator[_Scope]:
 
 
 @contextlib.contextmanager
-def _call(anatomy: Anatomy) -> Iterator[_Scope]:
-    """One call of the host's forward or generate: images that it encodes must have reached the decoder at its end."""
+def _call(anatomy: Anatomy, pixels: Any) -> Iterator[_Scope]:
+    """One call of the host's forward or generate: images that it encodes must have reached the decoder at its end.
+
+    Args:
+        anatomy: the host model.
+        pixels: its images; without any, what is encoded meanwhile is nobody's business.
+    """
     with _scope(anatomy) as scope:
-        scope.calls += 1
+        if pixels is None:
+            yield scope
+            return
+        images = _Images(scope.level)
+        scope.images.append(images)
         try:
             yield scope
-            if scope.encoded:
+            if images.wait:
                 raise _not_routed(anatomy)
         finally:
-            scope.calls -= 1
-            scope.encoded = False
+            scope.images.remove(images)
+
+
+@contextlib.contextmanager
+def _aside(anatomy: Anatomy) -> Iterator[None]:
+    """The host's encoder: whoever calls the model in there (to choose features by the question) speaks of another call.
+
+    What waits for the decoder goes on waiting.
+    """
+    scope = _current.get()
+    if scope is None or scope.anatomy.model is not anatomy.model:
+        yield
+        return
+    before = scope.given, scope.generating, scope.own, scope.chosen, scope.prepared
+    scope.given, scope.generating, scope.own, scope.chosen, scope.prepared = Given(), False, False, None, []
+    scope.level += 1
+    try:
+        yield
+    finally:
+        scope.level -= 1
+        scope.given, scope.generating, scope.own, scope.chosen, scope.prepared = before
 
 
 def _not_routed(anatomy: Anatomy) -> HostError:
@@ -150,8 +215,11 @@ def watch(anatomy: Anatomy, undo: UndoStack) -> None:
 
     def note(module: Any, args: Any, output: Any) -> None:
         scope = _current.get()
-        if scope is not None and scope.calls and scope.anatomy.model is anatomy.model:
-            scope.encoded = True
+        if scope is None or scope.anatomy.model is not anatomy.model or not scope.images:
+            return
+        for images in scope.images:
+            if images.level == scope.images[-1].level and not images.routed:
+                images.rows.append(output.shape[:-1].numel())
 
     setattr(note, _WATCHES, True)
     undo.push(projector.register_forward_hook(note).remove)
@@ -178,7 +246,7 @@ def placed(anatomy: Anatomy, image_mask: Tensor | None, kept: Tensor | None = No
             )
     with _scope(anatomy) as scope:
         before = scope.placed
-        scope.placed = here = _Placed(image_mask, kept)
+        scope.placed = here = _Placed(image_mask, kept, scope.level)
         try:
             yield
         finally:
@@ -200,29 +268,38 @@ def take(anatomy: Anatomy, inputs_embeds: Tensor | None = None, continuing: bool
         continuing: whether the call goes on from a cache that has seen an image.
 
     Raises:
-        InputError: a second chunk in a block that speaks of one call.
+        InputError: a second chunk in a block that speaks of one call, or a block that contradicts the call.
         HostError: images were encoded in this call of the host, but not for this call of the decoder.
     """
     scope = _current.get()
-    if scope is None or scope.anatomy.model is not anatomy.model:  # the decoder itself was called
+    own = getattr(inputs_embeds, _MARK, None)
+    if (
+        scope is None
+        or scope.anatomy.model is not anatomy.model  # the decoder itself was called
+        or (scope.given.image_mask is not None and inputs_embeds is None)  # in between: images come as embeddings
+    ):
         return Given(
-            image_mask=getattr(inputs_embeds, _MARK, None),
+            image_mask=own,
             stacked=getattr(inputs_embeds, _STACKED, None),
-            unknown=inputs_embeds is not None and not hasattr(inputs_embeds, _MARK),
+            unknown=inputs_embeds is not None and own is None,
         )
     given = scope.given
     scope.given = Given(suffix=given.suffix)
     given.generating = scope.generating
-    if scope.placed is not None:
+    if own is not None:  # whatever was prepared last
+        given.image_mask, given.stacked = own, getattr(inputs_embeds, _STACKED, None)
+    told = given.image_mask is not None
+    if scope.placed is not None and scope.placed.level == scope.level:
         _take_placed(scope.placed, given, inputs_embeds, continuing)
-    elif given.image_mask is None:
-        given.image_mask = getattr(inputs_embeds, _MARK, None)
+    here = [images for images in scope.images if images.level == scope.level]
+    waiting = [images for images in here if images.wait]
     if given.image_mask is not None:
-        scope.encoded = False
-    elif scope.encoded and not continuing:
+        if waiting and not _holds(anatomy, given.image_mask, waiting, told):
+            raise _not_routed(anatomy)
+        for images in here:
+            images.routed = True
+    elif waiting and inputs_embeds is not None and not continuing:
         raise _not_routed(anatomy)
-    if given.stacked is None:
-        given.stacked = getattr(inputs_embeds, _STACKED, None)
     if scope.generating:
         given.ahead = 0 if given.suffix is None else given.suffix - 1
         if given.kept is None and scope.chosen is not None and inputs_embeds is not None and not continuing:
@@ -231,6 +308,23 @@ def take(anatomy: Anatomy, inputs_embeds: Tensor | None = None, continuing: bool
             if start.shape == prompt.shape and torch.equal(start, prompt):  # not another prompt in between
                 given.kept = _longer(kept, inputs_embeds.shape[1], True)
     return given
+
+
+def _holds(anatomy: Anatomy, image_mask: Tensor, waiting: list[_Images], told: bool) -> bool:
+    """Whether an image mask can be of the features that wait; asks the device once for every prompt with images.
+
+    Args:
+        anatomy: the host model.
+        image_mask: bool [batch, tokens].
+        waiting: what was encoded.
+        told: whether the host's own call says where its images are, not a block of `placed` alone.
+    """
+    if anatomy.host == LLAVA and told:
+        return True  # the host has placed them: it cuts long prompts, and a text's dummy image goes nowhere
+    places, rows = int(image_mask.sum()), [n for images in waiting for n in images.rows]
+    if anatomy.host == LLAVA or anatomy.tiles:
+        return places > 0  # which joins features, cuts them and ends lines
+    return places in rows or any(places == sum(images.rows) for images in waiting)
 
 
 def _take_placed(here: _Placed, given: Given, inputs_embeds: Tensor | None, continuing: bool) -> None:
@@ -242,9 +336,22 @@ def _take_placed(here: _Placed, given: Given, inputs_embeds: Tensor | None, cont
     here.used = True
     # Generation without a cache comes again with one more token.
     if here.image_mask is not None:
-        given.image_mask = _longer(here.image_mask, tokens, False) if given.generating else here.image_mask
+        asked = _longer(here.image_mask, tokens, False) if given.generating else here.image_mask
+        if given.image_mask is not None and _contradicts(asked, given.image_mask):
+            raise InputError(
+                "image_positions(image_mask=...) contradicts the call, which brings images of its own and places them "
+                "elsewhere: leave the block out where the call brings pixels, or give the positions that they take"
+            )
+        given.image_mask = asked
     if here.kept is not None:
         given.kept = _longer(here.kept, tokens, True) if given.generating else here.kept
+
+
+def _contradicts(asked: Tensor, known: Tensor) -> bool:
+    if asked.shape[1] < known.shape[1] or len(known) % len(asked):
+        return False  # it does not fit at all, which is found later
+    asked = asked[:, asked.shape[1] - known.shape[1] :].repeat_interleave(len(known) // len(asked), 0)
+    return not torch.equal(asked.to(known.device), known)
 
 
 def _longer(mask: Tensor, tokens: int, value: bool) -> Tensor:
@@ -262,8 +369,8 @@ def offer(anatomy: Anatomy, features: list[Tensor]) -> None:
     scope = _current.get()
     assert scope is not None
     scope.offered = features
-    if anatomy.host == LLAVA or scope.given.image_mask is None:
-        return  # `llava` has yet to say where they go
+    if anatomy.host == LLAVA or scope.given.image_mask is None or scope.given.stacked is not None:
+        return  # `llava` has yet to say where they go; others than the first are not the host's
     # The host fills its placeholders in order.
     mask = scope.given.image_mask
     rows = mask.flatten().cumsum(0).view_as(mask) * mask
@@ -312,24 +419,68 @@ def attach(anatomy: Anatomy, undo: UndoStack) -> None:
     """Make a host model report its image positions and what is read of its output.
 
     Modifications: instance attributes `forward` and `generate` of the causal LM; on `llava` also
-    `prepare_inputs_labels_for_multimodal`, on HF `forward` of the inner LlavaModel.
+    `prepare_inputs_labels_for_multimodal` and `encode_images`, on HF `forward` and `get_image_features` of the inner
+    LlavaModel.
     """
     if anatomy.host == LLAVA:
         _attach_llava(anatomy, undo)
     else:
         _attach_hf(anatomy, undo)
     _attach_generate(anatomy, undo)
+    _attach_encoder(anatomy, undo)
+
+
+def _attach_encoder(anatomy: Anatomy, undo: UndoStack) -> None:
+    owner, name = anatomy.encoder
+    encode = getattr(owner, name)
+
+    @functools.wraps(encode)
+    def scoped(*args: Any, **kwargs: Any) -> Any:
+        with _aside(anatomy):
+            return encode(*args, **kwargs)
+
+    undo.set_attribute(owner, name, scoped)
+    refuse_other_features(anatomy, undo)
+
+
+def refuse_other_features(anatomy: Anatomy, undo: UndoStack) -> None:
+    """Refuse a call that asks HF for other features of the tower than the model's config, by which a patch goes.
+
+    Modifications: on HF the instance attribute `get_image_features` of the inner LlavaModel.
+    """
+    if anatomy.host == LLAVA:
+        return
+    owner, name = anatomy.encoder
+    encode = getattr(owner, name)
+    order = list(inspect.signature(encode).parameters)
+
+    @functools.wraps(encode)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(order, args, strict=False)), **kwargs}
+        for key in ("vision_feature_layer", "vision_feature_select_strategy"):
+            value, own = given.get(key), getattr(anatomy.model.config, key)
+            if value is not None and value != own:
+                raise InputError(
+                    f"{key} = {value!r} differs from the model's config ({own!r}), by which the patch goes: leave the "
+                    f"argument out, set config.{key} before patch(), or call handle.remove() first"
+                )
+        return encode(*args, **kwargs)
+
+    undo.set_attribute(owner, name, checked)
 
 
 def _attach_generate(anatomy: Anatomy, undo: UndoStack) -> None:
     generate = anatomy.model.generate
+    order = list(inspect.signature(generate).parameters)
+    pixels = _pixels(anatomy)
 
     @functools.wraps(generate)
     def scoped(*args: Any, **kwargs: Any) -> Any:
-        with _call(anatomy) as scope:
+        given = {**dict(zip(order, args, strict=False)), **kwargs}
+        with _call(anatomy, given.get(pixels)) as scope:
             _check_arguments(anatomy, scope, kwargs)
-            before = scope.generating, scope.chosen, scope.own
-            scope.generating, scope.chosen, scope.own = True, None, anatomy.host == LLAVA
+            before = scope.generating, scope.chosen, scope.own, scope.prepared
+            scope.generating, scope.chosen, scope.own, scope.prepared = True, None, anatomy.host == LLAVA, []
             # `llava` knows no logits_to_keep; every way of generating but assisted decoding reads the last position.
             assisted = kwargs.get("assistant_model") or kwargs.get("prompt_lookup_num_tokens")
             if anatomy.host == LLAVA and not assisted:
@@ -337,7 +488,7 @@ def _attach_generate(anatomy: Anatomy, undo: UndoStack) -> None:
             try:
                 return generate(*args, **kwargs)
             finally:
-                scope.generating, scope.chosen, scope.own = before
+                scope.generating, scope.chosen, scope.own, scope.prepared = before
                 scope.given = Given()
 
     undo.set_attribute(anatomy.model, "generate", scoped)
@@ -365,6 +516,8 @@ def _attach_llava(anatomy: Anatomy, undo: UndoStack) -> None:
                 if scope.offered is not None:
                     scope.given.stacked = _stack(scope.offered, image_mask, *args, **kwargs)
                     setattr(outputs[4], _STACKED, scope.given.stacked)
+                if scope.own:
+                    scope.prepared.append(_Prepared(outputs[4], image_mask, scope.given.stacked))
         return outputs
 
     def _stack(
@@ -376,8 +529,8 @@ def _attach_llava(anatomy: Anatomy, undo: UndoStack) -> None:
 
     @functools.wraps(forward)
     def scoped(*args: Any, **kwargs: Any) -> Any:
-        with _call(anatomy) as scope:
-            given = {**dict(zip(order, args, strict=False)), **kwargs}
+        given = {**dict(zip(order, args, strict=False)), **kwargs}
+        with _call(anatomy, given.get("images")) as scope:
             _check_arguments(anatomy, scope, given)
             suffix = scope.given.suffix
             if given.get("images") is not None:  # generate() prepares the images itself: this call is somebody else's
@@ -386,6 +539,12 @@ def _attach_llava(anatomy: Anatomy, undo: UndoStack) -> None:
                 scope.given.read = _read(given.get("labels"))
                 # generate's own are copied on their way and lose the mark; whoever calls in between brings others.
                 scope.given.unknown = not scope.own and not hasattr(given["inputs_embeds"], _MARK)
+                if scope.own and scope.prepared:
+                    several = len(scope.prepared) > 1
+                    found = [p for p in scope.prepared if p.fits(given["inputs_embeds"], exactly=several)]
+                    scope.given.unknown = not found
+                    scope.given.image_mask = found[-1].image_mask if found else None
+                    scope.given.stacked = found[-1].stacked if found else None
                 scope.own = False
             try:
                 return forward(*args, **kwargs)
@@ -400,14 +559,12 @@ def _attach_llava(anatomy: Anatomy, undo: UndoStack) -> None:
 def _attach_hf(anatomy: Anatomy, undo: UndoStack) -> None:
     model, wrapper = anatomy.model, anatomy.wrapper
     outer, inner = model.forward, wrapper.forward
-    image_token_id = anatomy.image_token_id
-
     order = list(inspect.signature(outer).parameters)
 
     @functools.wraps(outer)
     def outer_and_report(*args: Any, **kwargs: Any) -> Any:
-        with _call(anatomy) as scope:
-            given = {**dict(zip(order, args, strict=False)), **kwargs}
+        given = {**dict(zip(order, args, strict=False)), **kwargs}
+        with _call(anatomy, given.get("pixel_values")) as scope:
             _check_arguments(anatomy, scope, given)
             keep = given.get("logits_to_keep")
             scope.given.suffix = keep if isinstance(keep, int) and keep > 0 else None
@@ -418,17 +575,18 @@ def _attach_hf(anatomy: Anatomy, undo: UndoStack) -> None:
     def inner_and_report(
         input_ids: Tensor | None = None, pixel_values: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        with _call(anatomy) as scope:
+        with _call(anatomy, pixel_values) as scope:
             _check_arguments(anatomy, scope, kwargs)
-            scope.given.image_mask = None
+            scope.given.image_mask = scope.given.stacked = None
             scope.given.unknown = input_ids is None and pixel_values is None
             if pixel_values is not None:
+                image_token_id = anatomy.image_token_id  # the host reads its config at every call
                 if input_ids is not None:
                     scope.given.image_mask = hf_image_mask(input_ids, image_token_id)
-                else:  # the host recognises placeholders by their embedding; so must we
-                    embeds: Tensor = kwargs["inputs_embeds"]
-                    token = anatomy.embed_tokens.weight[image_token_id].to(embeds)
-                    scope.given.image_mask = (embeds == token).all(-1)
+                elif (embeds := kwargs.get("inputs_embeds")) is not None:
+                    # The host recognises placeholders by their embedding, as its module gives it (peft adds to it).
+                    token = torch.tensor(image_token_id, dtype=torch.long, device=embeds.device)
+                    scope.given.image_mask = (embeds == wrapper.get_input_embeddings()(token)).all(-1)
             return inner(input_ids, pixel_values, *args, **kwargs)
 
     undo.set_attribute(model, "forward", outer_and_report)
@@ -445,14 +603,18 @@ def _check_arguments(anatomy: Anatomy, scope: _Scope, given: dict[str, Any]) -> 
     for name, value in given.items():
         if value is None or name in _TAKEN[anatomy.host] or not _BRINGS.search(name):
             continue
-        if scope.encoded:
+        if any(images.wait for images in scope.images):
             raise _not_routed(anatomy)
-        pixels = "images" if anatomy.host == LLAVA else "pixel_values"
+        pixels = _pixels(anatomy)
         raise InputError(
             f"{name} is not routed on {type(anatomy.model).__name__}, nor are videos or images that are already "
             f"encoded: give still images as {pixels}, embeddings inside `with handle.image_positions(mask):`, or call "
             "handle.remove() first"
         )
+
+
+def _pixels(anatomy: Anatomy) -> str:
+    return "images" if anatomy.host == LLAVA else "pixel_values"
 
 
 def _check_modalities(modalities: Any) -> None:

@@ -2,7 +2,8 @@
 
 What counts is whose `forward` runs, not what a class is called: a subclass that overrides nothing passes (llava's own
 `LlavaLlamaModel`), one that overrides `forward` does not, nor does a function that somebody put in its place. Wrappers
-made with `functools.wraps` (accelerate's hooks, deprecations) carry the name of what they wrap.
+made with `functools.wraps` (accelerate's hooks, deprecations) carry the name of what they wrap, and the modules that
+torch.compile and activation checkpointing put around a layer are seen through.
 """
 
 from __future__ import annotations
@@ -45,7 +46,15 @@ _LOOKED_AT = {
     "Phi3Model": "one projection makes its queries, keys and values (qkv_proj)",
     "Olmo2Model": "its norms stand behind attention and MLP, and it has norms on queries and keys",
 }
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 _VARYING_ROPE = ("dynamic", "longrope")
+
+
+def bare(module: Any) -> Any:
+    """What torch.compile and torch's CheckpointWrapper wrap: they run it as it is."""
+    while name := next((name for name in _WRAPPED if name in vars(module).get("_modules", ())), None):
+        module = getattr(module, name)
+    return module
 
 
 def name_of(module: nn.Module, method: str = "forward", by_class: bool = False) -> str:
@@ -100,7 +109,8 @@ def check_decoder(decoder: Any, what: str, by_class: bool = False) -> None:
     if family is None:
         _refuse(type(decoder), used, what)
     for number, layer in enumerate(decoder.layers):
-        for part, kind in ((layer, "DecoderLayer"), (getattr(layer, "self_attn", layer), "Attention")):
+        layer = bare(layer)
+        for part, kind in ((layer, "DecoderLayer"), (bare(getattr(layer, "self_attn", layer)), "Attention")):
             if (used := name_of(part, by_class=by_class)) != f"{family}{kind}":
                 _refuse(type(part), used, what, f"layer {number} of {type(decoder).__name__}: ")
     _check_config(decoder, what)
@@ -126,7 +136,7 @@ def _check_config(decoder: Any, what: str) -> None:
             f"{what} would run them all, the stock model the first ones only"
         )
     window = compat.sliding_window(config)
-    windows = {_window(layer.self_attn) for layer in decoder.layers}
+    windows = {_window(bare(layer.self_attn)) for layer in decoder.layers}
     if windows != {window}:
         reads = "in some layers only" if window in windows else "in no layer"
         raise HostError(

@@ -13,6 +13,7 @@ from torch import nn
 
 from llava_patch import AuxiliaryProbe, DeepStack, DenseConnector, DirectFusion, FastV, Routing, SkipLinks, patch
 from llava_patch.errors import HostError, InputError
+from llava_patch.handle import get_handle
 from llava_patch.hosts import anatomy, known
 
 UNPROVEN = {
@@ -188,6 +189,63 @@ def test_wrappers_of_known_tools_are_seen_through(host):
         assert close(host.logits(batch), expected)
         with patch(wrapped, pruning=FastV(1, 0.5)):
             assert not close(host.logits(batch), expected)
+
+
+def _wrapped(how, module):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    for step in how.split(" of "):
+        module = torch.compile(module, backend="eager") if step == "compile" else checkpoint_wrapper(module)
+    return module
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("part", ["layer", "attention"])
+@pytest.mark.parametrize("how", ["compile", "checkpoint", "checkpoint of compile"])
+def test_what_compiles_or_checkpoints_a_layer_is_seen_through(host, how, part, order):
+    """On both sides of patch(); what it wraps is asked, so another class inside is refused all the same."""
+    batch = host.batch([(2, IMAGE, 5)], labels=True)
+    settings = {"routing": Routing(split=2, freeze="none")}
+    layers = host.decoder.layers
+
+    def wrap():
+        for i in (0, 3):
+            if part == "layer":
+                layers[i] = _wrapped(how, layers[i])
+            else:
+                layers[i].self_attn = _wrapped(how, layers[i].self_attn)
+
+    def loss_and_gradient():
+        host.model.zero_grad()
+        loss = host.model(**batch.inputs, use_cache=False).loss
+        loss.backward()
+        return loss.detach(), host.model.get_input_embeddings().weight.grad.clone()
+
+    with patch(host.model, **settings):
+        expected, gradient = loss_and_gradient()
+        if order == "after":
+            wrap()
+            found, theirs = loss_and_gradient()
+    if order == "before":
+        wrap()
+        with patch(host.model, **settings):
+            found, theirs = loss_and_gradient()
+    assert close(found, expected) and close(theirs, gradient)
+    inner = known.bare(known.bare(layers[3]).self_attn)
+    inner.__class__ = type("Ours", (type(inner),), {"forward": lambda self, *args, **kwargs: None})
+    with pytest.raises(HostError, match=r"layer 3 of .*: Routing is not available on Ours"):
+        patch(host.model, **settings)
+
+
+@torch.no_grad()
+def test_a_compiled_model_is_patched_as_the_model_in_it(host):
+    batch = host.batch([(2, IMAGE, 5)])
+    with patch(host.model, routing=Routing(variant="vtw", split=1)):
+        expected = host.logits(batch)
+    model = torch.compile(host.model, backend="eager")
+    with patch(model, routing=Routing(variant="vtw", split=1)) as handle:
+        assert get_handle(model) is handle and handle.anatomy.model is host.model
+        assert close(model(**batch.inputs).logits, expected)
 
 
 # --- whole models -----------------------------------------------------------------------------------------------------

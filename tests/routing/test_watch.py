@@ -208,6 +208,222 @@ def test_a_projector_that_a_fusion_puts_there_later_is_watched_too(host):
     handle.remove()
 
 
+def _pixels(host, batch):
+    return batch.inputs["pixel_values" if host.name == "hf" else "images"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", METHODS)
+def test_encoding_images_by_hand_inside_a_call_is_nobodys_business(host, method):
+    """By a logits processor or a hook, whether the call brings images or not; nor does it change what is routed."""
+    from transformers import LogitsProcessor, LogitsProcessorList
+
+    batch, other, text = host.batch([(2, IMAGE, 5)]), host.batch([(4, IMAGE, 2)], seed=7), host.batch([(7,)])
+    text.inputs.pop("images", None)
+    text.inputs.pop("pixel_values", None)
+    with patch(host.model, **METHODS[method]) as handle:
+        for parameter in handle.adapter_parameters():
+            nn.init.normal_(parameter, std=0.2)
+
+        def encode(*args):
+            handle.anatomy.encode_images(_pixels(host, other))
+
+        class Encoding(LogitsProcessor):
+            def __call__(self, input_ids, scores):
+                encode()
+                return scores
+
+        for given in (batch, text):
+            expected, answer = host.logits(given, use_cache=False), _generate(host, given)
+            assert torch.equal(_generate(host, given, logits_processor=LogitsProcessorList([Encoding()])), answer)
+            for module in (host.model, host.decoder, host.model.model):
+                for register in (module.register_forward_pre_hook, module.register_forward_hook):
+                    hook = register(encode)
+                    assert torch.equal(host.logits(given, use_cache=False), expected)
+                    assert torch.equal(_generate(host, given), answer)
+                    hook.remove()
+
+
+# --- a mask belongs to the call that it was made for ------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("where", ["projector", "decoder"])
+@pytest.mark.parametrize("same", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_question_asked_of_the_decoder_on_the_way_takes_nothing(host, method, same, where):
+    """As choosing features by the question does it, while images are encoded or right before the decoder runs."""
+    batch = host.batch([(2, IMAGE, 5), (3, IMAGE, 9)], "left")
+    ids = torch.randint(3, 90, (2, batch.image.shape[1] if same else 4))
+    busy, asked = [], []
+    with patch(host.model, **METHODS[method]) as handle:
+        for parameter in handle.adapter_parameters():
+            nn.init.normal_(parameter, std=0.2)
+        expected = host.logits(batch, use_cache=False)
+        question = host.decoder(input_ids=ids, use_cache=False).last_hidden_state
+
+        def ask(*args):
+            if not busy:
+                busy.append(True)
+                asked.append(host.decoder(input_ids=ids, use_cache=False).last_hidden_state)
+                busy.pop()
+
+        if where == "projector":
+            hook = handle.anatomy.projector.register_forward_hook(ask)
+        else:
+            hook = host.decoder.register_forward_pre_hook(ask)
+        assert torch.equal(host.logits(batch, use_cache=False), expected)
+        hook.remove()
+    assert len(asked) == 1 and torch.equal(asked[0], question)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", METHODS)
+def test_positions_by_hand_that_contradict_the_call_are_refused(host, method):
+    batch = host.batch([(2, IMAGE, 5), (3, IMAGE, 9)], "left")
+    valid = batch.inputs["attention_mask"].bool()
+    valid = valid if valid.shape == batch.image.shape else torch.ones_like(batch.image)
+    elsewhere = torch.zeros_like(batch.image)
+    elsewhere[:, -5:] = True
+    with patch(host.model, **METHODS[method]) as handle:
+        expected = host.logits(batch)
+        for mask in (torch.zeros_like(batch.image), elsewhere, batch.image | valid):
+            with pytest.raises(InputError, match="contradicts the call, which brings images of its own"):
+                with handle.image_positions(mask):
+                    host.logits(batch)
+            with pytest.raises(InputError, match="contradicts the call, which brings images of its own"):
+                with handle.image_positions(mask):
+                    _generate(host, batch)
+        with handle.image_positions(batch.image):
+            assert torch.equal(host.logits(batch), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("host", ["hf"], indirect=True)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_mask_that_does_not_hold_what_was_encoded(host, monkeypatch, method):
+    """Images that the host placed in another way than the mask says: by none, by fewer, by hand in a newer host."""
+    batch = host.batch([(2, IMAGE, 5)])
+    less = batch.image.clone()
+    less[:, 3] = False
+    with patch(host.model, **METHODS[method]) as handle:
+        for mask in (torch.zeros_like(batch.image), less):
+            with monkeypatch.context() as patched:
+                patched.setattr("llava_patch.hosts.carry.hf_image_mask", lambda *args, mask=mask: mask)
+                for call in (host.logits, lambda batch: _generate(host, batch)):
+                    with pytest.raises(HostError, match=NOT_ROUTED):
+                        call(batch)
+        _newer_host(monkeypatch, "argument")
+    with patch(host.model, **METHODS[method]) as handle:
+        for mask in (torch.zeros_like(batch.image), less):
+            with pytest.raises(HostError, match=NOT_ROUTED), handle.image_positions(mask):
+                _generate(host, batch)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("host", ["hf"], indirect=True)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_image_token_is_the_one_that_the_config_says_at_the_call(host, method):
+    batch = host.batch([(2, IMAGE, 5)])
+    with patch(host.model, **METHODS[method]) as handle:
+        for parameter in handle.adapter_parameters():
+            nn.init.normal_(parameter, std=0.2)
+        expected, answer = host.logits(batch), _generate(host, batch)
+        host.model.config.image_token_id = HF_IMAGE_TOKEN - 1
+        batch.inputs["input_ids"][batch.image] = HF_IMAGE_TOKEN - 1
+        assert torch.equal(host.logits(batch), expected)
+        assert torch.equal(_generate(host, batch)[:, -3:], answer[:, -3:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("host", ["hf"], indirect=True)
+@pytest.mark.parametrize("kind", ["lora", "tokens"])
+def test_placeholders_among_embeddings_are_recognised_as_the_host_does(host, kind):
+    """The embedding's module gives another vector than its weight, where peft adds to it."""
+    from peft import LoraConfig, get_peft_model
+
+    settings = {
+        "lora": {"target_modules": r".*language_model.*embed_tokens", "init_lora_weights": False},
+        "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [HF_IMAGE_TOKEN]}},
+    }
+    model = get_peft_model(host.model, LoraConfig(r=2, **settings[kind]))
+    for name, parameter in model.named_parameters():
+        if "trainable_tokens_delta" in name:
+            parameter += 0.3
+    batch = host.batch([(2, IMAGE, 5), (3, IMAGE, 9)], "left")
+    ids = batch.inputs["input_ids"]
+    rest = {k: v for k, v in batch.inputs.items() if k != "input_ids"}
+    stock = host.logits(batch)
+    with patch(model, routing=Routing(variant="vtw", split=1)):
+        expected = host.logits(batch)
+        embeds = host.model.get_input_embeddings()(ids)
+        assert torch.equal(host.model(inputs_embeds=embeds, **rest).logits, expected)
+        assert not close(expected, stock)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("host", ["llava"], indirect=True)
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("other", ["image elsewhere", "same length", "longer"])
+@pytest.mark.parametrize("method", [*METHODS, "fastv-most"])
+def test_a_generation_that_prepares_a_second_prompt(host, method, other, beams):
+    """As guidance by a negative prompt does; each prompt keeps its own positions."""
+    from transformers import GenerationMixin
+
+    kind = type(host.model)
+
+    class Guided(kind):
+        @torch.no_grad()
+        def generate(self, inputs=None, images=None, attention_mask=None, **kwargs):
+            prepare = self.prepare_inputs_labels_for_multimodal
+            _, _, mask, _, embeds, _ = prepare(inputs, None, attention_mask, None, None, images)
+            if other == "longer":
+                second = torch.cat([inputs, inputs[:, -3:]], 1)
+            else:
+                second = torch.cat([inputs[:, 3:], inputs[:, :3]], 1) if other == "image elsewhere" else inputs.clone()
+            prepare(second, None, None, None, None, images + (other == "same length"))
+            return GenerationMixin.generate(self, inputs_embeds=embeds, attention_mask=mask, **kwargs)
+
+    settings = {**METHODS, "fastv-most": {"pruning": FastV(1, 0.9)}}[method]
+    batch = host.batch([(2, IMAGE, 5)])
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "num_beams": beams}
+
+    def answers():
+        with patch(host.model, **settings) as handle:
+            generator = torch.Generator().manual_seed(4)
+            for parameter in handle.adapter_parameters():
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+            return _generate(host, batch, output_scores=True, return_dict_in_generate=True, **options)
+
+    torch.manual_seed(0)
+    expected = answers()
+    host.model.__class__ = Guided
+    torch.manual_seed(0)
+    found = answers()
+    assert all(torch.equal(a, b) for a, b in zip(found.scores, expected.scores, strict=True))
+
+
+# --- features ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("host", ["hf"], indirect=True)
+@pytest.mark.parametrize("argument", [
+    {"vision_feature_select_strategy": "full"}, {"vision_feature_layer": -1}, {"vision_feature_layer": [-2, -1]},
+])  # fmt: skip
+@pytest.mark.parametrize("settings", [*METHODS.values(), {"fusion": SkipLinks(stride=2)}])
+def test_a_call_that_asks_for_other_features_than_the_config(host, settings, argument):
+    batch = host.batch([(2, IMAGE, 5)])
+    with patch(host.model, **settings):
+        for call in (host.model, host.model.get_image_features):
+            inputs = batch.inputs if call is host.model else {"pixel_values": batch.inputs["pixel_values"]}
+            with pytest.raises(InputError, match=f"{next(iter(argument))} = .*differs from the model's config"):
+                call(**inputs, **argument)
+        own = {key: getattr(host.model.config, key) for key in argument}
+        assert torch.equal(host.logits(batch, **own), host.logits(batch))
+        host.logits(host.batch([(7,)]), **argument)  # nothing is encoded
+
+
 # --- fusions ----------------------------------------------------------------------------------------------------------
 
 FUSIONS = {
@@ -242,6 +458,43 @@ def test_a_tower_whose_taps_took_no_part(host, fusion, states):
             with pytest.raises(HostError, match=f"features that {type(FUSIONS[fusion]).__name__} had no part in"):
                 projector(feature[:, 1:])
         handle.anatomy.encode_images(pixels)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("before", ["called", "not called"])
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_a_tower_that_somebody_replaces_after_the_patch(host, fusion, before):
+    batch = host.batch([(2, IMAGE, 5)])
+    owner = host.model.get_vision_tower() if host.name == "llava" else host.model.model
+    with patch(host.model, fusion=FUSIONS[fusion]) as handle:
+        encode, pixels = handle.anatomy.encode_images, _pixels(host, batch)
+        if before == "called":
+            encode(pixels)
+        tower = owner.vision_tower
+        owner.vision_tower = type(tower)(tower.config).eval()
+        for call in (host.logits, lambda batch: _generate(host, batch), lambda batch: encode(pixels)):
+            with pytest.raises(HostError, match=f"was replaced after patch.*{type(FUSIONS[fusion]).__name__} has its"):
+                call(batch)
+        owner.vision_tower = tower
+        expected = encode(pixels)
+        owner.vision_tower = torch.compile(tower, backend="eager")  # another module around it is no replacement
+        assert close(encode(pixels), expected)
+        owner.vision_tower = tower
+
+
+@torch.no_grad()
+def test_a_tower_that_has_raised_is_forgotten(host):
+    """Features that the caller has kept are the caller's own, as before."""
+    pixels = _pixels(host, host.batch([(2, IMAGE, 5)]))
+    with patch(host.model, fusion=FUSIONS["skip"]) as handle:
+        projector, vision = handle.anatomy.projector, handle.anatomy.vision_model
+        kept = []
+        hook = projector.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
+        expected = handle.anatomy.encode_images(pixels)
+        hook.remove()
+        with pytest.raises(ValueError):
+            vision(pixels[..., :28, :28], output_hidden_states=True)
+        assert torch.equal(projector(kept[0]), expected)
 
 
 # --- inputs that would not be routed ----------------------------------------------------------------------------------
