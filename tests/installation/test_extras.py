@@ -11,8 +11,8 @@ from installation.project import ROOT, core, extra, module_of
 from llava_patch import extras
 from llava_patch.errors import MissingExtraError
 
-HOSTS = {"llava", "lmms_eval", "peft", "deepspeed", "accelerate", "huggingface_hub"}
-"""What llava_patch works on: there when it is asked to, imported where it is used."""
+HOSTS = {"llava", "lmms_eval", "peft", "deepspeed", "accelerate", "huggingface_hub", "yaml"}
+"""What llava_patch works on and what that brings: there when it is asked to, imported where it is used."""
 INSIDE = {"lmms_eval": HOSTS | {"datasets"}}
 """Files that a host imports may import that host, and what it needs itself, at their top."""
 HOSTED = {"llava_patch/evaluation/tasks.py": "lmms_eval"}

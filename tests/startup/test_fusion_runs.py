@@ -125,6 +125,7 @@ def test_deep_stacks_projector_trains_where_the_projector_does(host, trains):
     host.model.requires_grad_(False)
     handle.anatomy.projector.requires_grad_(trains)
     for parameter in handle.adapter_parameters()[4:]:
+        torch.nn.init.ones_(parameter)  # it was trained: one that is zero and stays so is refused
         parameter.requires_grad_(not trains)
     prepare(host.model, SimpleNamespace(tune_mm_mlp_adapter=False), None, None)
     assert [p.requires_grad for p in handle.adapter_parameters()] == [trains] * 8
