@@ -28,34 +28,10 @@ def is_bare(cls: Any) -> bool:
     return cls.__name__ in ("LlavaModel", "LlavaNextModel")
 
 
-def load_bare(original: Any, cls: Any, path: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Load the inner model of a host, as its own from_pretrained does.
-
-    Args:
-        original: the stock from_pretrained.
-        cls: the model class.
-        path: checkpoint, as from_pretrained takes it.
-        args: further arguments of from_pretrained.
-        kwargs: likewise.
-
-    Raises:
-        HostError: the checkpoint carries a patch, or one is configured: it would be another model without it.
-    """
-
-    def refuse(what: str) -> None:
-        whole = cls.__name__.replace("Model", "ForConditionalGeneration")
-        raise HostError(
-            f"{what}, which {cls.__name__} would be loaded without: load it with {whole}, and take its .model"
-        )
-
-    asked = startup.configuration()
-    if asked is not None and asked.lasting():
-        refuse(f"{', '.join(str(s) for s in asked.lasting().values() if s is not None)} is configured")
-    record = records.read_settings(path) if isinstance(path, (str, os.PathLike)) else None
-    if record is not None and record.get("form") == "adapter":
-        refuse(f"{path} carries a patch")
-    with _construction(cls, lambda model, record: refuse(f"{path} carries a patch")):
-        return original(cls, path, *args, **kwargs)
+def bare_refusal(cls: Any) -> str:
+    """Why a patch cannot come with such a class, as the end of a sentence about the patch."""
+    whole = cls.__name__.replace("Model", "ForConditionalGeneration")
+    return f"which {cls.__name__} would be loaded without: load it with {whole}, and take its .model"
 
 
 def load(original: Any, cls: Any, path: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -98,29 +74,37 @@ def load(original: Any, cls: Any, path: Any, args: tuple, kwargs: dict[str, Any]
     return (model, info) if wants_info else model
 
 
-def load_stock(original: Any, cls: Any, path: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Load a host model on versions where nothing can be patched, as its own from_pretrained does.
+def load_stock(original: Any, cls: Any, path: Any, args: tuple, kwargs: dict[str, Any], why: str) -> Any:
+    """Load a model that cannot be patched, as its own from_pretrained does.
 
     Args:
-        original: the stock from_pretrained.
+        original: see `load`, as for the others.
         cls: the model class.
-        path: checkpoint, as from_pretrained takes it.
-        args: further arguments of from_pretrained.
+        path: the checkpoint.
+        args: further arguments.
         kwargs: likewise.
+        why: it cannot be, as the end of a sentence about the patch.
 
     Raises:
-        HostError: the checkpoint carries a patch, and would be another model without it.
+        HostError: the checkpoint carries a patch, or one is configured: it would be another model without it.
     """
-    from llava_patch.hosts import compat
 
-    def refuse(model: Any, record: dict[str, Any]) -> None:
-        raise HostError(f"{path} carries a patch, which cannot be applied: {compat.unsupported()}")
+    def refuse(model: Any = None, record: Any = None) -> None:
+        raise HostError(f"{path} carries a patch, {why}")
 
+    asked = startup.configuration()
+    if asked is not None and asked.lasting():
+        raise HostError(f"{_listed(asked)} is configured, {why}")
     record = records.read_settings(path) if isinstance(path, (str, os.PathLike)) else None
     if record is not None and record.get("form") == "adapter":
-        refuse(None, record)
+        refuse()
     with _construction(cls, refuse):
         return original(cls, path, *args, **kwargs)
+
+
+def _listed(asked: Any) -> str:
+    """The patch that a configuration asks for."""
+    return ", ".join(str(settings) for settings in asked.lasting().values() if settings is not None)
 
 
 def _load_base_for(
@@ -172,7 +156,7 @@ def say_unpatched(cls: Any) -> None:
     if asked is not None and asked.lasting():
         _say_once(
             f"llava_patch: {cls.__name__} is not a model that llava_patch knows, and is loaded without what is "
-            f"configured: {', '.join(str(s) for s in asked.lasting().values() if s is not None)}"
+            f"configured: {_listed(asked)}"
         )
 
 

@@ -451,7 +451,7 @@ def _on_modeling_utils(module: ModuleType, undo: "UndoStack") -> None:
         from llava_patch.hosts import compat
 
         if loading.is_bare(model_class):
-            return loading.load_bare(original, model_class, path, args, kwargs)
+            return loading.load_stock(original, model_class, path, args, kwargs, loading.bare_refusal(model_class))
         if not loading.is_host(model_class):
             if _asked():
                 loading.say_unpatched(model_class)
@@ -460,7 +460,8 @@ def _on_modeling_utils(module: ModuleType, undo: "UndoStack") -> None:
         if compat.unsupported() is not None:
             if _asked():
                 compat.check_versions()
-            return loading.load_stock(original, model_class, path, args, kwargs)
+            why = f"which cannot be applied: {compat.unsupported()}"
+            return loading.load_stock(original, model_class, path, args, kwargs, why)
         if _mends():
             compat.flash_fallback(kwargs)
         return loading.load(original, model_class, path, args, kwargs)
