@@ -7,13 +7,13 @@ from __future__ import annotations
 
 TYPE_CHECKING = False  # typing itself takes longer to import than everything here
 
-__version__ = "0.1.0"
+from llava_patch.core.version import __version__  # noqa: E402
 
 _EXPORTS = {
-    "patch": "llava_patch.patching",
-    "get_handle": "llava_patch.handle",
-    "Handle": "llava_patch.handle",
-    "load": "llava_patch.checkpoint",
+    "patch": "llava_patch.patching.patch",
+    "get_handle": "llava_patch.patching.handle",
+    "Handle": "llava_patch.patching.handle",
+    "load": "llava_patch.patching.checkpoint",
     "SkipLinks": "llava_patch.settings",
     "DenseConnector": "llava_patch.settings",
     "DirectFusion": "llava_patch.settings",
@@ -21,14 +21,14 @@ _EXPORTS = {
     "Routing": "llava_patch.settings",
     "FastV": "llava_patch.settings",
     "AuxiliaryProbe": "llava_patch.settings",
-    "RProbe": "llava_patch.probe.settings",
-    "Saturation": "llava_patch.diagnostics.saturation",
-    "AttentionMaps": "llava_patch.diagnostics.attention_maps",
-    "Drift": "llava_patch.diagnostics.drift",
-    "FusionAttention": "llava_patch.diagnostics.fusion_attention",
-    "Reach": "llava_patch.diagnostics.reach.settings",
-    "Gradients": "llava_patch.diagnostics.gradients.settings",
-    "LlavaPatchError": "llava_patch.errors",
+    "RProbe": "llava_patch.measurements.rprobe.settings",
+    "Saturation": "llava_patch.measurements.saturation",
+    "AttentionMaps": "llava_patch.measurements.attention_maps",
+    "Drift": "llava_patch.measurements.drift",
+    "FusionAttention": "llava_patch.measurements.fusion_attention",
+    "Reach": "llava_patch.measurements.reach.settings",
+    "Gradients": "llava_patch.measurements.gradients.settings",
+    "LlavaPatchError": "llava_patch.core.errors",
 }
 __all__ = [
     "AttentionMaps",
@@ -54,17 +54,17 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from llava_patch.checkpoint import load
-    from llava_patch.diagnostics.attention_maps import AttentionMaps
-    from llava_patch.diagnostics.drift import Drift
-    from llava_patch.diagnostics.fusion_attention import FusionAttention
-    from llava_patch.diagnostics.gradients.settings import Gradients
-    from llava_patch.diagnostics.reach.settings import Reach
-    from llava_patch.diagnostics.saturation import Saturation
-    from llava_patch.errors import LlavaPatchError
-    from llava_patch.handle import Handle, get_handle
-    from llava_patch.patching import patch
-    from llava_patch.probe.settings import RProbe
+    from llava_patch.core.errors import LlavaPatchError
+    from llava_patch.measurements.attention_maps import AttentionMaps
+    from llava_patch.measurements.drift import Drift
+    from llava_patch.measurements.fusion_attention import FusionAttention
+    from llava_patch.measurements.gradients.settings import Gradients
+    from llava_patch.measurements.reach.settings import Reach
+    from llava_patch.measurements.rprobe.settings import RProbe
+    from llava_patch.measurements.saturation import Saturation
+    from llava_patch.patching.checkpoint import load
+    from llava_patch.patching.handle import Handle, get_handle
+    from llava_patch.patching.patch import patch
     from llava_patch.settings import AuxiliaryProbe, DeepStack, DenseConnector, DirectFusion, FastV, Routing, SkipLinks
 
 
@@ -82,6 +82,6 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-from llava_patch import autostart as _autostart  # noqa: E402 - after the names it may need
+from llava_patch.integrations import import_hook as _autostart  # noqa: E402 - after the names it may need
 
 _autostart.install()

@@ -40,7 +40,7 @@ def no_users_cache(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(autouse=True)
 def no_configuration(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory):
     import gin
-    from llava_patch import startup
+    from llava_patch.integrations import startup
 
     monkeypatch.delenv("LLAVA_PATCH_GIN_FILE", raising=False)
     monkeypatch.delenv("LLAVA_PATCH_GIN_PARAM", raising=False)

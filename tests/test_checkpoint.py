@@ -13,8 +13,8 @@ from quickstart.fileset import write_fileset
 
 import llava_patch
 from llava_patch import FastV, Routing, SkipLinks, get_handle, patch
-from llava_patch.checkpoint import SETTINGS_FILE, WEIGHTS_FILE
-from llava_patch.errors import CheckpointError, SettingError
+from llava_patch.core.errors import CheckpointError, SettingError
+from llava_patch.patching.checkpoint import SETTINGS_FILE, WEIGHTS_FILE
 
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 8, "num_attention_heads": 2,
           "image_size": 56, "patch_size": 14}  # fmt: skip
@@ -371,7 +371,7 @@ def test_hub_files_load_as_the_hub_has_them(files):
 
 @pytest.mark.parametrize("numel", [2**24 - 1, 2**24, 32064 * 1024, 32000 * 4096])
 def test_fingerprints_of_large_tensors_stay_inside_them(numel):
-    from llava_patch.checkpoint import _sample
+    from llava_patch.patching.checkpoint import _sample
 
     values = torch.zeros(1, dtype=torch.bool).expand(numel)  # takes no memory
     assert len(_sample(values[None], 8)) == 8

@@ -6,8 +6,8 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from llava_patch.cli import app
-from llava_patch.errors import LlavaPatchError, SettingError
+from llava_patch.cli.main import app
+from llava_patch.core.errors import LlavaPatchError, SettingError
 
 runner = CliRunner()
 
@@ -29,9 +29,7 @@ def test_gin_files(arguments):
 
 
 def test_the_command_starts_without_loading_models_code():
-    code = (
-        "import llava_patch.cli, sys; print([n for n in ('torch', 'transformers', 'matplotlib') if n in sys.modules])"
-    )
+    code = "import llava_patch.cli.main, sys; print([n for n in ('torch', 'transformers', 'matplotlib') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"  # seconds, before --help or an error about an option is shown
 

@@ -2,10 +2,11 @@
 
 import pytest
 
-from llava_patch import Routing, SkipLinks, config
-from llava_patch.errors import SettingError
-from llava_patch.resources import gin_dir
+from llava_patch import Routing, SkipLinks
+from llava_patch.core.errors import SettingError
+from llava_patch.core.resources import gin_dir
 from llava_patch.settings import from_dict, to_dict
+from llava_patch.settings import gin_config as config
 
 
 def test_shipped_files_parse_to_the_papers_settings():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llava_patch.files import atomic, plain
+from llava_patch.core.files import atomic, plain
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):

@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CHECK = """
 import sys
 import llava_patch, gin, gin.config
-from llava_patch import autostart
-from llava_patch.resources import eval_tasks_dir, gin_dir
+from llava_patch.integrations import import_hook as autostart
+from llava_patch.core.resources import eval_tasks_dir, gin_dir
 assert "site-packages" in llava_patch.__file__, llava_patch.__file__
 assert autostart.installed()
 assert hasattr(gin, "parse_config"), gin.__file__
@@ -71,7 +71,7 @@ def test_no_package_of_ours_is_called_gin():
     assert hasattr(gin, "parse_config")
 
 
-@pytest.mark.parametrize("package", ["llava_patch", "llava_patch.diagnostics", "llava_patch.inspection"])
+@pytest.mark.parametrize("package", ["llava_patch", "llava_patch.measurements", "llava_patch.tools.inspect"])
 def test_public_names(package):
     module = importlib.import_module(package)
     for name in module.__all__:

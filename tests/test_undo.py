@@ -5,7 +5,7 @@ import torch
 from models import IMAGE, LAYERS
 
 from llava_patch import Routing, SkipLinks, patch
-from llava_patch.errors import SettingError
+from llava_patch.core.errors import SettingError
 
 SETTINGS = [
     {"fusion": SkipLinks(stride=2)},
@@ -122,7 +122,7 @@ def test_extending_a_patch_keeps_one_handle(host):
 def test_a_patched_model_refuses_to_be_copied(host):
     import copy
 
-    from llava_patch.errors import LlavaPatchError
+    from llava_patch.core.errors import LlavaPatchError
 
     with patch(host.model, routing=Routing(split=2)), pytest.raises(LlavaPatchError, match="cannot be copied"):
         copy.deepcopy(host.model)

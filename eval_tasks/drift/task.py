@@ -1,6 +1,6 @@
-"""What drift.yaml names; the code is in llava_patch.evaluation."""
+"""What drift.yaml names; the code is in llava_patch.integrations.lmms_eval."""
 
-from llava_patch.evaluation.drift_runs import image, process_results, text
-from llava_patch.evaluation.tasks import DriftTask
+from llava_patch.integrations.lmms_eval.drift_runs import image, process_results, text
+from llava_patch.integrations.lmms_eval.tasks import DriftTask
 
 __all__ = ["DriftTask", "image", "process_results", "text"]

@@ -11,17 +11,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from llava_patch.errors import HostError, SettingError
+from llava_patch.core.errors import HostError, SettingError
+from llava_patch.core.undo import UndoStack
 from llava_patch.fusion import stack
 from llava_patch.fusion.checkpointing import keep_gradients
 from llava_patch.fusion.features import check_grid, fuse, stacked
 from llava_patch.fusion.linear import FusedLinear
 from llava_patch.fusion.taps import STI_POOL, Join, Taps, choose_taps
-from llava_patch.hosts import carry, zero
+from llava_patch.hosts import call_context as carry
+from llava_patch.hosts import zero
 from llava_patch.hosts.anatomy import LLAVA, Anatomy
-from llava_patch.hosts.tower import when_loaded
+from llava_patch.hosts.towers.find import when_loaded
 from llava_patch.settings import Fusion
-from llava_patch.undo import UndoStack
 
 logger = logging.getLogger("llava_patch")
 

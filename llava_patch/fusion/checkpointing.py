@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from llava_patch.core.undo import UndoStack
 from llava_patch.hosts.anatomy import Anatomy
-from llava_patch.undo import UndoStack
 
 _FUNCTION = "_gradient_checkpointing_func"
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava_patch.errors import SettingError
+from llava_patch.core.errors import SettingError
 from llava_patch.fusion.taps import STI_POOL, Group, Join, Taps
 
 detaching: ContextVar[bool | None] = ContextVar("llava_patch_detaching", default=None)

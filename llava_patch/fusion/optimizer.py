@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from llava_patch.hosts import zero
-from llava_patch.hosts.towers import Tower
+from llava_patch.hosts.towers.layout import Tower
 
 Group = dict[str, Any]
 

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llava_patch.errors import HostError
-from llava_patch.hosts import carry, positions, zero
+from llava_patch.core.errors import HostError
+from llava_patch.core.undo import UndoStack
+from llava_patch.hosts import call_context as carry
+from llava_patch.hosts import positions, zero
 from llava_patch.hosts.anatomy import LLAVA, Anatomy
-from llava_patch.undo import UndoStack
 
 _taken: ContextVar[list[list[Tensor]] | None] = ContextVar("llava_patch_taps", default=None)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
-from llava_patch.errors import SettingError
+from llava_patch.core.errors import SettingError
 from llava_patch.settings.fusion import DeepStack, DenseConnector, Detach, DirectFusion, Fusion, SkipLinks
 
 STI_POOL = 8

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llava_patch.errors import SettingError
+from llava_patch.core.errors import SettingError
 from llava_patch.hosts import zero
 
 

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava_patch.errors import HostError
-from llava_patch.hosts import known, towers
-from llava_patch.hosts.towers import Shape, Tower
+from llava_patch.core.errors import HostError
+from llava_patch.hosts import known
+from llava_patch.hosts.towers import layout as towers
+from llava_patch.hosts.towers.layout import Shape, Tower
 
 LLAVA = "llava"
 HF = "hf"

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava_patch.errors import HostError, InputError
-from llava_patch.undo import UndoStack
+from llava_patch.core.errors import HostError, InputError
+from llava_patch.core.undo import UndoStack
 
 logger = logging.getLogger("llava_patch")
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from llava_patch.errors import HostError
+from llava_patch.core.errors import HostError
 from llava_patch.hosts import compat
 
 _HF = "transformers.models"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_patch.errors import InputError
+from llava_patch.core.errors import InputError
 
 IGNORE_INDEX = -100
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from llava_patch.errors import HostError
-from llava_patch.hosts import tower_models
+from llava_patch.core.errors import HostError
 from llava_patch.hosts.anatomy import HF
+from llava_patch.hosts.towers import models as tower_models
 
 
 def build(config: dict[str, Any], host: str) -> Any:

@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from llava_patch.errors import HostError
+from llava_patch.core.errors import HostError
+from llava_patch.core.undo import UndoStack
 from llava_patch.hosts import positions
 from llava_patch.hosts.anatomy import HF, LLAVA, Anatomy
 from llava_patch.hosts.compat import layout_options
-from llava_patch.undo import UndoStack
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from typing import Union
 import numpy as np
 from PIL import Image, ImageFile
 
-from llava_patch.errors import InputError
+from llava_patch.core.errors import InputError
 
 BROKEN_FILE = (
     OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llava_patch.errors import InputError
+from llava_patch.core.errors import InputError
 from llava_patch.fusion.taps import STI_POOL
 from llava_patch.probe.sequence import TokenGrid
 

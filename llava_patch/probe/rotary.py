@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llava_patch.errors import InputError
+from llava_patch.core.errors import InputError
 
 
 def frequencies(dimension: int, base: float = 10000.0) -> Tensor:

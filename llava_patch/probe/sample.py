@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from llava_patch.errors import InputError
+from llava_patch.core.errors import InputError
 from llava_patch.probe.images import ImageSource, open_rgb
 
 Box = tuple[float, float, float, float]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llava_patch.errors import InputError
+from llava_patch.core.errors import InputError
 
 CHANNELS = 3
 

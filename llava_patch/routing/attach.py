@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from llava_patch.core.undo import UndoStack
 from llava_patch.hosts import compat
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.routing import side_branch
 from llava_patch.routing.forward import RoutedForward
-from llava_patch.routing.program import Program, Work
+from llava_patch.routing.schedule import Program, Work
 from llava_patch.settings import Routing
-from llava_patch.undo import UndoStack
 
 
 def attach(anatomy: Anatomy, program: Program, undo: UndoStack) -> None:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from llava_patch.errors import InputError
+from llava_patch.core.errors import InputError
 from llava_patch.routing.plan import Held, PositionSet
-from llava_patch.routing.program import Program
+from llava_patch.routing.schedule import Program
 
 FULL, KEPT, TEXT = "full", "kept", "text"
 

@@ -10,7 +10,7 @@ from llava_patch.routing import feed, side_branch, side_output, watch
 from llava_patch.routing.autograd import prime
 from llava_patch.routing.cache import TEXT
 from llava_patch.routing.plan import Held, RoutingPlan, make_plan
-from llava_patch.routing.program import Work
+from llava_patch.routing.schedule import Work
 from llava_patch.routing.streams import Stream
 
 if TYPE_CHECKING:

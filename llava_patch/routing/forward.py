@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from llava_patch.errors import InputError
-from llava_patch.hosts import carry, compat, known
+from llava_patch.core.errors import InputError
+from llava_patch.hosts import call_context as carry
+from llava_patch.hosts import compat, known
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.routing import side_branch
 from llava_patch.routing.cache import FULL, RoutedCache
 from llava_patch.routing.plan import count
-from llava_patch.routing.program import Program
 from llava_patch.routing.run import Call, Run
+from llava_patch.routing.schedule import Program
 
 logger = logging.getLogger("llava_patch")
 

@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llava_patch.fusion import stack
-from llava_patch.hosts import carry, compat, projections
+from llava_patch.hosts import call_context as carry
+from llava_patch.hosts import compat, projections
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.routing import feed, side_branch, watch
 from llava_patch.routing.autograd import prime
 from llava_patch.routing.cache import FULL, KEPT, RoutedCache
 from llava_patch.routing.deep import DeepLayers
 from llava_patch.routing.plan import Counts, Held, PositionSet, count, positions, put_back
-from llava_patch.routing.program import Program
 from llava_patch.routing.prune import choose, keep_counts
+from llava_patch.routing.schedule import Program
 from llava_patch.routing.streams import Stream
 
 

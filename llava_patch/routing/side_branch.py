@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from llava_patch.errors import SettingError
+from llava_patch.core.errors import SettingError
 from llava_patch.hosts import compat, lora, zero
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.routing.autograd import prime, trains

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from llava_patch.errors import SettingError
+from llava_patch.core.errors import SettingError
 from llava_patch.settings.auxiliary import AuxiliaryProbe
 from llava_patch.settings.fusion import DeepStack, DenseConnector, DirectFusion, Fusion, SkipLinks, differs
 from llava_patch.settings.routing import AUTO, FREEZE_STRATEGIES, LEARNING_VARIANTS, VARIANTS, FastV, Routing

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llava_patch.errors import SettingError
+from llava_patch.core.errors import SettingError
 
 
 def integer(owner: str, name: str, value: Any, minimum: int) -> None:

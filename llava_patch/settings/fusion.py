@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Union
 
-from llava_patch.errors import SettingError
+from llava_patch.core.errors import SettingError
 from llava_patch.settings.checks import distinct_blocks, fraction, integer
 
 TrainTower = Union[Literal["frozen", "all"], int]

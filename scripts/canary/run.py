@@ -26,7 +26,7 @@ def newest_or_oldest(environment: Environment) -> None:
         return
     steps.run("install", lambda: environment.install(lock))
     steps.run("install llava_patch", lambda: _add(environment, "--no-deps"))
-    steps.run("import", lambda: _quiet(environment.run(environment.python, "-c", "import llava_patch.patching")))
+    steps.run("import", lambda: _quiet(environment.run(environment.python, "-c", "import llava_patch.patching.patch")))
     for host in HOSTS:
         _smoke(environment, host)
     if (environment.folder / "smoke" / "patched-hf").is_dir():
@@ -78,10 +78,10 @@ def _lmms_eval(environment: Environment) -> None:
 
 def _doctor(environment: Environment) -> None:
     try:
-        environment.run(environment.python, "-m", "llava_patch.cli", "doctor")
+        environment.run(environment.python, "-m", "llava_patch.cli.main", "doctor")
     except Exception:  # what is in the way is in its JSON
         log = environment.folder / "doctor.json"
-        environment.run("bash", "-c", f"{environment.python} -m llava_patch.cli doctor --json >{log} || true")
+        environment.run("bash", "-c", f"{environment.python} -m llava_patch.cli.main doctor --json >{log} || true")
         rows = json.loads(log.read_text(encoding="utf-8"))["rows"]
         problems = [f"{row['what']}: {row['found']}" for row in rows if row["state"] == "problem"]
         raise AssertionError("; ".join(problems)) from None

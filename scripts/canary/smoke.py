@@ -63,7 +63,7 @@ class Smoke:
 
     def load(self) -> None:
         """Load it through the host's own loader: the same patch, the same loss."""
-        from llava_patch.handle import get_handle
+        from llava_patch.patching.handle import get_handle
 
         self.subject = _load(self.saved)
         assert get_handle(self.subject.model).routing == self.handle.routing
@@ -75,7 +75,7 @@ class Smoke:
 
 
 def _load(folder: Path) -> Any:
-    from llava_patch.probe.subject import load_subject
+    from llava_patch.data.loaded import load_subject
 
     return load_subject(str(folder), device="cpu", dtype="float32")
 

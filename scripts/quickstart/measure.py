@@ -70,7 +70,7 @@ def prefill() -> dict[str, Any]:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     from llava_patch import Routing
-    from llava_patch.diagnostics.prefill import measure_prefill
+    from llava_patch.tools.bench.prefill import measure_prefill
 
     torch.manual_seed(0)
     vision = CLIPVisionConfig(

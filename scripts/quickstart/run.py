@@ -117,7 +117,7 @@ def main() -> None:
         # What an interrupted run has finished is kept, so the folder is not emptied.
         measured = found(out / "eval_patched", "*/rprobe/rprobe.json").parent  # lmms-eval has just run R-Probe
         data = f"{base / 'v1.json'}?images={base / 'images'}"
-        command = [python, "-m", "llava_patch.cli", "report", str(patched), data]
+        command = [python, "-m", "llava_patch.cli.main", "report", str(patched), data]
         command += ["--base", str(stock), "--rprobe", str(measured), "--output", str(out / "report")]
         steps.command("report", command)
 

@@ -69,7 +69,7 @@ def blur(model: nn.Module) -> Iterator[None]:
 def measure(arm: Arm, loaded: tuple[Any, Any, Any], seed: int) -> Any:
     """Run one probe; `loaded` is (model, tokenizer, image processor)."""
     from llava_patch import RProbe
-    from llava_patch.probe.fit import run_rprobe
+    from llava_patch.measurements.rprobe.fit import run_rprobe
 
     model, tokenizer, image_processor = loaded
     torch.manual_seed(0)

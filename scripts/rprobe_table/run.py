@@ -13,8 +13,8 @@ from quickstart.measure import load
 from quickstart.run import PINNED
 from quickstart.steps import Lacking, Steps, console, json_with, make_folder
 
-from llava_patch.probe.figures import save_figure
-from llava_patch.probe.result import write_json
+from llava_patch.measurements.rprobe.figures import save_figure
+from llava_patch.measurements.rprobe.result import write_json
 
 from . import arms, table
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from fusion_table import table as fusion_table
 
-from llava_patch.probe import bootstrap
+from llava_patch.measurements.rprobe import bootstrap
 
 from .arms import ARMS, DIFFERENCES
 

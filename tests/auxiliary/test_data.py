@@ -12,10 +12,10 @@ from probe.tiny import processor
 from transformers import LlavaImageProcessor
 
 from llava_patch import AuxiliaryProbe, patch
-from llava_patch.auxiliary import RegionCollator
-from llava_patch.auxiliary.llava_data import wrap
-from llava_patch.auxiliary.regions import Region, parse
-from llava_patch.errors import InputError, SettingError
+from llava_patch.core.errors import InputError, SettingError
+from llava_patch.integrations.training.auxiliary import RegionCollator
+from llava_patch.integrations.training.auxiliary.llava_data import wrap
+from llava_patch.probe.auxiliary.regions import Region, parse
 
 
 class Words:

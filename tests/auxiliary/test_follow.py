@@ -9,9 +9,9 @@ from probe.tiny import processor
 from transformers import Trainer, TrainingArguments
 
 from llava_patch import AuxiliaryProbe, Routing, patch
-from llava_patch.auxiliary import RegionCollator, follow
-from llava_patch.auxiliary.attach import HEAD
-from llava_patch.errors import SettingError
+from llava_patch.core.errors import SettingError
+from llava_patch.integrations.training.auxiliary import RegionCollator, follow
+from llava_patch.probe.auxiliary.attach import HEAD
 
 from .test_data import Words
 from .test_trainer import Records, _collate, _plain, _trainer

@@ -8,10 +8,10 @@ from models import Host, hf_model
 from probe.tiny import Characters, processor, unique_page
 
 from llava_patch import AuxiliaryProbe, DeepStack, SkipLinks, patch
-from llava_patch.auxiliary import attach
-from llava_patch.auxiliary.head import Seen, idle, token_errors
-from llava_patch.auxiliary.regions import Region, collate
-from llava_patch.errors import InputError
+from llava_patch.core.errors import InputError
+from llava_patch.probe.auxiliary import attach
+from llava_patch.probe.auxiliary.head import Seen, idle, token_errors
+from llava_patch.probe.auxiliary.regions import Region, collate
 from llava_patch.probe.sequence import build_sequence
 from llava_patch.probe.view import look, target_tokens
 

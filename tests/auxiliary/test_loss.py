@@ -6,10 +6,10 @@ from models import IMAGE
 from probe.tiny import Characters, processor, unique_page
 
 from llava_patch import AuxiliaryProbe, DeepStack, DenseConnector, Routing, SkipLinks, patch
-from llava_patch.auxiliary.attach import HEAD
-from llava_patch.auxiliary.head import Seen, token_errors
-from llava_patch.auxiliary.regions import Region, collate
-from llava_patch.errors import InputError, SettingError
+from llava_patch.core.errors import InputError, SettingError
+from llava_patch.probe.auxiliary.attach import HEAD
+from llava_patch.probe.auxiliary.head import Seen, token_errors
+from llava_patch.probe.auxiliary.regions import Region, collate
 
 from .cases import batch, pixels, regions
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
 from llava_patch import AuxiliaryProbe, SkipLinks, patch
-from llava_patch.auxiliary import RegionCollator, follow
-from llava_patch.auxiliary import state as head_file
-from llava_patch.auxiliary.trainer import check
-from llava_patch.errors import CheckpointError, SettingError
+from llava_patch.core.errors import CheckpointError, SettingError
+from llava_patch.integrations.training.auxiliary import RegionCollator, follow
+from llava_patch.integrations.training.auxiliary import state as head_file
+from llava_patch.integrations.training.auxiliary.trainer import check
 
 from .cases import batch
 from .test_data import Words
@@ -157,7 +157,7 @@ def test_peft_before_and_after(tmp_path):
 
 
 def test_saved_models_and_adapters_hold_nothing_of_the_head(host, tmp_path):
-    from llava_patch.checkpoint import read_settings
+    from llava_patch.patching.checkpoint import read_settings
 
     handle = patch(host.model, fusion=SkipLinks(stride=2), probe=AuxiliaryProbe(weight=0.2))
     host.model.config._name_or_path = "base"
@@ -183,8 +183,9 @@ def test_a_training_recipe_at_evaluation_and_in_inspect(tmp_path, monkeypatch, c
     """Gin files of a training run are reused for evaluation, where the loss has no place."""
     from typer.testing import CliRunner
 
-    from llava_patch import get_handle, loading
-    from llava_patch.cli import app
+    from llava_patch import get_handle
+    from llava_patch.cli.main import app
+    from llava_patch.integrations import loading
 
     hf_model().save_pretrained(tmp_path / "stock")
     loading._say_once.cache_clear()

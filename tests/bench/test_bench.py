@@ -7,9 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from llava_patch import patch
-from llava_patch.bench import bound, measure, report, shapes
-from llava_patch.bench.methods import methods, partner_difference
-from llava_patch.errors import LlavaPatchError
+from llava_patch.core.errors import LlavaPatchError
+from llava_patch.tools.bench import bound, measure, report, shapes
+from llava_patch.tools.bench.methods import methods, partner_difference
 
 TINY = shapes.Shape(layers=6, hidden=64, intermediate=96, heads=4, vocabulary=128, split=3)
 ROWS = {m.name: m for m in methods(6, 3)}
@@ -83,7 +83,7 @@ def test_measuring_fills_the_table_and_leaves_the_model(model, tmp_path):
 
 
 def test_an_unknown_shape_is_named():
-    from llava_patch import cli
+    from llava_patch.cli import main as cli
 
     with pytest.raises(LlavaPatchError, match="--shape 70b: expected one of small, 7b, 13b"):
         cli.bench(shape="70b")

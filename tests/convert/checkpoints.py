@@ -8,7 +8,7 @@ import torch
 from models import IMAGE, Host
 from safetensors.torch import load_file, save_file
 
-from llava_patch.convert.weights import open_weights
+from llava_patch.core.weights import open_weights
 
 SAMPLES = [(2, IMAGE, 5), (3, IMAGE, 4)]
 

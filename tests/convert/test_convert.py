@@ -10,10 +10,10 @@ from typer.testing import CliRunner
 
 from convert.checkpoints import config, edited, load, logits, same_bits, tensors, trained
 from llava_patch import DeepStack, Routing, SkipLinks, get_handle, patch
-from llava_patch.cli import app
-from llava_patch.convert.command import convert
-from llava_patch.errors import CheckpointError, SettingError
+from llava_patch.cli.main import app
+from llava_patch.core.errors import CheckpointError, SettingError
 from llava_patch.settings import to_dict
+from llava_patch.tools.convert.command import convert
 
 PATCH = {"fusion": SkipLinks(stride=2), "routing": Routing(split=2)}
 
@@ -287,7 +287,7 @@ def test_folders_are_never_written_over(made, tmp_path):
 
 
 def test_a_run_that_fails_midway_leaves_nothing(made, tmp_path, monkeypatch):
-    from llava_patch.convert import companions
+    from llava_patch.tools.convert import companions
 
     def fail(*args):
         raise OSError("disk full")

@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 
 from convert.checkpoints import batch, config, edited, load, logits, same_bits, tensors, trained
 from llava_patch import DeepStack, DenseConnector, DirectFusion, FastV, Routing, SkipLinks, get_handle, patch
-from llava_patch.cli import app
-from llava_patch.convert.command import convert, merge
-from llava_patch.convert.plain import spread
-from llava_patch.errors import CheckpointError, SettingError
+from llava_patch.cli.main import app
+from llava_patch.core.errors import CheckpointError, SettingError
 from llava_patch.settings import to_dict
+from llava_patch.tools.convert.command import convert, merge
+from llava_patch.tools.convert.plain import spread
 
 FUSION = SkipLinks(stride=2)  # taps 2, 4, 6 beside the main block 7
 HOSTS = ("hf", "llava")
@@ -31,7 +31,7 @@ else:
     from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
     model = LlavaLlamaForCausalLM.from_pretrained(path)
     model.get_vision_tower().load_model()
-assert not {m for m in sys.modules if m.startswith("llava_patch.")} - {"llava_patch.autostart"}
+assert not {m for m in sys.modules if m.startswith("llava_patch.")} - {"llava_patch.integrations.import_hook"}
 with torch.no_grad():
     torch.save(model.float().eval()(**batch).logits, out)
 """
@@ -208,7 +208,7 @@ def test_a_mean_becomes_columns_of_its_blocks(dtype):
 
 def test_groups_are_merged_in_the_order_of_their_columns(learnt, tmp_path, monkeypatch):
     """The layers that the config names follow what the patch says of its columns."""
-    from llava_patch.convert import plain
+    from llava_patch.tools.convert import plain
 
     root, _ = learnt["hf"]
     monkeypatch.setattr(plain, "columns", lambda handle: [(1, 2, 3, 4), (0,), (5, 6)])

@@ -15,14 +15,15 @@ from hosts import zoo
 from PIL import Image
 
 from llava_patch import SkipLinks, patch
-from llava_patch.diagnostics import plotting
-from llava_patch.diagnostics.attention_maps import AttentionMaps, AttentionMapsResult, maths, measure_attention_maps
-from llava_patch.diagnostics.attention_maps.figure import _columns, attention_maps_figure
-from llava_patch.diagnostics.attention_maps.result import WHOLE, CheckpointMaps, View
-from llava_patch.diagnostics.inputs import Inputs
-from llava_patch.errors import HostError, InputError, SettingError
-from llava_patch.hosts import tower_attention, towers
+from llava_patch.core import plotting
+from llava_patch.core.errors import HostError, InputError, SettingError
+from llava_patch.data.inputs import Inputs
 from llava_patch.hosts.anatomy import find
+from llava_patch.hosts.towers import attention as tower_attention
+from llava_patch.hosts.towers import layout as towers
+from llava_patch.measurements.attention_maps import AttentionMaps, AttentionMapsResult, maths, measure_attention_maps
+from llava_patch.measurements.attention_maps.figure import _columns, attention_maps_figure
+from llava_patch.measurements.attention_maps.result import WHOLE, CheckpointMaps, View
 
 from . import tiny
 

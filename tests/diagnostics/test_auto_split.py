@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from llava_patch import FastV, Routing, Saturation, SkipLinks, get_handle, patch
-from llava_patch.diagnostics.auto_split import resolve_split
-from llava_patch.diagnostics.saturation import SaturationResult, measure_saturation
-from llava_patch.errors import InputError, SettingError
+from llava_patch.core.errors import InputError, SettingError
 from llava_patch.hosts.anatomy import find
+from llava_patch.measurements.saturation import SaturationResult, measure_saturation
+from llava_patch.measurements.saturation.auto_split import resolve_split
 from llava_patch.settings import from_dict, to_dict
 
 from .saturating import saturate
@@ -210,7 +210,7 @@ def test_what_is_kept_is_the_measurement_and_draws_its_figure(subject: Subject, 
 
 
 def test_the_users_cache_folder(monkeypatch: Any, tmp_path: Path) -> None:
-    from llava_patch.diagnostics.split_cache import cache_folder
+    from llava_patch.measurements.saturation.split_cache import cache_folder
 
     monkeypatch.delenv("LLAVA_PATCH_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -277,7 +277,7 @@ def test_a_fused_model_is_measured_with_its_fusion(subject: Subject, cache: Path
 def test_other_taps_of_one_width_are_another_model() -> None:
     import models
 
-    from llava_patch.diagnostics.split_cache import model_digest
+    from llava_patch.measurements.saturation.split_cache import model_digest
 
     model = models.hf_model()
     digests = set()

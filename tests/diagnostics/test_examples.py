@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from llava_patch.diagnostics.examples import QUESTION, check_data, read_examples
-from llava_patch.errors import InputError
+from llava_patch.core.errors import InputError
+from llava_patch.data.examples import QUESTION, check_data, read_examples
 
 
 def turns(*values: str) -> list[dict[str, str]]:

@@ -14,13 +14,13 @@ from routing import cases
 from torch.utils.flop_counter import FlopCounterMode
 
 from llava_patch import FastV, Routing, patch
-from llava_patch.diagnostics.flops import files
-from llava_patch.diagnostics.flops import shape as shapes
-from llava_patch.diagnostics.flops.count import Prompt, cache_bytes, count_flops, program_of
-from llava_patch.diagnostics.flops.products import Mode
-from llava_patch.diagnostics.flops.result import FlopsResult, default_split, measure_flops
-from llava_patch.errors import SettingError
+from llava_patch.core.errors import SettingError
 from llava_patch.hosts.anatomy import find
+from llava_patch.measurements.flops import files
+from llava_patch.measurements.flops import shape as shapes
+from llava_patch.measurements.flops.count import Prompt, cache_bytes, count_flops, program_of
+from llava_patch.measurements.flops.products import Mode
+from llava_patch.measurements.flops.result import FlopsResult, default_split, measure_flops
 from llava_patch.routing.cache import RoutedCache
 from llava_patch.routing.cache import cache_bytes as held_bytes
 
@@ -284,7 +284,7 @@ def test_files_alone_say_what_the_model_says(host, form, tmp_path):
 def test_the_command(tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
-    from llava_patch.cli import app
+    from llava_patch.cli.main import app
 
     monkeypatch.chdir(tmp_path)
     run = CliRunner().invoke(app, ["flops", "--shape", "small", "--text", "32", "--fusion-layers", "20,31"])

@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from llava_patch import FastV, Routing, patch
-from llava_patch.diagnostics.fusion_attention import (
+from llava_patch.core.errors import HostError, InputError, SettingError
+from llava_patch.hosts.anatomy import find
+from llava_patch.measurements.fusion_attention import (
     FusionAttention,
     FusionAttentionResult,
     measure_fusion_attention,
     measure_fusion_attention_apart,
 )
-from llava_patch.diagnostics.fusion_attention.heads import fusion_layers, measure_sample
-from llava_patch.errors import HostError, InputError, SettingError
-from llava_patch.hosts.anatomy import find
+from llava_patch.measurements.fusion_attention.heads import fusion_layers, measure_sample
 
 from . import tiny
 

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from quickstart.fileset import write_fileset
 
-from llava_patch.diagnostics.inputs import IGNORED, Inputs
+from llava_patch.data.inputs import IGNORED, Inputs
+from llava_patch.data.loaded import load_subject
 from llava_patch.hosts.anatomy import HF, find
-from llava_patch.probe.subject import load_subject
 
 VISION = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 28,

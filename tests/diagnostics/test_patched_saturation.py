@@ -18,9 +18,9 @@ from models import IMAGE, LAYERS, Host
 from torch import Tensor, nn
 
 from llava_patch import FastV, Routing, SkipLinks, patch
-from llava_patch.diagnostics.saturation import Curves, measure_sample, measure_saturation, patch_on
-from llava_patch.diagnostics.trace import traced
 from llava_patch.hosts.anatomy import find
+from llava_patch.measurements.saturation import Curves, measure_sample, measure_saturation, patch_on
+from llava_patch.measurements.trace import traced
 from tests.routing.cases import ALL
 
 TWO_IMAGES = (2, IMAGE, 3, IMAGE, 4)
@@ -155,7 +155,7 @@ def test_a_patch_that_leaves_the_decoder_alone_is_stock(pair: tuple[Host, Host])
 
 @pytest.mark.parametrize("chunk", [2, 128])
 def test_mass_over_all_keys_is_one_in_every_layer(pair: tuple[Host, Host], chunk: int, monkeypatch: Any) -> None:
-    from llava_patch.diagnostics import trace
+    from llava_patch.measurements import trace
 
     host, count = pair[1], 0
     real = trace.mass_on_keys

@@ -12,14 +12,14 @@ from fusion import cases as fusions
 from routing import cases
 
 from llava_patch import DeepStack, FastV, Routing, SkipLinks, patch
-from llava_patch.diagnostics.reach import gradients, groups
-from llava_patch.diagnostics.reach.compare import ReachComparison, compare_reach
-from llava_patch.diagnostics.reach.gradients import SideOutput, training_step
-from llava_patch.diagnostics.reach.measure import measure_reach
-from llava_patch.diagnostics.reach.result import ReachResult
-from llava_patch.diagnostics.reach.settings import Reach
-from llava_patch.errors import InputError, LlavaPatchError, SettingError
+from llava_patch.core.errors import InputError, LlavaPatchError, SettingError
 from llava_patch.hosts.anatomy import find
+from llava_patch.measurements.reach import gradients, groups
+from llava_patch.measurements.reach.compare import ReachComparison, compare_reach
+from llava_patch.measurements.reach.gradients import SideOutput, training_step
+from llava_patch.measurements.reach.measure import measure_reach
+from llava_patch.measurements.reach.result import ReachResult
+from llava_patch.measurements.reach.settings import Reach
 from llava_patch.routing import side_output
 
 from . import tiny
@@ -328,9 +328,9 @@ def test_lora_is_a_part_of_its_own(host):
 def test_the_command(tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
-    from llava_patch.cli import app
-    from llava_patch.diagnostics import commands
-    from llava_patch.handle import get_handle
+    from llava_patch.cli import common as commands
+    from llava_patch.cli.main import app
+    from llava_patch.patching.handle import get_handle
 
     model = tiny.hf_model()
     sample = tiny.hf_sample()

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from llava_patch import Routing, patch
-from llava_patch.diagnostics.saturation import Saturation, SaturationResult, measure_sample, measure_saturation
-from llava_patch.errors import HostError, InputError, SettingError
+from llava_patch.core.errors import HostError, InputError, SettingError
 from llava_patch.hosts.anatomy import find
+from llava_patch.measurements.saturation import Saturation, SaturationResult, measure_sample, measure_saturation
 
 from . import tiny
 
@@ -133,7 +133,7 @@ def test_routed_model_has_no_image_in_text_only_layers(host: Any) -> None:
 def test_sliding_window_attention_is_followed() -> None:
     from transformers import MistralConfig, MistralForCausalLM
 
-    from llava_patch.diagnostics.trace import traced
+    from llava_patch.measurements.trace import traced
 
     torch.manual_seed(0)
     config = MistralConfig(

@@ -10,13 +10,13 @@ import pytest
 from typer.testing import CliRunner
 
 from llava_patch import FastV, Routing, patch
-from llava_patch.cli import app
-from llava_patch.diagnostics.commands import saturation as command
-from llava_patch.diagnostics.saturation import PatchOn, measure, summarise
-from llava_patch.diagnostics.saturation.compare import find_result, names_of, notes, table
-from llava_patch.diagnostics.saturation.figure import comparison_figure, saturation_figure
-from llava_patch.diagnostics.saturation.state import STATE_FILE
-from llava_patch.errors import CheckpointError, InputError, SettingError
+from llava_patch.cli import saturation as command
+from llava_patch.cli.main import app
+from llava_patch.core.errors import CheckpointError, InputError, SettingError
+from llava_patch.measurements.saturation import PatchOn, measure, summarise
+from llava_patch.measurements.saturation.compare import find_result, names_of, notes, table
+from llava_patch.measurements.saturation.figure import comparison_figure, saturation_figure
+from llava_patch.measurements.saturation.state import STATE_FILE
 from tests.evaluation import fileset
 
 from .test_recommend import paper_like
@@ -128,7 +128,7 @@ def test_results_are_found_and_named(tmp_path: Path) -> None:
 
 
 def made(layers: int = 32, patch_on: PatchOn | None = None) -> Any:
-    from llava_patch.diagnostics.saturation import Curves
+    from llava_patch.measurements.saturation import Curves
 
     mass = paper_like()[:layers] if layers <= 32 else [*paper_like()[:-1], *[0.04] * (layers - 32), 0.2]
     kl = [4.0] * 20 + [1.0] * (layers - 21) + [0.0]
@@ -144,8 +144,8 @@ def test_the_papers_7b_curve_recommends_18() -> None:
 
 
 def test_an_image_that_leaves_early_has_no_transition() -> None:
-    from llava_patch.diagnostics.saturation import Curves
-    from llava_patch.diagnostics.saturation.result import SaturationResult
+    from llava_patch.measurements.saturation import Curves
+    from llava_patch.measurements.saturation.result import SaturationResult
 
     nan = float("nan")
     for kl, layer, said in (
@@ -168,7 +168,7 @@ def texts(figure: Any) -> list[str]:
 
 
 def test_figures_mark_recommended_and_own_splits_apart(tmp_path: Path, monkeypatch: Any) -> None:
-    from llava_patch.diagnostics.saturation import figure as drawing
+    from llava_patch.measurements.saturation import figure as drawing
 
     drawn: list[Any] = []
     monkeypatch.setattr(drawing, "write_figure", lambda figure, path: drawn.append(figure) or path)

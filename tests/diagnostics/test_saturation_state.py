@@ -15,11 +15,11 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llava_patch.diagnostics.examples import Example
-from llava_patch.diagnostics.saturation import RunningMean, Saturation, measure_sample, measure_saturation
-from llava_patch.diagnostics.saturation.state import State, make_key
-from llava_patch.errors import CheckpointError
+from llava_patch.core.errors import CheckpointError
+from llava_patch.data.examples import Example
 from llava_patch.hosts.anatomy import find
+from llava_patch.measurements.saturation import RunningMean, Saturation, measure_sample, measure_saturation
+from llava_patch.measurements.saturation.state import State, make_key
 
 from . import tiny
 

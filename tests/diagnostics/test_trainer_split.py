@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from llava_patch import Routing, Saturation, patch
-from llava_patch.diagnostics.trainer_split import resolve_for_training
-from llava_patch.errors import SettingError
+from llava_patch.core.errors import SettingError
 from llava_patch.hosts.anatomy import find
+from llava_patch.integrations.training.auto_split import resolve_for_training
 
 from . import tiny
 from .saturating import KIND, SIZE, saturate
@@ -141,7 +141,7 @@ def test_partitioned_weights_are_refused_before_anything_runs(model: Any, tmp_pa
 
 
 def test_one_rank_decides_for_all(monkeypatch: Any) -> None:
-    from llava_patch.diagnostics import trainer_split
+    from llava_patch.integrations.training import auto_split as trainer_split
 
     sent: list[Any] = []
 
@@ -173,7 +173,9 @@ def test_one_rank_decides_for_all(monkeypatch: Any) -> None:
 
 
 def test_a_fused_projector_is_in_place_before_the_model_is_measured(model: Any, tmp_path: Path) -> None:
-    from llava_patch import SkipLinks, config, training
+    from llava_patch import SkipLinks
+    from llava_patch.integrations.training import llava as training
+    from llava_patch.settings import gin_config as config
 
     with patch(model, fusion=SkipLinks(stride=1)) as handle:
         projector = {k: v.clone() for k, v in handle.anatomy.projector.state_dict().items()}

@@ -11,14 +11,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from llava_patch import Routing, SkipLinks, autostart, cli, patch
-from llava_patch.cli import app
-from llava_patch.doctor import configured, machine, measured, software
-from llava_patch.doctor import examine as examine_module
-from llava_patch.doctor.examine import examine, summary
-from llava_patch.doctor.row import NOTE, OK, PROBLEM, Row
+from llava_patch import Routing, SkipLinks, patch
+from llava_patch.cli import main as cli
+from llava_patch.cli.main import app
+from llava_patch.core.resources import locks_dir
 from llava_patch.hosts import compat
-from llava_patch.resources import locks_dir
+from llava_patch.integrations import import_hook as autostart
+from llava_patch.tools.doctor import configured, machine, measured, software
+from llava_patch.tools.doctor import examine as examine_module
+from llava_patch.tools.doctor.examine import examine, summary
+from llava_patch.tools.doctor.row import NOTE, OK, PROBLEM, Row
 
 HOOK = Row("start-up hook", "on")
 
@@ -217,7 +219,7 @@ def test_a_fusion_that_would_stay_at_zero():
 
 
 def test_every_measurement_has_a_reader():
-    from llava_patch.config import MEASUREMENTS
+    from llava_patch.settings.gin_config import MEASUREMENTS
 
     assert set(configured.READERS) == set(MEASUREMENTS)
 
@@ -349,7 +351,7 @@ def test_checkpoints_that_cannot_work(no_imports, adapter, tmp_path, monkeypatch
     (lost / "llava_patch.json").write_text(json.dumps({**record, "base": "/nowhere/base"}))
     row = _row(examine(str(lost)), "checkpoint: base")
     assert row.state == PROBLEM and '"base"' in row.advice
-    from llava_patch.doctor import subject
+    from llava_patch.tools.doctor import subject
 
     hosts = {"hf": Row("host hf", "cannot be imported", PROBLEM, "reinstall transformers")}
     assert _row(subject.check_checkpoint(str(adapter), None, hosts), "checkpoint: host").state == PROBLEM

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from llava_patch.doctor import imports, measured
-from llava_patch.doctor.row import NOTE, OK, PROBLEM
-from llava_patch.resources import locks_dir
+from llava_patch.core.resources import locks_dir
+from llava_patch.tools.doctor import imports, measured
+from llava_patch.tools.doctor.row import NOTE, OK, PROBLEM
 
 MAIN = measured.read_lock(locks_dir() / "main.txt")
 
@@ -157,7 +157,7 @@ def test_a_filelock_that_lmms_eval_cannot_import_is_found_by_the_command(tmp_pat
     for path in (tmp_path / "filelock").rglob("*.py"):
         path.write_text(path.read_text().replace("_api import", "_core import"))
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-W", "ignore", "-m", "llava_patch.doctor.imports", *imports.TRIED["lmms-eval"]]
+    command = [sys.executable, "-W", "ignore", "-m", "llava_patch.tools.doctor.imports", *imports.TRIED["lmms-eval"]]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
     [failure] = json.loads(done.stdout.splitlines()[-1])
     assert failure["where"].startswith("lmms_eval.evaluator:") and failure["module"] == "filelock._api"

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from llava_patch.resources import eval_tasks_dir
+from llava_patch.core.resources import eval_tasks_dir
 
 from . import fileset
 
@@ -151,7 +151,7 @@ def test_a_command_that_failed_anywhere_exits_non_zero_where_llava_patch_takes_p
     assert done.returncode == status, done.stdout + done.stderr
     opening = "llava_patch: this evaluation failed: "
     if start is OWN:
-        opening = f"llava_patch.evaluation.command.EvaluationFailure: {opening}"
+        opening = f"llava_patch.integrations.lmms_eval.command.EvaluationFailure: {opening}"
     said = [line for line in done.stderr.splitlines() if line.startswith(opening)]
     if status == 0:  # as lmms-eval does it
         assert "filelock._api" in done.stderr and not said

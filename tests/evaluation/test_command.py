@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from llava_patch.evaluation import command
-from llava_patch.evaluation.command import Command, evaluations
-from llava_patch.resources import eval_tasks_dir
+from llava_patch.core.resources import eval_tasks_dir
+from llava_patch.integrations.lmms_eval import command
+from llava_patch.integrations.lmms_eval.command import Command, evaluations
 
 
 def involved(*words: str) -> bool:
@@ -361,7 +361,7 @@ import atexit, sys, tempfile
 atexit.register(print, "an earlier handler")
 kept, file = tempfile.TemporaryDirectory(dir="."), open("file", "w")
 file.write("buffered")
-from llava_patch.evaluation import command
+from llava_patch.integrations.lmms_eval import command
 sys.argv = ["lmms-eval", "--tasks", sys.argv[1]]
 command.watch()
 sys.last_type = ValueError  # as after PyErr_Print in an extension

@@ -13,7 +13,7 @@ import pytest
 from torch import nn
 
 from llava_patch import Routing, patch
-from llava_patch.evaluation import command, loud
+from llava_patch.integrations.lmms_eval import command, loud
 
 from . import fileset
 
@@ -99,7 +99,7 @@ def test_answers_pass_and_the_model_is_freed_when_lmms_eval_lets_go() -> None:
 
 
 def test_our_tasks_failures_are_told_on_any_model() -> None:
-    from llava_patch.evaluation.tasks import MeasurementTask
+    from llava_patch.integrations.lmms_eval.tasks import MeasurementTask
 
     def failing(lm: Any, task_dict: Any, cli_args: Any = None) -> None:
         raise ValueError("inside")
@@ -114,7 +114,7 @@ def test_our_tasks_failures_are_told_on_any_model() -> None:
 
 
 def test_another_program_that_is_told_by_an_exception_is_not_ended_later() -> None:
-    from llava_patch.evaluation.tasks import MeasurementTask
+    from llava_patch.integrations.lmms_eval.tasks import MeasurementTask
 
     def failing(lm: Any, task_dict: Any, cli_args: Any = None) -> None:
         raise ValueError("inside")
@@ -133,7 +133,7 @@ def test_what_is_not_as_we_know_it_is_evaluated_as_ever_while_nothing_is_configu
         def model(self) -> Any:
             raise RuntimeError("not loaded yet")
 
-    from llava_patch.evaluation import tasks  # noqa: F401
+    from llava_patch.integrations.lmms_eval import tasks  # noqa: F401
 
     run = command._current = command.Command("lmms-eval", ["--tasks", "pope"])
     wrapped = loud._loud_evaluate(lambda lm, task_dict: "answer")

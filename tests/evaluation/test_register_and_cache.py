@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from llava_patch.errors import HostError
-from llava_patch.evaluation import cache, register
-from llava_patch.resources import eval_tasks_dir
+from llava_patch.core.errors import HostError
+from llava_patch.core.resources import eval_tasks_dir
+from llava_patch.integrations.lmms_eval import cache, register
 
 OURS = [
     "drift", "fusion_attention", "rprobe", "rprobe_ablation", "rprobe_masked", "rprobe_masked_nolang", "rprobe_nolang",

@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from llava_patch.errors import CheckpointError, HostError, InputError, SettingError
-from llava_patch.evaluation import rprobe_runs, saturation_runs
-from llava_patch.probe.pages import Pages
-from llava_patch.resources import eval_tasks_dir
+from llava_patch.core.errors import CheckpointError, HostError, InputError, SettingError
+from llava_patch.core.resources import eval_tasks_dir
+from llava_patch.data.pages import Pages
+from llava_patch.integrations.lmms_eval import rprobe_runs, saturation_runs
 
 from . import fileset
 
@@ -227,7 +227,7 @@ def test_data_that_was_skipped_is_told_and_kept_with_the_result(
     ],
 )
 def test_bad_data_name_file_and_line(tmp_path: Path, line: str, words: str) -> None:
-    from llava_patch.probe.data import read_jsonl
+    from llava_patch.data.readers import read_jsonl
 
     path = write_samples(tmp_path)
     path.write_text("\n".join([path.read_text().splitlines()[0], line]))
@@ -243,7 +243,7 @@ def test_unknown_settings_and_foreign_models_are_refused() -> None:
 
 
 def test_prompt_of_a_model_without_template_is_llavas_own(tmp_path: Path) -> None:
-    from llava_patch.evaluation.access import reach
+    from llava_patch.integrations.lmms_eval.access import reach
 
     from .conftest import make_lm
 

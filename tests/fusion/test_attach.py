@@ -5,7 +5,7 @@ import torch
 from models import IMAGE, close
 
 from llava_patch import DeepStack, DenseConnector, DirectFusion, Routing, SkipLinks, patch
-from llava_patch.errors import HostError, SettingError
+from llava_patch.core.errors import HostError, SettingError
 from llava_patch.fusion.features import fuse
 
 from .cases import ALL, OTHER_TOKENS, TOKENS, ZERO_START, hidden_states, pixels, randomise

@@ -10,7 +10,7 @@ from quickstart.fileset import write_fileset
 
 import llava_patch
 from llava_patch import DeepStack, DenseConnector, DirectFusion, SkipLinks, get_handle, patch
-from llava_patch.errors import CheckpointError, SettingError
+from llava_patch.core.errors import CheckpointError, SettingError
 
 from .cases import ALL, TOKENS, randomise
 

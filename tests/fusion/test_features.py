@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llava_patch.errors import SettingError
+from llava_patch.core.errors import SettingError
 from llava_patch.fusion.features import fuse, merge_patches, stacked
 from llava_patch.fusion.taps import choose_taps
 from llava_patch.settings import DeepStack, DenseConnector, DirectFusion, SkipLinks

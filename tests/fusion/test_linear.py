@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from llava_patch.errors import SettingError
+from llava_patch.core.errors import SettingError
 from llava_patch.fusion.linear import FusedLinear
 
 

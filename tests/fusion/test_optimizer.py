@@ -7,8 +7,8 @@ import torch
 from models import IMAGE
 
 from llava_patch import Routing, SkipLinks, get_handle, patch
-from llava_patch.errors import SettingError
-from llava_patch.fusion import trainer as fusion_trainer
+from llava_patch.core.errors import SettingError
+from llava_patch.integrations.training import fusion as fusion_trainer
 
 SAMPLES = [(2, IMAGE, 5), (3, IMAGE, 1, IMAGE, 4)]
 

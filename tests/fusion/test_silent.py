@@ -11,7 +11,7 @@ from models import IMAGE, TEXT
 
 import llava_patch
 from llava_patch import DeepStack, DenseConnector, DirectFusion, FastV, Routing, SkipLinks, patch
-from llava_patch.errors import SilentFusionWarning
+from llava_patch.core.errors import SilentFusionWarning
 
 from .cases import randomise
 

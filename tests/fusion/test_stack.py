@@ -8,7 +8,7 @@ from models import HF_IMAGE_TOKEN, IMAGE, TEXT, Host, close, vision_config
 from routing.cases import again
 
 from llava_patch import DeepStack, FastV, Routing, SkipLinks, get_handle, patch
-from llava_patch.errors import HostError, InputError, SettingError
+from llava_patch.core.errors import HostError, InputError, SettingError
 from llava_patch.hosts import anatomy
 
 from .cases import hidden_states, pixels, randomise

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llava_patch.errors import SettingError
+from llava_patch.core.errors import SettingError
 from llava_patch.fusion.taps import Join, choose_taps, injection_layers
 from llava_patch.settings import DeepStack, DenseConnector, DirectFusion, SkipLinks
 

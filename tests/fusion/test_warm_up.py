@@ -7,7 +7,7 @@ import torch
 from models import IMAGE
 
 from llava_patch import SkipLinks, patch
-from llava_patch.errors import SettingError
+from llava_patch.core.errors import SettingError
 from llava_patch.fusion.warm_up import steps_of
 
 STEPS, HELD = 6, 3

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from llava_patch import SkipLinks, patch
-from llava_patch.errors import CheckpointError, HostError, SettingError
+from llava_patch.core.errors import CheckpointError, HostError, SettingError
+from llava_patch.data.configuration import read_transform
 from llava_patch.hosts.anatomy import find
-from llava_patch.hosts.configuration import read_transform
 from llava_patch.probe.view import make_transform
 from tests.probe.tiny import processor, tiny_model
 

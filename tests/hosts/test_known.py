@@ -12,9 +12,9 @@ from models import HF_IMAGE_TOKEN, IMAGE, TEXT, close
 from torch import nn
 
 from llava_patch import AuxiliaryProbe, DeepStack, DenseConnector, DirectFusion, FastV, Routing, SkipLinks, patch
-from llava_patch.errors import HostError, InputError
-from llava_patch.handle import get_handle
+from llava_patch.core.errors import HostError, InputError
 from llava_patch.hosts import anatomy, known
+from llava_patch.patching.handle import get_handle
 
 UNPROVEN = {
     "Gemma": ("GemmaModel: it scales the embeddings", {"head_dim": 16}),
@@ -338,7 +338,7 @@ def test_videos_of_llava_next_are_refused_and_its_images_are_not(tower_folder, h
 
 @pytest.mark.parametrize("kind", ["Gemma", "Qwen3", "Phi3"])
 def test_measurements_that_run_or_read_decoder_layers_are_refused_too(kind):
-    from llava_patch.diagnostics import trace
+    from llava_patch.measurements import trace
     from llava_patch.probe.decoder import ProbeDecoder
     from llava_patch.probe.layout import TokenGrid
 

@@ -12,10 +12,12 @@ import zoo
 from PIL import Image
 
 from llava_patch import SkipLinks, patch
-from llava_patch.errors import CheckpointError, HostError
-from llava_patch.hosts import llava_tower, tower_classes, tower_models
+from llava_patch.core.errors import CheckpointError, HostError
+from llava_patch.hosts.towers import classes as tower_classes
+from llava_patch.hosts.towers import llava as llava_tower
+from llava_patch.hosts.towers import models as tower_models
+from llava_patch.integrations.training.stage1 import tower_width
 from llava_patch.probe.transform import Transform
-from llava_patch.stage1 import tower_width
 
 OTHERS = tuple(n for n in zoo.NAMES if n != "clip")
 
@@ -284,7 +286,7 @@ def test_a_trained_tower_comes_back(folders, tmp_path):
 def test_a_clip_tower_needs_no_other_class(folders):
     """timm imports torchvision, which may be broken: nothing of the kind is imported for CLIP."""
     code = (
-        "import sys; from llava_patch.hosts.tower_models import read_config; "
+        "import sys; from llava_patch.hosts.towers.models import read_config; "
         f"print(read_config({str(zoo.folder(folders, 'clip'))!r}), "
         "[m for m in sys.modules if 'timm' in m.split('.')[0] or 'modeling_internvl' in m or 'modeling_timm' in m])"
     )

@@ -7,8 +7,9 @@ import pytest
 import torch
 from models import IMAGE
 
-from llava_patch import Routing, get_handle, patch, training
-from llava_patch.errors import SettingError
+from llava_patch import Routing, get_handle, patch
+from llava_patch.core.errors import SettingError
+from llava_patch.integrations.training import llava as training
 
 peft = pytest.importorskip("peft")
 BESIDE = Routing(split=3, freeze="none")

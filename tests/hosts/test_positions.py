@@ -4,10 +4,11 @@ import pytest
 import torch
 from models import IMAGE, Host
 
-from llava_patch.errors import HostError, InputError
-from llava_patch.hosts import anatomy, carry
+from llava_patch.core.errors import HostError, InputError
+from llava_patch.core.undo import UndoStack
+from llava_patch.hosts import anatomy
+from llava_patch.hosts import call_context as carry
 from llava_patch.hosts.positions import llava_prepare
-from llava_patch.undo import UndoStack
 
 SAMPLES = [(2, IMAGE, 5), (3, IMAGE, 1, IMAGE, 4), (7,)]
 

@@ -8,9 +8,10 @@ from models import IMAGE
 from torch import nn
 
 from llava_patch import DeepStack, DenseConnector, DirectFusion, SkipLinks, patch
-from llava_patch.errors import HostError, SettingError
+from llava_patch.core.errors import HostError, SettingError
 from llava_patch.fusion.optimizer import distances
-from llava_patch.hosts import anatomy, towers
+from llava_patch.hosts import anatomy
+from llava_patch.hosts.towers import layout as towers
 
 CASES = [("hf", n) for n in zoo.ON_HF] + [("llava", n) for n in zoo.NAMES]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llava_patch import FastV, Routing, patch
-from llava_patch.errors import SettingError
+from llava_patch.core.errors import SettingError
 
 pytest.importorskip("deepspeed")
 

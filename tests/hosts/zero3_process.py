@@ -13,7 +13,7 @@ import torch
 
 import llava_patch
 from llava_patch import DeepStack, Routing, SkipLinks, get_handle, patch
-from llava_patch.errors import CheckpointError, SettingError
+from llava_patch.core.errors import CheckpointError, SettingError
 
 CONFIG = {
     "train_micro_batch_size_per_gpu": 1,

@@ -61,7 +61,7 @@ def stock(name: str) -> Any:
 
 def ours(name: str) -> Any:
     """What llava's tower holds."""
-    from llava_patch.hosts import tower_models
+    from llava_patch.hosts.towers import models as tower_models
 
     made = config(name)
     return scramble((tower_models.model_class(made) if name != "clip" else type(stock("clip")))(made)).eval()
@@ -217,7 +217,7 @@ def install_timm_stand_in(monkeypatch: Any) -> None:
     """TimmWrapperModel is transformers' own; what `timm.create_model` returns is the stand-in."""
     from transformers.models.timm_wrapper import modeling_timm_wrapper as wrapper
 
-    from llava_patch.hosts import towers
+    from llava_patch.hosts.towers import layout as towers
 
     towers._on_meta.cache_clear()
     create = lambda architecture, pretrained, **kwargs: StandIn(**kwargs)  # noqa: E731

@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 from inspection.conftest import TEXT, VISION
 from llava_patch import DeepStack, FastV, Routing, SkipLinks, patch
-from llava_patch.checkpoint import SETTINGS_FILE, WEIGHTS_FILE, _sample
-from llava_patch.cli import app
-from llava_patch.errors import CheckpointError
-from llava_patch.inspection import inspect_checkpoint
-from llava_patch.inspection.headers import read_header, sample
+from llava_patch.cli.main import app
+from llava_patch.core.errors import CheckpointError
+from llava_patch.patching.checkpoint import SETTINGS_FILE, WEIGHTS_FILE, _sample
+from llava_patch.tools.inspect import inspect_checkpoint
+from llava_patch.tools.inspect.headers import read_header, sample
 
 BOTH = {"fusion": SkipLinks(stride=2), "routing": Routing(split=2)}
 

@@ -8,14 +8,14 @@ import sys
 import pytest
 
 from installation.project import ROOT, core, extra, module_of
-from llava_patch import extras
-from llava_patch.errors import MissingExtraError
+from llava_patch.core import extras
+from llava_patch.core.errors import MissingExtraError
 
 HOSTS = {"llava", "lmms_eval", "peft", "deepspeed", "accelerate", "huggingface_hub", "yaml"}
 """What llava_patch works on and what that brings: there when it is asked to, imported where it is used."""
 INSIDE = {"lmms_eval": HOSTS | {"datasets"}}
 """Files that a host imports may import that host, and what it needs itself, at their top."""
-HOSTED = {"llava_patch/evaluation/tasks.py": "lmms_eval"}
+HOSTED = {"llava_patch/integrations/lmms_eval/tasks.py": "lmms_eval"}
 
 COMMANDS = {
     ("bench",): "matplotlib", ("sweep",): "matplotlib", ("saturation", "run"): "matplotlib",
@@ -39,7 +39,7 @@ class Hiding(importlib.machinery.PathFinder):
     def find_spec(cls, name, path=None, target=None):
         return None if name.partition(".")[0] in hidden else super().find_spec(name, path, target)
 sys.meta_path[:] = [Hiding if f is importlib.machinery.PathFinder else f for f in sys.meta_path]
-from llava_patch import cli
+from llava_patch.cli import main as cli
 core = {CORE}
 """
 EACH = """
@@ -186,8 +186,8 @@ def _nothing_called(name):
 
 
 def test_tasks_and_training_miss_theirs_before_they_start(monkeypatch):
-    from llava_patch.diagnostics.gradients.training import follow
-    from llava_patch.evaluation.tasks import RProbeTask, SaturationTask
+    from llava_patch.integrations.lmms_eval.tasks import RProbeTask, SaturationTask
+    from llava_patch.integrations.training.gradients import follow
 
     monkeypatch.setattr(extras, "_there", lambda package: False)
     with pytest.raises(MissingExtraError, match="the lmms-eval task saturation needs matplotlib: pip install"):

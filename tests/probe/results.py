@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from llava_patch.probe.result import Part, RProbeResult
-from llava_patch.probe.settings import RProbe
+from llava_patch.measurements.rprobe.result import Part, RProbeResult
+from llava_patch.measurements.rprobe.settings import RProbe
 
 
 def made_up_result(mse=(0.2, 0.4, 0.6), shift: float = 0.0, steps: int = 4, **settings) -> RProbeResult:

@@ -7,7 +7,7 @@ from fusion.cases import randomise
 from transformers import CLIPImageProcessor
 
 from llava_patch import DeepStack, DenseConnector, SkipLinks, patch
-from llava_patch.errors import HostError, InputError, SettingError
+from llava_patch.core.errors import HostError, InputError, SettingError
 from llava_patch.hosts.anatomy import find
 from llava_patch.probe.sequence import patchify
 from llava_patch.probe.view import look, make_transform, target_tokens

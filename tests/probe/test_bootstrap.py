@@ -3,8 +3,8 @@ import itertools
 import numpy as np
 import pytest
 
-from llava_patch.errors import InputError
-from llava_patch.probe.bootstrap import interval, paired, unlike
+from llava_patch.core.errors import InputError
+from llava_patch.measurements.rprobe.bootstrap import interval, paired, unlike
 
 
 def record(document, mse, tokens, number=0, **more):

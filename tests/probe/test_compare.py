@@ -5,11 +5,11 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from llava_patch.cli import app
-from llava_patch.errors import InputError, SettingError
-from llava_patch.probe import compare
-from llava_patch.probe.bootstrap import paired
-from llava_patch.probe.result import write_json
+from llava_patch.cli.main import app
+from llava_patch.core.errors import InputError, SettingError
+from llava_patch.measurements.rprobe import compare
+from llava_patch.measurements.rprobe.bootstrap import paired
+from llava_patch.measurements.rprobe.result import write_json
 
 from .results import made_up_result
 
@@ -143,7 +143,7 @@ def test_long_names_are_not_broken(tmp_path):
 
 
 def test_many_results_share_one_figure():
-    from llava_patch.probe.compare import _figure
+    from llava_patch.measurements.rprobe.compare import _figure
 
     many = {f"a long name of checkpoint number {i}": made_up_result(shift=0.02 * i) for i in range(12)}
     first = next(iter(many))

@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from llava_patch.cli import app
-from llava_patch.errors import InputError, SettingError
-from llava_patch.probe.correlate import correlate, figure, footer, ranks
-from llava_patch.probe.result import write_json
-from llava_patch.probe.scores import Checkpoint, Score, probe_figures, read_checkpoints, read_scores
+from llava_patch.cli.main import app
+from llava_patch.core.errors import InputError, SettingError
+from llava_patch.measurements.rprobe.correlate import correlate, figure, footer, ranks
+from llava_patch.measurements.rprobe.result import write_json
+from llava_patch.measurements.rprobe.scores import Checkpoint, Score, probe_figures, read_checkpoints, read_scores
 
 from .results import made_up_result
 

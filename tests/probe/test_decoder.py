@@ -3,7 +3,7 @@ import types
 import pytest
 import torch
 
-from llava_patch.errors import HostError
+from llava_patch.core.errors import HostError
 from llava_patch.hosts.anatomy import find
 from llava_patch.probe.decoder import ProbeDecoder, quarter
 from llava_patch.probe.sequence import TokenGrid

@@ -9,15 +9,15 @@ from hosts import zoo
 from PIL import Image
 
 from llava_patch.hosts.anatomy import find
-from llava_patch.probe import error_map
-from llava_patch.probe.error_map import error_maps, pieces
-from llava_patch.probe.fit import run_rprobe
-from llava_patch.probe.output import write_run
+from llava_patch.measurements.rprobe import error_map
+from llava_patch.measurements.rprobe.error_map import error_maps, pieces
+from llava_patch.measurements.rprobe.fit import run_rprobe
+from llava_patch.measurements.rprobe.output import write_run
+from llava_patch.measurements.rprobe.settings import RProbe
+from llava_patch.measurements.rprobe.store import freeze_samples, make_transform
 from llava_patch.probe.plane import Plane, picture
 from llava_patch.probe.sample import Sample
 from llava_patch.probe.sequence import patchify
-from llava_patch.probe.settings import RProbe
-from llava_patch.probe.store import freeze_samples, make_transform
 from llava_patch.probe.view import look
 
 from .tiny import SIDE, Characters, processor, samples, tiny_model, unique_page

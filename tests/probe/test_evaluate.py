@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from llava_patch.hosts.anatomy import find
-from llava_patch.probe.bootstrap import FEW
-from llava_patch.probe.evaluate import chosen, evaluate
+from llava_patch.measurements.rprobe.bootstrap import FEW
+from llava_patch.measurements.rprobe.evaluate import chosen, evaluate
+from llava_patch.measurements.rprobe.settings import RProbe
+from llava_patch.measurements.rprobe.store import freeze_samples, make_transform
 from llava_patch.probe.sample import Sample
-from llava_patch.probe.settings import RProbe
-from llava_patch.probe.store import freeze_samples, make_transform
 
 from .tiny import Characters, processor, samples, targets_of, tiny_model
 

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_patch.errors import InputError, SettingError
-from llava_patch.probe import figures
-from llava_patch.probe.curves import half_variance
-from llava_patch.probe.figures import save_figure, save_map
-from llava_patch.probe.fit import run_rprobe
-from llava_patch.probe.output import write_run
-from llava_patch.probe.settings import RProbe
+from llava_patch.core.errors import InputError, SettingError
+from llava_patch.measurements.rprobe import figures
+from llava_patch.measurements.rprobe.curves import half_variance
+from llava_patch.measurements.rprobe.figures import save_figure, save_map
+from llava_patch.measurements.rprobe.fit import run_rprobe
+from llava_patch.measurements.rprobe.output import write_run
+from llava_patch.measurements.rprobe.settings import RProbe
 
 from .tiny import Characters, processor, tiny_model
 

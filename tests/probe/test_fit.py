@@ -8,17 +8,17 @@ import pytest
 import torch
 from PIL import Image
 
-from llava_patch.errors import HostError, InputError, LlavaPatchError
+from llava_patch.core.errors import HostError, InputError, LlavaPatchError
+from llava_patch.data.pages import Pages
+from llava_patch.data.readers import Samples
 from llava_patch.hosts.anatomy import find
-from llava_patch.probe import fit
-from llava_patch.probe.data import Samples
+from llava_patch.measurements.rprobe import fit
+from llava_patch.measurements.rprobe.evaluate import predict
+from llava_patch.measurements.rprobe.fit import first_under, run_rprobe, running_mean
+from llava_patch.measurements.rprobe.settings import RProbe
+from llava_patch.measurements.rprobe.train import batches, rate, token_errors, train_probe
 from llava_patch.probe.decoder import ProbeDecoder
-from llava_patch.probe.evaluate import predict
-from llava_patch.probe.fit import first_under, run_rprobe, running_mean
-from llava_patch.probe.pages import Pages
 from llava_patch.probe.sample import Sample
-from llava_patch.probe.settings import RProbe
-from llava_patch.probe.train import batches, rate, token_errors, train_probe
 
 from .tiny import Characters, made_up, processor, samples, targets_of, tiny_model
 

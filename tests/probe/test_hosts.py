@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import CLIPVisionModel
 
-from llava_patch.probe.fit import run_rprobe
-from llava_patch.probe.settings import RProbe
+from llava_patch.measurements.rprobe.fit import run_rprobe
+from llava_patch.measurements.rprobe.settings import RProbe
 
 from .tiny import SIDE, Characters, processor, tiny_model
 

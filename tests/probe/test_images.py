@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from llava_patch.errors import InputError
+from llava_patch.core.errors import InputError
 from llava_patch.probe import images
 from llava_patch.probe.images import EncodedImage, image_size, open_rgb, to_rgb
 from llava_patch.probe.sample import Sample

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from llava_patch.errors import SettingError
-from llava_patch.probe import memory
-from llava_patch.probe.subject import load_subject
+from llava_patch.core import memory
+from llava_patch.core.errors import SettingError
+from llava_patch.data.loaded import load_subject
 from tests.evaluation import fileset
 
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from llava_patch.errors import SettingError
-from llava_patch.probe.pages import Pages, font_files, rotated_box, sentences
+from llava_patch.core.errors import SettingError
+from llava_patch.data.pages import Pages, font_files, rotated_box, sentences
 
 
 def test_the_text_is_plain_english():

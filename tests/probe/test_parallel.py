@@ -13,14 +13,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from llava_patch.core import parallel
 from llava_patch.hosts.anatomy import find
-from llava_patch.probe import parallel
+from llava_patch.measurements.rprobe.fit import run_rprobe
+from llava_patch.measurements.rprobe.resume import Work, make_key
+from llava_patch.measurements.rprobe.settings import RProbe
+from llava_patch.measurements.rprobe.train import train_probe
+from llava_patch.measurements.rprobe.trainable import choose
 from llava_patch.probe.decoder import ProbeDecoder
-from llava_patch.probe.fit import run_rprobe
-from llava_patch.probe.resume import Work, make_key
-from llava_patch.probe.settings import RProbe
-from llava_patch.probe.train import train_probe
-from llava_patch.probe.trainable import choose
 
 from .test_resume import Interrupted, Stopping
 from .tiny import Characters, made_up, processor, tiny_model
@@ -99,7 +99,7 @@ def pair(tmp_path_factory):
     root = Path(__file__).parents[2]
     script = (
         "import json, os, sys; from pathlib import Path; import torch; torch.set_num_threads(1)\n"
-        "from llava_patch.probe import parallel; from tests.probe.test_parallel import both\n"
+        "from llava_patch.core import parallel; from tests.probe.test_parallel import both\n"
         "folder = Path(sys.argv[1])\n"
         "with parallel.processes():\n"
         "    found = both(folder)\n"

@@ -3,10 +3,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_patch.errors import InputError, SettingError
-from llava_patch.probe import preview
-from llava_patch.probe.pages import Pages
-from llava_patch.probe.preview import choose, clip_like, counts, save_preview
+from llava_patch.core.errors import InputError, SettingError
+from llava_patch.data.pages import Pages
+from llava_patch.measurements.rprobe import preview
+from llava_patch.measurements.rprobe.preview import choose, clip_like, counts, save_preview
 from llava_patch.probe.sample import Sample
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llava_patch import DeepStack, patch
-from llava_patch.errors import InputError
+from llava_patch.core.errors import InputError
 from llava_patch.hosts.anatomy import find
 from llava_patch.hosts.compat import call_layer, causal_mask
 from llava_patch.hosts.projections import rotate

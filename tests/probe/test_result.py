@@ -3,8 +3,8 @@ import json
 
 import pytest
 
-from llava_patch.errors import InputError
-from llava_patch.probe.result import FORMAT, VERSION, read_result, write_json
+from llava_patch.core.errors import InputError
+from llava_patch.measurements.rprobe.result import FORMAT, VERSION, read_result, write_json
 
 from .results import made_up_result
 

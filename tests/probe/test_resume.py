@@ -11,16 +11,24 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llava_patch.errors import CheckpointError
+from llava_patch.core.errors import CheckpointError
+from llava_patch.core.folder_lock import alone
 from llava_patch.hosts.anatomy import find
-from llava_patch.probe import train
-from llava_patch.probe.alone import alone
+from llava_patch.measurements.rprobe import train
+from llava_patch.measurements.rprobe.fit import run_rprobe
+from llava_patch.measurements.rprobe.resume import (
+    DECODER_FILE,
+    STATE_FILE,
+    Work,
+    answer,
+    difference,
+    load_decoder,
+    make_key,
+)
+from llava_patch.measurements.rprobe.settings import RProbe
+from llava_patch.measurements.rprobe.train import train_probe
+from llava_patch.measurements.rprobe.trainable import choose, trained_parameters
 from llava_patch.probe.decoder import ProbeDecoder
-from llava_patch.probe.fit import run_rprobe
-from llava_patch.probe.resume import DECODER_FILE, STATE_FILE, Work, answer, difference, load_decoder, make_key
-from llava_patch.probe.settings import RProbe
-from llava_patch.probe.train import train_probe
-from llava_patch.probe.trainable import choose, trained_parameters
 
 from .tiny import Characters, made_up, processor, tiny_model
 
@@ -85,7 +93,7 @@ def test_an_interrupted_training_ends_with_the_same_bits(tmp_path, trained, caps
 def test_a_killed_process_goes_on_and_leaves_no_litter(tmp_path):
     script = (
         "import sys; from pathlib import Path; from tests.probe.test_resume import *\n"
-        "import llava_patch.probe.train as t, time; torch.set_num_threads(1)\n"
+        "import llava_patch.measurements.rprobe.train as t, time; torch.set_num_threads(1)\n"
         "decoder, data, key = fresh()\n"
         "slow = Stopping(data, 99)\n"
         "slow.batch = lambda i, d='cpu': (time.sleep(float(sys.argv[2])), data.batch(i, d))[1]\n"
@@ -187,7 +195,7 @@ def test_an_answer_may_differ_by_rounding_and_by_no_more():
 def test_a_second_run_in_the_same_folder_is_refused_and_a_killed_one_is_not_in_the_way(tmp_path):
     folder = tmp_path / "out"
     program = (
-        "import sys; from pathlib import Path; from llava_patch.probe.alone import alone\n"
+        "import sys; from pathlib import Path; from llava_patch.core.folder_lock import alone\n"
         "with alone(Path(sys.argv[1])):\n    print('in', flush=True); sys.stdin.read()"
     )
     root = Path(__file__).parents[2]

@@ -3,7 +3,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from llava_patch.errors import InputError
+from llava_patch.core.errors import InputError
 from llava_patch.hosts.projections import rotate
 from llava_patch.probe.rotary import frequencies, rotary_1d, rotary_2d
 

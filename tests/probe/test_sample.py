@@ -1,7 +1,7 @@
 import pytest
 from PIL import Image
 
-from llava_patch.errors import InputError
+from llava_patch.core.errors import InputError
 from llava_patch.probe.sample import Sample, split_samples
 
 

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava_patch.errors import InputError
+from llava_patch.core.errors import InputError
 from llava_patch.probe.sequence import (
     TokenGrid,
     arrange,

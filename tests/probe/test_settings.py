@@ -3,8 +3,8 @@ import sys
 
 import pytest
 
-from llava_patch.errors import SettingError
-from llava_patch.probe.settings import RProbe
+from llava_patch.core.errors import SettingError
+from llava_patch.measurements.rprobe.settings import RProbe
 
 
 @pytest.mark.parametrize(
@@ -42,5 +42,5 @@ def test_learning_rate_falls_with_width():
 
 
 def test_settings_import_no_torch():
-    code = "import sys, llava_patch.probe.settings; sys.exit('torch' in sys.modules)"
+    code = "import sys, llava_patch.measurements.rprobe.settings; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

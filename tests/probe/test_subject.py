@@ -5,9 +5,9 @@ import signal
 import pytest
 import torch
 
-from llava_patch.errors import CheckpointError, SettingError
-from llava_patch.probe import subject
-from llava_patch.probe.subject import load_subject, pick_device, pick_dtype
+from llava_patch.core.errors import CheckpointError, SettingError
+from llava_patch.data import loaded as subject
+from llava_patch.data.loaded import load_subject, pick_device, pick_dtype
 from tests.evaluation import fileset
 
 

@@ -3,14 +3,20 @@ import sys
 import pytest
 import torch
 
-from llava_patch.errors import SettingError
+from llava_patch.core.errors import SettingError
 from llava_patch.hosts.anatomy import find
-from llava_patch.probe import trainable
+from llava_patch.measurements.rprobe import trainable
+from llava_patch.measurements.rprobe.fit import run_rprobe
+from llava_patch.measurements.rprobe.settings import RProbe
+from llava_patch.measurements.rprobe.train import train_probe
+from llava_patch.measurements.rprobe.trainable import (
+    check_memory,
+    choose,
+    free_memory,
+    needed_memory,
+    trained_parameters,
+)
 from llava_patch.probe.decoder import ProbeDecoder
-from llava_patch.probe.fit import run_rprobe
-from llava_patch.probe.settings import RProbe
-from llava_patch.probe.train import train_probe
-from llava_patch.probe.trainable import check_memory, choose, free_memory, needed_memory, trained_parameters
 
 from .tiny import Characters, made_up, processor, tiny_model
 

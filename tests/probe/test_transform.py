@@ -7,7 +7,7 @@ import torch
 import transformers
 from PIL import Image, ImageDraw
 
-from llava_patch.errors import HostError, InputError
+from llava_patch.core.errors import HostError, InputError
 from llava_patch.hosts.compat import known_options
 from llava_patch.probe.transform import Transform, black_out, check_box
 

@@ -9,7 +9,7 @@ import torch
 from fusion.cases import ALL, randomise
 
 from llava_patch import DeepStack, SkipLinks, patch
-from llava_patch.errors import HostError, InputError, SettingError
+from llava_patch.core.errors import HostError, InputError, SettingError
 from llava_patch.hosts.anatomy import find
 from llava_patch.probe.sequence import TokenGrid, patchify
 from llava_patch.probe.transform import Transform

@@ -7,11 +7,11 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from llava_patch.measurements.rprobe.store import Batch, FrozenData
+from llava_patch.measurements.rprobe.store.shard import Record, Shard
+from llava_patch.measurements.rprobe.store.text import Text
 from llava_patch.probe.sample import Sample
 from llava_patch.probe.sequence import ProbeSequence, TokenGrid, build_sequence
-from llava_patch.probe.store import Batch, FrozenData
-from llava_patch.probe.store.shard import Record, Shard
-from llava_patch.probe.store.text import Text
 
 SIDE, PATCH, HIDDEN, VOCABULARY = 56, 14, 64, 120
 

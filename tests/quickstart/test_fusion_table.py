@@ -9,7 +9,7 @@ from fusion_table import arms, measure, table, train
 from quickstart.model import SMALL_TEXT, SMALL_VISION
 from quickstart.steps import Lacking
 
-from llava_patch import config
+from llava_patch.settings import gin_config as config
 
 BLOCKS, MAIN, LAYERS = SMALL_VISION["num_hidden_layers"], SMALL_VISION["num_hidden_layers"] - 1, 8
 

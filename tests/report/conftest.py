@@ -5,7 +5,7 @@ from quickstart.fileset import write_fileset
 from typer.testing import CliRunner
 
 from llava_patch import Routing, SkipLinks, patch
-from llava_patch.cli import app
+from llava_patch.cli.main import app
 
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 8, "num_attention_heads": 2,
           "image_size": 56, "patch_size": 14}  # fmt: skip

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_patch.report import build
+from llava_patch.tools.report import build
 from report import browser as chromium
 
 NONE = chromium.why_none()

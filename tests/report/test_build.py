@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from llava_patch.errors import CheckpointError, SettingError
-from llava_patch.report import build, page
-from llava_patch.report.context import Context
-from llava_patch.report.section import DONE, FAILED, SKIPPED, Figure, Found, Record, Section, SkipSection, Table
+from llava_patch.core.errors import CheckpointError, SettingError
+from llava_patch.tools.report import build, page
+from llava_patch.tools.report.context import Context
+from llava_patch.tools.report.section import DONE, FAILED, SKIPPED, Figure, Found, Record, Section, SkipSection, Table
 
 
 def _works(context, folder):
@@ -127,7 +127,8 @@ def test_a_record_comes_back():
 
 
 def test_a_configured_patch_is_measured_shown_and_kept_off_the_base(files, tmp_path):
-    from llava_patch import get_handle, startup
+    from llava_patch import get_handle
+    from llava_patch.integrations import startup
 
     every = [_section("one", _works)]
     plain = build.build(Context(str(files.hf), base=str(files.hf)), every, every, tmp_path)

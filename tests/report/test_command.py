@@ -8,11 +8,11 @@ import shutil
 import pytest
 from typer.testing import CliRunner
 
-from llava_patch.cli import app
-from llava_patch.errors import CheckpointError, InputError, SettingError
-from llava_patch.inspection import inspect_checkpoint
-from llava_patch.report import build
-from llava_patch.report.sections import NAMES, sections
+from llava_patch.cli.main import app
+from llava_patch.core.errors import CheckpointError, InputError, SettingError
+from llava_patch.tools.inspect import inspect_checkpoint
+from llava_patch.tools.report import build
+from llava_patch.tools.report.sections import NAMES, sections
 
 MEASURED = {"saturation", "attention_maps", "flops", "gradients", "reach", "drift", "fusion_attention"}
 
@@ -88,7 +88,7 @@ def test_the_page_refers_to_nothing_outside(report):
 
 
 def test_the_same_command_again_measures_nothing(report, monkeypatch):
-    from llava_patch.diagnostics import commands
+    from llava_patch.cli import common as commands
 
     monkeypatch.setattr(commands, "load", None)
     folder, _, arguments = report

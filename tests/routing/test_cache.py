@@ -5,7 +5,7 @@ import torch
 from models import IMAGE, close
 
 from llava_patch import Routing, patch
-from llava_patch.errors import InputError
+from llava_patch.core.errors import InputError
 
 from .cases import ALL
 

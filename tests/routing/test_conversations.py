@@ -7,7 +7,7 @@ import torch
 from models import HF_IMAGE_TOKEN, IMAGE, TOKENS, close
 
 from llava_patch import patch
-from llava_patch.errors import InputError
+from llava_patch.core.errors import InputError
 
 from .cases import ALL, RAGGED, VARIANTS, again, embeddings, extend, places
 

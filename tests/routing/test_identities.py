@@ -5,7 +5,7 @@ import torch
 from models import IMAGE, LAYERS, close, silence_side_branch
 
 from llava_patch import Routing, patch
-from llava_patch.errors import InputError
+from llava_patch.core.errors import InputError
 
 RAGGED = [(2, IMAGE, 5), (3, IMAGE, 1, IMAGE, 4), (7,), (1, IMAGE, 9)]
 

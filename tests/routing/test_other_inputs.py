@@ -6,7 +6,7 @@ import torch
 from models import HF_IMAGE_TOKEN, IMAGE, TEXT, close, vision_config
 
 from llava_patch import patch
-from llava_patch.errors import InputError, SettingError
+from llava_patch.core.errors import InputError, SettingError
 
 from .cases import ALL, embeddings, places
 from .naive import naive

@@ -7,7 +7,7 @@ import torch
 from models import IMAGE, LAYERS, TOKENS
 
 from llava_patch import FastV, Routing, SkipLinks, patch
-from llava_patch.errors import SettingError
+from llava_patch.core.errors import SettingError
 
 from .cases import ALL
 

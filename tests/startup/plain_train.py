@@ -6,10 +6,10 @@ The stock script cannot start on a current transformers without them, so this is
 import runpy
 import sys
 
+from llava_patch.core.undo import UndoStack
 from llava_patch.hosts import compat
-from llava_patch.undo import UndoStack
 
-assert "llava_patch.startup" not in sys.modules
+assert "llava_patch.integrations.startup" not in sys.modules
 import llava.model.language_model.llava_llama as llava_llama  # noqa: E402
 import transformers.trainer  # noqa: E402
 

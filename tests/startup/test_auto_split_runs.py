@@ -13,8 +13,9 @@ from tiny_train import arguments as _arguments
 from tiny_train import ok as _ok
 from tiny_train import run as _run
 
-from llava_patch import Routing, config, get_handle
-from llava_patch.errors import SettingError
+from llava_patch import Routing, get_handle
+from llava_patch.core.errors import SettingError
+from llava_patch.settings import gin_config as config
 
 AUTO = 'Routing.split = "auto"'
 RANK = Path(__file__).parent / "rank.py"
@@ -100,7 +101,8 @@ def test_loading_has_no_samples_but_a_patched_checkpoint_needs_none(tmp_path, mo
     import models
     from transformers import LlavaForConditionalGeneration
 
-    from llava_patch import patch, startup
+    from llava_patch import patch
+    from llava_patch.integrations import startup
 
     model = models.hf_model()
     model.save_pretrained(tmp_path / "stock")
@@ -117,7 +119,9 @@ def test_loading_has_no_samples_but_a_patched_checkpoint_needs_none(tmp_path, mo
 def test_a_split_bound_by_a_macro_is_recorded_as_a_number(tmp_path, monkeypatch):
     import models
 
-    from llava_patch import patch, startup, training
+    from llava_patch import patch
+    from llava_patch.integrations import startup
+    from llava_patch.integrations.training import llava as training
 
     monkeypatch.setenv("LLAVA_PATCH_GIN_PARAM", 'where = "auto"; Routing.split = %where')
     startup.reset()

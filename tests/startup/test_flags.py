@@ -5,9 +5,11 @@ import sys
 
 import pytest
 
-from llava_patch import SkipLinks, autostart, startup
-from llava_patch.errors import SettingError
+from llava_patch import SkipLinks
+from llava_patch.core.errors import SettingError
 from llava_patch.hosts import compat
+from llava_patch.integrations import import_hook as autostart
+from llava_patch.integrations import startup
 
 
 def test_our_flags_leave_the_command_line():
@@ -48,7 +50,7 @@ def test_renamed_flags():
 def test_versions_outside_the_range_are_refused(monkeypatch):
     import transformers
 
-    from llava_patch.errors import HostError
+    from llava_patch.core.errors import HostError
 
     for version in ("4.37.2", "5.23.0"):
         monkeypatch.setattr(transformers, "__version__", version)
@@ -71,7 +73,7 @@ def test_the_hook_is_lazy():
 
 
 def test_the_hook_can_be_switched_off():
-    code = "import sys, llava_patch.autostart as a; print(a.installed())"
+    code = "import sys, llava_patch.integrations.import_hook as a; print(a.installed())"
     assert _python(code).stdout.strip() == "True"
     assert _python(code, LLAVA_PATCH_DISABLE="1").stdout.strip() == "False"
 

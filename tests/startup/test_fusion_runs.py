@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from tiny_train import TRAIN, arguments, losses, make_data, ok, run
 
 from llava_patch import DeepStack, DenseConnector, DirectFusion, SkipLinks, patch
-from llava_patch.errors import CheckpointError
-from llava_patch.stage1 import check_projector
-from llava_patch.training import prepare
+from llava_patch.core.errors import CheckpointError
+from llava_patch.integrations.training.llava import prepare
+from llava_patch.integrations.training.stage1 import check_projector
 
 
 @pytest.fixture(scope="module")

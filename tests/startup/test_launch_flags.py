@@ -7,8 +7,11 @@ import torch
 from safetensors.torch import load_file
 from tiny_train import TRAIN, arguments, losses, make_data, ok, run
 
-from llava_patch import SkipLinks, config, flags, startup
-from llava_patch.errors import SettingError
+from llava_patch import SkipLinks
+from llava_patch.core.errors import SettingError
+from llava_patch.integrations import startup
+from llava_patch.settings import flags
+from llava_patch.settings import gin_config as config
 
 
 def test_arguments_and_the_line_that_reports_them():

@@ -80,7 +80,7 @@ def test_trained_saved_and_resumed(data, trained, tmp_path):
     model, tower = tower_of(trained)
     assert same_half(tower, steps[3]) and not same_half(tower, steps[1])
     from llava_patch import SkipLinks, patch
-    from llava_patch.handle import get_handle
+    from llava_patch.patching.handle import get_handle
 
     # The next run freezes the tower: what it saves is still not the original one.
     settings = get_handle(model).fusion
@@ -122,7 +122,7 @@ def test_beside_lora(data, tmp_path):
             shutil.copyfile(data[1].language_model / name, merged / name)
     assert same_half(tower_of(merged)[1], expected)
     (out / "non_lora_trainables.bin").rename(out / "gone.bin")
-    from llava_patch.errors import CheckpointError
+    from llava_patch.core.errors import CheckpointError
 
     with pytest.raises(CheckpointError, match=r"vision tower was trained, but non_lora_trainables\.bin is missing"):
         tower_of(out, data[1].language_model)

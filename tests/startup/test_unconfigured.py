@@ -13,9 +13,10 @@ from models import IMAGE, Host
 from quickstart.fileset import write_fileset
 from tiny_train import TEXT, VISION
 
-from llava_patch import FastV, Routing, SkipLinks, patch, startup
-from llava_patch.errors import HostError, SettingError
+from llava_patch import FastV, Routing, SkipLinks, patch
+from llava_patch.core.errors import HostError, SettingError
 from llava_patch.hosts import compat
+from llava_patch.integrations import startup
 
 NOT_SUPPORTED = ("90.1", "91")
 
@@ -34,9 +35,9 @@ trainer.create_optimizer()
 print("LOADED", *sorted(name for name in sys.modules if name.startswith("llava_patch")))
 """
 LIGHT = {
-    "llava_patch", "llava_patch.autostart", "llava_patch.errors", "llava_patch.hosts", "llava_patch.hosts.compat",
-    "llava_patch.hosts.llava_tower", "llava_patch.hosts.tower_models", "llava_patch.hosts.towers",
-    "llava_patch.loading", "llava_patch.records", "llava_patch.startup", "llava_patch.undo",
+    "llava_patch", "llava_patch.integrations.import_hook", "llava_patch.core.errors", "llava_patch.hosts", "llava_patch.hosts.compat",
+    "llava_patch.hosts.towers.llava", "llava_patch.hosts.towers.models", "llava_patch.hosts.towers.layout",
+    "llava_patch.integrations.loading", "llava_patch.core.records", "llava_patch.integrations.startup", "llava_patch.core.undo",
 }  # fmt: skip
 """What may be loaded without anything to patch: none of it imports a name that only some versions have."""
 
@@ -56,7 +57,7 @@ def test_a_stock_script_loads_nothing_that_patches(files, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "llava_patch:" not in done.stderr  # no handler has failed
     loaded = set(done.stdout.splitlines()[-1].split()[1:])
-    assert "llava_patch.startup" in loaded  # the hook was there
+    assert "llava_patch.integrations.startup" in loaded  # the hook was there
     assert loaded <= LIGHT, loaded - LIGHT
 
 
@@ -118,7 +119,7 @@ import transformers.cache_utils, transformers.utils.generic
 del transformers.cache_utils.DynamicLayer, transformers.utils.generic.is_timm_config_dict
 import llava_patch
 assert llava_patch.patch and llava_patch.load and llava_patch.Saturation and llava_patch.RProbe
-import llava_patch.inspection.read, llava_patch.report.build, llava_patch.training, llava_patch.cli
+import llava_patch.tools.inspect.read, llava_patch.tools.report.build, llava_patch.integrations.training.llava, llava_patch.cli.main
 """
     done = _run(code)
     assert done.returncode == 0, done.stderr[-2000:]

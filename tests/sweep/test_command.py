@@ -10,10 +10,10 @@ import time
 import pytest
 from typer.testing import CliRunner
 
-from llava_patch.cli import app, main
-from llava_patch.errors import SettingError
-from llava_patch.sweep.command import sweep
-from llava_patch.sweep.record import FILE
+from llava_patch.cli.main import app, main
+from llava_patch.core.errors import SettingError
+from llava_patch.tools.sweep.command import sweep
+from llava_patch.tools.sweep.record import FILE
 
 
 def _results(output):
@@ -189,7 +189,16 @@ def test_bad_seeds(seeds, sweep_file, command, tmp_path):
 
 
 def _start(sweep_file, command, tmp_path):
-    arguments = ["-m", "llava_patch.cli", "sweep", str(sweep_file), "--output", str(tmp_path / "o"), "--", *command]
+    arguments = [
+        "-m",
+        "llava_patch.cli.main",
+        "sweep",
+        str(sweep_file),
+        "--output",
+        str(tmp_path / "o"),
+        "--",
+        *command,
+    ]
     process = subprocess.Popen(
         [sys.executable, *arguments], env={**os.environ, "FAKE_SLEEP": "60"}, stdout=subprocess.PIPE, text=True
     )

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from llava_patch.sweep import bubbles, figures
-from llava_patch.sweep.outcome import FinalLoss
-from llava_patch.sweep.plan import Run
-from llava_patch.sweep.summary import Result
+from llava_patch.tools.sweep import bubbles, figures
+from llava_patch.tools.sweep.outcome import FinalLoss
+from llava_patch.tools.sweep.plan import Run
+from llava_patch.tools.sweep.summary import Result
 
 
 def _result(point, seed, loss, metrics=None, baseline=False):

@@ -4,9 +4,8 @@ import re
 
 import pytest
 
-from llava_patch import config
+from llava_patch.core.resources import gin_dir
 from llava_patch.fusion.taps import choose_taps
-from llava_patch.resources import gin_dir
 from llava_patch.settings import (
     LEARNING_VARIANTS,
     AuxiliaryProbe,
@@ -17,7 +16,8 @@ from llava_patch.settings import (
     Routing,
     SkipLinks,
 )
-from llava_patch.sweep.plan import make_plan, read_sweep
+from llava_patch.settings import gin_config as config
+from llava_patch.tools.sweep.plan import make_plan, read_sweep
 
 LAYERS = {"7b": 32, "13b": 40, "small": 8}
 WIDTHS = {"7b": (4096, 11008), "13b": (5120, 13824)}  # hidden and intermediate size of Llama 1 and 2

@@ -6,7 +6,7 @@ import sys
 import pytest
 from tiny_train import TRAIN, arguments, make_data
 
-from llava_patch.sweep.command import sweep
+from llava_patch.tools.sweep.command import sweep
 
 
 @pytest.mark.timeout(600)

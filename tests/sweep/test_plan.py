@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from llava_patch.errors import SettingError
-from llava_patch.sweep.plan import make_plan, read_sweep
-from llava_patch.sweep.settings import Sweep
+from llava_patch.core.errors import SettingError
+from llava_patch.tools.sweep.plan import make_plan, read_sweep
+from llava_patch.tools.sweep.settings import Sweep
 
 
 def _plan(command=("true",), seeds=(1,), **settings):

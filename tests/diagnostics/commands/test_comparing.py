@@ -13,10 +13,11 @@ from evaluation import fileset
 from PIL import Image
 from typer.testing import CliRunner
 
-from llava_patch import Routing, patch, startup
-from llava_patch.cli import app
-from llava_patch.diagnostics.commands import several
-from llava_patch.errors import CheckpointError, InputError, SettingError
+from llava_patch import Routing, patch
+from llava_patch.cli import several
+from llava_patch.cli.main import app
+from llava_patch.core.errors import CheckpointError, InputError, SettingError
+from llava_patch.integrations import startup
 
 runner = CliRunner()
 

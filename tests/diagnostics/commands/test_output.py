@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from llava_patch import startup
-from llava_patch.cli import app
-from llava_patch.diagnostics.commands import check_checkpoint
-from llava_patch.diagnostics.commands.output import CONFIGURED, check_results, facts_of, show
-from llava_patch.errors import CheckpointError
+from llava_patch.cli.common import check_checkpoint
+from llava_patch.cli.main import app
+from llava_patch.cli.output import CONFIGURED, check_results, facts_of, show
+from llava_patch.core.errors import CheckpointError
+from llava_patch.integrations import startup
 from tests.evaluation import fileset
 
 PATCH = ("--gin-param", "Routing.split = 2")
@@ -109,7 +109,7 @@ def test_a_folder_that_is_not_there(name: str, stock: Path) -> None:
 
 
 def test_names_of_the_hub_are_no_folders(monkeypatch: pytest.MonkeyPatch) -> None:
-    from llava_patch.convert import weights
+    from llava_patch.core import weights
 
     check_checkpoint("llava-v1.5-7b")
     monkeypatch.setattr(weights, "read_json", lambda source, name: {} if source == "org/model" else None)

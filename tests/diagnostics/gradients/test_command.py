@@ -6,9 +6,9 @@ import pytest
 from typer.testing import CliRunner
 
 from llava_patch import SkipLinks, patch
-from llava_patch.cli import app
-from llava_patch.diagnostics.gradients import Gradients, GradientsResult, StepLog
-from llava_patch.errors import CheckpointError, InputError, LlavaPatchError, SettingError
+from llava_patch.cli.main import app
+from llava_patch.core.errors import CheckpointError, InputError, LlavaPatchError, SettingError
+from llava_patch.measurements.gradients import Gradients, GradientsResult, StepLog
 from tests.evaluation import fileset
 from tests.fusion.cases import randomise
 
@@ -26,7 +26,7 @@ def stock(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def fused(stock, tmp_path_factory):
-    from llava_patch.probe.subject import load_subject
+    from llava_patch.data.loaded import load_subject
 
     folder = tmp_path_factory.mktemp("fused") / "model"
     subject = load_subject(str(stock), device="cpu")

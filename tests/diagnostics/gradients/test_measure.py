@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from llava_patch import SkipLinks, patch
-from llava_patch.diagnostics.gradients import Gradients, GradientsResult, StepLog, decompose
-from llava_patch.diagnostics.gradients import measure as module
-from llava_patch.diagnostics.gradients.log import LOG
-from llava_patch.diagnostics.gradients.measure import measure_gradients
-from llava_patch.diagnostics.gradients.state import STATE, save_window
-from llava_patch.diagnostics.gradients.statistics import Window
-from llava_patch.errors import CheckpointError, InputError, SettingError
+from llava_patch.core.errors import CheckpointError, InputError, SettingError
+from llava_patch.measurements.gradients import Gradients, GradientsResult, StepLog, decompose
+from llava_patch.measurements.gradients import measure as module
+from llava_patch.measurements.gradients.log import LOG
+from llava_patch.measurements.gradients.measure import measure_gradients
+from llava_patch.measurements.gradients.state import STATE, save_window
+from llava_patch.measurements.gradients.statistics import Window
 from tests.fusion.cases import randomise
 
 SETTINGS = Gradients(window=2, full="attached")
@@ -190,7 +190,7 @@ def test_memory_does_not_grow_with_the_batches(patched, tmp_path):
     """Two vectors are held for the window, whatever its length: the state has no more."""
     from safetensors import safe_open
 
-    from llava_patch.diagnostics.gradients import Window, save_window
+    from llava_patch.measurements.gradients import Window, save_window
 
     sizes = []
     for count in (3, 30):

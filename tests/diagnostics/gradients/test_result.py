@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
-from llava_patch.diagnostics.gradients import Gradients, GradientsResult, Step, StepLog, Window
-from llava_patch.diagnostics.gradients.compare import ordered, runs_dict, runs_table
-from llava_patch.diagnostics.gradients.figure import gradients_figure, runs_figure
-from llava_patch.diagnostics.gradients.log import LOG
-from llava_patch.errors import CheckpointError, SettingError
+from llava_patch.core.errors import CheckpointError, SettingError
+from llava_patch.measurements.gradients import Gradients, GradientsResult, Step, StepLog, Window
+from llava_patch.measurements.gradients.compare import ordered, runs_dict, runs_table
+from llava_patch.measurements.gradients.figure import gradients_figure, runs_figure
+from llava_patch.measurements.gradients.log import LOG
 
 SETTINGS = Gradients(window=4, transition_windows=2, smoothness=10.0)
 
@@ -187,7 +187,7 @@ def test_which_steps_are_measured():
 
 
 def test_gin_binds_the_settings():
-    from llava_patch import config
+    from llava_patch.settings import gin_config as config
 
     found = config.read([], ["Gradients.block = 6", "Gradients.steps = 1300"])
     assert found.measurements["Gradients"] == Gradients(block=6, steps=1300)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from llava_patch.diagnostics.gradients.compare import run_folders
-from llava_patch.errors import InputError
+from llava_patch.core.errors import InputError
+from llava_patch.measurements.gradients.compare import run_folders
 
 
 def _run(folder):

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava_patch.diagnostics.gradients import (
+from llava_patch.core.errors import CheckpointError
+from llava_patch.measurements.gradients import (
     Gradients,
     GradientsResult,
     Moments,
@@ -19,7 +20,6 @@ from llava_patch.diagnostics.gradients import (
     save_window,
     transition_step,
 )
-from llava_patch.errors import CheckpointError
 
 
 def vectors(count, size=300, seed=0, mean=(0.3, -0.1)):

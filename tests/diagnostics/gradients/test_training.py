@@ -13,13 +13,14 @@ import torch
 from transformers import TrainerCallback
 
 from llava_patch import AuxiliaryProbe, patch
-from llava_patch.auxiliary import follow as follow_auxiliary
-from llava_patch.diagnostics.gradients import Gradients, training
-from llava_patch.diagnostics.gradients.training import follow
-from llava_patch.diagnostics.gradients.training_loss import loss_scale
-from llava_patch.errors import CheckpointError, SettingError
-from llava_patch.handle import get_handle
+from llava_patch.core.errors import CheckpointError, SettingError
 from llava_patch.hosts import compat
+from llava_patch.integrations.training import gradients as training
+from llava_patch.integrations.training.auxiliary import follow as follow_auxiliary
+from llava_patch.integrations.training.gradients import follow
+from llava_patch.integrations.training.gradients_loss import loss_scale
+from llava_patch.measurements.gradients import Gradients
+from llava_patch.patching.handle import get_handle
 
 from .training_cases import STEPS, history, model, trainer
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llava_patch.diagnostics.gradients import GradientsResult
+from llava_patch.measurements.gradients import GradientsResult
 
 from .two_ranks import measured_run
 

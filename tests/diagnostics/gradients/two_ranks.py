@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from llava_patch.diagnostics.gradients import Gradients
-from llava_patch.diagnostics.gradients.training import follow
+from llava_patch.integrations.training.gradients import follow
+from llava_patch.measurements.gradients import Gradients
 
 from .training_cases import history, model, trainer
 

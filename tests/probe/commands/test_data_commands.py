@@ -4,9 +4,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from llava_patch import cli
-from llava_patch.errors import InputError, SettingError
-from llava_patch.probe.data import read_samples
+from llava_patch.cli import main as cli
+from llava_patch.core.errors import InputError, SettingError
+from llava_patch.data.readers import read_samples
 
 
 def run(*arguments):

@@ -13,15 +13,15 @@ from filelock import FileLock
 from PIL import Image
 from typer.testing import CliRunner
 
-from llava_patch import startup
-from llava_patch.cli import app
-from llava_patch.errors import CheckpointError, LlavaPatchError, SettingError
-from llava_patch.handle import get_handle
+from llava_patch.cli.main import app
+from llava_patch.cli.rprobe.run import check_folder, default_name, settings_of
+from llava_patch.core.errors import CheckpointError, LlavaPatchError, SettingError
 from llava_patch.hosts.anatomy import find
-from llava_patch.probe import fit
-from llava_patch.probe.ablation import VARIANTS
-from llava_patch.probe.commands.run import check_folder, default_name, settings_of
-from llava_patch.probe.settings import RProbe
+from llava_patch.integrations import startup
+from llava_patch.measurements.rprobe import fit
+from llava_patch.measurements.rprobe.ablation import VARIANTS
+from llava_patch.measurements.rprobe.settings import RProbe
+from llava_patch.patching.handle import get_handle
 from tests.evaluation import fileset
 
 QUICK = ("--steps", "4", "--train-pages", "6", "--heldout-pages", "4", "--batch-size", "4")
@@ -203,7 +203,7 @@ def test_two_processes_and_ctrl_c(checkpoint, tmp_path):
         "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
         "CUDA_VISIBLE_DEVICES": "", "LLAVA_PATCH_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    words = ["-m", "llava_patch.cli", "rprobe", str(checkpoint), *QUICK, "--output"]
+    words = ["-m", "llava_patch.cli.main", "rprobe", str(checkpoint), *QUICK, "--output"]
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words,
         str(tmp_path / "two"),

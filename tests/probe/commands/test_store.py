@@ -5,12 +5,12 @@ import gc
 import torch
 from typer.testing import CliRunner
 
-from llava_patch.cli import app
+from llava_patch.cli.main import app
+from llava_patch.data.pages import Pages
 from llava_patch.hosts.anatomy import find
-from llava_patch.probe.pages import Pages
-from llava_patch.probe.settings import RProbe
-from llava_patch.probe.store import freeze_samples, make_transform
-from llava_patch.probe.store.disk import stores_folder
+from llava_patch.measurements.rprobe.settings import RProbe
+from llava_patch.measurements.rprobe.store import freeze_samples, make_transform
+from llava_patch.measurements.rprobe.store.disk import stores_folder
 
 from ..tiny import Characters, processor, tiny_model
 

@@ -3,8 +3,8 @@ import io
 import pytest
 from PIL import Image
 
-from llava_patch.errors import InputError
-from llava_patch.probe.data import read_samples, write_jsonl
+from llava_patch.core.errors import InputError
+from llava_patch.data.readers import read_samples, write_jsonl
 
 datasets = pytest.importorskip("datasets")
 

@@ -1,7 +1,7 @@
 import pytest
 
-from llava_patch.errors import InputError
-from llava_patch.probe.data import read_samples
+from llava_patch.core.errors import InputError
+from llava_patch.data.readers import read_samples
 
 from .common import page, quad, text
 

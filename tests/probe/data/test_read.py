@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from llava_patch.errors import InputError, SettingError
-from llava_patch.probe.data import read_jsonl, read_samples, write_jsonl
-from llava_patch.probe.data.read import resolve_source
-from llava_patch.probe.pages import Pages
+from llava_patch.core.errors import InputError, SettingError
+from llava_patch.data.pages import Pages
+from llava_patch.data.readers import read_jsonl, read_samples, write_jsonl
+from llava_patch.data.readers.read import resolve_source
 from llava_patch.probe.sample import Sample, split_samples
 
 from .common import document, page, quad, text

@@ -5,12 +5,12 @@ import pytest
 import torch
 from PIL import Image
 
-from llava_patch.errors import HostError
+from llava_patch.core.errors import HostError
 from llava_patch.hosts.anatomy import find
+from llava_patch.measurements.rprobe.settings import RProbe
+from llava_patch.measurements.rprobe.store import encode, freeze, freeze_samples, make_transform
 from llava_patch.probe.sample import Sample
 from llava_patch.probe.sequence import TokenGrid
-from llava_patch.probe.settings import RProbe
-from llava_patch.probe.store import encode, freeze, freeze_samples, make_transform
 from llava_patch.probe.view import View
 
 from ..tiny import HIDDEN, Characters, made_up, processor, samples, targets_of, tiny_model
@@ -110,7 +110,7 @@ def test_inside_names_the_pixels_whose_centre_lies_in_a_text_box(model):
 
 @pytest.mark.parametrize("chunk", [1, 3, 256])
 def test_moments_of_the_targets(monkeypatch, chunk):
-    monkeypatch.setattr("llava_patch.probe.store.data.CHUNK", chunk)
+    monkeypatch.setattr("llava_patch.measurements.rprobe.store.data.CHUNK", chunk)
     data = made_up(10, 3, "true")
     pixels = targets_of(data).double() * 5 + 1000  # a variance small beside the mean
     data.shards[0].tensors["pixels"] = pixels.float()

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava_patch.errors import InputError, LlavaPatchError, SettingError
+from llava_patch.core.errors import InputError, LlavaPatchError, SettingError
+from llava_patch.data.pages import Pages
 from llava_patch.hosts.anatomy import find
-from llava_patch.probe.fit import run_rprobe
-from llava_patch.probe.pages import Pages
-from llava_patch.probe.settings import RProbe
-from llava_patch.probe.store import disk, freeze, freeze_samples, key, make_transform
-from llava_patch.probe.store.disk import delete_unused, in_use, list_stores, stores_folder
-from llava_patch.probe.store.shard import open_shard
+from llava_patch.measurements.rprobe.fit import run_rprobe
+from llava_patch.measurements.rprobe.settings import RProbe
+from llava_patch.measurements.rprobe.store import disk, freeze, freeze_samples, key, make_transform
+from llava_patch.measurements.rprobe.store.disk import delete_unused, in_use, list_stores, stores_folder
+from llava_patch.measurements.rprobe.store.shard import open_shard
 
 from ..tiny import Characters, processor, samples, tiny_model
 
@@ -188,7 +188,7 @@ def test_a_store_is_in_use_as_long_as_its_data_live(model):
 def test_the_mark_of_a_killed_process_does_not_hold_a_store(model):
     folder = freeze_pages(model).store.folder
     program = (
-        "import sys\nfrom llava_patch.probe.store.disk import Store\n"
+        "import sys\nfrom llava_patch.measurements.rprobe.store.disk import Store\n"
         f"store = Store({folder.name!r}, 4, {{}}, 1.0)\nprint('in', flush=True)\nsys.stdin.read()"
     )
     other = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)

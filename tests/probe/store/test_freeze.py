@@ -6,11 +6,11 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from llava_patch.errors import HostError, InputError, SettingError
+from llava_patch.core.errors import HostError, InputError, SettingError
 from llava_patch.hosts.anatomy import find
+from llava_patch.measurements.rprobe.settings import RProbe
+from llava_patch.measurements.rprobe.store import freeze_samples, make_transform
 from llava_patch.probe.sample import Sample
-from llava_patch.probe.settings import RProbe
-from llava_patch.probe.store import freeze_samples, make_transform
 
 from ..tiny import HIDDEN, SIDE, Characters, processor, samples, targets_of, tiny_model, unique_page
 

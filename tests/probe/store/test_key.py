@@ -9,13 +9,13 @@ import torch
 from PIL import Image, ImageOps
 
 from llava_patch import SkipLinks, patch
+from llava_patch.data.pages import Pages
 from llava_patch.hosts.anatomy import find
-from llava_patch.probe.pages import Pages
+from llava_patch.measurements.rprobe.settings import RProbe
+from llava_patch.measurements.rprobe.store import key as key_module
+from llava_patch.measurements.rprobe.store import make_transform
+from llava_patch.measurements.rprobe.store.key import digest, make_plan, store_key
 from llava_patch.probe.sample import Sample
-from llava_patch.probe.settings import RProbe
-from llava_patch.probe.store import key as key_module
-from llava_patch.probe.store import make_transform
-from llava_patch.probe.store.key import digest, make_plan, store_key
 
 from ..tiny import processor, samples, tiny_model, unique_page
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava_patch.probe.store.shard import DamagedShard, open_shard, write_shard
+from llava_patch.measurements.rprobe.store.shard import DamagedShard, open_shard, write_shard
 
 from ..tiny import made_up
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
+from llava_patch.data.pages import Pages
 from llava_patch.hosts.anatomy import find
-from llava_patch.probe.pages import Pages
-from llava_patch.probe.settings import RProbe
-from llava_patch.probe.store import freeze, freeze_samples, make_transform
+from llava_patch.measurements.rprobe.settings import RProbe
+from llava_patch.measurements.rprobe.store import freeze, freeze_samples, make_transform
 
 from ..tiny import Characters, processor, tiny_model
 

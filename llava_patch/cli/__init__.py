@@ -1,0 +1,1 @@
+"""The console command `llava-patch`: one file a subcommand."""

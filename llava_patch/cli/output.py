@@ -1,0 +1,137 @@
+"""What commands do with results: tables on the screen, and files that no other checkpoint's results replace."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llava_patch.core.errors import CheckpointError
+from llava_patch.core.files import write_json
+
+CONFIGURED = "configured_patch"
+
+
+def configured_patch() -> dict[str, str]:
+    """The methods that gin puts on the checkpoint, by kind, with the settings that are not the defaults; {}: none."""
+    from llava_patch.integrations import startup
+
+    asked = startup.configuration()
+    return {} if asked is None else {kind: _worded(method) for kind, method in asked.lasting().items()}
+
+
+def facts_of(checkpoint: str) -> dict[str, Any]:
+    """What `check_results` compares, for the facts in a result's file.
+
+    Args:
+        checkpoint: folder or hub name.
+
+    Returns:
+        "checkpoint", and `CONFIGURED` where gin puts a patch on it.
+    """
+    from llava_patch.cli.rprobe.run import named
+
+    patch = configured_patch()
+    return {"checkpoint": named(checkpoint), **({CONFIGURED: patch} if patch else {})}
+
+
+def check_results(path: Path, sources: Sequence[str]) -> None:
+    """Refuse to replace the results of other checkpoints, or of the same ones under another configured patch.
+
+    Args:
+        path: the results' JSON file; one that is not there or cannot be read is no obstacle.
+        sources: the checkpoints of this run, in order. The patch that gin puts on them counts too; results without a
+            record of one had none.
+
+    Raises:
+        CheckpointError: names the file, and what it was measured on.
+    """
+    from llava_patch.cli.rprobe.run import named
+
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none, or none that is worth keeping
+        return
+    others, before = _recorded(values)
+    if not others:
+        return
+    now = configured_patch()
+    asked = [named(source) for source in sources]
+    if [named(other) for other in others] == asked and before == now:
+        return
+    held, wanted = ", ".join(others), ", ".join(asked)
+    if before != now:
+        held, wanted = held + _with(before), wanted + _with(now)
+    raise CheckpointError(f"{path} holds the results of {held}, not of {wanted}: give another folder with --output")
+
+
+def finish(result: Any, folder: Path, name: str, checkpoint: str) -> None:
+    """Say what was found, write it, note in its JSON what it was measured on (`facts_of`), and say where it is.
+
+    Args:
+        result: with `summary()` and `save(folder, name)`, which gives the JSON's path first.
+        folder: of the files.
+        name: of the files.
+        checkpoint: folder or hub name.
+    """
+    import typer
+
+    typer.echo(result.summary())
+    paths = result.save(folder, name)
+    values: dict[str, Any] = json.loads(paths[0].read_text(encoding="utf-8"))
+    write_json(paths[0], {**values, "facts": facts_of(checkpoint)})
+    for path in paths:
+        typer.echo(f"wrote {path}")
+
+
+def show(table: tuple[Sequence[str], Sequence[Sequence[str]]], title: str = "", notes: Sequence[str] = ()) -> None:
+    """Print a measurement's table: the first column is a name, the others are numbers.
+
+    Args:
+        table: head and rows; where they are too wide for the screen, titles of columns take several lines.
+        title: above it.
+        notes: below it.
+    """
+    from rich.console import Console
+
+    from llava_patch.core import terminal as screen
+
+    console = Console()
+    head, rows = table
+    if screen.width_of(head, rows) > console.width:
+        cells = [max((len(row[i]) for row in rows), default=1) for i in range(len(head))]
+        head = [
+            "\n".join(textwrap.wrap(name, max(width, 1), break_long_words=False, break_on_hyphens=False))
+            for name, width in zip(head, cells, strict=True)
+        ]
+    screen.show(console, head, rows, notes, title)
+
+
+def _recorded(values: Any) -> tuple[list[str], dict[str, str]]:
+    """(checkpoints, configured patch) of a result's file; ([], {}) where it does not say."""
+    if not isinstance(values, dict):
+        return [], {}
+    facts = values.get("facts", values)
+    facts = facts if isinstance(facts, dict) else {}
+    others = values.get("sources", [facts.get("checkpoint")])
+    if not isinstance(others, list) or not all(isinstance(other, str) for other in others):
+        return [], {}
+    return others, facts.get(CONFIGURED) or {}
+
+
+def _with(patch: dict[str, str]) -> str:
+    return f" with {', '.join(patch.values())} of gin" if patch else " without a patch of gin"
+
+
+def _worded(method: Any) -> str:
+    """A method's settings that are not the defaults, so that a setting added later does not make it another one."""
+    given = []
+    for field in dataclasses.fields(method):
+        value = getattr(method, field.name)
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if value != default:
+            given.append(f"{field.name}={value!r}")
+    return f"{type(method).__name__}({', '.join(given)})"

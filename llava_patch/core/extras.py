@@ -1,0 +1,86 @@
+"""Packages that only some commands need: which extra of ours brings each, and what is said when it is not there.
+
+Patching, training and loading need none of them, so that installing llava_patch moves nothing in an environment that
+trains. Import them through `optional` alone; a command that will need some says so with `needs`, before it starts.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from llava_patch.core.errors import MissingExtraError
+
+EXTRAS = {"figures": "matplotlib", "report": "jinja2", "probe": "scipy", "data": "datasets"}
+"""The package that each extra of pyproject.toml is there for."""
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def need(what: str, *extras: str) -> None:
+    """Check that the packages of some extras are installed, without loading them.
+
+    Args:
+        what: needs them, for the error.
+        extras: names in `EXTRAS`.
+
+    Raises:
+        MissingExtraError: names what is missing and the line to type.
+    """
+    missing = [extra for extra in extras if not _there(EXTRAS[extra])]
+    if missing:
+        raise MissingExtraError(_message(what, missing))
+
+
+def needs(command: str, *extras: str) -> Callable[[F], F]:
+    """Decorate a command that needs some extras: they are looked for when it is called, not for its --help.
+
+    Args:
+        command: what the user typed.
+        extras: names in `EXTRAS`.
+    """
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            need(command, *extras)
+            return function(*args, **kwargs)
+
+        return checked  # type: ignore[return-value]
+
+    return decorate
+
+
+def optional(module: str, what: str = "this") -> Any:
+    """Import a module of a package in `EXTRAS`.
+
+    Args:
+        module: such as "matplotlib.figure".
+        what: needs it, for the error.
+
+    Raises:
+        MissingExtraError: its package is not installed.
+    """
+    package = module.partition(".")[0]
+    extra = next(extra for extra, brought in EXTRAS.items() if brought == package)
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != package:
+            raise  # it is there, and what it needs itself is not
+        raise MissingExtraError(_message(what, [extra])) from error
+
+
+def _there(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ImportError:
+        return False
+
+
+def _message(what: str, missing: list[str]) -> str:
+    packages = " and ".join(EXTRAS[extra] for extra in missing)
+    return f'{what} needs {packages}: pip install "llava_patch[{",".join(missing)}]"'

@@ -1,0 +1,100 @@
+"""Whether a model's weights fit into this machine's memory, and in which precision; asked before they are read."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from llava_patch.core.errors import SettingError
+from llava_patch.core.weights import locate, read_json
+
+_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+ROOM = 0.9
+"""Share of the memory that weights may take; the rest is for Python, torch, activations and the system."""
+
+
+def machine_memory() -> int | None:
+    """Bytes of memory that this process may use at most, a container's limit included; None where it is not known."""
+    try:
+        found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    except (ValueError, OSError, AttributeError):
+        return None
+    for name in _LIMITS:
+        try:
+            text = Path(name).read_text(encoding="ascii").strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            found.append(int(text))
+    return min(found)
+
+
+def parameter_count(source: str) -> int | None:
+    """Number of weights of a checkpoint, from its index or headers; None when they do not say.
+
+    Args:
+        source: folder or hub name.
+    """
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index = read_json(source, f"{stem}.{suffix}.index.json")
+        if index is not None:
+            total = index.get("metadata", {}).get("total_size")
+            return None if total is None else int(total) // _stored_bytes(source)
+        path = locate(source, f"{stem}.{suffix}")
+        if path is not None and suffix == "safetensors":
+            from safetensors import SafetensorError, safe_open
+
+            try:
+                with safe_open(path, framework="pt") as stream:
+                    shapes = [stream.get_slice(name).get_shape() for name in stream.keys()]  # noqa: SIM118
+            except (SafetensorError, OSError):
+                return None  # the host's own loader says what is wrong with it
+            return sum(int(torch.Size(shape).numel()) for shape in shapes)
+        if path is not None:
+            return path.stat().st_size // _stored_bytes(source)
+    return None
+
+
+def _stored_bytes(source: str) -> int:
+    config = read_json(source, "config.json") or {}
+    for values in (config, config.get("text_config") or {}):
+        dtype = getattr(torch, str(values.get("dtype") or values.get("torch_dtype")), None)
+        if isinstance(dtype, torch.dtype):
+            return dtype.itemsize
+    return 4
+
+
+def cpu_dtype(name: str, source: str) -> torch.dtype | None:
+    """The precision in which a model runs on the CPU; None: float32, as nothing speaks against it.
+
+    Weights that do not fit in float32 run in bfloat16, which halves them (float16 is slow on CPUs); a line on stderr
+    says so. An explicit precision is kept.
+
+    Args:
+        name: what the user asked for; "": nothing.
+        source: the checkpoint that holds the decoder's weights.
+
+    Raises:
+        SettingError: the weights do not fit in the precision asked for, or in any.
+    """
+    count, memory = parameter_count(source), machine_memory()
+    if count is None or memory is None:
+        return None
+    asked = getattr(torch, name) if name else torch.float32
+    if asked.itemsize * count <= ROOM * memory:
+        return None
+    fits = torch.bfloat16.itemsize * count <= ROOM * memory
+    said = f"{source}: {count / 1e9:.1f} billion weights are {asked.itemsize * count / 1e9:.1f} GB in {_word(asked)}"
+    said += f", and this machine has {memory / 1e9:.1f} GB of memory"
+    if fits and not name:
+        print(f"llava_patch: {said}: the model runs in bfloat16 (--dtype chooses)", file=sys.stderr)
+        return torch.bfloat16
+    advice = "give --dtype bfloat16" if fits else "give --device cuda, or use a machine with more memory"
+    raise SettingError(f"{said}: {advice}")
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

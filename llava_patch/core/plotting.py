@@ -1,0 +1,78 @@
+"""What the measurements' figures share: size, type, layer axes, the split's line, and how they are written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llava_patch.core.extras import optional
+from llava_patch.core.files import atomic
+
+IMAGE, TEXT, SPLIT, OTHER = "#c44e52", "#4c72b0", "#55a868", "#8172b3"
+PANEL = 3.4, 2.7  # inches: one panel fills a column of a two-column paper, and its type is of the size of a caption's
+STYLE: dict[Any, Any] = {
+    "font.size": 8.0,
+    "axes.titlesize": 8.5,
+    "axes.labelsize": 8.0,
+    "legend.fontsize": 7.0,
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
+    "lines.linewidth": 1.3,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+}
+
+
+def panels(rows: int = 1, columns: int = 1, height: float = PANEL[1]) -> tuple[Any, list[Any]]:
+    """A figure without pyplot (no global state, no display) and its axes, row by row."""
+    mpl = optional("matplotlib")
+    Figure = optional("matplotlib.figure").Figure
+
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(PANEL[0] * columns, height * rows), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False)
+    return figure, list(axes.flat)
+
+
+def layer_axis(axis: Any, n_layers: int, label: str = "decoder layer") -> None:
+    """Whole layer numbers, at most about a dozen of them."""
+    MaxNLocator = optional("matplotlib.ticker").MaxNLocator
+
+    axis.set_xlim(-0.5, n_layers - 0.5)
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=min(4, n_layers)))
+    axis.set_xlabel(label)
+
+
+def mark_split(axis: Any, split: int | None, label: str = "split") -> None:
+    """A dashed line where image tokens leave the decoder; nothing where there is no split."""
+    if split is not None:
+        axis.axvline(split, color=SPLIT, ls="--", lw=1.2, label=f"{label} {split}")
+
+
+def mark_pruning(axis: Any, layer: int | None) -> None:
+    """A dash-dotted line at the first layer without the pruned image tokens; nothing where none are pruned."""
+    if layer is not None:
+        axis.axvline(layer, color=OTHER, ls="-.", lw=1.2, label=f"pruning from layer {layer}")
+
+
+def write_figure(figure: Any, path: str | Path) -> Path:
+    """Write a figure atomically, in the format that the path's suffix names."""
+    mpl = optional("matplotlib")
+
+    path = Path(path)
+    _fit_type(figure)
+    with atomic(path) as temporary, mpl.rc_context(STYLE):
+        figure.savefig(temporary, dpi=200)
+    return path
+
+
+def _fit_type(figure: Any) -> None:
+    """Titles and legends take matplotlib's own size when they are made, after `panels`: give them the style's."""
+    usual = {"title": 12.0, "legend": 10.0}
+    for axis in figure.axes:
+        if axis.title.get_fontsize() == usual["title"]:
+            axis.title.set_fontsize(STYLE["axes.titlesize"])
+        texts = [] if axis.get_legend() is None else axis.get_legend().get_texts()
+        for text in texts:
+            if text.get_fontsize() == usual["legend"]:
+                text.set_fontsize(STYLE["legend.fontsize"])

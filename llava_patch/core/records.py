@@ -1,0 +1,50 @@
+"""Where a checkpoint keeps the settings of its patch, read without loading anything that patches."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from llava_patch.core.errors import CheckpointError
+
+CONFIG_KEY = "llava_patch"
+"""A checkpoint's config.json carries its patch under this key."""
+SETTINGS_FILE = "llava_patch.json"
+"""An adapter carries it in this file."""
+FORMAT = 1
+
+
+def read_settings(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The settings file of a checkpoint folder; None when there is none.
+
+    Raises:
+        CheckpointError: a damaged file, or one of a newer format.
+    """
+    path = Path(directory) / SETTINGS_FILE
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+    check_format(record, str(path))
+    return record
+
+
+def check_format(record: dict[str, Any], source: str) -> None:
+    """Refuse settings of another format.
+
+    Raises:
+        CheckpointError: names both.
+    """
+    if record.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{source}: llava_patch settings of format {record.get('format')!r}, this version reads {FORMAT}"
+        )
+
+
+def config_record(config: Any) -> dict[str, Any] | None:
+    """The settings that a model configuration carries; None when it has none."""
+    return getattr(config, CONFIG_KEY, None)

@@ -1,0 +1,1 @@
+"""What commands and measurements read: images with questions and answers, regions of text, and loaded checkpoints."""

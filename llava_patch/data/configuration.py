@@ -1,0 +1,91 @@
+"""What a checkpoint's files say of its images, without its weights: image processor, patches, merged tokens, tiles."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from llava_patch.core.errors import CheckpointError, HostError
+from llava_patch.core.records import CONFIG_KEY
+from llava_patch.hosts import tiles
+from llava_patch.hosts.anatomy import HF, LLAVA
+from llava_patch.hosts.towers import layout as towers
+from llava_patch.hosts.towers import models as tower_models
+from llava_patch.patching import checkpoint
+from llava_patch.probe.transform import Transform, check_crop
+
+
+def read_transform(folder: str | Path, mode: str) -> Transform:
+    """The probe's image transform of a checkpoint, as `make_transform` gives it for the loaded model.
+
+    Args:
+        folder: a full checkpoint of either host, stock or patched, or an adapter whose base is there.
+        mode: one of `IMAGE_MODES`.
+
+    Raises:
+        CheckpointError: no checkpoint there, or its base or vision tower is gone.
+        SettingError: `mode` "crop" for an image processor that does otherwise.
+        HostError: a model, tower or image processor that is not known, or `mode` "anyres" for a model without tiles.
+    """
+    folder = Path(folder)
+    record = checkpoint.read_settings(folder) if folder.is_dir() else None
+    if record is not None and record.get("form") == "adapter":
+        base = Path(str(record["base"]))
+        if not base.is_dir():
+            raise CheckpointError(f"{folder}: its base {base} is no folder here: give --size and --patch instead")
+    else:
+        base = folder
+    file = base / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{base}: not a checkpoint, it holds no config.json")
+    raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    record = record or raw.get(CONFIG_KEY)
+    host, config, processor = (_llava if "mm_vision_tower" in raw else _hf)(base, raw)
+    shape = towers.shape_of(config.vision_config)
+    fusion = checkpoint.methods(record, str(folder)).get("fusion") if record else None
+    cell = shape.patch_size * getattr(fusion, "merge_size", 1)
+    height, width = (n * shape.patch_size for n in shape.grid)
+    if mode == "crop":
+        check_crop(processor)
+    if mode != "anyres":
+        return Transform(processor, mode, height, width, cell)
+    on_llava = host == LLAVA and raw.get("image_aspect_ratio") == "anyres"
+    if not on_llava and not (host == HF and hasattr(config, "image_grid_pinpoints")):
+        raise HostError(f'image mode "anyres": {folder} does not cut images into tiles')
+    # The tiling asks an Anatomy for no more than this.
+    parts: Any = SimpleNamespace(
+        host=host, grid=shape.grid, patch_size=shape.patch_size, model=SimpleNamespace(config=config)
+    )
+    return Transform(processor, mode, height, width, cell, tiles.make_tiling(parts, processor))
+
+
+def _llava(base: Path, raw: dict[str, Any]) -> tuple[str, Any, Any]:
+    """(host, configuration, image processor) of the llava package's checkpoint, whose tower lies elsewhere."""
+    from transformers import AutoConfig
+
+    name = str(raw["mm_vision_tower"])
+    try:
+        vision = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{base}: its vision tower {name} cannot be read: {error}") from error
+    vision = getattr(vision, "vision_config", vision)
+    rows, _ = towers.shape_of(vision).grid
+    side = rows * towers.shape_of(vision).patch_size
+    config = SimpleNamespace(**{**raw, "vision_config": vision})
+    return LLAVA, config, tower_models.load_processor(name, vision, side)
+
+
+def _hf(base: Path, raw: dict[str, Any]) -> tuple[str, Any, Any]:
+    """The same of Hugging Face's LLaVA; its configuration knows what config.json leaves out because it is usual."""
+    from transformers import AutoConfig, AutoImageProcessor
+
+    try:
+        config = AutoConfig.from_pretrained(base)
+        processor = AutoImageProcessor.from_pretrained(base, use_fast=False)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{base}: its configuration or image processor cannot be read: {error}") from error
+    if getattr(config, "vision_config", None) is None:
+        raise HostError(f"{base}: a {raw.get('model_type')} model: its config.json has no vision tower")
+    return HF, config, processor

@@ -1,0 +1,173 @@
+"""What the measurements look at: images with a question and, where it is known, the answer.
+
+`read_examples` takes what people have: LLaVA's training JSON, everything that R-Probe reads, a folder of images, or
+nothing at all (rendered pages).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llava_patch.core.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from llava_patch.probe.images import ImageSource
+
+QUESTION = "What is written in the image?"
+IMAGE = "<image>"  # where LLaVA's data have the image
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """An image and a question about it.
+
+    Attributes:
+        image: the picture, or the file it is in (opened when it is needed).
+        question: what is asked, without a placeholder for the image.
+        answer: the right answer; "": not known, so that nothing can be trained on it.
+        id: names the example in results.
+        where: file and entry, for errors; "": the id.
+    """
+
+    image: "ImageSource"
+    question: str
+    answer: str = ""
+    id: str = ""
+    where: str = ""
+
+    def open_image(self) -> "Image.Image":
+        """The picture in 8-bit RGB.
+
+        Raises:
+            InputError: the file is missing or broken; names example and file.
+        """
+        from llava_patch.probe.images import open_rgb
+
+        return open_rgb(self.image, self.where or self.id)
+
+
+def read_examples(
+    data: str = "", count: int | None = None, side: int = 336, question: str = "", answers: bool = False
+) -> list[Example]:
+    """Examples to measure on; images are opened later, one at a time.
+
+    Args:
+        data: LLaVA's conversation JSON (images beside it, or PATH?images=FOLDER), a source that
+            `llava_patch.data.readers.read_samples` takes (one example a page, its transcript the answer), an image, or a
+            folder of images; "": rendered pages.
+        count: how many at most, spread evenly over the data, which often come sorted by kind; None: all (32 rendered
+            pages).
+        side: of the vision tower's input in pixels; rendered pages have twice that.
+        question: asked about every image; "": the data's own, or `QUESTION`.
+        answers: whether the answer must be known.
+
+    Returns:
+        At least one example.
+
+    Raises:
+        InputError: nothing usable there; names the file.
+    """
+    found = _spread(_read(data, count, side), count)
+    if question:
+        found = [replace(example, question=question) for example in found]
+    if answers and (silent := next((e for e in found if not e.answer), None)) is not None:
+        raise InputError(
+            f"{silent.where or silent.id}: its answer is not known, and this measurement needs the loss: give data "
+            "with transcripts, or LLaVA's conversation JSON"
+        )
+    if not found:
+        raise InputError(f"{data}: no example with an image in it")
+    return found
+
+
+def check_data(data: str) -> None:
+    """Refuse data that cannot be read, before minutes are spent on loading a model.
+
+    Raises:
+        InputError: as `read_examples`.
+    """
+    if data:
+        read_examples(data, 1)
+
+
+def _spread(examples: Sequence[Example], count: int | None) -> list[Example]:
+    if count is None or count >= len(examples):
+        return list(examples)
+    return [examples[i * len(examples) // count] for i in range(count)]
+
+
+def _read(data: str, count: int | None, side: int) -> Sequence[Example]:
+    if not data:
+        from llava_patch.data.pages import Pages
+
+        pages = Pages(32 if count is None else count, side, split="heldout")
+        return [Example(page.image, QUESTION, "\n".join(page.all_texts), page.id) for page in pages]
+    from llava_patch.data.readers.files import IMAGE_SUFFIXES, walk
+    from llava_patch.data.readers.read import parse_source, read_samples
+
+    source = parse_source(data)
+    path = Path(source.path)
+    if not source.hub and not path.exists():
+        raise InputError(f"DATA {data}: no such file or folder (a data set of the Hugging Face hub is hf:{data})")
+    if not source.hub and not source.format and path.is_file() and path.suffix.lower() == ".json":
+        records = _conversations(path)
+        if records is not None:
+            return _from_conversations(records, path, Path(source.images) if source.images else path.parent)
+    files = [] if source.hub else [path] if path.is_file() else walk(path) if path.is_dir() else []
+    if files and not source.format and all(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
+        return [Example(file, QUESTION, id=file.name, where=str(file)) for file in files]
+    documents: dict[str, tuple[Example, list[str]]] = {}
+    try:
+        samples = list(read_samples(data))
+    except InputError as error:
+        if source.hub or source.format:
+            raise
+        raise InputError(
+            f"DATA {data} is neither LLaVA's conversation JSON nor an image nor a folder of images only; as data with "
+            f"text: {error}"
+        ) from error
+    for sample in samples:
+        name = sample.document or sample.id
+        first = Example(sample.image, QUESTION, id=name, where=sample.place)
+        documents.setdefault(name, (first, []))[1].append(sample.text)
+    return [replace(first, answer="\n".join(filter(None, texts))) for first, texts in documents.values()]
+
+
+def _conversations(path: Path) -> list[Any] | None:
+    """The records of LLaVA's conversation JSON; None for other JSON."""
+    from llava_patch.data.readers.objects import load_json
+
+    values = load_json(path)
+    if isinstance(values, list) and values and all(isinstance(v, dict) and "conversations" in v for v in values[:8]):
+        return values
+    return None
+
+
+def _from_conversations(records: list[Any], path: Path, images: Path) -> list[Example]:
+    """The first question and answer of each record that has one image."""
+    found = []
+    for number, record in enumerate(records):
+        where = f"{path}: entry {number}"
+        try:
+            if not record.get("image") or not isinstance(record["image"], str):
+                continue
+            asked, answered = (record["conversations"][i]["value"] + "" for i in (0, 1))  # text
+        except (AttributeError, KeyError, IndexError, TypeError) as error:
+            raise InputError(
+                f"{where}: conversations: expected a question and an answer, each {{from, value}}"
+            ) from error
+        found.append(
+            Example(
+                images / record["image"],
+                asked.replace(IMAGE, "").strip(),
+                answered,
+                str(record.get("id", number)),
+                where,
+            )
+        )
+    return found

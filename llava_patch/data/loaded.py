@@ -1,0 +1,166 @@
+"""Loads the model that a command measures: a checkpoint of either host, patched or not, or an adapter."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llava_patch.core import memory, parallel
+from llava_patch.core.errors import CheckpointError, HostError, SettingError
+from llava_patch.core.weights import locate, read_json
+from llava_patch.data.inputs import Inputs
+from llava_patch.hosts.anatomy import LLAVA, find
+from llava_patch.hosts.configs import host_of
+from llava_patch.measurements.rprobe.trainable import float32_default
+from llava_patch.patching import checkpoint as patched
+
+DTYPES = ("float32", "bfloat16", "float16")
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_LORA, _PROJECTOR = "adapter_config.json", "mm_projector.bin"
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model ready to be measured.
+
+    Attributes:
+        model: in evaluation mode, with the patch that its checkpoint carries or that gin asks for.
+        tokenizer: its tokenizer.
+        image_processor: turns PIL images into pixel values.
+        processor: HF's joint processor; None on `llava`.
+    """
+
+    model: Any
+    tokenizer: Any
+    image_processor: Any
+    processor: Any = None
+
+    def inputs(self) -> Inputs:
+        """Makes the model's inputs of an image and a question."""
+        return Inputs(find(self.model), self.tokenizer, self.image_processor, self.processor)
+
+
+def load_subject(checkpoint: str, base: str = "", device: str = "", dtype: str = "") -> Subject:
+    """Load a checkpoint with its host's own loader, chosen by what its config.json says.
+
+    A LLaVA checkpoint goes through `load_pretrained_model`, which reads weights in float16 and is then cast; patches
+    are recognised by the package's hooks in `from_pretrained`.
+
+    Args:
+        checkpoint: folder or hub name: a full checkpoint of either host, stock or patched; an adapter of llava_patch; a
+            LoRA or projector-only checkpoint of llava (then with `base`).
+        base: the model under such a checkpoint.
+        device: "cpu", "cuda" (the process's own one), "cuda:N"; "": cuda where there is one.
+        dtype: one of `DTYPES`; "": float32 on CPU (bfloat16 where the machine's memory does not hold that, which is
+            said), float16 elsewhere.
+
+    Raises:
+        CheckpointError: no checkpoint, one of another model, or one that needs `base` or must not have it.
+        HostError: the llava package, whose checkpoint it is, is not installed.
+        SettingError: a device or dtype that is not there, or weights that this machine's memory cannot hold.
+    """
+    place, number = pick_device(device), pick_dtype(dtype, pick_device(device))
+    config = read_json(checkpoint, "config.json")
+    if config is None:
+        raise CheckpointError(f"{checkpoint}: not a checkpoint, it has no config.json")
+    host = host_of(config, checkpoint)
+    if base and read_json(base, "config.json") is None:
+        raise CheckpointError(f"--base {base}: not a checkpoint, it has no config.json")
+    if place == "cpu":
+        record = (patched.read_settings(checkpoint) or {}) if os.path.isdir(checkpoint) else {}
+        below = record.get("base") if record.get("form") == "adapter" else None
+        number = memory.cpu_dtype(dtype, base or below or checkpoint) or number
+    load = _load_llava if host == LLAVA else _load_hf
+    with float32_default():
+        try:
+            found = load(checkpoint, config, base, place, number)
+        except (OSError, ImportError) as error:
+            raise CheckpointError(f"{checkpoint} cannot be loaded: {error}") from error
+    found.model.eval()
+    return found
+
+
+def pick_device(name: str) -> str:
+    """The device that a command runs on, as torch names it.
+
+    Raises:
+        SettingError: it is not there.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.split(":")[0] not in ("cpu", "cuda") or (name != "cpu" and not torch.cuda.is_available()):
+        raise SettingError(f"--device {name}: expected cpu, or cuda or cuda:N on a machine that has one")
+    return f"cuda:{parallel.local_rank()}" if name == "cuda" else name
+
+
+def pick_dtype(name: str, device: str) -> torch.dtype:
+    """The precision that a command runs the model in.
+
+    Raises:
+        SettingError: not one of `DTYPES`.
+    """
+    name = name or ("float32" if device == "cpu" else "float16")
+    if name not in DTYPES:
+        raise SettingError(f"--dtype {name}: expected {', '.join(DTYPES)}")
+    return getattr(torch, name)
+
+
+def _load_llava(checkpoint: str, config: dict[str, Any], base: str, device: str, dtype: torch.dtype) -> Subject:
+    try:
+        with _interrupted_afterwards():
+            from llava.model.builder import load_pretrained_model
+    except ImportError as error:
+        raise HostError(
+            f"{checkpoint} is a checkpoint of the llava package, which cannot be imported ({error}): "
+            "pip install --no-deps llava-torch"
+        ) from error
+    adapter = os.path.isdir(checkpoint) and (patched.read_settings(checkpoint) or {}).get("form") == "adapter"
+    whole = adapter or any(locate(checkpoint, name) for name in _WEIGHTS)
+    lora = not whole and locate(checkpoint, _LORA) is not None
+    if not whole and not lora and locate(checkpoint, _PROJECTOR) is None:
+        raise CheckpointError(f"{checkpoint}: it holds no weights ({', '.join((*_WEIGHTS, _LORA, _PROJECTOR))})")
+    if whole and base:
+        raise CheckpointError(f"{checkpoint} is whole, or knows its own base: leave out --base")
+    if not whole and not base:
+        what = "LoRA weights" if lora else "a projector"
+        raise CheckpointError(f"{checkpoint} holds {what} only: name the model below it with --base")
+    # llava's loader decides by the name that it is given.
+    name = "llava" + "-lora" * lora + "-mistral" * (config.get("model_type") == "llava_mistral")
+    tokenizer, model, image_processor, _ = load_pretrained_model(
+        checkpoint, base or None, name, device_map=device, device=device
+    )
+    model.to(dtype)
+    return Subject(model, tokenizer, image_processor)
+
+
+@contextlib.contextmanager
+def _interrupted_afterwards() -> Iterator[None]:
+    """Hold Ctrl-C back until the block is over: llava's package swallows it among its imports and is broken then."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
+
+
+def _load_hf(checkpoint: str, config: dict[str, Any], base: str, device: str, dtype: torch.dtype) -> Subject:
+    from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
+
+    if base:
+        raise CheckpointError(f"{checkpoint} is a checkpoint of Hugging Face's LLaVA: leave out --base")
+    kinds: dict[str, Any] = {"llava": LlavaForConditionalGeneration, "llava_next": LlavaNextForConditionalGeneration}
+    model: Any = kinds[config["model_type"]].from_pretrained(checkpoint, dtype=dtype)
+    processor: Any = AutoProcessor.from_pretrained(checkpoint)
+    return Subject(model.to(device), processor.tokenizer, processor.image_processor, processor)

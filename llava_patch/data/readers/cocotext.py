@@ -1,0 +1,146 @@
+"""COCO-Text and TextOCR: one JSON file with "imgs", "anns" and "imgToAnns", and a folder of images.
+
+COCO's own layout, lists of "images" and "annotations" with their ids, is read as well; there the text may also be
+called "caption" or "text".
+
+A region is a "bbox" of x, y, width, height in pixels (or the upright box around "points") with its "utf8_string". What
+is illegible (COCO-Text: legibility, or no string; TextOCR: ".") is a box of the page, but no sample. All languages are
+read: leave out what a tokenizer does not know with `llava-patch rprobe export` and a text editor.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llava_patch.core.errors import InputError
+from llava_patch.data.readers.files import IMAGE_SUFFIXES
+from llava_patch.data.readers.icdar import bounds
+from llava_patch.data.readers.objects import four_numbers
+from llava_patch.data.readers.samples import Collector, Page
+from llava_patch.probe.sample import Box
+
+ILLEGIBLE = "."  # TextOCR
+TEXTS = ("utf8_string", "caption", "text")
+
+
+def is_coco_text(values: Any) -> bool:
+    """Whether a JSON value is of this kind."""
+    if not isinstance(values, dict):
+        return False
+    return all(isinstance(values.get(name), dict) for name in ("imgs", "anns")) or all(
+        isinstance(values.get(name), list) for name in ("images", "annotations")
+    )
+
+
+def _by_id(values: Any, where: str) -> dict[str, Any]:
+    """COCO's lists as COCO-Text has them; what has no id keeps its place's number."""
+    if not isinstance(values, list):
+        return {str(key): value for key, value in values.items()}
+    found: dict[str, Any] = {}
+    for place, value in enumerate(values):
+        name = str(value.get("id", place) if isinstance(value, dict) else place)
+        if name in found:
+            raise InputError(f"{where}[{place}]: the id {name} is there twice")
+        found[name] = value
+    return found
+
+
+def _names(file: Path, key: str, names: Any) -> list[str]:
+    """Of an image's annotations."""
+    if not isinstance(names, list):
+        raise InputError(f"{file}:imgToAnns[{key}]: {names!r}: expected a list of annotations")
+    return [str(name) for name in names]
+
+
+def read_coco_text(file: Path, values: dict[str, Any], folder: Path | None, collector: Collector) -> None:
+    """Read the images that have annotations, in the order of "imgs".
+
+    Args:
+        file: the JSON file.
+        values: what is in it.
+        folder: of the images; None: the file's own and the folders directly in it or beside it are searched.
+        collector: takes the regions, called FILE:anns[ID].
+
+    Raises:
+        InputError: names file and annotation; see `read_samples`.
+    """
+    imgs, named = ("imgs", "anns") if "imgs" in values else ("images", "annotations")
+    images, anns = _by_id(values[imgs], f"{file}:{imgs}"), _by_id(values[named], f"{file}:{named}")
+    given = values.get("imgToAnns") or {}
+    if not isinstance(given, dict):
+        raise InputError(f"{file}:imgToAnns: expected an object of lists, got {type(given).__name__}")
+    of_image: dict[str, Any] = {str(key): names for key, names in given.items()}
+    if not of_image:
+        for key, ann in anns.items():
+            with collector.one():
+                if not isinstance(ann, dict):
+                    raise InputError(f"{file}:{named}[{key}]: expected an object, got {type(ann).__name__}")
+                of_image.setdefault(str(ann.get("image_id")), []).append(key)
+    places = _places(file, folder)
+    for key, image in images.items():
+        if of_image.get(key, []) == []:
+            continue
+        with collector.one():
+            names = _names(file, key, of_image[key])
+            page = _page(f"{file}:{imgs}[{key}]", file, key, image, places, collector)
+            for name in names:
+                with collector.one():
+                    where = f"{file}:{named}[{name}]"
+                    if not isinstance(anns.get(name), dict):
+                        raise InputError(f"{where}: image {key} names this annotation, but there is none")
+                    collector.region(page, _text(anns[name]), [_box(anns[name], where)], where)
+
+
+def _places(file: Path, folder: Path | None) -> list[Path]:
+    if folder is not None:
+        if not folder.is_dir():
+            raise InputError(f"{file}: folder of images {folder}: no such folder")
+        roots = [folder]
+    else:
+        roots = [file.parent, file.parent.parent]
+    return [place for root in roots for place in (root, *sorted(p for p in root.iterdir() if p.is_dir()))]
+
+
+def _page(where: str, file: Path, key: str, image: Any, places: list[Path], collector: Collector) -> Page:
+    if not isinstance(image, dict):
+        raise InputError(f"{where}: expected an object with file_name")
+    name = str(image.get("file_name") or "")
+    # TextOCR says train/ID.jpg of what its archive unpacks into train_images/ID.jpg.
+    names = [name, Path(name).name] if name else [f"{key}{suffix}" for suffix in sorted(IMAGE_SUFFIXES)]
+    found = next((place / n for n in names for place in places if (place / n).is_file()), None)
+    if found is None:
+        raise InputError(
+            f"{where}: image {names[0]} is missing: looked in {places[0]} and the folders in it"
+            f"{'' if len(places) == 1 else ' and beside it'}; name the folder of images with {file.name}?images=FOLDER"
+        )
+    page = collector.page(found, str(found), where)
+    declared = (image.get("width"), image.get("height"))
+    try:
+        other = None not in declared and tuple(int(n or 0) for n in declared) != page.size
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where}: width and height are {declared}: expected numbers of pixels") from error
+    if other:
+        raise InputError(
+            f"{where}: {found} has {page.size[0]} x {page.size[1]} pixels, its annotation says {declared[0]} x "
+            f"{declared[1]}: boxes would not fit (a copy of another size, or one turned by its EXIF orientation?)"
+        )
+    return page
+
+
+def _text(ann: dict[str, Any]) -> str | None:
+    text = next((ann[name] for name in TEXTS if name in ann), None)
+    if not isinstance(text, str) or ann.get("legibility") == "illegible" or text == ILLEGIBLE:
+        return None
+    return text
+
+
+def _box(ann: dict[str, Any], where: str) -> Box:
+    if "bbox" in ann:
+        x, y, width, height = four_numbers(ann["bbox"], f"{where}: bbox", "[x, y, width, height] in pixels")
+        return x, y, x + width, y + height
+    points: Any = ann.get("points")
+    sound = isinstance(points, list) and len(points) >= 6 and len(points) % 2 == 0
+    if not sound or not all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in points):
+        raise InputError(f"{where}: neither a bbox nor points x, y, x, y, …")
+    return bounds([float(n) for n in points])

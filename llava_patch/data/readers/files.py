@@ -1,0 +1,116 @@
+"""Finding files of a data set: which image belongs to which annotation."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+from llava_patch.core.errors import InputError
+from llava_patch.data.readers.text import decode
+
+IMAGE_SUFFIXES = frozenset(
+    [".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".jp2"]
+)  # what people keep scans in
+
+
+def walk(folder: Path, deep: bool = True) -> list[Path]:
+    """Every file under a folder, in order of folders and names (numbers as numbers); hidden ones are left out.
+
+    Args:
+        folder: where to look.
+        deep: False: not below the folders that are directly in it.
+    """
+    found = []
+    for root, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
+        if not deep and Path(root) != folder:
+            folders[:] = []
+        found += [Path(root) / name for name in files if not name.startswith(".")]
+    return sorted(found, key=lambda path: natural(str(path)))
+
+
+@functools.lru_cache(maxsize=100_000)
+def natural(name: str) -> tuple[tuple[int, int, str], ...]:
+    """A sort key by which img_9 comes before img_10."""
+    parts: list[tuple[int, int, str]] = []
+    digits = ""
+    for letter in f"{name}\0":
+        if letter.isdecimal() and letter.isascii():
+            digits += letter
+            continue
+        if digits:
+            parts.append((0, int(digits), digits))
+            digits = ""
+        parts.append((1, 0, letter))
+    return tuple(parts)
+
+
+def first_lines(path: Path) -> list[str]:
+    """The lines at the front of a text file that are not blank, without white space around them.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    try:
+        with path.open("rb") as stream:
+            text = decode(stream.read(8192))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+class Images:
+    """The images under a folder, found by the names of annotation files.
+
+    Args:
+        folder: where to look, folders under it included.
+        files: what `walk(folder)` gave, if it is at hand.
+    """
+
+    def __init__(self, folder: Path, files: list[Path] | None = None) -> None:
+        self.folder = folder
+        self.by_stem: dict[str, list[Path]] = {}
+        for path in walk(folder) if files is None else files:
+            if path.suffix.lower() in IMAGE_SUFFIXES:
+                self.by_stem.setdefault(path.stem.lower(), []).append(path)
+
+    def has(self, annotation: Path) -> bool:
+        """Whether an annotation file has its image here."""
+        return self.of(annotation, required=False) is not None
+
+    def of(self, annotation: Path, required: bool = True) -> Path | None:
+        """The image of an annotation file: the same name, or without "gt_" before or "_gt" behind it.
+
+        Of several with that name the nearest one is meant (folders of train and test may count alike).
+
+        Args:
+            annotation: path of the annotation file.
+            required: False: None where there is no image.
+
+        Raises:
+            InputError: no such image, or two that are equally near.
+        """
+        stem = annotation.stem.lower()
+        if Path(stem).suffix in IMAGE_SUFFIXES:  # 12.jpg.txt
+            stem = Path(stem).stem
+        for name in (stem, stem.removeprefix("gt_"), stem.removeprefix("gt."), stem.removesuffix("_gt")):
+            found = self.by_stem.get(name)
+            if found:
+                if len(found) == 1:
+                    return found[0]
+                near = [_shared(annotation, path) for path in found]
+                best = [path for path, n in zip(found, near, strict=True) if n == max(near)]
+                if len(best) > 1:
+                    raise InputError(f"{annotation}: which image is it of, {best[0]} or {best[1]}? Both are as near")
+                return best[0]
+        if required:
+            raise InputError(f"{annotation}: its image is missing: no {stem}.jpg, .png, … under {self.folder}")
+        return None
+
+
+def _shared(first: Path, second: Path) -> tuple[int, int]:
+    """How near two files are: folders they share, and (fewer is nearer) how deep the second lies under them."""
+    a, b = first.resolve().parent.parts, second.resolve().parent.parts
+    common = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return common, -len(b)

@@ -1,0 +1,224 @@
+"""Hugging Face datasets: of the hub, saved with `save_to_disk`, or a folder of parquet or arrow files.
+
+A row is a page: an image column, and either lists of texts and boxes or one text and one box. Boxes are
+[x0, y0, x1, y1] in pixels, unless the source says `?boxes=1000` (LayoutLM's thousandths of width and height) or
+`?boxes=1` (shares of them). Without it they are pixels, and an error asks for the setting where they may be something
+else: they do not fit, are all within 0..1, or are all within 0..1000 on images that are larger. Where no image has more
+than 1000 pixels on a side and every box fits, thousandths cannot be told from pixels: set `?boxes=1000`. Other columns
+(labels) are ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava_patch.core.errors import InputError, LlavaPatchError
+from llava_patch.core.extras import optional
+from llava_patch.data.readers.objects import four_numbers
+from llava_patch.data.readers.samples import Collector
+from llava_patch.probe.images import EncodedImage, ImageSource
+from llava_patch.probe.sample import Box
+from llava_patch.probe.transform import ROUNDING
+
+IMAGES = ("image", "img", "page_image", "image_path", "file_name")
+TEXTS = ("words", "tokens", "texts", "text", "transcription")
+BOXES = ("bboxes", "boxes", "bbox", "box")
+UNITS = {"pixels": 0.0, "1000": 1000.0, "1": 1.0}
+SAVED = ("dataset_dict.json", "state.json")
+TABLES = (".parquet", ".arrow")
+
+
+def read_hf(source: Path | str, split: str, config: str, unit: str, images: Path | None, collector: Collector) -> None:
+    """Read one split of a dataset.
+
+    Args:
+        source: a folder or file, or a name on the hub.
+        split: "" where there is only one.
+        config: of a dataset on the hub that has several; "" otherwise.
+        unit: of boxes: "pixels", "1000" or "1"; "": pixels, and an error where that is in doubt.
+        images: folder of images that a column names by path; None: the dataset's own folder.
+        collector: takes the regions, called SOURCE[SPLIT]:ROW or, in rows of lists, SOURCE[SPLIT]:ROW[INDEX].
+
+    Raises:
+        InputError: names row and column; see `read_samples`.
+    """
+    name = f"{source}[{split}]" if split else str(source)
+    dataset, columns = _columns(_load(source, split, config), name)
+    folder = images or (source if isinstance(source, Path) and source.is_dir() else Path(source).parent)
+    scale = _Scale(unit, name)
+    for row in range(len(dataset)):
+        with collector.one():
+            _read_row(dataset, row, columns, folder, scale, f"{name}:{row}", collector)
+    scale.check()
+
+
+@dataclass(frozen=True)
+class _Columns:
+    image: str
+    text: str
+    box: str
+
+
+class _Scale:
+    """Boxes to pixels; keeps what tells pixels from thousandths."""
+
+    def __init__(self, unit: str, name: str) -> None:
+        self.unit, self.name = unit, name
+        self.divisor = UNITS[unit or "pixels"]
+        self.largest, self.longest, self.doubt = 0.0, 0, ""
+
+    def box(self, box: Box, size: tuple[int, int], where: str) -> Box:
+        self.largest, self.longest = max(self.largest, *box), max(self.longest, *size)
+        if self.divisor:
+            if max(box) > self.divisor:
+                raise InputError(f"{where}: box {box} is not in 0..{self.divisor:g}, as ?boxes={self.unit} says")
+            width, height = size[0] / self.divisor, size[1] / self.divisor
+            return box[0] * width, box[1] * height, box[2] * width, box[3] * height
+        outside = box[2] > size[0] + ROUNDING or box[3] > size[1] + ROUNDING
+        if not self.unit and outside and max(box) <= 1000 and not self.doubt:
+            self.doubt = (
+                f"{where}: box {box} is outside its image of {size[0]} x {size[1]} pixels, but within 0..1000: are "
+                "these LayoutLM's thousandths? Then add ?boxes=1000 to the source, otherwise ?boxes=pixels"
+            )
+        if self.doubt:
+            raise InputError(self.doubt)
+        return box
+
+    def check(self) -> None:
+        """After the last row.
+
+        Raises:
+            InputError: all boxes could be pixels as well as thousandths or shares.
+        """
+        if self.unit or not self.longest:
+            return
+        if self.doubt:  # not to be skipped: the other boxes would be wrong as well
+            raise InputError(self.doubt)
+        if self.largest <= 1:
+            raise InputError(f"{self.name}: all boxes are within 0..1: add ?boxes=1 to the source if they are shares")
+        if self.largest <= 1000 < self.longest:
+            raise InputError(
+                f"{self.name}: all boxes are within 0..1000 though images have up to {self.longest} pixels: say which "
+                "they are, pixels (add ?boxes=pixels to the source) or LayoutLM's thousandths (?boxes=1000)"
+            )
+
+
+def _read_row(
+    dataset: Any, row: int, columns: _Columns, folder: Path, scale: _Scale, where: str, collector: Collector
+) -> None:
+    values = dataset[row]
+    image = _image(dataset, values[columns.image], row, columns, folder, where)
+    page = collector.page(image, str(image), where)
+    texts, boxes = values[columns.text], values[columns.box]
+    listed = isinstance(texts, list)
+    if not listed:
+        texts, boxes = [texts], [boxes]
+    if not isinstance(boxes, list) or len(texts) != len(boxes):
+        raise InputError(f"{where}: {columns.text} has {len(texts)} values, {columns.box} does not have as many")
+    for index, (text, box) in enumerate(zip(texts, boxes, strict=True)):
+        with collector.one():
+            place = f"{where}[{index}]" if listed else where
+            if text is not None and not isinstance(text, str):
+                raise InputError(f"{place}: {columns.text} is {text!r}: expected a string")
+            numbers = four_numbers(box, f"{place}: {columns.box}", "[x0, y0, x1, y1]")
+            collector.region(page, text, [scale.box(numbers, page.size, place)], place)
+
+
+def _image(dataset: Any, value: Any, row: int, columns: _Columns, folder: Path, where: str) -> ImageSource:
+    if isinstance(value, str):
+        return folder / value
+    if isinstance(value, dict) and value.get("bytes"):
+        name = f"{where} ({Path(value['path']).name})" if value.get("path") else where
+        return EncodedImage(name, lambda: dataset[row][columns.image]["bytes"])
+    if isinstance(value, dict) and value.get("path"):
+        return folder / value["path"]
+    raise InputError(f"{where}: no image in column {columns.image}")
+
+
+def _columns(dataset: Any, name: str) -> tuple[Any, _Columns]:
+    """Find the columns by their names; images stay encoded."""
+    Image = optional("datasets").Image
+
+    features = dataset.features
+    pictures = [key for key, feature in features.items() if isinstance(feature, Image)]
+    image = _first(IMAGES, features) if not pictures else _first(IMAGES, pictures) or pictures[0]
+    text, box = _first(TEXTS, features), _first(BOXES, features)
+    for what, found, known in (("image", image, IMAGES), ("text", text, TEXTS), ("box", box, BOXES)):
+        if not found:
+            raise InputError(
+                f"{name}: no {what} column among {', '.join(features)}: expected one called {' or '.join(known)}"
+            )
+    if isinstance(features[image], Image):
+        dataset = dataset.cast_column(image, Image(decode=False))
+    elif getattr(features[image], "dtype", "") != "string" and not _holds_bytes(features[image]):
+        raise InputError(f"{name}: column {image} holds neither images nor paths, but {features[image]}")
+    # Other columns are not even decoded.
+    return dataset.select_columns([image, text, box]), _Columns(image, text, box)
+
+
+def _first(names: Sequence[str], among: Any) -> str:
+    return next((name for name in names if name in among), "")
+
+
+def _load(source: Path | str, split: str, config: str) -> Any:
+    datasets = optional("datasets", f"{source}: a Hugging Face dataset")
+    try:
+        found = _from_disk(datasets, source) if isinstance(source, Path) else _from_hub(datasets, source, config)
+    except LlavaPatchError:
+        raise
+    except Exception as error:  # datasets and its network layers raise dozens of kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{source}: datasets cannot load it: {reason}") from error
+    if isinstance(found, dict):
+        if not split and len(found) == 1:
+            return next(iter(found.values()))
+        if split not in found:
+            asked = f"no split {split!r}" if split else "several splits"
+            raise InputError(f"{source}: {asked}: it has {', '.join(found)}; name one with ?split=NAME")
+        return found[split]
+    if split:
+        raise InputError(f"{source}: it has no splits: leave out {split!r}")
+    return found
+
+
+def _from_hub(datasets: Any, name: str, config: str) -> Any:
+    return datasets.load_dataset(name, config or None)
+
+
+def _from_disk(datasets: Any, source: Path) -> Any:
+    if source.is_dir() and any((source / name).is_file() for name in SAVED):
+        return datasets.load_from_disk(str(source))
+    files = [source] if source.is_file() else sorted(_tables(source))
+    splits: dict[str, list[Path]] = {}
+    for file in files:
+        splits.setdefault(_split_name(file, source), []).append(file)
+    tables = {name: _concatenate(datasets, parts) for name, parts in splits.items()}
+    return tables if len(tables) > 1 else next(iter(tables.values()))
+
+
+def _tables(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.suffix.lower() in TABLES and not path.name.startswith("cache-"))
+
+
+def _split_name(file: Path, source: Path) -> str:
+    """The hub's file names: train-00000-of-00002.parquet, or a folder a split."""
+    stem = file.stem.split("-")[0]
+    return stem if source.is_file() or file.parent == source or "-of-" in file.stem else file.parent.name
+
+
+def _concatenate(datasets: Any, files: list[Path]) -> Any:
+    parts = []
+    for file in files:
+        if file.suffix.lower() == ".arrow":
+            parts.append(datasets.Dataset.from_file(str(file)))
+        else:
+            parts.append(datasets.Dataset.from_parquet(str(file)))
+    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+
+
+def _holds_bytes(feature: Any) -> bool:
+    """Whether a column is what an image column becomes when its file does not say that it is one."""
+    return isinstance(feature, dict) and "bytes" in feature

@@ -1,0 +1,150 @@
+"""SROIE and ICDAR annotations: a text file an image, a region a line.
+
+A line is four corners x1,y1,…,x4,y4 or a box x0,y0,x1,y1 and then the transcript, separated by commas, semicolons, tabs
+or spaces.
+The transcript is the rest of the line, so it may hold commas; quotes around it are taken off (ICDAR 2013, csv). The
+script column of ICDAR MLT between the two is recognised when every line of the file has one, a first line that names
+the columns is left out. Four corners become the
+upright box around them. "###", "*" and an empty transcript mark a region that nobody read: text of the page, but no
+sample.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from llava_patch.core.errors import InputError
+from llava_patch.data.readers.files import Images, first_lines
+from llava_patch.data.readers.samples import Collector
+from llava_patch.data.readers.text import numbered_lines
+from llava_patch.probe.sample import Box
+
+SUFFIXES = (".txt", ".csv", ".tsv")
+DONT_CARE = ("###", "*")
+SCRIPTS = frozenset(
+    ["arabic", "latin", "chinese", "japanese", "korean", "bangla", "hindi", "devanagari", "symbols", "mixed", "none"]
+)  # ICDAR MLT's third column
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
+_SEPARATORS = (re.compile(","), re.compile(";"), re.compile("\t"), re.compile(r"[ \t]+"))
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A line cut at one separator: `starts` are where its fields begin, `numbers` the numeric ones at its front."""
+
+    number: int
+    text: str
+    starts: list[int]
+    fields: list[str]
+    numbers: int
+
+    def rest(self, count: int) -> str:
+        """Everything behind the first `count` fields."""
+        return self.text[self.starts[count] :] if count < len(self.starts) else ""
+
+
+def looks_like_annotations(lines: list[str]) -> bool:
+    """Whether at least half of the lines open with four numbers."""
+    return bool(lines) and 2 * sum(_cut(0, line).numbers >= 4 for line in lines) >= len(lines)
+
+
+def read_icdar(files: list[Path], images: Images, collector: Collector) -> None:
+    """Read annotation files, in their order.
+
+    Args:
+        files: of one text file an image.
+        images: where the images are.
+        collector: takes the regions.
+
+    Raises:
+        InputError: names file and line; see `read_samples`.
+    """
+    for file in files:
+        head = first_lines(file)
+        if head and head[0].startswith("{"):
+            continue  # SROIE's key information lies beside the boxes: JSON in .txt files
+        with collector.one():
+            # A text file that is none and has no image is a README or a list of classes.
+            image = images.of(file, required=looks_like_annotations(head))
+            if image is not None:
+                _read_file(file, image, collector)
+
+
+def _read_file(file: Path, image: Path, collector: Collector) -> None:
+    lines = [_cut(number, line) for number, line in numbered_lines(file)]
+    if lines and _is_header(lines[0]):
+        del lines[0]
+    # A transcript may open with numbers, so that one line alone does not tell; the layout is that of most lines.
+    corners = 2 * sum(line.numbers >= 8 for line in lines) >= len(lines) and bool(lines)
+    count = 8 if corners else 4
+    scripts = [line.fields[8].strip().lower() for line in lines if line.numbers == 8 and len(line.fields) > 9]
+    has_script = corners and len(scripts) == len(lines) and set(scripts) <= SCRIPTS
+    page = collector.page(image, str(image), f"{file}:{lines[0].number if lines else 1}")
+    for line in lines:
+        with collector.one():
+            where = f"{file}:{line.number}"
+            if line.numbers < count:
+                raise InputError(f"{where}: {_complaint(line, count)}")
+            text = _unquote(line.rest(count + has_script).strip())
+            box = bounds([float(field.strip(' "')) for field in line.fields[:count]], count == 4)
+            collector.region(page, None if text in DONT_CARE else text, [box], where)
+
+
+def bounds(numbers: list[float], corners_are_opposite: bool = False) -> Box:
+    """The upright box around points.
+
+    Args:
+        numbers: x, y, x, y, … in pixels.
+        corners_are_opposite: they are x0, y0, x1, y1 of a box and stay as they are, so that a reversed one is noticed.
+    """
+    if corners_are_opposite:
+        x0, y0, x1, y1 = numbers
+        return x0, y0, x1, y1
+    xs, ys = numbers[0::2], numbers[1::2]
+    return min(xs), min(ys), max(xs), max(ys)
+
+
+def _is_header(line: _Line) -> bool:
+    """Whether a line names columns in the order in which they are read: x…, y…, x…, y… or left, top, right, bottom."""
+    names = [field.strip('"').lower() for field in re.split(r"[,;\s]+", line.text)[:4]]
+    first = [name[:1] for name in names]
+    return line.numbers == 0 and (first == ["x", "y", "x", "y"] or names == ["left", "top", "right", "bottom"])
+
+
+def _cut(number: int, text: str) -> _Line:
+    """Cut a line at the first separator that gives four numbers at its front, else at that which gives most."""
+    best: _Line | None = None
+    text = text.strip(" \r\n")
+    for separator in _SEPARATORS:
+        starts, end = [0], 0
+        for match in separator.finditer(text):
+            end = match.end()
+            starts.append(end)
+        fields = separator.split(text)
+        numbers = next((i for i, field in enumerate(fields) if not _NUMBER.fullmatch(field.strip(' "'))), len(fields))
+        if best is None or numbers > best.numbers:
+            best = _Line(number, text, starts, fields, numbers)
+        if best.numbers >= 4:
+            break
+    assert best is not None
+    return best
+
+
+def _complaint(line: _Line, count: int) -> str:
+    shown = line.text if len(line.text) <= 60 else f"{line.text[:60]}…"
+    expected = "x1,y1,x2,y2,x3,y3,x4,y4,text" if count == 8 else "x0,y0,x1,y1,text"
+    if line.numbers == 0:
+        return f"{shown!r} does not open with numbers: expected {expected}"
+    if line.numbers < len(line.fields):
+        field = line.fields[line.numbers].strip()
+        return f"{line.numbers} coordinates, then {field[:20]!r}, in {shown!r}: expected {expected}"
+    return f"{line.numbers} coordinates and nothing else in {shown!r}: expected {expected}"
+
+
+def _unquote(text: str) -> str:
+    inner = text[1:-1]
+    if len(text) >= 2 and text[0] == text[-1] == '"' and '"' not in inner.replace('""', ""):
+        return inner.replace('""', '"')
+    return text

@@ -1,0 +1,153 @@
+"""R-Probe's own format: a JSONL file of {"image", "text", "box", ("all_boxes", "document")}."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from llava_patch.core.errors import InputError
+from llava_patch.core.files import atomic
+from llava_patch.data.readers.samples import Collector, Page, Samples
+from llava_patch.data.readers.text import numbered_lines
+from llava_patch.probe.images import EncodedImage
+from llava_patch.probe.sample import Box, Sample
+from llava_patch.probe.transform import check_box
+
+REQUIRED = ("image", "text", "box")
+KNOWN = (*REQUIRED, "all_boxes", "document")
+
+
+def read_jsonl(path: str | Path, boxes_per_sample: int = 1, broken: str = "stop", root: Path | None = None) -> Samples:
+    """Read samples; image paths are relative to the file's folder.
+
+    "box" is one [x0, y0, x1, y1] in pixels or a list of them. Lines of one image belong to one document unless they
+    say otherwise: its regions are never split between training and held-out samples. Boxes of all of an image's lines
+    are its text boxes, beside those of "all_boxes". Other keys are ignored, unless they look like a misspelt one.
+
+    Args:
+        path: the file, in UTF-8.
+        boxes_per_sample: see `read_samples`.
+        broken: likewise.
+        root: folder to which ids are relative; None: the file's.
+
+    Raises:
+        InputError: names file and line: a missing file, broken JSON, a missing field or image, or a bad box.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"R-Probe data {path}: no such file")
+    collector = Collector(broken)
+    pages: dict[tuple[str, str], Page] = {}
+    for number, line in numbered_lines(path, "utf-8-sig"):
+        with collector.one():
+            _line(collector, pages, line, path.parent, f"{path}:{number}")
+    return collector.finish(str(path), "jsonl", boxes_per_sample, root or path.parent)
+
+
+def _line(collector: Collector, pages: dict[tuple[str, str], Page], line: str, folder: Path, where: str) -> None:
+    try:
+        values = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{where}: expected an object with image, text and box, got {type(values).__name__}")
+    missing = [name for name in REQUIRED if name not in values]
+    for key in values:
+        close = [] if key in KNOWN else difflib.get_close_matches(key.lower(), KNOWN, 1, 0.75)
+        if close and close[0] not in values:
+            raise InputError(f"{where}: unknown key {key!r}: did you mean {close[0]!r}?")
+    if missing:
+        raise InputError(f"{where}: lacks {', '.join(missing)}")
+    for name in ("image", "text"):
+        if not isinstance(values[name], str):
+            raise InputError(f"{where}: {name} is {values[name]!r}: expected a string")
+    image = folder / values["image"]
+    if not image.is_file():
+        raise InputError(f"{where}: image {image} is missing")
+    # However its path is spelt, an image is one document: split by name, it would be trained on and held out.
+    short = Path(os.path.normpath(image))
+    if short.is_file() and short.samefile(image):  # not so where a link precedes ".."
+        image = short
+    document = str(values.get("document") or image)
+    key = (os.path.realpath(image), document)
+    page = pages.get(key) or collector.page(image, document, where)
+    boxes = values["box"]
+    nested = isinstance(boxes, list) and bool(boxes) and all(isinstance(box, list) for box in boxes)
+    around = values.get("all_boxes", [])
+    if not isinstance(around, list):
+        raise InputError(f"{where}: all_boxes is {around!r}: expected a list of boxes")
+    others = [check_box(_box(box, where), page.size, f"{where}: all_boxes") for box in around]
+    region = [_box(box, where) for box in (boxes if nested else [boxes])]
+    collector.mark(page, others)
+    collector.region(page, values["text"], region, where)
+    pages[key] = page
+
+
+def _box(value: Any, where: str) -> Box:
+    number = isinstance(value, list) and all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in value)
+    if not number or len(value) != 4:
+        raise InputError(f"{where}: box {value!r}: expected [x0, y0, x1, y1] in pixels, or a list of such boxes")
+    x0, y0, x1, y1 = (float(n) for n in value)
+    return x0, y0, x1, y1
+
+
+def write_jsonl(samples: Sequence[Sample], path: str | Path) -> Path:
+    """Write samples in R-Probe's own format; reading them again gives the same regions in the same order.
+
+    Image files stay where they are: their paths are relative to `path` where they lie under its folder, else absolute.
+    Pictures that are no files of their own (rendered pages, rows of a parquet file) are written as PNG into a folder
+    beside `path`, called after it with "_images" behind.
+
+    Raises:
+        InputError: an image that cannot be read.
+    """
+    path = Path(path)
+    places = _Places(path.parent, path.parent / f"{path.stem}_images")
+    with atomic(path) as part, part.open("w", encoding="utf-8") as stream:
+        for sample in samples:
+            line: dict[str, Any] = {"image": places.of(sample), "text": sample.text}
+            boxes = [list(box) for box in sample.boxes]
+            line["box"] = boxes[0] if len(boxes) == 1 else boxes
+            if sample.all_boxes:
+                line["all_boxes"] = [list(box) for box in sample.all_boxes]
+            line["document"] = sample.document or sample.id
+            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+    return path
+
+
+class _Places:
+    """Where images are, as the JSONL names them; pictures without a file get one, once each."""
+
+    def __init__(self, root: Path, folder: Path) -> None:
+        self.root, self.folder = root, folder
+        self.encoded: dict[str, str] = {}
+        self.last: tuple[Image.Image, str] | None = None  # only one: pages are drawn when they are asked for
+        self.count = 0
+
+    def of(self, sample: Sample) -> str:
+        source = sample.image
+        if isinstance(source, (str, Path)):
+            inside = Path(os.path.relpath(source, self.root))
+            return str(Path(source).resolve()) if inside.parts[0] == ".." else inside.as_posix()
+        if isinstance(source, EncodedImage):
+            if source.name not in self.encoded:
+                self.encoded[source.name] = self._write(sample.open_image(), sample)
+            return self.encoded[source.name]
+        if self.last is None or self.last[0] is not source:
+            self.last = source, self._write(sample.open_image(), sample)
+        return self.last[1]
+
+    def _write(self, picture: Image.Image, sample: Sample) -> str:
+        name = re.sub(r"[^\w-]+", "_", sample.document or sample.id).strip("_")[-80:]
+        target = self.folder / f"{self.count:06d}_{name}.png"
+        self.count += 1
+        with atomic(target) as part:
+            picture.save(part, format="PNG")
+        return target.relative_to(self.root).as_posix()

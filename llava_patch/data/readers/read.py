@@ -1,0 +1,285 @@
+"""`read_samples`: samples from whatever one has, the format recognised by content."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llava_patch.core.errors import InputError, SettingError
+from llava_patch.data.readers import cocotext, funsd, hf, icdar
+from llava_patch.data.readers.files import IMAGE_SUFFIXES, Images, first_lines, walk
+from llava_patch.data.readers.jsonl import read_jsonl
+from llava_patch.data.readers.objects import load_json
+from llava_patch.data.readers.samples import Collector, Samples
+
+HUB = "hf:"
+FORMATS = {
+    "jsonl": 'our own JSONL: {"image", "text", "box", ("all_boxes", "document")} a line',
+    "icdar": "SROIE or ICDAR .txt or .csv files, x1,y1,…,x4,y4,text or x0,y0,x1,y1,text a line, and their images",
+    "funsd": 'FUNSD .json files, {"form": [...]}, and their images',
+    "cocotext": 'a COCO-Text, TextOCR or COCO .json file, {"imgs", "anns", "imgToAnns"} or {"images", "annotations"}, '
+    "and its images",
+    "hf": "a Hugging Face dataset: saved to disk, .parquet or .arrow files, or hf:NAME[:SPLIT] from the hub",
+}
+"""What can be read, by the name that `format` takes."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source with its settings: PATH?name=value&name=value, or hf:NAME[:SPLIT]?name=value.
+
+    Attributes:
+        path: file, folder, or name on the hub (then `hub`).
+        hub: whether `path` is a name on the hub.
+        format: forces a format of `FORMATS`; "": by content.
+        images: folder of the images where they are not beside the annotations; "": they are.
+        boxes: unit of a Hugging Face dataset's boxes: "pixels", "1000" or "1"; "": pixels, with an error in doubt.
+        split: of a Hugging Face dataset; "": it has only one.
+        config: of a dataset on the hub; "": it has only one.
+    """
+
+    path: str
+    hub: bool = False
+    format: str = ""
+    images: str = ""
+    boxes: str = ""
+    split: str = ""
+    config: str = ""
+
+    def __post_init__(self) -> None:
+        if self.format and self.format not in FORMATS:
+            raise SettingError(f"{self.path}: format={self.format}: expected one of {', '.join(FORMATS)}")
+        if self.boxes and self.boxes not in hf.UNITS:
+            raise SettingError(f"{self.path}: boxes={self.boxes}: expected one of {', '.join(hf.UNITS)}")
+
+
+def parse_source(text: str) -> Source:
+    """A source from its text.
+
+    Raises:
+        SettingError: a setting that sources do not have, or a value that it cannot have.
+    """
+    path, _, query = (text, "", "") if Path(text).exists() else text.partition("?")
+    known = ("format", "images", "boxes", "split", "config")
+    # Not a URL: a plus or a percent sign in a folder's name is itself.
+    pairs = [pair.partition("=") for pair in query.split("&") if pair]
+    settings: dict[str, Any] = {name: value for name, _, value in pairs}
+    for name in settings:
+        if name not in known:
+            raise SettingError(f"{text}: {name!r} is no setting of a source: known are {', '.join(known)}")
+    if not path.startswith(HUB):
+        return Source(path, **settings)
+    name, _, split = path.removeprefix(HUB).partition(":")
+    if not name:
+        raise SettingError(f"{text}: expected hf:NAME or hf:NAME:SPLIT")
+    return Source(name, hub=True, **{"split": split, **settings})
+
+
+def read_samples(
+    source: str | Path, boxes_per_sample: int = 1, broken: str = "stop", images: str | Path = "", format: str = ""
+) -> Samples:
+    """Read samples in any of `FORMATS`; several sources are joined by commas.
+
+    A region is a sample, in the order of the file; its id is FILE:LINE (in JSON: file and entry), its document the
+    image, both relative to the source's folder (of several sources: to the folder that holds all of them), its
+    `all_boxes` the boxes of all regions of the page. Quadrilaterals become the upright box around them. Boxes are in
+    stored pixels (EXIF orientation is not applied) and are checked against their image here, of which only the header
+    is read; pixels are read by `Sample.open_image`.
+
+    Args:
+        source: PATH or hf:NAME[:SPLIT], with settings behind it as `Source` describes: "scans?images=../jpg",
+            "hf:someone/pages:train?boxes=1000".
+        boxes_per_sample: regions that follow each other on a page and make one sample together: their boxes are its
+            boxes, their texts its lines. The id is the first region's.
+        broken: "stop" at the first thing that cannot be used (missing or broken image, unreadable line, box that is
+            empty or outside), or "skip" it; `Samples.skipped` tells what was.
+        images: folder of the images; the same as the source's own setting.
+        format: likewise.
+
+    Returns:
+        At least one sample.
+
+    Raises:
+        InputError: names file and line: nothing there, a format that is not known, something broken, no usable sample.
+        SettingError: an argument or a setting of the source has a value that it cannot have.
+    """
+    if boxes_per_sample < 1:
+        raise SettingError(f"boxes_per_sample = {boxes_per_sample}: expected an integer >= 1")
+    text = str(source)
+    parts = [text] if Path(text).exists() or "," not in text else [part.strip() for part in text.split(",")]
+    given: dict[str, Any] = {"images": str(images), "format": format}
+    sources = [replace(parse_source(part), **{n: value for n, value in given.items() if value}) for part in parts]
+    roots = [_folder(one) for one in sources if not one.hub]
+    root = Path(os.path.commonpath(roots)) if roots else Path()
+    found = [_read(one, boxes_per_sample, broken, root) for one in sources]
+    if len(found) == 1:
+        return found[0]
+    return Samples(
+        [sample for part in found for sample in part],
+        [message for part in found for message in part.skipped],
+        sum(part.unread for part in found),
+        ", ".join(dict.fromkeys(part.format for part in found)),
+    )
+
+
+def _folder(source: Source) -> Path:
+    path = Path(os.path.abspath(source.path))  # not resolved: a link has the name that its user gave it
+    return path if path.is_dir() else path.parent
+
+
+def resolve_source(text: str) -> str:
+    """A source as `read_samples` takes it, with absolute paths: two spellings of one source become equal.
+
+    Raises:
+        SettingError: see `parse_source`.
+    """
+    if not text or Path(text).exists():
+        return text and str(Path(text).resolve())
+    if "," in text:
+        return ",".join(resolve_source(part.strip()) for part in text.split(","))
+    source = parse_source(text)
+    if source.hub:
+        return text
+    settings = {name: value for name, value in vars(source).items() if value and name not in ("path", "hub")}
+    if source.images:
+        settings["images"] = str(Path(source.images).resolve())
+    query = "&".join(f"{name}={value}" for name, value in settings.items())
+    return str(Path(source.path).resolve()) + (f"?{query}" if query else "")
+
+
+def _read(source: Source, boxes_per_sample: int, broken: str, root: Path) -> Samples:
+    collector = Collector(broken)
+    images = Path(source.images) if source.images else None
+    if images is not None and not images.is_dir():
+        raise InputError(f"R-Probe data {source.path}: folder of images {images}: no such folder")
+    if source.hub:
+        hf.read_hf(source.path, source.split, source.config, source.boxes, images, collector)
+        return collector.finish(f"hf:{source.path}", "hf", boxes_per_sample)
+    path = Path(source.path)
+    if not path.exists():
+        raise InputError(
+            f"R-Probe data {path}: no such file or folder (a dataset on the Hugging Face hub is hf:{source.path})"
+        )
+    files = [path] if path.is_file() else walk(path)
+    kinds = _kinds(path, files)
+    format = source.format or _choose(path, files, kinds)
+    chosen = kinds.get(format) or _forced(path, files, format)
+    if format != "hf" and (source.boxes or source.split or source.config):
+        raise SettingError(f"{path}: boxes, split and config are settings of Hugging Face datasets; this is {format}")
+    if format == "jsonl":
+        if images is not None:
+            raise SettingError(f"{path}: images is no setting of JSONL files: their paths are relative to the file")
+        return read_jsonl(_only(path, chosen, format), boxes_per_sample, broken, root)
+    if format == "cocotext":
+        file = _only(path, chosen, format)
+        values = load_json(file)
+        if not cocotext.is_coco_text(values):
+            raise InputError(f"{file}: not {FORMATS[format]}")
+        cocotext.read_coco_text(file, values, images, collector)
+    elif format == "hf":
+        path = Path(os.path.abspath(path))  # "." has no name
+        hf.read_hf(path, source.split, "", source.boxes, images, collector)
+        root = path.parent if root == path else root
+    else:
+        read = funsd.read_funsd if format == "funsd" else icdar.read_icdar
+        read(chosen, _images(path, files, images), collector)
+    return collector.finish(str(path), format, boxes_per_sample, root)
+
+
+def _images(path: Path, files: list[Path], images: Path | None) -> Images:
+    if images is not None:
+        return Images(images)
+    if path.is_dir() and any(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
+        return Images(path, files)
+    if path.is_file() and (beside := Images(path.parent, walk(path.parent, deep=False))).has(path):
+        return beside
+    # Annotations alone: box/ beside img/.
+    around = path.resolve().parent if path.is_dir() else path.resolve().parent.parent
+    return Images(around, walk(around, deep=False))
+
+
+def _kinds(path: Path, files: list[Path]) -> dict[str, list[Path]]:
+    """The files of each format that are there, told by their content."""
+    if path.is_dir() and any((path / name).is_file() for name in hf.SAVED):
+        return {"hf": [path]}
+    kinds: dict[str, list[Path]] = {}
+    for file in files:
+        kind = _KINDS.get(file.suffix.lower(), _nothing)(file)
+        if kind:
+            kinds.setdefault(kind, []).append(file)
+    if "icdar" in kinds and path.is_dir():  # the others too: what is wrong in them is to be said
+        kinds["icdar"] = [file for file in files if file.suffix.lower() in icdar.SUFFIXES]
+    return kinds
+
+
+def _nothing(file: Path) -> str:
+    return ""
+
+
+def _json_kind(file: Path) -> str:
+    with file.open("rb") as stream:
+        head = stream.read(65536).decode("utf-8", errors="replace")
+    # The files can be large: what opens with the right key is not parsed here.
+    if re.search(r'"(imgs|anns|imgToAnns)"\s*:', head):
+        return "cocotext"
+    if re.search(r'"form"\s*:', head):
+        return "funsd"
+    try:
+        values = load_json(file)
+    except InputError:
+        return ""
+    return "cocotext" if cocotext.is_coco_text(values) else ""
+
+
+def _text_kind(file: Path) -> str:
+    return "icdar" if icdar.looks_like_annotations(first_lines(file)) else ""
+
+
+_KINDS: dict[str, Callable[[Path], str]] = {
+    ".jsonl": lambda file: "jsonl",
+    ".ndjson": lambda file: "jsonl",
+    ".json": _json_kind,
+    ".parquet": lambda file: "hf",
+    ".arrow": lambda file: "hf",
+    **dict.fromkeys(icdar.SUFFIXES, _text_kind),
+}
+
+
+def _choose(path: Path, files: list[Path], kinds: dict[str, list[Path]]) -> str:
+    if len(kinds) == 1:
+        return next(iter(kinds))
+    if kinds:
+        there = "; ".join(f"{kind}: {found[0].name} ({len(found)} files)" for kind, found in kinds.items())
+        raise InputError(f"R-Probe data {path}: of several formats, {there}: name one with ?format=, or one file")
+    count: dict[str, int] = {}
+    for file in files:
+        count[file.suffix.lower() or "no suffix"] = count.get(file.suffix.lower() or "no suffix", 0) + 1
+    there = ", ".join(f"{n} {suffix}" for suffix, n in sorted(count.items(), key=lambda item: (-item[1], item[0]))[:8])
+    opens = f" that opens with {''.join(first_lines(path)[:1])[:60]!r}" if path.is_file() else ""
+    known = "".join(f"\n  {name}: {text}" for name, text in FORMATS.items())
+    raise InputError(
+        f"R-Probe data {path}: format not recognised; found {there or 'nothing'}{opens}. What is understood:{known}\n"
+        "?format=NAME behind the path forces one"
+    )
+
+
+def _forced(path: Path, files: list[Path], format: str) -> list[Path]:
+    """The files that a forced format is tried on, though their content does not look like it."""
+    if path.is_file() or format == "hf":
+        return [path]
+    suffixes: Any = {"jsonl": (".jsonl",), "icdar": icdar.SUFFIXES}.get(format, (".json",))
+    found = [file for file in files if file.suffix.lower() in suffixes]
+    if not found:
+        raise InputError(f"R-Probe data {path}: format={format}, but there is no {' or '.join(suffixes)} file in it")
+    return found
+
+
+def _only(path: Path, files: list[Path], format: str) -> Path:
+    if len(files) > 1:
+        names = ", ".join(str(file) for file in files[:4])
+        raise InputError(f"R-Probe data {path}: {len(files)} files of {format} ({names}): name one of them")
+    return files[0]

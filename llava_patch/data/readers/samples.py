@@ -1,0 +1,187 @@
+"""From what a reader finds to samples: boxes are checked, regions of a page joined, and what is left out is counted."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llava_patch.core.errors import InputError, SettingError
+from llava_patch.measurements.rprobe.settings import BROKEN
+from llava_patch.probe.images import ImageSource, image_size
+from llava_patch.probe.sample import Box, Sample
+from llava_patch.probe.transform import check_box
+
+
+class Samples(list[Sample]):
+    """Samples in the order of their file, and what did not become one.
+
+    Attributes:
+        skipped: one message, with file and line, for each thing that was broken (only with broken = "skip").
+        unread: regions without a transcript ("###", "*", ".", empty): boxes of their page, but no samples.
+        format: the format that was read.
+    """
+
+    def __init__(
+        self, samples: Iterable[Sample] = (), skipped: Sequence[str] = (), unread: int = 0, format: str = ""
+    ) -> None:
+        super().__init__(samples)
+        self.skipped = list(skipped)
+        self.unread = unread
+        self.format = format
+
+
+@dataclass(eq=False)
+class Page:
+    """One image with what is written on it.
+
+    Attributes:
+        image: the picture or where it is.
+        size: (width, height) in stored pixels.
+        document: see `Sample.document`.
+        boxes: of all its text regions, in order, without repeats.
+    """
+
+    image: ImageSource
+    size: tuple[int, int]
+    document: str
+    boxes: dict[Box, None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class _Region:
+    page: Page
+    text: str
+    boxes: tuple[Box, ...]
+    where: str
+
+
+class Collector:
+    """Takes pages and regions from a reader, in order.
+
+    Args:
+        broken: "stop" at the first thing that cannot be used, or "skip" it and go on.
+    """
+
+    def __init__(self, broken: str) -> None:
+        if broken not in BROKEN:
+            raise SettingError(f"broken = {broken!r}: expected one of {', '.join(BROKEN)}")
+        self._skip = broken == "skip"
+        self._regions: list[_Region] = []
+        self.skipped: list[str] = []
+        self.unread = 0
+
+    @contextlib.contextmanager
+    def one(self) -> Iterator[None]:
+        """Around one thing of the data (a line, a file, an entry): what is wrong in it stops the reading, or is noted.
+
+        Raises:
+            InputError: the block's own, with broken = "stop".
+        """
+        try:
+            yield
+        except InputError as error:
+            if not self._skip:
+                raise
+            self.skipped.append(str(error))
+
+    def page(self, image: ImageSource, document: str, where: str) -> Page:
+        """Open a page: its image must be there.
+
+        Raises:
+            InputError: a missing or broken image.
+        """
+        return Page(image, image_size(image, where), document)
+
+    def region(self, page: Page, text: str | None, boxes: Sequence[Box], where: str) -> None:
+        """Add a text region.
+
+        Args:
+            page: from `page`.
+            text: its transcript; None or blank: not known, so that it is a box of the page but no sample.
+            boxes: in pixels of the image.
+            where: file and line.
+
+        Raises:
+            InputError: a box that is empty or outside the image.
+        """
+        checked = tuple(check_box(box, page.size, where) for box in boxes)
+        self.mark(page, checked)
+        if text is None or not text.strip():
+            self.unread += 1
+        else:
+            self._regions.append(_Region(page, text, checked, where))
+
+    def mark(self, page: Page, boxes: Sequence[Box]) -> None:
+        """Note checked boxes as text of the page."""
+        page.boxes.update(dict.fromkeys(boxes))
+
+    def finish(self, source: str, format: str, boxes_per_sample: int = 1, root: Path | None = None) -> Samples:
+        """All samples.
+
+        Args:
+            source: names the data in the error.
+            format: see `Samples`.
+            boxes_per_sample: regions that follow each other on a page and make one sample; the last sample of a page
+                may have fewer.
+            root: folder to which ids and images as documents are relative, so that they do not depend on how the path
+                of the source is written; None: they stay as they are.
+
+        Raises:
+            InputError: there is no usable sample.
+        """
+        samples = []
+        around: dict[int, tuple[Box, ...]] = {}  # one tuple a page, not one a sample
+        for regions in _runs(self._regions, boxes_per_sample):
+            page = regions[0].page
+            if id(page) not in around:
+                around[id(page)] = tuple(page.boxes)
+            samples.append(
+                Sample(
+                    image=page.image,
+                    text="\n".join(region.text for region in regions),
+                    boxes=tuple(box for region in regions for box in region.boxes),
+                    all_boxes=around[id(page)],
+                    id=_relative_place(regions[0].where, root),
+                    document=_document(page, root),
+                    where=regions[0].where,
+                )
+            )
+        if not samples:
+            first = f"; the first: {self.skipped[0]}" if self.skipped else ""
+            raise InputError(
+                f"R-Probe data {source}: no usable sample in it (read as {format}: {self.unread} regions without a "
+                f"transcript, {len(self.skipped)} things skipped{first})"
+            )
+        return Samples(samples, self.skipped, self.unread, format)
+
+
+def _relative_place(where: str, root: Path | None) -> str:
+    """FILE:LINE with the file relative to a folder."""
+    if root is None:
+        return where
+    file, colon, line = where.rpartition(":")
+    return os.path.relpath(file, root) + colon + line
+
+
+def _document(page: Page, root: Path | None) -> str:
+    if root is None or page.document != str(page.image):
+        return page.document  # named by the data
+    return (
+        os.path.relpath(page.document, root)
+        if isinstance(page.image, (str, Path))
+        else _relative_place(page.document, root)
+    )
+
+
+def _runs(regions: Sequence[_Region], length: int) -> Iterator[list[_Region]]:
+    run: list[_Region] = []
+    for region in regions:
+        if run and (len(run) == length or run[0].page is not region.page):
+            yield run
+            run = []
+        run.append(region)
+    if run:
+        yield run

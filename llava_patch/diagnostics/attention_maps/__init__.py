@@ -1,6 +1,0 @@
-"""Attention maps of a ViT block, checkpoints side by side."""
-
-from llava_patch.diagnostics.attention_maps.measure import map_of, measure_attention_maps
-from llava_patch.diagnostics.attention_maps.result import AttentionMaps, AttentionMapsResult, CheckpointMaps
-
-__all__ = ["AttentionMaps", "AttentionMapsResult", "CheckpointMaps", "map_of", "measure_attention_maps"]

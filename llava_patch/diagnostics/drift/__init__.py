@@ -1,6 +1,0 @@
-"""Drift of the shallow layers between a trained checkpoint and its base."""
-
-from llava_patch.diagnostics.drift.measure import measure_drift, measure_drift_apart
-from llava_patch.diagnostics.drift.result import Drift, DriftCurves, DriftResult
-
-__all__ = ["Drift", "DriftCurves", "DriftResult", "measure_drift", "measure_drift_apart"]

@@ -1,0 +1,142 @@
+"""Queries and keys of one block of a vision tower, whatever attention backend it runs.
+
+The classes of transformers have a projection each for queries and keys, some with a norm behind it: hooks read what
+comes out of the last of them. timm's ViTs have one for queries, keys and values together, norms a head and rotary
+embeddings: there the attention module is asked once more, alone, and what it hands to PyTorch's attention is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from llava_patch.core.errors import HostError
+from llava_patch.core.undo import UndoStack
+from llava_patch.hosts.towers.layout import Tower
+
+_ATTENTION = ("self_attn", "attention", "attn")
+
+
+@dataclass
+class QueriesKeys:
+    """What a block's attention compared in the last forward pass.
+
+    Attributes:
+        q: [images, heads, tokens, head_dim], as the block multiplies them (norm and rotary applied); None before.
+        k: the same of the keys.
+        scaling: factor on q.k before the softmax.
+    """
+
+    q: Tensor | None = None
+    k: Tensor | None = None
+    scaling: float = 1.0
+
+
+def has_cls(vision: Any, tower: Tower) -> bool:
+    """Whether the tower's first token is a CLS token (not a register, and not a patch)."""
+    if tower.prefix_tokens == 0:
+        return False
+    body = getattr(vision, "timm_model", None)
+    return body is None or getattr(body, "cls_token", None) is not None
+
+
+@contextlib.contextmanager
+def watched(tower: Tower, block: int) -> Iterator[QueriesKeys]:
+    """Read queries and keys of a block while the tower runs inside.
+
+    Args:
+        tower: from `Anatomy.vision_parts`.
+        block: 1..N, counted as fusions count them (block i's output is hidden state i).
+
+    Yields:
+        Filled by each forward pass of the tower, detached.
+
+    Raises:
+        HostError: the block's attention is of a kind that is not known; names what was looked for.
+    """
+    layer = tower.blocks[block - 1]
+    attention: Any = next(
+        (getattr(layer, n) for n in _ATTENTION if isinstance(getattr(layer, n, None), nn.Module)), None
+    )
+    if attention is None:
+        raise HostError(
+            f"block {type(layer).__name__} of the vision tower is not known: looked for its attention in "
+            f"{', '.join(_ATTENTION)}, but it has {', '.join(n for n, _ in layer.named_children())}"
+        )
+    seen, undo = QueriesKeys(), UndoStack()
+    try:
+        if hasattr(attention, "fused_attn"):
+            _ask_again(attention, seen, undo)
+        elif hasattr(attention, "q_proj") and hasattr(attention, "k_proj"):
+            _watch_projections(attention, seen, undo)
+        else:
+            raise HostError(
+                f"attention {type(attention).__name__} of the vision tower is not known: it has neither q_proj and "
+                f"k_proj nor timm's fused_attn, but {', '.join(n for n, _ in attention.named_children())}"
+            )
+        yield seen
+    finally:
+        undo.unwind()
+
+
+def _watch_projections(attention: Any, seen: QueriesKeys, undo: UndoStack) -> None:
+    heads = int(attention.num_heads)
+    seen.scaling = float(attention.scale)
+
+    def keep(name: str) -> Callable[..., None]:
+        def after(module: nn.Module, args: Any, output: Tensor) -> None:
+            setattr(seen, name, output.detach().unflatten(-1, (heads, -1)).transpose(1, 2))
+
+        return after
+
+    for name in ("q", "k"):
+        last = getattr(attention, f"{name}_norm", None)  # InternViT: over all heads at once, before they are split
+        last = last if isinstance(last, nn.Module) else getattr(attention, f"{name}_proj")
+        undo.push(last.register_forward_hook(keep(name)).remove)
+
+
+class _Handed(TorchFunctionMode):
+    """Notes what is handed to scaled_dot_product_attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[tuple, dict[str, Any]]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            self.calls.append((args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _ask_again(attention: Any, seen: QueriesKeys, undo: UndoStack) -> None:
+    asking: list[bool] = []
+
+    def after(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        if asking:
+            return
+        before, handed = module.fused_attn, _Handed()
+        asking.append(True)
+        module.fused_attn = True
+        try:
+            with torch.no_grad(), handed:
+                module(*args, **kwargs)
+        finally:
+            module.fused_attn = before
+            asking.clear()
+        if len(handed.calls) != 1:
+            raise HostError(
+                f"attention {type(module).__name__} of the vision tower is not known: it called PyTorch's attention "
+                f"{len(handed.calls)} times, not once"
+            )
+        (q, k, *_), options = handed.calls[0]
+        seen.q, seen.k = q.detach(), k.detach()
+        seen.scaling = float(options.get("scale") or q.shape[-1] ** -0.5)
+
+    undo.push(attention.register_forward_hook(after, with_kwargs=True).remove)

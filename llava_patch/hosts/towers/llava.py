@@ -1,0 +1,150 @@
+"""A vision tower for the `llava` package that is not CLIP: CLIPVisionTower's interface over the other vision models."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llava_patch.core.errors import HostError
+from llava_patch.hosts.towers import layout as towers
+from llava_patch.hosts.towers import models as tower_models
+
+
+def build(name: Any, args: Any, delay_load: bool = False) -> "VisionTower | None":
+    """The tower that a LLaVA configuration names; None where llava's own builder has to decide (CLIP, no such folder).
+
+    Args:
+        name: `mm_vision_tower` of a configuration, or the training script's --vision_tower.
+        args: the configuration or the script's model arguments.
+        delay_load: read the configuration only.
+
+    Raises:
+        HostError: a tower that is not known, or multi-scale (S2) features of one that is not CLIP.
+    """
+    if not isinstance(name, str):
+        return None
+    config = tower_models.read_config(name)
+    if config is None:
+        return None
+    if getattr(args, "s2", False):
+        raise HostError(f"--s2 with the vision tower {name}: multi-scale features are made of CLIP towers only")
+    return VisionTower(name, args, config, delay_load)
+
+
+class VisionTower(nn.Module):
+    """What llava's CLIPVisionTower is for CLIP.
+
+    Attributes:
+        is_loaded: whether the weights are there.
+        vision_tower_name: folder or name on the hub.
+        select_layer: the hidden state that is the main feature.
+        select_feature: "patch" (without what comes before the patches; on a tower without CLS all tokens) or
+            "cls_patch" (all tokens).
+        vision_tower: the vision model, once it is loaded.
+        image_processor: likewise.
+    """
+
+    def __init__(self, name: str, args: Any, config: Any, delay_load: bool = False) -> None:
+        """Use `build`, not this.
+
+        Raises:
+            HostError: a tower whose patches are not on a square grid.
+        """
+        super().__init__()
+        self.is_loaded = False
+        self.vision_tower_name = name
+        self.select_layer = args.mm_vision_select_layer
+        self.select_feature = getattr(args, "mm_vision_select_feature", "patch")
+        self._own_config = config
+        self._config = _plain_config(name, config)
+        if not delay_load or getattr(args, "unfreeze_mm_vision_tower", False):
+            self.load_model()
+
+    def load_model(self, device_map: Any = None) -> None:
+        """Load image processor and weights, which do not train unless somebody says so."""
+        if self.is_loaded:
+            print(f"{self.vision_tower_name} is already loaded, `load_model` called again, skipping.")
+            return
+        config = self._own_config
+        self.image_processor = tower_models.load_processor(self.vision_tower_name, config, self.config.image_size)
+        self.vision_tower = tower_models.load_model(self.vision_tower_name, config, device_map)
+        self.vision_tower.requires_grad_(False)
+        self.is_loaded = True
+
+    def feature_select(self, image_forward_outs: Any) -> Tensor:
+        """The main feature, [images, tokens, channels], of a vision model's output.
+
+        Raises:
+            ValueError: a select_feature that llava does not know either.
+        """
+        features = image_forward_outs.hidden_states[self.select_layer]
+        if self.select_feature == "patch":
+            return features[:, self.config.num_prefix_tokens :]
+        if self.select_feature == "cls_patch":
+            return features
+        raise ValueError(f"Unexpected select feature: {self.select_feature}")
+
+    @torch.no_grad()
+    def forward(self, images: Any) -> Any:
+        """Features of images, [images, tokens, channels] in the images' dtype; of a list, a list with one each."""
+        if isinstance(images, list):
+            return [self._features(image.unsqueeze(0), image.dtype) for image in images]
+        return self._features(images, images.dtype)
+
+    def _features(self, images: Tensor, dtype: torch.dtype) -> Tensor:
+        output = self.vision_tower(images.to(device=self.device, dtype=self.dtype), output_hidden_states=True)
+        return self.feature_select(output).to(dtype)
+
+    @property
+    def dummy_feature(self) -> Tensor:
+        """Zeros [1, channels]."""
+        return torch.zeros(1, self.hidden_size, device=self.device, dtype=self.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.vision_tower.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the weights."""
+        return self.vision_tower.device
+
+    @property
+    def config(self) -> Any:
+        """The vision model's configuration, its sizes as the plain numbers that llava computes with."""
+        return self._config
+
+    @property
+    def hidden_size(self) -> int:
+        """Channels of a token."""
+        return self.config.hidden_size
+
+    @property
+    def num_patches_per_side(self) -> int:
+        """Rows, and columns, of patches."""
+        return self.config.image_size // self.config.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image."""
+        return self.num_patches_per_side**2
+
+
+def _plain_config(name: str, config: Any) -> Any:
+    """A copy that holds num_hidden_layers, hidden_size, image_size, patch_size and num_prefix_tokens as integers.
+
+    The classes disagree: InternVL has lists, NaFlex no image_size, timm's wrapper none of them.
+    """
+    shape = towers.shape_of(config)
+    rows, columns = shape.grid
+    if rows != columns:
+        raise HostError(f"vision tower {name} has a grid of {rows} x {columns} patches: llava knows square ones only")
+    plain = copy.deepcopy(config)
+    plain.num_prefix_tokens = towers.prefix_tokens_of(config)
+    plain.num_hidden_layers, plain.hidden_size = shape.n_blocks, shape.width
+    plain.image_size, plain.patch_size = rows * shape.patch_size, shape.patch_size
+    return plain

@@ -1,0 +1,1 @@
+"""Where other programs meet llava_patch: the import hook, LLaVA's training scripts, and lmms-eval."""

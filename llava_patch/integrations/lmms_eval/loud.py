@@ -1,0 +1,202 @@
+"""Lets failures of a patched model, and of our tasks, out of an evaluation.
+
+Left alone, lmms-eval hides them twice: its `llava_hf` model catches every exception of `generate`, answers with an
+empty string and so scores a full table of zeros; and its command line prints any other exception but exits with status
+0, see `command`. Evaluations that llava_patch takes no part in stay exactly as lmms-eval runs them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from llava_patch.integrations.lmms_eval import command
+from llava_patch.integrations.lmms_eval.command import EvaluationFailure
+
+_MARK = "_llava_patch_loud"
+_MAIN = ("lmms_eval.__main__", "__main__")  # `python -m lmms_eval` runs it under the second name, in some versions
+
+
+class _Escape(BaseException):
+    """Carries an exception out of a model through `except Exception` in lmms-eval's model classes."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def install() -> None:
+    """Wrap lmms-eval's command, what it evaluates and what it prints its tables with.
+
+    What is wrapped already, or not loaded, is left as it is.
+    """
+    _wrap("lmms_eval.evaluator", evaluate=_loud_evaluate, simple_evaluate=_loud_simple_evaluate)
+    for name in _MAIN:
+        if hasattr(sys.modules.get(name), "cli_evaluate"):
+            _wrap(name, cli_evaluate=_checked_command, make_table=_noted_table)
+
+
+def _wrap(module_name: str, **wrappers: Callable[..., Any]) -> None:
+    module: Any = sys.modules.get(module_name)
+    for name, wrap in wrappers.items():
+        function = getattr(module, name, None)
+        if function is not None and not getattr(function, _MARK, False):
+            wrapped = functools.wraps(function)(wrap(function))
+            setattr(wrapped, _MARK, True)
+            setattr(module, name, wrapped)
+
+
+def _loud_evaluate(original: Callable[..., Any]) -> Callable[..., Any]:
+    def evaluate(*args: Any, **kwargs: Any) -> Any:
+        from llava_patch.integrations.lmms_eval import cache
+
+        lm = kwargs.get("lm", args[0] if args else None)
+        tasks = kwargs.get("task_dict", args[1] if len(args) > 1 else {})
+        configured = _patch_is_configured()
+        try:
+            model = model_of(lm)
+            patch_name = _fingerprint(model)
+            ours = bool(patch_name) or configured or has_our_task(tasks)
+        except Exception as unknown:  # not a model, or not tasks, as we know them
+            if configured:
+                raise
+            command.doubted(unknown)
+            return original(*args, **kwargs)
+        if ours:
+            command.seen()
+        elif not command.involves_us():
+            return original(*args, **kwargs)
+        try:
+            if configured and not patch_name:
+                raise EvaluationFailure(
+                    f"a patch is configured, but {type(model).__name__} was loaded without it: this kind of model is "
+                    "not one that llava_patch knows (unset LLAVA_PATCH_GIN_FILE and LLAVA_PATCH_GIN_PARAM to evaluate "
+                    "it)"
+                )
+            if patch_name:
+                cache.mark(kwargs.get("response_cache"), patch_name)
+            with _guarded(model):
+                # lm.clean() deletes the model before scoring; a name for it here would keep its memory
+                del model
+                return original(*args, **kwargs)
+        except _Escape as escape:
+            what, error = f"the patched model ({patch_name})" if patch_name else "the model", escape.error
+            raise EvaluationFailure(f"{what} failed: {type(error).__name__}: {error}") from error
+
+    return evaluate
+
+
+def _loud_simple_evaluate(original: Callable[..., Any]) -> Callable[..., Any]:
+    def simple_evaluate(*args: Any, **kwargs: Any) -> Any:
+        arguments = kwargs.get("cli_args")
+        command.began(arguments)
+        try:
+            results = original(*args, **kwargs)
+        except Exception as error:
+            command.ended(arguments, error)
+            raise
+        # Results are complete when lmms-eval has come to printing them; ranks above the first are given none.
+        complete = os.environ.get("RANK", "0") != "0" if results is None else not _tables_are_noted()
+        command.ended(arguments, results, complete)
+        return results
+
+    return simple_evaluate
+
+
+def _checked_command(original: Callable[..., Any]) -> Callable[..., Any]:
+    def cli_evaluate(*args: Any, **kwargs: Any) -> Any:
+        with command.called(kwargs.get("args", args[0] if args else None)):
+            return original(*args, **kwargs)
+
+    return cli_evaluate
+
+
+def _noted_table(original: Callable[..., Any]) -> Callable[..., Any]:
+    def make_table(result_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        table = original(result_dict, *args, **kwargs)
+        command.printed(result_dict)
+        return table
+
+    return make_table
+
+
+def _tables_are_noted() -> bool:
+    return any(getattr(getattr(sys.modules.get(name), "make_table", None), _MARK, False) for name in _MAIN)
+
+
+def _patch_is_configured() -> bool:
+    from llava_patch.integrations import startup
+
+    asked = startup.configuration()
+    return asked is not None and bool(asked.lasting())
+
+
+def model_of(lm: Any) -> nn.Module | None:
+    """The torch model inside an lmms-eval model; None for those that have none (served models)."""
+    for name in ("model", "_model"):
+        model = getattr(lm, name, None)
+        if isinstance(model, nn.Module):
+            return model
+    return None
+
+
+def _fingerprint(model: nn.Module | None) -> str:
+    from llava_patch.patching.handle import fingerprint
+
+    return "" if model is None else fingerprint(model)
+
+
+def has_our_task(task_dict: Any) -> bool:
+    """Whether a (nested) dictionary of lmms-eval tasks holds one of ours."""
+    tasks = sys.modules.get("llava_patch.integrations.lmms_eval.tasks")
+    if tasks is None:  # no task of ours was ever loaded
+        return False
+    for item in task_dict.values():
+        if isinstance(item, dict):
+            if has_our_task(item):
+                return True
+        elif isinstance(item[1] if isinstance(item, tuple) else item, tasks.MeasurementTask):
+            return True
+    return False
+
+
+@contextlib.contextmanager
+def _guarded(model: nn.Module | None) -> Iterator[None]:
+    """Let exceptions of a model's `generate` and `forward` escape while the block runs."""
+    if model is None:
+        yield
+        return
+    missing = object()
+    old = {name: vars(model).get(name, missing) for name in ("generate", "forward")}
+    for name in old:
+        setattr(model, name, _escaping(getattr(model, name)))
+    reference = weakref.ref(model)
+    del model
+    try:
+        yield
+    finally:
+        owner = reference()
+        if owner is not None:
+            for name, value in old.items():
+                if value is missing:
+                    vars(owner).pop(name, None)
+                else:
+                    vars(owner)[name] = value
+
+
+def _escaping(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(*args, **kwargs)
+        except Exception as error:
+            raise _Escape(error) from error
+
+    return guarded

@@ -1,0 +1,165 @@
+"""The `rprobe` tasks: one probe a task, trained once, whose held-out samples are the task's documents.
+
+Under several processes all of them train and measure the one probe together, each with its own copy of the model,
+whatever documents lmms-eval gave it; every process then answers its own requests from the one result.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llava_patch.core.errors import InputError
+from llava_patch.integrations.lmms_eval.access import reach
+from llava_patch.integrations.lmms_eval.options import output_folder
+from llava_patch.measurements.rprobe.settings import RProbe
+
+DATA_VARIABLE = "LLAVA_PATCH_RPROBE_DATA"
+
+
+def data_file(metadata: Any) -> str | None:
+    """One's own samples: `metadata.data` of the task's YAML, else LLAVA_PATCH_RPROBE_DATA; None: rendered pages."""
+    given = metadata.get("data") if isinstance(metadata, dict) else None
+    return given or os.environ.get(DATA_VARIABLE) or None
+
+
+def own_samples(settings: RProbe, path: str) -> tuple[list[Any], list[Any]]:
+    """(training samples, held-out samples) of one's own data, split by document."""
+    from llava_patch.core import parallel
+    from llava_patch.data.readers import Samples, read_samples
+    from llava_patch.probe.sample import split_samples
+
+    samples = read_samples(path, settings.boxes_per_sample, settings.broken)
+    if samples.skipped and parallel.is_first():
+        print(f"{path}: {len(samples.skipped)} things were skipped; the first: {samples.skipped[0]}", file=sys.stderr)
+    train, heldout = split_samples(samples, settings.heldout_share, settings.seed)
+    return Samples(train, samples.skipped, samples.unread, samples.format), heldout
+
+
+def heldout_ids(settings: RProbe, path: str | None) -> list[str]:
+    """Names of the held-out samples, in the order in which the probe reports them."""
+    if path is None:
+        return [f"page-heldout-{settings.seed}-{i}" for i in range(settings.heldout_pages)]
+    return [sample.id for sample in own_samples(settings, path)[1]]
+
+
+def answer(lm: Any, requests: Sequence[Any]) -> list[str]:
+    """Train and measure one probe a task, then answer each request with its document's numbers and the run's.
+
+    Args:
+        lm: lmms-eval's model object.
+        requests: of one or several rprobe tasks; may be empty on some ranks.
+
+    Returns:
+        One JSON string a request: `task`, `document`, `run`.
+    """
+    from llava_patch.core import parallel
+    from llava_patch.integrations.lmms_eval.tasks import active
+
+    with parallel.guard():
+        # A process may have no request, or none of some task: what is run is what any of them was asked for.
+        names = dict.fromkeys(parallel.gather_rows([request.task_name for request in requests]))
+        runs = {name: _run(lm, name) for name in names}
+    answers = []
+    for request in requests:
+        documents, run = runs[request.task_name]
+        task = active(request.task_name)
+        name = task.dataset[task.config.test_split]["id"][int(request.doc_id)]
+        # None: a document that could not be used when it came to its image (RProbe.broken = "skip").
+        answers.append(json.dumps({"task": request.task_name, "document": documents.get(name), "run": run}))
+    return answers
+
+
+def _run(lm: Any, name: str) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Train and measure one task's probe; (numbers of each held-out sample by its id, the run's)."""
+    from llava_patch.core import parallel
+    from llava_patch.core.folder_lock import alone
+    from llava_patch.integrations.lmms_eval.tasks import active
+    from llava_patch.measurements.rprobe.fit import run_rprobe
+    from llava_patch.measurements.rprobe.output import write_run
+
+    task, subject = active(name), reach(lm)
+    train, heldout = (None, None) if task.data() is None else own_samples(task.settings, task.data())
+    folder = output_folder(getattr(task, "args", None), name)
+    with alone(None if folder is None else Path(folder)):
+        result = run_rprobe(
+            subject.anatomy.model,
+            subject.image_processor,
+            subject.tokenizer,
+            task.settings,
+            train,
+            heldout,
+            work=folder,
+        )
+        if folder is not None:
+            write_run(result, folder)
+    if parallel.rank() == 0:
+        print(f"{name}: {result.summary()}", flush=True)
+    run = {
+        "target_variance": result.target_variance,
+        "constant_mse": result.constant_mse,
+        "steps": None if result.threshold_is_vacuous else result.steps_to_threshold,
+        "steps_half_fvu": result.steps_to_half_fvu,
+        "threshold": result.threshold,
+        "threshold_is_vacuous": result.threshold_is_vacuous,
+        "comparable": result.facts["comparable"],
+        "steps_done": len(result.losses),
+        "warnings": result.warnings,
+    }
+    documents = {document["id"]: document for document in result.documents}
+    if len(documents) < len(result.documents):
+        ids = [document["id"] for document in result.documents]
+        twice = next(one for one in ids if ids.count(one) > 1)
+        raise InputError(f"{name}: two held-out samples are called {twice!r}: their numbers cannot be told apart")
+    return documents, run
+
+
+def process_results(doc: Any, results: Sequence[str]) -> dict[str, Any]:
+    """Per-document numbers for the samples log; `--limit` thus cuts what the means are taken over."""
+    answered = json.loads(results[0])
+    document, run = answered["document"], answered["run"]
+    steps = {"steps": run["steps"]}, {"steps": run["steps_half_fvu"]}
+    pair = psnr_of = None
+    if document is not None:
+        pair = {"mse": document["mse"], "tokens": document["tokens"], "target_variance": run["target_variance"]}
+        psnr_of = document["psnr"]
+    named = {} if document is None else {"id": document["id"], "text": document["text"]}
+    return {
+        "rprobe_mse": pair,
+        "rprobe_fvu": pair,
+        "rprobe_psnr": psnr_of,
+        "rprobe_steps": steps[0],
+        "rprobe_steps_half_fvu": steps[1],
+        "rprobe_run": {**run, **named},
+    }
+
+
+def mse(items: Sequence[dict[str, Any] | None]) -> float | None:
+    """Held-out per-token MSE: mean inside a token, then over all tokens of all documents that could be used.
+
+    None, here and below, where there is no number: lmms-eval prints N/A, and its JSON has null (a NaN is no JSON).
+    """
+    used = [item for item in items if item is not None]
+    return sum(item["mse"] * item["tokens"] for item in used) / sum(item["tokens"] for item in used) if used else None
+
+
+def fvu(items: Sequence[dict[str, Any] | None]) -> float | None:
+    """That MSE divided by the variance of all held-out targets."""
+    error = mse(items)
+    variance = next((item["target_variance"] for item in items if item is not None), None)
+    return None if error is None or variance is None else error / variance
+
+
+def psnr(items: Sequence[float | None]) -> float | None:
+    """Peak signal-to-noise ratio in dB, mean over documents."""
+    used = [item for item in items if item is not None]
+    return sum(used) / len(used) if used else None
+
+
+def steps(items: Sequence[dict[str, Any]]) -> int | None:
+    """Training steps to a threshold; None when it was never reached, or lies above what a constant reaches."""
+    return items[0]["steps"]

@@ -1,0 +1,155 @@
+"""Our lmms-eval tasks: embedded documents, one request each, answered by looking inside the live model.
+
+lmms-eval runs a task's requests through a method of the model object that bears the task's output type, once per rank
+with all requests. Importing this module adds our output types and their methods; the model, its tokenizer and its
+image processor are alive there, but no longer when results are processed, so each answer is a JSON string that holds
+all that scoring needs.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, ClassVar
+
+import datasets
+from lmms_eval.api import task as api_task
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from lmms_eval.api.task import ConfigurableTask
+
+from llava_patch.core.extras import need
+from llava_patch.data.examples import QUESTION
+from llava_patch.integrations.lmms_eval import drift_runs, fusion_attention_runs, loud, rprobe_runs, saturation_runs
+from llava_patch.integrations.lmms_eval.options import settings_for
+from llava_patch.measurements.drift import Drift
+from llava_patch.measurements.fusion_attention import FusionAttention
+from llava_patch.measurements.rprobe.settings import RProbe
+from llava_patch.measurements.saturation import Saturation
+
+_active: "weakref.WeakValueDictionary[str, MeasurementTask]" = weakref.WeakValueDictionary()
+
+
+class MeasurementTask(ConfigurableTask):
+    """A task whose documents are made here and whose answers are measurements.
+
+    Attributes:
+        SETTINGS: the dataclass of the measurement's settings.
+        EXTRAS: of ours that it ends with, see `llava_patch.core.extras`.
+        settings: those of this task, see `options.settings_for`.
+    """
+
+    SETTINGS: ClassVar[type]
+    EXTRAS: ClassVar[tuple[str, ...]] = ("figures",)
+
+    def __init__(self, config: dict[str, Any] | None = None) -> None:
+        config = dict(config or {})
+        need(f"the lmms-eval task {config.get('task')}", *self.EXTRAS)
+        config.pop("class", None)  # how lmms-eval found this class; not a field of its TaskConfig
+        self.settings: Any = settings_for(self.SETTINGS, config.get("metadata"), str(config.get("task")))
+        loud.install()
+        super().__init__(config=config)
+
+    def documents(self) -> dict[str, list[Any]]:
+        """The documents as columns; `id` and `question` must be among them."""
+        raise NotImplementedError
+
+    def download(self, dataset_kwargs: Any = None) -> None:
+        """Make the documents; nothing is downloaded."""
+        self.dataset = datasets.DatasetDict({self.config.test_split: datasets.Dataset.from_dict(self.documents())})
+        self.dataset_no_image = self.dataset
+
+    def build_all_requests(self, **kwargs: Any) -> None:
+        """Build the requests and let `active` find this task while they run."""
+        _active[self.config.task] = self
+        super().build_all_requests(**kwargs)
+
+    def construct_requests(self, doc_id: int, ctx: str, **kwargs: Any) -> Instance:
+        """One request a document; `do_sample` keeps it out of the response cache, which does not know our settings."""
+        split = kwargs["metadata"]["split"]
+        arguments = (ctx, {"do_sample": True}, self.doc_to_visual, doc_id, self.config.task, split)
+        return Instance(request_type=self.OUTPUT_TYPE, arguments=arguments, idx=0, **kwargs)
+
+    def process_results(self, doc: Any, results: Any, full_docs: Any = None) -> dict[str, Any]:
+        """Score one document, without the five silent retries of the base class."""
+        if self.config.process_results is None:  # --predict_only
+            return {"bypass": results}
+        return self.config.process_results(doc, results)
+
+
+def active(name: str) -> MeasurementTask:
+    """The task of that name whose requests are being answered."""
+    return _active[name]
+
+
+class PagesTask(MeasurementTask):
+    """A measurement on rendered pages; YAML: `metadata.documents` is their number."""
+
+    def documents(self) -> dict[str, list[Any]]:
+        """Pages by number; they are drawn when the size of the model's tower is known."""
+        count = int((self.config.metadata or {}).get("documents", 32))
+        return {
+            "id": [f"page-{i}" for i in range(count)],
+            "page": list(range(count)),
+            "question": [QUESTION] * count,
+        }
+
+
+class SaturationTask(PagesTask):
+    """Visual saturation."""
+
+    SETTINGS = Saturation
+
+
+class DriftTask(PagesTask):
+    """Drift of the shallow layers from a base."""
+
+    SETTINGS = Drift
+
+
+class FusionAttentionTask(PagesTask):
+    """Text-to-image attention of the fusion layers' heads against a base's."""
+
+    SETTINGS = FusionAttention
+
+
+class RProbeTask(MeasurementTask):
+    """R-Probe: the documents are the held-out samples; the probe is trained on the others."""
+
+    SETTINGS = RProbe
+    EXTRAS = ("figures", "probe")
+
+    def documents(self) -> dict[str, list[Any]]:
+        """Held-out samples by number, in the order in which the probe reports them."""
+        ids = rprobe_runs.heldout_ids(self.settings, self.data())
+        return {"id": ids, "number": list(range(len(ids))), "question": [""] * len(ids)}
+
+    def data(self) -> str | None:
+        """File of one's own samples; None: rendered pages."""
+        return rprobe_runs.data_file(self.config.metadata)
+
+
+def _saturation(self: Any, requests: list[Instance]) -> list[str]:
+    return saturation_runs.answer(self, requests)
+
+
+def _rprobe(self: Any, requests: list[Instance]) -> list[str]:
+    return rprobe_runs.answer(self, requests)
+
+
+def _drift(self: Any, requests: list[Instance]) -> list[str]:
+    return drift_runs.answer(self, requests)
+
+
+def _fusion_attention(self: Any, requests: list[Instance]) -> list[str]:
+    return fusion_attention_runs.answer(self, requests)
+
+
+for _output_type, _method in (
+    ("llava_patch_saturation", _saturation),
+    ("llava_patch_rprobe", _rprobe),
+    ("llava_patch_drift", _drift),
+    ("llava_patch_fusion_attention", _fusion_attention),
+):
+    if _output_type not in api_task.ALL_OUTPUT_TYPES:
+        api_task.ALL_OUTPUT_TYPES.append(_output_type)
+    setattr(lmms, _output_type, _method)

@@ -1,0 +1,237 @@
+"""Loading patched checkpoints through the hosts' own from_pretrained: full ones, adapters, and bases of LoRA runs."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from llava_patch.core import records
+from llava_patch.core.errors import CheckpointError, HostError
+from llava_patch.integrations import startup
+
+_IGNORED = "_keys_to_ignore_on_load_unexpected"  # transformers' own list
+
+
+def is_host(cls: Any) -> bool:
+    """Whether a model class is one of the hosts', or a kin of theirs on which `patch` refuses what is configured."""
+    return hasattr(cls, "prepare_inputs_labels_for_multimodal") or any(
+        "Llava" in c.__name__ and c.__name__.endswith("ForConditionalGeneration") for c in cls.__mro__
+    )
+
+
+def is_bare(cls: Any) -> bool:
+    """Whether a model class is what a Hugging Face host wraps (LlavaModel), which cannot be patched by itself."""
+    return cls.__name__ in ("LlavaModel", "LlavaNextModel")
+
+
+def bare_refusal(cls: Any) -> str:
+    """Why a patch cannot come with such a class, as the end of a sentence about the patch."""
+    whole = cls.__name__.replace("Model", "ForConditionalGeneration")
+    return f"which {cls.__name__} would be loaded without: load it with {whole}, and take its .model"
+
+
+def load(original: Any, cls: Any, path: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Load a host model, with the patch that its checkpoint carries or that flags and environment ask for.
+
+    Args:
+        original: the stock from_pretrained.
+        cls: the model class.
+        path: checkpoint, as from_pretrained takes it.
+        args: further arguments of from_pretrained.
+        kwargs: likewise.
+
+    Raises:
+        CheckpointError: a patched checkpoint that lacks tensors, or whose base is gone.
+    """
+    record = records.read_settings(path) if isinstance(path, (str, os.PathLike)) else None
+    if record is not None and record.get("form") == "adapter":
+        return _finish(_load_adapter(original, cls, path, record, args, kwargs))
+    config = kwargs.get("config")
+    carried = records.config_record(config) if config is not None else None
+    if carried and str(getattr(config, "_name_or_path", path)) != str(path):
+        return _load_base_for(original, cls, path, config, carried, args, kwargs)
+    wants_info = kwargs.pop("output_loading_info", False)
+    with _construction(cls, _patch_new):
+        model, info = original(cls, path, *args, output_loading_info=True, **kwargs)
+    vars(model).pop(_IGNORED, None)
+    handle = startup.handle_of(model)
+    if handle is not None:
+        from llava_patch.patching import checkpoint, tower_weights
+
+        missing = sorted(set(checkpoint.adapter_names(handle)) & set(info["missing_keys"]))
+        if missing:
+            raise CheckpointError(
+                f"{path}: the checkpoint says it carries {handle!r} but lacks {missing[0]} ({len(missing)} tensors)"
+            )
+        if handle.trained_tower:
+            tower_weights.restore(handle, path)
+        handle.apply_freeze()
+    _finish(model)
+    return (model, info) if wants_info else model
+
+
+def load_stock(original: Any, cls: Any, path: Any, args: tuple, kwargs: dict[str, Any], why: str) -> Any:
+    """Load a model that cannot be patched, as its own from_pretrained does.
+
+    Args:
+        original: see `load`, as for the others.
+        cls: the model class.
+        path: the checkpoint.
+        args: further arguments.
+        kwargs: likewise.
+        why: it cannot be, as the end of a sentence about the patch.
+
+    Raises:
+        HostError: the checkpoint carries a patch, or one is configured: it would be another model without it.
+    """
+
+    def refuse(model: Any = None, record: Any = None) -> None:
+        raise HostError(f"{path} carries a patch, {why}")
+
+    asked = startup.configuration()
+    if asked is not None and asked.lasting():
+        raise HostError(f"{_listed(asked)} is configured, {why}")
+    record = records.read_settings(path) if isinstance(path, (str, os.PathLike)) else None
+    if record is not None and record.get("form") == "adapter":
+        refuse()
+    with _construction(cls, refuse):
+        return original(cls, path, *args, **kwargs)
+
+
+def _listed(asked: Any) -> str:
+    """The patch that a configuration asks for."""
+    return ", ".join(str(settings) for settings in asked.lasting().values() if settings is not None)
+
+
+def _load_base_for(
+    original: Any, cls: Any, path: Any, config: Any, carried: dict, args: tuple, kwargs: dict[str, Any]
+) -> Any:
+    """Load a base under a patched checkpoint's config, as llava's builder does when it is given a model_base.
+
+    A stock base is loaded as it is and patched afterwards, one that carries a patch comes with it; the builder then
+    fills in the checkpoint's own files (mm_projector.bin, non_lora_trainables.bin).
+    """
+    from llava_patch.hosts.anatomy import LLAVA
+    from llava_patch.patching import checkpoint, tower_weights
+    from llava_patch.patching.patch import patch
+
+    source = getattr(config, "_name_or_path", "config.json")
+    own = records.config_record(cls.config_class.from_pretrained(path))
+    stock = _stock_config(config)
+    if own:  # the base was patched before: its added weights come first
+        setattr(stock, records.CONFIG_KEY, own)
+        stock._name_or_path = str(path)
+        loaded = load(original, cls, path, args, {**kwargs, "config": stock})
+    else:
+        loaded = original(cls, path, *args, **{**kwargs, "config": stock})
+    handle = patch(_model_of(loaded), **checkpoint.methods(carried, f"{source}/config.json"))
+    if (handle.trained_tower or carried.get("trained_tower")) and handle.anatomy.host == LLAVA:
+        handle.trained_tower = True
+        tower_weights.restore_beside_lora(handle, source, required=not (own or {}).get("trained_tower"))
+    return _finish(loaded)
+
+
+def _finish(model: Any) -> Any:
+    """Apply what flags or environment ask for to a model that is loaded for use; training waits for the Trainer."""
+    asked = None if startup.training() else startup.configuration()
+    if asked is not None and asked.probe is not None:  # a training recipe reused for evaluation
+        _say_once("llava_patch: AuxiliaryProbe is a training loss, without effect here")
+    if asked is not None and asked.lasting():
+        from llava_patch.patching.patch import patch
+
+        patch(_model_of(model), **asked.lasting())
+    return model
+
+
+def say_unpatched(cls: Any) -> None:
+    """Say that a vision-language model of another kind is loaded without the patch that is configured."""
+    sub_configs = getattr(getattr(cls, "config_class", None), "sub_configs", {})
+    if not hasattr(cls, "generate") or "vision_config" not in sub_configs:
+        return
+    asked = startup.configuration()
+    if asked is not None and asked.lasting():
+        _say_once(
+            f"llava_patch: {cls.__name__} is not a model that llava_patch knows, and is loaded without what is "
+            f"configured: {_listed(asked)}"
+        )
+
+
+@functools.lru_cache
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _model_of(loaded: Any) -> Any:
+    """The model in what from_pretrained returned, with or without loading info."""
+    return loaded[0] if isinstance(loaded, tuple) else loaded
+
+
+def _stock_config(config: Any) -> Any:
+    """A copy of a configuration without the patch it carries: the base is loaded as it is and patched afterwards."""
+    config = copy.deepcopy(config)
+    vars(config).pop(records.CONFIG_KEY, None)
+    return config
+
+
+def _load_adapter(original: Any, cls: Any, path: Any, record: dict, args: tuple, kwargs: dict[str, Any]) -> Any:
+    from llava_patch.patching import checkpoint
+
+    config = kwargs.pop("config", None)
+    if config is None:
+        config = cls.config_class.from_pretrained(path)
+    base = record["base"]
+    if os.path.isabs(base) and not os.path.isdir(base):
+        raise CheckpointError(
+            f'{path}: its base model {base} is not there any more; change "base" in '
+            f"{os.path.join(path, records.SETTINGS_FILE)} to where it is now"
+        )
+    loaded = original(cls, base, *args, config=_stock_config(config), **kwargs)
+    checkpoint.load(_model_of(loaded), path)
+    return loaded
+
+
+@contextlib.contextmanager
+def _construction(cls: Any, found: Callable[[Any, dict[str, Any]], None]) -> Iterator[None]:
+    """While a checkpoint is loaded, hand a model whose config carries a patch on as soon as it is constructed.
+
+    The host's loader then fills modules that were added like any others: sharded files, device maps and precisions
+    need no code of ours.
+
+    Args:
+        cls: the model's class.
+        found: called with the model and its record.
+    """
+    own = "__init__" in vars(cls)
+    original = cls.__init__
+
+    @functools.wraps(original)
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, config, *args, **kwargs)
+        record = records.config_record(config)
+        if type(self) is cls and record:
+            found(self, record)
+
+    cls.__init__ = __init__
+    try:
+        yield
+    finally:
+        if own:
+            cls.__init__ = original
+        else:
+            del cls.__init__
+
+
+def _patch_new(model: Any, record: dict[str, Any]) -> None:
+    """Put the modules that a checkpoint's record names into its model, whose weights follow."""
+    from llava_patch.patching import checkpoint
+    from llava_patch.patching.patch import patch
+
+    handle = patch(model, **checkpoint.methods(record, "config.json"), loading=True)
+    handle.trained_tower |= bool(record.get("trained_tower"))
+    if handle.anatomy.vision_model is None:  # comes later, and the checkpoint's own weights for it with it
+        setattr(model, _IGNORED, [*(getattr(model, _IGNORED) or ()), r"\bvision_tower\."])

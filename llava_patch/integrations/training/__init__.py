@@ -1,0 +1,1 @@
+"""What LLaVA's and Hugging Face's trainers get of a patch."""

@@ -1,0 +1,151 @@
+"""`Routing(split="auto")` in LLaVA's training scripts: samples of the Trainer's own data, one answer for all ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from llava_patch.core.errors import SettingError
+from llava_patch.hosts import zero
+from llava_patch.hosts.anatomy import find
+from llava_patch.measurements.saturation import Saturation
+from llava_patch.measurements.saturation.auto_split import logger, resolve_split
+from llava_patch.patching import checkpoint
+from llava_patch.patching.handle import get_handle
+from llava_patch.settings import Routing
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+SAMPLES = 32
+"""Samples taken when Saturation.max_samples is not bound."""
+_TRIES = 100
+"""Items read for each sample wanted, before data with hardly any image is given up."""
+
+
+def resolve_for_training(
+    model: nn.Module,
+    routing: Routing,
+    arguments: "TrainingArguments",
+    dataset: Any,
+    collator: Callable[[list[Any]], dict[str, Any]] | None,
+    settings: Saturation,
+) -> Routing:
+    """`resolve_split` at the moment the Trainer is made.
+
+    The first rank decides and tells the others, so that all of them build the same model whatever their hardware. A
+    run that is resumed keeps the split of the checkpoint it goes on from, also when data or settings have changed.
+
+    Args:
+        model: the model that will train, before it is routed.
+        routing: settings with split = "auto".
+        arguments: the run's TrainingArguments.
+        dataset: the training data, by index; only the items that are tried are read.
+        collator: makes a batch of a list of items.
+        settings: of the measurement; without max_samples, 32 samples are taken.
+
+    Returns:
+        The settings with an integer split.
+
+    Raises:
+        SettingError: as `resolve_split`, on every rank; or data that have no length.
+    """
+    device = arguments.device  # this also joins the ranks
+
+    def resolve() -> Routing:
+        if zero.is_partitioned(model.parameters()):
+            raise SettingError(
+                'Routing.split = "auto" is not measured on weights that DeepSpeed ZeRO-3 has partitioned: use stage 2 '
+                "(LLaVA's scripts/zero2.json), or bind Routing.split to a layer number"
+            )
+        handle = get_handle(model)
+        if handle is not None and handle.routing is not None:
+            return resolve_split(model, routing, None)
+        resumed = _resumed_split(arguments)
+        if resumed is not None:
+            return dataclasses.replace(routing, split=resumed)
+        chosen = dataclasses.replace(settings, max_samples=settings.max_samples or SAMPLES)
+        samples = _samples(dataset, collator, device, _TRIES * (chosen.max_samples or SAMPLES))
+        with _on_device(find(model).model, device), _autocast(arguments, device):
+            return resolve_split(model, routing, samples, chosen)
+
+    return _on_first_rank(resolve)
+
+
+def _resumed_split(arguments: "TrainingArguments") -> int | None:
+    """The split of the checkpoint that LLaVA's scripts resume from; None when the run is new."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    folder = arguments.output_dir
+    last = get_last_checkpoint(folder) if folder and os.path.isdir(folder) else None
+    record = None if last is None else checkpoint.read_settings(last)
+    found = None if record is None else checkpoint.methods(record, str(last)).get("routing")
+    if found is None:
+        return None
+    logger.warning(
+        'llava_patch: Routing.split = "auto": the run resumes from %s with split %s, which is kept', last, found.split
+    )
+    return int(found.split)
+
+
+def _samples(
+    dataset: Any, collator: Callable[[list[Any]], dict[str, Any]] | None, device: torch.device, tries: int
+) -> Iterator[dict[str, Any]]:
+    """Batches of one, in an order that is spread over the data and the same in every run, whatever its seed."""
+    from accelerate.utils import send_to_device
+
+    if collator is None or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise SettingError(
+            'Routing.split = "auto" takes samples of the training data by index, but the Trainer got '
+            f"{type(dataset).__name__} and data_collator = {collator!r}: bind Routing.split to a layer number"
+        )
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:tries].tolist()
+    for index in order:
+        batch = collator([dataset[index]])
+        # A batch of one has no padding; LLaVA's mask also hides unknown words, which share their id with padding.
+        yield send_to_device({k: v for k, v in batch.items() if k not in ("labels", "attention_mask")}, device)
+
+
+@contextlib.contextmanager
+def _on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """The model where the Trainer will put it; LLaVA's scripts hand it over with only its tower there."""
+    moved = [(t, t.data) for t in (*model.parameters(), *model.buffers()) if t.device != device]
+    try:
+        for tensor, data in moved:
+            tensor.data = data.to(device)
+        yield
+    finally:
+        for tensor, data in moved:
+            tensor.data = data
+
+
+def _autocast(arguments: "TrainingArguments", device: torch.device) -> contextlib.AbstractContextManager:
+    """Mixed precision as the Trainer's: LLaVA hands over a model in bfloat16 with a new projector in float32."""
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float16
+    return torch.autocast(device.type, dtype=dtype, enabled=bool(arguments.bf16 or arguments.fp16))
+
+
+def _on_first_rank(work: Callable[[], Routing]) -> Routing:
+    """Do something on rank 0 and give every rank its result; its error reaches every rank too."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return work()
+    outcome: list[Any] = [None, None]
+    failure: BaseException | None = None
+    if distributed.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except Exception as error:
+            failure, outcome[1] = error, str(error)
+    distributed.broadcast_object_list(outcome, src=0)
+    if failure is not None:
+        raise failure
+    if outcome[1] is not None:
+        raise SettingError(outcome[1])
+    return outcome[0]

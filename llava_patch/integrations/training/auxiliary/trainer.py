@@ -1,0 +1,208 @@
+"""The auxiliary loss under a Trainer of transformers, LLaVA's included: steps, logs, checkpoints, learning rate."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import IterableDataset
+
+from llava_patch.core.errors import SettingError
+from llava_patch.fusion import optimizer as optimizer_groups
+from llava_patch.hosts import compat, lora
+from llava_patch.integrations.training.auxiliary import state as head_file
+from llava_patch.patching.handle import get_handle
+from llava_patch.probe.auxiliary.regions import KEY
+
+if TYPE_CHECKING:
+    from llava_patch.patching.handle import Handle
+
+
+def check(handle: "Handle", training_args: Any) -> None:
+    """Refuse what this run cannot honour, before anything is written.
+
+    Args:
+        handle: the model's patch, with requires_grad as it will be.
+        training_args: the Trainer's arguments.
+
+    Raises:
+        SettingError: names the setting and what stands against it.
+    """
+    auxiliary = handle.auxiliary
+    if auxiliary is None or auxiliary.head is None:
+        return
+    if getattr(training_args, "fsdp", None):
+        raise SettingError("AuxiliaryProbe does not work with --fsdp: use DeepSpeed")
+    if getattr(training_args, "label_smoothing_factor", 0):
+        raise SettingError(
+            "AuxiliaryProbe adds to the model's own loss, but with --label_smoothing_factor the Trainer computes the "
+            "loss itself: leave one of them out"
+        )
+    deepspeed = getattr(getattr(training_args, "hf_deepspeed_config", None), "config", None) or {}
+    if auxiliary.settings.lr is not None and "optimizer" in deepspeed:
+        raise SettingError(
+            'AuxiliaryProbe.lr needs optimizer groups, but the DeepSpeed config has its own "optimizer": remove that '
+            "entry"
+        )
+    if lora.has_lora(auxiliary.head):
+        raise SettingError(
+            "peft has put LoRA into the auxiliary loss's head, which trains in full: patch after get_peft_model()"
+        )
+    reached = {id(p) for p in handle.adapter_parameters()}
+    if handle.anatomy.vision_model is not None:
+        reached |= {id(p) for p in handle.anatomy.vision_model.parameters()}
+    trains = set(handle.trainable())
+    if not any(id(p) in reached for n, p in handle.model.named_parameters() if n in trains):
+        raise SettingError(
+            "AuxiliaryProbe: neither the projector nor the vision tower trains in this run, so that the loss would "
+            "reach nothing but its own head: leave it out, or let one of them train (no --freeze_mm_mlp_adapter; a "
+            "fusion's train_tower)"
+        )
+
+
+def follow(trainer: Any, *, release: bool = False) -> None:
+    """Make a Trainer log the auxiliary loss, count its steps, and save and resume its head.
+
+    Its log lines get "ntp_loss", the model's own loss, and "rprobe_loss", the mean squared error over the target tokens
+    of the samples that carried a region, both over all ranks and all batches since the last line, beside "loss", their
+    weighted sum. Nothing is fetched from the device between two lines. Each checkpoint-N gets a file
+    llava_patch_rprobe.safetensors, from which `train(resume_from_checkpoint=...)` brings the head back; the model's own
+    weight files are stock.
+
+    LLaVA's training script is followed without this call.
+
+    Args:
+        trainer: before its `train()`; its instance attributes `log`, `create_optimizer` and `_load_from_checkpoint` are
+            replaced and a callback is added.
+        release: take the head off the model when training ends.
+
+    Raises:
+        SettingError: the model has no auxiliary loss, or the Trainer's arguments, or an optimizer that it was given, do
+            not go with it. With weight 0 nothing is checked and nothing followed.
+    """
+    handle = get_handle(trainer.model)
+    if handle is None or handle.auxiliary is None:
+        raise SettingError("follow(trainer): the model has no auxiliary loss: patch(model, probe=AuxiliaryProbe())")
+    auxiliary = handle.auxiliary
+    if auxiliary.head is None:
+        return
+    if getattr(trainer.args, "remove_unused_columns", False):
+        raise SettingError(
+            f"the Trainer would drop the records' {KEY!r} entries: set TrainingArguments.remove_unused_columns = False"
+        )
+    if getattr(trainer, "compute_loss_func", None) is not None:
+        raise SettingError("AuxiliaryProbe adds to the model's own loss, but the Trainer has a compute_loss_func")
+    if getattr(trainer.args, "n_gpu", 0) > 1:
+        raise SettingError(
+            f"one process on {trainer.args.n_gpu} GPUs (nn.DataParallel) would split the regions apart from their "
+            "images: launch with torchrun or deepspeed, or set CUDA_VISIBLE_DEVICES to one"
+        )
+    _check_dispatch(trainer)
+    auxiliary.head.requires_grad_(True)  # peft freezes whatever is no LoRA
+    check(handle, trainer.args)
+    if trainer.optimizer is not None:
+        _check_optimizer(trainer.optimizer, auxiliary)
+    _follow_logs(trainer, auxiliary)
+    _follow_optimizer(trainer, auxiliary)
+    _follow_resume(trainer, handle)
+    trainer.add_callback(_callback(handle, release))
+
+
+def _check_dispatch(trainer: Any) -> None:
+    """Refuse rank 0 reading for all: accelerate cuts every tensor at the batch's samples, regions are fewer."""
+    dispatch = trainer.accelerator.dispatch_batches
+    if dispatch is None:  # accelerate's default
+        dispatch = isinstance(trainer.train_dataset, IterableDataset)
+    if dispatch and trainer.args.world_size > 1:
+        raise SettingError(
+            "dispatch_batches (accelerate's default for an IterableDataset) lets rank 0 read batches and cuts them up "
+            "for the others, which would put regions on wrong images: set TrainingArguments(accelerator_config="
+            '{"dispatch_batches": False}), so that every rank reads its own'
+        )
+
+
+def _check_optimizer(optimizer: Any, auxiliary: Any) -> None:
+    """Refuse an optimizer of the caller's that leaves the head out, or trains it at another rate than `lr`."""
+    own = {id(p) for p in auxiliary.head.parameters()}
+    hint = "make it from handle.param_groups(lr, weight_decay), after patch()"
+    groups = optimizer.param_groups
+    if own - {id(p) for group in groups for p in group["params"]}:
+        raise SettingError(f"the Trainer's optimizer does not train the auxiliary loss's head: {hint}")
+    rate = auxiliary.settings.lr
+    # A scheduler that was made already may have changed "lr".
+    rates = {float(g.get("initial_lr", g["lr"])) for g in groups if any(id(p) in own for p in g["params"])}
+    if rate is not None and rates != {float(rate)}:
+        raise SettingError(
+            f"AuxiliaryProbe.lr = {rate}, but the Trainer's optimizer has the auxiliary loss's head at "
+            f"{', '.join(map(str, sorted(rates)))}: {hint}, or leave AuxiliaryProbe.lr out"
+        )
+
+
+def _follow_logs(trainer: Any, auxiliary: Any) -> None:
+    log = trainer.log
+
+    @functools.wraps(log)
+    def log_both(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            found = {name: round(value, 6) for name, value in auxiliary.take_logs().items()}
+            rest = {k: v for k, v in logs.items() if k != "loss"}
+            logs = {"loss": logs["loss"], **found, **rest}
+        log(logs, *args, **kwargs)
+
+    trainer.log = log_both
+
+
+def _follow_optimizer(trainer: Any, auxiliary: Any) -> None:
+    rate = auxiliary.settings.lr
+    if rate is None:
+        return
+    create = trainer.create_optimizer
+
+    @functools.wraps(create)
+    def create_optimizer(*args: Any, **kwargs: Any) -> Any:
+        made = trainer.optimizer is None
+        optimizer = create(*args, **kwargs)
+        if made and auxiliary.head is not None:  # LLaVA's trainer has done it before a warm-up counts the groups
+            own = {id(p) for p in auxiliary.head.parameters()}
+            optimizer.param_groups[:] = optimizer_groups.apart(optimizer.param_groups, own, rate)
+        return optimizer
+
+    trainer.create_optimizer = create_optimizer
+
+
+def _follow_resume(trainer: Any, handle: "Handle") -> None:
+    original = trainer._load_from_checkpoint  # DeepSpeed brings the head back with its own state
+
+    @functools.wraps(original)
+    def load_head_too(resume_from_checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
+        loaded = original(resume_from_checkpoint, *args, **kwargs)
+        compat.load_renamed(handle.model, Path(resume_from_checkpoint))
+        head_file.load(handle, Path(resume_from_checkpoint))
+        return loaded
+
+    trainer._load_from_checkpoint = load_head_too
+
+
+def _callback(handle: "Handle", release: bool) -> Any:
+    from transformers import TrainerCallback
+
+    assert handle.auxiliary is not None
+    auxiliary = handle.auxiliary
+
+    class AuxiliaryCallback(TrainerCallback):
+        """Tells the loss which step it is, and saves its head."""
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            auxiliary.begin_step(state.global_step)
+
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            head_file.save(handle, folder, state.is_world_process_zero)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            head_file.save(handle, Path(args.output_dir), state.is_world_process_zero)
+            if release:
+                auxiliary.release()
+
+    return AuxiliaryCallback()

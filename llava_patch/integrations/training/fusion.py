@@ -1,0 +1,131 @@
+"""What LLaVA's trainer gets of a fusion's training settings: optimizer groups, the warm-up, a tower that can train."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llava_patch.core.errors import SettingError
+from llava_patch.fusion import warm_up
+
+if TYPE_CHECKING:
+    from llava_patch.patching.handle import Handle
+
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
+ZERO_STAGES = (1, 2, 3)
+
+
+def check(handle: "Handle", training_args: Any) -> None:
+    """Refuse settings that this run cannot honour, before anything is written.
+
+    Args:
+        handle: the model's patch, with requires_grad as it will be.
+        training_args: the Trainer's arguments.
+
+    Raises:
+        SettingError: names the setting and the flag that stands against it.
+    """
+    fusion = handle.fusion
+    if fusion is None:
+        return
+    owner = type(fusion).__name__
+    asked = [name for name in ("tower_lr", "layer_decay", "unfreeze_after") if getattr(fusion, name)]
+    if getattr(training_args, "fsdp", None) and (asked or fusion.train_tower != "frozen"):
+        raise SettingError(
+            f"{owner}.{asked[0] if asked else 'train_tower'} does not work with --fsdp, where LLaVA keeps the vision "
+            "tower out of the model: use DeepSpeed"
+        )
+    deepspeed = getattr(getattr(training_args, "hf_deepspeed_config", None), "config", None) or {}
+    if asked and "optimizer" in deepspeed:
+        raise SettingError(
+            f'{owner}.{asked[0]} needs optimizer groups, but the DeepSpeed config has its own "optimizer": remove that '
+            'entry (with offloading, also set "zero_force_ds_cpu_optimizer": false)'
+        )
+    if fusion.train_tower != "frozen" and getattr(training_args, "tune_mm_mlp_adapter", False):
+        raise SettingError(
+            f"{owner}.train_tower = {fusion.train_tower!r}: with --tune_mm_mlp_adapter True LLaVA saves the projector "
+            'alone, and the trained tower would be lost: set train_tower = "frozen" in stage 1'
+        )
+    if not fusion.unfreeze_after:
+        return
+    setting = f"{owner}.unfreeze_after = {fusion.unfreeze_after}"
+    trained = set(handle.trainable())
+    trains = {id(p) for n, p in handle.model.named_parameters() if n in trained}
+    adapter = {id(p) for p in handle.adapter_parameters()}
+    if not trains - adapter:
+        # An error, as for every setting without an effect: where nothing is left to wait, the setting was meant for
+        # stage 2, or a flag that was meant to let more train is missing.
+        raise SettingError(
+            f"{setting}: this run trains nothing but the projector, so nothing waits for it: leave the setting out of "
+            "stage 1 (--tune_mm_mlp_adapter True)"
+        )
+    if not trains & adapter:
+        raise SettingError(
+            f"{setting}: the projector that should learn first does not train in this run: leave out the setting, or "
+            'what freezes it (--freeze_mm_mlp_adapter, or Routing.freeze other than "none")'
+        )
+    optimizer = getattr(training_args, "optim", OPTIMIZERS[0])
+    if getattr(optimizer, "value", optimizer) not in OPTIMIZERS:
+        raise SettingError(f"{setting} resets Adam's state at the switch and needs --optim {OPTIMIZERS[0]}")
+    if deepspeed:
+        zero = deepspeed.get("zero_optimization", {})
+        if zero.get("stage", 0) not in ZERO_STAGES:
+            raise SettingError(f"{setting} works with DeepSpeed ZeRO stage 1, 2 or 3, not stage {zero.get('stage', 0)}")
+        device = (zero.get("offload_optimizer") or {}).get("device", "none")
+        if device not in ("none", "cpu"):
+            raise SettingError(f"{setting} cannot reset optimizer states that DeepSpeed keeps on {device}")
+
+
+def make_trainable(handle: "Handle") -> None:
+    """Give a tower that trains a precision that training can use (in place).
+
+    LLaVA's script makes the tower float16 wherever --bf16 is off. Adam's epsilon and small second moments are zero
+    there, and a gradient scaler refuses float16 gradients. DeepSpeed's ZeRO-3 has its own copy, whose type rules.
+    """
+    if handle.fusion is None or handle.fusion.train_tower == "frozen" or handle.anatomy.vision_model is None:
+        return
+    for parameter in handle.anatomy.vision_model.parameters():
+        if parameter.dtype == torch.float16:
+            own = getattr(parameter, "ds_tensor", None)
+            parameter.data = parameter.data.to(torch.float32 if own is None else own.dtype)
+
+
+def arrange(trainer: Any, handle: "Handle") -> None:
+    """Rearrange the groups of the optimizer that LLaVA's trainer has just made, and start the warm-up with it.
+
+    Args:
+        trainer: the Trainer; its groups are changed in place, before a scheduler or DeepSpeed reads them.
+        handle: the model's patch.
+    """
+    fusion = handle.fusion
+    optimizer = trainer.optimizer
+    own_rates = fusion is not None and (fusion.tower_lr or fusion.layer_decay or fusion.unfreeze_after)
+    if not own_rates and (handle.probe is None or handle.probe.lr is None):
+        return  # the groups stay as LLaVA makes them
+    optimizer.param_groups[:] = handle.arrange_groups(optimizer.param_groups, optimizer.defaults["lr"])
+    if fusion is not None and fusion.unfreeze_after:
+        trainer.add_callback(_callback(handle.warm_up(optimizer, 0), fusion.unfreeze_after))
+
+
+def _callback(held: warm_up.WarmUp, share: float) -> Any:
+    from transformers import TrainerCallback
+
+    class WarmUpCallback(TrainerCallback):
+        """Tells the warm-up where the run is; a resumed run begins in the phase that its step number says."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            held.steps = warm_up.steps_of(share, state.max_steps)
+            if state.is_world_process_zero:
+                print(f"llava_patch: the projector learns alone in {held.steps} of {state.max_steps} steps", flush=True)
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            waited = held.active
+            held.begin_step(state.global_step, kwargs.get("optimizer"))
+            if waited and not held.active and state.is_world_process_zero:
+                print(f"llava_patch: everything learns from step {state.global_step + 1} on", flush=True)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            held.end()
+
+    return WarmUpCallback()

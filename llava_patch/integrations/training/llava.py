@@ -1,0 +1,205 @@
+"""What LLaVA's trainer gets of a patch: the patched model, and a callback that saves it with its records."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llava_patch.core.errors import SettingError
+from llava_patch.integrations import startup
+from llava_patch.integrations.training import fusion as fusion_trainer
+from llava_patch.integrations.training import stage1
+from llava_patch.integrations.training.auxiliary import trainer as auxiliary_trainer
+from llava_patch.settings import AUTO
+
+if TYPE_CHECKING:
+    from llava_patch.patching.handle import Handle
+    from llava_patch.settings.gin_config import Configuration
+
+OPERATIVE_FILE = "llava_patch_operative.gin"
+ADAPTER_FOLDER = "llava_patch_adapter"
+
+
+class Pending:
+    """What `initialize_vision_modules` learned and the patch, applied when the Trainer is made, needs."""
+
+    def __init__(self, fresh: bool, projector: dict[str, Any] | None) -> None:
+        self.fresh = fresh
+        self.projector = projector
+
+
+pending: dict[int, Pending] = {}
+
+
+def prepare(model: Any, training_args: Any, dataset: Any, collator: Any) -> "Handle | None":
+    """Patch the Trainer's model as configured and set what trains.
+
+    Args:
+        model: the Trainer's model, possibly inside peft.
+        training_args: the Trainer's arguments.
+        dataset: its training data, and
+        collator: their collator; `Routing.split = "auto"` is measured on them.
+
+    Returns:
+        The handle; None when the model carries no patch.
+
+    Raises:
+        SettingError: settings that this run cannot honour.
+    """
+    from llava_patch.patching.handle import get_handle
+
+    asked = startup.configuration()
+    handle = get_handle(model)
+    if asked is not None and asked.patches:
+        handle = _patch_for_training(model, training_args, asked, dataset, collator)
+    if handle is None:
+        return None
+    routing = handle.routing
+    if routing is not None and routing.split == len(handle.anatomy.layers) and routing.freeze != "none":
+        raise SettingError(
+            f"Routing.split = {routing.split} is this model's depth: nothing is routed and there is no side branch for "
+            f'Routing.freeze = "{routing.freeze}" to train'
+        )
+    if getattr(training_args, "tune_mm_mlp_adapter", False) and routing is not None and routing.freeze != "none":
+        raise SettingError(
+            f'--tune_mm_mlp_adapter True trains the projector, but Routing.freeze = "{routing.freeze}" freezes it: '
+            "leave Routing out of stage 1"
+        )
+    if getattr(training_args, "n_gpu", 0) > 1:
+        raise SettingError(
+            f"one process on {training_args.n_gpu} GPUs (nn.DataParallel) would run the first GPU's weights on all of "
+            "them under a patch: launch with torchrun or deepspeed, or set CUDA_VISIBLE_DEVICES to one"
+        )
+    _train_side_branch_in_full(model, handle)
+    stack = handle.adapter_parameters()[len(list(handle.anatomy.projector.parameters())) :]
+    for parameter in stack:  # the script has set the projector's flags, and does not know DeepStack's own
+        parameter.requires_grad_(any(p.requires_grad for p in handle.anatomy.projector.parameters()))
+    handle.apply_freeze()
+    fusion_trainer.check(handle, training_args)
+    auxiliary_trainer.check(handle, training_args)
+    fusion_trainer.make_trainable(handle)
+    silent = handle.silent_fusion()
+    if silent is not None:
+        raise SettingError(silent)
+    report = handle.report()  # on every rank: it may put partitioned weights together
+    if getattr(training_args, "process_index", 0) == 0:
+        print(f"llava_patch: {handle!r}\nllava_patch: {report}", flush=True)
+    return handle
+
+
+def _train_side_branch_in_full(model: Any, handle: "Handle") -> None:
+    """Keep peft's LoRA and the side branch apart.
+
+    LLaVA's script puts LoRA on every Linear, of a model that was loaded patched on the side branch's too: it is taken
+    off again. The branch is then saved with LLaVA's other non-LoRA weights, and the adapter's config says that LoRA
+    leaves it out, or peft would look for its matrices when LLaVA's loader applies the adapter.
+    """
+    from llava_patch.hosts import lora
+    from llava_patch.routing.side_branch import SIDE_BRANCH, copy_layers
+
+    branch = getattr(handle.anatomy.decoder, SIDE_BRANCH, None)
+    if branch is None:
+        return
+    if lora.has_lora(branch):
+        setattr(handle.anatomy.decoder, SIDE_BRANCH, copy_layers(branch))
+    for config in getattr(model, "peft_config", {}).values():
+        if getattr(config, "exclude_modules", "") is None:  # peft 0.14 and newer
+            config.exclude_modules = rf".*\.{SIDE_BRANCH}\..*"
+
+
+def _patch_for_training(
+    model: Any, training_args: Any, asked: "Configuration", dataset: Any, collator: Any
+) -> "Handle":
+    from transformers import set_seed
+
+    from llava_patch.hosts import anatomy
+    from llava_patch.patching.patch import patch
+
+    found = anatomy.find(model)
+    noted = pending.pop(id(found.decoder), None)
+    fresh = noted is not None and noted.fresh
+    methods = asked.methods()
+    set_seed(getattr(training_args, "seed", 42))
+    if noted is not None and noted.projector is not None:  # before anything is measured through it
+        patch(model, fusion=asked.fusion)
+        stage1.load(found, noted.projector, asked.fusion)
+    if _auto_split(asked):
+        methods["routing"] = _resolve_auto(model, training_args, asked, dataset, collator, fresh)
+        set_seed(getattr(training_args, "seed", 42))  # the data set may have drawn random numbers
+    return patch(model, **methods, zero_start=not fresh)
+
+
+def _auto_split(asked: "Configuration") -> bool:
+    return asked.routing is not None and asked.routing.split == AUTO
+
+
+def _resolve_auto(
+    model: Any, training_args: Any, asked: "Configuration", dataset: Any, collator: Any, fresh: bool
+) -> Any:
+    from llava_patch.integrations.training.auto_split import resolve_for_training
+    from llava_patch.measurements.saturation import Saturation
+
+    if fresh:
+        raise SettingError(
+            'Routing.split = "auto" measures how the model reads images, but its projector is new: leave Routing out '
+            "of stage 1, or give --pretrain_mm_mlp_adapter"
+        )
+    assert asked.routing is not None
+    settings = asked.measurements.get("Saturation", Saturation())
+    return resolve_for_training(model, asked.routing, training_args, dataset, collator, settings)
+
+
+def make_callback(handle: "Handle | None") -> Any:
+    """The Trainer callback that writes records and, at the end, the adapter."""
+    from transformers import TrainerCallback
+
+    class PatchCallback(TrainerCallback):
+        """Writes settings, operative config and (at the end) the adapter into the run's folder."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.is_world_process_zero:
+                write_records(handle, Path(args.output_dir))
+
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.is_world_process_zero:
+                write_records(handle, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if handle is None:
+                return
+            from llava_patch.hosts import lora, zero
+            from llava_patch.patching import checkpoint
+
+            if lora.has_lora(handle.model):
+                if state.is_world_process_zero:
+                    print("llava_patch: no separate adapter beside LoRA: LLaVA's LoRA files hold our weights")
+            elif handle.trained_share() > 0.5:
+                if state.is_world_process_zero:
+                    print("llava_patch: no separate adapter: most of the model was trained, and the checkpoint has it")
+            # Partitioned weights are put together by all ranks, of which the first one writes.
+            elif state.is_world_process_zero or zero.is_partitioned(handle.model.parameters()):
+                checkpoint.save(handle, Path(args.output_dir) / ADAPTER_FOLDER)
+
+    return PatchCallback()
+
+
+def write_records(handle: "Handle | None", folder: Path) -> None:
+    """Write a patch's settings, if there is one, and gin's operative config into a run's or checkpoint's folder."""
+    from llava_patch.patching import checkpoint
+
+    if handle is not None:
+        record = {**handle.settings(), "form": "full"}
+        checkpoint.write_text(folder / checkpoint.SETTINGS_FILE, json.dumps(record, indent=2) + "\n")
+    asked = startup.configuration()
+    if asked is not None:
+        header = "".join(f"# {line}\n" for line in ("operative config of llava_patch, from:", *asked.sources))
+        operative = asked.operative
+        if handle is not None and handle.routing is not None and _auto_split(asked):
+            # The file reproduces the run: it holds what was chosen.
+            operative = re.sub(r"(?m)^(\S*Routing\.split) = .*$", rf"\1 = {handle.routing.split}", operative)
+            for macro in re.findall(r"(?m)^(\w+) = ", operative):  # one that only named the split is of no use any more
+                if f"%{macro}" not in operative:
+                    operative = re.sub(rf"(?m)^{macro} = .*\n", "", operative)
+        checkpoint.write_text(folder / OPERATIVE_FILE, f"{header}\n{operative}")

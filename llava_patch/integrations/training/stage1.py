@@ -1,0 +1,147 @@
+"""The projector that LLaVA's stage 1 saves (mm_projector.bin), read for stage 2 and compared with its fusion."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from llava_patch.core import records
+from llava_patch.core.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from llava_patch.settings.gin_config import Configuration
+
+PROJECTOR = "mm_projector"
+
+
+def read_projector(path: str) -> dict[str, Any]:
+    """The tensors of LLaVA's stage-1 file (mm_projector.bin), by their names in the decoder.
+
+    Raises:
+        CheckpointError: no such file, or no projector in it.
+    """
+    import torch
+
+    if not os.path.isfile(path):
+        raise CheckpointError(f"--pretrain_mm_mlp_adapter {path}: no such file")
+    # LLaVA's own file format; weights_only keeps a foreign pickle from running code.
+    tensors = torch.load(path, map_location="cpu", weights_only=True)
+    # "model.mm_projector.0.weight", or "base_model.model.model.mm_projector.0.weight" after LoRA
+    found = {k[k.index(PROJECTOR) :]: v for k, v in tensors.items() if PROJECTOR in k}
+    if not any(k.startswith(f"{PROJECTOR}.") for k in found):
+        raise CheckpointError(f"--pretrain_mm_mlp_adapter {path}: holds no mm_projector tensors")
+    return found
+
+
+def is_stock(projector: dict[str, Any], width: int) -> bool:
+    """Whether the stock model can hold a stage-1 file of `read_projector` itself.
+
+    Args:
+        projector: the tensors.
+        width: channels of the vision tower.
+    """
+    return first_width(projector) == width and all(k.startswith(f"{PROJECTOR}.") for k in projector)
+
+
+def fusion_of_run(asked: "Configuration | None", config: Any) -> Any:
+    """The fusion that this run asks for, or else that its model's configuration carries."""
+    if asked is not None and asked.fusion is not None:
+        return asked.fusion
+    record = records.config_record(config)
+    if not record:
+        return None
+    from llava_patch.patching import checkpoint
+
+    return checkpoint.methods(record, "config.json").get("fusion")
+
+
+def check_projector(path: str, fusion: Any) -> dict[str, Any]:
+    """Read LLaVA's stage-1 file and compare it with the fusion of this run.
+
+    Args:
+        path: mm_projector.bin; the settings that it was trained with lie beside it, if llava_patch was there.
+        fusion: this run's fusion, or None.
+
+    Returns:
+        The tensors, by their names in the decoder.
+
+    Raises:
+        CheckpointError: it was trained with another fusion; detach and what trains may differ.
+    """
+    from llava_patch.settings import differs
+    from llava_patch.settings.fusion import TRAINING
+
+    projector = read_projector(path)
+    folder = os.path.dirname(path)
+    record, there = records.read_settings(folder or "."), None
+    if record is not None:
+        from llava_patch.patching import checkpoint
+
+        there = checkpoint.methods(record, folder).get("fusion")
+    if there is not None and differs(fusion, there, (*TRAINING, "detach")):
+        raise CheckpointError(
+            f"--pretrain_mm_mlp_adapter {path} was trained with {there}, but this run has {fusion or 'no fusion'}: "
+            "give it the same settings (--gin_file, --gin_param)"
+        )
+    if fusion is None and not all(k.startswith(f"{PROJECTOR}.") for k in projector):
+        raise CheckpointError(
+            f"--pretrain_mm_mlp_adapter {path} holds DeepStack's projector, but this run has no fusion: give it the "
+            "settings that it was trained with (--gin_file, --gin_param)"
+        )
+    return projector
+
+
+def first_width(projector: dict[str, Any]) -> int:
+    """Input channels of a projector's first Linear.
+
+    Raises:
+        CheckpointError: the projector has none.
+    """
+    for name in (f"{PROJECTOR}.0.weight", f"{PROJECTOR}.weight"):
+        if name in projector:
+            return int(projector[name].shape[1])
+    raise CheckpointError(f"projector file without a first Linear; it holds {sorted(projector)}")
+
+
+def tower_width(decoder: Any, model_args: Any) -> int:
+    """Channels of the vision tower, which may not be built yet."""
+    tower = decoder.get_vision_tower()
+    if tower is not None:
+        return int(tower.hidden_size)
+    from transformers import CLIPVisionConfig
+
+    from llava_patch.hosts.towers import layout as towers
+    from llava_patch.hosts.towers import models as tower_models
+
+    config = tower_models.read_config(model_args.vision_tower)
+    return towers.shape_of(config or CLIPVisionConfig.from_pretrained(model_args.vision_tower)).width
+
+
+def load(anatomy: Any, projector: dict[str, Any], fusion: Any) -> None:
+    """Put a stage-1 file's tensors into a fused model; DeepSpeed ZeRO-3 may have partitioned it.
+
+    Args:
+        anatomy: the host model.
+        projector: from `read_projector`.
+        fusion: its fusion, for the message.
+
+    Raises:
+        CheckpointError: other tensors or shapes than the model has.
+    """
+    import torch
+
+    from llava_patch.hosts import zero
+
+    modules = {n: m for n, m in anatomy.projector_owner.named_children() if n.startswith(PROJECTOR)}
+    parameters = {f"{n}.{k}": p for n, m in modules.items() for k, p in m.named_parameters()}
+    expected = {k: tuple(zero.shape(p)) for k, p in parameters.items()}
+    given = {k: tuple(v.shape) for k, v in projector.items()}
+    if expected != given:
+        raise CheckpointError(
+            f"--pretrain_mm_mlp_adapter holds a projector of shapes {given}, but {fusion or 'no fusion'} "
+            f"makes {expected}: use the fusion settings that it was trained with"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            with zero.gathered([parameter], changed=True):
+                parameter.copy_(projector[name])

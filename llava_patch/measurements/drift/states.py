@@ -1,0 +1,239 @@
+"""Hidden states of the shallow layers, a bounded store of them on disk, and cosines whose median is exact."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llava_patch.core.errors import HostError, InputError
+from llava_patch.core.paths import cache_folder
+from llava_patch.hosts.anatomy import Anatomy
+from llava_patch.measurements import passes
+
+WHAT = "drift"
+GB = 10**9
+PREFIX, LOCK = "states-", ".lock"
+
+
+@dataclass
+class States:
+    """The shallow layers of one sample.
+
+    Attributes:
+        seen: its text tokens and image positions.
+        rows: [T, hidden] each: the input of layer 0, then the output of layers 0..s-1.
+    """
+
+    seen: passes.Pass
+    rows: list[Tensor]
+
+    @property
+    def size(self) -> int:
+        """Bytes that the rows take."""
+        return sum(row.numel() * row.element_size() for row in self.rows)
+
+
+def states_of(anatomy: Anatomy, sample: dict[str, Any], layers: int) -> States:
+    """Run a model on one sample and keep what comes out of its first layers.
+
+    Args:
+        anatomy: the host model, in evaluation mode.
+        sample: keyword arguments of its forward, batch of one, no padding.
+        layers: how many.
+
+    Raises:
+        HostError: a layer sees a part of the positions only.
+    """
+    found: dict[int, Tensor] = {}
+    seen: passes.Pass
+
+    def keep(row: int) -> Callable[..., None]:
+        def hook(module: Any, args: tuple, kwargs: dict[str, Any], output: Any = None) -> None:
+            if row == 0:
+                states = args[0] if args else kwargs["hidden_states"]
+            else:
+                states = output[0] if isinstance(output, tuple) else output
+            if states.shape[1] != len(seen.placed):
+                raise HostError(
+                    f"layer {row - 1} sees {states.shape[1]} of {len(seen.placed)} positions: set Drift.split to at "
+                    f"most {row - 1}"
+                )
+            found[row] = states[0].detach()
+
+        return hook
+
+    with torch.no_grad(), passes.watching(anatomy, sample, WHAT) as (seen, undo):
+        undo.push(anatomy.layers[0].register_forward_pre_hook(keep(0), with_kwargs=True).remove)
+        for layer in range(layers):
+            undo.push(anatomy.layers[layer].register_forward_hook(keep(layer + 1), with_kwargs=True).remove)
+        passes.run(anatomy, sample)
+    return States(seen, [found[row] for row in range(layers + 1)])
+
+
+def cosines(one: States, other: States) -> np.ndarray:
+    """Cosine of each row and position, in float64 and then rounded: what is the same gives exactly 1.
+
+    Returns:
+        float32 [rows, T].
+
+    Raises:
+        InputError: states of other sizes.
+        HostError: states that are not finite.
+    """
+    found = []
+    for row, (a, b) in enumerate(zip(one.rows, other.rows, strict=True)):
+        if a.shape != b.shape:
+            raise InputError(
+                f"drift: hidden states of {a.shape[-1]} channels in the checkpoint and {b.shape[-1]} in the base: is "
+                "it this checkpoint's base?"
+            )
+        a, b = a.double(), b.to(a.device).double()
+        norms = a.norm(dim=-1) * b.norm(dim=-1)
+        # Rounding in float64 is far below float32's step at 1, so that equal states give 1 and not 1 - 6e-8.
+        value = ((a * b).sum(-1) / norms).float()
+        if not bool(value.isfinite().all()):
+            where = "the input of layer 0" if row == 0 else f"layer {row - 1}"
+            raise HostError(f"hidden states of {where} are not finite, or zero: load the model with --dtype float32")
+        found.append(value.cpu())
+    return torch.stack(found).numpy()
+
+
+class Store:
+    """Hidden states of one model on disk, a file a sample; the folder is gone when the block ends.
+
+    Use as a context manager. Reading is memory-mapped, a row at a time. What a killed process left is removed by the
+    next one.
+    """
+
+    def __init__(self, limit_gb: float) -> None:
+        """Nothing is written before the first sample."""
+        self.limit = int(limit_gb * GB)
+        self.used = 0
+        self.folder: Path | None = None
+        self._lock: FileLock | None = None
+
+    def __enter__(self) -> "Store":
+        """The store."""
+        parent = cache_folder() / "drift"
+        parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(parent / LOCK):  # nobody takes a folder for a dead one's before it is locked
+            for folder in parent.glob(f"{PREFIX}*"):
+                _remove_if_dead(folder)
+            self.folder = Path(tempfile.mkdtemp(dir=parent, prefix=PREFIX))
+            self._lock = FileLock(self.folder / LOCK)
+            self._lock.acquire()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Remove everything."""
+        if self.folder is not None and self._lock is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self._lock.release()
+
+    def expect(self, size: int, samples: int | None) -> None:
+        """Refuse a run that cannot end well, as soon as the first sample's size is known.
+
+        Args:
+            size: bytes of a sample.
+            samples: how many there are; None: not known.
+
+        Raises:
+            InputError: names the setting.
+        """
+        assert self.folder is not None
+        free, wanted = shutil.disk_usage(self.folder).free, self.used + size * (samples or 1)
+        advice = "measure fewer samples, set Drift.split lower, or Drift.together = True to keep both models in memory"
+        if wanted > self.limit:
+            raise InputError(
+                f"drift: hidden states of {samples or 'these'} samples need {wanted / GB:.3g} GB on disk, more than "
+                f"Drift.store_gb = {self.limit / GB:.3g}: raise it, {advice}"
+            )
+        if wanted > free:
+            raise InputError(
+                f"drift: hidden states need {wanted / GB:.3g} GB in {self.folder.parent}, where {free / GB:.3g} GB are "
+                f"free: put LLAVA_PATCH_CACHE elsewhere, {advice}"
+            )
+
+    def put(self, number: int, states: States) -> None:
+        """Write one sample.
+
+        Raises:
+            InputError: it would exceed the limit.
+        """
+        assert self.folder is not None
+        self.expect(states.size, None)
+        rows = {f"row{i}": row.cpu().contiguous() for i, row in enumerate(states.rows)}
+        save_file(
+            {**rows, "text_ids": states.seen.text_ids, "image": states.seen.placed.cpu()},
+            self.folder / f"{number}.safetensors",
+        )
+        self.used += states.size
+
+    def take(self, number: int) -> States:
+        """Read one sample back; its file is gone then."""
+        assert self.folder is not None
+        path = self.folder / f"{number}.safetensors"
+        with safe_open(path, framework="pt") as file:
+            count = sum(name.startswith("row") for name in file.keys())  # noqa: SIM118  (no mapping)
+            rows = [file.get_tensor(f"row{i}") for i in range(count)]
+            seen = passes.Pass(file.get_tensor("text_ids"), file.get_tensor("image"))
+        path.unlink()
+        return States(seen, rows)
+
+
+def _remove_if_dead(folder: Path) -> None:
+    """Remove a store whose process is gone: its lock went with it."""
+    lock = FileLock(folder / LOCK, timeout=0)
+    with contextlib.suppress(Timeout, OSError):  # in use, or another user's
+        lock.acquire()
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.release()
+
+
+class Quantiles:
+    """Exact quantiles of many columns' rows: columns wait in a temporary file, one row at a time is read back.
+
+    Memory: 4 bytes a position while a row is sorted, whatever the number of rows.
+    """
+
+    def __init__(self) -> None:
+        """Empty."""
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as this object)
+        self._blocks: list[tuple[int, int]] = []  # where each starts, and its columns
+        self.rows = 0
+        self.count = 0
+
+    def add(self, values: np.ndarray) -> None:
+        """Add columns: float32 [rows, n]."""
+        self.rows = values.shape[0]
+        self._blocks.append((self._file.seek(0, 2), values.shape[1]))
+        self._file.write(np.ascontiguousarray(values, dtype=np.float32).tobytes())
+        self.count += values.shape[1]
+
+    def of(self, *shares: float) -> list[list[float]]:
+        """For each share, the quantile of every row (0.5: the median); interpolated between neighbours."""
+        found = []
+        for row in range(self.rows):
+            parts = []
+            for start, columns in self._blocks:
+                self._file.seek(start + 4 * row * columns)
+                parts.append(np.frombuffer(self._file.read(4 * columns), dtype=np.float32))
+            found.append(np.quantile(np.concatenate(parts).astype(np.float64), shares))
+        return np.stack(found, axis=1).tolist() if found else [[] for _ in shares]
+
+    def close(self) -> None:
+        """Remove the file."""
+        self._file.close()

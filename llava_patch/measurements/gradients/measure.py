@@ -1,0 +1,220 @@
+"""Gradient statistics at one fixed checkpoint: what the gradients would be if training went on from it now."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llava_patch.core import files
+from llava_patch.core.errors import CheckpointError, InputError
+from llava_patch.data.examples import Example
+from llava_patch.data.inputs import IGNORED, Inputs
+from llava_patch.hosts.anatomy import find
+from llava_patch.measurements.gradients.decompose import block_parameters, decompose, measured_block
+from llava_patch.measurements.gradients.log import LOG, READING, StepLog, read_lines
+from llava_patch.measurements.gradients.result import GradientsResult
+from llava_patch.measurements.gradients.settings import Gradients
+from llava_patch.measurements.gradients.state import STATE, load_window, save_window
+from llava_patch.measurements.gradients.statistics import Moments, Step, Window
+from llava_patch.measurements.saturation.split_cache import model_digest
+from llava_patch.patching.handle import get_handle
+
+DEFAULTS = Gradients()
+SAVE_EVERY = 30.0  # seconds between two states of an unfinished window
+Batch = Sequence[Callable[[], Mapping[str, Any]]]
+_MEANING = {"model": "another model (weights, configuration or patch)", "examples": "other examples"}
+
+
+def make_batches(inputs: Inputs, examples: Sequence[Example], size: int) -> list[Batch]:
+    """Batches of examples with answers for `measure_gradients`; images are opened when their turn comes.
+
+    Args:
+        inputs: makes the model's inputs.
+        examples: with their answers; what does not fill a batch is left out.
+        size: examples a batch.
+
+    Raises:
+        InputError: too few for two batches, without which there is no variance.
+    """
+    if len(examples) < 2 * size:
+        raise InputError(
+            f"{len(examples)} examples are too few for two batches of {size}: lower --batch-size, or give more data"
+        )
+    makers = [functools.partial(_inputs_of, inputs, example) for example in examples]
+    return [makers[i : i + size] for i in range(0, len(makers) - size + 1, size)]
+
+
+def examples_digest(examples: Sequence[Example]) -> str:
+    """Hexadecimal digest of examples' texts and names, for `measure_gradients`' facts: files change under a name."""
+    texts = [(example.id, example.question, example.answer) for example in examples]
+    return hashlib.sha256(repr(texts).encode()).hexdigest()
+
+
+def _inputs_of(inputs: Inputs, example: Example) -> dict[str, Any]:
+    return inputs.training_inputs(example.open_image(), example.question, example.answer)
+
+
+def measure_gradients(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    settings: Gradients = DEFAULTS,
+    folder: str | Path | None = None,
+    facts: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> GradientsResult:
+    """Measure the gradients of a patched model on some batches; no weight moves.
+
+    Each batch stands for a training step of that batch size. Its examples pass one at a time, and their losses are
+    weighted by their scored tokens, as the mean over a padded batch is. The model runs in training mode, everything but
+    the measured block frozen meanwhile, which saves memory; the generators are seeded with the batch's number, so that
+    dropout is the same in a measurement that goes on.
+
+    Args:
+        model: a patched host model with a loaded tower.
+        batches: each a list of functions that give the keyword arguments of the model's forward for one example, with
+            `labels`, on the model's device (a function, so that images are opened when they are needed).
+        settings: `every`, `start` and `steps` have no meaning here.
+        folder: results of single batches go there as they come (see `StepLog`), and a measurement that was interrupted
+            goes on, on the same model and examples. A finished one of the same checkpoint and patch makes way for other
+            settings or facts; a training run's log never does. None: nothing is written.
+        facts: plain values to keep with the result, such as "checkpoint"; a folder with an unfinished measurement with
+            other facts is refused.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        SettingError: see `measured_block`.
+        InputError: no batches, an example without labels, or one from which no gradient reaches the block.
+        CheckpointError: the folder holds another measurement.
+    """
+    block = measured_block(model, settings.block, settings.full)
+    block_parameters(model, block)
+    if not batches:
+        raise InputError("gradient statistics need at least one batch of examples")
+    handle = get_handle(model)
+    assert handle is not None
+    about = {
+        "block": block, "fusion": str(handle.fusion), "routing": str(handle.routing or ""),
+        "batch": len(batches[0]), "batches": len(batches), "trains": False, **dict(facts or {}),
+    }  # fmt: skip
+    if folder is not None:
+        about["model"] = model_digest(find(model))
+    device = next(find(model).projector.parameters()).device
+    log, window = _start(folder, settings, files.plain(about), device)
+    if log is not None and window is None:
+        return GradientsResult.read(log.path.parent)  # complete already
+    assert window is not None
+    steps: list[Step] = []
+    windows: list[Moments] = []
+    saved, noted = time.monotonic(), window.last
+    try:
+        with _training_alone(model):
+            for number, batch in files.track(list(enumerate(batches, 1))[noted:], "gradients", progress):
+                with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                    torch.manual_seed(number)
+                    main, full = _gradients(model, batch, block, settings.full)
+                step, moments = window.add(number, main, full)
+                steps.append(step)
+                windows += [] if moments is None else [moments]
+                if log is not None:
+                    log.add(step, moments)
+                    noted = number
+                    if time.monotonic() - saved > SAVE_EVERY:
+                        save_window(window, log.path.parent / STATE)
+                        saved = time.monotonic()
+    finally:
+        if log is not None and 0 < noted < len(batches) and window.last == noted:
+            save_window(window, log.path.parent / STATE)
+    if log is None:
+        return GradientsResult(steps, windows, settings, files.plain(about))
+    (log.path.parent / STATE).unlink(missing_ok=True)
+    return GradientsResult.read(log.path.parent)
+
+
+def _start(
+    folder: str | Path | None, settings: Gradients, facts: dict[str, Any], device: torch.device
+) -> tuple[StepLog | None, Window | None]:
+    """Where the steps are noted, and the window that comes next; (log, None) when all has been measured before."""
+    if folder is None:
+        return None, Window(settings.window)
+    state, path = Path(folder) / STATE, Path(folder) / LOG
+    if not path.exists():
+        return StepLog.begin(folder, settings, facts), Window(settings.window)
+    header, *entries = read_lines(path)
+    if not entries and header["facts"].get("trains") is False:  # ended before anything was measured
+        return StepLog.begin(folder, settings, facts), Window(settings.window)
+    done = max((entry["step"] for entry in entries if entry["kind"] == "step"), default=0)
+    if _makes_way(header, done, settings, facts):
+        return StepLog.begin(folder, settings, facts), Window(settings.window)
+    differing = [name for name in {**header["facts"], **facts} if header["facts"].get(name) != facts.get(name)]
+    if differing:
+        name = differing[0]
+        what = f"with {name} = {header['facts'].get(name)!r}, not {facts.get(name)!r}"
+        what = f"of {_MEANING[name]}" if name in _MEANING else what
+        raise CheckpointError(f"{path} holds a measurement {what}: give another folder (--output), or delete this one")
+    if done == facts["batches"]:
+        return StepLog.resume(folder, settings, done), None
+    if not state.exists():  # ended before the first state was written
+        return StepLog.begin(folder, settings, facts), Window(settings.window)
+    window = load_window(state, settings.window, device)
+    return StepLog.resume(folder, settings, window.last), window
+
+
+def _makes_way(header: dict[str, Any], done: int, settings: Gradients, facts: dict[str, Any]) -> bool:
+    """Whether a log is of a finished measurement of the same fixed checkpoint with other settings or facts."""
+    about = header["facts"]
+    if about.get("trains") is not False or done != about.get("batches"):  # a training run's, or to be gone on with
+        return False
+    name = "checkpoint" if "checkpoint" in facts else "model"
+    same = all(about.get(what) == facts.get(what) for what in (name, "fusion", "routing"))
+    measured = {k: v for k, v in header["settings"].items() if k not in READING}
+    return same and (about != facts or measured != {k: v for k, v in asdict(settings).items() if k not in READING})
+
+
+def _gradients(model: nn.Module, batch: Batch, block: int, full: str) -> tuple[Tensor, Tensor]:
+    """Main and full gradient of a batch's mean loss over its scored tokens."""
+    sums: tuple[Tensor, Tensor] | None = None
+    total = 0
+    for example in batch:
+        inputs = {"use_cache": False, **example()}
+        labels = inputs.get("labels")
+        scored = 0 if labels is None else int((labels[:, 1:] != IGNORED).sum())
+        if not scored:
+            raise InputError("gradient statistics need the loss: an example has no labels, or no scored token")
+        parts = decompose(model, functools.partial(_loss, model, inputs), block, full)
+        parts = parts[0] * scored, parts[1] * scored
+        sums = parts if sums is None else (sums[0] + parts[0], sums[1] + parts[1])
+        total += scored
+    if sums is None:
+        raise InputError("gradient statistics: a batch without examples")
+    return sums[0] / total, sums[1] / total
+
+
+def _loss(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    outputs = model(**inputs)
+    return outputs.loss if hasattr(outputs, "loss") else outputs[0]
+
+
+@contextlib.contextmanager
+def _training_alone(model: nn.Module) -> Iterator[None]:
+    """Training mode, nothing with a gradient of its own; every module's and parameter's flag comes back."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.train()
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, wanted in flags:
+            parameter.requires_grad_(wanted)

@@ -1,0 +1,246 @@
+"""What the gradient statistics of one run came to."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sized
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from llava_patch.core import files
+from llava_patch.core.errors import CheckpointError
+from llava_patch.measurements.gradients.log import LOG, StepLog, read_lines
+from llava_patch.measurements.gradients.settings import Gradients
+from llava_patch.measurements.gradients.statistics import Moments, Step, transition_step
+
+__all__ = ["LOG", "NAME", "GradientsResult", "StepLog"]
+NAME = "gradients"
+SMALL_C = 0.01
+"""Below this c, a correlation of 0.005 between the paths' noise already makes delta 0.1, the paper's bound."""
+
+
+@dataclass(frozen=True)
+class GradientsResult:
+    """Measured steps and the windows over them.
+
+    Attributes:
+        steps: every measured step, in order.
+        windows: the complete windows of `settings.window` steps.
+        settings: of the measurement.
+        facts: about the run: learning_rate, block, fusion, batch, checkpoint, trains (False: one fixed checkpoint).
+    """
+
+    steps: list[Step]
+    windows: list[Moments]
+    settings: Gradients = field(default_factory=Gradients)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def transition(self) -> int | None:
+        """t_trans in training steps, or None; see `transition_step`."""
+        if not self.trains:
+            return None
+        return transition_step(self.steps, self.settings.window, self.settings.transition_windows)
+
+    @property
+    def transition_takes(self) -> int:
+        """How many measured steps t_trans takes at least."""
+        return self.settings.window * self.settings.transition_windows
+
+    @property
+    def too_short(self) -> bool:
+        """Whether fewer steps were measured, so that no t_trans says nothing."""
+        return sum(not math.isnan(s.ratio) for s in self.steps) < self.transition_takes
+
+    @property
+    def trains(self) -> bool:
+        """Whether the weights moved from step to step."""
+        return bool(self.facts.get("trains", True))
+
+    @property
+    def median_cosine(self) -> float:
+        """Over the measured steps; NaN when no step has one."""
+        return _median(s.cosine for s in self.steps)
+
+    @property
+    def median_delta(self) -> float:
+        """Over the complete windows; NaN without one."""
+        return _median(w.delta for w in self.windows)
+
+    def typical(self, name: str) -> float:
+        """Median of one of the windows' values, by its name in `Moments`; NaN without a complete window."""
+        return _median(getattr(w, name) for w in self.windows)
+
+    def conditions(self) -> list[bool | None]:
+        """Whether condition (7) holds in each window; None where L, gamma or a second step is missing."""
+        settings = self.settings
+        return [w.to_dict(settings.smoothness, settings.step_size)["condition"] for w in self.windows]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; NaN becomes null."""
+        settings = self.settings
+        return files.plain({
+            "facts": self.facts,
+            "settings": asdict(settings),
+            "transition_step": self.transition,
+            "median_cosine": self.median_cosine,
+            "median_delta": self.median_delta,
+            "windows": [w.to_dict(settings.smoothness, settings.step_size) for w in self.windows],
+            "steps": [s.to_dict() for s in self.steps],
+        })  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "GradientsResult":
+        """Read what `to_dict` made; what follows from it is worked out again."""
+        return cls(
+            [Step.from_dict(s) for s in values["steps"]],
+            [Moments.from_dict(w) for w in values["windows"]],
+            Gradients(**values["settings"]),
+            dict(values["facts"]),
+        )
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "GradientsResult":
+        """Read a run's folder, also while it trains: its log, or without one its gradients.json.
+
+        Raises:
+            CheckpointError: neither is there, or it is damaged.
+        """
+        log, whole = Path(folder) / LOG, Path(folder) / f"{NAME}.json"
+        if not log.exists() and not whole.exists():
+            raise CheckpointError(
+                f"{folder}: neither {LOG} nor {whole.name} there: give the output folder of a run that was measured "
+                "(a Gradients binding in its gin configuration)"
+            )
+        try:
+            if not log.exists():
+                return cls.from_dict(json.loads(whole.read_text(encoding="utf-8")))
+            first, *rest = read_lines(log)
+            return cls(
+                [Step.from_dict(e) for e in rest if e["kind"] == "step"],
+                [Moments.from_dict(e) for e in rest if e["kind"] == "window"],
+                Gradients(**first["settings"]),
+                dict(first["facts"]),
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            place = log if log.exists() else whole
+            raise CheckpointError(f"{place}: damaged gradient statistics ({error!r})") from error
+
+    def summary(self) -> str:
+        """A few sentences: what the skip path brings to the block."""
+        measured = [s for s in self.steps if s.finite]
+        unit = "step" if self.trains else "batch"
+        block = f"block {self.facts['block']}" if "block" in self.facts else "the block"
+        if not measured:
+            return f"No {unit} with finite gradients at {block} was measured."
+        if all(s.skip == 0 for s in measured):
+            return (
+                f"No gradient passes the skip taps to {block} in {_count(measured, unit)}: their weights in the "
+                "projector are still zero, as a fresh patch has them."
+            )
+        ratio = _median(s.ratio for s in measured)
+        text = (
+            f"In the median over {_count(measured, unit)}, the skip gradient at {block} is {ratio:.3g} times as long "
+            f"as the main one, at a cosine of {_number(self.median_cosine)} to it. "
+        )
+        if not self.windows:
+            text += f"No window of {self.settings.window} is complete, so there are no variances. "
+        else:
+            windows = f"{_count(self.windows, 'window')} of {self.settings.window}"
+            text += (
+                f"Over {windows}: variance {_number(self.typical('c'))} times the main path's (c), "
+                f"{self._cross_covariance()}. {self._condition()} "
+            )
+        if not self.trains:
+            return text.rstrip()
+        if self.transition is not None:
+            return f"{text}From step {self.transition} on the skip gradient is the shorter one (t_trans)."
+        if self.too_short:
+            known = _count([s for s in measured if not math.isnan(s.ratio)], unit)
+            return f"{text}t_trans cannot be told from {known}: it takes {self.transition_takes}."
+        return f"{text}It did not settle below the main one (no t_trans)."
+
+    def _cross_covariance(self) -> str:
+        c, delta = self.typical("c"), _number(self.median_delta)
+        correlation = f"|correlation| of both paths' noise {_number(self.typical('correlation'))}"
+        if c < SMALL_C:
+            return (
+                f"{correlation}; delta ({delta}) says little with so small a c: it may reach 2 / sqrt(c) = "
+                f"{_number(self.typical('delta_bound'))}"
+            )
+        return f"delta {delta}, {correlation}"
+
+    def _condition(self) -> str:
+        known = [c for c in self.conditions() if c is not None]
+        if known:
+            return f"Condition (7) holds in {sum(known)} of {len(known)} windows."
+        needed, limit = self.typical("product_needed"), self.typical("product_limit")
+        if math.isnan(needed):
+            return "Condition (7) takes windows of two steps."
+        if math.isinf(needed):
+            where = "at no L * gamma"
+        elif needed == 0:
+            where = "at every L * gamma" if limit == math.inf else f"where L * gamma is at most {_number(limit)}"
+        else:
+            where = f"where L * gamma is at least {needed:.3g}"
+        return f"Condition (7) holds {where} (smoothness times step size; median)."
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Head and rows: median and range of what the paper names."""
+        measured = [s for s in self.steps if s.finite]
+        rows = [
+            _row("||g_skip|| / ||g_main||", (s.ratio for s in measured)),
+            _row("cosine", (s.cosine for s in measured)),
+        ]
+        names = {
+            "main_trace": "tr Sigma_main",
+            "skip_trace": "tr Sigma_skip",
+            "c": "c = tr Sigma_skip / tr Sigma_main",
+            "rho": "rho = ||s|| / ||m||",
+            "delta": "delta",
+            "delta_bound": "largest delta at this c, 2 / sqrt(c)",
+            "correlation": "|correlation| of both paths' noise",
+            "product_needed": "L gamma needed by (7)",
+        }
+        rows += [_row(label, (getattr(w, name) for w in self.windows)) for name, label in names.items()]
+        rows += [_row(f"SNR {path}", (w.snr(path) for w in self.windows)) for path in ("main", "skip", "full")]
+        against = [str(sum(w.alignment < 0 for w in self.windows)), str(len(self.windows))]
+        rows.append(["windows with <m, s> < 0", " of ".join(against), "", ""])
+        if (known := [c for c in self.conditions() if c is not None]) and self.windows:
+            rows.append(["windows where (7) holds", f"{sum(known)} of {len(known)}", "", ""])
+        return ["quantity", "median", "lowest", "highest"], rows
+
+    def save(self, folder: str | Path, name: str = NAME) -> tuple[Path, Path]:
+        """Write `<name>.json` and `<name>.png` into a folder, each atomically.
+
+        Returns:
+            The two paths.
+        """
+        from llava_patch.measurements.gradients.figure import gradients_figure
+
+        folder = Path(folder)
+        json_path = files.write_json(folder / f"{name}.json", self.to_dict())
+        return json_path, gradients_figure(self, folder / f"{name}.png")
+
+
+def _median(values: Iterable[float]) -> float:
+    known = [v for v in values if not math.isnan(v)]
+    return median(known) if known else math.nan
+
+
+def _number(value: float) -> str:
+    return "unknown" if math.isnan(value) else f"{value:.3g}"
+
+
+def _count(things: Sized, unit: str) -> str:
+    plural = {"batch": "batches"}.get(unit, f"{unit}s")
+    return f"{len(things)} {unit if len(things) == 1 else plural}"
+
+
+def _row(label: str, values: Iterable[float]) -> list[str]:
+    known = [v for v in values if not math.isnan(v)]
+    return [label, *(["-"] * 3 if not known else [f"{v:.3g}" for v in (median(known), min(known), max(known))])]

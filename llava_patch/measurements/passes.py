@@ -1,0 +1,170 @@
+"""One forward pass of a host model that somebody looks into: where its image positions are, and whether it can be run.
+
+Hooks are the caller's; what is here is the same for every measurement that looks into the decoder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava_patch.core import files
+from llava_patch.core.errors import HostError, InputError
+from llava_patch.core.undo import UndoStack
+from llava_patch.hosts import call_context as carry
+from llava_patch.hosts.anatomy import HF, LLAVA, Anatomy
+from llava_patch.hosts.positions import hf_image_mask, llava_prepare
+
+
+@dataclass
+class Pass:
+    """A forward pass of one sample.
+
+    Attributes:
+        text_ids: int64 [text tokens], the sample's token ids without image placeholders, on CPU.
+        image: bool [T], image positions in the decoder's input; None before the host has placed them.
+    """
+
+    text_ids: Tensor
+    image: Tensor | None = None
+
+    @property
+    def placed(self) -> Tensor:
+        """`image`, once it is known.
+
+        Raises:
+            HostError: the decoder ran first.
+        """
+        if self.image is None:
+            raise HostError("the decoder ran before the host told where the image features are")
+        return self.image
+
+
+@contextlib.contextmanager
+def watching(anatomy: Anatomy, sample: dict[str, Any], what: str) -> Iterator[tuple[Pass, UndoStack]]:
+    """Prepare one pass; call `run` inside. Every hook pushed on the stack is gone afterwards, after an exception too.
+
+    Args:
+        anatomy: the host model.
+        sample: keyword arguments of its forward, batch of one, no padding.
+        what: name of the measurement, for errors.
+
+    Yields:
+        (the pass, a stack for the caller's hooks).
+
+    Raises:
+        InputError: a batch, or padding.
+    """
+    ids = one_sample(sample, what)
+    seen, undo = Pass(ids[0][ids[0] != anatomy.image_token_id].cpu()), UndoStack()
+    try:
+        if anatomy.host == LLAVA:
+            watch_preparation(anatomy, lambda image: setattr(seen, "image", image), undo)
+        else:
+            seen.image = hf_image_mask(ids, anatomy.image_token_id)[0]
+        yield seen, undo
+    finally:
+        undo.unwind()
+
+
+def one_sample(sample: dict[str, Any], what: str) -> Tensor:
+    """A sample's token ids: int64 [1, tokens].
+
+    Args:
+        sample: keyword arguments of a host model's forward.
+        what: name of the measurement, for errors.
+
+    Raises:
+        InputError: a batch, or padding.
+    """
+    ids: Tensor = sample["input_ids"]
+    if ids.shape[0] != 1:
+        raise InputError(f"{what} takes one sample at a time, got a batch of {ids.shape[0]}")
+    mask = sample.get("attention_mask")
+    if mask is not None and not bool(mask.bool().all()):
+        raise InputError(f"{what} takes samples without padding: attention_mask holds zeros")
+    return ids
+
+
+def run(anatomy: Anatomy, sample: dict[str, Any]) -> None:
+    """The model's own forward, without a cache."""
+    anatomy.model(**{**sample, "use_cache": False})
+
+
+def has_image(anatomy: Anatomy, sample: dict[str, Any]) -> bool:
+    """Whether a sample brings an image that the decoder sees."""
+    pixels = sample.get("pixel_values") if anatomy.host == HF else sample.get("images")
+    return pixels is not None and bool((sample["input_ids"] == anatomy.image_token_id).any())
+
+
+def same_input(one: Pass, other: Pass, number: int, what: str) -> None:
+    """Refuse to compare two models that do not read the same.
+
+    Args:
+        one: the checkpoint's pass.
+        other: the base's.
+        number: of the sample, from 0, for the error.
+        what: name of the measurement.
+
+    Raises:
+        InputError: other text tokens, or image tokens in other places; says which and what to do.
+    """
+    ours, theirs = one.placed.cpu(), other.placed.cpu()
+    if one.text_ids.tolist() != other.text_ids.tolist():
+        raise InputError(
+            f"{what}: sample {number} has other text tokens in the checkpoint ({len(one.text_ids)}) than in the base "
+            f"({len(other.text_ids)}): their tokenizers or chat templates differ, so that layers cannot be compared; "
+            "is it this checkpoint's base?"
+        )
+    if not torch.equal(ours, theirs):
+        raise InputError(
+            f"{what}: sample {number} has {int(ours.sum())} image tokens among {len(ours)} in the checkpoint and "
+            f"{int(theirs.sum())} among {len(theirs)} in the base, or in other places: position by position nothing "
+            "can be compared (a fusion with merge_size = 2 or more tokens an image, another tower, or another "
+            "image_aspect_ratio)"
+        )
+
+
+def watch_preparation(anatomy: Anatomy, note: Callable[[Tensor | None], None], undo: UndoStack) -> None:
+    """Have `llava` tell where it places the image features of a sample, before its decoder runs.
+
+    Around whatever is there, so that a routed model's own bookkeeping still runs; but where that already says where
+    images are, nothing is asked twice: the labels that `llava_prepare` asks with would tell FastV what to protect.
+
+    Args:
+        anatomy: a model of the `llava` package.
+        note: gets bool [T], True at image positions; None: the sample has no image.
+        undo: takes it away again.
+    """
+    prepare: Any = anatomy.model.prepare_inputs_labels_for_multimodal
+
+    def prepare_and_note(*args: Any, **kwargs: Any) -> tuple:
+        if carry.reports(prepare):
+            outputs = prepare(*args, **kwargs)
+            image_mask = carry.reported(outputs[4])
+        else:
+            outputs, image_mask = llava_prepare(prepare, anatomy.image_token_id, *args, **kwargs)
+        note(None if image_mask is None else image_mask[0])
+        return outputs
+
+    undo.set_attribute(anatomy.model, "prepare_inputs_labels_for_multimodal", prepare_and_note)
+
+
+def paired(
+    samples: Iterable[dict[str, Any]], base_samples: Iterable[dict[str, Any]] | None, what: str, progress: bool
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Each sample of a model beside that of its base.
+
+    Args:
+        samples: of the model.
+        base_samples: of its base, as many; None: the same ones.
+        what: the measurement, for the progress bar.
+        progress: show one on stderr.
+    """
+    tracked = files.track(samples, what, progress)
+    return ((s, s) for s in tracked) if base_samples is None else zip(tracked, base_samples, strict=True)

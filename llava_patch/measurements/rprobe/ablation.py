@@ -1,0 +1,134 @@
+"""The modality ablation: region visible or blacked out, text given or unknown; one table of the four.
+
+Source: "Detached Skip-Links and R-Probe", table 5 (8B): masked without text 1.980, masked with text 1.103, full without
+text 0.757, full with text 0.724.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from llava_patch.measurements.rprobe.bootstrap import FEW, interval, paired
+from llava_patch.measurements.rprobe.result import RProbeResult
+from llava_patch.measurements.rprobe.settings import RProbe
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "masked_without_text": {"masked": True, "text": False},
+    "masked_with_text": {"masked": True, "text": True},
+    "full_without_text": {"masked": False, "text": False},
+    "full_with_text": {"masked": False, "text": True},
+}
+"""Name of each run: what it sets."""
+PAPER = {
+    "masked_without_text": 1.980, "masked_with_text": 1.103, "full_without_text": 0.757, "full_with_text": 0.724,
+}  # fmt: skip
+# (what is measured, the run without it, the run with it): how much the MSE falls by it.
+_EFFECTS = (
+    ("text, region masked", "masked_without_text", "masked_with_text"),
+    ("text, region visible", "full_without_text", "full_with_text"),
+    ("region, without text", "masked_without_text", "full_without_text"),
+    ("region, with text", "masked_with_text", "full_with_text"),
+)
+
+
+def variant(settings: RProbe, name: str) -> RProbe:
+    """The settings of one of the four runs."""
+    return dataclasses.replace(settings, **VARIANTS[name])
+
+
+def summarise(results: Mapping[str, RProbeResult], settings: RProbe) -> dict[str, Any]:
+    """The four results as plain JSON values.
+
+    Args:
+        results: by name of the run, all of `VARIANTS`.
+        settings: `resamples` and `seed` are read.
+
+    Returns:
+        "runs": for each its mse, interval (None: too few documents), fvu, psnr, steps and the paper's MSE; "effects":
+        for text and region how much the MSE falls by them, with the paired interval.
+    """
+    runs = {}
+    for name in VARIANTS:
+        result = results[name]
+        runs[name] = {
+            "mse": result.mse,
+            "interval": interval(result.documents, settings.resamples, settings.seed),
+            "fvu": result.fvu,
+            "mse_in_text": None if result.inside is None else result.inside.mse,
+            "psnr": result.psnr,
+            "steps_to_threshold": None if result.threshold_is_vacuous else result.steps_to_threshold,
+            "steps_to_half_fvu": result.steps_to_half_fvu,
+            "steps": len(result.losses),
+            "paper": PAPER[name],
+        }
+    effects = []
+    for label, without, with_it in _EFFECTS:
+        value, low, high = paired(
+            results[without].documents, results[with_it].documents, settings.resamples, settings.seed
+        )
+        effects.append({"effect": label, "mse_falls_by": value, "low": low, "high": high})
+    documents = {sample["document"] for sample in results["full_with_text"].documents}
+    return {
+        "runs": runs,
+        "effects": effects,
+        "heldout_documents": len(documents),
+        "heldout_samples": len(results["full_with_text"].documents),
+        "constant_mse": results["full_with_text"].constant_mse,
+        "comparable": settings.trained == "all",
+        "cut": any(len(result.losses) < settings.steps for result in results.values()),
+        "trained": settings.trained,
+        "steps": settings.steps,
+        "threshold": settings.threshold,
+        "seed": settings.seed,
+    }
+
+
+def tables(summary: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
+    """(head, rows) of the two tables, as text: the runs, and what text and region do."""
+    head = ["image", "text", "held-out MSE", "95 % interval", "FVU", "MSE in text", "FVU < 0.5 at step", "paper (8B)"]
+    rows = []
+    for name, run in summary["runs"].items():
+        image, text = ("masked" if VARIANTS[name]["masked"] else "full"), ("yes" if VARIANTS[name]["text"] else "no")
+        steps = "never" if run["steps_to_half_fvu"] is None else str(run["steps_to_half_fvu"])
+        low, high = run["interval"] or (None, None)
+        rows.append(
+            [
+                image, text, f"{run['mse']:.4f}", _between(low, high), f"{run['fvu']:.3f}",
+                "-" if run["mse_in_text"] is None else f"{run['mse_in_text']:.4f}", steps,
+                f"{run['paper']:.3f}",
+            ]
+        )  # fmt: skip
+    effects = [
+        [one["effect"], f"{one['mse_falls_by']:+.4f}", _between(one["low"], one["high"])] for one in summary["effects"]
+    ]
+    return [(head, rows), (["effect of", "MSE falls by", "paired 95 % interval"], effects)]
+
+
+def notes(summary: Mapping[str, Any]) -> list[str]:
+    """What a reader of the tables must know, a sentence each."""
+    found = [
+        f"{summary['heldout_samples']} held-out samples of {summary['heldout_documents']} documents; a constant patch "
+        f"has MSE {summary['constant_mse']:.4f}; {summary['steps']} steps, seed {summary['seed']}."
+    ]
+    if any(run["interval"] is None for run in summary["runs"].values()):
+        found.append(f"There is {FEW}.")
+    if not summary["comparable"]:
+        found.append(f'RProbe.trained = "{summary["trained"]}": not comparable with the paper or with full probes.')
+    if summary["cut"]:
+        found.append("Time was over before all steps were done (RProbe.minutes): not comparable with finished runs.")
+    return found
+
+
+def markdown(summary: Mapping[str, Any], title: str) -> str:
+    """The two tables and their notes as markdown."""
+    parts = [f"# {title}"]
+    for head, rows in tables(summary):
+        lines = [head, ["---"] * len(head), *rows]
+        parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
+    return "\n\n".join([*parts, *notes(summary)]) + "\n"
+
+
+def _between(low: float | None, high: float | None) -> str:
+    return "none" if low is None or high is None else f"{low:.4f} to {high:.4f}"

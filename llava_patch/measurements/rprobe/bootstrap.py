@@ -1,0 +1,154 @@
+"""Bootstrap 95 % intervals of held-out figures, with documents as the unit that is drawn.
+
+Regions of one document share font, paper and image, so they are not independent: whole documents are drawn with
+replacement. Percentile intervals, by `scipy.stats.bootstrap`: BCa would correct for skew, but it fails (nan) where
+documents are few or alike, which is where a probe is often read, and needs a jackknife of documents x documents.
+With few documents (under about 20) percentile intervals are somewhat too narrow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from llava_patch.core.errors import InputError
+from llava_patch.core.extras import optional
+
+LEVEL = 0.95
+FEW = "no interval: it is drawn over documents, and there are fewer than 2"
+DRAWN_AT_ONCE = 4_000_000  # numbers drawn at a time, which bounds memory at some 100 MB whatever the documents
+
+Samples = Sequence[Mapping[str, Any]]
+
+
+def interval(
+    documents: Samples, resamples: int, seed: int, value: str = "mse", relative_to: str | None = None
+) -> tuple[float, float] | None:
+    """Percentile 95 % interval of a mean over tokens: sum(value x tokens) / sum(tokens).
+
+    Args:
+        documents: `RProbeResult.documents`: for every held-out sample "document", "tokens" and the value.
+        resamples: bootstrap resamples.
+        seed: the same one gives the same interval.
+        value: which per-sample figure, "mse" by default.
+        relative_to: divide by the mean over tokens of this figure instead of by 1; "variance" gives FVU. It is drawn
+            together with the value, so the interval holds what both owe to the choice of documents.
+
+    Returns:
+        (low, high); None where there are fewer than 2 documents (`FEW` says so in words).
+
+    Raises:
+        InputError: no sample, or one without these figures.
+    """
+    _, owner = _owners(documents)
+    weights = _numbers(documents, "tokens")
+    above = _sums(owner, _numbers(documents, value) * weights)
+    below = _sums(owner, weights if relative_to is None else _numbers(documents, relative_to) * weights)
+    return _bootstrap([above, below], lambda a, b, axis: a.sum(axis) / b.sum(axis), resamples, seed)
+
+
+def paired(a: Samples, b: Samples, resamples: int, seed: int) -> tuple[float, float | None, float | None]:
+    """Difference MSE(a) - MSE(b) of two results on the same held-out samples, with its 95 % interval.
+
+    Both results are taken from the same drawn documents, so what makes a document hard for both cancels out.
+
+    Args:
+        a: `RProbeResult.documents` of one result.
+        b: of the other; samples are matched by id, in any order.
+        resamples: bootstrap resamples.
+        seed: the same one gives the same interval.
+
+    Returns:
+        (difference, low, high); low and high are None where there are fewer than 2 documents.
+
+    Raises:
+        InputError: they are not the same samples; names what differs.
+    """
+    difference = unlike(a, b)
+    if difference is not None:
+        raise InputError(f"no paired difference: {difference}")
+    place = {str(sample["id"]): i for i, sample in enumerate(b)}
+    b = [b[place[str(sample["id"])]] for sample in a]
+    _, owner = _owners(a)
+    weights = _numbers(a, "tokens")
+    gap = _sums(owner, (_numbers(a, "mse") - _numbers(b, "mse")) * weights)
+    tokens = _sums(owner, weights)
+    found = _bootstrap([gap, tokens], lambda x, y, axis: x.sum(axis) / y.sum(axis), resamples, seed)
+    value = float(gap.sum() / tokens.sum())
+    return (value, None, None) if found is None else (value, *found)
+
+
+def unlike(a: Samples, b: Samples, names: tuple[str, str] = ("the first result", "the second result")) -> str | None:
+    """What keeps two results from being measured on the same held-out samples, in words; None: nothing.
+
+    Args:
+        a: `RProbeResult.documents` of one result.
+        b: of the other.
+        names: what to call the two.
+    """
+    ids_a, ids_b = [str(s["id"]) for s in a], [str(s["id"]) for s in b]
+    for ids in (ids_a, ids_b):
+        if len(set(ids)) < len(ids):
+            twice = next(name for name in ids if ids.count(name) > 1)
+            return f"sample {twice!r} is there twice, so samples cannot be matched by id"
+    known_a, known_b = set(ids_a), set(ids_b)
+    only_a, only_b = [i for i in ids_a if i not in known_b], [i for i in ids_b if i not in known_a]
+    if only_a or only_b:
+        parts = [
+            f"{len(names)} of {len(ids)} held-out samples are only in {which} (such as {names[0]!r})"
+            for names, ids, which in ((only_a, ids_a, names[0]), (only_b, ids_b, names[1]))
+            if names
+        ]
+        return ", ".join(parts)
+    other = {str(sample["id"]): sample for sample in b}
+    for sample in a:
+        twin = other[str(sample["id"])]
+        for key, what in (("tokens", "target tokens"), ("document", "document"), ("text", "text")):
+            if sample.get(key) != twin.get(key):
+                return (
+                    f"sample {sample['id']!r} has {what} {sample.get(key)!r} in one and {twin.get(key)!r} in the other"
+                )
+    return None
+
+
+def _owners(documents: Samples) -> tuple[list[str], np.ndarray]:
+    """(distinct documents, int64 [samples] number of each sample's document)."""
+    if not documents:
+        raise InputError("no held-out sample to draw from")
+    names, owner = np.unique([str(sample["document"]) for sample in documents], return_inverse=True)
+    return list(names), owner.reshape(-1)
+
+
+def _numbers(documents: Samples, key: str) -> np.ndarray:
+    """One figure of every sample, float64 [samples]."""
+    try:
+        return np.array([float(sample[key]) for sample in documents])
+    except (KeyError, TypeError) as error:
+        raise InputError(f"a held-out sample has no number {key!r}") from error
+
+
+def _sums(owner: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Sum of the values of each document, float64 [documents]."""
+    return np.bincount(owner, weights=values)
+
+
+def _bootstrap(data: list[np.ndarray], statistic: Any, resamples: int, seed: int) -> tuple[float, float] | None:
+    bootstrap = optional("scipy.stats").bootstrap
+
+    count = len(data[0])
+    if count < 2:
+        return None
+    found = bootstrap(
+        data,
+        statistic,
+        n_resamples=resamples,
+        batch=max(1, min(resamples, DRAWN_AT_ONCE // count)),
+        vectorized=True,
+        paired=True,
+        confidence_level=LEVEL,
+        method="percentile",
+        random_state=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(found.low), float(found.high)

@@ -1,0 +1,309 @@
+"""Several R-Probe results side by side: one table, one figure, and what keeps them from being compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava_patch.core import files
+from llava_patch.core.errors import InputError, SettingError
+from llava_patch.core.extras import optional
+from llava_patch.core.terminal import counted
+from llava_patch.data.readers.read import resolve_source
+from llava_patch.measurements.rprobe.bootstrap import interval, paired, unlike
+from llava_patch.measurements.rprobe.result import RProbeResult, read_result
+
+RESULT = "rprobe.json"
+# Settings and facts that change what is measured; the others (pictures, store, resamples) do not.
+SETTINGS = (
+    "steps", "batch_size", "lr", "weight_decay", "warmup", "clip", "train_pages", "heldout_pages", "heldout_share",
+    "seed", "rope", "image_mode", "threshold", "masked", "text", "max_text_tokens", "boxes_per_sample", "trained",
+)  # fmt: skip
+FACTS = (
+    "data", "source", "heldout_source", "learning_rate",
+    "decoder_layers", "image_tokens", "pixels_per_token", "train_samples", "heldout_samples",
+    "skipped_by_reader", "skipped_train", "skipped_heldout", "unread",
+)  # fmt: skip
+HEAD = (
+    "result", "documents", "held-out MSE [95 %]", "FVU", "PSNR dB", "MSE in text", "beside text",
+    "steps to MSE < {threshold}", "to FVU < 0.5", "MSE minus {baseline} [paired 95 %]",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One result of a comparison.
+
+    Attributes:
+        name: of the result.
+        interval: bootstrap 95 % interval of its MSE; None: fewer than 2 documents.
+        difference: (MSE minus the baseline's, low, high), paired over documents; None: the baseline itself, or the
+            held-out samples differ.
+        unlike: how the held-out samples differ from the baseline's; None: they do not.
+    """
+
+    name: str
+    interval: tuple[float, float] | None
+    difference: tuple[float, float | None, float | None] | None
+    unlike: str | None
+
+
+def find_results(path: Path) -> dict[str, Path]:
+    """The result files that a path names.
+
+    Args:
+        path: a result file, or a folder that holds `rprobe.json` in itself or anywhere below (lmms-eval's output).
+
+    Returns:
+        File by name; the name is the folder's, and with several files below it that of each file's own folder too.
+
+    Raises:
+        InputError: there is none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return {(path.resolve().parent.name if path.name == RESULT else path.stem): path}
+    if not path.is_dir():
+        raise InputError(f"{path}: no such file or folder")
+    if (path / RESULT).is_file():
+        return {path.resolve().name: path / RESULT}
+    below = sorted(path.rglob(RESULT))
+    if not below:
+        raise InputError(f"{path}: holds no {RESULT}, in itself or below")
+    if len(below) == 1:
+        return {path.resolve().name: below[0]}
+    return {f"{path.resolve().name}/{file.parent.relative_to(path)}": file for file in below}
+
+
+def load(paths: Sequence[Path], names: Sequence[str] = ()) -> dict[str, RProbeResult]:
+    """Results by name, in order.
+
+    Args:
+        paths: see `find_results`.
+        names: what to call them; empty: by their folders, numbered where those are alike.
+
+    Raises:
+        InputError: a file that cannot be used.
+        SettingError: another number of names than of results, or one name twice.
+    """
+    found = [(name, file) for path in paths for name, file in find_results(path).items()]
+    if names:
+        if len(names) != len(found):
+            files_found = ", ".join(str(file) for _, file in found)
+            raise SettingError(
+                f"--names: {counted(len(names), 'name')} for {counted(len(found), 'result')} ({files_found})"
+            )
+        if len(set(names)) < len(names):
+            raise SettingError(f"--names {','.join(names)}: expected distinct names")
+        return {name: read_result(file) for name, (_, file) in zip(names, found, strict=True)}
+    if len({name.split("/")[0] for name, _ in found}) == 1 and all("/" in name for name, _ in found):
+        found = [(name.split("/", 1)[1], file) for name, file in found]  # all of one folder
+    given = [name for name, _ in found]
+    return {
+        name if given.count(name) == 1 else f"{name} ({i + 1})": read_result(file)
+        for i, (name, file) in enumerate(found)
+    }
+
+
+def rows(results: Mapping[str, RProbeResult], baseline: str, resamples: int, seed: int) -> list[Row]:
+    """Intervals of each result and its paired difference to the baseline.
+
+    Raises:
+        SettingError: no result has the baseline's name.
+    """
+    if baseline not in results:
+        raise SettingError(f"--baseline {baseline}: expected one of {', '.join(results)}")
+    base, found = results[baseline].documents, []
+    for name, result in results.items():
+        why = unlike(result.documents, base)
+        alone = name == baseline or why is not None
+        difference = None if alone else paired(result.documents, base, resamples, seed)
+        found.append(Row(name, interval(result.documents, resamples, seed), difference, why))
+    return found
+
+
+def warnings_of(results: Mapping[str, RProbeResult], baseline: str) -> list[str]:
+    """What keeps results from being compared with the baseline, and what each was warned of; a sentence each."""
+    found = []
+    base = results[baseline]
+    for name, result in results.items():
+        apart = [
+            f"{key} = {_said(mine.get(key))} (there {_said(theirs.get(key))})"
+            for mine, theirs, keys in ((result.settings, base.settings, SETTINGS), (result.facts, base.facts, FACTS))
+            for key in keys
+            if _plain(key, mine.get(key, theirs.get(key))) != _plain(key, theirs.get(key, mine.get(key)))
+        ]
+        if apart:
+            found.append(f"{name} differs from {baseline} in more than the model: {', '.join(apart)}")
+        why = unlike(result.documents, base.documents, (name, baseline))
+        if why is not None:
+            found.append(f"{name} has other held-out samples than {baseline}, so there is no paired difference: {why}")
+    for name, result in results.items():
+        if result.settings.get("trained", "all") != "all":
+            found.append(f'{name}: trained = "{result.settings["trained"]}": not comparable with probes of all weights')
+        if len(result.losses) < result.settings["steps"]:
+            found.append(
+                f"{name} was stopped after {len(result.losses)} of {result.settings['steps']} steps: not comparable "
+                "with finished runs"
+            )
+    vacuous = [name for name, result in results.items() if result.threshold_is_vacuous]
+    if vacuous:
+        found.append(
+            f"{', '.join(vacuous)}: a constant patch is under the threshold, so steps to it say nothing (in brackets)"
+        )
+    return found
+
+
+def _said(value: Any) -> str:
+    return "none" if value in (None, "") else str(value)
+
+
+def _plain(key: str, value: Any) -> Any:
+    """A value as it is compared: a source by where it lies, not by how its path is written."""
+    if not key.endswith("source") or not isinstance(value, str):
+        return value
+    try:
+        return resolve_source(value)
+    except SettingError:  # of another version
+        return value
+
+
+def cells(
+    rows_: Sequence[Row], results: Mapping[str, RProbeResult], baseline: str
+) -> tuple[list[str], list[list[str]]]:
+    """(head, lines) of the table as text."""
+    threshold = f"{results[baseline].threshold:g}"
+    head = [text.format(threshold=threshold, baseline=baseline) for text in HEAD]
+    lines = []
+    for row in rows_:
+        result = results[row.name]
+        steps = _steps(result.steps_to_threshold)
+        lines.append(
+            [
+                row.name,
+                str(len({sample["document"] for sample in result.documents})),
+                f"{result.mse:.4f}" + between(row.interval),
+                f"{result.fvu:.3f}",
+                f"{result.psnr:.1f}",
+                *("-" if part is None else f"{part.mse:.4f}" for part in (result.inside, result.outside)),
+                f"({steps})" if result.threshold_is_vacuous else steps,
+                _steps(result.steps_to_half_fvu),
+                _difference(row, baseline),
+            ]
+        )
+    return head, lines
+
+
+def narrow(
+    rows_: Sequence[Row], results: Mapping[str, RProbeResult], baseline: str
+) -> list[tuple[list[str], list[list[str]]]]:
+    """(head, lines) of two tables that fit a terminal: errors with their intervals, and the rest."""
+    _, lines = cells(rows_, results, baseline)
+    errors = [[line[0], *_apart(line[2]), *_apart(line[-1])] for line in lines]
+    rest = [[*line[:2], *line[3:-1]] for line in lines]
+    threshold = f"{results[baseline].threshold:g}"
+    return [
+        (["result", "MSE", "95 %", "minus base", "paired 95 %"], errors),
+        (["result", "docs", "FVU", "PSNR", "in text", "beside", f"to {threshold}", "FVU .5"], rest),
+    ]
+
+
+def _apart(cell: str) -> list[str]:
+    """A value and its interval."""
+    value, _, interval_ = cell.partition(" [")
+    return [value, f"[{interval_}" if interval_ else ""]
+
+
+def _difference(row: Row, baseline: str) -> str:
+    if row.name == baseline:
+        return "baseline"
+    if row.difference is None:
+        return "not paired"
+    value, low, high = row.difference
+    return f"{value:+.4f}" + (" [no interval]" if low is None or high is None else f" [{low:+.4f}, {high:+.4f}]")
+
+
+def between(limits: tuple[float, float] | None) -> str:
+    """An interval behind its value, as text."""
+    return " [no interval]" if limits is None else f" [{limits[0]:.4f}, {limits[1]:.4f}]"
+
+
+def _steps(value: int | None) -> str:
+    return "never" if value is None else str(value)
+
+
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str], title: str) -> str:
+    """A table with its footer in Markdown."""
+    table = [head, ["---"] * len(head), *lines]
+    text = [f"# {title}", "", *("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in table)]
+    return "\n".join([*text, "", *(f"- {note}" for note in notes)]).rstrip() + "\n"
+
+
+def write(
+    folder: Path,
+    results: Mapping[str, RProbeResult],
+    rows_: Sequence[Row],
+    baseline: str,
+    notes: Sequence[str],
+    formats: Sequence[str],
+) -> list[Path]:
+    """Write compare.md, compare.json and the figure of all curves; each appears whole or not at all."""
+    from llava_patch.measurements.rprobe.figures import save
+
+    folder = Path(folder)
+    head, lines = cells(rows_, results, baseline)
+    with files.atomic(folder / "compare.md") as part:
+        part.write_text(markdown(head, lines, notes, "R-Probe results"), encoding="utf-8")
+    values = {
+        row.name: {
+            "mse": results[row.name].mse,
+            "mse_interval": row.interval,
+            "difference": None if row.difference is None else row.difference[0],
+            "difference_interval": None if row.difference is None else row.difference[1:],
+            "unlike": row.unlike,
+            **{key: getattr(results[row.name], key) for key in _SHOWN},
+            **{
+                f"{where}_mse": None if (part := getattr(results[row.name], where)) is None else part.mse
+                for where in ("inside", "outside")
+            },
+        }
+        for row in rows_
+    }
+    files.write_json(folder / "compare.json", {"baseline": baseline, "results": values, "notes": list(notes)})
+    return [
+        folder / "compare.md",
+        folder / "compare.json",
+        *(save(_figure(results, rows_, baseline), folder / f"compare.{suffix}") for suffix in formats),
+    ]
+
+
+_SHOWN = (
+    "fvu", "psnr", "constant_mse", "steps_to_threshold", "threshold", "threshold_is_vacuous", "steps_to_half_fvu",
+)  # fmt: skip
+
+
+def _figure(results: Mapping[str, RProbeResult], rows_: Sequence[Row], baseline: str) -> Any:
+    """All curves above; below, each result's error and, where it is paired, its difference to the baseline."""
+    Figure = optional("matplotlib.figure").Figure
+
+    from llava_patch.measurements.rprobe.curves import draw_curves, draw_intervals, short
+
+    below = 0.75 + 0.17 * len(results)
+    figure = Figure(figsize=(7.0, 2.9 + below), layout="constrained")
+    grid = figure.add_gridspec(2, 2, height_ratios=(2.9, below))
+    curves: Any = figure.add_subplot(grid[0, :])
+    draw_curves(curves, results)
+    curves.get_legend().remove()  # beside all panels, so that the layout makes room for it
+    figure.legend(*curves.get_legend_handles_labels(), loc="outside right upper", fontsize=7, frameon=False)
+    errors = [(results[row.name].mse, *(row.interval or (None, None))) for row in rows_]
+    paired_ = any(row.difference is not None for row in rows_)
+    left = figure.add_subplot(grid[1, 0] if paired_ else grid[1, :])
+    draw_intervals(left, list(results), errors, "held-out MSE, 95 % interval")
+    if paired_:
+        differences = [(0.0, None, None) if row.name == baseline else row.difference for row in rows_]
+        right = figure.add_subplot(grid[1, 1])
+        draw_intervals(right, [""] * len(results), differences, f"MSE minus {short(baseline)}, paired 95 %")
+        right.axvline(0, color="0.35", linewidth=0.8)
+    return figure

@@ -1,0 +1,295 @@
+"""Rank correlation of several checkpoints' probe results with their benchmark scores.
+
+Source: "Detached Skip-Links and R-Probe", table 8: within one backbone, a lower probe loss goes with a higher OCR
+score.
+
+Sign: everything is turned so that more is better. The probe's error and steps are negated, and so is a score whose
+lower values are better: a correlation above 0 says that a better probe goes with a better score.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from llava_patch.core.errors import InputError, SettingError
+from llava_patch.core.extras import optional
+from llava_patch.measurements.rprobe.curves import COLOURS
+from llava_patch.measurements.rprobe.scores import Checkpoint, Score
+
+PROBES = {
+    "mse": ("held-out MSE (normalised pixel values²)", False),
+    "fvu": ("held-out FVU", False),
+    "steps": ("steps to the MSE threshold", False),
+    "steps_half_fvu": ("steps to FVU < 0.5", False),
+    "psnr": ("held-out PSNR (dB)", True),
+}
+"""Name of each probe figure: what it is, and whether more is better."""
+MARKERS = "os^Dv*P"
+FEW = 5
+RESAMPLES = 9999
+EXACT = 7  # checkpoints up to which all permutations (5040) are fewer than that
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """How one benchmark figure goes with the probe's over checkpoints.
+
+    Attributes:
+        task: of lmms-eval.
+        metric: of that task.
+        n: checkpoints that have both numbers.
+        spearman: rank correlation, -1..1; above 0: a better probe goes with a better score. None: no rank (n < 2, or
+            all values equal).
+        kendall: tau-b, which allows for ties.
+        p: two-sided p-value of Spearman under permutation of the scores, exact up to 7 checkpoints; None: no rank.
+        higher_is_better: of the score; None: not recorded, taken as True.
+        points: checkpoint, probe figure, score, as measured; a probe figure that was never reached is infinite.
+        notes: what was left out or does not count.
+    """
+
+    task: str
+    metric: str
+    n: int
+    spearman: float | None
+    kendall: float | None
+    p: float | None
+    higher_is_better: bool | None
+    points: list[tuple[str, float, float]]
+    notes: list[str] = field(default_factory=list)
+
+
+def correlate(
+    checkpoints: Sequence[Checkpoint], probe: str = "mse", tasks: Sequence[str] = (), seed: int = 0
+) -> tuple[list[Correlation], list[str]]:
+    """Correlate one probe figure with benchmark scores.
+
+    Args:
+        checkpoints: at least two.
+        probe: a key of `PROBES`.
+        tasks: names of tasks, or "task/metric"; empty: every metric with a direction that all checkpoints have.
+        seed: of the permutations, where there are too many to count out.
+
+    Returns:
+        (correlations, notes that concern all of them).
+
+    Raises:
+        SettingError: unknown probe figure or task.
+        InputError: fewer than two checkpoints, no score that they share, or none that two of them have with the figure.
+    """
+    if probe not in PROBES:
+        raise SettingError(f"--probe {probe}: expected one of {', '.join(PROBES)}")
+    if len(checkpoints) < 2:
+        raise InputError(f"a correlation needs at least two checkpoints, got {len(checkpoints)}")
+    notes: list[str] = []
+    keys = _wanted(checkpoints, tasks) if tasks else _shared(checkpoints, notes)
+    if not keys:
+        raise InputError(
+            "the checkpoints share no benchmark score that says whether more is better; name some with --tasks"
+        )
+    values = {}
+    for checkpoint in checkpoints:
+        value = checkpoint.probe.get(probe)
+        if value is None or math.isnan(value):
+            why = checkpoint.missing.get(probe, "its results do not hold it")
+            notes.append(f"{checkpoint.name} has no {PROBES[probe][0]} and is left out: {why}")
+        else:
+            values[checkpoint.name] = value
+            if math.isinf(value):
+                notes.append(f"{checkpoint.name} never reached it ({PROBES[probe][0]}): ranked last")
+    found = [_one(key, checkpoints, values, probe, seed) for key in keys]
+    if all(one.n < 2 for one in found):
+        most = max(one.n for one in found)
+        raise InputError(
+            f"nothing to correlate: {most} of {len(checkpoints)} checkpoints have both {PROBES[probe][0]} and a score: "
+            f"{'; '.join([*notes, *footer(found)])}"
+        )
+    if len(values) < FEW:
+        notes.append(
+            f"n = {len(values)}: fewer than {FEW} checkpoints prove nothing, whatever the correlation; "
+            f"with {FEW - 1} even a perfect one arises by chance in 1 of 12 cases"
+        )
+    return found, notes
+
+
+def _shared(checkpoints: Sequence[Checkpoint], notes: list[str]) -> list[tuple[str, str]]:
+    """Metrics that every checkpoint has a number of and whose direction is known, the probe's own left out."""
+    first = [key for key in checkpoints[0].scores if not key[0].startswith("rprobe")]
+    kept: list[tuple[str, str]] = []
+    blind: list[tuple[str, str]] = []
+    for key in first:
+        scores = [checkpoint.scores.get(key) for checkpoint in checkpoints]
+        if any(score is None or not math.isfinite(score.value) for score in scores):
+            continue
+        (blind if _direction(key, checkpoints) is None else kept).append(key)
+    if blind:
+        notes.append(
+            f"left out, because they do not say whether more is better: {', '.join('/'.join(k) for k in blind)}"
+        )
+    everywhere = set(kept) | set(blind)
+    some = {k for checkpoint in checkpoints for k in checkpoint.scores if not k[0].startswith("rprobe")} - everywhere
+    if some:
+        notes.append(f"left out, because not every checkpoint has them: {', '.join('/'.join(k) for k in sorted(some))}")
+    return kept
+
+
+def _wanted(checkpoints: Sequence[Checkpoint], tasks: Sequence[str]) -> list[tuple[str, str]]:
+    known = list(dict.fromkeys(key for checkpoint in checkpoints for key in checkpoint.scores))
+    found: list[tuple[str, str]] = []
+    for wanted in tasks:
+        task, _, metric = wanted.partition("/")
+        match = [key for key in known if key[0] == task and metric in ("", key[1])]
+        if not match:
+            names = ", ".join(sorted({key[0] for key in known})) or "none"
+            metrics = ", ".join(key[1] for key in known if key[0] == task)
+            there = f"metrics of {task}: {metrics}" if metrics else f"tasks: {names}"
+            raise SettingError(f"--tasks {wanted}: no checkpoint has it; {there}")
+        found += match
+    return list(dict.fromkeys(found))
+
+
+def _direction(key: tuple[str, str], checkpoints: Sequence[Checkpoint]) -> bool | None:
+    """Whether more is better; the checkpoints that record it must agree."""
+    said = {
+        score.higher_is_better
+        for checkpoint in checkpoints
+        if (score := checkpoint.scores.get(key)) is not None and score.higher_is_better is not None
+    }
+    if len(said) > 1:
+        raise InputError(f"{key[0]}/{key[1]}: the results disagree on whether more is better")
+    return next(iter(said), None)
+
+
+def _one(
+    key: tuple[str, str], checkpoints: Sequence[Checkpoint], values: Mapping[str, float], probe: str, seed: int
+) -> Correlation:
+    points, notes = [], []
+    for checkpoint in checkpoints:
+        score: Score | None = checkpoint.scores.get(key)
+        if checkpoint.name not in values:
+            continue
+        if score is None or not math.isfinite(score.value):
+            notes.append(f"{checkpoint.name} has no {'/'.join(key)}")
+        else:
+            points.append((checkpoint.name, values[checkpoint.name], score.value))
+    higher = _direction(key, checkpoints)
+    if higher is None:
+        notes.append("does not say whether more is better: taken as if it were")
+    x = np.array([p[1] for p in points]) * (1 if PROBES[probe][1] else -1)
+    y = np.array([p[2] for p in points]) * (-1 if higher is False else 1)
+    spearman = kendall = p = None
+    if len(points) >= 2:
+        constant = [what for what, v in (("probe figures", x), ("scores", y)) if len(set(v.tolist())) == 1]
+        if constant:
+            notes.append(f"all {' and '.join(constant)} are equal: no rank")
+        else:
+            spearman, kendall, p = ranks(x, y, seed)
+            ties = [what for what, v in (("probe figures", x), ("scores", y)) if len(set(v.tolist())) < len(v)]
+            if ties:
+                notes.append(f"ties among {' and '.join(ties)} take their mean rank")
+    else:
+        notes.append("fewer than two checkpoints have it")
+    return Correlation(*key, len(points), spearman, kendall, p, higher, points, notes)
+
+
+def ranks(x: np.ndarray, y: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
+    """(Spearman, Kendall's tau-b, two-sided permutation p-value of Spearman) of two lists; infinities are ranked.
+
+    Every order of the scores is counted up to 7 values (then a tie with the found value counts as at least as extreme);
+    above, 9999 orders are drawn.
+    """
+    stats = optional("scipy.stats")
+
+    a, b = stats.rankdata(x), stats.rankdata(y)
+    a, b = a - a.mean(), b - b.mean()
+    norm = math.sqrt(float((a**2).sum() * (b**2).sum()))
+    test = stats.permutation_test(
+        (a,),
+        lambda order, axis: (order * b).sum(axis) / norm,
+        permutation_type="pairings",
+        n_resamples=math.inf if len(x) <= EXACT else RESAMPLES,
+        vectorized=True,
+        alternative="two-sided",
+        random_state=np.random.default_rng(seed),
+    )
+    return float(stats.spearmanr(a, b).statistic), float(stats.kendalltau(a, b).statistic), min(1.0, float(test.pvalue))
+
+
+def cells(found: Sequence[Correlation]) -> tuple[list[str], list[list[str]]]:
+    """(head, lines) of the table as text."""
+    head = ["benchmark", "metric", "n", "Spearman", "Kendall", "p (permutation)"]
+    lines = []
+    for one in found:
+        numbers = ["-" if v is None else f"{v:+.3f}" for v in (one.spearman, one.kendall)]
+        p = "-" if one.p is None else f"{one.p:.4f}"
+        lines.append([one.task, one.metric, str(one.n), *numbers, p])
+    return head, lines
+
+
+def footer(found: Sequence[Correlation]) -> list[str]:
+    """What was said of single benchmarks, alike notes together."""
+    said: dict[str, list[str]] = {}
+    for one in found:
+        for note in one.notes:
+            said.setdefault(note, []).append(f"{one.task}/{one.metric}")
+    return [f"{', '.join(names)}: {note}" for note, names in said.items()]
+
+
+def sign_note(probe: str) -> str:
+    """The sign convention in a sentence."""
+    better = "higher" if PROBES[probe][1] else "lower"
+    return (
+        f"above 0: a better probe ({better} {PROBES[probe][0]}) goes with a better score, whichever direction of the "
+        "score is better"
+    )
+
+
+def figure(found: Sequence[Correlation], probe: str) -> Any:
+    """A small panel a benchmark; a legend names the points, because names beside them would cover one another."""
+    Figure = optional("matplotlib.figure").Figure
+
+    names = list(dict.fromkeys(name for one in found for name, _, _ in one.points))
+    columns = min(3, len(found))
+    rows = math.ceil(len(found) / columns)
+    picture = Figure(figsize=(max(4.0, 2.5 * columns), 2.4 * rows + 0.4 + 0.17 * math.ceil(len(names) / 2)))
+    picture.set_layout_engine("constrained")
+    axes = picture.subplots(rows, columns, squeeze=False).reshape(-1)
+    for axis in axes[len(found) :]:
+        axis.remove()
+    for axis, one in zip(axes, found, strict=False):
+        _panel(axis, one, names)
+        axis.set_xlabel(PROBES[probe][0], fontsize=7)
+    points = [axes[0].plot([], [], *_mark(i)[:1], **_mark(i)[1])[0] for i in range(len(names))]
+    shown = [(name if len(name) <= 44 else "…" + name[-43:]).replace("$", r"\$") for name in names]
+    picture.legend(points, shown, loc="outside lower center", ncols=2, fontsize=7, frameon=False)
+    return picture
+
+
+def _mark(number: int) -> tuple[str, dict[str, Any]]:
+    """(marker, style) of a checkpoint: colours come round again with another marker."""
+    marker = MARKERS[number // len(COLOURS) % len(MARKERS)]
+    return marker, {"color": COLOURS[number % len(COLOURS)], "markersize": 4.5, "linestyle": "none"}
+
+
+def _panel(axis: Any, one: Correlation, names: Sequence[str]) -> None:
+    finite = [value for _, value, _ in one.points if math.isfinite(value)]
+    # What was never reached stands past the largest value.
+    never = 1.15 * max(finite, default=1.0)
+    for name, value, score in one.points:
+        marker, style = _mark(names.index(name))
+        axis.plot(value if math.isfinite(value) else never, score, marker, **style)
+    rho = "no rank" if one.spearman is None else f"$\\rho$ = {one.spearman:+.2f}, n = {one.n}"
+    axis.set_title(one.task.replace("$", r"\$") + f"\n{rho}", fontsize=8)
+    better = {True: "(higher is better)", False: "(lower is better)", None: ""}[one.higher_is_better]
+    axis.set_ylabel(f"{one.metric}\n{better}".rstrip(), fontsize=7, parse_math=False)
+    axis.tick_params(labelsize=6.5)
+    axis.locator_params(axis="x", nbins=5)
+    axis.margins(0.15, 0.15)
+    axis.grid(alpha=0.25, linewidth=0.5)
+    if len(finite) < len(one.points):
+        axis.axvline(never, color="0.6", linewidth=0.7, linestyle=":")
+        axis.text(never, 1.0, "never", fontsize=6, ha="right", va="top", transform=axis.get_xaxis_transform())

@@ -1,0 +1,233 @@
+"""Error map: a whole held-out page rebuilt piece by piece, so that one sees where its tokens lose what is on it.
+
+Each text region is the target once, with its own text; the cells that no region touches follow in blocks of about a
+region's size, with a placeholder for text. The probe was trained on text regions: what it makes of the rest is a look
+at the page, not a figure to quote.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llava_patch.core.errors import InputError
+from llava_patch.hosts.anatomy import Anatomy
+from llava_patch.measurements.rprobe.evaluate import answer, chosen
+from llava_patch.measurements.rprobe.settings import RProbe
+from llava_patch.measurements.rprobe.store import FrozenData, freeze_samples
+from llava_patch.probe.decoder import ProbeDecoder
+from llava_patch.probe.plane import Plane, picture
+from llava_patch.probe.sample import Box, Sample
+from llava_patch.probe.sequence import patchify
+from llava_patch.probe.transform import Transform
+
+PLACEHOLDER = "."
+
+
+@dataclass(frozen=True, eq=False)
+class ErrorMap:
+    """One page as it is and as the probe rebuilt it, cell by cell.
+
+    Attributes:
+        id: of the page: its document, or its first sample.
+        original: uint8 [height, width, 3], the processed page.
+        rebuilt: uint8 [height, width, 3]; grey where nothing was rebuilt.
+        error: float32 [rows, columns], mean squared error of each cell in normalised pixels; nan: not rebuilt
+            (padding, or a cell whose token the host drops).
+        text: bool [rows, columns], the cell touches a text box.
+        spoken: bool [rows, columns], the cell was rebuilt with its own text before it.
+        boxes: text boxes in pixels of the processed page.
+        cell: side of a cell in pixels.
+        stretch: how much taller than wide a processed pixel is on the original page.
+        inside_mse: mean error of the text cells that were rebuilt.
+        outside_mse: mean error of the other cells that were; None: there are none.
+    """
+
+    id: str
+    original: np.ndarray
+    rebuilt: np.ndarray
+    error: np.ndarray
+    text: np.ndarray
+    spoken: np.ndarray
+    boxes: tuple[Box, ...]
+    cell: int
+    stretch: float
+    inside_mse: float
+    outside_mse: float | None
+
+
+def error_maps(
+    decoder: ProbeDecoder,
+    anatomy: Anatomy,
+    transform: Transform,
+    tokenizer: Any,
+    data: FrozenData,
+    documents: Sequence[Mapping[str, Any]],
+    settings: RProbe,
+) -> tuple[list[ErrorMap], list[str]]:
+    """Maps of `settings.maps` held-out pages: the best and the worst first, then those in between.
+
+    A map is a look at a page beside a measurement that is finished: what goes wrong in one is said, not raised.
+
+    Args:
+        decoder: the trained probe.
+        anatomy: the model under test, whose tower runs once a page (masked: once a piece).
+        transform: as in training.
+        tokenizer: the model's tokenizer.
+        data: frozen held-out samples; their pages are opened again.
+        documents: figures of these samples, from `evaluate`.
+        settings: of the run.
+
+    Returns:
+        The maps, and a sentence for each page that has none because something went wrong.
+    """
+    if not settings.maps:
+        return [], []
+    # Samples of one page carry one document name; a document of several pages is shown by its first.
+    places: dict[str, list[int]] = {}
+    for i, (_, document, _) in enumerate(data.labels):
+        places.setdefault(document, []).append(i)
+    errors = [
+        sum(documents[i]["mse"] * documents[i]["tokens"] for i in members)
+        / sum(documents[i]["tokens"] for i in members)
+        for members in places.values()
+    ]
+    pages = list(places.items())
+    maps, notes = [], []
+    for n in chosen(errors, settings.maps):
+        name, members = pages[n]
+        try:
+            page = _page([data.samples[i] for i in members])
+            seen = data.seen_of(members[0])
+            maps.append(_map(decoder, anatomy, transform, tokenizer, page, name, seen, settings, len(data.target_mean)))
+        except Exception as error:
+            notes.append(f"R-Probe: there is no error map of {name}: {type(error).__name__}: {error}")
+    return maps, notes
+
+
+def _page(samples: Sequence[Sample]) -> list[Sample]:
+    """Those of a document's samples that lie on the same page as its first."""
+    first = samples[0].image
+    return [s for s in samples if s.image is first or (not hasattr(first, "size") and s.image == first)]
+
+
+def pieces(
+    samples: Sequence[Sample], plane: Plane, transform: Transform, seen: Tensor
+) -> tuple[list[Sample], list[Sample]]:
+    """Cut a page into (regions whose text is known, all other pieces); together they touch every cell with a token.
+
+    Args:
+        samples: of one page.
+        plane: the page.
+        transform: as in training.
+        seen: bool [cells], the cells that have a token. A host drops some (the first patch, padding that anyres cuts
+            off together with the last pixels of the page): nothing can be rebuilt there.
+    """
+    image = samples[0].open_image()
+    texts = dict(zip(samples[0].all_boxes, samples[0].all_texts, strict=False))
+    named: dict[tuple[Box, ...], str] = {sample.boxes: sample.text for sample in samples}
+    covered = {box for sample in samples for box in sample.boxes}
+    silent: list[tuple[Box, ...]] = []
+    for box in dict.fromkeys(box for sample in samples for box in sample.all_boxes):
+        if box in covered or not (_cells(plane, transform, box) & seen).any():
+            continue
+        if texts.get(box):
+            named[(box,)] = texts[box]
+        else:
+            silent.append((box,))
+    touched = torch.zeros(plane.grid.tokens, dtype=torch.bool)
+    sizes = []
+    for boxes in (*named, *silent):
+        cells = plane.cells([plane.box(transform, box, samples[0].id) for box in boxes])
+        sizes.append(int(cells.sum()))
+        touched |= cells
+    size = max(1, round(statistics.median(sizes)))
+    left = (seen & ~touched).nonzero().flatten().tolist()
+    rest = [part for cell in left if (part := plane.original(cell)) is not None]
+    silent += [tuple(rest[start : start + size]) for start in range(0, len(rest), size)]
+
+    def sample(boxes: tuple[Box, ...], text: str, number: int) -> Sample:
+        return Sample(image, text, boxes, id=f"{samples[0].id}, piece {number}", document=samples[0].document)
+
+    known = [sample(boxes, text, i) for i, (boxes, text) in enumerate(named.items())]
+    return known, [sample(boxes, PLACEHOLDER, len(known) + i) for i, boxes in enumerate(silent)]
+
+
+def _cells(plane: Plane, transform: Transform, box: Box) -> Tensor:
+    """Cells under a box that is no sample, bool [cells]; none where a crop has cut it away."""
+    try:
+        return plane.cells([plane.box(transform, box, "")])
+    except InputError:
+        return plane.cells([])
+
+
+@torch.no_grad()
+def _map(
+    decoder: ProbeDecoder,
+    anatomy: Anatomy,
+    transform: Transform,
+    tokenizer: Any,
+    samples: list[Sample],
+    name: str,
+    seen: Tensor,
+    settings: RProbe,
+    pixels: int,
+) -> ErrorMap:
+    plane = Plane.of(transform, samples[0].open_image(), pixels)
+    known, rest = pieces(samples, plane, transform, seen)
+    patches = patchify(plane.pixels[None], plane.grid)
+    painted = torch.zeros_like(patches)
+    error = torch.full((plane.grid.tokens,), float("nan"))
+    spoken = torch.zeros(plane.grid.tokens, dtype=torch.bool)
+    # A piece that cannot be used (a listed text without tokens) stays grey.
+    once = dataclasses.replace(settings, store=False, broken="skip")
+    # Without an unknown token the placeholder stands for itself.
+    has_unknown = getattr(tokenizer, "unk_token_id", None) is not None
+    silent = dataclasses.replace(once, text=False) if has_unknown else once
+    for group, setting, with_text in ((known, once, settings.text), (rest, silent, False)):
+        if not group:
+            continue
+        frozen = freeze_samples(anatomy, transform, tokenizer, group, setting, False, "pieces of a page", warn=False)
+        for index in torch.arange(len(frozen)).split(settings.batch_size):
+            batch = frozen.batch(index, next(decoder.parameters()).device)
+            answers = answer(decoder, batch).split(batch.counts.tolist())
+            truths = batch.pixels.cpu().split(batch.counts.tolist())
+            for i, rebuilt, true in zip(index.tolist(), answers, truths, strict=True):
+                cells = frozen.cells_of(i)
+                # A cell that several regions touch is shown as the first of them rebuilt it.
+                fresh = error[cells].isnan()
+                painted[0, cells[fresh]] = rebuilt[fresh]
+                error[cells[fresh]] = (rebuilt - true)[fresh].square().mean(-1)
+                spoken[cells[fresh]] = with_text
+    boxes = tuple(
+        plane.box(transform, box, name)
+        for box in dict.fromkeys(each for s in samples for each in (*s.boxes, *s.all_boxes))
+        if _cells(plane, transform, box).any()
+    )
+    text = plane.cells(boxes)
+
+    def shaped(values: Tensor) -> np.ndarray:
+        return values.reshape(plane.grid.rows, plane.grid.columns).numpy()
+
+    done = ~error.isnan()
+    other = ~text & done
+    return ErrorMap(
+        id=name,
+        original=picture(patches, plane.grid, transform),
+        rebuilt=picture(painted, plane.grid, transform),
+        error=shaped(error),
+        text=shaped(text),
+        spoken=shaped(spoken),
+        boxes=boxes,
+        cell=plane.grid.cell,
+        stretch=plane.stretch,
+        inside_mse=float(error[text & done].double().mean()),
+        outside_mse=float(error[other].double().mean()) if other.any() else None,
+    )

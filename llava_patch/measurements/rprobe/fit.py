@@ -1,0 +1,312 @@
+"""Train a probe on frozen tokens and measure it on held-out documents.
+
+Source: "Detached Skip-Links and R-Probe", section 5; ablations in appendix D.2, convergence in D.3.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llava_patch.core import parallel
+from llava_patch.core.errors import InputError, LlavaPatchError
+from llava_patch.core.folder_lock import alone
+from llava_patch.data.pages import Pages
+from llava_patch.hosts.anatomy import find
+from llava_patch.measurements.rprobe.error_map import ErrorMap, error_maps
+from llava_patch.measurements.rprobe.evaluate import check_shown, evaluate
+from llava_patch.measurements.rprobe.overlap import trained_on
+from llava_patch.measurements.rprobe.result import RProbeResult
+from llava_patch.measurements.rprobe.resume import Progress, Work, difference, make_key
+from llava_patch.measurements.rprobe.settings import RProbe
+from llava_patch.measurements.rprobe.store import FrozenData, freeze_samples, make_transform
+from llava_patch.measurements.rprobe.train import train_probe
+from llava_patch.measurements.rprobe.trainable import check_memory, choose, float32_default, trained_parameters
+from llava_patch.probe.decoder import ProbeDecoder, quarter
+from llava_patch.probe.sample import Sample, split_samples
+
+RUNNING = 0.95  # decay of the running MSE
+LEARNED = 0.9  # training FVU under which a probe has learned something
+FEW_DOCUMENTS = 10  # under which percentile intervals are clearly too narrow
+OVERFIT = 0.2  # how much higher the held-out FVU may be than the training FVU before we warn
+
+
+def run_rprobe(
+    model: nn.Module,
+    image_processor: Any,
+    tokenizer: Any,
+    settings: RProbe | None = None,
+    samples: Sequence[Sample] | None = None,
+    heldout: Sequence[Sample] | None = None,
+    progress: bool = True,
+    work: str | Path | None = None,
+    show: Sequence[str] = (),
+) -> RProbeResult:
+    """Measure how well pixels can be rebuilt from a model's projected visual tokens.
+
+    Works from within `torch.inference_mode()` and `torch.no_grad()`. The model's weights, gradient flags, training
+    mode and the caller's random state are left as they were; the same seed gives the same numbers.
+
+    Under `torch.distributed` every process calls it with its own copy of the model; they share the work, and each gets
+    the one result. It agrees with that of one process but for the order of float32 sums.
+
+    Args:
+        model: `LlavaLlamaForCausalLM` or `LlavaForConditionalGeneration`, patched or not.
+        image_processor: the model's image processor.
+        tokenizer: the model's tokenizer.
+        settings: None: the defaults.
+        samples: one's own data; None: rendered pages.
+        heldout: one's own held-out data; None: a share of the documents of `samples`.
+        progress: show progress bars on standard error.
+        work: folder for the state of training every `settings.save_every` steps. Called again after an interruption,
+            the run goes on from there and ends with the same numbers; when training has ended, the state gives way to
+            `decoder.safetensors`, with which the same run is evaluated again without training. None: nothing is kept.
+        show: ids of held-out samples that become examples for figures; empty: `settings.examples` of them.
+
+    Raises:
+        HostError: a model that is not known, or whose LLM has fewer than 4 layers.
+        InputError: a sample that cannot be used (named in the message), or all held-out documents are trained on.
+        SettingError: the decoder does not fit into the device's memory, or `trained = "lora"` without peft.
+        CheckpointError: `work` holds an unfinished training of another model, data set or settings, or another run
+            works in it.
+        LlavaPatchError: the training loss is not finite.
+        PeerError: another process of the run failed.
+    """
+    with parallel.guard(), alone(None if work is None else Path(work)), float32_default():
+        return _run(
+            model,
+            image_processor,
+            tokenizer,
+            settings or RProbe(),
+            samples,
+            heldout,
+            progress,
+            None if work is None else Path(work),
+            show,
+        )
+
+
+def _run(
+    model: nn.Module,
+    image_processor: Any,
+    tokenizer: Any,
+    settings: RProbe,
+    samples: Sequence[Sample] | None,
+    heldout: Sequence[Sample] | None,
+    progress: bool,
+    folder: Path | None,
+    show: Sequence[str],
+) -> RProbeResult:
+    began = time.perf_counter()
+    progress = progress and parallel.rank() == 0
+    anatomy = find(model)
+    quarter(len(anatomy.layers))  # refuse before the long part
+    check_memory(anatomy, settings)
+    transform = make_transform(anatomy, image_processor, settings.image_mode)
+    train_samples, heldout_samples = _data(settings, samples, heldout, transform.height)
+    early = _unread(samples, heldout)  # notes that are said before the long part
+    shared: list[str] = []
+    if samples is not None:
+        shared, documents = trained_on(train_samples, heldout_samples)
+        if shared:
+            early.append(f"{len(shared)} of {documents} held-out documents are trained on, such as {shared[0]}")
+    _warn(early)
+    with torch.inference_mode(False):
+
+        def freeze(chosen: Sequence[Sample], label: str) -> FrozenData:
+            return freeze_samples(anatomy, transform, tokenizer, chosen, settings, progress, label)
+
+        train, held = freeze(train_samples, "training samples"), freeze(heldout_samples, "held-out samples")
+        check_shown(held, show)  # before training
+        for data, what, more in ((train, "training", "train on more"), (held, "held-out", "hold out more")):
+            if int(data.counts.sum()) == 1:
+                raise InputError(f"R-Probe's {what} samples: there is one target token: {more}")
+            if not data.target_variance:
+                raise InputError(
+                    f"R-Probe's {what} samples all show the same patch of one colour each: there is nothing to rebuild"
+                )
+        encoded = time.perf_counter()
+        constant = train.target_mean
+        decoder = ProbeDecoder(anatomy, train.grid, settings.rope, settings.seed)
+        choose(decoder, settings)
+        lr = settings.learning_rate(int(anatomy.text_config.hidden_size))
+        key = make_key(decoder, train.key, train.text.table, settings, lr)
+        _check_same(key)
+        decoder.start_at(constant)
+        losses = _trained(decoder, train, settings, lr, progress, None if folder is None else Work(folder, key))
+        trained = time.perf_counter()
+        found = evaluate(decoder, held, constant, transform, settings, show)
+        maps: list[ErrorMap] = []
+        without: list[str] = []
+        if parallel.rank() == 0:
+            maps, without = error_maps(decoder, anatomy, transform, tokenizer, held, found.documents, settings)
+        notes = [*found.notes, *parallel.exchange(without)[0]]
+    train_variance = train.target_variance
+    running = running_mean(losses, start=train_variance)
+    # The steps to it are counted on a training curve that starts at the training targets' variance.
+    vacuous = settings.threshold >= min(found.constant_mse, train_variance)
+    if len(losses) < settings.steps:
+        notes.append(
+            f"RProbe.minutes = {settings.minutes:g} ended training after step {len(losses)} of {settings.steps}, "
+            "before the learning rate had fallen: its figures do not compare with those of finished runs"
+        )
+    if vacuous:
+        notes.append(
+            f"RProbe.threshold = {settings.threshold:g} is not under the MSE of a constant patch "
+            f"({found.constant_mse:.4f} on held-out, {train_variance:.4f} on training samples): steps to the threshold "
+            "say nothing; read FVU instead"
+        )
+    if found.mse >= found.constant_mse:
+        notes.append(
+            f"R-Probe learned nothing: its held-out MSE {found.mse:.4f} is not under that of a constant patch "
+            f"({found.constant_mse:.4f}): train longer or on more samples, or see with `llava-patch rprobe preview "
+            "--model` whether text is large enough for this tower"
+        )
+    documents = len({sample["document"] for sample in found.documents})
+    if 2 <= documents < FEW_DOCUMENTS:
+        notes.append(
+            f"R-Probe's 95 % intervals are drawn over {documents} held-out documents only: with so few they are too "
+            "narrow"
+        )
+    train_fvu = running[-1] / train_variance
+    # A run too short to learn anything is above that too, but for another reason.
+    if train_fvu < LEARNED and found.mse / found.variance > train_fvu + OVERFIT:
+        notes.append(
+            f"R-Probe fits its training samples (FVU {train_fvu:.2f}) much better than the held-out ones "
+            f"({found.mse / found.variance:.2f}): {len(train)} samples are few for {settings.steps} steps, and the "
+            "steps to a threshold, which are counted on training samples, say little"
+        )
+    _warn(notes)
+    return RProbeResult(
+        mse=found.mse,
+        fvu=found.mse / found.variance,
+        psnr=found.psnr,
+        constant_mse=found.constant_mse,
+        constant_fvu=found.constant_mse / found.variance,
+        target_variance=found.variance,
+        mse_interval=found.mse_interval,
+        fvu_interval=found.fvu_interval,
+        inside=found.inside,
+        outside=found.outside,
+        steps_to_threshold=first_under(running, settings.threshold),
+        threshold=settings.threshold,
+        threshold_is_vacuous=vacuous,
+        steps_to_half_fvu=first_under(running, 0.5 * train_variance),
+        documents=found.documents,
+        losses=losses,
+        running=running,
+        settings=dataclasses.asdict(settings),
+        facts={
+            "host": anatomy.host,
+            "decoder_layers": len(decoder.layers),
+            "learning_rate": lr,
+            "probe_parameters": sum(p.numel() for p in decoder.parameters()),
+            "trained_parameters": sum(p.numel() for p in trained_parameters(decoder).values()),
+            "comparable": settings.trained == "all",
+            "steps_done": len(losses),
+            "cut": len(losses) < settings.steps,
+            "processes": parallel.world(),
+            "key": key,
+            "image_tokens": train.grid.tokens,
+            "pixels_per_token": train.grid.pixels,
+            "train_samples": len(train),
+            "heldout_samples": len(held),
+            "heldout_documents_trained_on": len(shared),
+            "skipped_by_reader": sum(len(getattr(data, "skipped", ())) for data in (samples, heldout)),
+            "unread": sum(getattr(data, "unread", 0) for data in (samples, heldout)),
+            "skipped_train": len(train.skipped),
+            "skipped_heldout": len(held.skipped),
+            "texts_cut": train.texts_cut + held.texts_cut,
+            "train_fvu": train_fvu,
+            "heldout_target_tokens": int(held.counts.sum()),
+            "data": "pages" if samples is None else "own",
+            "encode_seconds": encoded - began,
+            "train_seconds": trained - encoded,
+        },
+        warnings=[*early, *train.notes, *held.notes, *notes],
+        examples=found.examples,
+        maps=maps,
+    )
+
+
+def _warn(notes: Sequence[str]) -> None:
+    """Warn the user on the first process."""
+    if parallel.rank() == 0:
+        for note in notes:
+            warnings.warn(note, stacklevel=4)
+
+
+def _unread(*data: Sequence[Sample] | None) -> list[str]:
+    """A sentence if the reader of one's own data left things out (`Samples.skipped`)."""
+    skipped = [message for part in data for message in getattr(part, "skipped", ())]
+    if not skipped:
+        return []
+    return [f"reading the data, {len(skipped)} things could not be used and were skipped; the first: {skipped[0]}"]
+
+
+def _check_same(key: dict[str, Any]) -> None:
+    """Refuse processes that measure different things."""
+    keys = parallel.exchange(key)
+    for number, other in enumerate(keys):
+        found = difference(other, keys[0])
+        if found:
+            raise LlavaPatchError(f"R-Probe: process {number} and process 0 do not run the same: {found}")
+
+
+def _trained(
+    decoder: ProbeDecoder, data: FrozenData, settings: RProbe, lr: float, progress: bool, work: Work | None
+) -> list[float]:
+    """Train the decoder, or fill it with the weights that the same run left behind; the losses."""
+    found: Progress | None = None
+    if work is not None and parallel.rank() == 0:
+        found = work.load_finished(decoder)
+    found = parallel.exchange(found)[0]
+    if found is None:
+        return train_probe(decoder, data, settings, lr, progress, work)
+    with torch.no_grad():
+        parallel.from_rank_0(trained_parameters(decoder).values())
+    if progress and work is not None:
+        print(f"R-Probe: training is finished, its decoder is {work.decoder}", file=sys.stderr)
+    return found.losses
+
+
+def _data(
+    settings: RProbe, samples: Sequence[Sample] | None, heldout: Sequence[Sample] | None, side: int
+) -> tuple[Sequence[Sample], Sequence[Sample]]:
+    if samples is None:
+        if heldout is not None:
+            raise LlavaPatchError("run_rprobe: heldout was given without samples to train on")
+        return (
+            Pages(settings.train_pages, side, settings.seed, "train"),
+            Pages(settings.heldout_pages, side, settings.seed, "heldout"),
+        )
+    if heldout is not None:
+        return samples, heldout
+    return split_samples(samples, settings.heldout_share, settings.seed)
+
+
+def running_mean(losses: Sequence[float], start: float) -> list[float]:
+    """Exponential running mean of the losses.
+
+    Args:
+        losses: of each step.
+        start: where it starts: the MSE of the constant patch, so that one lucky first batch counts for little.
+    """
+    running, mean = [], start
+    for loss in losses:
+        mean = RUNNING * mean + (1 - RUNNING) * loss
+        running.append(mean)
+    return running
+
+
+def first_under(values: Sequence[float], limit: float) -> int | None:
+    """First step (from 1) whose value is under the limit; None when there is none."""
+    return next((step for step, value in enumerate(values, start=1) if value < limit), None)

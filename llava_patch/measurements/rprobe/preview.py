@@ -1,0 +1,286 @@
+"""Pictures and counts by which one sees whether boxes are right, before and after the image transform."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from llava_patch.core.errors import InputError, SettingError
+from llava_patch.core.extras import optional
+from llava_patch.core.files import atomic
+from llava_patch.probe.images import image_size
+from llava_patch.probe.sample import Box, Sample
+from llava_patch.probe.sequence import TokenGrid, target_mask
+from llava_patch.probe.transform import Transform
+
+RED, BLUE = "#d62728", "#1f77b4"
+LONGEST = 1400  # pixels of an original that is drawn: more is not seen
+# Inches: of the figure, between pictures, of titles, and of a row's pictures.
+WIDTH, EDGE, GAP, OVER, CAPTION = 7.6, 0.08, 0.12, 0.5, 0.5
+HIGHEST, LOWEST, NARROWEST = 2.6, 0.8, 1.5
+LETTER = 0.062  # inches of a title's letter, on average
+DPI, LARGEST = 180, 60000  # dots an inch, and dots of the longest side that a PNG is drawn with
+TALL = 2.6  # a page of more heights to its width is shown around the region only
+
+
+def clip_like(side: int, patch: int, mode: str) -> Transform:
+    """The transform of a CLIP tower of that size, for a preview without a model.
+
+    Args:
+        side: of the tower's input, pixels.
+        patch: side of a patch (of a token, where patches are merged), pixels.
+        mode: one of `IMAGE_MODES` but "anyres".
+
+    Raises:
+        SettingError: patches that do not tile the side, or a mode that needs a model.
+    """
+    from transformers import CLIPImageProcessor
+
+    if patch < 1 or side < patch or side % patch:
+        raise SettingError(f"--size {side} --patch {patch}: expected a size that is a multiple of the patch")
+    if mode == "anyres":
+        raise SettingError("--image-mode anyres: the tiles are the model's own: add --model CHECKPOINT")
+    processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    return Transform(processor, mode, side, side, patch)
+
+
+def choose(samples: Sequence[Sample], count: int, names: Sequence[str] = ()) -> list[Sample]:
+    """Samples to show: those named by id or number (from 0), else `count` spread evenly over all.
+
+    Raises:
+        InputError: a name that none of them has.
+    """
+    if not names:
+        count = min(count, len(samples))
+        return [samples[(2 * i + 1) * len(samples) // (2 * count)] for i in range(count)]
+    places = {sample.id: i for i, sample in enumerate(samples)}
+    chosen = []
+    for name in names:
+        ends = [i for known, i in places.items() if known.endswith(f"/{name}")]
+        if name in places:
+            chosen.append(samples[places[name]])
+        elif name.isdecimal() and int(name) < len(samples):
+            chosen.append(samples[int(name)])
+        elif len(ends) == 1:  # 003.csv:12 of /long/way/003.csv:12
+            chosen.append(samples[ends[0]])
+        else:
+            raise InputError(f"no sample {name!r}: there are 0 to {len(samples) - 1}, such as {samples[0].id}")
+    return chosen
+
+
+def counts(samples: Sequence[Sample], transform: Transform) -> list[tuple[str, str]]:
+    """What there is, as (name, value): documents, regions, text lengths, heights in tokens.
+
+    Args:
+        samples: all of them; of their images only the headers are read, once each.
+        transform: of the model that the heights are for.
+    """
+    sizes: dict[Any, tuple[int, int]] = {}
+    heights, small, cut = [], 0, 0
+    for sample in samples:
+        key = sample.image if isinstance(sample.image, (str, Path)) else id(sample.image)
+        if key not in sizes:
+            sizes[key] = image_size(sample.image, sample.id)
+        try:
+            moved = [transform.box(box, sizes[key], sample.id) for box in sample.boxes]
+        except InputError:  # the reader checked the boxes: this one is cut away
+            cut += 1
+            continue
+        heights += [(y1 - y0) / transform.cell for _, y0, _, y1 in moved]
+        small += sum(max(x1 - x0, y1 - y0) < transform.cell for x0, y0, x1, y1 in moved)
+    lengths = [len(sample.text) for sample in samples]
+    lines = [
+        ("documents", f"{len({sample.document or sample.id for sample in samples}):,}"),
+        ("samples", f"{len(samples):,}"),
+        ("text length, characters", _range(lengths, "d")),
+        ("region height, tokens", _range(heights, ".2f") if heights else "none left"),
+        ("lower than a token", _share(sum(height < 1 for height in heights), len(heights))),
+        ("smaller than a token in both", _share(small, len(heights))),
+    ]
+    if cut:
+        lines.append((f"cut away by {transform.mode}", _share(cut, len(samples))))
+    return lines
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    middle = median(values)
+    middle = int(middle) if form == "d" else middle
+    return f"median {middle:{form}}, {min(values):{form}} to {max(values):{form}}"
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part:,} of {whole:,} ({part / max(whole, 1):.0%})"
+
+
+def save_preview(samples: Sequence[Sample], transform: Transform, path: str | Path, title: str) -> Path:
+    """Draw a row a sample, as PNG: the original with its boxes, what the tower sees, and the region enlarged.
+
+    Args:
+        samples: at least one.
+        transform: to what the tower sees.
+        path: ends in .png; the file appears complete or not at all.
+        title: over the figure.
+
+    Raises:
+        InputError: an image that cannot be read, or no sample.
+    """
+    # matplotlib is imported late, and no global backend is touched.
+    Figure = optional("matplotlib.figure").Figure
+
+    if not samples:
+        raise InputError("preview: there is no sample to show")
+    images = [sample.open_image() for sample in samples]
+    planes = [transform.plane(image) for image in images]
+    cuts = [_around(sample, image) for sample, image in zip(samples, images, strict=True)]
+    rows = [
+        _fit((_ratio(image), plane.shape[-1] / plane.shape[-2], (cut[2] - cut[0]) / (cut[3] - cut[1])))
+        for image, plane, cut in zip(images, planes, cuts, strict=True)
+    ]
+    height = OVER + sum(CAPTION + row for row, _ in rows)
+    figure = Figure(figsize=(WIDTH, height))
+    figure.text(
+        EDGE / WIDTH, 1 - 0.06 / height, _ending(title, 100), fontsize=9, va="top", weight="bold", parse_math=False
+    )
+    legend = "red: the region;  blue: other text boxes;  shaded: tokens that are the target"
+    figure.text(EDGE / WIDTH, 1 - 0.26 / height, legend, fontsize=8, va="top", color="0.35")
+    top = height - OVER
+    for sample, image, plane, cut, (row, widths) in zip(samples, images, planes, cuts, rows, strict=True):
+        axes, left = [], EDGE
+        for width in widths:
+            axes.append(
+                figure.add_axes((left / WIDTH, (top - CAPTION - row + EDGE) / height, width / WIDTH, row / height))
+            )
+            left += width + GAP
+        letters = [int(width / LETTER) for width in widths]
+        for one in axes:
+            one.set_anchor("NW")
+            one.set_xticks([])
+            one.set_yticks([])
+            for spine in one.spines.values():
+                spine.set(color="0.6", linewidth=0.5)
+        _draw_original(axes[0], sample, image, letters[0])
+        _draw_plane(axes[1], sample, image, plane, transform, letters[1])
+        _draw_region(axes[2], sample, image, cut, letters[2])
+        top -= CAPTION + row
+    path = Path(path)
+    with atomic(path) as part:
+        figure.savefig(part, format="png", dpi=min(DPI, LARGEST / height))
+    return path
+
+
+def _ratio(image: Image.Image) -> float:
+    """Width to height of an original as it is shown."""
+    return image.width / min(image.height, TALL * image.width)
+
+
+def _fit(ratios: Sequence[float]) -> tuple[float, list[float]]:
+    """(height, widths) in inches of a row's pictures: as high as the width allows, so that little of it stays white."""
+    space = WIDTH - 2 * EDGE - GAP * (len(ratios) - 1)
+    # A long line of text would take all of the width; a narrow page needs some for its title.
+    ratios = [min(ratio, 2.2) for ratio in ratios]
+    height = HIGHEST
+    while sum(max(NARROWEST, height * ratio) for ratio in ratios) > space and height > LOWEST:
+        height -= 0.02
+    widths = [max(NARROWEST, height * ratio) for ratio in ratios]
+    widths[-1] = max(widths[-1], space - sum(widths[:-1]))  # for the text, which stands over it
+    return height, widths
+
+
+def _around(sample: Sample, image: Image.Image) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of a sample's region with a margin, pixels."""
+    x0, y0 = min(box[0] for box in sample.boxes), min(box[1] for box in sample.boxes)
+    x1, y1 = max(box[2] for box in sample.boxes), max(box[3] for box in sample.boxes)
+    margin = 0.35 * max(y1 - y0, 8) / max(len(sample.boxes) ** 0.5, 1)
+    left, top = max(int(x0 - margin), 0), max(int(y0 - margin), 0)
+    return left, top, min(int(x1 + margin) + 1, image.width), min(int(y1 + margin) + 1, image.height)
+
+
+def _caption(axes: Any, lines: Sequence[str], letters: int, **style: Any) -> None:
+    """Lines over a picture, from its left edge, at most as long as it is wide; three of them."""
+    parts = [part for line in lines for part in textwrap.wrap(line, letters) or [""]]
+    parts = parts if len(parts) <= 3 else [*parts[:2], "…"]
+    axes.set_title("\n".join(parts), loc="left", fontsize=7, pad=3, parse_math=False, **style)
+
+
+def _outline(axes: Any, boxes: Sequence[Box], color: str, width: float) -> None:
+    PolyCollection = optional("matplotlib.collections").PolyCollection
+
+    corners = [[(x0, y0), (x1, y0), (x1, y1), (x0, y1)] for x0, y0, x1, y1 in boxes]
+    axes.add_collection(PolyCollection(corners, facecolors="none", edgecolors=color, linewidths=width), autolim=False)
+
+
+def _show(axes: Any, picture: Any, size: tuple[int, int], origin: tuple[float, float] = (0, 0)) -> None:
+    """Draw so that coordinates are pixels, (0, 0) the upper left corner of the upper left pixel."""
+    (left, top), (width, height) = origin, size
+    axes.imshow(picture, extent=(left, left + width, top + height, top), interpolation="antialiased")
+    axes.set_xlim(left, left + width)
+    axes.set_ylim(top + height, top)
+
+
+def _draw_original(axes: Any, sample: Sample, image: Image.Image, letters: int) -> None:
+    shown = image
+    if max(image.size) > LONGEST and image.height <= TALL * image.width:
+        shown = image.copy()
+        shown.thumbnail((LONGEST, LONGEST))
+    _show(axes, shown, image.size)
+    _outline(axes, [box for box in sample.all_boxes if box not in sample.boxes], BLUE, 0.5)
+    _outline(axes, sample.boxes, RED, 1.4)
+    note = ""
+    tallest = round(TALL * image.width)
+    if image.height > tallest:  # the whole of it would be a thread
+        middle = (min(box[1] for box in sample.boxes) + max(box[3] for box in sample.boxes)) / 2
+        top = round(min(max(middle - tallest / 2, 0), image.height - tallest))
+        axes.set_ylim(top + tallest, top)
+        note = f", rows {top} to {top + tallest}"
+    name = "/".join(sample.id.split("/")[-2:])
+    name = _ending(name, 2 * letters)
+    _caption(
+        axes, [*filter(None, (name[:letters], name[letters:])), f"{image.width} x {image.height} px{note}"], letters
+    )
+
+
+def _draw_plane(
+    axes: Any, sample: Sample, image: Image.Image, plane: torch.Tensor, transform: Transform, letters: int
+) -> None:
+    mean, std = transform.statistics()
+    pixels = (plane * std[:, None, None] + mean[:, None, None]).clamp(0, 1)
+    height, width = pixels.shape[1:]
+    _show(axes, (pixels.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8), (width, height))
+    grid = TokenGrid(height // transform.cell, width // transform.cell, transform.cell)
+    for at in range(0, width + 1, grid.cell):
+        axes.axvline(at, color="0.5", linewidth=0.25)
+    for at in range(0, height + 1, grid.cell):
+        axes.axhline(at, color="0.5", linewidth=0.25)
+    try:
+        moved = [transform.box(box, image.size, sample.id) for box in sample.boxes]
+    except InputError:
+        _caption(axes, [f"{transform.mode} {width} x {height}:", "the region is cut away"], letters, color=RED)
+        return
+    target = target_mask(torch.tensor(moved, dtype=torch.float32), grid).any(0).reshape(grid.rows, grid.columns)
+    shade = np.zeros((grid.rows, grid.columns, 4), np.float32)
+    shade[target.numpy()] = (1.0, 0.75, 0.0, 0.45)
+    axes.imshow(shade, extent=(0, width, height, 0), interpolation="nearest")
+    _outline(axes, moved, RED, 1.0)
+    size = [f"{transform.mode} {width} x {height},", f"tokens of {grid.cell} px:"]
+    _caption(axes, [*size, f"{int(target.sum())} of {grid.tokens} are the target"], letters)
+
+
+def _draw_region(axes: Any, sample: Sample, image: Image.Image, cut: tuple[int, int, int, int], letters: int) -> None:
+    left, top, right, bottom = cut
+    _show(axes, image.crop(cut), (right - left, bottom - top), (left, top))
+    _outline(axes, sample.boxes, RED, 1.0)
+    lines = [part for line in sample.text.split("\n") for part in textwrap.wrap(line, letters) or [""]]
+    shown = [*lines[:2], f"… {len(sample.text)} characters"] if len(lines) > 3 else lines
+    _caption(axes, shown, letters, family=["DejaVu Sans"])
+
+
+def _ending(name: str, length: int) -> str:
+    """The end of a name that is too long: folders say little."""
+    return name if len(name) <= length else f"…{name[1 - length :]}"

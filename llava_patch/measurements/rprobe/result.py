@@ -1,0 +1,220 @@
+"""What one R-Probe run found, and how it is written down."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llava_patch.core.errors import InputError
+from llava_patch.core.files import atomic
+from llava_patch.probe.sample import Box
+
+if TYPE_CHECKING:
+    from llava_patch.measurements.rprobe.error_map import ErrorMap
+
+FORMAT = "llava_patch R-Probe result"
+VERSION = 2
+PICTURES = ("examples", "maps")  # kept in memory for figures, not written
+
+
+@dataclass(frozen=True)
+class Part:
+    """Error of those pixels under target tokens that lie inside text boxes, or of those that lie outside.
+
+    Attributes:
+        mse: mean squared error of these pixels, normalised.
+        variance: their own variance: population variance of each channel's values, mean over channels.
+        fvu: mse / variance; None where they do not vary. Text and what is beside it differ in brightness more than
+            within themselves, so both may lie above the FVU of all pixels.
+        share: of all pixels under target tokens, 0..1.
+    """
+
+    mse: float
+    variance: float
+    fvu: float | None
+    share: float
+
+
+@dataclass(frozen=True, eq=False)
+class Reconstruction:
+    """One held-out region as it is and as the probe rebuilt it, on the processed image.
+
+    Attributes:
+        id: of the sample.
+        text: transcript of the region.
+        boxes: the region, each (x0, y0, x1, y1) in pixels of the processed image.
+        original: uint8 [height, width, 3].
+        rebuilt: uint8 [height, width, 3], the original with the pixels under target tokens replaced.
+        target: bool [height, width], the pixels under target tokens.
+        mse: per-token MSE of the sample, in normalised pixels.
+        psnr: of the sample, dB.
+        stretch: how much taller than wide a processed pixel is on the original image: figures undo it.
+    """
+
+    id: str
+    text: str
+    boxes: tuple[Box, ...]
+    original: np.ndarray
+    rebuilt: np.ndarray
+    target: np.ndarray
+    mse: float
+    psnr: float = float("nan")
+    stretch: float = 1.0
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class RProbeResult:
+    """Held-out error of one probe, beside the baselines that give it a meaning.
+
+    Errors are in the image processor's normalised pixels, mean inside a token, then over all held-out target tokens.
+
+    Attributes:
+        mse: final per-token MSE.
+        fvu: MSE divided by the variance of the held-out targets (fraction of variance unexplained).
+        psnr: peak signal-to-noise ratio in dB on de-normalised, clipped pixels, mean over held-out samples.
+        constant_mse: MSE of the best constant patch (the mean training target): a probe above it learned nothing.
+        constant_fvu: the same divided by the variance.
+        target_variance: variance of the held-out targets about their mean patch.
+        mse_interval: bootstrap 95 % interval of the MSE over documents; None: fewer than 2 documents.
+        fvu_interval: of the FVU, error and variance drawn together.
+        inside: error of the target pixels that lie in a text box of their image; None: all boxes are under a pixel.
+        outside: error of the others (a token reaches beyond its text); None: there are none.
+        steps_to_threshold: first step at which the running training MSE was under `threshold`; None: never.
+        threshold: `RProbe.threshold`.
+        threshold_is_vacuous: a constant patch is already under it, on held-out or on training samples, so those steps
+            say nothing.
+        steps_to_half_fvu: first step at which the running training MSE was under half the training targets' variance.
+        documents: for every held-out sample its id, document, text, target tokens, mse, psnr, variance (mean squared
+            deviation from the held-out mean patch), inside_mse, inside_pixels, outside_mse and outside_pixels.
+        losses: training MSE of each step.
+        running: its running mean, which starts at the constant patch's MSE.
+        settings: the settings of the run.
+        facts: what else one needs to compare two runs (decoder layers, learning rate, sample counts, host, ...).
+        warnings: what the user was warned of.
+        examples: reconstructions for figures; not part of the JSON.
+        maps: whole pages rebuilt piece by piece; not part of the JSON.
+    """
+
+    mse: float
+    fvu: float
+    psnr: float
+    constant_mse: float
+    constant_fvu: float
+    target_variance: float
+    mse_interval: tuple[float, float] | None
+    fvu_interval: tuple[float, float] | None
+    inside: Part | None
+    outside: Part | None
+    steps_to_threshold: int | None
+    threshold: float
+    threshold_is_vacuous: bool
+    steps_to_half_fvu: int | None
+    documents: list[dict[str, Any]]
+    losses: list[float]
+    running: list[float]
+    settings: dict[str, Any]
+    facts: dict[str, Any]
+    warnings: list[str]
+    examples: list[Reconstruction] = field(default_factory=list)
+    maps: list[ErrorMap] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return self.summary()
+
+    def to_json(self) -> dict[str, Any]:
+        """All numbers as plain JSON values, with the name and version of the format."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in PICTURES}
+        for name in ("mse_interval", "fvu_interval"):
+            values[name] = None if values[name] is None else list(values[name])
+        for name in ("inside", "outside"):
+            values[name] = None if values[name] is None else dataclasses.asdict(values[name])
+        return {"format": FORMAT, "version": VERSION, **values}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], name: str = "this result") -> RProbeResult:
+        """The result that `to_json` wrote; it has no pictures.
+
+        Args:
+            values: the JSON object.
+            name: what to call it in an error.
+
+        Raises:
+            InputError: not an R-Probe result, one of another version, or one with fields missing or unknown.
+        """
+        if not isinstance(values, dict) or values.get("format") != FORMAT:
+            old = isinstance(values, dict) and {"mse", "fvu", "constant_mse", "documents", "losses"} <= values.keys()
+            why = f"an R-Probe result of version 1, this reads {VERSION}" if old else "not an R-Probe result"
+            raise InputError(f"{name}: {why}" + (": measure the checkpoint again" if old else ""))
+        if values.get("version") != VERSION:
+            raise InputError(
+                f"{name}: an R-Probe result of version {values.get('version')}, this reads {VERSION}: measure again, "
+                "or use the llava_patch that wrote it"
+            )
+        given = {key: value for key, value in values.items() if key not in ("format", "version")}
+        names = {f.name for f in dataclasses.fields(cls)} - set(PICTURES)
+        if given.keys() != names:
+            wrong = [f"{key} is missing" for key in sorted(names - given.keys())]
+            wrong += [f"{key} is unknown" for key in sorted(given.keys() - names)]
+            raise InputError(f"{name}: not a whole R-Probe result: {', '.join(wrong)}")
+        for key in ("mse_interval", "fvu_interval"):
+            given[key] = None if given[key] is None else tuple(given[key])
+        for key in ("inside", "outside"):
+            given[key] = None if given[key] is None else Part(**given[key])
+        return cls(**given)
+
+    def caveat(self) -> str:
+        """Why its figures do not compare with the paper's or with those of full probes; "" when they do."""
+        found = []
+        if not self.facts.get("comparable", True):
+            found.append(f"only {self.settings['trained']} was trained")
+        if self.facts.get("cut"):
+            found.append(f"cut at step {len(self.losses)} of {self.settings['steps']}")
+        return f"not comparable: {', '.join(found)}" if found else ""
+
+    def parts(self) -> str:
+        """MSE of the pixels inside text and beside it, " (in text 0.820, beside it 0.129)"; "" where there are none."""
+        named = (("in text", self.inside), ("beside it", self.outside))
+        found = [f"{name} {part.mse:.3f}" for name, part in named if part is not None]
+        return f" ({', '.join(found)})" if found else ""
+
+    def summary(self) -> str:
+        """The result in one line."""
+        caveat = f" ({self.caveat()})" if self.caveat() else ""
+        vacuous = " (vacuous: a constant is under it)" if self.threshold_is_vacuous else ""
+        spread = "" if self.mse_interval is None else " [{:.4f}, {:.4f}]".format(*self.mse_interval)
+        documents = len({sample["document"] for sample in self.documents})
+        return (
+            f"R-Probe{caveat}: held-out MSE {self.mse:.4f}{spread}{self.parts()}, FVU {self.fvu:.3f} "
+            f"(constant {self.constant_mse:.4f}, {self.constant_fvu:.3f}), PSNR {self.psnr:.1f} dB, "
+            f"{len(self.documents)} samples of {documents} document{'s' * (documents != 1)}, "
+            f"steps to MSE < {self.threshold:g}: {self.steps_to_threshold}{vacuous}, "
+            f"to FVU < 0.5: {self.steps_to_half_fvu}"
+        )
+
+
+def write_json(result: RProbeResult, path: str | Path) -> Path:
+    """Write a result as JSON; the file appears complete or not at all."""
+    text = json.dumps(result.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    path = Path(path)
+    with atomic(path) as part:
+        part.write_text(text, encoding="utf-8")
+    return path
+
+
+def read_result(path: str | Path) -> RProbeResult:
+    """Read what `write_json` wrote.
+
+    Raises:
+        InputError: the file is missing, no JSON, of another kind or of another version.
+    """
+    path = Path(path)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as an R-Probe result: {error}") from error
+    return RProbeResult.from_json(values, str(path))

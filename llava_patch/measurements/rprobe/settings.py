@@ -1,0 +1,142 @@
+"""Settings of R-Probe; like the package's other settings this file imports no torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from llava_patch.core.errors import SettingError
+
+ROPE_FORMS = ("attention", "embedding")
+IMAGE_MODES = ("resize", "crop", "pad", "anyres")
+TRAINED = ("all", "lora", "head")
+BROKEN = ("stop", "skip")
+
+
+@dataclass(frozen=True)
+class RProbe:
+    """R-Probe: a small decoder rebuilds pixels from projected visual tokens; its error says what they keep.
+
+    Source: "Detached Skip-Links and R-Probe", section 5 and appendix D. From the paper: decoder of the first quarter
+    of the LLM's layers, `rope` (see below), `threshold`, `image_mode` (images are resized), the two ablations. The
+    paper gives no optimiser, data size, batch size or number of steps (its curves need about 2,000 steps to reach the
+    threshold on 8B models): those defaults are this project's choice and are meant for small models.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: samples a step.
+        lr: peak learning rate of AdamW; None: 3e-3 up to hidden size 128, falling as 1/hidden above (9.4e-5 at 4096).
+        weight_decay: of AdamW.
+        warmup: share of the steps over which the learning rate rises, before its cosine fall to zero.
+        clip: largest gradient norm.
+        train_pages: rendered pages to train on, when no samples are given.
+        heldout_pages: rendered pages that are only measured, when no samples are given.
+        heldout_share: share of the documents held out, when samples are given.
+        seed: of pages, split, head and order of samples.
+        rope: "attention" rotates queries and keys by (row, column); "embedding" reads the paper's sentence as a
+            rotation of the visual tokens themselves, before they are reordered, under the model's own 1-D rotary.
+        image_mode: how an image becomes square: "resize" (stretched, whole image kept), "crop" (the image processor's
+            own shortest edge and centre crop) or "pad" (padded with the mean colour first). "anyres" is the tiling of
+            models that cut images into tiles; the default shows those models one square as well, their overview tile.
+        threshold: per-token MSE under which the paper calls a reconstruction visually coherent; 0.75.
+        masked: the box is blacked out in the original image; the loss is still against the unmasked pixels.
+        text: False replaces every text token by the unknown token.
+        max_text_tokens: longer texts are cut to this many tokens.
+        examples: held-out reconstructions that are kept for figures.
+        maps: held-out pages that are rebuilt whole, for error maps.
+        boxes_per_sample: text regions of one image that make one sample; their tokens are targets together.
+        broken: what becomes of a sample that cannot be used (its image is missing or broken, its box empty or outside):
+            "stop" with an error, or "skip" and count it.
+        trained: "all" layers of the decoder; "lora": low-rank updates of its linear layers and the pixel head;
+            "head": the pixel head alone. Figures of the last two are not comparable with the paper's or the first's.
+        lora_rank: rank of those updates.
+        store: keep frozen tokens on disk ($LLAVA_PATCH_CACHE), where the next run of model and data finds them.
+        store_gb: size in GB that the stores on disk together do not exceed; the longest unused are deleted first.
+        save_every: steps between two states from which an interrupted run goes on.
+        minutes: training ends at the first step after so many minutes (earlier starts of the run count too) and the
+            result says so; None: after `steps`.
+        resamples: bootstrap resamples behind a 95 % interval.
+    """
+
+    KIND: ClassVar[str] = "probe"
+
+    steps: int = 400
+    batch_size: int = 32
+    lr: float | None = None
+    weight_decay: float = 0.01
+    warmup: float = 0.05
+    clip: float = 1.0
+    train_pages: int = 2000
+    heldout_pages: int = 256
+    heldout_share: float = 0.2
+    seed: int = 0
+    rope: str = "attention"
+    image_mode: str = "resize"
+    threshold: float = 0.75
+    masked: bool = False
+    text: bool = True
+    max_text_tokens: int = 64
+    examples: int = 6
+    maps: int = 2
+    boxes_per_sample: int = 1
+    broken: str = "stop"
+    trained: str = "all"
+    lora_rank: int = 16
+    store: bool = True
+    store_gb: float = 20.0
+    save_every: int = 200
+    minutes: float | None = None
+    resamples: int = 2000
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "batch_size",
+            "train_pages",
+            "heldout_pages",
+            "max_text_tokens",
+            "boxes_per_sample",
+            "lora_rank",
+            "save_every",
+            "resamples",
+        ):
+            self._integer(name, 1)
+        for name in ("seed", "examples", "maps"):
+            self._integer(name, 0)
+        for name in ("clip", "threshold", "store_gb"):
+            self._number(name, above=0.0)
+        for name in ("lr", "minutes"):
+            if getattr(self, name) is not None:
+                self._number(name, above=0.0)
+        self._number("weight_decay", low=0.0)
+        self._number("warmup", low=0.0, below=1.0)
+        self._number("heldout_share", above=0.0, below=1.0)
+        for name, choices in (
+            ("rope", ROPE_FORMS),
+            ("image_mode", IMAGE_MODES),
+            ("trained", TRAINED),
+            ("broken", BROKEN),
+        ):
+            if getattr(self, name) not in choices:
+                raise SettingError(f"RProbe.{name} = {getattr(self, name)!r}: expected one of {', '.join(choices)}")
+        for name in ("masked", "text", "store"):
+            if not isinstance(getattr(self, name), bool):
+                raise SettingError(f"RProbe.{name} = {getattr(self, name)!r}: expected True or False")
+
+    def learning_rate(self, hidden_size: int) -> float:
+        """Peak learning rate for a decoder of that width."""
+        return self.lr if self.lr is not None else 3e-3 * min(1.0, 128 / hidden_size)
+
+    def _integer(self, name: str, minimum: int) -> None:
+        value: Any = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise SettingError(f"RProbe.{name} = {value!r}: expected an integer >= {minimum}")
+
+    def _number(self, name: str, low: float = -math.inf, above: float = -math.inf, below: float = math.inf) -> None:
+        value: Any = getattr(self, name)
+        real = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not real or not (value >= low and above < value < below):
+            limits = [f">= {low}"] * (low > -math.inf) + [f"> {above}"] * (above > -math.inf)
+            limits += [f"< {below}"] * (below < math.inf)
+            raise SettingError(f"RProbe.{name} = {value!r}: expected a number {' and '.join(limits)}")

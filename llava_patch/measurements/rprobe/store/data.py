@@ -1,0 +1,225 @@
+"""What the probe trains on and is measured on: batches out of shards that lie in memory or on disk."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from llava_patch.measurements.rprobe.store.disk import Store
+from llava_patch.measurements.rprobe.store.shard import Shard
+from llava_patch.measurements.rprobe.store.text import Text
+from llava_patch.probe.sample import Sample
+from llava_patch.probe.sequence import ProbeSequence, TokenGrid, build_sequence
+
+CHUNK = 256  # samples whose pixels are in memory at once while means are taken
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Inputs and targets of one step, on the probe's device.
+
+    Attributes:
+        image_tokens: float32 [batch, image tokens, hidden], padded at the end.
+        text_tokens: float32 [batch, text width, hidden], padded at the end.
+        sequence: their order and positions.
+        pixels: float32 [targets, pixels], in the order in which the decoder answers.
+        counts: int64 [batch], targets of each sample.
+        injections: float32 [batch, layers, image tokens, hidden], what DeepStack adds to the image tokens in the
+            probe's layers; None without it.
+    """
+
+    image_tokens: Tensor
+    text_tokens: Tensor
+    sequence: ProbeSequence
+    pixels: Tensor
+    counts: Tensor
+    injections: Tensor | None = None
+
+
+class Chosen(Sequence[Sample]):
+    """Some samples of a sequence, drawn when they are asked for."""
+
+    def __init__(self, samples: Sequence[Sample], numbers: Sequence[int]) -> None:
+        self._samples, self._numbers = samples, list(numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self._samples[number] for number in self._numbers[index]]
+        return self._samples[self._numbers[index]]
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenData:
+    """The frozen inputs of many samples, on CPU; image tokens and pixels may be mapped from disk.
+
+    Attributes:
+        samples: where they came from; pages are drawn anew when they are asked for.
+        labels: (id, document, text) of each sample.
+        shards: image tokens and target pixels.
+        places: (shard, row in it) of each sample.
+        text: text tokens of each sample.
+        skipped: a message for each sample that was left out.
+        texts_cut: samples whose text was cut to `max_text_tokens`.
+        notes: sentences on both, for the user.
+        key: digest of all that the batches depend on: model, data, settings.
+        store: the store on disk, which stays in use as long as this lives; None: in memory.
+    """
+
+    samples: Sequence[Sample]
+    labels: list[tuple[str, str, str]]
+    shards: list[Shard]
+    places: list[tuple[int, int]]
+    text: Text
+    skipped: list[str] = field(default_factory=list)
+    texts_cut: int = 0
+    notes: list[str] = field(default_factory=list)
+    key: str = ""
+    store: Store | None = None
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @functools.cached_property
+    def counts(self) -> Tensor:
+        """Targets of each sample, int64 [samples]."""
+        by_shard = [shard.tensors["target_counts"].tolist() for shard in self.shards]
+        return torch.tensor([by_shard[shard][row] for shard, row in self.places], dtype=torch.int64)
+
+    @property
+    def grid(self) -> TokenGrid:
+        """Grid of the first sample; with tiles (anyres) others may have more or fewer cells, of the same size."""
+        return self.grid_of(0)
+
+    def grid_of(self, index: int) -> TokenGrid:
+        """How cells tile the processed image of a sample."""
+        shard, row = self.places[index]
+        return self.shards[shard].grid(row)
+
+    def cells_of(self, index: int) -> Tensor:
+        """Cells (raster order) under the targets of a sample, int64 [targets], in the order of its pixels."""
+        shard, row = self.places[index]
+        return self.shards[shard].cells(row)[self.shards[shard].target(row).long()].long()
+
+    def seen_of(self, index: int) -> Tensor:
+        """Cells (raster order) of a sample's image that have a token, bool [cells]; a host may drop some."""
+        shard, row = self.places[index]
+        cells = self.shards[shard].cells(row).long()
+        seen = torch.zeros(self.grid_of(index).tokens, dtype=torch.bool)
+        seen[cells[cells >= 0]] = True
+        return seen
+
+    @functools.cached_property
+    def _moments(self) -> tuple[Tensor, float]:
+        """Mean and mean population variance of the targets: one pass in float64, joined as Chan et al. (1979) do."""
+        count, mean, squares = 0, torch.zeros(self.grid.pixels, dtype=torch.float64), 0.0
+        for part in torch.arange(len(self)).split(CHUNK):
+            pixels = self._pixels(part.tolist()).double()
+            here = pixels.mean(0)
+            apart = here - mean
+            whole = count + len(pixels)
+            squares += float((pixels - here).square().sum() + apart.square().sum() * (count * len(pixels) / whole))
+            mean += apart * (len(pixels) / whole)
+            count = whole
+        return mean, squares / (count * self.grid.pixels)
+
+    @property
+    def target_mean(self) -> Tensor:
+        """Mean target, float32 [pixels]."""
+        return self._moments[0].float()
+
+    @property
+    def target_variance(self) -> float:
+        """Population variance of each pixel over all targets, mean over pixels."""
+        return self._moments[1]
+
+    def _pixels(self, numbers: Sequence[int]) -> Tensor:
+        places = [self.places[i] for i in numbers]
+        return torch.cat([self.shards[shard].pixels(row) for shard, row in places])
+
+    def inside(self, index: Tensor) -> Tensor:
+        """Which pixels under the targets lie in a text box of their image (their centre does).
+
+        Args:
+            index: int64 [batch], on CPU.
+
+        Returns:
+            bool [targets, cell x cell], in the order of `Batch.pixels`.
+        """
+        return torch.cat([self._inside(i) for i in index.tolist()])
+
+    def _inside(self, index: int) -> Tensor:
+        shard, row = self.places[index]
+        grid, cells, boxes = self.grid_of(index), self.cells_of(index), self.shards[shard].boxes(row)
+        centre = torch.arange(grid.cell) + 0.5
+
+        def within(first: Tensor, low: int) -> Tensor:
+            """Bool [targets, cell, boxes] along one axis."""
+            at = (first[:, None] * grid.cell + centre)[..., None]
+            return (at >= boxes[:, low]) & (at < boxes[:, low + 2])
+
+        rows, columns = within(cells // grid.columns, 1), within(cells % grid.columns, 0)
+        return (rows[:, :, None] & columns[:, None]).any(-1).flatten(1)
+
+    def batch(self, index: Tensor, device: torch.device | str = "cpu") -> Batch:
+        """The samples of `index` (int64 [batch], on CPU).
+
+        Tokens become float32, which is exact for every dtype that a model runs in.
+        """
+        device = torch.device(device)
+        pin = device.type == "cuda"  # a copy from pinned memory does not hold up the host
+        places = [(self.shards[shard], row) for shard, row in (self.places[i] for i in index.tolist())]
+        targets = [shard.target(row).long() for shard, row in places]
+        tokens = _padded([shard.tokens(row) for shard, row in places], pin)
+        positions = _padded([shard.positions(row) for shard, row in places], False)
+        widths = torch.tensor([len(shard.cells(row)) for shard, row in places])
+        counts = torch.tensor([len(t) for t in targets])
+        target = torch.zeros(tokens.shape[:2], dtype=torch.bool)
+        target[torch.arange(len(places)).repeat_interleave(counts), torch.cat(targets)] = True
+        injections = None
+        if "injections" in places[0][0].tensors:
+            added = _padded([shard.injections(row) for shard, row in places], pin)
+            injections = added.to(device, non_blocking=pin).float().transpose(1, 2).contiguous()
+        pixels = [shard.pixels(row) for shard, row in places]
+        joined = torch.empty(int(counts.sum()), pixels[0].shape[1], pin_memory=pin, dtype=torch.float32)
+        torch.cat(pixels, out=joined)
+        text_counts = self.text.counts[index]
+        text_width = int(text_counts.max())
+        sequence = build_sequence(
+            target,
+            torch.arange(tokens.shape[1]) < widths[:, None],
+            positions,
+            text_counts,
+            torch.tensor([shard.text_start(row) for shard, row in places]),
+            text_width,
+        )
+        text_tokens = self.text.table[self.text.ids[index, :text_width]]
+        return Batch(
+            image_tokens=tokens.to(device, non_blocking=pin).float(),
+            text_tokens=text_tokens.to(device),
+            sequence=sequence.to(device),
+            pixels=joined.to(device, non_blocking=pin),
+            counts=counts.to(device),
+            injections=injections,
+        )
+
+
+def _padded(rows: Sequence[Tensor], pin: bool) -> Tensor:
+    """Tensors of unequal length [n, ...] as one [rows, longest n, ...] of their dtype, with zeros behind each."""
+    width = max(len(row) for row in rows)
+    padded = torch.empty(len(rows), width, *rows[0].shape[1:], dtype=rows[0].dtype, pin_memory=pin)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row
+        padded[i, len(row) :] = 0
+    return padded

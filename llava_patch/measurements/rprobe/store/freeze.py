@@ -1,0 +1,192 @@
+"""Run the vision tower once over all samples, and never again where a store on disk already holds its tokens."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from llava_patch.core import parallel
+from llava_patch.core.errors import InputError
+from llava_patch.core.progress import progress_bar
+from llava_patch.hosts.anatomy import Anatomy
+from llava_patch.measurements.rprobe.settings import RProbe
+from llava_patch.measurements.rprobe.store.data import Chosen, FrozenData
+from llava_patch.measurements.rprobe.store.disk import Store
+from llava_patch.measurements.rprobe.store.encode import encode
+from llava_patch.measurements.rprobe.store.key import Plan, digest, make_plan, store_key
+from llava_patch.measurements.rprobe.store.shard import Record, Shard
+from llava_patch.measurements.rprobe.store.text import embed, token_ids
+from llava_patch.probe.sample import Sample
+from llava_patch.probe.transform import Transform
+
+SHARD_IMAGES = 32
+"""Images a shard. They go through the tower together whoever encodes them, so every bit stays the same."""
+
+
+def freeze_samples(
+    anatomy: Anatomy,
+    transform: Transform,
+    tokenizer: Any,
+    samples: Sequence[Sample],
+    settings: RProbe,
+    progress: bool = False,
+    label: str = "samples",
+    warn: bool = True,
+) -> FrozenData:
+    """Run vision tower, fusion, projector and token embeddings once over all samples.
+
+    The model is left as it was found: no gradient, evaluation mode only for the time of the call. With
+    `settings.store` the tokens lie on disk; there another run, and other processes of this one, find them: under
+    `torch.distributed` every process calls this, takes shards that nobody else has taken, and returns when all are
+    there. The numbers are the same bit for bit with and without a store.
+
+    Args:
+        anatomy: the model under test.
+        transform: from `make_transform`.
+        tokenizer: called as `tokenizer(text, add_special_tokens=False)["input_ids"]`.
+        samples: at least one.
+        settings: `masked`, `text`, `max_text_tokens`, `broken`, `store` and `store_gb` are read.
+        progress: show a bar.
+        label: its name.
+        warn: warn of what `FrozenData.notes` says.
+
+    Raises:
+        InputError: no usable sample, or, with `broken="stop"`, one with a bad image, box or text (it is named).
+        HostError: the tokens of this model have no pixels each, or are not finite.
+        SettingError: the tokens do not fit into `store_gb`, or on the disk.
+        PeerError: another process of the run failed.
+    """
+    if not len(samples):
+        raise InputError(f"R-Probe got no {label}")
+    with parallel.guard(), torch.inference_mode(False), torch.no_grad():
+        data = _freeze(anatomy, transform, tokenizer, samples, settings, progress, label)
+    if warn and parallel.rank() == 0:
+        for note in data.notes:
+            warnings.warn(note, stacklevel=2)
+    return data
+
+
+def _freeze(
+    anatomy: Anatomy,
+    transform: Transform,
+    tokenizer: Any,
+    samples: Sequence[Sample],
+    settings: RProbe,
+    progress: bool,
+    label: str,
+) -> FrozenData:
+    plan = make_plan(samples, settings)
+    texts: dict[int, list[int]] = {}
+    messages: dict[int, str] = {}
+    cut: set[int] = set()
+
+    def read(records: Sequence[Record]) -> None:
+        for record in records:
+            try:
+                name = record.id if plan.records is None else samples[record.index].place
+                texts[record.index], whole = token_ids(record.text, name, tokenizer, settings)
+                if not whole:
+                    cut.add(record.index)
+            except InputError as error:
+                if settings.broken == "stop":
+                    raise
+                messages[record.index] = str(error)
+
+    read(plan.records or ())  # before the long part, where texts are known before images are drawn
+    with _as_measured(anatomy):
+        described = store_key(anatomy, transform, plan, settings)
+    images = [plan.images[i : i + SHARD_IMAGES] for i in range(0, len(plan.images), SHARD_IMAGES)]
+
+    def make(number: int) -> Shard:
+        with _as_measured(anatomy):
+            return encode(anatomy, transform, samples, images[number], settings)
+
+    store = None
+    bar = progress_bar(len(plan.images), f"encode {label}", progress)
+    with bar:
+        if settings.store:
+            about = _about(anatomy, plan, settings, len(samples))
+            store = Store(digest(described), len(images), about, settings.store_gb)
+            try:
+                shards = store.fill(make, lambda number: bar.update(len(images[number])))
+            except BaseException:
+                store.close()
+                raise
+        else:
+            shards = []
+            for number in range(len(images)):
+                shards.append(make(number))
+                bar.update(len(images[number]))
+    try:
+        messages |= {index: message for shard in shards for index, message in shard.skipped}
+        if messages and settings.broken == "stop":  # a store that was written with broken="skip"
+            raise InputError(messages[min(messages)])
+        stored = [(record, (s, row)) for s, shard in enumerate(shards) for row, record in enumerate(shard.records)]
+        places = {record.index: place for record, place in stored}
+        records = {record.index: record for record in plan.records or [record for record, _ in stored]}
+        if plan.records is None:
+            read([record for record, _ in stored])
+        kept = sorted(set(places) - set(messages))
+        skipped = [messages[index] for index in sorted(messages)]
+        if not kept:
+            raise InputError(f"R-Probe: none of the {len(samples)} {label} can be used; the first: {skipped[0]}")
+        notes = []
+        if skipped:
+            notes.append(f"R-Probe leaves out {len(skipped)} of {len(samples)} {label}; the first: {skipped[0]}")
+        texts_cut = len(cut.intersection(kept))
+        if texts_cut:
+            notes.append(
+                f"R-Probe cuts the texts of {texts_cut} of {len(kept)} {label} to RProbe.max_text_tokens = "
+                f"{settings.max_text_tokens} tokens: their regions are rebuilt without the rest of it"
+            )
+        return FrozenData(
+            samples=Chosen(samples, kept) if skipped else samples,
+            labels=[(records[i].id, records[i].document, records[i].text) for i in kept],
+            shards=shards,
+            places=[places[i] for i in kept],
+            text=embed(anatomy, [texts[i] for i in kept]),
+            skipped=skipped,
+            texts_cut=texts_cut,
+            notes=notes,
+            key=digest([described, [(i, texts[i]) for i in kept]]),
+            store=store,
+        )
+    except BaseException:
+        if store is not None:
+            store.close()
+        raise
+
+
+def _about(anatomy: Anatomy, plan: Plan, settings: RProbe, samples: int) -> dict[str, Any]:
+    """What a person wants to know of a store."""
+    return {
+        "model": str(getattr(anatomy.model.config, "_name_or_path", "") or type(anatomy.model).__name__),
+        "data": f"{samples} samples of own data" if plan.records is not None else str(plan.key.get("name", "drawn")),
+        "masked": settings.masked,
+    }
+
+
+@contextlib.contextmanager
+def _as_measured(anatomy: Anatomy) -> Iterator[None]:
+    """Evaluation mode, and the model's own precision."""
+    device = next(anatomy.embed_tokens.parameters()).device
+    with evaluation(anatomy.model), torch.autocast(device.type, enabled=False):
+        yield
+
+
+@contextlib.contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the time of the block; every module's own flag comes back, whatever happens."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in flags:
+            module.training = False
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training

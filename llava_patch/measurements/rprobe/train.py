@@ -1,0 +1,224 @@
+"""The probe's training loop: AdamW, warm-up, cosine fall, clipped gradients; divided over processes, resumable.
+
+Under several processes every rank has the whole decoder and takes its share of each batch. The loss is the mean over
+the target tokens of the whole batch, whose number every rank knows beforehand, so the gradients of the shares need only
+be added up. `DistributedDataParallel` would instead average over ranks, whatever their number of tokens, and wait for a
+backward pass on every rank, which a rank without a sample of the batch cannot give.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from llava_patch.core import parallel
+from llava_patch.core.errors import LlavaPatchError
+from llava_patch.core.progress import progress_bar
+from llava_patch.measurements.rprobe.resume import Progress, Work
+from llava_patch.measurements.rprobe.settings import RProbe
+from llava_patch.measurements.rprobe.store import FrozenData
+from llava_patch.measurements.rprobe.trainable import trained_parameters
+from llava_patch.probe.decoder import ProbeDecoder
+
+LOOK_SECONDS = 1.0  # about how often losses are fetched from the device
+LOOK_STEPS = 20  # and after how many steps at the latest
+
+
+def train_probe(
+    decoder: ProbeDecoder,
+    data: FrozenData,
+    settings: RProbe,
+    lr: float,
+    progress: bool = False,
+    work: Work | None = None,
+) -> list[float]:
+    """Fit a decoder, or go on with one whose training was interrupted.
+
+    Args:
+        decoder: changed in place; what of it trains is what requires a gradient.
+        data: frozen training samples.
+        settings: of the run.
+        lr: peak learning rate.
+        progress: show a bar.
+        work: where the state is kept; a state found there is taken up, and the numbers at the end are bit for bit those
+            of a training that was not interrupted. None: nothing is kept.
+
+    Returns:
+        The training MSE of each step; fewer than `settings.steps` when `settings.minutes` were over.
+
+    Raises:
+        LlavaPatchError: the loss is not finite.
+        CheckpointError: the state belongs to another run.
+        PeerError: another process failed.
+    """
+    with parallel.guard():
+        return _Training(decoder, data, settings, lr, work).run(progress)
+
+
+class _Training:
+    def __init__(self, decoder: ProbeDecoder, data: FrozenData, settings: RProbe, lr: float, work: Work | None) -> None:
+        self.decoder, self.data, self.settings, self.lr, self.work = decoder, data, settings, lr, work
+        self.device = next(decoder.parameters()).device
+        self.counts = data.counts
+        self.trained = trained_parameters(decoder)
+        self.weights = list(self.trained.values())
+        self.optimizer = torch.optim.AdamW(self.weights, lr=lr, weight_decay=settings.weight_decay)
+        self.failure: Exception | None = None
+        self.waiting: list[Tensor] = []  # losses that are still on the device
+
+    def run(self, progress: bool) -> list[float]:
+        done = self._start()
+        order = batches(len(self.data), self.settings.batch_size, self.settings.seed)
+        for _ in done.losses:
+            next(order)
+        bar = progress_bar(self.settings.steps, "train", progress and parallel.rank() == 0)
+        bar.update(len(done.losses))
+        looked, look_every = time.monotonic(), 1
+        with bar, torch.enable_grad(), torch.autocast(self.device.type, enabled=False):
+            for step in range(len(done.losses), self.settings.steps):
+                if self._is_over(done):
+                    break
+                self.waiting.append(self._step(next(order), rate(step, self.settings.steps, self.settings.warmup)))
+                saving = self.work is not None and (step + 1) % self.settings.save_every == 0
+                if len(self.waiting) < look_every and step + 1 < self.settings.steps and not saving:
+                    continue
+                fresh = self._look(done)
+                spent = time.monotonic() - looked
+                looked += spent
+                # Rank 0's clock counts for all: they look, and end, at the same step.
+                done.seconds, look_every = parallel.exchange((done.seconds + spent, _steps_in(spent, fresh)))[0]
+                bar.set_postfix(mse=f"{done.losses[-1]:.4f}", refresh=False)
+                bar.update(fresh)
+                if saving and step + 1 < self.settings.steps:
+                    self._save(done)
+                    looked = time.monotonic()
+        if self.work is not None:
+            self._end(done)
+        return done.losses
+
+    def _is_over(self, done: Progress) -> bool:
+        minutes = self.settings.minutes
+        return minutes is not None and bool(done.losses) and not self.waiting and done.seconds >= 60 * minutes
+
+    def _start(self) -> Progress:
+        """Progress so far: none, or what is in the folder; the same weights on every rank."""
+        found: Progress | None = None
+        if self.work is not None and parallel.rank() == 0:
+            found = self.work.load_state(self.decoder, self.optimizer)
+        found = parallel.exchange(found)[0]
+        with torch.no_grad():
+            parallel.from_rank_0(self.weights)
+            if found is not None:
+                for weight in self.weights:
+                    state = self.optimizer.state[weight]
+                    if not state:
+                        state.update(
+                            step=torch.tensor(0.0),
+                            exp_avg=torch.zeros_like(weight),
+                            exp_avg_sq=torch.zeros_like(weight),
+                        )
+                    parallel.from_rank_0(state.values())
+        if found is None:
+            return Progress([], processes=parallel.world())
+        if parallel.rank() == 0:
+            note = ""
+            if found.processes != parallel.world():
+                note = (
+                    f" (with {parallel.world()} processes after {found.processes}: the numbers agree with an "
+                    "uninterrupted run's within rounding, not to the bit)"
+                )
+            print(f"R-Probe: goes on after step {len(found.losses)} of {self.settings.steps}{note}", file=sys.stderr)
+        found.processes = parallel.world()
+        return found
+
+    def _step(self, index: Tensor, share_of_lr: float) -> Tensor:
+        """One step on a batch; its loss, a scalar on the device."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * share_of_lr
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = torch.zeros((), device=self.device)
+        own = parallel.share(len(index))
+        try:
+            if len(own) and self.failure is None:
+                batch = self.data.batch(index[own.start : own.stop], self.device)
+                rebuilt = self.decoder(batch.image_tokens, batch.text_tokens, batch.sequence, batch.injections)
+                total = token_errors(rebuilt, batch.pixels).sum() / int(self.counts[index].sum())
+                total.backward()
+                loss = total.detach()
+        except Exception as error:
+            if parallel.world() == 1:
+                raise
+            # The others wait for gradients until the next look, where they are told.
+            self.failure = error
+        if parallel.world() > 1:
+            for weight in self.weights:
+                if weight.grad is None:
+                    weight.grad = torch.zeros_like(weight)
+            parallel.add_up([loss, *(weight.grad for weight in self.weights if weight.grad is not None)])
+        torch.nn.utils.clip_grad_norm_(self.weights, self.settings.clip)
+        self.optimizer.step()
+        return loss
+
+    def _look(self, done: Progress) -> int:
+        """Fetch the losses that wait on the device; how many they were."""
+        if self.failure is not None:
+            raise self.failure
+        parallel.exchange(None)  # a rank that failed says so here, before its losses are believed
+        values = torch.stack(self.waiting).tolist()
+        first = len(done.losses) + 1
+        for step, value in enumerate(values, first):
+            if not math.isfinite(value):
+                raise LlavaPatchError(
+                    f"R-Probe's loss is {value} at step {step}: lower RProbe.lr (now {self.lr:g}); steps {first} to "
+                    f"{first + len(values) - 1} were looked at together"
+                )
+        done.losses += values
+        self.waiting.clear()
+        return len(values)
+
+    def _save(self, done: Progress) -> None:
+        if self.work is not None and parallel.rank() == 0:
+            self.work.save_state(self.decoder, self.optimizer, done)
+        parallel.exchange(None)
+
+    def _end(self, done: Progress) -> None:
+        if len(done.losses) < self.settings.steps:  # a larger RProbe.minutes goes on from here
+            self._save(done)
+            return
+        if self.work is not None and parallel.rank() == 0:
+            self.work.finish(self.decoder, done)
+        parallel.exchange(None)
+
+
+def _steps_in(seconds: float, steps: int) -> int:
+    """Steps until the next look, when the last `steps` took `seconds`."""
+    return max(1, min(LOOK_STEPS, int(LOOK_SECONDS * steps / max(seconds, 1e-6))))
+
+
+def token_errors(rebuilt: Tensor, pixels: Tensor) -> Tensor:
+    """Mean squared error inside each token, [targets]; both arguments are [targets, pixels]."""
+    return (rebuilt - pixels).square().mean(-1)
+
+
+def rate(step: int, steps: int, warmup: float) -> float:
+    """Share of the peak learning rate at a step: linear warm-up, then a cosine to zero."""
+    rise = max(1, round(warmup * steps))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
+    """Endless batches of sample numbers, int64 [size]: every sample once before any comes again."""
+    generator = torch.Generator().manual_seed(seed)
+    waiting = torch.randperm(count, generator=generator)
+    while True:
+        while len(waiting) < size:
+            waiting = torch.cat([waiting, torch.randperm(count, generator=generator)])
+        yield waiting[:size]
+        waiting = waiting[size:]

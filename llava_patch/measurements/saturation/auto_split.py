@@ -1,0 +1,143 @@
+"""`Routing(split="auto")`: the split that the saturation measurement recommends on the user's own samples."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from llava_patch.core.errors import HostError, SettingError
+from llava_patch.hosts.anatomy import Anatomy, find
+from llava_patch.measurements.saturation import Saturation, SaturationResult, measure_saturation, split_cache, unusable
+from llava_patch.patching.handle import get_handle
+from llava_patch.settings import AUTO, Routing
+
+logger = logging.getLogger("llava_patch")
+DEFAULTS = Saturation()
+_ASKED = f'Routing.split = "{AUTO}"'
+
+
+def resolve_split(
+    model: nn.Module,
+    routing: Routing,
+    samples: Iterable[Mapping[str, Any]] | None,
+    settings: Saturation = DEFAULTS,
+    progress: bool = True,
+) -> Routing:
+    """Put a layer number in the place of split = "auto".
+
+    The model is measured as it is, before it is routed, in evaluation mode and without gradients, and nothing on it
+    changes. The measurement is kept in the cache folder (see `split_cache`), and one line of the log says what was
+    chosen and why. A model that already carries a routing keeps its split, and nothing is measured.
+
+    Args:
+        model: a model of either host, possibly wrapped; its vision tower must be loaded.
+        routing: the settings; returned as they are when their split is a layer number.
+        samples: as `measure_saturation` takes them: keyword arguments of the model's forward, each a batch of one
+            without padding, on the model's device. Those that are measured are held in memory.
+        settings: of the measurement; `max_samples` says how many usable samples are taken.
+        progress: show a progress bar on stderr while measuring.
+
+    Returns:
+        The same settings with an integer split.
+
+    Raises:
+        SettingError: no samples, none that can be used, no recommendation, or one that the variant cannot take.
+        InputError: a sample that is a batch or padded.
+        HostError: the vision tower is not loaded.
+    """
+    if routing.split != AUTO:
+        return routing
+    anatomy, handle = find(model), get_handle(model)
+    if handle is not None and handle.routing is not None:
+        there = handle.routing.split
+        _explain(f"the model already carries split {there}, which is kept; nothing is measured")
+        return dataclasses.replace(routing, split=there)
+    if handle is not None and handle.pruning is not None:
+        raise SettingError(
+            f"{_ASKED} measures an unpruned model, but this one carries {handle.pruning}: remove the patch first "
+            "(handle.remove()), or bind Routing.split to a layer number"
+        )
+    if samples is None:
+        raise SettingError(
+            f"{_ASKED} is measured on samples, and here are none: give patch(..., samples=[...]), or run the "
+            "`saturation` task on the stock checkpoint and bind Routing.split to the layer that it recommends (LLaVA's "
+            "training scripts need neither: they measure on their own data)"
+        )
+    if anatomy.vision_model is None:
+        raise HostError(f"{_ASKED} runs the model, but its vision tower is not loaded yet: call its load_model() first")
+    result, place = _measure(anatomy, samples, settings, progress)
+    split = result.recommended_split
+    if split is None:
+        raise SettingError(
+            f"{_ASKED}: {result.samples} samples recommend no split: {result.recommendation.reason} (curves: {place}); "
+            "bind Routing.split to a layer number by hand"
+        )
+    _check_room(routing, split, result)
+    assert result.recommendation.window is not None
+    first, last = result.recommendation.window
+    _explain(
+        f"split {split}, the first layer of the window {first}..{last} of L = {result.n_layers} layers: "
+        f"{result.recommendation.reason}. Measured on {result.samples} samples{_left_out(result)}; curves: {place}. "
+        f"Bind Routing.split = {split} to fix it"
+    )
+    return dataclasses.replace(routing, split=split)
+
+
+def _measure(
+    anatomy: Anatomy, samples: Iterable[Mapping[str, Any]], settings: Saturation, progress: bool
+) -> tuple[SaturationResult, str]:
+    """The measurement, from the cache if it is there, and in words where its file is."""
+    usable: list[dict[str, Any]] = []
+    skipped: dict[str, int] = {}
+    for sample in samples:
+        if not isinstance(sample, Mapping) or "input_ids" not in sample:
+            raise SettingError(
+                f"{_ASKED}: sample {len(usable) + sum(skipped.values())} is no dictionary with input_ids: each sample "
+                "holds the keyword arguments of the model's forward"
+            )
+        why_not = unusable(anatomy, dict(sample))
+        if why_not is None:
+            usable.append(dict(sample))
+        else:
+            skipped[why_not] = skipped.get(why_not, 0) + 1
+        if len(usable) == settings.max_samples:
+            break
+    if not usable:
+        counts = ", ".join(f"{count} with {why}" for why, count in skipped.items()) or "none were given"
+        raise SettingError(f"{_ASKED} needs samples with an image and text behind it: {counts}")
+    wanted = split_cache.key(anatomy, usable, settings)
+    path = split_cache.path_of(wanted)
+    kept = split_cache.read(path, wanted, len(anatomy.layers))
+    if kept is not None:
+        return kept, f"{path}, measured before"
+    result = measure_saturation(anatomy.model, usable, settings, progress)
+    result = dataclasses.replace(result, skipped=skipped)
+    split_cache.write(path, wanted, result)
+    return result, str(path)
+
+
+def _check_room(routing: Routing, split: int, result: SaturationResult) -> None:
+    """Refuse a split that the variant cannot take: a lower one would leave before the image has been read."""
+    layers, fusion = result.n_layers, routing.fusion_layers
+    fusion_start = min(fusion) if isinstance(fusion, tuple) else layers - fusion
+    highest = min(fusion_start, layers - routing.side_layers)
+    if split > highest:
+        raise SettingError(
+            f"{_ASKED}: the measurement recommends {split}, but Routing.fusion_layers = {fusion} and "
+            f"Routing.side_layers = {routing.side_layers} leave room for 0..{highest} of L = {layers} layers only: "
+            "lower them, or bind Routing.split to a layer number by hand"
+        )
+
+
+def _left_out(result: SaturationResult) -> str:
+    counts = ", ".join(f"{count} {why}" for why, count in result.skipped.items() if count)
+    return f" ({counts}: left out)" if counts else ""
+
+
+def _explain(text: str) -> None:
+    # A warning, so that it is seen where nobody configured logging: the choice decides about the whole run.
+    logger.warning("llava_patch: %s: %s", _ASKED, text)

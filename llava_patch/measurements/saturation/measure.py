@@ -1,0 +1,177 @@
+"""Measures visual saturation: one forward pass a sample, means over samples."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from llava_patch.core import files
+from llava_patch.core.errors import HostError, InputError
+from llava_patch.hosts.anatomy import HF, Anatomy, find
+from llava_patch.measurements import trace
+from llava_patch.measurements.lens import lens_kl
+from llava_patch.measurements.saturation.curves import Curves, RunningMean
+from llava_patch.measurements.saturation.result import PatchOn, SaturationResult, summarise
+from llava_patch.measurements.saturation.settings import DEFAULTS, Saturation
+from llava_patch.measurements.saturation.state import State
+from llava_patch.patching.handle import get_handle
+
+NO_IMAGE, NO_TEXT = "no image", "no text after the image"
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients; every module's own training flag comes back."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def unusable(anatomy: Anatomy, sample: dict[str, Any]) -> str | None:
+    """Why a sample cannot be measured; None when it can."""
+    pixels = sample.get("pixel_values") if anatomy.host == HF else sample.get("images")
+    places = sample["input_ids"][0] == anatomy.image_token_id
+    if pixels is None or not bool(places.any()):
+        return NO_IMAGE
+    return None if len(trace.text_after_image(places)) else NO_TEXT
+
+
+def patch_on(anatomy: Anatomy) -> PatchOn | None:
+    """What a patch does to the image positions of a model; None: nothing."""
+    handle = get_handle(anatomy.model)
+    program = None if handle is None else handle.program()
+    if handle is None or program is None or not program.leaves_out:
+        return None
+    words = []
+    split = program.split if program.split < program.n_layers else None
+    if split is not None:
+        assert handle.routing is not None
+        words.append(f"routed ({handle.routing.variant}, split {split})")
+    if program.prune_at is not None:
+        words.append(f"pruned (FastV, {program.ratio:.0%} of the image tokens at layer {program.prune_at})")
+    return PatchOn(split, program.prune_at, " and ".join(words))
+
+
+def measure_sample(anatomy: Anatomy, sample: dict[str, Any], settings: Saturation = DEFAULTS) -> Curves:
+    """Measure one usable sample: one forward pass of the model.
+
+    Args:
+        anatomy: the host model, from `hosts.anatomy.find`.
+        sample: keyword arguments of the model's forward, batch of one, no padding.
+        settings: see `Saturation`.
+
+    Raises:
+        HostError: numbers that are not finite; names the first layer that has them.
+    """
+    layers = range(len(anatomy.layers))
+    with evaluating(anatomy.model):
+        with trace.traced(anatomy, settings.chunk) as seen:
+            trace.run(anatomy, seen, sample)
+        image_kl, text_kl = lens_kl(anatomy, seen, settings.chunk)
+
+    def together(values: dict[int, torch.Tensor]) -> list:
+        """One transfer from the device."""
+        return torch.stack([values[i].to(values[0].device) for i in layers]).tolist()
+
+    curves = Curves(
+        image_cosine=together(seen.image_cosine),
+        text_cosine=together(seen.text_cosine),
+        head_mass=together(seen.mass),
+        image_kl=image_kl,
+        text_kl=text_kl,
+        image_states=[float(seen.image_states(i)) for i in layers],
+        image_keys=[float(seen.image_keys(i)) for i in layers],
+    )
+    _check_finite(curves, anatomy)
+    return curves
+
+
+def _check_finite(curves: Curves, anatomy: Anatomy) -> None:
+    # NaN stands for absent positions in the curves: what overflowed must not be taken for that.
+    for layer, states in enumerate(curves.image_states):
+        values = [*curves.head_mass[layer], curves.text_cosine[layer]]
+        if states:
+            values.append(curves.image_cosine[layer])
+        check_finite(values, layer, anatomy)
+    for layer, states in enumerate(curves.image_states):  # behind the states: all are held against the last layer's
+        values = [curves.text_kl[layer]] + [curves.image_kl[layer]] * bool(states and curves.image_states[-1])
+        check_finite(values, layer, anatomy)
+
+
+def check_finite(values: Iterable[float], layer: int, anatomy: Anatomy) -> None:
+    """Refuse what overflowed, or comes of broken weights.
+
+    Raises:
+        HostError: names the layer and the precision.
+    """
+    if not all(map(math.isfinite, values)):
+        dtype = str(next(anatomy.layers[0].parameters()).dtype).removeprefix("torch.")
+        raise HostError(
+            f"the hidden states or the attention of layer {layer} are not finite in {dtype}: load the model with "
+            "--dtype float32 (or bfloat16), and if that does not help its weights are broken"
+        )
+
+
+def measure_saturation(
+    model: nn.Module,
+    samples: Iterable[dict[str, Any]],
+    settings: Saturation = DEFAULTS,
+    progress: bool = True,
+    state: State | None = None,
+) -> SaturationResult:
+    """Measure visual saturation of a stock or patched model.
+
+    Args:
+        model: a model of either host, possibly wrapped (DDP, peft).
+        samples: keyword arguments of the model's forward, each a batch of one without padding, on the model's device.
+            `llava`: input_ids with the placeholder of -200, images; HF: input_ids, pixel_values, attention_mask.
+        settings: see `Saturation`.
+        progress: show a progress bar on stderr.
+        state: where an unfinished run is kept; the same samples again then go on behind those that it has, and the
+            result is the same to the last bit. Call its `remove()` once the result is written.
+
+    Returns:
+        The mean over samples. In layers that a patched model runs without image positions, attention mass is 0 by
+        definition and image values are NaN; in the KV variant's deep layers mass is that on the side branch's keys.
+        Pruned image positions count up to the layer that they leave at, and not in the logit lens.
+
+    Raises:
+        InputError: no usable sample, a batch, padding.
+        HostError: numbers that are not finite.
+        CheckpointError: the state belongs to another measurement.
+    """
+    anatomy = find(model)
+    patch = patch_on(anatomy)
+    done = (None if state is None else state.load()) or RunningMean(skipped={NO_IMAGE: 0, NO_TEXT: 0})
+    kept = done.seen
+    rest: Any = samples
+    if kept:
+        rest = samples[kept:] if isinstance(samples, Sequence) else itertools.islice(samples, kept, None)
+    try:
+        for sample in files.track(rest, "saturation", progress):
+            if settings.max_samples is not None and done.samples >= settings.max_samples:
+                break
+            why_not = unusable(anatomy, sample)
+            done = done.plus(measure_sample(anatomy, sample, settings)) if why_not is None else done.without(why_not)
+            if state is not None and done.seen - kept >= settings.save_every:
+                state.save(done)
+                kept = done.seen
+    except KeyboardInterrupt:
+        if state is not None and done.seen > kept:
+            state.save(done)
+        raise
+    if not done.samples:
+        counts = ", ".join(f"{count} with {why}" for why, count in done.skipped.items())
+        raise InputError(f"no usable sample for saturation: {counts}")
+    return summarise(done.mean(), done.samples, done.skipped, settings, patch)

@@ -1,0 +1,139 @@
+"""An unfinished measurement on disk: the sums so far and what they belong to.
+
+A state of another model, other data or other settings is never taken up; the message names what differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from llava_patch.core.errors import CheckpointError
+from llava_patch.core.files import atomic
+from llava_patch.hosts.anatomy import Anatomy
+from llava_patch.measurements.saturation.curves import RunningMean
+from llava_patch.measurements.saturation.settings import Saturation
+
+if TYPE_CHECKING:
+    from llava_patch.data.examples import Example
+
+STATE_FILE = "saturation.state.safetensors"
+FORMAT = 1
+_MEANING = {
+    "model": "the model is another one (weights, configuration or patch)",
+    "data": "the samples are others (images, questions or their order)",
+}
+
+
+def make_key(anatomy: Anatomy, examples: "Sequence[Example]", settings: Saturation) -> dict[str, Any]:
+    """All that a measurement's numbers depend on, as flat JSON values.
+
+    Args:
+        anatomy: the host model, patched or not.
+        examples: what it is measured on, in order; image files count by path, size and time of change.
+        settings: of the measurement.
+    """
+    from llava_patch.measurements.saturation.split_cache import model_digest
+
+    parameter = next(anatomy.layers[0].parameters())
+    return {
+        **{f"Saturation.{k}": v for k, v in asdict(settings).items() if k != "save_every"},
+        "dtype": str(parameter.dtype),
+        "device": parameter.device.type,
+        "attention": str(anatomy.text_config._attn_implementation),
+        "version of torch": torch.__version__,
+        "version of transformers": version("transformers"),
+        "model": model_digest(anatomy),
+        "data": _digest_of(examples),
+    }
+
+
+def _digest_of(examples: "Sequence[Example]") -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        image = example.image
+        if isinstance(image, Image.Image):
+            digest.update(f"{image.mode} {image.size} ".encode() + image.tobytes())
+        elif isinstance(image, (str, Path)):
+            path = Path(image)
+            stat = path.stat() if path.exists() else None  # a missing file has its own error when it is opened
+            digest.update(repr((str(path.resolve()), stat and (stat.st_size, stat.st_mtime_ns))).encode())
+        else:
+            digest.update(str(image).encode())
+        digest.update(repr((example.id, example.question)).encode())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class State:
+    """Where an unfinished measurement is kept.
+
+    Attributes:
+        path: of the file; its folder is made when something is written.
+        key: from `make_key`, or any flat JSON values that say what the sums belong to.
+    """
+
+    path: Path
+    key: dict[str, Any]
+
+    def load(self) -> RunningMean | None:
+        """The sums so far; None when there is no file.
+
+        Raises:
+            CheckpointError: it belongs to another measurement, or cannot be read.
+        """
+        if not self.path.is_file():
+            return None
+        try:
+            with safe_open(self.path, framework="pt") as stream:
+                header = json.loads((stream.metadata() or {})["llava_patch"])
+                tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 - not a dict
+            if header["format"] != FORMAT:
+                raise CheckpointError(f"{self.path}: format {header['format']}, this version reads {FORMAT}")
+            parts: dict[str, dict[str, torch.Tensor]] = {"sums": {}, "counts": {}}
+            for name, tensor in tensors.items():
+                kind, _, curve = name.partition(".")
+                parts[kind][curve] = tensor
+            found = RunningMean(int(header["samples"]), dict(header["skipped"]), **parts)
+            saved = dict(header["key"])
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.path}: not a state of this measurement, or broken ({error!r}): delete it"
+            ) from error
+        differs = _difference(saved, self.key)
+        if differs:
+            raise CheckpointError(
+                f"{self.path}: an unfinished measurement of another kind: {differs}. Give what it was started with, "
+                "another folder, or delete the file to start over"
+            )
+        return found
+
+    def save(self, done: RunningMean) -> None:
+        """Write the sums in one file, which replaces the last one whole."""
+        for path in self.path.parent.glob(f".{self.path.stem}-*"):  # what a killed process left half written
+            path.unlink(missing_ok=True)
+        tensors = {f"sums.{k}": v for k, v in done.sums.items()} | {f"counts.{k}": v for k, v in done.counts.items()}
+        header = {"format": FORMAT, "key": self.key, "samples": done.samples, "skipped": done.skipped}
+        with atomic(self.path) as part:
+            save_file(tensors, part, metadata={"llava_patch": json.dumps(header)})
+
+    def remove(self) -> None:
+        """Delete the file, once the result is written."""
+        self.path.unlink(missing_ok=True)
+
+
+def _difference(saved: dict[str, Any], key: dict[str, Any]) -> str:
+    for name in [*key, *(name for name in saved if name not in key)]:
+        if saved.get(name) != key.get(name):
+            return _MEANING.get(name) or f"{name} was {saved.get(name)!r} there and is {key.get(name)!r} here"
+    return ""

@@ -1,0 +1,221 @@
+"""One forward pass seen layer by layer: hooks on a decoder's layers, and what is read there.
+
+Hooks see the layers' own inputs and outputs, so the same code serves stock and patched models and every attention
+backend. A routed or pruned decoder says itself which positions a layer runs on (`routing.watch`). The side branch of a
+routed model is not part of `decoder.layers` and is not seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llava_patch.core.errors import HostError, InputError
+from llava_patch.core.undo import UndoStack
+from llava_patch.hosts import known
+from llava_patch.hosts.anatomy import HF, LLAVA, Anatomy
+from llava_patch.hosts.compat import sliding_window
+from llava_patch.hosts.positions import hf_image_mask
+from llava_patch.hosts.projections import rotate, split_heads
+from llava_patch.measurements import passes
+from llava_patch.measurements.attention import mass_on_keys
+from llava_patch.routing.feed import Feed
+from llava_patch.routing.watch import watching
+
+
+@dataclass
+class Trace:
+    """What one sample's forward pass left behind; L layers, T tokens of which some are image.
+
+    Every text position is in every layer, whatever the patch; image positions may be absent.
+
+    Attributes:
+        image_mask: bool [T]; set when the host has placed the image features, before the first layer runs.
+        states: output of each layer, [positions that it runs on, hidden].
+        asking: int64 [rows of states], their positions; only of layers that a routed or pruned decoder runs.
+        giving: int64 [keys], the positions whose keys those look at; likewise.
+        image_cosine: per layer, mean cosine between input and output at image positions; NaN where absent (0-d).
+        text_cosine: the same at text positions.
+        mass: float32 [heads] per layer, text-to-image attention mass; zeros where no image position gives a key.
+    """
+
+    image_mask: Tensor | None = None
+    states: dict[int, Tensor] = field(default_factory=dict)
+    asking: dict[int, Tensor] = field(default_factory=dict)
+    giving: dict[int, Tensor] = field(default_factory=dict)
+    image_cosine: dict[int, Tensor] = field(default_factory=dict)
+    text_cosine: dict[int, Tensor] = field(default_factory=dict)
+    mass: dict[int, Tensor] = field(default_factory=dict)
+    _positions: tuple[Tensor, Tensor, int] | None = None
+
+    def mask(self) -> Tensor:
+        """`image_mask`, when it is known.
+
+        Raises:
+            HostError: it is not yet.
+        """
+        if self.image_mask is None:
+            raise HostError("the decoder ran before the host told where the image features are")
+        return self.image_mask
+
+    def positions(self) -> tuple[Tensor, Tensor, int]:
+        """(int64 [T], text positions behind the image, number of text positions); one synchronisation a sample."""
+        if self._positions is None:
+            image = self.mask()
+            queries = text_after_image(image)
+            self._positions = torch.arange(len(image), device=image.device), queries, int((~image).sum())
+        return self._positions
+
+    def tell(self, layer: int, asking: Tensor, giving: Tensor) -> None:
+        """Take note of what a routed or pruned decoder says of a layer; each [1, n]."""
+        self.asking[layer], self.giving[layer] = asking[0], giving[0]
+
+    def places(self, layer: int, rows: int, keys: bool = False) -> Tensor:
+        """Positions of a layer's hidden states, or of its keys: int64 [rows].
+
+        Raises:
+            HostError: the layer runs on something else than the decoder said, or than all positions.
+        """
+        found = (self.giving if keys else self.asking).get(layer)
+        if found is None:
+            found = self.positions()[0]
+        if len(found) != rows:
+            what = "keys" if keys else "tokens"
+            raise HostError(
+                f"layer {layer} sees {rows} {what} of {len(found)} expected ones (the sample has {len(self.mask())} "
+                "tokens): something besides llava_patch removes tokens, and where they are from cannot be known"
+            )
+        return found
+
+    def image_states(self, layer: int) -> int:
+        """How many image positions have hidden states in a layer."""
+        return len(self.states[layer]) - self.positions()[2]
+
+    def image_keys(self, layer: int) -> int:
+        """How many image positions a layer's queries may look at."""
+        found = self.giving.get(layer)
+        return (len(self.mask()) if found is None else len(found)) - self.positions()[2]
+
+    def rows(self, layer: int) -> Tensor:
+        """Where each full position is in `states[layer]`: int64 [T], -1 where absent."""
+        places = self.places(layer, len(self.states[layer]))
+        row = torch.full_like(self.positions()[0], -1)
+        return row.scatter(0, places.to(row.device), torch.arange(len(places), device=row.device))
+
+
+@contextlib.contextmanager
+def traced(anatomy: Anatomy, chunk: int, mass_of: Sequence[int] | None = None) -> Iterator[Trace]:
+    """Watch the forward passes of one sample; every hook is gone afterwards, after an exception too.
+
+    Args:
+        anatomy: the host model.
+        chunk: attention queries held at a time.
+        mass_of: layers whose attention mass is all that is wanted; None: everything of every layer.
+
+    Yields:
+        The trace, filled by calling `run` inside the block.
+
+    Raises:
+        HostError: a decoder whose attention is not known.
+    """
+    known.check_decoder(anatomy.decoder, "measuring attention")
+    trace = Trace()
+    undo = UndoStack()
+    try:
+        for index, layer in enumerate(anatomy.layers):
+            if mass_of is None:
+                _watch_layer(trace, index, layer, undo)
+            if mass_of is None or index in mass_of:
+                _watch_attention(trace, index, layer.self_attn, anatomy.text_config, chunk, undo)
+        if anatomy.host == LLAVA:
+            passes.watch_preparation(anatomy, lambda image: setattr(trace, "image_mask", image), undo)
+        with watching(trace.tell):
+            yield trace
+    finally:
+        undo.unwind()
+
+
+def run(anatomy: Anatomy, trace: Trace, sample: dict[str, Any], what: str = "saturation") -> None:
+    """Run the model's own forward on one sample inside `traced`.
+
+    Args:
+        anatomy: the host model.
+        trace: from `traced`.
+        sample: keyword arguments of the model's forward, batch of one.
+        what: name of the measurement, for errors.
+
+    Raises:
+        InputError: a batch, or padding.
+    """
+    input_ids = passes.one_sample(sample, what)
+    if anatomy.host == HF:
+        trace.image_mask = hf_image_mask(input_ids, anatomy.image_token_id)[0]
+    passes.run(anatomy, sample)
+
+
+def _hidden_argument(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    hidden = args[0] if args else kwargs["hidden_states"]
+    if hidden.shape[0] != 1:
+        raise InputError(f"one sample at a time is measured, but the decoder got {hidden.shape[0]}")
+    return hidden[0]
+
+
+def _watch_layer(trace: Trace, index: int, layer: nn.Module, undo: UndoStack) -> None:
+    def after(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        before = _hidden_argument(args, kwargs)
+        states = (output[0] if isinstance(output, tuple) else output)[0]  # a tuple up to transformers 4.53
+        places = trace.places(index, len(states))
+        image = trace.mask()[places.to(trace.mask().device)].to(states.device)
+        cosine = F.cosine_similarity(before.float(), states.float(), dim=-1)
+        trace.image_cosine[index] = (cosine * image).sum() / image.sum()  # 0 / 0 is NaN: absent
+        trace.text_cosine[index] = (cosine * ~image).sum() / (~image).sum()
+        trace.states[index] = states.detach()
+
+    undo.push(layer.register_forward_hook(after, with_kwargs=True).remove)
+
+
+def _watch_attention(trace: Trace, index: int, attention: Any, config: Any, chunk: int, undo: UndoStack) -> None:
+    def before(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        hidden = _hidden_argument(args, kwargs)
+        asking = trace.places(index, len(hidden)).to(hidden.device)
+        if trace.image_keys(index) == 0:  # no image key to look at: zero by definition
+            trace.mass[index] = torch.zeros(int(config.num_attention_heads), device=hidden.device)
+            return
+        head_dim = int(module.head_dim)
+        rotary = kwargs.get("position_embeddings")
+        if rotary is None:
+            raise HostError(
+                f"{type(module).__name__} does not take position_embeddings: rotary embedding outside the attention "
+                "module needs transformers 4.48 or newer"
+            )
+        cos, sin = (part[0] for part in rotary)
+        q = rotate(split_heads(module.q_proj(hidden[None])[0], head_dim), cos, sin)
+        k = rotate(split_heads(module.k_proj(hidden[None])[0], head_dim), cos, sin)
+        feed = next((value for value in kwargs.values() if isinstance(value, Feed)), None)
+        if feed is not None:  # other positions give keys that the layer did not compute in this call
+            k = feed.merged_keys(k[None])[0]
+        giving = trace.places(index, k.shape[1], keys=True).to(hidden.device)
+        # Every text position asks in every layer, and positions ascend.
+        queries = torch.searchsorted(asking, trace.positions()[1].to(hidden.device))
+        image = trace.mask().to(hidden.device)[giving]
+        scaling = float(getattr(module, "scaling", head_dim**-0.5))
+        trace.mass[index] = mass_on_keys(
+            q, k, queries, image, scaling, sliding_window(config), chunk, places=(asking, giving)
+        )
+
+    undo.push(attention.register_forward_pre_hook(before, with_kwargs=True).remove)
+
+
+def text_after_image(image: Tensor) -> Tensor:
+    """Text positions behind the first image position: int64 [n]; they are the queries of the attention mass.
+
+    Args:
+        image: bool [tokens].
+    """
+    return (~image & (image.long().cumsum(0) > 0)).nonzero().flatten()

@@ -1,0 +1,132 @@
+"""Trained vision-tower weights on `llava`, which loads its tower after the model, from the tower's own checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from llava_patch.core.errors import CheckpointError
+from llava_patch.hosts import zero
+from llava_patch.hosts.anatomy import HF
+from llava_patch.hosts.towers.find import when_loaded
+
+if TYPE_CHECKING:
+    from llava_patch.patching.handle import Handle
+
+_PART = "vision_tower."
+LORA_FILE = "non_lora_trainables.bin"
+
+
+def is_of_tower(name: str) -> bool:
+    """Whether a tensor of this name is a `llava` vision tower's."""
+    return f"model.{_PART}" in name
+
+
+def of_tower(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a `llava` vision tower, by their names in the tower."""
+    return {name.split(_PART, 1)[1]: tensor for name, tensor in tensors.items() if is_of_tower(name)}
+
+
+def put(handle: "Handle", tensors: Mapping[str, Tensor], source: Path | str) -> None:
+    """Put weights into the tower, now or once the host has loaded it.
+
+    Modifications: on `llava`, while the tower is not loaded yet, its instance attribute `load_model`.
+
+    Args:
+        handle: the patch; its undo stack takes the change to `load_model` back.
+        tensors: by their names in the tower; what is not named stays.
+        source: where they come from, for messages.
+    """
+
+    def copy() -> None:
+        parameters = dict(handle.anatomy.tower.named_parameters())
+        for name, tensor in tensors.items():
+            if name not in parameters:
+                if name in dict(handle.anatomy.tower.named_buffers()):
+                    continue  # position numbers, which some versions save
+                raise CheckpointError(f"{source}: the vision tower has no tensor {name}")
+            if zero.shape(parameters[name]) != tensor.shape:
+                raise CheckpointError(
+                    f"{source}: {name} has shape {tuple(tensor.shape)}, the vision tower's has "
+                    f"{tuple(zero.shape(parameters[name]))}"
+                )
+            with zero.gathered([parameters[name]], changed=True), torch.no_grad():
+                parameters[name].copy_(tensor)
+
+    when_loaded(handle.anatomy, handle._undo, lambda _: copy())
+
+
+def restore(handle: "Handle", folder: Path | str) -> None:
+    """Bring back trained vision-tower weights from a full checkpoint.
+
+    Args:
+        handle: a patch whose vision tower was trained.
+        folder: the checkpoint, or its name on the hub.
+
+    Raises:
+        CheckpointError: it holds no tower weights.
+    """
+    if handle.anatomy.host == HF:
+        return  # the tower is part of HF's state dict and was loaded with it
+    tensors = of_tower(_read_full(folder))
+    if not tensors:
+        raise CheckpointError(f"{folder}: its vision tower was trained, but the checkpoint holds no tower weights")
+    put(handle, tensors, folder)
+
+
+def restore_beside_lora(handle: "Handle", source: str, required: bool = True) -> None:
+    """Bring back trained vision-tower weights from the file that LLaVA's LoRA script saves beside the adapter.
+
+    LLaVA's own loader reads that file before there is a tower, and loses them without a word.
+
+    Args:
+        handle: a patch whose vision tower was trained.
+        source: the LoRA run's folder, or its name on the hub.
+        required: whether the weights must be there; not when the base brought trained ones of its own.
+
+    Raises:
+        CheckpointError: no such file, or no tower weights in it.
+    """
+    from transformers.utils import cached_file
+
+    path = cached_file(source, LORA_FILE, _raise_exceptions_for_missing_entries=False)
+    # LLaVA's own file format; weights_only keeps a foreign pickle from running code.
+    tensors = of_tower(torch.load(path, map_location="cpu", weights_only=True)) if path else {}
+    if not tensors and not required:
+        return
+    if not tensors:
+        lacks = "holds no tower weights" if path else "is missing"
+        raise CheckpointError(f"{source}: its vision tower was trained, but {LORA_FILE} {lacks}")
+    put(handle, tensors, f"{source}/{LORA_FILE}")
+
+
+def _weight_files(source: Path | str) -> list[Path]:
+    """The safetensors files of a checkpoint, local or on the hub (by its index, where there are several)."""
+    from transformers.utils import cached_file
+
+    if Path(source).is_dir():
+        return sorted(Path(source).glob("*.safetensors"))
+    names = ["model.safetensors"]
+    index = cached_file(str(source), "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+    if index:
+        names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    found = [cached_file(str(source), name, _raise_exceptions_for_missing_entries=False) for name in names]
+    return [Path(path) for path in found if path]
+
+
+def _read_full(source: Path | str) -> dict[str, Tensor]:
+    from safetensors import safe_open
+
+    tensors: dict[str, Tensor] = {}
+    for path in _weight_files(source):
+        with safe_open(path, framework="pt") as stream:
+            tensors.update({k: stream.get_tensor(k) for k in stream.keys() if _PART in k})  # noqa: SIM118
+    if not tensors:
+        for path in sorted(Path(source).glob("pytorch_model*.bin")):  # --save_safetensors False
+            tensors.update(torch.load(path, map_location="cpu", weights_only=True))
+    return tensors

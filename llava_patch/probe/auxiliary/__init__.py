@@ -1,0 +1,1 @@
+"""R-Probe's decoder as an auxiliary loss in training."""

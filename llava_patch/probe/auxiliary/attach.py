@@ -1,0 +1,284 @@
+"""How the auxiliary loss attaches to a model: visual tokens are noted on their way, and the loss grows by one term."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import logging
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava_patch.core.errors import InputError, SettingError
+from llava_patch.core.undo import UndoStack
+from llava_patch.hosts import call_context as carry
+from llava_patch.hosts import positions, tiles, zero
+from llava_patch.hosts.anatomy import Anatomy
+from llava_patch.probe.auxiliary.head import Head, Seen, check_images, idle, token_errors
+from llava_patch.probe.auxiliary.regions import KEY, Marker
+from llava_patch.probe.layout import Layout
+from llava_patch.probe.view import layout_of, make_transform
+from llava_patch.settings.auxiliary import AuxiliaryProbe
+
+logger = logging.getLogger("llava_patch")
+
+HEAD = "llava_patch_rprobe"
+"""The head's name on the causal LM."""
+SILENT_BATCHES = 50
+"""Training batches without any region after which a warning says so."""
+_IGNORED = "_keys_to_ignore_on_save"  # transformers' own list
+
+
+def _layout(anatomy: Anatomy, tokens: int) -> Layout:
+    """Where the visual tokens sit whose pixels the loss rebuilds.
+
+    Args:
+        anatomy: the model.
+        tokens: of one image.
+
+    Raises:
+        SettingError: images in tiles, or tokens that cannot be placed.
+    """
+    if tiles.cuts_tiles(anatomy):
+        raise SettingError(
+            "AuxiliaryProbe does not train on images in tiles (anyres), whose tokens differ from image to image: leave "
+            "it out (LLaVA-1.5 takes whole images: image_aspect_ratio = pad)"
+        )
+    try:
+        return layout_of(anatomy, tokens)
+    except InputError as error:
+        raise SettingError(f"AuxiliaryProbe: {error}") from None
+
+
+class Auxiliary:
+    """The loss on one model: its head, on which steps it is computed, and what the logs are made of.
+
+    Attributes:
+        settings: of the loss.
+        anatomy: the model.
+        layout: the visual tokens of one image; None with weight 0.
+        head: the module that rebuilds them; None with weight 0, and once it was released.
+    """
+
+    def __init__(self, anatomy: Anatomy, settings: AuxiliaryProbe, tokens: int) -> None:
+        """Use `patch(model, probe=AuxiliaryProbe())`, not this."""
+        self.settings = settings
+        self.anatomy = anatomy
+        self.layout: Layout | None = None
+        self.head: Head | None = None
+        if settings.weight:
+            self.layout = _layout(anatomy, tokens)
+            self.head = Head(anatomy, self.layout, settings)
+        self._without: int | None = 0  # batches, as long as none had a region
+        self._step: int | None = None
+        self._seen: Seen | None = None
+        self._watching = False
+        self._sums: Tensor | None = None
+
+    def begin_step(self, step: int) -> None:
+        """Say which step comes; a loop of your own calls this before each one if `share` is below 1.
+
+        Args:
+            step: number of optimizer steps done so far, in earlier parts of a resumed run too.
+        """
+        self._step = step
+
+    def marker(self, image_processor: Any, tokenizer: Any, mode: str) -> Marker:
+        """What marks the regions of this model's data, with a weight above 0; see `RegionCollator`."""
+        assert self.layout is not None
+        transform = make_transform(self.anatomy, image_processor, mode)
+        vocabulary = int(zero.shape(self.anatomy.embed_tokens.weight)[0])
+        return Marker(transform, self.layout, tokenizer, self.settings, vocabulary)
+
+    @property
+    def computes(self) -> bool:
+        """Whether this step's loss has the term.
+
+        Raises:
+            InputError: `share` is below 1 and nobody said which step it is.
+        """
+        if self.settings.share == 1:
+            return True
+        if self._step is None:
+            raise InputError(
+                f"AuxiliaryProbe.share = {self.settings.share}: call handle.auxiliary.begin_step(i) before each step, "
+                "or llava_patch.integrations.training.auxiliary.follow(trainer) once"
+            )
+        return random.Random(f"{self.settings.seed}:{self._step}").random() < self.settings.share
+
+    def attach(self, undo: UndoStack) -> None:
+        """Put the loss on the model.
+
+        Modifications: a module `llava_patch_rprobe` on the causal LM; its instance attributes `forward` (which takes
+        the regions out of the arguments) and `_keys_to_ignore_on_save`; `encode_images` of the causal LM on `llava`,
+        `get_image_features` of the inner LlavaModel on HF.
+
+        The patched `forward` takes one argument more, `rprobe`, the regions of a batch. It adds the term in training
+        mode with gradients on alone: in evaluation mode and under `no_grad` regions are dropped unread and the loss is
+        the model's own, so that an evaluation during training (`eval_loss`) measures the next-token loss.
+        """
+        model = self.anatomy.model
+        if self.head is None:
+            logger.warning("AuxiliaryProbe.weight = 0: no head is built, and training is as without it")
+        else:
+            undo.add_module(model, HEAD, self.head)
+            undo.push(lambda: model.add_module(HEAD, self.head) if not hasattr(model, HEAD) else None)
+            names = [f"{HEAD}.{name}" for name in self.head.state_dict()]
+            undo.set_attribute(model, _IGNORED, [*(getattr(model, _IGNORED, None) or ()), *names])
+            self._watch(undo)
+        forward = model.forward
+        order = list(inspect.signature(forward).parameters)
+
+        @functools.wraps(forward)
+        def forward_and_rebuild(*args: Any, **kwargs: Any) -> Any:
+            regions = kwargs.pop(KEY, None)
+            if self.head is None or not model.training or not torch.is_grad_enabled():
+                return forward(*args, **kwargs)
+            self._seen, self._watching = None, True
+            try:
+                outputs = forward(*args, **kwargs)
+            finally:
+                self._watching = False
+            given = {**dict(zip(order, args, strict=False)), **kwargs}
+            return self._add(outputs, regions, given)
+
+        undo.set_attribute(model, "forward", forward_and_rebuild)
+
+    def _watch(self, undo: UndoStack) -> None:
+        owner, name = self.anatomy.encoder
+        encode = getattr(owner, name)
+
+        @functools.wraps(encode)
+        def encode_and_note(*args: Any, **kwargs: Any) -> Any:
+            features = encode(*args, **kwargs)
+            if self._watching and positions.indexing.get() is None:
+                pixels = args[0] if args else kwargs["pixel_values"]
+                self._seen = Seen(_one_tensor(features), pixels, self._injections())
+            return features
+
+        undo.set_attribute(owner, name, encode_and_note)
+
+    def _injections(self) -> Tensor | None:
+        """What DeepStack adds to the images just encoded, in the head's layers."""
+        assert self.head is not None
+        layers = self.head.decoder.injection_layers
+        if not layers:
+            return None
+        offered = carry.offered(self.anatomy)
+        assert offered is not None  # its wrapper of the encoder lies under ours
+        return torch.stack(offered[: len(layers)])
+
+    def _add(self, outputs: Any, regions: Mapping[str, Tensor] | None, given: Mapping[str, Any]) -> Any:
+        """The outputs of a forward pass with the loss's term in their loss."""
+        seen, self._seen = self._seen, None
+        assert self.head is not None
+        named = hasattr(outputs, "loss")
+        loss = outputs.loss if named else outputs[0]
+        if given.get("labels") is None or loss is None:
+            if regions is None:
+                return outputs
+            raise InputError(
+                "a training batch with regions but without labels: the auxiliary loss is added to the model's own loss"
+            )
+        weight = _share_of_step(given)
+        self._count(regions)
+        if regions is None or not self.computes:
+            term = idle(self.head, self.anatomy.embed_tokens)
+            self._note(loss, weight, None)
+        else:
+            if seen is None:
+                raise InputError("a batch with regions but without images")
+            check_images(regions, len(seen.tokens))
+            errors = token_errors(self.head, self.anatomy.embed_tokens, seen, regions)
+            errors = errors.to(loss.device)
+            term = self.settings.weight * weight * errors.mean()
+            self._note(loss, weight, errors)
+        total = loss + term.to(loss)
+        if named:
+            outputs.loss = total
+            return outputs
+        return (total, *outputs[1:])
+
+    def _count(self, regions: Any) -> None:
+        """Say it, once, when none of the first batches had a region; later ones may lack them."""
+        if self._without is None:
+            return
+        self._without = None if regions is not None else self._without + 1
+        if self._without == SILENT_BATCHES:
+            self._without = None
+            logger.warning(
+                "AuxiliaryProbe: none of the first %d training batches of this process had a region, so that its loss "
+                "was not computed: records carry them under %r; a collator or TrainingArguments.remove_unused_columns "
+                '(set it to False) may drop that, and AuxiliaryProbe.broken = "skip" leaves out what does not fit',
+                SILENT_BATCHES,
+                KEY,
+            )
+
+    def _note(self, loss: Tensor, weight: Any, errors: Tensor | None) -> None:
+        """Add a batch to what the next log line is made of; stays on the device."""
+        with torch.no_grad():
+            if self._sums is None or self._sums.device != loss.device:
+                self._sums = torch.zeros(4, device=loss.device)
+            self._sums[0] += loss.detach()
+            self._sums[1] += weight
+            if errors is not None:
+                self._sums[2] += errors.detach().sum()
+                self._sums[3] += len(errors)
+
+    def take_logs(self) -> dict[str, float]:
+        """Mean losses since the last call, over all ranks; every rank must call this.
+
+        Returns:
+            "ntp_loss", the model's own loss, and "rprobe_loss", the MSE over the target tokens of the samples that
+            carried a region (unweighted); a key whose mean would be over nothing is left out.
+        """
+        device = next(self.anatomy.projector.parameters()).device
+        sums = torch.zeros(4, device=device) if self._sums is None else self._sums
+        self._sums = None
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
+        loss, weight, error, count = sums.tolist()
+        found = {}
+        if weight:
+            found["ntp_loss"] = loss / weight
+        if count:
+            found["rprobe_loss"] = error / count
+        return found
+
+    @contextlib.contextmanager
+    def unobserved(self) -> Iterator[None]:
+        """Forward passes inside do not count in what is logged: a measurement's, not the run's."""
+        sums, without = None if self._sums is None else self._sums.clone(), self._without
+        self._without = None  # says nothing meanwhile
+        try:
+            yield
+        finally:
+            self._sums, self._without = sums, without
+
+    def release(self) -> None:
+        """Take the head off the model, whose training is over, so that nothing saves or counts it."""
+        if self.head is not None:
+            delattr(self.anatomy.model, HEAD)
+            self.head = None
+
+
+def _one_tensor(features: Any) -> Tensor:
+    """What a host's encoder returned as one tensor [images, tokens, hidden]."""
+    features = getattr(features, "pooler_output", features)  # a model output from transformers 5 on
+    return features if isinstance(features, Tensor) else torch.stack(list(features))
+
+
+def _share_of_step(given: Mapping[str, Any]) -> Any:
+    """How much of its step a batch is: 1 where the Trainer divides, else the batch's share of the step's labels.
+
+    Newer Trainers pass the number of labels in all batches and ranks of a step to models that take it; the loss is then
+    a sum over it, and the auxiliary term has to be shared out alike.
+    """
+    total = given.get("num_items_in_batch")
+    if total is None:
+        return 1.0
+    return (given["labels"] != positions.IGNORE_INDEX).sum() / total

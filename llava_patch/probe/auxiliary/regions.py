@@ -1,0 +1,175 @@
+"""Regions of text in training records: how they are written, checked, and turned into what the loss takes."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava_patch.core.errors import InputError
+from llava_patch.probe.layout import Layout
+from llava_patch.probe.sample import Box
+from llava_patch.probe.transform import Transform
+from llava_patch.probe.view import target_tokens
+from llava_patch.settings.auxiliary import AuxiliaryProbe
+
+logger = logging.getLogger("llava_patch")
+
+KEY = "rprobe"
+"""The key of a region in a record, and of the regions in a batch."""
+FIELDS = ("box", "text", "image_index")
+
+
+@dataclass(frozen=True)
+class Region:
+    """A text region of one of a record's images.
+
+    Attributes:
+        boxes: one or several (x0, y0, x1, y1) in pixels of the original image, x to the right, y down.
+        text: what stands there.
+        image_index: number of the image in its record, from 0.
+    """
+
+    boxes: tuple[Box, ...]
+    text: str
+    image_index: int = 0
+
+
+def entry(record: Mapping[str, Any]) -> Any:
+    """A record's "rprobe" entry; None where it has none.
+
+    Exports and the tables of `datasets` write None where a value is missing, for the entry or for all of its fields.
+    """
+    value = record.get(KEY)
+    if isinstance(value, Mapping) and value and all(v is None for v in value.values()):
+        return None
+    return value
+
+
+def parse(value: Any, images: int, name: str) -> Region:
+    """Read a record's "rprobe" entry; its image need not be open.
+
+    Args:
+        value: {"box": [x0, y0, x1, y1] or a list of those, "text": str, "image_index": int (0 if left out)}. Boxes and
+            numbers may be tensors or arrays; a field that is None counts as left out.
+        images: how many images the record has.
+        name: file and record, for errors.
+
+    Raises:
+        InputError: names the record and what is wrong with it.
+    """
+    if not isinstance(value, Mapping):
+        raise InputError(f'{name}: "rprobe" is {value!r}: expected {{"box": [x0, y0, x1, y1], "text": "..."}}')
+    value = {k: _plain(v) for k, v in value.items() if v is not None}
+    unknown = sorted(set(value) - set(FIELDS))
+    if unknown:
+        raise InputError(f'{name}: "rprobe" has no entry {", ".join(unknown)}, it takes {", ".join(FIELDS)}')
+    text = value.get("text")
+    if not isinstance(text, str) or not text.strip():
+        raise InputError(f'{name}: "rprobe" needs the region\'s "text", got {text!r}')
+    given: Any = value.get("box")
+    boxes: Any = given if _is_list(given) and len(given) and _is_list(given[0]) else [given]
+    for box in boxes:
+        numbers = _is_list(box) and len(box) == 4 and all(_is_number(v) for v in box)
+        if not numbers or not (box[0] < box[2] and box[1] < box[3]):
+            raise InputError(f"{name}: box {box!r}: expected [x0, y0, x1, y1] in pixels with x0 < x1 and y0 < y1")
+    index = value.get("image_index", 0)
+    if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < images:
+        raise InputError(f"{name}: image_index {index!r}, but the record has {images} images (counted from 0)")
+    return Region(tuple((float(a), float(b), float(c), float(d)) for a, b, c, d in boxes), text, index)
+
+
+def _plain(value: Any) -> Any:
+    """Tensors, arrays and their numbers as Python's own."""
+    if _is_list(value):
+        return [_plain(v) for v in value]
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class Marker:
+    """Marks the visual tokens of a region and numbers its text.
+
+    Attributes:
+        transform: how the run turns images into pixels.
+        layout: the visual tokens of one image.
+        tokenizer: the model's.
+        settings: of the loss.
+        vocabulary: tokens that the model embeds.
+    """
+
+    transform: Transform
+    layout: Layout
+    tokenizer: Any
+    settings: AuxiliaryProbe
+    vocabulary: int
+
+    def mark(self, region: Region, size: tuple[int, int], name: str) -> dict[str, Tensor] | None:
+        """What the loss needs of a region.
+
+        Args:
+            region: the region.
+            size: (width, height) of its original image.
+            name: file and record, for errors.
+
+        Returns:
+            "target" bool [tokens], the visual tokens to rebuild, and "text" int64 [text tokens]; None when the region
+            cannot be used and `settings.broken` says to go on.
+
+        Raises:
+            InputError: it cannot be used.
+        """
+        try:
+            boxes = [self.transform.box(box, size, name) for box in region.boxes]
+            ids = list(self.tokenizer(region.text, add_special_tokens=False)["input_ids"])
+            if not ids:
+                raise InputError(f"{name}: the text {region.text!r} has no tokens")
+            target = target_tokens(self.layout, boxes, name)
+        except InputError as error:
+            if self.settings.broken == "skip":
+                logger.warning("AuxiliaryProbe: left out: %s", error)
+                return None
+            raise InputError(f'{error}; AuxiliaryProbe.broken = "skip" trains on the rest') from None
+        if max(ids) >= self.vocabulary:
+            raise InputError(
+                f"{name}: the tokenizer gives id {max(ids)}, the model embeds {self.vocabulary} tokens: is it its "
+                "tokenizer?"
+            )
+        return {
+            "target": target,
+            "text": torch.tensor(ids[: self.settings.max_text_tokens], dtype=torch.int64),
+        }
+
+
+def collate(marked: Sequence[dict[str, Tensor]], images: Sequence[int]) -> dict[str, Tensor]:
+    """Put the regions of a batch together.
+
+    No value is a float: DeepSpeed's Trainer casts those to half precision.
+
+    Args:
+        marked: from `Marker.mark`.
+        images: number of each one's image among all images of the batch.
+
+    Returns:
+        "image" int64 [samples], "target" bool [samples, tokens], "text" int64 [samples, width] padded with 0, and
+        "counts" int64 [samples], text tokens.
+    """
+    return {
+        "image": torch.tensor(images, dtype=torch.int64),
+        "target": torch.stack([one["target"] for one in marked]),
+        "text": torch.nn.utils.rnn.pad_sequence([one["text"] for one in marked], batch_first=True),
+        "counts": torch.tensor([len(one["text"]) for one in marked], dtype=torch.int64),
+    }

@@ -1,0 +1,163 @@
+"""What each decoder layer does under given settings. No tensors here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from llava_patch.core.errors import SettingError
+from llava_patch.settings import FastV, Routing
+
+
+class Work(Enum):
+    """What a layer does with the image positions."""
+
+    STOCK = "all positions, as in the stock model"
+    TEXT = "text positions only"
+    FUSE = "all positions, image states handed on from layer to layer"
+    RESET = "all positions, image states reset to the side branch's output"
+    KEYS = "text positions ask, image positions give keys and values of the side branch's output"
+
+
+@dataclass(frozen=True)
+class Program:
+    """Settings resolved against a model's depth.
+
+    Attributes:
+        n_layers: L.
+        split: first routed layer; L when nothing is routed.
+        work: what each layer does, [L].
+        side_layers: n; 0 without a side branch.
+        prune_at: first layer without the pruned tokens; None: nothing is pruned.
+        ratio: share of image tokens to prune.
+        prune_in_training: whether training mode prunes as well.
+        injections: DeepStack: layers whose input takes a tap, in the order of the taps.
+    """
+
+    n_layers: int
+    split: int
+    work: tuple[Work, ...]
+    side_layers: int = 0
+    prune_at: int | None = None
+    ratio: float = 0.0
+    prune_in_training: bool = False
+    injections: tuple[int, ...] = ()
+
+    @property
+    def does_something(self) -> bool:
+        """Whether it differs from the stock model at all."""
+        return self.leaves_out or bool(self.injections)
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether any layer sees fewer positions than in the stock model."""
+        return self.split < self.n_layers or self.prune_at is not None
+
+    @property
+    def fusion(self) -> tuple[int, ...]:
+        """The layers that fuse."""
+        return tuple(i for i, work in enumerate(self.work) if work is Work.FUSE)
+
+    @property
+    def has_text_layers(self) -> bool:
+        """Whether any layer sees text positions only."""
+        return Work.TEXT in self.work
+
+
+def make_program(
+    routing: Routing | None, pruning: FastV | None, n_layers: int, injections: tuple[int, ...] = ()
+) -> Program:
+    """Resolve settings against a model's depth.
+
+    Args:
+        routing: its settings.
+        pruning: its settings.
+        n_layers: L.
+        injections: DeepStack's layers.
+
+    Raises:
+        SettingError: a split, K, n, pruning or injection layer that the model or the variant cannot take.
+    """
+    split, work, side_layers = n_layers, [Work.STOCK] * n_layers, 0
+    if routing is not None:
+        _check_routing(routing, n_layers)
+        split = int(routing.split)
+        if split < n_layers:
+            side_layers = routing.side_layers
+            deep = {"lf": Work.TEXT, "ideal": Work.TEXT, "vtw": Work.TEXT, "pc": Work.RESET, "kv": Work.KEYS}
+            work[split:] = [deep[routing.variant]] * (n_layers - split)
+            if routing.variant == "lf":
+                k = routing.fusion_layers
+                for layer in k if isinstance(k, tuple) else range(n_layers - k, n_layers):
+                    work[layer] = Work.FUSE
+    _check_injections(injections, n_layers, split)
+    program = Program(n_layers, split, tuple(work), side_layers, injections=injections)
+    if pruning is None or pruning.ratio == 0:
+        return program
+    _check_pruning(pruning, routing, n_layers, split)
+    return replace(program, prune_at=pruning.layer, ratio=float(pruning.ratio), prune_in_training=pruning.training)
+
+
+def _check_injections(injections: tuple[int, ...], n_layers: int, split: int) -> None:
+    outside = [layer for layer in injections if layer >= split]
+    if not outside:
+        return
+    where = ", ".join(map(str, injections))
+    if outside[-1] >= n_layers:
+        raise SettingError(
+            f"DeepStack adds its taps at layers {where}, but this model has layers 0..{n_layers - 1}: choose a smaller "
+            "DeepStack.start or DeepStack.interval, or fewer taps"
+        )
+    raise SettingError(
+        f"DeepStack adds its taps at layers {where}, but image tokens leave the decoder at Routing.split = {split}: "
+        "choose a smaller DeepStack.start or DeepStack.interval, fewer taps, or a later split"
+    )
+
+
+def _check_routing(routing: Routing, n_layers: int) -> None:
+    split, n, k = routing.split, routing.side_layers, routing.fusion_layers
+    if isinstance(split, str):
+        raise SettingError(
+            'Routing.split = "auto" has not been resolved to a layer number: patch() needs samples for it, see '
+            "patch(..., samples=...)"
+        )
+    if not isinstance(k, tuple) and k > n_layers:
+        raise SettingError(f"Routing.fusion_layers = {k}: this model has {n_layers} layers")
+    if split == n_layers:
+        return
+    if isinstance(k, tuple):
+        if split > n_layers:
+            raise SettingError(f"Routing.split = {split} is outside 0..{n_layers}: this model has {n_layers} layers")
+        outside = [layer for layer in k if not split <= layer < n_layers]
+        if outside:
+            raise SettingError(
+                f"Routing.fusion_layers = {k}: layer {outside[0]} is not one of the deep layers "
+                f"{split}..{n_layers - 1}: leave it out, or choose another Routing.split"
+            )
+    else:
+        if routing.variant == "lf" and k == 0:
+            raise SettingError(
+                f"Routing.fusion_layers = 0 with Routing.split = {split}: lf needs a fusion layer, or the image never "
+                f'reaches the answer; that is variant "ideal" (split = {n_layers} routes nothing)'
+            )
+        if split > n_layers - k:
+            raise SettingError(
+                f"Routing.split = {split} is outside 0..{n_layers - k}: this model has L = {n_layers} layers and "
+                f"Routing.fusion_layers = {k} of them fuse (split = {n_layers} routes nothing)"
+            )
+    if routing.variant != "vtw" and n == 0:
+        raise SettingError(f"Routing.side_layers = 0: {routing.variant} needs a side branch of at least one layer")
+    if split + n > n_layers:
+        raise SettingError(
+            f"Routing.side_layers = {n} with Routing.split = {split}: the side branch starts as a copy of layers "
+            f"{split}..{split + n - 1}, but the last layer is {n_layers - 1}: at most {n_layers - split} fit"
+        )
+
+
+def _check_pruning(pruning: FastV, routing: Routing | None, n_layers: int, split: int) -> None:
+    last = n_layers - 1
+    why = f"this model has layers 0..{last}"
+    if routing is not None and split < n_layers and routing.variant in ("lf", "ideal", "vtw"):
+        last, why = split, f"{routing.variant} takes the image tokens out at layer {split}, so later there are none"
+    if pruning.layer > last:
+        raise SettingError(f"FastV.layer = {pruning.layer} is outside 1..{last}: {why}")

@@ -1,0 +1,266 @@
+"""Gin configuration: the one root, how files are found, and the operative config.
+
+Bindings name the same classes and fields as Python does (`Routing.split = 18`). The root is `Patch`, with
+`Patch.fusion` and `Patch.routing`; binding any field of a method switches that method on as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gin
+from llava_patch.core.errors import SettingError
+from llava_patch.core.resources import gin_dir
+from llava_patch.measurements.attention_maps import AttentionMaps
+from llava_patch.measurements.drift import Drift
+from llava_patch.measurements.fusion_attention import FusionAttention
+from llava_patch.measurements.gradients.settings import Gradients
+from llava_patch.measurements.reach.settings import Reach
+from llava_patch.measurements.rprobe.settings import RProbe
+from llava_patch.measurements.saturation import Saturation
+from llava_patch.settings import METHODS, AuxiliaryProbe, FastV, Fusion, Routing
+from llava_patch.settings import flags as launch_flags
+from llava_patch.tools.report.settings import Report
+from llava_patch.tools.sweep.settings import Sweep
+
+MEASUREMENTS: dict[str, Any] = {
+    "AttentionMaps": AttentionMaps,
+    "Drift": Drift,
+    "FusionAttention": FusionAttention,
+    "Gradients": Gradients,
+    "RProbe": RProbe,
+    "Reach": Reach,
+    "Report": Report,
+    "Saturation": Saturation,
+}
+
+for _cls in (*METHODS.values(), *MEASUREMENTS.values()):
+    gin.register(_cls, module="llava_patch")
+gin.register(Sweep, module="llava_patch")
+gin.register(launch_flags.GIN_NAME, module="llava_patch")(launch_flags.bound)
+
+
+@gin.configurable("Patch", module="llava_patch")
+def _root(fusion: Any = None, routing: Any = None, pruning: Any = None, probe: Any = None) -> dict[str, Any]:
+    return {"fusion": fusion, "routing": routing, "pruning": pruning, "probe": probe}
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What was configured.
+
+    Attributes:
+        fusion: fusion settings or None.
+        routing: routing settings or None.
+        pruning: pruning settings or None.
+        probe: settings of R-Probe as an auxiliary loss or None; only training uses them.
+        measurements: settings of measurements that have a binding, by class name.
+        flags: flags for LLaVA's training script, by name.
+        sweep: a grid for `llava-patch sweep`, or None.
+        operative: gin's operative config as text: every value in use, the defaults included.
+        sources: the files and bindings it came from.
+        off: kinds of method that are explicitly None, as in `Patch.fusion = None`: asked for, and not nothing.
+    """
+
+    fusion: Fusion | None = None
+    routing: Routing | None = None
+    pruning: FastV | None = None
+    probe: AuxiliaryProbe | None = None
+    measurements: dict[str, Any] = field(default_factory=dict)
+    flags: dict[str, Any] = field(default_factory=dict)
+    sweep: Sweep | None = None
+    operative: str = ""
+    sources: tuple[str, ...] = field(default=())
+    off: tuple[str, ...] = ()
+
+    def methods(self) -> dict[str, Any]:
+        """Keyword arguments of `patch`."""
+        return {"fusion": self.fusion, "routing": self.routing, "pruning": self.pruning, "probe": self.probe}
+
+    def lasting(self) -> dict[str, Any]:
+        """Keyword arguments of `patch` for a model that is used and not trained; only what is asked for."""
+        return {k: v for k, v in self.methods().items() if v is not None and k != AuxiliaryProbe.KIND}
+
+    @property
+    def patches(self) -> bool:
+        """Whether a model is to be patched."""
+        return any(value is not None for value in self.methods().values())
+
+    def __bool__(self) -> bool:
+        """Whether anything is configured."""
+        return self.patches or bool(self.measurements or self.flags or self.off) or self.sweep is not None
+
+
+def find_file(name: str) -> Path:
+    """A gin file by path, or by bare name in the current folder and then among the shipped files.
+
+    Raises:
+        SettingError: no such file.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    for shipped_name in (name, f"{name}.gin"):
+        if path.name == name and (gin_dir() / shipped_name).is_file():
+            return gin_dir() / shipped_name
+    shipped = sorted(p.name for p in gin_dir().glob("*.gin"))
+    near = difflib.get_close_matches(path.name, shipped, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise SettingError(
+        f"{name}: no such gin file here or among the shipped ones{hint} (llava-patch gin-files lists them)"
+    )
+
+
+def read(files: Sequence[str], params: Sequence[str]) -> Configuration:
+    """Parse gin files and bindings into settings; the program's own gin configuration stays as it was.
+
+    Args:
+        files: names or paths.
+        params: single bindings, applied after the files.
+
+    Raises:
+        SettingError: a missing file, an unknown name or binding, or a value that a setting refuses.
+    """
+    paths = [find_file(name) for name in files]
+    sources = (*map(str, paths), *params)
+    outside = _save_gin()
+    gin.clear_config()
+    root = logging.getLogger()
+    handler, quiet = logging.NullHandler(), _FoundElsewhere()
+    root.addHandler(handler)  # or the first message would set up logging for the whole program
+    root.addFilter(quiet)
+    gin.add_config_file_search_path(str(gin_dir()))
+    try:
+        gin.parse_config_files_and_bindings([str(p) for p in paths], list(params), finalize_config=False)
+        _check_bindings()
+        resolved = _root()
+        explicit = gin.get_bindings("Patch", resolve_references=False)
+        implied = {k: name for k, name in _implied().items() if k not in explicit}  # `Patch.routing = None` stays off
+        if implied:  # bound for good, so that the operative config reproduces the run
+            gin.parse_config([f"Patch.{kind} = @{name}()" for kind, name in implied.items()])
+            resolved = _root()
+        _check_kinds(resolved)
+        measurements = {n: gin.get_configurable(n)() for n in MEASUREMENTS if _bound(n)}
+        flags = gin.get_configurable(launch_flags.GIN_NAME)() if _bound(launch_flags.GIN_NAME) else {}
+        sweep = gin.get_configurable("Sweep")() if _bound("Sweep") else None
+        operative = gin.operative_config_str()
+    except SettingError as error:
+        raise SettingError(_setting_error(error)) from None
+    except (ValueError, TypeError, SyntaxError, OSError, KeyError, RuntimeError) as error:
+        inner = _setting_error(error)
+        raise SettingError(inner or f"gin configuration ({', '.join(sources)}): {_explain(error)}") from error
+    finally:
+        gin.clear_config()
+        _restore_gin(outside)
+        root.removeFilter(quiet)
+        root.removeHandler(handler)
+    return Configuration(
+        resolved["fusion"],
+        resolved["routing"],
+        resolved["pruning"],
+        resolved["probe"],
+        measurements,
+        flags,
+        sweep,
+        operative,
+        sources,
+        tuple(kind for kind, value in explicit.items() if value is None),
+    )
+
+
+class _FoundElsewhere(logging.Filter):
+    """Drops gin's error about an included file that is not in the current folder, before it looks among ours."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith("Path not found")
+
+
+_GIN_STATE = ("_CONFIG", "_OPERATIVE_CONFIG")
+
+
+def _save_gin() -> dict[str, dict]:
+    """The program's own gin configuration, which ours must neither see nor disturb."""
+    return {name: dict(getattr(gin.config, name)) for name in _GIN_STATE}
+
+
+def _restore_gin(saved: dict[str, dict]) -> None:
+    for name, values in saved.items():
+        getattr(gin.config, name).update(values)
+
+
+def _check_bindings() -> None:
+    used = {reference.config_key for reference in gin.config.iterate_references(gin.config._CONFIG)}
+    for scope, selector in gin.config._CONFIG:
+        if selector == "gin.macro":
+            if (scope, selector) not in used:  # gin takes `split = 14` for a macro
+                example = f"{scope}.{_first_field(scope)}" if scope in METHODS else f"Routing.{scope}"
+                raise SettingError(f"{scope} = ... sets nothing: write METHOD.setting, as in {example} = ...")
+        elif scope:
+            raise SettingError(f"{scope}/{selector}: a scoped binding has no effect here; bind {selector} itself")
+
+
+def _first_field(method: str) -> str:
+    return dataclasses.fields(METHODS[method])[0].name
+
+
+def _check_kinds(resolved: dict[str, Any]) -> None:
+    for kind, value in resolved.items():
+        known = [cls for cls in METHODS.values() if kind == cls.KIND]
+        if value is None or isinstance(value, tuple(known)):
+            continue
+        if not known:
+            raise SettingError(f"Patch.{kind} is not available in this version")
+        names = ", ".join(f"@{cls.__name__}()" for cls in known)
+        raise SettingError(f"Patch.{kind} = {value!r}: expected {names}")
+
+
+def _bound(name: str) -> bool:
+    return bool(gin.get_bindings(name, resolve_references=False))
+
+
+def _implied() -> dict[str, str]:
+    implied: dict[str, str] = {}
+    for name, cls in METHODS.items():
+        if not _bound(name):
+            continue
+        if cls.KIND in implied:
+            raise SettingError(f"two {cls.KIND}s are bound: {implied[cls.KIND]} and {name}; a model takes one")
+        implied[cls.KIND] = name
+    return implied
+
+
+def _setting_error(error: BaseException) -> str | None:
+    # Gin wraps what a dataclass raises and appends the call's scope to its message.
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, SettingError):
+            return str(seen).split("\n  In call to configurable")[0]
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def _explain(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    unknown = re.search(r"No configurable matching '([^']+)'", text)
+    if unknown:
+        known = ["Patch", *METHODS, *MEASUREMENTS, launch_flags.GIN_NAME, "Sweep"]
+        near = difflib.get_close_matches(unknown[1].split(".")[0], known, n=1)
+        return f"{text} Known names: {', '.join(known)}." + (f" Did you mean {near[0]}?" if near else "")
+    parameter = re.search(r"Configurable '(?:llava_patch\.)?(\w+)' doesn't have a parameter named '(\w+)'", text)
+    if parameter and parameter[1] in {**METHODS, **MEASUREMENTS}:
+        names = [f.name for f in dataclasses.fields({**METHODS, **MEASUREMENTS}[parameter[1]])]
+        near = difflib.get_close_matches(parameter[2], names, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"{parameter[1]} has no setting {parameter[2]}, it has {', '.join(names)}{hint}"
+    if "malformed node or string" in text:
+        return f'{text.split(":")[0]}: a value is neither a number nor quoted; write text as in Routing.variant = "lf"'
+    if "Expected newline" in text:
+        return f'{text} (one binding a --gin_param; ";" separates them in LLAVA_PATCH_GIN_PARAM only)'
+    return text

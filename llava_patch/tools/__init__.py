@@ -1,0 +1,1 @@
+"""Jobs around checkpoints that measure no model: convert, inspect, doctor, report, bench, sweep."""

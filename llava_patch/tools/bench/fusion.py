@@ -1,0 +1,213 @@
+"""What a fusion costs: prefill and full training step beside the stock model, and its identity before training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import nn
+
+from llava_patch.core import files
+from llava_patch.core.clock import Clock, median
+from llava_patch.patching.handle import restore_flags
+from llava_patch.patching.patch import patch
+from llava_patch.settings import DeepStack, DenseConnector, DirectFusion, Fusion, SkipLinks
+from llava_patch.tools.bench.measure import ratio
+from llava_patch.tools.bench.shapes import inputs as make_inputs
+
+HEAD = (
+    "fusion",
+    "image tokens",
+    "added",
+    "prefill / stock",
+    "training step / stock",
+    "kept for backward",
+    "max |Δlogit|",
+)
+
+
+@dataclass
+class Row:
+    """One fusion's measurements.
+
+    Attributes:
+        method: its name.
+        prefill_ms: each round's prefill, tower included, milliseconds.
+        train_ms: each round's forward and backward pass with everything trainable, milliseconds.
+        image_tokens: of one image.
+        added: parameters that the fusion adds.
+        kept_bytes: what autograd keeps for the backward pass, weights apart.
+        start_delta: largest difference of a logit to the stock model before training; None where the number of tokens
+            differs.
+        peak_bytes: peak memory of the training step on a GPU; None on CPU.
+    """
+
+    method: str
+    prefill_ms: list[float] = field(default_factory=list)
+    train_ms: list[float] = field(default_factory=list)
+    image_tokens: int = 0
+    added: int = 0
+    kept_bytes: int = 0
+    start_delta: float | None = None
+    peak_bytes: int | None = None
+
+
+def fusions() -> dict[str, Fusion | None]:
+    """The rows, the stock model first; settings as on LLaVA-1.5's tower of 24 blocks."""
+    return {
+        "stock": None,
+        "SkipLinks, S = 6, D = 2": SkipLinks(stride=6, detach=2),
+        "SkipLinks, S = 6, D = 0": SkipLinks(stride=6, detach=0),
+        "SkipLinks, S = 3": SkipLinks(stride=3),
+        "Dense Connector, SCI": DenseConnector(kind="sci"),
+        "Dense Connector, DCI": DenseConnector(kind="dci"),
+        "Dense Connector, STI": DenseConnector(kind="sti"),
+        "direct fusion, 3-18": DirectFusion(layers="3-18", detach=(1,)),
+        "direct fusion, all": DirectFusion(layers="all"),
+        "DeepStack": DeepStack(),
+        "SkipLinks, S = 6, merged 2 x 2": SkipLinks(stride=6, merge_size=2),
+    }
+
+
+def measure(
+    model: Any, rows: dict[str, Fusion | None], text: int, batch: int, *, repeats: int = 3, progress: bool = True
+) -> list[Row]:
+    """Measure every fusion, one after the other in each round, after a warm-up round.
+
+    Args:
+        model: from `shapes.build`, with a tower of 24 blocks.
+        rows: the fusions; the first is what ratios refer to.
+        text: text tokens of the prompt.
+        batch: samples.
+        repeats: rounds.
+        progress: show a progress bar.
+    """
+    results = {name: Row(name) for name in rows}
+    steps = [(number, name) for number in range(repeats + 1) for name in rows]
+    stock_logits: torch.Tensor | None = None
+    for number, name in files.track(steps, "fusions", progress):
+        row, settings = results[name], rows[name]
+        before = sum(p.numel() for p in model.parameters())
+        # Every parameter trains in a stock Hugging Face model, so the tower does here too.
+        handle = None if settings is None else patch(model, fusion=settings)
+        try:
+            row.image_tokens = handle.tokens_per_image if handle is not None else 576
+            batch_inputs = make_inputs(model, text, batch, row.image_tokens)
+            if number == 0:
+                row.added = sum(p.numel() for p in model.parameters()) - before
+                logits = _logits(model, batch_inputs)
+                stock_logits = logits if stock_logits is None else stock_logits
+                if handle is None or (handle.taps is not None and handle.taps.keeps_tokens):
+                    row.start_delta = float((logits - stock_logits).abs().max())
+            _step(model, batch_inputs, row, keep=number > 0)
+        finally:
+            if handle is not None:
+                handle.remove()
+    return list(results.values())
+
+
+@torch.no_grad()
+def _logits(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    return model(**inputs, use_cache=False, logits_to_keep=1).logits.float()
+
+
+def _step(model: Any, inputs: dict[str, Any], row: Row, keep: bool) -> None:
+    with torch.no_grad(), Clock(model.device) as prefill:
+        model(**inputs, use_cache=True, logits_to_keep=1)
+    restore = restore_flags(model)
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.image_token_id, -100)
+    cuda = model.device.type == "cuda"
+    try:
+        model.requires_grad_(True)
+        model.train()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        if keep:
+            with Clock(model.device) as step:
+                model(**inputs, labels=labels, use_cache=False).loss.backward()
+            row.prefill_ms.append(prefill.ms)
+            row.train_ms.append(step.ms)
+        else:  # the warm-up counts, which takes time
+            row.kept_bytes = _kept(model, {**inputs, "labels": labels, "use_cache": False})
+        if cuda:
+            row.peak_bytes = torch.cuda.max_memory_allocated()
+    finally:
+        model.eval()
+        model.zero_grad(set_to_none=True)
+        restore()
+
+
+def _kept(model: nn.Module, inputs: dict[str, Any]) -> int:
+    """Bytes that a step's forward pass saves for the backward pass, weights apart."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages: dict[int, torch.UntypedStorage] = {}  # held, or an address would come again
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(**inputs)
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def cells(row: Row, base: Row) -> list[str]:
+    """One line of the table."""
+    return [
+        row.method,
+        str(row.image_tokens),
+        f"{row.added / 1e6:,.2f} M" if row.added else "-",
+        _spread(row, base, "prefill_ms"),
+        _spread(row, base, "train_ms"),
+        f"{row.kept_bytes / base.kept_bytes:.3f}",
+        "other tokens" if row.start_delta is None else f"{row.start_delta:.0e}" if row.start_delta else "0",
+    ]
+
+
+def _spread(row: Row, base: Row, what: str) -> str:
+    values = ratio(row, base, what)
+    return "-" if values is None else f"{values[0]:.3f} ({values[1]:.2f} to {values[2]:.2f})"
+
+
+def screen(rows: Sequence[Row], title: str) -> Table:
+    """The table for a terminal."""
+    table = Table(*HEAD, title=title)
+    for row in rows:
+        table.add_row(*cells(row, rows[0]))
+    return table
+
+
+def write(folder: Path, name: str, rows: Sequence[Row], title: str, about: dict[str, Any]) -> list[Path]:
+    """Write `<name>.json` and `<name>.md`; returns the paths.
+
+    Args:
+        folder: made if it is not there.
+        name: file name without an ending.
+        rows: the measurements.
+        title: of the table.
+        about: machine and settings.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    base = rows[0]
+    values = [
+        {
+            **asdict(row),
+            "prefill_ratio": ratio(row, base, "prefill_ms"),
+            "train_ratio": ratio(row, base, "train_ms"),
+            "kept_ratio": row.kept_bytes / base.kept_bytes,
+            "train_median_ms": median(row.train_ms),
+        }
+        for row in rows
+    ]
+    lines = [HEAD, ("---",) * len(HEAD), *(cells(row, base) for row in rows)]
+    text = "".join("| " + " | ".join(line).replace("|Δlogit|", "\\|Δlogit\\|") + " |\n" for line in lines)
+    page = folder / f"{name}.md"
+    with files.atomic(page) as temporary:
+        temporary.write_text(f"### {title}\n\n{text}", encoding="utf-8")
+    return [files.write_json(folder / f"{name}.json", files.plain({**about, "table": title, "rows": values})), page]

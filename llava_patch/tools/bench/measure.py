@@ -1,0 +1,188 @@
+"""Times, cache bytes and identity differences of every method, interleaved in one process."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from llava_patch.core import files
+from llava_patch.core.clock import Clock
+from llava_patch.patching.handle import restore_flags
+from llava_patch.routing.cache import RoutedCache, cache_bytes
+from llava_patch.tools.bench.bound import bound_ms, flops
+from llava_patch.tools.bench.methods import Method, partner_difference
+from llava_patch.tools.bench.shapes import inputs as make_inputs
+
+
+@dataclass
+class Row:
+    """One method's measurements.
+
+    Attributes:
+        method: its name.
+        prefill_ms: each round's prefill, milliseconds.
+        decode_ms: each round's decode, milliseconds a token.
+        train_ms: each round's forward and backward pass, milliseconds; empty when not measured.
+        cache_bytes: bytes that the cache holds after the prompt.
+        trainable: parameters that train; None where nothing does.
+        partner: the identity that `partner_delta` measures.
+        partner_delta: largest difference of a logit to the identity partner.
+        cached_delta: largest difference of a logit between cached decode and recomputation.
+        prefill_flops: of the decoder's matrix products.
+        bound_ms: those products at the rates measured for their shapes.
+        peak_bytes: peak memory of prefill on a GPU; None on CPU.
+        train_peak_bytes: of the training step; None likewise.
+    """
+
+    method: str
+    prefill_ms: list[float] = field(default_factory=list)
+    decode_ms: list[float] = field(default_factory=list)
+    train_ms: list[float] = field(default_factory=list)
+    cache_bytes: int = 0
+    trainable: int | None = None
+    partner: str = ""
+    partner_delta: float = 0.0
+    cached_delta: float = 0.0
+    prefill_flops: float = 0.0
+    bound_ms: float = 0.0
+    peak_bytes: int | None = None
+    train_peak_bytes: int | None = None
+
+
+def measure(
+    model: Any,
+    rows: Sequence[Method],
+    text: int,
+    batch: int,
+    *,
+    repeats: int = 5,
+    decode_tokens: int = 8,
+    training: bool = False,
+    progress: bool = True,
+) -> list[Row]:
+    """Measure every method, one after the other in each round, after a warm-up round.
+
+    Args:
+        model: from `shapes.build`.
+        rows: the methods; the first is what ratios refer to.
+        text: text tokens of the prompt.
+        batch: samples.
+        repeats: rounds.
+        decode_tokens: tokens decoded a round.
+        training: time a forward and backward pass as well, in at most two rounds.
+        progress: show a progress bar.
+    """
+    batch_inputs = make_inputs(model, text, batch)
+    results = [Row(m.name, partner=m.partner.name) for m in rows]
+    steps = [(r, i) for r in range(repeats + 1) for i in range(len(rows))]
+    for number, i in files.track(steps, f"text {text}, batch {batch}", progress):
+        warm_up = number == 0
+        with rows[i].applied(model) as handle:
+            _time_inference(model, batch_inputs, results[i], decode_tokens, keep=not warm_up)
+            if warm_up:
+                results[i].trainable = _trainable(model, rows[i], handle)
+                results[i].cached_delta = _cached_delta(model, handle, batch_inputs)
+            if training and number <= 2:  # a training step is long and its spread small
+                _time_training(model, rows[i], batch_inputs, results[i], keep=not warm_up)
+    for method, result in zip(rows, files.track(results, "identities and bound", progress), strict=True):
+        result.partner_delta = partner_difference(model, method, batch_inputs)
+        result.prefill_flops = flops(model, method, text, batch)
+        result.bound_ms = bound_ms(model, method, text, batch)
+    return results
+
+
+@torch.no_grad()
+def _time_inference(model: Any, inputs: dict[str, Any], row: Row, tokens: int, keep: bool) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with Clock(model.device) as prefill:
+        out = model(**inputs, use_cache=True, logits_to_keep=1)
+    if model.device.type == "cuda":
+        row.peak_bytes = torch.cuda.max_memory_allocated()
+    cache = out.past_key_values
+    row.cache_bytes = cache.nbytes() if isinstance(cache, RoutedCache) else cache_bytes(cache)
+    token = torch.full_like(inputs["input_ids"][:, :1], 7)
+    mask = inputs["attention_mask"]
+    with Clock(model.device) as decode:
+        for _ in range(tokens):
+            mask = torch.cat([mask, torch.ones_like(token)], dim=1)
+            model(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    if keep:
+        row.prefill_ms.append(prefill.ms)
+        row.decode_ms.append(decode.ms / tokens)
+
+
+def _trains(model: Any, method: Method) -> list[torch.nn.Parameter]:
+    """What a training step of a method updates: the side branch, LoRA, or the decoder (full fine-tuning, baselines)."""
+    named = dict(model.named_parameters())
+    if method.lora_rank is not None:
+        return [p for n, p in named.items() if "lora_" in n]
+    branch = [p for n, p in named.items() if "side_branch" in n]
+    if branch and method.settings["routing"].freeze != "none":
+        return branch
+    return [p for n, p in named.items() if "language_model" in n and "side_branch" not in n]
+
+
+def _trainable(model: Any, method: Method, handle: Any) -> int | None:
+    routing = method.settings.get("routing")
+    if handle is not None and (routing is None or routing.freeze == "none"):
+        return None
+    return sum(p.numel() for p in _trains(model, method))
+
+
+def _time_training(model: Any, method: Method, inputs: dict[str, Any], row: Row, keep: bool) -> None:
+    if row.trainable is None:
+        return
+    restore = restore_flags(model)
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.image_token_id, -100)
+    try:
+        model.requires_grad_(False)
+        for parameter in _trains(model, method):
+            parameter.requires_grad_(True)
+        model.train()
+        if model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        with Clock(model.device) as step:
+            model(**inputs, labels=labels, use_cache=False).loss.backward()
+        if model.device.type == "cuda":
+            row.train_peak_bytes = torch.cuda.max_memory_allocated()
+    finally:
+        model.eval()
+        model.zero_grad(set_to_none=True)
+        restore()
+    if keep:
+        row.train_ms.append(step.ms)
+
+
+@torch.no_grad()
+def _cached_delta(model: Any, handle: Any, inputs: dict[str, Any]) -> float:
+    """Two decoded tokens against the recomputation of the whole context, with the same pruning."""
+    tokens = torch.full_like(inputs["input_ids"][:, :2], 7)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(tokens)], dim=1)
+    out = model(**inputs, use_cache=True, logits_to_keep=1)
+    cache = out.past_key_values
+    for i in range(2):
+        part = slice(None, mask.shape[1] - 1 + i)
+        out = model(input_ids=tokens[:, i : i + 1], attention_mask=mask[:, part], past_key_values=cache, use_cache=True)
+    whole = {**inputs, "input_ids": torch.cat([inputs["input_ids"], tokens], dim=1), "attention_mask": mask}
+    pruned = handle is not None and handle.pruning is not None and handle.pruning.ratio > 0
+    with handle.image_positions(kept=cache.kept()) if pruned else contextlib.nullcontext():
+        full = model(**whole, use_cache=False).logits
+    return float((out.logits[:, -1].float() - full[:, -1].float()).abs().max())
+
+
+def ratio(row: Any, base: Any, what: str) -> tuple[float, float, float] | None:
+    """A row's time over the base's: (ratio of the medians, lowest and highest ratio within one round).
+
+    None where either was not measured.
+    """
+    times, base_times = getattr(row, what), getattr(base, what)
+    pairs = [a / b for a, b in zip(times, base_times, strict=False)]
+    if not pairs:
+        return None
+    return statistics.median(times) / statistics.median(base_times), min(pairs), max(pairs)

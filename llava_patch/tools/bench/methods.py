@@ -1,0 +1,163 @@
+"""What is compared, and what each row must equal."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llava_patch.core.errors import SettingError
+from llava_patch.patching.handle import Handle, restore_flags
+from llava_patch.patching.patch import patch
+from llava_patch.settings import FastV, Routing
+
+SILENT, SAME, NOTHING = "silent", "same", "nothing"
+
+
+@dataclass(frozen=True)
+class Partner:
+    """What a method must equal, whatever the weights (routing.md's identities).
+
+    Attributes:
+        name: as the table says it.
+        left: settings that are compared; None: the stock model.
+        right: with what; None: the stock model.
+        silent: zero the side branch's output projections on the left, so that it passes image states on.
+        text_only: compare text positions only.
+    """
+
+    name: str
+    left: dict[str, Any] | None
+    right: dict[str, Any] | None = None
+    silent: bool = False
+    text_only: bool = False
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row.
+
+    Attributes:
+        name: as the table says it.
+        settings: keyword arguments of `patch`; empty: the stock model.
+        lora_rank: LoRA on every linear layer of the decoder instead.
+        partner: its identity.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    partner: Partner
+    lora_rank: int | None = None
+
+    @contextlib.contextmanager
+    def applied(self, model: nn.Module) -> Iterator[Handle | None]:
+        """The model with this method; as it was afterwards."""
+        if self.lora_rank is not None:
+            with _lora(model, self.lora_rank):
+                yield None
+        elif self.settings:
+            with patch(model, **self.settings) as handle:
+                yield handle
+        else:
+            yield None
+
+
+@contextlib.contextmanager
+def _lora(model: Any, rank: int) -> Iterator[None]:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise SettingError("the LoRA rows need peft: pip install peft, or leave them out (--no-lora)") from error
+    targets = r".*language_model\.layers\..*_proj"
+    restore = restore_flags(model)
+    wrapped = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
+    try:
+        yield
+    finally:
+        wrapped.unload()
+        restore()
+
+
+def methods(n_layers: int, split: int, lora: bool = True) -> list[Method]:
+    """The rows of the table for a model of some depth."""
+    fused = n_layers - 1
+
+    def routed(variant: str, at: int = split, **more: Any) -> dict[str, Any]:
+        return {"routing": Routing(variant=variant, split=at, **more)}
+
+    def pruned(ratio: float) -> dict[str, Any]:
+        return {"pruning": FastV(layer=2, ratio=ratio)}
+
+    nothing = Partner("split = L is stock", routed("lf", n_layers))
+    lf = Partner("silent side branch, split = L-1, is stock", routed("lf", fused), silent=True)
+    rows = [
+        Method("stock", {}, nothing),
+        Method("LF", routed("lf"), lf),
+        Method(
+            "LF, K = 2",
+            routed("lf", fusion_layers=2),
+            Partner(
+                "silent side branch, split = L-2, is stock", routed("lf", n_layers - 2, fusion_layers=2), silent=True
+            ),
+        ),
+        Method("PC", routed("pc"), Partner("KV at text positions", routed("pc"), routed("kv"), text_only=True)),
+        Method(
+            "KV",
+            routed("kv"),
+            Partner("silent side branch, split = L-1, is stock", routed("kv", fused), silent=True),
+        ),
+        Method("ideal", routed("ideal"), Partner("VTW at text positions", routed("ideal"), routed("vtw"), False, True)),
+        Method("VTW", routed("vtw"), Partner("split = L is stock", routed("vtw", n_layers))),
+    ]
+    for ratio in (0.5, 0.75):
+        off = Partner("r = 0 is stock", pruned(0))
+        rows.append(Method(f"FastV(2, {ratio})", pruned(ratio), off))
+        rows.append(
+            Method(
+                f"LF + FastV(2, {ratio})",
+                {**routed("lf"), **pruned(ratio)},
+                Partner("r = 0 is LF", {**routed("lf"), **pruned(0)}, routed("lf")),
+            )
+        )
+    if lora:
+        for rank in (16, 64):
+            rows.append(Method(f"LoRA, r = {rank}", {}, Partner("B = 0 is stock", None), lora_rank=rank))
+    return rows
+
+
+@torch.no_grad()
+def partner_difference(model: Any, method: Method, inputs: dict[str, Any]) -> float:
+    """Largest difference of a logit between a method and its identity partner."""
+    partner = method.partner
+    if method.lora_rank is not None:
+        with method.applied(model):
+            left = _logits(model, inputs)
+        right = _logits(model, inputs)
+    else:
+        left = _patched_logits(model, partner.left, inputs, partner.silent)
+        right = _patched_logits(model, partner.right, inputs)
+    if partner.text_only:
+        text = inputs["input_ids"] != model.config.image_token_id
+        left, right = left[text], right[text]
+    return float((left.float() - right.float()).abs().max())
+
+
+def _patched_logits(
+    model: Any, settings: dict[str, Any] | None, inputs: dict[str, Any], silent: bool = False
+) -> Tensor:
+    if settings is None:
+        return _logits(model, inputs)
+    with patch(model, **settings) as handle:
+        if silent:
+            for layer in handle.anatomy.decoder.side_branch:
+                layer.self_attn.o_proj.weight.zero_()
+                layer.mlp.down_proj.weight.zero_()
+        return _logits(model, inputs)
+
+
+def _logits(model: Any, inputs: dict[str, Any]) -> Tensor:
+    return model(**inputs, use_cache=False).logits

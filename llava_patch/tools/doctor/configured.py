@@ -1,0 +1,153 @@
+"""What environment and gin options ask for, what that would patch, and what of it would be ignored."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llava_patch.core.errors import LlavaPatchError
+from llava_patch.core.paths import VARIABLE as CACHE_VARIABLE
+from llava_patch.integrations import import_hook as autostart
+from llava_patch.integrations import startup
+from llava_patch.settings import AUTO, AuxiliaryProbe
+from llava_patch.tools.doctor.row import NOTE, OK, PROBLEM, Row
+
+if TYPE_CHECKING:
+    from llava_patch.settings.gin_config import Configuration
+
+DISABLE = "LLAVA_PATCH_DISABLE"
+KNOWN_VARIABLES = (
+    startup.FILE_VARIABLE, startup.PARAM_VARIABLE, DISABLE, CACHE_VARIABLE, "LLAVA_PATCH_RPROBE_DATA",
+    "LLAVA_PATCH_VENV",
+)  # fmt: skip
+READERS = {
+    "AttentionMaps": "llava-patch attention-maps and report",
+    "Drift": "llava-patch drift and report, lmms-eval's task drift",
+    "FusionAttention": "llava-patch fusion-attention and report, lmms-eval's task fusion_attention",
+    "Gradients": "llava-patch gradients and report, LLaVA's training script",
+    "Reach": "llava-patch reach and report",
+    "Report": "llava-patch report",
+    "RProbe": "llava-patch rprobe, lmms-eval's task rprobe",
+    "Saturation": 'llava-patch saturation and report, lmms-eval\'s task saturation, Routing.split = "auto"',
+}
+"""Who reads each measurement's bindings."""
+
+
+def read(gin_file: Sequence[str], gin_param: Sequence[str]) -> "tuple[Configuration | None, LlavaPatchError | None]":
+    """What is configured by environment and options, or why it cannot be read."""
+    try:
+        # It says on stderr what has no effect outside training; the rows say that too.
+        with startup.also(gin_file, gin_param), contextlib.redirect_stderr(io.StringIO()):
+            return startup.configuration(), None
+    except LlavaPatchError as error:
+        return None, error
+
+
+def check_configured(asked: "Configuration | None", error: LlavaPatchError | None) -> list[Row]:
+    """What is configured, and to what it is applied."""
+    if error is not None:
+        return [Row("configured", "error", PROBLEM, str(error))]
+    if asked is None:
+        return [Row("configured", "nothing: stock models stay stock")]
+    rows = [Row("configured", "from " + ", ".join(asked.sources))]
+    for kind, value in asked.methods().items():
+        if value is not None:
+            where = "LLaVA's training script" if kind == AuxiliaryProbe.KIND else "training, and every model loaded"
+            rows.append(Row(f"would patch: {kind}", f"{value} ({where})"))
+    if asked.fusion is not None and asked.routing is not None and asked.routing.freeze != "none":
+        found = f"new weights start at zero, and Routing.freeze = {asked.routing.freeze!r} keeps them there"
+        advice = "on a stock checkpoint train the fusion first (stage 1), or bind Routing.freeze = 'none'"
+        rows.append(Row(f"does nothing yet: {type(asked.fusion).__name__}", found, NOTE, advice))
+    rows += [Row(f"switched off: {kind}", "by an explicit None") for kind in asked.off]
+    if asked.flags:
+        given = " ".join(f"--{name} {value}" for name, value in asked.flags.items())
+        rows.append(Row("training flags", given, NOTE, "act in LLaVA's training script only, ignored elsewhere"))
+    return rows
+
+
+def check_ignored(asked: "Configuration | None", hook: Row, environment: Mapping[str, str] = os.environ) -> list[Row]:
+    """What is set and would have no effect.
+
+    Args:
+        asked: what is configured.
+        hook: what was found about the start-up hook.
+        environment: variables.
+    """
+    rows = []
+    for name in sorted(n for n in environment if n.startswith("LLAVA_PATCH_") and n not in KNOWN_VARIABLES):
+        near = difflib.get_close_matches(name, KNOWN_VARIABLES, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        rows.append(Row(f"ignored: {name}", "unknown", NOTE, f"{hint}known are {', '.join(KNOWN_VARIABLES)}"))
+    switch = environment.get(DISABLE, "")
+    if switch not in ("", "0", "1"):
+        rows.append(Row(f"ignored: {DISABLE}", switch, NOTE, "only 1 switches llava_patch off"))
+    if asked is None:
+        return rows
+    if autostart.disabled():
+        advice = f"{DISABLE}=1 switches everything off: unset it, or drop the bindings"
+        rows.append(Row("ignored: all bindings", ", ".join(asked.sources), NOTE, advice))
+    elif hook.state != OK:
+        rows.append(
+            Row(
+                "ignored: all bindings without the hook",
+                ", ".join(asked.sources),
+                PROBLEM,
+                "unmodified scripts would run without them: " + hook.advice,
+            )
+        )
+    if asked.probe is not None:
+        advice = "a training loss: evaluation and llava-patch's commands go without it"
+        rows.append(Row("ignored outside training: AuxiliaryProbe", str(asked.probe), NOTE, advice))
+    for name, value in asked.measurements.items():
+        if name == "Saturation" and asked.routing is not None and asked.routing.split == AUTO:
+            rows.append(Row(f"measurement: {name}", str(value), OK, 'read by Routing.split = "auto"'))
+            continue
+        reader = READERS.get(name)
+        advice = "no command reads it" if reader is None else f"changes no model; read by {reader} only"
+        rows.append(Row(f"measurement: {name}", str(value), NOTE, advice))
+    return rows
+
+
+def check_deepspeed(environment: Mapping[str, str] = os.environ) -> list[Row]:
+    """Variables of ours that deepspeed would not hand to other nodes: it exports what `.deepspeed_env` names."""
+    ours = [n for n in (startup.FILE_VARIABLE, startup.PARAM_VARIABLE, DISABLE) if environment.get(n)]
+    hosts = _nodes(Path(environment.get("DLTS_HOSTFILE") or "/job/hostfile"))
+    if not ours:
+        return []
+    name = environment.get("DS_ENV_FILE") or ".deepspeed_env"
+    exported: dict[str, str] = {}
+    for folder in (Path.home(), Path()):
+        path = folder / name
+        if path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                key, _, value = line.strip().partition("=")
+                exported[key] = value.strip("\"'")
+    rows = []
+    for variable in ours:
+        if exported.get(variable) == environment[variable]:
+            rows.append(Row(f"other nodes: {variable}", f"exported by {name}"))
+            continue
+        other = f"{name} has another value: {exported[variable]}" if variable in exported else f"not in {name}"
+        rows.append(
+            Row(
+                f"other nodes: {variable}",
+                f"{other}; the hostfile names {hosts} nodes" if hosts > 1 else other,
+                NOTE,
+                f"deepspeed on several nodes would leave the others without it: add the line {variable}="
+                f"{environment[variable]} to ~/{name}, or give --gin_file and --gin_param to the script",
+            )
+        )
+    return rows
+
+
+def _nodes(hostfile: Path) -> int:
+    try:
+        lines = hostfile.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0
+    return len([line for line in lines if line.strip() and not line.lstrip().startswith("#")])

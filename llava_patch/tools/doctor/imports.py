@@ -1,0 +1,130 @@
+"""The imports that the hosts' commands make, tried before a run makes them.
+
+Run as a module (`python -m llava_patch.tools.doctor.imports NAME ...`), in a process of its own, because importing a training
+script has effects: imports each module and then what its functions would import later, and prints what failed as JSON.
+An import inside a function whose package is not installed belongs to a feature that nobody uses here; one whose package
+is there but no longer has that module or name would end a run in the middle.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import json
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+TRIED = {
+    "training": (
+        "llava.train.train", "llava.train.llava_trainer", "llava.model.builder", "llava.model.llava_arch",
+        "llava.model.language_model.llava_llama", "llava.mm_utils", "deepspeed", "peft",
+    ),
+    "lmms-eval": (
+        "lmms_eval.__main__", "lmms_eval.evaluator", "lmms_eval.tasks", "lmms_eval.api.task", "lmms_eval.utils",
+        "lmms_eval.models.simple.llava_hf", "lmms_eval.models.llava_hf",
+    ),
+}  # fmt: skip
+"""Modules that a training or an evaluation command goes through; those that are not installed are left out."""
+
+
+def failures(names: list[str]) -> list[dict[str, str]]:
+    """What of these modules, and of what they import later, cannot be imported.
+
+    Args:
+        names: dotted names; one that does not exist is left out.
+
+    Returns:
+        For each failure "where" (module, or module:line), "error" (type and first line) and "module" (what was asked
+        for).
+    """
+    found: dict[str, dict[str, str]] = {}
+    for name in names:
+        try:
+            if importlib.util.find_spec(name) is None:
+                continue
+        except ModuleNotFoundError as error:  # a parent package that this version lacks, or that fails itself
+            if error.name and name.startswith(error.name):
+                continue
+            found.setdefault(_text(error), _failure(name, error, name))
+            continue
+        except Exception as error:  # a parent package that fails while it is imported
+            found.setdefault(_text(error), _failure(name, error, name))
+            continue
+        try:
+            module = importlib.import_module(name)
+        except BaseException as error:  # whatever a host raises, or its exit
+            found.setdefault(_text(error), _failure(name, error, _missing(error) or name))
+            continue
+        for line, wanted, attribute in later_imports(Path(str(module.__file__)), module.__package__ or ""):
+            missing = _try(wanted, attribute)
+            if missing is not None:
+                found.setdefault(_text(missing), _failure(f"{name}:{line}", missing, wanted))
+    return list(found.values())
+
+
+def later_imports(path: Path, package: str) -> Iterator[tuple[int, str, str]]:
+    """The imports inside a file's functions: (line, module, name to take from it or "").
+
+    Those inside a `try` are left out: whoever wrote them expects them to fail.
+    """
+
+    def walk(node: ast.AST, inside: bool) -> Iterator[tuple[int, str, str]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Try):
+                continue
+            deeper = inside or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef))
+            if inside and isinstance(child, ast.Import):
+                yield from ((child.lineno, alias.name, "") for alias in child.names)
+            elif inside and isinstance(child, ast.ImportFrom):
+                module = importlib.util.resolve_name("." * child.level + (child.module or ""), package)
+                yield from ((child.lineno, module, alias.name) for alias in child.names)
+            yield from walk(child, deeper)
+
+    yield from walk(ast.parse(path.read_text(encoding="utf-8")), False)
+
+
+def _try(module: str, attribute: str) -> BaseException | None:
+    """Import a module, and a name of it; the error, or None also where the whole package is not installed."""
+    top = module.partition(".")[0]
+    try:
+        if importlib.util.find_spec(top) is None:
+            return None
+        loaded = importlib.import_module(module)
+        if attribute not in ("", "*") and not hasattr(loaded, attribute):
+            importlib.import_module(f"{module}.{attribute}")
+    except ModuleNotFoundError as error:
+        absent = (error.name or "").partition(".")[0]
+        return None if absent and absent != top and _absent(absent) else error
+    except BaseException as error:  # as above
+        return error
+    return None
+
+
+def _absent(top: str) -> bool:
+    return importlib.util.find_spec(top) is None
+
+
+def _missing(error: BaseException) -> str | None:
+    return error.name if isinstance(error, ImportError) else None
+
+
+def _text(error: BaseException) -> str:
+    return (traceback.format_exception_only(type(error), error)[-1].strip().splitlines() or [""])[0]
+
+
+def _failure(where: str, error: BaseException, module: str) -> dict[str, str]:
+    return {"where": where, "error": _text(error), "module": module}
+
+
+def main(arguments: list[str]) -> None:
+    """Print the failures as the last line, behind whatever the modules print themselves."""
+    found: list[dict[str, Any]] = failures(arguments)
+    print("\n" + json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

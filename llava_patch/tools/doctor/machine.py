@@ -1,0 +1,113 @@
+"""GPU, precision, CPU, memory and disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from llava_patch.core.paths import VARIABLE, cache_folder
+from llava_patch.tools.doctor.row import NOTE, Row
+
+GIB = 2**30
+SEVEN_B = 14.1
+"""GB that LLaVA-1.5-7B needs in half precision: 7.06 billion parameters of 2 bytes."""
+LITTLE_DISK = 10.0
+
+
+def check_device() -> list[Row]:
+    """GPUs, what precision they can do, and whether 7B fits."""
+    import torch
+
+    if not torch.cuda.is_available():
+        why = "this torch is a CPU build" if torch.version.cuda is None else "no GPU that this torch can use"
+        return [
+            Row("GPU", f"none ({why})", NOTE, "training a 7B model needs one; measuring and inspecting do not"),
+            Row("precision", "float32", advice="on a CPU half precision is slow: leave --dtype out (float32)"),
+        ]
+    rows = []
+    for number in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(number)
+        size = about.total_memory / 1e9
+        fits = size > SEVEN_B * 1.15
+        rows.append(
+            Row(
+                f"GPU {number}" if number else "GPU",
+                f"{about.name}, {size:.0f} GB, compute capability {about.major}.{about.minor}",
+                *(() if fits else (NOTE, f"7B in half precision needs about {SEVEN_B:.0f} GB and some room")),
+            )
+        )
+    rows.append(_precision(torch.cuda.get_device_capability(), torch.cuda.is_bf16_supported()))
+    return rows
+
+
+def _precision(capability: tuple[int, int], bf16: bool) -> Row:
+    if capability >= (8, 0) and bf16:
+        return Row("precision", "bfloat16", advice="train with --bf16 True --tf32 True; --dtype bfloat16 to measure")
+    if capability >= (7, 0):
+        return Row(
+            "precision",
+            "float16 (no bfloat16 in hardware)",
+            NOTE,
+            "train with --fp16 True instead of LLaVA's --bf16 True, without --tf32 True; attention: sdpa",
+        )
+    return Row("precision", "float32", NOTE, "this GPU is slow in half precision: --fp16 False --bf16 False")
+
+
+def check_memory() -> list[Row]:
+    """CPU threads, main memory and whether a 7B model fits."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = torch.get_num_threads()
+    idle = threads < cores
+    advice = f"OMP_NUM_THREADS holds torch to {threads} of {cores} cores" if idle else ""
+    rows = [Row("CPU", f"{_counted(cores, 'core')}, {_counted(threads, 'thread')}", NOTE if idle else "ok", advice)]
+    size = memory_bytes()
+    if size is None:
+        return rows
+    found = f"{size / 1e9:.0f} GB"
+    if size / 1e9 < SEVEN_B * 1.15:
+        return [*rows, Row("memory", found, NOTE, f"a 7B model needs about {SEVEN_B:.0f} GB in half precision")]
+    if size / 1e9 < SEVEN_B * 2.3:
+        advice = (
+            f"7B fits in half precision ({SEVEN_B:.0f} GB: --dtype bfloat16), not in float32 ({2 * SEVEN_B:.0f} GB)"
+        )
+        return [*rows, Row("memory", found, NOTE, advice)]
+    return [*rows, Row("memory", found, advice="7B fits, in float32 too")]
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def memory_bytes() -> int | None:
+    """Main memory in bytes, or a container's limit where that is lower; None where the system does not say."""
+    try:
+        size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            size = min(size, int(Path(limit).read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            continue  # no such limit, or "max"
+    return size
+
+
+def check_disk() -> Row:
+    """The cache folder, what it holds, and the room around it."""
+    folder = cache_folder()
+    there = folder
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else 0
+    free = shutil.disk_usage(there).free / 1e9
+    found = f"{folder}: {size / 1e9:.2f} GB; {free:.0f} GB free on its disk"
+    if not os.access(there, os.W_OK):
+        return Row(
+            "cache", found, NOTE, f"cannot be written, so that nothing is kept: set {VARIABLE} to another folder"
+        )
+    if free < LITTLE_DISK:
+        return Row("cache", found, NOTE, f"little room for R-Probe's tokens: set {VARIABLE} to a larger disk")
+    return Row("cache", found)

@@ -1,0 +1,246 @@
+"""Python, packages, hosts, attention backends and the start-up hook."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+
+from llava_patch.core.extras import EXTRAS
+from llava_patch.integrations import import_hook as autostart
+from llava_patch.tools.doctor.measured import lock_of
+from llava_patch.tools.doctor.row import NOTE, OK, PROBLEM, Row
+
+LMMS_EVAL = "0.7"
+"""The series of lmms-eval that the tasks were run with."""
+_OPTIONAL = {
+    "accelerate": "training", "deepspeed": "training on several GPUs", "peft": "LoRA", "flash-attn": "flash attention",
+    "lmms-eval": "benchmarks", "llava-torch": "the original host", "timm": "some vision towers",
+    **{package: f"the commands of llava_patch[{extra}]" for extra, package in EXTRAS.items()},
+}  # fmt: skip
+_BOUNDING = ("eval", "hosts")
+"""Extras whose bounds say with which versions the hosts work, whether or not they were asked for."""
+_HOOKED = "import sys; print(any(type(f).__name__ == '_PostImportFinder' for f in sys.meta_path))"
+
+
+def installed(distribution: str) -> str | None:
+    """A distribution's version; None when it is not installed."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def check_packages() -> list[Row]:
+    """Python and every package that llava_patch needs or can use, against the versions that it asks for."""
+    rows = [Row("python", sys.version.split()[0])]
+    try:
+        wanted = [Requirement(line) for line in requires("llava_patch") or []]
+    except PackageNotFoundError:
+        wanted = []
+        rows.append(
+            Row("llava_patch", "run from its source folder", NOTE, "pip install it, or nothing starts with Python")
+        )
+    patches = lock_of(installed("transformers"))[0] == "main"  # else an environment of another purpose
+    bounds: dict[str, Requirement] = {}
+    for need in wanted:
+        extra = _extra_of(need)
+        if extra == "eval" and installed("lmms-eval") is None:  # what lmms-eval needs to go on working
+            continue
+        if extra == "hosts" and not patches:
+            continue
+        if need.name in bounds:
+            bounds[need.name].specifier &= need.specifier
+        elif extra is None or need.name in _OPTIONAL or (installed(need.name) is not None and extra in _BOUNDING):
+            bounds[need.name] = Requirement(f"{need.name}{need.specifier}")
+    core = {need.name for need in wanted if _extra_of(need) is None}
+    for name in _OPTIONAL:
+        bounds.setdefault(name, Requirement(name))
+    return rows + [_package(need, name not in core) for name, need in bounds.items()]
+
+
+def _extra_of(need: Requirement) -> str | None:
+    """The extra of ours that asks for a requirement; None: everyone needs it."""
+    found = re.search(r"extra == ['\"]([\w.-]+)['\"]", str(need.marker or ""))
+    return found.group(1) if found else None
+
+
+def _package(need: Requirement, optional: bool) -> Row:
+    there = installed(need.name)
+    if need.name == "lmms-eval" and there is not None and not there.startswith(f"{LMMS_EVAL}."):
+        return Row(need.name, there, NOTE, f"the tasks were run with lmms-eval {LMMS_EVAL} only")
+    if there is None:
+        if optional:
+            return Row(need.name, "not installed", OK, f"needed for {_OPTIONAL[need.name]} only")
+        return Row(need.name, "not installed", PROBLEM, f"pip install '{need.name}{need.specifier}'")
+    if not need.specifier.contains(there.split("+")[0], prereleases=True):
+        state = NOTE if optional else PROBLEM
+        return Row(need.name, there, state, f"supported is {need.specifier}: pip install '{need.name}{need.specifier}'")
+    return Row(need.name, there)
+
+
+def check_torch() -> Row | None:
+    """A torch that cannot be imported, with which nothing else can be looked at; None when all is well."""
+    error = _import("torch", "nn")
+    if not isinstance(error, Exception):
+        return None
+    return Row(
+        "torch: import",
+        f"cannot be imported ({_short(error)})",
+        PROBLEM,
+        "install a build for this machine (https://pytorch.org/get-started); nothing else was looked at",
+    )
+
+
+def check_torchvision() -> Row:
+    """A torchvision that does not fit its torch breaks the import of LlamaModel; without it everything works."""
+    if importlib.util.find_spec("torchvision") is None:
+        return Row("torchvision", "not installed", OK, "not needed")
+    found = installed("torchvision") or "present"
+    try:
+        importlib.import_module("torchvision")
+    except Exception as error:  # whatever its binary raises, transformers would raise it as well
+        return Row(
+            "torchvision",
+            f"{found}, cannot be imported ({_short(error)})",
+            PROBLEM,
+            "it was built for another torch, and importing Llama models fails with it: pip uninstall torchvision "
+            "(nothing here needs it), or install the build that fits your torch",
+        )
+    return Row("torchvision", found)
+
+
+def check_hosts() -> list[Row]:
+    """Both hosts: whether they can be imported, and which `llava` it is."""
+    from llava_patch.hosts.compat import brings_towers
+
+    hf = _import("transformers", "LlavaForConditionalGeneration")
+    llava = None
+    if importlib.util.find_spec("llava") is not None:
+        # By its own module: llava/model/__init__.py swallows the reason why this import fails.
+        llava = _import("llava.model.language_model.llava_llama", "LlavaLlamaForCausalLM")
+    rows = []
+    if isinstance(hf, Exception):
+        rows.append(Row("host hf", f"cannot be imported ({_short(hf)})", PROBLEM, "reinstall transformers"))
+    else:
+        rows.append(Row("host hf", "LlavaForConditionalGeneration, LlavaNextForConditionalGeneration"))
+    if llava is None:
+        rows.append(
+            Row("host llava", "not installed", OK, "pip install --no-deps llava-torch, for LLaVA's own checkpoints")
+        )
+    elif isinstance(llava, Exception):
+        rows.append(
+            Row(
+                "host llava",
+                f"{_origin()}, cannot be imported ({_short(llava)})",
+                PROBLEM,
+                "its own pins are old: scripts/install.sh has an order of installation that works; with "
+                "LLAVA_PATCH_DISABLE=1 LLaVA's code meets transformers unmended",
+            )
+        )
+    elif brings_towers(importlib.import_module("llava.model.multimodal_encoder.builder")):
+        advice = "its towers stay its own; llava_patch was measured with LLaVA's original package only"
+        rows.append(Row("host llava", f"{_origin()}, with vision towers of its own, as LLaVA-NeXT's", NOTE, advice))
+    else:
+        rows.append(Row("host llava", _origin()))
+    return rows
+
+
+def _import(module: str, name: str) -> Any:
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception as error:  # a broken installation may raise anything
+        return error
+
+
+def _origin() -> str:
+    """Which llava it is: the wheel of the package index and the head of the repository share a version number."""
+    spec = importlib.util.find_spec("llava")
+    assert spec is not None
+    places = list(spec.submodule_search_locations or [])
+    folder = Path(places[0]) if places else Path(str(spec.origin)).parent
+    number = installed("llava-torch") or installed("llava")
+    if "site-packages" in folder.parts or "dist-packages" in folder.parts:
+        return f"llava-torch {number}, a wheel"
+    checkout = next((p for p in folder.parents if (p / ".git").exists()), None)
+    if checkout is None:
+        return f"llava {number or 'of no version'}, the folder {folder}"
+    return f"llava {number or 'of no version'}, the git checkout {checkout} ({_commit(checkout)})"
+
+
+def _commit(checkout: Path) -> str:
+    try:
+        asked = ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"]
+        return subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "commit not known"
+
+
+def check_attention() -> list[Row]:
+    """Which attention a model gets, and what LLaVA's train_mem.py gets, which asks for flash attention."""
+    import torch
+
+    from llava_patch.hosts.compat import unsupported
+
+    rows = [Row("attention", "sdpa, eager")]
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    flash: Any = None if importlib.util.find_spec("flash_attn") is None else _import("flash_attn", "flash_attn_func")
+    if flash is None:
+        # The fallback is the start-up hook's: LLaVA's own code would raise here.
+        gets = Row("train_mem.py", "sdpa, because flash-attn is not installed", OK, "nothing to do: sdpa works")
+        if unsupported() is not None:
+            gets = Row("train_mem.py", "fails: no flash-attn", NOTE, "start train.py instead of train_mem.py")
+        elif autostart.disabled():
+            gets = Row("train_mem.py", "fails: no flash-attn", NOTE, "unset LLAVA_PATCH_DISABLE, or start train.py")
+        return [*rows, Row("flash attention", "not installed"), gets]
+    start = "start train.py instead of train_mem.py"
+    if isinstance(flash, Exception):
+        rows.append(
+            Row(
+                "flash attention",
+                f"cannot be imported ({_short(flash)})",
+                PROBLEM,
+                "it was built for another torch: rebuild it, or pip uninstall flash-attn (sdpa then takes its place)",
+            )
+        )
+        return [*rows, Row("train_mem.py", "fails", NOTE, start)]
+    if capability is None:
+        rows.append(Row("flash attention", "installed, no GPU", NOTE, "on a CPU use sdpa"))
+        return [*rows, Row("train_mem.py", "flash_attention_2, which needs a GPU", NOTE, start)]
+    if capability < (8, 0):
+        needs = f"the GPU has compute capability {capability[0]}.{capability[1]}, flash attention 2 needs 8.0"
+        rows.append(Row("flash attention", needs, NOTE, "use sdpa"))
+        return [*rows, Row("train_mem.py", "fails on this GPU", NOTE, start)]
+    return [
+        *rows,
+        Row("flash attention", installed("flash-attn") or "installed"),
+        Row("train_mem.py", "flash_attention_2"),
+    ]
+
+
+def check_hook() -> Row:
+    """Whether a new interpreter has the start-up hook, which serves unmodified scripts."""
+    if autostart.disabled():
+        return Row("start-up hook", "off (LLAVA_PATCH_DISABLE=1)", NOTE, "unset LLAVA_PATCH_DISABLE")
+    asked = subprocess.run([sys.executable, "-c", _HOOKED], capture_output=True, text=True, check=False)
+    if asked.stdout.strip().endswith("True"):
+        return Row("start-up hook", "on: starts with Python")
+    return Row(
+        "start-up hook",
+        "missing: a new Python does not start it",
+        NOTE,
+        "pip install llava_patch into this environment (its .pth file is not there, or Python runs without site), or "
+        "import llava_patch before LLaVA's code",
+    )
+
+
+def _short(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:160]

@@ -1,0 +1,101 @@
+"""What loading one checkpoint on this machine would do."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llava_patch.core.errors import LlavaPatchError
+from llava_patch.settings import AUTO, Fusion, differs
+from llava_patch.tools.doctor.machine import memory_bytes
+from llava_patch.tools.doctor.row import NOTE, OK, PROBLEM, Row
+
+if TYPE_CHECKING:
+    from llava_patch.settings.gin_config import Configuration
+
+
+def check_checkpoint(checkpoint: str, asked: "Configuration | None", hosts: dict[str, Row]) -> list[Row]:
+    """Host, form, what a load would patch, and whether it fits.
+
+    Args:
+        checkpoint: the folder.
+        asked: what environment and options ask for.
+        hosts: the rows about the hosts, by host.
+    """
+    from llava_patch.tools.inspect import inspect_checkpoint
+    from llava_patch.tools.inspect.read import FORMS
+
+    try:
+        found = inspect_checkpoint(checkpoint)
+    except LlavaPatchError as error:
+        return [Row("checkpoint", checkpoint, PROBLEM, str(error))]
+    rows = [Row("checkpoint", f"{found.host or 'no config.json'}: {FORMS[found.form]}")]
+    host = None if found.host is None else hosts.get(found.host)
+    if host is not None and (host.state == PROBLEM or host.found == "not installed"):
+        rows.append(Row("checkpoint: host", f"{found.host}: {host.found}", PROBLEM, host.advice))
+    rows += _patched_on_load(found.methods(), asked)
+    if found.host is not None and found.form in ("full", "adapter"):
+        rows += _rehearsal(checkpoint, found.host, {**({} if asked is None else asked.lasting()), **found.methods()})
+    if found.match is not None and found.match.same is False:
+        rows.append(Row("checkpoint: base", found.match.note, PROBLEM, "load the adapter on the base it was made on"))
+    elif found.form == "adapter" and found.base and Path(found.base).is_absolute() and not Path(found.base).is_dir():
+        where = f'change "base" in {Path(checkpoint) / "llava_patch.json"} to where it is now'
+        rows.append(Row("checkpoint: base", f"{found.base} is not there", PROBLEM, where))
+    size, room = found.weight_bytes, memory_bytes()
+    if room is not None and size > room:
+        rows.append(
+            Row("checkpoint: memory", f"{size / 1e9:.1f} GB of weights, {room / 1e9:.0f} GB of memory", NOTE,
+                "does not fit into main memory: load it on a GPU, or on a larger machine")
+        )  # fmt: skip
+    return rows
+
+
+def _rehearsal(checkpoint: str, host: str, methods: dict[str, Any]) -> list[Row]:
+    """Patch the checkpoint's model without its weights, so that what a load would refuse is known before it.
+
+    Args:
+        checkpoint: the folder.
+        host: of it.
+        methods: keyword arguments of `patch`; empty: whether routing would be available.
+    """
+    from llava_patch.core.records import CONFIG_KEY
+    from llava_patch.core.weights import read_json
+    from llava_patch.hosts import anatomy, known, skeleton
+    from llava_patch.patching.patch import patch
+
+    routing = methods.get("routing")
+    if routing is not None and routing.split == AUTO:  # any layer will do
+        methods = {**methods, "routing": dataclasses.replace(routing, split=0)}
+    config = read_json(checkpoint, "config.json") or {}
+    try:
+        model = skeleton.build({k: v for k, v in config.items() if k != CONFIG_KEY}, host)
+        if methods:
+            patch(model, **methods, loading=True)
+        else:
+            known.check_decoder(anatomy.find(model).decoder, "routing")
+    except LlavaPatchError as error:
+        if methods:
+            return [
+                Row("checkpoint: patching it", str(error), PROBLEM, "load it without the patch, or mend what it names")
+            ]
+        return [Row("checkpoint: patching it", str(error), NOTE, "as a stock model it works")]
+    kind = type(anatomy.find(model).decoder).__name__
+    return [Row("checkpoint: patching it", f"tried without its weights, on {kind}: works")]
+
+
+def _patched_on_load(carried: dict, asked: "Configuration | None") -> list[Row]:
+    wanted = {} if asked is None else asked.lasting()
+    rows = []
+    for kind in sorted({*carried, *wanted}):
+        own, other = carried.get(kind), wanted.get(kind)
+        same = own is None or other is None or own == other
+        if isinstance(own, Fusion) and isinstance(other, Fusion):
+            same = not differs(other, own)
+        if not same:
+            advice = "leave the binding out: the checkpoint carries its own"
+            rows.append(Row(f"load would refuse: {kind}", f"it carries {own}, {other} is configured", PROBLEM, advice))
+            continue
+        whose = "the checkpoint's own" if own is not None else "configured"
+        rows.append(Row(f"load would patch: {kind}", f"{own or other} ({whose})", OK))
+    return rows or [Row("load would patch", "nothing: a stock model")]

@@ -1,0 +1,145 @@
+"""Whether the model below a checkpoint is the one that it was made on."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+from llava_patch.core.errors import CheckpointError
+from llava_patch.core.weights import read_json
+from llava_patch.hosts import tensor_names as names
+from llava_patch.hosts.anatomy import LLAVA
+from llava_patch.hosts.configs import host_of
+from llava_patch.tools.inspect.headers import Tensor, read_headers, sample, weight_files
+
+_VALUES = 4
+
+
+@dataclass(frozen=True)
+class Match:
+    """How a base compares.
+
+    Attributes:
+        same: whether it is the right one; None: cannot be told.
+        compared: matrices that were compared, by a few values each.
+        differing: how many of them differ.
+        note: one sentence.
+    """
+
+    same: bool | None
+    compared: int
+    differing: int
+    note: str
+
+
+def match_base(base: str, host: str, fingerprint: dict[str, list[float]] | None, own: list[Tensor], form: str) -> Match:
+    """Compare a base with an adapter's record, or with the checkpoint's own tensors.
+
+    Args:
+        base: folder of the base.
+        host: of the checkpoint.
+        fingerprint: the record's sampled values; None where there are none, as in a full checkpoint and LoRA files.
+        own: the checkpoint's tensors.
+        form: "full", "lora", ...: what they are.
+
+    Raises:
+        CheckpointError: the base holds no weights.
+    """
+    if not os.path.isdir(base):
+        lost = "not there any more" if os.path.isabs(base) else "a name of the hub, which is not looked up"
+        return Match(None, 0, 0, f"{base} is {lost}; name a folder with --base to compare")
+    files = weight_files(base)
+    if not files:
+        raise CheckpointError(f"--base {base}: holds no weights")
+    below_host = _host(base, host)
+    below = {names.neutral(t.name, below_host) or t.name: t for t in read_headers(files)}
+    if fingerprint is None:
+        return {"full": _against_own, "lora": _under_lora}.get(form, _unknown)(below, host, own)
+    if below_host != host:  # which pads its embeddings in another way, so that recorded places are other places
+        return Match(None, 0, 0, "it is a checkpoint of the other host: llava-patch convert makes one to compare with")
+    tower = _tower(base) if below_host == LLAVA else {}  # llava's lies in a folder of its own
+    below |= tower
+    differing, lacking = [], []
+    away = 0
+    for name, values in fingerprint.items():
+        plain = names.neutral(name, host) or name
+        there = below.get(plain)
+        if there is None and not tower and below_host == LLAVA and plain.startswith("tower."):
+            away += 1
+        elif there is None:
+            lacking.append(name)
+        elif not _close(sample(there, len(values)), values):
+            differing.append(name)
+    compared = len(fingerprint) - len(lacking) - away
+    if differing:
+        return Match(False, compared, len(differing), f"another base: {differing[0]} differs")
+    if lacking:
+        return Match(False, compared, 0, f"another base: it has no tensor {lacking[0]}")
+    note = f"the base it was made on ({compared} matrices compared at {_VALUES} places)"
+    return Match(True, compared, 0, note + (f"; its vision tower is elsewhere ({away} not compared)" if away else ""))
+
+
+def _against_own(below: dict[str, Tensor], host: str, own: list[Tensor]) -> Match:
+    """A full checkpoint records no base: what was frozen equals the base's, what was trained does not."""
+    differing, compared = [], 0
+    for tensor in own:
+        there = below.get(names.neutral(tensor.name, host) or tensor.name)
+        if there is None or there.shape != tensor.shape or len(tensor.shape) != 2:
+            continue
+        compared += 1
+        if not _close(sample(there, _VALUES), sample(tensor, _VALUES)):
+            differing.append(tensor.name)
+    if not compared:
+        return Match(False, 0, 0, "another base: no matrix in common")
+    equal = compared - len(differing)
+    note = f"a full checkpoint records no base; {equal} of {compared} matrices are this one's, at {_VALUES} places each"
+    return Match(True if not differing else None, compared, len(differing), note)
+
+
+def _under_lora(below: dict[str, Tensor], host: str, own: list[Tensor]) -> Match:
+    """LoRA files record no base either: what they change must be there, in the sizes that they change."""
+    wanted = {
+        t.name.removeprefix("base_model.model.").split(".lora_A.")[0] + ".weight": t.shape[1]
+        for t in own
+        if ".lora_A." in t.name
+    }
+    fit = 0
+    for name, columns in wanted.items():
+        plain = names.neutral(name, host) or name
+        there = below.get(plain)
+        if there is None and plain.startswith("tower."):  # llava's lies in a folder of its own
+            continue
+        if there is None:
+            return Match(False, len(wanted), 0, f"another base: it has no tensor {name}")
+        if there.shape[-1] != columns:
+            shape = "x".join(map(str, there.shape))
+            return Match(
+                False, len(wanted), 1, f"another base: {name} is {shape}, the LoRA files want {columns} columns"
+            )
+        fit += 1
+    return Match(None, fit, 0, f"LoRA files record no base; the {fit} matrices that they change there fit in size")
+
+
+def _unknown(below: dict[str, Tensor], host: str, own: list[Tensor]) -> Match:
+    return Match(None, 0, 0, "these files record no base")
+
+
+def _host(base: str, host: str) -> str:
+    """The base's own host; the checkpoint's for a plain language model, which LLaVA's training starts from."""
+    try:
+        return host_of(read_json(base, "config.json") or {}, base)
+    except CheckpointError:
+        return host
+
+
+def _tower(base: str) -> dict[str, Tensor]:
+    place = (read_json(base, "config.json") or {}).get("mm_vision_tower", "")
+    if not os.path.isdir(place):
+        return {}
+    return {f"tower.{t.name}": t for t in read_headers(weight_files(place))}
+
+
+def _close(one: list[float], other: list[float]) -> bool:
+    # Two roundings to bfloat16 (8 bits of mantissa) are the same base; training moves values further.
+    return all(math.isclose(a, b, rel_tol=2**-7, abs_tol=1e-6) for a, b in zip(one, other, strict=True))

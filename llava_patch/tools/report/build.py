@@ -1,0 +1,173 @@
+"""Runs the sections one after the other and keeps what each found, so that a report can go on and be rebuilt."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from llava_patch.cli.rprobe.run import named
+from llava_patch.core.errors import CheckpointError, SettingError
+from llava_patch.core.files import write_json
+from llava_patch.core.version import __version__
+from llava_patch.tools.inspect.command import facts_of
+from llava_patch.tools.inspect.read import FORMS
+from llava_patch.tools.report.context import Context
+from llava_patch.tools.report.identity import configured, key
+from llava_patch.tools.report.section import DONE, FAILED, SKIPPED, Record, Section, SkipSection
+
+KEPT = "report.json"
+FORMAT = 1
+
+
+def choose(sections: Sequence[Section], only: Sequence[str], skip: Sequence[str]) -> list[Section]:
+    """The sections that are asked for.
+
+    Raises:
+        SettingError: an unknown name, or none left.
+    """
+    known = [section.name for section in sections]
+    for option, names in (("--only", only), ("--skip", skip)):
+        for name in names:
+            if name not in known:
+                raise SettingError(f"{option} {name}: expected one of {', '.join(known)}")
+    chosen = [s for s in sections if (not only or s.name in only) and s.name not in skip]
+    if not chosen:
+        raise SettingError("--only and --skip leave no section")
+    return chosen
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """What an earlier run left; None when there is nothing.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    path = folder / KEPT
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values["format"] != FORMAT:
+            raise ValueError(f"format {values['format']}, this version reads {FORMAT}")
+        values["sections"] = [Record.from_dict(record) for record in values["sections"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}): delete it, or give another --output") from error
+    return values
+
+
+def build(
+    context: Context,
+    sections: Sequence[Section],
+    chosen: Sequence[Section],
+    folder: Path,
+    fresh: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Make the chosen sections, and keep each as soon as it is finished.
+
+    Args:
+        context: what the report is about.
+        sections: all sections, in the report's order.
+        chosen: those to make now; finished ones of the others stay.
+        folder: where everything is written.
+        fresh: measure again what is finished.
+        say: takes a line about each section.
+
+    Returns:
+        What was kept, as `read` gives it.
+
+    Raises:
+        CheckpointError: the folder holds another checkpoint's report.
+    """
+    before = read(folder)
+    if before is not None and named(before["checkpoint"]) != named(context.checkpoint):
+        raise CheckpointError(
+            f"{folder / KEPT} is the report of {before['checkpoint']}, not of {named(context.checkpoint)}: give "
+            "another folder with --output"
+        )
+    records = {} if before is None else {record.name: record for record in before["sections"]}
+    values: dict[str, Any] = {}
+    for number, section in enumerate(chosen, 1):
+        head = f"{number} of {len(chosen)}: {section.title}"
+        kept = records.get(section.name)
+        wanted = key(section, context)
+        if not fresh and kept is not None and _holds(kept, wanted, folder):
+            say(f"{head}: kept")
+            record = kept
+        else:
+            say(head)
+            record = _make(section, context, folder, wanted)
+            if record.state != DONE:
+                say(f"  {record.state}: {record.reason}")
+        records[section.name] = record
+        values = _values(context, [records[s.name] for s in sections if s.name in records])
+        write_json(folder / KEPT, {**values, "sections": [r.to_dict() for r in values["sections"]]})
+    return values
+
+
+def _holds(kept: Record, wanted: str, folder: Path) -> bool:
+    if kept.found is None or kept.key != wanted:  # skipped and failed sections have found nothing
+        return False
+    names = [*kept.found.files, *(figure.file for figure in kept.found.figures)]
+    return all((folder / name).is_file() for name in names)
+
+
+def _make(section: Section, context: Context, folder: Path, wanted: str) -> Record:
+    record = Record(
+        section.name, section.title, section.about, DONE, settings=section.settings(context), key=wanted,
+        command=section.command(context),
+    )  # fmt: skip
+    began = time.monotonic()
+    try:
+        why_not = section.why_not(context)
+        if why_not is not None:
+            raise SkipSection(why_not)
+        found = section.run(context, folder)
+    except SkipSection as skipped:
+        return replace(record, state=SKIPPED, reason=str(skipped), command=record.command if section.supplies else "")
+    except Exception as error:  # one section's failure must not take the others with it; the command ends with 1
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        return replace(record, state=FAILED, reason=message, trace=traceback.format_exc())
+    return replace(record, found=found, seconds=round(time.monotonic() - began, 1))
+
+
+def _values(context: Context, records: list[Record]) -> dict[str, Any]:
+    import platform
+    import sys
+
+    import torch
+
+    from llava_patch.tools.doctor.software import installed
+
+    packages = ("torch", "transformers", "llava-torch", "peft", "numpy")
+    return {
+        "format": FORMAT,
+        "checkpoint": named(context.checkpoint),
+        "data": context.data or "rendered pages",
+        "base": named(context.base) if context.base else "",
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "facts": [
+            *(list(fact) for fact in facts_of(context.inspection, FORMS)),
+            *([["put on it by gin", "; ".join(configured())]] if configured() else []),
+        ],
+        "settings": {kind: values for kind, values in context.inspection.settings.items() if values},
+        "versions": {
+            "llava_patch": __version__,
+            "python": sys.version.split()[0],
+            **{name: number for name in packages if (number := installed(name))},
+            "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}",
+        },
+        "command": context.command(
+            "report",
+            *(["--rprobe", context.rprobe] if context.rprobe else []),
+            *(["--run", context.run] if context.run and context.run != context.folder else []),
+            base=True,
+        ),
+        "sections": records,
+    }

@@ -1,0 +1,157 @@
+"""One section of a report: how it is made, and what is kept of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llava_patch.tools.report.context import Context
+
+DONE, SKIPPED, FAILED = "done", "skipped", "failed"
+
+
+class SkipSection(Exception):
+    """A section has nothing to measure; the message says why."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture.
+
+    Attributes:
+        file: its name in the report's folder.
+        alt: what it shows, in words.
+    """
+
+    file: str
+    alt: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text.
+
+    Attributes:
+        head: column titles.
+        rows: cells.
+        caption: what it lists.
+        folded: shown on demand only.
+    """
+
+    head: list[str]
+    rows: list[list[str]]
+    caption: str = ""
+    folded: bool = False
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a section measured.
+
+    Attributes:
+        summary: the finding, in a sentence or two.
+        figures: pictures, in order.
+        tables: tables, in order.
+        files: names of the results' files in the report's folder.
+    """
+
+    summary: str
+    figures: list[Figure] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Section:
+    """How a section is made.
+
+    Attributes:
+        name: in `--only`, `--skip` and file names.
+        title: its heading.
+        about: what is measured, and how to read it.
+        run: measures, writes files into a folder, raises `SkipSection` where there is nothing to measure.
+        settings: JSON values that the result depends on, beside checkpoint, base and data.
+        command: the command that repeats it alone; "" where the report is the only way.
+        why_not: why it cannot be made, found out before anything is loaded; None: it can.
+        inputs: further files or folders that the result depends on.
+        supplies: whether the command makes what a skipped section lacks; otherwise it would end as the section did.
+    """
+
+    name: str
+    title: str
+    about: str
+    run: "Callable[[Context, Path], Found]"
+    settings: "Callable[[Context], dict[str, Any]]" = lambda context: {}
+    command: "Callable[[Context], str]" = lambda context: ""
+    why_not: "Callable[[Context], str | None]" = lambda context: None
+    inputs: "Callable[[Context], list[str]]" = lambda context: []
+    supplies: bool = False
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is kept of a section.
+
+    Attributes:
+        name: the section's.
+        title: likewise.
+        about: likewise.
+        state: "done", "skipped" or "failed".
+        reason: why it was skipped, or how it failed.
+        trace: of a failure.
+        found: what was measured; None when it was skipped or failed.
+        settings: what it was measured with.
+        command: repeats it alone; "" where it was skipped and that cannot work either.
+        key: changes when checkpoint, base, data, settings or version do.
+        seconds: how long it took.
+    """
+
+    name: str
+    title: str
+    about: str
+    state: str
+    reason: str = ""
+    trace: str = ""
+    found: Found | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    command: str = ""
+    key: str = ""
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Record":
+        """Read what `to_dict` made; KeyError or TypeError when it is damaged."""
+        found = values["found"]
+        if found is not None:
+            found = Found(
+                found["summary"],
+                [Figure(**figure) for figure in found["figures"]],
+                [Table(**table) for table in found["tables"]],
+                list(found["files"]),
+            )
+        return cls(**{**values, "found": found})
+
+
+def found_of(result: Any, folder: Path, name: str, alt: str, figures: bool = True) -> Found:
+    """What a measurement's result gives a section: it is saved, and its summary, figure and table are shown.
+
+    Args:
+        result: has `summary()`, `save(folder, name)` and perhaps `table()`.
+        folder: the report's.
+        name: of the files.
+        alt: what the figure shows; the summary is put behind it.
+        figures: whether `save` writes a figure.
+    """
+    paths = [Path(path) for path in result.save(folder, name)]
+    pictures = [p for p in paths if p.suffix == ".png"] if figures else []
+    tables = [Table(*result.table())] if hasattr(result, "table") else []
+    summary = result.summary()
+    return Found(summary, [Figure(p.name, f"{alt} {summary}") for p in pictures], tables, [p.name for p in paths])

@@ -1,0 +1,142 @@
+"""`llava-patch sweep`: plan, run what is still to do, and show what came out."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from llava_patch.core.errors import RunError, SettingError
+from llava_patch.tools.sweep import outcome, process, record, summary
+from llava_patch.tools.sweep.bubbles import bubble_figure
+from llava_patch.tools.sweep.figures import sweep_figure
+from llava_patch.tools.sweep.plan import Run, make_plan, read_sweep
+from llava_patch.tools.sweep.summary import Result
+
+PLACE = "{checkpoint}"
+
+
+def sweep(
+    file: str,
+    output: Path,
+    command: Sequence[str],
+    seeds: Sequence[int] | None = None,
+    evaluate: str | None = None,
+    dry_run: bool = False,
+    console: Console | None = None,
+) -> bool:
+    """Run a sweep, or what is left of it.
+
+    Args:
+        file: gin file with a `Sweep`, by path or shipped name.
+        output: folder for the runs, `results.json`, `table.md`, `sweep.png` and, for two numbers swept
+            against a baseline, `bubbles.png`.
+        command: the launch command, to which each run's flags are appended.
+        seeds: instead of the file's.
+        evaluate: command that evaluates "{checkpoint}" with lmms-eval; `--output_path` is appended.
+        dry_run: show the runs and write nothing.
+        console: for the tables.
+
+    Returns:
+        Whether every run ended well.
+
+    Raises:
+        SettingError: anything that can be seen before the first run starts.
+    """
+    console = console or Console()
+    if evaluate is not None and PLACE not in evaluate:
+        raise SettingError(f"--evaluate {evaluate!r}: write {PLACE} where the checkpoint's folder belongs")
+    plan = read_sweep(file)
+    runs = make_plan(plan, plan.seeds if seeds is None else seeds, output, command)
+    done = [_known(run, evaluate) for run in runs]  # refuses foreign folders before anything starts
+    if dry_run:
+        for run, known in zip(runs, done, strict=True):
+            state = "finished" if known else "to do"
+            console.print(
+                f"[bold]{run.name}[/bold]: {state}\n  {shlex.join(run.command)}", highlight=False, soft_wrap=True
+            )
+        return True
+    results = [summary.with_scores(result, plan.scores) for result in _run_all(runs, done, evaluate)]
+    _report(results, output, command, evaluate, plan.scores, console)
+    for line in summary.missing_scores(results, plan.scores):
+        console.print(line, highlight=False, markup=False)
+    return all(result.error is None for result in results)
+
+
+def _known(run: Run, evaluate: str | None) -> Result | None:
+    loss = record.finished(run)
+    metrics = {} if evaluate is None else record.evaluated(run, evaluate)
+    return None if loss is None or metrics is None else Result(run, loss, metrics)
+
+
+def _run_all(runs: Sequence[Run], done: Sequence[Result | None], evaluate: str | None) -> list[Result]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    results = []
+    with Progress(*columns, console=Console(stderr=True)) as progress, process.signals_interrupt():
+        task = progress.add_task("sweep", total=len(runs))
+        for run, known in zip(runs, done, strict=True):
+            if known is None:
+                progress.update(task, description=run.name)
+                known = _attempt(run, evaluate)
+                if known.error is not None:
+                    progress.console.print(f"[red]failed:[/red] {run.name}")
+                    progress.console.print(known.error, markup=False, highlight=False)
+            results.append(known)
+            progress.advance(task)
+        progress.update(task, description="sweep")
+    return results
+
+
+def _attempt(run: Run, evaluate: str | None) -> Result:
+    try:
+        with process.lock(run.folder) as descriptor:
+            loss = record.finished(run) or _train(run, descriptor)
+            metrics = {} if evaluate is None else record.evaluated(run, evaluate)
+            if metrics is None and evaluate is not None:
+                metrics = _evaluate(run, evaluate, descriptor)
+    except RunError as error:
+        return Result(run, error=str(error))
+    return Result(run, loss, metrics or {})
+
+
+def _train(run: Run, descriptor: int) -> outcome.FinalLoss:
+    record.begin(run)
+    started = time.monotonic()
+    process.execute(run.command, run.folder / "train.log", descriptor)
+    loss = outcome.final_loss(outcome.trainer_state(run.folder))
+    record.finish(run, loss, time.monotonic() - started)
+    return loss
+
+
+def _evaluate(run: Run, evaluate: str, descriptor: int) -> dict[str, float]:
+    folder = run.folder / record.EVALUATION
+    earlier = frozenset(outcome.result_files(folder))
+    words = [word.replace(PLACE, str(run.folder)) for word in shlex.split(evaluate)]
+    process.execute([*words, "--output_path", str(folder)], run.folder / "evaluate.log", descriptor)
+    metrics = outcome.metrics(folder, earlier)
+    record.finish_evaluation(run, evaluate, metrics)
+    return metrics
+
+
+def _report(
+    results: Sequence[Result],
+    output: Path,
+    command: Sequence[str],
+    evaluate: str | None,
+    scores: Collection[str],
+    console: Console,
+) -> None:
+    written = [summary.write_results(output / "results.json", results, command, evaluate)]
+    written.append(summary.write_markdown(output / "table.md", results))
+    if summary.measured(results):
+        written.append(sweep_figure(results, output / "sweep.png"))
+        bubbles = bubble_figure(results, output / "bubbles.png", scores)
+        written += [bubbles] if bubbles is not None else []
+    console.print(summary.rich_table("Mean ± std over seeds", summary.mean_rows(results)))
+    console.print(summary.rich_table("Each seed", summary.seed_rows(results)))
+    for line in [*summary.notes(results), *(f"wrote {path}" for path in written)]:
+        console.print(line, highlight=False, markup=False)

@@ -1,0 +1,107 @@
+"""Runs one command of a sweep: output into a log, no second command in the same folder, nothing left running."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shlex
+import signal
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from llava_patch.core.errors import RunError
+
+TAIL_LINES = 15
+GRACE_SECONDS = 20
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[int]:
+    """Hold a folder for one run.
+
+    The lock is on an open file that the command inherits, so it lasts as long as the command does, even when the
+    sweep itself was killed: a resumed sweep then does not start a second training beside the first.
+
+    Yields:
+        The file descriptor to pass on.
+
+    Raises:
+        RunError: a command of another, or of a killed, sweep still runs there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(f"{folder}: a command started by another sweep still runs there; wait or end it") from None
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def execute(command: Sequence[str], log: Path, descriptor: int) -> None:
+    """Run a command to its end; its output is appended to `log`.
+
+    Args:
+        command: program and arguments.
+        log: file for stdout and stderr.
+        descriptor: of the folder's lock.
+
+    Raises:
+        RunError: it failed; with the end of its output.
+    """
+    with log.open("ab") as stream:
+        stream.write(f"$ {shlex.join(command)}\n".encode())
+        stream.flush()
+        start = stream.tell()
+        # A session of its own: launchers start workers, and all of them are to end with the sweep.
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True,
+            pass_fds=(descriptor,),
+        )  # fmt: skip
+        try:
+            code = process.wait()
+        finally:
+            if process.poll() is None:
+                _stop(process)
+    if code != 0:
+        how = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
+        raise RunError(f"ended with {how}; the end of {log}:\n{_tail(log, start)}")
+
+
+def _stop(process: subprocess.Popen) -> None:
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, sign)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_SECONDS)
+            return
+
+
+def _tail(log: Path, start: int) -> str:
+    with log.open("rb") as stream:
+        stream.seek(max(start, os.path.getsize(log) - 20_000))
+        text = stream.read().decode(errors="replace")
+    lines = text.replace("\r", "\n").splitlines()  # progress bars rewrite their line
+    return "\n".join(f"    {line}" for line in lines[-TAIL_LINES:]) or "    (no output)"
+
+
+@contextlib.contextmanager
+def signals_interrupt() -> Iterator[None]:
+    """While the block runs, SIGTERM and SIGHUP end it as Ctrl-C does, so that no training is left behind."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {}
+    for sign in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(sign) is not signal.SIG_IGN:  # nohup
+            before[sign] = signal.signal(sign, interrupt)
+    try:
+        yield
+    finally:
+        for sign, handler in before.items():
+            signal.signal(sign, handler)

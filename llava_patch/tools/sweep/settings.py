@@ -1,0 +1,111 @@
+"""What a sweep runs over. Imports neither torch nor gin."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from llava_patch.core.errors import SettingError
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A grid of settings, each trained with several seeds.
+
+    Attributes:
+        grid: for each gin binding its values, such as {"Routing.split": (10, 14, 18, 22)}; several bindings give
+            every combination, the last one varying fastest. A list of such grids gives the points of each in turn,
+            for values that do not go with every other: [{"SkipLinks.stride": (6,), "SkipLinks.detach": (0, 1, 2, 3)},
+            {"SkipLinks.stride": (12,), "SkipLinks.detach": (0, 1)}].
+        baseline: one more point, trained first, that the others are compared with, such as {"Patch.fusion": None}
+            (the files' fusion switched off). None: no such point.
+        scores: named means of metrics of the evaluation, such as {"OCR": ("textvqa_val/exact_match",
+            "ocrbench/ocrbench_accuracy")}; they are shown beside the metrics. Metrics of one mean should share a scale.
+        seeds: one run each; the DPVR paper's are 1, 2 and 3, its single runs have 42.
+        gin_files: files that every run takes, by path or shipped name.
+        gin_params: bindings that every run takes.
+    """
+
+    grid: Mapping[str, tuple[Any, ...]] | Sequence[Mapping[str, tuple[Any, ...]]] = field(default_factory=dict)
+    baseline: Mapping[str, Any] | None = None
+    scores: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    seeds: tuple[int, ...] = (1, 2, 3)
+    gin_files: tuple[str, ...] = ()
+    gin_params: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        several = isinstance(self.grid, (list, tuple))
+        grids = tuple(map(_checked, self.grid)) if several else (_checked(self.grid),)
+        if not grids:
+            _checked({})
+        object.__setattr__(self, "grid", grids if several else grids[0])
+        if self.baseline is not None:
+            if not isinstance(self.baseline, Mapping) or not self.baseline:
+                raise SettingError(
+                    f'Sweep.baseline = {self.baseline!r}: expected bindings with one value each, as {{"Patch.fusion": '
+                    "None}"
+                )
+            baseline = _checked({key: (value,) for key, value in self.baseline.items()}, "Sweep.baseline")
+            object.__setattr__(self, "baseline", {key: value for key, (value,) in baseline.items()})
+        well = isinstance(self.scores, Mapping) and all(
+            isinstance(name, str) and isinstance(metrics, (list, tuple)) and metrics
+            and all(isinstance(metric, str) for metric in metrics)
+            for name, metrics in self.scores.items()
+        )  # fmt: skip
+        if not well:
+            raise SettingError(
+                f'Sweep.scores = {self.scores!r}: expected names with metrics, as {{"OCR": ("pope/pope_accuracy",)}}'
+            )
+        object.__setattr__(self, "scores", {name: tuple(metrics) for name, metrics in self.scores.items()})
+        seeds = tuple(self.seeds) if isinstance(self.seeds, (list, tuple)) else (self.seeds,)
+        whole = all(isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in seeds)
+        if not seeds or not whole or len(set(seeds)) != len(seeds):
+            raise SettingError(f"Sweep.seeds = {self.seeds!r}: expected distinct integers >= 0")
+        object.__setattr__(self, "seeds", seeds)
+        for name in ("gin_files", "gin_params"):
+            texts = getattr(self, name)
+            if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+                raise SettingError(f"Sweep.{name} = {texts!r}: expected a tuple of strings, as ('a.gin',)")
+            object.__setattr__(self, name, tuple(texts))
+
+    def points(self) -> list[dict[str, Any]]:
+        """The baseline, if there is one, then every combination of each grid's values, as {binding: value}."""
+        grids = self.grid if isinstance(self.grid, tuple) else (self.grid,)
+        points = [] if self.baseline is None else [dict(self.baseline)]
+        for grid in grids:
+            assert isinstance(grid, Mapping)
+            points += [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+        return points
+
+
+def _checked(grid: Any, owner: str = "Sweep.grid") -> dict[str, tuple[Any, ...]]:
+    """One grid with its lists made tuples."""
+    if not isinstance(grid, Mapping) or not grid:
+        raise SettingError(
+            f'{owner} = {grid!r}: expected bindings with their values, as {{"Routing.split": (14, 18)}}, or a list of '
+            "such grids"
+        )
+    checked = {}
+    for key, values in grid.items():
+        if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", key):
+            raise SettingError(f"{owner}: {key!r} is not the name of a binding, such as Routing.split")
+        if not isinstance(values, (list, tuple)) or not values:
+            raise SettingError(f'{owner}["{key}"] = {values!r}: expected a tuple of values')
+        if any(isinstance(value, (dict, set)) for value in values):
+            raise SettingError(f'{owner}["{key}"] = {values!r}: expected numbers, strings or tuples of them')
+        checked[key] = tuple(tuple(value) if isinstance(value, list) else value for value in values)
+    return checked
+
+
+def describe(point: Mapping[str, Any]) -> str:
+    """A point of the grid in words: "Routing.split = 18, Routing.side_layers = 2"."""
+    return ", ".join(f"{key} = {value!r}" for key, value in point.items())
+
+
+def folder_name(point: Mapping[str, Any]) -> str:
+    """A point of the grid as a folder's name: no character that a shell, or lmms-eval's model_args, would split."""
+    words = (f"{key}-{re.sub(r'[^A-Za-z0-9.]+', '-', str(value)).strip('-')}" for key, value in point.items())
+    return "_".join(words)

@@ -1,0 +1,197 @@
+"""What a sweep found: mean and spread of each point, the per-seed table; as JSON and as tables."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llava_patch.core.files import atomic, write_json
+from llava_patch.tools.sweep.outcome import FINAL_STEPS, FinalLoss
+from llava_patch.tools.sweep.plan import Run
+from llava_patch.tools.sweep.settings import describe
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+LOSS = "final loss"
+Rows = tuple[list[str], list[list[str]]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    Attributes:
+        run: which.
+        loss: final training loss; None when it failed.
+        metrics: of the evaluation, {"task/metric": value}.
+        error: why it failed, or None.
+    """
+
+    run: Run
+    loss: FinalLoss | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
+
+    def values(self) -> dict[str, float]:
+        """Loss and metrics by name; nothing for a run that failed."""
+        return {} if self.loss is None else {LOSS: self.loss.mean, **self.metrics}
+
+
+def with_scores(result: Result, scores: Mapping[str, Sequence[str]]) -> Result:
+    """The result with the means that `Sweep.scores` names; one that lacks a metric is left out."""
+    means = {
+        name: statistics.fmean(result.metrics[metric] for metric in metrics)
+        for name, metrics in scores.items()
+        if set(metrics) <= set(result.metrics)
+    }
+    return replace(result, metrics={**result.metrics, **means})
+
+
+def missing_scores(results: Sequence[Result], scores: Mapping[str, Sequence[str]]) -> list[str]:
+    """What a reader must know of scores that no run could be given."""
+    found = set(measured(results))
+    return [
+        f"Sweep.scores: {name} is not there, for want of {', '.join(sorted(set(metrics) - found))}."
+        for name, metrics in scores.items()
+        if name not in found
+    ]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation (n - 1) over seeds; std is None for one seed."""
+
+    mean: float
+    std: float | None
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Of at least one value; not-a-number (a diverged run) makes both not-a-number."""
+        if not all(map(math.isfinite, values)):
+            return cls(math.nan, None if len(values) < 2 else math.nan, len(values))
+        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4f}" + ("" if self.std is None else f" ± {self.std:.4f}")
+
+
+def by_point(results: Iterable[Result]) -> list[tuple[dict[str, Any], list[Result]]]:
+    """Results grouped by their point of the grid, in order."""
+    groups: dict[str, tuple[dict[str, Any], list[Result]]] = {}
+    for result in results:
+        groups.setdefault(describe(result.run.point), (result.run.point, []))[1].append(result)
+    return list(groups.values())
+
+
+def bindings(results: Iterable[Result]) -> list[str]:
+    """Every binding that some point sets, in order; the baseline of a sweep may set others than its grid."""
+    return list(dict.fromkeys(key for result in results for key in result.run.point))
+
+
+def _cells(point: dict[str, Any], keys: Sequence[str]) -> list[str]:
+    return [str(point[key]) if key in point else "-" for key in keys]
+
+
+def measured(results: Iterable[Result]) -> list[str]:
+    """Names of everything that was measured, the loss first."""
+    return list(dict.fromkeys(name for result in results for name in result.values()))
+
+
+def spreads(results: Sequence[Result]) -> dict[str, Spread]:
+    """Mean and spread of everything measured in one point's runs; failed runs are left out."""
+    found: dict[str, list[float]] = {}
+    for result in results:
+        for name, value in result.values().items():
+            found.setdefault(name, []).append(value)
+    return {name: Spread.of(values) for name, values in found.items()}
+
+
+def mean_rows(results: Sequence[Result]) -> Rows:
+    """The table of means: for each point one row a measurement, so that it stays narrow however many there are."""
+    rows, keys = [], bindings(results)
+    for point, group in by_point(results):
+        found = spreads(group)
+        for name in measured(results):
+            spread = found.get(name)
+            done = 0 if spread is None else spread.n
+            rows.append([*_cells(point, keys), name, str(spread or "-"), f"{done} of {len(group)}"])
+    return [*keys, "measured", "mean ± std", "seeds"], rows
+
+
+def seed_rows(results: Sequence[Result]) -> Rows:
+    """The per-seed table: one column a seed."""
+    seeds = list(dict.fromkeys(result.run.seed for result in results))
+    rows, keys = [], bindings(results)
+    for point, group in by_point(results):
+        by_seed = {result.run.seed: result.values() for result in group}
+        for name in measured(results):
+            cells = [f"{by_seed[seed][name]:.4f}" if name in by_seed[seed] else "-" for seed in seeds]
+            rows.append([*_cells(point, keys), name, *cells])
+    return [*keys, "measured", *(f"seed {seed}" for seed in seeds)], rows
+
+
+def notes(results: Sequence[Result]) -> list[str]:
+    """What a reader of the tables must know."""
+    lines = [
+        f"Final loss: mean training loss (nats per token) of the last {FINAL_STEPS} optimizer steps. "
+        "± is the sample standard deviation over seeds."
+    ]
+    steps = sorted({result.loss.steps for result in results if result.loss is not None})
+    if steps and steps[0] < FINAL_STEPS:
+        lines.append(f"Some runs have fewer than {FINAL_STEPS} steps: the mean is over {steps[0]} at the least.")
+    failed = [result.run.name for result in results if result.error is not None]
+    if failed:
+        lines.append(f"Failed, and left out of the means: {'; '.join(failed)}.")
+    return lines
+
+
+def rich_table(title: str, rows: Rows) -> "Table":
+    """For the screen."""
+    from rich.table import Table
+
+    table = Table(title=title)
+    for name in rows[0]:
+        table.add_column(name, justify="right", overflow="fold")
+    for row in rows[1]:
+        table.add_row(*row)
+    return table
+
+
+def write_markdown(path: Path, results: Sequence[Result]) -> Path:
+    """Both tables as Markdown."""
+    parts = ["# Mean ± std", _markdown(mean_rows(results)), "# Each seed", _markdown(seed_rows(results))]
+    with atomic(path) as temporary:
+        temporary.write_text("\n\n".join([*parts, *notes(results)]) + "\n", encoding="utf-8")
+    return path
+
+
+def _markdown(rows: Rows) -> str:
+    lines = [rows[0], ["---:"] * len(rows[0]), *rows[1]]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def write_results(path: Path, results: Sequence[Result], command: Sequence[str], evaluation: str | None) -> Path:
+    """Everything as JSON."""
+    points = []
+    for point, group in by_point(results):
+        runs = [
+            {
+                "seed": result.run.seed,
+                "folder": str(result.run.folder),
+                "loss": None if result.loss is None else asdict(result.loss),
+                "metrics": result.metrics,
+                "error": result.error,
+            }
+            for result in group
+        ]
+        summary = {k: asdict(v) for k, v in spreads(group).items()}
+        points.append({"point": point, "baseline": group[0].run.baseline, "summary": summary, "runs": runs})
+    return write_json(
+        path, {"command": list(command), "evaluate": evaluation, "final_steps": FINAL_STEPS, "points": points}
+    )
