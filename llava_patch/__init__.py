@@ -14,13 +14,13 @@ _EXPORTS = {
     "get_handle": "llava_patch.patching.handle",
     "Handle": "llava_patch.patching.handle",
     "load": "llava_patch.patching.checkpoint",
-    "SkipLinks": "llava_patch.settings",
-    "DenseConnector": "llava_patch.settings",
-    "DirectFusion": "llava_patch.settings",
-    "DeepStack": "llava_patch.settings",
-    "Routing": "llava_patch.settings",
-    "FastV": "llava_patch.settings",
-    "AuxiliaryProbe": "llava_patch.settings",
+    "SkipLinks": "llava_patch.settings.methods",
+    "DenseConnector": "llava_patch.settings.methods",
+    "DirectFusion": "llava_patch.settings.methods",
+    "DeepStack": "llava_patch.settings.methods",
+    "Routing": "llava_patch.settings.methods",
+    "FastV": "llava_patch.settings.methods",
+    "AuxiliaryProbe": "llava_patch.settings.methods",
     "RProbe": "llava_patch.measurements.rprobe.settings",
     "Saturation": "llava_patch.measurements.saturation",
     "AttentionMaps": "llava_patch.measurements.attention_maps",
@@ -65,7 +65,15 @@ if TYPE_CHECKING:
     from llava_patch.patching.checkpoint import load
     from llava_patch.patching.handle import Handle, get_handle
     from llava_patch.patching.patch import patch
-    from llava_patch.settings import AuxiliaryProbe, DeepStack, DenseConnector, DirectFusion, FastV, Routing, SkipLinks
+    from llava_patch.settings.methods import (
+        AuxiliaryProbe,
+        DeepStack,
+        DenseConnector,
+        DirectFusion,
+        FastV,
+        Routing,
+        SkipLinks,
+    )
 
 
 def __getattr__(name: str) -> object:

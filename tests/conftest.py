@@ -40,12 +40,12 @@ def no_users_cache(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(autouse=True)
 def no_configuration(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory):
     import gin
-    from llava_patch.integrations import startup
+    from llava_patch.settings import active
 
     monkeypatch.delenv("LLAVA_PATCH_GIN_FILE", raising=False)
     monkeypatch.delenv("LLAVA_PATCH_GIN_PARAM", raising=False)
     monkeypatch.setenv("LLAVA_PATCH_CACHE", str(tmp_path_factory.mktemp("cache")))  # nothing of a test outlives it
-    startup.reset()
+    active.reset()
     yield
-    startup.reset()
+    active.reset()
     gin.clear_config()

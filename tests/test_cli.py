@@ -29,7 +29,10 @@ def test_gin_files(arguments):
 
 
 def test_the_command_starts_without_loading_models_code():
-    code = "import llava_patch.cli.main, sys; print([n for n in ('torch', 'transformers', 'matplotlib') if n in sys.modules])"
+    code = (
+        "import llava_patch.cli.main, sys; "
+        "print([n for n in ('torch', 'transformers', 'matplotlib') if n in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"  # seconds, before --help or an error about an option is shown
 

@@ -5,8 +5,8 @@ import pytest
 from llava_patch import Routing, SkipLinks
 from llava_patch.core.errors import SettingError
 from llava_patch.core.resources import gin_dir
-from llava_patch.settings import from_dict, to_dict
 from llava_patch.settings import gin_config as config
+from llava_patch.settings.methods import from_dict, to_dict
 
 
 def test_shipped_files_parse_to_the_papers_settings():

@@ -9,10 +9,12 @@ import typer
 
 from llava_patch.cli import common as commands
 from llava_patch.cli import output as written
-from llava_patch.cli import several
 from llava_patch.core.errors import InputError, SettingError
 from llava_patch.core.extras import needs
+from llava_patch.core.paths import named
 from llava_patch.data.examples import check_data
+from llava_patch.data.model_inputs import ModelInputs, examples_for, with_count
+from llava_patch.settings.active import settings_of
 
 if TYPE_CHECKING:
     from llava_patch.measurements.attention_maps import AttentionMaps, AttentionMapsResult
@@ -52,7 +54,6 @@ def attention_maps(
     OUTPUT gets attention_maps.json and attention_maps.png.
     """
     from llava_patch.cli.rprobe.compare import split_names
-    from llava_patch.cli.rprobe.run import named
     from llava_patch.measurements.attention_maps import AttentionMaps
     from llava_patch.measurements.saturation.compare import names_of
 
@@ -70,8 +71,8 @@ def attention_maps(
     sources = [named(c) for c in checkpoints]
     with commands.configured(gin_file, gin_param):
         written.check_results(folder / f"{NAME}.json", sources)
-        settings = commands.settings_of(AttentionMaps, block=block)
-        settings = commands.with_count(settings, len(image) or samples, SAMPLES)
+        settings = settings_of(AttentionMaps, block=block)
+        settings = with_count(settings, len(image) or samples, SAMPLES)
         for source in image or [data]:
             check_data(source)
         result: "AttentionMapsResult | None" = None
@@ -99,12 +100,12 @@ def _measure(
 
     subject = commands.load(checkpoint, base, device, dtype)
     if image:
-        examples = [example for path in image for example in commands.examples_for(subject, path, 1)]
+        examples = [example for path in image for example in examples_for(subject, path, 1)]
     else:
-        examples = commands.examples_for(subject, data, settings.max_samples)
+        examples = examples_for(subject, data, settings.max_samples)
     return measure_attention_maps(
         subject.model,
-        several.Samples(subject, examples),
+        ModelInputs(subject, examples),
         settings,
         image_processor=subject.image_processor,
         checkpoint=label,

@@ -6,7 +6,6 @@ A file has a function `add(app)` that adds its command (or a group) to the conso
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from llava_patch.core.errors import CheckpointError
+from llava_patch.core.paths import default_name
 
 if TYPE_CHECKING:
-    from llava_patch.data.examples import Example
     from llava_patch.data.loaded import Subject
+
 
 NAMES: tuple[str, ...] = (
     "attention_maps",
@@ -71,22 +71,6 @@ def samples_option(default: int, setting: str) -> Any:
     )
 
 
-def count_of(samples: int | None, bound: int | None, default: int) -> int | None:
-    """How many samples: the option's number, else the setting's, else the command's own; None: all.
-
-    Args:
-        samples: of the command line; 0: all.
-        bound: of the measurement's settings.
-        default: the command's.
-    """
-    return (bound or default) if samples is None else (samples or None)
-
-
-def with_count(settings: Any, samples: int | None, default: int) -> Any:
-    """A measurement's settings with `max_samples` as `count_of` has it."""
-    return dataclasses.replace(settings, max_samples=count_of(samples, settings.max_samples, default))
-
-
 @contextlib.contextmanager
 def configured(gin_file: list[str], gin_param: list[str], goes_on: bool = False) -> Iterator[None]:
     """A command's own gin bindings count inside; Ctrl-C ends with exit code 130 and one line.
@@ -96,24 +80,15 @@ def configured(gin_file: list[str], gin_param: list[str], goes_on: bool = False)
         gin_param: single bindings.
         goes_on: whether the same command takes up what an interrupted one has done, which the line then says.
     """
-    from llava_patch.integrations import startup
+    from llava_patch.settings import active
     from llava_patch.tools.sweep.process import signals_interrupt
 
     try:
-        with startup.also(gin_file, gin_param), signals_interrupt():
+        with active.also(gin_file, gin_param), signals_interrupt():
             yield
     except KeyboardInterrupt:
         typer.echo("interrupted" + (": the same command again goes on from here" if goes_on else ""), err=True)
         raise typer.Exit(130) from None
-
-
-def settings_of(cls: Any, **given: Any) -> Any:
-    """A measurement's settings: gin's, or the defaults, with the command line's own (those not None) on top."""
-    from llava_patch.integrations import startup
-
-    asked = startup.configuration()
-    bound = None if asked is None else asked.measurements.get(cls.__name__)
-    return dataclasses.replace(cls() if bound is None else bound, **{k: v for k, v in given.items() if v is not None})
 
 
 def check_checkpoint(name: str, setting: str = "") -> None:
@@ -138,44 +113,20 @@ def check_checkpoint(name: str, setting: str = "") -> None:
         raise CheckpointError(f"{what}: no such folder; as a hub name: the hub does not give it")
 
 
-def load(checkpoint: str, base: str = "", device: str = "", dtype: str = "") -> "Subject":
-    """The checkpoint's model, ready to be measured."""
-    from llava_patch.data.loaded import load_subject
-
-    return load_subject(checkpoint, base, device, dtype)
-
-
-def examples_for(
-    subject: "Subject", data: str, count: int | None, question: str = "", answers: bool = False
-) -> "list[Example]":
-    """Examples at the size of the model's vision tower, spread over the data; see `read_examples`."""
-    from llava_patch.data.examples import read_examples
-    from llava_patch.hosts.anatomy import find
-
-    anatomy = find(subject.model)
-    return read_examples(data, count, anatomy.grid[0] * anatomy.patch_size, question, answers)
-
-
-def samples_of(subject: "Subject", examples: "list[Example]", answers: bool = False) -> Iterator[dict[str, Any]]:
-    """Keyword arguments of the model's forward, one example at a time; with `labels` where answers are asked for."""
-    inputs = subject.inputs()
-    for example in examples:
-        image = example.open_image()
-        if answers:
-            yield inputs.training_inputs(image, example.question, example.answer)
-        else:
-            yield inputs.forward_inputs(image, example.question)
-
-
 def folder_for(measurement: str, checkpoint: str, output: Path | None) -> Path:
     """Where results go: `output`, or MEASUREMENT/NAME-OF-CHECKPOINT.
 
     Raises:
         CheckpointError: the path is a file.
     """
-    from llava_patch.cli.rprobe.run import default_name
-
     folder = output if output is not None else Path(measurement) / default_name(checkpoint)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"--output {folder}: is a file; expected a folder")
     return folder
+
+
+def load(checkpoint: str, base: str = "", device: str = "", dtype: str = "") -> "Subject":
+    """The checkpoint's model, ready to be measured."""
+    from llava_patch.data.loaded import load_subject
+
+    return load_subject(checkpoint, base, device, dtype)

@@ -11,7 +11,10 @@ from llava_patch.cli import common as commands
 from llava_patch.cli import output as written
 from llava_patch.cli import several
 from llava_patch.core.extras import needs
+from llava_patch.core.paths import named
 from llava_patch.data.examples import check_data
+from llava_patch.data.model_inputs import with_count
+from llava_patch.settings.active import settings_of
 
 NAME = "drift"
 SAMPLES = 32
@@ -53,17 +56,16 @@ def drift(
     the other; the first one's states wait on disk (--store-gb).
     OUTPUT gets drift.json and drift.png.
     """
-    from llava_patch.cli.rprobe.run import named
     from llava_patch.measurements.drift import Drift, measure_drift, measure_drift_apart
 
     commands.check_checkpoint(checkpoint)
     folder = commands.folder_for(NAME, checkpoint, output)
     with commands.configured(gin_file, gin_param):
-        settings = commands.settings_of(Drift, split=split, together=together, store_gb=store_gb)
+        settings = settings_of(Drift, split=split, together=together, store_gb=store_gb)
         stock = several.base_for(checkpoint, stock or settings.base or base)
         sources = [named(checkpoint), named(stock)]
         written.check_results(folder / f"{NAME}.json", sources)
-        settings = commands.with_count(settings, samples, SAMPLES)
+        settings = with_count(settings, samples, SAMPLES)
         check_data(data)
         own, other = several.openers(checkpoint, stock, base, data, settings.max_samples, question, device, dtype)
         if settings.together:

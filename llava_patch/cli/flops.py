@@ -44,11 +44,11 @@ def flops(
     token; the KV cache after the prompt. A patched checkpoint, and bindings
     of Routing and FastV, get a row of their own. No weights are loaded.
     """
-    from llava_patch.integrations import startup
+    from llava_patch.hosts.sizes import SHAPES
     from llava_patch.measurements.flops import files, result
     from llava_patch.measurements.flops import shape as shapes
     from llava_patch.measurements.flops.count import Prompt
-    from llava_patch.tools.bench.shapes import SHAPES
+    from llava_patch.settings import active
 
     sizes = {"float32": 4, "bfloat16": 2, "float16": 2}
     if dtype not in sizes:
@@ -62,7 +62,7 @@ def flops(
         folder = commands.folder_for("flops", subject, output)
         written.check_results(folder / "flops.json", [subject])
         routing = pruning = None
-        asked = startup.configuration()
+        asked = active.configuration()
         if checkpoint:
             found, routing, pruning = files.read_shape(checkpoint)
         else:

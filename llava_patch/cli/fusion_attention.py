@@ -13,7 +13,10 @@ from llava_patch.cli import several
 from llava_patch.cli.drift import STOCK
 from llava_patch.core.errors import SettingError
 from llava_patch.core.extras import needs
+from llava_patch.core.paths import named
 from llava_patch.data.examples import check_data
+from llava_patch.data.model_inputs import with_count
+from llava_patch.settings.active import settings_of
 
 NAME = "fusion_attention"
 SAMPLES = 32
@@ -47,17 +50,16 @@ def fusion_attention(
     the base's same layer. The models are loaded one after the other.
     OUTPUT gets fusion_attention.json and fusion_attention.png.
     """
-    from llava_patch.cli.rprobe.run import named
     from llava_patch.measurements.fusion_attention import FusionAttention, measure_fusion_attention_apart
 
     commands.check_checkpoint(checkpoint)
     folder = commands.folder_for("fusion-attention", checkpoint, output)
     with commands.configured(gin_file, gin_param):
-        settings = commands.settings_of(FusionAttention, layers=_numbers(layers))
+        settings = settings_of(FusionAttention, layers=_numbers(layers))
         stock = several.base_for(checkpoint, stock or settings.base or base)
         sources = [named(checkpoint), named(stock)]
         written.check_results(folder / f"{NAME}.json", sources)
-        settings = commands.with_count(settings, samples, SAMPLES)
+        settings = with_count(settings, samples, SAMPLES)
         check_data(data)
         own, other = several.openers(checkpoint, stock, base, data, settings.max_samples, question, device, dtype)
         result = measure_fusion_attention_apart(own, other, settings)

@@ -10,6 +10,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from llava_patch.cli import common
 from llava_patch.cli import output as written
 from llava_patch.cli.common import (
     BASE,
@@ -21,15 +22,14 @@ from llava_patch.cli.common import (
     QUESTION,
     check_checkpoint,
     configured,
-    examples_for,
     folder_for,
-    load,
-    settings_of,
 )
 from llava_patch.cli.rprobe import DefaultGroup
 from llava_patch.core.errors import SettingError
 from llava_patch.core.extras import needs
 from llava_patch.data.examples import check_data
+from llava_patch.data.model_inputs import examples_for
+from llava_patch.settings.active import settings_of
 
 
 class _Group(DefaultGroup):
@@ -104,7 +104,7 @@ def run_command(
         if not dtype and pick_device(device) != "cpu":
             dtype = "bfloat16"  # float16 gradients vanish without a loss scaler
         check_data(data)
-        subject = load(checkpoint, base, device, dtype)
+        subject = common.load(checkpoint, base, device, dtype)
         measured_block(subject.model, settings.block, settings.full)  # before data are read
         examples = examples_for(subject, data, steps * batch_size, question, answers=True)
         batches = make_batches(subject.inputs(), examples, batch_size)

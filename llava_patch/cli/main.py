@@ -10,11 +10,10 @@ import typer
 from rich.console import Console
 
 from llava_patch.cli import common as measurements
-from llava_patch.cli import rprobe
+from llava_patch.cli import doctor, rprobe
 from llava_patch.cli.rprobe import compare, correlate, export, preview, run, store  # noqa: F401 - they join `app`
 from llava_patch.core.errors import LlavaPatchError, SettingError
 from llava_patch.core.extras import needs
-from llava_patch.tools.doctor import command as doctor
 from llava_patch.tools.inspect import command as inspection
 
 app = typer.Typer(no_args_is_help=True)
@@ -73,11 +72,12 @@ def bench(
     """
     import torch
 
+    from llava_patch.hosts import sizes
     from llava_patch.tools.bench import measure, report, shapes
     from llava_patch.tools.bench.methods import methods
 
-    if shape not in shapes.SHAPES:
-        raise SettingError(f"--shape {shape}: expected one of {', '.join(shapes.SHAPES)}")
+    if shape not in sizes.SHAPES:
+        raise SettingError(f"--shape {shape}: expected one of {', '.join(sizes.SHAPES)}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -86,7 +86,7 @@ def bench(
         raise SettingError(f"--attention {attention}: expected sdpa, eager or flash_attention_2")
     if device.split(":")[0] not in ("cpu", "cuda") or (device != "cpu" and not torch.cuda.is_available()):
         raise SettingError(f"--device {device}: expected cpu, or cuda on a machine that has one")
-    size = shapes.SHAPES[shape]
+    size = sizes.SHAPES[shape]
     if split >= size.layers - 1:
         raise SettingError(f"--split {split}: shape {shape} has {size.layers} layers; expected 0..{size.layers - 2}")
     if fusions:
@@ -114,10 +114,11 @@ def _bench_fusions(
 ) -> None:
     import torch
 
+    from llava_patch.hosts import sizes
     from llava_patch.tools.bench import fusion, report, shapes
 
-    tower = shapes.TOWERS["small" if shape == "small" else "large"]
-    model: Any = shapes.build(shapes.SHAPES[shape], device, getattr(torch, dtype), attention, tower)
+    tower = sizes.TOWERS["small" if shape == "small" else "large"]
+    model: Any = shapes.build(sizes.SHAPES[shape], device, getattr(torch, dtype), attention, tower)
     about = {**report.machine(model.device), "shape": shape, "dtype": dtype, "attention": attention, "repeats": repeats}
     title = f"{shape}: 24 ViT blocks, one image + {text} text tokens, batch {batch}, {about['device']}, {dtype}"
     rows = fusion.measure(model, fusion.fusions(), text, batch, repeats=repeats)

@@ -11,15 +11,16 @@ from typing import Any
 
 from llava_patch.core.errors import CheckpointError
 from llava_patch.core.files import write_json
+from llava_patch.core.paths import named
 
 CONFIGURED = "configured_patch"
 
 
 def configured_patch() -> dict[str, str]:
     """The methods that gin puts on the checkpoint, by kind, with the settings that are not the defaults; {}: none."""
-    from llava_patch.integrations import startup
+    from llava_patch.settings import active
 
-    asked = startup.configuration()
+    asked = active.configuration()
     return {} if asked is None else {kind: _worded(method) for kind, method in asked.lasting().items()}
 
 
@@ -32,8 +33,6 @@ def facts_of(checkpoint: str) -> dict[str, Any]:
     Returns:
         "checkpoint", and `CONFIGURED` where gin puts a patch on it.
     """
-    from llava_patch.cli.rprobe.run import named
-
     patch = configured_patch()
     return {"checkpoint": named(checkpoint), **({CONFIGURED: patch} if patch else {})}
 
@@ -49,8 +48,6 @@ def check_results(path: Path, sources: Sequence[str]) -> None:
     Raises:
         CheckpointError: names the file, and what it was measured on.
     """
-    from llava_patch.cli.rprobe.run import named
-
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # none, or none that is worth keeping

@@ -13,6 +13,8 @@ from llava_patch.cli import output as written
 from llava_patch.core.errors import SettingError
 from llava_patch.core.extras import needs
 from llava_patch.data.examples import check_data
+from llava_patch.data.model_inputs import count_of, examples_for, samples_of
+from llava_patch.settings.active import settings_of
 
 SAMPLES = 4
 _OUTPUT = typer.Option(None, help="folder of reach.json and reach.png; default: reach/NAME")
@@ -64,21 +66,21 @@ def reach(
             f'--split {split} belongs to --variants; one routing is --gin-param "Routing.split = {split}"'
         )
     with commands.configured(gin_file, gin_param):
-        settings = commands.settings_of(Reach, everything=everything or None)
+        settings = settings_of(Reach, everything=everything or None)
         folder = commands.folder_for("reach", checkpoint, output)
         name = "reach_variants" if names else "reach"
         written.check_results(folder / f"{name}.json", [checkpoint])
         check_data(data)
         subject = commands.load(checkpoint, base, device, dtype)
-        count = commands.count_of(samples, settings.samples, SAMPLES)
-        examples = commands.examples_for(subject, data, count, question, answers=True)
+        count = count_of(samples, settings.samples, SAMPLES)
+        examples = examples_for(subject, data, count, question, answers=True)
         settings = dataclasses.replace(settings, samples=count or len(examples))
         result: Any
         if names:
             depth = len(find(subject.model).layers)
             result = compare_reach(
                 subject.model,
-                lambda: commands.samples_of(subject, examples, answers=True),
+                lambda: samples_of(subject, examples, answers=True),
                 names,
                 default_split(depth) if split is None else split,
                 settings,
@@ -87,6 +89,6 @@ def reach(
             handle = get_handle(subject.model)
             if handle is not None:  # llava loads its tower after the patch and freezes it; a training run does this too
                 handle.apply_freeze()
-            result = measure_reach(subject.model, commands.samples_of(subject, examples, answers=True), settings)
+            result = measure_reach(subject.model, samples_of(subject, examples, answers=True), settings)
         written.show(result.table())
         written.finish(result, folder, name, checkpoint)

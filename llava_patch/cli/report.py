@@ -6,10 +6,11 @@ from pathlib import Path
 
 import typer
 
-from llava_patch.cli.common import DATA, DEVICE, GIN_FILE, GIN_PARAM, QUESTION, configured, settings_of
+from llava_patch.cli.common import DATA, DEVICE, GIN_FILE, GIN_PARAM, QUESTION, configured
 from llava_patch.core.errors import CheckpointError, SettingError
 from llava_patch.core.extras import needs
 from llava_patch.data.examples import check_data
+from llava_patch.settings.active import settings_of
 
 
 def add(app: typer.Typer) -> None:

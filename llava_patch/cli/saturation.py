@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from llava_patch.cli import common
 from llava_patch.cli import output as written
 from llava_patch.cli.common import (
     BASE,
@@ -24,17 +25,15 @@ from llava_patch.cli.common import (
     QUESTION,
     check_checkpoint,
     configured,
-    examples_for,
     folder_for,
-    load,
     samples_option,
-    settings_of,
-    with_count,
 )
 from llava_patch.cli.rprobe import DefaultGroup
 from llava_patch.core.errors import SettingError
 from llava_patch.core.extras import needs
 from llava_patch.data.examples import check_data
+from llava_patch.data.model_inputs import examples_for, with_count
+from llava_patch.settings.active import settings_of
 
 if TYPE_CHECKING:
     from llava_patch.data.examples import Example
@@ -185,7 +184,7 @@ def _measure(
     from llava_patch.measurements.saturation.state import STATE_FILE, State, make_key
 
     with alone(folder):
-        subject = load(checkpoint, base, device, dtype)
+        subject = common.load(checkpoint, base, device, dtype)
         examples = examples_for(subject, data, settings.max_samples, question)
         key = make_key(find(subject.model), examples, settings)
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()

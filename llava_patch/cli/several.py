@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_patch.cli import common as commands
 from llava_patch.core.errors import CheckpointError
+from llava_patch.data.model_inputs import ModelInputs, examples_for
 
 if TYPE_CHECKING:
-    from llava_patch.data.examples import Example
     from llava_patch.data.loaded import Subject
-
-
-class Samples:
-    """The model's inputs of some examples, made one at a time; of known length, for the progress bar."""
-
-    def __init__(self, subject: "Subject", examples: "list[Example]") -> None:
-        self.subject, self.examples = subject, examples
-
-    def __len__(self) -> int:
-        """How many examples."""
-        return len(self.examples)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Keyword arguments of the model's forward."""
-        return commands.samples_of(self.subject, self.examples)
 
 
 def base_for(checkpoint: str, stock: str) -> str:
@@ -44,7 +29,7 @@ def base_for(checkpoint: str, stock: str) -> str:
     return base_of(checkpoint, stock, "BASE")
 
 
-Opener = Callable[[], "tuple[Any, Samples]"]
+Opener = Callable[[], "tuple[Any, ModelInputs]"]
 
 
 def openers(
@@ -64,8 +49,8 @@ def openers(
     """
     from llava_patch.data.base_model import load_base
 
-    def opened(subject: "Subject") -> tuple[Any, Samples]:
-        return subject.model, Samples(subject, commands.examples_for(subject, data, count, question))
+    def opened(subject: "Subject") -> tuple[Any, ModelInputs]:
+        return subject.model, ModelInputs(subject, examples_for(subject, data, count, question))
 
     return (
         lambda: opened(commands.load(checkpoint, below, device, dtype)),

@@ -54,7 +54,7 @@ def base_of(checkpoint: str, given: str, setting: str) -> str:
 def load_base(name: str, device: str = "", dtype: str = "") -> "Subject":
     """Load a base as its checkpoint is, without the patch that gin asks for on the checkpoint's side."""
     from llava_patch.data.loaded import load_subject
-    from llava_patch.integrations import startup
+    from llava_patch.settings import active
 
-    with startup.without_patches():
+    with active.without_patches():
         return load_subject(name, device=device, dtype=dtype)

@@ -58,8 +58,8 @@ def read_examples(
 
     Args:
         data: LLaVA's conversation JSON (images beside it, or PATH?images=FOLDER), a source that
-            `llava_patch.data.readers.read_samples` takes (one example a page, its transcript the answer), an image, or a
-            folder of images; "": rendered pages.
+            `llava_patch.data.readers.read_samples` takes (one example a page, its transcript the answer), an image, or
+            a folder of images; "": rendered pages.
         count: how many at most, spread evenly over the data, which often come sorted by kind; None: all (32 rendered
             pages).
         side: of the vision tower's input in pixels; rendered pages have twice that.

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from llava_patch.core import memory, parallel
+from llava_patch.core.dtypes import float32_default
 from llava_patch.core.errors import CheckpointError, HostError, SettingError
 from llava_patch.core.weights import locate, read_json
 from llava_patch.data.inputs import Inputs
 from llava_patch.hosts.anatomy import LLAVA, find
 from llava_patch.hosts.configs import host_of
-from llava_patch.measurements.rprobe.trainable import float32_default
 from llava_patch.patching import checkpoint as patched
 
 DTYPES = ("float32", "bfloat16", "float16")

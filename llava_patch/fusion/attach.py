@@ -22,7 +22,7 @@ from llava_patch.hosts import call_context as carry
 from llava_patch.hosts import zero
 from llava_patch.hosts.anatomy import LLAVA, Anatomy
 from llava_patch.hosts.towers.find import when_loaded
-from llava_patch.settings import Fusion
+from llava_patch.settings.methods import Fusion
 
 logger = logging.getLogger("llava_patch")
 

@@ -13,6 +13,7 @@ from typing import Any
 from llava_patch.core import records
 from llava_patch.core.errors import CheckpointError, HostError
 from llava_patch.integrations import startup
+from llava_patch.settings import active
 
 _IGNORED = "_keys_to_ignore_on_load_unexpected"  # transformers' own list
 
@@ -93,7 +94,7 @@ def load_stock(original: Any, cls: Any, path: Any, args: tuple, kwargs: dict[str
     def refuse(model: Any = None, record: Any = None) -> None:
         raise HostError(f"{path} carries a patch, {why}")
 
-    asked = startup.configuration()
+    asked = active.configuration()
     if asked is not None and asked.lasting():
         raise HostError(f"{_listed(asked)} is configured, {why}")
     record = records.read_settings(path) if isinstance(path, (str, os.PathLike)) else None
@@ -138,7 +139,7 @@ def _load_base_for(
 
 def _finish(model: Any) -> Any:
     """Apply what flags or environment ask for to a model that is loaded for use; training waits for the Trainer."""
-    asked = None if startup.training() else startup.configuration()
+    asked = None if active.training() else active.configuration()
     if asked is not None and asked.probe is not None:  # a training recipe reused for evaluation
         _say_once("llava_patch: AuxiliaryProbe is a training loss, without effect here")
     if asked is not None and asked.lasting():
@@ -153,7 +154,7 @@ def say_unpatched(cls: Any) -> None:
     sub_configs = getattr(getattr(cls, "config_class", None), "sub_configs", {})
     if not hasattr(cls, "generate") or "vision_config" not in sub_configs:
         return
-    asked = startup.configuration()
+    asked = active.configuration()
     if asked is not None and asked.lasting():
         _say_once(
             f"llava_patch: {cls.__name__} is not a model that llava_patch knows, and is loaded without what is "

@@ -7,144 +7,18 @@ other). On versions that llava_patch does not support hosts stay as they are, an
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from llava_patch.core.errors import HostError, LlavaPatchError, SettingError
+from llava_patch.core.errors import HostError, LlavaPatchError
+from llava_patch.settings import active
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
     from llava_patch.core.undo import UndoStack
     from llava_patch.settings.gin_config import Configuration
-
-FILE_FLAG, PARAM_FLAG = "--gin_file", "--gin_param"
-FILE_VARIABLE, PARAM_VARIABLE = "LLAVA_PATCH_GIN_FILE", "LLAVA_PATCH_GIN_PARAM"
-
-_flags: tuple[list[str], list[str]] = ([], [])
-_configuration: "Configuration | None" = None
-_training = False
-
-
-# --- configuration ----------------------------------------------------------------------------------------------------
-
-
-def take_flags(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Remove our flags from a command line, in place.
-
-    Args:
-        argv: the arguments; `--flag value` and `--flag=value` both work, and each flag may be repeated.
-
-    Returns:
-        (values of --gin_file, values of --gin_param), in order.
-
-    Raises:
-        SettingError: a flag without a value.
-    """
-    files: list[str] = []
-    params: list[str] = []
-    kept: list[str] = []
-    rest = iter(argv)
-    for argument in rest:
-        flag, equals, value = argument.partition("=")
-        if flag not in (FILE_FLAG, PARAM_FLAG):
-            kept.append(argument)
-            continue
-        if not equals:
-            value = next(rest, "")
-        if not value:
-            raise SettingError(f"{flag} needs a value")
-        (files if flag == FILE_FLAG else params).append(value)
-    argv[:] = kept
-    return files, params
-
-
-@contextlib.contextmanager
-def also(files: "Sequence[str]", params: "Sequence[str]") -> "Iterator[None]":
-    """Inside the block, gin files and bindings of one of our own commands count after those of the environment."""
-    global _configuration, _flags
-    before = _flags, _configuration
-    _flags, _configuration = ([*_flags[0], *files], [*_flags[1], *params]), None
-    try:
-        yield
-    finally:
-        _flags, _configuration = before
-
-
-@contextlib.contextmanager
-def without_patches() -> "Iterator[None]":
-    """Inside the block, models come as their checkpoints are: a configured patch is not put on them.
-
-    For the model that a patched one is compared with; settings of measurements still count.
-    """
-    import dataclasses
-
-    global _configuration
-    asked, before = configuration(), _configuration
-    if asked is not None:
-        _configuration = dataclasses.replace(asked, fusion=None, routing=None, pruning=None, probe=None, off=())
-    try:
-        yield
-    finally:
-        _configuration = before
-
-
-def configuration() -> "Configuration | None":
-    """What flags and environment ask for, read once; None when nothing is configured.
-
-    Raises:
-        SettingError: a configuration that cannot be honoured; nothing was changed then.
-    """
-    global _configuration
-    files = [*_split(os.environ.get(FILE_VARIABLE)), *_flags[0]]
-    params = [*_split(os.environ.get(PARAM_VARIABLE)), *_flags[1]]
-    if not files and not params:
-        return None
-    if _configuration is None:
-        from llava_patch.settings import gin_config as config
-
-        read = config.read(files, params)
-        if not read:
-            raise SettingError(
-                f"{', '.join([*files, *params])} configures nothing: bind Patch.fusion or Patch.routing, or a field "
-                "of a method or measurement"
-            )
-        if read.sweep is not None:
-            raise SettingError(f"{', '.join([*files, *params])} describes a sweep: run it with `llava-patch sweep`")
-        if read.flags and not _training:  # a training recipe reused for evaluation
-            names = ", ".join(f"Flags.{name}" for name in read.flags)
-            print(f"llava_patch: {names}: flags of LLaVA's training script, without effect here", file=sys.stderr)
-        _configuration = read
-    return _configuration
-
-
-def training() -> bool:
-    """Whether a LLaVA training script is running."""
-    return _training
-
-
-def reset() -> None:
-    """Forget flags and configuration (for tests and notebooks)."""
-    global _configuration, _flags, _training
-    _configuration, _flags, _training = None, ([], []), False
-
-
-def _split(value: str | None) -> list[str]:
-    return [part.strip() for part in (value or "").split(";") if part.strip()]
-
-
-def _take_flags_from_command_line() -> None:
-    global _configuration
-    files, params = take_flags(sys.argv)
-    _flags[0].extend(files)
-    _flags[1].extend(params)
-    if files or params:  # what was read before lacks them
-        _configuration = None
-
 
 # --- the import hook's dispatch ---------------------------------------------------------------------------------------
 
@@ -167,20 +41,9 @@ def on_import(name: str, module: Any) -> None:
     except Exception as error:  # a host that is not as we know it may make anything fail
         undo.unwind()
         found = f"{name} is not as llava_patch knows it ({type(error).__name__}: {error})"
-        if _asked():
+        if active.asked():
             raise HostError(f"{found}, so what is configured cannot be applied: see `llava-patch doctor`") from error
         print(f"llava_patch: {found} and stays as it is; nothing is configured", file=sys.stderr)
-
-
-def _asked() -> bool:
-    """Whether flags or environment configure anything, readable or not."""
-    given = (argument.partition("=")[0] for argument in sys.argv)  # a script's flags are taken out later
-    variables = (FILE_VARIABLE, PARAM_VARIABLE)
-    return (
-        any(_flags)
-        or any(flag in (FILE_FLAG, PARAM_FLAG) for flag in given)
-        or any(_split(os.environ.get(name)) for name in variables)
-    )
 
 
 def _mends() -> bool:
@@ -200,7 +63,7 @@ def _on_transformers_trainer(module: ModuleType, undo: "UndoStack") -> None:
 def _on_llava(module: ModuleType, undo: "UndoStack") -> None:
     from llava_patch.hosts import compat
 
-    if _asked():  # before the package's training code may fail on such a version
+    if active.asked():  # before the package's training code may fail on such a version
         compat.check_versions()
     if "transformers.trainer" in sys.modules:
         _on_transformers_trainer(sys.modules["transformers.trainer"], undo)
@@ -218,16 +81,15 @@ def _on_llava_model(module: ModuleType, undo: "UndoStack") -> None:
 
 
 def _on_llava_trainer(module: ModuleType, undo: "UndoStack") -> None:
-    global _training
     from llava_patch.hosts import compat
 
-    _take_flags_from_command_line()
+    active.take_flags_from_command_line()
     if compat.unsupported() is not None:
-        if _asked():
+        if active.asked():
             compat.check_versions()
         return
-    _training = True
-    asked = configuration()  # raises here, before a model is loaded or a file written
+    active.begin_training()
+    asked = active.configuration()  # raises here, before a model is loaded or a file written
     if _mends():
         compat.fix_argv(sys.argv)
         compat.fix_trainer_methods(module, undo)
@@ -286,7 +148,7 @@ def _on_lmms_eval(module: ModuleType, undo: "UndoStack") -> None:
     from llava_patch.integrations.lmms_eval import command
 
     command.watch()  # with our flags still in its arguments
-    _take_flags_from_command_line()
+    active.take_flags_from_command_line()
 
 
 def _on_lmms_eval_tasks(module: ModuleType, undo: "UndoStack") -> None:
@@ -320,9 +182,9 @@ def _on_llava_arch(module: ModuleType, undo: "UndoStack") -> None:
         from llava_patch.integrations.training import llava as training_run
         from llava_patch.integrations.training import stage1
 
-        asked = configuration()
+        asked = active.configuration()
         path = model_args.pretrain_mm_mlp_adapter
-        if not _training:
+        if not active.training():
             return original(self, model_args, fsdp)
         projector = None
         if path is not None:
@@ -369,7 +231,7 @@ def _wrap_trainer_init(cls: Any, undo: "UndoStack") -> None:
         data = [
             kwargs.get(k, args[i] if len(args) > i else None) for i, k in ((3, "train_dataset"), (2, "data_collator"))
         ]
-        asked = configuration()
+        asked = active.configuration()
         if model is None or (asked is None and handle_of(model) is None):
             if model is not None and _mends():
                 compat.fix_zero3_dtypes(model, training_args)
@@ -383,8 +245,8 @@ def _wrap_trainer_init(cls: Any, undo: "UndoStack") -> None:
         compat.fix_zero3_dtypes(model, training_args)
         gradients = None if asked is None else asked.measurements.get("Gradients")
         if gradients is not None:
+            from llava_patch.integrations.training.gradients import follow as follow_gradients
             from llava_patch.integrations.training.gradients_check import check
-            from llava_patch.measurements.gradients import follow as follow_gradients
 
             check(model, training_args, gradients)
         original(self, *args, **kwargs)
@@ -453,12 +315,12 @@ def _on_modeling_utils(module: ModuleType, undo: "UndoStack") -> None:
         if loading.is_bare(model_class):
             return loading.load_stock(original, model_class, path, args, kwargs, loading.bare_refusal(model_class))
         if not loading.is_host(model_class):
-            if _asked():
+            if active.asked():
                 loading.say_unpatched(model_class)
             return original(model_class, path, *args, **kwargs)
-        _take_flags_from_command_line()  # of a script of one's own that leaves unknown ones alone
+        active.take_flags_from_command_line()  # of a script of one's own that leaves unknown ones alone
         if compat.unsupported() is not None:
-            if _asked():
+            if active.asked():
                 compat.check_versions()
             why = f"which cannot be applied: {compat.unsupported()}"
             return loading.load_stock(original, model_class, path, args, kwargs, why)

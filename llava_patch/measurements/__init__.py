@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 _EXPORTS = {
     "compare_reach": "reach.compare",
-    "follow": "gradients.training",
     "make_batches": "gradients.measure",
     "measure_attention_maps": "attention_maps.measure",
     "measure_drift": "drift.measure",
@@ -18,11 +17,9 @@ _EXPORTS = {
     "measure_gradients": "gradients.measure",
     "measure_reach": "reach.measure",
     "measure_saturation": "saturation.measure",
-    "read_examples": "examples",
 }
 __all__ = [
     "compare_reach",
-    "follow",
     "make_batches",
     "measure_attention_maps",
     "measure_drift",
@@ -31,12 +28,9 @@ __all__ = [
     "measure_gradients",
     "measure_reach",
     "measure_saturation",
-    "read_examples",
 ]
 
 if TYPE_CHECKING:
-    from llava_patch.data.examples import read_examples
-    from llava_patch.integrations.training.gradients import follow
     from llava_patch.measurements.attention_maps.measure import measure_attention_maps
     from llava_patch.measurements.drift.measure import measure_drift
     from llava_patch.measurements.flops.result import measure_flops

@@ -6,12 +6,13 @@ Hooks are the caller's; what is here is the same for every measurement that look
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llava_patch.core import files
 from llava_patch.core.errors import HostError, InputError
@@ -168,3 +169,30 @@ def paired(
     """
     tracked = files.track(samples, what, progress)
     return ((s, s) for s in tracked) if base_samples is None else zip(tracked, base_samples, strict=True)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients; every module's own training flag comes back."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def check_finite(values: Iterable[float], layer: int, anatomy: Anatomy) -> None:
+    """Refuse what overflowed, or comes of broken weights.
+
+    Raises:
+        HostError: names the layer and the precision.
+    """
+    if not all(map(math.isfinite, values)):
+        dtype = str(next(anatomy.layers[0].parameters()).dtype).removeprefix("torch.")
+        raise HostError(
+            f"the hidden states or the attention of layer {layer} are not finite in {dtype}: load the model with "
+            "--dtype float32 (or bfloat16), and if that does not help its weights are broken"
+        )

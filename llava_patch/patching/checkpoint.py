@@ -31,7 +31,7 @@ from llava_patch.patching import tower_weights
 from llava_patch.patching.handle import Handle, added_parameters, get_handle
 from llava_patch.patching.patch import patch
 from llava_patch.probe.auxiliary.attach import HEAD
-from llava_patch.settings import from_dict
+from llava_patch.settings.methods import from_dict
 
 logger = logging.getLogger("llava_patch")
 

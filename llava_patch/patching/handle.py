@@ -23,17 +23,15 @@ from llava_patch.fusion.taps import Taps, injection_layers
 from llava_patch.fusion.warm_up import WarmUp, steps_of
 from llava_patch.hosts import anatomy as anatomy_module
 from llava_patch.hosts import call_context as carry
-from llava_patch.hosts import lora, zero
+from llava_patch.hosts import handles, lora, zero
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.routing import attach as routing_attach
 from llava_patch.routing import side_branch
 from llava_patch.routing.schedule import Program, make_program
-from llava_patch.settings import AuxiliaryProbe, FastV, Fusion, Routing, to_dict
+from llava_patch.settings.methods import AuxiliaryProbe, FastV, Fusion, Routing, to_dict
 
 if TYPE_CHECKING:
     from llava_patch.probe.auxiliary.attach import Auxiliary
-
-HANDLE = "_llava_patch_handle"
 
 
 class _Mark(NamedTuple):
@@ -365,7 +363,7 @@ def restore_flags(model: nn.Module) -> Callable[[], None]:
 
 def get_handle(model: nn.Module) -> Handle | None:
     """The handle of a patched model; None when it is not patched."""
-    return vars(anatomy_module.unwrap(model)).get(HANDLE)
+    return handles.get_handle(model)
 
 
 def fingerprint(model: nn.Module) -> str:

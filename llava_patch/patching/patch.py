@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from llava_patch.core import registry
 from llava_patch.core.errors import SettingError, SilentFusionWarning
 from llava_patch.core.records import CONFIG_KEY
 from llava_patch.fusion import attach as fusion_attach
@@ -18,11 +19,12 @@ from llava_patch.hosts import call_context as carry
 from llava_patch.hosts import known, zero
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.hosts.compat import check_versions
-from llava_patch.patching.handle import HANDLE, Handle, get_handle, restore_flags
+from llava_patch.hosts.handles import HANDLE
+from llava_patch.patching.handle import Handle, get_handle, restore_flags
 from llava_patch.probe.auxiliary.attach import Auxiliary
 from llava_patch.routing import attach as routing_attach
 from llava_patch.routing.schedule import make_program
-from llava_patch.settings import AUTO, FUSIONS, AuxiliaryProbe, DeepStack, FastV, Fusion, Routing, differs
+from llava_patch.settings.methods import AUTO, FUSIONS, AuxiliaryProbe, DeepStack, FastV, Fusion, Routing, differs
 
 
 def patch(
@@ -48,7 +50,7 @@ def patch(
         zero_start: grow an existing projector so that the output does not change (True), or initialise the widened
             layer as a new one (False: a projector that was made from scratch).
         loading: the model is being built from a patched checkpoint and its weights follow.
-        samples: what Routing(split="auto") measures on, see `diagnostics.auto_split.resolve_split`.
+        samples: what Routing(split="auto") measures on, see `measurements.saturation.auto_split.resolve_split`.
 
     Returns:
         The handle; `handle.remove()` restores the model. Patching a patched model again adds what is missing.
@@ -86,9 +88,7 @@ def patch(
             "cannot grow them: load the model without offloading, or load a checkpoint that carries the fusion"
         )
     if routing is not None and routing.split == AUTO:
-        from llava_patch.measurements.saturation.auto_split import resolve_split
-
-        routing = resolve_split(found.model, routing, samples)
+        routing = registry.load(registry.AUTO_SPLIT)(found.model, routing, samples)
     elif samples is not None:
         raise SettingError('patch(samples=...) is what Routing(split="auto") measures on, which was not asked for')
     handle = get_handle(found.model)

@@ -8,7 +8,7 @@ from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.routing import side_branch
 from llava_patch.routing.forward import RoutedForward
 from llava_patch.routing.schedule import Program, Work
-from llava_patch.settings import Routing
+from llava_patch.settings.methods import Routing
 
 
 def attach(anatomy: Anatomy, program: Program, undo: UndoStack) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from llava_patch.core.errors import SettingError
-from llava_patch.settings import FastV, Routing
+from llava_patch.settings.methods import FastV, Routing
 
 
 class Work(Enum):

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from llava_patch.core.errors import SettingError
-from llava_patch.settings.checks import fraction, integer
+from llava_patch.settings.checks import BROKEN, fraction, integer
 
 ROPE_FORMS = ("attention", "embedding")
-BROKEN = ("stop", "skip")
 
 
 @dataclass(frozen=True)

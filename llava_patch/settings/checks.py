@@ -6,6 +6,9 @@ from typing import Any
 
 from llava_patch.core.errors import SettingError
 
+BROKEN = ("stop", "skip")
+"""What happens on a sample that cannot be read."""
+
 
 def integer(owner: str, name: str, value: Any, minimum: int) -> None:
     """Refuse what is not an integer of at least `minimum`."""

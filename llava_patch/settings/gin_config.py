@@ -16,30 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import gin
+from llava_patch.core import registry
 from llava_patch.core.errors import SettingError
 from llava_patch.core.resources import gin_dir
-from llava_patch.measurements.attention_maps import AttentionMaps
-from llava_patch.measurements.drift import Drift
-from llava_patch.measurements.fusion_attention import FusionAttention
-from llava_patch.measurements.gradients.settings import Gradients
-from llava_patch.measurements.reach.settings import Reach
-from llava_patch.measurements.rprobe.settings import RProbe
-from llava_patch.measurements.saturation import Saturation
-from llava_patch.settings import METHODS, AuxiliaryProbe, FastV, Fusion, Routing
 from llava_patch.settings import flags as launch_flags
-from llava_patch.tools.report.settings import Report
-from llava_patch.tools.sweep.settings import Sweep
+from llava_patch.settings.methods import METHODS, AuxiliaryProbe, FastV, Fusion, Routing
 
-MEASUREMENTS: dict[str, Any] = {
-    "AttentionMaps": AttentionMaps,
-    "Drift": Drift,
-    "FusionAttention": FusionAttention,
-    "Gradients": Gradients,
-    "RProbe": RProbe,
-    "Reach": Reach,
-    "Report": Report,
-    "Saturation": Saturation,
-}
+MEASUREMENTS: dict[str, Any] = {name: registry.load(entry) for name, entry in registry.MEASUREMENTS.items()}
+Sweep: Any = registry.load(registry.SWEEP)
 
 for _cls in (*METHODS.values(), *MEASUREMENTS.values()):
     gin.register(_cls, module="llava_patch")
@@ -75,7 +59,7 @@ class Configuration:
     probe: AuxiliaryProbe | None = None
     measurements: dict[str, Any] = field(default_factory=dict)
     flags: dict[str, Any] = field(default_factory=dict)
-    sweep: Sweep | None = None
+    sweep: Any = None
     operative: str = ""
     sources: tuple[str, ...] = field(default=())
     off: tuple[str, ...] = ()

@@ -8,10 +8,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llava_patch import patch
 from llava_patch.core.errors import LlavaPatchError
+from llava_patch.hosts import sizes
 from llava_patch.tools.bench import bound, measure, report, shapes
 from llava_patch.tools.bench.methods import methods, partner_difference
 
-TINY = shapes.Shape(layers=6, hidden=64, intermediate=96, heads=4, vocabulary=128, split=3)
+TINY = sizes.Shape(layers=6, hidden=64, intermediate=96, heads=4, vocabulary=128, split=3)
 ROWS = {m.name: m for m in methods(6, 3)}
 
 

@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
+from llava_patch.hosts import sizes
 from llava_patch.tools.bench import fusion, report, shapes
 
-TINY = shapes.Shape(layers=11, hidden=32, intermediate=48, heads=2, vocabulary=64, split=3)
+TINY = sizes.Shape(layers=11, hidden=32, intermediate=48, heads=2, vocabulary=64, split=3)
 TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 24, "num_attention_heads": 2}
 
 

@@ -12,7 +12,7 @@ from convert.checkpoints import config, edited, load, logits, same_bits, tensors
 from llava_patch import DeepStack, Routing, SkipLinks, get_handle, patch
 from llava_patch.cli.main import app
 from llava_patch.core.errors import CheckpointError, SettingError
-from llava_patch.settings import to_dict
+from llava_patch.settings.methods import to_dict
 from llava_patch.tools.convert.command import convert
 
 PATCH = {"fusion": SkipLinks(stride=2), "routing": Routing(split=2)}

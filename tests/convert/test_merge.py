@@ -13,7 +13,7 @@ from convert.checkpoints import batch, config, edited, load, logits, same_bits, 
 from llava_patch import DeepStack, DenseConnector, DirectFusion, FastV, Routing, SkipLinks, get_handle, patch
 from llava_patch.cli.main import app
 from llava_patch.core.errors import CheckpointError, SettingError
-from llava_patch.settings import to_dict
+from llava_patch.settings.methods import to_dict
 from llava_patch.tools.convert.command import convert, merge
 from llava_patch.tools.convert.plain import spread
 

@@ -19,7 +19,7 @@ from llava_patch.core.errors import InputError, SettingError
 from llava_patch.hosts.anatomy import find
 from llava_patch.measurements.saturation import SaturationResult, measure_saturation
 from llava_patch.measurements.saturation.auto_split import resolve_split
-from llava_patch.settings import from_dict, to_dict
+from llava_patch.settings.methods import from_dict, to_dict
 
 from .saturating import saturate
 

@@ -4,7 +4,7 @@ import pytest
 
 from llava_patch.core.errors import SettingError
 from llava_patch.fusion.taps import Join, choose_taps, injection_layers
-from llava_patch.settings import DeepStack, DenseConnector, DirectFusion, SkipLinks
+from llava_patch.settings.methods import DeepStack, DenseConnector, DirectFusion, SkipLinks
 
 
 def _groups(settings, n=24, main=23):

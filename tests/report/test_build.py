@@ -128,11 +128,11 @@ def test_a_record_comes_back():
 
 def test_a_configured_patch_is_measured_shown_and_kept_off_the_base(files, tmp_path):
     from llava_patch import get_handle
-    from llava_patch.integrations import startup
+    from llava_patch.settings import active
 
     every = [_section("one", _works)]
     plain = build.build(Context(str(files.hf), base=str(files.hf)), every, every, tmp_path)
-    with startup.also([], ["Routing.split = 2"]):
+    with active.also([], ["Routing.split = 2"]):
         context = Context(str(files.hf), base=str(files.hf))
         own, other = context.openers(1)
         assert get_handle(own()[0]) is not None and get_handle(other()[0]) is None

@@ -102,13 +102,13 @@ def test_loading_has_no_samples_but_a_patched_checkpoint_needs_none(tmp_path, mo
     from transformers import LlavaForConditionalGeneration
 
     from llava_patch import patch
-    from llava_patch.integrations import startup
+    from llava_patch.settings import active
 
     model = models.hf_model()
     model.save_pretrained(tmp_path / "stock")
     patch(model, routing=Routing(split=3)).save(tmp_path / "routed", form="full")
     monkeypatch.setenv("LLAVA_PATCH_GIN_PARAM", 'Routing.split="auto"')
-    startup.reset()
+    active.reset()
     with pytest.raises(SettingError, match=r"run the `saturation` task on the stock checkpoint and bind Routing.split"):
         LlavaForConditionalGeneration.from_pretrained(tmp_path / "stock")
     loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path / "routed")
@@ -120,12 +120,12 @@ def test_a_split_bound_by_a_macro_is_recorded_as_a_number(tmp_path, monkeypatch)
     import models
 
     from llava_patch import patch
-    from llava_patch.integrations import startup
     from llava_patch.integrations.training import llava as training
+    from llava_patch.settings import active
 
     monkeypatch.setenv("LLAVA_PATCH_GIN_PARAM", 'where = "auto"; Routing.split = %where')
-    startup.reset()
-    assert startup.configuration().routing == Routing(split="auto")
+    active.reset()
+    assert active.configuration().routing == Routing(split="auto")
     training.write_records(patch(models.hf_model(), routing=Routing(split=3)), tmp_path)
     monkeypatch.delenv("LLAVA_PATCH_GIN_PARAM")
     assert config.read([str(tmp_path / "llava_patch_operative.gin")], []).routing == Routing(split=3)

@@ -10,35 +10,36 @@ from llava_patch.core.errors import SettingError
 from llava_patch.hosts import compat
 from llava_patch.integrations import import_hook as autostart
 from llava_patch.integrations import startup
+from llava_patch.settings import active
 
 
 def test_our_flags_leave_the_command_line():
     argv = ["train.py", "--lr", "1", "--gin_file", "a.gin", "--gin_param=X.y = z", "--gin_file=b.gin", "--bf16", "True"]
-    assert startup.take_flags(argv) == (["a.gin", "b.gin"], ["X.y = z"])
+    assert active.take_flags(argv) == (["a.gin", "b.gin"], ["X.y = z"])
     assert argv == ["train.py", "--lr", "1", "--bf16", "True"]
 
 
 def test_a_flag_without_a_value():
     with pytest.raises(SettingError, match="--gin_file needs a value"):
-        startup.take_flags(["train.py", "--gin_file"])
+        active.take_flags(["train.py", "--gin_file"])
 
 
 def test_environment_takes_several(monkeypatch):
     monkeypatch.setenv("LLAVA_PATCH_GIN_FILE", "dpvr_lf_7b.gin; skiplinks_7b.gin")
     monkeypatch.setenv("LLAVA_PATCH_GIN_PARAM", "Routing.split = 20;SkipLinks.stride = 4")
-    read = startup.configuration()
+    read = active.configuration()
     assert (read.routing.split, read.fusion) == (20, SkipLinks(stride=4))
 
 
 def test_nothing_configured_is_none():
-    assert startup.configuration() is None
+    assert active.configuration() is None
 
 
 def test_a_configuration_that_turns_nothing_on_is_an_error(monkeypatch, tmp_path):
     (tmp_path / "empty.gin").write_text("# nothing\n")
     monkeypatch.setenv("LLAVA_PATCH_GIN_FILE", str(tmp_path / "empty.gin"))
     with pytest.raises(SettingError, match="configures nothing"):
-        startup.configuration()
+        active.configuration()
 
 
 def test_renamed_flags():

@@ -91,7 +91,7 @@ def test_other_numbers_of_tokens_train(data, tmp_path, bindings, channels):
 
 
 def _saved(folder, fusion, tensors):
-    from llava_patch.settings import to_dict
+    from llava_patch.settings.methods import to_dict
 
     folder.mkdir()
     torch.save({f"model.{n}": torch.zeros(shape) for n, shape in tensors.items()}, folder / "mm_projector.bin")

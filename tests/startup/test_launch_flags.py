@@ -9,8 +9,7 @@ from tiny_train import TRAIN, arguments, losses, make_data, ok, run
 
 from llava_patch import SkipLinks
 from llava_patch.core.errors import SettingError
-from llava_patch.integrations import startup
-from llava_patch.settings import flags
+from llava_patch.settings import active, flags
 from llava_patch.settings import gin_config as config
 
 
@@ -49,8 +48,8 @@ def test_flags_cannot_bring_gin_files():
 
 def test_outside_training_flags_are_named_as_without_effect(monkeypatch, capsys):
     monkeypatch.setenv("LLAVA_PATCH_GIN_PARAM", "Flags.lora_r = 16; SkipLinks.stride = 4")
-    assert startup.configuration().fusion == SkipLinks(stride=4)
-    startup.configuration()
+    assert active.configuration().fusion == SkipLinks(stride=4)
+    active.configuration()
     printed = capsys.readouterr()
     assert printed.err.splitlines() == [
         "llava_patch: Flags.lora_r: flags of LLaVA's training script, without effect here"
@@ -60,7 +59,7 @@ def test_outside_training_flags_are_named_as_without_effect(monkeypatch, capsys)
 def test_a_sweep_is_not_a_training_configuration(monkeypatch):
     monkeypatch.setenv("LLAVA_PATCH_GIN_FILE", "sweep_split_7b.gin")
     with pytest.raises(SettingError, match=r"describes a sweep: run it with `llava-patch sweep`"):
-        startup.configuration()
+        active.configuration()
 
 
 @pytest.fixture(scope="module")

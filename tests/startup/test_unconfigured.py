@@ -35,10 +35,25 @@ trainer.create_optimizer()
 print("LOADED", *sorted(name for name in sys.modules if name.startswith("llava_patch")))
 """
 LIGHT = {
-    "llava_patch", "llava_patch.integrations.import_hook", "llava_patch.core.errors", "llava_patch.hosts", "llava_patch.hosts.compat",
-    "llava_patch.hosts.towers.llava", "llava_patch.hosts.towers.models", "llava_patch.hosts.towers.layout",
-    "llava_patch.integrations.loading", "llava_patch.core.records", "llava_patch.integrations.startup", "llava_patch.core.undo",
-}  # fmt: skip
+    "llava_patch",
+    "llava_patch.core",
+    "llava_patch.core.errors",
+    "llava_patch.core.records",
+    "llava_patch.core.undo",
+    "llava_patch.core.version",
+    "llava_patch.hosts",
+    "llava_patch.hosts.compat",
+    "llava_patch.hosts.towers",
+    "llava_patch.hosts.towers.layout",
+    "llava_patch.hosts.towers.llava",
+    "llava_patch.hosts.towers.models",
+    "llava_patch.integrations",
+    "llava_patch.integrations.import_hook",
+    "llava_patch.integrations.loading",
+    "llava_patch.integrations.startup",
+    "llava_patch.settings",
+    "llava_patch.settings.active",
+}
 """What may be loaded without anything to patch: none of it imports a name that only some versions have."""
 
 
@@ -119,7 +134,8 @@ import transformers.cache_utils, transformers.utils.generic
 del transformers.cache_utils.DynamicLayer, transformers.utils.generic.is_timm_config_dict
 import llava_patch
 assert llava_patch.patch and llava_patch.load and llava_patch.Saturation and llava_patch.RProbe
-import llava_patch.tools.inspect.read, llava_patch.tools.report.build, llava_patch.integrations.training.llava, llava_patch.cli.main
+import llava_patch.tools.inspect.read, llava_patch.tools.report.build, llava_patch.cli.main
+import llava_patch.integrations.training.llava
 """
     done = _run(code)
     assert done.returncode == 0, done.stderr[-2000:]

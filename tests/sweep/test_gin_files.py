@@ -6,7 +6,8 @@ import pytest
 
 from llava_patch.core.resources import gin_dir
 from llava_patch.fusion.taps import choose_taps
-from llava_patch.settings import (
+from llava_patch.settings import gin_config as config
+from llava_patch.settings.methods import (
     LEARNING_VARIANTS,
     AuxiliaryProbe,
     DeepStack,
@@ -16,7 +17,6 @@ from llava_patch.settings import (
     Routing,
     SkipLinks,
 )
-from llava_patch.settings import gin_config as config
 from llava_patch.tools.sweep.plan import make_plan, read_sweep
 
 LAYERS = {"7b": 32, "13b": 40, "small": 8}

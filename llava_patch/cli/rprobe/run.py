@@ -15,9 +15,9 @@ from llava_patch.cli.rprobe import app
 from llava_patch.cli.rprobe.compare import check_formats
 from llava_patch.core.errors import SettingError
 from llava_patch.core.extras import needs
+from llava_patch.core.paths import default_name
+from llava_patch.measurements.rprobe.ablation import SUMMARY
 from llava_patch.measurements.rprobe.settings import IMAGE_MODES, RProbe
-
-SUMMARY = "ablation.json"
 
 if TYPE_CHECKING:
     from llava_patch.data.loaded import Subject
@@ -78,7 +78,7 @@ def run_command(
     torchrun --nproc-per-node N -m llava_patch.cli.main rprobe CKPT ...
     """
     from llava_patch.core import parallel
-    from llava_patch.integrations import startup
+    from llava_patch.settings import active
     from llava_patch.tools.sweep.process import signals_interrupt
 
     given = {
@@ -93,7 +93,7 @@ def run_command(
         raise SettingError("--heldout: name the data to train on as well, as DATA")
     folder = output if output is not None else Path("rprobe") / default_name(checkpoint)
     try:
-        with startup.also(gin_file, gin_param), signals_interrupt(), _short_warnings(), parallel.processes():
+        with active.also(gin_file, gin_param), signals_interrupt(), _short_warnings(), parallel.processes():
             settings = settings_of({name: value for name, value in given.items() if value is not None})
             with parallel.guard():
                 _measure(checkpoint, data, heldout, folder, ablation, settings, base, device, dtype, show, formats)
@@ -105,24 +105,11 @@ def run_command(
 
 def settings_of(given: dict[str, Any]) -> RProbe:
     """Settings from gin (environment, then options), with the command line's own on top."""
-    from llava_patch.integrations import startup
+    from llava_patch.settings import active
 
-    asked = startup.configuration()
+    asked = active.configuration()
     bound = None if asked is None else asked.measurements.get("RProbe")
     return dataclasses.replace(RProbe() if bound is None else bound, **given)
-
-
-def default_name(checkpoint: str) -> str:
-    """Name of the results' folder: the checkpoint's, with its parent's where it is one of several of a run."""
-    path = Path(checkpoint)
-    if path.is_dir():
-        path = path.resolve()
-    return f"{path.parent.name}__{path.name}" if path.name.startswith("checkpoint-") else path.name
-
-
-def named(checkpoint: str) -> str:
-    """A checkpoint whatever way its path is written; what is no local folder is a name of the hub."""
-    return str(Path(checkpoint).resolve()) if Path(checkpoint).is_dir() else checkpoint
 
 
 def check_folder(folder: Path, checkpoint: str) -> None:

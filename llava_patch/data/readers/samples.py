@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llava_patch.core.errors import InputError, SettingError
-from llava_patch.measurements.rprobe.settings import BROKEN
 from llava_patch.probe.images import ImageSource, image_size
 from llava_patch.probe.sample import Box, Sample
 from llava_patch.probe.transform import check_box
+from llava_patch.settings.checks import BROKEN
 
 
 class Samples(list[Sample]):

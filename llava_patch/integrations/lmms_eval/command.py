@@ -322,13 +322,13 @@ def _configurations(path: str | None) -> list[dict[str, Any]]:
 
 
 def _configured(words: Sequence[str], asked: Sequence[dict[str, Any]]) -> bool:
-    from llava_patch.integrations import startup
+    from llava_patch.settings import active
 
-    variables = (startup.FILE_VARIABLE, startup.PARAM_VARIABLE)
+    variables = (active.FILE_VARIABLE, active.PARAM_VARIABLE)
     values = [os.environ.get(name) for name in variables]
     values += [env.get(name) for one in asked if isinstance(env := one.get("env"), dict) for name in variables]
-    flags = {word.partition("=")[0] for word in words} & {startup.FILE_FLAG, startup.PARAM_FLAG}
-    return bool(flags) or any(startup._flags) or any(value and str(value).strip(" ;") for value in values)
+    flags = {word.partition("=")[0] for word in words} & {active.FILE_FLAG, active.PARAM_FLAG}
+    return bool(flags) or any(active._flags) or any(value and str(value).strip(" ;") for value in values)
 
 
 def _names_us(one: dict[str, Any]) -> bool:

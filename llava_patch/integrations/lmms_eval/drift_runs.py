@@ -17,8 +17,7 @@ from llava_patch.integrations.lmms_eval.pairs import pairs
 from llava_patch.measurements.drift import Drift, DriftResult
 from llava_patch.measurements.drift.measure import Meter
 from llava_patch.measurements.drift.states import cosines, states_of
-from llava_patch.measurements.passes import same_input
-from llava_patch.measurements.saturation import evaluating
+from llava_patch.measurements.passes import evaluating, same_input
 
 
 def answer(lm: Any, requests: Sequence[Any]) -> list[str]:

@@ -132,9 +132,9 @@ def _tables_are_noted() -> bool:
 
 
 def _patch_is_configured() -> bool:
-    from llava_patch.integrations import startup
+    from llava_patch.settings import active
 
-    asked = startup.configuration()
+    asked = active.configuration()
     return asked is not None and bool(asked.lasting())
 
 

@@ -34,9 +34,9 @@ def settings_for(cls: type[S], metadata: Any, task: str) -> S:
 
 
 def _configured(cls: type[S]) -> S:
-    from llava_patch.integrations import startup
+    from llava_patch.settings import active
 
-    asked = startup.configuration()
+    asked = active.configuration()
     bound = None if asked is None else asked.measurements.get(cls.__name__)
     return cls() if bound is None else bound
 

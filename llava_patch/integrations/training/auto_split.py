@@ -18,7 +18,7 @@ from llava_patch.measurements.saturation import Saturation
 from llava_patch.measurements.saturation.auto_split import logger, resolve_split
 from llava_patch.patching import checkpoint
 from llava_patch.patching.handle import get_handle
-from llava_patch.settings import Routing
+from llava_patch.settings.methods import Routing
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_patch.core.errors import SettingError
-from llava_patch.integrations import startup
 from llava_patch.integrations.training import fusion as fusion_trainer
 from llava_patch.integrations.training import stage1
 from llava_patch.integrations.training.auxiliary import trainer as auxiliary_trainer
-from llava_patch.settings import AUTO
+from llava_patch.settings import active
+from llava_patch.settings.methods import AUTO
 
 if TYPE_CHECKING:
     from llava_patch.patching.handle import Handle
@@ -50,7 +50,7 @@ def prepare(model: Any, training_args: Any, dataset: Any, collator: Any) -> "Han
     """
     from llava_patch.patching.handle import get_handle
 
-    asked = startup.configuration()
+    asked = active.configuration()
     handle = get_handle(model)
     if asked is not None and asked.patches:
         handle = _patch_for_training(model, training_args, asked, dataset, collator)
@@ -192,7 +192,7 @@ def write_records(handle: "Handle | None", folder: Path) -> None:
     if handle is not None:
         record = {**handle.settings(), "form": "full"}
         checkpoint.write_text(folder / checkpoint.SETTINGS_FILE, json.dumps(record, indent=2) + "\n")
-    asked = startup.configuration()
+    asked = active.configuration()
     if asked is not None:
         header = "".join(f"# {line}\n" for line in ("operative config of llava_patch, from:", *asked.sources))
         operative = asked.operative

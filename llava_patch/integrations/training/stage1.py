@@ -68,8 +68,8 @@ def check_projector(path: str, fusion: Any) -> dict[str, Any]:
     Raises:
         CheckpointError: it was trained with another fusion; detach and what trains may differ.
     """
-    from llava_patch.settings import differs
     from llava_patch.settings.fusion import TRAINING
+    from llava_patch.settings.methods import differs
 
     projector = read_projector(path)
     folder = os.path.dirname(path)

@@ -27,7 +27,7 @@ from llava_patch.measurements.attention_maps.result import (
     CheckpointMaps,
     View,
 )
-from llava_patch.measurements.saturation import evaluating
+from llava_patch.measurements.passes import evaluating
 
 ROWS = 12
 """Images that the figure shows at most; the others are in JSON only."""

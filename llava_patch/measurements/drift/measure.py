@@ -16,7 +16,7 @@ from llava_patch.hosts.anatomy import Anatomy, find
 from llava_patch.measurements import passes
 from llava_patch.measurements.drift.result import DEFAULTS, Drift, DriftCurves, DriftResult
 from llava_patch.measurements.drift.states import Quantiles, States, Store, cosines, states_of
-from llava_patch.measurements.saturation import evaluating
+from llava_patch.measurements.passes import evaluating
 from llava_patch.patching.handle import get_handle
 
 LOW = 0.05

@@ -17,7 +17,7 @@ from llava_patch.measurements.flops import products
 from llava_patch.measurements.flops.products import Mode, Positions, Product
 from llava_patch.measurements.flops.shape import DecoderShape, ModelShape
 from llava_patch.routing.schedule import Program, make_program
-from llava_patch.settings import FastV, Routing
+from llava_patch.settings.methods import FastV, Routing
 
 POSITION_BYTES = 8  # an int64 position id
 

@@ -18,7 +18,7 @@ from llava_patch.hosts.towers import layout as towers
 from llava_patch.hosts.towers import models as tower_models
 from llava_patch.measurements.flops.shape import DecoderShape, Linear, ModelShape, tower_shape
 from llava_patch.patching import checkpoint as patched
-from llava_patch.settings import FastV, Routing
+from llava_patch.settings.methods import FastV, Routing
 
 
 def read_shape(checkpoint: str) -> tuple[ModelShape, Routing | None, FastV | None]:

@@ -11,7 +11,7 @@ from llava_patch.core.errors import SettingError
 from llava_patch.measurements.flops.count import Flops, Prompt, cache_bytes, count_flops, deep_image_flops, program_of
 from llava_patch.measurements.flops.products import Mode
 from llava_patch.measurements.flops.shape import ModelShape
-from llava_patch.settings import FastV, Routing, from_dict, to_dict
+from llava_patch.settings.methods import FastV, Routing, from_dict, to_dict
 
 OWN = "as configured"
 PAPER = "25-30 %"  # forward FLOPs saved, DPVR paper, abstract (7B)

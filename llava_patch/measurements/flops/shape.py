@@ -197,7 +197,7 @@ def named(name: str) -> ModelShape:
         SettingError: another name.
     """
     from llava_patch.core.errors import SettingError
-    from llava_patch.tools.bench.shapes import IMAGE_TOKENS, SHAPES, TOWERS
+    from llava_patch.hosts.sizes import IMAGE_TOKENS, SHAPES, TOWERS
 
     if name not in SHAPES:
         raise SettingError(f"--shape {name}: expected one of {', '.join(SHAPES)}")

@@ -14,7 +14,7 @@ from llava_patch.core import files
 from llava_patch.core.errors import InputError, SettingError
 from llava_patch.hosts.anatomy import Anatomy, find
 from llava_patch.measurements import passes
-from llava_patch.measurements.saturation import check_finite, evaluating
+from llava_patch.measurements.passes import check_finite, evaluating
 from llava_patch.measurements.trace import run, text_after_image, traced
 from llava_patch.patching.handle import get_handle
 from llava_patch.routing.schedule import Work

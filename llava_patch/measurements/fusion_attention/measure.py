@@ -21,7 +21,7 @@ from llava_patch.measurements.fusion_attention.heads import (
     measure_sample,
 )
 from llava_patch.measurements.fusion_attention.result import DEFAULTS, FusionAttention, FusionAttentionResult
-from llava_patch.measurements.saturation import evaluating
+from llava_patch.measurements.passes import evaluating
 
 Opened = Callable[[], "tuple[nn.Module, Iterable[dict[str, Any]]]"]
 

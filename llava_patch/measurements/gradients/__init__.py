@@ -1,10 +1,10 @@
 """Gradient statistics: what reaches a vision block through the skip taps, and what through the main path.
 
 Source: "Detached Skip-Links and R-Probe", section 4 and appendix C. `decompose` splits one step's gradient, `Window`
-sums them up, `follow` does both while a Trainer trains, `GradientsResult` is what came out.
+sums them up, `integrations.training.gradients.follow` does both while a Trainer trains, `GradientsResult` is what came
+out.
 """
 
-from llava_patch.integrations.training.gradients import follow
 from llava_patch.measurements.gradients.decompose import decompose, measured_block
 from llava_patch.measurements.gradients.result import GradientsResult, StepLog
 from llava_patch.measurements.gradients.settings import Gradients
@@ -19,7 +19,6 @@ __all__ = [
     "StepLog",
     "Window",
     "decompose",
-    "follow",
     "load_window",
     "measured_block",
     "save_window",

@@ -25,8 +25,8 @@ from llava_patch.measurements.gradients.result import GradientsResult
 from llava_patch.measurements.gradients.settings import Gradients
 from llava_patch.measurements.gradients.state import STATE, load_window, save_window
 from llava_patch.measurements.gradients.statistics import Moments, Step, Window
-from llava_patch.measurements.saturation.split_cache import model_digest
 from llava_patch.patching.handle import get_handle
+from llava_patch.patching.keys import model_digest
 
 DEFAULTS = Gradients()
 SAVE_EVERY = 30.0  # seconds between two states of an unfinished window

@@ -15,7 +15,7 @@ from llava_patch.measurements.reach.result import ReachResult
 from llava_patch.measurements.reach.settings import Reach
 from llava_patch.patching.handle import get_handle
 from llava_patch.patching.patch import patch
-from llava_patch.settings import VARIANTS, Routing
+from llava_patch.settings.methods import VARIANTS, Routing
 
 LF, PC = "lf", "pc"
 

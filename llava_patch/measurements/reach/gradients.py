@@ -15,7 +15,7 @@ from llava_patch.core.undo import UndoStack
 from llava_patch.fusion.attach import let_tower_train
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.routing import side_output
-from llava_patch.settings import SkipLinks
+from llava_patch.settings.methods import SkipLinks
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import Any
 from llava_patch.measurements.reach import groups
 from llava_patch.measurements.reach.groups import Part
 from llava_patch.measurements.reach.settings import Reach
-from llava_patch.settings import VARIANTS
+from llava_patch.settings.methods import VARIANTS
 
 FROZEN, NONE, ZERO, NONZERO = "frozen", "none", "zero", "nonzero"
 

@@ -14,6 +14,7 @@ from llava_patch.measurements.rprobe.bootstrap import FEW, interval, paired
 from llava_patch.measurements.rprobe.result import RProbeResult
 from llava_patch.measurements.rprobe.settings import RProbe
 
+SUMMARY = "ablation.json"
 VARIANTS: dict[str, dict[str, Any]] = {
     "masked_without_text": {"masked": True, "text": False},
     "masked_with_text": {"masked": True, "text": True},

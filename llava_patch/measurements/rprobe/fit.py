@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from llava_patch.core import parallel
+from llava_patch.core.dtypes import float32_default
 from llava_patch.core.errors import InputError, LlavaPatchError
 from llava_patch.core.folder_lock import alone
 from llava_patch.data.pages import Pages
@@ -29,7 +30,7 @@ from llava_patch.measurements.rprobe.resume import Progress, Work, difference, m
 from llava_patch.measurements.rprobe.settings import RProbe
 from llava_patch.measurements.rprobe.store import FrozenData, freeze_samples, make_transform
 from llava_patch.measurements.rprobe.train import train_probe
-from llava_patch.measurements.rprobe.trainable import check_memory, choose, float32_default, trained_parameters
+from llava_patch.measurements.rprobe.trainable import check_memory, choose, trained_parameters
 from llava_patch.probe.decoder import ProbeDecoder, quarter
 from llava_patch.probe.sample import Sample, split_samples
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from llava_patch.core.errors import SettingError
+from llava_patch.settings.checks import BROKEN
 
 ROPE_FORMS = ("attention", "embedding")
 IMAGE_MODES = ("resize", "crop", "pad", "anyres")
 TRAINED = ("all", "lora", "head")
-BROKEN = ("stop", "skip")
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -57,17 +55,6 @@ def _add_lora(decoder: ProbeDecoder, settings: RProbe) -> None:
 def trained_parameters(decoder: ProbeDecoder) -> dict[str, Tensor]:
     """The weights that train, by name, in a fixed order."""
     return {name: parameter for name, parameter in decoder.named_parameters() if parameter.requires_grad}
-
-
-@contextlib.contextmanager
-def float32_default() -> Iterator[None]:
-    """New tensors are float32 inside the block: llava leaves float16 behind when it has loaded a model."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(default)
 
 
 def check_memory(anatomy: Anatomy, settings: RProbe) -> None:

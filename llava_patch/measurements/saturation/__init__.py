@@ -6,18 +6,11 @@ the image, and how far each layer's logit-lens prediction is from the last one's
 """
 
 from llava_patch.measurements.saturation.curves import Curves, RunningMean
-from llava_patch.measurements.saturation.measure import (
-    check_finite,
-    evaluating,
-    measure_sample,
-    measure_saturation,
-    patch_on,
-    unusable,
-)
+from llava_patch.measurements.saturation.measure import measure_sample, measure_saturation, patch_on, unusable
 from llava_patch.measurements.saturation.result import PatchOn, SaturationResult, summarise
 from llava_patch.measurements.saturation.settings import Saturation
 
 __all__ = [
-    "Curves", "PatchOn", "RunningMean", "Saturation", "SaturationResult", "check_finite", "evaluating",
-    "measure_sample", "measure_saturation", "patch_on", "summarise", "unusable",
+    "Curves", "PatchOn", "RunningMean", "Saturation", "SaturationResult", "measure_sample",
+    "measure_saturation", "patch_on", "summarise", "unusable",
 ]  # fmt: skip

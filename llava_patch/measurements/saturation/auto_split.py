@@ -13,7 +13,7 @@ from llava_patch.core.errors import HostError, SettingError
 from llava_patch.hosts.anatomy import Anatomy, find
 from llava_patch.measurements.saturation import Saturation, SaturationResult, measure_saturation, split_cache, unusable
 from llava_patch.patching.handle import get_handle
-from llava_patch.settings import AUTO, Routing
+from llava_patch.settings.methods import AUTO, Routing
 
 logger = logging.getLogger("llava_patch")
 DEFAULTS = Saturation()

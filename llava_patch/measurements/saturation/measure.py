@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from llava_patch.core import files
-from llava_patch.core.errors import HostError, InputError
+from llava_patch.core.errors import InputError
 from llava_patch.hosts.anatomy import HF, Anatomy, find
 from llava_patch.measurements import trace
 from llava_patch.measurements.lens import lens_kl
+from llava_patch.measurements.passes import check_finite, evaluating
 from llava_patch.measurements.saturation.curves import Curves, RunningMean
 from llava_patch.measurements.saturation.result import PatchOn, SaturationResult, summarise
 from llava_patch.measurements.saturation.settings import DEFAULTS, Saturation
@@ -23,19 +22,6 @@ from llava_patch.measurements.saturation.state import State
 from llava_patch.patching.handle import get_handle
 
 NO_IMAGE, NO_TEXT = "no image", "no text after the image"
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients; every module's own training flag comes back."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 def unusable(anatomy: Anatomy, sample: dict[str, Any]) -> str | None:
@@ -107,20 +93,6 @@ def _check_finite(curves: Curves, anatomy: Anatomy) -> None:
     for layer, states in enumerate(curves.image_states):  # behind the states: all are held against the last layer's
         values = [curves.text_kl[layer]] + [curves.image_kl[layer]] * bool(states and curves.image_states[-1])
         check_finite(values, layer, anatomy)
-
-
-def check_finite(values: Iterable[float], layer: int, anatomy: Anatomy) -> None:
-    """Refuse what overflowed, or comes of broken weights.
-
-    Raises:
-        HostError: names the layer and the precision.
-    """
-    if not all(map(math.isfinite, values)):
-        dtype = str(next(anatomy.layers[0].parameters()).dtype).removeprefix("torch.")
-        raise HostError(
-            f"the hidden states or the attention of layer {layer} are not finite in {dtype}: load the model with "
-            "--dtype float32 (or bfloat16), and if that does not help its weights are broken"
-        )
 
 
 def measure_saturation(

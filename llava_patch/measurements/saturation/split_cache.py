@@ -7,7 +7,6 @@ Floating-point values enter rounded to bfloat16, so that one model loaded in two
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -15,21 +14,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from llava_patch.core.files import write_json
 from llava_patch.core.paths import VARIABLE, cache_folder
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.measurements.saturation import Saturation, SaturationResult
-from llava_patch.patching.checkpoint import base_fingerprint
-from llava_patch.patching.handle import get_handle
+from llava_patch.patching.keys import digest_of, model_digest
 
 FORMAT = 2
-_MODEL_SETTINGS = (
-    "mm_vision_select_layer", "mm_vision_select_feature", "vision_feature_layer", "vision_feature_select_strategy",
-)  # fmt: skip
-_DECODER_SETTINGS = ("rope_theta", "rope_scaling", "sliding_window")
 _NOT_MEASURED = ("labels", "attention_mask")  # samples have no padding, so that neither changes what is measured
 logger = logging.getLogger("llava_patch")
 
@@ -45,23 +36,14 @@ def key(anatomy: Anatomy, samples: Sequence[Mapping[str, Any]], settings: Satura
     return {
         "format": FORMAT,
         "model": model_digest(anatomy),
-        "samples": _digest([{k: v for k, v in s.items() if k not in _NOT_MEASURED} for s in samples]),
+        "samples": digest_of([{k: v for k, v in s.items() if k not in _NOT_MEASURED} for s in samples]),
         "settings": {k: v for k, v in asdict(settings).items() if k != "save_every"},
     }
 
 
-def model_digest(anatomy: Anatomy) -> str:
-    """Hexadecimal digest of a model as the measurement sees it, its vision tower and a patch on it included."""
-    model, handle = anatomy.model, get_handle(anatomy.model)
-    values = {name: torch.tensor(value) for name, value in base_fingerprint(model, set()).items()}
-    settings = [getattr(model.config, name, None) for name in _MODEL_SETTINGS]
-    settings += [getattr(anatomy.text_config, name, None) for name in _DECODER_SETTINGS]
-    return _digest([anatomy.host, values, settings, None if handle is None else handle.settings()])
-
-
 def path_of(wanted: dict[str, Any]) -> Path:
     """The file that holds, or will hold, the measurement with this key."""
-    return cache_folder() / f"saturation-{_digest(wanted)[:24]}.json"
+    return cache_folder() / f"saturation-{digest_of(wanted)[:24]}.json"
 
 
 def read(path: Path, wanted: dict[str, Any], n_layers: int) -> SaturationResult | None:
@@ -99,29 +81,3 @@ def write(path: Path, wanted: dict[str, Any], result: SaturationResult) -> None:
             error,
             VARIABLE,
         )
-
-
-def _digest(value: Any) -> str:
-    digest = hashlib.sha256()
-    _feed(digest, value)
-    return digest.hexdigest()
-
-
-def _feed(digest: Any, value: Any) -> None:
-    if isinstance(value, Tensor):
-        value = value.detach().cpu()
-        kind = "float" if value.is_floating_point() else "integer"
-        digest.update(f"{kind}{tuple(value.shape)}".encode())
-        number = value.to(torch.bfloat16).view(torch.int16) if kind == "float" else value.to(torch.int64)
-        digest.update(number.contiguous().numpy().tobytes())
-    elif isinstance(value, Mapping):
-        digest.update(f"mapping{len(value)}".encode())
-        for name in sorted(value):
-            digest.update(f"{name}\0".encode())
-            _feed(digest, value[name])
-    elif isinstance(value, (list, tuple)):
-        digest.update(f"sequence{len(value)}".encode())
-        for item in value:
-            _feed(digest, item)
-    else:
-        digest.update(f"{value!r}\0".encode())

@@ -43,7 +43,7 @@ def make_key(anatomy: Anatomy, examples: "Sequence[Example]", settings: Saturati
         examples: what it is measured on, in order; image files count by path, size and time of change.
         settings: of the measurement.
     """
-    from llava_patch.measurements.saturation.split_cache import model_digest
+    from llava_patch.patching.keys import model_digest
 
     parameter = next(anatomy.layers[0].parameters())
     return {

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from llava_patch.core.clock import Clock, median
+from llava_patch.hosts.sizes import IMAGE_TOKENS
 from llava_patch.measurements.flops import products as decoder
 from llava_patch.measurements.flops.products import Mode, Product
 from llava_patch.measurements.flops.shape import DecoderShape
 from llava_patch.routing.schedule import make_program
 from llava_patch.tools.bench.methods import Method
-from llava_patch.tools.bench.shapes import IMAGE_TOKENS
 
 
 def products(config: Any, method: Method, text: int, batch: int) -> Counter[Product]:

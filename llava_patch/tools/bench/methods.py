@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from llava_patch.core.errors import SettingError
 from llava_patch.patching.handle import Handle, restore_flags
 from llava_patch.patching.patch import patch
-from llava_patch.settings import FastV, Routing
+from llava_patch.settings.methods import FastV, Routing
 
 SILENT, SAME, NOTHING = "silent", "same", "nothing"
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from llava_patch.core.clock import Clock
 from llava_patch.patching.patch import patch
-from llava_patch.settings import Routing
+from llava_patch.settings.methods import Routing
 
 
 @dataclass(frozen=True)

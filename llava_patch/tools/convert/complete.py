@@ -13,7 +13,7 @@ from llava_patch.core.weights import Tensors
 from llava_patch.hosts import configs
 from llava_patch.hosts import tensor_names as names
 from llava_patch.hosts.anatomy import HF, LLAVA
-from llava_patch.settings import DeepStack
+from llava_patch.settings.methods import DeepStack
 
 if TYPE_CHECKING:
     from llava_patch.tools.convert.source import Checkpoint

@@ -20,7 +20,7 @@ from llava_patch.hosts.anatomy import LLAVA
 from llava_patch.patching.handle import Handle
 from llava_patch.patching.patch import patch
 from llava_patch.routing.schedule import make_program
-from llava_patch.settings import DeepStack, DenseConnector, Fusion
+from llava_patch.settings.methods import DeepStack, DenseConnector, Fusion
 from llava_patch.tools.convert.source import Checkpoint
 
 logger = logging.getLogger("llava_patch")

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from llava_patch.core.errors import LlavaPatchError
 from llava_patch.core.paths import VARIABLE as CACHE_VARIABLE
 from llava_patch.integrations import import_hook as autostart
-from llava_patch.integrations import startup
-from llava_patch.settings import AUTO, AuxiliaryProbe
+from llava_patch.settings import active
+from llava_patch.settings.methods import AUTO, AuxiliaryProbe
 from llava_patch.tools.doctor.row import NOTE, OK, PROBLEM, Row
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 DISABLE = "LLAVA_PATCH_DISABLE"
 KNOWN_VARIABLES = (
-    startup.FILE_VARIABLE, startup.PARAM_VARIABLE, DISABLE, CACHE_VARIABLE, "LLAVA_PATCH_RPROBE_DATA",
+    active.FILE_VARIABLE, active.PARAM_VARIABLE, DISABLE, CACHE_VARIABLE, "LLAVA_PATCH_RPROBE_DATA",
     "LLAVA_PATCH_VENV",
 )  # fmt: skip
 READERS = {
@@ -42,8 +42,8 @@ def read(gin_file: Sequence[str], gin_param: Sequence[str]) -> "tuple[Configurat
     """What is configured by environment and options, or why it cannot be read."""
     try:
         # It says on stderr what has no effect outside training; the rows say that too.
-        with startup.also(gin_file, gin_param), contextlib.redirect_stderr(io.StringIO()):
-            return startup.configuration(), None
+        with active.also(gin_file, gin_param), contextlib.redirect_stderr(io.StringIO()):
+            return active.configuration(), None
     except LlavaPatchError as error:
         return None, error
 
@@ -115,7 +115,7 @@ def check_ignored(asked: "Configuration | None", hook: Row, environment: Mapping
 
 def check_deepspeed(environment: Mapping[str, str] = os.environ) -> list[Row]:
     """Variables of ours that deepspeed would not hand to other nodes: it exports what `.deepspeed_env` names."""
-    ours = [n for n in (startup.FILE_VARIABLE, startup.PARAM_VARIABLE, DISABLE) if environment.get(n)]
+    ours = [n for n in (active.FILE_VARIABLE, active.PARAM_VARIABLE, DISABLE) if environment.get(n)]
     hosts = _nodes(Path(environment.get("DLTS_HOSTFILE") or "/job/hostfile"))
     if not ours:
         return []

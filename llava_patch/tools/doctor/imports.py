@@ -1,9 +1,9 @@
 """The imports that the hosts' commands make, tried before a run makes them.
 
-Run as a module (`python -m llava_patch.tools.doctor.imports NAME ...`), in a process of its own, because importing a training
-script has effects: imports each module and then what its functions would import later, and prints what failed as JSON.
-An import inside a function whose package is not installed belongs to a feature that nobody uses here; one whose package
-is there but no longer has that module or name would end a run in the middle.
+Run as a module (`python -m llava_patch.tools.doctor.imports NAME ...`), in a process of its own, because importing a
+training script has effects: imports each module and then what its functions would import later, and prints what failed
+as JSON. An import inside a function whose package is not installed belongs to a feature that nobody uses here; one
+whose package is there but no longer has that module or name would end a run in the middle.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from llava_patch.hosts.anatomy import LLAVA
 from llava_patch.integrations.training.stage1 import PROJECTOR
 from llava_patch.patching import checkpoint as patched
 from llava_patch.patching.tower_weights import LORA_FILE
-from llava_patch.settings import from_dict, to_dict
+from llava_patch.settings.methods import from_dict, to_dict
 from llava_patch.tools.inspect.base import Match, match_base
 from llava_patch.tools.inspect.headers import Tensor, read_header, read_headers, weight_files
 from llava_patch.tools.inspect.place import folder_of

@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llava_patch.cli.rprobe.run import named
 from llava_patch.core.errors import CheckpointError, SettingError
 from llava_patch.core.files import write_json
+from llava_patch.core.paths import named
 from llava_patch.core.version import __version__
 from llava_patch.tools.inspect.command import facts_of
 from llava_patch.tools.inspect.read import FORMS

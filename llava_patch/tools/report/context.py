@@ -8,10 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_patch.cli import common as commands
-from llava_patch.cli.several import Samples
 from llava_patch.core.errors import InputError, LlavaPatchError
 from llava_patch.data.base_model import base_of, load_base
+from llava_patch.data.loaded import load_subject
+from llava_patch.data.model_inputs import ModelInputs, examples_for, with_count
+from llava_patch.settings.active import settings_of
 from llava_patch.tools.inspect import Inspection, inspect_checkpoint
 from llava_patch.tools.inspect.place import folder_of
 from llava_patch.tools.report.section import SkipSection
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from llava_patch.data.examples import Example
     from llava_patch.data.loaded import Subject
 
-Opened = Callable[[], tuple[Any, Samples]]
+Opened = Callable[[], tuple[Any, ModelInputs]]
 
 
 class Context:
@@ -83,7 +84,7 @@ class Context:
     @cached_property
     def subject(self) -> "Subject":
         """The checkpoint's model; loaded once."""
-        return commands.load(self.checkpoint, self.below, self.device, self.dtype)
+        return load_subject(self.checkpoint, self.below, self.device, self.dtype)
 
     def release(self) -> None:
         """Let go of the model; the next section that asks loads it again."""
@@ -95,14 +96,14 @@ class Context:
         Neither model stays here: what compares them has one in memory at a time.
         """
 
-        def own() -> "tuple[Any, Samples]":
+        def own() -> "tuple[Any, ModelInputs]":
             subject = self.subject
             self.release()
-            return subject.model, Samples(subject, self._examples(subject, count))
+            return subject.model, ModelInputs(subject, self._examples(subject, count))
 
-        def other() -> "tuple[Any, Samples]":
+        def other() -> "tuple[Any, ModelInputs]":
             subject = load_base(self.base, self.device, self.dtype)
-            return subject.model, Samples(subject, self._examples(subject, count))
+            return subject.model, ModelInputs(subject, self._examples(subject, count))
 
         return own, other
 
@@ -125,20 +126,20 @@ class Context:
         if not answers:
             return self._examples(self.subject, count)
         try:
-            return commands.examples_for(self.subject, self.data, count, self.question, answers=True)
+            return examples_for(self.subject, self.data, count, self.question, answers=True)
         except InputError as error:
             raise SkipSection(str(error)) from error
 
     def _examples(self, subject: "Subject", count: int | None) -> "list[Example]":
-        return commands.examples_for(subject, self.data, count, self.question)
+        return examples_for(subject, self.data, count, self.question)
 
-    def samples(self, count: int | None) -> Samples:
+    def samples(self, count: int | None) -> ModelInputs:
         """Keyword arguments of the model's forward, for examples spread over the data."""
-        return Samples(self.subject, self._examples(self.subject, count))
+        return ModelInputs(self.subject, self._examples(self.subject, count))
 
     def counted(self, kind: Any, count: int) -> Any:
         """Settings of a measurement as gin binds them, with `count` samples where it does not say how many."""
-        return commands.with_count(commands.settings_of(kind), None, count)
+        return with_count(settings_of(kind), None, count)
 
     def against_base(self, *words: str) -> str:
         """A command line that takes the base as its second argument."""

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_patch.cli.rprobe.run import named
+from llava_patch.core.paths import named
 from llava_patch.core.version import __version__
-from llava_patch.integrations import startup
+from llava_patch.settings import active
 from llava_patch.tools.inspect.place import folder_of
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def key(section: "Section", context: "Context") -> str:
 
 def configured() -> list[str]:
     """The methods that gin puts on the checkpoint's model when it is loaded."""
-    asked = startup.configuration()
+    asked = active.configuration()
     return [] if asked is None else [f"{kind}: {value}" for kind, value in asked.lasting().items()]
 
 

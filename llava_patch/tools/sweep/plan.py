@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_patch.core.errors import SettingError
-from llava_patch.integrations import startup
+from llava_patch.settings import active
 from llava_patch.settings import gin_config as config
 from llava_patch.tools.sweep.settings import Sweep, describe, folder_name
 
@@ -81,14 +81,14 @@ def make_plan(sweep: Sweep, seeds: Sequence[int], output: Path, command: Sequenc
         SettingError: a point that does not parse (named), two points of one folder, a command that does not exist, or
             settings that reach the runs by another way.
     """
-    for variable in (startup.FILE_VARIABLE, startup.PARAM_VARIABLE):
+    for variable in (active.FILE_VARIABLE, active.PARAM_VARIABLE):
         if os.environ.get(variable):
             raise SettingError(f"{variable} is set and would reach every run: unset it, or use Sweep.gin_files")
     if not command:
         raise SettingError("no training command: put it after --, as in `-- deepspeed llava/train/train_mem.py ...`")
     if shutil.which(command[0]) is None:
         raise SettingError(f"{command[0]}: no such command")
-    own_files, own_params = startup.take_flags(list(command))
+    own_files, own_params = active.take_flags(list(command))
     runs, folders = [], dict[str, dict[str, Any]]()
     for point in sweep.points():
         params = [*sweep.gin_params, *(f"{key} = {value!r}" for key, value in point.items())]
@@ -101,8 +101,8 @@ def make_plan(sweep: Sweep, seeds: Sequence[int], output: Path, command: Sequenc
                 f"Sweep.grid: {describe(point)} and {describe(folders[name])} would share the folder {name}"
             )
         folders[name] = point
-        files = [word for file in sweep.gin_files for word in (startup.FILE_FLAG, file)]
-        bindings = [word for param in params for word in (startup.PARAM_FLAG, param)]
+        files = [word for file in sweep.gin_files for word in (active.FILE_FLAG, file)]
+        bindings = [word for param in params for word in (active.PARAM_FLAG, param)]
         for seed in seeds:
             folder = output / name / f"seed{seed}"
             added = (*files, *bindings, "--seed", str(seed), "--output_dir", str(folder))

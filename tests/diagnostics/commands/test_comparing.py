@@ -14,10 +14,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from llava_patch import Routing, patch
-from llava_patch.cli import several
 from llava_patch.cli.main import app
 from llava_patch.core.errors import CheckpointError, InputError, SettingError
-from llava_patch.integrations import startup
+from llava_patch.data.model_inputs import ModelInputs
+from llava_patch.settings import active
 
 runner = CliRunner()
 
@@ -48,7 +48,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LLAVA_PATCH_CACHE", str(tmp_path / "cache"))
-    startup.reset()
+    active.reset()
 
 
 def run(*arguments: Any) -> str:
@@ -88,13 +88,13 @@ def test_examples_are_as_many_as_options_or_bindings_say_and_spread_over_the_dat
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[list[str]] = []
-    real = several.Samples.__init__
+    real = ModelInputs.__init__
 
     def noted(self: Any, subject: Any, examples: Any) -> None:
         taken.append([example.id for example in examples])
         real(self, subject, examples)
 
-    monkeypatch.setattr(several.Samples, "__init__", noted)
+    monkeypatch.setattr(ModelInputs, "__init__", noted)
     data = folders["root"] / "more"
     data.mkdir()
     for i in range(34):

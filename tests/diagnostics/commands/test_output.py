@@ -13,7 +13,7 @@ from llava_patch.cli.common import check_checkpoint
 from llava_patch.cli.main import app
 from llava_patch.cli.output import CONFIGURED, check_results, facts_of, show
 from llava_patch.core.errors import CheckpointError
-from llava_patch.integrations import startup
+from llava_patch.settings import active
 from tests.evaluation import fileset
 
 PATCH = ("--gin-param", "Routing.split = 2")
@@ -37,7 +37,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LLAVA_PATCH_CACHE", str(tmp_path / "cache"))
-    startup.reset()
+    active.reset()
 
 
 def run(*words: Any) -> Any:
@@ -81,10 +81,10 @@ def test_results_that_say_less(tmp_path: Path) -> None:
 
 
 def test_what_a_record_says_of_a_patch() -> None:
-    with startup.also([], ["Routing.split = 2", "FastV.layer = 1"]):
+    with active.also([], ["Routing.split = 2", "FastV.layer = 1"]):
         facts = facts_of("a")
     assert facts[CONFIGURED] == {"routing": WORDED, "pruning": "FastV(layer=1)"}
-    with startup.also([], ["Reach.samples = 2"]):
+    with active.also([], ["Reach.samples = 2"]):
         assert facts_of("a") == {"checkpoint": "a"}
 
 

@@ -17,11 +17,11 @@ from llava_patch.cli.main import app
 from llava_patch.cli.rprobe.run import check_folder, default_name, settings_of
 from llava_patch.core.errors import CheckpointError, LlavaPatchError, SettingError
 from llava_patch.hosts.anatomy import find
-from llava_patch.integrations import startup
 from llava_patch.measurements.rprobe import fit
 from llava_patch.measurements.rprobe.ablation import VARIANTS
 from llava_patch.measurements.rprobe.settings import RProbe
 from llava_patch.patching.handle import get_handle
+from llava_patch.settings import active
 from tests.evaluation import fileset
 
 QUICK = ("--steps", "4", "--train-pages", "6", "--heldout-pages", "4", "--batch-size", "4")
@@ -145,11 +145,11 @@ def test_the_command_line_wins_over_gin_and_gin_over_defaults(tmp_path, monkeypa
     monkeypatch.setenv("LLAVA_PATCH_GIN_PARAM", "RProbe.clip = 3.0")
     file = tmp_path / "probe.gin"
     file.write_text("RProbe.seed = 4\nRProbe.lr = 1e-3\nRProbe.steps = 9\n")
-    before = startup.configuration()
-    with startup.also([str(file)], ["RProbe.lr = 2e-3"]):
+    before = active.configuration()
+    with active.also([str(file)], ["RProbe.lr = 2e-3"]):
         assert settings_of({"steps": 5}) == RProbe(clip=3.0, seed=4, lr=2e-3, steps=5)
-    assert startup.configuration() == before
-    startup.reset()
+    assert active.configuration() == before
+    active.reset()
 
 
 def test_a_patch_asked_for_by_gin_is_measured(checkpoint, tmp_path, monkeypatch):
@@ -163,7 +163,7 @@ def test_a_patch_asked_for_by_gin_is_measured(checkpoint, tmp_path, monkeypatch)
     facts = json.loads((tmp_path / "rprobe.json").read_text())["facts"]
     assert facts["configured_patch"]["fusion"].startswith("SkipLinks(")
     assert json.loads((tmp_path / "rprobe.json").read_text())["settings"]["steps"] == 4  # the option wins
-    assert startup.configuration() is None
+    assert active.configuration() is None
 
 
 @pytest.mark.parametrize(

@@ -101,8 +101,8 @@ def wrap(auxiliary: Auxiliary, train_dataset: Any, data_collator: Any) -> tuple[
     records, about = getattr(dataset, "list_data_dict", None), getattr(dataset, "data_args", None)
     if records is None or about is None:
         raise SettingError(
-            f"AuxiliaryProbe: {type(dataset).__name__} is not LLaVA's data set: use llava_patch.integrations.training.auxiliary."
-            "RegionCollator and follow(trainer) with data of your own"
+            f"AuxiliaryProbe: {type(dataset).__name__} is not LLaVA's data set: use "
+            "llava_patch.integrations.training.auxiliary.RegionCollator and follow(trainer) with data of your own"
         )
     ratio = str(getattr(about, "image_aspect_ratio", "square"))
     if ratio not in MODES:

@@ -6,9 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_patch.cli.rprobe.run import named
-from llava_patch.cli.several import Samples
+from llava_patch.core.paths import named
 from llava_patch.data.base_model import load_base
+from llava_patch.data.model_inputs import ModelInputs
 from llava_patch.measurements.attention_maps import AttentionMaps, measure_attention_maps
 from llava_patch.tools.report.context import Context
 from llava_patch.tools.report.section import Found, Section, found_of
@@ -43,7 +43,7 @@ def _measure(
 ) -> "AttentionMapsResult":
     return measure_attention_maps(
         subject.model,
-        Samples(subject, examples),
+        ModelInputs(subject, examples),
         settings,
         image_processor=subject.image_processor,
         checkpoint=label,

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from llava_patch.cli.rprobe.run import named
+from llava_patch.core.paths import named
 from llava_patch.measurements.drift import Drift, measure_drift_apart
 from llava_patch.tools.report.context import Context
 from llava_patch.tools.report.section import Found, Section, found_of

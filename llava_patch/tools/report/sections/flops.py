@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from llava_patch.integrations import startup
+from llava_patch.settings import active
 from llava_patch.tools.report.context import Context
 from llava_patch.tools.report.section import Found, Section, Table, found_of
 
@@ -20,7 +20,7 @@ def _run(context: Context, folder: Path) -> Found:
     from llava_patch.measurements.flops.result import measure_flops
 
     shape, routing, pruning = read_shape(context.below or context.checkpoint)
-    asked = startup.configuration()
+    asked = active.configuration()
     if asked is not None:
         routing, pruning = asked.routing or routing, asked.pruning or pruning
     prompts = [Prompt(TEXT, shape.projected)]
@@ -32,7 +32,7 @@ def _run(context: Context, folder: Path) -> Found:
 
 
 def _settings(context: Context) -> dict[str, Any]:
-    asked = startup.configuration()
+    asked = active.configuration()
     configured = {} if asked is None else {k: str(v) for k, v in asked.lasting().items()}
     return {"text tokens": TEXT, **configured}
 

@@ -7,10 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_patch.cli.common import settings_of
-from llava_patch.cli.rprobe.run import named
-from llava_patch.integrations import startup
+from llava_patch.core.paths import named
 from llava_patch.measurements.gradients.settings import Gradients
+from llava_patch.settings import active
+from llava_patch.settings.active import settings_of
 from llava_patch.tools.report.context import Context
 from llava_patch.tools.report.section import Found, Section, SkipSection, found_of
 
@@ -24,7 +24,7 @@ WINDOW = 16
 
 
 def _settings(context: Context) -> Gradients:
-    asked = startup.configuration()
+    asked = active.configuration()
     bound = asked is not None and "Gradients" in asked.measurements
     window = settings_of(Gradients).window if bound else WINDOW
     return settings_of(Gradients, window=max(2, min(window, context.settings.gradient_steps)))
@@ -60,7 +60,7 @@ def _inputs(inputs: "Inputs", example: "Example") -> dict[str, Any]:
 
 
 def _why_not(context: Context) -> str | None:
-    asked = startup.configuration()
+    asked = active.configuration()
     fusion = context.inspection.methods().get("fusion") or (None if asked is None else asked.fusion)
     if fusion is None or getattr(fusion, "layers", None) == ():  # SkipLinks(layers=()): a trained tower alone
         return "the model has no skip taps, so there is no skip gradient"

@@ -7,9 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from llava_patch.cli.rprobe.run import SUMMARY, named
 from llava_patch.core.errors import InputError
 from llava_patch.core.files import atomic
+from llava_patch.core.paths import named
+from llava_patch.measurements.rprobe.ablation import SUMMARY
 from llava_patch.measurements.rprobe.output import RESULT
 from llava_patch.measurements.rprobe.result import RProbeResult, read_result
 from llava_patch.tools.report.context import Context

@@ -1,0 +1,162 @@
+"""What is configured now: gin files and bindings from flags, environment and our own commands, read once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from llava_patch.core.errors import SettingError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from llava_patch.settings.gin_config import Configuration
+
+FILE_FLAG, PARAM_FLAG = "--gin_file", "--gin_param"
+FILE_VARIABLE, PARAM_VARIABLE = "LLAVA_PATCH_GIN_FILE", "LLAVA_PATCH_GIN_PARAM"
+
+_flags: tuple[list[str], list[str]] = ([], [])
+_configuration: "Configuration | None" = None
+_training = False
+
+
+def take_flags(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Remove our flags from a command line, in place.
+
+    Args:
+        argv: the arguments; `--flag value` and `--flag=value` both work, and each flag may be repeated.
+
+    Returns:
+        (values of --gin_file, values of --gin_param), in order.
+
+    Raises:
+        SettingError: a flag without a value.
+    """
+    files: list[str] = []
+    params: list[str] = []
+    kept: list[str] = []
+    rest = iter(argv)
+    for argument in rest:
+        flag, equals, value = argument.partition("=")
+        if flag not in (FILE_FLAG, PARAM_FLAG):
+            kept.append(argument)
+            continue
+        if not equals:
+            value = next(rest, "")
+        if not value:
+            raise SettingError(f"{flag} needs a value")
+        (files if flag == FILE_FLAG else params).append(value)
+    argv[:] = kept
+    return files, params
+
+
+@contextlib.contextmanager
+def also(files: "Sequence[str]", params: "Sequence[str]") -> "Iterator[None]":
+    """Inside the block, gin files and bindings of one of our own commands count after those of the environment."""
+    global _configuration, _flags
+    before = _flags, _configuration
+    _flags, _configuration = ([*_flags[0], *files], [*_flags[1], *params]), None
+    try:
+        yield
+    finally:
+        _flags, _configuration = before
+
+
+@contextlib.contextmanager
+def without_patches() -> "Iterator[None]":
+    """Inside the block, models come as their checkpoints are: a configured patch is not put on them.
+
+    For the model that a patched one is compared with; settings of measurements still count.
+    """
+    import dataclasses
+
+    global _configuration
+    now, before = configuration(), _configuration
+    if now is not None:
+        _configuration = dataclasses.replace(now, fusion=None, routing=None, pruning=None, probe=None, off=())
+    try:
+        yield
+    finally:
+        _configuration = before
+
+
+def configuration() -> "Configuration | None":
+    """What flags and environment ask for, read once; None when nothing is configured.
+
+    Raises:
+        SettingError: a configuration that cannot be honoured; nothing was changed then.
+    """
+    global _configuration
+    files = [*_split(os.environ.get(FILE_VARIABLE)), *_flags[0]]
+    params = [*_split(os.environ.get(PARAM_VARIABLE)), *_flags[1]]
+    if not files and not params:
+        return None
+    if _configuration is None:
+        from llava_patch.settings import gin_config as config
+
+        read = config.read(files, params)
+        if not read:
+            raise SettingError(
+                f"{', '.join([*files, *params])} configures nothing: bind Patch.fusion or Patch.routing, or a field "
+                "of a method or measurement"
+            )
+        if read.sweep is not None:
+            raise SettingError(f"{', '.join([*files, *params])} describes a sweep: run it with `llava-patch sweep`")
+        if read.flags and not _training:  # a training recipe reused for evaluation
+            names = ", ".join(f"Flags.{name}" for name in read.flags)
+            print(f"llava_patch: {names}: flags of LLaVA's training script, without effect here", file=sys.stderr)
+        _configuration = read
+    return _configuration
+
+
+def training() -> bool:
+    """Whether a LLaVA training script is running."""
+    return _training
+
+
+def begin_training() -> None:
+    """A LLaVA training script is running."""
+    global _training
+    _training = True
+
+
+def reset() -> None:
+    """Forget flags and configuration (for tests and notebooks)."""
+    global _configuration, _flags, _training
+    _configuration, _flags, _training = None, ([], []), False
+
+
+def _split(value: str | None) -> list[str]:
+    return [part.strip() for part in (value or "").split(";") if part.strip()]
+
+
+def take_flags_from_command_line() -> None:
+    """Take our flags out of `sys.argv`; they count from now on."""
+    global _configuration
+    files, params = take_flags(sys.argv)
+    _flags[0].extend(files)
+    _flags[1].extend(params)
+    if files or params:  # what was read before lacks them
+        _configuration = None
+
+
+def asked() -> bool:
+    """Whether flags or environment configure anything, readable or not."""
+    given = (argument.partition("=")[0] for argument in sys.argv)  # a script's flags are taken out later
+    variables = (FILE_VARIABLE, PARAM_VARIABLE)
+    return (
+        any(_flags)
+        or any(flag in (FILE_FLAG, PARAM_FLAG) for flag in given)
+        or any(_split(os.environ.get(name)) for name in variables)
+    )
+
+
+def settings_of(cls: Any, **given: Any) -> Any:
+    """A measurement's settings: gin's, or the defaults, with the command line's own (those not None) on top."""
+    import dataclasses
+
+    now = configuration()
+    bound = None if now is None else now.measurements.get(cls.__name__)
+    return dataclasses.replace(cls() if bound is None else bound, **{k: v for k, v in given.items() if v is not None})
