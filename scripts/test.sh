@@ -22,6 +22,8 @@ ruff format --check .
 ruff check .
 echo "== mypy =="
 mypy
+echo "== import-linter =="
+lint-imports
 seed=${HYPOTHESIS_SEED:-$RANDOM}
 echo "== pytest (HYPOTHESIS_SEED=$seed) =="
 python -m pytest -n "${PYTEST_WORKERS:-2}" --dist worksteal --hypothesis-seed="$seed" "$@"

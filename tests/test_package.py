@@ -44,7 +44,7 @@ def test_the_wheel_in_an_empty_environment(tmp_path):
     assert {*ours, "fusion_attention/fusion_attention.yaml"} <= set(tasks.split())
     names = subprocess.run([sys.executable, "-m", "zipfile", "-l", str(wheel)], capture_output=True, text=True).stdout
     assert " eval_tasks" not in names and "\ngin/" not in names
-    assert "llava_patch/report/report.html.j2" in names
+    assert "llava_patch/tools/report/report.html.j2" in names
 
 
 @pytest.mark.timeout(300)
