@@ -120,8 +120,7 @@ def _load_llava(checkpoint: str, config: dict[str, Any], base: str, device: str,
             f"{checkpoint} is a checkpoint of the llava package, which cannot be imported ({error}): "
             "pip install --no-deps llava-torch"
         ) from error
-    adapter = os.path.isdir(checkpoint) and (patched.read_settings(checkpoint) or {}).get("form") == "adapter"
-    whole = adapter or any(locate(checkpoint, name) for name in _WEIGHTS)
+    whole = _is_whole(checkpoint)
     lora = not whole and locate(checkpoint, _LORA) is not None
     if not whole and not lora and locate(checkpoint, _PROJECTOR) is None:
         raise CheckpointError(f"{checkpoint}: it holds no weights ({', '.join((*_WEIGHTS, _LORA, _PROJECTOR))})")
@@ -137,6 +136,17 @@ def _load_llava(checkpoint: str, config: dict[str, Any], base: str, device: str,
     )
     model.to(dtype)
     return Subject(model, tokenizer, image_processor)
+
+
+def _is_whole(checkpoint: str) -> bool:
+    adapter = os.path.isdir(checkpoint) and (patched.read_settings(checkpoint) or {}).get("form") == "adapter"
+    return adapter or any(locate(checkpoint, name) for name in _WEIGHTS)
+
+
+def is_part(checkpoint: str) -> bool:
+    """Whether a checkpoint is one of llava that holds LoRA weights or a projector only: it needs the model below."""
+    config = read_json(checkpoint, "config.json")
+    return config is not None and host_of(config, checkpoint) == LLAVA and not _is_whole(checkpoint)
 
 
 @contextlib.contextmanager
