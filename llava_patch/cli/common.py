@@ -22,12 +22,8 @@ if TYPE_CHECKING:
 
 
 FILES: tuple[str, ...] = (
-    "attention_maps",
-    "drift",
     "flops",
-    "fusion_attention",
     "gradients",
-    "reach",
     "report",
 )
 """Files of commands that are no measurement of the registry."""
@@ -41,6 +37,9 @@ CHECKPOINT = typer.Argument(
 )
 DATA = typer.Argument(
     "", metavar="DATA", help="LLaVA's JSON, R-Probe's kinds of data, an image or a folder of them; default: pages"
+)
+DATA_OPTION = typer.Option(
+    "", "--data", help="LLaVA's JSON, R-Probe's kinds of data or a folder of images; default: pages"
 )
 BASE = typer.Option("", help="the model below a LoRA or projector-only checkpoint of llava")
 COMPARED = typer.Option(

@@ -7,7 +7,6 @@ about it in the docstring. What every command has (`cli.common`) means the same 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import re
 import types
@@ -50,16 +49,20 @@ def add(app: typer.Typer, name: str) -> None:
 
 
 def run_command(measurement: "Measurement") -> Callable[..., None]:
-    """The command that measures one checkpoint."""
-    name, options = measurement.command, options_of(measurement)
-    data = {"data": (str, common.DATA), "samples": (Optional[int], samples_of(measurement))}
-    extra = {"extra": (Optional[list[str]], typer.Argument(None, hidden=True))} if measurement.compares else {}
+    """The command that measures a checkpoint, or several side by side."""
+    name = measurement.command
     where = f"folder for results; default: {name}/ and CKPT's name"
-    parameters = {
-        "checkpoint": (str, common.CHECKPOINT),
-        **data,
-        **extra,
-        **options,
+    parameters: dict[str, tuple[Any, Any]] = {"checkpoint": (str, common.CHECKPOINT), "data": (str, common.DATA)}
+    if measurement.several:
+        text = "checkpoints of llava or HF, patched or not; or adapters"
+        parameters["checkpoint"] = (list[str], typer.Argument(..., metavar="CKPT [CKPT ...]", help=text))
+        parameters["data"] = (str, common.DATA_OPTION)
+        parameters["names"] = (str, common.NAMES)
+    if measurement.compares:
+        parameters["extra"] = (Optional[list[str]], typer.Argument(None, hidden=True))
+    parameters |= {
+        "samples": (Optional[int], samples_of(measurement)),
+        **options_of(measurement),
         "question": (str, common.QUESTION),
         "output": (Optional[Path], typer.Option(None, help=where, show_default=False)),
         "formats": (list[str], common.FORMAT),
@@ -68,7 +71,7 @@ def run_command(measurement: "Measurement") -> Callable[..., None]:
     }
 
     def command(
-        checkpoint: str,
+        checkpoint: str | list[str],
         data: str,
         samples: int | None,
         question: str,
@@ -79,41 +82,54 @@ def run_command(measurement: "Measurement") -> Callable[..., None]:
         dtype: str,
         gin_file: list[str],
         gin_param: list[str],
+        names: str = "",
         extra: list[str] | None = None,
         **words: Any,
     ) -> None:
         need(name, *measurement.extras)
-        common.check_checkpoint(checkpoint)
-        common.check_formats(formats)
-        folder = common.folder_for(name, checkpoint, output)
         fields, others = _split(measurement, words)
+        measurement.check(data, samples, **others)
+        checkpoints = [checkpoint] if isinstance(checkpoint, str) else checkpoint
+        for one in checkpoints:
+            common.check_checkpoint(one)
+        common.check_formats(formats)
+        if measurement.compares:
+            _check_words(measurement, data, extra or [])
+        labels = protocol.names_of(checkpoints, names)
+        folder = common.folder_for(name, checkpoints[0], output)
         with common.configured(gin_file, gin_param, goes_on=measurement.resumes):
             settings = settings_for(measurement, samples, fields)
-            below, base = _models(measurement, settings, checkpoint, base)
-            target = _target(checkpoint, data, below, base, device, dtype, question)
-            measure = functools.partial(measurement.measure, **others)
-            _check(measurement, target, folder, extra)
-            run(measurement, measure, target, settings, folder, formats)
+            targets = []
+            for one, label in zip(checkpoints, labels, strict=True):
+                below, other = _models(measurement, settings, one, base)
+                targets.append(_target(one, data, below, other, device, dtype, question, label))
+            _check(measurement, targets, folder / f"{measurement.stem(**others)}.json")
+            _run(measurement, targets, settings, folder, formats, others)
 
     return _typed(command, parameters, inspect.getdoc(type(measurement)) or "")
 
 
-def run(
+def _run(
     measurement: "Measurement",
-    measure: Callable[..., "Result"],
-    target: "Target",
+    targets: "list[Target]",
     settings: Any,
     folder: Path,
     formats: Sequence[str],
+    others: dict[str, Any],
 ) -> None:
-    """Measure, show what was found and write it."""
+    """Measure, show what was found and write it; several checkpoints are in memory one after the other."""
     from llava_patch.core.folder_lock import alone
 
     with alone(folder if measurement.resumes else None):
-        result = measure(target, settings, folder)
+        result: Any = None
+        for target in targets:
+            one = measurement.measure(target, settings, folder, **others)
+            result = one if result is None else result.beside(one)
+            if len(targets) > 1:
+                target.release()
         for title, table in measurement.tables(result):
             output.show(table, title)
-        output.finish(result, folder, target.checkpoint, formats)
+        output.finish(result, folder, targets[0].checkpoint, formats)
         measurement.finished(folder)
 
 
@@ -163,10 +179,10 @@ def compare_command(measurement: "Measurement") -> Callable[..., None]:
         with common.configured(gin_file, gin_param, goes_on=True):
             settings = settings_for(measurement, samples, fields)
             wanted = [(name, given) for name, given in zip(called, models, strict=True) if found[name] is None]
-            targets = {one: _target(given, data, base, "", device, dtype, question) for one, given in wanted}
+            targets = {one: _target(given, data, base, "", device, dtype, question, one) for one, given in wanted}
             for one, target in targets.items():
                 _check_model(measurement, target.checkpoint)
-                _check(measurement, target, output / one)
+                _check(measurement, [target], output / one / file)
             for one, target in targets.items():
                 typer.echo(f"measuring {one}", err=True)
                 found[one] = _kept(measurement, target, settings, output / one, others)
@@ -297,13 +313,13 @@ def _numbers(name: str, value: Any, hint: Any) -> Any:
     try:
         return tuple(int(part) for part in value.split(",")) if value else None
     except ValueError:
-        raise SettingError(f"--{name.replace('_', '-')} {value}: expected {name} numbers, as 30,31") from None
+        raise SettingError(f"--{name.replace('_', '-')} {value}: expected layer numbers, as 30,31") from None
 
 
-def _target(checkpoint: str, data: str, below: str, base: str, device: str, dtype: str, question: str) -> "Target":
+def _target(*given: str) -> "Target":
     from llava_patch.data.target import Target
 
-    return Target(checkpoint, data, below, base, device, dtype, question)
+    return Target(*given)
 
 
 def _models(measurement: "Measurement", settings: Any, checkpoint: str, base: str) -> tuple[str, str]:
@@ -324,15 +340,13 @@ def _models(measurement: "Measurement", settings: Any, checkpoint: str, base: st
     return base if part else "", base_of(checkpoint, other, "--base")
 
 
-def _check(measurement: "Measurement", target: "Target", folder: Path, extra: list[str] | None = None) -> None:
+def _check(measurement: "Measurement", targets: "list[Target]", path: Path) -> None:
     """Refuse what cannot end well before minutes are spent on loading a model."""
     from llava_patch.data.examples import check_data
 
-    if measurement.compares:
-        _check_words(measurement, target.data, extra or [])
-    sources = [target.checkpoint] + ([target.base] if measurement.compares else [])
-    output.check_results(folder / f"{measurement.name}.json", sources)
-    check_data(target.data)
+    bases = [target.base for target in targets] if measurement.compares else []
+    output.check_results(path, [*(target.checkpoint for target in targets), *bases])
+    check_data(targets[0].data)
 
 
 def _check_words(measurement: "Measurement", data: str, extra: list[str]) -> None:

@@ -51,7 +51,8 @@ class Measurement:
         samples: how many samples the command takes unless told otherwise; None: it takes no data.
         answers: whether samples need the right answer, for a loss.
         compares: whether a base is measured beside the checkpoint.
-        several: whether the command takes several checkpoints, side by side.
+        several: whether the command takes several checkpoints (DATA is --data then), whose results stand `beside` each
+            other in one.
         resumes: whether the command, interrupted, goes on where it was.
         extras: of pyproject.toml, see `core.extras`.
         words: spelling of single options, such as {"everything": "--all"}.
@@ -91,6 +92,19 @@ class Measurement:
             folder: where an unfinished run is kept; None: nowhere.
         """
         raise NotImplementedError
+
+    def check(self, data: str, samples: int | None, **options: Any) -> None:
+        """Refuse words of a command that do not go together, before anything is read.
+
+        Args:
+            data: DATA; "": not given.
+            samples: --samples; None: not given.
+            options: keyword-only parameters of `measure`.
+        """
+
+    def stem(self, **options: Any) -> str:
+        """Stem of the results' files under some keyword-only parameters of `measure`."""
+        return self.name
 
     def tables(self, result: Any) -> list[tuple[str, Table]]:
         """What the command prints: (title, table) each."""
@@ -154,7 +168,7 @@ class Result:
 
     def encode(self) -> dict[str, Any]:
         """The fields as JSON values; facts only where there are some."""
-        values: dict[str, Any] = encode(self)
+        values = encode_fields(self)
         if not self.facts:
             del values["facts"]
         return values
@@ -193,7 +207,7 @@ class Result:
     def decode(cls, values: dict[str, Any]) -> "Self":
         """The fields of JSON values; further ones are passed over, see `from_dict`."""
         known = {f.name for f in dataclasses.fields(cls)}
-        found: Self = decode(cls, {k: v for k, v in values.items() if k in known})
+        found: Self = decode_fields(cls, {k: v for k, v in values.items() if k in known})
         return found
 
     def save(self, folder: str | Path, name: str = "", formats: Sequence[str] = FIGURES[:1]) -> tuple[Path, ...]:
@@ -258,6 +272,11 @@ class Comparison:
         folder, draw = Path(folder), registry.load(self.figure)
         written = write_json(folder / f"{name}.json", self.to_dict())
         return (written, *(draw(self.results, folder / f"{name}.{suffix}") for suffix in formats))
+
+
+def default_split(depth: int) -> int:
+    """The split of the DPVR paper's 7B model (18 of 32 layers) at another depth."""
+    return round(depth * 18 / 32)
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any], names: tuple[str, str]) -> str | None:
@@ -336,16 +355,27 @@ def words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def encode(value: Any) -> Any:
-    """Dataclasses as dictionaries of their fields, tuples as lists, dictionaries with other keys than text as pairs."""
+def encode(value: Any, hint: Any = None) -> Any:
+    """Dataclasses as dictionaries of their fields, tuples as lists, dictionaries with other keys than text as pairs.
+
+    Args:
+        value: what is written.
+        hint: its type, where it is known.
+    """
+    if isinstance(value, Result):
+        return value.to_dict()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        kept = [f.name for f in dataclasses.fields(value) if f.metadata.get("written", True)]
-        return {name: encode(getattr(value, name)) for name in kept}
+        return encode_fields(value)
     if isinstance(value, dict):
-        if all(isinstance(key, str) for key in value):
-            return {key: encode(item) for key, item in value.items()}
-        return [[key, encode(item)] for key, item in value.items()]
+        keyed = get_args(hint)[:1] == (str,) if get_origin(hint) is dict else all(isinstance(k, str) for k in value)
+        return {k: encode(v) for k, v in value.items()} if keyed else [[k, encode(v)] for k, v in value.items()]
     return [encode(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def encode_fields(value: Any) -> dict[str, Any]:
+    """A dataclass as a dictionary of the fields that are written."""
+    kept = [f for f in dataclasses.fields(value) if f.metadata.get("written", True)]
+    return {f.name: encode(getattr(value, f.name), hint_of(type(value), f)) for f in kept}
 
 
 def decode(hint: Any, value: Any) -> Any:
@@ -362,8 +392,10 @@ def decode(hint: Any, value: Any) -> Any:
             return None
         (hint,) = (one for one in inner if one is not type(None))
         return decode(hint, value)
+    if isinstance(hint, type) and issubclass(hint, Result):
+        return hint.from_dict(value)
     if dataclasses.is_dataclass(hint):
-        return _decode_fields(hint, value)
+        return decode_fields(hint, value)
     if hint is float:
         if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
             raise TypeError(f"expected a number, got {value!r}")
@@ -382,7 +414,8 @@ def decode(hint: Any, value: Any) -> Any:
     return value
 
 
-def _decode_fields(cls: Any, values: Any) -> Any:
+def decode_fields(cls: Any, values: Any) -> Any:
+    """A dataclass of its fields' JSON values; see `decode`."""
     if not isinstance(values, dict):
         raise TypeError(f"expected the fields of {cls.__name__}, got {values!r}")
     fields = {f.name: f for f in dataclasses.fields(cls) if f.metadata.get("written", True)}

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from llava_patch.integrations.lmms_eval.pairs import pairs
-from llava_patch.measurements.drift import Drift, DriftResult
 from llava_patch.measurements.drift.measure import Meter
+from llava_patch.measurements.drift.result import Drift, DriftResult
 from llava_patch.measurements.drift.states import cosines, states_of
 from llava_patch.measurements.passes import evaluating, same_input
 

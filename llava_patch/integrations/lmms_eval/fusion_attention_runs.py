@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from llava_patch.integrations.lmms_eval.pairs import pairs
-from llava_patch.measurements.fusion_attention import FusionAttention, FusionAttentionResult, measure_fusion_attention
+from llava_patch.measurements.fusion_attention.measure import measure_fusion_attention
+from llava_patch.measurements.fusion_attention.result import FusionAttention, FusionAttentionResult
 
 
 def answer(lm: Any, requests: Sequence[Any]) -> list[str]:

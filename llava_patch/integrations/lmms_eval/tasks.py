@@ -21,10 +21,10 @@ from llava_patch.core.extras import need
 from llava_patch.data.examples import QUESTION
 from llava_patch.integrations.lmms_eval import drift_runs, fusion_attention_runs, loud, rprobe_runs, saturation_runs
 from llava_patch.integrations.lmms_eval.options import settings_for
-from llava_patch.measurements.drift import Drift
-from llava_patch.measurements.fusion_attention import FusionAttention
+from llava_patch.measurements.drift.result import Drift
+from llava_patch.measurements.fusion_attention.result import FusionAttention
 from llava_patch.measurements.rprobe.settings import RProbe
-from llava_patch.measurements.saturation.measurement import Saturation
+from llava_patch.measurements.saturation.result import Saturation
 
 _active: "weakref.WeakValueDictionary[str, MeasurementTask]" = weakref.WeakValueDictionary()
 

@@ -1,4 +1,4 @@
-"""The saturation measurement: its settings, and what commands, report and lmms-eval ask of it.
+"""The saturation measurement: what commands, report and lmms-eval ask of it.
 
 Source: "Late-Layer Fusion is Enough" (DPVR), section 3.1 and figure 2.
 """
@@ -7,52 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_patch.core.errors import InputError, SettingError
+from llava_patch.core.errors import InputError
 from llava_patch.measurements.base import Measurement, Table
+from llava_patch.measurements.saturation.result import Saturation, SaturationResult
 
 if TYPE_CHECKING:
     from llava_patch.data.target import Target
-    from llava_patch.measurements.saturation.result import SaturationResult
-
-
-@dataclass(frozen=True)
-class Saturation:
-    """Settings of the saturation measurement; the defaults are this project's choice unless a source is named.
-
-    Attributes:
-        transition_share: the transition layer is where the logit-lens KL has fallen to this share of layer 0's.
-        mass_tolerance: attention mass has settled when it stays within this share of its deep median.
-        fall_share: the deep median must have fallen to this share of the highest mass, or mass has no say.
-        max_samples: stop after so many usable samples; None: take all (the command takes 32).
-        chunk: attention queries, and positions of the logit lens, held at a time (memory against speed).
-        save_every: samples between two writes of the state from which an interrupted run goes on.
-    """
-
-    transition_share: float = 0.5
-    mass_tolerance: float = 0.2
-    fall_share: float = 0.5
-    max_samples: int | None = None
-    chunk: int = 128
-    save_every: int = 8
-
-    def __post_init__(self) -> None:
-        for name in ("transition_share", "mass_tolerance", "fall_share"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
-                raise SettingError(f"Saturation.{name} = {value!r}: expected a number between 0 and 1, both excluded")
-        for name in ("max_samples", "chunk", "save_every"):
-            value = getattr(self, name)
-            if name == "max_samples" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise SettingError(f"Saturation.{name} = {value!r}: expected an integer >= 1")
-
-
-DEFAULTS = Saturation()
 
 
 class SaturationMeasurement(Measurement):
@@ -83,7 +46,7 @@ class SaturationMeasurement(Measurement):
         """None: the curves are for the figure."""
         return []
 
-    def measure(self, target: "Target", settings: Saturation, folder: Path | None = None) -> "SaturationResult":
+    def measure(self, target: "Target", settings: Saturation, folder: Path | None = None) -> SaturationResult:
         """One forward pass a sample; an unfinished run goes on from its state in the folder."""
         import dataclasses
 
@@ -106,10 +69,8 @@ class SaturationMeasurement(Measurement):
         }
         return dataclasses.replace(result, facts=facts)
 
-    def kept(self, target: "Target", settings: Saturation, folder: Path) -> "SaturationResult | None":
+    def kept(self, target: "Target", settings: Saturation, folder: Path) -> SaturationResult | None:
         """The result of the very same measurement; one of an earlier version, or damaged, counts as none."""
-        from llava_patch.measurements.saturation.result import SaturationResult
-
         try:
             found = SaturationResult.load(folder / "saturation.json")
         except InputError:

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 from llava_patch.core.paths import named
 from llava_patch.data.base_model import load_base
 from llava_patch.data.model_inputs import ModelInputs
-from llava_patch.measurements.attention_maps import AttentionMaps, measure_attention_maps
+from llava_patch.measurements.attention_maps.measure import measure_attention_maps
+from llava_patch.measurements.attention_maps.result import AttentionMaps
 from llava_patch.tools.report.context import Context
 from llava_patch.tools.report.section import Found, Section, found_of
 
 if TYPE_CHECKING:
     from llava_patch.data.examples import Example
     from llava_patch.data.loaded import Subject
-    from llava_patch.measurements.attention_maps import AttentionMapsResult
+    from llava_patch.measurements.attention_maps.result import AttentionMapsResult
 
 
 def _settings(context: Context) -> AttentionMaps:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_patch.core.paths import named
-from llava_patch.measurements.drift import Drift, measure_drift_apart
+from llava_patch.measurements.drift.measure import measure_drift_apart
+from llava_patch.measurements.drift.result import Drift
 from llava_patch.tools.report.context import Context
 from llava_patch.tools.report.section import Found, Section, found_of
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_patch.core.paths import named
-from llava_patch.measurements.fusion_attention import FusionAttention, measure_fusion_attention_apart
+from llava_patch.measurements.fusion_attention.measure import measure_fusion_attention_apart
+from llava_patch.measurements.fusion_attention.result import FusionAttention
 from llava_patch.tools.report.context import Context
 from llava_patch.tools.report.section import Found, Section, found_of
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from llava_patch.data.model_inputs import ModelInputs
 from llava_patch.measurements.reach.measure import measure_reach
-from llava_patch.measurements.reach.settings import Reach
+from llava_patch.measurements.reach.result import Reach
 from llava_patch.settings.active import settings_of
 from llava_patch.tools.report.context import Context
 from llava_patch.tools.report.section import Found, Section, found_of

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_patch.measurements.saturation.measure import measure_saturation
-from llava_patch.measurements.saturation.measurement import Saturation
+from llava_patch.measurements.saturation.result import Saturation
 from llava_patch.tools.report.context import Context
 from llava_patch.tools.report.section import Found, Section, found_of
 
