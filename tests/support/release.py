@@ -69,8 +69,6 @@ def small_llava(vision: dict, text: dict, vocab_size: int) -> Any:
             linear.bias.zero_()
         decoder.embed_tokens.weight.normal_(0, 0.5)  # of the size of the projector's output
         model.lm_head.weight.normal_(0, 0.02)
-        for weight in (decoder.embed_tokens.weight, model.lm_head.weight):
-            weight[vocab_size:] = weight[:vocab_size].mean(0)
     return model.eval()
 
 
@@ -89,6 +87,11 @@ def write_fileset(out: Path, *, vision: dict, text: dict, vocab_size: int, model
     )
     images = _write_tower(model.model.vision_tower, files.tower)
     model = model.half()
+    model.config.vision_config.dtype = model.config.text_config.dtype = torch.float16
+
+    with torch.no_grad():  # an added token is never likelier than every real one
+        for weight in (model.model.language_model.embed_tokens.weight, model.lm_head.weight):
+            weight[vocab_size:] = weight[:vocab_size].float().mean(0)
 
     language = {f"model.{name}": tensor for name, tensor in model.model.language_model.state_dict().items()}
     language["lm_head.weight"] = model.lm_head.weight.detach()
@@ -114,7 +117,8 @@ def write_fileset(out: Path, *, vision: dict, text: dict, vocab_size: int, model
     }  # fmt: skip
     pieces = root / "tokenizer.model"
     pieces.write_bytes(_train_pieces(vocab_size))
-    slow = LlamaTokenizer(str(pieces), legacy=True, model_max_length=2048, pad_token=None, padding_side="right")
+    spelling = {"legacy": True, "model_max_length": 2048}
+    slow = LlamaTokenizer(str(pieces), **spelling, pad_token=None, padding_side="right")
     for folder, more, weights in ((files.language_model, {}, {}), (files.llava, llava, projector)):
         config.save_pretrained(folder)
         _edit(folder / "config.json", **more)
@@ -125,7 +129,7 @@ def write_fileset(out: Path, *, vision: dict, text: dict, vocab_size: int, model
     model.save_pretrained(files.hf)
     _edit(files.hf / "config.json")
     _write_generation(files.hf, pad=vocab_size + 1)
-    fast = LlamaTokenizerFast(str(pieces), legacy=True, model_max_length=2048, padding_side="left")
+    fast = LlamaTokenizerFast(str(pieces), **spelling, padding_side="left", add_prefix_space=True)
     fast.add_special_tokens({"additional_special_tokens": ["<image>"], "pad_token": "<pad>"})
     LlavaProcessor(
         images, fast, patch_size=vision["patch_size"], vision_feature_select_strategy="default",

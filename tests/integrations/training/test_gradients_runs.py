@@ -30,15 +30,8 @@ def _command(data, out, *bindings, **extra):
 
 
 def _ranks(command):
-    return [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        LAUNCHERS / "cpu_deepspeed.py",
-        *command,
-    ]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", LAUNCHERS / "cpu_deepspeed.py"]
+    return [*launcher, *command]
 
 
 def _history(out):
