@@ -118,7 +118,7 @@ def write_fileset(out: Path, *, vision: dict, text: dict, vocab_size: int, model
     pieces = root / "tokenizer.model"
     pieces.write_bytes(_train_pieces(vocab_size))
     spelling = {"legacy": True, "model_max_length": 2048}
-    slow = LlamaTokenizer(str(pieces), **spelling, pad_token=None, padding_side="right")
+    slow = LlamaTokenizer(str(pieces), **spelling, pad_token="<unk>", padding_side="right")
     for folder, more, weights in ((files.language_model, {}, {}), (files.llava, llava, projector)):
         config.save_pretrained(folder)
         _edit(folder / "config.json", **more)
