@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Union, get_args, get_origin
 from llava_patch.core import registry
 from llava_patch.core.errors import InputError, SettingError
 from llava_patch.core.files import plain, write_json
+from llava_patch.settings.active import settings_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -33,6 +34,10 @@ NOT_WRITTEN = {"written": False}
 """Metadata of a result's field that stays in memory, such as pictures for its figure."""
 
 
+class NothingToMeasure(Exception):
+    """A section of a report has nothing to measure; the message says why."""
+
+
 class Measurement:
     """One thing that can be measured on a checkpoint; the class docstring is the help of its command.
 
@@ -45,12 +50,13 @@ class Measurement:
         title: heading of the report's section.
         about: the report's paragraph: what is measured, and how to read it.
         alt: what the figure shows, in words, for who cannot see it.
-        settings: frozen dataclass, which gin binds under its own name. Its field `max_samples` (or `samples`) is
-            --samples, and its field `base` is what --base says unless it is bound.
+        settings: frozen dataclass, which gin binds under its own name; None: all options are of the command. Its field
+            `max_samples` (or `samples`) is --samples, and its field `base` is what --base says unless it is bound.
         result: "MODULE:ATTRIBUTE" of the `Result` class.
-        samples: how many samples the command takes unless told otherwise; None: it takes no data.
+        samples: how many samples the command takes unless told otherwise; None: it takes no data, and loads no model.
         answers: whether samples need the right answer, for a loss.
         compares: whether a base is measured beside the checkpoint.
+        optional: whether CKPT may be left out, see `subject`.
         several: whether the command takes several checkpoints (DATA is --data then), whose results stand `beside` each
             other in one.
         resumes: whether the command, interrupted, goes on where it was.
@@ -58,6 +64,8 @@ class Measurement:
         words: spelling of single options, such as {"everything": "--all"}.
         hidden: fields of `settings` that are no options.
         compare: "MODULE:FUNCTION" that makes a `Comparison` of results by their names; "": they are not compared.
+        report_count: field of `Report` that says how many samples its section takes; "": the settings' own number.
+        readers: who else reads its bindings, for `llava-patch doctor`.
         metrics: of the lmms-eval task: its value of a pooled result, by the metric's name.
     """
 
@@ -65,17 +73,20 @@ class Measurement:
     title: ClassVar[str]
     about: ClassVar[str]
     alt: ClassVar[str] = ""
-    settings: ClassVar[type]
+    settings: ClassVar[Any] = None
     result: ClassVar[str]
     samples: ClassVar[int | None] = 32
     answers: ClassVar[bool] = False
     compares: ClassVar[bool] = False
+    optional: ClassVar[bool] = False
     several: ClassVar[bool] = False
     resumes: ClassVar[bool] = False
     extras: ClassVar[tuple[str, ...]] = ("figures",)
     words: ClassVar[dict[str, str]] = {}
     hidden: ClassVar[tuple[str, ...]] = ()
     compare: ClassVar[str] = ""
+    readers: ClassVar[tuple[str, ...]] = ()
+    report_count: ClassVar[str] = "samples"
     metrics: ClassVar[dict[str, Callable[[Any], float | int | None]]] = {}
 
     @property
@@ -102,9 +113,47 @@ class Measurement:
             options: keyword-only parameters of `measure`.
         """
 
+    def subject(self, checkpoint: str, **options: Any) -> str:
+        """What is measured, as files and folders say it: CKPT, or what stands for one that was left out."""
+        return checkpoint
+
     def stem(self, **options: Any) -> str:
         """Stem of the results' files under some keyword-only parameters of `measure`."""
         return self.name
+
+    def report_settings(self, context: Any) -> Any:
+        """Settings for a report's section: gin's, with the report's number of samples where they name none."""
+        if self.settings is None:
+            return None
+        settings = settings_of(self.settings)
+        if not self.report_count:
+            return settings
+        count = settings.max_samples or getattr(context.settings, self.report_count)
+        return dataclasses.replace(settings, max_samples=count)
+
+    def recorded(self, context: Any, settings: Any) -> dict[str, Any]:
+        """What the section's result depends on beside checkpoint, base and data, as JSON values."""
+        return dataclasses.asdict(settings)
+
+    def report_words(self, context: Any, settings: Any) -> list[str]:
+        """Options of the command that repeats the section."""
+        return ["--samples", str(getattr(settings, "max_samples", None) or settings.samples)]
+
+    def why_not(self, context: Any) -> str | None:
+        """Why the section cannot be made, as far as that is seen before anything is loaded; None: it can."""
+        return context.why_no_base() if self.compares else None
+
+    def in_report(self, context: Any, settings: Any) -> "Result":
+        """Measure for a report's section.
+
+        Raises:
+            NothingToMeasure: says why.
+        """
+        return self.measure(context, settings)
+
+    def report_tables(self, result: Any) -> list[tuple[str, Table]]:
+        """What the section shows: (caption, table) each."""
+        return [("", result.table())]
 
     def tables(self, result: Any) -> list[tuple[str, Table]]:
         """What the command prints: (title, table) each."""
@@ -116,10 +165,6 @@ class Measurement:
 
     def finished(self, folder: Path) -> None:
         """The result is written: take away what an unfinished run would go on from."""
-
-    def why_not(self, target: "Target") -> str | None:
-        """Why a target cannot be measured, as far as that is seen before anything is loaded; None: it can."""
-        return None
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ class AttentionMapsMeasurement(Measurement):
     result = "llava_patch.measurements.attention_maps.result:AttentionMapsResult"
     samples = 4
     several = True
+    report_count = "maps"
 
     def check(self, data: str, samples: int | None, **options: Any) -> None:
         """Refuse images beside data, and images that are not there."""
@@ -75,6 +76,21 @@ class AttentionMapsMeasurement(Measurement):
         else:
             examples = target.examples(settings.max_samples)
         return self.maps(target.subject, examples, settings, target.name, target.checkpoint)
+
+    def report_words(self, context: Any, settings: AttentionMaps) -> list[str]:
+        """Several checkpoints could follow: DATA is an option."""
+        return [*(["--data", context.data] if context.data else []), "--samples", str(settings.max_samples)]
+
+    def in_report(self, context: Any, settings: AttentionMaps) -> AttentionMapsResult:
+        """With the base beside it where the tower was trained; an untrained one is the base's own."""
+        examples = context.examples(settings.max_samples)
+        own, below = Path(context.checkpoint).name, Path(context.base).name
+        result = self.maps(context.subject, examples, settings, own, context.checkpoint)
+        if not context.inspection.trained_tower or context.why_no_base() is not None:
+            return result
+        context.release()  # one model in memory at a time
+        below += " (base)" * (below == own)
+        return result.beside(self.maps(context.load_base(), examples, settings, below, context.base))
 
     def maps(
         self, subject: "Subject", examples: list[Any], settings: AttentionMaps, label: str, checkpoint: str

@@ -38,6 +38,7 @@ class ReachMeasurement(Measurement):
     result = "llava_patch.measurements.reach.result:ReachResult"
     samples = 4
     answers = True
+    report_count = ""
     words = {"everything": "--all"}  # noqa: RUF012
 
     def check(self, data: str, samples: int | None, **options: Any) -> None:
@@ -51,6 +52,13 @@ class ReachMeasurement(Measurement):
     def stem(self, **options: Any) -> str:
         """A comparison has files of its own."""
         return ReachComparison.NAME if options.get("variants") else self.name
+
+    def in_report(self, context: Any, settings: Reach) -> Result:
+        """Flags are as the loader leaves them."""
+        from llava_patch.measurements.reach.measure import measure_reach
+
+        samples = context.samples(settings.samples, answers=True)
+        return measure_reach(context.subject.model, samples, settings)
 
     def measure(
         self,

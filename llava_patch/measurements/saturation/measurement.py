@@ -41,6 +41,7 @@ class SaturationMeasurement(Measurement):
     result = "llava_patch.measurements.saturation.result:SaturationResult"
     compare = "llava_patch.measurements.saturation.result:compare"
     resumes = True
+    readers = ('Routing.split = "auto"',)
 
     def tables(self, result: Any) -> list[tuple[str, Table]]:
         """None: the curves are for the figure."""
