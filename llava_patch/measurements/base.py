@@ -66,7 +66,8 @@ class Measurement:
         compare: "MODULE:FUNCTION" that makes a `Comparison` of results by their names; "": they are not compared.
         report_count: field of `Report` that says how many samples its section takes; "": the settings' own number.
         readers: who else reads its bindings, for `llava-patch doctor`.
-        metrics: of the lmms-eval task: its value of a pooled result, by the metric's name.
+        metrics: of the lmms-eval task: its value from the `entries` of all documents, by the metric's name; the first
+            one's entries are whole items, from which `pooled` makes the result that is written.
     """
 
     name: ClassVar[str]
@@ -87,7 +88,7 @@ class Measurement:
     compare: ClassVar[str] = ""
     readers: ClassVar[tuple[str, ...]] = ()
     report_count: ClassVar[str] = "samples"
-    metrics: ClassVar[dict[str, Callable[[Any], float | int | None]]] = {}
+    metrics: ClassVar[dict[str, Callable[[Sequence[Any]], float | int | None]]] = {}
 
     @property
     def command(self) -> str:
@@ -154,6 +155,30 @@ class Measurement:
     def report_tables(self, result: Any) -> list[tuple[str, Table]]:
         """What the section shows: (caption, table) each."""
         return [("", result.table())]
+
+    def document(
+        self, anatomies: Sequence[Any], samples: Sequence[dict[str, Any]], settings: Any, number: int
+    ) -> dict[str, Any]:
+        """Measure one document of the lmms-eval task.
+
+        Args:
+            anatomies: of the live model, and of its base where the measurement compares.
+            samples: keyword arguments of each one's forward, of the same document.
+            settings: of the task.
+            number: of the document, from 0.
+
+        Returns:
+            JSON values.
+        """
+        raise NotImplementedError
+
+    def entries(self, item: dict[str, Any]) -> dict[str, Any]:
+        """What the samples log holds of a document for each metric, from its `document` with the task's facts."""
+        return dict.fromkeys(self.metrics, item)
+
+    def pooled(self, items: Sequence[dict[str, Any]]) -> "Result":
+        """The result over all documents of a run."""
+        raise NotImplementedError
 
     def tables(self, result: Any) -> list[tuple[str, Table]]:
         """What the command prints: (title, table) each."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llava_patch.core.paths import named
 from llava_patch.measurements.base import Measurement
@@ -12,6 +13,37 @@ from llava_patch.measurements.fusion_attention.result import FusionAttention, Fu
 
 if TYPE_CHECKING:
     from llava_patch.data.target import Target
+
+
+def _pooled(items: Sequence[dict[str, Any]]) -> FusionAttentionResult:
+    found = [FusionAttentionResult.from_dict(item["result"]) for item in items]
+    trained, stock = (
+        [[_mean(column) for column in zip(*layer, strict=True)] for layer in zip(*parts, strict=True)]
+        for parts in ([one.trained for one in found], [one.stock for one in found])
+    )
+    settings = FusionAttention(**items[0]["settings"])
+    return dataclasses.replace(found[0], trained=trained, stock=stock, samples=len(found), settings=settings)
+
+
+def _mass(items: Sequence[dict[str, Any]]) -> float:
+    """Text-to-image attention mass, mean over heads, fusion layers and documents."""
+    return _mean([value for heads in _pooled(items).trained for value in heads])
+
+
+def _ratio(items: Sequence[dict[str, Any]]) -> float | None:
+    """That mass divided by the base's; None where the base's is zero."""
+    stock = _mean([value for heads in _pooled(items).stock for value in heads])
+    return _mass(items) / stock if stock else None
+
+
+def _heads(items: Sequence[dict[str, Any]]) -> int:
+    """Heads of the fusion layers that are above twice their own mass in the base."""
+    result = _pooled(items)
+    return sum(result.above_twice(index) for index in range(len(result.layers)))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 class FusionAttentionMeasurement(Measurement):
@@ -39,3 +71,18 @@ class FusionAttentionMeasurement(Measurement):
 
         result = measure_fusion_attention_apart(*target.openers(settings.max_samples), settings)
         return dataclasses.replace(result, checkpoint=named(target.checkpoint), base=named(target.base))
+
+    def document(
+        self, anatomies: Sequence[Any], samples: Sequence[dict[str, Any]], settings: FusionAttention, number: int
+    ) -> dict[str, Any]:
+        """The document's result."""
+        from llava_patch.measurements.fusion_attention.measure import measure_fusion_attention
+
+        (own, base), (sample, base_sample) = anatomies, samples
+        found = measure_fusion_attention(own.model, base.model, [sample], settings, False, [base_sample])
+        return {"result": found.to_dict()}
+
+    def pooled(self, items: Sequence[dict[str, Any]]) -> FusionAttentionResult:
+        """The mean over documents, each of which counts the same."""
+        sources = {"checkpoint": items[0]["checkpoint"], "base": items[0]["base"]}
+        return dataclasses.replace(_pooled(items), **sources)

@@ -7,15 +7,47 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_patch.core.errors import InputError
+from llava_patch.core.files import plain
 from llava_patch.measurements.base import Measurement, Table
-from llava_patch.measurements.saturation.result import Saturation, SaturationResult
+from llava_patch.measurements.saturation.result import Curves, PatchOn, Saturation, SaturationResult, summarise
 
 if TYPE_CHECKING:
     from llava_patch.data.target import Target
+
+
+NAN = float("nan")
+
+
+def _transition(entries: Sequence[dict[str, Any]]) -> float:
+    """Transition layer of the mean logit-lens KL over documents; NaN when there is none."""
+    from llava_patch.measurements.saturation.recommend import transition_layer
+
+    kl = [sum(column) / len(column) for column in zip(*(entry["kl"] for entry in entries), strict=True)]
+    layer = transition_layer(kl, entries[0]["share"])
+    return NAN if layer is None else layer
+
+
+def _split(entries: Sequence[dict[str, Any]]) -> float:
+    """The split that the mean curves recommend; NaN when they recommend none."""
+    split = _pooled(entries).recommended_split
+    return NAN if split is None else split
+
+
+def _pooled(items: Sequence[dict[str, Any]]) -> SaturationResult:
+    from llava_patch.measurements.saturation.state import RunningMean
+
+    done = RunningMean()
+    for item in items:
+        done = done.plus(Curves.from_dict(item["curves"]))
+    settings, patch = Saturation(**items[0]["settings"]), items[0]["patch"]
+    patch_on = None if patch is None else PatchOn(**patch)
+    return summarise(done.mean(), done.samples, settings=settings, patch=patch_on)
 
 
 class SaturationMeasurement(Measurement):
@@ -41,6 +73,12 @@ class SaturationMeasurement(Measurement):
     result = "llava_patch.measurements.saturation.result:SaturationResult"
     compare = "llava_patch.measurements.saturation.result:compare"
     resumes = True
+    metrics = {  # noqa: RUF012
+        "recommended_split": _split,
+        "vision_transition_layer": _transition,
+        "text_transition_layer": _transition,
+        "attention_mass_final": lambda entries: sum(entries) / len(entries),
+    }
     readers = ('Routing.split = "auto"',)
 
     def tables(self, result: Any) -> list[tuple[str, Table]]:
@@ -83,6 +121,31 @@ class SaturationMeasurement(Measurement):
         from llava_patch.measurements.saturation.state import STATE_FILE
 
         (folder / STATE_FILE).unlink(missing_ok=True)
+
+    def document(
+        self, anatomies: Sequence[Any], samples: Sequence[dict[str, Any]], settings: Saturation, number: int
+    ) -> dict[str, Any]:
+        """The document's curves."""
+        from llava_patch.measurements.saturation.measure import measure_sample, patch_on
+
+        curves = measure_sample(anatomies[0], samples[0], settings)
+        patch = patch_on(anatomies[0])
+        return {"curves": plain(asdict(curves)), "patch": None if patch is None else asdict(patch)}
+
+    def entries(self, item: dict[str, Any]) -> dict[str, Any]:
+        """Layers of the document's own, and of its curves what the means are taken over."""
+        found = _pooled([item])
+        curves, share = found.curves, found.settings.transition_share
+        return {
+            "recommended_split": {"split": found.recommended_split, "reason": found.recommendation.reason, **item},
+            "vision_transition_layer": {"layer": found.image_transition, "kl": curves.image_kl, "share": share},
+            "text_transition_layer": {"layer": found.text_transition, "kl": curves.text_kl, "share": share},
+            "attention_mass_final": curves.mass[-1],
+        }
+
+    def pooled(self, items: Sequence[dict[str, Any]]) -> SaturationResult:
+        """The result of the mean curves."""
+        return _pooled(items)
 
     def _key(self, target: "Target", settings: Saturation) -> dict[str, Any]:
         from llava_patch.hosts.anatomy import find
