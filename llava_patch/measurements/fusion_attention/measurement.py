@@ -65,6 +65,12 @@ class FusionAttentionMeasurement(Measurement):
     result = "llava_patch.measurements.fusion_attention.result:FusionAttentionResult"
     compares = True
 
+    metrics = {  # noqa: RUF012
+        "fusion_attention_mass": _mass,
+        "fusion_attention_ratio": _ratio,
+        "heads_above_twice_stock": _heads,
+    }
+
     def measure(self, target: "Target", settings: FusionAttention, folder: Path | None = None) -> FusionAttentionResult:
         """Compare the checkpoint's fusion layers with the base's."""
         from llava_patch.measurements.fusion_attention.measure import measure_fusion_attention_apart
