@@ -232,9 +232,12 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        values = {"format": self.format(), "version": self.VERSION, **self.derived(), **self.encode()}
-        found: dict[str, Any] = plain(values)
+        found: dict[str, Any] = plain({"format": self.format(), "version": self.VERSION, **self.content()})
         return found
+
+    def content(self) -> dict[str, Any]:
+        """All but format and version."""
+        return {**self.derived(), **self.encode()}
 
     def encode(self) -> dict[str, Any]:
         """The fields as JSON values; facts only where there are some."""
@@ -433,7 +436,7 @@ def encode(value: Any, hint: Any = None) -> Any:
         hint: its type, where it is known.
     """
     if isinstance(value, Result):
-        return value.to_dict()
+        return value.content()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return encode_fields(value)
     if isinstance(value, dict):
