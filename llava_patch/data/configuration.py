@@ -9,7 +9,7 @@ from typing import Any
 
 from llava_patch.core.errors import CheckpointError, HostError
 from llava_patch.core.records import CONFIG_KEY
-from llava_patch.hosts import tiles
+from llava_patch.hosts import configs, tiles
 from llava_patch.hosts.anatomy import HF, LLAVA
 from llava_patch.hosts.towers import layout as towers
 from llava_patch.hosts.towers import models as tower_models
@@ -63,18 +63,11 @@ def read_transform(folder: str | Path, mode: str) -> Transform:
 
 def _llava(base: Path, raw: dict[str, Any]) -> tuple[str, Any, Any]:
     """(host, configuration, image processor) of the llava package's checkpoint, whose tower lies elsewhere."""
-    from transformers import AutoConfig
-
-    name = str(raw["mm_vision_tower"])
-    try:
-        vision = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{base}: its vision tower {name} cannot be read: {error}") from error
-    vision = getattr(vision, "vision_config", vision)
+    vision = configs.tower_config(raw, str(base))
     rows, _ = towers.shape_of(vision).grid
     side = rows * towers.shape_of(vision).patch_size
     config = SimpleNamespace(**{**raw, "vision_config": vision})
-    return LLAVA, config, tower_models.load_processor(name, vision, side)
+    return LLAVA, config, tower_models.load_processor(str(raw["mm_vision_tower"]), vision, side)
 
 
 def _hf(base: Path, raw: dict[str, Any]) -> tuple[str, Any, Any]:

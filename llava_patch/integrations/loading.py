@@ -117,7 +117,6 @@ def _load_base_for(
     A stock base is loaded as it is and patched afterwards, one that carries a patch comes with it; the builder then
     fills in the checkpoint's own files (mm_projector.bin, non_lora_trainables.bin).
     """
-    from llava_patch.hosts.anatomy import LLAVA
     from llava_patch.patching import checkpoint, tower_weights
     from llava_patch.patching.patch import patch
 
@@ -131,7 +130,7 @@ def _load_base_for(
     else:
         loaded = original(cls, path, *args, **{**kwargs, "config": stock})
     handle = patch(_model_of(loaded), **checkpoint.methods(carried, f"{source}/config.json"))
-    if (handle.trained_tower or carried.get("trained_tower")) and handle.anatomy.host == LLAVA:
+    if (handle.trained_tower or carried.get("trained_tower")) and handle.anatomy.tower_apart:
         handle.trained_tower = True
         tower_weights.restore_beside_lora(handle, source, required=not (own or {}).get("trained_tower"))
     return _finish(loaded)

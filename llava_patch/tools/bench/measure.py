@@ -1,9 +1,15 @@
-"""Times, cache bytes and identity differences of every method, interleaved in one process."""
+"""Times, cache bytes and identity differences of every method, interleaved in one process; and their bound.
+
+The bound is what the decoder's matrix products cost: their FLOPs, and their time at the rate of each shape on this
+machine. It leaves out everything else (norms, rotary embedding, softmax, copies), so no implementation can reach it.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,10 +17,14 @@ from typing import Any
 import torch
 
 from llava_patch.core import files
-from llava_patch.core.clock import Clock
+from llava_patch.core.clock import Clock, median
+from llava_patch.hosts.sizes import IMAGE_TOKENS
+from llava_patch.measurements.flops import products as decoder
+from llava_patch.measurements.flops.products import Mode, Product
+from llava_patch.measurements.flops.shape import DecoderShape
 from llava_patch.patching.handle import restore_flags
 from llava_patch.routing.cache import RoutedCache, cache_bytes
-from llava_patch.tools.bench.bound import bound_ms, flops
+from llava_patch.routing.schedule import make_program
 from llava_patch.tools.bench.methods import Method, partner_difference
 from llava_patch.tools.bench.shapes import inputs as make_inputs
 
@@ -174,6 +184,56 @@ def _cached_delta(model: Any, handle: Any, inputs: dict[str, Any]) -> float:
     with handle.image_positions(kept=cache.kept()) if pruned else contextlib.nullcontext():
         full = model(**whole, use_cache=False).logits
     return float((out.logits[:, -1].float() - full[:, -1].float()).abs().max())
+
+
+def products(config: Any, method: Method, text: int, batch: int) -> Counter[Product]:
+    """The decoder's matrix products at prefill, how often each, the head left out."""
+    shape = DecoderShape.of(config)
+    program = make_program(method.settings.get("routing"), method.settings.get("pruning"), shape.layers)
+    at = decoder.decoder_positions(program, text, IMAGE_TOKENS, Mode.PREFILL)
+    counts = decoder.add(*(decoder.layer_products(shape, p, batch).all() for p in (*at.side, *at.layers)))
+    if at.chooser is not None:
+        counts += decoder.chooser_products(shape, at.chooser, batch)
+    if method.lora_rank is not None:
+        counts += decoder.add(*(decoder.lora_products(shape, p, batch, method.lora_rank) for p in at.layers))
+    return counts
+
+
+def flops(model: Any, method: Method, text: int, batch: int) -> float:
+    """FLOPs of prefill (two a multiply-add); attention counted in full, as kernels without a causal shortcut do it."""
+    config = model.config.text_config
+    return float(decoder.total(products(config, method, text, batch)))
+
+
+def bound_ms(model: Any, method: Method, text: int, batch: int) -> float:
+    """Milliseconds of prefill's matrix products at the rate measured for each shape."""
+    config = model.config.text_config
+    heads = config.num_attention_heads * batch
+    total = 0.0
+    for shape, n in products(config, method, text, batch).items():
+        # Attention runs all heads in one call, so its rate is that of a batch of products.
+        together = heads if n % heads == 0 and n >= heads else 1
+        total += product_ms(shape, together, str(model.device), model.dtype) * n / together
+    return total
+
+
+@functools.cache
+def product_ms(shape: Product, together: int, device: str, dtype: torch.dtype) -> float:
+    """Median milliseconds of a batch of matrix products of one shape."""
+    rows, inner, columns = shape
+    generator = torch.Generator().manual_seed(0)
+    size = (together,) if together > 1 else ()
+    a = torch.randn(*size, rows, inner, generator=generator).to(device, dtype)
+    b = torch.randn(*size, columns, inner, generator=generator).to(device, dtype).transpose(-1, -2)
+    times = []
+    for i in range(8):
+        with Clock(a.device) as clock:
+            torch.matmul(a, b)
+        if i:
+            times.append(clock.ms)
+    result = median(times)
+    assert result is not None
+    return result
 
 
 def ratio(row: Any, base: Any, what: str) -> tuple[float, float, float] | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from pathlib import Path
 
+from llava_patch.core.memory import machine_memory
 from llava_patch.core.paths import VARIABLE, cache_folder
 from llava_patch.tools.doctor.row import NOTE, Row
 
@@ -63,7 +63,7 @@ def check_memory() -> list[Row]:
     idle = threads < cores
     advice = f"OMP_NUM_THREADS holds torch to {threads} of {cores} cores" if idle else ""
     rows = [Row("CPU", f"{_counted(cores, 'core')}, {_counted(threads, 'thread')}", NOTE if idle else "ok", advice)]
-    size = memory_bytes()
+    size = machine_memory()
     if size is None:
         return rows
     found = f"{size / 1e9:.0f} GB"
@@ -79,20 +79,6 @@ def check_memory() -> list[Row]:
 
 def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
-
-
-def memory_bytes() -> int | None:
-    """Main memory in bytes, or a container's limit where that is lower; None where the system does not say."""
-    try:
-        size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            size = min(size, int(Path(limit).read_text(encoding="utf-8")))
-        except (OSError, ValueError):
-            continue  # no such limit, or "max"
-    return size
 
 
 def check_disk() -> Row:

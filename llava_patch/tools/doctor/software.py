@@ -7,7 +7,7 @@ import importlib.util
 import re
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 
 from llava_patch.core.extras import EXTRAS
 from llava_patch.integrations import import_hook as autostart
-from llava_patch.tools.doctor.measured import lock_of
+from llava_patch.tools.doctor.measured import installed, lock_of
 from llava_patch.tools.doctor.row import NOTE, OK, PROBLEM, Row
 
 LMMS_EVAL = "0.7"
@@ -28,14 +28,6 @@ _OPTIONAL = {
 _BOUNDING = ("eval", "hosts")
 """Extras whose bounds say with which versions the hosts work, whether or not they were asked for."""
 _HOOKED = "import sys; print(any(type(f).__name__ == '_PostImportFinder' for f in sys.meta_path))"
-
-
-def installed(distribution: str) -> str | None:
-    """A distribution's version; None when it is not installed."""
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
 
 
 def check_packages() -> list[Row]:

@@ -1,0 +1,138 @@
+"""The host `hf`: Hugging Face's LlavaForConditionalGeneration and LlavaNextForConditionalGeneration."""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from llava_patch.hosts import compat, known
+from llava_patch.hosts.host import Anatomy, HostFiles
+
+HF = "hf"
+
+
+@dataclass(frozen=True, eq=False)
+class HFAnatomy(Anatomy):
+    """A LLaVA of transformers."""
+
+    host = HF
+    projector_name = "multi_modal_projector"
+    pixels_argument = "pixel_values"
+    ids_hold_places = True
+    tower_apart = False
+
+    @classmethod
+    def of(cls, model: Any) -> "HFAnatomy | None":
+        """See `Anatomy.of`."""
+        inner: Any = getattr(model, "model", None)
+        if not (hasattr(inner, cls.projector_name) and hasattr(inner, "language_model")):
+            return None
+        known.check_host(model, ((model, "forward"), (inner, "forward"), (inner, "get_image_features")))
+        return cls(model, inner.language_model, inner, inner.vision_tower, inner)
+
+    @property
+    def vision_model(self) -> Any:
+        """See `Anatomy.vision_model`."""
+        return self.tower
+
+    @property
+    def vision_model_now(self) -> Any:
+        """See `Anatomy.vision_model_now`."""
+        return self.wrapper.vision_tower
+
+    @property
+    def selected_layer(self) -> Any:
+        """`vision_feature_layer`."""
+        return self.model.config.vision_feature_layer
+
+    @property
+    def patches_only(self) -> bool:
+        """`vision_feature_select_strategy` = "default"."""
+        return self.model.config.vision_feature_select_strategy == "default"
+
+    @property
+    def dropped_tokens(self) -> int:
+        """The first token, whatever the tower: on one without CLS that is a patch; "full" keeps all."""
+        return int(self.patches_only)
+
+    @property
+    def tiles(self) -> bool:
+        """Whether it is a LLaVA-NeXT."""
+        return hasattr(self.wrapper, "pack_image_features")
+
+    @property
+    def image_token_id(self) -> int:
+        """See `Anatomy.image_token_id`."""
+        return int(self.model.config.image_token_id)
+
+    @property
+    def encoder(self) -> tuple[Any, str]:
+        """See `Anatomy.encoder`."""
+        return self.wrapper, "get_image_features"
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """See `Anatomy.encode_images`."""
+        if self.tiles:  # LLaVA-NeXT's own method wants all tiles of whole images
+            states = self.tower(pixel_values, output_hidden_states=True).hidden_states
+            return self.projector(states[self.main_block][:, self.dropped_tokens :])
+        return compat.one_tensor(self.wrapper.get_image_features(pixel_values=pixel_values))
+
+
+class HFFiles(HostFiles):
+    """A checkpoint of a LLaVA of transformers.
+
+    It writes its files with the first spelling of a name and has the second one in memory, where adapters take their
+    names from.
+    """
+
+    name = HF
+    parts = (
+        (r"(?:language_model\.model|model\.language_model)\.(.+)", "decoder."),
+        (r"(?:language_model\.)?lm_head\.(weight)", "head."),
+        (r"(?:model\.)?vision_tower\.(.+)", "tower."),
+        (r"(?:model\.)?multi_modal_projector\.(.+)", "projector."),
+        (r"(?:model\.)?multi_modal_projector_stack\.(.+)", "stack."),
+        (r"(?:model\.)?(image_newline)", ""),
+    )
+    prefixes: ClassVar = {
+        "decoder": "language_model.model.", "head": "language_model.lm_head.", "tower": "vision_tower.",
+        "projector": "multi_modal_projector.", "stack": "multi_modal_projector_stack.", "image_newline": "",
+    }  # fmt: skip
+
+    def wrote(self, config: dict[str, Any]) -> bool:
+        """See `HostFiles.wrote`."""
+        return config.get("model_type") in ("llava", "llava_next") and "text_config" in config
+
+    def whole_config(self, config: dict[str, Any]) -> Any:
+        """Transformers' configuration object; defaults that a short config.json leaves out are filled in."""
+        from transformers import AutoConfig
+
+        values = copy.deepcopy(config)
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+
+    def text_config(self, config: dict[str, Any]) -> Any:
+        """See `HostFiles.text_config`."""
+        return self.whole_config(config).text_config
+
+    def feature_width(self, config: dict[str, Any]) -> int:
+        """See `HostFiles.feature_width`."""
+        return int(self.whole_config(config).vision_config.hidden_size)
+
+    def skeleton(self, config: dict[str, Any]) -> Any:
+        """See `HostFiles.skeleton`."""
+        from transformers import AutoModelForImageTextToText
+
+        return AutoModelForImageTextToText.from_config(self.whole_config(config))
+
+    def read_linear(self, rest: str) -> str | None:
+        """See `HostFiles.read_linear`."""
+        found = re.fullmatch(r"linear_([12])\.(weight|bias)", rest)
+        return None if found is None else f"{int(found[1]) - 1}.{found[2]}"
+
+    def write_linear(self, place: int, kind: str, single: bool) -> str:
+        """See `HostFiles.write_linear`."""
+        return f"linear_{place + 1}.{kind}"

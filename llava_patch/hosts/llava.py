@@ -1,0 +1,183 @@
+"""The host `llava`: the original package's LlavaLlamaForCausalLM and kin."""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from llava_patch.core.errors import HostError
+from llava_patch.core.records import CONFIG_KEY
+from llava_patch.hosts import known
+from llava_patch.hosts.host import Anatomy, HostFiles
+
+LLAVA = "llava"
+_OWN_PREFIXES = ("mm_", "tune_mm_", "freeze_mm_", "unfreeze_mm_", "use_mm_", "image_", "tokenizer_")
+
+
+@dataclass(frozen=True, eq=False)
+class LlavaAnatomy(Anatomy):
+    """A model of the llava package."""
+
+    host = LLAVA
+    projector_name = "mm_projector"
+    pixels_argument = "images"
+    ids_hold_places = False
+    tower_apart = True
+
+    @classmethod
+    def of(cls, model: Any) -> "LlavaAnatomy | None":
+        """See `Anatomy.of`."""
+        if not (hasattr(model, "get_vision_tower") and hasattr(model, "prepare_inputs_labels_for_multimodal")):
+            return None
+        decoder, tower = model.get_model(), model.get_vision_tower()
+        if tower is None or getattr(decoder, cls.projector_name, None) is None:
+            raise HostError(
+                "this llava model has no vision tower or projector yet: patch it after "
+                "initialize_vision_modules(), or load a finished LLaVA checkpoint"
+            )
+        known.check_host(
+            model, ((model, "forward"), (model, "prepare_inputs_labels_for_multimodal"), (model, "encode_images"))
+        )
+        return cls(model, decoder, model, tower, decoder)
+
+    @property
+    def vision_model(self) -> Any:
+        """See `Anatomy.vision_model`."""
+        return getattr(self.tower, "vision_tower", None)
+
+    @property
+    def vision_model_now(self) -> Any:
+        """See `Anatomy.vision_model_now`."""
+        return getattr(self.model.get_vision_tower(), "vision_tower", None)
+
+    @property
+    def selected_layer(self) -> Any:
+        """`mm_vision_select_layer`."""
+        return self.tower.select_layer
+
+    @property
+    def patches_only(self) -> bool:
+        """`mm_vision_select_feature` = "patch"."""
+        return self.tower.select_feature == "patch"
+
+    @property
+    def dropped_tokens(self) -> int:
+        """What the tower itself puts before the patches, or nothing."""
+        return self.prefix_tokens if self.patches_only else 0
+
+    @property
+    def tiles(self) -> bool:
+        """`mm_patch_merge_type` = "spatial", "spatial_unpad", ..."""
+        return str(getattr(self.model.config, "mm_patch_merge_type", "flat")).startswith("spatial")
+
+    @property
+    def mixes_patches(self) -> bool:
+        """See `Anatomy.mixes_patches`."""
+        config = self.model.config
+        ratio, merge = (str(getattr(config, n, "")) for n in ("image_aspect_ratio", "mm_patch_merge_type"))
+        return "anyres_max" in ratio or "maxpool" in merge
+
+    @property
+    def image_token_id(self) -> int:
+        """A placeholder of -200, which no vocabulary has."""
+        from llava.constants import IMAGE_TOKEN_INDEX
+
+        return IMAGE_TOKEN_INDEX
+
+    @property
+    def encoder(self) -> tuple[Any, str]:
+        """See `Anatomy.encoder`."""
+        return self.model, "encode_images"
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """See `Anatomy.encode_images`."""
+        return self.model.encode_images(pixel_values)
+
+
+class LlavaFiles(HostFiles):
+    """A checkpoint of the llava package; its vision tower lies in a folder of its own."""
+
+    name = LLAVA
+    parts = (
+        (r"model\.vision_tower\.vision_tower\.(.+)", "tower."),
+        (r"model\.mm_projector\.(.+)", "projector."),
+        (r"model\.mm_projector_stack\.(.+)", "stack."),
+        (r"model\.(image_newline)", ""),
+        (r"lm_head\.(weight)", "head."),
+        (r"model\.((?:embed_tokens|layers|norm|side_branch)\..+)", "decoder."),
+    )
+    prefixes: ClassVar = {
+        "decoder": "model.", "head": "lm_head.", "tower": "model.vision_tower.vision_tower.",
+        "projector": "model.mm_projector.", "stack": "model.mm_projector_stack.", "image_newline": "model.",
+    }  # fmt: skip
+
+    def wrote(self, config: dict[str, Any]) -> bool:
+        """See `HostFiles.wrote`."""
+        return "mm_vision_tower" in config and config.get("model_type") != "llava_mpt"
+
+    def text_config(self, config: dict[str, Any]) -> Any:
+        """What is left of a config.json without LLaVA's own keys."""
+        from transformers import AutoConfig
+
+        kind = "mistral" if config.get("model_type") == "llava_mistral" else "llama"
+        dropped = ("model_type", "architectures", "_name_or_path", "auto_map", CONFIG_KEY)
+        values = {k: v for k, v in copy.deepcopy(config).items() if not is_own(k) and k not in dropped}
+        return AutoConfig.for_model(kind, **values)
+
+    def feature_width(self, config: dict[str, Any]) -> int:
+        """See `HostFiles.feature_width`."""
+        return int(config["mm_hidden_size"])
+
+    def skeleton(self, config: dict[str, Any]) -> Any:
+        """See `HostFiles.skeleton`."""
+        try:
+            if config.get("model_type") == "llava_mistral":
+                from llava.model.language_model.llava_mistral import LlavaMistralConfig as Config
+                from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM as Model
+            else:
+                from llava.model.language_model.llava_llama import LlavaConfig as Config
+                from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM as Model
+        except ImportError as error:
+            raise HostError(f"the llava package, whose checkpoint this is, cannot be imported ({error})") from error
+        values = {k: v for k, v in copy.deepcopy(config).items() if k not in ("model_type", "architectures")}
+        values["unfreeze_mm_vision_tower"] = False  # or the constructor would load the tower's weights
+        try:
+            model = Model(Config(**values))
+        except (OSError, ValueError) as error:
+            raise HostError(f"its vision tower {config.get('mm_vision_tower')} is not there ({error})") from error
+        tower = model.get_vision_tower()
+        tower.vision_tower = _tower(tower.vision_tower_name)
+        tower.vision_tower.requires_grad_(False)  # as llava's own load_model does
+        tower.is_loaded = True
+        return model
+
+    def read_linear(self, rest: str) -> str | None:
+        """See `HostFiles.read_linear`."""
+        if rest in ("weight", "bias"):  # mm_projector_type = linear
+            return f"0.{rest}"
+        found = re.fullmatch(r"(\d*[02468])\.(weight|bias)", rest)  # activations have the odd places
+        return None if found is None else f"{int(found[1]) // 2}.{found[2]}"
+
+    def write_linear(self, place: int, kind: str, single: bool) -> str:
+        """See `HostFiles.write_linear`."""
+        return kind if single else f"{2 * place}.{kind}"
+
+
+def is_own(key: str) -> bool:
+    """Whether a key of llava's config is LLaVA's rather than the language model's."""
+    return key.startswith(_OWN_PREFIXES)
+
+
+def _tower(name: str) -> Any:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    from llava_patch.hosts.towers import models as tower_models
+
+    config = tower_models.read_config(name)
+    if config is None:
+        return CLIPVisionModel(CLIPVisionConfig.from_pretrained(name))
+    return tower_models.model_class(config)(config)
