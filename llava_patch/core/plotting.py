@@ -9,10 +9,11 @@ from llava_patch.core.extras import optional
 from llava_patch.core.files import atomic
 
 IMAGE, TEXT, SPLIT, OTHER = "#c44e52", "#4c72b0", "#55a868", "#8172b3"
+TITLE = 8.5  # points: of a panel and of a whole figure
 PANEL = 3.4, 2.7  # inches: one panel fills a column of a two-column paper, and its type is of the size of a caption's
 STYLE: dict[Any, Any] = {
     "font.size": 8.0,
-    "axes.titlesize": 8.5,
+    "axes.titlesize": TITLE,
     "axes.labelsize": 8.0,
     "legend.fontsize": 7.0,
     "xtick.labelsize": 7.5,

@@ -13,7 +13,7 @@ import torch
 
 from llava_patch.core import files
 from llava_patch.core.clock import median
-from llava_patch.core.plotting import TEXT, panels, write_figure
+from llava_patch.core.plotting import TEXT, TITLE, panels, write_figure
 from llava_patch.core.terminal import markdown
 from llava_patch.tools.bench.fusion import Row as FusionRow
 from llava_patch.tools.bench.measure import Row, ratio
@@ -185,5 +185,5 @@ def figure(rows: list[Row], title: str, path: Path) -> Path:
         axis.axvline(1.0, color="black", linewidth=1)
         axis.set_xlabel(f"{what} / stock")
         axis.tick_params(labelleft=axis is axes[0])
-    plot.suptitle(f"Over the stock model ({title})")
+    plot.suptitle(f"Over the stock model ({title})", fontsize=TITLE)
     return write_figure(plot, path)

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from llava_patch.core.extras import optional
-from llava_patch.core.plotting import panel_grid, write_figure
+from llava_patch.core.plotting import TITLE, panel_grid, write_figure
 from llava_patch.tools.sweep.record import FINAL_STEPS
 from llava_patch.tools.sweep.settings import describe
 from llava_patch.tools.sweep.summary import LOSS, Result, Spread, bindings, by_point, measured, spreads
 
 COLORS = "RdYlGn"  # red worse, yellow the baseline, green better
-SMALLEST, LARGEST = 40.0, 1100.0  # areas of bubbles in square points
+SMALLEST, LARGEST = 25.0, 700.0  # areas of bubbles in square points
+TEXT: dict[str, Any] = {"fontsize": 7.0}
 RANGE = 0.42  # of the colours to each side of yellow: the ends are too dark to tell apart
 LOWER_IS_BETTER = frozenset(("loss", "error", "mse", "fvu", "wer", "cer", "perplexity", "ppl", "hallucination"))
 AXES = {"SkipLinks.stride": "stride S (SkipLinks.stride)", "SkipLinks.detach": "detached taps D (SkipLinks.detach)"}
@@ -49,7 +50,8 @@ def sweep_figure(results: Sequence[Result], path: Path) -> Path:
     word = "seed" if len(seeds) == 1 else "seeds"
     figure.suptitle(
         f"Sweep of {', '.join(bindings(swept))} ({word} {', '.join(map(str, seeds))})"
-        "\nsmall dots: single seeds; large dots and bars: mean ± std"
+        "\nsmall dots: single seeds; large dots and bars: mean ± std",
+        fontsize=TITLE,
     )
     return write_figure(figure, path)
 
@@ -135,7 +137,7 @@ def bubble_figure(results: Sequence[Result], path: Path, scores: Collection[str]
         names = [name for name in names if name == LOSS or name in scores]
     points = [(point, group) for point, group in by_point(results) if not group[0].run.baseline]
     places = tuple({v: i for i, v in enumerate(sorted({point[key] for point, _ in points}))} for key in keys)
-    width, height = 1.0 + 0.7 * (1 + len(places[0])), 1.2 + 0.4 * len(places[1])
+    width, height = max(4.0, 1.0 + 0.7 * (1 + len(places[0]))), max(3.0, 1.2 + 0.4 * len(places[1]))
     figure, axes = panel_grid(len(names), width, height)
     for axis, name in zip(axes, names, strict=True):
         found = [(point, spreads(group).get(name)) for point, group in points]
@@ -148,7 +150,7 @@ def bubble_figure(results: Sequence[Result], path: Path, scores: Collection[str]
     title = (
         f"Difference to the baseline (yellow): green better, red worse; area by its size. Cross: failed. {seeds_text}"
     )
-    figure.suptitle(textwrap.fill(title, 60 * min(3, len(names))))
+    figure.suptitle(textwrap.fill(title, 50 * min(3, len(names))), fontsize=TITLE)
     return write_figure(figure, path)
 
 
@@ -186,9 +188,11 @@ def _bubbles(
         axis.scatter([x], [y], s=area, color=[color], edgecolors="0.25", linewidths=0.8, zorder=3)
         radius = math.sqrt(area / math.pi)
         # Beside the bubble: inside it would be wider than a small one, and unreadable on dark green.
-        axis.annotate(_signed(difference, largest), (x, y), (radius + 2, 0), textcoords="offset points", va="center")
+        axis.annotate(
+            _signed(difference, largest), (x, y), (radius + 2, 0), textcoords="offset points", va="center", **TEXT
+        )
     axis.scatter([-1], [0], s=4 * SMALLEST, color=[colors(0.5)], edgecolors="0.25", linewidths=0.8, zorder=3)
-    axis.annotate(f"{baseline:.4g}", (-1, 0), (0, 11), textcoords="offset points", ha="center")
+    axis.annotate(f"{baseline:.4g}", (-1, 0), (0, 11), textcoords="offset points", ha="center", **TEXT)
     axis.axvline(-0.5, color="0.8", lw=1)
     axis.set_xticks([-1, *places[0].values()], ["baseline", *map(str, places[0])])
     axis.set_yticks(list(places[1].values()), list(map(str, places[1])))
