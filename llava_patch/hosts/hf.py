@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from llava_patch.hosts import compat, known
+from llava_patch.hosts import known
 from llava_patch.hosts.host import Anatomy, HostFiles
 
 HF = "hf"
@@ -21,6 +21,7 @@ class HFAnatomy(Anatomy):
 
     host = HF
     projector_name = "multi_modal_projector"
+    encoder_name = "get_image_features"
     pixels_argument = "pixel_values"
     ids_hold_places = True
     tower_apart = False
@@ -31,7 +32,7 @@ class HFAnatomy(Anatomy):
         inner: Any = getattr(model, "model", None)
         if not (hasattr(inner, cls.projector_name) and hasattr(inner, "language_model")):
             return None
-        known.check_host(model, ((model, "forward"), (inner, "forward"), (inner, "get_image_features")))
+        known.check_host(model, ((model, "forward"), (inner, "forward"), (inner, cls.encoder_name)))
         return cls(model, inner.language_model, inner, inner.vision_tower, inner)
 
     @property
@@ -69,17 +70,12 @@ class HFAnatomy(Anatomy):
         """See `Anatomy.image_token_id`."""
         return int(self.model.config.image_token_id)
 
-    @property
-    def encoder(self) -> tuple[Any, str]:
-        """See `Anatomy.encoder`."""
-        return self.wrapper, "get_image_features"
-
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """See `Anatomy.encode_images`."""
         if self.tiles:  # LLaVA-NeXT's own method wants all tiles of whole images
             states = self.tower(pixel_values, output_hidden_states=True).hidden_states
             return self.projector(states[self.main_block][:, self.dropped_tokens :])
-        return compat.one_tensor(self.wrapper.get_image_features(pixel_values=pixel_values))
+        return super().encode_images(pixel_values)
 
 
 class HFFiles(HostFiles):

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from llava_patch.core.errors import HostError
-from llava_patch.hosts import known
+from llava_patch.hosts import compat, known
 from llava_patch.hosts.towers import layout as towers
 from llava_patch.hosts.towers.layout import Shape, Tower
 
@@ -27,6 +27,7 @@ class Anatomy(ABC):
     Attributes:
         host: the host's name.
         projector_name: the projector's attribute name in `projector_owner`.
+        encoder_name: `wrapper`'s method that turns pixel values into projected visual tokens.
         pixels_argument: the argument of the model's forward that brings images.
         ids_hold_places: whether `input_ids` have one placeholder for each image token, written by a processor that
             takes text and images together; else one placeholder an image, and the model makes room while it runs.
@@ -42,6 +43,7 @@ class Anatomy(ABC):
 
     host: ClassVar[str]
     projector_name: ClassVar[str]
+    encoder_name: ClassVar[str]
     pixels_argument: ClassVar[str]
     ids_hold_places: ClassVar[bool]
     tower_apart: ClassVar[bool]
@@ -244,11 +246,10 @@ class Anatomy(ABC):
         """The id that marks an image in `input_ids`."""
 
     @property
-    @abstractmethod
     def encoder(self) -> tuple[Any, str]:
         """(owner, name) of the method that turns pixel values into projected visual tokens in the host's own path."""
+        return self.wrapper, self.encoder_name
 
-    @abstractmethod
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """Projected visual tokens, through the host's own path (so a patched model gives its fused features).
 
@@ -260,6 +261,7 @@ class Anatomy(ABC):
         Returns:
             [images, tokens, hidden_size].
         """
+        return compat.one_tensor(getattr(self.wrapper, self.encoder_name)(pixel_values))
 
     def pixels_of(self, sample: dict[str, Any]) -> Any:
         """The images among the keyword arguments of the model's forward; None where it has none."""

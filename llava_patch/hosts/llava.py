@@ -7,8 +7,6 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
-
 from llava_patch.core.errors import HostError
 from llava_patch.core.records import CONFIG_KEY
 from llava_patch.hosts import known
@@ -24,6 +22,7 @@ class LlavaAnatomy(Anatomy):
 
     host = LLAVA
     projector_name = "mm_projector"
+    encoder_name = "encode_images"
     pixels_argument = "images"
     ids_hold_places = False
     tower_apart = True
@@ -40,7 +39,7 @@ class LlavaAnatomy(Anatomy):
                 "initialize_vision_modules(), or load a finished LLaVA checkpoint"
             )
         known.check_host(
-            model, ((model, "forward"), (model, "prepare_inputs_labels_for_multimodal"), (model, "encode_images"))
+            model, ((model, "forward"), (model, "prepare_inputs_labels_for_multimodal"), (model, cls.encoder_name))
         )
         return cls(model, decoder, model, tower, decoder)
 
@@ -87,15 +86,6 @@ class LlavaAnatomy(Anatomy):
         from llava.constants import IMAGE_TOKEN_INDEX
 
         return IMAGE_TOKEN_INDEX
-
-    @property
-    def encoder(self) -> tuple[Any, str]:
-        """See `Anatomy.encoder`."""
-        return self.model, "encode_images"
-
-    def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """See `Anatomy.encode_images`."""
-        return self.model.encode_images(pixel_values)
 
 
 class LlavaFiles(HostFiles):

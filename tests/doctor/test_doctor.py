@@ -17,10 +17,9 @@ from llava_patch.cli.main import app
 from llava_patch.core.resources import locks_dir
 from llava_patch.hosts import compat
 from llava_patch.integrations import import_hook as autostart
-from llava_patch.tools.doctor import configured, machine, measured, software
+from llava_patch.tools.doctor import NOTE, OK, PROBLEM, Row, configured, machine, measured, software
 from llava_patch.tools.doctor import examine as examine_module
 from llava_patch.tools.doctor.examine import examine, summary
-from llava_patch.tools.doctor.row import NOTE, OK, PROBLEM, Row
 
 HOOK = Row("start-up hook", "on")
 

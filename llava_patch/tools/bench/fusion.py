@@ -10,9 +10,9 @@ from torch import nn
 
 from llava_patch.core import files
 from llava_patch.core.clock import Clock
-from llava_patch.patching.handle import restore_flags
 from llava_patch.patching.patch import patch
 from llava_patch.settings.methods import DeepStack, DenseConnector, DirectFusion, Fusion, SkipLinks
+from llava_patch.tools.bench.measure import peak_bytes, training_step
 from llava_patch.tools.bench.shapes import inputs as make_inputs
 
 
@@ -104,27 +104,15 @@ def _logits(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
 def _step(model: Any, inputs: dict[str, Any], row: Row, keep: bool) -> None:
     with torch.no_grad(), Clock(model.device) as prefill:
         model(**inputs, use_cache=True, logits_to_keep=1)
-    restore = restore_flags(model)
-    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.image_token_id, -100)
-    cuda = model.device.type == "cuda"
-    try:
-        model.requires_grad_(True)
-        model.train()
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
+    with training_step(model, inputs, model.parameters()) as arguments:
         if keep:
             with Clock(model.device) as step:
-                model(**inputs, labels=labels, use_cache=False).loss.backward()
+                model(**arguments).loss.backward()
             row.prefill_ms.append(prefill.ms)
             row.train_ms.append(step.ms)
         else:  # the warm-up counts, which takes time
-            row.kept_bytes = _kept(model, {**inputs, "labels": labels, "use_cache": False})
-        if cuda:
-            row.peak_bytes = torch.cuda.max_memory_allocated()
-    finally:
-        model.eval()
-        model.zero_grad(set_to_none=True)
-        restore()
+            row.kept_bytes = _kept(model, arguments)
+    row.peak_bytes = peak_bytes(model)
 
 
 def _kept(model: nn.Module, inputs: dict[str, Any]) -> int:

@@ -15,7 +15,7 @@ from llava_patch.core.paths import VARIABLE as CACHE_VARIABLE
 from llava_patch.integrations import import_hook as autostart
 from llava_patch.settings import active
 from llava_patch.settings.methods import AUTO, AuxiliaryProbe
-from llava_patch.tools.doctor.row import NOTE, OK, PROBLEM, Row
+from llava_patch.tools.doctor import NOTE, OK, PROBLEM, Row
 
 if TYPE_CHECKING:
     from llava_patch.settings.gin_config import Configuration

@@ -7,7 +7,7 @@ import shutil
 
 from llava_patch.core.memory import machine_memory
 from llava_patch.core.paths import VARIABLE, cache_folder
-from llava_patch.tools.doctor.row import NOTE, Row
+from llava_patch.tools.doctor import NOTE, Row
 
 GIB = 2**30
 SEVEN_B = 14.1

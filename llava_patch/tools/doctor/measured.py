@@ -15,8 +15,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from llava_patch.core.resources import locks_dir
+from llava_patch.tools.doctor import NOTE, OK, PROBLEM, Row
 from llava_patch.tools.doctor.imports import TRIED
-from llava_patch.tools.doctor.row import NOTE, OK, PROBLEM, Row
 
 HOSTS = ("torch", "transformers", "accelerate", "peft", "deepspeed", "lmms-eval", "llava-torch")
 """Packages whose every version is another host; the others of a lock are what those need."""
