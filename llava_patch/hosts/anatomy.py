@@ -14,15 +14,15 @@ from typing import Any
 from llava_patch.core.errors import HostError
 from llava_patch.core.undo import UndoStack
 from llava_patch.hosts import known
-from llava_patch.hosts.hf import HF, HFAnatomy, HFFiles
+from llava_patch.hosts.hf import HF, HF_FILES, HFAnatomy
 from llava_patch.hosts.host import Anatomy, HostFiles
-from llava_patch.hosts.llava import LLAVA, LlavaAnatomy, LlavaFiles
+from llava_patch.hosts.llava import LLAVA, LLAVA_FILES, LlavaAnatomy
 
 __all__ = ["HF", "HOSTS", "LLAVA", "Anatomy", "find", "unwrap", "when_loaded"]
 
 HOSTS: dict[str, tuple[type[Anatomy], HostFiles]] = {
-    LLAVA: (LlavaAnatomy, LlavaFiles()),
-    HF: (HFAnatomy, HFFiles()),
+    LLAVA: (LlavaAnatomy, LLAVA_FILES),
+    HF: (HFAnatomy, HF_FILES),
 }
 """Every host by name: one more is a file beside the two, and a line here."""
 

@@ -1,4 +1,4 @@
-"""Every difference between host versions, each found by feature rather than by version number.
+"""Differences between versions of the hosts' packages, each found by feature rather than by version number.
 
 Two parts. The first hides how transformers' decoder layers and masks are called. The second makes LLaVA's unmodified
 training script and `generate` run on a transformers newer than the one it was written for: each `fix_*` function names

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import re
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -78,57 +77,37 @@ class HFAnatomy(Anatomy):
         return super().encode_images(pixel_values)
 
 
-class HFFiles(HostFiles):
-    """A checkpoint of a LLaVA of transformers.
+def whole_config(config: dict[str, Any]) -> Any:
+    """Transformers' configuration object of a config.json; defaults that a short one leaves out are filled in."""
+    from transformers import AutoConfig
 
-    It writes its files with the first spelling of a name and has the second one in memory, where adapters take their
-    names from.
-    """
+    values = copy.deepcopy(config)
+    return AutoConfig.for_model(values.pop("model_type"), **values)
 
-    name = HF
-    parts = (
+
+def _skeleton(config: dict[str, Any]) -> Any:
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_config(whole_config(config))
+
+
+HF_FILES = HostFiles(
+    wrote=lambda config: config.get("model_type") in ("llava", "llava_next") and "text_config" in config,
+    text_config=lambda config: whole_config(config).text_config,
+    feature_width=lambda config: int(whole_config(config).vision_config.hidden_size),
+    skeleton=_skeleton,
+    linear=lambda k: f"linear_{k + 1}",
+    # The files have the first spelling of a name, and the model in memory the second, which adapters take.
+    parts=(
         (r"(?:language_model\.model|model\.language_model)\.(.+)", "decoder."),
         (r"(?:language_model\.)?lm_head\.(weight)", "head."),
         (r"(?:model\.)?vision_tower\.(.+)", "tower."),
         (r"(?:model\.)?multi_modal_projector\.(.+)", "projector."),
         (r"(?:model\.)?multi_modal_projector_stack\.(.+)", "stack."),
         (r"(?:model\.)?(image_newline)", ""),
-    )
-    prefixes: ClassVar = {
+    ),
+    prefixes={
         "decoder": "language_model.model.", "head": "language_model.lm_head.", "tower": "vision_tower.",
         "projector": "multi_modal_projector.", "stack": "multi_modal_projector_stack.", "image_newline": "",
-    }  # fmt: skip
-
-    def wrote(self, config: dict[str, Any]) -> bool:
-        """See `HostFiles.wrote`."""
-        return config.get("model_type") in ("llava", "llava_next") and "text_config" in config
-
-    def whole_config(self, config: dict[str, Any]) -> Any:
-        """Transformers' configuration object; defaults that a short config.json leaves out are filled in."""
-        from transformers import AutoConfig
-
-        values = copy.deepcopy(config)
-        return AutoConfig.for_model(values.pop("model_type"), **values)
-
-    def text_config(self, config: dict[str, Any]) -> Any:
-        """See `HostFiles.text_config`."""
-        return self.whole_config(config).text_config
-
-    def feature_width(self, config: dict[str, Any]) -> int:
-        """See `HostFiles.feature_width`."""
-        return int(self.whole_config(config).vision_config.hidden_size)
-
-    def skeleton(self, config: dict[str, Any]) -> Any:
-        """See `HostFiles.skeleton`."""
-        from transformers import AutoModelForImageTextToText
-
-        return AutoModelForImageTextToText.from_config(self.whole_config(config))
-
-    def read_linear(self, rest: str) -> str | None:
-        """See `HostFiles.read_linear`."""
-        found = re.fullmatch(r"linear_([12])\.(weight|bias)", rest)
-        return None if found is None else f"{int(found[1]) - 1}.{found[2]}"
-
-    def write_linear(self, place: int, kind: str, single: bool) -> str:
-        """See `HostFiles.write_linear`."""
-        return f"linear_{place + 1}.{kind}"
+    },
+)  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -48,7 +48,7 @@ class Anatomy(ABC):
     ids_hold_places: ClassVar[bool]
     tower_apart: ClassVar[bool]
 
-    # Typed Any: what these modules have is the host's business, and this folder is where it is known.
+    # Typed Any: what these modules have is the host's business.
     model: Any
     decoder: Any
     wrapper: Any
@@ -268,6 +268,7 @@ class Anatomy(ABC):
         return sample.get(self.pixels_argument)
 
 
+_MOST_LINEARS = 16
 # Old releases stored these; every version computes them itself.
 _COMPUTED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 
@@ -277,7 +278,8 @@ def is_computed(name: str) -> bool:
     return _COMPUTED.search(name) is not None
 
 
-class HostFiles(ABC):
+@dataclass(frozen=True)
+class HostFiles:
     """A host's checkpoints.
 
     Tensors have one neutral spelling beside each host's own: `decoder.<name in the LlamaModel>`, `head.weight`,
@@ -285,54 +287,39 @@ class HostFiles(ABC):
     `tower.<name in the vision model>`, `image_newline`.
 
     Attributes:
-        name: the host's.
+        wrote: whether a config.json is one of this host.
+        text_config: the language model's configuration (LlamaConfig or MistralConfig) in a config.json.
+        feature_width: channels of one vision feature, by a config.json.
+        skeleton: the model of a config.json with its vision tower, made under `torch.device("meta")`; HostError where
+            the host's package, or its tower's configuration, is not there.
+        linear: the name of the projector's k-th Linear.
         parts: patterns of the host's tensor names with the neutral prefix of what they hold.
         prefixes: of the tensors of each neutral part as the host's files have them.
     """
 
-    name: ClassVar[str]
-    parts: ClassVar[tuple[tuple[str, str], ...]]
-    prefixes: ClassVar[Mapping[str, str]]
-
-    @abstractmethod
-    def wrote(self, config: dict[str, Any]) -> bool:
-        """Whether a config.json is one of this host."""
-
-    @abstractmethod
-    def text_config(self, config: dict[str, Any]) -> Any:
-        """The language model's configuration (LlamaConfig or MistralConfig) in a config.json."""
-
-    @abstractmethod
-    def feature_width(self, config: dict[str, Any]) -> int:
-        """Channels of one vision feature."""
-
-    @abstractmethod
-    def skeleton(self, config: dict[str, Any]) -> Any:
-        """The model of a config.json with its vision tower, made under `torch.device("meta")`.
-
-        Raises:
-            HostError: the host's package is not installed, or its vision tower's configuration is not there.
-        """
-
-    @abstractmethod
-    def read_linear(self, rest: str) -> str | None:
-        """`<k>.<weight or bias>` for what follows a projector's prefix in a tensor's name; None: not known."""
-
-    @abstractmethod
-    def write_linear(self, place: int, kind: str, single: bool) -> str:
-        """The name of the k-th Linear's "weight" or "bias" behind the projector's prefix; see `written`."""
+    wrote: Callable[[dict[str, Any]], bool]
+    text_config: Callable[[dict[str, Any]], Any]
+    feature_width: Callable[[dict[str, Any]], int]
+    skeleton: Callable[[dict[str, Any]], Any]
+    linear: Callable[[int], str]
+    parts: tuple[tuple[str, str], ...]
+    prefixes: Mapping[str, str]
 
     def neutral(self, name: str) -> str | None:
         """A tensor's name in the host's files, or in memory, in the neutral spelling; None when it is not known."""
         for pattern, prefix in self.parts:
             found = re.fullmatch(pattern, name)
-            if found is None:
-                continue
-            rest: str | None = found[1]
-            if prefix in ("projector.", "stack."):
-                rest = self.read_linear(found[1])
-            return None if rest is None else prefix + rest
+            if found is not None and prefix in ("projector.", "stack."):
+                rest = self._read_linear(found[1])
+                return None if rest is None else prefix + rest
+            if found is not None:
+                return prefix + found[1]
         return None
+
+    def _read_linear(self, rest: str) -> str | None:
+        name, _, kind = rest.rpartition(".")
+        places = {"": 0, **{self.linear(k): k for k in range(_MOST_LINEARS)}}  # "": mm_projector_type = linear
+        return f"{places[name]}.{kind}" if name in places and kind in ("weight", "bias") else None
 
     def written(self, name: str, single: bool = False) -> str:
         """A neutral name as the host's files have it.
@@ -344,5 +331,5 @@ class HostFiles(ABC):
         part, _, rest = name.partition(".")
         if part in ("projector", "stack"):
             place, _, kind = rest.partition(".")
-            rest = self.write_linear(int(place), kind, single)
+            rest = kind if single else f"{self.linear(int(place))}.{kind}"
         return self.prefixes[part] + (rest or part)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import re
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from llava_patch.core.errors import HostError
 from llava_patch.core.records import CONFIG_KEY
@@ -88,78 +87,42 @@ class LlavaAnatomy(Anatomy):
         return IMAGE_TOKEN_INDEX
 
 
-class LlavaFiles(HostFiles):
-    """A checkpoint of the llava package; its vision tower lies in a folder of its own."""
-
-    name = LLAVA
-    parts = (
-        (r"model\.vision_tower\.vision_tower\.(.+)", "tower."),
-        (r"model\.mm_projector\.(.+)", "projector."),
-        (r"model\.mm_projector_stack\.(.+)", "stack."),
-        (r"model\.(image_newline)", ""),
-        (r"lm_head\.(weight)", "head."),
-        (r"model\.((?:embed_tokens|layers|norm|side_branch)\..+)", "decoder."),
-    )
-    prefixes: ClassVar = {
-        "decoder": "model.", "head": "lm_head.", "tower": "model.vision_tower.vision_tower.",
-        "projector": "model.mm_projector.", "stack": "model.mm_projector_stack.", "image_newline": "model.",
-    }  # fmt: skip
-
-    def wrote(self, config: dict[str, Any]) -> bool:
-        """See `HostFiles.wrote`."""
-        return "mm_vision_tower" in config and config.get("model_type") != "llava_mpt"
-
-    def text_config(self, config: dict[str, Any]) -> Any:
-        """What is left of a config.json without LLaVA's own keys."""
-        from transformers import AutoConfig
-
-        kind = "mistral" if config.get("model_type") == "llava_mistral" else "llama"
-        dropped = ("model_type", "architectures", "_name_or_path", "auto_map", CONFIG_KEY)
-        values = {k: v for k, v in copy.deepcopy(config).items() if not is_own(k) and k not in dropped}
-        return AutoConfig.for_model(kind, **values)
-
-    def feature_width(self, config: dict[str, Any]) -> int:
-        """See `HostFiles.feature_width`."""
-        return int(config["mm_hidden_size"])
-
-    def skeleton(self, config: dict[str, Any]) -> Any:
-        """See `HostFiles.skeleton`."""
-        try:
-            if config.get("model_type") == "llava_mistral":
-                from llava.model.language_model.llava_mistral import LlavaMistralConfig as Config
-                from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM as Model
-            else:
-                from llava.model.language_model.llava_llama import LlavaConfig as Config
-                from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM as Model
-        except ImportError as error:
-            raise HostError(f"the llava package, whose checkpoint this is, cannot be imported ({error})") from error
-        values = {k: v for k, v in copy.deepcopy(config).items() if k not in ("model_type", "architectures")}
-        values["unfreeze_mm_vision_tower"] = False  # or the constructor would load the tower's weights
-        try:
-            model = Model(Config(**values))
-        except (OSError, ValueError) as error:
-            raise HostError(f"its vision tower {config.get('mm_vision_tower')} is not there ({error})") from error
-        tower = model.get_vision_tower()
-        tower.vision_tower = _tower(tower.vision_tower_name)
-        tower.vision_tower.requires_grad_(False)  # as llava's own load_model does
-        tower.is_loaded = True
-        return model
-
-    def read_linear(self, rest: str) -> str | None:
-        """See `HostFiles.read_linear`."""
-        if rest in ("weight", "bias"):  # mm_projector_type = linear
-            return f"0.{rest}"
-        found = re.fullmatch(r"(\d*[02468])\.(weight|bias)", rest)  # activations have the odd places
-        return None if found is None else f"{int(found[1]) // 2}.{found[2]}"
-
-    def write_linear(self, place: int, kind: str, single: bool) -> str:
-        """See `HostFiles.write_linear`."""
-        return kind if single else f"{2 * place}.{kind}"
-
-
 def is_own(key: str) -> bool:
     """Whether a key of llava's config is LLaVA's rather than the language model's."""
     return key.startswith(_OWN_PREFIXES)
+
+
+def text_config(config: dict[str, Any]) -> Any:
+    """The language model's configuration: what is left of a config.json without LLaVA's own keys."""
+    from transformers import AutoConfig
+
+    kind = "mistral" if config.get("model_type") == "llava_mistral" else "llama"
+    dropped = ("model_type", "architectures", "_name_or_path", "auto_map", CONFIG_KEY)
+    values = {k: v for k, v in copy.deepcopy(config).items() if not is_own(k) and k not in dropped}
+    return AutoConfig.for_model(kind, **values)
+
+
+def _skeleton(config: dict[str, Any]) -> Any:
+    try:
+        if config.get("model_type") == "llava_mistral":
+            from llava.model.language_model.llava_mistral import LlavaMistralConfig as Config
+            from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM as Model
+        else:
+            from llava.model.language_model.llava_llama import LlavaConfig as Config
+            from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM as Model
+    except ImportError as error:
+        raise HostError(f"the llava package, whose checkpoint this is, cannot be imported ({error})") from error
+    values = {k: v for k, v in copy.deepcopy(config).items() if k not in ("model_type", "architectures")}
+    values["unfreeze_mm_vision_tower"] = False  # or the constructor would load the tower's weights
+    try:
+        model = Model(Config(**values))
+    except (OSError, ValueError) as error:
+        raise HostError(f"its vision tower {config.get('mm_vision_tower')} is not there ({error})") from error
+    tower = model.get_vision_tower()
+    tower.vision_tower = _tower(tower.vision_tower_name)
+    tower.vision_tower.requires_grad_(False)  # as llava's own load_model does
+    tower.is_loaded = True
+    return model
 
 
 def _tower(name: str) -> Any:
@@ -171,3 +134,24 @@ def _tower(name: str) -> Any:
     if config is None:
         return CLIPVisionModel(CLIPVisionConfig.from_pretrained(name))
     return tower_models.model_class(config)(config)
+
+
+LLAVA_FILES = HostFiles(  # of the vision tower, which has a folder of its own, a trained one alone is among them
+    wrote=lambda config: "mm_vision_tower" in config and config.get("model_type") != "llava_mpt",
+    text_config=text_config,
+    feature_width=lambda config: int(config["mm_hidden_size"]),
+    skeleton=_skeleton,
+    linear=lambda k: str(2 * k),  # activations have the odd places
+    parts=(
+        (r"model\.vision_tower\.vision_tower\.(.+)", "tower."),
+        (r"model\.mm_projector\.(.+)", "projector."),
+        (r"model\.mm_projector_stack\.(.+)", "stack."),
+        (r"model\.(image_newline)", ""),
+        (r"lm_head\.(weight)", "head."),
+        (r"model\.((?:embed_tokens|layers|norm|side_branch)\..+)", "decoder."),
+    ),
+    prefixes={
+        "decoder": "model.", "head": "lm_head.", "tower": "model.vision_tower.vision_tower.",
+        "projector": "model.mm_projector.", "stack": "model.mm_projector_stack.", "image_newline": "model.",
+    },
+)  # fmt: skip

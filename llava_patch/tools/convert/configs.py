@@ -8,8 +8,8 @@ from llava_patch.core.errors import CheckpointError
 from llava_patch.core.weights import read_json
 from llava_patch.hosts import compat
 from llava_patch.hosts.anatomy import LLAVA
-from llava_patch.hosts.hf import HFFiles
-from llava_patch.hosts.llava import LlavaFiles, is_own
+from llava_patch.hosts.hf import whole_config
+from llava_patch.hosts.llava import is_own, text_config
 
 ORIGINAL_KEY = "original_llava_config"
 """What llava's config says and HF's has no place for is kept there in HF's, so that the way back restores it."""
@@ -64,7 +64,7 @@ def check_convertible(config: dict[str, Any], host: str) -> None:
         if config.get("mm_vision_select_feature", "patch") not in _FEATURES:
             raise CheckpointError(f"mm_vision_select_feature = {config['mm_vision_select_feature']!r} is not known")
         return
-    whole = HFFiles().whole_config(config)
+    whole = whole_config(config)
     if whole.model_type != "llava":
         raise CheckpointError(
             f"model_type = {whole.model_type!r}: conversion knows one tile an image (LLaVA-1.5), not anyres"
@@ -98,7 +98,7 @@ def to_hf(config: dict[str, Any], vision: Any, tokens: dict[str, int], added: li
         added: which of the two the tokenizer did not have.
         vocab: rows of the padded embedding.
     """
-    text = LlavaFiles().text_config(config)
+    text = text_config(config)
     original = {k: v for k, v in config.items() if is_own(k) and k not in _DERIVED}
     original |= {"vocab_size": text.vocab_size, "pad_token_id": text.pad_token_id, "added_tokens": added}
     text.vocab_size, text.pad_token_id = vocab, tokens["<pad>"]
@@ -130,7 +130,7 @@ def to_llava(config: dict[str, Any], tower: str, vocab: int) -> dict[str, Any]:
         tower: absolute path or hub name of the vision tower.
         vocab: rows of the embedding without HF's added tokens.
     """
-    whole = HFFiles().whole_config(config)
+    whole = whole_config(config)
     kind = whole.text_config.model_type
     original = dict(config.get(ORIGINAL_KEY, {}))
     original.pop("added_tokens", None)

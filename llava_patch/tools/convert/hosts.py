@@ -12,7 +12,7 @@ from torch import Tensor
 from llava_patch.core.errors import CheckpointError
 from llava_patch.core.weights import Load, write_weights
 from llava_patch.hosts.anatomy import HF, LLAVA
-from llava_patch.hosts.hf import HFFiles
+from llava_patch.hosts.hf import whole_config
 from llava_patch.tools.convert import companions, configs
 from llava_patch.tools.convert.source import Checkpoint, check_samples, same_tower, tower_tensors
 
@@ -77,7 +77,7 @@ def to_llava(found: Checkpoint, out: Path, vision_tower: str | None) -> Checkpoi
         companions.write_llava(found, partial, config, removed)
 
     made = replace(found, host=LLAVA, config=config, tensors=tensors, files=(files,))
-    vision = HFFiles().whole_config(found.config).vision_config
+    vision = whole_config(found.config).vision_config
     return with_tower_folder(made, out, vision_tower, vision, found.find("preprocessor_config.json"))
 
 

@@ -18,7 +18,7 @@ from llava_patch.core.errors import CheckpointError
 from llava_patch.hosts import configs
 from llava_patch.hosts.anatomy import HF, LLAVA
 from llava_patch.hosts.configs import files_of
-from llava_patch.hosts.hf import HFFiles
+from llava_patch.hosts.hf import whole_config
 from llava_patch.patching.handle import Handle
 from llava_patch.patching.patch import patch
 from llava_patch.routing.schedule import make_program
@@ -112,7 +112,7 @@ def _without_fusion(found: Checkpoint, fusion: Fusion, target: str) -> Checkpoin
             f"{found.name}: its projector takes {weight.shape[1]} channels, {fusion} makes {(1 + len(groups)) * width}"
         )
     merged = _with_projector(found, lambda: spread(found.tensors[_FIRST](), width, groups))
-    main = HFFiles().whole_config(found.config).vision_feature_layer
+    main = whole_config(found.config).vision_feature_layer
     # Blocks are counted as HF counts hidden states: 0 is the embedding. The main one stays as the config has it (-2).
     layers = [main, *(block for blocks in groups for block in blocks)]
     return replace(merged, config={**found.config, "vision_feature_layer": layers})

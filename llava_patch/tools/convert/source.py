@@ -22,7 +22,7 @@ from llava_patch.core.weights import StoredTensor, Tensors, locate, open_weights
 from llava_patch.hosts import configs
 from llava_patch.hosts.anatomy import HF, LLAVA
 from llava_patch.hosts.configs import files_of
-from llava_patch.hosts.hf import HFFiles
+from llava_patch.hosts.hf import whole_config
 from llava_patch.hosts.host import is_computed
 from llava_patch.patching import checkpoint as patched
 from llava_patch.settings.methods import DeepStack
@@ -180,7 +180,7 @@ def check_complete(found: Checkpoint, source: str, tower: str) -> None:
     kept = {k: v for k, v in shapes.items() if k.startswith(("decoder.", "head."))}
     compare(kept, expected, source)
     if found.host == HF or found.reads_own_tower():
-        vision = HFFiles().whole_config(found.config).vision_config if found.host == HF else vision_config(tower)
+        vision = whole_config(found.config).vision_config if found.host == HF else vision_config(tower)
         blocks = {f"tower.{k}": v for k, v in expected_tower(vision).items()}
         compare({k: v for k, v in shapes.items() if k.startswith("tower.")}, blocks, source)
     _check_projectors(found, shapes, int(text.hidden_size), source)
