@@ -1,0 +1,62 @@
+"""The console command."""
+
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from llava_patch.cli.main import app
+from llava_patch.core.errors import LlavaPatchError, SettingError
+
+runner = CliRunner()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--device", "gpu"], ["--attention", "foo"], ["--split", "50"], ["--dtype", "int8"], ["--shape", "70b"]],
+)
+def test_bench_checks_its_options_before_it_builds_a_model(arguments):
+    with pytest.raises(SettingError, match=f"{arguments[0]} {arguments[1]}"):
+        runner.invoke(app, ["bench", *arguments], catch_exceptions=False)
+    assert runner.invoke(app, ["bench", "--text", "0"]).exit_code == 2
+
+
+@pytest.mark.parametrize("arguments", [["gin-files"], ["gin-files", "dpvr_lf_7b.gin"]])
+def test_gin_files(arguments):
+    done = runner.invoke(app, arguments)
+    assert done.exit_code == 0 and "DPVR-LF" in done.output
+
+
+def test_the_command_starts_without_loading_models_code():
+    code = (
+        "import llava_patch.cli.main, sys; "
+        "print([n for n in ('torch', 'transformers', 'matplotlib') if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"  # seconds, before --help or an error about an option is shown
+
+
+def test_help_shows_where_to_start_and_what_measures():
+    said = runner.invoke(app, ["--help"]).output
+    assert "Measure a checkpoint" in said and "Start with doctor" in said
+
+
+def test_every_job_is_a_subcommand():
+    shown = runner.invoke(app, ["--help"], env={"COLUMNS": "200"}).output
+    for name in (
+        "doctor", "inspect", "report", "saturation", "gradients", "attention-maps", "drift", "fusion-attention",
+        "reach", "flops", "rprobe", "correlate", "bench", "sweep", "merge", "convert", "gin-files",
+    ):  # fmt: skip
+        assert f" {name} " in shown
+    done = runner.invoke(app, ["correlate", "a.json"])
+    assert isinstance(done.exception, LlavaPatchError)  # the same command as `rprobe correlate`
+    assert str(done.exception) == str(runner.invoke(app, ["rprobe", "correlate", "a.json"]).exception)
+
+
+@pytest.mark.parametrize("command", ["convert", "merge"])
+def test_the_folder_to_write_has_the_word_that_it_has_everywhere(command, tmp_path):
+    done = runner.invoke(app, [command, "model", "old", "--output", str(tmp_path / "new"), "--to", "hf"])
+    assert str(done.exception) == "old: the folder to write is named with --output old"
+    missing = runner.invoke(app, [command, "model", "--to", "hf"], env={"COLUMNS": "200"})
+    assert missing.exit_code == 2 and "--output" in missing.output
