@@ -37,9 +37,8 @@ def check_packages() -> list[Row]:
         wanted = [Requirement(line) for line in requires("llava_patch") or []]
     except PackageNotFoundError:
         wanted = []
-        rows.append(
-            Row("llava_patch", "run from its source folder", NOTE, "pip install it, or nothing starts with Python")
-        )
+        advice = "pip install it, or nothing starts with Python"
+        rows.append(Row("llava_patch", "run from its source folder", NOTE, advice))
     patches = lock_of(installed("transformers"))[0] == "main"  # else an environment of another purpose
     bounds: dict[str, Requirement] = {}
     for need in wanted:
@@ -83,12 +82,8 @@ def check_torch() -> Row | None:
     error = _import("torch", "nn")
     if not isinstance(error, Exception):
         return None
-    return Row(
-        "torch: import",
-        f"cannot be imported ({_short(error)})",
-        PROBLEM,
-        "install a build for this machine (https://pytorch.org/get-started); nothing else was looked at",
-    )
+    advice = "install a build for this machine (https://pytorch.org/get-started); nothing else was looked at"
+    return Row("torch: import", f"cannot be imported ({_short(error)})", PROBLEM, advice)
 
 
 def check_torchvision() -> Row:
@@ -99,13 +94,9 @@ def check_torchvision() -> Row:
     try:
         importlib.import_module("torchvision")
     except Exception as error:  # whatever its binary raises, transformers would raise it as well
-        return Row(
-            "torchvision",
-            f"{found}, cannot be imported ({_short(error)})",
-            PROBLEM,
-            "it was built for another torch, and importing Llama models fails with it: pip uninstall torchvision "
-            "(nothing here needs it), or install the build that fits your torch",
-        )
+        advice = "it was built for another torch, and importing Llama models fails with it: pip uninstall torchvision "
+        advice += "(nothing here needs it), or install the build that fits your torch"
+        return Row("torchvision", f"{found}, cannot be imported ({_short(error)})", PROBLEM, advice)
     return Row("torchvision", found)
 
 
@@ -209,13 +200,9 @@ def check_hook() -> Row:
     asked = subprocess.run([sys.executable, "-c", _HOOKED], capture_output=True, text=True, check=False)
     if asked.stdout.strip().endswith("True"):
         return Row("start-up hook", "on: starts with Python")
-    return Row(
-        "start-up hook",
-        "missing: a new Python does not start it",
-        NOTE,
-        "pip install llava_patch into this environment (its .pth file is not there, or Python runs without site), or "
-        "import llava_patch before LLaVA's code",
-    )
+    advice = "pip install llava_patch into this environment (its .pth file is not there, or Python runs without site), "
+    advice += "or import llava_patch before LLaVA's code"
+    return Row("start-up hook", "missing: a new Python does not start it", NOTE, advice)
 
 
 def _short(error: Exception) -> str:

@@ -44,10 +44,9 @@ def check_checkpoint(checkpoint: str, asked: "Configuration | None", hosts: dict
         rows.append(Row("checkpoint: base", f"{found.base} is not there", PROBLEM, where))
     size, room = found.weight_bytes, machine_memory()
     if room is not None and size > room:
-        rows.append(
-            Row("checkpoint: memory", f"{size / 1e9:.1f} GB of weights, {room / 1e9:.0f} GB of memory", NOTE,
-                "does not fit into main memory: load it on a GPU, or on a larger machine")
-        )  # fmt: skip
+        sizes = f"{size / 1e9:.1f} GB of weights, {room / 1e9:.0f} GB of memory"
+        advice = "does not fit into main memory: load it on a GPU, or on a larger machine"
+        rows.append(Row("checkpoint: memory", sizes, NOTE, advice))
     return rows
 
 
@@ -72,11 +71,9 @@ def _rehearsal(checkpoint: str, host: str, methods: dict[str, Any]) -> list[Row]
         else:
             known.check_decoder(anatomy.find(model).decoder, "routing")
     except LlavaPatchError as error:
-        if methods:
-            return [
-                Row("checkpoint: patching it", str(error), PROBLEM, "load it without the patch, or mend what it names")
-            ]
-        return [Row("checkpoint: patching it", str(error), NOTE, "as a stock model it works")]
+        if not methods:
+            return [Row("checkpoint: patching it", str(error), NOTE, "as a stock model it works")]
+        return [Row("checkpoint: patching it", str(error), PROBLEM, "load it without the patch, or mend what it names")]
     kind = type(anatomy.find(model).decoder).__name__
     return [Row("checkpoint: patching it", f"tried without its weights, on {kind}: works")]
 
