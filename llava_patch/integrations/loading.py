@@ -12,10 +12,15 @@ from typing import Any
 
 from llava_patch.core import records
 from llava_patch.core.errors import CheckpointError, HostError
-from llava_patch.integrations import startup
 from llava_patch.settings import active
 
 _IGNORED = "_keys_to_ignore_on_load_unexpected"  # transformers' own list
+
+
+def handle_of(model: Any) -> Any:
+    """The handle of a patched model; None without loading anything where nothing can have been patched yet."""
+    module = sys.modules.get("llava_patch.hosts.handles")
+    return None if module is None else module.get_handle(model)
 
 
 def is_host(cls: Any) -> bool:
@@ -60,7 +65,7 @@ def load(original: Any, cls: Any, path: Any, args: tuple, kwargs: dict[str, Any]
     with _construction(cls, _patch_new):
         model, info = original(cls, path, *args, output_loading_info=True, **kwargs)
     vars(model).pop(_IGNORED, None)
-    handle = startup.handle_of(model)
+    handle = handle_of(model)
     if handle is not None:
         from llava_patch.patching import checkpoint, tower_weights
 

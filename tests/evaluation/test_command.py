@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from llava_patch.core.resources import eval_tasks_dir
-from llava_patch.integrations.lmms_eval import command
-from llava_patch.integrations.lmms_eval.command import Command, evaluations
+from llava_patch.integrations.lmms_eval import asked, command
+from llava_patch.integrations.lmms_eval.asked import evaluations
+from llava_patch.integrations.lmms_eval.command import Command
 
 
 def involved(*words: str) -> bool:
@@ -310,12 +311,12 @@ def test_a_fault_of_ours_ends_no_evaluation_and_hides_no_failure(
     def faulty(*args: Any) -> bool:
         raise TypeError("unhashable")
 
-    monkeypatch.setattr(command, "_names_us", faulty)
+    monkeypatch.setattr(asked, "_names_us", faulty)
     run = start("--tasks", "pope")
     assert not command.involves_us() and "TypeError: unhashable" in str(run.failure())
     ran(GOOD)
     assert run.failure() is None
-    monkeypatch.setattr(command, "evaluations", faulty)
+    monkeypatch.setattr(asked, "evaluations", faulty)
     run = start("--tasks", "pope")
     ran(GOOD)
     assert "cannot be told (TypeError: unhashable)" in str(run.failure())

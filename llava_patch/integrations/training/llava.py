@@ -1,16 +1,19 @@
-"""What LLaVA's trainer gets of a patch: the patched model, and a callback that saves it with its records."""
+"""What LLaVA's training script gets of a patch: the patched model, what takes part in its Trainer, and records."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llava_patch.core.errors import SettingError
+from llava_patch.hosts import compat
 from llava_patch.integrations.training import fusion as fusion_trainer
 from llava_patch.integrations.training import stage1
 from llava_patch.integrations.training.auxiliary import trainer as auxiliary_trainer
+from llava_patch.integrations.training.extension import TrainerExtension, extend
 from llava_patch.settings import active
 from llava_patch.settings.methods import AUTO
 
@@ -22,15 +25,86 @@ OPERATIVE_FILE = "llava_patch_operative.gin"
 ADAPTER_FOLDER = "llava_patch_adapter"
 
 
-class Pending:
+class Pending(NamedTuple):
     """What `initialize_vision_modules` learned and the patch, applied when the Trainer is made, needs."""
 
-    def __init__(self, fresh: bool, projector: dict[str, Any] | None) -> None:
-        self.fresh = fresh
-        self.projector = projector
+    fresh: bool
+    projector: dict[str, Any] | None
 
 
 pending: dict[int, Pending] = {}
+
+
+def initialize_vision_modules(original: Callable[..., None], decoder: Any, model_args: Any, fsdp: Any) -> None:
+    """LLaVA's method of this name, in training: a fused projector's file is kept for the patch that comes later.
+
+    Args:
+        original: LLaVA's own.
+        decoder: its LlavaMetaModel.
+        model_args: of the script.
+        fsdp: likewise.
+
+    Raises:
+        CheckpointError: the projector's file is none, or was trained with another fusion than this run's.
+    """
+    asked, path = active.configuration(), model_args.pretrain_mm_mlp_adapter
+    projector = None
+    if path is not None:
+        projector = stage1.check_projector(path, stage1.fusion_of_run(asked, decoder.config))
+    if asked is None or not asked.patches:
+        return original(decoder, model_args, fsdp)
+    fresh = getattr(decoder, "mm_projector", None) is None and path is None
+    fused = projector is not None and not stage1.is_stock(projector, stage1.tower_width(decoder, model_args))
+    if fused:  # the stock layer cannot hold it: load it once the projector is widened
+        model_args.pretrain_mm_mlp_adapter = None
+    try:
+        original(decoder, model_args, fsdp)
+    finally:
+        model_args.pretrain_mm_mlp_adapter = path
+    pending[id(decoder)] = Pending(fresh, projector if fused else None)
+
+
+class PatchedRun:
+    """One LLaVATrainer whose model is patched, or whose flags gin brings: before it is made, and once it is."""
+
+    def __init__(self, given: dict[str, Any]) -> None:
+        """Patch the model, set what trains, and let the data carry the auxiliary loss's regions.
+
+        Args:
+            given: the Trainer's arguments by name: model, args, train_dataset, data_collator; data are replaced in it.
+
+        Raises:
+            SettingError: settings that this run cannot honour.
+        """
+        model, arguments = given["model"], given.get("args")
+        data = {name: given.get(name) for name in ("train_dataset", "data_collator")}
+        self._asked = active.configuration()
+        self._handle = prepare(model, arguments, data["train_dataset"], data["data_collator"])
+        auxiliary = None if self._handle is None else self._handle.auxiliary
+        self._has_head = auxiliary is not None and auxiliary.head is not None
+        if auxiliary is not None and self._has_head:
+            from llava_patch.integrations.training.auxiliary import llava_data
+
+            given["train_dataset"], given["data_collator"] = llava_data.wrap(auxiliary, **data)
+        compat.fix_zero3_dtypes(model, arguments)
+        self._gradients = None if self._asked is None else self._asked.measurements.get("Gradients")
+        if self._gradients is not None:
+            from llava_patch.integrations.training import gradients
+
+            gradients.check(model, arguments, self._gradients)
+
+    def extend(self, trainer: Any) -> None:
+        """Let everything that the run needs take part in it; what trains comes before what saves it."""
+        if self._has_head:
+            auxiliary_trainer.follow(trainer, release=True)
+        if self._gradients is not None:
+            from llava_patch.integrations.training import gradients
+
+            gradients.follow(trainer, self._gradients)
+        if self._handle is not None or (self._asked is not None and self._asked.flags):
+            extend(trainer, Records(self._handle))
+        if self._handle is not None:
+            extend(trainer, fusion_trainer.FusionTraining(self._handle))
 
 
 def prepare(model: Any, training_args: Any, dataset: Any, collator: Any) -> "Handle | None":
@@ -151,38 +225,39 @@ def _resolve_auto(
     return resolve_for_training(model, asked.routing, training_args, dataset, collator, settings)
 
 
-def make_callback(handle: "Handle | None") -> Any:
-    """The Trainer callback that writes records and, at the end, the adapter."""
-    from transformers import TrainerCallback
+class Records(TrainerExtension):
+    """Writes settings, operative config and (at the end) the adapter into the run's folder."""
 
-    class PatchCallback(TrainerCallback):
-        """Writes settings, operative config and (at the end) the adapter into the run's folder."""
+    def __init__(self, handle: "Handle | None") -> None:
+        """For a model's patch; None where gin brings flags alone."""
+        self._handle = handle
 
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def begin(self, state: Any) -> None:
+        """Write what the run is made with."""
+        self.save(state, Path(self.trainer.args.output_dir))
+
+    def save(self, state: Any, folder: Path) -> None:
+        """Write what the checkpoint was made with."""
+        if state.is_world_process_zero:
+            write_records(self._handle, folder)
+
+    def end(self, state: Any) -> None:
+        """Save the adapter where the checkpoint is not the better place for it."""
+        from llava_patch.hosts import lora, zero
+        from llava_patch.patching import checkpoint
+
+        handle = self._handle
+        if handle is None:
+            return
+        if lora.has_lora(handle.model):
             if state.is_world_process_zero:
-                write_records(handle, Path(args.output_dir))
-
-        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                print("llava_patch: no separate adapter beside LoRA: LLaVA's LoRA files hold our weights")
+        elif handle.trained_share() > 0.5:
             if state.is_world_process_zero:
-                write_records(handle, Path(args.output_dir) / f"checkpoint-{state.global_step}")
-
-        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if handle is None:
-                return
-            from llava_patch.hosts import lora, zero
-            from llava_patch.patching import checkpoint
-
-            if lora.has_lora(handle.model):
-                if state.is_world_process_zero:
-                    print("llava_patch: no separate adapter beside LoRA: LLaVA's LoRA files hold our weights")
-            elif handle.trained_share() > 0.5:
-                if state.is_world_process_zero:
-                    print("llava_patch: no separate adapter: most of the model was trained, and the checkpoint has it")
-            # Partitioned weights are put together by all ranks, of which the first one writes.
-            elif state.is_world_process_zero or zero.is_partitioned(handle.model.parameters()):
-                checkpoint.save(handle, Path(args.output_dir) / ADAPTER_FOLDER)
-
-    return PatchCallback()
+                print("llava_patch: no separate adapter: most of the model was trained, and the checkpoint has it")
+        # Partitioned weights are put together by all ranks, of which the first one writes.
+        elif state.is_world_process_zero or zero.is_partitioned(handle.model.parameters()):
+            checkpoint.save(handle, Path(self.trainer.args.output_dir) / ADAPTER_FOLDER)
 
 
 def write_records(handle: "Handle | None", folder: Path) -> None:

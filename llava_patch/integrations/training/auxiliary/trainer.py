@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from llava_patch.core.errors import SettingError
 from llava_patch.fusion import optimizer as optimizer_groups
 from llava_patch.hosts import compat, lora
 from llava_patch.integrations.training.auxiliary import state as head_file
+from llava_patch.integrations.training.extension import TrainerExtension, extend
 from llava_patch.patching.handle import get_handle
 from llava_patch.probe.auxiliary.regions import KEY
 
@@ -73,8 +73,8 @@ def follow(trainer: Any, *, release: bool = False) -> None:
     LLaVA's training script is followed without this call.
 
     Args:
-        trainer: before its `train()`; its instance attributes `log`, `create_optimizer` and `_load_from_checkpoint` are
-            replaced and a callback is added.
+        trainer: before its `train()`; its instance attributes `log` (in a run), `create_optimizer` and
+            `_load_from_checkpoint` are replaced and a callback is added.
         release: take the head off the model when training ends.
 
     Raises:
@@ -103,10 +103,7 @@ def follow(trainer: Any, *, release: bool = False) -> None:
     check(handle, trainer.args)
     if trainer.optimizer is not None:
         _check_optimizer(trainer.optimizer, auxiliary)
-    _follow_logs(trainer, auxiliary)
-    _follow_optimizer(trainer, auxiliary)
-    _follow_resume(trainer, handle)
-    trainer.add_callback(_callback(handle, release))
+    extend(trainer, AuxiliaryTraining(handle, release))
 
 
 def _check_dispatch(trainer: Any) -> None:
@@ -139,70 +136,43 @@ def _check_optimizer(optimizer: Any, auxiliary: Any) -> None:
         )
 
 
-def _follow_logs(trainer: Any, auxiliary: Any) -> None:
-    log = trainer.log
+class AuxiliaryTraining(TrainerExtension):
+    """Steps, logs, checkpoints and learning rate of one Trainer's auxiliary loss; made by `follow`."""
 
-    @functools.wraps(log)
-    def log_both(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs:
-            found = {name: round(value, 6) for name, value in auxiliary.take_logs().items()}
-            rest = {k: v for k, v in logs.items() if k != "loss"}
-            logs = {"loss": logs["loss"], **found, **rest}
-        log(logs, *args, **kwargs)
+    def __init__(self, handle: "Handle", release: bool) -> None:
+        """For a model whose loss has a head; see `follow`."""
+        assert handle.auxiliary is not None
+        self._handle, self._auxiliary, self._release = handle, handle.auxiliary, release
 
-    trainer.log = log_both
-
-
-def _follow_optimizer(trainer: Any, auxiliary: Any) -> None:
-    rate = auxiliary.settings.lr
-    if rate is None:
-        return
-    create = trainer.create_optimizer
-
-    @functools.wraps(create)
-    def create_optimizer(*args: Any, **kwargs: Any) -> Any:
-        made = trainer.optimizer is None
-        optimizer = create(*args, **kwargs)
-        if made and auxiliary.head is not None:  # LLaVA's trainer has done it before a warm-up counts the groups
-            own = {id(p) for p in auxiliary.head.parameters()}
+    def arrange(self, optimizer: Any) -> None:
+        """Give the head its own learning rate."""
+        rate, head = self._auxiliary.settings.lr, self._auxiliary.head
+        if rate is not None and head is not None:
+            own = {id(p) for p in head.parameters()}
             optimizer.param_groups[:] = optimizer_groups.apart(optimizer.param_groups, own, rate)
-        return optimizer
 
-    trainer.create_optimizer = create_optimizer
+    def load(self, folder: Path) -> None:
+        """Bring the head back, which DeepSpeed does with its own state."""
+        compat.load_renamed(self._handle.model, folder)
+        head_file.load(self._handle, folder)
 
+    def begin_step(self, state: Any, optimizer: Any) -> None:
+        """Say which step it is: not every one computes the loss."""
+        self._auxiliary.begin_step(state.global_step)
 
-def _follow_resume(trainer: Any, handle: "Handle") -> None:
-    original = trainer._load_from_checkpoint  # DeepSpeed brings the head back with its own state
+    def log(self, logs: dict[str, float]) -> dict[str, float]:
+        """Put the parts of the loss beside it."""
+        if "loss" not in logs:
+            return logs
+        found = {name: round(value, 6) for name, value in self._auxiliary.take_logs().items()}
+        return {"loss": logs["loss"], **found, **{k: v for k, v in logs.items() if k != "loss"}}
 
-    @functools.wraps(original)
-    def load_head_too(resume_from_checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
-        loaded = original(resume_from_checkpoint, *args, **kwargs)
-        compat.load_renamed(handle.model, Path(resume_from_checkpoint))
-        head_file.load(handle, Path(resume_from_checkpoint))
-        return loaded
+    def save(self, state: Any, folder: Path) -> None:
+        """Write the head beside a checkpoint."""
+        head_file.save(self._handle, folder, state.is_world_process_zero)
 
-    trainer._load_from_checkpoint = load_head_too
-
-
-def _callback(handle: "Handle", release: bool) -> Any:
-    from transformers import TrainerCallback
-
-    assert handle.auxiliary is not None
-    auxiliary = handle.auxiliary
-
-    class AuxiliaryCallback(TrainerCallback):
-        """Tells the loss which step it is, and saves its head."""
-
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            auxiliary.begin_step(state.global_step)
-
-        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            head_file.save(handle, folder, state.is_world_process_zero)
-
-        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            head_file.save(handle, Path(args.output_dir), state.is_world_process_zero)
-            if release:
-                auxiliary.release()
-
-    return AuxiliaryCallback()
+    def end(self, state: Any) -> None:
+        """Write the head beside the run's result."""
+        self.save(state, Path(self.trainer.args.output_dir))
+        if self._release:
+            self._auxiliary.release()

@@ -20,7 +20,7 @@ from torch import nn
 from llava_patch.integrations.lmms_eval import command
 from llava_patch.integrations.lmms_eval.command import EvaluationFailure
 
-_MARK = "_llava_patch_loud"
+_MARK = "_llava_patch_fails_fast"
 _MAIN = ("lmms_eval.__main__", "__main__")  # `python -m lmms_eval` runs it under the second name, in some versions
 
 
@@ -37,7 +37,7 @@ def install() -> None:
 
     What is wrapped already, or not loaded, is left as it is.
     """
-    _wrap("lmms_eval.evaluator", evaluate=_loud_evaluate, simple_evaluate=_loud_simple_evaluate)
+    _wrap("lmms_eval.evaluator", evaluate=_checked_evaluate, simple_evaluate=_checked_simple_evaluate)
     for name in _MAIN:
         if hasattr(sys.modules.get(name), "cli_evaluate"):
             _wrap(name, cli_evaluate=_checked_command, make_table=_noted_table)
@@ -53,7 +53,7 @@ def _wrap(module_name: str, **wrappers: Callable[..., Any]) -> None:
             setattr(module, name, wrapped)
 
 
-def _loud_evaluate(original: Callable[..., Any]) -> Callable[..., Any]:
+def _checked_evaluate(original: Callable[..., Any]) -> Callable[..., Any]:
     def evaluate(*args: Any, **kwargs: Any) -> Any:
         from llava_patch.integrations.lmms_eval import cache
 
@@ -93,7 +93,7 @@ def _loud_evaluate(original: Callable[..., Any]) -> Callable[..., Any]:
     return evaluate
 
 
-def _loud_simple_evaluate(original: Callable[..., Any]) -> Callable[..., Any]:
+def _checked_simple_evaluate(original: Callable[..., Any]) -> Callable[..., Any]:
     def simple_evaluate(*args: Any, **kwargs: Any) -> Any:
         arguments = kwargs.get("cli_args")
         command.began(arguments)
