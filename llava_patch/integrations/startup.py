@@ -108,12 +108,12 @@ def _wrap_trainer_init(cls: Any, undo: UndoStack) -> None:
 
                 compat.fix_zero3_dtypes(model, given.get("args"))
             return original(self, *args, **kwargs)
-        from llava_patch.integrations.training.llava import PatchedRun
+        from llava_patch.integrations.training.llava import prepare_run
 
-        run = PatchedRun(given)
+        attach = prepare_run(given)
         first = [given.pop(name) for name in names]
         original(self, *first, *args[len(names) :], **given)
-        run.extend(self)
+        attach(self)
 
     undo.set_attribute(cls, "__init__", __init__)
 
@@ -133,9 +133,9 @@ def _on_llava_arch(module: ModuleType, undo: UndoStack) -> None:
     def initialize_vision_modules(self: Any, model_args: Any, fsdp: Any = None) -> None:
         if not active.training():
             return original(self, model_args, fsdp)
-        from llava_patch.integrations.training import llava
+        from llava_patch.integrations.training import stage1
 
-        llava.initialize_vision_modules(original, self, model_args, fsdp)
+        stage1.initialize_vision_modules(original, self, model_args, fsdp)
 
     undo.set_attribute(cls, "initialize_vision_modules", initialize_vision_modules)
 
@@ -163,21 +163,21 @@ def _on_modeling_utils(module: ModuleType, undo: UndoStack) -> None:
     def from_pretrained(model_class: Any, path: Any = None, *args: Any, **kwargs: Any) -> Any:
         from llava_patch.hosts import compat
 
+        call = loading.Loading(original, model_class, path, args, kwargs)
         if loading.is_bare(model_class):
-            return loading.load_stock(original, model_class, path, args, kwargs, loading.bare_refusal(model_class))
+            return loading.load_stock(call, loading.bare_refusal(model_class))
         if not loading.is_host(model_class):
             if active.asked():
                 loading.say_unpatched(model_class)
-            return original(model_class, path, *args, **kwargs)
+            return call.stock()
         active.take_flags_from_command_line()  # of a script of one's own that leaves unknown ones alone
         if compat.unsupported() is not None:
             if active.asked():
                 compat.check_versions()
-            why = f"which cannot be applied: {compat.unsupported()}"
-            return loading.load_stock(original, model_class, path, args, kwargs, why)
+            return loading.load_stock(call, f"which cannot be applied: {compat.unsupported()}")
         if _mends():
             compat.flash_fallback(kwargs)
-        return loading.load(original, model_class, path, args, kwargs)
+        return loading.load(call)
 
     undo.set_attribute(cls, "from_pretrained", classmethod(from_pretrained))
 

@@ -18,7 +18,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,12 +53,7 @@ class Evaluation:
     complete: bool = False
     before: frozenset[Any] = frozenset()
 
-    def begin(self, arguments: Any) -> None:
-        """It runs, maybe once more: what came of it before no longer counts."""
-        self.arguments, self.outcome, self.complete = arguments, None, False
-        self.before = _results_files(self.asked.get("output_path"))
-
-    def looks_like(self, arguments: Any) -> bool:
+    def is_like(self, arguments: Any) -> bool:
         """Whether parsed arguments may be this evaluation's."""
         names = {"model", "tasks", "model_args", "output_path"} & set(self.asked)
         return all(getattr(arguments, name, None) == self.asked[name] for name in names)
@@ -120,13 +115,31 @@ class Command:
             self.ours = self.ours or asked_for.involves_us(self.words, [one.asked for one in self.evaluations])
         return self.ours
 
-    def evaluation(self, arguments: Any) -> Evaluation | None:
+    def began(self, arguments: Any) -> None:
+        """An evaluation begins, with these parsed arguments; maybe once more, and what came of it no longer counts."""
+        with self.doubting():
+            for one in self._evaluation(arguments):
+                one.arguments, one.outcome, one.complete = arguments, None, False
+                one.before = _results_files(one.asked.get("output_path"))
+
+    def ended(self, arguments: Any, outcome: dict[str, Any] | Exception | None, complete: bool = False) -> None:
+        """An evaluation ended, with results or an exception, and complete if lmms-eval has nothing left to do in it."""
+        with self.doubting():
+            for one in self._evaluation(arguments):
+                one.outcome, one.complete = outcome, complete
+
+    def printed(self, results: dict[str, Any]) -> None:
+        """lmms-eval prints the table of results, the last thing that it does with them."""
+        with self.doubting():
+            for one in self.evaluations:
+                one.complete |= one.outcome is results
+
+    def _evaluation(self, arguments: Any) -> list[Evaluation]:
         """The evaluation that has these parsed arguments; where several look alike, the first that has not run."""
         if len(self.evaluations) == 1:
-            return self.evaluations[0]
+            return self.evaluations
         known = [one for one in self.evaluations if arguments is not None and one.arguments is arguments]
-        alike = (one for one in self.evaluations if one.arguments is None and one.looks_like(arguments))
-        return known[0] if known else next(alike, None)
+        return known or [one for one in self.evaluations if one.arguments is None and one.is_like(arguments)][:1]
 
     def why_failed(self) -> str | None:
         """What went wrong, in one line; None when all that was asked for is there."""
@@ -147,62 +160,9 @@ class Command:
         return why and f"llava_patch: this evaluation failed: {why}; the command was: {self.line}"
 
 
-# --- what the wrappers around lmms-eval tell the command that runs now ------------------------------------------------
-
-
-def involves_us() -> bool:
-    """Whether this process runs an lmms-eval command that llava_patch takes part in."""
-    return _current is not None and _current.involves_us()
-
-
-def seen() -> None:
-    """A patched model, or a task of ours, is being evaluated."""
-    if _current is not None:
-        _current.ours = True
-
-
-def doubted(error: Exception) -> None:
-    """It cannot be told whether a model is patched or a task ours."""
-    if _current is not None:
-        _current.doubt = error
-
-
-def _noting(note: Callable[..., None]) -> Callable[..., None]:
-    """Make a function that notes something in the current command, if there is one, and raises nothing."""
-
-    @functools.wraps(note)
-    def noted(*args: Any, **kwargs: Any) -> None:
-        if _current is not None:
-            with _current.doubting():
-                note(_current, *args, **kwargs)
-
-    return noted
-
-
-@_noting
-def began(run: Command, arguments: Any) -> None:
-    """An evaluation begins, with these parsed arguments."""
-    evaluation = run.evaluation(arguments)
-    if evaluation is not None:
-        evaluation.begin(arguments)
-
-
-@_noting
-def ended(run: Command, arguments: Any, outcome: dict[str, Any] | Exception | None, complete: bool = False) -> None:
-    """An evaluation ended, with results or an exception, and complete if lmms-eval has nothing left to do in it."""
-    evaluation = run.evaluation(arguments)
-    if evaluation is not None:
-        evaluation.outcome, evaluation.complete = outcome, complete
-
-
-@_noting
-def printed(run: Command, results: dict[str, Any]) -> None:
-    """lmms-eval prints the table of results, the last thing that it does with them."""
-    for evaluation in run.evaluations:
-        evaluation.complete |= evaluation.outcome is results
-
-
-# --- the command of this process --------------------------------------------------------------------------------------
+def current() -> Command:
+    """The command that this process runs; one that asks for nothing where there is none."""
+    return _current or Command("", ())
 
 
 def watch() -> None:
@@ -216,10 +176,7 @@ def watch() -> None:
 
 @contextlib.contextmanager
 def called(arguments: Any = None) -> Iterator[None]:
-    """Around lmms-eval's `cli_evaluate`, called by its command or by a program of one's own.
-
-    Args:
-        arguments: the parsed arguments that a program may give it.
+    """Around lmms-eval's `cli_evaluate`, called by its command or by a program, which may give it parsed arguments.
 
     Raises:
         SystemExit: the command failed.

@@ -7,7 +7,7 @@ extensions there are, and only where one has something to do there.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,11 @@ from transformers import TrainerCallback
 
 from llava_patch.core.undo import UndoStack
 
-_LASTING = {"create_optimizer": "arrange", "_load_optimizer_and_scheduler": "resume", "_load_from_checkpoint": "load"}
-_IN_A_RUN = {"training_step": "training_step", "log": "log"}
-"""A Trainer's methods and the points that they are replaced for: for good, and from a run's beginning to its end."""
-_EXTENDED = "_llava_patch_extended"
-
 
 class TrainerExtension:
     """Something that takes part in a Trainer's runs; it overrides the points at which it has something to do.
+
+    Every rank comes to every point. `state` is the Trainer's TrainerState.
 
     Attributes:
         trainer: the Trainer, from `extend` on.
@@ -33,11 +30,8 @@ class TrainerExtension:
     def arrange(self, optimizer: Any) -> None:
         """The Trainer has made its optimizer, whose groups neither a scheduler nor DeepSpeed has read."""
 
-    def load(self, folder: Path) -> None:
-        """The model's weights were read from this checkpoint (DeepSpeed reads its own, without this point)."""
-
     def resume(self, folder: Path | None) -> None:
-        """The run goes on from this checkpoint, or is a new one."""
+        """The run goes on from this checkpoint, whose weights are there, or is a new one."""
 
     def begin(self, state: Any) -> None:
         """A run begins."""
@@ -53,112 +47,94 @@ class TrainerExtension:
         """An optimizer step ended; it is number `state.global_step`."""
 
     def log(self, logs: dict[str, float]) -> dict[str, float]:
-        """What the Trainer logs, to be changed here."""
+        """What the Trainer logs; what this returns is logged."""
         return logs
 
     def save(self, state: Any, folder: Path) -> None:
-        """The Trainer has written a checkpoint; every rank comes here."""
+        """The Trainer has written a checkpoint."""
 
     def end(self, state: Any) -> None:
-        """The run ends; every rank comes here."""
+        """The run ends."""
 
 
 def extend(trainer: Any, extension: TrainerExtension) -> None:
     """Let an extension take part in a Trainer's runs, after those that do already.
 
-    Modifications: a callback is added, once, and instance attributes of the Trainer are replaced: those of
-    `create_optimizer`, `_load_optimizer_and_scheduler` and `_load_from_checkpoint` for good, those of `training_step`
-    and `log` from a run's beginning to its end.
+    Modifications: a callback is added, once. Where an extension has something to do there, instance attributes of the
+    Trainer are replaced: `create_optimizer` and `_load_optimizer_and_scheduler` for good, `training_step` and `log`
+    from a run's beginning to its end.
     """
-    extended = vars(trainer).get(_EXTENDED)
-    if extended is None:
-        extended = _Extended(trainer)
-        setattr(trainer, _EXTENDED, extended)
-        trainer.add_callback(_Callback(extended))
+    callbacks = (one for one in trainer.callback_handler.callbacks if isinstance(one, _Extensions))
+    extensions = next(callbacks, None)
+    if extensions is None:
+        extensions = _Extensions(trainer)
+        trainer.add_callback(extensions)
     extension.trainer = trainer
-    extended.extensions.append(extension)
-    extended.replace(_LASTING, UndoStack())
+    extensions.members.append(extension)
+    extensions.replace({"create_optimizer": "arrange", "_load_optimizer_and_scheduler": "resume"}, UndoStack())
 
 
-class _Extended:
-    """A Trainer with its extensions; its methods below stand for the Trainer's own of the same names."""
+class _Extensions(TrainerCallback):
+    """A Trainer's extensions; the methods that bear the names of the Trainer's own stand for these."""
 
     def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-        self.extensions: list[TrainerExtension] = []
-        self.run = UndoStack()
+        self.members: list[TrainerExtension] = []
+        self._trainer = trainer
+        self._run = UndoStack()
         self._replaced: set[str] = set()
 
-    def replace(self, methods: Mapping[str, str], undo: UndoStack) -> None:
-        """Put ours in the place of the methods at whose points an extension takes part."""
+    def replace(self, methods: dict[str, str], undo: UndoStack) -> None:
+        """Put ours in the place of the Trainer's methods, {name: point}, at whose points an extension takes part."""
         for name, point in methods.items():
-            wanted = any(getattr(type(one), point) is not getattr(TrainerExtension, point) for one in self.extensions)
+            wanted = any(getattr(type(one), point) is not getattr(TrainerExtension, point) for one in self.members)
             if wanted and name not in self._replaced:
-                original = getattr(self.trainer, name)
+                original = getattr(self._trainer, name)
                 ours = functools.wraps(original)(functools.partial(getattr(self, name), original))
-                undo.set_attribute(self.trainer, name, ours)
+                undo.set_attribute(self._trainer, name, ours)
                 self._replaced.add(name)
                 undo.push(functools.partial(self._replaced.discard, name))
 
     def create_optimizer(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        made = self.trainer.optimizer is None
+        made = self._trainer.optimizer is None
         optimizer = original(*args, **kwargs)
-        for extension in self.extensions if made else ():
-            extension.arrange(optimizer)
+        for one in self.members if made else ():
+            one.arrange(optimizer)
         return optimizer
 
-    def _load_optimizer_and_scheduler(
-        self, original: Callable[..., Any], checkpoint: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        for extension in self.extensions:
-            extension.resume(None if checkpoint is None else Path(checkpoint))
-        return original(checkpoint, *args, **kwargs)
-
-    def _load_from_checkpoint(
-        self, original: Callable[..., Any], resume_from_checkpoint: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        loaded = original(resume_from_checkpoint, *args, **kwargs)
-        for extension in self.extensions:
-            extension.load(Path(resume_from_checkpoint))
-        return loaded
+    def _load_optimizer_and_scheduler(self, original: Callable[..., Any], checkpoint: Any) -> Any:
+        for one in self.members:
+            one.resume(None if checkpoint is None else Path(checkpoint))
+        return original(checkpoint)
 
     def training_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        step = original
-        for extension in self.extensions:
-            step = functools.partial(extension.training_step, step)
-        return step(*args, **kwargs)
+        for one in self.members:
+            original = functools.partial(one.training_step, original)
+        return original(*args, **kwargs)
 
     def log(self, original: Callable[..., Any], logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        for extension in self.extensions:
-            logs = extension.log(logs)
+        for one in self.members:
+            logs = one.log(logs)
         original(logs, *args, **kwargs)
 
-
-class _Callback(TrainerCallback):
-    """Brings the Trainer's callbacks to its extensions, in their order."""
-
-    def __init__(self, extended: _Extended) -> None:
-        self._extended = extended
-
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._extended.run.unwind()  # of a run that was broken off
-        self._extended.replace(_IN_A_RUN, self._extended.run)
-        for extension in self._extended.extensions:
-            extension.begin(state)
+        self._run.unwind()  # of a run that was broken off
+        self.replace({"training_step": "training_step", "log": "log"}, self._run)
+        for one in self.members:
+            one.begin(state)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for extension in self._extended.extensions:
-            extension.begin_step(state, kwargs.get("optimizer"))
+        for one in self.members:
+            one.begin_step(state, kwargs.get("optimizer"))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for extension in self._extended.extensions:
-            extension.end_step(state)
+        for one in self.members:
+            one.end_step(state)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for extension in self._extended.extensions:
-            extension.save(state, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        for one in self.members:
+            one.save(state, Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for extension in self._extended.extensions:
-            extension.end(state)
-        self._extended.run.unwind()
+        for one in self.members:
+            one.end(state)
+        self._run.unwind()

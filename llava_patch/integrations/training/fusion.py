@@ -18,11 +18,7 @@ ZERO_STAGES = (1, 2, 3)
 
 
 def check(handle: "Handle", training_args: Any) -> None:
-    """Refuse settings that this run cannot honour, before anything is written.
-
-    Args:
-        handle: the model's patch, with requires_grad as it will be.
-        training_args: the Trainer's arguments.
+    """Refuse settings that this run cannot honour, before anything is written; requires_grad is as it will be.
 
     Raises:
         SettingError: names the setting and the flag that stands against it.

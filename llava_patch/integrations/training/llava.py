@@ -6,108 +6,74 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
+
+from transformers import set_seed
 
 from llava_patch.core.errors import SettingError
-from llava_patch.hosts import compat
+from llava_patch.hosts import anatomy, compat, lora, zero
 from llava_patch.integrations.training import fusion as fusion_trainer
+from llava_patch.integrations.training import gradients as gradients_trainer
 from llava_patch.integrations.training import stage1
+from llava_patch.integrations.training.auto_split import resolve_for_training
+from llava_patch.integrations.training.auxiliary import data as region_data
 from llava_patch.integrations.training.auxiliary import trainer as auxiliary_trainer
 from llava_patch.integrations.training.extension import TrainerExtension, extend
+from llava_patch.measurements.saturation import Saturation
+from llava_patch.patching import checkpoint
+from llava_patch.patching.handle import Handle, get_handle
+from llava_patch.patching.patch import patch
+from llava_patch.routing.side_branch import SIDE_BRANCH, copy_layers
 from llava_patch.settings import active
 from llava_patch.settings.methods import AUTO
 
 if TYPE_CHECKING:
-    from llava_patch.patching.handle import Handle
     from llava_patch.settings.gin_config import Configuration
 
 OPERATIVE_FILE = "llava_patch_operative.gin"
 ADAPTER_FOLDER = "llava_patch_adapter"
 
 
-class Pending(NamedTuple):
-    """What `initialize_vision_modules` learned and the patch, applied when the Trainer is made, needs."""
-
-    fresh: bool
-    projector: dict[str, Any] | None
-
-
-pending: dict[int, Pending] = {}
-
-
-def initialize_vision_modules(original: Callable[..., None], decoder: Any, model_args: Any, fsdp: Any) -> None:
-    """LLaVA's method of this name, in training: a fused projector's file is kept for the patch that comes later.
+def prepare_run(given: dict[str, Any]) -> Callable[[Any], None]:
+    """What a LLaVATrainer gets whose model is patched, or whose flags gin brings.
 
     Args:
-        original: LLaVA's own.
-        decoder: its LlavaMetaModel.
-        model_args: of the script.
-        fsdp: likewise.
+        given: the arguments that the Trainer is made with, by name (model, args, train_dataset, data_collator); in it
+            data are replaced by such that carry the auxiliary loss's regions.
+
+    Returns:
+        To be called with the Trainer once it is made: lets everything that the run needs take part in it.
 
     Raises:
-        CheckpointError: the projector's file is none, or was trained with another fusion than this run's.
+        SettingError: settings that this run cannot honour.
     """
-    asked, path = active.configuration(), model_args.pretrain_mm_mlp_adapter
-    projector = None
-    if path is not None:
-        projector = stage1.check_projector(path, stage1.fusion_of_run(asked, decoder.config))
-    if asked is None or not asked.patches:
-        return original(decoder, model_args, fsdp)
-    fresh = getattr(decoder, "mm_projector", None) is None and path is None
-    fused = projector is not None and not stage1.is_stock(projector, stage1.tower_width(decoder, model_args))
-    if fused:  # the stock layer cannot hold it: load it once the projector is widened
-        model_args.pretrain_mm_mlp_adapter = None
-    try:
-        original(decoder, model_args, fsdp)
-    finally:
-        model_args.pretrain_mm_mlp_adapter = path
-    pending[id(decoder)] = Pending(fresh, projector if fused else None)
+    model, arguments, asked = given["model"], given.get("args"), active.configuration()
+    data = {name: given.get(name) for name in ("train_dataset", "data_collator")}
+    handle = prepare(model, arguments, data["train_dataset"], data["data_collator"])
+    auxiliary = (
+        None if handle is None or handle.auxiliary is None or handle.auxiliary.head is None else handle.auxiliary
+    )
+    if auxiliary is not None:
+        given["train_dataset"], given["data_collator"] = region_data.wrap(auxiliary, **data)
+    compat.fix_zero3_dtypes(model, arguments)
+    gradients = None if asked is None else asked.measurements.get("Gradients")
+    if gradients is not None:
+        gradients_trainer.check(model, arguments, gradients)
+
+    def attach(trainer: Any) -> None:
+        if auxiliary is not None:
+            auxiliary_trainer.follow(trainer, release=True)  # before what saves the model that was trained
+        if gradients is not None:
+            gradients_trainer.follow(trainer, gradients)
+        if handle is not None or (asked is not None and asked.flags):
+            extend(trainer, Records(handle))
+        if handle is not None:
+            extend(trainer, fusion_trainer.FusionTraining(handle))
+
+    return attach
 
 
-class PatchedRun:
-    """One LLaVATrainer whose model is patched, or whose flags gin brings: before it is made, and once it is."""
-
-    def __init__(self, given: dict[str, Any]) -> None:
-        """Patch the model, set what trains, and let the data carry the auxiliary loss's regions.
-
-        Args:
-            given: the Trainer's arguments by name: model, args, train_dataset, data_collator; data are replaced in it.
-
-        Raises:
-            SettingError: settings that this run cannot honour.
-        """
-        model, arguments = given["model"], given.get("args")
-        data = {name: given.get(name) for name in ("train_dataset", "data_collator")}
-        self._asked = active.configuration()
-        self._handle = prepare(model, arguments, data["train_dataset"], data["data_collator"])
-        auxiliary = None if self._handle is None else self._handle.auxiliary
-        self._has_head = auxiliary is not None and auxiliary.head is not None
-        if auxiliary is not None and self._has_head:
-            from llava_patch.integrations.training.auxiliary import llava_data
-
-            given["train_dataset"], given["data_collator"] = llava_data.wrap(auxiliary, **data)
-        compat.fix_zero3_dtypes(model, arguments)
-        self._gradients = None if self._asked is None else self._asked.measurements.get("Gradients")
-        if self._gradients is not None:
-            from llava_patch.integrations.training import gradients
-
-            gradients.check(model, arguments, self._gradients)
-
-    def extend(self, trainer: Any) -> None:
-        """Let everything that the run needs take part in it; what trains comes before what saves it."""
-        if self._has_head:
-            auxiliary_trainer.follow(trainer, release=True)
-        if self._gradients is not None:
-            from llava_patch.integrations.training import gradients
-
-            gradients.follow(trainer, self._gradients)
-        if self._handle is not None or (self._asked is not None and self._asked.flags):
-            extend(trainer, Records(self._handle))
-        if self._handle is not None:
-            extend(trainer, fusion_trainer.FusionTraining(self._handle))
-
-
-def prepare(model: Any, training_args: Any, dataset: Any, collator: Any) -> "Handle | None":
+def prepare(model: Any, training_args: Any, dataset: Any, collator: Any) -> Handle | None:
     """Patch the Trainer's model as configured and set what trains.
 
     Args:
@@ -122,8 +88,6 @@ def prepare(model: Any, training_args: Any, dataset: Any, collator: Any) -> "Han
     Raises:
         SettingError: settings that this run cannot honour.
     """
-    from llava_patch.patching.handle import get_handle
-
     asked = active.configuration()
     handle = get_handle(model)
     if asked is not None and asked.patches:
@@ -163,16 +127,13 @@ def prepare(model: Any, training_args: Any, dataset: Any, collator: Any) -> "Han
     return handle
 
 
-def _train_side_branch_in_full(model: Any, handle: "Handle") -> None:
+def _train_side_branch_in_full(model: Any, handle: Handle) -> None:
     """Keep peft's LoRA and the side branch apart.
 
     LLaVA's script puts LoRA on every Linear, of a model that was loaded patched on the side branch's too: it is taken
     off again. The branch is then saved with LLaVA's other non-LoRA weights, and the adapter's config says that LoRA
     leaves it out, or peft would look for its matrices when LLaVA's loader applies the adapter.
     """
-    from llava_patch.hosts import lora
-    from llava_patch.routing.side_branch import SIDE_BRANCH, copy_layers
-
     branch = getattr(handle.anatomy.decoder, SIDE_BRANCH, None)
     if branch is None:
         return
@@ -183,16 +144,9 @@ def _train_side_branch_in_full(model: Any, handle: "Handle") -> None:
             config.exclude_modules = rf".*\.{SIDE_BRANCH}\..*"
 
 
-def _patch_for_training(
-    model: Any, training_args: Any, asked: "Configuration", dataset: Any, collator: Any
-) -> "Handle":
-    from transformers import set_seed
-
-    from llava_patch.hosts import anatomy
-    from llava_patch.patching.patch import patch
-
+def _patch_for_training(model: Any, training_args: Any, asked: "Configuration", dataset: Any, collator: Any) -> Handle:
     found = anatomy.find(model)
-    noted = pending.pop(id(found.decoder), None)
+    noted = stage1.pending.pop(id(found.decoder), None)
     fresh = noted is not None and noted.fresh
     methods = asked.methods()
     set_seed(getattr(training_args, "seed", 42))
@@ -212,9 +166,6 @@ def _auto_split(asked: "Configuration") -> bool:
 def _resolve_auto(
     model: Any, training_args: Any, asked: "Configuration", dataset: Any, collator: Any, fresh: bool
 ) -> Any:
-    from llava_patch.integrations.training.auto_split import resolve_for_training
-    from llava_patch.measurements.saturation import Saturation
-
     if fresh:
         raise SettingError(
             'Routing.split = "auto" measures how the model reads images, but its projector is new: leave Routing out '
@@ -228,7 +179,7 @@ def _resolve_auto(
 class Records(TrainerExtension):
     """Writes settings, operative config and (at the end) the adapter into the run's folder."""
 
-    def __init__(self, handle: "Handle | None") -> None:
+    def __init__(self, handle: Handle | None) -> None:
         """For a model's patch; None where gin brings flags alone."""
         self._handle = handle
 
@@ -243,9 +194,6 @@ class Records(TrainerExtension):
 
     def end(self, state: Any) -> None:
         """Save the adapter where the checkpoint is not the better place for it."""
-        from llava_patch.hosts import lora, zero
-        from llava_patch.patching import checkpoint
-
         handle = self._handle
         if handle is None:
             return
@@ -260,10 +208,8 @@ class Records(TrainerExtension):
             checkpoint.save(handle, Path(self.trainer.args.output_dir) / ADAPTER_FOLDER)
 
 
-def write_records(handle: "Handle | None", folder: Path) -> None:
+def write_records(handle: Handle | None, folder: Path) -> None:
     """Write a patch's settings, if there is one, and gin's operative config into a run's or checkpoint's folder."""
-    from llava_patch.patching import checkpoint
-
     if handle is not None:
         record = {**handle.settings(), "form": "full"}
         checkpoint.write_text(folder / checkpoint.SETTINGS_FILE, json.dumps(record, indent=2) + "\n")

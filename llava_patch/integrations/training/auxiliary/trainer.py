@@ -1,25 +1,33 @@
-"""The auxiliary loss under a Trainer of transformers, LLaVA's included: steps, logs, checkpoints, learning rate."""
+"""The auxiliary loss under a Trainer of transformers, LLaVA's included: steps, logs, checkpoints, learning rate.
+
+The head is no part of the model that is saved: it lies beside each checkpoint, for the run that goes on from it.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.utils.data import IterableDataset
 
-from llava_patch.core.errors import SettingError
+from llava_patch.core.errors import CheckpointError, SettingError
+from llava_patch.core.files import atomic
 from llava_patch.fusion import optimizer as optimizer_groups
-from llava_patch.hosts import compat, lora
-from llava_patch.integrations.training.auxiliary import state as head_file
+from llava_patch.hosts import compat, lora, zero
 from llava_patch.integrations.training.extension import TrainerExtension, extend
-from llava_patch.patching.handle import get_handle
+from llava_patch.patching.checkpoint import base_fingerprint, check_fingerprint
+from llava_patch.patching.handle import Handle, get_handle
+from llava_patch.probe.auxiliary.attach import HEAD
 from llava_patch.probe.auxiliary.regions import KEY
 
-if TYPE_CHECKING:
-    from llava_patch.patching.handle import Handle
+FILE = "llava_patch_rprobe.safetensors"
 
 
-def check(handle: "Handle", training_args: Any) -> None:
+def check(handle: Handle, training_args: Any) -> None:
     """Refuse what this run cannot honour, before anything is written.
 
     Args:
@@ -74,7 +82,7 @@ def follow(trainer: Any, *, release: bool = False) -> None:
 
     Args:
         trainer: before its `train()`; its instance attributes `log` (in a run), `create_optimizer` and
-            `_load_from_checkpoint` are replaced and a callback is added.
+            `_load_optimizer_and_scheduler` are replaced and a callback is added.
         release: take the head off the model when training ends.
 
     Raises:
@@ -139,7 +147,7 @@ def _check_optimizer(optimizer: Any, auxiliary: Any) -> None:
 class AuxiliaryTraining(TrainerExtension):
     """Steps, logs, checkpoints and learning rate of one Trainer's auxiliary loss; made by `follow`."""
 
-    def __init__(self, handle: "Handle", release: bool) -> None:
+    def __init__(self, handle: Handle, release: bool) -> None:
         """For a model whose loss has a head; see `follow`."""
         assert handle.auxiliary is not None
         self._handle, self._auxiliary, self._release = handle, handle.auxiliary, release
@@ -151,10 +159,12 @@ class AuxiliaryTraining(TrainerExtension):
             own = {id(p) for p in head.parameters()}
             optimizer.param_groups[:] = optimizer_groups.apart(optimizer.param_groups, own, rate)
 
-    def load(self, folder: Path) -> None:
+    def resume(self, folder: Path | None) -> None:
         """Bring the head back, which DeepSpeed does with its own state."""
+        if folder is None or self.trainer.is_deepspeed_enabled:
+            return
         compat.load_renamed(self._handle.model, folder)
-        head_file.load(self._handle, folder)
+        load_head(self._handle, folder)
 
     def begin_step(self, state: Any, optimizer: Any) -> None:
         """Say which step it is: not every one computes the loss."""
@@ -169,10 +179,78 @@ class AuxiliaryTraining(TrainerExtension):
 
     def save(self, state: Any, folder: Path) -> None:
         """Write the head beside a checkpoint."""
-        head_file.save(self._handle, folder, state.is_world_process_zero)
+        save_head(self._handle, folder, state.is_world_process_zero)
 
     def end(self, state: Any) -> None:
         """Write the head beside the run's result."""
         self.save(state, Path(self.trainer.args.output_dir))
         if self._release:
             self._auxiliary.release()
+
+
+def save_head(handle: Handle, folder: Path, writes: bool) -> None:
+    """Write the head; with weights that DeepSpeed ZeRO-3 has partitioned every rank must call this.
+
+    Args:
+        handle: of the model that trains.
+        folder: a checkpoint's or the run's.
+        writes: whether this rank writes.
+    """
+    auxiliary = handle.auxiliary
+    if auxiliary is None or auxiliary.head is None:
+        return
+    partitioned = zero.is_partitioned(handle.model.parameters())
+    if not writes and not partitioned:
+        return
+    tensors = {}
+    for name, parameter in auxiliary.head.named_parameters():
+        with zero.gathered([parameter]):
+            if writes:
+                tensors[name] = parameter.detach().to("cpu", copy=True).contiguous()
+    fingerprint = _fingerprint(handle)
+    if writes:
+        about = {"settings": json.dumps(handle.settings()["probe"]), "fingerprint": json.dumps(fingerprint)}
+        with atomic(folder / FILE) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt", **about})
+
+
+def load_head(handle: Handle, folder: Path) -> None:
+    """Bring the head back from a checkpoint of the same run.
+
+    Raises:
+        CheckpointError: no head there, of another shape, or trained beside another model.
+    """
+    auxiliary = handle.auxiliary
+    if auxiliary is None or auxiliary.head is None:
+        return
+    path = folder / FILE
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path}: the run goes on from a checkpoint without the auxiliary loss's head: it was trained without "
+            "AuxiliaryProbe (start into another --output_dir), or the file is lost"
+        )
+    parameters = dict(auxiliary.head.named_parameters())
+    with safe_open(path, framework="pt") as stream, torch.no_grad():
+        check_fingerprint(handle.model, json.loads((stream.metadata() or {}).get("fingerprint", "{}")), path)
+        there = {name: tuple(stream.get_slice(name).get_shape()) for name in stream.keys()}  # noqa: SIM118
+        here = {name: tuple(zero.shape(p)) for name, p in parameters.items()}
+        if there != here:
+            different = sorted(n for n in {**there, **here} if there.get(n) != here.get(n))
+            raise CheckpointError(
+                f"{path}: {different[0]} has shape {there.get(different[0])}, the head of {HEAD} here has "
+                f"{here.get(different[0])}: it belongs to another model"
+            )
+        for name, parameter in parameters.items():
+            with zero.gathered([parameter], changed=True):
+                parameter.copy_(stream.get_tensor(name))
+
+
+def _fingerprint(handle: Handle) -> dict[str, list[float]]:
+    """Of the model beside the head, as a resumed run finds it.
+
+    Beside LoRA the Trainer's checkpoints bring back LoRA's matrices alone, so only what does not train is compared.
+    """
+    changed = {n for n, p in handle.model.named_parameters() if n.startswith(HEAD)}
+    if lora.has_lora(handle.model):
+        changed |= {n for n, p in handle.model.named_parameters() if p.requires_grad}
+    return base_fingerprint(handle.model, changed)
