@@ -130,12 +130,12 @@ def _on_llava_arch(module: ModuleType, undo: UndoStack) -> None:
     original = cls.initialize_vision_modules
 
     @functools.wraps(original)
-    def initialize_vision_modules(self: Any, model_args: Any, fsdp: Any = None) -> None:
+    def initialize_vision_modules(self: Any, model_args: Any, fsdp: Any = None) -> Any:
         if not active.training():
             return original(self, model_args, fsdp)
         from llava_patch.integrations.training import stage1
 
-        stage1.initialize_vision_modules(original, self, model_args, fsdp)
+        return stage1.initialize_vision_modules(original, self, model_args, fsdp)
 
     undo.set_attribute(cls, "initialize_vision_modules", initialize_vision_modules)
 

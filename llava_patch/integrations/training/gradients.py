@@ -72,15 +72,7 @@ def follow(trainer: Any, settings: Gradients | None = None) -> "Following":
 
 
 def check(model: nn.Module, arguments: Any, settings: Gradients) -> int:
-    """Refuse what a run cannot measure, before anything is written.
-
-    Args:
-        model: what the Trainer gets, patched.
-        arguments: the Trainer's arguments.
-        settings: of the measurement.
-
-    Returns:
-        The number of the measured block.
+    """The number of the block that a run with this (patched) model can measure; before anything is written.
 
     Raises:
         SettingError: names what stands against it.

@@ -76,14 +76,9 @@ def unnoticed(model: nn.Module) -> Iterator[None]:
 
 
 def learning_rate(trainer: Any, parameters: Sequence[nn.Parameter]) -> float | None:
-    """What the step that comes applies to these parameters; of the first group where they do not train.
+    """What the step that comes applies to one block's parameters; of the first group where they do not train.
 
-    Args:
-        trainer: a Trainer that has begun to train.
-        parameters: of one block.
-
-    Returns:
-        None before there is an optimizer, or where it has no groups.
+    None before there is an optimizer, or where it has no groups.
     """
     optimizer = trainer.optimizer
     if optimizer is None:

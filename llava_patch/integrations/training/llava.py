@@ -74,16 +74,9 @@ def prepare_run(given: dict[str, Any]) -> Callable[[Any], None]:
 
 
 def prepare(model: Any, training_args: Any, dataset: Any, collator: Any) -> Handle | None:
-    """Patch the Trainer's model as configured and set what trains.
+    """Patch the Trainer's model, maybe inside peft, as configured, and set what trains.
 
-    Args:
-        model: the Trainer's model, possibly inside peft.
-        training_args: the Trainer's arguments.
-        dataset: its training data, and
-        collator: their collator; `Routing.split = "auto"` is measured on them.
-
-    Returns:
-        The handle; None when the model carries no patch.
+    `Routing.split = "auto"` is measured on the data set and its collator. Returns None for a model without a patch.
 
     Raises:
         SettingError: settings that this run cannot honour.

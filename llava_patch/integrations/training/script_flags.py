@@ -60,12 +60,7 @@ def arguments(values: Mapping[str, Any]) -> list[str]:
 
 
 def describe(script: Sequence[str], added: Sequence[str]) -> str:
-    """One line that says which flags are added and which of the script's values they replace.
-
-    Args:
-        script: the script's own arguments.
-        added: what `arguments` made.
-    """
+    """One line that says which flags are added and which of the script's own values they replace."""
     before, after = _by_name(script), _by_name(added)
     replaced = [f"--{name} {before[name]}" for name in after if name in before and before[name] != after[name]]
     line = f"llava_patch: flags from gin: {' '.join(added)}"
@@ -73,11 +68,7 @@ def describe(script: Sequence[str], added: Sequence[str]) -> str:
 
 
 def refuse_unknown(values: Mapping[str, Any], options: Iterable[str]) -> None:
-    """Check the names against the options that a script's parser takes.
-
-    Args:
-        values: the bound flags.
-        options: option strings, with their dashes.
+    """Check the bound flags' names against the option strings, with their dashes, that a script's parser takes.
 
     Raises:
         SettingError: the script has no such flag; names a similar one.

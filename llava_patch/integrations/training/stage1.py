@@ -26,14 +26,8 @@ class Pending(NamedTuple):
 pending: dict[int, Pending] = {}
 
 
-def initialize_vision_modules(original: Callable[..., None], decoder: Any, model_args: Any, fsdp: Any) -> None:
+def initialize_vision_modules(original: Callable[..., Any], decoder: Any, model_args: Any, fsdp: Any) -> Any:
     """LLaVA's method of this name, in training: a fused projector's file is kept for the patch that comes later.
-
-    Args:
-        original: LLaVA's own.
-        decoder: its LlavaMetaModel.
-        model_args: of the script.
-        fsdp: likewise.
 
     Raises:
         CheckpointError: the projector's file is none, or was trained with another fusion than this run's.
@@ -75,12 +69,7 @@ def read_projector(path: str) -> dict[str, Any]:
 
 
 def is_stock(projector: dict[str, Any], width: int) -> bool:
-    """Whether the stock model can hold a stage-1 file of `read_projector` itself.
-
-    Args:
-        projector: the tensors.
-        width: channels of the vision tower.
-    """
+    """Whether the stock model, whose vision tower has `width` channels, can hold a stage-1 file itself."""
     return first_width(projector) == width and all(k.startswith(f"{PROJECTOR}.") for k in projector)
 
 
@@ -160,11 +149,6 @@ def tower_width(decoder: Any, model_args: Any) -> int:
 
 def load(anatomy: Any, projector: dict[str, Any], fusion: Any) -> None:
     """Put a stage-1 file's tensors into a fused model; DeepSpeed ZeRO-3 may have partitioned it.
-
-    Args:
-        anatomy: the host model.
-        projector: from `read_projector`.
-        fusion: its fusion, for the message.
 
     Raises:
         CheckpointError: other tensors or shapes than the model has.

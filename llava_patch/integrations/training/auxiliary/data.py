@@ -145,15 +145,7 @@ class RegionDataset(_Around, Dataset):
     """LLaVA's data set (`lengths`, `modality_lengths`, ...), whose items carry their region as well."""
 
     def __init__(self, inner: Any, marker: Marker, regions: dict[int, Region], folder: str, source: str) -> None:
-        """Wrap a data set.
-
-        Args:
-            inner: LLaVA's.
-            marker: of the run.
-            regions: of its records, by number.
-            folder: of the images.
-            source: the file that the records come from.
-        """
+        """Wrap LLaVA's, with the regions of its records by number, its images' folder and its records' file."""
         super().__init__(inner)
         self._marker = marker
         self._regions = regions
@@ -192,12 +184,7 @@ class LlavaCollator(_Around):
 
 
 def wrap(auxiliary: Auxiliary, train_dataset: Any, data_collator: Any) -> tuple[RegionDataset, LlavaCollator]:
-    """Make LLaVA's data carry regions.
-
-    Args:
-        auxiliary: the loss.
-        train_dataset: LLaVA's `LazySupervisedDataset`.
-        data_collator: its collator.
+    """Make LLaVA's `LazySupervisedDataset` and its collator carry regions.
 
     Raises:
         InputError: a record's region is not one, or no record has any; names file and record.

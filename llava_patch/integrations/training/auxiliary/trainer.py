@@ -28,11 +28,7 @@ FILE = "llava_patch_rprobe.safetensors"
 
 
 def check(handle: Handle, training_args: Any) -> None:
-    """Refuse what this run cannot honour, before anything is written.
-
-    Args:
-        handle: the model's patch, with requires_grad as it will be.
-        training_args: the Trainer's arguments.
+    """Refuse what this run cannot honour, before anything is written; requires_grad is as it will be.
 
     Raises:
         SettingError: names the setting and what stands against it.
