@@ -4,9 +4,11 @@ import ast
 import importlib
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -103,3 +105,16 @@ def test_the_table_is_not_loaded_at_start_and_not_needed_by_the_hook():
             "DeprecationWarning: llava_patch.errors.SettingError has moved: import it from llava_patch.core.errors"
             in (done.stderr)
         )
+
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+IMPORT = re.compile(r"^from llava_patch\S* import [\w, ]+$", re.MULTILINE)
+SHOWN = sorted({line for page in PAGES for line in IMPORT.findall(page.read_text(encoding="utf-8"))})
+
+
+@pytest.mark.parametrize("line", SHOWN)
+def test_what_the_documents_show_now_is_there_and_has_not_moved(line):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*has moved")
+        exec(compile(line, __file__, "exec"), {})
