@@ -36,7 +36,7 @@ def evaluations(words: Sequence[str], given: dict[str, Any] | None = None) -> li
     Returns:
         Of each what matters here, where it is given: `tasks`, `model_args`, `include_path`, `output_path`, `env`.
     """
-    words = words[1:] if words[:1] == ["eval"] else words
+    words = list(words[1:] if words and words[0] == "eval" else words)
     if (not given and not words) or (words and not words[0].startswith("-")) or _NO_EVALUATION & set(words):
         return []
     parser = _Parser(add_help=False, exit_on_error=False)
