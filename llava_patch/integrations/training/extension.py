@@ -117,7 +117,6 @@ class _Extensions(TrainerCallback):
         original(logs, *args, **kwargs)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._run.unwind()  # of a run that was broken off
         self.replace({"training_step": "training_step", "log": "log"}, self._run)
         for one in self.members:
             one.begin(state)
