@@ -7,7 +7,7 @@ from typing import Any
 from llava_patch.core.errors import HostError
 from llava_patch.data.inputs import Inputs
 from llava_patch.hosts.anatomy import find
-from llava_patch.integrations.lmms_eval.loud import model_of
+from llava_patch.integrations.lmms_eval.fail_fast import model_of
 
 
 def reach(lm: Any) -> Inputs:
