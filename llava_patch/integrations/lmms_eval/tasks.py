@@ -21,7 +21,7 @@ from lmms_eval.api.task import ConfigurableTask
 from llava_patch.core import registry
 from llava_patch.core.extras import need
 from llava_patch.data.examples import QUESTION
-from llava_patch.integrations.lmms_eval import loud, rprobe_runs, runner
+from llava_patch.integrations.lmms_eval import fail_fast, rprobe_runs, runner
 from llava_patch.integrations.lmms_eval.options import settings_for
 from llava_patch.measurements.rprobe.settings import RProbe
 
@@ -45,7 +45,7 @@ class MeasurementTask(ConfigurableTask):
         need(f"the lmms-eval task {config.get('task')}", *self.EXTRAS)
         config.pop("class", None)  # how lmms-eval found this class; not a field of its TaskConfig
         self.settings: Any = settings_for(self.SETTINGS, config.get("metadata"), str(config.get("task")))
-        loud.install()
+        fail_fast.install()
         super().__init__(config=config)
 
     def documents(self) -> dict[str, list[Any]]:
@@ -140,3 +140,6 @@ for _name in registry.MEASUREMENTS:
     if registry.measurement(_name).metrics:
         _register(_name, _answer(_name))
 _register("rprobe", lambda self, requests: rprobe_runs.answer(self, requests))
+
+# What task.py of earlier releases imported, for copies of it.
+DriftTask, FusionAttentionTask, SaturationTask = map(task_class, ("drift", "fusion_attention", "saturation"))
