@@ -84,7 +84,7 @@ class _Loader(Loader):
         def __getattr__(name: str) -> Any:
             for place in self._places:
                 found = importlib.import_module(place)
-                if not name.startswith("__") and hasattr(found, name):
+                if not name.startswith("__") and not isinstance(getattr(found, name, found), ModuleType):
                     message = f"{module.__name__}.{name} has moved: import it from {place}"
                     warnings.warn(message, DeprecationWarning, stacklevel=2)
                     return getattr(found, name)
