@@ -8,13 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 from llava_patch.core.errors import CheckpointError, HostError
-from llava_patch.core.records import CONFIG_KEY
+from llava_patch.core.records import CONFIG_KEY, read_settings
 from llava_patch.hosts import tiles
 from llava_patch.hosts.anatomy import HF, LLAVA
 from llava_patch.hosts.towers import layout as towers
 from llava_patch.hosts.towers import models as tower_models
-from llava_patch.patching import checkpoint
 from llava_patch.probe.transform import Transform, check_crop
+from llava_patch.settings.methods import from_record
 
 
 def read_transform(folder: str | Path, mode: str) -> Transform:
@@ -30,7 +30,7 @@ def read_transform(folder: str | Path, mode: str) -> Transform:
         HostError: a model, tower or image processor that is not known, or `mode` "anyres" for a model without tiles.
     """
     folder = Path(folder)
-    record = checkpoint.read_settings(folder) if folder.is_dir() else None
+    record = read_settings(folder) if folder.is_dir() else None
     if record is not None and record.get("form") == "adapter":
         base = Path(str(record["base"]))
         if not base.is_dir():
@@ -44,7 +44,7 @@ def read_transform(folder: str | Path, mode: str) -> Transform:
     record = record or raw.get(CONFIG_KEY)
     host, config, processor = (_llava if "mm_vision_tower" in raw else _hf)(base, raw)
     shape = towers.shape_of(config.vision_config)
-    fusion = checkpoint.methods(record, str(folder)).get("fusion") if record else None
+    fusion = from_record(record, str(folder)).get("fusion") if record else None
     cell = shape.patch_size * getattr(fusion, "merge_size", 1)
     height, width = (n * shape.patch_size for n in shape.grid)
     if mode == "crop":

@@ -118,8 +118,9 @@ def _load_base_for(
     fills in the checkpoint's own files (mm_projector.bin, non_lora_trainables.bin).
     """
     from llava_patch.hosts.anatomy import LLAVA
-    from llava_patch.patching import checkpoint, tower_weights
+    from llava_patch.patching import tower_weights
     from llava_patch.patching.patch import patch
+    from llava_patch.settings.methods import from_record
 
     source = getattr(config, "_name_or_path", "config.json")
     own = records.config_record(cls.config_class.from_pretrained(path))
@@ -130,7 +131,7 @@ def _load_base_for(
         loaded = load(original, cls, path, args, {**kwargs, "config": stock})
     else:
         loaded = original(cls, path, *args, **{**kwargs, "config": stock})
-    handle = patch(_model_of(loaded), **checkpoint.methods(carried, f"{source}/config.json"))
+    handle = patch(_model_of(loaded), **from_record(carried, f"{source}/config.json"))
     if (handle.trained_tower or carried.get("trained_tower")) and handle.anatomy.host == LLAVA:
         handle.trained_tower = True
         tower_weights.restore_beside_lora(handle, source, required=not (own or {}).get("trained_tower"))
@@ -185,13 +186,7 @@ def _load_adapter(original: Any, cls: Any, path: Any, record: dict, args: tuple,
     config = kwargs.pop("config", None)
     if config is None:
         config = cls.config_class.from_pretrained(path)
-    base = record["base"]
-    if os.path.isabs(base) and not os.path.isdir(base):
-        raise CheckpointError(
-            f'{path}: its base model {base} is not there any more; change "base" in '
-            f"{os.path.join(path, records.SETTINGS_FILE)} to where it is now"
-        )
-    loaded = original(cls, base, *args, config=_stock_config(config), **kwargs)
+    loaded = original(cls, records.base_of(path, record), *args, config=_stock_config(config), **kwargs)
     checkpoint.load(_model_of(loaded), path)
     return loaded
 
@@ -229,10 +224,10 @@ def _construction(cls: Any, found: Callable[[Any, dict[str, Any]], None]) -> Ite
 
 def _patch_new(model: Any, record: dict[str, Any]) -> None:
     """Put the modules that a checkpoint's record names into its model, whose weights follow."""
-    from llava_patch.patching import checkpoint
     from llava_patch.patching.patch import patch
+    from llava_patch.settings.methods import from_record
 
-    handle = patch(model, **checkpoint.methods(record, "config.json"), loading=True)
+    handle = patch(model, **from_record(record, "config.json"), loading=True)
     handle.trained_tower |= bool(record.get("trained_tower"))
     if handle.anatomy.vision_model is None:  # comes later, and the checkpoint's own weights for it with it
         setattr(model, _IGNORED, [*(getattr(model, _IGNORED) or ()), r"\bvision_tower\."])

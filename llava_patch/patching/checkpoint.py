@@ -9,7 +9,6 @@ sends them on to the base.
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import os
 import shutil
@@ -22,16 +21,14 @@ from torch import Tensor, nn
 
 from llava_patch.core.errors import CheckpointError, SilentFusionWarning
 from llava_patch.core.files import atomic
-from llava_patch.core.records import SETTINGS_FILE, check_format, read_settings
-from llava_patch.fusion.processor import fields
+from llava_patch.core.records import SETTINGS_FILE, read_settings, write_settings
 from llava_patch.hosts import lora, zero
-from llava_patch.hosts.anatomy import HF
 from llava_patch.hosts.towers.find import when_loaded
 from llava_patch.patching import tower_weights
-from llava_patch.patching.handle import Handle, added_parameters, get_handle
+from llava_patch.patching.handle import Handle, get_handle
+from llava_patch.patching.keys import base_fingerprint, check_fingerprint
 from llava_patch.patching.patch import patch
-from llava_patch.probe.auxiliary.attach import HEAD
-from llava_patch.settings.methods import from_dict
+from llava_patch.settings.methods import from_record
 
 logger = logging.getLogger("llava_patch")
 
@@ -41,86 +38,19 @@ _SIDE_FILES = (
     "generation_config.json", "preprocessor_config.json", "processor_config.json", "chat_template.json",
     "chat_template.jinja",
 )  # fmt: skip
-_FINGERPRINT_VALUES = 4
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old or the new content, never half of it."""
-    with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def base_fingerprint(model: nn.Module, changed: set[str]) -> dict[str, list[float]]:
-    """Sampled values of tensors that a patch does not change: {tensor name: values}.
-
-    Values rather than a hash, because a base may be loaded in another precision than it was saved in.
-
-    Args:
-        model: the causal LM.
-        changed: names of tensors that are not the base's.
-    """
-    samples = {}
-    for name, parameter in model.named_parameters():
-        if name in changed or not _is_base(name) or len(zero.shape(parameter)) != 2:
-            continue
-        samples[name] = _sample(parameter, _FINGERPRINT_VALUES).tolist()
-    return samples
-
-
-def _is_base(name: str) -> bool:
-    """Whether a tensor is no part of the auxiliary loss's head, which is saved apart and only for training."""
-    return not name.startswith(f"{HEAD}.")
-
-
-def _sample(parameter: Tensor, count: int) -> Tensor:
-    """Evenly spaced values of a tensor: float32 [count] on the CPU."""
-    with zero.gathered([parameter]):
-        flat = parameter.detach().flatten()
-        # Above 2^24 float32 skips integers, and the last place would lie behind the tensor; below, places stay as in
-        # fingerprints that were saved before.
-        dtype = torch.float32 if flat.numel() <= 2**24 else torch.float64
-        places = torch.linspace(0, flat.numel() - 1, count, device=flat.device, dtype=dtype).long()
-        return flat[places].float().cpu()
-
-
-def _check_base(handle: Handle, saved: dict[str, list[float]], source: Path) -> None:
-    """Compare the fingerprint; a tower that `llava` loads later is compared then."""
-    tower = {n: v for n, v in saved.items() if "vision_tower" in n}
-    check_fingerprint(handle.model, {n: v for n, v in saved.items() if n not in tower}, source)
-    when_loaded(handle.anatomy, handle._undo, lambda _: check_fingerprint(handle.model, tower, source))
-
-
-def check_fingerprint(model: nn.Module, saved: dict[str, list[float]], source: Path) -> None:
-    """Compare a model with what `base_fingerprint` saved.
-
-    Raises:
-        CheckpointError: names the first tensor that differs.
-    """
-    parameters = dict(model.named_parameters())
-    for name, values in saved.items():
-        if name not in parameters:
-            raise CheckpointError(f"{source}: made on a base with a tensor {name}, which this model does not have")
-        here, there = _sample(parameters[name], len(values)), torch.tensor(values)
-        # Two roundings to bfloat16 (8 bits of mantissa) are the same base; training moves values further.
-        if not torch.allclose(here, there, rtol=2**-7, atol=1e-6):
-            raise CheckpointError(
-                f"{source}: made on another base model: {name} differs "
-                f"(for example {there[0]:.6g} there, {here[0]:.6g} here)"
-            )
 
 
 def adapter_tensors(handle: Handle) -> dict[str, Tensor]:
     """What an adapter holds: the side branch, the projector, and everything that trains; {state-dict name: tensor}."""
     model = handle.model
-    kept = {id(p) for p in (*added_parameters(handle), *handle.anatomy.projector.parameters())}
+    kept = {id(p) for p in (*handle.added_parameters(), *handle.anatomy.projector.parameters())}
+    training = {id(p) for p in handle.training_parameters()}
     if handle.trained_tower and handle.anatomy.vision_model is not None:
         kept |= {id(p) for p in handle.anatomy.vision_model.parameters()}  # trained in this run or an earlier one
     trained = set(handle.trainable())
     tensors = {}
     for name, parameter in model.named_parameters():
-        if not _is_base(name):
-            continue
-        if id(parameter) in kept or name in trained:
+        if id(parameter) not in training and (id(parameter) in kept or name in trained):
             with zero.gathered([parameter]):
                 tensors[name] = parameter.detach().to("cpu").clone().contiguous()
     return tensors
@@ -193,8 +123,8 @@ def save(handle: Handle, directory: str | os.PathLike[str], form: str = "adapter
     if form == "full":
         (folder / WEIGHTS_FILE).unlink(missing_ok=True)  # of an adapter that was saved here before
     _copy_side_files(base, folder)
-    fit_processor(handle, folder)
-    write_text(folder / SETTINGS_FILE, json.dumps(record, indent=2) + "\n")
+    handle.fit_files(folder)
+    write_settings(folder, record)
     return folder
 
 
@@ -224,25 +154,11 @@ def _copy_side_files(base: str, folder: Path) -> None:
             shutil.copyfile(found, folder / name)
 
 
-def fit_processor(handle: Handle, folder: Path) -> None:
-    """Make the processor saved in a folder count the tokens of a fused HF model."""
-    path = folder / "processor_config.json"
-    if handle.anatomy.host != HF or handle.taps is None or not path.is_file():
-        return
-    values = json.loads(path.read_text(encoding="utf-8"))
-    fitted = {**values, **fields(handle.anatomy, handle.taps)}
-    if fitted != values and not handle.taps.keeps_tokens:
-        write_text(path, json.dumps(fitted, indent=2) + "\n")
-
-
-def methods(record: dict[str, Any], source: str) -> dict[str, Any]:
-    """The settings dataclasses of a record, as keyword arguments of `patch`.
-
-    Raises:
-        CheckpointError: a record of a newer format.
-    """
-    check_format(record, source)
-    return {k: from_dict(record[k], source) for k in ("fusion", "routing", "pruning") if record.get(k)}
+def _check_base(handle: Handle, saved: dict[str, list[float]], source: Path) -> None:
+    """Compare the fingerprint; a tower that `llava` loads later is compared then."""
+    tower = {n: v for n, v in saved.items() if "vision_tower" in n}
+    check_fingerprint(handle.model, {n: v for n, v in saved.items() if n not in tower}, source)
+    when_loaded(handle.anatomy, handle._undo, lambda _: check_fingerprint(handle.model, tower, source))
 
 
 def load(model: nn.Module, directory: str | os.PathLike[str]) -> Handle:
@@ -271,7 +187,7 @@ def load(model: nn.Module, directory: str | os.PathLike[str]) -> Handle:
     had_patch = get_handle(model) is not None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SilentFusionWarning)  # its weights follow
-        handle = patch(model, **methods(record, str(folder / SETTINGS_FILE)))
+        handle = patch(model, **from_record(record, str(folder / SETTINGS_FILE)))
     try:
         tensors = load_file(folder / WEIGHTS_FILE)
         _check_base(handle, record.get("fingerprint", {}), folder)
@@ -291,7 +207,7 @@ def load(model: nn.Module, directory: str | os.PathLike[str]) -> Handle:
 
 def adapter_names(handle: Handle) -> list[str]:
     """Names of the tensors that a patch adds, which an adapter must hold."""
-    wanted = {id(p) for p in added_parameters(handle)}
+    wanted = {id(p) for p in handle.added_parameters()}
     return [n for n, p in handle.model.named_parameters() if id(p) in wanted]
 
 

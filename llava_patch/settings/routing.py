@@ -83,6 +83,18 @@ class Routing:
                 '"none", or use variant "lf"'
             )
 
+    def check_saved(self, source: str) -> None:
+        """Refuse what no saved record holds; `source` is its file.
+
+        Raises:
+            SettingError: split = "auto", which a record holds as the layer number that was measured.
+        """
+        if self.split == AUTO:
+            raise SettingError(
+                f'{source}: Routing.split = "{AUTO}" in a saved record; a record always holds the layer number: '
+                "the file was changed by hand; write the number there"
+            )
+
     def _check_fusion_layers(self) -> None:
         value = self.fusion_layers
         if isinstance(value, (tuple, list)):

@@ -16,6 +16,7 @@ from torch import nn
 
 from llava_patch import FastV, Routing, Saturation, SkipLinks, get_handle, patch
 from llava_patch.core.errors import InputError, SettingError
+from llava_patch.core.method import Method
 from llava_patch.hosts.anatomy import find
 from llava_patch.measurements.saturation import SaturationResult, measure_saturation
 from llava_patch.measurements.saturation.auto_split import resolve_split
@@ -289,7 +290,7 @@ def test_other_taps_of_one_width_are_another_model() -> None:
 
 def test_a_pruned_model_is_refused(subject: Subject, monkeypatch: Any) -> None:
     handle = patch(subject.model, fusion=SkipLinks(stride=1))
-    monkeypatch.setattr(handle, "pruning", FastV())
+    monkeypatch.setitem(handle.methods, "pruning", Method(FastV()))
     with pytest.raises(SettingError, match="this one carries FastV"):
         resolve_split(subject.model, AUTO, subject.samples())
 

@@ -17,7 +17,7 @@ def mark(response_cache: Any, patch_name: str) -> None:
 
     Args:
         response_cache: lmms-eval's ResponseCache, or None when `--use_cache` is not given.
-        patch_name: `patching.fingerprint` of the model, not empty.
+        patch_name: `patching.keys.patch_name` of the model, not empty.
 
     Raises:
         HostError: this version's cache has no place for it.

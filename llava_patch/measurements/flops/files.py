@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from llava_patch.core.errors import CheckpointError, HostError
-from llava_patch.core.records import CONFIG_KEY
+from llava_patch.core.records import CONFIG_KEY, read_settings
 from llava_patch.core.weights import read_json
 from llava_patch.fusion.taps import Join, Taps, choose_taps
 from llava_patch.hosts.anatomy import HF, LLAVA
@@ -17,8 +17,7 @@ from llava_patch.hosts.configs import host_of
 from llava_patch.hosts.towers import layout as towers
 from llava_patch.hosts.towers import models as tower_models
 from llava_patch.measurements.flops.shape import DecoderShape, Linear, ModelShape, tower_shape
-from llava_patch.patching import checkpoint as patched
-from llava_patch.settings.methods import FastV, Routing
+from llava_patch.settings.methods import FastV, Routing, from_record
 
 
 def read_shape(checkpoint: str) -> tuple[ModelShape, Routing | None, FastV | None]:
@@ -32,14 +31,14 @@ def read_shape(checkpoint: str) -> tuple[ModelShape, Routing | None, FastV | Non
         CheckpointError: no checkpoint there, or its base or tower is gone.
         HostError: a model or tower that is not known.
     """
-    record = patched.read_settings(checkpoint) if Path(checkpoint).is_dir() else None
+    record = read_settings(checkpoint) if Path(checkpoint).is_dir() else None
     base = str(record["base"]) if record is not None and record.get("form") == "adapter" else checkpoint
     raw = read_json(base, "config.json")
     if raw is None:
         what = f"its base {base}" if base != checkpoint else "it"
         raise CheckpointError(f"{checkpoint}: not a checkpoint, {what} has no config.json")
     record = record or raw.get(CONFIG_KEY)
-    methods = patched.methods(record, checkpoint) if record else {}
+    methods = from_record(record, checkpoint) if record else {}
     host = host_of(raw, checkpoint)
     text, vision, select, drops, projector = (_llava if host == LLAVA else _hf)(base, raw)
     shape = towers.shape_of(vision)

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from llava_patch.core.errors import InputError
 from llava_patch.core.undo import UndoStack
-from llava_patch.fusion.attach import let_tower_train
+from llava_patch.fusion.tower_training import let_tower_train
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.routing import side_output
-from llava_patch.settings.methods import SkipLinks
 
 
 @dataclass
@@ -136,7 +135,7 @@ def _prepare(anatomy: Anatomy, everything: bool, undo: UndoStack) -> None:
         for parameter in parameters:
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
-        let_tower_train(anatomy, SkipLinks(layers=(), train_tower="all"), undo)
+        let_tower_train(anatomy, undo)
 
 
 @contextlib.contextmanager

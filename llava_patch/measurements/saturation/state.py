@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from llava_patch.data.examples import Example
 
 STATE_FILE = "saturation.state.safetensors"
-FORMAT = 1
+FORMAT = 2
 _MEANING = {
     "model": "the model is another one (weights, configuration or patch)",
     "data": "the samples are others (images, questions or their order)",

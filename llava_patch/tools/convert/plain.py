@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from llava_patch.core.errors import CheckpointError
+from llava_patch.fusion.base import Fusion
 from llava_patch.hosts import configs
 from llava_patch.hosts.anatomy import LLAVA
 from llava_patch.patching.handle import Handle
 from llava_patch.patching.patch import patch
 from llava_patch.routing.schedule import make_program
-from llava_patch.settings.methods import DeepStack, DenseConnector, Fusion
+from llava_patch.settings.methods import DeepStack, DenseConnector
 from llava_patch.tools.convert.source import Checkpoint
 
 logger = logging.getLogger("llava_patch")

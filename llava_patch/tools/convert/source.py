@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from llava_patch.core.errors import CheckpointError
-from llava_patch.core.records import CONFIG_KEY, FORMAT
+from llava_patch.core.records import CONFIG_KEY, FORMAT, base_of, read_settings
 from llava_patch.core.weights import Tensors, locate, open_file, open_weights, read_json
 from llava_patch.hosts import configs
 from llava_patch.hosts import tensor_names as names
 from llava_patch.hosts.anatomy import LLAVA
 from llava_patch.patching import checkpoint as patched
+from llava_patch.patching.keys import check_values
+from llava_patch.settings.methods import from_record
 from llava_patch.tools.convert import companions
 from llava_patch.tools.convert.complete import check_complete, compare, expected_tower, shapes_of
 
@@ -57,7 +59,7 @@ class Checkpoint:
 
     def methods(self) -> dict[str, Any]:
         """Its settings dataclasses by kind; none for a stock checkpoint."""
-        return {} if self.record is None else patched.methods(self.record, self.name)
+        return {} if self.record is None else from_record(self.record, self.name)
 
     def trains_tower(self) -> bool:
         """Whether its patch trained something in the vision tower."""
@@ -91,7 +93,7 @@ def read(folder: str | os.PathLike[str], vision_tower: str | None = None) -> Che
     if config is None:
         raise CheckpointError(f"{source}: not a checkpoint, it has no config.json")
     host = configs.host_of(config, source)
-    settings = patched.read_settings(source)
+    settings = read_settings(source)
     carried = config.pop(CONFIG_KEY, None)
     record = settings or carried
     if record is not None:
@@ -105,12 +107,7 @@ def read(folder: str | os.PathLike[str], vision_tower: str | None = None) -> Che
     sources: tuple[str, ...] = (source,)
     samples: dict[str, list[float]] = {}
     if settings is not None and settings.get("form") == "adapter":
-        base = settings["base"]
-        if os.path.isabs(base) and not os.path.isdir(base):
-            raise CheckpointError(
-                f'{source}: its base model {base} is not there any more; change "base" in '
-                f"{os.path.join(source, patched.SETTINGS_FILE)} to where it is now"
-            )
+        base = base_of(source, settings)
         sources = (source, base)
         path = locate(source, patched.WEIGHTS_FILE)
         if path is None:
@@ -162,12 +159,7 @@ def check_samples(tensors: Tensors, samples: dict[str, list[float]], source: str
     for name, values in samples.items():
         if name not in tensors:
             raise CheckpointError(f"{source}: made on a base with a tensor {name}, which its base does not have")
-        here, there = patched._sample(tensors[name](), len(values)), torch.tensor(values)
-        if not torch.allclose(here, there, rtol=2**-7, atol=1e-6):  # two roundings to bfloat16 are the same base
-            raise CheckpointError(
-                f"{source}: made on another base model: {name} differs "
-                f"(for example {there[0]:.6g} there, {here[0]:.6g} here)"
-            )
+        check_values(name, tensors[name](), values, source)
 
 
 def tower_tensors(source: str, vision: Any) -> Tensors:

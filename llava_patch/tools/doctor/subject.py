@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_patch.core.errors import LlavaPatchError
-from llava_patch.settings.methods import AUTO, Fusion, differs
+from llava_patch.fusion.base import Fusion, differs
+from llava_patch.settings.methods import AUTO
 from llava_patch.tools.doctor.machine import memory_bytes
 from llava_patch.tools.doctor.row import NOTE, OK, PROBLEM, Row
 

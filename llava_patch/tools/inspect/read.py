@@ -18,7 +18,7 @@ from llava_patch.hosts.anatomy import LLAVA
 from llava_patch.integrations.training.stage1 import PROJECTOR
 from llava_patch.patching import checkpoint as patched
 from llava_patch.patching.tower_weights import LORA_FILE
-from llava_patch.settings.methods import from_dict, to_dict
+from llava_patch.settings.methods import from_dict, from_record, to_dict
 from llava_patch.tools.inspect.base import Match, match_base
 from llava_patch.tools.inspect.headers import Tensor, read_header, read_headers, weight_files
 from llava_patch.tools.inspect.place import folder_of
@@ -199,7 +199,7 @@ def _form(folder: Path, record: dict[str, Any]) -> tuple[str, list[Path]]:
 def _settings(record: dict[str, Any], source: str) -> dict[str, dict[str, Any] | None]:
     """Every field of every method: what an older version did not write down yet has its default."""
     if record:
-        patched.methods(record, source)  # refuses a newer format
+        from_record(record, source)  # refuses a newer format
     return {kind: to_dict(from_dict(record[kind], source)) if record.get(kind) else None for kind in KINDS}
 
 

@@ -55,7 +55,7 @@ def load(handle: "Handle", folder: Path) -> None:
     """
     from safetensors import safe_open
 
-    from llava_patch.patching.checkpoint import check_fingerprint
+    from llava_patch.patching.keys import check_fingerprint
 
     auxiliary = handle.auxiliary
     if auxiliary is None or auxiliary.head is None:
@@ -87,9 +87,8 @@ def _fingerprint(handle: "Handle") -> dict[str, list[float]]:
 
     Beside LoRA the Trainer's checkpoints bring back LoRA's matrices alone, so only what does not train is compared.
     """
-    from llava_patch.patching.checkpoint import base_fingerprint
+    from llava_patch.patching.keys import base_fingerprint
 
-    changed = {n for n, p in handle.model.named_parameters() if n.startswith(HEAD)}
-    if lora.has_lora(handle.model):
-        changed |= {n for n, p in handle.model.named_parameters() if p.requires_grad}
+    beside_lora = lora.has_lora(handle.model)
+    changed = {n for n, p in handle.model.named_parameters() if beside_lora and p.requires_grad}
     return base_fingerprint(handle.model, changed)
