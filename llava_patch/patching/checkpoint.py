@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llava_patch.core.errors import CheckpointError, SilentFusionWarning
@@ -71,8 +72,33 @@ def save(handle: Handle, directory: str | os.PathLike[str], form: str = "adapter
     Raises:
         CheckpointError: the handle was removed, an unknown form, or an adapter without a base to point at.
     """
-    from safetensors.torch import save_file
+    _check_can_save(handle, form)
+    folder = Path(directory)
+    base = getattr(handle.model.config, "_name_or_path", "") or ""
+    record = {**handle.settings(), "form": form}
+    if form == "full":
+        folder.mkdir(parents=True, exist_ok=True)
+        handle.anatomy.model.save_pretrained(folder)
+        (folder / WEIGHTS_FILE).unlink(missing_ok=True)  # of an adapter that was saved here before
+    else:
+        base = _base_of(base, folder)
+        tensors = adapter_tensors(handle)
+        _warn_of_size(handle, tensors)
+        record["base"] = os.path.abspath(base) if os.path.isdir(base) else base
+        record["fingerprint"] = base_fingerprint(handle.model, set(tensors))
+        if zero.is_partitioned(handle.model.parameters()) and torch.distributed.get_rank() != 0:
+            return folder  # every rank gathers, the first one writes
+        folder.mkdir(parents=True, exist_ok=True)
+        _save_config(handle.model.config, folder)
+        with atomic(folder / WEIGHTS_FILE) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+    _copy_side_files(base, folder)
+    handle.fit_files(folder)
+    write_settings(folder, record)
+    return folder
 
+
+def _check_can_save(handle: Handle, form: str) -> None:
     if not handle.active:
         raise CheckpointError("this patch was removed from its model: there is nothing to save")
     if form not in ("adapter", "full"):
@@ -82,62 +108,39 @@ def save(handle: Handle, directory: str | os.PathLike[str], form: str = "adapter
             "the model carries LoRA layers, which an adapter of ours could not bring back: merge them first "
             "(merge_and_unload), or save with peft and LLaVA's own files"
         )
-    folder = Path(directory)
-    base = getattr(handle.model.config, "_name_or_path", "") or ""
-    if form == "adapter":
-        base = _base_of(base)
-        if not base:
-            raise CheckpointError('the model does not say where it was loaded from: save it with form="full"')
-        if Path(base).is_dir() and Path(base).resolve() == folder.resolve():
-            raise CheckpointError(f"{folder} is the base model's own folder: save the adapter elsewhere")
-    partitioned = zero.is_partitioned(handle.model.parameters())
-    if form == "full" and partitioned:
+    if form == "full" and zero.is_partitioned(handle.model.parameters()):
         raise CheckpointError(
             'the weights are partitioned by DeepSpeed ZeRO-3, where form="full" is not available: save with '
             "trainer.save_model() (stage3_gather_16bit_weights_on_model_save in the DeepSpeed config)"
         )
-    record = {**handle.settings(), "form": form}
-    if form == "full":
-        folder.mkdir(parents=True, exist_ok=True)
-        handle.anatomy.model.save_pretrained(folder)
-    else:
-        tensors = adapter_tensors(handle)
-        size = sum(t.numel() for t in tensors.values())
-        whole = sum(zero.numel(p) for p in handle.model.parameters())
-        if size > whole // 2:
-            logger.warning(
-                "the adapter holds %.0f %% of the model, because requires_grad is set on that much: if all of it was "
-                'trained, save with form="full"; if not, switch requires_grad off where nothing trains, before',
-                100 * size / whole,
-            )
-        record |= {
-            "base": os.path.abspath(base) if os.path.isdir(base) else base,
-            "fingerprint": base_fingerprint(handle.model, set(tensors)),
-        }
-        if partitioned and torch.distributed.get_rank() != 0:
-            return folder  # every rank gathers, the first one writes
-        folder.mkdir(parents=True, exist_ok=True)
-        _save_config(handle.model.config, folder)
-        with atomic(folder / WEIGHTS_FILE) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-    if form == "full":
-        (folder / WEIGHTS_FILE).unlink(missing_ok=True)  # of an adapter that was saved here before
-    _copy_side_files(base, folder)
-    handle.fit_files(folder)
-    write_settings(folder, record)
-    return folder
+
+
+def _base_of(name: str, folder: Path) -> str:
+    """The base that an adapter in `folder` is to point at: where its model came from, or that adapter's own base."""
+    record = read_settings(name) if name else None
+    base = record["base"] if record is not None and record.get("form") == "adapter" else name
+    if not base:
+        raise CheckpointError('the model does not say where it was loaded from: save it with form="full"')
+    if Path(base).is_dir() and Path(base).resolve() == folder.resolve():
+        raise CheckpointError(f"{folder} is the base model's own folder: save the adapter elsewhere")
+    return base
+
+
+def _warn_of_size(handle: Handle, tensors: dict[str, Tensor]) -> None:
+    size = sum(t.numel() for t in tensors.values())
+    whole = sum(zero.numel(p) for p in handle.model.parameters())
+    if size > whole // 2:
+        logger.warning(
+            "the adapter holds %.0f %% of the model, because requires_grad is set on that much: if all of it was "
+            'trained, save with form="full"; if not, switch requires_grad off where nothing trains, before',
+            100 * size / whole,
+        )
 
 
 def _save_config(config: Any, folder: Path) -> None:
     config = copy.deepcopy(config)
     config.use_cache = True  # training scripts switch it off while they train
     config.save_pretrained(folder)
-
-
-def _base_of(name: str) -> str:
-    """Follow a model that was itself loaded from an adapter to that adapter's base."""
-    record = read_settings(name) if name else None
-    return record["base"] if record is not None and record.get("form") == "adapter" else name
 
 
 def _copy_side_files(base: str, folder: Path) -> None:
@@ -174,8 +177,6 @@ def load(model: nn.Module, directory: str | os.PathLike[str]) -> Handle:
     Raises:
         CheckpointError: no settings file, another base, a missing tensor or one of another shape.
     """
-    from safetensors.torch import load_file
-
     if not isinstance(model, nn.Module):
         raise CheckpointError(f"load(model, directory) takes the base model itself, not {model!r}: load that one first")
     folder = Path(directory)
@@ -226,7 +227,4 @@ def _copy_tensors(model: nn.Module, tensors: dict[str, Tensor], source: Path, re
         shape = zero.shape(parameters[name])
         if shape != tensor.shape:
             raise CheckpointError(f"{source}: {name} has shape {tuple(tensor.shape)}, the model's has {tuple(shape)}")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            with zero.gathered([parameters[name]], changed=True):
-                parameters[name].copy_(tensor)
+    zero.copy_values(parameters, tensors)

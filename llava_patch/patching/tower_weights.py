@@ -44,19 +44,18 @@ def put(handle: "Handle", tensors: Mapping[str, Tensor], source: Path | str) -> 
     """
 
     def copy() -> None:
-        parameters = dict(handle.anatomy.tower.named_parameters())
-        for name, tensor in tensors.items():
+        tower = handle.anatomy.tower
+        parameters, buffers = dict(tower.named_parameters()), dict(tower.named_buffers())
+        wanted = {n: t for n, t in tensors.items() if n not in buffers}  # position numbers, which some versions save
+        for name, tensor in wanted.items():
             if name not in parameters:
-                if name in dict(handle.anatomy.tower.named_buffers()):
-                    continue  # position numbers, which some versions save
                 raise CheckpointError(f"{source}: the vision tower has no tensor {name}")
             if zero.shape(parameters[name]) != tensor.shape:
                 raise CheckpointError(
                     f"{source}: {name} has shape {tuple(tensor.shape)}, the vision tower's has "
                     f"{tuple(zero.shape(parameters[name]))}"
                 )
-            with zero.gathered([parameters[name]], changed=True), torch.no_grad():
-                parameters[name].copy_(tensor)
+        zero.copy_values(parameters, wanted)
 
     when_loaded(handle.anatomy, handle._undo, lambda _: copy())
 

@@ -124,8 +124,6 @@ def load(anatomy: Any, projector: dict[str, Any], fusion: Any) -> None:
     Raises:
         CheckpointError: other tensors or shapes than the model has.
     """
-    import torch
-
     from llava_patch.hosts import zero
 
     modules = {n: m for n, m in anatomy.projector_owner.named_children() if n.startswith(PROJECTOR)}
@@ -137,7 +135,4 @@ def load(anatomy: Any, projector: dict[str, Any], fusion: Any) -> None:
             f"--pretrain_mm_mlp_adapter holds a projector of shapes {given}, but {fusion or 'no fusion'} "
             f"makes {expected}: use the fusion settings that it was trained with"
         )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            with zero.gathered([parameter], changed=True):
-                parameter.copy_(projector[name])
+    zero.copy_values(parameters, projector)

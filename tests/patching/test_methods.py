@@ -1,0 +1,96 @@
+"""Methods are known by the registry alone: a further one is a file and a line."""
+
+import ast
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import models
+import pytest
+import torch
+
+import llava_patch
+from llava_patch import SkipLinks, patch
+from llava_patch.core import registry
+from llava_patch.core.errors import SettingError
+from llava_patch.core.method import Method
+from llava_patch.fusion.base import Fusion
+from llava_patch.fusion.taps import Group
+from llava_patch.settings.methods import from_dict, from_record, to_dict
+
+CORE = ("patching/patch.py", "patching/handle.py", "patching/checkpoint.py", "settings/gin_config.py")
+
+
+@dataclass(frozen=True, repr=False)
+class Thirds(Fusion):
+    """A toy fusion: one block in three, all detached."""
+
+    first: int = 1
+
+    def choose(self, n_blocks: int, main: int) -> tuple[Group, ...]:
+        return tuple(Group((block,), True) for block in range(self.first, n_blocks, 3) if block != main)
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    monkeypatch.setitem(registry.METHODS, "Thirds", f"{__name__}:Thirds")
+
+
+def test_every_method_has_settings_that_patch_takes_and_a_record_keeps():
+    for name, cls in registry.methods().items():
+        assert cls.__name__ == name and cls.KIND in registry.KINDS and dataclasses.is_dataclass(cls)
+        assert from_dict(to_dict(cls()), "here") == cls()
+    for kind, entry in registry.KINDS.items():
+        assert issubclass(registry.load(entry), Method) and registry.methods(kind)
+
+
+def test_patch_takes_one_keyword_for_each_kind():
+    assert [n for n in patch.__annotations__ if n in registry.KINDS] == list(registry.KINDS)
+
+
+@pytest.mark.parametrize("file", CORE)
+def test_the_core_names_no_method(file):
+    tree = ast.parse((Path(llava_patch.__file__).parent / file).read_text())
+    tree.body = [
+        node for node in tree.body if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    ]
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    used |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    owners = {entry.split(":")[1] for entry in registry.KINDS.values()}
+    assert not used & {*registry.METHODS, *owners}
+
+
+@torch.no_grad()
+def test_a_further_fusion_is_patched_trained_saved_and_loaded(toy, tmp_path):
+    from transformers import LlavaForConditionalGeneration
+
+    model = models.hf_model()
+    model.save_pretrained(tmp_path / "base")
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "base")
+    handle = patch(model, fusion=Thirds(first=2))
+    assert [group.blocks for group in handle.taps.groups] == [(2,), (5,)] and handle.taps.detached == 2
+    handle.adapter_parameters()[0].add_(0.25)
+    handle.save(tmp_path / "adapter")
+    again = LlavaForConditionalGeneration.from_pretrained(tmp_path / "adapter")
+    loaded = llava_patch.get_handle(again)
+    assert loaded.fusion == Thirds(first=2)
+    assert torch.equal(loaded.adapter_parameters()[0], handle.adapter_parameters()[0])
+    with pytest.raises(SettingError, match=r"already carries fusion Thirds\(first=2\), but Thirds\(first=1\)"):
+        patch(again, fusion=Thirds())
+    assert from_record(handle.record(), "here") == {"fusion": Thirds(first=2)}
+
+
+def test_settings_that_are_not_registered_are_refused():
+    with pytest.raises(SettingError, match=r"patch\(fusion=Thirds.*expected SkipLinks, DenseConnector"):
+        patch(models.hf_model(), fusion=Thirds())
+    with pytest.raises(SettingError, match="unknown method 'Thirds'"):
+        from_dict(to_dict(Thirds()), "here")
+
+
+def test_a_failed_patch_leaves_the_handles_methods_as_they_were(monkeypatch):
+    model = models.hf_model()
+    handle = patch(model, fusion=SkipLinks(stride=2))
+    before = dict(handle.methods)
+    with pytest.raises(SettingError, match="outside"):
+        patch(model, routing=llava_patch.Routing(split=99))
+    assert handle.methods == before and handle.active
