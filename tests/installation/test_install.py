@@ -16,7 +16,7 @@ import zipfile
 import pytest
 from packaging.utils import canonicalize_name
 
-from installation.project import LOCKS, ROOT, core, extra, locked
+from .project import LOCKS, ROOT, core, extra, locked
 
 PINNED = locked(LOCKS / "llava_pinned.txt")
 NEEDS = {
