@@ -2,7 +2,6 @@
 
 import copy
 
-import models
 import pytest
 import torch
 
@@ -10,6 +9,7 @@ from llava_patch import AuxiliaryProbe, Routing, SkipLinks, patch
 from llava_patch.core.errors import HostError
 from llava_patch.hosts.anatomy import find
 from llava_patch.patching.keys import base_fingerprint, model_digest, patch_name, tensors_of, weights_digest
+from tests.support import models
 
 
 @pytest.fixture(params=["hf", "llava"])

@@ -5,7 +5,6 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-import models
 import pytest
 import torch
 
@@ -17,6 +16,7 @@ from llava_patch.core.method import Method
 from llava_patch.fusion.base import Fusion
 from llava_patch.fusion.taps import Group
 from llava_patch.settings.methods import from_dict, from_record, to_dict
+from tests.support import models
 
 CORE = ("patching/patch.py", "patching/handle.py", "patching/checkpoint.py", "settings/gin_config.py")
 
