@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, Union
 
 from llava_patch.core.errors import SettingError
 from llava_patch.fusion.taps import Group, Join
-from llava_patch.settings.checks import fraction, integer
+from llava_patch.settings.checks import fraction, integer, is_number
 
 TrainTower = Union[Literal["frozen", "all"], int]
 Detach = Union[int, tuple[int, ...]]
@@ -57,10 +57,8 @@ class Fusion:
         if not isinstance(self.merge_padding, bool):
             raise SettingError(f"{owner}.merge_padding = {self.merge_padding!r}: expected True or False")
         _train_tower(owner, self.train_tower)
-        if self.tower_lr is not None:
-            number = isinstance(self.tower_lr, (int, float)) and not isinstance(self.tower_lr, bool)
-            if not number or not 0 < self.tower_lr < math.inf:
-                raise SettingError(f"{owner}.tower_lr = {self.tower_lr!r}: expected a number above 0")
+        if self.tower_lr is not None and not (is_number(self.tower_lr) and 0 < self.tower_lr < math.inf):
+            raise SettingError(f"{owner}.tower_lr = {self.tower_lr!r}: expected a number above 0")
         if self.layer_decay is not None:
             fraction(owner, "layer_decay", self.layer_decay)
         if self.merge_padding and self.merge_size == 1:
@@ -100,6 +98,11 @@ class Fusion:
             SettingError: a tap outside the tower, no tap left, or a detach setting for taps that are not there.
         """
         raise NotImplementedError
+
+    @property
+    def needs_tap(self) -> bool:
+        """Whether the fusion has no meaning without a tap."""
+        return True
 
     def decoder_layers(self, n_taps: int) -> tuple[int, ...]:
         """With `Join.LAYERS`, the decoder layer, from 0, whose input takes each tap."""

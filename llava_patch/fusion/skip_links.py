@@ -38,6 +38,11 @@ class SkipLinks(Fusion):
             )
             object.__setattr__(self, "layers", layers)
 
+    @property
+    def needs_tap(self) -> bool:
+        """Not where `layers` says that there is none."""
+        return self.layers != ()
+
     def choose(self, n_blocks: int, main: int) -> tuple[Group, ...]:
         """Blocks S, 2S, 3S, ... or a list, the deepest first, so that columns stay where they are for every D.
 
@@ -53,7 +58,7 @@ class SkipLinks(Fusion):
             strided = range(self.stride, n_blocks + self.stride, self.stride)
             candidates = sorted({min(b, n_blocks - 1) for b in strided if b <= n_blocks})
         blocks = [b for b in candidates if b != main and b >= 1]
-        if not blocks and self.layers != ():
+        if not blocks and self.needs_tap:
             raise SettingError(
                 f"{asked}: no tap left on a tower of {n_blocks} blocks whose main feature is block {main}"
             )

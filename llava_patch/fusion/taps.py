@@ -104,6 +104,11 @@ def choose_taps(settings: Fusion, n_blocks: int, main: int) -> Taps:
         SettingError: a tap outside the tower, no tap left, or a detach setting for taps that are not there.
     """
     groups = settings.choose(n_blocks, main)
+    if not groups and settings.needs_tap:
+        raise SettingError(
+            f"{settings}: no tap left on a tower of {n_blocks} blocks whose main feature is block {main}"
+        )
+    check_inside(str(settings), (block for group in groups for block in group.blocks), n_blocks)
     layers = settings.decoder_layers(len(groups))
     return Taps(main, groups, settings.join, settings.merge_size, settings.merge_padding, layers)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from llava_patch.core.errors import SettingError
-from llava_patch.settings.checks import integer
+from llava_patch.settings.checks import integer, is_number
 
 AUTO = "auto"
 """Routing.split: measure instead of naming a layer."""
@@ -143,8 +143,7 @@ class FastV:
 
     def __post_init__(self) -> None:
         integer("FastV", "layer", self.layer, 1)
-        number = isinstance(self.ratio, (int, float)) and not isinstance(self.ratio, bool)
-        if not number or not 0 <= self.ratio <= 1:
+        if not is_number(self.ratio) or not 0 <= self.ratio <= 1:
             raise SettingError(f"FastV.ratio = {self.ratio!r}: expected a number from 0 to 1")
         if not isinstance(self.training, bool):
             raise SettingError(f"FastV.training = {self.training!r}: expected True or False")
