@@ -18,8 +18,7 @@ from llava_patch.fusion.checkpointing import keep_gradients
 from llava_patch.fusion.features import check_grid, fuse, stacked
 from llava_patch.fusion.linear import FusedLinear
 from llava_patch.fusion.taps import STI_POOL, Join, Taps, choose_taps
-from llava_patch.hosts import call_context as carry
-from llava_patch.hosts import zero
+from llava_patch.hosts import wrappers, zero
 from llava_patch.hosts.anatomy import LLAVA, Anatomy
 from llava_patch.hosts.towers.find import when_loaded
 from llava_patch.settings.methods import Fusion
@@ -135,7 +134,7 @@ def attach(
     took_part = _TookPart()
     when_loaded(anatomy, undo, lambda late: _hook_vision_model(anatomy, settings, taps, late, took_part))
     _watch_projector(anatomy, settings, undo, took_part)
-    carry.refuse_other_features(anatomy, undo)
+    wrappers.refuse_other_features(anatomy, undo)
     let_tower_train(anatomy, settings, undo)
 
 

@@ -22,12 +22,11 @@ from llava_patch.fusion import processor as fusion_processor
 from llava_patch.fusion.taps import Taps, injection_layers
 from llava_patch.fusion.warm_up import WarmUp, steps_of
 from llava_patch.hosts import anatomy as anatomy_module
-from llava_patch.hosts import call_context as carry
-from llava_patch.hosts import handles, lora, zero
+from llava_patch.hosts import call_context, handles, lora, zero
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.routing import attach as routing_attach
 from llava_patch.routing import side_branch
-from llava_patch.routing.schedule import Program, make_program
+from llava_patch.routing.schedule import LayerSchedule, make_schedule
 from llava_patch.settings.methods import AuxiliaryProbe, FastV, Fusion, Routing, to_dict
 
 if TYPE_CHECKING:
@@ -165,10 +164,10 @@ class Handle:
         if self.fusion is not None and self.taps is not None:
             fusion_attach.set_tower_flags(self.anatomy, self.fusion, self.taps)
 
-    def program(self) -> Program:
+    def program(self) -> LayerSchedule:
         """What each decoder layer does under the applied settings."""
         injections = injection_layers(self.fusion, self.taps)
-        return make_program(self.routing, self.pruning, len(self.anatomy.layers), injections)
+        return make_schedule(self.routing, self.pruning, len(self.anatomy.layers), injections)
 
     @property
     def tokens_per_image(self) -> int:
@@ -207,7 +206,7 @@ class Handle:
         """
         if not self.program().does_something:
             return contextlib.nullcontext()  # the stock model does not ask
-        return carry.placed(self.anatomy, image_mask, kept)
+        return call_context.placed(self.anatomy, image_mask, kept)
 
     def trainable(self) -> list[str]:
         """Names of the parameters that a training step gives a gradient, in the model's order."""

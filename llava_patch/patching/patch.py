@@ -15,15 +15,14 @@ from llava_patch.core.records import CONFIG_KEY
 from llava_patch.fusion import attach as fusion_attach
 from llava_patch.fusion.taps import injection_layers
 from llava_patch.hosts import anatomy as anatomy_module
-from llava_patch.hosts import call_context as carry
-from llava_patch.hosts import known, zero
+from llava_patch.hosts import known, wrappers, zero
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.hosts.compat import check_versions
 from llava_patch.hosts.handles import HANDLE
 from llava_patch.patching.handle import Handle, get_handle, restore_flags
 from llava_patch.probe.auxiliary.attach import Auxiliary
 from llava_patch.routing import attach as routing_attach
-from llava_patch.routing.schedule import make_program
+from llava_patch.routing.schedule import make_schedule
 from llava_patch.settings.methods import AUTO, FUSIONS, AuxiliaryProbe, DeepStack, FastV, Fusion, Routing, differs
 
 
@@ -101,9 +100,9 @@ def patch(
     try:
         taps = fusion_attach.resolve(found, fusion) if fusion is not None and handle.fusion is None else handle.taps
         injections = injection_layers(handle.fusion or fusion, taps)
-        program = make_program(handle.routing or routing, handle.pruning or pruning, len(found.layers), injections)
+        program = make_schedule(handle.routing or routing, handle.pruning or pruning, len(found.layers), injections)
         if not handle._carries and program.does_something:
-            carry.attach(found, handle._undo)
+            wrappers.attach(found, handle._undo)
             handle._carries = True
         if fusion is not None and handle.fusion is None:
             assert taps is not None
@@ -116,7 +115,7 @@ def patch(
             handle.fusion = fusion
         routing_attach.attach(found, program, handle._undo)
         if program.does_something:  # last: a fusion may have put another projector there
-            carry.watch(found, handle._undo)
+            wrappers.watch(found, handle._undo)
         handle.routing, handle.pruning = routing or handle.routing, pruning or handle.pruning
         _check_together(handle.fusion, handle.routing, probe or handle.probe)
         if handle.fusion is not None and handle.fusion.train_tower != "frozen":

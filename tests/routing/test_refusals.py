@@ -9,7 +9,7 @@ from models import IMAGE, close
 
 from llava_patch import FastV, Routing, patch
 from llava_patch.core.errors import InputError, LlavaPatchError, SettingError
-from llava_patch.routing.prune import choose, keep_counts
+from llava_patch.routing.fastv import choose, keep_counts
 
 from .cases import ALL, RAGGED, embeddings
 

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from llava_patch.core.errors import InputError, SettingError
 from llava_patch.core.undo import UndoStack
-from llava_patch.hosts import call_context as carry
-from llava_patch.hosts import positions, tiles, zero
+from llava_patch.hosts import call_context, positions, tiles, zero
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.probe.auxiliary.head import Head, Seen, check_images, idle, token_errors
 from llava_patch.probe.auxiliary.regions import KEY, Marker
@@ -155,7 +154,8 @@ class Auxiliary:
         @functools.wraps(encode)
         def encode_and_note(*args: Any, **kwargs: Any) -> Any:
             features = encode(*args, **kwargs)
-            if self._watching and positions.indexing.get() is None:
+            call = call_context.current(self.anatomy)
+            if self._watching and (call is None or call.numbers is None):
                 pixels = args[0] if args else kwargs["pixel_values"]
                 self._seen = Seen(_one_tensor(features), pixels, self._injections())
             return features
@@ -168,9 +168,9 @@ class Auxiliary:
         layers = self.head.decoder.injection_layers
         if not layers:
             return None
-        offered = carry.offered(self.anatomy)
-        assert offered is not None  # its wrapper of the encoder lies under ours
-        return torch.stack(offered[: len(layers)])
+        call = call_context.current(self.anatomy)
+        assert call is not None and call.offered is not None  # its wrapper of the encoder lies under ours
+        return torch.stack(call.offered[: len(layers)])
 
     def _add(self, outputs: Any, regions: Mapping[str, Tensor] | None, given: Mapping[str, Any]) -> Any:
         """The outputs of a forward pass with the loss's term in their loss."""
