@@ -25,8 +25,7 @@ from llava_patch.fusion.features import check_grid, fuse, stacked
 from llava_patch.fusion.linear import FusedLinear
 from llava_patch.fusion.taps import STI_POOL, Join, Taps, choose_taps
 from llava_patch.fusion.tower_training import let_tower_train, set_tower_flags
-from llava_patch.hosts import call_context as carry
-from llava_patch.hosts import zero
+from llava_patch.hosts import wrappers, zero
 from llava_patch.hosts.anatomy import HF, LLAVA
 from llava_patch.hosts.towers.find import when_loaded
 
@@ -186,7 +185,7 @@ class FusionMethod(Method):
         took_part = _TookPart()
         when_loaded(anatomy, undo, lambda late: self._hook_vision_model(late, took_part))
         self._watch_projector(undo, took_part)
-        carry.refuse_other_features(anatomy, undo)
+        wrappers.refuse_other_features(anatomy, undo)
         if self.trains_tower():
             let_tower_train(anatomy, undo)
 

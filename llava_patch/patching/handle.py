@@ -19,10 +19,9 @@ from llava_patch.core.undo import UndoStack
 from llava_patch.fusion import optimizer as optimizer_groups
 from llava_patch.fusion.taps import Taps
 from llava_patch.fusion.warm_up import WarmUp, steps_of
-from llava_patch.hosts import call_context as carry
-from llava_patch.hosts import handles, lora, zero
+from llava_patch.hosts import call_context, handles, lora, zero
 from llava_patch.hosts.anatomy import LLAVA, Anatomy
-from llava_patch.routing.schedule import Program, make_program
+from llava_patch.routing.schedule import LayerSchedule, make_schedule
 from llava_patch.settings.methods import to_dict
 
 if TYPE_CHECKING:
@@ -124,10 +123,10 @@ class Handle:
             **({"trained_tower": True} if self.trained_tower else {}),
         }
 
-    def program(self) -> Program:
+    def program(self) -> LayerSchedule:
         """What each decoder layer does under the applied settings."""
         injections = tuple(layer for method in self.methods.values() for layer in method.decoder_layers())
-        return make_program(self.routing, self.pruning, len(self.anatomy.layers), injections)
+        return make_schedule(self.routing, self.pruning, len(self.anatomy.layers), injections)
 
     def __repr__(self) -> str:
         """Name what is applied."""
@@ -213,7 +212,7 @@ class Handle:
         """
         if not self.program().does_something:
             return contextlib.nullcontext()  # the stock model does not ask
-        return carry.placed(self.anatomy, image_mask, kept)
+        return call_context.placed(self.anatomy, image_mask, kept)
 
     # --- what trains --------------------------------------------------------------------------------------------------
 

@@ -13,8 +13,7 @@ from llava_patch.core.errors import SettingError, SilentFusionWarning
 from llava_patch.core.method import Method
 from llava_patch.core.records import CONFIG_KEY
 from llava_patch.hosts import anatomy as anatomy_module
-from llava_patch.hosts import call_context as carry
-from llava_patch.hosts import known, zero
+from llava_patch.hosts import known, wrappers, zero
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.hosts.compat import check_versions
 from llava_patch.hosts.handles import HANDLE
@@ -171,7 +170,7 @@ def _apply(handle: Handle, asked: Mapping[str, Method], zero_start: bool, loadin
         method.resolve()
     program = handle.program()
     if program.does_something and not handle._carries:
-        carry.attach(found, undo)
+        wrappers.attach(found, undo)
         handle._carries = True
     for kind, method in asked.items():
         if kind in new and kind not in registry.TRAINING_ONLY:
@@ -180,7 +179,7 @@ def _apply(handle: Handle, asked: Mapping[str, Method], zero_start: bool, loadin
             handle.methods[kind] = there[kind].changed(method.settings, undo)
     decoder.attach(found, program, undo)
     if program.does_something:  # after the fusion: it may have put another projector there
-        carry.watch(found, undo)
+        wrappers.watch(found, undo)
     _check_together(handle.methods)
     handle.trained_tower |= any(method.trains_tower() for method in handle.methods.values())
     if any(kind not in registry.TRAINING_ONLY for kind in handle.methods):

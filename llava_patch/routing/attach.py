@@ -15,12 +15,12 @@ from llava_patch.hosts import compat, lora
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.routing import side_branch
 from llava_patch.routing.forward import RoutedForward
-from llava_patch.routing.schedule import Program, Work, make_program
+from llava_patch.routing.schedule import LayerMode, LayerSchedule, make_schedule
 from llava_patch.settings.routing import AUTO, Routing
 
 
-def attach(anatomy: Anatomy, program: Program, undo: UndoStack) -> None:
-    """Route and prune image tokens of a host model; a program that does nothing changes nothing.
+def attach(anatomy: Anatomy, schedule: LayerSchedule, undo: UndoStack) -> None:
+    """Route and prune image tokens of a host model; a schedule that does nothing changes nothing.
 
     Modifications: the decoder's instance attribute `forward`; with a side branch a ModuleList `side_branch` on the
     decoder; where masks are needed that flash attention does not know (the KV variant, a sliding window), the instance
@@ -28,34 +28,36 @@ def attach(anatomy: Anatomy, program: Program, undo: UndoStack) -> None:
 
     Args:
         anatomy: the host model.
-        program: what its layers are to do; replaces the program of an earlier call.
+        schedule: what its layers are to do; replaces the schedule of an earlier call.
         undo: takes everything back.
     """
-    if not program.does_something:
+    if not schedule.does_something:
         return
     decoder = anatomy.decoder
-    if program.side_layers and not hasattr(decoder, side_branch.SIDE_BRANCH):
-        layers = [anatomy.layers[program.split + i] for i in range(program.side_layers)]
+    if schedule.side_layers and not hasattr(decoder, side_branch.SIDE_BRANCH):
+        layers = [anatomy.layers[schedule.split + i] for i in range(schedule.side_layers)]
         undo.add_module(decoder, side_branch.SIDE_BRANCH, side_branch.copy_layers(layers))
-    _allow_masks(anatomy, program, undo)
+    _allow_masks(anatomy, schedule, undo)
     if isinstance(decoder.forward, RoutedForward):
-        undo.set_attribute(decoder.forward, "program", program)
+        undo.set_attribute(decoder.forward, "schedule", schedule)
     else:
-        undo.set_attribute(decoder, "forward", RoutedForward(anatomy, program))
+        undo.set_attribute(decoder, "forward", RoutedForward(anatomy, schedule))
 
 
-def _allow_masks(anatomy: Anatomy, program: Program, undo: UndoStack) -> None:
+def _allow_masks(anatomy: Anatomy, schedule: LayerSchedule, undo: UndoStack) -> None:
     windowed = compat.sliding_window(anatomy.decoder.config) is not None
-    first = program.split if program.prune_at is None else min(program.split, program.prune_at)
-    layers = [anatomy.layers[i] for i in range(first, program.n_layers) if windowed or program.work[i] is Work.KEYS]
-    if windowed and program.side_layers:
+    first = schedule.split if schedule.prune_at is None else min(schedule.split, schedule.prune_at)
+    layers = [
+        anatomy.layers[i] for i in range(first, schedule.n_layers) if windowed or schedule.modes[i] is LayerMode.KEYS
+    ]
+    if windowed and schedule.side_layers:
         layers += getattr(anatomy.decoder, side_branch.SIDE_BRANCH)
     for layer in layers:
         compat.allow_any_mask(layer.self_attn, undo)
 
 
 class RoutingMethod(Method):
-    """Routing of image tokens on a model; what each layer does is in the program, which `attach` carries out."""
+    """Routing of image tokens on a model; what each layer does is in the schedule, which `attach` carries out."""
 
     settings: Routing
 
@@ -104,14 +106,14 @@ class RoutingMethod(Method):
         if strategy != "none":
             anatomy.model.requires_grad_(False)
         if strategy == "side_and_fusion":
-            for layer in make_program(self.settings, None, len(anatomy.layers)).fusion:
+            for layer in make_schedule(self.settings, None, len(anatomy.layers)).fusion:
                 anatomy.layers[layer].requires_grad_(True)
         for parameter in branch:
             parameter.requires_grad_(True)
 
 
 class PruningMethod(Method):
-    """Pruning of image tokens on a model; which layer prunes is in the program, which `attach` carries out."""
+    """Pruning of image tokens on a model; which layer prunes is in the schedule, which `attach` carries out."""
 
     def refused_when_partitioned(self) -> str | None:
         """Pruning in training."""

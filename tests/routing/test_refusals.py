@@ -8,7 +8,7 @@ import torch
 
 from llava_patch import FastV, Routing, patch
 from llava_patch.core.errors import InputError, LlavaPatchError, SettingError
-from llava_patch.routing.prune import choose, keep_counts
+from llava_patch.routing.fastv import choose, keep_counts
 from tests.support.models import IMAGE, close
 from tests.support.routings import ALL, RAGGED, embeddings
 

@@ -17,8 +17,7 @@ from llava_patch.core.errors import InputError, SettingError
 from llava_patch.core.method import Method
 from llava_patch.core.undo import UndoStack
 from llava_patch.fusion import optimizer
-from llava_patch.hosts import call_context as carry
-from llava_patch.hosts import positions, tiles, zero
+from llava_patch.hosts import call_context, positions, tiles, zero
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.hosts.handles import get_handle
 from llava_patch.probe.auxiliary.head import Head, Seen, check_images, idle, token_errors
@@ -188,7 +187,8 @@ class Auxiliary(Method):
         @functools.wraps(encode)
         def encode_and_note(*args: Any, **kwargs: Any) -> Any:
             features = encode(*args, **kwargs)
-            if self._watching and positions.indexing.get() is None:
+            call = call_context.current(self.anatomy)
+            if self._watching and (call is None or call.numbers is None):
                 pixels = args[0] if args else kwargs["pixel_values"]
                 self._seen = Seen(_one_tensor(features), pixels, self._injections())
             return features
@@ -201,9 +201,9 @@ class Auxiliary(Method):
         layers = self.head.decoder.injection_layers
         if not layers:
             return None
-        offered = carry.offered(self.anatomy)
-        assert offered is not None  # its wrapper of the encoder lies under ours
-        return torch.stack(offered[: len(layers)])
+        call = call_context.current(self.anatomy)
+        assert call is not None and call.offered is not None  # its wrapper of the encoder lies under ours
+        return torch.stack(call.offered[: len(layers)])
 
     def _add(self, outputs: Any, regions: Mapping[str, Tensor] | None, given: Mapping[str, Any]) -> Any:
         """The outputs of a forward pass with the loss's term in their loss."""

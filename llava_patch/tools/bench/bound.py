@@ -16,14 +16,14 @@ from llava_patch.hosts.sizes import IMAGE_TOKENS
 from llava_patch.measurements.flops import products as decoder
 from llava_patch.measurements.flops.products import Mode, Product
 from llava_patch.measurements.flops.shape import DecoderShape
-from llava_patch.routing.schedule import make_program
+from llava_patch.routing.schedule import make_schedule
 from llava_patch.tools.bench.methods import Method
 
 
 def products(config: Any, method: Method, text: int, batch: int) -> Counter[Product]:
     """The decoder's matrix products at prefill, how often each, the head left out."""
     shape = DecoderShape.of(config)
-    program = make_program(method.settings.get("routing"), method.settings.get("pruning"), shape.layers)
+    program = make_schedule(method.settings.get("routing"), method.settings.get("pruning"), shape.layers)
     at = decoder.decoder_positions(program, text, IMAGE_TOKENS, Mode.PREFILL)
     counts = decoder.add(*(decoder.layer_products(shape, p, batch).all() for p in (*at.side, *at.layers)))
     if at.chooser is not None:

@@ -20,7 +20,7 @@ from llava_patch.hosts import configs
 from llava_patch.hosts.anatomy import LLAVA
 from llava_patch.patching.handle import Handle
 from llava_patch.patching.patch import patch
-from llava_patch.routing.schedule import make_program
+from llava_patch.routing.schedule import make_schedule
 from llava_patch.settings.methods import DeepStack, DenseConnector
 from llava_patch.tools.convert.source import Checkpoint
 
@@ -68,12 +68,12 @@ def without_patch(found: Checkpoint, target: str) -> Checkpoint:
     methods = found.methods()
     routing, pruning, fusion = (methods.get(kind) for kind in ("routing", "pruning", "fusion"))
     depth = int(configs.text_config(found.config, found.host).num_hidden_layers)
-    if routing is not None and make_program(routing, None, depth).does_something:
+    if routing is not None and make_schedule(routing, None, depth).does_something:
         raise CheckpointError(
             f"{found.name}: {routing} sends image tokens around decoder layers, which no stock decoder does: it has no "
             f"plain form; {_KEEP}"
         )
-    if pruning is not None and make_program(None, pruning, depth).does_something:
+    if pruning is not None and make_schedule(None, pruning, depth).does_something:
         raise CheckpointError(
             f"{found.name}: {pruning} takes image tokens out of the decoder, which no stock decoder does: it has no "
             f"plain form; {_KEEP} (it has no weights of its own: without it, merge the checkpoint that it was put on)"
