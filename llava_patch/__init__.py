@@ -19,7 +19,7 @@ _EXPORTS = {
     "DirectFusion": "llava_patch.fusion.direct_fusion",
     "DeepStack": "llava_patch.fusion.deep_stack",
     "Routing": "llava_patch.settings.routing",
-    "FastV": "llava_patch.settings.routing",
+    "FastV": "llava_patch.routing.fastv",
     "AuxiliaryProbe": "llava_patch.settings.auxiliary",
     "RProbe": "llava_patch.measurements.rprobe.settings",
     "Saturation": "llava_patch.measurements.saturation",

@@ -23,7 +23,7 @@ METHODS: dict[str, str] = {
     "DirectFusion": "llava_patch.fusion.direct_fusion:DirectFusion",
     "DeepStack": "llava_patch.fusion.deep_stack:DeepStack",
     "Routing": "llava_patch.settings.routing:Routing",
-    "FastV": "llava_patch.settings.routing:FastV",
+    "FastV": "llava_patch.routing.fastv:FastV",
     "AuxiliaryProbe": "llava_patch.settings.auxiliary:AuxiliaryProbe",
 }
 """Settings classes of the methods; a class says in KIND which keyword of `patch` takes it."""

@@ -194,3 +194,29 @@ def prime(states: Tensor, layer: nn.Module) -> Tensor:
     if not states.requires_grad and trains([layer]):
         states = states.detach().requires_grad_()
     return states
+
+
+@torch.no_grad()
+def attention_of_last(
+    layer: Any, states: Tensor, last: Tensor, rotary: tuple[Tensor, Tensor], key: Tensor | None, allowed: Tensor
+) -> Tensor:
+    """Attention of each sample's last prompt token at a layer, mean over heads.
+
+    Args:
+        layer: a decoder layer.
+        states: [batch, tokens, hidden], its input.
+        last: int64 [batch], the column of that token.
+        rotary: (cos, sin) of the tokens, each [batch or 1, tokens, head_dim].
+        key: [batch, key_value_heads, keys, head_dim], the keys that its cache holds, those of `states` last; None:
+            `states` give all of them.
+        allowed: bool [batch, keys], what the token may see.
+
+    Returns:
+        float32 [batch, tokens].
+    """
+    at = PositionSet(last[:, None], None)
+    query = projections.queries(layer, at.take(states), at.take_rotary(rotary))
+    if key is None:
+        key = projections.keys(layer, states, rotary)
+    attention = projections.attention_of_query(query, key, allowed, float(layer.self_attn.scaling))
+    return attention[:, attention.shape[1] - states.shape[1] :]

@@ -1,12 +1,13 @@
 """One call of a routed decoder: the layers in order, each on the positions that its mode says.
 
 Source: "Late-Layer Fusion is Enough" (DPVR), section 3.2. Layers below the split run on all positions, the side branch
-on the image positions, the deep layers as the variant has it (`schedule`); FastV's pruned tokens leave on the way.
+on the image positions, the deep layers as the variant has it (`schedule`); pruned tokens leave on the way (`pruning`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import functools
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from llava_patch.fusion import stack
 from llava_patch.hosts import call_context, compat, projections
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.hosts.call_context import CallContext
-from llava_patch.routing import fastv, side_branch
+from llava_patch.routing import side_branch
 from llava_patch.routing.cache import FULL, KEPT, TEXT, RoutedCache
-from llava_patch.routing.layers import Stream, call_with_keys, observer, prime
+from llava_patch.routing.layers import Stream, attention_of_last, call_with_keys, observer, prime
 from llava_patch.routing.plan import (
     Counts,
     KeyPositions,
@@ -30,6 +31,7 @@ from llava_patch.routing.plan import (
     positions,
     put_back,
 )
+from llava_patch.routing.pruning import choose
 from llava_patch.routing.schedule import LayerMode, LayerSchedule
 
 
@@ -99,7 +101,7 @@ class RoutedPass:
         self.schedule = schedule
         self.call = call
         self.config = self.decoder.config
-        prunes = schedule.prune_at is not None and (schedule.prune_in_training or not self.decoder.training)
+        prunes = schedule.prune_at is not None and (schedule.prunes_in_training or not self.decoder.training)
         self.prune_at = schedule.prune_at if prunes else None
         window = compat.sliding_window(self.config)
         self.windowed = window is not None and call.seen + call.queries > window
@@ -380,7 +382,7 @@ class RoutedPass:
         return side_branch.run(self.anatomy, states, stream)[:, -new:]
 
     def _prune(self, number: int) -> None:
-        """FastV: drop what it does not keep, before layer `number`."""
+        """Drop what pruning does not keep, before layer `number`."""
         was_side, self.side = self.image is self.side, None  # pruning is no layer that reads it
         hidden, self.text = self._whole(number), None
         if self.image_mask is None or self.counts is None:  # nothing to prune, but the layers' keys are their own
@@ -401,7 +403,7 @@ class RoutedPass:
             self.side = self.image if was_side else None
 
     def _choose(self) -> Tensor:
-        """What goes on to the layers above: bool [batch, tokens]; chosen before, or now (`fastv`)."""
+        """What goes on to the layers above: bool [batch, tokens]; chosen before, or now (`pruning`)."""
         call, image_mask, counts = self.call, self.image_mask, self.counts
         assert image_mask is not None and counts is not None and self.prune_at is not None and self.entered is not None
         valid = torch.ones_like(image_mask) if call.valid is None else call.valid
@@ -410,13 +412,16 @@ class RoutedPass:
             self.counts = count(image_mask & kept, kept, call.suffix or 1)
             return kept
         last, keys = call.last_index(), self.full.keys
-        scores = fastv.attention_of_last(
-            self.layers[self.prune_at - 1], self.entered, last, self.rotary,
+        attention = functools.partial(
+            attention_of_last, self.layers[self.prune_at - 1], self.entered, last, self.rotary,
             None if call.cache is None else call.cache.keys_of(self.prune_at - 1),
             compat.visible(self.config, (last + call.seen)[:, None], keys.index, keys.valid)[:, 0],
         )  # fmt: skip
-        self.entered = None
-        kept, self.counts = fastv.select(scores, image_mask, valid, counts, self.schedule.ratio, call.protected)
+        pruning = self.schedule.pruning
+        assert pruning is not None
+        keep = pruning.keep_counts(counts.image, counts.protected)
+        kept = valid & (~image_mask | choose(pruning.scores(image_mask, attention), image_mask, keep, call.protected))
+        self.entered, self.counts = None, replace(counts, image=keep)
         if call.cache is None:  # with a cache the prompt does not come again
             call_context.remember_chosen(self.anatomy, call.embeds, kept)
         return kept

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from llava_patch.core.errors import SettingError
-from llava_patch.settings.methods import FastV, Routing
+from llava_patch.routing.pruning import Pruning
+from llava_patch.settings.routing import Routing
 
 
 class LayerMode(Enum):
@@ -59,9 +60,7 @@ class LayerSchedule:
         split: first routed layer; L when nothing is routed.
         modes: what each layer does, [L].
         side_layers: n; 0 without a side branch.
-        prune_at: first layer without the pruned tokens; None: nothing is pruned.
-        ratio: share of image tokens to prune.
-        prune_in_training: whether training mode prunes as well.
+        pruning: what is pruned and where; None: nothing.
         injections: DeepStack: layers whose input takes a tap, in the order of the taps.
     """
 
@@ -69,10 +68,18 @@ class LayerSchedule:
     split: int
     modes: tuple[LayerMode, ...]
     side_layers: int = 0
-    prune_at: int | None = None
-    ratio: float = 0.0
-    prune_in_training: bool = False
+    pruning: Pruning | None = None
     injections: tuple[int, ...] = ()
+
+    @property
+    def prune_at(self) -> int | None:
+        """First layer without the pruned tokens; None: nothing is pruned."""
+        return None if self.pruning is None else self.pruning.layer
+
+    @property
+    def prunes_in_training(self) -> bool:
+        """Whether training mode prunes as well."""
+        return self.pruning is not None and self.pruning.training
 
     @property
     def does_something(self) -> bool:
@@ -91,7 +98,7 @@ class LayerSchedule:
 
 
 def make_schedule(
-    routing: Routing | None, pruning: FastV | None, n_layers: int, injections: tuple[int, ...] = ()
+    routing: Routing | None, pruning: Pruning | None, n_layers: int, injections: tuple[int, ...] = ()
 ) -> LayerSchedule:
     """Resolve settings against a model's depth.
 
@@ -114,7 +121,7 @@ def make_schedule(
     if pruning is None or pruning.ratio == 0:
         return schedule
     _check_pruning(pruning, routing, n_layers, split)
-    return replace(schedule, prune_at=pruning.layer, ratio=float(pruning.ratio), prune_in_training=pruning.training)
+    return replace(schedule, pruning=pruning)
 
 
 def _check_injections(injections: tuple[int, ...], n_layers: int, split: int) -> None:
@@ -173,10 +180,10 @@ def _check_routing(routing: Routing, n_layers: int) -> None:
         )
 
 
-def _check_pruning(pruning: FastV, routing: Routing | None, n_layers: int, split: int) -> None:
+def _check_pruning(pruning: Pruning, routing: Routing | None, n_layers: int, split: int) -> None:
     last = n_layers - 1
     why = f"this model has layers 0..{last}"
     if routing is not None and split < n_layers and routing.variant in ("lf", "ideal", "vtw"):
         last, why = split, f"{routing.variant} takes the image tokens out at layer {split}, so later there are none"
     if pruning.layer > last:
-        raise SettingError(f"FastV.layer = {pruning.layer} is outside 1..{last}: {why}")
+        raise SettingError(f"{type(pruning).__name__}.layer = {pruning.layer} is outside 1..{last}: {why}")

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from llava_patch.fusion.dense_connector import DenseConnector
     from llava_patch.fusion.direct_fusion import DirectFusion
     from llava_patch.fusion.skip_links import SkipLinks
+    from llava_patch.routing.fastv import FastV
     from llava_patch.settings.auxiliary import AuxiliaryProbe
-    from llava_patch.settings.routing import FastV
 
 __all__ = [
     "AUTO",

@@ -9,14 +9,16 @@ import pytest
 import torch
 
 import llava_patch
-from llava_patch import SkipLinks, patch
+from llava_patch import FastV, Routing, SkipLinks, patch
 from llava_patch.core import registry
 from llava_patch.core.errors import SettingError
 from llava_patch.core.method import Method
 from llava_patch.fusion.base import Fusion
 from llava_patch.fusion.taps import Group
+from llava_patch.routing.pruning import Pruning
 from llava_patch.settings.methods import from_dict, from_record, to_dict
 from tests.support import models
+from tests.support.models import IMAGE
 
 CORE = ("patching/patch.py", "patching/handle.py", "patching/checkpoint.py", "settings/gin_config.py")
 
@@ -31,9 +33,18 @@ class Thirds(Fusion):
         return tuple(Group((block,), True) for block in range(self.first, n_blocks, 3) if block != main)
 
 
+@dataclass(frozen=True)
+class EverySecond(Pruning):
+    """A toy pruning: the first, third, fifth, ... image token of each sample is worth most."""
+
+    def scores(self, image_mask, attention):
+        return image_mask.cumsum(1) % 2
+
+
 @pytest.fixture
 def toy(monkeypatch):
-    monkeypatch.setitem(registry.METHODS, "Thirds", f"{__name__}:Thirds")
+    for cls in (Thirds, EverySecond):
+        monkeypatch.setitem(registry.METHODS, cls.__name__, f"{__name__}:{cls.__name__}")
 
 
 def test_every_method_has_settings_that_patch_takes_and_a_record_keeps():
@@ -80,6 +91,20 @@ def test_a_further_fusion_is_patched_trained_saved_and_loaded(toy, tmp_path):
     assert from_record(handle.record(), "here") == {"fusion": Thirds(first=2)}
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("routing", [None, Routing(split=3)])
+def test_a_further_pruning_keeps_what_its_scores_say(toy, host, routing):
+    batch = host.batch([(2, IMAGE, 5), (3, IMAGE, 1, IMAGE, 4)])
+    image = batch.image
+    with patch(host.model, routing=routing, pruning=EverySecond(layer=2)) as handle:
+        assert handle.record()["pruning"] == {"method": "EverySecond", "layer": 2, "ratio": 0.5, "training": False}
+        pruned = host.logits(batch)
+    with patch(host.model, routing=routing, pruning=FastV(layer=2)) as handle:
+        with handle.image_positions(kept=~image | (image.cumsum(1) % 2 == 1)):
+            expected = host.logits(batch)
+    assert torch.equal(pruned[batch.valid], expected[batch.valid])
+
+
 def test_settings_that_are_not_registered_are_refused():
     with pytest.raises(SettingError, match=r"patch\(fusion=Thirds.*expected SkipLinks, DenseConnector"):
         patch(models.hf_model(), fusion=Thirds())
@@ -92,5 +117,5 @@ def test_a_failed_patch_leaves_the_handles_methods_as_they_were(monkeypatch):
     handle = patch(model, fusion=SkipLinks(stride=2))
     before = dict(handle.methods)
     with pytest.raises(SettingError, match="outside"):
-        patch(model, routing=llava_patch.Routing(split=99))
+        patch(model, routing=Routing(split=99))
     assert handle.methods == before and handle.active

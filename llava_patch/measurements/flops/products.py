@@ -9,7 +9,6 @@ from enum import Enum
 from functools import reduce
 
 from llava_patch.measurements.flops.shape import DecoderShape
-from llava_patch.routing.fastv import keep_counts
 from llava_patch.routing.schedule import LayerMode, LayerSchedule
 
 Product = tuple[int, int, int]
@@ -123,11 +122,11 @@ def decoder_positions(
     routed = images > 0 and program.leaves_out
     last = program.n_layers - 1
     last_token_only = mode is Mode.PREFILL and routed
-    pruned = images > 0 and program.prune_at is not None
-    kept = keep_counts((images,), program.ratio, (0,))[0] if pruned else images
+    pruning = program.pruning if images else None
+    kept = images if pruning is None else pruning.keep_counts((images,), (0,))[0]
     here, layers, at_split = images, [], images
     for number, does in enumerate(program.modes):
-        if pruned and number == program.prune_at:
+        if pruning is not None and number == pruning.layer:
             here = kept
         if number == program.split:
             at_split = here
@@ -149,7 +148,7 @@ def decoder_positions(
     if mode is not Mode.DECODE:
         if routed and program.split < program.n_layers and at_split:
             side = (Positions(at_split, at_split, at_split),) * program.side_layers
-        if pruned:  # with a cache the keys are there already
+        if pruning is not None and pruning.USES_ATTENTION:  # with a cache the keys are there already
             chooser = Positions(1, 0 if mode is Mode.PREFILL else text + images, text + images)
     answered = text + images
     if mode is Mode.DECODE or (mode is Mode.PREFILL and (routed or answers_last_only)):
