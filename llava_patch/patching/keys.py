@@ -33,7 +33,7 @@ _FINGERPRINT_VALUES = 4
 
 
 def weights_digest(
-    tensors: Iterable[tuple[str, Tensor]], values: int | None = None, rounded: bool = False, about: str = ""
+    tensors: Iterable[tuple[str, Tensor]], values: int | None = None, rounded: bool = False, into: Any = None
 ) -> str:
     """Hexadecimal digest of tensors by name, shape and values.
 
@@ -42,19 +42,19 @@ def weights_digest(
         values: about how many evenly spaced values of each count, as float32; None: all of them bit by bit, and the
             dtype.
         rounded: the values are rounded to bfloat16, so that one model loaded in two precisions is one model.
-        about: what else enters.
+        into: a hash object of hashlib that has begun with something else; None: a new one.
 
     Raises:
         HostError: a tensor lies outside memory.
     """
-    found = hashlib.sha256(about.encode())
+    found = hashlib.blake2b(digest_size=16) if into is None else into
     for name, tensor in tensors:
         if tensor.is_meta:
             raise HostError(f"{name} lies outside memory (device_map): load the model without offloading")
         with zero.gathered([tensor]):
             flat, shape = tensor.detach().reshape(-1), tuple(tensor.shape)
             if values is None:
-                found.update(f"{name} {tensor.dtype} {shape} ".encode())
+                found.update(f"{name} {tensor.dtype} {shape}".encode())
                 part = flat.to("cpu").contiguous().view(torch.uint8) if len(flat) else flat.to("cpu", torch.uint8)
             else:
                 found.update(f"{name} {shape} ".encode())
