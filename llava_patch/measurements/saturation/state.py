@@ -100,7 +100,8 @@ class State:
                 tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 - not a dict
             if header["format"] != FORMAT:
                 raise CheckpointError(
-                    f"{self.path}: format {header['format']}, this version reads {FORMAT}: delete the file to start over"
+                    f"{self.path}: format {header['format']}, this version reads {FORMAT}: "
+                    "delete the file to start over"
                 )
             parts: dict[str, dict[str, torch.Tensor]] = {"sums": {}, "counts": {}}
             for name, tensor in tensors.items():
