@@ -24,9 +24,13 @@ class Method:
     Attributes:
         settings: the dataclass that was given to `patch`.
         anatomy: the model's parts; set before anything but `check_together` is asked.
+        calls_decoder_layers: whether it needs a decoder that the identity tests ran on.
+        trains_tower: whether something in the vision tower trains, so that a checkpoint must hold the tower's weights.
     """
 
     anatomy: "Anatomy"
+    calls_decoder_layers: bool = False
+    trains_tower: bool = False
 
     def __init__(self, settings: Any) -> None:
         """Remember the settings; there is no model yet."""
@@ -52,10 +56,6 @@ class Method:
     def refused_when_partitioned(self) -> str | None:
         """The setting that cannot be had with weights that DeepSpeed ZeRO-3 has partitioned, for a message."""
         return None
-
-    def calls_decoder_layers(self) -> bool:
-        """Whether it needs a decoder that the identity tests ran on."""
-        return False
 
     def check_model(self, loading: bool) -> None:
         """Refuse a model that it cannot be put on.
@@ -119,10 +119,6 @@ class Method:
     def parameters(self) -> "list[nn.Parameter]":
         """What it adds to the model; a checkpoint that says it has the method must hold these."""
         return []
-
-    def trains_tower(self) -> bool:
-        """Whether something in the vision tower trains, so that a checkpoint must hold the tower's weights."""
-        return False
 
     def freeze(self) -> None:
         """Set requires_grad as the settings say.

@@ -61,14 +61,15 @@ class FusionMethod(Method):
     def check_together(self, others: Mapping[str, Any]) -> None:
         """Refuse a routing that freezes the vision tower which this is to train."""
         routing = others.get("routing")
-        if self.trains_tower() and routing is not None and routing.freeze != "none":
+        if self.trains_tower and routing is not None and routing.freeze != "none":
             raise SettingError(
                 f"{self.name}.train_tower = {self.settings.train_tower!r} contradicts Routing.freeze = "
                 f'"{routing.freeze}", which freezes the vision tower: set train_tower = "frozen" or Routing.freeze = '
                 '"none"'
             )
 
-    def calls_decoder_layers(self) -> bool:
+    @property
+    def calls_decoder_layers(self) -> bool:  # type: ignore[override]
         """Whether the taps go into the decoder; other fusions leave it alone."""
         return self.settings.join is Join.LAYERS
 
@@ -186,14 +187,14 @@ class FusionMethod(Method):
         when_loaded(anatomy, undo, lambda late: self._hook_vision_model(late, took_part))
         self._watch_projector(undo, took_part)
         wrappers.refuse_other_features(anatomy, undo)
-        if self.trains_tower():
+        if self.trains_tower:
             let_tower_train(anatomy, undo)
 
     def changed(self, settings: Any, undo: UndoStack) -> "FusionMethod":
         """Another choice of what trains."""
         twin = super().changed(settings, undo)
         assert isinstance(twin, FusionMethod)
-        if twin.trains_tower() and not self.trains_tower():
+        if twin.trains_tower and not self.trains_tower:
             let_tower_train(self.anatomy, undo)
         return twin
 
@@ -267,7 +268,8 @@ class FusionMethod(Method):
         own = self._own_projector()
         return [*self.anatomy.projector.parameters(), *([] if own is None else own.parameters())]
 
-    def trains_tower(self) -> bool:
+    @property
+    def trains_tower(self) -> bool:  # type: ignore[override]
         """As `train_tower` says."""
         return self.settings.train_tower != "frozen"
 
@@ -325,7 +327,7 @@ class FusionMethod(Method):
         silent = self.silent(trainable, others)
         if silent:
             yield silent
-        if trainable and self.taps.detached and not self.trains_tower():
+        if trainable and self.taps.detached and not self.trains_tower:
             yield "nothing in the vision tower trains, so detach changes nothing (see train_tower)"
 
     # --- HF's processor -----------------------------------------------------------------------------------------------

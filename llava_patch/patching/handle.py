@@ -228,7 +228,7 @@ class Handle:
     def trainable(self) -> list[str]:
         """Names of the parameters that a training step gives a gradient, in the model's order."""
         unused: set[int] = set()
-        if self.anatomy.host == LLAVA and not any(method.trains_tower() for method in self.methods.values()):
+        if self.anatomy.host == LLAVA and not any(method.trains_tower for method in self.methods.values()):
             unused = {id(p) for p in self.anatomy.tower.parameters()}  # llava runs its tower under no_grad
         elif self.anatomy.vision_model is not None:
             deepest = self.anatomy.main_block if self.taps is None else self.taps.deepest

@@ -116,7 +116,7 @@ def _check_model(found: Anatomy, asked: Mapping[str, Method], loading: bool) -> 
         )
     if zero.is_partitioned(found.model.parameters()):
         _check_partitioned(found, asked)
-    names = [method.name for method in asked.values() if method.calls_decoder_layers()]
+    names = [method.name for method in asked.values() if method.calls_decoder_layers]
     if names:
         known.check_decoder(found.decoder, " and ".join(names))
     for method in asked.values():
@@ -181,7 +181,7 @@ def _apply(handle: Handle, asked: Mapping[str, Method], zero_start: bool, loadin
     if program.does_something:  # after the fusion: it may have put another projector there
         wrappers.watch(found, undo)
     _check_together(handle.methods)
-    handle.trained_tower |= any(method.trains_tower() for method in handle.methods.values())
+    handle.trained_tower |= any(method.trains_tower for method in handle.methods.values())
     if any(kind not in registry.TRAINING_ONLY for kind in handle.methods):
         undo.set_attribute(found.model.config, CONFIG_KEY, handle.record())
     if not loading:

@@ -60,16 +60,13 @@ class RoutingMethod(Method):
     """Routing of image tokens on a model; what each layer does is in the schedule, which `attach` carries out."""
 
     settings: Routing
+    calls_decoder_layers = True
 
     def refused_when_partitioned(self) -> str | None:
         """A measured split, and what calls projections apart from their layers, in another order without an image."""
         if self.takes_samples():
             return f'Routing.split = "{AUTO}"'
         return 'Routing.variant = "kv"' if self.settings.variant == "kv" else None
-
-    def calls_decoder_layers(self) -> bool:
-        """Every one of them."""
-        return True
 
     def takes_samples(self) -> bool:
         """Whether the split is to be measured."""
@@ -115,10 +112,8 @@ class RoutingMethod(Method):
 class PruningMethod(Method):
     """Pruning of image tokens on a model; which layer prunes is in the schedule, which `attach` carries out."""
 
+    calls_decoder_layers = True
+
     def refused_when_partitioned(self) -> str | None:
         """Pruning in training."""
         return f"{self.name}.training = True" if self.settings.training else None
-
-    def calls_decoder_layers(self) -> bool:
-        """Every one of them."""
-        return True

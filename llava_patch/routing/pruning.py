@@ -24,8 +24,8 @@ class Pruning:
     """Before layer k, each sample keeps ceil((1 - r) * n) of its n image tokens, those with the highest scores.
 
     The lower position wins ties, order and position ids stay. The choice is made once, at the prefill that brings the
-    image (of a prompt in chunks, by the image's chunk). Positions that are read (a label follows at once, or generation
-    samples from them) are kept.
+    image, and stays with the cache; a token that left keeps the state that layer k-1 gave it. Positions that are read
+    (a label follows at once, or generation samples from them) are kept.
 
     Attributes:
         layer: k >= 1, first layer without the pruned tokens.

@@ -65,6 +65,7 @@ class Auxiliary(Method):
     """
 
     settings: AuxiliaryProbe
+    calls_decoder_layers = True  # copies of them
 
     def __init__(self, settings: AuxiliaryProbe) -> None:
         """Use `patch(model, probe=AuxiliaryProbe())`, not this."""
@@ -86,10 +87,6 @@ class Auxiliary(Method):
                 'AuxiliaryProbe would train nothing but its own head: set Routing.freeze = "none", or leave '
                 "AuxiliaryProbe out"
             )
-
-    def calls_decoder_layers(self) -> bool:
-        """Copies of them."""
-        return True
 
     def parameters(self) -> list[nn.Parameter]:
         """The head's."""
