@@ -10,12 +10,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import IMAGE, LAYERS, close
 
 from llava_patch import FastV, Routing, patch
 from llava_patch.routing.reference import final_states
-
-from .cases import ALL, embeddings, extend, places
+from tests.support.models import IMAGE, LAYERS, close
+from tests.support.routings import ALL, embeddings, extend, places
 
 
 @st.composite

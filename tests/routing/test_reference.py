@@ -11,8 +11,7 @@ from llava_patch import Routing
 from llava_patch.routing import reference
 from llava_patch.routing.schedule import LayerMode, make_schedule
 from llava_patch.settings.routing import VARIANTS
-
-from .cases import VARIANTS as CASES
+from tests.support.routings import VARIANTS as CASES
 
 DOCS = Path(__file__).parents[2] / "docs" / "routing.md"
 
