@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import llava_patch
-from llava_patch import FastV, Routing, SkipLinks, patch
+from llava_patch import AuxiliaryProbe, DeepStack, FastV, Routing, SkipLinks, patch
 from llava_patch.core import registry
 from llava_patch.core.errors import SettingError
 from llava_patch.core.method import Method
@@ -119,3 +119,51 @@ def test_a_failed_patch_leaves_the_handles_methods_as_they_were(monkeypatch):
     with pytest.raises(SettingError, match="outside"):
         patch(model, routing=Routing(split=99))
     assert handle.methods == before and handle.active
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fusion": (SkipLinks(), SkipLinks())}, r"patch\(fusion=...\) got 2 settings: a model takes one fusion"),
+        ({"fusion": Routing()}, r"expected SkipLinks, DenseConnector, .*\(write routing=\)"),
+        ({"pruning": FastV}, r"expected FastV \(an instance: FastV\(\)\)"),
+        ({"fusion": SkipLinks(), "samples": []}, r'patch\(samples=...\) is what Routing\(split="auto"\) measures on'),
+        ({"routing": Routing(split=3), "probe": AuxiliaryProbe()}, "would train nothing but its own head"),
+        ({"routing": Routing(split=3), "fusion": SkipLinks(train_tower=1)}, "contradicts Routing.freeze"),
+    ],
+)
+def test_what_contradicts_itself_changes_nothing(settings, message):
+    model = models.hf_model()
+    with pytest.raises(SettingError, match=message):
+        patch(model, **settings)
+    assert llava_patch.get_handle(model) is None and "forward" not in vars(model)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ({"routing": Routing(split=3)}, {"fusion": SkipLinks(train_tower="all")}, "contradicts Routing.freeze"),
+        ({"fusion": SkipLinks(train_tower="all")}, {"routing": Routing(split=3)}, "contradicts Routing.freeze"),
+        ({"probe": AuxiliaryProbe()}, {"routing": Routing(split=3)}, "would train nothing but its own head"),
+        ({"probe": AuxiliaryProbe()}, {"fusion": SkipLinks()}, "give both to one call of patch"),
+        ({"pruning": FastV(2)}, {"pruning": FastV(3)}, "already carries pruning"),
+    ],
+)
+def test_what_contradicts_an_earlier_patch_leaves_that_as_it_was(first, second, message):
+    model = models.hf_model()
+    handle = patch(model, **first)
+    before, steps = (dict(handle.methods), set(vars(model)), handle.trainable()), len(handle._undo)
+    with pytest.raises(SettingError, match=message):
+        patch(model, **second)
+    assert (handle.methods, set(vars(model)), handle.trainable()) == before and len(handle._undo) == steps
+
+
+def test_what_a_method_adds_is_what_a_checkpoint_must_hold():
+    for settings, count in (({"routing": Routing(split=3)}, 9), ({"fusion": DeepStack(start=0, interval=1)}, 8)):
+        handle = patch(models.hf_model(), **settings)
+        (method,) = handle.methods.values()
+        assert len(handle.added_parameters()) == len(method.parameters()) == count
+        added = {id(p) for p in method.parameters()}
+        stock = set(dict(models.hf_model().named_parameters()))
+        new = {n: p for n, p in handle.model.named_parameters() if n not in stock}
+        assert new and {id(p) for p in new.values()} <= added
