@@ -117,7 +117,7 @@ class RoutedPass:
         self.zero: Tensor | None = None  # joins where a batch with an image first reads the side branch
         self.entered: Tensor | None = None  # what the layer before pruning got
         self.left_with: Tensor | None = None  # states that pruned positions left with
-        self._text_rows: dict[tuple[int, int], Tensor] = {}
+        self.text_mask: Tensor | None = None  # of a layer that text asks and whose keys are all that is left
 
     def forward(self) -> BaseModelOutputWithPast:
         """Run all layers.
@@ -221,12 +221,11 @@ class RoutedPass:
             self.text = self._call_layer(number, text, self.main_stream)
         else:
             self._tell(number, self.text_stream, self.main_stream)
-            key = (id(self.main_stream), id(self.text_stream))
-            if key not in self._text_rows:
-                self._text_rows[key] = self.main_stream.mask_among(self.text_stream.last(self.text_stream.count))
+            if self.text_mask is None:
+                self.text_mask = self.main_stream.mask_among(self.text_stream.last(self.text_stream.count))
             self.text = call_with_keys(
                 layer, text, image, rotary=self.text_stream.rotary, others_rotary=image_rotary, merge=plan.merge_heads,
-                attention_mask=self._text_rows[key], past_key_values=cache,
+                attention_mask=self.text_mask, past_key_values=cache,
             )  # fmt: skip
         self._record(self._text(), self._columns(plan.text))
 
@@ -384,7 +383,7 @@ class RoutedPass:
     def _prune(self, number: int) -> None:
         """Drop what pruning does not keep, before layer `number`."""
         was_side, self.side = self.image is self.side, None  # pruning is no layer that reads it
-        hidden, self.text = self._whole(number), None
+        hidden, self.text, self.text_mask = self._whole(number), None, None
         if self.image_mask is None or self.counts is None:  # nothing to prune, but the layers' keys are their own
             self.main_stream = self._stream(KEPT, None, hidden)
             return
