@@ -26,8 +26,7 @@ from llava_patch.fusion.linear import FusedLinear
 from llava_patch.fusion.taps import STI_POOL, Join, Taps, choose_taps
 from llava_patch.fusion.tower_training import let_tower_train, set_tower_flags
 from llava_patch.hosts import wrappers, zero
-from llava_patch.hosts.anatomy import HF, LLAVA
-from llava_patch.hosts.towers.find import when_loaded
+from llava_patch.hosts.anatomy import when_loaded
 
 logger = logging.getLogger("llava_patch")
 
@@ -182,7 +181,7 @@ class FusionMethod(Method):
             stack.attach(anatomy, undo)
         if not taps.keeps_tokens and not loading:
             rows, columns = anatomy.grid
-            _warn_other_tokens(self.name, taps.tokens((rows, columns)), rows * columns, anatomy.host)
+            _warn_other_tokens(self.name, taps.tokens((rows, columns)), rows * columns, anatomy.ids_hold_places)
         took_part = _TookPart()
         when_loaded(anatomy, undo, lambda late: self._hook_vision_model(late, took_part))
         self._watch_projector(undo, took_part)
@@ -339,7 +338,7 @@ class FusionMethod(Method):
         token is dropped. Empty on `llava`, which has no such processor.
         """
         anatomy, taps = self.anatomy, self.taps
-        if anatomy.host != HF:
+        if not anatomy.ids_hold_places:
             return {}
         cell = anatomy.patch_size * taps.merge_size
         rows, columns = (n * anatomy.patch_size // cell for n in anatomy.grid)
@@ -360,8 +359,8 @@ class FusionMethod(Method):
 
 
 @functools.lru_cache
-def _warn_other_tokens(name: str, tokens: int, stock: int, host: str) -> None:
-    hint = "" if host == LLAVA else "; HF's processor must write as many: handle.fit_processor(processor)"
+def _warn_other_tokens(name: str, tokens: int, stock: int, ids_hold_places: bool) -> None:
+    hint = "; HF's processor must write as many: handle.fit_processor(processor)" if ids_hold_places else ""
     logger.warning(
         "%s: an image has %d tokens instead of %d, so before it is trained the model's output is not the stock model's"
         "%s", name, tokens, stock, hint,

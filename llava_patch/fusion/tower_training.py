@@ -13,8 +13,7 @@ from llava_patch.core.errors import HostError, SettingError
 from llava_patch.core.undo import UndoStack
 from llava_patch.fusion.base import Fusion
 from llava_patch.fusion.taps import Taps
-from llava_patch.hosts.anatomy import LLAVA, Anatomy
-from llava_patch.hosts.towers.find import when_loaded
+from llava_patch.hosts.anatomy import Anatomy, when_loaded
 
 _FUNCTION = "_gradient_checkpointing_func"
 
@@ -57,7 +56,7 @@ def set_tower_flags(anatomy: Anatomy, settings: Fusion, taps: Taps) -> None:
 def let_tower_train(anatomy: Anatomy, undo: UndoStack) -> None:
     """Make gradients reach the tower; see `keep_gradients` and `lift_no_grad` for the modifications."""
     when_loaded(anatomy, undo, lambda late: keep_gradients(anatomy, late))
-    if anatomy.host == LLAVA:
+    if anatomy.tower_apart:
         lift_no_grad(anatomy, undo)
 
 

@@ -24,7 +24,7 @@ from llava_patch.core.errors import CheckpointError, SilentFusionWarning
 from llava_patch.core.files import atomic
 from llava_patch.core.records import SETTINGS_FILE, read_settings, write_settings
 from llava_patch.hosts import lora, zero
-from llava_patch.hosts.towers.find import when_loaded
+from llava_patch.hosts.anatomy import when_loaded
 from llava_patch.patching import tower_weights
 from llava_patch.patching.handle import Handle, get_handle
 from llava_patch.patching.keys import base_fingerprint, check_fingerprint

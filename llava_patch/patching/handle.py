@@ -20,7 +20,7 @@ from llava_patch.fusion import optimizer as optimizer_groups
 from llava_patch.fusion.taps import Taps
 from llava_patch.fusion.warm_up import WarmUp, steps_of
 from llava_patch.hosts import call_context, handles, lora, zero
-from llava_patch.hosts.anatomy import LLAVA, Anatomy
+from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.routing.schedule import LayerSchedule, make_schedule
 from llava_patch.settings.methods import to_dict
 
@@ -228,7 +228,7 @@ class Handle:
     def trainable(self) -> list[str]:
         """Names of the parameters that a training step gives a gradient, in the model's order."""
         unused: set[int] = set()
-        if self.anatomy.host == LLAVA and not any(method.trains_tower for method in self.methods.values()):
+        if self.anatomy.tower_apart and not any(method.trains_tower for method in self.methods.values()):
             unused = {id(p) for p in self.anatomy.tower.parameters()}  # llava runs its tower under no_grad
         elif self.anatomy.vision_model is not None:
             deepest = self.anatomy.main_block if self.taps is None else self.taps.deepest

@@ -12,8 +12,7 @@ from torch import Tensor
 from llava_patch.core.errors import CheckpointError
 from llava_patch.core.weights import open_weights
 from llava_patch.hosts import zero
-from llava_patch.hosts.anatomy import HF
-from llava_patch.hosts.towers.find import when_loaded
+from llava_patch.hosts.anatomy import when_loaded
 
 if TYPE_CHECKING:
     from llava_patch.patching.handle import Handle
@@ -70,7 +69,7 @@ def restore(handle: "Handle", folder: Path | str) -> None:
     Raises:
         CheckpointError: it holds no tower weights.
     """
-    if handle.anatomy.host == HF:
+    if not handle.anatomy.tower_apart:
         return  # the tower is part of HF's state dict and was loaded with it
     tensors = of_tower({name: load() for name, load in open_weights(str(folder)).items() if is_of_tower(name)})
     if not tensors:
