@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from llava_patch.core.errors import HostError, InputError
 from llava_patch.core.undo import UndoStack
-from llava_patch.hosts import known
+from llava_patch.hosts import known, wrappers
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.hosts.compat import layer_output, sliding_window
 from llava_patch.hosts.projections import rotate, split_heads
