@@ -8,7 +8,26 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-# Settings that gin binds, beside those of the methods in settings/methods.py.
+KINDS: dict[str, str] = {
+    "fusion": "llava_patch.fusion.attach:FusionMethod",
+    "routing": "llava_patch.routing.attach:RoutingMethod",
+    "pruning": "llava_patch.routing.attach:PruningMethod",
+    "probe": "llava_patch.probe.auxiliary.attach:Auxiliary",
+}
+"""Keywords of `patch`, in the order in which they are named; each with the `core.method.Method` that carries it out."""
+TRAINING_ONLY = ("probe",)
+"""Kinds that no finished model needs: no checkpoint holds them, and only training puts them on."""
+METHODS: dict[str, str] = {
+    "SkipLinks": "llava_patch.fusion.skip_links:SkipLinks",
+    "DenseConnector": "llava_patch.fusion.dense_connector:DenseConnector",
+    "DirectFusion": "llava_patch.fusion.direct_fusion:DirectFusion",
+    "DeepStack": "llava_patch.fusion.deep_stack:DeepStack",
+    "Routing": "llava_patch.settings.routing:Routing",
+    "FastV": "llava_patch.routing.fastv:FastV",
+    "AuxiliaryProbe": "llava_patch.settings.auxiliary:AuxiliaryProbe",
+}
+"""Settings classes of the methods; a class says in KIND which keyword of `patch` takes it."""
+# Settings that gin binds, beside those of the methods.
 MEASUREMENTS: dict[str, str] = {
     "AttentionMaps": "llava_patch.measurements.attention_maps.result:AttentionMaps",
     "Drift": "llava_patch.measurements.drift.result:Drift",
@@ -22,6 +41,8 @@ MEASUREMENTS: dict[str, str] = {
 SWEEP = "llava_patch.tools.sweep.settings:Sweep"
 AUTO_SPLIT = "llava_patch.measurements.saturation.auto_split:resolve_split"
 """Answers `Routing(split="auto")`: it measures the model, so it lies above `patch`."""
+MEASURED = 'Routing(split="auto")'
+"""The setting that `patch(samples=...)` is for."""
 
 
 def load(entry: str) -> Any:
@@ -32,3 +53,9 @@ def load(entry: str) -> Any:
     """
     module, _, attribute = entry.partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def methods(kind: str | None = None) -> dict[str, Any]:
+    """The settings classes of the methods by name: of one kind, or of all."""
+    found = {name: load(entry) for name, entry in METHODS.items()}
+    return {name: cls for name, cls in found.items() if kind in (None, cls.KIND)}

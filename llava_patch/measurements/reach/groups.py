@@ -9,7 +9,7 @@ from torch import nn
 
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.patching.handle import get_handle
-from llava_patch.routing.schedule import Work
+from llava_patch.routing.schedule import LayerMode
 from llava_patch.routing.side_branch import SIDE_BRANCH
 
 EMBEDDING, BLOCK, AFTER, PROJECTOR, STACK = (
@@ -20,7 +20,11 @@ TOKENS, LAYER, SIDE, NORM, HEAD, OTHER = (
 )  # fmt: skip
 LORA = " LoRA"  # behind a part's name: what peft has put into it
 _ROLES = {
-    Work.TEXT: "text only", Work.FUSE: "fusion", Work.RESET: "image reset", Work.KEYS: "image keys", Work.STOCK: "",
+    LayerMode.TEXT: "text only",
+    LayerMode.FUSE: "fusion",
+    LayerMode.RESET: "image reset",
+    LayerMode.KEYS: "image keys",
+    LayerMode.STOCK: "",
 }  # fmt: skip
 
 
@@ -86,4 +90,4 @@ def roles_of(anatomy: Anatomy) -> list[str]:
     if handle is None or handle.program().split >= layers:
         return [""] * layers
     program = handle.program()
-    return ["below split" if i < program.split else _ROLES[program.work[i]] for i in range(layers)]
+    return ["below split" if i < program.split else _ROLES[program.modes[i]] for i in range(layers)]

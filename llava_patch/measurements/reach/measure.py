@@ -80,7 +80,7 @@ def name_of(anatomy: Anatomy) -> str:
     words = [] if handle.fusion is None else [type(handle.fusion).__name__]
     if handle.routing is not None:
         words.append(handle.routing.variant)
-    return " + ".join(words + ([] if handle.pruning is None else ["FastV"])) or "stock"
+    return " + ".join(words + ([] if handle.pruning is None else [type(handle.pruning).__name__])) or "stock"
 
 
 def _parts(

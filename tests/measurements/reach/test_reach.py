@@ -17,7 +17,7 @@ from llava_patch.measurements.reach.gradients import SideOutput, training_step
 from llava_patch.measurements.reach.measure import measure_reach
 from llava_patch.measurements.reach.result import ReachResult
 from llava_patch.measurements.reach.settings import Reach
-from llava_patch.routing import side_output
+from llava_patch.routing import layers
 from tests.support import fusions, models, tiny
 from tests.support import routings as cases
 
@@ -258,7 +258,7 @@ def test_the_model_is_afterwards_as_it_was(host):
         assert all(torch.equal(v, state[k]) for k, v in host.model.state_dict().items())
         with pytest.raises(InputError, match="labels"):  # also after an error
             measure_reach(host.model, [host.batch([SAMPLES[0]]).inputs], progress=False)
-        assert [m.training for m in host.model.modules()] == before[1] and side_output._watch.get() is None
+        assert [m.training for m in host.model.modules()] == before[1] and layers.observer() is None
 
 
 def test_gradients_are_not_held_together(host, monkeypatch):
