@@ -10,70 +10,78 @@ TYPE_CHECKING = False  # typing itself takes longer to import than everything he
 from llava_patch.core.version import __version__  # noqa: E402
 
 _EXPORTS = {
-    "patch": "llava_patch.patching.patch",
-    "get_handle": "llava_patch.patching.handle",
-    "Handle": "llava_patch.patching.handle",
-    "load": "llava_patch.patching.checkpoint",
-    "SkipLinks": "llava_patch.settings.methods",
-    "DenseConnector": "llava_patch.settings.methods",
-    "DirectFusion": "llava_patch.settings.methods",
-    "DeepStack": "llava_patch.settings.methods",
-    "Routing": "llava_patch.settings.methods",
-    "FastV": "llava_patch.settings.methods",
-    "AuxiliaryProbe": "llava_patch.settings.methods",
-    "RProbe": "llava_patch.measurements.rprobe.settings",
-    "Saturation": "llava_patch.measurements.saturation",
-    "AttentionMaps": "llava_patch.measurements.attention_maps",
-    "Drift": "llava_patch.measurements.drift",
-    "FusionAttention": "llava_patch.measurements.fusion_attention",
-    "Reach": "llava_patch.measurements.reach.settings",
-    "Gradients": "llava_patch.measurements.gradients.settings",
-    "LlavaPatchError": "llava_patch.core.errors",
+    "AttentionMaps": "measurements.attention_maps",
+    "AuxiliaryProbe": "settings.methods",
+    "DeepStack": "settings.methods",
+    "DenseConnector": "settings.methods",
+    "DirectFusion": "settings.methods",
+    "Drift": "measurements.drift",
+    "FastV": "settings.methods",
+    "FusionAttention": "measurements.fusion_attention",
+    "Gradients": "measurements.gradients.settings",
+    "Handle": "patching.handle",
+    "LlavaPatchError": "core.errors",
+    "RProbe": "measurements.rprobe.settings",
+    "Reach": "measurements.reach.settings",
+    "RegionCollator": "integrations.training.auxiliary",
+    "Routing": "settings.methods",
+    "Saturation": "measurements.saturation",
+    "SkipLinks": "settings.methods",
+    "compare_reach": "measurements.reach.compare",
+    "get_handle": "patching.handle",
+    "inspect_checkpoint": "tools.inspect",
+    "load": "patching.checkpoint",
+    "load_subject": "data.loaded",
+    "measure_attention_maps": "measurements.attention_maps",
+    "measure_drift": "measurements.drift",
+    "measure_flops": "measurements.flops.result",
+    "measure_fusion_attention": "measurements.fusion_attention",
+    "measure_gradients": "measurements.gradients.measure",
+    "measure_reach": "measurements.reach.measure",
+    "measure_saturation": "measurements.saturation",
+    "patch": "patching.patch",
+    "read_examples": "data.examples",
+    "read_samples": "data.readers",
+    "run_rprobe": "measurements.rprobe.fit",
+    "write_run": "measurements.rprobe.output",
 }
-__all__ = [
-    "AttentionMaps",
-    "AuxiliaryProbe",
-    "DeepStack",
-    "DenseConnector",
-    "DirectFusion",
-    "Drift",
-    "FastV",
-    "FusionAttention",
-    "Gradients",
-    "Handle",
-    "LlavaPatchError",
-    "RProbe",
-    "Reach",
-    "Routing",
-    "Saturation",
-    "SkipLinks",
-    "__version__",
-    "get_handle",
-    "load",
-    "patch",
-]
+__all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
-    from llava_patch.core.errors import LlavaPatchError
-    from llava_patch.measurements.attention_maps import AttentionMaps
-    from llava_patch.measurements.drift import Drift
-    from llava_patch.measurements.fusion_attention import FusionAttention
-    from llava_patch.measurements.gradients.settings import Gradients
-    from llava_patch.measurements.reach.settings import Reach
-    from llava_patch.measurements.rprobe.settings import RProbe
-    from llava_patch.measurements.saturation import Saturation
-    from llava_patch.patching.checkpoint import load
-    from llava_patch.patching.handle import Handle, get_handle
-    from llava_patch.patching.patch import patch
-    from llava_patch.settings.methods import (
-        AuxiliaryProbe,
-        DeepStack,
-        DenseConnector,
-        DirectFusion,
-        FastV,
-        Routing,
-        SkipLinks,
-    )
+    from llava_patch.core.errors import LlavaPatchError as LlavaPatchError
+    from llava_patch.data.examples import read_examples as read_examples
+    from llava_patch.data.loaded import load_subject as load_subject
+    from llava_patch.data.readers import read_samples as read_samples
+    from llava_patch.integrations.training.auxiliary import RegionCollator as RegionCollator
+    from llava_patch.measurements.attention_maps import AttentionMaps as AttentionMaps
+    from llava_patch.measurements.attention_maps import measure_attention_maps as measure_attention_maps
+    from llava_patch.measurements.drift import Drift as Drift
+    from llava_patch.measurements.drift import measure_drift as measure_drift
+    from llava_patch.measurements.flops.result import measure_flops as measure_flops
+    from llava_patch.measurements.fusion_attention import FusionAttention as FusionAttention
+    from llava_patch.measurements.fusion_attention import measure_fusion_attention as measure_fusion_attention
+    from llava_patch.measurements.gradients.measure import measure_gradients as measure_gradients
+    from llava_patch.measurements.gradients.settings import Gradients as Gradients
+    from llava_patch.measurements.reach.compare import compare_reach as compare_reach
+    from llava_patch.measurements.reach.measure import measure_reach as measure_reach
+    from llava_patch.measurements.reach.settings import Reach as Reach
+    from llava_patch.measurements.rprobe.fit import run_rprobe as run_rprobe
+    from llava_patch.measurements.rprobe.output import write_run as write_run
+    from llava_patch.measurements.rprobe.settings import RProbe as RProbe
+    from llava_patch.measurements.saturation import Saturation as Saturation
+    from llava_patch.measurements.saturation import measure_saturation as measure_saturation
+    from llava_patch.patching.checkpoint import load as load
+    from llava_patch.patching.handle import Handle as Handle
+    from llava_patch.patching.handle import get_handle as get_handle
+    from llava_patch.patching.patch import patch as patch
+    from llava_patch.settings.methods import AuxiliaryProbe as AuxiliaryProbe
+    from llava_patch.settings.methods import DeepStack as DeepStack
+    from llava_patch.settings.methods import DenseConnector as DenseConnector
+    from llava_patch.settings.methods import DirectFusion as DirectFusion
+    from llava_patch.settings.methods import FastV as FastV
+    from llava_patch.settings.methods import Routing as Routing
+    from llava_patch.settings.methods import SkipLinks as SkipLinks
+    from llava_patch.tools.inspect import inspect_checkpoint as inspect_checkpoint
 
 
 def __getattr__(name: str) -> object:
@@ -82,7 +90,7 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module 'llava_patch' has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(_EXPORTS[name]), name)
+    return getattr(importlib.import_module(f"llava_patch.{_EXPORTS[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -25,8 +25,8 @@ def doctor_command(
     """
     from rich.console import Console
 
+    from llava_patch.tools.doctor import PROBLEM
     from llava_patch.tools.doctor.examine import examine, summary, to_json
-    from llava_patch.tools.doctor.row import PROBLEM
 
     with Console(stderr=True).status("looking, and trying what training and evaluation import"):
         rows = examine(checkpoint, gin_file, gin_param)

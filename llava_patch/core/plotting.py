@@ -9,10 +9,11 @@ from llava_patch.core.extras import optional
 from llava_patch.core.files import atomic
 
 IMAGE, TEXT, SPLIT, OTHER = "#c44e52", "#4c72b0", "#55a868", "#8172b3"
+TITLE = 8.5  # points: of a panel and of a whole figure
 PANEL = 3.4, 2.7  # inches: one panel fills a column of a two-column paper, and its type is of the size of a caption's
 STYLE: dict[Any, Any] = {
     "font.size": 8.0,
-    "axes.titlesize": 8.5,
+    "axes.titlesize": TITLE,
     "axes.labelsize": 8.0,
     "legend.fontsize": 7.0,
     "xtick.labelsize": 7.5,
@@ -23,15 +24,24 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def panels(rows: int = 1, columns: int = 1, height: float = PANEL[1]) -> tuple[Any, list[Any]]:
+def panels(rows: int = 1, columns: int = 1, height: float = PANEL[1], width: float = PANEL[0]) -> tuple[Any, list[Any]]:
     """A figure without pyplot (no global state, no display) and its axes, row by row."""
     mpl = optional("matplotlib")
     Figure = optional("matplotlib.figure").Figure
 
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(PANEL[0] * columns, height * rows), layout="constrained")
+        figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False)
     return figure, list(axes.flat)
+
+
+def panel_grid(count: int, width: float = PANEL[0], height: float = PANEL[1]) -> tuple[Any, list[Any]]:
+    """A figure with `count` panels, three in a row, each at least as large as a usual one."""
+    columns = min(3, count)
+    figure, axes = panels(-(-count // columns), columns, max(height, PANEL[1]), max(width, PANEL[0]))
+    for axis in axes[count:]:
+        axis.remove()
+    return figure, axes[:count]
 
 
 def layer_axis(axis: Any, n_layers: int, label: str = "decoder layer") -> None:

@@ -1,4 +1,4 @@
-"""A table with its footer on the terminal."""
+"""Tables: with their footer on the terminal, and in Markdown."""
 
 from __future__ import annotations
 
@@ -48,3 +48,16 @@ def show(
     console.print(table)
     for note in notes:
         console.print(f"- {escape(note)}", highlight=False, soft_wrap=True)
+
+
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]], numbers: bool = False) -> str:
+    """A table in Markdown, without a line break at its end.
+
+    Args:
+        head: the columns' titles.
+        lines: the rows.
+        numbers: set every column to the right.
+    """
+    rule = ["---:" if numbers else "---"] * len(head)
+    table = [[cell.replace("|", "\\|") for cell in line] for line in (head, rule, *lines)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in table)

@@ -1,12 +1,15 @@
-"""Weight files: tensors read one at a time, written in shards; a folder that appears whole or not at all."""
+"""A checkpoint's files: where they are, tensors read one at a time or by their headers alone, written in shards."""
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +18,14 @@ from llava_patch.core.errors import CheckpointError
 
 Load = Callable[[], Tensor]
 Tensors = dict[str, Load]
-"""Tensor name: a function that reads it. Files are memory-mapped, so a tensor costs memory only while it is used."""
+"""Tensor name: a function that reads it."""
 SHARD_BYTES = 5 * 10**9
 _FORMATS = (("model", "safetensors"), ("pytorch_model", "bin"))
+_HUB_FILES = ("*.json", "*.safetensors", "*.bin", "*.model")
+_DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+}  # fmt: skip
 
 
 def locate(source: str, name: str) -> Path | None:
@@ -49,24 +57,112 @@ def read_json(source: str, name: str) -> dict | None:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from error
 
 
+def folder_of(source: str, download: bool = False, setting: str = "") -> str:
+    """The folder with a checkpoint's files: itself, or that of a model of the hub.
+
+    Args:
+        source: a folder, or a hub name.
+        download: fetch a hub model that is not on this machine; without it, its weights are never downloaded.
+        setting: the option that named it, for errors; "": none.
+
+    Raises:
+        CheckpointError: neither is there.
+    """
+    if os.path.isdir(source):
+        return source
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(source, allow_patterns=list(_HUB_FILES), local_files_only=not download)
+    except (OSError, ValueError) as error:  # no such name, none of this machine, no network
+        where = "the hub does not give it" if download else "it is not on this machine"
+        raise CheckpointError(
+            f"{setting} {source}: no such folder; as a hub name: {where}".strip()
+            + ("" if download else f" (hf download {source})")
+        ) from error
+
+
+@dataclass(frozen=True, eq=False)
+class StoredTensor:
+    """One tensor of a file; a call of it reads the tensor.
+
+    Attributes:
+        name: in the file.
+        shape: its shape.
+        dtype: torch's name of its type.
+        file: where it is.
+        load: reads it.
+        part: gives a rectangle of a matrix by two slices, of which nothing else is read.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    file: Path
+    load: Load = field(repr=False)
+    part: Any = field(repr=False)
+
+    def __call__(self) -> Tensor:
+        """The tensor; a file is memory-mapped, so that it costs memory only while it is used."""
+        return self.load()
+
+    @property
+    def parameters(self) -> int:
+        """How many values it has."""
+        return math.prod(self.shape)
+
+    def sample(self, count: int) -> list[float]:
+        """Evenly spaced values of a matrix, as an adapter's fingerprint has them; nothing else is read.
+
+        Args:
+            count: how many values.
+        """
+        rows, columns = self.shape
+        # As a fingerprint takes them: above 2^24 float32 skips integers, and the last place would lie outside.
+        dtype = torch.float32 if rows * columns <= 2**24 else torch.float64
+        places = torch.linspace(0, rows * columns - 1, count, dtype=dtype).long().tolist()
+        return [float(self.part[p // columns : p // columns + 1, p % columns : p % columns + 1]) for p in places]
+
+
+def same_values(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether sampled values are of the same tensor: two roundings to bfloat16 are, training moves values further."""
+    return all(math.isclose(a, b, rel_tol=2**-7, abs_tol=1e-6) for a, b in zip(one, other, strict=True))
+
+
+def weight_files(source: str) -> list[Path]:
+    """The files of a full checkpoint's weights, by its index where there is one; [] when it has none.
+
+    Args:
+        source: folder or hub name.
+
+    Raises:
+        CheckpointError: the index names a file that is not there.
+    """
+    for stem, suffix in _FORMATS:
+        index = read_json(source, f"{stem}.{suffix}.index.json")
+        whole = locate(source, f"{stem}.{suffix}")
+        if index is not None:
+            found = []
+            for name in sorted(set(index["weight_map"].values())):
+                path = locate(source, name)
+                if path is None:
+                    raise CheckpointError(f"{source}: {name} is missing, which {stem}.{suffix}.index.json names")
+                found.append(path)
+            return found
+        if whole is not None:
+            return [whole]
+    return []
+
+
 def open_weights(source: str) -> Tensors:
     """All tensors of a checkpoint folder or hub model, by their names in the files.
 
     Raises:
         CheckpointError: no weights there, or a shard is missing.
     """
-    for stem, suffix in _FORMATS:
-        index = read_json(source, f"{stem}.{suffix}.index.json")
-        whole = locate(source, f"{stem}.{suffix}")
-        if index is None and whole is None:
-            continue
-        tensors: Tensors = {}
-        for name in sorted(set(index["weight_map"].values())) if index is not None else [f"{stem}.{suffix}"]:
-            path = locate(source, name)
-            if path is None:
-                raise CheckpointError(f"{source}: {name} is missing, which {stem}.{suffix}.index.json names")
-            tensors.update(open_file(path))
-        return tensors
+    files = weight_files(source)
+    if files:
+        return {tensor.name: tensor for path in files for tensor in read_file(path)}
     hint = ""
     if locate(source, "adapter_config.json") is not None:
         hint = "; it is a LoRA folder: merge it first (LLaVA's scripts/merge_lora_weights.py)"
@@ -74,19 +170,51 @@ def open_weights(source: str) -> Tensors:
     raise CheckpointError(f"{source}: no weights here ({names}){hint}")
 
 
-def open_file(path: Path) -> Tensors:
-    """The tensors of one safetensors or torch file."""
-    if path.suffix == ".safetensors":
-        from safetensors import safe_open
+def read_file(path: Path, whole: bool = False) -> list[StoredTensor]:
+    """The tensors of a safetensors or torch file, without their values.
 
-        stream = safe_open(path, framework="pt")
-        return {name: functools.partial(stream.get_tensor, name) for name in stream.keys()}  # noqa: SIM118
+    Args:
+        path: the file.
+        whole: take a file into memory that cannot be read tensor by tensor (torch's format before 1.6).
+
+    Raises:
+        CheckpointError: a damaged file, or one that cannot be read tensor by tensor.
+    """
     try:
-        # The host's own file format; weights_only keeps a foreign pickle from running code.
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if path.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            stream = safe_open(path, framework="pt")
+            slices = {name: stream.get_slice(name) for name in stream.keys()}  # noqa: SIM118 - not a dict
+            return [
+                StoredTensor(
+                    n, tuple(s.get_shape()), _DTYPES.get(s.get_dtype(), s.get_dtype()), path,
+                    functools.partial(stream.get_tensor, n), s,
+                )
+                for n, s in slices.items()
+            ]  # fmt: skip
+        return [
+            StoredTensor(n, tuple(t.shape), str(t.dtype).removeprefix("torch."), path, t.detach, t)
+            for n, t in _torch_file(path, whole).items()
+        ]
+    except CheckpointError:
+        raise
+    except Exception as error:  # safetensors, zipfile and pickle have their own
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+
+
+def _torch_file(path: Path, whole: bool) -> dict[str, Tensor]:
+    # The host's own file format; weights_only keeps a foreign pickle from running code.
+    load = functools.partial(torch.load, path, map_location="cpu", weights_only=True)
+    try:
+        values = load(mmap=True)
     except RuntimeError as error:
-        raise CheckpointError(f"{path}: cannot be read tensor by tensor ({error})") from error
-    return {name: functools.partial(torch.Tensor.detach, tensor) for name, tensor in loaded.items()}
+        if not whole:
+            raise CheckpointError(f"{path}: cannot be read tensor by tensor ({error})") from error
+        values = load()
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: holds no named tensors")
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
 def write_weights(folder: Path, tensors: Tensors, shard_bytes: int = SHARD_BYTES) -> None:

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava_patch.core.errors import CheckpointError
-from llava_patch.core.weights import read_json
-from llava_patch.hosts.configs import host_of
+from llava_patch.hosts import configs
 from llava_patch.patching import checkpoint as patched
 
 if TYPE_CHECKING:
@@ -26,10 +25,7 @@ def base_of(checkpoint: str, given: str, setting: str) -> str:
         CheckpointError: none is known, or it is not there.
     """
     if given:
-        config = read_json(given, "config.json")
-        if config is None:
-            raise CheckpointError(f"{setting} {given}: not a checkpoint, it has no config.json")
-        host_of(config, given)
+        configs.read(given, f"{setting} {given}")
         return given
     record = patched.read_settings(checkpoint) if Path(checkpoint).is_dir() else None
     named = (record or {}).get("base")
@@ -42,7 +38,7 @@ def base_of(checkpoint: str, given: str, setting: str) -> str:
             "where it is"
         )
     try:
-        host_of(read_json(named, "config.json") or {}, named)
+        configs.read(named)
     except CheckpointError as error:  # LLaVA's training starts from a language model alone
         raise CheckpointError(
             f"{checkpoint}: its record names {named} as its base, which is no LLaVA with a vision tower and projector "

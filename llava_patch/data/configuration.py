@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from llava_patch.core import records
 from llava_patch.core.errors import CheckpointError, HostError
 from llava_patch.core.records import CONFIG_KEY
-from llava_patch.hosts import tiles
+from llava_patch.core.weights import read_json
+from llava_patch.hosts import configs, tiles
 from llava_patch.hosts.anatomy import HF, LLAVA
 from llava_patch.hosts.towers import layout as towers
 from llava_patch.hosts.towers import models as tower_models
@@ -30,17 +31,13 @@ def read_transform(folder: str | Path, mode: str) -> Transform:
         HostError: a model, tower or image processor that is not known, or `mode` "anyres" for a model without tiles.
     """
     folder = Path(folder)
-    record = checkpoint.read_settings(folder) if folder.is_dir() else None
-    if record is not None and record.get("form") == "adapter":
-        base = Path(str(record["base"]))
-        if not base.is_dir():
-            raise CheckpointError(f"{folder}: its base {base} is no folder here: give --size and --patch instead")
-    else:
-        base = folder
-    file = base / "config.json"
-    if not file.is_file():
+    record = records.read_settings(folder)
+    base = Path(record["base"]) if record is not None and record.get("form") == "adapter" else folder
+    if base != folder and not base.is_dir():
+        raise CheckpointError(f"{folder}: its base {base} is no folder here: give --size and --patch instead")
+    raw = read_json(str(base), "config.json") if base.is_dir() else None
+    if raw is None:
         raise CheckpointError(f"{base}: not a checkpoint, it holds no config.json")
-    raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     record = record or raw.get(CONFIG_KEY)
     host, config, processor = (_llava if "mm_vision_tower" in raw else _hf)(base, raw)
     shape = towers.shape_of(config.vision_config)
@@ -63,18 +60,11 @@ def read_transform(folder: str | Path, mode: str) -> Transform:
 
 def _llava(base: Path, raw: dict[str, Any]) -> tuple[str, Any, Any]:
     """(host, configuration, image processor) of the llava package's checkpoint, whose tower lies elsewhere."""
-    from transformers import AutoConfig
-
-    name = str(raw["mm_vision_tower"])
-    try:
-        vision = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{base}: its vision tower {name} cannot be read: {error}") from error
-    vision = getattr(vision, "vision_config", vision)
+    vision = configs.tower_config(raw, str(base))
     rows, _ = towers.shape_of(vision).grid
     side = rows * towers.shape_of(vision).patch_size
     config = SimpleNamespace(**{**raw, "vision_config": vision})
-    return LLAVA, config, tower_models.load_processor(name, vision, side)
+    return LLAVA, config, tower_models.load_processor(str(raw["mm_vision_tower"]), vision, side)
 
 
 def _hf(base: Path, raw: dict[str, Any]) -> tuple[str, Any, Any]:

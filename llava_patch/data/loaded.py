@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -17,9 +16,9 @@ from llava_patch.core.dtypes import float32_default
 from llava_patch.core.errors import CheckpointError, HostError, SettingError
 from llava_patch.core.weights import locate, read_json
 from llava_patch.data.inputs import Inputs
+from llava_patch.hosts import configs
 from llava_patch.hosts.anatomy import LLAVA, find
-from llava_patch.hosts.configs import host_of
-from llava_patch.patching import checkpoint as patched
+from llava_patch.hosts.configs import CheckpointFiles
 
 DTYPES = ("float32", "bfloat16", "float16")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -67,20 +66,15 @@ def load_subject(checkpoint: str, base: str = "", device: str = "", dtype: str =
         SettingError: a device or dtype that is not there, or weights that this machine's memory cannot hold.
     """
     place, number = pick_device(device), pick_dtype(dtype, pick_device(device))
-    config = read_json(checkpoint, "config.json")
-    if config is None:
-        raise CheckpointError(f"{checkpoint}: not a checkpoint, it has no config.json")
-    host = host_of(config, checkpoint)
-    if base and read_json(base, "config.json") is None:
+    files = configs.read(checkpoint)
+    if base and read_json(base, "config.json") is None:  # it may be a language model alone
         raise CheckpointError(f"--base {base}: not a checkpoint, it has no config.json")
     if place == "cpu":
-        record = (patched.read_settings(checkpoint) or {}) if os.path.isdir(checkpoint) else {}
-        below = record.get("base") if record.get("form") == "adapter" else None
-        number = memory.cpu_dtype(dtype, base or below or checkpoint) or number
-    load = _load_llava if host == LLAVA else _load_hf
+        number = memory.cpu_dtype(dtype, base or files.base or checkpoint) or number
+    load = _load_llava if files.host == LLAVA else _load_hf
     with float32_default():
         try:
-            found = load(checkpoint, config, base, place, number)
+            found = load(files, base, place, number)
         except (OSError, ImportError) as error:
             raise CheckpointError(f"{checkpoint} cannot be loaded: {error}") from error
     found.model.eval()
@@ -111,7 +105,8 @@ def pick_dtype(name: str, device: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def _load_llava(checkpoint: str, config: dict[str, Any], base: str, device: str, dtype: torch.dtype) -> Subject:
+def _load_llava(files: CheckpointFiles, base: str, device: str, dtype: torch.dtype) -> Subject:
+    checkpoint = files.source
     try:
         with _interrupted_afterwards():
             from llava.model.builder import load_pretrained_model
@@ -120,8 +115,7 @@ def _load_llava(checkpoint: str, config: dict[str, Any], base: str, device: str,
             f"{checkpoint} is a checkpoint of the llava package, which cannot be imported ({error}): "
             "pip install --no-deps llava-torch"
         ) from error
-    adapter = os.path.isdir(checkpoint) and (patched.read_settings(checkpoint) or {}).get("form") == "adapter"
-    whole = adapter or any(locate(checkpoint, name) for name in _WEIGHTS)
+    whole = files.base is not None or any(locate(checkpoint, name) for name in _WEIGHTS)
     lora = not whole and locate(checkpoint, _LORA) is not None
     if not whole and not lora and locate(checkpoint, _PROJECTOR) is None:
         raise CheckpointError(f"{checkpoint}: it holds no weights ({', '.join((*_WEIGHTS, _LORA, _PROJECTOR))})")
@@ -131,7 +125,7 @@ def _load_llava(checkpoint: str, config: dict[str, Any], base: str, device: str,
         what = "LoRA weights" if lora else "a projector"
         raise CheckpointError(f"{checkpoint} holds {what} only: name the model below it with --base")
     # llava's loader decides by the name that it is given.
-    name = "llava" + "-lora" * lora + "-mistral" * (config.get("model_type") == "llava_mistral")
+    name = "llava" + "-lora" * lora + "-mistral" * (files.config.get("model_type") == "llava_mistral")
     tokenizer, model, image_processor, _ = load_pretrained_model(
         checkpoint, base or None, name, device_map=device, device=device
     )
@@ -155,12 +149,13 @@ def _interrupted_afterwards() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _load_hf(checkpoint: str, config: dict[str, Any], base: str, device: str, dtype: torch.dtype) -> Subject:
+def _load_hf(files: CheckpointFiles, base: str, device: str, dtype: torch.dtype) -> Subject:
     from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
+    checkpoint = files.source
     if base:
         raise CheckpointError(f"{checkpoint} is a checkpoint of Hugging Face's LLaVA: leave out --base")
     kinds: dict[str, Any] = {"llava": LlavaForConditionalGeneration, "llava_next": LlavaNextForConditionalGeneration}
-    model: Any = kinds[config["model_type"]].from_pretrained(checkpoint, dtype=dtype)
+    model: Any = kinds[files.config["model_type"]].from_pretrained(checkpoint, dtype=dtype)
     processor: Any = AutoProcessor.from_pretrained(checkpoint)
     return Subject(model.to(device), processor.tokenizer, processor.image_processor, processor)

@@ -19,8 +19,7 @@ from llava_patch.fusion.features import check_grid, fuse, stacked
 from llava_patch.fusion.linear import FusedLinear
 from llava_patch.fusion.taps import STI_POOL, Join, Taps, choose_taps
 from llava_patch.hosts import wrappers, zero
-from llava_patch.hosts.anatomy import LLAVA, Anatomy
-from llava_patch.hosts.towers.find import when_loaded
+from llava_patch.hosts.anatomy import Anatomy, when_loaded
 from llava_patch.settings.methods import Fusion
 
 logger = logging.getLogger("llava_patch")
@@ -130,7 +129,9 @@ def attach(
         stack.attach(anatomy, undo)
     if not taps.keeps_tokens and not loading:
         rows, columns = anatomy.grid
-        _warn_other_tokens(type(settings).__name__, taps.tokens((rows, columns)), rows * columns, anatomy.host)
+        _warn_other_tokens(
+            type(settings).__name__, taps.tokens((rows, columns)), rows * columns, anatomy.ids_hold_places
+        )
     took_part = _TookPart()
     when_loaded(anatomy, undo, lambda late: _hook_vision_model(anatomy, settings, taps, late, took_part))
     _watch_projector(anatomy, settings, undo, took_part)
@@ -139,8 +140,8 @@ def attach(
 
 
 @functools.lru_cache
-def _warn_other_tokens(name: str, tokens: int, stock: int, host: str) -> None:
-    hint = "" if host == LLAVA else "; HF's processor must write as many: handle.fit_processor(processor)"
+def _warn_other_tokens(name: str, tokens: int, stock: int, ids_hold_places: bool) -> None:
+    hint = "; HF's processor must write as many: handle.fit_processor(processor)" if ids_hold_places else ""
     logger.warning(
         "%s: an image has %d tokens instead of %d, so before it is trained the model's output is not the stock model's"
         "%s", name, tokens, stock, hint,
@@ -210,7 +211,7 @@ def let_tower_train(anatomy: Anatomy, settings: Fusion, undo: UndoStack) -> None
     if settings.train_tower == "frozen":
         return
     when_loaded(anatomy, undo, lambda late: keep_gradients(anatomy, late))
-    if anatomy.host == LLAVA:
+    if anatomy.tower_apart:
         lift_no_grad(anatomy, undo)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from llava_patch.core.errors import HostError
 from llava_patch.core.undo import UndoStack
 from llava_patch.hosts import call_context, zero
-from llava_patch.hosts.anatomy import LLAVA, Anatomy
+from llava_patch.hosts.anatomy import Anatomy
 
 _taken: ContextVar[list[list[Tensor]] | None] = ContextVar("llava_patch_taps", default=None)
 
@@ -114,7 +114,7 @@ def attach(anatomy: Anatomy, undo: UndoStack) -> None:
         return features
 
     undo.set_attribute(owner, name, encode_and_stack)
-    if anatomy.host != LLAVA and hasattr(anatomy.wrapper, "pack_image_features"):
+    if hasattr(anatomy.wrapper, "pack_image_features"):
         _report_packing(anatomy, undo)
 
 

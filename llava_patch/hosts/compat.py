@@ -1,4 +1,4 @@
-"""Every difference between host versions, each found by feature rather than by version number.
+"""Differences between versions of the hosts' packages, each found by feature rather than by version number.
 
 Two parts. The first hides how transformers' decoder layers and masks are called. The second makes LLaVA's unmodified
 training script and `generate` run on a transformers newer than the one it was written for: each `fix_*` function names
@@ -114,8 +114,12 @@ def call_layer(
         "position_embeddings": position_embeddings,
     }
     call = layer if checkpoint else functools.partial(nn.Module.__call__, layer)
-    out = call(hidden_states, **kwargs)
-    return out[0] if isinstance(out, tuple) else out  # a tuple up to 4.53, a tensor from 4.54
+    return layer_output(call(hidden_states, **kwargs))
+
+
+def layer_output(output: Any) -> Tensor:
+    """Hidden states [batch, tokens, hidden] of what a decoder layer returns: a tuple up to 4.53, a tensor from 4.54."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def checkpointed(layer: Any, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
@@ -126,6 +130,20 @@ def checkpointed(layer: Any, function: Callable[..., Tensor], *tensors: Tensor) 
     if getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled():
         return layer._gradient_checkpointing_func(function, *tensors)
     return function(*tensors)
+
+
+def one_tensor(features: Any) -> Tensor:
+    """What a host's image encoder returned as one tensor [images, tokens, hidden].
+
+    It is a list or a tensor up to transformers 4, a model output from 5 on.
+    """
+    features = getattr(features, "pooler_output", features)
+    return features if isinstance(features, Tensor) else torch.stack(list(features))
+
+
+def stored_dtype(config: dict[str, Any]) -> str | None:
+    """The precision that a config.json names: `torch_dtype` up to 4.55, `dtype` from 4.56."""
+    return config.get("dtype", config.get("torch_dtype"))
 
 
 class _Lengths:

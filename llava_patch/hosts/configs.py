@@ -1,26 +1,70 @@
-"""config.json of both hosts: which host it is, its parts, and each made from the other."""
+"""What a checkpoint's files say without its weights: config.json, its host, and the settings of our patch."""
 
 from __future__ import annotations
 
-import copy
+import os
+from dataclasses import dataclass
 from typing import Any
 
-from llava_patch.core.errors import CheckpointError
-from llava_patch.core.records import CONFIG_KEY
-from llava_patch.hosts.anatomy import HF, LLAVA
+import torch
 
-ORIGINAL_KEY = "original_llava_config"
-"""What llava's config says and HF's has no place for is kept there in HF's, so that the way back restores it."""
-VOCAB_MULTIPLE = 64
-_OWN_PREFIXES = ("mm_", "tune_mm_", "freeze_mm_", "unfreeze_mm_", "use_mm_", "image_", "tokenizer_")
-_FEATURES = {"patch": "default", "cls_patch": "full"}
-_DERIVED = {"mm_vision_tower", "mm_hidden_size", "mm_vision_select_layer", "mm_vision_select_feature"}
-# What LLaVA-1.5's own release says, for a checkpoint that never was llava's.
-_RELEASED = {
-    "freeze_mm_mlp_adapter": False, "image_aspect_ratio": "pad", "mm_use_im_patch_token": False,
-    "mm_use_im_start_end": False, "tune_mm_mlp_adapter": False, "unfreeze_mm_vision_tower": False, "use_mm_proj": True,
-    "pad_token_id": 0,
-}  # fmt: skip
+from llava_patch.core.errors import CheckpointError
+from llava_patch.core.records import CONFIG_KEY, read_settings
+from llava_patch.core.weights import read_json
+from llava_patch.hosts.anatomy import HOSTS
+from llava_patch.hosts.host import HostFiles
+
+
+@dataclass(frozen=True)
+class CheckpointFiles:
+    """The files of one checkpoint.
+
+    Attributes:
+        source: folder or hub name.
+        config: its config.json, without our key; empty where it has none.
+        host: whose config.json it is, "llava" or "hf"; "" where there is none.
+        record: the settings of our patch: of the folder's own settings file, else of its config.json; None: stock.
+    """
+
+    source: str
+    config: dict[str, Any]
+    host: str
+    record: dict[str, Any] | None
+
+    @property
+    def base(self) -> str | None:
+        """The model below an adapter; None for everything else."""
+        record = self.record or {}
+        return str(record["base"]) if record.get("form") == "adapter" else None
+
+
+def look(source: str) -> CheckpointFiles:
+    """Read what a folder or hub name has of the files of a checkpoint.
+
+    Raises:
+        CheckpointError: a damaged file, settings of another format, or the config.json of another model.
+    """
+    config = read_json(source, "config.json")
+    host = "" if config is None else host_of(config, source)
+    record = read_settings(source) if os.path.isdir(source) else None
+    carried = None if config is None else config.pop(CONFIG_KEY, None)
+    return CheckpointFiles(source, config or {}, host, record or carried)
+
+
+def read(source: str, what: str = "") -> CheckpointFiles:
+    """The files of a checkpoint, which must have a config.json.
+
+    Args:
+        source: folder or hub name.
+        what: it is called in errors; "": as it is given.
+
+    Raises:
+        CheckpointError: see `look`; or it has no config.json.
+    """
+    found = look(source)
+    if not found.host:
+        raise CheckpointError(f"{what or source}: not a checkpoint, it has no config.json")
+    return found
 
 
 def host_of(config: dict[str, Any], source: str) -> str:
@@ -29,187 +73,49 @@ def host_of(config: dict[str, Any], source: str) -> str:
     Raises:
         CheckpointError: another model.
     """
-    if "mm_vision_tower" in config and config.get("model_type") != "llava_mpt":
-        return LLAVA
-    if config.get("model_type") in ("llava", "llava_next") and "text_config" in config:
-        return HF
+    for name, (_, files) in HOSTS.items():
+        if files.wrote(config):
+            return name
     raise CheckpointError(
         f"{source}: model_type = {config.get('model_type')!r} is not a LLaVA that llava_patch knows (llava's "
         "LlavaLlamaForCausalLM or LlavaMistralForCausalLM, HF's LlavaForConditionalGeneration)"
     )
 
 
-def is_own(key: str) -> bool:
-    """Whether a key of llava's config is LLaVA's rather than the language model's."""
-    return key.startswith(_OWN_PREFIXES)
+def files_of(host: str) -> HostFiles:
+    """What is known of a host's checkpoints: the configurations of their parts, and the names of their tensors."""
+    return HOSTS[host][1]
 
 
-def text_config(config: dict[str, Any], host: str) -> Any:
-    """The language model's configuration (LlamaConfig or MistralConfig)."""
-    from transformers import AutoConfig
-
-    if host == HF:
-        return hf_config(config).text_config
-    kind = "mistral" if config.get("model_type") == "llava_mistral" else "llama"
-    dropped = ("model_type", "architectures", "_name_or_path", "auto_map", CONFIG_KEY)
-    values = {k: v for k, v in copy.deepcopy(config).items() if not is_own(k) and k not in dropped}
-    return AutoConfig.for_model(kind, **values)
-
-
-def hf_config(config: dict[str, Any]) -> Any:
-    """HF's configuration object; defaults that a short config.json leaves out are filled in."""
-    from transformers import AutoConfig
-
-    values = copy.deepcopy(config)
-    return AutoConfig.for_model(values.pop("model_type"), **values)
-
-
-def vision_config(source: str) -> Any:
-    """A CLIP tower's configuration, from a tower folder or hub name.
-
-    Raises:
-        CheckpointError: no such tower, or another kind than CLIP.
-    """
-    from transformers import CLIPVisionConfig
-
-    from llava_patch.core.weights import read_json
-
-    values = read_json(source, "config.json")
-    if values is None:
-        raise CheckpointError(f"vision tower {source}: no config.json there; name its folder with --vision-tower")
-    if not str(values.get("model_type")).startswith("clip"):
-        raise CheckpointError(
-            f"vision tower {source} is a {values.get('model_type')!r}: conversion knows CLIP towers, which are what "
-            "llava builds"
-        )
-    return CLIPVisionConfig(**values.get("vision_config") or values)
-
-
-def check_convertible(config: dict[str, Any], host: str) -> None:
-    """Refuse what the other host has no counterpart for.
-
-    Raises:
-        CheckpointError: names the setting.
-    """
-    if host == LLAVA:
-        merge = config.get("mm_patch_merge_type") or "flat"
-        if merge != "flat" or config.get("image_aspect_ratio") == "anyres":
-            raise CheckpointError(
-                f"mm_patch_merge_type = {merge!r}, image_aspect_ratio = {config.get('image_aspect_ratio')!r}: "
-                "conversion knows one tile an image (LLaVA-1.5), not anyres"
-            )
-        if config.get("mm_projector_type", "linear") != "mlp2x_gelu":
-            raise CheckpointError(
-                f"mm_projector_type = {config.get('mm_projector_type', 'linear')!r}: HF's projector is mlp2x_gelu only"
-            )
-        if config.get("s2"):
-            raise CheckpointError("s2 = True: HF has no multi-scale (S2) tower")
-        if config.get("mm_vision_select_feature", "patch") not in _FEATURES:
-            raise CheckpointError(f"mm_vision_select_feature = {config['mm_vision_select_feature']!r} is not known")
-        return
-    whole = hf_config(config)
-    if whole.model_type != "llava":
-        raise CheckpointError(
-            f"model_type = {whole.model_type!r}: conversion knows one tile an image (LLaVA-1.5), not anyres"
-        )
-    if not isinstance(whole.vision_feature_layer, int):
-        raise CheckpointError(
-            f"vision_feature_layer = {whole.vision_feature_layer}: llava's projector takes one layer, so this merged "
-            "checkpoint stays on HF; convert the patched one instead"
-        )
-    if whole.vision_config.model_type != "clip_vision_model":
-        raise CheckpointError(
-            f"its vision tower is a {whole.vision_config.model_type!r}: conversion knows CLIP towers, which are what "
-            "llava builds"
-        )
-    if whole.text_config.model_type not in ("llama", "mistral"):
-        raise CheckpointError(f"its language model is a {whole.text_config.model_type!r}: llava has llama and mistral")
-    if whole.projector_hidden_act != "gelu" or not whole.multimodal_projector_bias:
-        raise CheckpointError(
-            f"projector_hidden_act = {whole.projector_hidden_act!r}, multimodal_projector_bias = "
-            f"{whole.multimodal_projector_bias}: llava's mlp2x_gelu has gelu and biases"
-        )
-
-
-def to_hf(config: dict[str, Any], vision: Any, tokens: dict[str, int], added: list[str], vocab: int) -> dict[str, Any]:
-    """The config.json of HF for a llava checkpoint.
+def skeleton(config: dict[str, Any], host: str) -> Any:
+    """A host model without weights, on torch's meta device: every name and shape of it and its tower, and no memory.
 
     Args:
-        config: llava's.
-        vision: the tower's configuration.
-        tokens: ids of "<image>" and "<pad>".
-        added: which of the two the tokenizer did not have.
-        vocab: rows of the padded embedding.
+        config: the values of config.json, without our own key.
+        host: "llava" or "hf".
+
+    Raises:
+        HostError: the host's package is not installed, or its vision tower's configuration is not there.
     """
-    text = text_config(config, LLAVA)
-    original = {k: v for k, v in config.items() if is_own(k) and k not in _DERIVED}
-    original |= {"vocab_size": text.vocab_size, "pad_token_id": text.pad_token_id, "added_tokens": added}
-    text.vocab_size, text.pad_token_id = vocab, tokens["<pad>"]
-    text.architectures = [f"{text.model_type.capitalize()}ForCausalLM"]
-    dtype = _dtype(config)
-    return {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
-        "image_seq_length": (vision.image_size // vision.patch_size) ** 2,
-        "image_token_index": tokens["<image>"],
-        "pad_token_id": tokens["<pad>"],
-        "projector_hidden_act": "gelu",
-        "multimodal_projector_bias": True,
-        "tie_word_embeddings": bool(text.tie_word_embeddings),
-        "text_config": plain(text) | dtype,
-        "vision_config": {**plain(vision), "architectures": ["CLIPVisionModel"]},
-        "vision_feature_layer": config.get("mm_vision_select_layer", -2),
-        "vision_feature_select_strategy": _FEATURES[config.get("mm_vision_select_feature", "patch")],
-        **dtype,
-        ORIGINAL_KEY: original,
-    }
+    with torch.device("meta"):
+        return files_of(host).skeleton(config)
 
 
-def to_llava(config: dict[str, Any], tower: str, vocab: int) -> dict[str, Any]:
-    """The config.json of llava for an HF checkpoint.
+def tower_config(config: dict[str, Any], source: str) -> Any:
+    """The configuration of the vision tower that llava's config.json names.
 
     Args:
-        config: HF's.
-        tower: absolute path or hub name of the vision tower.
-        vocab: rows of the embedding without HF's added tokens.
+        config: the values of config.json.
+        source: the checkpoint, for errors.
+
+    Raises:
+        CheckpointError: it is not there.
     """
-    whole = hf_config(config)
-    kind = whole.text_config.model_type
-    original = dict(config.get(ORIGINAL_KEY, {}))
-    original.pop("added_tokens", None)
-    return {
-        **plain(whole.text_config),
-        **_dtype(config),
-        "architectures": [f"Llava{kind.capitalize()}ForCausalLM"],
-        "model_type": f"llava_{kind}",
-        "mm_projector_type": "mlp2x_gelu",
-        **_RELEASED,
-        **original,
-        "vocab_size": vocab,
-        "mm_hidden_size": whole.vision_config.hidden_size,
-        "mm_vision_select_feature": {v: k for k, v in _FEATURES.items()}[whole.vision_feature_select_strategy],
-        "mm_vision_select_layer": whole.vision_feature_layer,
-        "mm_vision_tower": tower,
-    }
+    from transformers import AutoConfig
 
-
-def plain(config: Any) -> dict[str, Any]:
-    """What a configuration object says beyond what every transformers configuration has by default, without dtype."""
-    from transformers import PretrainedConfig
-
-    default = PretrainedConfig().to_dict()
-    dropped = ("_name_or_path", "dtype", "torch_dtype", "transformers_version")
-    values = {k: v for k, v in config.to_dict().items() if k not in default or default[k] != v}
-    return {k: v for k, v in values.items() if k not in dropped} | {"model_type": config.model_type}
-
-
-def _dtype(config: dict[str, Any]) -> dict[str, Any]:
-    # `torch_dtype` up to 4.55, `dtype` from 4.56; both are read.
-    return {"torch_dtype": value} if (value := config.get("dtype", config.get("torch_dtype"))) else {}
-
-
-def feature_width(config: dict[str, Any], host: str) -> int:
-    """Channels of one vision feature."""
-    if host == HF:
-        return int(hf_config(config).vision_config.hidden_size)
-    return int(config["mm_hidden_size"])
+    name = str(config["mm_vision_tower"])
+    try:
+        vision = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{source}: its vision tower {name} cannot be read: {error}") from error
+    return getattr(vision, "vision_config", vision)

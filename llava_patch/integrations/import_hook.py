@@ -68,6 +68,18 @@ def _notify(name: str, module: object) -> None:
     startup.on_import(name, module)
 
 
+class _MovedFinder:
+    """Finds modules by the paths that they had in earlier releases; asked last, so it costs nothing until then."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> object:
+        if not name.startswith("llava_patch."):
+            return None
+        from llava_patch.integrations import moved
+
+        return moved.find_spec(name)
+
+
 def disabled() -> bool:
     """Whether LLAVA_PATCH_DISABLE=1 switches everything off."""
     import os
@@ -82,6 +94,8 @@ def installed() -> bool:
 
 def install() -> None:
     """Install the hook once; modules that are already loaded are handled at once."""
+    if _MovedFinder not in sys.meta_path:
+        sys.meta_path.append(_MovedFinder)  # type: ignore[arg-type]
     if disabled() or installed():
         return
     sys.meta_path.insert(0, _PostImportFinder())  # type: ignore[arg-type]

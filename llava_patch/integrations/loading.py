@@ -8,14 +8,19 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from llava_patch.core import records
 from llava_patch.core.errors import CheckpointError, HostError
-from llava_patch.integrations import startup
 from llava_patch.settings import active
 
 _IGNORED = "_keys_to_ignore_on_load_unexpected"  # transformers' own list
+
+
+def handle_of(model: Any) -> Any:
+    """The handle of a patched model; None without loading anything where nothing can have been patched yet."""
+    module = sys.modules.get("llava_patch.hosts.handles")
+    return None if module is None else module.get_handle(model)
 
 
 def is_host(cls: Any) -> bool:
@@ -36,72 +41,87 @@ def bare_refusal(cls: Any) -> str:
     return f"which {cls.__name__} would be loaded without: load it with {whole}, and take its .model"
 
 
-def load(original: Any, cls: Any, path: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Load a host model, with the patch that its checkpoint carries or that flags and environment ask for.
+class Loading(NamedTuple):
+    """One call of a host's from_pretrained.
 
-    Args:
+    Attributes:
         original: the stock from_pretrained.
         cls: the model class.
         path: checkpoint, as from_pretrained takes it.
         args: further arguments of from_pretrained.
-        kwargs: likewise.
+        kwargs: further named ones.
+    """
+
+    original: Callable[..., Any]
+    cls: Any
+    path: Any
+    args: tuple
+    kwargs: dict[str, Any]
+
+    def stock(self, path: Any = None, **changed: Any) -> Any:
+        """What the stock from_pretrained returns, for another checkpoint or with other named arguments."""
+        return self.original(self.cls, self.path if path is None else path, *self.args, **{**self.kwargs, **changed})
+
+    def record(self) -> dict[str, Any] | None:
+        """The settings file of a patched checkpoint's folder."""
+        return records.read_settings(self.path) if isinstance(self.path, (str, os.PathLike)) else None
+
+
+def load(call: Loading) -> Any:
+    """Load a host model, with the patch that its checkpoint carries or that flags and environment ask for.
 
     Raises:
         CheckpointError: a patched checkpoint that lacks tensors, or whose base is gone.
     """
-    record = records.read_settings(path) if isinstance(path, (str, os.PathLike)) else None
+    record = call.record()
     if record is not None and record.get("form") == "adapter":
-        return _finish(_load_adapter(original, cls, path, record, args, kwargs))
-    config = kwargs.get("config")
+        return _finish(_load_adapter(call, record))
+    config = call.kwargs.get("config")
     carried = records.config_record(config) if config is not None else None
-    if carried and str(getattr(config, "_name_or_path", path)) != str(path):
-        return _load_base_for(original, cls, path, config, carried, args, kwargs)
-    wants_info = kwargs.pop("output_loading_info", False)
-    with _construction(cls, _patch_new):
-        model, info = original(cls, path, *args, output_loading_info=True, **kwargs)
+    if carried and str(getattr(config, "_name_or_path", call.path)) != str(call.path):
+        return _load_base_for(call, config, carried)
+    with _construction(call.cls, _patch_new):
+        model, info = call.stock(output_loading_info=True)
     vars(model).pop(_IGNORED, None)
-    handle = startup.handle_of(model)
+    handle = handle_of(model)
     if handle is not None:
         from llava_patch.patching import checkpoint, tower_weights
 
         missing = sorted(set(checkpoint.adapter_names(handle)) & set(info["missing_keys"]))
         if missing:
             raise CheckpointError(
-                f"{path}: the checkpoint says it carries {handle!r} but lacks {missing[0]} ({len(missing)} tensors)"
+                f"{call.path}: the checkpoint says it carries {handle!r} but lacks {missing[0]} ({len(missing)} "
+                "tensors)"
             )
         if handle.trained_tower:
-            tower_weights.restore(handle, path)
+            tower_weights.restore(handle, call.path)
         handle.apply_freeze()
     _finish(model)
-    return (model, info) if wants_info else model
+    return (model, info) if call.kwargs.get("output_loading_info") else model
 
 
-def load_stock(original: Any, cls: Any, path: Any, args: tuple, kwargs: dict[str, Any], why: str) -> Any:
+def load_stock(call: Loading, why: str) -> Any:
     """Load a model that cannot be patched, as its own from_pretrained does.
 
     Args:
-        original: see `load`, as for the others.
-        cls: the model class.
-        path: the checkpoint.
-        args: further arguments.
-        kwargs: likewise.
-        why: it cannot be, as the end of a sentence about the patch.
+        call: of the host's from_pretrained.
+        why: it cannot be patched, as the end of a sentence about the patch.
 
     Raises:
         HostError: the checkpoint carries a patch, or one is configured: it would be another model without it.
     """
 
     def refuse(model: Any = None, record: Any = None) -> None:
-        raise HostError(f"{path} carries a patch, {why}")
+        raise HostError(f"{call.path} carries a patch, {why}")
 
     asked = active.configuration()
     if asked is not None and asked.lasting():
         raise HostError(f"{_listed(asked)} is configured, {why}")
-    record = records.read_settings(path) if isinstance(path, (str, os.PathLike)) else None
+    record = call.record()
     if record is not None and record.get("form") == "adapter":
         refuse()
-    with _construction(cls, refuse):
-        return original(cls, path, *args, **kwargs)
+    with _construction(call.cls, refuse):
+        return call.stock()
 
 
 def _listed(asked: Any) -> str:
@@ -109,32 +129,46 @@ def _listed(asked: Any) -> str:
     return ", ".join(str(settings) for settings in asked.lasting().values() if settings is not None)
 
 
-def _load_base_for(
-    original: Any, cls: Any, path: Any, config: Any, carried: dict, args: tuple, kwargs: dict[str, Any]
-) -> Any:
+def _load_base_for(call: Loading, config: Any, carried: dict[str, Any]) -> Any:
     """Load a base under a patched checkpoint's config, as llava's builder does when it is given a model_base.
 
     A stock base is loaded as it is and patched afterwards, one that carries a patch comes with it; the builder then
     fills in the checkpoint's own files (mm_projector.bin, non_lora_trainables.bin).
     """
-    from llava_patch.hosts.anatomy import LLAVA
     from llava_patch.patching import checkpoint, tower_weights
     from llava_patch.patching.patch import patch
 
     source = getattr(config, "_name_or_path", "config.json")
-    own = records.config_record(cls.config_class.from_pretrained(path))
+    own = records.config_record(call.cls.config_class.from_pretrained(call.path))
     stock = _stock_config(config)
     if own:  # the base was patched before: its added weights come first
         setattr(stock, records.CONFIG_KEY, own)
-        stock._name_or_path = str(path)
-        loaded = load(original, cls, path, args, {**kwargs, "config": stock})
+        stock._name_or_path = str(call.path)
+        loaded = load(call._replace(kwargs={**call.kwargs, "config": stock}))
     else:
-        loaded = original(cls, path, *args, **{**kwargs, "config": stock})
+        loaded = call.stock(config=stock)
     handle = patch(_model_of(loaded), **checkpoint.methods(carried, f"{source}/config.json"))
-    if (handle.trained_tower or carried.get("trained_tower")) and handle.anatomy.host == LLAVA:
+    if (handle.trained_tower or carried.get("trained_tower")) and handle.anatomy.tower_apart:
         handle.trained_tower = True
         tower_weights.restore_beside_lora(handle, source, required=not (own or {}).get("trained_tower"))
     return _finish(loaded)
+
+
+def _load_adapter(call: Loading, record: dict[str, Any]) -> Any:
+    from llava_patch.patching import checkpoint
+
+    base = record["base"]
+    if os.path.isabs(base) and not os.path.isdir(base):
+        raise CheckpointError(
+            f'{call.path}: its base model {base} is not there any more; change "base" in '
+            f"{os.path.join(call.path, records.SETTINGS_FILE)} to where it is now"
+        )
+    config = call.kwargs.get("config")
+    if config is None:
+        config = call.cls.config_class.from_pretrained(call.path)
+    loaded = call.stock(base, config=_stock_config(config))
+    checkpoint.load(_model_of(loaded), call.path)
+    return loaded
 
 
 def _finish(model: Any) -> Any:
@@ -179,33 +213,12 @@ def _stock_config(config: Any) -> Any:
     return config
 
 
-def _load_adapter(original: Any, cls: Any, path: Any, record: dict, args: tuple, kwargs: dict[str, Any]) -> Any:
-    from llava_patch.patching import checkpoint
-
-    config = kwargs.pop("config", None)
-    if config is None:
-        config = cls.config_class.from_pretrained(path)
-    base = record["base"]
-    if os.path.isabs(base) and not os.path.isdir(base):
-        raise CheckpointError(
-            f'{path}: its base model {base} is not there any more; change "base" in '
-            f"{os.path.join(path, records.SETTINGS_FILE)} to where it is now"
-        )
-    loaded = original(cls, base, *args, config=_stock_config(config), **kwargs)
-    checkpoint.load(_model_of(loaded), path)
-    return loaded
-
-
 @contextlib.contextmanager
 def _construction(cls: Any, found: Callable[[Any, dict[str, Any]], None]) -> Iterator[None]:
     """While a checkpoint is loaded, hand a model whose config carries a patch on as soon as it is constructed.
 
     The host's loader then fills modules that were added like any others: sharded files, device maps and precisions
     need no code of ours.
-
-    Args:
-        cls: the model's class.
-        found: called with the model and its record.
     """
     own = "__init__" in vars(cls)
     original = cls.__init__

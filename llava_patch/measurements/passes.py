@@ -18,7 +18,7 @@ from llava_patch.core import files
 from llava_patch.core.errors import HostError, InputError
 from llava_patch.core.undo import UndoStack
 from llava_patch.hosts import call_context, wrappers
-from llava_patch.hosts.anatomy import HF, LLAVA, Anatomy
+from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.hosts.positions import llava_prepare
 
 
@@ -64,7 +64,7 @@ def watching(anatomy: Anatomy, sample: dict[str, Any], what: str) -> Iterator[tu
     ids = one_sample(sample, what)
     seen, undo = Pass(ids[0][ids[0] != anatomy.image_token_id].cpu()), UndoStack()
     try:
-        if anatomy.host == LLAVA:
+        if not anatomy.ids_hold_places:
             watch_preparation(anatomy, lambda image: setattr(seen, "image", image), undo)
         else:
             seen.image = wrappers.hf_image_mask(anatomy, ids)[0]
@@ -99,7 +99,7 @@ def run(anatomy: Anatomy, sample: dict[str, Any]) -> None:
 
 def has_image(anatomy: Anatomy, sample: dict[str, Any]) -> bool:
     """Whether a sample brings an image that the decoder sees."""
-    pixels = sample.get("pixel_values") if anatomy.host == HF else sample.get("images")
+    pixels = anatomy.pixels_of(sample)
     return pixels is not None and bool((sample["input_ids"] == anatomy.image_token_id).any())
 
 

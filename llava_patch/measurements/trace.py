@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from llava_patch.core.errors import HostError, InputError
 from llava_patch.core.undo import UndoStack
 from llava_patch.hosts import known, wrappers
-from llava_patch.hosts.anatomy import HF, LLAVA, Anatomy
-from llava_patch.hosts.compat import sliding_window
+from llava_patch.hosts.anatomy import Anatomy
+from llava_patch.hosts.compat import layer_output, sliding_window
 from llava_patch.hosts.projections import rotate, split_heads
 from llava_patch.measurements import passes
 from llava_patch.measurements.attention import mass_on_keys
@@ -131,7 +131,7 @@ def traced(anatomy: Anatomy, chunk: int, mass_of: Sequence[int] | None = None) -
                 _watch_layer(trace, index, layer, undo)
             if mass_of is None or index in mass_of:
                 _watch_attention(trace, index, layer.self_attn, anatomy.text_config, chunk, undo)
-        if anatomy.host == LLAVA:
+        if not anatomy.ids_hold_places:
             passes.watch_preparation(anatomy, lambda image: setattr(trace, "image_mask", image), undo)
         with observing(trace):
             yield trace
@@ -152,7 +152,7 @@ def run(anatomy: Anatomy, trace: Trace, sample: dict[str, Any], what: str = "sat
         InputError: a batch, or padding.
     """
     input_ids = passes.one_sample(sample, what)
-    if anatomy.host == HF:
+    if anatomy.ids_hold_places:
         trace.image_mask = wrappers.hf_image_mask(anatomy, input_ids)[0]
     passes.run(anatomy, sample)
 
@@ -167,7 +167,7 @@ def _hidden_argument(args: tuple, kwargs: dict[str, Any]) -> Tensor:
 def _watch_layer(trace: Trace, index: int, layer: nn.Module, undo: UndoStack) -> None:
     def after(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         before = _hidden_argument(args, kwargs)
-        states = (output[0] if isinstance(output, tuple) else output)[0]  # a tuple up to transformers 4.53
+        states = layer_output(output)[0]
         places = trace.places(index, len(states))
         image = trace.mask()[places.to(trace.mask().device)].to(states.device)
         cosine = F.cosine_similarity(before.float(), states.float(), dim=-1)

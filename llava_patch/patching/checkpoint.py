@@ -25,8 +25,7 @@ from llava_patch.core.files import atomic
 from llava_patch.core.records import SETTINGS_FILE, check_format, read_settings
 from llava_patch.fusion.processor import fields
 from llava_patch.hosts import lora, zero
-from llava_patch.hosts.anatomy import HF
-from llava_patch.hosts.towers.find import when_loaded
+from llava_patch.hosts.anatomy import when_loaded
 from llava_patch.patching import tower_weights
 from llava_patch.patching.handle import Handle, added_parameters, get_handle
 from llava_patch.patching.patch import patch
@@ -227,7 +226,7 @@ def _copy_side_files(base: str, folder: Path) -> None:
 def fit_processor(handle: Handle, folder: Path) -> None:
     """Make the processor saved in a folder count the tokens of a fused HF model."""
     path = folder / "processor_config.json"
-    if handle.anatomy.host != HF or handle.taps is None or not path.is_file():
+    if not handle.anatomy.ids_hold_places or handle.taps is None or not path.is_file():
         return
     values = json.loads(path.read_text(encoding="utf-8"))
     fitted = {**values, **fields(handle.anatomy, handle.taps)}

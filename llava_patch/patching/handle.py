@@ -21,7 +21,6 @@ from llava_patch.fusion import optimizer as fusion_optimizer
 from llava_patch.fusion import processor as fusion_processor
 from llava_patch.fusion.taps import Taps, injection_layers
 from llava_patch.fusion.warm_up import WarmUp, steps_of
-from llava_patch.hosts import anatomy as anatomy_module
 from llava_patch.hosts import call_context, handles, lora, zero
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.routing import attach as routing_attach
@@ -187,7 +186,7 @@ class Handle:
 
         Needed with merge_size = 2 and DenseConnector(kind="sti"); a checkpoint that `save` writes holds it already.
         """
-        if self.anatomy.host == anatomy_module.HF and self.taps is not None:
+        if self.anatomy.ids_hold_places and self.taps is not None:
             fusion_processor.fit(processor, self.anatomy, self.taps)
 
     def image_positions(
@@ -212,7 +211,7 @@ class Handle:
         """Names of the parameters that a training step gives a gradient, in the model's order."""
         unused: set[int] = set()
         lifted = self.fusion is not None and self.fusion.train_tower != "frozen"
-        if self.anatomy.host == anatomy_module.LLAVA and not lifted:
+        if self.anatomy.tower_apart and not lifted:
             unused = {id(p) for p in self.anatomy.tower.parameters()}  # llava runs its tower under no_grad
         elif self.anatomy.vision_model is not None:
             deepest = self.anatomy.main_block if self.taps is None else self.taps.deepest

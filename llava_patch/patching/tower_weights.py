@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,9 +10,9 @@ import torch
 from torch import Tensor
 
 from llava_patch.core.errors import CheckpointError
+from llava_patch.core.weights import read_file, weight_files
 from llava_patch.hosts import zero
-from llava_patch.hosts.anatomy import HF
-from llava_patch.hosts.towers.find import when_loaded
+from llava_patch.hosts.anatomy import when_loaded
 
 if TYPE_CHECKING:
     from llava_patch.patching.handle import Handle
@@ -71,7 +70,7 @@ def restore(handle: "Handle", folder: Path | str) -> None:
     Raises:
         CheckpointError: it holds no tower weights.
     """
-    if handle.anatomy.host == HF:
+    if not handle.anatomy.tower_apart:
         return  # the tower is part of HF's state dict and was loaded with it
     tensors = of_tower(_read_full(folder))
     if not tensors:
@@ -105,28 +104,6 @@ def restore_beside_lora(handle: "Handle", source: str, required: bool = True) ->
     put(handle, tensors, f"{source}/{LORA_FILE}")
 
 
-def _weight_files(source: Path | str) -> list[Path]:
-    """The safetensors files of a checkpoint, local or on the hub (by its index, where there are several)."""
-    from transformers.utils import cached_file
-
-    if Path(source).is_dir():
-        return sorted(Path(source).glob("*.safetensors"))
-    names = ["model.safetensors"]
-    index = cached_file(str(source), "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
-    if index:
-        names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
-    found = [cached_file(str(source), name, _raise_exceptions_for_missing_entries=False) for name in names]
-    return [Path(path) for path in found if path]
-
-
 def _read_full(source: Path | str) -> dict[str, Tensor]:
-    from safetensors import safe_open
-
-    tensors: dict[str, Tensor] = {}
-    for path in _weight_files(source):
-        with safe_open(path, framework="pt") as stream:
-            tensors.update({k: stream.get_tensor(k) for k in stream.keys() if _PART in k})  # noqa: SIM118
-    if not tensors:
-        for path in sorted(Path(source).glob("pytorch_model*.bin")):  # --save_safetensors False
-            tensors.update(torch.load(path, map_location="cpu", weights_only=True))
-    return tensors
+    tensors = [tensor for path in weight_files(str(source)) for tensor in read_file(path, whole=True)]
+    return {tensor.name: tensor() for tensor in tensors if _PART in tensor.name}

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from llava_patch.settings.gin_config import Configuration
 
-FILE_FLAG, PARAM_FLAG = "--gin_file", "--gin_param"
-FILE_VARIABLE, PARAM_VARIABLE = "LLAVA_PATCH_GIN_FILE", "LLAVA_PATCH_GIN_PARAM"
+FLAGS = FILE_FLAG, PARAM_FLAG = "--gin_file", "--gin_param"
+VARIABLES = FILE_VARIABLE, PARAM_VARIABLE = "LLAVA_PATCH_GIN_FILE", "LLAVA_PATCH_GIN_PARAM"
 
 _flags: tuple[list[str], list[str]] = ([], [])
 _configuration: "Configuration | None" = None
@@ -40,7 +40,7 @@ def take_flags(argv: list[str]) -> tuple[list[str], list[str]]:
     rest = iter(argv)
     for argument in rest:
         flag, equals, value = argument.partition("=")
-        if flag not in (FILE_FLAG, PARAM_FLAG):
+        if flag not in FLAGS:
             kept.append(argument)
             continue
         if not equals:
@@ -145,11 +145,8 @@ def take_flags_from_command_line() -> None:
 def asked() -> bool:
     """Whether flags or environment configure anything, readable or not."""
     given = (argument.partition("=")[0] for argument in sys.argv)  # a script's flags are taken out later
-    variables = (FILE_VARIABLE, PARAM_VARIABLE)
     return (
-        any(_flags)
-        or any(flag in (FILE_FLAG, PARAM_FLAG) for flag in given)
-        or any(_split(os.environ.get(name)) for name in variables)
+        any(_flags) or any(flag in FLAGS for flag in given) or any(_split(os.environ.get(name)) for name in VARIABLES)
     )
 
 

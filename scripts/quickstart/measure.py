@@ -70,7 +70,7 @@ def prefill() -> dict[str, Any]:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     from llava_patch import Routing
-    from llava_patch.tools.bench.prefill import measure_prefill
+    from llava_patch.tools.bench.measure import measure_prefill
 
     torch.manual_seed(0)
     vision = CLIPVisionConfig(
@@ -85,8 +85,7 @@ def prefill() -> dict[str, Any]:
     ids = torch.randint(3, 1000, (1, 64))
     ids = torch.cat([ids[:, :35], torch.full((1, 576), 1023), ids[:, 35:]], dim=1)
     inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 336, 336)}
-    ratio = measure_prefill(model, inputs, Routing(split=SPLIT))
-    return {**ratio.to_json(), "depth": DEPTH, "width": WIDTH, "split": SPLIT}
+    return {**measure_prefill(model, inputs, Routing(split=SPLIT)), "depth": DEPTH, "width": WIDTH, "split": SPLIT}
 
 
 def main() -> None:

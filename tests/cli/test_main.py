@@ -52,3 +52,11 @@ def test_every_job_is_a_subcommand():
     done = runner.invoke(app, ["correlate", "a.json"])
     assert isinstance(done.exception, LlavaPatchError)  # the same command as `rprobe correlate`
     assert str(done.exception) == str(runner.invoke(app, ["rprobe", "correlate", "a.json"]).exception)
+
+
+@pytest.mark.parametrize("command", ["convert", "merge"])
+def test_the_folder_to_write_has_the_word_that_it_has_everywhere(command, tmp_path):
+    done = runner.invoke(app, [command, "model", "old", "--output", str(tmp_path / "new"), "--to", "hf"])
+    assert str(done.exception) == "old: the folder to write is named with --output old"
+    missing = runner.invoke(app, [command, "model", "--to", "hf"], env={"COLUMNS": "200"})
+    assert missing.exit_code == 2 and "--output" in missing.output

@@ -269,12 +269,12 @@ def test_inspect_says_what_a_checkpoint_is(name):
 
 
 def test_the_head_of_an_auxiliary_loss_comes_back_beside_its_checkpoint():
-    from llava_patch.integrations.training.auxiliary import state
+    from llava_patch.integrations.training.auxiliary import trainer
 
     model = hf("run/checkpoint-3")
     settings = AuxiliaryProbe(weight=0.5, max_text_tokens=8)
     handle = patch(model, probe=settings)
-    state.load(handle, Path("run/checkpoint-3"))  # compares the model beside it as well
+    trainer.load_head(handle, Path("run/checkpoint-3"))  # compares the model beside it as well
     agrees("head", {name: numbers(p) for name, p in handle.auxiliary.head.named_parameters()})
     agrees("settings with a probe", handle.settings())
     compare(handle.settings(), {k: v for k, v in content("run/llava_patch.json").items() if k != "form"}, "run")

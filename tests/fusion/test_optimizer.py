@@ -36,8 +36,7 @@ def arranged(model, **settings):
     handle = patch(model, fusion=SkipLinks(stride=2, **settings))
     optimizer = torch.optim.AdamW(as_llava_makes_them(model, projector_lr=5e-3), lr=1e-3)
     before, groups = layout(optimizer.param_groups), list(optimizer.param_groups)
-    trainer = SimpleNamespace(optimizer=optimizer, add_callback=lambda callback: None)
-    fusion_trainer.arrange(trainer, handle)
+    fusion_trainer.FusionTraining(handle).arrange(optimizer)
     after = [p for g in optimizer.param_groups for p in g["params"]]
     assert len(after) == len({id(p) for p in after})  # none twice
     assert {id(p) for p in after} == {id(p) for p in model.parameters() if p.requires_grad}  # every one that trains

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import torch
+from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from torch import Tensor, nn
 
 from llava_patch.core.errors import HostError
@@ -34,17 +34,10 @@ def build(name: Any, args: Any, delay_load: bool = False) -> "VisionTower | None
     return VisionTower(name, args, config, delay_load)
 
 
-class VisionTower(nn.Module):
-    """What llava's CLIPVisionTower is for CLIP.
+class VisionTower(CLIPVisionTower):
+    """llava's CLIPVisionTower around another vision model; its features, sizes, device and dtype are asked as of CLIP.
 
-    Attributes:
-        is_loaded: whether the weights are there.
-        vision_tower_name: folder or name on the hub.
-        select_layer: the hidden state that is the main feature.
-        select_feature: "patch" (without what comes before the patches; on a tower without CLS all tokens) or
-            "cls_patch" (all tokens).
-        vision_tower: the vision model, once it is loaded.
-        image_processor: likewise.
+    `select_feature` "patch" leaves out what the tower puts before the patches, and nothing of one without CLS.
     """
 
     def __init__(self, name: str, args: Any, config: Any, delay_load: bool = False) -> None:
@@ -53,7 +46,7 @@ class VisionTower(nn.Module):
         Raises:
             HostError: a tower whose patches are not on a square grid.
         """
-        super().__init__()
+        nn.Module.__init__(self)  # llava's own would load a CLIP
         self.is_loaded = False
         self.vision_tower_name = name
         self.select_layer = args.mm_vision_select_layer
@@ -80,58 +73,14 @@ class VisionTower(nn.Module):
         Raises:
             ValueError: a select_feature that llava does not know either.
         """
-        features = image_forward_outs.hidden_states[self.select_layer]
         if self.select_feature == "patch":
-            return features[:, self.config.num_prefix_tokens :]
-        if self.select_feature == "cls_patch":
-            return features
-        raise ValueError(f"Unexpected select feature: {self.select_feature}")
-
-    @torch.no_grad()
-    def forward(self, images: Any) -> Any:
-        """Features of images, [images, tokens, channels] in the images' dtype; of a list, a list with one each."""
-        if isinstance(images, list):
-            return [self._features(image.unsqueeze(0), image.dtype) for image in images]
-        return self._features(images, images.dtype)
-
-    def _features(self, images: Tensor, dtype: torch.dtype) -> Tensor:
-        output = self.vision_tower(images.to(device=self.device, dtype=self.dtype), output_hidden_states=True)
-        return self.feature_select(output).to(dtype)
-
-    @property
-    def dummy_feature(self) -> Tensor:
-        """Zeros [1, channels]."""
-        return torch.zeros(1, self.hidden_size, device=self.device, dtype=self.dtype)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return self.vision_tower.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Of the weights."""
-        return self.vision_tower.device
+            return image_forward_outs.hidden_states[self.select_layer][:, self.config.num_prefix_tokens :]
+        return super().feature_select(image_forward_outs)
 
     @property
     def config(self) -> Any:
         """The vision model's configuration, its sizes as the plain numbers that llava computes with."""
         return self._config
-
-    @property
-    def hidden_size(self) -> int:
-        """Channels of a token."""
-        return self.config.hidden_size
-
-    @property
-    def num_patches_per_side(self) -> int:
-        """Rows, and columns, of patches."""
-        return self.config.image_size // self.config.patch_size
-
-    @property
-    def num_patches(self) -> int:
-        """Patches of an image."""
-        return self.num_patches_per_side**2
 
 
 def _plain_config(name: str, config: Any) -> Any:

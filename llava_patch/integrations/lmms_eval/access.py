@@ -6,8 +6,8 @@ from typing import Any
 
 from llava_patch.core.errors import HostError
 from llava_patch.data.inputs import Inputs
-from llava_patch.hosts.anatomy import HF, find
-from llava_patch.integrations.lmms_eval.loud import model_of
+from llava_patch.hosts.anatomy import find
+from llava_patch.integrations.lmms_eval.fail_fast import model_of
 
 
 def reach(lm: Any) -> Inputs:
@@ -26,7 +26,7 @@ def reach(lm: Any) -> Inputs:
         )
     anatomy = find(model)
     joint = processor if hasattr(processor, "image_processor") else None
-    if (joint is not None) != (anatomy.host == HF):
+    if (joint is not None) != anatomy.ids_hold_places:
         raise HostError(f"{type(processor).__name__} is not the processor of a model of the host {anatomy.host!r}")
     return Inputs(
         anatomy=anatomy,

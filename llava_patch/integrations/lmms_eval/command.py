@@ -11,27 +11,22 @@ Nothing heavy is imported here: this module is loaded before lmms-eval's own.
 
 from __future__ import annotations
 
-import argparse
 import atexit
 import contextlib
-import fnmatch
 import functools
-import importlib.util
 import json
 import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llava_patch.core.errors import LlavaPatchError
+from llava_patch.integrations.lmms_eval import asked as asked_for
 
 PROGRAM, MODULE = "lmms-eval", "lmms_eval"
-OUTPUT_TYPE = "llava_patch_"  # how the output types of our tasks begin
-_LISTS = ("list", "list_groups", "list_tags", "list_subtasks")
-_NO_EVALUATION = {"-h", "--help", "--tui", "--power-analysis"}
-_OPTIONS = ("config", "model", "tasks", "model_args", "include_path", "output_path")
 
 _current: "Command | None" = None
 
@@ -40,28 +35,25 @@ class EvaluationFailure(LlavaPatchError):
     """An evaluation that llava_patch takes part in failed; where there is a cause it is chained."""
 
 
+@dataclass(eq=False)
 class Evaluation:
     """One evaluation of a command.
 
     Attributes:
-        asked: what was asked for, as `evaluations` gives it.
+        asked: what was asked for, as `asked.evaluations` gives it.
         arguments: lmms-eval's parsed arguments, by which it is known again.
         outcome: its results, or the exception that ended it; None before, and on ranks that are given none.
         complete: whether lmms-eval has come to the end of it.
         before: the results files that were there when it began.
     """
 
-    def __init__(self, asked: dict[str, Any]) -> None:
-        self.asked, self.arguments = asked, None
-        self.outcome: dict[str, Any] | Exception | None = None
-        self.complete, self.before = False, frozenset[Any]()
+    asked: dict[str, Any]
+    arguments: Any = None
+    outcome: dict[str, Any] | Exception | None = None
+    complete: bool = False
+    before: frozenset[Any] = frozenset()
 
-    def begin(self, arguments: Any) -> None:
-        """It runs, maybe once more: what came of it before no longer counts."""
-        self.arguments, self.outcome, self.complete = arguments, None, False
-        self.before = _results_files(self.asked.get("output_path"))
-
-    def looks_like(self, arguments: Any) -> bool:
+    def is_like(self, arguments: Any) -> bool:
         """Whether parsed arguments may be this evaluation's."""
         names = {"model", "tasks", "model_args", "output_path"} & set(self.asked)
         return all(getattr(arguments, name, None) == self.asked[name] for name in names)
@@ -71,11 +63,12 @@ class Evaluation:
         if isinstance(self.outcome, Exception):
             return _in_words(self.outcome)
         if not self.complete:
-            tasks = ",".join(_wanted(self.asked.get("tasks"))) or "no task"
+            tasks = ",".join(asked_for.wanted_tasks(self.asked.get("tasks"))) or "no task"
             return f"no table of results came out for {tasks}; the reason stands above"
         return None if self.outcome is None else _missing(self.outcome, self.asked.get("output_path"), self.before)
 
 
+@dataclass(eq=False)
 class Command:
     """One command.
 
@@ -86,17 +79,21 @@ class Command:
         ours: whether a patched model or a task of ours was seen in it; its arguments count besides.
         doubt: what failed in here, so that it is not known whether llava_patch takes part.
         told: whether its end was looked at.
+        process: the process that it runs in.
     """
 
-    def __init__(self, line: str, words: Sequence[str], given: dict[str, Any] | None = None) -> None:
-        self.line, self.words, self.given = line, list(words), given or {}
-        self.ours, self.told, self.process = False, False, os.getpid()
-        self.doubt: Exception | None = None
+    line: str
+    words: Sequence[str]
+    given: dict[str, Any] = field(default_factory=dict)
+    ours: bool = False
+    doubt: Exception | None = None
+    told: bool = False
+    process: int = field(default_factory=os.getpid)
 
     @functools.cached_property
     def evaluations(self) -> list[Evaluation]:
         """Its evaluations, in order."""
-        return [Evaluation(one) for one in evaluations(self.words, self.given)]
+        return [Evaluation(one) for one in asked_for.evaluations(self.words, self.given)]
 
     @contextlib.contextmanager
     def doubting(self) -> Iterator[None]:
@@ -108,26 +105,41 @@ class Command:
 
     def asks(self) -> bool:
         """Whether it asks for any evaluation, as far as can be told."""
-        found = True
         with self.doubting():
-            found = bool(self.evaluations)
-        return found
+            return bool(self.evaluations)
+        return True
 
     def involves_us(self) -> bool:
         """Whether a patch is configured, or a task of ours or a checkpoint that carries a patch asked for."""
-        if not self.ours:
-            with self.doubting():
-                asked = [one.asked for one in self.evaluations]
-                self.ours = bool(asked) and (_configured(self.words, asked) or any(map(_names_us, asked)))
+        with self.doubting():
+            self.ours = self.ours or asked_for.involves_us(self.words, [one.asked for one in self.evaluations])
         return self.ours
 
-    def evaluation(self, arguments: Any) -> Evaluation | None:
+    def began(self, arguments: Any) -> None:
+        """An evaluation begins, with these parsed arguments; maybe once more, and what came of it no longer counts."""
+        with self.doubting():
+            for one in self._evaluation(arguments):
+                one.arguments, one.outcome, one.complete = arguments, None, False
+                one.before = _results_files(one.asked.get("output_path"))
+
+    def ended(self, arguments: Any, outcome: dict[str, Any] | Exception | None, complete: bool = False) -> None:
+        """An evaluation ended, with results or an exception, and complete if lmms-eval has nothing left to do in it."""
+        with self.doubting():
+            for one in self._evaluation(arguments):
+                one.outcome, one.complete = outcome, complete
+
+    def printed(self, results: dict[str, Any]) -> None:
+        """lmms-eval prints the table of results, the last thing that it does with them."""
+        with self.doubting():
+            for one in self.evaluations:
+                one.complete |= one.outcome is results
+
+    def _evaluation(self, arguments: Any) -> list[Evaluation]:
         """The evaluation that has these parsed arguments; where several look alike, the first that has not run."""
         if len(self.evaluations) == 1:
-            return self.evaluations[0]
+            return self.evaluations
         known = [one for one in self.evaluations if arguments is not None and one.arguments is arguments]
-        alike = (one for one in self.evaluations if one.arguments is None and one.looks_like(arguments))
-        return known[0] if known else next(alike, None)
+        return known or [one for one in self.evaluations if one.arguments is None and one.is_like(arguments)][:1]
 
     def why_failed(self) -> str | None:
         """What went wrong, in one line; None when all that was asked for is there."""
@@ -148,6 +160,11 @@ class Command:
         return why and f"llava_patch: this evaluation failed: {why}; the command was: {self.line}"
 
 
+def current() -> Command:
+    """The command that this process runs; one that asks for nothing where there is none."""
+    return _current or Command("", ())
+
+
 def watch() -> None:
     """Look at the command that this process runs when it ends; called when lmms-eval's package is imported."""
     global _current
@@ -159,10 +176,7 @@ def watch() -> None:
 
 @contextlib.contextmanager
 def called(arguments: Any = None) -> Iterator[None]:
-    """Around lmms-eval's `cli_evaluate`, called by its command or by a program of one's own.
-
-    Args:
-        arguments: the parsed arguments that a program may give it.
+    """Around lmms-eval's `cli_evaluate`, called by its command or by a program, which may give it parsed arguments.
 
     Raises:
         SystemExit: the command failed.
@@ -171,7 +185,7 @@ def called(arguments: Any = None) -> Iterator[None]:
     global _current
     outer = run = _current
     if run is None or not run.asks():  # lmms-eval's wizard writes the arguments while it runs
-        run = Command(_line(Path(sys.argv[0]).name), sys.argv[1:], vars(arguments) if arguments else None)
+        run = Command(_line(Path(sys.argv[0]).name), sys.argv[1:], dict(vars(arguments)) if arguments else {})
     _current, ended = run, None
     try:
         try:
@@ -188,49 +202,6 @@ def called(arguments: Any = None) -> Iterator[None]:
             raise ended
     finally:
         _current = outer
-
-
-def involves_us() -> bool:
-    """Whether this process runs an lmms-eval command that llava_patch takes part in."""
-    return _current is not None and _current.involves_us()
-
-
-def seen() -> None:
-    """A patched model, or a task of ours, is being evaluated."""
-    if _current is not None:
-        _current.ours = True
-
-
-def doubted(error: Exception) -> None:
-    """It cannot be told whether a model is patched or a task ours."""
-    if _current is not None:
-        _current.doubt = error
-
-
-def began(arguments: Any) -> None:
-    """An evaluation begins, with these parsed arguments."""
-    if _current is not None:
-        with _current.doubting():
-            evaluation = _current.evaluation(arguments)
-            if evaluation is not None:
-                evaluation.begin(arguments)
-
-
-def ended(arguments: Any, outcome: dict[str, Any] | Exception | None, complete: bool = False) -> None:
-    """An evaluation ended, with results or an exception, and complete if lmms-eval has nothing left to do in it."""
-    if _current is not None:
-        with _current.doubting():
-            evaluation = _current.evaluation(arguments)
-            if evaluation is not None:
-                evaluation.outcome, evaluation.complete = outcome, complete
-
-
-def printed(results: dict[str, Any]) -> None:
-    """lmms-eval prints the table of results, the last thing that it does with them."""
-    if _current is not None:
-        with _current.doubting():
-            for evaluation in _current.evaluations:
-                evaluation.complete |= evaluation.outcome is results
 
 
 def _line(*program: str) -> str:
@@ -279,173 +250,6 @@ def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()
-
-
-# --- what was asked for -----------------------------------------------------------------------------------------------
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise ValueError(message)
-
-
-def evaluations(words: Sequence[str], given: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-    """The evaluations that lmms-eval's arguments ask for, one a configuration in `--config`; none for its other jobs.
-
-    Args:
-        words: the arguments.
-        given: parsed arguments that count before them.
-
-    Returns:
-        Of each what matters here, where it is given: `tasks`, `model_args`, `include_path`, `output_path`, `env`.
-    """
-    words = words[1:] if words[:1] == ["eval"] else words
-    if (not given and not words) or (words and not words[0].startswith("-")) or _NO_EVALUATION & set(words):
-        return []
-    parser = _Parser(add_help=False, exit_on_error=False)
-    for name in _OPTIONS:  # --model: else it would be taken for an abbreviation
-        parser.add_argument(f"--{name}")
-    try:
-        typed = vars(parser.parse_known_args(words)[0])
-    except (argparse.ArgumentError, ValueError):
-        return []  # nothing that lmms-eval could parse: it says so and exits with 2
-    options = {k: v for k, v in {**typed, **(given or {})}.items() if k in _OPTIONS and v is not None}
-    listed = [{**given, **options} for given in _configurations(options.pop("config", None))]
-    return [one for one in listed if one.get("tasks") not in _LISTS]
-
-
-def _configurations(path: str | None) -> list[dict[str, Any]]:
-    if path is None:
-        return [{}]
-    read = _read_yaml(Path(path))
-    return [one for one in (read if isinstance(read, list) else [read]) if isinstance(one, dict)] or [{}]
-
-
-def _configured(words: Sequence[str], asked: Sequence[dict[str, Any]]) -> bool:
-    from llava_patch.settings import active
-
-    variables = (active.FILE_VARIABLE, active.PARAM_VARIABLE)
-    values = [os.environ.get(name) for name in variables]
-    values += [env.get(name) for one in asked if isinstance(env := one.get("env"), dict) for name in variables]
-    flags = {word.partition("=")[0] for word in words} & {active.FILE_FLAG, active.PARAM_FLAG}
-    return bool(flags) or any(active._flags) or any(value and str(value).strip(" ;") for value in values)
-
-
-def _names_us(one: dict[str, Any]) -> bool:
-    return _asks_for_ours(one.get("tasks"), one.get("include_path")) or _carries_patch(one.get("model_args"))
-
-
-def _asks_for_ours(tasks: Any, include_path: Any) -> bool:
-    from llava_patch.core.resources import eval_tasks_dir
-
-    wanted = _wanted(tasks)
-    given = {name: Path(name) for name in wanted if os.path.exists(name)}  # tasks given by path
-    folders = [eval_tasks_dir(), *(Path(str(path)) for path in _listed(include_path)), *_plugin_folders()]
-    ours: set[str] = set()
-    groups: list[tuple[set[str], set[str]]] = []
-    for path in dict.fromkeys(_yaml_files([*folders, *given.values()])):
-        config = _task_config(path)
-        names = {name for name, place in given.items() if place == path or place in path.parents}
-        names |= _names([config.get("group"), config.get("tag")])
-        if str(config.get("output_type")).startswith(OUTPUT_TYPE):
-            ours |= names | _names(config.get("task"))
-        elif isinstance(config.get("task"), list):
-            groups.append((names, _names(config["task"])))
-    while grown := [names for names, inside in groups if inside & ours and not names <= ours]:
-        ours = ours.union(*grown)
-    return any(name in ours or fnmatch.filter(ours, name) for name in wanted)
-
-
-def _wanted(tasks: Any) -> list[str]:
-    return [name.strip() for part in _listed(tasks) for name in str(part).split(",") if name.strip()]
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def _names(value: Any) -> set[str]:
-    """The tasks, groups and tags that a part of a task's YAML names."""
-    if isinstance(value, dict):
-        return _names([value.get("task"), value.get("group")])
-    if isinstance(value, list):
-        return set().union(*map(_names, value))
-    return set() if value is None else {str(value)}
-
-
-def _plugin_folders() -> Iterator[Path]:
-    for plugin in filter(None, os.environ.get("LMMS_EVAL_PLUGINS", "").split(",")):
-        with contextlib.suppress(ImportError, ValueError):  # lmms-eval imports it and says so
-            spec = importlib.util.find_spec(plugin)
-            for folder in (spec and spec.submodule_search_locations) or ():
-                yield Path(folder, "tasks")
-
-
-def _yaml_files(places: Sequence[Path]) -> Iterator[Path]:
-    for place in places:
-        yield from sorted(place.rglob("*.yaml")) if place.is_dir() else [place]
-
-
-def _task_config(path: Path, depth: int = 0) -> dict[str, Any]:
-    """A task's YAML with what it includes, without its functions."""
-    own = _read_yaml(path)
-    if not isinstance(own, dict):
-        return {}
-    merged: dict[str, Any] = {}
-    for name in map(str, reversed(_listed(own.get("include")))):  # the first one counts most
-        if depth < 10:
-            merged |= _task_config(Path(name) if os.path.isfile(name) else path.parent / name, depth + 1)
-    return merged | own
-
-
-def _read_yaml(path: Path) -> Any:
-    """What a YAML file holds; None for one that cannot be read, of which lmms-eval complains itself."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    # Functions and Python's own types, which are not needed here.
-    Loader.add_constructor(None, lambda loader, node: None)  # type: ignore[type-var]
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except Exception:  # whatever a constructor raises: ValueError for a date that there is not
-        return None
-
-
-def _carries_patch(model_args: Any) -> bool:
-    """Whether a checkpoint that the model's arguments name is patched: in its config, or as an adapter."""
-    if isinstance(model_args, dict):
-        values = list(model_args.values())
-    else:
-        values = [pair.partition("=")[2] for pair in str(model_args or "").split(",")]
-    return any(isinstance(value, str) and value and _is_patched(value) for value in values)
-
-
-def _is_patched(checkpoint: str) -> bool:
-    from llava_patch.core.records import CONFIG_KEY, SETTINGS_FILE
-
-    if _find(checkpoint, SETTINGS_FILE) is not None:
-        return True
-    config = _find(checkpoint, "config.json")
-    try:
-        return config is not None and CONFIG_KEY in json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return False
-
-
-def _find(checkpoint: str, name: str) -> Path | None:
-    """A file of a checkpoint, in its folder or in the hub's cache; None where it has none."""
-    if os.path.isdir(checkpoint):
-        path = Path(checkpoint, name)
-        return path if path.is_file() else None
-    from huggingface_hub import try_to_load_from_cache
-
-    try:
-        cached = try_to_load_from_cache(checkpoint, name)
-    except ValueError:  # no name of a repository
-        return None
-    return Path(cached) if isinstance(cached, str) else None
 
 
 # --- what came out ----------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ _MARK = "_llava_patch_registers_tasks"
 def register_tasks() -> None:
     """Let every TaskManager index our tasks beside lmms-eval's own; calling it again changes nothing.
 
-    Modifications: `TaskManager.initialize_tasks`, and through `loud.install` lmms-eval's `evaluate` and
+    Modifications: `TaskManager.initialize_tasks`, and through `fail_fast.install` lmms-eval's `evaluate` and
     `simple_evaluate` once its evaluator is loaded.
     """
     from lmms_eval.tasks import TaskManager
@@ -32,9 +32,9 @@ def register_tasks() -> None:
 
     @functools.wraps(original)
     def initialize_tasks(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        from llava_patch.integrations.lmms_eval import loud
+        from llava_patch.integrations.lmms_eval import fail_fast
 
-        loud.install()  # by now the evaluator is loaded, and simple_evaluate not yet called
+        fail_fast.install()  # by now the evaluator is loaded, and simple_evaluate not yet called
         index = original(self, *args, **kwargs)
         if not kwargs.get("include_defaults", args[1] if len(args) > 1 else True):
             return index

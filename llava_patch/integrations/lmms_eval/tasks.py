@@ -19,7 +19,13 @@ from lmms_eval.api.task import ConfigurableTask
 
 from llava_patch.core.extras import need
 from llava_patch.data.examples import QUESTION
-from llava_patch.integrations.lmms_eval import drift_runs, fusion_attention_runs, loud, rprobe_runs, saturation_runs
+from llava_patch.integrations.lmms_eval import (
+    drift_runs,
+    fail_fast,
+    fusion_attention_runs,
+    rprobe_runs,
+    saturation_runs,
+)
 from llava_patch.integrations.lmms_eval.options import settings_for
 from llava_patch.measurements.drift import Drift
 from llava_patch.measurements.fusion_attention import FusionAttention
@@ -46,7 +52,7 @@ class MeasurementTask(ConfigurableTask):
         need(f"the lmms-eval task {config.get('task')}", *self.EXTRAS)
         config.pop("class", None)  # how lmms-eval found this class; not a field of its TaskConfig
         self.settings: Any = settings_for(self.SETTINGS, config.get("metadata"), str(config.get("task")))
-        loud.install()
+        fail_fast.install()
         super().__init__(config=config)
 
     def documents(self) -> dict[str, list[Any]]:

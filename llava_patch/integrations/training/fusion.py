@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llava_patch.core.errors import SettingError
-from llava_patch.fusion import warm_up
+from llava_patch.fusion.warm_up import WarmUp, steps_of
+from llava_patch.integrations.training.extension import TrainerExtension
 
 if TYPE_CHECKING:
     from llava_patch.patching.handle import Handle
@@ -17,11 +18,7 @@ ZERO_STAGES = (1, 2, 3)
 
 
 def check(handle: "Handle", training_args: Any) -> None:
-    """Refuse settings that this run cannot honour, before anything is written.
-
-    Args:
-        handle: the model's patch, with requires_grad as it will be.
-        training_args: the Trainer's arguments.
+    """Refuse settings that this run cannot honour, before anything is written; requires_grad is as it will be.
 
     Raises:
         SettingError: names the setting and the flag that stands against it.
@@ -91,41 +88,43 @@ def make_trainable(handle: "Handle") -> None:
             parameter.data = parameter.data.to(torch.float32 if own is None else own.dtype)
 
 
-def arrange(trainer: Any, handle: "Handle") -> None:
-    """Rearrange the groups of the optimizer that LLaVA's trainer has just made, and start the warm-up with it.
+class FusionTraining(TrainerExtension):
+    """A fusion's learning rates and its warm-up; a resumed run begins in the phase that its step number says."""
 
-    Args:
-        trainer: the Trainer; its groups are changed in place, before a scheduler or DeepSpeed reads them.
-        handle: the model's patch.
-    """
-    fusion = handle.fusion
-    optimizer = trainer.optimizer
-    own_rates = fusion is not None and (fusion.tower_lr or fusion.layer_decay or fusion.unfreeze_after)
-    if not own_rates and (handle.probe is None or handle.probe.lr is None):
-        return  # the groups stay as LLaVA makes them
-    optimizer.param_groups[:] = handle.arrange_groups(optimizer.param_groups, optimizer.defaults["lr"])
-    if fusion is not None and fusion.unfreeze_after:
-        trainer.add_callback(_callback(handle.warm_up(optimizer, 0), fusion.unfreeze_after))
+    def __init__(self, handle: "Handle") -> None:
+        """For the model that trains, with its patch."""
+        self._handle = handle
+        self._warm_up: WarmUp | None = None
+        self._share = 0.0
 
+    def arrange(self, optimizer: Any) -> None:
+        """Rearrange the groups that LLaVA's trainer has made, in place, and prepare the warm-up."""
+        fusion, probe = self._handle.fusion, self._handle.probe
+        own_rates = fusion is not None and (fusion.tower_lr or fusion.layer_decay or fusion.unfreeze_after)
+        if not own_rates and (probe is None or probe.lr is None):
+            return  # the groups stay as LLaVA makes them
+        optimizer.param_groups[:] = self._handle.arrange_groups(optimizer.param_groups, optimizer.defaults["lr"])
+        if fusion is not None and fusion.unfreeze_after:
+            self._warm_up, self._share = self._handle.warm_up(optimizer, 0), fusion.unfreeze_after
 
-def _callback(held: warm_up.WarmUp, share: float) -> Any:
-    from transformers import TrainerCallback
+    def begin(self, state: Any) -> None:
+        """The length of the run is known now."""
+        if self._warm_up is None:
+            return
+        steps = self._warm_up.steps = steps_of(self._share, state.max_steps)
+        if state.is_world_process_zero:
+            print(f"llava_patch: the projector learns alone in {steps} of {state.max_steps} steps", flush=True)
 
-    class WarmUpCallback(TrainerCallback):
-        """Tells the warm-up where the run is; a resumed run begins in the phase that its step number says."""
+    def begin_step(self, state: Any, optimizer: Any) -> None:
+        """Hold back what waits, or let it begin."""
+        if self._warm_up is None:
+            return
+        waited = self._warm_up.active
+        self._warm_up.begin_step(state.global_step, optimizer)
+        if waited and not self._warm_up.active and state.is_world_process_zero:
+            print(f"llava_patch: everything learns from step {state.global_step + 1} on", flush=True)
 
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            held.steps = warm_up.steps_of(share, state.max_steps)
-            if state.is_world_process_zero:
-                print(f"llava_patch: the projector learns alone in {held.steps} of {state.max_steps} steps", flush=True)
-
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            waited = held.active
-            held.begin_step(state.global_step, kwargs.get("optimizer"))
-            if waited and not held.active and state.is_world_process_zero:
-                print(f"llava_patch: everything learns from step {state.global_step + 1} on", flush=True)
-
-        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            held.end()
-
-    return WarmUpCallback()
+    def end(self, state: Any) -> None:
+        """Let every gradient through again."""
+        if self._warm_up is not None:
+            self._warm_up.end()

@@ -6,7 +6,6 @@ Source: "Detached Skip-Links and R-Probe", appendix C.1 ("Online Measurement Str
 from __future__ import annotations
 
 import copy
-import functools
 import logging
 import math
 import shutil
@@ -17,14 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llava_patch.core.errors import SettingError
 from llava_patch.core.extras import need
 from llava_patch.core.files import atomic
-from llava_patch.core.undo import UndoStack
-from llava_patch.integrations.training.gradients_check import check
-from llava_patch.integrations.training.gradients_loss import caught_loss, loss_scale, unnoticed
-from llava_patch.integrations.training.learning_rate import learning_rate
+from llava_patch.integrations.training.extension import TrainerExtension, extend
+from llava_patch.integrations.training.gradients_loss import caught_loss, learning_rate, loss_scale, unnoticed
 from llava_patch.measurements.gradients import state as saved
-from llava_patch.measurements.gradients.decompose import block_parameters, decompose
+from llava_patch.measurements.gradients.decompose import block_parameters, decompose, measured_block
 from llava_patch.measurements.gradients.log import LOG, StepLog
 from llava_patch.measurements.gradients.result import NAME, GradientsResult
 from llava_patch.measurements.gradients.settings import Gradients
@@ -32,6 +30,8 @@ from llava_patch.measurements.gradients.statistics import Step, Window
 from llava_patch.patching.handle import get_handle
 
 logger = logging.getLogger("llava_patch")
+
+ZERO_STAGES = (0, 1, 2)
 
 
 def follow(trainer: Any, settings: Gradients | None = None) -> "Following":
@@ -48,8 +48,8 @@ def follow(trainer: Any, settings: Gradients | None = None) -> "Following":
     unfinished window into each checkpoint, and grad_main_norm, grad_skip_norm and grad_cos (means of the measured steps
     since the last line) into the Trainer's log.
 
-    Modifications, from the beginning of a run to its end: the Trainer's instance attributes `training_step` and `log`;
-    for good its `_load_optimizer_and_scheduler`, which says what a run is resumed from.
+    Modifications: the Trainer's instance attributes `training_step` and `log` from the beginning of a run to its end,
+    and for good its `_load_optimizer_and_scheduler`, which says what a run is resumed from.
 
     Args:
         trainer: a Trainer whose model is patched with a fusion that has taps.
@@ -66,45 +66,67 @@ def follow(trainer: Any, settings: Gradients | None = None) -> "Following":
     """
     need("Gradients", "figures")  # the run ends with a figure: not found out then
     chosen = Gradients() if settings is None else settings
-    following = Following(trainer, chosen, check(trainer.model, trainer.args, chosen))
-    trainer.add_callback(_callback(following))
+    following = Following(chosen, check(trainer.model, trainer.args, chosen))
+    extend(trainer, following)
     return following
 
 
-class Following:
-    """One Trainer's measurement.
+def check(model: nn.Module, arguments: Any, settings: Gradients) -> int:
+    """The number of the block that a run with this (patched) model can measure; before anything is written.
+
+    Raises:
+        SettingError: names what stands against it.
+        HostError: a tower that is not loaded or has only quantised weights.
+    """
+    block = measured_block(model, settings.block, settings.full)
+    deepspeed = getattr(getattr(arguments, "hf_deepspeed_config", None), "config", None) or {}
+    stage = deepspeed.get("zero_optimization", {}).get("stage", 0)
+    if stage not in ZERO_STAGES:
+        raise SettingError(
+            f"Gradients needs whole weights on every rank, but DeepSpeed ZeRO stage {stage} cuts them up: use stage 2 "
+            '(LLaVA\'s scripts/zero2.json; Flags.deepspeed = "./scripts/zero2.json")'
+        )
+    parallel = getattr(model, "tp_size", None) or getattr(arguments, "parallelism_config", None)
+    against = {
+        "--fsdp, which cuts weights up: use DeepSpeed ZeRO-2": getattr(arguments, "fsdp", None),
+        f"one process on {arguments.n_gpu} GPUs (nn.DataParallel): launch with torchrun or deepspeed, or set "
+        "CUDA_VISIBLE_DEVICES to one": arguments.n_gpu > 1,
+        "--torch_compile, whose graphs would keep the taps as they are: leave it out": arguments.torch_compile,
+        "tensor or context parallelism: use torchrun or DeepSpeed ZeRO-2": parallel,
+        "DeepSpeed's own torch_autocast: use --bf16": deepspeed.get("torch_autocast", {}).get("enabled"),
+        "apex: use --bf16": arguments.fp16 and getattr(arguments, "half_precision_backend", None) == "apex",
+    }
+    for what, there in against.items():
+        if there:
+            raise SettingError(f"Gradients does not work with {what}")
+    block_parameters(model, block)
+    return block
+
+
+class Following(TrainerExtension):
+    """One Trainer's measurement; made by `follow`.
 
     Attributes:
         settings: of the measurement.
         block: number of the measured block of the vision tower, from 1.
     """
 
-    def __init__(self, trainer: Any, settings: Gradients, block: int) -> None:
-        """Use `follow`, not this."""
+    def __init__(self, settings: Gradients, block: int) -> None:
+        """Measure at this block."""
         self.settings = settings
         self.block = block
-        self._trainer = trainer
-        self._undo = UndoStack()
         self._resumed: Path | None = None
         self._window = Window(settings.window)
         self._log: StepLog | None = None
+        self._measuring = False
         self._sums: Tensor | None = None
         self._rate: float | None = None
-        self._measuring = False
         self._unlogged: list[Step] = []
-        load = trainer._load_optimizer_and_scheduler
-
-        @functools.wraps(load)
-        def note_and_load(checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
-            self._resumed = None if checkpoint is None else Path(checkpoint)
-            return load(checkpoint, *args, **kwargs)
-
-        trainer._load_optimizer_and_scheduler = note_and_load
 
     @property
     def folder(self) -> Path:
         """Where the results go."""
-        return Path(self._trainer.args.output_dir) / NAME
+        return Path(self.trainer.args.output_dir) / NAME
 
     @property
     def result(self) -> GradientsResult:
@@ -115,99 +137,92 @@ class Following:
         """
         return GradientsResult.read(self.folder)
 
-    # --- called by the callback ---------------------------------------------------------------------------------------
+    # --- the points of a run -----------------------------------------------------------------------------------------
+
+    def resume(self, folder: Path | None) -> None:
+        """Note where the run goes on from."""
+        self._resumed = folder
 
     def begin(self, state: Any) -> None:
         """Begin with a run, or go on with one that is resumed."""
-        self._undo.unwind()  # of a run that was broken off
         self._sums, self._measuring, self._unlogged = None, False, []
-        self._wrap_training_step()
-        if not self._trainer.is_world_process_zero():
+        if not self.trainer.is_world_process_zero():
             return
-        self._wrap_log()
         self._warn(state.max_steps)
         if not self._go_on(state.global_step):
             self._window = Window(self.settings.window)
             self._log = StepLog.begin(self.folder, self.settings, self._facts())
 
-    def begin_step(self, step: int) -> None:
-        """Say which training step comes, from 1."""
-        self._measuring = self.settings.measures(step)
+    def begin_step(self, state: Any, optimizer: Any) -> None:
+        """Decide whether this training step is measured."""
+        self._measuring = self.settings.measures(state.global_step + 1)
         self._sums = None
         if self._measuring:
-            self._rate = learning_rate(self._trainer, self._parameters())
+            self._rate = learning_rate(self.trainer, self._parameters())
 
-    def end_step(self, step: int) -> None:
+    def training_step(self, step: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Measure one micro-batch of a measured step, then train on it."""
+        if self._measuring:
+            self._measure(lambda bare: caught_loss(self.trainer, step, bare, copy.copy(inputs), *args, **kwargs))
+        return step(model, inputs, *args, **kwargs)
+
+    def end_step(self, state: Any) -> None:
         """Put the step's micro-batches and ranks together."""
         if not self._measuring or self._sums is None:
             return
         self._measuring, sums, self._sums = False, self._sums, None
-        world = self._trainer.args.world_size
+        world = self.trainer.args.world_size
         if world > 1:
             torch.distributed.reduce(sums, dst=0)
             sums /= world
         if self._log is not None:
-            found, moments = self._window.add(step, sums[0], sums[1], self._rate)
+            found, moments = self._window.add(state.global_step, sums[0], sums[1], self._rate)
             self._log.add(found, moments)
             self._unlogged.append(found)
 
-    def save(self, checkpoint: Path | None) -> None:
-        """Write what was measured so far, and into a checkpoint what a run that goes on from it needs."""
+    def log(self, logs: dict[str, float]) -> dict[str, float]:
+        """Add the means of the steps measured since the last line of losses."""
+        if "loss" not in logs:
+            return logs
+        steps, self._unlogged = self._unlogged, []
+        return {**logs, **_means(steps)}
+
+    def save(self, state: Any, folder: Path) -> None:
+        """Write what was measured so far, and into the checkpoint what a run that goes on from it needs."""
         if self._log is None:
             return
-        if checkpoint is not None:
-            saved.save_window(self._window, checkpoint / saved.STATE)
-            with atomic(checkpoint / LOG) as temporary:
-                shutil.copyfile(self._log.path, temporary)
+        saved.save_window(self._window, folder / saved.STATE)
+        with atomic(folder / LOG) as temporary:
+            shutil.copyfile(self._log.path, temporary)
+        self._write()
+
+    def end(self, state: Any) -> None:
+        """Write the results."""
+        if self._log is None:
+            return
+        self._write()
+        print(f"llava_patch: gradient statistics of block {self.block} in {self.folder}", flush=True)
+        self._log = None
+
+    # --- the measurement ---------------------------------------------------------------------------------------------
+
+    def _write(self) -> None:
         result = self.result
         if result.steps:
             result.save(self.folder)
 
-    def end(self) -> None:
-        """Write the results and leave the Trainer as it was."""
-        self.save(None)
-        if self._log is not None:
-            print(f"llava_patch: gradient statistics of block {self.block} in {self.folder}", flush=True)
-        self._undo.unwind()
-        self._log = None
-
-    # --- the run ------------------------------------------------------------------------------------------------------
-
     def _parameters(self) -> list[nn.Parameter]:
-        return list(block_parameters(self._trainer.model, self.block).values())
-
-    def _wrap_training_step(self) -> None:
-        step = self._trainer.training_step
-
-        @functools.wraps(step)
-        def measure_and_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            if self._measuring:
-                self._measure(lambda bare: caught_loss(self._trainer, step, bare, copy.copy(inputs), *args, **kwargs))
-            return step(model, inputs, *args, **kwargs)
-
-        self._undo.set_attribute(self._trainer, "training_step", measure_and_step)
+        return list(block_parameters(self.trainer.model, self.block).values())
 
     def _measure(self, loss_of: Callable[[nn.Module], Tensor]) -> None:
         """One micro-batch of a measured step."""
-        bare = self._trainer.model
+        bare = self.trainer.model
         with unnoticed(bare):
             found = decompose(
-                bare, lambda: loss_of(bare), self.block, self.settings.full, loss_scale(self._trainer), images=False
+                bare, lambda: loss_of(bare), self.block, self.settings.full, loss_scale(self.trainer), images=False
             )
         both = torch.stack(found)
         self._sums = both if self._sums is None else self._sums.add_(both)
-
-    def _wrap_log(self) -> None:
-        log = self._trainer.log
-
-        @functools.wraps(log)
-        def log_both(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-            if "loss" in logs:
-                logs = {**logs, **_means(self._unlogged)}
-                self._unlogged = []
-            log(logs, *args, **kwargs)
-
-        self._undo.set_attribute(self._trainer, "log", log_both)
 
     def _go_on(self, step: int) -> bool:
         """Whether there was a measurement in the checkpoint that the run is resumed from, which goes on then."""
@@ -242,9 +257,9 @@ class Following:
             )
 
     def _facts(self) -> dict[str, Any]:
-        handle = get_handle(self._trainer.model)
+        handle = get_handle(self.trainer.model)
         assert handle is not None
-        arguments = self._trainer.args
+        arguments = self.trainer.args
         micro = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
         return {
             "learning_rate": arguments.learning_rate,
@@ -264,27 +279,3 @@ def _means(steps: list[Step]) -> dict[str, float]:
         "grad_cos": [s.cosine for s in steps if not math.isnan(s.cosine)],
     }
     return {name: float(f"{math.fsum(found) / len(found):.6g}") for name, found in values.items() if found}
-
-
-def _callback(following: Following) -> Any:
-    from transformers import TrainerCallback
-
-    class GradientsCallback(TrainerCallback):
-        """Tells the measurement where the run is."""
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            following.begin(state)
-
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            following.begin_step(state.global_step + 1)
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            following.end_step(state.global_step)
-
-        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            following.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-
-        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            following.end()
-
-    return GradientsCallback()

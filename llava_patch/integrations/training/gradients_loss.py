@@ -1,4 +1,4 @@
-"""The loss that a Trainer of transformers goes back through, without going back, and without a trace.
+"""The loss that a Trainer of transformers goes back through, without going back, and without a trace; its step's rate.
 
 A Trainer's own `training_step` makes it, with its backward pass caught: so it is scaled for accumulation, precision and
 ranks as that Trainer does it, whatever its version or subclass.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_patch.core.undo import UndoStack
+from llava_patch.hosts import zero
 
 
 def caught_loss(trainer: Any, step: Callable[..., Any], *arguments: Any) -> Tensor:
@@ -72,3 +73,18 @@ def unnoticed(model: nn.Module) -> Iterator[None]:
                 module._buffers[name] = buffer
                 if buffer is not None and saved is not None and buffer._version != saved[1]:
                     buffer.copy_(saved[0])
+
+
+def learning_rate(trainer: Any, parameters: Sequence[nn.Parameter]) -> float | None:
+    """What the step that comes applies to one block's parameters; of the first group where they do not train.
+
+    None before there is an optimizer, or where it has no groups.
+    """
+    optimizer = trainer.optimizer
+    if optimizer is None:
+        return None
+    wanted = {id(p) for p in parameters}
+    groups = zero.groups(optimizer)
+    inner = zero.innermost(optimizer).param_groups
+    place = next((i for i, group in enumerate(groups) if any(id(p) in wanted for p in group)), 0)
+    return float(inner[place]["lr"]) if inner else None

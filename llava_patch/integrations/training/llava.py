@@ -1,55 +1,86 @@
-"""What LLaVA's trainer gets of a patch: the patched model, and a callback that saves it with its records."""
+"""What LLaVA's training script gets of a patch: the patched model, what takes part in its Trainer, and records."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers import set_seed
+
 from llava_patch.core.errors import SettingError
+from llava_patch.hosts import anatomy, compat, lora, zero
 from llava_patch.integrations.training import fusion as fusion_trainer
+from llava_patch.integrations.training import gradients as gradients_trainer
 from llava_patch.integrations.training import stage1
+from llava_patch.integrations.training.auto_split import resolve_for_training
+from llava_patch.integrations.training.auxiliary import data as region_data
 from llava_patch.integrations.training.auxiliary import trainer as auxiliary_trainer
+from llava_patch.integrations.training.extension import TrainerExtension, extend
+from llava_patch.measurements.saturation import Saturation
+from llava_patch.patching import checkpoint
+from llava_patch.patching.handle import Handle, get_handle
+from llava_patch.patching.patch import patch
+from llava_patch.routing.side_branch import SIDE_BRANCH, copy_layers
 from llava_patch.settings import active
 from llava_patch.settings.methods import AUTO
 
 if TYPE_CHECKING:
-    from llava_patch.patching.handle import Handle
     from llava_patch.settings.gin_config import Configuration
 
 OPERATIVE_FILE = "llava_patch_operative.gin"
 ADAPTER_FOLDER = "llava_patch_adapter"
 
 
-class Pending:
-    """What `initialize_vision_modules` learned and the patch, applied when the Trainer is made, needs."""
-
-    def __init__(self, fresh: bool, projector: dict[str, Any] | None) -> None:
-        self.fresh = fresh
-        self.projector = projector
-
-
-pending: dict[int, Pending] = {}
-
-
-def prepare(model: Any, training_args: Any, dataset: Any, collator: Any) -> "Handle | None":
-    """Patch the Trainer's model as configured and set what trains.
+def prepare_run(given: dict[str, Any]) -> Callable[[Any], None]:
+    """What a LLaVATrainer gets whose model is patched, or whose flags gin brings.
 
     Args:
-        model: the Trainer's model, possibly inside peft.
-        training_args: the Trainer's arguments.
-        dataset: its training data, and
-        collator: their collator; `Routing.split = "auto"` is measured on them.
+        given: the arguments that the Trainer is made with, by name (model, args, train_dataset, data_collator); in it
+            data are replaced by such that carry the auxiliary loss's regions.
 
     Returns:
-        The handle; None when the model carries no patch.
+        To be called with the Trainer once it is made: lets everything that the run needs take part in it.
 
     Raises:
         SettingError: settings that this run cannot honour.
     """
-    from llava_patch.patching.handle import get_handle
+    model, arguments, asked = given["model"], given.get("args"), active.configuration()
+    data = {name: given.get(name) for name in ("train_dataset", "data_collator")}
+    handle = prepare(model, arguments, data["train_dataset"], data["data_collator"])
+    auxiliary = (
+        None if handle is None or handle.auxiliary is None or handle.auxiliary.head is None else handle.auxiliary
+    )
+    if auxiliary is not None:
+        given["train_dataset"], given["data_collator"] = region_data.wrap(auxiliary, **data)
+    compat.fix_zero3_dtypes(model, arguments)
+    gradients = None if asked is None else asked.measurements.get("Gradients")
+    if gradients is not None:
+        gradients_trainer.check(model, arguments, gradients)
 
+    def attach(trainer: Any) -> None:
+        if auxiliary is not None:
+            auxiliary_trainer.follow(trainer, release=True)  # before what saves the model that was trained
+        if gradients is not None:
+            gradients_trainer.follow(trainer, gradients)
+        if handle is not None or (asked is not None and asked.flags):
+            extend(trainer, Records(handle))
+        if handle is not None:
+            extend(trainer, fusion_trainer.FusionTraining(handle))
+
+    return attach
+
+
+def prepare(model: Any, training_args: Any, dataset: Any, collator: Any) -> Handle | None:
+    """Patch the Trainer's model, maybe inside peft, as configured, and set what trains.
+
+    `Routing.split = "auto"` is measured on the data set and its collator. Returns None for a model without a patch.
+
+    Raises:
+        SettingError: settings that this run cannot honour.
+    """
     asked = active.configuration()
     handle = get_handle(model)
     if asked is not None and asked.patches:
@@ -89,16 +120,13 @@ def prepare(model: Any, training_args: Any, dataset: Any, collator: Any) -> "Han
     return handle
 
 
-def _train_side_branch_in_full(model: Any, handle: "Handle") -> None:
+def _train_side_branch_in_full(model: Any, handle: Handle) -> None:
     """Keep peft's LoRA and the side branch apart.
 
     LLaVA's script puts LoRA on every Linear, of a model that was loaded patched on the side branch's too: it is taken
     off again. The branch is then saved with LLaVA's other non-LoRA weights, and the adapter's config says that LoRA
     leaves it out, or peft would look for its matrices when LLaVA's loader applies the adapter.
     """
-    from llava_patch.hosts import lora
-    from llava_patch.routing.side_branch import SIDE_BRANCH, copy_layers
-
     branch = getattr(handle.anatomy.decoder, SIDE_BRANCH, None)
     if branch is None:
         return
@@ -109,16 +137,9 @@ def _train_side_branch_in_full(model: Any, handle: "Handle") -> None:
             config.exclude_modules = rf".*\.{SIDE_BRANCH}\..*"
 
 
-def _patch_for_training(
-    model: Any, training_args: Any, asked: "Configuration", dataset: Any, collator: Any
-) -> "Handle":
-    from transformers import set_seed
-
-    from llava_patch.hosts import anatomy
-    from llava_patch.patching.patch import patch
-
+def _patch_for_training(model: Any, training_args: Any, asked: "Configuration", dataset: Any, collator: Any) -> Handle:
     found = anatomy.find(model)
-    noted = pending.pop(id(found.decoder), None)
+    noted = stage1.pending.pop(id(found.decoder), None)
     fresh = noted is not None and noted.fresh
     methods = asked.methods()
     set_seed(getattr(training_args, "seed", 42))
@@ -138,9 +159,6 @@ def _auto_split(asked: "Configuration") -> bool:
 def _resolve_auto(
     model: Any, training_args: Any, asked: "Configuration", dataset: Any, collator: Any, fresh: bool
 ) -> Any:
-    from llava_patch.integrations.training.auto_split import resolve_for_training
-    from llava_patch.measurements.saturation import Saturation
-
     if fresh:
         raise SettingError(
             'Routing.split = "auto" measures how the model reads images, but its projector is new: leave Routing out '
@@ -151,44 +169,40 @@ def _resolve_auto(
     return resolve_for_training(model, asked.routing, training_args, dataset, collator, settings)
 
 
-def make_callback(handle: "Handle | None") -> Any:
-    """The Trainer callback that writes records and, at the end, the adapter."""
-    from transformers import TrainerCallback
+class Records(TrainerExtension):
+    """Writes settings, operative config and (at the end) the adapter into the run's folder."""
 
-    class PatchCallback(TrainerCallback):
-        """Writes settings, operative config and (at the end) the adapter into the run's folder."""
+    def __init__(self, handle: Handle | None) -> None:
+        """For a model's patch; None where gin brings flags alone."""
+        self._handle = handle
 
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def begin(self, state: Any) -> None:
+        """Write what the run is made with."""
+        self.save(state, Path(self.trainer.args.output_dir))
+
+    def save(self, state: Any, folder: Path) -> None:
+        """Write what the checkpoint was made with."""
+        if state.is_world_process_zero:
+            write_records(self._handle, folder)
+
+    def end(self, state: Any) -> None:
+        """Save the adapter where the checkpoint is not the better place for it."""
+        handle = self._handle
+        if handle is None:
+            return
+        if lora.has_lora(handle.model):
             if state.is_world_process_zero:
-                write_records(handle, Path(args.output_dir))
-
-        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                print("llava_patch: no separate adapter beside LoRA: LLaVA's LoRA files hold our weights")
+        elif handle.trained_share() > 0.5:
             if state.is_world_process_zero:
-                write_records(handle, Path(args.output_dir) / f"checkpoint-{state.global_step}")
-
-        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if handle is None:
-                return
-            from llava_patch.hosts import lora, zero
-            from llava_patch.patching import checkpoint
-
-            if lora.has_lora(handle.model):
-                if state.is_world_process_zero:
-                    print("llava_patch: no separate adapter beside LoRA: LLaVA's LoRA files hold our weights")
-            elif handle.trained_share() > 0.5:
-                if state.is_world_process_zero:
-                    print("llava_patch: no separate adapter: most of the model was trained, and the checkpoint has it")
-            # Partitioned weights are put together by all ranks, of which the first one writes.
-            elif state.is_world_process_zero or zero.is_partitioned(handle.model.parameters()):
-                checkpoint.save(handle, Path(args.output_dir) / ADAPTER_FOLDER)
-
-    return PatchCallback()
+                print("llava_patch: no separate adapter: most of the model was trained, and the checkpoint has it")
+        # Partitioned weights are put together by all ranks, of which the first one writes.
+        elif state.is_world_process_zero or zero.is_partitioned(handle.model.parameters()):
+            checkpoint.save(handle, Path(self.trainer.args.output_dir) / ADAPTER_FOLDER)
 
 
-def write_records(handle: "Handle | None", folder: Path) -> None:
+def write_records(handle: Handle | None, folder: Path) -> None:
     """Write a patch's settings, if there is one, and gin's operative config into a run's or checkpoint's folder."""
-    from llava_patch.patching import checkpoint
-
     if handle is not None:
         record = {**handle.settings(), "form": "full"}
         checkpoint.write_text(folder / checkpoint.SETTINGS_FILE, json.dumps(record, indent=2) + "\n")

@@ -3,15 +3,50 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llava_patch.core import records
 from llava_patch.core.errors import CheckpointError
+from llava_patch.settings import active
 
 if TYPE_CHECKING:
     from llava_patch.settings.gin_config import Configuration
 
 PROJECTOR = "mm_projector"
+
+
+class Pending(NamedTuple):
+    """What `initialize_vision_modules` learned and the patch, applied when the Trainer is made, needs."""
+
+    fresh: bool
+    projector: dict[str, Any] | None
+
+
+pending: dict[int, Pending] = {}
+
+
+def initialize_vision_modules(original: Callable[..., Any], decoder: Any, model_args: Any, fsdp: Any) -> Any:
+    """LLaVA's method of this name, in training: a fused projector's file is kept for the patch that comes later.
+
+    Raises:
+        CheckpointError: the projector's file is none, or was trained with another fusion than this run's.
+    """
+    asked, path = active.configuration(), model_args.pretrain_mm_mlp_adapter
+    projector = None
+    if path is not None:
+        projector = check_projector(path, fusion_of_run(asked, decoder.config))
+    if asked is None or not asked.patches:
+        return original(decoder, model_args, fsdp)
+    fresh = getattr(decoder, "mm_projector", None) is None and path is None
+    fused = projector is not None and not is_stock(projector, tower_width(decoder, model_args))
+    if fused:  # the stock layer cannot hold it: load it once the projector is widened
+        model_args.pretrain_mm_mlp_adapter = None
+    try:
+        original(decoder, model_args, fsdp)
+    finally:
+        model_args.pretrain_mm_mlp_adapter = path
+    pending[id(decoder)] = Pending(fresh, projector if fused else None)
 
 
 def read_projector(path: str) -> dict[str, Any]:
@@ -34,12 +69,7 @@ def read_projector(path: str) -> dict[str, Any]:
 
 
 def is_stock(projector: dict[str, Any], width: int) -> bool:
-    """Whether the stock model can hold a stage-1 file of `read_projector` itself.
-
-    Args:
-        projector: the tensors.
-        width: channels of the vision tower.
-    """
+    """Whether the stock model, whose vision tower has `width` channels, can hold a stage-1 file itself."""
     return first_width(projector) == width and all(k.startswith(f"{PROJECTOR}.") for k in projector)
 
 
@@ -119,11 +149,6 @@ def tower_width(decoder: Any, model_args: Any) -> int:
 
 def load(anatomy: Any, projector: dict[str, Any], fusion: Any) -> None:
     """Put a stage-1 file's tensors into a fused model; DeepSpeed ZeRO-3 may have partitioned it.
-
-    Args:
-        anatomy: the host model.
-        projector: from `read_projector`.
-        fusion: its fusion, for the message.
 
     Raises:
         CheckpointError: other tensors or shapes than the model has.

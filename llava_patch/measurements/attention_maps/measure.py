@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from llava_patch.core import files
 from llava_patch.core.errors import HostError, InputError, SettingError
-from llava_patch.hosts.anatomy import HF, Anatomy, find
+from llava_patch.hosts.anatomy import Anatomy, find
 from llava_patch.hosts.towers import attention as tower_attention
 from llava_patch.measurements.attention_maps import maths
 from llava_patch.measurements.attention_maps.result import (
@@ -105,7 +105,7 @@ def pixels_of(anatomy: Anatomy, sample: dict[str, Any]) -> tuple[Tensor, str]:
     Raises:
         InputError: no image, or several.
     """
-    pixels = sample.get("pixel_values") if anatomy.host == HF else sample.get("images")
+    pixels = anatomy.pixels_of(sample)
     if pixels is None or len(pixels) != 1:
         count = 0 if pixels is None else len(pixels)
         raise InputError(f"attention maps take samples of one image each, got {count}")

@@ -21,6 +21,7 @@ from torch import Tensor
 from llava_patch.core.errors import HostError, InputError
 from llava_patch.core.paths import cache_folder
 from llava_patch.hosts.anatomy import Anatomy
+from llava_patch.hosts.compat import layer_output
 from llava_patch.measurements import passes
 
 WHAT = "drift"
@@ -62,10 +63,7 @@ def states_of(anatomy: Anatomy, sample: dict[str, Any], layers: int) -> States:
 
     def keep(row: int) -> Callable[..., None]:
         def hook(module: Any, args: tuple, kwargs: dict[str, Any], output: Any = None) -> None:
-            if row == 0:
-                states = args[0] if args else kwargs["hidden_states"]
-            else:
-                states = output[0] if isinstance(output, tuple) else output
+            states = layer_output(output) if row else args[0] if args else kwargs["hidden_states"]
             if states.shape[1] != len(seen.placed):
                 raise HostError(
                     f"layer {row - 1} sees {states.shape[1]} of {len(seen.placed)} positions: set Drift.split to at "

@@ -9,11 +9,9 @@ from typing import Any
 import torch
 
 from llava_patch.core.errors import CheckpointError, HostError
-from llava_patch.core.records import CONFIG_KEY
-from llava_patch.core.weights import read_json
 from llava_patch.fusion.taps import Join, Taps, choose_taps
+from llava_patch.hosts import configs
 from llava_patch.hosts.anatomy import HF, LLAVA
-from llava_patch.hosts.configs import host_of
 from llava_patch.hosts.towers import layout as towers
 from llava_patch.hosts.towers import models as tower_models
 from llava_patch.measurements.flops.shape import DecoderShape, Linear, ModelShape, tower_shape
@@ -32,16 +30,15 @@ def read_shape(checkpoint: str) -> tuple[ModelShape, Routing | None, FastV | Non
         CheckpointError: no checkpoint there, or its base or tower is gone.
         HostError: a model or tower that is not known.
     """
-    record = patched.read_settings(checkpoint) if Path(checkpoint).is_dir() else None
-    base = str(record["base"]) if record is not None and record.get("form") == "adapter" else checkpoint
-    raw = read_json(base, "config.json")
-    if raw is None:
-        what = f"its base {base}" if base != checkpoint else "it"
+    below = files = configs.look(checkpoint)
+    if files.base is not None:
+        below = configs.look(files.base)
+    if not below.host:
+        what = "it" if files.base is None else f"its base {files.base}"
         raise CheckpointError(f"{checkpoint}: not a checkpoint, {what} has no config.json")
-    record = record or raw.get(CONFIG_KEY)
-    methods = patched.methods(record, checkpoint) if record else {}
-    host = host_of(raw, checkpoint)
-    text, vision, select, drops, projector = (_llava if host == LLAVA else _hf)(base, raw)
+    methods = patched.methods(files.record, checkpoint) if files.record else {}
+    host = below.host
+    text, vision, select, drops, projector = (_llava if host == LLAVA else _hf)(below.source, below.config)
     shape = towers.shape_of(vision)
     tower = tower_shape(_on_meta(vision, host))
     taps = None
@@ -84,14 +81,7 @@ def _widened(projector: tuple[Linear, ...], taps: Taps | None) -> tuple[Linear, 
 
 def _llava(base: str, raw: dict[str, Any]) -> tuple[Any, Any, int, bool, tuple[Linear, ...]]:
     """(decoder's and tower's configurations, selected layer, whether the front is dropped, projector)."""
-    from transformers import AutoConfig
-
-    name = str(raw["mm_vision_tower"])
-    try:
-        vision = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{base}: its vision tower {name} cannot be read: {error}") from error
-    vision = getattr(vision, "vision_config", vision)
+    vision = configs.tower_config(raw, base)
     width, hidden = int(raw["mm_hidden_size"]), int(raw["hidden_size"])
     kind = str(raw.get("mm_projector_type", "linear"))
     if kind == "identity":

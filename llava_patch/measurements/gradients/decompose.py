@@ -21,7 +21,6 @@ from llava_patch.core.undo import UndoStack
 from llava_patch.fusion import attach as fusion_attach
 from llava_patch.fusion.features import detaching
 from llava_patch.hosts import zero
-from llava_patch.hosts.anatomy import LLAVA
 from llava_patch.measurements.gradients.settings import ATTACHED, RUN
 from llava_patch.patching.handle import Handle, get_handle
 
@@ -140,7 +139,7 @@ def decompose(
     try:
         with torch.enable_grad(), _quiet(handle):
             leaves = _stand_in(handle.anatomy.vision_parts().blocks[block - 1], undo)
-            if handle.anatomy.host == LLAVA:
+            if handle.anatomy.tower_apart:
                 fusion_attach.lift_no_grad(handle.anatomy, undo)
             _checkpoint_without_reentry(handle.model, undo)
             found = []

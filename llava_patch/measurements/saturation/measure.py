@@ -11,7 +11,7 @@ from torch import nn
 
 from llava_patch.core import files
 from llava_patch.core.errors import InputError
-from llava_patch.hosts.anatomy import HF, Anatomy, find
+from llava_patch.hosts.anatomy import Anatomy, find
 from llava_patch.measurements import trace
 from llava_patch.measurements.lens import lens_kl
 from llava_patch.measurements.passes import check_finite, evaluating
@@ -26,7 +26,7 @@ NO_IMAGE, NO_TEXT = "no image", "no text after the image"
 
 def unusable(anatomy: Anatomy, sample: dict[str, Any]) -> str | None:
     """Why a sample cannot be measured; None when it can."""
-    pixels = sample.get("pixel_values") if anatomy.host == HF else sample.get("images")
+    pixels = anatomy.pixels_of(sample)
     places = sample["input_ids"][0] == anatomy.image_token_id
     if pixels is None or not bool(places.any()):
         return NO_IMAGE

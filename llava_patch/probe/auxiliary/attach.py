@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llava_patch.core.errors import InputError, SettingError
 from llava_patch.core.undo import UndoStack
-from llava_patch.hosts import call_context, positions, tiles, zero
+from llava_patch.hosts import call_context, compat, positions, tiles, zero
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.probe.auxiliary.head import Head, Seen, check_images, idle, token_errors
 from llava_patch.probe.auxiliary.regions import KEY, Marker
@@ -157,7 +157,7 @@ class Auxiliary:
             call = call_context.current(self.anatomy)
             if self._watching and (call is None or call.numbers is None):
                 pixels = args[0] if args else kwargs["pixel_values"]
-                self._seen = Seen(_one_tensor(features), pixels, self._injections())
+                self._seen = Seen(compat.one_tensor(features), pixels, self._injections())
             return features
 
         undo.set_attribute(owner, name, encode_and_note)
@@ -264,12 +264,6 @@ class Auxiliary:
         if self.head is not None:
             delattr(self.anatomy.model, HEAD)
             self.head = None
-
-
-def _one_tensor(features: Any) -> Tensor:
-    """What a host's encoder returned as one tensor [images, tokens, hidden]."""
-    features = getattr(features, "pooler_output", features)  # a model output from transformers 5 on
-    return features if isinstance(features, Tensor) else torch.stack(list(features))
 
 
 def _share_of_step(given: Mapping[str, Any]) -> Any:

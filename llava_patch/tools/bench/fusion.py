@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import nn
 
 from llava_patch.core import files
-from llava_patch.core.clock import Clock, median
-from llava_patch.patching.handle import restore_flags
+from llava_patch.core.clock import Clock
 from llava_patch.patching.patch import patch
 from llava_patch.settings.methods import DeepStack, DenseConnector, DirectFusion, Fusion, SkipLinks
-from llava_patch.tools.bench.measure import ratio
+from llava_patch.tools.bench.measure import peak_bytes, training_step
 from llava_patch.tools.bench.shapes import inputs as make_inputs
-
-HEAD = (
-    "fusion",
-    "image tokens",
-    "added",
-    "prefill / stock",
-    "training step / stock",
-    "kept for backward",
-    "max |Δlogit|",
-)
 
 
 @dataclass
@@ -118,27 +104,15 @@ def _logits(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
 def _step(model: Any, inputs: dict[str, Any], row: Row, keep: bool) -> None:
     with torch.no_grad(), Clock(model.device) as prefill:
         model(**inputs, use_cache=True, logits_to_keep=1)
-    restore = restore_flags(model)
-    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.image_token_id, -100)
-    cuda = model.device.type == "cuda"
-    try:
-        model.requires_grad_(True)
-        model.train()
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
+    with training_step(model, inputs, model.parameters()) as arguments:
         if keep:
             with Clock(model.device) as step:
-                model(**inputs, labels=labels, use_cache=False).loss.backward()
+                model(**arguments).loss.backward()
             row.prefill_ms.append(prefill.ms)
             row.train_ms.append(step.ms)
         else:  # the warm-up counts, which takes time
-            row.kept_bytes = _kept(model, {**inputs, "labels": labels, "use_cache": False})
-        if cuda:
-            row.peak_bytes = torch.cuda.max_memory_allocated()
-    finally:
-        model.eval()
-        model.zero_grad(set_to_none=True)
-        restore()
+            row.kept_bytes = _kept(model, arguments)
+    row.peak_bytes = peak_bytes(model)
 
 
 def _kept(model: nn.Module, inputs: dict[str, Any]) -> int:
@@ -155,59 +129,3 @@ def _kept(model: nn.Module, inputs: dict[str, Any]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(**inputs)
     return sum(storage.nbytes() for storage in storages.values())
-
-
-def cells(row: Row, base: Row) -> list[str]:
-    """One line of the table."""
-    return [
-        row.method,
-        str(row.image_tokens),
-        f"{row.added / 1e6:,.2f} M" if row.added else "-",
-        _spread(row, base, "prefill_ms"),
-        _spread(row, base, "train_ms"),
-        f"{row.kept_bytes / base.kept_bytes:.3f}",
-        "other tokens" if row.start_delta is None else f"{row.start_delta:.0e}" if row.start_delta else "0",
-    ]
-
-
-def _spread(row: Row, base: Row, what: str) -> str:
-    values = ratio(row, base, what)
-    return "-" if values is None else f"{values[0]:.3f} ({values[1]:.2f} to {values[2]:.2f})"
-
-
-def screen(rows: Sequence[Row], title: str) -> Table:
-    """The table for a terminal."""
-    table = Table(*HEAD, title=title)
-    for row in rows:
-        table.add_row(*cells(row, rows[0]))
-    return table
-
-
-def write(folder: Path, name: str, rows: Sequence[Row], title: str, about: dict[str, Any]) -> list[Path]:
-    """Write `<name>.json` and `<name>.md`; returns the paths.
-
-    Args:
-        folder: made if it is not there.
-        name: file name without an ending.
-        rows: the measurements.
-        title: of the table.
-        about: machine and settings.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    base = rows[0]
-    values = [
-        {
-            **asdict(row),
-            "prefill_ratio": ratio(row, base, "prefill_ms"),
-            "train_ratio": ratio(row, base, "train_ms"),
-            "kept_ratio": row.kept_bytes / base.kept_bytes,
-            "train_median_ms": median(row.train_ms),
-        }
-        for row in rows
-    ]
-    lines = [HEAD, ("---",) * len(HEAD), *(cells(row, base) for row in rows)]
-    text = "".join("| " + " | ".join(line).replace("|Δlogit|", "\\|Δlogit\\|") + " |\n" for line in lines)
-    page = folder / f"{name}.md"
-    with files.atomic(page) as temporary:
-        temporary.write_text(f"### {title}\n\n{text}", encoding="utf-8")
-    return [files.write_json(folder / f"{name}.json", files.plain({**about, "table": title, "rows": values})), page]

@@ -1,20 +1,32 @@
-"""Times, cache bytes and identity differences of every method, interleaved in one process."""
+"""Times, cache bytes and identity differences of every method, interleaved in one process; and their bound.
+
+The bound is what the decoder's matrix products cost: their FLOPs, and their time at the rate of each shape on this
+machine. It leaves out everything else (norms, rotary embedding, softmax, copies), so no implementation can reach it.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from llava_patch.core import files
-from llava_patch.core.clock import Clock
+from llava_patch.core.clock import Clock, median
+from llava_patch.hosts.sizes import IMAGE_TOKENS
+from llava_patch.measurements.flops import products as decoder
+from llava_patch.measurements.flops.products import Mode, Product
+from llava_patch.measurements.flops.shape import DecoderShape
 from llava_patch.patching.handle import restore_flags
+from llava_patch.patching.patch import patch
 from llava_patch.routing.cache import RoutedCache, cache_bytes
-from llava_patch.tools.bench.bound import bound_ms, flops
+from llava_patch.routing.schedule import make_schedule
+from llava_patch.settings.methods import Routing
 from llava_patch.tools.bench.methods import Method, partner_difference
 from llava_patch.tools.bench.shapes import inputs as make_inputs
 
@@ -102,8 +114,7 @@ def _time_inference(model: Any, inputs: dict[str, Any], row: Row, tokens: int, k
         torch.cuda.reset_peak_memory_stats()
     with Clock(model.device) as prefill:
         out = model(**inputs, use_cache=True, logits_to_keep=1)
-    if model.device.type == "cuda":
-        row.peak_bytes = torch.cuda.max_memory_allocated()
+    row.peak_bytes = peak_bytes(model)
     cache = out.past_key_values
     row.cache_bytes = cache.nbytes() if isinstance(cache, RoutedCache) else cache_bytes(cache)
     token = torch.full_like(inputs["input_ids"][:, :1], 7)
@@ -138,25 +149,46 @@ def _trainable(model: Any, method: Method, handle: Any) -> int | None:
 def _time_training(model: Any, method: Method, inputs: dict[str, Any], row: Row, keep: bool) -> None:
     if row.trainable is None:
         return
+    with training_step(model, inputs, _trains(model, method)) as arguments, Clock(model.device) as step:
+        model(**arguments).loss.backward()
+    row.train_peak_bytes = peak_bytes(model)
+    if keep:
+        row.train_ms.append(step.ms)
+
+
+@contextlib.contextmanager
+def training_step(
+    model: Any, inputs: dict[str, Any], parameters: Iterable[torch.nn.Parameter]
+) -> Iterator[dict[str, Any]]:
+    """The model as a training step of these parameters has it; as it was afterwards, without gradients.
+
+    Args:
+        model: from `shapes.build`.
+        inputs: from `shapes.inputs`.
+        parameters: what trains.
+
+    Yields:
+        The keyword arguments of its forward, labels included.
+    """
     restore = restore_flags(model)
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.image_token_id, -100)
     try:
         model.requires_grad_(False)
-        for parameter in _trains(model, method):
+        for parameter in parameters:
             parameter.requires_grad_(True)
         model.train()
         if model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        with Clock(model.device) as step:
-            model(**inputs, labels=labels, use_cache=False).loss.backward()
-        if model.device.type == "cuda":
-            row.train_peak_bytes = torch.cuda.max_memory_allocated()
+        yield {**inputs, "labels": labels, "use_cache": False}
     finally:
         model.eval()
         model.zero_grad(set_to_none=True)
         restore()
-    if keep:
-        row.train_ms.append(step.ms)
+
+
+def peak_bytes(model: Any) -> int | None:
+    """Peak memory since it was last reset; None on a CPU."""
+    return torch.cuda.max_memory_allocated() if model.device.type == "cuda" else None
 
 
 @torch.no_grad()
@@ -176,6 +208,56 @@ def _cached_delta(model: Any, handle: Any, inputs: dict[str, Any]) -> float:
     return float((out.logits[:, -1].float() - full[:, -1].float()).abs().max())
 
 
+def products(config: Any, method: Method, text: int, batch: int) -> Counter[Product]:
+    """The decoder's matrix products at prefill, how often each, the head left out."""
+    shape = DecoderShape.of(config)
+    program = make_schedule(method.settings.get("routing"), method.settings.get("pruning"), shape.layers)
+    at = decoder.decoder_positions(program, text, IMAGE_TOKENS, Mode.PREFILL)
+    counts = decoder.add(*(decoder.layer_products(shape, p, batch).all() for p in (*at.side, *at.layers)))
+    if at.chooser is not None:
+        counts += decoder.chooser_products(shape, at.chooser, batch)
+    if method.lora_rank is not None:
+        counts += decoder.add(*(decoder.lora_products(shape, p, batch, method.lora_rank) for p in at.layers))
+    return counts
+
+
+def flops(model: Any, method: Method, text: int, batch: int) -> float:
+    """FLOPs of prefill (two a multiply-add); attention counted in full, as kernels without a causal shortcut do it."""
+    config = model.config.text_config
+    return float(decoder.total(products(config, method, text, batch)))
+
+
+def bound_ms(model: Any, method: Method, text: int, batch: int) -> float:
+    """Milliseconds of prefill's matrix products at the rate measured for each shape."""
+    config = model.config.text_config
+    heads = config.num_attention_heads * batch
+    total = 0.0
+    for shape, n in products(config, method, text, batch).items():
+        # Attention runs all heads in one call, so its rate is that of a batch of products.
+        together = heads if n % heads == 0 and n >= heads else 1
+        total += product_ms(shape, together, str(model.device), model.dtype) * n / together
+    return total
+
+
+@functools.cache
+def product_ms(shape: Product, together: int, device: str, dtype: torch.dtype) -> float:
+    """Median milliseconds of a batch of matrix products of one shape."""
+    rows, inner, columns = shape
+    generator = torch.Generator().manual_seed(0)
+    size = (together,) if together > 1 else ()
+    a = torch.randn(*size, rows, inner, generator=generator).to(device, dtype)
+    b = torch.randn(*size, columns, inner, generator=generator).to(device, dtype).transpose(-1, -2)
+    times = []
+    for i in range(8):
+        with Clock(a.device) as clock:
+            torch.matmul(a, b)
+        if i:
+            times.append(clock.ms)
+    result = median(times)
+    assert result is not None
+    return result
+
+
 def ratio(row: Any, base: Any, what: str) -> tuple[float, float, float] | None:
     """A row's time over the base's: (ratio of the medians, lowest and highest ratio within one round).
 
@@ -186,3 +268,33 @@ def ratio(row: Any, base: Any, what: str) -> tuple[float, float, float] | None:
     if not pairs:
         return None
     return statistics.median(times) / statistics.median(base_times), min(pairs), max(pairs)
+
+
+@torch.no_grad()
+def measure_prefill(model: Any, inputs: dict[str, Any], routing: Routing, repeats: int = 7) -> dict[str, Any]:
+    """Prefill time of a routed model over the stock model: both in one process, interleaved, medians.
+
+    Args:
+        model: a stock Hugging Face model in eval mode; it is patched and restored for every pair of measurements.
+        inputs: keyword arguments of model.forward, with images.
+        routing: what to compare with the stock model.
+        repeats: pairs of measurements, after one warm-up pair.
+
+    Returns:
+        "stock_ms" and "routed_ms", medians in milliseconds; "ratio" of the two (below 1 is faster); its "spread", the
+        lowest and highest ratio of neighbouring pairs; "tokens" of the prompt, image positions included. A forward with
+        a KV cache is timed as generation makes it (logits of the last position only), the vision tower included.
+    """
+    stock, routed, tokens = Row("stock"), Row("routed"), 0
+    for number in range(repeats + 1):
+        for row, settings in ((stock, None), (routed, routing)):
+            patched = contextlib.nullcontext() if settings is None else patch(model, routing=settings)
+            with patched, Clock(model.device) as clock:
+                out = model(**inputs, use_cache=True, logits_to_keep=1)
+            if number:
+                row.prefill_ms.append(clock.ms)
+            tokens = int(out.past_key_values.get_seq_length()) if settings is None else tokens
+    times = {f"{row.method}_ms": statistics.median(row.prefill_ms) for row in (stock, routed)}
+    compared = ratio(routed, stock, "prefill_ms")
+    assert compared is not None
+    return {**times, "ratio": compared[0], "spread": compared[1:], "tokens": tokens}

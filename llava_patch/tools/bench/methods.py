@@ -84,7 +84,6 @@ def _lora(model: Any, rank: int) -> Iterator[None]:
 
 def methods(n_layers: int, split: int, lora: bool = True) -> list[Method]:
     """The rows of the table for a model of some depth."""
-    fused = n_layers - 1
 
     def routed(variant: str, at: int = split, **more: Any) -> dict[str, Any]:
         return {"routing": Routing(variant=variant, split=at, **more)}
@@ -92,37 +91,23 @@ def methods(n_layers: int, split: int, lora: bool = True) -> list[Method]:
     def pruned(ratio: float) -> dict[str, Any]:
         return {"pruning": FastV(layer=2, ratio=ratio)}
 
-    nothing = Partner("split = L is stock", routed("lf", n_layers))
-    lf = Partner("silent side branch, split = L-1, is stock", routed("lf", fused), silent=True)
+    def silent(layers: int, variant: str, **more: Any) -> Partner:
+        name = f"silent side branch, split = L-{layers}, is stock"
+        return Partner(name, routed(variant, n_layers - layers, **more), silent=True)
+
     rows = [
-        Method("stock", {}, nothing),
-        Method("LF", routed("lf"), lf),
-        Method(
-            "LF, K = 2",
-            routed("lf", fusion_layers=2),
-            Partner(
-                "silent side branch, split = L-2, is stock", routed("lf", n_layers - 2, fusion_layers=2), silent=True
-            ),
-        ),
+        Method("stock", {}, Partner("split = L is stock", routed("lf", n_layers))),
+        Method("LF", routed("lf"), silent(1, "lf")),
+        Method("LF, K = 2", routed("lf", fusion_layers=2), silent(2, "lf", fusion_layers=2)),
         Method("PC", routed("pc"), Partner("KV at text positions", routed("pc"), routed("kv"), text_only=True)),
-        Method(
-            "KV",
-            routed("kv"),
-            Partner("silent side branch, split = L-1, is stock", routed("kv", fused), silent=True),
-        ),
+        Method("KV", routed("kv"), silent(1, "kv")),
         Method("ideal", routed("ideal"), Partner("VTW at text positions", routed("ideal"), routed("vtw"), False, True)),
         Method("VTW", routed("vtw"), Partner("split = L is stock", routed("vtw", n_layers))),
     ]
     for ratio in (0.5, 0.75):
-        off = Partner("r = 0 is stock", pruned(0))
-        rows.append(Method(f"FastV(2, {ratio})", pruned(ratio), off))
-        rows.append(
-            Method(
-                f"LF + FastV(2, {ratio})",
-                {**routed("lf"), **pruned(ratio)},
-                Partner("r = 0 is LF", {**routed("lf"), **pruned(0)}, routed("lf")),
-            )
-        )
+        rows.append(Method(f"FastV(2, {ratio})", pruned(ratio), Partner("r = 0 is stock", pruned(0))))
+        off = Partner("r = 0 is LF", {**routed("lf"), **pruned(0)}, routed("lf"))
+        rows.append(Method(f"LF + FastV(2, {ratio})", {**routed("lf"), **pruned(ratio)}, off))
     if lora:
         for rank in (16, 64):
             rows.append(Method(f"LoRA, r = {rank}", {}, Partner("B = 0 is stock", None), lora_rank=rank))

@@ -11,8 +11,8 @@ from llava_patch.core import weights
 from llava_patch.core.errors import CheckpointError, SettingError
 from llava_patch.core.files import atomic_folder
 from llava_patch.core.records import CONFIG_KEY
-from llava_patch.hosts import tensor_names as names
 from llava_patch.hosts.anatomy import HF, LLAVA
+from llava_patch.hosts.configs import files_of
 from llava_patch.patching import checkpoint as patched
 from llava_patch.tools.convert import hosts, source
 from llava_patch.tools.convert.plain import on_meta, without_patch
@@ -109,7 +109,7 @@ def _read(folder: str | os.PathLike[str], out: str | os.PathLike[str], to: str |
 
 def _write(made: Checkpoint, out: Path, shard_bytes: int) -> Path:
     single = made.host == LLAVA and "projector.1.weight" not in made.tensors
-    tensors = {names.written(name, made.host, single): load for name, load in made.tensors.items()}
+    tensors = {files_of(made.host).written(name, single): load for name, load in made.tensors.items()}
     config = made.config if made.record is None else {**made.config, CONFIG_KEY: made.record}
     with atomic_folder(out) as partial:
         weights.write_weights(partial, tensors, shard_bytes)

@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llava_patch.core.errors import CheckpointError
 from llava_patch.core.weights import locate, read_json, write_json
-from llava_patch.hosts.configs import ORIGINAL_KEY, plain
-from llava_patch.patching import checkpoint as patched
-
-if TYPE_CHECKING:
-    from llava_patch.tools.convert.source import Checkpoint
+from llava_patch.tools.convert.configs import ORIGINAL_KEY, plain
+from llava_patch.tools.convert.source import Checkpoint
 
 IMAGE, PAD = "<image>", "<pad>"
 _TOKENIZER_FILES = (
@@ -42,16 +39,7 @@ CHAT_TEMPLATES = {
 }
 
 
-def copy(source: "Checkpoint", out: Path) -> None:
-    """The files beside the weights, as they are."""
-    for name in patched._SIDE_FILES:
-        place = source.find(name)
-        path = None if place is None else locate(place, name)
-        if path is not None:
-            shutil.copyfile(path, out / name)
-
-
-def hf_tokenizer(source: "Checkpoint") -> tuple[Any, dict[str, int], list[str]]:
+def hf_tokenizer(source: Checkpoint) -> tuple[Any, dict[str, int], list[str]]:
     """A llava checkpoint's tokenizer with the two tokens that HF needs.
 
     Returns:
@@ -81,7 +69,7 @@ def hf_tokenizer(source: "Checkpoint") -> tuple[Any, dict[str, int], list[str]]:
     return tokenizer, {name: tokenizer.convert_tokens_to_ids(name) for name in (IMAGE, PAD)}, added
 
 
-def write_hf(source: "Checkpoint", out: Path, tokenizer: Any, vision: Any, tower: str, kind: str, pad_id: int) -> None:
+def write_hf(source: Checkpoint, out: Path, tokenizer: Any, vision: Any, tower: str, kind: str, pad_id: int) -> None:
     """Tokenizer, processor, chat template and generation settings of an HF checkpoint.
 
     Args:
@@ -110,14 +98,14 @@ def write_hf(source: "Checkpoint", out: Path, tokenizer: Any, vision: Any, tower
     _generation(source, out, pad_id)
 
 
-def _generation(source: "Checkpoint", out: Path, pad_id: int | None) -> None:
+def _generation(source: Checkpoint, out: Path, pad_id: int | None) -> None:
     place = source.find("generation_config.json")
     values = None if place is None else read_json(place, "generation_config.json")
     if values is not None:
         write_json(out / "generation_config.json", values | {"pad_token_id": pad_id})
 
 
-def llava_vocabulary(source: "Checkpoint") -> tuple[int, list[str]]:
+def llava_vocabulary(source: Checkpoint) -> tuple[int, list[str]]:
     """How many rows of HF's embedding are llava's, and the tokens that go with the rest.
 
     Raises:
@@ -142,7 +130,7 @@ def llava_vocabulary(source: "Checkpoint") -> tuple[int, list[str]]:
     return rows, added
 
 
-def write_llava(source: "Checkpoint", out: Path, config: dict[str, Any], removed: list[str]) -> None:
+def write_llava(source: Checkpoint, out: Path, config: dict[str, Any], removed: list[str]) -> None:
     """Tokenizer and generation settings of a llava checkpoint.
 
     Args:

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from llava_patch.core.errors import CheckpointError
 from llava_patch.core.weights import Load, write_weights
-from llava_patch.hosts import configs
 from llava_patch.hosts.anatomy import HF, LLAVA
-from llava_patch.tools.convert import companions
+from llava_patch.hosts.hf import whole_config
+from llava_patch.tools.convert import companions, configs
 from llava_patch.tools.convert.source import Checkpoint, check_samples, same_tower, tower_tensors
 
 TOWER_FOLDER = "vision_tower"
+VOCAB_MULTIPLE = 64
 _EMBEDDINGS = ("decoder.embed_tokens.weight", "head.weight")
 
 
@@ -40,7 +41,7 @@ def to_hf(found: Checkpoint, vision_tower: str | None) -> Checkpoint:
     tokenizer, tokens, added = companions.hf_tokenizer(found)
     rows = tensors[_EMBEDDINGS[0]]().shape[0]
     longest = max(rows, *(i + 1 for i in tokens.values()))
-    vocab = -(-longest // configs.VOCAB_MULTIPLE) * configs.VOCAB_MULTIPLE
+    vocab = -(-longest // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     for name in _EMBEDDINGS:
         if name in tensors:
             tensors[name] = _lengthened(tensors[name], vocab)
@@ -76,7 +77,7 @@ def to_llava(found: Checkpoint, out: Path, vision_tower: str | None) -> Checkpoi
         companions.write_llava(found, partial, config, removed)
 
     made = replace(found, host=LLAVA, config=config, tensors=tensors, files=(files,))
-    vision = configs.hf_config(found.config).vision_config
+    vision = whole_config(found.config).vision_config
     return with_tower_folder(made, out, vision_tower, vision, found.find("preprocessor_config.json"))
 
 

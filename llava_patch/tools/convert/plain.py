@@ -16,7 +16,9 @@ from torch import Tensor
 
 from llava_patch.core.errors import CheckpointError
 from llava_patch.hosts import configs
-from llava_patch.hosts.anatomy import LLAVA
+from llava_patch.hosts.anatomy import HF, LLAVA
+from llava_patch.hosts.configs import files_of
+from llava_patch.hosts.hf import whole_config
 from llava_patch.patching.handle import Handle
 from llava_patch.patching.patch import patch
 from llava_patch.routing.schedule import make_schedule
@@ -66,7 +68,7 @@ def without_patch(found: Checkpoint, target: str) -> Checkpoint:
     """
     methods = found.methods()
     routing, pruning, fusion = (methods.get(kind) for kind in ("routing", "pruning", "fusion"))
-    depth = int(configs.text_config(found.config, found.host).num_hidden_layers)
+    depth = int(files_of(found.host).text_config(found.config).num_hidden_layers)
     if routing is not None and make_schedule(routing, None, depth).does_something:
         raise CheckpointError(
             f"{found.name}: {routing} sends image tokens around decoder layers, which no stock decoder does: it has no "
@@ -95,7 +97,7 @@ def _without_fusion(found: Checkpoint, fusion: Fusion, target: str) -> Checkpoin
         )
     if isinstance(fusion, DeepStack):
         return _without_stack(found)
-    weight, width = found.tensors[_FIRST](), configs.feature_width(found.config, found.host)
+    weight, width = found.tensors[_FIRST](), files_of(found.host).feature_width(found.config)
     if not weight[:, width:].any():
         logger.warning("%s: the columns of %s are all zero: nothing of it is left in the merged one", found.name, name)
         return _with_projector(found, lambda: found.tensors[_FIRST]()[:, :width])
@@ -110,7 +112,7 @@ def _without_fusion(found: Checkpoint, fusion: Fusion, target: str) -> Checkpoin
             f"{found.name}: its projector takes {weight.shape[1]} channels, {fusion} makes {(1 + len(groups)) * width}"
         )
     merged = _with_projector(found, lambda: spread(found.tensors[_FIRST](), width, groups))
-    main = configs.hf_config(found.config).vision_feature_layer
+    main = whole_config(found.config).vision_feature_layer
     # Blocks are counted as HF counts hidden states: 0 is the embedding. The main one stays as the config has it (-2).
     layers = [main, *(block for blocks in groups for block in blocks)]
     return replace(merged, config={**found.config, "vision_feature_layer": layers})
@@ -133,8 +135,4 @@ def _without_stack(found: Checkpoint) -> Checkpoint:
 
 def on_meta(found: Checkpoint, fusion: Fusion) -> Handle:
     """The patched HF model without weights: the patch itself says which blocks it takes on this tower."""
-    from transformers import AutoModelForImageTextToText
-
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(configs.hf_config(found.config))
-    return patch(model, fusion=fusion, loading=True)
+    return patch(configs.skeleton(found.config, HF), fusion=fusion, loading=True)

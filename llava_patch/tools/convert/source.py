@@ -1,29 +1,34 @@
-"""A checkpoint on disk, read without loading a model: full ones of both hosts, and adapters over their base."""
+"""A checkpoint on disk, read without loading a model: full ones of both hosts, and adapters over their base.
+
+It must hold what its configuration and settings call for, and nothing else.
+"""
 
 from __future__ import annotations
 
-import logging
 import os
+import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llava_patch.core.errors import CheckpointError
-from llava_patch.core.records import CONFIG_KEY, FORMAT
-from llava_patch.core.weights import Tensors, locate, open_file, open_weights, read_json
+from llava_patch.core.records import FORMAT
+from llava_patch.core.weights import StoredTensor, Tensors, locate, open_weights, read_file
 from llava_patch.hosts import configs
-from llava_patch.hosts import tensor_names as names
-from llava_patch.hosts.anatomy import LLAVA
+from llava_patch.hosts.anatomy import HF, LLAVA
+from llava_patch.hosts.configs import files_of
+from llava_patch.hosts.hf import whole_config
+from llava_patch.hosts.host import is_computed
 from llava_patch.patching import checkpoint as patched
-from llava_patch.tools.convert import companions
-from llava_patch.tools.convert.complete import check_complete, compare, expected_tower, shapes_of
+from llava_patch.settings.methods import DeepStack
+from llava_patch.tools.convert.configs import vision_config
 
-logger = logging.getLogger("llava_patch")
-
+_LASTING = ("format", "fusion", "routing", "pruning", "trained_tower")
 _OTHER_CLIP_PARTS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
 
 
@@ -73,6 +78,14 @@ class Checkpoint:
         """The first of its folders that has this file."""
         return next((source for source in self.sources if locate(source, name) is not None), None)
 
+    def copy_side_files(self, out: Path) -> None:
+        """Copy the files beside the weights as they are."""
+        for name in patched._SIDE_FILES:
+            place = self.find(name)
+            path = None if place is None else locate(place, name)
+            if path is not None:
+                shutil.copyfile(path, out / name)
+
 
 def read(folder: str | os.PathLike[str], vision_tower: str | None = None) -> Checkpoint:
     """Read a full checkpoint, stock or patched, or an adapter together with its base.
@@ -87,25 +100,15 @@ def read(folder: str | os.PathLike[str], vision_tower: str | None = None) -> Che
     source = os.fspath(folder)
     if not os.path.isdir(source):
         raise CheckpointError(f"{source}: no such folder")
-    config = read_json(source, "config.json")
-    if config is None:
-        raise CheckpointError(f"{source}: not a checkpoint, it has no config.json")
-    host = configs.host_of(config, source)
-    settings = patched.read_settings(source)
-    carried = config.pop(CONFIG_KEY, None)
-    record = settings or carried
-    if record is not None:
-        known = ("format", "fusion", "routing", "pruning", "trained_tower")
-        record = {k: record.get(k) for k in known if k in record}
-        if record.get("format") == FORMAT and not any(
-            record.get(k) for k in known[1:]
-        ):  # a run with the auxiliary loss alone leaves a stock model
-            record = None
+    files = configs.read(source)
+    host, config, settings, base = files.host, files.config, files.record or {}, files.base
+    record = {k: settings[k] for k in _LASTING if k in settings} or None
+    if record is not None and record.get("format") == FORMAT and not any(record.get(k) for k in _LASTING[1:]):
+        record = None  # a run with the auxiliary loss alone leaves a stock model
     tower = vision_tower or config.get("mm_vision_tower", "")
     sources: tuple[str, ...] = (source,)
     samples: dict[str, list[float]] = {}
-    if settings is not None and settings.get("form") == "adapter":
-        base = settings["base"]
+    if base is not None:
         if os.path.isabs(base) and not os.path.isdir(base):
             raise CheckpointError(
                 f'{source}: its base model {base} is not there any more; change "base" in '
@@ -116,12 +119,13 @@ def read(folder: str | os.PathLike[str], vision_tower: str | None = None) -> Che
         if path is None:
             raise CheckpointError(f"{source}: {patched.WEIGHTS_FILE} is missing")
         below = _neutral(open_weights(base), host, base)
-        own = _neutral(open_file(path), host, source)
+        own = _neutral({tensor.name: tensor for tensor in read_file(path)}, host, source)
         if host == LLAVA:  # whatever a base says of the tower, llava's loader takes it from its own folder
             below = {k: v for k, v in below.items() if not k.startswith("tower.")}
             if any(k.startswith("tower.") for k in own):
-                below |= tower_tensors(tower, configs.vision_config(tower))
-        samples = {str(names.neutral(name, host)): values for name, values in settings.get("fingerprint", {}).items()}
+                below |= tower_tensors(tower, vision_config(tower))
+        fingerprint = settings.get("fingerprint", {})
+        samples = {str(files_of(host).neutral(name)): values for name, values in fingerprint.items()}
         later = host == LLAVA and not any(k.startswith("tower.") for k in below)
         check_samples(below, {k: v for k, v in samples.items() if not (later and k.startswith("tower."))}, source)
         samples = {k: v for k, v in samples.items() if later and k.startswith("tower.")}
@@ -129,7 +133,7 @@ def read(folder: str | os.PathLike[str], vision_tower: str | None = None) -> Che
     else:
         tensors = _neutral(open_weights(source), host, source)
     found = Checkpoint(host, config, record, tensors, sources, samples)
-    found = replace(found, files=(lambda out: companions.copy(found, out),))
+    found = replace(found, files=(found.copy_side_files,))
     if host == LLAVA and not found.reads_own_tower():
         found = replace(found, tensors={k: v for k, v in tensors.items() if not k.startswith("tower.")})
     check_complete(found, source, tower)
@@ -139,13 +143,110 @@ def read(folder: str | os.PathLike[str], vision_tower: str | None = None) -> Che
 def _neutral(tensors: Tensors, host: str, source: str) -> Tensors:
     renamed: Tensors = {}
     for name, load in tensors.items():
-        if names.is_computed(name):
+        if is_computed(name):
             continue
-        plain = names.neutral(name, host)
+        plain = files_of(host).neutral(name)
         if plain is None:
             raise CheckpointError(f"{source}: tensor {name} is not one that llava_patch knows where to put")
         renamed[plain] = load
     return renamed
+
+
+def check_complete(found: Checkpoint, source: str, tower: str) -> None:
+    """Compare names and shapes with what the configuration and the settings call for.
+
+    Args:
+        found: the checkpoint.
+        source: what messages call it.
+        tower: where llava's vision tower is.
+
+    Raises:
+        CheckpointError: names the tensor that is missing, left over or of another shape.
+    """
+    from transformers import AutoModelForCausalLM
+
+    text = files_of(found.host).text_config(found.config)
+    with torch.device("meta"):
+        language = _stored(AutoModelForCausalLM.from_config(text))
+    expected = {_language(name): shape for name, shape in language.items()}
+    if text.tie_word_embeddings and "head.weight" not in found.tensors:
+        del expected["head.weight"]
+    shapes = shapes_of(found.tensors)
+    routing = found.methods().get("routing")
+    side = 0 if routing is None or routing.split == text.num_hidden_layers else routing.side_layers
+    for name in [n for n in expected if n.startswith("decoder.layers.0.")]:
+        rest = name.removeprefix("decoder.layers.0.")
+        expected |= {f"decoder.side_branch.{i}.{rest}": expected[name] for i in range(side)}
+    kept = {k: v for k, v in shapes.items() if k.startswith(("decoder.", "head."))}
+    compare(kept, expected, source)
+    if found.host == HF or found.reads_own_tower():
+        vision = whole_config(found.config).vision_config if found.host == HF else vision_config(tower)
+        blocks = {f"tower.{k}": v for k, v in expected_tower(vision).items()}
+        compare({k: v for k, v in shapes.items() if k.startswith("tower.")}, blocks, source)
+    _check_projectors(found, shapes, int(text.hidden_size), source)
+
+
+def _check_projectors(found: Checkpoint, shapes: dict[str, torch.Size], hidden: int, source: str) -> None:
+    """The projector, DeepStack's second one, and the new line of anyres: each there if and only if it is called for."""
+    width, fusion = files_of(found.host).feature_width(found.config), found.methods().get("fusion")
+    linears, biased, layers = 2, True, 1
+    if found.host == LLAVA:
+        depth = re.fullmatch(r"mlp(\d+)x_gelu", found.config.get("mm_projector_type", "linear"))
+        linears, anyres = int(depth[1]) if depth else 1, "unpad" in (found.config.get("mm_patch_merge_type") or "")
+    else:
+        biased, anyres = found.config.get("multimodal_projector_bias", True), found.config["model_type"] == "llava_next"
+        select = found.config.get("vision_feature_layer", -2)
+        layers = len(select) if isinstance(select, list) else 1
+    expected = {}
+    for part in ["projector", *(["stack"] if isinstance(fusion, DeepStack) else [])]:
+        for i in range(linears):
+            expected[f"{part}.{i}.weight"] = torch.Size([hidden, hidden if i else layers * width])
+            if biased:
+                expected[f"{part}.{i}.bias"] = torch.Size([hidden])
+        first = shapes.get(f"{part}.0.weight")
+        if fusion is not None and first is not None and len(first) == 2 and first[1] and first[1] % width == 0:
+            expected[f"{part}.0.weight"] = torch.Size([hidden, first[1]])  # how wide is the fusion's business
+    if anyres:
+        expected["image_newline"] = torch.Size([hidden])
+    compare({k: v for k, v in shapes.items() if not k.startswith(("decoder.", "head.", "tower."))}, expected, source)
+
+
+def expected_tower(vision: Any) -> dict[str, torch.Size]:
+    """Names and shapes of a vision model's tensors."""
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        return _stored(AutoModel.from_config(vision))
+
+
+def _stored(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items() if not is_computed(name)}
+
+
+def shapes_of(tensors: Tensors) -> dict[str, torch.Size]:
+    """The shape of every tensor, from the headers of the files."""
+    shapes = {name: load.shape if isinstance(load, StoredTensor) else load().shape for name, load in tensors.items()}
+    return {name: torch.Size(shape) for name, shape in shapes.items()}
+
+
+def compare(found: dict[str, torch.Size], expected: dict[str, torch.Size], source: str) -> None:
+    """Compare names and shapes.
+
+    Raises:
+        CheckpointError: names the tensor that is missing, left over or of another shape.
+    """
+    missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing:
+        raise CheckpointError(f"{source}: tensor {missing[0]} is missing ({len(missing)} in all)")
+    if unknown:
+        raise CheckpointError(f"{source}: tensor {unknown[0]} has no place in this model ({len(unknown)} in all)")
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise CheckpointError(f"{source}: {name} has shape {tuple(found[name])}, expected {tuple(shape)}")
+
+
+def _language(name: str) -> str:
+    return "head.weight" if name == "lm_head.weight" else "decoder." + name.removeprefix("model.")
 
 
 def check_samples(tensors: Tensors, samples: dict[str, list[float]], source: str) -> None:
@@ -179,7 +280,7 @@ def tower_tensors(source: str, vision: Any) -> Tensors:
     tensors = {
         f"tower.{name}": load
         for name, load in open_weights(source).items()
-        if not name.startswith(_OTHER_CLIP_PARTS) and not names.is_computed(name)
+        if not name.startswith(_OTHER_CLIP_PARTS) and not is_computed(name)
     }
     compare(shapes_of(tensors), {f"tower.{k}": v for k, v in expected_tower(vision).items()}, source)
     return tensors

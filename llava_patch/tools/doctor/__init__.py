@@ -1,4 +1,27 @@
-"""`llava-patch doctor`: what is installed, what a model would get, what would be ignored, and what the machine can do.
+"""What is installed, what a model would get, what would be ignored, and what the machine can do.
 
-The checks return rows and print nothing; `command.py` shows them.
+The checks return rows and print nothing; the command shows them.
 """
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+OK, NOTE, PROBLEM = "ok", "note", "problem"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One finding.
+
+    Attributes:
+        what: what was looked at; unique in a report.
+        found: what is there.
+        state: "ok"; "note": works, but not as one may think; "problem": something cannot work.
+        advice: what to do; "" where nothing is to be done.
+    """
+
+    what: str
+    found: str
+    state: str = OK
+    advice: str = ""

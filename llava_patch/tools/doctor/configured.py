@@ -15,7 +15,7 @@ from llava_patch.core.paths import VARIABLE as CACHE_VARIABLE
 from llava_patch.integrations import import_hook as autostart
 from llava_patch.settings import active
 from llava_patch.settings.methods import AUTO, AuxiliaryProbe
-from llava_patch.tools.doctor.row import NOTE, OK, PROBLEM, Row
+from llava_patch.tools.doctor import NOTE, OK, PROBLEM, Row
 
 if TYPE_CHECKING:
     from llava_patch.settings.gin_config import Configuration
@@ -92,14 +92,8 @@ def check_ignored(asked: "Configuration | None", hook: Row, environment: Mapping
         advice = f"{DISABLE}=1 switches everything off: unset it, or drop the bindings"
         rows.append(Row("ignored: all bindings", ", ".join(asked.sources), NOTE, advice))
     elif hook.state != OK:
-        rows.append(
-            Row(
-                "ignored: all bindings without the hook",
-                ", ".join(asked.sources),
-                PROBLEM,
-                "unmodified scripts would run without them: " + hook.advice,
-            )
-        )
+        advice = "unmodified scripts would run without them: " + hook.advice
+        rows.append(Row("ignored: all bindings without the hook", ", ".join(asked.sources), PROBLEM, advice))
     if asked.probe is not None:
         advice = "a training loss: evaluation and llava-patch's commands go without it"
         rows.append(Row("ignored outside training: AuxiliaryProbe", str(asked.probe), NOTE, advice))
@@ -133,15 +127,10 @@ def check_deepspeed(environment: Mapping[str, str] = os.environ) -> list[Row]:
             rows.append(Row(f"other nodes: {variable}", f"exported by {name}"))
             continue
         other = f"{name} has another value: {exported[variable]}" if variable in exported else f"not in {name}"
-        rows.append(
-            Row(
-                f"other nodes: {variable}",
-                f"{other}; the hostfile names {hosts} nodes" if hosts > 1 else other,
-                NOTE,
-                f"deepspeed on several nodes would leave the others without it: add the line {variable}="
-                f"{environment[variable]} to ~/{name}, or give --gin_file and --gin_param to the script",
-            )
-        )
+        found = f"{other}; the hostfile names {hosts} nodes" if hosts > 1 else other
+        advice = f"deepspeed on several nodes would leave the others without it: add the line {variable}="
+        advice += f"{environment[variable]} to ~/{name}, or give --gin_file and --gin_param to the script"
+        rows.append(Row(f"other nodes: {variable}", found, NOTE, advice))
     return rows
 
 

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llava_patch.core.version import __version__
-from llava_patch.tools.doctor import configured, machine, measured, software
-from llava_patch.tools.doctor.row import NOTE, PROBLEM, Row
+from llava_patch.tools.doctor import NOTE, PROBLEM, Row, configured, machine, measured, software
 
 
 def examine(checkpoint: str = "", gin_file: Sequence[str] = (), gin_param: Sequence[str] = ()) -> list[Row]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from pathlib import Path
 
+from llava_patch.core.memory import machine_memory
 from llava_patch.core.paths import VARIABLE, cache_folder
-from llava_patch.tools.doctor.row import NOTE, Row
+from llava_patch.core.terminal import counted
+from llava_patch.tools.doctor import NOTE, OK, Row
 
 GIB = 2**30
 SEVEN_B = 14.1
@@ -29,14 +30,10 @@ def check_device() -> list[Row]:
     for number in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(number)
         size = about.total_memory / 1e9
-        fits = size > SEVEN_B * 1.15
-        rows.append(
-            Row(
-                f"GPU {number}" if number else "GPU",
-                f"{about.name}, {size:.0f} GB, compute capability {about.major}.{about.minor}",
-                *(() if fits else (NOTE, f"7B in half precision needs about {SEVEN_B:.0f} GB and some room")),
-            )
-        )
+        found = f"{about.name}, {size:.0f} GB, compute capability {about.major}.{about.minor}"
+        small = size <= SEVEN_B * 1.15
+        advice = f"7B in half precision needs about {SEVEN_B:.0f} GB and some room" if small else ""
+        rows.append(Row(f"GPU {number}" if number else "GPU", found, NOTE if small else OK, advice))
     rows.append(_precision(torch.cuda.get_device_capability(), torch.cuda.is_bf16_supported()))
     return rows
 
@@ -45,12 +42,8 @@ def _precision(capability: tuple[int, int], bf16: bool) -> Row:
     if capability >= (8, 0) and bf16:
         return Row("precision", "bfloat16", advice="train with --bf16 True --tf32 True; --dtype bfloat16 to measure")
     if capability >= (7, 0):
-        return Row(
-            "precision",
-            "float16 (no bfloat16 in hardware)",
-            NOTE,
-            "train with --fp16 True instead of LLaVA's --bf16 True, without --tf32 True; attention: sdpa",
-        )
+        advice = "train with --fp16 True instead of LLaVA's --bf16 True, without --tf32 True; attention: sdpa"
+        return Row("precision", "float16 (no bfloat16 in hardware)", NOTE, advice)
     return Row("precision", "float32", NOTE, "this GPU is slow in half precision: --fp16 False --bf16 False")
 
 
@@ -62,37 +55,17 @@ def check_memory() -> list[Row]:
     threads = torch.get_num_threads()
     idle = threads < cores
     advice = f"OMP_NUM_THREADS holds torch to {threads} of {cores} cores" if idle else ""
-    rows = [Row("CPU", f"{_counted(cores, 'core')}, {_counted(threads, 'thread')}", NOTE if idle else "ok", advice)]
-    size = memory_bytes()
+    rows = [Row("CPU", f"{counted(cores, 'core')}, {counted(threads, 'thread')}", NOTE if idle else OK, advice)]
+    size = machine_memory()
     if size is None:
         return rows
     found = f"{size / 1e9:.0f} GB"
     if size / 1e9 < SEVEN_B * 1.15:
         return [*rows, Row("memory", found, NOTE, f"a 7B model needs about {SEVEN_B:.0f} GB in half precision")]
     if size / 1e9 < SEVEN_B * 2.3:
-        advice = (
-            f"7B fits in half precision ({SEVEN_B:.0f} GB: --dtype bfloat16), not in float32 ({2 * SEVEN_B:.0f} GB)"
-        )
-        return [*rows, Row("memory", found, NOTE, advice)]
+        fits = f"7B fits in half precision ({SEVEN_B:.0f} GB: --dtype bfloat16), not in float32 ({2 * SEVEN_B:.0f} GB)"
+        return [*rows, Row("memory", found, NOTE, fits)]
     return [*rows, Row("memory", found, advice="7B fits, in float32 too")]
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number != 1)}"
-
-
-def memory_bytes() -> int | None:
-    """Main memory in bytes, or a container's limit where that is lower; None where the system does not say."""
-    try:
-        size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            size = min(size, int(Path(limit).read_text(encoding="utf-8")))
-        except (OSError, ValueError):
-            continue  # no such limit, or "max"
-    return size
 
 
 def check_disk() -> Row:
@@ -105,9 +78,8 @@ def check_disk() -> Row:
     free = shutil.disk_usage(there).free / 1e9
     found = f"{folder}: {size / 1e9:.2f} GB; {free:.0f} GB free on its disk"
     if not os.access(there, os.W_OK):
-        return Row(
-            "cache", found, NOTE, f"cannot be written, so that nothing is kept: set {VARIABLE} to another folder"
-        )
+        advice = f"cannot be written, so that nothing is kept: set {VARIABLE} to another folder"
+        return Row("cache", found, NOTE, advice)
     if free < LITTLE_DISK:
         return Row("cache", found, NOTE, f"little room for R-Probe's tokens: set {VARIABLE} to a larger disk")
     return Row("cache", found)

@@ -15,8 +15,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from llava_patch.core.resources import locks_dir
+from llava_patch.tools.doctor import NOTE, OK, PROBLEM, Row
 from llava_patch.tools.doctor.imports import TRIED
-from llava_patch.tools.doctor.row import NOTE, OK, PROBLEM, Row
 
 HOSTS = ("torch", "transformers", "accelerate", "peft", "deepspeed", "lmms-eval", "llava-torch")
 """Packages whose every version is another host; the others of a lock are what those need."""
@@ -53,11 +53,16 @@ def lock_of(transformers: str | None) -> tuple[str, dict[str, str]]:
 
 
 def installed(distribution: str) -> str | None:
-    """A distribution's version without its build's label; None when it is not installed."""
+    """A distribution's version; None when it is not installed."""
     try:
-        return version(distribution).split("+")[0]
+        return version(distribution)
     except PackageNotFoundError:
         return None
+
+
+def _without_label(there: str | None) -> str | None:
+    """A version without its build's label, such as "+cpu"."""
+    return None if there is None else there.split("+")[0]
 
 
 def check_measured() -> list[Row]:
@@ -65,7 +70,7 @@ def check_measured() -> list[Row]:
     stack, lock = lock_of(installed("transformers"))
     rows, other = [], []
     for name, wanted in lock.items():
-        there = installed(name)
+        there = _without_label(installed(name))
         if there is None or there == wanted:
             continue
         if name in HOSTS:
@@ -121,7 +126,7 @@ def advice(module: str) -> str:
     """
     top = module.partition(".")[0]
     name = canonicalize_name((packages_distributions().get(top) or [top])[0])
-    there = installed(name)
+    there = _without_label(installed(name))
     stack, lock = lock_of(installed("transformers"))
     wanted = lock.get(name)
     if wanted is None or wanted == there:

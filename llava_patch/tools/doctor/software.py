@@ -7,7 +7,7 @@ import importlib.util
 import re
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from packaging.requirements import Requirement
 
 from llava_patch.core.extras import EXTRAS
 from llava_patch.integrations import import_hook as autostart
-from llava_patch.tools.doctor.measured import lock_of
-from llava_patch.tools.doctor.row import NOTE, OK, PROBLEM, Row
+from llava_patch.tools.doctor import NOTE, OK, PROBLEM, Row
+from llava_patch.tools.doctor.measured import installed, lock_of
 
 LMMS_EVAL = "0.7"
 """The series of lmms-eval that the tasks were run with."""
@@ -30,14 +30,6 @@ _BOUNDING = ("eval", "hosts")
 _HOOKED = "import sys; print(any(type(f).__name__ == '_PostImportFinder' for f in sys.meta_path))"
 
 
-def installed(distribution: str) -> str | None:
-    """A distribution's version; None when it is not installed."""
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
-
-
 def check_packages() -> list[Row]:
     """Python and every package that llava_patch needs or can use, against the versions that it asks for."""
     rows = [Row("python", sys.version.split()[0])]
@@ -45,9 +37,8 @@ def check_packages() -> list[Row]:
         wanted = [Requirement(line) for line in requires("llava_patch") or []]
     except PackageNotFoundError:
         wanted = []
-        rows.append(
-            Row("llava_patch", "run from its source folder", NOTE, "pip install it, or nothing starts with Python")
-        )
+        advice = "pip install it, or nothing starts with Python"
+        rows.append(Row("llava_patch", "run from its source folder", NOTE, advice))
     patches = lock_of(installed("transformers"))[0] == "main"  # else an environment of another purpose
     bounds: dict[str, Requirement] = {}
     for need in wanted:
@@ -91,12 +82,8 @@ def check_torch() -> Row | None:
     error = _import("torch", "nn")
     if not isinstance(error, Exception):
         return None
-    return Row(
-        "torch: import",
-        f"cannot be imported ({_short(error)})",
-        PROBLEM,
-        "install a build for this machine (https://pytorch.org/get-started); nothing else was looked at",
-    )
+    advice = "install a build for this machine (https://pytorch.org/get-started); nothing else was looked at"
+    return Row("torch: import", f"cannot be imported ({_short(error)})", PROBLEM, advice)
 
 
 def check_torchvision() -> Row:
@@ -107,50 +94,38 @@ def check_torchvision() -> Row:
     try:
         importlib.import_module("torchvision")
     except Exception as error:  # whatever its binary raises, transformers would raise it as well
-        return Row(
-            "torchvision",
-            f"{found}, cannot be imported ({_short(error)})",
-            PROBLEM,
-            "it was built for another torch, and importing Llama models fails with it: pip uninstall torchvision "
-            "(nothing here needs it), or install the build that fits your torch",
-        )
+        advice = "it was built for another torch, and importing Llama models fails with it: pip uninstall torchvision "
+        advice += "(nothing here needs it), or install the build that fits your torch"
+        return Row("torchvision", f"{found}, cannot be imported ({_short(error)})", PROBLEM, advice)
     return Row("torchvision", found)
 
 
 def check_hosts() -> list[Row]:
     """Both hosts: whether they can be imported, and which `llava` it is."""
+    hf = _import("transformers", "LlavaForConditionalGeneration")
+    if isinstance(hf, Exception):
+        found = Row("host hf", f"cannot be imported ({_short(hf)})", PROBLEM, "reinstall transformers")
+    else:
+        found = Row("host hf", "LlavaForConditionalGeneration, LlavaNextForConditionalGeneration")
+    return [found, _check_llava()]
+
+
+def _check_llava() -> Row:
     from llava_patch.hosts.compat import brings_towers
 
-    hf = _import("transformers", "LlavaForConditionalGeneration")
-    llava = None
-    if importlib.util.find_spec("llava") is not None:
-        # By its own module: llava/model/__init__.py swallows the reason why this import fails.
-        llava = _import("llava.model.language_model.llava_llama", "LlavaLlamaForCausalLM")
-    rows = []
-    if isinstance(hf, Exception):
-        rows.append(Row("host hf", f"cannot be imported ({_short(hf)})", PROBLEM, "reinstall transformers"))
-    else:
-        rows.append(Row("host hf", "LlavaForConditionalGeneration, LlavaNextForConditionalGeneration"))
-    if llava is None:
-        rows.append(
-            Row("host llava", "not installed", OK, "pip install --no-deps llava-torch, for LLaVA's own checkpoints")
-        )
-    elif isinstance(llava, Exception):
-        rows.append(
-            Row(
-                "host llava",
-                f"{_origin()}, cannot be imported ({_short(llava)})",
-                PROBLEM,
-                "its own pins are old: scripts/install.sh has an order of installation that works; with "
-                "LLAVA_PATCH_DISABLE=1 LLaVA's code meets transformers unmended",
-            )
-        )
-    elif brings_towers(importlib.import_module("llava.model.multimodal_encoder.builder")):
+    what = "host llava"
+    if importlib.util.find_spec("llava") is None:
+        return Row(what, "not installed", OK, "pip install --no-deps llava-torch, for LLaVA's own checkpoints")
+    # By its own module: llava/model/__init__.py swallows the reason why this import fails.
+    llava = _import("llava.model.language_model.llava_llama", "LlavaLlamaForCausalLM")
+    if isinstance(llava, Exception):
+        advice = "its own pins are old: scripts/install.sh has an order of installation that works; with "
+        advice += "LLAVA_PATCH_DISABLE=1 LLaVA's code meets transformers unmended"
+        return Row(what, f"{_origin()}, cannot be imported ({_short(llava)})", PROBLEM, advice)
+    if brings_towers(importlib.import_module("llava.model.multimodal_encoder.builder")):
         advice = "its towers stay its own; llava_patch was measured with LLaVA's original package only"
-        rows.append(Row("host llava", f"{_origin()}, with vision towers of its own, as LLaVA-NeXT's", NOTE, advice))
-    else:
-        rows.append(Row("host llava", _origin()))
-    return rows
+        return Row(what, f"{_origin()}, with vision towers of its own, as LLaVA-NeXT's", NOTE, advice)
+    return Row(what, _origin())
 
 
 def _import(module: str, name: str) -> Any:
@@ -187,42 +162,35 @@ def check_attention() -> list[Row]:
     """Which attention a model gets, and what LLaVA's train_mem.py gets, which asks for flash attention."""
     import torch
 
-    from llava_patch.hosts.compat import unsupported
-
-    rows = [Row("attention", "sdpa, eager")]
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     flash: Any = None if importlib.util.find_spec("flash_attn") is None else _import("flash_attn", "flash_attn_func")
+    state, advice = NOTE, "start train.py instead of train_mem.py"
     if flash is None:
-        # The fallback is the start-up hook's: LLaVA's own code would raise here.
-        gets = Row("train_mem.py", "sdpa, because flash-attn is not installed", OK, "nothing to do: sdpa works")
-        if unsupported() is not None:
-            gets = Row("train_mem.py", "fails: no flash-attn", NOTE, "start train.py instead of train_mem.py")
-        elif autostart.disabled():
-            gets = Row("train_mem.py", "fails: no flash-attn", NOTE, "unset LLAVA_PATCH_DISABLE, or start train.py")
-        return [*rows, Row("flash attention", "not installed"), gets]
-    start = "start train.py instead of train_mem.py"
-    if isinstance(flash, Exception):
-        rows.append(
-            Row(
-                "flash attention",
-                f"cannot be imported ({_short(flash)})",
-                PROBLEM,
-                "it was built for another torch: rebuild it, or pip uninstall flash-attn (sdpa then takes its place)",
-            )
-        )
-        return [*rows, Row("train_mem.py", "fails", NOTE, start)]
-    if capability is None:
-        rows.append(Row("flash attention", "installed, no GPU", NOTE, "on a CPU use sdpa"))
-        return [*rows, Row("train_mem.py", "flash_attention_2, which needs a GPU", NOTE, start)]
-    if capability < (8, 0):
+        has, gets, state, advice = Row("flash attention", "not installed"), *_without_flash()
+    elif isinstance(flash, Exception):
+        mend = "it was built for another torch: rebuild it, or pip uninstall flash-attn (sdpa then takes its place)"
+        has, gets = Row("flash attention", f"cannot be imported ({_short(flash)})", PROBLEM, mend), "fails"
+    elif capability is None:
+        has = Row("flash attention", "installed, no GPU", NOTE, "on a CPU use sdpa")
+        gets = "flash_attention_2, which needs a GPU"
+    elif capability < (8, 0):
         needs = f"the GPU has compute capability {capability[0]}.{capability[1]}, flash attention 2 needs 8.0"
-        rows.append(Row("flash attention", needs, NOTE, "use sdpa"))
-        return [*rows, Row("train_mem.py", "fails on this GPU", NOTE, start)]
-    return [
-        *rows,
-        Row("flash attention", installed("flash-attn") or "installed"),
-        Row("train_mem.py", "flash_attention_2"),
-    ]
+        has, gets = Row("flash attention", needs, NOTE, "use sdpa"), "fails on this GPU"
+    else:
+        has = Row("flash attention", installed("flash-attn") or "installed")
+        gets, state, advice = "flash_attention_2", OK, ""
+    return [Row("attention", "sdpa, eager"), has, Row("train_mem.py", gets, state, advice)]
+
+
+def _without_flash() -> tuple[str, str, str]:
+    """What train_mem.py gets without flash-attn; the fallback is the start-up hook's: LLaVA's own code would raise."""
+    from llava_patch.hosts.compat import unsupported
+
+    if unsupported() is not None:
+        return "fails: no flash-attn", NOTE, "start train.py instead of train_mem.py"
+    if autostart.disabled():
+        return "fails: no flash-attn", NOTE, "unset LLAVA_PATCH_DISABLE, or start train.py"
+    return "sdpa, because flash-attn is not installed", OK, "nothing to do: sdpa works"
 
 
 def check_hook() -> Row:
@@ -232,13 +200,9 @@ def check_hook() -> Row:
     asked = subprocess.run([sys.executable, "-c", _HOOKED], capture_output=True, text=True, check=False)
     if asked.stdout.strip().endswith("True"):
         return Row("start-up hook", "on: starts with Python")
-    return Row(
-        "start-up hook",
-        "missing: a new Python does not start it",
-        NOTE,
-        "pip install llava_patch into this environment (its .pth file is not there, or Python runs without site), or "
-        "import llava_patch before LLaVA's code",
-    )
+    advice = "pip install llava_patch into this environment (its .pth file is not there, or Python runs without site), "
+    advice += "or import llava_patch before LLaVA's code"
+    return Row("start-up hook", "missing: a new Python does not start it", NOTE, advice)
 
 
 def _short(error: Exception) -> str:

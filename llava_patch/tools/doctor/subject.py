@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_patch.core.errors import LlavaPatchError
+from llava_patch.core.memory import machine_memory
 from llava_patch.settings.methods import AUTO, Fusion, differs
-from llava_patch.tools.doctor.machine import memory_bytes
-from llava_patch.tools.doctor.row import NOTE, OK, PROBLEM, Row
+from llava_patch.tools.doctor import NOTE, OK, PROBLEM, Row
 
 if TYPE_CHECKING:
     from llava_patch.settings.gin_config import Configuration
@@ -24,7 +24,7 @@ def check_checkpoint(checkpoint: str, asked: "Configuration | None", hosts: dict
         hosts: the rows about the hosts, by host.
     """
     from llava_patch.tools.inspect import inspect_checkpoint
-    from llava_patch.tools.inspect.read import FORMS
+    from llava_patch.tools.inspect.result import FORMS
 
     try:
         found = inspect_checkpoint(checkpoint)
@@ -42,12 +42,11 @@ def check_checkpoint(checkpoint: str, asked: "Configuration | None", hosts: dict
     elif found.form == "adapter" and found.base and Path(found.base).is_absolute() and not Path(found.base).is_dir():
         where = f'change "base" in {Path(checkpoint) / "llava_patch.json"} to where it is now'
         rows.append(Row("checkpoint: base", f"{found.base} is not there", PROBLEM, where))
-    size, room = found.weight_bytes, memory_bytes()
+    size, room = found.weight_bytes, machine_memory()
     if room is not None and size > room:
-        rows.append(
-            Row("checkpoint: memory", f"{size / 1e9:.1f} GB of weights, {room / 1e9:.0f} GB of memory", NOTE,
-                "does not fit into main memory: load it on a GPU, or on a larger machine")
-        )  # fmt: skip
+        sizes = f"{size / 1e9:.1f} GB of weights, {room / 1e9:.0f} GB of memory"
+        advice = "does not fit into main memory: load it on a GPU, or on a larger machine"
+        rows.append(Row("checkpoint: memory", sizes, NOTE, advice))
     return rows
 
 
@@ -59,27 +58,22 @@ def _rehearsal(checkpoint: str, host: str, methods: dict[str, Any]) -> list[Row]
         host: of it.
         methods: keyword arguments of `patch`; empty: whether routing would be available.
     """
-    from llava_patch.core.records import CONFIG_KEY
-    from llava_patch.core.weights import read_json
-    from llava_patch.hosts import anatomy, known, skeleton
+    from llava_patch.hosts import anatomy, configs, known
     from llava_patch.patching.patch import patch
 
     routing = methods.get("routing")
     if routing is not None and routing.split == AUTO:  # any layer will do
         methods = {**methods, "routing": dataclasses.replace(routing, split=0)}
-    config = read_json(checkpoint, "config.json") or {}
     try:
-        model = skeleton.build({k: v for k, v in config.items() if k != CONFIG_KEY}, host)
+        model = configs.skeleton(configs.read(checkpoint).config, host)
         if methods:
             patch(model, **methods, loading=True)
         else:
             known.check_decoder(anatomy.find(model).decoder, "routing")
     except LlavaPatchError as error:
-        if methods:
-            return [
-                Row("checkpoint: patching it", str(error), PROBLEM, "load it without the patch, or mend what it names")
-            ]
-        return [Row("checkpoint: patching it", str(error), NOTE, "as a stock model it works")]
+        if not methods:
+            return [Row("checkpoint: patching it", str(error), NOTE, "as a stock model it works")]
+        return [Row("checkpoint: patching it", str(error), PROBLEM, "load it without the patch, or mend what it names")]
     kind = type(anatomy.find(model).decoder).__name__
     return [Row("checkpoint: patching it", f"tried without its weights, on {kind}: works")]
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass
 
 from llava_patch.core.errors import CheckpointError
-from llava_patch.core.weights import read_json
-from llava_patch.hosts import tensor_names as names
+from llava_patch.core.weights import StoredTensor, read_file, read_json, same_values, weight_files
+from llava_patch.hosts import configs
 from llava_patch.hosts.anatomy import LLAVA
-from llava_patch.hosts.configs import host_of
-from llava_patch.tools.inspect.headers import Tensor, read_headers, sample, weight_files
 
 _VALUES = 4
 
@@ -33,7 +30,9 @@ class Match:
     note: str
 
 
-def match_base(base: str, host: str, fingerprint: dict[str, list[float]] | None, own: list[Tensor], form: str) -> Match:
+def match_base(
+    base: str, host: str, fingerprint: dict[str, list[float]] | None, own: list[StoredTensor], form: str
+) -> Match:
     """Compare a base with an adapter's record, or with the checkpoint's own tensors.
 
     Args:
@@ -53,7 +52,7 @@ def match_base(base: str, host: str, fingerprint: dict[str, list[float]] | None,
     if not files:
         raise CheckpointError(f"--base {base}: holds no weights")
     below_host = _host(base, host)
-    below = {names.neutral(t.name, below_host) or t.name: t for t in read_headers(files)}
+    below = {neutral(t.name, below_host): t for path in files for t in read_file(path, whole=True)}
     if fingerprint is None:
         return {"full": _against_own, "lora": _under_lora}.get(form, _unknown)(below, host, own)
     if below_host != host:  # which pads its embeddings in another way, so that recorded places are other places
@@ -63,13 +62,13 @@ def match_base(base: str, host: str, fingerprint: dict[str, list[float]] | None,
     differing, lacking = [], []
     away = 0
     for name, values in fingerprint.items():
-        plain = names.neutral(name, host) or name
+        plain = neutral(name, host)
         there = below.get(plain)
         if there is None and not tower and below_host == LLAVA and plain.startswith("tower."):
             away += 1
         elif there is None:
             lacking.append(name)
-        elif not _close(sample(there, len(values)), values):
+        elif not same_values(there.sample(len(values)), values):
             differing.append(name)
     compared = len(fingerprint) - len(lacking) - away
     if differing:
@@ -80,15 +79,15 @@ def match_base(base: str, host: str, fingerprint: dict[str, list[float]] | None,
     return Match(True, compared, 0, note + (f"; its vision tower is elsewhere ({away} not compared)" if away else ""))
 
 
-def _against_own(below: dict[str, Tensor], host: str, own: list[Tensor]) -> Match:
+def _against_own(below: dict[str, StoredTensor], host: str, own: list[StoredTensor]) -> Match:
     """A full checkpoint records no base: what was frozen equals the base's, what was trained does not."""
     differing, compared = [], 0
     for tensor in own:
-        there = below.get(names.neutral(tensor.name, host) or tensor.name)
+        there = below.get(neutral(tensor.name, host))
         if there is None or there.shape != tensor.shape or len(tensor.shape) != 2:
             continue
         compared += 1
-        if not _close(sample(there, _VALUES), sample(tensor, _VALUES)):
+        if not same_values(there.sample(_VALUES), tensor.sample(_VALUES)):
             differing.append(tensor.name)
     if not compared:
         return Match(False, 0, 0, "another base: no matrix in common")
@@ -97,7 +96,7 @@ def _against_own(below: dict[str, Tensor], host: str, own: list[Tensor]) -> Matc
     return Match(True if not differing else None, compared, len(differing), note)
 
 
-def _under_lora(below: dict[str, Tensor], host: str, own: list[Tensor]) -> Match:
+def _under_lora(below: dict[str, StoredTensor], host: str, own: list[StoredTensor]) -> Match:
     """LoRA files record no base either: what they change must be there, in the sizes that they change."""
     wanted = {
         t.name.removeprefix("base_model.model.").split(".lora_A.")[0] + ".weight": t.shape[1]
@@ -106,7 +105,7 @@ def _under_lora(below: dict[str, Tensor], host: str, own: list[Tensor]) -> Match
     }
     fit = 0
     for name, columns in wanted.items():
-        plain = names.neutral(name, host) or name
+        plain = neutral(name, host)
         there = below.get(plain)
         if there is None and plain.startswith("tower."):  # llava's lies in a folder of its own
             continue
@@ -121,25 +120,25 @@ def _under_lora(below: dict[str, Tensor], host: str, own: list[Tensor]) -> Match
     return Match(None, fit, 0, f"LoRA files record no base; the {fit} matrices that they change there fit in size")
 
 
-def _unknown(below: dict[str, Tensor], host: str, own: list[Tensor]) -> Match:
+def _unknown(below: dict[str, StoredTensor], host: str, own: list[StoredTensor]) -> Match:
     return Match(None, 0, 0, "these files record no base")
+
+
+def neutral(name: str, host: str) -> str:
+    """A tensor's name in the neutral spelling, which both hosts share; one that is not known stays as it is."""
+    return configs.files_of(host).neutral(name) or name
 
 
 def _host(base: str, host: str) -> str:
     """The base's own host; the checkpoint's for a plain language model, which LLaVA's training starts from."""
     try:
-        return host_of(read_json(base, "config.json") or {}, base)
+        return configs.look(base).host or host
     except CheckpointError:
         return host
 
 
-def _tower(base: str) -> dict[str, Tensor]:
+def _tower(base: str) -> dict[str, StoredTensor]:
     place = (read_json(base, "config.json") or {}).get("mm_vision_tower", "")
     if not os.path.isdir(place):
         return {}
-    return {f"tower.{t.name}": t for t in read_headers(weight_files(place))}
-
-
-def _close(one: list[float], other: list[float]) -> bool:
-    # Two roundings to bfloat16 (8 bits of mantissa) are the same base; training moves values further.
-    return all(math.isclose(a, b, rel_tol=2**-7, abs_tol=1e-6) for a, b in zip(one, other, strict=True))
+    return {f"tower.{t.name}": t for path in weight_files(place) for t in read_file(path, whole=True)}

@@ -1,124 +1,26 @@
-"""What a checkpoint folder is: host, form, settings, added tensors, base, and what its settings leave trainable."""
+"""Reads what a checkpoint folder is: host, form, settings, added tensors, base, and what its settings let train."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llava_patch.core.errors import CheckpointError, LlavaPatchError
-from llava_patch.core.records import CONFIG_KEY
-from llava_patch.core.weights import read_json
+from llava_patch.core.weights import StoredTensor, folder_of, read_file, weight_files
 from llava_patch.hosts import configs
-from llava_patch.hosts import tensor_names as names
 from llava_patch.hosts.anatomy import LLAVA
+from llava_patch.hosts.configs import CheckpointFiles
+from llava_patch.hosts.host import is_computed
 from llava_patch.integrations.training.stage1 import PROJECTOR
 from llava_patch.patching import checkpoint as patched
+from llava_patch.patching.patch import patch
 from llava_patch.patching.tower_weights import LORA_FILE
 from llava_patch.settings.methods import from_dict, to_dict
-from llava_patch.tools.inspect.base import Match, match_base
-from llava_patch.tools.inspect.headers import Tensor, read_header, read_headers, weight_files
-from llava_patch.tools.inspect.place import folder_of
+from llava_patch.tools.inspect.base import match_base
+from llava_patch.tools.inspect.result import KINDS, Added, Inspection, Share
 
-KINDS = ("fusion", "routing", "pruning", "probe")
-FORMS = {
-    "full": "a full checkpoint",
-    "adapter": "an adapter: what was added or trained, over its base",
-    "lora": "LLaVA's LoRA files; load them with the base (model_base, --base)",
-    "projector": "a stage-1 projector; give it to stage 2 with --pretrain_mm_mlp_adapter and these settings",
-    "settings": "settings and configuration without weights",
-}
 _ROLES = {"decoder.side_branch": "side branch", "stack": "second projector", "projector": "projector", "tower": "tower"}
-
-
-@dataclass(frozen=True)
-class Added:
-    """One tensor that the patch added, widened or trained.
-
-    Attributes:
-        name: in the file.
-        shape: its shape.
-        dtype: torch's name of its type.
-        parameters: how many values it has.
-        role: "side branch", "projector", "second projector", "tower", "LoRA" or "decoder".
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    parameters: int
-    role: str
-
-
-@dataclass(frozen=True)
-class Share:
-    """What the settings leave trainable.
-
-    Attributes:
-        trainable: parameters.
-        total: parameters of the whole model, vision tower included.
-        by_part: trainable parameters by role.
-        note: how it was found, or why it is not known (both numbers are then None).
-    """
-
-    trainable: int | None
-    total: int | None
-    by_part: dict[str, int] = field(default_factory=dict)
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What `inspect_checkpoint` found.
-
-    Attributes:
-        checkpoint: the folder.
-        host: "llava" or "hf"; None where the folder does not say.
-        form: one of `FORMS`.
-        settings: by kind ("fusion", "routing", ...) every field of the settings; None: no such method.
-        trained_tower: whether the vision tower's weights are not the original ones.
-        parameters: values in the folder's own weight files.
-        weight_bytes: size of these files.
-        added: tensors of the patch.
-        base: the model below, by record or --base; None for a full checkpoint without --base.
-        match: how that base compares; None where there is none.
-        share: what the settings leave trainable.
-        stage1: files of LLaVA's stage 1.
-        versions: what wrote it, as far as it is recorded.
-        files: further files of a training run that lie there.
-    """
-
-    checkpoint: str
-    host: str | None
-    form: str
-    settings: dict[str, dict[str, Any] | None]
-    trained_tower: bool
-    parameters: int
-    weight_bytes: int
-    added: list[Added]
-    base: str | None
-    match: Match | None
-    share: Share
-    stage1: list[str]
-    versions: dict[str, str]
-    files: list[str]
-
-    @property
-    def is_patched(self) -> bool:
-        """Whether it carries a patch of ours."""
-        return any(value is not None for value in self.settings.values()) or self.trained_tower
-
-    def methods(self) -> dict[str, Any]:
-        """The settings dataclasses by kind, the methods that last beyond training."""
-        chosen = {k: v for k, v in self.settings.items() if v is not None and k != "probe"}
-        return {k: from_dict(v, self.checkpoint) for k, v in chosen.items()}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {"format": 1, "patched": self.is_patched, **dataclasses.asdict(self)}
 
 
 def inspect_checkpoint(folder: str | os.PathLike[str], base: str = "") -> Inspection:
@@ -135,36 +37,32 @@ def inspect_checkpoint(folder: str | os.PathLike[str], base: str = "") -> Inspec
     given = os.fspath(folder)
     source = folder_of(given)
     base = base and folder_of(base, setting="--base")
-    config = read_json(source, "config.json")
-    record = patched.read_settings(source) or (config or {}).get(CONFIG_KEY)
-    if config is None and record is None and not (Path(source) / f"{PROJECTOR}.bin").is_file():
+    files = configs.look(source)
+    record = files.record or {}
+    if not files.host and not record and not (Path(source) / f"{PROJECTOR}.bin").is_file():
         raise CheckpointError(
             f"{source}: not a checkpoint, it holds neither {patched.SETTINGS_FILE} nor config.json nor {PROJECTOR}.bin"
         )
-    host = LLAVA if config is None else configs.host_of(config, source)
-    form, own = _form(Path(source), record or {})
-    settings = _settings(record or {}, source)
-    below = base or (record or {}).get("base")
-    tensors = read_headers(own)
-    share = _share(source, host, config, form, settings, tensors, below)
-    match = None
-    if below:
-        fingerprint = (record or {}).get("fingerprint")
-        match = match_base(below, host, fingerprint, tensors, form)
+    host = files.host or LLAVA
+    form, own = _form(Path(source), record)
+    settings = _settings(record, source)
+    below = base or record.get("base")
+    tensors = [tensor for path in own for tensor in read_file(path, whole=True)]
+    trained_tower = bool(record.get("trained_tower"))
     return Inspection(
         checkpoint=given,
-        host=host if config is not None else None,
+        host=files.host or None,
         form=form,
         settings=settings,
-        trained_tower=bool((record or {}).get("trained_tower")),
-        parameters=sum(t.parameters for t in tensors if not names.is_computed(t.name)),
+        trained_tower=trained_tower,
+        parameters=sum(t.parameters for t in tensors if not is_computed(t.name)),
         weight_bytes=sum(path.stat().st_size for path in own),
-        added=_added(tensors, form, host, settings, bool((record or {}).get("trained_tower"))),
+        added=_added(tensors, form, host, settings, trained_tower),
         base=below,
-        match=match,
-        share=share,
+        match=match_base(below, host, record.get("fingerprint"), tensors, form) if below else None,
+        share=_share(files, host, form, settings, tensors, below),
         stage1=_stage1(Path(source)),
-        versions=_versions(config or {}, record or {}),
+        versions=_versions(files.config, record),
         files=[
             n
             for n in ("llava_patch_operative.gin", "trainer_state.json", "llava_patch_adapter")
@@ -205,7 +103,7 @@ def _settings(record: dict[str, Any], source: str) -> dict[str, dict[str, Any] |
 
 def role(name: str, host: str) -> str:
     """Which part of a patched model a tensor belongs to."""
-    plain = names.neutral(name.removeprefix("base_model.model."), host)
+    plain = configs.files_of(host).neutral(name.removeprefix("base_model.model."))
     if "lora_" in name:
         return "LoRA"
     for prefix, part in _ROLES.items():
@@ -215,7 +113,7 @@ def role(name: str, host: str) -> str:
 
 
 def _added(
-    tensors: list[Tensor], form: str, host: str, settings: dict[str, dict[str, Any] | None], tower: bool
+    tensors: list[StoredTensor], form: str, host: str, settings: dict[str, dict[str, Any] | None], tower: bool
 ) -> list[Added]:
     ours = {"side branch", "second projector"}
     ours |= {"projector"} if settings["fusion"] else set()
@@ -225,12 +123,11 @@ def _added(
 
 
 def _share(
-    source: str,
+    files: CheckpointFiles,
     host: str,
-    config: dict[str, Any] | None,
     form: str,
     settings: dict[str, dict[str, Any] | None],
-    tensors: list[Tensor],
+    tensors: list[StoredTensor],
     base: str | None,
 ) -> Share:
     """From the configuration alone: the patched model is built without weights, and says itself what trains."""
@@ -242,37 +139,71 @@ def _share(
             parts[part] = parts.get(part, 0) + tensor.parameters
         note = "what the LoRA files hold" + ("" if whole else "; the whole is not known without --base")
         return Share(sum(parts.values()), whole, parts, note)
-    if config is None:
+    if not files.host:
         return Share(None, None, note="not known: the folder has no config.json")
     if not any(settings.values()):
         return Share(None, None, note="decided by the training script: a stock checkpoint")
-    from llava_patch.tools.inspect.share import count
-
     try:
-        methods = {k: from_dict(v, source) for k, v in settings.items() if v and k != "probe"}
-        return count(config, host, methods, stage1=form == "projector")
+        methods = {k: from_dict(v, files.source) for k, v in settings.items() if v and k != "probe"}
+        return count(files.config, host, methods, stage1=form == "projector")
     except LlavaPatchError as error:
         return Share(None, None, note=f"not known: {error}")
 
 
+def count(config: dict[str, Any], host: str, methods: dict[str, Any], stage1: bool = False) -> Share:
+    """Patch the model without its weights and ask what trains.
+
+    What the settings say nothing about counts as a training script would have it in LLaVA's stage 2: the decoder and
+    the projector train, the vision tower does not.
+
+    Args:
+        config: config.json, without our key.
+        host: "llava" or "hf".
+        methods: keyword arguments of `patch`.
+        stage1: as LLaVA's stage 1 has it (--tune_mm_mlp_adapter True): the decoder does not train.
+
+    Raises:
+        LlavaPatchError: the host or its vision tower is not there.
+    """
+    model = configs.skeleton(config, host)
+    handle = patch(model, **methods, loading=True)
+    vision = handle.anatomy.vision_model
+    if vision is not None and handle.fusion is None:
+        vision.requires_grad_(False)
+    if stage1:
+        handle.anatomy.decoder.requires_grad_(False)
+        handle.anatomy.lm_head.requires_grad_(False)
+        for parameter in handle.adapter_parameters():  # llava's projector hangs in the decoder
+            parameter.requires_grad_(True)
+    handle.apply_freeze()
+    trains = set(handle.trainable())
+    parts: dict[str, int] = {}
+    total = 0
+    for name, parameter in model.named_parameters():
+        total += parameter.numel()
+        if name in trains:
+            part = role(name, host)
+            parts[part] = parts.get(part, 0) + parameter.numel()
+    stage = "1" if stage1 else "2"
+    return Share(sum(parts.values()), total, parts, f"what the settings leave trainable in stage {stage}")
+
+
 def _parameters_of(base: str) -> int | None:
     """Of the whole model: llava's own files lack the vision tower, which the configuration names."""
-    from llava_patch.tools.inspect.share import total
-
     try:
-        config = read_json(base, "config.json") or {}
-        return total(config, configs.host_of(config, base))
+        files = configs.read(base)
+        return sum(parameter.numel() for parameter in configs.skeleton(files.config, files.host).parameters())
     except LlavaPatchError:
         pass
-    files = weight_files(base)
-    return sum(t.parameters for t in read_headers(files)) if files else None
+    found = weight_files(base)
+    return sum(tensor.parameters for path in found for tensor in read_file(path, whole=True)) if found else None
 
 
 def _stage1(folder: Path) -> list[str]:
     found = []
     for path in sorted([folder / f"{PROJECTOR}.bin", *folder.glob(f"checkpoint-*/{PROJECTOR}.bin")]):
         if path.is_file():
-            shapes = [t.shape for t in read_header(path) if t.name.endswith("weight")]
+            shapes = [t.shape for t in read_file(path, whole=True) if t.name.endswith("weight")]
             found.append(f"{path.relative_to(folder)}: {', '.join('x'.join(map(str, s)) for s in shapes)}")
     return found
 
@@ -280,8 +211,3 @@ def _stage1(folder: Path) -> list[str]:
 def _versions(config: dict[str, Any], record: dict[str, Any]) -> dict[str, str]:
     found = {"transformers": config.get("transformers_version"), "settings of format": record.get("format")}
     return {name: str(value) for name, value in found.items() if value is not None}
-
-
-def to_json(found: Inspection) -> str:
-    """The same as `to_dict`, as text."""
-    return json.dumps(found.to_dict(), indent=1, default=str)

@@ -15,8 +15,7 @@ from llava_patch.core.errors import CheckpointError, SettingError
 from llava_patch.core.files import write_json
 from llava_patch.core.paths import named
 from llava_patch.core.version import __version__
-from llava_patch.tools.inspect.command import facts_of
-from llava_patch.tools.inspect.read import FORMS
+from llava_patch.tools.inspect.result import facts_of
 from llava_patch.tools.report.context import Context
 from llava_patch.tools.report.identity import configured, key
 from llava_patch.tools.report.section import DONE, FAILED, SKIPPED, Record, Section, SkipSection
@@ -153,7 +152,7 @@ def _values(context: Context, records: list[Record]) -> dict[str, Any]:
         "base": named(context.base) if context.base else "",
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "facts": [
-            *(list(fact) for fact in facts_of(context.inspection, FORMS)),
+            *(list(fact) for fact in facts_of(context.inspection)),
             *([["put on it by gin", "; ".join(configured())]] if configured() else []),
         ],
         "settings": {kind: values for kind, values in context.inspection.settings.items() if values},

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_patch.core.errors import InputError, LlavaPatchError
+from llava_patch.core.weights import folder_of
 from llava_patch.data.base_model import base_of, load_base
 from llava_patch.data.loaded import load_subject
 from llava_patch.data.model_inputs import ModelInputs, examples_for, with_count
 from llava_patch.settings.active import settings_of
 from llava_patch.tools.inspect import Inspection, inspect_checkpoint
-from llava_patch.tools.inspect.place import folder_of
 from llava_patch.tools.report.section import SkipSection
 from llava_patch.tools.report.settings import Report
 

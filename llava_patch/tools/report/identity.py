@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from llava_patch.core.paths import named
 from llava_patch.core.version import __version__
+from llava_patch.core.weights import folder_of
 from llava_patch.settings import active
-from llava_patch.tools.inspect.place import folder_of
 
 if TYPE_CHECKING:
     from llava_patch.tools.report.context import Context

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from llava_patch.core.errors import RunError, SettingError
-from llava_patch.tools.sweep import outcome, process, record, summary
-from llava_patch.tools.sweep.bubbles import bubble_figure
-from llava_patch.tools.sweep.figures import sweep_figure
+from llava_patch.core.terminal import show
+from llava_patch.tools.sweep import process, record, summary
+from llava_patch.tools.sweep.figures import bubble_figure, sweep_figure
 from llava_patch.tools.sweep.plan import Run, make_plan, read_sweep
 from llava_patch.tools.sweep.summary import Result
 
@@ -103,21 +103,21 @@ def _attempt(run: Run, evaluate: str | None) -> Result:
     return Result(run, loss, metrics or {})
 
 
-def _train(run: Run, descriptor: int) -> outcome.FinalLoss:
+def _train(run: Run, descriptor: int) -> record.FinalLoss:
     record.begin(run)
     started = time.monotonic()
     process.execute(run.command, run.folder / "train.log", descriptor)
-    loss = outcome.final_loss(outcome.trainer_state(run.folder))
+    loss = record.final_loss(record.trainer_state(run.folder))
     record.finish(run, loss, time.monotonic() - started)
     return loss
 
 
 def _evaluate(run: Run, evaluate: str, descriptor: int) -> dict[str, float]:
     folder = run.folder / record.EVALUATION
-    earlier = frozenset(outcome.result_files(folder))
+    earlier = frozenset(record.result_files(folder))
     words = [word.replace(PLACE, str(run.folder)) for word in shlex.split(evaluate)]
     process.execute([*words, "--output_path", str(folder)], run.folder / "evaluate.log", descriptor)
-    metrics = outcome.metrics(folder, earlier)
+    metrics = record.metrics(folder, earlier)
     record.finish_evaluation(run, evaluate, metrics)
     return metrics
 
@@ -136,7 +136,7 @@ def _report(
         written.append(sweep_figure(results, output / "sweep.png"))
         bubbles = bubble_figure(results, output / "bubbles.png", scores)
         written += [bubbles] if bubbles is not None else []
-    console.print(summary.rich_table("Mean ± std over seeds", summary.mean_rows(results)))
-    console.print(summary.rich_table("Each seed", summary.seed_rows(results)))
-    for line in [*summary.notes(results), *(f"wrote {path}" for path in written)]:
-        console.print(line, highlight=False, markup=False)
+    show(console, *summary.mean_rows(results), [], "Mean ± std over seeds")
+    show(console, *summary.seed_rows(results), summary.notes(results), "Each seed")
+    for path in written:
+        console.print(f"wrote {path}", highlight=False, markup=False)

@@ -7,15 +7,13 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llava_patch.core.files import atomic, write_json
-from llava_patch.tools.sweep.outcome import FINAL_STEPS, FinalLoss
+from llava_patch.core.terminal import markdown
 from llava_patch.tools.sweep.plan import Run
+from llava_patch.tools.sweep.record import FINAL_STEPS, FinalLoss
 from llava_patch.tools.sweep.settings import describe
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 LOSS = "final loss"
 Rows = tuple[list[str], list[list[str]]]
@@ -151,29 +149,13 @@ def notes(results: Sequence[Result]) -> list[str]:
     return lines
 
 
-def rich_table(title: str, rows: Rows) -> "Table":
-    """For the screen."""
-    from rich.table import Table
-
-    table = Table(title=title)
-    for name in rows[0]:
-        table.add_column(name, justify="right", overflow="fold")
-    for row in rows[1]:
-        table.add_row(*row)
-    return table
-
-
 def write_markdown(path: Path, results: Sequence[Result]) -> Path:
     """Both tables as Markdown."""
-    parts = ["# Mean ± std", _markdown(mean_rows(results)), "# Each seed", _markdown(seed_rows(results))]
+    tables = {"Mean ± std": mean_rows(results), "Each seed": seed_rows(results)}
+    parts = [f"# {title}\n\n{markdown(*table, numbers=True)}" for title, table in tables.items()]
     with atomic(path) as temporary:
         temporary.write_text("\n\n".join([*parts, *notes(results)]) + "\n", encoding="utf-8")
     return path
-
-
-def _markdown(rows: Rows) -> str:
-    lines = [rows[0], ["---:"] * len(rows[0]), *rows[1]]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
 def write_results(path: Path, results: Sequence[Result], command: Sequence[str], evaluation: str | None) -> Path:

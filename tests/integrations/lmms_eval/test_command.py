@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from llava_patch.core.resources import eval_tasks_dir
-from llava_patch.integrations.lmms_eval import command
-from llava_patch.integrations.lmms_eval.command import Command, evaluations
+from llava_patch.integrations.lmms_eval import asked, command
+from llava_patch.integrations.lmms_eval.asked import evaluations
+from llava_patch.integrations.lmms_eval.command import Command
 from tests.support.paths import ROOT
 
 
@@ -194,8 +195,8 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Command]:
 
 def ran(outcome: Any, complete: bool = True, **arguments: Any) -> None:
     known = SimpleNamespace(**arguments)
-    command.began(known)
-    command.ended(known, outcome, complete)
+    command.current().began(known)
+    command.current().ended(known, outcome, complete)
 
 
 def test_only_a_whole_table_is_a_success(start: Callable[..., Command]) -> None:
@@ -204,9 +205,9 @@ def test_only_a_whole_table_is_a_success(start: Callable[..., Command]) -> None:
     assert run.why_failed() == no_table
     ran(GOOD, complete=False)
     assert run.why_failed() == no_table
-    command.printed(results())
+    command.current().printed(results())
     assert run.why_failed() == no_table
-    command.printed(GOOD)
+    command.current().printed(GOOD)
     assert run.why_failed() is None
     for row in ({"alias": "pope"}, {"alias": "pope", " ": " ", "f1_stderr,none": 0.1}):
         ran(results(rprobe={"rprobe_mse,none": 0.5}, pope=row))
@@ -231,13 +232,13 @@ def test_every_evaluation_of_a_command_counts_for_itself(tmp_path: Path, start: 
         for task in tasks:
             if task not in left_out:
                 arguments = SimpleNamespace(tasks=task, output_path=str(tmp_path / task), model="llava")
-                command.began(arguments)
+                command.current().began(arguments)
                 table = results(**{task: {"x,none": 1}})
                 (tmp_path / task).mkdir(exist_ok=True)
                 (tmp_path / task / f"{len(list((tmp_path / task).iterdir()))}_results.json").write_text(
                     json.dumps(table)
                 )
-                command.ended(arguments, table, complete=True)
+                command.current().ended(arguments, table, complete=True)
         return run
 
     assert all_but().why_failed() is None
@@ -311,12 +312,12 @@ def test_a_fault_of_ours_ends_no_evaluation_and_hides_no_failure(
     def faulty(*args: Any) -> bool:
         raise TypeError("unhashable")
 
-    monkeypatch.setattr(command, "_names_us", faulty)
+    monkeypatch.setattr(asked, "_names_us", faulty)
     run = start("--tasks", "pope")
-    assert not command.involves_us() and "TypeError: unhashable" in str(run.failure())
+    assert not command.current().involves_us() and "TypeError: unhashable" in str(run.failure())
     ran(GOOD)
     assert run.failure() is None
-    monkeypatch.setattr(command, "evaluations", faulty)
+    monkeypatch.setattr(asked, "evaluations", faulty)
     run = start("--tasks", "pope")
     ran(GOOD)
     assert "cannot be told (TypeError: unhashable)" in str(run.failure())

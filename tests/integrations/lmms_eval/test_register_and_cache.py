@@ -9,7 +9,7 @@ import pytest
 
 from llava_patch.core.errors import HostError
 from llava_patch.core.resources import eval_tasks_dir
-from llava_patch.integrations.lmms_eval import cache, register
+from llava_patch.integrations.lmms_eval import fail_fast, register
 
 OURS = [
     "drift", "fusion_attention", "rprobe", "rprobe_ablation", "rprobe_masked", "rprobe_masked_nolang", "rprobe_nolang",
@@ -64,8 +64,8 @@ def test_answers_of_another_patch_are_not_served(tmp_path: Path) -> None:
     def run(patch_name: str, answer: str) -> tuple[str, int]:
         store = ResponseCache.create(str(tmp_path), model="llava", model_args="pretrained=x")
         if patch_name:
-            cache.mark(store, patch_name)
-            cache.mark(store, patch_name)  # twice is once
+            fail_fast.mark_cache(store, patch_name)
+            fail_fast.mark_cache(store, patch_name)  # twice is once
         lm = CountingLm(answer)
         (got,) = store.execute(lm, "generate_until", [request()])
         store.finalize(success=True)
@@ -80,6 +80,6 @@ def test_answers_of_another_patch_are_not_served(tmp_path: Path) -> None:
 
 
 def test_an_unknown_cache_is_refused_rather_than_trusted() -> None:
-    cache.mark(None, "aaaa")
+    fail_fast.mark_cache(None, "aaaa")
     with pytest.raises(HostError, match="without --use_cache"):
-        cache.mark(object(), "aaaa")
+        fail_fast.mark_cache(object(), "aaaa")

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from llava_patch import SkipLinks
 from llava_patch.core.errors import SettingError
+from llava_patch.integrations.training import script_flags
 from llava_patch.settings import active, flags
 from llava_patch.settings import gin_config as config
 from tests.support.tiny_train import TRAIN, arguments, losses, make_data, ok, run
@@ -15,12 +16,12 @@ from tests.support.tiny_train import TRAIN, arguments, losses, make_data, ok, ru
 
 def test_arguments_and_the_line_that_reports_them():
     values = flags.bound(lora_enable=True, learning_rate=2e-4, freeze=[1, 2], name="a b")
-    added = flags.arguments(values)
+    added = script_flags.arguments(values)
     assert added == ["--lora_enable", "True", "--learning_rate", "0.0002", "--freeze", "1", "2", "--name"] + ["a b"]
-    line = flags.describe(["--learning_rate=1", "--lora-enable", "--bf16", "True", "--freeze", "3", "4"], added)
+    line = script_flags.describe(["--learning_rate=1", "--lora-enable", "--bf16", "True", "--freeze", "3", "4"], added)
     assert line.startswith("llava_patch: flags from gin: --lora_enable True --learning_rate 0.0002 ")
     assert line.endswith("(instead of the script's --learning_rate 1 --freeze 3 4)")
-    assert "\n" not in line and "instead" not in flags.describe(["--bf16", "True"], added)
+    assert "\n" not in line and "instead" not in script_flags.describe(["--bf16", "True"], added)
 
 
 def test_flags_alone_are_a_configuration_and_in_the_operative_one(tmp_path):

@@ -174,6 +174,7 @@ def test_one_rank_decides_for_all(monkeypatch: Any) -> None:
 def test_a_fused_projector_is_in_place_before_the_model_is_measured(model: Any, tmp_path: Path) -> None:
     from llava_patch import SkipLinks
     from llava_patch.integrations.training import llava as training
+    from llava_patch.integrations.training import stage1
     from llava_patch.settings import gin_config as config
 
     with patch(model, fusion=SkipLinks(stride=1)) as handle:
@@ -184,7 +185,7 @@ def test_a_fused_projector_is_in_place_before_the_model_is_measured(model: Any, 
     linear.bias.data[KIND] = -2 * SIZE  # through this stock projector, no layer looks at the image
     with pytest.raises(SettingError, match="recommend no split"):
         resolve_for_training(model, AUTO, arguments(tmp_path), Data(), collate, Saturation(max_samples=2))
-    training.pending[id(model.get_model())] = training.Pending(
+    stage1.pending[id(model.get_model())] = stage1.Pending(
         fresh=False, projector={f"mm_projector.{k}": v for k, v in projector.items()}
     )
     asked = config.read([], ["SkipLinks.stride = 1", 'Routing.split = "auto"', "Saturation.max_samples = 2"])

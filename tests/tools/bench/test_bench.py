@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from llava_patch import patch
 from llava_patch.core.errors import LlavaPatchError
 from llava_patch.hosts import sizes
-from llava_patch.tools.bench import bound, measure, report, shapes
+from llava_patch.tools.bench import measure, report, shapes
 from llava_patch.tools.bench.methods import methods, partner_difference
 
 TINY = sizes.Shape(layers=6, hidden=64, intermediate=96, heads=4, vocabulary=128, split=3)
@@ -38,7 +38,7 @@ def test_flops_are_those_of_the_decoders_products(model, name):
     by_module = {name: sum(values.values()) for name, values in counter.flop_counts.items()}
     decoder = "LlavaForConditionalGeneration.model.language_model"
     counted = by_module[decoder] - by_module[f"{decoder}.rotary_emb"]
-    wanted = bound.flops(model, method, 20, 2)
+    wanted = measure.flops(model, method, 20, 2)
     assert abs(counted - wanted) < 0.01 * wanted, (counted, wanted)
 
 
@@ -84,7 +84,7 @@ def test_measuring_fills_the_table_and_leaves_the_model(model, tmp_path):
 
 
 def test_an_unknown_shape_is_named():
-    from llava_patch.cli import main as cli
+    from llava_patch.cli.bench import bench
 
     with pytest.raises(LlavaPatchError, match="--shape 70b: expected one of small, 7b, 13b"):
-        cli.bench(shape="70b")
+        bench(shape="70b")

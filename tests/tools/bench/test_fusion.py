@@ -36,7 +36,7 @@ def test_measuring_fills_the_table_and_leaves_the_model(model, tmp_path):
     # three taps kept once, and the sum of two products (a tenth more: small tensors come and go)
     kept = by_name["SkipLinks, S = 6, D = 2"].kept_bytes - by_name["stock"].kept_bytes
     assert 3 * 576 * 16 * 4 <= kept <= 1.1 * (3 * 16 + 32) * 577 * 4
-    paths = fusion.write(tmp_path, "fusion_tiny", rows, "tiny", report.machine(model.device))
+    paths = report.write_fusions(tmp_path, "fusion_tiny", rows, "tiny", report.machine(model.device))
     record = json.loads(paths[0].read_text())
     assert record["rows"][1]["train_ratio"] and record["torch"] == torch.__version__
     assert paths[1].read_text().count("\n| ") == 13

@@ -316,6 +316,6 @@ def test_an_adapter_on_another_base_is_refused(patched, made, tmp_path):
 
 
 def test_the_command(files, tmp_path):
-    done = CliRunner().invoke(app, ["convert", str(files.hf), str(tmp_path / "out"), "--to", "llava"])
+    done = CliRunner().invoke(app, ["convert", str(files.hf), "--output", str(tmp_path / "out"), "--to", "llava"])
     assert done.exit_code == 0, done.output
     assert config(tmp_path / "out")["model_type"] == "llava_llama"

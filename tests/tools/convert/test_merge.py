@@ -322,6 +322,8 @@ def test_what_there_is_nothing_to_merge_of(files, learnt, tmp_path):
 
 
 def test_the_command(learnt, tmp_path):
-    done = CliRunner().invoke(app, ["merge", str(learnt["llava"][0] / "full"), str(tmp_path / "out"), "--to", "hf"])
+    done = CliRunner().invoke(
+        app, ["merge", str(learnt["llava"][0] / "full"), "--output", str(tmp_path / "out"), "--to", "hf"]
+    )
     assert done.exit_code == 0, done.output
     assert config(tmp_path / "out")["vision_feature_layer"] == [-2, 6, 4, 2]

@@ -17,10 +17,9 @@ from llava_patch.cli.main import app
 from llava_patch.core.resources import locks_dir
 from llava_patch.hosts import compat
 from llava_patch.integrations import import_hook as autostart
-from llava_patch.tools.doctor import configured, machine, measured, software
+from llava_patch.tools.doctor import NOTE, OK, PROBLEM, Row, configured, machine, measured, software
 from llava_patch.tools.doctor import examine as examine_module
 from llava_patch.tools.doctor.examine import examine, summary
-from llava_patch.tools.doctor.row import NOTE, OK, PROBLEM, Row
 
 HOOK = Row("start-up hook", "on")
 
@@ -294,7 +293,7 @@ def test_gpus(monkeypatch, capability, bf16, gigabytes, state, advice, fits):
     "gigabytes, state, advice", [(8, NOTE, "needs about 14"), (24, NOTE, "not in float32"), (64, OK, "float32 too")]
 )
 def test_memory_for_7b(monkeypatch, gigabytes, state, advice):
-    monkeypatch.setattr(machine, "memory_bytes", lambda: gigabytes * 10**9)
+    monkeypatch.setattr(machine, "machine_memory", lambda: gigabytes * 10**9)
     row = _row(machine.check_memory(), "memory")
     assert row.state == state and advice in row.advice
 
@@ -355,7 +354,7 @@ def test_checkpoints_that_cannot_work(no_imports, adapter, tmp_path, monkeypatch
 
     hosts = {"hf": Row("host hf", "cannot be imported", PROBLEM, "reinstall transformers")}
     assert _row(subject.check_checkpoint(str(adapter), None, hosts), "checkpoint: host").state == PROBLEM
-    monkeypatch.setattr(subject, "memory_bytes", lambda: 1000)
+    monkeypatch.setattr(subject, "machine_memory", lambda: 1000)
     assert "does not fit" in _row(subject.check_checkpoint(str(adapter), None, {}), "checkpoint: memory").advice
 
 

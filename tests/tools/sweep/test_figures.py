@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from llava_patch.tools.sweep import bubbles, figures
-from llava_patch.tools.sweep.outcome import FinalLoss
+from llava_patch.tools.sweep import figures
 from llava_patch.tools.sweep.plan import Run
+from llava_patch.tools.sweep.record import FinalLoss
 from llava_patch.tools.sweep.summary import Result
 
 
@@ -77,7 +77,7 @@ def test_many_lines_stay_nearer_to_their_own_value(drawn):
 
 
 def test_bubbles_show_the_difference_to_the_baseline(drawn):
-    loss, score = drawn(_grid(), bubbles.bubble_figure).axes
+    loss, score = drawn(_grid(), figures.bubble_figure).axes
     assert (
         loss.get_xlabel() == "stride S (SkipLinks.stride)" and loss.get_ylabel() == "detached taps D (SkipLinks.detach)"
     )
@@ -102,7 +102,7 @@ def test_scores_take_the_place_of_the_metrics(drawn):
     results = _grid()
     for result in results:
         result.metrics["OCR"] = result.metrics.get("ocr/acc", 0.0)
-    axes = drawn(results, lambda *a: bubbles.bubble_figure(*a, scores=["OCR", "average"])).axes
+    axes = drawn(results, lambda *a: figures.bubble_figure(*a, scores=["OCR", "average"])).axes
     assert [axis.get_title().split(" (")[0] for axis in axes][1:] == ["OCR"] and len(axes) == 2
 
 
@@ -118,7 +118,7 @@ def test_scores_take_the_place_of_the_metrics(drawn):
     ],
 )
 def test_no_bubbles_for_another_kind_of_sweep(results, tmp_path):
-    assert bubbles.bubble_figure(results, tmp_path / "b.png") is None and not (tmp_path / "b.png").exists()
+    assert figures.bubble_figure(results, tmp_path / "b.png") is None and not (tmp_path / "b.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -127,4 +127,4 @@ def test_no_bubbles_for_another_kind_of_sweep(results, tmp_path):
      ("mme/lossless", False)],
 )  # fmt: skip
 def test_which_measurements_are_better_when_lower(name, lower):
-    assert bubbles.lower_is_better(name) is lower
+    assert figures.lower_is_better(name) is lower

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from llava_patch.core.errors import RunError
-from llava_patch.tools.sweep.outcome import FinalLoss, final_loss, metrics, trainer_state
+from llava_patch.tools.sweep.record import FinalLoss, final_loss, metrics, trainer_state
 
 
 def _state(folder, entries):

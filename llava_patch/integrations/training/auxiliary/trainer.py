@@ -1,30 +1,34 @@
-"""The auxiliary loss under a Trainer of transformers, LLaVA's included: steps, logs, checkpoints, learning rate."""
+"""The auxiliary loss under a Trainer of transformers, LLaVA's included: steps, logs, checkpoints, learning rate.
+
+The head is no part of the model that is saved: it lies beside each checkpoint, for the run that goes on from it.
+"""
 
 from __future__ import annotations
 
-import functools
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.utils.data import IterableDataset
 
-from llava_patch.core.errors import SettingError
+from llava_patch.core.errors import CheckpointError, SettingError
+from llava_patch.core.files import atomic
 from llava_patch.fusion import optimizer as optimizer_groups
-from llava_patch.hosts import compat, lora
-from llava_patch.integrations.training.auxiliary import state as head_file
-from llava_patch.patching.handle import get_handle
+from llava_patch.hosts import compat, lora, zero
+from llava_patch.integrations.training.extension import TrainerExtension, extend
+from llava_patch.patching.checkpoint import base_fingerprint, check_fingerprint
+from llava_patch.patching.handle import Handle, get_handle
+from llava_patch.probe.auxiliary.attach import HEAD
 from llava_patch.probe.auxiliary.regions import KEY
 
-if TYPE_CHECKING:
-    from llava_patch.patching.handle import Handle
+FILE = "llava_patch_rprobe.safetensors"
 
 
-def check(handle: "Handle", training_args: Any) -> None:
-    """Refuse what this run cannot honour, before anything is written.
-
-    Args:
-        handle: the model's patch, with requires_grad as it will be.
-        training_args: the Trainer's arguments.
+def check(handle: Handle, training_args: Any) -> None:
+    """Refuse what this run cannot honour, before anything is written; requires_grad is as it will be.
 
     Raises:
         SettingError: names the setting and what stands against it.
@@ -73,8 +77,8 @@ def follow(trainer: Any, *, release: bool = False) -> None:
     LLaVA's training script is followed without this call.
 
     Args:
-        trainer: before its `train()`; its instance attributes `log`, `create_optimizer` and `_load_from_checkpoint` are
-            replaced and a callback is added.
+        trainer: before its `train()`; its instance attributes `log` (in a run), `create_optimizer` and
+            `_load_optimizer_and_scheduler` are replaced and a callback is added.
         release: take the head off the model when training ends.
 
     Raises:
@@ -103,10 +107,7 @@ def follow(trainer: Any, *, release: bool = False) -> None:
     check(handle, trainer.args)
     if trainer.optimizer is not None:
         _check_optimizer(trainer.optimizer, auxiliary)
-    _follow_logs(trainer, auxiliary)
-    _follow_optimizer(trainer, auxiliary)
-    _follow_resume(trainer, handle)
-    trainer.add_callback(_callback(handle, release))
+    extend(trainer, AuxiliaryTraining(handle, release))
 
 
 def _check_dispatch(trainer: Any) -> None:
@@ -139,70 +140,113 @@ def _check_optimizer(optimizer: Any, auxiliary: Any) -> None:
         )
 
 
-def _follow_logs(trainer: Any, auxiliary: Any) -> None:
-    log = trainer.log
+class AuxiliaryTraining(TrainerExtension):
+    """Steps, logs, checkpoints and learning rate of one Trainer's auxiliary loss; made by `follow`."""
 
-    @functools.wraps(log)
-    def log_both(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs:
-            found = {name: round(value, 6) for name, value in auxiliary.take_logs().items()}
-            rest = {k: v for k, v in logs.items() if k != "loss"}
-            logs = {"loss": logs["loss"], **found, **rest}
-        log(logs, *args, **kwargs)
+    def __init__(self, handle: Handle, release: bool) -> None:
+        """For a model whose loss has a head; see `follow`."""
+        assert handle.auxiliary is not None
+        self._handle, self._auxiliary, self._release = handle, handle.auxiliary, release
 
-    trainer.log = log_both
-
-
-def _follow_optimizer(trainer: Any, auxiliary: Any) -> None:
-    rate = auxiliary.settings.lr
-    if rate is None:
-        return
-    create = trainer.create_optimizer
-
-    @functools.wraps(create)
-    def create_optimizer(*args: Any, **kwargs: Any) -> Any:
-        made = trainer.optimizer is None
-        optimizer = create(*args, **kwargs)
-        if made and auxiliary.head is not None:  # LLaVA's trainer has done it before a warm-up counts the groups
-            own = {id(p) for p in auxiliary.head.parameters()}
+    def arrange(self, optimizer: Any) -> None:
+        """Give the head its own learning rate."""
+        rate, head = self._auxiliary.settings.lr, self._auxiliary.head
+        if rate is not None and head is not None:
+            own = {id(p) for p in head.parameters()}
             optimizer.param_groups[:] = optimizer_groups.apart(optimizer.param_groups, own, rate)
-        return optimizer
 
-    trainer.create_optimizer = create_optimizer
+    def resume(self, folder: Path | None) -> None:
+        """Bring the head back, which DeepSpeed does with its own state."""
+        if folder is None or self.trainer.is_deepspeed_enabled:
+            return
+        compat.load_renamed(self._handle.model, folder)
+        load_head(self._handle, folder)
+
+    def begin_step(self, state: Any, optimizer: Any) -> None:
+        """Say which step it is: not every one computes the loss."""
+        self._auxiliary.begin_step(state.global_step)
+
+    def log(self, logs: dict[str, float]) -> dict[str, float]:
+        """Put the parts of the loss beside it."""
+        if "loss" not in logs:
+            return logs
+        found = {name: round(value, 6) for name, value in self._auxiliary.take_logs().items()}
+        return {"loss": logs["loss"], **found, **{k: v for k, v in logs.items() if k != "loss"}}
+
+    def save(self, state: Any, folder: Path) -> None:
+        """Write the head beside a checkpoint."""
+        save_head(self._handle, folder, state.is_world_process_zero)
+
+    def end(self, state: Any) -> None:
+        """Write the head beside the run's result."""
+        self.save(state, Path(self.trainer.args.output_dir))
+        if self._release:
+            self._auxiliary.release()
 
 
-def _follow_resume(trainer: Any, handle: "Handle") -> None:
-    original = trainer._load_from_checkpoint  # DeepSpeed brings the head back with its own state
+def save_head(handle: Handle, folder: Path, writes: bool) -> None:
+    """Write the head; with weights that DeepSpeed ZeRO-3 has partitioned every rank must call this.
 
-    @functools.wraps(original)
-    def load_head_too(resume_from_checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
-        loaded = original(resume_from_checkpoint, *args, **kwargs)
-        compat.load_renamed(handle.model, Path(resume_from_checkpoint))
-        head_file.load(handle, Path(resume_from_checkpoint))
-        return loaded
-
-    trainer._load_from_checkpoint = load_head_too
-
-
-def _callback(handle: "Handle", release: bool) -> Any:
-    from transformers import TrainerCallback
-
-    assert handle.auxiliary is not None
+    Args:
+        handle: of the model that trains.
+        folder: a checkpoint's or the run's.
+        writes: whether this rank writes.
+    """
     auxiliary = handle.auxiliary
+    if auxiliary is None or auxiliary.head is None:
+        return
+    partitioned = zero.is_partitioned(handle.model.parameters())
+    if not writes and not partitioned:
+        return
+    tensors = {}
+    for name, parameter in auxiliary.head.named_parameters():
+        with zero.gathered([parameter]):
+            if writes:
+                tensors[name] = parameter.detach().to("cpu", copy=True).contiguous()
+    fingerprint = _fingerprint(handle)
+    if writes:
+        about = {"settings": json.dumps(handle.settings()["probe"]), "fingerprint": json.dumps(fingerprint)}
+        with atomic(folder / FILE) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt", **about})
 
-    class AuxiliaryCallback(TrainerCallback):
-        """Tells the loss which step it is, and saves its head."""
 
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            auxiliary.begin_step(state.global_step)
+def load_head(handle: Handle, folder: Path) -> None:
+    """Bring the head back from a checkpoint of the same run.
 
-        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            head_file.save(handle, folder, state.is_world_process_zero)
+    Raises:
+        CheckpointError: no head there, of another shape, or trained beside another model.
+    """
+    auxiliary = handle.auxiliary
+    if auxiliary is None or auxiliary.head is None:
+        return
+    path = folder / FILE
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path}: the run goes on from a checkpoint without the auxiliary loss's head: it was trained without "
+            "AuxiliaryProbe (start into another --output_dir), or the file is lost"
+        )
+    parameters = dict(auxiliary.head.named_parameters())
+    with safe_open(path, framework="pt") as stream, torch.no_grad():
+        check_fingerprint(handle.model, json.loads((stream.metadata() or {}).get("fingerprint", "{}")), path)
+        there = {name: tuple(stream.get_slice(name).get_shape()) for name in stream.keys()}  # noqa: SIM118
+        here = {name: tuple(zero.shape(p)) for name, p in parameters.items()}
+        if there != here:
+            different = sorted(n for n in {**there, **here} if there.get(n) != here.get(n))
+            raise CheckpointError(
+                f"{path}: {different[0]} has shape {there.get(different[0])}, the head of {HEAD} here has "
+                f"{here.get(different[0])}: it belongs to another model"
+            )
+        for name, parameter in parameters.items():
+            with zero.gathered([parameter], changed=True):
+                parameter.copy_(stream.get_tensor(name))
 
-        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            head_file.save(handle, Path(args.output_dir), state.is_world_process_zero)
-            if release:
-                auxiliary.release()
 
-    return AuxiliaryCallback()
+def _fingerprint(handle: Handle) -> dict[str, list[float]]:
+    """Of the model beside the head, as a resumed run finds it.
+
+    Beside LoRA the Trainer's checkpoints bring back LoRA's matrices alone, so only what does not train is compared.
+    """
+    changed = {n for n, p in handle.model.named_parameters() if n.startswith(HEAD)}
+    if lora.has_lora(handle.model):
+        changed |= {n for n, p in handle.model.named_parameters() if p.requires_grad}
+    return base_fingerprint(handle.model, changed)

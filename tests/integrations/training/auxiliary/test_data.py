@@ -13,7 +13,7 @@ from transformers import LlavaImageProcessor
 from llava_patch import AuxiliaryProbe, patch
 from llava_patch.core.errors import InputError, SettingError
 from llava_patch.integrations.training.auxiliary import RegionCollator
-from llava_patch.integrations.training.auxiliary.llava_data import wrap
+from llava_patch.integrations.training.auxiliary.data import wrap
 from llava_patch.probe.auxiliary.regions import Region, parse
 from tests.support.probes import processor
 

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 from llava_patch import AuxiliaryProbe, SkipLinks, patch
 from llava_patch.core.errors import CheckpointError, SettingError
 from llava_patch.integrations.training.auxiliary import RegionCollator, follow
-from llava_patch.integrations.training.auxiliary import state as head_file
+from llava_patch.integrations.training.auxiliary import trainer as head_file
 from llava_patch.integrations.training.auxiliary.trainer import check
 from tests.support.auxiliary import batch
 from tests.support.models import HF_IMAGE_TOKEN, IMAGE, Host, hf_model
@@ -76,21 +76,21 @@ def test_a_run_logs_both_losses_learns_and_goes_on(tmp_path):
         fingerprint = json.loads(stream.metadata()["fingerprint"])
     assert fingerprint and set(fingerprint) <= set(here)
     with pytest.raises(CheckpointError, match="made on another base model"):
-        head_file.load(again, folder)
+        head_file.load_head(again, folder)
     other.train(resume_from_checkpoint=str(folder))  # the model's weights too, which the stock Trainer leaves out on HF
     ended, here = handle.anatomy.model.state_dict(), again.anatomy.model.state_dict()
     assert all(torch.equal(tensor, here[name]) for name, tensor in ended.items())
     assert [e["loss"] for e in other.state.log_history if "loss" in e] == [e["loss"] for e in logs]
-    head_file.save(again, tmp_path / "c", writes=True)
+    head_file.save_head(again, tmp_path / "c", writes=True)
     expected = [p.clone() for p in again.auxiliary.head.parameters()]
     with torch.no_grad():
         for parameter in again.auxiliary.head.parameters():
             parameter.zero_()
-    head_file.load(again, tmp_path / "c")
+    head_file.load_head(again, tmp_path / "c")
     assert all(torch.equal(a, b) for a, b in zip(expected, again.auxiliary.head.parameters(), strict=True))
     (tmp_path / "c" / head_file.FILE).unlink()
     with pytest.raises(CheckpointError, match="without the auxiliary loss's head"):
-        head_file.load(again, tmp_path / "c")
+        head_file.load_head(again, tmp_path / "c")
 
 
 def test_weight_zero_is_a_run_without_it(tmp_path):

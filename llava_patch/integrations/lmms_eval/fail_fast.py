@@ -17,10 +17,12 @@ from typing import Any
 
 from torch import nn
 
+from llava_patch.core.errors import HostError
 from llava_patch.integrations.lmms_eval import command
 from llava_patch.integrations.lmms_eval.command import EvaluationFailure
 
-_MARK = "_llava_patch_loud"
+_MARK = "_llava_patch_fails_fast"
+_CACHE_KEY = "_model_fingerprint_hash"  # of lmms-eval's ResponseCache
 _MAIN = ("lmms_eval.__main__", "__main__")  # `python -m lmms_eval` runs it under the second name, in some versions
 
 
@@ -37,7 +39,7 @@ def install() -> None:
 
     What is wrapped already, or not loaded, is left as it is.
     """
-    _wrap("lmms_eval.evaluator", evaluate=_loud_evaluate, simple_evaluate=_loud_simple_evaluate)
+    _wrap("lmms_eval.evaluator", evaluate=_checked_evaluate, simple_evaluate=_checked_simple_evaluate)
     for name in _MAIN:
         if hasattr(sys.modules.get(name), "cli_evaluate"):
             _wrap(name, cli_evaluate=_checked_command, make_table=_noted_table)
@@ -53,10 +55,9 @@ def _wrap(module_name: str, **wrappers: Callable[..., Any]) -> None:
             setattr(module, name, wrapped)
 
 
-def _loud_evaluate(original: Callable[..., Any]) -> Callable[..., Any]:
+def _checked_evaluate(original: Callable[..., Any]) -> Callable[..., Any]:
     def evaluate(*args: Any, **kwargs: Any) -> Any:
-        from llava_patch.integrations.lmms_eval import cache
-
+        run = command.current()
         lm = kwargs.get("lm", args[0] if args else None)
         tasks = kwargs.get("task_dict", args[1] if len(args) > 1 else {})
         configured = _patch_is_configured()
@@ -67,11 +68,11 @@ def _loud_evaluate(original: Callable[..., Any]) -> Callable[..., Any]:
         except Exception as unknown:  # not a model, or not tasks, as we know them
             if configured:
                 raise
-            command.doubted(unknown)
+            run.doubt = unknown
             return original(*args, **kwargs)
         if ours:
-            command.seen()
-        elif not command.involves_us():
+            run.ours = True
+        elif not run.involves_us():
             return original(*args, **kwargs)
         try:
             if configured and not patch_name:
@@ -81,7 +82,7 @@ def _loud_evaluate(original: Callable[..., Any]) -> Callable[..., Any]:
                     "it)"
                 )
             if patch_name:
-                cache.mark(kwargs.get("response_cache"), patch_name)
+                mark_cache(kwargs.get("response_cache"), patch_name)
             with _guarded(model):
                 # lm.clean() deletes the model before scoring; a name for it here would keep its memory
                 del model
@@ -93,18 +94,18 @@ def _loud_evaluate(original: Callable[..., Any]) -> Callable[..., Any]:
     return evaluate
 
 
-def _loud_simple_evaluate(original: Callable[..., Any]) -> Callable[..., Any]:
+def _checked_simple_evaluate(original: Callable[..., Any]) -> Callable[..., Any]:
     def simple_evaluate(*args: Any, **kwargs: Any) -> Any:
-        arguments = kwargs.get("cli_args")
-        command.began(arguments)
+        run, arguments = command.current(), kwargs.get("cli_args")
+        run.began(arguments)
         try:
             results = original(*args, **kwargs)
         except Exception as error:
-            command.ended(arguments, error)
+            run.ended(arguments, error)
             raise
         # Results are complete when lmms-eval has come to printing them; ranks above the first are given none.
         complete = os.environ.get("RANK", "0") != "0" if results is None else not _tables_are_noted()
-        command.ended(arguments, results, complete)
+        run.ended(arguments, results, complete)
         return results
 
     return simple_evaluate
@@ -121,7 +122,7 @@ def _checked_command(original: Callable[..., Any]) -> Callable[..., Any]:
 def _noted_table(original: Callable[..., Any]) -> Callable[..., Any]:
     def make_table(result_dict: Any, *args: Any, **kwargs: Any) -> Any:
         table = original(result_dict, *args, **kwargs)
-        command.printed(result_dict)
+        command.current().printed(result_dict)
         return table
 
     return make_table
@@ -200,3 +201,28 @@ def _escaping(method: Callable[..., Any]) -> Callable[..., Any]:
             raise _Escape(error) from error
 
     return guarded
+
+
+def mark_cache(response_cache: Any, patch_name: str) -> None:
+    """Put a patch's fingerprint into what the cache keys on.
+
+    lmms-eval keys on the model's name and arguments, which are the same with and without a patch. Entries written
+    under another fingerprint, or none, are not found any more; they stay where they are.
+
+    Args:
+        response_cache: lmms-eval's ResponseCache, or None when `--use_cache` is not given.
+        patch_name: fingerprint of the model's patch, not empty.
+
+    Raises:
+        HostError: this version's cache has no place for it.
+    """
+    if response_cache is None:
+        return
+    current = getattr(response_cache, _CACHE_KEY, None)
+    if not isinstance(current, str):
+        raise HostError(
+            "the response cache of this lmms-eval cannot be told about patches and would serve answers of another "
+            "model: run without --use_cache"
+        )
+    if not current.endswith(patch_name):
+        setattr(response_cache, _CACHE_KEY, f"{current}+llava_patch:{patch_name}")

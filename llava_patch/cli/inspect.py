@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from llava_patch.tools.inspect.read import Added, Inspection
+    from llava_patch.tools.inspect.result import Added, Inspection
 
 ROWS = 24
 
@@ -29,7 +29,8 @@ def inspect_command(
     Reads configuration and headers; no weights are loaded. Exit code 1 for a
     folder that is no checkpoint, or whose base is another one.
     """
-    from llava_patch.tools.inspect.read import inspect_checkpoint, to_json
+    from llava_patch.tools.inspect import inspect_checkpoint
+    from llava_patch.tools.inspect.result import to_json
 
     found = inspect_checkpoint(checkpoint, base)
     if as_json:
@@ -44,13 +45,13 @@ def show(found: "Inspection") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from llava_patch.tools.inspect.read import FORMS
+    from llava_patch.tools.inspect.result import facts_of
 
     console = Console()
     facts = Table(show_header=False, box=None, pad_edge=False)
     facts.add_column(no_wrap=True, style="bold")
     facts.add_column(overflow="fold")
-    for name, value in facts_of(found, FORMS):
+    for name, value in facts_of(found):
         facts.add_row(name, value)
     console.print(facts)
     for kind, values in found.settings.items():
@@ -63,46 +64,6 @@ def show(found: "Inspection") -> None:
         console.print(table)
     if found.added:
         console.print(_tensors(found.added, _table()))
-
-
-def facts_of(found: "Inspection", forms: dict[str, str]) -> list[tuple[str, str]]:
-    """The inspection's single facts, as text."""
-    hosts = {"llava": "the original llava package", "hf": "Hugging Face's LlavaForConditionalGeneration", None: "?"}
-    patch = [f"{kind}: {values['method']}" for kind, values in found.settings.items() if values]
-    patch += ["vision tower: trained"] if found.trained_tower else []
-    rows = [
-        ("checkpoint", found.checkpoint),
-        ("host", hosts[found.host]),
-        ("form", forms[found.form]),
-        ("patch", "; ".join(patch) or "none: a stock checkpoint"),
-        ("weights", f"{found.parameters:,} parameters in its own files, {found.weight_bytes / 1e6:,.1f} MB"),
-        ("trainable", share_text(found)),
-    ]
-    if found.base:
-        rows.append(("base", found.base))
-    if found.match is not None:
-        rows.append(
-            ("base matches", {True: "yes", False: "NO", None: "not known"}[found.match.same] + f": {found.match.note}")
-        )
-    if found.stage1:
-        rows.append(("stage-1 files", "\n".join(found.stage1)))
-    if found.versions:
-        rows.append(("written by", ", ".join(f"{name} {value}" for name, value in found.versions.items())))
-    if found.files:
-        rows.append(("of its run", ", ".join(found.files)))
-    return rows
-
-
-def share_text(found: "Inspection") -> str:
-    """The trainable share in words."""
-    share = found.share
-    if share.trainable is None:
-        return share.note
-    text = f"{share.trainable:,}"
-    if share.total:
-        text += f" of {share.total:,} parameters ({100 * share.trainable / share.total:.2f} %)"
-    parts = ", ".join(f"{part} {count:,}" for part, count in share.by_part.items())
-    return f"{text}: {parts or 'nothing'} ({share.note})"
 
 
 def _table() -> Any:

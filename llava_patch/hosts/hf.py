@@ -1,0 +1,113 @@
+"""The host `hf`: Hugging Face's LlavaForConditionalGeneration and LlavaNextForConditionalGeneration."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from llava_patch.hosts import known
+from llava_patch.hosts.host import Anatomy, HostFiles
+
+HF = "hf"
+
+
+@dataclass(frozen=True, eq=False)
+class HFAnatomy(Anatomy):
+    """A LLaVA of transformers."""
+
+    host = HF
+    projector_name = "multi_modal_projector"
+    encoder_name = "get_image_features"
+    pixels_argument = "pixel_values"
+    ids_hold_places = True
+    tower_apart = False
+
+    @classmethod
+    def of(cls, model: Any) -> "HFAnatomy | None":
+        """See `Anatomy.of`."""
+        inner: Any = getattr(model, "model", None)
+        if not (hasattr(inner, cls.projector_name) and hasattr(inner, "language_model")):
+            return None
+        known.check_host(model, ((model, "forward"), (inner, "forward"), (inner, cls.encoder_name)))
+        return cls(model, inner.language_model, inner, inner.vision_tower, inner)
+
+    @property
+    def vision_model(self) -> Any:
+        """See `Anatomy.vision_model`."""
+        return self.tower
+
+    @property
+    def vision_model_now(self) -> Any:
+        """See `Anatomy.vision_model_now`."""
+        return self.wrapper.vision_tower
+
+    @property
+    def selected_layer(self) -> Any:
+        """`vision_feature_layer`."""
+        return self.model.config.vision_feature_layer
+
+    @property
+    def patches_only(self) -> bool:
+        """`vision_feature_select_strategy` = "default"."""
+        return self.model.config.vision_feature_select_strategy == "default"
+
+    @property
+    def dropped_tokens(self) -> int:
+        """The first token, whatever the tower: on one without CLS that is a patch; "full" keeps all."""
+        return int(self.patches_only)
+
+    @property
+    def tiles(self) -> bool:
+        """Whether it is a LLaVA-NeXT."""
+        return hasattr(self.wrapper, "pack_image_features")
+
+    @property
+    def image_token_id(self) -> int:
+        """See `Anatomy.image_token_id`."""
+        return int(self.model.config.image_token_id)
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """See `Anatomy.encode_images`."""
+        if self.tiles:  # LLaVA-NeXT's own method wants all tiles of whole images
+            states = self.tower(pixel_values, output_hidden_states=True).hidden_states
+            return self.projector(states[self.main_block][:, self.dropped_tokens :])
+        return super().encode_images(pixel_values)
+
+
+def whole_config(config: dict[str, Any]) -> Any:
+    """Transformers' configuration object of a config.json; defaults that a short one leaves out are filled in."""
+    from transformers import AutoConfig
+
+    values = copy.deepcopy(config)
+    return AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+def _skeleton(config: dict[str, Any]) -> Any:
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_config(whole_config(config))
+
+
+HF_FILES = HostFiles(
+    wrote=lambda config: config.get("model_type") in ("llava", "llava_next") and "text_config" in config,
+    text_config=lambda config: whole_config(config).text_config,
+    feature_width=lambda config: int(whole_config(config).vision_config.hidden_size),
+    skeleton=_skeleton,
+    linear=lambda k: f"linear_{k + 1}",
+    # The files have the first spelling of a name, and the model in memory the second, which adapters take.
+    parts=(
+        (r"(?:language_model\.model|model\.language_model)\.(.+)", "decoder."),
+        (r"(?:language_model\.)?lm_head\.(weight)", "head."),
+        (r"(?:model\.)?vision_tower\.(.+)", "tower."),
+        (r"(?:model\.)?multi_modal_projector\.(.+)", "projector."),
+        (r"(?:model\.)?multi_modal_projector_stack\.(.+)", "stack."),
+        (r"(?:model\.)?(image_newline)", ""),
+    ),
+    prefixes={
+        "decoder": "language_model.model.", "head": "language_model.lm_head.", "tower": "vision_tower.",
+        "projector": "multi_modal_projector.", "stack": "multi_modal_projector_stack.", "image_newline": "",
+    },
+)  # fmt: skip

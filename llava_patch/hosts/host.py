@@ -1,0 +1,335 @@
+"""What a host is: the two classes that a file of this folder fills in for one more host (`llava.py`, `hf.py`).
+
+`Anatomy` answers for a model in memory: where its parts are, and which tokens come out of them. `HostFiles` answers for
+a checkpoint on disk: whose config.json it is, its parts' configurations, and the names of its tensors.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from llava_patch.core.errors import HostError
+from llava_patch.hosts import compat, known
+from llava_patch.hosts.towers import layout as towers
+from llava_patch.hosts.towers.layout import Shape, Tower
+
+
+@dataclass(frozen=True, eq=False)
+class Anatomy(ABC):
+    """The parts of one host model.
+
+    Attributes:
+        host: the host's name.
+        projector_name: the projector's attribute name in `projector_owner`.
+        encoder_name: `wrapper`'s method that turns pixel values into projected visual tokens.
+        pixels_argument: the argument of the model's forward that brings images.
+        ids_hold_places: whether `input_ids` have one placeholder for each image token, written by a processor that
+            takes text and images together; else one placeholder an image, and the model makes room while it runs.
+        tower_apart: whether the vision tower has files of its own, is loaded after the language model, and runs under
+            `no_grad`; else it is a part of the model like any other.
+        model: the causal LM itself (wrappers stripped).
+        decoder: the LlamaModel (embed_tokens, layers, norm, rotary_emb).
+        wrapper: the module whose forward turns token ids and images into the decoder's embeddings: the causal LM on
+            `llava`, the inner LlavaModel on HF.
+        tower: the vision tower as the host holds it (CLIPVisionTower on `llava`, CLIPVisionModel on HF).
+        projector_owner: the module that holds the projector.
+    """
+
+    host: ClassVar[str]
+    projector_name: ClassVar[str]
+    encoder_name: ClassVar[str]
+    pixels_argument: ClassVar[str]
+    ids_hold_places: ClassVar[bool]
+    tower_apart: ClassVar[bool]
+
+    # Typed Any: what these modules have is the host's business.
+    model: Any
+    decoder: Any
+    wrapper: Any
+    tower: Any
+    projector_owner: Any
+
+    @classmethod
+    @abstractmethod
+    def of(cls, model: Any) -> "Anatomy | None":
+        """Describe a model, wrappers stripped; None: it is of another host.
+
+        Raises:
+            HostError: of this host, but unfinished, or with code of its own where images become embeddings.
+        """
+
+    # --- the decoder and the projector, alike on every host
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers, 0..L-1.
+
+        Raises:
+            HostError: a decoder that keeps them elsewhere.
+        """
+        layers = getattr(self.decoder, "layers", None)
+        if layers is None:
+            raise HostError(
+                f"{type(self.decoder).__name__} is not a decoder that llava_patch knows: it has no `layers`. Proven "
+                f"decoders: {', '.join(known.DECODERS)}"
+            )
+        return layers
+
+    @property
+    def norm(self) -> nn.Module:
+        """The decoder's final norm."""
+        return self.decoder.norm
+
+    @property
+    def lm_head(self) -> nn.Module:
+        """The output head: hidden size to vocabulary."""
+        return self.model.lm_head
+
+    @property
+    def embed_tokens(self) -> Any:
+        """The token embedding."""
+        return self.decoder.embed_tokens
+
+    @property
+    def text_config(self) -> Any:
+        """Configuration of the decoder (hidden_size, num_attention_heads, ...)."""
+        return self.decoder.config
+
+    @property
+    def projector(self) -> nn.Module:
+        """The projector: vision channels to decoder hidden size."""
+        return getattr(self.projector_owner, self.projector_name)
+
+    @property
+    def stack_name(self) -> str:
+        """Name of DeepStack's projector beside the projector; LLaVA's scripts treat what starts like it alike."""
+        return f"{self.projector_name}_stack"
+
+    def first_linear(self) -> tuple[nn.Module, str, nn.Linear]:
+        """The projector's first Linear as (parent module, attribute name, module).
+
+        Raises:
+            HostError: the projector has no Linear (mm_projector_type = identity).
+        """
+        if isinstance(self.projector, nn.Linear):
+            return self.projector_owner, self.projector_name, self.projector
+        for name, child in self.projector.named_children():
+            if isinstance(child, nn.Linear):
+                return self.projector, name, child
+        hint = ""
+        if any("lora_" in name for name, _ in self.projector.named_parameters()):
+            hint = ": peft has wrapped it; patch the model first, or leave the projector out of LoRA's target_modules"
+        raise HostError(f"the projector {type(self.projector).__name__} has no Linear layer to widen{hint}")
+
+    # --- the vision tower, and which of its tokens the host takes
+
+    @property
+    @abstractmethod
+    def vision_model(self) -> Any:
+        """The transformers vision model inside the tower; None while the host has not loaded it yet."""
+
+    @property
+    @abstractmethod
+    def vision_model_now(self) -> Any:
+        """`vision_model`, or what somebody has put in its place since the model was described."""
+
+    @property
+    def vision_config(self) -> Any:
+        """Configuration of the vision model; known before its weights are loaded."""
+        return self.tower.config
+
+    def vision_parts(self) -> Tower:
+        """Where the blocks of the loaded vision tower are, and what its tokens mean.
+
+        Raises:
+            HostError: the tower is not loaded yet, its class is not known (the message names what was not found), or
+                it does not report its hidden states to this host.
+        """
+        if self.vision_model is None:
+            raise HostError("the vision tower is not loaded yet: call its load_model() first")
+        towers.check_reports(self.vision_model)
+        return towers.describe(self.vision_model)
+
+    @property
+    def _shape(self) -> Shape:
+        return towers.shape_of(self.vision_config)
+
+    @property
+    def vision_width(self) -> int:
+        """Channels of one token of the vision tower."""
+        return self._shape.width
+
+    @property
+    def n_blocks(self) -> int:
+        """Number N of transformer blocks in the vision tower."""
+        return self._shape.n_blocks
+
+    @property
+    def patch_size(self) -> int:
+        """Side of one ViT patch in pixels of the processed image."""
+        return self._shape.patch_size
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the patch grid of one image (tile)."""
+        return self._shape.grid
+
+    @property
+    @abstractmethod
+    def selected_layer(self) -> Any:
+        """The hidden state that the host itself takes as the main feature, as its configuration says it."""
+
+    @property
+    def main_block(self) -> int:
+        """The block whose output is the main feature, 1..N (LLaVA-1.5 selects -2: block N-1).
+
+        Raises:
+            HostError: the host itself selects several layers, or one that the tower does not have.
+        """
+        select = self.selected_layer
+        if not isinstance(select, int):
+            raise HostError(
+                f"the model's own vision_feature_layer = {select} already fuses several layers; llava_patch needs one "
+                "main layer (an integer)"
+            )
+        block = select if select >= 0 else self.n_blocks + 1 + select
+        if not 1 <= block <= self.n_blocks:
+            raise HostError(f"vision select layer {select} is outside the tower's {self.n_blocks} blocks")
+        return block
+
+    @property
+    @abstractmethod
+    def patches_only(self) -> bool:
+        """Whether the host asks for patches alone."""
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens that the tower puts before the patches (CLS, registers), dropped or not."""
+        return towers.prefix_tokens_of(self.vision_config)
+
+    @property
+    def drops_cls(self) -> bool:
+        """Whether the host drops what comes before the patches (the CLS token) before the projector."""
+        return self.patches_only and self.prefix_tokens > 0
+
+    @property
+    def drops_patch(self) -> bool:
+        """Whether the host drops the first patch, because it counts on a CLS token that the tower does not have."""
+        return self.dropped_tokens > self.prefix_tokens
+
+    @property
+    @abstractmethod
+    def dropped_tokens(self) -> int:
+        """How many tokens of the tower the host drops at the front before the projector."""
+
+    # --- from images to the decoder
+
+    @property
+    @abstractmethod
+    def tiles(self) -> bool:
+        """Whether images are cut into tiles whose patches the host itself counts (anyres with a spatial layout)."""
+
+    @property
+    def mixes_patches(self) -> bool:
+        """Whether the host makes tokens of several patches on their way (LLaVA-NeXT's pooling and anyres_max)."""
+        return False
+
+    @property
+    @abstractmethod
+    def image_token_id(self) -> int:
+        """The id that marks an image in `input_ids`."""
+
+    @property
+    def encoder(self) -> tuple[Any, str]:
+        """(owner, name) of the method that turns pixel values into projected visual tokens in the host's own path."""
+        return self.wrapper, self.encoder_name
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """Projected visual tokens, through the host's own path (so a patched model gives its fused features).
+
+        On a model that cuts images into tiles: of single tiles, neither joined nor cut.
+
+        Args:
+            pixel_values: [images, 3, height, width], normalised by the host's image processor.
+
+        Returns:
+            [images, tokens, hidden_size].
+        """
+        return compat.one_tensor(getattr(self.wrapper, self.encoder_name)(pixel_values))
+
+    def pixels_of(self, sample: dict[str, Any]) -> Any:
+        """The images among the keyword arguments of the model's forward; None where it has none."""
+        return sample.get(self.pixels_argument)
+
+
+_MOST_LINEARS = 16
+# Old releases stored these; every version computes them itself.
+_COMPUTED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
+
+
+def is_computed(name: str) -> bool:
+    """Whether a stored tensor is a table that the model computes by itself (rotary frequencies, position ids)."""
+    return _COMPUTED.search(name) is not None
+
+
+@dataclass(frozen=True)
+class HostFiles:
+    """A host's checkpoints.
+
+    Tensors have one neutral spelling beside each host's own: `decoder.<name in the LlamaModel>`, `head.weight`,
+    `projector.<k>.<weight or bias>` (the k-th Linear, from 0), `stack.<k>.<...>` (DeepStack's second projector),
+    `tower.<name in the vision model>`, `image_newline`.
+
+    Attributes:
+        wrote: whether a config.json is one of this host.
+        text_config: the language model's configuration (LlamaConfig or MistralConfig) in a config.json.
+        feature_width: channels of one vision feature, by a config.json.
+        skeleton: the model of a config.json with its vision tower, made under `torch.device("meta")`; HostError where
+            the host's package, or its tower's configuration, is not there.
+        linear: the name of the projector's k-th Linear.
+        parts: patterns of the host's tensor names with the neutral prefix of what they hold.
+        prefixes: of the tensors of each neutral part as the host's files have them.
+    """
+
+    wrote: Callable[[dict[str, Any]], bool]
+    text_config: Callable[[dict[str, Any]], Any]
+    feature_width: Callable[[dict[str, Any]], int]
+    skeleton: Callable[[dict[str, Any]], Any]
+    linear: Callable[[int], str]
+    parts: tuple[tuple[str, str], ...]
+    prefixes: Mapping[str, str]
+
+    def neutral(self, name: str) -> str | None:
+        """A tensor's name in the host's files, or in memory, in the neutral spelling; None when it is not known."""
+        for pattern, prefix in self.parts:
+            found = re.fullmatch(pattern, name)
+            if found is not None and prefix in ("projector.", "stack."):
+                rest = self._read_linear(found[1])
+                return None if rest is None else prefix + rest
+            if found is not None:
+                return prefix + found[1]
+        return None
+
+    def _read_linear(self, rest: str) -> str | None:
+        name, _, kind = rest.rpartition(".")
+        places = {"": 0, **{self.linear(k): k for k in range(_MOST_LINEARS)}}  # "": mm_projector_type = linear
+        return f"{places[name]}.{kind}" if name in places and kind in ("weight", "bias") else None
+
+    def written(self, name: str, single: bool = False) -> str:
+        """A neutral name as the host's files have it.
+
+        Args:
+            name: the neutral name.
+            single: the projector is one Linear (mm_projector_type = linear).
+        """
+        part, _, rest = name.partition(".")
+        if part in ("projector", "stack"):
+            place, _, kind = rest.partition(".")
+            rest = kind if single else f"{self.linear(int(place))}.{kind}"
+        return self.prefixes[part] + (rest or part)

@@ -1,0 +1,157 @@
+"""The host `llava`: the original package's LlavaLlamaForCausalLM and kin."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+from llava_patch.core.errors import HostError
+from llava_patch.core.records import CONFIG_KEY
+from llava_patch.hosts import known
+from llava_patch.hosts.host import Anatomy, HostFiles
+
+LLAVA = "llava"
+_OWN_PREFIXES = ("mm_", "tune_mm_", "freeze_mm_", "unfreeze_mm_", "use_mm_", "image_", "tokenizer_")
+
+
+@dataclass(frozen=True, eq=False)
+class LlavaAnatomy(Anatomy):
+    """A model of the llava package."""
+
+    host = LLAVA
+    projector_name = "mm_projector"
+    encoder_name = "encode_images"
+    pixels_argument = "images"
+    ids_hold_places = False
+    tower_apart = True
+
+    @classmethod
+    def of(cls, model: Any) -> "LlavaAnatomy | None":
+        """See `Anatomy.of`."""
+        if not (hasattr(model, "get_vision_tower") and hasattr(model, "prepare_inputs_labels_for_multimodal")):
+            return None
+        decoder, tower = model.get_model(), model.get_vision_tower()
+        if tower is None or getattr(decoder, cls.projector_name, None) is None:
+            raise HostError(
+                "this llava model has no vision tower or projector yet: patch it after "
+                "initialize_vision_modules(), or load a finished LLaVA checkpoint"
+            )
+        known.check_host(
+            model, ((model, "forward"), (model, "prepare_inputs_labels_for_multimodal"), (model, cls.encoder_name))
+        )
+        return cls(model, decoder, model, tower, decoder)
+
+    @property
+    def vision_model(self) -> Any:
+        """See `Anatomy.vision_model`."""
+        return getattr(self.tower, "vision_tower", None)
+
+    @property
+    def vision_model_now(self) -> Any:
+        """See `Anatomy.vision_model_now`."""
+        return getattr(self.model.get_vision_tower(), "vision_tower", None)
+
+    @property
+    def selected_layer(self) -> Any:
+        """`mm_vision_select_layer`."""
+        return self.tower.select_layer
+
+    @property
+    def patches_only(self) -> bool:
+        """`mm_vision_select_feature` = "patch"."""
+        return self.tower.select_feature == "patch"
+
+    @property
+    def dropped_tokens(self) -> int:
+        """What the tower itself puts before the patches, or nothing."""
+        return self.prefix_tokens if self.patches_only else 0
+
+    @property
+    def tiles(self) -> bool:
+        """`mm_patch_merge_type` = "spatial", "spatial_unpad", ..."""
+        return str(getattr(self.model.config, "mm_patch_merge_type", "flat")).startswith("spatial")
+
+    @property
+    def mixes_patches(self) -> bool:
+        """See `Anatomy.mixes_patches`."""
+        config = self.model.config
+        ratio, merge = (str(getattr(config, n, "")) for n in ("image_aspect_ratio", "mm_patch_merge_type"))
+        return "anyres_max" in ratio or "maxpool" in merge
+
+    @property
+    def image_token_id(self) -> int:
+        """A placeholder of -200, which no vocabulary has."""
+        from llava.constants import IMAGE_TOKEN_INDEX
+
+        return IMAGE_TOKEN_INDEX
+
+
+def is_own(key: str) -> bool:
+    """Whether a key of llava's config is LLaVA's rather than the language model's."""
+    return key.startswith(_OWN_PREFIXES)
+
+
+def text_config(config: dict[str, Any]) -> Any:
+    """The language model's configuration: what is left of a config.json without LLaVA's own keys."""
+    from transformers import AutoConfig
+
+    kind = "mistral" if config.get("model_type") == "llava_mistral" else "llama"
+    dropped = ("model_type", "architectures", "_name_or_path", "auto_map", CONFIG_KEY)
+    values = {k: v for k, v in copy.deepcopy(config).items() if not is_own(k) and k not in dropped}
+    return AutoConfig.for_model(kind, **values)
+
+
+def _skeleton(config: dict[str, Any]) -> Any:
+    try:
+        if config.get("model_type") == "llava_mistral":
+            from llava.model.language_model.llava_mistral import LlavaMistralConfig as Config
+            from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM as Model
+        else:
+            from llava.model.language_model.llava_llama import LlavaConfig as Config
+            from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM as Model
+    except ImportError as error:
+        raise HostError(f"the llava package, whose checkpoint this is, cannot be imported ({error})") from error
+    values = {k: v for k, v in copy.deepcopy(config).items() if k not in ("model_type", "architectures")}
+    values["unfreeze_mm_vision_tower"] = False  # or the constructor would load the tower's weights
+    try:
+        model = Model(Config(**values))
+    except (OSError, ValueError) as error:
+        raise HostError(f"its vision tower {config.get('mm_vision_tower')} is not there ({error})") from error
+    tower = model.get_vision_tower()
+    tower.vision_tower = _tower(tower.vision_tower_name)
+    tower.vision_tower.requires_grad_(False)  # as llava's own load_model does
+    tower.is_loaded = True
+    return model
+
+
+def _tower(name: str) -> Any:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    from llava_patch.hosts.towers import models as tower_models
+
+    config = tower_models.read_config(name)
+    if config is None:
+        return CLIPVisionModel(CLIPVisionConfig.from_pretrained(name))
+    return tower_models.model_class(config)(config)
+
+
+LLAVA_FILES = HostFiles(  # of the vision tower, which has a folder of its own, a trained one alone is among them
+    wrote=lambda config: "mm_vision_tower" in config and config.get("model_type") != "llava_mpt",
+    text_config=text_config,
+    feature_width=lambda config: int(config["mm_hidden_size"]),
+    skeleton=_skeleton,
+    linear=lambda k: str(2 * k),  # activations have the odd places
+    parts=(
+        (r"model\.vision_tower\.vision_tower\.(.+)", "tower."),
+        (r"model\.mm_projector\.(.+)", "projector."),
+        (r"model\.mm_projector_stack\.(.+)", "stack."),
+        (r"model\.(image_newline)", ""),
+        (r"lm_head\.(weight)", "head."),
+        (r"model\.((?:embed_tokens|layers|norm|side_branch)\..+)", "decoder."),
+    ),
+    prefixes={
+        "decoder": "model.", "head": "lm_head.", "tower": "model.vision_tower.vision_tower.",
+        "projector": "model.mm_projector.", "stack": "model.mm_projector_stack.", "image_newline": "model.",
+    },
+)  # fmt: skip

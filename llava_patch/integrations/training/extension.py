@@ -1,0 +1,139 @@
+"""What we add to a Trainer of transformers: each point of a run in one place, whoever takes part in it.
+
+For some points a Trainer has callbacks. At the others its own methods are replaced, each of them once however many
+extensions there are, and only where one has something to do there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from llava_patch.core.undo import UndoStack
+
+
+class TrainerExtension:
+    """Something that takes part in a Trainer's runs; it overrides the points at which it has something to do.
+
+    Every rank comes to every point. `state` is the Trainer's TrainerState.
+
+    Attributes:
+        trainer: the Trainer, from `extend` on.
+    """
+
+    trainer: Any = None
+
+    def arrange(self, optimizer: Any) -> None:
+        """The Trainer has made its optimizer, whose groups neither a scheduler nor DeepSpeed has read."""
+
+    def resume(self, folder: Path | None) -> None:
+        """The run goes on from this checkpoint, whose weights are there, or is a new one."""
+
+    def begin(self, state: Any) -> None:
+        """A run begins."""
+
+    def begin_step(self, state: Any, optimizer: Any) -> None:
+        """An optimizer step begins, the one after `state.global_step`; `optimizer` is what accelerate made of it."""
+
+    def training_step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """One micro-batch: call `step`, the Trainer's own method, with these arguments."""
+        return step(*args, **kwargs)
+
+    def end_step(self, state: Any) -> None:
+        """An optimizer step ended; it is number `state.global_step`."""
+
+    def log(self, logs: dict[str, float]) -> dict[str, float]:
+        """What the Trainer logs; what this returns is logged."""
+        return logs
+
+    def save(self, state: Any, folder: Path) -> None:
+        """The Trainer has written a checkpoint."""
+
+    def end(self, state: Any) -> None:
+        """The run ends."""
+
+
+def extend(trainer: Any, extension: TrainerExtension) -> None:
+    """Let an extension take part in a Trainer's runs, after those that do already.
+
+    Modifications: a callback is added, once. Where an extension has something to do there, instance attributes of the
+    Trainer are replaced: `create_optimizer` and `_load_optimizer_and_scheduler` for good, `training_step` and `log`
+    from a run's beginning to its end.
+    """
+    callbacks = (one for one in trainer.callback_handler.callbacks if isinstance(one, _Extensions))
+    extensions = next(callbacks, None)
+    if extensions is None:
+        extensions = _Extensions(trainer)
+        trainer.add_callback(extensions)
+    extension.trainer = trainer
+    extensions.members.append(extension)
+    extensions.replace({"create_optimizer": "arrange", "_load_optimizer_and_scheduler": "resume"}, UndoStack())
+
+
+class _Extensions(TrainerCallback):
+    """A Trainer's extensions; the methods that bear the names of the Trainer's own stand for these."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.members: list[TrainerExtension] = []
+        self._trainer = trainer
+        self._run = UndoStack()
+        self._replaced: set[str] = set()
+
+    def replace(self, methods: dict[str, str], undo: UndoStack) -> None:
+        """Put ours in the place of the Trainer's methods, {name: point}, at whose points an extension takes part."""
+        for name, point in methods.items():
+            wanted = any(getattr(type(one), point) is not getattr(TrainerExtension, point) for one in self.members)
+            if wanted and name not in self._replaced:
+                original = getattr(self._trainer, name)
+                ours = functools.wraps(original)(functools.partial(getattr(self, name), original))
+                undo.set_attribute(self._trainer, name, ours)
+                self._replaced.add(name)
+                undo.push(functools.partial(self._replaced.discard, name))
+
+    def create_optimizer(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        made = self._trainer.optimizer is None
+        optimizer = original(*args, **kwargs)
+        for one in self.members if made else ():
+            one.arrange(optimizer)
+        return optimizer
+
+    def _load_optimizer_and_scheduler(self, original: Callable[..., Any], checkpoint: Any) -> Any:
+        for one in self.members:
+            one.resume(None if checkpoint is None else Path(checkpoint))
+        return original(checkpoint)
+
+    def training_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        for one in self.members:
+            original = functools.partial(one.training_step, original)
+        return original(*args, **kwargs)
+
+    def log(self, original: Callable[..., Any], logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        for one in self.members:
+            logs = one.log(logs)
+        original(logs, *args, **kwargs)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.replace({"training_step": "training_step", "log": "log"}, self._run)
+        for one in self.members:
+            one.begin(state)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for one in self.members:
+            one.begin_step(state, kwargs.get("optimizer"))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for one in self.members:
+            one.end_step(state)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for one in self.members:
+            one.save(state, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for one in self.members:
+            one.end(state)
+        self._run.unwind()

@@ -1,0 +1,94 @@
+"""Flags of LLaVA's training script that gin binds (`Flags.lora_r = 16`), brought into the script."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from transformers import HfArgumentParser, set_seed
+
+from llava_patch.core.errors import SettingError
+from llava_patch.hosts import compat
+
+if TYPE_CHECKING:
+    from llava_patch.core.undo import UndoStack
+    from llava_patch.settings.gin_config import Configuration
+
+
+def add(asked: "Configuration", undo: "UndoStack") -> None:
+    """Append the flags to the script's own: of two, its parser takes the later.
+
+    When the script parses them, once, unknown ones are refused by their gin names, and `--seed` seeds: LLaVA makes a
+    new projector and LoRA's matrices before the Trainer seeds anything.
+    """
+    added = arguments(asked.flags)
+    compat.fix_argv(added)
+    if added and os.environ.get("RANK", "0") == "0":
+        print(describe(sys.argv[1:], added), flush=True)
+    sys.argv.extend(added)
+    cls: Any = HfArgumentParser
+    original = cls.parse_args_into_dataclasses
+
+    @functools.wraps(original)
+    def parse_args_into_dataclasses(self: Any, *args: Any, **kwargs: Any) -> Any:
+        cls.parse_args_into_dataclasses = original
+        renamed = {}
+        for name, value in asked.flags.items():
+            option = [f"--{name}"]
+            compat.fix_argv(option)
+            renamed[option[0][2:]] = value
+        refuse_unknown(renamed, self._option_string_actions)
+        parsed = original(self, *args, **kwargs)
+        for part in parsed:
+            if hasattr(part, "seed"):
+                set_seed(part.seed)
+        return parsed
+
+    undo.set_attribute(cls, "parse_args_into_dataclasses", parse_args_into_dataclasses)
+
+
+def arguments(values: Mapping[str, Any]) -> list[str]:
+    """What `values` look like on a command line."""
+    words: list[str] = []
+    for name, value in values.items():
+        words += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
+    return words
+
+
+def describe(script: Sequence[str], added: Sequence[str]) -> str:
+    """One line that says which flags are added and which of the script's own values they replace."""
+    before, after = _by_name(script), _by_name(added)
+    replaced = [f"--{name} {before[name]}" for name in after if name in before and before[name] != after[name]]
+    line = f"llava_patch: flags from gin: {' '.join(added)}"
+    return f"{line} (instead of the script's {' '.join(replaced)})" if replaced else line
+
+
+def refuse_unknown(values: Mapping[str, Any], options: Iterable[str]) -> None:
+    """Check the bound flags' names against the option strings, with their dashes, that a script's parser takes.
+
+    Raises:
+        SettingError: the script has no such flag; names a similar one.
+    """
+    known = [option[2:] for option in options if option.startswith("--")]
+    for name in values:
+        if name in known:
+            continue
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean Flags.{near[0]}?" if near else ""
+        raise SettingError(f"Flags.{name}: the training script has no flag --{name}{hint}")
+
+
+def _by_name(words: Sequence[str]) -> dict[str, str]:
+    found: dict[str, list[str]] = {}
+    current: list[str] = []
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            current = found[name.replace("-", "_")] = [value] if equals else []
+        else:
+            current.append(word)
+    return {name: " ".join(values) or "True" for name, values in found.items()}

@@ -1,0 +1,152 @@
+"""What an inspection found, in words and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from llava_patch.settings.methods import from_dict
+from llava_patch.tools.inspect.base import Match
+
+KINDS = ("fusion", "routing", "pruning", "probe")
+FORMS = {
+    "full": "a full checkpoint",
+    "adapter": "an adapter: what was added or trained, over its base",
+    "lora": "LLaVA's LoRA files; load them with the base (model_base, --base)",
+    "projector": "a stage-1 projector; give it to stage 2 with --pretrain_mm_mlp_adapter and these settings",
+    "settings": "settings and configuration without weights",
+}
+
+
+@dataclass(frozen=True)
+class Added:
+    """One tensor that the patch added, widened or trained.
+
+    Attributes:
+        name: in the file.
+        shape: its shape.
+        dtype: torch's name of its type.
+        parameters: how many values it has.
+        role: "side branch", "projector", "second projector", "tower", "LoRA" or "decoder".
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    parameters: int
+    role: str
+
+
+@dataclass(frozen=True)
+class Share:
+    """What the settings leave trainable.
+
+    Attributes:
+        trainable: parameters.
+        total: parameters of the whole model, vision tower included.
+        by_part: trainable parameters by role.
+        note: how it was found, or why it is not known (both numbers are then None).
+    """
+
+    trainable: int | None
+    total: int | None
+    by_part: dict[str, int] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect_checkpoint` found.
+
+    Attributes:
+        checkpoint: the folder.
+        host: "llava" or "hf"; None where the folder does not say.
+        form: one of `FORMS`.
+        settings: by kind ("fusion", "routing", ...) every field of the settings; None: no such method.
+        trained_tower: whether the vision tower's weights are not the original ones.
+        parameters: values in the folder's own weight files.
+        weight_bytes: size of these files.
+        added: tensors of the patch.
+        base: the model below, by record or --base; None for a full checkpoint without --base.
+        match: how that base compares; None where there is none.
+        share: what the settings leave trainable.
+        stage1: files of LLaVA's stage 1.
+        versions: what wrote it, as far as it is recorded.
+        files: further files of a training run that lie there.
+    """
+
+    checkpoint: str
+    host: str | None
+    form: str
+    settings: dict[str, dict[str, Any] | None]
+    trained_tower: bool
+    parameters: int
+    weight_bytes: int
+    added: list[Added]
+    base: str | None
+    match: Match | None
+    share: Share
+    stage1: list[str]
+    versions: dict[str, str]
+    files: list[str]
+
+    @property
+    def is_patched(self) -> bool:
+        """Whether it carries a patch of ours."""
+        return any(value is not None for value in self.settings.values()) or self.trained_tower
+
+    def methods(self) -> dict[str, Any]:
+        """The settings dataclasses by kind, the methods that last beyond training."""
+        chosen = {k: v for k, v in self.settings.items() if v is not None and k != "probe"}
+        return {k: from_dict(v, self.checkpoint) for k, v in chosen.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"format": 1, "patched": self.is_patched, **dataclasses.asdict(self)}
+
+
+def facts_of(found: Inspection) -> list[tuple[str, str]]:
+    """The inspection's single facts, as text."""
+    hosts = {"llava": "the original llava package", "hf": "Hugging Face's LlavaForConditionalGeneration", None: "?"}
+    patch = [f"{kind}: {values['method']}" for kind, values in found.settings.items() if values]
+    patch += ["vision tower: trained"] if found.trained_tower else []
+    rows = [
+        ("checkpoint", found.checkpoint),
+        ("host", hosts[found.host]),
+        ("form", FORMS[found.form]),
+        ("patch", "; ".join(patch) or "none: a stock checkpoint"),
+        ("weights", f"{found.parameters:,} parameters in its own files, {found.weight_bytes / 1e6:,.1f} MB"),
+        ("trainable", share_text(found)),
+    ]
+    if found.base:
+        rows.append(("base", found.base))
+    if found.match is not None:
+        rows.append(
+            ("base matches", {True: "yes", False: "NO", None: "not known"}[found.match.same] + f": {found.match.note}")
+        )
+    if found.stage1:
+        rows.append(("stage-1 files", "\n".join(found.stage1)))
+    if found.versions:
+        rows.append(("written by", ", ".join(f"{name} {value}" for name, value in found.versions.items())))
+    if found.files:
+        rows.append(("of its run", ", ".join(found.files)))
+    return rows
+
+
+def share_text(found: Inspection) -> str:
+    """The trainable share in words."""
+    share = found.share
+    if share.trainable is None:
+        return share.note
+    text = f"{share.trainable:,}"
+    if share.total:
+        text += f" of {share.total:,} parameters ({100 * share.trainable / share.total:.2f} %)"
+    parts = ", ".join(f"{part} {count:,}" for part, count in share.by_part.items())
+    return f"{text}: {parts or 'nothing'} ({share.note})"
+
+
+def to_json(found: Inspection) -> str:
+    """Everything that was found, as JSON."""
+    return json.dumps(found.to_dict(), indent=1, default=str)
