@@ -10,35 +10,35 @@ TYPE_CHECKING = False  # typing itself takes longer to import than everything he
 from llava_patch.core.version import __version__  # noqa: E402
 
 _EXPORTS = {
-    "AttentionMaps": "measurements.attention_maps",
+    "AttentionMaps": "measurements.attention_maps.result",
     "AuxiliaryProbe": "settings.auxiliary",
     "DeepStack": "fusion.deep_stack",
     "DenseConnector": "fusion.dense_connector",
     "DirectFusion": "fusion.direct_fusion",
-    "Drift": "measurements.drift",
+    "Drift": "measurements.drift.result",
     "FastV": "routing.fastv",
-    "FusionAttention": "measurements.fusion_attention",
+    "FusionAttention": "measurements.fusion_attention.result",
     "Gradients": "measurements.gradients.settings",
     "Handle": "patching.handle",
     "LlavaPatchError": "core.errors",
     "RProbe": "measurements.rprobe.settings",
-    "Reach": "measurements.reach.settings",
+    "Reach": "measurements.reach.result",
     "RegionCollator": "integrations.training.auxiliary",
     "Routing": "settings.routing",
-    "Saturation": "measurements.saturation",
+    "Saturation": "measurements.saturation.result",
     "SkipLinks": "fusion.skip_links",
-    "compare_reach": "measurements.reach.compare",
+    "compare_reach": "measurements.reach.measure",
     "get_handle": "patching.handle",
     "inspect_checkpoint": "tools.inspect",
     "load": "patching.checkpoint",
     "load_subject": "data.loaded",
-    "measure_attention_maps": "measurements.attention_maps",
-    "measure_drift": "measurements.drift",
+    "measure_attention_maps": "measurements.attention_maps.measure",
+    "measure_drift": "measurements.drift.measure",
     "measure_flops": "measurements.flops.result",
-    "measure_fusion_attention": "measurements.fusion_attention",
+    "measure_fusion_attention": "measurements.fusion_attention.measure",
     "measure_gradients": "measurements.gradients.measure",
     "measure_reach": "measurements.reach.measure",
-    "measure_saturation": "measurements.saturation",
+    "measure_saturation": "measurements.saturation.measure",
     "patch": "patching.patch",
     "read_examples": "data.examples",
     "read_samples": "data.readers",
@@ -57,23 +57,23 @@ if TYPE_CHECKING:
     from llava_patch.fusion.direct_fusion import DirectFusion as DirectFusion
     from llava_patch.fusion.skip_links import SkipLinks as SkipLinks
     from llava_patch.integrations.training.auxiliary import RegionCollator as RegionCollator
-    from llava_patch.measurements.attention_maps import AttentionMaps as AttentionMaps
-    from llava_patch.measurements.attention_maps import measure_attention_maps as measure_attention_maps
-    from llava_patch.measurements.drift import Drift as Drift
-    from llava_patch.measurements.drift import measure_drift as measure_drift
+    from llava_patch.measurements.attention_maps.measure import measure_attention_maps as measure_attention_maps
+    from llava_patch.measurements.attention_maps.result import AttentionMaps as AttentionMaps
+    from llava_patch.measurements.drift.measure import measure_drift as measure_drift
+    from llava_patch.measurements.drift.result import Drift as Drift
     from llava_patch.measurements.flops.result import measure_flops as measure_flops
-    from llava_patch.measurements.fusion_attention import FusionAttention as FusionAttention
-    from llava_patch.measurements.fusion_attention import measure_fusion_attention as measure_fusion_attention
+    from llava_patch.measurements.fusion_attention.measure import measure_fusion_attention as measure_fusion_attention
+    from llava_patch.measurements.fusion_attention.result import FusionAttention as FusionAttention
     from llava_patch.measurements.gradients.measure import measure_gradients as measure_gradients
     from llava_patch.measurements.gradients.settings import Gradients as Gradients
-    from llava_patch.measurements.reach.compare import compare_reach as compare_reach
+    from llava_patch.measurements.reach.measure import compare_reach as compare_reach
     from llava_patch.measurements.reach.measure import measure_reach as measure_reach
-    from llava_patch.measurements.reach.settings import Reach as Reach
+    from llava_patch.measurements.reach.result import Reach as Reach
     from llava_patch.measurements.rprobe.fit import run_rprobe as run_rprobe
     from llava_patch.measurements.rprobe.output import write_run as write_run
     from llava_patch.measurements.rprobe.settings import RProbe as RProbe
-    from llava_patch.measurements.saturation import Saturation as Saturation
-    from llava_patch.measurements.saturation import measure_saturation as measure_saturation
+    from llava_patch.measurements.saturation.measure import measure_saturation as measure_saturation
+    from llava_patch.measurements.saturation.result import Saturation as Saturation
     from llava_patch.patching.checkpoint import load as load
     from llava_patch.patching.handle import Handle as Handle
     from llava_patch.patching.handle import get_handle as get_handle

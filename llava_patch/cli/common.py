@@ -1,46 +1,43 @@
-"""Subcommands of `llava-patch` that measure a checkpoint: one file each, and what they share.
-
-A file has a function `add(app)` that adds its command (or a group) to the console command; `NAMES` lists the files.
-"""
+"""What the commands of `llava-patch` share: words that mean the same everywhere, and what is checked first."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib
+import difflib
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
-from llava_patch.core.errors import CheckpointError
+from llava_patch.core.errors import CheckpointError, SettingError
 from llava_patch.core.paths import default_name
 
-if TYPE_CHECKING:
-    from llava_patch.data.loaded import Subject
-
-
-NAMES: tuple[str, ...] = (
-    "attention_maps",
-    "drift",
-    "flops",
-    "fusion_attention",
-    "gradients",
-    "reach",
-    "report",
-    "saturation",
-)
-
+DEFAULT = "run"
 PANEL = "Measure a checkpoint"
 
 # Options that mean the same in every measurement.
 CHECKPOINT = typer.Argument(
     ..., metavar="CKPT", help="checkpoint folder or hub name, of llava or HF, patched or not; or an adapter"
 )
+OPTIONAL = typer.Argument("", metavar="CKPT", help="checkpoint folder or hub name; only its JSON files are read")
 DATA = typer.Argument(
     "", metavar="DATA", help="LLaVA's JSON, R-Probe's kinds of data, an image or a folder of them; default: pages"
 )
+DATA_OPTION = typer.Option(
+    "", "--data", help="LLaVA's JSON, R-Probe's kinds of data or a folder of images; default: pages"
+)
 BASE = typer.Option("", help="the model below a LoRA or projector-only checkpoint of llava")
+COMPARED = typer.Option(
+    "",
+    help="the model that it was trained from, which it is compared with (below a LoRA or projector-only checkpoint of "
+    "llava, too); default: what the record of CKPT names",
+    show_default=False,
+)
+FORMAT = typer.Option(["png"], "--format", help="of figures: png or pdf; may be repeated")
+NAMES = typer.Option("", help="what to call them, with commas between; default: by their paths")
 DEVICE = typer.Option("", help="cpu, cuda or cuda:N; default: cuda where there is one")
 DTYPE = typer.Option(
     "", help="of the model; default: float32 on cpu (bfloat16 where that does not fit), float16 on cuda"
@@ -48,27 +45,6 @@ DTYPE = typer.Option(
 QUESTION = typer.Option("", help="asked about every image; default: the data's own, or what its text is")
 GIN_FILE = typer.Option([], help="gin file with bindings of this measurement or a patch; may be repeated")
 GIN_PARAM = typer.Option([], help="one gin binding; may be repeated")
-
-
-def register(app: typer.Typer) -> None:
-    """Add every measurement's command, in a panel of its own in the help."""
-    commands, groups = len(app.registered_commands), len(app.registered_groups)
-    for name in NAMES:
-        importlib.import_module(f"llava_patch.cli.{name}").add(app)
-    for command in app.registered_commands[commands:]:
-        command.rich_help_panel = PANEL
-    for group in app.registered_groups[groups:]:
-        group.rich_help_panel = PANEL
-
-
-def samples_option(default: int, setting: str) -> Any:
-    """`--samples`, which means the same everywhere."""
-    return typer.Option(
-        None,
-        min=0,
-        help=f"spread evenly over DATA; 0: all of it; default: {setting}, or {default}",
-        show_default=False,
-    )
 
 
 @contextlib.contextmanager
@@ -113,6 +89,15 @@ def check_checkpoint(name: str, setting: str = "") -> None:
         raise CheckpointError(f"{what}: no such folder; as a hub name: the hub does not give it")
 
 
+def check_formats(formats: list[str]) -> None:
+    """Refuse an unknown figure format before anything is read or written."""
+    from llava_patch.measurements.base import FIGURES
+
+    for suffix in formats:
+        if suffix not in FIGURES:
+            raise SettingError(f"--format {suffix}: expected {' or '.join(FIGURES)}")
+
+
 def folder_for(measurement: str, checkpoint: str, output: Path | None) -> Path:
     """Where results go: `output`, or MEASUREMENT/NAME-OF-CHECKPOINT.
 
@@ -125,8 +110,27 @@ def folder_for(measurement: str, checkpoint: str, output: Path | None) -> Path:
     return folder
 
 
-def load(checkpoint: str, base: str = "", device: str = "", dtype: str = "") -> "Subject":
-    """The checkpoint's model, ready to be measured."""
-    from llava_patch.data.loaded import load_subject
+class DefaultGroup(TyperGroup):
+    """A group whose default subcommand need not be named (a checkpoint called like a subcommand: ./NAME)."""
 
-    return load_subject(checkpoint, base, device, dtype)
+    second = ""  # where a second data argument belongs
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        """Put the default subcommand in front of arguments that name none."""
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            meant = difflib.get_close_matches(args[0], self.commands, n=1, cutoff=0.75)
+            if meant and not os.path.exists(args[0]):
+                ctx.fail(f"no command and no checkpoint is called {args[0]!r}: did you mean {meant[0]!r}?")
+            args = [DEFAULT, *args]
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        """Say where a second data argument belongs, which click only calls unexpected."""
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            # click's class: typer carries a copy of it in some versions and depends on it in others.
+            inner, message = getattr(error, "ctx", None), getattr(error, "message", "")
+            if self.second and getattr(inner, "info_name", None) == DEFAULT and "unexpected extra argument" in message:
+                error.message = f"{message}: CKPT takes one DATA; {self.second}"  # type: ignore[attr-defined]
+            raise

@@ -5,6 +5,7 @@ An entry names its module and attribute, which is loaded on first use, so that n
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
@@ -27,16 +28,20 @@ METHODS: dict[str, str] = {
     "AuxiliaryProbe": "llava_patch.settings.auxiliary:AuxiliaryProbe",
 }
 """Settings classes of the methods; a class says in KIND which keyword of `patch` takes it."""
-# Settings that gin binds, beside those of the methods.
+# Commands, gin's bindings, the report's sections (in this order) and the lmms-eval tasks follow from this list.
 MEASUREMENTS: dict[str, str] = {
-    "AttentionMaps": "llava_patch.measurements.attention_maps.result:AttentionMaps",
-    "Drift": "llava_patch.measurements.drift.result:Drift",
-    "FusionAttention": "llava_patch.measurements.fusion_attention.result:FusionAttention",
-    "Gradients": "llava_patch.measurements.gradients.settings:Gradients",
+    "saturation": "llava_patch.measurements.saturation.measurement:SaturationMeasurement",
+    "attention_maps": "llava_patch.measurements.attention_maps.measurement:AttentionMapsMeasurement",
+    "flops": "llava_patch.measurements.flops.measurement:FlopsMeasurement",
+    "gradients": "llava_patch.measurements.gradients.measurement:GradientsMeasurement",
+    "reach": "llava_patch.measurements.reach.measurement:ReachMeasurement",
+    "drift": "llava_patch.measurements.drift.measurement:DriftMeasurement",
+    "fusion_attention": "llava_patch.measurements.fusion_attention.measurement:FusionAttentionMeasurement",
+}
+# Further settings that gin binds, beside those of the methods in settings/methods.py.
+SETTINGS: dict[str, str] = {
     "RProbe": "llava_patch.measurements.rprobe.settings:RProbe",
-    "Reach": "llava_patch.measurements.reach.settings:Reach",
     "Report": "llava_patch.tools.report.settings:Report",
-    "Saturation": "llava_patch.measurements.saturation.settings:Saturation",
 }
 SWEEP = "llava_patch.tools.sweep.settings:Sweep"
 AUTO_SPLIT = "llava_patch.measurements.saturation.auto_split:resolve_split"
@@ -59,3 +64,15 @@ def methods(kind: str | None = None) -> dict[str, Any]:
     """The settings classes of the methods by name: of one kind, or of all."""
     found = {name: load(entry) for name, entry in METHODS.items()}
     return {name: cls for name, cls in found.items() if kind in (None, cls.KIND)}
+
+
+@functools.cache
+def measurement(name: str) -> Any:
+    """A measurement (see `measurements.base.Measurement`) by its name in `MEASUREMENTS`."""
+    return load(MEASUREMENTS[name])()
+
+
+def settings() -> dict[str, Any]:
+    """The settings that gin binds beside those of the methods: class by its name."""
+    found = [measurement(name).settings for name in MEASUREMENTS] + [load(entry) for entry in SETTINGS.values()]
+    return {cls.__name__: cls for cls in found if cls is not None}

@@ -115,7 +115,7 @@ def _load_llava(files: CheckpointFiles, base: str, device: str, dtype: torch.dty
             f"{checkpoint} is a checkpoint of the llava package, which cannot be imported ({error}): "
             "pip install --no-deps llava-torch"
         ) from error
-    whole = files.base is not None or any(locate(checkpoint, name) for name in _WEIGHTS)
+    whole = _is_whole(files)
     lora = not whole and locate(checkpoint, _LORA) is not None
     if not whole and not lora and locate(checkpoint, _PROJECTOR) is None:
         raise CheckpointError(f"{checkpoint}: it holds no weights ({', '.join((*_WEIGHTS, _LORA, _PROJECTOR))})")
@@ -131,6 +131,16 @@ def _load_llava(files: CheckpointFiles, base: str, device: str, dtype: torch.dty
     )
     model.to(dtype)
     return Subject(model, tokenizer, image_processor)
+
+
+def _is_whole(files: CheckpointFiles) -> bool:
+    return files.base is not None or any(locate(files.source, name) for name in _WEIGHTS)
+
+
+def is_part(checkpoint: str) -> bool:
+    """Whether a checkpoint is one of llava that holds LoRA weights or a projector only: it needs the model below."""
+    files = configs.look(checkpoint)
+    return files.host == LLAVA and not _is_whole(files)
 
 
 @contextlib.contextmanager

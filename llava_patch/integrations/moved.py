@@ -20,9 +20,21 @@ MOVED = {
     "config": ("settings.gin_config",),
     "convert": ("tools.convert",),
     "diagnostics": ("measurements", "integrations.training.gradients", "data.examples"),
+    **{
+        f"diagnostics.{name}": (f"measurements.{name}", f"measurements.{name}.result", f"measurements.{name}.measure")
+        for name in ("attention_maps", "drift", "fusion_attention", "saturation")
+    },
     "diagnostics.examples": ("data.examples",),
-    "diagnostics.gradients": ("measurements.gradients", "integrations.training.gradients"),
+    "diagnostics.gradients": (
+        "measurements.gradients",
+        "measurements.gradients.settings",
+        "measurements.gradients.result",
+        "measurements.gradients.decompose",
+        "integrations.training.gradients",
+    ),
     "diagnostics.inputs": ("data.inputs",),
+    "diagnostics.reach.compare": ("measurements.reach.measure", "measurements.reach.result"),
+    "diagnostics.reach.settings": ("measurements.reach.result",),
     "errors": ("core.errors",),
     "evaluation": ("integrations.lmms_eval",),
     "handle": ("patching.handle",),

@@ -421,11 +421,10 @@ def comes_back(cls: Any, name: str, without: tuple[str, ...] = ()) -> Any:
 
 
 def test_a_saturation_result_is_read():
-    from llava_patch.measurements.saturation import SaturationResult
-    from llava_patch.measurements.saturation.result import read_result
+    from llava_patch.measurements.saturation.result import SaturationResult
 
     comes_back(SaturationResult, "saturation/saturation.json")
-    agrees("saturation", saturation_numbers(read_result(Path("saturation/saturation.json"))))
+    agrees("saturation", saturation_numbers(SaturationResult.load("saturation/saturation.json")))
 
 
 def saturation_numbers(found: Any) -> dict[str, Any]:
@@ -499,8 +498,7 @@ def test_a_trainers_curves_are_read():
 
 
 def test_reach_is_read():
-    from llava_patch.measurements.reach.compare import ReachComparison
-    from llava_patch.measurements.reach.result import ReachResult
+    from llava_patch.measurements.reach.result import ReachComparison, ReachResult
 
     def brief(found: Any) -> dict[str, Any]:
         parts = [[p.part.kind, p.part.number, p.part.role, p.state, p.asking, p.norm] for p in found.parts]
@@ -517,7 +515,7 @@ def test_reach_is_read():
 
 
 def test_drift_is_read():
-    from llava_patch.measurements.drift import DriftResult
+    from llava_patch.measurements.drift.result import DriftResult
 
     found = comes_back(DriftResult, "drift/drift.json", ("facts",))
     brief = {name: getattr(found, name) for name in ("n_layers", "split", "samples", "checkpoint", "base", "prunes")}
@@ -525,7 +523,7 @@ def test_drift_is_read():
 
 
 def test_fusion_attention_is_read():
-    from llava_patch.measurements.fusion_attention import FusionAttentionResult
+    from llava_patch.measurements.fusion_attention.result import FusionAttentionResult
 
     found = comes_back(FusionAttentionResult, "fusion_attention/fusion_attention.json", ("facts",))
     brief = {name: getattr(found, name) for name in ("layers", "trained", "stock", "samples", "checkpoint", "base")}
@@ -533,7 +531,7 @@ def test_fusion_attention_is_read():
 
 
 def test_attention_maps_are_read():
-    from llava_patch.measurements.attention_maps import AttentionMapsResult
+    from llava_patch.measurements.attention_maps.result import AttentionMapsResult
 
     found = comes_back(AttentionMapsResult, "attention_maps/attention_maps.json", ("facts",))
     brief = [

@@ -24,9 +24,10 @@ from llava_patch.integrations.training.gradients_loss import caught_loss, learni
 from llava_patch.measurements.gradients import state as saved
 from llava_patch.measurements.gradients.decompose import block_parameters, decompose, measured_block
 from llava_patch.measurements.gradients.log import LOG, StepLog
+from llava_patch.measurements.gradients.moments import Step
 from llava_patch.measurements.gradients.result import NAME, GradientsResult
 from llava_patch.measurements.gradients.settings import Gradients
-from llava_patch.measurements.gradients.statistics import Step, Window
+from llava_patch.measurements.gradients.statistics import Window
 from llava_patch.patching.handle import get_handle
 
 logger = logging.getLogger("llava_patch")

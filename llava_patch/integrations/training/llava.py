@@ -20,7 +20,7 @@ from llava_patch.integrations.training.auto_split import resolve_for_training
 from llava_patch.integrations.training.auxiliary import data as region_data
 from llava_patch.integrations.training.auxiliary import trainer as auxiliary_trainer
 from llava_patch.integrations.training.extension import TrainerExtension, extend
-from llava_patch.measurements.saturation import Saturation
+from llava_patch.measurements.saturation.result import Saturation
 from llava_patch.patching import checkpoint
 from llava_patch.patching.handle import Handle, get_handle
 from llava_patch.patching.patch import patch

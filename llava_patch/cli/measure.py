@@ -1,0 +1,436 @@
+"""Commands of measurements, made from what `core.registry` names: one adapter for all of them.
+
+An option is a field of the measurement's settings or a keyword-only parameter of its `measure`; its help is the line
+about it in the docstring. What every command has (`cli.common`) means the same in each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional, Union, get_args, get_origin
+
+import typer
+
+from llava_patch.cli import common, output
+from llava_patch.core import registry
+from llava_patch.core.errors import CheckpointError, SettingError
+from llava_patch.core.extras import need
+from llava_patch.measurements import base as protocol
+
+if TYPE_CHECKING:
+    from llava_patch.data.target import Target
+    from llava_patch.measurements.base import Measurement, Result
+
+FURTHER = {"gradients": "llava_patch.cli.gradients:add"}
+"""Adds subcommands that measure nothing to a measurement's group."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command of every measurement."""
+    for name in registry.MEASUREMENTS:
+        add(app, name)
+
+
+def add(app: typer.Typer, name: str) -> None:
+    """Add a measurement's command, or its group where results can be compared.
+
+    Args:
+        app: the console command.
+        name: in the registry.
+    """
+    measurement = registry.measurement(name)
+    if not measurement.compare and name not in FURTHER:
+        add_command = app.command(
+            measurement.command, no_args_is_help=not measurement.optional, rich_help_panel=common.PANEL
+        )
+        add_command(run_command(measurement))
+        return
+    several = f"several checkpoints: llava-patch {measurement.command} compare A B ... --data DATA"
+    kind = type("Group", (common.DefaultGroup,), {"second": several if measurement.compare else ""})
+    group = typer.Typer(cls=kind, no_args_is_help=True, help=_help_of_group(measurement))
+    group.command("run", no_args_is_help=True)(run_command(measurement))
+    if measurement.compare:
+        group.command("compare", no_args_is_help=True)(compare_command(measurement))
+    if name in FURTHER:
+        registry.load(FURTHER[name])(group)
+    app.add_typer(group, name=measurement.command, rich_help_panel=common.PANEL)
+
+
+def run_command(measurement: "Measurement") -> Callable[..., None]:
+    """The command that measures a checkpoint, or several side by side."""
+    name = measurement.command
+    where = f"folder for results; default: {name}/ and CKPT's name"
+    parameters: dict[str, tuple[Any, Any]] = {"checkpoint": (str, common.CHECKPOINT)}
+    if measurement.optional:
+        parameters["checkpoint"] = (str, common.OPTIONAL)
+    if measurement.several:
+        text = "checkpoints of llava or HF, patched or not; or adapters"
+        parameters["checkpoint"] = (list[str], typer.Argument(..., metavar="CKPT [CKPT ...]", help=text))
+        parameters["names"] = (str, common.NAMES)
+    if measurement.samples is not None:
+        parameters["data"] = (str, common.DATA_OPTION if measurement.several else common.DATA)
+    if measurement.compares:
+        parameters["extra"] = (Optional[list[str]], typer.Argument(None, hidden=True))
+    if measurement.count_field is not None:
+        parameters["samples"] = (Optional[int], samples_of(measurement))
+    parameters |= options_of(measurement)
+    if measurement.samples is not None:
+        parameters["question"] = (str, common.QUESTION)
+        parameters["base"] = (str, common.COMPARED if measurement.compares else common.BASE)
+        parameters |= {"device": (str, common.DEVICE), "dtype": (str, common.DTYPE)}
+    parameters |= {
+        "output": (Optional[Path], typer.Option(None, help=where, show_default=False)),
+        "formats": (list[str], common.FORMAT),
+        "gin_file": (list[str], common.GIN_FILE),
+        "gin_param": (list[str], common.GIN_PARAM),
+    }
+
+    def command(
+        checkpoint: str | list[str],
+        output: Path | None,
+        formats: list[str],
+        gin_file: list[str],
+        gin_param: list[str],
+        data: str = "",
+        samples: int | None = None,
+        names: str = "",
+        extra: list[str] | None = None,
+        **words: Any,
+    ) -> None:
+        need(name, *measurement.extras)
+        how: dict[str, str] = {
+            word: words.pop(word, "") for word in ("question", "base", "device", "dtype") if word in parameters
+        }
+        if measurement.samples is None:
+            words, how = {**how, **words}, {}  # they mean something of its own
+        fields, others = _split(measurement, words)
+        measurement.check(data, samples, **others)
+        given = [one for one in ([checkpoint] if isinstance(checkpoint, str) else checkpoint) if one]
+        for one in given:
+            common.check_checkpoint(one)
+        common.check_formats(formats)
+        if measurement.compares:
+            _check_words(measurement, data, extra or [])
+        checkpoints = given if measurement.several else [measurement.subject("".join(given), **others)]
+        labels = protocol.names_of(checkpoints, names)
+        folder = common.folder_for(name, checkpoints[0], output)
+        with common.configured(gin_file, gin_param, goes_on=measurement.resumes):
+            settings = settings_for(measurement, samples, fields)
+            targets = []
+            for one, label in zip(checkpoints, labels, strict=True):
+                below, base = _models(measurement, settings, one, how.get("base", ""))
+                targets.append(_target(one, data, below, base, how, label))
+            _check(measurement, targets, folder / f"{measurement.stem(**others)}.json")
+            _run(measurement, targets, settings, folder, formats, others)
+
+    return _typed(command, parameters, inspect.getdoc(type(measurement)) or "")
+
+
+def _run(
+    measurement: "Measurement",
+    targets: "list[Target]",
+    settings: Any,
+    folder: Path,
+    formats: Sequence[str],
+    others: dict[str, Any],
+) -> None:
+    """Measure, show what was found and write it; several checkpoints are in memory one after the other."""
+    from llava_patch.core.folder_lock import alone
+
+    with alone(folder if measurement.resumes else None):
+        result: Any = None
+        for target in targets:
+            one = measurement.measure(target, settings, folder, **others)
+            result = one if result is None else result.beside(one)
+            if len(targets) > 1:
+                target.release()
+        for title, table in measurement.tables(result):
+            output.show(table, title)
+        output.finish(result, folder, targets[0].checkpoint, formats)
+        measurement.finished(folder)
+
+
+def compare_command(measurement: "Measurement") -> Callable[..., None]:
+    """The command that puts results side by side, and measures checkpoints among them."""
+    name = measurement.command
+    file = f"{measurement.name}.json"
+    models = typer.Argument(..., metavar="A B ...", help=f"checkpoints, {file} files of earlier runs, or their folders")
+    parameters = {
+        "models": (list[str], models),
+        "data": (str, typer.Option("", help=f"what checkpoints are measured on, as DATA of {name} run")),
+        "samples": (Optional[int], samples_of(measurement)),
+        **options_of(measurement),
+        "names": (str, common.NAMES),
+        "question": (str, common.QUESTION),
+        "base": (str, common.BASE),
+        "device": (str, common.DEVICE),
+        "dtype": (str, common.DTYPE),
+        "output": (Path, typer.Option(Path(f"{measurement.name}_compare"), help="folder for table, figure, results")),
+        "formats": (list[str], common.FORMAT),
+        "gin_file": (list[str], common.GIN_FILE),
+        "gin_param": (list[str], common.GIN_PARAM),
+    }
+
+    def command(
+        models: list[str],
+        data: str,
+        samples: int | None,
+        names: str,
+        output: Path,
+        formats: list[str],
+        gin_file: list[str],
+        gin_param: list[str],
+        **words: Any,
+    ) -> None:
+        need(f"{name} compare", *measurement.extras)
+        common.check_formats(formats)
+        if len(models) < 2:
+            raise SettingError(f"{name} compare: one model ({models[0]}), expected at least two")
+        # All that can be wrong with the arguments, before minutes are spent on the first checkpoint.
+        how: dict[str, str] = {word: words.pop(word) for word in ("question", "base", "device", "dtype")}
+        called = protocol.names_of(models, names, file)
+        kind = registry.load(measurement.result)
+        files = [protocol.find_result(given, file) for given in models]
+        found = {name: file and kind.load(file) for name, file in zip(called, files, strict=True)}
+        fields, others = _split(measurement, words)
+        with common.configured(gin_file, gin_param, goes_on=True):
+            settings = settings_for(measurement, samples, fields)
+            wanted = [(name, given) for name, given in zip(called, models, strict=True) if found[name] is None]
+            targets = [_target(given, data, how["base"], "", how, name) for name, given in wanted]
+            for target in targets:
+                _check_model(measurement, target.checkpoint)
+                _check(measurement, [target], output / target.name / file)
+            for target in targets:
+                typer.echo(f"measuring {target.name}", err=True)
+                found[target.name] = _kept(measurement, target, settings, output / target.name, others)
+        _finish_comparison(registry.load(measurement.compare)(found), output, formats)
+
+    text = (
+        "Compare models: one figure, one table.\n\nCheckpoints are measured one after the other, each into a folder of "
+        "OUTPUT that has its name; the same command again takes up what is there. OUTPUT gets compare.json and "
+        "compare.png."
+    )
+    return _typed(command, parameters, text)
+
+
+def _kept(
+    measurement: "Measurement", target: "Target", settings: Any, folder: Path, others: dict[str, Any]
+) -> "Result":
+    """A checkpoint's result: of an earlier run where that was the same measurement, else measured and written now."""
+    import gc
+
+    from llava_patch.core.folder_lock import alone
+
+    with alone(folder):
+        kept = measurement.kept(target, settings, folder)
+        if kept is not None:
+            typer.echo(f"{folder / (measurement.name + '.json')}: measured before", err=True)
+            return kept
+        result = measurement.measure(target, settings, folder, **others)
+        result = output.with_facts(result, target.checkpoint)
+        result.save(folder)
+        measurement.finished(folder)
+    target.release()
+    gc.collect()  # one model at a time in memory: patched ones hold themselves through their handle
+    return result
+
+
+def _finish_comparison(compared: Any, folder: Path, formats: Sequence[str]) -> None:
+    paths = compared.save(folder, formats=formats)
+    output.show((compared.head, compared.rows), compared.title, compared.notes)
+    for path in paths:
+        typer.echo(f"wrote {path}")
+
+
+def settings_for(measurement: "Measurement", samples: int | None, given: dict[str, Any]) -> Any:
+    """A measurement's settings: gin's with the command's own on top, and the number of samples filled in.
+
+    Args:
+        measurement: what is measured.
+        samples: of the command line; 0: all; None: the setting's, else the command's own number.
+        given: fields that the command line sets; None: it does not.
+    """
+    from llava_patch.data.model_inputs import count_of
+    from llava_patch.settings.active import settings_of
+
+    if measurement.settings is None:
+        return None
+    settings = settings_of(measurement.settings, **given)
+    field = measurement.count_field
+    if field is None or measurement.samples is None:
+        return settings
+    count = count_of(samples, getattr(settings, field), measurement.samples)
+    return dataclasses.replace(settings, **{field: count})
+
+
+def _fields(measurement: "Measurement") -> "tuple[dataclasses.Field[Any], ...]":
+    return () if measurement.settings is None else dataclasses.fields(measurement.settings)
+
+
+def samples_of(measurement: "Measurement") -> Any:
+    """The option --samples."""
+    field = f"{measurement.settings.__name__}.{measurement.count_field}"
+    text = f"spread evenly over DATA; 0: all of it; default: {field}, or {measurement.samples}"
+    return typer.Option(None, min=0, help=text, show_default=False)
+
+
+def options_of(measurement: "Measurement") -> dict[str, tuple[Any, Any]]:
+    """(type, option) of each setting that is one, and of each keyword-only parameter of `measure`, by name."""
+    found: dict[str, tuple[Any, Any]] = {}
+    lines = described(getattr(measurement.settings, "__doc__", ""), "Attributes")
+    for field in _fields(measurement):
+        if field.name in (*protocol.COUNTS, "base", *measurement.hidden):
+            continue
+        text = f"{lines[field.name]}; default: {measurement.settings.__name__}.{field.name}, {_said(field.default)}"
+        found[field.name] = _option(measurement, field.name, protocol.hint_of(measurement.settings, field), None, text)
+    lines = described(measurement.measure.__doc__, "Args")
+    for parameter in inspect.signature(measurement.measure, eval_str=True).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            found[parameter.name] = _option(
+                measurement, parameter.name, parameter.annotation, parameter.default, lines[parameter.name]
+            )
+    return found
+
+
+def _option(measurement: "Measurement", name: str, hint: Any, default: Any, text: str) -> tuple[Any, Any]:
+    words = [measurement.words[name]] if name in measurement.words else []
+    kind = _plain(hint)
+    if kind is bool and not words:
+        words = [f"--{name.replace('_', '-')}/--no-{name.replace('_', '-')}"]
+    if default is None:
+        kind = Optional[kind]
+    return kind, typer.Option(default, *words, help=text, show_default=default not in (None, "", [], False))
+
+
+def _plain(hint: Any) -> Any:
+    """What typer reads for a type: numbers of a tuple come as one word, "30,31"."""
+    if get_origin(hint) in (Union, types.UnionType):
+        hint = next(one for one in get_args(hint) if one is not type(None))
+    return str if get_origin(hint) is tuple else hint
+
+
+def _split(measurement: "Measurement", words: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(fields of the settings, parameters of `measure`) of a command's own options."""
+    hints = {f.name: protocol.hint_of(measurement.settings, f) for f in _fields(measurement)}
+    fields = {k: v for k, v in words.items() if k in hints and k not in measurement.hidden}
+    others = {k: v for k, v in words.items() if k not in fields}
+    return {k: _numbers(k, v, hints[k]) for k, v in fields.items()}, others
+
+
+def _numbers(name: str, value: Any, hint: Any) -> Any:
+    if not isinstance(value, str) or not any(get_origin(one) is tuple for one in (hint, *get_args(hint))):
+        return value
+    try:
+        return tuple(int(part) for part in value.split(",")) if value else None
+    except ValueError:
+        raise SettingError(f"--{name.replace('_', '-')} {value}: expected layer numbers, as 30,31") from None
+
+
+def _target(checkpoint: str, data: str, below: str, base: str, how: dict[str, str], name: str) -> "Target":
+    from llava_patch.data.target import Target
+
+    device, dtype, question = (how.get(word, "") for word in ("device", "dtype", "question"))
+    return Target(checkpoint, data, below, base, device, dtype, question, name)
+
+
+def _models(measurement: "Measurement", settings: Any, checkpoint: str, base: str) -> tuple[str, str]:
+    """(the model below the checkpoint, the one that it is compared with); "": none.
+
+    Under a LoRA or projector-only checkpoint --base is both, unless the setting `base` names another one to compare
+    with.
+    """
+    if not measurement.compares:
+        return base, ""
+    from llava_patch.data.base_model import base_of
+    from llava_patch.data.loaded import is_part
+
+    part = bool(base) and is_part(checkpoint)
+    other = (settings.base or base) if part else (base or settings.base)
+    if other:
+        common.check_checkpoint(other, "--base")
+    return base if part else "", base_of(checkpoint, other, "--base")
+
+
+def _check(measurement: "Measurement", targets: "list[Target]", path: Path) -> None:
+    """Refuse what cannot end well before minutes are spent on loading a model."""
+    from llava_patch.data.examples import check_data
+
+    bases = [target.base for target in targets] if measurement.compares else []
+    output.check_results(path, [*(target.checkpoint for target in targets), *bases])
+    if measurement.samples is not None:
+        check_data(targets[0].data)
+
+
+def _check_words(measurement: "Measurement", data: str, extra: list[str]) -> None:
+    """Refuse a base in the place of DATA, where it stood in earlier versions."""
+    path = Path(data.partition("?")[0])
+    lost = bool(data) and ":" not in data and not path.exists()
+    if not extra and not lost and not (path / "config.json").is_file():
+        return
+    given = " ".join(word or "''" for word in (data, *extra))
+    raise SettingError(
+        f"{measurement.command} CKPT {given}: no data there; it takes CKPT [DATA], and the model to compare with is "
+        "given as --base BASE"
+    )
+
+
+def _check_model(measurement: "Measurement", given: str) -> None:
+    from llava_patch.core.weights import read_json
+
+    common.check_checkpoint(given)
+    if read_json(given, "config.json") is None:
+        raise CheckpointError(f"{given}: neither a checkpoint (no config.json) nor a {measurement.name} result")
+
+
+def _typed(command: Callable[..., None], parameters: dict[str, tuple[Any, Any]], text: str) -> Callable[..., None]:
+    """A command as typer reads it: its parameters with their types and options."""
+
+    def called(**given: Any) -> None:
+        command(**given)
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    called.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(name, kind, default=one, annotation=hint) for name, (hint, one) in parameters.items()]
+    )
+    called.__annotations__ = {name: hint for name, (hint, _) in parameters.items()}
+    called.__doc__ = text
+    return called
+
+
+def _help_of_group(measurement: "Measurement") -> str:
+    (first, _, more), name = (inspect.getdoc(type(measurement)) or "").partition("\n\n"), measurement.command
+    short = (
+        f"llava-patch {name} CKPT [DATA] [OPTIONS] is short for {name} run.\nIts options: llava-patch {name} run --help"
+    )
+    return "\n\n".join([first, short, more.partition("\n\n")[0]])
+
+
+def described(text: str | None, section: str) -> dict[str, str]:
+    """What a docstring says of each attribute or parameter, without the full stop.
+
+    Args:
+        text: the docstring.
+        section: "Attributes" or "Args".
+    """
+    found: dict[str, str] = {}
+    lines = inspect.cleandoc(text or "").partition(f"\n{section}:\n")[2].splitlines()
+    name = ""
+    for line in lines:
+        if line and not line.startswith(" "):
+            break
+        started = re.match(r"    (\w+): (.*)", line)
+        if started:
+            name = started[1]
+            found[name] = started[2]
+        elif line.strip():
+            found[name] += f" {line.strip()}"
+    return {name: line.removesuffix(".") for name, line in found.items()}
+
+
+def _said(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value)

@@ -1,0 +1,158 @@
+"""The saturation measurement: what commands, report and lmms-eval ask of it.
+
+Source: "Late-Layer Fusion is Enough" (DPVR), section 3.1 and figure 2.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llava_patch.core.errors import InputError
+from llava_patch.core.files import plain
+from llava_patch.measurements.base import Measurement, Table
+from llava_patch.measurements.saturation.result import Curves, PatchOn, Saturation, SaturationResult, summarise
+
+if TYPE_CHECKING:
+    from llava_patch.data.target import Target
+
+
+NAN = float("nan")
+
+
+def _transition(entries: Sequence[dict[str, Any]]) -> float:
+    """Transition layer of the mean logit-lens KL over documents; NaN when there is none."""
+    from llava_patch.measurements.saturation.recommend import transition_layer
+
+    kl = [sum(column) / len(column) for column in zip(*(entry["kl"] for entry in entries), strict=True)]
+    layer = transition_layer(kl, entries[0]["share"])
+    return NAN if layer is None else layer
+
+
+def _split(entries: Sequence[dict[str, Any]]) -> float:
+    """The split that the mean curves recommend; NaN when they recommend none."""
+    split = _pooled(entries).recommended_split
+    return NAN if split is None else split
+
+
+def _pooled(items: Sequence[dict[str, Any]]) -> SaturationResult:
+    from llava_patch.measurements.saturation.state import RunningMean
+
+    done = RunningMean()
+    for item in items:
+        done = done.plus(Curves.from_dict(item["curves"]))
+    settings, patch = Saturation(**items[0]["settings"]), items[0]["patch"]
+    patch_on = None if patch is None else PatchOn(**patch)
+    return summarise(done.mean(), done.samples, settings=settings, patch=patch_on)
+
+
+class SaturationMeasurement(Measurement):
+    """Visual saturation: from which layer on the image is no longer needed.
+
+    Measures cosine, attention mass and logit lens of one checkpoint, stock or
+    patched, layer by layer, and recommends a split. OUTPUT gets
+    saturation.json and saturation.png. Interrupted, the same command goes on,
+    and its result is the same to the last bit.
+    """
+
+    name = "saturation"
+    title = "Visual saturation"
+    about = (
+        "From which layer on does the decoder no longer need its image tokens? Cosine near 1: a layer hardly turns the "
+        "states. Attention mass: how much text looks at the image. KL: how far a layer's prediction is from the last."
+    )
+    alt = (
+        "Three panels over the decoder layers: cosine of a layer's input and output, attention mass of text on the "
+        "image, and KL of the logit lens."
+    )
+    settings = Saturation
+    result = "llava_patch.measurements.saturation.result:SaturationResult"
+    compare = "llava_patch.measurements.saturation.result:compare"
+    resumes = True
+    metrics = {  # noqa: RUF012
+        "recommended_split": _split,
+        "vision_transition_layer": _transition,
+        "text_transition_layer": _transition,
+        "attention_mass_final": lambda entries: sum(entries) / len(entries),
+    }
+    readers = ('Routing.split = "auto"',)
+
+    def tables(self, result: Any) -> list[tuple[str, Table]]:
+        """None: the curves are for the figure."""
+        return []
+
+    def measure(self, target: "Target", settings: Saturation, folder: Path | None = None) -> SaturationResult:
+        """One forward pass a sample; an unfinished run goes on from its state in the folder."""
+        import dataclasses
+
+        from llava_patch.data.readers.read import resolve_source
+        from llava_patch.measurements.saturation.measure import measure_saturation
+        from llava_patch.measurements.saturation.state import STATE_FILE, State
+
+        samples = target.samples(settings.max_samples)
+        key = self._key(target, settings)
+        state = None if folder is None else State(folder / STATE_FILE, key)
+        result = measure_saturation(target.subject.model, samples, settings, state=state)
+        facts = {
+            "base": target.below,
+            "data": resolve_source(target.data) or "rendered pages",
+            "question": target.question,
+            "examples": len(samples),
+            "dtype": key["dtype"],
+            "device": key["device"],
+            "key": _digest(key),
+        }
+        return dataclasses.replace(result, facts=facts)
+
+    def kept(self, target: "Target", settings: Saturation, folder: Path) -> SaturationResult | None:
+        """The result of the very same measurement; one of an earlier version, or damaged, counts as none."""
+        try:
+            found = SaturationResult.load(folder / "saturation.json")
+        except InputError:
+            return None
+        return found if found.facts.get("key") == _digest(self._key(target, settings)) else None
+
+    def finished(self, folder: Path) -> None:
+        """Delete the state."""
+        from llava_patch.measurements.saturation.state import STATE_FILE
+
+        (folder / STATE_FILE).unlink(missing_ok=True)
+
+    def document(
+        self, anatomies: Sequence[Any], samples: Sequence[dict[str, Any]], settings: Saturation, number: int
+    ) -> dict[str, Any]:
+        """The document's curves."""
+        from llava_patch.measurements.saturation.measure import measure_sample, patch_on
+
+        curves = measure_sample(anatomies[0], samples[0], settings)
+        patch = patch_on(anatomies[0])
+        return {"curves": plain(asdict(curves)), "patch": None if patch is None else asdict(patch)}
+
+    def entries(self, item: dict[str, Any]) -> dict[str, Any]:
+        """Layers of the document's own, and of its curves what the means are taken over."""
+        found = _pooled([item])
+        curves, share = found.curves, found.settings.transition_share
+        return {
+            "recommended_split": {"split": found.recommended_split, "reason": found.recommendation.reason, **item},
+            "vision_transition_layer": {"layer": found.image_transition, "kl": curves.image_kl, "share": share},
+            "text_transition_layer": {"layer": found.text_transition, "kl": curves.text_kl, "share": share},
+            "attention_mass_final": curves.mass[-1],
+        }
+
+    def pooled(self, items: Sequence[dict[str, Any]]) -> SaturationResult:
+        """The result of the mean curves."""
+        return _pooled(items)
+
+    def _key(self, target: "Target", settings: Saturation) -> dict[str, Any]:
+        from llava_patch.hosts.anatomy import find
+        from llava_patch.measurements.saturation.state import make_key
+
+        return make_key(find(target.subject.model), target.examples(settings.max_samples), settings)
+
+
+def _digest(key: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
