@@ -11,12 +11,12 @@ from llava_patch.core.version import __version__  # noqa: E402
 
 _EXPORTS = {
     "AttentionMaps": "measurements.attention_maps.result",
-    "AuxiliaryProbe": "settings.methods",
-    "DeepStack": "settings.methods",
-    "DenseConnector": "settings.methods",
-    "DirectFusion": "settings.methods",
+    "AuxiliaryProbe": "settings.auxiliary",
+    "DeepStack": "fusion.deep_stack",
+    "DenseConnector": "fusion.dense_connector",
+    "DirectFusion": "fusion.direct_fusion",
     "Drift": "measurements.drift.result",
-    "FastV": "settings.methods",
+    "FastV": "routing.fastv",
     "FusionAttention": "measurements.fusion_attention.result",
     "Gradients": "measurements.gradients.settings",
     "Handle": "patching.handle",
@@ -24,9 +24,9 @@ _EXPORTS = {
     "RProbe": "measurements.rprobe.settings",
     "Reach": "measurements.reach.result",
     "RegionCollator": "integrations.training.auxiliary",
-    "Routing": "settings.methods",
+    "Routing": "settings.routing",
     "Saturation": "measurements.saturation.result",
-    "SkipLinks": "settings.methods",
+    "SkipLinks": "fusion.skip_links",
     "compare_reach": "measurements.reach.measure",
     "get_handle": "patching.handle",
     "inspect_checkpoint": "tools.inspect",
@@ -52,6 +52,10 @@ if TYPE_CHECKING:
     from llava_patch.data.examples import read_examples as read_examples
     from llava_patch.data.loaded import load_subject as load_subject
     from llava_patch.data.readers import read_samples as read_samples
+    from llava_patch.fusion.deep_stack import DeepStack as DeepStack
+    from llava_patch.fusion.dense_connector import DenseConnector as DenseConnector
+    from llava_patch.fusion.direct_fusion import DirectFusion as DirectFusion
+    from llava_patch.fusion.skip_links import SkipLinks as SkipLinks
     from llava_patch.integrations.training.auxiliary import RegionCollator as RegionCollator
     from llava_patch.measurements.attention_maps.measure import measure_attention_maps as measure_attention_maps
     from llava_patch.measurements.attention_maps.result import AttentionMaps as AttentionMaps
@@ -74,13 +78,9 @@ if TYPE_CHECKING:
     from llava_patch.patching.handle import Handle as Handle
     from llava_patch.patching.handle import get_handle as get_handle
     from llava_patch.patching.patch import patch as patch
-    from llava_patch.settings.methods import AuxiliaryProbe as AuxiliaryProbe
-    from llava_patch.settings.methods import DeepStack as DeepStack
-    from llava_patch.settings.methods import DenseConnector as DenseConnector
-    from llava_patch.settings.methods import DirectFusion as DirectFusion
-    from llava_patch.settings.methods import FastV as FastV
-    from llava_patch.settings.methods import Routing as Routing
-    from llava_patch.settings.methods import SkipLinks as SkipLinks
+    from llava_patch.routing.fastv import FastV as FastV
+    from llava_patch.settings.auxiliary import AuxiliaryProbe as AuxiliaryProbe
+    from llava_patch.settings.routing import Routing as Routing
     from llava_patch.tools.inspect import inspect_checkpoint as inspect_checkpoint
 
 

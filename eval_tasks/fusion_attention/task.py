@@ -1,4 +1,4 @@
-"""What fusion_attention.yaml names: `Task`, `process_results`, and each metric's aggregation under the metric's name."""
+"""What fusion_attention.yaml names: `Task`, `process_results`, and each metric's aggregation under its name."""
 
 from llava_patch.integrations.lmms_eval.runner import names
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def read_settings(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
     return record
 
 
-def check_format(record: dict[str, Any], source: str) -> None:
+def check_format(record: Mapping[str, Any], source: str) -> None:
     """Refuse settings of another format.
 
     Raises:
@@ -43,6 +44,28 @@ def check_format(record: dict[str, Any], source: str) -> None:
         raise CheckpointError(
             f"{source}: llava_patch settings of format {record.get('format')!r}, this version reads {FORMAT}"
         )
+
+
+def write_settings(directory: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
+    """Write a checkpoint folder's settings file."""
+    from llava_patch.core.files import write_text  # the hook reads records where nothing else of ours is loaded
+
+    write_text(Path(directory) / SETTINGS_FILE, json.dumps(record, indent=2) + "\n")
+
+
+def base_of(directory: str | os.PathLike[str], record: Mapping[str, Any]) -> str:
+    """The folder or hub name of the base that an adapter lies on.
+
+    Raises:
+        CheckpointError: a folder that is not there any more.
+    """
+    base = str(record["base"])
+    if os.path.isabs(base) and not os.path.isdir(base):
+        raise CheckpointError(
+            f'{directory}: its base model {base} is not there any more; change "base" in '
+            f"{os.path.join(directory, SETTINGS_FILE)} to where it is now"
+        )
+    return base
 
 
 def config_record(config: Any) -> dict[str, Any] | None:

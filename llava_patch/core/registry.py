@@ -9,6 +9,25 @@ import functools
 import importlib
 from typing import Any
 
+KINDS: dict[str, str] = {
+    "fusion": "llava_patch.fusion.attach:FusionMethod",
+    "routing": "llava_patch.routing.attach:RoutingMethod",
+    "pruning": "llava_patch.routing.attach:PruningMethod",
+    "probe": "llava_patch.probe.auxiliary.attach:Auxiliary",
+}
+"""Keywords of `patch`, in the order in which they are named; each with the `core.method.Method` that carries it out."""
+TRAINING_ONLY = ("probe",)
+"""Kinds that no finished model needs: no checkpoint holds them, and only training puts them on."""
+METHODS: dict[str, str] = {
+    "SkipLinks": "llava_patch.fusion.skip_links:SkipLinks",
+    "DenseConnector": "llava_patch.fusion.dense_connector:DenseConnector",
+    "DirectFusion": "llava_patch.fusion.direct_fusion:DirectFusion",
+    "DeepStack": "llava_patch.fusion.deep_stack:DeepStack",
+    "Routing": "llava_patch.settings.routing:Routing",
+    "FastV": "llava_patch.routing.fastv:FastV",
+    "AuxiliaryProbe": "llava_patch.settings.auxiliary:AuxiliaryProbe",
+}
+"""Settings classes of the methods; a class says in KIND which keyword of `patch` takes it."""
 # Commands, gin's bindings, the report's sections (in this order) and the lmms-eval tasks follow from this list.
 MEASUREMENTS: dict[str, str] = {
     "saturation": "llava_patch.measurements.saturation.measurement:SaturationMeasurement",
@@ -27,6 +46,8 @@ SETTINGS: dict[str, str] = {
 SWEEP = "llava_patch.tools.sweep.settings:Sweep"
 AUTO_SPLIT = "llava_patch.measurements.saturation.auto_split:resolve_split"
 """Answers `Routing(split="auto")`: it measures the model, so it lies above `patch`."""
+MEASURED = 'Routing(split="auto")'
+"""The setting that `patch(samples=...)` is for."""
 
 
 def load(entry: str) -> Any:
@@ -37,6 +58,12 @@ def load(entry: str) -> Any:
     """
     module, _, attribute = entry.partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def methods(kind: str | None = None) -> dict[str, Any]:
+    """The settings classes of the methods by name: of one kind, or of all."""
+    found = {name: load(entry) for name, entry in METHODS.items()}
+    return {name: cls for name, cls in found.items() if kind in (None, cls.KIND)}
 
 
 @functools.cache

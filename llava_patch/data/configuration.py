@@ -14,8 +14,8 @@ from llava_patch.hosts import configs, tiles
 from llava_patch.hosts.anatomy import HF, LLAVA
 from llava_patch.hosts.towers import layout as towers
 from llava_patch.hosts.towers import models as tower_models
-from llava_patch.patching import checkpoint
 from llava_patch.probe.transform import Transform, check_crop
+from llava_patch.settings.methods import from_record
 
 
 def read_transform(folder: str | Path, mode: str) -> Transform:
@@ -41,7 +41,7 @@ def read_transform(folder: str | Path, mode: str) -> Transform:
     record = record or raw.get(CONFIG_KEY)
     host, config, processor = (_llava if "mm_vision_tower" in raw else _hf)(base, raw)
     shape = towers.shape_of(config.vision_config)
-    fusion = checkpoint.methods(record, str(folder)).get("fusion") if record else None
+    fusion = from_record(record, str(folder)).get("fusion") if record else None
     cell = shape.patch_size * getattr(fusion, "merge_size", 1)
     height, width = (n * shape.patch_size for n in shape.grid)
     if mode == "crop":

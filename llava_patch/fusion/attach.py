@@ -1,27 +1,32 @@
-"""How a fusion attaches to a host's tower and projector, and what trains in the tower."""
+"""How a fusion attaches to a host's tower and projector.
+
+Its definition is in its own file, what trains in the tower in `tower_training`, where a tap is detached in `features`.
+"""
 
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from llava_patch.core.errors import HostError, SettingError
+from llava_patch.core.files import write_text
+from llava_patch.core.method import Method
 from llava_patch.core.undo import UndoStack
-from llava_patch.fusion import stack
-from llava_patch.fusion.checkpointing import keep_gradients
+from llava_patch.fusion import optimizer, stack
+from llava_patch.fusion.base import Fusion, differs
 from llava_patch.fusion.features import check_grid, fuse, stacked
 from llava_patch.fusion.linear import FusedLinear
 from llava_patch.fusion.taps import STI_POOL, Join, Taps, choose_taps
-from llava_patch.hosts import call_context as carry
-from llava_patch.hosts import zero
-from llava_patch.hosts.anatomy import Anatomy, when_loaded
-from llava_patch.settings.methods import Fusion
+from llava_patch.fusion.tower_training import let_tower_train, set_tower_flags
+from llava_patch.hosts import wrappers, zero
+from llava_patch.hosts.anatomy import when_loaded
 
 logger = logging.getLogger("llava_patch")
 
@@ -40,104 +45,317 @@ class _TookPart:
         self.hooked: nn.Module | None = None
 
 
-def resolve(anatomy: Anatomy, settings: Fusion) -> Taps:
-    """Resolve a fusion against a host's tower and check that the host can take it; changes nothing.
+class FusionMethod(Method):
+    """A fusion on a model.
 
-    Raises:
-        SettingError: taps that the tower does not have, patches that cannot be merged, a host whose number of image
-            tokens is fixed elsewhere, a projector of another width.
-        HostError: a tower or projector that is not known.
+    Attributes:
+        taps: the fusion, resolved against the model's tower.
     """
-    taps = choose_taps(settings, anatomy.n_blocks, anatomy.main_block)
-    name = type(settings).__name__
-    if hasattr(anatomy.tower, "s2_scales"):
-        raise HostError(f"{name} does not know multi-scale (S2) towers: load the model without s2")
-    if not taps.keeps_tokens:
-        if anatomy.tiles:
+
+    settings: Fusion
+    taps: Taps
+
+    # --- what it asks -------------------------------------------------------------------------------------------------
+
+    def check_together(self, others: Mapping[str, Any]) -> None:
+        """Refuse a routing that freezes the vision tower which this is to train."""
+        routing = others.get("routing")
+        if self.trains_tower and routing is not None and routing.freeze != "none":
             raise SettingError(
-                f"{_token_setting(settings, taps)} changes the number of tokens of an image, but this model cuts "
-                "images into tiles (anyres) and counts their patches itself: use merge_size = 1 and another kind"
+                f"{self.name}.train_tower = {self.settings.train_tower!r} contradicts Routing.freeze = "
+                f'"{routing.freeze}", which freezes the vision tower: set train_tower = "frozen" or Routing.freeze = '
+                '"none"'
             )
-        if anatomy.vision_model is not None:
-            _check_tokens(anatomy, settings, taps)
-    if taps.join is Join.LAYERS and anatomy.mixes_patches:
-        raise HostError(
-            f"{name} adds a tap to each patch's own token, but this model makes tokens of several patches "
-            "(image_aspect_ratio = anyres_max, mm_patch_merge_type = ...maxpool...): take another fusion"
-        )
-    linear = anatomy.first_linear()[2]
-    width = int(anatomy.vision_width)
-    if isinstance(linear, FusedLinear) or zero.shape(linear.weight)[1] != width:
-        fused = taps.columns * taps.merge_size**2 * width
-        raise SettingError(
-            f"the projector takes {zero.shape(linear.weight)[1]} channels, but this tower gives {width} ({fused} with "
-            "this fusion): it was made for another tower or another fusion"
-        )
-    return taps
 
+    @property
+    def calls_decoder_layers(self) -> bool:  # type: ignore[override]
+        """Whether the taps go into the decoder; other fusions leave it alone."""
+        return self.settings.join is Join.LAYERS
 
-def _token_setting(settings: Fusion, taps: Taps) -> str:
-    """The setting that changes the number of tokens, for messages."""
-    name = type(settings).__name__
-    return f'{name}.kind = "sti"' if taps.join is Join.TOKENS else f"{name}.merge_size = {taps.merge_size}"
-
-
-def _check_tokens(anatomy: Anatomy, settings: Fusion, taps: Taps) -> None:
-    tower, what = anatomy.vision_parts(), _token_setting(settings, taps)
-    if anatomy.drops_patch:
-        raise SettingError(
-            f"{what} needs every patch, but the host drops the first token of a tower without a CLS token: set "
-            'vision_feature_select_strategy = "full"'
-        )
-    if taps.join is Join.TOKENS and taps.main_tokens(tower.grid) < STI_POOL:
-        raise SettingError(
-            f"{what} averages {STI_POOL} neighbouring tokens, but an image of this tower has "
-            f"{taps.main_tokens(tower.grid)}"
-        )
-    if taps.merge_size > 1:
-        if not anatomy.drops_cls and tower.prefix_tokens:
+    def check_model(self, loading: bool) -> None:
+        """Refuse a projector that cannot grow because it lies outside memory."""
+        if not loading and any(p.is_meta for p in self.anatomy.projector.parameters()):
             raise SettingError(
-                f"{what} joins patches, but the host keeps the tower's CLS token: set "
-                'vision_feature_select_strategy = "default" (llava: mm_vision_select_feature = "patch")'
+                f"the projector's weights lie outside memory (device_map with offloading), where {self.name} cannot "
+                "grow them: load the model without offloading, or load a checkpoint that carries the fusion"
             )
-        check_grid(tower.grid, taps.merge_size, taps.merge_padding)
 
+    def agrees(self, asked: Any) -> bool:
+        """What trains may differ from one run to the next."""
+        return not differs(asked, self.settings)
 
-def attach(
-    anatomy: Anatomy, settings: Fusion, taps: Taps, undo: UndoStack, *, zero_start: bool = True, loading: bool = False
-) -> None:
-    """Feed other blocks to the projector, or to the decoder.
+    def check_added(self, there: Mapping[str, Method]) -> None:
+        """Refuse to come under an auxiliary loss."""
+        if "probe" in there:
+            raise SettingError(
+                "a fusion under an auxiliary loss that is there already would change what its head was made for: give "
+                "both to one call of patch"
+            )
 
-    Modifications: hooks on the vision model, one of which puts the fused feature in the main feature's place, and one
-    on the projector; the projector's first Linear replaced by a `FusedLinear` of the same name where it gets wider;
-    with DeepStack what `stack.attach` says; on `llava` the tower's instance attributes `forward` (its `no_grad` lifted
-    only while something in it trains) and, while its weights are not loaded yet, `load_model`.
+    # --- what it changes ----------------------------------------------------------------------------------------------
 
-    Args:
-        anatomy: the host model.
-        settings: the fusion.
-        taps: it, resolved against the tower.
-        undo: takes every change back.
-        zero_start: see `FusedLinear.grow`.
-        loading: the model is being loaded from a fused checkpoint, where no stock layer exists: undo then leaves the
-            main columns.
-    """
-    if taps.columns > 1 or taps.merge_size > 1:
-        parent, name, linear = anatomy.first_linear()
-        fused = FusedLinear.grow(linear, taps.columns, taps.merge_size, zero_start)
-        undo.replace_module(parent, name, fused, fused.stock if loading else None)
-    if taps.join is Join.LAYERS:
-        stack.attach(anatomy, undo)
-    if not taps.keeps_tokens and not loading:
-        rows, columns = anatomy.grid
-        _warn_other_tokens(
-            type(settings).__name__, taps.tokens((rows, columns)), rows * columns, anatomy.ids_hold_places
+    def resolve(self) -> None:
+        """Resolve the taps against the host's tower and check that the host can take them; changes nothing.
+
+        Raises:
+            SettingError: taps that the tower does not have, patches that cannot be merged, a host whose number of image
+                tokens is fixed elsewhere, a projector of another width.
+            HostError: a tower or projector that is not known.
+        """
+        anatomy = self.anatomy
+        self.taps = taps = choose_taps(self.settings, anatomy.n_blocks, anatomy.main_block)
+        if hasattr(anatomy.tower, "s2_scales"):
+            raise HostError(f"{self.name} does not know multi-scale (S2) towers: load the model without s2")
+        if not taps.keeps_tokens:
+            if anatomy.tiles:
+                raise SettingError(
+                    f"{self._token_setting()} changes the number of tokens of an image, but this model cuts images "
+                    "into tiles (anyres) and counts their patches itself: use merge_size = 1 and another kind"
+                )
+            if anatomy.vision_model is not None:
+                self._check_tokens()
+        if taps.join is Join.LAYERS and anatomy.mixes_patches:
+            raise HostError(
+                f"{self.name} adds a tap to each patch's own token, but this model makes tokens of several patches "
+                "(image_aspect_ratio = anyres_max, mm_patch_merge_type = ...maxpool...): take another fusion"
+            )
+        linear = anatomy.first_linear()[2]
+        width = int(anatomy.vision_width)
+        if isinstance(linear, FusedLinear) or zero.shape(linear.weight)[1] != width:
+            fused = taps.columns * taps.merge_size**2 * width
+            raise SettingError(
+                f"the projector takes {zero.shape(linear.weight)[1]} channels, but this tower gives {width} ({fused} "
+                "with this fusion): it was made for another tower or another fusion"
+            )
+
+    def _token_setting(self) -> str:
+        """The setting that changes the number of tokens, for messages."""
+        sti = self.taps.join is Join.TOKENS
+        return f'{self.name}.kind = "sti"' if sti else f"{self.name}.merge_size = {self.taps.merge_size}"
+
+    def _check_tokens(self) -> None:
+        anatomy, taps, what = self.anatomy, self.taps, self._token_setting()
+        tower = anatomy.vision_parts()
+        if anatomy.drops_patch:
+            raise SettingError(
+                f"{what} needs every patch, but the host drops the first token of a tower without a CLS token: set "
+                'vision_feature_select_strategy = "full"'
+            )
+        if taps.join is Join.TOKENS and taps.main_tokens(tower.grid) < STI_POOL:
+            raise SettingError(
+                f"{what} averages {STI_POOL} neighbouring tokens, but an image of this tower has "
+                f"{taps.main_tokens(tower.grid)}"
+            )
+        if taps.merge_size > 1:
+            if not anatomy.drops_cls and tower.prefix_tokens:
+                raise SettingError(
+                    f"{what} joins patches, but the host keeps the tower's CLS token: set "
+                    'vision_feature_select_strategy = "default" (llava: mm_vision_select_feature = "patch")'
+                )
+            check_grid(tower.grid, taps.merge_size, taps.merge_padding)
+
+    def decoder_layers(self) -> tuple[int, ...]:
+        """With DeepStack those that take a tap, in the order of the taps."""
+        return self.taps.layers
+
+    def attach(self, undo: UndoStack, *, zero_start: bool, loading: bool) -> None:
+        """Feed other blocks to the projector, or to the decoder.
+
+        Modifications: hooks on the vision model, one of which puts the fused feature in the main feature's place, and
+        one on the projector; the projector's first Linear replaced by a `FusedLinear` of the same name where it gets
+        wider; with DeepStack what `stack.attach` says; on `llava` the tower's instance attributes `forward` (its
+        `no_grad` lifted only while something in it trains) and, while its weights are not loaded yet, `load_model`.
+
+        Args:
+            undo: takes every change back.
+            zero_start: see `FusedLinear.grow`.
+            loading: the model is being loaded from a fused checkpoint, where no stock layer exists: undo then leaves
+                the main columns.
+        """
+        anatomy, taps = self.anatomy, self.taps
+        if taps.columns > 1 or taps.merge_size > 1:
+            parent, name, linear = anatomy.first_linear()
+            fused = FusedLinear.grow(linear, taps.columns, taps.merge_size, zero_start)
+            undo.replace_module(parent, name, fused, fused.stock if loading else None)
+        if taps.join is Join.LAYERS:
+            stack.attach(anatomy, undo)
+        if not taps.keeps_tokens and not loading:
+            rows, columns = anatomy.grid
+            _warn_other_tokens(self.name, taps.tokens((rows, columns)), rows * columns, anatomy.ids_hold_places)
+        took_part = _TookPart()
+        when_loaded(anatomy, undo, lambda late: self._hook_vision_model(late, took_part))
+        self._watch_projector(undo, took_part)
+        wrappers.refuse_other_features(anatomy, undo)
+        if self.trains_tower:
+            let_tower_train(anatomy, undo)
+
+    def changed(self, settings: Any, undo: UndoStack) -> "FusionMethod":
+        """Another choice of what trains."""
+        twin = super().changed(settings, undo)
+        assert isinstance(twin, FusionMethod)
+        if twin.trains_tower and not self.trains_tower:
+            let_tower_train(self.anatomy, undo)
+        return twin
+
+    def _hook_vision_model(self, undo: UndoStack, took_part: _TookPart) -> None:
+        """Put the fused feature in the main feature's place among the tower's hidden states."""
+        anatomy, taps = self.anatomy, self.taps
+        vision = anatomy.vision_model
+        assert vision is not None
+        tower = anatomy.vision_parts()  # an unknown tower is refused here, at patch time
+        if not taps.keeps_tokens:
+            self._check_tokens()
+        prefix, grid = tower.prefix_tokens, tower.grid
+        needed = {taps.main, *taps.blocks}
+        last = took_part.last
+
+        def begin(module: nn.Module, args: Any) -> None:
+            last.fused = False
+
+        def end(module: nn.Module, args: Any, output: Any) -> None:
+            if output is None:  # it has raised: what the projector gets next is not its
+                last.fused = True
+
+        def put_fused_feature(module: nn.Module, args: Any, output: Any) -> Any:
+            states = getattr(output, "hidden_states", None)
+            if states is None:  # nobody asked for hidden states: the host does not select a feature here
+                return output
+            if any(states[block] is None for block in needed):
+                return output  # this version keeps only those that the host asked for
+            if taps.join is Join.LAYERS:
+                stack.note(stacked(states, taps, anatomy.dropped_tokens, grid))
+            output["hidden_states"] = (
+                *states[: taps.main], fuse(states, taps, prefix, grid), *states[taps.main + 1 :],
+            )  # fmt: skip
+            last.fused = True
+            return output
+
+        undo.push(vision.register_forward_pre_hook(begin).remove)
+        undo.push(vision.register_forward_hook(put_fused_feature).remove)
+        undo.push(vision.register_forward_hook(end, always_call=True).remove)
+        took_part.hooked = vision
+
+    def _watch_projector(self, undo: UndoStack, took_part: _TookPart) -> None:
+        """Refuse features of a tower whose taps took no part: where nothing gets wider, no shape would tell."""
+        anatomy, name = self.anatomy, self.name
+
+        def check(module: nn.Module, args: Any) -> None:
+            now, hooked = anatomy.vision_model_now, took_part.hooked
+            if not (now is hooked or now is None or any(m is hooked for m in now.modules())):
+                raise HostError(
+                    f"the vision tower was replaced after patch(): {name} has its taps in the old one. Put it back, or "
+                    "call handle.remove() and patch again"
+                )
+            if getattr(took_part.last, "fused", True):  # features without any call of the tower are the caller's own
+                return
+            raise HostError(
+                f"the projector was called on features that {name} had no part in: the vision tower ran without "
+                "reporting its hidden states, which this version of the host may take from elsewhere. Call "
+                "handle.remove(), or install a supported version"
+            )
+
+        undo.push(anatomy.projector.register_forward_pre_hook(check).remove)
+
+    # --- what trains --------------------------------------------------------------------------------------------------
+
+    def _own_projector(self) -> nn.Module | None:
+        """DeepStack's projector for its taps."""
+        return getattr(self.anatomy.projector_owner, self.anatomy.stack_name, None)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Between the vision tower and the decoder: the projector's, and DeepStack's second projector's."""
+        own = self._own_projector()
+        return [*self.anatomy.projector.parameters(), *([] if own is None else own.parameters())]
+
+    @property
+    def trains_tower(self) -> bool:  # type: ignore[override]
+        """As `train_tower` says."""
+        return self.settings.train_tower != "frozen"
+
+    def freeze(self) -> None:
+        """Set the flags of the vision tower."""
+        set_tower_flags(self.anatomy, self.settings, self.taps)
+
+    def arrange_groups(
+        self, groups: list[dict[str, Any]], base_lr: float, early: Collection[nn.Parameter]
+    ) -> list[dict[str, Any]]:
+        """Give the tower groups of its own (`tower_lr`, `layer_decay`), and keep `unfreeze_after`'s apart."""
+        settings = self.settings
+        return optimizer.regroup(
+            groups, optimizer.distances(self.anatomy.vision_parts(), self.taps.deepest), base_lr=base_lr,
+            tower_lr=settings.tower_lr, layer_decay=settings.layer_decay,
+            adapter={id(p) for p in early} if settings.unfreeze_after else set(),
+        )  # fmt: skip
+
+    def silent(self, trainable: Collection[str], others: Mapping[str, Any]) -> str | None:
+        """Why the fusion does nothing and will not learn to, and what to do; None when it is not so.
+
+        Args:
+            trainable: names of the parameters that train.
+            others: settings by kind.
+        """
+        if not self._is_silent(trainable):
+            return None
+        routing = others.get("routing")
+        return f"{self.name} does nothing: its new weights are zero and frozen (" + (
+            "train it first, without Routing (LLaVA's stage 1) and load that checkpoint, or set "
+            'Routing.freeze = "none")'
+            if routing is not None and routing.freeze != "none"
+            else "train it first: set requires_grad on handle.adapter_parameters())"
         )
-    took_part = _TookPart()
-    when_loaded(anatomy, undo, lambda late: _hook_vision_model(anatomy, settings, taps, late, took_part))
-    _watch_projector(anatomy, settings, undo, took_part)
-    carry.refuse_other_features(anatomy, undo)
-    let_tower_train(anatomy, settings, undo)
+
+    def _is_silent(self, trainable: Collection[str]) -> bool:
+        """Whether the new weights are all zero and stay so, because they do not train."""
+        own, layer = self._own_projector(), self.anatomy.first_linear()[2]
+        if own is not None:
+            decisive: list[Any] = list([m for m in own.modules() if isinstance(m, nn.Linear)][-1].parameters())
+        elif isinstance(layer, FusedLinear) and layer.in_features > layer.main_features:
+            decisive = [layer.weight]
+        else:
+            return False
+        ids = {id(p) for p in decisive}
+        if {n for n, p in self.anatomy.model.named_parameters() if id(p) in ids} & set(trainable):
+            return False
+        with zero.gathered(decisive):
+            if own is not None:
+                return not any(bool(p.any()) for p in decisive)
+            return not bool(layer.weight[:, layer.main_features :].any())  # type: ignore[union-attr]
+
+    def remarks(self, trainable: set[str], others: Mapping[str, Any]) -> Iterator[str]:
+        """A fusion that stays silent, and a `detach` without meaning."""
+        silent = self.silent(trainable, others)
+        if silent:
+            yield silent
+        if trainable and self.taps.detached and not self.trains_tower:
+            yield "nothing in the vision tower trains, so detach changes nothing (see train_tower)"
+
+    # --- HF's processor -----------------------------------------------------------------------------------------------
+
+    def processor_fields(self) -> dict[str, int]:
+        """Values of HF's `LlavaProcessor` under which it counts an image's tokens as the fused model does.
+
+        It counts (height // patch_size) * (width // patch_size) + num_additional_image_tokens, less one where the CLS
+        token is dropped. Empty on `llava`, which has no such processor.
+        """
+        anatomy, taps = self.anatomy, self.taps
+        if not anatomy.ids_hold_places:
+            return {}
+        cell = anatomy.patch_size * taps.merge_size
+        rows, columns = (n * anatomy.patch_size // cell for n in anatomy.grid)
+        further = taps.tokens(anatomy.grid) - rows * columns + int(anatomy.drops_cls)
+        if not anatomy.drops_cls and taps.merge_size == 1:
+            further += anatomy.vision_parts().prefix_tokens
+        return {"patch_size": cell, "num_additional_image_tokens": further}
+
+    def fit_files(self, folder: Path) -> None:
+        """Make the processor in a saved folder count as the fused model does."""
+        path = folder / "processor_config.json"
+        if self.taps.keeps_tokens or not path.is_file():
+            return
+        values = json.loads(path.read_text(encoding="utf-8"))
+        fitted = {**values, **self.processor_fields()}
+        if fitted != values:
+            write_text(path, json.dumps(fitted, indent=2) + "\n")
 
 
 @functools.lru_cache
@@ -147,158 +365,3 @@ def _warn_other_tokens(name: str, tokens: int, stock: int, ids_hold_places: bool
         "%s: an image has %d tokens instead of %d, so before it is trained the model's output is not the stock model's"
         "%s", name, tokens, stock, hint,
     )  # fmt: skip
-
-
-def _watch_projector(anatomy: Anatomy, settings: Fusion, undo: UndoStack, took_part: _TookPart) -> None:
-    """Refuse features of a tower whose taps took no part: where nothing gets wider, no shape would tell."""
-
-    def check(module: nn.Module, args: Any) -> None:
-        now, hooked = anatomy.vision_model_now, took_part.hooked
-        if not (now is hooked or now is None or any(m is hooked for m in now.modules())):
-            raise HostError(
-                f"the vision tower was replaced after patch(): {type(settings).__name__} has its taps in the old one. "
-                "Put it back, or call handle.remove() and patch again"
-            )
-        if getattr(took_part.last, "fused", True):  # features without any call of the tower are the caller's own
-            return
-        raise HostError(
-            f"the projector was called on features that {type(settings).__name__} had no part in: the vision tower ran "
-            "without reporting its hidden states, which this version of the host may take from elsewhere. Call "
-            "handle.remove(), or install a supported version"
-        )
-
-    undo.push(anatomy.projector.register_forward_pre_hook(check).remove)
-
-
-def _hook_vision_model(anatomy: Anatomy, settings: Fusion, taps: Taps, undo: UndoStack, took_part: _TookPart) -> None:
-    vision = anatomy.vision_model
-    assert vision is not None
-    tower = anatomy.vision_parts()  # an unknown tower is refused here, at patch time
-    if not taps.keeps_tokens:
-        _check_tokens(anatomy, settings, taps)
-    prefix, grid = tower.prefix_tokens, tower.grid
-    needed = {taps.main, *taps.blocks}
-    last = took_part.last
-
-    def begin(module: nn.Module, args: Any) -> None:
-        last.fused = False
-
-    def end(module: nn.Module, args: Any, output: Any) -> None:
-        if output is None:  # it has raised: what the projector gets next is not its
-            last.fused = True
-
-    def put_fused_feature(module: nn.Module, args: Any, output: Any) -> Any:
-        states = getattr(output, "hidden_states", None)
-        if states is None:  # nobody asked for hidden states: the host does not select a feature here
-            return output
-        if any(states[block] is None for block in needed):
-            return output  # this version keeps only those that the host asked for
-        if taps.join is Join.LAYERS:
-            stack.note(stacked(states, taps, anatomy.dropped_tokens, grid))
-        output["hidden_states"] = (
-            *states[: taps.main], fuse(states, taps, prefix, grid), *states[taps.main + 1 :],
-        )  # fmt: skip
-        last.fused = True
-        return output
-
-    undo.push(vision.register_forward_pre_hook(begin).remove)
-    undo.push(vision.register_forward_hook(put_fused_feature).remove)
-    undo.push(vision.register_forward_hook(end, always_call=True).remove)
-    took_part.hooked = vision
-
-
-def let_tower_train(anatomy: Anatomy, settings: Fusion, undo: UndoStack) -> None:
-    """Make gradients reach the tower if the settings train something in it; see `attach` and `keep_gradients`."""
-    if settings.train_tower == "frozen":
-        return
-    when_loaded(anatomy, undo, lambda late: keep_gradients(anatomy, late))
-    if anatomy.tower_apart:
-        lift_no_grad(anatomy, undo)
-
-
-def lift_no_grad(anatomy: Anatomy, undo: UndoStack) -> None:
-    """Run `llava`'s tower with gradients while something in it asks for one.
-
-    Modifications: the tower's instance attribute `forward`.
-
-    Raises:
-        HostError: a tower whose forward is not under `no_grad`.
-    """
-    tower = anatomy.tower
-    original = tower.forward
-    undecorated = getattr(type(tower).forward, "__wrapped__", None)
-    if undecorated is None:
-        raise HostError(f"{type(tower).__name__}.forward is not under torch.no_grad() as LLaVA's is: cannot lift it")
-
-    @functools.wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters()):
-            return undecorated(tower, *args, **kwargs)
-        return original(*args, **kwargs)
-
-    undo.set_attribute(tower, "forward", forward)
-
-
-def set_tower_flags(anatomy: Anatomy, settings: Fusion, taps: Taps) -> None:
-    """Set requires_grad in the vision tower as `train_tower` says.
-
-    Blocks above the deepest feature that carries a gradient never train, nor does the final norm unless that feature is
-    read through it: nothing would give them a gradient.
-
-    Raises:
-        SettingError: more blocks asked for than are used.
-    """
-    vision = anatomy.vision_model
-    if vision is None:
-        return
-    tower = anatomy.vision_parts()
-    vision.requires_grad_(False)
-    if settings.train_tower == "frozen":
-        return
-    used = list(tower.blocks[: taps.deepest])
-    if settings.train_tower == "all":
-        parts: list[nn.Module] = [*tower.before, *used, *tower.final_norm(taps.deepest)]
-    else:
-        k = int(settings.train_tower)
-        if k > len(used):
-            raise SettingError(
-                f"{type(settings).__name__}.train_tower = {k}: only {len(used)} blocks of this tower are used"
-            )
-        parts = [*used[len(used) - k :], *tower.final_norm(taps.deepest)]
-    for part in parts:
-        part.requires_grad_(True)
-    if settings.train_tower == "all":
-        for parameter in tower.own:
-            parameter.requires_grad_(True)
-    for parameter in tower.idle:
-        parameter.requires_grad_(False)
-
-
-def parameters(anatomy: Anatomy) -> list[nn.Parameter]:
-    """DeepStack's own projector; empty without one."""
-    projector = getattr(anatomy.projector_owner, anatomy.stack_name, None)
-    return [] if projector is None else list(projector.parameters())
-
-
-def is_silent(anatomy: Anatomy, trainable: Collection[str]) -> bool:
-    """Whether a fusion's new weights are all zero and stay so, because they do not train.
-
-    Args:
-        anatomy: a fused host model.
-        trainable: names of the parameters that train.
-    """
-    own = getattr(anatomy.projector_owner, anatomy.stack_name, None)
-    layer = anatomy.first_linear()[2]
-    if own is not None:
-        decisive: list[Any] = list([m for m in own.modules() if isinstance(m, nn.Linear)][-1].parameters())
-    elif isinstance(layer, FusedLinear) and layer.in_features > layer.main_features:
-        decisive = [layer.weight]
-    else:
-        return False
-    ids = {id(p) for p in decisive}
-    if {n for n, p in anatomy.model.named_parameters() if id(p) in ids} & set(trainable):
-        return False
-    with zero.gathered(decisive):
-        if own is not None:
-            return not any(bool(p.any()) for p in decisive)
-        return not bool(layer.weight[:, layer.main_features :].any())  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""Fused features from a tower's hidden states. Mathematics only."""
+"""Fused features from a tower's hidden states, and where a tap is detached (`detached_or_not`). Mathematics only."""
 
 from __future__ import annotations
 
@@ -16,18 +16,31 @@ detaching: ContextVar[bool | None] = ContextVar("llava_patch_detaching", default
 """What a measurement asks of every tap: True detaches all, False none; None: as each group says."""
 
 
-def tap(hidden_states: Sequence[Tensor], group: Group) -> Tensor:
-    """One tap: a block's output or the mean of several, under stop-gradient where the group says so.
+def detached_or_not(states: Tensor, group: Group) -> Tensor:
+    """A block's output under stop-gradient where its tap is detached: the one place where a tap is.
 
-    `detaching` says otherwise while gradients are measured.
+    Source: "Detached Skip-Links and R-Probe", section 3, eq. 1, sg(.). `detaching` says otherwise while gradients are
+    measured.
+
+    Args:
+        states: [images, tokens, channels].
+        group: the tap.
+    """
+    asked = detaching.get()
+    return states.detach() if (group.detached if asked is None else asked) else states
+
+
+def tap(hidden_states: Sequence[Tensor], group: Group) -> Tensor:
+    """One tap: a block's output or the mean of several, detached where the group says so.
 
     Args:
         hidden_states: h[0] (embedding) to h[N], each [images, tokens, channels].
         group: what to take.
+
+    Returns:
+        [images, tokens, channels], of the same dtype.
     """
-    asked = detaching.get()
-    detached = group.detached if asked is None else asked
-    states = [hidden_states[block].detach() if detached else hidden_states[block] for block in group.blocks]
+    states = [detached_or_not(hidden_states[block], group) for block in group.blocks]
     return states[0] if len(states) == 1 else torch.stack(states).sum(0) / len(states)
 
 

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from llava_patch.core.errors import HostError
 from llava_patch.core.undo import UndoStack
-from llava_patch.hosts import call_context as carry
-from llava_patch.hosts import positions, zero
+from llava_patch.hosts import call_context, zero
 from llava_patch.hosts.anatomy import Anatomy
 
 _taken: ContextVar[list[list[Tensor]] | None] = ContextVar("llava_patch_taps", default=None)
@@ -104,13 +103,14 @@ def attach(anatomy: Anatomy, undo: UndoStack) -> None:
 
     @functools.wraps(encode)
     def encode_and_stack(*args: Any, **kwargs: Any) -> Any:
-        if positions.indexing.get() is not None:
-            return positions.indexing.get()
-        if not carry.is_listening(anatomy):  # images encoded for their own sake
+        call = call_context.current(anatomy)
+        if call is None:  # images encoded for their own sake
             return encode(*args, **kwargs)
+        if call.numbers is not None:
+            return call.numbers
         with _collecting() as taken:
             features = encode(*args, **kwargs)
-        carry.offer(anatomy, _project(anatomy, taken))
+        call.offer(_project(anatomy, taken))
         return features
 
     undo.set_attribute(owner, name, encode_and_stack)
@@ -133,13 +133,14 @@ def _report_packing(anatomy: Anatomy, undo: UndoStack) -> None:
     @functools.wraps(pack)
     def pack_and_report(image_features: Any, image_sizes: Any, *args: Any, **kwargs: Any) -> Any:
         packed = pack(image_features, image_sizes, *args, **kwargs)
-        if carry.is_listening(anatomy):
+        call = call_context.current(anatomy)
+        if call is not None:
             counts = [f.shape[0] * f.shape[1] for f in image_features]
             numbers = torch.arange(1, sum(counts) + 1, device=image_features[0].device).split(counts)
             shaped = [n.view(*f.shape[:2], 1) for n, f in zip(numbers, image_features, strict=True)]
             if kwargs.get("image_newline") is not None:
                 kwargs["image_newline"] = numbers[0].new_zeros(1)
-            carry.offer_packing(anatomy, torch.cat(pack(shaped, image_sizes, *args, **kwargs)[0])[:, 0])
+            call.packing = torch.cat(pack(shaped, image_sizes, *args, **kwargs)[0])[:, 0]
         return packed
 
     undo.set_attribute(anatomy.wrapper, "pack_image_features", pack_and_report)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from llava_patch.core.errors import SettingError
-from llava_patch.settings.fusion import DeepStack, DenseConnector, Detach, DirectFusion, Fusion, SkipLinks
+
+if TYPE_CHECKING:
+    from llava_patch.fusion.base import Fusion
 
 STI_POOL = 8
 """How many neighbouring tokens STI averages (Dense Connector, section 3)."""
@@ -44,6 +47,7 @@ class Taps:
         join: where they go.
         merge_size: m x m patches are joined on channels.
         merge_padding: whether a grid that m does not divide is padded.
+        layers: decoder layers whose input takes each tap; () unless the taps go there.
     """
 
     main: int
@@ -51,6 +55,7 @@ class Taps:
     join: Join = Join.CHANNELS
     merge_size: int = 1
     merge_padding: bool = False
+    layers: tuple[int, ...] = ()
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -88,7 +93,7 @@ class Taps:
 
 
 def choose_taps(settings: Fusion, n_blocks: int, main: int) -> Taps:
-    """Resolve a fusion against a tower.
+    """Resolve a fusion against a tower; which blocks it taps is said by its own `choose`.
 
     Args:
         settings: the fusion.
@@ -98,105 +103,35 @@ def choose_taps(settings: Fusion, n_blocks: int, main: int) -> Taps:
     Raises:
         SettingError: a tap outside the tower, no tap left, or a detach setting for taps that are not there.
     """
-    join = Join.CHANNELS
-    if isinstance(settings, SkipLinks):
-        groups = _skip_links(settings, n_blocks, main)
-    elif isinstance(settings, DenseConnector):
-        groups = _dense_connector(settings, n_blocks)
-        join = Join.TOKENS if settings.kind == "sti" else Join.CHANNELS
-    elif isinstance(settings, DirectFusion):
-        groups = _direct_fusion(settings, n_blocks, main)
-    else:
-        assert isinstance(settings, DeepStack)
-        groups, join = _deep_stack(settings, n_blocks), Join.LAYERS
-    return Taps(main, groups, join, settings.merge_size, settings.merge_padding)
+    groups = settings.choose(n_blocks, main)
+    if not groups and settings.needs_tap:
+        raise SettingError(
+            f"{settings}: no tap left on a tower of {n_blocks} blocks whose main feature is block {main}"
+        )
+    check_inside(str(settings), (block for group in groups for block in group.blocks), n_blocks)
+    layers = settings.decoder_layers(len(groups))
+    return Taps(main, groups, settings.join, settings.merge_size, settings.merge_padding, layers)
 
 
-def _skip_links(settings: SkipLinks, n_blocks: int, main: int) -> tuple[Group, ...]:
-    """Blocks S, 2S, 3S, ... or a list, deepest first: deep before shallow for every D, so columns stay where they are.
-
-    A stride's last block that reaches N is clipped to N-1, one equal to the main block is dropped (section 6.2: S in
-    {3, 4, 6, 12}).
-    """
-    if settings.layers is not None:
-        asked = f"SkipLinks.layers = {settings.layers}"
-        _check_inside("SkipLinks.layers", settings.layers, n_blocks)
-        candidates: Iterable[int] = settings.layers
-    else:
-        asked = f"SkipLinks.stride = {settings.stride}"
-        strided = range(settings.stride, n_blocks + settings.stride, settings.stride)
-        candidates = sorted({min(b, n_blocks - 1) for b in strided if b <= n_blocks})
-    blocks = [b for b in candidates if b != main and b >= 1]
-    if not blocks and settings.layers != ():
-        raise SettingError(f"{asked}: no tap left on a tower of {n_blocks} blocks whose main feature is block {main}")
-    detached = sum(b <= n_blocks / 2 for b in blocks) if settings.detach is None else settings.detach
-    places = _detached("SkipLinks", detached, [(b,) for b in blocks])
-    return tuple(Group((b,), i in places) for i, b in reversed(list(enumerate(blocks))))
-
-
-def _dense_connector(settings: DenseConnector, n_blocks: int) -> tuple[Group, ...]:
-    half = n_blocks // 2
-    if settings.groups is not None:
-        groups = [g if isinstance(g, tuple) else (g,) for g in settings.groups]
-    elif settings.kind == "dci":
-        groups = [tuple(range(half)), tuple(range(half, 2 * half))]
-    else:
-        groups = [(7,), (15,)]
-        if n_blocks < 15:
-            raise SettingError(
-                f'DenseConnector.kind = "{settings.kind}" taps blocks 7 and 15, but this tower has {n_blocks}: name '
-                "others in DenseConnector.groups, as (2, 5)"
-            )
-    for group in groups:
-        _check_inside("DenseConnector.groups", group, n_blocks)
-    return _with_detach("DenseConnector", settings.detach, groups)
-
-
-def _direct_fusion(settings: DirectFusion, n_blocks: int, main: int) -> tuple[Group, ...]:
-    half = n_blocks // 2
-    former, latter = tuple(range(1, half + 1)), tuple(range(half + 1, n_blocks + 1))
-    named = {"former": [former], "latter": [latter], "all": [former, latter]}
-    if isinstance(settings.layers, str) and settings.layers in named:
-        groups = named[settings.layers]
-    else:
-        layers = settings.layers.split("-") if isinstance(settings.layers, str) else settings.layers
-        blocks = [int(b) for b in layers]
-        _check_inside("DirectFusion.layers", blocks, n_blocks)
-        groups = [(b,) for b in blocks if b != main]
-        if not groups:
-            raise SettingError(f"DirectFusion.layers = {settings.layers!r}: no tap left beside the main block {main}")
-    return _with_detach("DirectFusion", settings.detach, groups)
-
-
-def _deep_stack(settings: DeepStack, n_blocks: int) -> tuple[Group, ...]:
-    if settings.taps is None:
-        blocks = tuple(sorted({max(1, n_blocks // 4), n_blocks // 2, 3 * n_blocks // 4, n_blocks - 1} - {0}))
-    else:
-        blocks = settings.taps
-        _check_inside("DeepStack.taps", blocks, n_blocks)
-    return _with_detach("DeepStack", settings.detach, [(b,) for b in blocks])
-
-
-def injection_layers(settings: Fusion | None, taps: Taps | None) -> tuple[int, ...]:
-    """Decoder layers whose input takes a tap, in the order of the taps; () unless the fusion is DeepStack."""
-    if not isinstance(settings, DeepStack) or taps is None:
-        return ()
-    return tuple(settings.start + i * settings.interval for i in range(len(taps.groups)))
-
-
-def _check_inside(setting: str, blocks: Iterable[int], n_blocks: int) -> None:
+def check_inside(setting: str, blocks: Iterable[int], n_blocks: int) -> None:
+    """Refuse blocks that the tower does not have, naming the setting."""
     outside = [b for b in blocks if b > n_blocks]
     if outside:
         raise SettingError(f"{setting}: block {outside[0]} is outside this tower's 1..{n_blocks}")
 
 
-def _with_detach(owner: str, detach: Detach, groups: list[tuple[int, ...]]) -> tuple[Group, ...]:
-    places = _detached(owner, detach, groups)
+def with_detach(owner: str, detach: int | tuple[int, ...], groups: list[tuple[int, ...]]) -> tuple[Group, ...]:
+    """Taps of these groups of blocks, those that `detach` names under stop-gradient; see `detached_places`."""
+    places = detached_places(owner, detach, groups)
     return tuple(Group(group, i in places) for i, group in enumerate(groups))
 
 
-def _detached(owner: str, detach: Detach, groups: list[tuple[int, ...]]) -> set[int]:
-    """Places of the detached groups: a number means that many of the shallowest."""
+def detached_places(owner: str, detach: int | tuple[int, ...], groups: list[tuple[int, ...]]) -> set[int]:
+    """Places of the detached groups: a number means that many of the shallowest.
+
+    Raises:
+        SettingError: more taps, or places, than there are; names the setting `owner`.detach.
+    """
     there = ", ".join(str(g[0]) if len(g) == 1 else f"{g[0]}-{g[-1]}" for g in groups) or "none"
     if isinstance(detach, int):
         if detach > len(groups):

@@ -1,9 +1,8 @@
-"""Image positions of a batch: which places of the decoder's input hold projected image features."""
+"""Image positions on `llava`, which returns embeddings without saying which of them are image features."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,14 +11,6 @@ from torch import Tensor
 from llava_patch.core.errors import InputError
 
 IGNORE_INDEX = -100
-
-indexing: ContextVar[Tensor | None] = ContextVar("llava_patch_indexing", default=None)
-"""While `llava_rows` asks: what `encode_images` gives instead of features."""
-
-
-def hf_image_mask(input_ids: Tensor, image_token_id: int) -> Tensor:
-    """Bool mask [batch, tokens] of the image placeholders that HF's processor already expanded."""
-    return input_ids == image_token_id
 
 
 def llava_prepare(
@@ -50,7 +41,7 @@ def llava_prepare(
         labels: [batch, tokens] or None.
         images: pixel values [images, 3, height, width], or a list of them, or None.
         *args: further arguments of the host's version (image_sizes).
-        **kwargs: likewise.
+        **kwargs: further arguments by name.
 
     Returns:
         (what the stock method would have returned, bool mask [batch, new tokens] or None when there is no image).
@@ -78,45 +69,35 @@ def llava_prepare(
     return (new_ids, new_positions, kept_mask, past_key_values, embeds, new_labels), image_mask
 
 
-def llava_rows(
-    prepare: Callable[..., tuple],
-    image_mask: Tensor,
-    shape: tuple[int, ...],
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    images: Any,
-    *args: Any,
-    **kwargs: Any,
-) -> Tensor:
-    """Which row of the image features stands at each place of the decoder's input.
+def row_numbers(shape: Sequence[int], device: torch.device) -> Tensor:
+    """Features that hold their own row's number, to learn where the host puts each row.
 
-    The host splits, cuts, joins and truncates features on the way (anyres above all). It does the same to features that
-    hold their own row's number.
+    The host splits, cuts, joins and truncates features on the way (anyres above all); it does the same to these.
 
     Args:
-        prepare: the host's own bound method.
-        image_mask: bool [batch, new tokens].
         shape: [images (or tiles), tokens, hidden] of the features.
-        input_ids: as the host got them, and
-        attention_mask: likewise, and
-        images: likewise.
-        *args: further arguments of the host's version (image_sizes).
-        **kwargs: likewise.
+        device: theirs.
 
     Returns:
-        int64 [batch, new tokens]: 1 + the row, 0 where there is none (text, padding, line ends of anyres).
+        float32 of that shape; channels are 1 + the row and its negative in turn, which no learned vector is.
     """
     tiles, tokens, width = shape
-    numbers = torch.arange(1, tiles * tokens + 1, device=image_mask.device, dtype=torch.float32)
-    # A line end's learned vector is no feature: a number followed by its negative is.
-    signs = torch.tensor([1.0, -1.0], device=image_mask.device).repeat(width // 2)
-    token = indexing.set((numbers[:, None] * signs).view(tiles, tokens, width))
-    try:
-        with torch.no_grad():
-            found = prepare(input_ids, None, attention_mask, None, None, images, *args, **kwargs)[4]
-    finally:
-        indexing.reset(token)
-    first, second = found[..., 0], found[..., 1]
+    numbers = torch.arange(1, tiles * tokens + 1, device=device, dtype=torch.float32)
+    signs = torch.tensor([1.0, -1.0], device=device).repeat(width // 2)
+    return (numbers[:, None] * signs).view(tiles, tokens, width)
+
+
+def numbered_rows(embeds: Tensor, image_mask: Tensor) -> Tensor:
+    """Which row of the image features stands at each place of the decoder's input.
+
+    Args:
+        embeds: [batch, tokens, hidden], what the host made of `row_numbers`.
+        image_mask: bool [batch, tokens] or [1, 1].
+
+    Returns:
+        int64 [batch, tokens]: 1 + the row, 0 where there is none (text, padding, line ends of anyres).
+    """
+    first, second = embeds[..., 0], embeds[..., 1]
     numbered = image_mask & (first == -second) & (first >= 1) & (first == first.round())
     return torch.where(numbered, first, torch.zeros_like(first)).long()
 

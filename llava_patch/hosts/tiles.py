@@ -200,21 +200,18 @@ def order_of_tokens(anatomy: Anatomy, shape: Sequence[int], size: tuple[int, int
 def _order_on_llava(anatomy: Anatomy, tiles: int, tokens: int, size: tuple[int, int]) -> Tensor:
     model = anatomy.model
     device = anatomy.embed_tokens.weight.device
-    width = int(anatomy.text_config.hidden_size)
+    numbers = positions.row_numbers((tiles, tokens, int(anatomy.text_config.hidden_size)), device)
     undo = UndoStack()
     try:
         # To the host a prompt of one token is a step of decoding: a text token stands in front of the image. It
         # must not run its tower on numbers, nor cut the image where a prompt would end.
-        undo.set_attribute(model, "encode_images", lambda images: positions.indexing.get())
+        undo.set_attribute(model, "encode_images", lambda images: numbers)
         undo.set_attribute(model.config, "tokenizer_model_max_length", None)
-        return positions.llava_rows(
-            model.prepare_inputs_labels_for_multimodal,
-            torch.ones(1, 1, dtype=torch.bool, device=device),
-            (tiles, tokens, width),
-            torch.tensor([[0, anatomy.image_token_id]], device=device),
-            None,
-            [torch.zeros(tiles, 3, 1, 1, device=device)],
-            [size],
-        )[0, 1:]
+        with torch.no_grad():
+            embeds = model.prepare_inputs_labels_for_multimodal(
+                torch.tensor([[0, anatomy.image_token_id]], device=device), None, None, None, None,
+                [torch.zeros(tiles, 3, 1, 1, device=device)], [size],
+            )[4]  # fmt: skip
+        return positions.numbered_rows(embeds, torch.ones(1, 1, dtype=torch.bool, device=device))[0, 1:]
     finally:
         undo.unwind()

@@ -6,7 +6,7 @@ Whatever gathers must run on every rank, in the same order: a rank that leaves i
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -49,6 +49,14 @@ def gathered(parameters: Iterable[Tensor], changed: bool = False) -> Iterator[No
 
     with deepspeed.zero.GatheredParameters(parts, modifier_rank=0 if changed else None):
         yield
+
+
+def copy_values(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copy whole tensors into the parameters of the same names and shapes, whatever their dtype and device."""
+    with torch.no_grad():
+        for name, value in values.items():
+            with gathered([parameters[name]], changed=True):
+                parameters[name].copy_(value)
 
 
 def innermost(optimizer: Any) -> Any:

@@ -135,8 +135,9 @@ def _load_base_for(call: Loading, config: Any, carried: dict[str, Any]) -> Any:
     A stock base is loaded as it is and patched afterwards, one that carries a patch comes with it; the builder then
     fills in the checkpoint's own files (mm_projector.bin, non_lora_trainables.bin).
     """
-    from llava_patch.patching import checkpoint, tower_weights
+    from llava_patch.patching import tower_weights
     from llava_patch.patching.patch import patch
+    from llava_patch.settings.methods import from_record
 
     source = getattr(config, "_name_or_path", "config.json")
     own = records.config_record(call.cls.config_class.from_pretrained(call.path))
@@ -147,7 +148,7 @@ def _load_base_for(call: Loading, config: Any, carried: dict[str, Any]) -> Any:
         loaded = load(call._replace(kwargs={**call.kwargs, "config": stock}))
     else:
         loaded = call.stock(config=stock)
-    handle = patch(_model_of(loaded), **checkpoint.methods(carried, f"{source}/config.json"))
+    handle = patch(_model_of(loaded), **from_record(carried, f"{source}/config.json"))
     if (handle.trained_tower or carried.get("trained_tower")) and handle.anatomy.tower_apart:
         handle.trained_tower = True
         tower_weights.restore_beside_lora(handle, source, required=not (own or {}).get("trained_tower"))
@@ -157,12 +158,7 @@ def _load_base_for(call: Loading, config: Any, carried: dict[str, Any]) -> Any:
 def _load_adapter(call: Loading, record: dict[str, Any]) -> Any:
     from llava_patch.patching import checkpoint
 
-    base = record["base"]
-    if os.path.isabs(base) and not os.path.isdir(base):
-        raise CheckpointError(
-            f'{call.path}: its base model {base} is not there any more; change "base" in '
-            f"{os.path.join(call.path, records.SETTINGS_FILE)} to where it is now"
-        )
+    base = records.base_of(call.path, record)
     config = call.kwargs.get("config")
     if config is None:
         config = call.cls.config_class.from_pretrained(call.path)
@@ -242,10 +238,10 @@ def _construction(cls: Any, found: Callable[[Any, dict[str, Any]], None]) -> Ite
 
 def _patch_new(model: Any, record: dict[str, Any]) -> None:
     """Put the modules that a checkpoint's record names into its model, whose weights follow."""
-    from llava_patch.patching import checkpoint
     from llava_patch.patching.patch import patch
+    from llava_patch.settings.methods import from_record
 
-    handle = patch(model, **checkpoint.methods(record, "config.json"), loading=True)
+    handle = patch(model, **from_record(record, "config.json"), loading=True)
     handle.trained_tower |= bool(record.get("trained_tower"))
     if handle.anatomy.vision_model is None:  # comes later, and the checkpoint's own weights for it with it
         setattr(model, _IGNORED, [*(getattr(model, _IGNORED) or ()), r"\bvision_tower\."])

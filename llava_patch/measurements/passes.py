@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from llava_patch.core import files
 from llava_patch.core.errors import HostError, InputError
 from llava_patch.core.undo import UndoStack
-from llava_patch.hosts import call_context as carry
+from llava_patch.hosts import call_context, wrappers
 from llava_patch.hosts.anatomy import Anatomy
-from llava_patch.hosts.positions import hf_image_mask, llava_prepare
+from llava_patch.hosts.positions import llava_prepare
 
 
 @dataclass
@@ -68,7 +68,7 @@ def watching(anatomy: Anatomy, sample: dict[str, Any], what: str) -> Iterator[tu
         if not anatomy.ids_hold_places:
             watch_preparation(anatomy, lambda image: setattr(seen, "image", image), undo)
         else:
-            seen.image = hf_image_mask(ids, anatomy.image_token_id)[0]
+            seen.image = wrappers.hf_image_mask(anatomy, ids)[0]
         yield seen, undo
     finally:
         undo.unwind()
@@ -146,9 +146,10 @@ def watch_preparation(anatomy: Anatomy, note: Callable[[Tensor | None], None], u
     prepare: Any = anatomy.model.prepare_inputs_labels_for_multimodal
 
     def prepare_and_note(*args: Any, **kwargs: Any) -> tuple:
-        if carry.reports(prepare):
+        if wrappers.reports(prepare):
             outputs = prepare(*args, **kwargs)
-            image_mask = carry.reported(outputs[4])
+            prepared = call_context.prepared_of(outputs[4])
+            image_mask = None if prepared is None else prepared.image_mask
         else:
             outputs, image_mask = llava_prepare(prepare, anatomy.image_token_id, *args, **kwargs)
         note(None if image_mask is None else image_mask[0])

@@ -1,8 +1,8 @@
 """One forward pass seen layer by layer: hooks on a decoder's layers, and what is read there.
 
 Hooks see the layers' own inputs and outputs, so the same code serves stock and patched models and every attention
-backend. A routed or pruned decoder says itself which positions a layer runs on (`routing.watch`). The side branch of a
-routed model is not part of `decoder.layers` and is not seen.
+backend. A routed or pruned decoder says itself which positions a layer runs on (`routing.layers.Observer`). The side
+branch of a routed model is not part of `decoder.layers` and is not seen.
 """
 
 from __future__ import annotations
@@ -18,19 +18,17 @@ from torch import Tensor, nn
 
 from llava_patch.core.errors import HostError, InputError
 from llava_patch.core.undo import UndoStack
-from llava_patch.hosts import known
+from llava_patch.hosts import known, wrappers
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.hosts.compat import layer_output, sliding_window
-from llava_patch.hosts.positions import hf_image_mask
 from llava_patch.hosts.projections import rotate, split_heads
 from llava_patch.measurements import passes
 from llava_patch.measurements.attention import mass_on_keys
-from llava_patch.routing.feed import Feed
-from llava_patch.routing.watch import watching
+from llava_patch.routing.layers import ExternalKeys, Observer, observing
 
 
 @dataclass
-class Trace:
+class Trace(Observer):
     """What one sample's forward pass left behind; L layers, T tokens of which some are image.
 
     Every text position is in every layer, whatever the patch; image positions may be absent.
@@ -72,9 +70,9 @@ class Trace:
             self._positions = torch.arange(len(image), device=image.device), queries, int((~image).sum())
         return self._positions
 
-    def tell(self, layer: int, asking: Tensor, giving: Tensor) -> None:
+    def layer(self, number: int, asking: Tensor, giving: Tensor) -> None:
         """Take note of what a routed or pruned decoder says of a layer; each [1, n]."""
-        self.asking[layer], self.giving[layer] = asking[0], giving[0]
+        self.asking[number], self.giving[number] = asking[0], giving[0]
 
     def places(self, layer: int, rows: int, keys: bool = False) -> Tensor:
         """Positions of a layer's hidden states, or of its keys: int64 [rows].
@@ -135,7 +133,7 @@ def traced(anatomy: Anatomy, chunk: int, mass_of: Sequence[int] | None = None) -
                 _watch_attention(trace, index, layer.self_attn, anatomy.text_config, chunk, undo)
         if not anatomy.ids_hold_places:
             passes.watch_preparation(anatomy, lambda image: setattr(trace, "image_mask", image), undo)
-        with watching(trace.tell):
+        with observing(trace):
             yield trace
     finally:
         undo.unwind()
@@ -155,7 +153,7 @@ def run(anatomy: Anatomy, trace: Trace, sample: dict[str, Any], what: str = "sat
     """
     input_ids = passes.one_sample(sample, what)
     if anatomy.ids_hold_places:
-        trace.image_mask = hf_image_mask(input_ids, anatomy.image_token_id)[0]
+        trace.image_mask = wrappers.hf_image_mask(anatomy, input_ids)[0]
     passes.run(anatomy, sample)
 
 
@@ -197,9 +195,9 @@ def _watch_attention(trace: Trace, index: int, attention: Any, config: Any, chun
         cos, sin = (part[0] for part in rotary)
         q = rotate(split_heads(module.q_proj(hidden[None])[0], head_dim), cos, sin)
         k = rotate(split_heads(module.k_proj(hidden[None])[0], head_dim), cos, sin)
-        feed = next((value for value in kwargs.values() if isinstance(value, Feed)), None)
-        if feed is not None:  # other positions give keys that the layer did not compute in this call
-            k = feed.merged_keys(k[None])[0]
+        external = next((value for value in kwargs.values() if isinstance(value, ExternalKeys)), None)
+        if external is not None:  # other positions give keys that the layer did not compute in this call
+            k = external.merged_keys(k[None])[0]
         giving = trace.places(index, k.shape[1], keys=True).to(hidden.device)
         # Every text position asks in every layer, and positions ascend.
         queries = torch.searchsorted(asking, trace.positions()[1].to(hidden.device))

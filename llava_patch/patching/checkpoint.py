@@ -9,7 +9,6 @@ sends them on to the base.
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import os
 import shutil
@@ -18,19 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llava_patch.core.errors import CheckpointError, SilentFusionWarning
 from llava_patch.core.files import atomic
-from llava_patch.core.records import SETTINGS_FILE, check_format, read_settings
-from llava_patch.fusion.processor import fields
+from llava_patch.core.records import SETTINGS_FILE, read_settings, write_settings
 from llava_patch.hosts import lora, zero
 from llava_patch.hosts.anatomy import when_loaded
 from llava_patch.patching import tower_weights
-from llava_patch.patching.handle import Handle, added_parameters, get_handle
+from llava_patch.patching.handle import Handle, get_handle
+from llava_patch.patching.keys import base_fingerprint, check_fingerprint
 from llava_patch.patching.patch import patch
-from llava_patch.probe.auxiliary.attach import HEAD
-from llava_patch.settings.methods import from_dict
+from llava_patch.settings.methods import from_record
 
 logger = logging.getLogger("llava_patch")
 
@@ -40,86 +39,19 @@ _SIDE_FILES = (
     "generation_config.json", "preprocessor_config.json", "processor_config.json", "chat_template.json",
     "chat_template.jinja",
 )  # fmt: skip
-_FINGERPRINT_VALUES = 4
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old or the new content, never half of it."""
-    with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def base_fingerprint(model: nn.Module, changed: set[str]) -> dict[str, list[float]]:
-    """Sampled values of tensors that a patch does not change: {tensor name: values}.
-
-    Values rather than a hash, because a base may be loaded in another precision than it was saved in.
-
-    Args:
-        model: the causal LM.
-        changed: names of tensors that are not the base's.
-    """
-    samples = {}
-    for name, parameter in model.named_parameters():
-        if name in changed or not _is_base(name) or len(zero.shape(parameter)) != 2:
-            continue
-        samples[name] = _sample(parameter, _FINGERPRINT_VALUES).tolist()
-    return samples
-
-
-def _is_base(name: str) -> bool:
-    """Whether a tensor is no part of the auxiliary loss's head, which is saved apart and only for training."""
-    return not name.startswith(f"{HEAD}.")
-
-
-def _sample(parameter: Tensor, count: int) -> Tensor:
-    """Evenly spaced values of a tensor: float32 [count] on the CPU."""
-    with zero.gathered([parameter]):
-        flat = parameter.detach().flatten()
-        # Above 2^24 float32 skips integers, and the last place would lie behind the tensor; below, places stay as in
-        # fingerprints that were saved before.
-        dtype = torch.float32 if flat.numel() <= 2**24 else torch.float64
-        places = torch.linspace(0, flat.numel() - 1, count, device=flat.device, dtype=dtype).long()
-        return flat[places].float().cpu()
-
-
-def _check_base(handle: Handle, saved: dict[str, list[float]], source: Path) -> None:
-    """Compare the fingerprint; a tower that `llava` loads later is compared then."""
-    tower = {n: v for n, v in saved.items() if "vision_tower" in n}
-    check_fingerprint(handle.model, {n: v for n, v in saved.items() if n not in tower}, source)
-    when_loaded(handle.anatomy, handle._undo, lambda _: check_fingerprint(handle.model, tower, source))
-
-
-def check_fingerprint(model: nn.Module, saved: dict[str, list[float]], source: Path) -> None:
-    """Compare a model with what `base_fingerprint` saved.
-
-    Raises:
-        CheckpointError: names the first tensor that differs.
-    """
-    parameters = dict(model.named_parameters())
-    for name, values in saved.items():
-        if name not in parameters:
-            raise CheckpointError(f"{source}: made on a base with a tensor {name}, which this model does not have")
-        here, there = _sample(parameters[name], len(values)), torch.tensor(values)
-        # Two roundings to bfloat16 (8 bits of mantissa) are the same base; training moves values further.
-        if not torch.allclose(here, there, rtol=2**-7, atol=1e-6):
-            raise CheckpointError(
-                f"{source}: made on another base model: {name} differs "
-                f"(for example {there[0]:.6g} there, {here[0]:.6g} here)"
-            )
 
 
 def adapter_tensors(handle: Handle) -> dict[str, Tensor]:
     """What an adapter holds: the side branch, the projector, and everything that trains; {state-dict name: tensor}."""
     model = handle.model
-    kept = {id(p) for p in (*added_parameters(handle), *handle.anatomy.projector.parameters())}
+    kept = {id(p) for p in (*handle.added_parameters(), *handle.anatomy.projector.parameters())}
+    training = {id(p) for p in handle.training_parameters()}
     if handle.trained_tower and handle.anatomy.vision_model is not None:
         kept |= {id(p) for p in handle.anatomy.vision_model.parameters()}  # trained in this run or an earlier one
     trained = set(handle.trainable())
     tensors = {}
     for name, parameter in model.named_parameters():
-        if not _is_base(name):
-            continue
-        if id(parameter) in kept or name in trained:
+        if id(parameter) not in training and (id(parameter) in kept or name in trained):
             with zero.gathered([parameter]):
                 tensors[name] = parameter.detach().to("cpu").clone().contiguous()
     return tensors
@@ -140,8 +72,33 @@ def save(handle: Handle, directory: str | os.PathLike[str], form: str = "adapter
     Raises:
         CheckpointError: the handle was removed, an unknown form, or an adapter without a base to point at.
     """
-    from safetensors.torch import save_file
+    _check_can_save(handle, form)
+    folder = Path(directory)
+    base = getattr(handle.model.config, "_name_or_path", "") or ""
+    record = {**handle.settings(), "form": form}
+    if form == "full":
+        folder.mkdir(parents=True, exist_ok=True)
+        handle.anatomy.model.save_pretrained(folder)
+        (folder / WEIGHTS_FILE).unlink(missing_ok=True)  # of an adapter that was saved here before
+    else:
+        base = _base_of(base, folder)
+        tensors = adapter_tensors(handle)
+        _warn_of_size(handle, tensors)
+        record["base"] = os.path.abspath(base) if os.path.isdir(base) else base
+        record["fingerprint"] = base_fingerprint(handle.model, set(tensors))
+        if zero.is_partitioned(handle.model.parameters()) and torch.distributed.get_rank() != 0:
+            return folder  # every rank gathers, the first one writes
+        folder.mkdir(parents=True, exist_ok=True)
+        _save_config(handle.model.config, folder)
+        with atomic(folder / WEIGHTS_FILE) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+    _copy_side_files(base, folder)
+    handle.fit_files(folder)
+    write_settings(folder, record)
+    return folder
 
+
+def _check_can_save(handle: Handle, form: str) -> None:
     if not handle.active:
         raise CheckpointError("this patch was removed from its model: there is nothing to save")
     if form not in ("adapter", "full"):
@@ -151,62 +108,39 @@ def save(handle: Handle, directory: str | os.PathLike[str], form: str = "adapter
             "the model carries LoRA layers, which an adapter of ours could not bring back: merge them first "
             "(merge_and_unload), or save with peft and LLaVA's own files"
         )
-    folder = Path(directory)
-    base = getattr(handle.model.config, "_name_or_path", "") or ""
-    if form == "adapter":
-        base = _base_of(base)
-        if not base:
-            raise CheckpointError('the model does not say where it was loaded from: save it with form="full"')
-        if Path(base).is_dir() and Path(base).resolve() == folder.resolve():
-            raise CheckpointError(f"{folder} is the base model's own folder: save the adapter elsewhere")
-    partitioned = zero.is_partitioned(handle.model.parameters())
-    if form == "full" and partitioned:
+    if form == "full" and zero.is_partitioned(handle.model.parameters()):
         raise CheckpointError(
             'the weights are partitioned by DeepSpeed ZeRO-3, where form="full" is not available: save with '
             "trainer.save_model() (stage3_gather_16bit_weights_on_model_save in the DeepSpeed config)"
         )
-    record = {**handle.settings(), "form": form}
-    if form == "full":
-        folder.mkdir(parents=True, exist_ok=True)
-        handle.anatomy.model.save_pretrained(folder)
-    else:
-        tensors = adapter_tensors(handle)
-        size = sum(t.numel() for t in tensors.values())
-        whole = sum(zero.numel(p) for p in handle.model.parameters())
-        if size > whole // 2:
-            logger.warning(
-                "the adapter holds %.0f %% of the model, because requires_grad is set on that much: if all of it was "
-                'trained, save with form="full"; if not, switch requires_grad off where nothing trains, before',
-                100 * size / whole,
-            )
-        record |= {
-            "base": os.path.abspath(base) if os.path.isdir(base) else base,
-            "fingerprint": base_fingerprint(handle.model, set(tensors)),
-        }
-        if partitioned and torch.distributed.get_rank() != 0:
-            return folder  # every rank gathers, the first one writes
-        folder.mkdir(parents=True, exist_ok=True)
-        _save_config(handle.model.config, folder)
-        with atomic(folder / WEIGHTS_FILE) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-    if form == "full":
-        (folder / WEIGHTS_FILE).unlink(missing_ok=True)  # of an adapter that was saved here before
-    _copy_side_files(base, folder)
-    fit_processor(handle, folder)
-    write_text(folder / SETTINGS_FILE, json.dumps(record, indent=2) + "\n")
-    return folder
+
+
+def _base_of(name: str, folder: Path) -> str:
+    """The base that an adapter in `folder` is to point at: where its model came from, or that adapter's own base."""
+    record = read_settings(name) if name else None
+    base = record["base"] if record is not None and record.get("form") == "adapter" else name
+    if not base:
+        raise CheckpointError('the model does not say where it was loaded from: save it with form="full"')
+    if Path(base).is_dir() and Path(base).resolve() == folder.resolve():
+        raise CheckpointError(f"{folder} is the base model's own folder: save the adapter elsewhere")
+    return base
+
+
+def _warn_of_size(handle: Handle, tensors: dict[str, Tensor]) -> None:
+    size = sum(t.numel() for t in tensors.values())
+    whole = sum(zero.numel(p) for p in handle.model.parameters())
+    if size > whole // 2:
+        logger.warning(
+            "the adapter holds %.0f %% of the model, because requires_grad is set on that much: if all of it was "
+            'trained, save with form="full"; if not, switch requires_grad off where nothing trains, before',
+            100 * size / whole,
+        )
 
 
 def _save_config(config: Any, folder: Path) -> None:
     config = copy.deepcopy(config)
     config.use_cache = True  # training scripts switch it off while they train
     config.save_pretrained(folder)
-
-
-def _base_of(name: str) -> str:
-    """Follow a model that was itself loaded from an adapter to that adapter's base."""
-    record = read_settings(name) if name else None
-    return record["base"] if record is not None and record.get("form") == "adapter" else name
 
 
 def _copy_side_files(base: str, folder: Path) -> None:
@@ -223,25 +157,11 @@ def _copy_side_files(base: str, folder: Path) -> None:
             shutil.copyfile(found, folder / name)
 
 
-def fit_processor(handle: Handle, folder: Path) -> None:
-    """Make the processor saved in a folder count the tokens of a fused HF model."""
-    path = folder / "processor_config.json"
-    if not handle.anatomy.ids_hold_places or handle.taps is None or not path.is_file():
-        return
-    values = json.loads(path.read_text(encoding="utf-8"))
-    fitted = {**values, **fields(handle.anatomy, handle.taps)}
-    if fitted != values and not handle.taps.keeps_tokens:
-        write_text(path, json.dumps(fitted, indent=2) + "\n")
-
-
-def methods(record: dict[str, Any], source: str) -> dict[str, Any]:
-    """The settings dataclasses of a record, as keyword arguments of `patch`.
-
-    Raises:
-        CheckpointError: a record of a newer format.
-    """
-    check_format(record, source)
-    return {k: from_dict(record[k], source) for k in ("fusion", "routing", "pruning") if record.get(k)}
+def _check_base(handle: Handle, saved: dict[str, list[float]], source: Path) -> None:
+    """Compare the fingerprint; a tower that `llava` loads later is compared then."""
+    tower = {n: v for n, v in saved.items() if "vision_tower" in n}
+    check_fingerprint(handle.model, {n: v for n, v in saved.items() if n not in tower}, source)
+    when_loaded(handle.anatomy, handle._undo, lambda _: check_fingerprint(handle.model, tower, source))
 
 
 def load(model: nn.Module, directory: str | os.PathLike[str]) -> Handle:
@@ -257,8 +177,6 @@ def load(model: nn.Module, directory: str | os.PathLike[str]) -> Handle:
     Raises:
         CheckpointError: no settings file, another base, a missing tensor or one of another shape.
     """
-    from safetensors.torch import load_file
-
     if not isinstance(model, nn.Module):
         raise CheckpointError(f"load(model, directory) takes the base model itself, not {model!r}: load that one first")
     folder = Path(directory)
@@ -270,7 +188,7 @@ def load(model: nn.Module, directory: str | os.PathLike[str]) -> Handle:
     had_patch = get_handle(model) is not None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SilentFusionWarning)  # its weights follow
-        handle = patch(model, **methods(record, str(folder / SETTINGS_FILE)))
+        handle = patch(model, **from_record(record, str(folder / SETTINGS_FILE)))
     try:
         tensors = load_file(folder / WEIGHTS_FILE)
         _check_base(handle, record.get("fingerprint", {}), folder)
@@ -290,7 +208,7 @@ def load(model: nn.Module, directory: str | os.PathLike[str]) -> Handle:
 
 def adapter_names(handle: Handle) -> list[str]:
     """Names of the tensors that a patch adds, which an adapter must hold."""
-    wanted = {id(p) for p in added_parameters(handle)}
+    wanted = {id(p) for p in handle.added_parameters()}
     return [n for n, p in handle.model.named_parameters() if id(p) in wanted]
 
 
@@ -309,7 +227,4 @@ def _copy_tensors(model: nn.Module, tensors: dict[str, Tensor], source: Path, re
         shape = zero.shape(parameters[name])
         if shape != tensor.shape:
             raise CheckpointError(f"{source}: {name} has shape {tuple(tensor.shape)}, the model's has {tuple(shape)}")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            with zero.gathered([parameters[name]], changed=True):
-                parameters[name].copy_(tensor)
+    zero.copy_values(parameters, tensors)

@@ -1,31 +1,114 @@
-"""What a model and values are, as short digests."""
+"""What a model is: as a short digest, or as a few values that a base loaded in another precision still has.
+
+One rule: every tensor counts, norms, biases and buffers too, by its name, shape and evenly spaced values; what is there
+for training alone (the auxiliary loss's head) is no part of a model. `base_fingerprint` is the form that adapters keep.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from llava_patch.core.errors import CheckpointError, HostError
+from llava_patch.core.keys import digest
+from llava_patch.hosts import zero
 from llava_patch.hosts.anatomy import Anatomy
-from llava_patch.patching.checkpoint import base_fingerprint
-from llava_patch.patching.handle import get_handle
+from llava_patch.hosts.handles import get_handle
 
 _MODEL_SETTINGS = (
     "mm_vision_select_layer", "mm_vision_select_feature", "vision_feature_layer", "vision_feature_select_strategy",
 )  # fmt: skip
 _DECODER_SETTINGS = ("rope_theta", "rope_scaling", "sliding_window")
+_VALUES = 1024
+"""Of each tensor that `model_digest` reads: a 13 B model takes a second; training changes nearly all of a tensor."""
+_FINGERPRINT_VALUES = 4
+
+
+# --- digests ----------------------------------------------------------------------------------------------------------
+
+
+def weights_digest(
+    tensors: Iterable[tuple[str, Tensor]], values: int | None = None, rounded: bool = False, into: Any = None
+) -> str:
+    """Hexadecimal digest of tensors by name, shape and values.
+
+    Args:
+        tensors: in an order of their own; under DeepSpeed ZeRO-3 every rank must call this.
+        values: about how many evenly spaced values of each count, as float32; None: all of them bit by bit, and the
+            dtype.
+        rounded: the values are rounded to bfloat16, so that one model loaded in two precisions is one model.
+        into: a hash object of hashlib that has begun with something else; None: a new one.
+
+    Raises:
+        HostError: a tensor lies outside memory.
+    """
+    found = hashlib.blake2b(digest_size=16) if into is None else into
+    for name, tensor in tensors:
+        if tensor.is_meta:
+            raise HostError(f"{name} lies outside memory (device_map): load the model without offloading")
+        with zero.gathered([tensor]):
+            flat, shape = tensor.detach().reshape(-1), tuple(tensor.shape)
+            if values is None:
+                found.update(f"{name} {tensor.dtype} {shape}".encode())
+                part = flat.to("cpu").contiguous().view(torch.uint8) if len(flat) else flat.to("cpu", torch.uint8)
+            else:
+                found.update(f"{name} {shape} ".encode())
+                part = flat[:: max(1, len(flat) // values)]
+                part = (part.to(torch.bfloat16) if rounded else part).to("cpu", torch.float32)
+            found.update(part.numpy().tobytes())
+    return found.hexdigest()
+
+
+def tensors_of(anatomy: Anatomy, without: Iterable[nn.Module] = ()) -> list[tuple[str, Tensor]]:
+    """A model's parameters and buffers by name, each once, its vision tower's included.
+
+    Args:
+        anatomy: the model. llava may hold its tower in a list, where the model does not list its weights.
+        without: modules whose tensors are left out.
+    """
+    handle = get_handle(anatomy.model)
+    seen = {id(p) for p in (() if handle is None else handle.training_parameters())}
+    seen |= {id(tensor) for module in without for tensor in _named(module).values()}
+    found = []
+    named = {**_named(anatomy.model), **{f"tower.{n}": t for n, t in _named(anatomy.tower).items()}}
+    for name in sorted(named):
+        if id(named[name]) not in seen:
+            seen.add(id(named[name]))
+            found.append((name, named[name]))
+    return found
+
+
+def _named(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def model_digest(anatomy: Anatomy) -> str:
-    """Hexadecimal digest of a model as the measurement sees it, its vision tower and a patch on it included."""
+    """Hexadecimal digest of a model as a measurement sees it, its vision tower and a patch on it included.
+
+    Precision does not count, nor does what is there for training alone.
+
+    Raises:
+        HostError: a tensor lies outside memory.
+    """
     model, handle = anatomy.model, get_handle(anatomy.model)
-    values = {name: torch.tensor(value) for name, value in base_fingerprint(model, set()).items()}
     settings = [getattr(model.config, name, None) for name in _MODEL_SETTINGS]
     settings += [getattr(anatomy.text_config, name, None) for name in _DECODER_SETTINGS]
-    return digest_of([anatomy.host, values, settings, None if handle is None else handle.settings()])
+    weights = weights_digest(tensors_of(anatomy), _VALUES, rounded=True)
+    return digest_of([anatomy.host, weights, settings, None if handle is None else handle.settings()])
+
+
+def patch_name(model: nn.Module) -> str:
+    """A short name of the patch on a model, "" when there is none; equal patches and weights give equal names."""
+    handle = get_handle(model)
+    if handle is None:
+        return ""
+    added = ((str(number), parameter) for number, parameter in enumerate(handle.added_parameters()))
+    return digest([handle.record(), weights_digest(added, _VALUES)])[:16]
 
 
 def digest_of(value: Any) -> str:
@@ -53,3 +136,63 @@ def _feed(digest: Any, value: Any) -> None:
             _feed(digest, item)
     else:
         digest.update(f"{value!r}\0".encode())
+
+
+# --- the values that an adapter keeps of its base ---------------------------------------------------------------------
+
+
+def base_fingerprint(model: nn.Module, changed: Collection[str]) -> dict[str, list[float]]:
+    """Sampled values of the matrices that a patch does not change: {tensor name: values}, as adapters keep them.
+
+    Values rather than a digest, because a base may be loaded in another precision than it was saved in.
+
+    Args:
+        model: the causal LM.
+        changed: names of tensors that are not the base's.
+    """
+    handle = get_handle(model)
+    training = {id(p) for p in (() if handle is None else handle.training_parameters())}
+    return {
+        name: sample(parameter, _FINGERPRINT_VALUES).tolist()
+        for name, parameter in model.named_parameters()
+        if name not in changed and id(parameter) not in training and len(zero.shape(parameter)) == 2
+    }
+
+
+def sample(tensor: Tensor, count: int) -> Tensor:
+    """Evenly spaced values of a tensor of any shape and dtype: float32 [count] on the CPU."""
+    with zero.gathered([tensor]):
+        flat = tensor.detach().flatten()
+        # Above 2^24 float32 skips integers, and the last place would lie behind the tensor; below, places stay as in
+        # fingerprints that were saved before.
+        dtype = torch.float32 if flat.numel() <= 2**24 else torch.float64
+        places = torch.linspace(0, flat.numel() - 1, count, device=flat.device, dtype=dtype).long()
+        return flat[places].float().cpu()
+
+
+def check_fingerprint(model: nn.Module, saved: Mapping[str, list[float]], source: Path) -> None:
+    """Compare a model with what `base_fingerprint` saved.
+
+    Raises:
+        CheckpointError: names the first tensor that differs.
+    """
+    parameters = dict(model.named_parameters())
+    for name, values in saved.items():
+        if name not in parameters:
+            raise CheckpointError(f"{source}: made on a base with a tensor {name}, which this model does not have")
+        check_values(name, parameters[name], values, source)
+
+
+def check_values(name: str, tensor: Tensor, values: list[float], source: Path | str) -> None:
+    """Compare one tensor with the values that an adapter keeps of it.
+
+    Raises:
+        CheckpointError: they differ by more than two roundings to bfloat16; names the tensor.
+    """
+    here, there = sample(tensor, len(values)), torch.tensor(values)
+    # Two roundings to bfloat16 (8 bits of mantissa) are the same base; training moves values further.
+    if not torch.allclose(here, there, rtol=2**-7, atol=1e-6):
+        raise CheckpointError(
+            f"{source}: made on another base model: {name} differs "
+            f"(for example {there[0]:.6g} there, {here[0]:.6g} here)"
+        )

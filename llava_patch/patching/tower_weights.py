@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llava_patch.core.errors import CheckpointError
-from llava_patch.core.weights import read_file, weight_files
+from llava_patch.core.weights import open_weights
 from llava_patch.hosts import zero
 from llava_patch.hosts.anatomy import when_loaded
 
@@ -43,19 +43,18 @@ def put(handle: "Handle", tensors: Mapping[str, Tensor], source: Path | str) -> 
     """
 
     def copy() -> None:
-        parameters = dict(handle.anatomy.tower.named_parameters())
-        for name, tensor in tensors.items():
+        tower = handle.anatomy.tower
+        parameters, buffers = dict(tower.named_parameters()), dict(tower.named_buffers())
+        wanted = {n: t for n, t in tensors.items() if n not in buffers}  # position numbers, which some versions save
+        for name, tensor in wanted.items():
             if name not in parameters:
-                if name in dict(handle.anatomy.tower.named_buffers()):
-                    continue  # position numbers, which some versions save
                 raise CheckpointError(f"{source}: the vision tower has no tensor {name}")
             if zero.shape(parameters[name]) != tensor.shape:
                 raise CheckpointError(
                     f"{source}: {name} has shape {tuple(tensor.shape)}, the vision tower's has "
                     f"{tuple(zero.shape(parameters[name]))}"
                 )
-            with zero.gathered([parameters[name]], changed=True), torch.no_grad():
-                parameters[name].copy_(tensor)
+        zero.copy_values(parameters, wanted)
 
     when_loaded(handle.anatomy, handle._undo, lambda _: copy())
 
@@ -72,7 +71,7 @@ def restore(handle: "Handle", folder: Path | str) -> None:
     """
     if not handle.anatomy.tower_apart:
         return  # the tower is part of HF's state dict and was loaded with it
-    tensors = of_tower(_read_full(folder))
+    tensors = of_tower({name: load() for name, load in open_weights(str(folder)).items() if is_of_tower(name)})
     if not tensors:
         raise CheckpointError(f"{folder}: its vision tower was trained, but the checkpoint holds no tower weights")
     put(handle, tensors, folder)
@@ -102,8 +101,3 @@ def restore_beside_lora(handle: "Handle", source: str, required: bool = True) ->
         lacks = "holds no tower weights" if path else "is missing"
         raise CheckpointError(f"{source}: its vision tower was trained, but {LORA_FILE} {lacks}")
     put(handle, tensors, f"{source}/{LORA_FILE}")
-
-
-def _read_full(source: Path | str) -> dict[str, Tensor]:
-    tensors = [tensor for path in weight_files(str(source)) for tensor in read_file(path, whole=True)]
-    return {tensor.name: tensor() for tensor in tensors if _PART in tensor.name}

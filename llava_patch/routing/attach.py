@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from llava_patch.core import registry
+from llava_patch.core.errors import SettingError
+from llava_patch.core.method import Method
 from llava_patch.core.undo import UndoStack
-from llava_patch.hosts import compat
+from llava_patch.hosts import compat, lora
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.routing import side_branch
 from llava_patch.routing.forward import RoutedForward
-from llava_patch.routing.schedule import Program, Work
-from llava_patch.settings.methods import Routing
+from llava_patch.routing.schedule import LayerMode, LayerSchedule, make_schedule
+from llava_patch.settings.routing import AUTO, Routing
 
 
-def attach(anatomy: Anatomy, program: Program, undo: UndoStack) -> None:
-    """Route and prune image tokens of a host model; a program that does nothing changes nothing.
+def attach(anatomy: Anatomy, schedule: LayerSchedule, undo: UndoStack) -> None:
+    """Route and prune image tokens of a host model; a schedule that does nothing changes nothing.
 
     Modifications: the decoder's instance attribute `forward`; with a side branch a ModuleList `side_branch` on the
     decoder; where masks are needed that flash attention does not know (the KV variant, a sliding window), the instance
@@ -20,41 +28,92 @@ def attach(anatomy: Anatomy, program: Program, undo: UndoStack) -> None:
 
     Args:
         anatomy: the host model.
-        program: what its layers are to do; replaces the program of an earlier call.
+        schedule: what its layers are to do; replaces the schedule of an earlier call.
         undo: takes everything back.
     """
-    if not program.does_something:
+    if not schedule.does_something:
         return
     decoder = anatomy.decoder
-    if program.side_layers and not hasattr(decoder, side_branch.SIDE_BRANCH):
-        layers = [anatomy.layers[program.split + i] for i in range(program.side_layers)]
+    if schedule.side_layers and not hasattr(decoder, side_branch.SIDE_BRANCH):
+        layers = [anatomy.layers[schedule.split + i] for i in range(schedule.side_layers)]
         undo.add_module(decoder, side_branch.SIDE_BRANCH, side_branch.copy_layers(layers))
-    _allow_masks(anatomy, program, undo)
+    _allow_masks(anatomy, schedule, undo)
     if isinstance(decoder.forward, RoutedForward):
-        undo.set_attribute(decoder.forward, "program", program)
+        undo.set_attribute(decoder.forward, "schedule", schedule)
     else:
-        undo.set_attribute(decoder, "forward", RoutedForward(anatomy, program))
+        undo.set_attribute(decoder, "forward", RoutedForward(anatomy, schedule))
 
 
-def _allow_masks(anatomy: Anatomy, program: Program, undo: UndoStack) -> None:
+def _allow_masks(anatomy: Anatomy, schedule: LayerSchedule, undo: UndoStack) -> None:
     windowed = compat.sliding_window(anatomy.decoder.config) is not None
-    first = program.split if program.prune_at is None else min(program.split, program.prune_at)
-    layers = [anatomy.layers[i] for i in range(first, program.n_layers) if windowed or program.work[i] is Work.KEYS]
-    if windowed and program.side_layers:
+    first = schedule.split if schedule.prune_at is None else min(schedule.split, schedule.prune_at)
+    layers = [
+        anatomy.layers[i] for i in range(first, schedule.n_layers) if windowed or schedule.modes[i] is LayerMode.KEYS
+    ]
+    if windowed and schedule.side_layers:
         layers += getattr(anatomy.decoder, side_branch.SIDE_BRANCH)
     for layer in layers:
         compat.allow_any_mask(layer.self_attn, undo)
 
 
-def freeze(anatomy: Anatomy, routing: Routing, program: Program) -> None:
-    """Set requires_grad as `Routing.freeze` says."""
-    branch = side_branch.parameters(anatomy)
-    if not branch:
-        return
-    if routing.freeze != "none":
-        anatomy.model.requires_grad_(False)
-    if routing.freeze == "side_and_fusion":
-        for layer in program.fusion:
-            anatomy.layers[layer].requires_grad_(True)
-    for parameter in branch:
-        parameter.requires_grad_(True)
+class RoutingMethod(Method):
+    """Routing of image tokens on a model; what each layer does is in the schedule, which `attach` carries out."""
+
+    settings: Routing
+    calls_decoder_layers = True
+
+    def refused_when_partitioned(self) -> str | None:
+        """A measured split, and what calls projections apart from their layers, in another order without an image."""
+        if self.takes_samples():
+            return f'Routing.split = "{AUTO}"'
+        return 'Routing.variant = "kv"' if self.settings.variant == "kv" else None
+
+    def takes_samples(self) -> bool:
+        """Whether the split is to be measured."""
+        return self.settings.split == AUTO
+
+    def measure(self, samples: Any) -> None:
+        """Put the layer that the saturation measurement recommends in the place of "auto"."""
+        self.settings = registry.load(registry.AUTO_SPLIT)(self.anatomy.model, self.settings, samples)
+
+    def agrees(self, asked: Any) -> bool:
+        """What trains may differ from one run to the next."""
+        return bool(asked == replace(self.settings, freeze=asked.freeze))
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The side branch's."""
+        return side_branch.parameters(self.anatomy)
+
+    def freeze(self) -> None:
+        """Set requires_grad as `Routing.freeze` says; without a side branch nothing is frozen.
+
+        Raises:
+            SettingError: it would freeze peft's LoRA layers, which are there to be trained.
+        """
+        anatomy, strategy = self.anatomy, self.settings.freeze
+        branch = self.parameters()
+        if not branch:
+            return
+        if strategy != "none" and lora.trains(anatomy.model):
+            raise SettingError(
+                f'Routing.freeze = "{strategy}" would freeze the LoRA layers that peft has put into the model '
+                '(--lora_enable True): set Routing.freeze = "none", which trains them and the side branch, or leave '
+                "LoRA out"
+            )
+        if strategy != "none":
+            anatomy.model.requires_grad_(False)
+        if strategy == "side_and_fusion":
+            for layer in make_schedule(self.settings, None, len(anatomy.layers)).fusion:
+                anatomy.layers[layer].requires_grad_(True)
+        for parameter in branch:
+            parameter.requires_grad_(True)
+
+
+class PruningMethod(Method):
+    """Pruning of image tokens on a model; which layer prunes is in the schedule, which `attach` carries out."""
+
+    calls_decoder_layers = True
+
+    def refused_when_partitioned(self) -> str | None:
+        """Pruning in training."""
+        return f"{self.name}.training = True" if self.settings.training else None

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from llava_patch.core.errors import InputError
-from llava_patch.routing.plan import Held, PositionSet
-from llava_patch.routing.schedule import Program
+from llava_patch.routing.plan import KeyPositions, PositionSet
+from llava_patch.routing.schedule import LayerMode, LayerSchedule
 
 FULL, KEPT, TEXT = "full", "kept", "text"
 
@@ -48,7 +48,7 @@ class RoutedCache(DynamicCache):
     """DynamicCache of a routed conversation.
 
     Attributes:
-        program: what the model's layers do; a cache goes on under the same program only.
+        schedule: what the model's layers do; a cache goes on under the same schedule only.
         running: whether a routed call is under way; nothing else may add keys.
         length: positions seen so far, whether or not a layer holds them; what `get_seq_length()` returns.
         image_end: first position behind the last image.
@@ -56,22 +56,22 @@ class RoutedCache(DynamicCache):
         side: what the side branch has seen, or None.
     """
 
-    program: Program
+    schedule: LayerSchedule
     running: bool
     length: int
     image_end: int
-    streams: dict[str, Held]
+    streams: dict[str, KeyPositions]
     side: SideMemory | None
 
     @classmethod
     def adopt(
-        cls, cache: Any, program: Program, valid: Tensor | None, batch: int, device: torch.device
+        cls, cache: Any, schedule: LayerSchedule, valid: Tensor | None, batch: int, device: torch.device
     ) -> "RoutedCache":
         """Turn a DynamicCache that has seen no image into a routed one, in place.
 
         Args:
             cache: empty, as `generate` has made it, or filled by earlier turns of text alone.
-            program: what the model's layers do.
+            schedule: what the model's layers do.
             valid: bool [batch, tokens so far], False at padding; None: no padding.
             batch: number of samples.
             device: of the index tensors.
@@ -95,21 +95,24 @@ class RoutedCache(DynamicCache):
         cache.layer_class_to_replicate = DynamicLayer
         cache.__class__ = cls
         routed: RoutedCache = cache
-        routed.program, routed.running = program, False
+        routed.schedule, routed.running = schedule, False
         routed.length, routed.image_end, routed.side = length, 0, None
         so_far = PositionSet.run(0, length, batch, device, valid)
-        kinds = [FULL, *([KEPT] if program.prune_at is not None else []), *([TEXT] if program.has_text_layers else [])]
-        routed.streams = {name: Held(so_far) for name in kinds}
+        routed.streams = {FULL: KeyPositions(so_far)}
+        if schedule.prune_at is not None:
+            routed.streams[KEPT] = KeyPositions(so_far)
+        if LayerMode.TEXT in schedule.modes:
+            routed.streams[TEXT] = KeyPositions(so_far)
         return routed
 
     @classmethod
-    def check(cls, cache: Any, program: Program) -> None:
-        """Refuse a cache whose layers cannot differ in length, or that another program has filled.
+    def check(cls, cache: Any, schedule: LayerSchedule) -> None:
+        """Refuse a cache whose layers cannot differ in length, or that another schedule has filled.
 
         Raises:
             InputError: names the cache's class and the option that chose it.
         """
-        if isinstance(cache, cls) and cache.program != program:
+        if isinstance(cache, cls) and cache.schedule != schedule:
             raise InputError(
                 "this KV cache was filled under other routing or pruning settings than the model has now: start from "
                 "an empty cache"
@@ -143,7 +146,7 @@ class RoutedCache(DynamicCache):
         assert keys is not None
         return keys
 
-    def extend(self, stream: str, new: PositionSet | int) -> Held:
+    def extend(self, stream: str, new: PositionSet | int) -> KeyPositions:
         """Note the positions that this call adds to a kind of layer (a number: as many as come next).
 
         Returns:

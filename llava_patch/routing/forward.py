@@ -11,14 +11,14 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from llava_patch.core.errors import InputError
-from llava_patch.hosts import call_context as carry
-from llava_patch.hosts import compat, known
+from llava_patch.hosts import call_context, compat, known
 from llava_patch.hosts.anatomy import Anatomy
+from llava_patch.hosts.call_context import CallContext, Stacked
 from llava_patch.routing import side_branch
 from llava_patch.routing.cache import FULL, RoutedCache
 from llava_patch.routing.plan import count
-from llava_patch.routing.run import Call, Run
-from llava_patch.routing.schedule import Program
+from llava_patch.routing.routed_pass import Call, RoutedPass
+from llava_patch.routing.schedule import LayerSchedule
 
 logger = logging.getLogger("llava_patch")
 
@@ -26,16 +26,16 @@ logger = logging.getLogger("llava_patch")
 class RoutedForward:
     """The decoder's forward with routing; called as the decoder calls its own."""
 
-    def __init__(self, anatomy: Anatomy, program: Program) -> None:
+    def __init__(self, anatomy: Anatomy, schedule: LayerSchedule) -> None:
         """Remember the decoder's stock forward, which serves conversations without an image."""
         self.anatomy = anatomy
-        self.program = program
+        self.schedule = schedule
         self.stock = anatomy.decoder.forward
         functools.update_wrapper(self, self.stock, updated=())
         self._layers = self._layers_now()
 
     def _layers_now(self) -> tuple[Any, ...]:
-        layers = list(self.anatomy.layers)
+        layers = list(self.anatomy.decoder.layers)
         return (*layers, *(getattr(layer, "self_attn", None) for layer in layers))
 
     def __call__(
@@ -61,50 +61,49 @@ class RoutedForward:
             HostError: layers that somebody has replaced by others, or images that would not have been routed.
         """
         routed_before = isinstance(past_key_values, RoutedCache)
-        given = carry.take(self.anatomy, inputs_embeds, routed_before)
-        call = None
-        if given.unknown and given.image_mask is None:
+        context = call_context.take(self.anatomy, inputs_embeds, routed_before)
+        if context.unknown and context.image_mask is None:
             raise InputError(
                 "the model was given inputs_embeds without pixels, so it cannot know where images are in them: call it "
                 "inside `with handle.image_positions(mask):`, mask being bool [batch, tokens] (all False: no image)"
             )
-        in_order = past_key_values is None and side_branch.keeps_order(self.anatomy)
-        if given.image_mask is not None or routed_before or in_order:
-            if (
-                given.image_mask is not None and (now := self._layers_now()) != self._layers
-            ):  # somebody put others there
-                known.check_decoder(self.anatomy.decoder, "routing")
-                self._layers = now
+        brings_image = context.image_mask is not None
+        if brings_image and (now := self._layers_now()) != self._layers:  # somebody put others there
+            known.check_decoder(self.anatomy.decoder, "routing")
+            self._layers = now
+        call = None
+        if brings_image or routed_before or self._keeps_order(past_key_values):
             self._check(past_key_values, attention_mask, position_ids, kwargs)
             if inputs_embeds is None:
-                inputs_embeds = self.anatomy.decoder.embed_tokens(input_ids)
-                input_ids = None
-            call = self._call(given, inputs_embeds, attention_mask, past_key_values, use_cache, kwargs, in_order)
+                inputs_embeds, input_ids = self.anatomy.decoder.embed_tokens(input_ids), None
+            call = self._call(context, inputs_embeds, attention_mask, past_key_values, use_cache, kwargs)
         if call is None:
             outputs = self.stock(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                inputs_embeds=inputs_embeds,
-                use_cache=use_cache,
-                cache_position=cache_position,
-                **kwargs,
-            )
-            if side_branch.wants_gradient(self.anatomy):
-                last = outputs.last_hidden_state
-                outputs["last_hidden_state"] = last + side_branch.idle(self.anatomy, last)
-            if given.stacked is not None and torch.is_grad_enabled():
-                # Every rank must give DeepStack's projector a gradient, also one whose batch has no image.
-                last = outputs.last_hidden_state
-                nothing = torch.cat([f[:0] for f in given.stacked.features])  # 0 * a sum is NaN where float16 overflows
-                outputs["last_hidden_state"] = last + nothing.sum().to(last)
-            return outputs
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+                past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
+                cache_position=cache_position, **kwargs,
+            )  # fmt: skip
+            return self._with_gradients(outputs, context)
         if cache_position is None:
             cache_position = torch.arange(call.seen, call.seen + call.queries, device=call.embeds.device)
         call.cache_position = cache_position
         call.position_ids = cache_position[None] if position_ids is None else position_ids
-        return Run(self.anatomy, self.program, call).forward()
+        return RoutedPass(self.anatomy, self.schedule, call).forward()
+
+    def _keeps_order(self, cache: Any) -> bool:
+        """Whether a call without an image runs its modules in the order of one that routes (a cache rules it out)."""
+        return cache is None and side_branch.keeps_order(self.anatomy)
+
+    def _with_gradients(self, outputs: Any, context: CallContext) -> Any:
+        """The stock outputs; every rank must give what was added a gradient, also one whose batch has no image."""
+        if side_branch.wants_gradient(self.anatomy):
+            last = outputs.last_hidden_state
+            outputs["last_hidden_state"] = last + side_branch.zero_gradient_pass(self.anatomy, last)
+        if context.stacked is not None and torch.is_grad_enabled():
+            last = outputs.last_hidden_state
+            nothing = torch.cat([f[:0] for f in context.stacked.features])  # 0 * a sum is NaN where float16 overflows
+            outputs["last_hidden_state"] = last + nothing.sum().to(last)
+        return outputs
 
     def _check(
         self, cache: Any, attention_mask: Tensor | None, position_ids: Tensor | None, kwargs: dict[str, Any]
@@ -118,7 +117,8 @@ class RoutedForward:
                 "its layers are called one by one): call handle.remove() first, or use the saturation task"
             )
         compat.attention_of(decoder.config)
-        RoutedCache.check(cache, self.program)
+        if cache is not None:
+            RoutedCache.check(cache, self.schedule)
         if attention_mask is not None and attention_mask.ndim != 2:
             raise InputError(
                 f"routing needs a 2-D attention_mask [batch, tokens], got {attention_mask.ndim} dimensions"
@@ -131,84 +131,80 @@ class RoutedForward:
 
     def _call(
         self,
-        given: carry.Given,
+        context: CallContext,
         embeds: Tensor,
         attention_mask: Tensor | None,
         cache: Any,
         use_cache: bool | None,
         kwargs: dict[str, Any],
-        in_order: bool,
     ) -> Call | None:
         """What this call brings; None when the stock forward serves it."""
-        decoder = self.anatomy.decoder
+        decoder, config = self.anatomy.decoder, self.anatomy.decoder.config
         batch, queries = embeds.shape[:2]
-        config = decoder.config
-        asked_for_cache = use_cache is True
+        warns = context.generating or use_cache is True
         use_cache = bool(getattr(config, "use_cache", False) if use_cache is None else use_cache)
         if decoder.training and getattr(decoder, "gradient_checkpointing", False):
             use_cache = False
         seen = cache.get_seq_length() if cache is not None else 0
         attention_mask = _whole_mask(attention_mask, cache, seen, batch, queries)
-        call = Call(embeds, attention_mask, seen, use_cache=use_cache, recording=_wants_hidden_states(config, kwargs))
+        asked = kwargs.get("output_hidden_states")
+        recording = bool(getattr(config, "output_hidden_states", False) if asked is None else asked)
+        call = Call(embeds=embeds, attention_mask=attention_mask, seen=seen, use_cache=use_cache, recording=recording)
         if attention_mask is not None and (queries > 1 or _has_padding(cache)):
             call.valid = attention_mask[:, -queries:].bool()
-        if given.image_mask is not None:
-            self._image_call(call, given, warns=given.generating or asked_for_cache)
+        if context.image_mask is not None:
+            self._take_images(call, context, warns)
         elif call.valid is None:  # then the last positions are no padding
-            call.suffix = given.suffix
+            call.suffix = context.suffix
         if call.image_mask is None and not isinstance(cache, RoutedCache):
-            if not in_order:
+            if not self._keeps_order(cache):
                 return None
-            call.use_cache, call.idle, use_cache = False, True, False
+            call.use_cache, call.in_order, use_cache = False, True, False
         if cache is not None or use_cache:
             cache = DynamicCache(config=config) if cache is None else cache
             past_valid = None if attention_mask is None or not seen else attention_mask[:, :seen].bool()
-            call.cache = RoutedCache.adopt(cache, self.program, past_valid, batch, embeds.device)
+            call.cache = RoutedCache.adopt(cache, self.schedule, past_valid, batch, embeds.device)
         return call
 
-    def _image_call(self, call: Call, given: carry.Given, warns: bool) -> None:
-        """Note image positions and what is read."""
-        batch, queries = call.embeds.shape[:2]
-        assert given.image_mask is not None
-        image_mask = _fit("image positions", given.image_mask, batch, queries, call.seen).to(call.embeds.device)
-        call.suffix, call.ahead = given.suffix, given.ahead
-        if given.stacked is not None:
-            rows = _fit("image rows", given.stacked.rows, batch, queries, call.seen).to(call.embeds.device)
-            call.stacked = carry.Stacked(given.stacked.features, rows)
-        call.protected = self._read_positions(given, call)
+    def _take_images(self, call: Call, context: CallContext, warns: bool) -> None:
+        """Fit the context's masks to the call's tokens, and note what is read; one synchronisation with the device."""
+        assert context.image_mask is not None
+        image_mask = _fit("image positions", context.image_mask, call).to(call.embeds.device)
+        call.suffix, call.ahead = context.suffix, context.ahead
+        if context.stacked is not None:
+            rows = _fit("image rows", context.stacked.rows, call).to(call.embeds.device)
+            call.stacked = Stacked(context.stacked.features, rows)
+        prunes = self.schedule.prune_at is not None
+        if prunes:
+            call.protected = _read(call, context) if context.read is None else _fit("labels", context.read, call)
         valid = torch.ones_like(image_mask) if call.valid is None else call.valid
-        counts = count(image_mask, valid, given.suffix or 1, call.protected)
+        counts = count(image_mask, valid, context.suffix or 1, call.protected)
         if warns and not counts.suffix_valid:
             _warn_right_padding()
-        if min(a + b for a, b in zip(counts.image, counts.text, strict=True)) == queries:
+        if min(a + b for a, b in zip(counts.image, counts.text, strict=True)) == call.queries:
             call.valid = None  # a mask of ones is no padding
-        prunes = self.program.prune_at is not None
-        if prunes and not given.generating and call.suffix != 1 and not counts.suffix_text:
+        if prunes and not context.generating and call.suffix != 1 and not counts.suffix_text:
             call.suffix = None  # some of the last positions may be pruned, as on a plain forward
         if max(counts.image) > 0:
             call.image_mask, call.counts = image_mask & valid, counts
-            if self.program.injections and call.stacked is None:
+            if self.schedule.injections and call.stacked is None:
                 raise InputError(
                     "DeepStack adds the image at several decoder layers, but this call brings its embeddings without "
                     "its pixels: give the model pixel_values (llava: images)"
                 )
-        if given.kept is not None:
+        if context.kept is not None:
             if not prunes:
                 raise InputError("image_positions(kept=...): this model prunes nothing")
-            call.kept = _fit("kept positions", given.kept, batch, queries, call.seen)
+            call.kept = _fit("kept positions", context.kept, call)
 
-    def _read_positions(self, given: carry.Given, call: Call) -> Tensor | None:
-        """Positions that pruning must leave in: bool [batch, queries]."""
-        if self.program.prune_at is None:
-            return None
-        batch, queries = call.embeds.shape[:2]
-        if given.read is not None:
-            return _fit("labels", given.read, batch, queries, call.seen)
-        read = torch.zeros(batch, queries, dtype=torch.bool, device=call.embeds.device)
-        if given.generating and given.suffix is not None:
-            read[:, -given.suffix :] = True
-            return read
-        return read.scatter_(1, call.last_index()[:, None], True)
+
+def _read(call: Call, context: CallContext) -> Tensor:
+    """Positions that are read without labels, which pruning must leave in: bool [batch, tokens]."""
+    read = torch.zeros(call.embeds.shape[:2], dtype=torch.bool, device=call.embeds.device)
+    if context.generating and context.suffix is not None:
+        read[:, -context.suffix :] = True
+        return read
+    return read.scatter_(1, call.last_index()[:, None], True)
 
 
 @functools.lru_cache(maxsize=1)
@@ -219,13 +215,14 @@ def _warn_right_padding() -> None:
     )
 
 
-def _fit(what: str, mask: Tensor, batch: int, queries: int, seen: int) -> Tensor:
+def _fit(what: str, mask: Tensor, call: Call) -> Tensor:
     """A mask of the call's own tokens, from one that may also cover earlier ones, or fewer samples (beams)."""
-    if mask.shape[1] == seen + queries:
-        mask = mask[:, seen:]
+    batch, queries = call.embeds.shape[:2]
+    if mask.shape[1] == call.seen + queries:
+        mask = mask[:, call.seen :]
     if mask.shape[1] != queries:
         raise InputError(
-            f"{what} cover {mask.shape[1]} tokens but the decoder got {queries} (after {seen} cached ones)"
+            f"{what} cover {mask.shape[1]} tokens but the decoder got {queries} (after {call.seen} cached ones)"
         )
     if batch % mask.shape[0]:
         raise InputError(f"{what} are for {mask.shape[0]} samples but the decoder got {batch}")
@@ -244,8 +241,3 @@ def _whole_mask(mask: Tensor | None, cache: Any, seen: int, batch: int, queries:
 
 def _has_padding(cache: Any) -> bool:
     return isinstance(cache, RoutedCache) and cache.streams[FULL].padded
-
-
-def _wants_hidden_states(config: Any, kwargs: dict[str, Any]) -> bool:
-    asked = kwargs.get("output_hidden_states")
-    return bool(getattr(config, "output_hidden_states", False) if asked is None else asked)

@@ -66,7 +66,7 @@ class PositionSet:
         return PositionSet(change(self.index), None if self.valid is None else change(self.valid))
 
 
-class Held:
+class KeyPositions:
     """The positions that layers of one kind hold: listed ones, then a run of further ones without padding.
 
     Decoding a token only lengthens the run; tensors are made where somebody looks at them.
@@ -131,9 +131,9 @@ class Held:
         if count > from_run:
             self.listed = self.listed.map(lambda x: x[:, : -(count - from_run)])
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> "Held":
+    def map(self, change: Callable[[Tensor], Tensor]) -> "KeyPositions":
         """The same change of the batch dimension on every tensor."""
-        return Held(self.listed.map(change), self.run, self.end)
+        return KeyPositions(self.listed.map(change), self.run, self.end)
 
 
 @dataclass(frozen=True)

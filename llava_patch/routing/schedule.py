@@ -1,4 +1,7 @@
-"""What each decoder layer does under given settings. No tensors here."""
+"""What each decoder layer does with the image positions: every variant as one row of modes. No tensors here.
+
+`routing.reference` says the same in plain mathematics, `routing.routed_pass` runs it.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,11 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from llava_patch.core.errors import SettingError
-from llava_patch.settings.methods import FastV, Routing
+from llava_patch.routing.pruning import Pruning
+from llava_patch.settings.routing import Routing
 
 
-class Work(Enum):
+class LayerMode(Enum):
     """What a layer does with the image positions."""
 
     STOCK = "all positions, as in the stock model"
@@ -19,29 +23,63 @@ class Work(Enum):
     KEYS = "text positions ask, image positions give keys and values of the side branch's output"
 
 
+DEEP_LAYERS = {
+    "lf": LayerMode.TEXT,  # but FUSE in the fusion layers: the last K, or those that are named
+    "pc": LayerMode.RESET,
+    "kv": LayerMode.KEYS,
+    "ideal": LayerMode.TEXT,  # the side branch's output leaves the decoder as it is
+    "vtw": LayerMode.TEXT,  # the same without a side branch
+}
+"""What the layers from the split on do, by variant (DPVR, section 3); those below it run as in the stock model."""
+
+
+def modes_of(routing: Routing | None, n_layers: int) -> tuple[LayerMode, ...]:
+    """What each of L layers does under some settings: [L].
+
+    Args:
+        routing: settings that fit the model, with the split as a number; None: nothing is routed.
+        n_layers: L.
+    """
+    modes = [LayerMode.STOCK] * n_layers
+    if routing is None or (split := int(routing.split)) == n_layers:
+        return tuple(modes)
+    modes[split:] = [DEEP_LAYERS[routing.variant]] * (n_layers - split)
+    if routing.variant == "lf":
+        k = routing.fusion_layers
+        for layer in k if isinstance(k, tuple) else range(n_layers - k, n_layers):
+            modes[layer] = LayerMode.FUSE
+    return tuple(modes)
+
+
 @dataclass(frozen=True)
-class Program:
+class LayerSchedule:
     """Settings resolved against a model's depth.
 
     Attributes:
         n_layers: L.
         split: first routed layer; L when nothing is routed.
-        work: what each layer does, [L].
+        modes: what each layer does, [L].
         side_layers: n; 0 without a side branch.
-        prune_at: first layer without the pruned tokens; None: nothing is pruned.
-        ratio: share of image tokens to prune.
-        prune_in_training: whether training mode prunes as well.
+        pruning: what is pruned and where; None: nothing.
         injections: DeepStack: layers whose input takes a tap, in the order of the taps.
     """
 
     n_layers: int
     split: int
-    work: tuple[Work, ...]
+    modes: tuple[LayerMode, ...]
     side_layers: int = 0
-    prune_at: int | None = None
-    ratio: float = 0.0
-    prune_in_training: bool = False
+    pruning: Pruning | None = None
     injections: tuple[int, ...] = ()
+
+    @property
+    def prune_at(self) -> int | None:
+        """First layer without the pruned tokens; None: nothing is pruned."""
+        return None if self.pruning is None else self.pruning.layer
+
+    @property
+    def prunes_in_training(self) -> bool:
+        """Whether training mode prunes as well."""
+        return self.pruning is not None and self.pruning.training
 
     @property
     def does_something(self) -> bool:
@@ -55,18 +93,13 @@ class Program:
 
     @property
     def fusion(self) -> tuple[int, ...]:
-        """The layers that fuse."""
-        return tuple(i for i, work in enumerate(self.work) if work is Work.FUSE)
-
-    @property
-    def has_text_layers(self) -> bool:
-        """Whether any layer sees text positions only."""
-        return Work.TEXT in self.work
+        """Late fusion: the layers that see both streams again."""
+        return tuple(i for i, mode in enumerate(self.modes) if mode is LayerMode.FUSE)
 
 
-def make_program(
-    routing: Routing | None, pruning: FastV | None, n_layers: int, injections: tuple[int, ...] = ()
-) -> Program:
+def make_schedule(
+    routing: Routing | None, pruning: Pruning | None, n_layers: int, injections: tuple[int, ...] = ()
+) -> LayerSchedule:
     """Resolve settings against a model's depth.
 
     Args:
@@ -78,24 +111,17 @@ def make_program(
     Raises:
         SettingError: a split, K, n, pruning or injection layer that the model or the variant cannot take.
     """
-    split, work, side_layers = n_layers, [Work.STOCK] * n_layers, 0
+    split = n_layers
     if routing is not None:
         _check_routing(routing, n_layers)
         split = int(routing.split)
-        if split < n_layers:
-            side_layers = routing.side_layers
-            deep = {"lf": Work.TEXT, "ideal": Work.TEXT, "vtw": Work.TEXT, "pc": Work.RESET, "kv": Work.KEYS}
-            work[split:] = [deep[routing.variant]] * (n_layers - split)
-            if routing.variant == "lf":
-                k = routing.fusion_layers
-                for layer in k if isinstance(k, tuple) else range(n_layers - k, n_layers):
-                    work[layer] = Work.FUSE
+    side_layers = routing.side_layers if routing is not None and split < n_layers else 0
     _check_injections(injections, n_layers, split)
-    program = Program(n_layers, split, tuple(work), side_layers, injections=injections)
+    schedule = LayerSchedule(n_layers, split, modes_of(routing, n_layers), side_layers, injections=injections)
     if pruning is None or pruning.ratio == 0:
-        return program
+        return schedule
     _check_pruning(pruning, routing, n_layers, split)
-    return replace(program, prune_at=pruning.layer, ratio=float(pruning.ratio), prune_in_training=pruning.training)
+    return replace(schedule, pruning=pruning)
 
 
 def _check_injections(injections: tuple[int, ...], n_layers: int, split: int) -> None:
@@ -154,10 +180,10 @@ def _check_routing(routing: Routing, n_layers: int) -> None:
         )
 
 
-def _check_pruning(pruning: FastV, routing: Routing | None, n_layers: int, split: int) -> None:
+def _check_pruning(pruning: Pruning, routing: Routing | None, n_layers: int, split: int) -> None:
     last = n_layers - 1
     why = f"this model has layers 0..{last}"
     if routing is not None and split < n_layers and routing.variant in ("lf", "ideal", "vtw"):
         last, why = split, f"{routing.variant} takes the image tokens out at layer {split}, so later there are none"
     if pruning.layer > last:
-        raise SettingError(f"FastV.layer = {pruning.layer} is outside 1..{last}: {why}")
+        raise SettingError(f"{type(pruning).__name__}.layer = {pruning.layer} is outside 1..{last}: {why}")

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from llava_patch.core.errors import SettingError
 from llava_patch.hosts import compat, lora, zero
 from llava_patch.hosts.anatomy import Anatomy
-from llava_patch.routing.autograd import prime, trains
-from llava_patch.routing.streams import Stream
+from llava_patch.routing.layers import Stream, prime, trains
 
 SIDE_BRANCH = "side_branch"
 
@@ -81,7 +80,7 @@ def wants_gradient(anatomy: Anatomy) -> bool:
     return branch is not None and anatomy.decoder.training and trains(branch)
 
 
-def idle(anatomy: Anatomy, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def zero_gradient_pass(anatomy: Anatomy, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """The side branch on one made-up position, times zero: a scalar 0 whose gradient reaches its weights.
 
     A rank or micro-batch without an image must still give the side branch a gradient (of zero), or the others wait for

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from llava_patch.core.errors import SettingError
-from llava_patch.settings.checks import BROKEN, fraction, integer
+from llava_patch.settings.checks import BROKEN, fraction, integer, is_number
 
 ROPE_FORMS = ("attention", "embedding")
 
@@ -46,19 +46,15 @@ class AuxiliaryProbe:
     broken: str = "stop"
 
     def __post_init__(self) -> None:
-        if not _number(self.weight) or not 0 <= self.weight < math.inf:
+        if not is_number(self.weight) or not 0 <= self.weight < math.inf:
             raise SettingError(f"AuxiliaryProbe.weight = {self.weight!r}: expected a number >= 0")
         fraction("AuxiliaryProbe", "share", self.share)
         integer("AuxiliaryProbe", "max_text_tokens", self.max_text_tokens, 1)
         integer("AuxiliaryProbe", "seed", self.seed, 0)
-        if self.lr is not None and (not _number(self.lr) or not 0 < self.lr < math.inf):
+        if self.lr is not None and (not is_number(self.lr) or not 0 < self.lr < math.inf):
             raise SettingError(f"AuxiliaryProbe.lr = {self.lr!r}: expected a number above 0")
         for name, choices in (("rope", ROPE_FORMS), ("broken", BROKEN)):
             if getattr(self, name) not in choices:
                 raise SettingError(
                     f"AuxiliaryProbe.{name} = {getattr(self, name)!r}: expected one of {', '.join(choices)}"
                 )
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -10,6 +10,11 @@ BROKEN = ("stop", "skip")
 """What happens on a sample that cannot be read."""
 
 
+def is_number(value: Any) -> bool:
+    """Whether a setting is a number; True and False are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def integer(owner: str, name: str, value: Any, minimum: int) -> None:
     """Refuse what is not an integer of at least `minimum`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
@@ -18,8 +23,7 @@ def integer(owner: str, name: str, value: Any, minimum: int) -> None:
 
 def fraction(owner: str, name: str, value: Any, *, zero: bool = False) -> None:
     """Refuse what is not a number above 0 (or 0, if `zero`) and at most 1."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not (value >= 0 if zero else value > 0) or value > 1:
+    if not is_number(value) or not (value >= 0 if zero else value > 0) or value > 1:
         raise SettingError(f"{owner}.{name} = {value!r}: expected a number {'from' if zero else 'above'} 0 to 1")
 
 

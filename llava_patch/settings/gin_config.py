@@ -20,8 +20,8 @@ from llava_patch.core import registry
 from llava_patch.core.errors import SettingError
 from llava_patch.core.resources import gin_dir
 from llava_patch.settings import flags as launch_flags
-from llava_patch.settings.methods import METHODS, AuxiliaryProbe, FastV, Fusion, Routing
 
+METHODS = registry.methods()
 MEASUREMENTS: dict[str, Any] = registry.settings()
 Sweep: Any = registry.load(registry.SWEEP)
 
@@ -53,10 +53,10 @@ class Configuration:
         off: kinds of method that are explicitly None, as in `Patch.fusion = None`: asked for, and not nothing.
     """
 
-    fusion: Fusion | None = None
-    routing: Routing | None = None
-    pruning: FastV | None = None
-    probe: AuxiliaryProbe | None = None
+    fusion: Any = None
+    routing: Any = None
+    pruning: Any = None
+    probe: Any = None
     measurements: dict[str, Any] = field(default_factory=dict)
     flags: dict[str, Any] = field(default_factory=dict)
     sweep: Any = None
@@ -66,11 +66,11 @@ class Configuration:
 
     def methods(self) -> dict[str, Any]:
         """Keyword arguments of `patch`."""
-        return {"fusion": self.fusion, "routing": self.routing, "pruning": self.pruning, "probe": self.probe}
+        return {kind: getattr(self, kind) for kind in registry.KINDS}
 
     def lasting(self) -> dict[str, Any]:
         """Keyword arguments of `patch` for a model that is used and not trained; only what is asked for."""
-        return {k: v for k, v in self.methods().items() if v is not None and k != AuxiliaryProbe.KIND}
+        return {k: v for k, v in self.methods().items() if v is not None and k not in registry.TRAINING_ONLY}
 
     @property
     def patches(self) -> bool:
@@ -146,17 +146,9 @@ def read(files: Sequence[str], params: Sequence[str]) -> Configuration:
         root.removeFilter(quiet)
         root.removeHandler(handler)
     return Configuration(
-        resolved["fusion"],
-        resolved["routing"],
-        resolved["pruning"],
-        resolved["probe"],
-        measurements,
-        flags,
-        sweep,
-        operative,
-        sources,
-        tuple(kind for kind, value in explicit.items() if value is None),
-    )
+        **resolved, measurements=measurements, flags=flags, sweep=sweep, operative=operative, sources=sources,
+        off=tuple(kind for kind, value in explicit.items() if value is None),
+    )  # fmt: skip
 
 
 class _FoundElsewhere(logging.Filter):
@@ -196,12 +188,10 @@ def _first_field(method: str) -> str:
 
 def _check_kinds(resolved: dict[str, Any]) -> None:
     for kind, value in resolved.items():
-        known = [cls for cls in METHODS.values() if kind == cls.KIND]
-        if value is None or isinstance(value, tuple(known)):
+        known = registry.methods(kind)
+        if value is None or isinstance(value, tuple(known.values())):
             continue
-        if not known:
-            raise SettingError(f"Patch.{kind} is not available in this version")
-        names = ", ".join(f"@{cls.__name__}()" for cls in known)
+        names = ", ".join(f"@{name}()" for name in known)
         raise SettingError(f"Patch.{kind} = {value!r}: expected {names}")
 
 

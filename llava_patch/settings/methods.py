@@ -1,40 +1,51 @@
-"""Settings of every method as frozen dataclasses; checks that need no model happen here.
+"""Settings of every method by name, and as JSON values; `core.registry` lists them.
 
+A class is loaded on first use (`from llava_patch.settings.methods import SkipLinks`), from the folder of its method.
 Imports neither torch nor gin, so that `import llava_patch` stays cheap.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
+from llava_patch.core import registry
 from llava_patch.core.errors import SettingError
-from llava_patch.settings.auxiliary import AuxiliaryProbe
-from llava_patch.settings.fusion import DeepStack, DenseConnector, DirectFusion, Fusion, SkipLinks, differs
-from llava_patch.settings.routing import AUTO, FREEZE_STRATEGIES, LEARNING_VARIANTS, VARIANTS, FastV, Routing
+from llava_patch.core.records import check_format
+from llava_patch.settings.routing import AUTO, FREEZE_STRATEGIES, LEARNING_VARIANTS, VARIANTS, Routing
+
+if TYPE_CHECKING:
+    from llava_patch.fusion.deep_stack import DeepStack
+    from llava_patch.fusion.dense_connector import DenseConnector
+    from llava_patch.fusion.direct_fusion import DirectFusion
+    from llava_patch.fusion.skip_links import SkipLinks
+    from llava_patch.routing.fastv import FastV
+    from llava_patch.settings.auxiliary import AuxiliaryProbe
 
 __all__ = [
     "AUTO",
     "FREEZE_STRATEGIES",
-    "FUSIONS",
     "LEARNING_VARIANTS",
-    "METHODS",
     "VARIANTS",
     "AuxiliaryProbe",
     "DeepStack",
     "DenseConnector",
     "DirectFusion",
     "FastV",
-    "Fusion",
     "Routing",
     "SkipLinks",
-    "differs",
     "from_dict",
+    "from_record",
     "to_dict",
 ]
 
-FUSIONS: tuple[type[Fusion], ...] = (SkipLinks, DenseConnector, DirectFusion, DeepStack)
-METHODS: dict[str, Any] = {cls.__name__: cls for cls in (*FUSIONS, Routing, FastV, AuxiliaryProbe)}
+
+def __getattr__(name: str) -> Any:
+    """Load a method's settings class on first use."""
+    if name not in registry.METHODS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return registry.load(registry.METHODS[name])
 
 
 def _plain(value: Any) -> Any:
@@ -51,7 +62,7 @@ def to_dict(settings: Any) -> dict[str, Any]:
     return {"method": type(settings).__name__, **values}
 
 
-def from_dict(values: dict[str, Any], source: str) -> Any:
+def from_dict(values: Mapping[str, Any], source: str) -> Any:
     """Rebuild a settings dataclass from `to_dict`'s output.
 
     Args:
@@ -63,18 +74,32 @@ def from_dict(values: dict[str, Any], source: str) -> Any:
     """
     values = dict(values)
     name = values.pop("method", None)
-    if name not in METHODS:
-        raise SettingError(f"{source}: unknown method {name!r}; this version knows {', '.join(METHODS)}")
-    cls = METHODS[name]
+    if name not in registry.METHODS:
+        raise SettingError(f"{source}: unknown method {name!r}; this version knows {', '.join(registry.METHODS)}")
+    cls = registry.load(registry.METHODS[name])
     known = {f.name for f in dataclasses.fields(cls)}
     unknown = sorted(set(values) - known)
     if unknown:
         raise SettingError(
             f"{source}: {name} has no setting {', '.join(unknown)}; saved by a newer version of llava_patch?"
         )
-    if name == "Routing" and values.get("split") == AUTO:
-        raise SettingError(
-            f'{source}: Routing.split = "{AUTO}" in a saved record; a record always holds the layer number: '
-            "the file was changed by hand; write the number there"
-        )
-    return cls(**{k: _tuples(v) for k, v in values.items()})
+    settings = cls(**{k: _tuples(v) for k, v in values.items()})
+    if hasattr(settings, "check_saved"):
+        settings.check_saved(source)
+    return settings
+
+
+def from_record(record: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The settings dataclasses that a checkpoint's record holds, as keyword arguments of `patch`.
+
+    Args:
+        record: from `core.records`.
+        source: file that it came from, for messages.
+
+    Raises:
+        CheckpointError: a record of a newer format.
+        SettingError: an unknown method or field.
+    """
+    check_format(record, source)
+    lasting = (kind for kind in registry.KINDS if kind not in registry.TRAINING_ONLY)
+    return {kind: from_dict(record[kind], source) for kind in lasting if record.get(kind)}

@@ -1,4 +1,4 @@
-"""Settings of what happens in the decoder: routing of image tokens, and pruning."""
+"""Settings of what happens in the decoder: routing of image tokens."""
 
 from __future__ import annotations
 
@@ -83,6 +83,18 @@ class Routing:
                 '"none", or use variant "lf"'
             )
 
+    def check_saved(self, source: str) -> None:
+        """Refuse what no saved record holds; `source` is its file.
+
+        Raises:
+            SettingError: split = "auto", which a record holds as the layer number that was measured.
+        """
+        if self.split == AUTO:
+            raise SettingError(
+                f'{source}: Routing.split = "{AUTO}" in a saved record; a record always holds the layer number: '
+                "the file was changed by hand; write the number there"
+            )
+
     def _check_fusion_layers(self) -> None:
         value = self.fusion_layers
         if isinstance(value, (tuple, list)):
@@ -105,34 +117,3 @@ class Routing:
                 f"Routing.fusion_layers = {value}: {self.variant} shows the image to every deep layer, so there is no "
                 "number of fusion layers to choose; leave it at 1"
             )
-
-
-@dataclass(frozen=True)
-class FastV:
-    """FastV: image tokens that the prompt's last token hardly looks at leave the decoder for good.
-
-    Source: "An Image is Worth 1/2 Tokens After Layer 2" (FastV), section 4. Before layer k, each sample keeps
-    ceil((1 - r) * n) of its n image tokens: those with the highest attention from the last prompt token at layer k-1,
-    mean over heads; the lower position wins ties, order and position ids stay. The choice is made once, at the prefill
-    that brings the image (of a prompt in chunks, by the last token of the image's chunk). Positions that are read (a
-    label follows at once, or generation samples from them) are kept.
-
-    Attributes:
-        layer: k >= 1, first layer without the pruned tokens.
-        ratio: r, share of image tokens to prune, 0..1; 0 prunes nothing.
-        training: prune in training mode too (the last token that is not padding then stands for the prompt's last).
-    """
-
-    KIND: ClassVar[str] = "pruning"
-
-    layer: int = 2
-    ratio: float = 0.5
-    training: bool = False
-
-    def __post_init__(self) -> None:
-        integer("FastV", "layer", self.layer, 1)
-        number = isinstance(self.ratio, (int, float)) and not isinstance(self.ratio, bool)
-        if not number or not 0 <= self.ratio <= 1:
-            raise SettingError(f"FastV.ratio = {self.ratio!r}: expected a number from 0 to 1")
-        if not isinstance(self.training, bool):
-            raise SettingError(f"FastV.training = {self.training!r}: expected True or False")

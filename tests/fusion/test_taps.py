@@ -3,7 +3,7 @@
 import pytest
 
 from llava_patch.core.errors import SettingError
-from llava_patch.fusion.taps import Join, choose_taps, injection_layers
+from llava_patch.fusion.taps import Join, choose_taps
 from llava_patch.settings.methods import DeepStack, DenseConnector, DirectFusion, SkipLinks
 
 
@@ -85,10 +85,10 @@ def test_deep_stack_taps_and_layers():
     settings = DeepStack()
     taps = choose_taps(settings, 24, 23)
     assert [g.blocks[0] for g in taps.groups] == [6, 12, 18, 23]
-    assert injection_layers(settings, taps) == (4, 6, 8, 10)
+    assert taps.layers == (4, 6, 8, 10)
     assert (taps.columns, taps.join, taps.deepest) == (1, Join.LAYERS, 23)
     assert choose_taps(DeepStack(), 8, 7).blocks == (2, 4, 6, 7)
-    assert injection_layers(SkipLinks(), taps) == ()
+    assert choose_taps(SkipLinks(), 24, 23).layers == ()
     assert [g.detached for g in choose_taps(DeepStack(detach=2), 24, 23).groups] == [True, True, False, False]
 
 

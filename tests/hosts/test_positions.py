@@ -5,8 +5,7 @@ import torch
 
 from llava_patch.core.errors import HostError, InputError
 from llava_patch.core.undo import UndoStack
-from llava_patch.hosts import anatomy
-from llava_patch.hosts import call_context as carry
+from llava_patch.hosts import anatomy, call_context, wrappers
 from llava_patch.hosts.positions import llava_prepare
 from tests.support.models import IMAGE, Host
 
@@ -47,18 +46,18 @@ def test_the_decoder_is_told_the_positions_once(host):
     seen = []
     undo = UndoStack()
     found = anatomy.find(host.model)
-    carry.attach(found, undo)
+    wrappers.attach(found, undo)
     forward = host.decoder.forward
 
     def listen(*args, **kwargs):
         embeds = kwargs["inputs_embeds"]
-        seen.extend(carry.take(found, given).image_mask for given in (embeds, embeds.clone()))
+        seen.extend(call_context.take(found, given).image_mask for given in (embeds, embeds.clone()))
         return forward(*args, **kwargs)
 
     undo.set_attribute(host.decoder, "forward", listen)
     host.logits(batch)
     assert torch.equal(seen[0], batch.image) and seen[1] is None
-    assert carry.take(found).image_mask is None  # nothing is left behind between calls
+    assert call_context.take(found).image_mask is None  # nothing is left behind between calls
     undo.unwind()
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llava_patch import Routing, SkipLinks, patch
+from llava_patch import AuxiliaryProbe, DeepStack, FastV, Routing, SkipLinks, patch
 from llava_patch.core.errors import SettingError
 from tests.support.models import IMAGE, LAYERS
 
@@ -13,6 +13,9 @@ SETTINGS = [
     {"routing": Routing(split=2)},
     {"routing": Routing(split=2, freeze="side_and_fusion", side_layers=2)},
     {"fusion": SkipLinks(stride=3), "routing": Routing(split=3)},
+    {"fusion": DeepStack(start=0, interval=1)},
+    {"pruning": FastV(layer=2)},
+    {"fusion": SkipLinks(stride=2), "probe": AuxiliaryProbe(weight=0.1)},
 ]
 
 

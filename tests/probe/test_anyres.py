@@ -155,7 +155,7 @@ def test_square_modes_show_the_overview_alone(case):
 
 def test_deep_stack_on_tiles(monkeypatch, case):
     """Every token gets the tap of its own tile and place, as in a call of the patched model."""
-    from llava_patch.routing import run
+    from llava_patch.routing import routed_pass
 
     model, image_processor = case
     page = noise(61, 100)
@@ -166,7 +166,7 @@ def test_deep_stack_on_tiles(monkeypatch, case):
         view = look(anatomy, transform, [page])[0]
         tiles = transform.tiling.cut(image_processor, page)
         added = []
-        monkeypatch.setattr(run.stack, "add", lambda h, f, r: added.append((f, r)) or h)
+        monkeypatch.setattr(routed_pass.stack, "add", lambda h, f, r: added.append((f, r)) or h)
         with torch.no_grad():
             if anatomy.host == "llava":
                 model(input_ids=torch.tensor([[1, -200, 5]]), images=[tiles], image_sizes=[page.size])

@@ -205,7 +205,7 @@ def test_refusals(model):
 
 def test_deep_stack_brings_what_the_decoder_would_add(monkeypatch, model):
     """The features that the patched model adds to its image positions in a call, of the layers that the probe has."""
-    from llava_patch.routing import run
+    from llava_patch.routing import routed_pass
 
     page = noise(SIDE, SIDE)
     # Six layers: the probe has 0 and 1.
@@ -213,7 +213,7 @@ def test_deep_stack_brings_what_the_decoder_would_add(monkeypatch, model):
         randomise(handle)
         view, transform = seen(model, page)
         added = []
-        monkeypatch.setattr(run.stack, "add", lambda h, f, r: added.append((f, r)) or h)
+        monkeypatch.setattr(routed_pass.stack, "add", lambda h, f, r: added.append((f, r)) or h)
         pixels = transform.pixel_values([page])
         with torch.no_grad():
             if handle.anatomy.host == "llava":

@@ -4,11 +4,10 @@ import pytest
 import torch
 
 from llava_patch import DeepStack, FastV, Routing, patch
+from llava_patch.routing.reference import final_states
 from tests.support import decoders
 from tests.support.models import IMAGE, LAYERS, TOKENS, close
 from tests.support.routings import ALL, RAGGED, again, embeddings, extend, places
-
-from .naive import naive
 
 SOME = ["lf", "lf-k2", "lf-sparse", "pc", "kv", "ideal", "vtw", "fastv", "lf+fastv", "kv+fastv-deep"]
 
@@ -77,7 +76,7 @@ def test_every_variant_is_its_definition_and_its_own_cache(host, attention):
             logits = host.logits(right, use_cache=False)
             for i in range(len(RAGGED)):
                 keep = right.valid[i]
-                states = naive(host.decoder, embeds[i][keep], right.image[i][keep], **ALL[case])
+                states = final_states(host.decoder, embeds[i][keep], right.image[i][keep], **ALL[case])
                 assert close(logits[i][keep], host.model.lm_head(states)), (case, i)
             host.batch(RAGGED, "left")
             out = host.model(**left.inputs, use_cache=True, **ids(left.valid))

@@ -5,11 +5,10 @@ import torch
 
 from llava_patch import patch
 from llava_patch.core.errors import InputError, SettingError
+from llava_patch.routing.reference import final_states
 from tests.support import decoders
 from tests.support.models import HF_IMAGE_TOKEN, IMAGE, TEXT, close, vision_config
 from tests.support.routings import ALL, embeddings, places
-
-from .naive import naive
 
 SOME = ["lf", "lf-k2", "lf-sparse", "pc", "kv", "ideal", "vtw", "fastv", "lf+fastv", "kv+fastv-deep"]
 
@@ -54,7 +53,9 @@ def test_anyres_tiles_on_hf(case):
         logits = model(**inputs, position_ids=places(mask)).logits
         for i in range(2):
             keep = mask[i].bool()
-            states = naive(handle.anatomy.decoder, embeds["x"][i][keep], ids[i][keep] == HF_IMAGE_TOKEN, **ALL[case])
+            states = final_states(
+                handle.anatomy.decoder, embeds["x"][i][keep], ids[i][keep] == HF_IMAGE_TOKEN, **ALL[case]
+            )
             assert close(logits[i][keep], model.lm_head(states))
         assert model.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1] == longest + 3
     assert not close(logits[mask.bool()], stock[mask.bool()])
@@ -88,7 +89,7 @@ def test_anyres_tiles_on_llava(host, case):
     with patch(host.model, **ALL[case]):
         logits = host.model(**inputs).logits
         for i in range(2):
-            states = naive(host.decoder, embeds[i][mask[i]], image[i][mask[i]], **ALL[case])
+            states = final_states(host.decoder, embeds[i][mask[i]], image[i][mask[i]], **ALL[case])
             assert close(logits[i][mask[i]], host.model.lm_head(states))
 
 
@@ -106,7 +107,7 @@ def test_an_image_span_cut_by_the_length_limit(host, case, limit):
         logits = host.logits(batch)
         for i in range(len(samples)):
             keep = batch.valid[i][:limit]
-            states = naive(host.decoder, embeds[i][keep], batch.image[i][:limit][keep], **ALL[case])
+            states = final_states(host.decoder, embeds[i][keep], batch.image[i][:limit][keep], **ALL[case])
             assert close(logits[i][keep], host.model.lm_head(states))
 
 

@@ -12,10 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llava_patch import FastV, Routing, patch
+from llava_patch.routing.reference import final_states
 from tests.support.models import IMAGE, LAYERS, close
 from tests.support.routings import ALL, embeddings, extend, places
-
-from .naive import naive
 
 
 @st.composite
@@ -66,7 +65,7 @@ def test_any_batch_under_any_settings(host, samples, chosen, padding, seed):
         for i in range(len(samples)):
             keep = batch.valid[i]
             choice = kept[i][keep] if "pruning" in chosen else None
-            states = naive(host.decoder, embeds[i][keep], batch.image[i][keep], **chosen, choice=choice)
+            states = final_states(host.decoder, embeds[i][keep], batch.image[i][keep], **chosen, choice=choice)
             assert close(out.logits[i][keep], host.model.lm_head(states))
         if padding == "left":
             _decode(host, handle, batch, out, chosen)

@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from llava_patch import FastV, Routing, SkipLinks, patch
+from llava_patch.routing.reference import final_states
 from tests.support.models import IMAGE, LAYERS, close, silence_side_branch
 from tests.support.routings import ALL, PRUNED, RAGGED, VARIANTS, alone, embeddings
-
-from .naive import naive
 
 EDGES = [(IMAGE, 4), (3, IMAGE), (2, IMAGE, IMAGE, 3), (5,), (1, IMAGE, 1, IMAGE)]
 
@@ -31,7 +30,7 @@ def _assert_as_defined(host, batch, embeds, settings):
     logits = host.logits(batch, use_cache=False)
     for i in range(len(batch.valid)):
         keep = batch.valid[i]
-        states = naive(host.decoder, embeds[i][keep], batch.image[i][keep], **settings)
+        states = final_states(host.decoder, embeds[i][keep], batch.image[i][keep], **settings)
         assert close(logits[i][keep], host.model.lm_head(states)), i
 
 
@@ -144,7 +143,7 @@ def test_hidden_states_are_nan_exactly_where_a_position_is_absent(host, case):
         seen = states[layer + 1]
         assert not seen[_text(batch)].isnan().any()
         absent = seen[batch.image].isnan().all(-1)
-        if program.work[layer].name in ("TEXT", "KEYS"):
+        if program.modes[layer].name in ("TEXT", "KEYS"):
             assert absent.all()
         elif program.prune_at is not None and layer >= program.prune_at:
             kept = torch.tensor([4.0, 8, 4] if case == "lf+fastv" else [8.0, 16, 8])
@@ -253,7 +252,7 @@ def test_pruning_leaves_the_counts_that_it_promises(host, case):
         hook.remove()
     keep = {0.5: 16, 0.7: 10, 0.75: 8, 0.9: 4, 1.0: 0}[pruning.ratio]
     for layer, tokens in seen.items():
-        if program.work[layer].name == "TEXT" or (program.work[layer].name == "KEYS" and layer < LAYERS - 1):
+        if program.modes[layer].name == "TEXT" or (program.modes[layer].name == "KEYS" and layer < LAYERS - 1):
             assert tokens == 8
         else:
             assert tokens == (8 + keep if layer >= pruning.layer else 40)

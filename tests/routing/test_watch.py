@@ -308,7 +308,7 @@ def test_a_mask_that_does_not_hold_what_was_encoded(host, monkeypatch, method):
     with patch(host.model, **METHODS[method]) as handle:
         for mask in (torch.zeros_like(batch.image), less):
             with monkeypatch.context() as patched:
-                patched.setattr("llava_patch.hosts.call_context.hf_image_mask", lambda *args, mask=mask: mask)
+                patched.setattr("llava_patch.hosts.wrappers.hf_image_mask", lambda *args, mask=mask: mask)
                 for call in (host.logits, lambda batch: _generate(host, batch)):
                     with pytest.raises(HostError, match=NOT_ROUTED):
                         call(batch)

@@ -149,9 +149,9 @@ def model_of(lm: Any) -> nn.Module | None:
 
 
 def _fingerprint(model: nn.Module | None) -> str:
-    from llava_patch.patching.handle import fingerprint
+    from llava_patch.patching.keys import patch_name
 
-    return "" if model is None else fingerprint(model)
+    return "" if model is None else patch_name(model)
 
 
 def has_our_task(task_dict: Any) -> bool:

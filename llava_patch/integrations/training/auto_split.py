@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from llava_patch.core.errors import SettingError
+from llava_patch.core.records import read_settings
 from llava_patch.hosts import zero
 from llava_patch.hosts.anatomy import find
 from llava_patch.measurements.saturation.auto_split import logger, resolve_split
 from llava_patch.measurements.saturation.result import Saturation
-from llava_patch.patching import checkpoint
 from llava_patch.patching.handle import get_handle
-from llava_patch.settings.methods import Routing
+from llava_patch.settings.methods import Routing, from_record
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -84,8 +84,8 @@ def _resumed_split(arguments: "TrainingArguments") -> int | None:
 
     folder = arguments.output_dir
     last = get_last_checkpoint(folder) if folder and os.path.isdir(folder) else None
-    record = None if last is None else checkpoint.read_settings(last)
-    found = None if record is None else checkpoint.methods(record, str(last)).get("routing")
+    record = None if last is None else read_settings(last)
+    found = None if record is None else from_record(record, str(last)).get("routing")
     if found is None:
         return None
     logger.warning(

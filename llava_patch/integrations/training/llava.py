@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import set_seed
 
+from llava_patch.core import records
 from llava_patch.core.errors import SettingError
+from llava_patch.core.files import write_text
 from llava_patch.hosts import anatomy, compat, lora, zero
 from llava_patch.integrations.training import fusion as fusion_trainer
 from llava_patch.integrations.training import gradients as gradients_trainer
@@ -204,8 +205,7 @@ class Records(TrainerExtension):
 def write_records(handle: Handle | None, folder: Path) -> None:
     """Write a patch's settings, if there is one, and gin's operative config into a run's or checkpoint's folder."""
     if handle is not None:
-        record = {**handle.settings(), "form": "full"}
-        checkpoint.write_text(folder / checkpoint.SETTINGS_FILE, json.dumps(record, indent=2) + "\n")
+        records.write_settings(folder, {**handle.settings(), "form": "full"})
     asked = active.configuration()
     if asked is not None:
         header = "".join(f"# {line}\n" for line in ("operative config of llava_patch, from:", *asked.sources))
@@ -216,4 +216,4 @@ def write_records(handle: Handle | None, folder: Path) -> None:
             for macro in re.findall(r"(?m)^(\w+) = ", operative):  # one that only named the split is of no use any more
                 if f"%{macro}" not in operative:
                     operative = re.sub(rf"(?m)^{macro} = .*\n", "", operative)
-        checkpoint.write_text(folder / OPERATIVE_FILE, f"{header}\n{operative}")
+        write_text(folder / OPERATIVE_FILE, f"{header}\n{operative}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from llava_patch.core import records
 from llava_patch.core.errors import CheckpointError
 from llava_patch.settings import active
+from llava_patch.settings.methods import from_record
 
 if TYPE_CHECKING:
     from llava_patch.settings.gin_config import Configuration
@@ -80,9 +81,7 @@ def fusion_of_run(asked: "Configuration | None", config: Any) -> Any:
     record = records.config_record(config)
     if not record:
         return None
-    from llava_patch.patching import checkpoint
-
-    return checkpoint.methods(record, "config.json").get("fusion")
+    return from_record(record, "config.json").get("fusion")
 
 
 def check_projector(path: str, fusion: Any) -> dict[str, Any]:
@@ -98,16 +97,13 @@ def check_projector(path: str, fusion: Any) -> dict[str, Any]:
     Raises:
         CheckpointError: it was trained with another fusion; detach and what trains may differ.
     """
-    from llava_patch.settings.fusion import TRAINING
-    from llava_patch.settings.methods import differs
+    from llava_patch.fusion.base import TRAINING, differs
 
     projector = read_projector(path)
     folder = os.path.dirname(path)
     record, there = records.read_settings(folder or "."), None
     if record is not None:
-        from llava_patch.patching import checkpoint
-
-        there = checkpoint.methods(record, folder).get("fusion")
+        there = from_record(record, folder).get("fusion")
     if there is not None and differs(fusion, there, (*TRAINING, "detach")):
         raise CheckpointError(
             f"--pretrain_mm_mlp_adapter {path} was trained with {there}, but this run has {fusion or 'no fusion'}: "
@@ -153,8 +149,6 @@ def load(anatomy: Any, projector: dict[str, Any], fusion: Any) -> None:
     Raises:
         CheckpointError: other tensors or shapes than the model has.
     """
-    import torch
-
     from llava_patch.hosts import zero
 
     modules = {n: m for n, m in anatomy.projector_owner.named_children() if n.startswith(PROJECTOR)}
@@ -166,7 +160,4 @@ def load(anatomy: Any, projector: dict[str, Any], fusion: Any) -> None:
             f"--pretrain_mm_mlp_adapter holds a projector of shapes {given}, but {fusion or 'no fusion'} "
             f"makes {expected}: use the fusion settings that it was trained with"
         )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            with zero.gathered([parameter], changed=True):
-                parameter.copy_(projector[name])
+    zero.copy_values(parameters, projector)

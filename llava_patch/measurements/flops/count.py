@@ -16,7 +16,7 @@ from llava_patch.hosts.anatomy import HF
 from llava_patch.measurements.flops import products
 from llava_patch.measurements.flops.products import Mode, Positions, Product
 from llava_patch.measurements.flops.shape import DecoderShape, ModelShape
-from llava_patch.routing.schedule import Program, make_program
+from llava_patch.routing.schedule import LayerSchedule, make_schedule
 from llava_patch.settings.methods import FastV, Routing
 
 POSITION_BYTES = 8  # an int64 position id
@@ -122,12 +122,12 @@ class Flops:
         return {**asdict(self), "decoder": self.decoder, "total": self.total}
 
 
-def program_of(shape: ModelShape, routing: Routing | None, pruning: FastV | None) -> Program:
+def program_of(shape: ModelShape, routing: Routing | None, pruning: FastV | None) -> LayerSchedule:
     """Settings resolved against a model's depth; errors name the setting (DeepStack's layers change no FLOPs)."""
-    return make_program(routing, pruning, shape.decoder.layers)
+    return make_schedule(routing, pruning, shape.decoder.layers)
 
 
-def count_flops(shape: ModelShape, program: Program, prompt: Prompt, mode: Mode = Mode.FORWARD) -> Flops:
+def count_flops(shape: ModelShape, program: LayerSchedule, prompt: Prompt, mode: Mode = Mode.FORWARD) -> Flops:
     """FLOPs of one pass over a prompt.
 
     Args:
@@ -175,7 +175,7 @@ def projector_flops(shape: ModelShape, images: int) -> int:
     return 2 * images * shape.projected * each * (1 + shape.stacked)
 
 
-def cache_bytes(shape: ModelShape, program: Program, prompt: Prompt, value_bytes: int = 2) -> int:
+def cache_bytes(shape: ModelShape, program: LayerSchedule, prompt: Prompt, value_bytes: int = 2) -> int:
     """Bytes of the KV cache after a prompt, and of what the side branch remembers for later images.
 
     Args:
@@ -192,12 +192,12 @@ def cache_bytes(shape: ModelShape, program: Program, prompt: Prompt, value_bytes
     return prompt.batch * (sum(layer.held for layer in at.layers) * row + remembered)
 
 
-def deep_image_flops(shape: ModelShape, program: Program, prompt: Prompt, split: int) -> int:
+def deep_image_flops(shape: ModelShape, program: LayerSchedule, prompt: Prompt, split: int) -> int:
     """What image positions cost a plain forward pass in the decoder layers from `split` on.
 
     That is these layers' FLOPs less those of the same layers on the text alone; the side branch is not among them.
     """
-    stock = make_program(None, None, shape.decoder.layers)
+    stock = make_schedule(None, None, shape.decoder.layers)
     without = Prompt(prompt.text, 0, prompt.batch)
     there, absent = count_flops(shape, program, prompt), count_flops(shape, stock, without)
     return sum(a.total - b.total for a, b in zip(there.layers[split:], absent.layers[split:], strict=True))

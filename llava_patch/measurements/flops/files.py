@@ -15,8 +15,7 @@ from llava_patch.hosts.anatomy import HF, LLAVA
 from llava_patch.hosts.towers import layout as towers
 from llava_patch.hosts.towers import models as tower_models
 from llava_patch.measurements.flops.shape import DecoderShape, Linear, ModelShape, tower_shape
-from llava_patch.patching import checkpoint as patched
-from llava_patch.settings.methods import FastV, Routing
+from llava_patch.settings.methods import FastV, Routing, from_record
 
 
 def read_shape(checkpoint: str) -> tuple[ModelShape, Routing | None, FastV | None]:
@@ -36,7 +35,7 @@ def read_shape(checkpoint: str) -> tuple[ModelShape, Routing | None, FastV | Non
     if not below.host:
         what = "it" if files.base is None else f"its base {files.base}"
         raise CheckpointError(f"{checkpoint}: not a checkpoint, {what} has no config.json")
-    methods = patched.methods(files.record, checkpoint) if files.record else {}
+    methods = from_record(files.record, checkpoint) if files.record else {}
     host = below.host
     text, vision, select, drops, projector = (_llava if host == LLAVA else _hf)(below.source, below.config)
     shape = towers.shape_of(vision)

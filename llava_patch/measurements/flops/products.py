@@ -9,8 +9,7 @@ from enum import Enum
 from functools import reduce
 
 from llava_patch.measurements.flops.shape import DecoderShape
-from llava_patch.routing.prune import keep_counts
-from llava_patch.routing.schedule import Program, Work
+from llava_patch.routing.schedule import LayerMode, LayerSchedule
 
 Product = tuple[int, int, int]
 """(rows, inner, columns) of one matrix product."""
@@ -104,7 +103,7 @@ class DecoderPositions:
 
 
 def decoder_positions(
-    program: Program, text: int, images: int, mode: Mode, *, answers_last_only: bool = True
+    program: LayerSchedule, text: int, images: int, mode: Mode, *, answers_last_only: bool = True
 ) -> DecoderPositions:
     """What each layer works on, for a prompt whose image is followed by text.
 
@@ -122,23 +121,23 @@ def decoder_positions(
     """
     routed = images > 0 and program.leaves_out
     last = program.n_layers - 1
-    lean = mode is Mode.PREFILL and routed
-    pruned = images > 0 and program.prune_at is not None
-    kept = keep_counts((images,), program.ratio, (0,))[0] if pruned else images
+    last_token_only = mode is Mode.PREFILL and routed
+    pruning = program.pruning if images else None
+    kept = images if pruning is None else pruning.keep_counts((images,), (0,))[0]
     here, layers, at_split = images, [], images
-    for number, work in enumerate(program.work):
-        if pruned and number == program.prune_at:
+    for number, does in enumerate(program.modes):
+        if pruning is not None and number == pruning.layer:
             here = kept
         if number == program.split:
             at_split = here
         whole = text + here
-        held = text if routed and work is Work.TEXT else whole
+        held = text if routed and does is LayerMode.TEXT else whole
         asking = held
-        if routed and work is Work.KEYS and number != last:
+        if routed and does is LayerMode.KEYS and number != last:
             asking = text
-        if lean and text > 1 and work is Work.FUSE and number != last and number == program.fusion[-1]:
+        if last_token_only and text > 1 and does is LayerMode.FUSE and number != last and number == program.fusion[-1]:
             asking = text
-        if lean and number == last:
+        if last_token_only and number == last:
             asking = 1
         if mode is Mode.DECODE:
             layers.append(Positions(1, 1, held + 1))
@@ -149,7 +148,7 @@ def decoder_positions(
     if mode is not Mode.DECODE:
         if routed and program.split < program.n_layers and at_split:
             side = (Positions(at_split, at_split, at_split),) * program.side_layers
-        if pruned:  # with a cache the keys are there already
+        if pruning is not None and pruning.USES_ATTENTION:  # with a cache the keys are there already
             chooser = Positions(1, 0 if mode is Mode.PREFILL else text + images, text + images)
     answered = text + images
     if mode is Mode.DECODE or (mode is Mode.PREFILL and (routed or answers_last_only)):

@@ -244,7 +244,8 @@ def _say(row: Row) -> str:
     if row.variant.routing is not None:
         parts.append(f"{row.variant.routing.variant} with split {row.variant.routing.split}")
     if row.variant.pruning is not None:
-        parts.append(f"FastV({row.variant.pruning.layer}, {row.variant.pruning.ratio})")
+        pruning = row.variant.pruning
+        parts.append(f"{type(pruning).__name__}({pruning.layer}, {pruning.ratio})")
     return " and ".join(parts)
 
 

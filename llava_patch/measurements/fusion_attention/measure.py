@@ -22,7 +22,7 @@ from llava_patch.measurements.fusion_attention.result import DEFAULTS, FusionAtt
 from llava_patch.measurements.passes import check_finite, evaluating
 from llava_patch.measurements.trace import run, text_after_image, traced
 from llava_patch.patching.handle import get_handle
-from llava_patch.routing.schedule import Work
+from llava_patch.routing.schedule import LayerMode
 
 WHAT = "fusion attention"
 
@@ -80,7 +80,8 @@ def fusion_layers(anatomy: Anatomy) -> tuple[int, ...]:
     program = None if handle is None else handle.program()
     if program is None or program.split == n_layers:
         return (n_layers - 1,)
-    found = tuple(i for i, work in enumerate(program.work) if work in (Work.FUSE, Work.RESET, Work.KEYS))
+    read = (LayerMode.FUSE, LayerMode.RESET, LayerMode.KEYS)
+    found = tuple(i for i, mode in enumerate(program.modes) if mode in read)
     if not found:
         raise InputError(
             f"{WHAT}: text sees no image from layer {program.split} on in this model (ideal, vtw), so there is no "

@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from llava_patch.core.errors import HostError, InputError, SettingError
 from llava_patch.core.undo import UndoStack
-from llava_patch.fusion import attach as fusion_attach
 from llava_patch.fusion.features import detaching
+from llava_patch.fusion.tower_training import lift_no_grad
 from llava_patch.hosts import zero
 from llava_patch.measurements.gradients.settings import ATTACHED, RUN
 from llava_patch.patching.handle import Handle, get_handle
@@ -140,7 +140,7 @@ def decompose(
         with torch.enable_grad(), _quiet(handle):
             leaves = _stand_in(handle.anatomy.vision_parts().blocks[block - 1], undo)
             if handle.anatomy.tower_apart:
-                fusion_attach.lift_no_grad(handle.anatomy, undo)
+                lift_no_grad(handle.anatomy, undo)
             _checkpoint_without_reentry(handle.model, undo)
             found = []
             for detached in (True, False if full == ATTACHED else None):

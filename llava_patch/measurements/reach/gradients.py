@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from llava_patch.core.errors import InputError
 from llava_patch.core.undo import UndoStack
-from llava_patch.fusion.attach import let_tower_train
+from llava_patch.fusion.tower_training import let_tower_train
 from llava_patch.hosts.anatomy import Anatomy
-from llava_patch.routing import side_output
-from llava_patch.settings.methods import SkipLinks
+from llava_patch.routing.layers import Observer, observing
 
 
 @dataclass
@@ -59,7 +58,7 @@ class Arrivals:
                 self.nonzero.add(name)
 
 
-class SideOutput:
+class SideOutput(Observer):
     """Watches the side branch's output: every layer that reads it gets an alias of its own.
 
     What arrives at an alias came through that layer; the sum over the aliases is the whole gradient.
@@ -72,7 +71,7 @@ class SideOutput:
         self.arrivals = Arrivals()
         self.seen = False
 
-    def output(self, states: Tensor) -> Tensor:
+    def side_output(self, states: Tensor) -> Tensor:
         """Ask for the whole gradient, whether or not the branch trains."""
         self.seen = True
         if not states.requires_grad:
@@ -80,12 +79,12 @@ class SideOutput:
         self._listen(states, self.WHOLE)
         return states
 
-    def read(self, states: Tensor, layer: int) -> Tensor:
+    def side_input(self, states: Tensor, number: int) -> Tensor:
         """An alias for one layer."""
         if not torch.is_grad_enabled():
             return states
         alias = states.view_as(states)
-        self._listen(alias, layer)
+        self._listen(alias, number)
         return alias
 
     def _listen(self, states: Tensor, name: Any) -> None:
@@ -136,7 +135,7 @@ def _prepare(anatomy: Anatomy, everything: bool, undo: UndoStack) -> None:
         for parameter in parameters:
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
-        let_tower_train(anatomy, SkipLinks(layers=(), train_tower="all"), undo)
+        let_tower_train(anatomy, undo)
 
 
 @contextlib.contextmanager
@@ -169,7 +168,7 @@ def backward(model: Any, sample: dict[str, Any], side: SideOutput) -> float:
     Raises:
         InputError: the sample has no labels, or its loss is not finite.
     """
-    with side_output.watching(side):
+    with observing(side):
         loss = model(**sample, use_cache=False).loss
     if loss is None:
         raise InputError("a sample without labels has no loss: make samples with training_inputs(...)")

@@ -41,12 +41,12 @@ from llava_patch.measurements.reach.result import (
 )  # fmt: skip
 from llava_patch.patching.handle import get_handle
 from llava_patch.patching.patch import patch
-from llava_patch.routing.schedule import Work
+from llava_patch.routing.schedule import LayerMode
 from llava_patch.routing.side_branch import SIDE_BRANCH
 from llava_patch.settings.methods import VARIANTS, Routing
 
 _ROLES = {
-    Work.TEXT: "text only", Work.FUSE: "fusion", Work.RESET: "image reset", Work.KEYS: "image keys", Work.STOCK: "",
+    LayerMode.TEXT: "text only", LayerMode.FUSE: "fusion", LayerMode.RESET: "image reset", LayerMode.KEYS: "image keys", LayerMode.STOCK: "",
 }  # fmt: skip
 
 
@@ -110,7 +110,7 @@ def name_of(anatomy: Anatomy) -> str:
     words = [] if handle.fusion is None else [type(handle.fusion).__name__]
     if handle.routing is not None:
         words.append(handle.routing.variant)
-    return " + ".join(words + ([] if handle.pruning is None else ["FastV"])) or "stock"
+    return " + ".join(words + ([] if handle.pruning is None else [type(handle.pruning).__name__])) or "stock"
 
 
 def _parts(
@@ -189,7 +189,7 @@ def roles_of(anatomy: Anatomy) -> list[str]:
     if handle is None or handle.program().split >= layers:
         return [""] * layers
     program = handle.program()
-    return ["below split" if i < program.split else _ROLES[program.work[i]] for i in range(layers)]
+    return ["below split" if i < program.split else _ROLES[program.modes[i]] for i in range(layers)]
 
 
 def compare_reach(

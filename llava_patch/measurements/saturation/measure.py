@@ -49,8 +49,9 @@ def patch_on(anatomy: Anatomy) -> PatchOn | None:
     if split is not None:
         assert handle.routing is not None
         words.append(f"routed ({handle.routing.variant}, split {split})")
-    if program.prune_at is not None:
-        words.append(f"pruned (FastV, {program.ratio:.0%} of the image tokens at layer {program.prune_at})")
+    if (pruning := program.pruning) is not None:
+        name = type(pruning).__name__
+        words.append(f"pruned ({name}, {pruning.ratio:.0%} of the image tokens at layer {pruning.layer})")
     return PatchOn(split, program.prune_at, " and ".join(words))
 
 

@@ -20,7 +20,7 @@ from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.measurements.saturation.result import Saturation, SaturationResult
 from llava_patch.patching.keys import digest_of, model_digest
 
-FORMAT = 2
+FORMAT = 3  # 2: the model's digest saw matrices only
 _NOT_MEASURED = ("labels", "attention_mask")  # samples have no padding, so that neither changes what is measured
 logger = logging.getLogger("llava_patch")
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from llava_patch.data.examples import Example
 
 STATE_FILE = "saturation.state.safetensors"
-FORMAT = 1
+FORMAT = 2  # 1: the model's key saw matrices only
 _MEANING = {
     "model": "the model is another one (weights, configuration or patch)",
     "data": "the samples are others (images, questions or their order)",
@@ -141,7 +141,10 @@ class State:
                 header = json.loads((stream.metadata() or {})["llava_patch"])
                 tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 - not a dict
             if header["format"] != FORMAT:
-                raise CheckpointError(f"{self.path}: format {header['format']}, this version reads {FORMAT}")
+                raise CheckpointError(
+                    f"{self.path}: format {header['format']}, this version reads {FORMAT}: "
+                    "delete the file to start over"
+                )
             parts: dict[str, dict[str, torch.Tensor]] = {"sums": {}, "counts": {}}
             for name, tensor in tensors.items():
                 kind, _, curve = name.partition(".")

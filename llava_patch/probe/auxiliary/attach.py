@@ -7,17 +7,19 @@ import functools
 import inspect
 import logging
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llava_patch.core.errors import InputError, SettingError
+from llava_patch.core.method import Method
 from llava_patch.core.undo import UndoStack
-from llava_patch.hosts import call_context as carry
-from llava_patch.hosts import compat, positions, tiles, zero
+from llava_patch.fusion import optimizer
+from llava_patch.hosts import call_context, compat, positions, tiles, zero
 from llava_patch.hosts.anatomy import Anatomy
+from llava_patch.hosts.handles import get_handle
 from llava_patch.probe.auxiliary.head import Head, Seen, check_images, idle, token_errors
 from llava_patch.probe.auxiliary.regions import KEY, Marker
 from llava_patch.probe.layout import Layout
@@ -54,30 +56,54 @@ def _layout(anatomy: Anatomy, tokens: int) -> Layout:
         raise SettingError(f"AuxiliaryProbe: {error}") from None
 
 
-class Auxiliary:
+class Auxiliary(Method):
     """The loss on one model: its head, on which steps it is computed, and what the logs are made of.
 
     Attributes:
-        settings: of the loss.
-        anatomy: the model.
         layout: the visual tokens of one image; None with weight 0.
         head: the module that rebuilds them; None with weight 0, and once it was released.
     """
 
-    def __init__(self, anatomy: Anatomy, settings: AuxiliaryProbe, tokens: int) -> None:
+    settings: AuxiliaryProbe
+    calls_decoder_layers = True  # copies of them
+
+    def __init__(self, settings: AuxiliaryProbe) -> None:
         """Use `patch(model, probe=AuxiliaryProbe())`, not this."""
-        self.settings = settings
-        self.anatomy = anatomy
+        super().__init__(settings)
         self.layout: Layout | None = None
         self.head: Head | None = None
-        if settings.weight:
-            self.layout = _layout(anatomy, tokens)
-            self.head = Head(anatomy, self.layout, settings)
         self._without: int | None = 0  # batches, as long as none had a region
         self._step: int | None = None
         self._seen: Seen | None = None
         self._watching = False
         self._sums: Tensor | None = None
+
+    def check_together(self, others: Mapping[str, Any]) -> None:
+        """Refuse a routing that freezes what the loss is to train."""
+        routing = others.get("routing")
+        if self.settings.weight and routing is not None and routing.freeze != "none":
+            raise SettingError(
+                f'Routing.freeze = "{routing.freeze}" freezes the projector and the vision tower, so that '
+                'AuxiliaryProbe would train nothing but its own head: set Routing.freeze = "none", or leave '
+                "AuxiliaryProbe out"
+            )
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The head's."""
+        return [] if self.head is None else list(self.head.parameters())
+
+    def arrange_groups(
+        self, groups: list[dict[str, Any]], base_lr: float, early: Collection[nn.Parameter]
+    ) -> list[dict[str, Any]]:
+        """Give the head its own learning rate."""
+        head, lr = {id(p) for p in self.parameters()}, self.settings.lr
+        return optimizer.apart(groups, head, lr) if head and lr is not None else groups
+
+    def remarks(self, trainable: set[str], others: Mapping[str, Any]) -> Iterator[str]:
+        """The size of the head."""
+        head = sum(zero.numel(p) for p in self.parameters())
+        if head:
+            yield f"{head:,} of them are the head of the auxiliary loss, which is not part of the finished model"
 
     def begin_step(self, step: int) -> None:
         """Say which step comes; a loop of your own calls this before each one if `share` is below 1.
@@ -110,8 +136,8 @@ class Auxiliary:
             )
         return random.Random(f"{self.settings.seed}:{self._step}").random() < self.settings.share
 
-    def attach(self, undo: UndoStack) -> None:
-        """Put the loss on the model.
+    def attach(self, undo: UndoStack, *, zero_start: bool, loading: bool) -> None:
+        """Put the loss on the model; the head follows what the fusion does, so this comes last.
 
         Modifications: a module `llava_patch_rprobe` on the causal LM; its instance attributes `forward` (which takes
         the regions out of the arguments) and `_keys_to_ignore_on_save`; `encode_images` of the causal LM on `llava`,
@@ -122,6 +148,9 @@ class Auxiliary:
         the model's own, so that an evaluation during training (`eval_loss`) measures the next-token loss.
         """
         model = self.anatomy.model
+        if self.settings.weight:
+            self.layout = _layout(self.anatomy, get_handle(model).tokens_per_image)
+            self.head = Head(self.anatomy, self.layout, self.settings)
         if self.head is None:
             logger.warning("AuxiliaryProbe.weight = 0: no head is built, and training is as without it")
         else:
@@ -155,7 +184,8 @@ class Auxiliary:
         @functools.wraps(encode)
         def encode_and_note(*args: Any, **kwargs: Any) -> Any:
             features = encode(*args, **kwargs)
-            if self._watching and positions.indexing.get() is None:
+            call = call_context.current(self.anatomy)
+            if self._watching and (call is None or call.numbers is None):
                 pixels = args[0] if args else kwargs["pixel_values"]
                 self._seen = Seen(compat.one_tensor(features), pixels, self._injections())
             return features
@@ -168,9 +198,9 @@ class Auxiliary:
         layers = self.head.decoder.injection_layers
         if not layers:
             return None
-        offered = carry.offered(self.anatomy)
-        assert offered is not None  # its wrapper of the encoder lies under ours
-        return torch.stack(offered[: len(layers)])
+        call = call_context.current(self.anatomy)
+        assert call is not None and call.offered is not None  # its wrapper of the encoder lies under ours
+        return torch.stack(call.offered[: len(layers)])
 
     def _add(self, outputs: Any, regions: Mapping[str, Tensor] | None, given: Mapping[str, Any]) -> Any:
         """The outputs of a forward pass with the loss's term in their loss."""

@@ -25,7 +25,7 @@ from llava_patch.measurements.flops.shape import DecoderShape
 from llava_patch.patching.handle import restore_flags
 from llava_patch.patching.patch import patch
 from llava_patch.routing.cache import RoutedCache, cache_bytes
-from llava_patch.routing.schedule import make_program
+from llava_patch.routing.schedule import make_schedule
 from llava_patch.settings.methods import Routing
 from llava_patch.tools.bench.methods import Method, partner_difference
 from llava_patch.tools.bench.shapes import inputs as make_inputs
@@ -211,7 +211,7 @@ def _cached_delta(model: Any, handle: Any, inputs: dict[str, Any]) -> float:
 def products(config: Any, method: Method, text: int, batch: int) -> Counter[Product]:
     """The decoder's matrix products at prefill, how often each, the head left out."""
     shape = DecoderShape.of(config)
-    program = make_program(method.settings.get("routing"), method.settings.get("pruning"), shape.layers)
+    program = make_schedule(method.settings.get("routing"), method.settings.get("pruning"), shape.layers)
     at = decoder.decoder_positions(program, text, IMAGE_TOKENS, Mode.PREFILL)
     counts = decoder.add(*(decoder.layer_products(shape, p, batch).all() for p in (*at.side, *at.layers)))
     if at.chooser is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +9,9 @@ from pathlib import Path
 from llava_patch.core import weights
 from llava_patch.core.errors import CheckpointError, SettingError
 from llava_patch.core.files import atomic_folder
-from llava_patch.core.records import CONFIG_KEY
+from llava_patch.core.records import CONFIG_KEY, write_settings
 from llava_patch.hosts.anatomy import HF, LLAVA
 from llava_patch.hosts.configs import files_of
-from llava_patch.patching import checkpoint as patched
 from llava_patch.tools.convert import hosts, source
 from llava_patch.tools.convert.plain import on_meta, without_patch
 from llava_patch.tools.convert.source import Checkpoint
@@ -55,7 +53,7 @@ def convert(
     fusion = made.methods().get("fusion")
     if fusion is not None:
         handle = on_meta(made, fusion)
-        made = replace(made, files=(*made.files, lambda folder: patched.fit_processor(handle, folder)))
+        made = replace(made, files=(*made.files, handle.fit_files))
     return _write(made, Path(out), shard_bytes)
 
 
@@ -115,9 +113,7 @@ def _write(made: Checkpoint, out: Path, shard_bytes: int) -> Path:
         weights.write_weights(partial, tensors, shard_bytes)
         weights.write_json(partial / "config.json", config)
         if made.record is not None:
-            patched.write_text(
-                partial / patched.SETTINGS_FILE, json.dumps({**made.record, "form": "full"}, indent=2) + "\n"
-            )
+            write_settings(partial, {**made.record, "form": "full"})
         for write in made.files:
             write(partial)
     return out

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from llava_patch.core.errors import CheckpointError
+from llava_patch.fusion.base import Fusion
 from llava_patch.hosts import configs
 from llava_patch.hosts.anatomy import HF, LLAVA
 from llava_patch.hosts.configs import files_of
 from llava_patch.hosts.hf import whole_config
 from llava_patch.patching.handle import Handle
 from llava_patch.patching.patch import patch
-from llava_patch.routing.schedule import make_program
-from llava_patch.settings.methods import DeepStack, DenseConnector, Fusion
+from llava_patch.routing.schedule import make_schedule
+from llava_patch.settings.methods import DeepStack, DenseConnector
 from llava_patch.tools.convert.source import Checkpoint
 
 logger = logging.getLogger("llava_patch")
@@ -69,12 +70,12 @@ def without_patch(found: Checkpoint, target: str) -> Checkpoint:
     methods = found.methods()
     routing, pruning, fusion = (methods.get(kind) for kind in ("routing", "pruning", "fusion"))
     depth = int(files_of(found.host).text_config(found.config).num_hidden_layers)
-    if routing is not None and make_program(routing, None, depth).does_something:
+    if routing is not None and make_schedule(routing, None, depth).does_something:
         raise CheckpointError(
             f"{found.name}: {routing} sends image tokens around decoder layers, which no stock decoder does: it has no "
             f"plain form; {_KEEP}"
         )
-    if pruning is not None and make_program(None, pruning, depth).does_something:
+    if pruning is not None and make_schedule(None, pruning, depth).does_something:
         raise CheckpointError(
             f"{found.name}: {pruning} takes image tokens out of the decoder, which no stock decoder does: it has no "
             f"plain form; {_KEEP} (it has no weights of its own: without it, merge the checkpoint that it was put on)"

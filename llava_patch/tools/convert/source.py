@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_patch.core.errors import CheckpointError
-from llava_patch.core.records import FORMAT
+from llava_patch.core.records import FORMAT, base_of
 from llava_patch.core.weights import StoredTensor, Tensors, locate, open_weights, read_file
 from llava_patch.hosts import configs
 from llava_patch.hosts.anatomy import HF, LLAVA
@@ -25,7 +25,8 @@ from llava_patch.hosts.configs import files_of
 from llava_patch.hosts.hf import whole_config
 from llava_patch.hosts.host import is_computed
 from llava_patch.patching import checkpoint as patched
-from llava_patch.settings.methods import DeepStack
+from llava_patch.patching.keys import check_values
+from llava_patch.settings.methods import DeepStack, from_record
 from llava_patch.tools.convert.configs import vision_config
 
 _LASTING = ("format", "fusion", "routing", "pruning", "trained_tower")
@@ -62,7 +63,7 @@ class Checkpoint:
 
     def methods(self) -> dict[str, Any]:
         """Its settings dataclasses by kind; none for a stock checkpoint."""
-        return {} if self.record is None else patched.methods(self.record, self.name)
+        return {} if self.record is None else from_record(self.record, self.name)
 
     def trains_tower(self) -> bool:
         """Whether its patch trained something in the vision tower."""
@@ -109,11 +110,7 @@ def read(folder: str | os.PathLike[str], vision_tower: str | None = None) -> Che
     sources: tuple[str, ...] = (source,)
     samples: dict[str, list[float]] = {}
     if base is not None:
-        if os.path.isabs(base) and not os.path.isdir(base):
-            raise CheckpointError(
-                f'{source}: its base model {base} is not there any more; change "base" in '
-                f"{os.path.join(source, patched.SETTINGS_FILE)} to where it is now"
-            )
+        base = base_of(source, settings)
         sources = (source, base)
         path = locate(source, patched.WEIGHTS_FILE)
         if path is None:
@@ -263,12 +260,7 @@ def check_samples(tensors: Tensors, samples: dict[str, list[float]], source: str
     for name, values in samples.items():
         if name not in tensors:
             raise CheckpointError(f"{source}: made on a base with a tensor {name}, which its base does not have")
-        here, there = patched._sample(tensors[name](), len(values)), torch.tensor(values)
-        if not torch.allclose(here, there, rtol=2**-7, atol=1e-6):  # two roundings to bfloat16 are the same base
-            raise CheckpointError(
-                f"{source}: made on another base model: {name} differs "
-                f"(for example {there[0]:.6g} there, {here[0]:.6g} here)"
-            )
+        check_values(name, tensors[name](), values, source)
 
 
 def tower_tensors(source: str, vision: Any) -> Tensors:

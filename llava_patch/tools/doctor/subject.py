@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from llava_patch.core.errors import LlavaPatchError
 from llava_patch.core.memory import machine_memory
-from llava_patch.settings.methods import AUTO, Fusion, differs
+from llava_patch.fusion.base import Fusion, differs
+from llava_patch.settings.methods import AUTO
 from llava_patch.tools.doctor import NOTE, OK, PROBLEM, Row
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from llava_patch.integrations.training.stage1 import PROJECTOR
 from llava_patch.patching import checkpoint as patched
 from llava_patch.patching.patch import patch
 from llava_patch.patching.tower_weights import LORA_FILE
-from llava_patch.settings.methods import from_dict, to_dict
+from llava_patch.settings.methods import from_dict, from_record, to_dict
 from llava_patch.tools.inspect.base import match_base
 from llava_patch.tools.inspect.result import KINDS, Added, Inspection, Share
 
@@ -97,7 +97,7 @@ def _form(folder: Path, record: dict[str, Any]) -> tuple[str, list[Path]]:
 def _settings(record: dict[str, Any], source: str) -> dict[str, dict[str, Any] | None]:
     """Every field of every method: what an older version did not write down yet has its default."""
     if record:
-        patched.methods(record, source)  # refuses a newer format
+        from_record(record, source)  # refuses a newer format
     return {kind: to_dict(from_dict(record[kind], source)) if record.get(kind) else None for kind in KINDS}
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava_patch.core.keys import digest
 from llava_patch.core.paths import named
 from llava_patch.core.version import __version__
 from llava_patch.core.weights import folder_of
@@ -33,7 +32,7 @@ def key(section: "Section", context: "Context") -> str:
         "settings": section.settings(context),
         "inputs": [[path, _stamp(Path(path))] for path in section.inputs(context)],
     }
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+    return digest(values)
 
 
 def configured() -> list[str]:

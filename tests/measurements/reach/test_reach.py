@@ -16,7 +16,7 @@ from llava_patch.measurements.reach import result as groups
 from llava_patch.measurements.reach.gradients import SideOutput, training_step
 from llava_patch.measurements.reach.measure import compare_reach, measure_reach, parts_of
 from llava_patch.measurements.reach.result import Reach, ReachComparison, ReachResult
-from llava_patch.routing import side_output
+from llava_patch.routing import layers
 from tests.support import fusions, models, tiny
 from tests.support import routings as cases
 
@@ -257,7 +257,7 @@ def test_the_model_is_afterwards_as_it_was(host):
         assert all(torch.equal(v, state[k]) for k, v in host.model.state_dict().items())
         with pytest.raises(InputError, match="labels"):  # also after an error
             measure_reach(host.model, [host.batch([SAMPLES[0]]).inputs], progress=False)
-        assert [m.training for m in host.model.modules()] == before[1] and side_output._watch.get() is None
+        assert [m.training for m in host.model.modules()] == before[1] and layers.observer() is None
 
 
 def test_gradients_are_not_held_together(host, monkeypatch):

@@ -16,6 +16,7 @@ from torch import nn
 
 from llava_patch import FastV, Routing, Saturation, SkipLinks, get_handle, patch
 from llava_patch.core.errors import InputError, SettingError
+from llava_patch.core.method import Method
 from llava_patch.hosts.anatomy import find
 from llava_patch.measurements.saturation.auto_split import resolve_split
 from llava_patch.measurements.saturation.measure import measure_saturation
@@ -69,7 +70,7 @@ def test_the_measured_layer_takes_the_place_of_auto_everywhere(
     assert handle.routing == Routing(split=2)
     assert handle.settings()["routing"]["split"] == 2
     assert subject.model.config.llava_patch["routing"]["split"] == 2
-    assert find(subject.model).decoder.forward.program.split == 2
+    assert find(subject.model).decoder.forward.schedule.split == 2
     handle.save(tmp_path / "full", form="full")
     assert json.loads((tmp_path / "full" / "llava_patch.json").read_text())["routing"]["split"] == 2
     handle.remove()
@@ -172,7 +173,7 @@ def test_only_the_samples_that_are_measured_count(subject: Subject, caplog: Any)
     [
         lambda text: text[: len(text) // 2],
         lambda text: "[]",
-        lambda text: text.replace('"format": 2', '"format": 1'),
+        lambda text: text.replace('"format": 3', '"format": 2'),
         lambda text: json.dumps({**json.loads(text), "saturation": {}}),
         lambda text: text.replace('"image_kl": [', '"image_kl": [ 0.5,'),
     ],
@@ -288,7 +289,7 @@ def test_other_taps_of_one_width_are_another_model() -> None:
 
 def test_a_pruned_model_is_refused(subject: Subject, monkeypatch: Any) -> None:
     handle = patch(subject.model, fusion=SkipLinks(stride=1))
-    monkeypatch.setattr(handle, "pruning", FastV())
+    monkeypatch.setitem(handle.methods, "pruning", Method(FastV()))
     with pytest.raises(SettingError, match="this one carries FastV"):
         resolve_split(subject.model, AUTO, subject.samples())
 

@@ -13,7 +13,8 @@ from llava_patch import DeepStack, FastV, Routing, SkipLinks, patch
 from llava_patch.cli.main import app
 from llava_patch.core.errors import CheckpointError
 from llava_patch.core.weights import read_file
-from llava_patch.patching.checkpoint import SETTINGS_FILE, WEIGHTS_FILE, _sample
+from llava_patch.patching import keys
+from llava_patch.patching.checkpoint import SETTINGS_FILE, WEIGHTS_FILE
 from llava_patch.tools.inspect import inspect_checkpoint
 from tests.support.checkpoints import load
 from tests.support.release import write_fileset
@@ -181,7 +182,7 @@ def test_sampled_values_are_the_fingerprints(files, tmp_path):
         (header,) = read_file(tmp_path / name)
         assert header.shape == (7, 13) and header.dtype == "float32" and header.parameters == 91
         for count in (1, 4, 9):
-            assert header.sample(count) == _sample(matrix, count).tolist()
+            assert header.sample(count) == keys.sample(matrix, count).tolist()
 
 
 def test_json_holds_everything(stock, tmp_path):

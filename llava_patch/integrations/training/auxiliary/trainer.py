@@ -19,8 +19,8 @@ from llava_patch.core.files import atomic
 from llava_patch.fusion import optimizer as optimizer_groups
 from llava_patch.hosts import compat, lora, zero
 from llava_patch.integrations.training.extension import TrainerExtension, extend
-from llava_patch.patching.checkpoint import base_fingerprint, check_fingerprint
 from llava_patch.patching.handle import Handle, get_handle
+from llava_patch.patching.keys import base_fingerprint, check_fingerprint
 from llava_patch.probe.auxiliary.attach import HEAD
 from llava_patch.probe.auxiliary.regions import KEY
 
@@ -246,7 +246,6 @@ def _fingerprint(handle: Handle) -> dict[str, list[float]]:
 
     Beside LoRA the Trainer's checkpoints bring back LoRA's matrices alone, so only what does not train is compared.
     """
-    changed = {n for n, p in handle.model.named_parameters() if n.startswith(HEAD)}
-    if lora.has_lora(handle.model):
-        changed |= {n for n, p in handle.model.named_parameters() if p.requires_grad}
+    beside_lora = lora.has_lora(handle.model)
+    changed = {n for n, p in handle.model.named_parameters() if beside_lora and p.requires_grad}
     return base_fingerprint(handle.model, changed)

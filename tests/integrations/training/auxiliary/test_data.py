@@ -100,7 +100,7 @@ def test_bad_records_are_refused_before_anything_is_read(auxiliary, tmp_path, re
 
 
 def test_other_data_and_tiles_are_refused(auxiliary, folder):
-    with pytest.raises(SettingError, match=r"is not LLaVA's data set: use llava_patch\.auxiliary\.RegionCollator"):
+    with pytest.raises(SettingError, match=r"is not LLaVA's data set: use llava_patch\.\S+\.auxiliary\.RegionCollator"):
         wrap(auxiliary, [1, 2], _collate)
     with pytest.raises(SettingError, match="--image_aspect_ratio anyres"):
         wrap(auxiliary, LlavaData([_record(box=[0, 0, 4, 9], text="x")], folder, "anyres"), _collate)

@@ -157,7 +157,7 @@ def test_peft_before_and_after(tmp_path):
 
 
 def test_saved_models_and_adapters_hold_nothing_of_the_head(host, tmp_path):
-    from llava_patch.patching.checkpoint import read_settings
+    from llava_patch.core.records import read_settings
 
     handle = patch(host.model, fusion=SkipLinks(stride=2), probe=AuxiliaryProbe(weight=0.2))
     host.model.config._name_or_path = "base"

@@ -1,0 +1,141 @@
+"""What every fusion has: shared settings, and the question that a fusion answers, which blocks it taps.
+
+Blocks are counted from 1: block i is the output of the vision tower's i-th block, 0 is the embedding. A fusion is one
+dataclass in one file of this folder; nothing here imports torch, so that `import llava_patch` stays cheap.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Union
+
+from llava_patch.core.errors import SettingError
+from llava_patch.fusion.taps import Group, Join
+from llava_patch.settings.checks import fraction, integer, is_number
+
+TrainTower = Union[Literal["frozen", "all"], int]
+Detach = Union[int, tuple[int, ...]]
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Fusion:
+    """What every fusion has.
+
+    Attributes:
+        merge_size: join m x m neighbouring patches on channels before the projector (the paper's 448-pixel models have
+            2: 256 tokens of 32 x 32 patches); 1 is LLaVA-1.5's behaviour.
+        merge_padding: pad a patch grid that merge_size does not divide with zeros, at the right and below; without it
+            such a grid is an error.
+        train_tower: what trains in the vision tower: "frozen", "all" (the embeddings and every block that is used), or
+            the last k blocks that are used.
+        tower_lr: learning rate of the vision tower; None: that of the rest of the model (never --mm_projector_lr).
+        layer_decay: each block's learning rate is that of the block above it times this, the embeddings' that of block
+            1 times this; the last used block has the tower's own. None: all the same.
+        unfreeze_after: share of the run's optimizer steps (rounded up) in which only the projector, and what else the
+            fusion adds, learns; then everything that the script trains joins in, with a fresh Adam state. A resumed run
+            goes on in its phase. Backward passes cost as much as later: what waits gets zeros. None or 0: from the
+            beginning. In a loop of your own: `Handle.warm_up`.
+
+    What trains may change from one run to the next, on a finished checkpoint too; the other settings may not.
+    """
+
+    KIND: ClassVar[str] = "fusion"
+
+    merge_size: int = 1
+    merge_padding: bool = False
+    train_tower: TrainTower = "frozen"
+    tower_lr: float | None = None
+    layer_decay: float | None = None
+    unfreeze_after: float | None = None
+
+    def __post_init__(self) -> None:
+        owner = type(self).__name__
+        if self.merge_size not in (1, 2) or isinstance(self.merge_size, bool):
+            raise SettingError(f"{owner}.merge_size = {self.merge_size!r}: expected 1 (LLaVA-1.5) or 2")
+        if not isinstance(self.merge_padding, bool):
+            raise SettingError(f"{owner}.merge_padding = {self.merge_padding!r}: expected True or False")
+        _train_tower(owner, self.train_tower)
+        if self.tower_lr is not None and not (is_number(self.tower_lr) and 0 < self.tower_lr < math.inf):
+            raise SettingError(f"{owner}.tower_lr = {self.tower_lr!r}: expected a number above 0")
+        if self.layer_decay is not None:
+            fraction(owner, "layer_decay", self.layer_decay)
+        if self.merge_padding and self.merge_size == 1:
+            raise SettingError(f"{owner}.merge_padding = True pads for merge_size = 2, but merge_size is 1")
+        if self.unfreeze_after is not None:
+            fraction(owner, "unfreeze_after", self.unfreeze_after, zero=True)
+            if self.unfreeze_after == 1:
+                raise SettingError(f"{owner}.unfreeze_after = 1: nothing but the projector would ever learn")
+        if self.train_tower == "frozen":
+            for name in ("tower_lr", "layer_decay"):
+                if getattr(self, name) is not None:
+                    raise SettingError(
+                        f'{owner}.{name} = {getattr(self, name)!r}, but {owner}.train_tower = "frozen": nothing in the '
+                        'tower trains; set train_tower = "all" or a number of blocks'
+                    )
+
+    def __repr__(self) -> str:
+        """The method's own settings, and of those that every fusion has what was changed."""
+        shared = {f.name: f.default for f in dataclasses.fields(Fusion)}
+        own = [f.name for f in dataclasses.fields(self) if f.name not in shared]
+        changed = [name for name, default in shared.items() if getattr(self, name) != default]
+        return f"{type(self).__name__}({', '.join(f'{n}={getattr(self, n)!r}' for n in own + changed)})"
+
+    @property
+    def join(self) -> Join:
+        """Where the tapped features go."""
+        return Join.CHANNELS
+
+    def choose(self, n_blocks: int, main: int) -> tuple[Group, ...]:
+        """The fusion's definition: which blocks of a tower it taps, in the order of their columns (tokens, layers).
+
+        Args:
+            n_blocks: number N of the tower's blocks.
+            main: block of the main feature, 1..N.
+
+        Raises:
+            SettingError: a tap outside the tower, no tap left, or a detach setting for taps that are not there.
+        """
+        raise NotImplementedError
+
+    @property
+    def needs_tap(self) -> bool:
+        """Whether the fusion has no meaning without a tap."""
+        return True
+
+    def decoder_layers(self, n_taps: int) -> tuple[int, ...]:
+        """With `Join.LAYERS`, the decoder layer, from 0, whose input takes each tap."""
+        return ()
+
+
+TRAINING = ("train_tower", "tower_lr", "layer_decay", "unfreeze_after")
+"""Fields of `Fusion` that change no output."""
+
+
+def differs(one: Fusion | None, other: Fusion | None, ignoring: tuple[str, ...] = TRAINING) -> bool:
+    """Whether two fusions differ in more than some fields; by default in more than what trains."""
+    if one is None or other is None or type(one) is not type(other):
+        return one is not other
+    return dataclasses.replace(one, **{name: getattr(other, name) for name in ignoring}) != other
+
+
+def _train_tower(owner: str, value: Any) -> None:
+    if value in ("frozen", "all"):
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise SettingError(
+            f'{owner}.train_tower = {value!r}: expected "frozen", "all" or k >= 1 (train the last k used blocks)'
+        )
+
+
+def detach_setting(owner: str, value: Any) -> Detach:
+    """A valid `detach`: a number of taps, or the places of some, sorted."""
+    if not isinstance(value, (tuple, list)):
+        integer(owner, "detach", value, 0)
+        return int(value)
+    for place in value:
+        integer(owner, "detach", place, 0)
+    if len(set(value)) != len(value):
+        raise SettingError(f"{owner}.detach = {tuple(value)}: a tap is named twice")
+    return tuple(sorted(value))

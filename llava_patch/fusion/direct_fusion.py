@@ -1,0 +1,58 @@
+"""External direct fusion: features of other blocks on channels beside the main one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llava_patch.core.errors import SettingError
+from llava_patch.fusion.base import Detach, Fusion, detach_setting
+from llava_patch.fusion.taps import Group, check_inside, with_detach
+from llava_patch.settings.checks import distinct_blocks
+
+NAMED_LAYERS = ("18", "3-18", "3-18-23", "former", "latter", "all")
+
+
+@dataclass(frozen=True, repr=False)
+class DirectFusion(Fusion):
+    """External direct fusion (ML): features of other blocks on channels beside the main one.
+
+    Source: "Multi-Layer Visual Feature Fusion in Multimodal LLMs" (Lin et al., 2025), external direct fusion.
+
+    Attributes:
+        layers: "18", "3-18" or "3-18-23" (these blocks; the main one is there anyway), "former" (mean of the lower
+            half of the blocks), "latter" (mean of the upper half), "all" (both means), or a tuple of blocks, which
+            keeps its order.
+        detach: taps under stop-gradient: a number (that many shallowest), or places in the set, from 0. The Skip-Links
+            paper detaches the set's last layer (section 6.4), which is (1,) for "3-18"; the default detaches nothing.
+    """
+
+    layers: str | tuple[int, ...] = "3-18"
+    detach: Detach = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "detach", detach_setting("DirectFusion", self.detach))
+        if isinstance(self.layers, str):
+            if self.layers not in NAMED_LAYERS:
+                raise SettingError(
+                    f"DirectFusion.layers = {self.layers!r}: expected one of {', '.join(NAMED_LAYERS)}, or a tuple of "
+                    "blocks, as (3, 18)"
+                )
+            return
+        object.__setattr__(self, "layers", distinct_blocks("DirectFusion", "layers", self.layers, 1, ordered=True))
+
+    def choose(self, n_blocks: int, main: int) -> tuple[Group, ...]:
+        """The named blocks or means of halves, without the main block, which is there anyway."""
+        half = n_blocks // 2
+        former, latter = tuple(range(1, half + 1)), tuple(range(half + 1, n_blocks + 1))
+        named = {"former": [former], "latter": [latter], "all": [former, latter]}
+        if isinstance(self.layers, str) and self.layers in named:
+            groups = named[self.layers]
+        else:
+            layers = self.layers.split("-") if isinstance(self.layers, str) else self.layers
+            blocks = [int(b) for b in layers]
+            check_inside("DirectFusion.layers", blocks, n_blocks)
+            groups = [(b,) for b in blocks if b != main]
+            if not groups:
+                raise SettingError(f"DirectFusion.layers = {self.layers!r}: no tap left beside the main block {main}")
+        return with_detach("DirectFusion", self.detach, groups)

@@ -1,0 +1,278 @@
+"""The host's methods that fill the call context: what a call brings, where its images are, what is read of its output.
+
+Each is an instance attribute around the host's own method; `call_context` says how the decoder gets what they note.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava_patch.core.errors import InputError
+from llava_patch.core.undo import UndoStack
+from llava_patch.hosts.anatomy import HF, LLAVA, Anatomy
+from llava_patch.hosts.call_context import (
+    HostCall,
+    Prepared,
+    Stacked,
+    current,
+    encoding,
+    host_call,
+    mark_prepared,
+    not_routed,
+    prepared_of,
+)
+from llava_patch.hosts.positions import IGNORE_INDEX, llava_prepare, numbered_rows, row_numbers
+
+_PIXELS = {LLAVA: "images", HF: "pixel_values"}
+_TAKEN = {
+    LLAVA: {"images", "image_sizes", "modalities"},
+    HF: {"pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy"},
+}
+_BRINGS = re.compile("pixel_values|image|video|audio|vision|encoder_outputs")
+_REPORTS = "_llava_patch_reports"
+_WATCHES = "_llava_patch_watches"
+
+
+def attach(anatomy: Anatomy, undo: UndoStack) -> None:
+    """Make a host model report its image positions and what is read of its output.
+
+    Modifications: instance attributes `forward` and `generate` of the causal LM; on `llava` also
+    `prepare_inputs_labels_for_multimodal` and `encode_images`, on HF `forward` and `get_image_features` of the inner
+    LlavaModel.
+    """
+    (_attach_llava if anatomy.host == LLAVA else _attach_hf)(anatomy, undo)
+    _attach_generate(anatomy, undo)
+    owner, name = anatomy.encoder
+    encode = getattr(owner, name)
+
+    @functools.wraps(encode)
+    def encode_aside(*args: Any, **kwargs: Any) -> Any:
+        with encoding(anatomy):
+            return encode(*args, **kwargs)
+
+    undo.set_attribute(owner, name, encode_aside)
+    refuse_other_features(anatomy, undo)
+
+
+def watch(anatomy: Anatomy, undo: UndoStack) -> None:
+    """Notice images that are encoded in a call of the host, which must reach a routed decoder (`call_context`).
+
+    Modifications: a forward hook on the projector.
+    """
+    projector = anatomy.projector
+    if any(getattr(hook, _WATCHES, False) for hook in projector._forward_hooks.values()):
+        return
+
+    def note(module: Any, args: Any, output: Any) -> None:
+        call = current(anatomy)
+        if call is not None:
+            call.note_encoded(output.shape[:-1].numel())
+
+    setattr(note, _WATCHES, True)
+    undo.push(projector.register_forward_hook(note).remove)
+
+
+def refuse_other_features(anatomy: Anatomy, undo: UndoStack) -> None:
+    """Refuse a call that asks HF for other features of the tower than the model's config, by which a patch goes.
+
+    Modifications: on HF the instance attribute `get_image_features` of the inner LlavaModel.
+    """
+    if anatomy.host == LLAVA:
+        return
+    owner, name = anatomy.encoder
+    encode = getattr(owner, name)
+    named = _names(encode)
+
+    @functools.wraps(encode)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        given = named(args, kwargs)
+        for key in ("vision_feature_layer", "vision_feature_select_strategy"):
+            value, own = given.get(key), getattr(anatomy.model.config, key)
+            if value is not None and value != own:
+                raise InputError(
+                    f"{key} = {value!r} differs from the model's config ({own!r}), by which the patch goes: leave the "
+                    f"argument out, set config.{key} before patch(), or call handle.remove() first"
+                )
+        return encode(*args, **kwargs)
+
+    undo.set_attribute(owner, name, checked)
+
+
+def _names(function: Callable[..., Any]) -> Callable[[tuple, dict[str, Any]], dict[str, Any]]:
+    """What puts a function's arguments under their names."""
+    order = list(inspect.signature(function).parameters)
+    return lambda args, kwargs: {**dict(zip(order, args, strict=False)), **kwargs}
+
+
+def _attach_generate(anatomy: Anatomy, undo: UndoStack) -> None:
+    generate = anatomy.model.generate
+    named = _names(generate)
+
+    @functools.wraps(generate)
+    def generate_in_context(*args: Any, **kwargs: Any) -> Any:
+        pixels = named(args, kwargs).get(_PIXELS[anatomy.host])
+        with host_call(anatomy) as call, call.images_of(pixels):
+            _check_arguments(call, kwargs)
+            with call.generation():
+                # `llava` knows no logits_to_keep; every way of generating but assisted decoding reads the last
+                # position.
+                assisted = kwargs.get("assistant_model") or kwargs.get("prompt_lookup_num_tokens")
+                if anatomy.host == LLAVA and not assisted:
+                    call.waiting.context.suffix = 1
+                return generate(*args, **kwargs)
+
+    undo.set_attribute(anatomy.model, "generate", generate_in_context)
+
+
+def _attach_hf(anatomy: Anatomy, undo: UndoStack) -> None:
+    model, wrapper = anatomy.model, anatomy.wrapper
+    outer, inner = model.forward, wrapper.forward
+    named = _names(outer)
+
+    @functools.wraps(outer)
+    def outer_and_report(*args: Any, **kwargs: Any) -> Any:
+        given = named(args, kwargs)
+        with host_call(anatomy) as call, call.images_of(given.get("pixel_values")):
+            _check_arguments(call, given)
+            keep = given.get("logits_to_keep")
+            call.waiting.context.suffix = keep if isinstance(keep, int) and keep > 0 else None
+            call.waiting.context.read = _read(given.get("labels"))
+            return outer(*args, **kwargs)
+
+    @functools.wraps(inner)
+    def inner_and_report(
+        input_ids: Tensor | None = None, pixel_values: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        with host_call(anatomy) as call, call.images_of(pixel_values):
+            _check_arguments(call, kwargs)
+            context = call.waiting.context
+            context.image_mask = context.stacked = None
+            context.unknown = input_ids is None and pixel_values is None
+            if pixel_values is not None and input_ids is not None:
+                context.image_mask = hf_image_mask(anatomy, input_ids)
+            elif pixel_values is not None and (embeds := kwargs.get("inputs_embeds")) is not None:
+                # The host recognises placeholders by their embedding, as its module gives it (peft adds to it).
+                token = torch.tensor(anatomy.image_token_id, dtype=torch.long, device=embeds.device)
+                context.image_mask = (embeds == wrapper.get_input_embeddings()(token)).all(-1)
+            return inner(input_ids, pixel_values, *args, **kwargs)
+
+    undo.set_attribute(model, "forward", outer_and_report)
+    undo.set_attribute(wrapper, "forward", inner_and_report)
+
+
+def hf_image_mask(anatomy: Anatomy, input_ids: Tensor) -> Tensor:
+    """Bool mask [batch, tokens] of the placeholders that HF's processor already expanded, by the config at the call."""
+    return input_ids == anatomy.image_token_id
+
+
+def _attach_llava(anatomy: Anatomy, undo: UndoStack) -> None:
+    model = anatomy.model
+    prepare, forward = model.prepare_inputs_labels_for_multimodal, model.forward
+    image_token_id = anatomy.image_token_id
+    named, named_of_prepare = _names(forward), _names(prepare)
+
+    @functools.wraps(prepare)
+    def prepare_and_report(*args: Any, **kwargs: Any) -> tuple:
+        _check_modalities(named_of_prepare(args, kwargs).get("modalities"))
+        with host_call(anatomy) as call:
+            call.offered = None
+            outputs, image_mask = llava_prepare(prepare, image_token_id, *args, **kwargs)
+            context, embeds = call.waiting.context, outputs[4]
+            context.image_mask, context.read = image_mask, _read(outputs[5])
+            if image_mask is not None and embeds is not None:
+                if call.offered is not None:
+                    context.stacked = _stack(call, call.offered, image_mask, *args, **kwargs)
+                prepared = Prepared(image_mask, context.stacked)
+                mark_prepared(embeds, prepared)
+                if call.waiting.own:
+                    call.waiting.prepared.append((embeds, prepared))
+        return outputs
+
+    def _stack(
+        call: HostCall, features: list[Tensor], image_mask: Tensor, input_ids: Tensor, position_ids: Any,
+        attention_mask: Any, past_key_values: Any, labels: Any, images: Any, *args: Any, **kwargs: Any,
+    ) -> Stacked:  # fmt: skip
+        call.numbers = row_numbers(features[0].shape, image_mask.device)
+        try:
+            with torch.no_grad():
+                numbered = prepare(input_ids, None, attention_mask, None, None, images, *args, **kwargs)[4]
+        finally:
+            call.numbers = None
+        return Stacked([f.flatten(0, 1) for f in features], numbered_rows(numbered, image_mask))
+
+    @functools.wraps(forward)
+    def forward_in_context(*args: Any, **kwargs: Any) -> Any:
+        given = named(args, kwargs)
+        images, embeds = given.get("images"), given.get("inputs_embeds")
+        with host_call(anatomy) as call, call.images_of(images):
+            _check_arguments(call, given)
+            context = call.waiting.context
+            suffix = context.suffix
+            if images is not None:  # generate() prepares the images itself: this call is somebody else's
+                context.suffix = None
+            if embeds is not None:
+                context.read = _read(given.get("labels"))
+                # generate's own are copied on their way and lose the mark; whoever calls in between brings others.
+                context.unknown = not call.waiting.own and prepared_of(embeds) is None
+                if call.waiting.own and call.waiting.prepared:
+                    found = call.find_prepared(embeds)
+                    context.unknown = found is None
+                    context.image_mask, context.stacked = (found.image_mask, found.stacked) if found else (None, None)
+                call.waiting.own = False
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                call.waiting.context.suffix = suffix
+
+    setattr(prepare_and_report, _REPORTS, True)
+    undo.set_attribute(model, "prepare_inputs_labels_for_multimodal", prepare_and_report)
+    undo.set_attribute(model, "forward", forward_in_context)
+
+
+def reports(prepare: Any) -> bool:
+    """Whether a prepare_inputs_labels_for_multimodal of `llava` has its embeddings say where their images are."""
+    return getattr(prepare, _REPORTS, False)
+
+
+def _check_arguments(call: HostCall, given: dict[str, Any]) -> None:
+    """Refuse arguments that bring images in another way than the one that is routed; hosts may drop unknown ones.
+
+    Raises:
+        InputError: names the argument.
+        HostError: the host itself has encoded images before this call.
+    """
+    anatomy = call.anatomy
+    for name, value in given.items():
+        if value is None or name in _TAKEN[anatomy.host] or not _BRINGS.search(name):
+            continue
+        if any(images.wait for images in call.images):
+            raise not_routed(anatomy)
+        raise InputError(
+            f"{name} is not routed on {type(anatomy.model).__name__}, nor are videos or images that are already "
+            f"encoded: give still images as {_PIXELS[anatomy.host]}, embeddings inside `with "
+            "handle.image_positions(mask):`, or call handle.remove() first"
+        )
+
+
+def _check_modalities(modalities: Any) -> None:
+    """Refuse what LLaVA-NeXT's package takes beside images ("text" stands for a sample with a dummy image)."""
+    asked = [modalities] if isinstance(modalities, str) else modalities or []
+    other = [m for m in asked if m not in ("image", "text")]
+    if other:
+        raise InputError(f"modalities = {other[0]!r} is not routed: give still images, or call handle.remove() first")
+
+
+def _read(labels: Tensor | None) -> Tensor | None:
+    """Positions whose next label counts: bool [batch, tokens]."""
+    if labels is None:
+        return None
+    read = torch.zeros_like(labels, dtype=torch.bool)
+    read[:, :-1] = labels[:, 1:] != IGNORE_INDEX
+    return read

@@ -1,0 +1,222 @@
+"""One stock decoder layer on some of the positions: its keys, its masks, and how it is called.
+
+A layer's own forward takes its queries from the same positions as its keys. Where some positions only give keys and
+values, the layer is called on the others with `ExternalKeys` in the place of its cache: whatever the attention backend,
+the stock code does the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llava_patch.hosts import compat, projections
+from llava_patch.routing.plan import KeyPositions, PositionSet
+
+Rotary = tuple[Tensor, Tensor]
+
+
+class Observer:
+    """What a measurement may look at while the layers of a routed or pruned decoder run; a subclass overrides.
+
+    A layer's hidden states do not say which positions they are of, and its keys may be of more positions than its
+    queries. The side branch's layers are not told of.
+    """
+
+    def layer(self, number: int, asking: Tensor, giving: Tensor) -> None:
+        """Called before every decoder layer.
+
+        Args:
+            number: the layer's.
+            asking: int64 [batch, n], the positions whose hidden states it gets, as places in the conversation.
+            giving: int64 [batch, keys], the positions whose keys those look at, in the order of the tensors.
+        """
+
+    def side_output(self, states: Tensor) -> Tensor:
+        """The side branch's output, [batch, image positions, hidden], as it leaves the branch; may return an alias."""
+        return states
+
+    def side_input(self, states: Tensor, number: int) -> Tensor:
+        """The same as layer `number` is about to read it; L stands for the decoder's end, which no layer changes."""
+        return states
+
+
+_observer: ContextVar[Observer | None] = ContextVar("llava_patch_observer", default=None)
+
+
+@contextlib.contextmanager
+def observing(observer: Observer) -> Iterator[None]:
+    """Show the observer every routed pass inside the block."""
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
+
+def observer() -> Observer | None:
+    """Who looks on; usually nobody."""
+    return _observer.get()
+
+
+class Stream:
+    """Some positions of one call, and the keys that they may look at.
+
+    Masks are made once, when a layer first asks for them.
+    """
+
+    def __init__(
+        self, config: Any, rotary: Rotary, count: int, keys: KeyPositions, example: Tensor, windowed: bool
+    ) -> None:
+        """Describe a stream.
+
+        Args:
+            config: decoder configuration.
+            rotary: (cos, sin) of the new positions, each [batch or 1, new, head_dim].
+            count: how many positions are new, padding included.
+            keys: what its layers hold once this call is done: earlier positions, then the new ones.
+            example: a tensor of the hidden states' dtype and device.
+            windowed: whether a sliding window cuts off a part of the conversation.
+        """
+        self.config = config
+        self.rotary = rotary
+        self.count = count
+        self.keys = keys
+        self.position_ids: Tensor | None = None  # flash attention takes gaps for packed samples
+        self._example = example
+        self._windowed = windowed
+        self.masks: dict[tuple[str, int | None], Any] = {}
+
+    @functools.cached_property
+    def cache_position(self) -> Tensor:
+        """Places of the new keys in the layers' cache: int64 [new]."""
+        return torch.arange(len(self.keys) - self.count, len(self.keys), device=self._example.device)
+
+    def last(self, count: int) -> PositionSet:
+        """The last few positions, as places in the conversation."""
+        start, valid = len(self.keys) - count, self.keys.valid
+        return PositionSet(self.keys.index[:, start:], None if valid is None else valid[:, start:])
+
+    def mask(self, backend: str, last: int | None = None) -> Any:
+        """The mask of a layer whose queries are the new positions, or the last few of them.
+
+        Args:
+            backend: attention backend that the layer runs.
+            last: how many; None: all.
+        """
+        key = (backend, None if last is not None and last >= self.count else last)
+        if key not in self.masks:
+            queries = self.count if last is None else last
+            if self._windowed:
+                self.masks[key] = self.mask_among(self.last(queries))
+            elif queries == 1 and not self.keys.padded:
+                self.masks[key] = None
+            else:
+                states = self._example[:, :1].expand(-1, queries, -1)
+                self.masks[key] = compat.causal_mask(self.config, states, self.keys.valid, len(self.keys), backend)
+        return self.masks[key]
+
+    def mask_among(self, asking: PositionSet) -> Tensor:
+        """The mask of a layer whose queries are other places of the conversation than the last keys."""
+        return compat.position_mask(self.config, asking.index, self.keys.index, self.keys.valid, self._example.dtype)
+
+
+class ExternalKeys:
+    """Stands in for a cache during one layer's call: keys and values that the layer did not compute in it."""
+
+    def __init__(self, cache: Any, key: Tensor, value: Tensor, merge: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.cache = cache
+        self.key = key
+        self.value = value
+        self.merge = merge
+
+    def merged_keys(self, own: Tensor) -> Tensor:
+        """The keys that the layer's queries meet in this call: [batch, key_value_heads, keys, head_dim]."""
+        return self.merge(self.key, own)
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, cache_kwargs: Any = None) -> tuple[Tensor, Tensor]:
+        """What a layer calls on its cache: merged keys and values, which the real cache takes as well."""
+        key, value = self.merged_keys(key), self.merge(self.value, value)
+        return (key, value) if self.cache is None else self.cache.update(key, value, layer_idx, cache_kwargs)
+
+
+def call_with_keys(
+    layer: nn.Module,
+    hidden_states: Tensor,
+    others: Tensor,
+    *,
+    rotary: Rotary,
+    others_rotary: Rotary,
+    merge: Callable[[Tensor, Tensor], Tensor],
+    attention_mask: Any,
+    past_key_values: Any,
+) -> Tensor:
+    """Run a decoder layer on some positions while others give keys and values only.
+
+    Args:
+        layer: a decoder layer.
+        hidden_states: [batch, queries, hidden].
+        others: [batch, n, hidden], the layer's input at the other positions.
+        rotary: (cos, sin) of the queries.
+        others_rotary: (cos, sin) of the others.
+        merge: puts the others' and the own keys (or values) in the order that the mask counts.
+        attention_mask: over the merged keys, and before them those that the cache holds.
+        past_key_values: cache that takes the merged keys and values, or None.
+
+    Returns:
+        [batch, queries, hidden].
+    """
+
+    def run(hidden_states: Tensor, others: Tensor) -> Tensor:
+        key, value = projections.keys_values(layer, others, others_rotary)
+        external = ExternalKeys(past_key_values, key, value, merge)
+        return compat.call_layer(
+            layer, hidden_states, attention_mask=attention_mask, position_embeddings=rotary, past_key_values=external,
+            use_cache=True, checkpoint=False,
+        )  # fmt: skip
+
+    return compat.checkpointed(layer, run, prime(hidden_states, layer), others)
+
+
+def trains(modules: Iterable[nn.Module]) -> bool:
+    """Whether a gradient is wanted for any parameter of some modules."""
+    return torch.is_grad_enabled() and any(p.requires_grad for m in modules for p in m.parameters())
+
+
+def prime(states: Tensor, layer: nn.Module) -> Tensor:
+    """Reentrant checkpointing gives no gradient at all unless an input requires one."""
+    if not states.requires_grad and trains([layer]):
+        states = states.detach().requires_grad_()
+    return states
+
+
+@torch.no_grad()
+def attention_of_last(
+    layer: Any, states: Tensor, last: Tensor, rotary: tuple[Tensor, Tensor], key: Tensor | None, allowed: Tensor
+) -> Tensor:
+    """Attention of each sample's last prompt token at a layer, mean over heads.
+
+    Args:
+        layer: a decoder layer.
+        states: [batch, tokens, hidden], its input.
+        last: int64 [batch], the column of that token.
+        rotary: (cos, sin) of the tokens, each [batch or 1, tokens, head_dim].
+        key: [batch, key_value_heads, keys, head_dim], the keys that its cache holds, those of `states` last; None:
+            `states` give all of them.
+        allowed: bool [batch, keys], what the token may see.
+
+    Returns:
+        float32 [batch, tokens].
+    """
+    at = PositionSet(last[:, None], None)
+    query = projections.queries(layer, at.take(states), at.take_rotary(rotary))
+    if key is None:
+        key = projections.keys(layer, states, rotary)
+    attention = projections.attention_of_query(query, key, allowed, float(layer.self_attn.scaling))
+    return attention[:, attention.shape[1] - states.shape[1] :]

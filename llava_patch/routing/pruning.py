@@ -1,0 +1,93 @@
+"""What every pruning has: before one layer, the image tokens with the lowest scores leave the decoder for good.
+
+A pruning is one dataclass in one file of this folder (`fastv`) that says what the scores are. Nothing here imports
+torch, so that `import llava_patch` stays cheap; `routed_pass` calls it and makes the positions of the layers above.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING, ClassVar
+
+from llava_patch.core.errors import SettingError
+from llava_patch.settings.checks import integer, is_number
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """Before layer k, each sample keeps ceil((1 - r) * n) of its n image tokens, those with the highest scores.
+
+    The lower position wins ties, order and position ids stay. The choice is made once, at the prefill that brings the
+    image, and stays with the cache; a token that left keeps the state that layer k-1 gave it. Positions that are read
+    (a label follows at once, or generation samples from them) are kept.
+
+    Attributes:
+        layer: k >= 1, first layer without the pruned tokens.
+        ratio: r, share of image tokens to prune, 0..1; 0 prunes nothing.
+        training: prune in training mode too (the last token that is not padding then stands for the prompt's last).
+    """
+
+    KIND: ClassVar[str] = "pruning"
+    USES_ATTENTION: ClassVar[bool] = False
+    """Whether `scores` calls `attention`, whose cost `llava-patch flops` then counts."""
+
+    layer: int = 2
+    ratio: float = 0.5
+    training: bool = False
+
+    def __post_init__(self) -> None:
+        owner = type(self).__name__
+        integer(owner, "layer", self.layer, 1)
+        if not is_number(self.ratio) or not 0 <= self.ratio <= 1:
+            raise SettingError(f"{owner}.ratio = {self.ratio!r}: expected a number from 0 to 1")
+        if not isinstance(self.training, bool):
+            raise SettingError(f"{owner}.training = {self.training!r}: expected True or False")
+
+    def scores(self, image_mask: Tensor, attention: Callable[[], Tensor]) -> Tensor:
+        """The method's definition: how much each image token is worth.
+
+        Args:
+            image_mask: bool [batch, tokens], the image positions that come to layer k.
+            attention: gives float32 [batch, tokens], the attention of each sample's last prompt token at layer k-1,
+                mean over heads. Calling it costs one query's attention; no backend is asked for attention.
+
+        Returns:
+            float [batch, tokens]; what it says outside `image_mask` is not read.
+        """
+        raise NotImplementedError
+
+    def keep_counts(self, images: tuple[int, ...], protected: tuple[int, ...]) -> tuple[int, ...]:
+        """How many image positions of each sample stay: ceil((1 - r) * n), but never fewer than are read.
+
+        Args:
+            images: n of each sample.
+            protected: positions of each sample that are read.
+        """
+        # The nearest simple fraction, so that 0.7 of 10 leaves 3 and not 4, and 1/3 of 9 leaves 6.
+        share = 1 - Fraction(self.ratio).limit_denominator(10**6)
+        return tuple(max(math.ceil(share * n), p) for n, p in zip(images, protected, strict=True))
+
+
+def choose(scores: Tensor, image_mask: Tensor, keep: tuple[int, ...], protected: Tensor | None = None) -> Tensor:
+    """Choose the image positions with the highest scores; the lower position wins ties.
+
+    Args:
+        scores: float [batch, tokens].
+        image_mask: bool [batch, tokens], the candidates.
+        keep: how many to keep in each sample.
+        protected: bool [batch, tokens], candidates that stay whatever their score.
+
+    Returns:
+        bool [batch, tokens], a part of image_mask.
+    """
+    scores = scores.float().masked_fill(~image_mask, float("-inf"))
+    if protected is not None:
+        scores = scores.masked_fill(image_mask & protected, float("inf"))
+    rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return image_mask & (rank < rank.new_tensor(keep)[:, None])

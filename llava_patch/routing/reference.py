@@ -1,0 +1,156 @@
+"""Every routing variant and FastV written down plainly: one sample at a time, no cache, no batch, no backend.
+
+Read this first. `final_states` is the definition; the package's own pass (`schedule`, `routed_pass`) does the same for
+ragged batches, with a cache and without the work that nobody reads, and the tests hold it to this.
+
+Source: "Late-Layer Fusion is Enough" (DPVR), section 3, for lf, pc, kv and ideal; "Boosting Multimodal LLMs with Visual
+Tokens Withdrawal" for vtw; "An Image is Worth 1/2 Tokens After Layer 2", section 4, for FastV.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llava_patch.settings.methods import FastV, Routing
+
+
+def final_states(
+    decoder: Any,
+    embeds: Tensor,
+    image: Tensor,
+    routing: Routing | None = None,
+    pruning: FastV | None = None,
+    choice: Tensor | None = None,
+) -> Tensor:
+    """Hidden states of one sample after the final norm.
+
+    Args:
+        decoder: a decoder of the Llama kind, with its side branch where the routing has one; float32 on CPU.
+        embeds: [tokens, hidden].
+        image: bool [tokens].
+        routing: settings, the split as a number; None: every layer sees every position.
+        pruning: settings, or None.
+        choice: bool [tokens], what pruning kept, when it was decided elsewhere.
+
+    Returns:
+        [tokens, hidden]; a position that left the decoder has the state it left with.
+    """
+    layers = decoder.layers
+    variant = None if routing is None else routing.variant
+    split = len(layers) if routing is None else int(routing.split)
+    late_fusion = _late_fusion_layers(routing, len(layers))
+    place = torch.arange(len(embeds))
+    x, before = embeds.clone(), embeds.clone()
+    alive = torch.ones(len(embeds), dtype=torch.bool)  # what pruning has left
+    side = embeds  # the side branch's output
+
+    for number, layer in enumerate(layers):
+        if variant in ("pc", "kv") and number > split:  # whatever the layer before made of them
+            x[alive & image] = side[alive & image]
+        if pruning is not None and number == pruning.layer and pruning.ratio > 0 and image.any():
+            kept = fastv(decoder, layers[number - 1], before, image, alive, pruning.ratio)
+            alive = kept if choice is None else choice
+        if number == split:
+            side = x.clone()
+            rows = place[alive & image]
+            if routing is not None and routing.side_layers and len(rows):
+                for branch in decoder.side_branch:  # image positions alone, causal, their own position ids
+                    side[rows] = run_layer(decoder, branch, side[rows], rows, side[rows], rows)
+            x[rows] = side[rows]
+        text = alive & ~image
+        before = x.clone()
+        if number < split or number in late_fusion or variant == "pc" or (variant == "kv" and layer is layers[-1]):
+            asking = giving = alive
+        elif variant == "kv":  # text asks; the image gives keys and values
+            asking, giving = text, alive
+        else:  # lf between split and late fusion, ideal, vtw: the image is absent
+            asking = giving = text
+        if asking.any():
+            x[asking] = run_layer(decoder, layer, x[asking], place[asking], x[giving], place[giving])
+    return decoder.norm(x)
+
+
+def _late_fusion_layers(routing: Routing | None, n_layers: int) -> tuple[int, ...]:
+    if routing is None or routing.variant != "lf" or routing.split == n_layers:
+        return ()
+    k = routing.fusion_layers
+    return k if isinstance(k, tuple) else tuple(range(n_layers - k, n_layers))
+
+
+def fastv(decoder: Any, layer: Any, before: Tensor, image: Tensor, alive: Tensor, ratio: float) -> Tensor:
+    """What FastV keeps: the ceil((1 - r) * n) image tokens that the last token looks at most; lower places win ties.
+
+    Args:
+        decoder: the decoder.
+        layer: layer k-1, where the last token's attention is read, mean over heads.
+        before: [tokens, hidden], its input.
+        image: bool [tokens].
+        alive: bool [tokens], what is there.
+        ratio: r.
+
+    Returns:
+        bool [tokens]; the last token stays, which generation reads.
+    """
+    place, last = torch.arange(len(before)), len(before) - 1
+    rows = place[alive]
+    attention = probabilities(decoder, layer, before[-1:], place[-1:], before[rows], rows).mean(0)[0]
+    wanted = math.ceil((1 - Fraction(ratio).limit_denominator(10**6)) * int(image.sum()))
+    scores = [(-(math.inf if i == last else float(attention[i])), i) for i in place[image].tolist()]
+    kept = ~image
+    kept[[i for _, i in sorted(scores)[: max(wanted, int(image[-1]))]]] = True
+    return kept
+
+
+def run_layer(decoder: Any, layer: Any, asking: Tensor, at: Tensor, giving: Tensor, where: Tensor) -> Tensor:
+    """A decoder layer whose queries and keys are of different positions: [queries, hidden].
+
+    Args:
+        decoder: the decoder.
+        layer: one of its layers.
+        asking: [queries, hidden].
+        at: int64 [queries], their places in the sequence.
+        giving: [keys, hidden], the same input at the positions that give keys and values.
+        where: int64 [keys], their places.
+    """
+    attention, mlp = layer.self_attn, layer.mlp
+    p = probabilities(decoder, layer, asking, at, giving, where)
+    v = _heads(attention.v_proj(layer.input_layernorm(giving)), attention.head_dim)
+    v = v.repeat_interleave(len(p) // len(v), 0)
+    out = asking + attention.o_proj((p @ v).transpose(0, 1).flatten(1))
+    x = layer.post_attention_layernorm(out)
+    return out + mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
+
+
+def probabilities(decoder: Any, layer: Any, asking: Tensor, at: Tensor, giving: Tensor, where: Tensor) -> Tensor:
+    """Causal attention of a layer, arguments as in `run_layer`: [heads, queries, keys]."""
+    attention = layer.self_attn
+    d = attention.head_dim
+    q = _turn(_heads(attention.q_proj(layer.input_layernorm(asking)), d), _rotary(decoder, at))
+    k = _turn(_heads(attention.k_proj(layer.input_layernorm(giving)), d), _rotary(decoder, where))
+    k = k.repeat_interleave(len(q) // len(k), 0)
+    scores = q @ k.transpose(1, 2) / math.sqrt(d)
+    hidden = where[None] > at[:, None]
+    window = getattr(decoder.config, "sliding_window", None)
+    if window is not None:
+        hidden |= where[None] <= at[:, None] - window
+    return scores.masked_fill(hidden, -torch.inf).softmax(-1)
+
+
+def _rotary(decoder: Any, positions: Tensor) -> tuple[Tensor, Tensor]:
+    cos, sin = decoder.rotary_emb(torch.zeros(1, 1, 1), positions[None])
+    return cos[0], sin[0]
+
+
+def _heads(x: Tensor, head_dim: int) -> Tensor:
+    return x.view(len(x), x.shape[-1] // head_dim, head_dim).transpose(0, 1)  # x may be empty
+
+
+def _turn(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    half = x.shape[-1] // 2
+    return x * rotary[0] + torch.cat([-x[..., half:], x[..., :half]], -1) * rotary[1]

@@ -1,0 +1,462 @@
+"""One call of a routed decoder: the layers in order, each on the positions that its mode says.
+
+Source: "Late-Layer Fusion is Enough" (DPVR), section 3.2. Layers below the split run on all positions, the side branch
+on the image positions, the deep layers as the variant has it (`schedule`); pruned tokens leave on the way (`pruning`).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from llava_patch.fusion import stack
+from llava_patch.hosts import call_context, compat, projections
+from llava_patch.hosts.anatomy import Anatomy
+from llava_patch.hosts.call_context import CallContext
+from llava_patch.routing import side_branch
+from llava_patch.routing.cache import FULL, KEPT, TEXT, RoutedCache
+from llava_patch.routing.layers import Stream, attention_of_last, call_with_keys, observer, prime
+from llava_patch.routing.plan import (
+    Counts,
+    KeyPositions,
+    PositionSet,
+    RoutingPlan,
+    count,
+    make_plan,
+    positions,
+    put_back,
+)
+from llava_patch.routing.pruning import choose
+from llava_patch.routing.schedule import LayerMode, LayerSchedule
+
+
+@dataclass(kw_only=True)
+class Call(CallContext):
+    """A call of the decoder: the context with masks that fit its tokens, and what else the call brings.
+
+    Attributes:
+        embeds: [batch, tokens, hidden].
+        attention_mask: [batch, earlier and new tokens] or None.
+        seen: tokens before this call.
+        use_cache: whether a cache is returned.
+        recording: whether the caller wants hidden states.
+        valid: bool [batch, tokens], False at padding; None: no padding.
+        counts: of the image mask; None when the call brings no image.
+        protected: bool [batch, tokens], positions that pruning must leave in.
+        in_order: whether the side branch runs on nothing, so that a batch without an image keeps the modules' order.
+        cache: the conversation's cache, or None.
+        cache_position: int64 [tokens].
+        position_ids: int64 [batch or 1, tokens].
+    """
+
+    embeds: Tensor
+    attention_mask: Tensor | None
+    seen: int
+    use_cache: bool = False
+    recording: bool = False
+    valid: Tensor | None = None
+    counts: Counts | None = None
+    protected: Tensor | None = None
+    in_order: bool = False
+    cache: RoutedCache | None = None
+    cache_position: Tensor = field(init=False, repr=False)
+    position_ids: Tensor = field(init=False, repr=False)
+
+    @property
+    def queries(self) -> int:
+        """New tokens of a sample, padding included."""
+        return self.embeds.shape[1]
+
+    @property
+    def reads_only_suffix(self) -> bool:
+        """Whether the caller looks at the last `suffix` positions alone, none of them padding."""
+        return self.suffix is not None and not self.recording and (self.counts is None or self.counts.suffix_valid)
+
+    def last_index(self) -> Tensor:
+        """The column of each sample's last prompt token: int64 [batch]."""
+        if self.valid is None:
+            return torch.full((len(self.embeds),), self.queries - 1 - self.ahead, device=self.embeds.device)
+        return (self.valid * torch.arange(self.queries, device=self.valid.device)).argmax(1) - self.ahead
+
+
+class RoutedPass:
+    """The layers of one call. Only `forward` is meant to be called, once.
+
+    The states between two layers are in `merged` (every position that is left, in order), or apart in `image` and
+    `text`, or in both. `plan` leads from one to the other; it is None below the split and in a call without an image,
+    where `merged` and `text` are the same.
+    """
+
+    def __init__(self, anatomy: Anatomy, schedule: LayerSchedule, call: Call) -> None:
+        """Read the settings."""
+        self.anatomy = anatomy
+        self.decoder = anatomy.decoder
+        self.layers: list[Any] = list(self.decoder.layers)
+        self.last = len(self.layers) - 1
+        self.schedule = schedule
+        self.call = call
+        self.config = self.decoder.config
+        prunes = schedule.prune_at is not None and (schedule.prunes_in_training or not self.decoder.training)
+        self.prune_at = schedule.prune_at if prunes else None
+        window = compat.sliding_window(self.config)
+        self.windowed = window is not None and call.seen + call.queries > window
+        self.observer = observer()
+        self.recorded: list[Tensor] | None = [] if call.recording else None
+        self.image_mask, self.counts = call.image_mask, call.counts
+        self.plan: RoutingPlan | None = None
+        self.main: PositionSet | None = None  # what pruning left, as columns of this call; None: all
+        self.merged: Tensor | None = None
+        self.text: Tensor | None = None
+        self.image: Tensor | None = None
+        self.side: Tensor | None = None  # the side branch's output, which `image` is until a layer changes it
+        self.zero: Tensor | None = None  # joins where a batch with an image first reads the side branch
+        self.entered: Tensor | None = None  # what the layer before pruning got
+        self.left_with: Tensor | None = None  # states that pruned positions left with
+        self.text_mask: Tensor | None = None  # of a layer that text asks and whose keys are all that is left
+
+    def forward(self) -> BaseModelOutputWithPast:
+        """Run all layers.
+
+        Returns:
+            last_hidden_state [batch, tokens, hidden] after the final norm, of the last `suffix` positions alone where
+            no others are read; hidden_states where they are recorded, NaN at positions that a layer has no state for.
+        """
+        cache = self.call.cache
+        if cache is None:
+            return self._forward()
+        cache.running = True
+        try:
+            return self._forward()
+        finally:
+            cache.running = False
+
+    def _forward(self) -> BaseModelOutputWithPast:
+        call, split, end = self.call, self.schedule.split, len(self.layers)
+        keep_graph = self._graph_below_split()
+        with torch.set_grad_enabled(keep_graph):
+            self._open(call.embeds if keep_graph else call.embeds.detach())
+            for number in range(split):
+                self._layer(number)
+            if split == self.prune_at:
+                self._prune(split)
+        if split < end:
+            self._split()
+            for number in range(split, end):
+                self._layer(number)
+        hidden = self._whole(end)
+        if self.zero is not None:
+            hidden = hidden + self.zero
+        if self.left_with is not None and self.main is not None:
+            hidden = put_back(self.left_with, self.main, hidden)
+        hidden = self.decoder.norm(hidden)
+        if self.counts is not None and max(self.counts.image) == 0 and side_branch.wants_gradient(self.anatomy):
+            hidden = hidden + side_branch.zero_gradient_pass(self.anatomy, hidden)  # pruning left the branch nothing
+        if call.cache is not None:
+            call.cache.length += call.queries
+            if call.counts is not None:
+                call.cache.image_end = call.seen + call.counts.image_end
+        if self.recorded is not None:
+            self.recorded[-1] = hidden  # as in the stock decoder, the last entry is after the final norm
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden,  # type: ignore[arg-type]
+            past_key_values=call.cache if call.use_cache else None,  # type: ignore[arg-type]
+            hidden_states=None if self.recorded is None else tuple(self.recorded),  # type: ignore[arg-type]
+        )
+
+    # --- one layer ----------------------------------------------------------------------------------------------------
+
+    def _layer(self, number: int) -> None:
+        mode = self.schedule.modes[number]
+        if number == self.prune_at and number != self.schedule.split:  # at the split it has been done
+            self._prune(number)
+        if self.call.stacked is not None and number in self.schedule.injections:
+            self._inject(number)
+        if number + 1 == self.prune_at:
+            self.entered = self._whole(number)
+        if mode is LayerMode.TEXT:
+            self._text_layer(number)
+        elif self._image_gives_keys_only(number, mode):
+            self._keys_layer(number)
+        else:
+            self._whole_layer(number, mode)
+
+    def _whole_layer(self, number: int, mode: LayerMode) -> None:
+        """All positions: stock, late fusion, and PC, after which the side branch's output takes the image's place."""
+        whole = self._whole(number)
+        if self.zero is not None:
+            whole, self.zero = whole + self.zero, None
+        if number == self.last and self._last_token_only(whole):
+            self._finish(number, whole, self.main_stream)
+            return
+        self.merged, self.text = self._call_layer(number, whole, self.main_stream), None
+        self._record(self.merged, self.main)
+        if mode is LayerMode.RESET and self.plan is not None and number != self.last:
+            self.text, self.merged = self.plan.text.take(self.merged), None
+
+    def _text_layer(self, number: int) -> None:
+        """Text positions alone: the image's are absent, not masked."""
+        text = self._text()
+        if text.shape[1]:  # a prompt may be nothing but an image
+            if number == self.last and self._last_token_only(text, all_text=True):
+                self._finish(number, text, self.text_stream)
+                return
+            self.text = self._call_layer(number, text, self.text_stream)
+        self._record(self._text(), None if self.plan is None else self._columns(self.plan.text))
+
+    def _keys_layer(self, number: int) -> None:
+        """Text asks, image positions give keys and values by the layer's own norm and projections."""
+        plan, layer, cache = self.plan, self.layers[number], self.call.cache
+        assert plan is not None
+        text, image = self._text(), self._image(number)
+        image_rotary = self._columns(plan.image).take_rotary(self.rotary)
+        if not text.shape[1]:
+            if cache is not None:
+                cache.update(*projections.keys_values(layer, image, image_rotary), layer.self_attn.layer_idx)
+        elif not image.shape[1]:
+            self.text = self._call_layer(number, text, self.main_stream)
+        else:
+            self._tell(number, self.text_stream, self.main_stream)
+            if self.text_mask is None:
+                self.text_mask = self.main_stream.mask_among(self.text_stream.last(self.text_stream.count))
+            self.text = call_with_keys(
+                layer, text, image, rotary=self.text_stream.rotary, others_rotary=image_rotary, merge=plan.merge_heads,
+                attention_mask=self.text_mask, past_key_values=cache,
+            )  # fmt: skip
+        self._record(self._text(), self._columns(plan.text))
+
+    def _image_gives_keys_only(self, number: int, mode: LayerMode) -> bool:
+        """Whether nobody uses what a layer would make of the image positions; the last layer's are the output."""
+        if self.plan is None or number == self.last:
+            return False
+        if mode is not LayerMode.FUSE:
+            return mode is LayerMode.KEYS
+        return (
+            number == self.schedule.fusion[-1]
+            and self._last_token_only(self._text(), all_text=True)
+            and not self._backend(number).startswith("flash_attention")  # its masks cannot say this
+        )
+
+    def _last_token_only(self, hidden: Tensor, all_text: bool = False) -> bool:
+        """Whether the last layer need only answer at the last positions.
+
+        Args:
+            hidden: [batch, positions, hidden], its input.
+            all_text: whether those must be text in every sample.
+        """
+        call = self.call
+        if not call.reads_only_suffix or call.suffix is None or not self.schedule.leaves_out:
+            return False
+        return call.suffix < hidden.shape[1] and (not all_text or call.counts is None or call.counts.suffix_text)
+
+    def _finish(self, number: int, hidden: Tensor, stream: Stream) -> None:
+        """Run the last layer where only the last positions are read: the others give keys and values."""
+        last = self.call.suffix
+        assert last is not None
+        self._tell(number, stream, stream, last)
+        cut = hidden.shape[1] - last
+        cos, sin = stream.rotary
+        self.merged = call_with_keys(
+            self.layers[number], hidden[:, cut:], hidden[:, :cut], rotary=(cos[:, cut:], sin[:, cut:]),
+            others_rotary=(cos[:, :cut], sin[:, :cut]), merge=lambda others, own: torch.cat([others, own], dim=2),
+            attention_mask=stream.mask(self._backend(number), last), past_key_values=self.call.cache,
+        )  # fmt: skip
+        self.text, self.plan = None, None
+
+    def _call_layer(self, number: int, hidden: Tensor, stream: Stream) -> Tensor:
+        self._tell(number, stream, stream)
+        layer = self.layers[number]
+        hidden = prime(hidden, layer)
+        return compat.call_layer(
+            layer, hidden, attention_mask=stream.mask(self._backend(number)), position_ids=stream.position_ids,
+            position_embeddings=stream.rotary, past_key_values=self.call.cache, use_cache=self.call.use_cache,
+            cache_position=self.call.cache_position if stream is self.full else stream.cache_position,
+            checkpoint=hidden.requires_grad,
+        )  # fmt: skip
+
+    def _backend(self, number: int) -> str:
+        return compat.attention_of(self.layers[number].self_attn.config)
+
+    def _tell(self, number: int, asking: Stream, giving: Stream, last: int | None = None) -> None:
+        if self.observer is not None:
+            queries = asking.last(asking.count if last is None else last)
+            self.observer.layer(number, queries.index, giving.keys.index)
+
+    def _inject(self, number: int) -> None:
+        """Add the taps that DeepStack has for this layer, which lies below the split."""
+        stacked, hidden = self.call.stacked, self._whole(number)
+        assert stacked is not None
+        rows = stacked.rows
+        if self.main is not None:
+            rows = rows.gather(1, self.main.index)
+            if self.main.valid is not None:
+                rows = rows * self.main.valid
+        self.merged, self.text = stack.add(hidden, stacked.features[self.schedule.injections.index(number)], rows), None
+
+    # --- states -------------------------------------------------------------------------------------------------------
+
+    def _whole(self, number: int) -> Tensor:
+        """Every position's state, in order, as layer `number` reads it (L: the decoder's end)."""
+        if self.merged is None:
+            assert self.text is not None
+            self.merged = self.text if self.plan is None else self.plan.merge(self._image(number), self.text)
+        return self.merged
+
+    def _text(self) -> Tensor:
+        """The text's states; from here on they stand apart from the image's."""
+        if self.text is None:
+            assert self.merged is not None
+            self.text = self.merged
+            if self.plan is not None:
+                self.text, self.image = self.plan.text.take(self.merged), self.plan.image.take(self.merged)
+        self.merged = None
+        return self.text
+
+    def _image(self, number: int) -> Tensor:
+        assert self.image is not None
+        if self.observer is None or self.image is not self.side:
+            return self.image
+        return self.observer.side_input(self.image, number)
+
+    def _record(self, states: Tensor, columns: PositionSet | None) -> None:
+        """Note a layer's output at some columns of this call (None: all) for output_hidden_states."""
+        if self.recorded is None:
+            return
+        if columns is not None:
+            absent = states.new_full((len(states), self.call.queries, states.shape[2]), float("nan"))
+            states = put_back(absent, columns, states)
+        self.recorded.append(states)
+
+    # --- the beginning, the split, the pruning ------------------------------------------------------------------------
+
+    def _open(self, hidden: Tensor) -> None:
+        """Make the stream of all positions, with the stock model's own mask."""
+        call = self.call
+        self.rotary = self.decoder.rotary_emb(hidden, call.position_ids)
+        self.full = self._stream(FULL, None, hidden)
+        self.full.position_ids = call.position_ids
+        self.full.masks[(compat.attention_of(self.config), None)] = compat.stock_mask(
+            self.decoder, hidden, call.attention_mask, call.cache_position, call.cache, call.position_ids
+        )
+        self.main_stream = self.text_stream = self.full
+        self.merged = hidden
+        self._record(hidden, None)
+
+    def _split(self) -> None:
+        """Take image and text apart and run the side branch."""
+        hidden = self._whole(self.schedule.split)
+        text_name = TEXT if LayerMode.TEXT in self.schedule.modes else None  # else no layer's keys are the text's own
+        if self.image_mask is None:
+            if self.call.in_order:
+                self.zero = side_branch.zero_gradient_pass(self.anatomy, hidden, self.rotary)
+            if text_name is not None:
+                self.text_stream = self._stream(text_name, None, hidden)
+            return
+        valid = self.call.valid if self.main is None else self.main.valid
+        self.plan = make_plan(self.image_mask, valid, self.counts)
+        self.text_stream = self._stream(text_name, self._columns(self.plan.text), hidden)
+        self._text()
+        assert self.image is not None
+        if self.schedule.side_layers and self.image.shape[1]:
+            self.image = self._side_branch(self.image, self._columns(self.plan.image))
+            if self.observer is not None:
+                self.image = self.observer.side_output(self.image)
+            self.side = self.image
+
+    def _side_branch(self, states: Tensor, columns: PositionSet) -> Tensor:
+        """The side branch at some columns of this call, which attend to the conversation's earlier images too."""
+        call, places, new = self.call, columns.shifted(self.call.seen), states.shape[1]
+        rotary = columns.take_rotary(self.rotary)
+        if call.cache is not None:
+            ids = columns.take(call.position_ids[:, :, None])[:, :, 0]
+            memory = call.cache.remember_side(states, ids, places)
+            if memory.states.shape[1] > new:
+                states, places = memory.states, memory.places
+                rotary = self.decoder.rotary_emb(states, memory.position_ids)
+        stream = Stream(self.config, rotary, len(places), KeyPositions(places), states, self.windowed)
+        return side_branch.run(self.anatomy, states, stream)[:, -new:]
+
+    def _prune(self, number: int) -> None:
+        """Drop what pruning does not keep, before layer `number`."""
+        was_side, self.side = self.image is self.side, None  # pruning is no layer that reads it
+        hidden, self.text, self.text_mask = self._whole(number), None, None
+        if self.image_mask is None or self.counts is None:  # nothing to prune, but the layers' keys are their own
+            self.main_stream = self._stream(KEPT, None, hidden)
+            return
+        kept = self._choose()
+        self.main = positions(kept, tuple(a + b for a, b in zip(self.counts.image, self.counts.text, strict=True)))
+        if not self.call.reads_only_suffix:
+            self.left_with = hidden
+        self.image_mask = self.image_mask.gather(1, self.main.index)
+        if self.main.valid is not None:
+            self.image_mask = self.image_mask & self.main.valid
+        self.main_stream = self._stream(KEPT, self.main, hidden)
+        self.merged = self.main.take(hidden)
+        if self.plan is not None:  # the text positions, and so the text stream, stay as they are
+            self.plan = make_plan(self.image_mask, self.main.valid, self.counts)
+            self._text()
+            self.side = self.image if was_side else None
+
+    def _choose(self) -> Tensor:
+        """What goes on to the layers above: bool [batch, tokens]; chosen before, or now (`pruning`)."""
+        call, image_mask, counts = self.call, self.image_mask, self.counts
+        assert image_mask is not None and counts is not None and self.prune_at is not None and self.entered is not None
+        valid = torch.ones_like(image_mask) if call.valid is None else call.valid
+        if call.kept is not None:
+            kept = (call.kept if call.protected is None else call.kept | call.protected) & valid
+            self.counts = count(image_mask & kept, kept, call.suffix or 1)
+            return kept
+        last, keys = call.last_index(), self.full.keys
+        attention = functools.partial(
+            attention_of_last, self.layers[self.prune_at - 1], self.entered, last, self.rotary,
+            None if call.cache is None else call.cache.keys_of(self.prune_at - 1),
+            compat.visible(self.config, (last + call.seen)[:, None], keys.index, keys.valid)[:, 0],
+        )  # fmt: skip
+        pruning = self.schedule.pruning
+        assert pruning is not None
+        keep = pruning.keep_counts(counts.image, counts.protected)
+        kept = valid & (~image_mask | choose(pruning.scores(image_mask, attention), image_mask, keep, call.protected))
+        self.entered, self.counts = None, replace(counts, image=keep)
+        if call.cache is None:  # with a cache the prompt does not come again
+            call_context.remember_chosen(self.anatomy, call.embeds, kept)
+        return kept
+
+    # --- positions ----------------------------------------------------------------------------------------------------
+
+    def _stream(self, name: str | None, columns: PositionSet | None, hidden: Tensor) -> Stream:
+        """A stream of some columns of this call (None: of all); without a name no layer's keys are its own."""
+        call, rotary = self.call, self.rotary if columns is None else columns.take_rotary(self.rotary)
+        if columns is None and (call.valid is not None or call.cache is None or name is None):
+            columns = PositionSet.run(0, call.queries, len(hidden), hidden.device, call.valid)
+        new = call.queries if columns is None else columns.shifted(call.seen)
+        if call.cache is not None and name is not None:
+            keys = call.cache.extend(name, new)
+        else:
+            assert isinstance(new, PositionSet)
+            keys = KeyPositions(new)
+        return Stream(self.config, rotary, new if isinstance(new, int) else len(new), keys, hidden, self.windowed)
+
+    def _columns(self, part: PositionSet) -> PositionSet:
+        """Places among the main positions, as columns of this call."""
+        return part if self.main is None else part.of(self.main)
+
+    def _graph_below_split(self) -> bool:
+        """Whether anything below the split, or before the decoder, wants a gradient."""
+        if not torch.is_grad_enabled():
+            return False
+        a, split = self.anatomy, self.schedule.split
+        if split == len(self.layers):
+            return True
+        above = [*self.layers[split:], a.norm, getattr(self.decoder, side_branch.SIDE_BRANCH, nn.Module())]
+        known = {id(p) for module in above for p in module.parameters()}
+        head = {id(p) for p in a.lm_head.parameters()} - {id(p) for p in a.embed_tokens.parameters()}
+        if any(p.requires_grad and id(p) not in known and id(p) not in head for p in a.model.parameters()):
+            return True
+        if self.call.embeds.is_leaf:
+            return self.call.embeds.requires_grad
+        # Embeddings may require a gradient only because gradient checkpointing asked for it: nobody reads that one.
+        return self.call.embeds.requires_grad and not compat.input_grads_are_forced(a.model, a.wrapper, a.decoder)
