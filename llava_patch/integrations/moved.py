@@ -82,9 +82,10 @@ class _Loader(Loader):
         """Give it the look-up."""
 
         def __getattr__(name: str) -> Any:
-            for place in self._places:
+            # `inspect` asks every module for `__file__`, also while torch is imported: nothing may be imported for that.
+            for place in () if name.startswith("__") else self._places:
                 found = importlib.import_module(place)
-                if not name.startswith("__") and not isinstance(getattr(found, name, found), ModuleType):
+                if not isinstance(getattr(found, name, found), ModuleType):
                     message = f"{module.__name__}.{name} has moved: import it from {place}"
                     warnings.warn(message, DeprecationWarning, stacklevel=2)
                     return getattr(found, name)

@@ -79,6 +79,12 @@ def test_tasks_that_were_copied_still_load(line):
     exec(compile(line, __file__, "exec"), {})
 
 
+def test_an_old_path_may_be_what_a_process_imports_first():
+    code = "from llava_patch.diagnostics.gradients import Gradients, decompose, follow; print(decompose.__module__)"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.stdout.split()[-1:] == ["llava_patch.measurements.gradients.decompose"], done.stderr
+
+
 def test_what_never_was_there_is_not_found():
     for name in ("llava_patch.nothing", "llava_patch.diagnostics.nothing", "llava_patch.probe.nothing"):
         with pytest.raises(ModuleNotFoundError, match=f"No module named '{name}'"):
