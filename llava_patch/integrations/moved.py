@@ -82,7 +82,7 @@ class _Loader(Loader):
         """Give it the look-up."""
 
         def __getattr__(name: str) -> Any:
-            # `inspect` asks every module for `__file__`, also while torch is imported: nothing may be imported for that.
+            # `inspect` asks every module for `__file__`, also while torch loads: nothing may be imported for that.
             for place in () if name.startswith("__") else self._places:
                 found = importlib.import_module(place)
                 if not isinstance(getattr(found, name, found), ModuleType):
