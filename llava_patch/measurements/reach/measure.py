@@ -46,8 +46,12 @@ from llava_patch.routing.side_branch import SIDE_BRANCH
 from llava_patch.settings.methods import VARIANTS, Routing
 
 _ROLES = {
-    LayerMode.TEXT: "text only", LayerMode.FUSE: "fusion", LayerMode.RESET: "image reset", LayerMode.KEYS: "image keys", LayerMode.STOCK: "",
-}  # fmt: skip
+    LayerMode.TEXT: "text only",
+    LayerMode.FUSE: "fusion",
+    LayerMode.RESET: "image reset",
+    LayerMode.KEYS: "image keys",
+    LayerMode.STOCK: "",
+}
 
 
 def measure_reach(
