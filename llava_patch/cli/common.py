@@ -17,7 +17,7 @@ from llava_patch.core.errors import CheckpointError
 from llava_patch.core.paths import default_name
 
 if TYPE_CHECKING:
-    from llava_patch.data.loaded import Subject
+    from llava_patch.data.loaded import LoadedCheckpoint
 
 
 NAMES: tuple[str, ...] = (
@@ -125,7 +125,7 @@ def folder_for(measurement: str, checkpoint: str, output: Path | None) -> Path:
     return folder
 
 
-def load(checkpoint: str, base: str = "", device: str = "", dtype: str = "") -> "Subject":
+def load(checkpoint: str, base: str = "", device: str = "", dtype: str = "") -> "LoadedCheckpoint":
     """The checkpoint's model, ready to be measured."""
     from llava_patch.data.loaded import load_subject
 

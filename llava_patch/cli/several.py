@@ -11,7 +11,7 @@ from llava_patch.core.errors import CheckpointError
 from llava_patch.data.model_inputs import ModelInputs, examples_for
 
 if TYPE_CHECKING:
-    from llava_patch.data.loaded import Subject
+    from llava_patch.data.loaded import LoadedCheckpoint
 
 
 def base_for(checkpoint: str, stock: str) -> str:
@@ -49,7 +49,7 @@ def openers(
     """
     from llava_patch.data.base_model import load_base
 
-    def opened(subject: "Subject") -> tuple[Any, ModelInputs]:
+    def opened(subject: "LoadedCheckpoint") -> tuple[Any, ModelInputs]:
         return subject.model, ModelInputs(subject, examples_for(subject, data, count, question))
 
     return (

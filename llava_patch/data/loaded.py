@@ -27,7 +27,7 @@ _LORA, _PROJECTOR = "adapter_config.json", "mm_projector.bin"
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class LoadedCheckpoint:
     """A model ready to be measured.
 
     Attributes:
@@ -47,7 +47,7 @@ class Subject:
         return Inputs(find(self.model), self.tokenizer, self.image_processor, self.processor)
 
 
-def load_subject(checkpoint: str, base: str = "", device: str = "", dtype: str = "") -> Subject:
+def load_subject(checkpoint: str, base: str = "", device: str = "", dtype: str = "") -> LoadedCheckpoint:
     """Load a checkpoint with its host's own loader, chosen by what its config.json says.
 
     A LLaVA checkpoint goes through `load_pretrained_model`, which reads weights in float16 and is then cast; patches
@@ -111,7 +111,9 @@ def pick_dtype(name: str, device: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def _load_llava(checkpoint: str, config: dict[str, Any], base: str, device: str, dtype: torch.dtype) -> Subject:
+def _load_llava(
+    checkpoint: str, config: dict[str, Any], base: str, device: str, dtype: torch.dtype
+) -> LoadedCheckpoint:
     try:
         with _interrupted_afterwards():
             from llava.model.builder import load_pretrained_model
@@ -136,7 +138,7 @@ def _load_llava(checkpoint: str, config: dict[str, Any], base: str, device: str,
         checkpoint, base or None, name, device_map=device, device=device
     )
     model.to(dtype)
-    return Subject(model, tokenizer, image_processor)
+    return LoadedCheckpoint(model, tokenizer, image_processor)
 
 
 @contextlib.contextmanager
@@ -155,7 +157,7 @@ def _interrupted_afterwards() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _load_hf(checkpoint: str, config: dict[str, Any], base: str, device: str, dtype: torch.dtype) -> Subject:
+def _load_hf(checkpoint: str, config: dict[str, Any], base: str, device: str, dtype: torch.dtype) -> LoadedCheckpoint:
     from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
     if base:
@@ -163,4 +165,4 @@ def _load_hf(checkpoint: str, config: dict[str, Any], base: str, device: str, dt
     kinds: dict[str, Any] = {"llava": LlavaForConditionalGeneration, "llava_next": LlavaNextForConditionalGeneration}
     model: Any = kinds[config["model_type"]].from_pretrained(checkpoint, dtype=dtype)
     processor: Any = AutoProcessor.from_pretrained(checkpoint)
-    return Subject(model.to(device), processor.tokenizer, processor.image_processor, processor)
+    return LoadedCheckpoint(model.to(device), processor.tokenizer, processor.image_processor, processor)

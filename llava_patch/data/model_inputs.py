@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llava_patch.data.examples import Example
-    from llava_patch.data.loaded import Subject
+    from llava_patch.data.loaded import LoadedCheckpoint
 
 
 def count_of(samples: int | None, bound: int | None, default: int) -> int | None:
@@ -28,7 +28,7 @@ def with_count(settings: Any, samples: int | None, default: int) -> Any:
 
 
 def examples_for(
-    subject: "Subject", data: str, count: int | None, question: str = "", answers: bool = False
+    subject: "LoadedCheckpoint", data: str, count: int | None, question: str = "", answers: bool = False
 ) -> "list[Example]":
     """Examples at the size of the model's vision tower, spread over the data; see `read_examples`."""
     from llava_patch.data.examples import read_examples
@@ -38,7 +38,9 @@ def examples_for(
     return read_examples(data, count, anatomy.grid[0] * anatomy.patch_size, question, answers)
 
 
-def samples_of(subject: "Subject", examples: "list[Example]", answers: bool = False) -> Iterator[dict[str, Any]]:
+def samples_of(
+    subject: "LoadedCheckpoint", examples: "list[Example]", answers: bool = False
+) -> Iterator[dict[str, Any]]:
     """Keyword arguments of the model's forward, one example at a time; with `labels` where answers are asked for."""
     inputs = subject.inputs()
     for example in examples:
@@ -52,7 +54,7 @@ def samples_of(subject: "Subject", examples: "list[Example]", answers: bool = Fa
 class ModelInputs:
     """The model's inputs of some examples, made one at a time; of known length, for the progress bar."""
 
-    def __init__(self, subject: "Subject", examples: "list[Example]") -> None:
+    def __init__(self, subject: "LoadedCheckpoint", examples: "list[Example]") -> None:
         self.subject, self.examples = subject, examples
 
     def __len__(self) -> int:

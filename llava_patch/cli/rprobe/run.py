@@ -20,7 +20,7 @@ from llava_patch.measurements.rprobe.ablation import SUMMARY
 from llava_patch.measurements.rprobe.settings import IMAGE_MODES, RProbe
 
 if TYPE_CHECKING:
-    from llava_patch.data.loaded import Subject
+    from llava_patch.data.loaded import LoadedCheckpoint
     from llava_patch.measurements.rprobe.result import RProbeResult
     from llava_patch.probe.sample import Sample
 
@@ -199,7 +199,7 @@ def _read(source: str, settings: RProbe) -> "list[Sample] | None":
 
 
 def _probe(
-    subject: "Subject",
+    subject: "LoadedCheckpoint",
     settings: RProbe,
     samples: "list[Sample] | None",
     heldout: "list[Sample] | None",

@@ -20,7 +20,7 @@ from llava_patch.tools.report.settings import Report
 
 if TYPE_CHECKING:
     from llava_patch.data.examples import Example
-    from llava_patch.data.loaded import Subject
+    from llava_patch.data.loaded import LoadedCheckpoint
 
 Opened = Callable[[], tuple[Any, ModelInputs]]
 
@@ -82,7 +82,7 @@ class Context:
         return self.base if self.inspection.form in ("lora", "projector") else ""
 
     @cached_property
-    def subject(self) -> "Subject":
+    def subject(self) -> "LoadedCheckpoint":
         """The checkpoint's model; loaded once."""
         return load_subject(self.checkpoint, self.below, self.device, self.dtype)
 
@@ -130,7 +130,7 @@ class Context:
         except InputError as error:
             raise SkipSection(str(error)) from error
 
-    def _examples(self, subject: "Subject", count: int | None) -> "list[Example]":
+    def _examples(self, subject: "LoadedCheckpoint", count: int | None) -> "list[Example]":
         return examples_for(subject, self.data, count, self.question)
 
     def samples(self, count: int | None) -> ModelInputs:

@@ -15,7 +15,7 @@ from llava_patch.tools.report.section import Found, Section, found_of
 
 if TYPE_CHECKING:
     from llava_patch.data.examples import Example
-    from llava_patch.data.loaded import Subject
+    from llava_patch.data.loaded import LoadedCheckpoint
     from llava_patch.measurements.attention_maps import AttentionMapsResult
 
 
@@ -39,7 +39,7 @@ def _run(context: Context, folder: Path) -> Found:
 
 
 def _measure(
-    subject: "Subject", examples: "list[Example]", settings: AttentionMaps, label: str, source: str
+    subject: "LoadedCheckpoint", examples: "list[Example]", settings: AttentionMaps, label: str, source: str
 ) -> "AttentionMapsResult":
     return measure_attention_maps(
         subject.model,
