@@ -176,14 +176,14 @@ def _measure(
     reuse: bool = False,
 ) -> "SaturationResult":
     """Measure a checkpoint into a folder; with `reuse` a finished result of the same measurement is taken as it is."""
-    from llava_patch.core.folder_lock import alone
+    from llava_patch.core.folder_lock import folder_lock
     from llava_patch.data.readers.read import resolve_source
     from llava_patch.hosts.anatomy import find
     from llava_patch.measurements.saturation import measure_saturation
     from llava_patch.measurements.saturation.compare import RESULT
     from llava_patch.measurements.saturation.state import STATE_FILE, State, make_key
 
-    with alone(folder):
+    with folder_lock(folder):
         subject = common.load(checkpoint, base, device, dtype)
         examples = examples_for(subject, data, settings.max_samples, question)
         key = make_key(find(subject.model), examples, settings)

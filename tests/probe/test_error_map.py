@@ -14,11 +14,11 @@ from llava_patch.measurements.rprobe.error_map import error_maps, pieces
 from llava_patch.measurements.rprobe.fit import run_rprobe
 from llava_patch.measurements.rprobe.output import write_run
 from llava_patch.measurements.rprobe.settings import RProbe
-from llava_patch.measurements.rprobe.store import freeze_samples, make_transform
-from llava_patch.probe.plane import Plane, picture
+from llava_patch.measurements.rprobe.store.freeze import freeze_samples
 from llava_patch.probe.sample import Sample
 from llava_patch.probe.sequence import patchify
-from llava_patch.probe.view import look
+from llava_patch.probe.transform import Plane, picture
+from llava_patch.probe.view import encode_views, make_transform
 
 from .tiny import SIDE, Characters, processor, samples, tiny_model, unique_page
 from .views import anyres_model, noise
@@ -143,7 +143,7 @@ def shown(model, image_processor, data, tokenizer=None, **settings):
         warnings.filterwarnings("error", message=".*(leaves out|error map)")
         result = run_rprobe(model, image_processor, tokenizer or Characters(), settings, data, progress=False)
     anatomy = find(model)
-    (view,) = look(anatomy, make_transform(anatomy, image_processor, settings.image_mode), [data[0].image])
+    (view,) = encode_views(anatomy, make_transform(anatomy, image_processor, settings.image_mode), [data[0].image])
     seen = torch.zeros(view.grid.tokens, dtype=torch.bool)
     seen[view.cells[view.cells >= 0]] = True
     assert len(result.maps) == 2

@@ -6,10 +6,11 @@ import torch
 
 from llava_patch.hosts.anatomy import find
 from llava_patch.measurements.rprobe.bootstrap import FEW
-from llava_patch.measurements.rprobe.evaluate import chosen, evaluate
+from llava_patch.measurements.rprobe.evaluate import evaluate, spread_over_ranks
 from llava_patch.measurements.rprobe.settings import RProbe
-from llava_patch.measurements.rprobe.store import freeze_samples, make_transform
+from llava_patch.measurements.rprobe.store.freeze import freeze_samples
 from llava_patch.probe.sample import Sample
+from llava_patch.probe.view import make_transform
 
 from .tiny import Characters, processor, samples, targets_of, tiny_model
 
@@ -129,8 +130,8 @@ def test_intervals_stand_around_their_values_and_need_two_documents(frozen):
 def test_chosen_examples_are_spread_over_the_errors(count, shown):
     mse = [3.0, 1.0, 2.0, 0.5, 8.0, 9.0, 4.0, 5.0, 6.0]
     order = sorted(range(9), key=mse.__getitem__)
-    assert chosen(mse, count) == [order[rank] for rank in shown]
-    assert chosen([1.0], 6) == [0]
+    assert spread_over_ranks(mse, count) == [order[rank] for rank in shown]
+    assert spread_over_ranks([1.0], 6) == [0]
 
 
 def test_examples_show_the_pixels_that_were_rebuilt(frozen):

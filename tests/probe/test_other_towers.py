@@ -1,11 +1,11 @@
-"""`look` on every known vision tower of both hosts."""
+"""`encode_views` on every known vision tower of both hosts."""
 
 import pytest
 import torch
 from hosts import zoo
 
 from llava_patch.hosts.anatomy import find
-from llava_patch.probe.view import look, make_transform
+from llava_patch.probe.view import encode_views, make_transform
 
 from .tiny import processor
 from .views import PATCH, PINPOINTS, SIDE, changed_cells, noise, with_block
@@ -24,7 +24,7 @@ def check(model, image_processor, mode, size, box):
     transform = make_transform(anatomy, image_processor, mode)
     page = noise(*size)
     other = with_block(page, box)
-    view, again = look(anatomy, transform, [page, other])
+    view, again = encode_views(anatomy, transform, [page, other])
     own = view.cells >= 0
     changed = (view.tokens != again.tokens).any(-1)
     cells = changed_cells(transform, view, page, other)

@@ -42,7 +42,7 @@ def preview(
     from llava_patch.core.terminal import counted
     from llava_patch.data.pages import Pages
     from llava_patch.data.readers import read_samples
-    from llava_patch.measurements.rprobe.preview import choose, clip_like, counts, save_preview
+    from llava_patch.measurements.rprobe.preview import choose_shown, clip_like, counts, save_preview
 
     if image_mode not in IMAGE_MODES:
         raise SettingError(f"--image-mode {image_mode}: expected one of {', '.join(IMAGE_MODES)}")
@@ -57,7 +57,7 @@ def preview(
     names = [name.strip() for name in samples.split(",") if name.strip()]
     if data:
         found = read_samples(data, boxes_per_sample, broken)
-        rows, shown = counts(found, transform), choose(found, count, names)
+        rows, shown = counts(found, transform), choose_shown(found, count, names)
         rows.insert(0, ("read as", found.format))
         rows.insert(3, ("regions without transcript", f"{found.unread:,}"))
         rows.insert(4, ("skipped", f"{len(found.skipped):,}"))
@@ -66,7 +66,7 @@ def preview(
         if boxes_per_sample != 1:
             raise SettingError("--boxes-per-sample: rendered pages have one region each")
         pages = list(Pages(max(PAGES, count), transform.height))
-        rows, shown, skipped = counts(pages, transform), choose(pages, count, names), []
+        rows, shown, skipped = counts(pages, transform), choose_shown(pages, count, names), []
     if broken == "skip":
         shown = _sound(shown, skipped)
     title = f"{data or 'rendered pages'}  ·  {model or f'a CLIP tower of {size} / {patch}'}  ·  {image_mode}"

@@ -146,7 +146,7 @@ def _measure(
     from llava_patch.cli.output import facts_of
     from llava_patch.core import parallel
     from llava_patch.core.files import atomic, write_json
-    from llava_patch.core.folder_lock import alone
+    from llava_patch.core.folder_lock import folder_lock
     from llava_patch.core.terminal import counted
     from llava_patch.data.loaded import load_subject
     from llava_patch.data.readers.read import resolve_source
@@ -165,7 +165,7 @@ def _measure(
         figure = (folder / FIGURE).with_suffix(f".{formats[0]}")
         _say(f"wrote {folder / RESULT}, and {figure} with {counted(len(result.maps), 'error map')} beside it")
         return
-    with alone(folder):
+    with folder_lock(folder):
         results = {}
         for number, name in enumerate(VARIANTS, 1):
             _say(f"{number} of {len(VARIANTS)}: {name.replace('_', ' ')}")
@@ -208,11 +208,11 @@ def _probe(
     show: list[str],
     formats: list[str],
 ) -> "RProbeResult":
-    from llava_patch.core.folder_lock import alone
+    from llava_patch.core.folder_lock import folder_lock
     from llava_patch.measurements.rprobe.fit import run_rprobe
     from llava_patch.measurements.rprobe.output import write_run
 
-    with alone(folder):
+    with folder_lock(folder):
         result = run_rprobe(
             subject.model,
             subject.image_processor,

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_patch.core.errors import InputError
-from llava_patch.data.readers.files import IMAGE_SUFFIXES
+from llava_patch.data.readers.files import IMAGE_SUFFIXES, four_numbers
 from llava_patch.data.readers.icdar import bounds
-from llava_patch.data.readers.objects import four_numbers
 from llava_patch.data.readers.samples import Collector, Page
 from llava_patch.probe.sample import Box
 

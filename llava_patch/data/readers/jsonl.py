@@ -14,10 +14,9 @@ from PIL import Image
 
 from llava_patch.core.errors import InputError
 from llava_patch.core.files import atomic
+from llava_patch.data.readers.files import numbered_lines
 from llava_patch.data.readers.samples import Collector, Page, Samples
-from llava_patch.data.readers.text import numbered_lines
-from llava_patch.probe.images import EncodedImage
-from llava_patch.probe.sample import Box, Sample
+from llava_patch.probe.sample import Box, EncodedImage, Sample
 from llava_patch.probe.transform import check_box
 
 REQUIRED = ("image", "text", "box")

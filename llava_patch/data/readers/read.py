@@ -11,9 +11,8 @@ from typing import Any
 
 from llava_patch.core.errors import InputError, SettingError
 from llava_patch.data.readers import cocotext, funsd, hf, icdar
-from llava_patch.data.readers.files import IMAGE_SUFFIXES, Images, first_lines, walk
+from llava_patch.data.readers.files import IMAGE_SUFFIXES, Images, first_lines, load_json, walk
 from llava_patch.data.readers.jsonl import read_jsonl
-from llava_patch.data.readers.objects import load_json
 from llava_patch.data.readers.samples import Collector, Samples
 
 HUB = "hf:"

@@ -288,7 +288,7 @@ def _figure(results: Mapping[str, RProbeResult], rows_: Sequence[Row], baseline:
     """All curves above; below, each result's error and, where it is paired, its difference to the baseline."""
     Figure = optional("matplotlib.figure").Figure
 
-    from llava_patch.measurements.rprobe.curves import draw_curves, draw_intervals, short
+    from llava_patch.measurements.rprobe.figures import draw_curves, draw_intervals, plain_name
 
     below = 0.75 + 0.17 * len(results)
     figure = Figure(figsize=(7.0, 2.9 + below), layout="constrained")
@@ -304,6 +304,6 @@ def _figure(results: Mapping[str, RProbeResult], rows_: Sequence[Row], baseline:
     if paired_:
         differences = [(0.0, None, None) if row.name == baseline else row.difference for row in rows_]
         right = figure.add_subplot(grid[1, 1])
-        draw_intervals(right, [""] * len(results), differences, f"MSE minus {short(baseline)}, paired 95 %")
+        draw_intervals(right, [""] * len(results), differences, f"MSE minus {plain_name(baseline)}, paired 95 %")
         right.axvline(0, color="0.35", linewidth=0.8)
     return figure

@@ -15,11 +15,10 @@ from llava_patch.core.parallel import exchange, share
 from llava_patch.measurements.rprobe.bootstrap import FEW, interval
 from llava_patch.measurements.rprobe.result import Part, Reconstruction
 from llava_patch.measurements.rprobe.settings import RProbe
-from llava_patch.measurements.rprobe.store import Batch, FrozenData
+from llava_patch.measurements.rprobe.store.data import Batch, FrozenData
 from llava_patch.probe.decoder import ProbeDecoder
-from llava_patch.probe.plane import Plane, picture, unit
 from llava_patch.probe.sequence import CHANNELS, patchify, unpatchify
-from llava_patch.probe.transform import Transform
+from llava_patch.probe.transform import Plane, Transform, picture, unit
 
 SMALLEST_MSE = 1e-10  # a perfect sample counts as 100 dB
 
@@ -85,7 +84,10 @@ def evaluate(
         documents=documents,
         examples=[
             example(decoder, data, i, transform, documents[i]["mse"], documents[i]["psnr"])
-            for i in (check_shown(data, show) or chosen([document["mse"] for document in documents], settings.examples))
+            for i in (
+                check_shown(data, show)
+                or spread_over_ranks([document["mse"] for document in documents], settings.examples)
+            )
         ],
         notes=[FEW] if mse_interval is None else [],
     )
@@ -203,7 +205,7 @@ def check_shown(data: FrozenData, show: Sequence[str]) -> list[int]:
     return [places[name] for name in show]
 
 
-def chosen(mse: Sequence[float], count: int) -> list[int]:
+def spread_over_ranks(mse: Sequence[float], count: int) -> list[int]:
     """Samples to show, best first: best, worst and median, then those that halve the gaps in rank; one: the median."""
     order = sorted(range(len(mse)), key=mse.__getitem__)
     if count == 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,147 @@ import numpy as np
 from llava_patch.core.errors import InputError, SettingError
 from llava_patch.core.extras import optional
 from llava_patch.core.files import atomic
-from llava_patch.measurements.rprobe.curves import draw_curve
-from llava_patch.measurements.rprobe.error_map import ErrorMap
+from llava_patch.core.plotting import shorten
 from llava_patch.measurements.rprobe.result import Reconstruction, RProbeResult
+
+# Okabe and Ito's colours, told apart by colour-blind readers; dashes tell a second round of them apart.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+DASHES = ("-", "--", ":", "-.")
+FONT = 8.0
+HEADROOM = 1.15
+
+
+def half_variance(result: RProbeResult) -> float | None:
+    """Training MSE at which the training FVU is 0.5; None where the run did not record its training FVU."""
+    share = result.facts.get("train_fvu")
+    return None if not share else 0.5 * result.running[-1] / share
+
+
+def draw_curve(axes: Any, result: RProbeResult) -> None:
+    """One run: training loss, its running mean, held-out value, constant baseline, threshold and FVU 0.5."""
+    steps = np.arange(1, len(result.losses) + 1)
+    axes.plot(steps, result.losses, color="0.8", linewidth=0.7, label="training batch")
+    axes.plot(steps, result.running, color=COLOURS[0], linewidth=1.4, label="running mean")
+    label = f"held-out {result.mse:.3f}"
+    if result.mse_interval is not None:
+        axes.axhspan(*result.mse_interval, color=COLOURS[2], alpha=0.15, linewidth=0)
+        low, high = result.mse_interval
+        label += f"\n(95 %: {low:.3f} to {high:.3f})"
+    axes.axhline(result.mse, color=COLOURS[2], linestyle="-.", linewidth=1.2, label=label)
+    axes.axhline(
+        result.constant_mse,
+        color="0.35",
+        linestyle=":",
+        linewidth=1.2,
+        label=f"constant patch {result.constant_mse:.3f}",
+    )
+    half = half_variance(result)
+    if half is not None:
+        axes.axhline(
+            half, color=COLOURS[3], linestyle=(0, (1, 1)), linewidth=1.2, label=f"training FVU 0.5 ({half:.3f})"
+        )
+    top = HEADROOM * max(*result.losses, result.mse, result.constant_mse)
+    vacuous = " (vacuous)" if result.threshold_is_vacuous else ""
+    if result.threshold <= top:
+        axes.axhline(
+            result.threshold,
+            color=COLOURS[1],
+            linestyle="--",
+            linewidth=1.0,
+            label=f"threshold {result.threshold:g}{vacuous}",
+        )
+    else:
+        # It must not flatten the curve; the legend says that it is there.
+        axes.plot([], [], color=COLOURS[1], linestyle="--", label=f"threshold {result.threshold:g}{vacuous}, off scale")
+    masked = "region blacked out" if result.settings["masked"] else "full image"
+    text = "with text" if result.settings["text"] else "without text"
+    caveat = f"\n{result.caveat()}" if result.caveat() else ""
+    title = (
+        f"{masked}, {text}: held-out MSE {result.mse:.3f}{result.parts()},\n"
+        f"FVU {result.fvu:.3f}, PSNR {result.psnr:.1f} dB{caveat}"
+    )
+    _finish(axes, title, top, len(steps))
+
+
+def plain_name(name: str, length: int = 28) -> str:
+    """A name as figures show it: its end, without what matplotlib takes for mathematics."""
+    return shorten(name, length).replace("$", r"\$")
+
+
+def _line(number: int) -> dict[str, Any]:
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)]}
+
+
+def draw_curves(axes: Any, results: Mapping[str, RProbeResult]) -> None:
+    """Several runs: their running training MSE, with constant patch and threshold."""
+    longest = max(len(result.running) for result in results.values())
+    top = max(max(result.constant_mse, *result.running) for result in results.values())
+    for i, (name, result) in enumerate(results.items()):
+        steps = np.arange(1, len(result.running) + 1)
+        axes.plot(steps, result.running, linewidth=1.3, label=plain_name(name), **_line(i))
+    first = next(iter(results.values()))
+    vacuous = sum(result.threshold_is_vacuous for result in results.values())
+    label = f"threshold {first.threshold:g}"
+    if vacuous:
+        label += " (vacuous)" if vacuous == len(results) else f" (vacuous for {vacuous} of {len(results)})"
+    style: dict[str, Any] = {"color": "0.35", "linestyle": "--", "linewidth": 0.9}
+    if first.threshold <= HEADROOM * top:
+        axes.axhline(first.threshold, label=label, **style)
+    else:
+        axes.plot([], [], label=f"{label}, off scale", **style)
+    constants = {round(result.constant_mse, 6) for result in results.values()}
+    if len(constants) == 1:
+        axes.axhline(
+            first.constant_mse,
+            color="0.35",
+            linestyle=":",
+            linewidth=1.0,
+            label=f"constant patch {first.constant_mse:.3f}",
+        )
+    _finish(axes, "running training MSE", HEADROOM * top, longest)
+
+
+def draw_intervals(
+    axes: Any,
+    names: Sequence[str],
+    values: Sequence[tuple[float, float | None, float | None] | None],
+    title: str,
+) -> None:
+    """Values with their intervals, a line each, in the colours of `draw_curves`.
+
+    Args:
+        axes: of matplotlib.
+        names: beside each line.
+        values: (value, low, high); low and high may be None, and so may be the whole.
+        title: of the axis.
+    """
+    for i, value in enumerate(values):
+        if value is not None:
+            middle, low, high = value
+            if low is not None and high is not None:
+                axes.plot([low, high], [i, i], color=_line(i)["color"], linewidth=1.4)
+            axes.plot(middle, i, "o", color=_line(i)["color"], markersize=4)
+    axes.set_yticks(range(len(names)), [plain_name(name) for name in names], fontsize=FONT - 1)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlabel(title, fontsize=FONT)
+    axes.tick_params(labelsize=FONT - 1)
+    axes.grid(axis="x", alpha=0.25, linewidth=0.5)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _finish(axes: Any, title: str, top: float, right: float) -> None:
+    axes.set_ylim(0, top)
+    axes.set_xlim(0, right)
+    axes.set_xlabel("optimiser step", fontsize=FONT)
+    axes.set_ylabel("MSE (normalised pixel values²)", fontsize=FONT)
+    axes.tick_params(labelsize=FONT - 1)
+    axes.set_title(title, fontsize=FONT + 1)
+    axes.grid(alpha=0.25, linewidth=0.5)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.legend(fontsize=FONT - 1, loc="upper left", bbox_to_anchor=(1.01, 1.02), frameon=False, borderaxespad=0)
+
 
 FORMATS = ("png", "pdf")
 DPI = 200
@@ -46,25 +184,6 @@ def save_figure(result: RProbeResult, path: str | Path, documents: Sequence[str]
             raise InputError(f"no example {', '.join(unknown)}: this run kept {', '.join(known) or 'none'}")
         examples = [known[name] for name in documents]
     return save(_examples(result, examples), path)
-
-
-def save_map(page: ErrorMap, path: str | Path, masked: bool = False, limit: float | None = None) -> Path:
-    """Draw a page, its reconstruction and the error of each cell on the same grid.
-
-    Args:
-        page: one of `RProbeResult.maps`.
-        path: as in `save_figure`.
-        masked: whether each region was blacked out while it was rebuilt.
-        limit: error at the upper end of the colours, the same for pages to be compared; None: `colour_limit`'s.
-    """
-    return save(_error_map(page, masked, colour_limit([page]) if limit is None else limit), path)
-
-
-def colour_limit(pages: Sequence[ErrorMap]) -> float:
-    """Where the colours of error maps end, so that those of several pages can be compared by eye."""
-    error = np.concatenate([page.error.ravel() for page in pages])
-    # On a large page a few cells far above the rest must not make the rest one colour.
-    return float(np.nanpercentile(error, 98) if error.size >= 200 else np.nanmax(error))
 
 
 def save(figure: Any, path: str | Path) -> Path:
@@ -184,73 +303,12 @@ def _bounds(target: np.ndarray) -> tuple[int, int, int, int]:
     return int(ys.min()), int(ys.max()) + 1, int(xs.min()), int(xs.max()) + 1
 
 
-def short(name: str, length: int) -> str:
-    """A name for a figure: of a path its last part, at most so many characters of its end."""
-    name = name.rstrip("/").rsplit("/", 1)[-1]
-    return name if len(name) <= length else "…" + name[1 - length :]
+def basename(name: str, length: int) -> str:
+    """The last part of a path, for a figure."""
+    return shorten(name.rstrip("/").rsplit("/", 1)[-1], length)
 
 
 def _caption(example: Reconstruction) -> str:
-    name = short(example.id, 38)
+    name = basename(example.id, 38)
     text = textwrap.shorten(example.text, 44, placeholder="…") or example.text[:43] + "…"
     return f"{name}: “{text}”   MSE {example.mse:.3f}, PSNR {example.psnr:.1f} dB"
-
-
-def _error_map(page: ErrorMap, masked: bool, limit: float) -> Any:
-    Figure = optional("matplotlib.figure").Figure
-    Rectangle = optional("matplotlib.patches").Rectangle
-
-    rows, columns = page.error.shape
-    bar, head, foot = 0.75, 0.66, 0.42
-    aspect = rows * page.stretch / columns
-    wide = (WIDTH - 2 * EDGE - 2 * GAP - bar) / 3
-    wide = min(wide, 6.0 / aspect)
-    high = wide * aspect
-    height = high + head + foot
-    width = 3 * wide + 2 * GAP + 2 * EDGE + bar
-    # A narrow page must not cut its own titles.
-    shift = max(0.0, (5.0 - width) / 2)
-    width = max(width, 5.0)
-    figure = Figure(figsize=(width, height))
-    heat = np.ma.masked_invalid(page.error)
-    shown: Any = None
-    for i, title in enumerate(("page", "reconstruction", "error of each token")):
-        x = shift + EDGE + i * (wide + GAP)
-        axes = figure.add_axes((x / width, foot / height, wide / width, high / height))
-        extent = (0, columns * page.cell, rows * page.cell, 0)
-        if i < 2:
-            axes.imshow(
-                page.original if i == 0 else page.rebuilt, extent=extent, interpolation="nearest", aspect="auto"
-            )
-        else:
-            axes.set_facecolor("0.8")
-            shown = axes.imshow(
-                heat, extent=extent, interpolation="nearest", aspect="auto", cmap="viridis", vmin=0, vmax=limit
-            )
-            for x0, y0, x1, y1 in page.boxes:
-                axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="white", lw=0.5))
-        axes.set(xticks=[], yticks=[])
-        axes.set_title(title, fontsize=TITLE if wide > 1.3 else LABEL - 1, pad=4)
-    x = shift + EDGE + 3 * (wide + GAP)
-    colours = figure.colorbar(
-        shown,
-        cax=figure.add_axes((x / width, foot / height, 0.12 / width, high / height)),
-        extend="max" if np.nanmax(page.error) > limit else "neither",
-    )
-    colours.set_label("MSE (normalised pixel values²)", fontsize=LABEL)
-    colours.ax.tick_params(labelsize=LABEL - 1)
-    outside = "" if page.outside_mse is None else f", elsewhere (not trained on) {page.outside_mse:.3f}"
-    figure.suptitle(
-        f"{short(page.id, 48)}\n"
-        f"mean MSE: cells with text {page.inside_mse:.3f}{outside}",
-        fontsize=TITLE, y=1 - 0.08 / height, va="top", parse_math=False,
-    )  # fmt: skip
-    share = page.spoken.sum() / max(1, page.text.sum())
-    figure.text(
-        0.5, 0.06 / height,
-        f"white: text boxes; rebuilt piece by piece, {min(1.0, share):.0%} of text cells with their text before them,\n"
-        "the rest without text; the probe was trained on text regions"
-        + (", each blacked out while it was rebuilt" if masked else ""),
-        ha="center", va="bottom", fontsize=LABEL - 1.5, color="0.3",
-    )  # fmt: skip
-    return figure

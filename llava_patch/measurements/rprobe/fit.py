@@ -19,20 +19,22 @@ from torch import nn
 from llava_patch.core import parallel
 from llava_patch.core.dtypes import float32_default
 from llava_patch.core.errors import InputError, LlavaPatchError
-from llava_patch.core.folder_lock import alone
+from llava_patch.core.folder_lock import folder_lock
 from llava_patch.data.pages import Pages
 from llava_patch.hosts.anatomy import find
+from llava_patch.measurements.rprobe.contents import trained_on
 from llava_patch.measurements.rprobe.error_map import ErrorMap, error_maps
 from llava_patch.measurements.rprobe.evaluate import check_shown, evaluate
-from llava_patch.measurements.rprobe.overlap import trained_on
+from llava_patch.measurements.rprobe.keys import difference, make_key
 from llava_patch.measurements.rprobe.result import RProbeResult
-from llava_patch.measurements.rprobe.resume import Progress, Work, difference, make_key
+from llava_patch.measurements.rprobe.resume import Progress, TrainingFolder
 from llava_patch.measurements.rprobe.settings import RProbe
-from llava_patch.measurements.rprobe.store import FrozenData, freeze_samples, make_transform
-from llava_patch.measurements.rprobe.train import train_probe
-from llava_patch.measurements.rprobe.trainable import check_memory, choose, trained_parameters
+from llava_patch.measurements.rprobe.store.data import FrozenData
+from llava_patch.measurements.rprobe.store.freeze import freeze_samples
+from llava_patch.measurements.rprobe.train import check_memory, choose_trained, train_probe, trained_parameters
 from llava_patch.probe.decoder import ProbeDecoder, quarter
 from llava_patch.probe.sample import Sample, split_samples
+from llava_patch.probe.view import make_transform
 
 RUNNING = 0.95  # decay of the running MSE
 LEARNED = 0.9  # training FVU under which a probe has learned something
@@ -81,7 +83,7 @@ def run_rprobe(
         LlavaPatchError: the training loss is not finite.
         PeerError: another process of the run failed.
     """
-    with parallel.guard(), alone(None if work is None else Path(work)), float32_default():
+    with parallel.guard(), folder_lock(None if work is None else Path(work)), float32_default():
         return _run(
             model,
             image_processor,
@@ -137,12 +139,14 @@ def _run(
         encoded = time.perf_counter()
         constant = train.target_mean
         decoder = ProbeDecoder(anatomy, train.grid, settings.rope, settings.seed)
-        choose(decoder, settings)
+        choose_trained(decoder, settings)
         lr = settings.learning_rate(int(anatomy.text_config.hidden_size))
         key = make_key(decoder, train.key, train.text.table, settings, lr)
         _check_same(key)
         decoder.start_at(constant)
-        losses = _trained(decoder, train, settings, lr, progress, None if folder is None else Work(folder, key))
+        losses = _trained(
+            decoder, train, settings, lr, progress, None if folder is None else TrainingFolder(folder, key)
+        )
         trained = time.perf_counter()
         found = evaluate(decoder, held, constant, transform, settings, show)
         maps: list[ErrorMap] = []
@@ -263,7 +267,7 @@ def _check_same(key: dict[str, Any]) -> None:
 
 
 def _trained(
-    decoder: ProbeDecoder, data: FrozenData, settings: RProbe, lr: float, progress: bool, work: Work | None
+    decoder: ProbeDecoder, data: FrozenData, settings: RProbe, lr: float, progress: bool, work: TrainingFolder | None
 ) -> list[float]:
     """Train the decoder, or fill it with the weights that the same run left behind; the losses."""
     found: Progress | None = None

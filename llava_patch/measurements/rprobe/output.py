@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava_patch.core import parallel
-from llava_patch.measurements.rprobe.figures import FORMATS, colour_limit, save_figure, save_map
+from llava_patch.measurements.rprobe.error_map import colour_limit, save_map
+from llava_patch.measurements.rprobe.figures import FORMATS, save_figure
 from llava_patch.measurements.rprobe.result import RProbeResult, write_json
 
 RESULT, FIGURE, MAP = "rprobe.json", "rprobe.png", "map-{}.png"

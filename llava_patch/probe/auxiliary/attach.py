@@ -18,7 +18,7 @@ from llava_patch.core.undo import UndoStack
 from llava_patch.hosts import call_context as carry
 from llava_patch.hosts import positions, tiles, zero
 from llava_patch.hosts.anatomy import Anatomy
-from llava_patch.probe.auxiliary.head import Head, Seen, check_images, idle, token_errors
+from llava_patch.probe.auxiliary.head import Head, Seen, check_images, token_errors, zero_gradient_pass
 from llava_patch.probe.auxiliary.regions import KEY, Marker
 from llava_patch.probe.layout import Layout
 from llava_patch.probe.view import layout_of, make_transform
@@ -187,7 +187,7 @@ class Auxiliary:
         weight = _share_of_step(given)
         self._count(regions)
         if regions is None or not self.computes:
-            term = idle(self.head, self.anatomy.embed_tokens)
+            term = zero_gradient_pass(self.head, self.anatomy.embed_tokens)
             self._note(loss, weight, None)
         else:
             if seen is None:

@@ -9,8 +9,9 @@ from PIL import Image, ImageFile
 from llava_patch.core.errors import HostError, InputError, SettingError
 from llava_patch.hosts.anatomy import find
 from llava_patch.measurements.rprobe.settings import RProbe
-from llava_patch.measurements.rprobe.store import freeze_samples, make_transform
+from llava_patch.measurements.rprobe.store.freeze import freeze_samples
 from llava_patch.probe.sample import Sample
+from llava_patch.probe.view import make_transform
 
 from ..tiny import HIDDEN, SIDE, Characters, processor, samples, targets_of, tiny_model, unique_page
 

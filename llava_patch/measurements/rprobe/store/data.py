@@ -12,11 +12,25 @@ from torch import Tensor
 
 from llava_patch.measurements.rprobe.store.disk import Store
 from llava_patch.measurements.rprobe.store.shard import Shard
-from llava_patch.measurements.rprobe.store.text import Text
 from llava_patch.probe.sample import Sample
 from llava_patch.probe.sequence import ProbeSequence, TokenGrid, build_sequence
 
 CHUNK = 256  # samples whose pixels are in memory at once while means are taken
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """Frozen text of many samples, on CPU.
+
+    Attributes:
+        ids: int64 [samples, width], rows of `table`, padded with 0.
+        counts: int64 [samples].
+        table: float32 [distinct tokens, hidden].
+    """
+
+    ids: Tensor
+    counts: Tensor
+    table: Tensor
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,16 +11,15 @@ import torch
 from torch import nn
 
 from llava_patch.core import parallel
-from llava_patch.core.errors import InputError
-from llava_patch.core.progress import progress_bar
+from llava_patch.core.errors import InputError, SettingError
+from llava_patch.core.terminal import progress_bar
 from llava_patch.hosts.anatomy import Anatomy
+from llava_patch.measurements.rprobe.contents import ImagesOfData, images_of
+from llava_patch.measurements.rprobe.keys import digest, store_key
 from llava_patch.measurements.rprobe.settings import RProbe
-from llava_patch.measurements.rprobe.store.data import Chosen, FrozenData
+from llava_patch.measurements.rprobe.store.data import Chosen, FrozenData, Text
 from llava_patch.measurements.rprobe.store.disk import Store
-from llava_patch.measurements.rprobe.store.encode import encode
-from llava_patch.measurements.rprobe.store.key import Plan, digest, make_plan, store_key
-from llava_patch.measurements.rprobe.store.shard import Record, Shard
-from llava_patch.measurements.rprobe.store.text import embed, token_ids
+from llava_patch.measurements.rprobe.store.shard import Record, Shard, encode
 from llava_patch.probe.sample import Sample
 from llava_patch.probe.transform import Transform
 
@@ -80,7 +79,7 @@ def _freeze(
     progress: bool,
     label: str,
 ) -> FrozenData:
-    plan = make_plan(samples, settings)
+    plan = images_of(samples, settings)
     texts: dict[int, list[int]] = {}
     messages: dict[int, str] = {}
     cut: set[int] = set()
@@ -99,7 +98,7 @@ def _freeze(
 
     read(plan.records or ())  # before the long part, where texts are known before images are drawn
     with _as_measured(anatomy):
-        described = store_key(anatomy, transform, plan, settings)
+        described = store_key(anatomy, transform, plan.key, settings)
     images = [plan.images[i : i + SHARD_IMAGES] for i in range(0, len(plan.images), SHARD_IMAGES)]
 
     def make(number: int) -> Shard:
@@ -162,7 +161,50 @@ def _freeze(
         raise
 
 
-def _about(anatomy: Anatomy, plan: Plan, settings: RProbe, samples: int) -> dict[str, Any]:
+def token_ids(text: str, name: str, tokenizer: Any, settings: RProbe) -> tuple[list[int], bool]:
+    """Ids of a text, cut to `max_text_tokens`; the unknown token in their places when `settings.text` is False.
+
+    Returns:
+        The ids, and whether they are all that the text has.
+
+    Raises:
+        InputError: the text has no tokens; names the sample.
+        SettingError: the unknown token is wanted, but the tokenizer has none.
+    """
+    found = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids = found[: settings.max_text_tokens]
+    whole = len(ids) == len(found)
+    if not ids:
+        raise InputError(f"{name}: the text {text!r} has no tokens")
+    if settings.text:
+        return ids, whole
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is None:
+        raise SettingError("RProbe.text = False replaces text by the unknown token, but this tokenizer has none")
+    return [int(unknown)] * len(ids), whole
+
+
+def embed(anatomy: Anatomy, texts: Sequence[list[int]]) -> Text:
+    """Embed every distinct token once.
+
+    Raises:
+        InputError: an id that the model does not embed.
+    """
+    counts = torch.tensor([len(ids) for ids in texts], dtype=torch.int64)
+    flat = torch.tensor([i for ids in texts for i in ids], dtype=torch.int64)
+    weight = next(anatomy.embed_tokens.parameters())
+    if int(flat.max()) >= weight.shape[0]:
+        raise InputError(
+            f"the tokenizer gives id {int(flat.max())}, the model embeds {weight.shape[0]} tokens: is it its tokenizer?"
+        )
+    distinct, row = flat.unique(return_inverse=True)
+    table = anatomy.embed_tokens(distinct.to(weight.device)).detach().to(device="cpu", dtype=torch.float32, copy=True)
+    padded = torch.zeros(len(texts), int(counts.max()), dtype=torch.int64)
+    padded[torch.arange(padded.shape[1]) < counts[:, None]] = row
+    return Text(padded, counts, table)
+
+
+def _about(anatomy: Anatomy, plan: ImagesOfData, settings: RProbe, samples: int) -> dict[str, Any]:
     """What a person wants to know of a store."""
     return {
         "model": str(getattr(anatomy.model.config, "_name_or_path", "") or type(anatomy.model).__name__),
