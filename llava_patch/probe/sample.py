@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Union
+from typing import Union, overload
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -188,6 +188,25 @@ class Sample:
             InputError: the file is missing, broken or too large; names sample and file.
         """
         return open_rgb(self.image, self.place)
+
+
+class DrawnSamples(Sequence[Sample]):
+    """Samples that are drawn when they are asked for; a subclass says how many there are, and draws one."""
+
+    def draw(self, index: int) -> Sample:
+        """Sample number `index`, from 0."""
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self.draw(i) for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return self.draw(index % len(self))
 
 
 def split_samples(samples: Sequence[Sample], heldout_share: float, seed: int) -> tuple[list[Sample], list[Sample]]:

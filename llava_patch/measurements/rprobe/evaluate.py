@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,12 +29,18 @@ COLUMNS = OUTSIDE + 2 + 2 * CHANNELS
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Held-out figures; the names are those of `RProbeResult`, `variance` is its `target_variance`."""
+    """Held-out figures; the names are those of `RProbeResult`, to which `FIGURES` go."""
+
+    FIGURES: ClassVar[tuple[str, ...]] = (
+        "mse", "fvu", "psnr", "constant_mse", "target_variance", "mse_interval", "fvu_interval", "inside", "outside",
+        "documents", "examples",
+    )  # fmt: skip
 
     mse: float
+    fvu: float
     psnr: float
     constant_mse: float
-    variance: float
+    target_variance: float
     mse_interval: tuple[float, float] | None
     fvu_interval: tuple[float, float] | None
     inside: Part | None
@@ -74,9 +80,10 @@ def evaluate(
     mse_interval = interval(documents, settings.resamples, settings.seed)
     return Evaluation(
         mse=mse,
+        fvu=mse / data.target_variance,
         psnr=sum(document["psnr"] for document in documents) / len(documents),
         constant_mse=float(table[:, CONSTANT].sum()) / tokens,
-        variance=data.target_variance,
+        target_variance=data.target_variance,
         mse_interval=mse_interval,
         fvu_interval=interval(documents, settings.resamples, settings.seed, relative_to="variance"),
         inside=_part(table, INSIDE),

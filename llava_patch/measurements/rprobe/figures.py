@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,146 +21,13 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 DASHES = ("-", "--", ":", "-.")
 FONT = 8.0
 HEADROOM = 1.15
-
-
-def half_variance(result: RProbeResult) -> float | None:
-    """Training MSE at which the training FVU is 0.5; None where the run did not record its training FVU."""
-    share = result.facts.get("train_fvu")
-    return None if not share else 0.5 * result.running[-1] / share
-
-
-def draw_curve(axes: Any, result: RProbeResult) -> None:
-    """One run: training loss, its running mean, held-out value, constant baseline, threshold and FVU 0.5."""
-    steps = np.arange(1, len(result.losses) + 1)
-    axes.plot(steps, result.losses, color="0.8", linewidth=0.7, label="training batch")
-    axes.plot(steps, result.running, color=COLOURS[0], linewidth=1.4, label="running mean")
-    label = f"held-out {result.mse:.3f}"
-    if result.mse_interval is not None:
-        axes.axhspan(*result.mse_interval, color=COLOURS[2], alpha=0.15, linewidth=0)
-        low, high = result.mse_interval
-        label += f"\n(95 %: {low:.3f} to {high:.3f})"
-    axes.axhline(result.mse, color=COLOURS[2], linestyle="-.", linewidth=1.2, label=label)
-    axes.axhline(
-        result.constant_mse,
-        color="0.35",
-        linestyle=":",
-        linewidth=1.2,
-        label=f"constant patch {result.constant_mse:.3f}",
-    )
-    half = half_variance(result)
-    if half is not None:
-        axes.axhline(
-            half, color=COLOURS[3], linestyle=(0, (1, 1)), linewidth=1.2, label=f"training FVU 0.5 ({half:.3f})"
-        )
-    top = HEADROOM * max(*result.losses, result.mse, result.constant_mse)
-    vacuous = " (vacuous)" if result.threshold_is_vacuous else ""
-    if result.threshold <= top:
-        axes.axhline(
-            result.threshold,
-            color=COLOURS[1],
-            linestyle="--",
-            linewidth=1.0,
-            label=f"threshold {result.threshold:g}{vacuous}",
-        )
-    else:
-        # It must not flatten the curve; the legend says that it is there.
-        axes.plot([], [], color=COLOURS[1], linestyle="--", label=f"threshold {result.threshold:g}{vacuous}, off scale")
-    masked = "region blacked out" if result.settings["masked"] else "full image"
-    text = "with text" if result.settings["text"] else "without text"
-    caveat = f"\n{result.caveat()}" if result.caveat() else ""
-    title = (
-        f"{masked}, {text}: held-out MSE {result.mse:.3f}{result.parts()},\n"
-        f"FVU {result.fvu:.3f}, PSNR {result.psnr:.1f} dB{caveat}"
-    )
-    _finish(axes, title, top, len(steps))
-
-
-def plain_name(name: str, length: int = 28) -> str:
-    """A name as figures show it: its end, without what matplotlib takes for mathematics."""
-    return shorten(name, length).replace("$", r"\$")
-
-
-def _line(number: int) -> dict[str, Any]:
-    return {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)]}
-
-
-def draw_curves(axes: Any, results: Mapping[str, RProbeResult]) -> None:
-    """Several runs: their running training MSE, with constant patch and threshold."""
-    longest = max(len(result.running) for result in results.values())
-    top = max(max(result.constant_mse, *result.running) for result in results.values())
-    for i, (name, result) in enumerate(results.items()):
-        steps = np.arange(1, len(result.running) + 1)
-        axes.plot(steps, result.running, linewidth=1.3, label=plain_name(name), **_line(i))
-    first = next(iter(results.values()))
-    vacuous = sum(result.threshold_is_vacuous for result in results.values())
-    label = f"threshold {first.threshold:g}"
-    if vacuous:
-        label += " (vacuous)" if vacuous == len(results) else f" (vacuous for {vacuous} of {len(results)})"
-    style: dict[str, Any] = {"color": "0.35", "linestyle": "--", "linewidth": 0.9}
-    if first.threshold <= HEADROOM * top:
-        axes.axhline(first.threshold, label=label, **style)
-    else:
-        axes.plot([], [], label=f"{label}, off scale", **style)
-    constants = {round(result.constant_mse, 6) for result in results.values()}
-    if len(constants) == 1:
-        axes.axhline(
-            first.constant_mse,
-            color="0.35",
-            linestyle=":",
-            linewidth=1.0,
-            label=f"constant patch {first.constant_mse:.3f}",
-        )
-    _finish(axes, "running training MSE", HEADROOM * top, longest)
-
-
-def draw_intervals(
-    axes: Any,
-    names: Sequence[str],
-    values: Sequence[tuple[float, float | None, float | None] | None],
-    title: str,
-) -> None:
-    """Values with their intervals, a line each, in the colours of `draw_curves`.
-
-    Args:
-        axes: of matplotlib.
-        names: beside each line.
-        values: (value, low, high); low and high may be None, and so may be the whole.
-        title: of the axis.
-    """
-    for i, value in enumerate(values):
-        if value is not None:
-            middle, low, high = value
-            if low is not None and high is not None:
-                axes.plot([low, high], [i, i], color=_line(i)["color"], linewidth=1.4)
-            axes.plot(middle, i, "o", color=_line(i)["color"], markersize=4)
-    axes.set_yticks(range(len(names)), [plain_name(name) for name in names], fontsize=FONT - 1)
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_xlabel(title, fontsize=FONT)
-    axes.tick_params(labelsize=FONT - 1)
-    axes.grid(axis="x", alpha=0.25, linewidth=0.5)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-
-
-def _finish(axes: Any, title: str, top: float, right: float) -> None:
-    axes.set_ylim(0, top)
-    axes.set_xlim(0, right)
-    axes.set_xlabel("optimiser step", fontsize=FONT)
-    axes.set_ylabel("MSE (normalised pixel values²)", fontsize=FONT)
-    axes.tick_params(labelsize=FONT - 1)
-    axes.set_title(title, fontsize=FONT + 1)
-    axes.grid(alpha=0.25, linewidth=0.5)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.legend(fontsize=FONT - 1, loc="upper left", bbox_to_anchor=(1.01, 1.02), frameon=False, borderaxespad=0)
-
-
+MSE_LABEL = "MSE (normalised pixel values²)"
 FORMATS = ("png", "pdf")
 DPI = 200
 WIDTH = 7.0  # inches: the text width of a paper's page
 TITLE, LABEL = 9.0, 8.0  # points
 BLANK = 235  # grey of what is not under a target token
-MARK = "#d55e00"  # colours are Okabe and Ito's, which colour-blind readers can tell apart
+MARK = COLOURS[1]
 EDGE, GAP, HEAD, CAPTION, CURVE = 0.08, 0.1, 0.24, 0.2, 2.6  # inches
 LOWEST, TALLEST = 0.5, 1.5  # inches of one row's pictures
 
@@ -203,34 +71,28 @@ def _examples(result: RProbeResult, examples: list[Reconstruction]) -> Any:
     # matplotlib is imported late: runs without figures do not need it, and no global backend is touched.
     Figure = optional("matplotlib.figure").Figure
 
+    masked = bool(result.settings["masked"])
     column = (WIDTH - 2 * EDGE - 2 * GAP) / 3
-    cuts = [_bounds(example.target) for example in examples]
-    # Inches a processed pixel, so that a region fills its column or its row.
-    scales = [
-        min(column / (right - left), TALLEST / ((bottom - top) * e.stretch))
-        for e, (top, bottom, left, right) in zip(examples, cuts, strict=True)
-    ]
-    heights = [
-        max(LOWEST, (bottom - top) * e.stretch * scale)
-        for e, (top, bottom, _, _), scale in zip(examples, cuts, scales, strict=True)
-    ]
-    height = (HEAD if examples else 0) + sum(h + CAPTION + GAP for h in heights) + CURVE
+    rows: list[tuple[Reconstruction, tuple[int, int, int, int], float, float]] = []
+    for example in examples:
+        cut = _bounds(example.target)
+        wide, high = cut[3] - cut[2], (cut[1] - cut[0]) * example.stretch
+        scale = min(column / wide, TALLEST / high)  # inches a processed pixel: a region fills its column or its row
+        rows.append((example, cut, scale, max(LOWEST, high * scale)))
+    height = (HEAD if examples else 0) + sum(row + CAPTION + GAP for *_, row in rows) + CURVE
     figure = Figure(figsize=(WIDTH, height))
     top_edge = height
     if examples:
-        masked = bool(result.settings["masked"])
         first = "tower's input, region blacked out" if masked else "tower's input, region outlined"
         for i, title in enumerate((first, "pixels under its tokens", "reconstruction")):
             x = EDGE + i * (column + GAP) + column / 2
             figure.text(x / WIDTH, 1 - 0.6 * HEAD / height, title, ha="center", va="center", fontsize=TITLE)
         top_edge -= HEAD
-    for example, cut, scale, row in zip(examples, cuts, scales, heights, strict=True):
-        figure.text(
-            EDGE / WIDTH, (top_edge - 0.55 * CAPTION) / height, _caption(example), fontsize=LABEL, va="center",
-            parse_math=False,
-        )  # fmt: skip
+    for example, cut, scale, row in rows:
+        y = (top_edge - 0.55 * CAPTION) / height
+        figure.text(EDGE / WIDTH, y, _caption(example), fontsize=LABEL, va="center", parse_math=False)
         bottom = top_edge - CAPTION - row
-        _row(figure, example, cut, scale, (column, row), bottom, height, bool(result.settings["masked"]))
+        _row(figure, example, cut, scale, (column, row), bottom, height, masked)
         top_edge = bottom - GAP
     axes = figure.add_axes((0.6 / WIDTH, 0.45 / height, (WIDTH - 2.65) / WIDTH, (CURVE - 0.8) / height))
     draw_curve(axes, result)
@@ -238,15 +100,9 @@ def _examples(result: RProbeResult, examples: list[Reconstruction]) -> Any:
 
 
 def _row(
-    figure: Any,
-    example: Reconstruction,
-    cut: tuple[int, int, int, int],
-    scale: float,
-    size: tuple[float, float],
-    bottom: float,
-    total: float,
-    masked: bool,
-) -> None:
+    figure: Any, example: Reconstruction, cut: tuple[int, int, int, int], scale: float, size: tuple[float, float],
+    bottom: float, total: float, masked: bool,
+) -> None:  # fmt: skip
     """The three pictures of one sample; the last two at one magnification, nearest neighbour."""
     Rectangle = optional("matplotlib.patches").Rectangle
 
@@ -267,19 +123,10 @@ def _row(
         axes.set(xticks=[], yticks=[])
         for spine in axes.spines.values():
             spine.set(linewidth=0.4, color="0.5")
-        if i == 0:
-            for x0, y0, x1, y1 in example.boxes:
-                axes.add_patch(
-                    Rectangle(
-                        (x0 - 0.5 - around[2], y0 - 0.5 - around[0]),
-                        x1 - x0,
-                        y1 - y0,
-                        fill=masked,
-                        facecolor="black",
-                        edgecolor=MARK,
-                        lw=1.0,
-                    )
-                )
+        for x0, y0, x1, y1 in example.boxes if i == 0 else ():
+            corner = x0 - 0.5 - around[2], y0 - 0.5 - around[0]
+            style = {"fill": masked, "facecolor": "black", "edgecolor": MARK, "lw": 1.0}
+            axes.add_patch(Rectangle(corner, x1 - x0, y1 - y0, **style))
 
 
 def _around(
@@ -312,3 +159,106 @@ def _caption(example: Reconstruction) -> str:
     name = basename(example.id, 38)
     text = textwrap.shorten(example.text, 44, placeholder="…") or example.text[:43] + "…"
     return f"{name}: “{text}”   MSE {example.mse:.3f}, PSNR {example.psnr:.1f} dB"
+
+
+def half_variance(result: RProbeResult) -> float | None:
+    """Training MSE at which the training FVU is 0.5; None where the run did not record its training FVU."""
+    share = result.facts.get("train_fvu")
+    return None if not share else 0.5 * result.running[-1] / share
+
+
+def draw_curve(axes: Any, result: RProbeResult) -> None:
+    """One run: training loss, its running mean, held-out value, constant baseline, threshold and FVU 0.5."""
+    steps = np.arange(1, len(result.losses) + 1)
+    axes.plot(steps, result.losses, color="0.8", linewidth=0.7, label="training batch")
+    axes.plot(steps, result.running, color=COLOURS[0], linewidth=1.4, label="running mean")
+    label = f"held-out {result.mse:.3f}"
+    if result.mse_interval is not None:
+        axes.axhspan(*result.mse_interval, color=COLOURS[2], alpha=0.15, linewidth=0)
+        label += "\n(95 %: {:.3f} to {:.3f})".format(*result.mse_interval)
+    _level(axes, result.mse, label, COLOURS[2], "-.", 1.2)
+    _level(axes, result.constant_mse, f"constant patch {result.constant_mse:.3f}", "0.35", ":", 1.2)
+    half = half_variance(result)
+    if half is not None:
+        _level(axes, half, f"training FVU 0.5 ({half:.3f})", COLOURS[3], (0, (1, 1)), 1.2)
+    top = HEADROOM * max(*result.losses, result.mse, result.constant_mse)
+    vacuous = " (vacuous)" if result.threshold_is_vacuous else ""
+    _level(axes, result.threshold, f"threshold {result.threshold:g}{vacuous}", COLOURS[1], "--", 1.0, top)
+    masked = "region blacked out" if result.settings["masked"] else "full image"
+    text = "with text" if result.settings["text"] else "without text"
+    caveat = f"\n{result.caveat()}" if result.caveat() else ""
+    title = (
+        f"{masked}, {text}: held-out MSE {result.mse:.3f}{result.parts()},\n"
+        f"FVU {result.fvu:.3f}, PSNR {result.psnr:.1f} dB{caveat}"
+    )
+    _finish(axes, title, top, len(steps))
+
+
+def _level(axes: Any, value: float, label: str, color: str, style: Any, width: float, top: float = math.inf) -> None:
+    """A level across the curves; above `top` it would flatten them, so that only the legend says that it is there."""
+    if value <= top:
+        axes.axhline(value, label=label, color=color, linestyle=style, linewidth=width)
+    else:
+        axes.plot([], [], label=f"{label}, off scale", color=color, linestyle=style, linewidth=width)
+
+
+def plain_name(name: str, length: int = 28) -> str:
+    """A name as figures show it: its end, without what matplotlib takes for mathematics."""
+    return shorten(name, length).replace("$", r"\$")
+
+
+def draw_curves(axes: Any, results: Mapping[str, RProbeResult]) -> None:
+    """Several runs: their running training MSE, with constant patch and threshold."""
+    longest = max(len(result.running) for result in results.values())
+    top = HEADROOM * max(max(result.constant_mse, *result.running) for result in results.values())
+    for i, (name, result) in enumerate(results.items()):
+        style = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
+        axes.plot(range(1, len(result.running) + 1), result.running, linewidth=1.3, label=plain_name(name), **style)
+    first = next(iter(results.values()))
+    vacuous = sum(result.threshold_is_vacuous for result in results.values())
+    label = f"threshold {first.threshold:g}"
+    if vacuous:
+        label += " (vacuous)" if vacuous == len(results) else f" (vacuous for {vacuous} of {len(results)})"
+    _level(axes, first.threshold, label, "0.35", "--", 0.9, top)
+    if len({round(result.constant_mse, 6) for result in results.values()}) == 1:
+        _level(axes, first.constant_mse, f"constant patch {first.constant_mse:.3f}", "0.35", ":", 1.0)
+    _finish(axes, "running training MSE", top, longest)
+
+
+def draw_intervals(
+    axes: Any, names: Sequence[str], values: Sequence[tuple[float, float | None, float | None] | None], title: str
+) -> None:
+    """Values with their intervals, a line each, in the colours of `draw_curves`.
+
+    Args:
+        axes: of matplotlib.
+        names: beside each line.
+        values: (value, low, high); low and high may be None, and so may be the whole.
+        title: of the axis.
+    """
+    for i, value in enumerate(values):
+        if value is not None:
+            color = COLOURS[i % len(COLOURS)]
+            middle, low, high = value
+            if low is not None and high is not None:
+                axes.plot([low, high], [i, i], color=color, linewidth=1.4)
+            axes.plot(middle, i, "o", color=color, markersize=4)
+    axes.set_yticks(range(len(names)), [plain_name(name) for name in names], fontsize=FONT - 1)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlabel(title, fontsize=FONT)
+    _plain(axes, "x")
+
+
+def _finish(axes: Any, title: str, top: float, right: float) -> None:
+    axes.set(ylim=(0, top), xlim=(0, right))
+    axes.set_xlabel("optimiser step", fontsize=FONT)
+    axes.set_ylabel(MSE_LABEL, fontsize=FONT)
+    axes.set_title(title, fontsize=FONT + 1)
+    _plain(axes, "both")
+    axes.legend(fontsize=FONT - 1, loc="upper left", bbox_to_anchor=(1.01, 1.02), frameon=False, borderaxespad=0)
+
+
+def _plain(axes: Any, grid: str) -> None:
+    axes.tick_params(labelsize=FONT - 1)
+    axes.grid(axis=grid, alpha=0.25, linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -90,8 +90,8 @@ def test_a_finished_store_is_read_without_the_tower_and_without_drawing(model, s
     first = everything(freeze_pages(model))
     assert seen == [3, 3, 3, 1]
     drawn = []
-    draw = Pages._page
-    monkeypatch.setattr(Pages, "_page", lambda self, index: drawn.append(index) or draw(self, index))
+    draw = Pages.draw
+    monkeypatch.setattr(Pages, "draw", lambda self, index: drawn.append(index) or draw(self, index))
     again = freeze_pages(model)
     assert same(first, everything(again))
     assert (seen, drawn) == ([3, 3, 3, 1], [0])  # page 0 names what draws

@@ -168,7 +168,7 @@ def test_tokens_are_kept_as_the_model_made_them_and_given_as_float32(dtype):
     pixels = make_transform(find(model), processor(), "resize").pixel_values([s.image for s in samples(2)])
     with torch.no_grad():
         expected = find(model).encode_images(pixels.to(dtype))
-    assert data.shards[0].tokens(0).dtype == dtype
+    assert data.shards[0].rows("tokens", 0).dtype == dtype
     assert torch.equal(batch.image_tokens, expected.float())
     assert batch.image_tokens.dtype == batch.text_tokens.dtype == batch.pixels.dtype == torch.float32
 

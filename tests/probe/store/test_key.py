@@ -195,8 +195,8 @@ def pages(count=4, side=56, seed=0, split="train", noise=True):
 
 def test_pages_are_told_apart_without_drawing_them_all(monkeypatch):
     drawn = []
-    draw = Pages._page
-    monkeypatch.setattr(Pages, "_page", lambda self, index: drawn.append(index) or draw(self, index))
+    draw = Pages.draw
+    monkeypatch.setattr(Pages, "draw", lambda self, index: drawn.append(index) or draw(self, index))
     first = digest(pages().identity())
     assert drawn == [0]
     assert digest(pages().identity()) == first
