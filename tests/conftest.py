@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 import pytest
 import torch
@@ -23,7 +20,7 @@ def tower_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=["hf", "llava"])
 def host(request: pytest.FixtureRequest, tower_folder: Path):
-    import models
+    from tests.support import models
 
     model = models.hf_model() if request.param == "hf" else models.llava_model(tower_folder)
     return models.Host(request.param, model)

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from models import IMAGE, close
 
 from llava_patch import DeepStack, DenseConnector, DirectFusion, Routing, SkipLinks, patch
 from llava_patch.core.errors import HostError, SettingError
 from llava_patch.fusion.features import fuse
-
-from .cases import ALL, OTHER_TOKENS, TOKENS, ZERO_START, hidden_states, pixels, randomise
+from tests.support.fusions import ALL, OTHER_TOKENS, TOKENS, ZERO_START, hidden_states, pixels, randomise
+from tests.support.models import IMAGE, close
 
 SAMPLES = [(2, IMAGE, 5), (3, IMAGE, 1, IMAGE, 4)]
 
@@ -182,8 +181,9 @@ def test_no_grad_is_lifted_only_while_the_tower_trains(host):
 
 
 def test_a_tower_that_is_loaded_later_is_tapped_then(tower_folder):
-    import models
     from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+
+    from tests.support import models
 
     model = models.llava_model(tower_folder)
     late = LlavaLlamaForCausalLM(model.config)
@@ -307,8 +307,9 @@ def test_a_refused_patch_leaves_no_mark_of_training(host):
 
 
 def test_a_tower_loaded_inside_a_block_stays_tapped_after_it(tower_folder):
-    import models
     from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+
+    from tests.support import models
 
     model = models.llava_model(tower_folder)
     late = LlavaLlamaForCausalLM(model.config)

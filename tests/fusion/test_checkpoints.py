@@ -5,14 +5,13 @@ import shutil
 
 import pytest
 import torch
-from models import Host
-from quickstart.fileset import write_fileset
 
 import llava_patch
 from llava_patch import DeepStack, DenseConnector, DirectFusion, SkipLinks, get_handle, patch
 from llava_patch.core.errors import CheckpointError, SettingError
-
-from .cases import ALL, TOKENS, randomise
+from tests.support.fusions import ALL, TOKENS, randomise
+from tests.support.models import Host
+from tests.support.release import write_fileset
 
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 8, "num_attention_heads": 2,
           "image_size": 56, "patch_size": 14}  # fmt: skip

@@ -4,11 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import IMAGE
 
 from llava_patch import Routing, SkipLinks, get_handle, patch
 from llava_patch.core.errors import SettingError
 from llava_patch.integrations.training import fusion as fusion_trainer
+from tests.support.models import IMAGE
 
 SAMPLES = [(2, IMAGE, 5), (3, IMAGE, 1, IMAGE, 4)]
 

@@ -2,18 +2,17 @@
 
 import re
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
-from decoders import hf_host
-from models import IMAGE, TEXT
 
 import llava_patch
 from llava_patch import DeepStack, DenseConnector, DirectFusion, FastV, Routing, SkipLinks, patch
 from llava_patch.core.errors import SilentFusionWarning
-
-from .cases import randomise
+from tests.support.decoders import hf_host
+from tests.support.fusions import randomise
+from tests.support.models import IMAGE, TEXT
+from tests.support.paths import ROOT
 
 SILENT = {
     "skip": SkipLinks(stride=2),
@@ -108,7 +107,7 @@ def test_the_call_of_the_contract_still_works(host, warned):
 
 def _calls_of_the_readme():
     """Every `patch(model, ...)` of the README's first Python example, those in its comments too."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     example = readme.split("```python")[1].split("```")[0]
     text = " ".join(line.strip().removeprefix("#") for line in example.splitlines())
     found = []

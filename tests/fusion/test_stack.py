@@ -4,14 +4,13 @@ import copy
 
 import pytest
 import torch
-from models import HF_IMAGE_TOKEN, IMAGE, TEXT, Host, close, vision_config
-from routing.cases import again
 
 from llava_patch import DeepStack, FastV, Routing, SkipLinks, get_handle, patch
 from llava_patch.core.errors import HostError, InputError, SettingError
 from llava_patch.hosts import anatomy
-
-from .cases import hidden_states, pixels, randomise
+from tests.support.fusions import hidden_states, pixels, randomise
+from tests.support.models import HF_IMAGE_TOKEN, IMAGE, TEXT, Host, close, vision_config
+from tests.support.routings import again
 
 RAGGED = [(2, IMAGE, 5), (3, IMAGE, 1, IMAGE, 4), (7,), (1, IMAGE, 9)]
 STACK = DeepStack(taps=(2, 5, 7), start=1, interval=2, detach=(0,))

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from models import IMAGE
 
 from llava_patch import SkipLinks, patch
 from llava_patch.core.errors import SettingError
 from llava_patch.fusion.warm_up import steps_of
+from tests.support.models import IMAGE
 
 STEPS, HELD = 6, 3
 

@@ -3,18 +3,18 @@
 import functools
 import types
 
-import decoders
 import pytest
 import torch
 import transformers
-from decoders import GROUPED, WINDOW, hf_host
-from models import HF_IMAGE_TOKEN, IMAGE, TEXT, close
 from torch import nn
 
 from llava_patch import AuxiliaryProbe, DeepStack, DenseConnector, DirectFusion, FastV, Routing, SkipLinks, patch
 from llava_patch.core.errors import HostError, InputError
 from llava_patch.hosts import anatomy, known
 from llava_patch.patching.handle import get_handle
+from tests.support import decoders
+from tests.support.decoders import GROUPED, WINDOW, hf_host
+from tests.support.models import HF_IMAGE_TOKEN, IMAGE, TEXT, close
 
 UNPROVEN = {
     "Gemma": ("GemmaModel: it scales the embeddings", {"head_dim": 16}),

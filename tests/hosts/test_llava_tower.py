@@ -3,12 +3,9 @@
 import json
 import sys
 
-import models
 import numpy as np
 import pytest
-import tiny_train
 import torch
-import zoo
 from PIL import Image
 
 from llava_patch import SkipLinks, patch
@@ -18,6 +15,7 @@ from llava_patch.hosts.towers import llava as llava_tower
 from llava_patch.hosts.towers import models as tower_models
 from llava_patch.integrations.training.stage1 import tower_width
 from llava_patch.probe.transform import Transform
+from tests.support import models, tiny_train, zoo
 
 OTHERS = tuple(n for n in zoo.NAMES if n != "clip")
 

@@ -2,14 +2,14 @@
 
 import copy
 
-import models
 import pytest
 import torch
-from models import IMAGE
 
 from llava_patch import Routing, get_handle, patch
 from llava_patch.core.errors import SettingError
 from llava_patch.integrations.training import llava as training
+from tests.support import models
+from tests.support.models import IMAGE
 
 peft = pytest.importorskip("peft")
 BESIDE = Routing(split=3, freeze="none")

@@ -2,20 +2,20 @@
 
 import pytest
 import torch
-from models import IMAGE, Host
 
 from llava_patch.core.errors import HostError, InputError
 from llava_patch.core.undo import UndoStack
 from llava_patch.hosts import anatomy
 from llava_patch.hosts import call_context as carry
 from llava_patch.hosts.positions import llava_prepare
+from tests.support.models import IMAGE, Host
 
 SAMPLES = [(2, IMAGE, 5), (3, IMAGE, 1, IMAGE, 4), (7,)]
 
 
 @pytest.fixture
 def llava(tower_folder):
-    import models
+    from tests.support import models
 
     return Host("llava", models.llava_model(tower_folder))
 
@@ -110,8 +110,9 @@ def test_unknown_models_are_refused():
 
 
 def test_a_llava_model_without_vision_is_refused():
-    import models
     from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+
+    from tests.support import models
 
     with pytest.raises(HostError, match="no vision tower"):
         anatomy.find(LlavaLlamaForCausalLM(LlavaConfig(**models.TEXT)))

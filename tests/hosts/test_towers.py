@@ -1,10 +1,7 @@
 """Every known class of vision tower: its description against the running model, and Detached Skip-Links on it."""
 
-import models
 import pytest
 import torch
-import zoo
-from models import IMAGE
 from torch import nn
 
 from llava_patch import DeepStack, DenseConnector, DirectFusion, SkipLinks, patch
@@ -12,6 +9,8 @@ from llava_patch.core.errors import HostError, SettingError
 from llava_patch.fusion.optimizer import distances
 from llava_patch.hosts import anatomy
 from llava_patch.hosts.towers import layout as towers
+from tests.support import models, zoo
+from tests.support.models import IMAGE
 
 CASES = [("hf", n) for n in zoo.ON_HF] + [("llava", n) for n in zoo.NAMES]
 

@@ -9,6 +9,7 @@ import pytest
 
 from llava_patch import FastV, Routing, patch
 from llava_patch.core.errors import SettingError
+from tests.support.paths import LAUNCHERS, ROOT
 
 pytest.importorskip("deepspeed")
 
@@ -16,7 +17,7 @@ pytest.importorskip("deepspeed")
 @pytest.mark.timeout(180)
 def test_patching_training_saving_and_loading_partitioned_weights(tmp_path):
     script = Path(__file__).with_name("zero3_process.py")
-    folders = [script.parents[1], script.parents[1] / "startup", *filter(None, [os.environ.get("PYTHONPATH")])]
+    folders = [ROOT, LAUNCHERS, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders)), "OMP_NUM_THREADS": "1"}
     environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     command = [sys.executable, script, tmp_path]

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import cpu_deepspeed  # noqa: F401
 import deepspeed
-import models
 import torch
 
 import llava_patch
 from llava_patch import DeepStack, Routing, SkipLinks, get_handle, patch
 from llava_patch.core.errors import CheckpointError, SettingError
+from tests.support import models
 
 CONFIG = {
     "train_micro_batch_size_per_gpu": 1,

@@ -1,7 +1,6 @@
 """What pyproject.toml asks for, and what a lock says."""
 
 import re
-from pathlib import Path
 
 try:
     import tomllib
@@ -11,7 +10,8 @@ except ModuleNotFoundError:  # Python 3.10: pytest brings it
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from tests.support.paths import ROOT
+
 LOCKS = ROOT / "scripts" / "locks"
 MODULES = {"gin-config": "gin", "pillow": "PIL"}
 """Modules whose name is not their distribution's."""

@@ -7,9 +7,10 @@ import sys
 
 import pytest
 
-from installation.project import ROOT, core, extra, module_of
 from llava_patch.core import extras
 from llava_patch.core.errors import MissingExtraError
+
+from .project import ROOT, core, extra, module_of
 
 HOSTS = {"llava", "lmms_eval", "peft", "deepspeed", "accelerate", "huggingface_hub", "yaml"}
 """What llava_patch works on and what that brings: there when it is asked to, imported where it is used."""
@@ -145,7 +146,7 @@ def test_missing_extras_are_found_before_anything_is_loaded(without_extras):
 
 @pytest.mark.parametrize("words", [["--help"], ["gin-files"], ["doctor", "--json"], ["inspect", "CKPT"]], ids=" ".join)
 def test_the_core_alone_runs(words, tmp_path):
-    import models
+    from tests.support import models
 
     if words == ["inspect", "CKPT"]:
         models.hf_model().save_pretrained(tmp_path / "CKPT")

@@ -16,7 +16,7 @@ import zipfile
 import pytest
 from packaging.utils import canonicalize_name
 
-from installation.project import LOCKS, ROOT, core, extra, locked
+from .project import LOCKS, ROOT, core, extra, locked
 
 PINNED = locked(LOCKS / "llava_pinned.txt")
 NEEDS = {
@@ -92,10 +92,11 @@ class Environment:
 
 
 def _lines():
-    """The README's commands that install."""
-    blocks = [text for _, text in re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)]
+    """The commands of the README and of docs/install.md that install."""
+    pages = "\n".join((ROOT / page).read_text() for page in ("README.md", "docs/install.md"))
+    blocks = [text for _, text in re.findall(r"^```(\w*)\n(.*?)^```", pages, re.M | re.S)]
     found = [line.partition("  #")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in found if line.startswith("pip install")]
+    return list(dict.fromkeys(line for line in found if line.startswith("pip install")))
 
 
 @pytest.mark.timeout(300)

@@ -7,7 +7,7 @@ import pytest
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from installation.project import LOCKS, ROOT, core, extra, extras, here, lines, locked
+from .project import LOCKS, ROOT, core, extra, extras, here, lines, locked
 
 MAIN, PINNED = LOCKS / "main.txt", LOCKS / "llava_pinned.txt"
 EXACT = re.compile(r"[a-z0-9][a-z0-9-]*==[0-9][0-9a-z.]*( ; [A-Za-z_0-9 '\".<>=!*()]+)?")

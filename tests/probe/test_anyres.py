@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from fusion.cases import randomise
 from transformers import CLIPImageProcessor
 
 from llava_patch import DeepStack, DenseConnector, SkipLinks, patch
@@ -11,9 +10,9 @@ from llava_patch.core.errors import HostError, InputError, SettingError
 from llava_patch.hosts.anatomy import find
 from llava_patch.probe.sequence import patchify
 from llava_patch.probe.view import encode_views, make_transform, target_tokens
-
-from .tiny import processor, unique_page
-from .views import SIDE, anyres_model, changed_cells, encode, noise, paper_with_rectangle, with_block
+from tests.support.fusions import randomise
+from tests.support.probes import processor, unique_page
+from tests.support.views import SIDE, anyres_model, changed_cells, encode, noise, paper_with_rectangle, with_block
 
 SIZES = [(56, 56), (61, 100), (130, 40), (112, 112), (200, 96), (40, 250)]
 

@@ -7,8 +7,7 @@ from llava_patch.core.errors import HostError
 from llava_patch.hosts.anatomy import find
 from llava_patch.probe.decoder import ProbeDecoder, quarter
 from llava_patch.probe.sequence import TokenGrid
-
-from .tiny import HIDDEN, random_batch, tiny_model
+from tests.support.probes import HIDDEN, random_batch, tiny_model
 
 GRID = TokenGrid(4, 4, 2)
 

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from hosts import zoo
 
 from llava_patch.hosts.anatomy import find
 from llava_patch.probe.view import encode_views, make_transform
-
-from .tiny import processor
-from .views import PATCH, PINPOINTS, SIDE, changed_cells, noise, with_block
+from tests.support import zoo
+from tests.support.probes import processor
+from tests.support.views import PATCH, PINPOINTS, SIDE, changed_cells, noise, with_block
 
 
 def short_sighted(model):

@@ -12,8 +12,7 @@ from llava_patch.hosts.compat import call_layer, causal_mask
 from llava_patch.hosts.projections import rotate
 from llava_patch.probe.decoder import ProbeDecoder, injection_layers
 from llava_patch.probe.sequence import TokenGrid, arrange, build_sequence, rotary_1d, rotary_2d
-
-from .tiny import HIDDEN, tiny_model
+from tests.support.probes import HIDDEN, tiny_model
 
 GRID = TokenGrid(4, 4, 2)  # the pixel head's; positions are each sample's own
 COUNTS = [9, 20, 14]

@@ -12,8 +12,7 @@ from llava_patch.probe.sequence import (
     target_mask,
     unpatchify,
 )
-
-from .tiny import grid_sequence
+from tests.support.probes import grid_sequence
 
 GRIDS = [TokenGrid(4, 4, 14), TokenGrid(2, 2, 28), TokenGrid(2, 3, 14)]
 

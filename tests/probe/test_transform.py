@@ -10,8 +10,7 @@ from PIL import Image, ImageDraw
 from llava_patch.core.errors import HostError, InputError
 from llava_patch.hosts.compat import known_options
 from llava_patch.probe.transform import Transform, black_out, check_box
-
-from .tiny import SIDE, processor
+from tests.support.probes import SIDE, processor
 
 PAPER = (122, 116, 104)  # the colour of padding, so that only the rectangle stands out
 SIZES = [(112, 112), (300, 200), (131, 257), (40, 90)]

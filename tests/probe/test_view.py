@@ -2,11 +2,9 @@
 
 from contextlib import nullcontext
 
-import models
 import numpy as np
 import pytest
 import torch
-from fusion.cases import ALL, randomise
 
 from llava_patch import DeepStack, SkipLinks, patch
 from llava_patch.core.errors import HostError, InputError, SettingError
@@ -14,9 +12,10 @@ from llava_patch.hosts.anatomy import find
 from llava_patch.probe.sequence import TokenGrid, patchify
 from llava_patch.probe.transform import Transform
 from llava_patch.probe.view import View, encode_views, make_transform, target_tokens
-
-from .tiny import processor, unique_page
-from .views import PATCH, SIDE, changed_cells, noise, short_sighted, square_model, with_block
+from tests.support import models
+from tests.support.fusions import ALL, randomise
+from tests.support.probes import processor, unique_page
+from tests.support.views import PATCH, SIDE, changed_cells, noise, short_sighted, square_model, with_block
 
 FUSIONS = {
     "stock": None,
@@ -137,8 +136,9 @@ def test_a_kept_cls_token_is_context_in_the_middle(model):
 
 def test_hf_drops_the_first_patch_of_a_tower_without_cls():
     """It stays context-less, and a target there has no token."""
-    from models import HF_IMAGE_TOKEN, TEXT
     from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
+
+    from tests.support.models import HF_IMAGE_TOKEN, TEXT
 
     torch.manual_seed(0)
     config = LlavaConfig(

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from models import IMAGE, close
 
 from llava_patch import Routing, patch
 from llava_patch.core.errors import InputError
-
-from .cases import ALL
+from tests.support.models import IMAGE, close
+from tests.support.routings import ALL
 
 PROMPTS = [(2, IMAGE, 5), (3, IMAGE, 1, IMAGE, 4), (7,), (1, IMAGE, 9)]
 STEPS = 5

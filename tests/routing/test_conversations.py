@@ -4,12 +4,11 @@ import itertools
 
 import pytest
 import torch
-from models import HF_IMAGE_TOKEN, IMAGE, TOKENS, close
 
 from llava_patch import patch
 from llava_patch.core.errors import InputError
-
-from .cases import ALL, RAGGED, VARIANTS, again, embeddings, extend, places
+from tests.support.models import HF_IMAGE_TOKEN, IMAGE, TOKENS, close
+from tests.support.routings import ALL, RAGGED, VARIANTS, again, embeddings, extend, places
 
 STEPS = 4
 SOME = ["lf", "lf-sparse", "kv", "ideal", "fastv", "kv+fastv", "pc+fastv-deep", "lf+fastv"]

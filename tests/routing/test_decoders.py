@@ -1,13 +1,13 @@
 """Every decoder that routing is available on, on both hosts: the identities hold on each of them."""
 
-import decoders
 import pytest
 import torch
-from models import IMAGE, LAYERS, TOKENS, close
 
 from llava_patch import DeepStack, FastV, Routing, patch
+from tests.support import decoders
+from tests.support.models import IMAGE, LAYERS, TOKENS, close
+from tests.support.routings import ALL, RAGGED, again, embeddings, extend, places
 
-from .cases import ALL, RAGGED, again, embeddings, extend, places
 from .naive import naive
 
 SOME = ["lf", "lf-k2", "lf-sparse", "pc", "kv", "ideal", "vtw", "fastv", "lf+fastv", "kv+fastv-deep"]

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from models import IMAGE, LAYERS, close, silence_side_branch
 
 from llava_patch import Routing, patch
 from llava_patch.core.errors import InputError
+from tests.support.models import IMAGE, LAYERS, close, silence_side_branch
 
 RAGGED = [(2, IMAGE, 5), (3, IMAGE, 1, IMAGE, 4), (7,), (1, IMAGE, 9)]
 

@@ -1,14 +1,14 @@
 """Other shapes of image input: anyres tiles, spans cut by the length limit, caches that a window has cut."""
 
-import decoders
 import pytest
 import torch
-from models import HF_IMAGE_TOKEN, IMAGE, TEXT, close, vision_config
 
 from llava_patch import patch
 from llava_patch.core.errors import InputError, SettingError
+from tests.support import decoders
+from tests.support.models import HF_IMAGE_TOKEN, IMAGE, TEXT, close, vision_config
+from tests.support.routings import ALL, embeddings, places
 
-from .cases import ALL, embeddings, places
 from .naive import naive
 
 SOME = ["lf", "lf-k2", "lf-sparse", "pc", "kv", "ideal", "vtw", "fastv", "lf+fastv", "kv+fastv-deep"]

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from models import IMAGE
 
 from llava_patch import Routing, patch
+from tests.support.models import IMAGE
 
 SPLIT = 2
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import IMAGE, LAYERS, close
 
 from llava_patch import FastV, Routing, patch
+from tests.support.models import IMAGE, LAYERS, close
+from tests.support.routings import ALL, embeddings, extend, places
 
-from .cases import ALL, embeddings, extend, places
 from .naive import naive
 
 

@@ -5,13 +5,12 @@ import copy
 
 import pytest
 import torch
-from models import IMAGE, close
 
 from llava_patch import FastV, Routing, patch
 from llava_patch.core.errors import InputError, LlavaPatchError, SettingError
 from llava_patch.routing.prune import choose, keep_counts
-
-from .cases import ALL, RAGGED, embeddings
+from tests.support.models import IMAGE, close
+from tests.support.routings import ALL, RAGGED, embeddings
 
 
 @torch.no_grad()
@@ -148,7 +147,7 @@ def test_a_forward_inside_a_generation_is_on_its_own(host, case):
 
 @torch.no_grad()
 def test_two_models_do_not_hear_each_other(host, tower_folder):
-    import models
+    from tests.support import models
 
     other = (
         models.Host("hf", models.hf_model())

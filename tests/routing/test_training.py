@@ -4,12 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-from models import IMAGE, LAYERS, TOKENS
 
 from llava_patch import FastV, Routing, SkipLinks, patch
 from llava_patch.core.errors import SettingError
-
-from .cases import ALL
+from tests.support.models import IMAGE, LAYERS, TOKENS
+from tests.support.routings import ALL
 
 SAMPLES = [(2, IMAGE, 5), (7,), (3, IMAGE, 4)]
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from models import IMAGE, LAYERS, close, silence_side_branch
 
 from llava_patch import FastV, Routing, SkipLinks, patch
+from tests.support.models import IMAGE, LAYERS, close, silence_side_branch
+from tests.support.routings import ALL, PRUNED, RAGGED, VARIANTS, alone, embeddings
 
-from .cases import ALL, PRUNED, RAGGED, VARIANTS, alone, embeddings
 from .naive import naive
 
 EDGES = [(IMAGE, 4), (3, IMAGE), (2, IMAGE, IMAGE, 3), (5,), (1, IMAGE, 1, IMAGE)]

@@ -1,15 +1,14 @@
 """A patched model either routes its images or raises, whatever the host, somebody else or a new version does."""
 
-import decoders
 import pytest
 import torch
-from models import HF_IMAGE_TOKEN, IMAGE, LAYERS, close
 from torch import nn
 
 from llava_patch import DeepStack, DenseConnector, FastV, Routing, SkipLinks, patch
 from llava_patch.core.errors import HostError, InputError
-
-from .cases import ALL, embeddings
+from tests.support import decoders
+from tests.support.models import HF_IMAGE_TOKEN, IMAGE, LAYERS, close
+from tests.support.routings import ALL, embeddings
 
 METHODS = {
     "lf": {"routing": Routing(split=2)},

@@ -1,0 +1,128 @@
+"""What may be written where, and how tables look, in every measurement's command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from llava_patch.cli.common import check_checkpoint
+from llava_patch.cli.main import app
+from llava_patch.cli.output import CONFIGURED, check_results, facts_of, show
+from llava_patch.core.errors import CheckpointError
+from llava_patch.settings import active
+from tests.support import fileset
+
+PATCH = ("--gin-param", "Routing.split = 2")
+WORDED = "Routing(split=2, freeze='all_but_single')"  # what a routing freezes is settled when it is made
+COMMANDS = {
+    "saturation": ("--samples", 1),
+    "drift": ("STOCK", "--samples", 1),
+    "fusion-attention": ("STOCK", "--samples", 1),
+    "attention-maps": ("--samples", 1, "--block", 1),
+    "reach": ("--samples", 1),
+    "flops": (),
+}
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fileset.write_hf(tmp_path_factory.mktemp("stock") / "stock")
+
+
+@pytest.fixture(autouse=True)
+def own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LLAVA_PATCH_CACHE", str(tmp_path / "cache"))
+    active.reset()
+
+
+def run(*words: Any) -> Any:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_configured_patch_does_not_replace_the_stock_results(name: str, stock: Path) -> None:
+    words = [name, stock, *(stock if word == "STOCK" else word for word in COMMANDS[name])]
+    done = run(*words)
+    assert done.exit_code == 0, (done.output, done.exception)
+    (path,) = Path(name, "stock").glob("*.json")
+    before = path.read_bytes()
+    done = run(*words, *PATCH)
+    assert isinstance(done.exception, CheckpointError), done.output
+    message = f"holds the results of {stock} without a patch of gin, not of {stock} with {WORDED} of gin: give "
+    if name in ("drift", "fusion-attention"):
+        message = f"holds the results of {stock}, {stock} without a patch of gin, not of "
+    assert message in str(done.exception) and "--output" in str(done.exception)
+    assert path.read_bytes() == before
+    for _ in range(2):  # the same patch in its own folder, which may be measured again
+        done = run(*words, *PATCH, "--output", "patched")
+        assert done.exit_code == 0, (done.output, done.exception)
+    kept = json.loads(Path("patched", path.name).read_text())["facts"]
+    assert kept[CONFIGURED] == {"routing": WORDED} and kept["checkpoint"] == str(stock)
+    assert isinstance(run(*words, "--output", "patched").exception, CheckpointError)
+
+
+def test_results_that_say_less(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    for text in ("{", "[]", "{}", '{"facts": {}}', '{"facts": []}', '{"sources": [1]}', '{"sources": "a"}'):
+        path.write_text(text)
+        check_results(path, ["a"])
+    path.write_text('{"checkpoint": "b"}')
+    with pytest.raises(CheckpointError, match="holds the results of b, not of a: give another folder with --output"):
+        check_results(path, ["a"])
+    path.write_text('{"sources": ["a", "b"]}')
+    check_results(path, ["a", "b"])
+    with pytest.raises(CheckpointError, match="results of a, b, not of a:"):
+        check_results(path, ["a"])
+
+
+def test_what_a_record_says_of_a_patch() -> None:
+    with active.also([], ["Routing.split = 2", "FastV.layer = 1"]):
+        facts = facts_of("a")
+    assert facts[CONFIGURED] == {"routing": WORDED, "pruning": "FastV(layer=1)"}
+    with active.also([], ["Reach.samples = 2"]):
+        assert facts_of("a") == {"checkpoint": "a"}
+
+
+def test_reach_takes_all_samples(stock: Path) -> None:
+    from PIL import Image
+
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A page"}]
+    Image.new("RGB", (60, 60), "white").save("a.png")
+    Path("data.json").write_text(json.dumps([{"image": "a.png", "conversations": turns}] * 6))
+    for words, count in (((), 4), (("--samples", 0), 6), (("--gin-param", "Reach.samples = 2"), 2)):
+        done = run("reach", stock, "data.json", *words)
+        assert done.exit_code == 0, (done.output, done.exception)
+        assert json.loads(Path("reach/stock/reach.json").read_text())["samples"] == count
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, "gradients"])
+def test_a_folder_that_is_not_there(name: str, stock: Path) -> None:
+    for path in ("./gone", "/gone", "some/where/gone", "gone/"):
+        assert str(run(name, path).exception) == f"{path}: no such folder"
+    if name in ("drift", "fusion-attention"):
+        assert str(run(name, stock, "./gone").exception) == "BASE ./gone: no such folder"
+
+
+def test_names_of_the_hub_are_no_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    from llava_patch.core import weights
+
+    check_checkpoint("llava-v1.5-7b")
+    monkeypatch.setattr(weights, "read_json", lambda source, name: {} if source == "org/model" else None)
+    check_checkpoint("org/model")
+    with pytest.raises(CheckpointError, match="out/model: no such folder; as a hub name: the hub does not give it"):
+        check_checkpoint("out/model")
+
+
+def test_a_table_fits_the_screen(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    show((["name", "a long title of this", "another long title"], [["[first]", "1", "2 of 3"]]), "Title", ["a note"])
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 40 and "[first]" in out and "2 of 3" in out
+    for word in ("a", "long", "title", "of", "this", "another", "Title"):
+        assert word in out
+    assert "- a note" in out and "1 = " not in out

@@ -1,0 +1,143 @@
+"""After undo the model is what it was: output, state dict, hooks and the attributes of every module."""
+
+import pytest
+import torch
+
+from llava_patch import Routing, SkipLinks, patch
+from llava_patch.core.errors import SettingError
+from tests.support.models import IMAGE, LAYERS
+
+SETTINGS = [
+    {"fusion": SkipLinks(stride=2)},
+    {"fusion": SkipLinks(stride=2, train_tower="all")},
+    {"routing": Routing(split=2)},
+    {"routing": Routing(split=2, freeze="side_and_fusion", side_layers=2)},
+    {"fusion": SkipLinks(stride=3), "routing": Routing(split=3)},
+]
+
+
+def _snapshot(model):
+    def attributes(module):
+        return {k: v for k, v in vars(module).items() if not k.startswith("_")}
+
+    hooks = {
+        n: [len(v) for k, v in sorted(vars(m).items()) if k.endswith("hooks") and v is not None]
+        for n, m in model.named_modules()
+    }
+    return {
+        "attributes": {n: attributes(m) for n, m in model.named_modules()},
+        "private": {n: set(vars(m)) for n, m in model.named_modules()},
+        "children": {n: [(k, id(c)) for k, c in m.named_children()] for n, m in model.named_modules()},
+        "hooks": hooks,
+        "config": dict(model.config.to_dict()),
+        "flags": {n: p.requires_grad for n, p in model.named_parameters()},
+        "tensors": {n: id(p) for n, p in model.named_parameters()},
+        "keys": list(model.state_dict()),
+    }
+
+
+def _same(before, after):
+    for part in before:
+        assert before[part] == after[part], part
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_undo_restores_everything(host, settings):
+    batch = host.batch([(2, IMAGE, 5), (3, IMAGE, 4)])
+    with torch.no_grad():
+        stock = host.logits(batch)
+    before = _snapshot(host.model)
+    handle = patch(host.model, **settings)
+    during = _snapshot(host.model)
+    assert any(before[part] != during[part] for part in before)  # the patch was not empty
+    with torch.no_grad():
+        if "routing" in settings:
+            assert not torch.equal(host.logits(batch), stock)
+        for parameter in handle.anatomy.projector.parameters():
+            if "fusion" in settings:
+                parameter.add_(0.0)
+    handle.remove()
+    handle.remove()  # twice is once
+    _same(before, _snapshot(host.model))
+    with torch.no_grad():
+        assert torch.equal(host.logits(batch), stock)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_undo_after_an_exception_in_the_middle_of_a_forward(host, settings):
+    batch = host.batch([(2, IMAGE, 5)])
+    with torch.no_grad():
+        stock = host.logits(batch)
+    before = _snapshot(host.model)
+
+    def fail(*args):
+        raise RuntimeError("out of memory, say")
+
+    with pytest.raises(RuntimeError, match="out of memory"), patch(host.model, **settings):
+        hook = host.decoder.layers[LAYERS - 2].register_forward_hook(fail)
+        try:
+            host.logits(batch)
+        finally:
+            hook.remove()
+    _same(before, _snapshot(host.model))
+    with torch.no_grad():
+        assert torch.equal(host.logits(batch), stock)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"fusion": SkipLinks(stride=2), "routing": Routing(split=7)},
+        {"fusion": SkipLinks(stride=2), "routing": Routing(split=4, side_layers=3)},
+        {"fusion": SkipLinks(stride=2, train_tower=8), "routing": Routing(split=3, freeze="none")},
+    ],
+    ids=str,
+)
+def test_undo_after_an_exception_in_the_middle_of_a_patch(host, settings):
+    before = _snapshot(host.model)
+    with pytest.raises(SettingError):
+        patch(host.model, **settings)
+    _same(before, _snapshot(host.model))
+
+
+def test_a_model_can_be_patched_again(host):
+    batch = host.batch([(2, IMAGE, 5)])
+    with torch.no_grad():
+        first = patch(host.model, routing=Routing(split=2))
+        routed = host.logits(batch)
+        first.remove()
+        with patch(host.model, routing=Routing(split=2)):
+            assert torch.equal(host.logits(batch), routed)
+
+
+def test_extending_a_patch_keeps_one_handle(host):
+    before = _snapshot(host.model)
+    handle = patch(host.model, fusion=SkipLinks(stride=2))
+    assert patch(host.model, routing=Routing(split=2)) is handle
+    assert handle.routing == Routing(split=2)
+    handle.remove()
+    _same(before, _snapshot(host.model))
+
+
+def test_a_patched_model_refuses_to_be_copied(host):
+    import copy
+
+    from llava_patch.core.errors import LlavaPatchError
+
+    with patch(host.model, routing=Routing(split=2)), pytest.raises(LlavaPatchError, match="cannot be copied"):
+        copy.deepcopy(host.model)
+    copy.deepcopy(host.model)
+
+
+def test_a_patched_model_is_freed_with_its_last_reference(tower_folder):
+    import gc
+    import weakref
+
+    from tests.support import models
+
+    model = models.hf_model()
+    patch(model, fusion=SkipLinks(stride=2), routing=Routing(split=2))
+    reference = weakref.ref(model)
+    del model
+    gc.collect()
+    assert reference() is None
