@@ -22,7 +22,7 @@ _EXPORTS = {
     "FastV": "llava_patch.settings.methods",
     "AuxiliaryProbe": "llava_patch.settings.methods",
     "RProbe": "llava_patch.measurements.rprobe.settings",
-    "Saturation": "llava_patch.measurements.saturation",
+    "Saturation": "llava_patch.measurements.saturation.measurement",
     "AttentionMaps": "llava_patch.measurements.attention_maps",
     "Drift": "llava_patch.measurements.drift",
     "FusionAttention": "llava_patch.measurements.fusion_attention",
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from llava_patch.measurements.gradients.settings import Gradients
     from llava_patch.measurements.reach.settings import Reach
     from llava_patch.measurements.rprobe.settings import RProbe
-    from llava_patch.measurements.saturation import Saturation
+    from llava_patch.measurements.saturation.measurement import Saturation
     from llava_patch.patching.checkpoint import load
     from llava_patch.patching.handle import Handle, get_handle
     from llava_patch.patching.patch import patch

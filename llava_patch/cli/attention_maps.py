@@ -53,9 +53,8 @@ def attention_maps(
     over all patches. Checkpoints are loaded one after the other.
     OUTPUT gets attention_maps.json and attention_maps.png.
     """
-    from llava_patch.cli.rprobe.compare import split_names
     from llava_patch.measurements.attention_maps import AttentionMaps
-    from llava_patch.measurements.saturation.compare import names_of
+    from llava_patch.measurements.base import names_of
 
     if image and data:
         raise SettingError("--image and --data: give one of them")
@@ -66,7 +65,7 @@ def attention_maps(
         raise InputError(f"--image {missing[0]}: no such file (a folder of images is given with --data)")
     for checkpoint in checkpoints:
         commands.check_checkpoint(checkpoint)
-    labels = names_of(checkpoints, split_names(names))
+    labels = names_of(checkpoints, names)
     folder = commands.folder_for("attention-maps", checkpoints[0], output)
     sources = [named(c) for c in checkpoints]
     with commands.configured(gin_file, gin_param):
@@ -81,7 +80,7 @@ def attention_maps(
             result = one if result is None else result.beside(one)
         assert result is not None
         written.show(result.table())
-        written.finish(result, folder, NAME, checkpoints[0])
+        written.finish_plain(result, folder, NAME, checkpoints[0])
 
 
 def _measure(

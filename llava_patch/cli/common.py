@@ -1,26 +1,27 @@
-"""Subcommands of `llava-patch` that measure a checkpoint: one file each, and what they share.
-
-A file has a function `add(app)` that adds its command (or a group) to the console command; `NAMES` lists the files.
-"""
+"""What the commands of `llava-patch` share: words that mean the same everywhere, and what is checked first."""
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+from typer.core import TyperGroup
 
-from llava_patch.core.errors import CheckpointError
+from llava_patch.core import registry
+from llava_patch.core.errors import CheckpointError, SettingError
 from llava_patch.core.paths import default_name
 
 if TYPE_CHECKING:
     from llava_patch.data.loaded import LoadedCheckpoint
 
 
-NAMES: tuple[str, ...] = (
+FILES: tuple[str, ...] = (
     "attention_maps",
     "drift",
     "flops",
@@ -28,9 +29,10 @@ NAMES: tuple[str, ...] = (
     "gradients",
     "reach",
     "report",
-    "saturation",
 )
+"""Files of commands that are no measurement of the registry."""
 
+DEFAULT = "run"
 PANEL = "Measure a checkpoint"
 
 # Options that mean the same in every measurement.
@@ -41,6 +43,14 @@ DATA = typer.Argument(
     "", metavar="DATA", help="LLaVA's JSON, R-Probe's kinds of data, an image or a folder of them; default: pages"
 )
 BASE = typer.Option("", help="the model below a LoRA or projector-only checkpoint of llava")
+COMPARED = typer.Option(
+    "",
+    help="the model that it was trained from, which it is compared with (below a LoRA or projector-only checkpoint of "
+    "llava, too); default: what the record of CKPT names",
+    show_default=False,
+)
+FORMAT = typer.Option(["png"], "--format", help="of figures: png or pdf; may be repeated")
+NAMES = typer.Option("", help="what to call them, with commas between; default: by their paths")
 DEVICE = typer.Option("", help="cpu, cuda or cuda:N; default: cuda where there is one")
 DTYPE = typer.Option(
     "", help="of the model; default: float32 on cpu (bfloat16 where that does not fit), float16 on cuda"
@@ -52,9 +62,13 @@ GIN_PARAM = typer.Option([], help="one gin binding; may be repeated")
 
 def register(app: typer.Typer) -> None:
     """Add every measurement's command, in a panel of its own in the help."""
+    from llava_patch.cli import measure
+
     commands, groups = len(app.registered_commands), len(app.registered_groups)
-    for name in NAMES:
+    for name in FILES:
         importlib.import_module(f"llava_patch.cli.{name}").add(app)
+    for name in registry.MEASUREMENTS:
+        measure.add(app, name)
     for command in app.registered_commands[commands:]:
         command.rich_help_panel = PANEL
     for group in app.registered_groups[groups:]:
@@ -113,6 +127,15 @@ def check_checkpoint(name: str, setting: str = "") -> None:
         raise CheckpointError(f"{what}: no such folder; as a hub name: the hub does not give it")
 
 
+def check_formats(formats: list[str]) -> None:
+    """Refuse an unknown figure format before anything is read or written."""
+    from llava_patch.measurements.base import FIGURES
+
+    for suffix in formats:
+        if suffix not in FIGURES:
+            raise SettingError(f"--format {suffix}: expected {' or '.join(FIGURES)}")
+
+
 def folder_for(measurement: str, checkpoint: str, output: Path | None) -> Path:
     """Where results go: `output`, or MEASUREMENT/NAME-OF-CHECKPOINT.
 
@@ -130,3 +153,29 @@ def load(checkpoint: str, base: str = "", device: str = "", dtype: str = "") -> 
     from llava_patch.data.loaded import load_subject
 
     return load_subject(checkpoint, base, device, dtype)
+
+
+class DefaultGroup(TyperGroup):
+    """A group whose default subcommand need not be named (a checkpoint called like a subcommand: ./NAME)."""
+
+    second = ""  # where a second data argument belongs
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        """Put the default subcommand in front of arguments that name none."""
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            meant = difflib.get_close_matches(args[0], self.commands, n=1, cutoff=0.75)
+            if meant and not os.path.exists(args[0]):
+                ctx.fail(f"no command and no checkpoint is called {args[0]!r}: did you mean {meant[0]!r}?")
+            args = [DEFAULT, *args]
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        """Say where a second data argument belongs, which click only calls unexpected."""
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            # click's class: typer carries a copy of it in some versions and depends on it in others.
+            inner, message = getattr(error, "ctx", None), getattr(error, "message", "")
+            if getattr(inner, "info_name", None) == DEFAULT and "unexpected extra argument" in message:
+                error.message = f"{message}: CKPT takes one DATA; {self.second}"  # type: ignore[attr-defined]
+            raise

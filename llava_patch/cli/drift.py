@@ -75,4 +75,4 @@ def drift(
             result = measure_drift_apart(own, other, settings)
         result = dataclasses.replace(result, checkpoint=sources[0], base=sources[1])
         written.show(result.table())
-        written.finish(result, folder, NAME, checkpoint)
+        written.finish_plain(result, folder, NAME, checkpoint)

@@ -92,7 +92,7 @@ def flops(
         for number, prompt in enumerate(measured.prompts):
             tokens = f"{prompt.image} image + {prompt.text} text tokens, batch {prompt.batch}"
             written.show(measured.table(number), f"{found.name}: {tokens}, split {measured.split}")
-        written.finish(measured, folder, "flops", subject)
+        written.finish_plain(measured, folder, "flops", subject)
 
 
 def _fusion_layers(text: str) -> int | tuple[int, ...]:

@@ -65,7 +65,7 @@ def fusion_attention(
         result = measure_fusion_attention_apart(own, other, settings)
         result = dataclasses.replace(result, checkpoint=sources[0], base=sources[1])
         written.show(result.table())
-        written.finish(result, folder, NAME, checkpoint)
+        written.finish_plain(result, folder, NAME, checkpoint)
 
 
 def _numbers(layers: str) -> tuple[int, ...] | None:

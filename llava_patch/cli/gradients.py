@@ -20,11 +20,11 @@ from llava_patch.cli.common import (
     GIN_FILE,
     GIN_PARAM,
     QUESTION,
+    DefaultGroup,
     check_checkpoint,
     configured,
     folder_for,
 )
-from llava_patch.cli.rprobe import DefaultGroup
 from llava_patch.core.errors import SettingError
 from llava_patch.core.extras import needs
 from llava_patch.data.examples import check_data

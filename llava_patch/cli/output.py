@@ -7,11 +7,15 @@ import json
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llava_patch.core.errors import CheckpointError
-from llava_patch.core.files import write_json
 from llava_patch.core.paths import named
+
+if TYPE_CHECKING:
+    from llava_patch.measurements.base import Result
+
+    R = TypeVar("R", bound=Result)
 
 CONFIGURED = "configured_patch"
 
@@ -65,16 +69,33 @@ def check_results(path: Path, sources: Sequence[str]) -> None:
     raise CheckpointError(f"{path} holds the results of {held}, not of {wanted}: give another folder with --output")
 
 
-def finish(result: Any, folder: Path, name: str, checkpoint: str) -> None:
-    """Say what was found, write it, note in its JSON what it was measured on (`facts_of`), and say where it is.
+def with_facts(result: "R", checkpoint: str) -> "R":
+    """A result with what it was measured on among its facts (`facts_of`)."""
+    return dataclasses.replace(result, facts={**facts_of(checkpoint), **result.facts})
+
+
+def finish(result: "Result", folder: Path, checkpoint: str, formats: Sequence[str], name: str = "") -> None:
+    """Say what was found, write it with what it was measured on, and say where it is.
 
     Args:
-        result: with `summary()` and `save(folder, name)`, which gives the JSON's path first.
+        result: what was found.
         folder: of the files.
-        name: of the files.
         checkpoint: folder or hub name.
+        formats: of the figure.
+        name: of the files; "": the measurement's.
     """
     import typer
+
+    typer.echo(result.summary())
+    for path in with_facts(result, checkpoint).save(folder, name, formats):
+        typer.echo(f"wrote {path}")
+
+
+def finish_plain(result: Any, folder: Path, name: str, checkpoint: str) -> None:
+    """As `finish`, for results that are no `Result` yet."""
+    import typer
+
+    from llava_patch.core.files import write_json
 
     typer.echo(result.summary())
     paths = result.save(folder, name)

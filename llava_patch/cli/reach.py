@@ -13,7 +13,7 @@ from llava_patch.cli import output as written
 from llava_patch.core.errors import SettingError
 from llava_patch.core.extras import needs
 from llava_patch.data.examples import check_data
-from llava_patch.data.model_inputs import count_of, examples_for, samples_of
+from llava_patch.data.model_inputs import ModelInputs, count_of, examples_for
 from llava_patch.settings.active import settings_of
 
 SAMPLES = 4
@@ -80,7 +80,7 @@ def reach(
             depth = len(find(subject.model).layers)
             result = compare_reach(
                 subject.model,
-                lambda: samples_of(subject, examples, answers=True),
+                lambda: ModelInputs(subject, examples, answers=True),
                 names,
                 default_split(depth) if split is None else split,
                 settings,
@@ -89,6 +89,6 @@ def reach(
             handle = get_handle(subject.model)
             if handle is not None:  # llava loads its tower after the patch and freezes it; a training run does this too
                 handle.apply_freeze()
-            result = measure_reach(subject.model, samples_of(subject, examples, answers=True), settings)
+            result = measure_reach(subject.model, ModelInputs(subject, examples, answers=True), settings)
         written.show(result.table())
-        written.finish(result, folder, name, checkpoint)
+        written.finish_plain(result, folder, name, checkpoint)

@@ -5,11 +5,16 @@ An entry names its module and attribute, which is loaded on first use, so that n
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
-# Settings that gin binds, beside those of the methods in settings/methods.py.
+# Commands, gin's bindings, the report's sections (in this order) and the lmms-eval tasks follow from this list.
 MEASUREMENTS: dict[str, str] = {
+    "saturation": "llava_patch.measurements.saturation.measurement:SaturationMeasurement",
+}
+# Further settings that gin binds, beside those of the methods in settings/methods.py.
+SETTINGS: dict[str, str] = {
     "AttentionMaps": "llava_patch.measurements.attention_maps.result:AttentionMaps",
     "Drift": "llava_patch.measurements.drift.result:Drift",
     "FusionAttention": "llava_patch.measurements.fusion_attention.result:FusionAttention",
@@ -17,7 +22,6 @@ MEASUREMENTS: dict[str, str] = {
     "RProbe": "llava_patch.measurements.rprobe.settings:RProbe",
     "Reach": "llava_patch.measurements.reach.settings:Reach",
     "Report": "llava_patch.tools.report.settings:Report",
-    "Saturation": "llava_patch.measurements.saturation.settings:Saturation",
 }
 SWEEP = "llava_patch.tools.sweep.settings:Sweep"
 AUTO_SPLIT = "llava_patch.measurements.saturation.auto_split:resolve_split"
@@ -32,3 +36,15 @@ def load(entry: str) -> Any:
     """
     module, _, attribute = entry.partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+@functools.cache
+def measurement(name: str) -> Any:
+    """A measurement (see `measurements.base.Measurement`) by its name in `MEASUREMENTS`."""
+    return load(MEASUREMENTS[name])()
+
+
+def settings() -> dict[str, Any]:
+    """The settings that gin binds beside those of the methods: class by its name."""
+    found = [measurement(name).settings for name in MEASUREMENTS] + [load(entry) for entry in SETTINGS.values()]
+    return {cls.__name__: cls for cls in found}

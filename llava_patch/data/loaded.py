@@ -122,8 +122,7 @@ def _load_llava(
             f"{checkpoint} is a checkpoint of the llava package, which cannot be imported ({error}): "
             "pip install --no-deps llava-torch"
         ) from error
-    adapter = os.path.isdir(checkpoint) and (patched.read_settings(checkpoint) or {}).get("form") == "adapter"
-    whole = adapter or any(locate(checkpoint, name) for name in _WEIGHTS)
+    whole = _is_whole(checkpoint)
     lora = not whole and locate(checkpoint, _LORA) is not None
     if not whole and not lora and locate(checkpoint, _PROJECTOR) is None:
         raise CheckpointError(f"{checkpoint}: it holds no weights ({', '.join((*_WEIGHTS, _LORA, _PROJECTOR))})")
@@ -139,6 +138,17 @@ def _load_llava(
     )
     model.to(dtype)
     return LoadedCheckpoint(model, tokenizer, image_processor)
+
+
+def _is_whole(checkpoint: str) -> bool:
+    adapter = os.path.isdir(checkpoint) and (patched.read_settings(checkpoint) or {}).get("form") == "adapter"
+    return adapter or any(locate(checkpoint, name) for name in _WEIGHTS)
+
+
+def is_part(checkpoint: str) -> bool:
+    """Whether a checkpoint is one of llava that holds LoRA weights or a projector only: it needs the model below."""
+    config = read_json(checkpoint, "config.json")
+    return config is not None and host_of(config, checkpoint) == LLAVA and not _is_whole(checkpoint)
 
 
 @contextlib.contextmanager

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llava_patch.data.examples import Example
+    from llava_patch.data.inputs import Inputs
     from llava_patch.data.loaded import LoadedCheckpoint
 
 
@@ -38,29 +39,30 @@ def examples_for(
     return read_examples(data, count, anatomy.grid[0] * anatomy.patch_size, question, answers)
 
 
-def samples_of(
-    subject: "LoadedCheckpoint", examples: "list[Example]", answers: bool = False
-) -> Iterator[dict[str, Any]]:
-    """Keyword arguments of the model's forward, one example at a time; with `labels` where answers are asked for."""
-    inputs = subject.inputs()
-    for example in examples:
-        image = example.open_image()
-        if answers:
-            yield inputs.training_inputs(image, example.question, example.answer)
-        else:
-            yield inputs.forward_inputs(image, example.question)
+class ModelInputs(Sequence):
+    """Keyword arguments of a model's forward for some examples, made when they are asked for; a slice makes nothing."""
 
-
-class ModelInputs:
-    """The model's inputs of some examples, made one at a time; of known length, for the progress bar."""
-
-    def __init__(self, subject: "LoadedCheckpoint", examples: "list[Example]") -> None:
-        self.subject, self.examples = subject, examples
+    def __init__(self, subject: "LoadedCheckpoint", examples: "list[Example]", answers: bool = False) -> None:
+        """The inputs of `examples`; with `labels` where answers are asked for."""
+        self.subject, self.examples, self.answers = subject, examples, answers
 
     def __len__(self) -> int:
         """How many examples."""
         return len(self.examples)
 
+    def __getitem__(self, index: Any) -> Any:
+        """The inputs of one example, or the `ModelInputs` of a slice."""
+        if isinstance(index, slice):
+            return ModelInputs(self.subject, self.examples[index], self.answers)
+        return self._make(self.subject.inputs(), self.examples[index])
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Keyword arguments of the model's forward."""
-        return samples_of(self.subject, self.examples)
+        """The inputs of each example in turn."""
+        inputs = self.subject.inputs()
+        return (self._make(inputs, example) for example in self.examples)
+
+    def _make(self, inputs: "Inputs", example: "Example") -> dict[str, Any]:
+        image = example.open_image()
+        if self.answers:
+            return inputs.training_inputs(image, example.question, example.answer)
+        return inputs.forward_inputs(image, example.question)

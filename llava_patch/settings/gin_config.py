@@ -22,7 +22,7 @@ from llava_patch.core.resources import gin_dir
 from llava_patch.settings import flags as launch_flags
 from llava_patch.settings.methods import METHODS, AuxiliaryProbe, FastV, Fusion, Routing
 
-MEASUREMENTS: dict[str, Any] = {name: registry.load(entry) for name, entry in registry.MEASUREMENTS.items()}
+MEASUREMENTS: dict[str, Any] = registry.settings()
 Sweep: Any = registry.load(registry.SWEEP)
 
 for _cls in (*METHODS.values(), *MEASUREMENTS.values()):

@@ -2,40 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
-import os
-from typing import Any
-
 import typer
-from typer.core import TyperGroup
 
-DEFAULT = "run"
+from llava_patch.cli.common import DefaultGroup
 
 
-class DefaultGroup(TyperGroup):
-    """A group whose default subcommand need not be named (a checkpoint called like a subcommand: ./NAME)."""
+class Group(DefaultGroup):
+    """A checkpoint and its data are the arguments of `run`."""
 
-    second = "data to measure on goes with --heldout"  # where a second data argument belongs
-
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
-        """Put the default subcommand in front of arguments that name none."""
-        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
-            meant = difflib.get_close_matches(args[0], self.commands, n=1, cutoff=0.75)
-            if meant and not os.path.exists(args[0]):
-                ctx.fail(f"no command and no checkpoint is called {args[0]!r}: did you mean {meant[0]!r}?")
-            args = [DEFAULT, *args]
-        return super().parse_args(ctx, args)
-
-    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
-        """Say where a second data argument belongs, which click only calls unexpected."""
-        try:
-            return super().invoke(ctx)
-        except Exception as error:
-            # click's class: typer carries a copy of it in some versions and depends on it in others.
-            inner, message = getattr(error, "ctx", None), getattr(error, "message", "")
-            if getattr(inner, "info_name", None) == DEFAULT and "unexpected extra argument" in message:
-                error.message = f"{message}: CKPT takes one DATA; {self.second}"  # type: ignore[attr-defined]
-            raise
+    second = "data to measure on goes with --heldout"
 
 
 HELP = """R-Probe: how well pixels can be rebuilt from projected visual tokens.
@@ -44,4 +19,4 @@ llava-patch rprobe CKPT [DATA] [OPTIONS] is short for rprobe run:
 it trains a small decoder on the tokens of a checkpoint's images and
 measures it on held-out ones. Its options: llava-patch rprobe run --help
 """
-app = typer.Typer(cls=DefaultGroup, no_args_is_help=True, help=HELP)
+app = typer.Typer(cls=Group, no_args_is_help=True, help=HELP)

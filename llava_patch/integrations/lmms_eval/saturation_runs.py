@@ -14,17 +14,11 @@ from typing import Any
 from llava_patch.core.files import plain, track
 from llava_patch.integrations.lmms_eval.access import reach
 from llava_patch.integrations.lmms_eval.options import output_folder
-from llava_patch.measurements.saturation import (
-    Curves,
-    PatchOn,
-    RunningMean,
-    Saturation,
-    SaturationResult,
-    measure_sample,
-    patch_on,
-    summarise,
-)
+from llava_patch.measurements.saturation.curves import Curves, RunningMean
+from llava_patch.measurements.saturation.measure import measure_sample, patch_on
+from llava_patch.measurements.saturation.measurement import Saturation
 from llava_patch.measurements.saturation.recommend import transition_layer
+from llava_patch.measurements.saturation.result import PatchOn, SaturationResult, summarise
 
 NAN = float("nan")
 

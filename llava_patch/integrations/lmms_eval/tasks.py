@@ -24,7 +24,7 @@ from llava_patch.integrations.lmms_eval.options import settings_for
 from llava_patch.measurements.drift import Drift
 from llava_patch.measurements.fusion_attention import FusionAttention
 from llava_patch.measurements.rprobe.settings import RProbe
-from llava_patch.measurements.saturation import Saturation
+from llava_patch.measurements.saturation.measurement import Saturation
 
 _active: "weakref.WeakValueDictionary[str, MeasurementTask]" = weakref.WeakValueDictionary()
 

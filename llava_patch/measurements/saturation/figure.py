@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llava_patch.core.extras import optional
 from llava_patch.core.plotting import (
@@ -19,9 +19,7 @@ from llava_patch.core.plotting import (
     panels,
     write_figure,
 )
-
-if TYPE_CHECKING:
-    from llava_patch.measurements.saturation.result import SaturationResult
+from llava_patch.measurements.saturation.result import SaturationResult
 
 COLOURS = (IMAGE, TEXT, SPLIT, OTHER, "#dd8452", "#64b5cd", "#937860", "#da8bc3", "#8c8c8c", "#ccb974")
 TITLES = ("Hidden states across a layer", "Text attention on the image", "Logit lens")
@@ -30,7 +28,7 @@ HEIGHT = 3.0  # inches: a panel and its share of the legend below
 _MARKED: dict[str, Any] = {"marker": "o", "ms": 2.5}
 
 
-def saturation_figure(result: "SaturationResult", path: str | Path) -> Path:
+def saturation_figure(result: SaturationResult, path: str | Path) -> Path:
     """Cosine, attention mass and logit-lens KL over the layers; rings are the transition layers.
 
     A patched model's own split is dashed as in every figure, and the layer where it prunes has a line of its own; a
@@ -56,7 +54,7 @@ def saturation_figure(result: "SaturationResult", path: str | Path) -> Path:
     return write_figure(figure, path)
 
 
-def _draw(result: "SaturationResult", axes: list[Any]) -> None:
+def _draw(result: SaturationResult, axes: list[Any]) -> None:
     curves, layers = result.curves, range(result.n_layers)
     cosine, mass, lens = axes
     for i, values in enumerate(zip(*curves.head_mass, strict=True)):
@@ -75,7 +73,7 @@ def _draw(result: "SaturationResult", axes: list[Any]) -> None:
     lens.set_ylim(bottom=0)
 
 
-def _mark(result: "SaturationResult", axes: list[Any]) -> None:
+def _mark(result: SaturationResult, axes: list[Any]) -> None:
     window, patch = result.recommendation.window, result.patch
     for axis in axes:
         if window is not None:
@@ -94,7 +92,7 @@ def _one_legend(figure: Any, axes: list[Any]) -> None:
     figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=len(found), columnspacing=1.2)
 
 
-def comparison_figure(results: "Mapping[str, SaturationResult]", path: str | Path) -> Path:
+def comparison_figure(results: Mapping[str, SaturationResult], path: str | Path) -> Path:
     """The image curves of several models in one colour each; a filled triangle is each one's recommended split.
 
     An open triangle is a patched model's own split. Models of different depth share an axis in percent of depth.
@@ -133,7 +131,7 @@ def comparison_figure(results: "Mapping[str, SaturationResult]", path: str | Pat
     return write_figure(figure, path)
 
 
-def _said(result: "SaturationResult") -> str:
+def _said(result: SaturationResult) -> str:
     if result.patch is not None:
         return "no split of its own" if result.split is None else f"own split {result.split}"
     return "no split" if result.recommended_split is None else f"split {result.recommended_split}"

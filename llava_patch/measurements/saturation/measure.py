@@ -16,8 +16,8 @@ from llava_patch.measurements import trace
 from llava_patch.measurements.lens import lens_kl
 from llava_patch.measurements.passes import check_finite, evaluating
 from llava_patch.measurements.saturation.curves import Curves, RunningMean
+from llava_patch.measurements.saturation.measurement import DEFAULTS, Saturation
 from llava_patch.measurements.saturation.result import PatchOn, SaturationResult, summarise
-from llava_patch.measurements.saturation.settings import DEFAULTS, Saturation
 from llava_patch.measurements.saturation.state import State
 from llava_patch.patching.handle import get_handle
 

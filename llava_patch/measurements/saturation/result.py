@@ -1,15 +1,14 @@
-"""What a saturation measurement found."""
+"""What a saturation measurement found, and several of those side by side."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-from llava_patch.core import files
-from llava_patch.core.errors import InputError
+from llava_patch.measurements.base import Comparison, Result, decode, differences, encode
 from llava_patch.measurements.saturation.curves import Curves
+from llava_patch.measurements.saturation.measurement import DEFAULTS, Saturation
 from llava_patch.measurements.saturation.recommend import (
     Recommendation,
     absent_from,
@@ -17,9 +16,6 @@ from llava_patch.measurements.saturation.recommend import (
     recommend,
     transition_layer,
 )
-from llava_patch.measurements.saturation.settings import DEFAULTS, Saturation
-
-NAME = "saturation"
 
 
 @dataclass(frozen=True)
@@ -38,7 +34,7 @@ class PatchOn:
 
 
 @dataclass(frozen=True)
-class SaturationResult:
+class SaturationResult(Result):
     """What was measured and what follows from it.
 
     Attributes:
@@ -50,8 +46,10 @@ class SaturationResult:
         skipped: number of samples left out, by reason.
         settings: the settings used.
         patch: what a routing or pruning patch on the model does; None: the stock decoder.
-        facts: what was measured, such as checkpoint, data and precision; plain JSON values.
     """
+
+    NAME = TITLE = "saturation"
+    FIGURE = "llava_patch.measurements.saturation.figure:saturation_figure"
 
     curves: Curves
     recommendation: Recommendation
@@ -61,7 +59,6 @@ class SaturationResult:
     skipped: dict[str, int]
     settings: Saturation = field(default_factory=Saturation)
     patch: PatchOn | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def n_layers(self) -> int:
@@ -127,8 +124,8 @@ class SaturationResult:
         ]  # fmt: skip
         return head, rows
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; NaN becomes null."""
+    def encode(self) -> dict[str, Any]:
+        """The curves, what follows from them in words of its own, and the rest."""
         window = self.recommendation.window
         return {
             "n_layers": self.n_layers,
@@ -143,45 +140,20 @@ class SaturationResult:
             "image_leaves_layer": self.image_leaves,
             "text_transition_layer": self.text_transition,
             "text_transition_percent": self.depth_percent(self.text_transition),
-            "patch": None if self.patch is None else asdict(self.patch),
-            "attention_mass": files.plain(self.curves.mass),
-            **files.plain(asdict(self.curves)),
-            "settings": asdict(self.settings),
+            "patch": encode(self.patch),
+            "attention_mass": self.curves.mass,
+            **encode(self.curves),
+            "settings": encode(self.settings),
             "facts": self.facts,
         }
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "SaturationResult":
-        """Read what `to_dict` made; what follows from the curves is worked out again."""
-        curves, settings = Curves.from_dict(values), Saturation(**values["settings"])
-        patch = None if values["patch"] is None else PatchOn(**values["patch"])
+    def decode(cls, values: dict[str, Any]) -> "SaturationResult":
+        """Read the curves; what follows from them is worked out again."""
+        patch = None if values["patch"] is None else decode(PatchOn, values["patch"])
+        settings = decode(Saturation, values["settings"])
+        curves = Curves.from_dict(values)
         return summarise(curves, values["samples"], values["skipped"], settings, patch, values["facts"])
-
-    def save(self, folder: str | Path, name: str = NAME) -> tuple[Path, Path]:
-        """Write `<name>.json` and `<name>.png` into a folder, each atomically.
-
-        Returns:
-            The two paths.
-        """
-        from llava_patch.measurements.saturation.figure import saturation_figure
-
-        folder = Path(folder)
-        json_path = files.write_json(folder / f"{name}.json", self.to_dict())
-        return json_path, saturation_figure(self, folder / f"{name}.png")
-
-
-def read_result(path: Path) -> SaturationResult:
-    """Read a `saturation.json`.
-
-    Raises:
-        InputError: it is missing, or not a file that this version wrote.
-    """
-    try:
-        return SaturationResult.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{path}: not a saturation result of this version ({type(error).__name__}: {error}): measure again"
-        ) from error
 
 
 def summarise(
@@ -217,3 +189,57 @@ def summarise(
 
 def _number(value: float) -> str:
     return "-" if value != value else f"{value:.3g}"
+
+
+def compare(results: Mapping[str, SaturationResult]) -> Comparison:
+    """Several results side by side: a line and a colour each."""
+    head, rows = table(results)
+    title = "Recommended split, window, image and text transition; attention mass"
+    figure = "llava_patch.measurements.saturation.figure:comparison_figure"
+    return Comparison(results, head, rows, notes(results), figure, title)
+
+
+def table(results: Mapping[str, SaturationResult]) -> tuple[list[str], list[list[str]]]:
+    """(head, rows), a line a model; layers are numbers with their percentage of the depth.
+
+    `image` and `text` are the transition layers, `mass 0` and `deep` the attention mass at layer 0 and in the deep
+    median, `own` is a patched model's own split.
+    """
+    head = ["model", "layers", "split", "window", "image", "text", "mass 0", "deep"]
+    own = any(result.split is not None for result in results.values())
+    rows = []
+    for name, result in results.items():
+        window = result.recommendation.window
+        rows.append(
+            [
+                name,
+                str(result.n_layers),
+                result.worded(result.recommended_split),
+                "none" if window is None else f"{window[0]}..{window[1]}",
+                result.worded(result.image_transition),
+                result.worded(result.text_transition),
+                f"{result.curves.mass[0]:.3g}",
+                f"{result.deep_mass:.3g}",
+                *([result.worded(result.split)] * own),
+            ]
+        )
+    return head + ["own"] * own, rows
+
+
+def notes(results: Mapping[str, SaturationResult]) -> list[str]:
+    """Why a model has no recommended split, and what besides the model differs from the first; a sentence each."""
+    found = []
+    base_name, base = next(iter(results.items()))
+    for name, result in results.items():
+        if result.recommended_split is None:
+            found.append(f"{name}: no split: {result.recommendation.reason}")
+        unlike = differences(_conditions(result), _conditions(base), (name, base_name))
+        found += [] if unlike is None else [unlike]
+    return found
+
+
+def _conditions(result: SaturationResult) -> dict[str, Any]:
+    """What else than the model changes the numbers."""
+    settings = {k: v for k, v in asdict(result.settings).items() if k not in ("save_every", "max_samples", "chunk")}
+    facts = {name: result.facts.get(name) for name in ("data", "question", "dtype")}
+    return {**settings, **facts, "samples": result.samples}

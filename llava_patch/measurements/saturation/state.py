@@ -22,7 +22,7 @@ from llava_patch.core.errors import CheckpointError
 from llava_patch.core.files import atomic
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.measurements.saturation.curves import RunningMean
-from llava_patch.measurements.saturation.settings import Saturation
+from llava_patch.measurements.saturation.measurement import Saturation
 
 if TYPE_CHECKING:
     from llava_patch.data.examples import Example

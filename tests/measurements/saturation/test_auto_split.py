@@ -17,8 +17,9 @@ from torch import nn
 from llava_patch import FastV, Routing, Saturation, SkipLinks, get_handle, patch
 from llava_patch.core.errors import InputError, SettingError
 from llava_patch.hosts.anatomy import find
-from llava_patch.measurements.saturation import SaturationResult, measure_saturation
 from llava_patch.measurements.saturation.auto_split import resolve_split
+from llava_patch.measurements.saturation.measure import measure_saturation
+from llava_patch.measurements.saturation.result import SaturationResult
 from llava_patch.settings.methods import from_dict, to_dict
 from tests.support.saturating import saturate
 

@@ -13,7 +13,9 @@ import torch
 from llava_patch import Routing, patch
 from llava_patch.core.errors import HostError, InputError, SettingError
 from llava_patch.hosts.anatomy import find
-from llava_patch.measurements.saturation import Saturation, SaturationResult, measure_sample, measure_saturation
+from llava_patch.measurements.saturation.measure import measure_sample, measure_saturation
+from llava_patch.measurements.saturation.measurement import Saturation
+from llava_patch.measurements.saturation.result import SaturationResult
 from tests.support import tiny
 
 

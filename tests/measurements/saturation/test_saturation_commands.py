@@ -10,16 +10,21 @@ import pytest
 from typer.testing import CliRunner
 
 from llava_patch import FastV, Routing, patch
-from llava_patch.cli import saturation as command
 from llava_patch.cli.main import app
+from llava_patch.cli.measure import settings_for
+from llava_patch.core import registry
 from llava_patch.core.errors import CheckpointError, InputError, SettingError
-from llava_patch.measurements.saturation import PatchOn, measure, summarise
-from llava_patch.measurements.saturation.compare import find_result, names_of, notes, table
+from llava_patch.data.target import Target
+from llava_patch.measurements.base import find_result, names_of
+from llava_patch.measurements.saturation import measure
 from llava_patch.measurements.saturation.figure import comparison_figure, saturation_figure
+from llava_patch.measurements.saturation.result import PatchOn, notes, summarise, table
 from llava_patch.measurements.saturation.state import STATE_FILE
 from tests.support import fileset
 
 from .test_recommend import paper_like
+
+FILE = "saturation.json"
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +69,10 @@ def test_samples_are_made_when_they_are_asked_for(models: Path, tmp_path: Path) 
 
     for i in range(6):
         Image.new("RGB", (30, 30), (40 * i, 0, 0)).save(tmp_path / f"{i}.png")
-    subject = command.load(str(models / "stock"))
-    chosen = command.examples_for(subject, str(tmp_path), 3, "What?")
-    samples = command._Samples(subject.inputs(), chosen)
+    samples = Target(str(models / "stock"), str(tmp_path), question="What?").samples(3)
     assert len(samples) == 3 and len(samples[1:]) == 2 and len(list(samples[2:])) == 1
-    assert command._settings(None).max_samples == 32 and command._settings(0).max_samples is None
+    saturation = registry.measurement("saturation")
+    assert settings_for(saturation, None, {}).max_samples == 32 and settings_for(saturation, 0, {}).max_samples is None
 
 
 def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(models: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -114,21 +118,21 @@ def test_results_are_found_and_named(tmp_path: Path) -> None:
     for name in ("a/one", "b/one"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "saturation.json").write_text("{}")
-    assert find_result(str(tmp_path / "a")) == tmp_path / "a" / "one" / "saturation.json"
+    assert find_result(str(tmp_path / "a"), FILE) == tmp_path / "a" / "one" / "saturation.json"
     (tmp_path / "a" / "config.json").write_text("{}")
-    assert find_result(str(tmp_path / "a")) is None
+    assert find_result(str(tmp_path / "a"), FILE) is None
     with pytest.raises(InputError, match="several results"):
-        find_result(str(tmp_path))
+        find_result(str(tmp_path), FILE)
     paths = [str(tmp_path / "a" / "one"), str(tmp_path / "b" / "one" / "saturation.json")]
-    assert names_of(paths) == ["a", "b"] and names_of(["x/a", "x/b"]) == ["a", "b"]
+    assert names_of(paths, "", FILE) == ["a", "b"] and names_of(["x/a", "x/b"]) == ["a", "b"]
     assert names_of(["x/a", "y/a", "x/b"]) == ["x__a", "y__a", "x__b"] and names_of(["a", "a"]) == ["a-1", "a-2"]
-    assert names_of(paths, ["p", "q"]) == ["p", "q"]
+    assert names_of(paths, "p, q") == ["p", "q"]
     with pytest.raises(SettingError, match="2 distinct names"):
-        names_of(paths, ["p", "p"])
+        names_of(paths, "p,p")
 
 
 def made(layers: int = 32, patch_on: PatchOn | None = None) -> Any:
-    from llava_patch.measurements.saturation import Curves
+    from llava_patch.measurements.saturation.curves import Curves
 
     mass = paper_like()[:layers] if layers <= 32 else [*paper_like()[:-1], *[0.04] * (layers - 32), 0.2]
     kl = [4.0] * 20 + [1.0] * (layers - 21) + [0.0]
@@ -144,7 +148,7 @@ def test_the_papers_7b_curve_recommends_18() -> None:
 
 
 def test_an_image_that_leaves_early_has_no_transition() -> None:
-    from llava_patch.measurements.saturation import Curves
+    from llava_patch.measurements.saturation.curves import Curves
     from llava_patch.measurements.saturation.result import SaturationResult
 
     nan = float("nan")

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llava_patch.data.model_inputs import samples_of
+from llava_patch.data.model_inputs import ModelInputs
 from llava_patch.measurements.reach.measure import measure_reach
 from llava_patch.measurements.reach.settings import Reach
 from llava_patch.settings.active import settings_of
@@ -17,7 +17,7 @@ from llava_patch.tools.report.section import Found, Section, found_of
 def _run(context: Context, folder: Path) -> Found:
     settings = settings_of(Reach)
     examples = context.examples(settings.samples, answers=True)
-    samples = samples_of(context.subject, examples, answers=True)
+    samples = ModelInputs(context.subject, examples, answers=True)
     result = measure_reach(context.subject.model, samples, settings)
     alt = "Norm of the gradient that reaches each part of the model, and the side branch's output layer by layer."
     return found_of(result, folder, "reach", alt)

@@ -6,7 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llava_patch.measurements.saturation import Saturation, measure_saturation
+from llava_patch.measurements.saturation.measure import measure_saturation
+from llava_patch.measurements.saturation.measurement import Saturation
 from llava_patch.tools.report.context import Context
 from llava_patch.tools.report.section import Found, Section, found_of
 

@@ -1,0 +1,405 @@
+"""Commands of measurements, made from what `core.registry` names: one adapter for all of them.
+
+An option is a field of the measurement's settings or a keyword-only parameter of its `measure`; its help is the line
+about it in the docstring. What every command has (`cli.common`) means the same in each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import re
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional, Union, get_args, get_origin
+
+import typer
+
+from llava_patch.cli import common, output
+from llava_patch.core import registry
+from llava_patch.core.errors import CheckpointError, SettingError
+from llava_patch.core.extras import need
+from llava_patch.measurements import base as protocol
+
+if TYPE_CHECKING:
+    from llava_patch.data.target import Target
+    from llava_patch.measurements.base import Measurement, Result
+
+COUNTS = ("max_samples", "samples")  # fields of settings that --samples stands for
+
+
+def add(app: typer.Typer, name: str) -> None:
+    """Add a measurement's command, or its group where results can be compared.
+
+    Args:
+        app: the console command.
+        name: in the registry.
+    """
+    measurement = registry.measurement(name)
+    if measurement.compare:
+        second = f"several checkpoints: llava-patch {measurement.command} compare A B ... --data DATA"
+        kind = type("Group", (common.DefaultGroup,), {"second": second})
+        group = typer.Typer(cls=kind, no_args_is_help=True, help=_help_of_group(measurement))
+        group.command("run", no_args_is_help=True)(run_command(measurement))
+        group.command("compare", no_args_is_help=True)(compare_command(measurement))
+        app.add_typer(group, name=measurement.command)
+    else:
+        app.command(measurement.command, no_args_is_help=True)(run_command(measurement))
+
+
+def run_command(measurement: "Measurement") -> Callable[..., None]:
+    """The command that measures one checkpoint."""
+    name, options = measurement.command, options_of(measurement)
+    data = {"data": (str, common.DATA), "samples": (Optional[int], samples_of(measurement))}
+    extra = {"extra": (Optional[list[str]], typer.Argument(None, hidden=True))} if measurement.compares else {}
+    where = f"folder for results; default: {name}/ and CKPT's name"
+    parameters = {
+        "checkpoint": (str, common.CHECKPOINT),
+        **data,
+        **extra,
+        **options,
+        "question": (str, common.QUESTION),
+        "output": (Optional[Path], typer.Option(None, help=where, show_default=False)),
+        "formats": (list[str], common.FORMAT),
+        "base": (str, common.COMPARED if measurement.compares else common.BASE),
+        **_HOW,
+    }
+
+    def command(
+        checkpoint: str,
+        data: str,
+        samples: int | None,
+        question: str,
+        output: Path | None,
+        formats: list[str],
+        base: str,
+        device: str,
+        dtype: str,
+        gin_file: list[str],
+        gin_param: list[str],
+        extra: list[str] | None = None,
+        **words: Any,
+    ) -> None:
+        need(name, *measurement.extras)
+        common.check_checkpoint(checkpoint)
+        common.check_formats(formats)
+        folder = common.folder_for(name, checkpoint, output)
+        fields, others = _split(measurement, words)
+        with common.configured(gin_file, gin_param, goes_on=measurement.resumes):
+            settings = settings_for(measurement, samples, fields)
+            below, base = _models(measurement, settings, checkpoint, base)
+            target = _target(checkpoint, data, below, base, device, dtype, question)
+            measure = functools.partial(measurement.measure, **others)
+            _check(measurement, target, folder, extra)
+            run(measurement, measure, target, settings, folder, formats)
+
+    return _typed(command, parameters, inspect.getdoc(type(measurement)) or "")
+
+
+def run(
+    measurement: "Measurement",
+    measure: Callable[..., "Result"],
+    target: "Target",
+    settings: Any,
+    folder: Path,
+    formats: Sequence[str],
+) -> None:
+    """Measure, show what was found and write it."""
+    from llava_patch.core.folder_lock import folder_lock
+
+    with folder_lock(folder if measurement.resumes else None):
+        result = measure(target, settings, folder)
+        for title, table in measurement.tables(result):
+            output.show(table, title)
+        output.finish(result, folder, target.checkpoint, formats)
+        measurement.finished(folder)
+
+
+def compare_command(measurement: "Measurement") -> Callable[..., None]:
+    """The command that puts results side by side, and measures checkpoints among them."""
+    name = measurement.command
+    file = f"{measurement.name}.json"
+    models = typer.Argument(..., metavar="A B ...", help=f"checkpoints, {file} files of earlier runs, or their folders")
+    parameters = {
+        "models": (list[str], models),
+        "data": (str, typer.Option("", help=f"what checkpoints are measured on, as DATA of {name} run")),
+        "samples": (Optional[int], samples_of(measurement)),
+        **options_of(measurement),
+        "names": (str, common.NAMES),
+        "question": (str, common.QUESTION),
+        "output": (Path, typer.Option(Path(f"{measurement.name}_compare"), help="folder for table, figure, results")),
+        "formats": (list[str], common.FORMAT),
+        "base": (str, common.BASE),
+        **_HOW,
+    }
+
+    def command(
+        models: list[str],
+        data: str,
+        samples: int | None,
+        names: str,
+        question: str,
+        output: Path,
+        formats: list[str],
+        base: str,
+        device: str,
+        dtype: str,
+        gin_file: list[str],
+        gin_param: list[str],
+        **words: Any,
+    ) -> None:
+        need(f"{name} compare", *measurement.extras)
+        common.check_formats(formats)
+        if len(models) < 2:
+            raise SettingError(f"{name} compare: one model ({models[0]}), expected at least two")
+        # All that can be wrong with the arguments, before minutes are spent on the first checkpoint.
+        called = protocol.names_of(models, names, file)
+        kind = registry.load(measurement.result)
+        files = [protocol.find_result(given, file) for given in models]
+        found = {name: file and kind.load(file) for name, file in zip(called, files, strict=True)}
+        fields, others = _split(measurement, words)
+        with common.configured(gin_file, gin_param, goes_on=True):
+            settings = settings_for(measurement, samples, fields)
+            wanted = [(name, given) for name, given in zip(called, models, strict=True) if found[name] is None]
+            targets = {one: _target(given, data, base, "", device, dtype, question) for one, given in wanted}
+            for one, target in targets.items():
+                _check_model(measurement, target.checkpoint)
+                _check(measurement, target, output / one)
+            for one, target in targets.items():
+                typer.echo(f"measuring {one}", err=True)
+                found[one] = _kept(measurement, target, settings, output / one, others)
+        _finish_comparison(registry.load(measurement.compare)(found), output, formats)
+
+    text = (
+        "Compare models: one figure, one table.\n\nCheckpoints are measured one after the other, each into a folder of "
+        "OUTPUT that has its name; the same command again takes up what is there. OUTPUT gets compare.json and "
+        "compare.png."
+    )
+    return _typed(command, parameters, text)
+
+
+def _kept(
+    measurement: "Measurement", target: "Target", settings: Any, folder: Path, others: dict[str, Any]
+) -> "Result":
+    """A checkpoint's result: of an earlier run where that was the same measurement, else measured and written now."""
+    import gc
+
+    from llava_patch.core.folder_lock import folder_lock
+
+    with folder_lock(folder):
+        kept = measurement.kept(target, settings, folder)
+        if kept is not None:
+            typer.echo(f"{folder / (measurement.name + '.json')}: measured before", err=True)
+            return kept
+        result = measurement.measure(target, settings, folder, **others)
+        result = output.with_facts(result, target.checkpoint)
+        result.save(folder)
+        measurement.finished(folder)
+    target.release()
+    gc.collect()  # one model at a time in memory: patched ones hold themselves through their handle
+    return result
+
+
+def _finish_comparison(compared: Any, folder: Path, formats: Sequence[str]) -> None:
+    paths = compared.save(folder, formats=formats)
+    output.show((compared.head, compared.rows), compared.title, compared.notes)
+    for path in paths:
+        typer.echo(f"wrote {path}")
+
+
+def settings_for(measurement: "Measurement", samples: int | None, given: dict[str, Any]) -> Any:
+    """A measurement's settings: gin's with the command's own on top, and the number of samples filled in.
+
+    Args:
+        measurement: what is measured.
+        samples: of the command line; 0: all; None: the setting's, else the command's own number.
+        given: fields that the command line sets; None: it does not.
+    """
+    from llava_patch.data.model_inputs import count_of
+    from llava_patch.settings.active import settings_of
+
+    settings = settings_of(measurement.settings, **given)
+    field = count_field(measurement)
+    if field is None or measurement.samples is None:
+        return settings
+    count = count_of(samples, getattr(settings, field), measurement.samples)
+    return dataclasses.replace(settings, **{field: count})
+
+
+def count_field(measurement: "Measurement") -> str | None:
+    """The field of a measurement's settings that --samples stands for."""
+    names = [f.name for f in dataclasses.fields(measurement.settings)]
+    return next((name for name in COUNTS if name in names), None)
+
+
+def samples_of(measurement: "Measurement") -> Any:
+    """The option --samples."""
+    field = f"{measurement.settings.__name__}.{count_field(measurement)}"
+    text = f"spread evenly over DATA; 0: all of it; default: {field}, or {measurement.samples}"
+    return typer.Option(None, min=0, help=text, show_default=False)
+
+
+_HOW: dict[str, tuple[Any, Any]] = {
+    "device": (str, common.DEVICE),
+    "dtype": (str, common.DTYPE),
+    "gin_file": (list[str], common.GIN_FILE),
+    "gin_param": (list[str], common.GIN_PARAM),
+}
+
+
+def options_of(measurement: "Measurement") -> dict[str, tuple[Any, Any]]:
+    """(type, option) of each setting that is one, and of each keyword-only parameter of `measure`, by name."""
+    found: dict[str, tuple[Any, Any]] = {}
+    lines = described(measurement.settings.__doc__, "Attributes")
+    for field in dataclasses.fields(measurement.settings):
+        if field.name in (*COUNTS, "base", *measurement.hidden):
+            continue
+        text = f"{lines[field.name]}; default: {measurement.settings.__name__}.{field.name}, {_said(field.default)}"
+        found[field.name] = _option(measurement, field.name, protocol.hint_of(measurement.settings, field), None, text)
+    lines = described(measurement.measure.__doc__, "Args")
+    for parameter in inspect.signature(measurement.measure, eval_str=True).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            found[parameter.name] = _option(
+                measurement, parameter.name, parameter.annotation, parameter.default, lines[parameter.name]
+            )
+    return found
+
+
+def _option(measurement: "Measurement", name: str, hint: Any, default: Any, text: str) -> tuple[Any, Any]:
+    words = [measurement.words[name]] if name in measurement.words else []
+    kind = _plain(hint)
+    if kind is bool and not words:
+        words = [f"--{name.replace('_', '-')}/--no-{name.replace('_', '-')}"]
+    if default is None:
+        kind = Optional[kind]
+    return kind, typer.Option(default, *words, help=text, show_default=default not in (None, "", [], False))
+
+
+def _plain(hint: Any) -> Any:
+    """What typer reads for a type: numbers of a tuple come as one word, "30,31"."""
+    if get_origin(hint) in (Union, types.UnionType):
+        hint = next(one for one in get_args(hint) if one is not type(None))
+    return str if get_origin(hint) is tuple else hint
+
+
+def _split(measurement: "Measurement", words: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(fields of the settings, parameters of `measure`) of a command's own options."""
+    hints = {f.name: protocol.hint_of(measurement.settings, f) for f in dataclasses.fields(measurement.settings)}
+    fields = {k: _numbers(k, v, hints[k]) for k, v in words.items() if k in hints}
+    return fields, {k: v for k, v in words.items() if k not in hints}
+
+
+def _numbers(name: str, value: Any, hint: Any) -> Any:
+    if not isinstance(value, str) or not any(get_origin(one) is tuple for one in (hint, *get_args(hint))):
+        return value
+    try:
+        return tuple(int(part) for part in value.split(",")) if value else None
+    except ValueError:
+        raise SettingError(f"--{name.replace('_', '-')} {value}: expected {name} numbers, as 30,31") from None
+
+
+def _target(checkpoint: str, data: str, below: str, base: str, device: str, dtype: str, question: str) -> "Target":
+    from llava_patch.data.target import Target
+
+    return Target(checkpoint, data, below, base, device, dtype, question)
+
+
+def _models(measurement: "Measurement", settings: Any, checkpoint: str, base: str) -> tuple[str, str]:
+    """(the model below the checkpoint, the one that it is compared with); "": none.
+
+    Under a LoRA or projector-only checkpoint --base is both, unless the setting `base` names another one to compare
+    with.
+    """
+    if not measurement.compares:
+        return base, ""
+    from llava_patch.data.base_model import base_of
+    from llava_patch.data.loaded import is_part
+
+    part = bool(base) and is_part(checkpoint)
+    other = (settings.base or base) if part else (base or settings.base)
+    if other:
+        common.check_checkpoint(other, "--base")
+    return base if part else "", base_of(checkpoint, other, "--base")
+
+
+def _check(measurement: "Measurement", target: "Target", folder: Path, extra: list[str] | None = None) -> None:
+    """Refuse what cannot end well before minutes are spent on loading a model."""
+    from llava_patch.data.examples import check_data
+
+    if measurement.compares:
+        _check_words(measurement, target.data, extra or [])
+    sources = [target.checkpoint] + ([target.base] if measurement.compares else [])
+    output.check_results(folder / f"{measurement.name}.json", sources)
+    check_data(target.data)
+
+
+def _check_words(measurement: "Measurement", data: str, extra: list[str]) -> None:
+    """Refuse a base in the place of DATA, where it stood in earlier versions."""
+    path = Path(data.partition("?")[0])
+    lost = bool(data) and ":" not in data and not path.exists()
+    if not extra and not lost and not (path / "config.json").is_file():
+        return
+    given = " ".join(word or "''" for word in (data, *extra))
+    raise SettingError(
+        f"{measurement.command} CKPT {given}: no data there; it takes CKPT [DATA], and the model to compare with is "
+        "given as --base BASE"
+    )
+
+
+def _check_model(measurement: "Measurement", given: str) -> None:
+    from llava_patch.core.weights import read_json
+
+    common.check_checkpoint(given)
+    if read_json(given, "config.json") is None:
+        raise CheckpointError(f"{given}: neither a checkpoint (no config.json) nor a {measurement.name} result")
+
+
+def _typed(command: Callable[..., None], parameters: dict[str, tuple[Any, Any]], text: str) -> Callable[..., None]:
+    """A command as typer reads it: its parameters with their types and options."""
+
+    def called(**given: Any) -> None:
+        command(**given)
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    called.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(name, kind, default=one, annotation=hint) for name, (hint, one) in parameters.items()]
+    )
+    called.__annotations__ = {name: hint for name, (hint, _) in parameters.items()}
+    called.__doc__ = text
+    return called
+
+
+def _help_of_group(measurement: "Measurement") -> str:
+    first, name = (inspect.getdoc(type(measurement)) or "").splitlines()[0], measurement.command
+    return (
+        f"{first}\n\nllava-patch {name} CKPT [DATA] [OPTIONS] is short for {name} run. Its options: llava-patch {name} "
+        "run --help\n"
+    )
+
+
+def described(text: str | None, section: str) -> dict[str, str]:
+    """What a docstring says of each attribute or parameter, without the full stop.
+
+    Args:
+        text: the docstring.
+        section: "Attributes" or "Args".
+    """
+    found: dict[str, str] = {}
+    lines = inspect.cleandoc(text or "").partition(f"\n{section}:\n")[2].splitlines()
+    name = ""
+    for line in lines:
+        if line and not line.startswith(" "):
+            break
+        started = re.match(r"    (\w+): (.*)", line)
+        if started:
+            name = started[1]
+            found[name] = started[2]
+        elif line.strip():
+            found[name] += f" {line.strip()}"
+    return {name: line.removesuffix(".") for name, line in found.items()}
+
+
+def _said(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value)

@@ -1,0 +1,406 @@
+"""The measurement protocol: what a measurement is, what it gives back, and how several results are put side by side.
+
+One class derived from `Measurement`, in a file of its own and named once in `core.registry`, has a command, gin
+bindings, a section of the report and, with `metrics`, what an lmms-eval task needs. Such a file imports torch inside
+its functions only: every `llava-patch --help` reads it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Union, get_args, get_origin
+
+from llava_patch.core import registry
+from llava_patch.core.errors import InputError, SettingError
+from llava_patch.core.files import plain, write_json
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from llava_patch.data.target import Target
+
+Table = tuple[list[str], list[list[str]]]
+"""Head and rows; the first column is a name."""
+FIGURES = ("png", "pdf")
+"""Formats that `--format` takes."""
+NOT_WRITTEN = {"written": False}
+"""Metadata of a result's field that stays in memory, such as pictures for its figure."""
+
+
+class Measurement:
+    """One thing that can be measured on a checkpoint; the class docstring is the help of its command.
+
+    The command is made from it: the fields of `settings` and the keyword-only parameters of `measure` are its options,
+    and the lines about them in the two docstrings are their help.
+
+    Attributes:
+        name: in the registry, of results' files, of the report's section and of the lmms-eval task; the command has
+            dashes for underscores.
+        title: heading of the report's section.
+        about: the report's paragraph: what is measured, and how to read it.
+        alt: what the figure shows, in words, for who cannot see it.
+        settings: frozen dataclass, which gin binds under its own name. Its field `max_samples` (or `samples`) is
+            --samples, and its field `base` is what --base says unless it is bound.
+        result: "MODULE:ATTRIBUTE" of the `Result` class.
+        samples: how many samples the command takes unless told otherwise; None: it takes no data.
+        answers: whether samples need the right answer, for a loss.
+        compares: whether a base is measured beside the checkpoint.
+        several: whether the command takes several checkpoints, side by side.
+        resumes: whether the command, interrupted, goes on where it was.
+        extras: of pyproject.toml, see `core.extras`.
+        words: spelling of single options, such as {"everything": "--all"}.
+        hidden: fields of `settings` that are no options.
+        compare: "MODULE:FUNCTION" that makes a `Comparison` of results by their names; "": they are not compared.
+        metrics: of the lmms-eval task: its value of a pooled result, by the metric's name.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    about: ClassVar[str]
+    alt: ClassVar[str] = ""
+    settings: ClassVar[type]
+    result: ClassVar[str]
+    samples: ClassVar[int | None] = 32
+    answers: ClassVar[bool] = False
+    compares: ClassVar[bool] = False
+    several: ClassVar[bool] = False
+    resumes: ClassVar[bool] = False
+    extras: ClassVar[tuple[str, ...]] = ("figures",)
+    words: ClassVar[dict[str, str]] = {}
+    hidden: ClassVar[tuple[str, ...]] = ()
+    compare: ClassVar[str] = ""
+    metrics: ClassVar[dict[str, Callable[[Any], float | int | None]]] = {}
+
+    @property
+    def command(self) -> str:
+        """The word of the console command."""
+        return self.name.replace("_", "-")
+
+    def measure(self, target: "Target", settings: Any, folder: Path | None = None) -> "Result":
+        """Measure a checkpoint.
+
+        Args:
+            target: the checkpoint with data and base; loads models and makes samples when asked.
+            settings: an instance of `settings`, with the number of samples filled in.
+            folder: where an unfinished run is kept; None: nowhere.
+        """
+        raise NotImplementedError
+
+    def tables(self, result: Any) -> list[tuple[str, Table]]:
+        """What the command prints: (title, table) each."""
+        return [("", result.table())]
+
+    def kept(self, target: "Target", settings: Any, folder: Path) -> "Result | None":
+        """The result of the very same measurement that an earlier run left in a folder; None: there is none."""
+        return None
+
+    def finished(self, folder: Path) -> None:
+        """The result is written: take away what an unfinished run would go on from."""
+
+    def why_not(self, target: "Target") -> str | None:
+        """Why a target cannot be measured, as far as that is seen before anything is loaded; None: it can."""
+        return None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a measurement found: the base of result dataclasses, and their one codec.
+
+    A file holds the fields as JSON, its format and version, and what `derived` works out of the fields for those who
+    read only the file. NaN becomes null and back.
+
+    Attributes:
+        NAME: stem of its files.
+        TITLE: what it is a result of, in errors and in the file's format.
+        VERSION: of the format; a file that says none is of version 1.
+        FIGURE: "MODULE:FUNCTION" that draws it: called with the result and a path, which it returns.
+        facts: what was measured, such as checkpoint, data and precision; plain JSON values.
+    """
+
+    NAME: ClassVar[str]
+    TITLE: ClassVar[str]
+    VERSION: ClassVar[int] = 1
+    FIGURE: ClassVar[str]
+    facts: dict[str, Any] = field(default_factory=dict, kw_only=True)
+
+    def summary(self) -> str:
+        """What was found, in a sentence or two."""
+        raise NotImplementedError
+
+    def table(self) -> Table:
+        """Head and rows."""
+        raise NotImplementedError
+
+    def derived(self) -> dict[str, Any]:
+        """What the file says beside the fields; not read back."""
+        return {}
+
+    @classmethod
+    def format(cls) -> str:
+        """What a file's "format" says."""
+        return f"llava_patch {cls.TITLE} result"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        values = {"format": self.format(), "version": self.VERSION, **self.derived(), **self.encode()}
+        found: dict[str, Any] = plain(values)
+        return found
+
+    def encode(self) -> dict[str, Any]:
+        """The fields as JSON values; facts only where there are some."""
+        values: dict[str, Any] = encode(self)
+        if not self.facts:
+            del values["facts"]
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "these values") -> "Self":
+        """Read what `to_dict` made.
+
+        Args:
+            values: of JSON.
+            where: the file, for errors.
+
+        Raises:
+            InputError: not such a result, one of a newer version, or one with a missing, unknown or damaged field.
+        """
+        what = cls.format().removeprefix("llava_patch ")
+        if not isinstance(values, dict) or values.get("format", cls.format()) != cls.format():
+            raise InputError(f"{where}: not a {what}")
+        version = values.get("version", 1)
+        if version != cls.VERSION:
+            raise InputError(
+                f"{where}: a {what} of version {version}, this version of llava_patch reads {cls.VERSION}: measure "
+                "again, or use the llava_patch that wrote it"
+            )
+        try:
+            found = cls.decode({k: v for k, v in values.items() if k not in ("format", "version")})
+            unknown = sorted(set(values) - {"facts"} - set(found.to_dict()))
+            if unknown:
+                raise ValueError(f"unknown: {', '.join(unknown)}")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            kind = "missing" if isinstance(error, KeyError) else type(error).__name__
+            raise InputError(f"{where}: not a {what} of this version ({kind}: {error}): measure again") from error
+        return found
+
+    @classmethod
+    def decode(cls, values: dict[str, Any]) -> "Self":
+        """The fields of JSON values; further ones are passed over, see `from_dict`."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        found: Self = decode(cls, {k: v for k, v in values.items() if k in known})
+        return found
+
+    def save(self, folder: str | Path, name: str = "", formats: Sequence[str] = FIGURES[:1]) -> tuple[Path, ...]:
+        """Write NAME.json and the figure into a folder, each whole or not at all.
+
+        Returns:
+            The paths, the JSON's first.
+        """
+        folder, name = Path(folder), name or self.NAME
+        paths = [write_json(folder / f"{name}.json", self.to_dict())]
+        return (*paths, *(self.draw(folder / f"{name}.{suffix}") for suffix in formats))
+
+    def draw(self, path: Path) -> Path:
+        """Write the figure in the format of the path's suffix; returns the path."""
+        written: Path = registry.load(self.FIGURE)(self, path)
+        return written
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Self":
+        """Read a file that `save` wrote.
+
+        Raises:
+            InputError: see `from_dict`; names the file.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: cannot be read as a {cls.TITLE} result ({error}): measure again") from error
+        return cls.from_dict(values, str(path))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several results of one kind side by side.
+
+    Attributes:
+        results: by name, in order.
+        head: column titles of the table.
+        rows: its cells, a line a result.
+        notes: what keeps them from being compared, and what else is to be said; a sentence each.
+        figure: "MODULE:FUNCTION" that draws them: called with `results` and a path, which it returns.
+        title: of the table.
+    """
+
+    results: Mapping[str, Result]
+    head: list[str]
+    rows: list[list[str]]
+    notes: list[str]
+    figure: str
+    title: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "results": {name: result.to_dict() for name, result in self.results.items()},
+            "table": {"head": self.head, "rows": self.rows},
+            "notes": self.notes,
+        }
+
+    def save(self, folder: str | Path, name: str = "compare", formats: Sequence[str] = FIGURES[:1]) -> tuple[Path, ...]:
+        """Write NAME.json and the figure; returns the paths."""
+        folder, draw = Path(folder), registry.load(self.figure)
+        written = write_json(folder / f"{name}.json", self.to_dict())
+        return (written, *(draw(self.results, folder / f"{name}.{suffix}") for suffix in formats))
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any], names: tuple[str, str]) -> str | None:
+    """In what two runs differ beside the model, as a sentence; None: in nothing.
+
+    Args:
+        one: settings and facts that change the numbers.
+        other: those of the run that it is compared with.
+        names: of the two.
+    """
+    unlike = [f"{key} = {one[key]} (there {other[key]})" for key in one if one[key] != other[key]]
+    return f"{names[0]} differs from {names[1]} in more than the model: {', '.join(unlike)}" if unlike else None
+
+
+def find_result(given: str, file: str) -> Path | None:
+    """The result file that an argument names; None: it is a checkpoint.
+
+    Args:
+        given: a result file, a folder that holds one (in itself or anywhere below), or a checkpoint.
+        file: name of result files.
+
+    Raises:
+        InputError: a folder with several results below it, or a JSON file that is missing.
+    """
+    path = Path(given)
+    if path.suffix == ".json":
+        if not path.is_file():
+            raise InputError(f"{given}: no such file")
+        return path
+    if not path.is_dir() or (path / "config.json").is_file():
+        return None
+    if (path / file).is_file():
+        return path / file
+    below = sorted(path.rglob(file))
+    if len(below) > 1:
+        raise InputError(f"{given}: holds several results ({below[0]}, {below[1]}, ...): name the ones to compare")
+    return below[0] if below else None
+
+
+def names_of(given: Sequence[str], names: str = "", file: str = "") -> list[str]:
+    """What to call several models: by the last part of their paths, or the part above it, that tells them apart.
+
+    Args:
+        given: checkpoints, result files or folders.
+        names: of the user's own, with commas between them; "": none.
+        file: name of result files, which says nothing.
+
+    Raises:
+        SettingError: another number of names than of models, or one name twice.
+    """
+    own = words(names)
+    if own:
+        if len(own) != len(given) or len(set(own)) < len(own):
+            raise SettingError(f"--names {','.join(own)}: expected {len(given)} distinct names")
+        return own
+    parts = [_parts(path, file) for path in given]
+    single = [part[-1] for part in parts]
+    above = [part[-2] if len(part) > 1 else part[-1] for part in parts]
+    for found in (single, above, [f"{a}__{b}" for a, b in zip(above, single, strict=True)]):
+        if len(set(found)) == len(found):
+            return found
+    return [f"{name}-{i}" for i, name in enumerate(single, 1)]
+
+
+def _parts(given: str, file: str) -> list[str]:
+    path = Path(given)
+    if path.exists():
+        path = path.resolve()
+    if path.name == file:
+        path = path.parent
+    return [part.removesuffix(".json") for part in path.parts if part not in ("/", "")]
+
+
+def words(text: str) -> list[str]:
+    """The words of an option that takes several, with commas between them."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def encode(value: Any) -> Any:
+    """Dataclasses as dictionaries of their fields, tuples as lists, dictionaries with other keys than text as pairs."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        kept = [f.name for f in dataclasses.fields(value) if f.metadata.get("written", True)]
+        return {name: encode(getattr(value, name)) for name in kept}
+    if isinstance(value, dict):
+        if all(isinstance(key, str) for key in value):
+            return {key: encode(item) for key, item in value.items()}
+        return [[key, encode(item)] for key, item in value.items()]
+    return [encode(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def decode(hint: Any, value: Any) -> Any:
+    """The value of a type that `encode` made into JSON.
+
+    Raises:
+        KeyError: a field without a default is missing; names it.
+        ValueError: an unknown field.
+        TypeError: a value of another kind.
+    """
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in inner:
+            return None
+        (hint,) = (one for one in inner if one is not type(None))
+        return decode(hint, value)
+    if dataclasses.is_dataclass(hint):
+        return _decode_fields(hint, value)
+    if hint is float:
+        if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
+            raise TypeError(f"expected a number, got {value!r}")
+        return float("nan") if value is None else value
+    if origin in (list, tuple):
+        if not isinstance(value, list):
+            raise TypeError(f"expected a list, got {value!r}")
+        if origin is tuple and inner[-1] is not Ellipsis:
+            return tuple(decode(one, item) for one, item in zip(inner, value, strict=True))
+        return origin(decode(inner[0], item) for item in value)
+    if origin is dict:
+        pairs = value.items() if isinstance(value, dict) else value
+        return {key: decode(inner[1], item) for key, item in pairs}
+    if hint is not Any and isinstance(hint, type) and not isinstance(value, hint):
+        raise TypeError(f"expected {hint.__name__}, got {value!r}")
+    return value
+
+
+def _decode_fields(cls: Any, values: Any) -> Any:
+    if not isinstance(values, dict):
+        raise TypeError(f"expected the fields of {cls.__name__}, got {values!r}")
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.metadata.get("written", True)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no {', '.join(unknown)}")
+    found = {}
+    for name, one in fields.items():
+        if name in values:
+            found[name] = decode(hint_of(cls, one), values[name])
+        elif one.default is one.default_factory is dataclasses.MISSING:
+            raise KeyError(name)
+    return cls(**found)
+
+
+def hint_of(cls: type, one: "dataclasses.Field[Any]") -> Any:
+    """The type of a dataclass's field, whose annotation is text where its module defers them."""
+    if not isinstance(one.type, str):
+        return one.type
+    owner = next(base for base in cls.__mro__ if one.name in vars(base).get("__annotations__", {}))
+    return eval(one.type, vars(sys.modules[owner.__module__]))
