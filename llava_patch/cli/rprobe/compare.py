@@ -6,9 +6,11 @@ from pathlib import Path
 
 import typer
 
+from llava_patch.cli import common
 from llava_patch.cli.rprobe import app
 from llava_patch.core.errors import SettingError
 from llava_patch.core.extras import needs
+from llava_patch.measurements.base import words
 
 
 @app.command("compare", no_args_is_help=True)
@@ -20,7 +22,7 @@ def compare(
     names: str = typer.Option("", help="what to call them, such as stock,detached; default: their folders"),
     baseline: str = typer.Option("", help="name of the one that the others are compared with; default: the first"),
     output: Path = typer.Option(Path("rprobe_compare"), help="folder for compare.md, .json and the figure"),  # noqa: B008
-    formats: list[str] = typer.Option(["png"], "--format", help="png or pdf; may be repeated"),  # noqa: B008
+    formats: list[str] = common.FORMAT,
     resamples: int = typer.Option(2000, min=1, help="bootstrap resamples behind an interval"),
     seed: int = typer.Option(0, min=0, help="of the bootstrap"),
 ) -> None:
@@ -35,8 +37,8 @@ def compare(
     from llava_patch.core.terminal import show
     from llava_patch.measurements.rprobe import compare as comparison
 
-    check_formats(formats)
-    found = comparison.load(results, split_names(names))
+    common.check_formats(formats)
+    found = comparison.load(results, words(names))
     if len(found) < 2:
         raise SettingError(f"rprobe compare: one result ({', '.join(found)}), expected at least two")
     base = baseline or next(iter(found))
@@ -48,17 +50,3 @@ def compare(
     show(Console(), *rest, notes, "in text, beside: MSE of the pixels there; last two: training steps until")
     for path in written:
         typer.echo(f"wrote {path}")
-
-
-def check_formats(formats: list[str]) -> None:
-    """Refuse an unknown figure format before anything is read or written."""
-    from llava_patch.measurements.rprobe.figures import FORMATS
-
-    for suffix in formats:
-        if suffix not in FORMATS:
-            raise SettingError(f"--format {suffix}: expected {' or '.join(FORMATS)}")
-
-
-def split_names(text: str) -> list[str]:
-    """The words of a comma-separated option."""
-    return [word.strip() for word in text.split(",") if word.strip()]

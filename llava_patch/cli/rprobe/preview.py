@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from llava_patch.cli.rprobe import app
+from llava_patch.cli.rprobe import BOXES_PER_SAMPLE, BROKEN, app
 from llava_patch.core.extras import needs
 from llava_patch.measurements.rprobe.settings import IMAGE_MODES
 
@@ -29,8 +29,8 @@ def preview(
     patch: int = typer.Option(14, min=1, help="side of a token in pixels, without --model"),
     count: int = typer.Option(6, min=1, help="samples to show, spread over the data"),
     samples: str = typer.Option("", help="these instead: ids or numbers from 0, joined by commas"),
-    boxes_per_sample: int = typer.Option(1, min=1, help="regions of a page that make one sample"),
-    broken: str = typer.Option("stop", help="what becomes of broken samples: stop or skip"),
+    boxes_per_sample: int = BOXES_PER_SAMPLE,
+    broken: str = BROKEN,
     output: Path = typer.Option(Path("preview.png"), help="picture to write"),  # noqa: B008
 ) -> None:
     """Draw samples with their boxes as they are and as the tower sees them, and count what there is.

@@ -13,7 +13,7 @@ from llava_patch.core.extras import optional
 from llava_patch.core.terminal import counted
 from llava_patch.data.readers.read import resolve_source
 from llava_patch.measurements.rprobe.bootstrap import interval, paired, unlike
-from llava_patch.measurements.rprobe.result import RProbeResult, read_result
+from llava_patch.measurements.rprobe.result import RProbeResult
 
 RESULT = "rprobe.json"
 # Settings and facts that change what is measured; the others (pictures, store, resamples) do not.
@@ -97,12 +97,12 @@ def load(paths: Sequence[Path], names: Sequence[str] = ()) -> dict[str, RProbeRe
             )
         if len(set(names)) < len(names):
             raise SettingError(f"--names {','.join(names)}: expected distinct names")
-        return {name: read_result(file) for name, (_, file) in zip(names, found, strict=True)}
+        return {name: RProbeResult.load(file) for name, (_, file) in zip(names, found, strict=True)}
     if len({name.split("/")[0] for name, _ in found}) == 1 and all("/" in name for name, _ in found):
         found = [(name.split("/", 1)[1], file) for name, file in found]  # all of one folder
     given = [name for name, _ in found]
     return {
-        name if given.count(name) == 1 else f"{name} ({i + 1})": read_result(file)
+        name if given.count(name) == 1 else f"{name} ({i + 1})": RProbeResult.load(file)
         for i, (name, file) in enumerate(found)
     }
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from llava_patch.core.extras import optional
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.measurements.rprobe.evaluate import answer, spread_over_ranks
 from llava_patch.measurements.rprobe.figures import EDGE, GAP, LABEL, TITLE, WIDTH, basename, save
+from llava_patch.measurements.rprobe.result import ErrorMap
 from llava_patch.measurements.rprobe.settings import RProbe
 from llava_patch.measurements.rprobe.store.data import FrozenData
 from llava_patch.measurements.rprobe.store.freeze import freeze_samples
@@ -32,38 +32,6 @@ from llava_patch.probe.sequence import patchify
 from llava_patch.probe.transform import Plane, Transform, picture
 
 PLACEHOLDER = "."
-
-
-@dataclass(frozen=True, eq=False)
-class ErrorMap:
-    """One page as it is and as the probe rebuilt it, cell by cell.
-
-    Attributes:
-        id: of the page: its document, or its first sample.
-        original: uint8 [height, width, 3], the processed page.
-        rebuilt: uint8 [height, width, 3]; grey where nothing was rebuilt.
-        error: float32 [rows, columns], mean squared error of each cell in normalised pixels; nan: not rebuilt
-            (padding, or a cell whose token the host drops).
-        text: bool [rows, columns], the cell touches a text box.
-        spoken: bool [rows, columns], the cell was rebuilt with its own text before it.
-        boxes: text boxes in pixels of the processed page.
-        cell: side of a cell in pixels.
-        stretch: how much taller than wide a processed pixel is on the original page.
-        inside_mse: mean error of the text cells that were rebuilt.
-        outside_mse: mean error of the other cells that were; None: there are none.
-    """
-
-    id: str
-    original: np.ndarray
-    rebuilt: np.ndarray
-    error: np.ndarray
-    text: np.ndarray
-    spoken: np.ndarray
-    boxes: tuple[Box, ...]
-    cell: int
-    stretch: float
-    inside_mse: float
-    outside_mse: float | None
 
 
 def error_maps(

@@ -14,6 +14,7 @@ from llava_patch.core.errors import InputError, SettingError
 from llava_patch.core.extras import optional
 from llava_patch.core.files import atomic
 from llava_patch.core.plotting import shorten
+from llava_patch.measurements.base import FIGURES
 from llava_patch.measurements.rprobe.result import Reconstruction, RProbeResult
 
 # Okabe and Ito's colours, told apart by colour-blind readers; dashes tell a second round of them apart.
@@ -22,7 +23,6 @@ DASHES = ("-", "--", ":", "-.")
 FONT = 8.0
 HEADROOM = 1.15
 MSE_LABEL = "MSE (normalised pixel values²)"
-FORMATS = ("png", "pdf")
 DPI = 200
 WIDTH = 7.0  # inches: the text width of a paper's page
 TITLE, LABEL = 9.0, 8.0  # points
@@ -58,8 +58,8 @@ def save(figure: Any, path: str | Path) -> Path:
     """Write a matplotlib figure atomically, in the format of the path's ending."""
     path = Path(path)
     suffix = path.suffix.lstrip(".").lower()
-    if suffix not in FORMATS:
-        raise SettingError(f"figure {path}: expected a name that ends in .{' or .'.join(FORMATS)}")
+    if suffix not in FIGURES:
+        raise SettingError(f"figure {path}: expected a name that ends in .{' or .'.join(FIGURES)}")
     # PDF carries the date of writing by default: the same run is to give the same file.
     extra = {"metadata": {"CreationDate": None}} if suffix == "pdf" else {}
     with atomic(path) as part:

@@ -23,10 +23,10 @@ from llava_patch.core.folder_lock import folder_lock
 from llava_patch.data.pages import Pages
 from llava_patch.hosts.anatomy import find
 from llava_patch.measurements.rprobe.contents import trained_on
-from llava_patch.measurements.rprobe.error_map import ErrorMap, error_maps
+from llava_patch.measurements.rprobe.error_map import error_maps
 from llava_patch.measurements.rprobe.evaluate import Evaluation, check_shown, evaluate
 from llava_patch.measurements.rprobe.keys import difference, make_key
-from llava_patch.measurements.rprobe.result import RProbeResult
+from llava_patch.measurements.rprobe.result import ErrorMap, RProbeResult
 from llava_patch.measurements.rprobe.resume import Progress, TrainingFolder
 from llava_patch.measurements.rprobe.settings import RProbe
 from llava_patch.measurements.rprobe.store.data import FrozenData

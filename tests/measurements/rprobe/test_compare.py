@@ -9,7 +9,6 @@ from llava_patch.cli.main import app
 from llava_patch.core.errors import InputError, SettingError
 from llava_patch.measurements.rprobe import compare
 from llava_patch.measurements.rprobe.bootstrap import paired
-from llava_patch.measurements.rprobe.result import write_json
 from tests.support.results import made_up_result
 
 
@@ -19,8 +18,8 @@ def command(*words):
 
 def test_command_writes_table_json_and_figure(tmp_path):
     stock, better = made_up_result(shift=0.05), made_up_result()
-    write_json(stock, tmp_path / "stock" / "rprobe.json")
-    write_json(better, tmp_path / "lmms" / "model" / "rprobe" / "rprobe.json")
+    stock.save(tmp_path / "stock", formats=())
+    better.save(tmp_path / "lmms" / "model" / "rprobe", formats=())
     out = tmp_path / "out"
     done = command(tmp_path / "stock", tmp_path / "lmms", "--output", out, "--format", "png", "--format", "pdf")
     assert done.exit_code == 0, done.output
@@ -99,7 +98,7 @@ def test_results_are_found_and_named(tmp_path):
         "z.json",
         "w/x/rprobe.json",
     ):
-        write_json(made_up_result(), tmp_path / place)
+        made_up_result().save((tmp_path / place).parent, (tmp_path / place).stem, ())
     found = compare.find_results(tmp_path / "y")
     assert list(found) == ["y/m/rprobe", "y/m/rprobe_masked"]
     assert list(compare.load([tmp_path / "x", tmp_path / "z.json", tmp_path / "w" / "x"])) == ["x (1)", "z", "x (3)"]
@@ -116,8 +115,8 @@ def test_results_are_found_and_named(tmp_path):
 
 
 def test_refusals_write_nothing(tmp_path):
-    write_json(made_up_result(), tmp_path / "a" / "rprobe.json")
-    write_json(made_up_result(), tmp_path / "b" / "rprobe.json")
+    made_up_result().save(tmp_path / "a", formats=())
+    made_up_result().save(tmp_path / "b", formats=())
     out = tmp_path / "out"
     for words, message in (
         ([tmp_path / "a"], "expected at least two"),
@@ -133,7 +132,7 @@ def test_refusals_write_nothing(tmp_path):
 def test_long_names_are_not_broken(tmp_path):
     name = "llava-v1.5-7b-detached-skip-links-from-layers-6-and-12"
     for one in ("a", name):
-        write_json(made_up_result(), tmp_path / one / "rprobe.json")
+        made_up_result().save(tmp_path / one, formats=())
     done = command(tmp_path / "a", tmp_path / name, "--output", tmp_path / "out")
     assert done.exit_code == 0, done.output
     table = done.output.split("\nwrote")[0].splitlines()
@@ -156,7 +155,7 @@ def test_many_results_share_one_figure():
 def test_tables_fit_a_terminal_with_whole_names(tmp_path, monkeypatch, width):
     monkeypatch.setenv("COLUMNS", str(width))
     for name in ("skiplinks_detached", "deepstack"):
-        write_json(made_up_result(), tmp_path / name / "rprobe.json")
+        made_up_result().save(tmp_path / name, formats=())
     folders = [str(tmp_path / name) for name in ("skiplinks_detached", "deepstack")]
     shown = CliRunner().invoke(app, ["rprobe", "compare", *folders, "--output", str(tmp_path / "out")])
     assert shown.exit_code == 0, shown.output

@@ -215,7 +215,7 @@ def test_a_map_that_fails_costs_a_note_and_not_the_result(tmp_path, monkeypatch)
         result = go()
     assert len(result.maps) == 1  # the other page has its own
     write_run(result, tmp_path)
-    written, expected = json.loads((tmp_path / "rprobe.json").read_text()), whole.to_json()
+    written, expected = json.loads((tmp_path / "rprobe.json").read_text()), whole.to_dict()
     for values in (written, expected):
         del values["facts"]["encode_seconds"], values["facts"]["train_seconds"]
     assert [note for note in written.pop("warnings") if "no error map" in note]
