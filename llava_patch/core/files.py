@@ -68,6 +68,13 @@ def write_json(path: Path, value: Any) -> Path:
     return path
 
 
+def write_text(path: Path, text: str) -> Path:
+    """Write text in UTF-8 atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
+
+
 def track(items: Iterable[T], description: str, show: bool) -> Iterator[T]:
     """Iterate with a progress bar on stderr."""
     if not show:

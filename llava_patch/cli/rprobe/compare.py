@@ -15,7 +15,7 @@ from llava_patch.measurements.base import words
 
 @app.command("compare", no_args_is_help=True)
 @needs("rprobe compare", "figures", "probe")
-def compare(
+def compare_command(
     results: list[Path] = typer.Argument(  # noqa: B008
         ..., metavar="A B ...", help="result files, or folders that hold rprobe.json (lmms-eval's output too)"
     ),
@@ -35,18 +35,16 @@ def compare(
     from rich.console import Console
 
     from llava_patch.core.terminal import show
-    from llava_patch.measurements.rprobe import compare as comparison
+    from llava_patch.measurements.rprobe.compare import compare_probes, load
 
     common.check_formats(formats)
-    found = comparison.load(results, words(names))
+    found = load(results, words(names))
     if len(found) < 2:
         raise SettingError(f"rprobe compare: one result ({', '.join(found)}), expected at least two")
-    base = baseline or next(iter(found))
-    rows = comparison.rows(found, base, resamples, seed)
-    notes = comparison.warnings_of(found, base)
-    written = comparison.write(output, found, rows, base, notes, formats)
-    (errors, rest) = comparison.narrow(rows, found, base)
-    show(Console(), *errors, [], f"R-Probe results (base: {base})")
-    show(Console(), *rest, notes, "in text, beside: MSE of the pixels there; last two: training steps until")
+    compared = compare_probes(found, baseline, resamples, seed)
+    written = compared.save(output, formats=formats)
+    errors, rest = compared.narrow()
+    show(Console(), *errors, [], f"R-Probe results (base: {compared.baseline})")
+    show(Console(), *rest, compared.notes, "in text, beside: MSE of the pixels there; last two: training steps until")
     for path in written:
         typer.echo(f"wrote {path}")

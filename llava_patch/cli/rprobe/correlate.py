@@ -47,9 +47,7 @@ def correlate(
     notes = [correlation.sign_note(probe), *notes, *more, *correlation.footer(found)]
     head, lines = correlation.cells(found)
     title = f"Rank correlation with R-Probe's {correlation.PROBES[probe][0]}"
-    with files.atomic(output / "correlate.md") as part:
-        part.write_text(markdown(head, lines, notes, title), encoding="utf-8")
-    written = [output / "correlate.md"]
+    written = [files.write_text(output / "correlate.md", markdown(head, lines, notes, title))]
     record = {"probe": probe, "correlations": [one.__dict__ for one in found], "notes": notes}
     written.append(files.write_json(output / "correlate.json", record))
     picture = correlation.figure(found, probe)

@@ -129,7 +129,7 @@ class _Run:
 
         from llava_patch.cli.output import facts_of
         from llava_patch.core import parallel
-        from llava_patch.core.files import atomic, write_json
+        from llava_patch.core.files import write_json, write_text
         from llava_patch.core.folder_lock import folder_lock
         from llava_patch.core.terminal import bordered
         from llava_patch.measurements.rprobe.ablation import VARIANTS, markdown, notes, summarise, tables, variant
@@ -146,9 +146,7 @@ class _Run:
             facts = results[name].facts
             kept = {key: facts[key] for key in ("base", "source", "heldout_source")}
             write_json(folder / SUMMARY, {**facts_of(self.target.checkpoint), **kept, **summary})
-            with atomic(folder / "ablation.md") as part:
-                title = f"R-Probe ablation of {self.target.checkpoint}"
-                part.write_text(markdown(summary, title), encoding="utf-8")
+            write_text(folder / "ablation.md", markdown(summary, f"R-Probe ablation of {self.target.checkpoint}"))
             for head, rows in tables(summary):
                 Console().print(bordered(head, rows))
             for note in notes(summary):

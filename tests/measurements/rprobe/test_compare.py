@@ -49,7 +49,8 @@ def test_what_differs_is_named_and_other_samples_are_not_paired(tmp_path):
         "c": made_up_result(mse=(0.2, 0.4)),
         "d": made_up_result(trained="head"),
     }
-    rows = compare.rows(results, "a", 100, 0)
+    compared = compare.compare_probes(results, "a", 100, 0)
+    rows = compared.lines
     assert rows[0].difference is None and rows[0].unlike is None
     assert rows[1].difference == paired(results["b"].documents, results["a"].documents, 100, 0)
     assert rows[2].difference is None and "only in the second result (such as 's2')" in rows[2].unlike
@@ -58,7 +59,7 @@ def test_what_differs_is_named_and_other_samples_are_not_paired(tmp_path):
     assert any(note.startswith("c has other held-out samples than a") for note in notes)
     assert any(note.startswith("d differs from a") and "trained = head (there all)" in note for note in notes)
     assert any(note.startswith('d: trained = "head": not comparable') for note in notes)
-    assert compare.cells(rows, results, "a")[1][2][-1] == "not paired"
+    assert compared.rows[2][-1] == "not paired"
     other = made_up_result()
     other.facts.update(source="scans.jsonl", checkpoint="b")
     assert compare.warnings_of({"a": results["a"], "x": other}, "a") == []  # lmms-eval's results do not record it
@@ -87,7 +88,7 @@ def test_runs_cut_short_and_vacuous_thresholds_are_said():
     notes = compare.warnings_of(results, "a")
     assert any("b was stopped after 2 of 4 steps" in note for note in notes)
     assert any(note.startswith("b: a constant patch is under the threshold") for note in notes)
-    assert compare.cells(compare.rows(results, "a", 50, 0), results, "a")[1][1][7] == "(3)"
+    assert compare.compare_probes(results, "a", 50, 0).rows[1][7] == "(3)"
 
 
 def test_results_are_found_and_named(tmp_path):
@@ -145,7 +146,7 @@ def test_many_results_share_one_figure():
 
     many = {f"a long name of checkpoint number {i}": made_up_result(shift=0.02 * i) for i in range(12)}
     first = next(iter(many))
-    figure = _figure(many, compare.rows(many, first, 50, 0), first)
+    figure = _figure(compare.compare_probes(many, first, 50, 0))
     figure.canvas.draw()
     legend = figure.legends[0].get_window_extent()
     assert legend.y0 >= 0 and legend.x1 <= figure.bbox.x1 + 1
