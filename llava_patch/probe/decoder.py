@@ -1,4 +1,4 @@
-"""The probe's decoder: the first quarter of the LLM's layers, copied and trained, then an MLP to pixels.
+"""R-Probe, step 7 of 8: the decoder, a trained copy of the first quarter of the LLM's layers, then an MLP to pixels.
 
 Source: "Detached Skip-Links and R-Probe", section 5.1.
 """

@@ -1,4 +1,10 @@
-"""One probe sample: an image, one text region of it and where that region is; and the split into train and held-out."""
+"""R-Probe, step 1 of 8: a text region of an image, its file opened as 8-bit RGB, and the split by document.
+
+EXIF orientation is not applied: LLaVA's own loading (`Image.open(...).convert("RGB")`) does not apply it either, and
+boxes are in pixels of what the model sees. Unlike that loading, 16-bit grey is scaled to 8 bits (PIL would cut it off
+at 255) and transparent pixels show white paper (PIL would show the colour hidden under them). Of a file with several
+pages the first is read.
+"""
 
 from __future__ import annotations
 

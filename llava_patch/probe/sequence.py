@@ -1,4 +1,4 @@
-"""The probe's sequence: which image tokens are targets, in which order tokens are read, and where each one sits.
+"""R-Probe, step 6 of 8: the sequence [context ; text ; target] (`build_sequence`), its positions and their rotation.
 
 Pure mathematics on tensors; no host is imported. Source: "Detached Skip-Links and R-Probe", section 5.2, eq. 8: the
 input is [context image tokens ; text tokens ; target image tokens], and positions are given before reordering.
@@ -192,6 +192,10 @@ def frequencies(dimension: int, base: float = 10000.0) -> Tensor:
 
 def rotary_2d(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines for `apply_rotary_pos_emb`, turning even pairs by the row and odd pairs by the column.
+
+    `rotate_half` pairs dimension i with i + d/2, so what is shared out between the axes is pairs, not dimensions. Each
+    axis gets half of the head dimension and the whole range of frequencies; and because every pair keeps the frequency
+    it has in the model under test, tokens at (p, p), the text, are rotated exactly as the model itself rotates p.
 
     Args:
         positions: float32 (or integer) [..., tokens, 2], (row, column).

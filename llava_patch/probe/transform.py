@@ -1,4 +1,4 @@
-"""Images to pixel values through the model's own image processor, and boxes through the same transform."""
+"""R-Probe, step 2 of 8: the processed image (the plane that targets are cut from), and where a text box lies on it."""
 
 from __future__ import annotations
 

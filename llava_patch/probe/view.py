@@ -1,4 +1,4 @@
-"""One image as the probe sees it: its projected tokens, where each sits, and whose pixels each covers."""
+"""R-Probe, step 4 of 8: the projected tokens of an image, and which of them are the target (`target_tokens`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Held-out figures of a trained probe, summed batch by batch: memory does not grow with the pixels of the data."""
+"""R-Probe, step 8 of 8: held-out figures, summed batch by batch: memory does not grow with the pixels of the data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chain 5 of 6: the frozen tokens of some images and the pixels under the targets of their samples, made and kept.
+"""R-Probe, step 5 of 8: frozen tokens and the pixels under their targets are gathered (`encode`) and kept in shards.
 
 On disk a shard is one safetensors file: it appears whole by a single rename, carries no pickle, keeps bfloat16 as it
 is, its header is checked against its length when it is opened, and its tensors are memory-mapped, so that a page of the
