@@ -61,10 +61,17 @@ def bordered(head: Sequence[str], lines: Sequence[Sequence[str]], title: str | N
     return table
 
 
-def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown, one line of text a row; no line break at its end."""
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]], numbers: bool = False) -> str:
+    """A table in Markdown, without a line break at its end.
+
+    Args:
+        head: the columns' titles.
+        lines: the rows.
+        numbers: set every column to the right.
+    """
+    rule = ["---:" if numbers else "---"] * len(head)
+    table = [[cell.replace("|", "\\|") for cell in line] for line in (head, rule, *lines)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in table)
 
 
 def progress_bar(total: int, label: str, shown: bool) -> Any:

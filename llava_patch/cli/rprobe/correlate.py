@@ -37,7 +37,7 @@ def correlate(
     from llava_patch.core import files
     from llava_patch.core.terminal import show
     from llava_patch.measurements.rprobe import correlate as correlation
-    from llava_patch.measurements.rprobe.compare import markdown
+    from llava_patch.measurements.rprobe.compare import markdown_page
     from llava_patch.measurements.rprobe.figures import save
     from llava_patch.measurements.rprobe.scores import read_checkpoints
 
@@ -47,7 +47,7 @@ def correlate(
     notes = [correlation.sign_note(probe), *notes, *more, *correlation.footer(found)]
     head, lines = correlation.cells(found)
     title = f"Rank correlation with R-Probe's {correlation.PROBES[probe][0]}"
-    written = [files.write_text(output / "correlate.md", markdown(head, lines, notes, title))]
+    written = [files.write_text(output / "correlate.md", markdown_page(head, lines, notes, title))]
     record = {"probe": probe, "correlations": [one.__dict__ for one in found], "notes": notes}
     written.append(files.write_json(output / "correlate.json", record))
     picture = correlation.figure(found, probe)

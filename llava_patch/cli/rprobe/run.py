@@ -132,7 +132,7 @@ class _Run:
         from llava_patch.core.files import write_json, write_text
         from llava_patch.core.folder_lock import folder_lock
         from llava_patch.core.terminal import bordered
-        from llava_patch.measurements.rprobe.ablation import VARIANTS, markdown, notes, summarise, tables, variant
+        from llava_patch.measurements.rprobe.ablation import VARIANTS, markdown_page, notes, summarise, tables, variant
         from llava_patch.measurements.rprobe.output import FIGURE, RESULT
 
         with folder_lock(folder):
@@ -146,7 +146,7 @@ class _Run:
             facts = results[name].facts
             kept = {key: facts[key] for key in ("base", "source", "heldout_source")}
             write_json(folder / SUMMARY, {**facts_of(self.target.checkpoint), **kept, **summary})
-            write_text(folder / "ablation.md", markdown(summary, f"R-Probe ablation of {self.target.checkpoint}"))
+            write_text(folder / "ablation.md", markdown_page(summary, f"R-Probe ablation of {self.target.checkpoint}"))
             for head, rows in tables(summary):
                 Console().print(bordered(head, rows))
             for note in notes(summary):

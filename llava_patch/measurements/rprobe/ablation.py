@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from llava_patch.core.terminal import markdown_table
+from llava_patch.core.terminal import markdown
 from llava_patch.measurements.rprobe.bootstrap import FEW, interval, paired
 from llava_patch.measurements.rprobe.result import RProbeResult
 from llava_patch.measurements.rprobe.settings import RProbe
@@ -123,9 +123,9 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def markdown(summary: Mapping[str, Any], title: str) -> str:
+def markdown_page(summary: Mapping[str, Any], title: str) -> str:
     """The two tables and their notes as markdown."""
-    shown = [markdown_table(head, rows) for head, rows in tables(summary)]
+    shown = [markdown(head, rows) for head, rows in tables(summary)]
     return "\n\n".join([f"# {title}", *shown, *notes(summary)]) + "\n"
 
 

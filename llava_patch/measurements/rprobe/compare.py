@@ -10,7 +10,7 @@ from typing import Any, cast
 from llava_patch.core import files
 from llava_patch.core.errors import InputError, SettingError
 from llava_patch.core.extras import optional
-from llava_patch.core.terminal import counted, markdown_table
+from llava_patch.core.terminal import counted, markdown
 from llava_patch.data.readers.read import resolve_source
 from llava_patch.measurements.base import FIGURES, Comparison, Table
 from llava_patch.measurements.rprobe.bootstrap import interval, paired, unlike
@@ -130,7 +130,7 @@ class ProbeComparison(Comparison):
         """Write NAME.md, NAME.json and the figure of all curves, each whole or not at all; returns the paths."""
         folder = Path(folder)
         paths = [
-            files.write_text(folder / f"{name}.md", markdown(self.head, self.rows, self.notes, self.title)),
+            files.write_text(folder / f"{name}.md", markdown_page(self.head, self.rows, self.notes, self.title)),
             files.write_json(folder / f"{name}.json", self.to_dict()),
         ]
         return (*paths, *(save(_figure(self), folder / f"{name}.{suffix}") for suffix in formats))
@@ -246,10 +246,10 @@ def _steps(value: int | None) -> str:
     return "never" if value is None else str(value)
 
 
-def markdown(head: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str], title: str) -> str:
+def markdown_page(head: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str], title: str) -> str:
     """A table with its footer in Markdown."""
     footer = "\n".join(f"- {note}" for note in notes)
-    return f"# {title}\n\n{markdown_table(head, lines)}\n\n{footer}".rstrip() + "\n"
+    return f"# {title}\n\n{markdown(head, lines)}\n\n{footer}".rstrip() + "\n"
 
 
 def _cells(result: RProbeResult, line: Row, baseline: str) -> list[str]:
