@@ -338,8 +338,8 @@ def test_stores_of_frozen_tokens_are_listed_and_opened():
             "about": kept.about, "samples": len(shard.records), "skipped": shard.skipped,
             "record": [record.index, record.id, record.document, record.text],
             "grid": [grid.rows, grid.columns, grid.cell], "text_start": shard.text_start(0),
-            "target": shard.rows("target", 0).tolist(), "boxes": shard.rows("boxes", 0).tolist(), "tokens": numbers(shard.rows("tokens", 0)),
-            "pixels": numbers(shard.rows("pixels", 0)), "positions": numbers(shard.rows("positions", 0)),
+            **{name: shard.rows(name, 0).tolist() for name in ("target", "boxes")},
+            **{name: numbers(shard.rows(name, 0)) for name in ("tokens", "pixels", "positions")},
         }  # fmt: skip
         store.close()
     agrees("stores", found)
@@ -421,10 +421,10 @@ def comes_back(cls: Any, name: str, without: tuple[str, ...] = ()) -> Any:
 
 
 def test_a_saturation_result_is_read():
-    from llava_patch.measurements.saturation import SaturationResult
+    from llava_patch.measurements.saturation.result import SaturationResult
 
     comes_back(SaturationResult, "saturation/saturation.json")
-    agrees("saturation", saturation_numbers(RProbeResult.load(Path("saturation/saturation.json"))))
+    agrees("saturation", saturation_numbers(SaturationResult.load("saturation/saturation.json")))
 
 
 def saturation_numbers(found: Any) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from llava_patch.data.readers.read import resolve_source
 from llava_patch.measurements.base import FIGURES, Comparison, Table
 from llava_patch.measurements.rprobe.bootstrap import interval, paired, unlike
 from llava_patch.measurements.rprobe.figures import draw_curves, draw_intervals, plain_name, save
+from llava_patch.measurements.rprobe.output import RESULT
 from llava_patch.measurements.rprobe.result import RProbeResult
 
-RESULT = "rprobe.json"
 # Settings and facts that change what is measured; the others (pictures, store, resamples) do not.
 SETTINGS = (
     "steps", "batch_size", "lr", "weight_decay", "warmup", "clip", "train_pages", "heldout_pages", "heldout_share",

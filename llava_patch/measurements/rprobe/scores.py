@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_patch.core.errors import InputError, SettingError
-from llava_patch.measurements.rprobe.compare import RESULT
+from llava_patch.measurements.rprobe.output import RESULT
 from llava_patch.measurements.rprobe.result import RProbeResult
 
 TASK = "rprobe"
