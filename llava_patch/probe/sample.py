@@ -78,12 +78,8 @@ def open_rgb(source: ImageSource, name: str) -> Image.Image:
 def image_size(source: ImageSource, name: str) -> tuple[int, int]:
     """(width, height) in stored pixels; reads the header alone.
 
-    Args:
-        source: as for `open_rgb`.
-        name: likewise.
-
     Raises:
-        InputError: missing, or not an image.
+        InputError: missing, or not an image; says `name`.
     """
     try:
         if isinstance(source, Image.Image):

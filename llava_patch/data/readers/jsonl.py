@@ -33,8 +33,8 @@ def read_jsonl(path: str | Path, boxes_per_sample: int = 1, broken: str = "stop"
 
     Args:
         path: the file, in UTF-8.
-        boxes_per_sample: see `read_samples`.
-        broken: likewise.
+        boxes_per_sample: regions of an image that make one sample together.
+        broken: "stop" at the first thing that cannot be used, or "skip" it.
         root: folder to which ids are relative; None: the file's.
 
     Raises:

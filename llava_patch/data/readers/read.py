@@ -97,7 +97,7 @@ def read_samples(
         broken: "stop" at the first thing that cannot be used (missing or broken image, unreadable line, box that is
             empty or outside), or "skip" it; `Samples.skipped` tells what was.
         images: folder of the images; the same as the source's own setting.
-        format: likewise.
+        format: one of `FORMATS`; the same as the source's own setting.
 
     Returns:
         At least one sample.

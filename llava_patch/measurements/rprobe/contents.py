@@ -105,7 +105,7 @@ def trained_on(train: Sequence[Sample], heldout: Sequence[Sample]) -> tuple[list
 
     Args:
         train: training samples; every image file is read once, which costs little beside its way through the tower.
-        heldout: likewise.
+        heldout: held-out samples, read in the same way.
 
     Returns:
         (names of these documents in order, number of all held-out documents).

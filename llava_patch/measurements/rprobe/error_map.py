@@ -209,7 +209,7 @@ def save_map(page: ErrorMap, path: str | Path, masked: bool = False, limit: floa
 
     Args:
         page: one of `RProbeResult.maps`.
-        path: as in `save_figure`.
+        path: ends in .png or .pdf; the file appears complete or not at all.
         masked: whether each region was blacked out while it was rebuilt.
         limit: error at the upper end of the colours, the same for pages to be compared; None: `colour_limit`'s.
     """
@@ -246,9 +246,8 @@ def _error_map(page: ErrorMap, masked: bool, limit: float) -> Any:
         axes = figure.add_axes((x / width, foot / height, wide / width, high / height))
         extent = (0, columns * page.cell, rows * page.cell, 0)
         if i < 2:
-            axes.imshow(
-                page.original if i == 0 else page.rebuilt, extent=extent, interpolation="nearest", aspect="auto"
-            )
+            picture_ = page.original if i == 0 else page.rebuilt
+            axes.imshow(picture_, extent=extent, interpolation="nearest", aspect="auto")
         else:
             axes.set_facecolor("0.8")
             shown = axes.imshow(
