@@ -177,7 +177,7 @@ class _Training:
         order = batches(len(self.data), self.settings.batch_size, self.settings.seed)
         for _ in done.losses:
             next(order)
-        bar = progress_bar(self.settings.steps, "train", progress and parallel.rank() == 0)
+        bar = progress_bar(self.settings.steps, "R-Probe: train", progress and parallel.rank() == 0)
         bar.update(len(done.losses))
         looked, look_every = time.monotonic(), 1
         with bar, torch.enable_grad(), torch.autocast(self.device.type, enabled=False):
