@@ -255,6 +255,7 @@ class Plane:
         size: (width, height) of the original image.
         scale: (x, y), processed pixels a pixel of the original.
         offset: (x, y), where the original's corner lies, in processed pixels.
+        transform: that made it.
     """
 
     pixels: Tensor
@@ -262,6 +263,7 @@ class Plane:
     size: tuple[int, int]
     scale: tuple[float, float]
     offset: tuple[float, float]
+    transform: Transform
 
     @classmethod
     def of(cls, transform: Transform, image: Image.Image, pixels: int) -> Plane:
@@ -274,16 +276,16 @@ class Plane:
         x, y = image.width // 2, image.height // 2
         x0, y0, x1, y1 = transform.box((x, y, x + 1, y + 1), image.size, "the image's centre")
         scale = (x1 - x0, y1 - y0)
-        return cls(plane, grid, image.size, scale, (x0 - x * scale[0], y0 - y * scale[1]))
+        return cls(plane, grid, image.size, scale, (x0 - x * scale[0], y0 - y * scale[1]), transform)
 
     @property
     def stretch(self) -> float:
         """How much taller than wide a processed pixel is on the original (4 on a 1:4 page made square)."""
         return self.scale[0] / self.scale[1]
 
-    def box(self, transform: Transform, box: Box, name: str) -> Box:
-        """A box of the original on this plane."""
-        return transform.box(box, self.size, name)
+    def box(self, box: Box, name: str) -> Box:
+        """A box of the original on this plane; errors say `name`."""
+        return self.transform.box(box, self.size, name)
 
     def cells(self, boxes: Sequence[Box]) -> Tensor:
         """Cells that boxes on the plane touch, bool [cells] in raster order."""

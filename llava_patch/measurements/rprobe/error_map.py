@@ -89,15 +89,12 @@ def _page(samples: Sequence[Sample]) -> list[Sample]:
     return [s for s in samples if s.image is first or (not hasattr(first, "size") and s.image == first)]
 
 
-def pieces(
-    samples: Sequence[Sample], plane: Plane, transform: Transform, seen: Tensor
-) -> tuple[list[Sample], list[Sample]]:
+def pieces(samples: Sequence[Sample], plane: Plane, seen: Tensor) -> tuple[list[Sample], list[Sample]]:
     """Cut a page into (regions whose text is known, all other pieces); together they touch every cell with a token.
 
     Args:
         samples: of one page.
         plane: the page.
-        transform: as in training.
         seen: bool [cells], the cells that have a token. A host drops some (the first patch, padding that anyres cuts
             off together with the last pixels of the page): nothing can be rebuilt there.
     """
@@ -107,7 +104,7 @@ def pieces(
     covered = {box for sample in samples for box in sample.boxes}
     silent: list[tuple[Box, ...]] = []
     for box in dict.fromkeys(box for sample in samples for box in sample.all_boxes):
-        if box in covered or not (_cells(plane, transform, box) & seen).any():
+        if box in covered or not (_cells(plane, box) & seen).any():
             continue
         if texts.get(box):
             named[(box,)] = texts[box]
@@ -116,7 +113,7 @@ def pieces(
     touched = torch.zeros(plane.grid.tokens, dtype=torch.bool)
     sizes = []
     for boxes in (*named, *silent):
-        cells = plane.cells([plane.box(transform, box, samples[0].id) for box in boxes])
+        cells = plane.cells([plane.box(box, samples[0].id) for box in boxes])
         sizes.append(int(cells.sum()))
         touched |= cells
     size = max(1, round(statistics.median(sizes)))
@@ -131,10 +128,10 @@ def pieces(
     return known, [sample(boxes, PLACEHOLDER, len(known) + i) for i, boxes in enumerate(silent)]
 
 
-def _cells(plane: Plane, transform: Transform, box: Box) -> Tensor:
+def _cells(plane: Plane, box: Box) -> Tensor:
     """Cells under a box that is no sample, bool [cells]; none where a crop has cut it away."""
     try:
-        return plane.cells([plane.box(transform, box, "")])
+        return plane.cells([plane.box(box, "")])
     except InputError:
         return plane.cells([])
 
@@ -152,7 +149,7 @@ def _map(
     pixels: int,
 ) -> ErrorMap:
     plane = Plane.of(transform, samples[0].open_image(), pixels)
-    known, rest = pieces(samples, plane, transform, seen)
+    known, rest = pieces(samples, plane, seen)
     patches = patchify(plane.pixels[None], plane.grid)
     painted = torch.zeros_like(patches)
     error = torch.full((plane.grid.tokens,), float("nan"))
@@ -178,9 +175,9 @@ def _map(
                 error[cells[fresh]] = (rebuilt - true)[fresh].square().mean(-1)
                 spoken[cells[fresh]] = with_text
     boxes = tuple(
-        plane.box(transform, box, name)
+        plane.box(box, name)
         for box in dict.fromkeys(each for s in samples for each in (*s.boxes, *s.all_boxes))
-        if _cells(plane, transform, box).any()
+        if _cells(plane, box).any()
     )
     text = plane.cells(boxes)
 

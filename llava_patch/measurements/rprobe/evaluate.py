@@ -235,7 +235,7 @@ def example(
     sample = data.samples[index]
     batch = data.batch(torch.tensor([index]), next(decoder.parameters()).device)
     plane = Plane.of(transform, sample.open_image(), batch.pixels.shape[-1])
-    boxes = tuple(plane.box(transform, box, sample.id) for box in sample.boxes)
+    boxes = tuple(plane.box(box, sample.id) for box in sample.boxes)
     cells = data.cells_of(index)
     target = torch.zeros(plane.grid.tokens, dtype=torch.bool)
     target[cells] = True

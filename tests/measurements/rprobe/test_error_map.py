@@ -111,19 +111,19 @@ def test_a_cells_own_box_touches_that_cell_alone(mode, size):
         if box is None:
             assert mode == "pad"
             continue
-        assert plane.cells([plane.box(transform, box, "c")]).nonzero().flatten().tolist() == [cell]
+        assert plane.cells([plane.box(box, "c")]).nonzero().flatten().tolist() == [cell]
 
 
 def test_pieces_name_each_region_once(page):
     transform = make_transform(find(tiny_model()), processor(), "resize")
-    known, rest = pieces(page[:1], Plane.of(transform, page[0].image, 588), transform, torch.ones(16).bool())
+    known, rest = pieces(page[:1], Plane.of(transform, page[0].image, 588), torch.ones(16).bool())
     assert [(s.text, s.boxes) for s in known] == [("one", (FIRST,)), ("two", (SECOND,))]
     assert rest[0].boxes == (THIRD,)
     assert sum(len(s.boxes) for s in rest[1:]) == 16 - 3 - 2 - 2
     assert max(len(s.boxes) for s in rest) <= 3
     seen = torch.ones(16).bool()
     seen[[4, 5, 14, 15]] = False  # all of the second and third box
-    known, rest = pieces(page[:1], Plane.of(transform, page[0].image, 588), transform, seen)
+    known, rest = pieces(page[:1], Plane.of(transform, page[0].image, 588), seen)
     assert [s.boxes for s in known] == [(FIRST,)]
     assert THIRD not in rest[0].boxes and sum(len(s.boxes) for s in rest) == 16 - 3 - 4
 
