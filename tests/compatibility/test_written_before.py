@@ -440,7 +440,7 @@ def test_an_unfinished_saturation_measurement_goes_on():
     from llava_patch.data.examples import Example
     from llava_patch.data.loaded import load_subject
     from llava_patch.hosts.anatomy import find
-    from llava_patch.measurements.saturation import measure_saturation
+    from llava_patch.measurements.saturation.measure import measure_saturation
     from llava_patch.measurements.saturation.state import STATE_FILE, State, make_key
 
     subject = load_subject("adapters/skip_links_lf", device="cpu")
