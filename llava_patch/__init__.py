@@ -22,11 +22,11 @@ _EXPORTS = {
     "FastV": "llava_patch.settings.methods",
     "AuxiliaryProbe": "llava_patch.settings.methods",
     "RProbe": "llava_patch.measurements.rprobe.settings",
-    "Saturation": "llava_patch.measurements.saturation.measurement",
-    "AttentionMaps": "llava_patch.measurements.attention_maps",
-    "Drift": "llava_patch.measurements.drift",
-    "FusionAttention": "llava_patch.measurements.fusion_attention",
-    "Reach": "llava_patch.measurements.reach.settings",
+    "Saturation": "llava_patch.measurements.saturation.result",
+    "AttentionMaps": "llava_patch.measurements.attention_maps.result",
+    "Drift": "llava_patch.measurements.drift.result",
+    "FusionAttention": "llava_patch.measurements.fusion_attention.result",
+    "Reach": "llava_patch.measurements.reach.result",
     "Gradients": "llava_patch.measurements.gradients.settings",
     "LlavaPatchError": "llava_patch.core.errors",
 }
@@ -55,13 +55,13 @@ __all__ = [
 
 if TYPE_CHECKING:
     from llava_patch.core.errors import LlavaPatchError
-    from llava_patch.measurements.attention_maps import AttentionMaps
-    from llava_patch.measurements.drift import Drift
-    from llava_patch.measurements.fusion_attention import FusionAttention
+    from llava_patch.measurements.attention_maps.result import AttentionMaps
+    from llava_patch.measurements.drift.result import Drift
+    from llava_patch.measurements.fusion_attention.result import FusionAttention
     from llava_patch.measurements.gradients.settings import Gradients
-    from llava_patch.measurements.reach.settings import Reach
+    from llava_patch.measurements.reach.result import Reach
     from llava_patch.measurements.rprobe.settings import RProbe
-    from llava_patch.measurements.saturation.measurement import Saturation
+    from llava_patch.measurements.saturation.result import Saturation
     from llava_patch.patching.checkpoint import load
     from llava_patch.patching.handle import Handle, get_handle
     from llava_patch.patching.patch import patch

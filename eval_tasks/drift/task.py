@@ -1,6 +1,5 @@
-"""What drift.yaml names; the code is in llava_patch.integrations.lmms_eval."""
+"""What drift.yaml names: `Task`, `process_results`, and each metric's aggregation under the metric's name."""
 
-from llava_patch.integrations.lmms_eval.drift_runs import image, process_results, text
-from llava_patch.integrations.lmms_eval.tasks import DriftTask
+from llava_patch.integrations.lmms_eval.runner import names
 
-__all__ = ["DriftTask", "image", "process_results", "text"]
+globals().update(names("drift"))

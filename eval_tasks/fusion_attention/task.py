@@ -1,6 +1,5 @@
-"""What fusion_attention.yaml names; the code is in llava_patch.integrations.lmms_eval."""
+"""What fusion_attention.yaml names: `Task`, `process_results`, and each metric's aggregation under the metric's name."""
 
-from llava_patch.integrations.lmms_eval.fusion_attention_runs import heads, mass, process_results, ratio
-from llava_patch.integrations.lmms_eval.tasks import FusionAttentionTask
+from llava_patch.integrations.lmms_eval.runner import names
 
-__all__ = ["FusionAttentionTask", "heads", "mass", "process_results", "ratio"]
+globals().update(names("fusion_attention"))

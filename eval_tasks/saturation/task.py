@@ -1,11 +1,5 @@
-"""What saturation.yaml names; the code is in llava_patch.integrations.lmms_eval."""
+"""What saturation.yaml names: `Task`, `process_results`, and each metric's aggregation under the metric's name."""
 
-from llava_patch.integrations.lmms_eval.saturation_runs import (
-    mean_mass,
-    mean_transition_layer,
-    process_results,
-    recommended_split,
-)
-from llava_patch.integrations.lmms_eval.tasks import SaturationTask
+from llava_patch.integrations.lmms_eval.runner import names
 
-__all__ = ["SaturationTask", "mean_mass", "mean_transition_layer", "process_results", "recommended_split"]
+globals().update(names("saturation"))

@@ -4,33 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import importlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
-from llava_patch.core import registry
 from llava_patch.core.errors import CheckpointError, SettingError
 from llava_patch.core.paths import default_name
-
-if TYPE_CHECKING:
-    from llava_patch.data.loaded import LoadedCheckpoint
-
-
-FILES: tuple[str, ...] = (
-    "attention_maps",
-    "drift",
-    "flops",
-    "fusion_attention",
-    "gradients",
-    "reach",
-    "report",
-)
-"""Files of commands that are no measurement of the registry."""
 
 DEFAULT = "run"
 PANEL = "Measure a checkpoint"
@@ -39,8 +22,12 @@ PANEL = "Measure a checkpoint"
 CHECKPOINT = typer.Argument(
     ..., metavar="CKPT", help="checkpoint folder or hub name, of llava or HF, patched or not; or an adapter"
 )
+OPTIONAL = typer.Argument("", metavar="CKPT", help="checkpoint folder or hub name; only its JSON files are read")
 DATA = typer.Argument(
     "", metavar="DATA", help="LLaVA's JSON, R-Probe's kinds of data, an image or a folder of them; default: pages"
+)
+DATA_OPTION = typer.Option(
+    "", "--data", help="LLaVA's JSON, R-Probe's kinds of data or a folder of images; default: pages"
 )
 BASE = typer.Option("", help="the model below a LoRA or projector-only checkpoint of llava")
 COMPARED = typer.Option(
@@ -58,31 +45,6 @@ DTYPE = typer.Option(
 QUESTION = typer.Option("", help="asked about every image; default: the data's own, or what its text is")
 GIN_FILE = typer.Option([], help="gin file with bindings of this measurement or a patch; may be repeated")
 GIN_PARAM = typer.Option([], help="one gin binding; may be repeated")
-
-
-def register(app: typer.Typer) -> None:
-    """Add every measurement's command, in a panel of its own in the help."""
-    from llava_patch.cli import measure
-
-    commands, groups = len(app.registered_commands), len(app.registered_groups)
-    for name in FILES:
-        importlib.import_module(f"llava_patch.cli.{name}").add(app)
-    for name in registry.MEASUREMENTS:
-        measure.add(app, name)
-    for command in app.registered_commands[commands:]:
-        command.rich_help_panel = PANEL
-    for group in app.registered_groups[groups:]:
-        group.rich_help_panel = PANEL
-
-
-def samples_option(default: int, setting: str) -> Any:
-    """`--samples`, which means the same everywhere."""
-    return typer.Option(
-        None,
-        min=0,
-        help=f"spread evenly over DATA; 0: all of it; default: {setting}, or {default}",
-        show_default=False,
-    )
 
 
 @contextlib.contextmanager
@@ -148,13 +110,6 @@ def folder_for(measurement: str, checkpoint: str, output: Path | None) -> Path:
     return folder
 
 
-def load(checkpoint: str, base: str = "", device: str = "", dtype: str = "") -> "LoadedCheckpoint":
-    """The checkpoint's model, ready to be measured."""
-    from llava_patch.data.loaded import load_subject
-
-    return load_subject(checkpoint, base, device, dtype)
-
-
 class DefaultGroup(TyperGroup):
     """A group whose default subcommand need not be named (a checkpoint called like a subcommand: ./NAME)."""
 
@@ -176,6 +131,6 @@ class DefaultGroup(TyperGroup):
         except Exception as error:
             # click's class: typer carries a copy of it in some versions and depends on it in others.
             inner, message = getattr(error, "ctx", None), getattr(error, "message", "")
-            if getattr(inner, "info_name", None) == DEFAULT and "unexpected extra argument" in message:
+            if self.second and getattr(inner, "info_name", None) == DEFAULT and "unexpected extra argument" in message:
                 error.message = f"{message}: CKPT takes one DATA; {self.second}"  # type: ignore[attr-defined]
             raise

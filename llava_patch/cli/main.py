@@ -9,17 +9,18 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from llava_patch.cli import common as measurements
-from llava_patch.cli import doctor, rprobe
+from llava_patch.cli import doctor, measure, report, rprobe
+from llava_patch.cli.common import PANEL
 from llava_patch.cli.rprobe import compare, correlate, export, preview, run, store  # noqa: F401 - they join `app`
 from llava_patch.core.errors import LlavaPatchError, SettingError
 from llava_patch.core.extras import needs
 from llava_patch.tools.inspect import command as inspection
 
 app = typer.Typer(no_args_is_help=True)
-app.add_typer(rprobe.app, name="rprobe", rich_help_panel=measurements.PANEL)
-app.command("correlate", no_args_is_help=True, rich_help_panel=measurements.PANEL)(correlate.correlate)
-measurements.register(app)
+app.add_typer(rprobe.app, name="rprobe", rich_help_panel=PANEL)
+app.command("correlate", no_args_is_help=True, rich_help_panel=PANEL)(correlate.correlate)
+report.add(app)
+measure.register(app)
 doctor.add(app)
 inspection.add(app)
 console = Console()
@@ -73,7 +74,9 @@ def bench(
     import torch
 
     from llava_patch.hosts import sizes
-    from llava_patch.tools.bench import measure, report, shapes
+    from llava_patch.tools.bench import measure as timing
+    from llava_patch.tools.bench import report as table
+    from llava_patch.tools.bench import shapes
     from llava_patch.tools.bench.methods import methods
 
     if shape not in sizes.SHAPES:
@@ -98,14 +101,14 @@ def bench(
         return
     rows = methods(size.layers, size.split if split < 0 else split, lora)
     model: Any = shapes.build(size, device, getattr(torch, dtype), attention)
-    about = {**report.machine(model.device), "shape": shape, "dtype": dtype, "attention": attention, "repeats": repeats}
+    about = {**table.machine(model.device), "shape": shape, "dtype": dtype, "attention": attention, "repeats": repeats}
     tables = {}
     for samples in batch:
         for words in text:
             title = f"{shape}: 576 image + {words} text tokens, batch {samples}, {about['device']}, {dtype}"
-            tables[title] = measure.measure(model, rows, words, samples, repeats=repeats, training=train)
-            console.print(*report.screen(tables[title], title))
-    for path in report.write(output, f"routing_{shape}", tables, about):
+            tables[title] = timing.measure(model, rows, words, samples, repeats=repeats, training=train)
+            console.print(*table.screen(tables[title], title))
+    for path in table.write(output, f"routing_{shape}", tables, about):
         console.print(f"wrote {path}")
 
 

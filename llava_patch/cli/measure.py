@@ -7,7 +7,6 @@ about it in the docstring. What every command has (`cli.common`) means the same 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import re
 import types
@@ -27,7 +26,15 @@ if TYPE_CHECKING:
     from llava_patch.data.target import Target
     from llava_patch.measurements.base import Measurement, Result
 
+FURTHER = {"gradients": "llava_patch.cli.gradients:add"}
+"""Adds subcommands that measure nothing to a measurement's group."""
 COUNTS = ("max_samples", "samples")  # fields of settings that --samples stands for
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command of every measurement."""
+    for name in registry.MEASUREMENTS:
+        add(app, name)
 
 
 def add(app: typer.Typer, name: str) -> None:
@@ -38,82 +45,114 @@ def add(app: typer.Typer, name: str) -> None:
         name: in the registry.
     """
     measurement = registry.measurement(name)
+    if not measurement.compare and name not in FURTHER:
+        add_command = app.command(
+            measurement.command, no_args_is_help=not measurement.optional, rich_help_panel=common.PANEL
+        )
+        add_command(run_command(measurement))
+        return
+    several = f"several checkpoints: llava-patch {measurement.command} compare A B ... --data DATA"
+    kind = type("Group", (common.DefaultGroup,), {"second": several if measurement.compare else ""})
+    group = typer.Typer(cls=kind, no_args_is_help=True, help=_help_of_group(measurement))
+    group.command("run", no_args_is_help=True)(run_command(measurement))
     if measurement.compare:
-        second = f"several checkpoints: llava-patch {measurement.command} compare A B ... --data DATA"
-        kind = type("Group", (common.DefaultGroup,), {"second": second})
-        group = typer.Typer(cls=kind, no_args_is_help=True, help=_help_of_group(measurement))
-        group.command("run", no_args_is_help=True)(run_command(measurement))
         group.command("compare", no_args_is_help=True)(compare_command(measurement))
-        app.add_typer(group, name=measurement.command)
-    else:
-        app.command(measurement.command, no_args_is_help=True)(run_command(measurement))
+    if name in FURTHER:
+        registry.load(FURTHER[name])(group)
+    app.add_typer(group, name=measurement.command, rich_help_panel=common.PANEL)
 
 
 def run_command(measurement: "Measurement") -> Callable[..., None]:
-    """The command that measures one checkpoint."""
-    name, options = measurement.command, options_of(measurement)
-    data = {"data": (str, common.DATA), "samples": (Optional[int], samples_of(measurement))}
-    extra = {"extra": (Optional[list[str]], typer.Argument(None, hidden=True))} if measurement.compares else {}
+    """The command that measures a checkpoint, or several side by side."""
+    name = measurement.command
     where = f"folder for results; default: {name}/ and CKPT's name"
-    parameters = {
-        "checkpoint": (str, common.CHECKPOINT),
-        **data,
-        **extra,
-        **options,
-        "question": (str, common.QUESTION),
+    parameters: dict[str, tuple[Any, Any]] = {"checkpoint": (str, common.CHECKPOINT)}
+    if measurement.optional:
+        parameters["checkpoint"] = (str, common.OPTIONAL)
+    if measurement.several:
+        text = "checkpoints of llava or HF, patched or not; or adapters"
+        parameters["checkpoint"] = (list[str], typer.Argument(..., metavar="CKPT [CKPT ...]", help=text))
+        parameters["names"] = (str, common.NAMES)
+    if measurement.samples is not None:
+        parameters["data"] = (str, common.DATA_OPTION if measurement.several else common.DATA)
+    if measurement.compares:
+        parameters["extra"] = (Optional[list[str]], typer.Argument(None, hidden=True))
+    if count_field(measurement) is not None:
+        parameters["samples"] = (Optional[int], samples_of(measurement))
+    parameters |= options_of(measurement)
+    if measurement.samples is not None:
+        parameters["question"] = (str, common.QUESTION)
+        parameters["base"] = (str, common.COMPARED if measurement.compares else common.BASE)
+        parameters |= {"device": (str, common.DEVICE), "dtype": (str, common.DTYPE)}
+    parameters |= {
         "output": (Optional[Path], typer.Option(None, help=where, show_default=False)),
         "formats": (list[str], common.FORMAT),
-        "base": (str, common.COMPARED if measurement.compares else common.BASE),
-        **_HOW,
+        "gin_file": (list[str], common.GIN_FILE),
+        "gin_param": (list[str], common.GIN_PARAM),
     }
 
     def command(
-        checkpoint: str,
-        data: str,
-        samples: int | None,
-        question: str,
+        checkpoint: str | list[str],
         output: Path | None,
         formats: list[str],
-        base: str,
-        device: str,
-        dtype: str,
         gin_file: list[str],
         gin_param: list[str],
+        data: str = "",
+        samples: int | None = None,
+        names: str = "",
         extra: list[str] | None = None,
         **words: Any,
     ) -> None:
         need(name, *measurement.extras)
-        common.check_checkpoint(checkpoint)
-        common.check_formats(formats)
-        folder = common.folder_for(name, checkpoint, output)
+        how: dict[str, str] = {
+            word: words.pop(word, "") for word in ("question", "base", "device", "dtype") if word in parameters
+        }
+        if measurement.samples is None:
+            words, how = {**how, **words}, {}  # they mean something of its own
         fields, others = _split(measurement, words)
+        measurement.check(data, samples, **others)
+        given = [one for one in ([checkpoint] if isinstance(checkpoint, str) else checkpoint) if one]
+        for one in given:
+            common.check_checkpoint(one)
+        common.check_formats(formats)
+        if measurement.compares:
+            _check_words(measurement, data, extra or [])
+        checkpoints = given if measurement.several else [measurement.subject("".join(given), **others)]
+        labels = protocol.names_of(checkpoints, names)
+        folder = common.folder_for(name, checkpoints[0], output)
         with common.configured(gin_file, gin_param, goes_on=measurement.resumes):
             settings = settings_for(measurement, samples, fields)
-            below, base = _models(measurement, settings, checkpoint, base)
-            target = _target(checkpoint, data, below, base, device, dtype, question)
-            measure = functools.partial(measurement.measure, **others)
-            _check(measurement, target, folder, extra)
-            run(measurement, measure, target, settings, folder, formats)
+            targets = []
+            for one, label in zip(checkpoints, labels, strict=True):
+                below, base = _models(measurement, settings, one, how.get("base", ""))
+                targets.append(_target(one, data, below, base, how, label))
+            _check(measurement, targets, folder / f"{measurement.stem(**others)}.json")
+            _run(measurement, targets, settings, folder, formats, others)
 
     return _typed(command, parameters, inspect.getdoc(type(measurement)) or "")
 
 
-def run(
+def _run(
     measurement: "Measurement",
-    measure: Callable[..., "Result"],
-    target: "Target",
+    targets: "list[Target]",
     settings: Any,
     folder: Path,
     formats: Sequence[str],
+    others: dict[str, Any],
 ) -> None:
-    """Measure, show what was found and write it."""
+    """Measure, show what was found and write it; several checkpoints are in memory one after the other."""
     from llava_patch.core.folder_lock import folder_lock
 
     with folder_lock(folder if measurement.resumes else None):
-        result = measure(target, settings, folder)
+        result: Any = None
+        for target in targets:
+            one = measurement.measure(target, settings, folder, **others)
+            result = one if result is None else result.beside(one)
+            if len(targets) > 1:
+                target.release()
         for title, table in measurement.tables(result):
             output.show(table, title)
-        output.finish(result, folder, target.checkpoint, formats)
+        output.finish(result, folder, targets[0].checkpoint, formats)
         measurement.finished(folder)
 
 
@@ -129,10 +168,13 @@ def compare_command(measurement: "Measurement") -> Callable[..., None]:
         **options_of(measurement),
         "names": (str, common.NAMES),
         "question": (str, common.QUESTION),
+        "base": (str, common.BASE),
+        "device": (str, common.DEVICE),
+        "dtype": (str, common.DTYPE),
         "output": (Path, typer.Option(Path(f"{measurement.name}_compare"), help="folder for table, figure, results")),
         "formats": (list[str], common.FORMAT),
-        "base": (str, common.BASE),
-        **_HOW,
+        "gin_file": (list[str], common.GIN_FILE),
+        "gin_param": (list[str], common.GIN_PARAM),
     }
 
     def command(
@@ -140,12 +182,8 @@ def compare_command(measurement: "Measurement") -> Callable[..., None]:
         data: str,
         samples: int | None,
         names: str,
-        question: str,
         output: Path,
         formats: list[str],
-        base: str,
-        device: str,
-        dtype: str,
         gin_file: list[str],
         gin_param: list[str],
         **words: Any,
@@ -155,6 +193,7 @@ def compare_command(measurement: "Measurement") -> Callable[..., None]:
         if len(models) < 2:
             raise SettingError(f"{name} compare: one model ({models[0]}), expected at least two")
         # All that can be wrong with the arguments, before minutes are spent on the first checkpoint.
+        how: dict[str, str] = {word: words.pop(word) for word in ("question", "base", "device", "dtype")}
         called = protocol.names_of(models, names, file)
         kind = registry.load(measurement.result)
         files = [protocol.find_result(given, file) for given in models]
@@ -163,13 +202,13 @@ def compare_command(measurement: "Measurement") -> Callable[..., None]:
         with common.configured(gin_file, gin_param, goes_on=True):
             settings = settings_for(measurement, samples, fields)
             wanted = [(name, given) for name, given in zip(called, models, strict=True) if found[name] is None]
-            targets = {one: _target(given, data, base, "", device, dtype, question) for one, given in wanted}
-            for one, target in targets.items():
+            targets = [_target(given, data, how["base"], "", how, name) for name, given in wanted]
+            for target in targets:
                 _check_model(measurement, target.checkpoint)
-                _check(measurement, target, output / one)
-            for one, target in targets.items():
-                typer.echo(f"measuring {one}", err=True)
-                found[one] = _kept(measurement, target, settings, output / one, others)
+                _check(measurement, [target], output / target.name / file)
+            for target in targets:
+                typer.echo(f"measuring {target.name}", err=True)
+                found[target.name] = _kept(measurement, target, settings, output / target.name, others)
         _finish_comparison(registry.load(measurement.compare)(found), output, formats)
 
     text = (
@@ -220,6 +259,8 @@ def settings_for(measurement: "Measurement", samples: int | None, given: dict[st
     from llava_patch.data.model_inputs import count_of
     from llava_patch.settings.active import settings_of
 
+    if measurement.settings is None:
+        return None
     settings = settings_of(measurement.settings, **given)
     field = count_field(measurement)
     if field is None or measurement.samples is None:
@@ -230,8 +271,12 @@ def settings_for(measurement: "Measurement", samples: int | None, given: dict[st
 
 def count_field(measurement: "Measurement") -> str | None:
     """The field of a measurement's settings that --samples stands for."""
-    names = [f.name for f in dataclasses.fields(measurement.settings)]
+    names = [field.name for field in _fields(measurement)]
     return next((name for name in COUNTS if name in names), None)
+
+
+def _fields(measurement: "Measurement") -> "tuple[dataclasses.Field[Any], ...]":
+    return () if measurement.settings is None else dataclasses.fields(measurement.settings)
 
 
 def samples_of(measurement: "Measurement") -> Any:
@@ -241,19 +286,11 @@ def samples_of(measurement: "Measurement") -> Any:
     return typer.Option(None, min=0, help=text, show_default=False)
 
 
-_HOW: dict[str, tuple[Any, Any]] = {
-    "device": (str, common.DEVICE),
-    "dtype": (str, common.DTYPE),
-    "gin_file": (list[str], common.GIN_FILE),
-    "gin_param": (list[str], common.GIN_PARAM),
-}
-
-
 def options_of(measurement: "Measurement") -> dict[str, tuple[Any, Any]]:
     """(type, option) of each setting that is one, and of each keyword-only parameter of `measure`, by name."""
     found: dict[str, tuple[Any, Any]] = {}
-    lines = described(measurement.settings.__doc__, "Attributes")
-    for field in dataclasses.fields(measurement.settings):
+    lines = described(getattr(measurement.settings, "__doc__", ""), "Attributes")
+    for field in _fields(measurement):
         if field.name in (*COUNTS, "base", *measurement.hidden):
             continue
         text = f"{lines[field.name]}; default: {measurement.settings.__name__}.{field.name}, {_said(field.default)}"
@@ -286,9 +323,10 @@ def _plain(hint: Any) -> Any:
 
 def _split(measurement: "Measurement", words: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(fields of the settings, parameters of `measure`) of a command's own options."""
-    hints = {f.name: protocol.hint_of(measurement.settings, f) for f in dataclasses.fields(measurement.settings)}
-    fields = {k: _numbers(k, v, hints[k]) for k, v in words.items() if k in hints}
-    return fields, {k: v for k, v in words.items() if k not in hints}
+    hints = {f.name: protocol.hint_of(measurement.settings, f) for f in _fields(measurement)}
+    fields = {k: v for k, v in words.items() if k in hints and k not in measurement.hidden}
+    others = {k: v for k, v in words.items() if k not in fields}
+    return {k: _numbers(k, v, hints[k]) for k, v in fields.items()}, others
 
 
 def _numbers(name: str, value: Any, hint: Any) -> Any:
@@ -297,13 +335,14 @@ def _numbers(name: str, value: Any, hint: Any) -> Any:
     try:
         return tuple(int(part) for part in value.split(",")) if value else None
     except ValueError:
-        raise SettingError(f"--{name.replace('_', '-')} {value}: expected {name} numbers, as 30,31") from None
+        raise SettingError(f"--{name.replace('_', '-')} {value}: expected layer numbers, as 30,31") from None
 
 
-def _target(checkpoint: str, data: str, below: str, base: str, device: str, dtype: str, question: str) -> "Target":
+def _target(checkpoint: str, data: str, below: str, base: str, how: dict[str, str], name: str) -> "Target":
     from llava_patch.data.target import Target
 
-    return Target(checkpoint, data, below, base, device, dtype, question)
+    device, dtype, question = (how.get(word, "") for word in ("device", "dtype", "question"))
+    return Target(checkpoint, data, below, base, device, dtype, question, name)
 
 
 def _models(measurement: "Measurement", settings: Any, checkpoint: str, base: str) -> tuple[str, str]:
@@ -324,15 +363,14 @@ def _models(measurement: "Measurement", settings: Any, checkpoint: str, base: st
     return base if part else "", base_of(checkpoint, other, "--base")
 
 
-def _check(measurement: "Measurement", target: "Target", folder: Path, extra: list[str] | None = None) -> None:
+def _check(measurement: "Measurement", targets: "list[Target]", path: Path) -> None:
     """Refuse what cannot end well before minutes are spent on loading a model."""
     from llava_patch.data.examples import check_data
 
-    if measurement.compares:
-        _check_words(measurement, target.data, extra or [])
-    sources = [target.checkpoint] + ([target.base] if measurement.compares else [])
-    output.check_results(folder / f"{measurement.name}.json", sources)
-    check_data(target.data)
+    bases = [target.base for target in targets] if measurement.compares else []
+    output.check_results(path, [*(target.checkpoint for target in targets), *bases])
+    if measurement.samples is not None:
+        check_data(targets[0].data)
 
 
 def _check_words(measurement: "Measurement", data: str, extra: list[str]) -> None:
@@ -372,11 +410,11 @@ def _typed(command: Callable[..., None], parameters: dict[str, tuple[Any, Any]],
 
 
 def _help_of_group(measurement: "Measurement") -> str:
-    first, name = (inspect.getdoc(type(measurement)) or "").splitlines()[0], measurement.command
-    return (
-        f"{first}\n\nllava-patch {name} CKPT [DATA] [OPTIONS] is short for {name} run. Its options: llava-patch {name} "
-        "run --help\n"
+    (first, _, more), name = (inspect.getdoc(type(measurement)) or "").partition("\n\n"), measurement.command
+    short = (
+        f"llava-patch {name} CKPT [DATA] [OPTIONS] is short for {name} run.\nIts options: llava-patch {name} run --help"
     )
+    return "\n\n".join([first, short, more.partition("\n\n")[0]])
 
 
 def described(text: str | None, section: str) -> dict[str, str]:

@@ -91,20 +91,6 @@ def finish(result: "Result", folder: Path, checkpoint: str, formats: Sequence[st
         typer.echo(f"wrote {path}")
 
 
-def finish_plain(result: Any, folder: Path, name: str, checkpoint: str) -> None:
-    """As `finish`, for results that are no `Result` yet."""
-    import typer
-
-    from llava_patch.core.files import write_json
-
-    typer.echo(result.summary())
-    paths = result.save(folder, name)
-    values: dict[str, Any] = json.loads(paths[0].read_text(encoding="utf-8"))
-    write_json(paths[0], {**values, "facts": facts_of(checkpoint)})
-    for path in paths:
-        typer.echo(f"wrote {path}")
-
-
 def show(table: tuple[Sequence[str], Sequence[Sequence[str]]], title: str = "", notes: Sequence[str] = ()) -> None:
     """Print a measurement's table: the first column is a name, the others are numbers.
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Optional
 
 import typer
 
-from llava_patch.cli.common import DATA, DEVICE, GIN_FILE, GIN_PARAM, QUESTION, configured
+from llava_patch.cli.common import DATA, DEVICE, GIN_FILE, GIN_PARAM, PANEL, QUESTION, configured
 from llava_patch.core.errors import CheckpointError, SettingError
 from llava_patch.core.extras import needs
 from llava_patch.data.examples import check_data
@@ -15,7 +16,7 @@ from llava_patch.settings.active import settings_of
 
 def add(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("report", no_args_is_help=True)(report_command)
+    app.command("report", no_args_is_help=True, rich_help_panel=PANEL)(report_command)
 
 
 @needs("report", "figures", "report")
@@ -25,7 +26,7 @@ def report_command(
     ),
     data: str = DATA,
     base: str = typer.Option("", help="the model it was trained from, for drift and fusion attention"),
-    output: Path | None = typer.Option(  # noqa: B008
+    output: Optional[Path] = typer.Option(  # noqa: B008
         None,
         help="folder; the same one again keeps finished sections; default: report/ and CKPT's name",
         show_default=False,

@@ -12,15 +12,16 @@ from typing import Any
 # Commands, gin's bindings, the report's sections (in this order) and the lmms-eval tasks follow from this list.
 MEASUREMENTS: dict[str, str] = {
     "saturation": "llava_patch.measurements.saturation.measurement:SaturationMeasurement",
+    "attention_maps": "llava_patch.measurements.attention_maps.measurement:AttentionMapsMeasurement",
+    "flops": "llava_patch.measurements.flops.measurement:FlopsMeasurement",
+    "gradients": "llava_patch.measurements.gradients.measurement:GradientsMeasurement",
+    "reach": "llava_patch.measurements.reach.measurement:ReachMeasurement",
+    "drift": "llava_patch.measurements.drift.measurement:DriftMeasurement",
+    "fusion_attention": "llava_patch.measurements.fusion_attention.measurement:FusionAttentionMeasurement",
 }
 # Further settings that gin binds, beside those of the methods in settings/methods.py.
 SETTINGS: dict[str, str] = {
-    "AttentionMaps": "llava_patch.measurements.attention_maps.result:AttentionMaps",
-    "Drift": "llava_patch.measurements.drift.result:Drift",
-    "FusionAttention": "llava_patch.measurements.fusion_attention.result:FusionAttention",
-    "Gradients": "llava_patch.measurements.gradients.settings:Gradients",
     "RProbe": "llava_patch.measurements.rprobe.settings:RProbe",
-    "Reach": "llava_patch.measurements.reach.settings:Reach",
     "Report": "llava_patch.tools.report.settings:Report",
 }
 SWEEP = "llava_patch.tools.sweep.settings:Sweep"
@@ -47,4 +48,4 @@ def measurement(name: str) -> Any:
 def settings() -> dict[str, Any]:
     """The settings that gin binds beside those of the methods: class by its name."""
     found = [measurement(name).settings for name in MEASUREMENTS] + [load(entry) for entry in SETTINGS.values()]
-    return {cls.__name__: cls for cls in found}
+    return {cls.__name__: cls for cls in found if cls is not None}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +20,6 @@ def count_of(samples: int | None, bound: int | None, default: int) -> int | None
         default: the command's.
     """
     return (bound or default) if samples is None else (samples or None)
-
-
-def with_count(settings: Any, samples: int | None, default: int) -> Any:
-    """A measurement's settings with `max_samples` as `count_of` has it."""
-    return dataclasses.replace(settings, max_samples=count_of(samples, settings.max_samples, default))
 
 
 def examples_for(

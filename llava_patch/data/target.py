@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from llava_patch.data.loaded import LoadedCheckpoint
     from llava_patch.data.model_inputs import ModelInputs
 
-    Opener = Callable[[], tuple[Any, ModelInputs]]
+Opener = Callable[[], tuple[Any, Iterable[dict[str, Any]]]]
+"""Loads a model: (model, keyword arguments of its forward for each sample)."""
 
 
 class Target:
@@ -25,6 +26,7 @@ class Target:
         device: as `load_subject` takes it.
         dtype: of the models, as `load_subject` takes it.
         question: asked about every image; "": the data's own.
+        name: what results call the checkpoint.
     """
 
     def __init__(
@@ -36,9 +38,10 @@ class Target:
         device: str = "",
         dtype: str = "",
         question: str = "",
+        name: str = "",
     ) -> None:
         self.checkpoint, self.data, self.below, self.base = checkpoint, data, below, base
-        self.device, self.dtype, self.question = device, dtype, question
+        self.device, self.dtype, self.question, self.name = device, dtype, question, name
 
     @cached_property
     def subject(self) -> "LoadedCheckpoint":
@@ -80,7 +83,7 @@ class Target:
 
         return ModelInputs(self.subject, self.examples(count, answers), answers)
 
-    def openers(self, count: int | None) -> "tuple[Opener, Opener]":
+    def openers(self, count: int | None) -> tuple[Opener, Opener]:
         """Two calls that load the checkpoint and the base: (model, samples of the same examples).
 
         Neither model stays here, so that what compares them may have one in memory at a time.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 _EXPORTS = {
-    "compare_reach": "reach.compare",
+    "compare_reach": "reach.measure",
     "make_batches": "gradients.measure",
     "measure_attention_maps": "attention_maps.measure",
     "measure_drift": "drift.measure",
@@ -36,8 +36,7 @@ if TYPE_CHECKING:
     from llava_patch.measurements.flops.result import measure_flops
     from llava_patch.measurements.fusion_attention.measure import measure_fusion_attention
     from llava_patch.measurements.gradients.measure import make_batches, measure_gradients
-    from llava_patch.measurements.reach.compare import compare_reach
-    from llava_patch.measurements.reach.measure import measure_reach
+    from llava_patch.measurements.reach.measure import compare_reach, measure_reach
     from llava_patch.measurements.saturation.measure import measure_saturation
 
 

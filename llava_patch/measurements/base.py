@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Union, get_args, get_origin
 from llava_patch.core import registry
 from llava_patch.core.errors import InputError, SettingError
 from llava_patch.core.files import plain, write_json
+from llava_patch.settings.active import settings_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -33,6 +34,10 @@ NOT_WRITTEN = {"written": False}
 """Metadata of a result's field that stays in memory, such as pictures for its figure."""
 
 
+class NothingToMeasure(Exception):
+    """A section of a report has nothing to measure; the message says why."""
+
+
 class Measurement:
     """One thing that can be measured on a checkpoint; the class docstring is the help of its command.
 
@@ -45,37 +50,45 @@ class Measurement:
         title: heading of the report's section.
         about: the report's paragraph: what is measured, and how to read it.
         alt: what the figure shows, in words, for who cannot see it.
-        settings: frozen dataclass, which gin binds under its own name. Its field `max_samples` (or `samples`) is
-            --samples, and its field `base` is what --base says unless it is bound.
+        settings: frozen dataclass, which gin binds under its own name; None: all options are of the command. Its field
+            `max_samples` (or `samples`) is --samples, and its field `base` is what --base says unless it is bound.
         result: "MODULE:ATTRIBUTE" of the `Result` class.
-        samples: how many samples the command takes unless told otherwise; None: it takes no data.
+        samples: how many samples the command takes unless told otherwise; None: it takes no data, and loads no model.
         answers: whether samples need the right answer, for a loss.
         compares: whether a base is measured beside the checkpoint.
-        several: whether the command takes several checkpoints, side by side.
+        optional: whether CKPT may be left out, see `subject`.
+        several: whether the command takes several checkpoints (DATA is --data then), whose results stand `beside` each
+            other in one.
         resumes: whether the command, interrupted, goes on where it was.
         extras: of pyproject.toml, see `core.extras`.
         words: spelling of single options, such as {"everything": "--all"}.
         hidden: fields of `settings` that are no options.
         compare: "MODULE:FUNCTION" that makes a `Comparison` of results by their names; "": they are not compared.
-        metrics: of the lmms-eval task: its value of a pooled result, by the metric's name.
+        report_count: field of `Report` that says how many samples its section takes; "": the settings' own number.
+        readers: who else reads its bindings, for `llava-patch doctor`.
+        metrics: of the lmms-eval task: its value from the `entries` of all documents, by the metric's name; the first
+            one's entries are whole items, from which `pooled` makes the result that is written.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     about: ClassVar[str]
     alt: ClassVar[str] = ""
-    settings: ClassVar[type]
+    settings: ClassVar[Any] = None
     result: ClassVar[str]
     samples: ClassVar[int | None] = 32
     answers: ClassVar[bool] = False
     compares: ClassVar[bool] = False
+    optional: ClassVar[bool] = False
     several: ClassVar[bool] = False
     resumes: ClassVar[bool] = False
     extras: ClassVar[tuple[str, ...]] = ("figures",)
     words: ClassVar[dict[str, str]] = {}
     hidden: ClassVar[tuple[str, ...]] = ()
     compare: ClassVar[str] = ""
-    metrics: ClassVar[dict[str, Callable[[Any], float | int | None]]] = {}
+    readers: ClassVar[tuple[str, ...]] = ()
+    report_count: ClassVar[str] = "samples"
+    metrics: ClassVar[dict[str, Callable[[Sequence[Any]], float | int | None]]] = {}
 
     @property
     def command(self) -> str:
@@ -92,6 +105,81 @@ class Measurement:
         """
         raise NotImplementedError
 
+    def check(self, data: str, samples: int | None, **options: Any) -> None:
+        """Refuse words of a command that do not go together, before anything is read.
+
+        Args:
+            data: DATA; "": not given.
+            samples: --samples; None: not given.
+            options: keyword-only parameters of `measure`.
+        """
+
+    def subject(self, checkpoint: str, **options: Any) -> str:
+        """What is measured, as files and folders say it: CKPT, or what stands for one that was left out."""
+        return checkpoint
+
+    def stem(self, **options: Any) -> str:
+        """Stem of the results' files under some keyword-only parameters of `measure`."""
+        return self.name
+
+    def report_settings(self, context: Any) -> Any:
+        """Settings for a report's section: gin's, with the report's number of samples where they name none."""
+        if self.settings is None:
+            return None
+        settings = settings_of(self.settings)
+        if not self.report_count:
+            return settings
+        count = settings.max_samples or getattr(context.settings, self.report_count)
+        return dataclasses.replace(settings, max_samples=count)
+
+    def recorded(self, context: Any, settings: Any) -> dict[str, Any]:
+        """What the section's result depends on beside checkpoint, base and data, as JSON values."""
+        return dataclasses.asdict(settings)
+
+    def report_words(self, context: Any, settings: Any) -> list[str]:
+        """Options of the command that repeats the section."""
+        return ["--samples", str(getattr(settings, "max_samples", None) or settings.samples)]
+
+    def why_not(self, context: Any) -> str | None:
+        """Why the section cannot be made, as far as that is seen before anything is loaded; None: it can."""
+        return context.why_no_base() if self.compares else None
+
+    def in_report(self, context: Any, settings: Any) -> "Result":
+        """Measure for a report's section.
+
+        Raises:
+            NothingToMeasure: says why.
+        """
+        return self.measure(context, settings)
+
+    def report_tables(self, result: Any) -> list[tuple[str, Table]]:
+        """What the section shows: (caption, table) each."""
+        return [("", result.table())]
+
+    def document(
+        self, anatomies: Sequence[Any], samples: Sequence[dict[str, Any]], settings: Any, number: int
+    ) -> dict[str, Any]:
+        """Measure one document of the lmms-eval task.
+
+        Args:
+            anatomies: of the live model, and of its base where the measurement compares.
+            samples: keyword arguments of each one's forward, of the same document.
+            settings: of the task.
+            number: of the document, from 0.
+
+        Returns:
+            JSON values.
+        """
+        raise NotImplementedError
+
+    def entries(self, item: dict[str, Any]) -> dict[str, Any]:
+        """What the samples log holds of a document for each metric, from its `document` with the task's facts."""
+        return dict.fromkeys(self.metrics, item)
+
+    def pooled(self, items: Sequence[dict[str, Any]]) -> "Result":
+        """The result over all documents of a run."""
+        raise NotImplementedError
+
     def tables(self, result: Any) -> list[tuple[str, Table]]:
         """What the command prints: (title, table) each."""
         return [("", result.table())]
@@ -102,10 +190,6 @@ class Measurement:
 
     def finished(self, folder: Path) -> None:
         """The result is written: take away what an unfinished run would go on from."""
-
-    def why_not(self, target: "Target") -> str | None:
-        """Why a target cannot be measured, as far as that is seen before anything is loaded; None: it can."""
-        return None
 
 
 @dataclass(frozen=True)
@@ -148,13 +232,16 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        values = {"format": self.format(), "version": self.VERSION, **self.derived(), **self.encode()}
-        found: dict[str, Any] = plain(values)
+        found: dict[str, Any] = plain({"format": self.format(), "version": self.VERSION, **self.content()})
         return found
+
+    def content(self) -> dict[str, Any]:
+        """All but format and version."""
+        return {**self.derived(), **self.encode()}
 
     def encode(self) -> dict[str, Any]:
         """The fields as JSON values; facts only where there are some."""
-        values: dict[str, Any] = encode(self)
+        values = encode_fields(self)
         if not self.facts:
             del values["facts"]
         return values
@@ -193,7 +280,7 @@ class Result:
     def decode(cls, values: dict[str, Any]) -> "Self":
         """The fields of JSON values; further ones are passed over, see `from_dict`."""
         known = {f.name for f in dataclasses.fields(cls)}
-        found: Self = decode(cls, {k: v for k, v in values.items() if k in known})
+        found: Self = decode_fields(cls, {k: v for k, v in values.items() if k in known})
         return found
 
     def save(self, folder: str | Path, name: str = "", formats: Sequence[str] = FIGURES[:1]) -> tuple[Path, ...]:
@@ -258,6 +345,11 @@ class Comparison:
         folder, draw = Path(folder), registry.load(self.figure)
         written = write_json(folder / f"{name}.json", self.to_dict())
         return (written, *(draw(self.results, folder / f"{name}.{suffix}") for suffix in formats))
+
+
+def default_split(depth: int) -> int:
+    """The split of the DPVR paper's 7B model (18 of 32 layers) at another depth."""
+    return round(depth * 18 / 32)
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any], names: tuple[str, str]) -> str | None:
@@ -336,16 +428,27 @@ def words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def encode(value: Any) -> Any:
-    """Dataclasses as dictionaries of their fields, tuples as lists, dictionaries with other keys than text as pairs."""
+def encode(value: Any, hint: Any = None) -> Any:
+    """Dataclasses as dictionaries of their fields, tuples as lists, dictionaries with other keys than text as pairs.
+
+    Args:
+        value: what is written.
+        hint: its type, where it is known.
+    """
+    if isinstance(value, Result):
+        return value.content()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        kept = [f.name for f in dataclasses.fields(value) if f.metadata.get("written", True)]
-        return {name: encode(getattr(value, name)) for name in kept}
+        return encode_fields(value)
     if isinstance(value, dict):
-        if all(isinstance(key, str) for key in value):
-            return {key: encode(item) for key, item in value.items()}
-        return [[key, encode(item)] for key, item in value.items()]
+        keyed = get_args(hint)[:1] == (str,) if get_origin(hint) is dict else all(isinstance(k, str) for k in value)
+        return {k: encode(v) for k, v in value.items()} if keyed else [[k, encode(v)] for k, v in value.items()]
     return [encode(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def encode_fields(value: Any) -> dict[str, Any]:
+    """A dataclass as a dictionary of the fields that are written."""
+    kept = [f for f in dataclasses.fields(value) if f.metadata.get("written", True)]
+    return {f.name: encode(getattr(value, f.name), hint_of(type(value), f)) for f in kept}
 
 
 def decode(hint: Any, value: Any) -> Any:
@@ -362,8 +465,10 @@ def decode(hint: Any, value: Any) -> Any:
             return None
         (hint,) = (one for one in inner if one is not type(None))
         return decode(hint, value)
+    if isinstance(hint, type) and issubclass(hint, Result):
+        return hint.from_dict(value)
     if dataclasses.is_dataclass(hint):
-        return _decode_fields(hint, value)
+        return decode_fields(hint, value)
     if hint is float:
         if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
             raise TypeError(f"expected a number, got {value!r}")
@@ -382,7 +487,8 @@ def decode(hint: Any, value: Any) -> Any:
     return value
 
 
-def _decode_fields(cls: Any, values: Any) -> Any:
+def decode_fields(cls: Any, values: Any) -> Any:
+    """A dataclass of its fields' JSON values; see `decode`."""
     if not isinstance(values, dict):
         raise TypeError(f"expected the fields of {cls.__name__}, got {values!r}")
     fields = {f.name: f for f in dataclasses.fields(cls) if f.metadata.get("written", True)}

@@ -6,6 +6,7 @@ Hooks are the caller's; what is here is the same for every measurement that look
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -169,6 +170,13 @@ def paired(
     """
     tracked = files.track(samples, what, progress)
     return ((s, s) for s in tracked) if base_samples is None else zip(tracked, base_samples, strict=True)
+
+
+def forget_models() -> None:
+    """Free the memory of a model that nothing holds any more, before the next one is loaded."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager

@@ -90,9 +90,9 @@ def test_examples_are_as_many_as_options_or_bindings_say_and_spread_over_the_dat
     taken: list[list[str]] = []
     real = ModelInputs.__init__
 
-    def noted(self: Any, subject: Any, examples: Any) -> None:
+    def noted(self: Any, subject: Any, examples: Any, answers: bool = False) -> None:
         taken.append([example.id for example in examples])
-        real(self, subject, examples)
+        real(self, subject, examples, answers)
 
     monkeypatch.setattr(ModelInputs, "__init__", noted)
     data = folders["root"] / "more"
@@ -102,52 +102,63 @@ def test_examples_are_as_many_as_options_or_bindings_say_and_spread_over_the_dat
     stock = folders["stock"]
     run("attention-maps", stock, "--data", data, "--block", 1)
     run("attention-maps", stock, "--data", data, "--block", 1, "--gin-param", "AttentionMaps.max_samples = 5")
-    run("fusion-attention", stock, stock, data, "--gin-param", "FusionAttention.max_samples = 33")
-    run("drift", stock, stock, data, "--samples", 2, "--gin-param", "Drift.max_samples = 33", "--together")
-    run("drift", stock, stock, data, "--samples", 0)
+    run("fusion-attention", stock, data, "--base", stock, "--gin-param", "FusionAttention.max_samples = 33")
+    run("drift", stock, data, "--base", stock, "--samples", 2, "--gin-param", "Drift.max_samples = 33", "--together")
+    run("drift", stock, data, "--base", stock, "--samples", 0)
     assert [len(one) for one in taken] == [4, 5, 33, 33, 2, 2, 34, 34]
     assert taken[0] == ["00.png", "08.png", "17.png", "25.png"] and taken[4] == ["00.png", "17.png"]
     assert json.loads(Path("drift/stock/drift.json").read_text())["samples"] == 34
 
 
 def test_drift(folders: dict[str, Path], tmp_path: Path) -> None:
-    output = run("drift", folders["full"], folders["stock"], folders["data"])
+    output = run("drift", folders["full"], folders["data"], "--base", folders["stock"])
     assert "No drift" in output
     values = json.loads((tmp_path / "drift" / "full" / "drift.json").read_text())
     assert values["split"] == 2 and values["samples"] == 3 and values["image"]["median"] == [1.0, 1.0]
-    both = run("drift", folders["full"], folders["stock"], folders["data"], "--together", "--output", "both")
+    both = run("drift", folders["full"], folders["data"], "--base", folders["stock"], "--together", "--output", "both")
     assert "No drift" in both
     again = json.loads(Path("both/drift.json").read_text())
     assert again["settings"].pop("together") and not values["settings"].pop("together") and again == values
-    run("drift", folders["adapter"], "", folders["data"])  # its record names the base
+    run("drift", folders["adapter"], folders["data"])  # its record names the base
     assert json.loads(Path("drift/adapter/drift.json").read_text())["base"] == str(folders["stock"])
-    with pytest.raises(CheckpointError, match="names no base: say with BASE"):
+    with pytest.raises(CheckpointError, match="names no base: say with --base"):
         run("drift", folders["full"])
     with pytest.raises(CheckpointError, match="holds the results of"):
-        run("drift", folders["full"], folders["adapter"])
-    with pytest.raises(CheckpointError, match="is a file; BASE stands before DATA"):
-        run("drift", folders["full"], folders["data"] / "0.png")
+        run("drift", folders["full"], "--base", folders["adapter"])
+    for old in ((folders["stock"],), (folders["stock"], folders["data"]), ("", folders["data"]), ("org/model",)):
+        with pytest.raises(SettingError, match=r"takes CKPT \[DATA\], and the model .* is given as --base"):
+            run("drift", folders["adapter"], *old)
     assert [one.name for one in (tmp_path / "cache" / "drift").iterdir()] in ([], [".lock"])
 
 
 def test_a_configured_patch_is_not_put_on_the_base(folders: dict[str, Path]) -> None:
     patched = ["--gin-param", "Routing.split = 1"]
-    run("drift", folders["stock"], folders["stock"], folders["data"], *patched)
+    run("drift", folders["stock"], folders["data"], "--base", folders["stock"], *patched)
     assert json.loads(Path("drift/stock/drift.json").read_text())["split"] == 1
-    run("fusion-attention", folders["stock"], folders["stock"], folders["data"], *patched)
+    run("fusion-attention", folders["stock"], folders["data"], "--base", folders["stock"], *patched)
     layer = json.loads(Path("fusion-attention/stock/fusion_attention.json").read_text())["layers"][0]
     assert layer["layer"] == 3 and layer["mean_ratio"] != 1  # routed on one side only
 
 
 def test_fusion_attention(folders: dict[str, Path]) -> None:
-    output = run("fusion-attention", folders["full"], folders["stock"], folders["data"])
+    output = run("fusion-attention", folders["full"], folders["data"], "--base", folders["stock"])
     values = json.loads(Path("fusion-attention/full/fusion_attention.json").read_text())
     assert [one["layer"] for one in values["layers"]] == [3] and "Layer 3" in output
-    run("fusion-attention", folders["stock"], folders["stock"], folders["data"], "--layers", "0,2", "--samples", 2)
+    run(
+        "fusion-attention",
+        folders["stock"],
+        folders["data"],
+        "--base",
+        folders["stock"],
+        "--layers",
+        "0,2",
+        "--samples",
+        2,
+    )
     values = json.loads(Path("fusion-attention/stock/fusion_attention.json").read_text())
     assert [one["mean_ratio"] for one in values["layers"]] == [1, 1] and values["samples"] == 2
     with pytest.raises(SettingError, match="expected layer numbers"):
-        run("fusion-attention", folders["stock"], folders["stock"], "--layers", "x")
+        run("fusion-attention", folders["stock"], "--base", folders["stock"], "--layers", "x")
 
 
 def test_a_base_that_is_not_there(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -162,9 +173,9 @@ def test_a_base_that_is_not_there(folders: dict[str, Path], tmp_path: Path) -> N
     shutil.copytree(folders["adapter"], trained)
     (trained / "llava_patch.json").write_text(json.dumps({**record, "base": str(language_model)}))
     for command in ("drift", "fusion-attention"):
-        with pytest.raises(CheckpointError, match=r"vicuna as its base, which is no LLaVA .* say with BASE"):
+        with pytest.raises(CheckpointError, match=r"vicuna as its base, which is no LLaVA .* say with --base"):
             run(command, trained)
         with pytest.raises(CheckpointError, match="names /gone as its base, and there is no such folder"):
             run(command, moved)
         with pytest.raises(CheckpointError, match=r"not a checkpoint, it has no config\.json"):
-            run(command, folders["stock"], tmp_path)
+            run(command, folders["stock"], "--base", tmp_path)

@@ -20,8 +20,8 @@ PATCH = ("--gin-param", "Routing.split = 2")
 WORDED = "Routing(split=2, freeze='all_but_single')"  # what a routing freezes is settled when it is made
 COMMANDS = {
     "saturation": ("--samples", 1),
-    "drift": ("STOCK", "--samples", 1),
-    "fusion-attention": ("STOCK", "--samples", 1),
+    "drift": ("--base", "STOCK", "--samples", 1),
+    "fusion-attention": ("--base", "STOCK", "--samples", 1),
     "attention-maps": ("--samples", 1, "--block", 1),
     "reach": ("--samples", 1),
     "flops": (),
@@ -105,7 +105,7 @@ def test_a_folder_that_is_not_there(name: str, stock: Path) -> None:
     for path in ("./gone", "/gone", "some/where/gone", "gone/"):
         assert str(run(name, path).exception) == f"{path}: no such folder"
     if name in ("drift", "fusion-attention"):
-        assert str(run(name, stock, "./gone").exception) == "BASE ./gone: no such folder"
+        assert str(run(name, stock, "--base", "./gone").exception) == "--base ./gone: no such folder"
 
 
 def test_names_of_the_hub_are_no_folders(monkeypatch: pytest.MonkeyPatch) -> None:

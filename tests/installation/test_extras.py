@@ -187,12 +187,12 @@ def _nothing_called(name):
 
 
 def test_tasks_and_training_miss_theirs_before_they_start(monkeypatch):
-    from llava_patch.integrations.lmms_eval.tasks import RProbeTask, SaturationTask
+    from llava_patch.integrations.lmms_eval.tasks import RProbeTask, task_class
     from llava_patch.integrations.training.gradients import follow
 
     monkeypatch.setattr(extras, "_there", lambda package: False)
     with pytest.raises(MissingExtraError, match="the lmms-eval task saturation needs matplotlib: pip install"):
-        SaturationTask({"task": "saturation"})
+        task_class("saturation")({"task": "saturation"})
     with pytest.raises(MissingExtraError, match="the lmms-eval task rprobe needs matplotlib and scipy"):
         RProbeTask({"task": "rprobe"})
     with pytest.raises(MissingExtraError, match="Gradients needs matplotlib"):

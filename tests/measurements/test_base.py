@@ -31,7 +31,7 @@ class Outcome(Result):
     NAME = "outcome"
     TITLE = "toy"
     VERSION = 2
-    FIGURE = "tests.diagnostics.test_base:draw"
+    FIGURE = "tests.measurements.test_base:draw"
 
     parts: list[Inner]
     by_layer: dict[int, float]
@@ -100,7 +100,8 @@ def test_a_measurement_named_once_has_command_and_bindings() -> None:
     for name in registry.MEASUREMENTS:
         measurement = registry.measurement(name)
         assert measurement.name == name and measurement.command in commands
-        assert gin_config.MEASUREMENTS[measurement.settings.__name__] is measurement.settings
+        if measurement.settings is not None:
+            assert gin_config.MEASUREMENTS[measurement.settings.__name__] is measurement.settings
         kind = registry.load(measurement.result)
         assert issubclass(kind, Result) and name == kind.NAME and callable(registry.load(kind.FIGURE))
 

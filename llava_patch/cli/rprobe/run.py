@@ -32,7 +32,10 @@ PARAMETERS: dict[str, tuple[Any, Any]] = {
     **measure.options_of(PROBE),
     "formats": (list[str], common.FORMAT),
     "base": (str, common.BASE),
-    **measure._HOW,
+    "device": (str, common.DEVICE),
+    "dtype": (str, common.DTYPE),
+    "gin_file": (list[str], common.GIN_FILE),
+    "gin_param": (list[str], common.GIN_PARAM),
 }
 
 

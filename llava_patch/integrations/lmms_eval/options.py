@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llava_patch.core.errors import SettingError
+from llava_patch.settings.active import settings_of
 
 S = TypeVar("S")
 
@@ -22,7 +23,7 @@ def settings_for(cls: type[S], metadata: Any, task: str) -> S:
     Raises:
         SettingError: an unknown field or a bad value in the YAML.
     """
-    base = _configured(cls)
+    base = settings_of(cls)
     given = dict(metadata.get("settings") or {}) if isinstance(metadata, dict) else {}
     known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(given) - known)
@@ -31,14 +32,6 @@ def settings_for(cls: type[S], metadata: Any, task: str) -> S:
             f"task {task}: metadata.settings names {', '.join(unknown)}; {cls.__name__} has {', '.join(sorted(known))}"
         )
     return dataclasses.replace(base, **given)  # type: ignore[type-var]
-
-
-def _configured(cls: type[S]) -> S:
-    from llava_patch.settings import active
-
-    asked = active.configuration()
-    bound = None if asked is None else asked.measurements.get(cls.__name__)
-    return cls() if bound is None else bound
 
 
 def output_folder(args: Any, task: str) -> str | None:

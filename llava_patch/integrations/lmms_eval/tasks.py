@@ -9,6 +9,7 @@ all that scoring needs.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import datasets
@@ -17,14 +18,12 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.api.task import ConfigurableTask
 
+from llava_patch.core import registry
 from llava_patch.core.extras import need
 from llava_patch.data.examples import QUESTION
-from llava_patch.integrations.lmms_eval import drift_runs, fusion_attention_runs, loud, rprobe_runs, saturation_runs
+from llava_patch.integrations.lmms_eval import loud, rprobe_runs, runner
 from llava_patch.integrations.lmms_eval.options import settings_for
-from llava_patch.measurements.drift import Drift
-from llava_patch.measurements.fusion_attention import FusionAttention
 from llava_patch.measurements.rprobe.settings import RProbe
-from llava_patch.measurements.saturation.measurement import Saturation
 
 _active: "weakref.WeakValueDictionary[str, MeasurementTask]" = weakref.WeakValueDictionary()
 
@@ -82,7 +81,17 @@ def active(name: str) -> MeasurementTask:
 
 
 class PagesTask(MeasurementTask):
-    """A measurement on rendered pages; YAML: `metadata.documents` is their number."""
+    """A measurement on rendered pages; YAML: `metadata.documents` is their number.
+
+    Attributes:
+        MEASUREMENT: what is measured.
+    """
+
+    MEASUREMENT: ClassVar[Any]
+
+    def __init__(self, config: dict[str, Any] | None = None) -> None:
+        self.SETTINGS = self.MEASUREMENT.settings  # type: ignore[misc]
+        super().__init__(config)
 
     def documents(self) -> dict[str, list[Any]]:
         """Pages by number; they are drawn when the size of the model's tower is known."""
@@ -92,24 +101,6 @@ class PagesTask(MeasurementTask):
             "page": list(range(count)),
             "question": [QUESTION] * count,
         }
-
-
-class SaturationTask(PagesTask):
-    """Visual saturation."""
-
-    SETTINGS = Saturation
-
-
-class DriftTask(PagesTask):
-    """Drift of the shallow layers from a base."""
-
-    SETTINGS = Drift
-
-
-class FusionAttentionTask(PagesTask):
-    """Text-to-image attention of the fusion layers' heads against a base's."""
-
-    SETTINGS = FusionAttention
 
 
 class RProbeTask(MeasurementTask):
@@ -128,28 +119,24 @@ class RProbeTask(MeasurementTask):
         return rprobe_runs.data_file(self.config.metadata)
 
 
-def _saturation(self: Any, requests: list[Instance]) -> list[str]:
-    return saturation_runs.answer(self, requests)
+def task_class(name: str) -> type[PagesTask]:
+    """The task of a measurement of the registry, for its YAML."""
+    return type("Task", (PagesTask,), {"MEASUREMENT": registry.measurement(name)})
 
 
-def _rprobe(self: Any, requests: list[Instance]) -> list[str]:
-    return rprobe_runs.answer(self, requests)
+def _register(name: str, answer: Callable[[Any, list[Instance]], list[str]]) -> None:
+    """Make our output type known, and the method of lmms-eval's models that answers its requests."""
+    output_type = f"llava_patch_{name}"
+    if output_type not in api_task.ALL_OUTPUT_TYPES:
+        api_task.ALL_OUTPUT_TYPES.append(output_type)
+    setattr(lmms, output_type, answer)
 
 
-def _drift(self: Any, requests: list[Instance]) -> list[str]:
-    return drift_runs.answer(self, requests)
+def _answer(name: str) -> Callable[[Any, list[Instance]], list[str]]:
+    return lambda self, requests: runner.answer(registry.measurement(name), self, requests)
 
 
-def _fusion_attention(self: Any, requests: list[Instance]) -> list[str]:
-    return fusion_attention_runs.answer(self, requests)
-
-
-for _output_type, _method in (
-    ("llava_patch_saturation", _saturation),
-    ("llava_patch_rprobe", _rprobe),
-    ("llava_patch_drift", _drift),
-    ("llava_patch_fusion_attention", _fusion_attention),
-):
-    if _output_type not in api_task.ALL_OUTPUT_TYPES:
-        api_task.ALL_OUTPUT_TYPES.append(_output_type)
-    setattr(lmms, _output_type, _method)
+for _name in registry.MEASUREMENTS:
+    if registry.measurement(_name).metrics:
+        _register(_name, _answer(_name))
+_register("rprobe", lambda self, requests: rprobe_runs.answer(self, requests))

@@ -15,7 +15,7 @@ from llava_patch.core.errors import SettingError
 from llava_patch.hosts import zero
 from llava_patch.hosts.anatomy import find
 from llava_patch.measurements.saturation.auto_split import logger, resolve_split
-from llava_patch.measurements.saturation.measurement import Saturation
+from llava_patch.measurements.saturation.result import Saturation
 from llava_patch.patching import checkpoint
 from llava_patch.patching.handle import get_handle
 from llava_patch.settings.methods import Routing

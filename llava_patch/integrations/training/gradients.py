@@ -26,9 +26,10 @@ from llava_patch.integrations.training.learning_rate import learning_rate
 from llava_patch.measurements.gradients import state as saved
 from llava_patch.measurements.gradients.decompose import block_parameters, decompose
 from llava_patch.measurements.gradients.log import LOG, StepLog
+from llava_patch.measurements.gradients.moments import Step
 from llava_patch.measurements.gradients.result import NAME, GradientsResult
 from llava_patch.measurements.gradients.settings import Gradients
-from llava_patch.measurements.gradients.statistics import Step, Window
+from llava_patch.measurements.gradients.statistics import Window
 from llava_patch.patching.handle import get_handle
 
 logger = logging.getLogger("llava_patch")

@@ -139,7 +139,7 @@ def _resolve_auto(
     model: Any, training_args: Any, asked: "Configuration", dataset: Any, collator: Any, fresh: bool
 ) -> Any:
     from llava_patch.integrations.training.auto_split import resolve_for_training
-    from llava_patch.measurements.saturation.measurement import Saturation
+    from llava_patch.measurements.saturation.result import Saturation
 
     if fresh:
         raise SettingError(

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llava_patch.core import plotting
 from llava_patch.core.extras import optional
 from llava_patch.measurements.attention_maps import maths
-from llava_patch.measurements.attention_maps.result import WHOLE
-
-if TYPE_CHECKING:
-    from llava_patch.measurements.attention_maps.result import AttentionMapsResult, CheckpointMaps, View
+from llava_patch.measurements.attention_maps.result import WHOLE, AttentionMapsResult, CheckpointMaps, View
 
 CELL, HEAD = 1.35, 0.75  # inches: side of a picture, and what titles and the bar take
 COLOURS = "viridis"
 
 
-def attention_maps_figure(result: "AttentionMapsResult", path: str | Path) -> Path:
+def attention_maps_figure(result: AttentionMapsResult, path: str | Path) -> Path:
     """Draw the images that have views; an original stands before each checkpoint that sees the images otherwise.
 
     Returns:
@@ -55,10 +52,10 @@ def attention_maps_figure(result: "AttentionMapsResult", path: str | Path) -> Pa
     return plotting.write_figure(figure, path)
 
 
-def _columns(result: "AttentionMapsResult") -> list[tuple[int, bool]]:
+def _columns(result: AttentionMapsResult) -> list[tuple[int, bool]]:
     """(checkpoint, whether it is a map) of each column."""
     columns: list[tuple[int, bool]] = []
-    shown: "list[View] | None" = None
+    shown: list[View] | None = None
     for number, one in enumerate(result.checkpoints):
         if shown is None or not all(a.same(b) for a, b in zip(shown, one.views, strict=True)):
             columns.append((number, False))
@@ -67,16 +64,16 @@ def _columns(result: "AttentionMapsResult") -> list[tuple[int, bool]]:
     return columns
 
 
-def _whose(result: "AttentionMapsResult", number: int) -> str:
+def _whose(result: AttentionMapsResult, number: int) -> str:
     return f" ({result.checkpoints[number].checkpoint})" if number else ""
 
 
-def _effective(one: "CheckpointMaps", row: int) -> str:
+def _effective(one: CheckpointMaps, row: int) -> str:
     scores = one.scores(row)
     return f"{math.exp(maths.entropy(scores)):.1f} of {scores.numel()}"  # no wider than a map: the title has the unit
 
 
-def _title(result: "AttentionMapsResult") -> str:
+def _title(result: AttentionMapsResult) -> str:
     kinds = list(dict.fromkeys(one.query for one in result.checkpoints))
     parts = [part for part in dict.fromkeys(one.part for one in result.checkpoints) if part != WHOLE]
     blocks = ", ".join(dict.fromkeys(f"{one.block} of {one.n_blocks}" for one in result.checkpoints))

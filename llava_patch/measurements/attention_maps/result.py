@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from llava_patch.core import files
 from llava_patch.core.errors import InputError
-from llava_patch.measurements.attention_maps import maths
+from llava_patch.measurements.base import Result, decode, encode
 from llava_patch.settings.checks import integer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CLS, MEAN = "CLS token", "mean over patches"
 WHOLE, OVERVIEW = "whole image", "overview tile"
@@ -83,12 +82,16 @@ class CheckpointMaps:
     source: str = ""
     views: list[View] = field(default_factory=list, compare=False, repr=False)
 
-    def scores(self, image: int) -> Tensor:
+    def scores(self, image: int) -> "Tensor":
         """The map of an image: float32 [rows, columns]."""
+        import torch
+
         return torch.tensor(self.maps[image], dtype=torch.float32)
 
     def entropies(self) -> list[float]:
         """Entropy of each map in nats."""
+        from llava_patch.measurements.attention_maps import maths
+
         return [maths.entropy(self.scores(i)) for i in range(len(self.maps))]
 
     def effective_patches(self) -> float:
@@ -97,7 +100,7 @@ class CheckpointMaps:
 
 
 @dataclass(frozen=True)
-class AttentionMapsResult:
+class AttentionMapsResult(Result):
     """Maps of the same images in one or several checkpoints.
 
     Attributes:
@@ -106,12 +109,17 @@ class AttentionMapsResult:
         settings: the settings used.
     """
 
+    NAME, TITLE = "attention_maps", "attention maps"
+    FIGURE = "llava_patch.measurements.attention_maps.figure:attention_maps_figure"
+
     images: list[str]
     checkpoints: list[CheckpointMaps]
     settings: AttentionMaps = field(default_factory=AttentionMaps)
 
     def correlations(self, number: int) -> list[float]:
         """Correlation of each of a checkpoint's maps with the first checkpoint's; NaN where the grids differ."""
+        from llava_patch.measurements.attention_maps import maths
+
         first, own = self.checkpoints[0], self.checkpoints[number]
         pairs = [(first.scores(i), own.scores(i)) for i in range(len(self.images))]
         return [maths.correlation(a, b) if a.shape == b.shape else math.nan for a, b in pairs]
@@ -126,8 +134,8 @@ class AttentionMapsResult:
             raise InputError("attention maps of other images or with other settings cannot stand side by side")
         return AttentionMapsResult(self.images, [*self.checkpoints, *other.checkpoints], self.settings)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; NaN becomes null."""
+    def encode(self) -> dict[str, Any]:
+        """A dictionary a checkpoint, with what follows from its maps."""
         found = []
         for number, one in enumerate(self.checkpoints):
             entropies = one.entropies()
@@ -153,24 +161,23 @@ class AttentionMapsResult:
                     ],
                 }
             )
-        plain: dict[str, Any] = files.plain(
-            {
-                "sources": [one.source for one in self.checkpoints],
-                "checkpoints": found,
-                "settings": asdict(self.settings),
-            }
-        )
-        return plain
+        return {
+            "sources": [one.source for one in self.checkpoints],
+            "checkpoints": found,
+            "settings": encode(self.settings),
+            **({"facts": self.facts} if self.facts else {}),
+        }
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "AttentionMapsResult":
-        """Read what `to_dict` made; the images themselves are not in it, so no figure can be drawn from it."""
+    def decode(cls, values: dict[str, Any]) -> "AttentionMapsResult":
+        """Read the maps; the images themselves are not in the file, so no figure can be drawn from it."""
         found = values["checkpoints"]
         names = ("checkpoint", "source", "query", "part", "block", "n_blocks")
         return cls(
             [image["image"] for image in found[0]["images"]],
             [CheckpointMaps(**{n: one[n] for n in names}, maps=[i["map"] for i in one["images"]]) for one in found],
-            AttentionMaps(**values["settings"]),
+            decode(AttentionMaps, values["settings"]),
+            facts=values.get("facts", {}),
         )
 
     def table(self) -> tuple[list[str], list[list[str]]]:
@@ -202,19 +209,12 @@ class AttentionMapsResult:
             lines.append(f"{one.checkpoint}{who}: {row[3]} patches carry it{like}.")
         return " ".join(lines)
 
-    def save(self, folder: str | Path, name: str = "attention_maps") -> tuple[Path, Path]:
-        """Write `<name>.json` and `<name>.png` into a folder, each atomically.
-
-        Returns:
-            The two paths.
+    def draw(self, path: Path) -> Path:
+        """Write the figure.
 
         Raises:
             InputError: a result read from JSON, which has no images to draw.
         """
-        from llava_patch.measurements.attention_maps.figure import attention_maps_figure
-
         if not all(one.views for one in self.checkpoints):
             raise InputError("attention maps read from JSON cannot be drawn again: the images are not in it")
-        folder = Path(folder)
-        json_path = files.write_json(folder / f"{name}.json", self.to_dict())
-        return json_path, attention_maps_figure(self, folder / f"{name}.png")
+        return super().draw(path)

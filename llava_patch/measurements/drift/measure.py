@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from llava_patch.core import files
 from llava_patch.core.errors import InputError, SettingError
+from llava_patch.data.target import Opener
 from llava_patch.hosts.anatomy import Anatomy, find
 from llava_patch.measurements import passes
 from llava_patch.measurements.drift.result import DEFAULTS, Drift, DriftCurves, DriftResult
@@ -20,8 +19,6 @@ from llava_patch.measurements.passes import evaluating
 from llava_patch.patching.handle import get_handle
 
 LOW = 0.05
-
-Opened = Callable[[], "tuple[nn.Module, Iterable[dict[str, Any]]]"]
 
 
 def measure_drift(
@@ -60,7 +57,7 @@ def measure_drift(
 
 
 def measure_drift_apart(
-    open_model: Opened, open_base: Opened, settings: Drift = DEFAULTS, progress: bool = True
+    open_model: Opener, open_base: Opener, settings: Drift = DEFAULTS, progress: bool = True
 ) -> DriftResult:
     """Compare two models that are never in memory together.
 
@@ -78,9 +75,7 @@ def measure_drift_apart(
     """
     with Store(settings.store_gb) as store:
         layers, places, skipped, limit, total = _first(open_model, settings, store, progress)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        passes.forget_models()
         base, base_samples = open_base()
         other = find(base)
         check_base(other, layers, total)
@@ -98,7 +93,7 @@ def measure_drift_apart(
 
 
 def _first(
-    open_model: Opened, settings: Drift, store: Store, progress: bool
+    open_model: Opener, settings: Drift, store: Store, progress: bool
 ) -> tuple[int, list[int], int, tuple[int | None, bool], int]:
     """Run the checkpoint, which is out of memory when this returns."""
     model, samples = open_model()

@@ -1,14 +1,18 @@
-"""Settings of the drift measurement, and what it found."""
+"""Settings of the drift measurement, what it found, and its figure."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava_patch.core import files
+from llava_patch.core import plotting
 from llava_patch.core.errors import SettingError
+from llava_patch.core.extras import optional
+from llava_patch.measurements.base import Result
 from llava_patch.settings.checks import integer
+
+SMALL = 0.002  # below this, differences from 1 are drawn themselves: at 1 - 1e-6 an axis of cosines cannot be read
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,7 @@ class Drift:
     Source: "Late-Layer Fusion is Enough" (DPVR), section 3.2.
 
     Attributes:
-        base: what the lmms-eval task compares with; "": what the checkpoint's record names. The command has BASE.
+        base: what to compare with where --base does not say it; "": what the checkpoint's record names.
         split: s, how many layers are compared (0..s-1); None: those below the split of a routed or pruned
             model, or all.
         together: keep both models in memory. Otherwise one runs after the other, and the first one's hidden states wait
@@ -69,7 +73,7 @@ class DriftCurves:
 
 
 @dataclass(frozen=True)
-class DriftResult:
+class DriftResult(Result):
     """What was measured.
 
     Attributes:
@@ -84,6 +88,9 @@ class DriftResult:
         settings: the settings used.
         prunes: whether `split` is the first layer without pruned image tokens, rather than a routed model's split.
     """
+
+    NAME = TITLE = "drift"
+    FIGURE = "llava_patch.measurements.drift.result:drift_figure"
 
     image: DriftCurves
     text: DriftCurves
@@ -101,18 +108,9 @@ class DriftResult:
         """How many layers were compared."""
         return len(self.image.median)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        plain: dict[str, Any] = files.plain({"sources": [self.checkpoint, self.base], **asdict(self)})
-        return plain
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "DriftResult":
-        """Read what `to_dict` made."""
-        plain = {k: v for k, v in values.items() if k not in ("sources", "facts", "image", "text", "settings")}
-        return cls(
-            DriftCurves(**values["image"]), DriftCurves(**values["text"]), settings=Drift(**values["settings"]), **plain
-        )
+    def derived(self) -> dict[str, Any]:
+        """What was measured, in the order in which results of other checkpoints are refused."""
+        return {"sources": [self.checkpoint, self.base]}
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Head and rows: a layer each."""
@@ -142,14 +140,56 @@ class DriftResult:
             f"{self.image.input:.6f}, text {self.text.input:.6f}."
         )
 
-    def save(self, folder: str | Path, name: str = "drift") -> tuple[Path, Path]:
-        """Write `<name>.json` and `<name>.png` into a folder, each atomically.
 
-        Returns:
-            The two paths.
-        """
-        from llava_patch.measurements.drift.figure import drift_figure
+def drift_figure(result: DriftResult, path: str | Path) -> Path:
+    """Median cosine over the layers at image and text positions; a pale band down to the lowest 5 %.
 
-        folder = Path(folder)
-        json_path = files.write_json(folder / f"{name}.json", self.to_dict())
-        return json_path, drift_figure(self, folder / f"{name}.png")
+    Where all cosines are within `SMALL` of 1, their distance from 1 is drawn instead.
+
+    Returns:
+        The path written.
+    """
+    mpl = optional("matplotlib")
+
+    figure, (axis,) = plotting.panels()
+    with mpl.rc_context(plotting.STYLE):
+        _draw(axis, result)
+        figure.legend(loc="outside lower center", ncols=2)
+        return plotting.write_figure(figure, path)
+
+
+def _draw(axis: Any, result: DriftResult) -> None:
+    MaxNLocator = optional("matplotlib.ticker").MaxNLocator
+
+    curves = (
+        (result.image, plotting.IMAGE, "image positions", "o", 5, "none"),
+        (result.text, plotting.TEXT, "text positions", "s", 2.5, plotting.TEXT),
+    )
+    layers = range(-1, result.layers)
+    lowest = min(min(c.input, c.input_low, *c.median, *c.low) for c, *_ in curves)
+    distance = 0 < 1 - lowest < SMALL
+    for found, color, name, mark, size, fill in curves:
+        median, low = [found.input, *found.median], [found.input_low, *found.low]
+        if distance:
+            median, low = [1 - v for v in median], [1 - v for v in low]
+        axis.plot(layers, median, color=color, marker=mark, ms=size, mfc=fill, label=name)
+        axis.fill_between(layers, low, median, color=color, alpha=0.15, lw=0)
+    axis.fill_between([], [], [], color="0.6", alpha=0.4, lw=0, label="median to worst 5 %")
+    if distance:
+        axis.set_ylabel("1 - cosine with the base")
+        axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
+        axis.set_ylim(bottom=-0.04 * (1 - lowest))
+    else:
+        axis.set_ylabel("cosine with the base")
+        room = 0.04 * (1 - lowest)
+        axis.set_ylim(*((lowest - room, 1 + room) if room else (0.9, 1.02)))
+    leaves = result.split == result.layers
+    last = result.layers if leaves else result.layers - 1
+    axis.set_xlim(-1.5, last + 0.5)
+    numbers = MaxNLocator(nbins=10, integer=True).tick_values(0, max(last, 1))
+    shown = sorted({int(v) for v in numbers if 0 <= v <= last} | ({last} if leaves else set()))
+    axis.set_xticks([-1, *shown], ["in", *map(str, shown)])
+    axis.set_xlabel("decoder layer (in: input of layer 0)")
+    if leaves:
+        (plotting.mark_pruning if result.prunes else plotting.mark_split)(axis, result.split)
+    axis.set_title(f"Drift of the shallow layers, {result.samples} samples")

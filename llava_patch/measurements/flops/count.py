@@ -121,18 +121,6 @@ class Flops:
         """Plain JSON values, with the totals."""
         return {**asdict(self), "decoder": self.decoder, "total": self.total}
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Flops":
-        """From what `to_dict` gave."""
-        return cls(
-            values["tower"],
-            values["projector"],
-            tuple(LayerFlops(**layer) for layer in values["layers"]),
-            LayerFlops(**values["side"]),
-            values["pruning"],
-            values["head"],
-        )
-
 
 def program_of(shape: ModelShape, routing: Routing | None, pruning: FastV | None) -> Program:
     """Settings resolved against a model's depth; errors name the setting (DeepStack's layers change no FLOPs)."""

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llava_patch.core import plotting
 from llava_patch.core.extras import optional
 from llava_patch.measurements.flops.count import count_flops, program_of
-
-if TYPE_CHECKING:
-    from llava_patch.measurements.flops.result import FlopsResult
+from llava_patch.measurements.flops.result import FlopsResult
 
 TEXTS = (32, 64, 128, 256, 512)  # the DPVR paper's Table 8
 _PARTS = (
@@ -22,7 +20,7 @@ _PARTS = (
 _COLOURS = ("0.45", "#dd8452", "#55a868", "#8172b3", "#937860", "#4c72b0", "#64b5cd", "#c44e52")
 
 
-def flops_figure(result: "FlopsResult", path: str | Path) -> Path:
+def flops_figure(result: FlopsResult, path: str | Path) -> Path:
     """Two panels; returns the path written."""
     mpl = optional("matplotlib")
 
@@ -33,7 +31,7 @@ def flops_figure(result: "FlopsResult", path: str | Path) -> Path:
     return plotting.write_figure(figure, path)
 
 
-def _draw_layers(axis: Any, result: "FlopsResult") -> None:
+def _draw_layers(axis: Any, result: FlopsResult) -> None:
     """Stacked bars of the main row's layers, the stock model's outline over them, the side branch at its place."""
     row, stock = result.main_row(), result.rows[0][0]
     scale, unit = (1e12, "TFLOP") if stock.forward.decoder > 1e12 else (1e9, "GFLOP")
@@ -63,7 +61,7 @@ def _draw_layers(axis: Any, result: "FlopsResult") -> None:
     axis.legend(ncols=3, loc="upper center", handlelength=1.2, columnspacing=0.8, framealpha=1, borderpad=0.3)
 
 
-def _draw_lengths(axis: Any, result: "FlopsResult") -> None:
+def _draw_lengths(axis: Any, result: FlopsResult) -> None:
     """Share of the stock model's forward FLOPs that each variant saves, over the text's length."""
     prompt = result.prompts[0]
     texts = sorted({*TEXTS, *(p.text for p in result.prompts)})

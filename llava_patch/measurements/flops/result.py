@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass, fields
 from typing import Any
 
 from llava_patch.core.errors import SettingError
+from llava_patch.measurements.base import Result, decode, default_split, encode
 from llava_patch.measurements.flops.count import Flops, Prompt, cache_bytes, count_flops, deep_image_flops, program_of
 from llava_patch.measurements.flops.products import Mode
 from llava_patch.measurements.flops.shape import ModelShape
@@ -56,7 +56,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class FlopsResult:
+class FlopsResult(Result):
     """FLOPs of every variant of a model.
 
     Attributes:
@@ -66,6 +66,9 @@ class FlopsResult:
         rows: for each prompt, a row a variant; the stock model comes first.
         value_bytes: of one number in the KV cache.
     """
+
+    NAME, TITLE = "flops", "FLOPs"
+    FIGURE = "llava_patch.measurements.flops.figure:flops_figure"
 
     shape: ModelShape
     split: int
@@ -133,38 +136,32 @@ class FlopsResult:
             )
         return head, body
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+    def encode(self) -> dict[str, Any]:
+        """A table a prompt, with totals and shares."""
         return {
-            "shape": self.shape.to_dict(),
+            "shape": encode(self.shape),
             "split": self.split,
             "value_bytes": self.value_bytes,
             "summary": self.summary(),
             "tables": [
-                {"prompt": asdict(prompt), "rows": [_row_to_dict(row, rows[0]) for row in rows]}
+                {"prompt": encode(prompt), "rows": [_row_to_dict(row, rows[0]) for row in rows]}
                 for prompt, rows in zip(self.prompts, self.rows, strict=True)
             ],
+            **({"facts": self.facts} if self.facts else {}),
         }
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "FlopsResult":
-        """From what `to_dict` gave."""
+    def decode(cls, values: dict[str, Any]) -> "FlopsResult":
+        """Read the rows; totals, shares and summary are worked out again."""
         tables = values["tables"]
         return cls(
-            ModelShape.from_dict(values["shape"]),
+            decode(ModelShape, values["shape"]),
             values["split"],
-            tuple(Prompt(**table["prompt"]) for table in tables),
+            tuple(decode(Prompt, table["prompt"]) for table in tables),
             tuple(tuple(map(_row_from_dict, table["rows"])) for table in tables),
             values["value_bytes"],
+            facts=values.get("facts", {}),
         )
-
-    def save(self, folder: str | Path, name: str = "flops") -> tuple[Path, Path]:
-        """Write NAME.json and NAME.png; returns both paths."""
-        from llava_patch.core.files import write_json
-        from llava_patch.measurements.flops.figure import flops_figure
-
-        folder = Path(folder)
-        return write_json(folder / f"{name}.json", self.to_dict()), flops_figure(self, folder / f"{name}.png")
 
 
 def measure_flops(
@@ -203,11 +200,6 @@ def measure_flops(
         tuple(count_row(shape, variant, prompt, split, value_bytes) for variant in found) for prompt in prompts
     )
     return FlopsResult(shape, split, tuple(prompts), tables, value_bytes)
-
-
-def default_split(depth: int) -> int:
-    """The split of the paper's 7B model (18 of 32 layers) at another depth."""
-    return round(depth * 18 / 32)
 
 
 def variants(split: int, fusion_layers: int | tuple[int, ...], side_layers: int, depth: int) -> list[Variant]:
@@ -274,7 +266,8 @@ def _row_to_dict(row: Row, stock: Row) -> dict[str, Any]:
 
 def _row_from_dict(values: dict[str, Any]) -> Row:
     read = {k: from_dict(values["variant"][k], "flops") if values["variant"][k] else None for k in _METHODS}
-    passes = {name: Flops.from_dict(values[name]) for name in ("forward", "prefill", "decode")}
+    kept = [field.name for field in fields(Flops)]  # the others are totals
+    passes = {p: decode(Flops, {name: values[p][name] for name in kept}) for p in ("forward", "prefill", "decode")}
     return Row(
         Variant(values["variant"]["name"], **read),
         **passes,

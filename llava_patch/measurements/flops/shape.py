@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -93,28 +93,6 @@ class ModelShape:
     projector: tuple[Linear, ...]
     projected: int
     stacked: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "ModelShape":
-        """From what `to_dict` gave."""
-        tower = {**values["tower"], "patch_embedding": tuple(values["tower"]["patch_embedding"])}
-        tower["linears"] = _pairs(tower["linears"])
-        return cls(
-            **{
-                **values,
-                "decoder": DecoderShape(**values["decoder"]),
-                "tower": TowerShape(**tower),
-                "projector": _pairs(values["projector"]),
-            }
-        )
-
-
-def _pairs(values: Any) -> tuple[Linear, ...]:
-    return tuple((int(a), int(b)) for a, b in values)
 
 
 def tower_shape(vision: nn.Module) -> TowerShape:

@@ -1,15 +1,20 @@
-"""Settings of the fusion attention measurement, and what it found."""
+"""Settings of the fusion attention measurement, what it found, and its figure."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava_patch.core import files
+from llava_patch.core import plotting
 from llava_patch.core.errors import SettingError
+from llava_patch.core.extras import optional
+from llava_patch.measurements.base import Result, decode, encode
 from llava_patch.settings.checks import integer
+
+COLUMNS = 2
+NUMBERED = 16  # up to so many heads, each one's number stands under it
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,7 @@ class FusionAttention:
     Source: "Late-Layer Fusion is Enough" (DPVR), section 3.2.
 
     Attributes:
-        base: what the lmms-eval task compares with; "": what the checkpoint's record names. The command has BASE.
+        base: what to compare with where --base does not say it; "": what the checkpoint's record names.
         layers: decoder layers; None: the routed model's fusion layers (pc and kv: all deep layers), else the last.
         max_samples: stop after so many usable samples; None: take all.
         chunk: attention queries held at a time (memory against speed).
@@ -49,7 +54,7 @@ DEFAULTS = FusionAttention()
 
 
 @dataclass(frozen=True)
-class FusionAttentionResult:
+class FusionAttentionResult(Result):
     """What was measured. Mass: attention probability that text behind the image puts on image keys, mean over samples.
 
     Attributes:
@@ -63,6 +68,9 @@ class FusionAttentionResult:
         base: what with.
         settings: the settings used.
     """
+
+    NAME, TITLE = "fusion_attention", "fusion attention"
+    FIGURE = "llava_patch.measurements.fusion_attention.result:fusion_attention_figure"
 
     layers: list[int]
     trained: list[list[float]]
@@ -86,8 +94,8 @@ class FusionAttentionResult:
         """Heads whose mass is more than twice their own in the base."""
         return sum(a > 2 * b for a, b in zip(self.trained[index], self.stock[index], strict=True))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; NaN and infinity become null."""
+    def encode(self) -> dict[str, Any]:
+        """A dictionary a layer, with what follows from its masses."""
         found = []
         for i, layer in enumerate(self.layers):
             found.append(
@@ -106,24 +114,21 @@ class FusionAttentionResult:
                     "heads_above_twice_stock": self.above_twice(i),
                 }
             )
-        names = ("n_layers", "samples", "skipped", "checkpoint", "base")
-        plain: dict[str, Any] = files.plain(
-            {
-                "sources": [self.checkpoint, self.base],
-                "layers": found,
-                **{name: getattr(self, name) for name in names},
-                "settings": asdict(self.settings),
-            }
-        )
-        return plain
+        return {
+            "sources": [self.checkpoint, self.base],
+            "layers": found,
+            **{name: getattr(self, name) for name in _PLAIN},
+            "settings": encode(self.settings),
+            **({"facts": self.facts} if self.facts else {}),
+        }
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "FusionAttentionResult":
-        """Read what `to_dict` made; what follows from the masses is worked out again."""
-        names = ("n_layers", "samples", "skipped", "checkpoint", "base")
+    def decode(cls, values: dict[str, Any]) -> "FusionAttentionResult":
+        """Read the masses; what follows from them is worked out again."""
         layers, trained, stock = ([one[n] for one in values["layers"]] for n in ("layer", "trained", "stock"))
-        settings = FusionAttention(**values["settings"])
-        return cls(layers, trained, stock, **{n: values[n] for n in names}, settings=settings)
+        settings = decode(FusionAttention, values["settings"])
+        plain = {name: values[name] for name in _PLAIN}
+        return cls(layers, trained, stock, **plain, settings=settings, facts=values.get("facts", {}))
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Head and rows: a layer each."""
@@ -155,17 +160,8 @@ class FusionAttentionResult:
             )
         return f"{' '.join(lines)} ({self.samples} samples)"
 
-    def save(self, folder: str | Path, name: str = "fusion_attention") -> tuple[Path, Path]:
-        """Write `<name>.json` and `<name>.png` into a folder, each atomically.
 
-        Returns:
-            The two paths.
-        """
-        from llava_patch.measurements.fusion_attention.figure import fusion_attention_figure
-
-        folder = Path(folder)
-        json_path = files.write_json(folder / f"{name}.json", self.to_dict())
-        return json_path, fusion_attention_figure(self, folder / f"{name}.png")
+_PLAIN = ("n_layers", "samples", "skipped", "checkpoint", "base")
 
 
 def _mean(values: list[float]) -> float:
@@ -184,3 +180,52 @@ def _ratio(one: float, other: float) -> float:
     if other == 0:
         return math.nan if one == 0 else math.inf
     return one / other
+
+
+def fusion_attention_figure(result: FusionAttentionResult, path: str | Path) -> Path:
+    """A panel a layer: each head's mass, sorted by stock's; trained as bars, stock as points, its double as dashes.
+
+    Returns:
+        The path written.
+    """
+    mpl = optional("matplotlib")
+
+    count = len(result.layers)
+    columns = min(COLUMNS, count)
+    figure, axes = plotting.panels(-(-count // columns), columns)
+    with mpl.rc_context(plotting.STYLE):
+        for index, axis in enumerate(axes):
+            if index < count:
+                _panel(axis, result, index)
+            else:
+                axis.set_visible(False)
+        figure.suptitle(f"Text-to-image attention by head, {result.samples} samples", fontsize=8.5)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2)
+        return plotting.write_figure(figure, path)
+
+
+def _panel(axis: Any, result: FusionAttentionResult, index: int) -> None:
+    trained, stock = result.trained[index], result.stock[index]
+    order = sorted(range(len(stock)), key=lambda head: stock[head], reverse=True)
+    places = range(len(order))
+    own, base = [trained[h] for h in order], [stock[h] for h in order]
+    above = [a > 2 * b for a, b in zip(own, base, strict=True)]
+    for wanted, color, label in ((False, "0.72", "trained"), (True, plotting.IMAGE, "trained, above twice stock")):
+        heights = [mass if high is wanted else 0.0 for mass, high in zip(own, above, strict=True)]
+        axis.bar(places, heights, color=color, width=0.8, label=label)
+    axis.plot(places, base, "o", color=plotting.TEXT, ms=3, label="stock")
+    left, right = [i - 0.4 for i in places], [i + 0.4 for i in places]
+    axis.hlines([2 * b for b in base], left, right, color=plotting.TEXT, ls="--", lw=1.0, label="twice stock")
+    ratio, heads = result.mean_ratio(index), len(order)
+    where = f"layer {result.layers[index]} of 0..{result.n_layers - 1}"
+    axis.set_title(f"{where}: mean x {ratio:.2f}, {sum(above)} of {heads} heads over twice", fontsize=7.5)
+    if heads <= NUMBERED:
+        axis.set_xticks(list(places), [str(h) for h in order])
+        axis.set_xlabel("head number, sorted by stock's mass")
+    else:
+        axis.set_xlabel(f"{heads} heads, sorted by stock's mass")
+    axis.set_xlim(-0.7, heads - 0.3)
+    axis.set_ylim(0, 1.08 * max(*own, *base, 1e-9))  # twice stock may lie above, where nothing reaches it
+    axis.set_ylabel("mass on image keys (probability)")
+    axis.grid(visible=False, axis="x")

@@ -6,14 +6,12 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llava_patch.core.errors import InputError
 from llava_patch.core.files import plain
 from llava_patch.measurements.gradients.log import LOG
-
-if TYPE_CHECKING:
-    from llava_patch.measurements.gradients.result import GradientsResult
+from llava_patch.measurements.gradients.result import GradientsResult
 
 HEAD = ["run", "lr", "t_trans", "median cos", "median delta", "steps"]
 
@@ -62,13 +60,13 @@ def _measured(path: Path, place: str) -> list[Path]:
     return [folder for folder in folders if (folder / LOG).is_file() or (folder / WHOLE).is_file()]
 
 
-def ordered(results: "Mapping[str, GradientsResult]") -> "dict[str, GradientsResult]":
+def ordered(results: Mapping[str, GradientsResult]) -> dict[str, GradientsResult]:
     """Runs by falling learning rate, as in the paper's table; those without one last."""
     falling = sorted(results, key=lambda name: -float(results[name].facts.get("learning_rate") or -math.inf))
     return {name: results[name] for name in falling}
 
 
-def runs_table(results: "Mapping[str, GradientsResult]") -> tuple[list[str], list[list[str]]]:
+def runs_table(results: Mapping[str, GradientsResult]) -> tuple[list[str], list[list[str]]]:
     """Learning rate, t_trans, median cosine and median delta of each run; head and rows of text.
 
     t_trans is "/" where the skip gradient never settled below the main one, as in the paper, and "-" where too few
@@ -93,7 +91,7 @@ def runs_table(results: "Mapping[str, GradientsResult]") -> tuple[list[str], lis
     return list(HEAD), rows
 
 
-def runs_dict(results: "Mapping[str, GradientsResult]") -> list[dict[str, Any]]:
+def runs_dict(results: Mapping[str, GradientsResult]) -> list[dict[str, Any]]:
     """The table as plain JSON values."""
     return plain([
         {
@@ -109,7 +107,7 @@ def runs_dict(results: "Mapping[str, GradientsResult]") -> list[dict[str, Any]]:
     ])  # fmt: skip
 
 
-def _transition(result: "GradientsResult") -> str:
+def _transition(result: GradientsResult) -> str:
     if result.transition is not None:
         return str(result.transition)
     return "-" if result.too_short else "/"

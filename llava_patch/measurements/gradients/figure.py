@@ -6,14 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llava_patch.core.extras import optional
 from llava_patch.core.plotting import IMAGE, SPLIT, STYLE, TEXT, panels, write_figure
-
-if TYPE_CHECKING:
-    from llava_patch.measurements.gradients.result import GradientsResult
-    from llava_patch.measurements.gradients.statistics import Moments, Step
+from llava_patch.measurements.gradients.moments import Moments, Step
+from llava_patch.measurements.gradients.result import GradientsResult
 
 SKIP, MAIN, RUNNING = IMAGE, TEXT, "0.25"
 DOTS = {"ls": "none", "marker": ".", "ms": 2.5, "mew": 0}
@@ -21,7 +19,7 @@ FEW = 60  # steps whose dots are drawn large
 SMALL_DELTA = 0.1  # the paper: "typically below 0.1"
 
 
-def gradients_figure(result: "GradientsResult", path: str | Path) -> Path:
+def gradients_figure(result: GradientsResult, path: str | Path) -> Path:
     """Four panels over the training steps: squared norms, variances, cosine, delta.
 
     As figure 3 of the paper: (a) ||g||^2 of each step as dots, and the squared norm of each window's mean as a line
@@ -37,7 +35,7 @@ def gradients_figure(result: "GradientsResult", path: str | Path) -> Path:
         return write_figure(_four_panels(result), path)
 
 
-def _four_panels(result: "GradientsResult") -> Any:
+def _four_panels(result: GradientsResult) -> Any:
     figure, (norms, traces, cosine, delta) = panels(2, 2)
     steps = [s for s in result.steps if s.finite]
     each = "each step" if result.trains else "each batch"
@@ -79,7 +77,7 @@ def _four_panels(result: "GradientsResult") -> Any:
     return figure
 
 
-def runs_figure(results: "Mapping[str, GradientsResult]", path: str | Path) -> Path:
+def runs_figure(results: Mapping[str, GradientsResult], path: str | Path) -> Path:
     """Running median of ||g_skip|| / ||g_main|| of several runs over the training steps, and their t_trans.
 
     Args:
@@ -95,7 +93,7 @@ def runs_figure(results: "Mapping[str, GradientsResult]", path: str | Path) -> P
         return write_figure(_two_panels(results, mpl.colormaps["viridis"]), path)
 
 
-def _two_panels(results: "Mapping[str, GradientsResult]", colors: Any) -> Any:
+def _two_panels(results: Mapping[str, GradientsResult], colors: Any) -> Any:
     figure, (ratio, delta) = panels(1, 2)
     last = 1
     for number, (name, result) in enumerate(results.items()):
@@ -124,7 +122,7 @@ def _two_panels(results: "Mapping[str, GradientsResult]", colors: Any) -> Any:
     return figure
 
 
-def _title(result: "GradientsResult") -> str:
+def _title(result: GradientsResult) -> str:
     facts = result.facts
     parts = [f"block {facts['block']}"] if "block" in facts else []
     parts += [str(facts["fusion"]).split("(")[0]] if facts.get("fusion") else []

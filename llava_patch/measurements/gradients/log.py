@@ -9,8 +9,8 @@ from typing import Any
 
 from llava_patch.core.errors import CheckpointError
 from llava_patch.core.files import atomic, plain
+from llava_patch.measurements.gradients.moments import Moments, Step
 from llava_patch.measurements.gradients.settings import Gradients
-from llava_patch.measurements.gradients.statistics import Moments, Step
 
 LOG = "gradients.jsonl"
 _KIND = "kind"

@@ -21,10 +21,11 @@ from llava_patch.data.inputs import IGNORED, Inputs
 from llava_patch.hosts.anatomy import find
 from llava_patch.measurements.gradients.decompose import block_parameters, decompose, measured_block
 from llava_patch.measurements.gradients.log import LOG, READING, StepLog, read_lines
+from llava_patch.measurements.gradients.moments import Moments, Step
 from llava_patch.measurements.gradients.result import GradientsResult
 from llava_patch.measurements.gradients.settings import Gradients
 from llava_patch.measurements.gradients.state import STATE, load_window, save_window
-from llava_patch.measurements.gradients.statistics import Moments, Step, Window
+from llava_patch.measurements.gradients.statistics import Window
 from llava_patch.patching.handle import get_handle
 from llava_patch.patching.keys import model_digest
 
@@ -134,7 +135,7 @@ def measure_gradients(
         if log is not None and 0 < noted < len(batches) and window.last == noted:
             save_window(window, log.path.parent / STATE)
     if log is None:
-        return GradientsResult(steps, windows, settings, files.plain(about))
+        return GradientsResult(steps, windows, settings, facts=files.plain(about))
     (log.path.parent / STATE).unlink(missing_ok=True)
     return GradientsResult.read(log.path.parent)
 

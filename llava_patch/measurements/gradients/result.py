@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sized
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from llava_patch.core import files
 from llava_patch.core.errors import CheckpointError
-from llava_patch.measurements.gradients.log import LOG, StepLog, read_lines
+from llava_patch.measurements.base import Result, decode, encode
+from llava_patch.measurements.gradients.log import LOG, read_lines
+from llava_patch.measurements.gradients.moments import Moments, Step
 from llava_patch.measurements.gradients.settings import Gradients
-from llava_patch.measurements.gradients.statistics import Moments, Step, transition_step
+from llava_patch.measurements.gradients.statistics import transition_step
 
-__all__ = ["LOG", "NAME", "GradientsResult", "StepLog"]
 NAME = "gradients"
 SMALL_C = 0.01
 """Below this c, a correlation of 0.005 between the paths' noise already makes delta 0.1, the paper's bound."""
 
 
 @dataclass(frozen=True)
-class GradientsResult:
+class GradientsResult(Result):
     """Measured steps and the windows over them.
 
     Attributes:
@@ -34,10 +33,12 @@ class GradientsResult:
         facts: about the run: learning_rate, block, fusion, batch, checkpoint, trains (False: one fixed checkpoint).
     """
 
+    NAME, TITLE = NAME, "gradients"
+    FIGURE = "llava_patch.measurements.gradients.figure:gradients_figure"
+
     steps: list[Step]
     windows: list[Moments]
     settings: Gradients = field(default_factory=Gradients)
-    facts: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def transition(self) -> int | None:
@@ -80,27 +81,27 @@ class GradientsResult:
         settings = self.settings
         return [w.to_dict(settings.smoothness, settings.step_size)["condition"] for w in self.windows]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; NaN becomes null."""
+    def encode(self) -> dict[str, Any]:
+        """Steps and windows with what follows from their moments."""
         settings = self.settings
-        return files.plain({
+        return {
             "facts": self.facts,
-            "settings": asdict(settings),
+            "settings": encode(settings),
             "transition_step": self.transition,
             "median_cosine": self.median_cosine,
             "median_delta": self.median_delta,
             "windows": [w.to_dict(settings.smoothness, settings.step_size) for w in self.windows],
             "steps": [s.to_dict() for s in self.steps],
-        })  # fmt: skip
+        }
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "GradientsResult":
-        """Read what `to_dict` made; what follows from it is worked out again."""
+    def decode(cls, values: dict[str, Any]) -> "GradientsResult":
+        """Read the moments; what follows from them is worked out again."""
         return cls(
             [Step.from_dict(s) for s in values["steps"]],
             [Moments.from_dict(w) for w in values["windows"]],
-            Gradients(**values["settings"]),
-            dict(values["facts"]),
+            decode(Gradients, values["settings"]),
+            facts=dict(values["facts"]),
         )
 
     @classmethod
@@ -118,13 +119,13 @@ class GradientsResult:
             )
         try:
             if not log.exists():
-                return cls.from_dict(json.loads(whole.read_text(encoding="utf-8")))
+                return cls.load(whole)
             first, *rest = read_lines(log)
             return cls(
                 [Step.from_dict(e) for e in rest if e["kind"] == "step"],
                 [Moments.from_dict(e) for e in rest if e["kind"] == "window"],
                 Gradients(**first["settings"]),
-                dict(first["facts"]),
+                facts=dict(first["facts"]),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             place = log if log.exists() else whole
@@ -213,18 +214,6 @@ class GradientsResult:
         if (known := [c for c in self.conditions() if c is not None]) and self.windows:
             rows.append(["windows where (7) holds", f"{sum(known)} of {len(known)}", "", ""])
         return ["quantity", "median", "lowest", "highest"], rows
-
-    def save(self, folder: str | Path, name: str = NAME) -> tuple[Path, Path]:
-        """Write `<name>.json` and `<name>.png` into a folder, each atomically.
-
-        Returns:
-            The two paths.
-        """
-        from llava_patch.measurements.gradients.figure import gradients_figure
-
-        folder = Path(folder)
-        json_path = files.write_json(folder / f"{name}.json", self.to_dict())
-        return json_path, gradients_figure(self, folder / f"{name}.png")
 
 
 def _median(values: Iterable[float]) -> float:

@@ -17,8 +17,6 @@ from torch import Tensor
 
 from llava_patch.measurements.gradients.moments import Moments, Step
 
-__all__ = ["Moments", "Step", "Window", "transition_step"]
-
 
 class Window:
     """Running sums over windows of K steps, one after the other.

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llava_patch.core import plotting
 from llava_patch.core.extras import optional
-from llava_patch.measurements.reach import groups
-from llava_patch.measurements.reach.result import FROZEN, NONE, NONZERO, ZERO
-
-if TYPE_CHECKING:
-    from llava_patch.measurements.reach.compare import ReachComparison
-    from llava_patch.measurements.reach.result import ReachResult
+from llava_patch.measurements.reach import result as groups
+from llava_patch.measurements.reach.result import FROZEN, NONE, NONZERO, ZERO, ReachComparison, ReachResult
 
 _FLOOR = {ZERO: ("o", "exactly 0"), NONE: ("x", "none arrives"), FROZEN: ("_", "frozen")}
 _LINES = {"lf": ("#4c72b0", "o"), "pc": ("#dd8452", "s"), "kv": ("#55a868", "."), "ideal": ("#8172b3", "o")}
@@ -22,7 +18,7 @@ _SHORT = {
 }  # fmt: skip
 
 
-def reach_figure(result: "ReachResult", path: str | Path) -> Path:
+def reach_figure(result: ReachResult, path: str | Path) -> Path:
     """Gradient norms of the vision side and of the decoder, and the side output's by layer where there is a branch."""
     mpl = optional("matplotlib")
 
@@ -42,7 +38,7 @@ def reach_figure(result: "ReachResult", path: str | Path) -> Path:
     return plotting.write_figure(figure, path)
 
 
-def comparison_figure(result: "ReachComparison", path: str | Path) -> Path:
+def comparison_figure(result: ReachComparison, path: str | Path) -> Path:
     """The side output's gradient by layer for every variant, and as a whole."""
     mpl = optional("matplotlib")
 
@@ -59,7 +55,7 @@ def _count(samples: int) -> str:
     return f"{samples} sample" + "s" * (samples != 1)
 
 
-def _draw_parts(axis: Any, result: "ReachResult", kinds: tuple[str, ...]) -> None:
+def _draw_parts(axis: Any, result: ReachResult, kinds: tuple[str, ...]) -> None:
     """Bars on a log axis over parts in the model's order; what has no gradient is a mark on the floor."""
     parts = [found for kind in kinds for found in result.of(kind)]
     labels = [str(f.part.number) if f.part.number is not None else _SHORT[f.part.kind] for f in parts]
@@ -76,7 +72,7 @@ def _draw_parts(axis: Any, result: "ReachResult", kinds: tuple[str, ...]) -> Non
     _legend(axis)
 
 
-def _draw_decoder(axis: Any, result: "ReachResult") -> None:
+def _draw_decoder(axis: Any, result: ReachResult) -> None:
     layers = result.of(groups.LAYER)
     numbers = [f.part.number or 0 for f in layers]
     _bars(axis, numbers, [f.state for f in layers], [f.norm for f in layers])
@@ -119,7 +115,7 @@ def _bars(axis: Any, places: list[int], states: list[str], norms: list[float]) -
     axis.grid(axis="x", visible=False)
 
 
-def _range(result: "ReachResult") -> tuple[float, float]:
+def _range(result: ReachResult) -> tuple[float, float]:
     """Limits of a log axis: a decade below the smallest norm, and room for a legend above the largest."""
     norms = [f.norm for f in result.parts if f.state == NONZERO and f.norm > 0] or [1.0]
     low, high = 10.0 ** _below(min(norms)), 2 * max(norms)
@@ -136,7 +132,7 @@ def _legend(axis: Any) -> None:
     axis.legend(ncols=2, loc="upper center", handlelength=1.2, columnspacing=0.8, framealpha=1, borderpad=0.3)
 
 
-def _draw_side(axis: Any, results: "list[ReachResult]") -> None:
+def _draw_side(axis: Any, results: list[ReachResult]) -> None:
     """One line a variant over the deep layers; a layer that reads the output for nothing is a mark on the floor."""
     axis.set_yscale("log")
     first = results[0]
@@ -178,7 +174,7 @@ def _draw_side(axis: Any, results: "list[ReachResult]") -> None:
     _legend(axis)
 
 
-def _draw_whole(axis: Any, results: "list[ReachResult]") -> None:
+def _draw_whole(axis: Any, results: list[ReachResult]) -> None:
     names = [r.name for r in results]
     norms = [r.side.norm if r.side is not None and r.side.norm else 0.0 for r in results]
     colours = [_LINES.get(r.variant, (plotting.TEXT, ""))[0] for r in results]

@@ -1,8 +1,8 @@
-"""Measures where a training step's gradient goes."""
+"""Measures where a training step's gradient goes, on one model or under several variants of routing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -12,12 +12,42 @@ from llava_patch.core.errors import InputError, SettingError
 from llava_patch.core.files import track
 from llava_patch.hosts import zero
 from llava_patch.hosts.anatomy import Anatomy, find
-from llava_patch.measurements.reach import gradients, groups
+from llava_patch.measurements.reach import gradients
 from llava_patch.measurements.reach.gradients import Arrivals, SideOutput
-from llava_patch.measurements.reach.groups import Part
-from llava_patch.measurements.reach.result import FROZEN, NONE, NONZERO, ZERO, PartReach, ReachResult, SideReach
-from llava_patch.measurements.reach.settings import Reach
+from llava_patch.measurements.reach.result import (
+    AFTER,
+    BLOCK,
+    EMBEDDING,
+    FROZEN,
+    HEAD,
+    LAYER,
+    LF,
+    LORA,
+    NONE,
+    NONZERO,
+    NORM,
+    OTHER,
+    PROJECTOR,
+    SIDE,
+    STACK,
+    TOKENS,
+    ZERO,
+    Part,
+    PartReach,
+    Reach,
+    ReachComparison,
+    ReachResult,
+    SideReach,
+)  # fmt: skip
 from llava_patch.patching.handle import get_handle
+from llava_patch.patching.patch import patch
+from llava_patch.routing.schedule import Work
+from llava_patch.routing.side_branch import SIDE_BRANCH
+from llava_patch.settings.methods import VARIANTS, Routing
+
+_ROLES = {
+    Work.TEXT: "text only", Work.FUSE: "fusion", Work.RESET: "image reset", Work.KEYS: "image keys", Work.STOCK: "",
+}  # fmt: skip
 
 
 def measure_reach(
@@ -61,7 +91,7 @@ def measure_reach(
     split = None if handle is None else handle.program().split
     return ReachResult(
         name_of(anatomy),
-        _parts(groups.parts_of(anatomy), parameters, asking, arrivals, len(losses)),
+        _parts(parts_of(anatomy), parameters, asking, arrivals, len(losses)),
         _side(side, len(losses)),
         len(anatomy.layers),
         split if split is not None and split < len(anatomy.layers) else None,
@@ -111,3 +141,96 @@ def _side(side: SideOutput, samples: int) -> SideReach | None:
     norms = {layer: (squares[layer] / samples) ** 0.5 for layer in layers}
     whole = (squares[side.WHOLE] / samples) ** 0.5 if side.WHOLE in squares else None
     return SideReach(whole, norms, tuple(layer for layer in layers if layer in nonzero))
+
+
+def parts_of(anatomy: Anatomy) -> dict[str, Part]:
+    """The part of every parameter, by name, in the model's order from the image to the head."""
+    places: dict[int, Part] = {}
+
+    def place(parameters: Iterable[nn.Parameter], part: Part) -> None:
+        for parameter in parameters:
+            places.setdefault(id(parameter), part)
+
+    if anatomy.vision_model is not None:
+        tower = anatomy.vision_parts()
+        for module in tower.before:
+            place(module.parameters(), Part(EMBEDDING))
+        place(tower.own, Part(EMBEDDING))
+        for number, block in enumerate(tower.blocks, 1):
+            place(block.parameters(), Part(BLOCK, number))
+        for module in tower.after:
+            place(module.parameters(), Part(AFTER))
+    place(anatomy.projector.parameters(), Part(PROJECTOR))
+    stack = getattr(anatomy.projector_owner, anatomy.stack_name, None)
+    if stack is not None:
+        place(stack.parameters(), Part(STACK))
+    place(anatomy.embed_tokens.parameters(), Part(TOKENS))
+    roles = roles_of(anatomy)
+    for number, layer in enumerate(anatomy.layers):
+        place(layer.parameters(), Part(LAYER, number, roles[number]))
+    for number, layer in enumerate(getattr(anatomy.decoder, SIDE_BRANCH, [])):
+        place(layer.parameters(), Part(SIDE, number))
+    place(anatomy.norm.parameters(), Part(NORM))
+    place(anatomy.lm_head.parameters(), Part(HEAD))
+    order = {part: place for place, part in enumerate(dict.fromkeys(places.values()))}
+    found = {n: places.get(id(p), Part(OTHER)) for n, p in anatomy.model.named_parameters()}
+    named = {
+        name: Part(part.kind + LORA, part.number, part.role) if "lora_" in name else part
+        for name, part in found.items()
+    }
+    names = sorted(named, key=lambda n: (order.get(found[n], len(order)), named[n].kind))  # stable within a part
+    return {name: named[name] for name in names}
+
+
+def roles_of(anatomy: Anatomy) -> list[str]:
+    """What each decoder layer does with the image; see `Part.role`."""
+    handle = get_handle(anatomy.model)
+    layers = len(anatomy.layers)
+    if handle is None or handle.program().split >= layers:
+        return [""] * layers
+    program = handle.program()
+    return ["below split" if i < program.split else _ROLES[program.work[i]] for i in range(layers)]
+
+
+def compare_reach(
+    model: Any,
+    samples: Callable[[], Iterable[dict[str, Any]]],
+    variants: Sequence[str],
+    split: int,
+    settings: Reach | None = None,
+    progress: bool = True,
+    **routing: Any,
+) -> ReachComparison:
+    """Route a model in one way after the other and measure each; the model is afterwards as it was.
+
+    The side branch starts as a copy of the layers from the split on, so this compares the variants at the beginning of
+    training.
+
+    Args:
+        model: a host model that is not routed.
+        samples: makes the same samples for every variant.
+        variants: names, as `Routing.variant` takes them.
+        split: first routed layer.
+        settings: as `measure_reach` takes them.
+        progress: show progress bars.
+        routing: other settings of `Routing`, for the variants that take them.
+
+    Raises:
+        SettingError: the model is routed already, a variant is not known, or the split does not fit.
+    """
+    unknown = [name for name in variants if name not in VARIANTS]
+    if unknown or not variants or len(set(variants)) != len(variants):
+        raise SettingError(f"variants = {', '.join(variants)}: expected different ones of {', '.join(VARIANTS)}")
+    handle = get_handle(find(model).model)
+    if handle is not None and handle.routing is not None:
+        raise SettingError(
+            f"the model is routed already ({handle.routing}), and the variants are to be compared on one that is not: "
+            "leave --variants out, or measure the checkpoint that it was trained from"
+        )
+    results = []
+    for name in variants:
+        own = {k: v for k, v in routing.items() if name == LF or k != "fusion_layers"}
+        own = {} if name == "vtw" else own
+        with patch(model, routing=Routing(variant=name, split=split, **own)):
+            results.append(measure_reach(model, samples(), settings, progress))
+    return ReachComparison(tuple(results))

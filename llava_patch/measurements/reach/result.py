@@ -1,19 +1,63 @@
-"""What a gradient reaches, as a result that is saved and drawn."""
+"""Settings of the gradient reach, what it found on one model, and under several variants of routing."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
-from llava_patch.measurements.reach import groups
-from llava_patch.measurements.reach.groups import Part
-from llava_patch.measurements.reach.settings import Reach
+from llava_patch.core.errors import SettingError
+from llava_patch.measurements.base import Result
 from llava_patch.settings.methods import VARIANTS
 
+EMBEDDING, BLOCK, AFTER, PROJECTOR, STACK = (
+    "tower embeddings", "tower block", "tower, after blocks", "projector", "DeepStack projector",
+)  # fmt: skip
+TOKENS, LAYER, SIDE, NORM, HEAD, OTHER = (
+    "token embeddings", "decoder layer", "side branch layer", "final norm", "head", "other",
+)  # fmt: skip
+LORA = " LoRA"  # behind a part's name: what peft has put into it
 FROZEN, NONE, ZERO, NONZERO = "frozen", "none", "zero", "nonzero"
+LF, PC = "lf", "pc"
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Settings of the gradient reach; the defaults are this project's choice.
+
+    Attributes:
+        samples: how many samples at most, each one forward and one backward pass; None: all.
+        everything: ask for a gradient of every parameter, as if all of the model trained, the vision tower included;
+            False: as the flags stand.
+    """
+
+    samples: int | None = 4
+    everything: bool = False
+
+    def __post_init__(self) -> None:
+        if self.samples is not None and (
+            isinstance(self.samples, bool) or not isinstance(self.samples, int) or self.samples < 1
+        ):
+            raise SettingError(f"Reach.samples = {self.samples!r}: expected an integer from 1 on")
+        if not isinstance(self.everything, bool):
+            raise SettingError(f"Reach.everything = {self.everything!r}: expected True or False")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a model, the smallest that the measurement tells apart.
+
+    Attributes:
+        kind: one of the names above.
+        number: of a tower block (from 1), decoder or side-branch layer (from 0); None for the others.
+        role: what a decoder layer does with the image: "below split", "text only", "fusion", "image reset" (PC),
+            "image keys" (KV); "" in a model that is not routed.
+    """
+
+    kind: str
+    number: int | None = None
+    role: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,7 +99,7 @@ class SideReach:
 
 
 @dataclass(frozen=True)
-class ReachResult:
+class ReachResult(Result):
     """Where a training step's gradient goes.
 
     Attributes:
@@ -69,6 +113,9 @@ class ReachResult:
         dtype: of the decoder.
         settings: the settings used.
     """
+
+    NAME, TITLE = "reach", "gradient reach"
+    FIGURE = "llava_patch.measurements.reach.figures:reach_figure"
 
     name: str
     parts: tuple[PartReach, ...]
@@ -140,30 +187,9 @@ class ReachResult:
             rows.append([name, f"{count:,}", f"{count / total:.2%}", trains, shown])
         return ["part", "parameters", "share", "trains", "gradient norm"], rows
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        side = None
-        if self.side is not None:
-            side = {**asdict(self.side), "layers": [[k, v] for k, v in self.side.layers.items()]}
-        return {**asdict(self), "side": side, "summary": self.summary()}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "ReachResult":
-        """From what `to_dict` gave."""
-        values = {k: v for k, v in values.items() if k != "summary"}
-        values["parts"] = tuple(PartReach(**{**found, "part": Part(**found["part"])}) for found in values["parts"])
-        side = values["side"]
-        if side is not None:
-            values["side"] = SideReach(side["norm"], {int(k): v for k, v in side["layers"]}, tuple(side["nonzero"]))
-        return cls(**{**values, "settings": Reach(**values["settings"])})
-
-    def save(self, folder: str | Path, name: str = "reach") -> tuple[Path, Path]:
-        """Write NAME.json and NAME.png; returns both paths."""
-        from llava_patch.core.files import write_json
-        from llava_patch.measurements.reach.figures import reach_figure
-
-        folder = Path(folder)
-        return write_json(folder / f"{name}.json", self.to_dict()), reach_figure(self, folder / f"{name}.png")
+    def derived(self) -> dict[str, Any]:
+        """The finding in words."""
+        return {"summary": self.summary()}
 
 
 _SAYS = {FROZEN: "frozen", NONE: "none", ZERO: "exactly 0", NONZERO: ""}
@@ -183,8 +209,8 @@ def merged(parts: Iterable[PartReach]) -> list[tuple[str, list[PartReach]]]:
 
 
 def _plural(kind: str) -> str:
-    if kind.endswith(groups.LORA):
-        return f"{kind.removesuffix(groups.LORA)}s{groups.LORA}"
+    if kind.endswith(LORA):
+        return f"{kind.removesuffix(LORA)}s{LORA}"
     return f"{kind}s"
 
 
@@ -197,3 +223,61 @@ def _runs(numbers: tuple[int, ...]) -> str:
         else:
             runs.append([number])
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+@dataclass(frozen=True)
+class ReachComparison(Result):
+    """Several variants on one model and the same samples.
+
+    Attributes:
+        results: of each variant, in the order asked for.
+    """
+
+    NAME, TITLE = "reach_variants", "gradient reach comparison"
+    FIGURE = "llava_patch.measurements.reach.figures:comparison_figure"
+
+    results: tuple[ReachResult, ...]
+
+    def of(self, variant: str) -> ReachResult | None:
+        """A variant's result."""
+        return next((result for result in self.results if result.variant == variant), None)
+
+    def summary(self) -> str:
+        """LF against PC, and what cannot be trained."""
+        lines = []
+        lf, pc = self.of(LF), self.of(PC)
+        if lf is not None and pc is not None and lf.side is not None and pc.side is not None:
+            a, b = lf.side, pc.side
+            lines.append(
+                f"Layers through which the side branch's output gets a gradient: LF {len(lf.reading_layers)}, PC "
+                f"{len(pc.reading_layers)} (the paper's 7B model: 1 and 14)."
+            )
+            if a.norm and b.norm:
+                lines.append(f"Its norm in LF is {a.norm / b.norm:.2f} of PC's.")
+        dead = [r.name for r in self.results if r.side is not None and not r.side.nonzero]
+        if dead:
+            lines.append(f"No gradient reaches the side branch under {', '.join(dead)}: it cannot be trained there.")
+        return " ".join(lines) or "; ".join(result.summary() for result in self.results)
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """(head, rows)."""
+        pc = self.of(PC)
+        base = pc.side.norm if pc is not None and pc.side is not None else None
+        rows = []
+        for result in self.results:
+            side = result.side
+            if side is None:
+                rows.append([result.name, "-", "no side branch", "-", "-"])
+                continue
+            norm = "none" if side.norm is None else f"{side.norm:.3g}" if side.nonzero else "exactly 0"
+            ratio = f"{side.norm / base:.2f}" if base and side.norm is not None else "-"
+            branch = [p for p in result.parts if p.part.kind == SIDE]
+            weights = result.norm_of(SIDE)
+            shown = f"{weights:.3g}" if weights else "none" if not any(p.reached for p in branch) else "exactly 0"
+            end = " + end" if result.n_layers in side.nonzero else ""
+            rows.append([result.name, f"{len(result.reading_layers)}{end}", norm, ratio, shown])
+        return ["variant", "layers", "at its output", "to PC", "at its weights"], rows
+
+    def derived(self) -> dict[str, Any]:
+        """The finding in words."""
+        return {"summary": self.summary()}

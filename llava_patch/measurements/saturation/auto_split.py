@@ -13,8 +13,7 @@ from llava_patch.core.errors import HostError, SettingError
 from llava_patch.hosts.anatomy import Anatomy, find
 from llava_patch.measurements.saturation import split_cache
 from llava_patch.measurements.saturation.measure import measure_saturation, unusable
-from llava_patch.measurements.saturation.measurement import Saturation
-from llava_patch.measurements.saturation.result import SaturationResult
+from llava_patch.measurements.saturation.result import Saturation, SaturationResult
 from llava_patch.patching.handle import get_handle
 from llava_patch.settings.methods import AUTO, Routing
 

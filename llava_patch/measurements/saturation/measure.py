@@ -15,10 +15,15 @@ from llava_patch.hosts.anatomy import HF, Anatomy, find
 from llava_patch.measurements import trace
 from llava_patch.measurements.lens import lens_kl
 from llava_patch.measurements.passes import check_finite, evaluating
-from llava_patch.measurements.saturation.curves import Curves, RunningMean
-from llava_patch.measurements.saturation.measurement import DEFAULTS, Saturation
-from llava_patch.measurements.saturation.result import PatchOn, SaturationResult, summarise
-from llava_patch.measurements.saturation.state import State
+from llava_patch.measurements.saturation.result import (
+    DEFAULTS,
+    Curves,
+    PatchOn,
+    Saturation,
+    SaturationResult,
+    summarise,
+)
+from llava_patch.measurements.saturation.state import RunningMean, State
 from llava_patch.patching.handle import get_handle
 
 NO_IMAGE, NO_TEXT = "no image", "no text after the image"

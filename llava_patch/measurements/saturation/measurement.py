@@ -1,4 +1,4 @@
-"""The saturation measurement: its settings, and what commands, report and lmms-eval ask of it.
+"""The saturation measurement: what commands, report and lmms-eval ask of it.
 
 Source: "Late-Layer Fusion is Enough" (DPVR), section 3.1 and figure 2.
 """
@@ -7,52 +7,47 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_patch.core.errors import InputError, SettingError
+from llava_patch.core.errors import InputError
+from llava_patch.core.files import plain
 from llava_patch.measurements.base import Measurement, Table
+from llava_patch.measurements.saturation.result import Curves, PatchOn, Saturation, SaturationResult, summarise
 
 if TYPE_CHECKING:
     from llava_patch.data.target import Target
-    from llava_patch.measurements.saturation.result import SaturationResult
 
 
-@dataclass(frozen=True)
-class Saturation:
-    """Settings of the saturation measurement; the defaults are this project's choice unless a source is named.
-
-    Attributes:
-        transition_share: the transition layer is where the logit-lens KL has fallen to this share of layer 0's.
-        mass_tolerance: attention mass has settled when it stays within this share of its deep median.
-        fall_share: the deep median must have fallen to this share of the highest mass, or mass has no say.
-        max_samples: stop after so many usable samples; None: take all (the command takes 32).
-        chunk: attention queries, and positions of the logit lens, held at a time (memory against speed).
-        save_every: samples between two writes of the state from which an interrupted run goes on.
-    """
-
-    transition_share: float = 0.5
-    mass_tolerance: float = 0.2
-    fall_share: float = 0.5
-    max_samples: int | None = None
-    chunk: int = 128
-    save_every: int = 8
-
-    def __post_init__(self) -> None:
-        for name in ("transition_share", "mass_tolerance", "fall_share"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
-                raise SettingError(f"Saturation.{name} = {value!r}: expected a number between 0 and 1, both excluded")
-        for name in ("max_samples", "chunk", "save_every"):
-            value = getattr(self, name)
-            if name == "max_samples" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise SettingError(f"Saturation.{name} = {value!r}: expected an integer >= 1")
+NAN = float("nan")
 
 
-DEFAULTS = Saturation()
+def _transition(entries: Sequence[dict[str, Any]]) -> float:
+    """Transition layer of the mean logit-lens KL over documents; NaN when there is none."""
+    from llava_patch.measurements.saturation.recommend import transition_layer
+
+    kl = [sum(column) / len(column) for column in zip(*(entry["kl"] for entry in entries), strict=True)]
+    layer = transition_layer(kl, entries[0]["share"])
+    return NAN if layer is None else layer
+
+
+def _split(entries: Sequence[dict[str, Any]]) -> float:
+    """The split that the mean curves recommend; NaN when they recommend none."""
+    split = _pooled(entries).recommended_split
+    return NAN if split is None else split
+
+
+def _pooled(items: Sequence[dict[str, Any]]) -> SaturationResult:
+    from llava_patch.measurements.saturation.state import RunningMean
+
+    done = RunningMean()
+    for item in items:
+        done = done.plus(Curves.from_dict(item["curves"]))
+    settings, patch = Saturation(**items[0]["settings"]), items[0]["patch"]
+    patch_on = None if patch is None else PatchOn(**patch)
+    return summarise(done.mean(), done.samples, settings=settings, patch=patch_on)
 
 
 class SaturationMeasurement(Measurement):
@@ -78,12 +73,19 @@ class SaturationMeasurement(Measurement):
     result = "llava_patch.measurements.saturation.result:SaturationResult"
     compare = "llava_patch.measurements.saturation.result:compare"
     resumes = True
+    metrics = {  # noqa: RUF012
+        "recommended_split": _split,
+        "vision_transition_layer": _transition,
+        "text_transition_layer": _transition,
+        "attention_mass_final": lambda entries: sum(entries) / len(entries),
+    }
+    readers = ('Routing.split = "auto"',)
 
     def tables(self, result: Any) -> list[tuple[str, Table]]:
         """None: the curves are for the figure."""
         return []
 
-    def measure(self, target: "Target", settings: Saturation, folder: Path | None = None) -> "SaturationResult":
+    def measure(self, target: "Target", settings: Saturation, folder: Path | None = None) -> SaturationResult:
         """One forward pass a sample; an unfinished run goes on from its state in the folder."""
         import dataclasses
 
@@ -106,10 +108,8 @@ class SaturationMeasurement(Measurement):
         }
         return dataclasses.replace(result, facts=facts)
 
-    def kept(self, target: "Target", settings: Saturation, folder: Path) -> "SaturationResult | None":
+    def kept(self, target: "Target", settings: Saturation, folder: Path) -> SaturationResult | None:
         """The result of the very same measurement; one of an earlier version, or damaged, counts as none."""
-        from llava_patch.measurements.saturation.result import SaturationResult
-
         try:
             found = SaturationResult.load(folder / "saturation.json")
         except InputError:
@@ -121,6 +121,31 @@ class SaturationMeasurement(Measurement):
         from llava_patch.measurements.saturation.state import STATE_FILE
 
         (folder / STATE_FILE).unlink(missing_ok=True)
+
+    def document(
+        self, anatomies: Sequence[Any], samples: Sequence[dict[str, Any]], settings: Saturation, number: int
+    ) -> dict[str, Any]:
+        """The document's curves."""
+        from llava_patch.measurements.saturation.measure import measure_sample, patch_on
+
+        curves = measure_sample(anatomies[0], samples[0], settings)
+        patch = patch_on(anatomies[0])
+        return {"curves": plain(asdict(curves)), "patch": None if patch is None else asdict(patch)}
+
+    def entries(self, item: dict[str, Any]) -> dict[str, Any]:
+        """Layers of the document's own, and of its curves what the means are taken over."""
+        found = _pooled([item])
+        curves, share = found.curves, found.settings.transition_share
+        return {
+            "recommended_split": {"split": found.recommended_split, "reason": found.recommendation.reason, **item},
+            "vision_transition_layer": {"layer": found.image_transition, "kl": curves.image_kl, "share": share},
+            "text_transition_layer": {"layer": found.text_transition, "kl": curves.text_kl, "share": share},
+            "attention_mass_final": curves.mass[-1],
+        }
+
+    def pooled(self, items: Sequence[dict[str, Any]]) -> SaturationResult:
+        """The result of the mean curves."""
+        return _pooled(items)
 
     def _key(self, target: "Target", settings: Saturation) -> dict[str, Any]:
         from llava_patch.hosts.anatomy import find

@@ -1,14 +1,14 @@
-"""What a saturation measurement found, and several of those side by side."""
+"""Settings of the saturation measurement, what it found, and several results side by side."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from llava_patch.core.errors import SettingError
 from llava_patch.measurements.base import Comparison, Result, decode, differences, encode
-from llava_patch.measurements.saturation.curves import Curves
-from llava_patch.measurements.saturation.measurement import DEFAULTS, Saturation
 from llava_patch.measurements.saturation.recommend import (
     Recommendation,
     absent_from,
@@ -16,6 +16,85 @@ from llava_patch.measurements.saturation.recommend import (
     recommend,
     transition_layer,
 )
+
+
+@dataclass(frozen=True)
+class Saturation:
+    """Settings of the saturation measurement; the defaults are this project's choice unless a source is named.
+
+    Attributes:
+        transition_share: the transition layer is where the logit-lens KL has fallen to this share of layer 0's.
+        mass_tolerance: attention mass has settled when it stays within this share of its deep median.
+        fall_share: the deep median must have fallen to this share of the highest mass, or mass has no say.
+        max_samples: stop after so many usable samples; None: take all (the command takes 32).
+        chunk: attention queries, and positions of the logit lens, held at a time (memory against speed).
+        save_every: samples between two writes of the state from which an interrupted run goes on.
+    """
+
+    transition_share: float = 0.5
+    mass_tolerance: float = 0.2
+    fall_share: float = 0.5
+    max_samples: int | None = None
+    chunk: int = 128
+    save_every: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("transition_share", "mass_tolerance", "fall_share"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+                raise SettingError(f"Saturation.{name} = {value!r}: expected a number between 0 and 1, both excluded")
+        for name in ("max_samples", "chunk", "save_every"):
+            value = getattr(self, name)
+            if name == "max_samples" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise SettingError(f"Saturation.{name} = {value!r}: expected an integer >= 1")
+
+
+DEFAULTS = Saturation()
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Per-layer values of one sample, or the mean over samples; index = layer number.
+
+    Attributes:
+        image_cosine: cosine between a layer's input and output, mean over image positions; NaN where absent.
+        text_cosine: the same over text positions (everything that is not image).
+        head_mass: [layers][heads], attention probability that text behind the image puts on image keys.
+        image_kl: KL(final || layer) of the logit lens in nats, mean over image positions; NaN where absent.
+        text_kl: the same over text positions.
+        image_states: number of image positions that have hidden states in a layer.
+        image_keys: number of image positions that a layer's queries can look at; in the KV variant's deep layers there
+            are keys without states, and pruned layers have the ones that are kept.
+    """
+
+    image_cosine: list[float]
+    text_cosine: list[float]
+    head_mass: list[list[float]]
+    image_kl: list[float]
+    text_kl: list[float]
+    image_states: list[float]
+    image_keys: list[float]
+
+    @property
+    def mass(self) -> list[float]:
+        """Attention mass per layer, mean over heads."""
+        return [sum(heads) / len(heads) for heads in self.head_mass]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Curves":
+        """Read curves from JSON values, where null is NaN; KeyError, TypeError or ValueError when they are damaged."""
+        curves = cls(**{f.name: _with_nan(values[f.name]) for f in fields(cls)})
+        lengths = {len(curve) for curve in vars(curves).values()}
+        if len(lengths) != 1 or 0 in lengths or not all(curves.head_mass):
+            raise ValueError(f"curves over {sorted(lengths)} layers")
+        return curves
+
+    @property
+    def image_present(self) -> list[bool]:
+        """Whether each layer has hidden states of image positions."""
+        return [not math.isnan(value) for value in self.image_cosine]
 
 
 @dataclass(frozen=True)
@@ -243,3 +322,9 @@ def _conditions(result: SaturationResult) -> dict[str, Any]:
     settings = {k: v for k, v in asdict(result.settings).items() if k not in ("save_every", "max_samples", "chunk")}
     facts = {name: result.facts.get(name) for name in ("data", "question", "dtype")}
     return {**settings, **facts, "samples": result.samples}
+
+
+def _with_nan(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_with_nan(item) for item in value]
+    return math.nan if value is None else float(value)

@@ -17,8 +17,7 @@ from typing import Any
 from llava_patch.core.files import write_json
 from llava_patch.core.paths import VARIABLE, cache_folder
 from llava_patch.hosts.anatomy import Anatomy
-from llava_patch.measurements.saturation.measurement import Saturation
-from llava_patch.measurements.saturation.result import SaturationResult
+from llava_patch.measurements.saturation.result import Saturation, SaturationResult
 from llava_patch.patching.keys import digest_of, model_digest
 
 FORMAT = 2

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +17,12 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from llava_patch.core.errors import CheckpointError
 from llava_patch.core.files import atomic
 from llava_patch.hosts.anatomy import Anatomy
-from llava_patch.measurements.saturation.curves import RunningMean
-from llava_patch.measurements.saturation.measurement import Saturation
+from llava_patch.measurements.saturation.result import Curves, Saturation
 
 if TYPE_CHECKING:
     from llava_patch.data.examples import Example
@@ -72,6 +72,48 @@ def _digest_of(examples: "Sequence[Example]") -> str:
             digest.update(str(image).encode())
         digest.update(repr((example.id, example.question)).encode())
     return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class RunningMean:
+    """Sums over samples, each of which counts the same: memory does not grow with their number.
+
+    Never changed in place, so that a signal between two samples cannot leave one counted in half.
+
+    Attributes:
+        samples: number of samples added.
+        skipped: number of samples left out, by reason.
+        sums: float64 [layers] or [layers, heads], by the curve's name; NaN (absent positions) does not count.
+        counts: int64 of the same shapes, how many values each sum has.
+    """
+
+    samples: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def seen(self) -> int:
+        """Number of samples looked at, those left out included."""
+        return self.samples + sum(self.skipped.values())
+
+    def plus(self, curves: Curves) -> "RunningMean":
+        """With one more sample."""
+        sums, counts = {}, {}
+        for name, values in asdict(curves).items():
+            new = torch.tensor(values, dtype=torch.float64)
+            known = ~new.isnan()
+            sums[name] = self.sums.get(name, 0) + torch.where(known, new, 0.0)
+            counts[name] = self.counts.get(name, 0) + known.long()
+        return replace(self, samples=self.samples + 1, sums=sums, counts=counts)
+
+    def without(self, reason: str) -> "RunningMean":
+        """With one more sample that was left out."""
+        return replace(self, skipped={**self.skipped, reason: self.skipped.get(reason, 0) + 1})
+
+    def mean(self) -> Curves:
+        """Mean of what was added; 0 / 0 is NaN, which stands for absent."""
+        return Curves(**{name: (self.sums[name] / self.counts[name]).tolist() for name in self.sums})
 
 
 @dataclass(frozen=True)

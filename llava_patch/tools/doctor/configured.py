@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llava_patch.core import registry
 from llava_patch.core.errors import LlavaPatchError
 from llava_patch.core.paths import VARIABLE as CACHE_VARIABLE
 from llava_patch.integrations import import_hook as autostart
@@ -25,17 +26,19 @@ KNOWN_VARIABLES = (
     active.FILE_VARIABLE, active.PARAM_VARIABLE, DISABLE, CACHE_VARIABLE, "LLAVA_PATCH_RPROBE_DATA",
     "LLAVA_PATCH_VENV",
 )  # fmt: skip
-READERS = {
-    "AttentionMaps": "llava-patch attention-maps and report",
-    "Drift": "llava-patch drift and report, lmms-eval's task drift",
-    "FusionAttention": "llava-patch fusion-attention and report, lmms-eval's task fusion_attention",
-    "Gradients": "llava-patch gradients and report, LLaVA's training script",
-    "Reach": "llava-patch reach and report",
-    "Report": "llava-patch report",
-    "RProbe": "llava-patch rprobe, lmms-eval's task rprobe",
-    "Saturation": 'llava-patch saturation and report, lmms-eval\'s task saturation, Routing.split = "auto"',
-}
-"""Who reads each measurement's bindings."""
+READERS = {"Report": "llava-patch report", "RProbe": "llava-patch rprobe, lmms-eval's task rprobe"}
+"""Who reads bindings of settings that no measurement of the registry has."""
+
+
+def readers() -> dict[str, str]:
+    """Who reads each measurement's bindings, by the settings' name."""
+    found = dict(READERS)
+    for measurement in map(registry.measurement, registry.MEASUREMENTS):
+        if measurement.settings is not None:
+            words = [f"llava-patch {measurement.command} and report"]
+            words += [f"lmms-eval's task {measurement.name}"] if measurement.metrics else []
+            found[measurement.settings.__name__] = ", ".join([*words, *measurement.readers])
+    return found
 
 
 def read(gin_file: Sequence[str], gin_param: Sequence[str]) -> "tuple[Configuration | None, LlavaPatchError | None]":
@@ -107,7 +110,7 @@ def check_ignored(asked: "Configuration | None", hook: Row, environment: Mapping
         if name == "Saturation" and asked.routing is not None and asked.routing.split == AUTO:
             rows.append(Row(f"measurement: {name}", str(value), OK, 'read by Routing.split = "auto"'))
             continue
-        reader = READERS.get(name)
+        reader = readers().get(name)
         advice = "no command reads it" if reader is None else f"changes no model; read by {reader} only"
         rows.append(Row(f"measurement: {name}", str(value), NOTE, advice))
     return rows

@@ -15,11 +15,12 @@ from llava_patch.core.errors import CheckpointError, SettingError
 from llava_patch.core.files import write_json
 from llava_patch.core.paths import named
 from llava_patch.core.version import __version__
+from llava_patch.measurements.base import NothingToMeasure
 from llava_patch.tools.inspect.command import facts_of
 from llava_patch.tools.inspect.read import FORMS
 from llava_patch.tools.report.context import Context
 from llava_patch.tools.report.identity import configured, key
-from llava_patch.tools.report.section import DONE, FAILED, SKIPPED, Record, Section, SkipSection
+from llava_patch.tools.report.section import DONE, FAILED, SKIPPED, Record, Section
 
 KEPT = "report.json"
 FORMAT = 1
@@ -127,9 +128,9 @@ def _make(section: Section, context: Context, folder: Path, wanted: str) -> Reco
     try:
         why_not = section.why_not(context)
         if why_not is not None:
-            raise SkipSection(why_not)
+            raise NothingToMeasure(why_not)
         found = section.run(context, folder)
-    except SkipSection as skipped:
+    except NothingToMeasure as skipped:
         return replace(record, state=SKIPPED, reason=str(skipped), command=record.command if section.supplies else "")
     except Exception as error:  # one section's failure must not take the others with it; the command ends with 1
         message = " ".join(f"{type(error).__name__}: {error}".split())

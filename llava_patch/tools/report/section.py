@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llava_patch.measurements.base import Result
+    from llava_patch.measurements.base import Table as Rows
     from llava_patch.tools.report.context import Context
 
 DONE, SKIPPED, FAILED = "done", "skipped", "failed"
-
-
-class SkipSection(Exception):
-    """A section has nothing to measure; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ class Section:
         name: in `--only`, `--skip` and file names.
         title: its heading.
         about: what is measured, and how to read it.
-        run: measures, writes files into a folder, raises `SkipSection` where there is nothing to measure.
+        run: measures, writes files into a folder, raises `NothingToMeasure` where there is nothing to measure.
         settings: JSON values that the result depends on, beside checkpoint, base and data.
         command: the command that repeats it alone; "" where the report is the only way.
         why_not: why it cannot be made, found out before anything is loaded; None: it can.
@@ -98,8 +96,8 @@ class Record:
 
     Attributes:
         name: the section's.
-        title: likewise.
-        about: likewise.
+        title: the section's.
+        about: the section's.
         state: "done", "skipped" or "failed".
         reason: why it was skipped, or how it failed.
         trace: of a failure.
@@ -140,18 +138,17 @@ class Record:
         return cls(**{**values, "found": found})
 
 
-def found_of(result: Any, folder: Path, name: str, alt: str, figures: bool = True) -> Found:
-    """What a measurement's result gives a section: it is saved, and its summary, figure and table are shown.
+def found_of(result: "Result", folder: Path, name: str, alt: str, tables: "Sequence[tuple[str, Rows]]" = ()) -> Found:
+    """What a measurement's result gives a section: it is saved, and its summary, figure and tables are shown.
 
     Args:
-        result: has `summary()`, `save(folder, name)` and perhaps `table()`.
+        result: what was measured.
         folder: the report's.
         name: of the files.
         alt: what the figure shows; the summary is put behind it.
-        figures: whether `save` writes a figure.
+        tables: (caption, table) each; none: the result's own.
     """
-    paths = [Path(path) for path in result.save(folder, name)]
-    pictures = [p for p in paths if p.suffix == ".png"] if figures else []
-    tables = [Table(*result.table())] if hasattr(result, "table") else []
-    summary = result.summary()
-    return Found(summary, [Figure(p.name, f"{alt} {summary}") for p in pictures], tables, [p.name for p in paths])
+    paths, summary = result.save(folder, name), result.summary()
+    figures = [Figure(path.name, f"{alt} {summary}") for path in paths if path.suffix == ".png"]
+    shown = [Table(*table, caption) for caption, table in tables or [("", result.table())]]
+    return Found(summary, figures, shown, [path.name for path in paths])

@@ -14,10 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
+from llava_patch.core import registry
 from llava_patch.core.errors import CheckpointError, HostError, InputError, SettingError
 from llava_patch.core.resources import eval_tasks_dir
 from llava_patch.data.pages import Pages
-from llava_patch.integrations.lmms_eval import rprobe_runs, saturation_runs
+from llava_patch.integrations.lmms_eval import rprobe_runs, runner
 from tests.support import fileset
 
 FAST = {"steps": 3, "train_pages": 6, "heldout_pages": 4, "batch_size": 4, "examples": 2}
@@ -90,12 +91,13 @@ def test_aggregation_of_absent_layers_and_without_output_path() -> None:
             "image_kl": [2.0, None, 0.0], "text_kl": [2.0, 0.5, 0.0],
         },
     }  # fmt: skip
-    assert math.isnan(saturation_runs.recommended_split([item]))
-    scored = saturation_runs.process_results({}, [json.dumps(item)])
+    task = runner.names("saturation")
+    scored = task["process_results"]({}, [json.dumps(item)])
+    assert math.isnan(task["recommended_split"]([scored["recommended_split"]]))
     # The image is gone before its KL falls; at the last layer, which has it again, KL is 0 by definition.
-    assert math.isnan(saturation_runs.mean_transition_layer([scored["vision_transition_layer"]] * 2))
+    assert math.isnan(task["vision_transition_layer"]([scored["vision_transition_layer"]] * 2))
     assert scored["vision_transition_layer"]["layer"] is None
-    assert saturation_runs.mean_transition_layer([scored["text_transition_layer"]] * 2) == 1
+    assert task["text_transition_layer"]([scored["text_transition_layer"]] * 2) == 1
     assert "already routed" in scored["recommended_split"]["reason"]
 
 
@@ -238,7 +240,7 @@ def test_unknown_settings_and_foreign_models_are_refused() -> None:
     with pytest.raises(SettingError, match=r"task saturation: metadata.settings names share"):
         load("saturation", settings={"share": 1})
     with pytest.raises(HostError, match="llava_hf"):
-        saturation_runs.answer(object(), [object()])
+        runner.answer(registry.measurement("saturation"), object(), [object()])
 
 
 def test_prompt_of_a_model_without_template_is_llavas_own(tmp_path: Path) -> None:

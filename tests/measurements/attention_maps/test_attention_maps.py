@@ -20,9 +20,16 @@ from llava_patch.data.inputs import Inputs
 from llava_patch.hosts.anatomy import find
 from llava_patch.hosts.towers import attention as tower_attention
 from llava_patch.hosts.towers import layout as towers
-from llava_patch.measurements.attention_maps import AttentionMaps, AttentionMapsResult, maths, measure_attention_maps
+from llava_patch.measurements.attention_maps import maths
 from llava_patch.measurements.attention_maps.figure import _columns, attention_maps_figure
-from llava_patch.measurements.attention_maps.result import WHOLE, CheckpointMaps, View
+from llava_patch.measurements.attention_maps.measure import measure_attention_maps
+from llava_patch.measurements.attention_maps.result import (
+    WHOLE,
+    AttentionMaps,
+    AttentionMapsResult,
+    CheckpointMaps,
+    View,
+)
 from tests.support import tiny, zoo
 
 

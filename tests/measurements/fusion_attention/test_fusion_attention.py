@@ -13,13 +13,13 @@ import torch
 from llava_patch import FastV, Routing, patch
 from llava_patch.core.errors import HostError, InputError, SettingError
 from llava_patch.hosts.anatomy import find
-from llava_patch.measurements.fusion_attention import (
-    FusionAttention,
-    FusionAttentionResult,
+from llava_patch.measurements.fusion_attention.measure import (
+    fusion_layers,
     measure_fusion_attention,
     measure_fusion_attention_apart,
+    measure_sample,
 )
-from llava_patch.measurements.fusion_attention.heads import fusion_layers, measure_sample
+from llava_patch.measurements.fusion_attention.result import FusionAttention, FusionAttentionResult
 from tests.support import tiny
 
 IMAGE = slice(2, 2 + tiny.PATCHES)

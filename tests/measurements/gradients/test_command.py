@@ -8,7 +8,9 @@ from typer.testing import CliRunner
 from llava_patch import SkipLinks, patch
 from llava_patch.cli.main import app
 from llava_patch.core.errors import CheckpointError, InputError, LlavaPatchError, SettingError
-from llava_patch.measurements.gradients import Gradients, GradientsResult, StepLog
+from llava_patch.measurements.gradients.log import StepLog
+from llava_patch.measurements.gradients.result import GradientsResult
+from llava_patch.measurements.gradients.settings import Gradients
 from tests.support import fileset
 from tests.support.fusions import randomise
 
@@ -121,11 +123,12 @@ def test_a_run_is_drawn_again_and_runs_are_compared(tmp_path):
     text = gradients("table", tmp_path / "low", tmp_path / "high")
     assert [line.split()[0] for line in text.splitlines() if "e" in line] == ["run", "high", "low"]
     markdown = gradients(
-        "table", tmp_path / "low", tmp_path / "high", "--format", "markdown", "--figure", tmp_path / "f.png"
+        "table", tmp_path / "low", tmp_path / "high", "--as", "markdown", "--figure", tmp_path / "f.png"
     )
     assert markdown.splitlines()[2].startswith("| high | 8e-05 | 11 |") and (tmp_path / "f.png").exists()
-    values = json.loads(gradients("table", tmp_path / "low", "--format", "json"))
+    values = json.loads(gradients("table", tmp_path / "low", "--as", "json"))
     assert values[0]["transition_step"] is None and values[0]["facts"]["block"] == 6
-    assert "--format html" in gradients("table", tmp_path / "low", "--format", "html", fails=SettingError)
+    assert "--as html" in gradients("table", tmp_path / "low", "--as", "html", fails=SettingError)
+    assert "printed with --as json" in gradients("table", tmp_path / "low", "--format", "json", fails=SettingError)
     assert "named twice" in gradients("table", tmp_path / "low", tmp_path / "low", fails=InputError)
     gradients("table", tmp_path / "other", fails=LlavaPatchError)

@@ -11,8 +11,7 @@ from torch.nn import functional as F
 from llava_patch import AuxiliaryProbe, DenseConnector, DirectFusion, Routing, SkipLinks, patch
 from llava_patch.core.errors import HostError, InputError, SettingError
 from llava_patch.hosts.anatomy import find
-from llava_patch.measurements.gradients import decompose, measured_block
-from llava_patch.measurements.gradients.decompose import block_parameters
+from llava_patch.measurements.gradients.decompose import block_parameters, decompose, measured_block
 from tests.support.fusions import ALL, randomise
 
 FUSIONS = {name: fusion for name, fusion in ALL.items() if name != "merge-alone"}

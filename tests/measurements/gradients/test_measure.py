@@ -9,10 +9,12 @@ import torch
 
 from llava_patch import SkipLinks, patch
 from llava_patch.core.errors import CheckpointError, InputError, SettingError
-from llava_patch.measurements.gradients import Gradients, GradientsResult, StepLog, decompose
 from llava_patch.measurements.gradients import measure as module
-from llava_patch.measurements.gradients.log import LOG
+from llava_patch.measurements.gradients.decompose import decompose
+from llava_patch.measurements.gradients.log import LOG, StepLog
 from llava_patch.measurements.gradients.measure import measure_gradients
+from llava_patch.measurements.gradients.result import GradientsResult
+from llava_patch.measurements.gradients.settings import Gradients
 from llava_patch.measurements.gradients.state import STATE, save_window
 from llava_patch.measurements.gradients.statistics import Window
 from tests.support.fusions import randomise
@@ -190,7 +192,8 @@ def test_memory_does_not_grow_with_the_batches(patched, tmp_path):
     """Two vectors are held for the window, whatever its length: the state has no more."""
     from safetensors import safe_open
 
-    from llava_patch.measurements.gradients import Window, save_window
+    from llava_patch.measurements.gradients.state import save_window
+    from llava_patch.measurements.gradients.statistics import Window
 
     sizes = []
     for count in (3, 30):

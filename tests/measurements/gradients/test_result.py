@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from llava_patch.core.errors import CheckpointError, SettingError
-from llava_patch.measurements.gradients import Gradients, GradientsResult, Step, StepLog, Window
 from llava_patch.measurements.gradients.compare import ordered, runs_dict, runs_table
 from llava_patch.measurements.gradients.figure import gradients_figure, runs_figure
-from llava_patch.measurements.gradients.log import LOG
+from llava_patch.measurements.gradients.log import LOG, StepLog
+from llava_patch.measurements.gradients.moments import Step
+from llava_patch.measurements.gradients.result import GradientsResult
+from llava_patch.measurements.gradients.settings import Gradients
+from llava_patch.measurements.gradients.statistics import Window
 
 SETTINGS = Gradients(window=4, transition_windows=2, smoothness=10.0)
 
@@ -30,7 +33,7 @@ def make(count=40, turns=20, rate=1e-4, settings=SETTINGS, log=None, skip=2.0):
         if log is not None:
             log.add(step, moments)
     return GradientsResult(
-        steps, windows, settings, {"learning_rate": rate, "block": 6, "fusion": "SkipLinks(stride=6)"}
+        steps, windows, settings, facts={"learning_rate": rate, "block": 6, "fusion": "SkipLinks(stride=6)"}
     )
 
 
@@ -130,15 +133,15 @@ def test_summaries():
     assert short.endswith(f"t_trans cannot be told from {takes - 1} steps: it takes {takes}.")
     assert enough.endswith("(no t_trans).")
     assert "weights in the projector are still zero" in make(skip=0.0).summary()
-    assert GradientsResult([], [], SETTINGS, {"block": 6}).summary().startswith("No step with finite gradients")
+    assert GradientsResult([], [], SETTINGS, facts={"block": 6}).summary().startswith("No step with finite gradients")
     head, rows = make().table()
     assert {len(row) for row in rows} == {len(head)} and all(isinstance(c, str) for row in rows for c in row)
 
 
 def test_figures_of_whatever_there_is(tmp_path):
-    empty = GradientsResult([], [], SETTINGS, {})
+    empty = GradientsResult([], [], SETTINGS)
     silent, whole = make(count=9, skip=0.0), make(count=9)
-    broken = GradientsResult([Step(1, math.nan, math.nan, math.nan, math.nan)], [], SETTINGS, {"trains": False})
+    broken = GradientsResult([Step(1, math.nan, math.nan, math.nan, math.nan)], [], SETTINGS, facts={"trains": False})
     for number, result in enumerate((empty, silent, broken)):
         path = gradients_figure(result, tmp_path / f"{number}.png")
         assert path.read_bytes()[:4] == b"\x89PNG"

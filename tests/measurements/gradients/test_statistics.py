@@ -10,16 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava_patch.core.errors import CheckpointError
-from llava_patch.measurements.gradients import (
-    Gradients,
-    GradientsResult,
-    Moments,
-    Step,
-    Window,
-    load_window,
-    save_window,
-    transition_step,
-)
+from llava_patch.measurements.gradients.moments import Moments, Step
+from llava_patch.measurements.gradients.result import GradientsResult
+from llava_patch.measurements.gradients.settings import Gradients
+from llava_patch.measurements.gradients.state import load_window, save_window
+from llava_patch.measurements.gradients.statistics import Window, transition_step
 
 
 def vectors(count, size=300, seed=0, mean=(0.3, -0.1)):
@@ -145,7 +140,7 @@ def test_where_condition_7_holds(gain, penalty, least, most, said):
     for product in (0.0, 1e-3, 0.49, 0.51, 3.0, 1e6):
         assert moments.holds(product) is (least <= product <= most)
     assert moments.product_needed == least and moments.product_limit == pytest.approx(most, nan_ok=True)
-    result = GradientsResult([Step(1, 9.0, 1.0, 10.0, 0.0)], [moments], Gradients(window=2), {})
+    result = GradientsResult([Step(1, 9.0, 1.0, 10.0, 0.0)], [moments], Gradients(window=2), facts={})
     assert f"Condition (7) {said}smoothness times step size; median)." in result.summary()
 
 

@@ -11,12 +11,11 @@ import torch
 from llava_patch import DeepStack, FastV, Routing, SkipLinks, patch
 from llava_patch.core.errors import InputError, LlavaPatchError, SettingError
 from llava_patch.hosts.anatomy import find
-from llava_patch.measurements.reach import gradients, groups
-from llava_patch.measurements.reach.compare import ReachComparison, compare_reach
+from llava_patch.measurements.reach import gradients
+from llava_patch.measurements.reach import result as groups
 from llava_patch.measurements.reach.gradients import SideOutput, training_step
-from llava_patch.measurements.reach.measure import measure_reach
-from llava_patch.measurements.reach.result import ReachResult
-from llava_patch.measurements.reach.settings import Reach
+from llava_patch.measurements.reach.measure import compare_reach, measure_reach, parts_of
+from llava_patch.measurements.reach.result import Reach, ReachComparison, ReachResult
 from llava_patch.routing import side_output
 from tests.support import fusions, models, tiny
 from tests.support import routings as cases
@@ -67,7 +66,7 @@ def by_hand(host, count=2):
 
 def check_against_autograd(host, result):
     squares = by_hand(host)
-    named = groups.parts_of(find(host.model))
+    named = parts_of(find(host.model))
     flags = {n: p.requires_grad for n, p in host.model.named_parameters()}
     assert [f.part for f in result.parts] == list(dict.fromkeys(named.values()))
     for found in result.parts:
@@ -325,16 +324,17 @@ def test_lora_is_a_part_of_its_own(host):
 def test_the_command(tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
-    from llava_patch.cli import common as commands
     from llava_patch.cli.main import app
+    from llava_patch.data import loaded
+    from llava_patch.data.target import Target
     from llava_patch.patching.handle import get_handle
 
     model = tiny.hf_model()
     sample = tiny.hf_sample()
     sample["labels"] = sample["input_ids"].masked_fill(sample["input_ids"] == tiny.IMAGE_TOKEN, -100)
     subject = type("Subject", (), {"model": model})
-    monkeypatch.setattr(commands, "load", lambda *args: subject)
-    monkeypatch.setattr(commands, "samples_of", lambda *args, **kwargs: [sample])
+    monkeypatch.setattr(loaded, "load_subject", lambda *args: subject)
+    monkeypatch.setattr(Target, "samples", lambda *args, **kwargs: [sample])
     monkeypatch.chdir(tmp_path)
 
     def run(*words):

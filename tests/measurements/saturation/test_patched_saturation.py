@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from llava_patch import FastV, Routing, SkipLinks, patch
 from llava_patch.hosts.anatomy import find
-from llava_patch.measurements.saturation.curves import Curves
 from llava_patch.measurements.saturation.measure import measure_sample, measure_saturation, patch_on
+from llava_patch.measurements.saturation.result import Curves
 from llava_patch.measurements.trace import traced
 from tests.support import models
 from tests.support.models import IMAGE, LAYERS, Host

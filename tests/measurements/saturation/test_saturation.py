@@ -14,8 +14,7 @@ from llava_patch import Routing, patch
 from llava_patch.core.errors import HostError, InputError, SettingError
 from llava_patch.hosts.anatomy import find
 from llava_patch.measurements.saturation.measure import measure_sample, measure_saturation
-from llava_patch.measurements.saturation.measurement import Saturation
-from llava_patch.measurements.saturation.result import SaturationResult
+from llava_patch.measurements.saturation.result import Saturation, SaturationResult
 from tests.support import tiny
 
 

@@ -132,7 +132,7 @@ def test_results_are_found_and_named(tmp_path: Path) -> None:
 
 
 def made(layers: int = 32, patch_on: PatchOn | None = None) -> Any:
-    from llava_patch.measurements.saturation.curves import Curves
+    from llava_patch.measurements.saturation.result import Curves
 
     mass = paper_like()[:layers] if layers <= 32 else [*paper_like()[:-1], *[0.04] * (layers - 32), 0.2]
     kl = [4.0] * 20 + [1.0] * (layers - 21) + [0.0]
@@ -148,8 +148,7 @@ def test_the_papers_7b_curve_recommends_18() -> None:
 
 
 def test_an_image_that_leaves_early_has_no_transition() -> None:
-    from llava_patch.measurements.saturation.curves import Curves
-    from llava_patch.measurements.saturation.result import SaturationResult
+    from llava_patch.measurements.saturation.result import Curves, SaturationResult
 
     nan = float("nan")
     for kl, layer, said in (

@@ -221,7 +221,7 @@ def test_a_fusion_that_would_stay_at_zero():
 def test_every_measurement_has_a_reader():
     from llava_patch.settings.gin_config import MEASUREMENTS
 
-    assert set(configured.READERS) == set(MEASUREMENTS)
+    assert set(configured.readers()) == set(MEASUREMENTS)
 
 
 def test_a_measurement_that_the_split_reads():

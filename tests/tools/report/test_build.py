@@ -6,9 +6,10 @@ import json
 import pytest
 
 from llava_patch.core.errors import CheckpointError, SettingError
+from llava_patch.measurements.base import NothingToMeasure
 from llava_patch.tools.report import build, page
 from llava_patch.tools.report.context import Context
-from llava_patch.tools.report.section import DONE, FAILED, SKIPPED, Figure, Found, Record, Section, SkipSection, Table
+from llava_patch.tools.report.section import DONE, FAILED, SKIPPED, Figure, Found, Record, Section, Table
 
 
 def _works(context, folder):
@@ -21,7 +22,7 @@ def _fails(context, folder):
 
 
 def _skips(context, folder):
-    raise SkipSection("nothing there")
+    raise NothingToMeasure("nothing there")
 
 
 def _section(name, run, **more):

@@ -12,8 +12,9 @@ from llava_patch.cli.main import app
 from llava_patch.core.errors import CheckpointError, InputError, SettingError
 from llava_patch.tools.inspect import inspect_checkpoint
 from llava_patch.tools.report import build
-from llava_patch.tools.report.sections import NAMES, sections
+from llava_patch.tools.report.sections import sections
 
+NAMES = [section.name for section in sections()]
 MEASURED = {"saturation", "attention_maps", "flops", "gradients", "reach", "drift", "fusion_attention"}
 
 
@@ -24,7 +25,7 @@ def _run(*arguments):
 def test_every_section_that_can_be_made_is_made(report):
     folder, screen, _ = report
     records = {record.name: record for record in build.read(folder)["sections"]}
-    assert list(records) == list(NAMES)
+    assert list(records) == NAMES
     made = {name for name, record in records.items() if record.state == "done"}
     assert made >= MEASURED
     for name in made:
@@ -88,9 +89,9 @@ def test_the_page_refers_to_nothing_outside(report):
 
 
 def test_the_same_command_again_measures_nothing(report, monkeypatch):
-    from llava_patch.cli import common as commands
+    from llava_patch.data import loaded
 
-    monkeypatch.setattr(commands, "load", None)
+    monkeypatch.setattr(loaded, "load_subject", None)
     folder, _, arguments = report
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*.png")}
     done = _run(*arguments)

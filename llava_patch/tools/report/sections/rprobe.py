@@ -10,11 +10,12 @@ from typing import Any
 from llava_patch.core.errors import InputError
 from llava_patch.core.files import atomic
 from llava_patch.core.paths import named
+from llava_patch.measurements.base import NothingToMeasure
 from llava_patch.measurements.rprobe.ablation import SUMMARY
 from llava_patch.measurements.rprobe.output import RESULT
 from llava_patch.measurements.rprobe.result import RProbeResult
 from llava_patch.tools.report.context import Context
-from llava_patch.tools.report.section import Figure, Found, Section, SkipSection, Table
+from llava_patch.tools.report.section import Figure, Found, Section, Table
 
 MAPS = 3
 
@@ -64,7 +65,7 @@ def _copied(source: Path, folder: Path, name: str) -> tuple[list[Figure], list[s
 
 def _check(measured: Any, context: Context, path: Path) -> None:
     if isinstance(measured, str) and named(measured) != named(context.checkpoint):
-        raise SkipSection(f"{path} was measured on {measured}, another checkpoint")
+        raise NothingToMeasure(f"{path} was measured on {measured}, another checkpoint")
 
 
 def _table(result: RProbeResult) -> Table:

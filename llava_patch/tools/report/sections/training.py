@@ -8,8 +8,9 @@ from pathlib import Path
 from llava_patch.core import plotting
 from llava_patch.core.errors import InputError
 from llava_patch.core.files import write_json
+from llava_patch.measurements.base import NothingToMeasure
 from llava_patch.tools.report.context import Context
-from llava_patch.tools.report.section import Figure, Found, Section, SkipSection, Table
+from llava_patch.tools.report.section import Figure, Found, Section, Table
 
 STATE = "trainer_state.json"
 CURVES = (("loss", "loss (nats per token)"), ("learning_rate", "learning rate"), ("grad_norm", "gradient norm"))
@@ -49,7 +50,7 @@ def _run(context: Context, folder: Path) -> Found:
     curves = read_curves(context.run)
     losses = curves["loss"]
     if not losses:
-        raise SkipSection(f"{Path(context.run) / STATE} has no logged loss")
+        raise NothingToMeasure(f"{Path(context.run) / STATE} has no logged loss")
     draw(curves, folder / "training.png")
     write_json(folder / "training.json", {name: [list(pair) for pair in pairs] for name, pairs in curves.items()})
     tail = losses[-max(1, len(losses) // 10) :]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llava_patch.measurements.gradients import GradientsResult
+from llava_patch.measurements.gradients.result import GradientsResult
 from tests.support.paths import ROOT
 
 from .two_ranks import measured_run

@@ -1,0 +1,157 @@
+"""Runs measurements as lmms-eval tasks: measures each document in the live model, scores documents, pools the run.
+
+Every answer is a JSON object that holds its document's numbers, so that the table is made from all documents whichever
+process measured them. Where a measurement compares, the base is loaded beside the live model, and both see the same
+pages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llava_patch.core import registry
+from llava_patch.core.files import track
+from llava_patch.core.records import CONFIG_KEY
+from llava_patch.core.weights import read_json
+from llava_patch.data.base_model import base_of, load_base
+from llava_patch.data.inputs import Inputs
+from llava_patch.hosts.anatomy import Anatomy
+from llava_patch.integrations.lmms_eval.access import reach
+from llava_patch.integrations.lmms_eval.options import output_folder
+from llava_patch.patching import checkpoint as patched
+from llava_patch.patching.handle import get_handle
+
+if TYPE_CHECKING:
+    from llava_patch.measurements.base import Measurement
+
+
+def names(name: str) -> dict[str, Any]:
+    """What the YAML file of a measurement's task names: `Task`, `process_results`, and each metric's aggregation."""
+    from llava_patch.integrations.lmms_eval.tasks import task_class
+
+    measurement = registry.measurement(name)
+    found: dict[str, Any] = {"Task": task_class(name), "process_results": functools.partial(process, measurement)}
+    return found | {metric: _aggregation(measurement, metric) for metric in measurement.metrics}
+
+
+def answer(measurement: "Measurement", lm: Any, requests: Sequence[Any]) -> list[str]:
+    """Measure one document a request.
+
+    Args:
+        measurement: what is measured.
+        lm: lmms-eval's model object.
+        requests: of one or several of its tasks.
+
+    Returns:
+        One JSON string a request: the task's facts, and the document's numbers.
+
+    Raises:
+        CheckpointError: the measurement compares, and no base is named, or it is not there; says how to name one.
+    """
+    found = []
+    for number, (models, samples) in enumerate(_documents(measurement, lm, requests)):
+        anatomies = [one.anatomy for one in models.inputs]
+        values = measurement.document(anatomies, samples, models.task.settings, number)
+        found.append(json.dumps({**models.facts(), **values}))
+    return found
+
+
+def process(measurement: "Measurement", doc: Any, results: Sequence[str]) -> dict[str, Any]:
+    """Per-document numbers for the samples log; those of the first metric also carry what pooling needs."""
+    return measurement.entries(json.loads(results[0]))
+
+
+def _aggregation(measurement: "Measurement", metric: str) -> Callable[[Sequence[Any]], Any]:
+    def aggregate(entries: Sequence[Any]) -> Any:
+        if metric == next(iter(measurement.metrics)):
+            write(measurement, entries)
+        return measurement.metrics[metric](entries)
+
+    return aggregate
+
+
+def write(measurement: "Measurement", items: Sequence[dict[str, Any]]) -> None:
+    """Write what all documents came to beside lmms-eval's own results, and say it in its log."""
+    from lmms_eval.utils import eval_logger
+
+    result, first = measurement.pooled(items), items[0]
+    if first["folder"] is not None:
+        paths = result.save(first["folder"])
+        eval_logger.info(f"{first['task']}: wrote {' and '.join(map(str, paths))}")
+    eval_logger.info(f"{first['task']}: {result.summary()}")
+
+
+@dataclass(frozen=True, eq=False)
+class _Models:
+    """One task's models.
+
+    Attributes:
+        task: the task.
+        inputs: of the live model, and of its base where they are compared.
+        checkpoint: where the live model is from.
+        base: where the base is from; "": there is none.
+    """
+
+    task: Any
+    inputs: list[Inputs]
+    checkpoint: str
+    base: str = ""
+
+    def facts(self) -> dict[str, Any]:
+        """What every answer carries."""
+        name = self.task.config.task
+        folder = output_folder(getattr(self.task, "args", None), name)
+        settings = dataclasses.asdict(self.task.settings)
+        sources = {"checkpoint": self.checkpoint, "base": self.base} if self.base else {}
+        return {"task": name, "settings": settings, "folder": folder, **sources}
+
+
+def _documents(
+    measurement: "Measurement", lm: Any, requests: Sequence[Any]
+) -> Iterator[tuple[_Models, list[dict[str, Any]]]]:
+    """The models of each request's task with the document's sample for each of them."""
+    from llava_patch.data.pages import Pages
+    from llava_patch.integrations.lmms_eval.tasks import active
+
+    if not requests:
+        return
+    live = reach(lm)
+    side = live.anatomy.grid[0] * live.anatomy.patch_size
+    known: dict[str, _Models] = {}
+    bases: dict[str, Inputs] = {}
+    for request in track(requests, measurement.name.replace("_", " "), getattr(lm, "rank", 0) == 0):
+        name = request.task_name
+        if name not in known:
+            task = active(name)
+            known[name] = _beside(task, live, bases) if measurement.compares else _Models(task, [live], "")
+        doc = lm.task_dict[name][request.metadata["split"]][request.doc_id]
+        image = Pages(doc["page"] + 1, side, split="heldout")[doc["page"]].open_image()
+        yield known[name], [one.forward_inputs(image, doc["question"]) for one in known[name].inputs]
+
+
+def _beside(task: Any, live: Inputs, bases: dict[str, Inputs]) -> _Models:
+    """The live model and its base, which is loaded once for all tasks."""
+    checkpoint = str(getattr(live.anatomy.model.config, "_name_or_path", "") or "the model")
+    given = task.settings.base
+    if not given and _was_stock(live.anatomy, checkpoint):
+        given = checkpoint  # an adapter of ours, or gin's patch: what is on disk there is the base
+    name = base_of(checkpoint, given, f"{type(task.settings).__name__}.base")
+    if name not in bases:
+        weight = live.anatomy.embed_tokens.weight
+        base = load_base(name, str(weight.device), str(weight.dtype).removeprefix("torch."))
+        bases[name] = dataclasses.replace(base.inputs(), conversation=live.conversation)
+    return _Models(task, [live, bases[name]], checkpoint, name)
+
+
+def _was_stock(anatomy: Anatomy, folder: str) -> bool:
+    """Whether a patched model's weights were read from a folder that knows nothing of the patch."""
+    if get_handle(anatomy.model) is None or not Path(folder).is_dir():
+        return False
+    config = read_json(folder, "config.json")
+    return config is not None and CONFIG_KEY not in config and patched.read_settings(folder) is None

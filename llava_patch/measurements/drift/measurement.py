@@ -1,0 +1,109 @@
+"""The drift measurement: what commands, report and lmms-eval ask of it."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llava_patch.core.paths import named
+from llava_patch.measurements.base import Measurement
+from llava_patch.measurements.drift.result import Drift, DriftResult
+
+if TYPE_CHECKING:
+    from llava_patch.data.target import Target
+
+
+def _pooled(items: Sequence[dict[str, Any]]) -> DriftResult:
+    import numpy as np
+
+    from llava_patch.measurements.drift.measure import Meter
+
+    first = items[0]
+    limit = first["split"], first["prunes"]
+    with Meter(Drift(**first["settings"]), first["rows"] - 1, first["n_layers"], *limit) as meter:
+        for item in items:
+            values = np.frombuffer(base64.b64decode(item["cosines"]), dtype="<f4").reshape(item["rows"], -1)
+            meter.add_cosines(values, np.array(item["image"], dtype=bool))
+        return meter.result(first["checkpoint"], first["base"])
+
+
+class DriftMeasurement(Measurement):
+    """Are a trained checkpoint's lower layers still the base's?
+
+    Median cosine of both models' hidden states, layer by layer below the
+    split, image and text positions apart. The models are loaded one after
+    the other; the first one's states wait on disk (--store-gb).
+    OUTPUT gets drift.json and drift.png.
+    """
+
+    name = "drift"
+    title = "Drift of the lower layers"
+    about = (
+        "Are the layers below the split still the base's? Cosine of both models' hidden states on the same inputs: 1 "
+        "where they are the same."
+    )
+    alt = "Median cosine between this checkpoint's and the base's hidden states over the decoder layers."
+    settings = Drift
+    result = "llava_patch.measurements.drift.result:DriftResult"
+    compares = True
+    words = {"together": "--together/--apart"}  # noqa: RUF012
+
+    metrics = {  # noqa: RUF012 - lowest median over the layers below the split
+        "drift_image": lambda items: min(_pooled(items).image.median),
+        "drift_text": lambda items: min(_pooled(items).text.median),
+    }
+
+    def measure(self, target: "Target", settings: Drift, folder: Path | None = None) -> DriftResult:
+        """Compare the checkpoint with its base."""
+        from llava_patch.measurements.drift.measure import measure_drift, measure_drift_apart
+
+        own, base = target.openers(settings.max_samples)
+        if settings.together:
+            (model, samples), (base_model, base_samples) = own(), base()
+            result = measure_drift(model, base_model, samples, settings, base_samples=base_samples)
+        else:
+            result = measure_drift_apart(own, base, settings)
+        return dataclasses.replace(result, checkpoint=named(target.checkpoint), base=named(target.base))
+
+    def document(
+        self, anatomies: Sequence[Any], samples: Sequence[dict[str, Any]], settings: Drift, number: int
+    ) -> dict[str, Any]:
+        """The document's cosines, so that medians are over all positions of all documents.
+
+        They are packed: 16 digits a number in JSON would make the samples log four times as long.
+        """
+        import numpy as np
+
+        from llava_patch.measurements.drift.measure import Meter
+        from llava_patch.measurements.drift.states import cosines, states_of
+        from llava_patch.measurements.passes import evaluating, same_input
+
+        own, base = anatomies
+        meter = Meter.between(own, base, settings)
+        with meter, evaluating(own.model), evaluating(base.model):
+            one, other = (states_of(a, s, meter.layers) for a, s in zip(anatomies, samples, strict=True))
+            same_input(one.seen, other.seen, number, "drift")
+            values, image = cosines(one, other), one.seen.placed.cpu().numpy()
+        return {
+            "cosines": base64.b64encode(np.ascontiguousarray(values, dtype="<f4").tobytes()).decode("ascii"),
+            "rows": len(values),
+            "image": image.astype(int).tolist(),
+            "split": meter.split,
+            "prunes": meter.prunes,
+            "n_layers": meter.n_layers,
+        }
+
+    def entries(self, item: dict[str, Any]) -> dict[str, Any]:
+        """The document's own lowest medians."""
+        found = _pooled([item])
+        return {
+            "drift_image": {"lowest_median": min(found.image.median), **item},
+            "drift_text": {"lowest_median": min(found.text.median), **item},
+        }
+
+    def pooled(self, items: Sequence[dict[str, Any]]) -> DriftResult:
+        """The result over all positions of all documents."""
+        return _pooled(items)

@@ -1,0 +1,138 @@
+"""The gradient statistics of a fixed checkpoint: what commands and report ask of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llava_patch.core.errors import SettingError
+from llava_patch.core.paths import named
+from llava_patch.measurements.base import Measurement, NothingToMeasure
+from llava_patch.measurements.gradients.settings import Gradients
+from llava_patch.settings import active
+
+if TYPE_CHECKING:
+    from llava_patch.data.target import Target
+    from llava_patch.measurements.gradients.result import GradientsResult
+
+
+BATCH = 4
+WINDOW = 16
+"""Batches of one window in a report, where `Gradients.window` is not bound: three windows from a report's 48."""
+
+
+class GradientsMeasurement(Measurement):
+    """Gradients of a vision block: what comes through skip taps, and what does not.
+
+    Measures a fixed checkpoint; no weight moves. A training run is measured
+    by a Gradients binding in its gin configuration: show draws what it wrote,
+    table compares several runs.
+
+    DATA needs answers: LLaVA's JSON or transcripts (default: rendered pages).
+    A stock checkpoint has no skip taps: give it some, as in
+    --gin-param "SkipLinks.stride = 2"; their weights are zero before they are
+    trained, so that nothing passes them yet.
+
+    OUTPUT gets gradients.json, gradients.png, and gradients.jsonl while it
+    runs. Interrupted (Ctrl-C), the same command goes on. Finished results of
+    the same checkpoint make way for those of other settings.
+    """
+
+    name = "gradients"
+    title = "Gradients at this checkpoint"
+    about = (
+        "What reaches a block of the vision tower through the skip taps, beside what comes through the main path, at "
+        "the finished weights: no weight moves. Cosine below 0: the two pull apart. Delta: how far the two are from "
+        "independent noise."
+    )
+    alt = (
+        "Four panels over the batches: squared norms of the skip and the main gradient, their variance in windows, "
+        "their cosine, and their cross-covariance in windows."
+    )
+    settings = Gradients
+    result = "llava_patch.measurements.gradients.result:GradientsResult"
+    answers = True
+    resumes = True
+    report_count = ""
+    readers = ("LLaVA's training script",)
+    hidden = ("every", "start", "steps", "transition_windows")
+
+    def check(self, data: str, samples: int | None, **options: Any) -> None:
+        """Refuse too few batches."""
+        for name, least in (("steps", 2), ("batch_size", 1)):
+            if options[name] < least:
+                raise SettingError(f"--{name.replace('_', '-')} {options[name]}: expected at least {least}")
+
+    def report_settings(self, context: Any) -> Gradients:
+        """A window that fits the report's batches, several times where Gradients.window is not bound."""
+        asked = active.configuration()
+        bound = asked is not None and Gradients.__name__ in asked.measurements
+        window = active.settings_of(Gradients).window if bound else WINDOW
+        settings: Gradients = active.settings_of(Gradients, window=max(2, min(window, context.settings.gradient_steps)))
+        return settings
+
+    def recorded(self, context: Any, settings: Gradients) -> dict[str, Any]:
+        """Batches count too."""
+        batches = {"batches": context.settings.gradient_steps, "examples a batch": BATCH}
+        return {**batches, **dataclasses.asdict(settings)}
+
+    def report_words(self, context: Any, settings: Gradients) -> list[str]:
+        """As many batches as the section's."""
+        return ["--steps", str(context.settings.gradient_steps), "--window", str(settings.window)]
+
+    def why_not(self, context: Any) -> str | None:
+        """Without taps there is no skip gradient."""
+        asked = active.configuration()
+        fusion = context.inspection.methods().get("fusion") or (None if asked is None else asked.fusion)
+        if fusion is None or getattr(fusion, "layers", None) == ():  # SkipLinks(layers=()): a trained tower alone
+            return "the model has no skip taps, so there is no skip gradient"
+        return None
+
+    def in_report(self, context: Any, settings: Gradients) -> "GradientsResult":
+        """As many batches as the report says, or as the examples make."""
+        from llava_patch.measurements.gradients.measure import make_batches, measure_gradients
+
+        examples = context.examples(context.settings.gradient_steps * BATCH, answers=True)
+        if len(examples) < 2 * BATCH:
+            raise NothingToMeasure(f"{len(examples)} examples with answers, too few for two batches of {BATCH}")
+        batches = make_batches(context.subject.inputs(), examples, BATCH)
+        facts = {"checkpoint": named(context.checkpoint), "data": context.data or "rendered pages"}
+        return measure_gradients(context.subject.model, batches, settings, None, facts)
+
+    def measure(
+        self,
+        target: "Target",
+        settings: Gradients,
+        folder: Path | None = None,
+        *,
+        steps: int = 16,
+        batch_size: int = BATCH,
+    ) -> "GradientsResult":
+        """Measure some batches.
+
+        Args:
+            target: the checkpoint.
+            settings: of the measurement; a window is at most all batches.
+            folder: an unfinished run goes on from there; None: nothing is kept.
+            steps: batches, each standing for a training step.
+            batch_size: examples a batch; the noise depends on it, so take the run's own.
+        """
+        from llava_patch.data.loaded import pick_device
+        from llava_patch.measurements.gradients.decompose import measured_block
+        from llava_patch.measurements.gradients.measure import examples_digest, make_batches, measure_gradients
+
+        if not target.dtype and pick_device(target.device) != "cpu":
+            target.dtype = "bfloat16"  # float16 gradients vanish without a loss scaler
+        model = target.subject.model
+        measured_block(model, settings.block, settings.full)  # before data are read
+        examples = target.examples(steps * batch_size, answers=True)
+        batches = make_batches(target.subject.inputs(), examples, batch_size)
+        if len(batches) < steps:
+            print(f"{len(examples)} examples make {len(batches)} batches of {batch_size}")
+        settings = dataclasses.replace(settings, window=min(settings.window, len(batches)))
+        facts: dict[str, Any] = {"checkpoint": named(target.checkpoint), "base": target.below}
+        facts |= {"data": target.data or "rendered pages", "question": target.question}
+        facts["examples"] = examples_digest(examples[: len(batches) * batch_size])
+        facts["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+        return measure_gradients(model, batches, settings, folder, facts)
