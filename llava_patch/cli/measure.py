@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 FURTHER = {"gradients": "llava_patch.cli.gradients:add"}
 """Adds subcommands that measure nothing to a measurement's group."""
-COUNTS = ("max_samples", "samples")  # fields of settings that --samples stands for
 
 
 def register(app: typer.Typer) -> None:
@@ -77,7 +76,7 @@ def run_command(measurement: "Measurement") -> Callable[..., None]:
         parameters["data"] = (str, common.DATA_OPTION if measurement.several else common.DATA)
     if measurement.compares:
         parameters["extra"] = (Optional[list[str]], typer.Argument(None, hidden=True))
-    if count_field(measurement) is not None:
+    if measurement.count_field is not None:
         parameters["samples"] = (Optional[int], samples_of(measurement))
     parameters |= options_of(measurement)
     if measurement.samples is not None:
@@ -262,17 +261,11 @@ def settings_for(measurement: "Measurement", samples: int | None, given: dict[st
     if measurement.settings is None:
         return None
     settings = settings_of(measurement.settings, **given)
-    field = count_field(measurement)
+    field = measurement.count_field
     if field is None or measurement.samples is None:
         return settings
     count = count_of(samples, getattr(settings, field), measurement.samples)
     return dataclasses.replace(settings, **{field: count})
-
-
-def count_field(measurement: "Measurement") -> str | None:
-    """The field of a measurement's settings that --samples stands for."""
-    names = [field.name for field in _fields(measurement)]
-    return next((name for name in COUNTS if name in names), None)
 
 
 def _fields(measurement: "Measurement") -> "tuple[dataclasses.Field[Any], ...]":
@@ -281,7 +274,7 @@ def _fields(measurement: "Measurement") -> "tuple[dataclasses.Field[Any], ...]":
 
 def samples_of(measurement: "Measurement") -> Any:
     """The option --samples."""
-    field = f"{measurement.settings.__name__}.{count_field(measurement)}"
+    field = f"{measurement.settings.__name__}.{measurement.count_field}"
     text = f"spread evenly over DATA; 0: all of it; default: {field}, or {measurement.samples}"
     return typer.Option(None, min=0, help=text, show_default=False)
 
@@ -291,7 +284,7 @@ def options_of(measurement: "Measurement") -> dict[str, tuple[Any, Any]]:
     found: dict[str, tuple[Any, Any]] = {}
     lines = described(getattr(measurement.settings, "__doc__", ""), "Attributes")
     for field in _fields(measurement):
-        if field.name in (*COUNTS, "base", *measurement.hidden):
+        if field.name in (*protocol.COUNTS, "base", *measurement.hidden):
             continue
         text = f"{lines[field.name]}; default: {measurement.settings.__name__}.{field.name}, {_said(field.default)}"
         found[field.name] = _option(measurement, field.name, protocol.hint_of(measurement.settings, field), None, text)

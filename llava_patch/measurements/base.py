@@ -30,6 +30,8 @@ Table = tuple[list[str], list[list[str]]]
 """Head and rows; the first column is a name."""
 FIGURES = ("png", "pdf")
 """Formats that `--format` takes."""
+COUNTS = ("max_samples", "samples")
+"""Fields of settings that --samples stands for."""
 NOT_WRITTEN = {"written": False}
 """Metadata of a result's field that stays in memory, such as pictures for its figure."""
 
@@ -54,7 +56,6 @@ class Measurement:
             `max_samples` (or `samples`) is --samples, and its field `base` is what --base says unless it is bound.
         result: "MODULE:ATTRIBUTE" of the `Result` class.
         samples: how many samples the command takes unless told otherwise; None: it takes no data, and loads no model.
-        answers: whether samples need the right answer, for a loss.
         compares: whether a base is measured beside the checkpoint.
         optional: whether CKPT may be left out, see `subject`.
         several: whether the command takes several checkpoints (DATA is --data then), whose results stand `beside` each
@@ -77,7 +78,6 @@ class Measurement:
     settings: ClassVar[Any] = None
     result: ClassVar[str]
     samples: ClassVar[int | None] = 32
-    answers: ClassVar[bool] = False
     compares: ClassVar[bool] = False
     optional: ClassVar[bool] = False
     several: ClassVar[bool] = False
@@ -94,6 +94,12 @@ class Measurement:
     def command(self) -> str:
         """The word of the console command."""
         return self.name.replace("_", "-")
+
+    @property
+    def count_field(self) -> str | None:
+        """The field of the settings that --samples stands for."""
+        names = [] if self.settings is None else [field.name for field in dataclasses.fields(self.settings)]
+        return next((name for name in COUNTS if name in names), None)
 
     def measure(self, target: "Target", settings: Any, folder: Path | None = None) -> "Result":
         """Measure a checkpoint.
@@ -124,21 +130,19 @@ class Measurement:
 
     def report_settings(self, context: Any) -> Any:
         """Settings for a report's section: gin's, with the report's number of samples where they name none."""
-        if self.settings is None:
-            return None
-        settings = settings_of(self.settings)
-        if not self.report_count:
+        settings, field = self.settings and settings_of(self.settings), self.count_field
+        if field is None or not self.report_count:
             return settings
-        count = settings.max_samples or getattr(context.settings, self.report_count)
-        return dataclasses.replace(settings, max_samples=count)
+        count = getattr(settings, field) or getattr(context.settings, self.report_count)
+        return dataclasses.replace(settings, **{field: count})
 
     def recorded(self, context: Any, settings: Any) -> dict[str, Any]:
         """What the section's result depends on beside checkpoint, base and data, as JSON values."""
-        return dataclasses.asdict(settings)
+        return {} if settings is None else dataclasses.asdict(settings)
 
     def report_words(self, context: Any, settings: Any) -> list[str]:
         """Options of the command that repeats the section."""
-        return ["--samples", str(getattr(settings, "max_samples", None) or settings.samples)]
+        return [] if self.count_field is None else ["--samples", str(getattr(settings, self.count_field) or 0)]
 
     def why_not(self, context: Any) -> str | None:
         """Why the section cannot be made, as far as that is seen before anything is loaded; None: it can."""

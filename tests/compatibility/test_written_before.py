@@ -415,8 +415,7 @@ def comes_back(cls: Any, name: str, without: tuple[str, ...] = ()) -> Any:
     """Read a result, and see that it writes what it was read from, but for what the command added (`without`)."""
     values = {k: v for k, v in content(name).items() if k not in without}
     result = cls.from_dict(values)
-    written = {k: v for k, v in result.to_dict().items() if k not in ("format", "version")}  # written since
-    compare(written, {k: v for k, v in values.items() if k != "summary"}, name)
+    compare(result.to_dict(), {k: v for k, v in values.items() if k != "summary"}, name)
     assert result.summary() and result.table()
     return result
 

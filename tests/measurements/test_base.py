@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
+from llava_patch.cli import measure
 from llava_patch.cli.main import app
 from llava_patch.core import registry
 from llava_patch.core.errors import InputError, SettingError
-from llava_patch.measurements.base import NOT_WRITTEN, Result
+from llava_patch.measurements.base import NOT_WRITTEN, Measurement, Result
 from llava_patch.settings import gin_config
 
 
@@ -46,6 +48,53 @@ class Outcome(Result):
 def draw(result: Outcome, path: Path) -> Path:
     path.write_text("drawn")
     return path
+
+
+@dataclass(frozen=True)
+class Toy:
+    """Settings of a toy.
+
+    Attributes:
+        depth: how deep it looks.
+        layers: numbers.
+    """
+
+    depth: int = 1
+    layers: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class ToyResult(Result):
+    NAME = TITLE = "toy"
+    FIGURE = "tests.measurements.test_base:draw"
+
+    settings: Toy
+    size: float
+
+    def summary(self) -> str:
+        return f"Depth {self.settings.depth}, layers {self.settings.layers}, size {self.size}."
+
+    def table(self) -> Any:
+        return ["size"], [[str(self.size)]]
+
+
+class ToyMeasurement(Measurement):
+    """How large is it?"""
+
+    name = "toy"
+    title, about = "Toy", "A measurement of one file, named once in the registry."
+    settings, result, extras = Toy, "tests.measurements.test_base:ToyResult", ()
+
+    def measure(self, target: Any, settings: Toy, folder: Path | None = None, *, size: float = 2.0) -> ToyResult:
+        """Measure.
+
+        Args:
+            target: the checkpoint.
+            settings: of the toy.
+            folder: not needed.
+            size: what it is.
+        """
+        return ToyResult(settings, size)
 
 
 MADE = Outcome([Inner(1.5, ("a",)), Inner(2.0)], {3: 0.5, 4: 0.25}, None, (1, "x"), picture="kept in memory")
@@ -94,7 +143,12 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
             Outcome.load(tmp_path / name)
 
 
-def test_a_measurement_named_once_has_command_and_bindings() -> None:
+def test_a_measurement_named_once_has_command_section_and_bindings() -> None:
+    from llava_patch.integrations.lmms_eval import runner
+    from llava_patch.tools.doctor.configured import readers
+    from llava_patch.tools.report.sections import sections
+
+    made = {section.name for section in sections()}
     groups = {group.name for group in app.registered_groups}
     commands = {command.name for command in app.registered_commands} | groups
     for name in registry.MEASUREMENTS:
@@ -102,8 +156,28 @@ def test_a_measurement_named_once_has_command_and_bindings() -> None:
         assert measurement.name == name and measurement.command in commands
         if measurement.settings is not None:
             assert gin_config.MEASUREMENTS[measurement.settings.__name__] is measurement.settings
+            assert measurement.command in readers()[measurement.settings.__name__]
+        assert name in made and len(measurement.about) > 40 and measurement.title
+        if measurement.metrics:
+            assert {"Task", "process_results", *measurement.metrics} == set(runner.names(name))
         kind = registry.load(measurement.result)
         assert issubclass(kind, Result) and name == kind.NAME and callable(registry.load(kind.FIGURE))
+
+
+def test_a_file_and_a_line_make_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.MEASUREMENTS, "toy", "tests.measurements.test_base:ToyMeasurement")
+    root = typer.Typer()
+    root.callback()(lambda: None)
+    measure.add(root, "toy")
+    (tmp_path / "model").mkdir()
+    words = ["toy", str(tmp_path / "model"), "--output", str(tmp_path / "out"), "--layers", "1,3", "--size", "4"]
+    done = CliRunner().invoke(root, words)
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert "Depth 1, layers (1, 3), size 4.0." in done.output and (tmp_path / "out" / "toy.png").is_file()
+    read = ToyResult.load(tmp_path / "out" / "toy.json")
+    assert read.settings == Toy(1, (1, 3)) and read.facts == {"checkpoint": str(tmp_path / "model")}
+    said = CliRunner().invoke(root, ["toy", "--help"], env={"COLUMNS": "200"}).output
+    assert "How large is it?" in said and "how deep it looks" in said and "what it is" in said
 
 
 def test_files_of_measurements_load_no_torch() -> None:

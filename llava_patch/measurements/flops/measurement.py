@@ -64,10 +64,6 @@ class FlopsMeasurement(Measurement):
         configured = {} if asked is None else {k: str(v) for k, v in asked.lasting().items()}
         return {"text tokens": TEXT, **configured}
 
-    def report_words(self, context: Any, settings: Any) -> list[str]:
-        """None: the command's prompt is the section's."""
-        return []
-
     def in_report(self, context: Any, settings: Any) -> "FlopsResult":
         """Count one prompt; a fusion that gin puts on the checkpoint is not counted."""
         dtype = context.dtype if context.dtype == "float32" else "float16"

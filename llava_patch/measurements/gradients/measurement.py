@@ -52,7 +52,6 @@ class GradientsMeasurement(Measurement):
     )
     settings = Gradients
     result = "llava_patch.measurements.gradients.result:GradientsResult"
-    answers = True
     resumes = True
     report_count = ""
     readers = ("LLaVA's training script",)

@@ -37,7 +37,6 @@ class ReachMeasurement(Measurement):
     settings = Reach
     result = "llava_patch.measurements.reach.result:ReachResult"
     samples = 4
-    answers = True
     report_count = ""
     words = {"everything": "--all"}  # noqa: RUF012
 
