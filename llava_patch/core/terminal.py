@@ -1,4 +1,4 @@
-"""What commands show: tables on the terminal and in Markdown, counts of things, progress bars that suit a log file."""
+"""Tables: with their footer on the terminal, and in Markdown."""
 
 from __future__ import annotations
 
@@ -28,6 +28,29 @@ def width_of(head: Sequence[str], lines: Sequence[Sequence[str]]) -> int:
     return sum(widths) + GAP * len(widths)
 
 
+def bordered(head: Sequence[str], lines: Sequence[Sequence[str]], title: str | None = None) -> Table:
+    """A table with rules around its cells, for `Console.print`; cells may hold rich's markup."""
+    table = Table(*head, title=title, title_justify="left")
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
+def progress_bar(total: int, label: str, shown: bool) -> Any:
+    """A tqdm bar on standard error, rarely redrawn where that is no terminal.
+
+    Args:
+        total: number of updates to come.
+        label: stands in front of it.
+        shown: False: a bar that stays silent.
+    """
+    from tqdm import tqdm
+
+    watched = sys.stderr.isatty()
+    interval = 0.5 if watched else LOG_SECONDS
+    return tqdm(total=total, desc=label, disable=not shown, mininterval=interval, dynamic_ncols=watched)
+
+
 def show(
     console: Console, head: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str], title: str
 ) -> None:
@@ -53,14 +76,6 @@ def show(
         console.print(f"- {escape(note)}", highlight=False, soft_wrap=True)
 
 
-def bordered(head: Sequence[str], lines: Sequence[Sequence[str]], title: str | None = None) -> Table:
-    """A table with rules around its cells, for `Console.print`; cells may hold rich's markup."""
-    table = Table(*head, title=title, title_justify="left")
-    for line in lines:
-        table.add_row(*line)
-    return table
-
-
 def markdown(head: Sequence[str], lines: Sequence[Sequence[str]], numbers: bool = False) -> str:
     """A table in Markdown, without a line break at its end.
 
@@ -72,18 +87,3 @@ def markdown(head: Sequence[str], lines: Sequence[Sequence[str]], numbers: bool 
     rule = ["---:" if numbers else "---"] * len(head)
     table = [[cell.replace("|", "\\|") for cell in line] for line in (head, rule, *lines)]
     return "\n".join(f"| {' | '.join(line)} |" for line in table)
-
-
-def progress_bar(total: int, label: str, shown: bool) -> Any:
-    """A tqdm bar on standard error, rarely redrawn where that is no terminal.
-
-    Args:
-        total: number of updates to come.
-        label: stands in front of it.
-        shown: False: a bar that stays silent.
-    """
-    from tqdm import tqdm
-
-    watched = sys.stderr.isatty()
-    interval = 0.5 if watched else LOG_SECONDS
-    return tqdm(total=total, desc=label, disable=not shown, mininterval=interval, dynamic_ncols=watched)
