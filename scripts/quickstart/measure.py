@@ -86,7 +86,7 @@ def prefill() -> dict[str, Any]:
     ids = torch.cat([ids[:, :35], torch.full((1, 576), 1023), ids[:, 35:]], dim=1)
     inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 336, 336)}
     ratio = measure_prefill(model, inputs, Routing(split=SPLIT))
-    return {**ratio.to_dict(), "depth": DEPTH, "width": WIDTH, "split": SPLIT}
+    return {**ratio.to_json(), "depth": DEPTH, "width": WIDTH, "split": SPLIT}
 
 
 def main() -> None:
