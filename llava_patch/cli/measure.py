@@ -140,9 +140,9 @@ def _run(
     others: dict[str, Any],
 ) -> None:
     """Measure, show what was found and write it; several checkpoints are in memory one after the other."""
-    from llava_patch.core.folder_lock import alone
+    from llava_patch.core.folder_lock import folder_lock
 
-    with alone(folder if measurement.resumes else None):
+    with folder_lock(folder if measurement.resumes else None):
         result: Any = None
         for target in targets:
             one = measurement.measure(target, settings, folder, **others)
@@ -224,9 +224,9 @@ def _kept(
     """A checkpoint's result: of an earlier run where that was the same measurement, else measured and written now."""
     import gc
 
-    from llava_patch.core.folder_lock import alone
+    from llava_patch.core.folder_lock import folder_lock
 
-    with alone(folder):
+    with folder_lock(folder):
         kept = measurement.kept(target, settings, folder)
         if kept is not None:
             typer.echo(f"{folder / (measurement.name + '.json')}: measured before", err=True)

@@ -79,7 +79,7 @@ def _measure(
     gin: list[str],
 ) -> dict:  # fmt: skip
     from llava_patch.cli.common import folder_for
-    from llava_patch.core.folder_lock import alone
+    from llava_patch.core.folder_lock import folder_lock
     from llava_patch.tools.report import build, page
     from llava_patch.tools.report.context import Context
     from llava_patch.tools.report.sections import sections
@@ -93,7 +93,7 @@ def _measure(
     folder = folder_for("report", checkpoint, output)
     check_data(data)
     context = Context(checkpoint, data, base, rprobe, run, device, dtype, question, settings_of(Report), gin)
-    with alone(folder):
+    with folder_lock(folder):
         values = build.build(context, every, chosen, folder, fresh, typer.echo)
         typer.echo(f"wrote {page.write(values, folder)}")
     return values

@@ -16,7 +16,7 @@ _held: set[Path] = set()
 
 
 @contextlib.contextmanager
-def alone(folder: Path | None) -> Iterator[None]:
+def folder_lock(folder: Path | None) -> Iterator[None]:
     """Keep other runs out of a folder for the time of the block; rank 0 does, and its process may enter again.
 
     The lock ends with its process, however that ends. A folder in which nothing was written does not stay.

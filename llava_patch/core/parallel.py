@@ -1,4 +1,4 @@
-"""R-Probe under several processes: who does what, adding up gradients, and ending together when one fails.
+"""One run in several processes: who does what, adding up gradients, and ending together when one fails.
 
 Two kinds of communication. Tensors (gradients, weights) go through the default process group, which fits the device.
 Everything else (rows of results, decisions, failures) goes through `exchange`, on a gloo group of our own: it takes

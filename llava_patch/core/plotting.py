@@ -65,6 +65,11 @@ def mark_pruning(axis: Any, layer: int | None) -> None:
         axis.axvline(layer, color=OTHER, ls="-.", lw=1.2, label=f"pruning from layer {layer}")
 
 
+def shorten(name: str, length: int) -> str:
+    """A name for a figure, at most so many characters of its end: folders say little."""
+    return name if len(name) <= length else "…" + name[1 - length :]
+
+
 def write_figure(figure: Any, path: str | Path) -> Path:
     """Write a figure atomically, in the format that the path's suffix names."""
     mpl = optional("matplotlib")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -10,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 GAP = 2  # columns between two cells: their padding and the rule that is not drawn
+LOG_SECONDS = 15.0  # between two lines of a progress bar where nobody watches
 
 
 def counted(number: int, noun: str) -> str:
@@ -23,6 +26,29 @@ def width_of(head: Sequence[str], lines: Sequence[Sequence[str]]) -> int:
         max(len(line) for cell in column for line in cell.split("\n")) for column in zip(head, *lines, strict=True)
     ]
     return sum(widths) + GAP * len(widths)
+
+
+def bordered(head: Sequence[str], lines: Sequence[Sequence[str]], title: str | None = None) -> Table:
+    """A table with rules around its cells, for `Console.print`; cells may hold rich's markup."""
+    table = Table(*head, title=title, title_justify="left")
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
+def progress_bar(total: int, label: str, shown: bool) -> Any:
+    """A tqdm bar on standard error, rarely redrawn where that is no terminal.
+
+    Args:
+        total: number of updates to come.
+        label: stands in front of it.
+        shown: False: a bar that stays silent.
+    """
+    from tqdm import tqdm
+
+    watched = sys.stderr.isatty()
+    interval = 0.5 if watched else LOG_SECONDS
+    return tqdm(total=total, desc=label, disable=not shown, mininterval=interval, dynamic_ncols=watched)
 
 
 def show(

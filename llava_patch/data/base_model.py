@@ -10,7 +10,7 @@ from llava_patch.hosts import configs
 from llava_patch.patching import checkpoint as patched
 
 if TYPE_CHECKING:
-    from llava_patch.data.loaded import Subject
+    from llava_patch.data.loaded import LoadedCheckpoint
 
 
 def base_of(checkpoint: str, given: str, setting: str) -> str:
@@ -47,7 +47,7 @@ def base_of(checkpoint: str, given: str, setting: str) -> str:
     return str(named)
 
 
-def load_base(name: str, device: str = "", dtype: str = "") -> "Subject":
+def load_base(name: str, device: str = "", dtype: str = "") -> "LoadedCheckpoint":
     """Load a base as its checkpoint is, without the patch that gin asks for on the checkpoint's side."""
     from llava_patch.data.loaded import load_subject
     from llava_patch.settings import active

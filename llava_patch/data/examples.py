@@ -16,7 +16,7 @@ from llava_patch.core.errors import InputError
 if TYPE_CHECKING:
     from PIL import Image
 
-    from llava_patch.probe.images import ImageSource
+    from llava_patch.probe.sample import ImageSource
 
 QUESTION = "What is written in the image?"
 IMAGE = "<image>"  # where LLaVA's data have the image
@@ -46,7 +46,7 @@ class Example:
         Raises:
             InputError: the file is missing or broken; names example and file.
         """
-        from llava_patch.probe.images import open_rgb
+        from llava_patch.probe.sample import open_rgb
 
         return open_rgb(self.image, self.where or self.id)
 
@@ -140,7 +140,7 @@ def _read(data: str, count: int | None, side: int) -> Sequence[Example]:
 
 def _conversations(path: Path) -> list[Any] | None:
     """The records of LLaVA's conversation JSON; None for other JSON."""
-    from llava_patch.data.readers.objects import load_json
+    from llava_patch.data.readers.files import load_json
 
     values = load_json(path)
     if isinstance(values, list) and values and all(isinstance(v, dict) and "conversations" in v for v in values[:8]):

@@ -26,7 +26,7 @@ _LORA, _PROJECTOR = "adapter_config.json", "mm_projector.bin"
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class LoadedCheckpoint:
     """A model ready to be measured.
 
     Attributes:
@@ -46,7 +46,7 @@ class Subject:
         return Inputs(find(self.model), self.tokenizer, self.image_processor, self.processor)
 
 
-def load_subject(checkpoint: str, base: str = "", device: str = "", dtype: str = "") -> Subject:
+def load_subject(checkpoint: str, base: str = "", device: str = "", dtype: str = "") -> LoadedCheckpoint:
     """Load a checkpoint with its host's own loader, chosen by what its config.json says.
 
     A LLaVA checkpoint goes through `load_pretrained_model`, which reads weights in float16 and is then cast; patches
@@ -105,7 +105,7 @@ def pick_dtype(name: str, device: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def _load_llava(files: CheckpointFiles, base: str, device: str, dtype: torch.dtype) -> Subject:
+def _load_llava(files: CheckpointFiles, base: str, device: str, dtype: torch.dtype) -> LoadedCheckpoint:
     checkpoint = files.source
     try:
         with _interrupted_afterwards():
@@ -130,7 +130,7 @@ def _load_llava(files: CheckpointFiles, base: str, device: str, dtype: torch.dty
         checkpoint, base or None, name, device_map=device, device=device
     )
     model.to(dtype)
-    return Subject(model, tokenizer, image_processor)
+    return LoadedCheckpoint(model, tokenizer, image_processor)
 
 
 def _is_whole(files: CheckpointFiles) -> bool:
@@ -159,7 +159,7 @@ def _interrupted_afterwards() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _load_hf(files: CheckpointFiles, base: str, device: str, dtype: torch.dtype) -> Subject:
+def _load_hf(files: CheckpointFiles, base: str, device: str, dtype: torch.dtype) -> LoadedCheckpoint:
     from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
     checkpoint = files.source
@@ -168,4 +168,4 @@ def _load_hf(files: CheckpointFiles, base: str, device: str, dtype: torch.dtype)
     kinds: dict[str, Any] = {"llava": LlavaForConditionalGeneration, "llava_next": LlavaNextForConditionalGeneration}
     model: Any = kinds[files.config["model_type"]].from_pretrained(checkpoint, dtype=dtype)
     processor: Any = AutoProcessor.from_pretrained(checkpoint)
-    return Subject(model.to(device), processor.tokenizer, processor.image_processor, processor)
+    return LoadedCheckpoint(model.to(device), processor.tokenizer, processor.image_processor, processor)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llava_patch.data.examples import Example
     from llava_patch.data.inputs import Inputs
-    from llava_patch.data.loaded import Subject
+    from llava_patch.data.loaded import LoadedCheckpoint
 
 
 def count_of(samples: int | None, bound: int | None, default: int) -> int | None:
@@ -23,7 +23,7 @@ def count_of(samples: int | None, bound: int | None, default: int) -> int | None
 
 
 def examples_for(
-    subject: "Subject", data: str, count: int | None, question: str = "", answers: bool = False
+    subject: "LoadedCheckpoint", data: str, count: int | None, question: str = "", answers: bool = False
 ) -> "list[Example]":
     """Examples at the size of the model's vision tower, spread over the data; see `read_examples`."""
     from llava_patch.data.examples import read_examples
@@ -36,7 +36,7 @@ def examples_for(
 class ModelInputs(Sequence):
     """Keyword arguments of a model's forward for some examples, made when they are asked for; a slice makes nothing."""
 
-    def __init__(self, subject: "Subject", examples: "list[Example]", answers: bool = False) -> None:
+    def __init__(self, subject: "LoadedCheckpoint", examples: "list[Example]", answers: bool = False) -> None:
         """The inputs of `examples`; with `labels` where answers are asked for."""
         self.subject, self.examples, self.answers = subject, examples, answers
 

@@ -11,17 +11,17 @@ import functools
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from llava_patch.core.errors import LlavaPatchError, SettingError
 from llava_patch.core.extras import optional
-from llava_patch.probe.sample import Box, Sample
+from llava_patch.probe.sample import Box, DrawnSamples, Sample
 
 FONTS = {
     "DejaVu Sans": ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique"),
@@ -81,7 +81,7 @@ def _font(file: Path, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(file), size, layout_engine=ImageFont.Layout.BASIC)
 
 
-class Pages(Sequence[Sample]):
+class Pages(DrawnSamples):
     """Rendered pages of one split, drawn when they are asked for; page i depends on seed, split, side and i alone.
 
     Args:
@@ -113,23 +113,12 @@ class Pages(Sequence[Sample]):
     def __len__(self) -> int:
         return self.pages
 
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Sample]: ...
-    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(self.pages))]
-        if not -self.pages <= index < self.pages:
-            raise IndexError(index)
-        return self._page(index % self.pages)
-
     def identity(self) -> dict[str, Any]:
         """JSON values that tell these pages from all others, without drawing them all.
 
         What draws (this file, PIL, fonts, the text) may change with the environment: the first page stands for it.
         """
-        first = self._page(0)
+        first = self.draw(0)
         drawn = hashlib.blake2b(first.open_image().tobytes(), digest_size=16)
         drawn.update(repr((self.sentences, first.text, first.boxes, first.all_boxes)).encode())
         return {
@@ -139,7 +128,8 @@ class Pages(Sequence[Sample]):
             "libraries": {name: version(name) for name in ("matplotlib", "pillow", "numpy")},
         }
 
-    def _page(self, index: int) -> Sample:
+    def draw(self, index: int) -> Sample:
+        """Page number `index`, from 0."""
         rng = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
         ink = Image.new("L", (self.side, self.side), 0)
         lines: list[tuple[str, Box]] = []

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llava_patch.data.examples import Example
-    from llava_patch.data.loaded import Subject
+    from llava_patch.data.loaded import LoadedCheckpoint
     from llava_patch.data.model_inputs import ModelInputs
 
 Opener = Callable[[], tuple[Any, Iterable[dict[str, Any]]]]
@@ -44,13 +44,13 @@ class Target:
         self.device, self.dtype, self.question, self.name = device, dtype, question, name
 
     @cached_property
-    def subject(self) -> "Subject":
+    def subject(self) -> "LoadedCheckpoint":
         """The checkpoint's model; loaded once."""
         from llava_patch.data.loaded import load_subject
 
         return load_subject(self.checkpoint, self.below, self.device, self.dtype)
 
-    def load_base(self) -> "Subject":
+    def load_base(self) -> "LoadedCheckpoint":
         """The base's model, as its checkpoint is: without the patch that gin asks for."""
         from llava_patch.data.base_model import load_base
 
@@ -72,7 +72,7 @@ class Target:
         """
         return self._examples(self.subject, count, answers)
 
-    def _examples(self, subject: "Subject", count: int | None, answers: bool = False) -> "list[Example]":
+    def _examples(self, subject: "LoadedCheckpoint", count: int | None, answers: bool = False) -> "list[Example]":
         from llava_patch.data.model_inputs import examples_for
 
         return examples_for(subject, self.data, count, self.question, answers)
@@ -90,7 +90,7 @@ class Target:
         """
         from llava_patch.data.model_inputs import ModelInputs
 
-        def opened(subject: "Subject") -> "tuple[Any, ModelInputs]":
+        def opened(subject: "LoadedCheckpoint") -> "tuple[Any, ModelInputs]":
             return subject.model, ModelInputs(subject, self._examples(subject, count))
 
         def own() -> "tuple[Any, ModelInputs]":

@@ -1,4 +1,4 @@
-"""The probe's decoder: the first quarter of the LLM's layers, copied and trained, then an MLP to pixels.
+"""R-Probe, step 7 of 8: the decoder, a trained copy of the first quarter of the LLM's layers, then an MLP to pixels.
 
 Source: "Detached Skip-Links and R-Probe", section 5.1.
 """
@@ -20,8 +20,7 @@ from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.hosts.compat import call_layer, causal_mask, sliding_window
 from llava_patch.hosts.handles import get_handle
 from llava_patch.hosts.projections import rotate
-from llava_patch.probe.rotary import frequencies, rotary_1d, rotary_2d
-from llava_patch.probe.sequence import ProbeSequence, TokenGrid, arrange
+from llava_patch.probe.sequence import ProbeSequence, TokenGrid, arrange, frequencies, rotary_1d, rotary_2d
 
 MIN_LAYERS = 4
 
@@ -183,6 +182,11 @@ class ProbeDecoder(nn.Module):
                 hidden = hidden + place(added, torch.zeros_like(text_tokens))
             hidden = call_layer(layer, hidden, attention_mask=mask, position_embeddings=rotary)
         return self.norm(hidden)
+
+
+def trained_parameters(decoder: ProbeDecoder) -> dict[str, Tensor]:
+    """The weights that train, by name, in a fixed order."""
+    return {name: parameter for name, parameter in decoder.named_parameters() if parameter.requires_grad}
 
 
 def _like(hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Where the visual tokens of an image sit on its grid, and whose pixels each covers. Mathematics only."""
+"""R-Probe, step 3 of 8: where the visual tokens sit on the image's grid, and which cell of pixels each covers."""
 
 from __future__ import annotations
 

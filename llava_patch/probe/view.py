@@ -1,4 +1,4 @@
-"""One image as the probe sees it: its projected tokens, where each sits, and whose pixels each covers."""
+"""R-Probe, step 4 of 8: the projected tokens of an image, and which of them are the target (`target_tokens`)."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def make_transform(anatomy: Anatomy, image_processor: Any, mode: str) -> Transfo
 
 
 @torch.no_grad()
-def look(anatomy: Anatomy, transform: Transform, images: Sequence[Image.Image]) -> list[View]:
+def encode_views(anatomy: Anatomy, transform: Transform, images: Sequence[Image.Image]) -> list[View]:
     """Run vision tower, fusion and projector over RGB images, through the host's own path.
 
     Tokens stand in the order in which the host gives them to the LLM. With tiles (anyres) that is the overview tile's

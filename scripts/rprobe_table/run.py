@@ -13,9 +13,6 @@ from quickstart.measure import load
 from quickstart.run import PINNED
 from quickstart.steps import Lacking, Steps, console, json_with, make_folder
 
-from llava_patch.measurements.rprobe.figures import save_figure
-from llava_patch.measurements.rprobe.result import write_json
-
 from . import arms, table
 
 SCRIPTS = Path(__file__).resolve().parent.parent
@@ -61,8 +58,7 @@ def main() -> None:
 
             def work(arm: arms.Arm = arm, seed: int = seed, result: Path = result) -> None:
                 measured = arms.measure(arm, loaded, seed)
-                save_figure(measured, result.with_suffix(".png"))
-                write_json(measured, result)
+                measured.save(result.parent)
 
             steps = Steps(folder, [base["exact_match"], versions, arm.settings, arm.blurred, seed])
             figure = result.with_suffix(".png")

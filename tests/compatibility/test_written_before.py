@@ -307,11 +307,11 @@ def probe_numbers(result: Any) -> dict[str, Any]:
 
 
 def test_an_rprobe_result_is_read():
-    from llava_patch.measurements.rprobe.result import read_result
+    from llava_patch.measurements.rprobe.result import RProbeResult
 
-    result = read_result("rprobe/rprobe.json")
+    result = RProbeResult.load("rprobe/rprobe.json")
     agrees("rprobe", probe_numbers(result))
-    compare(result.to_json(), content("rprobe/rprobe.json"), "rprobe")
+    compare(result.to_dict(), content("rprobe/rprobe.json"), "rprobe")
     assert "held-out MSE" in result.summary()
 
 
@@ -339,8 +339,8 @@ def test_stores_of_frozen_tokens_are_listed_and_opened():
             "about": kept.about, "samples": len(shard.records), "skipped": shard.skipped,
             "record": [record.index, record.id, record.document, record.text],
             "grid": [grid.rows, grid.columns, grid.cell], "text_start": shard.text_start(0),
-            "target": shard.target(0).tolist(), "boxes": shard.boxes(0).tolist(), "tokens": numbers(shard.tokens(0)),
-            "pixels": numbers(shard.pixels(0)), "positions": numbers(shard.positions(0)),
+            **{name: shard.rows(name, 0).tolist() for name in ("target", "boxes")},
+            **{name: numbers(shard.rows(name, 0)) for name in ("tokens", "pixels", "positions")},
         }  # fmt: skip
         store.close()
     agrees("stores", found)
@@ -348,16 +348,17 @@ def test_stores_of_frozen_tokens_are_listed_and_opened():
 
 def test_a_trained_probe_fills_a_fresh_one_of_the_same_model():
     from llava_patch.hosts.anatomy import find
-    from llava_patch.measurements.rprobe.resume import difference, load_decoder, make_key
+    from llava_patch.measurements.rprobe.keys import difference, make_key
+    from llava_patch.measurements.rprobe.resume import load_decoder
     from llava_patch.measurements.rprobe.settings import RProbe
-    from llava_patch.measurements.rprobe.trainable import choose, trained_parameters
-    from llava_patch.probe.decoder import ProbeDecoder
+    from llava_patch.measurements.rprobe.train import choose_trained
+    from llava_patch.probe.decoder import ProbeDecoder, trained_parameters
     from llava_patch.probe.sequence import TokenGrid
 
     anatomy = find(hf())
     settings = RProbe(steps=8, batch_size=3, save_every=4, maps=0, resamples=50, threshold=0.9)
     decoder = ProbeDecoder(anatomy, TokenGrid(4, 4, 4), settings.rope, settings.seed)
-    choose(decoder, settings)
+    choose_trained(decoder, settings)
     saved = header("rprobe/decoder.safetensors")["key"]
     key = make_key(decoder, "", torch.zeros(0), settings, settings.learning_rate(16))
     # The data's key holds the libraries' versions and the machine's rounding: see the next tests.
@@ -388,21 +389,21 @@ def arithmetic() -> dict[str, Any]:
 
 
 def test_the_same_command_takes_a_finished_probe_and_its_stores_as_they_are(same_rounding):
-    from llava_patch.measurements.rprobe.result import read_result
+    from llava_patch.measurements.rprobe.result import RProbeResult
 
     kept = ("cache/rprobe/*/shard-*.safetensors", "cache/rprobe/*/manifest.json", "rprobe/decoder.safetensors")
     before = times(*kept)
     call("rprobe", *PROBE, "--output", "rprobe")
     assert times(*kept) == before
-    agrees("rprobe", probe_numbers(read_result("rprobe/rprobe.json")))
+    agrees("rprobe", probe_numbers(RProbeResult.load("rprobe/rprobe.json")))
 
 
 def test_the_same_command_goes_on_with_an_unfinished_probe(same_rounding):
-    from llava_patch.measurements.rprobe.result import read_result
+    from llava_patch.measurements.rprobe.result import RProbeResult
 
     said = call("rprobe", *PROBE, "--output", "rprobe_unfinished").output
     assert "goes on after step 4 of 8" in said
-    agrees("rprobe", probe_numbers(read_result("rprobe_unfinished/rprobe.json")))
+    agrees("rprobe", probe_numbers(RProbeResult.load("rprobe_unfinished/rprobe.json")))
     assert not Path("rprobe_unfinished/training.safetensors").exists()
     made, whole = (load_file(f"{name}/decoder.safetensors") for name in ("rprobe_unfinished", "rprobe"))
     assert all(torch.equal(made[name], tensor) for name, tensor in whole.items())

@@ -1,4 +1,4 @@
-"""Tiles of anyres on both hosts: what `look` and `Transform` say, against the hosts' own code."""
+"""Tiles of anyres on both hosts: what `encode_views` and `Transform` say, against the hosts' own code."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from llava_patch import DeepStack, DenseConnector, SkipLinks, patch
 from llava_patch.core.errors import HostError, InputError, SettingError
 from llava_patch.hosts.anatomy import find
 from llava_patch.probe.sequence import patchify
-from llava_patch.probe.view import look, make_transform, target_tokens
+from llava_patch.probe.view import encode_views, make_transform, target_tokens
 from tests.support.fusions import randomise
 from tests.support.probes import processor, unique_page
 from tests.support.views import SIDE, anyres_model, changed_cells, encode, noise, paper_with_rectangle, with_block
@@ -46,7 +46,7 @@ def test_targets_are_cut_from_under_their_tokens(case, size):
     page, box = noise(*size), block_in(size)
     other = with_block(page, box)
     for _ in merge_types(model):
-        view, again = look(anatomy, transform, [page, other])
+        view, again = encode_views(anatomy, transform, [page, other])
         own = view.cells >= 0
         assert own.sum() == len(view.cells[own].unique())
         assert torch.equal(view.positions[own], view.grid.positions()[view.cells[own]].float())
@@ -68,7 +68,7 @@ def test_tokens_are_the_hosts_without_line_ends(case, size):
     transform = make_transform(anatomy, image_processor, "anyres")
     page = noise(*size)
     for _ in merge_types(model):
-        view = look(anatomy, transform, [page])[0]
+        view = encode_views(anatomy, transform, [page])[0]
         tiles = transform.tiling.cut(image_processor, page)
         with torch.no_grad():
             if anatomy.host == "hf":
@@ -89,7 +89,7 @@ def test_what_the_host_cuts_off_has_no_token(case):
     transform = make_transform(anatomy, image_processor, "anyres")
     counts = {}
     for name in merge_types(model):
-        view = look(anatomy, transform, [noise(61, 100)])[0]
+        view = encode_views(anatomy, transform, [noise(61, 100)])[0]
         counts[name] = int((view.cells >= 0).sum())
         # The image is 69 of 112 pixels wide, from 21 on; the host keeps columns 2 to 5, pixels 28 to 84.
         box = transform.box((0.0, 10.0, 5.0, 20.0), (61, 100), "s")
@@ -108,7 +108,7 @@ def test_pixels_of_a_page_of_unique_colours(case):
     anatomy = find(model)
     transform = make_transform(anatomy, image_processor, "anyres")
     page = unique_page(112, 112)
-    view = look(anatomy, transform, [page])[0]
+    view = encode_views(anatomy, transform, [page])[0]
     target = target_tokens(view, [transform.box((50, 20, 75, 30), page.size, "s")], "s")
     assert view.positions[target].tolist() == [[r, c] for r in (1, 2) for c in (3, 4, 5)]  # across two tiles
     mean, std = transform.statistics()
@@ -141,7 +141,7 @@ def test_square_modes_show_the_overview_alone(case):
     anatomy = find(model)
     page = noise(100, 60)
     transform = make_transform(anatomy, image_processor, "resize")
-    view = look(anatomy, transform, [page])[0]
+    view = encode_views(anatomy, transform, [page])[0]
     assert view.cells.tolist() == list(range(16))
     tiles = make_transform(anatomy, image_processor, "anyres").tiling.cut(image_processor, page)
     torch.testing.assert_close(transform.pixel_values([page])[0], tiles[0], atol=0.02, rtol=0)  # rounding to 8 bits
@@ -163,7 +163,7 @@ def test_deep_stack_on_tiles(monkeypatch, case):
         randomise(handle)
         anatomy = handle.anatomy
         transform = make_transform(anatomy, image_processor, "anyres")
-        view = look(anatomy, transform, [page])[0]
+        view = encode_views(anatomy, transform, [page])[0]
         tiles = transform.tiling.cut(image_processor, page)
         added = []
         monkeypatch.setattr(routed_pass.stack, "add", lambda h, f, r: added.append((f, r)) or h)
@@ -194,7 +194,7 @@ def test_other_tokens_on_flat_tiles(tmp_path):
         with patch(model, fusion=fusion) as handle:
             randomise(handle)
             transform = make_transform(anatomy, image_processor, "anyres")
-            view, again = look(anatomy, transform, [page, other])
+            view, again = encode_views(anatomy, transform, [page, other])
         assert len(view.cells) == 3 * tokens
         own = view.cells >= 0
         changed = (view.tokens != again.tokens).any(-1)
@@ -210,10 +210,10 @@ def test_no_limit_of_the_prompt_cuts_the_image(case):
     model, image_processor = case
     anatomy = find(model)
     transform = make_transform(anatomy, image_processor, "anyres")
-    whole = look(anatomy, transform, [noise(112, 112)])[0]
+    whole = encode_views(anatomy, transform, [noise(112, 112)])[0]
     model.config.tokenizer_model_max_length = 20
     before = dict(vars(model.config)), set(vars(model))
-    cut = look(anatomy, transform, [noise(112, 112)])[0]
+    cut = encode_views(anatomy, transform, [noise(112, 112)])[0]
     assert torch.equal(whole.tokens, cut.tokens)
     assert (dict(vars(model.config)), set(vars(model))) == before
     del model.config.tokenizer_model_max_length
@@ -225,9 +225,9 @@ def test_half_precision(host, tmp_path):
     model, image_processor = anyres_model(host, tmp_path)
     page = noise(200, 96)
     transform = make_transform(find(model), image_processor, "anyres")
-    expected = look(find(model), transform, [page])[0]
+    expected = encode_views(find(model), transform, [page])[0]
     with torch.inference_mode():
-        found = look(find(model.bfloat16()), transform, [page])[0]
+        found = encode_views(find(model.bfloat16()), transform, [page])[0]
     assert found.tokens.dtype == torch.bfloat16
     assert torch.equal(found.cells, expected.cells)
     assert torch.equal(found.positions, expected.positions)
@@ -262,7 +262,7 @@ def test_refusals(case, tmp_path):
         transform.pixel_values([noise(SIDE, SIDE)])
     try:
         with pytest.raises(InputError, match="a tile has 17 visual tokens, the host lays out 4 x 4"):
-            look(anatomy, transform, [noise(SIDE, SIDE)])
+            encode_views(anatomy, transform, [noise(SIDE, SIDE)])
     finally:
         if hf:
             model.config.vision_feature_select_strategy = "default"

@@ -5,9 +5,8 @@ import pytest
 from PIL import Image, ImageFile
 
 from llava_patch.core.errors import InputError
-from llava_patch.probe import images
-from llava_patch.probe.images import EncodedImage, image_size, open_rgb, to_rgb
-from llava_patch.probe.sample import Sample
+from llava_patch.probe import sample as images
+from llava_patch.probe.sample import EncodedImage, Sample, image_size, open_rgb, to_rgb
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 

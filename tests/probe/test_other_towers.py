@@ -1,10 +1,10 @@
-"""`look` on every known vision tower of both hosts."""
+"""`encode_views` on every known vision tower of both hosts."""
 
 import pytest
 import torch
 
 from llava_patch.hosts.anatomy import find
-from llava_patch.probe.view import look, make_transform
+from llava_patch.probe.view import encode_views, make_transform
 from tests.support import zoo
 from tests.support.probes import processor
 from tests.support.views import PATCH, PINPOINTS, SIDE, changed_cells, noise, with_block
@@ -23,7 +23,7 @@ def check(model, image_processor, mode, size, box):
     transform = make_transform(anatomy, image_processor, mode)
     page = noise(*size)
     other = with_block(page, box)
-    view, again = look(anatomy, transform, [page, other])
+    view, again = encode_views(anatomy, transform, [page, other])
     own = view.cells >= 0
     changed = (view.tokens != again.tokens).any(-1)
     cells = changed_cells(transform, view, page, other)

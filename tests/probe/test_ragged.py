@@ -11,8 +11,7 @@ from llava_patch.hosts.anatomy import find
 from llava_patch.hosts.compat import call_layer, causal_mask
 from llava_patch.hosts.projections import rotate
 from llava_patch.probe.decoder import ProbeDecoder, injection_layers
-from llava_patch.probe.rotary import rotary_1d, rotary_2d
-from llava_patch.probe.sequence import TokenGrid, arrange, build_sequence
+from llava_patch.probe.sequence import TokenGrid, arrange, build_sequence, rotary_1d, rotary_2d
 from tests.support.probes import HIDDEN, tiny_model
 
 GRID = TokenGrid(4, 4, 2)  # the pixel head's; positions are each sample's own

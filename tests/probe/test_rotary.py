@@ -5,7 +5,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from llava_patch.core.errors import InputError
 from llava_patch.hosts.projections import rotate
-from llava_patch.probe.rotary import frequencies, rotary_1d, rotary_2d
+from llava_patch.probe.sequence import frequencies, rotary_1d, rotary_2d
 
 HEAD = 16
 

@@ -1,4 +1,4 @@
-"""What `look` says of tokens, against models whose tokens hold their own patch alone."""
+"""What `encode_views` says of tokens, against models whose tokens hold their own patch alone."""
 
 from contextlib import nullcontext
 
@@ -11,7 +11,7 @@ from llava_patch.core.errors import HostError, InputError, SettingError
 from llava_patch.hosts.anatomy import find
 from llava_patch.probe.sequence import TokenGrid, patchify
 from llava_patch.probe.transform import Transform
-from llava_patch.probe.view import View, look, make_transform, target_tokens
+from llava_patch.probe.view import View, encode_views, make_transform, target_tokens
 from tests.support import models
 from tests.support.fusions import ALL, randomise
 from tests.support.probes import processor, unique_page
@@ -36,7 +36,7 @@ def model(request, tmp_path_factory):
 def seen(model, image, mode="resize") -> tuple[View, Transform]:
     anatomy = find(model)
     transform = make_transform(anatomy, processor(), mode)
-    return look(anatomy, transform, [image])[0], transform
+    return encode_views(anatomy, transform, [image])[0], transform
 
 
 @pytest.mark.parametrize("name", list(FUSIONS))
@@ -103,7 +103,7 @@ def test_tokens_over_padding_are_context_only(monkeypatch, tmp_path, host):
     with patch(model, fusion=SkipLinks(layers=(), merge_size=2, merge_padding=True)):
         page, anatomy = noise(70, 70), find(model)
         transform = make_transform(anatomy, processor(70), "resize")
-        view, other = look(anatomy, transform, [page, with_block(page, (30, 0, 56, 28))])
+        view, other = encode_views(anatomy, transform, [page, with_block(page, (30, 0, 56, 28))])
         assert view.grid == TokenGrid(2, 2, 28)
         assert view.cells.tolist() == [0, 1, -1, 2, 3, -1, -1, -1, -1]
         assert view.positions.tolist() == [[r, c] for r in range(3) for c in range(3)]
@@ -173,8 +173,8 @@ def test_views_of_a_batch_are_those_of_each_image(model):
     pages = [noise(70, 40, 1), noise(33, 90, 2)]
     anatomy = find(model)
     transform = make_transform(anatomy, processor(), "pad")
-    for page, view in zip(pages, look(anatomy, transform, pages), strict=True):
-        alone = look(anatomy, transform, [page])[0]
+    for page, view in zip(pages, encode_views(anatomy, transform, pages), strict=True):
+        alone = encode_views(anatomy, transform, [page])[0]
         torch.testing.assert_close(alone.tokens, view.tokens)  # other kernel shapes reorder sums
 
 
@@ -198,7 +198,7 @@ def test_refusals(model):
         setattr(owner, name, lambda *a, change=change, tokens=tokens, **k: change(tokens))
         try:
             with pytest.raises(error, match=message):
-                look(anatomy, transform, [noise(SIDE, SIDE)])
+                encode_views(anatomy, transform, [noise(SIDE, SIDE)])
         finally:
             delattr(owner, name)
 

@@ -38,7 +38,7 @@ def test_blur_takes_the_mean_of_neighbours_and_is_undone():
 
 def test_every_number_of_the_table_is_a_results(tmp_path):
     found = {
-        arm.name: [made_up_result(shift=0.1 * i + 0.01 * seed).to_json() for seed in range(2)]
+        arm.name: [made_up_result(shift=0.1 * i + 0.01 * seed).to_dict() for seed in range(2)]
         for i, arm in enumerate(arms.ARMS)
     }
     record = table.collect(found, [4, 5], {"exact_match": 0.5, "versions": []})

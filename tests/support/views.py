@@ -1,4 +1,4 @@
-"""Tiny models of both hosts for tests of `look`, whose tokens know nothing but their own patches."""
+"""Tiny models of both hosts for tests of `encode_views`, whose tokens know nothing but their own patches."""
 
 from __future__ import annotations
 

@@ -6,17 +6,23 @@ import typer
 
 from llava_patch.cli.common import DefaultGroup
 
-
-class Group(DefaultGroup):
-    """A checkpoint and its data are the arguments of `run`."""
-
-    second = "data to measure on goes with --heldout"
-
-
+DATA = typer.Argument(
+    "", metavar="DATA", help="JSONL, SROIE/ICDAR, FUNSD, COCO-Text, TextOCR or HF data; default: rendered pages"
+)
+BOXES_PER_SAMPLE = typer.Option(1, min=1, help="regions of a page that make one sample")
+BROKEN = typer.Option("stop", help="what becomes of broken samples: stop or skip")
 HELP = """R-Probe: how well pixels can be rebuilt from projected visual tokens.
 
 llava-patch rprobe CKPT [DATA] [OPTIONS] is short for rprobe run:
 it trains a small decoder on the tokens of a checkpoint's images and
 measures it on held-out ones. Its options: llava-patch rprobe run --help
 """
-app = typer.Typer(cls=Group, no_args_is_help=True, help=HELP)
+
+
+class RProbeGroup(DefaultGroup):
+    """The subcommands of R-Probe."""
+
+    second = "data to measure on goes with --heldout"
+
+
+app = typer.Typer(cls=RProbeGroup, no_args_is_help=True, help=HELP)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import typer
 
+from llava_patch.cli import common
 from llava_patch.cli.rprobe import app
-from llava_patch.cli.rprobe.compare import check_formats, split_names
 from llava_patch.core.extras import needs
+from llava_patch.measurements.base import words
 
 
 @app.command("correlate", no_args_is_help=True)
@@ -23,7 +24,7 @@ def correlate(
     tasks: str = typer.Option("", help="such as ocrbench,textvqa_val or task/metric; default: what all have"),
     names: str = typer.Option("", help="what to call the checkpoints; default: lmms-eval's names of them"),
     output: Path = typer.Option(Path("rprobe_correlate"), help="folder for correlate.md, .json, figure"),  # noqa: B008
-    formats: list[str] = typer.Option(["png"], "--format", help="png or pdf; may be repeated"),  # noqa: B008
+    formats: list[str] = common.FORMAT,
     seed: int = typer.Option(0, min=0, help="of the permutations, where there are too many to count out"),
 ) -> None:
     """Rank correlation of checkpoints' probe results with benchmark scores.
@@ -36,19 +37,17 @@ def correlate(
     from llava_patch.core import files
     from llava_patch.core.terminal import show
     from llava_patch.measurements.rprobe import correlate as correlation
-    from llava_patch.measurements.rprobe.compare import markdown
+    from llava_patch.measurements.rprobe.compare import markdown_page
     from llava_patch.measurements.rprobe.figures import save
     from llava_patch.measurements.rprobe.scores import read_checkpoints
 
-    check_formats(formats)
-    checkpoints, notes = read_checkpoints(sources, split_names(names))
-    found, more = correlation.correlate(checkpoints, probe, split_names(tasks), seed)
+    common.check_formats(formats)
+    checkpoints, notes = read_checkpoints(sources, words(names))
+    found, more = correlation.correlate(checkpoints, probe, words(tasks), seed)
     notes = [correlation.sign_note(probe), *notes, *more, *correlation.footer(found)]
     head, lines = correlation.cells(found)
     title = f"Rank correlation with R-Probe's {correlation.PROBES[probe][0]}"
-    with files.atomic(output / "correlate.md") as part:
-        part.write_text(markdown(head, lines, notes, title), encoding="utf-8")
-    written = [output / "correlate.md"]
+    written = [files.write_text(output / "correlate.md", markdown_page(head, lines, notes, title))]
     record = {"probe": probe, "correlations": [one.__dict__ for one in found], "notes": notes}
     written.append(files.write_json(output / "correlate.json", record))
     picture = correlation.figure(found, probe)

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import typer
 
-from llava_patch.cli.rprobe import app
+from llava_patch.cli.rprobe import BOXES_PER_SAMPLE, BROKEN, app
 
 
 @app.command("export")
 def export(
     source: str = typer.Argument(..., help="SROIE/ICDAR, FUNSD, COCO-Text, TextOCR, hf:NAME, or a JSONL file"),
     out: Path = typer.Argument(..., help="JSONL file to write"),  # noqa: B008
-    boxes_per_sample: int = typer.Option(1, min=1, help="regions of a page that make one sample"),
-    broken: str = typer.Option("stop", help="what becomes of broken samples: stop or skip"),
+    boxes_per_sample: int = BOXES_PER_SAMPLE,
+    broken: str = BROKEN,
     force: bool = typer.Option(False, "--force", help="overwrite OUT"),
 ) -> None:
     """Write samples of any source as JSONL, a line a region, to look at, to cut and to share.

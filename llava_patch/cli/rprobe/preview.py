@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from llava_patch.cli.rprobe import app
+from llava_patch.cli.rprobe import BOXES_PER_SAMPLE, BROKEN, app
 from llava_patch.core.extras import needs
+from llava_patch.measurements.base import words
 from llava_patch.measurements.rprobe.settings import IMAGE_MODES
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ def preview(
     patch: int = typer.Option(14, min=1, help="side of a token in pixels, without --model"),
     count: int = typer.Option(6, min=1, help="samples to show, spread over the data"),
     samples: str = typer.Option("", help="these instead: ids or numbers from 0, joined by commas"),
-    boxes_per_sample: int = typer.Option(1, min=1, help="regions of a page that make one sample"),
-    broken: str = typer.Option("stop", help="what becomes of broken samples: stop or skip"),
+    boxes_per_sample: int = BOXES_PER_SAMPLE,
+    broken: str = BROKEN,
     output: Path = typer.Option(Path("preview.png"), help="picture to write"),  # noqa: B008
 ) -> None:
     """Draw samples with their boxes as they are and as the tower sees them, and count what there is.
@@ -39,10 +39,10 @@ def preview(
     x.json?format=funsd. A look before every run: are the boxes right?
     """
     from llava_patch.core.errors import SettingError
-    from llava_patch.core.terminal import counted
+    from llava_patch.core.terminal import bordered, counted
     from llava_patch.data.pages import Pages
-    from llava_patch.data.readers import read_samples
-    from llava_patch.measurements.rprobe.preview import choose, clip_like, counts, save_preview
+    from llava_patch.data.readers import Samples, read_samples
+    from llava_patch.measurements.rprobe.preview import choose_shown, clip_like, counts, save_preview
 
     if image_mode not in IMAGE_MODES:
         raise SettingError(f"--image-mode {image_mode}: expected one of {', '.join(IMAGE_MODES)}")
@@ -54,28 +54,22 @@ def preview(
         transform = read_transform(model, image_mode)
     else:
         transform = clip_like(size, patch, image_mode)
-    names = [name.strip() for name in samples.split(",") if name.strip()]
+    if not data and boxes_per_sample != 1:
+        raise SettingError("--boxes-per-sample: rendered pages have one region each")
+    found = (
+        read_samples(data, boxes_per_sample, broken) if data else Samples(Pages(max(PAGES, count), transform.height))
+    )
+    rows, shown, skipped = counts(found, transform), choose_shown(found, count, words(samples)), found.skipped
     if data:
-        found = read_samples(data, boxes_per_sample, broken)
-        rows, shown = counts(found, transform), choose(found, count, names)
         rows.insert(0, ("read as", found.format))
         rows.insert(3, ("regions without transcript", f"{found.unread:,}"))
-        rows.insert(4, ("skipped", f"{len(found.skipped):,}"))
-        skipped = found.skipped
-    else:
-        if boxes_per_sample != 1:
-            raise SettingError("--boxes-per-sample: rendered pages have one region each")
-        pages = list(Pages(max(PAGES, count), transform.height))
-        rows, shown, skipped = counts(pages, transform), choose(pages, count, names), []
+        rows.insert(4, ("skipped", f"{len(skipped):,}"))
     if broken == "skip":
         shown = _sound(shown, skipped)
     title = f"{data or 'rendered pages'}  ·  {model or f'a CLIP tower of {size} / {patch}'}  ·  {image_mode}"
     path = save_preview(shown, transform, output, title)
     console = Console()
-    table = Table("what", "how many", title=data or counted(len(pages), "rendered page"), title_justify="left")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    console.print(bordered(["what", "how many"], rows, data or counted(len(found), "rendered page")))
     for message in skipped[:5]:
         console.print(f"skipped: {message}", markup=False, soft_wrap=True)
     if len(skipped) > 5:

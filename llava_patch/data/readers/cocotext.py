@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_patch.core.errors import InputError
-from llava_patch.data.readers.files import IMAGE_SUFFIXES
+from llava_patch.data.readers.files import IMAGE_SUFFIXES, four_numbers
 from llava_patch.data.readers.icdar import bounds
-from llava_patch.data.readers.objects import four_numbers
 from llava_patch.data.readers.samples import Collector, Page
 from llava_patch.probe.sample import Box
 
@@ -93,12 +92,7 @@ def read_coco_text(file: Path, values: dict[str, Any], folder: Path | None, coll
 
 
 def _places(file: Path, folder: Path | None) -> list[Path]:
-    if folder is not None:
-        if not folder.is_dir():
-            raise InputError(f"{file}: folder of images {folder}: no such folder")
-        roots = [folder]
-    else:
-        roots = [file.parent, file.parent.parent]
+    roots = [file.parent, file.parent.parent] if folder is None else [folder]
     return [place for root in roots for place in (root, *sorted(p for p in root.iterdir() if p.is_dir()))]
 
 

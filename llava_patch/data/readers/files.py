@@ -3,11 +3,74 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
+import re
 from pathlib import Path
+from typing import Any
 
 from llava_patch.core.errors import InputError
-from llava_patch.data.readers.text import decode
+from llava_patch.probe.sample import Box
+
+
+def numbered_lines(path: Path, encoding: str | None = None) -> list[tuple[int, str]]:
+    """(line number from 1, line) of every line that is not blank.
+
+    Args:
+        path: a text file; CRLF, LF and CR end a line, nothing else does (`str.splitlines` would split more).
+        encoding: None: UTF-8, UTF-16 with a byte order mark, else cp1252.
+
+    Raises:
+        InputError: the file cannot be read or decoded.
+    """
+    try:
+        raw = path.read_bytes()
+        text = raw.decode(encoding) if encoding else decode(raw)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+    return [(n, line) for n, line in enumerate(re.split(r"\r\n|\n|\r", text), 1) if line.strip()]
+
+
+def decode(raw: bytes) -> str:
+    """Text of unknown encoding; every sequence of bytes has an answer."""
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return raw.decode("utf-16", errors="replace")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        # cp1252 leaves five bytes undefined, latin-1 none; elsewhere they agree on letters.
+        try:
+            return raw.decode("cp1252")
+        except UnicodeDecodeError:
+            return raw.decode("latin-1")
+
+
+def load_json(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        InputError: it cannot be read, or is not JSON (names the line).
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: not JSON: {error.msg} (column {error.colno})") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+
+
+def four_numbers(value: Any, where: str, expected: str) -> Box:
+    """Four numbers of a JSON list.
+
+    Raises:
+        InputError: anything else.
+    """
+    sound = isinstance(value, (list, tuple)) and len(value) == 4
+    if not sound or not all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in value):
+        raise InputError(f"{where} {value!r}: expected {expected}")
+    a, b, c, d = (float(n) for n in value)
+    return a, b, c, d
+
 
 IMAGE_SUFFIXES = frozenset(
     [".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".jp2"]

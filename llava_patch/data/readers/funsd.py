@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_patch.core.errors import InputError
-from llava_patch.data.readers.files import Images
-from llava_patch.data.readers.objects import four_numbers, load_json
+from llava_patch.data.readers.files import Images, four_numbers, load_json
 from llava_patch.data.readers.samples import Collector
 from llava_patch.probe.sample import Box
 

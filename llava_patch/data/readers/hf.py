@@ -17,10 +17,9 @@ from typing import Any
 
 from llava_patch.core.errors import InputError, LlavaPatchError
 from llava_patch.core.extras import optional
-from llava_patch.data.readers.objects import four_numbers
+from llava_patch.data.readers.files import four_numbers
 from llava_patch.data.readers.samples import Collector
-from llava_patch.probe.images import EncodedImage, ImageSource
-from llava_patch.probe.sample import Box
+from llava_patch.probe.sample import Box, EncodedImage, ImageSource
 from llava_patch.probe.transform import ROUNDING
 
 IMAGES = ("image", "img", "page_image", "image_path", "file_name")

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava_patch.core.errors import InputError
-from llava_patch.data.readers.files import Images, first_lines
+from llava_patch.data.readers.files import Images, first_lines, numbered_lines
 from llava_patch.data.readers.samples import Collector
-from llava_patch.data.readers.text import numbered_lines
 from llava_patch.probe.sample import Box
 
 SUFFIXES = (".txt", ".csv", ".tsv")

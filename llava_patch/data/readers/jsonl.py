@@ -14,13 +14,13 @@ from PIL import Image
 
 from llava_patch.core.errors import InputError
 from llava_patch.core.files import atomic
+from llava_patch.data.readers.files import four_numbers, numbered_lines
 from llava_patch.data.readers.samples import Collector, Page, Samples
-from llava_patch.data.readers.text import numbered_lines
-from llava_patch.probe.images import EncodedImage
-from llava_patch.probe.sample import Box, Sample
+from llava_patch.probe.sample import EncodedImage, Sample
 from llava_patch.probe.transform import check_box
 
 REQUIRED = ("image", "text", "box")
+EXPECTED = "[x0, y0, x1, y1] in pixels, or a list of such boxes"
 KNOWN = (*REQUIRED, "all_boxes", "document")
 
 
@@ -33,8 +33,8 @@ def read_jsonl(path: str | Path, boxes_per_sample: int = 1, broken: str = "stop"
 
     Args:
         path: the file, in UTF-8.
-        boxes_per_sample: see `read_samples`.
-        broken: likewise.
+        boxes_per_sample: regions of an image that make one sample together.
+        broken: "stop" at the first thing that cannot be used, or "skip" it.
         root: folder to which ids are relative; None: the file's.
 
     Raises:
@@ -83,19 +83,13 @@ def _line(collector: Collector, pages: dict[tuple[str, str], Page], line: str, f
     around = values.get("all_boxes", [])
     if not isinstance(around, list):
         raise InputError(f"{where}: all_boxes is {around!r}: expected a list of boxes")
-    others = [check_box(_box(box, where), page.size, f"{where}: all_boxes") for box in around]
-    region = [_box(box, where) for box in (boxes if nested else [boxes])]
+    others = [
+        check_box(four_numbers(box, f"{where}: box", EXPECTED), page.size, f"{where}: all_boxes") for box in around
+    ]
+    region = [four_numbers(box, f"{where}: box", EXPECTED) for box in (boxes if nested else [boxes])]
     collector.mark(page, others)
     collector.region(page, values["text"], region, where)
     pages[key] = page
-
-
-def _box(value: Any, where: str) -> Box:
-    number = isinstance(value, list) and all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in value)
-    if not number or len(value) != 4:
-        raise InputError(f"{where}: box {value!r}: expected [x0, y0, x1, y1] in pixels, or a list of such boxes")
-    x0, y0, x1, y1 = (float(n) for n in value)
-    return x0, y0, x1, y1
 
 
 def write_jsonl(samples: Sequence[Sample], path: str | Path) -> Path:

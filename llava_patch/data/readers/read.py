@@ -11,9 +11,8 @@ from typing import Any
 
 from llava_patch.core.errors import InputError, SettingError
 from llava_patch.data.readers import cocotext, funsd, hf, icdar
-from llava_patch.data.readers.files import IMAGE_SUFFIXES, Images, first_lines, walk
+from llava_patch.data.readers.files import IMAGE_SUFFIXES, Images, first_lines, load_json, walk
 from llava_patch.data.readers.jsonl import read_jsonl
-from llava_patch.data.readers.objects import load_json
 from llava_patch.data.readers.samples import Collector, Samples
 
 HUB = "hf:"
@@ -98,7 +97,7 @@ def read_samples(
         broken: "stop" at the first thing that cannot be used (missing or broken image, unreadable line, box that is
             empty or outside), or "skip" it; `Samples.skipped` tells what was.
         images: folder of the images; the same as the source's own setting.
-        format: likewise.
+        format: one of `FORMATS`; the same as the source's own setting.
 
     Returns:
         At least one sample.

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llava_patch.core.errors import InputError, SettingError
-from llava_patch.probe.images import ImageSource, image_size
-from llava_patch.probe.sample import Box, Sample
+from llava_patch.probe.sample import Box, ImageSource, Sample, image_size
 from llava_patch.probe.transform import check_box
 from llava_patch.settings.checks import BROKEN
 

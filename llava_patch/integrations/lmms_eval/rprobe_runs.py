@@ -77,7 +77,7 @@ def answer(lm: Any, requests: Sequence[Any]) -> list[str]:
 def _run(lm: Any, name: str) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Train and measure one task's probe; (numbers of each held-out sample by its id, the run's)."""
     from llava_patch.core import parallel
-    from llava_patch.core.folder_lock import alone
+    from llava_patch.core.folder_lock import folder_lock
     from llava_patch.integrations.lmms_eval.tasks import active
     from llava_patch.measurements.rprobe.fit import run_rprobe
     from llava_patch.measurements.rprobe.output import write_run
@@ -85,7 +85,7 @@ def _run(lm: Any, name: str) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]
     task, subject = active(name), reach(lm)
     train, heldout = (None, None) if task.data() is None else own_samples(task.settings, task.data())
     folder = output_folder(getattr(task, "args", None), name)
-    with alone(None if folder is None else Path(folder)):
+    with folder_lock(None if folder is None else Path(folder)):
         result = run_rprobe(
             subject.anatomy.model,
             subject.image_processor,

@@ -12,7 +12,7 @@ from llava_patch.measurements.attention_maps.result import AttentionMaps, Attent
 from llava_patch.measurements.base import Measurement
 
 if TYPE_CHECKING:
-    from llava_patch.data.loaded import Subject
+    from llava_patch.data.loaded import LoadedCheckpoint
     from llava_patch.data.target import Target
 
 
@@ -93,7 +93,7 @@ class AttentionMapsMeasurement(Measurement):
         return result.beside(self.maps(context.load_base(), examples, settings, below, context.base))
 
     def maps(
-        self, subject: "Subject", examples: list[Any], settings: AttentionMaps, label: str, checkpoint: str
+        self, subject: "LoadedCheckpoint", examples: list[Any], settings: AttentionMaps, label: str, checkpoint: str
     ) -> AttentionMapsResult:
         """The maps of a loaded checkpoint under a name."""
         from llava_patch.data.model_inputs import ModelInputs

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from llava_patch.core.terminal import markdown
 from llava_patch.measurements.rprobe.bootstrap import FEW, interval, paired
 from llava_patch.measurements.rprobe.result import RProbeResult
 from llava_patch.measurements.rprobe.settings import RProbe
@@ -122,13 +123,10 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def markdown(summary: Mapping[str, Any], title: str) -> str:
+def markdown_page(summary: Mapping[str, Any], title: str) -> str:
     """The two tables and their notes as markdown."""
-    parts = [f"# {title}"]
-    for head, rows in tables(summary):
-        lines = [head, ["---"] * len(head), *rows]
-        parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
-    return "\n\n".join([*parts, *notes(summary)]) + "\n"
+    shown = [markdown(head, rows) for head, rows in tables(summary)]
+    return "\n\n".join([f"# {title}", *shown, *notes(summary)]) + "\n"
 
 
 def _between(low: float | None, high: float | None) -> str:

@@ -54,11 +54,7 @@ def paired(a: Samples, b: Samples, resamples: int, seed: int) -> tuple[float, fl
 
     Both results are taken from the same drawn documents, so what makes a document hard for both cancels out.
 
-    Args:
-        a: `RProbeResult.documents` of one result.
-        b: of the other; samples are matched by id, in any order.
-        resamples: bootstrap resamples.
-        seed: the same one gives the same interval.
+    The samples (`RProbeResult.documents`) are matched by id, in any order; the same seed gives the same interval.
 
     Returns:
         (difference, low, high); low and high are None where there are fewer than 2 documents.
@@ -81,13 +77,7 @@ def paired(a: Samples, b: Samples, resamples: int, seed: int) -> tuple[float, fl
 
 
 def unlike(a: Samples, b: Samples, names: tuple[str, str] = ("the first result", "the second result")) -> str | None:
-    """What keeps two results from being measured on the same held-out samples, in words; None: nothing.
-
-    Args:
-        a: `RProbeResult.documents` of one result.
-        b: of the other.
-        names: what to call the two.
-    """
+    """What keeps two results (called `names`) from being of the same held-out samples, in words; None: nothing."""
     ids_a, ids_b = [str(s["id"]) for s in a], [str(s["id"]) for s in b]
     for ids in (ids_a, ids_b):
         if len(set(ids)) < len(ids):

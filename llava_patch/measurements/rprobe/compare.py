@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from llava_patch.core import files
 from llava_patch.core.errors import InputError, SettingError
 from llava_patch.core.extras import optional
-from llava_patch.core.terminal import counted
+from llava_patch.core.terminal import counted, markdown
 from llava_patch.data.readers.read import resolve_source
+from llava_patch.measurements.base import FIGURES, Comparison, Table
 from llava_patch.measurements.rprobe.bootstrap import interval, paired, unlike
-from llava_patch.measurements.rprobe.result import RProbeResult, read_result
+from llava_patch.measurements.rprobe.figures import draw_curves, draw_intervals, plain_name, save
+from llava_patch.measurements.rprobe.output import RESULT
+from llava_patch.measurements.rprobe.result import RProbeResult
 
-RESULT = "rprobe.json"
 # Settings and facts that change what is measured; the others (pictures, store, resamples) do not.
 SETTINGS = (
     "steps", "batch_size", "lr", "weight_decay", "warmup", "clip", "train_pages", "heldout_pages", "heldout_share",
@@ -29,6 +31,11 @@ FACTS = (
 HEAD = (
     "result", "documents", "held-out MSE [95 %]", "FVU", "PSNR dB", "MSE in text", "beside text",
     "steps to MSE < {threshold}", "to FVU < 0.5", "MSE minus {baseline} [paired 95 %]",
+)  # fmt: skip
+
+
+_SHOWN = (
+    "fvu", "psnr", "constant_mse", "steps_to_threshold", "threshold", "threshold_is_vacuous", "steps_to_half_fvu",
 )  # fmt: skip
 
 
@@ -97,31 +104,76 @@ def load(paths: Sequence[Path], names: Sequence[str] = ()) -> dict[str, RProbeRe
             )
         if len(set(names)) < len(names):
             raise SettingError(f"--names {','.join(names)}: expected distinct names")
-        return {name: read_result(file) for name, (_, file) in zip(names, found, strict=True)}
+        return {name: RProbeResult.load(file) for name, (_, file) in zip(names, found, strict=True)}
     if len({name.split("/")[0] for name, _ in found}) == 1 and all("/" in name for name, _ in found):
         found = [(name.split("/", 1)[1], file) for name, file in found]  # all of one folder
     given = [name for name, _ in found]
     return {
-        name if given.count(name) == 1 else f"{name} ({i + 1})": read_result(file)
+        name if given.count(name) == 1 else f"{name} ({i + 1})": RProbeResult.load(file)
         for i, (name, file) in enumerate(found)
     }
 
 
-def rows(results: Mapping[str, RProbeResult], baseline: str, resamples: int, seed: int) -> list[Row]:
-    """Intervals of each result and its paired difference to the baseline.
+@dataclass(frozen=True)
+class ProbeComparison(Comparison):
+    """R-Probe results beside a baseline; `lines` are what the table's rows say, as numbers."""
+
+    lines: Sequence[Row] = ()
+    baseline: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers of the table, by the results' names."""
+        results = {line.name: _numbers(cast(RProbeResult, self.results[line.name]), line) for line in self.lines}
+        return {"baseline": self.baseline, "results": results, "notes": list(self.notes)}
+
+    def save(self, folder: str | Path, name: str = "compare", formats: Sequence[str] = FIGURES[:1]) -> tuple[Path, ...]:
+        """Write NAME.md, NAME.json and the figure of all curves, each whole or not at all; returns the paths."""
+        folder = Path(folder)
+        paths = [
+            files.write_text(folder / f"{name}.md", markdown_page(self.head, self.rows, self.notes, self.title)),
+            files.write_json(folder / f"{name}.json", self.to_dict()),
+        ]
+        return (*paths, *(save(_figure(self), folder / f"{name}.{suffix}") for suffix in formats))
+
+    def narrow(self) -> list[Table]:
+        """Two tables that fit a terminal: errors with their intervals, and the rest."""
+        threshold = f"{cast(RProbeResult, self.results[self.baseline]).threshold:g}"
+        errors = [[row[0], *_apart(row[2]), *_apart(row[-1])] for row in self.rows]
+        rest = [[*row[:2], *row[3:-1]] for row in self.rows]
+        return [
+            (["result", "MSE", "95 %", "minus base", "paired 95 %"], errors),
+            (["result", "docs", "FVU", "PSNR", "in text", "beside", f"to {threshold}", "FVU .5"], rest),
+        ]
+
+
+def compare_probes(
+    results: Mapping[str, RProbeResult], baseline: str = "", resamples: int = 2000, seed: int = 0
+) -> ProbeComparison:
+    """One table with intervals, one figure, and what keeps results from being compared.
+
+    Args:
+        results: by name.
+        baseline: name of the one that the others are compared with; "": the first.
+        resamples: bootstrap resamples behind an interval.
+        seed: of the bootstrap.
 
     Raises:
         SettingError: no result has the baseline's name.
     """
+    baseline = baseline or next(iter(results))
     if baseline not in results:
         raise SettingError(f"--baseline {baseline}: expected one of {', '.join(results)}")
-    base, found = results[baseline].documents, []
+    base = results[baseline]
+    lines = []
     for name, result in results.items():
-        why = unlike(result.documents, base)
-        alone = name == baseline or why is not None
-        difference = None if alone else paired(result.documents, base, resamples, seed)
-        found.append(Row(name, interval(result.documents, resamples, seed), difference, why))
-    return found
+        why = unlike(result.documents, base.documents)
+        single = name == baseline or why is not None
+        difference = None if single else paired(result.documents, base.documents, resamples, seed)
+        lines.append(Row(name, interval(result.documents, resamples, seed), difference, why))
+    head = [text.format(threshold=f"{base.threshold:g}", baseline=baseline) for text in HEAD]
+    rows = [_cells(results[line.name], line, baseline) for line in lines]
+    notes = warnings_of(results, baseline)
+    return ProbeComparison(results, head, rows, notes, "", "R-Probe results", lines=lines, baseline=baseline)
 
 
 def warnings_of(results: Mapping[str, RProbeResult], baseline: str) -> list[str]:
@@ -170,46 +222,6 @@ def _plain(key: str, value: Any) -> Any:
         return value
 
 
-def cells(
-    rows_: Sequence[Row], results: Mapping[str, RProbeResult], baseline: str
-) -> tuple[list[str], list[list[str]]]:
-    """(head, lines) of the table as text."""
-    threshold = f"{results[baseline].threshold:g}"
-    head = [text.format(threshold=threshold, baseline=baseline) for text in HEAD]
-    lines = []
-    for row in rows_:
-        result = results[row.name]
-        steps = _steps(result.steps_to_threshold)
-        lines.append(
-            [
-                row.name,
-                str(len({sample["document"] for sample in result.documents})),
-                f"{result.mse:.4f}" + between(row.interval),
-                f"{result.fvu:.3f}",
-                f"{result.psnr:.1f}",
-                *("-" if part is None else f"{part.mse:.4f}" for part in (result.inside, result.outside)),
-                f"({steps})" if result.threshold_is_vacuous else steps,
-                _steps(result.steps_to_half_fvu),
-                _difference(row, baseline),
-            ]
-        )
-    return head, lines
-
-
-def narrow(
-    rows_: Sequence[Row], results: Mapping[str, RProbeResult], baseline: str
-) -> list[tuple[list[str], list[list[str]]]]:
-    """(head, lines) of two tables that fit a terminal: errors with their intervals, and the rest."""
-    _, lines = cells(rows_, results, baseline)
-    errors = [[line[0], *_apart(line[2]), *_apart(line[-1])] for line in lines]
-    rest = [[*line[:2], *line[3:-1]] for line in lines]
-    threshold = f"{results[baseline].threshold:g}"
-    return [
-        (["result", "MSE", "95 %", "minus base", "paired 95 %"], errors),
-        (["result", "docs", "FVU", "PSNR", "in text", "beside", f"to {threshold}", "FVU .5"], rest),
-    ]
-
-
 def _apart(cell: str) -> list[str]:
     """A value and its interval."""
     value, _, interval_ = cell.partition(" [")
@@ -234,62 +246,45 @@ def _steps(value: int | None) -> str:
     return "never" if value is None else str(value)
 
 
-def markdown(head: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str], title: str) -> str:
+def markdown_page(head: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str], title: str) -> str:
     """A table with its footer in Markdown."""
-    table = [head, ["---"] * len(head), *lines]
-    text = [f"# {title}", "", *("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in table)]
-    return "\n".join([*text, "", *(f"- {note}" for note in notes)]).rstrip() + "\n"
+    footer = "\n".join(f"- {note}" for note in notes)
+    return f"# {title}\n\n{markdown(head, lines)}\n\n{footer}".rstrip() + "\n"
 
 
-def write(
-    folder: Path,
-    results: Mapping[str, RProbeResult],
-    rows_: Sequence[Row],
-    baseline: str,
-    notes: Sequence[str],
-    formats: Sequence[str],
-) -> list[Path]:
-    """Write compare.md, compare.json and the figure of all curves; each appears whole or not at all."""
-    from llava_patch.measurements.rprobe.figures import save
-
-    folder = Path(folder)
-    head, lines = cells(rows_, results, baseline)
-    with files.atomic(folder / "compare.md") as part:
-        part.write_text(markdown(head, lines, notes, "R-Probe results"), encoding="utf-8")
-    values = {
-        row.name: {
-            "mse": results[row.name].mse,
-            "mse_interval": row.interval,
-            "difference": None if row.difference is None else row.difference[0],
-            "difference_interval": None if row.difference is None else row.difference[1:],
-            "unlike": row.unlike,
-            **{key: getattr(results[row.name], key) for key in _SHOWN},
-            **{
-                f"{where}_mse": None if (part := getattr(results[row.name], where)) is None else part.mse
-                for where in ("inside", "outside")
-            },
-        }
-        for row in rows_
-    }
-    files.write_json(folder / "compare.json", {"baseline": baseline, "results": values, "notes": list(notes)})
+def _cells(result: RProbeResult, line: Row, baseline: str) -> list[str]:
+    steps = _steps(result.steps_to_threshold)
     return [
-        folder / "compare.md",
-        folder / "compare.json",
-        *(save(_figure(results, rows_, baseline), folder / f"compare.{suffix}") for suffix in formats),
+        line.name,
+        str(len({sample["document"] for sample in result.documents})),
+        f"{result.mse:.4f}" + between(line.interval),
+        f"{result.fvu:.3f}",
+        f"{result.psnr:.1f}",
+        *("-" if part is None else f"{part.mse:.4f}" for part in (result.inside, result.outside)),
+        f"({steps})" if result.threshold_is_vacuous else steps,
+        _steps(result.steps_to_half_fvu),
+        _difference(line, baseline),
     ]
 
 
-_SHOWN = (
-    "fvu", "psnr", "constant_mse", "steps_to_threshold", "threshold", "threshold_is_vacuous", "steps_to_half_fvu",
-)  # fmt: skip
+def _numbers(result: RProbeResult, line: Row) -> dict[str, Any]:
+    parts = {"inside": result.inside, "outside": result.outside}
+    return {
+        "mse": result.mse,
+        "mse_interval": line.interval,
+        "difference": None if line.difference is None else line.difference[0],
+        "difference_interval": None if line.difference is None else line.difference[1:],
+        "unlike": line.unlike,
+        **{key: getattr(result, key) for key in _SHOWN},
+        **{f"{where}_mse": None if part is None else part.mse for where, part in parts.items()},
+    }
 
 
-def _figure(results: Mapping[str, RProbeResult], rows_: Sequence[Row], baseline: str) -> Any:
+def _figure(compared: ProbeComparison) -> Any:
     """All curves above; below, each result's error and, where it is paired, its difference to the baseline."""
     Figure = optional("matplotlib.figure").Figure
 
-    from llava_patch.measurements.rprobe.curves import draw_curves, draw_intervals, short
-
+    results = cast(Mapping[str, RProbeResult], compared.results)
     below = 0.75 + 0.17 * len(results)
     figure = Figure(figsize=(7.0, 2.9 + below), layout="constrained")
     grid = figure.add_gridspec(2, 2, height_ratios=(2.9, below))
@@ -297,13 +292,14 @@ def _figure(results: Mapping[str, RProbeResult], rows_: Sequence[Row], baseline:
     draw_curves(curves, results)
     curves.get_legend().remove()  # beside all panels, so that the layout makes room for it
     figure.legend(*curves.get_legend_handles_labels(), loc="outside right upper", fontsize=7, frameon=False)
-    errors = [(results[row.name].mse, *(row.interval or (None, None))) for row in rows_]
-    paired_ = any(row.difference is not None for row in rows_)
-    left = figure.add_subplot(grid[1, 0] if paired_ else grid[1, :])
+    errors = [(results[line.name].mse, *(line.interval or (None, None))) for line in compared.lines]
+    both = any(line.difference is not None for line in compared.lines)
+    left = figure.add_subplot(grid[1, 0] if both else grid[1, :])
     draw_intervals(left, list(results), errors, "held-out MSE, 95 % interval")
-    if paired_:
-        differences = [(0.0, None, None) if row.name == baseline else row.difference for row in rows_]
+    if both:
+        base = compared.baseline
+        differences = [(0.0, None, None) if line.name == base else line.difference for line in compared.lines]
         right = figure.add_subplot(grid[1, 1])
-        draw_intervals(right, [""] * len(results), differences, f"MSE minus {short(baseline)}, paired 95 %")
+        draw_intervals(right, [""] * len(results), differences, f"MSE minus {plain_name(base)}, paired 95 %")
         right.axvline(0, color="0.35", linewidth=0.8)
     return figure

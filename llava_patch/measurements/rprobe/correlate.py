@@ -18,7 +18,7 @@ import numpy as np
 
 from llava_patch.core.errors import InputError, SettingError
 from llava_patch.core.extras import optional
-from llava_patch.measurements.rprobe.curves import COLOURS
+from llava_patch.measurements.rprobe.figures import COLOURS, plain_name
 from llava_patch.measurements.rprobe.scores import Checkpoint, Score
 
 PROBES = {
@@ -264,7 +264,7 @@ def figure(found: Sequence[Correlation], probe: str) -> Any:
         _panel(axis, one, names)
         axis.set_xlabel(PROBES[probe][0], fontsize=7)
     points = [axes[0].plot([], [], *_mark(i)[:1], **_mark(i)[1])[0] for i in range(len(names))]
-    shown = [(name if len(name) <= 44 else "…" + name[-43:]).replace("$", r"\$") for name in names]
+    shown = [plain_name(name, 44) for name in names]
     picture.legend(points, shown, loc="outside lower center", ncols=2, fontsize=7, frameon=False)
     return picture
 

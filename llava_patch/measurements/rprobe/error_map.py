@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,49 +18,20 @@ import torch
 from torch import Tensor
 
 from llava_patch.core.errors import InputError
+from llava_patch.core.extras import optional
 from llava_patch.hosts.anatomy import Anatomy
-from llava_patch.measurements.rprobe.evaluate import answer, chosen
+from llava_patch.measurements.rprobe.evaluate import answer, spread_over_ranks
+from llava_patch.measurements.rprobe.figures import EDGE, GAP, LABEL, TITLE, WIDTH, basename, save
+from llava_patch.measurements.rprobe.result import ErrorMap
 from llava_patch.measurements.rprobe.settings import RProbe
-from llava_patch.measurements.rprobe.store import FrozenData, freeze_samples
+from llava_patch.measurements.rprobe.store.data import FrozenData
+from llava_patch.measurements.rprobe.store.freeze import freeze_samples
 from llava_patch.probe.decoder import ProbeDecoder
-from llava_patch.probe.plane import Plane, picture
 from llava_patch.probe.sample import Box, Sample
 from llava_patch.probe.sequence import patchify
-from llava_patch.probe.transform import Transform
+from llava_patch.probe.transform import Plane, Transform, picture
 
 PLACEHOLDER = "."
-
-
-@dataclass(frozen=True, eq=False)
-class ErrorMap:
-    """One page as it is and as the probe rebuilt it, cell by cell.
-
-    Attributes:
-        id: of the page: its document, or its first sample.
-        original: uint8 [height, width, 3], the processed page.
-        rebuilt: uint8 [height, width, 3]; grey where nothing was rebuilt.
-        error: float32 [rows, columns], mean squared error of each cell in normalised pixels; nan: not rebuilt
-            (padding, or a cell whose token the host drops).
-        text: bool [rows, columns], the cell touches a text box.
-        spoken: bool [rows, columns], the cell was rebuilt with its own text before it.
-        boxes: text boxes in pixels of the processed page.
-        cell: side of a cell in pixels.
-        stretch: how much taller than wide a processed pixel is on the original page.
-        inside_mse: mean error of the text cells that were rebuilt.
-        outside_mse: mean error of the other cells that were; None: there are none.
-    """
-
-    id: str
-    original: np.ndarray
-    rebuilt: np.ndarray
-    error: np.ndarray
-    text: np.ndarray
-    spoken: np.ndarray
-    boxes: tuple[Box, ...]
-    cell: int
-    stretch: float
-    inside_mse: float
-    outside_mse: float | None
 
 
 def error_maps(
@@ -101,7 +72,7 @@ def error_maps(
     ]
     pages = list(places.items())
     maps, notes = [], []
-    for n in chosen(errors, settings.maps):
+    for n in spread_over_ranks(errors, settings.maps):
         name, members = pages[n]
         try:
             page = _page([data.samples[i] for i in members])
@@ -118,15 +89,12 @@ def _page(samples: Sequence[Sample]) -> list[Sample]:
     return [s for s in samples if s.image is first or (not hasattr(first, "size") and s.image == first)]
 
 
-def pieces(
-    samples: Sequence[Sample], plane: Plane, transform: Transform, seen: Tensor
-) -> tuple[list[Sample], list[Sample]]:
+def pieces(samples: Sequence[Sample], plane: Plane, seen: Tensor) -> tuple[list[Sample], list[Sample]]:
     """Cut a page into (regions whose text is known, all other pieces); together they touch every cell with a token.
 
     Args:
         samples: of one page.
         plane: the page.
-        transform: as in training.
         seen: bool [cells], the cells that have a token. A host drops some (the first patch, padding that anyres cuts
             off together with the last pixels of the page): nothing can be rebuilt there.
     """
@@ -136,7 +104,7 @@ def pieces(
     covered = {box for sample in samples for box in sample.boxes}
     silent: list[tuple[Box, ...]] = []
     for box in dict.fromkeys(box for sample in samples for box in sample.all_boxes):
-        if box in covered or not (_cells(plane, transform, box) & seen).any():
+        if box in covered or not (_cells(plane, box) & seen).any():
             continue
         if texts.get(box):
             named[(box,)] = texts[box]
@@ -145,7 +113,7 @@ def pieces(
     touched = torch.zeros(plane.grid.tokens, dtype=torch.bool)
     sizes = []
     for boxes in (*named, *silent):
-        cells = plane.cells([plane.box(transform, box, samples[0].id) for box in boxes])
+        cells = plane.cells([plane.box(box, samples[0].id) for box in boxes])
         sizes.append(int(cells.sum()))
         touched |= cells
     size = max(1, round(statistics.median(sizes)))
@@ -160,10 +128,10 @@ def pieces(
     return known, [sample(boxes, PLACEHOLDER, len(known) + i) for i, boxes in enumerate(silent)]
 
 
-def _cells(plane: Plane, transform: Transform, box: Box) -> Tensor:
+def _cells(plane: Plane, box: Box) -> Tensor:
     """Cells under a box that is no sample, bool [cells]; none where a crop has cut it away."""
     try:
-        return plane.cells([plane.box(transform, box, "")])
+        return plane.cells([plane.box(box, "")])
     except InputError:
         return plane.cells([])
 
@@ -181,7 +149,7 @@ def _map(
     pixels: int,
 ) -> ErrorMap:
     plane = Plane.of(transform, samples[0].open_image(), pixels)
-    known, rest = pieces(samples, plane, transform, seen)
+    known, rest = pieces(samples, plane, seen)
     patches = patchify(plane.pixels[None], plane.grid)
     painted = torch.zeros_like(patches)
     error = torch.full((plane.grid.tokens,), float("nan"))
@@ -207,9 +175,9 @@ def _map(
                 error[cells[fresh]] = (rebuilt - true)[fresh].square().mean(-1)
                 spoken[cells[fresh]] = with_text
     boxes = tuple(
-        plane.box(transform, box, name)
+        plane.box(box, name)
         for box in dict.fromkeys(each for s in samples for each in (*s.boxes, *s.all_boxes))
-        if _cells(plane, transform, box).any()
+        if _cells(plane, box).any()
     )
     text = plane.cells(boxes)
 
@@ -231,3 +199,81 @@ def _map(
         inside_mse=float(error[text & done].double().mean()),
         outside_mse=float(error[other].double().mean()) if other.any() else None,
     )
+
+
+def save_map(page: ErrorMap, path: str | Path, masked: bool = False, limit: float | None = None) -> Path:
+    """Draw a page, its reconstruction and the error of each cell on the same grid.
+
+    Args:
+        page: one of `RProbeResult.maps`.
+        path: ends in .png or .pdf; the file appears complete or not at all.
+        masked: whether each region was blacked out while it was rebuilt.
+        limit: error at the upper end of the colours, the same for pages to be compared; None: `colour_limit`'s.
+    """
+    return save(_error_map(page, masked, colour_limit([page]) if limit is None else limit), path)
+
+
+def colour_limit(pages: Sequence[ErrorMap]) -> float:
+    """Where the colours of error maps end, so that those of several pages can be compared by eye."""
+    error = np.concatenate([page.error.ravel() for page in pages])
+    # On a large page a few cells far above the rest must not make the rest one colour.
+    return float(np.nanpercentile(error, 98) if error.size >= 200 else np.nanmax(error))
+
+
+def _error_map(page: ErrorMap, masked: bool, limit: float) -> Any:
+    Figure = optional("matplotlib.figure").Figure
+    Rectangle = optional("matplotlib.patches").Rectangle
+
+    rows, columns = page.error.shape
+    bar, head, foot = 0.75, 0.66, 0.42
+    aspect = rows * page.stretch / columns
+    wide = (WIDTH - 2 * EDGE - 2 * GAP - bar) / 3
+    wide = min(wide, 6.0 / aspect)
+    high = wide * aspect
+    height = high + head + foot
+    width = 3 * wide + 2 * GAP + 2 * EDGE + bar
+    # A narrow page must not cut its own titles.
+    shift = max(0.0, (5.0 - width) / 2)
+    width = max(width, 5.0)
+    figure = Figure(figsize=(width, height))
+    heat = np.ma.masked_invalid(page.error)
+    shown: Any = None
+    for i, title in enumerate(("page", "reconstruction", "error of each token")):
+        x = shift + EDGE + i * (wide + GAP)
+        axes = figure.add_axes((x / width, foot / height, wide / width, high / height))
+        extent = (0, columns * page.cell, rows * page.cell, 0)
+        if i < 2:
+            picture_ = page.original if i == 0 else page.rebuilt
+            axes.imshow(picture_, extent=extent, interpolation="nearest", aspect="auto")
+        else:
+            axes.set_facecolor("0.8")
+            shown = axes.imshow(
+                heat, extent=extent, interpolation="nearest", aspect="auto", cmap="viridis", vmin=0, vmax=limit
+            )
+            for x0, y0, x1, y1 in page.boxes:
+                axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="white", lw=0.5))
+        axes.set(xticks=[], yticks=[])
+        axes.set_title(title, fontsize=TITLE if wide > 1.3 else LABEL - 1, pad=4)
+    x = shift + EDGE + 3 * (wide + GAP)
+    colours = figure.colorbar(
+        shown,
+        cax=figure.add_axes((x / width, foot / height, 0.12 / width, high / height)),
+        extend="max" if np.nanmax(page.error) > limit else "neither",
+    )
+    colours.set_label("MSE (normalised pixel values²)", fontsize=LABEL)
+    colours.ax.tick_params(labelsize=LABEL - 1)
+    outside = "" if page.outside_mse is None else f", elsewhere (not trained on) {page.outside_mse:.3f}"
+    figure.suptitle(
+        f"{basename(page.id, 48)}\n"
+        f"mean MSE: cells with text {page.inside_mse:.3f}{outside}",
+        fontsize=TITLE, y=1 - 0.08 / height, va="top", parse_math=False,
+    )  # fmt: skip
+    share = page.spoken.sum() / max(1, page.text.sum())
+    figure.text(
+        0.5, 0.06 / height,
+        f"white: text boxes; rebuilt piece by piece, {min(1.0, share):.0%} of text cells with their text before them,\n"
+        "the rest without text; the probe was trained on text regions"
+        + (", each blacked out while it was rebuilt" if masked else ""),
+        ha="center", va="bottom", fontsize=LABEL - 1.5, color="0.3",
+    )  # fmt: skip
+    return figure

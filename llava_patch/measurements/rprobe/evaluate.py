@@ -1,11 +1,11 @@
-"""Held-out figures of a trained probe, summed batch by batch: memory does not grow with the pixels of the data."""
+"""R-Probe, step 8 of 8: held-out figures, summed batch by batch: memory does not grow with the pixels of the data."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,11 +15,10 @@ from llava_patch.core.parallel import exchange, share
 from llava_patch.measurements.rprobe.bootstrap import FEW, interval
 from llava_patch.measurements.rprobe.result import Part, Reconstruction
 from llava_patch.measurements.rprobe.settings import RProbe
-from llava_patch.measurements.rprobe.store import Batch, FrozenData
+from llava_patch.measurements.rprobe.store.data import Batch, FrozenData
 from llava_patch.probe.decoder import ProbeDecoder
-from llava_patch.probe.plane import Plane, picture, unit
 from llava_patch.probe.sequence import CHANNELS, patchify, unpatchify
-from llava_patch.probe.transform import Transform
+from llava_patch.probe.transform import Plane, Transform, picture, unit
 
 SMALLEST_MSE = 1e-10  # a perfect sample counts as 100 dB
 
@@ -30,12 +29,18 @@ COLUMNS = OUTSIDE + 2 + 2 * CHANNELS
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Held-out figures; the names are those of `RProbeResult`, `variance` is its `target_variance`."""
+    """Held-out figures; the names are those of `RProbeResult`, to which `FIGURES` go."""
+
+    FIGURES: ClassVar[tuple[str, ...]] = (
+        "mse", "fvu", "psnr", "constant_mse", "target_variance", "mse_interval", "fvu_interval", "inside", "outside",
+        "documents", "examples",
+    )  # fmt: skip
 
     mse: float
+    fvu: float
     psnr: float
     constant_mse: float
-    variance: float
+    target_variance: float
     mse_interval: tuple[float, float] | None
     fvu_interval: tuple[float, float] | None
     inside: Part | None
@@ -75,9 +80,10 @@ def evaluate(
     mse_interval = interval(documents, settings.resamples, settings.seed)
     return Evaluation(
         mse=mse,
+        fvu=mse / data.target_variance,
         psnr=sum(document["psnr"] for document in documents) / len(documents),
         constant_mse=float(table[:, CONSTANT].sum()) / tokens,
-        variance=data.target_variance,
+        target_variance=data.target_variance,
         mse_interval=mse_interval,
         fvu_interval=interval(documents, settings.resamples, settings.seed, relative_to="variance"),
         inside=_part(table, INSIDE),
@@ -85,7 +91,10 @@ def evaluate(
         documents=documents,
         examples=[
             example(decoder, data, i, transform, documents[i]["mse"], documents[i]["psnr"])
-            for i in (check_shown(data, show) or chosen([document["mse"] for document in documents], settings.examples))
+            for i in (
+                check_shown(data, show)
+                or spread_over_ranks([document["mse"] for document in documents], settings.examples)
+            )
         ],
         notes=[FEW] if mse_interval is None else [],
     )
@@ -203,7 +212,7 @@ def check_shown(data: FrozenData, show: Sequence[str]) -> list[int]:
     return [places[name] for name in show]
 
 
-def chosen(mse: Sequence[float], count: int) -> list[int]:
+def spread_over_ranks(mse: Sequence[float], count: int) -> list[int]:
     """Samples to show, best first: best, worst and median, then those that halve the gaps in rank; one: the median."""
     order = sorted(range(len(mse)), key=mse.__getitem__)
     if count == 1:
@@ -226,7 +235,7 @@ def example(
     sample = data.samples[index]
     batch = data.batch(torch.tensor([index]), next(decoder.parameters()).device)
     plane = Plane.of(transform, sample.open_image(), batch.pixels.shape[-1])
-    boxes = tuple(plane.box(transform, box, sample.id) for box in sample.boxes)
+    boxes = tuple(plane.box(box, sample.id) for box in sample.boxes)
     cells = data.cells_of(index)
     target = torch.zeros(plane.grid.tokens, dtype=torch.bool)
     target[cells] = True

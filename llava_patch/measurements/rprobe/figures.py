@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,21 @@ import numpy as np
 from llava_patch.core.errors import InputError, SettingError
 from llava_patch.core.extras import optional
 from llava_patch.core.files import atomic
-from llava_patch.measurements.rprobe.curves import draw_curve
-from llava_patch.measurements.rprobe.error_map import ErrorMap
+from llava_patch.core.plotting import shorten
+from llava_patch.measurements.base import FIGURES
 from llava_patch.measurements.rprobe.result import Reconstruction, RProbeResult
 
-FORMATS = ("png", "pdf")
+# Okabe and Ito's colours, told apart by colour-blind readers; dashes tell a second round of them apart.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+DASHES = ("-", "--", ":", "-.")
+FONT = 8.0
+HEADROOM = 1.15
+MSE_LABEL = "MSE (normalised pixel values²)"
 DPI = 200
 WIDTH = 7.0  # inches: the text width of a paper's page
 TITLE, LABEL = 9.0, 8.0  # points
 BLANK = 235  # grey of what is not under a target token
-MARK = "#d55e00"  # colours are Okabe and Ito's, which colour-blind readers can tell apart
+MARK = COLOURS[1]
 EDGE, GAP, HEAD, CAPTION, CURVE = 0.08, 0.1, 0.24, 0.2, 2.6  # inches
 LOWEST, TALLEST = 0.5, 1.5  # inches of one row's pictures
 
@@ -48,31 +54,12 @@ def save_figure(result: RProbeResult, path: str | Path, documents: Sequence[str]
     return save(_examples(result, examples), path)
 
 
-def save_map(page: ErrorMap, path: str | Path, masked: bool = False, limit: float | None = None) -> Path:
-    """Draw a page, its reconstruction and the error of each cell on the same grid.
-
-    Args:
-        page: one of `RProbeResult.maps`.
-        path: as in `save_figure`.
-        masked: whether each region was blacked out while it was rebuilt.
-        limit: error at the upper end of the colours, the same for pages to be compared; None: `colour_limit`'s.
-    """
-    return save(_error_map(page, masked, colour_limit([page]) if limit is None else limit), path)
-
-
-def colour_limit(pages: Sequence[ErrorMap]) -> float:
-    """Where the colours of error maps end, so that those of several pages can be compared by eye."""
-    error = np.concatenate([page.error.ravel() for page in pages])
-    # On a large page a few cells far above the rest must not make the rest one colour.
-    return float(np.nanpercentile(error, 98) if error.size >= 200 else np.nanmax(error))
-
-
 def save(figure: Any, path: str | Path) -> Path:
     """Write a matplotlib figure atomically, in the format of the path's ending."""
     path = Path(path)
     suffix = path.suffix.lstrip(".").lower()
-    if suffix not in FORMATS:
-        raise SettingError(f"figure {path}: expected a name that ends in .{' or .'.join(FORMATS)}")
+    if suffix not in FIGURES:
+        raise SettingError(f"figure {path}: expected a name that ends in .{' or .'.join(FIGURES)}")
     # PDF carries the date of writing by default: the same run is to give the same file.
     extra = {"metadata": {"CreationDate": None}} if suffix == "pdf" else {}
     with atomic(path) as part:
@@ -84,34 +71,28 @@ def _examples(result: RProbeResult, examples: list[Reconstruction]) -> Any:
     # matplotlib is imported late: runs without figures do not need it, and no global backend is touched.
     Figure = optional("matplotlib.figure").Figure
 
+    masked = bool(result.settings["masked"])
     column = (WIDTH - 2 * EDGE - 2 * GAP) / 3
-    cuts = [_bounds(example.target) for example in examples]
-    # Inches a processed pixel, so that a region fills its column or its row.
-    scales = [
-        min(column / (right - left), TALLEST / ((bottom - top) * e.stretch))
-        for e, (top, bottom, left, right) in zip(examples, cuts, strict=True)
-    ]
-    heights = [
-        max(LOWEST, (bottom - top) * e.stretch * scale)
-        for e, (top, bottom, _, _), scale in zip(examples, cuts, scales, strict=True)
-    ]
-    height = (HEAD if examples else 0) + sum(h + CAPTION + GAP for h in heights) + CURVE
+    rows: list[tuple[Reconstruction, tuple[int, int, int, int], float, float]] = []
+    for example in examples:
+        cut = _bounds(example.target)
+        wide, high = cut[3] - cut[2], (cut[1] - cut[0]) * example.stretch
+        scale = min(column / wide, TALLEST / high)  # inches a processed pixel: a region fills its column or its row
+        rows.append((example, cut, scale, max(LOWEST, high * scale)))
+    height = (HEAD if examples else 0) + sum(row + CAPTION + GAP for *_, row in rows) + CURVE
     figure = Figure(figsize=(WIDTH, height))
     top_edge = height
     if examples:
-        masked = bool(result.settings["masked"])
         first = "tower's input, region blacked out" if masked else "tower's input, region outlined"
         for i, title in enumerate((first, "pixels under its tokens", "reconstruction")):
             x = EDGE + i * (column + GAP) + column / 2
             figure.text(x / WIDTH, 1 - 0.6 * HEAD / height, title, ha="center", va="center", fontsize=TITLE)
         top_edge -= HEAD
-    for example, cut, scale, row in zip(examples, cuts, scales, heights, strict=True):
-        figure.text(
-            EDGE / WIDTH, (top_edge - 0.55 * CAPTION) / height, _caption(example), fontsize=LABEL, va="center",
-            parse_math=False,
-        )  # fmt: skip
+    for example, cut, scale, row in rows:
+        y = (top_edge - 0.55 * CAPTION) / height
+        figure.text(EDGE / WIDTH, y, _caption(example), fontsize=LABEL, va="center", parse_math=False)
         bottom = top_edge - CAPTION - row
-        _row(figure, example, cut, scale, (column, row), bottom, height, bool(result.settings["masked"]))
+        _row(figure, example, cut, scale, (column, row), bottom, height, masked)
         top_edge = bottom - GAP
     axes = figure.add_axes((0.6 / WIDTH, 0.45 / height, (WIDTH - 2.65) / WIDTH, (CURVE - 0.8) / height))
     draw_curve(axes, result)
@@ -119,15 +100,9 @@ def _examples(result: RProbeResult, examples: list[Reconstruction]) -> Any:
 
 
 def _row(
-    figure: Any,
-    example: Reconstruction,
-    cut: tuple[int, int, int, int],
-    scale: float,
-    size: tuple[float, float],
-    bottom: float,
-    total: float,
-    masked: bool,
-) -> None:
+    figure: Any, example: Reconstruction, cut: tuple[int, int, int, int], scale: float, size: tuple[float, float],
+    bottom: float, total: float, masked: bool,
+) -> None:  # fmt: skip
     """The three pictures of one sample; the last two at one magnification, nearest neighbour."""
     Rectangle = optional("matplotlib.patches").Rectangle
 
@@ -148,19 +123,10 @@ def _row(
         axes.set(xticks=[], yticks=[])
         for spine in axes.spines.values():
             spine.set(linewidth=0.4, color="0.5")
-        if i == 0:
-            for x0, y0, x1, y1 in example.boxes:
-                axes.add_patch(
-                    Rectangle(
-                        (x0 - 0.5 - around[2], y0 - 0.5 - around[0]),
-                        x1 - x0,
-                        y1 - y0,
-                        fill=masked,
-                        facecolor="black",
-                        edgecolor=MARK,
-                        lw=1.0,
-                    )
-                )
+        for x0, y0, x1, y1 in example.boxes if i == 0 else ():
+            corner = x0 - 0.5 - around[2], y0 - 0.5 - around[0]
+            style = {"fill": masked, "facecolor": "black", "edgecolor": MARK, "lw": 1.0}
+            axes.add_patch(Rectangle(corner, x1 - x0, y1 - y0, **style))
 
 
 def _around(
@@ -184,73 +150,115 @@ def _bounds(target: np.ndarray) -> tuple[int, int, int, int]:
     return int(ys.min()), int(ys.max()) + 1, int(xs.min()), int(xs.max()) + 1
 
 
-def short(name: str, length: int) -> str:
-    """A name for a figure: of a path its last part, at most so many characters of its end."""
-    name = name.rstrip("/").rsplit("/", 1)[-1]
-    return name if len(name) <= length else "…" + name[1 - length :]
+def basename(name: str, length: int) -> str:
+    """The last part of a path, for a figure."""
+    return shorten(name.rstrip("/").rsplit("/", 1)[-1], length)
 
 
 def _caption(example: Reconstruction) -> str:
-    name = short(example.id, 38)
+    name = basename(example.id, 38)
     text = textwrap.shorten(example.text, 44, placeholder="…") or example.text[:43] + "…"
     return f"{name}: “{text}”   MSE {example.mse:.3f}, PSNR {example.psnr:.1f} dB"
 
 
-def _error_map(page: ErrorMap, masked: bool, limit: float) -> Any:
-    Figure = optional("matplotlib.figure").Figure
-    Rectangle = optional("matplotlib.patches").Rectangle
+def half_variance(result: RProbeResult) -> float | None:
+    """Training MSE at which the training FVU is 0.5; None where the run did not record its training FVU."""
+    share = result.facts.get("train_fvu")
+    return None if not share else 0.5 * result.running[-1] / share
 
-    rows, columns = page.error.shape
-    bar, head, foot = 0.75, 0.66, 0.42
-    aspect = rows * page.stretch / columns
-    wide = (WIDTH - 2 * EDGE - 2 * GAP - bar) / 3
-    wide = min(wide, 6.0 / aspect)
-    high = wide * aspect
-    height = high + head + foot
-    width = 3 * wide + 2 * GAP + 2 * EDGE + bar
-    # A narrow page must not cut its own titles.
-    shift = max(0.0, (5.0 - width) / 2)
-    width = max(width, 5.0)
-    figure = Figure(figsize=(width, height))
-    heat = np.ma.masked_invalid(page.error)
-    shown: Any = None
-    for i, title in enumerate(("page", "reconstruction", "error of each token")):
-        x = shift + EDGE + i * (wide + GAP)
-        axes = figure.add_axes((x / width, foot / height, wide / width, high / height))
-        extent = (0, columns * page.cell, rows * page.cell, 0)
-        if i < 2:
-            axes.imshow(
-                page.original if i == 0 else page.rebuilt, extent=extent, interpolation="nearest", aspect="auto"
-            )
-        else:
-            axes.set_facecolor("0.8")
-            shown = axes.imshow(
-                heat, extent=extent, interpolation="nearest", aspect="auto", cmap="viridis", vmin=0, vmax=limit
-            )
-            for x0, y0, x1, y1 in page.boxes:
-                axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="white", lw=0.5))
-        axes.set(xticks=[], yticks=[])
-        axes.set_title(title, fontsize=TITLE if wide > 1.3 else LABEL - 1, pad=4)
-    x = shift + EDGE + 3 * (wide + GAP)
-    colours = figure.colorbar(
-        shown,
-        cax=figure.add_axes((x / width, foot / height, 0.12 / width, high / height)),
-        extend="max" if np.nanmax(page.error) > limit else "neither",
+
+def draw_curve(axes: Any, result: RProbeResult) -> None:
+    """One run: training loss, its running mean, held-out value, constant baseline, threshold and FVU 0.5."""
+    steps = np.arange(1, len(result.losses) + 1)
+    axes.plot(steps, result.losses, color="0.8", linewidth=0.7, label="training batch")
+    axes.plot(steps, result.running, color=COLOURS[0], linewidth=1.4, label="running mean")
+    label = f"held-out {result.mse:.3f}"
+    if result.mse_interval is not None:
+        axes.axhspan(*result.mse_interval, color=COLOURS[2], alpha=0.15, linewidth=0)
+        label += "\n(95 %: {:.3f} to {:.3f})".format(*result.mse_interval)
+    _level(axes, result.mse, label, COLOURS[2], "-.", 1.2)
+    _level(axes, result.constant_mse, f"constant patch {result.constant_mse:.3f}", "0.35", ":", 1.2)
+    half = half_variance(result)
+    if half is not None:
+        _level(axes, half, f"training FVU 0.5 ({half:.3f})", COLOURS[3], (0, (1, 1)), 1.2)
+    top = HEADROOM * max(*result.losses, result.mse, result.constant_mse)
+    vacuous = " (vacuous)" if result.threshold_is_vacuous else ""
+    _level(axes, result.threshold, f"threshold {result.threshold:g}{vacuous}", COLOURS[1], "--", 1.0, top)
+    masked = "region blacked out" if result.settings["masked"] else "full image"
+    text = "with text" if result.settings["text"] else "without text"
+    caveat = f"\n{result.caveat()}" if result.caveat() else ""
+    title = (
+        f"{masked}, {text}: held-out MSE {result.mse:.3f}{result.parts()},\n"
+        f"FVU {result.fvu:.3f}, PSNR {result.psnr:.1f} dB{caveat}"
     )
-    colours.set_label("MSE (normalised pixel values²)", fontsize=LABEL)
-    colours.ax.tick_params(labelsize=LABEL - 1)
-    outside = "" if page.outside_mse is None else f", elsewhere (not trained on) {page.outside_mse:.3f}"
-    figure.suptitle(
-        f"{short(page.id, 48)}\n"
-        f"mean MSE: cells with text {page.inside_mse:.3f}{outside}",
-        fontsize=TITLE, y=1 - 0.08 / height, va="top", parse_math=False,
-    )  # fmt: skip
-    share = page.spoken.sum() / max(1, page.text.sum())
-    figure.text(
-        0.5, 0.06 / height,
-        f"white: text boxes; rebuilt piece by piece, {min(1.0, share):.0%} of text cells with their text before them,\n"
-        "the rest without text; the probe was trained on text regions"
-        + (", each blacked out while it was rebuilt" if masked else ""),
-        ha="center", va="bottom", fontsize=LABEL - 1.5, color="0.3",
-    )  # fmt: skip
-    return figure
+    _finish(axes, title, top, len(steps))
+
+
+def _level(axes: Any, value: float, label: str, color: str, style: Any, width: float, top: float = math.inf) -> None:
+    """A level across the curves; above `top` it would flatten them, so that only the legend says that it is there."""
+    if value <= top:
+        axes.axhline(value, label=label, color=color, linestyle=style, linewidth=width)
+    else:
+        axes.plot([], [], label=f"{label}, off scale", color=color, linestyle=style, linewidth=width)
+
+
+def plain_name(name: str, length: int = 28) -> str:
+    """A name as figures show it: its end, without what matplotlib takes for mathematics."""
+    return shorten(name, length).replace("$", r"\$")
+
+
+def draw_curves(axes: Any, results: Mapping[str, RProbeResult]) -> None:
+    """Several runs: their running training MSE, with constant patch and threshold."""
+    longest = max(len(result.running) for result in results.values())
+    top = HEADROOM * max(max(result.constant_mse, *result.running) for result in results.values())
+    for i, (name, result) in enumerate(results.items()):
+        style = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
+        axes.plot(range(1, len(result.running) + 1), result.running, linewidth=1.3, label=plain_name(name), **style)
+    first = next(iter(results.values()))
+    vacuous = sum(result.threshold_is_vacuous for result in results.values())
+    label = f"threshold {first.threshold:g}"
+    if vacuous:
+        label += " (vacuous)" if vacuous == len(results) else f" (vacuous for {vacuous} of {len(results)})"
+    _level(axes, first.threshold, label, "0.35", "--", 0.9, top)
+    if len({round(result.constant_mse, 6) for result in results.values()}) == 1:
+        _level(axes, first.constant_mse, f"constant patch {first.constant_mse:.3f}", "0.35", ":", 1.0)
+    _finish(axes, "running training MSE", top, longest)
+
+
+def draw_intervals(
+    axes: Any, names: Sequence[str], values: Sequence[tuple[float, float | None, float | None] | None], title: str
+) -> None:
+    """Values with their intervals, a line each, in the colours of `draw_curves`.
+
+    Args:
+        axes: of matplotlib.
+        names: beside each line.
+        values: (value, low, high); low and high may be None, and so may be the whole.
+        title: of the axis.
+    """
+    for i, value in enumerate(values):
+        if value is not None:
+            color = COLOURS[i % len(COLOURS)]
+            middle, low, high = value
+            if low is not None and high is not None:
+                axes.plot([low, high], [i, i], color=color, linewidth=1.4)
+            axes.plot(middle, i, "o", color=color, markersize=4)
+    axes.set_yticks(range(len(names)), [plain_name(name) for name in names], fontsize=FONT - 1)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlabel(title, fontsize=FONT)
+    _plain(axes, "x")
+
+
+def _finish(axes: Any, title: str, top: float, right: float) -> None:
+    axes.set(ylim=(0, top), xlim=(0, right))
+    axes.set_xlabel("optimiser step", fontsize=FONT)
+    axes.set_ylabel(MSE_LABEL, fontsize=FONT)
+    axes.set_title(title, fontsize=FONT + 1)
+    _plain(axes, "both")
+    axes.legend(fontsize=FONT - 1, loc="upper left", bbox_to_anchor=(1.01, 1.02), frameon=False, borderaxespad=0)
+
+
+def _plain(axes: Any, grid: str) -> None:
+    axes.tick_params(labelsize=FONT - 1)
+    axes.grid(axis=grid, alpha=0.25, linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -19,20 +19,22 @@ from torch import nn
 from llava_patch.core import parallel
 from llava_patch.core.dtypes import float32_default
 from llava_patch.core.errors import InputError, LlavaPatchError
-from llava_patch.core.folder_lock import alone
+from llava_patch.core.folder_lock import folder_lock
 from llava_patch.data.pages import Pages
 from llava_patch.hosts.anatomy import find
-from llava_patch.measurements.rprobe.error_map import ErrorMap, error_maps
-from llava_patch.measurements.rprobe.evaluate import check_shown, evaluate
-from llava_patch.measurements.rprobe.overlap import trained_on
-from llava_patch.measurements.rprobe.result import RProbeResult
-from llava_patch.measurements.rprobe.resume import Progress, Work, difference, make_key
+from llava_patch.measurements.rprobe.contents import trained_on
+from llava_patch.measurements.rprobe.error_map import error_maps
+from llava_patch.measurements.rprobe.evaluate import Evaluation, check_shown, evaluate
+from llava_patch.measurements.rprobe.keys import difference, make_key
+from llava_patch.measurements.rprobe.result import ErrorMap, RProbeResult
+from llava_patch.measurements.rprobe.resume import Progress, TrainingFolder
 from llava_patch.measurements.rprobe.settings import RProbe
-from llava_patch.measurements.rprobe.store import FrozenData, freeze_samples, make_transform
-from llava_patch.measurements.rprobe.train import train_probe
-from llava_patch.measurements.rprobe.trainable import check_memory, choose, trained_parameters
-from llava_patch.probe.decoder import ProbeDecoder, quarter
+from llava_patch.measurements.rprobe.store.data import FrozenData
+from llava_patch.measurements.rprobe.store.freeze import freeze_samples
+from llava_patch.measurements.rprobe.train import check_memory, choose_trained, train_probe
+from llava_patch.probe.decoder import ProbeDecoder, quarter, trained_parameters
 from llava_patch.probe.sample import Sample, split_samples
+from llava_patch.probe.view import make_transform
 
 RUNNING = 0.95  # decay of the running MSE
 LEARNED = 0.9  # training FVU under which a probe has learned something
@@ -81,89 +83,120 @@ def run_rprobe(
         LlavaPatchError: the training loss is not finite.
         PeerError: another process of the run failed.
     """
-    with parallel.guard(), alone(None if work is None else Path(work)), float32_default():
-        return _run(
-            model,
-            image_processor,
-            tokenizer,
-            settings or RProbe(),
-            samples,
-            heldout,
-            progress,
-            None if work is None else Path(work),
-            show,
-        )
-
-
-def _run(
-    model: nn.Module,
-    image_processor: Any,
-    tokenizer: Any,
-    settings: RProbe,
-    samples: Sequence[Sample] | None,
-    heldout: Sequence[Sample] | None,
-    progress: bool,
-    folder: Path | None,
-    show: Sequence[str],
-) -> RProbeResult:
-    began = time.perf_counter()
-    progress = progress and parallel.rank() == 0
-    anatomy = find(model)
-    quarter(len(anatomy.layers))  # refuse before the long part
-    check_memory(anatomy, settings)
-    transform = make_transform(anatomy, image_processor, settings.image_mode)
-    train_samples, heldout_samples = _data(settings, samples, heldout, transform.height)
-    early = _unread(samples, heldout)  # notes that are said before the long part
-    shared: list[str] = []
-    if samples is not None:
-        shared, documents = trained_on(train_samples, heldout_samples)
-        if shared:
-            early.append(f"{len(shared)} of {documents} held-out documents are trained on, such as {shared[0]}")
-    _warn(early)
-    with torch.inference_mode(False):
+    settings, folder = settings or RProbe(), None if work is None else Path(work)
+    with parallel.guard(), folder_lock(folder), float32_default(), torch.inference_mode(False):
+        began = time.perf_counter()
+        progress = progress and parallel.rank() == 0
+        anatomy = find(model)
+        quarter(len(anatomy.layers))  # refuse before the long part
+        check_memory(anatomy, settings)
+        transform = make_transform(anatomy, image_processor, settings.image_mode)
+        train_samples, heldout_samples = _data(settings, samples, heldout, transform.height)
+        early = _unread(samples, heldout)  # notes that are said before the long part
+        shared: list[str] = []
+        if samples is not None:
+            shared, n_documents = trained_on(train_samples, heldout_samples)
+            if shared:
+                early.append(f"{len(shared)} of {n_documents} held-out documents are trained on, such as {shared[0]}")
+        _warn(early)
 
         def freeze(chosen: Sequence[Sample], label: str) -> FrozenData:
             return freeze_samples(anatomy, transform, tokenizer, chosen, settings, progress, label)
 
         train, held = freeze(train_samples, "training samples"), freeze(heldout_samples, "held-out samples")
         check_shown(held, show)  # before training
-        for data, what, more in ((train, "training", "train on more"), (held, "held-out", "hold out more")):
-            if int(data.counts.sum()) == 1:
-                raise InputError(f"R-Probe's {what} samples: there is one target token: {more}")
-            if not data.target_variance:
-                raise InputError(
-                    f"R-Probe's {what} samples all show the same patch of one colour each: there is nothing to rebuild"
-                )
+        _check_targets(train, "training", "train on more")
+        _check_targets(held, "held-out", "hold out more")
         encoded = time.perf_counter()
-        constant = train.target_mean
         decoder = ProbeDecoder(anatomy, train.grid, settings.rope, settings.seed)
-        choose(decoder, settings)
+        choose_trained(decoder, settings)
         lr = settings.learning_rate(int(anatomy.text_config.hidden_size))
         key = make_key(decoder, train.key, train.text.table, settings, lr)
         _check_same(key)
-        decoder.start_at(constant)
-        losses = _trained(decoder, train, settings, lr, progress, None if folder is None else Work(folder, key))
+        decoder.start_at(train.target_mean)
+        state = None if folder is None else TrainingFolder(folder, key)
+        losses = _trained(decoder, train, settings, lr, progress, state)
         trained = time.perf_counter()
-        found = evaluate(decoder, held, constant, transform, settings, show)
+        found = evaluate(decoder, held, train.target_mean, transform, settings, show)
         maps: list[ErrorMap] = []
         without: list[str] = []
         if parallel.rank() == 0:
             maps, without = error_maps(decoder, anatomy, transform, tokenizer, held, found.documents, settings)
-        notes = [*found.notes, *parallel.exchange(without)[0]]
-    train_variance = train.target_variance
-    running = running_mean(losses, start=train_variance)
+        without = parallel.exchange(without)[0]
+        train_variance = train.target_variance
+        running = running_mean(losses, start=train_variance)
+        train_fvu = running[-1] / train_variance
+        notes = [*found.notes, *without, *_notes(found, train, len(losses), train_fvu, settings)]
+        _warn(notes)
+        return RProbeResult(
+            **{name: getattr(found, name) for name in found.FIGURES},
+            constant_fvu=found.constant_mse / found.target_variance,
+            steps_to_threshold=first_under(running, settings.threshold),
+            threshold=settings.threshold,
+            threshold_is_vacuous=_is_vacuous(found, train, settings),
+            steps_to_half_fvu=first_under(running, 0.5 * train_variance),
+            losses=losses,
+            running=running,
+            settings=dataclasses.asdict(settings),
+            facts={
+                "host": anatomy.host,
+                "decoder_layers": len(decoder.layers),
+                "learning_rate": lr,
+                "probe_parameters": sum(p.numel() for p in decoder.parameters()),
+                "trained_parameters": sum(p.numel() for p in trained_parameters(decoder).values()),
+                "comparable": settings.trained == "all",
+                "steps_done": len(losses),
+                "cut": len(losses) < settings.steps,
+                "processes": parallel.world(),
+                "key": key,
+                "image_tokens": train.grid.tokens,
+                "pixels_per_token": train.grid.pixels,
+                "train_samples": len(train),
+                "heldout_samples": len(held),
+                "heldout_documents_trained_on": len(shared),
+                "skipped_by_reader": sum(len(getattr(data, "skipped", ())) for data in (samples, heldout)),
+                "unread": sum(getattr(data, "unread", 0) for data in (samples, heldout)),
+                "skipped_train": len(train.skipped),
+                "skipped_heldout": len(held.skipped),
+                "texts_cut": train.texts_cut + held.texts_cut,
+                "train_fvu": train_fvu,
+                "heldout_target_tokens": int(held.counts.sum()),
+                "data": "pages" if samples is None else "own",
+                "encode_seconds": encoded - began,
+                "train_seconds": trained - encoded,
+            },
+            warnings=[*early, *train.notes, *held.notes, *notes],
+            maps=maps,
+        )
+
+
+def _check_targets(data: FrozenData, what: str, more: str) -> None:
+    if int(data.counts.sum()) == 1:
+        raise InputError(f"R-Probe's {what} samples: there is one target token: {more}")
+    if not data.target_variance:
+        raise InputError(
+            f"R-Probe's {what} samples all show the same patch of one colour each: there is nothing to rebuild"
+        )
+
+
+def _is_vacuous(found: Evaluation, train: FrozenData, settings: RProbe) -> bool:
     # The steps to it are counted on a training curve that starts at the training targets' variance.
-    vacuous = settings.threshold >= min(found.constant_mse, train_variance)
-    if len(losses) < settings.steps:
+    return settings.threshold >= min(found.constant_mse, train.target_variance)
+
+
+def _notes(found: Evaluation, train: FrozenData, steps: int, train_fvu: float, settings: RProbe) -> list[str]:
+    """What a reader of the figures must know, a sentence each."""
+    notes = []
+    if steps < settings.steps:
         notes.append(
-            f"RProbe.minutes = {settings.minutes:g} ended training after step {len(losses)} of {settings.steps}, "
+            f"RProbe.minutes = {settings.minutes:g} ended training after step {steps} of {settings.steps}, "
             "before the learning rate had fallen: its figures do not compare with those of finished runs"
         )
-    if vacuous:
+    if _is_vacuous(found, train, settings):
         notes.append(
             f"RProbe.threshold = {settings.threshold:g} is not under the MSE of a constant patch "
-            f"({found.constant_mse:.4f} on held-out, {train_variance:.4f} on training samples): steps to the threshold "
-            "say nothing; read FVU instead"
+            f"({found.constant_mse:.4f} on held-out, {train.target_variance:.4f} on training samples): steps to the "
+            "threshold say nothing; read FVU instead"
         )
     if found.mse >= found.constant_mse:
         notes.append(
@@ -177,72 +210,21 @@ def _run(
             f"R-Probe's 95 % intervals are drawn over {documents} held-out documents only: with so few they are too "
             "narrow"
         )
-    train_fvu = running[-1] / train_variance
     # A run too short to learn anything is above that too, but for another reason.
-    if train_fvu < LEARNED and found.mse / found.variance > train_fvu + OVERFIT:
+    if train_fvu < LEARNED and found.fvu > train_fvu + OVERFIT:
         notes.append(
             f"R-Probe fits its training samples (FVU {train_fvu:.2f}) much better than the held-out ones "
-            f"({found.mse / found.variance:.2f}): {len(train)} samples are few for {settings.steps} steps, and the "
+            f"({found.fvu:.2f}): {len(train)} samples are few for {settings.steps} steps, and the "
             "steps to a threshold, which are counted on training samples, say little"
         )
-    _warn(notes)
-    return RProbeResult(
-        mse=found.mse,
-        fvu=found.mse / found.variance,
-        psnr=found.psnr,
-        constant_mse=found.constant_mse,
-        constant_fvu=found.constant_mse / found.variance,
-        target_variance=found.variance,
-        mse_interval=found.mse_interval,
-        fvu_interval=found.fvu_interval,
-        inside=found.inside,
-        outside=found.outside,
-        steps_to_threshold=first_under(running, settings.threshold),
-        threshold=settings.threshold,
-        threshold_is_vacuous=vacuous,
-        steps_to_half_fvu=first_under(running, 0.5 * train_variance),
-        documents=found.documents,
-        losses=losses,
-        running=running,
-        settings=dataclasses.asdict(settings),
-        facts={
-            "host": anatomy.host,
-            "decoder_layers": len(decoder.layers),
-            "learning_rate": lr,
-            "probe_parameters": sum(p.numel() for p in decoder.parameters()),
-            "trained_parameters": sum(p.numel() for p in trained_parameters(decoder).values()),
-            "comparable": settings.trained == "all",
-            "steps_done": len(losses),
-            "cut": len(losses) < settings.steps,
-            "processes": parallel.world(),
-            "key": key,
-            "image_tokens": train.grid.tokens,
-            "pixels_per_token": train.grid.pixels,
-            "train_samples": len(train),
-            "heldout_samples": len(held),
-            "heldout_documents_trained_on": len(shared),
-            "skipped_by_reader": sum(len(getattr(data, "skipped", ())) for data in (samples, heldout)),
-            "unread": sum(getattr(data, "unread", 0) for data in (samples, heldout)),
-            "skipped_train": len(train.skipped),
-            "skipped_heldout": len(held.skipped),
-            "texts_cut": train.texts_cut + held.texts_cut,
-            "train_fvu": train_fvu,
-            "heldout_target_tokens": int(held.counts.sum()),
-            "data": "pages" if samples is None else "own",
-            "encode_seconds": encoded - began,
-            "train_seconds": trained - encoded,
-        },
-        warnings=[*early, *train.notes, *held.notes, *notes],
-        examples=found.examples,
-        maps=maps,
-    )
+    return notes
 
 
 def _warn(notes: Sequence[str]) -> None:
     """Warn the user on the first process."""
     if parallel.rank() == 0:
         for note in notes:
-            warnings.warn(note, stacklevel=4)
+            warnings.warn(note, stacklevel=3)
 
 
 def _unread(*data: Sequence[Sample] | None) -> list[str]:
@@ -263,7 +245,7 @@ def _check_same(key: dict[str, Any]) -> None:
 
 
 def _trained(
-    decoder: ProbeDecoder, data: FrozenData, settings: RProbe, lr: float, progress: bool, work: Work | None
+    decoder: ProbeDecoder, data: FrozenData, settings: RProbe, lr: float, progress: bool, work: TrainingFolder | None
 ) -> list[float]:
     """Train the decoder, or fill it with the weights that the same run left behind; the losses."""
     found: Progress | None = None

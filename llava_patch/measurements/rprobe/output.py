@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
 from llava_patch.core import parallel
-from llava_patch.measurements.rprobe.figures import FORMATS, colour_limit, save_figure, save_map
-from llava_patch.measurements.rprobe.result import RProbeResult, write_json
+from llava_patch.measurements.base import FIGURES
+from llava_patch.measurements.rprobe.error_map import colour_limit, save_map
+from llava_patch.measurements.rprobe.result import RProbeResult
 
 RESULT, FIGURE, MAP = "rprobe.json", "rprobe.png", "map-{}.png"
 
@@ -23,17 +25,14 @@ def write_run(result: RProbeResult, folder: str | Path, formats: Sequence[str] =
     if parallel.rank() != 0:
         return
     folder = Path(folder)
-    write_json(result, folder / RESULT)
+    result.save(folder, formats=formats)
     limit = colour_limit(result.maps) if result.maps else None
-    for suffix in formats:
-        save_figure(result, (folder / FIGURE).with_suffix(f".{suffix}"))
-        for number, page in enumerate(result.maps, 1):
-            path = (folder / MAP.format(number)).with_suffix(f".{suffix}")
-            save_map(page, path, bool(result.settings["masked"]), limit)
-    for suffix in FORMATS:
+    for suffix in FIGURES:
         if suffix not in formats:
             (folder / FIGURE).with_suffix(f".{suffix}").unlink(missing_ok=True)
-        number = len(result.maps) + 1 if suffix in formats else 1
-        while (old := (folder / MAP.format(number)).with_suffix(f".{suffix}")).is_file():
+        pages = result.maps if suffix in formats else []
+        maps = ((folder / MAP.format(number)).with_suffix(f".{suffix}") for number in itertools.count(1))
+        for page, path in zip(pages, maps):  # noqa: B905 - the second goes on
+            save_map(page, path, bool(result.settings["masked"]), limit)
+        for old in itertools.takewhile(Path.is_file, maps):
             old.unlink()
-            number += 1

@@ -15,8 +15,8 @@ from PIL import Image
 from llava_patch.core.errors import InputError, SettingError
 from llava_patch.core.extras import optional
 from llava_patch.core.files import atomic
-from llava_patch.probe.images import image_size
-from llava_patch.probe.sample import Box, Sample
+from llava_patch.core.plotting import shorten
+from llava_patch.probe.sample import Box, Sample, image_size
 from llava_patch.probe.sequence import TokenGrid, target_mask
 from llava_patch.probe.transform import Transform
 
@@ -51,7 +51,7 @@ def clip_like(side: int, patch: int, mode: str) -> Transform:
     return Transform(processor, mode, side, side, patch)
 
 
-def choose(samples: Sequence[Sample], count: int, names: Sequence[str] = ()) -> list[Sample]:
+def choose_shown(samples: Sequence[Sample], count: int, names: Sequence[str] = ()) -> list[Sample]:
     """Samples to show: those named by id or number (from 0), else `count` spread evenly over all.
 
     Raises:
@@ -146,7 +146,7 @@ def save_preview(samples: Sequence[Sample], transform: Transform, path: str | Pa
     height = OVER + sum(CAPTION + row for row, _ in rows)
     figure = Figure(figsize=(WIDTH, height))
     figure.text(
-        EDGE / WIDTH, 1 - 0.06 / height, _ending(title, 100), fontsize=9, va="top", weight="bold", parse_math=False
+        EDGE / WIDTH, 1 - 0.06 / height, shorten(title, 100), fontsize=9, va="top", weight="bold", parse_math=False
     )
     legend = "red: the region;  blue: other text boxes;  shaded: tokens that are the target"
     figure.text(EDGE / WIDTH, 1 - 0.26 / height, legend, fontsize=8, va="top", color="0.35")
@@ -240,7 +240,7 @@ def _draw_original(axes: Any, sample: Sample, image: Image.Image, letters: int) 
         axes.set_ylim(top + tallest, top)
         note = f", rows {top} to {top + tallest}"
     name = "/".join(sample.id.split("/")[-2:])
-    name = _ending(name, 2 * letters)
+    name = shorten(name, 2 * letters)
     _caption(
         axes, [*filter(None, (name[:letters], name[letters:])), f"{image.width} x {image.height} px{note}"], letters
     )
@@ -279,8 +279,3 @@ def _draw_region(axes: Any, sample: Sample, image: Image.Image, cut: tuple[int, 
     lines = [part for line in sample.text.split("\n") for part in textwrap.wrap(line, letters) or [""]]
     shown = [*lines[:2], f"… {len(sample.text)} characters"] if len(lines) > 3 else lines
     _caption(axes, shown, letters, family=["DejaVu Sans"])
-
-
-def _ending(name: str, length: int) -> str:
-    """The end of a name that is too long: folders say little."""
-    return name if len(name) <= length else f"…{name[1 - length :]}"

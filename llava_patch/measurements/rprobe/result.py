@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from llava_patch.core.errors import InputError
-from llava_patch.core.files import atomic
+from llava_patch.measurements.base import NOT_WRITTEN, Result
 from llava_patch.probe.sample import Box
-
-if TYPE_CHECKING:
-    from llava_patch.measurements.rprobe.error_map import ErrorMap
-
-FORMAT = "llava_patch R-Probe result"
-VERSION = 2
-PICTURES = ("examples", "maps")  # kept in memory for figures, not written
 
 
 @dataclass(frozen=True)
@@ -67,8 +56,40 @@ class Reconstruction:
     stretch: float = 1.0
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class RProbeResult:
+@dataclass(frozen=True, eq=False)
+class ErrorMap:
+    """One page as it is and as the probe rebuilt it, cell by cell.
+
+    Attributes:
+        id: of the page: its document, or its first sample.
+        original: uint8 [height, width, 3], the processed page.
+        rebuilt: uint8 [height, width, 3]; grey where nothing was rebuilt.
+        error: float32 [rows, columns], mean squared error of each cell in normalised pixels; nan: not rebuilt
+            (padding, or a cell whose token the host drops).
+        text: bool [rows, columns], the cell touches a text box.
+        spoken: bool [rows, columns], the cell was rebuilt with its own text before it.
+        boxes: text boxes in pixels of the processed page.
+        cell: side of a cell in pixels.
+        stretch: how much taller than wide a processed pixel is on the original page.
+        inside_mse: mean error of the text cells that were rebuilt.
+        outside_mse: mean error of the other cells that were; None: there are none.
+    """
+
+    id: str
+    original: np.ndarray
+    rebuilt: np.ndarray
+    error: np.ndarray
+    text: np.ndarray
+    spoken: np.ndarray
+    boxes: tuple[Box, ...]
+    cell: int
+    stretch: float
+    inside_mse: float
+    outside_mse: float | None
+
+
+@dataclass(frozen=True, repr=False)
+class RProbeResult(Result):
     """Held-out error of one probe, beside the baselines that give it a meaning.
 
     Errors are in the image processor's normalised pixels, mean inside a token, then over all held-out target tokens.
@@ -94,11 +115,13 @@ class RProbeResult:
         losses: training MSE of each step.
         running: its running mean, which starts at the constant patch's MSE.
         settings: the settings of the run.
-        facts: what else one needs to compare two runs (decoder layers, learning rate, sample counts, host, ...).
         warnings: what the user was warned of.
         examples: reconstructions for figures; not part of the JSON.
         maps: whole pages rebuilt piece by piece; not part of the JSON.
     """
+
+    NAME, TITLE, VERSION = "rprobe", "R-Probe", 2
+    FIGURE = "llava_patch.measurements.rprobe.figures:save_figure"
 
     mse: float
     fvu: float
@@ -118,54 +141,12 @@ class RProbeResult:
     losses: list[float]
     running: list[float]
     settings: dict[str, Any]
-    facts: dict[str, Any]
     warnings: list[str]
-    examples: list[Reconstruction] = field(default_factory=list)
-    maps: list[ErrorMap] = field(default_factory=list)
+    examples: list[Reconstruction] = field(default_factory=list, compare=False, metadata=NOT_WRITTEN)
+    maps: list[ErrorMap] = field(default_factory=list, compare=False, metadata=NOT_WRITTEN)
 
     def __repr__(self) -> str:
         return self.summary()
-
-    def to_json(self) -> dict[str, Any]:
-        """All numbers as plain JSON values, with the name and version of the format."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in PICTURES}
-        for name in ("mse_interval", "fvu_interval"):
-            values[name] = None if values[name] is None else list(values[name])
-        for name in ("inside", "outside"):
-            values[name] = None if values[name] is None else dataclasses.asdict(values[name])
-        return {"format": FORMAT, "version": VERSION, **values}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any], name: str = "this result") -> RProbeResult:
-        """The result that `to_json` wrote; it has no pictures.
-
-        Args:
-            values: the JSON object.
-            name: what to call it in an error.
-
-        Raises:
-            InputError: not an R-Probe result, one of another version, or one with fields missing or unknown.
-        """
-        if not isinstance(values, dict) or values.get("format") != FORMAT:
-            old = isinstance(values, dict) and {"mse", "fvu", "constant_mse", "documents", "losses"} <= values.keys()
-            why = f"an R-Probe result of version 1, this reads {VERSION}" if old else "not an R-Probe result"
-            raise InputError(f"{name}: {why}" + (": measure the checkpoint again" if old else ""))
-        if values.get("version") != VERSION:
-            raise InputError(
-                f"{name}: an R-Probe result of version {values.get('version')}, this reads {VERSION}: measure again, "
-                "or use the llava_patch that wrote it"
-            )
-        given = {key: value for key, value in values.items() if key not in ("format", "version")}
-        names = {f.name for f in dataclasses.fields(cls)} - set(PICTURES)
-        if given.keys() != names:
-            wrong = [f"{key} is missing" for key in sorted(names - given.keys())]
-            wrong += [f"{key} is unknown" for key in sorted(given.keys() - names)]
-            raise InputError(f"{name}: not a whole R-Probe result: {', '.join(wrong)}")
-        for key in ("mse_interval", "fvu_interval"):
-            given[key] = None if given[key] is None else tuple(given[key])
-        for key in ("inside", "outside"):
-            given[key] = None if given[key] is None else Part(**given[key])
-        return cls(**given)
 
     def caveat(self) -> str:
         """Why its figures do not compare with the paper's or with those of full probes; "" when they do."""
@@ -195,26 +176,3 @@ class RProbeResult:
             f"steps to MSE < {self.threshold:g}: {self.steps_to_threshold}{vacuous}, "
             f"to FVU < 0.5: {self.steps_to_half_fvu}"
         )
-
-
-def write_json(result: RProbeResult, path: str | Path) -> Path:
-    """Write a result as JSON; the file appears complete or not at all."""
-    text = json.dumps(result.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    path = Path(path)
-    with atomic(path) as part:
-        part.write_text(text, encoding="utf-8")
-    return path
-
-
-def read_result(path: str | Path) -> RProbeResult:
-    """Read what `write_json` wrote.
-
-    Raises:
-        InputError: the file is missing, no JSON, of another kind or of another version.
-    """
-    path = Path(path)
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as an R-Probe result: {error}") from error
-    return RProbeResult.from_json(values, str(path))

@@ -6,12 +6,9 @@ never taken up; the message names the first field that differs.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 import sys
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,103 +19,13 @@ from torch import Tensor
 
 from llava_patch.core.errors import CheckpointError
 from llava_patch.core.files import atomic
-from llava_patch.measurements.rprobe.settings import RProbe
-from llava_patch.measurements.rprobe.store.key import described, digest
-from llava_patch.measurements.rprobe.trainable import trained_parameters
-from llava_patch.probe.decoder import ProbeDecoder
-from llava_patch.probe.sequence import build_sequence
+from llava_patch.measurements.rprobe.keys import difference
+from llava_patch.probe.decoder import ProbeDecoder, trained_parameters
 
 STATE_FILE = "training.safetensors"
 DECODER_FILE = "decoder.safetensors"
 FORMAT = 1
 # What does not change a trained decoder; what belongs to the data is in the data's own key as well.
-_NOT_TRAINING = {
-    "threshold", "examples", "maps", "resamples", "store", "store_gb", "save_every", "minutes", "heldout_pages",
-}  # fmt: skip
-_MEANING = {
-    "decoder": "the decoder belongs to another model (its first layers' weights)",
-    "data": "the frozen training data are others (images, boxes, texts, or the tower and projector that encoded them)",
-    "embeddings": "the token embeddings of the training texts are others",
-    "config": "the decoder belongs to another model (the configuration of its language model)",
-    "answer": "the decoder belongs to another model (before training it answers otherwise to the same input)",
-}
-_SAMPLED = 4096  # values of each tensor that the fingerprint reads
-_ANSWERS = 64  # numbers that stand for a fresh decoder's answer
-_CLOSE = 1e-4  # by which two of them may differ: sums in another order, with other threads or on another device
-_NOT_MODEL = ("architectures", "dtype", "torch_dtype", "use_cache", "mm_vision_tower", "llava_patch")
-
-
-def fingerprint(decoder: ProbeDecoder) -> str:
-    """Hash of a fresh decoder's layers and norm: names, shapes and evenly spaced values.
-
-    The pixel head starts from seed and data, which are compared by themselves. Sampled, because a 7B's decoder is
-    6 GB: any training changes practically all values of a tensor.
-    """
-    digest = hashlib.sha256(f"DeepStack enters layers {decoder.injection_layers} ".encode())
-    for name, parameter in decoder.named_parameters():
-        if name.startswith("head.") or "lora_" in name:
-            continue
-        name = name.replace(".base_layer", "")
-        flat = parameter.detach().reshape(-1)
-        chosen = flat[:: max(1, flat.numel() // _SAMPLED)].to("cpu", torch.float32)
-        digest.update(f"{name} {tuple(parameter.shape)} ".encode())
-        digest.update(chosen.numpy().tobytes())
-    return digest.hexdigest()[:32]
-
-
-@torch.no_grad()
-def answer(decoder: ProbeDecoder) -> list[float]:
-    """What a fresh decoder's layers and norm make of one fixed short sequence, as numbers that every state enters.
-
-    Weights do not tell of a number that a module keeps as an attribute (a norm's epsilon), nor of rotary frequencies:
-    those show here. Numbers and not their hash, because float32 sums depend on threads and device.
-    """
-    hidden = int(decoder.config.hidden_size)
-    device = next(decoder.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    text, side = 3, 3
-    cells = torch.cartesian_prod(torch.arange(side), torch.arange(side)).float()[None]
-    target = torch.zeros(1, side * side, dtype=torch.bool)
-    target[0, -3:] = True
-    sequence = build_sequence(target, torch.ones_like(target), cells, torch.tensor([text]), torch.tensor([side]))
-    # Of the sizes that projected and embedded tokens have; an epsilon counts where tokens are small.
-    image = 0.5 * torch.randn(1, side * side, hidden, generator=generator)
-    words = 0.02 * torch.randn(1, text, hidden, generator=generator)
-    layers = len(decoder.injection_layers)
-    added = 0.5 * torch.randn(1, layers, side * side, hidden, generator=generator).to(device) if layers else None
-    with torch.autocast(device.type, enabled=False):
-        states = decoder.hidden_states(image.to(device), words.to(device), sequence.to(device), added)
-    flat = states.cpu().double().flatten()
-    place = torch.arange(len(flat), dtype=torch.float64)
-    waves = torch.cos(torch.arange(1, _ANSWERS + 1, dtype=torch.float64)[:, None] * (0.7 * place + 0.3))
-    return (waves @ flat / math.sqrt(len(flat))).tolist()
-
-
-def make_key(decoder: ProbeDecoder, data_key: str, table: Tensor, settings: RProbe, lr: float) -> dict[str, Any]:
-    """All that a trained decoder depends on, as flat JSON values and one list of numbers.
-
-    Args:
-        decoder: before its first step.
-        data_key: of the frozen training data.
-        table: float32 [distinct tokens, hidden], embeddings of the training texts.
-        settings: of the run.
-        lr: peak learning rate.
-    """
-    values = {f"RProbe.{k}": v for k, v in vars(settings).items() if k not in _NOT_TRAINING}
-    config = {k: v for k, v in described(decoder.config).items() if k not in _NOT_MODEL}
-    return {
-        "decoder": fingerprint(decoder),
-        "config": digest(config),
-        "answer": answer(decoder),
-        **values,
-        "RProbe.lr": lr,
-        "version of torch": torch.__version__,
-        "version of transformers": version("transformers"),
-        **({"version of peft": version("peft")} if settings.trained == "lora" else {}),
-        # Last: other settings make other data too, and then they are what to name.
-        "data": data_key,
-        "embeddings": hashlib.sha256(table.contiguous().numpy().tobytes()).hexdigest()[:32],
-    }
 
 
 @dataclass
@@ -137,7 +44,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Work:
+class TrainingFolder:
     """The folder that a training keeps its state in.
 
     Attributes:
@@ -223,7 +130,7 @@ def load_decoder(decoder: ProbeDecoder, path: str | Path, key: dict[str, Any]) -
     """Fill a fresh decoder with trained weights.
 
     Args:
-        decoder: made from the model under test, `choose` done.
+        decoder: made from the model under test, `choose_trained` done.
         path: a `decoder.safetensors`.
         key: from `make_key`; a missing field of it is not compared.
 
@@ -235,20 +142,6 @@ def load_decoder(decoder: ProbeDecoder, path: str | Path, key: dict[str, Any]) -
     if found:
         raise CheckpointError(f"{path}: {found}")
     _fill(decoder, tensors, Path(path))
-
-
-def difference(saved: dict[str, Any], key: dict[str, Any]) -> str:
-    """The first field in which a saved key differs, in words; "" when they are equal."""
-    for name in [*key, *(name for name in saved if name not in key)]:
-        if not _equal(name, saved.get(name), key.get(name)):
-            return _MEANING.get(name) or f"{name} was {saved.get(name)!r} there and is {key.get(name)!r} here"
-    return ""
-
-
-def _equal(name: str, saved: Any, here: Any) -> bool:
-    if name != "answer" or not (isinstance(saved, list) and isinstance(here, list) and len(saved) == len(here)):
-        return bool(saved == here)
-    return math.dist(saved, here) <= _CLOSE * math.hypot(*here)
 
 
 def _write(path: Path, tensors: dict[str, Tensor], progress: Progress, key: dict[str, Any]) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_patch.core.errors import InputError, SettingError
-from llava_patch.measurements.rprobe.compare import RESULT
-from llava_patch.measurements.rprobe.result import RProbeResult, read_result
+from llava_patch.measurements.rprobe.output import RESULT
+from llava_patch.measurements.rprobe.result import RProbeResult
 
 TASK = "rprobe"
 NEVER = math.inf
@@ -76,7 +76,7 @@ def read_checkpoints(sources: Sequence[str], names: Sequence[str] = ()) -> tuple
             probe = _probe_of_scores(scores, str(results_file))
             missing = {key: UNTOLD for key in ("steps", "steps_half_fvu") if key not in probe}
         else:
-            result = read_result(probe_file)
+            result = RProbeResult.load(probe_file)
             probe = probe_figures(result)
             missing = {"steps": VACUOUS.format(result)} if result.threshold_is_vacuous else {}
         model = str(document.get("model_name") or "").rstrip("/").split("/")[-1]

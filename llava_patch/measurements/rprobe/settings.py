@@ -7,11 +7,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from llava_patch.core.errors import SettingError
-from llava_patch.settings.checks import BROKEN
+from llava_patch.settings.checks import BROKEN, integer
 
 ROPE_FORMS = ("attention", "embedding")
 IMAGE_MODES = ("resize", "crop", "pad", "anyres")
 TRAINED = ("all", "lora", "head")
+_CHOICES = {"rope": ROPE_FORMS, "image_mode": IMAGE_MODES, "trained": TRAINED, "broken": BROKEN}
+_COUNTS = (
+    "steps", "batch_size", "train_pages", "heldout_pages", "max_text_tokens", "boxes_per_sample", "lora_rank",
+    "save_every", "resamples",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -90,34 +95,17 @@ class RProbe:
     resamples: int = 2000
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "batch_size",
-            "train_pages",
-            "heldout_pages",
-            "max_text_tokens",
-            "boxes_per_sample",
-            "lora_rank",
-            "save_every",
-            "resamples",
-        ):
-            self._integer(name, 1)
+        for name in _COUNTS:
+            integer("RProbe", name, getattr(self, name), 1)
         for name in ("seed", "examples", "maps"):
-            self._integer(name, 0)
-        for name in ("clip", "threshold", "store_gb"):
-            self._number(name, above=0.0)
-        for name in ("lr", "minutes"):
-            if getattr(self, name) is not None:
+            integer("RProbe", name, getattr(self, name), 0)
+        for name in ("clip", "threshold", "store_gb", "lr", "minutes"):
+            if getattr(self, name) is not None or name not in ("lr", "minutes"):
                 self._number(name, above=0.0)
         self._number("weight_decay", low=0.0)
         self._number("warmup", low=0.0, below=1.0)
         self._number("heldout_share", above=0.0, below=1.0)
-        for name, choices in (
-            ("rope", ROPE_FORMS),
-            ("image_mode", IMAGE_MODES),
-            ("trained", TRAINED),
-            ("broken", BROKEN),
-        ):
+        for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise SettingError(f"RProbe.{name} = {getattr(self, name)!r}: expected one of {', '.join(choices)}")
         for name in ("masked", "text", "store"):
@@ -127,11 +115,6 @@ class RProbe:
     def learning_rate(self, hidden_size: int) -> float:
         """Peak learning rate for a decoder of that width."""
         return self.lr if self.lr is not None else 3e-3 * min(1.0, 128 / hidden_size)
-
-    def _integer(self, name: str, minimum: int) -> None:
-        value: Any = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise SettingError(f"RProbe.{name} = {value!r}: expected an integer >= {minimum}")
 
     def _number(self, name: str, low: float = -math.inf, above: float = -math.inf, below: float = math.inf) -> None:
         value: Any = getattr(self, name)

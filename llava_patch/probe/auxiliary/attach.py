@@ -20,7 +20,7 @@ from llava_patch.fusion import optimizer
 from llava_patch.hosts import call_context, compat, positions, tiles, zero
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.hosts.handles import get_handle
-from llava_patch.probe.auxiliary.head import Head, Seen, check_images, idle, token_errors
+from llava_patch.probe.auxiliary.head import Head, Seen, check_images, token_errors, zero_gradient_pass
 from llava_patch.probe.auxiliary.regions import KEY, Marker
 from llava_patch.probe.layout import Layout
 from llava_patch.probe.view import layout_of, make_transform
@@ -217,7 +217,7 @@ class Auxiliary(Method):
         weight = _share_of_step(given)
         self._count(regions)
         if regions is None or not self.computes:
-            term = idle(self.head, self.anatomy.embed_tokens)
+            term = zero_gradient_pass(self.head, self.anatomy.embed_tokens)
             self._note(loss, weight, None)
         else:
             if seen is None:

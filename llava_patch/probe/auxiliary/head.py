@@ -145,7 +145,7 @@ def check_images(regions: Mapping[str, Tensor], images: int) -> None:
         )
 
 
-def idle(head: Head, embed: Callable[[Tensor], Tensor]) -> Tensor:
+def zero_gradient_pass(head: Head, embed: Callable[[Tensor], Tensor]) -> Tensor:
     """The head on one made-up image token and one of text, times zero: a scalar 0 whose gradient reaches its weights.
 
     DDP and DeepSpeed reduce the same tensors on all ranks, and ZeRO-3 wants the same modules in the same order: the

@@ -13,14 +13,16 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from llava_patch.cli.main import app
-from llava_patch.cli.rprobe.run import check_folder, default_name, settings_of
+from llava_patch.cli.rprobe.run import check_folder
 from llava_patch.core.errors import CheckpointError, LlavaPatchError, SettingError
+from llava_patch.core.paths import default_name
 from llava_patch.hosts.anatomy import find
 from llava_patch.measurements.rprobe import fit
 from llava_patch.measurements.rprobe.ablation import VARIANTS
 from llava_patch.measurements.rprobe.settings import RProbe
 from llava_patch.patching.handle import get_handle
 from llava_patch.settings import active
+from llava_patch.settings.active import settings_of
 from tests.support import fileset
 from tests.support.paths import ROOT
 
@@ -147,7 +149,7 @@ def test_the_command_line_wins_over_gin_and_gin_over_defaults(tmp_path, monkeypa
     file.write_text("RProbe.seed = 4\nRProbe.lr = 1e-3\nRProbe.steps = 9\n")
     before = active.configuration()
     with active.also([str(file)], ["RProbe.lr = 2e-3"]):
-        assert settings_of({"steps": 5}) == RProbe(clip=3.0, seed=4, lr=2e-3, steps=5)
+        assert settings_of(RProbe, steps=5) == RProbe(clip=3.0, seed=4, lr=2e-3, steps=5)
     assert active.configuration() == before
     active.reset()
 
@@ -240,7 +242,7 @@ def test_two_processes_and_ctrl_c(checkpoint, tmp_path):
 
 def test_settings_are_those_of_the_dataclass():
     given = {field.name: field.default for field in dataclasses.fields(RProbe)}
-    assert settings_of(given) == RProbe()
+    assert settings_of(RProbe, **given) == RProbe()
 
 
 def test_a_mistyped_subcommand_is_named(tmp_path, monkeypatch):

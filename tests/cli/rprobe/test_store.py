@@ -9,8 +9,9 @@ from llava_patch.cli.main import app
 from llava_patch.data.pages import Pages
 from llava_patch.hosts.anatomy import find
 from llava_patch.measurements.rprobe.settings import RProbe
-from llava_patch.measurements.rprobe.store import freeze_samples, make_transform
 from llava_patch.measurements.rprobe.store.disk import stores_folder
+from llava_patch.measurements.rprobe.store.freeze import freeze_samples
+from llava_patch.probe.view import make_transform
 from tests.support.probes import Characters, processor, tiny_model
 
 

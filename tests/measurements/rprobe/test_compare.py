@@ -9,7 +9,6 @@ from llava_patch.cli.main import app
 from llava_patch.core.errors import InputError, SettingError
 from llava_patch.measurements.rprobe import compare
 from llava_patch.measurements.rprobe.bootstrap import paired
-from llava_patch.measurements.rprobe.result import write_json
 from tests.support.results import made_up_result
 
 
@@ -19,8 +18,8 @@ def command(*words):
 
 def test_command_writes_table_json_and_figure(tmp_path):
     stock, better = made_up_result(shift=0.05), made_up_result()
-    write_json(stock, tmp_path / "stock" / "rprobe.json")
-    write_json(better, tmp_path / "lmms" / "model" / "rprobe" / "rprobe.json")
+    stock.save(tmp_path / "stock", formats=())
+    better.save(tmp_path / "lmms" / "model" / "rprobe", formats=())
     out = tmp_path / "out"
     done = command(tmp_path / "stock", tmp_path / "lmms", "--output", out, "--format", "png", "--format", "pdf")
     assert done.exit_code == 0, done.output
@@ -50,7 +49,8 @@ def test_what_differs_is_named_and_other_samples_are_not_paired(tmp_path):
         "c": made_up_result(mse=(0.2, 0.4)),
         "d": made_up_result(trained="head"),
     }
-    rows = compare.rows(results, "a", 100, 0)
+    compared = compare.compare_probes(results, "a", 100, 0)
+    rows = compared.lines
     assert rows[0].difference is None and rows[0].unlike is None
     assert rows[1].difference == paired(results["b"].documents, results["a"].documents, 100, 0)
     assert rows[2].difference is None and "only in the second result (such as 's2')" in rows[2].unlike
@@ -59,7 +59,7 @@ def test_what_differs_is_named_and_other_samples_are_not_paired(tmp_path):
     assert any(note.startswith("c has other held-out samples than a") for note in notes)
     assert any(note.startswith("d differs from a") and "trained = head (there all)" in note for note in notes)
     assert any(note.startswith('d: trained = "head": not comparable') for note in notes)
-    assert compare.cells(rows, results, "a")[1][2][-1] == "not paired"
+    assert compared.rows[2][-1] == "not paired"
     other = made_up_result()
     other.facts.update(source="scans.jsonl", checkpoint="b")
     assert compare.warnings_of({"a": results["a"], "x": other}, "a") == []  # lmms-eval's results do not record it
@@ -88,7 +88,7 @@ def test_runs_cut_short_and_vacuous_thresholds_are_said():
     notes = compare.warnings_of(results, "a")
     assert any("b was stopped after 2 of 4 steps" in note for note in notes)
     assert any(note.startswith("b: a constant patch is under the threshold") for note in notes)
-    assert compare.cells(compare.rows(results, "a", 50, 0), results, "a")[1][1][7] == "(3)"
+    assert compare.compare_probes(results, "a", 50, 0).rows[1][7] == "(3)"
 
 
 def test_results_are_found_and_named(tmp_path):
@@ -99,7 +99,7 @@ def test_results_are_found_and_named(tmp_path):
         "z.json",
         "w/x/rprobe.json",
     ):
-        write_json(made_up_result(), tmp_path / place)
+        made_up_result().save((tmp_path / place).parent, (tmp_path / place).stem, ())
     found = compare.find_results(tmp_path / "y")
     assert list(found) == ["y/m/rprobe", "y/m/rprobe_masked"]
     assert list(compare.load([tmp_path / "x", tmp_path / "z.json", tmp_path / "w" / "x"])) == ["x (1)", "z", "x (3)"]
@@ -116,8 +116,8 @@ def test_results_are_found_and_named(tmp_path):
 
 
 def test_refusals_write_nothing(tmp_path):
-    write_json(made_up_result(), tmp_path / "a" / "rprobe.json")
-    write_json(made_up_result(), tmp_path / "b" / "rprobe.json")
+    made_up_result().save(tmp_path / "a", formats=())
+    made_up_result().save(tmp_path / "b", formats=())
     out = tmp_path / "out"
     for words, message in (
         ([tmp_path / "a"], "expected at least two"),
@@ -133,7 +133,7 @@ def test_refusals_write_nothing(tmp_path):
 def test_long_names_are_not_broken(tmp_path):
     name = "llava-v1.5-7b-detached-skip-links-from-layers-6-and-12"
     for one in ("a", name):
-        write_json(made_up_result(), tmp_path / one / "rprobe.json")
+        made_up_result().save(tmp_path / one, formats=())
     done = command(tmp_path / "a", tmp_path / name, "--output", tmp_path / "out")
     assert done.exit_code == 0, done.output
     table = done.output.split("\nwrote")[0].splitlines()
@@ -146,7 +146,7 @@ def test_many_results_share_one_figure():
 
     many = {f"a long name of checkpoint number {i}": made_up_result(shift=0.02 * i) for i in range(12)}
     first = next(iter(many))
-    figure = _figure(many, compare.rows(many, first, 50, 0), first)
+    figure = _figure(compare.compare_probes(many, first, 50, 0))
     figure.canvas.draw()
     legend = figure.legends[0].get_window_extent()
     assert legend.y0 >= 0 and legend.x1 <= figure.bbox.x1 + 1
@@ -156,7 +156,7 @@ def test_many_results_share_one_figure():
 def test_tables_fit_a_terminal_with_whole_names(tmp_path, monkeypatch, width):
     monkeypatch.setenv("COLUMNS", str(width))
     for name in ("skiplinks_detached", "deepstack"):
-        write_json(made_up_result(), tmp_path / name / "rprobe.json")
+        made_up_result().save(tmp_path / name, formats=())
     folders = [str(tmp_path / name) for name in ("skiplinks_detached", "deepstack")]
     shown = CliRunner().invoke(app, ["rprobe", "compare", *folders, "--output", str(tmp_path / "out")])
     assert shown.exit_code == 0, shown.output

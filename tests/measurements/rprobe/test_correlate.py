@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 from llava_patch.cli.main import app
 from llava_patch.core.errors import InputError, SettingError
 from llava_patch.measurements.rprobe.correlate import correlate, figure, footer, ranks
-from llava_patch.measurements.rprobe.result import write_json
 from llava_patch.measurements.rprobe.scores import Checkpoint, Score, probe_figures, read_checkpoints, read_scores
 from tests.support.results import made_up_result
 
@@ -153,7 +152,7 @@ def test_steps_that_say_nothing_are_missing_and_steps_never_reached_come_last():
 def test_a_vacuous_threshold_leaves_nothing_to_correlate_and_nothing_is_written(tmp_path):
     words = []
     for i in range(2):
-        write_json(dataclasses.replace(made_up_result(), threshold_is_vacuous=True), tmp_path / f"{i}" / "rprobe.json")
+        dataclasses.replace(made_up_result(), threshold_is_vacuous=True).save(tmp_path / f"{i}", formats=())
         (tmp_path / f"{i}" / "x_results.json").write_text(json.dumps(lmms(None, ocr=("acc", 0.1 * i, True))))
         words.append(str(tmp_path / f"{i}"))
     out = tmp_path / "out"
@@ -165,7 +164,7 @@ def test_a_vacuous_threshold_leaves_nothing_to_correlate_and_nothing_is_written(
 
 
 def test_sources_pairs_folders_and_results_with_the_probe_inside(tmp_path):
-    write_json(made_up_result(), tmp_path / "p=1" / "rprobe.json")
+    made_up_result().save(tmp_path / "p=1", formats=())
     (tmp_path / "p=1" / "20260101_results.json").write_text(json.dumps(lmms(None, a=("m", 1.0, True))))
     (tmp_path / "p=1" / "20260202_results.json").write_text(json.dumps(lmms(None, a=("m", 2.0, True))))
     (tmp_path / "inside.json").write_text(json.dumps(lmms(0.7, a=("m", 3.0, True))))
@@ -183,8 +182,8 @@ def test_sources_pairs_folders_and_results_with_the_probe_inside(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             read_checkpoints([source])
-    write_json(made_up_result(), tmp_path / "q" / "rprobe_masked" / "rprobe.json")
-    write_json(made_up_result(), tmp_path / "q" / "rprobe_other" / "rprobe.json")
+    made_up_result().save(tmp_path / "q" / "rprobe_masked", formats=())
+    made_up_result().save(tmp_path / "q" / "rprobe_other", formats=())
     (tmp_path / "q" / "results.json").write_text(json.dumps(lmms(0.7)))
     with pytest.raises(InputError, match="holds several results"):
         read_checkpoints([str(tmp_path / "q")])

@@ -13,11 +13,11 @@ from llava_patch.measurements.rprobe.error_map import error_maps, pieces
 from llava_patch.measurements.rprobe.fit import run_rprobe
 from llava_patch.measurements.rprobe.output import write_run
 from llava_patch.measurements.rprobe.settings import RProbe
-from llava_patch.measurements.rprobe.store import freeze_samples, make_transform
-from llava_patch.probe.plane import Plane, picture
+from llava_patch.measurements.rprobe.store.freeze import freeze_samples
 from llava_patch.probe.sample import Sample
 from llava_patch.probe.sequence import patchify
-from llava_patch.probe.view import look
+from llava_patch.probe.transform import Plane, picture
+from llava_patch.probe.view import encode_views, make_transform
 from tests.support import zoo
 from tests.support.probes import SIDE, Characters, processor, samples, tiny_model, unique_page
 from tests.support.views import anyres_model, noise
@@ -111,19 +111,19 @@ def test_a_cells_own_box_touches_that_cell_alone(mode, size):
         if box is None:
             assert mode == "pad"
             continue
-        assert plane.cells([plane.box(transform, box, "c")]).nonzero().flatten().tolist() == [cell]
+        assert plane.cells([plane.box(box, "c")]).nonzero().flatten().tolist() == [cell]
 
 
 def test_pieces_name_each_region_once(page):
     transform = make_transform(find(tiny_model()), processor(), "resize")
-    known, rest = pieces(page[:1], Plane.of(transform, page[0].image, 588), transform, torch.ones(16).bool())
+    known, rest = pieces(page[:1], Plane.of(transform, page[0].image, 588), torch.ones(16).bool())
     assert [(s.text, s.boxes) for s in known] == [("one", (FIRST,)), ("two", (SECOND,))]
     assert rest[0].boxes == (THIRD,)
     assert sum(len(s.boxes) for s in rest[1:]) == 16 - 3 - 2 - 2
     assert max(len(s.boxes) for s in rest) <= 3
     seen = torch.ones(16).bool()
     seen[[4, 5, 14, 15]] = False  # all of the second and third box
-    known, rest = pieces(page[:1], Plane.of(transform, page[0].image, 588), transform, seen)
+    known, rest = pieces(page[:1], Plane.of(transform, page[0].image, 588), seen)
     assert [s.boxes for s in known] == [(FIRST,)]
     assert THIRD not in rest[0].boxes and sum(len(s.boxes) for s in rest) == 16 - 3 - 4
 
@@ -142,7 +142,7 @@ def shown(model, image_processor, data, tokenizer=None, **settings):
         warnings.filterwarnings("error", message=".*(leaves out|error map)")
         result = run_rprobe(model, image_processor, tokenizer or Characters(), settings, data, progress=False)
     anatomy = find(model)
-    (view,) = look(anatomy, make_transform(anatomy, image_processor, settings.image_mode), [data[0].image])
+    (view,) = encode_views(anatomy, make_transform(anatomy, image_processor, settings.image_mode), [data[0].image])
     seen = torch.zeros(view.grid.tokens, dtype=torch.bool)
     seen[view.cells[view.cells >= 0]] = True
     assert len(result.maps) == 2
@@ -215,7 +215,7 @@ def test_a_map_that_fails_costs_a_note_and_not_the_result(tmp_path, monkeypatch)
         result = go()
     assert len(result.maps) == 1  # the other page has its own
     write_run(result, tmp_path)
-    written, expected = json.loads((tmp_path / "rprobe.json").read_text()), whole.to_json()
+    written, expected = json.loads((tmp_path / "rprobe.json").read_text()), whole.to_dict()
     for values in (written, expected):
         del values["facts"]["encode_seconds"], values["facts"]["train_seconds"]
     assert [note for note in written.pop("warnings") if "no error map" in note]

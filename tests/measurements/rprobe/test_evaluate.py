@@ -6,10 +6,11 @@ import torch
 
 from llava_patch.hosts.anatomy import find
 from llava_patch.measurements.rprobe.bootstrap import FEW
-from llava_patch.measurements.rprobe.evaluate import chosen, evaluate
+from llava_patch.measurements.rprobe.evaluate import evaluate, spread_over_ranks
 from llava_patch.measurements.rprobe.settings import RProbe
-from llava_patch.measurements.rprobe.store import freeze_samples, make_transform
+from llava_patch.measurements.rprobe.store.freeze import freeze_samples
 from llava_patch.probe.sample import Sample
+from llava_patch.probe.view import make_transform
 from tests.support.probes import Characters, processor, samples, targets_of, tiny_model
 
 
@@ -43,7 +44,7 @@ def test_figures_of_a_probe_whose_error_is_known(frozen):
     assert [d["mse"] for d in found.documents] == pytest.approx([0.0, 0.01, 0.09], abs=1e-6)
     assert found.mse == pytest.approx((2 * 0.01 + 3 * 0.09) / 6, rel=1e-4)  # over tokens, not over samples
     assert found.constant_mse == pytest.approx(float(targets_of(data).square().mean()))
-    assert found.variance == pytest.approx(float(targets_of(data).var(0, correction=0).mean()))
+    assert found.target_variance == pytest.approx(float(targets_of(data).var(0, correction=0).mean()))
     assert [(d["id"], d["document"], d["text"]) for d in found.documents][1] == ("s1", "page", "t1")
 
 
@@ -105,8 +106,8 @@ def test_error_inside_and_outside_text_is_counted_by_hand():
     assert (second["inside_pixels"], second["outside_pixels"]) == (224, 168)
     assert first["inside_mse"] == pytest.approx(4.0)
     spread = sum(d["variance"] * d["tokens"] for d in found.documents) / 3
-    assert spread == pytest.approx(found.variance)
-    assert found.variance == pytest.approx(float(true.double().var(0, correction=0).mean()))
+    assert spread == pytest.approx(found.target_variance)
+    assert found.target_variance == pytest.approx(float(true.double().var(0, correction=0).mean()))
 
 
 def test_intervals_stand_around_their_values_and_need_two_documents(frozen):
@@ -118,7 +119,7 @@ def test_intervals_stand_around_their_values_and_need_two_documents(frozen):
     low, high = found.mse_interval
     # The middle 95 % of the 27 draws of three documents reach from all-best to all-worst.
     assert (low, high) == (pytest.approx(0.0, abs=1e-9), pytest.approx(0.09, abs=1e-6))
-    assert found.fvu_interval[0] < found.mse / found.variance < found.fvu_interval[1]
+    assert found.fvu_interval[0] < found.mse / found.target_variance < found.fvu_interval[1]
     assert found.notes == []
 
 
@@ -128,8 +129,8 @@ def test_intervals_stand_around_their_values_and_need_two_documents(frozen):
 def test_chosen_examples_are_spread_over_the_errors(count, shown):
     mse = [3.0, 1.0, 2.0, 0.5, 8.0, 9.0, 4.0, 5.0, 6.0]
     order = sorted(range(9), key=mse.__getitem__)
-    assert chosen(mse, count) == [order[rank] for rank in shown]
-    assert chosen([1.0], 6) == [0]
+    assert spread_over_ranks(mse, count) == [order[rank] for rank in shown]
+    assert spread_over_ranks([1.0], 6) == [0]
 
 
 def test_examples_show_the_pixels_that_were_rebuilt(frozen):

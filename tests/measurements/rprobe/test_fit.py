@@ -87,7 +87,7 @@ def test_result_holds_what_the_report_needs():
     assert result.facts["decoder_layers"] == 1
     assert result.facts["heldout_target_tokens"] == sum(d["tokens"] for d in result.documents)
     assert len(result.examples) == 2
-    assert json.loads(json.dumps(result.to_json(), allow_nan=False))["settings"]["steps"] == 6
+    assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["settings"]["steps"] == 6
     assert "held-out MSE" in result.summary()
 
 

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from llava_patch.core import parallel
 from llava_patch.hosts.anatomy import find
 from llava_patch.measurements.rprobe.fit import run_rprobe
-from llava_patch.measurements.rprobe.resume import Work, make_key
+from llava_patch.measurements.rprobe.keys import make_key
+from llava_patch.measurements.rprobe.resume import TrainingFolder
 from llava_patch.measurements.rprobe.settings import RProbe
-from llava_patch.measurements.rprobe.train import train_probe
-from llava_patch.measurements.rprobe.trainable import choose
+from llava_patch.measurements.rprobe.train import choose_trained, train_probe
 from llava_patch.probe.decoder import ProbeDecoder
 from tests.support.paths import ROOT
 from tests.support.probes import Characters, made_up, processor, tiny_model
@@ -35,9 +35,9 @@ CLOSE = {"rtol": 2e-4, "atol": 2e-5}
 def fitted(settings, work=None, wrap=lambda data: data):
     data = made_up(20, 1, "true")
     decoder = ProbeDecoder(find(tiny_model()), data.grid)
-    choose(decoder, settings)
+    choose_trained(decoder, settings)
     if work is not None:
-        work = Work(work, make_key(decoder, "data", data.text.table, settings, 1e-2))
+        work = TrainingFolder(work, make_key(decoder, "data", data.text.table, settings, 1e-2))
     losses = train_probe(decoder, wrap(data), settings, 1e-2, work=work)
     return losses, decoder.head[0].weight.detach().clone(), decoder.layers[0].mlp.down_proj.weight.detach().clone()
 

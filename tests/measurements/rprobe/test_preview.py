@@ -6,7 +6,7 @@ from PIL import Image
 from llava_patch.core.errors import InputError, SettingError
 from llava_patch.data.pages import Pages
 from llava_patch.measurements.rprobe import preview
-from llava_patch.measurements.rprobe.preview import choose, clip_like, counts, save_preview
+from llava_patch.measurements.rprobe.preview import choose_shown, clip_like, counts, save_preview
 from llava_patch.probe.sample import Sample
 
 
@@ -33,12 +33,12 @@ def test_counts_are_of_what_is_there():
 
 def test_choice_is_spread_or_named():
     data = [sample([(0, 0, 9, 9)], name=f"/a/{i}.csv:1") for i in range(10)]
-    assert [data.index(s) for s in choose(data, 3)] == [1, 5, 8]
-    assert choose(data, 99) == data
-    assert [data.index(s) for s in choose(data, 3, ["7", "/a/2.csv:1", "4.csv:1"])] == [7, 2, 4]
+    assert [data.index(s) for s in choose_shown(data, 3)] == [1, 5, 8]
+    assert choose_shown(data, 99) == data
+    assert [data.index(s) for s in choose_shown(data, 3, ["7", "/a/2.csv:1", "4.csv:1"])] == [7, 2, 4]
     for name in ("10", "9.csv:2", "csv:1"):
         with pytest.raises(InputError, match=f"no sample '{name}': there are 0 to 9, such as /a/0.csv:1"):
-            choose(data, 3, [name])
+            choose_shown(data, 3, [name])
 
 
 def shading(box, mode, monkeypatch, tmp_path):

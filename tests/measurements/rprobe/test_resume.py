@@ -12,23 +12,15 @@ import torch
 from safetensors.torch import load_file
 
 from llava_patch.core.errors import CheckpointError
-from llava_patch.core.folder_lock import alone
+from llava_patch.core.folder_lock import folder_lock
 from llava_patch.hosts.anatomy import find
 from llava_patch.measurements.rprobe import train
 from llava_patch.measurements.rprobe.fit import run_rprobe
-from llava_patch.measurements.rprobe.resume import (
-    DECODER_FILE,
-    STATE_FILE,
-    Work,
-    answer,
-    difference,
-    load_decoder,
-    make_key,
-)
+from llava_patch.measurements.rprobe.keys import difference, fresh_answer, make_key
+from llava_patch.measurements.rprobe.resume import DECODER_FILE, STATE_FILE, TrainingFolder, load_decoder
 from llava_patch.measurements.rprobe.settings import RProbe
-from llava_patch.measurements.rprobe.train import train_probe
-from llava_patch.measurements.rprobe.trainable import choose, trained_parameters
-from llava_patch.probe.decoder import ProbeDecoder
+from llava_patch.measurements.rprobe.train import choose_trained, train_probe
+from llava_patch.probe.decoder import ProbeDecoder, trained_parameters
 from tests.support.paths import ROOT
 from tests.support.probes import Characters, made_up, processor, tiny_model
 
@@ -62,7 +54,7 @@ class Stopping:
 def fresh(settings=SETTINGS, model=None, data_key="data", embeddings=1.0):
     data = made_up(24, 1, "true")
     decoder = ProbeDecoder(find(model or tiny_model()), data.grid)
-    choose(decoder, settings)
+    choose_trained(decoder, settings)
     return decoder, data, make_key(decoder, data_key, embeddings * data.text.table, settings, 1e-2)
 
 
@@ -73,19 +65,19 @@ def test_an_interrupted_training_ends_with_the_same_bits(tmp_path, trained, caps
     expected = train_probe(whole, data, settings, 1e-2)
     for after in (6, 3, 5):  # the second start is stopped before it has written anything
         decoder, data, key = fresh(settings)
-        work = Work(tmp_path, key)
+        work = TrainingFolder(tmp_path, key)
         with pytest.raises(Interrupted):
             train_probe(decoder, Stopping(data, after), settings, 1e-2, work=work)
         assert work.state.is_file() and not work.decoder.exists()
     decoder, data, key = fresh(settings)
-    found = train_probe(decoder, Stopping(data, 4), settings, 1e-2, work=Work(tmp_path, key))
+    found = train_probe(decoder, Stopping(data, 4), settings, 1e-2, work=TrainingFolder(tmp_path, key))
     assert "goes on after step 8 of 12" in capsys.readouterr().err
     assert found == expected and len(expected) == 12
     for (name, one), other in zip(whole.named_parameters(), decoder.parameters(), strict=True):
         assert torch.equal(one, other), name
     assert [path.name for path in tmp_path.iterdir()] == [DECODER_FILE]
     again, _, key = fresh(settings)
-    assert Work(tmp_path, key).load_finished(again).losses == expected
+    assert TrainingFolder(tmp_path, key).load_finished(again).losses == expected
     for one, other in zip(whole.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other)
 
@@ -97,7 +89,7 @@ def test_a_killed_process_goes_on_and_leaves_no_litter(tmp_path):
         "decoder, data, key = fresh()\n"
         "slow = Stopping(data, 99)\n"
         "slow.batch = lambda i, d='cpu': (time.sleep(float(sys.argv[2])), data.batch(i, d))[1]\n"
-        "print(train_probe(decoder, slow, SETTINGS, 1e-2, work=Work(Path(sys.argv[1]), key)))\n"
+        "print(train_probe(decoder, slow, SETTINGS, 1e-2, work=TrainingFolder(Path(sys.argv[1]), key)))\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
@@ -125,7 +117,7 @@ def test_a_killed_process_goes_on_and_leaves_no_litter(tmp_path):
 def interrupted(folder, **kwargs):
     decoder, data, key = fresh(**kwargs)
     with pytest.raises(Interrupted):
-        train_probe(decoder, Stopping(data, 6), SETTINGS, 1e-2, work=Work(folder, key))
+        train_probe(decoder, Stopping(data, 6), SETTINGS, 1e-2, work=TrainingFolder(folder, key))
 
 
 def other_model():
@@ -166,24 +158,24 @@ def test_a_state_of_another_run_is_refused_and_kept(tmp_path, changed, words):
     before = (tmp_path / STATE_FILE).read_bytes()
     decoder, data, key = fresh(**changed)
     with pytest.raises(CheckpointError, match=words):
-        train_probe(decoder, data, changed.get("settings", SETTINGS), 1e-2, work=Work(tmp_path, key))
+        train_probe(decoder, data, changed.get("settings", SETTINGS), 1e-2, work=TrainingFolder(tmp_path, key))
     assert (tmp_path / STATE_FILE).read_bytes() == before
 
 
 @pytest.mark.parametrize("changed", [{"model": other_epsilon()}, {"embeddings": 2.0}])
 def test_a_finished_decoder_of_another_model_is_not_taken(tmp_path, changed, capsys):
     decoder, data, key = fresh()
-    train_probe(decoder, data, SETTINGS, 1e-2, work=Work(tmp_path, key))
+    train_probe(decoder, data, SETTINGS, 1e-2, work=TrainingFolder(tmp_path, key))
     again, _, key = fresh()
-    assert Work(tmp_path, key).load_finished(again) is not None
+    assert TrainingFolder(tmp_path, key).load_finished(again) is not None
     other, _, key = fresh(**changed)
-    assert Work(tmp_path, key).load_finished(other) is None
+    assert TrainingFolder(tmp_path, key).load_finished(other) is None
     assert "is not used and will be replaced" in capsys.readouterr().err
 
 
 def test_an_answer_may_differ_by_rounding_and_by_no_more():
     decoder, _, _ = fresh()
-    key = {"answer": answer(decoder)}
+    key = {"answer": fresh_answer(decoder)}
     size = torch.tensor(key["answer"]).norm().item()
     assert size > 0.1
     assert difference({"answer": [n + 1e-6 * size for n in key["answer"]]}, key) == ""
@@ -194,8 +186,8 @@ def test_an_answer_may_differ_by_rounding_and_by_no_more():
 def test_a_second_run_in_the_same_folder_is_refused_and_a_killed_one_is_not_in_the_way(tmp_path):
     folder = tmp_path / "out"
     program = (
-        "import sys; from pathlib import Path; from llava_patch.core.folder_lock import alone\n"
-        "with alone(Path(sys.argv[1])):\n    print('in', flush=True); sys.stdin.read()"
+        "import sys; from pathlib import Path; from llava_patch.core.folder_lock import folder_lock\n"
+        "with folder_lock(Path(sys.argv[1])):\n    print('in', flush=True); sys.stdin.read()"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     other = subprocess.Popen(
@@ -216,16 +208,16 @@ def test_a_second_run_in_the_same_folder_is_refused_and_a_killed_one_is_not_in_t
     finally:
         other.kill()
         other.wait()
-    with alone(folder), alone(folder):  # the command holds it around the run and the writing of its files
+    with folder_lock(folder), folder_lock(folder):  # the command holds it around the run and the writing of its files
         run()
     assert not half.exists() and (folder / DECODER_FILE).is_file()
 
 
 def test_a_failed_run_leaves_no_empty_folder(tmp_path):
-    with pytest.raises(Interrupted), alone(tmp_path / "a" / "b"):
+    with pytest.raises(Interrupted), folder_lock(tmp_path / "a" / "b"):
         raise Interrupted
     assert list(tmp_path.iterdir()) == []
-    with alone(tmp_path):
+    with folder_lock(tmp_path):
         pass
     assert tmp_path.is_dir()
 
@@ -234,12 +226,12 @@ def test_what_does_not_change_training_may_change(tmp_path):
     interrupted(tmp_path)
     settings = dataclasses.replace(SETTINGS, threshold=0.1, save_every=5, examples=1, minutes=30.0)
     decoder, data, key = fresh(settings)
-    assert len(train_probe(decoder, data, settings, 1e-2, work=Work(tmp_path, key))) == 12
+    assert len(train_probe(decoder, data, settings, 1e-2, work=TrainingFolder(tmp_path, key))) == 12
 
 
 def test_a_decoder_of_another_model_or_a_broken_file_is_an_error(tmp_path):
     decoder, data, key = fresh()
-    train_probe(decoder, data, SETTINGS, 1e-2, work=Work(tmp_path, key))
+    train_probe(decoder, data, SETTINGS, 1e-2, work=TrainingFolder(tmp_path, key))
     path = tmp_path / DECODER_FILE
     again, _, key = fresh()
     load_decoder(again, path, key)
@@ -254,7 +246,7 @@ def test_a_decoder_of_another_model_or_a_broken_file_is_an_error(tmp_path):
         load_decoder(again, path, key)
     path.write_bytes(b"")
     with pytest.raises(CheckpointError, match="broken"):
-        Work(tmp_path, key).load_finished(again)
+        TrainingFolder(tmp_path, key).load_finished(again)
 
 
 def test_difference_names_one_field_on_either_side():
@@ -268,13 +260,13 @@ def test_time_that_is_over_ends_training_and_more_time_goes_on(tmp_path, monkeyp
     monkeypatch.setattr(train.time, "monotonic", lambda: float(next(clock)))  # a step takes 10 s
     settings = dataclasses.replace(SETTINGS, minutes=0.4)
     decoder, data, key = fresh(settings)
-    losses = train_probe(decoder, data, settings, 1e-2, work=Work(tmp_path, key))
+    losses = train_probe(decoder, data, settings, 1e-2, work=TrainingFolder(tmp_path, key))
     assert len(losses) == 3
     decoder, data, key = fresh(settings)  # no time is left
-    assert train_probe(decoder, Stopping(data, 0), settings, 1e-2, work=Work(tmp_path, key)) == losses
+    assert train_probe(decoder, Stopping(data, 0), settings, 1e-2, work=TrainingFolder(tmp_path, key)) == losses
     decoder, data, key = fresh()
     whole, _, _ = fresh()
-    assert train_probe(decoder, data, SETTINGS, 1e-2, work=Work(tmp_path, key)) == train_probe(
+    assert train_probe(decoder, data, SETTINGS, 1e-2, work=TrainingFolder(tmp_path, key)) == train_probe(
         whole, data, SETTINGS, 1e-2
     )
     assert torch.equal(decoder.head[0].weight, whole.head[0].weight)

@@ -5,15 +5,15 @@ import torch
 
 from llava_patch.core.errors import SettingError
 from llava_patch.hosts.anatomy import find
-from llava_patch.measurements.rprobe import trainable
+from llava_patch.measurements.rprobe import train as trainable
 from llava_patch.measurements.rprobe.fit import run_rprobe
 from llava_patch.measurements.rprobe.settings import RProbe
-from llava_patch.measurements.rprobe.train import train_probe
-from llava_patch.measurements.rprobe.trainable import (
+from llava_patch.measurements.rprobe.train import (
     check_memory,
-    choose,
+    choose_trained,
     free_memory,
     needed_memory,
+    train_probe,
     trained_parameters,
 )
 from llava_patch.probe.decoder import ProbeDecoder
@@ -27,7 +27,7 @@ def test_what_is_trained_changes_and_nothing_else(trained):
     decoder = ProbeDecoder(find(tiny_model()), data.grid)
     batch = data.batch(torch.arange(8))
     plain = decoder(batch.image_tokens, batch.text_tokens, batch.sequence)
-    choose(decoder, settings)
+    choose_trained(decoder, settings)
     assert torch.equal(decoder(batch.image_tokens, batch.text_tokens, batch.sequence), plain)  # updates start at zero
     before = {name: p.clone() for name, p in decoder.named_parameters()}
     train_probe(decoder, data, settings, 1e-2)
@@ -47,7 +47,7 @@ def test_what_is_trained_changes_and_nothing_else(trained):
 def test_lora_is_the_same_whatever_the_callers_random_state_and_dtype():
     def updates():
         decoder = ProbeDecoder(find(model), grid)
-        choose(decoder, RProbe(trained="lora"))
+        choose_trained(decoder, RProbe(trained="lora"))
         return [p for name, p in decoder.named_parameters() if "lora_A" in name]
 
     model, grid = tiny_model(), made_up(1, 1, "true").grid
@@ -72,7 +72,7 @@ def test_lora_without_peft_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     decoder = ProbeDecoder(find(tiny_model()), made_up(1, 1, "true").grid)
     with pytest.raises(SettingError, match=r'RProbe.trained = "lora" needs peft: pip install peft'):
-        choose(decoder, RProbe(trained="lora"))
+        choose_trained(decoder, RProbe(trained="lora"))
 
 
 def test_memory_is_counted_as_it_is_and_checked_before_the_long_part(monkeypatch):
@@ -83,7 +83,7 @@ def test_memory_is_counted_as_it_is_and_checked_before_the_long_part(monkeypatch
         # The made-up grid has smaller patches than the model's: their rows of the head are not counted.
         last = decoder.head[-1]
         more = (3 * 14**2 - last.out_features) * last.in_features
-        choose(decoder, settings)
+        choose_trained(decoder, settings)
         everything = sum(p.numel() for p in decoder.parameters()) + more
         changing = sum(p.numel() for p in trained_parameters(decoder).values()) + more
         assert needed_memory(find(model), settings) == pytest.approx(4 * (everything + 3 * changing), rel=0.02)

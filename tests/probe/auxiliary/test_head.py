@@ -8,10 +8,10 @@ import torch
 from llava_patch import AuxiliaryProbe, DeepStack, SkipLinks, patch
 from llava_patch.core.errors import InputError
 from llava_patch.probe.auxiliary import attach
-from llava_patch.probe.auxiliary.head import Seen, idle, token_errors
+from llava_patch.probe.auxiliary.head import Seen, token_errors, zero_gradient_pass
 from llava_patch.probe.auxiliary.regions import Region, collate
 from llava_patch.probe.sequence import build_sequence
-from llava_patch.probe.view import look, target_tokens
+from llava_patch.probe.view import encode_views, target_tokens
 from tests.support.auxiliary import batch, pixels, regions
 from tests.support.models import Host, hf_model
 from tests.support.probes import Characters, processor, unique_page
@@ -38,7 +38,7 @@ def test_the_sequence_is_r_probes(host, fusion, monkeypatch):
     handle = patch(host.model, fusion=fusion, probe=AuxiliaryProbe())
     marker = handle.auxiliary.marker(processor(), Characters(), "resize")
     page, box, name = unique_page(), (15.0, 15.0, 27.0, 27.0), "here"
-    view = look(handle.anatomy, marker.transform, [page])[0]
+    view = encode_views(handle.anatomy, marker.transform, [page])[0]
     target = target_tokens(view, [marker.transform.box(box, page.size, name)], name)[None]
     text = torch.tensor(Characters()("!?", add_special_tokens=False)["input_ids"])
     start = torch.tensor([view.text_start])
@@ -86,7 +86,7 @@ def test_the_idle_head_runs_on_two_tokens(host, monkeypatch):
     real = list(used)
     used.clear()
     calls = _sequences(head, monkeypatch)
-    nothing = idle(head, handle.anatomy.embed_tokens)
+    nothing = zero_gradient_pass(head, handle.anatomy.embed_tokens)
     assert used == real  # ZeRO-3 gathers weights in one order on all ranks
     assert calls[0][0].shape[:2] == (1, 1) and calls[0][2].order.shape == (1, 2)
     assert float(nothing.detach()) == 0.0

@@ -5,18 +5,31 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import overload
 
 import torch
 from torch import Tensor
 
 from llava_patch.measurements.rprobe.store.disk import Store
 from llava_patch.measurements.rprobe.store.shard import Shard
-from llava_patch.measurements.rprobe.store.text import Text
-from llava_patch.probe.sample import Sample
+from llava_patch.probe.sample import DrawnSamples, Sample
 from llava_patch.probe.sequence import ProbeSequence, TokenGrid, build_sequence
 
 CHUNK = 256  # samples whose pixels are in memory at once while means are taken
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """Frozen text of many samples, on CPU.
+
+    Attributes:
+        ids: int64 [samples, width], rows of `table`, padded with 0.
+        counts: int64 [samples].
+        table: float32 [distinct tokens, hidden].
+    """
+
+    ids: Tensor
+    counts: Tensor
+    table: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +54,8 @@ class Batch:
     injections: Tensor | None = None
 
 
-class Chosen(Sequence[Sample]):
-    """Some samples of a sequence, drawn when they are asked for."""
+class Chosen(DrawnSamples):
+    """Some samples of a sequence."""
 
     def __init__(self, samples: Sequence[Sample], numbers: Sequence[int]) -> None:
         self._samples, self._numbers = samples, list(numbers)
@@ -50,13 +63,8 @@ class Chosen(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self._numbers)
 
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Sample]: ...
-    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
-        if isinstance(index, slice):
-            return [self._samples[number] for number in self._numbers[index]]
+    def draw(self, index: int) -> Sample:
+        """Of those that were chosen."""
         return self._samples[self._numbers[index]]
 
 
@@ -110,12 +118,12 @@ class FrozenData:
     def cells_of(self, index: int) -> Tensor:
         """Cells (raster order) under the targets of a sample, int64 [targets], in the order of its pixels."""
         shard, row = self.places[index]
-        return self.shards[shard].cells(row)[self.shards[shard].target(row).long()].long()
+        return self.shards[shard].rows("cells", row)[self.shards[shard].rows("target", row).long()].long()
 
     def seen_of(self, index: int) -> Tensor:
         """Cells (raster order) of a sample's image that have a token, bool [cells]; a host may drop some."""
         shard, row = self.places[index]
-        cells = self.shards[shard].cells(row).long()
+        cells = self.shards[shard].rows("cells", row).long()
         seen = torch.zeros(self.grid_of(index).tokens, dtype=torch.bool)
         seen[cells[cells >= 0]] = True
         return seen
@@ -146,7 +154,7 @@ class FrozenData:
 
     def _pixels(self, numbers: Sequence[int]) -> Tensor:
         places = [self.places[i] for i in numbers]
-        return torch.cat([self.shards[shard].pixels(row) for shard, row in places])
+        return torch.cat([self.shards[shard].rows("pixels", row) for shard, row in places])
 
     def inside(self, index: Tensor) -> Tensor:
         """Which pixels under the targets lie in a text box of their image (their centre does).
@@ -161,7 +169,7 @@ class FrozenData:
 
     def _inside(self, index: int) -> Tensor:
         shard, row = self.places[index]
-        grid, cells, boxes = self.grid_of(index), self.cells_of(index), self.shards[shard].boxes(row)
+        grid, cells, boxes = self.grid_of(index), self.cells_of(index), self.shards[shard].rows("boxes", row)
         centre = torch.arange(grid.cell) + 0.5
 
         def within(first: Tensor, low: int) -> Tensor:
@@ -180,18 +188,18 @@ class FrozenData:
         device = torch.device(device)
         pin = device.type == "cuda"  # a copy from pinned memory does not hold up the host
         places = [(self.shards[shard], row) for shard, row in (self.places[i] for i in index.tolist())]
-        targets = [shard.target(row).long() for shard, row in places]
-        tokens = _padded([shard.tokens(row) for shard, row in places], pin)
-        positions = _padded([shard.positions(row) for shard, row in places], False)
-        widths = torch.tensor([len(shard.cells(row)) for shard, row in places])
+        targets = [shard.rows("target", row).long() for shard, row in places]
+        tokens = _padded([shard.rows("tokens", row) for shard, row in places], pin)
+        positions = _padded([shard.rows("positions", row) for shard, row in places], False)
+        widths = torch.tensor([len(shard.rows("cells", row)) for shard, row in places])
         counts = torch.tensor([len(t) for t in targets])
         target = torch.zeros(tokens.shape[:2], dtype=torch.bool)
         target[torch.arange(len(places)).repeat_interleave(counts), torch.cat(targets)] = True
         injections = None
         if "injections" in places[0][0].tensors:
-            added = _padded([shard.injections(row) for shard, row in places], pin)
+            added = _padded([shard.rows("injections", row) for shard, row in places], pin)
             injections = added.to(device, non_blocking=pin).float().transpose(1, 2).contiguous()
-        pixels = [shard.pixels(row) for shard, row in places]
+        pixels = [shard.rows("pixels", row) for shard, row in places]
         joined = torch.empty(int(counts.sum()), pixels[0].shape[1], pin_memory=pin, dtype=torch.float32)
         torch.cat(pixels, out=joined)
         text_counts = self.text.counts[index]

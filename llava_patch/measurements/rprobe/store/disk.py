@@ -32,6 +32,7 @@ from llava_patch.measurements.rprobe.store.shard import DamagedShard, Shard, ope
 MANIFEST = "manifest.json"
 DELETED = ".deleted-"
 GB, MB = 1e9, 1e6
+IN_MEMORY = "or set RProbe.store = False (then they are kept in memory)"
 logger = logging.getLogger("llava_patch")
 
 
@@ -245,10 +246,8 @@ class Store:
                 write_json(self.folder / MANIFEST, {**self.about, "shards": self.shards})
             write_shard(self.path(number), shard, self.key, number)
         except (OSError, SafetensorError) as error:
-            raise LlavaPatchError(
-                f"R-Probe's store {self.folder} cannot be written ({error}): set {VARIABLE} to a folder with room, or "
-                "RProbe.store = False"
-            ) from error
+            where = f"set {VARIABLE} to a folder with room, or RProbe.store = False"
+            raise LlavaPatchError(f"R-Probe's store {self.folder} cannot be written ({error}): {where}") from error
 
     def _make_room(self, shard_bytes: int) -> None:
         """Delete the longest unused other stores until this one fits when it is finished."""
@@ -256,11 +255,11 @@ class Store:
         missing = self.shards - len(there)
         to_come = int((sum(there) + shard_bytes) / (len(there) + 1) * missing)
         whole, limit = sum(there) + to_come, self.limit_gb * GB
+        take = f"R-Probe's frozen tokens take about {whole / GB:.3g} GB on disk"
         if whole > limit:
             raise SettingError(
-                f"R-Probe's frozen tokens take about {whole / GB:.3g} GB on disk, RProbe.store_gb = {self.limit_gb:g}: "
-                "raise it, use fewer pages (RProbe.train_pages, heldout_pages) or samples, or set RProbe.store = False "
-                "(then they are kept in memory)"
+                f"{take}, RProbe.store_gb = {self.limit_gb:g}: raise it, use fewer pages (RProbe.train_pages, "
+                f"heldout_pages) or samples, {IN_MEMORY}"
             )
         with _alone(self.folder.parent):
             others = [kept for kept in list_stores(self.folder.parent) if kept.folder != self.folder]
@@ -276,13 +275,12 @@ class Store:
             free = shutil.disk_usage(self.folder).free
         if kept_bytes + whole > limit:
             raise SettingError(
-                f"R-Probe's frozen tokens take about {whole / GB:.3g} GB on disk and {kept_bytes / GB:.3g} GB belong "
-                f"to stores in use (this run's other half, or other runs), RProbe.store_gb = {self.limit_gb:g}: raise "
-                "it, use fewer pages or samples, or set RProbe.store = False (then they are kept in memory)"
+                f"{take} and {kept_bytes / GB:.3g} GB belong to stores in use (this run's other half, or other runs), "
+                f"RProbe.store_gb = {self.limit_gb:g}: raise it, use fewer pages or samples, {IN_MEMORY}"
             )
         if free < to_come:
             raise SettingError(
                 f"R-Probe's frozen tokens need about {to_come / GB:.3g} GB more, {free / GB:.3g} GB are free under "
                 f"{self.folder.parent} (RProbe.store_gb = {self.limit_gb:g}): set {VARIABLE} to a larger disk, use "
-                "fewer pages or samples, or set RProbe.store = False (then they are kept in memory)"
+                f"fewer pages or samples, {IN_MEMORY}"
             )

@@ -1,7 +1,7 @@
-"""A shard: the frozen tokens of a fixed number of images, and the pixels under the targets of their samples.
+"""R-Probe, step 5 of 8: frozen tokens and the pixels under their targets are gathered (`encode`) and kept in shards.
 
-On disk it is one safetensors file: it appears whole by a single rename, carries no pickle, keeps bfloat16 as it is,
-its header is checked against its length when it is opened, and its tensors are memory-mapped, so that a page of the
+On disk a shard is one safetensors file: it appears whole by a single rename, carries no pickle, keeps bfloat16 as it
+is, its header is checked against its length when it is opened, and its tensors are memory-mapped, so that a page of the
 file is read when a batch asks for it and not before.
 """
 
@@ -10,24 +10,33 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llava_patch.core.errors import InputError
 from llava_patch.core.files import atomic
-from llava_patch.probe.sequence import TokenGrid
+from llava_patch.hosts.anatomy import Anatomy
+from llava_patch.measurements.rprobe.settings import RProbe
+from llava_patch.probe.sample import Box, Sample
+from llava_patch.probe.sequence import TokenGrid, patchify
+from llava_patch.probe.transform import Transform, black_out
+from llava_patch.probe.view import View, encode_views, target_tokens
 
 FORMAT = 1
 LARGE = ("tokens", "pixels", "injections")  # what is not read when a shard is opened
-TABLES = (
-    "positions", "cells", "image_counts", "grids", "text_start", "sample_image", "target", "target_counts", "boxes",
-    "box_counts",
-)  # fmt: skip
+COUNTED_BY = {
+    "tokens": "image_counts", "positions": "image_counts", "cells": "image_counts", "injections": "image_counts",
+    "target": "target_counts", "pixels": "target_counts", "boxes": "box_counts",
+}  # fmt: skip
+NEEDED = {*COUNTED_BY, *COUNTED_BY.values(), "grids", "text_start", "sample_image"} - {"injections"}
 
 
 class DamagedShard(ValueError):
@@ -66,69 +75,134 @@ class Shard:
     _starts: dict[str, list[int]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        starts = {
-            name: [0, *accumulate(self.tensors[name].tolist())]
-            for name in ("image_counts", "target_counts", "box_counts")
-        }
+        starts = {name: [0, *accumulate(self.tensors[name].tolist())] for name in set(COUNTED_BY.values())}
         object.__setattr__(self, "_starts", starts)
-        expected = {"tokens": "image_counts", "positions": "image_counts", "cells": "image_counts",
-                    "target": "target_counts", "pixels": "target_counts", "boxes": "box_counts"}  # fmt: skip
-        if "injections" in self.tensors:
-            expected["injections"] = "image_counts"
-        for name, counts in expected.items():
-            if len(self.tensors[name]) != starts[counts][-1]:
+        for name, counts in COUNTED_BY.items():
+            if name in self.tensors and len(self.tensors[name]) != starts[counts][-1]:
                 raise DamagedShard(f"{len(self.tensors[name])} rows of {name}, {starts[counts][-1]} counted")
         if not len(self.records) == len(self.tensors["sample_image"]) == len(self.tensors["target_counts"]):
             raise DamagedShard("its samples are not all named")
 
-    def _of_image(self, name: str, row: int) -> Tensor:
-        image = int(self.tensors["sample_image"][row])
-        starts = self._starts["image_counts"]
-        return self.tensors[name][starts[image] : starts[image + 1]]
+    def rows(self, name: str, sample: int) -> Tensor:
+        """The part of a tensor of `COUNTED_BY` that belongs to a sample, or to its image; shapes as in `tensors`."""
+        counts = COUNTED_BY[name]
+        place = int(self.tensors["sample_image"][sample]) if counts == "image_counts" else sample
+        return self.tensors[name][self._starts[counts][place] : self._starts[counts][place + 1]]
 
-    def _of_sample(self, name: str, counts: str, row: int) -> Tensor:
-        return self.tensors[name][self._starts[counts][row] : self._starts[counts][row + 1]]
+    def text_start(self, sample: int) -> int:
+        """Where the text of a sample starts: the first place past its image's tokens on both axes."""
+        return int(self.tensors["text_start"][int(self.tensors["sample_image"][sample])])
 
-    def tokens(self, row: int) -> Tensor:
-        """[tokens, hidden] of the image of sample `row`."""
-        return self._of_image("tokens", row)
-
-    def positions(self, row: int) -> Tensor:
-        """float32 [tokens, 2]."""
-        return self._of_image("positions", row)
-
-    def cells(self, row: int) -> Tensor:
-        """int32 [tokens]."""
-        return self._of_image("cells", row)
-
-    def injections(self, row: int) -> Tensor:
-        """[tokens, layers, hidden], with DeepStack only."""
-        return self._of_image("injections", row)
-
-    def text_start(self, row: int) -> int:
-        """Where the text of sample `row` starts: the first place past its image's tokens on both axes."""
-        return int(self.tensors["text_start"][int(self.tensors["sample_image"][row])])
-
-    def grid(self, row: int) -> TokenGrid:
-        """How cells tile the processed image of sample `row`."""
-        return TokenGrid(*self.tensors["grids"][int(self.tensors["sample_image"][row])].tolist())
-
-    def target(self, row: int) -> Tensor:
-        """int32 [targets]: which of the image's tokens are targets."""
-        return self._of_sample("target", "target_counts", row)
-
-    def pixels(self, row: int) -> Tensor:
-        """float32 [targets, pixels]."""
-        return self._of_sample("pixels", "target_counts", row)
-
-    def boxes(self, row: int) -> Tensor:
-        """float64 [boxes, 4]: all text regions of the image of sample `row`, on the processed image."""
-        return self._of_sample("boxes", "box_counts", row)
+    def grid(self, sample: int) -> TokenGrid:
+        """How cells tile the processed image of a sample."""
+        return TokenGrid(*self.tensors["grids"][int(self.tensors["sample_image"][sample])].tolist())
 
     @property
     def bytes(self) -> int:
         """Size of its tensors."""
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+
+def encode(
+    anatomy: Anatomy, transform: Transform, samples: Sequence[Sample], images: Sequence[list[int]], settings: RProbe
+) -> Shard:
+    """Send some images through the vision tower in one go, and cut the pixels under the targets of their samples.
+
+    Args:
+        anatomy: the model under test, in evaluation mode.
+        transform: from `make_transform`.
+        samples: all samples.
+        images: the samples (their numbers) of each image.
+        settings: `masked` and `broken` are read; masked samples have each an image of their own.
+
+    Raises:
+        InputError: a sample that cannot be used, with `broken="stop"`; it is named.
+        HostError: the tokens of this model have no pixels each, or are not finite.
+    """
+    pictures: list[Image.Image] = []
+    members: list[list[tuple[int, Sample, tuple[Box, ...]]]] = []
+    skipped: list[tuple[int, str]] = []
+
+    def skip(number: int, error: InputError) -> None:
+        if settings.broken == "stop":
+            raise error
+        skipped.append((number, str(error)))
+
+    for numbers in images:
+        picture, usable = None, []
+        for number in numbers:
+            try:
+                sample = samples[number]
+                picture = sample.open_image() if picture is None else picture
+                boxes = tuple(transform.box(box, picture.size, sample.place) for box in sample.boxes)
+                if not boxes:
+                    raise InputError(f"{sample.place}: the sample has no box")
+                usable.append((number, sample, boxes))
+            except InputError as error:
+                skip(number, error)
+        if picture is not None and usable:
+            pictures.append(picture)
+            members.append(usable)
+    seen = pictures
+    if settings.masked:
+        seen = [black_out(p, of[0][1].boxes) for p, of in zip(pictures, members, strict=True)]
+    views = encode_views(anatomy, transform, seen) if seen else []
+    records: list[Record] = []
+    owner, targets, pixels, regions = [], [], [], []
+    for image, (picture, of, view) in enumerate(zip(pictures, members, views, strict=True)):
+        patches = patchify(transform.plane(picture)[None], view.grid)[0]
+        for number, sample, boxes in of:
+            try:
+                target = target_tokens(view, boxes, sample.place).nonzero()[:, 0]
+            except InputError as error:
+                skip(number, error)
+                continue
+            records.append(Record(number, sample.id, sample.document or sample.id, sample.text))
+            owner.append(image)
+            targets.append(target.to(torch.int32))
+            pixels.append(patches[view.cells[target]])  # of the unmasked image, whatever the tower saw
+            regions.append(_regions(transform, picture, sample, boxes))
+    return Shard(_tensors(views, owner, targets, pixels, regions), records, skipped)
+
+
+def _tensors(
+    views: list[View], owner: list[int], targets: list[Tensor], pixels: list[Tensor], regions: list[Tensor]
+) -> dict[str, Tensor]:
+    def joined(parts: list[Tensor], *empty: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.cat(parts) if parts else torch.empty(empty, dtype=dtype)
+
+    def counted(parts: Sequence[Tensor]) -> Tensor:
+        return torch.tensor([len(part) for part in parts], dtype=torch.int64)
+
+    tensors = {
+        "tokens": joined([v.tokens for v in views], 0, 0),
+        "positions": joined([v.positions for v in views], 0, 2),
+        "cells": joined([v.cells.to(torch.int32) for v in views], 0, dtype=torch.int32),
+        "image_counts": counted([v.tokens for v in views]),
+        "grids": torch.tensor([(v.grid.rows, v.grid.columns, v.grid.cell) for v in views]).reshape(-1, 3).long(),
+        "text_start": torch.tensor([v.text_start for v in views], dtype=torch.int64),
+        "sample_image": torch.tensor(owner, dtype=torch.int64),
+        "target": joined(targets, 0, dtype=torch.int32),
+        "target_counts": counted(targets),
+        "pixels": joined(pixels, 0, 0),
+        "boxes": joined(regions, 0, 4, dtype=torch.float64),
+        "box_counts": counted(regions),
+    }
+    added = [v.injections.transpose(0, 1) for v in views if v.injections is not None]
+    if added:
+        tensors["injections"] = torch.cat(added)
+    return tensors
+
+
+def _regions(transform: Transform, picture: Image.Image, sample: Sample, boxes: tuple[Box, ...]) -> Tensor:
+    """All text regions on the processed image, float64 [boxes, 4]."""
+    moved = list(boxes)
+    for box in sample.all_boxes:
+        try:
+            moved.append(transform.box(box, picture.size, sample.place))
+        except InputError:
+            continue  # not a target, and nothing of it is on the processed image: no pixel lies in it
+    return torch.tensor(moved, dtype=torch.float64)
 
 
 def write_shard(path: Path, shard: Shard, key: str, number: int) -> None:
@@ -161,7 +235,7 @@ def open_shard(path: Path, key: str, number: int) -> Shard | None:
             found = metadata.get("format"), metadata.get("key"), metadata.get("number")
             if found != (str(FORMAT), key, str(number)):
                 raise DamagedShard("it belongs to another format or store")
-            if not {"tokens", "pixels", *TABLES} <= set(stream.keys()):
+            if not set(stream.keys()) >= NEEDED:
                 raise DamagedShard("a tensor is missing")
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 - not a dict
         digest = metadata.pop("digest", "")

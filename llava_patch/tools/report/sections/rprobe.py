@@ -13,7 +13,7 @@ from llava_patch.core.paths import named
 from llava_patch.measurements.base import NothingToMeasure
 from llava_patch.measurements.rprobe.ablation import SUMMARY
 from llava_patch.measurements.rprobe.output import RESULT
-from llava_patch.measurements.rprobe.result import RProbeResult, read_result
+from llava_patch.measurements.rprobe.result import RProbeResult
 from llava_patch.tools.report.context import Context
 from llava_patch.tools.report.section import Figure, Found, Section, Table
 
@@ -24,7 +24,7 @@ def _run(context: Context, folder: Path) -> Found:
     source = Path(context.rprobe)
     if (source / SUMMARY).is_file():
         return _ablation(source, folder, context)
-    result = read_result(source / RESULT)
+    result = RProbeResult.load(source / RESULT)
     _check(result.facts.get("checkpoint"), context, source / RESULT)
     figures, files = _copied(source, folder, "rprobe")
     return Found(result.summary(), figures, [_table(result)], files)

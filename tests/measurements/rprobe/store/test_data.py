@@ -8,10 +8,11 @@ from PIL import Image
 from llava_patch.core.errors import HostError
 from llava_patch.hosts.anatomy import find
 from llava_patch.measurements.rprobe.settings import RProbe
-from llava_patch.measurements.rprobe.store import encode, freeze, freeze_samples, make_transform
+from llava_patch.measurements.rprobe.store import freeze, shard
+from llava_patch.measurements.rprobe.store.freeze import freeze_samples
 from llava_patch.probe.sample import Sample
 from llava_patch.probe.sequence import TokenGrid
-from llava_patch.probe.view import View
+from llava_patch.probe.view import View, make_transform
 from tests.support.probes import HIDDEN, Characters, made_up, processor, samples, targets_of, tiny_model
 
 
@@ -32,7 +33,7 @@ def ragged(monkeypatch):
     """Images with one token more each: context in front of the 4 x 4 cells, the last of which has none on image 2."""
     views = []
 
-    def look(anatomy, transform, images):
+    def encode_views(anatomy, transform, images):
         generator = torch.Generator().manual_seed(len(views))
         for _ in images:
             number = len(views)
@@ -44,7 +45,7 @@ def ragged(monkeypatch):
             views.append(View(tokens, places, cells, TokenGrid(4, 4, 14), added))
         return views[-len(images) :]
 
-    monkeypatch.setattr(encode, "look", look)
+    monkeypatch.setattr(shard, "encode_views", encode_views)
     return views
 
 

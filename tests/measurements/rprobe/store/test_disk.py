@@ -16,11 +16,14 @@ import torch
 from llava_patch.core.errors import InputError, LlavaPatchError, SettingError
 from llava_patch.data.pages import Pages
 from llava_patch.hosts.anatomy import find
+from llava_patch.measurements.rprobe import keys
 from llava_patch.measurements.rprobe.fit import run_rprobe
 from llava_patch.measurements.rprobe.settings import RProbe
-from llava_patch.measurements.rprobe.store import disk, freeze, freeze_samples, key, make_transform
+from llava_patch.measurements.rprobe.store import disk, freeze
 from llava_patch.measurements.rprobe.store.disk import delete_unused, in_use, list_stores, stores_folder
+from llava_patch.measurements.rprobe.store.freeze import freeze_samples
 from llava_patch.measurements.rprobe.store.shard import open_shard
+from llava_patch.probe.view import make_transform
 from tests.support.paths import ROOT
 from tests.support.probes import Characters, processor, samples, tiny_model
 
@@ -41,7 +44,7 @@ def model():
 def seen(model, monkeypatch):
     """Numbers of images that the tower was given, call by call, without the one image that the key is made of."""
     calls = []
-    answer_key = key.answer_key
+    answer_key = keys.answer_key
 
     def uncounted(*arguments):
         before = len(calls)
@@ -50,7 +53,7 @@ def seen(model, monkeypatch):
         del calls[before:]
         return answer
 
-    monkeypatch.setattr(key, "answer_key", uncounted)
+    monkeypatch.setattr(keys, "answer_key", uncounted)
     hook = model.model.vision_tower.register_forward_pre_hook(
         lambda module, args, kwargs: calls.append(len(kwargs.get("pixel_values", args[0] if args else ()))),
         with_kwargs=True,
@@ -87,8 +90,8 @@ def test_a_finished_store_is_read_without_the_tower_and_without_drawing(model, s
     first = everything(freeze_pages(model))
     assert seen == [3, 3, 3, 1]
     drawn = []
-    draw = Pages._page
-    monkeypatch.setattr(Pages, "_page", lambda self, index: drawn.append(index) or draw(self, index))
+    draw = Pages.draw
+    monkeypatch.setattr(Pages, "draw", lambda self, index: drawn.append(index) or draw(self, index))
     again = freeze_pages(model)
     assert same(first, everything(again))
     assert (seen, drawn) == ([3, 3, 3, 1], [0])  # page 0 names what draws

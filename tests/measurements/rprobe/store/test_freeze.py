@@ -9,8 +9,9 @@ from PIL import Image, ImageFile
 from llava_patch.core.errors import HostError, InputError, SettingError
 from llava_patch.hosts.anatomy import find
 from llava_patch.measurements.rprobe.settings import RProbe
-from llava_patch.measurements.rprobe.store import freeze_samples, make_transform
+from llava_patch.measurements.rprobe.store.freeze import freeze_samples
 from llava_patch.probe.sample import Sample
+from llava_patch.probe.view import make_transform
 from tests.support.probes import HIDDEN, SIDE, Characters, processor, samples, targets_of, tiny_model, unique_page
 
 
@@ -166,7 +167,7 @@ def test_tokens_are_kept_as_the_model_made_them_and_given_as_float32(dtype):
     pixels = make_transform(find(model), processor(), "resize").pixel_values([s.image for s in samples(2)])
     with torch.no_grad():
         expected = find(model).encode_images(pixels.to(dtype))
-    assert data.shards[0].tokens(0).dtype == dtype
+    assert data.shards[0].rows("tokens", 0).dtype == dtype
     assert torch.equal(batch.image_tokens, expected.float())
     assert batch.image_tokens.dtype == batch.text_tokens.dtype == batch.pixels.dtype == torch.float32
 

@@ -11,18 +11,19 @@ from PIL import Image, ImageOps
 from llava_patch import SkipLinks, patch
 from llava_patch.data.pages import Pages
 from llava_patch.hosts.anatomy import find
+from llava_patch.measurements.rprobe import keys as key_module
+from llava_patch.measurements.rprobe.contents import images_of
+from llava_patch.measurements.rprobe.keys import digest, store_key
 from llava_patch.measurements.rprobe.settings import RProbe
-from llava_patch.measurements.rprobe.store import key as key_module
-from llava_patch.measurements.rprobe.store import make_transform
-from llava_patch.measurements.rprobe.store.key import digest, make_plan, store_key
 from llava_patch.probe.sample import Sample
+from llava_patch.probe.view import make_transform
 from tests.support.probes import processor, samples, tiny_model, unique_page
 
 
 def key_of(model, data, image_processor=None, mode="resize", **settings):
     anatomy, settings = find(model), RProbe(**settings)
     transform = make_transform(anatomy, image_processor or processor(), mode)
-    return digest(store_key(anatomy, transform, make_plan(data, settings), settings))
+    return digest(store_key(anatomy, transform, images_of(data, settings).key, settings))
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +184,7 @@ def test_pictures_that_only_live_while_they_are_drawn_are_told_apart():
         def __getitem__(self, index):
             return Sample(Image.new("RGB", (8, 8), (index, 0, 0)), "x", ((0, 0, 5, 5),), id=str(index))
 
-    plan = make_plan(Drawn(range(20)), RProbe())
+    plan = images_of(Drawn(range(20)), RProbe())
     assert plan.images == [[i] for i in range(20)]
 
 
@@ -193,8 +194,8 @@ def pages(count=4, side=56, seed=0, split="train", noise=True):
 
 def test_pages_are_told_apart_without_drawing_them_all(monkeypatch):
     drawn = []
-    draw = Pages._page
-    monkeypatch.setattr(Pages, "_page", lambda self, index: drawn.append(index) or draw(self, index))
+    draw = Pages.draw
+    monkeypatch.setattr(Pages, "draw", lambda self, index: drawn.append(index) or draw(self, index))
     first = digest(pages().identity())
     assert drawn == [0]
     assert digest(pages().identity()) == first

@@ -9,10 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -21,34 +18,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from llava_patch.core.errors import HostError, InputError
+from llava_patch.core.errors import HostError
 from llava_patch.hosts import zero
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.measurements.rprobe.settings import RProbe
-from llava_patch.measurements.rprobe.store.shard import FORMAT, Record
+from llava_patch.measurements.rprobe.store.shard import FORMAT
 from llava_patch.patching.handle import get_handle
-from llava_patch.probe.sample import Sample
+from llava_patch.probe.decoder import ProbeDecoder
+from llava_patch.probe.sequence import build_sequence
 from llava_patch.probe.transform import Transform
-from llava_patch.probe.view import look
+from llava_patch.probe.view import encode_views
 
 LIBRARIES = ("llava_patch", "torch", "torchvision", "transformers", "llava-torch", "llava", "timm", "pillow", "numpy")
 SETTINGS = ("masked",)  # those of RProbe that change what is stored; image_mode is the transform's
 _CONFIG = ("mm_", "vision", "image_", "projector_", "multimodal_")  # what of a host's config is about images
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which images a data set has, and what names it.
-
-    Attributes:
-        images: the samples (their numbers) of each image, in the order in which images come up.
-        records: names and texts of the samples; None where they are only known once a sample is drawn.
-        key: JSON values.
-    """
-
-    images: list[list[int]]
-    records: list[Record] | None
-    key: Any
 
 
 def digest(value: Any) -> str:
@@ -75,15 +58,22 @@ def versions() -> dict[str, str | None]:
     return {name: one(name) for name in LIBRARIES}
 
 
-def store_key(anatomy: Anatomy, transform: Transform, plan: Plan, settings: RProbe) -> dict[str, Any]:
-    """Everything that frozen image tokens and target pixels depend on; text settings are not among it."""
+def store_key(anatomy: Anatomy, transform: Transform, data: Any, settings: RProbe) -> dict[str, Any]:
+    """Everything that frozen image tokens and target pixels depend on; text settings are not among it.
+
+    Args:
+        anatomy: the model under test.
+        transform: from `make_transform`.
+        data: `ImagesOfData.key`.
+        settings: those of `SETTINGS` are read.
+    """
     return {
         "format": FORMAT,
         "versions": versions(),
         "model": model_key(anatomy),
         "answer": answer_key(anatomy, transform),
         "transform": described(transform),
-        "data": plan.key,
+        "data": data,
         "settings": {name: getattr(settings, name) for name in SETTINGS},
     }
 
@@ -128,7 +118,7 @@ def answer_key(anatomy: Anatomy, transform: Transform) -> str:
     # Larger than the tower's input and not square, so that resizing and cutting count.
     height, width = 2 * transform.height + 3, transform.width + 5
     noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    (view,) = look(anatomy, transform, [Image.fromarray(noise)])
+    (view,) = encode_views(anatomy, transform, [Image.fromarray(noise)])
     found = hashlib.blake2b(digest_size=16)
     for tensor in (view.tokens, view.injections):
         if tensor is not None:
@@ -173,70 +163,104 @@ def described(thing: Any) -> Any:
     return thing
 
 
-def make_plan(samples: Sequence[Sample], settings: RProbe) -> Plan:
-    """Find the images of a data set and name its content.
+_NOT_TRAINING = {
+    "threshold", "examples", "maps", "resamples", "store", "store_gb", "save_every", "minutes", "heldout_pages",
+}  # fmt: skip
+_MEANING = {
+    "decoder": "the decoder belongs to another model (its first layers' weights)",
+    "data": "the frozen training data are others (images, boxes, texts, or the tower and projector that encoded them)",
+    "embeddings": "the token embeddings of the training texts are others",
+    "config": "the decoder belongs to another model (the configuration of its language model)",
+    "answer": "the decoder belongs to another model (before training it answers otherwise to the same input)",
+}
+_SAMPLED = 4096  # values of each tensor that the fingerprint reads
+_ANSWERS = 64  # numbers that stand for a fresh decoder's answer
+_CLOSE = 1e-4  # by which two of them may differ: sums in another order, with other threads or on another device
+_NOT_MODEL = ("architectures", "dtype", "torch_dtype", "use_cache", "mm_vision_tower", "llava_patch")
 
-    Samples that draw themselves (they have `identity()`, JSON values) have one image each and are not drawn here. Of
-    others every image file is read once: what is in it counts, not its name or time, so that a file that was replaced
-    is noticed and a folder that was moved is known again.
+
+def fingerprint(decoder: ProbeDecoder) -> str:
+    """Hash of a fresh decoder's layers and norm: names, shapes and evenly spaced values.
+
+    The pixel head starts from seed and data, which are compared by themselves. Sampled, because a 7B's decoder is
+    6 GB: any training changes practically all values of a tensor.
     """
-    identity = getattr(samples, "identity", None)
-    if identity is not None:
-        return Plan([[i] for i in range(len(samples))], None, identity())
-    content_of = Contents()
-    number_of: dict[Any, int] = {}
-    images: list[list[int]] = []
-    records, described = [], []
-    for index in range(len(samples)):
-        sample = samples[index]
-        content = content_of(sample)
-        # Lines of one page share its tokens, unless each line is blacked out in a copy of its own.
-        number = number_of.setdefault(index if settings.masked else content, len(images))
-        if number == len(images):
-            images.append([])
-        images[number].append(index)
-        records.append(Record(index, sample.id, sample.document or sample.id, sample.text))
-        described.append([content, sample.boxes, sample.all_boxes])
-    return Plan(images, records, {"own": digest(described), "samples": len(described), "images": len(images)})
+    digest = hashlib.sha256(f"DeepStack enters layers {decoder.injection_layers} ".encode())
+    for name, parameter in decoder.named_parameters():
+        if name.startswith("head.") or "lora_" in name:
+            continue
+        name = name.replace(".base_layer", "")
+        flat = parameter.detach().reshape(-1)
+        chosen = flat[:: max(1, flat.numel() // _SAMPLED)].to("cpu", torch.float32)
+        digest.update(f"{name} {tuple(parameter.shape)} ".encode())
+        digest.update(chosen.numpy().tobytes())
+    return digest.hexdigest()[:32]
 
 
-class Contents:
-    """Content of a sample's image; each file and each picture in memory is read once."""
+@torch.no_grad()
+def fresh_answer(decoder: ProbeDecoder) -> list[float]:
+    """What a fresh decoder's layers and norm make of one fixed short sequence, as numbers that every state enters.
 
-    def __init__(self) -> None:
-        self._files: dict[str, str] = {}
-        self._pictures: dict[int, tuple[weakref.ref[Any], str]] = {}
+    Weights do not tell of a number that a module keeps as an attribute (a norm's epsilon), nor of rotary frequencies:
+    those show here. Numbers and not their hash, because float32 sums depend on threads and device.
+    """
+    hidden = int(decoder.config.hidden_size)
+    device = next(decoder.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    text, side = 3, 3
+    cells = torch.cartesian_prod(torch.arange(side), torch.arange(side)).float()[None]
+    target = torch.zeros(1, side * side, dtype=torch.bool)
+    target[0, -3:] = True
+    sequence = build_sequence(target, torch.ones_like(target), cells, torch.tensor([text]), torch.tensor([side]))
+    # Of the sizes that projected and embedded tokens have; an epsilon counts where tokens are small.
+    image = 0.5 * torch.randn(1, side * side, hidden, generator=generator)
+    words = 0.02 * torch.randn(1, text, hidden, generator=generator)
+    layers = len(decoder.injection_layers)
+    added = 0.5 * torch.randn(1, layers, side * side, hidden, generator=generator).to(device) if layers else None
+    with torch.autocast(device.type, enabled=False):
+        states = decoder.hidden_states(image.to(device), words.to(device), sequence.to(device), added)
+    flat = states.cpu().double().flatten()
+    place = torch.arange(len(flat), dtype=torch.float64)
+    waves = torch.cos(torch.arange(1, _ANSWERS + 1, dtype=torch.float64)[:, None] * (0.7 * place + 0.3))
+    return (waves @ flat / math.sqrt(len(flat))).tolist()
 
-    def __call__(self, sample: Sample) -> str:
-        """Digest of the file's bytes, or of the pixels in memory; of its name where it cannot be read."""
-        image: Any = sample.image
-        if isinstance(image, (str, os.PathLike)) or hasattr(image, "read"):
-            place = os.path.abspath(image) if isinstance(image, (str, os.PathLike)) else f"inside {image}"
-            if place not in self._files:
-                self._files[place] = _content(sample) or f"unreadable {place}"
-            return self._files[place]
-        known = self._pictures.get(id(image))
-        if known is None or known[0]() is not image:  # Python gives a number again once its object is gone
-            content = _content(sample) or f"unreadable {sample.id}"
-            self._pictures[id(image)] = known = weakref.ref(image), content
-        return known[1]
+
+def make_key(decoder: ProbeDecoder, data_key: str, table: Tensor, settings: RProbe, lr: float) -> dict[str, Any]:
+    """All that a trained decoder depends on, as flat JSON values and one list of numbers.
+
+    Args:
+        decoder: before its first step.
+        data_key: of the frozen training data.
+        table: float32 [distinct tokens, hidden], embeddings of the training texts.
+        settings: of the run.
+        lr: peak learning rate.
+    """
+    values = {f"RProbe.{k}": v for k, v in vars(settings).items() if k not in _NOT_TRAINING}
+    config = {k: v for k, v in described(decoder.config).items() if k not in _NOT_MODEL}
+    return {
+        "decoder": fingerprint(decoder),
+        "config": digest(config),
+        "answer": fresh_answer(decoder),
+        **values,
+        "RProbe.lr": lr,
+        "version of torch": torch.__version__,
+        "version of transformers": version("transformers"),
+        **({"version of peft": version("peft")} if settings.trained == "lora" else {}),
+        # Last: other settings make other data too, and then they are what to name.
+        "data": data_key,
+        "embeddings": hashlib.sha256(table.contiguous().numpy().tobytes()).hexdigest()[:32],
+    }
 
 
-def _content(sample: Sample) -> str | None:
-    """Digest of a sample's image file, or of its pixels when it is in memory; None: it cannot be read."""
-    image: Any = sample.image
-    found = hashlib.blake2b(digest_size=16)
-    try:
-        if isinstance(image, (str, os.PathLike)):
-            with open(image, "rb") as stream:
-                while block := stream.read(1 << 20):
-                    found.update(block)
-        elif hasattr(image, "read"):
-            found.update(image.read())
-        else:
-            picture = sample.open_image()
-            found.update(f"{picture.mode} {picture.size}".encode())
-            found.update(picture.tobytes())
-    except (OSError, SyntaxError, ValueError, InputError):
-        return None  # refused, or skipped, when its turn comes
-    return found.hexdigest()
+def difference(saved: dict[str, Any], key: dict[str, Any]) -> str:
+    """The first field in which a saved key differs, in words; "" when they are equal."""
+    for name in [*key, *(name for name in saved if name not in key)]:
+        if not _equal(name, saved.get(name), key.get(name)):
+            return _MEANING.get(name) or f"{name} was {saved.get(name)!r} there and is {key.get(name)!r} here"
+    return ""
+
+
+def _equal(name: str, saved: Any, here: Any) -> bool:
+    if name != "answer" or not (isinstance(saved, list) and isinstance(here, list) and len(saved) == len(here)):
+        return bool(saved == here)
+    return math.dist(saved, here) <= _CLOSE * math.hypot(*here)

@@ -1,0 +1,93 @@
+"""R-Probe as a measurement: its settings, its result, and one run on a checkpoint. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from llava_patch.measurements.base import Measurement
+from llava_patch.measurements.rprobe.settings import RProbe
+
+if TYPE_CHECKING:
+    from llava_patch.data.readers import Samples
+    from llava_patch.data.target import Target
+    from llava_patch.measurements.rprobe.result import RProbeResult
+
+
+class RProbeMeasurement(Measurement):
+    """Train a small decoder on a model's visual tokens; how well does it rebuild pixels?
+
+    Every setting of RProbe can be bound with --gin-param; options of the
+    command line win over bindings, and bindings over defaults.
+
+    OUTPUT gets rprobe.json, rprobe.png, map-N.png and decoder.safetensors;
+    with --ablation a folder with these for each of the four runs, and
+    ablation.json and ablation.md. A folder with results of another checkpoint
+    is refused: without --output, checkpoints of one folder name share one.
+
+    Interrupted (Ctrl-C), the same command goes on from the last state, which
+    is written every RProbe.save_every steps. With several GPUs:
+    torchrun --nproc-per-node N -m llava_patch.cli.main rprobe CKPT ...
+    """
+
+    name = "rprobe"
+    title = "R-Probe"
+    about = (
+        "Did the model see it, or did it not say? A small decoder rebuilds the pixels under text regions from the "
+        "projected tokens; what it cannot rebuild, the language model cannot read. Lower is better."
+    )
+    settings = RProbe
+    result = "llava_patch.measurements.rprobe.result:RProbeResult"
+    samples = None
+    resumes = True
+    extras = ("figures", "probe")
+    words: ClassVar = {"masked": "--masked/--full"}
+
+    def measure(
+        self,
+        target: "Target",
+        settings: RProbe,
+        folder: Path | None = None,
+        *,
+        heldout: str = "",
+        show: list[str] | None = None,
+    ) -> "RProbeResult":
+        """Train one probe and measure it on held-out samples.
+
+        Args:
+            target: the checkpoint and the data to train on, as `read_samples` takes them; "": rendered pages.
+            settings: of the probe.
+            folder: of the state from which an interrupted run goes on, and of the finished decoder; None: nowhere.
+            heldout: data to measure on, like DATA; default: a share of DATA's documents.
+            show: id of a held-out sample to draw; may be repeated; default: spread over the errors.
+        """
+        return self.probe(target, settings, folder, heldout, show, *(read(x, settings) for x in (target.data, heldout)))
+
+    def probe(
+        self,
+        target: "Target",
+        settings: RProbe,
+        folder: Path | None,
+        heldout: str,
+        show: list[str] | None,
+        samples: "Samples | None",
+        measured: "Samples | None",
+    ) -> "RProbeResult":
+        """As `measure`, with the samples of both sources (None: rendered pages, a share of `samples`) already read."""
+        from llava_patch.data.readers.read import resolve_source
+        from llava_patch.measurements.rprobe.fit import run_rprobe
+
+        one = target.subject
+        result = run_rprobe(
+            one.model, one.image_processor, one.tokenizer, settings, samples, measured, work=folder, show=show or ()
+        )
+        sources = {"source": resolve_source(target.data), "heldout_source": resolve_source(heldout)}
+        return dataclasses.replace(result, facts={**result.facts, "base": target.below, **sources})
+
+
+def read(source: str, settings: RProbe) -> "Samples | None":
+    """Samples of one's own; None: there is no source."""
+    from llava_patch.data.readers import read_samples
+
+    return read_samples(source, settings.boxes_per_sample, settings.broken) if source else None
