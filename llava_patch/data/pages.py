@@ -62,11 +62,7 @@ def sentences() -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=1)
 def font_files() -> dict[str, tuple[Path, ...]]:
-    """The font files of each family.
-
-    Raises:
-        LlavaPatchError: matplotlib is missing, or lacks one of the fonts.
-    """
+    """The font files of each family; LlavaPatchError where matplotlib is missing or lacks one of them."""
     matplotlib = optional("matplotlib", "the font of rendered pages")
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     files = {family: tuple(folder / f"{name}.ttf" for name in names) for family, names in FONTS.items()}
@@ -84,12 +80,7 @@ def _font(file: Path, size: int) -> ImageFont.FreeTypeFont:
 class Pages(DrawnSamples):
     """Rendered pages of one split, drawn when they are asked for; page i depends on seed, split, side and i alone.
 
-    Args:
-        count: number of pages.
-        tower_size: side of the vision tower's input in pixels; pages have twice that side.
-        seed: of everything that is drawn by lot, and of the split of the sentences.
-        split: "train" or "heldout"; they share no sentence.
-        noise: whether pages get pixel noise.
+    Pages have twice the side of the tower's input. "train" and "heldout" share no sentence; `seed` draws that split too.
     """
 
     def __init__(self, count: int, tower_size: int, seed: int = 0, split: str = "train", noise: bool = True) -> None:
@@ -211,12 +202,9 @@ class Pages(DrawnSamples):
 
 
 def rotated_box(box: Box, angle: float, side: int) -> Box:
-    """Upright box around a box that was turned with its square page.
+    """Upright box (pixels, cut at the border) around a box that was turned with its square page.
 
-    Args:
-        box: (x0, y0, x1, y1) in pixels.
-        angle: degrees, counter-clockwise as seen, about the page's centre (PIL's `rotate`).
-        side: of the page in pixels; the result is cut at its border.
+    The angle is in degrees, counter-clockwise as seen, about the page's centre (PIL's `rotate`).
     """
     cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
     centre = side / 2

@@ -26,11 +26,7 @@ MIN_LAYERS = 4
 
 
 def quarter(layers: int) -> int:
-    """Decoder layers that the probe copies: ceil(L / 4), 8 of 32.
-
-    Raises:
-        HostError: fewer than 4 layers have no first quarter.
-    """
+    """Decoder layers that the probe copies: ceil(L / 4), 8 of 32; a HostError where there are fewer than 4 to take from."""
     if layers < MIN_LAYERS:
         raise HostError(f"R-Probe needs an LLM of at least {MIN_LAYERS} decoder layers, this one has {layers}")
     return math.ceil(layers / 4)
@@ -112,11 +108,9 @@ class ProbeDecoder(nn.Module):
 
     @torch.no_grad()
     def start_at(self, constant: Tensor) -> None:
-        """Centre the first answers on a constant patch, so that steps are spent on what the tokens say.
+        """Centre the first answers on a constant patch, float [pixels]: steps are then spent on what the tokens say.
 
-        Args:
-            constant: [pixels], the mean training target; it becomes the bias of the last Linear (this project's
-                choice, the paper does not tell how the MLP starts).
+        It becomes the bias of the last Linear (this project's choice, the paper does not tell how the MLP starts).
         """
         last = self.head[-1]
         assert isinstance(last, nn.Linear)
@@ -197,13 +191,8 @@ def _like(hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor
 def stock_copy(module: nn.Module, name: str, config: Any) -> nn.Module:
     """Deep copy of a module in float32, with nothing that was put on the instance from outside.
 
-    Args:
-        module: the module; it is not changed.
-        name: what to call it in an error.
-        config: takes the place of every transformers configuration held inside.
-
-    Raises:
-        HostError: its weights are quantised, or not in memory.
+    `config` takes the place of every transformers configuration held inside. A HostError where weights are quantised, or
+    not in memory.
     """
     for parameter_name, parameter in module.named_parameters():
         if parameter.is_meta or not parameter.is_floating_point():

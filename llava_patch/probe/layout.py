@@ -40,13 +40,8 @@ def square_layout(
     of the image, since it stands for all of it; a mean at the mean of the places that it covers; neither has a cell.
     Where merge does not divide the patches, the tokens at the right and below cover padding as well and have no cell.
 
-    Args:
-        patches: (rows, columns) of the tower.
-        patch_size: side of a patch in pixels.
-        merge: patches on a side of a token.
-        pooled: number of STI's taps.
-        prefix: tokens before the patches.
-        dropped: how many of all these the host drops at the front; beyond `prefix` those are patches.
+    `patches` are the tower's (rows, columns), `patch_size` their side in pixels, `pooled` the number of STI's taps; the
+    host drops the first `dropped` of all these: beyond `prefix` those are patches.
     """
     rows, columns = (-(-n // merge) for n in patches)
     grid = TokenGrid(patches[0] // merge, patches[1] // merge, patch_size * merge)

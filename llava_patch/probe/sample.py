@@ -34,12 +34,7 @@ BROKEN_FILE = (
 
 @dataclass(frozen=True, eq=False)
 class EncodedImage:
-    """An image file that lies inside another file, such as a row of a parquet file; read again whenever it is asked.
-
-    Attributes:
-        name: names it in errors; the same image has the same name.
-        read: gives the file's bytes.
-    """
+    """An image file inside another file, such as a row of a parquet file, named in errors; `read` gives its bytes anew."""
 
     name: str
     read: Callable[[], bytes]
@@ -52,16 +47,9 @@ ImageSource = Union[Image.Image, str, Path, EncodedImage]
 
 
 def open_rgb(source: ImageSource, name: str) -> Image.Image:
-    """The picture in 8-bit RGB; a copy of one's own.
+    """The picture in 8-bit RGB; a copy of one's own. An InputError says `name` (sample id, or file and line).
 
     The two files that were opened last are kept decoded: samples of one page follow each other.
-
-    Args:
-        source: a picture, a file, or a file inside another one.
-        name: sample id, or file and line, for errors.
-
-    Raises:
-        InputError: missing, broken or too large, or of a mode whose range is not known.
     """
     try:
         with _whole_files():
@@ -76,11 +64,7 @@ def open_rgb(source: ImageSource, name: str) -> Image.Image:
 
 
 def image_size(source: ImageSource, name: str) -> tuple[int, int]:
-    """(width, height) in stored pixels; reads the header alone.
-
-    Raises:
-        InputError: missing, or not an image; says `name`.
-    """
+    """(width, height) in stored pixels; reads the header alone. An InputError says `name`."""
     try:
         if isinstance(source, Image.Image):
             return source.size
@@ -184,11 +168,7 @@ class Sample:
         return f"Sample({self.id!r}, {self.text!r}, boxes={self.boxes})"
 
     def open_image(self) -> Image.Image:
-        """The picture in 8-bit RGB and stored pixels (`llava_patch.probe.sample` says how modes are converted).
-
-        Raises:
-            InputError: the file is missing, broken or too large; names sample and file.
-        """
+        """The picture in 8-bit RGB and stored pixels (`llava_patch.probe.sample` says how modes are converted)."""
         return open_rgb(self.image, self.place)
 
 
@@ -212,18 +192,10 @@ class DrawnSamples(Sequence[Sample]):
 
 
 def split_samples(samples: Sequence[Sample], heldout_share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """Split by document: the same seed and documents give the same split, whatever the order of the samples.
+    """(train, held-out), split by document: the same seed and documents split alike, whatever the order of the samples.
 
-    Args:
-        samples: all samples; one without a document is a document of its own, named by its id.
-        heldout_share: share of the documents held out, 0..1; at least one document lands on either side.
-        seed: of the split.
-
-    Returns:
-        (train, held-out), each in the given order.
-
-    Raises:
-        InputError: fewer than two documents.
+    A sample without a document is a document of its own, named by its id. At least one document lands on either side, so
+    fewer than two are an InputError.
     """
     documents = sorted({sample.document or sample.id for sample in samples})
     if len(documents) < 2:

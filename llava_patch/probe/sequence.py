@@ -73,15 +73,9 @@ class ProbeSequence:
 
 
 def merge_size(tokens: int, patch_rows: int, patch_columns: int) -> int:
-    """How many patches on a side one visual token covers.
+    """How many patches on a side one of an image's visual tokens covers.
 
-    Args:
-        tokens: visual tokens of one image.
-        patch_rows: rows of the vision tower's patch grid.
-        patch_columns: columns of it.
-
-    Raises:
-        InputError: the tokens do not tile the grid (a CLS token was kept, or tokens without a patch were added).
+    An InputError where they do not tile the grid (a CLS token was kept, or tokens without a patch were added).
     """
     for merge in range(1, min(patch_rows, patch_columns) + 1):
         if patch_rows % merge == 0 == patch_columns % merge and tokens * merge**2 == patch_rows * patch_columns:
@@ -93,14 +87,9 @@ def merge_size(tokens: int, patch_rows: int, patch_columns: int) -> int:
 
 
 def target_mask(boxes: Tensor, grid: TokenGrid) -> Tensor:
-    """Tokens whose pixels meet the text box; a box of any positive area inside the image meets at least one.
+    """Tokens whose pixels meet the text box, bool [batch, tokens]; boxes are float [batch, 4] on the processed image.
 
-    Args:
-        boxes: float [batch, 4], (x0, y0, x1, y1) in pixels of the processed image.
-        grid: the token grid.
-
-    Returns:
-        bool [batch, tokens].
+    Each is (x0, y0, x1, y1) in pixels; one of any positive area inside the image meets at least one token.
     """
     low = grid.positions(boxes.device) * grid.cell
     high = low + grid.cell
@@ -148,29 +137,18 @@ def build_sequence(
 
 
 def arrange(image_tokens: Tensor, text_tokens: Tensor, order: Tensor) -> Tensor:
-    """Put embeddings into the sequence's order.
+    """Put embeddings into `ProbeSequence.order`: [batch, slots, hidden].
 
-    Args:
-        image_tokens: [batch, image tokens, hidden].
-        text_tokens: [batch, text width, hidden]; what stands at padding does not matter.
-        order: int64 [batch, slots], from `ProbeSequence.order`.
-
-    Returns:
-        [batch, slots, hidden].
+    They are [batch, image tokens, hidden] and [batch, text width, hidden]; what stands at padding does not matter.
     """
     joined = torch.cat([image_tokens, text_tokens], dim=1)
     return joined.gather(1, order[..., None].expand(-1, -1, joined.shape[-1]))
 
 
 def patchify(pixel_values: Tensor, grid: TokenGrid) -> Tensor:
-    """Cut images into the pixels under each token.
+    """Cut images [images, 3, height, width] into the pixels under each token: [images, tokens, cell x cell x 3].
 
-    Args:
-        pixel_values: [images, 3, height, width].
-        grid: the token grid; height = rows x cell, width = columns x cell.
-
-    Returns:
-        [images, tokens, cell x cell x 3], tokens in raster order, values in (row, column, channel) order.
+    Tokens are in raster order, values in (row, column, channel) order; height = rows x cell, width = columns x cell.
     """
     expected = (CHANNELS, grid.rows * grid.cell, grid.columns * grid.cell)
     if tuple(pixel_values.shape[1:]) != expected:

@@ -69,12 +69,7 @@ class Transform:
         return height // self.cell * self.cell, width // self.cell * self.cell
 
     def pixel_values(self, images: Sequence[Image.Image]) -> Tensor:
-        """Normalised pixels of RGB images in the square modes, float32 [images, 3, height, width] on CPU.
-
-        Raises:
-            HostError: the processor does not give the size that the tower takes.
-            InputError: mode "anyres", where an image has several tiles.
-        """
+        """Normalised pixels of RGB images in the square modes, float32 [images, 3, height, width] on CPU."""
         if self.tiling is not None:
             raise InputError(
                 'image_mode "anyres" cuts an image into tiles: use plane(image), or encode_views for tokens'
@@ -107,18 +102,9 @@ class Transform:
         return pixels.to(torch.float32)
 
     def box(self, box: Box, size: tuple[int, int], name: str) -> Box:
-        """Where a box of the original image lies on the processed image.
+        """Where a box of an original image of (width, height) lies on `plane`, cut at its border, in its pixels.
 
-        Args:
-            box: (x0, y0, x1, y1) in pixels of the original image.
-            size: (width, height) of the original image.
-            name: sample id, or file and line, for errors.
-
-        Returns:
-            (x0, y0, x1, y1) in pixels of `plane`, cut at its border.
-
-        Raises:
-            InputError: the box is empty, outside the image, or wholly cropped away.
+        An InputError with `name` where the box is empty, outside the image, or wholly cropped away.
         """
         x0, y0, x1, y1 = check_box(box, size, name)
         width, height = size
@@ -163,11 +149,7 @@ class Transform:
         return width, height, (width - self.width) // 2, (height - self.height) // 2
 
     def statistics(self) -> tuple[Tensor, Tensor]:
-        """(mean, std) of the processor's normalisation, each float32 [3]: pixels x std + mean lie in 0..1.
-
-        Raises:
-            HostError: the processor does not scale pixels to 0..1 first.
-        """
+        """(mean, std) of the processor's normalisation, each float32 [3]: pixels x std + mean lie in 0..1."""
         if not getattr(self.processor, "do_rescale", True):
             raise HostError("the image processor has do_rescale = False: R-Probe cannot tell the pixels' range")
         if not getattr(self.processor, "do_normalize", True):
@@ -177,11 +159,7 @@ class Transform:
 
 
 def check_crop(processor: Any) -> None:
-    """Refuse image mode "crop" where the processor's own way is no resize and centre crop of the image.
-
-    Raises:
-        SettingError: names the mode to use.
-    """
+    """Refuse image mode "crop" where the processor's own way is no resize and centre crop of the image."""
     name = type(processor).__name__
     if hasattr(processor, "image_grid_pinpoints"):
         raise SettingError(
@@ -201,13 +179,7 @@ def check_crop(processor: Any) -> None:
 
 
 def check_box(box: Box, size: tuple[int, int], name: str) -> Box:
-    """Refuse a box that has no area or is not on the image; what sticks out by rounding is cut off.
-
-    Args:
-        box: (x0, y0, x1, y1) in pixels.
-        size: (width, height) of the image.
-        name: sample id, or file and line, for the error.
-    """
+    """Refuse a box (pixels) that has no area or is not on its image of (width, height); cut off what sticks out by rounding."""
     x0, y0, x1, y1 = (float(v) for v in box)
     width, height = size
     if not (x0 < x1 and y0 < y1):  # also catches NaN

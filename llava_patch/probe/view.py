@@ -50,14 +50,10 @@ class View:
 
 
 def make_transform(anatomy: Anatomy, image_processor: Any, mode: str) -> Transform:
-    """The image transform of a model.
+    """The image transform of a model, for one of `IMAGE_MODES`.
 
-    Args:
-        anatomy: the model under test.
-        image_processor: its image processor.
-        mode: one of `IMAGE_MODES`. "resize", "crop" and "pad" make one square of the side that the vision tower takes,
-            on any model; on one that cuts images into tiles this is what its overview tile is made of. "anyres" is the
-            host's own tiling.
+    "resize", "crop" and "pad" make one square of the side that the vision tower takes, on any model; on one that cuts
+    images into tiles this is what its overview tile is made of. "anyres" is the host's own tiling.
 
     Raises:
         SettingError: a mode that the model or the processor does not know.
@@ -84,19 +80,11 @@ def make_transform(anatomy: Anatomy, image_processor: Any, mode: str) -> Transfo
 
 @torch.no_grad()
 def encode_views(anatomy: Anatomy, transform: Transform, images: Sequence[Image.Image]) -> list[View]:
-    """Run vision tower, fusion and projector over RGB images, through the host's own path.
+    """Run vision tower, fusion and projector over RGB images, through the host's own path: one view an image.
 
-    Tokens stand in the order in which the host gives them to the LLM. With tiles (anyres) that is the overview tile's
-    tokens, context only, then the big grid's; tokens over padding that the host drops are left out, and so are the
-    learned vectors at the ends of lines, which hold nothing of the image.
-
-    Args:
-        anatomy: the model under test, in evaluation mode.
-        transform: from `make_transform`.
-        images: RGB images.
-
-    Returns:
-        One view an image; they may have different numbers of tokens and different grids.
+    The model is in evaluation mode. Tokens stand in the order in which the host gives them to the LLM. With tiles (anyres)
+    that is the overview tile's tokens, context only, then the big grid's; tokens over padding that the host drops are left
+    out, and so are the learned vectors at the ends of lines, which hold nothing of the image.
 
     Raises:
         HostError: the tower is not loaded, or its tokens are not finite.
@@ -140,20 +128,10 @@ def _look_at_tiles(anatomy: Anatomy, transform: Transform, image: Image.Image) -
 
 
 def target_tokens(view: View | Layout, boxes: Sequence[Box], name: str) -> Tensor:
-    """Tokens whose pixels meet one of the boxes.
+    """Tokens whose pixels meet one of the boxes (in pixels of `Transform.plane(image)`), bool [tokens].
 
-    Cells without a token (a first patch that HF drops, padding that anyres cuts off) are not measured.
-
-    Args:
-        view: of the image.
-        boxes: (x0, y0, x1, y1) in pixels of `Transform.plane(image)`, from `Transform.box`.
-        name: sample id, or file and line, for the error.
-
-    Returns:
-        bool [tokens].
-
-    Raises:
-        InputError: no token has pixels under the boxes.
+    Cells without a token (a first patch that HF drops, padding that anyres cuts off) are not measured; an InputError with
+    `name` where no token has pixels under the boxes.
     """
     cells = target_mask(torch.tensor(boxes, dtype=torch.float32), view.grid).any(0)
     # Cell -1 looks at the place added at the end, which is never a target.
@@ -173,11 +151,7 @@ def _taps(anatomy: Anatomy) -> Taps | None:
 
 
 def layout_of(anatomy: Anatomy, tokens: int) -> Layout:
-    """Where the tokens of one image (tile) sit.
-
-    Raises:
-        InputError: another number of tokens than tower and fusion explain.
-    """
+    """Where the tokens of one image (tile) sit; an InputError where tower and fusion explain another number of them."""
     taps, prefix, dropped = _taps(anatomy), anatomy.prefix_tokens, anatomy.dropped_tokens
     if taps is not None:
         pooled = len(taps.groups) if taps.join is Join.TOKENS else 0

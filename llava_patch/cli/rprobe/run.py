@@ -85,15 +85,7 @@ app.command("run", no_args_is_help=True)(measure._typed(run_command, PARAMETERS,
 
 
 def check_folder(folder: Path, checkpoint: str) -> None:
-    """Refuse to replace R-Probe's results of another checkpoint, or of this one under another patch of gin.
-
-    Args:
-        folder: where results will be written.
-        checkpoint: what they are measured on.
-
-    Raises:
-        CheckpointError: names the file, and what it was measured on.
-    """
+    """Refuse to replace R-Probe's results of another checkpoint, or of this one under another patch of gin."""
     from llava_patch.cli.output import check_results
     from llava_patch.measurements.rprobe.ablation import VARIANTS
     from llava_patch.measurements.rprobe.output import RESULT

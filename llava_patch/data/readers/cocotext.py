@@ -53,16 +53,9 @@ def _names(file: Path, key: str, names: Any) -> list[str]:
 
 
 def read_coco_text(file: Path, values: dict[str, Any], folder: Path | None, collector: Collector) -> None:
-    """Read the images that have annotations, in the order of "imgs".
+    """Read the images that have annotations, in the order of "imgs"; regions are called FILE:anns[ID].
 
-    Args:
-        file: the JSON file.
-        values: what is in it.
-        folder: of the images; None: the file's own and the folders directly in it or beside it are searched.
-        collector: takes the regions, called FILE:anns[ID].
-
-    Raises:
-        InputError: names file and annotation; see `read_samples`.
+    The images are in `folder`; without one, the file's own folder and those directly in it or beside it are searched.
     """
     imgs, named = ("imgs", "anns") if "imgs" in values else ("images", "annotations")
     images, anns = _by_id(values[imgs], f"{file}:{imgs}"), _by_id(values[named], f"{file}:{named}")

@@ -16,12 +16,8 @@ from llava_patch.probe.sample import Box
 def numbered_lines(path: Path, encoding: str | None = None) -> list[tuple[int, str]]:
     """(line number from 1, line) of every line that is not blank.
 
-    Args:
-        path: a text file; CRLF, LF and CR end a line, nothing else does (`str.splitlines` would split more).
-        encoding: None: UTF-8, UTF-16 with a byte order mark, else cp1252.
-
-    Raises:
-        InputError: the file cannot be read or decoded.
+    CRLF, LF and CR end a line, nothing else does (`str.splitlines` would split more). Without an encoding: UTF-8, UTF-16
+    with a byte order mark, else cp1252.
     """
     try:
         raw = path.read_bytes()
@@ -46,11 +42,7 @@ def decode(raw: bytes) -> str:
 
 
 def load_json(path: Path) -> Any:
-    """The value in a JSON file.
-
-    Raises:
-        InputError: it cannot be read, or is not JSON (names the line).
-    """
+    """The value in a JSON file; the error names the line."""
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
@@ -60,11 +52,7 @@ def load_json(path: Path) -> Any:
 
 
 def four_numbers(value: Any, where: str, expected: str) -> Box:
-    """Four numbers of a JSON list.
-
-    Raises:
-        InputError: anything else.
-    """
+    """Four numbers of a JSON list; an InputError where it is anything else."""
     sound = isinstance(value, (list, tuple)) and len(value) == 4
     if not sound or not all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in value):
         raise InputError(f"{where} {value!r}: expected {expected}")
@@ -80,9 +68,7 @@ IMAGE_SUFFIXES = frozenset(
 def walk(folder: Path, deep: bool = True) -> list[Path]:
     """Every file under a folder, in order of folders and names (numbers as numbers); hidden ones are left out.
 
-    Args:
-        folder: where to look.
-        deep: False: not below the folders that are directly in it.
+    Unless `deep`, nothing below the folders that are directly in it.
     """
     found = []
     for root, folders, files in os.walk(folder, followlinks=True):
@@ -110,11 +96,7 @@ def natural(name: str) -> tuple[tuple[int, int, str], ...]:
 
 
 def first_lines(path: Path) -> list[str]:
-    """The lines at the front of a text file that are not blank, without white space around them.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
+    """The lines at the front of a text file that are not blank, without white space around them."""
     try:
         with path.open("rb") as stream:
             text = decode(stream.read(8192))
@@ -124,12 +106,7 @@ def first_lines(path: Path) -> list[str]:
 
 
 class Images:
-    """The images under a folder, found by the names of annotation files.
-
-    Args:
-        folder: where to look, folders under it included.
-        files: what `walk(folder)` gave, if it is at hand.
-    """
+    """The images under a folder (or among `files` of it), found by the names of annotation files."""
 
     def __init__(self, folder: Path, files: list[Path] | None = None) -> None:
         self.folder = folder
@@ -145,14 +122,8 @@ class Images:
     def of(self, annotation: Path, required: bool = True) -> Path | None:
         """The image of an annotation file: the same name, or without "gt_" before or "_gt" behind it.
 
-        Of several with that name the nearest one is meant (folders of train and test may count alike).
-
-        Args:
-            annotation: path of the annotation file.
-            required: False: None where there is no image.
-
-        Raises:
-            InputError: no such image, or two that are equally near.
+        Of several with that name the nearest one is meant (folders of train and test may count alike). An InputError where
+        two are equally near, and where there is none though one is `required`.
         """
         stem = annotation.stem.lower()
         if Path(stem).suffix in IMAGE_SUFFIXES:  # 12.jpg.txt

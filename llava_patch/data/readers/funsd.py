@@ -15,16 +15,7 @@ from llava_patch.probe.sample import Box
 
 
 def read_funsd(files: list[Path], images: Images, collector: Collector) -> None:
-    """Read FUNSD's JSON files, in their order.
-
-    Args:
-        files: one a page.
-        images: where the images are.
-        collector: takes the entries, called FILE:form[INDEX].
-
-    Raises:
-        InputError: names file and entry; see `read_samples`.
-    """
+    """Read FUNSD's JSON files, one a page, in their order; entries are called FILE:form[INDEX]."""
     for file in files:
         with collector.one():
             values = load_json(file)

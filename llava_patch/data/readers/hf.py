@@ -31,18 +31,15 @@ TABLES = (".parquet", ".arrow")
 
 
 def read_hf(source: Path | str, split: str, config: str, unit: str, images: Path | None, collector: Collector) -> None:
-    """Read one split of a dataset.
+    """Read one split of a dataset; rows are called SOURCE[SPLIT]:ROW or, in rows of lists, SOURCE[SPLIT]:ROW[INDEX].
 
     Args:
         source: a folder or file, or a name on the hub.
         split: "" where there is only one.
-        config: of a dataset on the hub that has several; "" otherwise.
+        config: of a dataset on the hub that has several.
         unit: of boxes: "pixels", "1000" or "1"; "": pixels, and an error where that is in doubt.
         images: folder of images that a column names by path; None: the dataset's own folder.
-        collector: takes the regions, called SOURCE[SPLIT]:ROW or, in rows of lists, SOURCE[SPLIT]:ROW[INDEX].
-
-    Raises:
-        InputError: names row and column; see `read_samples`.
+        collector: takes the regions.
     """
     name = f"{source}[{split}]" if split else str(source)
     dataset, columns = _columns(_load(source, split, config), name)
@@ -87,11 +84,7 @@ class _Scale:
         return box
 
     def check(self) -> None:
-        """After the last row.
-
-        Raises:
-            InputError: all boxes could be pixels as well as thousandths or shares.
-        """
+        """After the last row: refuse boxes that could all be pixels as well as thousandths or shares."""
         if self.unit or not self.longest:
             return
         if self.doubt:  # not to be skipped: the other boxes would be wrong as well

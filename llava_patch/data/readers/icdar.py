@@ -50,16 +50,7 @@ def looks_like_annotations(lines: list[str]) -> bool:
 
 
 def read_icdar(files: list[Path], images: Images, collector: Collector) -> None:
-    """Read annotation files, in their order.
-
-    Args:
-        files: of one text file an image.
-        images: where the images are.
-        collector: takes the regions.
-
-    Raises:
-        InputError: names file and line; see `read_samples`.
-    """
+    """Read annotation files, one text file an image, in their order."""
     for file in files:
         head = first_lines(file)
         if head and head[0].startswith("{"):
@@ -92,11 +83,9 @@ def _read_file(file: Path, image: Path, collector: Collector) -> None:
 
 
 def bounds(numbers: list[float], corners_are_opposite: bool = False) -> Box:
-    """The upright box around points.
+    """The upright box around points x, y, x, y, … in pixels.
 
-    Args:
-        numbers: x, y, x, y, … in pixels.
-        corners_are_opposite: they are x0, y0, x1, y1 of a box and stay as they are, so that a reversed one is noticed.
+    Two opposite corners x0, y0, x1, y1 stay as they are, so that a reversed box is noticed.
     """
     if corners_are_opposite:
         x0, y0, x1, y1 = numbers

@@ -57,11 +57,7 @@ class Source:
 
 
 def parse_source(text: str) -> Source:
-    """A source from its text.
-
-    Raises:
-        SettingError: a setting that sources do not have, or a value that it cannot have.
-    """
+    """A source from its text; a SettingError where it has a setting, or a value, that there is not."""
     path, _, query = (text, "", "") if Path(text).exists() else text.partition("?")
     known = ("format", "images", "boxes", "split", "config")
     # Not a URL: a plus or a percent sign in a folder's name is itself.
@@ -131,11 +127,7 @@ def _folder(source: Source) -> Path:
 
 
 def resolve_source(text: str) -> str:
-    """A source as `read_samples` takes it, with absolute paths: two spellings of one source become equal.
-
-    Raises:
-        SettingError: see `parse_source`.
-    """
+    """A source as `read_samples` takes it, with absolute paths: two spellings of one source become equal."""
     if not text or Path(text).exists():
         return text and str(Path(text).resolve())
     if "," in text:

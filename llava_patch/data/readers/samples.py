@@ -34,14 +34,7 @@ class Samples(list[Sample]):
 
 @dataclass(eq=False)
 class Page:
-    """One image with what is written on it.
-
-    Attributes:
-        image: the picture or where it is.
-        size: (width, height) in stored pixels.
-        document: see `Sample.document`.
-        boxes: of all its text regions, in order, without repeats.
-    """
+    """One image of (width, height) stored pixels, with the boxes of all its text regions in order, without repeats."""
 
     image: ImageSource
     size: tuple[int, int]
@@ -58,11 +51,7 @@ class _Region:
 
 
 class Collector:
-    """Takes pages and regions from a reader, in order.
-
-    Args:
-        broken: "stop" at the first thing that cannot be used, or "skip" it and go on.
-    """
+    """Takes pages and regions from a reader, in order; `broken` says whether to "stop" at what cannot be used, or "skip" it."""
 
     def __init__(self, broken: str) -> None:
         if broken not in BROKEN:
@@ -74,11 +63,7 @@ class Collector:
 
     @contextlib.contextmanager
     def one(self) -> Iterator[None]:
-        """Around one thing of the data (a line, a file, an entry): what is wrong in it stops the reading, or is noted.
-
-        Raises:
-            InputError: the block's own, with broken = "stop".
-        """
+        """Around one thing of the data (a line, a file, an entry): what is wrong in it stops the reading, or is noted."""
         try:
             yield
         except InputError as error:
@@ -87,24 +72,13 @@ class Collector:
             self.skipped.append(str(error))
 
     def page(self, image: ImageSource, document: str, where: str) -> Page:
-        """Open a page: its image must be there.
-
-        Raises:
-            InputError: a missing or broken image.
-        """
+        """Open a page: its image must be there."""
         return Page(image, image_size(image, where), document)
 
     def region(self, page: Page, text: str | None, boxes: Sequence[Box], where: str) -> None:
-        """Add a text region.
+        """Add a text region, its boxes in pixels of the image and checked here.
 
-        Args:
-            page: from `page`.
-            text: its transcript; None or blank: not known, so that it is a box of the page but no sample.
-            boxes: in pixels of the image.
-            where: file and line.
-
-        Raises:
-            InputError: a box that is empty or outside the image.
+        A text that is None or blank is not known: the region is a box of the page, but no sample.
         """
         checked = tuple(check_box(box, page.size, where) for box in boxes)
         self.mark(page, checked)
@@ -118,18 +92,14 @@ class Collector:
         page.boxes.update(dict.fromkeys(boxes))
 
     def finish(self, source: str, format: str, boxes_per_sample: int = 1, root: Path | None = None) -> Samples:
-        """All samples.
+        """All samples; an InputError where none is usable.
 
         Args:
             source: names the data in the error.
             format: see `Samples`.
-            boxes_per_sample: regions that follow each other on a page and make one sample; the last sample of a page
-                may have fewer.
-            root: folder to which ids and images as documents are relative, so that they do not depend on how the path
-                of the source is written; None: they stay as they are.
-
-        Raises:
-            InputError: there is no usable sample.
+            boxes_per_sample: regions that follow each other on a page and make one sample; a page's last may have fewer.
+            root: folder to which ids and images as documents are relative, so that they do not depend on how the path of the
+                source is written; None: they stay as they are.
         """
         samples = []
         around: dict[int, tuple[Box, ...]] = {}  # one tuple a page, not one a sample

@@ -41,15 +41,10 @@ def variant(settings: RProbe, name: str) -> RProbe:
 
 
 def summarise(results: Mapping[str, RProbeResult], settings: RProbe) -> dict[str, Any]:
-    """The four results as plain JSON values.
+    """The four results, by the names of `VARIANTS`, as plain JSON values.
 
-    Args:
-        results: by name of the run, all of `VARIANTS`.
-        settings: `resamples` and `seed` are read.
-
-    Returns:
-        "runs": for each its mse, interval (None: too few documents), fvu, psnr, steps and the paper's MSE; "effects":
-        for text and region how much the MSE falls by them, with the paired interval.
+    "runs" has the figures of each beside the paper's MSE; "effects" tells for text and region how much the MSE falls by
+    them, with the paired interval (None: too few documents).
     """
     runs = {}
     for name in VARIANTS:

@@ -32,15 +32,12 @@ def interval(
         documents: `RProbeResult.documents`: for every held-out sample "document", "tokens" and the value.
         resamples: bootstrap resamples.
         seed: the same one gives the same interval.
-        value: which per-sample figure, "mse" by default.
+        value: which per-sample figure.
         relative_to: divide by the mean over tokens of this figure instead of by 1; "variance" gives FVU. It is drawn
             together with the value, so the interval holds what both owe to the choice of documents.
 
     Returns:
         (low, high); None where there are fewer than 2 documents (`FEW` says so in words).
-
-    Raises:
-        InputError: no sample, or one without these figures.
     """
     _, owner = _owners(documents)
     weights = _numbers(documents, "tokens")
@@ -50,17 +47,11 @@ def interval(
 
 
 def paired(a: Samples, b: Samples, resamples: int, seed: int) -> tuple[float, float | None, float | None]:
-    """Difference MSE(a) - MSE(b) of two results on the same held-out samples, with its 95 % interval.
+    """(MSE(a) - MSE(b), low, high) of two results on the same held-out samples, with its 95 % interval.
 
-    Both results are taken from the same drawn documents, so what makes a document hard for both cancels out.
-
-    The samples (`RProbeResult.documents`) are matched by id, in any order; the same seed gives the same interval.
-
-    Returns:
-        (difference, low, high); low and high are None where there are fewer than 2 documents.
-
-    Raises:
-        InputError: they are not the same samples; names what differs.
+    Both results are taken from the same drawn documents, so what makes a document hard for both cancels out. The samples
+    (`RProbeResult.documents`) are matched by id, in any order. `low` and `high` are None where there are fewer than 2
+    documents; an InputError names what differs where they are not the same samples.
     """
     difference = unlike(a, b)
     if difference is not None:

@@ -46,8 +46,7 @@ class Row:
     Attributes:
         name: of the result.
         interval: bootstrap 95 % interval of its MSE; None: fewer than 2 documents.
-        difference: (MSE minus the baseline's, low, high), paired over documents; None: the baseline itself, or the
-            held-out samples differ.
+        difference: (MSE minus the baseline's, low, high), paired over documents; None: the baseline itself, or `unlike`.
         unlike: how the held-out samples differ from the baseline's; None: they do not.
     """
 
@@ -58,16 +57,9 @@ class Row:
 
 
 def find_results(path: Path) -> dict[str, Path]:
-    """The result files that a path names.
+    """The result files that a path names, by their folders' names (relative to the path where there are several).
 
-    Args:
-        path: a result file, or a folder that holds `rprobe.json` in itself or anywhere below (lmms-eval's output).
-
-    Returns:
-        File by name; the name is the folder's, and with several files below it that of each file's own folder too.
-
-    Raises:
-        InputError: there is none.
+    A path is a result file, or a folder that holds `rprobe.json` in itself or anywhere below (lmms-eval's output).
     """
     path = Path(path)
     if path.is_file():
@@ -85,16 +77,7 @@ def find_results(path: Path) -> dict[str, Path]:
 
 
 def load(paths: Sequence[Path], names: Sequence[str] = ()) -> dict[str, RProbeResult]:
-    """Results by name, in order.
-
-    Args:
-        paths: see `find_results`.
-        names: what to call them; empty: by their folders, numbered where those are alike.
-
-    Raises:
-        InputError: a file that cannot be used.
-        SettingError: another number of names than of results, or one name twice.
-    """
+    """Results by name, in order; without names they are called by their folders, numbered where those are alike."""
     found = [(name, file) for path in paths for name, file in find_results(path).items()]
     if names:
         if len(names) != len(found):
@@ -149,17 +132,7 @@ class ProbeComparison(Comparison):
 def compare_probes(
     results: Mapping[str, RProbeResult], baseline: str = "", resamples: int = 2000, seed: int = 0
 ) -> ProbeComparison:
-    """One table with intervals, one figure, and what keeps results from being compared.
-
-    Args:
-        results: by name.
-        baseline: name of the one that the others are compared with; "": the first.
-        resamples: bootstrap resamples behind an interval.
-        seed: of the bootstrap.
-
-    Raises:
-        SettingError: no result has the baseline's name.
-    """
+    """One table with intervals, one figure, and what keeps results from being compared with the baseline ("": the first)."""
     baseline = baseline or next(iter(results))
     if baseline not in results:
         raise SettingError(f"--baseline {baseline}: expected one of {', '.join(results)}")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llava_patch.core.errors import InputError
-from llava_patch.measurements.rprobe.keys import digest
+from llava_patch.core.keys import digest
 from llava_patch.measurements.rprobe.settings import RProbe
 from llava_patch.measurements.rprobe.store.shard import Record
 from llava_patch.probe.sample import Sample
@@ -101,17 +101,10 @@ def _content(sample: Sample) -> str | None:
 
 
 def trained_on(train: Sequence[Sample], heldout: Sequence[Sample]) -> tuple[list[str], int]:
-    """Held-out documents one of whose images is a training sample's too, by what is in the image and not by its name.
+    """(held-out documents that are trained on, number of all): told by what is in an image and not by its name.
 
-    Args:
-        train: training samples; every image file is read once, which costs little beside its way through the tower.
-        heldout: held-out samples, read in the same way.
-
-    Returns:
-        (names of these documents in order, number of all held-out documents).
-
-    Raises:
-        InputError: all held-out documents are trained on.
+    Every image file is read once, which costs little beside its way through the tower. An InputError where all held-out
+    documents are trained on.
     """
     drawn = [data.identity() for data in (train, heldout) if hasattr(data, "identity")]
     if drawn:  # samples that draw themselves are told apart by what they are, and not drawn here

@@ -66,20 +66,13 @@ class Correlation:
 def correlate(
     checkpoints: Sequence[Checkpoint], probe: str = "mse", tasks: Sequence[str] = (), seed: int = 0
 ) -> tuple[list[Correlation], list[str]]:
-    """Correlate one probe figure with benchmark scores.
+    """Correlate one probe figure (a key of `PROBES`) with the benchmark scores of at least two checkpoints.
 
-    Args:
-        checkpoints: at least two.
-        probe: a key of `PROBES`.
-        tasks: names of tasks, or "task/metric"; empty: every metric with a direction that all checkpoints have.
-        seed: of the permutations, where there are too many to count out.
+    Tasks are named, or "task/metric"; none: every metric with a direction that all checkpoints have. The seed is of the
+    permutations, where there are too many to count out.
 
     Returns:
         (correlations, notes that concern all of them).
-
-    Raises:
-        SettingError: unknown probe figure or task.
-        InputError: fewer than two checkpoints, no score that they share, or none that two of them have with the figure.
     """
     if probe not in PROBES:
         raise SettingError(f"--probe {probe}: expected one of {', '.join(PROBES)}")

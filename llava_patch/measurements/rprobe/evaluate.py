@@ -59,7 +59,7 @@ def evaluate(
     settings: RProbe,
     show: Sequence[str] = (),
 ) -> Evaluation:
-    """Measure a probe on held-out samples.
+    """Measure a trained probe on held-out samples.
 
     Args:
         decoder: the trained probe.
@@ -68,9 +68,6 @@ def evaluate(
         transform: for the pixel statistics and the examples.
         settings: `batch_size`, `examples`, `resamples` and `seed` are read.
         show: ids of the samples that become examples; empty: `examples` of them, spread over the errors.
-
-    Raises:
-        InputError: no held-out sample has such an id.
     """
     check_shown(data, show)
     table = _table(decoder, data, constant, transform, settings.batch_size)
@@ -129,7 +126,11 @@ def answer(decoder: ProbeDecoder, batch: Batch) -> Tensor:
 
 
 def sums(rebuilt: Tensor, batch: Batch, inside: Tensor, mean: Tensor, constant: Tensor, transform: Transform) -> Tensor:
-    """What one batch adds to the table of sums.
+    """What one batch adds to the table of sums, float64 [batch, COLUMNS].
+
+    They are: target tokens; sums over them of the mean squared error inside a token, of the same on de-normalised clipped
+    pixels, of the constant's, and of the deviation from `mean`; then for pixels inside and outside text: their number, the
+    sum of their error (mean over channels), and each channel's sum and sum of squares.
 
     Args:
         rebuilt: float32 [targets, pixels], the decoder's answer.
@@ -138,12 +139,6 @@ def sums(rebuilt: Tensor, batch: Batch, inside: Tensor, mean: Tensor, constant: 
         mean: float32 [pixels], mean held-out target.
         constant: float32 [pixels], the constant prediction.
         transform: for the pixel statistics.
-
-    Returns:
-        float64 [batch, COLUMNS]: target tokens; sums over them of the mean squared error inside a token, of the same
-        on de-normalised clipped pixels, of the constant's, and of the deviation from `mean`; then for pixels inside
-        and outside text: their number, the sum of their error (mean over channels), and each channel's sum and sum of
-        squares.
     """
     pixels, counts = batch.pixels.cpu(), batch.counts.cpu()
     error = (rebuilt - pixels).double().square()
@@ -198,11 +193,7 @@ def _part(table: Tensor, first: int) -> Part | None:
 
 
 def check_shown(data: FrozenData, show: Sequence[str]) -> list[int]:
-    """Places of the samples with these ids, in their order.
-
-    Raises:
-        InputError: there is no such held-out sample; names some that there are.
-    """
+    """Places of the samples with these ids, in their order; an InputError where there is no such held-out sample."""
     places = {name: i for i, (name, _, _) in enumerate(data.labels)}
     unknown = [name for name in show if name not in places]
     if unknown:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -19,11 +18,12 @@ from PIL import Image
 from torch import Tensor
 
 from llava_patch.core.errors import HostError
-from llava_patch.hosts import zero
+from llava_patch.core.keys import digest
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.measurements.rprobe.settings import RProbe
 from llava_patch.measurements.rprobe.store.shard import FORMAT
 from llava_patch.patching.handle import get_handle
+from llava_patch.patching.keys import tensors_of, weights_digest
 from llava_patch.probe.decoder import ProbeDecoder
 from llava_patch.probe.sequence import build_sequence
 from llava_patch.probe.transform import Transform
@@ -32,18 +32,6 @@ from llava_patch.probe.view import encode_views
 LIBRARIES = ("llava_patch", "torch", "torchvision", "transformers", "llava-torch", "llava", "timm", "pillow", "numpy")
 SETTINGS = ("masked",)  # those of RProbe that change what is stored; image_mode is the transform's
 _CONFIG = ("mm_", "vision", "image_", "projector_", "multimodal_")  # what of a host's config is about images
-
-
-def digest(value: Any) -> str:
-    """Hexadecimal digest of JSON values; equal values give equal digests in every process."""
-    text = json.dumps(value, sort_keys=True, default=_named)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _named(value: Any) -> str:
-    """What JSON has no form for (dtypes, enumerations, paths); an object without a text of its own is its class."""
-    text = str(value)
-    return type(value).__qualname__ if " at 0x" in text else text
 
 
 def versions() -> dict[str, str | None]:
@@ -59,14 +47,7 @@ def versions() -> dict[str, str | None]:
 
 
 def store_key(anatomy: Anatomy, transform: Transform, data: Any, settings: RProbe) -> dict[str, Any]:
-    """Everything that frozen image tokens and target pixels depend on; text settings are not among it.
-
-    Args:
-        anatomy: the model under test.
-        transform: from `make_transform`.
-        data: `ImagesOfData.key`.
-        settings: those of `SETTINGS` are read.
-    """
+    """Everything that frozen image tokens and target pixels depend on; text settings are not among it."""
     return {
         "format": FORMAT,
         "versions": versions(),
@@ -79,19 +60,16 @@ def store_key(anatomy: Anatomy, transform: Transform, data: Any, settings: RProb
 
 
 def model_key(anatomy: Anatomy) -> dict[str, Any]:
-    """The part of a model that makes visual tokens, and the arithmetic it is run in.
-
-    Raises:
-        HostError: the vision tower is not loaded, or a weight lies outside memory.
-    """
+    """The part of a model that makes visual tokens, and the arithmetic it is run in."""
     if anatomy.vision_model is None:
         raise HostError("the vision tower is not loaded yet: call its load_model() first")
     model, handle = anatomy.model, get_handle(anatomy.model)
     config = {name: value for name, value in model.config.to_dict().items() if name.startswith(_CONFIG)}
     device = next(anatomy.vision_model.parameters()).device
+    text = (anatomy.layers, anatomy.norm, anatomy.lm_head, anatomy.embed_tokens)  # these make no visual token
     return {
         "host": anatomy.host,
-        "weights": _weights(anatomy),
+        "weights": weights_digest(tensors_of(anatomy, without=text)),
         "config": config,
         "vision_config": described(anatomy.vision_config),
         "attention": getattr(anatomy.vision_config, "_attn_implementation", None),
@@ -107,13 +85,9 @@ def model_key(anatomy: Anatomy) -> dict[str, Any]:
 
 @torch.no_grad()
 def answer_key(anatomy: Anatomy, transform: Transform) -> str:
-    """Digest of the tokens that the model gives for one fixed image.
+    """Digest of the tokens that the model, in evaluation mode, gives for one fixed image.
 
     Weights and settings do not tell of a hook, or of a forward that somebody has overridden: those show here.
-
-    Args:
-        anatomy: the model under test, in evaluation mode.
-        transform: from `make_transform`.
     """
     # Larger than the tower's input and not square, so that resizing and cutting count.
     height, width = 2 * transform.height + 3, transform.width + 5
@@ -124,32 +98,6 @@ def answer_key(anatomy: Anatomy, transform: Transform) -> str:
         if tensor is not None:
             found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
-
-
-def _weights(anatomy: Anatomy) -> str:
-    """Digest of all weights and buffers but those of decoder layers, token embeddings and head."""
-    text = (anatomy.layers, anatomy.norm, anatomy.lm_head, anatomy.embed_tokens)
-    ignored = {id(t) for module in text for t in _tensors(module).values()}
-    # llava may hold its tower in a list, where the model does not list its weights.
-    tensors = {**_tensors(anatomy.model), **{f"tower.{n}": t for n, t in _tensors(anatomy.tower).items()}}
-    found = hashlib.blake2b(digest_size=16)
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        if id(tensor) in ignored:
-            continue
-        ignored.add(id(tensor))
-        if tensor.is_meta:
-            raise HostError(f"{name} lies outside memory (device_map): load the model without offloading")
-        with zero.gathered([tensor]):
-            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            if tensor.numel():
-                raw = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-                found.update(raw.numpy().data)
-    return found.hexdigest()
-
-
-def _tensors(module: Any) -> dict[str, Tensor]:
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def described(thing: Any) -> Any:
@@ -185,16 +133,13 @@ def fingerprint(decoder: ProbeDecoder) -> str:
     The pixel head starts from seed and data, which are compared by themselves. Sampled, because a 7B's decoder is
     6 GB: any training changes practically all values of a tensor.
     """
-    digest = hashlib.sha256(f"DeepStack enters layers {decoder.injection_layers} ".encode())
-    for name, parameter in decoder.named_parameters():
-        if name.startswith("head.") or "lora_" in name:
-            continue
-        name = name.replace(".base_layer", "")
-        flat = parameter.detach().reshape(-1)
-        chosen = flat[:: max(1, flat.numel() // _SAMPLED)].to("cpu", torch.float32)
-        digest.update(f"{name} {tuple(parameter.shape)} ".encode())
-        digest.update(chosen.numpy().tobytes())
-    return digest.hexdigest()[:32]
+    found = hashlib.sha256(f"DeepStack enters layers {decoder.injection_layers} ".encode())
+    named = (
+        (name.replace(".base_layer", ""), parameter)
+        for name, parameter in decoder.named_parameters()
+        if not (name.startswith("head.") or "lora_" in name)
+    )
+    return weights_digest(named, _SAMPLED, into=found)[:32]
 
 
 @torch.no_grad()
@@ -226,14 +171,9 @@ def fresh_answer(decoder: ProbeDecoder) -> list[float]:
 
 
 def make_key(decoder: ProbeDecoder, data_key: str, table: Tensor, settings: RProbe, lr: float) -> dict[str, Any]:
-    """All that a trained decoder depends on, as flat JSON values and one list of numbers.
+    """All that a trained decoder depends on, as flat JSON values and one list of numbers; to be made before its first step.
 
-    Args:
-        decoder: before its first step.
-        data_key: of the frozen training data.
-        table: float32 [distinct tokens, hidden], embeddings of the training texts.
-        settings: of the run.
-        lr: peak learning rate.
+    The embeddings of the training texts are `table`, float32 [distinct tokens, hidden].
     """
     values = {f"RProbe.{k}": v for k, v in vars(settings).items() if k not in _NOT_TRAINING}
     config = {k: v for k, v in described(decoder.config).items() if k not in _NOT_MODEL}

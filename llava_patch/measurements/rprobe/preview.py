@@ -31,16 +31,7 @@ TALL = 2.6  # a page of more heights to its width is shown around the region onl
 
 
 def clip_like(side: int, patch: int, mode: str) -> Transform:
-    """The transform of a CLIP tower of that size, for a preview without a model.
-
-    Args:
-        side: of the tower's input, pixels.
-        patch: side of a patch (of a token, where patches are merged), pixels.
-        mode: one of `IMAGE_MODES` but "anyres".
-
-    Raises:
-        SettingError: patches that do not tile the side, or a mode that needs a model.
-    """
+    """The transform of a CLIP tower of that size and patch (of a token, where patches are merged), without a model."""
     from transformers import CLIPImageProcessor
 
     if patch < 1 or side < patch or side % patch:
@@ -52,11 +43,7 @@ def clip_like(side: int, patch: int, mode: str) -> Transform:
 
 
 def choose_shown(samples: Sequence[Sample], count: int, names: Sequence[str] = ()) -> list[Sample]:
-    """Samples to show: those named by id or number (from 0), else `count` spread evenly over all.
-
-    Raises:
-        InputError: a name that none of them has.
-    """
+    """Samples to show: those named by id or number (from 0), else `count` spread evenly over all."""
     if not names:
         count = min(count, len(samples))
         return [samples[(2 * i + 1) * len(samples) // (2 * count)] for i in range(count)]
@@ -76,11 +63,9 @@ def choose_shown(samples: Sequence[Sample], count: int, names: Sequence[str] = (
 
 
 def counts(samples: Sequence[Sample], transform: Transform) -> list[tuple[str, str]]:
-    """What there is, as (name, value): documents, regions, text lengths, heights in tokens.
+    """What there is, as (name, value): documents, regions, text lengths, heights in tokens of the transform's model.
 
-    Args:
-        samples: all of them; of their images only the headers are read, once each.
-        transform: of the model that the heights are for.
+    Of the images only the headers are read, once each.
     """
     sizes: dict[Any, tuple[int, int]] = {}
     heights, small, cut = [], 0, 0
@@ -120,17 +105,7 @@ def _share(part: int, whole: int) -> str:
 
 
 def save_preview(samples: Sequence[Sample], transform: Transform, path: str | Path, title: str) -> Path:
-    """Draw a row a sample, as PNG: the original with its boxes, what the tower sees, and the region enlarged.
-
-    Args:
-        samples: at least one.
-        transform: to what the tower sees.
-        path: ends in .png; the file appears complete or not at all.
-        title: over the figure.
-
-    Raises:
-        InputError: an image that cannot be read, or no sample.
-    """
+    """Draw a row a sample, as PNG: the original with its boxes, what the tower sees, and the region enlarged."""
     # matplotlib is imported late, and no global backend is touched.
     Figure = optional("matplotlib.figure").Figure
 

@@ -30,13 +30,7 @@ FORMAT = 1
 
 @dataclass
 class Progress:
-    """How far a training has come.
-
-    Attributes:
-        losses: training MSE of each step so far.
-        seconds: spent on them, over all starts.
-        processes: how many took part at last.
-    """
+    """How far a training has come: MSE of each step, seconds spent over all starts, and processes that took part at last."""
 
     losses: list[float]
     seconds: float = 0.0
@@ -45,12 +39,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class TrainingFolder:
-    """The folder that a training keeps its state in.
-
-    Attributes:
-        folder: made when something is written.
-        key: from `make_key`.
-    """
+    """The folder that a training keeps its state in, made when something is written; `key` is from `make_key`."""
 
     folder: Path
     key: dict[str, Any]
@@ -75,11 +64,7 @@ class TrainingFolder:
         _write(self.state, tensors, progress, self.key)
 
     def load_state(self, decoder: ProbeDecoder, optimizer: torch.optim.Optimizer) -> Progress | None:
-        """Take up an unfinished training; None when there is none.
-
-        Raises:
-            CheckpointError: it belongs to another model, data set or settings, or cannot be read.
-        """
+        """Take up an unfinished training; None when there is none, a CheckpointError when it is another run's."""
         if not self.state.is_file():
             return None
         tensors, progress, key = _read(self.state)
@@ -127,15 +112,10 @@ class TrainingFolder:
 
 
 def load_decoder(decoder: ProbeDecoder, path: str | Path, key: dict[str, Any]) -> None:
-    """Fill a fresh decoder with trained weights.
+    """Fill a fresh decoder, `choose_trained` done, with the weights of a `decoder.safetensors`.
 
-    Args:
-        decoder: made from the model under test, `choose_trained` done.
-        path: a `decoder.safetensors`.
-        key: from `make_key`; a missing field of it is not compared.
-
-    Raises:
-        CheckpointError: the file belongs to another model, data set or settings, or cannot be read.
+    A field that `key`, from `make_key`, lacks is not compared. A CheckpointError where the file belongs to another model,
+    data set or settings, or cannot be read.
     """
     tensors, _, saved = _read(Path(path))
     found = difference({name: value for name, value in saved.items() if name in key}, key)

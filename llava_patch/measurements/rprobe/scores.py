@@ -21,12 +21,7 @@ UNTOLD = "lmms-eval's results hold no number of steps where they were never reac
 
 @dataclass(frozen=True)
 class Score:
-    """One number of lmms-eval.
-
-    Attributes:
-        value: as in the results JSON; may be nan.
-        higher_is_better: None: the JSON does not say.
-    """
+    """One number of lmms-eval, which may be nan; `higher_is_better` is None where the JSON does not say."""
 
     value: float
     higher_is_better: bool | None
@@ -50,19 +45,12 @@ class Checkpoint:
 
 
 def read_checkpoints(sources: Sequence[str], names: Sequence[str] = ()) -> tuple[list[Checkpoint], list[str]]:
-    """Read one checkpoint a source.
+    """Read one checkpoint a source; returns them with notes on what was read from where.
 
     Args:
         sources: "RPROBE=RESULTS" (two files, or folders that hold them), a folder that holds both, or lmms-eval's
             results JSON whose `rprobe` task ran with the benchmarks.
         names: of the checkpoints, in order; empty: lmms-eval's name of the model, numbered where those are alike.
-
-    Returns:
-        (checkpoints, notes on what was read from where).
-
-    Raises:
-        InputError: a file that is missing or of another kind.
-        SettingError: names that do not fit.
     """
     if names and (len(names) != len(sources) or len(set(names)) < len(names)):
         raise SettingError(f"--names: expected {len(sources)} distinct names, got {', '.join(names)}")
@@ -113,14 +101,9 @@ def _probe_of_scores(scores: Mapping[tuple[str, str], Score], name: str) -> dict
 
 
 def read_scores(document: Any, name: str) -> dict[tuple[str, str], Score]:
-    """The numbers of lmms-eval's results JSON.
+    """The numbers of lmms-eval's results JSON, by (task, metric); a filter other than "none" stays part of the metric's name.
 
-    Args:
-        document: its value; "results" maps tasks to "metric,filter", "metric_stderr,filter" and "alias".
-        name: of the file, for errors.
-
-    Returns:
-        (task, metric) to score; a filter other than "none" stays part of the metric's name.
+    "results" maps tasks to "metric,filter", "metric_stderr,filter" and "alias".
     """
     results = document.get("results") if isinstance(document, dict) else None
     if not isinstance(results, dict) or not all(isinstance(values, dict) for values in results.values()):

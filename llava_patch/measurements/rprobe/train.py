@@ -37,13 +37,6 @@ def choose_trained(decoder: ProbeDecoder, settings: RProbe) -> None:
 
     "all": every weight. "head": the MLP from hidden size to pixels. "lora": that MLP and low-rank updates of every
     Linear of the decoder layers, put in by peft; they start at zero, so that the decoder first answers as without them.
-
-    Args:
-        decoder: changed in place.
-        settings: `trained`, `lora_rank` and `seed` are read.
-
-    Raises:
-        SettingError: "lora" without peft.
     """
     decoder.requires_grad_(settings.trained == "all")
     if settings.trained == "lora":
@@ -67,15 +60,7 @@ def _add_lora(decoder: ProbeDecoder, settings: RProbe) -> None:
 
 
 def check_memory(anatomy: Anatomy, settings: RProbe) -> None:
-    """Refuse a decoder that does not fit, before any image is encoded.
-
-    Args:
-        anatomy: the model under test; its first decoder layer says which device the probe is on.
-        settings: `trained` and `lora_rank` are read.
-
-    Raises:
-        SettingError: more memory is needed than is free; says how much, and what to set.
-    """
+    """Refuse a decoder that does not fit beside the model, before any image is encoded; says how much it needs."""
     device = next(anatomy.layers[0].parameters()).device
     free = free_memory(device)
     needed = needed_memory(anatomy, settings)
@@ -136,19 +121,10 @@ def train_probe(
     progress: bool = False,
     work: TrainingFolder | None = None,
 ) -> list[float]:
-    """Fit a decoder, or go on with one whose training was interrupted.
+    """Fit a decoder, or go on with one whose training was interrupted; the training MSE of each step.
 
-    Args:
-        decoder: changed in place; what of it trains is what requires a gradient.
-        data: frozen training samples.
-        settings: of the run.
-        lr: peak learning rate.
-        progress: show a bar.
-        work: where the state is kept; a state found there is taken up, and the numbers at the end are bit for bit those
-            of a training that was not interrupted. None: nothing is kept.
-
-    Returns:
-        The training MSE of each step; fewer than `settings.steps` when `settings.minutes` were over.
+    A state that `work` holds is taken up, and the numbers at the end are bit for bit those of a training that was not
+    interrupted. There are fewer than `settings.steps` when `settings.minutes` were over.
 
     Raises:
         LlavaPatchError: the loss is not finite.

@@ -21,14 +21,8 @@ from llava_patch.settings.auxiliary import AuxiliaryProbe
 class Head(nn.Module):
     """R-Probe's decoder as a module of the model that trains.
 
-    Args:
-        anatomy: the model; DeepSpeed ZeRO-3 may have partitioned it (then every rank must make the head), and its
-            Linear layers may be wrapped by peft's LoRA: the copies are plain layers with the update merged in.
-        layout: its visual tokens.
-        settings: of the loss.
-
-    Raises:
-        HostError: fewer than 4 decoder layers, quantised weights, or an unknown rotary embedding.
+    DeepSpeed ZeRO-3 may have partitioned the model (then every rank must make the head), and its Linear layers may be
+    wrapped by peft's LoRA: the copies are plain layers with the update merged in. Its layout is that of the visual tokens.
     """
 
     positions: Tensor
@@ -125,15 +119,7 @@ def token_errors(head: Head, embed: Callable[[Tensor], Tensor], seen: Seen, regi
 
 
 def check_images(regions: Mapping[str, Tensor], images: int) -> None:
-    """Refuse a region of an image that the batch does not have, where looking costs no wait for a device.
-
-    Args:
-        regions: as in `token_errors`.
-        images: of the batch.
-
-    Raises:
-        InputError: names the image.
-    """
+    """Refuse a region of an image that the batch does not have, where looking costs no wait for a device."""
     image = regions["image"]
     if image.device.type != "cpu":
         return

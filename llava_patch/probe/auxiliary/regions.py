@@ -27,13 +27,7 @@ FIELDS = ("box", "text", "image_index")
 
 @dataclass(frozen=True)
 class Region:
-    """A text region of one of a record's images.
-
-    Attributes:
-        boxes: one or several (x0, y0, x1, y1) in pixels of the original image, x to the right, y down.
-        text: what stands there.
-        image_index: number of the image in its record, from 0.
-    """
+    """A text region of one of a record's images, its boxes (x0, y0, x1, y1) in pixels of the original image."""
 
     boxes: tuple[Box, ...]
     text: str
@@ -52,16 +46,10 @@ def entry(record: Mapping[str, Any]) -> Any:
 
 
 def parse(value: Any, images: int, name: str) -> Region:
-    """Read a record's "rprobe" entry; its image need not be open.
+    """Read a record's "rprobe" entry; its image need not be open, and the record has `images` of them.
 
-    Args:
-        value: {"box": [x0, y0, x1, y1] or a list of those, "text": str, "image_index": int (0 if left out)}. Boxes and
-            numbers may be tensors or arrays; a field that is None counts as left out.
-        images: how many images the record has.
-        name: file and record, for errors.
-
-    Raises:
-        InputError: names the record and what is wrong with it.
+    An entry is {"box": [x0, y0, x1, y1] or a list of those, "text": str, "image_index": int (0 if left out)}. Boxes and
+    numbers may be tensors or arrays; a field that is None counts as left out. An InputError says what is wrong with it.
     """
     if not isinstance(value, Mapping):
         raise InputError(f'{name}: "rprobe" is {value!r}: expected {{"box": [x0, y0, x1, y1], "text": "..."}}')
@@ -101,15 +89,7 @@ def _is_number(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Marker:
-    """Marks the visual tokens of a region and numbers its text.
-
-    Attributes:
-        transform: how the run turns images into pixels.
-        layout: the visual tokens of one image.
-        tokenizer: the model's.
-        settings: of the loss.
-        vocabulary: tokens that the model embeds.
-    """
+    """Marks the visual tokens of a region and numbers its text; the model embeds `vocabulary` tokens."""
 
     transform: Transform
     layout: Layout
@@ -118,12 +98,7 @@ class Marker:
     vocabulary: int
 
     def mark(self, region: Region, size: tuple[int, int], name: str) -> dict[str, Tensor] | None:
-        """What the loss needs of a region.
-
-        Args:
-            region: the region.
-            size: (width, height) of its original image.
-            name: file and record, for errors.
+        """What the loss needs of a region of an original image of (width, height).
 
         Returns:
             "target" bool [tokens], the visual tokens to rebuild, and "text" int64 [text tokens]; None when the region
@@ -155,13 +130,9 @@ class Marker:
 
 
 def collate(marked: Sequence[dict[str, Tensor]], images: Sequence[int]) -> dict[str, Tensor]:
-    """Put the regions of a batch together.
+    """Put the regions of a batch, from `Marker.mark`, together with the number of each one's image in the batch.
 
     No value is a float: DeepSpeed's Trainer casts those to half precision.
-
-    Args:
-        marked: from `Marker.mark`.
-        images: number of each one's image among all images of the batch.
 
     Returns:
         "image" int64 [samples], "target" bool [samples, tokens], "text" int64 [samples, width] padded with 0, and

@@ -159,11 +159,7 @@ class FrozenData:
     def inside(self, index: Tensor) -> Tensor:
         """Which pixels under the targets lie in a text box of their image (their centre does).
 
-        Args:
-            index: int64 [batch], on CPU.
-
-        Returns:
-            bool [targets, cell x cell], in the order of `Batch.pixels`.
+        `index` is int64 [batch] on CPU; the result bool [targets, cell x cell], in the order of `Batch.pixels`.
         """
         return torch.cat([self._inside(i) for i in index.tolist()])
 

@@ -43,14 +43,7 @@ def stores_folder() -> Path:
 
 @dataclass(frozen=True)
 class Kept:
-    """A store as it lies on disk.
-
-    Attributes:
-        folder: where.
-        about: of its manifest: `model`, `data`, `settings`, `shards`; empty when it has none.
-        bytes: of all its files.
-        used: when it was last opened, seconds since 1970.
-    """
+    """A store on disk: its folder, its manifest (or {}), the bytes of all its files, and when it was last opened (Unix time)."""
 
     folder: Path
     about: dict[str, Any]
@@ -150,14 +143,7 @@ class Store:
     """The store of one key, in use by this process until `close`, or until nothing refers to this object any more."""
 
     def __init__(self, key: str, shards: int, about: dict[str, Any], limit_gb: float) -> None:
-        """Enter it; it need not exist.
-
-        Args:
-            key: digest, the folder's name.
-            shards: how many it has when it is finished.
-            about: for the list that a person reads.
-            limit_gb: `RProbe.store_gb`.
-        """
+        """Enter the store of that key; it need not exist. `about` is for the list that a person reads."""
         self.key, self.shards, self.about, self.limit_gb = key, shards, about, limit_gb
         self.folder = stores_folder() / key
         with _alone(self.folder.parent):
@@ -191,15 +177,7 @@ class Store:
             return None
 
     def fill(self, encode: Callable[[int], Shard], done: Callable[[int], None]) -> list[Shard]:
-        """All shards, mapped; what is missing is encoded and written.
-
-        Args:
-            encode: makes a shard in memory.
-            done: called with the number of each shard that is there now.
-
-        Raises:
-            SettingError: the store does not fit.
-        """
+        """All shards, mapped; what is missing is encoded and written. `done` is called with each number that is there now."""
         shards: dict[int, Shard] = {}
 
         def take(number: int, shard: Shard) -> None:

@@ -12,10 +12,11 @@ from torch import nn
 
 from llava_patch.core import parallel
 from llava_patch.core.errors import InputError, SettingError
+from llava_patch.core.keys import digest
 from llava_patch.core.terminal import progress_bar
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.measurements.rprobe.contents import ImagesOfData, images_of
-from llava_patch.measurements.rprobe.keys import digest, store_key
+from llava_patch.measurements.rprobe.keys import store_key
 from llava_patch.measurements.rprobe.settings import RProbe
 from llava_patch.measurements.rprobe.store.data import Chosen, FrozenData, Text
 from llava_patch.measurements.rprobe.store.disk import Store
@@ -43,16 +44,6 @@ def freeze_samples(
     `settings.store` the tokens lie on disk; there another run, and other processes of this one, find them: under
     `torch.distributed` every process calls this, takes shards that nobody else has taken, and returns when all are
     there. The numbers are the same bit for bit with and without a store.
-
-    Args:
-        anatomy: the model under test.
-        transform: from `make_transform`.
-        tokenizer: called as `tokenizer(text, add_special_tokens=False)["input_ids"]`.
-        samples: at least one.
-        settings: `masked`, `text`, `max_text_tokens`, `broken`, `store` and `store_gb` are read.
-        progress: show a bar.
-        label: its name.
-        warn: warn of what `FrozenData.notes` says.
 
     Raises:
         InputError: no usable sample, or, with `broken="stop"`, one with a bad image, box or text (it is named).
@@ -170,15 +161,7 @@ def _frozen(
 
 
 def token_ids(text: str, name: str, tokenizer: Any, settings: RProbe) -> tuple[list[int], bool]:
-    """Ids of a text, cut to `max_text_tokens`; the unknown token in their places when `settings.text` is False.
-
-    Returns:
-        The ids, and whether they are all that the text has.
-
-    Raises:
-        InputError: the text has no tokens; names the sample.
-        SettingError: the unknown token is wanted, but the tokenizer has none.
-    """
+    """Ids of a text, cut to `max_text_tokens`, and whether they are all; unknown tokens when `settings.text` is False."""
     found = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     ids = found[: settings.max_text_tokens]
     whole = len(ids) == len(found)
@@ -193,11 +176,7 @@ def token_ids(text: str, name: str, tokenizer: Any, settings: RProbe) -> tuple[l
 
 
 def embed(anatomy: Anatomy, texts: Sequence[list[int]]) -> Text:
-    """Embed every distinct token once.
-
-    Raises:
-        InputError: an id that the model does not embed.
-    """
+    """Embed every distinct token once; an InputError where the model does not embed an id."""
     counts = torch.tensor([len(ids) for ids in texts], dtype=torch.int64)
     flat = torch.tensor([i for ids in texts for i in ids], dtype=torch.int64)
     weight = next(anatomy.embed_tokens.parameters())

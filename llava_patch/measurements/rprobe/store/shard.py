@@ -108,16 +108,8 @@ def encode(
 ) -> Shard:
     """Send some images through the vision tower in one go, and cut the pixels under the targets of their samples.
 
-    Args:
-        anatomy: the model under test, in evaluation mode.
-        transform: from `make_transform`.
-        samples: all samples.
-        images: the samples (their numbers) of each image.
-        settings: `masked` and `broken` are read; masked samples have each an image of their own.
-
-    Raises:
-        InputError: a sample that cannot be used, with `broken="stop"`; it is named.
-        HostError: the tokens of this model have no pixels each, or are not finite.
+    `images` has the samples (their numbers) of each image; masked samples have each an image of their own. With
+    `broken="stop"` a sample that cannot be used is an InputError that names it.
     """
     pictures: list[Image.Image] = []
     members: list[list[tuple[int, Sample, tuple[Box, ...]]]] = []
@@ -224,8 +216,7 @@ def write_shard(path: Path, shard: Shard, key: str, number: int) -> None:
 def open_shard(path: Path, key: str, number: int) -> Shard | None:
     """Map a shard; None when there is no such file.
 
-    Raises:
-        DamagedShard: it is cut short, of another format or store, or its tables are not those that were written.
+    A DamagedShard where it is cut short, of another format or store, or its tables are not those that were written.
     """
     if not path.is_file():
         return None
