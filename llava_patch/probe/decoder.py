@@ -26,7 +26,7 @@ MIN_LAYERS = 4
 
 
 def quarter(layers: int) -> int:
-    """Decoder layers that the probe copies: ceil(L / 4), 8 of 32; a HostError where there are fewer than 4 to take from."""
+    """Decoder layers that the probe copies: ceil(L / 4), 8 of 32; a HostError where there are fewer than 4."""
     if layers < MIN_LAYERS:
         raise HostError(f"R-Probe needs an LLM of at least {MIN_LAYERS} decoder layers, this one has {layers}")
     return math.ceil(layers / 4)
@@ -191,8 +191,8 @@ def _like(hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor
 def stock_copy(module: nn.Module, name: str, config: Any) -> nn.Module:
     """Deep copy of a module in float32, with nothing that was put on the instance from outside.
 
-    `config` takes the place of every transformers configuration held inside. A HostError where weights are quantised, or
-    not in memory.
+    `config` takes the place of every transformers configuration held inside. A HostError where weights are quantised,
+    or not in memory.
     """
     for parameter_name, parameter in module.named_parameters():
         if parameter.is_meta or not parameter.is_floating_point():

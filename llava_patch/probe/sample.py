@@ -34,7 +34,7 @@ BROKEN_FILE = (
 
 @dataclass(frozen=True, eq=False)
 class EncodedImage:
-    """An image file inside another file, such as a row of a parquet file, named in errors; `read` gives its bytes anew."""
+    """An image file inside another one, such as a row of a parquet file; `read` gives its bytes whenever it is asked."""
 
     name: str
     read: Callable[[], bytes]
@@ -194,8 +194,8 @@ class DrawnSamples(Sequence[Sample]):
 def split_samples(samples: Sequence[Sample], heldout_share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
     """(train, held-out), split by document: the same seed and documents split alike, whatever the order of the samples.
 
-    A sample without a document is a document of its own, named by its id. At least one document lands on either side, so
-    fewer than two are an InputError.
+    A sample without a document is a document of its own, named by its id. At least one document lands on either side,
+    so fewer than two are an InputError.
     """
     documents = sorted({sample.document or sample.id for sample in samples})
     if len(documents) < 2:

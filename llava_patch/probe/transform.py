@@ -179,7 +179,10 @@ def check_crop(processor: Any) -> None:
 
 
 def check_box(box: Box, size: tuple[int, int], name: str) -> Box:
-    """Refuse a box (pixels) that has no area or is not on its image of (width, height); cut off what sticks out by rounding."""
+    """A box (pixels) cut at the border of its image of (width, height), by what rounding makes it stick out at most.
+
+    An InputError with `name` where it has no area or is not on the image.
+    """
     x0, y0, x1, y1 = (float(v) for v in box)
     width, height = size
     if not (x0 < x1 and y0 < y1):  # also catches NaN

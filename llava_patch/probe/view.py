@@ -82,9 +82,9 @@ def make_transform(anatomy: Anatomy, image_processor: Any, mode: str) -> Transfo
 def encode_views(anatomy: Anatomy, transform: Transform, images: Sequence[Image.Image]) -> list[View]:
     """Run vision tower, fusion and projector over RGB images, through the host's own path: one view an image.
 
-    The model is in evaluation mode. Tokens stand in the order in which the host gives them to the LLM. With tiles (anyres)
-    that is the overview tile's tokens, context only, then the big grid's; tokens over padding that the host drops are left
-    out, and so are the learned vectors at the ends of lines, which hold nothing of the image.
+    The model is in evaluation mode. Tokens stand in the order in which the host gives them to the LLM. With tiles
+    (anyres) that is the overview tile's tokens, context only, then the big grid's; tokens over padding that the host
+    drops are left out, and so are the learned vectors at the ends of lines, which hold nothing of the image.
 
     Raises:
         HostError: the tower is not loaded, or its tokens are not finite.
@@ -130,8 +130,8 @@ def _look_at_tiles(anatomy: Anatomy, transform: Transform, image: Image.Image) -
 def target_tokens(view: View | Layout, boxes: Sequence[Box], name: str) -> Tensor:
     """Tokens whose pixels meet one of the boxes (in pixels of `Transform.plane(image)`), bool [tokens].
 
-    Cells without a token (a first patch that HF drops, padding that anyres cuts off) are not measured; an InputError with
-    `name` where no token has pixels under the boxes.
+    Cells without a token (a first patch that HF drops, padding that anyres cuts off) are not measured; an InputError
+    with `name` where no token has pixels under the boxes.
     """
     cells = target_mask(torch.tensor(boxes, dtype=torch.float32), view.grid).any(0)
     # Cell -1 looks at the place added at the end, which is never a target.

@@ -16,8 +16,8 @@ from llava_patch.probe.sample import Box
 def numbered_lines(path: Path, encoding: str | None = None) -> list[tuple[int, str]]:
     """(line number from 1, line) of every line that is not blank.
 
-    CRLF, LF and CR end a line, nothing else does (`str.splitlines` would split more). Without an encoding: UTF-8, UTF-16
-    with a byte order mark, else cp1252.
+    CRLF, LF and CR end a line, nothing else does (`str.splitlines` would split more). Without an encoding: UTF-8,
+    UTF-16 with a byte order mark, else cp1252.
     """
     try:
         raw = path.read_bytes()
@@ -122,8 +122,8 @@ class Images:
     def of(self, annotation: Path, required: bool = True) -> Path | None:
         """The image of an annotation file: the same name, or without "gt_" before or "_gt" behind it.
 
-        Of several with that name the nearest one is meant (folders of train and test may count alike). An InputError where
-        two are equally near, and where there is none though one is `required`.
+        Of several with that name the nearest one is meant (folders of train and test may count alike). An InputError
+        where two are equally near, and where there is none though one is `required`.
         """
         stem = annotation.stem.lower()
         if Path(stem).suffix in IMAGE_SUFFIXES:  # 12.jpg.txt

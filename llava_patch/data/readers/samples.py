@@ -51,7 +51,7 @@ class _Region:
 
 
 class Collector:
-    """Takes pages and regions from a reader, in order; `broken` says whether to "stop" at what cannot be used, or "skip" it."""
+    """Takes pages and regions from a reader, in order; `broken`: "stop" at what cannot be used, or "skip" it."""
 
     def __init__(self, broken: str) -> None:
         if broken not in BROKEN:
@@ -63,7 +63,7 @@ class Collector:
 
     @contextlib.contextmanager
     def one(self) -> Iterator[None]:
-        """Around one thing of the data (a line, a file, an entry): what is wrong in it stops the reading, or is noted."""
+        """Around one thing of the data (line, file, entry): what is wrong in it stops the reading, or is noted."""
         try:
             yield
         except InputError as error:
@@ -97,9 +97,10 @@ class Collector:
         Args:
             source: names the data in the error.
             format: see `Samples`.
-            boxes_per_sample: regions that follow each other on a page and make one sample; a page's last may have fewer.
-            root: folder to which ids and images as documents are relative, so that they do not depend on how the path of the
-                source is written; None: they stay as they are.
+            boxes_per_sample: regions that follow each other on a page and make one sample; a page's last may have
+                fewer.
+            root: folder to which ids and images as documents are relative, so that they do not depend on how the path
+                of the source is written; None: they stay as they are.
         """
         samples = []
         around: dict[int, tuple[Box, ...]] = {}  # one tuple a page, not one a sample

@@ -49,9 +49,9 @@ def interval(
 def paired(a: Samples, b: Samples, resamples: int, seed: int) -> tuple[float, float | None, float | None]:
     """(MSE(a) - MSE(b), low, high) of two results on the same held-out samples, with its 95 % interval.
 
-    Both results are taken from the same drawn documents, so what makes a document hard for both cancels out. The samples
-    (`RProbeResult.documents`) are matched by id, in any order. `low` and `high` are None where there are fewer than 2
-    documents; an InputError names what differs where they are not the same samples.
+    Both results are taken from the same drawn documents, so what makes a document hard for both cancels out. The
+    samples (`RProbeResult.documents`) are matched by id, in any order. `low` and `high` are None where there are fewer
+    than 2 documents; an InputError names what differs where they are not the same samples.
     """
     difference = unlike(a, b)
     if difference is not None:

@@ -46,7 +46,8 @@ class Row:
     Attributes:
         name: of the result.
         interval: bootstrap 95 % interval of its MSE; None: fewer than 2 documents.
-        difference: (MSE minus the baseline's, low, high), paired over documents; None: the baseline itself, or `unlike`.
+        difference: (MSE minus the baseline's, low, high), paired over documents; None: the baseline itself, or
+            `unlike`.
         unlike: how the held-out samples differ from the baseline's; None: they do not.
     """
 
@@ -132,7 +133,7 @@ class ProbeComparison(Comparison):
 def compare_probes(
     results: Mapping[str, RProbeResult], baseline: str = "", resamples: int = 2000, seed: int = 0
 ) -> ProbeComparison:
-    """One table with intervals, one figure, and what keeps results from being compared with the baseline ("": the first)."""
+    """One table with intervals, one figure, and what keeps results from being compared with the baseline (first)."""
     baseline = baseline or next(iter(results))
     if baseline not in results:
         raise SettingError(f"--baseline {baseline}: expected one of {', '.join(results)}")

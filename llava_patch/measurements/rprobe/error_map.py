@@ -45,8 +45,9 @@ def error_maps(
 ) -> tuple[list[ErrorMap], list[str]]:
     """Maps of `settings.maps` held-out pages, the best and the worst first, and a sentence for each page that has none.
 
-    A map is a look at a page beside a measurement that is finished: what goes wrong in one is said, not raised. The tower
-    runs once a page (masked: once a piece), and pages are opened again; `documents` are their figures, from `evaluate`.
+    A map is a look at a page beside a measurement that is finished: what goes wrong in one is said, not raised. The
+    tower runs once a page (masked: once a piece), and pages are opened again; `documents` are their figures, from
+    `evaluate`.
     """
     if not settings.maps:
         return [], []
@@ -79,10 +80,10 @@ def _page(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def pieces(samples: Sequence[Sample], plane: Plane, seen: Tensor) -> tuple[list[Sample], list[Sample]]:
-    """Cut the page of `samples` into (regions whose text is known, all other pieces); together they touch every token's cell.
+    """Cut the page of `samples` into (regions whose text is known, all others): together they touch every token's cell.
 
-    `seen`, bool [cells], are the cells that have a token. A host drops some (the first patch, padding that anyres cuts off
-    together with the last pixels of the page): nothing can be rebuilt there.
+    `seen`, bool [cells], are the cells that have a token. A host drops some (the first patch, padding that anyres
+    cuts off together with the last pixels of the page): nothing can be rebuilt there.
     """
     image = samples[0].open_image()
     texts = dict(zip(samples[0].all_boxes, samples[0].all_texts, strict=False))
@@ -190,8 +191,8 @@ def _map(
 def save_map(page: ErrorMap, path: str | Path, masked: bool = False, limit: float | None = None) -> Path:
     """Draw a page, its reconstruction and the error of each cell on the same grid, as .png or .pdf.
 
-    `masked`: each region was blacked out while it was rebuilt. `limit` is the error at the upper end of the colours, the
-    same for pages to be compared; None: `colour_limit`'s.
+    `masked`: each region was blacked out while it was rebuilt. `limit` is the error at the upper end of the colours,
+    the same for pages to be compared; None: `colour_limit`'s.
     """
     return save(_error_map(page, masked, colour_limit([page]) if limit is None else limit), path)
 

@@ -128,9 +128,9 @@ def answer(decoder: ProbeDecoder, batch: Batch) -> Tensor:
 def sums(rebuilt: Tensor, batch: Batch, inside: Tensor, mean: Tensor, constant: Tensor, transform: Transform) -> Tensor:
     """What one batch adds to the table of sums, float64 [batch, COLUMNS].
 
-    They are: target tokens; sums over them of the mean squared error inside a token, of the same on de-normalised clipped
-    pixels, of the constant's, and of the deviation from `mean`; then for pixels inside and outside text: their number, the
-    sum of their error (mean over channels), and each channel's sum and sum of squares.
+    They are: target tokens; sums over them of the mean squared error inside a token, of the same on de-normalised
+    clipped pixels, of the constant's, and of the deviation from `mean`; then for pixels inside and outside text: their
+    number, the sum of their error (mean over channels), and each channel's sum and sum of squares.
 
     Args:
         rebuilt: float32 [targets, pixels], the decoder's answer.

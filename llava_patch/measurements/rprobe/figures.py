@@ -228,7 +228,7 @@ def draw_curves(axes: Any, results: Mapping[str, RProbeResult]) -> None:
 def draw_intervals(
     axes: Any, names: Sequence[str], values: Sequence[tuple[float, float | None, float | None] | None], title: str
 ) -> None:
-    """Values, each (value, low, high), with their intervals where they have one, a line each, in the colours of `draw_curves`."""
+    """Values, each (value, low, high), with the intervals that they have, in the colours of `draw_curves`."""
     for i, value in enumerate(values):
         if value is not None:
             color = COLOURS[i % len(COLOURS)]

@@ -277,7 +277,7 @@ def _data(
 
 
 def running_mean(losses: Sequence[float], start: float) -> list[float]:
-    """Exponential running mean of the losses, from the constant patch's MSE on: one lucky first batch counts for little."""
+    """Exponential running mean of the losses; starts at the constant patch's MSE: one lucky batch counts for little."""
     running, mean = [], start
     for loss in losses:
         mean = RUNNING * mean + (1 - RUNNING) * loss

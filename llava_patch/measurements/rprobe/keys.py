@@ -171,7 +171,7 @@ def fresh_answer(decoder: ProbeDecoder) -> list[float]:
 
 
 def make_key(decoder: ProbeDecoder, data_key: str, table: Tensor, settings: RProbe, lr: float) -> dict[str, Any]:
-    """All that a trained decoder depends on, as flat JSON values and one list of numbers; to be made before its first step.
+    """All that a decoder depends on before its first step, as flat JSON values and one list of numbers.
 
     The embeddings of the training texts are `table`, float32 [distinct tokens, hidden].
     """

@@ -30,7 +30,7 @@ FORMAT = 1
 
 @dataclass
 class Progress:
-    """How far a training has come: MSE of each step, seconds spent over all starts, and processes that took part at last."""
+    """How far a training has come: MSE of each step, seconds over all starts, and processes that took part last."""
 
     losses: list[float]
     seconds: float = 0.0
@@ -114,8 +114,8 @@ class TrainingFolder:
 def load_decoder(decoder: ProbeDecoder, path: str | Path, key: dict[str, Any]) -> None:
     """Fill a fresh decoder, `choose_trained` done, with the weights of a `decoder.safetensors`.
 
-    A field that `key`, from `make_key`, lacks is not compared. A CheckpointError where the file belongs to another model,
-    data set or settings, or cannot be read.
+    A field that `key`, from `make_key`, lacks is not compared. A CheckpointError where the file belongs to another
+    model, data set or settings, or cannot be read.
     """
     tensors, _, saved = _read(Path(path))
     found = difference({name: value for name, value in saved.items() if name in key}, key)

@@ -101,7 +101,7 @@ def _probe_of_scores(scores: Mapping[tuple[str, str], Score], name: str) -> dict
 
 
 def read_scores(document: Any, name: str) -> dict[tuple[str, str], Score]:
-    """The numbers of lmms-eval's results JSON, by (task, metric); a filter other than "none" stays part of the metric's name.
+    """The numbers of lmms-eval's results JSON, by (task, metric); a filter other than "none" stays part of the metric.
 
     "results" maps tasks to "metric,filter", "metric_stderr,filter" and "alias".
     """

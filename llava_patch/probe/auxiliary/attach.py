@@ -36,7 +36,7 @@ _IGNORED = "_keys_to_ignore_on_save"  # transformers' own list
 
 
 def _layout(anatomy: Anatomy, tokens: int) -> Layout:
-    """Where the visual tokens sit whose pixels the loss rebuilds; SettingError for tiles, or tokens that cannot be placed."""
+    """Where the visual tokens sit whose pixels the loss rebuilds; a SettingError where they cannot be placed."""
     if tiles.cuts_tiles(anatomy):
         raise SettingError(
             "AuxiliaryProbe does not train on images in tiles (anyres), whose tokens differ from image to image: leave "

@@ -43,7 +43,7 @@ def stores_folder() -> Path:
 
 @dataclass(frozen=True)
 class Kept:
-    """A store on disk: its folder, its manifest (or {}), the bytes of all its files, and when it was last opened (Unix time)."""
+    """A store on disk: its manifest (or {}), the bytes of all its files, and when it was last opened (Unix time)."""
 
     folder: Path
     about: dict[str, Any]
@@ -177,7 +177,7 @@ class Store:
             return None
 
     def fill(self, encode: Callable[[int], Shard], done: Callable[[int], None]) -> list[Shard]:
-        """All shards, mapped; what is missing is encoded and written. `done` is called with each number that is there now."""
+        """All shards, mapped; what is missing is encoded and written. `done` is told each number that is there now."""
         shards: dict[int, Shard] = {}
 
         def take(number: int, shard: Shard) -> None:

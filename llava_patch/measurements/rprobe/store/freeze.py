@@ -161,7 +161,7 @@ def _frozen(
 
 
 def token_ids(text: str, name: str, tokenizer: Any, settings: RProbe) -> tuple[list[int], bool]:
-    """Ids of a text, cut to `max_text_tokens`, and whether they are all; unknown tokens when `settings.text` is False."""
+    """Ids of a text, cut to `max_text_tokens`, and whether they are all; unknown tokens if `settings.text` is False."""
     found = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     ids = found[: settings.max_text_tokens]
     whole = len(ids) == len(found)
