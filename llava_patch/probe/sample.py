@@ -34,7 +34,7 @@ BROKEN_FILE = (
 
 @dataclass(frozen=True, eq=False)
 class EncodedImage:
-    """An image file inside another one, such as a row of a parquet file; `read` gives its bytes whenever it is asked."""
+    """An image file inside another one, such as a row of a parquet file; `read` gives its bytes each time."""
 
     name: str
     read: Callable[[], bytes]
@@ -51,35 +51,34 @@ def open_rgb(source: ImageSource, name: str) -> Image.Image:
 
     The two files that were opened last are kept decoded: samples of one page follow each other.
     """
-    try:
-        with _whole_files():
-            if isinstance(source, Image.Image):
-                return to_rgb(source)
-            if isinstance(source, EncodedImage):
-                return _decoded_bytes(source).copy()
-            state = os.stat(source)
-            return _decoded_file(os.fspath(source), state.st_mtime_ns, state.st_size).copy()
-    except BROKEN_FILE as error:
-        raise InputError(f"{name}: image {source} cannot be read: {_reason(error)}") from error
+    with _told(source, name), _whole_files():
+        if isinstance(source, Image.Image):
+            return to_rgb(source)
+        if isinstance(source, EncodedImage):
+            return _decoded_bytes(source).copy()
+        state = os.stat(source)
+        return _decoded_file(os.fspath(source), state.st_mtime_ns, state.st_size).copy()
 
 
 def image_size(source: ImageSource, name: str) -> tuple[int, int]:
     """(width, height) in stored pixels; reads the header alone. An InputError says `name`."""
-    try:
+    with _told(source, name):
         if isinstance(source, Image.Image):
             return source.size
         with Image.open(io.BytesIO(source.read()) if isinstance(source, EncodedImage) else source) as image:
             return image.size
+
+
+@contextlib.contextmanager
+def _told(source: ImageSource, name: str) -> Iterator[None]:
+    """Say which image of which sample cannot be read, and why."""
+    try:
+        yield
     except BROKEN_FILE as error:
-        raise InputError(f"{name}: image {source} cannot be read: {_reason(error)}") from error
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "it is missing"
-    if isinstance(error, Image.DecompressionBombError):
-        return f"{error}; if it is sound, scale it down (and its boxes with it)"
-    return str(error) or type(error).__name__
+        reason = "it is missing" if isinstance(error, FileNotFoundError) else str(error) or type(error).__name__
+        if isinstance(error, Image.DecompressionBombError):
+            reason = f"{error}; if it is sound, scale it down (and its boxes with it)"
+        raise InputError(f"{name}: image {source} cannot be read: {reason}") from error
 
 
 # Time and size are part of the key: a file that was written anew is read anew.

@@ -82,17 +82,8 @@ def walk(folder: Path, deep: bool = True) -> list[Path]:
 @functools.lru_cache(maxsize=100_000)
 def natural(name: str) -> tuple[tuple[int, int, str], ...]:
     """A sort key by which img_9 comes before img_10."""
-    parts: list[tuple[int, int, str]] = []
-    digits = ""
-    for letter in f"{name}\0":
-        if letter.isdecimal() and letter.isascii():
-            digits += letter
-            continue
-        if digits:
-            parts.append((0, int(digits), digits))
-            digits = ""
-        parts.append((1, 0, letter))
-    return tuple(parts)
+    parts = re.findall("[0-9]+|[^0-9]", f"{name}\0")
+    return tuple((0, int(part), part) if part.isdecimal() and part.isascii() else (1, 0, part) for part in parts)
 
 
 def first_lines(path: Path) -> list[str]:

@@ -10,7 +10,7 @@ than 1000 pixels on a side and every box fits, thousandths cannot be told from p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,7 +158,9 @@ def _first(names: Sequence[str], among: Any) -> str:
 def _load(source: Path | str, split: str, config: str) -> Any:
     datasets = optional("datasets", f"{source}: a Hugging Face dataset")
     try:
-        found = _from_disk(datasets, source) if isinstance(source, Path) else _from_hub(datasets, source, config)
+        found = (
+            _from_disk(datasets, source) if isinstance(source, Path) else datasets.load_dataset(source, config or None)
+        )
     except LlavaPatchError:
         raise
     except Exception as error:  # datasets and its network layers raise dozens of kinds
@@ -176,23 +178,16 @@ def _load(source: Path | str, split: str, config: str) -> Any:
     return found
 
 
-def _from_hub(datasets: Any, name: str, config: str) -> Any:
-    return datasets.load_dataset(name, config or None)
-
-
 def _from_disk(datasets: Any, source: Path) -> Any:
     if source.is_dir() and any((source / name).is_file() for name in SAVED):
         return datasets.load_from_disk(str(source))
-    files = [source] if source.is_file() else sorted(_tables(source))
+    tables = [p for p in source.rglob("*") if p.suffix.lower() in TABLES and not p.name.startswith("cache-")]
+    files = [source] if source.is_file() else sorted(tables)
     splits: dict[str, list[Path]] = {}
     for file in files:
         splits.setdefault(_split_name(file, source), []).append(file)
-    tables = {name: _concatenate(datasets, parts) for name, parts in splits.items()}
-    return tables if len(tables) > 1 else next(iter(tables.values()))
-
-
-def _tables(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.rglob("*") if path.suffix.lower() in TABLES and not path.name.startswith("cache-"))
+    joined = {name: _concatenate(datasets, parts) for name, parts in splits.items()}
+    return joined if len(joined) > 1 else next(iter(joined.values()))
 
 
 def _split_name(file: Path, source: Path) -> str:
@@ -202,12 +197,8 @@ def _split_name(file: Path, source: Path) -> str:
 
 
 def _concatenate(datasets: Any, files: list[Path]) -> Any:
-    parts = []
-    for file in files:
-        if file.suffix.lower() == ".arrow":
-            parts.append(datasets.Dataset.from_file(str(file)))
-        else:
-            parts.append(datasets.Dataset.from_parquet(str(file)))
+    made = datasets.Dataset
+    parts = [(made.from_file if f.suffix.lower() == ".arrow" else made.from_parquet)(str(f)) for f in files]
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
 
 

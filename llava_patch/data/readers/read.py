@@ -199,16 +199,12 @@ def _kinds(path: Path, files: list[Path]) -> dict[str, list[Path]]:
         return {"hf": [path]}
     kinds: dict[str, list[Path]] = {}
     for file in files:
-        kind = _KINDS.get(file.suffix.lower(), _nothing)(file)
-        if kind:
+        suffix = file.suffix.lower()
+        if suffix in _KINDS and (kind := _KINDS[suffix](file)):
             kinds.setdefault(kind, []).append(file)
     if "icdar" in kinds and path.is_dir():  # the others too: what is wrong in them is to be said
         kinds["icdar"] = [file for file in files if file.suffix.lower() in icdar.SUFFIXES]
     return kinds
-
-
-def _nothing(file: Path) -> str:
-    return ""
 
 
 def _json_kind(file: Path) -> str:

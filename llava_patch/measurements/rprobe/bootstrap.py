@@ -39,11 +39,9 @@ def interval(
     Returns:
         (low, high); None where there are fewer than 2 documents (`FEW` says so in words).
     """
-    _, owner = _owners(documents)
-    weights = _numbers(documents, "tokens")
-    above = _sums(owner, _numbers(documents, value) * weights)
-    below = _sums(owner, weights if relative_to is None else _numbers(documents, relative_to) * weights)
-    return _bootstrap([above, below], lambda a, b, axis: a.sum(axis) / b.sum(axis), resamples, seed)
+    owner, weights = _owners(documents), _numbers(documents, "tokens")
+    below = weights if relative_to is None else _numbers(documents, relative_to) * weights
+    return _bootstrap(owner, _numbers(documents, value) * weights, below, resamples, seed)
 
 
 def paired(a: Samples, b: Samples, resamples: int, seed: int) -> tuple[float, float | None, float | None]:
@@ -58,12 +56,10 @@ def paired(a: Samples, b: Samples, resamples: int, seed: int) -> tuple[float, fl
         raise InputError(f"no paired difference: {difference}")
     place = {str(sample["id"]): i for i, sample in enumerate(b)}
     b = [b[place[str(sample["id"])]] for sample in a]
-    _, owner = _owners(a)
-    weights = _numbers(a, "tokens")
-    gap = _sums(owner, (_numbers(a, "mse") - _numbers(b, "mse")) * weights)
-    tokens = _sums(owner, weights)
-    found = _bootstrap([gap, tokens], lambda x, y, axis: x.sum(axis) / y.sum(axis), resamples, seed)
-    value = float(gap.sum() / tokens.sum())
+    owner, tokens = _owners(a), _numbers(a, "tokens")
+    gap = (_numbers(a, "mse") - _numbers(b, "mse")) * tokens
+    found = _bootstrap(owner, gap, tokens, resamples, seed)
+    value = float(np.bincount(owner, weights=gap).sum() / np.bincount(owner, weights=tokens).sum())
     return (value, None, None) if found is None else (value, *found)
 
 
@@ -94,12 +90,11 @@ def unlike(a: Samples, b: Samples, names: tuple[str, str] = ("the first result",
     return None
 
 
-def _owners(documents: Samples) -> tuple[list[str], np.ndarray]:
-    """(distinct documents, int64 [samples] number of each sample's document)."""
+def _owners(documents: Samples) -> np.ndarray:
+    """Number of each sample's document, int64 [samples]."""
     if not documents:
         raise InputError("no held-out sample to draw from")
-    names, owner = np.unique([str(sample["document"]) for sample in documents], return_inverse=True)
-    return list(names), owner.reshape(-1)
+    return np.unique([str(sample["document"]) for sample in documents], return_inverse=True)[1].reshape(-1)
 
 
 def _numbers(documents: Samples, key: str) -> np.ndarray:
@@ -110,20 +105,17 @@ def _numbers(documents: Samples, key: str) -> np.ndarray:
         raise InputError(f"a held-out sample has no number {key!r}") from error
 
 
-def _sums(owner: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Sum of the values of each document, float64 [documents]."""
-    return np.bincount(owner, weights=values)
-
-
-def _bootstrap(data: list[np.ndarray], statistic: Any, resamples: int, seed: int) -> tuple[float, float] | None:
-    bootstrap = optional("scipy.stats").bootstrap
-
+def _bootstrap(
+    owner: np.ndarray, above: np.ndarray, below: np.ndarray, resamples: int, seed: int
+) -> tuple[float, float] | None:
+    """Interval of sum(above) / sum(below), both float64 [samples], over draws of whole documents."""
+    data = [np.bincount(owner, weights=values) for values in (above, below)]
     count = len(data[0])
     if count < 2:
         return None
-    found = bootstrap(
+    found = optional("scipy.stats").bootstrap(
         data,
-        statistic,
+        lambda a, b, axis: a.sum(axis) / b.sum(axis),
         n_resamples=resamples,
         batch=max(1, min(resamples, DRAWN_AT_ONCE // count)),
         vectorized=True,
@@ -131,5 +123,5 @@ def _bootstrap(data: list[np.ndarray], statistic: Any, resamples: int, seed: int
         confidence_level=LEVEL,
         method="percentile",
         random_state=np.random.default_rng(seed),
-    ).confidence_interval
-    return float(found.low), float(found.high)
+    )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)

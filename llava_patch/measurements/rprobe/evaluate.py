@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,12 +29,7 @@ COLUMNS = OUTSIDE + 2 + 2 * CHANNELS
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Held-out figures; the names are those of `RProbeResult`, to which `FIGURES` go."""
-
-    FIGURES: ClassVar[tuple[str, ...]] = (
-        "mse", "fvu", "psnr", "constant_mse", "target_variance", "mse_interval", "fvu_interval", "inside", "outside",
-        "documents", "examples",
-    )  # fmt: skip
+    """Held-out figures, all of which but the notes go to the fields of `RProbeResult` that have their names."""
 
     mse: float
     fvu: float

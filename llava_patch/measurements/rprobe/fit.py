@@ -129,7 +129,7 @@ def run_rprobe(
         notes = [*found.notes, *without, *_notes(found, train, len(losses), train_fvu, settings)]
         _warn(notes)
         return RProbeResult(
-            **{name: getattr(found, name) for name in found.FIGURES},
+            **{name: value for name, value in vars(found).items() if name != "notes"},
             constant_fvu=found.constant_mse / found.target_variance,
             steps_to_threshold=first_under(running, settings.threshold),
             threshold=settings.threshold,

@@ -6,6 +6,7 @@ miss a checkpoint that a few training steps lie behind, and a stale token would 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -36,14 +37,11 @@ _CONFIG = ("mm_", "vision", "image_", "projector_", "multimodal_")  # what of a 
 
 def versions() -> dict[str, str | None]:
     """Versions of the libraries that decide about a token's or a pixel's bits; None: not installed."""
-
-    def one(name: str) -> str | None:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
-
-    return {name: one(name) for name in LIBRARIES}
+    found: dict[str, str | None] = dict.fromkeys(LIBRARIES)
+    for name in LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def store_key(anatomy: Anatomy, transform: Transform, data: Any, settings: RProbe) -> dict[str, Any]:

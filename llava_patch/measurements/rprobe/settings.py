@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from llava_patch.core.errors import SettingError
-from llava_patch.settings.checks import BROKEN, integer
+from llava_patch.settings.checks import BROKEN, integer, is_number
 
 ROPE_FORMS = ("attention", "embedding")
 IMAGE_MODES = ("resize", "crop", "pad", "anyres")
@@ -118,8 +118,7 @@ class RProbe:
 
     def _number(self, name: str, low: float = -math.inf, above: float = -math.inf, below: float = math.inf) -> None:
         value: Any = getattr(self, name)
-        real = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not real or not (value >= low and above < value < below):
+        if not is_number(value) or not (value >= low and above < value < below):
             limits = [f">= {low}"] * (low > -math.inf) + [f"> {above}"] * (above > -math.inf)
             limits += [f"< {below}"] * (below < math.inf)
             raise SettingError(f"RProbe.{name} = {value!r}: expected a number {' and '.join(limits)}")

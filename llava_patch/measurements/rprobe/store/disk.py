@@ -59,24 +59,15 @@ def list_stores(root: Path) -> list[Kept]:
 
 def _kept(folder: Path) -> Kept:
     about: dict[str, Any] = {}
+    size, used = 0, 0.0
     with contextlib.suppress(OSError, ValueError):
         about = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
-    return Kept(folder, about, _bytes(folder), _last_use(folder))
-
-
-def _bytes(folder: Path) -> int:
-    size = 0
     for path in folder.rglob("*"):
         with contextlib.suppress(OSError):  # it went away meanwhile
             size += path.stat().st_size
-    return size
-
-
-def _last_use(folder: Path) -> float:
-    try:
-        return (folder / "used").stat().st_mtime
-    except OSError:
-        return 0.0
+    with contextlib.suppress(OSError):
+        used = (folder / "used").stat().st_mtime
+    return Kept(folder, about, size, used)
 
 
 @contextlib.contextmanager
@@ -179,26 +170,22 @@ class Store:
     def fill(self, encode: Callable[[int], Shard], done: Callable[[int], None]) -> list[Shard]:
         """All shards, mapped; what is missing is encoded and written. `done` is told each number that is there now."""
         shards: dict[int, Shard] = {}
-
-        def take(number: int, shard: Shard) -> None:
-            shards[number] = shard
-            done(number)
-
         for number in range(self.shards):
             found = self.open(number)
             if found is not None:
-                take(number, found)
-        missing = [n for n in range(self.shards) if n not in shards]
-        if not missing:  # the bound may have come down since it was written
+                shards[number] = found
+                done(number)
+        if len(shards) == self.shards:  # the bound may have come down since it was written
             self._make_room(0)
         # Those that another process is busy with come last: by then it has finished, failed or died.
         for waits in (False, True):
             if waits and len(shards) < self.shards:
                 logger.info("llava_patch: R-Probe waits for another process that encodes into %s", self.folder)
-            for number in [n for n in missing if n not in shards]:
+            for number in [n for n in range(self.shards) if n not in shards]:
                 made = self._make(number, encode, waits)
                 if made is not None:
-                    take(number, made)
+                    shards[number] = made
+                    done(number)
         return [shards[number] for number in range(self.shards)]
 
     def _make(self, number: int, encode: Callable[[int], Shard], waits: bool) -> Shard | None:
