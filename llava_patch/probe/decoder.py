@@ -37,21 +37,19 @@ def injection_layers(anatomy: Anatomy) -> tuple[int, ...]:
 
     The model's own numbers; those from ceil(L/4) on lie behind the probe and are left out.
     """
-    return tuple(layer for layer in _all_injections(anatomy) if layer < quarter(len(anatomy.layers)))
-
-
-def _all_injections(anatomy: Anatomy) -> tuple[int, ...]:
     handle = get_handle(anatomy.model)
-    return () if handle is None else handle.program().injections
+    taken = () if handle is None else handle.program().injections
+    return tuple(layer for layer in taken if layer < quarter(len(anatomy.layers)))
 
 
 def _warn_out_of_reach(anatomy: Anatomy, reached: tuple[int, ...]) -> None:
-    beyond = [layer for layer in _all_injections(anatomy) if layer not in reached]
+    handle = get_handle(anatomy.model)
+    beyond = [] if handle is None else [str(layer) for layer in handle.program().injections if layer not in reached]
     if beyond:
         what = "only some of" if reached else "none of"
         warnings.warn(
             f"R-Probe has layers 0 to {quarter(len(anatomy.layers)) - 1} of this model, so it sees {what} what "
-            f"DeepStack adds to the image tokens: out of reach is what enters layer {', '.join(map(str, beyond))}",
+            f"DeepStack adds to the image tokens: out of reach is what enters layer {', '.join(beyond)}",
             stacklevel=3,
         )
 
@@ -61,13 +59,9 @@ class ProbeDecoder(nn.Module):
 
     Everything is float32 and shares no memory with the model. The copies are stock layers: overridden forwards and
     hooks that a patch or a dispatcher put on the model's own layers are left behind. What DeepStack adds to the image
-    tokens is added in the layers that are here (`injection_layers`); a warning names those that are not.
-
-    Args:
-        anatomy: the model under test.
-        grid: of any image; only the number of pixels under a token is read.
-        rope: "attention" or "embedding", see `RProbe.rope`.
-        seed: of the MLP's initial weights; the caller's random state is not touched.
+    tokens is added in the layers that are here (`injection_layers`); a warning names those that are not. Of the grid
+    only the number of pixels under a token is read; the seed is of the MLP's weights, the caller's random state is not
+    touched.
 
     Raises:
         HostError: fewer than 4 layers, weights that are quantised or not in memory, a decoder that is not known.

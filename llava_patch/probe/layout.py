@@ -19,10 +19,8 @@ NO_CELL = -1
 class Layout:
     """The tokens of an image (tile) in the order in which the host gives them.
 
-    Attributes:
-        grid: the cells that have pixels.
-        positions: float32 [tokens, 2], (row, column) in cells.
-        cells: int64 [tokens], raster number of the cell under each token; -1: none.
+    `positions` are float32 [tokens, 2], (row, column) in cells of `grid`; `cells` int64 [tokens], the raster number of
+    the cell under each token, -1: none.
     """
 
     grid: TokenGrid
@@ -61,21 +59,11 @@ def square_layout(
 
 
 def tiled_layout(tile: Layout, tiles: tuple[int, int], image: tuple[float, float, float, float], side: int) -> Layout:
-    """Tokens of an overview tile and of the tiles behind it, all on the one grid that the latter form.
+    """Tokens of an image cut into an overview and tiles of one big grid, (1 + rows * columns) * tokens, tile by tile.
 
-    A token of the overview has no cell; its place is where its centre falls on the big grid (a fraction in general).
-
-    Args:
-        tile: tokens of one tile.
-        tiles: (rows, columns) of tiles.
-        image: (left, top, width, height) of the image on the tiles' pixels; the overview shows just that, stretched.
-        side: of a tile in pixels.
-
-    Returns:
-        The layout of (1 + rows * columns) * tokens features, tile by tile.
-
-    Raises:
-        InputError: a tile's cells do not cover it.
+    `tiles` are (rows, columns) of side pixels; `image` is (left, top, width, height) of the image on the tiles' pixels:
+    the overview shows just that, stretched, and its tokens have no cell. An InputError where a tile's cells do not
+    cover it.
     """
     small = tile.grid
     if (small.rows * small.cell, small.columns * small.cell) != (side, side):

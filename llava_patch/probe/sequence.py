@@ -20,10 +20,7 @@ CHANNELS = 3
 class TokenGrid:
     """How the visual tokens of one image tile its pixels, in raster order.
 
-    Attributes:
-        rows: token rows.
-        columns: token columns.
-        cell: side in pixels of the square under one token (patch size x merge size; 14 on LLaVA-1.5).
+    `cell` is the side in pixels of the square under one token (patch size x merge size; 14 on LLaVA-1.5).
     """
 
     rows: int
@@ -169,21 +166,14 @@ def frequencies(dimension: int, base: float = 10000.0) -> Tensor:
 
 
 def rotary_2d(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for `apply_rotary_pos_emb`, turning even pairs by the row and odd pairs by the column.
+    """(cos, sin) for `apply_rotary_pos_emb`, float32 [..., tokens, d]: even pairs turn by the row, odd by the column.
 
     `rotate_half` pairs dimension i with i + d/2, so what is shared out between the axes is pairs, not dimensions. Each
     axis gets half of the head dimension and the whole range of frequencies; and because every pair keeps the frequency
     it has in the model under test, tokens at (p, p), the text, are rotated exactly as the model itself rotates p.
 
-    Args:
-        positions: float32 (or integer) [..., tokens, 2], (row, column).
-        inv_freq: float32 [d/2], frequency of each pair; d/2 must be even so that both axes get the same share.
-
-    Returns:
-        (cos, sin), each float32 [..., tokens, d].
-
-    Raises:
-        InputError: the dimension cannot be halved into pairs for each axis.
+    Positions are float32 (or integer) [..., tokens, 2], (row, column); `inv_freq` is float32 [d/2], the frequency of
+    each pair. An InputError where d/2 is odd, so that the axes would not get the same share.
     """
     pairs = inv_freq.shape[0]
     if pairs % 2:

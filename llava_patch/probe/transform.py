@@ -48,10 +48,8 @@ class Transform:
         """The processed whole image, from which targets are cut: normalised float32 [3, height, width] on CPU.
 
         In the square modes the tower's input; of anyres the stitched tiles, padding included. Rows and columns behind
-        the last whole cell (merge_padding) are left out, so that cells tile the plane exactly.
-
-        Raises:
-            HostError: the processor does not give the size that the tower takes.
+        the last whole cell (merge_padding) are left out, so that cells tile the plane exactly. A HostError where the
+        processor does not give the size that the tower takes.
         """
         if self.tiling is None:
             pixels = self.pixel_values([image])[0]
@@ -76,12 +74,8 @@ class Transform:
             )
         options: dict[str, Any] = {}
         if self.mode == "resize":
-            options = {
-                "do_resize": True,
-                "size": {"height": self.height, "width": self.width},
-                "do_center_crop": False,
-                "do_pad": False,
-            }
+            size = {"height": self.height, "width": self.width}
+            options = {"do_resize": True, "size": size, "do_center_crop": False, "do_pad": False}
         elif self.mode == "pad":
             fill = tuple(int(x * 255) for x in self.processor.image_mean)
             images = [pad_to_square(image, fill) for image in images]
@@ -222,15 +216,10 @@ INSET = 0.01  # share of a cell by which a cell's own box is smaller, so that ro
 
 @dataclass(frozen=True, eq=False)
 class Plane:
-    """A processed image and how it lies on the original.
+    """A processed image, normalised float32 [3, height, width], and how it lies on the original of (width, height).
 
-    Attributes:
-        pixels: float32 [3, height, width], normalised.
-        grid: the cells on it.
-        size: (width, height) of the original image.
-        scale: (x, y), processed pixels a pixel of the original.
-        offset: (x, y), where the original's corner lies, in processed pixels.
-        transform: that made it.
+    `scale` is (x, y), processed pixels a pixel of the original; `offset` (x, y), where the original's corner lies, in
+    processed pixels.
     """
 
     pixels: Tensor

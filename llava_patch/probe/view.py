@@ -146,8 +146,7 @@ def target_tokens(view: View | Layout, boxes: Sequence[Box], name: str) -> Tenso
 
 
 def _taps(anatomy: Anatomy) -> Taps | None:
-    handle = get_handle(anatomy.model)
-    return None if handle is None else handle.taps
+    return getattr(get_handle(anatomy.model), "taps", None)
 
 
 def layout_of(anatomy: Anatomy, tokens: int) -> Layout:

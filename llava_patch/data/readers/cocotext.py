@@ -18,6 +18,7 @@ from llava_patch.data.readers.files import IMAGE_SUFFIXES, four_numbers
 from llava_patch.data.readers.icdar import bounds
 from llava_patch.data.readers.samples import Collector, Page
 from llava_patch.probe.sample import Box
+from llava_patch.settings.checks import is_number
 
 ILLEGIBLE = "."  # TextOCR
 TEXTS = ("utf8_string", "caption", "text")
@@ -128,6 +129,6 @@ def _box(ann: dict[str, Any], where: str) -> Box:
         return x, y, x + width, y + height
     points: Any = ann.get("points")
     sound = isinstance(points, list) and len(points) >= 6 and len(points) % 2 == 0
-    if not sound or not all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in points):
+    if not sound or not all(is_number(n) for n in points):
         raise InputError(f"{where}: neither a bbox nor points x, y, x, y, …")
     return bounds([float(n) for n in points])

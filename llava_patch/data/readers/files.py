@@ -11,6 +11,7 @@ from typing import Any
 
 from llava_patch.core.errors import InputError
 from llava_patch.probe.sample import Box
+from llava_patch.settings.checks import is_number
 
 
 def numbered_lines(path: Path, encoding: str | None = None) -> list[tuple[int, str]]:
@@ -54,7 +55,7 @@ def load_json(path: Path) -> Any:
 def four_numbers(value: Any, where: str, expected: str) -> Box:
     """Four numbers of a JSON list; an InputError where it is anything else."""
     sound = isinstance(value, (list, tuple)) and len(value) == 4
-    if not sound or not all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in value):
+    if not sound or not all(is_number(n) for n in value):
         raise InputError(f"{where} {value!r}: expected {expected}")
     a, b, c, d = (float(n) for n in value)
     return a, b, c, d

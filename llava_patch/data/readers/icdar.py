@@ -1,12 +1,10 @@
 """SROIE and ICDAR annotations: a text file an image, a region a line.
 
-A line is four corners x1,y1,…,x4,y4 or a box x0,y0,x1,y1 and then the transcript, separated by commas, semicolons, tabs
-or spaces.
-The transcript is the rest of the line, so it may hold commas; quotes around it are taken off (ICDAR 2013, csv). The
-script column of ICDAR MLT between the two is recognised when every line of the file has one, a first line that names
-the columns is left out. Four corners become the
-upright box around them. "###", "*" and an empty transcript mark a region that nobody read: text of the page, but no
-sample.
+A line is four corners x1,y1,…,x4,y4 (the upright box around them counts) or a box x0,y0,x1,y1 and then the transcript,
+separated by commas, semicolons, tabs or spaces. The transcript is the rest of the line, so it may hold commas; quotes
+around it are taken off (ICDAR 2013, csv). The script column of ICDAR MLT between the two is recognised when every line
+of the file has one, a first line that names the columns is left out. "###", "*" and an empty transcript mark a region
+that nobody read: text of the page, but no sample.
 """
 
 from __future__ import annotations

@@ -33,12 +33,10 @@ class Source:
 
     Attributes:
         path: file, folder, or name on the hub (then `hub`).
-        hub: whether `path` is a name on the hub.
         format: forces a format of `FORMATS`; "": by content.
-        images: folder of the images where they are not beside the annotations; "": they are.
+        images: folder of the images where they are not beside the annotations.
         boxes: unit of a Hugging Face dataset's boxes: "pixels", "1000" or "1"; "": pixels, with an error in doubt.
-        split: of a Hugging Face dataset; "": it has only one.
-        config: of a dataset on the hub; "": it has only one.
+        split: of a Hugging Face dataset that has several, and so `config`, of one on the hub.
     """
 
     path: str

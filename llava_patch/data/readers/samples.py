@@ -92,15 +92,10 @@ class Collector:
         page.boxes.update(dict.fromkeys(boxes))
 
     def finish(self, source: str, format: str, boxes_per_sample: int = 1, root: Path | None = None) -> Samples:
-        """All samples; an InputError where none is usable.
+        """All samples, relative to `root` in ids and documents that are paths; an InputError where none is usable.
 
-        Args:
-            source: names the data in the error.
-            format: see `Samples`.
-            boxes_per_sample: regions that follow each other on a page and make one sample; a page's last may have
-                fewer.
-            root: folder to which ids and images as documents are relative, so that they do not depend on how the path
-                of the source is written; None: they stay as they are.
+        They do not depend on how the path of the source is written then. `boxes_per_sample` regions that follow each
+        other on a page make one sample; a page's last may have fewer.
         """
         samples = []
         around: dict[int, tuple[Box, ...]] = {}  # one tuple a page, not one a sample
@@ -139,11 +134,8 @@ def _relative_place(where: str, root: Path | None) -> str:
 def _document(page: Page, root: Path | None) -> str:
     if root is None or page.document != str(page.image):
         return page.document  # named by the data
-    return (
-        os.path.relpath(page.document, root)
-        if isinstance(page.image, (str, Path))
-        else _relative_place(page.document, root)
-    )
+    is_file = isinstance(page.image, (str, Path))
+    return os.path.relpath(page.document, root) if is_file else _relative_place(page.document, root)
 
 
 def _runs(regions: Sequence[_Region], length: int) -> Iterator[list[_Region]]:

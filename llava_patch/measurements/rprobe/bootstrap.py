@@ -26,18 +26,18 @@ Samples = Sequence[Mapping[str, Any]]
 def interval(
     documents: Samples, resamples: int, seed: int, value: str = "mse", relative_to: str | None = None
 ) -> tuple[float, float] | None:
-    """Percentile 95 % interval of a mean over tokens: sum(value x tokens) / sum(tokens).
+    """(low, high), a percentile 95 % interval of a mean over tokens: sum(value x tokens) / sum(tokens).
 
     Args:
         documents: `RProbeResult.documents`: for every held-out sample "document", "tokens" and the value.
-        resamples: bootstrap resamples.
-        seed: the same one gives the same interval.
+        resamples: bootstrap resamples; the same seed gives the same interval.
+        seed: of the resamples.
         value: which per-sample figure.
         relative_to: divide by the mean over tokens of this figure instead of by 1; "variance" gives FVU. It is drawn
             together with the value, so the interval holds what both owe to the choice of documents.
 
     Returns:
-        (low, high); None where there are fewer than 2 documents (`FEW` says so in words).
+        None where there are fewer than 2 documents (`FEW` says so in words).
     """
     owner, weights = _owners(documents), _numbers(documents, "tokens")
     below = weights if relative_to is None else _numbers(documents, relative_to) * weights

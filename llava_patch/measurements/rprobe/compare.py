@@ -32,8 +32,6 @@ HEAD = (
     "result", "documents", "held-out MSE [95 %]", "FVU", "PSNR dB", "MSE in text", "beside text",
     "steps to MSE < {threshold}", "to FVU < 0.5", "MSE minus {baseline} [paired 95 %]",
 )  # fmt: skip
-
-
 _SHOWN = (
     "fvu", "psnr", "constant_mse", "steps_to_threshold", "threshold", "threshold_is_vacuous", "steps_to_half_fvu",
 )  # fmt: skip
@@ -43,12 +41,9 @@ _SHOWN = (
 class Row:
     """One result of a comparison.
 
-    Attributes:
-        name: of the result.
-        interval: bootstrap 95 % interval of its MSE; None: fewer than 2 documents.
-        difference: (MSE minus the baseline's, low, high), paired over documents; None: the baseline itself, or
-            `unlike`.
-        unlike: how the held-out samples differ from the baseline's; None: they do not.
+    `interval` is the bootstrap 95 % interval of its MSE (None: fewer than 2 documents); `difference` is (MSE minus the
+    baseline's, low, high), paired over documents, None for the baseline itself and where `unlike` says how the held-out
+    samples differ.
     """
 
     name: str

@@ -18,12 +18,9 @@ from llava_patch.probe.sample import Sample
 
 @dataclass(frozen=True)
 class ImagesOfData:
-    """Which images a data set has, and what names it.
+    """The samples (their numbers) of each image, in the order in which images come up, and a key of JSON values.
 
-    Attributes:
-        images: the samples (their numbers) of each image, in the order in which images come up.
-        records: names and texts of the samples; None where they are only known once a sample is drawn.
-        key: JSON values.
+    `records` are None where names and texts are only known once a sample is drawn.
     """
 
     images: list[list[int]]

@@ -40,8 +40,6 @@ class Correlation:
     """How one benchmark figure goes with the probe's over checkpoints.
 
     Attributes:
-        task: of lmms-eval.
-        metric: of that task.
         n: checkpoints that have both numbers.
         spearman: rank correlation, -1..1; above 0: a better probe goes with a better score. None: no rank (n < 2, or
             all values equal).

@@ -54,15 +54,10 @@ def evaluate(
     settings: RProbe,
     show: Sequence[str] = (),
 ) -> Evaluation:
-    """Measure a trained probe on held-out samples.
+    """Measure a trained probe on frozen held-out samples.
 
-    Args:
-        decoder: the trained probe.
-        data: frozen held-out samples.
-        constant: float32 [pixels], the constant prediction: the mean training target.
-        transform: for the pixel statistics and the examples.
-        settings: `batch_size`, `examples`, `resamples` and `seed` are read.
-        show: ids of the samples that become examples; empty: `examples` of them, spread over the errors.
+    The constant prediction is float32 [pixels], the mean training target. Samples whose ids `show` has become examples;
+    none: `settings.examples` of them, spread over the errors.
     """
     check_shown(data, show)
     table = _table(decoder, data, constant, transform, settings.batch_size)
@@ -127,13 +122,8 @@ def sums(rebuilt: Tensor, batch: Batch, inside: Tensor, mean: Tensor, constant: 
     clipped pixels, of the constant's, and of the deviation from `mean`; then for pixels inside and outside text: their
     number, the sum of their error (mean over channels), and each channel's sum and sum of squares.
 
-    Args:
-        rebuilt: float32 [targets, pixels], the decoder's answer.
-        batch: its inputs and true pixels.
-        inside: bool [targets, cell x cell], the pixel lies in a text box of its image.
-        mean: float32 [pixels], mean held-out target.
-        constant: float32 [pixels], the constant prediction.
-        transform: for the pixel statistics.
+    The decoder's answer is float32 [targets, pixels], `inside` bool [targets, cell x cell] (the pixel lies in a text
+    box of its image), the mean held-out target and the constant prediction are float32 [pixels].
     """
     pixels, counts = batch.pixels.cpu(), batch.counts.cpu()
     error = (rebuilt - pixels).double().square()

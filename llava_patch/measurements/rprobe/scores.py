@@ -12,6 +12,7 @@ from typing import Any
 from llava_patch.core.errors import InputError, SettingError
 from llava_patch.measurements.rprobe.output import RESULT
 from llava_patch.measurements.rprobe.result import RProbeResult
+from llava_patch.settings.checks import is_number
 
 TASK = "rprobe"
 NEVER = math.inf
@@ -29,13 +30,10 @@ class Score:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint's numbers.
+    """One checkpoint's numbers: of the probe, of benchmarks by (task, metric), and why one of the probe is `missing`.
 
-    Attributes:
-        name: of the checkpoint.
-        probe: "mse", "fvu", "psnr", "steps", "steps_half_fvu"; missing: not measured or meaningless; infinite: never.
-        scores: (task, metric) to score.
-        missing: why a figure is not in `probe`, where that is known.
+    The probe's are "mse", "fvu", "psnr", "steps", "steps_half_fvu"; one that is not there was not measured or means
+    nothing, an infinite one was never reached.
     """
 
     name: str
@@ -114,8 +112,7 @@ def read_scores(document: Any, name: str) -> dict[tuple[str, str], Score]:
         for key, value in values.items():
             metric, _, kind = key.partition(",")
             # lmms-eval writes metric_stderr and kinds of it; counts and texts are no scores.
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not kind or "_stderr" in metric or not number:
+            if not kind or "_stderr" in metric or not is_number(value):
                 continue
             direction = (directions.get(task) or {}).get(metric)
             better = direction if isinstance(direction, bool) else None

@@ -124,12 +124,8 @@ def train_probe(
     """Fit a decoder, or go on with one whose training was interrupted; the training MSE of each step.
 
     A state that `work` holds is taken up, and the numbers at the end are bit for bit those of a training that was not
-    interrupted. There are fewer than `settings.steps` when `settings.minutes` were over.
-
-    Raises:
-        LlavaPatchError: the loss is not finite.
-        CheckpointError: the state belongs to another run.
-        PeerError: another process failed.
+    interrupted. There are fewer than `settings.steps` when `settings.minutes` were over. A CheckpointError where the
+    state belongs to another run, a LlavaPatchError where the loss is not finite.
     """
     with parallel.guard():
         return _Training(decoder, data, settings, lr, work).run(progress)

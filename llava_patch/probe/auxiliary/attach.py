@@ -49,12 +49,7 @@ def _layout(anatomy: Anatomy, tokens: int) -> Layout:
 
 
 class Auxiliary(Method):
-    """The loss on one model: its head, on which steps it is computed, and what the logs are made of.
-
-    Attributes:
-        layout: the visual tokens of one image; None with weight 0.
-        head: the module that rebuilds them; None with weight 0, and once it was released.
-    """
+    """The loss on one model: its head (None once released), on which steps it is computed, and what the logs show."""
 
     settings: AuxiliaryProbe
     calls_decoder_layers = True  # copies of them
@@ -98,11 +93,7 @@ class Auxiliary(Method):
             yield f"{head:,} of them are the head of the auxiliary loss, which is not part of the finished model"
 
     def begin_step(self, step: int) -> None:
-        """Say which step comes; a loop of your own calls this before each one if `share` is below 1.
-
-        Args:
-            step: number of optimizer steps done so far, in earlier parts of a resumed run too.
-        """
+        """Say how many steps are done, in earlier parts of a resumed run too; before each step if `share` < 1."""
         self._step = step
 
     def marker(self, image_processor: Any, tokenizer: Any, mode: str) -> Marker:
@@ -114,11 +105,7 @@ class Auxiliary(Method):
 
     @property
     def computes(self) -> bool:
-        """Whether this step's loss has the term.
-
-        Raises:
-            InputError: `share` is below 1 and nobody said which step it is.
-        """
+        """Whether this step's loss has the term; an InputError where `share` < 1 and nobody said which step it is."""
         if self.settings.share == 1:
             return True
         if self._step is None:
@@ -254,9 +241,8 @@ class Auxiliary(Method):
     def take_logs(self) -> dict[str, float]:
         """Mean losses since the last call, over all ranks; every rank must call this.
 
-        Returns:
-            "ntp_loss", the model's own loss, and "rprobe_loss", the MSE over the target tokens of the samples that
-            carried a region (unweighted); a key whose mean would be over nothing is left out.
+        "ntp_loss" is the model's own loss, "rprobe_loss" the MSE over the target tokens of the samples that carried a
+        region (unweighted); a key whose mean would be over nothing is left out.
         """
         device = next(self.anatomy.projector.parameters()).device
         sums = torch.zeros(4, device=device) if self._sums is None else self._sums

@@ -87,17 +87,14 @@ class Seen:
 
 
 def token_errors(head: Head, embed: Callable[[Tensor], Tensor], seen: Seen, regions: Mapping[str, Tensor]) -> Tensor:
-    """Mean squared error inside each target token of a batch, float32 [targets].
+    """Mean squared error inside each target token of a batch, float32 [targets]; no gradient goes back through `embed`.
 
     Args:
         head: the head.
-        embed: the token embedding; no gradient goes back through it.
+        embed: the token embedding.
         seen: the batch's images.
         regions: from the collator: "image" int64 [samples], whose image it is; "target" bool [samples, tokens];
             "text" int64 [samples, width], padded with 0; "counts" int64 [samples], text tokens.
-
-    Raises:
-        InputError: regions and images do not fit together.
     """
     device = head.cells.device  # of its weights as well; on several devices (device_map) tokens may lie elsewhere
     regions = {name: value.to(device) for name, value in regions.items()}

@@ -17,6 +17,7 @@ from llava_patch.probe.sample import Box
 from llava_patch.probe.transform import Transform
 from llava_patch.probe.view import target_tokens
 from llava_patch.settings.auxiliary import AuxiliaryProbe
+from llava_patch.settings.checks import is_number
 
 logger = logging.getLogger("llava_patch")
 
@@ -63,7 +64,7 @@ def parse(value: Any, images: int, name: str) -> Region:
     given: Any = value.get("box")
     boxes: Any = given if _is_list(given) and len(given) and _is_list(given[0]) else [given]
     for box in boxes:
-        numbers = _is_list(box) and len(box) == 4 and all(_is_number(v) for v in box)
+        numbers = _is_list(box) and len(box) == 4 and all(is_number(v) and math.isfinite(v) for v in box)
         if not numbers or not (box[0] < box[2] and box[1] < box[3]):
             raise InputError(f"{name}: box {box!r}: expected [x0, y0, x1, y1] in pixels with x0 < x1 and y0 < y1")
     index = value.get("image_index", 0)
@@ -83,10 +84,6 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, (list, tuple))
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 @dataclass(frozen=True)
 class Marker:
     """Marks the visual tokens of a region and numbers its text; the model embeds `vocabulary` tokens."""
@@ -98,14 +95,9 @@ class Marker:
     vocabulary: int
 
     def mark(self, region: Region, size: tuple[int, int], name: str) -> dict[str, Tensor] | None:
-        """What the loss needs of a region of an original image of (width, height).
+        """What the loss needs of a region of an original of (width, height); None: unusable, `broken` says to go on.
 
-        Returns:
-            "target" bool [tokens], the visual tokens to rebuild, and "text" int64 [text tokens]; None when the region
-            cannot be used and `settings.broken` says to go on.
-
-        Raises:
-            InputError: it cannot be used.
+        It is "target" bool [tokens], the visual tokens to rebuild, and "text" int64 [text tokens].
         """
         try:
             boxes = [self.transform.box(box, size, name) for box in region.boxes]

@@ -21,10 +21,8 @@ CHUNK = 256  # samples whose pixels are in memory at once while means are taken
 class Text:
     """Frozen text of many samples, on CPU.
 
-    Attributes:
-        ids: int64 [samples, width], rows of `table`, padded with 0.
-        counts: int64 [samples].
-        table: float32 [distinct tokens, hidden].
+    `ids` are int64 [samples, width], rows of `table`, padded with 0; `counts` int64 [samples]; `table` is float32
+    [distinct tokens, hidden].
     """
 
     ids: Tensor
@@ -75,9 +73,7 @@ class FrozenData:
     Attributes:
         samples: where they came from; pages are drawn anew when they are asked for.
         labels: (id, document, text) of each sample.
-        shards: image tokens and target pixels.
         places: (shard, row in it) of each sample.
-        text: text tokens of each sample.
         skipped: a message for each sample that was left out.
         texts_cut: samples whose text was cut to `max_text_tokens`.
         notes: sentences on both, for the user.

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from llava_patch.core import parallel
 from llava_patch.core.errors import InputError, SettingError
@@ -202,20 +201,14 @@ def _about(anatomy: Anatomy, plan: ImagesOfData, settings: RProbe, samples: int)
 
 @contextlib.contextmanager
 def _as_measured(anatomy: Anatomy) -> Iterator[None]:
-    """Evaluation mode, and the model's own precision."""
+    """Evaluation mode, and the model's own precision; every module's own flag comes back, whatever happens."""
     device = next(anatomy.embed_tokens.parameters()).device
-    with evaluation(anatomy.model), torch.autocast(device.type, enabled=False):
-        yield
-
-
-@contextlib.contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the time of the block; every module's own flag comes back, whatever happens."""
-    flags = [(module, module.training) for module in model.modules()]
+    flags = [(module, module.training) for module in anatomy.model.modules()]
     try:
         for module, _ in flags:
             module.training = False
-        yield
+        with torch.autocast(device.type, enabled=False):
+            yield
     finally:
         for module, training in flags:
             module.training = training
