@@ -8,12 +8,12 @@ import typer
 
 from llava_patch.cli import bench, checkpoints, doctor, gin_files, inspect, measure, report, rprobe, sweep
 from llava_patch.cli.common import PANEL
-from llava_patch.cli.rprobe import compare, correlate, export, preview, run, store  # noqa: F401 - they join `app`
+from llava_patch.cli.rprobe import compare, export, preview, run, store  # noqa: F401 - they join `app`
 from llava_patch.core.errors import LlavaPatchError
 
 app = typer.Typer(no_args_is_help=True)
 app.add_typer(rprobe.app, name="rprobe", rich_help_panel=PANEL)
-app.command("correlate", no_args_is_help=True, rich_help_panel=PANEL)(correlate.correlate)
+app.command("correlate", no_args_is_help=True, rich_help_panel=PANEL)(compare.correlate)
 report.add(app)
 measure.register(app)
 for module in (doctor, inspect, bench, sweep, checkpoints, gin_files):

@@ -89,13 +89,10 @@ class Pages(DrawnSamples):
             raise SettingError(f"Pages: split = {split!r}: expected one of {', '.join(SPLITS)}")
         if tower_size < 28:
             raise SettingError(f"Pages: tower_size = {tower_size}: text cannot be read under 28 pixels")
-        self.pages = count
-        self.side = SCALE * tower_size
+        self.pages, self.side = count, SCALE * tower_size
         self.text_height = LARGE_TEXT if tower_size < SMALL_TOWER else TEXT_HEIGHT
         self.columns_allowed = tower_size >= TWO_COLUMNS_FROM
-        self.seed = seed
-        self.split = split
-        self.noise = noise
+        self.seed, self.split, self.noise = seed, split, noise
         corpus = sentences()
         order = np.random.default_rng(seed).permutation(len(corpus))
         cut = int(HELDOUT_SENTENCES * len(corpus))
@@ -134,8 +131,7 @@ class Pages(DrawnSamples):
             font = _font(family[rng.integers(len(family))], size)
             for column in range(2 if two else 1):
                 lines += self._column(rng, ink, font, margin + column * (width + margin), margin, width)
-        angle = float(rng.normal(0.0, 0.7)) if rng.random() < 0.5 else 0.0
-        angle = max(-2.0, min(2.0, angle))
+        angle = max(-2.0, min(2.0, float(rng.normal(0.0, 0.7)))) if rng.random() < 0.5 else 0.0
         if angle:
             ink = ink.rotate(angle, Image.Resampling.BICUBIC)
         boxes = tuple(rotated_box(box, angle, self.side) for _, box in lines)

@@ -1,15 +1,18 @@
-"""`llava-patch rprobe compare`."""
+"""`llava-patch rprobe compare`, and `llava-patch correlate`, also found as `llava-patch rprobe correlate`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import typer
+from rich.console import Console
 
 from llava_patch.cli import common
 from llava_patch.cli.rprobe import app
+from llava_patch.core import files
 from llava_patch.core.errors import SettingError
 from llava_patch.core.extras import needs
+from llava_patch.core.terminal import show
 from llava_patch.measurements.base import words
 
 
@@ -32,9 +35,6 @@ def compare_command(
     both results are of the same held-out samples. What differs between runs
     besides the model is listed under the table.
     """
-    from rich.console import Console
-
-    from llava_patch.core.terminal import show
     from llava_patch.measurements.rprobe.compare import compare_probes, load
 
     common.check_formats(formats)
@@ -46,5 +46,46 @@ def compare_command(
     errors, rest = compared.narrow()
     show(Console(), *errors, [], f"R-Probe results (base: {compared.baseline})")
     show(Console(), *rest, compared.notes, "in text, beside: MSE of the pixels there; last two: training steps until")
+    for path in written:
+        typer.echo(f"wrote {path}")
+
+
+@app.command("correlate", no_args_is_help=True)
+@needs("correlate", "figures", "probe")
+def correlate(
+    sources: list[str] = typer.Argument(  # noqa: B008
+        ...,
+        metavar="CHECKPOINT ...",
+        help="RPROBE=RESULTS, a folder with rprobe.json and lmms-eval's results, or results that hold the rprobe task",
+    ),
+    probe: str = typer.Option("mse", help="mse, fvu, psnr, steps (to the threshold) or steps_half_fvu"),
+    tasks: str = typer.Option("", help="such as ocrbench,textvqa_val or task/metric; default: what all have"),
+    names: str = typer.Option("", help="what to call the checkpoints; default: lmms-eval's names of them"),
+    output: Path = typer.Option(Path("rprobe_correlate"), help="folder for correlate.md, .json, figure"),  # noqa: B008
+    formats: list[str] = common.FORMAT,
+    seed: int = typer.Option(0, min=0, help="of the permutations, where there are too many to count out"),
+) -> None:
+    """Rank correlation of checkpoints' probe results with benchmark scores.
+
+    Scores come from lmms-eval's results JSON. The sign is turned so that
+    above 0 a better probe goes with a better score.
+    """
+    from llava_patch.measurements.rprobe import correlate as correlation
+    from llava_patch.measurements.rprobe.compare import markdown_page
+    from llava_patch.measurements.rprobe.figures import save
+    from llava_patch.measurements.rprobe.scores import read_checkpoints
+
+    common.check_formats(formats)
+    checkpoints, notes = read_checkpoints(sources, words(names))
+    found, more = correlation.correlate(checkpoints, probe, words(tasks), seed)
+    notes = [correlation.sign_note(probe), *notes, *more, *correlation.footer(found)]
+    head, lines = correlation.cells(found)
+    title = f"Rank correlation with R-Probe's {correlation.PROBES[probe][0]}"
+    written = [files.write_text(output / "correlate.md", markdown_page(head, lines, notes, title))]
+    record = {"probe": probe, "correlations": [one.__dict__ for one in found], "notes": notes}
+    written.append(files.write_json(output / "correlate.json", record))
+    picture = correlation.figure(found, probe)
+    written += [save(picture, output / f"correlate.{suffix}") for suffix in formats]
+    show(Console(), head, lines, notes, title)
     for path in written:
         typer.echo(f"wrote {path}")

@@ -7,6 +7,8 @@ from pathlib import Path
 import typer
 
 from llava_patch.cli.rprobe import BOXES_PER_SAMPLE, BROKEN, app
+from llava_patch.core.errors import SettingError
+from llava_patch.core.terminal import counted
 
 
 @app.command("export")
@@ -22,8 +24,6 @@ def export(
     Images stay where they are; those that are no files (parquet, arrow) are
     written beside OUT, into a folder called after it with "_images" behind.
     """
-    from llava_patch.core.errors import SettingError
-    from llava_patch.core.terminal import counted
     from llava_patch.data.readers import read_samples, write_jsonl
 
     if out.suffix.lower() != ".jsonl":

@@ -9,7 +9,9 @@ import typer
 from rich.console import Console
 
 from llava_patch.cli.rprobe import BOXES_PER_SAMPLE, BROKEN, app
+from llava_patch.core.errors import InputError, SettingError
 from llava_patch.core.extras import needs
+from llava_patch.core.terminal import bordered, counted
 from llava_patch.measurements.base import words
 from llava_patch.measurements.rprobe.settings import IMAGE_MODES
 
@@ -38,8 +40,6 @@ def preview(
     Settings may follow DATA: scans?images=jpg, hf:NAME:train?boxes=1000,
     x.json?format=funsd. A look before every run: are the boxes right?
     """
-    from llava_patch.core.errors import SettingError
-    from llava_patch.core.terminal import bordered, counted
     from llava_patch.data.pages import Pages
     from llava_patch.data.readers import Samples, read_samples
     from llava_patch.measurements.rprobe.preview import choose_shown, clip_like, counts, save_preview
@@ -79,8 +79,6 @@ def preview(
 
 def _sound(shown: list[Sample], skipped: list[str]) -> list[Sample]:
     """Those whose pixels can be read: a file may break off behind its header, which is all that was read so far."""
-    from llava_patch.core.errors import InputError
-
     kept = []
     for sample in shown:
         try:

@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 import typer
+from rich.console import Console
 
 from llava_patch.cli import common, measure
+from llava_patch.cli.output import check_results, facts_of, with_facts
 from llava_patch.cli.rprobe import DATA, app
 from llava_patch.core.errors import SettingError
 from llava_patch.core.extras import need
-from llava_patch.measurements.rprobe.ablation import SUMMARY
-from llava_patch.measurements.rprobe.measurement import RProbeMeasurement
+from llava_patch.core.files import write_json, write_text
+from llava_patch.core.terminal import bordered, counted
+from llava_patch.measurements.rprobe import ablation as four
+from llava_patch.measurements.rprobe.measurement import RProbeMeasurement, read
 
 if TYPE_CHECKING:
     from llava_patch.data.target import Target
@@ -86,11 +90,9 @@ app.command("run", no_args_is_help=True)(measure._typed(run_command, PARAMETERS,
 
 def check_folder(folder: Path, checkpoint: str) -> None:
     """Refuse to replace R-Probe's results of another checkpoint, or of this one under another patch of gin."""
-    from llava_patch.cli.output import check_results
-    from llava_patch.measurements.rprobe.ablation import VARIANTS
     from llava_patch.measurements.rprobe.output import RESULT
 
-    for name in (RESULT, SUMMARY, *(f"{name}/{RESULT}" for name in VARIANTS)):
+    for name in (RESULT, four.SUMMARY, *(f"{name}/{RESULT}" for name in four.VARIANTS)):
         check_results(folder / name, [checkpoint])
 
 
@@ -102,9 +104,6 @@ class _Run:
         self.samples, self.measured = self._read(target.data), self._read(heldout)
 
     def _read(self, source: str) -> Any:
-        from llava_patch.core.terminal import counted
-        from llava_patch.measurements.rprobe.measurement import read
-
         samples = read(source, self.settings)
         if samples is not None and samples.skipped:
             count = counted(len(samples.skipped), "thing")
@@ -112,7 +111,6 @@ class _Run:
         return samples
 
     def one(self, folder: Path) -> None:
-        from llava_patch.core.terminal import counted
         from llava_patch.measurements.rprobe.output import FIGURE, RESULT
 
         result = self._probe(self.settings, folder)
@@ -120,36 +118,31 @@ class _Run:
         _say(f"wrote {folder / RESULT}, and {figure} with {counted(len(result.maps), 'error map')} beside it")
 
     def ablation(self, folder: Path) -> None:
-        from rich.console import Console
-
-        from llava_patch.cli.output import facts_of
         from llava_patch.core import parallel
-        from llava_patch.core.files import write_json, write_text
         from llava_patch.core.folder_lock import folder_lock
-        from llava_patch.core.terminal import bordered
-        from llava_patch.measurements.rprobe.ablation import VARIANTS, markdown_page, notes, summarise, tables, variant
         from llava_patch.measurements.rprobe.output import FIGURE, RESULT
 
         with folder_lock(folder):
             results = {}
-            for number, name in enumerate(VARIANTS, 1):
-                _say(f"{number} of {len(VARIANTS)}: {name.replace('_', ' ')}")
-                results[name] = self._probe(variant(self.settings, name), folder / name)
+            for number, name in enumerate(four.VARIANTS, 1):
+                _say(f"{number} of {len(four.VARIANTS)}: {name.replace('_', ' ')}")
+                results[name] = self._probe(four.variant(self.settings, name), folder / name)
             if parallel.rank() != 0:
                 return
-            summary = summarise(results, self.settings)
+            summary = four.summarise(results, self.settings)
             facts = results[name].facts
             kept = {key: facts[key] for key in ("base", "source", "heldout_source")}
-            write_json(folder / SUMMARY, {**facts_of(self.target.checkpoint), **kept, **summary})
-            write_text(folder / "ablation.md", markdown_page(summary, f"R-Probe ablation of {self.target.checkpoint}"))
-            for head, rows in tables(summary):
+            write_json(folder / four.SUMMARY, {**facts_of(self.target.checkpoint), **kept, **summary})
+            write_text(
+                folder / "ablation.md", four.markdown_page(summary, f"R-Probe ablation of {self.target.checkpoint}")
+            )
+            for head, rows in four.tables(summary):
                 Console().print(bordered(head, rows))
-            for note in notes(summary):
+            for note in four.notes(summary):
                 _say(note)
             _say(f"wrote {folder / 'ablation.json'}, {folder / 'ablation.md'} and, for each run, {RESULT} and {FIGURE}")
 
     def _probe(self, settings: Any, folder: Path) -> RProbeResult:
-        from llava_patch.cli.output import with_facts
         from llava_patch.core.folder_lock import folder_lock
         from llava_patch.measurements.rprobe.output import write_run
 

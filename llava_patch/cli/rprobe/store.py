@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import typer
+from rich.console import Console
 
 from llava_patch.cli.rprobe import app
+from llava_patch.core.terminal import counted
 
 
 @app.command("store")
@@ -15,11 +19,6 @@ def store_command(clear: bool = typer.Option(False, "--clear", help="delete ever
     user's cache folder), at most RProbe.store_gb together: the longest unused
     ones are deleted first. Without them a probe encodes its images again.
     """
-    import time
-
-    from rich.console import Console
-
-    from llava_patch.core.terminal import counted
     from llava_patch.measurements.rprobe.store.disk import delete_unused, list_stores, stores_folder
 
     console = Console()

@@ -46,13 +46,6 @@ def _by_id(values: Any, where: str) -> dict[str, Any]:
     return found
 
 
-def _names(file: Path, key: str, names: Any) -> list[str]:
-    """Of an image's annotations."""
-    if not isinstance(names, list):
-        raise InputError(f"{file}:imgToAnns[{key}]: {names!r}: expected a list of annotations")
-    return [str(name) for name in names]
-
-
 def read_coco_text(file: Path, values: dict[str, Any], folder: Path | None, collector: Collector) -> None:
     """Read the images that have annotations, in the order of "imgs"; regions are called FILE:anns[ID].
 
@@ -75,9 +68,11 @@ def read_coco_text(file: Path, values: dict[str, Any], folder: Path | None, coll
         if of_image.get(key, []) == []:
             continue
         with collector.one():
-            names = _names(file, key, of_image[key])
+            names = of_image[key]
+            if not isinstance(names, list):
+                raise InputError(f"{file}:imgToAnns[{key}]: {names!r}: expected a list of annotations")
             page = _page(f"{file}:{imgs}[{key}]", file, key, image, places, collector)
-            for name in names:
+            for name in map(str, names):
                 with collector.one():
                     where = f"{file}:{named}[{name}]"
                     if not isinstance(anns.get(name), dict):

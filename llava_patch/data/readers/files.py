@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -32,14 +33,10 @@ def decode(raw: bytes) -> str:
     """Text of unknown encoding; every sequence of bytes has an answer."""
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return raw.decode("utf-16", errors="replace")
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        # cp1252 leaves five bytes undefined, latin-1 none; elsewhere they agree on letters.
-        try:
-            return raw.decode("cp1252")
-        except UnicodeDecodeError:
-            return raw.decode("latin-1")
+    for encoding in ("utf-8-sig", "cp1252"):
+        with contextlib.suppress(UnicodeDecodeError):
+            return raw.decode(encoding)
+    return raw.decode("latin-1")  # cp1252 leaves five bytes undefined; elsewhere they agree on letters
 
 
 def load_json(path: Path) -> Any:
@@ -122,9 +119,9 @@ class Images:
             stem = Path(stem).stem
         for name in (stem, stem.removeprefix("gt_"), stem.removeprefix("gt."), stem.removesuffix("_gt")):
             found = self.by_stem.get(name)
+            if found and len(found) == 1:
+                return found[0]
             if found:
-                if len(found) == 1:
-                    return found[0]
                 near = [_shared(annotation, path) for path in found]
                 best = [path for path, n in zip(found, near, strict=True) if n == max(near)]
                 if len(best) > 1:

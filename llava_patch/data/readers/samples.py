@@ -27,9 +27,7 @@ class Samples(list[Sample]):
         self, samples: Iterable[Sample] = (), skipped: Sequence[str] = (), unread: int = 0, format: str = ""
     ) -> None:
         super().__init__(samples)
-        self.skipped = list(skipped)
-        self.unread = unread
-        self.format = format
+        self.skipped, self.unread, self.format = list(skipped), unread, format
 
 
 @dataclass(eq=False)

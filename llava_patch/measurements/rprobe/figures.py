@@ -105,7 +105,6 @@ def _row(
 ) -> None:  # fmt: skip
     """The three pictures of one sample; the last two at one magnification, nearest neighbour."""
     Rectangle = optional("matplotlib.patches").Rectangle
-
     column, row = size
     top, low, left, right = cut
     region, rebuilt = example.original[top:low, left:right].copy(), example.rebuilt[top:low, left:right].copy()

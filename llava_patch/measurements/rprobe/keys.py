@@ -109,6 +109,7 @@ def described(thing: Any) -> Any:
     return thing
 
 
+# What does not change a trained decoder; what belongs to the data is in the data's own key as well.
 _NOT_TRAINING = {
     "threshold", "examples", "maps", "resamples", "store", "store_gb", "save_every", "minutes", "heldout_pages",
 }  # fmt: skip

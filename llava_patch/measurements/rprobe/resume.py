@@ -25,7 +25,6 @@ from llava_patch.probe.decoder import ProbeDecoder, trained_parameters
 STATE_FILE = "training.safetensors"
 DECODER_FILE = "decoder.safetensors"
 FORMAT = 1
-# What does not change a trained decoder; what belongs to the data is in the data's own key as well.
 
 
 @dataclass
@@ -74,16 +73,11 @@ class TrainingFolder:
                 f"{self.state}: an unfinished training of another run: {found}. Give the settings and model that it "
                 "was started with, another folder, or delete the file to start over"
             )
-        parameters = trained_parameters(decoder)
         _fill(decoder, {k: v for k, v in tensors.items() if not k.startswith("optimizer.")}, self.state)
-        for name, parameter in parameters.items():
+        for name, parameter in trained_parameters(decoder).items():
             # Adam counts its steps on the CPU, whatever device the weights are on.
-            optimizer.state[parameter] = {
-                kind: value if kind == "step" else value.to(parameter.device)
-                for kind, value in (
-                    (kind, tensors[f"optimizer.{kind}.{name}"]) for kind in ("step", "exp_avg", "exp_avg_sq")
-                )
-            }
+            state = {kind: tensors[f"optimizer.{kind}.{name}"] for kind in ("step", "exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in state.items()}
         return progress
 
     def finish(self, decoder: ProbeDecoder, progress: Progress) -> None:

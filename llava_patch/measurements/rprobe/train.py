@@ -190,11 +190,8 @@ class _Training:
                 for weight in self.weights:
                     state = self.optimizer.state[weight]
                     if not state:
-                        state.update(
-                            step=torch.tensor(0.0),
-                            exp_avg=torch.zeros_like(weight),
-                            exp_avg_sq=torch.zeros_like(weight),
-                        )
+                        averages = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+                        state.update(step=torch.tensor(0.0), **averages)
                     parallel.from_rank_0(state.values())
         if found is None:
             return Progress([], processes=parallel.world())

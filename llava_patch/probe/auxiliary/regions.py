@@ -115,10 +115,7 @@ class Marker:
                 f"{name}: the tokenizer gives id {max(ids)}, the model embeds {self.vocabulary} tokens: is it its "
                 "tokenizer?"
             )
-        return {
-            "target": target,
-            "text": torch.tensor(ids[: self.settings.max_text_tokens], dtype=torch.int64),
-        }
+        return {"target": target, "text": torch.tensor(ids[: self.settings.max_text_tokens], dtype=torch.int64)}
 
 
 def collate(marked: Sequence[dict[str, Tensor]], images: Sequence[int]) -> dict[str, Tensor]:

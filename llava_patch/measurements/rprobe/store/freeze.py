@@ -68,7 +68,10 @@ def freeze_samples(
         with contextlib.ExitStack() as on_failure:
             store = None
             if settings.store:
-                about = _about(anatomy, plan, settings, len(samples))
+                model = str(getattr(anatomy.model.config, "_name_or_path", "") or type(anatomy.model).__name__)
+                own = f"{len(samples)} samples of own data"
+                data_name = own if plan.records is not None else str(plan.key.get("name", "drawn"))
+                about = {"model": model, "data": data_name, "masked": settings.masked}
                 store = Store(digest(described), len(images), about, settings.store_gb)
                 on_failure.callback(store.close)
             with progress_bar(len(plan.images), f"R-Probe: encode {label}", progress) as bar:
@@ -188,15 +191,6 @@ def embed(anatomy: Anatomy, texts: Sequence[list[int]]) -> Text:
     padded = torch.zeros(len(texts), int(counts.max()), dtype=torch.int64)
     padded[torch.arange(padded.shape[1]) < counts[:, None]] = row
     return Text(padded, counts, table)
-
-
-def _about(anatomy: Anatomy, plan: ImagesOfData, settings: RProbe, samples: int) -> dict[str, Any]:
-    """What a person wants to know of a store."""
-    return {
-        "model": str(getattr(anatomy.model.config, "_name_or_path", "") or type(anatomy.model).__name__),
-        "data": f"{samples} samples of own data" if plan.records is not None else str(plan.key.get("name", "drawn")),
-        "masked": settings.masked,
-    }
 
 
 @contextlib.contextmanager

@@ -164,7 +164,7 @@ def _tensors(
         return torch.cat(parts) if parts else torch.empty(empty, dtype=dtype)
 
     def counted(parts: Sequence[Tensor]) -> Tensor:
-        return torch.tensor([len(part) for part in parts], dtype=torch.int64)
+        return torch.tensor(list(map(len, parts)), dtype=torch.int64)
 
     tensors = {
         "tokens": joined([v.tokens for v in views], 0, 0),
