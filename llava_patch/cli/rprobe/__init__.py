@@ -1,4 +1,4 @@
-"""`llava-patch rprobe`: a file for each kind of subcommand; a first word that names none of them is a checkpoint for `run`."""
+"""`llava-patch rprobe`: a first word that names none of its subcommands is a checkpoint for `run`."""
 
 from __future__ import annotations
 

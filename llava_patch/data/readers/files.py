@@ -104,10 +104,6 @@ class Images:
             if path.suffix.lower() in IMAGE_SUFFIXES:
                 self.by_stem.setdefault(path.stem.lower(), []).append(path)
 
-    def has(self, annotation: Path) -> bool:
-        """Whether an annotation file has its image here."""
-        return self.of(annotation, required=False) is not None
-
     def of(self, annotation: Path, required: bool = True) -> Path | None:
         """The image of an annotation file: the same name, or without "gt_" before or "_gt" behind it.
 

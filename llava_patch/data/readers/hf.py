@@ -129,7 +129,6 @@ def _image(dataset: Any, value: Any, row: int, columns: _Columns, folder: Path, 
 def _columns(dataset: Any, name: str) -> tuple[Any, _Columns]:
     """Find the columns by their names; images stay encoded."""
     Image = optional("datasets").Image
-
     features = dataset.features
     pictures = [key for key, feature in features.items() if isinstance(feature, Image)]
     image = _first(IMAGES, features) if not pictures else _first(IMAGES, pictures) or pictures[0]

@@ -184,7 +184,8 @@ def _images(path: Path, files: list[Path], images: Path | None) -> Images:
         return Images(images)
     if path.is_dir() and any(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
         return Images(path, files)
-    if path.is_file() and (beside := Images(path.parent, walk(path.parent, deep=False))).has(path):
+    beside = Images(path.parent, walk(path.parent, deep=False)) if path.is_file() else None
+    if beside is not None and beside.of(path, required=False) is not None:
         return beside
     # Annotations alone: box/ beside img/.
     around = path.resolve().parent if path.is_dir() else path.resolve().parent.parent

@@ -8,6 +8,7 @@ With few documents (under about 20) percentile intervals are somewhat too narrow
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -67,18 +68,17 @@ def unlike(a: Samples, b: Samples, names: tuple[str, str] = ("the first result",
     """What keeps two results (called `names`) from being of the same held-out samples, in words; None: nothing."""
     ids_a, ids_b = [str(s["id"]) for s in a], [str(s["id"]) for s in b]
     for ids in (ids_a, ids_b):
-        if len(set(ids)) < len(ids):
-            twice = next(name for name in ids if ids.count(name) > 1)
+        twice = next((name for name, count in Counter(ids).items() if count > 1), None)
+        if twice is not None:
             return f"sample {twice!r} is there twice, so samples cannot be matched by id"
     known_a, known_b = set(ids_a), set(ids_b)
     only_a, only_b = [i for i in ids_a if i not in known_b], [i for i in ids_b if i not in known_a]
     if only_a or only_b:
-        parts = [
+        return ", ".join(
             f"{len(names)} of {len(ids)} held-out samples are only in {which} (such as {names[0]!r})"
             for names, ids, which in ((only_a, ids_a, names[0]), (only_b, ids_b, names[1]))
             if names
-        ]
-        return ", ".join(parts)
+        )
     other = {str(sample["id"]): sample for sample in b}
     for sample in a:
         twin = other[str(sample["id"])]

@@ -86,11 +86,13 @@ def load(paths: Sequence[Path], names: Sequence[str] = ()) -> dict[str, RProbeRe
         return {name: RProbeResult.load(file) for name, (_, file) in zip(names, found, strict=True)}
     if len({name.split("/")[0] for name, _ in found}) == 1 and all("/" in name for name, _ in found):
         found = [(name.split("/", 1)[1], file) for name, file in found]  # all of one folder
-    given = [name for name, _ in found]
-    return {
-        name if given.count(name) == 1 else f"{name} ({i + 1})": RProbeResult.load(file)
-        for i, (name, file) in enumerate(found)
-    }
+    labels = numbered([name for name, _ in found])
+    return {name: RProbeResult.load(file) for name, (_, file) in zip(labels, found, strict=True)}
+
+
+def numbered(names: Sequence[str]) -> list[str]:
+    """Names by which things can be told apart: those that are alike get the number of their place."""
+    return [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names, 1)]
 
 
 @dataclass(frozen=True)
@@ -252,7 +254,6 @@ def _numbers(result: RProbeResult, line: Row) -> dict[str, Any]:
 def _figure(compared: ProbeComparison) -> Any:
     """All curves above; below, each result's error and, where it is paired, its difference to the baseline."""
     Figure = optional("matplotlib.figure").Figure
-
     results = cast(Mapping[str, RProbeResult], compared.results)
     below = 0.75 + 0.17 * len(results)
     figure = Figure(figsize=(7.0, 2.9 + below), layout="constrained")

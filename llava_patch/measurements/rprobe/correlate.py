@@ -194,7 +194,6 @@ def ranks(x: np.ndarray, y: np.ndarray, seed: int = 0) -> tuple[float, float, fl
     above, 9999 orders are drawn.
     """
     stats = optional("scipy.stats")
-
     a, b = stats.rankdata(x), stats.rankdata(y)
     a, b = a - a.mean(), b - b.mean()
     norm = math.sqrt(float((a**2).sum() * (b**2).sum()))
@@ -242,7 +241,6 @@ def sign_note(probe: str) -> str:
 def figure(found: Sequence[Correlation], probe: str) -> Any:
     """A small panel a benchmark; a legend names the points, because names beside them would cover one another."""
     Figure = optional("matplotlib.figure").Figure
-
     names = list(dict.fromkeys(name for one in found for name, _, _ in one.points))
     columns = min(3, len(found))
     rows = math.ceil(len(found) / columns)

@@ -188,15 +188,6 @@ def _map(
     )
 
 
-def save_map(page: ErrorMap, path: str | Path, masked: bool = False, limit: float | None = None) -> Path:
-    """Draw a page, its reconstruction and the error of each cell on the same grid, as .png or .pdf.
-
-    `masked`: each region was blacked out while it was rebuilt. `limit` is the error at the upper end of the colours,
-    the same for pages to be compared; None: `colour_limit`'s.
-    """
-    return save(_error_map(page, masked, colour_limit([page]) if limit is None else limit), path)
-
-
 def colour_limit(pages: Sequence[ErrorMap]) -> float:
     """Where the colours of error maps end, so that those of several pages can be compared by eye."""
     error = np.concatenate([page.error.ravel() for page in pages])
@@ -204,10 +195,15 @@ def colour_limit(pages: Sequence[ErrorMap]) -> float:
     return float(np.nanpercentile(error, 98) if error.size >= 200 else np.nanmax(error))
 
 
-def _error_map(page: ErrorMap, masked: bool, limit: float) -> Any:
+def save_map(page: ErrorMap, path: str | Path, masked: bool = False, limit: float | None = None) -> Path:
+    """Draw a page, its reconstruction and the error of each cell on the same grid, as .png or .pdf.
+
+    `masked`: each region was blacked out while it was rebuilt. `limit` is the error at the upper end of the colours,
+    the same for pages to be compared; None: `colour_limit`'s.
+    """
+    limit = colour_limit([page]) if limit is None else limit
     Figure = optional("matplotlib.figure").Figure
     Rectangle = optional("matplotlib.patches").Rectangle
-
     rows, columns = page.error.shape
     bar, head, foot = 0.75, 0.66, 0.42
     aspect = rows * page.stretch / columns
@@ -260,4 +256,4 @@ def _error_map(page: ErrorMap, masked: bool, limit: float) -> Any:
         + (", each blacked out while it was rebuilt" if masked else ""),
         ha="center", va="bottom", fontsize=LABEL - 1.5, color="0.3",
     )  # fmt: skip
-    return figure
+    return save(figure, path)

@@ -102,13 +102,6 @@ def _table(decoder: ProbeDecoder, data: FrozenData, constant: Tensor, transform:
 
 
 @torch.no_grad()
-def predict(decoder: ProbeDecoder, data: FrozenData, batch_size: int) -> Tensor:
-    """What the decoder answers for every target of all samples, float32 [targets, pixels] on CPU; for small data."""
-    device = next(decoder.parameters()).device
-    return torch.cat([answer(decoder, data.batch(i, device)) for i in torch.arange(len(data)).split(batch_size)])
-
-
-@torch.no_grad()
 def answer(decoder: ProbeDecoder, batch: Batch) -> Tensor:
     """What the decoder answers for every target of a batch, float32 [targets, pixels] on CPU."""
     with torch.autocast(batch.image_tokens.device.type, enabled=False):

@@ -70,7 +70,6 @@ def save(figure: Any, path: str | Path) -> Path:
 def _examples(result: RProbeResult, examples: list[Reconstruction]) -> Any:
     # matplotlib is imported late: runs without figures do not need it, and no global backend is touched.
     Figure = optional("matplotlib.figure").Figure
-
     masked = bool(result.settings["masked"])
     column = (WIDTH - 2 * EDGE - 2 * GAP) / 3
     rows: list[tuple[Reconstruction, tuple[int, int, int, int], float, float]] = []

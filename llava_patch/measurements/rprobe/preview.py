@@ -108,7 +108,6 @@ def save_preview(samples: Sequence[Sample], transform: Transform, path: str | Pa
     """Draw a row a sample, as PNG: the original with its boxes, what the tower sees, and the region enlarged."""
     # matplotlib is imported late, and no global backend is touched.
     Figure = optional("matplotlib.figure").Figure
-
     if not samples:
         raise InputError("preview: there is no sample to show")
     images = [sample.open_image() for sample in samples]
@@ -186,7 +185,6 @@ def _caption(axes: Any, lines: Sequence[str], letters: int, **style: Any) -> Non
 
 def _outline(axes: Any, boxes: Sequence[Box], color: str, width: float) -> None:
     PolyCollection = optional("matplotlib.collections").PolyCollection
-
     corners = [[(x0, y0), (x1, y0), (x1, y1), (x0, y1)] for x0, y0, x1, y1 in boxes]
     axes.add_collection(PolyCollection(corners, facecolors="none", edgecolors=color, linewidths=width), autolim=False)
 

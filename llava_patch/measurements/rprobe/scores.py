@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from llava_patch.core.errors import InputError, SettingError
+from llava_patch.measurements.rprobe.compare import numbered
 from llava_patch.measurements.rprobe.output import RESULT
 from llava_patch.measurements.rprobe.result import RProbeResult
 from llava_patch.settings.checks import is_number
@@ -52,7 +53,7 @@ def read_checkpoints(sources: Sequence[str], names: Sequence[str] = ()) -> tuple
     """
     if names and (len(names) != len(sources) or len(set(names)) < len(names)):
         raise SettingError(f"--names: expected {len(sources)} distinct names, got {', '.join(names)}")
-    found: list[tuple[str, dict[str, float], dict[tuple[str, str], Score], dict[str, str]]] = []
+    found: list[Checkpoint] = []
     notes: list[str] = []
     for source in sources:
         probe_file, results_file = _files(source, notes)
@@ -66,24 +67,18 @@ def read_checkpoints(sources: Sequence[str], names: Sequence[str] = ()) -> tuple
             probe = probe_figures(result)
             missing = {"steps": VACUOUS.format(result)} if result.threshold_is_vacuous else {}
         model = str(document.get("model_name") or "").rstrip("/").split("/")[-1]
-        found.append((model or results_file.resolve().parent.name, probe, scores, missing))
-    given = [name for name, *_ in found]
-    labels = names or [name if given.count(name) == 1 else f"{name} ({i + 1})" for i, name in enumerate(given)]
-    checkpoints = [
-        Checkpoint(label, probe, scores, missing)
-        for label, (_, probe, scores, missing) in zip(labels, found, strict=True)
-    ]
-    return checkpoints, notes
+        found.append(Checkpoint(model or results_file.resolve().parent.name, probe, scores, missing))
+    labels = names or numbered([one.name for one in found])
+    return [replace(one, name=label) for label, one in zip(labels, found, strict=True)], notes
 
 
 def probe_figures(result: RProbeResult) -> dict[str, float]:
     """The figures of `correlate.PROBES`; steps to a vacuous threshold are missing, steps never reached infinite."""
-    figures = {"mse": result.mse, "fvu": result.fvu, "psnr": result.psnr}
-    half = result.steps_to_half_fvu
-    figures["steps_half_fvu"] = NEVER if half is None else float(half)
+    steps = {"steps_half_fvu": result.steps_to_half_fvu}
     if not result.threshold_is_vacuous:
-        figures["steps"] = NEVER if result.steps_to_threshold is None else float(result.steps_to_threshold)
-    return figures
+        steps["steps"] = result.steps_to_threshold
+    reached = {key: NEVER if step is None else float(step) for key, step in steps.items()}
+    return {"mse": result.mse, "fvu": result.fvu, "psnr": result.psnr, **reached}
 
 
 def _probe_of_scores(scores: Mapping[tuple[str, str], Score], name: str) -> dict[str, float]:

@@ -13,7 +13,7 @@ from llava_patch.data.pages import Pages
 from llava_patch.data.readers import Samples
 from llava_patch.hosts.anatomy import find
 from llava_patch.measurements.rprobe import fit
-from llava_patch.measurements.rprobe.evaluate import predict
+from llava_patch.measurements.rprobe.evaluate import answer
 from llava_patch.measurements.rprobe.fit import first_under, run_rprobe, running_mean
 from llava_patch.measurements.rprobe.settings import RProbe
 from llava_patch.measurements.rprobe.train import batches, rate, token_errors, train_probe
@@ -33,7 +33,7 @@ def fvu(model, kind: str) -> float:
     train, held = made_up(512, 1, kind), made_up(128, 2, kind)
     decoder = ProbeDecoder(find(model), train.grid, seed=0)
     train_probe(decoder, train, RProbe(steps=160, batch_size=32), lr=3e-3)
-    errors = token_errors(predict(decoder, held, 64), targets_of(held))
+    errors = token_errors(answer(decoder, held.batch(torch.arange(len(held)))), targets_of(held))
     return float(errors.mean() / held.target_variance)
 
 
