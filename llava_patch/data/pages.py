@@ -80,8 +80,7 @@ def _font(file: Path, size: int) -> ImageFont.FreeTypeFont:
 class Pages(DrawnSamples):
     """Rendered pages of one split, drawn when they are asked for; page i depends on seed, split, side and i alone.
 
-    Pages have twice the side of the tower's input. "train" and "heldout" share no sentence; `seed` draws that split
-    too.
+    Pages have twice the side of the tower's input. The splits share no sentence; `seed` draws them too.
     """
 
     def __init__(self, count: int, tower_size: int, seed: int = 0, split: str = "train", noise: bool = True) -> None:

@@ -19,8 +19,8 @@ NO_CELL = -1
 class Layout:
     """The tokens of an image (tile) in the order in which the host gives them.
 
-    `positions` are float32 [tokens, 2], (row, column) in cells of `grid`; `cells` int64 [tokens], the raster number of
-    the cell under each token, -1: none.
+    `positions` are float32 [tokens, 2], (row, column) in cells of `grid`; `cells` int64 [tokens], the raster number
+    of each token's cell, -1: none.
     """
 
     grid: TokenGrid
@@ -62,8 +62,7 @@ def tiled_layout(tile: Layout, tiles: tuple[int, int], image: tuple[float, float
     """Tokens of an image cut into an overview and tiles of one big grid, (1 + rows * columns) * tokens, tile by tile.
 
     `tiles` are (rows, columns) of side pixels; `image` is (left, top, width, height) of the image on the tiles' pixels:
-    the overview shows just that, stretched, and its tokens have no cell. An InputError where a tile's cells do not
-    cover it.
+    the overview shows just that, stretched, and has no cells. An InputError where a tile's cells do not cover it.
     """
     small = tile.grid
     if (small.rows * small.cell, small.columns * small.cell) != (side, side):

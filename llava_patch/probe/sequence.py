@@ -18,7 +18,7 @@ CHANNELS = 3
 
 @dataclass(frozen=True)
 class TokenGrid:
-    """How the visual tokens of one image tile its pixels, in raster order.
+    """How an image's visual tokens tile its pixels in raster order.
 
     `cell` is the side in pixels of the square under one token (patch size x merge size; 14 on LLaVA-1.5).
     """

@@ -46,8 +46,7 @@ def error_maps(
     """Maps of `settings.maps` held-out pages, the best and the worst first, and a sentence for each page that has none.
 
     A map is a look at a page beside a measurement that is finished: what goes wrong in one is said, not raised. The
-    tower runs once a page (masked: once a piece), and pages are opened again; `documents` are their figures, from
-    `evaluate`.
+    tower runs once a page (masked: once a piece), and pages are opened again; `documents` are their figures.
     """
     if not settings.maps:
         return [], []

@@ -63,10 +63,7 @@ def choose_shown(samples: Sequence[Sample], count: int, names: Sequence[str] = (
 
 
 def counts(samples: Sequence[Sample], transform: Transform) -> list[tuple[str, str]]:
-    """What there is, as (name, value): documents, regions, text lengths, heights in tokens of the transform's model.
-
-    Of the images only the headers are read, once each.
-    """
+    """What there is, as (name, value), heights in tokens of the transform's model. Of images only headers are read."""
     sizes: dict[Any, tuple[int, int]] = {}
     heights, small, cut = [], 0, 0
     for sample in samples:

@@ -22,8 +22,7 @@ class Head(nn.Module):
     """R-Probe's decoder as a module of the model that trains.
 
     DeepSpeed ZeRO-3 may have partitioned the model (then every rank must make the head), and its Linear layers may be
-    wrapped by peft's LoRA: the copies are plain layers with the update merged in. Its layout is that of the visual
-    tokens.
+    wrapped by peft's LoRA: the copies are plain layers with the update merged in.
     """
 
     positions: Tensor
