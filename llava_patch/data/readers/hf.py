@@ -138,9 +138,11 @@ def _columns(dataset: Any, name: str) -> tuple[Any, _Columns]:
             raise InputError(
                 f"{name}: no {what} column among {', '.join(features)}: expected one called {' or '.join(known)}"
             )
+    # What an image column becomes when its file does not say that it is one.
+    holds_bytes = isinstance(features[image], dict) and "bytes" in features[image]
     if isinstance(features[image], Image):
         dataset = dataset.cast_column(image, Image(decode=False))
-    elif getattr(features[image], "dtype", "") != "string" and not _holds_bytes(features[image]):
+    elif getattr(features[image], "dtype", "") != "string" and not holds_bytes:
         raise InputError(f"{name}: column {image} holds neither images nor paths, but {features[image]}")
     # Other columns are not even decoded.
     return dataset.select_columns([image, text, box]), _Columns(image, text, box)
@@ -195,8 +197,3 @@ def _concatenate(datasets: Any, files: list[Path]) -> Any:
     made = datasets.Dataset
     parts = [(made.from_file if f.suffix.lower() == ".arrow" else made.from_parquet)(str(f)) for f in files]
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
-
-
-def _holds_bytes(feature: Any) -> bool:
-    """Whether a column is what an image column becomes when its file does not say that it is one."""
-    return isinstance(feature, dict) and "bytes" in feature

@@ -221,17 +221,13 @@ def _json_kind(file: Path) -> str:
     return "cocotext" if cocotext.is_coco_text(values) else ""
 
 
-def _text_kind(file: Path) -> str:
-    return "icdar" if icdar.looks_like_annotations(first_lines(file)) else ""
-
-
 _KINDS: dict[str, Callable[[Path], str]] = {
     ".jsonl": lambda file: "jsonl",
     ".ndjson": lambda file: "jsonl",
     ".json": _json_kind,
     ".parquet": lambda file: "hf",
     ".arrow": lambda file: "hf",
-    **dict.fromkeys(icdar.SUFFIXES, _text_kind),
+    **dict.fromkeys(icdar.SUFFIXES, lambda file: "icdar" if icdar.looks_like_annotations(first_lines(file)) else ""),
 }
 
 

@@ -7,6 +7,7 @@ import os
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from llava_patch.core.errors import InputError
@@ -83,9 +84,7 @@ def _content(sample: Sample) -> str | None:
     found = hashlib.blake2b(digest_size=16)
     try:
         if isinstance(image, (str, os.PathLike)):
-            with open(image, "rb") as stream:
-                while block := stream.read(1 << 20):
-                    found.update(block)
+            found.update(Path(image).read_bytes())
         elif hasattr(image, "read"):
             found.update(image.read())
         else:

@@ -92,7 +92,12 @@ def run_rprobe(
         check_memory(anatomy, settings)
         transform = make_transform(anatomy, image_processor, settings.image_mode)
         train_samples, heldout_samples = _data(settings, samples, heldout, transform.height)
-        early = _unread(samples, heldout)  # notes that are said before the long part
+        skipped = [message for data in (samples, heldout) for message in getattr(data, "skipped", ())]
+        early = []  # notes that are said before the long part
+        if skipped:
+            early.append(
+                f"reading the data, {len(skipped)} things could not be used and were skipped; the first: {skipped[0]}"
+            )
         shared: list[str] = []
         if samples is not None:
             shared, n_documents = trained_on(train_samples, heldout_samples)
@@ -126,14 +131,16 @@ def run_rprobe(
         train_variance = train.target_variance
         running = running_mean(losses, start=train_variance)
         train_fvu = running[-1] / train_variance
-        notes = [*found.notes, *without, *_notes(found, train, len(losses), train_fvu, settings)]
+        # The steps to it are counted on a training curve that starts at the training targets' variance.
+        vacuous = settings.threshold >= min(found.constant_mse, train_variance)
+        notes = [*found.notes, *without, *_notes(found, train, len(losses), train_fvu, vacuous, settings)]
         _warn(notes)
         return RProbeResult(
             **{name: value for name, value in vars(found).items() if name != "notes"},
             constant_fvu=found.constant_mse / found.target_variance,
             steps_to_threshold=first_under(running, settings.threshold),
             threshold=settings.threshold,
-            threshold_is_vacuous=_is_vacuous(found, train, settings),
+            threshold_is_vacuous=vacuous,
             steps_to_half_fvu=first_under(running, 0.5 * train_variance),
             losses=losses,
             running=running,
@@ -154,7 +161,7 @@ def run_rprobe(
                 "train_samples": len(train),
                 "heldout_samples": len(held),
                 "heldout_documents_trained_on": len(shared),
-                "skipped_by_reader": sum(len(getattr(data, "skipped", ())) for data in (samples, heldout)),
+                "skipped_by_reader": len(skipped),
                 "unread": sum(getattr(data, "unread", 0) for data in (samples, heldout)),
                 "skipped_train": len(train.skipped),
                 "skipped_heldout": len(held.skipped),
@@ -179,12 +186,9 @@ def _check_targets(data: FrozenData, what: str, more: str) -> None:
         )
 
 
-def _is_vacuous(found: Evaluation, train: FrozenData, settings: RProbe) -> bool:
-    # The steps to it are counted on a training curve that starts at the training targets' variance.
-    return settings.threshold >= min(found.constant_mse, train.target_variance)
-
-
-def _notes(found: Evaluation, train: FrozenData, steps: int, train_fvu: float, settings: RProbe) -> list[str]:
+def _notes(
+    found: Evaluation, train: FrozenData, steps: int, train_fvu: float, vacuous: bool, settings: RProbe
+) -> list[str]:
     """What a reader of the figures must know, a sentence each."""
     notes = []
     if steps < settings.steps:
@@ -192,7 +196,7 @@ def _notes(found: Evaluation, train: FrozenData, steps: int, train_fvu: float, s
             f"RProbe.minutes = {settings.minutes:g} ended training after step {steps} of {settings.steps}, "
             "before the learning rate had fallen: its figures do not compare with those of finished runs"
         )
-    if _is_vacuous(found, train, settings):
+    if vacuous:
         notes.append(
             f"RProbe.threshold = {settings.threshold:g} is not under the MSE of a constant patch "
             f"({found.constant_mse:.4f} on held-out, {train.target_variance:.4f} on training samples): steps to the "
@@ -225,14 +229,6 @@ def _warn(notes: Sequence[str]) -> None:
     if parallel.rank() == 0:
         for note in notes:
             warnings.warn(note, stacklevel=3)
-
-
-def _unread(*data: Sequence[Sample] | None) -> list[str]:
-    """A sentence if the reader of one's own data left things out (`Samples.skipped`)."""
-    skipped = [message for part in data for message in getattr(part, "skipped", ())]
-    if not skipped:
-        return []
-    return [f"reading the data, {len(skipped)} things could not be used and were skipped; the first: {skipped[0]}"]
 
 
 def _check_same(key: dict[str, Any]) -> None:

@@ -151,10 +151,11 @@ class _Training:
             next(order)
         bar = progress_bar(self.settings.steps, "R-Probe: train", progress and parallel.rank() == 0)
         bar.update(len(done.losses))
-        looked, look_every = time.monotonic(), 1
+        looked, look_every, minutes = time.monotonic(), 1, self.settings.minutes
         with bar, torch.enable_grad(), torch.autocast(self.device.type, enabled=False):
             for step in range(len(done.losses), self.settings.steps):
-                if self._is_over(done):
+                over = minutes is not None and bool(done.losses) and done.seconds >= 60 * minutes
+                if over and not self.waiting:
                     break
                 self.waiting.append(self._step(next(order), rate(step, self.settings.steps, self.settings.warmup)))
                 saving = self.work is not None and (step + 1) % self.settings.save_every == 0
@@ -173,10 +174,6 @@ class _Training:
         if self.work is not None:
             self._end(done)
         return done.losses
-
-    def _is_over(self, done: Progress) -> bool:
-        minutes = self.settings.minutes
-        return minutes is not None and bool(done.losses) and not self.waiting and done.seconds >= 60 * minutes
 
     def _start(self) -> Progress:
         """Progress so far: none, or what is in the folder; the same weights on every rank."""

@@ -129,7 +129,8 @@ class FrozenData:
         """Mean and mean population variance of the targets: one pass in float64, joined as Chan et al. (1979) do."""
         count, mean, squares = 0, torch.zeros(self.grid.pixels, dtype=torch.float64), 0.0
         for part in torch.arange(len(self)).split(CHUNK):
-            pixels = self._pixels(part.tolist()).double()
+            places = [self.places[i] for i in part.tolist()]
+            pixels = torch.cat([self.shards[shard].rows("pixels", row) for shard, row in places]).double()
             here = pixels.mean(0)
             apart = here - mean
             whole = count + len(pixels)
@@ -147,10 +148,6 @@ class FrozenData:
     def target_variance(self) -> float:
         """Population variance of each pixel over all targets, mean over pixels."""
         return self._moments[1]
-
-    def _pixels(self, numbers: Sequence[int]) -> Tensor:
-        places = [self.places[i] for i in numbers]
-        return torch.cat([self.shards[shard].rows("pixels", row) for shard, row in places])
 
     def inside(self, index: Tensor) -> Tensor:
         """Which pixels under the targets lie in a text box of their image (their centre does).

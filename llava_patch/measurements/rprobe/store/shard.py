@@ -214,7 +214,7 @@ def write_shard(path: Path, shard: Shard, key: str, number: int) -> None:
 
 
 def open_shard(path: Path, key: str, number: int) -> Shard | None:
-    """Map a shard; None when there is no such file, a DamagedShard when it is cut short, altered, or another store's."""
+    """Map a shard; None when there is no such file, a DamagedShard when it is cut short, changed or another one."""
     if not path.is_file():
         return None
     try:
