@@ -27,13 +27,10 @@ class Transform:
     """How an image becomes the tower's input.
 
     Attributes:
-        processor: the model's image processor (CLIPImageProcessor and kin).
         mode: "resize" stretches the whole image, "crop" is the processor's own resize and centre crop, "pad" pads to
             a square with the mean colour first, as LLaVA-1.5's `image_aspect_ratio=pad` does. "anyres" is the host's
             tiling: resized with its aspect kept, centred on the best of several resolutions.
-        height: of the tower's input, pixels.
-        width: of the tower's input, pixels.
-        cell: side of the square under one token, pixels.
+        height: of the tower's input in pixels, as its width; `cell` is the side of the square under one token.
         tiling: how the host cuts tiles; None in the other modes.
     """
 

@@ -34,14 +34,11 @@ class Reconstruction:
     """One held-out region as it is and as the probe rebuilt it, on the processed image.
 
     Attributes:
-        id: of the sample.
-        text: transcript of the region.
         boxes: the region, each (x0, y0, x1, y1) in pixels of the processed image.
         original: uint8 [height, width, 3].
         rebuilt: uint8 [height, width, 3], the original with the pixels under target tokens replaced.
         target: bool [height, width], the pixels under target tokens.
-        mse: per-token MSE of the sample, in normalised pixels.
-        psnr: of the sample, dB.
+        mse: per-token MSE of the sample, in normalised pixels; its psnr is in dB.
         stretch: how much taller than wide a processed pixel is on the original image: figures undo it.
     """
 
@@ -68,8 +65,7 @@ class ErrorMap:
             (padding, or a cell whose token the host drops).
         text: bool [rows, columns], the cell touches a text box.
         spoken: bool [rows, columns], the cell was rebuilt with its own text before it.
-        boxes: text boxes in pixels of the processed page.
-        cell: side of a cell in pixels.
+        boxes: text boxes in pixels of the processed page; `cell` is the side of a cell in them.
         stretch: how much taller than wide a processed pixel is on the original page.
         inside_mse: mean error of the text cells that were rebuilt.
         outside_mse: mean error of the other cells that were; None: there are none.

@@ -79,9 +79,7 @@ def freeze_samples(
                 def done(number: int) -> None:
                     bar.update(len(images[number]))
 
-                shards = []
-                if store is not None:
-                    shards = store.fill(make, done)
+                shards = [] if store is None else store.fill(make, done)
                 for number in range(len(shards), len(images)):
                     shards.append(make(number))
                     done(number)
