@@ -21,9 +21,6 @@ def folder_lock(folder: Path | None) -> Iterator[None]:
 
     The lock ends with its process, however that ends. A folder in which nothing was written does not stay.
 
-    Args:
-        folder: made when it is missing; None: nothing is done.
-
     Raises:
         CheckpointError: another run works there, or the folder cannot be written or locked.
     """

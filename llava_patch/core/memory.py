@@ -33,11 +33,7 @@ def machine_memory() -> int | None:
 
 
 def parameter_count(source: str) -> int | None:
-    """Number of weights of a checkpoint, from its index or headers; None when they do not say.
-
-    Args:
-        source: folder or hub name.
-    """
+    """Number of weights of a checkpoint, from its index or headers; None when they do not say."""
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         index = read_json(source, f"{stem}.{suffix}.index.json")
         if index is not None:

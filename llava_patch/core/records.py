@@ -35,11 +35,7 @@ def read_settings(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 def check_format(record: Mapping[str, Any], source: str) -> None:
-    """Refuse settings of another format.
-
-    Raises:
-        CheckpointError: names both.
-    """
+    """Refuse settings of another format."""
     if record.get("format") != FORMAT:
         raise CheckpointError(
             f"{source}: llava_patch settings of format {record.get('format')!r}, this version reads {FORMAT}"

@@ -84,23 +84,14 @@ def folder_of(source: str, download: bool = False, setting: str = "") -> str:
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """One tensor of a file; a call of it reads the tensor.
-
-    Attributes:
-        name: in the file.
-        shape: its shape.
-        dtype: torch's name of its type.
-        file: where it is.
-        load: reads it.
-        part: gives a rectangle of a matrix by two slices, of which nothing else is read.
-    """
+    """One tensor of a file; a call of it reads the tensor."""
 
     name: str
     shape: tuple[int, ...]
-    dtype: str
+    dtype: str  # torch's name of its type
     file: Path
-    load: Load = field(repr=False)
-    part: Any = field(repr=False)
+    load: Load = field(repr=False)  # reads it
+    part: Any = field(repr=False)  # gives a rectangle of a matrix by two slices, of which nothing else is read
 
     def __call__(self) -> Tensor:
         """The tensor; a file is memory-mapped, so that it costs memory only while it is used."""
@@ -112,11 +103,7 @@ class StoredTensor:
         return math.prod(self.shape)
 
     def sample(self, count: int) -> list[float]:
-        """Evenly spaced values of a matrix, as an adapter's fingerprint has them; nothing else is read.
-
-        Args:
-            count: how many values.
-        """
+        """Evenly spaced values of a matrix, as an adapter's fingerprint has them; nothing else is read."""
         rows, columns = self.shape
         # As a fingerprint takes them: above 2^24 float32 skips integers, and the last place would lie outside.
         dtype = torch.float32 if rows * columns <= 2**24 else torch.float64
@@ -131,9 +118,6 @@ def same_values(one: Sequence[float], other: Sequence[float]) -> bool:
 
 def weight_files(source: str) -> list[Path]:
     """The files of a full checkpoint's weights, by its index where there is one; [] when it has none.
-
-    Args:
-        source: folder or hub name.
 
     Raises:
         CheckpointError: the index names a file that is not there.
@@ -262,11 +246,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def check_output(out: Path, sources: Iterable[str]) -> None:
-    """Refuse a folder that must not be written over.
-
-    Raises:
-        CheckpointError: it is the input, or it holds something.
-    """
+    """Refuse a folder that must not be written over."""
     for source in sources:
         if os.path.isdir(source) and out.resolve() == Path(source).resolve():
             raise CheckpointError(f"{out} is the input itself: name another folder to write to")

@@ -33,37 +33,22 @@ from llava_patch.tools.bench.shapes import inputs as make_inputs
 
 @dataclass
 class Row:
-    """One method's measurements.
-
-    Attributes:
-        method: its name.
-        prefill_ms: each round's prefill, milliseconds.
-        decode_ms: each round's decode, milliseconds a token.
-        train_ms: each round's forward and backward pass, milliseconds; empty when not measured.
-        cache_bytes: bytes that the cache holds after the prompt.
-        trainable: parameters that train; None where nothing does.
-        partner: the identity that `partner_delta` measures.
-        partner_delta: largest difference of a logit to the identity partner.
-        cached_delta: largest difference of a logit between cached decode and recomputation.
-        prefill_flops: of the decoder's matrix products.
-        bound_ms: those products at the rates measured for their shapes.
-        peak_bytes: peak memory of prefill on a GPU; None on CPU.
-        train_peak_bytes: of the training step; None likewise.
-    """
+    """One method's measurements."""
 
     method: str
-    prefill_ms: list[float] = field(default_factory=list)
-    decode_ms: list[float] = field(default_factory=list)
+    prefill_ms: list[float] = field(default_factory=list)  # each round's prefill, milliseconds
+    decode_ms: list[float] = field(default_factory=list)  # each round's decode, milliseconds a token
+    # each round's forward and backward pass, milliseconds; empty when not measured
     train_ms: list[float] = field(default_factory=list)
-    cache_bytes: int = 0
-    trainable: int | None = None
-    partner: str = ""
-    partner_delta: float = 0.0
-    cached_delta: float = 0.0
-    prefill_flops: float = 0.0
-    bound_ms: float = 0.0
-    peak_bytes: int | None = None
-    train_peak_bytes: int | None = None
+    cache_bytes: int = 0  # bytes that the cache holds after the prompt
+    trainable: int | None = None  # parameters that train; None where nothing does
+    partner: str = ""  # the identity that `partner_delta` measures
+    partner_delta: float = 0.0  # largest difference of a logit to the identity partner
+    cached_delta: float = 0.0  # largest difference of a logit between cached decode and recomputation
+    prefill_flops: float = 0.0  # of the decoder's matrix products
+    bound_ms: float = 0.0  # those products at the rates measured for their shapes
+    peak_bytes: int | None = None  # peak memory of prefill on a GPU; None on CPU
+    train_peak_bytes: int | None = None  # of the training step; None likewise
 
 
 def measure(
@@ -77,18 +62,7 @@ def measure(
     training: bool = False,
     progress: bool = True,
 ) -> list[Row]:
-    """Measure every method, one after the other in each round, after a warm-up round.
-
-    Args:
-        model: from `shapes.build`.
-        rows: the methods; the first is what ratios refer to.
-        text: text tokens of the prompt.
-        batch: samples.
-        repeats: rounds.
-        decode_tokens: tokens decoded a round.
-        training: time a forward and backward pass as well, in at most two rounds.
-        progress: show a progress bar.
-    """
+    """Measure every method, one after the other in each round, after a warm-up round."""
     batch_inputs = make_inputs(model, text, batch)
     results = [Row(m.name, partner=m.partner.name) for m in rows]
     steps = [(r, i) for r in range(repeats + 1) for i in range(len(rows))]
@@ -161,11 +135,6 @@ def training_step(
     model: Any, inputs: dict[str, Any], parameters: Iterable[torch.nn.Parameter]
 ) -> Iterator[dict[str, Any]]:
     """The model as a training step of these parameters has it; as it was afterwards, without gradients.
-
-    Args:
-        model: from `shapes.build`.
-        inputs: from `shapes.inputs`.
-        parameters: what trains.
 
     Yields:
         The keyword arguments of its forward, labels included.

@@ -115,14 +115,7 @@ def _processor() -> str:
 
 
 def write(folder: Path, name: str, tables: dict[str, list[Row]], about: dict[str, Any]) -> list[Path]:
-    """Write `<name>.json`, `<name>.md` and `<name>.png` of methods; returns the paths.
-
-    Args:
-        folder: made if it is not there.
-        name: file name without an ending.
-        tables: rows by title.
-        about: machine and settings.
-    """
+    """Write `<name>.json`, `<name>.md` and `<name>.png` of methods; returns the paths."""
     values = {**about, "tables": {title: [_values(row, rows[0]) for row in rows] for title, rows in tables.items()}}
     parts = {title: "\n\n".join(markdown(*table) for table in method_tables(rows)) for title, rows in tables.items()}
     written = _write(folder, name, "\n".join(f"### {title}\n\n{text}\n" for title, text in parts.items()), values)

@@ -14,15 +14,7 @@ from llava_patch.hosts.sizes import IMAGE_TOKENS, TOWERS, Shape
 def build(
     shape: Shape, device: str, dtype: torch.dtype, attention: str = "sdpa", tower: Mapping[str, int] = TOWERS["none"]
 ) -> nn.Module:
-    """A Hugging Face LLaVA of a shape, in eval mode.
-
-    Args:
-        shape: the decoder's size.
-        device: where to make it.
-        dtype: of the weights.
-        attention: attention backend.
-        tower: the vision tower's size; by default one that hardly counts.
-    """
+    """A Hugging Face LLaVA of a shape, in eval mode."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     vision = CLIPVisionConfig(**tower, image_size=336, patch_size=14)  # type: ignore[arg-type]
@@ -54,14 +46,7 @@ def build(
 
 
 def inputs(model: Any, text: int, batch: int, image_tokens: int = IMAGE_TOKENS) -> dict[str, Any]:
-    """A batch of equal prompts: a beginning token, one image, text.
-
-    Args:
-        model: from `build`.
-        text: text tokens, the beginning token included.
-        batch: number of samples.
-        image_tokens: tokens that the image becomes.
-    """
+    """A batch of equal prompts: a beginning token, one image, text."""
     generator = torch.Generator().manual_seed(0)
     marker = int(model.config.image_token_id)
     words = torch.randint(3, marker, (batch, text), generator=generator)

@@ -24,11 +24,7 @@ _RELEASED = {
 
 
 def vision_config(source: str) -> Any:
-    """A CLIP tower's configuration, from a tower folder or hub name.
-
-    Raises:
-        CheckpointError: no such tower, or another kind than CLIP.
-    """
+    """A CLIP tower's configuration, from a tower folder or hub name."""
     from transformers import CLIPVisionConfig
 
     values = read_json(source, "config.json")
@@ -43,11 +39,7 @@ def vision_config(source: str) -> Any:
 
 
 def check_convertible(config: dict[str, Any], host: str) -> None:
-    """Refuse what the other host has no counterpart for.
-
-    Raises:
-        CheckpointError: names the setting.
-    """
+    """Refuse what the other host has no counterpart for."""
     if host == LLAVA:
         merge = config.get("mm_patch_merge_type") or "flat"
         if merge != "flat" or config.get("image_aspect_ratio") == "anyres":
@@ -89,15 +81,7 @@ def check_convertible(config: dict[str, Any], host: str) -> None:
 
 
 def to_hf(config: dict[str, Any], vision: Any, tokens: dict[str, int], added: list[str], vocab: int) -> dict[str, Any]:
-    """The config.json of HF for a llava checkpoint.
-
-    Args:
-        config: llava's.
-        vision: the tower's configuration.
-        tokens: ids of "<image>" and "<pad>".
-        added: which of the two the tokenizer did not have.
-        vocab: rows of the padded embedding.
-    """
+    """The config.json of HF for a llava checkpoint."""
     text = text_config(config)
     original = {k: v for k, v in config.items() if is_own(k) and k not in _DERIVED}
     original |= {"vocab_size": text.vocab_size, "pad_token_id": text.pad_token_id, "added_tokens": added}
@@ -123,13 +107,7 @@ def to_hf(config: dict[str, Any], vision: Any, tokens: dict[str, int], added: li
 
 
 def to_llava(config: dict[str, Any], tower: str, vocab: int) -> dict[str, Any]:
-    """The config.json of llava for an HF checkpoint.
-
-    Args:
-        config: HF's.
-        tower: absolute path or hub name of the vision tower.
-        vocab: rows of the embedding without HF's added tokens.
-    """
+    """The config.json of llava for an HF checkpoint."""
     whole = whole_config(config)
     kind = whole.text_config.model_type
     original = dict(config.get(ORIGINAL_KEY, {}))

@@ -22,15 +22,7 @@ _EMBEDDINGS = ("decoder.embed_tokens.weight", "head.weight")
 
 
 def to_hf(found: Checkpoint, vision_tower: str | None) -> Checkpoint:
-    """A llava checkpoint as one of HF.
-
-    Args:
-        found: the llava checkpoint.
-        vision_tower: where its tower is; None: where its config says.
-
-    Raises:
-        CheckpointError: what HF has no counterpart for, or a tower that is not there or not the one it was made with.
-    """
+    """A llava checkpoint as one of HF."""
     configs.check_convertible(found.config, LLAVA)
     place = vision_tower or found.config["mm_vision_tower"]
     vision = configs.vision_config(place)
@@ -55,16 +47,7 @@ def to_hf(found: Checkpoint, vision_tower: str | None) -> Checkpoint:
 
 
 def to_llava(found: Checkpoint, out: Path, vision_tower: str | None) -> Checkpoint:
-    """An HF checkpoint as one of llava.
-
-    Args:
-        found: the HF checkpoint.
-        out: the folder that it will be in.
-        vision_tower: as in `with_tower_folder`.
-
-    Raises:
-        CheckpointError: what llava has no counterpart for, or a tower that is not this checkpoint's.
-    """
+    """An HF checkpoint as one of llava."""
     configs.check_convertible(found.config, HF)
     rows, removed = companions.llava_vocabulary(found)
     tensors = dict(found.tensors)

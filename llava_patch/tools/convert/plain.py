@@ -58,15 +58,7 @@ def spread(weight: Tensor, width: int, groups: Sequence[tuple[int, ...]]) -> Ten
 
 
 def without_patch(found: Checkpoint, target: str) -> Checkpoint:
-    """The same model as a stock checkpoint of its host.
-
-    Args:
-        found: a patched checkpoint.
-        target: the host that the result is for in the end.
-
-    Raises:
-        CheckpointError: the stock model cannot do what this patch does; says why and what to do instead.
-    """
+    """The same model as a stock checkpoint of its host."""
     methods = found.methods()
     routing, pruning, fusion = (methods.get(kind) for kind in ("routing", "pruning", "fusion"))
     depth = int(files_of(found.host).text_config(found.config).num_hidden_layers)

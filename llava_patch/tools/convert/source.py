@@ -35,25 +35,19 @@ _OTHER_CLIP_PARTS = ("text_model.", "text_projection.", "visual_projection.", "l
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint.
+    """One checkpoint."""
 
-    Attributes:
-        host: "llava" or "hf".
-        config: its config.json, without our key.
-        record: our settings ("format", "fusion", "routing", "pruning"); None for a stock checkpoint.
-        tensors: neutral name: a function that reads it. On llava without the vision tower, unless the checkpoint's own
-            weights are what its loader uses.
-        sources: folders or hub names that its other files are taken from, the first one that has a file.
-        tower_samples: what an adapter's fingerprint says of a tower that llava keeps in a folder of its own.
-        files: what writes the files beside weights and configuration into a folder.
-    """
-
-    host: str
-    config: dict[str, Any]
+    host: str  # "llava" or "hf"
+    config: dict[str, Any]  # its config.json, without our key
+    # our settings ("format", "fusion", "routing", "pruning"); None for a stock checkpoint
     record: dict[str, Any] | None
+    # neutral name: a function that reads it. On llava without the vision tower, unless the checkpoint's own weights are
+    # what its loader uses
     tensors: Tensors
-    sources: tuple[str, ...]
+    sources: tuple[str, ...]  # folders or hub names that its other files are taken from, the first one that has a file
+    # what an adapter's fingerprint says of a tower that llava keeps in a folder of its own
     tower_samples: dict[str, list[float]] = field(default_factory=dict)
+    # what writes the files beside weights and configuration into a folder
     files: tuple[Callable[[Path], None], ...] = ()
 
     @property
@@ -90,10 +84,6 @@ class Checkpoint:
 
 def read(folder: str | os.PathLike[str], vision_tower: str | None = None) -> Checkpoint:
     """Read a full checkpoint, stock or patched, or an adapter together with its base.
-
-    Args:
-        folder: the checkpoint.
-        vision_tower: where llava's tower is; None: where its config says.
 
     Raises:
         CheckpointError: no checkpoint, a tensor whose name is not known, an adapter whose base is gone or another one.
@@ -150,16 +140,7 @@ def _neutral(tensors: Tensors, host: str, source: str) -> Tensors:
 
 
 def check_complete(found: Checkpoint, source: str, tower: str) -> None:
-    """Compare names and shapes with what the configuration and the settings call for.
-
-    Args:
-        found: the checkpoint.
-        source: what messages call it.
-        tower: where llava's vision tower is.
-
-    Raises:
-        CheckpointError: names the tensor that is missing, left over or of another shape.
-    """
+    """Compare names and shapes with what the configuration and the settings call for."""
     from transformers import AutoModelForCausalLM
 
     text = files_of(found.host).text_config(found.config)
@@ -227,11 +208,7 @@ def shapes_of(tensors: Tensors) -> dict[str, torch.Size]:
 
 
 def compare(found: dict[str, torch.Size], expected: dict[str, torch.Size], source: str) -> None:
-    """Compare names and shapes.
-
-    Raises:
-        CheckpointError: names the tensor that is missing, left over or of another shape.
-    """
+    """Compare names and shapes."""
     missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing:
         raise CheckpointError(f"{source}: tensor {missing[0]} is missing ({len(missing)} in all)")
@@ -247,16 +224,7 @@ def _language(name: str) -> str:
 
 
 def check_samples(tensors: Tensors, samples: dict[str, list[float]], source: str) -> None:
-    """Compare an adapter's fingerprint with the base that it is put on.
-
-    Args:
-        tensors: the base's.
-        samples: neutral name: sampled values.
-        source: the adapter.
-
-    Raises:
-        CheckpointError: another base.
-    """
+    """Compare an adapter's fingerprint with the base that it is put on."""
     for name, values in samples.items():
         if name not in tensors:
             raise CheckpointError(f"{source}: made on a base with a tensor {name}, which its base does not have")
@@ -264,11 +232,7 @@ def check_samples(tensors: Tensors, samples: dict[str, list[float]], source: str
 
 
 def tower_tensors(source: str, vision: Any) -> Tensors:
-    """The vision model's tensors of a CLIP tower folder or hub name, by neutral names.
-
-    Raises:
-        CheckpointError: a tensor that is missing or not known.
-    """
+    """The vision model's tensors of a CLIP tower folder or hub name, by neutral names."""
     tensors = {
         f"tower.{name}": load
         for name, load in open_weights(source).items()

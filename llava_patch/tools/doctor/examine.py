@@ -11,13 +11,7 @@ from llava_patch.tools.doctor import NOTE, PROBLEM, Row, configured, machine, me
 
 
 def examine(checkpoint: str = "", gin_file: Sequence[str] = (), gin_param: Sequence[str] = ()) -> list[Row]:
-    """Look at everything.
-
-    Args:
-        checkpoint: a checkpoint folder to look at as well.
-        gin_file: gin files beside those of the environment.
-        gin_param: single bindings likewise.
-    """
+    """Look at everything."""
     rows = [*software.check_packages(), *measured.check_measured()]
     broken = software.check_torch()
     if broken is not None:

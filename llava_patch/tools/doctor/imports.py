@@ -34,9 +34,6 @@ TRIED = {
 def failures(names: list[str]) -> list[dict[str, str]]:
     """What of these modules, and of what they import later, cannot be imported.
 
-    Args:
-        names: dotted names; one that does not exist is left out.
-
     Returns:
         For each failure "where" (module, or module:line), "error" (type and first line) and "module" (what was asked
         for).

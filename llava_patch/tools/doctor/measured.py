@@ -119,11 +119,7 @@ def _outcome(command: str, process: "subprocess.Popen[str]") -> list[Row]:
 
 
 def advice(module: str) -> str:
-    """What to type when a module, or a name of it, is not there.
-
-    Args:
-        module: dotted name that was asked for.
-    """
+    """What to type when a module, or a name of it, is not there."""
     top = module.partition(".")[0]
     name = canonicalize_name((packages_distributions().get(top) or [top])[0])
     there = _without_label(installed(name))

@@ -17,13 +17,7 @@ if TYPE_CHECKING:
 
 
 def check_checkpoint(checkpoint: str, asked: "Configuration | None", hosts: dict[str, Row]) -> list[Row]:
-    """Host, form, what a load would patch, and whether it fits.
-
-    Args:
-        checkpoint: the folder.
-        asked: what environment and options ask for.
-        hosts: the rows about the hosts, by host.
-    """
+    """Host, form, what a load would patch, and whether it fits."""
     from llava_patch.tools.inspect import inspect_checkpoint
     from llava_patch.tools.inspect.result import FORMS
 
@@ -52,13 +46,7 @@ def check_checkpoint(checkpoint: str, asked: "Configuration | None", hosts: dict
 
 
 def _rehearsal(checkpoint: str, host: str, methods: dict[str, Any]) -> list[Row]:
-    """Patch the checkpoint's model without its weights, so that what a load would refuse is known before it.
-
-    Args:
-        checkpoint: the folder.
-        host: of it.
-        methods: keyword arguments of `patch`; empty: whether routing would be available.
-    """
+    """Patch the checkpoint's model without its weights, so that what a load would refuse is known before it."""
     from llava_patch.hosts import anatomy, configs, known
     from llava_patch.patching.patch import patch
 

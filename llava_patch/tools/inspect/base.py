@@ -15,36 +15,18 @@ _VALUES = 4
 
 @dataclass(frozen=True)
 class Match:
-    """How a base compares.
+    """How a base compares."""
 
-    Attributes:
-        same: whether it is the right one; None: cannot be told.
-        compared: matrices that were compared, by a few values each.
-        differing: how many of them differ.
-        note: one sentence.
-    """
-
-    same: bool | None
-    compared: int
-    differing: int
+    same: bool | None  # whether it is the right one; None: cannot be told
+    compared: int  # matrices that were compared, by a few values each
+    differing: int  # how many of them differ
     note: str
 
 
 def match_base(
     base: str, host: str, fingerprint: dict[str, list[float]] | None, own: list[StoredTensor], form: str
 ) -> Match:
-    """Compare a base with an adapter's record, or with the checkpoint's own tensors.
-
-    Args:
-        base: folder of the base.
-        host: of the checkpoint.
-        fingerprint: the record's sampled values; None where there are none, as in a full checkpoint and LoRA files.
-        own: the checkpoint's tensors.
-        form: "full", "lora", ...: what they are.
-
-    Raises:
-        CheckpointError: the base holds no weights.
-    """
+    """Compare a base with an adapter's record, or with the checkpoint's own tensors."""
     if not os.path.isdir(base):
         lost = "not there any more" if os.path.isabs(base) else "a name of the hub, which is not looked up"
         return Match(None, 0, 0, f"{base} is {lost}; name a folder with --base to compare")

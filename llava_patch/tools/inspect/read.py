@@ -156,12 +156,6 @@ def count(config: dict[str, Any], host: str, methods: dict[str, Any], stage1: bo
     What the settings say nothing about counts as a training script would have it in LLaVA's stage 2: the decoder and
     the projector train, the vision tower does not.
 
-    Args:
-        config: config.json, without our key.
-        host: "llava" or "hf".
-        methods: keyword arguments of `patch`.
-        stage1: as LLaVA's stage 1 has it (--tune_mm_mlp_adapter True): the decoder does not train.
-
     Raises:
         LlavaPatchError: the host or its vision tower is not there.
     """

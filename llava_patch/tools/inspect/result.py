@@ -22,38 +22,23 @@ FORMS = {
 
 @dataclass(frozen=True)
 class Added:
-    """One tensor that the patch added, widened or trained.
-
-    Attributes:
-        name: in the file.
-        shape: its shape.
-        dtype: torch's name of its type.
-        parameters: how many values it has.
-        role: "side branch", "projector", "second projector", "tower", "LoRA" or "decoder".
-    """
+    """One tensor that the patch added, widened or trained."""
 
     name: str
     shape: tuple[int, ...]
-    dtype: str
-    parameters: int
-    role: str
+    dtype: str  # torch's name of its type
+    parameters: int  # how many values it has
+    role: str  # "side branch", "projector", "second projector", "tower", "LoRA" or "decoder"
 
 
 @dataclass(frozen=True)
 class Share:
-    """What the settings leave trainable.
+    """What the settings leave trainable."""
 
-    Attributes:
-        trainable: parameters.
-        total: parameters of the whole model, vision tower included.
-        by_part: trainable parameters by role.
-        note: how it was found, or why it is not known (both numbers are then None).
-    """
-
-    trainable: int | None
-    total: int | None
-    by_part: dict[str, int] = field(default_factory=dict)
-    note: str = ""
+    trainable: int | None  # parameters
+    total: int | None  # parameters of the whole model, vision tower included
+    by_part: dict[str, int] = field(default_factory=dict)  # trainable parameters by role
+    note: str = ""  # how it was found, or why it is not known (both numbers are then None)
 
 
 @dataclass(frozen=True)

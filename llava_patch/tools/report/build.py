@@ -26,11 +26,7 @@ FORMAT = 1
 
 
 def choose(sections: Sequence[Section], only: Sequence[str], skip: Sequence[str]) -> list[Section]:
-    """The sections that are asked for.
-
-    Raises:
-        SettingError: an unknown name, or none left.
-    """
+    """The sections that are asked for."""
     known = [section.name for section in sections]
     for option, names in (("--only", only), ("--skip", skip)):
         for name in names:
@@ -43,11 +39,7 @@ def choose(sections: Sequence[Section], only: Sequence[str], skip: Sequence[str]
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """What an earlier run left; None when there is nothing.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
+    """What an earlier run left; None when there is nothing."""
     path = folder / KEPT
     if not path.is_file():
         return None
@@ -70,17 +62,6 @@ def build(
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Make the chosen sections, and keep each as soon as it is finished.
-
-    Args:
-        context: what the report is about.
-        sections: all sections, in the report's order.
-        chosen: those to make now; finished ones of the others stay.
-        folder: where everything is written.
-        fresh: measure again what is finished.
-        say: takes a line about each section.
-
-    Returns:
-        What was kept, as `read` gives it.
 
     Raises:
         CheckpointError: the folder holds another checkpoint's report.

@@ -77,11 +77,7 @@ class Context(Target):
         return None
 
     def examples(self, count: int | None, answers: bool = False) -> "list[Example]":
-        """Examples spread evenly over the data.
-
-        Raises:
-            NothingToMeasure: answers are asked for, and the data have none.
-        """
+        """Examples spread evenly over the data."""
         try:
             return super().examples(count, answers)
         except InputError as error:
@@ -94,13 +90,7 @@ class Context(Target):
         return parts + (["--dtype", self.dtype] if self.dtype else []) + self.gin
 
     def command(self, *words: str, base: bool = False, data: bool = True) -> str:
-        """A command line of ours about this checkpoint.
-
-        Args:
-            words: the subcommand and its options.
-            base: whether it takes --base in any case.
-            data: whether it takes the data.
-        """
+        """A command line of ours about this checkpoint."""
         data_word = [self.data] if data and self.data else []
         parts = ["llava-patch", *words[0].split(), self.checkpoint, *data_word, *words[1:]]
         below = self.base if base else self.below

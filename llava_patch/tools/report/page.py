@@ -20,15 +20,7 @@ BROAD = 1.8
 
 
 def write(values: dict[str, Any], folder: Path) -> Path:
-    """Render what `build` kept.
-
-    Args:
-        values: from `build.build` or `build.read`.
-        folder: the report's, with the figures in it.
-
-    Returns:
-        The page's path.
-    """
+    """Render what `build` kept."""
     jinja2 = optional("jinja2")
 
     environment = jinja2.Environment(

@@ -31,21 +31,8 @@ def sweep(
 ) -> bool:
     """Run a sweep, or what is left of it.
 
-    Args:
-        file: gin file with a `Sweep`, by path or shipped name.
-        output: folder for the runs, `results.json`, `table.md`, `sweep.png` and, for two numbers swept
-            against a baseline, `bubbles.png`.
-        command: the launch command, to which each run's flags are appended.
-        seeds: instead of the file's.
-        evaluate: command that evaluates "{checkpoint}" with lmms-eval; `--output_path` is appended.
-        dry_run: show the runs and write nothing.
-        console: for the tables.
-
     Returns:
         Whether every run ended well.
-
-    Raises:
-        SettingError: anything that can be seen before the first run starts.
     """
     console = console or Console()
     if evaluate is not None and PLACE not in evaluate:

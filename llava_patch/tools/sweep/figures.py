@@ -32,9 +32,6 @@ def sweep_figure(results: Sequence[Result], path: Path) -> Path:
     """Final loss and each metric over the first swept binding; one line for each combination of the others.
 
     The baseline of a sweep, which has no place on that axis, is a dashed line.
-
-    Returns:
-        The path written.
     """
     names = measured(results)
     figure, axes = panel_grid(len(names))
@@ -118,16 +115,7 @@ def swept_numbers(results: Sequence[Result]) -> tuple[str, str] | None:
 
 
 def bubble_figure(results: Sequence[Result], path: Path, scores: Collection[str] = ()) -> Path | None:
-    """One panel for the final loss and for each metric, or for each score where there are any.
-
-    Args:
-        results: of a sweep.
-        path: where to write.
-        scores: names of the sweep's own means of metrics.
-
-    Returns:
-        The path written; None for a sweep that this chart does not fit, or whose baseline failed.
-    """
+    """One panel for the final loss and for each metric, or for each score where there are any."""
     keys = swept_numbers(results)
     baseline = spreads([result for result in results if result.run.baseline])
     names = [name for name in measured(results) if name in baseline and math.isfinite(baseline[name].mean)]
@@ -162,16 +150,7 @@ def _bubbles(
     means: Sequence[tuple[Any, Any, float]],
     baseline: float,
 ) -> None:
-    """One measurement.
-
-    Args:
-        axis: matplotlib's.
-        name: of the measurement.
-        keys: horizontal and vertical binding.
-        places: of each one's values; equal steps, or strides 3 and 4 would lie on one another beside 12.
-        means: (horizontal value, vertical value, mean or not-a-number).
-        baseline: its mean.
-    """
+    """One measurement."""
     matplotlib = optional("matplotlib")
 
     sign = -1 if lower_is_better(name) else 1

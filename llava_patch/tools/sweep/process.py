@@ -43,16 +43,7 @@ def lock(folder: Path) -> Iterator[int]:
 
 
 def execute(command: Sequence[str], log: Path, descriptor: int) -> None:
-    """Run a command to its end; its output is appended to `log`.
-
-    Args:
-        command: program and arguments.
-        log: file for stdout and stderr.
-        descriptor: of the folder's lock.
-
-    Raises:
-        RunError: it failed; with the end of its output.
-    """
+    """Run a command to its end; its output is appended to `log`."""
     with log.open("ab") as stream:
         stream.write(f"$ {shlex.join(command)}\n".encode())
         stream.flush()

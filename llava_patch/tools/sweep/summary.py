@@ -21,19 +21,12 @@ Rows = tuple[list[str], list[list[str]]]
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended.
-
-    Attributes:
-        run: which.
-        loss: final training loss; None when it failed.
-        metrics: of the evaluation, {"task/metric": value}.
-        error: why it failed, or None.
-    """
+    """How a run ended."""
 
     run: Run
-    loss: FinalLoss | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    error: str | None = None
+    loss: FinalLoss | None = None  # final training loss; None when it failed
+    metrics: dict[str, float] = field(default_factory=dict)  # of the evaluation, {"task/metric": value}
+    error: str | None = None  # why it failed, or None
 
     def values(self) -> dict[str, float]:
         """Loss and metrics by name; nothing for a run that failed."""
