@@ -14,11 +14,6 @@ from llava_patch.core.extras import needs
 from llava_patch.core.terminal import show
 
 
-def add(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("bench")(bench)
-
-
 @needs("bench", "figures")
 def bench(
     shape: str = typer.Option("small", help="small (7B's depth, reduced width), 7b or 13b; random weights"),

@@ -13,12 +13,6 @@ _OLD = typer.Argument("", hidden=True)
 _TOWER = typer.Option("", "--vision-tower", help="the tower's folder: to hf, where it is; to llava, what to point at")
 
 
-def add(app: typer.Typer) -> None:
-    """Add both commands."""
-    app.command("convert", no_args_is_help=True)(convert_command)
-    app.command("merge", no_args_is_help=True)(merge_command)
-
-
 def convert_command(
     checkpoint: Path = typer.Argument(..., metavar="CKPT", help="a full checkpoint, stock or patched, or an adapter"),  # noqa: B008
     old: str = _OLD,

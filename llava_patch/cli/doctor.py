@@ -7,11 +7,6 @@ import typer
 from llava_patch.cli.common import GIN_FILE, GIN_PARAM
 
 
-def add(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("doctor")(doctor_command)
-
-
 def doctor_command(
     checkpoint: str = typer.Argument("", metavar="CKPT", help="a checkpoint folder to look at as well"),
     gin_file: list[str] = GIN_FILE,
@@ -24,7 +19,10 @@ def doctor_command(
     be. Exit code 1 when something cannot work.
     """
     from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
 
+    from llava_patch.core.version import __version__
     from llava_patch.tools.doctor import PROBLEM
     from llava_patch.tools.doctor.examine import examine, summary, to_json
 
@@ -33,16 +31,10 @@ def doctor_command(
     if as_json:
         typer.echo(to_json(rows))
     else:
-        from rich.table import Table
-
-        from llava_patch.core.version import __version__
-
         table = Table("", title=f"llava_patch {__version__}")
         for name in ("what", "found", "advice"):
             table.add_column(name, overflow="fold")  # nothing is cut: names of classes and paths are long
         marks = {"ok": "", "note": "[yellow]note[/]", "problem": "[bold red]problem[/]"}
-        from rich.markup import escape
-
         for row in rows:
             table.add_row(marks[row.state], *map(escape, (row.what, row.found, row.advice)))
         console = Console()

@@ -5,11 +5,6 @@ from __future__ import annotations
 import typer
 
 
-def add(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("gin-files")(gin_files)
-
-
 def gin_files(name: str = typer.Argument("", help="print this file, or list those with this in their name")) -> None:
     """List the shipped gin files, or print one."""
     from llava_patch.core.resources import gin_dir

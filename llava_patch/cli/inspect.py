@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from llava_patch.tools.inspect.result import Added, Inspection
 
 ROWS = 24
-
-
-def add(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("inspect", no_args_is_help=True)(inspect_command)
 
 
 def inspect_command(
@@ -63,27 +60,21 @@ def show(found: "Inspection") -> None:
                 table.add_row(name, repr(value))
         console.print(table)
     if found.added:
-        console.print(_tensors(found.added, _table()))
+        console.print(_tensors(found.added))
 
 
-def _table() -> Any:
+def _tensors(added: "list[Added]") -> "Table":
     from rich.table import Table
 
-    table = Table()
+    table = Table(title=f"{len(added)} tensors of the patch", title_justify="left")
     table.add_column("tensor", overflow="fold")  # the ends of names tell them apart
     for name in ("shape", "dtype", "parameters", "part"):
         table.add_column(name, justify="right" if name == "parameters" else "left", no_wrap=True)
-    return table
-
-
-def _tensors(added: "list[Added]", table: Any) -> Any:
-    shown = added[:ROWS]
-    for tensor in shown:
+    for tensor in added[:ROWS]:
         shape = "x".join(map(str, tensor.shape))
         table.add_row(tensor.name, shape, tensor.dtype, f"{tensor.parameters:,}", tensor.role)
     rest = added[ROWS:]
     if rest:
         count = sum(tensor.parameters for tensor in rest)
         table.add_row(f"... and {len(rest)} more (--json)", "", "", f"{count:,}", "")
-    table.title, table.title_justify = f"{len(added)} tensors of the patch", "left"
     return table

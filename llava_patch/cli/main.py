@@ -16,8 +16,13 @@ app.add_typer(rprobe.app, name="rprobe", rich_help_panel=PANEL)
 app.command("correlate", no_args_is_help=True, rich_help_panel=PANEL)(correlate.correlate)
 report.add(app)
 measure.register(app)
-for module in (doctor, inspect, bench, sweep, checkpoints, gin_files):
-    module.add(app)
+app.command("doctor")(doctor.doctor_command)
+app.command("inspect", no_args_is_help=True)(inspect.inspect_command)
+app.command("bench")(bench.bench)
+app.command("sweep", no_args_is_help=True)(sweep.sweep_command)
+app.command("convert", no_args_is_help=True)(checkpoints.convert_command)
+app.command("merge", no_args_is_help=True)(checkpoints.merge_command)
+app.command("gin-files")(gin_files.gin_files)
 
 
 @app.callback()

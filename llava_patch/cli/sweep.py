@@ -10,11 +10,6 @@ from llava_patch.core.errors import SettingError
 from llava_patch.core.extras import needs
 
 
-def add(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("sweep", no_args_is_help=True)(sweep_command)
-
-
 @needs("sweep", "figures")
 def sweep_command(
     file: str = typer.Argument(..., metavar="SWEEP.gin", help="a gin file that binds Sweep.grid, by path or name"),

@@ -76,12 +76,12 @@ class Method:
         return bool(asked == self.settings)
 
     def check_added(self, there: Mapping[str, "Method"]) -> None:
-        """Refuse to join methods that the model carries already, by kind."""
+        """Refuse, by a SettingError, to join methods that the model carries already, by kind."""
 
     # --- what it changes ----------------------------------------------------------------------------------------------
 
     def resolve(self) -> None:
-        """Resolve the settings against the model; changes nothing."""
+        """Resolve the settings against the model, changing nothing; SettingError or HostError: it cannot take them."""
 
     def decoder_layers(self) -> tuple[int, ...]:
         """Decoder layers whose input it adds to."""
@@ -109,7 +109,7 @@ class Method:
         return []
 
     def freeze(self) -> None:
-        """Set requires_grad as the settings say."""
+        """Set requires_grad as the settings say; SettingError where they cannot be honoured."""
 
     def arrange_groups(
         self, groups: list[dict[str, Any]], base_lr: float, early: "Collection[nn.Parameter]"

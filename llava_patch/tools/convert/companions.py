@@ -114,7 +114,7 @@ def llava_vocabulary(source: Checkpoint) -> tuple[int, list[str]]:
 
 
 def write_llava(source: Checkpoint, out: Path, config: dict[str, Any], removed: list[str]) -> None:
-    """Tokenizer and generation settings of a llava checkpoint."""
+    """Tokenizer, without the removed tokens (llava grows its embedding to its length), and generation settings."""
     for name in _TOKENIZER_FILES:
         place = source.find(name)
         path = None if place is None else locate(place, name)
