@@ -39,7 +39,7 @@ class UndoStack:
     def replace_module(
         self, parent: nn.Module, name: str, module: nn.Module, original: Callable[[], nn.Module] | None = None
     ) -> None:
-        """Put another module in a child's place."""
+        """Put another module in a child's place; `original` builds what undo puts back, by default the replaced one."""
         old = getattr(parent, name)
         setattr(parent, name, module)
         self.push(lambda: setattr(parent, name, old if original is None else original()))
