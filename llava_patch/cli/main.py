@@ -6,7 +6,7 @@ import os
 
 import typer
 
-from llava_patch.cli import bench, checkpoints, doctor, gin_files, inspect, measure, report, rprobe, sweep
+from llava_patch.cli import bench, inspect, measure, report, rprobe, tools
 from llava_patch.cli.common import PANEL
 from llava_patch.cli.rprobe import compare, correlate, export, preview, run, store  # noqa: F401 - they join `app`
 from llava_patch.core.errors import LlavaPatchError
@@ -16,13 +16,13 @@ app.add_typer(rprobe.app, name="rprobe", rich_help_panel=PANEL)
 app.command("correlate", no_args_is_help=True, rich_help_panel=PANEL)(correlate.correlate)
 report.add(app)
 measure.register(app)
-app.command("doctor")(doctor.doctor_command)
+app.command("doctor")(tools.doctor_command)
 app.command("inspect", no_args_is_help=True)(inspect.inspect_command)
 app.command("bench")(bench.bench)
-app.command("sweep", no_args_is_help=True)(sweep.sweep_command)
-app.command("convert", no_args_is_help=True)(checkpoints.convert_command)
-app.command("merge", no_args_is_help=True)(checkpoints.merge_command)
-app.command("gin-files")(gin_files.gin_files)
+app.command("sweep", no_args_is_help=True)(tools.sweep_command)
+app.command("convert", no_args_is_help=True)(tools.convert_command)
+app.command("merge", no_args_is_help=True)(tools.merge_command)
+app.command("gin-files")(tools.gin_files)
 
 
 @app.callback()

@@ -87,8 +87,8 @@ def write_hf(source: Checkpoint, out: Path, tokenizer: Any, vision: Any, tower: 
 
 def _generation(source: Checkpoint, out: Path, pad_id: int | None) -> None:
     place = source.find("generation_config.json")
-    values = None if place is None else read_json(place, "generation_config.json")
-    if values is not None:
+    if place is not None:
+        values = read_json(place, "generation_config.json") or {}
         write_json(out / "generation_config.json", values | {"pad_token_id": pad_id})
 
 
@@ -116,16 +116,13 @@ def llava_vocabulary(source: Checkpoint) -> tuple[int, list[str]]:
 def write_llava(source: Checkpoint, out: Path, config: dict[str, Any], removed: list[str]) -> None:
     """Tokenizer, without the removed tokens (llava grows its embedding to its length), and generation settings."""
     for name in _TOKENIZER_FILES:
-        place = source.find(name)
-        path = None if place is None else locate(place, name)
-        if path is None:
-            continue
-        if name == "tokenizer.model":
+        path = source.path(name)
+        if path is not None and name == "tokenizer.model":
             shutil.copyfile(path, out / name)
-            continue
-        values = _without(name, json.loads(path.read_text(encoding="utf-8")), set(removed))
-        if values:
-            write_json(out / name, values)
+        elif path is not None:
+            values = _without(name, json.loads(path.read_text(encoding="utf-8")), set(removed))
+            if values:
+                write_json(out / name, values)
     _generation(source, out, config.get("pad_token_id"))
 
 

@@ -73,11 +73,14 @@ class Checkpoint:
         """The first of its folders that has this file."""
         return next((source for source in self.sources if locate(source, name) is not None), None)
 
+    def path(self, name: str) -> Path | None:
+        """This file of the first of its folders that has it."""
+        return next((path for source in self.sources if (path := locate(source, name)) is not None), None)
+
     def copy_side_files(self, out: Path) -> None:
         """Copy the files beside the weights as they are."""
         for name in patched._SIDE_FILES:
-            place = self.find(name)
-            path = None if place is None else locate(place, name)
+            path = self.path(name)
             if path is not None:
                 shutil.copyfile(path, out / name)
 
@@ -146,7 +149,8 @@ def check_complete(found: Checkpoint, source: str, tower: str) -> None:
     text = files_of(found.host).text_config(found.config)
     with torch.device("meta"):
         language = _stored(AutoModelForCausalLM.from_config(text))
-    expected = {_language(name): shape for name, shape in language.items()}
+    expected = {"decoder." + name.removeprefix("model."): shape for name, shape in language.items()}
+    expected["head.weight"] = expected.pop("decoder.lm_head.weight")
     if text.tie_word_embeddings and "head.weight" not in found.tensors:
         del expected["head.weight"]
     shapes = shapes_of(found.tensors)
@@ -155,12 +159,10 @@ def check_complete(found: Checkpoint, source: str, tower: str) -> None:
     for name in [n for n in expected if n.startswith("decoder.layers.0.")]:
         rest = name.removeprefix("decoder.layers.0.")
         expected |= {f"decoder.side_branch.{i}.{rest}": expected[name] for i in range(side)}
-    kept = {k: v for k, v in shapes.items() if k.startswith(("decoder.", "head."))}
-    compare(kept, expected, source)
+    compare({k: v for k, v in shapes.items() if k.startswith(("decoder.", "head."))}, expected, source)
     if found.host == HF or found.reads_own_tower():
         vision = whole_config(found.config).vision_config if found.host == HF else vision_config(tower)
-        blocks = {f"tower.{k}": v for k, v in expected_tower(vision).items()}
-        compare({k: v for k, v in shapes.items() if k.startswith("tower.")}, blocks, source)
+        compare({k: v for k, v in shapes.items() if k.startswith("tower.")}, _expected_tower(vision), source)
     _check_projectors(found, shapes, int(text.hidden_size), source)
 
 
@@ -189,12 +191,11 @@ def _check_projectors(found: Checkpoint, shapes: dict[str, torch.Size], hidden: 
     compare({k: v for k, v in shapes.items() if not k.startswith(("decoder.", "head.", "tower."))}, expected, source)
 
 
-def expected_tower(vision: Any) -> dict[str, torch.Size]:
-    """Names and shapes of a vision model's tensors."""
+def _expected_tower(vision: Any) -> dict[str, torch.Size]:
     from transformers import AutoModel
 
     with torch.device("meta"):
-        return _stored(AutoModel.from_config(vision))
+        return {f"tower.{name}": shape for name, shape in _stored(AutoModel.from_config(vision)).items()}
 
 
 def _stored(model: nn.Module) -> dict[str, torch.Size]:
@@ -219,10 +220,6 @@ def compare(found: dict[str, torch.Size], expected: dict[str, torch.Size], sourc
             raise CheckpointError(f"{source}: {name} has shape {tuple(found[name])}, expected {tuple(shape)}")
 
 
-def _language(name: str) -> str:
-    return "head.weight" if name == "lm_head.weight" else "decoder." + name.removeprefix("model.")
-
-
 def check_samples(tensors: Tensors, samples: dict[str, list[float]], source: str) -> None:
     """Compare an adapter's fingerprint with the base that it is put on."""
     for name, values in samples.items():
@@ -238,7 +235,7 @@ def tower_tensors(source: str, vision: Any) -> Tensors:
         for name, load in open_weights(source).items()
         if not name.startswith(_OTHER_CLIP_PARTS) and not is_computed(name)
     }
-    compare(shapes_of(tensors), {f"tower.{k}": v for k, v in expected_tower(vision).items()}, source)
+    compare(shapes_of(tensors), _expected_tower(vision), source)
     return tensors
 
 
