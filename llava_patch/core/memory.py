@@ -83,14 +83,11 @@ def cpu_dtype(name: str, source: str) -> torch.dtype | None:
     if asked.itemsize * count <= ROOM * memory:
         return None
     fits = torch.bfloat16.itemsize * count <= ROOM * memory
-    said = f"{source}: {count / 1e9:.1f} billion weights are {asked.itemsize * count / 1e9:.1f} GB in {_word(asked)}"
+    word = name or "float32"
+    said = f"{source}: {count / 1e9:.1f} billion weights are {asked.itemsize * count / 1e9:.1f} GB in {word}"
     said += f", and this machine has {memory / 1e9:.1f} GB of memory"
     if fits and not name:
         print(f"llava_patch: {said}: the model runs in bfloat16 (--dtype chooses)", file=sys.stderr)
         return torch.bfloat16
     advice = "give --dtype bfloat16" if fits else "give --device cuda, or use a machine with more memory"
     raise SettingError(f"{said}: {advice}")
-
-
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

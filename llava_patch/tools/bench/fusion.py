@@ -9,11 +9,10 @@ import torch
 from torch import nn
 
 from llava_patch.core import files
-from llava_patch.core.clock import Clock
 from llava_patch.fusion.base import Fusion
 from llava_patch.patching.patch import patch
 from llava_patch.settings.methods import DeepStack, DenseConnector, DirectFusion, SkipLinks
-from llava_patch.tools.bench.measure import peak_bytes, training_step
+from llava_patch.tools.bench.measure import Clock, peak_bytes, training_step
 from llava_patch.tools.bench.shapes import inputs as make_inputs
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import statistics
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,6 @@ from typing import Any
 import torch
 
 from llava_patch.core import files
-from llava_patch.core.clock import Clock, median
 from llava_patch.hosts.sizes import IMAGE_TOKENS
 from llava_patch.measurements.flops import products as decoder
 from llava_patch.measurements.flops.products import Mode, Product
@@ -29,6 +29,38 @@ from llava_patch.routing.schedule import make_schedule
 from llava_patch.settings.methods import Routing
 from llava_patch.tools.bench.methods import Method, partner_difference
 from llava_patch.tools.bench.shapes import inputs as make_inputs
+
+
+class Clock:
+    """Milliseconds of a piece of work; CUDA events on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Time work on a device."""
+        self.cuda = device.type == "cuda"
+
+    def __enter__(self) -> "Clock":
+        """Start."""
+        if self.cuda:
+            self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            self.start.record()
+        else:
+            self.began = time.perf_counter()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Stop."""
+        if self.cuda:
+            self.end.record()
+            torch.cuda.synchronize()
+            self.ms = self.start.elapsed_time(self.end)
+        else:
+            self.ms = 1000 * (time.perf_counter() - self.began)
+
+
+def median(values: Sequence[float]) -> float | None:
+    """Median; None of nothing."""
+    return statistics.median(values) if values else None
 
 
 @dataclass

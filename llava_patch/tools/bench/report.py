@@ -12,11 +12,10 @@ from typing import Any
 import torch
 
 from llava_patch.core import files
-from llava_patch.core.clock import median
 from llava_patch.core.plotting import TEXT, TITLE, panels, write_figure
 from llava_patch.core.terminal import markdown
 from llava_patch.tools.bench.fusion import Row as FusionRow
-from llava_patch.tools.bench.measure import Row, ratio
+from llava_patch.tools.bench.measure import Row, median, ratio
 
 SPEED = ("method", "prefill ms", "/ stock", "of bound", "decode ms/token", "/ stock", "cache MB", "/ stock")
 TRAINING = ("method", "trainable", "training step / stock", "must equal", "max |Δlogit|", "cached decode")
@@ -141,9 +140,7 @@ def write_fusions(folder: Path, name: str, rows: Sequence[FusionRow], title: str
 
 
 def _write(folder: Path, name: str, text: str, values: dict[str, Any]) -> list[Path]:
-    page = folder / f"{name}.md"
-    with files.atomic(page) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    page = files.write_text(folder / f"{name}.md", text)
     return [files.write_json(folder / f"{name}.json", values), page]
 
 

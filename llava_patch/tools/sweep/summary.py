@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from llava_patch.core.files import atomic, write_json
+from llava_patch.core.files import write_json, write_text
 from llava_patch.core.terminal import markdown
 from llava_patch.tools.sweep.plan import Run
 from llava_patch.tools.sweep.record import FINAL_STEPS, FinalLoss
@@ -146,9 +146,7 @@ def write_markdown(path: Path, results: Sequence[Result]) -> Path:
     """Both tables as Markdown."""
     tables = {"Mean ± std": mean_rows(results), "Each seed": seed_rows(results)}
     parts = [f"# {title}\n\n{markdown(*table, numbers=True)}" for title, table in tables.items()]
-    with atomic(path) as temporary:
-        temporary.write_text("\n\n".join([*parts, *notes(results)]) + "\n", encoding="utf-8")
-    return path
+    return write_text(path, "\n\n".join([*parts, *notes(results)]) + "\n")
 
 
 def write_results(path: Path, results: Sequence[Result], command: Sequence[str], evaluation: str | None) -> Path:
