@@ -6,7 +6,7 @@ import os
 
 import typer
 
-from llava_patch.cli import bench, inspect, measure, report, rprobe, tools
+from llava_patch.cli import measure, report, rprobe, tools
 from llava_patch.cli.common import PANEL
 from llava_patch.cli.rprobe import compare, correlate, export, preview, run, store  # noqa: F401 - they join `app`
 from llava_patch.core.errors import LlavaPatchError
@@ -17,8 +17,8 @@ app.command("correlate", no_args_is_help=True, rich_help_panel=PANEL)(correlate.
 report.add(app)
 measure.register(app)
 app.command("doctor")(tools.doctor_command)
-app.command("inspect", no_args_is_help=True)(inspect.inspect_command)
-app.command("bench")(bench.bench)
+app.command("inspect", no_args_is_help=True)(tools.inspect_command)
+app.command("bench")(tools.bench)
 app.command("sweep", no_args_is_help=True)(tools.sweep_command)
 app.command("convert", no_args_is_help=True)(tools.convert_command)
 app.command("merge", no_args_is_help=True)(tools.merge_command)

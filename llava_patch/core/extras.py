@@ -21,11 +21,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def need(what: str, *extras: str) -> None:
-    """Check that the packages of some extras are installed, without loading them.
-
-    Raises:
-        MissingExtraError: names what is missing and the line to type.
-    """
+    """Check that the packages of some extras are installed, without loading them; the error has the line to type."""
     missing = [extra for extra in extras if not _there(EXTRAS[extra])]
     if missing:
         raise MissingExtraError(_message(what, missing))

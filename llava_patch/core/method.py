@@ -33,7 +33,6 @@ class Method:
     trains_tower: bool = False
 
     def __init__(self, settings: Any) -> None:
-        """Remember the settings; there is no model yet."""
         self.settings = settings
 
     @property

@@ -52,7 +52,6 @@ class UndoStack:
         self.push(lambda: delattr(parent, name))
 
     def __len__(self) -> int:
-        """How many changes there are to take back."""
         return len(self._steps)
 
     def unwind(self, to: int = 0) -> None:

@@ -43,11 +43,7 @@ def locate(source: str, name: str) -> Path | None:
 
 
 def read_json(source: str, name: str) -> dict | None:
-    """A JSON file of a folder or hub model; None when it has none.
-
-    Raises:
-        CheckpointError: not valid JSON.
-    """
+    """A JSON file of a folder or hub model; None when it has none. CheckpointError: not valid JSON."""
     path = locate(source, name)
     if path is None:
         return None
@@ -117,11 +113,7 @@ def same_values(one: Sequence[float], other: Sequence[float]) -> bool:
 
 
 def weight_files(source: str) -> list[Path]:
-    """The files of a full checkpoint's weights, by its index where there is one; [] when it has none.
-
-    Raises:
-        CheckpointError: the index names a file that is not there.
-    """
+    """The files of a full checkpoint's weights, by its index, all of whose files must be there; [] when it has none."""
     for stem, suffix in _FORMATS:
         index = read_json(source, f"{stem}.{suffix}.index.json")
         whole = locate(source, f"{stem}.{suffix}")
@@ -139,11 +131,7 @@ def weight_files(source: str) -> list[Path]:
 
 
 def open_weights(source: str) -> Tensors:
-    """All tensors of a checkpoint folder or hub model, by their names in the files.
-
-    Raises:
-        CheckpointError: no weights there, or a shard is missing.
-    """
+    """All tensors of a checkpoint folder or hub model, which must have some, by their names in the files."""
     files = weight_files(source)
     if files:
         return {tensor.name: tensor for path in files for tensor in read_file(path)}
@@ -157,12 +145,7 @@ def open_weights(source: str) -> Tensors:
 def read_file(path: Path, whole: bool = False) -> list[StoredTensor]:
     """The tensors of a safetensors or torch file, without their values.
 
-    Args:
-        path: the file.
-        whole: take a file into memory that cannot be read tensor by tensor (torch's format before 1.6).
-
-    Raises:
-        CheckpointError: a damaged file, or one that cannot be read tensor by tensor.
+    A file that cannot be read tensor by tensor (torch's format before 1.6) is refused, or with `whole` read at once.
     """
     try:
         if path.suffix == ".safetensors":
@@ -204,10 +187,7 @@ def _torch_file(path: Path, whole: bool) -> dict[str, Tensor]:
 def write_weights(folder: Path, tensors: Tensors, shard_bytes: int = SHARD_BYTES) -> None:
     """Write tensors as model.safetensors, or as shards with an index when they are more than one shard.
 
-    Args:
-        folder: an existing folder.
-        tensors: by their names in the files.
-        shard_bytes: most bytes of one shard, which is also what this needs of memory; a larger tensor is one shard.
+    A shard has at most `shard_bytes`, which is also what this needs of memory; a larger tensor is one shard.
     """
     from safetensors.torch import save_file
 

@@ -35,11 +35,9 @@ class Clock:
     """Milliseconds of a piece of work; CUDA events on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
-        """Time work on a device."""
         self.cuda = device.type == "cuda"
 
     def __enter__(self) -> "Clock":
-        """Start."""
         if self.cuda:
             self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize()
@@ -49,7 +47,6 @@ class Clock:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Stop."""
         if self.cuda:
             self.end.record()
             torch.cuda.synchronize()
@@ -166,11 +163,7 @@ def _time_training(model: Any, method: Method, inputs: dict[str, Any], row: Row,
 def training_step(
     model: Any, inputs: dict[str, Any], parameters: Iterable[torch.nn.Parameter]
 ) -> Iterator[dict[str, Any]]:
-    """The model as a training step of these parameters has it; as it was afterwards, without gradients.
-
-    Yields:
-        The keyword arguments of its forward, labels included.
-    """
+    """The arguments of a training step of these parameters, for which the model is ready; restored afterwards."""
     restore = restore_flags(model)
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.image_token_id, -100)
     try:

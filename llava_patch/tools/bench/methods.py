@@ -15,8 +15,6 @@ from llava_patch.patching.handle import Handle, restore_flags
 from llava_patch.patching.patch import patch
 from llava_patch.settings.methods import FastV, Routing
 
-SILENT, SAME, NOTHING = "silent", "same", "nothing"
-
 
 @dataclass(frozen=True)
 class Partner:

@@ -168,15 +168,9 @@ def with_tower_folder(
 ) -> Checkpoint:
     """A llava checkpoint whose vision tower is in a folder of its own, where llava's stock loader looks for it.
 
-    Args:
-        made: a llava checkpoint that holds its tower.
-        out: the folder that it will be in.
-        vision_tower: folder or hub name of a tower with the same weights, to point at; None: write OUT/vision_tower.
-        vision: the tower's configuration; None: that of the tower which the checkpoint points at.
-        images: folder or hub name with the image processor's settings; None: that tower's.
-
-    Raises:
-        CheckpointError: the named tower has other weights.
+    With `vision_tower` it points at that one, which must have the same weights; else OUT/vision_tower is written.
+    The tower's configuration, and what has the image processor's settings, are those of the tower that it points at now
+    where they are not given.
     """
     tower = {name: load for name, load in made.tensors.items() if name.startswith("tower.")}
     pointed = made.config["mm_vision_tower"]

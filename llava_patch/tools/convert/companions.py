@@ -40,11 +40,7 @@ CHAT_TEMPLATES = {
 
 
 def hf_tokenizer(source: Checkpoint) -> tuple[Any, dict[str, int], list[str]]:
-    """A llava checkpoint's tokenizer with the two tokens that HF needs.
-
-    Returns:
-        (tokenizer, ids of "<image>" and "<pad>", which of the two it did not have).
-    """
+    """A llava checkpoint's tokenizer with HF's "<image>" and "<pad>", their ids, and which of them it did not have."""
     from transformers import AddedToken, AutoTokenizer
 
     place = source.find("tokenizer.model") or source.find("tokenizer.json")

@@ -86,11 +86,7 @@ class Checkpoint:
 
 
 def read(folder: str | os.PathLike[str], vision_tower: str | None = None) -> Checkpoint:
-    """Read a full checkpoint, stock or patched, or an adapter together with its base.
-
-    Raises:
-        CheckpointError: no checkpoint, a tensor whose name is not known, an adapter whose base is gone or another one.
-    """
+    """Read a full checkpoint, stock or patched, or an adapter together with its base, which must be the right one."""
     source = os.fspath(folder)
     if not os.path.isdir(source):
         raise CheckpointError(f"{source}: no such folder")

@@ -31,11 +31,9 @@ TRIED = {
 
 
 def failures(names: list[str]) -> list[dict[str, str]]:
-    """What of these modules, and of what they import later, cannot be imported.
+    """What of these modules (missing ones are left out), and of what they import later, cannot be imported.
 
-    Returns:
-        For each failure "where" (module, or module:line), "error" (type and first line) and "module" (what was asked
-        for).
+    Each failure has "where" (module, or module:line), "error" (type and first line) and "module" (what was asked for).
     """
     found: dict[str, dict[str, str]] = {}
 

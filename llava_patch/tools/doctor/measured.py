@@ -36,14 +36,7 @@ def read_lock(path: Path) -> dict[str, str]:
 
 @functools.lru_cache
 def lock_of(transformers: str | None) -> tuple[str, dict[str, str]]:
-    """The lock of the stack that an environment is nearest to.
-
-    Args:
-        transformers: its installed version, or None.
-
-    Returns:
-        (the stack's name, its versions): the one with the same minor version of transformers, else the main one.
-    """
+    """Name and versions of the lock with the same minor version of transformers, else of the main one."""
     locks = {path.stem: read_lock(path) for path in sorted(locks_dir().glob("*.txt"))}
     series = None if transformers is None else Version(transformers).release[:2]
     for name, versions in locks.items():

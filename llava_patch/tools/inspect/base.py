@@ -36,7 +36,8 @@ def match_base(
     below_host = _host(base, host)
     below = {neutral(t.name, below_host): t for path in files for t in read_file(path, whole=True)}
     if fingerprint is None:
-        return {"full": _against_own, "lora": _under_lora}.get(form, _unknown)(below, host, own)
+        compare = {"full": _against_own, "lora": _under_lora}.get(form)
+        return compare(below, host, own) if compare else Match(None, 0, 0, "these files record no base")
     if below_host != host:  # which pads its embeddings in another way, so that recorded places are other places
         return Match(None, 0, 0, "it is a checkpoint of the other host: llava-patch convert makes one to compare with")
     tower = _tower(base) if below_host == LLAVA else {}  # llava's lies in a folder of its own
@@ -100,10 +101,6 @@ def _under_lora(below: dict[str, StoredTensor], host: str, own: list[StoredTenso
             )
         fit += 1
     return Match(None, fit, 0, f"LoRA files record no base; the {fit} matrices that they change there fit in size")
-
-
-def _unknown(below: dict[str, StoredTensor], host: str, own: list[StoredTensor]) -> Match:
-    return Match(None, 0, 0, "these files record no base")
 
 
 def neutral(name: str, host: str) -> str:

@@ -64,11 +64,7 @@ def build(
     fresh: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Make the chosen sections, and keep each as soon as it is finished.
-
-    Raises:
-        CheckpointError: the folder holds another checkpoint's report.
-    """
+    """Make the chosen sections, keep each as soon as it is finished, and return all that is kept, as `read` does."""
     before = read(folder)
     if before is not None and named(before["checkpoint"]) != named(context.checkpoint):
         raise CheckpointError(

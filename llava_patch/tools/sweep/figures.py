@@ -94,10 +94,9 @@ def lower_is_better(name: str) -> bool:
 
 
 def swept_numbers(results: Sequence[Result]) -> tuple[str, str] | None:
-    """The two bindings of a chart: the only ones with more than one value, and numbers at every point of the grid.
+    """The chart's horizontal and vertical binding: the only ones with several values, all of them numbers.
 
-    Returns:
-        (horizontal, vertical), in the grid's order; None when there is no baseline or it is another kind of sweep.
+    None when there is no baseline or it is another kind of sweep.
     """
     grid = [result for result in results if not result.run.baseline]
     if len(grid) == len(results):

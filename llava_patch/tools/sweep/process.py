@@ -22,13 +22,8 @@ def lock(folder: Path) -> Iterator[int]:
     """Hold a folder for one run.
 
     The lock is on an open file that the command inherits, so it lasts as long as the command does, even when the
-    sweep itself was killed: a resumed sweep then does not start a second training beside the first.
-
-    Yields:
-        The file descriptor to pass on.
-
-    Raises:
-        RunError: a command of another, or of a killed, sweep still runs there.
+    sweep itself was killed: a resumed sweep then does not start a second training beside the first. Yields its file
+    descriptor, to pass on.
     """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)

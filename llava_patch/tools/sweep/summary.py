@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -85,10 +85,6 @@ def bindings(results: Iterable[Result]) -> list[str]:
     return list(dict.fromkeys(key for result in results for key in result.run.point))
 
 
-def _cells(point: dict[str, Any], keys: Sequence[str]) -> list[str]:
-    return [str(point[key]) if key in point else "-" for key in keys]
-
-
 def measured(results: Iterable[Result]) -> list[str]:
     """Names of everything that was measured, the loss first."""
     return list(dict.fromkeys(name for result in results for name in result.values()))
@@ -103,28 +99,36 @@ def spreads(results: Sequence[Result]) -> dict[str, Spread]:
     return {name: Spread.of(values) for name, values in found.items()}
 
 
+def _rows(results: Sequence[Result], titles: list[str], cells: Callable[[list[Result], str], list[str]]) -> Rows:
+    """For each point one row a measurement, so that a table stays narrow however many there are."""
+    keys = bindings(results)
+    rows = [
+        [*(str(point.get(key, "-")) for key in keys), name, *cells(group, name)]
+        for point, group in by_point(results)
+        for name in measured(results)
+    ]
+    return [*keys, "measured", *titles], rows
+
+
 def mean_rows(results: Sequence[Result]) -> Rows:
-    """The table of means: for each point one row a measurement, so that it stays narrow however many there are."""
-    rows, keys = [], bindings(results)
-    for point, group in by_point(results):
-        found = spreads(group)
-        for name in measured(results):
-            spread = found.get(name)
-            done = 0 if spread is None else spread.n
-            rows.append([*_cells(point, keys), name, str(spread or "-"), f"{done} of {len(group)}"])
-    return [*keys, "measured", "mean ± std", "seeds"], rows
+    """The table of means."""
+
+    def cells(group: list[Result], name: str) -> list[str]:
+        spread = spreads(group).get(name)
+        return [str(spread or "-"), f"{spread.n if spread else 0} of {len(group)}"]
+
+    return _rows(results, ["mean ± std", "seeds"], cells)
 
 
 def seed_rows(results: Sequence[Result]) -> Rows:
     """The per-seed table: one column a seed."""
     seeds = list(dict.fromkeys(result.run.seed for result in results))
-    rows, keys = [], bindings(results)
-    for point, group in by_point(results):
-        by_seed = {result.run.seed: result.values() for result in group}
-        for name in measured(results):
-            cells = [f"{by_seed[seed][name]:.4f}" if name in by_seed[seed] else "-" for seed in seeds]
-            rows.append([*_cells(point, keys), name, *cells])
-    return [*keys, "measured", *(f"seed {seed}" for seed in seeds)], rows
+
+    def cells(group: list[Result], name: str) -> list[str]:
+        values = {result.run.seed: result.values().get(name) for result in group}
+        return ["-" if values[seed] is None else f"{values[seed]:.4f}" for seed in seeds]
+
+    return _rows(results, [f"seed {seed}" for seed in seeds], cells)
 
 
 def notes(results: Sequence[Result]) -> list[str]:

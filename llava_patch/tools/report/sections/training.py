@@ -19,11 +19,7 @@ CURVES = (("loss", "loss (nats per token)"), ("learning_rate", "learning rate"),
 
 
 def read_curves(run: str) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) pairs by name, in order of steps.
-
-    Raises:
-        InputError: no trainer_state.json, or a damaged one.
-    """
+    """(step, value) pairs by name, in order of steps."""
     path = Path(run) / STATE
     try:
         history = json.loads(path.read_text(encoding="utf-8"))["log_history"]
