@@ -100,9 +100,11 @@ def measure(
         with rows[i].applied(model) as handle:
             _time_inference(model, batch_inputs, results[i], decode_tokens, keep=not warm_up)
             if warm_up:
-                results[i].trainable = _trainable(model, rows[i], handle)
+                routing = rows[i].settings.get("routing")
+                if handle is None or (routing is not None and routing.freeze != "none"):
+                    results[i].trainable = sum(p.numel() for p in _trains(model, rows[i]))
                 results[i].cached_delta = _cached_delta(model, handle, batch_inputs)
-            if training and number <= 2:  # a training step is long and its spread small
+            if training and number <= 2 and results[i].trainable is not None:  # the step is long, its spread small
                 _time_training(model, rows[i], batch_inputs, results[i], keep=not warm_up)
     for method, result in zip(rows, files.track(results, "identities and bound", progress), strict=True):
         result.partner_delta = partner_difference(model, method, batch_inputs)
@@ -142,16 +144,7 @@ def _trains(model: Any, method: Method) -> list[torch.nn.Parameter]:
     return [p for n, p in named.items() if "language_model" in n and "side_branch" not in n]
 
 
-def _trainable(model: Any, method: Method, handle: Any) -> int | None:
-    routing = method.settings.get("routing")
-    if handle is not None and (routing is None or routing.freeze == "none"):
-        return None
-    return sum(p.numel() for p in _trains(model, method))
-
-
 def _time_training(model: Any, method: Method, inputs: dict[str, Any], row: Row, keep: bool) -> None:
-    if row.trainable is None:
-        return
     with training_step(model, inputs, _trains(model, method)) as arguments, Clock(model.device) as step:
         model(**arguments).loss.backward()
     row.train_peak_bytes = peak_bytes(model)

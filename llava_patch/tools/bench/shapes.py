@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from llava_patch.core.dtypes import default_dtype
 from llava_patch.hosts.sizes import IMAGE_TOKENS, TOWERS, Shape
 
 
@@ -35,14 +36,8 @@ def build(
         attn_implementation=attention,
     )
     torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            model = LlavaForConditionalGeneration(config)
-    finally:
-        torch.set_default_dtype(before)
-    return model.eval().requires_grad_(False)
+    with default_dtype(dtype), torch.device(device):
+        return LlavaForConditionalGeneration(config).eval().requires_grad_(False)
 
 
 def inputs(model: Any, text: int, batch: int, image_tokens: int = IMAGE_TOKENS) -> dict[str, Any]:

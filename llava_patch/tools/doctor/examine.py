@@ -134,10 +134,6 @@ def summary(rows: Sequence[Row]) -> str:
 
 def to_json(rows: Sequence[Row]) -> str:
     """For machines: format 1, which only grows."""
-    values: dict[str, Any] = {
-        "format": 1,
-        "llava_patch": __version__,
-        "problems": sum(row.state == PROBLEM for row in rows),
-        "rows": [vars(row) for row in rows],
-    }
-    return json.dumps(values, indent=1)
+    problems = sum(row.state == PROBLEM for row in rows)
+    found = [vars(row) for row in rows]
+    return json.dumps({"format": 1, "llava_patch": __version__, "problems": problems, "rows": found}, indent=1)

@@ -85,10 +85,6 @@ class Context(Target):
                 raise
             raise NothingToMeasure(str(error)) from error
 
-    def _options(self) -> list[str]:
-        parts = ["--device", self.device] if self.device else []
-        return parts + (["--dtype", self.dtype] if self.dtype else []) + self.gin
-
     def command(self, *words: str, base: bool = False, data: bool = True) -> str:
         """A command line of ours about this checkpoint."""
         data_word = [self.data] if data and self.data else []
@@ -96,7 +92,9 @@ class Context(Target):
         below = self.base if base else self.below
         parts += ["--base", below] if below else []
         parts += ["--question", self.question] if self.question and data else []
-        return shlex.join([*parts, *self._options()])
+        parts += ["--device", self.device] if self.device else []
+        parts += ["--dtype", self.dtype] if self.dtype else []
+        return shlex.join([*parts, *self.gin])
 
 
 def _dtype(device: str) -> str:

@@ -29,7 +29,7 @@ def sweep(
     dry_run: bool = False,
     console: Console | None = None,
 ) -> bool:
-    """Run a sweep, or what is left of it; whether every run ended well. What can be seen before it starts is refused."""
+    """Run a sweep, or what is left of it; whether every run ended well. Faults are refused before the first starts."""
     console = console or Console()
     if evaluate is not None and PLACE not in evaluate:
         raise SettingError(f"--evaluate {evaluate!r}: write {PLACE} where the checkpoint's folder belongs")
@@ -38,10 +38,8 @@ def sweep(
     done = [_known(run, evaluate) for run in runs]  # refuses foreign folders before anything starts
     if dry_run:
         for run, known in zip(runs, done, strict=True):
-            state = "finished" if known else "to do"
-            console.print(
-                f"[bold]{run.name}[/bold]: {state}\n  {shlex.join(run.command)}", highlight=False, soft_wrap=True
-            )
+            line = f"[bold]{run.name}[/bold]: {'finished' if known else 'to do'}\n  {shlex.join(run.command)}"
+            console.print(line, highlight=False, soft_wrap=True)
         return True
     results = [summary.with_scores(result, plan.scores) for result in _run_all(runs, done, evaluate)]
     written = [summary.write_results(output / "results.json", results, command, evaluate)]

@@ -69,13 +69,11 @@ def make_plan(sweep: Sweep, seeds: Sequence[int], output: Path, command: Sequenc
         params = [*sweep.gin_params, *(f"{key} = {value!r}" for key, value in point.items())]
         settings = _settings(point, [*own_files, *sweep.gin_files], [*own_params, *params])
         name = folder_name(point)
-        if folders.get(name) == point:
+        other = folders.setdefault(name, point)
+        if other is not point and other == point:
             raise SettingError(f"Sweep.grid: {describe(point)} is there twice")
-        if name in folders:
-            raise SettingError(
-                f"Sweep.grid: {describe(point)} and {describe(folders[name])} would share the folder {name}"
-            )
-        folders[name] = point
+        if other is not point:
+            raise SettingError(f"Sweep.grid: {describe(point)} and {describe(other)} would share the folder {name}")
         files = [word for file in sweep.gin_files for word in (active.FILE_FLAG, file)]
         bindings = [word for param in params for word in (active.PARAM_FLAG, param)]
         for seed in seeds:

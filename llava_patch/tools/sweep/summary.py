@@ -155,20 +155,16 @@ def write_markdown(path: Path, results: Sequence[Result]) -> Path:
 
 def write_results(path: Path, results: Sequence[Result], command: Sequence[str], evaluation: str | None) -> Path:
     """Everything as JSON."""
+
+    def written(result: Result) -> dict[str, Any]:
+        loss = None if result.loss is None else asdict(result.loss)
+        of_run = {"seed": result.run.seed, "folder": str(result.run.folder)}
+        return {**of_run, "loss": loss, "metrics": result.metrics, "error": result.error}
+
     points = []
     for point, group in by_point(results):
-        runs = [
-            {
-                "seed": result.run.seed,
-                "folder": str(result.run.folder),
-                "loss": None if result.loss is None else asdict(result.loss),
-                "metrics": result.metrics,
-                "error": result.error,
-            }
-            for result in group
-        ]
         summary = {k: asdict(v) for k, v in spreads(group).items()}
-        points.append({"point": point, "baseline": group[0].run.baseline, "summary": summary, "runs": runs})
-    return write_json(
-        path, {"command": list(command), "evaluate": evaluation, "final_steps": FINAL_STEPS, "points": points}
-    )
+        about = {"point": point, "baseline": group[0].run.baseline, "summary": summary}
+        points.append({**about, "runs": [written(result) for result in group]})
+    about = {"command": list(command), "evaluate": evaluation, "final_steps": FINAL_STEPS}
+    return write_json(path, {**about, "points": points})
