@@ -20,7 +20,6 @@ import torch
 from llava_patch.core import files
 from llava_patch.hosts.sizes import IMAGE_TOKENS
 from llava_patch.measurements.flops import products as decoder
-from llava_patch.measurements.flops.products import Mode, Product
 from llava_patch.measurements.flops.shape import DecoderShape
 from llava_patch.patching.handle import restore_flags
 from llava_patch.patching.patch import patch
@@ -195,11 +194,11 @@ def _cached_delta(model: Any, handle: Any, inputs: dict[str, Any]) -> float:
     return float((out.logits[:, -1].float() - full[:, -1].float()).abs().max())
 
 
-def products(config: Any, method: Method, text: int, batch: int) -> Counter[Product]:
+def products(config: Any, method: Method, text: int, batch: int) -> Counter[decoder.Product]:
     """The decoder's matrix products at prefill, how often each, the head left out."""
     shape = DecoderShape.of(config)
     program = make_schedule(method.settings.get("routing"), method.settings.get("pruning"), shape.layers)
-    at = decoder.decoder_positions(program, text, IMAGE_TOKENS, Mode.PREFILL)
+    at = decoder.decoder_positions(program, text, IMAGE_TOKENS, decoder.Mode.PREFILL)
     counts = decoder.add(*(decoder.layer_products(shape, p, batch).all() for p in (*at.side, *at.layers)))
     if at.chooser is not None:
         counts += decoder.chooser_products(shape, at.chooser, batch)
@@ -227,7 +226,7 @@ def bound_ms(model: Any, method: Method, text: int, batch: int) -> float:
 
 
 @functools.cache
-def product_ms(shape: Product, together: int, device: str, dtype: torch.dtype) -> float:
+def product_ms(shape: decoder.Product, together: int, device: str, dtype: torch.dtype) -> float:
     """Median milliseconds of a batch of matrix products of one shape."""
     rows, inner, columns = shape
     generator = torch.Generator().manual_seed(0)

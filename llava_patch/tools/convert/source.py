@@ -21,7 +21,6 @@ from llava_patch.core.records import FORMAT, base_of
 from llava_patch.core.weights import StoredTensor, Tensors, locate, open_weights, read_file
 from llava_patch.hosts import configs
 from llava_patch.hosts.anatomy import HF, LLAVA
-from llava_patch.hosts.configs import files_of
 from llava_patch.hosts.hf import whole_config
 from llava_patch.hosts.host import is_computed
 from llava_patch.patching import checkpoint as patched
@@ -111,7 +110,7 @@ def read(folder: str | os.PathLike[str], vision_tower: str | None = None) -> Che
             if any(k.startswith("tower.") for k in own):
                 below |= tower_tensors(tower, vision_config(tower))
         fingerprint = settings.get("fingerprint", {})
-        samples = {str(files_of(host).neutral(name)): values for name, values in fingerprint.items()}
+        samples = {str(configs.files_of(host).neutral(name)): values for name, values in fingerprint.items()}
         later = host == LLAVA and not any(k.startswith("tower.") for k in below)
         check_samples(below, {k: v for k, v in samples.items() if not (later and k.startswith("tower."))}, source)
         samples = {k: v for k, v in samples.items() if later and k.startswith("tower.")}
@@ -131,7 +130,7 @@ def _neutral(tensors: Tensors, host: str, source: str) -> Tensors:
     for name, load in tensors.items():
         if is_computed(name):
             continue
-        plain = files_of(host).neutral(name)
+        plain = configs.files_of(host).neutral(name)
         if plain is None:
             raise CheckpointError(f"{source}: tensor {name} is not one that llava_patch knows where to put")
         renamed[plain] = load
@@ -142,7 +141,7 @@ def check_complete(found: Checkpoint, source: str, tower: str) -> None:
     """Compare names and shapes with what the configuration and the settings call for."""
     from transformers import AutoModelForCausalLM
 
-    text = files_of(found.host).text_config(found.config)
+    text = configs.files_of(found.host).text_config(found.config)
     with torch.device("meta"):
         language = _stored(AutoModelForCausalLM.from_config(text))
     expected = {"decoder." + name.removeprefix("model."): shape for name, shape in language.items()}
@@ -164,7 +163,7 @@ def check_complete(found: Checkpoint, source: str, tower: str) -> None:
 
 def _check_projectors(found: Checkpoint, shapes: dict[str, torch.Size], hidden: int, source: str) -> None:
     """The projector, DeepStack's second one, and the new line of anyres: each there if and only if it is called for."""
-    width, fusion = files_of(found.host).feature_width(found.config), found.methods().get("fusion")
+    width, fusion = configs.files_of(found.host).feature_width(found.config), found.methods().get("fusion")
     linears, biased, layers = 2, True, 1
     if found.host == LLAVA:
         depth = re.fullmatch(r"mlp(\d+)x_gelu", found.config.get("mm_projector_type", "linear"))

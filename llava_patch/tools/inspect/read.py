@@ -11,7 +11,6 @@ from llava_patch.core.errors import CheckpointError, LlavaPatchError
 from llava_patch.core.weights import folder_of, read_file, weight_files
 from llava_patch.hosts import configs
 from llava_patch.hosts.anatomy import LLAVA
-from llava_patch.hosts.configs import CheckpointFiles
 from llava_patch.hosts.host import is_computed
 from llava_patch.integrations.training.stage1 import PROJECTOR
 from llava_patch.patching import checkpoint as patched
@@ -119,7 +118,11 @@ def role(name: str, host: str) -> str:
 
 
 def _share(
-    files: CheckpointFiles, form: str, settings: dict[str, dict[str, Any] | None], added: list[Added], base: str | None
+    files: configs.CheckpointFiles,
+    form: str,
+    settings: dict[str, dict[str, Any] | None],
+    added: list[Added],
+    base: str | None,
 ) -> Share:
     """From the configuration alone: the patched model is built without weights, and says itself what trains."""
     if form == "lora":

@@ -46,28 +46,21 @@ class Found:
 
 @dataclass(frozen=True)
 class Section:
-    """How a section is made.
+    """How a section is made."""
 
-    Attributes:
-        name: in `--only`, `--skip` and file names.
-        title: its heading.
-        about: what is measured, and how to read it.
-        run: measures, writes files into a folder, raises `NothingToMeasure` where there is nothing to measure.
-        settings: JSON values that the result depends on, beside checkpoint, base and data.
-        command: the command that repeats it alone; "" where the report is the only way.
-        why_not: why it cannot be made, found out before anything is loaded; None: it can.
-        inputs: further files or folders that the result depends on.
-        supplies: whether the command makes what a skipped section lacks; otherwise it would end as the section did.
-    """
-
-    name: str
-    title: str
-    about: str
+    name: str  # in `--only`, `--skip` and file names
+    title: str  # its heading
+    about: str  # what is measured, and how to read it
+    # measures, writes files into a folder, raises `NothingToMeasure` where there is nothing to measure
     run: "Callable[[Context, Path], Found]"
+    # JSON values that the result depends on, beside checkpoint, base and data
     settings: "Callable[[Context], dict[str, Any]]" = lambda context: {}
+    # the command that repeats it alone; "" where the report is the only way
     command: "Callable[[Context], str]" = lambda context: ""
+    # why it cannot be made, found out before anything is loaded; None: it can
     why_not: "Callable[[Context], str | None]" = lambda context: None
-    inputs: "Callable[[Context], list[str]]" = lambda context: []
+    inputs: "Callable[[Context], list[str]]" = lambda context: []  # further files or folders that the result depends on
+    # whether the command makes what a skipped section lacks; otherwise it would end as the section did
     supplies: bool = False
 
 
@@ -96,12 +89,8 @@ class Record:
         """Read what `to_dict` made; KeyError or TypeError when it is damaged."""
         found = values["found"]
         if found is not None:
-            found = Found(
-                found["summary"],
-                [Figure(**figure) for figure in found["figures"]],
-                [Table(**table) for table in found["tables"]],
-                list(found["files"]),
-            )
+            figures = [Figure(**figure) for figure in found["figures"]]
+            found = Found(**{**found, "figures": figures, "tables": [Table(**table) for table in found["tables"]]})
         return cls(**{**values, "found": found})
 
 
