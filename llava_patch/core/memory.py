@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from llava_patch.core.errors import SettingError
-from llava_patch.core.weights import locate, read_json
+from llava_patch.core.errors import CheckpointError, SettingError
+from llava_patch.core.weights import locate, read_file, read_json
 
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 ROOM = 0.9
@@ -41,14 +41,10 @@ def parameter_count(source: str) -> int | None:
             return None if total is None else int(total) // _stored_bytes(source)
         path = locate(source, f"{stem}.{suffix}")
         if path is not None and suffix == "safetensors":
-            from safetensors import SafetensorError, safe_open
-
             try:
-                with safe_open(path, framework="pt") as stream:
-                    shapes = [stream.get_slice(name).get_shape() for name in stream.keys()]  # noqa: SIM118
-            except (SafetensorError, OSError):
+                return sum(tensor.parameters for tensor in read_file(path))
+            except CheckpointError:
                 return None  # the host's own loader says what is wrong with it
-            return sum(int(torch.Size(shape).numel()) for shape in shapes)
         if path is not None:
             return path.stat().st_size // _stored_bytes(source)
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,8 +61,7 @@ def measure(
         row, settings = results[name], rows[name]
         before = sum(p.numel() for p in model.parameters())
         # Every parameter trains in a stock Hugging Face model, so the tower does here too.
-        handle = None if settings is None else patch(model, fusion=settings)
-        try:
+        with contextlib.nullcontext() if settings is None else patch(model, fusion=settings) as handle:
             row.image_tokens = handle.tokens_per_image if handle is not None else 576
             batch_inputs = make_inputs(model, text, batch, row.image_tokens)
             if number == 0:
@@ -71,9 +71,6 @@ def measure(
                 if handle is None or (handle.taps is not None and handle.taps.keeps_tokens):
                     row.start_delta = float((logits - stock_logits).abs().max())
             _step(model, batch_inputs, row, keep=number > 0)
-        finally:
-            if handle is not None:
-                handle.remove()
     return list(results.values())
 
 

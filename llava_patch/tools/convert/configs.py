@@ -87,7 +87,8 @@ def to_hf(config: dict[str, Any], vision: Any, tokens: dict[str, int], added: li
     original |= {"vocab_size": text.vocab_size, "pad_token_id": text.pad_token_id, "added_tokens": added}
     text.vocab_size, text.pad_token_id = vocab, tokens["<pad>"]
     text.architectures = [f"{text.model_type.capitalize()}ForCausalLM"]
-    dtype = _dtype(config)
+    stored = compat.stored_dtype(config)
+    dtype = {"torch_dtype": stored} if stored else {}
     return {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
@@ -109,12 +110,11 @@ def to_hf(config: dict[str, Any], vision: Any, tokens: dict[str, int], added: li
 def to_llava(config: dict[str, Any], tower: str, vocab: int) -> dict[str, Any]:
     """The config.json of llava for an HF checkpoint."""
     whole = whole_config(config)
-    kind = whole.text_config.model_type
-    original = dict(config.get(ORIGINAL_KEY, {}))
-    original.pop("added_tokens", None)
+    kind, stored = whole.text_config.model_type, compat.stored_dtype(config)
+    original = {k: v for k, v in config.get(ORIGINAL_KEY, {}).items() if k != "added_tokens"}
     return {
         **plain(whole.text_config),
-        **_dtype(config),
+        **({"torch_dtype": stored} if stored else {}),
         "architectures": [f"Llava{kind.capitalize()}ForCausalLM"],
         "model_type": f"llava_{kind}",
         "mm_projector_type": "mlp2x_gelu",
@@ -136,8 +136,3 @@ def plain(config: Any) -> dict[str, Any]:
     dropped = ("_name_or_path", "dtype", "torch_dtype", "transformers_version")
     values = {k: v for k, v in config.to_dict().items() if k not in default or default[k] != v}
     return {k: v for k, v in values.items() if k not in dropped} | {"model_type": config.model_type}
-
-
-def _dtype(config: dict[str, Any]) -> dict[str, Any]:
-    value = compat.stored_dtype(config)
-    return {"torch_dtype": value} if value else {}

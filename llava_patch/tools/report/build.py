@@ -74,18 +74,13 @@ def build(
     records = {} if before is None else {record.name: record for record in before["sections"]}
     values: dict[str, Any] = {}
     for number, section in enumerate(chosen, 1):
-        head = f"{number} of {len(chosen)}: {section.title}"
-        kept = records.get(section.name)
-        wanted = _key(section, context)
-        if not fresh and kept is not None and _holds(kept, wanted, folder):
-            say(f"{head}: kept")
-            record = kept
-        else:
-            say(head)
-            record = _make(section, context, folder, wanted)
+        kept, wanted = records.get(section.name), _key(section, context)
+        holds = not fresh and kept is not None and _holds(kept, wanted, folder)
+        say(f"{number} of {len(chosen)}: {section.title}{': kept' if holds else ''}")
+        if not holds:
+            records[section.name] = record = _make(section, context, folder, wanted)
             if record.state != DONE:
                 say(f"  {record.state}: {record.reason}")
-        records[section.name] = record
         values = _values(context, [records[s.name] for s in sections if s.name in records])
         write_json(folder / KEPT, {**values, "sections": [r.to_dict() for r in values["sections"]]})
     return values
