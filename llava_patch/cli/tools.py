@@ -83,7 +83,6 @@ def inspect_command(
 
 
 def _show(found: "Inspection") -> None:
-    """Print an inspection."""
     from rich.console import Console
     from rich.table import Table
 

@@ -94,9 +94,8 @@ def add_up(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor by its sum over the processes, in place; all have the same shapes on every process."""
     if world() == 1:
         return
-    waiting = [dist.all_reduce(tensor, group=_group(tensor), async_op=True) for tensor in tensors]
-    for one in waiting:
-        one.wait()
+    for work in [dist.all_reduce(tensor, group=_group(tensor), async_op=True) for tensor in tensors]:
+        work.wait()
 
 
 def from_rank_0(tensors: Iterable[Tensor]) -> None:

@@ -192,8 +192,8 @@ def write_weights(folder: Path, tensors: Tensors, shard_bytes: int = SHARD_BYTES
     from safetensors.torch import save_file
 
     shards: list[list[str]] = []
-    total = 0
     shard: dict[str, Tensor] = {}
+    total = 0
 
     def flush() -> None:
         if shard:

@@ -234,14 +234,11 @@ def product_ms(shape: decoder.Product, together: int, device: str, dtype: torch.
     a = torch.randn(*size, rows, inner, generator=generator).to(device, dtype)
     b = torch.randn(*size, columns, inner, generator=generator).to(device, dtype).transpose(-1, -2)
     times = []
-    for i in range(8):
+    for _ in range(8):
         with Clock(a.device) as clock:
             torch.matmul(a, b)
-        if i:
-            times.append(clock.ms)
-    result = median(times)
-    assert result is not None
-    return result
+        times.append(clock.ms)
+    return statistics.median(times[1:])
 
 
 def ratio(row: Any, base: Any, what: str) -> tuple[float, float, float] | None:

@@ -95,13 +95,8 @@ def machine(device: torch.device) -> dict[str, Any]:
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     packages = {p: version(p) for p in ("torch", "transformers", "llava_patch")}
-    return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **packages,
-        "date": datetime.date.today().isoformat(),
-    }
+    found = {"device": name, "threads": torch.get_num_threads(), "python": platform.python_version()}
+    return {**found, **packages, "date": datetime.date.today().isoformat()}
 
 
 def _processor() -> str:

@@ -123,7 +123,6 @@ def write_llava(source: Checkpoint, out: Path, config: dict[str, Any], removed: 
 
 
 def _without(name: str, values: dict[str, Any], removed: set[str]) -> dict[str, Any]:
-    """A tokenizer file without these tokens."""
     if name == "tokenizer.json":
         values["added_tokens"] = [t for t in values["added_tokens"] if t["content"] not in removed]
         values["padding"] = None

@@ -96,9 +96,8 @@ def _under_lora(below: dict[str, StoredTensor], host: str, own: list[StoredTenso
             return Match(False, len(wanted), 0, f"another base: it has no tensor {name}")
         if there.shape[-1] != columns:
             shape = "x".join(map(str, there.shape))
-            return Match(
-                False, len(wanted), 1, f"another base: {name} is {shape}, the LoRA files want {columns} columns"
-            )
+            note = f"another base: {name} is {shape}, the LoRA files want {columns} columns"
+            return Match(False, len(wanted), 1, note)
         fit += 1
     return Match(None, fit, 0, f"LoRA files record no base; the {fit} matrices that they change there fit in size")
 

@@ -105,19 +105,15 @@ def facts_of(found: Inspection) -> list[tuple[str, str]]:
         ("weights", f"{found.parameters:,} parameters in its own files, {found.weight_bytes / 1e6:,.1f} MB"),
         ("trainable", share_text(found)),
     ]
-    if found.base:
-        rows.append(("base", found.base))
-    if found.match is not None:
-        rows.append(
-            ("base matches", {True: "yes", False: "NO", None: "not known"}[found.match.same] + f": {found.match.note}")
-        )
-    if found.stage1:
-        rows.append(("stage-1 files", "\n".join(found.stage1)))
-    if found.versions:
-        rows.append(("written by", ", ".join(f"{name} {value}" for name, value in found.versions.items())))
-    if found.files:
-        rows.append(("of its run", ", ".join(found.files)))
-    return rows
+    word = {True: "yes", False: "NO", None: "not known"}
+    known = [
+        ("base", found.base or ""),
+        ("base matches", "" if found.match is None else f"{word[found.match.same]}: {found.match.note}"),
+        ("stage-1 files", "\n".join(found.stage1)),
+        ("written by", ", ".join(f"{name} {value}" for name, value in found.versions.items())),
+        ("of its run", ", ".join(found.files)),
+    ]
+    return rows + [(name, text) for name, text in known if text]
 
 
 def share_text(found: Inspection) -> str:
