@@ -157,7 +157,10 @@ def to_llava(found: Checkpoint, out: Path, vision_tower: str | None) -> Checkpoi
     rows, removed = companions.llava_vocabulary(found)
     tensors = {k: _shortened(load, rows) if k in _EMBEDDINGS else load for k, load in found.tensors.items()}
     config = configs.to_llava(found.config, "", rows)
-    write = functools.partial(companions.write_llava, found, config=config, removed=removed)
+
+    def write(partial: Path) -> None:
+        companions.write_llava(found, partial, config, removed)
+
     made = replace(found, host=LLAVA, config=config, tensors=tensors, files=(write,))
     vision = whole_config(found.config).vision_config
     return with_tower_folder(made, out, vision_tower, vision, found.find("preprocessor_config.json"))
