@@ -6,7 +6,7 @@ import os
 
 import typer
 
-from llava_patch.cli import bench, checkpoints, doctor, gin_files, inspect, measure, report, rprobe, sweep
+from llava_patch.cli import measure, report, rprobe, tools
 from llava_patch.cli.common import PANEL
 from llava_patch.cli.rprobe import compare, export, preview, run, store  # noqa: F401 - they join `app`
 from llava_patch.core.errors import LlavaPatchError
@@ -16,8 +16,13 @@ app.add_typer(rprobe.app, name="rprobe", rich_help_panel=PANEL)
 app.command("correlate", no_args_is_help=True, rich_help_panel=PANEL)(compare.correlate)
 report.add(app)
 measure.register(app)
-for module in (doctor, inspect, bench, sweep, checkpoints, gin_files):
-    module.add(app)
+app.command("doctor")(tools.doctor_command)
+app.command("inspect", no_args_is_help=True)(tools.inspect_command)
+app.command("bench")(tools.bench)
+app.command("sweep", no_args_is_help=True)(tools.sweep_command)
+app.command("convert", no_args_is_help=True)(tools.convert_command)
+app.command("merge", no_args_is_help=True)(tools.merge_command)
+app.command("gin-files")(tools.gin_files)
 
 
 @app.callback()

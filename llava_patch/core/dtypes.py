@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
 
 
 @contextlib.contextmanager
-def float32_default() -> Iterator[None]:
-    """New tensors are float32 inside the block: llava leaves float16 behind when it has loaded a model."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New tensors have this dtype inside the block."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
     try:
         yield
     finally:
-        torch.set_default_dtype(default)
+        torch.set_default_dtype(before)
+
+
+float32_default = functools.partial(default_dtype, torch.float32)
+"""For what makes tensors after llava has loaded a model: it leaves float16 behind."""

@@ -21,27 +21,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def need(what: str, *extras: str) -> None:
-    """Check that the packages of some extras are installed, without loading them.
-
-    Args:
-        what: needs them, for the error.
-        extras: names in `EXTRAS`.
-
-    Raises:
-        MissingExtraError: names what is missing and the line to type.
-    """
+    """Check that the packages of some extras are installed, without loading them; the error has the line to type."""
     missing = [extra for extra in extras if not _there(EXTRAS[extra])]
     if missing:
         raise MissingExtraError(_message(what, missing))
 
 
 def needs(command: str, *extras: str) -> Callable[[F], F]:
-    """Decorate a command that needs some extras: they are looked for when it is called, not for its --help.
-
-    Args:
-        command: what the user typed.
-        extras: names in `EXTRAS`.
-    """
+    """Decorate a command that needs some extras: they are looked for when it is called, not for its --help."""
 
     def decorate(function: F) -> F:
         @functools.wraps(function)
@@ -56,10 +43,6 @@ def needs(command: str, *extras: str) -> Callable[[F], F]:
 
 def optional(module: str, what: str = "this") -> Any:
     """Import a module of a package in `EXTRAS`.
-
-    Args:
-        module: such as "matplotlib.figure".
-        what: needs it, for the error.
 
     Raises:
         MissingExtraError: its package is not installed.

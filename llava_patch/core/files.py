@@ -63,9 +63,7 @@ def plain(value: Any) -> Any:
 
 def write_json(path: Path, value: Any) -> Path:
     """Write plain JSON values atomically."""
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(plain(value), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    return path
+    return write_text(path, json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> Path:

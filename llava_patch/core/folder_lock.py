@@ -20,12 +20,6 @@ def folder_lock(folder: Path | None) -> Iterator[None]:
     """Keep other runs out of a folder for the time of the block; rank 0 does, and its process may enter again.
 
     The lock ends with its process, however that ends. A folder in which nothing was written does not stay.
-
-    Args:
-        folder: made when it is missing; None: nothing is done.
-
-    Raises:
-        CheckpointError: another run works there, or the folder cannot be written or locked.
     """
     if folder is None or parallel.rank() != 0:
         yield

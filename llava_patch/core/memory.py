@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from llava_patch.core.errors import SettingError
-from llava_patch.core.weights import locate, read_json
+from llava_patch.core.errors import CheckpointError, SettingError
+from llava_patch.core.weights import locate, read_file, read_json
 
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 ROOM = 0.9
@@ -33,11 +33,7 @@ def machine_memory() -> int | None:
 
 
 def parameter_count(source: str) -> int | None:
-    """Number of weights of a checkpoint, from its index or headers; None when they do not say.
-
-    Args:
-        source: folder or hub name.
-    """
+    """Number of weights of a checkpoint, from its index or headers; None when they do not say."""
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         index = read_json(source, f"{stem}.{suffix}.index.json")
         if index is not None:
@@ -45,14 +41,10 @@ def parameter_count(source: str) -> int | None:
             return None if total is None else int(total) // _stored_bytes(source)
         path = locate(source, f"{stem}.{suffix}")
         if path is not None and suffix == "safetensors":
-            from safetensors import SafetensorError, safe_open
-
             try:
-                with safe_open(path, framework="pt") as stream:
-                    shapes = [stream.get_slice(name).get_shape() for name in stream.keys()]  # noqa: SIM118
-            except (SafetensorError, OSError):
+                return sum(tensor.parameters for tensor in read_file(path))
+            except CheckpointError:
                 return None  # the host's own loader says what is wrong with it
-            return sum(int(torch.Size(shape).numel()) for shape in shapes)
         if path is not None:
             return path.stat().st_size // _stored_bytes(source)
     return None
@@ -87,14 +79,11 @@ def cpu_dtype(name: str, source: str) -> torch.dtype | None:
     if asked.itemsize * count <= ROOM * memory:
         return None
     fits = torch.bfloat16.itemsize * count <= ROOM * memory
-    said = f"{source}: {count / 1e9:.1f} billion weights are {asked.itemsize * count / 1e9:.1f} GB in {_word(asked)}"
+    word = name or "float32"
+    said = f"{source}: {count / 1e9:.1f} billion weights are {asked.itemsize * count / 1e9:.1f} GB in {word}"
     said += f", and this machine has {memory / 1e9:.1f} GB of memory"
     if fits and not name:
         print(f"llava_patch: {said}: the model runs in bfloat16 (--dtype chooses)", file=sys.stderr)
         return torch.bfloat16
     advice = "give --dtype bfloat16" if fits else "give --device cuda, or use a machine with more memory"
     raise SettingError(f"{said}: {advice}")
-
-
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -33,7 +33,6 @@ class Method:
     trains_tower: bool = False
 
     def __init__(self, settings: Any) -> None:
-        """Remember the settings; there is no model yet."""
         self.settings = settings
 
     @property
@@ -45,9 +44,6 @@ class Method:
 
     def check_together(self, others: Mapping[str, Any]) -> None:
         """Refuse settings of other kinds that contradict these.
-
-        Args:
-            others: settings by kind, of all methods that the model has or is to have.
 
         Raises:
             SettingError: names both settings and what to do.
@@ -79,21 +75,12 @@ class Method:
         return bool(asked == self.settings)
 
     def check_added(self, there: Mapping[str, "Method"]) -> None:
-        """Refuse to join methods that the model carries already, by kind.
-
-        Raises:
-            SettingError: says why they must come together.
-        """
+        """Refuse, by a SettingError, to join methods that the model carries already, by kind."""
 
     # --- what it changes ----------------------------------------------------------------------------------------------
 
     def resolve(self) -> None:
-        """Resolve the settings against the model; changes nothing.
-
-        Raises:
-            SettingError: what the model cannot take.
-            HostError: a part of the model that is not known.
-        """
+        """Resolve the settings against the model, changing nothing; SettingError or HostError: it cannot take them."""
 
     def decoder_layers(self) -> tuple[int, ...]:
         """Decoder layers whose input it adds to."""
@@ -121,11 +108,7 @@ class Method:
         return []
 
     def freeze(self) -> None:
-        """Set requires_grad as the settings say.
-
-        Raises:
-            SettingError: the settings cannot be honoured.
-        """
+        """Set requires_grad as the settings say; SettingError where they cannot be honoured."""
 
     def arrange_groups(
         self, groups: list[dict[str, Any]], base_lr: float, early: "Collection[nn.Parameter]"
@@ -140,12 +123,7 @@ class Method:
         return groups
 
     def remarks(self, trainable: set[str], others: Mapping[str, Any]) -> Iterable[str]:
-        """Ends of the line of `Handle.report`.
-
-        Args:
-            trainable: names of the parameters that train.
-            others: settings by kind.
-        """
+        """Ends of the line of `Handle.report`."""
         return ()
 
     # --- what a checkpoint keeps beside settings and weights ----------------------------------------------------------

@@ -56,19 +56,12 @@ def gather_rows(rows: list[T]) -> list[T]:
     """The rows of all processes in the order of their ranks, on every process.
 
     With `share` this is the undivided list again. Rows are plain values or CPU tensors.
-
-    Raises:
-        PeerError: another process failed.
     """
     return [row for part in exchange(rows) for row in part]
 
 
 def exchange(value: T) -> list[T]:
-    """One value of every process, in the order of their ranks, on every process.
-
-    Raises:
-        PeerError: another process failed, and its part is the message.
-    """
+    """One value of every process, in the order of their ranks, on every process; PeerError: another one failed."""
     return [value] if world() == 1 else _exchange(value, None)
 
 
@@ -77,9 +70,6 @@ def guard() -> Iterator[None]:
     """End a block on all processes when it fails on one; inside another guard it does nothing.
 
     All processes must enter it, and leave it together: the end of the block waits for all of them.
-
-    Raises:
-        PeerError: another process failed inside the block.
     """
     global _guarded
     if world() == 1 or _guarded:
@@ -104,9 +94,8 @@ def add_up(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor by its sum over the processes, in place; all have the same shapes on every process."""
     if world() == 1:
         return
-    waiting = [dist.all_reduce(tensor, group=_group(tensor), async_op=True) for tensor in tensors]
-    for one in waiting:
-        one.wait()
+    for work in [dist.all_reduce(tensor, group=_group(tensor), async_op=True) for tensor in tensors]:
+        work.wait()
 
 
 def from_rank_0(tensors: Iterable[Tensor]) -> None:

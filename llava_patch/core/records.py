@@ -18,11 +18,7 @@ FORMAT = 1
 
 
 def read_settings(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The settings file of a checkpoint folder; None when there is none.
-
-    Raises:
-        CheckpointError: a damaged file, or one of a newer format.
-    """
+    """The settings file of a checkpoint folder, of a format that is known; None when there is none."""
     path = Path(directory) / SETTINGS_FILE
     if not path.is_file():
         return None
@@ -35,11 +31,7 @@ def read_settings(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 def check_format(record: Mapping[str, Any], source: str) -> None:
-    """Refuse settings of another format.
-
-    Raises:
-        CheckpointError: names both.
-    """
+    """Refuse settings of another format."""
     if record.get("format") != FORMAT:
         raise CheckpointError(
             f"{source}: llava_patch settings of format {record.get('format')!r}, this version reads {FORMAT}"
@@ -54,11 +46,7 @@ def write_settings(directory: str | os.PathLike[str], record: Mapping[str, Any])
 
 
 def base_of(directory: str | os.PathLike[str], record: Mapping[str, Any]) -> str:
-    """The folder or hub name of the base that an adapter lies on.
-
-    Raises:
-        CheckpointError: a folder that is not there any more.
-    """
+    """The folder, which must be there, or the hub name of the base that an adapter lies on."""
     base = str(record["base"])
     if os.path.isabs(base) and not os.path.isdir(base):
         raise CheckpointError(

@@ -51,11 +51,7 @@ MEASURED = 'Routing(split="auto")'
 
 
 def load(entry: str) -> Any:
-    """What an entry names.
-
-    Args:
-        entry: "MODULE:ATTRIBUTE".
-    """
+    """What an entry names, such as "MODULE:ATTRIBUTE"."""
     module, _, attribute = entry.partition(":")
     return getattr(importlib.import_module(module), attribute)
 

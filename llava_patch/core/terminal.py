@@ -37,13 +37,7 @@ def bordered(head: Sequence[str], lines: Sequence[Sequence[str]], title: str | N
 
 
 def progress_bar(total: int, label: str, shown: bool) -> Any:
-    """A tqdm bar on standard error, rarely redrawn where that is no terminal.
-
-    Args:
-        total: number of updates to come.
-        label: stands in front of it.
-        shown: False: a bar that stays silent.
-    """
+    """A tqdm bar on standard error, rarely redrawn where that is no terminal."""
     from tqdm import tqdm
 
     watched = sys.stderr.isatty()
@@ -77,13 +71,7 @@ def show(
 
 
 def markdown(head: Sequence[str], lines: Sequence[Sequence[str]], numbers: bool = False) -> str:
-    """A table in Markdown, without a line break at its end.
-
-    Args:
-        head: the columns' titles.
-        lines: the rows.
-        numbers: set every column to the right.
-    """
+    """A table in Markdown, without a line break at its end."""
     rule = ["---:" if numbers else "---"] * len(head)
     table = [[cell.replace("|", "\\|") for cell in line] for line in (head, rule, *lines)]
     return "\n".join(f"| {' | '.join(line)} |" for line in table)

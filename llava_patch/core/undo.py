@@ -39,14 +39,7 @@ class UndoStack:
     def replace_module(
         self, parent: nn.Module, name: str, module: nn.Module, original: Callable[[], nn.Module] | None = None
     ) -> None:
-        """Put another module in a child's place.
-
-        Args:
-            parent: the module that holds the child.
-            name: the child's name.
-            module: what takes its place.
-            original: builds what undo puts back; by default the replaced module itself.
-        """
+        """Put another module in a child's place; `original` builds what undo puts back, by default the replaced one."""
         old = getattr(parent, name)
         setattr(parent, name, module)
         self.push(lambda: setattr(parent, name, old if original is None else original()))
@@ -59,15 +52,10 @@ class UndoStack:
         self.push(lambda: delattr(parent, name))
 
     def __len__(self) -> int:
-        """How many changes there are to take back."""
         return len(self._steps)
 
     def unwind(self, to: int = 0) -> None:
-        """Take changes back, last one first; a step that fails does not keep the others from running.
-
-        Args:
-            to: how many changes stay.
-        """
+        """Take changes back, last one first; a step that fails does not keep the others from running."""
         errors: list[BaseException] = []
         while len(self._steps) > to:
             try:

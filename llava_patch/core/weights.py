@@ -43,11 +43,7 @@ def locate(source: str, name: str) -> Path | None:
 
 
 def read_json(source: str, name: str) -> dict | None:
-    """A JSON file of a folder or hub model; None when it has none.
-
-    Raises:
-        CheckpointError: not valid JSON.
-    """
+    """A JSON file of a folder or hub model; None when it has none. CheckpointError: not valid JSON."""
     path = locate(source, name)
     if path is None:
         return None
@@ -84,23 +80,14 @@ def folder_of(source: str, download: bool = False, setting: str = "") -> str:
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """One tensor of a file; a call of it reads the tensor.
-
-    Attributes:
-        name: in the file.
-        shape: its shape.
-        dtype: torch's name of its type.
-        file: where it is.
-        load: reads it.
-        part: gives a rectangle of a matrix by two slices, of which nothing else is read.
-    """
+    """One tensor of a file; a call of it reads the tensor."""
 
     name: str
     shape: tuple[int, ...]
-    dtype: str
+    dtype: str  # torch's name of its type
     file: Path
-    load: Load = field(repr=False)
-    part: Any = field(repr=False)
+    load: Load = field(repr=False)  # reads it
+    part: Any = field(repr=False)  # gives a rectangle of a matrix by two slices, of which nothing else is read
 
     def __call__(self) -> Tensor:
         """The tensor; a file is memory-mapped, so that it costs memory only while it is used."""
@@ -112,11 +99,7 @@ class StoredTensor:
         return math.prod(self.shape)
 
     def sample(self, count: int) -> list[float]:
-        """Evenly spaced values of a matrix, as an adapter's fingerprint has them; nothing else is read.
-
-        Args:
-            count: how many values.
-        """
+        """Evenly spaced values of a matrix, as an adapter's fingerprint has them; nothing else is read."""
         rows, columns = self.shape
         # As a fingerprint takes them: above 2^24 float32 skips integers, and the last place would lie outside.
         dtype = torch.float32 if rows * columns <= 2**24 else torch.float64
@@ -130,14 +113,7 @@ def same_values(one: Sequence[float], other: Sequence[float]) -> bool:
 
 
 def weight_files(source: str) -> list[Path]:
-    """The files of a full checkpoint's weights, by its index where there is one; [] when it has none.
-
-    Args:
-        source: folder or hub name.
-
-    Raises:
-        CheckpointError: the index names a file that is not there.
-    """
+    """The files of a full checkpoint's weights, by its index, all of whose files must be there; [] when it has none."""
     for stem, suffix in _FORMATS:
         index = read_json(source, f"{stem}.{suffix}.index.json")
         whole = locate(source, f"{stem}.{suffix}")
@@ -155,11 +131,7 @@ def weight_files(source: str) -> list[Path]:
 
 
 def open_weights(source: str) -> Tensors:
-    """All tensors of a checkpoint folder or hub model, by their names in the files.
-
-    Raises:
-        CheckpointError: no weights there, or a shard is missing.
-    """
+    """All tensors of a checkpoint folder or hub model, which must have some, by their names in the files."""
     files = weight_files(source)
     if files:
         return {tensor.name: tensor for path in files for tensor in read_file(path)}
@@ -173,12 +145,7 @@ def open_weights(source: str) -> Tensors:
 def read_file(path: Path, whole: bool = False) -> list[StoredTensor]:
     """The tensors of a safetensors or torch file, without their values.
 
-    Args:
-        path: the file.
-        whole: take a file into memory that cannot be read tensor by tensor (torch's format before 1.6).
-
-    Raises:
-        CheckpointError: a damaged file, or one that cannot be read tensor by tensor.
+    A file that cannot be read tensor by tensor (torch's format before 1.6) is refused, or with `whole` read at once.
     """
     try:
         if path.suffix == ".safetensors":
@@ -220,16 +187,13 @@ def _torch_file(path: Path, whole: bool) -> dict[str, Tensor]:
 def write_weights(folder: Path, tensors: Tensors, shard_bytes: int = SHARD_BYTES) -> None:
     """Write tensors as model.safetensors, or as shards with an index when they are more than one shard.
 
-    Args:
-        folder: an existing folder.
-        tensors: by their names in the files.
-        shard_bytes: most bytes of one shard, which is also what this needs of memory; a larger tensor is one shard.
+    A shard has at most `shard_bytes`, which is also what this needs of memory; a larger tensor is one shard.
     """
     from safetensors.torch import save_file
 
     shards: list[list[str]] = []
-    total = 0
     shard: dict[str, Tensor] = {}
+    total = 0
 
     def flush() -> None:
         if shard:
@@ -262,11 +226,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def check_output(out: Path, sources: Iterable[str]) -> None:
-    """Refuse a folder that must not be written over.
-
-    Raises:
-        CheckpointError: it is the input, or it holds something.
-    """
+    """Refuse a folder that must not be written over."""
     for source in sources:
         if os.path.isdir(source) and out.resolve() == Path(source).resolve():
             raise CheckpointError(f"{out} is the input itself: name another folder to write to")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,38 +10,27 @@ import torch
 from torch import nn
 
 from llava_patch.core import files
-from llava_patch.core.clock import Clock
 from llava_patch.fusion.base import Fusion
 from llava_patch.patching.patch import patch
 from llava_patch.settings.methods import DeepStack, DenseConnector, DirectFusion, SkipLinks
-from llava_patch.tools.bench.measure import peak_bytes, training_step
+from llava_patch.tools.bench.measure import Clock, peak_bytes, training_step
 from llava_patch.tools.bench.shapes import inputs as make_inputs
 
 
 @dataclass
 class Row:
-    """One fusion's measurements.
-
-    Attributes:
-        method: its name.
-        prefill_ms: each round's prefill, tower included, milliseconds.
-        train_ms: each round's forward and backward pass with everything trainable, milliseconds.
-        image_tokens: of one image.
-        added: parameters that the fusion adds.
-        kept_bytes: what autograd keeps for the backward pass, weights apart.
-        start_delta: largest difference of a logit to the stock model before training; None where the number of tokens
-            differs.
-        peak_bytes: peak memory of the training step on a GPU; None on CPU.
-    """
+    """One fusion's measurements."""
 
     method: str
-    prefill_ms: list[float] = field(default_factory=list)
+    prefill_ms: list[float] = field(default_factory=list)  # each round's prefill, tower included, milliseconds
+    # each round's forward and backward pass with everything trainable, milliseconds
     train_ms: list[float] = field(default_factory=list)
-    image_tokens: int = 0
-    added: int = 0
-    kept_bytes: int = 0
+    image_tokens: int = 0  # of one image
+    added: int = 0  # parameters that the fusion adds
+    kept_bytes: int = 0  # what autograd keeps for the backward pass, weights apart
+    # largest difference of a logit to the stock model before training; None where the number of tokens differs
     start_delta: float | None = None
-    peak_bytes: int | None = None
+    peak_bytes: int | None = None  # peak memory of the training step on a GPU; None on CPU
 
 
 def fusions() -> dict[str, Fusion | None]:
@@ -63,16 +53,7 @@ def fusions() -> dict[str, Fusion | None]:
 def measure(
     model: Any, rows: dict[str, Fusion | None], text: int, batch: int, *, repeats: int = 3, progress: bool = True
 ) -> list[Row]:
-    """Measure every fusion, one after the other in each round, after a warm-up round.
-
-    Args:
-        model: from `shapes.build`, with a tower of 24 blocks.
-        rows: the fusions; the first is what ratios refer to.
-        text: text tokens of the prompt.
-        batch: samples.
-        repeats: rounds.
-        progress: show a progress bar.
-    """
+    """Measure every fusion, one after the other in each round, after a warm-up round."""
     results = {name: Row(name) for name in rows}
     steps = [(number, name) for number in range(repeats + 1) for name in rows]
     stock_logits: torch.Tensor | None = None
@@ -80,8 +61,7 @@ def measure(
         row, settings = results[name], rows[name]
         before = sum(p.numel() for p in model.parameters())
         # Every parameter trains in a stock Hugging Face model, so the tower does here too.
-        handle = None if settings is None else patch(model, fusion=settings)
-        try:
+        with contextlib.nullcontext() if settings is None else patch(model, fusion=settings) as handle:
             row.image_tokens = handle.tokens_per_image if handle is not None else 576
             batch_inputs = make_inputs(model, text, batch, row.image_tokens)
             if number == 0:
@@ -91,9 +71,6 @@ def measure(
                 if handle is None or (handle.taps is not None and handle.taps.keeps_tokens):
                     row.start_delta = float((logits - stock_logits).abs().max())
             _step(model, batch_inputs, row, keep=number > 0)
-        finally:
-            if handle is not None:
-                handle.remove()
     return list(results.values())
 
 

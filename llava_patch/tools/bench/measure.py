@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import statistics
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,10 +18,8 @@ from typing import Any
 import torch
 
 from llava_patch.core import files
-from llava_patch.core.clock import Clock, median
 from llava_patch.hosts.sizes import IMAGE_TOKENS
 from llava_patch.measurements.flops import products as decoder
-from llava_patch.measurements.flops.products import Mode, Product
 from llava_patch.measurements.flops.shape import DecoderShape
 from llava_patch.patching.handle import restore_flags
 from llava_patch.patching.patch import patch
@@ -31,39 +30,53 @@ from llava_patch.tools.bench.methods import Method, partner_difference
 from llava_patch.tools.bench.shapes import inputs as make_inputs
 
 
+class Clock:
+    """Milliseconds of a piece of work; CUDA events on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+
+    def __enter__(self) -> "Clock":
+        if self.cuda:
+            self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            self.start.record()
+        else:
+            self.began = time.perf_counter()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.cuda:
+            self.end.record()
+            torch.cuda.synchronize()
+            self.ms = self.start.elapsed_time(self.end)
+        else:
+            self.ms = 1000 * (time.perf_counter() - self.began)
+
+
+def median(values: Sequence[float]) -> float | None:
+    """Median; None of nothing."""
+    return statistics.median(values) if values else None
+
+
 @dataclass
 class Row:
-    """One method's measurements.
-
-    Attributes:
-        method: its name.
-        prefill_ms: each round's prefill, milliseconds.
-        decode_ms: each round's decode, milliseconds a token.
-        train_ms: each round's forward and backward pass, milliseconds; empty when not measured.
-        cache_bytes: bytes that the cache holds after the prompt.
-        trainable: parameters that train; None where nothing does.
-        partner: the identity that `partner_delta` measures.
-        partner_delta: largest difference of a logit to the identity partner.
-        cached_delta: largest difference of a logit between cached decode and recomputation.
-        prefill_flops: of the decoder's matrix products.
-        bound_ms: those products at the rates measured for their shapes.
-        peak_bytes: peak memory of prefill on a GPU; None on CPU.
-        train_peak_bytes: of the training step; None likewise.
-    """
+    """One method's measurements."""
 
     method: str
-    prefill_ms: list[float] = field(default_factory=list)
-    decode_ms: list[float] = field(default_factory=list)
+    prefill_ms: list[float] = field(default_factory=list)  # each round's prefill, milliseconds
+    decode_ms: list[float] = field(default_factory=list)  # each round's decode, milliseconds a token
+    # each round's forward and backward pass, milliseconds; empty when not measured
     train_ms: list[float] = field(default_factory=list)
-    cache_bytes: int = 0
-    trainable: int | None = None
-    partner: str = ""
-    partner_delta: float = 0.0
-    cached_delta: float = 0.0
-    prefill_flops: float = 0.0
-    bound_ms: float = 0.0
-    peak_bytes: int | None = None
-    train_peak_bytes: int | None = None
+    cache_bytes: int = 0  # bytes that the cache holds after the prompt
+    trainable: int | None = None  # parameters that train; None where nothing does
+    partner: str = ""  # the identity that `partner_delta` measures
+    partner_delta: float = 0.0  # largest difference of a logit to the identity partner
+    cached_delta: float = 0.0  # largest difference of a logit between cached decode and recomputation
+    prefill_flops: float = 0.0  # of the decoder's matrix products
+    bound_ms: float = 0.0  # those products at the rates measured for their shapes
+    peak_bytes: int | None = None  # peak memory of prefill on a GPU; None on CPU
+    train_peak_bytes: int | None = None  # of the training step; None likewise
 
 
 def measure(
@@ -77,18 +90,7 @@ def measure(
     training: bool = False,
     progress: bool = True,
 ) -> list[Row]:
-    """Measure every method, one after the other in each round, after a warm-up round.
-
-    Args:
-        model: from `shapes.build`.
-        rows: the methods; the first is what ratios refer to.
-        text: text tokens of the prompt.
-        batch: samples.
-        repeats: rounds.
-        decode_tokens: tokens decoded a round.
-        training: time a forward and backward pass as well, in at most two rounds.
-        progress: show a progress bar.
-    """
+    """Measure every method, one after the other in each round, after a warm-up round."""
     batch_inputs = make_inputs(model, text, batch)
     results = [Row(m.name, partner=m.partner.name) for m in rows]
     steps = [(r, i) for r in range(repeats + 1) for i in range(len(rows))]
@@ -97,9 +99,11 @@ def measure(
         with rows[i].applied(model) as handle:
             _time_inference(model, batch_inputs, results[i], decode_tokens, keep=not warm_up)
             if warm_up:
-                results[i].trainable = _trainable(model, rows[i], handle)
+                routing = rows[i].settings.get("routing")
+                if handle is None or (routing is not None and routing.freeze != "none"):
+                    results[i].trainable = sum(p.numel() for p in _trains(model, rows[i]))
                 results[i].cached_delta = _cached_delta(model, handle, batch_inputs)
-            if training and number <= 2:  # a training step is long and its spread small
+            if training and number <= 2 and results[i].trainable is not None:  # the step is long, its spread small
                 _time_training(model, rows[i], batch_inputs, results[i], keep=not warm_up)
     for method, result in zip(rows, files.track(results, "identities and bound", progress), strict=True):
         result.partner_delta = partner_difference(model, method, batch_inputs)
@@ -139,16 +143,7 @@ def _trains(model: Any, method: Method) -> list[torch.nn.Parameter]:
     return [p for n, p in named.items() if "language_model" in n and "side_branch" not in n]
 
 
-def _trainable(model: Any, method: Method, handle: Any) -> int | None:
-    routing = method.settings.get("routing")
-    if handle is not None and (routing is None or routing.freeze == "none"):
-        return None
-    return sum(p.numel() for p in _trains(model, method))
-
-
 def _time_training(model: Any, method: Method, inputs: dict[str, Any], row: Row, keep: bool) -> None:
-    if row.trainable is None:
-        return
     with training_step(model, inputs, _trains(model, method)) as arguments, Clock(model.device) as step:
         model(**arguments).loss.backward()
     row.train_peak_bytes = peak_bytes(model)
@@ -160,16 +155,7 @@ def _time_training(model: Any, method: Method, inputs: dict[str, Any], row: Row,
 def training_step(
     model: Any, inputs: dict[str, Any], parameters: Iterable[torch.nn.Parameter]
 ) -> Iterator[dict[str, Any]]:
-    """The model as a training step of these parameters has it; as it was afterwards, without gradients.
-
-    Args:
-        model: from `shapes.build`.
-        inputs: from `shapes.inputs`.
-        parameters: what trains.
-
-    Yields:
-        The keyword arguments of its forward, labels included.
-    """
+    """The arguments of a training step of these parameters, for which the model is ready; restored afterwards."""
     restore = restore_flags(model)
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.image_token_id, -100)
     try:
@@ -208,11 +194,11 @@ def _cached_delta(model: Any, handle: Any, inputs: dict[str, Any]) -> float:
     return float((out.logits[:, -1].float() - full[:, -1].float()).abs().max())
 
 
-def products(config: Any, method: Method, text: int, batch: int) -> Counter[Product]:
+def products(config: Any, method: Method, text: int, batch: int) -> Counter[decoder.Product]:
     """The decoder's matrix products at prefill, how often each, the head left out."""
     shape = DecoderShape.of(config)
     program = make_schedule(method.settings.get("routing"), method.settings.get("pruning"), shape.layers)
-    at = decoder.decoder_positions(program, text, IMAGE_TOKENS, Mode.PREFILL)
+    at = decoder.decoder_positions(program, text, IMAGE_TOKENS, decoder.Mode.PREFILL)
     counts = decoder.add(*(decoder.layer_products(shape, p, batch).all() for p in (*at.side, *at.layers)))
     if at.chooser is not None:
         counts += decoder.chooser_products(shape, at.chooser, batch)
@@ -240,7 +226,7 @@ def bound_ms(model: Any, method: Method, text: int, batch: int) -> float:
 
 
 @functools.cache
-def product_ms(shape: Product, together: int, device: str, dtype: torch.dtype) -> float:
+def product_ms(shape: decoder.Product, together: int, device: str, dtype: torch.dtype) -> float:
     """Median milliseconds of a batch of matrix products of one shape."""
     rows, inner, columns = shape
     generator = torch.Generator().manual_seed(0)
@@ -248,14 +234,11 @@ def product_ms(shape: Product, together: int, device: str, dtype: torch.dtype) -
     a = torch.randn(*size, rows, inner, generator=generator).to(device, dtype)
     b = torch.randn(*size, columns, inner, generator=generator).to(device, dtype).transpose(-1, -2)
     times = []
-    for i in range(8):
+    for _ in range(8):
         with Clock(a.device) as clock:
             torch.matmul(a, b)
-        if i:
-            times.append(clock.ms)
-    result = median(times)
-    assert result is not None
-    return result
+        times.append(clock.ms)
+    return statistics.median(times[1:])
 
 
 def ratio(row: Any, base: Any, what: str) -> tuple[float, float, float] | None:

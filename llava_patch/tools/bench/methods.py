@@ -15,43 +15,26 @@ from llava_patch.patching.handle import Handle, restore_flags
 from llava_patch.patching.patch import patch
 from llava_patch.settings.methods import FastV, Routing
 
-SILENT, SAME, NOTHING = "silent", "same", "nothing"
-
 
 @dataclass(frozen=True)
 class Partner:
-    """What a method must equal, whatever the weights (routing.md's identities).
+    """What a method must equal, whatever the weights (routing.md's identities)."""
 
-    Attributes:
-        name: as the table says it.
-        left: settings that are compared; None: the stock model.
-        right: with what; None: the stock model.
-        silent: zero the side branch's output projections on the left, so that it passes image states on.
-        text_only: compare text positions only.
-    """
-
-    name: str
-    left: dict[str, Any] | None
-    right: dict[str, Any] | None = None
-    silent: bool = False
-    text_only: bool = False
+    name: str  # as the table says it
+    left: dict[str, Any] | None  # settings that are compared; None: the stock model
+    right: dict[str, Any] | None = None  # with what; None: the stock model
+    silent: bool = False  # zero the side branch's output projections on the left, so that it passes image states on
+    text_only: bool = False  # compare text positions only
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row.
+    """One row."""
 
-    Attributes:
-        name: as the table says it.
-        settings: keyword arguments of `patch`; empty: the stock model.
-        lora_rank: LoRA on every linear layer of the decoder instead.
-        partner: its identity.
-    """
-
-    name: str
-    settings: dict[str, Any]
+    name: str  # as the table says it
+    settings: dict[str, Any]  # keyword arguments of `patch`; empty: the stock model
     partner: Partner
-    lora_rank: int | None = None
+    lora_rank: int | None = None  # LoRA on every linear layer of the decoder instead
 
     @contextlib.contextmanager
     def applied(self, model: nn.Module) -> Iterator[Handle | None]:

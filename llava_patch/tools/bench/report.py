@@ -12,11 +12,10 @@ from typing import Any
 import torch
 
 from llava_patch.core import files
-from llava_patch.core.clock import median
 from llava_patch.core.plotting import TEXT, TITLE, panels, write_figure
 from llava_patch.core.terminal import markdown
 from llava_patch.tools.bench.fusion import Row as FusionRow
-from llava_patch.tools.bench.measure import Row, ratio
+from llava_patch.tools.bench.measure import Row, median, ratio
 
 SPEED = ("method", "prefill ms", "/ stock", "of bound", "decode ms/token", "/ stock", "cache MB", "/ stock")
 TRAINING = ("method", "trainable", "training step / stock", "must equal", "max |Δlogit|", "cached decode")
@@ -96,13 +95,8 @@ def machine(device: torch.device) -> dict[str, Any]:
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     packages = {p: version(p) for p in ("torch", "transformers", "llava_patch")}
-    return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **packages,
-        "date": datetime.date.today().isoformat(),
-    }
+    found = {"device": name, "threads": torch.get_num_threads(), "python": platform.python_version()}
+    return {**found, **packages, "date": datetime.date.today().isoformat()}
 
 
 def _processor() -> str:
@@ -115,14 +109,7 @@ def _processor() -> str:
 
 
 def write(folder: Path, name: str, tables: dict[str, list[Row]], about: dict[str, Any]) -> list[Path]:
-    """Write `<name>.json`, `<name>.md` and `<name>.png` of methods; returns the paths.
-
-    Args:
-        folder: made if it is not there.
-        name: file name without an ending.
-        tables: rows by title.
-        about: machine and settings.
-    """
+    """Write `<name>.json`, `<name>.md` and `<name>.png` of methods; returns the paths."""
     values = {**about, "tables": {title: [_values(row, rows[0]) for row in rows] for title, rows in tables.items()}}
     parts = {title: "\n\n".join(markdown(*table) for table in method_tables(rows)) for title, rows in tables.items()}
     written = _write(folder, name, "\n".join(f"### {title}\n\n{text}\n" for title, text in parts.items()), values)
@@ -148,9 +135,7 @@ def write_fusions(folder: Path, name: str, rows: Sequence[FusionRow], title: str
 
 
 def _write(folder: Path, name: str, text: str, values: dict[str, Any]) -> list[Path]:
-    page = folder / f"{name}.md"
-    with files.atomic(page) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    page = files.write_text(folder / f"{name}.md", text)
     return [files.write_json(folder / f"{name}.json", values), page]
 
 

@@ -8,21 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from llava_patch.core.dtypes import default_dtype
 from llava_patch.hosts.sizes import IMAGE_TOKENS, TOWERS, Shape
 
 
 def build(
     shape: Shape, device: str, dtype: torch.dtype, attention: str = "sdpa", tower: Mapping[str, int] = TOWERS["none"]
 ) -> nn.Module:
-    """A Hugging Face LLaVA of a shape, in eval mode.
-
-    Args:
-        shape: the decoder's size.
-        device: where to make it.
-        dtype: of the weights.
-        attention: attention backend.
-        tower: the vision tower's size; by default one that hardly counts.
-    """
+    """A Hugging Face LLaVA of a shape, in eval mode."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     vision = CLIPVisionConfig(**tower, image_size=336, patch_size=14)  # type: ignore[arg-type]
@@ -43,25 +36,12 @@ def build(
         attn_implementation=attention,
     )
     torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            model = LlavaForConditionalGeneration(config)
-    finally:
-        torch.set_default_dtype(before)
-    return model.eval().requires_grad_(False)
+    with default_dtype(dtype), torch.device(device):
+        return LlavaForConditionalGeneration(config).eval().requires_grad_(False)
 
 
 def inputs(model: Any, text: int, batch: int, image_tokens: int = IMAGE_TOKENS) -> dict[str, Any]:
-    """A batch of equal prompts: a beginning token, one image, text.
-
-    Args:
-        model: from `build`.
-        text: text tokens, the beginning token included.
-        batch: number of samples.
-        image_tokens: tokens that the image becomes.
-    """
+    """A batch of equal prompts: a beginning token, one image, text."""
     generator = torch.Generator().manual_seed(0)
     marker = int(model.config.image_token_id)
     words = torch.randint(3, marker, (batch, text), generator=generator)

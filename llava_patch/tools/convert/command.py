@@ -1,10 +1,15 @@
-"""`merge` and `convert`: what the commands of the same names do."""
+"""`merge` and `convert`: what the commands of the same names do, and one host's checkpoint as the other's."""
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from llava_patch.core import weights
 from llava_patch.core.errors import CheckpointError, SettingError
@@ -12,9 +17,14 @@ from llava_patch.core.files import atomic_folder
 from llava_patch.core.records import CONFIG_KEY, write_settings
 from llava_patch.hosts.anatomy import HF, LLAVA
 from llava_patch.hosts.configs import files_of
-from llava_patch.tools.convert import hosts, source
+from llava_patch.hosts.hf import whole_config
+from llava_patch.tools.convert import companions, configs, source
 from llava_patch.tools.convert.plain import on_meta, without_patch
-from llava_patch.tools.convert.source import Checkpoint
+from llava_patch.tools.convert.source import Checkpoint, check_samples, same_tower, tower_tensors
+
+TOWER_FOLDER = "vision_tower"
+VOCAB_MULTIPLE = 64
+_EMBEDDINGS = ("decoder.embed_tokens.weight", "head.weight")
 
 
 def convert(
@@ -48,8 +58,8 @@ def convert(
     if found.host == to:
         raise CheckpointError(f"{found.name} is a checkpoint of {to} already")
     if to == LLAVA:
-        return _write(hosts.to_llava(found, Path(out), vision_tower), Path(out), shard_bytes)
-    made = hosts.to_hf(found, vision_tower)
+        return _write(to_llava(found, Path(out), vision_tower), Path(out), shard_bytes)
+    made = to_hf(found, vision_tower)
     fusion = made.methods().get("fusion")
     if fusion is not None:
         handle = on_meta(made, fusion)
@@ -85,13 +95,13 @@ def merge(
         raise CheckpointError(f"{found.name} carries no patch: there is nothing to merge")
     target = to or found.host
     if target == HF:  # whose model can express more: convert first
-        made = without_patch(found if found.host == HF else hosts.to_hf(found, vision_tower), target)
+        made = without_patch(found if found.host == HF else to_hf(found, vision_tower), target)
     elif found.host == HF:
-        made = hosts.to_llava(without_patch(found, target), Path(out), vision_tower)
+        made = to_llava(without_patch(found, target), Path(out), vision_tower)
     else:
         made = without_patch(found, target)
         if found.trains_tower():  # the stock loader takes the tower from its own folder
-            made = hosts.with_tower_folder(made, Path(out), vision_tower)
+            made = with_tower_folder(made, Path(out), vision_tower)
         elif vision_tower is not None:
             raise SettingError("--vision-tower: this checkpoint's tower is the base's own; there is nothing to replace")
     return _write(made, Path(out), shard_bytes)
@@ -117,3 +127,90 @@ def _write(made: Checkpoint, out: Path, shard_bytes: int) -> Path:
         for write in made.files:
             write(partial)
     return out
+
+
+def to_hf(found: Checkpoint, vision_tower: str | None) -> Checkpoint:
+    """A llava checkpoint as one of HF."""
+    configs.check_convertible(found.config, LLAVA)
+    place = vision_tower or found.config["mm_vision_tower"]
+    vision = configs.vision_config(place)
+    tensors = dict(found.tensors)
+    if not any(name.startswith("tower.") for name in tensors):
+        tensors |= tower_tensors(place, vision)
+        check_samples(tensors, found.tower_samples, found.name)
+    tokenizer, tokens, added = companions.hf_tokenizer(found)
+    rows = tensors[_EMBEDDINGS[0]]().shape[0]
+    longest = max(rows, *(i + 1 for i in tokens.values()))
+    vocab = -(-longest // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    tensors |= {name: _lengthened(tensors[name], vocab) for name in _EMBEDDINGS if name in tensors}
+    config = configs.to_hf(found.config, vision, tokens, added, vocab)
+    write = functools.partial(
+        companions.write_hf, found, tokenizer=tokenizer, vision=vision, tower=place, pad_id=tokens[companions.PAD],
+        kind=config["text_config"]["model_type"],
+    )  # fmt: skip
+    return replace(found, host=HF, config=config, tensors=tensors, files=(write,))
+
+
+def to_llava(found: Checkpoint, out: Path, vision_tower: str | None) -> Checkpoint:
+    """An HF checkpoint as one of llava."""
+    configs.check_convertible(found.config, HF)
+    rows, removed = companions.llava_vocabulary(found)
+    tensors = {k: _shortened(load, rows) if k in _EMBEDDINGS else load for k, load in found.tensors.items()}
+    config = configs.to_llava(found.config, "", rows)
+
+    def write(partial: Path) -> None:
+        companions.write_llava(found, partial, config, removed)
+
+    made = replace(found, host=LLAVA, config=config, tensors=tensors, files=(write,))
+    vision = whole_config(found.config).vision_config
+    return with_tower_folder(made, out, vision_tower, vision, found.find("preprocessor_config.json"))
+
+
+def with_tower_folder(
+    made: Checkpoint, out: Path, vision_tower: str | None, vision: Any = None, images: str | None = None
+) -> Checkpoint:
+    """A llava checkpoint whose vision tower is in a folder of its own, where llava's stock loader looks for it.
+
+    With `vision_tower` it points at that one, which must have the same weights; else OUT/vision_tower is written.
+    The tower's configuration, and what has the image processor's settings, are those of the tower that it points at now
+    where they are not given.
+    """
+    tower = {name: load for name, load in made.tensors.items() if name.startswith("tower.")}
+    pointed = made.config["mm_vision_tower"]
+    config_of_tower = configs.vision_config(pointed) if vision is None else vision
+    if vision_tower is not None:
+        differs = same_tower(tower, tower_tensors(vision_tower, configs.vision_config(vision_tower)))
+        if differs is not None:
+            raise CheckpointError(
+                f"--vision-tower {vision_tower}: {differs} differs from this checkpoint's; leave it out, so that the "
+                "tower is written beside"
+            )
+        place, files = vision_tower, made.files
+    else:
+        place = str(out.resolve() / TOWER_FOLDER)
+        processor = images or pointed
+        companions.check_image_processor(processor)
+
+        def write_tower(partial: Path) -> None:
+            folder = partial / TOWER_FOLDER
+            folder.mkdir()
+            weights.write_weights(folder, {name.removeprefix("tower."): load for name, load in tower.items()})
+            companions.write_tower_files(processor, folder, config_of_tower)
+
+        files = (*made.files, write_tower)
+    left = made.tensors if made.reads_own_tower() else {k: v for k, v in made.tensors.items() if k not in tower}
+    return replace(made, config={**made.config, "mm_vision_tower": place}, tensors=left, files=files)
+
+
+def _lengthened(load: weights.Load, rows: int) -> weights.Load:
+    def longer() -> Tensor:
+        weight = load()
+        # The mean row: an added token is never likelier than every real one.
+        mean = weight.float().mean(0, keepdim=True).to(weight.dtype)
+        return torch.cat([weight, mean.expand(rows - weight.shape[0], -1)])
+
+    return longer
+
+
+def _shortened(load: weights.Load, rows: int) -> weights.Load:
+    return lambda: load()[:rows]

@@ -40,14 +40,7 @@ CHAT_TEMPLATES = {
 
 
 def hf_tokenizer(source: Checkpoint) -> tuple[Any, dict[str, int], list[str]]:
-    """A llava checkpoint's tokenizer with the two tokens that HF needs.
-
-    Returns:
-        (tokenizer, ids of "<image>" and "<pad>", which of the two it did not have).
-
-    Raises:
-        CheckpointError: no tokenizer in the checkpoint, or its parts are not installed.
-    """
+    """A llava checkpoint's tokenizer with HF's "<image>" and "<pad>", their ids, and which of them it did not have."""
     from transformers import AddedToken, AutoTokenizer
 
     place = source.find("tokenizer.model") or source.find("tokenizer.json")
@@ -70,17 +63,7 @@ def hf_tokenizer(source: Checkpoint) -> tuple[Any, dict[str, int], list[str]]:
 
 
 def write_hf(source: Checkpoint, out: Path, tokenizer: Any, vision: Any, tower: str, kind: str, pad_id: int) -> None:
-    """Tokenizer, processor, chat template and generation settings of an HF checkpoint.
-
-    Args:
-        source: the llava checkpoint.
-        out: folder to write to.
-        tokenizer: as from `hf_tokenizer`.
-        vision: the tower's configuration.
-        tower: folder or hub name of the tower, which has the image processor's settings.
-        kind: "llama" or "mistral".
-        pad_id: id of "<pad>".
-    """
+    """Tokenizer, processor, chat template and generation settings of an HF checkpoint."""
     from transformers import LlavaProcessor
     from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 
@@ -100,17 +83,13 @@ def write_hf(source: Checkpoint, out: Path, tokenizer: Any, vision: Any, tower: 
 
 def _generation(source: Checkpoint, out: Path, pad_id: int | None) -> None:
     place = source.find("generation_config.json")
-    values = None if place is None else read_json(place, "generation_config.json")
-    if values is not None:
+    if place is not None:
+        values = read_json(place, "generation_config.json") or {}
         write_json(out / "generation_config.json", values | {"pad_token_id": pad_id})
 
 
 def llava_vocabulary(source: Checkpoint) -> tuple[int, list[str]]:
-    """How many rows of HF's embedding are llava's, and the tokens that go with the rest.
-
-    Raises:
-        CheckpointError: no tokenizer, or a token of its own lies behind HF's.
-    """
+    """How many rows of HF's embedding are llava's, and the tokens that go with the rest."""
     from transformers import AutoTokenizer
 
     original = source.config.get(ORIGINAL_KEY)
@@ -131,30 +110,19 @@ def llava_vocabulary(source: Checkpoint) -> tuple[int, list[str]]:
 
 
 def write_llava(source: Checkpoint, out: Path, config: dict[str, Any], removed: list[str]) -> None:
-    """Tokenizer and generation settings of a llava checkpoint.
-
-    Args:
-        source: the HF checkpoint.
-        out: folder to write to.
-        config: llava's config.json.
-        removed: tokens that the tokenizer must not have: llava grows its embedding to the tokenizer's length.
-    """
+    """Tokenizer, without the removed tokens (llava grows its embedding to its length), and generation settings."""
     for name in _TOKENIZER_FILES:
-        place = source.find(name)
-        path = None if place is None else locate(place, name)
-        if path is None:
-            continue
-        if name == "tokenizer.model":
+        path = source.path(name)
+        if path is not None and name == "tokenizer.model":
             shutil.copyfile(path, out / name)
-            continue
-        values = _without(name, json.loads(path.read_text(encoding="utf-8")), set(removed))
-        if values:
-            write_json(out / name, values)
+        elif path is not None:
+            values = _without(name, json.loads(path.read_text(encoding="utf-8")), set(removed))
+            if values:
+                write_json(out / name, values)
     _generation(source, out, config.get("pad_token_id"))
 
 
 def _without(name: str, values: dict[str, Any], removed: set[str]) -> dict[str, Any]:
-    """A tokenizer file without these tokens."""
     if name == "tokenizer.json":
         values["added_tokens"] = [t for t in values["added_tokens"] if t["content"] not in removed]
         values["padding"] = None
@@ -181,11 +149,7 @@ def _content(token: Any) -> Any:
 
 
 def check_image_processor(place: str) -> None:
-    """Refuse a folder or hub name without image processor settings, which a vision tower's folder needs.
-
-    Raises:
-        CheckpointError: it has none.
-    """
+    """Refuse a folder or hub name without image processor settings, which a vision tower's folder needs."""
     if locate(place, "preprocessor_config.json") is None:
         raise CheckpointError(
             f"{place}: no preprocessor_config.json there, which the vision tower's folder needs: name a tower that has "
@@ -194,13 +158,7 @@ def check_image_processor(place: str) -> None:
 
 
 def write_tower_files(place: str, folder: Path, vision: Any) -> None:
-    """config.json and preprocessor_config.json of a vision tower's folder.
-
-    Args:
-        place: folder or hub name with the image processor's settings.
-        folder: the tower's.
-        vision: the tower's configuration.
-    """
+    """config.json and preprocessor_config.json of a vision tower's folder."""
     write_json(folder / "config.json", {**plain(vision), "architectures": ["CLIPVisionModel"]})
     _clip_images(place).save_pretrained(folder)
 

@@ -24,11 +24,7 @@ _RELEASED = {
 
 
 def vision_config(source: str) -> Any:
-    """A CLIP tower's configuration, from a tower folder or hub name.
-
-    Raises:
-        CheckpointError: no such tower, or another kind than CLIP.
-    """
+    """A CLIP tower's configuration, from a tower folder or hub name."""
     from transformers import CLIPVisionConfig
 
     values = read_json(source, "config.json")
@@ -43,11 +39,7 @@ def vision_config(source: str) -> Any:
 
 
 def check_convertible(config: dict[str, Any], host: str) -> None:
-    """Refuse what the other host has no counterpart for.
-
-    Raises:
-        CheckpointError: names the setting.
-    """
+    """Refuse what the other host has no counterpart for."""
     if host == LLAVA:
         merge = config.get("mm_patch_merge_type") or "flat"
         if merge != "flat" or config.get("image_aspect_ratio") == "anyres":
@@ -89,21 +81,14 @@ def check_convertible(config: dict[str, Any], host: str) -> None:
 
 
 def to_hf(config: dict[str, Any], vision: Any, tokens: dict[str, int], added: list[str], vocab: int) -> dict[str, Any]:
-    """The config.json of HF for a llava checkpoint.
-
-    Args:
-        config: llava's.
-        vision: the tower's configuration.
-        tokens: ids of "<image>" and "<pad>".
-        added: which of the two the tokenizer did not have.
-        vocab: rows of the padded embedding.
-    """
+    """The config.json of HF for a llava checkpoint."""
     text = text_config(config)
     original = {k: v for k, v in config.items() if is_own(k) and k not in _DERIVED}
     original |= {"vocab_size": text.vocab_size, "pad_token_id": text.pad_token_id, "added_tokens": added}
     text.vocab_size, text.pad_token_id = vocab, tokens["<pad>"]
     text.architectures = [f"{text.model_type.capitalize()}ForCausalLM"]
-    dtype = _dtype(config)
+    stored = compat.stored_dtype(config)
+    dtype = {"torch_dtype": stored} if stored else {}
     return {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
@@ -123,20 +108,13 @@ def to_hf(config: dict[str, Any], vision: Any, tokens: dict[str, int], added: li
 
 
 def to_llava(config: dict[str, Any], tower: str, vocab: int) -> dict[str, Any]:
-    """The config.json of llava for an HF checkpoint.
-
-    Args:
-        config: HF's.
-        tower: absolute path or hub name of the vision tower.
-        vocab: rows of the embedding without HF's added tokens.
-    """
+    """The config.json of llava for an HF checkpoint."""
     whole = whole_config(config)
-    kind = whole.text_config.model_type
-    original = dict(config.get(ORIGINAL_KEY, {}))
-    original.pop("added_tokens", None)
+    kind, stored = whole.text_config.model_type, compat.stored_dtype(config)
+    original = {k: v for k, v in config.get(ORIGINAL_KEY, {}).items() if k != "added_tokens"}
     return {
         **plain(whole.text_config),
-        **_dtype(config),
+        **({"torch_dtype": stored} if stored else {}),
         "architectures": [f"Llava{kind.capitalize()}ForCausalLM"],
         "model_type": f"llava_{kind}",
         "mm_projector_type": "mlp2x_gelu",
@@ -158,8 +136,3 @@ def plain(config: Any) -> dict[str, Any]:
     dropped = ("_name_or_path", "dtype", "torch_dtype", "transformers_version")
     values = {k: v for k, v in config.to_dict().items() if k not in default or default[k] != v}
     return {k: v for k, v in values.items() if k not in dropped} | {"model_type": config.model_type}
-
-
-def _dtype(config: dict[str, Any]) -> dict[str, Any]:
-    value = compat.stored_dtype(config)
-    return {"torch_dtype": value} if value else {}

@@ -18,7 +18,6 @@ from llava_patch.core.errors import CheckpointError
 from llava_patch.fusion.base import Fusion
 from llava_patch.hosts import configs
 from llava_patch.hosts.anatomy import HF, LLAVA
-from llava_patch.hosts.configs import files_of
 from llava_patch.hosts.hf import whole_config
 from llava_patch.patching.handle import Handle
 from llava_patch.patching.patch import patch
@@ -58,18 +57,10 @@ def spread(weight: Tensor, width: int, groups: Sequence[tuple[int, ...]]) -> Ten
 
 
 def without_patch(found: Checkpoint, target: str) -> Checkpoint:
-    """The same model as a stock checkpoint of its host.
-
-    Args:
-        found: a patched checkpoint.
-        target: the host that the result is for in the end.
-
-    Raises:
-        CheckpointError: the stock model cannot do what this patch does; says why and what to do instead.
-    """
+    """The same model as a stock checkpoint of its host."""
     methods = found.methods()
     routing, pruning, fusion = (methods.get(kind) for kind in ("routing", "pruning", "fusion"))
-    depth = int(files_of(found.host).text_config(found.config).num_hidden_layers)
+    depth = int(configs.files_of(found.host).text_config(found.config).num_hidden_layers)
     if routing is not None and make_schedule(routing, None, depth).does_something:
         raise CheckpointError(
             f"{found.name}: {routing} sends image tokens around decoder layers, which no stock decoder does: it has no "
@@ -98,7 +89,7 @@ def _without_fusion(found: Checkpoint, fusion: Fusion, target: str) -> Checkpoin
         )
     if isinstance(fusion, DeepStack):
         return _without_stack(found)
-    weight, width = found.tensors[_FIRST](), files_of(found.host).feature_width(found.config)
+    weight, width = found.tensors[_FIRST](), configs.files_of(found.host).feature_width(found.config)
     if not weight[:, width:].any():
         logger.warning("%s: the columns of %s are all zero: nothing of it is left in the merged one", found.name, name)
         return _with_projector(found, lambda: found.tensors[_FIRST]()[:, :width])

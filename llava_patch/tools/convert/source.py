@@ -21,7 +21,6 @@ from llava_patch.core.records import FORMAT, base_of
 from llava_patch.core.weights import StoredTensor, Tensors, locate, open_weights, read_file
 from llava_patch.hosts import configs
 from llava_patch.hosts.anatomy import HF, LLAVA
-from llava_patch.hosts.configs import files_of
 from llava_patch.hosts.hf import whole_config
 from llava_patch.hosts.host import is_computed
 from llava_patch.patching import checkpoint as patched
@@ -35,25 +34,19 @@ _OTHER_CLIP_PARTS = ("text_model.", "text_projection.", "visual_projection.", "l
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint.
+    """One checkpoint."""
 
-    Attributes:
-        host: "llava" or "hf".
-        config: its config.json, without our key.
-        record: our settings ("format", "fusion", "routing", "pruning"); None for a stock checkpoint.
-        tensors: neutral name: a function that reads it. On llava without the vision tower, unless the checkpoint's own
-            weights are what its loader uses.
-        sources: folders or hub names that its other files are taken from, the first one that has a file.
-        tower_samples: what an adapter's fingerprint says of a tower that llava keeps in a folder of its own.
-        files: what writes the files beside weights and configuration into a folder.
-    """
-
-    host: str
-    config: dict[str, Any]
+    host: str  # "llava" or "hf"
+    config: dict[str, Any]  # its config.json, without our key
+    # our settings ("format", "fusion", "routing", "pruning"); None for a stock checkpoint
     record: dict[str, Any] | None
+    # neutral name: a function that reads it. On llava without the vision tower, unless the checkpoint's own weights are
+    # what its loader uses
     tensors: Tensors
-    sources: tuple[str, ...]
+    sources: tuple[str, ...]  # folders or hub names that its other files are taken from, the first one that has a file
+    # what an adapter's fingerprint says of a tower that llava keeps in a folder of its own
     tower_samples: dict[str, list[float]] = field(default_factory=dict)
+    # what writes the files beside weights and configuration into a folder
     files: tuple[Callable[[Path], None], ...] = ()
 
     @property
@@ -79,25 +72,20 @@ class Checkpoint:
         """The first of its folders that has this file."""
         return next((source for source in self.sources if locate(source, name) is not None), None)
 
+    def path(self, name: str) -> Path | None:
+        """This file of the first of its folders that has it."""
+        return next((path for source in self.sources if (path := locate(source, name)) is not None), None)
+
     def copy_side_files(self, out: Path) -> None:
         """Copy the files beside the weights as they are."""
         for name in patched._SIDE_FILES:
-            place = self.find(name)
-            path = None if place is None else locate(place, name)
+            path = self.path(name)
             if path is not None:
                 shutil.copyfile(path, out / name)
 
 
 def read(folder: str | os.PathLike[str], vision_tower: str | None = None) -> Checkpoint:
-    """Read a full checkpoint, stock or patched, or an adapter together with its base.
-
-    Args:
-        folder: the checkpoint.
-        vision_tower: where llava's tower is; None: where its config says.
-
-    Raises:
-        CheckpointError: no checkpoint, a tensor whose name is not known, an adapter whose base is gone or another one.
-    """
+    """Read a full checkpoint, stock or patched, or an adapter together with its base, which must be the right one."""
     source = os.fspath(folder)
     if not os.path.isdir(source):
         raise CheckpointError(f"{source}: no such folder")
@@ -122,7 +110,7 @@ def read(folder: str | os.PathLike[str], vision_tower: str | None = None) -> Che
             if any(k.startswith("tower.") for k in own):
                 below |= tower_tensors(tower, vision_config(tower))
         fingerprint = settings.get("fingerprint", {})
-        samples = {str(files_of(host).neutral(name)): values for name, values in fingerprint.items()}
+        samples = {str(configs.files_of(host).neutral(name)): values for name, values in fingerprint.items()}
         later = host == LLAVA and not any(k.startswith("tower.") for k in below)
         check_samples(below, {k: v for k, v in samples.items() if not (later and k.startswith("tower."))}, source)
         samples = {k: v for k, v in samples.items() if later and k.startswith("tower.")}
@@ -142,7 +130,7 @@ def _neutral(tensors: Tensors, host: str, source: str) -> Tensors:
     for name, load in tensors.items():
         if is_computed(name):
             continue
-        plain = files_of(host).neutral(name)
+        plain = configs.files_of(host).neutral(name)
         if plain is None:
             raise CheckpointError(f"{source}: tensor {name} is not one that llava_patch knows where to put")
         renamed[plain] = load
@@ -150,22 +138,14 @@ def _neutral(tensors: Tensors, host: str, source: str) -> Tensors:
 
 
 def check_complete(found: Checkpoint, source: str, tower: str) -> None:
-    """Compare names and shapes with what the configuration and the settings call for.
-
-    Args:
-        found: the checkpoint.
-        source: what messages call it.
-        tower: where llava's vision tower is.
-
-    Raises:
-        CheckpointError: names the tensor that is missing, left over or of another shape.
-    """
+    """Compare names and shapes with what the configuration and the settings call for."""
     from transformers import AutoModelForCausalLM
 
-    text = files_of(found.host).text_config(found.config)
+    text = configs.files_of(found.host).text_config(found.config)
     with torch.device("meta"):
         language = _stored(AutoModelForCausalLM.from_config(text))
-    expected = {_language(name): shape for name, shape in language.items()}
+    expected = {"decoder." + name.removeprefix("model."): shape for name, shape in language.items()}
+    expected["head.weight"] = expected.pop("decoder.lm_head.weight")
     if text.tie_word_embeddings and "head.weight" not in found.tensors:
         del expected["head.weight"]
     shapes = shapes_of(found.tensors)
@@ -174,18 +154,16 @@ def check_complete(found: Checkpoint, source: str, tower: str) -> None:
     for name in [n for n in expected if n.startswith("decoder.layers.0.")]:
         rest = name.removeprefix("decoder.layers.0.")
         expected |= {f"decoder.side_branch.{i}.{rest}": expected[name] for i in range(side)}
-    kept = {k: v for k, v in shapes.items() if k.startswith(("decoder.", "head."))}
-    compare(kept, expected, source)
+    compare({k: v for k, v in shapes.items() if k.startswith(("decoder.", "head."))}, expected, source)
     if found.host == HF or found.reads_own_tower():
         vision = whole_config(found.config).vision_config if found.host == HF else vision_config(tower)
-        blocks = {f"tower.{k}": v for k, v in expected_tower(vision).items()}
-        compare({k: v for k, v in shapes.items() if k.startswith("tower.")}, blocks, source)
+        compare({k: v for k, v in shapes.items() if k.startswith("tower.")}, _expected_tower(vision), source)
     _check_projectors(found, shapes, int(text.hidden_size), source)
 
 
 def _check_projectors(found: Checkpoint, shapes: dict[str, torch.Size], hidden: int, source: str) -> None:
     """The projector, DeepStack's second one, and the new line of anyres: each there if and only if it is called for."""
-    width, fusion = files_of(found.host).feature_width(found.config), found.methods().get("fusion")
+    width, fusion = configs.files_of(found.host).feature_width(found.config), found.methods().get("fusion")
     linears, biased, layers = 2, True, 1
     if found.host == LLAVA:
         depth = re.fullmatch(r"mlp(\d+)x_gelu", found.config.get("mm_projector_type", "linear"))
@@ -208,12 +186,11 @@ def _check_projectors(found: Checkpoint, shapes: dict[str, torch.Size], hidden: 
     compare({k: v for k, v in shapes.items() if not k.startswith(("decoder.", "head.", "tower."))}, expected, source)
 
 
-def expected_tower(vision: Any) -> dict[str, torch.Size]:
-    """Names and shapes of a vision model's tensors."""
+def _expected_tower(vision: Any) -> dict[str, torch.Size]:
     from transformers import AutoModel
 
     with torch.device("meta"):
-        return _stored(AutoModel.from_config(vision))
+        return {f"tower.{name}": shape for name, shape in _stored(AutoModel.from_config(vision)).items()}
 
 
 def _stored(model: nn.Module) -> dict[str, torch.Size]:
@@ -227,11 +204,7 @@ def shapes_of(tensors: Tensors) -> dict[str, torch.Size]:
 
 
 def compare(found: dict[str, torch.Size], expected: dict[str, torch.Size], source: str) -> None:
-    """Compare names and shapes.
-
-    Raises:
-        CheckpointError: names the tensor that is missing, left over or of another shape.
-    """
+    """Compare names and shapes."""
     missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing:
         raise CheckpointError(f"{source}: tensor {missing[0]} is missing ({len(missing)} in all)")
@@ -242,21 +215,8 @@ def compare(found: dict[str, torch.Size], expected: dict[str, torch.Size], sourc
             raise CheckpointError(f"{source}: {name} has shape {tuple(found[name])}, expected {tuple(shape)}")
 
 
-def _language(name: str) -> str:
-    return "head.weight" if name == "lm_head.weight" else "decoder." + name.removeprefix("model.")
-
-
 def check_samples(tensors: Tensors, samples: dict[str, list[float]], source: str) -> None:
-    """Compare an adapter's fingerprint with the base that it is put on.
-
-    Args:
-        tensors: the base's.
-        samples: neutral name: sampled values.
-        source: the adapter.
-
-    Raises:
-        CheckpointError: another base.
-    """
+    """Compare an adapter's fingerprint with the base that it is put on."""
     for name, values in samples.items():
         if name not in tensors:
             raise CheckpointError(f"{source}: made on a base with a tensor {name}, which its base does not have")
@@ -264,17 +224,13 @@ def check_samples(tensors: Tensors, samples: dict[str, list[float]], source: str
 
 
 def tower_tensors(source: str, vision: Any) -> Tensors:
-    """The vision model's tensors of a CLIP tower folder or hub name, by neutral names.
-
-    Raises:
-        CheckpointError: a tensor that is missing or not known.
-    """
+    """The vision model's tensors of a CLIP tower folder or hub name, by neutral names."""
     tensors = {
         f"tower.{name}": load
         for name, load in open_weights(source).items()
         if not name.startswith(_OTHER_CLIP_PARTS) and not is_computed(name)
     }
-    compare(shapes_of(tensors), {f"tower.{k}": v for k, v in expected_tower(vision).items()}, source)
+    compare(shapes_of(tensors), _expected_tower(vision), source)
     return tensors
 
 

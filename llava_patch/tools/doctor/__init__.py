@@ -12,16 +12,9 @@ OK, NOTE, PROBLEM = "ok", "note", "problem"
 
 @dataclass(frozen=True)
 class Row:
-    """One finding.
+    """One finding."""
 
-    Attributes:
-        what: what was looked at; unique in a report.
-        found: what is there.
-        state: "ok"; "note": works, but not as one may think; "problem": something cannot work.
-        advice: what to do; "" where nothing is to be done.
-    """
-
-    what: str
+    what: str  # what was looked at; unique in a report
     found: str
-    state: str = OK
-    advice: str = ""
+    state: str = OK  # "ok"; "note": works, but not as one may think; "problem": something cannot work
+    advice: str = ""  # what to do; "" where nothing is to be done

@@ -74,13 +74,7 @@ def check_configured(asked: "Configuration | None", error: LlavaPatchError | Non
 
 
 def check_ignored(asked: "Configuration | None", hook: Row, environment: Mapping[str, str] = os.environ) -> list[Row]:
-    """What is set and would have no effect.
-
-    Args:
-        asked: what is configured.
-        hook: what was found about the start-up hook.
-        environment: variables.
-    """
+    """What is set and would have no effect."""
     rows = []
     for name in sorted(n for n in environment if n.startswith("LLAVA_PATCH_") and n not in KNOWN_VARIABLES):
         near = difflib.get_close_matches(name, KNOWN_VARIABLES, n=1)

@@ -1,23 +1,26 @@
-"""All of the doctor's checks, in the order in which they are read."""
+"""All of the doctor's checks, in the order in which they are read, and what loading one checkpoint here would do."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from llava_patch.core.errors import LlavaPatchError
+from llava_patch.core.memory import machine_memory
 from llava_patch.core.version import __version__
-from llava_patch.tools.doctor import NOTE, PROBLEM, Row, configured, machine, measured, software
+from llava_patch.fusion.base import Fusion, differs
+from llava_patch.settings.methods import AUTO
+from llava_patch.tools.doctor import NOTE, OK, PROBLEM, Row, configured, machine, measured, software
+
+if TYPE_CHECKING:
+    from llava_patch.settings.gin_config import Configuration
 
 
 def examine(checkpoint: str = "", gin_file: Sequence[str] = (), gin_param: Sequence[str] = ()) -> list[Row]:
-    """Look at everything.
-
-    Args:
-        checkpoint: a checkpoint folder to look at as well.
-        gin_file: gin files beside those of the environment.
-        gin_param: single bindings likewise.
-    """
+    """Look at everything."""
     rows = [*software.check_packages(), *measured.check_measured()]
     broken = software.check_torch()
     if broken is not None:
@@ -32,8 +35,6 @@ def examine(checkpoint: str = "", gin_file: Sequence[str] = (), gin_param: Seque
     rows += configured.check_deepspeed()
     rows += [*machine.check_device(), *machine.check_memory(), machine.check_disk()]
     if checkpoint:
-        from llava_patch.tools.doctor.subject import check_checkpoint
-
         rows += check_checkpoint(checkpoint, asked, {row.what.removeprefix("host "): row for row in hosts})
     return rows
 
@@ -55,6 +56,74 @@ def _supported(asked: bool) -> Row:
     return Row("supported versions", found, NOTE, "to patch, use another environment: scripts/locks/main.txt is one")
 
 
+def check_checkpoint(checkpoint: str, asked: "Configuration | None", hosts: dict[str, Row]) -> list[Row]:
+    """Host, form, what a load would patch, and whether it fits."""
+    from llava_patch.tools.inspect import inspect_checkpoint
+    from llava_patch.tools.inspect.result import FORMS
+
+    try:
+        found = inspect_checkpoint(checkpoint)
+    except LlavaPatchError as error:
+        return [Row("checkpoint", checkpoint, PROBLEM, str(error))]
+    rows = [Row("checkpoint", f"{found.host or 'no config.json'}: {FORMS[found.form]}")]
+    host = None if found.host is None else hosts.get(found.host)
+    if host is not None and (host.state == PROBLEM or host.found == "not installed"):
+        rows.append(Row("checkpoint: host", f"{found.host}: {host.found}", PROBLEM, host.advice))
+    rows += _patched_on_load(found.methods(), asked)
+    if found.host is not None and found.form in ("full", "adapter"):
+        rows += _rehearsal(checkpoint, found.host, {**({} if asked is None else asked.lasting()), **found.methods()})
+    if found.match is not None and found.match.same is False:
+        rows.append(Row("checkpoint: base", found.match.note, PROBLEM, "load the adapter on the base it was made on"))
+    elif found.form == "adapter" and found.base and Path(found.base).is_absolute() and not Path(found.base).is_dir():
+        where = f'change "base" in {Path(checkpoint) / "llava_patch.json"} to where it is now'
+        rows.append(Row("checkpoint: base", f"{found.base} is not there", PROBLEM, where))
+    size, room = found.weight_bytes, machine_memory()
+    if room is not None and size > room:
+        sizes = f"{size / 1e9:.1f} GB of weights, {room / 1e9:.0f} GB of memory"
+        advice = "does not fit into main memory: load it on a GPU, or on a larger machine"
+        rows.append(Row("checkpoint: memory", sizes, NOTE, advice))
+    return rows
+
+
+def _rehearsal(checkpoint: str, host: str, methods: dict[str, Any]) -> list[Row]:
+    """Patch the checkpoint's model without its weights, so that what a load would refuse is known before it."""
+    from llava_patch.hosts import anatomy, configs, known
+    from llava_patch.patching.patch import patch
+
+    routing = methods.get("routing")
+    if routing is not None and routing.split == AUTO:  # any layer will do
+        methods = {**methods, "routing": dataclasses.replace(routing, split=0)}
+    try:
+        model = configs.skeleton(configs.read(checkpoint).config, host)
+        if methods:
+            patch(model, **methods, loading=True)
+        else:
+            known.check_decoder(anatomy.find(model).decoder, "routing")
+    except LlavaPatchError as error:
+        if not methods:
+            return [Row("checkpoint: patching it", str(error), NOTE, "as a stock model it works")]
+        return [Row("checkpoint: patching it", str(error), PROBLEM, "load it without the patch, or mend what it names")]
+    kind = type(anatomy.find(model).decoder).__name__
+    return [Row("checkpoint: patching it", f"tried without its weights, on {kind}: works")]
+
+
+def _patched_on_load(carried: dict, asked: "Configuration | None") -> list[Row]:
+    wanted = {} if asked is None else asked.lasting()
+    rows = []
+    for kind in sorted({*carried, *wanted}):
+        own, other = carried.get(kind), wanted.get(kind)
+        same = own is None or other is None or own == other
+        if isinstance(own, Fusion) and isinstance(other, Fusion):
+            same = not differs(other, own)
+        if not same:
+            advice = "leave the binding out: the checkpoint carries its own"
+            rows.append(Row(f"load would refuse: {kind}", f"it carries {own}, {other} is configured", PROBLEM, advice))
+            continue
+        whose = "the checkpoint's own" if own is not None else "configured"
+        rows.append(Row(f"load would patch: {kind}", f"{own or other} ({whose})", OK))
+    return rows or [Row("load would patch", "nothing: a stock model")]
+
+
 def summary(rows: Sequence[Row]) -> str:
     """The outcome in one line."""
     problems, notes = (sum(row.state == state for row in rows) for state in (PROBLEM, NOTE))
@@ -65,10 +134,6 @@ def summary(rows: Sequence[Row]) -> str:
 
 def to_json(rows: Sequence[Row]) -> str:
     """For machines: format 1, which only grows."""
-    values: dict[str, Any] = {
-        "format": 1,
-        "llava_patch": __version__,
-        "problems": sum(row.state == PROBLEM for row in rows),
-        "rows": [vars(row) for row in rows],
-    }
-    return json.dumps(values, indent=1)
+    problems = sum(row.state == PROBLEM for row in rows)
+    found = [vars(row) for row in rows]
+    return json.dumps({"format": 1, "llava_patch": __version__, "problems": problems, "rows": found}, indent=1)

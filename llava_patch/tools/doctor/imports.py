@@ -16,7 +16,6 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 TRIED = {
     "training": (
@@ -32,37 +31,33 @@ TRIED = {
 
 
 def failures(names: list[str]) -> list[dict[str, str]]:
-    """What of these modules, and of what they import later, cannot be imported.
+    """What of these modules (missing ones are left out), and of what they import later, cannot be imported.
 
-    Args:
-        names: dotted names; one that does not exist is left out.
-
-    Returns:
-        For each failure "where" (module, or module:line), "error" (type and first line) and "module" (what was asked
-        for).
+    Each failure has "where" (module, or module:line), "error" (type and first line) and "module" (what was asked for).
     """
     found: dict[str, dict[str, str]] = {}
+
+    def note(where: str, error: BaseException, module: str) -> None:
+        text = (traceback.format_exception_only(type(error), error)[-1].strip().splitlines() or [""])[0]
+        found.setdefault(text, {"where": where, "error": text, "module": module})
+
     for name in names:
         try:
             if importlib.util.find_spec(name) is None:
                 continue
-        except ModuleNotFoundError as error:  # a parent package that this version lacks, or that fails itself
-            if error.name and name.startswith(error.name):
-                continue
-            found.setdefault(_text(error), _failure(name, error, name))
-            continue
-        except Exception as error:  # a parent package that fails while it is imported
-            found.setdefault(_text(error), _failure(name, error, name))
+        except Exception as error:  # a parent package that this version lacks, or that fails while it is imported
+            if not (isinstance(error, ModuleNotFoundError) and error.name and name.startswith(error.name)):
+                note(name, error, name)
             continue
         try:
             module = importlib.import_module(name)
         except BaseException as error:  # whatever a host raises, or its exit
-            found.setdefault(_text(error), _failure(name, error, _missing(error) or name))
+            note(name, error, (error.name if isinstance(error, ImportError) else None) or name)
             continue
         for line, wanted, attribute in later_imports(Path(str(module.__file__)), module.__package__ or ""):
             missing = _try(wanted, attribute)
             if missing is not None:
-                found.setdefault(_text(missing), _failure(f"{name}:{line}", missing, wanted))
+                note(f"{name}:{line}", missing, wanted)
     return list(found.values())
 
 
@@ -98,32 +93,15 @@ def _try(module: str, attribute: str) -> BaseException | None:
             importlib.import_module(f"{module}.{attribute}")
     except ModuleNotFoundError as error:
         absent = (error.name or "").partition(".")[0]
-        return None if absent and absent != top and _absent(absent) else error
+        return None if absent and absent != top and importlib.util.find_spec(absent) is None else error
     except BaseException as error:  # as above
         return error
     return None
 
 
-def _absent(top: str) -> bool:
-    return importlib.util.find_spec(top) is None
-
-
-def _missing(error: BaseException) -> str | None:
-    return error.name if isinstance(error, ImportError) else None
-
-
-def _text(error: BaseException) -> str:
-    return (traceback.format_exception_only(type(error), error)[-1].strip().splitlines() or [""])[0]
-
-
-def _failure(where: str, error: BaseException, module: str) -> dict[str, str]:
-    return {"where": where, "error": _text(error), "module": module}
-
-
 def main(arguments: list[str]) -> None:
     """Print the failures as the last line, behind whatever the modules print themselves."""
-    found: list[dict[str, Any]] = failures(arguments)
-    print("\n" + json.dumps(found), flush=True)
+    print("\n" + json.dumps(failures(arguments)), flush=True)
 
 
 if __name__ == "__main__":

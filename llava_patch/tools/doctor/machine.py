@@ -10,7 +10,6 @@ from llava_patch.core.paths import VARIABLE, cache_folder
 from llava_patch.core.terminal import counted
 from llava_patch.tools.doctor import NOTE, OK, Row
 
-GIB = 2**30
 SEVEN_B = 14.1
 """GB that LLaVA-1.5-7B needs in half precision: 7.06 billion parameters of 2 bytes."""
 LITTLE_DISK = 10.0
@@ -59,13 +58,12 @@ def check_memory() -> list[Row]:
     size = machine_memory()
     if size is None:
         return rows
-    found = f"{size / 1e9:.0f} GB"
-    if size / 1e9 < SEVEN_B * 1.15:
-        return [*rows, Row("memory", found, NOTE, f"a 7B model needs about {SEVEN_B:.0f} GB in half precision")]
-    if size / 1e9 < SEVEN_B * 2.3:
+    state, fits = NOTE, f"a 7B model needs about {SEVEN_B:.0f} GB in half precision"
+    if size / 1e9 >= SEVEN_B * 2.3:
+        state, fits = OK, "7B fits, in float32 too"
+    elif size / 1e9 >= SEVEN_B * 1.15:
         fits = f"7B fits in half precision ({SEVEN_B:.0f} GB: --dtype bfloat16), not in float32 ({2 * SEVEN_B:.0f} GB)"
-        return [*rows, Row("memory", found, NOTE, fits)]
-    return [*rows, Row("memory", found, advice="7B fits, in float32 too")]
+    return [*rows, Row("memory", f"{size / 1e9:.0f} GB", state, fits)]
 
 
 def check_disk() -> Row:
@@ -78,8 +76,9 @@ def check_disk() -> Row:
     free = shutil.disk_usage(there).free / 1e9
     found = f"{folder}: {size / 1e9:.2f} GB; {free:.0f} GB free on its disk"
     if not os.access(there, os.W_OK):
-        advice = f"cannot be written, so that nothing is kept: set {VARIABLE} to another folder"
-        return Row("cache", found, NOTE, advice)
+        return Row(
+            "cache", found, NOTE, f"cannot be written, so that nothing is kept: set {VARIABLE} to another folder"
+        )
     if free < LITTLE_DISK:
         return Row("cache", found, NOTE, f"little room for R-Probe's tokens: set {VARIABLE} to a larger disk")
     return Row("cache", found)

@@ -36,14 +36,7 @@ def read_lock(path: Path) -> dict[str, str]:
 
 @functools.lru_cache
 def lock_of(transformers: str | None) -> tuple[str, dict[str, str]]:
-    """The lock of the stack that an environment is nearest to.
-
-    Args:
-        transformers: its installed version, or None.
-
-    Returns:
-        (the stack's name, its versions): the one with the same minor version of transformers, else the main one.
-    """
+    """Name and versions of the lock with the same minor version of transformers, else of the main one."""
     locks = {path.stem: read_lock(path) for path in sorted(locks_dir().glob("*.txt"))}
     series = None if transformers is None else Version(transformers).release[:2]
     for name, versions in locks.items():
@@ -60,18 +53,13 @@ def installed(distribution: str) -> str | None:
         return None
 
 
-def _without_label(there: str | None) -> str | None:
-    """A version without its build's label, such as "+cpu"."""
-    return None if there is None else there.split("+")[0]
-
-
 def check_measured() -> list[Row]:
     """One row for each host that was never run in the version that is here, and one for what the hosts need."""
     stack, lock = lock_of(installed("transformers"))
     rows, other = [], []
     for name, wanted in lock.items():
-        there = _without_label(installed(name))
-        if there is None or there == wanted:
+        there = (installed(name) or "").partition("+")[0]  # without its build's label, such as "+cpu"
+        if there in ("", wanted):
             continue
         if name in HOSTS:
             advice = f"figures and tests are of {wanted}; should something fail: pip install '{name}=={wanted}'"
@@ -119,18 +107,12 @@ def _outcome(command: str, process: "subprocess.Popen[str]") -> list[Row]:
 
 
 def advice(module: str) -> str:
-    """What to type when a module, or a name of it, is not there.
-
-    Args:
-        module: dotted name that was asked for.
-    """
+    """What to type when a module, or a name of it, is not there."""
     top = module.partition(".")[0]
     name = canonicalize_name((packages_distributions().get(top) or [top])[0])
-    there = _without_label(installed(name))
+    there = (installed(name) or "").partition("+")[0]
     stack, lock = lock_of(installed("transformers"))
     wanted = lock.get(name)
     if wanted is None or wanted == there:
         return f"compare this environment with {stack}.txt of scripts/locks, whose versions work together"
-    if there is None:
-        return f"pip install '{name}=={wanted}'"
-    return f"pip install '{name}=={wanted}': {there} is installed, {wanted} works"
+    return f"pip install '{name}=={wanted}'" + (f": {there} is installed, {wanted} works" if there else "")

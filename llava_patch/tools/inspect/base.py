@@ -15,36 +15,18 @@ _VALUES = 4
 
 @dataclass(frozen=True)
 class Match:
-    """How a base compares.
+    """How a base compares."""
 
-    Attributes:
-        same: whether it is the right one; None: cannot be told.
-        compared: matrices that were compared, by a few values each.
-        differing: how many of them differ.
-        note: one sentence.
-    """
-
-    same: bool | None
-    compared: int
-    differing: int
+    same: bool | None  # whether it is the right one; None: cannot be told
+    compared: int  # matrices that were compared, by a few values each
+    differing: int  # how many of them differ
     note: str
 
 
 def match_base(
     base: str, host: str, fingerprint: dict[str, list[float]] | None, own: list[StoredTensor], form: str
 ) -> Match:
-    """Compare a base with an adapter's record, or with the checkpoint's own tensors.
-
-    Args:
-        base: folder of the base.
-        host: of the checkpoint.
-        fingerprint: the record's sampled values; None where there are none, as in a full checkpoint and LoRA files.
-        own: the checkpoint's tensors.
-        form: "full", "lora", ...: what they are.
-
-    Raises:
-        CheckpointError: the base holds no weights.
-    """
+    """Compare a base with an adapter's record, or with the checkpoint's own tensors."""
     if not os.path.isdir(base):
         lost = "not there any more" if os.path.isabs(base) else "a name of the hub, which is not looked up"
         return Match(None, 0, 0, f"{base} is {lost}; name a folder with --base to compare")
@@ -54,7 +36,8 @@ def match_base(
     below_host = _host(base, host)
     below = {neutral(t.name, below_host): t for path in files for t in read_file(path, whole=True)}
     if fingerprint is None:
-        return {"full": _against_own, "lora": _under_lora}.get(form, _unknown)(below, host, own)
+        compare = {"full": _against_own, "lora": _under_lora}.get(form)
+        return compare(below, host, own) if compare else Match(None, 0, 0, "these files record no base")
     if below_host != host:  # which pads its embeddings in another way, so that recorded places are other places
         return Match(None, 0, 0, "it is a checkpoint of the other host: llava-patch convert makes one to compare with")
     tower = _tower(base) if below_host == LLAVA else {}  # llava's lies in a folder of its own
@@ -113,15 +96,10 @@ def _under_lora(below: dict[str, StoredTensor], host: str, own: list[StoredTenso
             return Match(False, len(wanted), 0, f"another base: it has no tensor {name}")
         if there.shape[-1] != columns:
             shape = "x".join(map(str, there.shape))
-            return Match(
-                False, len(wanted), 1, f"another base: {name} is {shape}, the LoRA files want {columns} columns"
-            )
+            note = f"another base: {name} is {shape}, the LoRA files want {columns} columns"
+            return Match(False, len(wanted), 1, note)
         fit += 1
     return Match(None, fit, 0, f"LoRA files record no base; the {fit} matrices that they change there fit in size")
-
-
-def _unknown(below: dict[str, StoredTensor], host: str, own: list[StoredTensor]) -> Match:
-    return Match(None, 0, 0, "these files record no base")
 
 
 def neutral(name: str, host: str) -> str:

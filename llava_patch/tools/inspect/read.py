@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from llava_patch.core.errors import CheckpointError, LlavaPatchError
-from llava_patch.core.weights import StoredTensor, folder_of, read_file, weight_files
+from llava_patch.core.weights import folder_of, read_file, weight_files
 from llava_patch.hosts import configs
 from llava_patch.hosts.anatomy import LLAVA
-from llava_patch.hosts.configs import CheckpointFiles
 from llava_patch.hosts.host import is_computed
 from llava_patch.integrations.training.stage1 import PROJECTOR
 from llava_patch.patching import checkpoint as patched
@@ -20,6 +20,7 @@ from llava_patch.settings.methods import from_dict, from_record, to_dict
 from llava_patch.tools.inspect.base import match_base
 from llava_patch.tools.inspect.result import KINDS, Added, Inspection, Share
 
+_RUN_FILES = ("llava_patch_operative.gin", "trainer_state.json", "llava_patch_adapter")
 _ROLES = {"decoder.side_branch": "side branch", "stack": "second projector", "projector": "projector", "tower": "tower"}
 
 
@@ -49,6 +50,14 @@ def inspect_checkpoint(folder: str | os.PathLike[str], base: str = "") -> Inspec
     below = base or record.get("base")
     tensors = [tensor for path in own for tensor in read_file(path, whole=True)]
     trained_tower = bool(record.get("trained_tower"))
+    added = [Added(t.name, t.shape, t.dtype, t.parameters, role(t.name, host)) for t in tensors]
+    if form not in ("adapter", "lora", "projector"):
+        ours = {"side branch", "second projector"} | ({"projector"} if settings["fusion"] else set())
+        ours |= {"tower"} if trained_tower else set()
+        added = [tensor for tensor in added if tensor.role in ours]
+    written_by = {
+        "transformers": files.config.get("transformers_version"), "settings of format": record.get("format"),
+    }  # fmt: skip
     return Inspection(
         checkpoint=given,
         host=files.host or None,
@@ -57,17 +66,13 @@ def inspect_checkpoint(folder: str | os.PathLike[str], base: str = "") -> Inspec
         trained_tower=trained_tower,
         parameters=sum(t.parameters for t in tensors if not is_computed(t.name)),
         weight_bytes=sum(path.stat().st_size for path in own),
-        added=_added(tensors, form, host, settings, trained_tower),
+        added=added,
         base=below,
         match=match_base(below, host, record.get("fingerprint"), tensors, form) if below else None,
-        share=_share(files, host, form, settings, tensors, below),
+        share=_share(files, form, settings, added, below),
         stage1=_stage1(Path(source)),
-        versions=_versions(files.config, record),
-        files=[
-            n
-            for n in ("llava_patch_operative.gin", "trainer_state.json", "llava_patch_adapter")
-            if (Path(source) / n).exists()
-        ],
+        versions={name: str(value) for name, value in written_by.items() if value is not None},
+        files=[name for name in _RUN_FILES if (Path(source) / name).exists()],
     )
 
 
@@ -112,40 +117,28 @@ def role(name: str, host: str) -> str:
     return "decoder"
 
 
-def _added(
-    tensors: list[StoredTensor], form: str, host: str, settings: dict[str, dict[str, Any] | None], tower: bool
-) -> list[Added]:
-    ours = {"side branch", "second projector"}
-    ours |= {"projector"} if settings["fusion"] else set()
-    ours |= {"tower"} if tower else set()
-    found = [Added(t.name, t.shape, t.dtype, t.parameters, role(t.name, host)) for t in tensors]
-    return found if form in ("adapter", "lora", "projector") else [t for t in found if t.role in ours]
-
-
 def _share(
-    files: CheckpointFiles,
-    host: str,
+    files: configs.CheckpointFiles,
     form: str,
     settings: dict[str, dict[str, Any] | None],
-    tensors: list[StoredTensor],
+    added: list[Added],
     base: str | None,
 ) -> Share:
     """From the configuration alone: the patched model is built without weights, and says itself what trains."""
     if form == "lora":
         whole = _parameters_of(base) if base else None
-        parts: dict[str, int] = {}
-        for tensor in tensors:
-            part = role(tensor.name, host)
-            parts[part] = parts.get(part, 0) + tensor.parameters
+        parts = Counter[str]()
+        for tensor in added:
+            parts[tensor.role] += tensor.parameters
         note = "what the LoRA files hold" + ("" if whole else "; the whole is not known without --base")
-        return Share(sum(parts.values()), whole, parts, note)
+        return Share(parts.total(), whole, dict(parts), note)
     if not files.host:
         return Share(None, None, note="not known: the folder has no config.json")
     if not any(settings.values()):
         return Share(None, None, note="decided by the training script: a stock checkpoint")
     try:
         methods = {k: from_dict(v, files.source) for k, v in settings.items() if v and k != "probe"}
-        return count(files.config, host, methods, stage1=form == "projector")
+        return count(files.config, files.host, methods, stage1=form == "projector")
     except LlavaPatchError as error:
         return Share(None, None, note=f"not known: {error}")
 
@@ -154,16 +147,7 @@ def count(config: dict[str, Any], host: str, methods: dict[str, Any], stage1: bo
     """Patch the model without its weights and ask what trains.
 
     What the settings say nothing about counts as a training script would have it in LLaVA's stage 2: the decoder and
-    the projector train, the vision tower does not.
-
-    Args:
-        config: config.json, without our key.
-        host: "llava" or "hf".
-        methods: keyword arguments of `patch`.
-        stage1: as LLaVA's stage 1 has it (--tune_mm_mlp_adapter True): the decoder does not train.
-
-    Raises:
-        LlavaPatchError: the host or its vision tower is not there.
+    the projector train, the vision tower does not. With `stage1` (--tune_mm_mlp_adapter True) the decoder does not.
     """
     model = configs.skeleton(config, host)
     handle = patch(model, **methods, loading=True)
@@ -177,15 +161,13 @@ def count(config: dict[str, Any], host: str, methods: dict[str, Any], stage1: bo
             parameter.requires_grad_(True)
     handle.apply_freeze()
     trains = set(handle.trainable())
-    parts: dict[str, int] = {}
-    total = 0
+    parts = Counter[str]()
     for name, parameter in model.named_parameters():
-        total += parameter.numel()
         if name in trains:
-            part = role(name, host)
-            parts[part] = parts.get(part, 0) + parameter.numel()
-    stage = "1" if stage1 else "2"
-    return Share(sum(parts.values()), total, parts, f"what the settings leave trainable in stage {stage}")
+            parts[role(name, host)] += parameter.numel()
+    total = sum(parameter.numel() for parameter in model.parameters())
+    note = f"what the settings leave trainable in stage {1 if stage1 else 2}"
+    return Share(parts.total(), total, dict(parts), note)
 
 
 def _parameters_of(base: str) -> int | None:
@@ -206,8 +188,3 @@ def _stage1(folder: Path) -> list[str]:
             shapes = [t.shape for t in read_file(path, whole=True) if t.name.endswith("weight")]
             found.append(f"{path.relative_to(folder)}: {', '.join('x'.join(map(str, s)) for s in shapes)}")
     return found
-
-
-def _versions(config: dict[str, Any], record: dict[str, Any]) -> dict[str, str]:
-    found = {"transformers": config.get("transformers_version"), "settings of format": record.get("format")}
-    return {name: str(value) for name, value in found.items() if value is not None}

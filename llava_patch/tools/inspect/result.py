@@ -22,38 +22,23 @@ FORMS = {
 
 @dataclass(frozen=True)
 class Added:
-    """One tensor that the patch added, widened or trained.
-
-    Attributes:
-        name: in the file.
-        shape: its shape.
-        dtype: torch's name of its type.
-        parameters: how many values it has.
-        role: "side branch", "projector", "second projector", "tower", "LoRA" or "decoder".
-    """
+    """One tensor that the patch added, widened or trained."""
 
     name: str
     shape: tuple[int, ...]
-    dtype: str
-    parameters: int
-    role: str
+    dtype: str  # torch's name of its type
+    parameters: int  # how many values it has
+    role: str  # "side branch", "projector", "second projector", "tower", "LoRA" or "decoder"
 
 
 @dataclass(frozen=True)
 class Share:
-    """What the settings leave trainable.
+    """What the settings leave trainable."""
 
-    Attributes:
-        trainable: parameters.
-        total: parameters of the whole model, vision tower included.
-        by_part: trainable parameters by role.
-        note: how it was found, or why it is not known (both numbers are then None).
-    """
-
-    trainable: int | None
-    total: int | None
-    by_part: dict[str, int] = field(default_factory=dict)
-    note: str = ""
+    trainable: int | None  # parameters
+    total: int | None  # parameters of the whole model, vision tower included
+    by_part: dict[str, int] = field(default_factory=dict)  # trainable parameters by role
+    note: str = ""  # how it was found, or why it is not known (both numbers are then None)
 
 
 @dataclass(frozen=True)
@@ -120,19 +105,15 @@ def facts_of(found: Inspection) -> list[tuple[str, str]]:
         ("weights", f"{found.parameters:,} parameters in its own files, {found.weight_bytes / 1e6:,.1f} MB"),
         ("trainable", share_text(found)),
     ]
-    if found.base:
-        rows.append(("base", found.base))
-    if found.match is not None:
-        rows.append(
-            ("base matches", {True: "yes", False: "NO", None: "not known"}[found.match.same] + f": {found.match.note}")
-        )
-    if found.stage1:
-        rows.append(("stage-1 files", "\n".join(found.stage1)))
-    if found.versions:
-        rows.append(("written by", ", ".join(f"{name} {value}" for name, value in found.versions.items())))
-    if found.files:
-        rows.append(("of its run", ", ".join(found.files)))
-    return rows
+    word = {True: "yes", False: "NO", None: "not known"}
+    known = [
+        ("base", found.base or ""),
+        ("base matches", "" if found.match is None else f"{word[found.match.same]}: {found.match.note}"),
+        ("stage-1 files", "\n".join(found.stage1)),
+        ("written by", ", ".join(f"{name} {value}" for name, value in found.versions.items())),
+        ("of its run", ", ".join(found.files)),
+    ]
+    return rows + [(name, text) for name, text in known if text]
 
 
 def share_text(found: Inspection) -> str:

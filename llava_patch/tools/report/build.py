@@ -13,24 +13,23 @@ from typing import Any
 
 from llava_patch.core.errors import CheckpointError, SettingError
 from llava_patch.core.files import write_json
+from llava_patch.core.keys import digest
 from llava_patch.core.paths import named
 from llava_patch.core.version import __version__
+from llava_patch.core.weights import folder_of
 from llava_patch.measurements.base import NothingToMeasure
+from llava_patch.settings import active
 from llava_patch.tools.inspect.result import facts_of
 from llava_patch.tools.report.context import Context
-from llava_patch.tools.report.identity import configured, key
 from llava_patch.tools.report.section import DONE, FAILED, SKIPPED, Record, Section
 
 KEPT = "report.json"
 FORMAT = 1
+_MODEL_FILES = ("*.safetensors", "*.bin", "config.json", "llava_patch.json", "preprocessor_config.json")
 
 
 def choose(sections: Sequence[Section], only: Sequence[str], skip: Sequence[str]) -> list[Section]:
-    """The sections that are asked for.
-
-    Raises:
-        SettingError: an unknown name, or none left.
-    """
+    """The sections that are asked for."""
     known = [section.name for section in sections]
     for option, names in (("--only", only), ("--skip", skip)):
         for name in names:
@@ -43,11 +42,7 @@ def choose(sections: Sequence[Section], only: Sequence[str], skip: Sequence[str]
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """What an earlier run left; None when there is nothing.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
+    """What an earlier run left; None when there is nothing."""
     path = folder / KEPT
     if not path.is_file():
         return None
@@ -69,22 +64,7 @@ def build(
     fresh: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Make the chosen sections, and keep each as soon as it is finished.
-
-    Args:
-        context: what the report is about.
-        sections: all sections, in the report's order.
-        chosen: those to make now; finished ones of the others stay.
-        folder: where everything is written.
-        fresh: measure again what is finished.
-        say: takes a line about each section.
-
-    Returns:
-        What was kept, as `read` gives it.
-
-    Raises:
-        CheckpointError: the folder holds another checkpoint's report.
-    """
+    """Make the chosen sections, keep each as soon as it is finished, and return all that is kept, as `read` does."""
     before = read(folder)
     if before is not None and named(before["checkpoint"]) != named(context.checkpoint):
         raise CheckpointError(
@@ -94,18 +74,13 @@ def build(
     records = {} if before is None else {record.name: record for record in before["sections"]}
     values: dict[str, Any] = {}
     for number, section in enumerate(chosen, 1):
-        head = f"{number} of {len(chosen)}: {section.title}"
-        kept = records.get(section.name)
-        wanted = key(section, context)
-        if not fresh and kept is not None and _holds(kept, wanted, folder):
-            say(f"{head}: kept")
-            record = kept
-        else:
-            say(head)
-            record = _make(section, context, folder, wanted)
+        kept, wanted = records.get(section.name), _key(section, context)
+        holds = not fresh and kept is not None and _holds(kept, wanted, folder)
+        say(f"{number} of {len(chosen)}: {section.title}{': kept' if holds else ''}")
+        if not holds:
+            records[section.name] = record = _make(section, context, folder, wanted)
             if record.state != DONE:
                 say(f"  {record.state}: {record.reason}")
-        records[section.name] = record
         values = _values(context, [records[s.name] for s in sections if s.name in records])
         write_json(folder / KEPT, {**values, "sections": [r.to_dict() for r in values["sections"]]})
     return values
@@ -154,7 +129,7 @@ def _values(context: Context, records: list[Record]) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "facts": [
             *(list(fact) for fact in facts_of(context.inspection)),
-            *([["put on it by gin", "; ".join(configured())]] if configured() else []),
+            *([["put on it by gin", "; ".join(_configured())]] if _configured() else []),
         ],
         "settings": {kind: values for kind, values in context.inspection.settings.items() if values},
         "versions": {
@@ -171,3 +146,40 @@ def _values(context: Context, records: list[Record]) -> dict[str, Any]:
         ),
         "sections": records,
     }
+
+
+def _key(section: Section, context: Context) -> str:
+    """Hexadecimal digest; it changes when checkpoint, base, data, settings, inputs or version change."""
+    values = {
+        "section": section.name,
+        "version": __version__,
+        "checkpoint": [named(context.checkpoint), _model(context.folder)],
+        "base": [named(context.base), _model(folder_of(context.base))] if context.base else None,
+        "data": [context.data, _stamp(Path(context.data.split("?")[0]))] if context.data else None,
+        "question": context.question,
+        "configured": _configured(),
+        "precision": [context.device, context.dtype],
+        "settings": section.settings(context),
+        "inputs": [[path, _stamp(Path(path))] for path in section.inputs(context)],
+    }
+    return digest(values)
+
+
+def _configured() -> list[str]:
+    """The methods that gin puts on the checkpoint's model when it is loaded."""
+    asked = active.configuration()
+    return [] if asked is None else [f"{kind}: {value}" for kind, value in asked.lasting().items()]
+
+
+def _model(folder: str) -> list[Any]:
+    """Size and time of change of a model's files: weights of 13 GB are not read to see that they are the same."""
+    files = sorted({file for pattern in _MODEL_FILES for file in Path(folder).glob(pattern)})
+    return [[file.name, *_stamp(file)] for file in files]
+
+
+def _stamp(path: Path) -> list[int]:
+    try:
+        about = path.stat()
+    except OSError:
+        return []
+    return [about.st_size, about.st_mtime_ns]

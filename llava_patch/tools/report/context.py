@@ -77,11 +77,7 @@ class Context(Target):
         return None
 
     def examples(self, count: int | None, answers: bool = False) -> "list[Example]":
-        """Examples spread evenly over the data.
-
-        Raises:
-            NothingToMeasure: answers are asked for, and the data have none.
-        """
+        """Examples spread evenly over the data."""
         try:
             return super().examples(count, answers)
         except InputError as error:
@@ -89,24 +85,16 @@ class Context(Target):
                 raise
             raise NothingToMeasure(str(error)) from error
 
-    def _options(self) -> list[str]:
-        parts = ["--device", self.device] if self.device else []
-        return parts + (["--dtype", self.dtype] if self.dtype else []) + self.gin
-
     def command(self, *words: str, base: bool = False, data: bool = True) -> str:
-        """A command line of ours about this checkpoint.
-
-        Args:
-            words: the subcommand and its options.
-            base: whether it takes --base in any case.
-            data: whether it takes the data.
-        """
+        """A command line of ours about this checkpoint."""
         data_word = [self.data] if data and self.data else []
         parts = ["llava-patch", *words[0].split(), self.checkpoint, *data_word, *words[1:]]
         below = self.base if base else self.below
         parts += ["--base", below] if below else []
         parts += ["--question", self.question] if self.question and data else []
-        return shlex.join([*parts, *self._options()])
+        parts += ["--device", self.device] if self.device else []
+        parts += ["--dtype", self.dtype] if self.dtype else []
+        return shlex.join([*parts, *self.gin])
 
 
 def _dtype(device: str) -> str:

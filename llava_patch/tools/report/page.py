@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_patch.core.extras import optional
-from llava_patch.core.files import atomic
+from llava_patch.core.files import write_text
 
 PAGE = "report.html"
 TEMPLATE = "report.html.j2"
@@ -20,32 +20,20 @@ BROAD = 1.8
 
 
 def write(values: dict[str, Any], folder: Path) -> Path:
-    """Render what `build` kept.
-
-    Args:
-        values: from `build.build` or `build.read`.
-        folder: the report's, with the figures in it.
-
-    Returns:
-        The page's path.
-    """
+    """Render what `build` kept."""
     jinja2 = optional("jinja2")
 
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     source = (resources.files("llava_patch.tools.report") / TEMPLATE).read_text(encoding="utf-8")
-    template = environment.from_string(source)
-    text = template.render(
+    text = environment.from_string(source).render(
         **values,
         name=Path(values["checkpoint"]).name,
         picture=lambda file: _picture(folder / file),
         pretty=lambda value: json.dumps(value, indent=1, default=str),
     )
-    path = folder / PAGE
-    with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return path
+    return write_text(folder / PAGE, text)
 
 
 def _picture(path: Path) -> dict[str, Any]:

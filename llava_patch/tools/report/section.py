@@ -18,106 +18,66 @@ DONE, SKIPPED, FAILED = "done", "skipped", "failed"
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture.
+    """A picture."""
 
-    Attributes:
-        file: its name in the report's folder.
-        alt: what it shows, in words.
-    """
-
-    file: str
-    alt: str
+    file: str  # its name in the report's folder
+    alt: str  # what it shows, in words
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text.
+    """A table of text."""
 
-    Attributes:
-        head: column titles.
-        rows: cells.
-        caption: what it lists.
-        folded: shown on demand only.
-    """
-
-    head: list[str]
+    head: list[str]  # column titles
     rows: list[list[str]]
     caption: str = ""
-    folded: bool = False
+    folded: bool = False  # shown on demand only
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a section measured.
+    """What a section measured."""
 
-    Attributes:
-        summary: the finding, in a sentence or two.
-        figures: pictures, in order.
-        tables: tables, in order.
-        files: names of the results' files in the report's folder.
-    """
-
-    summary: str
-    figures: list[Figure] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-    files: list[str] = field(default_factory=list)
+    summary: str  # the finding, in a sentence or two
+    figures: list[Figure] = field(default_factory=list)  # pictures, in order
+    tables: list[Table] = field(default_factory=list)  # tables, in order
+    files: list[str] = field(default_factory=list)  # names of the results' files in the report's folder
 
 
 @dataclass(frozen=True)
 class Section:
-    """How a section is made.
+    """How a section is made."""
 
-    Attributes:
-        name: in `--only`, `--skip` and file names.
-        title: its heading.
-        about: what is measured, and how to read it.
-        run: measures, writes files into a folder, raises `NothingToMeasure` where there is nothing to measure.
-        settings: JSON values that the result depends on, beside checkpoint, base and data.
-        command: the command that repeats it alone; "" where the report is the only way.
-        why_not: why it cannot be made, found out before anything is loaded; None: it can.
-        inputs: further files or folders that the result depends on.
-        supplies: whether the command makes what a skipped section lacks; otherwise it would end as the section did.
-    """
-
-    name: str
-    title: str
-    about: str
+    name: str  # in `--only`, `--skip` and file names
+    title: str  # its heading
+    about: str  # what is measured, and how to read it
+    # measures, writes files into a folder, raises `NothingToMeasure` where there is nothing to measure
     run: "Callable[[Context, Path], Found]"
+    # JSON values that the result depends on, beside checkpoint, base and data
     settings: "Callable[[Context], dict[str, Any]]" = lambda context: {}
+    # the command that repeats it alone; "" where the report is the only way
     command: "Callable[[Context], str]" = lambda context: ""
+    # why it cannot be made, found out before anything is loaded; None: it can
     why_not: "Callable[[Context], str | None]" = lambda context: None
-    inputs: "Callable[[Context], list[str]]" = lambda context: []
+    inputs: "Callable[[Context], list[str]]" = lambda context: []  # further files or folders that the result depends on
+    # whether the command makes what a skipped section lacks; otherwise it would end as the section did
     supplies: bool = False
 
 
 @dataclass(frozen=True)
 class Record:
-    """What is kept of a section.
-
-    Attributes:
-        name: the section's.
-        title: the section's.
-        about: the section's.
-        state: "done", "skipped" or "failed".
-        reason: why it was skipped, or how it failed.
-        trace: of a failure.
-        found: what was measured; None when it was skipped or failed.
-        settings: what it was measured with.
-        command: repeats it alone; "" where it was skipped and that cannot work either.
-        key: changes when checkpoint, base, data, settings or version do.
-        seconds: how long it took.
-    """
+    """What is kept of a section."""
 
     name: str
     title: str
     about: str
-    state: str
-    reason: str = ""
-    trace: str = ""
-    found: Found | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-    command: str = ""
-    key: str = ""
+    state: str  # "done", "skipped" or "failed"
+    reason: str = ""  # why it was skipped, or how it failed
+    trace: str = ""  # of a failure
+    found: Found | None = None  # what was measured; None when it was skipped or failed
+    settings: dict[str, Any] = field(default_factory=dict)  # what it was measured with
+    command: str = ""  # repeats it alone; "" where it was skipped and that cannot work either
+    key: str = ""  # changes when checkpoint, base, data, settings or version do
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -129,25 +89,13 @@ class Record:
         """Read what `to_dict` made; KeyError or TypeError when it is damaged."""
         found = values["found"]
         if found is not None:
-            found = Found(
-                found["summary"],
-                [Figure(**figure) for figure in found["figures"]],
-                [Table(**table) for table in found["tables"]],
-                list(found["files"]),
-            )
+            figures = [Figure(**figure) for figure in found["figures"]]
+            found = Found(**{**found, "figures": figures, "tables": [Table(**table) for table in found["tables"]]})
         return cls(**{**values, "found": found})
 
 
 def found_of(result: "Result", folder: Path, name: str, alt: str, tables: "Sequence[tuple[str, Rows]]" = ()) -> Found:
-    """What a measurement's result gives a section: it is saved, and its summary, figure and tables are shown.
-
-    Args:
-        result: what was measured.
-        folder: the report's.
-        name: of the files.
-        alt: what the figure shows; the summary is put behind it.
-        tables: (caption, table) each; none: the result's own.
-    """
+    """What a measurement's result gives a section: it is saved, and its summary, figure and tables are shown."""
     paths, summary = result.save(folder, name), result.summary()
     figures = [Figure(path.name, f"{alt} {summary}") for path in paths if path.suffix == ".png"]
     shown = [Table(*table, caption) for caption, table in tables or [("", result.table())]]

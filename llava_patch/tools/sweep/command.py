@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -29,24 +29,7 @@ def sweep(
     dry_run: bool = False,
     console: Console | None = None,
 ) -> bool:
-    """Run a sweep, or what is left of it.
-
-    Args:
-        file: gin file with a `Sweep`, by path or shipped name.
-        output: folder for the runs, `results.json`, `table.md`, `sweep.png` and, for two numbers swept
-            against a baseline, `bubbles.png`.
-        command: the launch command, to which each run's flags are appended.
-        seeds: instead of the file's.
-        evaluate: command that evaluates "{checkpoint}" with lmms-eval; `--output_path` is appended.
-        dry_run: show the runs and write nothing.
-        console: for the tables.
-
-    Returns:
-        Whether every run ended well.
-
-    Raises:
-        SettingError: anything that can be seen before the first run starts.
-    """
+    """Run a sweep, or what is left of it; whether every run ended well. Faults are refused before the first starts."""
     console = console or Console()
     if evaluate is not None and PLACE not in evaluate:
         raise SettingError(f"--evaluate {evaluate!r}: write {PLACE} where the checkpoint's folder belongs")
@@ -55,14 +38,19 @@ def sweep(
     done = [_known(run, evaluate) for run in runs]  # refuses foreign folders before anything starts
     if dry_run:
         for run, known in zip(runs, done, strict=True):
-            state = "finished" if known else "to do"
-            console.print(
-                f"[bold]{run.name}[/bold]: {state}\n  {shlex.join(run.command)}", highlight=False, soft_wrap=True
-            )
+            line = f"[bold]{run.name}[/bold]: {'finished' if known else 'to do'}\n  {shlex.join(run.command)}"
+            console.print(line, highlight=False, soft_wrap=True)
         return True
     results = [summary.with_scores(result, plan.scores) for result in _run_all(runs, done, evaluate)]
-    _report(results, output, command, evaluate, plan.scores, console)
-    for line in summary.missing_scores(results, plan.scores):
+    written = [summary.write_results(output / "results.json", results, command, evaluate)]
+    written.append(summary.write_markdown(output / "table.md", results))
+    if summary.measured(results):
+        written.append(sweep_figure(results, output / "sweep.png"))
+        bubbles = bubble_figure(results, output / "bubbles.png", plan.scores)
+        written += [bubbles] if bubbles is not None else []
+    show(console, *summary.mean_rows(results), [], "Mean ± std over seeds")
+    show(console, *summary.seed_rows(results), summary.notes(results), "Each seed")
+    for line in [*(f"wrote {path}" for path in written), *summary.missing_scores(results, plan.scores)]:
         console.print(line, highlight=False, markup=False)
     return all(result.error is None for result in results)
 
@@ -120,23 +108,3 @@ def _evaluate(run: Run, evaluate: str, descriptor: int) -> dict[str, float]:
     metrics = record.metrics(folder, earlier)
     record.finish_evaluation(run, evaluate, metrics)
     return metrics
-
-
-def _report(
-    results: Sequence[Result],
-    output: Path,
-    command: Sequence[str],
-    evaluate: str | None,
-    scores: Collection[str],
-    console: Console,
-) -> None:
-    written = [summary.write_results(output / "results.json", results, command, evaluate)]
-    written.append(summary.write_markdown(output / "table.md", results))
-    if summary.measured(results):
-        written.append(sweep_figure(results, output / "sweep.png"))
-        bubbles = bubble_figure(results, output / "bubbles.png", scores)
-        written += [bubbles] if bubbles is not None else []
-    show(console, *summary.mean_rows(results), [], "Mean ± std over seeds")
-    show(console, *summary.seed_rows(results), summary.notes(results), "Each seed")
-    for path in written:
-        console.print(f"wrote {path}", highlight=False, markup=False)

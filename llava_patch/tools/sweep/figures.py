@@ -32,9 +32,6 @@ def sweep_figure(results: Sequence[Result], path: Path) -> Path:
     """Final loss and each metric over the first swept binding; one line for each combination of the others.
 
     The baseline of a sweep, which has no place on that axis, is a dashed line.
-
-    Returns:
-        The path written.
     """
     names = measured(results)
     figure, axes = panel_grid(len(names))
@@ -63,7 +60,7 @@ def _lines(axis: Any, results: Sequence[Result], key: str, name: str) -> None:
         values = [result.values()[name] for result in group if name in result.values()]
         lines.setdefault(others, []).append((point[key], values))
     swept = list(dict.fromkeys(value for points in lines.values() for value, _ in points))
-    numeric = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in swept)
+    numeric = all(map(_is_number, swept))
     place = {value: value if numeric else i for i, value in enumerate(swept)}
     gap = min((b - a for a, b in itertools.pairwise(sorted(place.values()))), default=1)
     for i, (others, points) in enumerate(lines.items()):
@@ -97,37 +94,26 @@ def lower_is_better(name: str) -> bool:
 
 
 def swept_numbers(results: Sequence[Result]) -> tuple[str, str] | None:
-    """The two bindings of a chart: the only ones with more than one value, and numbers at every point of the grid.
+    """The chart's horizontal and vertical binding: the only ones with several values, all of them numbers.
 
-    Returns:
-        (horizontal, vertical), in the grid's order; None when there is no baseline or it is another kind of sweep.
+    None when there is no baseline or it is another kind of sweep.
     """
     grid = [result for result in results if not result.run.baseline]
     if len(grid) == len(results):
         return None
-    values: dict[str, list[Any]] = {}
-    for key in bindings(grid):
-        found = [result.run.point.get(key) for result in grid]
-        if len(set(map(repr, found))) > 1:
-            values[key] = found
-    numeric = all(isinstance(v, (int, float)) and not isinstance(v, bool) for found in values.values() for v in found)
-    if len(values) != 2 or not numeric:
+    values = {key: [result.run.point.get(key) for result in grid] for key in bindings(grid)}
+    swept = [key for key, found in values.items() if len(set(map(repr, found))) > 1]
+    if len(swept) != 2 or not all(map(_is_number, values[swept[0]] + values[swept[1]])):
         return None
-    first, second = values
-    return first, second
+    return swept[0], swept[1]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def bubble_figure(results: Sequence[Result], path: Path, scores: Collection[str] = ()) -> Path | None:
-    """One panel for the final loss and for each metric, or for each score where there are any.
-
-    Args:
-        results: of a sweep.
-        path: where to write.
-        scores: names of the sweep's own means of metrics.
-
-    Returns:
-        The path written; None for a sweep that this chart does not fit, or whose baseline failed.
-    """
+    """One panel for the final loss and for each metric, or for each score where there are any."""
     keys = swept_numbers(results)
     baseline = spreads([result for result in results if result.run.baseline])
     names = [name for name in measured(results) if name in baseline and math.isfinite(baseline[name].mean)]
@@ -140,9 +126,9 @@ def bubble_figure(results: Sequence[Result], path: Path, scores: Collection[str]
     width, height = max(4.0, 1.0 + 0.7 * (1 + len(places[0]))), max(3.0, 1.2 + 0.4 * len(places[1]))
     figure, axes = panel_grid(len(names), width, height)
     for axis, name in zip(axes, names, strict=True):
-        found = [(point, spreads(group).get(name)) for point, group in points]
         means = [
-            (point[keys[0]], point[keys[1]], math.nan if spread is None else spread.mean) for point, spread in found
+            (point[keys[0]], point[keys[1]], spreads(group)[name].mean if name in spreads(group) else math.nan)
+            for point, group in points
         ]
         _bubbles(axis, name, keys, places, means, baseline[name].mean)
     seeds = max(len(group) for _, group in by_point(results))
@@ -162,16 +148,6 @@ def _bubbles(
     means: Sequence[tuple[Any, Any, float]],
     baseline: float,
 ) -> None:
-    """One measurement.
-
-    Args:
-        axis: matplotlib's.
-        name: of the measurement.
-        keys: horizontal and vertical binding.
-        places: of each one's values; equal steps, or strides 3 and 4 would lie on one another beside 12.
-        means: (horizontal value, vertical value, mean or not-a-number).
-        baseline: its mean.
-    """
     matplotlib = optional("matplotlib")
 
     sign = -1 if lower_is_better(name) else 1

@@ -20,25 +20,15 @@ TAKEN = ("seed", "output_dir")
 
 @dataclass(frozen=True)
 class Run:
-    """One training run.
+    """One training run."""
 
-    Attributes:
-        point: {binding: value}.
-        seed: of new weights and data order.
-        folder: its --output_dir.
-        base: the user's launch command.
-        added: what the sweep appends to it.
-        settings: every value in use, as lines of gin, the defaults included.
-        baseline: whether it is a run of the point that the others are compared with.
-    """
-
-    point: dict[str, Any]
-    seed: int
-    folder: Path
-    base: tuple[str, ...]
-    added: tuple[str, ...]
-    settings: tuple[str, ...]
-    baseline: bool = False
+    point: dict[str, Any]  # {binding: value}
+    seed: int  # of new weights and data order
+    folder: Path  # its --output_dir
+    base: tuple[str, ...]  # the user's launch command
+    added: tuple[str, ...]  # what the sweep appends to it
+    settings: tuple[str, ...]  # every value in use, as lines of gin, the defaults included
+    baseline: bool = False  # whether it is a run of the point that the others are compared with
 
     @property
     def command(self) -> list[str]:
@@ -52,11 +42,7 @@ class Run:
 
 
 def read_sweep(path: str) -> Sweep:
-    """Read a sweep file, by path or shipped name.
-
-    Raises:
-        SettingError: no `Sweep` in it, or settings of the runs themselves.
-    """
+    """Read a sweep file, by path or shipped name."""
     read = config.read([path], [])
     if read.sweep is None:
         raise SettingError(f"{path}: describes no sweep; bind Sweep.grid and Sweep.gin_files")
@@ -69,18 +55,7 @@ def read_sweep(path: str) -> Sweep:
 
 
 def make_plan(sweep: Sweep, seeds: Sequence[int], output: Path, command: Sequence[str]) -> list[Run]:
-    """All runs, point by point; every point's configuration is parsed here.
-
-    Args:
-        sweep: the grid.
-        seeds: of each point.
-        output: folder of the sweep.
-        command: the launch command.
-
-    Raises:
-        SettingError: a point that does not parse (named), two points of one folder, a command that does not exist, or
-            settings that reach the runs by another way.
-    """
+    """All runs, point by point; every point's configuration is parsed here."""
     for variable in (active.FILE_VARIABLE, active.PARAM_VARIABLE):
         if os.environ.get(variable):
             raise SettingError(f"{variable} is set and would reach every run: unset it, or use Sweep.gin_files")
@@ -94,13 +69,11 @@ def make_plan(sweep: Sweep, seeds: Sequence[int], output: Path, command: Sequenc
         params = [*sweep.gin_params, *(f"{key} = {value!r}" for key, value in point.items())]
         settings = _settings(point, [*own_files, *sweep.gin_files], [*own_params, *params])
         name = folder_name(point)
-        if folders.get(name) == point:
+        other = folders.setdefault(name, point)
+        if other is not point and other == point:
             raise SettingError(f"Sweep.grid: {describe(point)} is there twice")
-        if name in folders:
-            raise SettingError(
-                f"Sweep.grid: {describe(point)} and {describe(folders[name])} would share the folder {name}"
-            )
-        folders[name] = point
+        if other is not point:
+            raise SettingError(f"Sweep.grid: {describe(point)} and {describe(other)} would share the folder {name}")
         files = [word for file in sweep.gin_files for word in (active.FILE_FLAG, file)]
         bindings = [word for param in params for word in (active.PARAM_FLAG, param)]
         for seed in seeds:

@@ -22,13 +22,8 @@ def lock(folder: Path) -> Iterator[int]:
     """Hold a folder for one run.
 
     The lock is on an open file that the command inherits, so it lasts as long as the command does, even when the
-    sweep itself was killed: a resumed sweep then does not start a second training beside the first.
-
-    Yields:
-        The file descriptor to pass on.
-
-    Raises:
-        RunError: a command of another, or of a killed, sweep still runs there.
+    sweep itself was killed: a resumed sweep then does not start a second training beside the first. Yields its file
+    descriptor, to pass on.
     """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
@@ -43,16 +38,7 @@ def lock(folder: Path) -> Iterator[int]:
 
 
 def execute(command: Sequence[str], log: Path, descriptor: int) -> None:
-    """Run a command to its end; its output is appended to `log`.
-
-    Args:
-        command: program and arguments.
-        log: file for stdout and stderr.
-        descriptor: of the folder's lock.
-
-    Raises:
-        RunError: it failed; with the end of its output.
-    """
+    """Run a command to its end; its output is appended to `log`."""
     with log.open("ab") as stream:
         stream.write(f"$ {shlex.join(command)}\n".encode())
         stream.flush()

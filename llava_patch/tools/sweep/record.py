@@ -26,25 +26,15 @@ FINAL_STEPS = 50
 
 @dataclass(frozen=True)
 class FinalLoss:
-    """Mean training loss of a run's last steps.
+    """Mean training loss of a run's last steps."""
 
-    Attributes:
-        mean: nats per token, as the Trainer logs it.
-        steps: optimizer steps averaged over; fewer than asked for where the run was shorter.
-        last_step: the last step that has a logged loss.
-    """
-
-    mean: float
-    steps: int
-    last_step: int
+    mean: float  # nats per token, as the Trainer logs it
+    steps: int  # optimizer steps averaged over; fewer than asked for where the run was shorter
+    last_step: int  # the last step that has a logged loss
 
 
 def trainer_state(folder: Path) -> Path:
-    """The trainer_state.json of a training that came to its end: its own, or its last checkpoint's.
-
-    Raises:
-        RunError: there is none, or the last checkpoint is not the last step's.
-    """
+    """The trainer_state.json of a training that came to its end: its own, or its last checkpoint's."""
     checkpoints = [p for p in folder.glob("checkpoint-*") if p.name.split("-")[-1].isdigit()]
     latest = sorted(checkpoints, key=lambda p: int(p.name.split("-")[-1]), reverse=True)
     for path in (candidate / "trainer_state.json" for candidate in (folder, *latest)):
@@ -72,9 +62,6 @@ def final_loss(state: Path, window: int = FINAL_STEPS) -> FinalLoss:
 
     The Trainer logs the mean over the steps since its last entry, so entries are weighted by how many of their steps
     lie in the window; with `--logging_steps 1` that is exact.
-
-    Raises:
-        RunError: no loss was logged.
     """
     history = _left(state).get("log_history", [])
     entries = sorted((entry["step"], entry["loss"]) for entry in history if "loss" in entry)
@@ -92,15 +79,7 @@ def final_loss(state: Path, window: int = FINAL_STEPS) -> FinalLoss:
 
 
 def metrics(folder: Path, known: frozenset[Path] = frozenset()) -> dict[str, float]:
-    """Every number of lmms-eval's results in a folder, as {"task/metric": value}, without standard errors.
-
-    Args:
-        folder: what was passed as --output_path.
-        known: files of earlier evaluations, not to be read.
-
-    Raises:
-        RunError: no results, or results without a number.
-    """
+    """Every number of lmms-eval's results in a folder, as {"task/metric": value}, without standard errors."""
     found: dict[str, float] = {}
     files = sorted(set(result_files(folder)) - known)
     for path in files:
@@ -141,11 +120,7 @@ def finish(run: Run, loss: FinalLoss, seconds: float) -> None:
 
 
 def finished(run: Run) -> FinalLoss | None:
-    """A finished run's loss; None for a run that is still to do, or whose training's state is gone.
-
-    Raises:
-        SettingError: the folder holds a run of other settings or of another command, or files of unknown origin.
-    """
+    """A finished run's loss; None for a run that is still to do, or whose training's state is gone."""
     path = run.folder / FILE
     if not path.is_file():
         strange = [p.name for p in run.folder.iterdir() if not p.name.startswith(".")] if run.folder.is_dir() else []
@@ -178,11 +153,7 @@ def finish_evaluation(run: Run, command: str, metrics: dict[str, float]) -> None
 
 
 def evaluated(run: Run, command: str) -> dict[str, float] | None:
-    """A finished evaluation's metrics; None when it is still to do, or its results are gone.
-
-    Raises:
-        SettingError: it was made with another command.
-    """
+    """A finished evaluation's metrics; None when it is still to do, or its results are gone."""
     path = run.folder / EVALUATION_FILE
     if not path.is_file():
         return None

@@ -82,7 +82,6 @@ class Sweep:
 
 
 def _checked(grid: Any, owner: str = "Sweep.grid") -> dict[str, tuple[Any, ...]]:
-    """One grid with its lists made tuples."""
     if not isinstance(grid, Mapping) or not grid:
         raise SettingError(
             f'{owner} = {grid!r}: expected bindings with their values, as {{"Routing.split": (14, 18)}}, or a list of '

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from llava_patch.core.files import atomic, write_json
+from llava_patch.core.files import write_json, write_text
 from llava_patch.core.terminal import markdown
 from llava_patch.tools.sweep.plan import Run
 from llava_patch.tools.sweep.record import FINAL_STEPS, FinalLoss
@@ -21,19 +21,12 @@ Rows = tuple[list[str], list[list[str]]]
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended.
-
-    Attributes:
-        run: which.
-        loss: final training loss; None when it failed.
-        metrics: of the evaluation, {"task/metric": value}.
-        error: why it failed, or None.
-    """
+    """How a run ended."""
 
     run: Run
-    loss: FinalLoss | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    error: str | None = None
+    loss: FinalLoss | None = None  # final training loss; None when it failed
+    metrics: dict[str, float] = field(default_factory=dict)  # of the evaluation, {"task/metric": value}
+    error: str | None = None  # why it failed, or None
 
     def values(self) -> dict[str, float]:
         """Loss and metrics by name; nothing for a run that failed."""
@@ -92,10 +85,6 @@ def bindings(results: Iterable[Result]) -> list[str]:
     return list(dict.fromkeys(key for result in results for key in result.run.point))
 
 
-def _cells(point: dict[str, Any], keys: Sequence[str]) -> list[str]:
-    return [str(point[key]) if key in point else "-" for key in keys]
-
-
 def measured(results: Iterable[Result]) -> list[str]:
     """Names of everything that was measured, the loss first."""
     return list(dict.fromkeys(name for result in results for name in result.values()))
@@ -110,28 +99,36 @@ def spreads(results: Sequence[Result]) -> dict[str, Spread]:
     return {name: Spread.of(values) for name, values in found.items()}
 
 
+def _rows(results: Sequence[Result], titles: list[str], cells: Callable[[list[Result], str], list[str]]) -> Rows:
+    """For each point one row a measurement, so that a table stays narrow however many there are."""
+    keys = bindings(results)
+    rows = [
+        [*(str(point.get(key, "-")) for key in keys), name, *cells(group, name)]
+        for point, group in by_point(results)
+        for name in measured(results)
+    ]
+    return [*keys, "measured", *titles], rows
+
+
 def mean_rows(results: Sequence[Result]) -> Rows:
-    """The table of means: for each point one row a measurement, so that it stays narrow however many there are."""
-    rows, keys = [], bindings(results)
-    for point, group in by_point(results):
-        found = spreads(group)
-        for name in measured(results):
-            spread = found.get(name)
-            done = 0 if spread is None else spread.n
-            rows.append([*_cells(point, keys), name, str(spread or "-"), f"{done} of {len(group)}"])
-    return [*keys, "measured", "mean ± std", "seeds"], rows
+    """The table of means."""
+
+    def cells(group: list[Result], name: str) -> list[str]:
+        spread = spreads(group).get(name)
+        return [str(spread or "-"), f"{spread.n if spread else 0} of {len(group)}"]
+
+    return _rows(results, ["mean ± std", "seeds"], cells)
 
 
 def seed_rows(results: Sequence[Result]) -> Rows:
     """The per-seed table: one column a seed."""
     seeds = list(dict.fromkeys(result.run.seed for result in results))
-    rows, keys = [], bindings(results)
-    for point, group in by_point(results):
-        by_seed = {result.run.seed: result.values() for result in group}
-        for name in measured(results):
-            cells = [f"{by_seed[seed][name]:.4f}" if name in by_seed[seed] else "-" for seed in seeds]
-            rows.append([*_cells(point, keys), name, *cells])
-    return [*keys, "measured", *(f"seed {seed}" for seed in seeds)], rows
+
+    def cells(group: list[Result], name: str) -> list[str]:
+        values = {result.run.seed: result.values().get(name) for result in group}
+        return ["-" if values[seed] is None else f"{values[seed]:.4f}" for seed in seeds]
+
+    return _rows(results, [f"seed {seed}" for seed in seeds], cells)
 
 
 def notes(results: Sequence[Result]) -> list[str]:
@@ -153,27 +150,21 @@ def write_markdown(path: Path, results: Sequence[Result]) -> Path:
     """Both tables as Markdown."""
     tables = {"Mean ± std": mean_rows(results), "Each seed": seed_rows(results)}
     parts = [f"# {title}\n\n{markdown(*table, numbers=True)}" for title, table in tables.items()]
-    with atomic(path) as temporary:
-        temporary.write_text("\n\n".join([*parts, *notes(results)]) + "\n", encoding="utf-8")
-    return path
+    return write_text(path, "\n\n".join([*parts, *notes(results)]) + "\n")
 
 
 def write_results(path: Path, results: Sequence[Result], command: Sequence[str], evaluation: str | None) -> Path:
     """Everything as JSON."""
+
+    def written(result: Result) -> dict[str, Any]:
+        loss = None if result.loss is None else asdict(result.loss)
+        of_run = {"seed": result.run.seed, "folder": str(result.run.folder)}
+        return {**of_run, "loss": loss, "metrics": result.metrics, "error": result.error}
+
     points = []
     for point, group in by_point(results):
-        runs = [
-            {
-                "seed": result.run.seed,
-                "folder": str(result.run.folder),
-                "loss": None if result.loss is None else asdict(result.loss),
-                "metrics": result.metrics,
-                "error": result.error,
-            }
-            for result in group
-        ]
         summary = {k: asdict(v) for k, v in spreads(group).items()}
-        points.append({"point": point, "baseline": group[0].run.baseline, "summary": summary, "runs": runs})
-    return write_json(
-        path, {"command": list(command), "evaluate": evaluation, "final_steps": FINAL_STEPS, "points": points}
-    )
+        about = {"point": point, "baseline": group[0].run.baseline, "summary": summary}
+        points.append({**about, "runs": [written(result) for result in group]})
+    about = {"command": list(command), "evaluate": evaluation, "final_steps": FINAL_STEPS}
+    return write_json(path, {**about, "points": points})

@@ -84,7 +84,7 @@ def test_measuring_fills_the_table_and_leaves_the_model(model, tmp_path):
 
 
 def test_an_unknown_shape_is_named():
-    from llava_patch.cli.bench import bench
+    from llava_patch.cli.tools import bench
 
     with pytest.raises(LlavaPatchError, match="--shape 70b: expected one of small, 7b, 13b"):
         bench(shape="70b")

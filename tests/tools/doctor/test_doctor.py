@@ -350,12 +350,10 @@ def test_checkpoints_that_cannot_work(no_imports, adapter, tmp_path, monkeypatch
     (lost / "llava_patch.json").write_text(json.dumps({**record, "base": "/nowhere/base"}))
     row = _row(examine(str(lost)), "checkpoint: base")
     assert row.state == PROBLEM and '"base"' in row.advice
-    from llava_patch.tools.doctor import subject
-
     hosts = {"hf": Row("host hf", "cannot be imported", PROBLEM, "reinstall transformers")}
-    assert _row(subject.check_checkpoint(str(adapter), None, hosts), "checkpoint: host").state == PROBLEM
-    monkeypatch.setattr(subject, "machine_memory", lambda: 1000)
-    assert "does not fit" in _row(subject.check_checkpoint(str(adapter), None, {}), "checkpoint: memory").advice
+    assert _row(examine_module.check_checkpoint(str(adapter), None, hosts), "checkpoint: host").state == PROBLEM
+    monkeypatch.setattr(examine_module, "machine_memory", lambda: 1000)
+    assert "does not fit" in _row(examine_module.check_checkpoint(str(adapter), None, {}), "checkpoint: memory").advice
 
 
 def _gemma(folder):

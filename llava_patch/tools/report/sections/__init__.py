@@ -1,26 +1,23 @@
-"""The sections of a report: one for each measurement of the registry, and a file for each of the others."""
+"""The sections of a report: one for each measurement of the registry, and those of this folder."""
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_patch.core import registry
 from llava_patch.tools.report.context import Context
 from llava_patch.tools.report.section import Found, Section, found_of
+from llava_patch.tools.report.sections import rprobe, training
 
 if TYPE_CHECKING:
     from llava_patch.measurements.base import Measurement
 
-FILES = ("training_gradients", "training", "rprobe")
-"""Modules of this folder, each with a `SECTION`."""
-
 
 def sections() -> list[Section]:
     """All of them, in the report's order."""
-    measured = [_section_of(registry.measurement(name)) for name in registry.MEASUREMENTS if name not in FILES]
-    return measured + [importlib.import_module(f"{__name__}.{name}").SECTION for name in FILES]
+    measured = [_section_of(registry.measurement(name)) for name in registry.MEASUREMENTS]
+    return [*measured, training.GRADIENTS, training.SECTION, rprobe.SECTION]
 
 
 def _section_of(measurement: "Measurement") -> Section:

@@ -1,4 +1,4 @@
-"""The training run's own curves, from Trainer's trainer_state.json."""
+"""What a training run left: the Trainer's own curves, and gradient statistics where they were measured."""
 
 from __future__ import annotations
 
@@ -9,19 +9,17 @@ from llava_patch.core import plotting
 from llava_patch.core.errors import InputError
 from llava_patch.core.files import write_json
 from llava_patch.measurements.base import NothingToMeasure
+from llava_patch.measurements.gradients.log import LOG
+from llava_patch.measurements.gradients.result import NAME, GradientsResult
 from llava_patch.tools.report.context import Context
-from llava_patch.tools.report.section import Figure, Found, Section, Table
+from llava_patch.tools.report.section import Figure, Found, Section, Table, found_of
 
 STATE = "trainer_state.json"
 CURVES = (("loss", "loss (nats per token)"), ("learning_rate", "learning rate"), ("grad_norm", "gradient norm"))
 
 
 def read_curves(run: str) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) pairs by name, in order of steps.
-
-    Raises:
-        InputError: no trainer_state.json, or a damaged one.
-    """
+    """(step, value) pairs by name, in order of steps."""
     path = Path(run) / STATE
     try:
         history = json.loads(path.read_text(encoding="utf-8"))["log_history"]
@@ -46,7 +44,7 @@ def draw(curves: dict[str, list[tuple[int, float]]], path: Path) -> Path:
     return plotting.write_figure(figure, path)
 
 
-def _run(context: Context, folder: Path) -> Found:
+def _run_curves(context: Context, folder: Path) -> Found:
     curves = read_curves(context.run)
     losses = curves["loss"]
     if not losses:
@@ -61,30 +59,67 @@ def _run(context: Context, folder: Path) -> Found:
         values = [value for _, value in curves[name]]
         if values:
             rows.append([label, *(f"{v:.4g}" for v in (values[0], values[-1], min(values), max(values)))])
-    names = ", ".join(row[0] for row in rows)
-    return Found(
-        summary,
-        [Figure("training.png", f"Curves over the optimizer steps: {names}. {summary}")],
-        [Table(["curve", "first", "last", "lowest", "highest"], rows)],
-        ["training.json", "training.png"],
-    )
+    alt = f"Curves over the optimizer steps: {', '.join(row[0] for row in rows)}. {summary}"
+    table = Table(["curve", "first", "last", "lowest", "highest"], rows)
+    return Found(summary, [Figure("training.png", alt)], [table], ["training.json", "training.png"])
 
 
-def _why_not(context: Context) -> str | None:
+def _why_no_curves(context: Context) -> str | None:
     if not context.run:
         return f"no training run known: give its folder, with {STATE}, as --run"
     return None if (Path(context.run) / STATE).is_file() else f"{context.run} holds no {STATE}"
-
-
-def _inputs(context: Context) -> list[str]:
-    return [str(Path(context.run) / STATE)] if context.run else []
 
 
 SECTION = Section(
     "training",
     "Training curves",
     "What Hugging Face's Trainer logged during the run. The last loss is the mean over the last tenth of the log.",
-    _run,
-    why_not=_why_not,
-    inputs=_inputs,
+    _run_curves,
+    why_not=_why_no_curves,
+    inputs=lambda context: [str(Path(context.run) / STATE)] if context.run else [],
+)
+
+
+def _place(context: Context) -> Path | None:
+    """The run's folder, or the one in it, that holds gradient statistics."""
+    for folder in (Path(context.run), Path(context.run) / NAME) if context.run else ():
+        if (folder / LOG).is_file() or (folder / f"{NAME}.json").is_file():
+            return folder
+    return None
+
+
+def _run_gradients(context: Context, folder: Path) -> Found:
+    place = _place(context)
+    assert place is not None
+    return found_of(
+        GradientsResult.read(place),
+        folder,
+        "training_gradients",
+        "Four panels over the training steps: squared norms of the skip and the main gradient, their variance in "
+        "windows, their cosine, and their cross-covariance in windows.",
+    )
+
+
+def _why_no_gradients(context: Context) -> str | None:
+    if not context.run:
+        return "no training run known: give the folder of one that was measured (a Gradients binding) as --run"
+    if _place(context) is None:
+        return f"{context.run} holds no gradient statistics: train with a field of Gradients bound to measure them"
+    return None
+
+
+def _gradient_files(context: Context) -> list[str]:
+    place = _place(context)
+    return [] if place is None else [str(place / LOG), str(place / f"{NAME}.json")]
+
+
+GRADIENTS = Section(
+    "training_gradients",
+    "Gradients during training",
+    "The same while the weights moved: does the skip gradient settle below the main one (t_trans), and do the two "
+    "agree?",
+    _run_gradients,
+    why_not=_why_no_gradients,
+    inputs=_gradient_files,
+    command=lambda context: f"llava-patch gradients show {context.run}" if context.run else "",
 )
