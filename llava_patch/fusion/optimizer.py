@@ -14,15 +14,10 @@ Group = dict[str, Any]
 
 
 def distances(tower: Tower, deepest: int) -> dict[int, int]:
-    """How far below the last used block each parameter of a vision tower is.
+    """How far below the last used block D (`deepest`, 1..N) each parameter of a vision tower is, by its id.
 
-    Args:
-        tower: the tower's parts.
-        deepest: the last used block D, 1..N.
-
-    Returns:
-        {id of a parameter: distance}: D - i in block i, D in the embeddings, which are one below block 1, and 0 in a
-        final norm that is read. What is not used is left out.
+    D - i in block i, D in the embeddings, which are one below block 1, and 0 in a final norm that is read. What is not
+    used is left out.
     """
     found = {id(p): deepest for m in tower.before for p in m.parameters()}
     found |= {id(p): deepest for p in tower.own}
@@ -73,15 +68,9 @@ def regroup(
 
 
 def apart(groups: Iterable[Group], own: Collection[int], lr: float) -> list[Group]:
-    """Give some parameters groups of their own.
+    """Give the parameters whose ids are in `own` groups of their own, with the learning rate `lr`; none is empty.
 
-    Args:
-        groups: an optimizer's groups; each part of a group keeps its other entries.
-        own: ids of the parameters.
-        lr: their learning rate.
-
-    Returns:
-        The groups, none of them empty; what is apart already stays where it is.
+    Each part of a group keeps its other entries; what is apart already stays where it is.
     """
     made = []
     for group in groups:
@@ -102,17 +91,10 @@ def by_kind(
     weight_decay: float = 0.0,
     projector_lr: float | None = None,
 ) -> list[Group]:
-    """Groups as LLaVA's trainer makes them: with and without weight decay, of the projector and of the rest.
+    """Up to four groups as LLaVA's trainer makes them: with and without weight decay, of the projector and of the rest.
 
-    Args:
-        parameters: what trains.
-        projector: ids of the projector's parameters.
-        lr: learning rate.
-        weight_decay: of matrices (and convolutions); biases, norms and other vectors have none.
-        projector_lr: learning rate of the projector; None: as the rest.
-
-    Returns:
-        Up to four groups, none of them empty.
+    Matrices (and convolutions) have weight decay; biases, norms and other vectors have none. `projector` holds ids,
+    whose learning rate is `projector_lr`; None: as the rest.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter in parameters:

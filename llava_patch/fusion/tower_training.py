@@ -19,13 +19,10 @@ _FUNCTION = "_gradient_checkpointing_func"
 
 
 def set_tower_flags(anatomy: Anatomy, settings: Fusion, taps: Taps) -> None:
-    """Set requires_grad in the vision tower as `train_tower` says.
+    """Set requires_grad in the vision tower as `train_tower` says; SettingError: more blocks asked for than are used.
 
     Blocks above the deepest feature that carries a gradient never train, nor does the final norm unless that feature is
     read through it: nothing would give them a gradient.
-
-    Raises:
-        SettingError: more blocks asked for than are used.
     """
     vision = anatomy.vision_model
     if vision is None:
@@ -61,12 +58,9 @@ def let_tower_train(anatomy: Anatomy, undo: UndoStack) -> None:
 
 
 def lift_no_grad(anatomy: Anatomy, undo: UndoStack) -> None:
-    """Run `llava`'s tower with gradients while something in it asks for one.
+    """Run `llava`'s tower with gradients while something in it asks for one (HostError: its forward has no `no_grad`).
 
     Modifications: the tower's instance attribute `forward`.
-
-    Raises:
-        HostError: a tower whose forward is not under `no_grad`.
     """
     tower = anatomy.tower
     original = tower.forward

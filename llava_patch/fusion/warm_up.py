@@ -25,9 +25,6 @@ class WarmUp:
     gradients are replaced by zeros before anything else sees them, so the clipped norm is the adapter's alone, and its
     groups have no weight decay. An Adam step then changes nothing, not even a bit. At the switch the step counters and
     moments of what waited are set to zero: bias correction would otherwise take the first gradients for the thousandth.
-
-    Attributes:
-        steps: how many optimizer steps the warm-up lasts.
     """
 
     def __init__(self, optimizer: Any, adapter: Iterable[nn.Parameter], steps: int) -> None:
@@ -48,7 +45,7 @@ class WarmUp:
                 f"{type(optimizer).__name__} (--optim adamw_torch)"
             )
         learns = {id(p) for p in adapter}
-        self.steps = steps
+        self.steps = steps  # how many optimizer steps the warm-up lasts
         self._waiting: list[int] = []
         self._decay: list[float] = []
         self._parameters: list[nn.Parameter] = []

@@ -46,22 +46,14 @@ def unsupported() -> str | None:
 
 
 def check_versions() -> None:
-    """Refuse host versions that llava_patch was never run on.
-
-    Raises:
-        HostError: names the installed version, the supported range and the command that mends it.
-    """
+    """Refuse host versions that llava_patch was never run on, with the command that mends it (HostError)."""
     reason = unsupported()
     if reason is not None:
         raise HostError(reason)
 
 
 def brings_towers(builder: ModuleType) -> bool:
-    """Whether a `llava` package builds vision towers of its own besides CLIP, as LLaVA-NeXT's does.
-
-    Args:
-        builder: the module of its `build_vision_tower`, which imports every class that it can build.
-    """
+    """Whether a `llava` package, by its module of `build_vision_tower`, has towers besides CLIP, as LLaVA-NeXT's."""
     package = builder.__name__.partition(".")[0]
     classes = [c for c in vars(builder).values() if isinstance(c, type) and c.__module__.partition(".")[0] == package]
     return any(not c.__name__.startswith("CLIPVisionTower") for c in classes)
@@ -89,7 +81,7 @@ def call_layer(
     use_cache: bool = False,
     checkpoint: bool = True,
 ) -> Tensor:
-    """Run one decoder layer, whatever its version's signature.
+    """Run one decoder layer, whatever its version's signature: [batch, tokens, hidden] to the same.
 
     Args:
         layer: a LlamaDecoderLayer or one of its kin.
@@ -101,9 +93,6 @@ def call_layer(
         cache_position: [tokens] places in that cache.
         use_cache: as in the host.
         checkpoint: False bypasses gradient checkpointing where no gradient is wanted (it would only warn).
-
-    Returns:
-        [batch, tokens, hidden].
     """
     kwargs = {
         "attention_mask": attention_mask,
@@ -133,10 +122,7 @@ def checkpointed(layer: Any, function: Callable[..., Tensor], *tensors: Tensor) 
 
 
 def one_tensor(features: Any) -> Tensor:
-    """What a host's image encoder returned as one tensor [images, tokens, hidden].
-
-    It is a list or a tensor up to transformers 4, a model output from 5 on.
-    """
+    """What a host's image encoder returned (up to transformers 4 maybe a list), one tensor [images, tokens, hidden]."""
     features = getattr(features, "pooler_output", features)
     return features if isinstance(features, Tensor) else torch.stack(list(features))
 
@@ -186,7 +172,7 @@ def causal_mask(
     kv_length: int | None = None,
     attn_implementation: str | None = None,
 ) -> Any:
-    """Causal mask in the form that the configured attention backend takes.
+    """Causal mask in the form that the configured attention backend takes; None where plain causal attention suffices.
 
     Args:
         config: decoder configuration (its `_attn_implementation` picks the form).
@@ -194,9 +180,6 @@ def causal_mask(
         key_valid: bool [batch, keys], False at padding; None when every key is valid.
         kv_length: number of keys, queries included; None: as many as queries.
         attn_implementation: another backend than the configured one.
-
-    Returns:
-        What `call_layer` takes as attention_mask; None where plain causal attention suffices.
     """
     queries = hidden_states.shape[1]
     keys = queries if kv_length is None else kv_length
@@ -234,11 +217,8 @@ def _with_attention(config: Any, attn_implementation: str) -> Any:
 def visible(config: Any, query_index: Tensor, key_index: Tensor, key_valid: Tensor | None) -> Tensor:
     """Which keys a causal query sees, by their places in the sequence: bool [batch, queries, keys].
 
-    Args:
-        config: decoder configuration (its sliding window counts).
-        query_index: int64 [batch, queries].
-        key_index: int64 [batch, keys].
-        key_valid: bool [batch, keys], False at padding; None when every key is valid.
+    The places are int64 [batch, queries] and [batch, keys]; `key_valid` is as in `causal_mask`. A sliding window counts
+    positions of the whole sequence, those that a layer does not see included.
     """
     distance = query_index[:, :, None] - key_index[:, None]
     seen = distance >= 0
@@ -251,19 +231,9 @@ def visible(config: Any, query_index: Tensor, key_index: Tensor, key_valid: Tens
 def position_mask(
     config: Any, query_index: Tensor, key_index: Tensor, key_valid: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Causal mask between positions in any order, for sdpa and eager attention.
+    """Causal mask between positions in any order, for sdpa and eager attention: [batch, 1, queries, keys].
 
-    A sliding window counts positions of the whole sequence, those that a layer does not see included.
-
-    Args:
-        config: decoder configuration.
-        query_index: int64 [batch, queries], places in the sequence.
-        key_index: int64 [batch, keys].
-        key_valid: bool [batch, keys], False at padding; None when every key is valid.
-        dtype: of the hidden states.
-
-    Returns:
-        [batch, 1, queries, keys], bool (sdpa) or additive in `dtype` (eager).
+    It is bool (sdpa) or additive in `dtype`, the hidden states' (eager); the other arguments are those of `visible`.
     """
     allowed = visible(config, query_index, key_index, key_valid)
     if key_valid is not None:
@@ -276,11 +246,7 @@ def position_mask(
 
 
 def attention_of(config: Any) -> str:
-    """The attention backend in use: "eager", "sdpa", or a flash attention's name.
-
-    Raises:
-        InputError: a backend whose masks we cannot make.
-    """
+    """The attention backend in use: "eager", "sdpa", or a flash attention's name; InputError for one without masks."""
     name = config._attn_implementation or "eager"
     if name in ("eager", "sdpa") or name.startswith("flash_attention"):
         return name

@@ -22,57 +22,41 @@ from llava_patch.hosts.towers.layout import Shape, Tower
 
 @dataclass(frozen=True, eq=False)
 class Anatomy(ABC):
-    """The parts of one host model.
+    """The parts of one host model."""
 
-    Attributes:
-        host: the host's name.
-        projector_name: the projector's attribute name in `projector_owner`.
-        encoder_name: `wrapper`'s method that turns pixel values into projected visual tokens.
-        pixels_argument: the argument of the model's forward that brings images.
-        ids_hold_places: whether `input_ids` have one placeholder for each image token, written by a processor that
-            takes text and images together; else one placeholder an image, and the model makes room while it runs.
-        tower_apart: whether the vision tower has files of its own, is loaded after the language model, and runs under
-            `no_grad`; else it is a part of the model like any other.
-        model: the causal LM itself (wrappers stripped).
-        decoder: the LlamaModel (embed_tokens, layers, norm, rotary_emb).
-        wrapper: the module whose forward turns token ids and images into the decoder's embeddings: the causal LM on
-            `llava`, the inner LlavaModel on HF.
-        tower: the vision tower as the host holds it (CLIPVisionTower on `llava`, CLIPVisionModel on HF).
-        projector_owner: the module that holds the projector.
-    """
-
-    host: ClassVar[str]
-    projector_name: ClassVar[str]
-    encoder_name: ClassVar[str]
-    pixels_argument: ClassVar[str]
+    host: ClassVar[str]  # the host's name
+    projector_name: ClassVar[str]  # the projector's attribute name in `projector_owner`
+    encoder_name: ClassVar[str]  # `wrapper`'s method that turns pixel values into projected visual tokens
+    pixels_argument: ClassVar[str]  # the argument of the model's forward that brings images
+    # Whether `input_ids` have one placeholder for each image token, written by a processor that takes text and images
+    # together; else one placeholder an image, and the model makes room while it runs.
     ids_hold_places: ClassVar[bool]
+    # Whether the vision tower has files of its own, is loaded after the language model, and runs under `no_grad`; else
+    # it is a part of the model like any other.
     tower_apart: ClassVar[bool]
 
     # Typed Any: what these modules have is the host's business.
-    model: Any
-    decoder: Any
+    model: Any  # the causal LM itself (wrappers stripped)
+    decoder: Any  # the LlamaModel (embed_tokens, layers, norm, rotary_emb)
+    # The module whose forward turns token ids and images into the decoder's embeddings: the causal LM on `llava`, the
+    # inner LlavaModel on HF.
     wrapper: Any
-    tower: Any
-    projector_owner: Any
+    tower: Any  # the vision tower as the host holds it (CLIPVisionTower on `llava`, CLIPVisionModel on HF)
+    projector_owner: Any  # the module that holds the projector
 
     @classmethod
     @abstractmethod
     def of(cls, model: Any) -> "Anatomy | None":
         """Describe a model, wrappers stripped; None: it is of another host.
 
-        Raises:
-            HostError: of this host, but unfinished, or with code of its own where images become embeddings.
+        HostError: of this host, but unfinished, or with code of its own where images become embeddings.
         """
 
     # --- the decoder and the projector, alike on every host
 
     @property
     def layers(self) -> nn.ModuleList:
-        """The decoder layers, 0..L-1.
-
-        Raises:
-            HostError: a decoder that keeps them elsewhere.
-        """
+        """The decoder layers, 0..L-1; HostError for a decoder that keeps them elsewhere."""
         layers = getattr(self.decoder, "layers", None)
         if layers is None:
             raise HostError(
@@ -112,11 +96,7 @@ class Anatomy(ABC):
         return f"{self.projector_name}_stack"
 
     def first_linear(self) -> tuple[nn.Module, str, nn.Linear]:
-        """The projector's first Linear as (parent module, attribute name, module).
-
-        Raises:
-            HostError: the projector has no Linear (mm_projector_type = identity).
-        """
+        """The projector's first Linear as (parent module, attribute name, module); HostError where it has none."""
         if isinstance(self.projector, nn.Linear):
             return self.projector_owner, self.projector_name, self.projector
         for name, child in self.projector.named_children():
@@ -148,8 +128,8 @@ class Anatomy(ABC):
         """Where the blocks of the loaded vision tower are, and what its tokens mean.
 
         Raises:
-            HostError: the tower is not loaded yet, its class is not known (the message names what was not found), or
-                it does not report its hidden states to this host.
+            HostError: the tower is not loaded yet, its class is not known (the message names what was not found), or it
+                does not report its hidden states to this host.
         """
         if self.vision_model is None:
             raise HostError("the vision tower is not loaded yet: call its load_model() first")
@@ -189,8 +169,7 @@ class Anatomy(ABC):
     def main_block(self) -> int:
         """The block whose output is the main feature, 1..N (LLaVA-1.5 selects -2: block N-1).
 
-        Raises:
-            HostError: the host itself selects several layers, or one that the tower does not have.
+        HostError: the host itself selects several layers, or one that the tower does not have.
         """
         select = self.selected_layer
         if not isinstance(select, int):
@@ -251,15 +230,10 @@ class Anatomy(ABC):
         return self.wrapper, self.encoder_name
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """Projected visual tokens, through the host's own path (so a patched model gives its fused features).
+        """Projected visual tokens [images, tokens, hidden_size], through the host's own path (so with a patch, fused).
 
-        On a model that cuts images into tiles: of single tiles, neither joined nor cut.
-
-        Args:
-            pixel_values: [images, 3, height, width], normalised by the host's image processor.
-
-        Returns:
-            [images, tokens, hidden_size].
+        On a model that cuts images into tiles: of single tiles, neither joined nor cut. `pixel_values` are [images, 3,
+        height, width], normalised by the host's image processor.
         """
         return compat.one_tensor(getattr(self.wrapper, self.encoder_name)(pixel_values))
 
@@ -285,25 +259,18 @@ class HostFiles:
     Tensors have one neutral spelling beside each host's own: `decoder.<name in the LlamaModel>`, `head.weight`,
     `projector.<k>.<weight or bias>` (the k-th Linear, from 0), `stack.<k>.<...>` (DeepStack's second projector),
     `tower.<name in the vision model>`, `image_newline`.
-
-    Attributes:
-        wrote: whether a config.json is one of this host.
-        text_config: the language model's configuration (LlamaConfig or MistralConfig) in a config.json.
-        feature_width: channels of one vision feature, by a config.json.
-        skeleton: the model of a config.json with its vision tower, made under `torch.device("meta")`; HostError where
-            the host's package, or its tower's configuration, is not there.
-        linear: the name of the projector's k-th Linear.
-        parts: patterns of the host's tensor names with the neutral prefix of what they hold.
-        prefixes: of the tensors of each neutral part as the host's files have them.
     """
 
-    wrote: Callable[[dict[str, Any]], bool]
+    wrote: Callable[[dict[str, Any]], bool]  # whether a config.json is one of this host
+    # The language model's configuration (LlamaConfig or MistralConfig) in a config.json.
     text_config: Callable[[dict[str, Any]], Any]
-    feature_width: Callable[[dict[str, Any]], int]
+    feature_width: Callable[[dict[str, Any]], int]  # channels of one vision feature, by a config.json
+    # The model of a config.json with its vision tower, made under `torch.device("meta")`; HostError where the host's
+    # package, or its tower's configuration, is not there.
     skeleton: Callable[[dict[str, Any]], Any]
-    linear: Callable[[int], str]
-    parts: tuple[tuple[str, str], ...]
-    prefixes: Mapping[str, str]
+    linear: Callable[[int], str]  # the name of the projector's k-th Linear
+    parts: tuple[tuple[str, str], ...]  # patterns of the host's tensor names with the neutral prefix of what they hold
+    prefixes: Mapping[str, str]  # of the tensors of each neutral part as the host's files have them
 
     def neutral(self, name: str) -> str | None:
         """A tensor's name in the host's files, or in memory, in the neutral spelling; None when it is not known."""
@@ -322,12 +289,7 @@ class HostFiles:
         return f"{places[name]}.{kind}" if name in places and kind in ("weight", "bias") else None
 
     def written(self, name: str, single: bool = False) -> str:
-        """A neutral name as the host's files have it.
-
-        Args:
-            name: the neutral name.
-            single: the projector is one Linear (mm_projector_type = linear).
-        """
+        """A neutral name as the host's files have it; `single`: the projector is one Linear."""
         part, _, rest = name.partition(".")
         if part in ("projector", "stack"):
             place, _, kind = rest.partition(".")

@@ -25,45 +25,26 @@ from llava_patch.hosts.compat import layout_options
 
 @dataclass(frozen=True)
 class Placement:
-    """Where an image lies on the plane that its tiles form, in pixels of that plane.
+    """Where an image lies on the plane that its tiles form, in pixels of that plane."""
 
-    Attributes:
-        width: of the plane.
-        height: of the plane.
-        new_width: of the resized image.
-        new_height: of the resized image.
-        left: padding on its left.
-        top: padding above it.
-    """
-
-    width: int
-    height: int
-    new_width: int
-    new_height: int
-    left: int
-    top: int
+    width: int  # of the plane
+    height: int  # of the plane
+    new_width: int  # of the resized image
+    new_height: int  # of the resized image
+    left: int  # padding on its left
+    top: int  # padding above it
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """A host's anyres.
+    """A host's anyres."""
 
-    Attributes:
-        host: "llava" or "hf".
-        resolutions: (width, height) of the planes to choose from.
-        side: of a tile, in pixels.
-    """
-
-    host: str
-    resolutions: tuple[tuple[int, int], ...]
-    side: int
+    host: str  # "llava" or "hf"
+    resolutions: tuple[tuple[int, int], ...]  # (width, height) of the planes to choose from
+    side: int  # of a tile, in pixels
 
     def place(self, size: tuple[int, int]) -> Placement:
-        """Choose the plane of an image, by the host's own rule, and centre the image on it.
-
-        Args:
-            size: (width, height) of the image.
-        """
+        """Choose the plane of an image of `size` (width, height) by the host's own rule, and centre the image on it."""
         if self.host == LLAVA:
             from llava.mm_utils import select_best_resolution
 
@@ -82,8 +63,7 @@ class Tiling:
     def cut(self, processor: Any, image: Image.Image) -> Tensor:
         """Tiles of an RGB image through the host's own code: float32 [1 + tiles, 3, side, side], overview first.
 
-        Raises:
-            HostError: the image processor does not give tiles of the tower's side.
+        HostError: the image processor does not give tiles of the tower's side.
         """
         if self.host == LLAVA:
             from llava.mm_utils import process_anyres_image
@@ -115,14 +95,9 @@ def cuts_tiles(anatomy: Anatomy) -> bool:
 
 
 def make_tiling(anatomy: Anatomy, processor: Any) -> Tiling:
-    """The tiling of a model and its image processor.
+    """The tiling of a model for which `cuts_tiles` holds, and of its image processor.
 
-    Args:
-        anatomy: a model for which `cuts_tiles` holds.
-        processor: its image processor: LlavaNextImageProcessor on HF, the tower's own on `llava`.
-
-    Raises:
-        HostError: tiles that do not fit the tower, or a processor of another model.
+    HostError: tiles that do not fit the tower, or a processor of another model.
     """
     rows, columns = anatomy.grid
     side = rows * anatomy.patch_size

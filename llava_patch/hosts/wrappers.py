@@ -244,9 +244,7 @@ def reports(prepare: Any) -> bool:
 def _check_arguments(call: HostCall, given: dict[str, Any]) -> None:
     """Refuse arguments that bring images in another way than the one that is routed; hosts may drop unknown ones.
 
-    Raises:
-        InputError: names the argument.
-        HostError: the host itself has encoded images before this call.
+    HostError instead of InputError: the host itself has encoded images before this call.
     """
     anatomy = call.anatomy
     for name, value in given.items():

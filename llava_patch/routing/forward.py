@@ -27,7 +27,6 @@ class RoutedForward:
     """The decoder's forward with routing; called as the decoder calls its own."""
 
     def __init__(self, anatomy: Anatomy, schedule: LayerSchedule) -> None:
-        """Remember the decoder's stock forward, which serves conversations without an image."""
         self.anatomy = anatomy
         self.schedule = schedule
         self.stock = anatomy.decoder.forward

@@ -104,12 +104,7 @@ class Stream:
         return PositionSet(self.keys.index[:, start:], None if valid is None else valid[:, start:])
 
     def mask(self, backend: str, last: int | None = None) -> Any:
-        """The mask of a layer whose queries are the new positions, or the last few of them.
-
-        Args:
-            backend: attention backend that the layer runs.
-            last: how many; None: all.
-        """
+        """The mask of a layer of this attention backend whose queries are the new positions, or the `last` few."""
         key = (backend, None if last is not None and last >= self.count else last)
         if key not in self.masks:
             queries = self.count if last is None else last
@@ -157,7 +152,7 @@ def call_with_keys(
     attention_mask: Any,
     past_key_values: Any,
 ) -> Tensor:
-    """Run a decoder layer on some positions while others give keys and values only.
+    """Run a decoder layer on some positions, [batch, queries, hidden], while others give keys and values only.
 
     Args:
         layer: a decoder layer.
@@ -168,9 +163,6 @@ def call_with_keys(
         merge: puts the others' and the own keys (or values) in the order that the mask counts.
         attention_mask: over the merged keys, and before them those that the cache holds.
         past_key_values: cache that takes the merged keys and values, or None.
-
-    Returns:
-        [batch, queries, hidden].
     """
 
     def run(hidden_states: Tensor, others: Tensor) -> Tensor:
@@ -200,7 +192,7 @@ def prime(states: Tensor, layer: nn.Module) -> Tensor:
 def attention_of_last(
     layer: Any, states: Tensor, last: Tensor, rotary: tuple[Tensor, Tensor], key: Tensor | None, allowed: Tensor
 ) -> Tensor:
-    """Attention of each sample's last prompt token at a layer, mean over heads.
+    """Attention of each sample's last prompt token at a layer, mean over heads: float32 [batch, tokens].
 
     Args:
         layer: a decoder layer.
@@ -210,9 +202,6 @@ def attention_of_last(
         key: [batch, key_value_heads, keys, head_dim], the keys that its cache holds, those of `states` last; None:
             `states` give all of them.
         allowed: bool [batch, keys], what the token may see.
-
-    Returns:
-        float32 [batch, tokens].
     """
     at = PositionSet(last[:, None], None)
     query = projections.queries(layer, at.take(states), at.take_rotary(rotary))

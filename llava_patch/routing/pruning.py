@@ -63,28 +63,17 @@ class Pruning:
         raise NotImplementedError
 
     def keep_counts(self, images: tuple[int, ...], protected: tuple[int, ...]) -> tuple[int, ...]:
-        """How many image positions of each sample stay: ceil((1 - r) * n), but never fewer than are read.
-
-        Args:
-            images: n of each sample.
-            protected: positions of each sample that are read.
-        """
+        """How many of the n image positions of each sample stay: ceil((1 - r) * n), but never fewer than are read."""
         # The nearest simple fraction, so that 0.7 of 10 leaves 3 and not 4, and 1/3 of 9 leaves 6.
         share = 1 - Fraction(self.ratio).limit_denominator(10**6)
         return tuple(max(math.ceil(share * n), p) for n, p in zip(images, protected, strict=True))
 
 
 def choose(scores: Tensor, image_mask: Tensor, keep: tuple[int, ...], protected: Tensor | None = None) -> Tensor:
-    """Choose the image positions with the highest scores; the lower position wins ties.
+    """Choose the `keep` image positions of each sample with the highest scores; the lower position wins ties.
 
-    Args:
-        scores: float [batch, tokens].
-        image_mask: bool [batch, tokens], the candidates.
-        keep: how many to keep in each sample.
-        protected: bool [batch, tokens], candidates that stay whatever their score.
-
-    Returns:
-        bool [batch, tokens], a part of image_mask.
+    `scores` are float [batch, tokens]; `image_mask`, the candidates, and `protected`, those that stay whatever their
+    score, are bool [batch, tokens], as is the choice.
     """
     scores = scores.float().masked_fill(~image_mask, float("-inf"))
     if protected is not None:

@@ -23,10 +23,7 @@ _training = False
 
 
 def take_flags(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Remove our flags from a command line, in place.
-
-    Args:
-        argv: the arguments; `--flag value` and `--flag=value` both work, and each flag may be repeated.
+    """Remove our flags from a command line, in place; `--flag value` and `--flag=value` both work, and may be repeated.
 
     Returns:
         (values of --gin_file, values of --gin_param), in order.

@@ -15,11 +15,7 @@ OWN = ("gin_file", "gin_param")
 
 
 def bound(**values: Any) -> dict[str, Any]:
-    """The gin configurable `Flags`: any keyword is a flag's name, without its dashes.
-
-    Raises:
-        SettingError: a value that no command line can hold.
-    """
+    """The gin configurable `Flags`: any keyword is a flag's name; SettingError for what no command line holds."""
     values = {name: value for name, value in values.items() if value is not None}  # takes an included file's back
     for name, value in values.items():
         if name in OWN:

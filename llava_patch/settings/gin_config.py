@@ -38,30 +38,19 @@ def _root(fusion: Any = None, routing: Any = None, pruning: Any = None, probe: A
 
 @dataclass(frozen=True)
 class Configuration:
-    """What was configured.
+    """What was configured."""
 
-    Attributes:
-        fusion: fusion settings or None.
-        routing: routing settings or None.
-        pruning: pruning settings or None.
-        probe: settings of R-Probe as an auxiliary loss or None; only training uses them.
-        measurements: settings of measurements that have a binding, by class name.
-        flags: flags for LLaVA's training script, by name.
-        sweep: a grid for `llava-patch sweep`, or None.
-        operative: gin's operative config as text: every value in use, the defaults included.
-        sources: the files and bindings it came from.
-        off: kinds of method that are explicitly None, as in `Patch.fusion = None`: asked for, and not nothing.
-    """
-
-    fusion: Any = None
-    routing: Any = None
-    pruning: Any = None
-    probe: Any = None
+    fusion: Any = None  # fusion settings or None
+    routing: Any = None  # routing settings or None
+    pruning: Any = None  # pruning settings or None
+    probe: Any = None  # settings of R-Probe as an auxiliary loss or None; only training uses them
+    # Settings of measurements that have a binding, by class name.
     measurements: dict[str, Any] = field(default_factory=dict)
-    flags: dict[str, Any] = field(default_factory=dict)
-    sweep: Any = None
-    operative: str = ""
-    sources: tuple[str, ...] = field(default=())
+    flags: dict[str, Any] = field(default_factory=dict)  # flags for LLaVA's training script, by name
+    sweep: Any = None  # a grid for `llava-patch sweep`, or None
+    operative: str = ""  # gin's operative config as text: every value in use, the defaults included
+    sources: tuple[str, ...] = field(default=())  # the files and bindings it came from
+    # Kinds of method that are explicitly None, as in `Patch.fusion = None`: asked for, and not nothing.
     off: tuple[str, ...] = ()
 
     def methods(self) -> dict[str, Any]:
@@ -83,11 +72,7 @@ class Configuration:
 
 
 def find_file(name: str) -> Path:
-    """A gin file by path, or by bare name in the current folder and then among the shipped files.
-
-    Raises:
-        SettingError: no such file.
-    """
+    """A gin file by path, or by bare name in the current folder and then among the shipped files; else SettingError."""
     path = Path(name)
     if path.is_file():
         return path
@@ -103,14 +88,9 @@ def find_file(name: str) -> Path:
 
 
 def read(files: Sequence[str], params: Sequence[str]) -> Configuration:
-    """Parse gin files and bindings into settings; the program's own gin configuration stays as it was.
+    """Parse gin files, then single bindings, into settings; the program's own gin configuration stays as it was.
 
-    Args:
-        files: names or paths.
-        params: single bindings, applied after the files.
-
-    Raises:
-        SettingError: a missing file, an unknown name or binding, or a value that a setting refuses.
+    SettingError: a missing file, an unknown name or binding, or a value that a setting refuses.
     """
     paths = [find_file(name) for name in files]
     sources = (*map(str, paths), *params)

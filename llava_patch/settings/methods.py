@@ -63,15 +63,7 @@ def to_dict(settings: Any) -> dict[str, Any]:
 
 
 def from_dict(values: Mapping[str, Any], source: str) -> Any:
-    """Rebuild a settings dataclass from `to_dict`'s output.
-
-    Args:
-        values: the dictionary, with the class name under "method".
-        source: file that it came from, for the error message.
-
-    Raises:
-        SettingError: unknown method or field, naming both and the file.
-    """
+    """Rebuild a settings dataclass from `to_dict`'s output; SettingError names `source` and what is unknown."""
     values = dict(values)
     name = values.pop("method", None)
     if name not in registry.METHODS:
@@ -92,13 +84,7 @@ def from_dict(values: Mapping[str, Any], source: str) -> Any:
 def from_record(record: Mapping[str, Any], source: str) -> dict[str, Any]:
     """The settings dataclasses that a checkpoint's record holds, as keyword arguments of `patch`.
 
-    Args:
-        record: from `core.records`.
-        source: file that it came from, for messages.
-
-    Raises:
-        CheckpointError: a record of a newer format.
-        SettingError: an unknown method or field.
+    CheckpointError: a record of a newer format. SettingError: an unknown method or field. Both name `source`.
     """
     check_format(record, source)
     lasting = (kind for kind in registry.KINDS if kind not in registry.TRAINING_ONLY)

@@ -20,15 +20,10 @@ CLIP = ("clip", "clip_vision_model")
 
 
 def read_config(name: str) -> Any:
-    """The configuration of a vision tower; None for a CLIP one and for one that is not there.
+    """The configuration of a vision tower, a folder or a hub name; None for a CLIP one and for one that is not there.
 
-    Both are `llava`'s own business: it loads the one and has an error for the other.
-
-    Args:
-        name: a folder, or a name on the hub (read from the cache when offline).
-
-    Raises:
-        HostError: a tower that llava_patch does not know; `llava` would put random weights in its place.
+    Both are `llava`'s own business: it loads the one and has an error for the other. HostError: a tower that
+    llava_patch does not know; `llava` would put random weights in its place.
     """
     try:
         raw, _ = PretrainedConfig.get_config_dict(name)
@@ -53,15 +48,10 @@ def read_config(name: str) -> Any:
 
 
 def load_model(name: str, config: Any, device_map: Any = None) -> Any:
-    """The vision model with its weights.
+    """The vision model of a folder or name with its weights; a checkpoint of a larger model gives its vision part.
 
-    Args:
-        name: the tower's folder or name; a checkpoint of a larger model gives its vision part.
-        config: what `read_config` gave.
-        device_map: as from_pretrained takes it.
-
-    Raises:
-        CheckpointError: the checkpoint lacks weights of the tower, which transformers would make up.
+    `config` is what `read_config` gave. CheckpointError: the checkpoint lacks weights of the tower, which transformers
+    would make up.
     """
     names = {r"^(?:model\.)?vision_tower\.": ""}  # of InternVL's, Perception LM's and LLaVA's checkpoints
     if config.model_type == "aimv2_vision_model":
@@ -112,15 +102,8 @@ def load_processor(name: str, config: Any, side: int) -> Any:
     """The tower's image processor, with the fields that llava reads: image_mean, crop_size and size.
 
     A CLIP processor (AIMv2 has one) is taken as it is. The others (SigLIP, SigLIP 2 NaFlex, InternVL, Perception LM,
-    timm) become one that stretches an image to the tower's square, with the file's own colours and filter.
-
-    Args:
-        name: the tower's folder or name.
-        config: what `read_config` gave.
-        side: of the square image that the tower takes, in pixels.
-
-    Raises:
-        HostError: no processor there, an unknown one, or one for another size.
+    timm) become one that stretches an image to the tower's square of `side` pixels, with the file's own colours and
+    filter. HostError: no processor there, an unknown one, or one for another size.
     """
     try:
         raw, _ = BaseImageProcessor.get_image_processor_dict(name)
