@@ -175,13 +175,11 @@ class FusionMethod(Method):
         if self.trains_tower:
             let_tower_train(anatomy, undo)
 
-    def changed(self, settings: Any, undo: UndoStack) -> "FusionMethod":
+    def changed(self, settings: Any, undo: UndoStack) -> Method:
         """Another choice of what trains."""
-        twin = super().changed(settings, undo)
-        assert isinstance(twin, FusionMethod)
-        if twin.trains_tower and not self.trains_tower:
+        if settings.train_tower != "frozen" and not self.trains_tower:
             let_tower_train(self.anatomy, undo)
-        return twin
+        return super().changed(settings, undo)
 
     def _hook_vision_model(self, undo: UndoStack, took_part: _TookPart) -> None:
         """Put the fused feature in the main feature's place among the tower's hidden states."""

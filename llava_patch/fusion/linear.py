@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,19 +19,10 @@ class FusedLinear(nn.Linear):
     bit for bit, which one wide product does not (another reduction order).
     """
 
-    def __init__(
-        self,
-        stock_features: int,
-        out_features: int,
-        columns: int,
-        merge_size: int,
-        bias: bool,
-        device: object = None,
-        dtype: object = None,
-    ) -> None:
-        """`nn.Linear`'s usual initialisation over the full width: `columns` features of m x m patches of d channels."""
+    def __init__(self, stock_features: int, out_features: int, columns: int, merge_size: int, **options: Any) -> None:
+        """`nn.Linear`'s own initialisation and options, over `columns` features of m x m patches of d channels."""
         main_features = merge_size**2 * stock_features
-        super().__init__(columns * main_features, out_features, bias=bias, device=device, dtype=dtype)  # type: ignore[arg-type]
+        super().__init__(columns * main_features, out_features, **options)
         self.stock_features = stock_features
         self.main_features = main_features
         self.merge_size = merge_size
@@ -45,8 +38,8 @@ class FusedLinear(nn.Linear):
         """
         weight = linear.weight
         fused = cls(
-            linear.in_features, linear.out_features, columns, merge_size, linear.bias is not None, weight.device,
-            weight.dtype,
+            linear.in_features, linear.out_features, columns, merge_size, bias=linear.bias is not None,
+            device=weight.device, dtype=weight.dtype,
         )  # fmt: skip
         fused.weight.requires_grad_(weight.requires_grad)
         if linear.bias is not None:

@@ -39,17 +39,13 @@ def regroup(
 ) -> list[Group]:
     """Give the vision tower groups of its own, and keep apart what waits in a warm-up.
 
-    Args:
-        groups: an optimizer's groups. Each part of a group keeps its other entries, so weight decay stays as it was.
-        below: what `distances` found; parameters are told apart by identity, not by name.
-        base_lr: learning rate of the tower where there is no `tower_lr`.
-        tower_lr: see `Fusion`. With neither this nor `layer_decay` the tower stays where it is.
-        layer_decay: see `Fusion`; the learning rate is multiplied by layer_decay ** distance.
-        adapter: ids of parameters that must not share a group with others.
+    `below` is what `distances` found, by parameters' ids; the tower's learning rate is tower_lr * layer_decay **
+    distance, with `base_lr` where there is no `tower_lr`. With neither setting the tower stays where it is. The
+    parameters whose ids are in `adapter` share no group with others.
 
     Returns:
-        The groups, none of them empty, every parameter in exactly one; in the order of the given groups, the tower's
-        after the rest of its group, the deepest block first.
+        Groups that keep their other entries, none empty, every parameter in exactly one; in the order of the given
+        groups, the tower's after the rest of its group, the deepest block first.
     """
     own_rate = tower_lr is not None or layer_decay is not None
     made = []
@@ -101,10 +97,6 @@ def by_kind(
         apart = projector_lr is not None and id(parameter) in projector
         groups.setdefault((apart, len(zero.shape(parameter)) < 2), []).append(parameter)
     return [
-        {
-            "params": members,
-            "lr": projector_lr if apart else lr,
-            "weight_decay": 0.0 if vectors else weight_decay,
-        }
+        {"params": members, "lr": projector_lr if apart else lr, "weight_decay": 0.0 if vectors else weight_decay}
         for (apart, vectors), members in sorted(groups.items(), key=lambda item: item[0])
     ]

@@ -28,16 +28,11 @@ class WarmUp:
     """
 
     def __init__(self, optimizer: Any, adapter: Iterable[nn.Parameter], steps: int) -> None:
-        """Remember what waits; changes nothing yet.
+        """Remember what waits for the `adapter`; changes nothing yet.
 
-        Args:
-            optimizer: `torch.optim.AdamW` or `Adam` over whole parameters: before DeepSpeed takes it over, and before a
-                saved state is loaded into it. Its groups must not mix the adapter with the rest.
-            adapter: what trains from the beginning.
-            steps: length of the warm-up.
-
-        Raises:
-            SettingError: another optimizer, a mixed group, or nothing that waits or that learns meanwhile.
+        The optimizer is torch's AdamW or Adam over whole parameters, before DeepSpeed takes it over, and before a saved
+        state is loaded into it. Its groups must not mix the adapter with the rest. SettingError: another optimizer, a
+        mixed group, or nothing that waits or that learns meanwhile.
         """
         if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
             raise SettingError(
@@ -74,9 +69,8 @@ class WarmUp:
     def begin_step(self, step: int, optimizer: Any = None) -> None:
         """Do what an optimizer step needs; call it before the step's first forward pass.
 
-        Args:
-            step: number of optimizer steps done so far, in earlier parts of a resumed run too.
-            optimizer: what now steps, if the optimizer was wrapped (accelerate, DeepSpeed).
+        `step` counts the optimizer steps done so far, in earlier parts of a resumed run too; `optimizer` is what now
+        steps, if it was wrapped (accelerate, DeepSpeed).
         """
         optimizer = self._optimizer if optimizer is None else optimizer
         if step < self.steps:

@@ -42,9 +42,8 @@ def unwrap(model: Any) -> Any:
 def find(model: Any) -> Anatomy:
     """Describe a host model, possibly inside DDP, DeepSpeed, torch.compile or peft.
 
-    Raises:
-        HostError: another kind of model, one that overrides what turns images into embeddings (see `known`), or one
-            that has no vision tower yet.
+    HostError: another kind of model, one that overrides what turns images into embeddings (see `known`), or one that
+    has no vision tower yet.
     """
     model = unwrap(model)
     for kind, _ in HOSTS.values():

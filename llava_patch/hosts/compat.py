@@ -7,6 +7,7 @@ what broke and since when, does nothing where the feature is as LLaVA expects, a
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import importlib.util
@@ -47,8 +48,7 @@ def unsupported() -> str | None:
 
 def check_versions() -> None:
     """Refuse host versions that llava_patch was never run on, with the command that mends it (HostError)."""
-    reason = unsupported()
-    if reason is not None:
+    if (reason := unsupported()) is not None:
         raise HostError(reason)
 
 
@@ -184,7 +184,8 @@ def causal_mask(
     queries = hidden_states.shape[1]
     keys = queries if kv_length is None else kv_length
     if attn_implementation is not None and attn_implementation != config._attn_implementation:
-        config = _with_attention(config, attn_implementation)
+        config = copy.copy(config)
+        config._attn_implementation = attn_implementation
     return _mask_maker(config)(
         config=config,
         input_embeds=hidden_states,
@@ -206,14 +207,6 @@ def _mask_maker(config: Any) -> Callable[..., Any]:
     return masking_utils.create_sliding_window_causal_mask if windowed else masking_utils.create_causal_mask
 
 
-def _with_attention(config: Any, attn_implementation: str) -> Any:
-    import copy
-
-    config = copy.copy(config)
-    config._attn_implementation = attn_implementation
-    return config
-
-
 def visible(config: Any, query_index: Tensor, key_index: Tensor, key_valid: Tensor | None) -> Tensor:
     """Which keys a causal query sees, by their places in the sequence: bool [batch, queries, keys].
 
@@ -222,8 +215,7 @@ def visible(config: Any, query_index: Tensor, key_index: Tensor, key_valid: Tens
     """
     distance = query_index[:, :, None] - key_index[:, None]
     seen = distance >= 0
-    window = sliding_window(config)
-    if window is not None:
+    if (window := sliding_window(config)) is not None:
         seen &= distance < window
     return seen if key_valid is None else seen & key_valid[:, None]
 
@@ -279,23 +271,12 @@ def allow_any_mask(attention: Any, undo: UndoStack) -> None:
         undo.set_attribute(attention, "config", _MaskedAttentionConfig(attention.config))
 
 
-def stock_mask(
-    decoder: Any,
-    inputs_embeds: Tensor,
-    attention_mask: Tensor | None,
-    cache_position: Tensor,
-    past_key_values: Any,
-    position_ids: Tensor | None,
-) -> Any:
-    """The mask that the stock decoder would build for these arguments (layers below the split must match it)."""
-    return _mask_maker(decoder.config)(
-        config=decoder.config,
-        input_embeds=inputs_embeds,
-        attention_mask=attention_mask,
-        cache_position=cache_position,
-        past_key_values=past_key_values,
-        position_ids=position_ids,
-    )
+def stock_mask(decoder: Any, inputs_embeds: Tensor, **arguments: Any) -> Any:
+    """The mask that the stock decoder would build for its forward's arguments (layers below the split must match it).
+
+    They are `attention_mask`, `cache_position`, `past_key_values` and `position_ids`.
+    """
+    return _mask_maker(decoder.config)(config=decoder.config, input_embeds=inputs_embeds, **arguments)
 
 
 def input_grads_are_forced(*modules: nn.Module) -> bool:

@@ -10,6 +10,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -65,25 +66,10 @@ class Anatomy(ABC):
             )
         return layers
 
-    @property
-    def norm(self) -> nn.Module:
-        """The decoder's final norm."""
-        return self.decoder.norm
-
-    @property
-    def lm_head(self) -> nn.Module:
-        """The output head: hidden size to vocabulary."""
-        return self.model.lm_head
-
-    @property
-    def embed_tokens(self) -> Any:
-        """The token embedding."""
-        return self.decoder.embed_tokens
-
-    @property
-    def text_config(self) -> Any:
-        """Configuration of the decoder (hidden_size, num_attention_heads, ...)."""
-        return self.decoder.config
+    norm = property(attrgetter("decoder.norm"))  # the decoder's final norm
+    lm_head = property(attrgetter("model.lm_head"))  # the output head: hidden size to vocabulary
+    embed_tokens = property(attrgetter("decoder.embed_tokens"))  # the token embedding
+    text_config = property(attrgetter("decoder.config"))  # of the decoder (hidden_size, num_attention_heads, ...)
 
     @property
     def projector(self) -> nn.Module:
@@ -119,17 +105,13 @@ class Anatomy(ABC):
     def vision_model_now(self) -> Any:
         """`vision_model`, or what somebody has put in its place since the model was described."""
 
-    @property
-    def vision_config(self) -> Any:
-        """Configuration of the vision model; known before its weights are loaded."""
-        return self.tower.config
+    vision_config = property(attrgetter("tower.config"))  # of the vision model; known before its weights are loaded
 
     def vision_parts(self) -> Tower:
         """Where the blocks of the loaded vision tower are, and what its tokens mean.
 
-        Raises:
-            HostError: the tower is not loaded yet, its class is not known (the message names what was not found), or it
-                does not report its hidden states to this host.
+        HostError: the tower is not loaded yet, its class is not known (the message names what was not found), or it
+        does not report its hidden states to this host.
         """
         if self.vision_model is None:
             raise HostError("the vision tower is not loaded yet: call its load_model() first")
@@ -140,25 +122,10 @@ class Anatomy(ABC):
     def _shape(self) -> Shape:
         return towers.shape_of(self.vision_config)
 
-    @property
-    def vision_width(self) -> int:
-        """Channels of one token of the vision tower."""
-        return self._shape.width
-
-    @property
-    def n_blocks(self) -> int:
-        """Number N of transformer blocks in the vision tower."""
-        return self._shape.n_blocks
-
-    @property
-    def patch_size(self) -> int:
-        """Side of one ViT patch in pixels of the processed image."""
-        return self._shape.patch_size
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of the patch grid of one image (tile)."""
-        return self._shape.grid
+    vision_width = property(attrgetter("_shape.width"))  # channels of one token of the vision tower
+    n_blocks = property(attrgetter("_shape.n_blocks"))  # number N of transformer blocks in the vision tower
+    patch_size = property(attrgetter("_shape.patch_size"))  # side of one ViT patch in pixels of the processed image
+    grid = property(attrgetter("_shape.grid"))  # rows and columns of the patch grid of one image (tile)
 
     @property
     @abstractmethod

@@ -77,7 +77,7 @@ def check_host(model: nn.Module, parts: Iterable[tuple[nn.Module, str]]) -> None
             raise HostError(
                 f"{type(model).__name__} is not a model that llava_patch knows: it brings a {method} of its own "
                 f"({name}.{method}), which may take videos or place its images otherwise. Known: "
-                f"{_listed(n.rsplit('.', 1)[1] for n in HOSTS if n.endswith(('Generation', 'CausalLM')))} of "
+                f"{', '.join(n.rsplit('.', 1)[1] for n in HOSTS if n.endswith(('Generation', 'CausalLM')))} of "
                 "transformers and of the llava package, and subclasses that override none of it"
             )
 
@@ -106,7 +106,7 @@ def _refuse(kind: type, used: str, what: str, where: str = "") -> None:
     why = f"{missing}, which is not built" if missing else "it was never proven there"
     whose = "" if used == f"{kind.__module__}.{kind.__qualname__}" else f" (its forward is {used}'s)"
     raise HostError(
-        f"{where}{what} is not available on {kind.__name__}{whose}: {why}. Proven decoders: {_listed(DECODERS)}. "
+        f"{where}{what} is not available on {kind.__name__}{whose}: {why}. Proven decoders: {', '.join(DECODERS)}. "
         "SkipLinks, DenseConnector and DirectFusion without routing leave the decoder alone and are available"
     )
 
@@ -140,7 +140,3 @@ def _window(attention: Any) -> int | None:
     if name_of(attention, by_class=True).endswith(".LlamaAttention"):
         return None  # whatever its config says
     return getattr(attention, "sliding_window", compat.sliding_window(attention.config))
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names)

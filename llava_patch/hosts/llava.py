@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from llava_patch.core.errors import HostError
@@ -52,10 +53,7 @@ class LlavaAnatomy(Anatomy):
         """See `Anatomy.vision_model_now`."""
         return getattr(self.model.get_vision_tower(), "vision_tower", None)
 
-    @property
-    def selected_layer(self) -> Any:
-        """`mm_vision_select_layer`."""
-        return self.tower.select_layer
+    selected_layer = property(attrgetter("tower.select_layer"))  # `mm_vision_select_layer`
 
     @property
     def patches_only(self) -> bool:

@@ -31,14 +31,11 @@ def llava_prepare(
     that hold each text token's own index come back as -100 exactly at image features and padding; padding is told apart
     by the attention mask, and the caller's labels are recovered through the indices.
 
-    Takes the host's own bound method, the placeholder's id, and the method's arguments: `input_ids`, `position_ids`,
-    `attention_mask` and `labels` are [batch, tokens], `images` [images, 3, height, width] or a list of them.
+    `prepare` is the host's bound method, the others are its arguments: ids, positions, mask and labels [batch, tokens],
+    images [images, 3, height, width] or a list. InputError: the numbers of placeholders and of images disagree.
 
     Returns:
         (what the stock method would have returned, bool mask [batch, new tokens] or None when there is no image).
-
-    Raises:
-        InputError: the number of image placeholders and of images disagree.
     """
     outputs: tuple
     if images is None or input_ids is None or input_ids.shape[1] == 1:

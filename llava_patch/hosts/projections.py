@@ -63,11 +63,8 @@ def _rotated(heads: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 def attention_of_query(query: Tensor, key: Tensor, allowed: Tensor, scaling: float) -> Tensor:
     """Attention probabilities of one query a sample, mean over heads: float32 [batch, keys].
 
-    Args:
-        query: [batch, heads, 1, head_dim].
-        key: [batch, key_value_heads, keys, head_dim]; heads must be a multiple (grouped-query attention).
-        allowed: bool [batch, keys], what the query may see.
-        scaling: factor on q.k before the softmax.
+    `query` is [batch, heads, 1, head_dim], `key` [batch, key_value_heads, keys, head_dim], whose heads divide the
+    query's (grouped-query attention), `allowed` bool [batch, keys]; `scaling` is the factor on q.k before the softmax.
     """
     grouped = query.unflatten(1, (key.shape[1], -1)).squeeze(-2)  # [batch, key_value_heads, groups, head_dim]
     scores = torch.matmul(grouped, key.transpose(-1, -2)).float() * scaling

@@ -144,18 +144,11 @@ def _side(size: Any) -> int | None:
 
 
 def order_of_tokens(anatomy: Anatomy, shape: Sequence[int], size: tuple[int, int]) -> Tensor:
-    """Which features of an image's tiles the host gives to the decoder, and in which order.
+    """Which features of an image's tiles, `shape` (tiles, tokens a tile), the host gives to the decoder, in order.
 
     The host joins tiles, cuts padding off and adds a learned vector after each line. It does the same to features that
-    hold their own number; that vector is no feature and left out.
-
-    Args:
-        anatomy: the host model.
-        shape: (tiles, tokens a tile), overview included.
-        size: (width, height) of the original image.
-
-    Returns:
-        int64 [tokens], rows of the features [tiles * tokens a tile] on CPU.
+    hold their own number; that vector is no feature and left out. `size` is (width, height) of the original image, the
+    result int64 [tokens], rows of the features [tiles * tokens a tile], on CPU.
     """
     tiles, tokens = shape
     if anatomy.host == HF:

@@ -35,17 +35,11 @@ _FINGERPRINT_VALUES = 4
 def weights_digest(
     tensors: Iterable[tuple[str, Tensor]], values: int | None = None, rounded: bool = False, into: Any = None
 ) -> str:
-    """Hexadecimal digest of tensors by name, shape and values.
+    """Hexadecimal digest of tensors by name, shape and values; under DeepSpeed ZeRO-3 every rank must call this.
 
-    Args:
-        tensors: in an order of their own; under DeepSpeed ZeRO-3 every rank must call this.
-        values: about how many evenly spaced values of each count, as float32; None: all of them bit by bit, and the
-            dtype.
-        rounded: the values are rounded to bfloat16, so that one model loaded in two precisions is one model.
-        into: a hash object of hashlib that has begun with something else; None: a new one.
-
-    Raises:
-        HostError: a tensor lies outside memory.
+    About `values` evenly spaced values of each tensor count, as float32 and, if `rounded`, rounded to bfloat16, so that
+    one model loaded in two precisions is one model; None: all of them bit by bit, and the dtype. `into` is a hash
+    object that has begun with something else. HostError: a tensor lies outside memory.
     """
     found = hashlib.blake2b(digest_size=16) if into is None else into
     for name, tensor in tensors:

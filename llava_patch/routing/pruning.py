@@ -13,7 +13,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, ClassVar
 
 from llava_patch.core.errors import SettingError
-from llava_patch.settings.checks import integer, is_number
+from llava_patch.settings.checks import fraction, integer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,8 +44,7 @@ class Pruning:
     def __post_init__(self) -> None:
         owner = type(self).__name__
         integer(owner, "layer", self.layer, 1)
-        if not is_number(self.ratio) or not 0 <= self.ratio <= 1:
-            raise SettingError(f"{owner}.ratio = {self.ratio!r}: expected a number from 0 to 1")
+        fraction(owner, "ratio", self.ratio, zero=True)
         if not isinstance(self.training, bool):
             raise SettingError(f"{owner}.training = {self.training!r}: expected True or False")
 

@@ -19,21 +19,37 @@ import gin
 from llava_patch.core import registry
 from llava_patch.core.errors import SettingError
 from llava_patch.core.resources import gin_dir
-from llava_patch.settings import flags as launch_flags
 
 METHODS = registry.methods()
 MEASUREMENTS: dict[str, Any] = registry.settings()
 Sweep: Any = registry.load(registry.SWEEP)
 
-for _cls in (*METHODS.values(), *MEASUREMENTS.values()):
+FLAGS = "Flags"
+_OWN_FLAGS = ("gin_file", "gin_param")
+
+for _cls in (*METHODS.values(), *MEASUREMENTS.values(), Sweep):
     gin.register(_cls, module="llava_patch")
-gin.register(Sweep, module="llava_patch")
-gin.register(launch_flags.GIN_NAME, module="llava_patch")(launch_flags.bound)
 
 
 @gin.configurable("Patch", module="llava_patch")
 def _root(fusion: Any = None, routing: Any = None, pruning: Any = None, probe: Any = None) -> dict[str, Any]:
     return {"fusion": fusion, "routing": routing, "pruning": pruning, "probe": probe}
+
+
+@gin.register(FLAGS, module="llava_patch")
+def _flags(**values: Any) -> dict[str, Any]:
+    """Flags of LLaVA's own training script, where alone they act: `Flags.lora_r = 16` stands for `--lora_r 16`."""
+    values = {name: value for name, value in values.items() if value is not None}  # takes an included file's back
+    for name, value in values.items():
+        if name in _OWN_FLAGS:
+            raise SettingError(f"Flags.{name}: a gin file cannot bring further gin settings; use gin's include")
+        items = value if isinstance(value, (list, tuple)) else [value]
+        if not items or not all(isinstance(item, (bool, int, float, str)) for item in items):
+            raise SettingError(
+                f"Flags.{name} = {value!r}: expected True, False, a number, a string or a list of these; to leave a "
+                "flag as the script has it, do not bind it, or bind None"
+            )
+    return values
 
 
 @dataclass(frozen=True)
@@ -94,7 +110,8 @@ def read(files: Sequence[str], params: Sequence[str]) -> Configuration:
     """
     paths = [find_file(name) for name in files]
     sources = (*map(str, paths), *params)
-    outside = _save_gin()
+    # The program's own gin configuration, which ours must neither see nor disturb.
+    outside = {name: dict(getattr(gin.config, name)) for name in ("_CONFIG", "_OPERATIVE_CONFIG")}
     gin.clear_config()
     root = logging.getLogger()
     handler, quiet = logging.NullHandler(), _FoundElsewhere()
@@ -112,7 +129,7 @@ def read(files: Sequence[str], params: Sequence[str]) -> Configuration:
             resolved = _root()
         _check_kinds(resolved)
         measurements = {n: gin.get_configurable(n)() for n in MEASUREMENTS if _bound(n)}
-        flags = gin.get_configurable(launch_flags.GIN_NAME)() if _bound(launch_flags.GIN_NAME) else {}
+        flags = gin.get_configurable(FLAGS)() if _bound(FLAGS) else {}
         sweep = gin.get_configurable("Sweep")() if _bound("Sweep") else None
         operative = gin.operative_config_str()
     except SettingError as error:
@@ -122,7 +139,8 @@ def read(files: Sequence[str], params: Sequence[str]) -> Configuration:
         raise SettingError(inner or f"gin configuration ({', '.join(sources)}): {_explain(error)}") from error
     finally:
         gin.clear_config()
-        _restore_gin(outside)
+        for name, values in outside.items():
+            getattr(gin.config, name).update(values)
         root.removeFilter(quiet)
         root.removeHandler(handler)
     return Configuration(
@@ -138,32 +156,16 @@ class _FoundElsewhere(logging.Filter):
         return not str(record.msg).startswith("Path not found")
 
 
-_GIN_STATE = ("_CONFIG", "_OPERATIVE_CONFIG")
-
-
-def _save_gin() -> dict[str, dict]:
-    """The program's own gin configuration, which ours must neither see nor disturb."""
-    return {name: dict(getattr(gin.config, name)) for name in _GIN_STATE}
-
-
-def _restore_gin(saved: dict[str, dict]) -> None:
-    for name, values in saved.items():
-        getattr(gin.config, name).update(values)
-
-
 def _check_bindings() -> None:
     used = {reference.config_key for reference in gin.config.iterate_references(gin.config._CONFIG)}
     for scope, selector in gin.config._CONFIG:
         if selector == "gin.macro":
             if (scope, selector) not in used:  # gin takes `split = 14` for a macro
-                example = f"{scope}.{_first_field(scope)}" if scope in METHODS else f"Routing.{scope}"
+                first = dataclasses.fields(METHODS[scope])[0].name if scope in METHODS else scope
+                example = f"{scope if scope in METHODS else 'Routing'}.{first}"
                 raise SettingError(f"{scope} = ... sets nothing: write METHOD.setting, as in {example} = ...")
         elif scope:
             raise SettingError(f"{scope}/{selector}: a scoped binding has no effect here; bind {selector} itself")
-
-
-def _first_field(method: str) -> str:
-    return dataclasses.fields(METHODS[method])[0].name
 
 
 def _check_kinds(resolved: dict[str, Any]) -> None:
@@ -204,7 +206,7 @@ def _explain(error: BaseException) -> str:
     text = " ".join(str(error).split())
     unknown = re.search(r"No configurable matching '([^']+)'", text)
     if unknown:
-        known = ["Patch", *METHODS, *MEASUREMENTS, launch_flags.GIN_NAME, "Sweep"]
+        known = ["Patch", *METHODS, *MEASUREMENTS, FLAGS, "Sweep"]
         near = difflib.get_close_matches(unknown[1].split(".")[0], known, n=1)
         return f"{text} Known names: {', '.join(known)}." + (f" Did you mean {near[0]}?" if near else "")
     parameter = re.search(r"Configurable '(?:llava_patch\.)?(\w+)' doesn't have a parameter named '(\w+)'", text)

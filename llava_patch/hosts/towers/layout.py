@@ -222,26 +222,21 @@ def _pair(value: Any) -> tuple[int, int]:
 def _timm_shape(vision: Any) -> Shape:
     body = vision.timm_model
     embed = getattr(body, "patch_embed", None)
-    missing = [
-        n
-        for n, there in (
-            ("blocks", _find_blocks(body)[1] is not None),
-            ("patch_embed.grid_size", getattr(embed, "grid_size", None) is not None),
-            ("patch_embed.patch_size", hasattr(embed, "patch_size")),
-            ("embed_dim", hasattr(body, "embed_dim")),
-        )
-        if not there
-    ]
-    if missing:
+    blocks = _find_blocks(body)[1]
+    there = {
+        "blocks": blocks is not None,
+        "patch_embed.grid_size": getattr(embed, "grid_size", None) is not None,
+        "patch_embed.patch_size": hasattr(embed, "patch_size"),
+        "embed_dim": hasattr(body, "embed_dim"),
+    }
+    if missing := [name for name, found in there.items() if not found]:
         raise HostError(f"timm model {type(body).__name__} is not a known tower: it has no {', '.join(missing)}")
-    assert embed is not None
+    assert embed is not None and blocks is not None
     height, width = _pair(embed.patch_size)
     if height != width:
         raise HostError(
             f"timm model {type(body).__name__} has patches of {height} x {width}: only square ones are known"
         )
-    blocks = _find_blocks(body)[1]
-    assert blocks is not None
     return Shape(len(blocks), int(body.embed_dim), height, _pair(embed.grid_size))
 
 

@@ -7,16 +7,24 @@ Every model made here answers `vision(pixels, output_hidden_states=True)` with s
 from __future__ import annotations
 
 import copy
+import pkgutil
 from typing import Any
 
 from transformers import AutoConfig, CLIPImageProcessor, PretrainedConfig, SiglipImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import PILImageResampling
+from transformers.utils.generic import is_timm_config_dict
 
 from llava_patch.core.errors import CheckpointError, HostError
 from llava_patch.hosts.towers import layout as towers
 
 CLIP = ("clip", "clip_vision_model")
+_CLASSES = {
+    towers.TIMM: "llava_patch.hosts.towers.timm:TimmTower",
+    "siglip2_vision_model": "llava_patch.hosts.towers.classes:SquareSiglip2",
+    "internvl_vision": "llava_patch.hosts.towers.classes:InternViT",
+    "aimv2_vision_model": "transformers:Aimv2VisionModel",
+}
 
 
 def read_config(name: str) -> Any:
@@ -29,7 +37,7 @@ def read_config(name: str) -> Any:
         raw, _ = PretrainedConfig.get_config_dict(name)
     except OSError:
         return None
-    timm = "model_type" not in raw and _is_timm(raw)
+    timm = "model_type" not in raw and is_timm_config_dict(raw)
     if not raw or raw.get("model_type") in CLIP or ("model_type" not in raw and not timm):
         return None
     try:
@@ -70,23 +78,7 @@ def load_model(name: str, config: Any, device_map: Any = None) -> Any:
 
 def model_class(config: Any) -> Any:
     """The class that `load_model` makes of a configuration."""
-    if config.model_type == towers.TIMM:
-        from llava_patch.hosts.towers.timm import TimmTower
-
-        return TimmTower
-    if config.model_type in ("siglip2_vision_model", "internvl_vision"):
-        from llava_patch.hosts.towers import classes as tower_classes
-
-        return {
-            "siglip2_vision_model": tower_classes.SquareSiglip2, "internvl_vision": tower_classes.InternViT,
-        }[config.model_type]  # fmt: skip
-    if config.model_type == "aimv2_vision_model":
-        from transformers import Aimv2VisionModel
-
-        return Aimv2VisionModel
-    from transformers import SiglipVisionModel
-
-    return SiglipVisionModel
+    return pkgutil.resolve_name(_CLASSES.get(config.model_type, "transformers:SiglipVisionModel"))
 
 
 class SquareSize(dict):
@@ -132,12 +124,6 @@ def load_processor(name: str, config: Any, side: int) -> Any:
     processor.crop_size = {"height": side, "width": side}
     processor.do_center_crop = False  # R-Probe asks every processor
     return processor
-
-
-def _is_timm(raw: dict[str, Any]) -> bool:
-    from transformers.utils.generic import is_timm_config_dict
-
-    return is_timm_config_dict(raw)
 
 
 def _timm_processor(pretrained: dict[str, Any]) -> dict[str, Any]:
