@@ -87,11 +87,7 @@ class FusionMethod(Method):
     # --- what it changes ----------------------------------------------------------------------------------------------
 
     def resolve(self) -> None:
-        """Resolve the taps against the host's tower and check that the host can take them; changes nothing.
-
-        SettingError: taps that the tower does not have, patches that cannot be merged, a host whose number of image
-        tokens is fixed elsewhere, a projector of another width. HostError: a tower or projector that is not known.
-        """
+        """Resolve the taps against the host's tower and check that the host can take them; changes nothing."""
         anatomy = self.anatomy
         self.taps = taps = choose_taps(self.settings, anatomy.n_blocks, anatomy.main_block)
         if hasattr(anatomy.tower, "s2_scales"):

@@ -94,12 +94,8 @@ class Fusion:
     def choose(self, n_blocks: int, main: int) -> tuple[Group, ...]:
         """The fusion's definition: which blocks of a tower it taps, in the order of their columns (tokens, layers).
 
-        Args:
-            n_blocks: number N of the tower's blocks.
-            main: block of the main feature, 1..N.
-
-        Raises:
-            SettingError: a tap outside the tower, no tap left, or a detach setting for taps that are not there.
+        The tower has N blocks, of which `main`, 1..N, gives the main feature. SettingError: a tap outside the tower, no
+        tap left, or a detach setting for taps that are not there.
         """
         raise NotImplementedError
 

@@ -64,10 +64,7 @@ def regroup(
 
 
 def apart(groups: Iterable[Group], own: Collection[int], lr: float) -> list[Group]:
-    """Give the parameters whose ids are in `own` groups of their own, with the learning rate `lr`; none is empty.
-
-    Each part of a group keeps its other entries; what is apart already stays where it is.
-    """
+    """Give parameters, by their ids, groups of their own with learning rate `lr`; none is empty, other entries stay."""
     made = []
     for group in groups:
         inside = [p for p in group["params"] if id(p) in own]

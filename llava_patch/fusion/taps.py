@@ -79,10 +79,7 @@ class Taps:
 
 
 def choose_taps(settings: Fusion, n_blocks: int, main: int) -> Taps:
-    """Resolve a fusion against a tower of N blocks; which blocks it taps is said by its own `choose`.
-
-    SettingError: a tap outside the tower, no tap left, or a detach setting for taps that are not there.
-    """
+    """Resolve a fusion against a tower of N blocks; which blocks it taps is said by its own `choose`."""
     groups = settings.choose(n_blocks, main)
     if not groups and settings.needs_tap:
         raise SettingError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -77,6 +78,7 @@ def lift_no_grad(anatomy: Anatomy, undo: UndoStack) -> None:
     undo.set_attribute(tower, "forward", forward)
 
 
+@dataclass(eq=False)
 class _WhereGradientsPass:
     """A block's checkpointing function that runs the block as it is where its input requires no gradient.
 
@@ -84,8 +86,7 @@ class _WhereGradientsPass:
     anyway, so checkpointing that one block is all that is given up.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
+    function: Callable[..., Any]
 
     def __call__(self, function: Callable[..., Any], states: Tensor, *args: Any) -> Any:
         if not states.requires_grad:

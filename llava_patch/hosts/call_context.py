@@ -259,11 +259,9 @@ def placed(anatomy: Anatomy, image_mask: Tensor | None, kept: Tensor | None = No
 def take(anatomy: Anatomy, inputs_embeds: Tensor | None = None, continuing: bool = False) -> CallContext:
     """What is known of the current call; the image mask is handed out once.
 
-    Args:
-        anatomy: the host model.
-        inputs_embeds: [batch, tokens, hidden] when the caller brings embeddings; on `llava` those that its own method
-            has prepared before this call say themselves where their images are.
-        continuing: whether the call goes on from a cache that has seen an image.
+    `inputs_embeds` [batch, tokens, hidden] are those of the caller, if it brings some; on `llava` those that its own
+    method has prepared before this call say themselves where their images are. `continuing`: the call goes on from a
+    cache that has seen an image.
 
     Raises:
         InputError: a second chunk in a block that speaks of one call, or a block that contradicts the call.

@@ -73,27 +73,15 @@ def call_layer(
     layer: nn.Module,
     hidden_states: Tensor,
     *,
-    attention_mask: Tensor | None = None,
-    position_embeddings: tuple[Tensor, Tensor],
-    position_ids: Tensor | None = None,
-    past_key_values: Any = None,
-    cache_position: Tensor | None = None,
+    attention_mask: Tensor | None = None,  # what `causal_mask` returned
+    position_embeddings: tuple[Tensor, Tensor],  # rotary (cos, sin), each [batch or 1, tokens, head_dim]
+    position_ids: Tensor | None = None,  # of consecutive positions only; flash attention takes gaps for packed samples
+    past_key_values: Any = None,  # the cache that the layer appends to
+    cache_position: Tensor | None = None,  # [tokens] places in that cache
     use_cache: bool = False,
-    checkpoint: bool = True,
+    checkpoint: bool = True,  # False bypasses gradient checkpointing where no gradient is wanted (it would only warn)
 ) -> Tensor:
-    """Run one decoder layer, whatever its version's signature: [batch, tokens, hidden] to the same.
-
-    Args:
-        layer: a LlamaDecoderLayer or one of its kin.
-        hidden_states: [batch, tokens, hidden].
-        attention_mask: what `causal_mask` returned.
-        position_embeddings: rotary (cos, sin), each [batch or 1, tokens, head_dim].
-        position_ids: only for layers on consecutive positions; flash attention takes gaps for packed samples.
-        past_key_values: cache that the layer appends to, or None.
-        cache_position: [tokens] places in that cache.
-        use_cache: as in the host.
-        checkpoint: False bypasses gradient checkpointing where no gradient is wanted (it would only warn).
-    """
+    """Run one decoder layer, whatever its version's signature: [batch, tokens, hidden] to the same."""
     kwargs = {
         "attention_mask": attention_mask,
         "position_ids": position_ids,
@@ -166,21 +154,13 @@ def layout_options(processor: Any) -> dict[str, str]:
 
 
 def causal_mask(
-    config: Any,
-    hidden_states: Tensor,
-    key_valid: Tensor | None = None,
-    kv_length: int | None = None,
-    attn_implementation: str | None = None,
+    config: Any,  # the decoder's; its `_attn_implementation` picks the form
+    hidden_states: Tensor,  # [batch, queries, hidden]; only shape, dtype and device are read
+    key_valid: Tensor | None = None,  # bool [batch, keys], False at padding; None when every key is valid
+    kv_length: int | None = None,  # number of keys, queries included; None: as many as queries
+    attn_implementation: str | None = None,  # another backend than the configured one
 ) -> Any:
-    """Causal mask in the form that the configured attention backend takes; None where plain causal attention suffices.
-
-    Args:
-        config: decoder configuration (its `_attn_implementation` picks the form).
-        hidden_states: [batch, queries, hidden]; only shape, dtype and device are read.
-        key_valid: bool [batch, keys], False at padding; None when every key is valid.
-        kv_length: number of keys, queries included; None: as many as queries.
-        attn_implementation: another backend than the configured one.
-    """
+    """Causal mask in the form that the configured attention backend takes; None where plain causality suffices."""
     queries = hidden_states.shape[1]
     keys = queries if kv_length is None else kv_length
     if attn_implementation is not None and attn_implementation != config._attn_implementation:

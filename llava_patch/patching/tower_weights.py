@@ -34,8 +34,6 @@ def of_tower(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def put(handle: "Handle", tensors: Mapping[str, Tensor], source: Path | str) -> None:
     """Put weights into the tower by their names there, now or once the host has loaded it; what is not named stays.
 
-    The patch's undo stack takes the change back; `source` is where they come from, for messages.
-
     Modifications: on `llava`, while the tower is not loaded yet, its instance attribute `load_model`.
     """
 
@@ -57,10 +55,7 @@ def put(handle: "Handle", tensors: Mapping[str, Tensor], source: Path | str) -> 
 
 
 def restore(handle: "Handle", folder: Path | str) -> None:
-    """Bring back trained vision-tower weights from a full checkpoint, a folder or its name on the hub.
-
-    CheckpointError: it holds no tower weights.
-    """
+    """Bring back trained vision-tower weights from a full checkpoint; CheckpointError where it holds none."""
     if not handle.anatomy.tower_apart:
         return  # the tower is part of HF's state dict and was loaded with it
     tensors = of_tower({name: load() for name, load in open_weights(str(folder)).items() if is_of_tower(name)})

@@ -22,8 +22,6 @@ from llava_patch.settings.routing import AUTO, Routing
 def attach(anatomy: Anatomy, schedule: LayerSchedule, undo: UndoStack) -> None:
     """Route and prune image tokens of a host model; a schedule that does nothing changes nothing.
 
-    It replaces the schedule of an earlier call.
-
     Modifications: the decoder's instance attribute `forward`; with a side branch a ModuleList `side_branch` on the
     decoder; where masks are needed that flash attention does not know (the KV variant, a sliding window), the instance
     attribute `config` of the deep layers' attention modules.

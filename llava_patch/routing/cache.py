@@ -57,10 +57,7 @@ class RoutedCache(DynamicCache):
         """Turn a DynamicCache that has seen no image into a routed one, in place.
 
         It is empty, as `generate` has made it, or filled by earlier turns of text alone; `valid` is bool [batch, tokens
-        so far], False at padding (None: no padding).
-
-        Raises:
-            InputError: another kind of cache, or one with a sliding window that has already dropped positions.
+        so far], False at padding (None: no padding). InputError: a sliding window has already dropped positions.
         """
         from transformers.cache_utils import DynamicLayer
 
@@ -122,10 +119,7 @@ class RoutedCache(DynamicCache):
         return keys
 
     def extend(self, stream: str, new: PositionSet | int) -> KeyPositions:
-        """Note the positions that this call adds to a kind of layer, all that such layers hold then.
-
-        A number stands for as many as come next.
-        """
+        """Note the positions (a number: as many as come next) that this call adds to a kind of layer; returns all of them."""
         held = self.streams[stream]
         if isinstance(new, int):
             held.add_run(new, self.length + new)

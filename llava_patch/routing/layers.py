@@ -11,6 +11,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -109,14 +110,14 @@ class Stream:
         return compat.position_mask(self.config, asking.index, self.keys.index, self.keys.valid, self._example.dtype)
 
 
+@dataclass(eq=False)
 class ExternalKeys:
     """Stands in for a cache during one layer's call: keys and values that the layer did not compute in it."""
 
-    def __init__(self, cache: Any, key: Tensor, value: Tensor, merge: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self.cache = cache
-        self.key = key
-        self.value = value
-        self.merge = merge
+    cache: Any
+    key: Tensor
+    value: Tensor
+    merge: Callable[[Tensor, Tensor], Tensor]
 
     def merged_keys(self, own: Tensor) -> Tensor:
         """The keys that the layer's queries meet in this call: [batch, key_value_heads, keys, head_dim]."""

@@ -61,16 +61,16 @@ class PositionSet:
         return PositionSet(change(self.index), None if self.valid is None else change(self.valid))
 
 
+@dataclass(eq=False)
 class KeyPositions:
     """The positions that layers of one kind hold: listed ones, then a run of further ones without padding.
 
     Decoding a token only lengthens the run; tensors are made where somebody looks at them.
     """
 
-    def __init__(self, listed: PositionSet, run: int = 0, end: int = 0) -> None:
-        self.listed = listed
-        self.run = run
-        self.end = end
+    listed: PositionSet  # places in the conversation
+    run: int = 0  # how many places follow them
+    end: int = 0  # the place behind the run
 
     def __len__(self) -> int:
         """Positions of a sample, padding included."""
@@ -151,9 +151,7 @@ def count(image_mask: Tensor, valid: Tensor, suffix: int = 1, protected: Tensor 
         (image_mask * places).amax(1),
         valid[:, -suffix:].all(1).long(),
         text_mask[:, -suffix:].all(1).long(),
-        image_mask.new_zeros(len(image_mask), dtype=torch.long)
-        if protected is None
-        else (protected & image_mask).sum(1),
+        (torch.zeros_like(image_mask) if protected is None else protected & image_mask).sum(1),
     ]
     image, text, ends, suffix_valid, suffix_text, kept = torch.stack(rows).tolist()
     return Counts(tuple(image), tuple(text), max(ends), all(suffix_valid), all(suffix_text), tuple(kept))

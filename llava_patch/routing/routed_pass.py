@@ -227,10 +227,7 @@ class RoutedPass:
         )
 
     def _last_token_only(self, hidden: Tensor, all_text: bool = False) -> bool:
-        """Whether the last layer, with input [batch, positions, hidden], need only answer at the last positions.
-
-        `all_text`: those must be text in every sample.
-        """
+        """Whether the last layer need only answer at the last positions, `all_text`: that are text in every sample."""
         call = self.call
         if not call.reads_only_suffix or call.suffix is None or not self.schedule.leaves_out:
             return False

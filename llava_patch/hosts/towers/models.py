@@ -58,8 +58,7 @@ def read_config(name: str) -> Any:
 def load_model(name: str, config: Any, device_map: Any = None) -> Any:
     """The vision model of a folder or name with its weights; a checkpoint of a larger model gives its vision part.
 
-    `config` is what `read_config` gave. CheckpointError: the checkpoint lacks weights of the tower, which transformers
-    would make up.
+    CheckpointError: the checkpoint lacks weights of the tower, which transformers would make up.
     """
     names = {r"^(?:model\.)?vision_tower\.": ""}  # of InternVL's, Perception LM's and LLaVA's checkpoints
     if config.model_type == "aimv2_vision_model":
