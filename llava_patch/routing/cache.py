@@ -119,7 +119,8 @@ class RoutedCache(DynamicCache):
         return keys
 
     def extend(self, stream: str, new: PositionSet | int) -> KeyPositions:
-        """Note the positions (a number: as many as come next) that this call adds to a kind of layer; returns all of them."""
+        """Note the positions (or how many come next) that this call adds to a kind of layer; gives all that those hold.
+        """
         held = self.streams[stream]
         if isinstance(new, int):
             held.add_run(new, self.length + new)
