@@ -38,22 +38,9 @@ class HFAnatomy(Anatomy):
     vision_model = property(attrgetter("tower"))
     vision_model_now = property(attrgetter("wrapper.vision_tower"))
     selected_layer = property(attrgetter("model.config.vision_feature_layer"))
-
-    @property
-    def patches_only(self) -> bool:
-        """`vision_feature_select_strategy` = "default"."""
-        return self.model.config.vision_feature_select_strategy == "default"
-
-    @property
-    def dropped_tokens(self) -> int:
-        """The first token, whatever the tower: on one without CLS that is a patch; "full" keeps all."""
-        return int(self.patches_only)
-
-    @property
-    def tiles(self) -> bool:
-        """Whether it is a LLaVA-NeXT."""
-        return hasattr(self.wrapper, "pack_image_features")
-
+    patches_only = property(lambda self: self.model.config.vision_feature_select_strategy == "default")
+    dropped_tokens = property(lambda self: int(self.patches_only))  # on a tower without CLS that is a patch
+    tiles = property(lambda self: hasattr(self.wrapper, "pack_image_features"))  # a LLaVA-NeXT
     image_token_id = property(lambda self: int(self.model.config.image_token_id))
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
