@@ -21,6 +21,11 @@ from llava_patch.hosts.towers import layout as towers
 from llava_patch.hosts.towers.layout import Shape, Tower
 
 
+def _asked() -> Any:
+    """A property that every host's file must fill in."""
+    return property(abstractmethod(lambda self: None))
+
+
 @dataclass(frozen=True, eq=False)
 class Anatomy(ABC):
     """The parts of one host model."""
@@ -44,6 +49,14 @@ class Anatomy(ABC):
     wrapper: Any
     tower: Any  # the vision tower as the host holds it (CLIPVisionTower on `llava`, CLIPVisionModel on HF)
     projector_owner: Any  # the module that holds the projector
+
+    vision_model = _asked()  # the transformers vision model inside the tower; None while the host has not loaded it yet
+    vision_model_now = _asked()  # `vision_model`, or what somebody has put in its place since the model was described
+    selected_layer = _asked()  # the hidden state that the host itself takes as the main feature, as its config says it
+    patches_only = _asked()  # whether the host asks for patches alone
+    dropped_tokens = _asked()  # how many tokens of the tower the host drops at the front before the projector
+    tiles = _asked()  # whether images are cut into tiles whose patches the host itself counts (anyres, spatial layout)
+    image_token_id = _asked()  # the id that marks an image in `input_ids`
 
     @classmethod
     @abstractmethod
@@ -95,16 +108,6 @@ class Anatomy(ABC):
 
     # --- the vision tower, and which of its tokens the host takes
 
-    @property
-    @abstractmethod
-    def vision_model(self) -> Any:
-        """The transformers vision model inside the tower; None while the host has not loaded it yet."""
-
-    @property
-    @abstractmethod
-    def vision_model_now(self) -> Any:
-        """`vision_model`, or what somebody has put in its place since the model was described."""
-
     vision_config = property(attrgetter("tower.config"))  # of the vision model; known before its weights are loaded
 
     def vision_parts(self) -> Tower:
@@ -128,11 +131,6 @@ class Anatomy(ABC):
     grid = property(attrgetter("_shape.grid"))  # rows and columns of the patch grid of one image (tile)
 
     @property
-    @abstractmethod
-    def selected_layer(self) -> Any:
-        """The hidden state that the host itself takes as the main feature, as its configuration says it."""
-
-    @property
     def main_block(self) -> int:
         """The block whose output is the main feature, 1..N (LLaVA-1.5 selects -2: block N-1).
 
@@ -150,11 +148,6 @@ class Anatomy(ABC):
         return block
 
     @property
-    @abstractmethod
-    def patches_only(self) -> bool:
-        """Whether the host asks for patches alone."""
-
-    @property
     def prefix_tokens(self) -> int:
         """Tokens that the tower puts before the patches (CLS, registers), dropped or not."""
         return towers.prefix_tokens_of(self.vision_config)
@@ -169,27 +162,12 @@ class Anatomy(ABC):
         """Whether the host drops the first patch, because it counts on a CLS token that the tower does not have."""
         return self.dropped_tokens > self.prefix_tokens
 
-    @property
-    @abstractmethod
-    def dropped_tokens(self) -> int:
-        """How many tokens of the tower the host drops at the front before the projector."""
-
     # --- from images to the decoder
-
-    @property
-    @abstractmethod
-    def tiles(self) -> bool:
-        """Whether images are cut into tiles whose patches the host itself counts (anyres with a spatial layout)."""
 
     @property
     def mixes_patches(self) -> bool:
         """Whether the host makes tokens of several patches on their way (LLaVA-NeXT's pooling and anyres_max)."""
         return False
-
-    @property
-    @abstractmethod
-    def image_token_id(self) -> int:
-        """The id that marks an image in `input_ids`."""
 
     @property
     def encoder(self) -> tuple[Any, str]:

@@ -119,7 +119,7 @@ class RoutedCache(DynamicCache):
         return keys
 
     def extend(self, stream: str, new: PositionSet | int) -> KeyPositions:
-        """Note the positions (or how many come next) that this call adds to a kind of layer; gives all that it holds."""
+        """Note the positions (or how many come next) that this call adds to a kind of layer; gives what it holds."""
         held = self.streams[stream]
         if isinstance(new, int):
             held.add_run(new, self.length + new)
