@@ -37,7 +37,7 @@ def _root(fusion: Any = None, routing: Any = None, pruning: Any = None, probe: A
 
 
 @gin.register(FLAGS, module="llava_patch")
-def _flags(**values: Any) -> dict[str, Any]:
+def launch_flags(**values: Any) -> dict[str, Any]:
     """Flags of LLaVA's own training script, where alone they act: `Flags.lora_r = 16` stands for `--lora_r 16`."""
     values = {name: value for name, value in values.items() if value is not None}  # takes an included file's back
     for name, value in values.items():

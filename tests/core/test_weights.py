@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from llava_patch.core.errors import CheckpointError
 from llava_patch.core.weights import StoredTensor, open_weights, read_file, same_values, write_json
-from llava_patch.patching.checkpoint import _sample
+from llava_patch.patching.keys import sample
 
 
 class _Numbered:
@@ -29,7 +29,7 @@ def test_places_of_large_matrices_are_the_fingerprints(side):
     assert places[0] == 0 and places[-1] == side * side - 1
     if side == 4098:
         flat = torch.arange(side * side, dtype=torch.int32).view(side, side)
-        assert places == [pytest.approx(v, abs=1) for v in _sample(flat, 4).tolist()]
+        assert places == [pytest.approx(v, abs=1) for v in sample(flat, 4).tolist()]
 
 
 def test_a_tensor_is_read_when_it_is_called(tmp_path):
