@@ -153,11 +153,9 @@ def order_of_tokens(anatomy: Anatomy, shape: Sequence[int], size: tuple[int, int
     tiles, tokens = shape
     if anatomy.host == HF:
         numbers = torch.arange(1, tiles * tokens + 1).view(tiles, tokens, 1)
+        strategy = anatomy.model.config.vision_feature_select_strategy
         packed = anatomy.wrapper.pack_image_features(
-            [numbers],
-            torch.tensor([size[::-1]]),
-            vision_feature_select_strategy=anatomy.model.config.vision_feature_select_strategy,
-            image_newline=torch.zeros(1, dtype=torch.int64),
+            [numbers], torch.tensor([size[::-1]]), strategy, image_newline=torch.zeros(1, dtype=torch.int64)
         )[0][0]
         found = packed[:, 0]
     else:

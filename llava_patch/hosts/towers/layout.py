@@ -86,15 +86,9 @@ def describe(vision: Any) -> Tower:
     _check_positions(kind, body, children, prefix, shape.grid)
     masks = [m.mask_token for m in before if isinstance(getattr(m, "mask_token", None), nn.Parameter)]
     return Tower(
-        before=before,
-        blocks=blocks,
-        after=after,
-        own=list(body.parameters(recurse=False)),
-        prefix_tokens=prefix,
-        grid=shape.grid,
-        last_is_normed=_last_is_normed(vision, after),
-        idle=masks,
-    )
+        before=before, blocks=blocks, after=after, own=list(body.parameters(recurse=False)), prefix_tokens=prefix,
+        grid=shape.grid, last_is_normed=_last_is_normed(vision, after), idle=masks,
+    )  # fmt: skip
 
 
 def check_reports(vision: Any) -> None:
