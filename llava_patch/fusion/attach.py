@@ -32,25 +32,17 @@ logger = logging.getLogger("llava_patch")
 
 
 class _TookPart:
-    """Whether the taps were in what the tower gave.
-
-    Attributes:
-        last: `fused`: they were in what it gave last in this thread; without it features are the caller's own.
-        hooked: the vision model that has them; None while it is not loaded.
-    """
+    """Whether the taps were in what the tower gave."""
 
     def __init__(self) -> None:
         # A bare one: what torch.compile makes of a subclass's attributes is another matter.
+        # `fused`: they were in what it gave last in this thread; without it features are the caller's own.
         self.last = threading.local()
-        self.hooked: nn.Module | None = None
+        self.hooked: nn.Module | None = None  # the vision model that has them; None while it is not loaded
 
 
 class FusionMethod(Method):
-    """A fusion on a model.
-
-    Attributes:
-        taps: the fusion, resolved against the model's tower.
-    """
+    """A fusion on a model; `taps` is the fusion resolved against the model's tower."""
 
     settings: Fusion
     taps: Taps
@@ -95,13 +87,7 @@ class FusionMethod(Method):
     # --- what it changes ----------------------------------------------------------------------------------------------
 
     def resolve(self) -> None:
-        """Resolve the taps against the host's tower and check that the host can take them; changes nothing.
-
-        Raises:
-            SettingError: taps that the tower does not have, patches that cannot be merged, a host whose number of image
-                tokens is fixed elsewhere, a projector of another width.
-            HostError: a tower or projector that is not known.
-        """
+        """Resolve the taps against the host's tower and check that the host can take them; changes nothing."""
         anatomy = self.anatomy
         self.taps = taps = choose_taps(self.settings, anatomy.n_blocks, anatomy.main_block)
         if hasattr(anatomy.tower, "s2_scales"):
@@ -159,18 +145,14 @@ class FusionMethod(Method):
         return self.taps.layers
 
     def attach(self, undo: UndoStack, *, zero_start: bool, loading: bool) -> None:
-        """Feed other blocks to the projector, or to the decoder.
+        """Feed other blocks to the projector, or to the decoder; new weights start as `FusedLinear.grow` says.
+
+        When loading from a fused checkpoint no stock layer exists: undo then leaves the main columns.
 
         Modifications: hooks on the vision model, one of which puts the fused feature in the main feature's place, and
         one on the projector; the projector's first Linear replaced by a `FusedLinear` of the same name where it gets
         wider; with DeepStack what `stack.attach` says; on `llava` the tower's instance attributes `forward` (its
         `no_grad` lifted only while something in it trains) and, while its weights are not loaded yet, `load_model`.
-
-        Args:
-            undo: takes every change back.
-            zero_start: see `FusedLinear.grow`.
-            loading: the model is being loaded from a fused checkpoint, where no stock layer exists: undo then leaves
-                the main columns.
         """
         anatomy, taps = self.anatomy, self.taps
         if taps.columns > 1 or taps.merge_size > 1:
@@ -189,13 +171,11 @@ class FusionMethod(Method):
         if self.trains_tower:
             let_tower_train(anatomy, undo)
 
-    def changed(self, settings: Any, undo: UndoStack) -> "FusionMethod":
+    def changed(self, settings: Any, undo: UndoStack) -> Method:
         """Another choice of what trains."""
-        twin = super().changed(settings, undo)
-        assert isinstance(twin, FusionMethod)
-        if twin.trains_tower and not self.trains_tower:
+        if settings.train_tower != "frozen" and not self.trains_tower:
             let_tower_train(self.anatomy, undo)
-        return twin
+        return super().changed(settings, undo)
 
     def _hook_vision_model(self, undo: UndoStack, took_part: _TookPart) -> None:
         """Put the fused feature in the main feature's place among the tower's hidden states."""
@@ -288,12 +268,7 @@ class FusionMethod(Method):
         )  # fmt: skip
 
     def silent(self, trainable: Collection[str], others: Mapping[str, Any]) -> str | None:
-        """Why the fusion does nothing and will not learn to, and what to do; None when it is not so.
-
-        Args:
-            trainable: names of the parameters that train.
-            others: settings by kind.
-        """
+        """Why the fusion does nothing and will not learn to, and what to do; None when it is not so."""
         if not self._is_silent(trainable):
             return None
         routing = others.get("routing")
@@ -332,10 +307,10 @@ class FusionMethod(Method):
     # --- HF's processor -----------------------------------------------------------------------------------------------
 
     def processor_fields(self) -> dict[str, int]:
-        """Values of HF's `LlavaProcessor` under which it counts an image's tokens as the fused model does.
+        """Values of HF's `LlavaProcessor` under which it counts tokens as the fused model does; {} on `llava`.
 
         It counts (height // patch_size) * (width // patch_size) + num_additional_image_tokens, less one where the CLS
-        token is dropped. Empty on `llava`, which has no such processor.
+        token is dropped.
         """
         anatomy, taps = self.anatomy, self.taps
         if not anatomy.ids_hold_places:

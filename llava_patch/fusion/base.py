@@ -56,7 +56,11 @@ class Fusion:
             raise SettingError(f"{owner}.merge_size = {self.merge_size!r}: expected 1 (LLaVA-1.5) or 2")
         if not isinstance(self.merge_padding, bool):
             raise SettingError(f"{owner}.merge_padding = {self.merge_padding!r}: expected True or False")
-        _train_tower(owner, self.train_tower)
+        train = self.train_tower
+        if train not in ("frozen", "all") and (isinstance(train, bool) or not isinstance(train, int) or train < 1):
+            raise SettingError(
+                f'{owner}.train_tower = {train!r}: expected "frozen", "all" or k >= 1 (train the last k used blocks)'
+            )
         if self.tower_lr is not None and not (is_number(self.tower_lr) and 0 < self.tower_lr < math.inf):
             raise SettingError(f"{owner}.tower_lr = {self.tower_lr!r}: expected a number above 0")
         if self.layer_decay is not None:
@@ -90,12 +94,8 @@ class Fusion:
     def choose(self, n_blocks: int, main: int) -> tuple[Group, ...]:
         """The fusion's definition: which blocks of a tower it taps, in the order of their columns (tokens, layers).
 
-        Args:
-            n_blocks: number N of the tower's blocks.
-            main: block of the main feature, 1..N.
-
-        Raises:
-            SettingError: a tap outside the tower, no tap left, or a detach setting for taps that are not there.
+        The tower has N blocks, of which `main`, 1..N, gives the main feature. SettingError: a tap outside the tower, no
+        tap left, or a detach setting for taps that are not there.
         """
         raise NotImplementedError
 
@@ -118,15 +118,6 @@ def differs(one: Fusion | None, other: Fusion | None, ignoring: tuple[str, ...] 
     if one is None or other is None or type(one) is not type(other):
         return one is not other
     return dataclasses.replace(one, **{name: getattr(other, name) for name in ignoring}) != other
-
-
-def _train_tower(owner: str, value: Any) -> None:
-    if value in ("frozen", "all"):
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise SettingError(
-            f'{owner}.train_tower = {value!r}: expected "frozen", "all" or k >= 1 (train the last k used blocks)'
-        )
 
 
 def detach_setting(owner: str, value: Any) -> Detach:

@@ -17,14 +17,10 @@ detaching: ContextVar[bool | None] = ContextVar("llava_patch_detaching", default
 
 
 def detached_or_not(states: Tensor, group: Group) -> Tensor:
-    """A block's output under stop-gradient where its tap is detached: the one place where a tap is.
+    """A block's output [images, tokens, channels], under stop-gradient where its tap is: the one place where a tap is.
 
     Source: "Detached Skip-Links and R-Probe", section 3, eq. 1, sg(.). `detaching` says otherwise while gradients are
     measured.
-
-    Args:
-        states: [images, tokens, channels].
-        group: the tap.
     """
     asked = detaching.get()
     return states.detach() if (group.detached if asked is None else asked) else states
@@ -33,31 +29,18 @@ def detached_or_not(states: Tensor, group: Group) -> Tensor:
 def tap(hidden_states: Sequence[Tensor], group: Group) -> Tensor:
     """One tap: a block's output or the mean of several, detached where the group says so.
 
-    Args:
-        hidden_states: h[0] (embedding) to h[N], each [images, tokens, channels].
-        group: what to take.
-
-    Returns:
-        [images, tokens, channels], of the same dtype.
+    `hidden_states` are h[0] (embedding) to h[N], each [images, tokens, channels]; so is the tap, of the same dtype.
     """
     states = [detached_or_not(hidden_states[block], group) for block in group.blocks]
     return states[0] if len(states) == 1 else torch.stack(states).sum(0) / len(states)
 
 
 def merge_patches(patches: Tensor, grid: tuple[int, int], size: int, padding: bool) -> Tensor:
-    """Join size x size neighbouring patches on channels, each square row by row.
+    """Join size x size neighbouring patches on channels, each square row by row; size 1 leaves them as they are.
 
-    Args:
-        patches: [images, rows * columns, channels].
-        grid: (rows, columns).
-        size: 1 leaves the patches as they are.
-        padding: pad a grid that `size` does not divide with zeros, at the right and below.
-
-    Returns:
-        [images, ceil(rows / size) * ceil(columns / size), size * size * channels].
-
-    Raises:
-        SettingError: another number of patches than the grid has, or a grid that `size` does not divide.
+    [images, rows * columns, channels] to [images, ceil(rows / size) * ceil(columns / size), size * size * channels];
+    `padding` pads a `grid` (rows, columns) that `size` does not divide with zeros, at the right and below.
+    SettingError: another number of patches than the grid has, or a grid that `size` does not divide.
     """
     if size == 1:
         return patches
@@ -75,11 +58,7 @@ def merge_patches(patches: Tensor, grid: tuple[int, int], size: int, padding: bo
 
 
 def check_grid(grid: tuple[int, int], size: int, padding: bool) -> None:
-    """Refuse a grid that `size` does not divide unless padding is asked for.
-
-    Raises:
-        SettingError: naming the setting.
-    """
+    """Refuse a grid that `size` does not divide unless padding is asked for (SettingError)."""
     if (grid[0] % size or grid[1] % size) and not padding:
         raise SettingError(
             f"merge_size = {size} does not divide this tower's grid of {grid[0]} x {grid[1]} patches: set "
@@ -123,11 +102,8 @@ def fuse(hidden_states: Sequence[Tensor], taps: Taps, prefix: int, grid: tuple[i
 def stacked(hidden_states: Sequence[Tensor], taps: Taps, dropped: int, grid: tuple[int, int]) -> list[Tensor]:
     """DeepStack's taps: each [images, tokens, merge_size^2 * channels], of the tokens that the projector gets.
 
-    Args:
-        hidden_states: h[0] (embedding) to h[N], each [images, prefix + patches, channels].
-        taps: what to take.
-        dropped: how many tokens the host drops at the front; where patches are merged, those before the patches.
-        grid: (rows, columns) of patches.
+    Arguments as in `fuse`; `dropped`: how many tokens the host drops at the front; where patches are merged, those
+    before the patches.
     """
     return [_patches(tap(hidden_states, group), taps, dropped, grid) for group in taps.groups]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,50 +19,27 @@ class FusedLinear(nn.Linear):
     bit for bit, which one wide product does not (another reduction order).
     """
 
-    def __init__(
-        self,
-        stock_features: int,
-        out_features: int,
-        columns: int,
-        merge_size: int,
-        bias: bool,
-        device: object = None,
-        dtype: object = None,
-    ) -> None:
-        """Make a layer with `nn.Linear`'s usual initialisation over its full width.
-
-        Args:
-            stock_features: channels d of the tower.
-            out_features: channels of the output.
-            columns: how many features stand on channels, the main one included.
-            merge_size: m x m patches of each are joined.
-            bias: whether there is one.
-            device: of the weights.
-            dtype: of the weights.
-        """
+    def __init__(self, stock_features: int, out_features: int, columns: int, merge_size: int, **options: Any) -> None:
+        """`nn.Linear`'s own initialisation and options, over `columns` features of m x m patches of d channels."""
         main_features = merge_size**2 * stock_features
-        super().__init__(columns * main_features, out_features, bias=bias, device=device, dtype=dtype)  # type: ignore[arg-type]
+        super().__init__(columns * main_features, out_features, **options)
         self.stock_features = stock_features
         self.main_features = main_features
         self.merge_size = merge_size
 
     @classmethod
     def grow(cls, linear: nn.Linear, columns: int, merge_size: int, zero_start: bool) -> "FusedLinear":
-        """Widen a stock layer.
+        """Widen a stock layer, d channels wide, to `columns` features (the main one included) of m x m patches.
 
-        Args:
-            linear: the projector's first Linear, d channels wide; DeepSpeed ZeRO-3 may have partitioned it (then every
-                rank must call this, and the result is whole: the engine partitions it when it takes the model over).
-            columns: how many features stand on channels, the main one included.
-            merge_size: m x m patches of each are joined.
-            zero_start: True: an existing projector: its weights stay and new columns start at zero; where patches are
-                merged, it starts on their mean. False: `nn.Linear`'s usual initialisation over the whole width (a
-                projector made from scratch).
+        DeepSpeed ZeRO-3 may have partitioned it (then every rank must call this, and the result is whole: the engine
+        partitions it when it takes the model over). With `zero_start`, for an existing projector, its weights stay and
+        new columns start at zero; where patches are merged, it starts on their mean. Without, it has `nn.Linear`'s
+        usual initialisation over the whole width (a projector made from scratch).
         """
         weight = linear.weight
         fused = cls(
-            linear.in_features, linear.out_features, columns, merge_size, linear.bias is not None, weight.device,
-            weight.dtype,
+            linear.in_features, linear.out_features, columns, merge_size, bias=linear.bias is not None,
+            device=weight.device, dtype=weight.dtype,
         )  # fmt: skip
         fused.weight.requires_grad_(weight.requires_grad)
         if linear.bias is not None:

@@ -14,15 +14,10 @@ Group = dict[str, Any]
 
 
 def distances(tower: Tower, deepest: int) -> dict[int, int]:
-    """How far below the last used block each parameter of a vision tower is.
+    """How far below the last used block D (`deepest`, 1..N) each parameter of a vision tower is, by its id.
 
-    Args:
-        tower: the tower's parts.
-        deepest: the last used block D, 1..N.
-
-    Returns:
-        {id of a parameter: distance}: D - i in block i, D in the embeddings, which are one below block 1, and 0 in a
-        final norm that is read. What is not used is left out.
+    D - i in block i, D in the embeddings, which are one below block 1, and 0 in a final norm that is read. What is not
+    used is left out.
     """
     found = {id(p): deepest for m in tower.before for p in m.parameters()}
     found |= {id(p): deepest for p in tower.own}
@@ -44,17 +39,13 @@ def regroup(
 ) -> list[Group]:
     """Give the vision tower groups of its own, and keep apart what waits in a warm-up.
 
-    Args:
-        groups: an optimizer's groups. Each part of a group keeps its other entries, so weight decay stays as it was.
-        below: what `distances` found; parameters are told apart by identity, not by name.
-        base_lr: learning rate of the tower where there is no `tower_lr`.
-        tower_lr: see `Fusion`. With neither this nor `layer_decay` the tower stays where it is.
-        layer_decay: see `Fusion`; the learning rate is multiplied by layer_decay ** distance.
-        adapter: ids of parameters that must not share a group with others.
+    `below` is what `distances` found, by parameters' ids; the tower's learning rate is tower_lr * layer_decay **
+    distance, with `base_lr` where there is no `tower_lr`. With neither setting the tower stays where it is. The
+    parameters whose ids are in `adapter` share no group with others.
 
     Returns:
-        The groups, none of them empty, every parameter in exactly one; in the order of the given groups, the tower's
-        after the rest of its group, the deepest block first.
+        Groups that keep their other entries, none empty, every parameter in exactly one; in the order of the given
+        groups, the tower's after the rest of its group, the deepest block first.
     """
     own_rate = tower_lr is not None or layer_decay is not None
     made = []
@@ -73,16 +64,7 @@ def regroup(
 
 
 def apart(groups: Iterable[Group], own: Collection[int], lr: float) -> list[Group]:
-    """Give some parameters groups of their own.
-
-    Args:
-        groups: an optimizer's groups; each part of a group keeps its other entries.
-        own: ids of the parameters.
-        lr: their learning rate.
-
-    Returns:
-        The groups, none of them empty; what is apart already stays where it is.
-    """
+    """Give parameters, by their ids, groups of their own with learning rate `lr`; none is empty, other entries stay."""
     made = []
     for group in groups:
         inside = [p for p in group["params"] if id(p) in own]
@@ -102,27 +84,16 @@ def by_kind(
     weight_decay: float = 0.0,
     projector_lr: float | None = None,
 ) -> list[Group]:
-    """Groups as LLaVA's trainer makes them: with and without weight decay, of the projector and of the rest.
+    """Up to four groups as LLaVA's trainer makes them: with and without weight decay, of the projector and of the rest.
 
-    Args:
-        parameters: what trains.
-        projector: ids of the projector's parameters.
-        lr: learning rate.
-        weight_decay: of matrices (and convolutions); biases, norms and other vectors have none.
-        projector_lr: learning rate of the projector; None: as the rest.
-
-    Returns:
-        Up to four groups, none of them empty.
+    Matrices (and convolutions) have weight decay; biases, norms and other vectors have none. `projector` holds ids,
+    whose learning rate is `projector_lr`; None: as the rest.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter in parameters:
         apart = projector_lr is not None and id(parameter) in projector
         groups.setdefault((apart, len(zero.shape(parameter)) < 2), []).append(parameter)
     return [
-        {
-            "params": members,
-            "lr": projector_lr if apart else lr,
-            "weight_decay": 0.0 if vectors else weight_decay,
-        }
+        {"params": members, "lr": projector_lr if apart else lr, "weight_decay": 0.0 if vectors else weight_decay}
         for (apart, vectors), members in sorted(groups.items(), key=lambda item: item[0])
     ]

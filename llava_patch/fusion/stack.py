@@ -24,12 +24,7 @@ _taken: ContextVar[list[list[Tensor]] | None] = ContextVar("llava_patch_taps", d
 def copy_projector(projector: nn.Module) -> nn.Module:
     """A projector for the taps: a copy whose last Linear is zero, so that it adds nothing before training.
 
-    Args:
-        projector: takes one feature per token; DeepSpeed ZeRO-3 may have partitioned it (then every rank must call
-            this).
-
-    Raises:
-        HostError: no Linear in it.
+    DeepSpeed ZeRO-3 may have partitioned the original (then every rank must call this). HostError: no Linear in it.
     """
     with zero.gathered(projector.parameters()):
         twin = copy.deepcopy(projector)
@@ -42,15 +37,9 @@ def copy_projector(projector: nn.Module) -> nn.Module:
 
 
 def add(hidden_states: Tensor, features: Tensor, rows: Tensor) -> Tensor:
-    """Add projected taps to the image positions.
+    """Add projected taps, `features` [rows, hidden], to the image positions of `hidden_states` [batch, tokens, hidden].
 
-    Args:
-        hidden_states: [batch, tokens, hidden].
-        features: [rows, hidden].
-        rows: int64 [batch, tokens]: 1 + the row that a position takes, 0 for none.
-
-    Returns:
-        [batch, tokens, hidden]; a position without a row stays as it is.
+    `rows` is int64 [batch, tokens]: 1 + the row that a position takes, 0 for none, which stays as it is.
     """
     features = F.pad(features.to(hidden_states), (0, 0, 1, 0))
     return hidden_states + F.embedding(rows, features, padding_idx=0)
@@ -74,11 +63,7 @@ def _collecting() -> Iterator[list[list[Tensor]]]:
 
 
 def encode(anatomy: Anatomy, pixel_values: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Encode images outside a call of the model, taps included.
-
-    Args:
-        anatomy: a host model with DeepStack.
-        pixel_values: [images, 3, height, width], normalised by the host's image processor.
+    """Encode images [images, 3, height, width], normalised, outside a call of a model with DeepStack.
 
     Returns:
         (projected visual tokens [images, tokens, hidden], for each tap the same of what it adds to them).

@@ -26,36 +26,22 @@ class Join(Enum):
 
 @dataclass(frozen=True)
 class Group:
-    """Blocks whose mean is one tap; mostly a single one.
+    """Blocks whose mean is one tap; mostly a single one."""
 
-    Attributes:
-        blocks: block numbers, 0 being the embedding.
-        detached: whether the tap is under stop-gradient.
-    """
-
-    blocks: tuple[int, ...]
-    detached: bool
+    blocks: tuple[int, ...]  # block numbers, 0 being the embedding
+    detached: bool  # whether the tap is under stop-gradient
 
 
 @dataclass(frozen=True)
 class Taps:
-    """A fusion resolved against one tower.
+    """A fusion resolved against one tower."""
 
-    Attributes:
-        main: block of the main feature, 1..N.
-        groups: the taps, in the order of their columns (tokens, decoder layers).
-        join: where they go.
-        merge_size: m x m patches are joined on channels.
-        merge_padding: whether a grid that m does not divide is padded.
-        layers: decoder layers whose input takes each tap; () unless the taps go there.
-    """
-
-    main: int
-    groups: tuple[Group, ...]
-    join: Join = Join.CHANNELS
-    merge_size: int = 1
-    merge_padding: bool = False
-    layers: tuple[int, ...] = ()
+    main: int  # block of the main feature, 1..N
+    groups: tuple[Group, ...]  # the taps, in the order of their columns (tokens, decoder layers)
+    join: Join = Join.CHANNELS  # where they go
+    merge_size: int = 1  # m x m patches are joined on channels
+    merge_padding: bool = False  # whether a grid that m does not divide is padded
+    layers: tuple[int, ...] = ()  # decoder layers whose input takes each tap; () unless the taps go there
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -93,16 +79,7 @@ class Taps:
 
 
 def choose_taps(settings: Fusion, n_blocks: int, main: int) -> Taps:
-    """Resolve a fusion against a tower; which blocks it taps is said by its own `choose`.
-
-    Args:
-        settings: the fusion.
-        n_blocks: number N of blocks.
-        main: block of the main feature.
-
-    Raises:
-        SettingError: a tap outside the tower, no tap left, or a detach setting for taps that are not there.
-    """
+    """Resolve a fusion against a tower of N blocks; which blocks it taps is said by its own `choose`."""
     groups = settings.choose(n_blocks, main)
     if not groups and settings.needs_tap:
         raise SettingError(
@@ -129,8 +106,7 @@ def with_detach(owner: str, detach: int | tuple[int, ...], groups: list[tuple[in
 def detached_places(owner: str, detach: int | tuple[int, ...], groups: list[tuple[int, ...]]) -> set[int]:
     """Places of the detached groups: a number means that many of the shallowest.
 
-    Raises:
-        SettingError: more taps, or places, than there are; names the setting `owner`.detach.
+    SettingError: more taps, or places, than there are; names the setting `owner`.detach.
     """
     there = ", ".join(str(g[0]) if len(g) == 1 else f"{g[0]}-{g[-1]}" for g in groups) or "none"
     if isinstance(detach, int):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,13 +20,10 @@ _FUNCTION = "_gradient_checkpointing_func"
 
 
 def set_tower_flags(anatomy: Anatomy, settings: Fusion, taps: Taps) -> None:
-    """Set requires_grad in the vision tower as `train_tower` says.
+    """Set requires_grad in the vision tower as `train_tower` says; SettingError: more blocks asked for than are used.
 
     Blocks above the deepest feature that carries a gradient never train, nor does the final norm unless that feature is
     read through it: nothing would give them a gradient.
-
-    Raises:
-        SettingError: more blocks asked for than are used.
     """
     vision = anatomy.vision_model
     if vision is None:
@@ -61,12 +59,9 @@ def let_tower_train(anatomy: Anatomy, undo: UndoStack) -> None:
 
 
 def lift_no_grad(anatomy: Anatomy, undo: UndoStack) -> None:
-    """Run `llava`'s tower with gradients while something in it asks for one.
+    """Run `llava`'s tower with gradients while something in it asks for one (HostError: its forward has no `no_grad`).
 
     Modifications: the tower's instance attribute `forward`.
-
-    Raises:
-        HostError: a tower whose forward is not under `no_grad`.
     """
     tower = anatomy.tower
     original = tower.forward
@@ -83,6 +78,7 @@ def lift_no_grad(anatomy: Anatomy, undo: UndoStack) -> None:
     undo.set_attribute(tower, "forward", forward)
 
 
+@dataclass(eq=False)
 class _WhereGradientsPass:
     """A block's checkpointing function that runs the block as it is where its input requires no gradient.
 
@@ -90,8 +86,7 @@ class _WhereGradientsPass:
     anyway, so checkpointing that one block is all that is given up.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
+    function: Callable[..., Any]
 
     def __call__(self, function: Callable[..., Any], states: Tensor, *args: Any) -> Any:
         if not states.requires_grad:

@@ -25,22 +25,14 @@ class WarmUp:
     gradients are replaced by zeros before anything else sees them, so the clipped norm is the adapter's alone, and its
     groups have no weight decay. An Adam step then changes nothing, not even a bit. At the switch the step counters and
     moments of what waited are set to zero: bias correction would otherwise take the first gradients for the thousandth.
-
-    Attributes:
-        steps: how many optimizer steps the warm-up lasts.
     """
 
     def __init__(self, optimizer: Any, adapter: Iterable[nn.Parameter], steps: int) -> None:
-        """Remember what waits; changes nothing yet.
+        """Remember what waits for the `adapter`; changes nothing yet.
 
-        Args:
-            optimizer: `torch.optim.AdamW` or `Adam` over whole parameters: before DeepSpeed takes it over, and before a
-                saved state is loaded into it. Its groups must not mix the adapter with the rest.
-            adapter: what trains from the beginning.
-            steps: length of the warm-up.
-
-        Raises:
-            SettingError: another optimizer, a mixed group, or nothing that waits or that learns meanwhile.
+        The optimizer is torch's AdamW or Adam over whole parameters, before DeepSpeed takes it over, and before a saved
+        state is loaded into it. Its groups must not mix the adapter with the rest. SettingError: another optimizer, a
+        mixed group, or nothing that waits or that learns meanwhile.
         """
         if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
             raise SettingError(
@@ -48,7 +40,7 @@ class WarmUp:
                 f"{type(optimizer).__name__} (--optim adamw_torch)"
             )
         learns = {id(p) for p in adapter}
-        self.steps = steps
+        self.steps = steps  # how many optimizer steps the warm-up lasts
         self._waiting: list[int] = []
         self._decay: list[float] = []
         self._parameters: list[nn.Parameter] = []
@@ -77,9 +69,8 @@ class WarmUp:
     def begin_step(self, step: int, optimizer: Any = None) -> None:
         """Do what an optimizer step needs; call it before the step's first forward pass.
 
-        Args:
-            step: number of optimizer steps done so far, in earlier parts of a resumed run too.
-            optimizer: what now steps, if the optimizer was wrapped (accelerate, DeepSpeed).
+        `step` counts the optimizer steps done so far, in earlier parts of a resumed run too; `optimizer` is what now
+        steps, if it was wrapped (accelerate, DeepSpeed).
         """
         optimizer = self._optimizer if optimizer is None else optimizer
         if step < self.steps:

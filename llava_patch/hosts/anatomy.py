@@ -40,15 +40,10 @@ def unwrap(model: Any) -> Any:
 
 
 def find(model: Any) -> Anatomy:
-    """Describe a host model.
+    """Describe a host model, possibly inside DDP, DeepSpeed, torch.compile or peft.
 
-    Args:
-        model: `LlavaLlamaForCausalLM` (original package) or `LlavaForConditionalGeneration`, possibly inside DDP,
-            DeepSpeed, torch.compile or peft.
-
-    Raises:
-        HostError: another kind of model, one that overrides what turns images into embeddings (see `known`), or one
-            that has no vision tower yet.
+    HostError: another kind of model, one that overrides what turns images into embeddings (see `known`), or one that
+    has no vision tower yet.
     """
     model = unwrap(model)
     for kind, _ in HOSTS.values():
@@ -62,14 +57,11 @@ def find(model: Any) -> Anatomy:
 
 
 def when_loaded(anatomy: Anatomy, undo: UndoStack, work: Callable[[UndoStack], object]) -> None:
-    """Do something once the vision tower has its weights: now, or right after the host has loaded it.
+    """Do `work` once the vision tower has its weights: now, or right after the host has loaded it.
+
+    It is given where to note how it is taken back; what it raises reaches whoever loads the tower.
 
     Modifications: on `llava`, while the tower is not loaded yet, its instance attribute `load_model`.
-
-    Args:
-        anatomy: the host model.
-        undo: takes the change back.
-        work: what to do, given where to note how it is taken back; what it raises reaches whoever loads the tower.
     """
     late = UndoStack()  # has its place in the order now, whatever is applied until the tower is there
     undo.push(late.unwind)

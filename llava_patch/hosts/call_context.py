@@ -25,40 +25,26 @@ from llava_patch.hosts.anatomy import LLAVA, Anatomy
 
 @dataclass
 class Stacked:
-    """What DeepStack adds to the image positions of one call.
+    """What DeepStack adds to the image positions of one call."""
 
-    Attributes:
-        features: for each tap [rows, hidden].
-        rows: int64 [batch, tokens]: 1 + the row that a position takes, 0 for none.
-    """
-
-    features: list[Tensor]
-    rows: Tensor
+    features: list[Tensor]  # for each tap [rows, hidden]
+    rows: Tensor  # int64 [batch, tokens]: 1 + the row that a position takes, 0 for none
 
 
 @dataclass
 class CallContext:
-    """What the decoder is told about one call.
+    """What the decoder is told about one call."""
 
-    Attributes:
-        image_mask: bool [batch, tokens], the image positions; None when the call brings no image.
-        read: bool [batch, tokens], positions whose next label counts; None when there are no labels.
-        suffix: how many of the last positions the caller reads (`logits_to_keep`, generation); None: any may be read.
-        kept: bool [batch, tokens], positions that survive pruning, when that was decided before; None: choose.
-        ahead: how many of the tokens are guesses behind the prompt (assisted decoding).
-        generating: whether `generate` makes this call.
-        unknown: the caller brings embeddings of which nobody knows whether images are in them.
-        stacked: what DeepStack adds; None without it or without pixels.
-    """
-
-    image_mask: Tensor | None = None
-    read: Tensor | None = None
+    image_mask: Tensor | None = None  # bool [batch, tokens], the image positions; None when the call brings no image
+    read: Tensor | None = None  # bool [batch, tokens], positions whose next label counts; None when there are no labels
+    # How many of the last positions the caller reads (`logits_to_keep`, generation); None: any may be read.
     suffix: int | None = None
+    # bool [batch, tokens], positions that survive pruning, when that was decided before; None: choose.
     kept: Tensor | None = None
-    ahead: int = 0
-    generating: bool = False
-    unknown: bool = False
-    stacked: Stacked | None = None
+    ahead: int = 0  # how many of the tokens are guesses behind the prompt (assisted decoding)
+    generating: bool = False  # whether `generate` makes this call
+    unknown: bool = False  # the caller brings embeddings of which nobody knows whether images are in them
+    stacked: Stacked | None = None  # what DeepStack adds; None without it or without pixels
 
 
 @dataclass
@@ -81,17 +67,12 @@ class _Placed:
 
 @dataclass
 class _Images:
-    """What became of the images that one call of the host brought.
+    """What became of the images that one call of the host brought."""
 
-    Attributes:
-        level: the host call's, when this one began.
-        rows: how many features the projector gave, for each time it was called before the images were routed.
-        routed: whether a call of the decoder has taken them.
-    """
-
-    level: int
+    level: int  # the host call's, when this one began
+    # How many features the projector gave, for each time it was called before the images were routed.
     rows: list[int] = field(default_factory=list)
-    routed: bool = False
+    routed: bool = False  # whether a call of the decoder has taken them
 
     @property
     def wait(self) -> bool:
@@ -100,46 +81,29 @@ class _Images:
 
 @dataclass
 class _Waiting:
-    """What waits for the decoder.
+    """What waits for the decoder."""
 
-    Attributes:
-        context: what it will be told.
-        generating: whether `generate` is under way.
-        own: whether the embeddings that `llava`'s generate itself made are still to come.
-        prepared: embeddings that `llava` has prepared in this generation, which may copy them.
-        chosen: in this generation, a prompt's embeddings and what pruning kept of it.
-    """
-
-    context: CallContext = field(default_factory=CallContext)
-    generating: bool = False
-    own: bool = False
+    context: CallContext = field(default_factory=CallContext)  # what it will be told
+    generating: bool = False  # whether `generate` is under way
+    own: bool = False  # whether the embeddings that `llava`'s generate itself made are still to come
+    # Embeddings that `llava` has prepared in this generation, which may copy them.
     prepared: list[tuple[Tensor, Prepared]] = field(default_factory=list)
-    chosen: tuple[Tensor, Tensor] | None = None
+    chosen: tuple[Tensor, Tensor] | None = None  # in this generation, a prompt's embeddings and what pruning kept of it
 
 
 class HostCall:
-    """A call of the host under way; calls that it makes of itself (generate of forward) share it.
-
-    Attributes:
-        anatomy: the host model.
-        waiting: what waits for the decoder.
-        level: inside how many calls of the host's encoder: what is called there is another matter.
-        images: of the calls under way that brought some.
-        placed: positions set by hand.
-        offered: DeepStack's features of the images encoded last, for each tap [images, tokens, hidden].
-        packing: int64 [features], their order in anyres: 1 + the row, 0 for a line end.
-        numbers: what encoding gives instead of features while `llava` is asked where each row goes.
-    """
+    """A call of the host under way; calls that it makes of itself (generate of forward) share it."""
 
     def __init__(self, anatomy: Anatomy) -> None:
-        """Nothing is known yet."""
-        self.anatomy = anatomy
-        self.waiting = _Waiting()
-        self.level = 0
-        self.images: list[_Images] = []
-        self.placed: _Placed | None = None
+        self.anatomy = anatomy  # the host model
+        self.waiting = _Waiting()  # what waits for the decoder
+        self.level = 0  # inside how many calls of the host's encoder: what is called there is another matter
+        self.images: list[_Images] = []  # of the calls under way that brought some
+        self.placed: _Placed | None = None  # positions set by hand
+        # DeepStack's features of the images encoded last, for each tap [images, tokens, hidden].
         self.offered: list[Tensor] | None = None
-        self.packing: Tensor | None = None
+        self.packing: Tensor | None = None  # int64 [features], their order in anyres: 1 + the row, 0 for a line end
+        # What encoding gives instead of features while `llava` is asked where each row goes.
         self.numbers: Tensor | None = None
 
     @contextlib.contextmanager
@@ -156,11 +120,7 @@ class HostCall:
     def images_of(self, pixels: Any) -> Iterator[None]:
         """Inside the block the host's forward or generate runs: images it encodes must have reached the decoder after.
 
-        Args:
-            pixels: its images; without any, what is encoded meanwhile is nobody's business.
-
-        Raises:
-            HostError: they have not.
+        Without pixels, what is encoded meanwhile is nobody's business. HostError: the images have not reached it.
         """
         if pixels is None:
             yield
@@ -272,14 +232,9 @@ def prepared_of(embeds: Tensor | None) -> Prepared | None:
 def placed(anatomy: Anatomy, image_mask: Tensor | None, kept: Tensor | None = None) -> Iterator[None]:
     """Tell the decoder the image positions of the call in this block, for embeddings that were merged by hand.
 
-    Args:
-        anatomy: the host model.
-        image_mask: bool [batch, tokens] of that call, or of the whole conversation up to its end; None: as the host
-            says.
-        kept: bool of the same shape, positions that survive pruning; None: choose.
-
-    Raises:
-        InputError: not a mask, or a block in which the model was not called.
+    `image_mask` is bool [batch, tokens] of that call, or of the whole conversation up to its end (None: as the host
+    says); `kept` is of the same shape, positions that survive pruning (None: choose). InputError: not a mask, or a
+    block in which the model was not called.
     """
     for name, mask in (("image_mask", image_mask), ("kept", kept)):
         if mask is not None and (mask.ndim != 2 or mask.dtype != torch.bool):
@@ -304,11 +259,9 @@ def placed(anatomy: Anatomy, image_mask: Tensor | None, kept: Tensor | None = No
 def take(anatomy: Anatomy, inputs_embeds: Tensor | None = None, continuing: bool = False) -> CallContext:
     """What is known of the current call; the image mask is handed out once.
 
-    Args:
-        anatomy: the host model.
-        inputs_embeds: [batch, tokens, hidden] when the caller brings embeddings; on `llava` those that its own method
-            has prepared before this call say themselves where their images are.
-        continuing: whether the call goes on from a cache that has seen an image.
+    `inputs_embeds` [batch, tokens, hidden] are those of the caller, if it brings some; on `llava` those that its own
+    method has prepared before this call say themselves where their images are. `continuing`: the call goes on from a
+    cache that has seen an image.
 
     Raises:
         InputError: a second chunk in a block that speaks of one call, or a block that contradicts the call.
@@ -343,14 +296,8 @@ def take(anatomy: Anatomy, inputs_embeds: Tensor | None = None, continuing: bool
 def _check_routed(call: HostCall, context: CallContext, told: bool, may_wait: bool) -> None:
     """Note which images this call of the decoder takes; refuse it where it leaves some that it should take.
 
-    Args:
-        call: of the host.
-        context: of the decoder's call.
-        told: whether the host's own call says where its images are, not a block of `placed` alone.
-        may_wait: whether a call without images may come between them and theirs.
-
-    Raises:
-        HostError: images were encoded in this call of the host, but not for this call of the decoder.
+    `told`: the host's own call says where its images are, not a block of `placed` alone. `may_wait`: a call without
+    images may come between them and theirs.
     """
     here = [images for images in call.images if images.level == call.level]
     waiting = [images for images in here if images.wait]
@@ -407,10 +354,7 @@ def _longer(mask: Tensor, tokens: int, value: bool) -> Tensor:
 def remember_chosen(anatomy: Anatomy, prompt: Tensor, kept: Tensor) -> None:
     """Within one generation pruning chooses once, also where each step recomputes the prompt (use_cache=False).
 
-    Args:
-        anatomy: the host model.
-        prompt: [batch, tokens, hidden], the embeddings that the choice was made for.
-        kept: bool [batch, tokens].
+    The choice `kept`, bool [batch, tokens], was made for the embeddings `prompt`, [batch, tokens, hidden].
     """
     call = current(anatomy)
     if call is not None and call.waiting.generating and call.waiting.chosen is None:

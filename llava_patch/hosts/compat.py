@@ -7,6 +7,7 @@ what broke and since when, does nothing where the feature is as LLaVA expects, a
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import importlib.util
@@ -46,22 +47,13 @@ def unsupported() -> str | None:
 
 
 def check_versions() -> None:
-    """Refuse host versions that llava_patch was never run on.
-
-    Raises:
-        HostError: names the installed version, the supported range and the command that mends it.
-    """
-    reason = unsupported()
-    if reason is not None:
+    """Refuse host versions that llava_patch was never run on, with the command that mends it (HostError)."""
+    if (reason := unsupported()) is not None:
         raise HostError(reason)
 
 
 def brings_towers(builder: ModuleType) -> bool:
-    """Whether a `llava` package builds vision towers of its own besides CLIP, as LLaVA-NeXT's does.
-
-    Args:
-        builder: the module of its `build_vision_tower`, which imports every class that it can build.
-    """
+    """Whether a `llava` package, by its module of `build_vision_tower`, has towers besides CLIP, as LLaVA-NeXT's."""
     package = builder.__name__.partition(".")[0]
     classes = [c for c in vars(builder).values() if isinstance(c, type) and c.__module__.partition(".")[0] == package]
     return any(not c.__name__.startswith("CLIPVisionTower") for c in classes)
@@ -81,30 +73,15 @@ def call_layer(
     layer: nn.Module,
     hidden_states: Tensor,
     *,
-    attention_mask: Tensor | None = None,
-    position_embeddings: tuple[Tensor, Tensor],
-    position_ids: Tensor | None = None,
-    past_key_values: Any = None,
-    cache_position: Tensor | None = None,
+    attention_mask: Tensor | None = None,  # what `causal_mask` returned
+    position_embeddings: tuple[Tensor, Tensor],  # rotary (cos, sin), each [batch or 1, tokens, head_dim]
+    position_ids: Tensor | None = None,  # of consecutive positions only; flash attention takes gaps for packed samples
+    past_key_values: Any = None,  # the cache that the layer appends to
+    cache_position: Tensor | None = None,  # [tokens] places in that cache
     use_cache: bool = False,
-    checkpoint: bool = True,
+    checkpoint: bool = True,  # False bypasses gradient checkpointing where no gradient is wanted (it would only warn)
 ) -> Tensor:
-    """Run one decoder layer, whatever its version's signature.
-
-    Args:
-        layer: a LlamaDecoderLayer or one of its kin.
-        hidden_states: [batch, tokens, hidden].
-        attention_mask: what `causal_mask` returned.
-        position_embeddings: rotary (cos, sin), each [batch or 1, tokens, head_dim].
-        position_ids: only for layers on consecutive positions; flash attention takes gaps for packed samples.
-        past_key_values: cache that the layer appends to, or None.
-        cache_position: [tokens] places in that cache.
-        use_cache: as in the host.
-        checkpoint: False bypasses gradient checkpointing where no gradient is wanted (it would only warn).
-
-    Returns:
-        [batch, tokens, hidden].
-    """
+    """Run one decoder layer, whatever its version's signature: [batch, tokens, hidden] to the same."""
     kwargs = {
         "attention_mask": attention_mask,
         "position_ids": position_ids,
@@ -133,10 +110,7 @@ def checkpointed(layer: Any, function: Callable[..., Tensor], *tensors: Tensor) 
 
 
 def one_tensor(features: Any) -> Tensor:
-    """What a host's image encoder returned as one tensor [images, tokens, hidden].
-
-    It is a list or a tensor up to transformers 4, a model output from 5 on.
-    """
+    """What a host's image encoder returned (up to transformers 4 maybe a list), one tensor [images, tokens, hidden]."""
     features = getattr(features, "pooler_output", features)
     return features if isinstance(features, Tensor) else torch.stack(list(features))
 
@@ -180,28 +154,18 @@ def layout_options(processor: Any) -> dict[str, str]:
 
 
 def causal_mask(
-    config: Any,
-    hidden_states: Tensor,
-    key_valid: Tensor | None = None,
-    kv_length: int | None = None,
-    attn_implementation: str | None = None,
+    config: Any,  # the decoder's; its `_attn_implementation` picks the form
+    hidden_states: Tensor,  # [batch, queries, hidden]; only shape, dtype and device are read
+    key_valid: Tensor | None = None,  # bool [batch, keys], False at padding; None when every key is valid
+    kv_length: int | None = None,  # number of keys, queries included; None: as many as queries
+    attn_implementation: str | None = None,  # another backend than the configured one
 ) -> Any:
-    """Causal mask in the form that the configured attention backend takes.
-
-    Args:
-        config: decoder configuration (its `_attn_implementation` picks the form).
-        hidden_states: [batch, queries, hidden]; only shape, dtype and device are read.
-        key_valid: bool [batch, keys], False at padding; None when every key is valid.
-        kv_length: number of keys, queries included; None: as many as queries.
-        attn_implementation: another backend than the configured one.
-
-    Returns:
-        What `call_layer` takes as attention_mask; None where plain causal attention suffices.
-    """
+    """Causal mask in the form that the configured attention backend takes; None where plain causality suffices."""
     queries = hidden_states.shape[1]
     keys = queries if kv_length is None else kv_length
     if attn_implementation is not None and attn_implementation != config._attn_implementation:
-        config = _with_attention(config, attn_implementation)
+        config = copy.copy(config)
+        config._attn_implementation = attn_implementation
     return _mask_maker(config)(
         config=config,
         input_embeds=hidden_states,
@@ -223,27 +187,15 @@ def _mask_maker(config: Any) -> Callable[..., Any]:
     return masking_utils.create_sliding_window_causal_mask if windowed else masking_utils.create_causal_mask
 
 
-def _with_attention(config: Any, attn_implementation: str) -> Any:
-    import copy
-
-    config = copy.copy(config)
-    config._attn_implementation = attn_implementation
-    return config
-
-
 def visible(config: Any, query_index: Tensor, key_index: Tensor, key_valid: Tensor | None) -> Tensor:
     """Which keys a causal query sees, by their places in the sequence: bool [batch, queries, keys].
 
-    Args:
-        config: decoder configuration (its sliding window counts).
-        query_index: int64 [batch, queries].
-        key_index: int64 [batch, keys].
-        key_valid: bool [batch, keys], False at padding; None when every key is valid.
+    The places are int64 [batch, queries] and [batch, keys]; `key_valid` is as in `causal_mask`. A sliding window counts
+    positions of the whole sequence, those that a layer does not see included.
     """
     distance = query_index[:, :, None] - key_index[:, None]
     seen = distance >= 0
-    window = sliding_window(config)
-    if window is not None:
+    if (window := sliding_window(config)) is not None:
         seen &= distance < window
     return seen if key_valid is None else seen & key_valid[:, None]
 
@@ -251,19 +203,9 @@ def visible(config: Any, query_index: Tensor, key_index: Tensor, key_valid: Tens
 def position_mask(
     config: Any, query_index: Tensor, key_index: Tensor, key_valid: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Causal mask between positions in any order, for sdpa and eager attention.
+    """Causal mask between positions in any order, for sdpa and eager attention: [batch, 1, queries, keys].
 
-    A sliding window counts positions of the whole sequence, those that a layer does not see included.
-
-    Args:
-        config: decoder configuration.
-        query_index: int64 [batch, queries], places in the sequence.
-        key_index: int64 [batch, keys].
-        key_valid: bool [batch, keys], False at padding; None when every key is valid.
-        dtype: of the hidden states.
-
-    Returns:
-        [batch, 1, queries, keys], bool (sdpa) or additive in `dtype` (eager).
+    It is bool (sdpa) or additive in `dtype`, the hidden states' (eager); the other arguments are those of `visible`.
     """
     allowed = visible(config, query_index, key_index, key_valid)
     if key_valid is not None:
@@ -276,11 +218,7 @@ def position_mask(
 
 
 def attention_of(config: Any) -> str:
-    """The attention backend in use: "eager", "sdpa", or a flash attention's name.
-
-    Raises:
-        InputError: a backend whose masks we cannot make.
-    """
+    """The attention backend in use: "eager", "sdpa", or a flash attention's name; InputError for one without masks."""
     name = config._attn_implementation or "eager"
     if name in ("eager", "sdpa") or name.startswith("flash_attention"):
         return name
@@ -313,23 +251,12 @@ def allow_any_mask(attention: Any, undo: UndoStack) -> None:
         undo.set_attribute(attention, "config", _MaskedAttentionConfig(attention.config))
 
 
-def stock_mask(
-    decoder: Any,
-    inputs_embeds: Tensor,
-    attention_mask: Tensor | None,
-    cache_position: Tensor,
-    past_key_values: Any,
-    position_ids: Tensor | None,
-) -> Any:
-    """The mask that the stock decoder would build for these arguments (layers below the split must match it)."""
-    return _mask_maker(decoder.config)(
-        config=decoder.config,
-        input_embeds=inputs_embeds,
-        attention_mask=attention_mask,
-        cache_position=cache_position,
-        past_key_values=past_key_values,
-        position_ids=position_ids,
-    )
+def stock_mask(decoder: Any, inputs_embeds: Tensor, **arguments: Any) -> Any:
+    """The mask that the stock decoder would build for its forward's arguments (layers below the split must match it).
+
+    They are `attention_mask`, `cache_position`, `past_key_values` and `position_ids`.
+    """
+    return _mask_maker(decoder.config)(config=decoder.config, input_embeds=inputs_embeds, **arguments)
 
 
 def input_grads_are_forced(*modules: nn.Module) -> bool:

@@ -17,18 +17,12 @@ from llava_patch.hosts.host import HostFiles
 
 @dataclass(frozen=True)
 class CheckpointFiles:
-    """The files of one checkpoint.
+    """The files of one checkpoint."""
 
-    Attributes:
-        source: folder or hub name.
-        config: its config.json, without our key; empty where it has none.
-        host: whose config.json it is, "llava" or "hf"; "" where there is none.
-        record: the settings of our patch: of the folder's own settings file, else of its config.json; None: stock.
-    """
-
-    source: str
-    config: dict[str, Any]
-    host: str
+    source: str  # folder or hub name
+    config: dict[str, Any]  # its config.json, without our key; empty where it has none
+    host: str  # whose config.json it is, "llava" or "hf"; "" where there is none
+    # The settings of our patch: of the folder's own settings file, else of its config.json; None: stock.
     record: dict[str, Any] | None
 
     @property
@@ -41,8 +35,7 @@ class CheckpointFiles:
 def look(source: str) -> CheckpointFiles:
     """Read what a folder or hub name has of the files of a checkpoint.
 
-    Raises:
-        CheckpointError: a damaged file, settings of another format, or the config.json of another model.
+    CheckpointError: a damaged file, settings of another format, or the config.json of another model.
     """
     config = read_json(source, "config.json")
     host = "" if config is None else host_of(config, source)
@@ -52,15 +45,7 @@ def look(source: str) -> CheckpointFiles:
 
 
 def read(source: str, what: str = "") -> CheckpointFiles:
-    """The files of a checkpoint, which must have a config.json.
-
-    Args:
-        source: folder or hub name.
-        what: it is called in errors; "": as it is given.
-
-    Raises:
-        CheckpointError: see `look`; or it has no config.json.
-    """
+    """The files of a checkpoint, which must have a config.json (else CheckpointError, that calls it `what`)."""
     found = look(source)
     if not found.host:
         raise CheckpointError(f"{what or source}: not a checkpoint, it has no config.json")
@@ -68,11 +53,7 @@ def read(source: str, what: str = "") -> CheckpointFiles:
 
 
 def host_of(config: dict[str, Any], source: str) -> str:
-    """The host that a config.json is of: "llava" or "hf".
-
-    Raises:
-        CheckpointError: another model.
-    """
+    """The host that a config.json is of, "llava" or "hf"; CheckpointError for another model."""
     for name, (_, files) in HOSTS.items():
         if files.wrote(config):
             return name
@@ -90,27 +71,14 @@ def files_of(host: str) -> HostFiles:
 def skeleton(config: dict[str, Any], host: str) -> Any:
     """A host model without weights, on torch's meta device: every name and shape of it and its tower, and no memory.
 
-    Args:
-        config: the values of config.json, without our own key.
-        host: "llava" or "hf".
-
-    Raises:
-        HostError: the host's package is not installed, or its vision tower's configuration is not there.
+    HostError: the host's package is not installed, or its vision tower's configuration is not there.
     """
     with torch.device("meta"):
         return files_of(host).skeleton(config)
 
 
 def tower_config(config: dict[str, Any], source: str) -> Any:
-    """The configuration of the vision tower that llava's config.json names.
-
-    Args:
-        config: the values of config.json.
-        source: the checkpoint, for errors.
-
-    Raises:
-        CheckpointError: it is not there.
-    """
+    """The configuration of the vision tower that llava's config.json names; CheckpointError where it is not there."""
     from transformers import AutoConfig
 
     name = str(config["mm_vision_tower"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
@@ -34,40 +35,13 @@ class HFAnatomy(Anatomy):
         known.check_host(model, ((model, "forward"), (inner, "forward"), (inner, cls.encoder_name)))
         return cls(model, inner.language_model, inner, inner.vision_tower, inner)
 
-    @property
-    def vision_model(self) -> Any:
-        """See `Anatomy.vision_model`."""
-        return self.tower
-
-    @property
-    def vision_model_now(self) -> Any:
-        """See `Anatomy.vision_model_now`."""
-        return self.wrapper.vision_tower
-
-    @property
-    def selected_layer(self) -> Any:
-        """`vision_feature_layer`."""
-        return self.model.config.vision_feature_layer
-
-    @property
-    def patches_only(self) -> bool:
-        """`vision_feature_select_strategy` = "default"."""
-        return self.model.config.vision_feature_select_strategy == "default"
-
-    @property
-    def dropped_tokens(self) -> int:
-        """The first token, whatever the tower: on one without CLS that is a patch; "full" keeps all."""
-        return int(self.patches_only)
-
-    @property
-    def tiles(self) -> bool:
-        """Whether it is a LLaVA-NeXT."""
-        return hasattr(self.wrapper, "pack_image_features")
-
-    @property
-    def image_token_id(self) -> int:
-        """See `Anatomy.image_token_id`."""
-        return int(self.model.config.image_token_id)
+    vision_model = property(attrgetter("tower"))
+    vision_model_now = property(attrgetter("wrapper.vision_tower"))
+    selected_layer = property(attrgetter("model.config.vision_feature_layer"))
+    patches_only = property(lambda self: self.model.config.vision_feature_select_strategy == "default")
+    dropped_tokens = property(lambda self: int(self.patches_only))  # on a tower without CLS that is a patch
+    tiles = property(lambda self: hasattr(self.wrapper, "pack_image_features"))  # a LLaVA-NeXT
+    image_token_id = property(lambda self: int(self.model.config.image_token_id))
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """See `Anatomy.encode_images`."""

@@ -10,6 +10,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -20,59 +21,56 @@ from llava_patch.hosts.towers import layout as towers
 from llava_patch.hosts.towers.layout import Shape, Tower
 
 
+def _asked() -> Any:
+    """A property that every host's file must fill in."""
+    return property(abstractmethod(lambda self: None))
+
+
 @dataclass(frozen=True, eq=False)
 class Anatomy(ABC):
-    """The parts of one host model.
+    """The parts of one host model."""
 
-    Attributes:
-        host: the host's name.
-        projector_name: the projector's attribute name in `projector_owner`.
-        encoder_name: `wrapper`'s method that turns pixel values into projected visual tokens.
-        pixels_argument: the argument of the model's forward that brings images.
-        ids_hold_places: whether `input_ids` have one placeholder for each image token, written by a processor that
-            takes text and images together; else one placeholder an image, and the model makes room while it runs.
-        tower_apart: whether the vision tower has files of its own, is loaded after the language model, and runs under
-            `no_grad`; else it is a part of the model like any other.
-        model: the causal LM itself (wrappers stripped).
-        decoder: the LlamaModel (embed_tokens, layers, norm, rotary_emb).
-        wrapper: the module whose forward turns token ids and images into the decoder's embeddings: the causal LM on
-            `llava`, the inner LlavaModel on HF.
-        tower: the vision tower as the host holds it (CLIPVisionTower on `llava`, CLIPVisionModel on HF).
-        projector_owner: the module that holds the projector.
-    """
-
-    host: ClassVar[str]
-    projector_name: ClassVar[str]
-    encoder_name: ClassVar[str]
-    pixels_argument: ClassVar[str]
+    host: ClassVar[str]  # the host's name
+    projector_name: ClassVar[str]  # the projector's attribute name in `projector_owner`
+    encoder_name: ClassVar[str]  # `wrapper`'s method that turns pixel values into projected visual tokens
+    pixels_argument: ClassVar[str]  # the argument of the model's forward that brings images
+    # Whether `input_ids` have one placeholder for each image token, written by a processor that takes text and images
+    # together; else one placeholder an image, and the model makes room while it runs.
     ids_hold_places: ClassVar[bool]
+    # Whether the vision tower has files of its own, is loaded after the language model, and runs under `no_grad`; else
+    # it is a part of the model like any other.
     tower_apart: ClassVar[bool]
 
     # Typed Any: what these modules have is the host's business.
-    model: Any
-    decoder: Any
+    model: Any  # the causal LM itself (wrappers stripped)
+    decoder: Any  # the LlamaModel (embed_tokens, layers, norm, rotary_emb)
+    # The module whose forward turns token ids and images into the decoder's embeddings: the causal LM on `llava`, the
+    # inner LlavaModel on HF.
     wrapper: Any
-    tower: Any
-    projector_owner: Any
+    tower: Any  # the vision tower as the host holds it (CLIPVisionTower on `llava`, CLIPVisionModel on HF)
+    projector_owner: Any  # the module that holds the projector
+
+    vision_model = _asked()  # the transformers vision model inside the tower; None while the host has not loaded it yet
+    vision_model_now = _asked()  # `vision_model`, or what somebody has put in its place since the model was described
+    selected_layer = _asked()  # the hidden state that the host itself takes as the main feature, as its config says it
+    patches_only = _asked()  # whether the host asks for patches alone
+    dropped_tokens = _asked()  # how many tokens of the tower the host drops at the front before the projector
+    tiles = _asked()  # whether images are cut into tiles whose patches the host itself counts (anyres, spatial layout)
+    image_token_id = _asked()  # the id that marks an image in `input_ids`
 
     @classmethod
     @abstractmethod
     def of(cls, model: Any) -> "Anatomy | None":
         """Describe a model, wrappers stripped; None: it is of another host.
 
-        Raises:
-            HostError: of this host, but unfinished, or with code of its own where images become embeddings.
+        HostError: of this host, but unfinished, or with code of its own where images become embeddings.
         """
 
     # --- the decoder and the projector, alike on every host
 
     @property
     def layers(self) -> nn.ModuleList:
-        """The decoder layers, 0..L-1.
-
-        Raises:
-            HostError: a decoder that keeps them elsewhere.
-        """
+        """The decoder layers, 0..L-1; HostError for a decoder that keeps them elsewhere."""
         layers = getattr(self.decoder, "layers", None)
         if layers is None:
             raise HostError(
@@ -81,25 +79,10 @@ class Anatomy(ABC):
             )
         return layers
 
-    @property
-    def norm(self) -> nn.Module:
-        """The decoder's final norm."""
-        return self.decoder.norm
-
-    @property
-    def lm_head(self) -> nn.Module:
-        """The output head: hidden size to vocabulary."""
-        return self.model.lm_head
-
-    @property
-    def embed_tokens(self) -> Any:
-        """The token embedding."""
-        return self.decoder.embed_tokens
-
-    @property
-    def text_config(self) -> Any:
-        """Configuration of the decoder (hidden_size, num_attention_heads, ...)."""
-        return self.decoder.config
+    norm = property(attrgetter("decoder.norm"))  # the decoder's final norm
+    lm_head = property(attrgetter("model.lm_head"))  # the output head: hidden size to vocabulary
+    embed_tokens = property(attrgetter("decoder.embed_tokens"))  # the token embedding
+    text_config = property(attrgetter("decoder.config"))  # of the decoder (hidden_size, num_attention_heads, ...)
 
     @property
     def projector(self) -> nn.Module:
@@ -112,11 +95,7 @@ class Anatomy(ABC):
         return f"{self.projector_name}_stack"
 
     def first_linear(self) -> tuple[nn.Module, str, nn.Linear]:
-        """The projector's first Linear as (parent module, attribute name, module).
-
-        Raises:
-            HostError: the projector has no Linear (mm_projector_type = identity).
-        """
+        """The projector's first Linear as (parent module, attribute name, module); HostError where it has none."""
         if isinstance(self.projector, nn.Linear):
             return self.projector_owner, self.projector_name, self.projector
         for name, child in self.projector.named_children():
@@ -129,27 +108,13 @@ class Anatomy(ABC):
 
     # --- the vision tower, and which of its tokens the host takes
 
-    @property
-    @abstractmethod
-    def vision_model(self) -> Any:
-        """The transformers vision model inside the tower; None while the host has not loaded it yet."""
-
-    @property
-    @abstractmethod
-    def vision_model_now(self) -> Any:
-        """`vision_model`, or what somebody has put in its place since the model was described."""
-
-    @property
-    def vision_config(self) -> Any:
-        """Configuration of the vision model; known before its weights are loaded."""
-        return self.tower.config
+    vision_config = property(attrgetter("tower.config"))  # of the vision model; known before its weights are loaded
 
     def vision_parts(self) -> Tower:
         """Where the blocks of the loaded vision tower are, and what its tokens mean.
 
-        Raises:
-            HostError: the tower is not loaded yet, its class is not known (the message names what was not found), or
-                it does not report its hidden states to this host.
+        HostError: the tower is not loaded yet, its class is not known (the message names what was not found), or it
+        does not report its hidden states to this host.
         """
         if self.vision_model is None:
             raise HostError("the vision tower is not loaded yet: call its load_model() first")
@@ -160,37 +125,16 @@ class Anatomy(ABC):
     def _shape(self) -> Shape:
         return towers.shape_of(self.vision_config)
 
-    @property
-    def vision_width(self) -> int:
-        """Channels of one token of the vision tower."""
-        return self._shape.width
-
-    @property
-    def n_blocks(self) -> int:
-        """Number N of transformer blocks in the vision tower."""
-        return self._shape.n_blocks
-
-    @property
-    def patch_size(self) -> int:
-        """Side of one ViT patch in pixels of the processed image."""
-        return self._shape.patch_size
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of the patch grid of one image (tile)."""
-        return self._shape.grid
-
-    @property
-    @abstractmethod
-    def selected_layer(self) -> Any:
-        """The hidden state that the host itself takes as the main feature, as its configuration says it."""
+    vision_width = property(attrgetter("_shape.width"))  # channels of one token of the vision tower
+    n_blocks = property(attrgetter("_shape.n_blocks"))  # number N of transformer blocks in the vision tower
+    patch_size = property(attrgetter("_shape.patch_size"))  # side of one ViT patch in pixels of the processed image
+    grid = property(attrgetter("_shape.grid"))  # rows and columns of the patch grid of one image (tile)
 
     @property
     def main_block(self) -> int:
         """The block whose output is the main feature, 1..N (LLaVA-1.5 selects -2: block N-1).
 
-        Raises:
-            HostError: the host itself selects several layers, or one that the tower does not have.
+        HostError: the host itself selects several layers, or one that the tower does not have.
         """
         select = self.selected_layer
         if not isinstance(select, int):
@@ -202,11 +146,6 @@ class Anatomy(ABC):
         if not 1 <= block <= self.n_blocks:
             raise HostError(f"vision select layer {select} is outside the tower's {self.n_blocks} blocks")
         return block
-
-    @property
-    @abstractmethod
-    def patches_only(self) -> bool:
-        """Whether the host asks for patches alone."""
 
     @property
     def prefix_tokens(self) -> int:
@@ -223,17 +162,7 @@ class Anatomy(ABC):
         """Whether the host drops the first patch, because it counts on a CLS token that the tower does not have."""
         return self.dropped_tokens > self.prefix_tokens
 
-    @property
-    @abstractmethod
-    def dropped_tokens(self) -> int:
-        """How many tokens of the tower the host drops at the front before the projector."""
-
     # --- from images to the decoder
-
-    @property
-    @abstractmethod
-    def tiles(self) -> bool:
-        """Whether images are cut into tiles whose patches the host itself counts (anyres with a spatial layout)."""
 
     @property
     def mixes_patches(self) -> bool:
@@ -241,25 +170,15 @@ class Anatomy(ABC):
         return False
 
     @property
-    @abstractmethod
-    def image_token_id(self) -> int:
-        """The id that marks an image in `input_ids`."""
-
-    @property
     def encoder(self) -> tuple[Any, str]:
         """(owner, name) of the method that turns pixel values into projected visual tokens in the host's own path."""
         return self.wrapper, self.encoder_name
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """Projected visual tokens, through the host's own path (so a patched model gives its fused features).
+        """Projected visual tokens [images, tokens, hidden_size], through the host's own path (so with a patch, fused).
 
-        On a model that cuts images into tiles: of single tiles, neither joined nor cut.
-
-        Args:
-            pixel_values: [images, 3, height, width], normalised by the host's image processor.
-
-        Returns:
-            [images, tokens, hidden_size].
+        On a model that cuts images into tiles: of single tiles, neither joined nor cut. `pixel_values` are [images, 3,
+        height, width], normalised by the host's image processor.
         """
         return compat.one_tensor(getattr(self.wrapper, self.encoder_name)(pixel_values))
 
@@ -285,25 +204,18 @@ class HostFiles:
     Tensors have one neutral spelling beside each host's own: `decoder.<name in the LlamaModel>`, `head.weight`,
     `projector.<k>.<weight or bias>` (the k-th Linear, from 0), `stack.<k>.<...>` (DeepStack's second projector),
     `tower.<name in the vision model>`, `image_newline`.
-
-    Attributes:
-        wrote: whether a config.json is one of this host.
-        text_config: the language model's configuration (LlamaConfig or MistralConfig) in a config.json.
-        feature_width: channels of one vision feature, by a config.json.
-        skeleton: the model of a config.json with its vision tower, made under `torch.device("meta")`; HostError where
-            the host's package, or its tower's configuration, is not there.
-        linear: the name of the projector's k-th Linear.
-        parts: patterns of the host's tensor names with the neutral prefix of what they hold.
-        prefixes: of the tensors of each neutral part as the host's files have them.
     """
 
-    wrote: Callable[[dict[str, Any]], bool]
+    wrote: Callable[[dict[str, Any]], bool]  # whether a config.json is one of this host
+    # The language model's configuration (LlamaConfig or MistralConfig) in a config.json.
     text_config: Callable[[dict[str, Any]], Any]
-    feature_width: Callable[[dict[str, Any]], int]
+    feature_width: Callable[[dict[str, Any]], int]  # channels of one vision feature, by a config.json
+    # The model of a config.json with its vision tower, made under `torch.device("meta")`; HostError where the host's
+    # package, or its tower's configuration, is not there.
     skeleton: Callable[[dict[str, Any]], Any]
-    linear: Callable[[int], str]
-    parts: tuple[tuple[str, str], ...]
-    prefixes: Mapping[str, str]
+    linear: Callable[[int], str]  # the name of the projector's k-th Linear
+    parts: tuple[tuple[str, str], ...]  # patterns of the host's tensor names with the neutral prefix of what they hold
+    prefixes: Mapping[str, str]  # of the tensors of each neutral part as the host's files have them
 
     def neutral(self, name: str) -> str | None:
         """A tensor's name in the host's files, or in memory, in the neutral spelling; None when it is not known."""
@@ -322,12 +234,7 @@ class HostFiles:
         return f"{places[name]}.{kind}" if name in places and kind in ("weight", "bias") else None
 
     def written(self, name: str, single: bool = False) -> str:
-        """A neutral name as the host's files have it.
-
-        Args:
-            name: the neutral name.
-            single: the projector is one Linear (mm_projector_type = linear).
-        """
+        """A neutral name as the host's files have it; `single`: the projector is one Linear."""
         part, _, rest = name.partition(".")
         if part in ("projector", "stack"):
             place, _, kind = rest.partition(".")

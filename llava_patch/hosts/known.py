@@ -58,13 +58,7 @@ def bare(module: Any) -> Any:
 
 
 def name_of(module: nn.Module, method: str = "forward", by_class: bool = False) -> str:
-    """The class whose method an object runs, with its module: "package.module.Class".
-
-    Args:
-        module: what is asked.
-        method: of it; one that was set on the instance counts.
-        by_class: it does not.
-    """
+    """The class whose method an object runs, "package.module.Class"; one set on it counts unless `by_class`."""
     own = None if by_class else vars(module).get(method)
     used: Any = getattr(type(module), method) if own is None else own
     where = getattr(used, "__module__", None) or type(used).__module__
@@ -73,14 +67,9 @@ def name_of(module: nn.Module, method: str = "forward", by_class: bool = False) 
 
 
 def check_host(model: nn.Module, parts: Iterable[tuple[nn.Module, str]]) -> None:
-    """Refuse a model that looks like a known one and is not.
+    """Refuse a model that looks like a known one and is not, by what its classes define (HostError).
 
-    Args:
-        model: for the message.
-        parts: (module, name of its method) that make embeddings of images, as their classes define them.
-
-    Raises:
-        HostError: names the class and the method.
+    `parts` are (module, name of its method) that make embeddings of images.
     """
     for module, method in parts:
         name = name_of(module, method, by_class=True)
@@ -88,7 +77,7 @@ def check_host(model: nn.Module, parts: Iterable[tuple[nn.Module, str]]) -> None
             raise HostError(
                 f"{type(model).__name__} is not a model that llava_patch knows: it brings a {method} of its own "
                 f"({name}.{method}), which may take videos or place its images otherwise. Known: "
-                f"{_listed(n.rsplit('.', 1)[1] for n in HOSTS if n.endswith(('Generation', 'CausalLM')))} of "
+                f"{', '.join(n.rsplit('.', 1)[1] for n in HOSTS if n.endswith(('Generation', 'CausalLM')))} of "
                 "transformers and of the llava package, and subclasses that override none of it"
             )
 
@@ -96,13 +85,8 @@ def check_host(model: nn.Module, parts: Iterable[tuple[nn.Module, str]]) -> None
 def check_decoder(decoder: Any, what: str, by_class: bool = False) -> None:
     """Refuse a decoder whose layers the identity tests did not run on.
 
-    Args:
-        decoder: of a host model.
-        what: what was asked for, for the message.
-        by_class: what runs is a copy of the layers, made by their classes: what their instances carry does not count.
-
-    Raises:
-        HostError: names the class, or the entry of its config, and what is missing.
+    `what` was asked for, for the message; `by_class`: what runs is a copy of the layers, made by their classes, so what
+    their instances carry does not count. HostError names the class, or the entry of its config, and what is missing.
     """
     used = name_of(decoder, by_class=by_class)
     family = next((f for f in DECODERS.values() if used == f"{f}Model"), None)
@@ -122,7 +106,7 @@ def _refuse(kind: type, used: str, what: str, where: str = "") -> None:
     why = f"{missing}, which is not built" if missing else "it was never proven there"
     whose = "" if used == f"{kind.__module__}.{kind.__qualname__}" else f" (its forward is {used}'s)"
     raise HostError(
-        f"{where}{what} is not available on {kind.__name__}{whose}: {why}. Proven decoders: {_listed(DECODERS)}. "
+        f"{where}{what} is not available on {kind.__name__}{whose}: {why}. Proven decoders: {', '.join(DECODERS)}. "
         "SkipLinks, DenseConnector and DirectFusion without routing leave the decoder alone and are available"
     )
 
@@ -156,7 +140,3 @@ def _window(attention: Any) -> int | None:
     if name_of(attention, by_class=True).endswith(".LlamaAttention"):
         return None  # whatever its config says
     return getattr(attention, "sliding_window", compat.sliding_window(attention.config))
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names)

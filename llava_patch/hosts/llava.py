@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from llava_patch.core.errors import HostError
@@ -42,30 +43,11 @@ class LlavaAnatomy(Anatomy):
         )
         return cls(model, decoder, model, tower, decoder)
 
-    @property
-    def vision_model(self) -> Any:
-        """See `Anatomy.vision_model`."""
-        return getattr(self.tower, "vision_tower", None)
-
-    @property
-    def vision_model_now(self) -> Any:
-        """See `Anatomy.vision_model_now`."""
-        return getattr(self.model.get_vision_tower(), "vision_tower", None)
-
-    @property
-    def selected_layer(self) -> Any:
-        """`mm_vision_select_layer`."""
-        return self.tower.select_layer
-
-    @property
-    def patches_only(self) -> bool:
-        """`mm_vision_select_feature` = "patch"."""
-        return self.tower.select_feature == "patch"
-
-    @property
-    def dropped_tokens(self) -> int:
-        """What the tower itself puts before the patches, or nothing."""
-        return self.prefix_tokens if self.patches_only else 0
+    vision_model = property(lambda self: getattr(self.tower, "vision_tower", None))
+    vision_model_now = property(lambda self: getattr(self.model.get_vision_tower(), "vision_tower", None))
+    selected_layer = property(attrgetter("tower.select_layer"))  # mm_vision_select_layer
+    patches_only = property(lambda self: self.tower.select_feature == "patch")  # mm_vision_select_feature
+    dropped_tokens = property(lambda self: self.prefix_tokens if self.patches_only else 0)  # those before the patches
 
     @property
     def tiles(self) -> bool:

@@ -18,13 +18,9 @@ def trains(model: nn.Module) -> bool:
 
 
 def merge(module: nn.Module) -> bool:
-    """Put plain layers, with the active LoRA update merged in, in the place of peft's wrappers.
+    """Put plain layers, the active LoRA update merged in, in the place of peft's wrappers; whether there were any.
 
-    Args:
-        module: changed in place; its weights must be whole.
-
-    Returns:
-        Whether there was anything to merge.
+    Changes the module in place; its weights must be whole.
     """
     if "peft" not in sys.modules:  # then nothing can be wrapped
         return False

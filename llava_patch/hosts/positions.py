@@ -28,26 +28,14 @@ def llava_prepare(
     """Run llava's `prepare_inputs_labels_for_multimodal` and learn where the image features went.
 
     The host returns embeddings without saying which of them are image features. It does keep labels aligned, so labels
-    that hold each text token's own index come back as -100 exactly at image features and padding; padding is told
-    apart by the attention mask, and the caller's labels are recovered through the indices.
+    that hold each text token's own index come back as -100 exactly at image features and padding; padding is told apart
+    by the attention mask, and the caller's labels are recovered through the indices.
 
-    Args:
-        prepare: the host's own bound method.
-        image_token_id: the placeholder in `input_ids`.
-        input_ids: [batch, tokens] with placeholders.
-        position_ids: [batch, tokens] or None.
-        attention_mask: [batch, tokens] or None.
-        past_key_values: passed through.
-        labels: [batch, tokens] or None.
-        images: pixel values [images, 3, height, width], or a list of them, or None.
-        *args: further arguments of the host's version (image_sizes).
-        **kwargs: further arguments by name.
+    `prepare` is the host's bound method, the others are its arguments: ids, positions, mask and labels [batch, tokens],
+    images [images, 3, height, width] or a list. InputError: the numbers of placeholders and of images disagree.
 
     Returns:
         (what the stock method would have returned, bool mask [batch, new tokens] or None when there is no image).
-
-    Raises:
-        InputError: the number of image placeholders and of images disagree.
     """
     outputs: tuple
     if images is None or input_ids is None or input_ids.shape[1] == 1:
@@ -70,16 +58,10 @@ def llava_prepare(
 
 
 def row_numbers(shape: Sequence[int], device: torch.device) -> Tensor:
-    """Features that hold their own row's number, to learn where the host puts each row.
+    """Features that hold their own row's number, to learn where the host puts each row: float32 of `shape`.
 
-    The host splits, cuts, joins and truncates features on the way (anyres above all); it does the same to these.
-
-    Args:
-        shape: [images (or tiles), tokens, hidden] of the features.
-        device: theirs.
-
-    Returns:
-        float32 of that shape; channels are 1 + the row and its negative in turn, which no learned vector is.
+    The host splits, cuts, joins and truncates features [images (or tiles), tokens, hidden] on the way (anyres above
+    all); it does the same to these. Channels are 1 + the row and its negative in turn, which no learned vector is.
     """
     tiles, tokens, width = shape
     numbers = torch.arange(1, tiles * tokens + 1, device=device, dtype=torch.float32)
@@ -88,14 +70,10 @@ def row_numbers(shape: Sequence[int], device: torch.device) -> Tensor:
 
 
 def numbered_rows(embeds: Tensor, image_mask: Tensor) -> Tensor:
-    """Which row of the image features stands at each place of the decoder's input.
+    """Which row of the image features stands at each place of the decoder's input: int64 [batch, tokens].
 
-    Args:
-        embeds: [batch, tokens, hidden], what the host made of `row_numbers`.
-        image_mask: bool [batch, tokens] or [1, 1].
-
-    Returns:
-        int64 [batch, tokens]: 1 + the row, 0 where there is none (text, padding, line ends of anyres).
+    It is 1 + the row, 0 where there is none (text, padding, line ends of anyres). `embeds` [batch, tokens, hidden] is
+    what the host made of `row_numbers`, `image_mask` bool [batch, tokens] or [1, 1].
     """
     first, second = embeds[..., 0], embeds[..., 1]
     numbered = image_mask & (first == -second) & (first >= 1) & (first == first.round())

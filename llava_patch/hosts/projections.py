@@ -13,17 +13,9 @@ from torch import Tensor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply the rotary embedding in Llama's layout (first and second half of a head form the pairs).
+    """Apply rotary (cos, sin) [..., tokens, head_dim] to x [..., heads, tokens, head_dim], broadcast over heads.
 
-    Source: `apply_rotary_pos_emb` of transformers' modeling_llama.
-
-    Args:
-        x: [..., heads, tokens, head_dim].
-        cos: [..., tokens, head_dim], broadcast over heads.
-        sin: likewise.
-
-    Returns:
-        As x.
+    Llama's layout: first and second half of a head form the pairs (`apply_rotary_pos_emb` of modeling_llama).
     """
     half = x.shape[-1] // 2
     turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
@@ -36,15 +28,10 @@ def split_heads(projected: Tensor, head_dim: int) -> Tensor:
 
 
 def keys_values(layer: Any, hidden_states: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Keys and values that a decoder layer makes of some positions.
+    """Keys, with rotary applied, and values: each [batch, key_value_heads, tokens, head_dim].
 
-    Args:
-        layer: a decoder layer (input_layernorm, self_attn with k_proj and v_proj).
-        hidden_states: [batch, tokens, hidden], the layer's input.
-        rotary: (cos, sin), each [batch or 1, tokens, head_dim].
-
-    Returns:
-        (keys with rotary applied, values), each [batch, key_value_heads, tokens, head_dim].
+    `layer` is a decoder layer, `hidden_states` its input [batch, tokens, hidden] at some positions, `rotary` their
+    (cos, sin), each [batch or 1, tokens, head_dim].
     """
     attention = layer.self_attn
     states = layer.input_layernorm(hidden_states.to(attention.k_proj.weight.device))
@@ -74,16 +61,10 @@ def _rotated(heads: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def attention_of_query(query: Tensor, key: Tensor, allowed: Tensor, scaling: float) -> Tensor:
-    """Attention probabilities of one query a sample, mean over heads.
+    """Attention probabilities of one query a sample, mean over heads: float32 [batch, keys].
 
-    Args:
-        query: [batch, heads, 1, head_dim].
-        key: [batch, key_value_heads, keys, head_dim]; heads must be a multiple (grouped-query attention).
-        allowed: bool [batch, keys], what the query may see.
-        scaling: factor on q.k before the softmax.
-
-    Returns:
-        float32 [batch, keys].
+    `query` is [batch, heads, 1, head_dim], `key` [batch, key_value_heads, keys, head_dim], whose heads divide the
+    query's (grouped-query attention), `allowed` bool [batch, keys]; `scaling` is the factor on q.k before the softmax.
     """
     grouped = query.unflatten(1, (key.shape[1], -1)).squeeze(-2)  # [batch, key_value_heads, groups, head_dim]
     scores = torch.matmul(grouped, key.transpose(-1, -2)).float() * scaling

@@ -9,23 +9,14 @@ IMAGE_TOKENS = 576  # LLaVA-1.5: 336 pixels, patches of 14
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder's size.
+    """A decoder's size."""
 
-    Attributes:
-        layers: L.
-        hidden: hidden size.
-        intermediate: width of the feed-forward network.
-        heads: attention heads (of 128 channels in LLaVA-1.5).
-        vocabulary: number of tokens.
-        split: default split of the routed methods.
-    """
-
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    vocabulary: int
-    split: int
+    layers: int  # L
+    hidden: int  # hidden size
+    intermediate: int  # width of the feed-forward network
+    heads: int  # attention heads (of 128 channels in LLaVA-1.5)
+    vocabulary: int  # number of tokens
+    split: int  # default split of the routed methods
 
 
 SHAPES = {

@@ -25,45 +25,26 @@ from llava_patch.hosts.compat import layout_options
 
 @dataclass(frozen=True)
 class Placement:
-    """Where an image lies on the plane that its tiles form, in pixels of that plane.
+    """Where an image lies on the plane that its tiles form, in pixels of that plane."""
 
-    Attributes:
-        width: of the plane.
-        height: of the plane.
-        new_width: of the resized image.
-        new_height: of the resized image.
-        left: padding on its left.
-        top: padding above it.
-    """
-
-    width: int
-    height: int
-    new_width: int
-    new_height: int
-    left: int
-    top: int
+    width: int  # of the plane
+    height: int  # of the plane
+    new_width: int  # of the resized image
+    new_height: int  # of the resized image
+    left: int  # padding on its left
+    top: int  # padding above it
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """A host's anyres.
+    """A host's anyres."""
 
-    Attributes:
-        host: "llava" or "hf".
-        resolutions: (width, height) of the planes to choose from.
-        side: of a tile, in pixels.
-    """
-
-    host: str
-    resolutions: tuple[tuple[int, int], ...]
-    side: int
+    host: str  # "llava" or "hf"
+    resolutions: tuple[tuple[int, int], ...]  # (width, height) of the planes to choose from
+    side: int  # of a tile, in pixels
 
     def place(self, size: tuple[int, int]) -> Placement:
-        """Choose the plane of an image, by the host's own rule, and centre the image on it.
-
-        Args:
-            size: (width, height) of the image.
-        """
+        """Choose the plane of an image of `size` (width, height) by the host's own rule, and centre the image on it."""
         if self.host == LLAVA:
             from llava.mm_utils import select_best_resolution
 
@@ -82,8 +63,7 @@ class Tiling:
     def cut(self, processor: Any, image: Image.Image) -> Tensor:
         """Tiles of an RGB image through the host's own code: float32 [1 + tiles, 3, side, side], overview first.
 
-        Raises:
-            HostError: the image processor does not give tiles of the tower's side.
+        HostError: the image processor does not give tiles of the tower's side.
         """
         if self.host == LLAVA:
             from llava.mm_utils import process_anyres_image
@@ -115,14 +95,9 @@ def cuts_tiles(anatomy: Anatomy) -> bool:
 
 
 def make_tiling(anatomy: Anatomy, processor: Any) -> Tiling:
-    """The tiling of a model and its image processor.
+    """The tiling of a model for which `cuts_tiles` holds, and of its image processor.
 
-    Args:
-        anatomy: a model for which `cuts_tiles` holds.
-        processor: its image processor: LlavaNextImageProcessor on HF, the tower's own on `llava`.
-
-    Raises:
-        HostError: tiles that do not fit the tower, or a processor of another model.
+    HostError: tiles that do not fit the tower, or a processor of another model.
     """
     rows, columns = anatomy.grid
     side = rows * anatomy.patch_size
@@ -169,27 +144,18 @@ def _side(size: Any) -> int | None:
 
 
 def order_of_tokens(anatomy: Anatomy, shape: Sequence[int], size: tuple[int, int]) -> Tensor:
-    """Which features of an image's tiles the host gives to the decoder, and in which order.
+    """Which features of an image's tiles, `shape` (tiles, tokens a tile), the host gives to the decoder, in order.
 
     The host joins tiles, cuts padding off and adds a learned vector after each line. It does the same to features that
-    hold their own number; that vector is no feature and left out.
-
-    Args:
-        anatomy: the host model.
-        shape: (tiles, tokens a tile), overview included.
-        size: (width, height) of the original image.
-
-    Returns:
-        int64 [tokens], rows of the features [tiles * tokens a tile] on CPU.
+    hold their own number; that vector is no feature and left out. `size` is (width, height) of the original image, the
+    result int64 [tokens], rows of the features [tiles * tokens a tile], on CPU.
     """
     tiles, tokens = shape
     if anatomy.host == HF:
         numbers = torch.arange(1, tiles * tokens + 1).view(tiles, tokens, 1)
+        strategy = anatomy.model.config.vision_feature_select_strategy
         packed = anatomy.wrapper.pack_image_features(
-            [numbers],
-            torch.tensor([size[::-1]]),
-            vision_feature_select_strategy=anatomy.model.config.vision_feature_select_strategy,
-            image_newline=torch.zeros(1, dtype=torch.int64),
+            [numbers], torch.tensor([size[::-1]]), strategy, image_newline=torch.zeros(1, dtype=torch.int64)
         )[0][0]
         found = packed[:, 0]
     else:

@@ -16,21 +16,11 @@ from torch import Tensor
 
 from llava_patch.core.errors import InputError
 from llava_patch.core.undo import UndoStack
+from llava_patch.hosts import call_context
 from llava_patch.hosts.anatomy import HF, LLAVA, Anatomy
-from llava_patch.hosts.call_context import (
-    HostCall,
-    Prepared,
-    Stacked,
-    current,
-    encoding,
-    host_call,
-    mark_prepared,
-    not_routed,
-    prepared_of,
-)
+from llava_patch.hosts.call_context import HostCall, Prepared, Stacked, current, host_call, not_routed, prepared_of
 from llava_patch.hosts.positions import IGNORE_INDEX, llava_prepare, numbered_rows, row_numbers
 
-_PIXELS = {LLAVA: "images", HF: "pixel_values"}
 _TAKEN = {
     LLAVA: {"images", "image_sizes", "modalities"},
     HF: {"pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy"},
@@ -54,7 +44,7 @@ def attach(anatomy: Anatomy, undo: UndoStack) -> None:
 
     @functools.wraps(encode)
     def encode_aside(*args: Any, **kwargs: Any) -> Any:
-        with encoding(anatomy):
+        with call_context.encoding(anatomy):
             return encode(*args, **kwargs)
 
     undo.set_attribute(owner, name, encode_aside)
@@ -117,7 +107,7 @@ def _attach_generate(anatomy: Anatomy, undo: UndoStack) -> None:
 
     @functools.wraps(generate)
     def generate_in_context(*args: Any, **kwargs: Any) -> Any:
-        pixels = named(args, kwargs).get(_PIXELS[anatomy.host])
+        pixels = named(args, kwargs).get(anatomy.pixels_argument)
         with host_call(anatomy) as call, call.images_of(pixels):
             _check_arguments(call, kwargs)
             with call.generation():
@@ -190,7 +180,7 @@ def _attach_llava(anatomy: Anatomy, undo: UndoStack) -> None:
                 if call.offered is not None:
                     context.stacked = _stack(call, call.offered, image_mask, *args, **kwargs)
                 prepared = Prepared(image_mask, context.stacked)
-                mark_prepared(embeds, prepared)
+                call_context.mark_prepared(embeds, prepared)
                 if call.waiting.own:
                     call.waiting.prepared.append((embeds, prepared))
         return outputs
@@ -244,9 +234,7 @@ def reports(prepare: Any) -> bool:
 def _check_arguments(call: HostCall, given: dict[str, Any]) -> None:
     """Refuse arguments that bring images in another way than the one that is routed; hosts may drop unknown ones.
 
-    Raises:
-        InputError: names the argument.
-        HostError: the host itself has encoded images before this call.
+    HostError instead of InputError: the host itself has encoded images before this call.
     """
     anatomy = call.anatomy
     for name, value in given.items():
@@ -256,7 +244,7 @@ def _check_arguments(call: HostCall, given: dict[str, Any]) -> None:
             raise not_routed(anatomy)
         raise InputError(
             f"{name} is not routed on {type(anatomy.model).__name__}, nor are videos or images that are already "
-            f"encoded: give still images as {_PIXELS[anatomy.host]}, embeddings inside `with "
+            f"encoded: give still images as {anatomy.pixels_argument}, embeddings inside `with "
             "handle.image_positions(mask):`, or call handle.remove() first"
         )
 

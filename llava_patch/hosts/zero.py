@@ -37,9 +37,7 @@ def numel(parameter: Tensor) -> int:
 def gathered(parameters: Iterable[Tensor], changed: bool = False) -> Iterator[None]:
     """Inside the block the parameters are whole; ones that are not partitioned are left alone.
 
-    Args:
-        parameters: what the block reads.
-        changed: whether the block changes them, alike on every rank; the first rank's values are kept.
+    `changed`: the block changes them, alike on every rank; the first rank's values are kept.
     """
     parts = [p for p in parameters if hasattr(p, "ds_id")]
     if not parts:
@@ -67,11 +65,9 @@ def innermost(optimizer: Any) -> Any:
 
 
 def groups(optimizer: Any) -> list[list[Tensor]]:
-    """The model's own parameters in each optimizer group.
+    """The model's own parameters in each group of an optimizer, possibly inside accelerate's and DeepSpeed's wrappers.
 
-    Args:
-        optimizer: a torch optimizer, possibly inside accelerate's and DeepSpeed's wrappers. ZeRO-1 and -2 put one flat
-            tensor into each group, and remember what was there.
+    ZeRO-1 and -2 put one flat tensor into each group, and remember what was there.
     """
     inner = optimizer
     while True:
@@ -84,14 +80,10 @@ def groups(optimizer: Any) -> list[list[Tensor]]:
 
 
 def reset_state(optimizer: Any, group: int) -> None:
-    """Bring the Adam state of one optimizer group back to its beginning.
+    """Bring the state of one group of torch's Adam or AdamW, wrapped or not, back to its beginning.
 
-    In place: DeepSpeed's parameters refer to the same tensors.
-
-    Args:
-        optimizer: torch's Adam or AdamW, possibly inside accelerate's and DeepSpeed's wrappers. ZeRO-1 and -2 put one
-            flat tensor into each group; ZeRO-3 empties the groups between steps and knows which tensors were there.
-        group: its number.
+    In place: DeepSpeed's parameters refer to the same tensors. ZeRO-1 and -2 put one flat tensor into each group;
+    ZeRO-3 empties the groups between steps and knows which tensors were there.
     """
     inner = innermost(optimizer)
     tensors = inner.param_groups[group]["params"]

@@ -89,7 +89,9 @@ def save(handle: Handle, directory: str | os.PathLike[str], form: str = "adapter
         if zero.is_partitioned(handle.model.parameters()) and torch.distributed.get_rank() != 0:
             return folder  # every rank gathers, the first one writes
         folder.mkdir(parents=True, exist_ok=True)
-        _save_config(handle.model.config, folder)
+        config: Any = copy.deepcopy(handle.model.config)
+        config.use_cache = True  # training scripts switch it off while they train
+        config.save_pretrained(folder)
         with atomic(folder / WEIGHTS_FILE) as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})
     _copy_side_files(base, folder)
@@ -135,12 +137,6 @@ def _warn_of_size(handle: Handle, tensors: dict[str, Tensor]) -> None:
             'trained, save with form="full"; if not, switch requires_grad off where nothing trains, before',
             100 * size / whole,
         )
-
-
-def _save_config(config: Any, folder: Path) -> None:
-    config = copy.deepcopy(config)
-    config.use_cache = True  # training scripts switch it off while they train
-    config.save_pretrained(folder)
 
 
 def _copy_side_files(base: str, folder: Path) -> None:

@@ -35,17 +35,11 @@ _FINGERPRINT_VALUES = 4
 def weights_digest(
     tensors: Iterable[tuple[str, Tensor]], values: int | None = None, rounded: bool = False, into: Any = None
 ) -> str:
-    """Hexadecimal digest of tensors by name, shape and values.
+    """Hexadecimal digest of tensors by name, shape and values; under DeepSpeed ZeRO-3 every rank must call this.
 
-    Args:
-        tensors: in an order of their own; under DeepSpeed ZeRO-3 every rank must call this.
-        values: about how many evenly spaced values of each count, as float32; None: all of them bit by bit, and the
-            dtype.
-        rounded: the values are rounded to bfloat16, so that one model loaded in two precisions is one model.
-        into: a hash object of hashlib that has begun with something else; None: a new one.
-
-    Raises:
-        HostError: a tensor lies outside memory.
+    About `values` evenly spaced values of each tensor count, as float32 and, if `rounded`, rounded to bfloat16, so that
+    one model loaded in two precisions is one model; None: all of them bit by bit, and the dtype. `into` is a hash
+    object that has begun with something else. HostError: a tensor lies outside memory.
     """
     found = hashlib.blake2b(digest_size=16) if into is None else into
     for name, tensor in tensors:
@@ -65,11 +59,9 @@ def weights_digest(
 
 
 def tensors_of(anatomy: Anatomy, without: Iterable[nn.Module] = ()) -> list[tuple[str, Tensor]]:
-    """A model's parameters and buffers by name, each once, its vision tower's included.
+    """A model's parameters and buffers by name, each once, its vision tower's too, without those of some modules.
 
-    Args:
-        anatomy: the model. llava may hold its tower in a list, where the model does not list its weights.
-        without: modules whose tensors are left out.
+    llava may hold its tower in a list, where the model does not list its weights.
     """
     handle = get_handle(anatomy.model)
     seen = {id(p) for p in (() if handle is None else handle.training_parameters())}
@@ -90,10 +82,7 @@ def _named(module: nn.Module) -> dict[str, Tensor]:
 def model_digest(anatomy: Anatomy) -> str:
     """Hexadecimal digest of a model as a measurement sees it, its vision tower and a patch on it included.
 
-    Precision does not count, nor does what is there for training alone.
-
-    Raises:
-        HostError: a tensor lies outside memory.
+    Precision does not count, nor does what is there for training alone. HostError: a tensor lies outside memory.
     """
     model, handle = anatomy.model, get_handle(anatomy.model)
     settings = [getattr(model.config, name, None) for name in _MODEL_SETTINGS]
@@ -144,11 +133,8 @@ def _feed(digest: Any, value: Any) -> None:
 def base_fingerprint(model: nn.Module, changed: Collection[str]) -> dict[str, list[float]]:
     """Sampled values of the matrices that a patch does not change: {tensor name: values}, as adapters keep them.
 
-    Values rather than a digest, because a base may be loaded in another precision than it was saved in.
-
-    Args:
-        model: the causal LM.
-        changed: names of tensors that are not the base's.
+    Values rather than a digest, because a base may be loaded in another precision than it was saved in. `changed` names
+    the tensors that are not the base's.
     """
     handle = get_handle(model)
     training = {id(p) for p in (() if handle is None else handle.training_parameters())}
@@ -171,11 +157,7 @@ def sample(tensor: Tensor, count: int) -> Tensor:
 
 
 def check_fingerprint(model: nn.Module, saved: Mapping[str, list[float]], source: Path) -> None:
-    """Compare a model with what `base_fingerprint` saved.
-
-    Raises:
-        CheckpointError: names the first tensor that differs.
-    """
+    """Compare a model with what `base_fingerprint` saved; CheckpointError names the first tensor that differs."""
     parameters = dict(model.named_parameters())
     for name, values in saved.items():
         if name not in parameters:
@@ -184,11 +166,7 @@ def check_fingerprint(model: nn.Module, saved: Mapping[str, list[float]], source
 
 
 def check_values(name: str, tensor: Tensor, values: list[float], source: Path | str) -> None:
-    """Compare one tensor with the values that an adapter keeps of it.
-
-    Raises:
-        CheckpointError: they differ by more than two roundings to bfloat16; names the tensor.
-    """
+    """Compare one tensor with the values that an adapter keeps of it; CheckpointError where they differ."""
     here, there = sample(tensor, len(values)), torch.tensor(values)
     # Two roundings to bfloat16 (8 bits of mantissa) are the same base; training moves values further.
     if not torch.allclose(here, there, rtol=2**-7, atol=1e-6):

@@ -86,17 +86,18 @@ def _methods(given: Mapping[str, Any]) -> dict[str, Method]:
     """What carries out the settings that were given, by kind."""
     asked: dict[str, Method] = {}
     for kind, value in given.items():
+        if value is None:
+            continue
         if isinstance(value, (tuple, list)):
             raise SettingError(f"patch({kind}=...) got {len(value)} settings: a model takes one {kind}")
         known_settings = registry.methods(kind)
-        if value is not None and not isinstance(value, tuple(known_settings.values())):
+        if not isinstance(value, tuple(known_settings.values())):
             its_kind = getattr(value, "KIND", None)
             hint = f" (write {its_kind}=)" if its_kind not in (None, kind) else ""
             if isinstance(value, type):
                 hint = f" (an instance: {value.__name__}())"
             raise SettingError(f"patch({kind}={value!r}): expected {', '.join(known_settings)}{hint}")
-        if value is not None:
-            asked[kind] = registry.load(registry.KINDS[kind])(value)
+        asked[kind] = registry.load(registry.KINDS[kind])(value)
     _check_together(asked)
     return asked
 

@@ -32,14 +32,9 @@ def of_tower(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def put(handle: "Handle", tensors: Mapping[str, Tensor], source: Path | str) -> None:
-    """Put weights into the tower, now or once the host has loaded it.
+    """Put weights into the tower by their names there, now or once the host has loaded it; what is not named stays.
 
     Modifications: on `llava`, while the tower is not loaded yet, its instance attribute `load_model`.
-
-    Args:
-        handle: the patch; its undo stack takes the change to `load_model` back.
-        tensors: by their names in the tower; what is not named stays.
-        source: where they come from, for messages.
     """
 
     def copy() -> None:
@@ -60,15 +55,7 @@ def put(handle: "Handle", tensors: Mapping[str, Tensor], source: Path | str) -> 
 
 
 def restore(handle: "Handle", folder: Path | str) -> None:
-    """Bring back trained vision-tower weights from a full checkpoint.
-
-    Args:
-        handle: a patch whose vision tower was trained.
-        folder: the checkpoint, or its name on the hub.
-
-    Raises:
-        CheckpointError: it holds no tower weights.
-    """
+    """Bring back trained vision-tower weights from a full checkpoint; CheckpointError where it holds none."""
     if not handle.anatomy.tower_apart:
         return  # the tower is part of HF's state dict and was loaded with it
     tensors = of_tower({name: load() for name, load in open_weights(str(folder)).items() if is_of_tower(name)})
@@ -80,15 +67,8 @@ def restore(handle: "Handle", folder: Path | str) -> None:
 def restore_beside_lora(handle: "Handle", source: str, required: bool = True) -> None:
     """Bring back trained vision-tower weights from the file that LLaVA's LoRA script saves beside the adapter.
 
-    LLaVA's own loader reads that file before there is a tower, and loses them without a word.
-
-    Args:
-        handle: a patch whose vision tower was trained.
-        source: the LoRA run's folder, or its name on the hub.
-        required: whether the weights must be there; not when the base brought trained ones of its own.
-
-    Raises:
-        CheckpointError: no such file, or no tower weights in it.
+    LLaVA's own loader reads that file before there is a tower, and loses them without a word. They need not be there
+    (`required`) when the base brought trained ones of its own; else CheckpointError.
     """
     from transformers.utils import cached_file
 

@@ -25,11 +25,6 @@ def attach(anatomy: Anatomy, schedule: LayerSchedule, undo: UndoStack) -> None:
     Modifications: the decoder's instance attribute `forward`; with a side branch a ModuleList `side_branch` on the
     decoder; where masks are needed that flash attention does not know (the KV variant, a sliding window), the instance
     attribute `config` of the deep layers' attention modules.
-
-    Args:
-        anatomy: the host model.
-        schedule: what its layers are to do; replaces the schedule of an earlier call.
-        undo: takes everything back.
     """
     if not schedule.does_something:
         return
@@ -87,8 +82,7 @@ class RoutingMethod(Method):
     def freeze(self) -> None:
         """Set requires_grad as `Routing.freeze` says; without a side branch nothing is frozen.
 
-        Raises:
-            SettingError: it would freeze peft's LoRA layers, which are there to be trained.
+        SettingError: it would freeze peft's LoRA layers, which are there to be trained.
         """
         anatomy, strategy = self.anatomy, self.settings.freeze
         branch = self.parameters()

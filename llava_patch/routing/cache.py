@@ -28,16 +28,11 @@ class SideMemory:
 
     Inputs rather than keys and values, which take twice the memory; the branch runs over all of them again when an
     image arrives, and only then.
-
-    Attributes:
-        states: [batch, images so far, hidden].
-        position_ids: int64 [batch, images so far].
-        places: where they are in the conversation.
     """
 
-    states: Tensor
-    position_ids: Tensor
-    places: PositionSet
+    states: Tensor  # [batch, images so far, hidden]
+    position_ids: Tensor  # int64 [batch, images so far]
+    places: PositionSet  # where they are in the conversation
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "SideMemory":
         """The same change of the batch dimension on every tensor."""
@@ -45,23 +40,15 @@ class SideMemory:
 
 
 class RoutedCache(DynamicCache):
-    """DynamicCache of a routed conversation.
+    """DynamicCache of a routed conversation."""
 
-    Attributes:
-        schedule: what the model's layers do; a cache goes on under the same schedule only.
-        running: whether a routed call is under way; nothing else may add keys.
-        length: positions seen so far, whether or not a layer holds them; what `get_seq_length()` returns.
-        image_end: first position behind the last image.
-        streams: the positions that layers of each kind hold ("full": every one, "kept": all but pruned, "text").
-        side: what the side branch has seen, or None.
-    """
-
-    schedule: LayerSchedule
-    running: bool
-    length: int
-    image_end: int
+    schedule: LayerSchedule  # what the model's layers do; a cache goes on under the same schedule only
+    running: bool  # whether a routed call is under way; nothing else may add keys
+    length: int  # positions seen so far, whether or not a layer holds them; what `get_seq_length()` returns
+    image_end: int  # first position behind the last image
+    # The positions that layers of each kind hold ("full": every one, "kept": all but pruned, "text").
     streams: dict[str, KeyPositions]
-    side: SideMemory | None
+    side: SideMemory | None  # what the side branch has seen, or None
 
     @classmethod
     def adopt(
@@ -69,15 +56,8 @@ class RoutedCache(DynamicCache):
     ) -> "RoutedCache":
         """Turn a DynamicCache that has seen no image into a routed one, in place.
 
-        Args:
-            cache: empty, as `generate` has made it, or filled by earlier turns of text alone.
-            schedule: what the model's layers do.
-            valid: bool [batch, tokens so far], False at padding; None: no padding.
-            batch: number of samples.
-            device: of the index tensors.
-
-        Raises:
-            InputError: another kind of cache, or one with a sliding window that has already dropped positions.
+        It is empty, as `generate` has made it, or filled by earlier turns of text alone; `valid` is bool [batch, tokens
+        so far], False at padding (None: no padding). InputError: a sliding window has already dropped positions.
         """
         from transformers.cache_utils import DynamicLayer
 
@@ -107,11 +87,7 @@ class RoutedCache(DynamicCache):
 
     @classmethod
     def check(cls, cache: Any, schedule: LayerSchedule) -> None:
-        """Refuse a cache whose layers cannot differ in length, or that another schedule has filled.
-
-        Raises:
-            InputError: names the cache's class and the option that chose it.
-        """
+        """Refuse (InputError) a cache whose layers cannot differ in length, or that another schedule has filled."""
         if isinstance(cache, cls) and cache.schedule != schedule:
             raise InputError(
                 "this KV cache was filled under other routing or pruning settings than the model has now: start from "
@@ -128,11 +104,7 @@ class RoutedCache(DynamicCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs: Any = None
     ) -> tuple[Tensor, Tensor]:
-        """Add a layer's keys and values.
-
-        Raises:
-            InputError: the caller is not a routed model, whose layers know which positions they hold.
-        """
+        """Add a layer's keys and values; InputError for a caller that is no routed model, which knows the positions."""
         if not self.running:
             raise InputError(
                 "this KV cache was filled by a routed model, but the model that goes on with it is not routed (was the "
@@ -147,11 +119,7 @@ class RoutedCache(DynamicCache):
         return keys
 
     def extend(self, stream: str, new: PositionSet | int) -> KeyPositions:
-        """Note the positions that this call adds to a kind of layer (a number: as many as come next).
-
-        Returns:
-            All that such layers hold then.
-        """
+        """Note the positions (or how many come next) that this call adds to a kind of layer; gives what it holds."""
         held = self.streams[stream]
         if isinstance(new, int):
             held.add_run(new, self.length + new)
@@ -208,13 +176,9 @@ class RoutedCache(DynamicCache):
             self.side = self.side.map(change)
 
     def crop(self, max_length: int) -> None:
-        """Forget the latest positions (assisted decoding), as far as they are text.
+        """Forget the latest positions (assisted decoding), as far as they are text: InputError where an image is cut.
 
-        Args:
-            max_length: positions to keep; negative: positions to forget.
-
-        Raises:
-            InputError: an image would be cut.
+        `max_length` are the positions to keep; negative: positions to forget.
         """
         keep = self.length + max_length if max_length < 0 else max_length
         forget = self.length - keep

@@ -27,7 +27,6 @@ class RoutedForward:
     """The decoder's forward with routing; called as the decoder calls its own."""
 
     def __init__(self, anatomy: Anatomy, schedule: LayerSchedule) -> None:
-        """Remember the decoder's stock forward, which serves conversations without an image."""
         self.anatomy = anatomy
         self.schedule = schedule
         self.stock = anatomy.decoder.forward
@@ -150,7 +149,8 @@ class RoutedForward:
         asked = kwargs.get("output_hidden_states")
         recording = bool(getattr(config, "output_hidden_states", False) if asked is None else asked)
         call = Call(embeds=embeds, attention_mask=attention_mask, seen=seen, use_cache=use_cache, recording=recording)
-        if attention_mask is not None and (queries > 1 or _has_padding(cache)):
+        padded = isinstance(cache, RoutedCache) and cache.streams[FULL].padded
+        if attention_mask is not None and (queries > 1 or padded):
             call.valid = attention_mask[:, -queries:].bool()
         if context.image_mask is not None:
             self._take_images(call, context, warns)
@@ -237,7 +237,3 @@ def _whole_mask(mask: Tensor | None, cache: Any, seen: int, batch: int, queries:
     if isinstance(cache, RoutedCache):
         past = cache.streams[FULL].validity().to(mask)
     return torch.cat([past, mask], dim=1)
-
-
-def _has_padding(cache: Any) -> bool:
-    return isinstance(cache, RoutedCache) and cache.streams[FULL].padded

@@ -11,6 +11,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -66,31 +67,18 @@ def observer() -> Observer | None:
 
 
 class Stream:
-    """Some positions of one call, and the keys that they may look at.
-
-    Masks are made once, when a layer first asks for them.
-    """
+    """Some positions of one call, and the keys that they may look at; masks are made when a layer first asks."""
 
     def __init__(
         self, config: Any, rotary: Rotary, count: int, keys: KeyPositions, example: Tensor, windowed: bool
     ) -> None:
-        """Describe a stream.
-
-        Args:
-            config: decoder configuration.
-            rotary: (cos, sin) of the new positions, each [batch or 1, new, head_dim].
-            count: how many positions are new, padding included.
-            keys: what its layers hold once this call is done: earlier positions, then the new ones.
-            example: a tensor of the hidden states' dtype and device.
-            windowed: whether a sliding window cuts off a part of the conversation.
-        """
         self.config = config
-        self.rotary = rotary
-        self.count = count
-        self.keys = keys
+        self.rotary = rotary  # (cos, sin) of the new positions, each [batch or 1, new, head_dim]
+        self.count = count  # how many positions are new, padding included
+        self.keys = keys  # what its layers hold once this call is done: earlier positions, then the new ones
         self.position_ids: Tensor | None = None  # flash attention takes gaps for packed samples
-        self._example = example
-        self._windowed = windowed
+        self._example = example  # of the hidden states' dtype and device
+        self._windowed = windowed  # whether a sliding window cuts off a part of the conversation
         self.masks: dict[tuple[str, int | None], Any] = {}
 
     @functools.cached_property
@@ -104,12 +92,7 @@ class Stream:
         return PositionSet(self.keys.index[:, start:], None if valid is None else valid[:, start:])
 
     def mask(self, backend: str, last: int | None = None) -> Any:
-        """The mask of a layer whose queries are the new positions, or the last few of them.
-
-        Args:
-            backend: attention backend that the layer runs.
-            last: how many; None: all.
-        """
+        """The mask of a layer of this attention backend whose queries are the new positions, or the `last` few."""
         key = (backend, None if last is not None and last >= self.count else last)
         if key not in self.masks:
             queries = self.count if last is None else last
@@ -127,14 +110,14 @@ class Stream:
         return compat.position_mask(self.config, asking.index, self.keys.index, self.keys.valid, self._example.dtype)
 
 
+@dataclass(eq=False)
 class ExternalKeys:
     """Stands in for a cache during one layer's call: keys and values that the layer did not compute in it."""
 
-    def __init__(self, cache: Any, key: Tensor, value: Tensor, merge: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self.cache = cache
-        self.key = key
-        self.value = value
-        self.merge = merge
+    cache: Any
+    key: Tensor
+    value: Tensor
+    merge: Callable[[Tensor, Tensor], Tensor]
 
     def merged_keys(self, own: Tensor) -> Tensor:
         """The keys that the layer's queries meet in this call: [batch, key_value_heads, keys, head_dim]."""
@@ -157,20 +140,11 @@ def call_with_keys(
     attention_mask: Any,
     past_key_values: Any,
 ) -> Tensor:
-    """Run a decoder layer on some positions while others give keys and values only.
+    """Run a decoder layer on some positions, [batch, queries, hidden], while others give keys and values only.
 
-    Args:
-        layer: a decoder layer.
-        hidden_states: [batch, queries, hidden].
-        others: [batch, n, hidden], the layer's input at the other positions.
-        rotary: (cos, sin) of the queries.
-        others_rotary: (cos, sin) of the others.
-        merge: puts the others' and the own keys (or values) in the order that the mask counts.
-        attention_mask: over the merged keys, and before them those that the cache holds.
-        past_key_values: cache that takes the merged keys and values, or None.
-
-    Returns:
-        [batch, queries, hidden].
+    `others` [batch, n, hidden] is the layer's input there; `rotary` and `others_rotary` are (cos, sin) of both. `merge`
+    puts the others' and the own keys (or values) in the order that `attention_mask` counts, after those that the cache
+    holds, which takes the merged ones (None: there is no cache).
     """
 
     def run(hidden_states: Tensor, others: Tensor) -> Tensor:
@@ -200,19 +174,12 @@ def prime(states: Tensor, layer: nn.Module) -> Tensor:
 def attention_of_last(
     layer: Any, states: Tensor, last: Tensor, rotary: tuple[Tensor, Tensor], key: Tensor | None, allowed: Tensor
 ) -> Tensor:
-    """Attention of each sample's last prompt token at a layer, mean over heads.
+    """Attention of each sample's last prompt token at a layer, mean over heads: float32 [batch, tokens].
 
-    Args:
-        layer: a decoder layer.
-        states: [batch, tokens, hidden], its input.
-        last: int64 [batch], the column of that token.
-        rotary: (cos, sin) of the tokens, each [batch or 1, tokens, head_dim].
-        key: [batch, key_value_heads, keys, head_dim], the keys that its cache holds, those of `states` last; None:
-            `states` give all of them.
-        allowed: bool [batch, keys], what the token may see.
-
-    Returns:
-        float32 [batch, tokens].
+    `states` [batch, tokens, hidden] is the layer's input, `last` int64 [batch] the column of that token, `rotary` (cos,
+    sin) of the tokens, each [batch or 1, tokens, head_dim]. `key` [batch, key_value_heads, keys, head_dim] are the keys
+    that its cache holds, those of `states` last (None: `states` give all of them), `allowed` bool [batch, keys] what
+    the token may see.
     """
     at = PositionSet(last[:, None], None)
     query = projections.queries(layer, at.take(states), at.take_rotary(rotary))

@@ -11,15 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PositionSet:
-    """Some positions of each sample, in order, left-padded to the longest sample.
+    """Some positions of each sample, in order, left-padded to the longest sample."""
 
-    Attributes:
-        index: int64 [batch, n] places in the full sequence; padding points at some other place of the same sample.
-        valid: bool [batch, n], False at padding; None when no sample needs padding.
-    """
-
-    index: Tensor
-    valid: Tensor | None
+    index: Tensor  # int64 [batch, n] places in the full sequence; padding points at some other place of the same sample
+    valid: Tensor | None  # bool [batch, n], False at padding; None when no sample needs padding
 
     @classmethod
     def run(cls, start: int, stop: int, batch: int, device: torch.device, valid: Tensor | None = None) -> "PositionSet":
@@ -66,23 +61,16 @@ class PositionSet:
         return PositionSet(change(self.index), None if self.valid is None else change(self.valid))
 
 
+@dataclass(eq=False)
 class KeyPositions:
     """The positions that layers of one kind hold: listed ones, then a run of further ones without padding.
 
     Decoding a token only lengthens the run; tensors are made where somebody looks at them.
     """
 
-    def __init__(self, listed: PositionSet, run: int = 0, end: int = 0) -> None:
-        """Hold some positions.
-
-        Args:
-            listed: places in the conversation.
-            run: how many places follow them.
-            end: the place behind the run.
-        """
-        self.listed = listed
-        self.run = run
-        self.end = end
+    listed: PositionSet  # places in the conversation
+    run: int = 0  # how many places follow them
+    end: int = 0  # the place behind the run
 
     def __len__(self) -> int:
         """Positions of a sample, padding included."""
@@ -138,33 +126,21 @@ class KeyPositions:
 
 @dataclass(frozen=True)
 class Counts:
-    """What the host must know of a batch of masks; reading it costs one synchronisation.
+    """What the host must know of a batch of masks; reading it costs one synchronisation."""
 
-    Attributes:
-        image: image positions of each sample.
-        text: other valid positions of each sample.
-        image_end: first column behind every sample's last image position.
-        suffix_valid: whether the last columns (as many as were asked about) are valid in every sample.
-        suffix_text: whether they are all text.
-        protected: per sample, image positions that are read.
-    """
-
-    image: tuple[int, ...]
-    text: tuple[int, ...]
-    image_end: int
-    suffix_valid: bool
-    suffix_text: bool
-    protected: tuple[int, ...]
+    image: tuple[int, ...]  # image positions of each sample
+    text: tuple[int, ...]  # other valid positions of each sample
+    image_end: int  # first column behind every sample's last image position
+    suffix_valid: bool  # whether the last columns (as many as were asked about) are valid in every sample
+    suffix_text: bool  # whether they are all text
+    protected: tuple[int, ...]  # per sample, image positions that are read
 
 
 def count(image_mask: Tensor, valid: Tensor, suffix: int = 1, protected: Tensor | None = None) -> Counts:
     """Count a batch, with one synchronisation whatever its size.
 
-    Args:
-        image_mask: bool [batch, tokens].
-        valid: bool [batch, tokens], False at padding.
-        suffix: how many of the last columns `suffix_valid` and `suffix_text` speak of.
-        protected: bool [batch, tokens], positions that are read; None: none.
+    `image_mask`, `valid` (False at padding) and `protected` (positions that are read; None: none) are bool [batch,
+    tokens]; `suffix_valid` and `suffix_text` speak of the last `suffix` columns.
     """
     image_mask = image_mask & valid
     text_mask = valid & ~image_mask
@@ -175,9 +151,7 @@ def count(image_mask: Tensor, valid: Tensor, suffix: int = 1, protected: Tensor 
         (image_mask * places).amax(1),
         valid[:, -suffix:].all(1).long(),
         text_mask[:, -suffix:].all(1).long(),
-        image_mask.new_zeros(len(image_mask), dtype=torch.long)
-        if protected is None
-        else (protected & image_mask).sum(1),
+        (torch.zeros_like(image_mask) if protected is None else protected & image_mask).sum(1),
     ]
     image, text, ends, suffix_valid, suffix_text, kept = torch.stack(rows).tolist()
     return Counts(tuple(image), tuple(text), max(ends), all(suffix_valid), all(suffix_text), tuple(kept))
@@ -185,17 +159,12 @@ def count(image_mask: Tensor, valid: Tensor, suffix: int = 1, protected: Tensor 
 
 @dataclass(frozen=True)
 class RoutingPlan:
-    """Image and text positions of a batch and the way back.
+    """Image and text positions of a batch and the way back."""
 
-    Attributes:
-        image: the image positions.
-        text: all other valid positions.
-        restore: int64 [batch, tokens], each position's row in the concatenation [image set ; text set]; padding of
-            the input points at row 0 (its content is never read).
-    """
-
-    image: PositionSet
-    text: PositionSet
+    image: PositionSet  # the image positions
+    text: PositionSet  # all other valid positions
+    # int64 [batch, tokens], each position's row in the concatenation [image set ; text set]; padding of the input
+    # points at row 0 (its content is never read).
     restore: Tensor
 
     def merge(self, image_states: Tensor, text_states: Tensor) -> Tensor:
@@ -211,12 +180,9 @@ class RoutingPlan:
 
 
 def make_plan(image_mask: Tensor, valid: Tensor | None, counts: Counts | None = None) -> RoutingPlan:
-    """Split a batch into image and text positions.
+    """Split a batch into image and text positions by bool [batch, tokens]; `valid` is False at padding, None without.
 
-    Args:
-        image_mask: bool [batch, tokens].
-        valid: bool [batch, tokens], False at padding; None when there is no padding.
-        counts: what `count` says of the two masks, when the caller knows it already.
+    `counts` is what `count` says of the two masks, when the caller knows it already.
     """
     if valid is None:
         valid = torch.ones_like(image_mask)
@@ -232,12 +198,7 @@ def make_plan(image_mask: Tensor, valid: Tensor | None, counts: Counts | None = 
 
 
 def positions(mask: Tensor, counts: tuple[int, ...]) -> PositionSet:
-    """The places where a mask is set.
-
-    Args:
-        mask: bool [batch, tokens].
-        counts: how many there are in each sample.
-    """
+    """The places where a mask, bool [batch, tokens], is set; `counts`: how many there are in each sample."""
     tokens, n = mask.shape[1], max(counts)
     # A stable sort of 0/1 puts the wanted places last and keeps their order.
     index = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, tokens - n :]
@@ -248,16 +209,7 @@ def positions(mask: Tensor, counts: tuple[int, ...]) -> PositionSet:
 
 
 def put_back(base: Tensor, kept: PositionSet, states: Tensor) -> Tensor:
-    """Overwrite some positions, without changing the base in place.
-
-    Args:
-        base: [batch, tokens, d].
-        kept: n places of `base`.
-        states: [batch, n, d].
-
-    Returns:
-        [batch, tokens, d].
-    """
+    """Overwrite some positions: [batch, tokens, d], `base` with `states` [batch, n, d] at its n places `kept`."""
     tokens = base.shape[1]
     row = torch.arange(tokens, device=base.device).expand(base.shape[0], -1)
     index, new = kept.index.to(base.device), tokens + torch.arange(len(kept), device=base.device)

@@ -13,7 +13,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, ClassVar
 
 from llava_patch.core.errors import SettingError
-from llava_patch.settings.checks import integer, is_number
+from llava_patch.settings.checks import fraction, integer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,8 +44,7 @@ class Pruning:
     def __post_init__(self) -> None:
         owner = type(self).__name__
         integer(owner, "layer", self.layer, 1)
-        if not is_number(self.ratio) or not 0 <= self.ratio <= 1:
-            raise SettingError(f"{owner}.ratio = {self.ratio!r}: expected a number from 0 to 1")
+        fraction(owner, "ratio", self.ratio, zero=True)
         if not isinstance(self.training, bool):
             raise SettingError(f"{owner}.training = {self.training!r}: expected True or False")
 
@@ -63,28 +62,17 @@ class Pruning:
         raise NotImplementedError
 
     def keep_counts(self, images: tuple[int, ...], protected: tuple[int, ...]) -> tuple[int, ...]:
-        """How many image positions of each sample stay: ceil((1 - r) * n), but never fewer than are read.
-
-        Args:
-            images: n of each sample.
-            protected: positions of each sample that are read.
-        """
+        """How many of the n image positions of each sample stay: ceil((1 - r) * n), but never fewer than are read."""
         # The nearest simple fraction, so that 0.7 of 10 leaves 3 and not 4, and 1/3 of 9 leaves 6.
         share = 1 - Fraction(self.ratio).limit_denominator(10**6)
         return tuple(max(math.ceil(share * n), p) for n, p in zip(images, protected, strict=True))
 
 
 def choose(scores: Tensor, image_mask: Tensor, keep: tuple[int, ...], protected: Tensor | None = None) -> Tensor:
-    """Choose the image positions with the highest scores; the lower position wins ties.
+    """Choose the `keep` image positions of each sample with the highest scores; the lower position wins ties.
 
-    Args:
-        scores: float [batch, tokens].
-        image_mask: bool [batch, tokens], the candidates.
-        keep: how many to keep in each sample.
-        protected: bool [batch, tokens], candidates that stay whatever their score.
-
-    Returns:
-        bool [batch, tokens], a part of image_mask.
+    `scores` are float [batch, tokens]; `image_mask`, the candidates, and `protected`, those that stay whatever their
+    score, are bool [batch, tokens], as is the choice.
     """
     scores = scores.float().masked_fill(~image_mask, float("-inf"))
     if protected is not None:

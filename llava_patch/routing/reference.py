@@ -86,16 +86,8 @@ def _late_fusion_layers(routing: Routing | None, n_layers: int) -> tuple[int, ..
 def fastv(decoder: Any, layer: Any, before: Tensor, image: Tensor, alive: Tensor, ratio: float) -> Tensor:
     """What FastV keeps: the ceil((1 - r) * n) image tokens that the last token looks at most; lower places win ties.
 
-    Args:
-        decoder: the decoder.
-        layer: layer k-1, where the last token's attention is read, mean over heads.
-        before: [tokens, hidden], its input.
-        image: bool [tokens].
-        alive: bool [tokens], what is there.
-        ratio: r.
-
-    Returns:
-        bool [tokens]; the last token stays, which generation reads.
+    The last token's attention is read at `layer` k-1, mean over heads, from its input `before` [tokens, hidden];
+    `image` and `alive` are bool [tokens], as is the choice. The last token stays, which generation reads.
     """
     place, last = torch.arange(len(before)), len(before) - 1
     rows = place[alive]
@@ -110,13 +102,8 @@ def fastv(decoder: Any, layer: Any, before: Tensor, image: Tensor, alive: Tensor
 def run_layer(decoder: Any, layer: Any, asking: Tensor, at: Tensor, giving: Tensor, where: Tensor) -> Tensor:
     """A decoder layer whose queries and keys are of different positions: [queries, hidden].
 
-    Args:
-        decoder: the decoder.
-        layer: one of its layers.
-        asking: [queries, hidden].
-        at: int64 [queries], their places in the sequence.
-        giving: [keys, hidden], the same input at the positions that give keys and values.
-        where: int64 [keys], their places.
+    It asks with `asking` [queries, hidden] at the places `at`, int64 [queries], what `giving` [keys, hidden] has, the
+    same input at the places `where`, int64 [keys].
     """
     attention, mlp = layer.self_attn, layer.mlp
     p = probabilities(decoder, layer, asking, at, giving, where)

@@ -37,35 +37,21 @@ from llava_patch.routing.schedule import LayerMode, LayerSchedule
 
 @dataclass(kw_only=True)
 class Call(CallContext):
-    """A call of the decoder: the context with masks that fit its tokens, and what else the call brings.
+    """A call of the decoder: the context with masks that fit its tokens, and what else the call brings."""
 
-    Attributes:
-        embeds: [batch, tokens, hidden].
-        attention_mask: [batch, earlier and new tokens] or None.
-        seen: tokens before this call.
-        use_cache: whether a cache is returned.
-        recording: whether the caller wants hidden states.
-        valid: bool [batch, tokens], False at padding; None: no padding.
-        counts: of the image mask; None when the call brings no image.
-        protected: bool [batch, tokens], positions that pruning must leave in.
-        in_order: whether the side branch runs on nothing, so that a batch without an image keeps the modules' order.
-        cache: the conversation's cache, or None.
-        cache_position: int64 [tokens].
-        position_ids: int64 [batch or 1, tokens].
-    """
-
-    embeds: Tensor
-    attention_mask: Tensor | None
-    seen: int
-    use_cache: bool = False
-    recording: bool = False
-    valid: Tensor | None = None
-    counts: Counts | None = None
-    protected: Tensor | None = None
+    embeds: Tensor  # [batch, tokens, hidden]
+    attention_mask: Tensor | None  # [batch, earlier and new tokens] or None
+    seen: int  # tokens before this call
+    use_cache: bool = False  # whether a cache is returned
+    recording: bool = False  # whether the caller wants hidden states
+    valid: Tensor | None = None  # bool [batch, tokens], False at padding; None: no padding
+    counts: Counts | None = None  # of the image mask; None when the call brings no image
+    protected: Tensor | None = None  # bool [batch, tokens], positions that pruning must leave in
+    # Whether the side branch runs on nothing, so that a batch without an image keeps the modules' order.
     in_order: bool = False
-    cache: RoutedCache | None = None
-    cache_position: Tensor = field(init=False, repr=False)
-    position_ids: Tensor = field(init=False, repr=False)
+    cache: RoutedCache | None = None  # the conversation's cache, or None
+    cache_position: Tensor = field(init=False, repr=False)  # int64 [tokens]
+    position_ids: Tensor = field(init=False, repr=False)  # int64 [batch or 1, tokens]
 
     @property
     def queries(self) -> int:
@@ -93,7 +79,6 @@ class RoutedPass:
     """
 
     def __init__(self, anatomy: Anatomy, schedule: LayerSchedule, call: Call) -> None:
-        """Read the settings."""
         self.anatomy = anatomy
         self.decoder = anatomy.decoder
         self.layers: list[Any] = list(self.decoder.layers)
@@ -242,12 +227,7 @@ class RoutedPass:
         )
 
     def _last_token_only(self, hidden: Tensor, all_text: bool = False) -> bool:
-        """Whether the last layer need only answer at the last positions.
-
-        Args:
-            hidden: [batch, positions, hidden], its input.
-            all_text: whether those must be text in every sample.
-        """
+        """Whether the last layer need only answer at the last positions, `all_text`: that are text in every sample."""
         call = self.call
         if not call.reads_only_suffix or call.suffix is None or not self.schedule.leaves_out:
             return False
@@ -340,8 +320,9 @@ class RoutedPass:
         self.full = self._stream(FULL, None, hidden)
         self.full.position_ids = call.position_ids
         self.full.masks[(compat.attention_of(self.config), None)] = compat.stock_mask(
-            self.decoder, hidden, call.attention_mask, call.cache_position, call.cache, call.position_ids
-        )
+            self.decoder, hidden, attention_mask=call.attention_mask, cache_position=call.cache_position,
+            past_key_values=call.cache, position_ids=call.position_ids,
+        )  # fmt: skip
         self.main_stream = self.text_stream = self.full
         self.merged = hidden
         self._record(hidden, None)

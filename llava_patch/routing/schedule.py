@@ -34,12 +34,7 @@ DEEP_LAYERS = {
 
 
 def modes_of(routing: Routing | None, n_layers: int) -> tuple[LayerMode, ...]:
-    """What each of L layers does under some settings: [L].
-
-    Args:
-        routing: settings that fit the model, with the split as a number; None: nothing is routed.
-        n_layers: L.
-    """
+    """What each of L layers does under settings that fit the model, the split a number; None: nothing is routed."""
     modes = [LayerMode.STOCK] * n_layers
     if routing is None or (split := int(routing.split)) == n_layers:
         return tuple(modes)
@@ -53,23 +48,14 @@ def modes_of(routing: Routing | None, n_layers: int) -> tuple[LayerMode, ...]:
 
 @dataclass(frozen=True)
 class LayerSchedule:
-    """Settings resolved against a model's depth.
+    """Settings resolved against a model's depth."""
 
-    Attributes:
-        n_layers: L.
-        split: first routed layer; L when nothing is routed.
-        modes: what each layer does, [L].
-        side_layers: n; 0 without a side branch.
-        pruning: what is pruned and where; None: nothing.
-        injections: DeepStack: layers whose input takes a tap, in the order of the taps.
-    """
-
-    n_layers: int
-    split: int
-    modes: tuple[LayerMode, ...]
-    side_layers: int = 0
-    pruning: Pruning | None = None
-    injections: tuple[int, ...] = ()
+    n_layers: int  # L
+    split: int  # first routed layer; L when nothing is routed
+    modes: tuple[LayerMode, ...]  # what each layer does, [L]
+    side_layers: int = 0  # n; 0 without a side branch
+    pruning: Pruning | None = None  # what is pruned and where; None: nothing
+    injections: tuple[int, ...] = ()  # DeepStack: layers whose input takes a tap, in the order of the taps
 
     @property
     def prune_at(self) -> int | None:
@@ -100,13 +86,7 @@ class LayerSchedule:
 def make_schedule(
     routing: Routing | None, pruning: Pruning | None, n_layers: int, injections: tuple[int, ...] = ()
 ) -> LayerSchedule:
-    """Resolve settings against a model's depth.
-
-    Args:
-        routing: its settings.
-        pruning: its settings.
-        n_layers: L.
-        injections: DeepStack's layers.
+    """Resolve settings, and DeepStack's layers (`injections`), against a model's depth L.
 
     Raises:
         SettingError: a split, K, n, pruning or injection layer that the model or the variant cannot take.

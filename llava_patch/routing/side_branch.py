@@ -17,19 +17,11 @@ SIDE_BRANCH = "side_branch"
 
 
 def copy_layers(layers: Iterable[nn.Module]) -> nn.ModuleList:
-    """Copy decoder layers.
+    """Copies of decoder layers, of the same dtype and device, that share nothing with them.
 
-    Args:
-        layers: the originals; they may be partitioned by DeepSpeed ZeRO-3 (then every rank must call this), and their
-            Linear layers may be wrapped by peft's LoRA.
-
-    Returns:
-        Layers of the same dtype and device that share nothing with the originals: not partitioned (the engine does
-        that when it takes the model over), and plain Linear layers with the LoRA update merged in, since the side
-        branch trains in full.
-
-    Raises:
-        SettingError: quantised layers, which cannot train.
+    The originals may be partitioned by DeepSpeed ZeRO-3 (then every rank must call this); the copies are not, the
+    engine does that when it takes the model over. LoRA updates are merged into plain Linear layers, since the side
+    branch trains in full. SettingError: quantised layers, which cannot train.
     """
     return nn.ModuleList(_copy(layer) for layer in layers)
 
@@ -55,16 +47,7 @@ def parameters(anatomy: Anatomy) -> list[nn.Parameter]:
 
 
 def run(anatomy: Anatomy, states: Tensor, stream: Stream) -> Tensor:
-    """Run the branch.
-
-    Args:
-        anatomy: a routed host model.
-        states: [batch, image positions, hidden], what layer split-1 made of them.
-        stream: those positions.
-
-    Returns:
-        [batch, image positions, hidden].
-    """
+    """Run the branch on the image positions `stream`: [batch, image positions, hidden], as layer split-1 left them."""
     for layer in getattr(anatomy.decoder, SIDE_BRANCH):
         states = prime(states, layer)
         states = compat.call_layer(
@@ -84,12 +67,8 @@ def zero_gradient_pass(anatomy: Anatomy, hidden: Tensor, rotary: tuple[Tensor, T
     """The side branch on one made-up position, times zero: a scalar 0 whose gradient reaches its weights.
 
     A rank or micro-batch without an image must still give the side branch a gradient (of zero), or the others wait for
-    it in the all-reduce for ever.
-
-    Args:
-        anatomy: a routed host model.
-        hidden: [batch, tokens, hidden], for its dtype and device.
-        rotary: (cos, sin) of any positions, when they are at hand.
+    it in the all-reduce for ever. `hidden` [batch, tokens, hidden] gives dtype and device, `rotary` (cos, sin) of any
+    positions when they are at hand.
     """
     row = torch.zeros_like(hidden[:1, :1])
     if rotary is None:

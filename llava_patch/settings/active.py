@@ -23,16 +23,9 @@ _training = False
 
 
 def take_flags(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Remove our flags from a command line, in place.
+    """Remove our flags from a command line, in place: (values of --gin_file, values of --gin_param), in order.
 
-    Args:
-        argv: the arguments; `--flag value` and `--flag=value` both work, and each flag may be repeated.
-
-    Returns:
-        (values of --gin_file, values of --gin_param), in order.
-
-    Raises:
-        SettingError: a flag without a value.
+    `--flag value` and `--flag=value` both work, and may be repeated. SettingError: a flag without a value.
     """
     files: list[str] = []
     params: list[str] = []
@@ -85,8 +78,7 @@ def without_patches() -> "Iterator[None]":
 def configuration() -> "Configuration | None":
     """What flags and environment ask for, read once; None when nothing is configured.
 
-    Raises:
-        SettingError: a configuration that cannot be honoured; nothing was changed then.
+    SettingError: a configuration that cannot be honoured; nothing was changed then.
     """
     global _configuration
     files = [*_split(os.environ.get(FILE_VARIABLE)), *_flags[0]]

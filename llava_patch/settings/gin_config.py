@@ -19,16 +19,16 @@ import gin
 from llava_patch.core import registry
 from llava_patch.core.errors import SettingError
 from llava_patch.core.resources import gin_dir
-from llava_patch.settings import flags as launch_flags
 
 METHODS = registry.methods()
 MEASUREMENTS: dict[str, Any] = registry.settings()
 Sweep: Any = registry.load(registry.SWEEP)
 
-for _cls in (*METHODS.values(), *MEASUREMENTS.values()):
+FLAGS = "Flags"
+_OWN_FLAGS = ("gin_file", "gin_param")
+
+for _cls in (*METHODS.values(), *MEASUREMENTS.values(), Sweep):
     gin.register(_cls, module="llava_patch")
-gin.register(Sweep, module="llava_patch")
-gin.register(launch_flags.GIN_NAME, module="llava_patch")(launch_flags.bound)
 
 
 @gin.configurable("Patch", module="llava_patch")
@@ -36,32 +36,37 @@ def _root(fusion: Any = None, routing: Any = None, pruning: Any = None, probe: A
     return {"fusion": fusion, "routing": routing, "pruning": pruning, "probe": probe}
 
 
+@gin.register(FLAGS, module="llava_patch")
+def launch_flags(**values: Any) -> dict[str, Any]:
+    """Flags of LLaVA's own training script, where alone they act: `Flags.lora_r = 16` stands for `--lora_r 16`."""
+    values = {name: value for name, value in values.items() if value is not None}  # takes an included file's back
+    for name, value in values.items():
+        if name in _OWN_FLAGS:
+            raise SettingError(f"Flags.{name}: a gin file cannot bring further gin settings; use gin's include")
+        items = value if isinstance(value, (list, tuple)) else [value]
+        if not items or not all(isinstance(item, (bool, int, float, str)) for item in items):
+            raise SettingError(
+                f"Flags.{name} = {value!r}: expected True, False, a number, a string or a list of these; to leave a "
+                "flag as the script has it, do not bind it, or bind None"
+            )
+    return values
+
+
 @dataclass(frozen=True)
 class Configuration:
-    """What was configured.
+    """What was configured."""
 
-    Attributes:
-        fusion: fusion settings or None.
-        routing: routing settings or None.
-        pruning: pruning settings or None.
-        probe: settings of R-Probe as an auxiliary loss or None; only training uses them.
-        measurements: settings of measurements that have a binding, by class name.
-        flags: flags for LLaVA's training script, by name.
-        sweep: a grid for `llava-patch sweep`, or None.
-        operative: gin's operative config as text: every value in use, the defaults included.
-        sources: the files and bindings it came from.
-        off: kinds of method that are explicitly None, as in `Patch.fusion = None`: asked for, and not nothing.
-    """
-
-    fusion: Any = None
-    routing: Any = None
-    pruning: Any = None
-    probe: Any = None
+    fusion: Any = None  # fusion settings or None
+    routing: Any = None  # routing settings or None
+    pruning: Any = None  # pruning settings or None
+    probe: Any = None  # settings of R-Probe as an auxiliary loss or None; only training uses them
+    # Settings of measurements that have a binding, by class name.
     measurements: dict[str, Any] = field(default_factory=dict)
-    flags: dict[str, Any] = field(default_factory=dict)
-    sweep: Any = None
-    operative: str = ""
-    sources: tuple[str, ...] = field(default=())
+    flags: dict[str, Any] = field(default_factory=dict)  # flags for LLaVA's training script, by name
+    sweep: Any = None  # a grid for `llava-patch sweep`, or None
+    operative: str = ""  # gin's operative config as text: every value in use, the defaults included
+    sources: tuple[str, ...] = field(default=())  # the files and bindings it came from
+    # Kinds of method that are explicitly None, as in `Patch.fusion = None`: asked for, and not nothing.
     off: tuple[str, ...] = ()
 
     def methods(self) -> dict[str, Any]:
@@ -83,11 +88,7 @@ class Configuration:
 
 
 def find_file(name: str) -> Path:
-    """A gin file by path, or by bare name in the current folder and then among the shipped files.
-
-    Raises:
-        SettingError: no such file.
-    """
+    """A gin file by path, or by bare name in the current folder and then among the shipped files; else SettingError."""
     path = Path(name)
     if path.is_file():
         return path
@@ -103,18 +104,14 @@ def find_file(name: str) -> Path:
 
 
 def read(files: Sequence[str], params: Sequence[str]) -> Configuration:
-    """Parse gin files and bindings into settings; the program's own gin configuration stays as it was.
+    """Parse gin files, then single bindings, into settings; the program's own gin configuration stays as it was.
 
-    Args:
-        files: names or paths.
-        params: single bindings, applied after the files.
-
-    Raises:
-        SettingError: a missing file, an unknown name or binding, or a value that a setting refuses.
+    SettingError: a missing file, an unknown name or binding, or a value that a setting refuses.
     """
     paths = [find_file(name) for name in files]
     sources = (*map(str, paths), *params)
-    outside = _save_gin()
+    # The program's own gin configuration, which ours must neither see nor disturb.
+    outside = {name: dict(getattr(gin.config, name)) for name in ("_CONFIG", "_OPERATIVE_CONFIG")}
     gin.clear_config()
     root = logging.getLogger()
     handler, quiet = logging.NullHandler(), _FoundElsewhere()
@@ -132,7 +129,7 @@ def read(files: Sequence[str], params: Sequence[str]) -> Configuration:
             resolved = _root()
         _check_kinds(resolved)
         measurements = {n: gin.get_configurable(n)() for n in MEASUREMENTS if _bound(n)}
-        flags = gin.get_configurable(launch_flags.GIN_NAME)() if _bound(launch_flags.GIN_NAME) else {}
+        flags = gin.get_configurable(FLAGS)() if _bound(FLAGS) else {}
         sweep = gin.get_configurable("Sweep")() if _bound("Sweep") else None
         operative = gin.operative_config_str()
     except SettingError as error:
@@ -142,7 +139,8 @@ def read(files: Sequence[str], params: Sequence[str]) -> Configuration:
         raise SettingError(inner or f"gin configuration ({', '.join(sources)}): {_explain(error)}") from error
     finally:
         gin.clear_config()
-        _restore_gin(outside)
+        for name, values in outside.items():
+            getattr(gin.config, name).update(values)
         root.removeFilter(quiet)
         root.removeHandler(handler)
     return Configuration(
@@ -158,32 +156,16 @@ class _FoundElsewhere(logging.Filter):
         return not str(record.msg).startswith("Path not found")
 
 
-_GIN_STATE = ("_CONFIG", "_OPERATIVE_CONFIG")
-
-
-def _save_gin() -> dict[str, dict]:
-    """The program's own gin configuration, which ours must neither see nor disturb."""
-    return {name: dict(getattr(gin.config, name)) for name in _GIN_STATE}
-
-
-def _restore_gin(saved: dict[str, dict]) -> None:
-    for name, values in saved.items():
-        getattr(gin.config, name).update(values)
-
-
 def _check_bindings() -> None:
     used = {reference.config_key for reference in gin.config.iterate_references(gin.config._CONFIG)}
     for scope, selector in gin.config._CONFIG:
         if selector == "gin.macro":
             if (scope, selector) not in used:  # gin takes `split = 14` for a macro
-                example = f"{scope}.{_first_field(scope)}" if scope in METHODS else f"Routing.{scope}"
+                first = dataclasses.fields(METHODS[scope])[0].name if scope in METHODS else scope
+                example = f"{scope if scope in METHODS else 'Routing'}.{first}"
                 raise SettingError(f"{scope} = ... sets nothing: write METHOD.setting, as in {example} = ...")
         elif scope:
             raise SettingError(f"{scope}/{selector}: a scoped binding has no effect here; bind {selector} itself")
-
-
-def _first_field(method: str) -> str:
-    return dataclasses.fields(METHODS[method])[0].name
 
 
 def _check_kinds(resolved: dict[str, Any]) -> None:
@@ -224,7 +206,7 @@ def _explain(error: BaseException) -> str:
     text = " ".join(str(error).split())
     unknown = re.search(r"No configurable matching '([^']+)'", text)
     if unknown:
-        known = ["Patch", *METHODS, *MEASUREMENTS, launch_flags.GIN_NAME, "Sweep"]
+        known = ["Patch", *METHODS, *MEASUREMENTS, FLAGS, "Sweep"]
         near = difflib.get_close_matches(unknown[1].split(".")[0], known, n=1)
         return f"{text} Known names: {', '.join(known)}." + (f" Did you mean {near[0]}?" if near else "")
     parameter = re.search(r"Configurable '(?:llava_patch\.)?(\w+)' doesn't have a parameter named '(\w+)'", text)

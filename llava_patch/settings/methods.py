@@ -13,32 +13,18 @@ from typing import TYPE_CHECKING, Any
 from llava_patch.core import registry
 from llava_patch.core.errors import SettingError
 from llava_patch.core.records import check_format
-from llava_patch.settings.routing import AUTO, FREEZE_STRATEGIES, LEARNING_VARIANTS, VARIANTS, Routing
+from llava_patch.settings.routing import AUTO as AUTO
+from llava_patch.settings.routing import LEARNING_VARIANTS as LEARNING_VARIANTS
+from llava_patch.settings.routing import VARIANTS as VARIANTS
+from llava_patch.settings.routing import Routing as Routing
 
 if TYPE_CHECKING:
-    from llava_patch.fusion.deep_stack import DeepStack
-    from llava_patch.fusion.dense_connector import DenseConnector
-    from llava_patch.fusion.direct_fusion import DirectFusion
-    from llava_patch.fusion.skip_links import SkipLinks
-    from llava_patch.routing.fastv import FastV
-    from llava_patch.settings.auxiliary import AuxiliaryProbe
-
-__all__ = [
-    "AUTO",
-    "FREEZE_STRATEGIES",
-    "LEARNING_VARIANTS",
-    "VARIANTS",
-    "AuxiliaryProbe",
-    "DeepStack",
-    "DenseConnector",
-    "DirectFusion",
-    "FastV",
-    "Routing",
-    "SkipLinks",
-    "from_dict",
-    "from_record",
-    "to_dict",
-]
+    from llava_patch.fusion.deep_stack import DeepStack as DeepStack
+    from llava_patch.fusion.dense_connector import DenseConnector as DenseConnector
+    from llava_patch.fusion.direct_fusion import DirectFusion as DirectFusion
+    from llava_patch.fusion.skip_links import SkipLinks as SkipLinks
+    from llava_patch.routing.fastv import FastV as FastV
+    from llava_patch.settings.auxiliary import AuxiliaryProbe as AuxiliaryProbe
 
 
 def __getattr__(name: str) -> Any:
@@ -63,23 +49,14 @@ def to_dict(settings: Any) -> dict[str, Any]:
 
 
 def from_dict(values: Mapping[str, Any], source: str) -> Any:
-    """Rebuild a settings dataclass from `to_dict`'s output.
-
-    Args:
-        values: the dictionary, with the class name under "method".
-        source: file that it came from, for the error message.
-
-    Raises:
-        SettingError: unknown method or field, naming both and the file.
-    """
+    """Rebuild a settings dataclass from `to_dict`'s output; SettingError names `source` and what is unknown."""
     values = dict(values)
     name = values.pop("method", None)
     if name not in registry.METHODS:
         raise SettingError(f"{source}: unknown method {name!r}; this version knows {', '.join(registry.METHODS)}")
     cls = registry.load(registry.METHODS[name])
     known = {f.name for f in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - known)
-    if unknown:
+    if unknown := sorted(set(values) - known):
         raise SettingError(
             f"{source}: {name} has no setting {', '.join(unknown)}; saved by a newer version of llava_patch?"
         )
@@ -92,13 +69,7 @@ def from_dict(values: Mapping[str, Any], source: str) -> Any:
 def from_record(record: Mapping[str, Any], source: str) -> dict[str, Any]:
     """The settings dataclasses that a checkpoint's record holds, as keyword arguments of `patch`.
 
-    Args:
-        record: from `core.records`.
-        source: file that it came from, for messages.
-
-    Raises:
-        CheckpointError: a record of a newer format.
-        SettingError: an unknown method or field.
+    CheckpointError: a record of a newer format. SettingError: an unknown method or field. Both name `source`.
     """
     check_format(record, source)
     lasting = (kind for kind in registry.KINDS if kind not in registry.TRAINING_ONLY)

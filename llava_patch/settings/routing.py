@@ -84,11 +84,7 @@ class Routing:
             )
 
     def check_saved(self, source: str) -> None:
-        """Refuse what no saved record holds; `source` is its file.
-
-        Raises:
-            SettingError: split = "auto", which a record holds as the layer number that was measured.
-        """
+        """Refuse split = "auto" (SettingError): a saved record, `source`, holds the layer number that was measured."""
         if self.split == AUTO:
             raise SettingError(
                 f'{source}: Routing.split = "{AUTO}" in a saved record; a record always holds the layer number: '

@@ -26,17 +26,12 @@ _ATTENTION = ("self_attn", "attention", "attn")
 
 @dataclass
 class QueriesKeys:
-    """What a block's attention compared in the last forward pass.
+    """What a block's attention compared in the last forward pass."""
 
-    Attributes:
-        q: [images, heads, tokens, head_dim], as the block multiplies them (norm and rotary applied); None before.
-        k: the same of the keys.
-        scaling: factor on q.k before the softmax.
-    """
-
+    # [images, heads, tokens, head_dim], as the block multiplies them (norm and rotary applied); None before.
     q: Tensor | None = None
-    k: Tensor | None = None
-    scaling: float = 1.0
+    k: Tensor | None = None  # the same of the keys
+    scaling: float = 1.0  # factor on q.k before the softmax
 
 
 def has_cls(vision: Any, tower: Tower) -> bool:
@@ -49,17 +44,9 @@ def has_cls(vision: Any, tower: Tower) -> bool:
 
 @contextlib.contextmanager
 def watched(tower: Tower, block: int) -> Iterator[QueriesKeys]:
-    """Read queries and keys of a block while the tower runs inside.
+    """Read queries and keys of a block (1..N, as fusions count) while the tower runs inside, detached.
 
-    Args:
-        tower: from `Anatomy.vision_parts`.
-        block: 1..N, counted as fusions count them (block i's output is hidden state i).
-
-    Yields:
-        Filled by each forward pass of the tower, detached.
-
-    Raises:
-        HostError: the block's attention is of a kind that is not known; names what was looked for.
+    HostError: the block's attention is of a kind that is not known; names what was looked for.
     """
     layer = tower.blocks[block - 1]
     attention: Any = next(

@@ -39,14 +39,9 @@ class InternViT(InternVLVisionModel):
 
 
 def with_states(vision: Any, forward: Callable[[], Any], wanted: bool | None) -> Any:
-    """Run a forward and add what goes into each block, and comes out at the end, as its hidden states.
+    """Run a stock forward and, if `wanted`, add what goes into each block and comes out at the end as hidden states.
 
     Entry N is the model's last_hidden_state, after the final norm, as transformers' own recorder has it.
-
-    Args:
-        vision: the vision model.
-        forward: its stock forward, without arguments.
-        wanted: whether hidden states are asked for.
     """
     if not wanted:
         return forward()

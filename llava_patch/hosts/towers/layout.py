@@ -32,26 +32,16 @@ _BLOCKS = (("encoder", "layers"), ("encoder", "layer"), ("blocks", ""))
 
 @dataclass(frozen=True, eq=False)
 class Tower:
-    """The parts of one vision model.
+    """The parts of one vision model."""
 
-    Attributes:
-        before: modules before the first block (patch embedding, a norm).
-        blocks: the N transformer blocks.
-        after: modules after the last block (final norm, pooling head).
-        own: parameters that belong to no child module.
-        prefix_tokens: tokens before the patches (1 for a CLS token).
-        grid: rows and columns of patches.
-        last_is_normed: whether the last hidden state that the model reports comes after the final norm.
-        idle: parameters before the blocks that an ordinary forward does not read (a mask token).
-    """
-
-    before: list[nn.Module]
-    blocks: nn.ModuleList
-    after: list[nn.Module]
-    own: list[nn.Parameter]
-    prefix_tokens: int
-    grid: tuple[int, int]
-    last_is_normed: bool = False
+    before: list[nn.Module]  # modules before the first block (patch embedding, a norm)
+    blocks: nn.ModuleList  # the N transformer blocks
+    after: list[nn.Module]  # modules after the last block (final norm, pooling head)
+    own: list[nn.Parameter]  # parameters that belong to no child module
+    prefix_tokens: int  # tokens before the patches (1 for a CLS token)
+    grid: tuple[int, int]  # rows and columns of patches
+    last_is_normed: bool = False  # whether the last hidden state that the model reports comes after the final norm
+    # Parameters before the blocks that an ordinary forward does not read (a mask token).
     idle: list[nn.Parameter] = field(default_factory=list)
 
     def final_norm(self, deepest: int) -> list[nn.Module]:
@@ -66,27 +56,16 @@ class Tower:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a tower's configuration says, before its weights are loaded.
+    """What a tower's configuration says, before its weights are loaded."""
 
-    Attributes:
-        n_blocks: number N of transformer blocks.
-        width: channels of a token.
-        patch_size: side of a patch in pixels.
-        grid: rows and columns of patches.
-    """
-
-    n_blocks: int
-    width: int
-    patch_size: int
-    grid: tuple[int, int]
+    n_blocks: int  # number N of transformer blocks
+    width: int  # channels of a token
+    patch_size: int  # side of a patch in pixels
+    grid: tuple[int, int]  # rows and columns of patches
 
 
 def describe(vision: Any) -> Tower:
-    """Describe a vision model of transformers.
-
-    Raises:
-        HostError: its parts are not known; the message names what was looked for and what is there.
-    """
+    """Describe a vision model of transformers; HostError names what was looked for and what is there."""
     kind = type(vision).__name__
     body = getattr(vision, "timm_model", None) or getattr(vision, "vision_model", vision)
     children = dict(body.named_children())
@@ -107,23 +86,13 @@ def describe(vision: Any) -> Tower:
     _check_positions(kind, body, children, prefix, shape.grid)
     masks = [m.mask_token for m in before if isinstance(getattr(m, "mask_token", None), nn.Parameter)]
     return Tower(
-        before=before,
-        blocks=blocks,
-        after=after,
-        own=list(body.parameters(recurse=False)),
-        prefix_tokens=prefix,
-        grid=shape.grid,
-        last_is_normed=_last_is_normed(vision, after),
-        idle=masks,
-    )
+        before=before, blocks=blocks, after=after, own=list(body.parameters(recurse=False)), prefix_tokens=prefix,
+        grid=shape.grid, last_is_normed=_last_is_normed(vision, after), idle=masks,
+    )  # fmt: skip
 
 
 def check_reports(vision: Any) -> None:
-    """Refuse a class that does not give its hidden states when a host asks as `vision(pixels, output_hidden_states)`.
-
-    Raises:
-        HostError: the host itself could not run this tower; the message says why.
-    """
+    """Refuse a class that gives a host no hidden states on `vision(pixels, output_hidden_states)`: HostError."""
     kind = type(vision).__name__
     parameters = list(inspect.signature(type(vision).forward).parameters.values())[1:]
     extra = [
@@ -147,14 +116,7 @@ def check_reports(vision: Any) -> None:
 
 
 def shape_of(config: Any) -> Shape:
-    """Blocks, width, patch size and grid of a vision configuration.
-
-    Args:
-        config: a vision model's configuration of transformers.
-
-    Raises:
-        HostError: fields are missing or not understood; the message names them.
-    """
+    """Blocks, width, patch size and grid of a vision configuration; HostError names fields that are not understood."""
     kind = type(config).__name__
     if getattr(config, "model_type", None) == TIMM and not hasattr(config, "num_hidden_layers"):
         return _timm_shape(_on_meta(*_timm_key(config)))
@@ -178,11 +140,7 @@ def shape_of(config: Any) -> Shape:
 
 
 def prefix_tokens_of(config: Any) -> int:
-    """Tokens before the patches, by configuration.
-
-    Raises:
-        HostError: a kind of tower that is not known.
-    """
+    """Tokens before the patches, by configuration; HostError for a kind of tower that is not known."""
     kind = getattr(config, "model_type", type(config).__name__)
     if hasattr(config, "num_prefix_tokens"):
         return int(config.num_prefix_tokens)
@@ -258,26 +216,21 @@ def _pair(value: Any) -> tuple[int, int]:
 def _timm_shape(vision: Any) -> Shape:
     body = vision.timm_model
     embed = getattr(body, "patch_embed", None)
-    missing = [
-        n
-        for n, there in (
-            ("blocks", _find_blocks(body)[1] is not None),
-            ("patch_embed.grid_size", getattr(embed, "grid_size", None) is not None),
-            ("patch_embed.patch_size", hasattr(embed, "patch_size")),
-            ("embed_dim", hasattr(body, "embed_dim")),
-        )
-        if not there
-    ]
-    if missing:
+    blocks = _find_blocks(body)[1]
+    there = {
+        "blocks": blocks is not None,
+        "patch_embed.grid_size": getattr(embed, "grid_size", None) is not None,
+        "patch_embed.patch_size": hasattr(embed, "patch_size"),
+        "embed_dim": hasattr(body, "embed_dim"),
+    }
+    if missing := [name for name, found in there.items() if not found]:
         raise HostError(f"timm model {type(body).__name__} is not a known tower: it has no {', '.join(missing)}")
-    assert embed is not None
+    assert embed is not None and blocks is not None
     height, width = _pair(embed.patch_size)
     if height != width:
         raise HostError(
             f"timm model {type(body).__name__} has patches of {height} x {width}: only square ones are known"
         )
-    blocks = _find_blocks(body)[1]
-    assert blocks is not None
     return Shape(len(blocks), int(body.embed_dim), height, _pair(embed.grid_size))
 
 

@@ -16,13 +16,9 @@ from llava_patch.hosts.towers import models as tower_models
 def build(name: Any, args: Any, delay_load: bool = False) -> "VisionTower | None":
     """The tower that a LLaVA configuration names; None where llava's own builder has to decide (CLIP, no such folder).
 
-    Args:
-        name: `mm_vision_tower` of a configuration, or the training script's --vision_tower.
-        args: the configuration or the script's model arguments.
-        delay_load: read the configuration only.
-
-    Raises:
-        HostError: a tower that is not known, or multi-scale (S2) features of one that is not CLIP.
+    `name` is `mm_vision_tower` or the script's --vision_tower, `args` the configuration or the script's model
+    arguments; `delay_load` reads the configuration only. HostError: a tower that is not known, or multi-scale (S2)
+    features of one that is not CLIP.
     """
     if not isinstance(name, str):
         return None
@@ -41,11 +37,6 @@ class VisionTower(CLIPVisionTower):
     """
 
     def __init__(self, name: str, args: Any, config: Any, delay_load: bool = False) -> None:
-        """Use `build`, not this.
-
-        Raises:
-            HostError: a tower whose patches are not on a square grid.
-        """
         nn.Module.__init__(self)  # llava's own would load a CLIP
         self.is_loaded = False
         self.vision_tower_name = name
@@ -68,11 +59,7 @@ class VisionTower(CLIPVisionTower):
         self.is_loaded = True
 
     def feature_select(self, image_forward_outs: Any) -> Tensor:
-        """The main feature, [images, tokens, channels], of a vision model's output.
-
-        Raises:
-            ValueError: a select_feature that llava does not know either.
-        """
+        """The main feature, [images, tokens, channels]; ValueError for a select_feature that llava does not know."""
         if self.select_feature == "patch":
             return image_forward_outs.hidden_states[self.select_layer][:, self.config.num_prefix_tokens :]
         return super().feature_select(image_forward_outs)

@@ -7,34 +7,37 @@ Every model made here answers `vision(pixels, output_hidden_states=True)` with s
 from __future__ import annotations
 
 import copy
+import pkgutil
 from typing import Any
 
 from transformers import AutoConfig, CLIPImageProcessor, PretrainedConfig, SiglipImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import PILImageResampling
+from transformers.utils.generic import is_timm_config_dict
 
 from llava_patch.core.errors import CheckpointError, HostError
 from llava_patch.hosts.towers import layout as towers
 
 CLIP = ("clip", "clip_vision_model")
+_CLASSES = {
+    towers.TIMM: "llava_patch.hosts.towers.timm:TimmTower",
+    "siglip2_vision_model": "llava_patch.hosts.towers.classes:SquareSiglip2",
+    "internvl_vision": "llava_patch.hosts.towers.classes:InternViT",
+    "aimv2_vision_model": "transformers:Aimv2VisionModel",
+}
 
 
 def read_config(name: str) -> Any:
-    """The configuration of a vision tower; None for a CLIP one and for one that is not there.
+    """The configuration of a vision tower, a folder or a hub name; None for a CLIP one and for one that is not there.
 
-    Both are `llava`'s own business: it loads the one and has an error for the other.
-
-    Args:
-        name: a folder, or a name on the hub (read from the cache when offline).
-
-    Raises:
-        HostError: a tower that llava_patch does not know; `llava` would put random weights in its place.
+    Both are `llava`'s own business: it loads the one and has an error for the other. HostError: a tower that
+    llava_patch does not know; `llava` would put random weights in its place.
     """
     try:
         raw, _ = PretrainedConfig.get_config_dict(name)
     except OSError:
         return None
-    timm = "model_type" not in raw and _is_timm(raw)
+    timm = "model_type" not in raw and is_timm_config_dict(raw)
     if not raw or raw.get("model_type") in CLIP or ("model_type" not in raw and not timm):
         return None
     try:
@@ -53,15 +56,9 @@ def read_config(name: str) -> Any:
 
 
 def load_model(name: str, config: Any, device_map: Any = None) -> Any:
-    """The vision model with its weights.
+    """The vision model of a folder or name with its weights; a checkpoint of a larger model gives its vision part.
 
-    Args:
-        name: the tower's folder or name; a checkpoint of a larger model gives its vision part.
-        config: what `read_config` gave.
-        device_map: as from_pretrained takes it.
-
-    Raises:
-        CheckpointError: the checkpoint lacks weights of the tower, which transformers would make up.
+    CheckpointError: the checkpoint lacks weights of the tower, which transformers would make up.
     """
     names = {r"^(?:model\.)?vision_tower\.": ""}  # of InternVL's, Perception LM's and LLaVA's checkpoints
     if config.model_type == "aimv2_vision_model":
@@ -80,23 +77,7 @@ def load_model(name: str, config: Any, device_map: Any = None) -> Any:
 
 def model_class(config: Any) -> Any:
     """The class that `load_model` makes of a configuration."""
-    if config.model_type == towers.TIMM:
-        from llava_patch.hosts.towers.timm import TimmTower
-
-        return TimmTower
-    if config.model_type in ("siglip2_vision_model", "internvl_vision"):
-        from llava_patch.hosts.towers import classes as tower_classes
-
-        return {
-            "siglip2_vision_model": tower_classes.SquareSiglip2, "internvl_vision": tower_classes.InternViT,
-        }[config.model_type]  # fmt: skip
-    if config.model_type == "aimv2_vision_model":
-        from transformers import Aimv2VisionModel
-
-        return Aimv2VisionModel
-    from transformers import SiglipVisionModel
-
-    return SiglipVisionModel
+    return pkgutil.resolve_name(_CLASSES.get(config.model_type, "transformers:SiglipVisionModel"))
 
 
 class SquareSize(dict):
@@ -112,15 +93,8 @@ def load_processor(name: str, config: Any, side: int) -> Any:
     """The tower's image processor, with the fields that llava reads: image_mean, crop_size and size.
 
     A CLIP processor (AIMv2 has one) is taken as it is. The others (SigLIP, SigLIP 2 NaFlex, InternVL, Perception LM,
-    timm) become one that stretches an image to the tower's square, with the file's own colours and filter.
-
-    Args:
-        name: the tower's folder or name.
-        config: what `read_config` gave.
-        side: of the square image that the tower takes, in pixels.
-
-    Raises:
-        HostError: no processor there, an unknown one, or one for another size.
+    timm) become one that stretches an image to the tower's square of `side` pixels, with the file's own colours and
+    filter. HostError: no processor there, an unknown one, or one for another size.
     """
     try:
         raw, _ = BaseImageProcessor.get_image_processor_dict(name)
@@ -149,12 +123,6 @@ def load_processor(name: str, config: Any, side: int) -> Any:
     processor.crop_size = {"height": side, "width": side}
     processor.do_center_crop = False  # R-Probe asks every processor
     return processor
-
-
-def _is_timm(raw: dict[str, Any]) -> bool:
-    from transformers.utils.generic import is_timm_config_dict
-
-    return is_timm_config_dict(raw)
 
 
 def _timm_processor(pretrained: dict[str, Any]) -> dict[str, Any]:

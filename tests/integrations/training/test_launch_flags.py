@@ -9,13 +9,13 @@ from safetensors.torch import load_file
 from llava_patch import SkipLinks
 from llava_patch.core.errors import SettingError
 from llava_patch.integrations.training import script_flags
-from llava_patch.settings import active, flags
+from llava_patch.settings import active
 from llava_patch.settings import gin_config as config
 from tests.support.tiny_train import TRAIN, arguments, losses, make_data, ok, run
 
 
 def test_arguments_and_the_line_that_reports_them():
-    values = flags.bound(lora_enable=True, learning_rate=2e-4, freeze=[1, 2], name="a b")
+    values = config.launch_flags(lora_enable=True, learning_rate=2e-4, freeze=[1, 2], name="a b")
     added = script_flags.arguments(values)
     assert added == ["--lora_enable", "True", "--learning_rate", "0.0002", "--freeze", "1", "2", "--name"] + ["a b"]
     line = script_flags.describe(["--learning_rate=1", "--lora-enable", "--bf16", "True", "--freeze", "3", "4"], added)
