@@ -8,7 +8,7 @@ import torch
 
 from llava_patch.core.errors import SettingError
 from llava_patch.fusion.warm_up import WarmUp, steps_of
-from llava_patch.integrations.training.extension import TrainerExtension
+from llava_patch.integrations.training.extension import TrainerExtension, extend
 
 if TYPE_CHECKING:
     from llava_patch.patching.handle import Handle
@@ -88,37 +88,32 @@ def make_trainable(handle: "Handle") -> None:
             parameter.data = parameter.data.to(torch.float32 if own is None else own.dtype)
 
 
-class FusionTraining(TrainerExtension):
-    """A fusion's learning rates and its warm-up; a resumed run begins in the phase that its step number says."""
+def arrange(trainer: Any, handle: "Handle") -> None:
+    """Rearrange the groups of the optimizer that a Trainer has just made, in place, and let a warm-up follow its run."""
+    fusion, probe, optimizer = handle.fusion, handle.probe, trainer.optimizer
+    own_rates = fusion is not None and (fusion.tower_lr or fusion.layer_decay or fusion.unfreeze_after)
+    if not own_rates and (probe is None or probe.lr is None):
+        return  # the groups stay as LLaVA makes them
+    optimizer.param_groups[:] = handle.arrange_groups(optimizer.param_groups, optimizer.defaults["lr"])
+    if fusion is not None and fusion.unfreeze_after:
+        extend(trainer, WarmUpTraining(handle.warm_up(optimizer, 0), fusion.unfreeze_after))
 
-    def __init__(self, handle: "Handle") -> None:
-        """For the model that trains, with its patch."""
-        self._handle = handle
-        self._warm_up: WarmUp | None = None
-        self._share = 0.0
 
-    def arrange(self, optimizer: Any) -> None:
-        """Rearrange the groups that LLaVA's trainer has made, in place, and prepare the warm-up."""
-        fusion, probe = self._handle.fusion, self._handle.probe
-        own_rates = fusion is not None and (fusion.tower_lr or fusion.layer_decay or fusion.unfreeze_after)
-        if not own_rates and (probe is None or probe.lr is None):
-            return  # the groups stay as LLaVA makes them
-        optimizer.param_groups[:] = self._handle.arrange_groups(optimizer.param_groups, optimizer.defaults["lr"])
-        if fusion is not None and fusion.unfreeze_after:
-            self._warm_up, self._share = self._handle.warm_up(optimizer, 0), fusion.unfreeze_after
+class WarmUpTraining(TrainerExtension):
+    """A fusion's warm-up; a resumed run begins in the phase that its step number says."""
+
+    def __init__(self, warm_up: WarmUp, share: float) -> None:
+        """Follow a warm-up that takes this share of a run's steps."""
+        self._warm_up, self._share = warm_up, share
 
     def begin(self, state: Any) -> None:
         """The length of the run is known now."""
-        if self._warm_up is None:
-            return
         steps = self._warm_up.steps = steps_of(self._share, state.max_steps)
         if state.is_world_process_zero:
             print(f"llava_patch: the projector learns alone in {steps} of {state.max_steps} steps", flush=True)
 
     def begin_step(self, state: Any, optimizer: Any) -> None:
         """Hold back what waits, or let it begin."""
-        if self._warm_up is None:
-            return
         waited = self._warm_up.active
         self._warm_up.begin_step(state.global_step, optimizer)
         if waited and not self._warm_up.active and state.is_world_process_zero:
@@ -126,5 +121,4 @@ class FusionTraining(TrainerExtension):
 
     def end(self, state: Any) -> None:
         """Let every gradient through again."""
-        if self._warm_up is not None:
-            self._warm_up.end()
+        self._warm_up.end()

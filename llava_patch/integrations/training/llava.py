@@ -68,8 +68,6 @@ def prepare_run(given: dict[str, Any]) -> Callable[[Any], None]:
             gradients_trainer.follow(trainer, gradients)
         if handle is not None or (asked is not None and asked.flags):
             extend(trainer, Records(handle))
-        if handle is not None:
-            extend(trainer, fusion_trainer.FusionTraining(handle))
 
     return attach
 
