@@ -1,4 +1,4 @@
-"""Loads the model that a command measures: a checkpoint of either host, patched or not, or an adapter."""
+"""Loads the model that a command measures, and the base that it is compared with: of either host, patched or not."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from llava_patch.core import memory, parallel
+from llava_patch.core import memory, parallel, records
 from llava_patch.core.dtypes import float32_default
 from llava_patch.core.errors import CheckpointError, HostError, SettingError
 from llava_patch.core.weights import locate, read_json
@@ -79,6 +80,45 @@ def load_subject(checkpoint: str, base: str = "", device: str = "", dtype: str =
             raise CheckpointError(f"{checkpoint} cannot be loaded: {error}") from error
     found.model.eval()
     return found
+
+
+def base_of(checkpoint: str, given: str, setting: str) -> str:
+    """The base to compare a checkpoint with: the one that was `given`, or the one that its record names.
+
+    `setting` says how to name one, for errors ("BASE", "Drift.base").
+
+    Raises:
+        CheckpointError: none is known, or it is not there.
+    """
+    if given:
+        configs.read(given, f"{setting} {given}")
+        return given
+    record = records.read_settings(checkpoint) if Path(checkpoint).is_dir() else None
+    named = (record or {}).get("base")
+    if not named:
+        why = "it is no adapter of llava_patch, so it names no base" if record is None else "its record names no base"
+        raise CheckpointError(f"{checkpoint}: {why}: say with {setting} what to compare it with")
+    if not Path(named).is_dir():
+        raise CheckpointError(
+            f"{checkpoint}: its record names {named} as its base, and there is no such folder here: say with {setting} "
+            "where it is"
+        )
+    try:
+        configs.read(named)
+    except CheckpointError as error:  # LLaVA's training starts from a language model alone
+        raise CheckpointError(
+            f"{checkpoint}: its record names {named} as its base, which is no LLaVA with a vision tower and projector "
+            f"of its own: say with {setting} what to compare it with"
+        ) from error
+    return str(named)
+
+
+def load_base(name: str, device: str = "", dtype: str = "") -> LoadedCheckpoint:
+    """Load a base as its checkpoint is, without the patch that gin asks for on the checkpoint's side."""
+    from llava_patch.settings import active
+
+    with active.without_patches():
+        return load_subject(name, device=device, dtype=dtype)
 
 
 def pick_device(name: str) -> str:

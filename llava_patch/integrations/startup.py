@@ -21,9 +21,10 @@ from llava_patch.settings import active
 def on_import(name: str, module: Any) -> None:
     """Run what a freshly imported host module needs; called by the import hook.
 
+    With nothing configured a handler that fails says so and leaves the host as it is.
+
     Raises:
-        LlavaPatchError: what is configured cannot be honoured. With nothing configured a handler that fails says so
-            and leaves the host as it is.
+        LlavaPatchError: what is configured cannot be honoured.
     """
     undo = UndoStack()
     try:
@@ -175,7 +176,10 @@ def _on_modeling_utils(module: Any, undo: UndoStack) -> None:
     def from_pretrained(model_class: Any, path: Any = None, *args: Any, **kwargs: Any) -> Any:
         call = loading.Loading(original, model_class, path, args, kwargs)
         if loading.is_bare(model_class):
-            return loading.load_stock(call, loading.bare_refusal(model_class))
+            bare = model_class.__name__
+            whole = bare.replace("Model", "ForConditionalGeneration")
+            why = f"which {bare} would be loaded without: load it with {whole}, and take its .model"
+            return loading.load_stock(call, why)
         if not loading.is_host(model_class):
             if active.asked():
                 loading.say_unpatched(model_class)

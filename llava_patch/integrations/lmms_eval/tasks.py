@@ -22,20 +22,13 @@ from llava_patch.core import registry
 from llava_patch.core.extras import need
 from llava_patch.data.examples import QUESTION
 from llava_patch.integrations.lmms_eval import fail_fast, rprobe_runs, runner
-from llava_patch.integrations.lmms_eval.options import settings_for
 from llava_patch.measurements.rprobe.settings import RProbe
 
 _active: "weakref.WeakValueDictionary[str, MeasurementTask]" = weakref.WeakValueDictionary()
 
 
 class MeasurementTask(ConfigurableTask):
-    """A task whose documents are made here and whose answers are measurements.
-
-    Attributes:
-        SETTINGS: the dataclass of the measurement's settings.
-        EXTRAS: of ours that it ends with, see `llava_patch.core.extras`.
-        settings: those of this task, see `options.settings_for`.
-    """
+    """A task whose documents are made here and whose answers are measurements; EXTRAS: see `core.extras`."""
 
     SETTINGS: ClassVar[type]
     EXTRAS: ClassVar[tuple[str, ...]] = ("figures",)
@@ -44,7 +37,7 @@ class MeasurementTask(ConfigurableTask):
         config = dict(config or {})
         need(f"the lmms-eval task {config.get('task')}", *self.EXTRAS)
         config.pop("class", None)  # how lmms-eval found this class; not a field of its TaskConfig
-        self.settings: Any = settings_for(self.SETTINGS, config.get("metadata"), str(config.get("task")))
+        self.settings: Any = runner.settings_for(self.SETTINGS, config.get("metadata"), str(config.get("task")))
         fail_fast.install()
         super().__init__(config=config)
 
@@ -81,11 +74,7 @@ def active(name: str) -> MeasurementTask:
 
 
 class PagesTask(MeasurementTask):
-    """A measurement on rendered pages; YAML: `metadata.documents` is their number.
-
-    Attributes:
-        MEASUREMENT: what is measured.
-    """
+    """A measurement on rendered pages; YAML: `metadata.documents` is their number."""
 
     MEASUREMENT: ClassVar[Any]
 
@@ -95,12 +84,8 @@ class PagesTask(MeasurementTask):
 
     def documents(self) -> dict[str, list[Any]]:
         """Pages by number; they are drawn when the size of the model's tower is known."""
-        count = int((self.config.metadata or {}).get("documents", 32))
-        return {
-            "id": [f"page-{i}" for i in range(count)],
-            "page": list(range(count)),
-            "question": [QUESTION] * count,
-        }
+        pages = range(int((self.config.metadata or {}).get("documents", 32)))
+        return {"id": [f"page-{i}" for i in pages], "page": list(pages), "question": [QUESTION] * len(pages)}
 
 
 class RProbeTask(MeasurementTask):
@@ -124,7 +109,7 @@ def task_class(name: str) -> type[PagesTask]:
     return type("Task", (PagesTask,), {"MEASUREMENT": registry.measurement(name)})
 
 
-def _register(name: str, answer: Callable[[Any, list[Instance]], list[str]]) -> None:
+def _register(name: str, answer: Callable[..., list[str]]) -> None:
     """Make our output type known, and the method of lmms-eval's models that answers its requests."""
     output_type = f"llava_patch_{name}"
     if output_type not in api_task.ALL_OUTPUT_TYPES:
@@ -132,13 +117,9 @@ def _register(name: str, answer: Callable[[Any, list[Instance]], list[str]]) -> 
     setattr(lmms, output_type, answer)
 
 
-def _answer(name: str) -> Callable[[Any, list[Instance]], list[str]]:
-    return lambda self, requests: runner.answer(registry.measurement(name), self, requests)
-
-
-for _name in registry.MEASUREMENTS:
-    if registry.measurement(_name).metrics:
-        _register(_name, _answer(_name))
+for _measurement in map(registry.measurement, registry.MEASUREMENTS):
+    if _measurement.metrics:
+        _register(_measurement.name, lambda *given, _one=_measurement: runner.answer(_one, *given))
 _register("rprobe", lambda self, requests: rprobe_runs.answer(self, requests))
 
 # What task.py of earlier releases imported, for copies of it.

@@ -89,7 +89,7 @@ def make_trainable(handle: "Handle") -> None:
 
 
 def arrange(trainer: Any, handle: "Handle") -> None:
-    """Rearrange the groups of the optimizer that a Trainer has just made, in place, and let a warm-up follow its run."""
+    """Rearrange in place the groups of the optimizer that a Trainer has just made, and let a warm-up follow its run."""
     fusion, probe, optimizer = handle.fusion, handle.probe, trainer.optimizer
     own_rates = fusion is not None and (fusion.tower_lr or fusion.layer_decay or fusion.unfreeze_after)
     if not own_rates and (probe is None or probe.lr is None):

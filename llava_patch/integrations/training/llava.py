@@ -38,12 +38,9 @@ ADAPTER_FOLDER = "llava_patch_adapter"
 def prepare_run(given: dict[str, Any]) -> Callable[[Any], None]:
     """What a LLaVATrainer gets whose model is patched, or whose flags gin brings.
 
-    Args:
-        given: the arguments that the Trainer is made with, by name (model, args, train_dataset, data_collator); in it
-            data are replaced by such that carry the auxiliary loss's regions.
-
-    Returns:
-        To be called with the Trainer once it is made: lets everything that the run needs take part in it.
+    `given` are the arguments that the Trainer is made with, by name (model, args, train_dataset, data_collator); in it
+    data are replaced by such that carry the auxiliary loss's regions. What is returned is to be called with the
+    Trainer once it is made, and lets everything that the run needs take part in it.
 
     Raises:
         SettingError: settings that this run cannot honour.
@@ -51,9 +48,9 @@ def prepare_run(given: dict[str, Any]) -> Callable[[Any], None]:
     model, arguments, asked = given["model"], given.get("args"), active.configuration()
     data = {name: given.get(name) for name in ("train_dataset", "data_collator")}
     handle = prepare(model, arguments, data["train_dataset"], data["data_collator"])
-    auxiliary = (
-        None if handle is None or handle.auxiliary is None or handle.auxiliary.head is None else handle.auxiliary
-    )
+    auxiliary = None if handle is None else handle.auxiliary
+    if auxiliary is not None and auxiliary.head is None:  # weight 0
+        auxiliary = None
     if auxiliary is not None:
         given["train_dataset"], given["data_collator"] = region_data.wrap(auxiliary, **data)
     compat.fix_zero3_dtypes(model, arguments)
@@ -146,26 +143,19 @@ def _patch_for_training(model: Any, training_args: Any, asked: "Configuration", 
         patch(model, fusion=asked.fusion)
         stage1.load(found, noted.projector, asked.fusion)
     if _auto_split(asked):
-        methods["routing"] = _resolve_auto(model, training_args, asked, dataset, collator, fresh)
+        if fresh:
+            raise SettingError(
+                'Routing.split = "auto" measures how the model reads images, but its projector is new: leave Routing '
+                "out of stage 1, or give --pretrain_mm_mlp_adapter"
+            )
+        settings = asked.measurements.get("Saturation", Saturation())
+        methods["routing"] = resolve_for_training(model, methods["routing"], training_args, dataset, collator, settings)
         set_seed(getattr(training_args, "seed", 42))  # the data set may have drawn random numbers
     return patch(model, **methods, zero_start=not fresh)
 
 
 def _auto_split(asked: "Configuration") -> bool:
     return asked.routing is not None and asked.routing.split == AUTO
-
-
-def _resolve_auto(
-    model: Any, training_args: Any, asked: "Configuration", dataset: Any, collator: Any, fresh: bool
-) -> Any:
-    if fresh:
-        raise SettingError(
-            'Routing.split = "auto" measures how the model reads images, but its projector is new: leave Routing out '
-            "of stage 1, or give --pretrain_mm_mlp_adapter"
-        )
-    assert asked.routing is not None
-    settings = asked.measurements.get("Saturation", Saturation())
-    return resolve_for_training(model, asked.routing, training_args, dataset, collator, settings)
 
 
 class Records(TrainerExtension):

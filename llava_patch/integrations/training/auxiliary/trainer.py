@@ -36,33 +36,27 @@ def check(handle: Handle, training_args: Any) -> None:
     auxiliary = handle.auxiliary
     if auxiliary is None or auxiliary.head is None:
         return
-    if getattr(training_args, "fsdp", None):
-        raise SettingError("AuxiliaryProbe does not work with --fsdp: use DeepSpeed")
-    if getattr(training_args, "label_smoothing_factor", 0):
-        raise SettingError(
-            "AuxiliaryProbe adds to the model's own loss, but with --label_smoothing_factor the Trainer computes the "
-            "loss itself: leave one of them out"
-        )
     deepspeed = getattr(getattr(training_args, "hf_deepspeed_config", None), "config", None) or {}
-    if auxiliary.settings.lr is not None and "optimizer" in deepspeed:
-        raise SettingError(
-            'AuxiliaryProbe.lr needs optimizer groups, but the DeepSpeed config has its own "optimizer": remove that '
-            "entry"
-        )
-    if lora.has_lora(auxiliary.head):
-        raise SettingError(
-            "peft has put LoRA into the auxiliary loss's head, which trains in full: patch after get_peft_model()"
-        )
     reached = {id(p) for p in handle.adapter_parameters()}
     if handle.anatomy.vision_model is not None:
         reached |= {id(p) for p in handle.anatomy.vision_model.parameters()}
     trains = set(handle.trainable())
-    if not any(id(p) in reached for n, p in handle.model.named_parameters() if n in trains):
-        raise SettingError(
-            "AuxiliaryProbe: neither the projector nor the vision tower trains in this run, so that the loss would "
-            "reach nothing but its own head: leave it out, or let one of them train (no --freeze_mm_mlp_adapter; a "
-            "fusion's train_tower)"
-        )
+    against = {
+        "AuxiliaryProbe does not work with --fsdp: use DeepSpeed": getattr(training_args, "fsdp", None),
+        "AuxiliaryProbe adds to the model's own loss, but with --label_smoothing_factor the Trainer computes the loss "
+        "itself: leave one of them out": getattr(training_args, "label_smoothing_factor", 0),
+        'AuxiliaryProbe.lr needs optimizer groups, but the DeepSpeed config has its own "optimizer": remove that '
+        "entry": auxiliary.settings.lr is not None and "optimizer" in deepspeed,
+        "peft has put LoRA into the auxiliary loss's head, which trains in full: patch after get_peft_model()": (
+            lora.has_lora(auxiliary.head)
+        ),
+        "AuxiliaryProbe: neither the projector nor the vision tower trains in this run, so that the loss would reach "
+        "nothing but its own head: leave it out, or let one of them train (no --freeze_mm_mlp_adapter; a fusion's "
+        "train_tower)": not any(id(p) in reached for n, p in handle.model.named_parameters() if n in trains),
+    }
+    for why, there in against.items():
+        if there:
+            raise SettingError(why)
 
 
 def follow(trainer: Any, *, release: bool = False) -> None:
@@ -185,13 +179,7 @@ class AuxiliaryTraining(TrainerExtension):
 
 
 def save_head(handle: Handle, folder: Path, writes: bool) -> None:
-    """Write the head; with weights that DeepSpeed ZeRO-3 has partitioned every rank must call this.
-
-    Args:
-        handle: of the model that trains.
-        folder: a checkpoint's or the run's.
-        writes: whether this rank writes.
-    """
+    """Write the head from the rank that `writes`; with ZeRO-3's partitioned weights every rank must call this."""
     auxiliary = handle.auxiliary
     if auxiliary is None or auxiliary.head is None:
         return
@@ -203,7 +191,11 @@ def save_head(handle: Handle, folder: Path, writes: bool) -> None:
         with zero.gathered([parameter]):
             if writes:
                 tensors[name] = parameter.detach().to("cpu", copy=True).contiguous()
-    fingerprint = _fingerprint(handle)
+    # As a resumed run finds the model: beside LoRA the Trainer's checkpoints bring back LoRA's matrices alone, so only
+    # what does not train is compared.
+    beside_lora = lora.has_lora(handle.model)
+    changed = {n for n, p in handle.model.named_parameters() if beside_lora and p.requires_grad}
+    fingerprint = base_fingerprint(handle.model, changed)
     if writes:
         about = {"settings": json.dumps(handle.settings()["probe"]), "fingerprint": json.dumps(fingerprint)}
         with atomic(folder / FILE) as temporary:
@@ -239,13 +231,3 @@ def load_head(handle: Handle, folder: Path) -> None:
         for name, parameter in parameters.items():
             with zero.gathered([parameter], changed=True):
                 parameter.copy_(stream.get_tensor(name))
-
-
-def _fingerprint(handle: Handle) -> dict[str, list[float]]:
-    """Of the model beside the head, as a resumed run finds it.
-
-    Beside LoRA the Trainer's checkpoints bring back LoRA's matrices alone, so only what does not train is compared.
-    """
-    beside_lora = lora.has_lora(handle.model)
-    changed = {n for n, p in handle.model.named_parameters() if beside_lora and p.requires_grad}
-    return base_fingerprint(handle.model, changed)
