@@ -122,11 +122,7 @@ def load_base(name: str, device: str = "", dtype: str = "") -> LoadedCheckpoint:
 
 
 def pick_device(name: str) -> str:
-    """The device that a command runs on, as torch names it.
-
-    Raises:
-        SettingError: it is not there.
-    """
+    """The device that a command runs on, as torch names it; a SettingError where it is not there."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if name.split(":")[0] not in ("cpu", "cuda") or (name != "cpu" and not torch.cuda.is_available()):
         raise SettingError(f"--device {name}: expected cpu, or cuda or cuda:N on a machine that has one")
@@ -134,11 +130,7 @@ def pick_device(name: str) -> str:
 
 
 def pick_dtype(name: str, device: str) -> torch.dtype:
-    """The precision that a command runs the model in.
-
-    Raises:
-        SettingError: not one of `DTYPES`.
-    """
+    """The precision that a command runs the model in; a SettingError for what is not one of `DTYPES`."""
     name = name or ("float32" if device == "cpu" else "float16")
     if name not in DTYPES:
         raise SettingError(f"--dtype {name}: expected {', '.join(DTYPES)}")

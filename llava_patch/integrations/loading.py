@@ -30,11 +30,6 @@ def is_host(cls: Any) -> bool:
     )
 
 
-def is_bare(cls: Any) -> bool:
-    """Whether a model class is what a Hugging Face host wraps (LlavaModel), which cannot be patched by itself."""
-    return cls.__name__ in ("LlavaModel", "LlavaNextModel")
-
-
 class Loading(NamedTuple):
     """One call of a host's from_pretrained: the stock function, the model class, and the arguments."""
 
@@ -59,10 +54,16 @@ def load(call: Loading) -> Any:
     Raises:
         CheckpointError: a patched checkpoint that lacks tensors, or whose base is gone.
     """
-    record = call.record()
+    record, config = call.record(), call.kwargs.get("config")
     if record is not None and record.get("form") == "adapter":
-        return _finish(_load_adapter(call, record))
-    config = call.kwargs.get("config")
+        from llava_patch.patching import checkpoint
+
+        base = records.base_of(call.path, record)
+        if config is None:
+            config = call.cls.config_class.from_pretrained(call.path)
+        loaded = call.stock(base, config=_stock_config(config))
+        checkpoint.load(_model_of(loaded), call.path)
+        return _finish(loaded)
     carried = records.config_record(config) if config is not None else None
     if carried and str(getattr(config, "_name_or_path", call.path)) != str(call.path):
         return _load_base_for(call, config, carried)
@@ -133,18 +134,6 @@ def _load_base_for(call: Loading, config: Any, carried: dict[str, Any]) -> Any:
         handle.trained_tower = True
         tower_weights.restore_beside_lora(handle, source, required=not (own or {}).get("trained_tower"))
     return _finish(loaded)
-
-
-def _load_adapter(call: Loading, record: dict[str, Any]) -> Any:
-    from llava_patch.patching import checkpoint
-
-    base = records.base_of(call.path, record)
-    config = call.kwargs.get("config")
-    if config is None:
-        config = call.cls.config_class.from_pretrained(call.path)
-    loaded = call.stock(base, config=_stock_config(config))
-    checkpoint.load(_model_of(loaded), call.path)
-    return loaded
 
 
 def _finish(model: Any) -> Any:

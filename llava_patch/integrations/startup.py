@@ -175,8 +175,8 @@ def _on_modeling_utils(module: Any, undo: UndoStack) -> None:
     @functools.wraps(original)
     def from_pretrained(model_class: Any, path: Any = None, *args: Any, **kwargs: Any) -> Any:
         call = loading.Loading(original, model_class, path, args, kwargs)
-        if loading.is_bare(model_class):
-            bare = model_class.__name__
+        bare = model_class.__name__
+        if bare in ("LlavaModel", "LlavaNextModel"):  # what a host wraps, which cannot be patched by itself
             whole = bare.replace("Model", "ForConditionalGeneration")
             why = f"which {bare} would be loaded without: load it with {whole}, and take its .model"
             return loading.load_stock(call, why)

@@ -240,7 +240,7 @@ def _flush() -> None:
 def _missing(results: dict[str, Any], output_path: Any, before: frozenset[Any]) -> str | None:
     """What is not there of one evaluation's results, in the table or in the file; None when nothing is missing."""
     tasks = list(results.get("configs") or results["results"])
-    empty = [name for name in tasks if not has_metrics(results["results"].get(name))]
+    empty = [name for name in tasks if not _has_metrics(results["results"].get(name))]
     if not tasks or empty:
         return f"the table has no result for {', '.join(empty) or 'any task'}"
     written = [path for path, *_ in _results_files(output_path) - before]
@@ -263,8 +263,8 @@ def _results_files(output_path: Any) -> frozenset[Any]:
     return frozenset(found)
 
 
-def has_metrics(row: Any) -> bool:
-    """Whether one task's row of lmms-eval's results holds a metric, be it one without a number (N/A)."""
+def _has_metrics(row: Any) -> bool:
+    # A metric may be without a number (N/A).
     return isinstance(row, dict) and any(key.strip() not in ("", "alias") and "_stderr" not in key for key in row)
 
 

@@ -7,7 +7,6 @@ whatever documents lmms-eval gave it; every process then answers its own request
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,14 +16,6 @@ from llava_patch.core import parallel
 from llava_patch.core.errors import InputError
 from llava_patch.integrations.lmms_eval.runner import output_folder, reach
 from llava_patch.measurements.rprobe.settings import RProbe
-
-DATA_VARIABLE = "LLAVA_PATCH_RPROBE_DATA"
-
-
-def data_file(metadata: Any) -> str | None:
-    """One's own samples: `metadata.data` of the task's YAML, else LLAVA_PATCH_RPROBE_DATA; None: rendered pages."""
-    given = metadata.get("data") if isinstance(metadata, dict) else None
-    return given or os.environ.get(DATA_VARIABLE) or None
 
 
 def own_samples(settings: RProbe, path: str) -> tuple[list[Any], list[Any]]:
@@ -37,13 +28,6 @@ def own_samples(settings: RProbe, path: str) -> tuple[list[Any], list[Any]]:
         print(f"{path}: {len(samples.skipped)} things were skipped; the first: {samples.skipped[0]}", file=sys.stderr)
     train, heldout = split_samples(samples, settings.heldout_share, settings.seed)
     return Samples(train, samples.skipped, samples.unread, samples.format), heldout
-
-
-def heldout_ids(settings: RProbe, path: str | None) -> list[str]:
-    """Names of the held-out samples, in the order in which the probe reports them."""
-    if path is None:
-        return [f"page-heldout-{settings.seed}-{i}" for i in range(settings.heldout_pages)]
-    return [sample.id for sample in own_samples(settings, path)[1]]
 
 
 def answer(lm: Any, requests: Sequence[Any]) -> list[str]:

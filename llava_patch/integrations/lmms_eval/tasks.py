@@ -8,6 +8,7 @@ all that scoring needs.
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -96,12 +97,18 @@ class RProbeTask(MeasurementTask):
 
     def documents(self) -> dict[str, list[Any]]:
         """Held-out samples by number, in the order in which the probe reports them."""
-        ids = rprobe_runs.heldout_ids(self.settings, self.data())
+        data, seed = self.data(), self.settings.seed
+        if data is None:
+            ids = [f"page-heldout-{seed}-{i}" for i in range(self.settings.heldout_pages)]
+        else:
+            ids = [sample.id for sample in rprobe_runs.own_samples(self.settings, data)[1]]
         return {"id": ids, "number": list(range(len(ids))), "question": [""] * len(ids)}
 
     def data(self) -> str | None:
-        """File of one's own samples; None: rendered pages."""
-        return rprobe_runs.data_file(self.config.metadata)
+        """One's own samples: `metadata.data` of the YAML, else LLAVA_PATCH_RPROBE_DATA; None: rendered pages."""
+        metadata = self.config.metadata
+        given = metadata.get("data") if isinstance(metadata, dict) else None
+        return given or os.environ.get("LLAVA_PATCH_RPROBE_DATA") or None
 
 
 def task_class(name: str) -> type[PagesTask]:
