@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from llava_patch.core import registry
 from llava_patch.core.errors import HostError, SettingError
@@ -30,8 +30,6 @@ from llava_patch.settings.active import settings_of
 
 if TYPE_CHECKING:
     from llava_patch.measurements.base import Measurement
-
-S = TypeVar("S")
 
 
 def names(name: str) -> dict[str, Any]:
@@ -146,11 +144,7 @@ def _was_stock(anatomy: Anatomy, folder: str) -> bool:
 
 
 def reach(lm: Any) -> Inputs:
-    """Find model, tokenizer and processors in lmms-eval's `llava` and `llava_hf` models.
-
-    Raises:
-        HostError: another kind of model; the message says which ones work.
-    """
+    """Find model, tokenizer and processors in lmms-eval's `llava` and `llava_hf` models; others are refused."""
     model = model_of(lm)
     tokenizer = getattr(lm, "tokenizer", None)
     processor = getattr(lm, "_image_processor", None)
@@ -172,21 +166,17 @@ def reach(lm: Any) -> Inputs:
     )
 
 
-def settings_for(cls: type[S], metadata: Any, task: str) -> S:
-    """Settings of one task: defaults, then gin, then the entry `settings` in its YAML's `metadata`.
-
-    Raises:
-        SettingError: an unknown field or a bad value in the YAML.
-    """
+def settings_for(cls: Any, metadata: Any, task: str) -> Any:
+    """Settings of one task: defaults, then gin, then the entry `settings` in its YAML's `metadata`."""
     base = settings_of(cls)
     given = dict(metadata.get("settings") or {}) if isinstance(metadata, dict) else {}
-    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    known = {f.name for f in dataclasses.fields(cls)}
     unknown = sorted(set(given) - known)
     if unknown:
         raise SettingError(
             f"task {task}: metadata.settings names {', '.join(unknown)}; {cls.__name__} has {', '.join(sorted(known))}"
         )
-    return dataclasses.replace(base, **given)  # type: ignore[type-var]
+    return dataclasses.replace(base, **given)
 
 
 def output_folder(args: Any, task: str) -> str | None:

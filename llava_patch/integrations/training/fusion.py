@@ -18,11 +18,7 @@ ZERO_STAGES = (1, 2, 3)
 
 
 def check(handle: "Handle", training_args: Any) -> None:
-    """Refuse settings that this run cannot honour, before anything is written; requires_grad is as it will be.
-
-    Raises:
-        SettingError: names the setting and the flag that stands against it.
-    """
+    """Refuse settings that this run cannot honour, before anything is written; requires_grad is as it will be."""
     fusion = handle.fusion
     if fusion is None:
         return

@@ -77,12 +77,7 @@ def follow(trainer: Any, settings: Gradients | None = None) -> "Following":
 
 
 def check(model: nn.Module, arguments: Any, settings: Gradients) -> int:
-    """The number of the block that a run with this (patched) model can measure; before anything is written.
-
-    Raises:
-        SettingError: names what stands against it.
-        HostError: a tower that is not loaded or has only quantised weights.
-    """
+    """The number of the block that a run with this (patched) model can measure; refuses what stands against it."""
     block = measured_block(model, settings.block, settings.full)
     deepspeed = getattr(getattr(arguments, "hf_deepspeed_config", None), "config", None) or {}
     stage = deepspeed.get("zero_optimization", {}).get("stage", 0)

@@ -41,9 +41,6 @@ def prepare_run(given: dict[str, Any]) -> Callable[[Any], None]:
     `given` are the arguments that the Trainer is made with, by name (model, args, train_dataset, data_collator); in it
     data are replaced by such that carry the auxiliary loss's regions. What is returned is to be called with the
     Trainer once it is made, and lets everything that the run needs take part in it.
-
-    Raises:
-        SettingError: settings that this run cannot honour.
     """
     model, arguments, asked = given["model"], given.get("args"), active.configuration()
     data = {name: given.get(name) for name in ("train_dataset", "data_collator")}
@@ -72,10 +69,8 @@ def prepare_run(given: dict[str, Any]) -> Callable[[Any], None]:
 def prepare(model: Any, training_args: Any, dataset: Any, collator: Any) -> Handle | None:
     """Patch the Trainer's model, maybe inside peft, as configured, and set what trains.
 
-    `Routing.split = "auto"` is measured on the data set and its collator. Returns None for a model without a patch.
-
-    Raises:
-        SettingError: settings that this run cannot honour.
+    `Routing.split = "auto"` is measured on the data set and its collator. Returns None for a model without a patch;
+    refuses settings that this run cannot honour.
     """
     asked = active.configuration()
     handle = get_handle(model)

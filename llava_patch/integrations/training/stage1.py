@@ -25,11 +25,7 @@ pending: dict[int, Pending] = {}
 
 
 def initialize_vision_modules(original: Callable[..., Any], decoder: Any, model_args: Any, fsdp: Any) -> Any:
-    """LLaVA's method of this name, in training: a fused projector's file is kept for the patch that comes later.
-
-    Raises:
-        CheckpointError: the projector's file is none, or was trained with another fusion than this run's.
-    """
+    """LLaVA's method of this name, in training: a fused projector's file is kept for the patch that comes later."""
     asked, path = active.configuration(), model_args.pretrain_mm_mlp_adapter
     projector = None
     if path is not None:
@@ -120,11 +116,7 @@ def tower_width(decoder: Any, model_args: Any) -> int:
 
 
 def load(anatomy: Any, projector: dict[str, Any], fusion: Any) -> None:
-    """Put a stage-1 file's tensors into a fused model; DeepSpeed ZeRO-3 may have partitioned it.
-
-    Raises:
-        CheckpointError: other tensors or shapes than the model has.
-    """
+    """Put a stage-1 file's tensors into a fused model of the same shapes; DeepSpeed ZeRO-3 may have partitioned it."""
     from llava_patch.hosts import zero
 
     modules = {n: m for n, m in anatomy.projector_owner.named_children() if n.startswith(PROJECTOR)}

@@ -28,11 +28,7 @@ FILE = "llava_patch_rprobe.safetensors"
 
 
 def check(handle: Handle, training_args: Any) -> None:
-    """Refuse what this run cannot honour, before anything is written; requires_grad is as it will be.
-
-    Raises:
-        SettingError: names the setting and what stands against it.
-    """
+    """Refuse what this run cannot honour, before anything is written; requires_grad is as it will be."""
     auxiliary = handle.auxiliary
     if auxiliary is None or auxiliary.head is None:
         return
@@ -203,11 +199,7 @@ def save_head(handle: Handle, folder: Path, writes: bool) -> None:
 
 
 def load_head(handle: Handle, folder: Path) -> None:
-    """Bring the head back from a checkpoint of the same run.
-
-    Raises:
-        CheckpointError: no head there, of another shape, or trained beside another model.
-    """
+    """Bring the head back from a checkpoint of the same run; one of another shape or model is refused."""
     auxiliary = handle.auxiliary
     if auxiliary is None or auxiliary.head is None:
         return
