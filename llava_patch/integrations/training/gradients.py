@@ -19,12 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llava_patch.core.errors import SettingError
 from llava_patch.core.extras import need
 from llava_patch.core.files import atomic
 from llava_patch.core.undo import UndoStack
 from llava_patch.hosts import zero
-from llava_patch.integrations.training.extension import TrainerExtension, extend
+from llava_patch.integrations.training.extension import TrainerExtension, extend, refuse
 from llava_patch.measurements.gradients import state as saved
 from llava_patch.measurements.gradients.decompose import block_parameters, decompose, measured_block
 from llava_patch.measurements.gradients.log import LOG, StepLog
@@ -81,12 +80,11 @@ def check(model: nn.Module, arguments: Any, settings: Gradients) -> int:
     block = measured_block(model, settings.block, settings.full)
     deepspeed = getattr(getattr(arguments, "hf_deepspeed_config", None), "config", None) or {}
     stage = deepspeed.get("zero_optimization", {}).get("stage", 0)
-    if stage not in ZERO_STAGES:
-        raise SettingError(
-            f"Gradients needs whole weights on every rank, but DeepSpeed ZeRO stage {stage} cuts them up: use stage 2 "
-            '(LLaVA\'s scripts/zero2.json; Flags.deepspeed = "./scripts/zero2.json")'
-        )
     parallel = getattr(model, "tp_size", None) or getattr(arguments, "parallelism_config", None)
+    whole = (
+        f"Gradients needs whole weights on every rank, but DeepSpeed ZeRO stage {stage} cuts them up: use stage 2 "
+        '(LLaVA\'s scripts/zero2.json; Flags.deepspeed = "./scripts/zero2.json")'
+    )
     against = {
         "--fsdp, which cuts weights up: use DeepSpeed ZeRO-2": getattr(arguments, "fsdp", None),
         f"one process on {arguments.n_gpu} GPUs (nn.DataParallel): launch with torchrun or deepspeed, or set "
@@ -96,9 +94,7 @@ def check(model: nn.Module, arguments: Any, settings: Gradients) -> int:
         "DeepSpeed's own torch_autocast: use --bf16": deepspeed.get("torch_autocast", {}).get("enabled"),
         "apex: use --bf16": arguments.fp16 and getattr(arguments, "half_precision_backend", None) == "apex",
     }
-    for what, there in against.items():
-        if there:
-            raise SettingError(f"Gradients does not work with {what}")
+    refuse({whole: stage not in ZERO_STAGES, **{f"Gradients does not work with {k}": v for k, v in against.items()}})
     block_parameters(model, block)
     return block
 

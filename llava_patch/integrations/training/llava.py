@@ -19,7 +19,7 @@ from llava_patch.integrations.training import stage1
 from llava_patch.integrations.training.auto_split import resolve_for_training
 from llava_patch.integrations.training.auxiliary import data as region_data
 from llava_patch.integrations.training.auxiliary import trainer as auxiliary_trainer
-from llava_patch.integrations.training.extension import TrainerExtension, extend
+from llava_patch.integrations.training.extension import TrainerExtension, extend, refuse
 from llava_patch.measurements.saturation.result import Saturation
 from llava_patch.patching import checkpoint
 from llava_patch.patching.handle import Handle, get_handle
@@ -78,22 +78,17 @@ def prepare(model: Any, training_args: Any, dataset: Any, collator: Any) -> Hand
         handle = _patch_for_training(model, training_args, asked, dataset, collator)
     if handle is None:
         return None
-    routing = handle.routing
-    if routing is not None and routing.split == len(handle.anatomy.layers) and routing.freeze != "none":
-        raise SettingError(
-            f"Routing.split = {routing.split} is this model's depth: nothing is routed and there is no side branch for "
-            f'Routing.freeze = "{routing.freeze}" to train'
-        )
-    if getattr(training_args, "tune_mm_mlp_adapter", False) and routing is not None and routing.freeze != "none":
-        raise SettingError(
-            f'--tune_mm_mlp_adapter True trains the projector, but Routing.freeze = "{routing.freeze}" freezes it: '
-            "leave Routing out of stage 1"
-        )
-    if getattr(training_args, "n_gpu", 0) > 1:
-        raise SettingError(
-            f"one process on {training_args.n_gpu} GPUs (nn.DataParallel) would run the first GPU's weights on all of "
-            "them under a patch: launch with torchrun or deepspeed, or set CUDA_VISIBLE_DEVICES to one"
-        )
+    split, freeze = (None, "none") if handle.routing is None else (handle.routing.split, handle.routing.freeze)
+    devices = getattr(training_args, "n_gpu", 0)
+    against = {
+        f"Routing.split = {split} is this model's depth: nothing is routed and there is no side branch for "
+        f'Routing.freeze = "{freeze}" to train': freeze != "none" and split == len(handle.anatomy.layers),
+        f'--tune_mm_mlp_adapter True trains the projector, but Routing.freeze = "{freeze}" freezes it: leave Routing '
+        "out of stage 1": freeze != "none" and getattr(training_args, "tune_mm_mlp_adapter", False),
+        f"one process on {devices} GPUs (nn.DataParallel) would run the first GPU's weights on all of them under a "
+        "patch: launch with torchrun or deepspeed, or set CUDA_VISIBLE_DEVICES to one": devices > 1,
+    }
+    refuse(against)
     _train_side_branch_in_full(model, handle)
     stack = handle.adapter_parameters()[len(list(handle.anatomy.projector.parameters())) :]
     for parameter in stack:  # the script has set the projector's flags, and does not know DeepStack's own

@@ -18,7 +18,7 @@ from llava_patch.core.errors import CheckpointError, SettingError
 from llava_patch.core.files import atomic
 from llava_patch.fusion import optimizer as optimizer_groups
 from llava_patch.hosts import compat, lora, zero
-from llava_patch.integrations.training.extension import TrainerExtension, extend
+from llava_patch.integrations.training.extension import TrainerExtension, extend, refuse
 from llava_patch.patching.handle import Handle, get_handle
 from llava_patch.patching.keys import base_fingerprint, check_fingerprint
 from llava_patch.probe.auxiliary.attach import HEAD
@@ -50,9 +50,7 @@ def check(handle: Handle, training_args: Any) -> None:
         "nothing but its own head: leave it out, or let one of them train (no --freeze_mm_mlp_adapter; a fusion's "
         "train_tower)": not any(id(p) in reached for n, p in handle.model.named_parameters() if n in trains),
     }
-    for why, there in against.items():
-        if there:
-            raise SettingError(why)
+    refuse(against)
 
 
 def follow(trainer: Any, *, release: bool = False) -> None:
@@ -81,36 +79,29 @@ def follow(trainer: Any, *, release: bool = False) -> None:
     auxiliary = handle.auxiliary
     if auxiliary.head is None:
         return
-    if getattr(trainer.args, "remove_unused_columns", False):
-        raise SettingError(
-            f"the Trainer would drop the records' {KEY!r} entries: set TrainingArguments.remove_unused_columns = False"
-        )
-    if getattr(trainer, "compute_loss_func", None) is not None:
-        raise SettingError("AuxiliaryProbe adds to the model's own loss, but the Trainer has a compute_loss_func")
-    if getattr(trainer.args, "n_gpu", 0) > 1:
-        raise SettingError(
-            f"one process on {trainer.args.n_gpu} GPUs (nn.DataParallel) would split the regions apart from their "
-            "images: launch with torchrun or deepspeed, or set CUDA_VISIBLE_DEVICES to one"
-        )
-    _check_dispatch(trainer)
+    dispatch, devices = trainer.accelerator.dispatch_batches, getattr(trainer.args, "n_gpu", 0)
+    if dispatch is None:  # accelerate's default
+        dispatch = isinstance(trainer.train_dataset, IterableDataset)
+    against = {
+        f"the Trainer would drop the records' {KEY!r} entries: set TrainingArguments.remove_unused_columns = False": (
+            getattr(trainer.args, "remove_unused_columns", False)
+        ),
+        "AuxiliaryProbe adds to the model's own loss, but the Trainer has a compute_loss_func": (
+            getattr(trainer, "compute_loss_func", None) is not None
+        ),
+        f"one process on {devices} GPUs (nn.DataParallel) would split the regions apart from their images: launch with "
+        "torchrun or deepspeed, or set CUDA_VISIBLE_DEVICES to one": devices > 1,
+        # It cuts every tensor at the batch's samples, and regions are fewer.
+        "dispatch_batches (accelerate's default for an IterableDataset) lets rank 0 read batches and cuts them up for "
+        "the others, which would put regions on wrong images: set TrainingArguments(accelerator_config="
+        '{"dispatch_batches": False}), so that every rank reads its own': dispatch and trainer.args.world_size > 1,
+    }
+    refuse(against)
     auxiliary.head.requires_grad_(True)  # peft freezes whatever is no LoRA
     check(handle, trainer.args)
     if trainer.optimizer is not None:
         _check_optimizer(trainer.optimizer, auxiliary)
     extend(trainer, AuxiliaryTraining(handle, release))
-
-
-def _check_dispatch(trainer: Any) -> None:
-    """Refuse rank 0 reading for all: accelerate cuts every tensor at the batch's samples, regions are fewer."""
-    dispatch = trainer.accelerator.dispatch_batches
-    if dispatch is None:  # accelerate's default
-        dispatch = isinstance(trainer.train_dataset, IterableDataset)
-    if dispatch and trainer.args.world_size > 1:
-        raise SettingError(
-            "dispatch_batches (accelerate's default for an IterableDataset) lets rank 0 read batches and cuts them up "
-            "for the others, which would put regions on wrong images: set TrainingArguments(accelerator_config="
-            '{"dispatch_batches": False}), so that every rank reads its own'
-        )
 
 
 def _check_optimizer(optimizer: Any, auxiliary: Any) -> None:
