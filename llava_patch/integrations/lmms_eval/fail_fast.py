@@ -64,10 +64,8 @@ def _checked_evaluate(original: Callable[..., Any]) -> Callable[..., Any]:
         asked = active.configuration()
         configured = asked is not None and bool(asked.lasting())
         try:
-            from llava_patch.patching import keys
-
             model = model_of(lm)
-            patch_name = "" if model is None else keys.patch_name(model)
+            patch_name = _fingerprint(model)
             ours = bool(patch_name) or configured or has_our_task(tasks)
         except Exception as unknown:  # not a model, or not tasks, as we know them
             if configured:
@@ -140,6 +138,12 @@ def model_of(lm: Any) -> nn.Module | None:
     """The torch model inside an lmms-eval model; None for those that have none (served models)."""
     found = (getattr(lm, name, None) for name in ("model", "_model"))
     return next((model for model in found if isinstance(model, nn.Module)), None)
+
+
+def _fingerprint(model: nn.Module | None) -> str:
+    from llava_patch.patching.keys import patch_name
+
+    return "" if model is None else patch_name(model)
 
 
 def has_our_task(task_dict: Any) -> bool:
