@@ -56,12 +56,7 @@ def _configurations(path: str | None) -> list[dict[str, Any]]:
 
 def involves_us(words: Sequence[str], asked: Sequence[dict[str, Any]]) -> bool:
     """Whether a patch is configured, or an evaluation asks for a task of ours or a checkpoint that carries a patch."""
-    if not asked or _configured(words, asked):
-        return bool(asked)
-    return any(
-        _asks_for_ours(one.get("tasks"), one.get("include_path")) or _carries_patch(one.get("model_args"))
-        for one in asked
-    )
+    return bool(asked) and (_configured(words, asked) or any(map(_names_us, asked)))
 
 
 def _configured(words: Sequence[str], asked: Sequence[dict[str, Any]]) -> bool:
@@ -71,6 +66,10 @@ def _configured(words: Sequence[str], asked: Sequence[dict[str, Any]]) -> bool:
     environments = [env for one in asked if isinstance(env := one.get("env"), dict)]
     values = [str(env.get(name) or "") for env in environments for name in active.VARIABLES]
     return bool(flags) or active.asked() or any(value.strip(" ;") for value in values)
+
+
+def _names_us(one: dict[str, Any]) -> bool:
+    return _asks_for_ours(one.get("tasks"), one.get("include_path")) or _carries_patch(one.get("model_args"))
 
 
 def _asks_for_ours(tasks: Any, include_path: Any) -> bool:

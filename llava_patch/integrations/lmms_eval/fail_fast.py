@@ -61,8 +61,7 @@ def _checked_evaluate(original: Callable[..., Any]) -> Callable[..., Any]:
         run = command.current()
         lm = kwargs.get("lm", args[0] if args else None)
         tasks = kwargs.get("task_dict", args[1] if len(args) > 1 else {})
-        asked = active.configuration()
-        configured = asked is not None and bool(asked.lasting())
+        configured = _patch_is_configured()
         try:
             model = model_of(lm)
             patch_name = _fingerprint(model)
@@ -132,6 +131,11 @@ def _noted_table(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _tables_are_noted() -> bool:
     return any(getattr(getattr(sys.modules.get(name), "make_table", None), _MARK, False) for name in _MAIN)
+
+
+def _patch_is_configured() -> bool:
+    asked = active.configuration()
+    return asked is not None and bool(asked.lasting())
 
 
 def model_of(lm: Any) -> nn.Module | None:
