@@ -255,7 +255,7 @@ def settings_for(measurement: "Measurement", samples: int | None, given: dict[st
         samples: of the command line; 0: all; None: the setting's, else the command's own number.
         given: fields that the command line sets; None: it does not.
     """
-    from llava_patch.data.model_inputs import count_of
+    from llava_patch.data.target import count_of
     from llava_patch.settings.active import settings_of
 
     if measurement.settings is None:
@@ -346,8 +346,7 @@ def _models(measurement: "Measurement", settings: Any, checkpoint: str, base: st
     """
     if not measurement.compares:
         return base, ""
-    from llava_patch.data.base_model import base_of
-    from llava_patch.data.loaded import is_part
+    from llava_patch.data.loaded import base_of, is_part
 
     part = bool(base) and is_part(checkpoint)
     other = (settings.base or base) if part else (base or settings.base)

@@ -72,7 +72,9 @@ def read_examples(
     Raises:
         InputError: nothing usable there; names the file.
     """
-    found = _spread(_read(data, count, side), count)
+    found = list(_read(data, count, side))
+    if count is not None and count < len(found):
+        found = [found[i * len(found) // count] for i in range(count)]
     if question:
         found = [replace(example, question=question) for example in found]
     if answers and (silent := next((e for e in found if not e.answer), None)) is not None:
@@ -86,19 +88,9 @@ def read_examples(
 
 
 def check_data(data: str) -> None:
-    """Refuse data that cannot be read, before minutes are spent on loading a model.
-
-    Raises:
-        InputError: as `read_examples`.
-    """
+    """Refuse data that cannot be read as `read_examples` does, before minutes are spent on loading a model."""
     if data:
         read_examples(data, 1)
-
-
-def _spread(examples: Sequence[Example], count: int | None) -> list[Example]:
-    if count is None or count >= len(examples):
-        return list(examples)
-    return [examples[i * len(examples) // count] for i in range(count)]
 
 
 def _read(data: str, count: int | None, side: int) -> Sequence[Example]:
@@ -107,7 +99,7 @@ def _read(data: str, count: int | None, side: int) -> Sequence[Example]:
 
         pages = Pages(32 if count is None else count, side, split="heldout")
         return [Example(page.image, QUESTION, "\n".join(page.all_texts), page.id) for page in pages]
-    from llava_patch.data.readers.files import IMAGE_SUFFIXES, walk
+    from llava_patch.data.readers.files import IMAGE_SUFFIXES, load_json, walk
     from llava_patch.data.readers.read import parse_source, read_samples
 
     source = parse_source(data)
@@ -115,9 +107,9 @@ def _read(data: str, count: int | None, side: int) -> Sequence[Example]:
     if not source.hub and not path.exists():
         raise InputError(f"DATA {data}: no such file or folder (a data set of the Hugging Face hub is hf:{data})")
     if not source.hub and not source.format and path.is_file() and path.suffix.lower() == ".json":
-        records = _conversations(path)
-        if records is not None:
-            return _from_conversations(records, path, Path(source.images) if source.images else path.parent)
+        found = load_json(path)
+        if isinstance(found, list) and found and all(isinstance(v, dict) and "conversations" in v for v in found[:8]):
+            return _from_conversations(found, path, Path(source.images) if source.images else path.parent)
     files = [] if source.hub else [path] if path.is_file() else walk(path) if path.is_dir() else []
     if files and not source.format and all(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
         return [Example(file, QUESTION, id=file.name, where=str(file)) for file in files]
@@ -138,16 +130,6 @@ def _read(data: str, count: int | None, side: int) -> Sequence[Example]:
     return [replace(first, answer="\n".join(filter(None, texts))) for first, texts in documents.values()]
 
 
-def _conversations(path: Path) -> list[Any] | None:
-    """The records of LLaVA's conversation JSON; None for other JSON."""
-    from llava_patch.data.readers.files import load_json
-
-    values = load_json(path)
-    if isinstance(values, list) and values and all(isinstance(v, dict) and "conversations" in v for v in values[:8]):
-        return values
-    return None
-
-
 def _from_conversations(records: list[Any], path: Path, images: Path) -> list[Example]:
     """The first question and answer of each record that has one image."""
     found = []
@@ -158,16 +140,8 @@ def _from_conversations(records: list[Any], path: Path, images: Path) -> list[Ex
                 continue
             asked, answered = (record["conversations"][i]["value"] + "" for i in (0, 1))  # text
         except (AttributeError, KeyError, IndexError, TypeError) as error:
-            raise InputError(
-                f"{where}: conversations: expected a question and an answer, each {{from, value}}"
-            ) from error
-        found.append(
-            Example(
-                images / record["image"],
-                asked.replace(IMAGE, "").strip(),
-                answered,
-                str(record.get("id", number)),
-                where,
-            )
-        )
+            expected = "expected a question and an answer, each {from, value}"
+            raise InputError(f"{where}: conversations: {expected}") from error
+        question, name = asked.replace(IMAGE, "").strip(), str(record.get("id", number))
+        found.append(Example(images / record["image"], question, answered, name, where))
     return found

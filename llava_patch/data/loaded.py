@@ -1,4 +1,4 @@
-"""Loads the model that a command measures: a checkpoint of either host, patched or not, or an adapter."""
+"""Loads the model that a command measures, and the base that it is compared with: of either host, patched or not."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from llava_patch.core import memory, parallel
+from llava_patch.core import memory, parallel, records
 from llava_patch.core.dtypes import float32_default
 from llava_patch.core.errors import CheckpointError, HostError, SettingError
 from llava_patch.core.weights import locate, read_json
@@ -81,12 +82,47 @@ def load_subject(checkpoint: str, base: str = "", device: str = "", dtype: str =
     return found
 
 
-def pick_device(name: str) -> str:
-    """The device that a command runs on, as torch names it.
+def base_of(checkpoint: str, given: str, setting: str) -> str:
+    """The base to compare a checkpoint with: the one that was `given`, or the one that its record names.
+
+    `setting` says how to name one, for errors ("BASE", "Drift.base").
 
     Raises:
-        SettingError: it is not there.
+        CheckpointError: none is known, or it is not there.
     """
+    if given:
+        configs.read(given, f"{setting} {given}")
+        return given
+    record = records.read_settings(checkpoint) if Path(checkpoint).is_dir() else None
+    named = (record or {}).get("base")
+    if not named:
+        why = "it is no adapter of llava_patch, so it names no base" if record is None else "its record names no base"
+        raise CheckpointError(f"{checkpoint}: {why}: say with {setting} what to compare it with")
+    if not Path(named).is_dir():
+        raise CheckpointError(
+            f"{checkpoint}: its record names {named} as its base, and there is no such folder here: say with {setting} "
+            "where it is"
+        )
+    try:
+        configs.read(named)
+    except CheckpointError as error:  # LLaVA's training starts from a language model alone
+        raise CheckpointError(
+            f"{checkpoint}: its record names {named} as its base, which is no LLaVA with a vision tower and projector "
+            f"of its own: say with {setting} what to compare it with"
+        ) from error
+    return str(named)
+
+
+def load_base(name: str, device: str = "", dtype: str = "") -> LoadedCheckpoint:
+    """Load a base as its checkpoint is, without the patch that gin asks for on the checkpoint's side."""
+    from llava_patch.settings import active
+
+    with active.without_patches():
+        return load_subject(name, device=device, dtype=dtype)
+
+
+def pick_device(name: str) -> str:
+    """The device that a command runs on, as torch names it; a SettingError where it is not there."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if name.split(":")[0] not in ("cpu", "cuda") or (name != "cpu" and not torch.cuda.is_available()):
         raise SettingError(f"--device {name}: expected cpu, or cuda or cuda:N on a machine that has one")
@@ -94,11 +130,7 @@ def pick_device(name: str) -> str:
 
 
 def pick_dtype(name: str, device: str) -> torch.dtype:
-    """The precision that a command runs the model in.
-
-    Raises:
-        SettingError: not one of `DTYPES`.
-    """
+    """The precision that a command runs the model in; a SettingError for what is not one of `DTYPES`."""
     name = name or ("float32" if device == "cpu" else "float16")
     if name not in DTYPES:
         raise SettingError(f"--dtype {name}: expected {', '.join(DTYPES)}")

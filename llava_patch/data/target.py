@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from llava_patch.data.examples import Example, read_examples
+
 if TYPE_CHECKING:
-    from llava_patch.data.examples import Example
+    from llava_patch.data.inputs import Inputs
     from llava_patch.data.loaded import LoadedCheckpoint
-    from llava_patch.data.model_inputs import ModelInputs
 
 Opener = Callable[[], tuple[Any, Iterable[dict[str, Any]]]]
 """Loads a model: (model, keyword arguments of its forward for each sample)."""
 
 
+@dataclass(eq=False)
 class Target:
     """A checkpoint that is measured.
 
@@ -29,19 +32,14 @@ class Target:
         name: what results call the checkpoint.
     """
 
-    def __init__(
-        self,
-        checkpoint: str,
-        data: str = "",
-        below: str = "",
-        base: str = "",
-        device: str = "",
-        dtype: str = "",
-        question: str = "",
-        name: str = "",
-    ) -> None:
-        self.checkpoint, self.data, self.below, self.base = checkpoint, data, below, base
-        self.device, self.dtype, self.question, self.name = device, dtype, question, name
+    checkpoint: str
+    data: str = ""
+    below: str = ""
+    base: str = ""
+    device: str = ""
+    dtype: str = ""
+    question: str = ""
+    name: str = ""
 
     @cached_property
     def subject(self) -> "LoadedCheckpoint":
@@ -52,7 +50,7 @@ class Target:
 
     def load_base(self) -> "LoadedCheckpoint":
         """The base's model, as its checkpoint is: without the patch that gin asks for."""
-        from llava_patch.data.base_model import load_base
+        from llava_patch.data.loaded import load_base
 
         return load_base(self.base, self.device, self.dtype)
 
@@ -60,7 +58,7 @@ class Target:
         """Let go of the checkpoint's model; what asks next loads it again."""
         del self.subject
 
-    def examples(self, count: int | None, answers: bool = False) -> "list[Example]":
+    def examples(self, count: int | None, answers: bool = False) -> list[Example]:
         """Examples at the size of the vision tower, spread evenly over the data.
 
         Args:
@@ -70,17 +68,10 @@ class Target:
         Raises:
             InputError: nothing usable there, or answers that are not known.
         """
-        return self._examples(self.subject, count, answers)
-
-    def _examples(self, subject: "LoadedCheckpoint", count: int | None, answers: bool = False) -> "list[Example]":
-        from llava_patch.data.model_inputs import examples_for
-
-        return examples_for(subject, self.data, count, self.question, answers)
+        return examples_for(self.subject, self.data, count, self.question, answers)
 
     def samples(self, count: int | None, answers: bool = False) -> "ModelInputs":
         """Keyword arguments of the model's forward for the `examples`, made one at a time."""
-        from llava_patch.data.model_inputs import ModelInputs
-
         return ModelInputs(self.subject, self.examples(count, answers), answers)
 
     def openers(self, count: int | None) -> tuple[Opener, Opener]:
@@ -88,10 +79,9 @@ class Target:
 
         Neither model stays here, so that what compares them may have one in memory at a time.
         """
-        from llava_patch.data.model_inputs import ModelInputs
 
         def opened(subject: "LoadedCheckpoint") -> "tuple[Any, ModelInputs]":
-            return subject.model, ModelInputs(subject, self._examples(subject, count))
+            return subject.model, ModelInputs(subject, examples_for(subject, self.data, count, self.question))
 
         def own() -> "tuple[Any, ModelInputs]":
             subject = self.subject
@@ -99,3 +89,47 @@ class Target:
             return opened(subject)
 
         return own, lambda: opened(self.load_base())
+
+
+def examples_for(
+    subject: "LoadedCheckpoint", data: str, count: int | None, question: str = "", answers: bool = False
+) -> list[Example]:
+    """Examples at the size of the model's vision tower, spread over the data; see `read_examples`."""
+    from llava_patch.hosts.anatomy import find
+
+    anatomy = find(subject.model)
+    return read_examples(data, count, anatomy.grid[0] * anatomy.patch_size, question, answers)
+
+
+def count_of(samples: int | None, bound: int | None, default: int) -> int | None:
+    """How many samples: the option's number (0: all), else the setting's, else the command's own; None: all."""
+    return (bound or default) if samples is None else (samples or None)
+
+
+class ModelInputs(Sequence):
+    """Keyword arguments of a model's forward for some examples, made when they are asked for; a slice makes nothing."""
+
+    def __init__(self, subject: "LoadedCheckpoint", examples: list[Example], answers: bool = False) -> None:
+        """The inputs of `examples`; with `labels` where answers are asked for."""
+        self.subject, self.examples, self.answers = subject, examples, answers
+
+    def __len__(self) -> int:
+        """How many examples."""
+        return len(self.examples)
+
+    def __getitem__(self, index: Any) -> Any:
+        """The inputs of one example, or the `ModelInputs` of a slice."""
+        if isinstance(index, slice):
+            return ModelInputs(self.subject, self.examples[index], self.answers)
+        return self._make(self.subject.inputs(), self.examples[index])
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The inputs of each example in turn."""
+        inputs = self.subject.inputs()
+        return (self._make(inputs, example) for example in self.examples)
+
+    def _make(self, inputs: "Inputs", example: Example) -> dict[str, Any]:
+        image = example.open_image()
+        if self.answers:
+            return inputs.training_inputs(image, example.question, example.answer)
+        return inputs.forward_inputs(image, example.question)

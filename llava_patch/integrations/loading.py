@@ -30,27 +30,8 @@ def is_host(cls: Any) -> bool:
     )
 
 
-def is_bare(cls: Any) -> bool:
-    """Whether a model class is what a Hugging Face host wraps (LlavaModel), which cannot be patched by itself."""
-    return cls.__name__ in ("LlavaModel", "LlavaNextModel")
-
-
-def bare_refusal(cls: Any) -> str:
-    """Why a patch cannot come with such a class, as the end of a sentence about the patch."""
-    whole = cls.__name__.replace("Model", "ForConditionalGeneration")
-    return f"which {cls.__name__} would be loaded without: load it with {whole}, and take its .model"
-
-
 class Loading(NamedTuple):
-    """One call of a host's from_pretrained.
-
-    Attributes:
-        original: the stock from_pretrained.
-        cls: the model class.
-        path: checkpoint, as from_pretrained takes it.
-        args: further arguments of from_pretrained.
-        kwargs: further named ones.
-    """
+    """One call of a host's from_pretrained: the stock function, the model class, and the arguments."""
 
     original: Callable[..., Any]
     cls: Any
@@ -73,10 +54,16 @@ def load(call: Loading) -> Any:
     Raises:
         CheckpointError: a patched checkpoint that lacks tensors, or whose base is gone.
     """
-    record = call.record()
+    record, config = call.record(), call.kwargs.get("config")
     if record is not None and record.get("form") == "adapter":
-        return _finish(_load_adapter(call, record))
-    config = call.kwargs.get("config")
+        from llava_patch.patching import checkpoint
+
+        base = records.base_of(call.path, record)
+        if config is None:
+            config = call.cls.config_class.from_pretrained(call.path)
+        loaded = call.stock(base, config=_stock_config(config))
+        checkpoint.load(_model_of(loaded), call.path)
+        return _finish(loaded)
     carried = records.config_record(config) if config is not None else None
     if carried and str(getattr(config, "_name_or_path", call.path)) != str(call.path):
         return _load_base_for(call, config, carried)
@@ -101,11 +88,7 @@ def load(call: Loading) -> Any:
 
 
 def load_stock(call: Loading, why: str) -> Any:
-    """Load a model that cannot be patched, as its own from_pretrained does.
-
-    Args:
-        call: of the host's from_pretrained.
-        why: it cannot be patched, as the end of a sentence about the patch.
+    """Load a model that cannot be patched (`why` ends a sentence about the patch) as its own from_pretrained does.
 
     Raises:
         HostError: the checkpoint carries a patch, or one is configured: it would be another model without it.
@@ -117,15 +100,13 @@ def load_stock(call: Loading, why: str) -> Any:
     asked = active.configuration()
     if asked is not None and asked.lasting():
         raise HostError(f"{_listed(asked)} is configured, {why}")
-    record = call.record()
-    if record is not None and record.get("form") == "adapter":
+    if (call.record() or {}).get("form") == "adapter":
         refuse()
     with _construction(call.cls, refuse):
         return call.stock()
 
 
 def _listed(asked: Any) -> str:
-    """The patch that a configuration asks for."""
     return ", ".join(str(settings) for settings in asked.lasting().values() if settings is not None)
 
 
@@ -153,18 +134,6 @@ def _load_base_for(call: Loading, config: Any, carried: dict[str, Any]) -> Any:
         handle.trained_tower = True
         tower_weights.restore_beside_lora(handle, source, required=not (own or {}).get("trained_tower"))
     return _finish(loaded)
-
-
-def _load_adapter(call: Loading, record: dict[str, Any]) -> Any:
-    from llava_patch.patching import checkpoint
-
-    base = records.base_of(call.path, record)
-    config = call.kwargs.get("config")
-    if config is None:
-        config = call.cls.config_class.from_pretrained(call.path)
-    loaded = call.stock(base, config=_stock_config(config))
-    checkpoint.load(_model_of(loaded), call.path)
-    return loaded
 
 
 def _finish(model: Any) -> Any:
@@ -211,7 +180,7 @@ def _stock_config(config: Any) -> Any:
 
 @contextlib.contextmanager
 def _construction(cls: Any, found: Callable[[Any, dict[str, Any]], None]) -> Iterator[None]:
-    """While a checkpoint is loaded, hand a model whose config carries a patch on as soon as it is constructed.
+    """While a checkpoint is loaded, call `found` with a model whose config carries a patch once it is constructed.
 
     The host's loader then fills modules that were added like any others: sharded files, device maps and precisions
     need no code of ours.

@@ -21,9 +21,10 @@ from llava_patch.settings import active
 def on_import(name: str, module: Any) -> None:
     """Run what a freshly imported host module needs; called by the import hook.
 
+    With nothing configured a handler that fails says so and leaves the host as it is.
+
     Raises:
-        LlavaPatchError: what is configured cannot be honoured. With nothing configured a handler that fails says so
-            and leaves the host as it is.
+        LlavaPatchError: what is configured cannot be honoured.
     """
     undo = UndoStack()
     try:
@@ -39,43 +40,39 @@ def on_import(name: str, module: Any) -> None:
         print(f"llava_patch: {found} and stays as it is; nothing is configured", file=sys.stderr)
 
 
-def _mends() -> bool:
-    """Whether `llava` is loaded, on versions that the mends of `compat` were written for."""
+def _compat() -> Any:
+    """The module of that name, which imports torch: a command of lmms-eval may not need it."""
     from llava_patch.hosts import compat
 
-    return "llava" in sys.modules and compat.unsupported() is None
+    return compat
+
+
+def _mends() -> bool:
+    """Whether `llava` is loaded, on versions that the mends of `compat` were written for."""
+    return "llava" in sys.modules and _compat().unsupported() is None
 
 
 def _on_transformers_trainer(module: ModuleType, undo: UndoStack) -> None:
     if _mends():
-        from llava_patch.hosts import compat
-
-        compat.fix_trainer_exports(module, undo)
+        _compat().fix_trainer_exports(module, undo)
 
 
 def _on_llava(module: ModuleType, undo: UndoStack) -> None:
-    from llava_patch.hosts import compat
-
     if active.asked():  # before the package's training code may fail on such a version
-        compat.check_versions()
+        _compat().check_versions()
     if "transformers.trainer" in sys.modules:
         _on_transformers_trainer(sys.modules["transformers.trainer"], undo)
 
 
 def _on_llava_model(module: ModuleType, undo: UndoStack) -> None:
-    if not _mends():
-        return
-    from llava_patch.hosts import compat
-
-    for name in ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM"):
+    for name in ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM") if _mends() else ():
         cls = vars(module).get(name)
         if cls is not None and cls.__module__ == module.__name__:
-            compat.fix_forward_arguments(cls, undo)
+            _compat().fix_forward_arguments(cls, undo)
 
 
-def _on_llava_trainer(module: ModuleType, undo: UndoStack) -> None:
-    from llava_patch.hosts import compat
-
+def _on_llava_trainer(module: Any, undo: UndoStack) -> None:
+    compat = _compat()
     active.take_flags_from_command_line()
     if compat.unsupported() is not None:
         if active.asked():
@@ -92,6 +89,7 @@ def _on_llava_trainer(module: ModuleType, undo: UndoStack) -> None:
 
         script_flags.add(asked, undo)
     _wrap_trainer_init(module.LLaVATrainer, undo)
+    _wrap_create_optimizer(module.LLaVATrainer, undo)
 
 
 def _wrap_trainer_init(cls: Any, undo: UndoStack) -> None:
@@ -104,9 +102,7 @@ def _wrap_trainer_init(cls: Any, undo: UndoStack) -> None:
         model = given.get("model")
         if model is None or (active.configuration() is None and loading.handle_of(model) is None):
             if model is not None and _mends():
-                from llava_patch.hosts import compat
-
-                compat.fix_zero3_dtypes(model, given.get("args"))
+                _compat().fix_zero3_dtypes(model, given.get("args"))
             return original(self, *args, **kwargs)
         from llava_patch.integrations.training.llava import prepare_run
 
@@ -118,15 +114,32 @@ def _wrap_trainer_init(cls: Any, undo: UndoStack) -> None:
     undo.set_attribute(cls, "__init__", __init__)
 
 
-def _on_llava_arch(module: ModuleType, undo: UndoStack) -> None:
-    from llava_patch.hosts import compat
+def _wrap_create_optimizer(cls: Any, undo: UndoStack) -> None:
+    """Ask for the patch when the optimizer is made: a model may be patched once its Trainer is there."""
+    original = cls.create_optimizer
 
+    @functools.wraps(original)
+    def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
+        made = self.optimizer is None
+        optimizer = original(self, *args, **kwargs)
+        handle = loading.handle_of(self.model)
+        if made and handle is not None:
+            from llava_patch.integrations.training import fusion
+
+            fusion.arrange(self, handle)
+        return optimizer
+
+    undo.set_attribute(cls, "create_optimizer", create_optimizer)
+
+
+def _on_llava_arch(module: Any, undo: UndoStack) -> None:
+    compat = _compat()
     if compat.unsupported() is not None:
         return
     builder = sys.modules.get(module.build_vision_tower.__module__)
     if builder is not None and not compat.brings_towers(builder):
         _wrap_tower_builder(module, undo)
-    cls = module.LlavaMetaModel  # type: ignore[attr-defined]
+    cls = module.LlavaMetaModel
     original = cls.initialize_vision_modules
 
     @functools.wraps(original)
@@ -155,28 +168,30 @@ def _wrap_tower_builder(module: Any, undo: UndoStack) -> None:
     undo.set_attribute(module, "build_vision_tower", build_vision_tower)
 
 
-def _on_modeling_utils(module: ModuleType, undo: UndoStack) -> None:
-    cls = module.PreTrainedModel  # type: ignore[attr-defined]
+def _on_modeling_utils(module: Any, undo: UndoStack) -> None:
+    cls = module.PreTrainedModel
     original = cls.from_pretrained.__func__
 
     @functools.wraps(original)
     def from_pretrained(model_class: Any, path: Any = None, *args: Any, **kwargs: Any) -> Any:
-        from llava_patch.hosts import compat
-
         call = loading.Loading(original, model_class, path, args, kwargs)
-        if loading.is_bare(model_class):
-            return loading.load_stock(call, loading.bare_refusal(model_class))
+        bare = model_class.__name__
+        if bare in ("LlavaModel", "LlavaNextModel"):  # what a host wraps, which cannot be patched by itself
+            whole = bare.replace("Model", "ForConditionalGeneration")
+            why = f"which {bare} would be loaded without: load it with {whole}, and take its .model"
+            return loading.load_stock(call, why)
         if not loading.is_host(model_class):
             if active.asked():
                 loading.say_unpatched(model_class)
             return call.stock()
         active.take_flags_from_command_line()  # of a script of one's own that leaves unknown ones alone
-        if compat.unsupported() is not None:
+        unsupported = _compat().unsupported()
+        if unsupported is not None:
             if active.asked():
-                compat.check_versions()
-            return loading.load_stock(call, f"which cannot be applied: {compat.unsupported()}")
+                _compat().check_versions()
+            return loading.load_stock(call, f"which cannot be applied: {unsupported}")
         if _mends():
-            compat.flash_fallback(kwargs)
+            _compat().flash_fallback(kwargs)
         return loading.load(call)
 
     undo.set_attribute(cls, "from_pretrained", classmethod(from_pretrained))

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from llava_patch import Routing, patch
 from llava_patch.cli.main import app
 from llava_patch.core.errors import CheckpointError, InputError, SettingError
-from llava_patch.data.model_inputs import ModelInputs
+from llava_patch.data.target import ModelInputs
 from llava_patch.settings import active
 from tests.support import fileset
 

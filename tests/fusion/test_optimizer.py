@@ -36,7 +36,7 @@ def arranged(model, **settings):
     handle = patch(model, fusion=SkipLinks(stride=2, **settings))
     optimizer = torch.optim.AdamW(as_llava_makes_them(model, projector_lr=5e-3), lr=1e-3)
     before, groups = layout(optimizer.param_groups), list(optimizer.param_groups)
-    fusion_trainer.FusionTraining(handle).arrange(optimizer)
+    fusion_trainer.arrange(SimpleNamespace(optimizer=optimizer), handle)
     after = [p for g in optimizer.param_groups for p in g["params"]]
     assert len(after) == len({id(p) for p in after})  # none twice
     assert {id(p) for p in after} == {id(p) for p in model.parameters() if p.requires_grad}  # every one that trains

@@ -29,12 +29,8 @@ class _Parser(argparse.ArgumentParser):
 def evaluations(words: Sequence[str], given: dict[str, Any] | None = None) -> list[dict[str, Any]]:
     """The evaluations that lmms-eval's arguments ask for, one a configuration in `--config`; none for its other jobs.
 
-    Args:
-        words: the arguments.
-        given: parsed arguments that count before them.
-
-    Returns:
-        Of each what matters here, where it is given: `tasks`, `model_args`, `include_path`, `output_path`, `env`.
+    Of each there is what matters here, where it is given: `tasks`, `model_args`, `include_path`, `output_path`, `env`.
+    Arguments that are `given` parsed count before the words.
     """
     words = list(words[1:] if words and words[0] == "eval" else words)
     if (not given and not words) or (words and not words[0].startswith("-")) or _NO_EVALUATION & set(words):
@@ -59,12 +55,7 @@ def _configurations(path: str | None) -> list[dict[str, Any]]:
 
 
 def involves_us(words: Sequence[str], asked: Sequence[dict[str, Any]]) -> bool:
-    """Whether a patch is configured, or an evaluation asks for a task of ours or a checkpoint that carries a patch.
-
-    Args:
-        words: the command's arguments.
-        asked: its evaluations, as `evaluations` gives them.
-    """
+    """Whether a patch is configured, or an evaluation asks for a task of ours or a checkpoint that carries a patch."""
     return bool(asked) and (_configured(words, asked) or any(map(_names_us, asked)))
 
 

@@ -37,21 +37,13 @@ class EvaluationFailure(LlavaPatchError):
 
 @dataclass(eq=False)
 class Evaluation:
-    """One evaluation of a command.
+    """One evaluation of a command."""
 
-    Attributes:
-        asked: what was asked for, as `asked.evaluations` gives it.
-        arguments: lmms-eval's parsed arguments, by which it is known again.
-        outcome: its results, or the exception that ended it; None before, and on ranks that are given none.
-        complete: whether lmms-eval has come to the end of it.
-        before: the results files that were there when it began.
-    """
-
-    asked: dict[str, Any]
-    arguments: Any = None
-    outcome: dict[str, Any] | Exception | None = None
-    complete: bool = False
-    before: frozenset[Any] = frozenset()
+    asked: dict[str, Any]  # as `asked.evaluations` gives it
+    arguments: Any = None  # lmms-eval's parsed ones, by which it is known again
+    outcome: dict[str, Any] | Exception | None = None  # None before it ended, and on ranks that are given no results
+    complete: bool = False  # whether lmms-eval has come to the end of it
+    before: frozenset[Any] = frozenset()  # the results files that were there when it began
 
     def is_like(self, arguments: Any) -> bool:
         """Whether parsed arguments may be this evaluation's."""
@@ -70,24 +62,14 @@ class Evaluation:
 
 @dataclass(eq=False)
 class Command:
-    """One command.
+    """One command."""
 
-    Attributes:
-        line: what was typed, for messages.
-        words: its arguments, our flags among them.
-        given: arguments that a program hands over besides.
-        ours: whether a patched model or a task of ours was seen in it; its arguments count besides.
-        doubt: what failed in here, so that it is not known whether llava_patch takes part.
-        told: whether its end was looked at.
-        process: the process that it runs in.
-    """
-
-    line: str
-    words: Sequence[str]
-    given: dict[str, Any] = field(default_factory=dict)
-    ours: bool = False
-    doubt: Exception | None = None
-    told: bool = False
+    line: str  # what was typed, for messages
+    words: Sequence[str]  # its arguments, our flags among them
+    given: dict[str, Any] = field(default_factory=dict)  # arguments that a program hands over besides
+    ours: bool = False  # whether a patched model or a task of ours was seen in it; its arguments count besides
+    doubt: Exception | None = None  # what failed in here, so that it is not known whether llava_patch takes part
+    told: bool = False  # whether its end was looked at
     process: int = field(default_factory=os.getpid)
 
     @functools.cached_property
@@ -258,7 +240,7 @@ def _flush() -> None:
 def _missing(results: dict[str, Any], output_path: Any, before: frozenset[Any]) -> str | None:
     """What is not there of one evaluation's results, in the table or in the file; None when nothing is missing."""
     tasks = list(results.get("configs") or results["results"])
-    empty = [name for name in tasks if not has_metrics(results["results"].get(name))]
+    empty = [name for name in tasks if not _has_metrics(results["results"].get(name))]
     if not tasks or empty:
         return f"the table has no result for {', '.join(empty) or 'any task'}"
     written = [path for path, *_ in _results_files(output_path) - before]
@@ -281,8 +263,8 @@ def _results_files(output_path: Any) -> frozenset[Any]:
     return frozenset(found)
 
 
-def has_metrics(row: Any) -> bool:
-    """Whether one task's row of lmms-eval's results holds a metric, be it one without a number (N/A)."""
+def _has_metrics(row: Any) -> bool:
+    # A metric may be without a number (N/A).
     return isinstance(row, dict) and any(key.strip() not in ("", "alias") and "_stderr" not in key for key in row)
 
 

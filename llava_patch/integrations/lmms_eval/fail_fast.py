@@ -20,6 +20,7 @@ from torch import nn
 from llava_patch.core.errors import HostError
 from llava_patch.integrations.lmms_eval import command
 from llava_patch.integrations.lmms_eval.command import EvaluationFailure
+from llava_patch.settings import active
 
 _MARK = "_llava_patch_fails_fast"
 _CACHE_KEY = "_model_fingerprint_hash"  # of lmms-eval's ResponseCache
@@ -133,19 +134,14 @@ def _tables_are_noted() -> bool:
 
 
 def _patch_is_configured() -> bool:
-    from llava_patch.settings import active
-
     asked = active.configuration()
     return asked is not None and bool(asked.lasting())
 
 
 def model_of(lm: Any) -> nn.Module | None:
     """The torch model inside an lmms-eval model; None for those that have none (served models)."""
-    for name in ("model", "_model"):
-        model = getattr(lm, name, None)
-        if isinstance(model, nn.Module):
-            return model
-    return None
+    found = (getattr(lm, name, None) for name in ("model", "_model"))
+    return next((model for model in found if isinstance(model, nn.Module)), None)
 
 
 def _fingerprint(model: nn.Module | None) -> str:
@@ -159,13 +155,12 @@ def has_our_task(task_dict: Any) -> bool:
     tasks = sys.modules.get("llava_patch.integrations.lmms_eval.tasks")
     if tasks is None:  # no task of ours was ever loaded
         return False
-    for item in task_dict.values():
-        if isinstance(item, dict):
-            if has_our_task(item):
-                return True
-        elif isinstance(item[1] if isinstance(item, tuple) else item, tasks.MeasurementTask):
-            return True
-    return False
+    return any(
+        has_our_task(item)
+        if isinstance(item, dict)
+        else isinstance(item[1] if isinstance(item, tuple) else item, tasks.MeasurementTask)
+        for item in task_dict.values()
+    )
 
 
 @contextlib.contextmanager
@@ -204,14 +199,10 @@ def _escaping(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def mark_cache(response_cache: Any, patch_name: str) -> None:
-    """Put a patch's fingerprint into what the cache keys on.
+    """Put a patch's fingerprint into what the cache (None without `--use_cache`) keys on.
 
     lmms-eval keys on the model's name and arguments, which are the same with and without a patch. Entries written
     under another fingerprint, or none, are not found any more; they stay where they are.
-
-    Args:
-        response_cache: lmms-eval's ResponseCache, or None when `--use_cache` is not given.
-        patch_name: fingerprint of the model's patch, not empty.
 
     Raises:
         HostError: this version's cache has no place for it.

@@ -7,29 +7,19 @@ whatever documents lmms-eval gave it; every process then answers its own request
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llava_patch.core import parallel
 from llava_patch.core.errors import InputError
-from llava_patch.integrations.lmms_eval.access import reach
-from llava_patch.integrations.lmms_eval.options import output_folder
+from llava_patch.integrations.lmms_eval.runner import output_folder, reach
 from llava_patch.measurements.rprobe.settings import RProbe
-
-DATA_VARIABLE = "LLAVA_PATCH_RPROBE_DATA"
-
-
-def data_file(metadata: Any) -> str | None:
-    """One's own samples: `metadata.data` of the task's YAML, else LLAVA_PATCH_RPROBE_DATA; None: rendered pages."""
-    given = metadata.get("data") if isinstance(metadata, dict) else None
-    return given or os.environ.get(DATA_VARIABLE) or None
 
 
 def own_samples(settings: RProbe, path: str) -> tuple[list[Any], list[Any]]:
     """(training samples, held-out samples) of one's own data, split by document."""
-    from llava_patch.core import parallel
     from llava_patch.data.readers import Samples, read_samples
     from llava_patch.probe.sample import split_samples
 
@@ -40,24 +30,11 @@ def own_samples(settings: RProbe, path: str) -> tuple[list[Any], list[Any]]:
     return Samples(train, samples.skipped, samples.unread, samples.format), heldout
 
 
-def heldout_ids(settings: RProbe, path: str | None) -> list[str]:
-    """Names of the held-out samples, in the order in which the probe reports them."""
-    if path is None:
-        return [f"page-heldout-{settings.seed}-{i}" for i in range(settings.heldout_pages)]
-    return [sample.id for sample in own_samples(settings, path)[1]]
-
-
 def answer(lm: Any, requests: Sequence[Any]) -> list[str]:
     """Train and measure one probe a task, then answer each request with its document's numbers and the run's.
 
-    Args:
-        lm: lmms-eval's model object.
-        requests: of one or several rprobe tasks; may be empty on some ranks.
-
-    Returns:
-        One JSON string a request: `task`, `document`, `run`.
+    Requests may be of several tasks, and empty on some ranks; each answer is a JSON string: `task`, `document`, `run`.
     """
-    from llava_patch.core import parallel
     from llava_patch.integrations.lmms_eval.tasks import active
 
     with parallel.guard():
@@ -76,7 +53,6 @@ def answer(lm: Any, requests: Sequence[Any]) -> list[str]:
 
 def _run(lm: Any, name: str) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Train and measure one task's probe; (numbers of each held-out sample by its id, the run's)."""
-    from llava_patch.core import parallel
     from llava_patch.core.folder_lock import folder_lock
     from llava_patch.integrations.lmms_eval.tasks import active
     from llava_patch.measurements.rprobe.fit import run_rprobe
@@ -86,15 +62,8 @@ def _run(lm: Any, name: str) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]
     train, heldout = (None, None) if task.data() is None else own_samples(task.settings, task.data())
     folder = output_folder(getattr(task, "args", None), name)
     with folder_lock(None if folder is None else Path(folder)):
-        result = run_rprobe(
-            subject.anatomy.model,
-            subject.image_processor,
-            subject.tokenizer,
-            task.settings,
-            train,
-            heldout,
-            work=folder,
-        )
+        parts = subject.anatomy.model, subject.image_processor, subject.tokenizer
+        result = run_rprobe(*parts, task.settings, train, heldout, work=folder)
         if folder is not None:
             write_run(result, folder)
     if parallel.rank() == 0:
@@ -122,18 +91,16 @@ def process_results(doc: Any, results: Sequence[str]) -> dict[str, Any]:
     """Per-document numbers for the samples log; `--limit` thus cuts what the means are taken over."""
     answered = json.loads(results[0])
     document, run = answered["document"], answered["run"]
-    steps = {"steps": run["steps"]}, {"steps": run["steps_half_fvu"]}
-    pair = psnr_of = None
+    pair, psnr_of, named = None, None, {}
     if document is not None:
         pair = {"mse": document["mse"], "tokens": document["tokens"], "target_variance": run["target_variance"]}
-        psnr_of = document["psnr"]
-    named = {} if document is None else {"id": document["id"], "text": document["text"]}
+        psnr_of, named = document["psnr"], {"id": document["id"], "text": document["text"]}
     return {
         "rprobe_mse": pair,
         "rprobe_fvu": pair,
         "rprobe_psnr": psnr_of,
-        "rprobe_steps": steps[0],
-        "rprobe_steps_half_fvu": steps[1],
+        "rprobe_steps": {"steps": run["steps"]},
+        "rprobe_steps_half_fvu": {"steps": run["steps_half_fvu"]},
         "rprobe_run": {**run, **named},
     }
 

@@ -16,16 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_patch.core import registry
+from llava_patch.core.errors import HostError, SettingError
 from llava_patch.core.files import track
 from llava_patch.core.records import CONFIG_KEY
 from llava_patch.core.weights import read_json
-from llava_patch.data.base_model import base_of, load_base
 from llava_patch.data.inputs import Inputs
-from llava_patch.hosts.anatomy import Anatomy
-from llava_patch.integrations.lmms_eval.access import reach
-from llava_patch.integrations.lmms_eval.options import output_folder
+from llava_patch.data.loaded import base_of, load_base
+from llava_patch.hosts.anatomy import Anatomy, find
+from llava_patch.integrations.lmms_eval.fail_fast import model_of
 from llava_patch.patching import checkpoint as patched
 from llava_patch.patching.handle import get_handle
+from llava_patch.settings.active import settings_of
 
 if TYPE_CHECKING:
     from llava_patch.measurements.base import Measurement
@@ -41,15 +42,7 @@ def names(name: str) -> dict[str, Any]:
 
 
 def answer(measurement: "Measurement", lm: Any, requests: Sequence[Any]) -> list[str]:
-    """Measure one document a request.
-
-    Args:
-        measurement: what is measured.
-        lm: lmms-eval's model object.
-        requests: of one or several of its tasks.
-
-    Returns:
-        One JSON string a request: the task's facts, and the document's numbers.
+    """Measure one document a request: a JSON string with the task's facts and the document's numbers.
 
     Raises:
         CheckpointError: the measurement compares, and no base is named, or it is not there; says how to name one.
@@ -89,14 +82,7 @@ def write(measurement: "Measurement", items: Sequence[dict[str, Any]]) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Models:
-    """One task's models.
-
-    Attributes:
-        task: the task.
-        inputs: of the live model, and of its base where they are compared.
-        checkpoint: where the live model is from.
-        base: where the base is from; "": there is none.
-    """
+    """One task's models: the live one, and its base where they are compared; where they are from."""
 
     task: Any
     inputs: list[Inputs]
@@ -155,3 +141,51 @@ def _was_stock(anatomy: Anatomy, folder: str) -> bool:
         return False
     config = read_json(folder, "config.json")
     return config is not None and CONFIG_KEY not in config and patched.read_settings(folder) is None
+
+
+def reach(lm: Any) -> Inputs:
+    """Find model, tokenizer and processors in lmms-eval's `llava` and `llava_hf` models; others are refused."""
+    model = model_of(lm)
+    tokenizer = getattr(lm, "tokenizer", None)
+    processor = getattr(lm, "_image_processor", None)
+    if model is None or tokenizer is None or processor is None:
+        raise HostError(
+            f"llava_patch's tasks look inside the model and know lmms-eval's `llava` and `llava_hf`; "
+            f"{type(lm).__name__} has no model, tokenizer and image processor to look at"
+        )
+    anatomy = find(model)
+    joint = processor if hasattr(processor, "image_processor") else None
+    if (joint is not None) != anatomy.ids_hold_places:
+        raise HostError(f"{type(processor).__name__} is not the processor of a model of the host {anatomy.host!r}")
+    return Inputs(
+        anatomy=anatomy,
+        tokenizer=tokenizer,
+        image_processor=processor if joint is None else joint.image_processor,
+        processor=joint,
+        conversation=getattr(lm, "conv_template", None),
+    )
+
+
+def settings_for(cls: Any, metadata: Any, task: str) -> Any:
+    """Settings of one task: defaults, then gin, then the entry `settings` in its YAML's `metadata`."""
+    base = settings_of(cls)
+    given = dict(metadata.get("settings") or {}) if isinstance(metadata, dict) else {}
+    known = {f.name for f in dataclasses.fields(cls)}
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise SettingError(
+            f"task {task}: metadata.settings names {', '.join(unknown)}; {cls.__name__} has {', '.join(sorted(known))}"
+        )
+    return dataclasses.replace(base, **given)
+
+
+def output_folder(args: Any, task: str) -> str | None:
+    """Where a task's figures go: `<output_path>/<model>/<task>`, beside lmms-eval's own results; None without path."""
+    path = getattr(args, "output_path", None)
+    if not path:
+        return None
+    from lmms_eval.loggers.evaluation_tracker import GeneralConfigTracker
+    from lmms_eval.utils import sanitize_model_name
+
+    model = sanitize_model_name(GeneralConfigTracker._get_model_name(str(args.model_args)))
+    return str(Path(path) / model / task)

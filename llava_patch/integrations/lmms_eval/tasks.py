@@ -8,6 +8,7 @@ all that scoring needs.
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -22,20 +23,13 @@ from llava_patch.core import registry
 from llava_patch.core.extras import need
 from llava_patch.data.examples import QUESTION
 from llava_patch.integrations.lmms_eval import fail_fast, rprobe_runs, runner
-from llava_patch.integrations.lmms_eval.options import settings_for
 from llava_patch.measurements.rprobe.settings import RProbe
 
 _active: "weakref.WeakValueDictionary[str, MeasurementTask]" = weakref.WeakValueDictionary()
 
 
 class MeasurementTask(ConfigurableTask):
-    """A task whose documents are made here and whose answers are measurements.
-
-    Attributes:
-        SETTINGS: the dataclass of the measurement's settings.
-        EXTRAS: of ours that it ends with, see `llava_patch.core.extras`.
-        settings: those of this task, see `options.settings_for`.
-    """
+    """A task whose documents are made here and whose answers are measurements; EXTRAS: see `core.extras`."""
 
     SETTINGS: ClassVar[type]
     EXTRAS: ClassVar[tuple[str, ...]] = ("figures",)
@@ -44,7 +38,7 @@ class MeasurementTask(ConfigurableTask):
         config = dict(config or {})
         need(f"the lmms-eval task {config.get('task')}", *self.EXTRAS)
         config.pop("class", None)  # how lmms-eval found this class; not a field of its TaskConfig
-        self.settings: Any = settings_for(self.SETTINGS, config.get("metadata"), str(config.get("task")))
+        self.settings: Any = runner.settings_for(self.SETTINGS, config.get("metadata"), str(config.get("task")))
         fail_fast.install()
         super().__init__(config=config)
 
@@ -81,11 +75,7 @@ def active(name: str) -> MeasurementTask:
 
 
 class PagesTask(MeasurementTask):
-    """A measurement on rendered pages; YAML: `metadata.documents` is their number.
-
-    Attributes:
-        MEASUREMENT: what is measured.
-    """
+    """A measurement on rendered pages; YAML: `metadata.documents` is their number."""
 
     MEASUREMENT: ClassVar[Any]
 
@@ -95,12 +85,8 @@ class PagesTask(MeasurementTask):
 
     def documents(self) -> dict[str, list[Any]]:
         """Pages by number; they are drawn when the size of the model's tower is known."""
-        count = int((self.config.metadata or {}).get("documents", 32))
-        return {
-            "id": [f"page-{i}" for i in range(count)],
-            "page": list(range(count)),
-            "question": [QUESTION] * count,
-        }
+        pages = range(int((self.config.metadata or {}).get("documents", 32)))
+        return {"id": [f"page-{i}" for i in pages], "page": list(pages), "question": [QUESTION] * len(pages)}
 
 
 class RProbeTask(MeasurementTask):
@@ -111,12 +97,18 @@ class RProbeTask(MeasurementTask):
 
     def documents(self) -> dict[str, list[Any]]:
         """Held-out samples by number, in the order in which the probe reports them."""
-        ids = rprobe_runs.heldout_ids(self.settings, self.data())
+        data, seed = self.data(), self.settings.seed
+        if data is None:
+            ids = [f"page-heldout-{seed}-{i}" for i in range(self.settings.heldout_pages)]
+        else:
+            ids = [sample.id for sample in rprobe_runs.own_samples(self.settings, data)[1]]
         return {"id": ids, "number": list(range(len(ids))), "question": [""] * len(ids)}
 
     def data(self) -> str | None:
-        """File of one's own samples; None: rendered pages."""
-        return rprobe_runs.data_file(self.config.metadata)
+        """One's own samples: `metadata.data` of the YAML, else LLAVA_PATCH_RPROBE_DATA; None: rendered pages."""
+        metadata = self.config.metadata
+        given = metadata.get("data") if isinstance(metadata, dict) else None
+        return given or os.environ.get("LLAVA_PATCH_RPROBE_DATA") or None
 
 
 def task_class(name: str) -> type[PagesTask]:
@@ -124,7 +116,7 @@ def task_class(name: str) -> type[PagesTask]:
     return type("Task", (PagesTask,), {"MEASUREMENT": registry.measurement(name)})
 
 
-def _register(name: str, answer: Callable[[Any, list[Instance]], list[str]]) -> None:
+def _register(name: str, answer: Callable[..., list[str]]) -> None:
     """Make our output type known, and the method of lmms-eval's models that answers its requests."""
     output_type = f"llava_patch_{name}"
     if output_type not in api_task.ALL_OUTPUT_TYPES:
@@ -132,13 +124,9 @@ def _register(name: str, answer: Callable[[Any, list[Instance]], list[str]]) -> 
     setattr(lmms, output_type, answer)
 
 
-def _answer(name: str) -> Callable[[Any, list[Instance]], list[str]]:
-    return lambda self, requests: runner.answer(registry.measurement(name), self, requests)
-
-
-for _name in registry.MEASUREMENTS:
-    if registry.measurement(_name).metrics:
-        _register(_name, _answer(_name))
+for _measurement in map(registry.measurement, registry.MEASUREMENTS):
+    if _measurement.metrics:
+        _register(_measurement.name, lambda *given, _one=_measurement: runner.answer(_one, *given))
 _register("rprobe", lambda self, requests: rprobe_runs.answer(self, requests))
 
 # What task.py of earlier releases imported, for copies of it.

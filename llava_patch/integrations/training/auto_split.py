@@ -40,18 +40,8 @@ def resolve_for_training(
     """`resolve_split` at the moment the Trainer is made.
 
     The first rank decides and tells the others, so that all of them build the same model whatever their hardware. A
-    run that is resumed keeps the split of the checkpoint it goes on from, also when data or settings have changed.
-
-    Args:
-        model: the model that will train, before it is routed.
-        routing: settings with split = "auto".
-        arguments: the run's TrainingArguments.
-        dataset: the training data, by index; only the items that are tried are read.
-        collator: makes a batch of a list of items.
-        settings: of the measurement; without max_samples, 32 samples are taken.
-
-    Returns:
-        The settings with an integer split.
+    run that is resumed keeps the split of the checkpoint it goes on from, also when data or settings have changed. Of
+    the data only the items that are tried are read.
 
     Raises:
         SettingError: as `resolve_split`, on every rank; or data that have no length.
@@ -72,7 +62,10 @@ def resolve_for_training(
             return dataclasses.replace(routing, split=resumed)
         chosen = dataclasses.replace(settings, max_samples=settings.max_samples or SAMPLES)
         samples = _samples(dataset, collator, device, _TRIES * (chosen.max_samples or SAMPLES))
-        with _on_device(find(model).model, device), _autocast(arguments, device):
+        # Mixed precision as the Trainer's: LLaVA hands over a model in bfloat16 with a new projector in float32.
+        dtype = torch.bfloat16 if arguments.bf16 else torch.float16
+        mixed = torch.autocast(device.type, dtype=dtype, enabled=bool(arguments.bf16 or arguments.fp16))
+        with _on_device(find(model).model, device), mixed:
             return resolve_split(model, routing, samples, chosen)
 
     return _on_first_rank(resolve)
@@ -123,12 +116,6 @@ def _on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
     finally:
         for tensor, data in moved:
             tensor.data = data
-
-
-def _autocast(arguments: "TrainingArguments", device: torch.device) -> contextlib.AbstractContextManager:
-    """Mixed precision as the Trainer's: LLaVA hands over a model in bfloat16 with a new projector in float32."""
-    dtype = torch.bfloat16 if arguments.bf16 else torch.float16
-    return torch.autocast(device.type, dtype=dtype, enabled=bool(arguments.bf16 or arguments.fp16))
 
 
 def _on_first_rank(work: Callable[[], Routing]) -> Routing:

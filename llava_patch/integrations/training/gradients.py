@@ -5,22 +5,25 @@ Source: "Detached Skip-Links and R-Probe", appendix C.1 ("Online Measurement Str
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import math
+import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llava_patch.core.errors import SettingError
 from llava_patch.core.extras import need
 from llava_patch.core.files import atomic
-from llava_patch.integrations.training.extension import TrainerExtension, extend
-from llava_patch.integrations.training.gradients_loss import caught_loss, learning_rate, loss_scale, unnoticed
+from llava_patch.core.undo import UndoStack
+from llava_patch.hosts import zero
+from llava_patch.integrations.training.extension import TrainerExtension, extend, refuse
 from llava_patch.measurements.gradients import state as saved
 from llava_patch.measurements.gradients.decompose import block_parameters, decompose, measured_block
 from llava_patch.measurements.gradients.log import LOG, StepLog
@@ -73,21 +76,15 @@ def follow(trainer: Any, settings: Gradients | None = None) -> "Following":
 
 
 def check(model: nn.Module, arguments: Any, settings: Gradients) -> int:
-    """The number of the block that a run with this (patched) model can measure; before anything is written.
-
-    Raises:
-        SettingError: names what stands against it.
-        HostError: a tower that is not loaded or has only quantised weights.
-    """
+    """The number of the block that a run with this (patched) model can measure; refuses what stands against it."""
     block = measured_block(model, settings.block, settings.full)
     deepspeed = getattr(getattr(arguments, "hf_deepspeed_config", None), "config", None) or {}
     stage = deepspeed.get("zero_optimization", {}).get("stage", 0)
-    if stage not in ZERO_STAGES:
-        raise SettingError(
-            f"Gradients needs whole weights on every rank, but DeepSpeed ZeRO stage {stage} cuts them up: use stage 2 "
-            '(LLaVA\'s scripts/zero2.json; Flags.deepspeed = "./scripts/zero2.json")'
-        )
     parallel = getattr(model, "tp_size", None) or getattr(arguments, "parallelism_config", None)
+    whole = (
+        f"Gradients needs whole weights on every rank, but DeepSpeed ZeRO stage {stage} cuts them up: use stage 2 "
+        '(LLaVA\'s scripts/zero2.json; Flags.deepspeed = "./scripts/zero2.json")'
+    )
     against = {
         "--fsdp, which cuts weights up: use DeepSpeed ZeRO-2": getattr(arguments, "fsdp", None),
         f"one process on {arguments.n_gpu} GPUs (nn.DataParallel): launch with torchrun or deepspeed, or set "
@@ -97,25 +94,17 @@ def check(model: nn.Module, arguments: Any, settings: Gradients) -> int:
         "DeepSpeed's own torch_autocast: use --bf16": deepspeed.get("torch_autocast", {}).get("enabled"),
         "apex: use --bf16": arguments.fp16 and getattr(arguments, "half_precision_backend", None) == "apex",
     }
-    for what, there in against.items():
-        if there:
-            raise SettingError(f"Gradients does not work with {what}")
+    refuse({whole: stage not in ZERO_STAGES, **{f"Gradients does not work with {k}": v for k, v in against.items()}})
     block_parameters(model, block)
     return block
 
 
 class Following(TrainerExtension):
-    """One Trainer's measurement; made by `follow`.
-
-    Attributes:
-        settings: of the measurement.
-        block: number of the measured block of the vision tower, from 1.
-    """
+    """One Trainer's measurement; made by `follow`."""
 
     def __init__(self, settings: Gradients, block: int) -> None:
-        """Measure at this block."""
-        self.settings = settings
-        self.block = block
+        """Measure at this block of the vision tower, counted from 1."""
+        self.settings, self.block = settings, block
         self._resumed: Path | None = None
         self._window = Window(settings.window)
         self._log: StepLog | None = None
@@ -137,8 +126,6 @@ class Following(TrainerExtension):
             CheckpointError: no run has begun.
         """
         return GradientsResult.read(self.folder)
-
-    # --- the points of a run -----------------------------------------------------------------------------------------
 
     def resume(self, folder: Path | None) -> None:
         """Note where the run goes on from."""
@@ -204,8 +191,6 @@ class Following(TrainerExtension):
         self._write()
         print(f"llava_patch: gradient statistics of block {self.block} in {self.folder}", flush=True)
         self._log = None
-
-    # --- the measurement ---------------------------------------------------------------------------------------------
 
     def _write(self) -> None:
         result = self.result
@@ -280,3 +265,66 @@ def _means(steps: list[Step]) -> dict[str, float]:
         "grad_cos": [s.cosine for s in steps if not math.isnan(s.cosine)],
     }
     return {name: float(f"{math.fsum(found) / len(found):.6g}") for name, found in values.items() if found}
+
+
+def caught_loss(trainer: Any, step: Callable[..., Any], *arguments: Any) -> Tensor:
+    """The scalar that one micro-batch's backward pass would begin at, with its graph and without `loss_scale`.
+
+    The Trainer's own `training_step` makes it, with its backward pass caught: so it is scaled for accumulation,
+    precision and ranks as that Trainer does it, whatever its version or subclass. The model among the arguments should
+    be the bare one, so that no hook of DDP or DeepSpeed wakes up.
+    """
+    caught: list[Tensor] = []
+    undo = UndoStack()
+    undo.set_attribute(trainer.accelerator, "backward", lambda loss, **kwargs: caught.append(loss))
+    try:
+        step(*arguments)
+    finally:
+        undo.unwind()
+    loss = caught[0]
+    # accelerate divides as well, by a number that Trainers leave at 1; with DeepSpeed it leaves that to the engine.
+    return loss if trainer.is_deepspeed_enabled else loss / trainer.accelerator.gradient_accumulation_steps
+
+
+def loss_scale(trainer: Any) -> float:
+    """What float16 training multiplies its loss by in this step; 1.0 where it does not."""
+    if trainer.is_deepspeed_enabled:
+        engine = getattr(trainer.accelerator.deepspeed_engine_wrapped, "engine", None)
+        return float(getattr(getattr(engine, "optimizer", None), "loss_scale", 1.0))
+    scaler = getattr(trainer.accelerator, "scaler", None)
+    return 1.0 if scaler is None else float(scaler.get_scale())
+
+
+@contextlib.contextmanager
+def unnoticed(model: nn.Module) -> Iterator[None]:
+    """What runs inside the block leaves the model's buffers and the random states of Python and NumPy as they were.
+
+    Those of torch are the business of what runs there, which needs them more than once.
+    """
+    python, numpy = random.getstate(), np.random.get_state()
+    held = [
+        (module, name, buffer, None if buffer is None else (buffer.clone(), buffer._version))
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    ]
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        with torch.no_grad():
+            for module, name, buffer, saved in held:
+                module._buffers[name] = buffer
+                if buffer is not None and saved is not None and buffer._version != saved[1]:
+                    buffer.copy_(saved[0])
+
+
+def learning_rate(trainer: Any, parameters: Sequence[nn.Parameter]) -> float | None:
+    """What the step that comes applies to one block's parameters; of the first group where they do not train."""
+    if trainer.optimizer is None:
+        return None
+    wanted = {id(p) for p in parameters}
+    inner = zero.innermost(trainer.optimizer).param_groups
+    groups = enumerate(zero.groups(trainer.optimizer))
+    place = next((i for i, group in groups if any(id(p) in wanted for p in group)), 0)
+    return float(inner[place]["lr"]) if inner else None

@@ -19,7 +19,7 @@ from llava_patch.integrations.training import stage1
 from llava_patch.integrations.training.auto_split import resolve_for_training
 from llava_patch.integrations.training.auxiliary import data as region_data
 from llava_patch.integrations.training.auxiliary import trainer as auxiliary_trainer
-from llava_patch.integrations.training.extension import TrainerExtension, extend
+from llava_patch.integrations.training.extension import TrainerExtension, extend, refuse
 from llava_patch.measurements.saturation.result import Saturation
 from llava_patch.patching import checkpoint
 from llava_patch.patching.handle import Handle, get_handle
@@ -38,22 +38,16 @@ ADAPTER_FOLDER = "llava_patch_adapter"
 def prepare_run(given: dict[str, Any]) -> Callable[[Any], None]:
     """What a LLaVATrainer gets whose model is patched, or whose flags gin brings.
 
-    Args:
-        given: the arguments that the Trainer is made with, by name (model, args, train_dataset, data_collator); in it
-            data are replaced by such that carry the auxiliary loss's regions.
-
-    Returns:
-        To be called with the Trainer once it is made: lets everything that the run needs take part in it.
-
-    Raises:
-        SettingError: settings that this run cannot honour.
+    `given` are the arguments that the Trainer is made with, by name (model, args, train_dataset, data_collator); in it
+    data are replaced by such that carry the auxiliary loss's regions. What is returned is to be called with the
+    Trainer once it is made, and lets everything that the run needs take part in it.
     """
     model, arguments, asked = given["model"], given.get("args"), active.configuration()
     data = {name: given.get(name) for name in ("train_dataset", "data_collator")}
     handle = prepare(model, arguments, data["train_dataset"], data["data_collator"])
-    auxiliary = (
-        None if handle is None or handle.auxiliary is None or handle.auxiliary.head is None else handle.auxiliary
-    )
+    auxiliary = None if handle is None else handle.auxiliary
+    if auxiliary is not None and auxiliary.head is None:  # weight 0
+        auxiliary = None
     if auxiliary is not None:
         given["train_dataset"], given["data_collator"] = region_data.wrap(auxiliary, **data)
     compat.fix_zero3_dtypes(model, arguments)
@@ -68,8 +62,6 @@ def prepare_run(given: dict[str, Any]) -> Callable[[Any], None]:
             gradients_trainer.follow(trainer, gradients)
         if handle is not None or (asked is not None and asked.flags):
             extend(trainer, Records(handle))
-        if handle is not None:
-            extend(trainer, fusion_trainer.FusionTraining(handle))
 
     return attach
 
@@ -77,10 +69,8 @@ def prepare_run(given: dict[str, Any]) -> Callable[[Any], None]:
 def prepare(model: Any, training_args: Any, dataset: Any, collator: Any) -> Handle | None:
     """Patch the Trainer's model, maybe inside peft, as configured, and set what trains.
 
-    `Routing.split = "auto"` is measured on the data set and its collator. Returns None for a model without a patch.
-
-    Raises:
-        SettingError: settings that this run cannot honour.
+    `Routing.split = "auto"` is measured on the data set and its collator. Returns None for a model without a patch;
+    refuses settings that this run cannot honour.
     """
     asked = active.configuration()
     handle = get_handle(model)
@@ -88,22 +78,17 @@ def prepare(model: Any, training_args: Any, dataset: Any, collator: Any) -> Hand
         handle = _patch_for_training(model, training_args, asked, dataset, collator)
     if handle is None:
         return None
-    routing = handle.routing
-    if routing is not None and routing.split == len(handle.anatomy.layers) and routing.freeze != "none":
-        raise SettingError(
-            f"Routing.split = {routing.split} is this model's depth: nothing is routed and there is no side branch for "
-            f'Routing.freeze = "{routing.freeze}" to train'
-        )
-    if getattr(training_args, "tune_mm_mlp_adapter", False) and routing is not None and routing.freeze != "none":
-        raise SettingError(
-            f'--tune_mm_mlp_adapter True trains the projector, but Routing.freeze = "{routing.freeze}" freezes it: '
-            "leave Routing out of stage 1"
-        )
-    if getattr(training_args, "n_gpu", 0) > 1:
-        raise SettingError(
-            f"one process on {training_args.n_gpu} GPUs (nn.DataParallel) would run the first GPU's weights on all of "
-            "them under a patch: launch with torchrun or deepspeed, or set CUDA_VISIBLE_DEVICES to one"
-        )
+    split, freeze = (None, "none") if handle.routing is None else (handle.routing.split, handle.routing.freeze)
+    devices = getattr(training_args, "n_gpu", 0)
+    against = {
+        f"Routing.split = {split} is this model's depth: nothing is routed and there is no side branch for "
+        f'Routing.freeze = "{freeze}" to train': freeze != "none" and split == len(handle.anatomy.layers),
+        f'--tune_mm_mlp_adapter True trains the projector, but Routing.freeze = "{freeze}" freezes it: leave Routing '
+        "out of stage 1": freeze != "none" and getattr(training_args, "tune_mm_mlp_adapter", False),
+        f"one process on {devices} GPUs (nn.DataParallel) would run the first GPU's weights on all of them under a "
+        "patch: launch with torchrun or deepspeed, or set CUDA_VISIBLE_DEVICES to one": devices > 1,
+    }
+    refuse(against)
     _train_side_branch_in_full(model, handle)
     stack = handle.adapter_parameters()[len(list(handle.anatomy.projector.parameters())) :]
     for parameter in stack:  # the script has set the projector's flags, and does not know DeepStack's own
@@ -148,26 +133,19 @@ def _patch_for_training(model: Any, training_args: Any, asked: "Configuration", 
         patch(model, fusion=asked.fusion)
         stage1.load(found, noted.projector, asked.fusion)
     if _auto_split(asked):
-        methods["routing"] = _resolve_auto(model, training_args, asked, dataset, collator, fresh)
+        if fresh:
+            raise SettingError(
+                'Routing.split = "auto" measures how the model reads images, but its projector is new: leave Routing '
+                "out of stage 1, or give --pretrain_mm_mlp_adapter"
+            )
+        settings = asked.measurements.get("Saturation", Saturation())
+        methods["routing"] = resolve_for_training(model, methods["routing"], training_args, dataset, collator, settings)
         set_seed(getattr(training_args, "seed", 42))  # the data set may have drawn random numbers
     return patch(model, **methods, zero_start=not fresh)
 
 
 def _auto_split(asked: "Configuration") -> bool:
     return asked.routing is not None and asked.routing.split == AUTO
-
-
-def _resolve_auto(
-    model: Any, training_args: Any, asked: "Configuration", dataset: Any, collator: Any, fresh: bool
-) -> Any:
-    if fresh:
-        raise SettingError(
-            'Routing.split = "auto" measures how the model reads images, but its projector is new: leave Routing out '
-            "of stage 1, or give --pretrain_mm_mlp_adapter"
-        )
-    assert asked.routing is not None
-    settings = asked.measurements.get("Saturation", Saturation())
-    return resolve_for_training(model, asked.routing, training_args, dataset, collator, settings)
 
 
 class Records(TrainerExtension):

@@ -68,11 +68,7 @@ def describe(script: Sequence[str], added: Sequence[str]) -> str:
 
 
 def refuse_unknown(values: Mapping[str, Any], options: Iterable[str]) -> None:
-    """Check the bound flags' names against the option strings, with their dashes, that a script's parser takes.
-
-    Raises:
-        SettingError: the script has no such flag; names a similar one.
-    """
+    """Refuse a bound flag that is not among the option strings, with their dashes, that a script's parser takes."""
     known = [option[2:] for option in options if option.startswith("--")]
     for name in values:
         if name in known:

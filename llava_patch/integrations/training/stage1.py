@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from llava_patch.core import records
 from llava_patch.core.errors import CheckpointError
 from llava_patch.settings import active
 from llava_patch.settings.methods import from_record
-
-if TYPE_CHECKING:
-    from llava_patch.settings.gin_config import Configuration
 
 PROJECTOR = "mm_projector"
 
@@ -28,19 +25,19 @@ pending: dict[int, Pending] = {}
 
 
 def initialize_vision_modules(original: Callable[..., Any], decoder: Any, model_args: Any, fsdp: Any) -> Any:
-    """LLaVA's method of this name, in training: a fused projector's file is kept for the patch that comes later.
-
-    Raises:
-        CheckpointError: the projector's file is none, or was trained with another fusion than this run's.
-    """
+    """LLaVA's method of this name, in training: a fused projector's file is kept for the patch that comes later."""
     asked, path = active.configuration(), model_args.pretrain_mm_mlp_adapter
     projector = None
     if path is not None:
-        projector = check_projector(path, fusion_of_run(asked, decoder.config))
+        fusion = None if asked is None else asked.fusion
+        record = records.config_record(decoder.config)
+        if fusion is None and record:
+            fusion = from_record(record, "config.json").get("fusion")
+        projector = check_projector(path, fusion)
     if asked is None or not asked.patches:
         return original(decoder, model_args, fsdp)
     fresh = getattr(decoder, "mm_projector", None) is None and path is None
-    fused = projector is not None and not is_stock(projector, tower_width(decoder, model_args))
+    fused = projector is not None and _is_widened(projector, tower_width(decoder, model_args))
     if fused:  # the stock layer cannot hold it: load it once the projector is widened
         model_args.pretrain_mm_mlp_adapter = None
     try:
@@ -50,12 +47,7 @@ def initialize_vision_modules(original: Callable[..., Any], decoder: Any, model_
     pending[id(decoder)] = Pending(fresh, projector if fused else None)
 
 
-def read_projector(path: str) -> dict[str, Any]:
-    """The tensors of LLaVA's stage-1 file (mm_projector.bin), by their names in the decoder.
-
-    Raises:
-        CheckpointError: no such file, or no projector in it.
-    """
+def _read(path: str) -> dict[str, Any]:
     import torch
 
     if not os.path.isfile(path):
@@ -69,64 +61,44 @@ def read_projector(path: str) -> dict[str, Any]:
     return found
 
 
-def is_stock(projector: dict[str, Any], width: int) -> bool:
-    """Whether the stock model, whose vision tower has `width` channels, can hold a stage-1 file itself."""
-    return first_width(projector) == width and all(k.startswith(f"{PROJECTOR}.") for k in projector)
+def _is_widened(projector: dict[str, Any], width: int) -> bool:
+    """Whether the stock model, whose vision tower has `width` channels, cannot hold a stage-1 file itself."""
+    first = next((projector[n] for n in (f"{PROJECTOR}.0.weight", f"{PROJECTOR}.weight") if n in projector), None)
+    if first is None:
+        raise CheckpointError(f"projector file without a first Linear; it holds {sorted(projector)}")
+    return first.shape[1] != width or _has_stack(projector)
 
 
-def fusion_of_run(asked: "Configuration | None", config: Any) -> Any:
-    """The fusion that this run asks for, or else that its model's configuration carries."""
-    if asked is not None and asked.fusion is not None:
-        return asked.fusion
-    record = records.config_record(config)
-    if not record:
-        return None
-    return from_record(record, "config.json").get("fusion")
+def _has_stack(projector: dict[str, Any]) -> bool:
+    return not all(name.startswith(f"{PROJECTOR}.") for name in projector)
 
 
 def check_projector(path: str, fusion: Any) -> dict[str, Any]:
     """Read LLaVA's stage-1 file and compare it with the fusion of this run.
 
-    Args:
-        path: mm_projector.bin; the settings that it was trained with lie beside it, if llava_patch was there.
-        fusion: this run's fusion, or None.
-
-    Returns:
-        The tensors, by their names in the decoder.
+    Returns the tensors by their names in the decoder. The settings that it was trained with lie beside it, if
+    llava_patch was there.
 
     Raises:
-        CheckpointError: it was trained with another fusion; detach and what trains may differ.
+        CheckpointError: no such file, no projector in it, or another fusion's; detach and what trains may differ.
     """
     from llava_patch.fusion.base import TRAINING, differs
 
-    projector = read_projector(path)
+    projector = _read(path)
     folder = os.path.dirname(path)
-    record, there = records.read_settings(folder or "."), None
-    if record is not None:
-        there = from_record(record, folder).get("fusion")
+    record = records.read_settings(folder or ".")
+    there = None if record is None else from_record(record, folder).get("fusion")
     if there is not None and differs(fusion, there, (*TRAINING, "detach")):
         raise CheckpointError(
             f"--pretrain_mm_mlp_adapter {path} was trained with {there}, but this run has {fusion or 'no fusion'}: "
             "give it the same settings (--gin_file, --gin_param)"
         )
-    if fusion is None and not all(k.startswith(f"{PROJECTOR}.") for k in projector):
+    if fusion is None and _has_stack(projector):
         raise CheckpointError(
             f"--pretrain_mm_mlp_adapter {path} holds DeepStack's projector, but this run has no fusion: give it the "
             "settings that it was trained with (--gin_file, --gin_param)"
         )
     return projector
-
-
-def first_width(projector: dict[str, Any]) -> int:
-    """Input channels of a projector's first Linear.
-
-    Raises:
-        CheckpointError: the projector has none.
-    """
-    for name in (f"{PROJECTOR}.0.weight", f"{PROJECTOR}.weight"):
-        if name in projector:
-            return int(projector[name].shape[1])
-    raise CheckpointError(f"projector file without a first Linear; it holds {sorted(projector)}")
 
 
 def tower_width(decoder: Any, model_args: Any) -> int:
@@ -144,11 +116,7 @@ def tower_width(decoder: Any, model_args: Any) -> int:
 
 
 def load(anatomy: Any, projector: dict[str, Any], fusion: Any) -> None:
-    """Put a stage-1 file's tensors into a fused model; DeepSpeed ZeRO-3 may have partitioned it.
-
-    Raises:
-        CheckpointError: other tensors or shapes than the model has.
-    """
+    """Put a stage-1 file's tensors into a fused model of the same shapes; DeepSpeed ZeRO-3 may have partitioned it."""
     from llava_patch.hosts import zero
 
     modules = {n: m for n, m in anatomy.projector_owner.named_children() if n.startswith(PROJECTOR)}

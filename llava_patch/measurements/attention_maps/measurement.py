@@ -68,7 +68,7 @@ class AttentionMapsMeasurement(Measurement):
             folder: not needed.
             image: an image; may be repeated; instead of --data.
         """
-        from llava_patch.data.model_inputs import examples_for
+        from llava_patch.data.target import examples_for
 
         if image:
             settings = dataclasses.replace(settings, max_samples=len(image))
@@ -96,7 +96,7 @@ class AttentionMapsMeasurement(Measurement):
         self, subject: "LoadedCheckpoint", examples: list[Any], settings: AttentionMaps, label: str, checkpoint: str
     ) -> AttentionMapsResult:
         """The maps of a loaded checkpoint under a name."""
-        from llava_patch.data.model_inputs import ModelInputs
+        from llava_patch.data.target import ModelInputs
         from llava_patch.measurements.attention_maps.measure import measure_attention_maps
 
         return measure_attention_maps(

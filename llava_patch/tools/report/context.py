@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from llava_patch.core.errors import InputError, LlavaPatchError
 from llava_patch.core.weights import folder_of
-from llava_patch.data.base_model import base_of
+from llava_patch.data.loaded import base_of
 from llava_patch.data.target import Target
 from llava_patch.measurements.base import NothingToMeasure
 from llava_patch.tools.inspect import Inspection, inspect_checkpoint

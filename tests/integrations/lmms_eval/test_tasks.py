@@ -244,7 +244,7 @@ def test_unknown_settings_and_foreign_models_are_refused() -> None:
 
 
 def test_prompt_of_a_model_without_template_is_llavas_own(tmp_path: Path) -> None:
-    from llava_patch.integrations.lmms_eval.access import reach
+    from llava_patch.integrations.lmms_eval.runner import reach
 
     from .conftest import make_lm
 

@@ -147,10 +147,7 @@ class RegionDataset(_Around, Dataset):
     def __init__(self, inner: Any, marker: Marker, regions: dict[int, Region], folder: str, source: str) -> None:
         """Wrap LLaVA's, with the regions of its records by number, its images' folder and its records' file."""
         super().__init__(inner)
-        self._marker = marker
-        self._regions = regions
-        self._folder = folder
-        self._source = source
+        self._marker, self._regions, self._folder, self._source = marker, regions, folder, source
 
     def __len__(self) -> int:
         """Records."""

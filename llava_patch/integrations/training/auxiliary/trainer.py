@@ -18,7 +18,7 @@ from llava_patch.core.errors import CheckpointError, SettingError
 from llava_patch.core.files import atomic
 from llava_patch.fusion import optimizer as optimizer_groups
 from llava_patch.hosts import compat, lora, zero
-from llava_patch.integrations.training.extension import TrainerExtension, extend
+from llava_patch.integrations.training.extension import TrainerExtension, extend, refuse
 from llava_patch.patching.handle import Handle, get_handle
 from llava_patch.patching.keys import base_fingerprint, check_fingerprint
 from llava_patch.probe.auxiliary.attach import HEAD
@@ -28,41 +28,29 @@ FILE = "llava_patch_rprobe.safetensors"
 
 
 def check(handle: Handle, training_args: Any) -> None:
-    """Refuse what this run cannot honour, before anything is written; requires_grad is as it will be.
-
-    Raises:
-        SettingError: names the setting and what stands against it.
-    """
+    """Refuse what this run cannot honour, before anything is written; requires_grad is as it will be."""
     auxiliary = handle.auxiliary
     if auxiliary is None or auxiliary.head is None:
         return
-    if getattr(training_args, "fsdp", None):
-        raise SettingError("AuxiliaryProbe does not work with --fsdp: use DeepSpeed")
-    if getattr(training_args, "label_smoothing_factor", 0):
-        raise SettingError(
-            "AuxiliaryProbe adds to the model's own loss, but with --label_smoothing_factor the Trainer computes the "
-            "loss itself: leave one of them out"
-        )
     deepspeed = getattr(getattr(training_args, "hf_deepspeed_config", None), "config", None) or {}
-    if auxiliary.settings.lr is not None and "optimizer" in deepspeed:
-        raise SettingError(
-            'AuxiliaryProbe.lr needs optimizer groups, but the DeepSpeed config has its own "optimizer": remove that '
-            "entry"
-        )
-    if lora.has_lora(auxiliary.head):
-        raise SettingError(
-            "peft has put LoRA into the auxiliary loss's head, which trains in full: patch after get_peft_model()"
-        )
     reached = {id(p) for p in handle.adapter_parameters()}
     if handle.anatomy.vision_model is not None:
         reached |= {id(p) for p in handle.anatomy.vision_model.parameters()}
     trains = set(handle.trainable())
-    if not any(id(p) in reached for n, p in handle.model.named_parameters() if n in trains):
-        raise SettingError(
-            "AuxiliaryProbe: neither the projector nor the vision tower trains in this run, so that the loss would "
-            "reach nothing but its own head: leave it out, or let one of them train (no --freeze_mm_mlp_adapter; a "
-            "fusion's train_tower)"
-        )
+    against = {
+        "AuxiliaryProbe does not work with --fsdp: use DeepSpeed": getattr(training_args, "fsdp", None),
+        "AuxiliaryProbe adds to the model's own loss, but with --label_smoothing_factor the Trainer computes the loss "
+        "itself: leave one of them out": getattr(training_args, "label_smoothing_factor", 0),
+        'AuxiliaryProbe.lr needs optimizer groups, but the DeepSpeed config has its own "optimizer": remove that '
+        "entry": auxiliary.settings.lr is not None and "optimizer" in deepspeed,
+        "peft has put LoRA into the auxiliary loss's head, which trains in full: patch after get_peft_model()": (
+            lora.has_lora(auxiliary.head)
+        ),
+        "AuxiliaryProbe: neither the projector nor the vision tower trains in this run, so that the loss would reach "
+        "nothing but its own head: leave it out, or let one of them train (no --freeze_mm_mlp_adapter; a fusion's "
+        "train_tower)": not any(id(p) in reached for n, p in handle.model.named_parameters() if n in trains),
+    }
+    refuse(against)
 
 
 def follow(trainer: Any, *, release: bool = False) -> None:
@@ -91,36 +79,29 @@ def follow(trainer: Any, *, release: bool = False) -> None:
     auxiliary = handle.auxiliary
     if auxiliary.head is None:
         return
-    if getattr(trainer.args, "remove_unused_columns", False):
-        raise SettingError(
-            f"the Trainer would drop the records' {KEY!r} entries: set TrainingArguments.remove_unused_columns = False"
-        )
-    if getattr(trainer, "compute_loss_func", None) is not None:
-        raise SettingError("AuxiliaryProbe adds to the model's own loss, but the Trainer has a compute_loss_func")
-    if getattr(trainer.args, "n_gpu", 0) > 1:
-        raise SettingError(
-            f"one process on {trainer.args.n_gpu} GPUs (nn.DataParallel) would split the regions apart from their "
-            "images: launch with torchrun or deepspeed, or set CUDA_VISIBLE_DEVICES to one"
-        )
-    _check_dispatch(trainer)
+    dispatch, devices = trainer.accelerator.dispatch_batches, getattr(trainer.args, "n_gpu", 0)
+    if dispatch is None:  # accelerate's default
+        dispatch = isinstance(trainer.train_dataset, IterableDataset)
+    against = {
+        f"the Trainer would drop the records' {KEY!r} entries: set TrainingArguments.remove_unused_columns = False": (
+            getattr(trainer.args, "remove_unused_columns", False)
+        ),
+        "AuxiliaryProbe adds to the model's own loss, but the Trainer has a compute_loss_func": (
+            getattr(trainer, "compute_loss_func", None) is not None
+        ),
+        f"one process on {devices} GPUs (nn.DataParallel) would split the regions apart from their images: launch with "
+        "torchrun or deepspeed, or set CUDA_VISIBLE_DEVICES to one": devices > 1,
+        # It cuts every tensor at the batch's samples, and regions are fewer.
+        "dispatch_batches (accelerate's default for an IterableDataset) lets rank 0 read batches and cuts them up for "
+        "the others, which would put regions on wrong images: set TrainingArguments(accelerator_config="
+        '{"dispatch_batches": False}), so that every rank reads its own': dispatch and trainer.args.world_size > 1,
+    }
+    refuse(against)
     auxiliary.head.requires_grad_(True)  # peft freezes whatever is no LoRA
     check(handle, trainer.args)
     if trainer.optimizer is not None:
         _check_optimizer(trainer.optimizer, auxiliary)
     extend(trainer, AuxiliaryTraining(handle, release))
-
-
-def _check_dispatch(trainer: Any) -> None:
-    """Refuse rank 0 reading for all: accelerate cuts every tensor at the batch's samples, regions are fewer."""
-    dispatch = trainer.accelerator.dispatch_batches
-    if dispatch is None:  # accelerate's default
-        dispatch = isinstance(trainer.train_dataset, IterableDataset)
-    if dispatch and trainer.args.world_size > 1:
-        raise SettingError(
-            "dispatch_batches (accelerate's default for an IterableDataset) lets rank 0 read batches and cuts them up "
-            "for the others, which would put regions on wrong images: set TrainingArguments(accelerator_config="
-            '{"dispatch_batches": False}), so that every rank reads its own'
-        )
 
 
 def _check_optimizer(optimizer: Any, auxiliary: Any) -> None:
@@ -185,13 +166,7 @@ class AuxiliaryTraining(TrainerExtension):
 
 
 def save_head(handle: Handle, folder: Path, writes: bool) -> None:
-    """Write the head; with weights that DeepSpeed ZeRO-3 has partitioned every rank must call this.
-
-    Args:
-        handle: of the model that trains.
-        folder: a checkpoint's or the run's.
-        writes: whether this rank writes.
-    """
+    """Write the head from the rank that `writes`; with ZeRO-3's partitioned weights every rank must call this."""
     auxiliary = handle.auxiliary
     if auxiliary is None or auxiliary.head is None:
         return
@@ -203,7 +178,11 @@ def save_head(handle: Handle, folder: Path, writes: bool) -> None:
         with zero.gathered([parameter]):
             if writes:
                 tensors[name] = parameter.detach().to("cpu", copy=True).contiguous()
-    fingerprint = _fingerprint(handle)
+    # As a resumed run finds the model: beside LoRA the Trainer's checkpoints bring back LoRA's matrices alone, so only
+    # what does not train is compared.
+    beside_lora = lora.has_lora(handle.model)
+    changed = {n for n, p in handle.model.named_parameters() if beside_lora and p.requires_grad}
+    fingerprint = base_fingerprint(handle.model, changed)
     if writes:
         about = {"settings": json.dumps(handle.settings()["probe"]), "fingerprint": json.dumps(fingerprint)}
         with atomic(folder / FILE) as temporary:
@@ -211,11 +190,7 @@ def save_head(handle: Handle, folder: Path, writes: bool) -> None:
 
 
 def load_head(handle: Handle, folder: Path) -> None:
-    """Bring the head back from a checkpoint of the same run.
-
-    Raises:
-        CheckpointError: no head there, of another shape, or trained beside another model.
-    """
+    """Bring the head back from a checkpoint of the same run; one of another shape or model is refused."""
     auxiliary = handle.auxiliary
     if auxiliary is None or auxiliary.head is None:
         return
@@ -239,13 +214,3 @@ def load_head(handle: Handle, folder: Path) -> None:
         for name, parameter in parameters.items():
             with zero.gathered([parameter], changed=True):
                 parameter.copy_(stream.get_tensor(name))
-
-
-def _fingerprint(handle: Handle) -> dict[str, list[float]]:
-    """Of the model beside the head, as a resumed run finds it.
-
-    Beside LoRA the Trainer's checkpoints bring back LoRA's matrices alone, so only what does not train is compared.
-    """
-    beside_lora = lora.has_lora(handle.model)
-    changed = {n for n, p in handle.model.named_parameters() if beside_lora and p.requires_grad}
-    return base_fingerprint(handle.model, changed)

@@ -17,8 +17,7 @@ from llava_patch.core.errors import CheckpointError, SettingError
 from llava_patch.hosts import compat
 from llava_patch.integrations.training import gradients as training
 from llava_patch.integrations.training.auxiliary import follow as follow_auxiliary
-from llava_patch.integrations.training.gradients import follow
-from llava_patch.integrations.training.gradients_loss import loss_scale
+from llava_patch.integrations.training.gradients import follow, loss_scale
 from llava_patch.measurements.gradients.settings import Gradients
 from llava_patch.patching.handle import get_handle
 
