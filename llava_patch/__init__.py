@@ -86,10 +86,13 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> object:
     """Load a public name on first use."""
-    if name not in _EXPORTS:
-        raise AttributeError(f"module 'llava_patch' has no attribute {name!r}")
     import importlib
 
+    if name not in _EXPORTS:
+        registry = importlib.import_module("llava_patch.core.registry")
+        if name in registry.METHODS:  # one that was added there
+            return registry.load(registry.METHODS[name])
+        raise AttributeError(f"module 'llava_patch' has no attribute {name!r}")
     return getattr(importlib.import_module(f"llava_patch.{_EXPORTS[name]}"), name)
 
 

@@ -26,7 +26,8 @@ from llava_patch.settings.methods import to_dict
 if TYPE_CHECKING:
     from llava_patch.fusion.base import Fusion
     from llava_patch.probe.auxiliary.attach import Auxiliary
-    from llava_patch.settings.methods import AuxiliaryProbe, FastV, Routing
+    from llava_patch.routing.pruning import Pruning
+    from llava_patch.settings.methods import AuxiliaryProbe, Routing
 
 
 class _Mark(NamedTuple):
@@ -80,7 +81,7 @@ class Handle:
         return self._settings("routing")
 
     @property
-    def pruning(self) -> "FastV | None":
+    def pruning(self) -> "Pruning | None":
         """Pruning settings, or None."""
         return self._settings("pruning")
 

@@ -22,14 +22,15 @@ from llava_patch.routing import attach as decoder
 
 if TYPE_CHECKING:
     from llava_patch.fusion.base import Fusion
-    from llava_patch.settings.methods import AuxiliaryProbe, FastV, Routing
+    from llava_patch.routing.pruning import Pruning
+    from llava_patch.settings.methods import AuxiliaryProbe, Routing
 
 
 def patch(
     model: nn.Module,
     fusion: "Fusion | None" = None,
     routing: "Routing | None" = None,
-    pruning: "FastV | None" = None,
+    pruning: "Pruning | None" = None,
     probe: "AuxiliaryProbe | None" = None,
     *,
     zero_start: bool = True,

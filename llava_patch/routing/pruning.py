@@ -68,7 +68,7 @@ class Pruning:
         return tuple(max(math.ceil(share * n), p) for n, p in zip(images, protected, strict=True))
 
 
-def choose(scores: Tensor, image_mask: Tensor, keep: tuple[int, ...], protected: Tensor | None = None) -> Tensor:
+def choose_kept(scores: Tensor, image_mask: Tensor, keep: tuple[int, ...], protected: Tensor | None = None) -> Tensor:
     """Choose the `keep` image positions of each sample with the highest scores; the lower position wins ties.
 
     `scores` are float [batch, tokens]; `image_mask`, the candidates, and `protected`, those that stay whatever their

@@ -31,7 +31,7 @@ from llava_patch.routing.plan import (
     positions,
     put_back,
 )
-from llava_patch.routing.pruning import choose
+from llava_patch.routing.pruning import choose_kept
 from llava_patch.routing.schedule import LayerMode, LayerSchedule
 
 
@@ -130,7 +130,7 @@ class RoutedPass:
             if split == self.prune_at:
                 self._prune(split)
         if split < end:
-            self._split()
+            self._part_streams()
             for number in range(split, end):
                 self._layer(number)
         hidden = self._whole(end)
@@ -327,7 +327,7 @@ class RoutedPass:
         self.merged = hidden
         self._record(hidden, None)
 
-    def _split(self) -> None:
+    def _part_streams(self) -> None:
         """Take image and text apart and run the side branch."""
         hidden = self._whole(self.schedule.split)
         text_name = TEXT if LayerMode.TEXT in self.schedule.modes else None  # else no layer's keys are the text's own
@@ -400,7 +400,9 @@ class RoutedPass:
         pruning = self.schedule.pruning
         assert pruning is not None
         keep = pruning.keep_counts(counts.image, counts.protected)
-        kept = valid & (~image_mask | choose(pruning.scores(image_mask, attention), image_mask, keep, call.protected))
+        kept = valid & (
+            ~image_mask | choose_kept(pruning.scores(image_mask, attention), image_mask, keep, call.protected)
+        )
         self.entered, self.counts = None, replace(counts, image=keep)
         if call.cache is None:  # with a cache the prompt does not come again
             call_context.remember_chosen(self.anatomy, call.embeds, kept)

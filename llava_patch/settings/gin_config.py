@@ -1,7 +1,7 @@
 """Gin configuration: the one root, how files are found, and the operative config.
 
 Bindings name the same classes and fields as Python does (`Routing.split = 18`). The root is `Patch`, with
-`Patch.fusion` and `Patch.routing`; binding any field of a method switches that method on as well.
+a field a kind of method (`Patch.fusion`, ...); binding any field of a method switches that method on as well.
 """
 
 from __future__ import annotations

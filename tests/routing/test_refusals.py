@@ -8,7 +8,7 @@ import torch
 
 from llava_patch import FastV, Routing, patch
 from llava_patch.core.errors import InputError, LlavaPatchError, SettingError
-from llava_patch.routing.pruning import choose
+from llava_patch.routing.pruning import choose_kept
 from tests.support.models import IMAGE, close
 from tests.support.routings import ALL, RAGGED, embeddings
 
@@ -255,9 +255,12 @@ def test_which_tokens_pruning_keeps():
     assert FastV(ratio=1.0).keep_counts((4, 4), (0, 2)) == (0, 2)
     scores = torch.tensor([[0.1, 0.5, 0.5, 0.5, 0.9], [0.2, 0.2, 0.2, 0.2, 0.2]])
     image = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 0, 1, 1]]).bool()
-    assert choose(scores, image, (2, 3)).int().tolist() == [[0, 1, 0, 0, 1], [1, 1, 0, 1, 0]]  # the lower one wins ties
+    assert choose_kept(scores, image, (2, 3)).int().tolist() == [
+        [0, 1, 0, 0, 1],
+        [1, 1, 0, 1, 0],
+    ]  # the lower one wins ties
     protected = torch.tensor([[1, 0, 0, 1, 0], [0, 0, 0, 0, 1]]).bool()
-    assert choose(scores, image, (2, 1), protected).int().tolist() == [[0, 0, 0, 1, 1], [0, 0, 0, 0, 1]]
+    assert choose_kept(scores, image, (2, 1), protected).int().tolist() == [[0, 0, 0, 1, 1], [0, 0, 0, 0, 1]]
 
 
 @torch.no_grad()

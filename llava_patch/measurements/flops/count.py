@@ -96,7 +96,7 @@ class Flops:
         projector: from tower to decoder, DeepStack's second one included.
         layers: of each decoder layer.
         side: the side branch.
-        pruning: FastV's own row of attention.
+        pruning: its own row of attention.
         head: hidden size to vocabulary.
     """
 

@@ -90,7 +90,7 @@ class DecoderPositions:
     Attributes:
         layers: of each decoder layer.
         side: of each side-branch layer; () without one, or where it does not run.
-        chooser: of FastV's own row of attention, which finds what to prune; None where nothing is pruned.
+        chooser: of the pruning's own row of attention, which finds what to prune; None where nothing is pruned.
         answered: positions of a sample that the head answers.
         images: image positions that are left at the split.
     """
