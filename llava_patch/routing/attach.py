@@ -104,7 +104,7 @@ class RoutingMethod(Method):
 
 
 class PruningMethod(Method):
-    """Pruning of image tokens on a model; which layer prunes is in the schedule, which `routing.attach.attach` puts on."""
+    """Pruning of image tokens on a model; `routing.attach.attach` applies the schedule that says which layer prunes."""
 
     calls_decoder_layers = True
 
