@@ -14,9 +14,9 @@ from .project import ROOT, core, extra, module_of
 
 HOSTS = {"llava", "lmms_eval", "peft", "deepspeed", "accelerate", "huggingface_hub", "yaml"}
 """What llava_patch works on and what that brings: there when it is asked to, imported where it is used."""
-INSIDE = {"lmms_eval": HOSTS | {"datasets"}}
+INSIDE = {"lmms_eval": HOSTS | {"datasets"}, "llava": {"llava"}}
 """Files that a host imports may import that host, and what it needs itself, at their top."""
-HOSTED = {"llava_patch/integrations/lmms_eval/tasks.py": "lmms_eval"}
+HOSTED = {"llava_patch/integrations/lmms_eval/tasks.py": "lmms_eval", "llava_patch/hosts/towers/llava.py": "llava"}
 
 COMMANDS = {
     ("bench",): "matplotlib", ("sweep",): "matplotlib", ("saturation", "run"): "matplotlib",

@@ -59,12 +59,12 @@ def run_command(
     **fields: Any,
 ) -> None:
     """See `RProbeMeasurement`, whose docstring is the help."""
+    need("rprobe", *PROBE.extras)  # before torch, which takes seconds
     from llava_patch.core import parallel
     from llava_patch.data.target import Target
     from llava_patch.settings import active
     from llava_patch.tools.sweep.process import signals_interrupt
 
-    need("rprobe", *PROBE.extras)
     common.check_formats(formats)
     if ablation and (fields["masked"] is not None or fields["text"] is not None):
         raise SettingError("--ablation runs masked and full images, with and without text: leave these options out")
