@@ -69,7 +69,7 @@ def _notify(name: str, module: object) -> None:
 
 
 class _MovedFinder:
-    """Finds modules by the paths that they had in earlier releases; asked last, so it costs nothing until then."""
+    """Finds modules by the paths that they had in earlier versions; asked last, so it costs nothing until then."""
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> object:

@@ -1,4 +1,4 @@
-"""Import paths of earlier releases: every one that their README and docs showed, and what they cost."""
+"""Import paths of earlier versions: every one that their README and docs showed, and what they cost."""
 
 import ast
 import importlib

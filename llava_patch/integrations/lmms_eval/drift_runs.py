@@ -1,4 +1,4 @@
-"""Names that task.py of earlier releases imported, for copies of it; `runner.names` has them all."""
+"""Names that task.py of earlier versions imported, for copies of it; `runner.names` has them all."""
 
 from llava_patch.integrations.lmms_eval.runner import names
 

@@ -129,5 +129,5 @@ for _measurement in map(registry.measurement, registry.MEASUREMENTS):
         _register(_measurement.name, lambda *given, _one=_measurement: runner.answer(_one, *given))
 _register("rprobe", lambda self, requests: rprobe_runs.answer(self, requests))
 
-# What task.py of earlier releases imported, for copies of it.
+# What task.py of earlier versions imported, for copies of it.
 DriftTask, FusionAttentionTask, SaturationTask = map(task_class, ("drift", "fusion_attention", "saturation"))
