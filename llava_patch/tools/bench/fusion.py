@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +10,9 @@ from torch import nn
 
 from llava_patch.core import files
 from llava_patch.fusion.base import Fusion
-from llava_patch.patching.patch import patch
 from llava_patch.settings.methods import DeepStack, DenseConnector, DirectFusion, SkipLinks
 from llava_patch.tools.bench.measure import Clock, peak_bytes, training_step
+from llava_patch.tools.bench.methods import patched
 from llava_patch.tools.bench.shapes import inputs as make_inputs
 
 
@@ -61,22 +60,18 @@ def measure(
         row, settings = results[name], rows[name]
         before = sum(p.numel() for p in model.parameters())
         # Every parameter trains in a stock Hugging Face model, so the tower does here too.
-        with contextlib.nullcontext() if settings is None else patch(model, fusion=settings) as handle:
+        with patched(model, settings and {"fusion": settings}) as handle:
             row.image_tokens = handle.tokens_per_image if handle is not None else 576
             batch_inputs = make_inputs(model, text, batch, row.image_tokens)
             if number == 0:
                 row.added = sum(p.numel() for p in model.parameters()) - before
-                logits = _logits(model, batch_inputs)
+                with torch.no_grad():
+                    logits = model(**batch_inputs, use_cache=False, logits_to_keep=1).logits.float()
                 stock_logits = logits if stock_logits is None else stock_logits
                 if handle is None or (handle.taps is not None and handle.taps.keeps_tokens):
                     row.start_delta = float((logits - stock_logits).abs().max())
             _step(model, batch_inputs, row, keep=number > 0)
     return list(results.values())
-
-
-@torch.no_grad()
-def _logits(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-    return model(**inputs, use_cache=False, logits_to_keep=1).logits.float()
 
 
 def _step(model: Any, inputs: dict[str, Any], row: Row, keep: bool) -> None:

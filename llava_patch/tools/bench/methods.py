@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from llava_patch.core.errors import SettingError
-from llava_patch.patching.handle import Handle, restore_flags
+from llava_patch.patching.handle import restore_flags
 from llava_patch.patching.patch import patch
 from llava_patch.settings.methods import FastV, Routing
 
@@ -36,17 +37,14 @@ class Method:
     partner: Partner
     lora_rank: int | None = None  # LoRA on every linear layer of the decoder instead
 
-    @contextlib.contextmanager
-    def applied(self, model: nn.Module) -> Iterator[Handle | None]:
+    def applied(self, model: nn.Module) -> AbstractContextManager[Any]:
         """The model with this method; as it was afterwards."""
-        if self.lora_rank is not None:
-            with _lora(model, self.lora_rank):
-                yield None
-        elif self.settings:
-            with patch(model, **self.settings) as handle:
-                yield handle
-        else:
-            yield None
+        return patched(model, self.settings) if self.lora_rank is None else _lora(model, self.lora_rank)
+
+
+def patched(model: nn.Module, settings: dict[str, Any] | None) -> AbstractContextManager[Any]:
+    """The model under keyword arguments of `patch`, with its handle; without any the stock model, and None."""
+    return patch(model, **settings) if settings else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -91,9 +89,8 @@ def methods(n_layers: int, split: int, lora: bool = True) -> list[Method]:
         rows.append(Method(f"FastV(2, {ratio})", pruned(ratio), Partner("r = 0 is stock", pruned(0))))
         off = Partner("r = 0 is LF", {**routed("lf"), **pruned(0)}, routed("lf"))
         rows.append(Method(f"LF + FastV(2, {ratio})", {**routed("lf"), **pruned(ratio)}, off))
-    if lora:
-        for rank in (16, 64):
-            rows.append(Method(f"LoRA, r = {rank}", {}, Partner("B = 0 is stock", None), lora_rank=rank))
+    for rank in (16, 64) if lora else ():
+        rows.append(Method(f"LoRA, r = {rank}", {}, Partner("B = 0 is stock", None), lora_rank=rank))
     return rows
 
 
@@ -101,31 +98,14 @@ def methods(n_layers: int, split: int, lora: bool = True) -> list[Method]:
 def partner_difference(model: Any, method: Method, inputs: dict[str, Any]) -> float:
     """Largest difference of a logit between a method and its identity partner."""
     partner = method.partner
-    if method.lora_rank is not None:
-        with method.applied(model):
-            left = _logits(model, inputs)
-        right = _logits(model, inputs)
-    else:
-        left = _patched_logits(model, partner.left, inputs, partner.silent)
-        right = _patched_logits(model, partner.right, inputs)
+    with patched(model, partner.left) if method.lora_rank is None else method.applied(model) as handle:
+        for layer in handle.anatomy.decoder.side_branch if partner.silent else ():
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        left = model(**inputs, use_cache=False).logits
+    with patched(model, partner.right):
+        right = model(**inputs, use_cache=False).logits
     if partner.text_only:
         text = inputs["input_ids"] != model.config.image_token_id
         left, right = left[text], right[text]
     return float((left.float() - right.float()).abs().max())
-
-
-def _patched_logits(
-    model: Any, settings: dict[str, Any] | None, inputs: dict[str, Any], silent: bool = False
-) -> Tensor:
-    if settings is None:
-        return _logits(model, inputs)
-    with patch(model, **settings) as handle:
-        if silent:
-            for layer in handle.anatomy.decoder.side_branch:
-                layer.self_attn.o_proj.weight.zero_()
-                layer.mlp.down_proj.weight.zero_()
-        return _logits(model, inputs)
-
-
-def _logits(model: Any, inputs: dict[str, Any]) -> Tensor:
-    return model(**inputs, use_cache=False).logits
