@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from llava_patch.data.examples import Example, read_examples
 
 if TYPE_CHECKING:
-    from llava_patch.data.inputs import Inputs
     from llava_patch.data.loaded import LoadedCheckpoint
 
 Opener = Callable[[], tuple[Any, Iterable[dict[str, Any]]]]
@@ -121,15 +120,7 @@ class ModelInputs(Sequence):
         """The inputs of one example, or the `ModelInputs` of a slice."""
         if isinstance(index, slice):
             return ModelInputs(self.subject, self.examples[index], self.answers)
-        return self._make(self.subject.inputs(), self.examples[index])
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """The inputs of each example in turn."""
-        inputs = self.subject.inputs()
-        return (self._make(inputs, example) for example in self.examples)
-
-    def _make(self, inputs: "Inputs", example: Example) -> dict[str, Any]:
-        image = example.open_image()
+        inputs, example = self.subject.inputs(), self.examples[index]
         if self.answers:
-            return inputs.training_inputs(image, example.question, example.answer)
-        return inputs.forward_inputs(image, example.question)
+            return inputs.training_inputs(example.open_image(), example.question, example.answer)
+        return inputs.forward_inputs(example.open_image(), example.question)

@@ -26,10 +26,9 @@ TEXTS = ("utf8_string", "caption", "text")
 
 def is_coco_text(values: Any) -> bool:
     """Whether a JSON value is of this kind."""
-    if not isinstance(values, dict):
-        return False
-    return all(isinstance(values.get(name), dict) for name in ("imgs", "anns")) or all(
-        isinstance(values.get(name), list) for name in ("images", "annotations")
+    kinds: Any = (("imgs", "anns"), dict), (("images", "annotations"), list)
+    return isinstance(values, dict) and any(
+        all(isinstance(values.get(name), kind) for name in names) for names, kind in kinds
     )
 
 
@@ -63,7 +62,8 @@ def read_coco_text(file: Path, values: dict[str, Any], folder: Path | None, coll
                 if not isinstance(ann, dict):
                     raise InputError(f"{file}:{named}[{key}]: expected an object, got {type(ann).__name__}")
                 of_image.setdefault(str(ann.get("image_id")), []).append(key)
-    places = _places(file, folder)
+    roots = [file.parent, file.parent.parent] if folder is None else [folder]
+    places = [place for root in roots for place in (root, *sorted(p for p in root.iterdir() if p.is_dir()))]
     for key, image in images.items():
         if of_image.get(key, []) == []:
             continue
@@ -75,14 +75,12 @@ def read_coco_text(file: Path, values: dict[str, Any], folder: Path | None, coll
             for name in map(str, names):
                 with collector.one():
                     where = f"{file}:{named}[{name}]"
-                    if not isinstance(anns.get(name), dict):
+                    ann = anns.get(name)
+                    if not isinstance(ann, dict):
                         raise InputError(f"{where}: image {key} names this annotation, but there is none")
-                    collector.region(page, _text(anns[name]), [_box(anns[name], where)], where)
-
-
-def _places(file: Path, folder: Path | None) -> list[Path]:
-    roots = [file.parent, file.parent.parent] if folder is None else [folder]
-    return [place for root in roots for place in (root, *sorted(p for p in root.iterdir() if p.is_dir()))]
+                    text = next((ann[name] for name in TEXTS if name in ann), None)
+                    legible = isinstance(text, str) and ann.get("legibility") != "illegible" and text != ILLEGIBLE
+                    collector.region(page, text if legible else None, [_box(ann, where)], where)
 
 
 def _page(where: str, file: Path, key: str, image: Any, places: list[Path], collector: Collector) -> Page:
@@ -109,13 +107,6 @@ def _page(where: str, file: Path, key: str, image: Any, places: list[Path], coll
             f"{declared[1]}: boxes would not fit (a copy of another size, or one turned by its EXIF orientation?)"
         )
     return page
-
-
-def _text(ann: dict[str, Any]) -> str | None:
-    text = next((ann[name] for name in TEXTS if name in ann), None)
-    if not isinstance(text, str) or ann.get("legibility") == "illegible" or text == ILLEGIBLE:
-        return None
-    return text
 
 
 def _box(ann: dict[str, Any], where: str) -> Box:

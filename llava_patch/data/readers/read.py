@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -106,8 +107,9 @@ def read_samples(
     parts = [text] if Path(text).exists() or "," not in text else [part.strip() for part in text.split(",")]
     given: dict[str, Any] = {"images": str(images), "format": format}
     sources = [replace(parse_source(part), **{n: value for n, value in given.items() if value}) for part in parts]
-    roots = [_folder(one) for one in sources if not one.hub]
-    root = Path(os.path.commonpath(roots)) if roots else Path()
+    # Not resolved: a link has the name that its user gave it.
+    paths = [Path(os.path.abspath(one.path)) for one in sources if not one.hub]
+    root = Path(os.path.commonpath([path if path.is_dir() else path.parent for path in paths]) if paths else "")
     found = [_read(one, boxes_per_sample, broken, root) for one in sources]
     if len(found) == 1:
         return found[0]
@@ -117,11 +119,6 @@ def read_samples(
         sum(part.unread for part in found),
         ", ".join(dict.fromkeys(part.format for part in found)),
     )
-
-
-def _folder(source: Source) -> Path:
-    path = Path(os.path.abspath(source.path))  # not resolved: a link has the name that its user gave it
-    return path if path.is_dir() else path.parent
 
 
 def resolve_source(text: str) -> str:
@@ -159,16 +156,18 @@ def _read(source: Source, boxes_per_sample: int, broken: str, root: Path) -> Sam
     chosen = kinds.get(format) or _forced(path, files, format)
     if format != "hf" and (source.boxes or source.split or source.config):
         raise SettingError(f"{path}: boxes, split and config are settings of Hugging Face datasets; this is {format}")
+    if format in ("jsonl", "cocotext") and len(chosen) > 1:
+        names = ", ".join(str(file) for file in chosen[:4])
+        raise InputError(f"R-Probe data {path}: {len(chosen)} files of {format} ({names}): name one of them")
     if format == "jsonl":
         if images is not None:
             raise SettingError(f"{path}: images is no setting of JSONL files: their paths are relative to the file")
-        return read_jsonl(_only(path, chosen, format), boxes_per_sample, broken, root)
+        return read_jsonl(chosen[0], boxes_per_sample, broken, root)
     if format == "cocotext":
-        file = _only(path, chosen, format)
-        values = load_json(file)
+        values = load_json(chosen[0])
         if not cocotext.is_coco_text(values):
-            raise InputError(f"{file}: not {FORMATS[format]}")
-        cocotext.read_coco_text(file, values, images, collector)
+            raise InputError(f"{chosen[0]}: not {FORMATS[format]}")
+        cocotext.read_coco_text(chosen[0], values, images, collector)
     elif format == "hf":
         path = Path(os.path.abspath(path))  # "." has no name
         hf.read_hf(path, source.split, "", source.boxes, images, collector)
@@ -237,10 +236,8 @@ def _choose(path: Path, files: list[Path], kinds: dict[str, list[Path]]) -> str:
     if kinds:
         there = "; ".join(f"{kind}: {found[0].name} ({len(found)} files)" for kind, found in kinds.items())
         raise InputError(f"R-Probe data {path}: of several formats, {there}: name one with ?format=, or one file")
-    count: dict[str, int] = {}
-    for file in files:
-        count[file.suffix.lower() or "no suffix"] = count.get(file.suffix.lower() or "no suffix", 0) + 1
-    there = ", ".join(f"{n} {suffix}" for suffix, n in sorted(count.items(), key=lambda item: (-item[1], item[0]))[:8])
+    count = Counter(sorted(file.suffix.lower() or "no suffix" for file in files))
+    there = ", ".join(f"{n} {suffix}" for suffix, n in count.most_common(8))
     opens = f" that opens with {''.join(first_lines(path)[:1])[:60]!r}" if path.is_file() else ""
     known = "".join(f"\n  {name}: {text}" for name, text in FORMATS.items())
     raise InputError(
@@ -258,10 +255,3 @@ def _forced(path: Path, files: list[Path], format: str) -> list[Path]:
     if not found:
         raise InputError(f"R-Probe data {path}: format={format}, but there is no {' or '.join(suffixes)} file in it")
     return found
-
-
-def _only(path: Path, files: list[Path], format: str) -> Path:
-    if len(files) > 1:
-        names = ", ".join(str(file) for file in files[:4])
-        raise InputError(f"R-Probe data {path}: {len(files)} files of {format} ({names}): name one of them")
-    return files[0]
