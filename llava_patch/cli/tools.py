@@ -149,8 +149,7 @@ def bench(
     from llava_patch.core.terminal import show
     from llava_patch.data.loaded import pick_device, pick_dtype
     from llava_patch.hosts import sizes
-    from llava_patch.tools.bench import fusion, measure, report, shapes
-    from llava_patch.tools.bench.methods import methods
+    from llava_patch.tools.bench import fusion, measure, methods, report
 
     if shape not in sizes.SHAPES:
         raise SettingError(f"--shape {shape}: expected one of {', '.join(sizes.SHAPES)}")
@@ -168,7 +167,7 @@ def bench(
     console = Console()
 
     def build() -> tuple[Any, dict[str, Any]]:
-        model: Any = shapes.build(size, device, number, attention, tower)
+        model: Any = methods.build(size, device, number, attention, tower)
         about = report.machine(model.device)
         return model, {**about, "shape": shape, "dtype": dtype, "attention": attention, "repeats": repeats}
 
@@ -191,7 +190,7 @@ def bench(
     tables = {}
     for samples, words in settings:
         title = f"{shape}: 576 image + {words} text tokens, batch {samples}, {about['device']}, {dtype}"
-        compared = methods(size.layers, size.split if split < 0 else split, lora)
+        compared = methods.methods(size.layers, size.split if split < 0 else split, lora)
         tables[title] = measure.measure(model, compared, words, samples, repeats=repeats, training=train)
         for table in report.method_tables(tables[title]):
             show(console, *table, [], title)

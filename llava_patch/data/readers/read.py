@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_patch.core.errors import InputError, SettingError
-from llava_patch.data.readers import cocotext, funsd, hf, icdar
+from llava_patch.data.readers import hf, icdar, json_files
 from llava_patch.data.readers.files import IMAGE_SUFFIXES, Images, first_lines, load_json, walk
 from llava_patch.data.readers.jsonl import read_jsonl
 from llava_patch.data.readers.samples import Collector, Samples
@@ -165,15 +165,15 @@ def _read(source: Source, boxes_per_sample: int, broken: str, root: Path) -> Sam
         return read_jsonl(chosen[0], boxes_per_sample, broken, root)
     if format == "cocotext":
         values = load_json(chosen[0])
-        if not cocotext.is_coco_text(values):
+        if not json_files.is_coco_text(values):
             raise InputError(f"{chosen[0]}: not {FORMATS[format]}")
-        cocotext.read_coco_text(chosen[0], values, images, collector)
+        json_files.read_coco_text(chosen[0], values, images, collector)
     elif format == "hf":
         path = Path(os.path.abspath(path))  # "." has no name
         hf.read_hf(path, source.split, "", source.boxes, images, collector)
         root = path.parent if root == path else root
     else:
-        read = funsd.read_funsd if format == "funsd" else icdar.read_icdar
+        read = json_files.read_funsd if format == "funsd" else icdar.read_icdar
         read(chosen, _images(path, files, images), collector)
     return collector.finish(str(path), format, boxes_per_sample, root)
 
@@ -217,7 +217,7 @@ def _json_kind(file: Path) -> str:
         values = load_json(file)
     except InputError:
         return ""
-    return "cocotext" if cocotext.is_coco_text(values) else ""
+    return "cocotext" if json_files.is_coco_text(values) else ""
 
 
 _KINDS: dict[str, Callable[[Path], str]] = {

@@ -24,6 +24,7 @@ def register_tasks() -> None:
     Modifications: `TaskManager.initialize_tasks`, and through `fail_fast.install` lmms-eval's `evaluate` and
     `simple_evaluate` once its evaluator is loaded.
     """
+    import lmms_eval
     from lmms_eval.tasks import TaskManager
 
     original = TaskManager.initialize_tasks
@@ -38,22 +39,15 @@ def register_tasks() -> None:
         index = original(self, *args, **kwargs)
         if not kwargs.get("include_defaults", args[1] if len(args) > 1 else True):
             return index
-        ours = self._get_task_and_group(str(eval_tasks_dir()))
-        _warn_of_clashes(ours, index)
+        ours, stock = self._get_task_and_group(str(eval_tasks_dir())), Path(lmms_eval.__file__).resolve().parent
+        for name in sorted(set(ours) & set(index)):
+            path = str(index[name].get("yaml_path", ""))
+            if stock in Path(path).resolve().parents:
+                logger.warning("lmms-eval has a task %r of its own (%s); llava_patch's is hidden", name, path)
         return {**ours, **index}  # a folder named by --include_path wins
 
     setattr(initialize_tasks, _MARK, True)
     TaskManager.initialize_tasks = initialize_tasks
-
-
-def _warn_of_clashes(ours: dict[str, Any], index: dict[str, Any]) -> None:
-    import lmms_eval
-
-    stock = Path(lmms_eval.__file__).resolve().parent
-    for name in sorted(set(ours) & set(index)):
-        path = str(index[name].get("yaml_path", ""))
-        if stock in Path(path).resolve().parents:
-            logger.warning("lmms-eval has a task %r of its own (%s); llava_patch's is hidden", name, path)
 
 
 def entry_point() -> list[Any]:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +37,7 @@ def names(name: str) -> dict[str, Any]:
 
     measurement = registry.measurement(name)
     found: dict[str, Any] = {"Task": task_class(name), "process_results": functools.partial(process, measurement)}
-    return found | {metric: _aggregation(measurement, metric) for metric in measurement.metrics}
+    return found | {metric: functools.partial(_aggregate, measurement, metric) for metric in measurement.metrics}
 
 
 def answer(measurement: "Measurement", lm: Any, requests: Sequence[Any]) -> list[str]:
@@ -47,11 +46,28 @@ def answer(measurement: "Measurement", lm: Any, requests: Sequence[Any]) -> list
     Raises:
         CheckpointError: the measurement compares, and no base is named, or it is not there; says how to name one.
     """
+    from llava_patch.data.pages import Pages
+    from llava_patch.integrations.lmms_eval.tasks import active
+
+    if not requests:
+        return []
+    live = reach(lm)
+    side = live.anatomy.grid[0] * live.anatomy.patch_size
+    models: dict[str, tuple[list[Inputs], dict[str, str]]] = {}  # of each task
+    bases: dict[str, Inputs] = {}
     found = []
-    for number, (models, samples) in enumerate(_documents(measurement, lm, requests)):
-        anatomies = [one.anatomy for one in models.inputs]
-        values = measurement.document(anatomies, samples, models.task.settings, number)
-        found.append(json.dumps({**models.facts(), **values}))
+    shown = getattr(lm, "rank", 0) == 0
+    for number, request in enumerate(track(requests, measurement.name.replace("_", " "), shown)):
+        name, task = request.task_name, active(request.task_name)
+        if name not in models:
+            models[name] = _beside(task, live, bases) if measurement.compares else ([live], {})
+        inputs, sources = models[name]
+        doc = lm.task_dict[name][request.metadata["split"]][request.doc_id]
+        image = Pages(doc["page"] + 1, side, split="heldout")[doc["page"]].open_image()
+        samples = [one.forward_inputs(image, doc["question"]) for one in inputs]
+        values = measurement.document([one.anatomy for one in inputs], samples, task.settings, number)
+        settings, folder = dataclasses.asdict(task.settings), output_folder(getattr(task, "args", None), name)
+        found.append(json.dumps({"task": name, "settings": settings, "folder": folder, **sources, **values}))
     return found
 
 
@@ -60,13 +76,10 @@ def process(measurement: "Measurement", doc: Any, results: Sequence[str]) -> dic
     return measurement.entries(json.loads(results[0]))
 
 
-def _aggregation(measurement: "Measurement", metric: str) -> Callable[[Sequence[Any]], Any]:
-    def aggregate(entries: Sequence[Any]) -> Any:
-        if metric == next(iter(measurement.metrics)):
-            write(measurement, entries)
-        return measurement.metrics[metric](entries)
-
-    return aggregate
+def _aggregate(measurement: "Measurement", metric: str, entries: Sequence[Any]) -> Any:
+    if metric == next(iter(measurement.metrics)):
+        write(measurement, entries)
+    return measurement.metrics[metric](entries)
 
 
 def write(measurement: "Measurement", items: Sequence[dict[str, Any]]) -> None:
@@ -80,49 +93,8 @@ def write(measurement: "Measurement", items: Sequence[dict[str, Any]]) -> None:
     eval_logger.info(f"{first['task']}: {result.summary()}")
 
 
-@dataclass(frozen=True, eq=False)
-class _Models:
-    """One task's models: the live one, and its base where they are compared; where they are from."""
-
-    task: Any
-    inputs: list[Inputs]
-    checkpoint: str
-    base: str = ""
-
-    def facts(self) -> dict[str, Any]:
-        """What every answer carries."""
-        name = self.task.config.task
-        folder = output_folder(getattr(self.task, "args", None), name)
-        settings = dataclasses.asdict(self.task.settings)
-        sources = {"checkpoint": self.checkpoint, "base": self.base} if self.base else {}
-        return {"task": name, "settings": settings, "folder": folder, **sources}
-
-
-def _documents(
-    measurement: "Measurement", lm: Any, requests: Sequence[Any]
-) -> Iterator[tuple[_Models, list[dict[str, Any]]]]:
-    """The models of each request's task with the document's sample for each of them."""
-    from llava_patch.data.pages import Pages
-    from llava_patch.integrations.lmms_eval.tasks import active
-
-    if not requests:
-        return
-    live = reach(lm)
-    side = live.anatomy.grid[0] * live.anatomy.patch_size
-    known: dict[str, _Models] = {}
-    bases: dict[str, Inputs] = {}
-    for request in track(requests, measurement.name.replace("_", " "), getattr(lm, "rank", 0) == 0):
-        name = request.task_name
-        if name not in known:
-            task = active(name)
-            known[name] = _beside(task, live, bases) if measurement.compares else _Models(task, [live], "")
-        doc = lm.task_dict[name][request.metadata["split"]][request.doc_id]
-        image = Pages(doc["page"] + 1, side, split="heldout")[doc["page"]].open_image()
-        yield known[name], [one.forward_inputs(image, doc["question"]) for one in known[name].inputs]
-
-
-def _beside(task: Any, live: Inputs, bases: dict[str, Inputs]) -> _Models:
-    """The live model and its base, which is loaded once for all tasks."""
+def _beside(task: Any, live: Inputs, bases: dict[str, Inputs]) -> tuple[list[Inputs], dict[str, str]]:
+    """The live model and its base, which is loaded once for all tasks; and where they are from."""
     checkpoint = str(getattr(live.anatomy.model.config, "_name_or_path", "") or "the model")
     given = task.settings.base
     if not given and _was_stock(live.anatomy, checkpoint):
@@ -132,7 +104,7 @@ def _beside(task: Any, live: Inputs, bases: dict[str, Inputs]) -> _Models:
         weight = live.anatomy.embed_tokens.weight
         base = load_base(name, str(weight.device), str(weight.dtype).removeprefix("torch."))
         bases[name] = dataclasses.replace(base.inputs(), conversation=live.conversation)
-    return _Models(task, [live, bases[name]], checkpoint, name)
+    return [live, bases[name]], {"checkpoint": checkpoint, "base": name}
 
 
 def _was_stock(anatomy: Anatomy, folder: str) -> bool:
@@ -157,26 +129,19 @@ def reach(lm: Any) -> Inputs:
     joint = processor if hasattr(processor, "image_processor") else None
     if (joint is not None) != anatomy.ids_hold_places:
         raise HostError(f"{type(processor).__name__} is not the processor of a model of the host {anatomy.host!r}")
-    return Inputs(
-        anatomy=anatomy,
-        tokenizer=tokenizer,
-        image_processor=processor if joint is None else joint.image_processor,
-        processor=joint,
-        conversation=getattr(lm, "conv_template", None),
-    )
+    images = processor if joint is None else joint.image_processor
+    return Inputs(anatomy, tokenizer, images, joint, getattr(lm, "conv_template", None))
 
 
 def settings_for(cls: Any, metadata: Any, task: str) -> Any:
     """Settings of one task: defaults, then gin, then the entry `settings` in its YAML's `metadata`."""
-    base = settings_of(cls)
     given = dict(metadata.get("settings") or {}) if isinstance(metadata, dict) else {}
     known = {f.name for f in dataclasses.fields(cls)}
-    unknown = sorted(set(given) - known)
-    if unknown:
+    if unknown := sorted(set(given) - known):
         raise SettingError(
             f"task {task}: metadata.settings names {', '.join(unknown)}; {cls.__name__} has {', '.join(sorted(known))}"
         )
-    return dataclasses.replace(base, **given)
+    return dataclasses.replace(settings_of(cls), **given)
 
 
 def output_folder(args: Any, task: str) -> str | None:

@@ -77,12 +77,6 @@ def active(name: str) -> MeasurementTask:
 class PagesTask(MeasurementTask):
     """A measurement on rendered pages; YAML: `metadata.documents` is their number."""
 
-    MEASUREMENT: ClassVar[Any]
-
-    def __init__(self, config: dict[str, Any] | None = None) -> None:
-        self.SETTINGS = self.MEASUREMENT.settings  # type: ignore[misc]
-        super().__init__(config)
-
     def documents(self) -> dict[str, list[Any]]:
         """Pages by number; they are drawn when the size of the model's tower is known."""
         pages = range(int((self.config.metadata or {}).get("documents", 32)))
@@ -113,21 +107,20 @@ class RProbeTask(MeasurementTask):
 
 def task_class(name: str) -> type[PagesTask]:
     """The task of a measurement of the registry, for its YAML."""
-    return type("Task", (PagesTask,), {"MEASUREMENT": registry.measurement(name)})
+    return type("Task", (PagesTask,), {"SETTINGS": registry.measurement(name).settings})
 
 
-def _register(name: str, answer: Callable[..., list[str]]) -> None:
-    """Make our output type known, and the method of lmms-eval's models that answers its requests."""
-    output_type = f"llava_patch_{name}"
-    if output_type not in api_task.ALL_OUTPUT_TYPES:
-        api_task.ALL_OUTPUT_TYPES.append(output_type)
-    setattr(lmms, output_type, answer)
-
-
-for _measurement in map(registry.measurement, registry.MEASUREMENTS):
-    if _measurement.metrics:
-        _register(_measurement.name, lambda *given, _one=_measurement: runner.answer(_one, *given))
-_register("rprobe", lambda self, requests: rprobe_runs.answer(self, requests))
+# Our output types, and the methods of lmms-eval's models that answer their requests.
+_answers: dict[str, Callable[..., list[str]]] = {
+    one.name: lambda *given, _one=one: runner.answer(_one, *given)
+    for one in map(registry.measurement, registry.MEASUREMENTS)
+    if one.metrics
+}
+for _name, _answer in {**_answers, "rprobe": lambda *given: rprobe_runs.answer(*given)}.items():
+    _output_type = f"llava_patch_{_name}"
+    if _output_type not in api_task.ALL_OUTPUT_TYPES:
+        api_task.ALL_OUTPUT_TYPES.append(_output_type)
+    setattr(lmms, _output_type, _answer)
 
 # What task.py of earlier versions imported, for copies of it.
 DriftTask, FusionAttentionTask, SaturationTask = map(task_class, ("drift", "fusion_attention", "saturation"))

@@ -12,8 +12,7 @@ from llava_patch.core import files
 from llava_patch.fusion.base import Fusion
 from llava_patch.settings.methods import DeepStack, DenseConnector, DirectFusion, SkipLinks
 from llava_patch.tools.bench.measure import Clock, peak_bytes, training_step
-from llava_patch.tools.bench.methods import patched
-from llava_patch.tools.bench.shapes import inputs as make_inputs
+from llava_patch.tools.bench.methods import make_inputs, patched
 
 
 @dataclass

@@ -25,8 +25,7 @@ from llava_patch.patching.handle import restore_flags
 from llava_patch.routing.cache import RoutedCache, cache_bytes
 from llava_patch.routing.schedule import make_schedule
 from llava_patch.settings.methods import Routing
-from llava_patch.tools.bench.methods import Method, partner_difference, patched
-from llava_patch.tools.bench.shapes import inputs as make_inputs
+from llava_patch.tools.bench.methods import Method, make_inputs, partner_difference, patched
 
 
 class Clock:

@@ -18,7 +18,7 @@ from llava_patch.core.records import CONFIG_KEY, write_settings
 from llava_patch.hosts.anatomy import HF, LLAVA
 from llava_patch.hosts.configs import files_of
 from llava_patch.hosts.hf import whole_config
-from llava_patch.tools.convert import companions, configs, source
+from llava_patch.tools.convert import companions, source
 from llava_patch.tools.convert.plain import on_meta, without_patch
 from llava_patch.tools.convert.source import Checkpoint, check_samples, same_tower, tower_tensors
 
@@ -131,9 +131,9 @@ def _write(made: Checkpoint, out: Path, shard_bytes: int) -> Path:
 
 def to_hf(found: Checkpoint, vision_tower: str | None) -> Checkpoint:
     """A llava checkpoint as one of HF."""
-    configs.check_convertible(found.config, LLAVA)
+    companions.check_convertible(found.config, LLAVA)
     place = vision_tower or found.config["mm_vision_tower"]
-    vision = configs.vision_config(place)
+    vision = companions.vision_config(place)
     tensors = dict(found.tensors)
     if not any(name.startswith("tower.") for name in tensors):
         tensors |= tower_tensors(place, vision)
@@ -143,7 +143,7 @@ def to_hf(found: Checkpoint, vision_tower: str | None) -> Checkpoint:
     longest = max(rows, *(i + 1 for i in tokens.values()))
     vocab = -(-longest // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     tensors |= {name: _lengthened(tensors[name], vocab) for name in _EMBEDDINGS if name in tensors}
-    config = configs.to_hf(found.config, vision, tokens, added, vocab)
+    config = companions.hf_config(found.config, vision, tokens, added, vocab)
     write = functools.partial(
         companions.write_hf, found, tokenizer=tokenizer, vision=vision, tower=place, pad_id=tokens[companions.PAD],
         kind=config["text_config"]["model_type"],
@@ -153,10 +153,10 @@ def to_hf(found: Checkpoint, vision_tower: str | None) -> Checkpoint:
 
 def to_llava(found: Checkpoint, out: Path, vision_tower: str | None) -> Checkpoint:
     """An HF checkpoint as one of llava."""
-    configs.check_convertible(found.config, HF)
+    companions.check_convertible(found.config, HF)
     rows, removed = companions.llava_vocabulary(found)
     tensors = {k: _shortened(load, rows) if k in _EMBEDDINGS else load for k, load in found.tensors.items()}
-    config = configs.to_llava(found.config, "", rows)
+    config = companions.llava_config(found.config, "", rows)
 
     def write(partial: Path) -> None:
         companions.write_llava(found, partial, config, removed)
@@ -177,9 +177,9 @@ def with_tower_folder(
     """
     tower = {name: load for name, load in made.tensors.items() if name.startswith("tower.")}
     pointed = made.config["mm_vision_tower"]
-    config_of_tower = configs.vision_config(pointed) if vision is None else vision
+    config_of_tower = companions.vision_config(pointed) if vision is None else vision
     if vision_tower is not None:
-        differs = same_tower(tower, tower_tensors(vision_tower, configs.vision_config(vision_tower)))
+        differs = same_tower(tower, tower_tensors(vision_tower, companions.vision_config(vision_tower)))
         if differs is not None:
             raise CheckpointError(
                 f"--vision-tower {vision_tower}: {differs} differs from this checkpoint's; leave it out, so that the "

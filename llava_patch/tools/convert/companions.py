@@ -1,17 +1,34 @@
-"""A checkpoint's other files: tokenizer, image processor, chat template, generation settings, for either host."""
+"""A checkpoint's files beside its weights, for either host: config.json, tokenizer, processors, generation settings."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava_patch.core.errors import CheckpointError
 from llava_patch.core.weights import locate, read_json, write_json
-from llava_patch.tools.convert.configs import ORIGINAL_KEY, plain
-from llava_patch.tools.convert.source import Checkpoint
+from llava_patch.hosts import compat
+from llava_patch.hosts.anatomy import LLAVA
+from llava_patch.hosts.hf import whole_config
+from llava_patch.hosts.llava import is_own, text_config
 
+if TYPE_CHECKING:
+    from llava_patch.tools.convert.source import Checkpoint
+
+ORIGINAL_KEY = "original_llava_config"
+"""What llava's config says and HF's has no place for is kept there in HF's, so that the way back restores it."""
+_FEATURES = {"patch": "default", "cls_patch": "full"}
+_DERIVED = {"mm_vision_tower", "mm_hidden_size", "mm_vision_select_layer", "mm_vision_select_feature"}
+# What LLaVA-1.5's own release says, for a checkpoint that never was llava's.
+_RELEASED = {
+    "freeze_mm_mlp_adapter": False, "image_aspect_ratio": "pad", "mm_use_im_patch_token": False,
+    "mm_use_im_start_end": False, "tune_mm_mlp_adapter": False, "unfreeze_mm_vision_tower": False, "use_mm_proj": True,
+    "pad_token_id": 0,
+}  # fmt: skip
+_NO_TILES = "conversion knows one tile an image (LLaVA-1.5), not anyres"
+_CLIP_ALONE = "conversion knows CLIP towers, which are what llava builds"
 IMAGE, PAD = "<image>", "<pad>"
 _TOKENIZER_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -37,6 +54,109 @@ CHAT_TEMPLATES = {
         + "{{ '</s>' if message['role'] == 'assistant' else '' }}{% endif %}{% endfor %}"
     ),
 }
+
+
+def vision_config(source: str) -> Any:
+    """A CLIP tower's configuration, from a tower folder or hub name."""
+    from transformers import CLIPVisionConfig
+
+    values = read_json(source, "config.json")
+    if values is None:
+        raise CheckpointError(f"vision tower {source}: no config.json there; name its folder with --vision-tower")
+    if not str(values.get("model_type")).startswith("clip"):
+        raise CheckpointError(f"vision tower {source} is a {values.get('model_type')!r}: {_CLIP_ALONE}")
+    return CLIPVisionConfig(**values.get("vision_config") or values)
+
+
+def check_convertible(config: dict[str, Any], host: str) -> None:
+    """Refuse what the other host has no counterpart for."""
+    if host == LLAVA:
+        merge, aspect = config.get("mm_patch_merge_type") or "flat", config.get("image_aspect_ratio")
+        projector, feature = config.get("mm_projector_type", "linear"), config.get("mm_vision_select_feature", "patch")
+        faults = {
+            f"mm_patch_merge_type = {merge!r}, image_aspect_ratio = {aspect!r}: {_NO_TILES}": (
+                merge != "flat" or aspect == "anyres"
+            ),
+            f"mm_projector_type = {projector!r}: HF's projector is mlp2x_gelu only": projector != "mlp2x_gelu",
+            "s2 = True: HF has no multi-scale (S2) tower": config.get("s2"),
+            f"mm_vision_select_feature = {feature!r} is not known": feature not in _FEATURES,
+        }
+    else:
+        whole = whole_config(config)
+        vision, text, layer = whole.vision_config.model_type, whole.text_config.model_type, whole.vision_feature_layer
+        act, bias = whole.projector_hidden_act, whole.multimodal_projector_bias
+        faults = {
+            f"model_type = {whole.model_type!r}: {_NO_TILES}": whole.model_type != "llava",
+            f"vision_feature_layer = {layer}: llava's projector takes one layer, so this merged checkpoint stays on "
+            "HF; convert the patched one instead": not isinstance(layer, int),
+            f"its vision tower is a {vision!r}: {_CLIP_ALONE}": vision != "clip_vision_model",
+            f"its language model is a {text!r}: llava has llama and mistral": text not in ("llama", "mistral"),
+            f"projector_hidden_act = {act!r}, multimodal_projector_bias = {bias}: llava's mlp2x_gelu has gelu and "
+            "biases": act != "gelu" or not bias,
+        }
+    for fault, is_there in faults.items():
+        if is_there:
+            raise CheckpointError(fault)
+
+
+def hf_config(
+    config: dict[str, Any], vision: Any, tokens: dict[str, int], added: list[str], vocab: int
+) -> dict[str, Any]:
+    """The config.json of HF for a llava checkpoint."""
+    text = text_config(config)
+    original = {k: v for k, v in config.items() if is_own(k) and k not in _DERIVED}
+    original |= {"vocab_size": text.vocab_size, "pad_token_id": text.pad_token_id, "added_tokens": added}
+    text.vocab_size, text.pad_token_id = vocab, tokens["<pad>"]
+    text.architectures = [f"{text.model_type.capitalize()}ForCausalLM"]
+    stored = compat.stored_dtype(config)
+    dtype = {"torch_dtype": stored} if stored else {}
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_seq_length": (vision.image_size // vision.patch_size) ** 2,
+        "image_token_index": tokens["<image>"],
+        "pad_token_id": tokens["<pad>"],
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "tie_word_embeddings": bool(text.tie_word_embeddings),
+        "text_config": plain(text) | dtype,
+        "vision_config": {**plain(vision), "architectures": ["CLIPVisionModel"]},
+        "vision_feature_layer": config.get("mm_vision_select_layer", -2),
+        "vision_feature_select_strategy": _FEATURES[config.get("mm_vision_select_feature", "patch")],
+        **dtype,
+        ORIGINAL_KEY: original,
+    }
+
+
+def llava_config(config: dict[str, Any], tower: str, vocab: int) -> dict[str, Any]:
+    """The config.json of llava for an HF checkpoint."""
+    whole = whole_config(config)
+    kind, stored = whole.text_config.model_type, compat.stored_dtype(config)
+    original = {k: v for k, v in config.get(ORIGINAL_KEY, {}).items() if k != "added_tokens"}
+    return {
+        **plain(whole.text_config),
+        **({"torch_dtype": stored} if stored else {}),
+        "architectures": [f"Llava{kind.capitalize()}ForCausalLM"],
+        "model_type": f"llava_{kind}",
+        "mm_projector_type": "mlp2x_gelu",
+        **_RELEASED,
+        **original,
+        "vocab_size": vocab,
+        "mm_hidden_size": whole.vision_config.hidden_size,
+        "mm_vision_select_feature": {v: k for k, v in _FEATURES.items()}[whole.vision_feature_select_strategy],
+        "mm_vision_select_layer": whole.vision_feature_layer,
+        "mm_vision_tower": tower,
+    }
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """What a configuration object says beyond what every transformers configuration has by default, without dtype."""
+    from transformers import PretrainedConfig
+
+    default = PretrainedConfig().to_dict()
+    dropped = ("_name_or_path", "dtype", "torch_dtype", "transformers_version")
+    values = {k: v for k, v in config.to_dict().items() if k not in default or default[k] != v}
+    return {k: v for k, v in values.items() if k not in dropped} | {"model_type": config.model_type}
 
 
 def hf_tokenizer(source: Checkpoint) -> tuple[Any, dict[str, int], list[str]]:

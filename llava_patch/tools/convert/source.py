@@ -26,7 +26,7 @@ from llava_patch.hosts.host import is_computed
 from llava_patch.patching import checkpoint as patched
 from llava_patch.patching.keys import check_values
 from llava_patch.settings.methods import DeepStack, from_record
-from llava_patch.tools.convert.configs import vision_config
+from llava_patch.tools.convert.companions import vision_config
 
 _LASTING = ("format", "fusion", "routing", "pruning", "trained_tower")
 _OTHER_CLIP_PARTS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
@@ -109,11 +109,10 @@ def read(folder: str | os.PathLike[str], vision_tower: str | None = None) -> Che
             below = {k: v for k, v in below.items() if not k.startswith("tower.")}
             if any(k.startswith("tower.") for k in own):
                 below |= tower_tensors(tower, vision_config(tower))
-        fingerprint = settings.get("fingerprint", {})
-        samples = {str(configs.files_of(host).neutral(name)): values for name, values in fingerprint.items()}
-        later = host == LLAVA and not any(k.startswith("tower.") for k in below)
-        check_samples(below, {k: v for k, v in samples.items() if not (later and k.startswith("tower."))}, source)
-        samples = {k: v for k, v in samples.items() if later and k.startswith("tower.")}
+        fingerprint = {str(configs.files_of(host).neutral(k)): v for k, v in settings.get("fingerprint", {}).items()}
+        if host == LLAVA and not any(k.startswith("tower.") for k in below):
+            samples = {k: v for k, v in fingerprint.items() if k.startswith("tower.")}
+        check_samples(below, {k: v for k, v in fingerprint.items() if k not in samples}, source)
         tensors = below | own
     else:
         tensors = _neutral(open_weights(source), host, source)

@@ -1,11 +1,14 @@
-"""COCO-Text and TextOCR: one JSON file with "imgs", "anns" and "imgToAnns", and a folder of images.
+"""JSON annotations: COCO-Text and TextOCR, COCO's own layout, and FUNSD.
 
-COCO's own layout, lists of "images" and "annotations" with their ids, is read as well; there the text may also be
-called "caption" or "text".
+COCO-Text and TextOCR are one file with "imgs", "anns" and "imgToAnns", and a folder of images. COCO's own layout has
+lists of "images" and "annotations" with their ids; there the text may also be called "caption" or "text".
 
 A region is a "bbox" of x, y, width, height in pixels (or the upright box around "points") with its "utf8_string". What
 is illegible (COCO-Text: legibility, or no string; TextOCR: ".") is a box of the page, but no sample. All languages are
 read: leave out what a tokenizer does not know with `llava-patch rprobe export` and a text editor.
+
+FUNSD is annotations/NAME.json with {"form": [{"text", "box", "words"}, …]} beside images/NAME.png. Every entry with a
+text is a sample, its box in pixels; entries without one are boxes of the page alone.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_patch.core.errors import InputError
-from llava_patch.data.readers.files import IMAGE_SUFFIXES, four_numbers
+from llava_patch.data.readers.files import IMAGE_SUFFIXES, Images, four_numbers, load_json
 from llava_patch.data.readers.icdar import bounds
 from llava_patch.data.readers.samples import Collector, Page
 from llava_patch.probe.sample import Box
@@ -118,3 +121,45 @@ def _box(ann: dict[str, Any], where: str) -> Box:
     if not sound or not all(is_number(n) for n in points):
         raise InputError(f"{where}: neither a bbox nor points x, y, x, y, …")
     return bounds([float(n) for n in points])
+
+
+def read_funsd(files: list[Path], images: Images, collector: Collector) -> None:
+    """Read FUNSD's JSON files, one a page, in their order; entries are called FILE:form[INDEX]."""
+    for file in files:
+        with collector.one():
+            values = load_json(file)
+            form = values.get("form") if isinstance(values, dict) else None
+            if not isinstance(form, list):
+                raise InputError(f'{file}: not a FUNSD file: expected {{"form": [...]}}')
+            image = images.of(file)
+            assert image is not None
+            page = collector.page(image, str(image), str(file))
+            for index, entry in enumerate(form):
+                with collector.one():
+                    where = f"{file}:form[{index}]"
+                    text, box = _entry(entry, where)
+                    if box is not None:
+                        collector.region(page, text, [box], where)
+
+
+def _entry(entry: Any, where: str) -> tuple[str, Box | None]:
+    if not isinstance(entry, dict):
+        raise InputError(f"{where}: expected an object with text and box, got {type(entry).__name__}")
+    words = entry.get("words") or []
+    if not isinstance(words, list):
+        raise InputError(f"{where}: words is {words!r}: expected a list")
+    words = [word for word in words if isinstance(word, dict)]
+    text = entry.get("text")
+    if text is None:
+        text = " ".join(str(word.get("text", "")) for word in words)
+    if not isinstance(text, str):
+        raise InputError(f"{where}: text is {text!r}: expected a string")
+    if "box" in entry:
+        return text, four_numbers(entry["box"], f"{where}: box", "[x0, y0, x1, y1] in pixels")
+    boxes = [four_numbers(word.get("box"), f"{where}: box", "[x0, y0, x1, y1] in pixels") for word in words]
+    if not boxes:
+        if text.strip():
+            raise InputError(f"{where}: lacks box")
+        return text, None
+    x0, y0, x1, y1 = zip(*boxes, strict=True)
+    return text, (min(x0), min(y0), max(x1), max(y1))
