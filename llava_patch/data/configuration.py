@@ -1,7 +1,5 @@
 """What a checkpoint's files say of its images, without its weights: image processor, patches, merged tokens, tiles."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any

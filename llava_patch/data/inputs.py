@@ -1,7 +1,5 @@
 """From an image and a question about it to the keyword arguments of a host model's forward."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

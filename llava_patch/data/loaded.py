@@ -1,7 +1,5 @@
 """Loads the model that a command measures, and the base that it is compared with: of either host, patched or not."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import threading
@@ -158,11 +156,10 @@ def _load_llava(files: CheckpointFiles, base: str, device: str, dtype: torch.dty
         raise CheckpointError(f"{checkpoint} holds {what} only: name the model below it with --base")
     # llava's loader decides by the name that it is given.
     name = "llava" + "-lora" * lora + "-mistral" * (files.config.get("model_type") == "llava_mistral")
-    tokenizer, model, image_processor, _ = load_pretrained_model(
+    tokenizer, model, images, _ = load_pretrained_model(
         checkpoint, base or None, name, device_map=device, device=device
     )
-    model.to(dtype)
-    return LoadedCheckpoint(model, tokenizer, image_processor)
+    return LoadedCheckpoint(model.to(dtype), tokenizer, images)
 
 
 def _is_whole(files: CheckpointFiles) -> bool:
@@ -178,15 +175,14 @@ def is_part(checkpoint: str) -> bool:
 @contextlib.contextmanager
 def _interrupted_afterwards() -> Iterator[None]:
     """Hold Ctrl-C back until the block is over: llava's package swallows it among its imports and is broken then."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    main = threading.current_thread() is threading.main_thread()
     came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number)) if main else None
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        if main:
+            signal.signal(signal.SIGINT, before)
     if came:
         raise KeyboardInterrupt
 

@@ -1,7 +1,5 @@
 """What a measurement looks at: a checkpoint, its base and the data; models are loaded when something asks for them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -79,15 +77,13 @@ class Target:
         Neither model stays here, so that what compares them may have one in memory at a time.
         """
 
-        def opened(subject: "LoadedCheckpoint") -> "tuple[Any, ModelInputs]":
+        def opened(own: bool) -> "tuple[Any, ModelInputs]":
+            subject = self.subject if own else self.load_base()
+            if own:
+                self.release()
             return subject.model, ModelInputs(subject, examples_for(subject, self.data, count, self.question))
 
-        def own() -> "tuple[Any, ModelInputs]":
-            subject = self.subject
-            self.release()
-            return opened(subject)
-
-        return own, lambda: opened(self.load_base())
+        return lambda: opened(own=True), lambda: opened(own=False)
 
 
 def examples_for(
@@ -106,18 +102,18 @@ def count_of(samples: int | None, bound: int | None, default: int) -> int | None
 
 
 class ModelInputs(Sequence):
-    """Keyword arguments of a model's forward for some examples, made when they are asked for; a slice makes nothing."""
+    """Keyword arguments of a model's forward for some examples, made when they are asked for; a slice makes nothing.
+
+    With `labels` where answers are asked for.
+    """
 
     def __init__(self, subject: "LoadedCheckpoint", examples: list[Example], answers: bool = False) -> None:
-        """The inputs of `examples`; with `labels` where answers are asked for."""
         self.subject, self.examples, self.answers = subject, examples, answers
 
     def __len__(self) -> int:
-        """How many examples."""
         return len(self.examples)
 
     def __getitem__(self, index: Any) -> Any:
-        """The inputs of one example, or the `ModelInputs` of a slice."""
         if isinstance(index, slice):
             return ModelInputs(self.subject, self.examples[index], self.answers)
         inputs, example = self.subject.inputs(), self.examples[index]

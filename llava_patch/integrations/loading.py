@@ -1,7 +1,5 @@
 """Loading patched checkpoints through the hosts' own from_pretrained: full ones, adapters, and bases of LoRA runs."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import functools

@@ -4,8 +4,6 @@ Loaded by the import hook when nothing else has found a module of ours. Such a m
 where it is now when it is used, with a DeprecationWarning that says where.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import warnings

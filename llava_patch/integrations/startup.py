@@ -5,8 +5,6 @@ raise on the installed versions or load random weights (a vision tower that is n
 other). On versions that llava_patch does not support hosts stay as they are, and what was asked for is refused.
 """
 
-from __future__ import annotations
-
 import functools
 import sys
 from collections.abc import Callable

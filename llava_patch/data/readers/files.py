@@ -1,7 +1,5 @@
 """Finding files of a data set: which image belongs to which annotation."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

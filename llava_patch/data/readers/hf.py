@@ -8,8 +8,6 @@ than 1000 pixels on a side and every box fits, thousandths cannot be told from p
 (labels) are ignored.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

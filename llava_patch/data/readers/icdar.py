@@ -7,8 +7,6 @@ of the file has one, a first line that names the columns is left out. "###", "*"
 that nobody read: text of the page, but no sample.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from pathlib import Path

@@ -11,8 +11,6 @@ FUNSD is annotations/NAME.json with {"form": [{"text", "box", "words"}, …]} be
 text is a sample, its box in pixels; entries without one are boxes of the page alone.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

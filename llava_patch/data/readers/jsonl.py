@@ -1,7 +1,5 @@
 """R-Probe's own format: a JSONL file of {"image", "text", "box", ("all_boxes", "document")}."""
 
-from __future__ import annotations
-
 import difflib
 import json
 import os

@@ -1,7 +1,5 @@
 """`read_samples`: samples from whatever one has, the format recognised by content."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections import Counter

@@ -1,7 +1,5 @@
 """From what a reader finds to samples: boxes are checked, regions of a page joined, and what is left out is counted."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import os

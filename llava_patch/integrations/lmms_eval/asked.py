@@ -3,8 +3,6 @@
 Nothing heavy is imported here: this module is loaded before lmms-eval's own.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import fnmatch

@@ -9,8 +9,6 @@ arguments. Commands that it takes no part in end as lmms-eval ends them, also wh
 Nothing heavy is imported here: this module is loaded before lmms-eval's own.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import functools

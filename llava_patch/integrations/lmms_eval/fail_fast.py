@@ -5,8 +5,6 @@ empty string and so scores a full table of zeros; and its command line prints an
 0, see `command`. Evaluations that llava_patch takes no part in stay exactly as lmms-eval runs them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os

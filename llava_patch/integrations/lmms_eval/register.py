@@ -4,8 +4,6 @@ Two ways lead here: the start-up hook on the import of `lmms_eval.tasks`, and, w
 without the `.pth` file), the entry point group `lmms_eval.models` of lmms-eval 0.7.3 and later.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 from pathlib import Path

@@ -4,8 +4,6 @@ Under several processes all of them train and measure the one probe together, ea
 whatever documents lmms-eval gave it; every process then answers its own requests from the one result.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Sequence

@@ -5,14 +5,12 @@ process measured them. Where a measurement compares, the base is loaded beside t
 pages.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llava_patch.core import registry
 from llava_patch.core.errors import HostError, SettingError
@@ -23,12 +21,10 @@ from llava_patch.data.inputs import Inputs
 from llava_patch.data.loaded import base_of, load_base
 from llava_patch.hosts.anatomy import Anatomy, find
 from llava_patch.integrations.lmms_eval.fail_fast import model_of
+from llava_patch.measurements.base import Measurement
 from llava_patch.patching import checkpoint as patched
 from llava_patch.patching.handle import get_handle
 from llava_patch.settings.active import settings_of
-
-if TYPE_CHECKING:
-    from llava_patch.measurements.base import Measurement
 
 
 def names(name: str) -> dict[str, Any]:
@@ -40,7 +36,7 @@ def names(name: str) -> dict[str, Any]:
     return found | {metric: functools.partial(_aggregate, measurement, metric) for metric in measurement.metrics}
 
 
-def answer(measurement: "Measurement", lm: Any, requests: Sequence[Any]) -> list[str]:
+def answer(measurement: Measurement, lm: Any, requests: Sequence[Any]) -> list[str]:
     """Measure one document a request: a JSON string with the task's facts and the document's numbers.
 
     Raises:
@@ -71,18 +67,18 @@ def answer(measurement: "Measurement", lm: Any, requests: Sequence[Any]) -> list
     return found
 
 
-def process(measurement: "Measurement", doc: Any, results: Sequence[str]) -> dict[str, Any]:
+def process(measurement: Measurement, doc: Any, results: Sequence[str]) -> dict[str, Any]:
     """Per-document numbers for the samples log; those of the first metric also carry what pooling needs."""
     return measurement.entries(json.loads(results[0]))
 
 
-def _aggregate(measurement: "Measurement", metric: str, entries: Sequence[Any]) -> Any:
+def _aggregate(measurement: Measurement, metric: str, entries: Sequence[Any]) -> Any:
     if metric == next(iter(measurement.metrics)):
         write(measurement, entries)
     return measurement.metrics[metric](entries)
 
 
-def write(measurement: "Measurement", items: Sequence[dict[str, Any]]) -> None:
+def write(measurement: Measurement, items: Sequence[dict[str, Any]]) -> None:
     """Write what all documents came to beside lmms-eval's own results, and say it in its log."""
     from lmms_eval.utils import eval_logger
 

@@ -6,8 +6,6 @@ image processor are alive there, but no longer when results are processed, so ea
 all that scoring needs.
 """
 
-from __future__ import annotations
-
 import os
 import weakref
 from collections.abc import Callable

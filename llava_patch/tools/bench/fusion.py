@@ -1,7 +1,5 @@
 """What a fusion costs: prefill and full training step beside the stock model, and its identity before training."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,22 +67,18 @@ def measure(
                 stock_logits = logits if stock_logits is None else stock_logits
                 if handle is None or (handle.taps is not None and handle.taps.keeps_tokens):
                     row.start_delta = float((logits - stock_logits).abs().max())
-            _step(model, batch_inputs, row, keep=number > 0)
-    return list(results.values())
-
-
-def _step(model: Any, inputs: dict[str, Any], row: Row, keep: bool) -> None:
-    with torch.no_grad(), Clock(model.device) as prefill:
-        model(**inputs, use_cache=True, logits_to_keep=1)
-    with training_step(model, inputs, model.parameters()) as arguments:
-        if keep:
-            with Clock(model.device) as step:
-                model(**arguments).loss.backward()
+            with torch.no_grad(), Clock(model.device) as prefill:
+                model(**batch_inputs, use_cache=True, logits_to_keep=1)
+            with training_step(model, batch_inputs, model.parameters()) as arguments:
+                if number == 0:  # the warm-up counts, which takes time
+                    row.kept_bytes = _kept(model, arguments)
+                    continue
+                with Clock(model.device) as step:
+                    model(**arguments).loss.backward()
             row.prefill_ms.append(prefill.ms)
             row.train_ms.append(step.ms)
-        else:  # the warm-up counts, which takes time
-            row.kept_bytes = _kept(model, arguments)
-    row.peak_bytes = peak_bytes(model)
+            row.peak_bytes = peak_bytes(model)
+    return list(results.values())
 
 
 def _kept(model: nn.Module, inputs: dict[str, Any]) -> int:

@@ -4,8 +4,6 @@ The bound is what the decoder's matrix products cost: their FLOPs, and their tim
 machine. It leaves out everything else (norms, rotary embedding, softmax, copies), so no implementation can reach it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import statistics

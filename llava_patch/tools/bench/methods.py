@@ -1,7 +1,5 @@
 """What is compared, on which model, and what each row must equal."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager

@@ -1,7 +1,5 @@
 """The tables of both kinds of rows on screen, in Markdown and in JSON, and the figure of the methods."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import platform

@@ -1,7 +1,5 @@
 """`merge` and `convert`: what the commands of the same names do, and one host's checkpoint as the other's."""
 
-from __future__ import annotations
-
 import functools
 import os
 from dataclasses import replace
@@ -20,7 +18,7 @@ from llava_patch.hosts.configs import files_of
 from llava_patch.hosts.hf import whole_config
 from llava_patch.tools.convert import companions, source
 from llava_patch.tools.convert.plain import on_meta, without_patch
-from llava_patch.tools.convert.source import Checkpoint, check_samples, same_tower, tower_tensors
+from llava_patch.tools.convert.source import Checkpoint, check_samples, first_difference, tower_tensors
 
 TOWER_FOLDER = "vision_tower"
 VOCAB_MULTIPLE = 64
@@ -57,13 +55,10 @@ def convert(
     found = _read(folder, out, to, vision_tower)
     if found.host == to:
         raise CheckpointError(f"{found.name} is a checkpoint of {to} already")
-    if to == LLAVA:
-        return _write(to_llava(found, Path(out), vision_tower), Path(out), shard_bytes)
-    made = to_hf(found, vision_tower)
+    made = to_llava(found, Path(out), vision_tower) if to == LLAVA else to_hf(found, vision_tower)
     fusion = made.methods().get("fusion")
-    if fusion is not None:
-        handle = on_meta(made, fusion)
-        made = replace(made, files=(*made.files, handle.fit_files))
+    if to == HF and fusion is not None:
+        made = replace(made, files=(*made.files, on_meta(made, fusion).fit_files))
     return _write(made, Path(out), shard_bytes)
 
 
@@ -179,7 +174,7 @@ def with_tower_folder(
     pointed = made.config["mm_vision_tower"]
     config_of_tower = companions.vision_config(pointed) if vision is None else vision
     if vision_tower is not None:
-        differs = same_tower(tower, tower_tensors(vision_tower, companions.vision_config(vision_tower)))
+        differs = first_difference(tower, tower_tensors(vision_tower, companions.vision_config(vision_tower)))
         if differs is not None:
             raise CheckpointError(
                 f"--vision-tower {vision_tower}: {differs} differs from this checkpoint's; leave it out, so that the "

@@ -1,7 +1,5 @@
 """A checkpoint's files beside its weights, for either host: config.json, tokenizer, processors, generation settings."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
@@ -159,7 +157,7 @@ def plain(config: Any) -> dict[str, Any]:
     return {k: v for k, v in values.items() if k not in dropped} | {"model_type": config.model_type}
 
 
-def hf_tokenizer(source: Checkpoint) -> tuple[Any, dict[str, int], list[str]]:
+def hf_tokenizer(source: "Checkpoint") -> tuple[Any, dict[str, int], list[str]]:
     """A llava checkpoint's tokenizer with HF's "<image>" and "<pad>", their ids, and which of them it did not have."""
     from transformers import AddedToken, AutoTokenizer
 
@@ -182,7 +180,7 @@ def hf_tokenizer(source: Checkpoint) -> tuple[Any, dict[str, int], list[str]]:
     return tokenizer, {name: tokenizer.convert_tokens_to_ids(name) for name in (IMAGE, PAD)}, added
 
 
-def write_hf(source: Checkpoint, out: Path, tokenizer: Any, vision: Any, tower: str, kind: str, pad_id: int) -> None:
+def write_hf(source: "Checkpoint", out: Path, tokenizer: Any, vision: Any, tower: str, kind: str, pad_id: int) -> None:
     """Tokenizer, processor, chat template and generation settings of an HF checkpoint."""
     from transformers import LlavaProcessor
     from transformers.models.llava.image_processing_llava import LlavaImageProcessor
@@ -192,23 +190,22 @@ def write_hf(source: Checkpoint, out: Path, tokenizer: Any, vision: Any, tower: 
         values = {k: v for k, v in images.to_dict().items() if k != "image_processor_type"}
         images = LlavaImageProcessor(**values, do_pad=True)
     tokenizer.padding_side = "left"  # for generation in batches, as HF's releases have it
-    feature = source.config.get("mm_vision_select_feature", "patch")
-    processor = LlavaProcessor(
+    LlavaProcessor(
         images, tokenizer, patch_size=vision.patch_size, num_additional_image_tokens=1,
-        vision_feature_select_strategy="default" if feature == "patch" else "full", chat_template=CHAT_TEMPLATES[kind],
-    )  # fmt: skip
-    processor.save_pretrained(out)
+        vision_feature_select_strategy=_FEATURES[source.config.get("mm_vision_select_feature", "patch")],
+        chat_template=CHAT_TEMPLATES[kind],
+    ).save_pretrained(out)  # fmt: skip
     _generation(source, out, pad_id)
 
 
-def _generation(source: Checkpoint, out: Path, pad_id: int | None) -> None:
+def _generation(source: "Checkpoint", out: Path, pad_id: int | None) -> None:
     place = source.find("generation_config.json")
     if place is not None:
         values = read_json(place, "generation_config.json") or {}
         write_json(out / "generation_config.json", values | {"pad_token_id": pad_id})
 
 
-def llava_vocabulary(source: Checkpoint) -> tuple[int, list[str]]:
+def llava_vocabulary(source: "Checkpoint") -> tuple[int, list[str]]:
     """How many rows of HF's embedding are llava's, and the tokens that go with the rest."""
     from transformers import AutoTokenizer
 
@@ -229,16 +226,14 @@ def llava_vocabulary(source: Checkpoint) -> tuple[int, list[str]]:
     return rows, added
 
 
-def write_llava(source: Checkpoint, out: Path, config: dict[str, Any], removed: list[str]) -> None:
+def write_llava(source: "Checkpoint", out: Path, config: dict[str, Any], removed: list[str]) -> None:
     """Tokenizer, without the removed tokens (llava grows its embedding to its length), and generation settings."""
     for name in _TOKENIZER_FILES:
         path = source.path(name)
         if path is not None and name == "tokenizer.model":
             shutil.copyfile(path, out / name)
-        elif path is not None:
-            values = _without(name, json.loads(path.read_text(encoding="utf-8")), set(removed))
-            if values:
-                write_json(out / name, values)
+        elif path is not None and (values := _without(name, json.loads(path.read_text("utf-8")), set(removed))):
+            write_json(out / name, values)
     _generation(source, out, config.get("pad_token_id"))
 
 

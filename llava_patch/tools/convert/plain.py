@@ -4,8 +4,6 @@ HF's LLaVA takes several vision layers: it concatenates them on channels in fron
 channels is therefore a plain HF checkpoint. What adds nothing (zero columns, a split at the model's depth) is left out.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """`llava-patch sweep`: plan, run what is still to do, and show what came out."""
 
-from __future__ import annotations
-
 import shlex
 import time
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ The bubble chart shows how much each point is better or worse than the baseline,
 and R-Probe": stride on one axis, detached layers on the other, size and colour of a bubble for its difference.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import re

@@ -1,7 +1,5 @@
 """Which runs a sweep consists of, and everything about them that can be checked before the first one starts."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import shutil

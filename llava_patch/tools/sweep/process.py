@@ -1,7 +1,5 @@
 """Runs one command of a sweep: output into a log, no second command in the same folder, nothing left running."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os

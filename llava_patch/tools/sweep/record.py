@@ -4,8 +4,6 @@ The record makes a sweep resumable without guessing: a run that is finished is n
 goes on in its folder, and a folder of another sweep is refused.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a sweep runs over. Imports neither torch nor gin."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Mapping, Sequence

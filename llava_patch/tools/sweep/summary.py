@@ -1,7 +1,5 @@
 """What a sweep found: mean and spread of each point, the per-seed table; as JSON and as tables."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
