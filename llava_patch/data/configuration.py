@@ -17,11 +17,9 @@ from llava_patch.settings.methods import from_record
 
 
 def read_transform(folder: str | Path, mode: str) -> Transform:
-    """The probe's image transform of a checkpoint, as `make_transform` gives it for the loaded model.
+    """The probe's image transform in one of `IMAGE_MODES`, as `make_transform` gives it for the loaded checkpoint.
 
-    Args:
-        folder: a full checkpoint of either host, stock or patched, or an adapter whose base is there.
-        mode: one of `IMAGE_MODES`.
+    The folder is a full checkpoint of either host, stock or patched, or an adapter whose base is there.
 
     Raises:
         CheckpointError: no checkpoint there, or its base or vision tower is gone.

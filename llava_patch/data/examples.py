@@ -39,11 +39,7 @@ class Example:
     where: str = ""
 
     def open_image(self) -> "Image.Image":
-        """The picture in 8-bit RGB.
-
-        Raises:
-            InputError: the file is missing or broken; names example and file.
-        """
+        """The picture in 8-bit RGB; where its file is missing or broken an InputError that names example and file."""
         from llava_patch.probe.sample import open_rgb
 
         return open_rgb(self.image, self.where or self.id)

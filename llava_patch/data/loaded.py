@@ -156,9 +156,8 @@ def _load_llava(files: CheckpointFiles, base: str, device: str, dtype: torch.dty
         raise CheckpointError(f"{checkpoint} holds {what} only: name the model below it with --base")
     # llava's loader decides by the name that it is given.
     name = "llava" + "-lora" * lora + "-mistral" * (files.config.get("model_type") == "llava_mistral")
-    tokenizer, model, images, _ = load_pretrained_model(
-        checkpoint, base or None, name, device_map=device, device=device
-    )
+    places = {"device_map": device, "device": device}
+    tokenizer, model, images, _ = load_pretrained_model(checkpoint, base or None, name, **places)
     return LoadedCheckpoint(model.to(dtype), tokenizer, images)
 
 

@@ -56,15 +56,7 @@ class Target:
         del self.subject
 
     def examples(self, count: int | None, answers: bool = False) -> list[Example]:
-        """Examples at the size of the vision tower, spread evenly over the data.
-
-        Args:
-            count: how many at most; None: all.
-            answers: whether the answer must be known.
-
-        Raises:
-            InputError: nothing usable there, or answers that are not known.
-        """
+        """At most `count` examples (None: all) at the size of the vision tower; `answers`: these must be known."""
         return examples_for(self.subject, self.data, count, self.question, answers)
 
     def samples(self, count: int | None, answers: bool = False) -> "ModelInputs":

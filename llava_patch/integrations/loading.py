@@ -50,8 +50,7 @@ class Loading(NamedTuple):
 def load(call: Loading) -> Any:
     """Load a host model, with the patch that its checkpoint carries or that flags and environment ask for.
 
-    Raises:
-        CheckpointError: a patched checkpoint that lacks tensors, or whose base is gone.
+    CheckpointError: a patched checkpoint lacks tensors, or its base is gone.
     """
     record, config = call.record(), call.kwargs.get("config")
     if record is not None and record.get("form") == "adapter":
@@ -89,8 +88,7 @@ def load(call: Loading) -> Any:
 def load_stock(call: Loading, why: str) -> Any:
     """Load a model that cannot be patched (`why` ends a sentence about the patch) as its own from_pretrained does.
 
-    Raises:
-        HostError: the checkpoint carries a patch, or one is configured: it would be another model without it.
+    HostError: the checkpoint carries a patch, or one is configured: it would be another model without it.
     """
 
     def refuse(model: Any = None, record: Any = None) -> None:

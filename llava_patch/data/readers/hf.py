@@ -118,9 +118,8 @@ def _select_columns(dataset: Any, name: str) -> Any:
         names = (*known, *pictures[:1]) if what == "image" else known
         column = next((one for one in names if one in (pictures if what == "image" and pictures else features)), None)
         if column is None:
-            raise InputError(
-                f"{name}: no {what} column among {', '.join(features)}: expected one called {' or '.join(known)}"
-            )
+            expected = f"expected one called {' or '.join(known)}"
+            raise InputError(f"{name}: no {what} column among {', '.join(features)}: {expected}")
         found.append(column)
     image = found[0]
     # What an image column becomes when its file does not say that it is one.
@@ -135,9 +134,8 @@ def _select_columns(dataset: Any, name: str) -> Any:
 def _load(source: Path | str, split: str, config: str) -> Any:
     datasets = optional("datasets", f"{source}: a Hugging Face dataset")
     try:
-        found = (
-            _from_disk(datasets, source) if isinstance(source, Path) else datasets.load_dataset(source, config or None)
-        )
+        local = isinstance(source, Path)
+        found = _from_disk(datasets, source) if local else datasets.load_dataset(source, config or None)
     except LlavaPatchError:
         raise
     except Exception as error:  # datasets and its network layers raise dozens of kinds

@@ -27,10 +27,10 @@ TEXTS = ("utf8_string", "caption", "text")
 
 def is_coco_text(values: Any) -> bool:
     """Whether a JSON value is of this kind."""
+    if not isinstance(values, dict):
+        return False
     kinds: Any = (("imgs", "anns"), dict), (("images", "annotations"), list)
-    return isinstance(values, dict) and any(
-        all(isinstance(values.get(name), kind) for name in names) for names, kind in kinds
-    )
+    return any(all(isinstance(values.get(name), kind) for name in names) for names, kind in kinds)
 
 
 def _by_id(values: Any, where: str) -> dict[str, Any]:

@@ -27,11 +27,7 @@ def read_jsonl(path: str | Path, boxes_per_sample: int = 1, broken: str = "stop"
     say otherwise: its regions are never split between training and held-out samples. Boxes of all of an image's lines
     are its text boxes, beside those of "all_boxes". Other keys are ignored, unless they look like a misspelt one.
 
-    Args:
-        path: the file, in UTF-8.
-        boxes_per_sample: as `read_samples` takes it, and so `broken`.
-        broken: what happens with what cannot be used.
-        root: folder to which ids are relative; None: the file's.
+    Ids are relative to `root` (None: the file's folder); `boxes_per_sample` and `broken` are as for `read_samples`.
 
     Raises:
         InputError: names file and line: a missing file, broken JSON, a missing field or image, or a bad box.

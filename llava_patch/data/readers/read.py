@@ -1,5 +1,6 @@
 """`read_samples`: samples from whatever one has, the format recognised by content."""
 
+import contextlib
 import os
 import re
 from collections import Counter
@@ -207,15 +208,12 @@ def _json_kind(file: Path) -> str:
     with file.open("rb") as stream:
         head = stream.read(65536).decode("utf-8", errors="replace")
     # The files can be large: what opens with the right key is not parsed here.
-    if re.search(r'"(imgs|anns|imgToAnns)"\s*:', head):
-        return "cocotext"
-    if re.search(r'"form"\s*:', head):
-        return "funsd"
-    try:
-        values = load_json(file)
-    except InputError:
-        return ""
-    return "cocotext" if json_files.is_coco_text(values) else ""
+    for keys, kind in (("imgs|anns|imgToAnns", "cocotext"), ("form", "funsd")):
+        if re.search(rf'"({keys})"\s*:', head):
+            return kind
+    with contextlib.suppress(InputError):
+        return "cocotext" if json_files.is_coco_text(load_json(file)) else ""
+    return ""
 
 
 _KINDS: dict[str, Callable[[Path], str]] = {

@@ -114,12 +114,9 @@ class Command:
         if len(self.evaluations) == 1:
             return self.evaluations
         known = [one for one in self.evaluations if arguments is not None and one.arguments is arguments]
-        names = ("model", "tasks", "model_args", "output_path")
-        told = {name: getattr(arguments, name, None) for name in names}
+        told = {name: getattr(arguments, name, None) for name in ("model", "tasks", "model_args", "output_path")}
         fresh = [one for one in self.evaluations if one.arguments is None]
-        return (
-            known or [one for one in fresh if all(told[name] == one.asked.get(name, told[name]) for name in names)][:1]
-        )
+        return known or [one for one in fresh if all(one.asked.get(k, v) == v for k, v in told.items())][:1]
 
     def why_failed(self) -> str | None:
         """What went wrong, in one line; None when all that was asked for is there."""

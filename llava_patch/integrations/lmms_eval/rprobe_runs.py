@@ -6,6 +6,7 @@ whatever documents lmms-eval gave it; every process then answers its own request
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -77,12 +78,10 @@ def _run(lm: Any, name: str) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]
         "steps_done": len(result.losses),
         "warnings": result.warnings,
     }
-    documents = {document["id"]: document for document in result.documents}
-    if len(documents) < len(result.documents):
-        ids = [document["id"] for document in result.documents]
-        twice = next(one for one in ids if ids.count(one) > 1)
-        raise InputError(f"{name}: two held-out samples are called {twice!r}: their numbers cannot be told apart")
-    return documents, run
+    for called, times in Counter(document["id"] for document in result.documents).items():
+        if times > 1:
+            raise InputError(f"{name}: two held-out samples are called {called!r}: their numbers cannot be told apart")
+    return {document["id"]: document for document in result.documents}, run
 
 
 def process_results(doc: Any, results: Sequence[str]) -> dict[str, Any]:

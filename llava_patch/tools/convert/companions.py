@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import transformers
+
 from llava_patch.core.errors import CheckpointError
 from llava_patch.core.weights import locate, read_json, write_json
 from llava_patch.hosts import compat
@@ -56,14 +58,12 @@ CHAT_TEMPLATES = {
 
 def vision_config(source: str) -> Any:
     """A CLIP tower's configuration, from a tower folder or hub name."""
-    from transformers import CLIPVisionConfig
-
     values = read_json(source, "config.json")
     if values is None:
         raise CheckpointError(f"vision tower {source}: no config.json there; name its folder with --vision-tower")
     if not str(values.get("model_type")).startswith("clip"):
         raise CheckpointError(f"vision tower {source} is a {values.get('model_type')!r}: {_CLIP_ALONE}")
-    return CLIPVisionConfig(**values.get("vision_config") or values)
+    return transformers.CLIPVisionConfig(**values.get("vision_config") or values)
 
 
 def check_convertible(config: dict[str, Any], host: str) -> None:
@@ -149,9 +149,7 @@ def llava_config(config: dict[str, Any], tower: str, vocab: int) -> dict[str, An
 
 def plain(config: Any) -> dict[str, Any]:
     """What a configuration object says beyond what every transformers configuration has by default, without dtype."""
-    from transformers import PretrainedConfig
-
-    default = PretrainedConfig().to_dict()
+    default = transformers.PretrainedConfig().to_dict()
     dropped = ("_name_or_path", "dtype", "torch_dtype", "transformers_version")
     values = {k: v for k, v in config.to_dict().items() if k not in default or default[k] != v}
     return {k: v for k, v in values.items() if k not in dropped} | {"model_type": config.model_type}
@@ -159,8 +157,6 @@ def plain(config: Any) -> dict[str, Any]:
 
 def hf_tokenizer(source: "Checkpoint") -> tuple[Any, dict[str, int], list[str]]:
     """A llava checkpoint's tokenizer with HF's "<image>" and "<pad>", their ids, and which of them it did not have."""
-    from transformers import AddedToken, AutoTokenizer
-
     place = source.find("tokenizer.model") or source.find("tokenizer.json")
     if place is None:
         raise CheckpointError(
@@ -168,29 +164,26 @@ def hf_tokenizer(source: "Checkpoint") -> tuple[Any, dict[str, int], list[str]]:
             "copy the language model's into the folder"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place)
     except (ImportError, ValueError) as error:
         raise CheckpointError(
             f"{place}: the tokenizer cannot be loaded ({error}); if that is for want of a package: "
             "pip install sentencepiece protobuf"
         ) from error
     added = [name for name in (IMAGE, PAD) if name not in tokenizer.get_vocab()]
-    tokenizer.add_tokens(AddedToken(IMAGE, special=True, normalized=False), special_tokens=True)
+    tokenizer.add_tokens(transformers.AddedToken(IMAGE, special=True, normalized=False), special_tokens=True)
     tokenizer.add_special_tokens({"pad_token": PAD})
     return tokenizer, {name: tokenizer.convert_tokens_to_ids(name) for name in (IMAGE, PAD)}, added
 
 
 def write_hf(source: "Checkpoint", out: Path, tokenizer: Any, vision: Any, tower: str, kind: str, pad_id: int) -> None:
     """Tokenizer, processor, chat template and generation settings of an HF checkpoint."""
-    from transformers import LlavaProcessor
-    from transformers.models.llava.image_processing_llava import LlavaImageProcessor
-
     images = _clip_images(tower)
     if source.config.get("image_aspect_ratio") == "pad":  # HF has LLaVA's padding to a square in a class of its own
         values = {k: v for k, v in images.to_dict().items() if k != "image_processor_type"}
-        images = LlavaImageProcessor(**values, do_pad=True)
+        images = transformers.LlavaImageProcessor(**values, do_pad=True)
     tokenizer.padding_side = "left"  # for generation in batches, as HF's releases have it
-    LlavaProcessor(
+    transformers.LlavaProcessor(
         images, tokenizer, patch_size=vision.patch_size, num_additional_image_tokens=1,
         vision_feature_select_strategy=_FEATURES[source.config.get("mm_vision_select_feature", "patch")],
         chat_template=CHAT_TEMPLATES[kind],
@@ -207,15 +200,13 @@ def _generation(source: "Checkpoint", out: Path, pad_id: int | None) -> None:
 
 def llava_vocabulary(source: "Checkpoint") -> tuple[int, list[str]]:
     """How many rows of HF's embedding are llava's, and the tokens that go with the rest."""
-    from transformers import AutoTokenizer
-
     original = source.config.get(ORIGINAL_KEY)
     if original is not None:
         return int(original["vocab_size"]), list(original["added_tokens"])
     place = source.find("tokenizer.json") or source.find("tokenizer.model")
     if place is None:
         raise CheckpointError(f"{source.name}: no tokenizer there, which says how many tokens the language model knows")
-    vocabulary = AutoTokenizer.from_pretrained(place).get_vocab()
+    vocabulary = transformers.AutoTokenizer.from_pretrained(place).get_vocab()
     added = [name for name in (IMAGE, PAD) if name in vocabulary]
     rows = 1 + max(i for name, i in vocabulary.items() if name not in added)
     behind = [name for name in added if vocabulary[name] < rows]
@@ -280,9 +271,7 @@ def write_tower_files(place: str, folder: Path, vision: Any) -> None:
 
 def _clip_images(place: str) -> Any:
     """CLIP's image processor, without what other processors' files say beside its settings."""
-    from transformers import CLIPImageProcessor
-
-    images = CLIPImageProcessor.from_pretrained(place)
+    images = transformers.CLIPImageProcessor.from_pretrained(place)
     for name in ("do_pad", "_processor_class"):
         vars(images).pop(name, None)
     return images

@@ -51,7 +51,12 @@ def sweep(
     means, seeds_table = summary.tables(results).values()
     show(console, *means, [], "Mean ± std over seeds")
     show(console, *seeds_table, summary.notes(results), "Each seed")
-    for line in [*(f"wrote {path}" for path in written), *summary.missing_scores(results, plan.scores)]:
+    lines, found = [f"wrote {path}" for path in written], set(summary.measured(results))
+    for name, metrics in plan.scores.items():
+        if name not in found:
+            wanting = ", ".join(sorted(set(metrics) - found))
+            lines.append(f"Sweep.scores: {name} is not there, for want of {wanting}.")
+    for line in lines:
         console.print(line, highlight=False, markup=False)
     return all(result.error is None for result in results)
 

@@ -65,10 +65,10 @@ class Sweep:
     def points(self) -> list[dict[str, Any]]:
         """The baseline, if there is one, then every combination of each grid's values, as {binding: value}."""
         grids: Any = self.grid if isinstance(self.grid, tuple) else (self.grid,)
-        points = [
-            dict(zip(grid, values, strict=True)) for grid in grids for values in itertools.product(*grid.values())
-        ]
-        return points if self.baseline is None else [dict(self.baseline), *points]
+        points = [] if self.baseline is None else [dict(self.baseline)]
+        for grid in grids:
+            points += [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+        return points
 
 
 def _texts(value: Any) -> bool:

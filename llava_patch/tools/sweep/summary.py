@@ -41,16 +41,6 @@ def with_scores(result: Result, scores: Mapping[str, Sequence[str]]) -> Result:
     return replace(result, metrics={**result.metrics, **means})
 
 
-def missing_scores(results: Sequence[Result], scores: Mapping[str, Sequence[str]]) -> list[str]:
-    """What a reader must know of scores that no run could be given."""
-    found = set(measured(results))
-    return [
-        f"Sweep.scores: {name} is not there, for want of {', '.join(sorted(set(metrics) - found))}."
-        for name, metrics in scores.items()
-        if name not in found
-    ]
-
-
 @dataclass(frozen=True)
 class Spread:
     """Mean and sample standard deviation (n - 1) over seeds; std is None for one seed."""
