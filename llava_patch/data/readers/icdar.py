@@ -28,17 +28,13 @@ _SEPARATORS = (re.compile(","), re.compile(";"), re.compile("\t"), re.compile(r"
 
 @dataclass(frozen=True)
 class _Line:
-    """A line cut at one separator: `starts` are where its fields begin, `numbers` the numeric ones at its front."""
+    """A line cut at one separator; `numbers`: how many of the fields at its front are numeric."""
 
     number: int
     text: str
-    starts: list[int]
+    separator: re.Pattern[str]
     fields: list[str]
     numbers: int
-
-    def rest(self, count: int) -> str:
-        """Everything behind the first `count` fields."""
-        return self.text[self.starts[count] :] if count < len(self.starts) else ""
 
 
 def looks_like_annotations(lines: list[str]) -> bool:
@@ -76,7 +72,8 @@ def _read_file(file: Path, image: Path, collector: Collector) -> None:
             where = f"{file}:{line.number}"
             if line.numbers < count:
                 raise InputError(f"{where}: {_complaint(line, count)}")
-            text = _unquote(line.rest(count + has_script).strip())
+            behind = line.separator.split(line.text, count + has_script)[count + has_script :]
+            text = _unquote("".join(behind).strip())
             numbers = [float(field.strip(' "')) for field in line.fields[:count]]
             # Two opposite corners stay as they are, so that a reversed box is noticed.
             box: Any = bounds(numbers) if corners else tuple(numbers)
@@ -91,17 +88,15 @@ def bounds(numbers: list[float]) -> Box:
 
 def _cut(number: int, text: str) -> _Line:
     """Cut a line at the first separator that gives four numbers at its front, else at that which gives most."""
-    best: _Line | None = None
+    cuts: list[_Line] = []
     text = text.strip(" \r\n")
     for separator in _SEPARATORS:
-        starts, fields = [0, *(match.end() for match in separator.finditer(text))], separator.split(text)
+        fields = separator.split(text)
         numbers = next((i for i, field in enumerate(fields) if not _NUMBER.fullmatch(field.strip(' "'))), len(fields))
-        if best is None or numbers > best.numbers:
-            best = _Line(number, text, starts, fields, numbers)
-        if best.numbers >= 4:
+        cuts.append(_Line(number, text, separator, fields, numbers))
+        if numbers >= 4:
             break
-    assert best is not None
-    return best
+    return max(cuts, key=lambda line: line.numbers)
 
 
 def _complaint(line: _Line, count: int) -> str:

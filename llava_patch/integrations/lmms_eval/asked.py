@@ -148,11 +148,10 @@ def _carries_patch(model_args: Any) -> bool:
     else:
         values = [pair.partition("=")[2] for pair in str(model_args or "").split(",")]
     for checkpoint in values:
-        if not isinstance(checkpoint, str) or not checkpoint:
-            continue
-        if _find(checkpoint, SETTINGS_FILE) is not None:
+        named = isinstance(checkpoint, str) and checkpoint
+        if named and _find(checkpoint, SETTINGS_FILE) is not None:
             return True
-        config = _find(checkpoint, "config.json")
+        config = _find(checkpoint, "config.json") if named else None
         with contextlib.suppress(OSError, ValueError, TypeError):
             if config is not None and CONFIG_KEY in json.loads(config.read_text(encoding="utf-8")):
                 return True
