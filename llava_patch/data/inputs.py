@@ -19,21 +19,13 @@ LLAVA_15_PROMPT = (
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """Makes a model's inputs.
-
-    Attributes:
-        anatomy: where the model's parts are.
-        tokenizer: its tokenizer.
-        image_processor: turns PIL images into pixel values (CLIPImageProcessor and kin).
-        processor: HF's joint processor; None on `llava`.
-        conversation: name of llava's conversation template; None: LLaVA-1.5's.
-    """
+    """Makes a model's inputs."""
 
     anatomy: Anatomy
     tokenizer: Any
-    image_processor: Any
-    processor: Any = None
-    conversation: str | None = None
+    image_processor: Any  # turns PIL images into pixel values (CLIPImageProcessor and kin)
+    processor: Any = None  # HF's joint processor; None on `llava`
+    conversation: str | None = None  # name of llava's conversation template; None: LLaVA-1.5's
 
     def forward_inputs(self, image: Image.Image, question: str) -> dict[str, Any]:
         """Keyword arguments of the model's forward for one image and a question about it, on the model's device."""

@@ -83,10 +83,7 @@ def load_subject(checkpoint: str, base: str = "", device: str = "", dtype: str =
 def base_of(checkpoint: str, given: str, setting: str) -> str:
     """The base to compare a checkpoint with: the one that was `given`, or the one that its record names.
 
-    `setting` says how to name one, for errors ("BASE", "Drift.base").
-
-    Raises:
-        CheckpointError: none is known, or it is not there.
+    CheckpointError: none is known, or it is not there; `setting` says how to name one ("BASE", "Drift.base").
     """
     if given:
         configs.read(given, f"{setting} {given}")

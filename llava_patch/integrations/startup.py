@@ -20,10 +20,7 @@ from llava_patch.settings import active
 def on_import(name: str, module: Any) -> None:
     """Run what a freshly imported host module needs; called by the import hook.
 
-    With nothing configured a handler that fails says so and leaves the host as it is.
-
-    Raises:
-        LlavaPatchError: what is configured cannot be honoured.
+    A handler that fails says so and leaves the host as it is; LlavaPatchError: what is configured cannot be honoured.
     """
     undo = UndoStack()
     try:

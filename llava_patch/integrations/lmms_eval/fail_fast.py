@@ -34,10 +34,7 @@ class _Escape(BaseException):
 
 
 def install() -> None:
-    """Wrap lmms-eval's command, what it evaluates and what it prints its tables with.
-
-    What is wrapped already, or not loaded, is left as it is.
-    """
+    """Wrap lmms-eval's command, what it evaluates and what it prints tables with, where loaded and not yet wrapped."""
     _wrap("lmms_eval.evaluator", evaluate=_checked_evaluate, simple_evaluate=_checked_simple_evaluate)
     for name in _MAIN:
         if hasattr(sys.modules.get(name), "cli_evaluate"):
@@ -187,10 +184,8 @@ def mark_cache(response_cache: Any, patch_name: str) -> None:
     """Put a patch's fingerprint into what the cache (None without `--use_cache`) keys on.
 
     lmms-eval keys on the model's name and arguments, which are the same with and without a patch. Entries written
-    under another fingerprint, or none, are not found any more; they stay where they are.
-
-    Raises:
-        HostError: this version's cache has no place for it.
+    under another fingerprint, or none, are not found any more; they stay where they are. HostError: this version's
+    cache has no place for it.
     """
     if response_cache is None:
         return

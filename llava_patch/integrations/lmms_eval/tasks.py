@@ -6,9 +6,9 @@ image processor are alive there, but no longer when results are processed, so ea
 all that scoring needs.
 """
 
+import functools
 import os
 import weakref
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import datasets
@@ -109,16 +109,13 @@ def task_class(name: str) -> type[PagesTask]:
 
 
 # Our output types, and the methods of lmms-eval's models that answer their requests.
-_answers: dict[str, Callable[..., list[str]]] = {
-    one.name: lambda *given, _one=one: runner.answer(_one, *given)
-    for one in map(registry.measurement, registry.MEASUREMENTS)
-    if one.metrics
-}
-for _name, _answer in {**_answers, "rprobe": lambda *given: rprobe_runs.answer(*given)}.items():
+_answers: dict[str, Any] = {"rprobe": rprobe_runs.answer}
+_measured = [one for one in map(registry.measurement, registry.MEASUREMENTS) if one.metrics]
+for _name, _answer in (_answers | {one.name: functools.partial(runner.answer, one) for one in _measured}).items():
     _output_type = f"llava_patch_{_name}"
     if _output_type not in api_task.ALL_OUTPUT_TYPES:
         api_task.ALL_OUTPUT_TYPES.append(_output_type)
-    setattr(lmms, _output_type, _answer)
+    setattr(lmms, _output_type, lambda self, requests, answer=_answer: answer(self, requests))
 
 # What task.py of earlier versions imported, for copies of it.
 DriftTask, FusionAttentionTask, SaturationTask = map(task_class, ("drift", "fusion_attention", "saturation"))
