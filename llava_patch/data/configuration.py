@@ -6,7 +6,6 @@ from typing import Any
 
 from llava_patch.core import records
 from llava_patch.core.errors import CheckpointError, HostError
-from llava_patch.core.records import CONFIG_KEY
 from llava_patch.core.weights import read_json
 from llava_patch.hosts import configs, tiles
 from llava_patch.hosts.anatomy import HF, LLAVA
@@ -34,7 +33,7 @@ def read_transform(folder: str | Path, mode: str) -> Transform:
     raw = read_json(str(base), "config.json") if base.is_dir() else None
     if raw is None:
         raise CheckpointError(f"{base}: not a checkpoint, it holds no config.json")
-    record = record or raw.get(CONFIG_KEY)
+    record = record or raw.get(records.CONFIG_KEY)
     on_llava = "mm_vision_tower" in raw
     config, processor = _of_llava(raw, str(base)) if on_llava else _of_hf(raw, base)
     shape = towers.shape_of(config.vision_config)

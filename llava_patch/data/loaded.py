@@ -17,7 +17,6 @@ from llava_patch.core.weights import locate, read_json
 from llava_patch.data.inputs import Inputs
 from llava_patch.hosts import configs
 from llava_patch.hosts.anatomy import LLAVA, find
-from llava_patch.hosts.configs import CheckpointFiles
 
 DTYPES = ("float32", "bfloat16", "float16")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -132,7 +131,7 @@ def pick_dtype(name: str, device: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def _load_llava(files: CheckpointFiles, base: str, device: str, dtype: torch.dtype) -> LoadedCheckpoint:
+def _load_llava(files: configs.CheckpointFiles, base: str, device: str, dtype: torch.dtype) -> LoadedCheckpoint:
     checkpoint = files.source
     try:
         with _interrupted_afterwards():
@@ -158,7 +157,7 @@ def _load_llava(files: CheckpointFiles, base: str, device: str, dtype: torch.dty
     return LoadedCheckpoint(model.to(dtype), tokenizer, images)
 
 
-def _is_whole(files: CheckpointFiles) -> bool:
+def _is_whole(files: configs.CheckpointFiles) -> bool:
     return files.base is not None or any(locate(files.source, name) for name in _WEIGHTS)
 
 
@@ -183,7 +182,7 @@ def _interrupted_afterwards() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _load_hf(files: CheckpointFiles, base: str, device: str, dtype: torch.dtype) -> LoadedCheckpoint:
+def _load_hf(files: configs.CheckpointFiles, base: str, device: str, dtype: torch.dtype) -> LoadedCheckpoint:
     from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
     checkpoint = files.source

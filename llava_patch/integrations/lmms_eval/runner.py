@@ -12,17 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_patch.core import registry
+from llava_patch.core import records, registry
 from llava_patch.core.errors import HostError, SettingError
 from llava_patch.core.files import track
-from llava_patch.core.records import CONFIG_KEY
 from llava_patch.core.weights import read_json
 from llava_patch.data.inputs import Inputs
 from llava_patch.data.loaded import base_of, load_base
 from llava_patch.hosts.anatomy import Anatomy, find
 from llava_patch.integrations.lmms_eval.fail_fast import model_of
 from llava_patch.measurements.base import Measurement
-from llava_patch.patching import checkpoint as patched
 from llava_patch.patching.handle import get_handle
 from llava_patch.settings.active import settings_of
 
@@ -108,7 +106,7 @@ def _was_stock(anatomy: Anatomy, folder: str) -> bool:
     if get_handle(anatomy.model) is None or not Path(folder).is_dir():
         return False
     config = read_json(folder, "config.json")
-    return config is not None and CONFIG_KEY not in config and patched.read_settings(folder) is None
+    return config is not None and records.CONFIG_KEY not in config and records.read_settings(folder) is None
 
 
 def reach(lm: Any) -> Inputs:

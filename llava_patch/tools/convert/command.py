@@ -137,12 +137,9 @@ def to_hf(found: Checkpoint, vision_tower: str | None) -> Checkpoint:
     rows = tensors[_EMBEDDINGS[0]]().shape[0]
     longest = max(rows, *(i + 1 for i in tokens.values()))
     vocab = -(-longest // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-    tensors |= {name: _lengthened(tensors[name], vocab) for name in _EMBEDDINGS if name in tensors}
+    tensors |= {k: functools.partial(_lengthened, tensors[k], vocab) for k in _EMBEDDINGS if k in tensors}
     config = companions.hf_config(found.config, vision, tokens, added, vocab)
-    write = functools.partial(
-        companions.write_hf, found, tokenizer=tokenizer, vision=vision, tower=place, pad_id=tokens[companions.PAD],
-        kind=config["text_config"]["model_type"],
-    )  # fmt: skip
+    write = functools.partial(companions.write_hf, found, config, tokenizer, vision, place)
     return replace(found, host=HF, config=config, tensors=tensors, files=(write,))
 
 
@@ -150,13 +147,10 @@ def to_llava(found: Checkpoint, out: Path, vision_tower: str | None) -> Checkpoi
     """An HF checkpoint as one of llava."""
     companions.check_convertible(found.config, HF)
     rows, removed = companions.llava_vocabulary(found)
-    tensors = {k: _shortened(load, rows) if k in _EMBEDDINGS else load for k, load in found.tensors.items()}
+    cut = {k: functools.partial(_shortened, load, rows) for k, load in found.tensors.items() if k in _EMBEDDINGS}
     config = companions.llava_config(found.config, "", rows)
-
-    def write(partial: Path) -> None:
-        companions.write_llava(found, partial, config, removed)
-
-    made = replace(found, host=LLAVA, config=config, tensors=tensors, files=(write,))
+    write = functools.partial(companions.write_llava, found, config, removed)
+    made = replace(found, host=LLAVA, config=config, tensors=found.tensors | cut, files=(write,))
     vision = whole_config(found.config).vision_config
     return with_tower_folder(made, out, vision_tower, vision, found.find("preprocessor_config.json"))
 
@@ -197,15 +191,12 @@ def with_tower_folder(
     return replace(made, config={**made.config, "mm_vision_tower": place}, tensors=left, files=files)
 
 
-def _lengthened(load: weights.Load, rows: int) -> weights.Load:
-    def longer() -> Tensor:
-        weight = load()
-        # The mean row: an added token is never likelier than every real one.
-        mean = weight.float().mean(0, keepdim=True).to(weight.dtype)
-        return torch.cat([weight, mean.expand(rows - weight.shape[0], -1)])
-
-    return longer
+def _lengthened(load: weights.Load, rows: int) -> Tensor:
+    weight = load()
+    # The mean row: an added token is never likelier than every real one.
+    mean = weight.float().mean(0, keepdim=True).to(weight.dtype)
+    return torch.cat([weight, mean.expand(rows - weight.shape[0], -1)])
 
 
-def _shortened(load: weights.Load, rows: int) -> weights.Load:
-    return lambda: load()[:rows]
+def _shortened(load: weights.Load, rows: int) -> Tensor:
+    return load()[:rows]

@@ -176,7 +176,7 @@ def hf_tokenizer(source: "Checkpoint") -> tuple[Any, dict[str, int], list[str]]:
     return tokenizer, {name: tokenizer.convert_tokens_to_ids(name) for name in (IMAGE, PAD)}, added
 
 
-def write_hf(source: "Checkpoint", out: Path, tokenizer: Any, vision: Any, tower: str, kind: str, pad_id: int) -> None:
+def write_hf(source: "Checkpoint", config: dict[str, Any], tokenizer: Any, vision: Any, tower: str, out: Path) -> None:
     """Tokenizer, processor, chat template and generation settings of an HF checkpoint."""
     images = _clip_images(tower)
     if source.config.get("image_aspect_ratio") == "pad":  # HF has LLaVA's padding to a square in a class of its own
@@ -185,10 +185,10 @@ def write_hf(source: "Checkpoint", out: Path, tokenizer: Any, vision: Any, tower
     tokenizer.padding_side = "left"  # for generation in batches, as HF's releases have it
     transformers.LlavaProcessor(
         images, tokenizer, patch_size=vision.patch_size, num_additional_image_tokens=1,
-        vision_feature_select_strategy=_FEATURES[source.config.get("mm_vision_select_feature", "patch")],
-        chat_template=CHAT_TEMPLATES[kind],
+        vision_feature_select_strategy=config["vision_feature_select_strategy"],
+        chat_template=CHAT_TEMPLATES[config["text_config"]["model_type"]],
     ).save_pretrained(out)  # fmt: skip
-    _generation(source, out, pad_id)
+    _generation(source, out, config.get("pad_token_id"))
 
 
 def _generation(source: "Checkpoint", out: Path, pad_id: int | None) -> None:
@@ -217,7 +217,7 @@ def llava_vocabulary(source: "Checkpoint") -> tuple[int, list[str]]:
     return rows, added
 
 
-def write_llava(source: "Checkpoint", out: Path, config: dict[str, Any], removed: list[str]) -> None:
+def write_llava(source: "Checkpoint", config: dict[str, Any], removed: list[str], out: Path) -> None:
     """Tokenizer, without the removed tokens (llava grows its embedding to its length), and generation settings."""
     for name in _TOKENIZER_FILES:
         path = source.path(name)

@@ -13,7 +13,6 @@ from llava_patch.core.terminal import show
 from llava_patch.tools.sweep import process, record, summary
 from llava_patch.tools.sweep.figures import bubble_figure, sweep_figure
 from llava_patch.tools.sweep.plan import Run, make_plan, read_sweep
-from llava_patch.tools.sweep.summary import Result
 
 PLACE = "{checkpoint}"
 
@@ -61,12 +60,12 @@ def sweep(
     return all(result.error is None for result in results)
 
 
-def _known(run: Run, evaluate: str | None) -> Result | None:
+def _known(run: Run, evaluate: str | None) -> summary.Result | None:
     loss, metrics = record.finished(run), record.evaluated(run, evaluate)
-    return None if loss is None or metrics is None else Result(run, loss, metrics)
+    return None if loss is None or metrics is None else summary.Result(run, loss, metrics)
 
 
-def _run_all(runs: Sequence[Run], done: Sequence[Result | None], evaluate: str | None) -> list[Result]:
+def _run_all(runs: Sequence[Run], done: Sequence[summary.Result | None], evaluate: str | None) -> list[summary.Result]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     results = []
     with Progress(*columns, console=Console(stderr=True)) as progress, process.signals_interrupt():
@@ -84,7 +83,7 @@ def _run_all(runs: Sequence[Run], done: Sequence[Result | None], evaluate: str |
     return results
 
 
-def _attempt(run: Run, evaluate: str | None) -> Result:
+def _attempt(run: Run, evaluate: str | None) -> summary.Result:
     try:
         with process.lock(run.folder) as descriptor:
             loss = record.finished(run)
@@ -103,5 +102,5 @@ def _attempt(run: Run, evaluate: str | None) -> Result:
                 metrics = record.metrics(folder, earlier)
                 record.finish_evaluation(run, evaluate, metrics)
     except RunError as error:
-        return Result(run, error=str(error))
-    return Result(run, loss, metrics)
+        return summary.Result(run, error=str(error))
+    return summary.Result(run, loss, metrics)
