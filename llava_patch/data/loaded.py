@@ -25,19 +25,12 @@ _LORA, _PROJECTOR = "adapter_config.json", "mm_projector.bin"
 
 @dataclass(frozen=True, eq=False)
 class LoadedCheckpoint:
-    """A model ready to be measured.
+    """A model ready to be measured."""
 
-    Attributes:
-        model: in evaluation mode, with the patch that its checkpoint carries or that gin asks for.
-        tokenizer: its tokenizer.
-        image_processor: turns PIL images into pixel values.
-        processor: HF's joint processor; None on `llava`.
-    """
-
-    model: Any
+    model: Any  # in evaluation mode, with the patch that its checkpoint carries or that gin asks for
     tokenizer: Any
-    image_processor: Any
-    processor: Any = None
+    image_processor: Any  # turns PIL images into pixel values
+    processor: Any = None  # HF's joint processor; None on `llava`
 
     def inputs(self) -> Inputs:
         """Makes the model's inputs of an image and a question."""

@@ -16,27 +16,16 @@ Opener = Callable[[], tuple[Any, Iterable[dict[str, Any]]]]
 
 @dataclass(eq=False)
 class Target:
-    """A checkpoint that is measured.
+    """A checkpoint that is measured."""
 
-    Attributes:
-        checkpoint: folder or hub name, with the patch that it carries or that gin asks for.
-        data: see `read_examples`; "": rendered pages.
-        below: the model under a LoRA or projector-only checkpoint of llava; "": none.
-        base: the model that the checkpoint is compared with; "": none.
-        device: as `load_subject` takes it.
-        dtype: of the models, as `load_subject` takes it.
-        question: asked about every image; "": the data's own.
-        name: what results call the checkpoint.
-    """
-
-    checkpoint: str
-    data: str = ""
-    below: str = ""
-    base: str = ""
-    device: str = ""
-    dtype: str = ""
-    question: str = ""
-    name: str = ""
+    checkpoint: str  # folder or hub name, with the patch that it carries or that gin asks for
+    data: str = ""  # see `read_examples`; "": rendered pages
+    below: str = ""  # the model under a LoRA or projector-only checkpoint of llava; "": none
+    base: str = ""  # the model that the checkpoint is compared with; "": none
+    device: str = ""  # as `load_subject` takes it
+    dtype: str = ""  # of the models, as `load_subject` takes it
+    question: str = ""  # asked about every image; "": the data's own
+    name: str = ""  # what results call the checkpoint
 
     @cached_property
     def subject(self) -> "LoadedCheckpoint":

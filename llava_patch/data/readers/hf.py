@@ -134,8 +134,8 @@ def _select_columns(dataset: Any, name: str) -> Any:
 def _load(source: Path | str, split: str, config: str) -> Any:
     datasets = optional("datasets", f"{source}: a Hugging Face dataset")
     try:
-        local = isinstance(source, Path)
-        found = _from_disk(datasets, source) if local else datasets.load_dataset(source, config or None)
+        read = datasets.load_dataset
+        found = _from_disk(datasets, source) if isinstance(source, Path) else read(source, config or None)
     except LlavaPatchError:
         raise
     except Exception as error:  # datasets and its network layers raise dozens of kinds

@@ -87,10 +87,7 @@ def write_jsonl(samples: Sequence[Sample], path: str | Path) -> Path:
 
     Image files stay where they are: their paths are relative to `path` where they lie under its folder, else absolute.
     Pictures that are no files of their own (rendered pages, rows of a parquet file) are written as PNG into a folder
-    beside `path`, called after it with "_images" behind.
-
-    Raises:
-        InputError: an image that cannot be read.
+    beside `path`, called after it with "_images" behind. InputError: an image cannot be read.
     """
     path = Path(path)
     places = _Places(path.parent, path.parent / f"{path.stem}_images")

@@ -29,23 +29,15 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Source:
-    """A source with its settings: PATH?name=value&name=value, or hf:NAME[:SPLIT]?name=value.
+    """A source with its settings: PATH?name=value&name=value, or hf:NAME[:SPLIT]?name=value."""
 
-    Attributes:
-        path: file, folder, or name on the hub (then `hub`).
-        format: forces a format of `FORMATS`; "": by content.
-        images: folder of the images where they are not beside the annotations.
-        boxes: unit of a Hugging Face dataset's boxes: "pixels", "1000" or "1"; "": pixels, with an error in doubt.
-        split: of a Hugging Face dataset that has several, and so `config`, of one on the hub.
-    """
-
-    path: str
+    path: str  # file, folder, or name on the hub
     hub: bool = False
-    format: str = ""
-    images: str = ""
-    boxes: str = ""
-    split: str = ""
-    config: str = ""
+    format: str = ""  # forces a format of `FORMATS`; "": by content
+    images: str = ""  # folder of the images where they are not beside the annotations
+    boxes: str = ""  # unit of a dataset's boxes: "pixels", "1000" or "1"; "": pixels, with an error in doubt
+    split: str = ""  # of a dataset that has several
+    config: str = ""  # of a dataset on the hub that has several
 
     def __post_init__(self) -> None:
         if self.format and self.format not in FORMATS:

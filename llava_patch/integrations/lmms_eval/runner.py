@@ -8,21 +8,26 @@ pages.
 import dataclasses
 import functools
 import json
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_patch.core import records, registry
+from llava_patch.core import registry
 from llava_patch.core.errors import HostError, SettingError
 from llava_patch.core.files import track
-from llava_patch.core.weights import read_json
 from llava_patch.data.inputs import Inputs
 from llava_patch.data.loaded import base_of, load_base
+from llava_patch.data.pages import Pages
+from llava_patch.hosts import configs
 from llava_patch.hosts.anatomy import Anatomy, find
 from llava_patch.integrations.lmms_eval.fail_fast import model_of
 from llava_patch.measurements.base import Measurement
 from llava_patch.patching.handle import get_handle
 from llava_patch.settings.active import settings_of
+
+active: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+"""The tasks whose requests are being answered, by name."""
 
 
 def names(name: str) -> dict[str, Any]:
@@ -40,9 +45,6 @@ def answer(measurement: Measurement, lm: Any, requests: Sequence[Any]) -> list[s
     Raises:
         CheckpointError: the measurement compares, and no base is named, or it is not there; says how to name one.
     """
-    from llava_patch.data.pages import Pages
-    from llava_patch.integrations.lmms_eval.tasks import active
-
     if not requests:
         return []
     live = reach(lm)
@@ -52,7 +54,7 @@ def answer(measurement: Measurement, lm: Any, requests: Sequence[Any]) -> list[s
     found = []
     shown = getattr(lm, "rank", 0) == 0
     for number, request in enumerate(track(requests, measurement.name.replace("_", " "), shown)):
-        name, task = request.task_name, active(request.task_name)
+        name, task = request.task_name, active[request.task_name]
         if name not in models:
             models[name] = _beside(task, live, bases) if measurement.compares else ([live], {})
         inputs, sources = models[name]
@@ -105,8 +107,8 @@ def _was_stock(anatomy: Anatomy, folder: str) -> bool:
     """Whether a patched model's weights were read from a folder that knows nothing of the patch."""
     if get_handle(anatomy.model) is None or not Path(folder).is_dir():
         return False
-    config = read_json(folder, "config.json")
-    return config is not None and records.CONFIG_KEY not in config and records.read_settings(folder) is None
+    found = configs.look(folder)
+    return bool(found.host) and found.record is None
 
 
 def reach(lm: Any) -> Inputs:

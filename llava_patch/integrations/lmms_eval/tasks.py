@@ -8,7 +8,6 @@ all that scoring needs.
 
 import functools
 import os
-import weakref
 from typing import Any, ClassVar
 
 import datasets
@@ -22,8 +21,6 @@ from llava_patch.core.extras import need
 from llava_patch.data.examples import QUESTION
 from llava_patch.integrations.lmms_eval import fail_fast, rprobe_runs, runner
 from llava_patch.measurements.rprobe.settings import RProbe
-
-_active: "weakref.WeakValueDictionary[str, MeasurementTask]" = weakref.WeakValueDictionary()
 
 
 class MeasurementTask(ConfigurableTask):
@@ -50,8 +47,8 @@ class MeasurementTask(ConfigurableTask):
         self.dataset_no_image = self.dataset
 
     def build_all_requests(self, **kwargs: Any) -> None:
-        """Build the requests and let `active` find this task while they run."""
-        _active[self.config.task] = self
+        """Build the requests and let `runner.active` find this task while they run."""
+        runner.active[self.config.task] = self
         super().build_all_requests(**kwargs)
 
     def construct_requests(self, doc_id: int, ctx: str, **kwargs: Any) -> Instance:
@@ -65,11 +62,6 @@ class MeasurementTask(ConfigurableTask):
         if self.config.process_results is None:  # --predict_only
             return {"bypass": results}
         return self.config.process_results(doc, results)
-
-
-def active(name: str) -> MeasurementTask:
-    """The task of that name whose requests are being answered."""
-    return _active[name]
 
 
 class PagesTask(MeasurementTask):

@@ -19,13 +19,11 @@ class Row:
 
     method: str
     prefill_ms: list[float] = field(default_factory=list)  # each round's prefill, tower included, milliseconds
-    # each round's forward and backward pass with everything trainable, milliseconds
-    train_ms: list[float] = field(default_factory=list)
+    train_ms: list[float] = field(default_factory=list)  # each round's forward and backward pass, all of it trainable
     image_tokens: int = 0  # of one image
     added: int = 0  # parameters that the fusion adds
     kept_bytes: int = 0  # what autograd keeps for the backward pass, weights apart
-    # largest difference of a logit to the stock model before training; None where the number of tokens differs
-    start_delta: float | None = None
+    start_delta: float | None = None  # largest difference of a logit to stock before training; None: other tokens
     peak_bytes: int | None = None  # peak memory of the training step on a GPU; None on CPU
 
 
@@ -57,7 +55,7 @@ def measure(
         row, settings = results[name], rows[name]
         before = sum(p.numel() for p in model.parameters())
         # Every parameter trains in a stock Hugging Face model, so the tower does here too.
-        with patched(model, settings and {"fusion": settings}) as handle:
+        with patched(model, {"fusion": settings} if settings else None) as handle:
             row.image_tokens = handle.tokens_per_image if handle is not None else 576
             batch_inputs = make_inputs(model, text, batch, row.image_tokens)
             if number == 0:

@@ -62,8 +62,7 @@ class Row:
     method: str
     prefill_ms: list[float] = field(default_factory=list)  # each round's prefill, milliseconds
     decode_ms: list[float] = field(default_factory=list)  # each round's decode, milliseconds a token
-    # each round's forward and backward pass, milliseconds; empty when not measured
-    train_ms: list[float] = field(default_factory=list)
+    train_ms: list[float] = field(default_factory=list)  # each round's forward and backward pass, if measured
     cache_bytes: int = 0  # bytes that the cache holds after the prompt
     trainable: int | None = None  # parameters that train; None where nothing does
     partner: str = ""  # the identity that `partner_delta` measures
@@ -261,7 +260,7 @@ def measure_prefill(model: Any, inputs: dict[str, Any], routing: Routing, repeat
     stock, routed, tokens = Row("stock"), Row("routed"), 0
     for number in range(repeats + 1):
         for row, settings in ((stock, None), (routed, routing)):
-            with patched(model, settings and {"routing": settings}), Clock(model.device) as clock:
+            with patched(model, {"routing": settings} if settings else None), Clock(model.device) as clock:
                 out = model(**inputs, use_cache=True, logits_to_keep=1)
             if number:
                 row.prefill_ms.append(clock.ms)

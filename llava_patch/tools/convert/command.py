@@ -71,15 +71,8 @@ def merge(
 ) -> Path:
     """Write a plain checkpoint, which needs no llava_patch, where a patch can be expressed in one exactly.
 
-    Args:
-        folder: an adapter or a full patched checkpoint.
-        out: as in `convert`.
-        to: "hf" or "llava", to convert in the same go; None: the host that it is of.
-        vision_tower: as in `convert`.
-        shard_bytes: as in `convert`.
-
-    Returns:
-        The folder.
+    The folder is an adapter or a full patched checkpoint; `to` converts in the same go (None: the host that it is of).
+    All else is as in `convert`.
 
     Raises:
         CheckpointError: a stock checkpoint, or a patch that the stock model cannot express: says why and what to do.

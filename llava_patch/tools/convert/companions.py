@@ -180,8 +180,10 @@ def write_hf(source: "Checkpoint", config: dict[str, Any], tokenizer: Any, visio
     """Tokenizer, processor, chat template and generation settings of an HF checkpoint."""
     images = _clip_images(tower)
     if source.config.get("image_aspect_ratio") == "pad":  # HF has LLaVA's padding to a square in a class of its own
+        from transformers.models.llava.image_processing_llava import LlavaImageProcessor
+
         values = {k: v for k, v in images.to_dict().items() if k != "image_processor_type"}
-        images = transformers.LlavaImageProcessor(**values, do_pad=True)
+        images = LlavaImageProcessor(**values, do_pad=True)
     tokenizer.padding_side = "left"  # for generation in batches, as HF's releases have it
     transformers.LlavaProcessor(
         images, tokenizer, patch_size=vision.patch_size, num_additional_image_tokens=1,

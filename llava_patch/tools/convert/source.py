@@ -36,16 +36,12 @@ class Checkpoint:
 
     host: str  # "llava" or "hf"
     config: dict[str, Any]  # its config.json, without our key
-    # our settings ("format", "fusion", "routing", "pruning"); None for a stock checkpoint
-    record: dict[str, Any] | None
-    # neutral name: a function that reads it. On llava without the vision tower, unless the checkpoint's own weights are
-    # what its loader uses
-    tensors: Tensors
+    record: dict[str, Any] | None  # our settings (format, fusion, routing, pruning); None for a stock checkpoint
+    tensors: Tensors  # by neutral names; on llava without the tower, unless its loader takes that from the checkpoint
     sources: tuple[str, ...]  # folders or hub names that its other files are taken from, the first one that has a file
     # what an adapter's fingerprint says of a tower that llava keeps in a folder of its own
     tower_samples: dict[str, list[float]] = field(default_factory=dict)
-    # what writes the files beside weights and configuration into a folder
-    files: tuple[Callable[[Path], None], ...] = ()
+    files: tuple[Callable[[Path], None], ...] = ()  # what writes the files beside weights and configuration
 
     @property
     def name(self) -> str:

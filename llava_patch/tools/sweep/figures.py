@@ -117,11 +117,11 @@ def bubble_figure(results: Sequence[Result], path: Path, scores: Collection[str]
         names = [name for name in names if name == LOSS or name in scores]
     points = [(point, spreads(group)) for point, group in by_point(results) if not group[0].run.baseline]
     places = {key: {v: i for i, v in enumerate(sorted({point[key] for point, _ in points}))} for key in keys}
-    columns, rows = map(len, places.values())
+    (x, y), (columns, rows) = keys, map(len, places.values())
     figure, axes = panel_grid(len(names), max(4.0, 1.0 + 0.7 * (1 + columns)), max(3.0, 1.2 + 0.4 * rows))
     for axis, name in zip(axes, names, strict=True):
         means = [
-            (*(places[key][point[key]] for key in keys), found[name].mean if name in found else math.nan)
+            (places[x][point[x]], places[y][point[y]], found[name].mean if name in found else math.nan)
             for point, found in points
         ]
         _bubbles(axis, name, places, means, baseline[name].mean)
