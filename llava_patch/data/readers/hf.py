@@ -113,10 +113,14 @@ def _select_columns(dataset: Any, name: str) -> Any:
     Image = optional("datasets").Image
     features = dataset.features
     pictures = [key for key, feature in features.items() if isinstance(feature, Image)]
-    found = []
-    for what, known in (("image", IMAGES), ("text", TEXTS), ("box", BOXES)):
-        names = (*known, *pictures[:1]) if what == "image" else known
-        column = next((one for one in names if one in (pictures if what == "image" and pictures else features)), None)
+    found: list[str] = []
+    wanted = {
+        "image": ((*IMAGES, *pictures[:1]), pictures or features),
+        "text": (TEXTS, features),
+        "box": (BOXES, features),
+    }
+    for what, (known, among) in wanted.items():
+        column = next((one for one in known if one in among), None)
         if column is None:
             expected = f"expected one called {' or '.join(known)}"
             raise InputError(f"{name}: no {what} column among {', '.join(features)}: {expected}")
