@@ -138,9 +138,8 @@ def _read(source: Source, boxes_per_sample: int, broken: str, root: Path) -> Sam
         return collector.finish(f"hf:{source.path}", "hf", boxes_per_sample)
     path = Path(source.path)
     if not path.exists():
-        raise InputError(
-            f"R-Probe data {path}: no such file or folder (a dataset on the Hugging Face hub is hf:{source.path})"
-        )
+        hub = f"a dataset on the Hugging Face hub is hf:{source.path}"
+        raise InputError(f"R-Probe data {path}: no such file or folder ({hub})")
     files = [path] if path.is_file() else walk(path)
     kinds = _kinds(path, files)
     format = source.format or _choose(path, files, kinds)

@@ -211,11 +211,10 @@ def llava_vocabulary(source: "Checkpoint") -> tuple[int, list[str]]:
     vocabulary = transformers.AutoTokenizer.from_pretrained(place).get_vocab()
     added = [name for name in (IMAGE, PAD) if name in vocabulary]
     rows = 1 + max(i for name, i in vocabulary.items() if name not in added)
-    behind = [name for name in added if vocabulary[name] < rows]
-    if behind:
-        raise CheckpointError(
-            f"{source.name}: the tokenizer has tokens of its own behind {behind[0]}, so HF's cannot be cut off"
-        )
+    for name in added:
+        if vocabulary[name] < rows:
+            what = f"the tokenizer has tokens of its own behind {name}"
+            raise CheckpointError(f"{source.name}: {what}, so HF's cannot be cut off")
     return rows, added
 
 

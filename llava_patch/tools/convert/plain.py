@@ -97,10 +97,9 @@ def _without_fusion(found: Checkpoint, fusion: Fusion, target: str) -> Checkpoin
             f"whose model takes several, or {_KEEP}"
         )
     groups = columns(on_meta(found, fusion))
-    if weight.shape[1] != (1 + len(groups)) * width:
-        raise CheckpointError(
-            f"{found.name}: its projector takes {weight.shape[1]} channels, {fusion} makes {(1 + len(groups)) * width}"
-        )
+    takes, makes = weight.shape[1], (1 + len(groups)) * width
+    if takes != makes:
+        raise CheckpointError(f"{found.name}: its projector takes {takes} channels, {fusion} makes {makes}")
     merged = _with_projector(found, lambda: spread(found.tensors[_FIRST](), width, groups))
     main = whole_config(found.config).vision_feature_layer
     # Blocks are counted as HF counts hidden states: 0 is the embedding. The main one stays as the config has it (-2).

@@ -126,10 +126,8 @@ def bubble_figure(results: Sequence[Result], path: Path, scores: Collection[str]
         ]
         _bubbles(axis, name, places, means, baseline[name].mean)
     seeds = max(len(group) for _, group in by_point(results))
-    seeds_text = "One seed a point." if seeds == 1 else f"Means of up to {seeds} seeds."
-    title = (
-        f"Difference to the baseline (yellow): green better, red worse; area by its size. Cross: failed. {seeds_text}"
-    )
+    title = "Difference to the baseline (yellow): green better, red worse; area by its size. Cross: failed. "
+    title += "One seed a point." if seeds == 1 else f"Means of up to {seeds} seeds."
     figure.suptitle(textwrap.fill(title, 50 * min(3, len(names))), fontsize=TITLE)
     return write_figure(figure, path)
 
