@@ -62,7 +62,7 @@ def measure_attention_maps(
     Raises:
         SettingError: the tower has no such block.
         InputError: no sample with an image, or one with several.
-        HostError: a tower that is not known.
+        HostError: a tower that is not known or whose tokens do not make its grid, or numbers that are not finite.
     """
     anatomy = find(model)
     tower = anatomy.vision_parts()
@@ -80,8 +80,8 @@ def measure_attention_maps(
         for sample in files.track(samples, f"attention maps of {checkpoint}", progress):
             if settings.max_samples is not None and len(found) >= settings.max_samples:
                 break
-            pixels, part = pixels_of(anatomy, sample)
-            found.append(map_of(anatomy, pixels, settings).tolist())
+            pixels, part = _pixels_of(anatomy, sample)
+            found.append(_map_of(anatomy, pixels, settings).tolist())
             labels.append(next(names, f"image {len(found)}"))
             if len(views) < ROWS:
                 views.append(_view(anatomy, pixels[0], image_processor))
@@ -92,19 +92,8 @@ def measure_attention_maps(
     return AttentionMapsResult(labels, [one], settings)
 
 
-def pixels_of(anatomy: Anatomy, sample: dict[str, Any]) -> tuple[Tensor, str]:
-    """The pixels that the tower sees, and what of the image they are.
-
-    Args:
-        anatomy: the host model.
-        sample: keyword arguments of its forward.
-
-    Returns:
-        ([1, 3, height, width], `WHOLE` or `OVERVIEW`).
-
-    Raises:
-        InputError: no image, or several.
-    """
+def _pixels_of(anatomy: Anatomy, sample: dict[str, Any]) -> tuple[Tensor, str]:
+    """The pixels that the tower sees, [1, 3, height, width], and what of the image they are: `WHOLE` or `OVERVIEW`."""
     pixels = anatomy.pixels_of(sample)
     if pixels is None or len(pixels) != 1:
         count = 0 if pixels is None else len(pixels)
@@ -114,19 +103,11 @@ def pixels_of(anatomy: Anatomy, sample: dict[str, Any]) -> tuple[Tensor, str]:
 
 
 @torch.no_grad()
-def map_of(anatomy: Anatomy, pixels: Tensor, settings: AttentionMaps = DEFAULTS) -> Tensor:
-    """The attention map of one image.
-
-    Args:
-        anatomy: the host model, in evaluation mode.
-        pixels: [1, 3, height, width], normalised by the host's image processor.
-        settings: see `AttentionMaps`.
+def _map_of(anatomy: Anatomy, pixels: Tensor, settings: AttentionMaps) -> Tensor:
+    """The attention map of one image's normalised pixels [1, 3, height, width], mean over heads.
 
     Returns:
-        float32 [rows, columns] on CPU: attention probabilities, mean over heads.
-
-    Raises:
-        HostError: the tower's tokens do not make its grid, or its numbers are not finite.
+        float32 [rows, columns] on CPU: attention probabilities.
     """
     vision, tower = anatomy.vision_model, anatomy.vision_parts()
     weight = next(vision.parameters())
@@ -155,7 +136,6 @@ def _view(anatomy: Anatomy, pixels: Tensor, processor: Any) -> View:
         image = maths.min_max(image)
     elif getattr(processor, "do_normalize", True):
         image = image * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
-    rows, columns = anatomy.grid
-    side = anatomy.patch_size
-    image = image[:, : rows * side, : columns * side].clamp(0, 1)
-    return View((image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy(), side)
+    rows, columns = (anatomy.patch_size * patches for patches in anatomy.grid)
+    image = (255 * image[:, :rows, :columns].clamp(0, 1)).round().to(torch.uint8)
+    return View(image.permute(1, 2, 0).numpy(), anatomy.patch_size)

@@ -7,15 +7,15 @@ products of the rotary angles).
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from llava_patch.core.errors import SettingError
 from llava_patch.hosts.anatomy import HF
 from llava_patch.measurements.flops import products
-from llava_patch.measurements.flops.products import Mode, Positions, Product
-from llava_patch.measurements.flops.shape import DecoderShape, ModelShape
+from llava_patch.measurements.flops.products import Mode, Positions
+from llava_patch.measurements.flops.shape import Linear, ModelShape
 from llava_patch.routing.schedule import LayerSchedule, make_schedule
 from llava_patch.settings.methods import FastV, Routing
 
@@ -40,15 +40,15 @@ class Prompt:
     tiles: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("text", 1), ("image", 0), ("batch", 1)):
-            value = getattr(self, name)
+        for name, least in {"text": 1, "image": 0, "batch": 1, "tiles": 1}.items():
+            value, optional = getattr(self, name), name == "tiles"
+            if optional and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise SettingError(f"{name} = {value!r}: expected an integer from {least} on")
-        if self.tiles is not None:
-            if isinstance(self.tiles, bool) or not isinstance(self.tiles, int) or self.tiles < 1:
-                raise SettingError(f"tiles = {self.tiles!r}: expected an integer from 1 on, or None")
-            if not self.image:
-                raise SettingError(f"tiles = {self.tiles}, but image = 0: give the image tokens that they become")
+                also = ", or None" if optional else ""
+                raise SettingError(f"{name} = {value!r}: expected an integer from {least} on{also}")
+        if self.tiles is not None and not self.image:
+            raise SettingError(f"tiles = {self.tiles}, but image = 0: give the image tokens that they become")
 
     def images(self, projected: int) -> int:
         """How often the tower runs for all samples.
@@ -61,51 +61,28 @@ class Prompt:
 
 @dataclass(frozen=True)
 class LayerFlops:
-    """One decoder layer (or all side-branch layers together).
+    """One decoder layer (or all side-branch layers together)."""
 
-    Attributes:
-        projections: of queries, keys, values and the attention's output.
-        attention: queries with keys, probabilities with values.
-        feed_forward: the gated feed-forward network.
-    """
-
-    projections: int = 0
-    attention: int = 0
-    feed_forward: int = 0
+    projections: int = 0  # of queries, keys, values and the attention's output
+    attention: int = 0  # queries with keys, probabilities with values
+    feed_forward: int = 0  # the gated feed-forward network
 
     @property
     def total(self) -> int:
         """All of it."""
         return self.projections + self.attention + self.feed_forward
 
-    def __add__(self, other: "LayerFlops") -> "LayerFlops":
-        """Part by part."""
-        return LayerFlops(
-            self.projections + other.projections,
-            self.attention + other.attention,
-            self.feed_forward + other.feed_forward,
-        )
-
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of one pass.
+    """FLOPs of one pass."""
 
-    Attributes:
-        tower: the vision tower; 0 where the pass brings no image.
-        projector: from tower to decoder, DeepStack's second one included.
-        layers: of each decoder layer.
-        side: the side branch.
-        pruning: its own row of attention.
-        head: hidden size to vocabulary.
-    """
-
-    tower: int
-    projector: int
-    layers: tuple[LayerFlops, ...]
-    side: LayerFlops
-    pruning: int
-    head: int
+    tower: int  # the vision tower; 0 where the pass brings no image
+    projector: int  # from tower to decoder, DeepStack's second one included
+    layers: tuple[LayerFlops, ...]  # of each decoder layer
+    side: LayerFlops  # the side branch
+    pruning: int  # its own row of attention
+    head: int  # hidden size to vocabulary
 
     @property
     def decoder(self) -> int:
@@ -139,40 +116,27 @@ def count_flops(shape: ModelShape, program: LayerSchedule, prompt: Prompt, mode:
     at = products.decoder_positions(program, prompt.text, prompt.image, mode, answers_last_only=shape.host == HF)
     decoder, batch = shape.decoder, prompt.batch
     images = 0 if mode is Mode.DECODE else prompt.images(shape.projected)
-    chooser: Counter[Product] = (
-        Counter() if at.chooser is None else products.chooser_products(decoder, at.chooser, batch)
-    )
-    side = LayerFlops()
-    for position in at.side:
-        side = side + _layer(decoder, position, batch)
+
+    def layer(position: Positions, times: int = 1) -> LayerFlops:
+        parts = products.layer_products(decoder, position, batch)
+        return LayerFlops(*(times * products.total(getattr(parts, part.name)) for part in fields(LayerFlops)))
+
+    tower = shape.tower  # every block runs, whichever is read
+    block = tower.tokens * _multiplied(tower.linears) + 2 * tower.tokens**2 * tower.attention_width
+    embedded = tower.patches * _multiplied([tower.patch_embedding])
     return Flops(
-        tower=tower_flops(shape, images),
-        projector=projector_flops(shape, images),
-        layers=tuple(_layer(decoder, position, batch) for position in at.layers),
-        side=side,
-        pruning=products.total(chooser),
+        tower=2 * images * (tower.blocks * block + embedded + tower.pooled),
+        projector=2 * images * shape.projected * _multiplied(shape.projector) * (1 + shape.stacked),
+        layers=tuple(map(layer, at.layers)),
+        side=layer(at.side[0], len(at.side)) if at.side else LayerFlops(),
+        pruning=products.total(products.chooser_products(decoder, at.chooser, batch)) if at.chooser else 0,
         head=2 * at.answered * batch * decoder.hidden * decoder.vocabulary,
     )
 
 
-def _layer(shape: DecoderShape, at: Positions, batch: int) -> LayerFlops:
-    parts = products.layer_products(shape, at, batch)
-    return LayerFlops(*map(products.total, (parts.projections, parts.attention, parts.feed_forward)))
-
-
-def tower_flops(shape: ModelShape, images: int) -> int:
-    """The vision tower on some images: every block, whichever is read."""
-    tower = shape.tower
-    linears = sum(a * b for a, b in tower.linears)
-    block = tower.tokens * linears + 2 * tower.tokens**2 * tower.attention_width
-    entry, width = tower.patch_embedding
-    return 2 * images * (tower.blocks * block + tower.patches * entry * width + tower.pooled)
-
-
-def projector_flops(shape: ModelShape, images: int) -> int:
-    """The projector on some images, and as often again as DeepStack has taps."""
-    each = sum(a * b for a, b in shape.projector)
-    return 2 * images * shape.projected * each * (1 + shape.stacked)
+def _multiplied(linears: Iterable[Linear]) -> int:
+    """Multiply-adds of linear layers on one position."""
+    return sum(inputs * outputs for inputs, outputs in linears)
 
 
 def cache_bytes(shape: ModelShape, program: LayerSchedule, prompt: Prompt, value_bytes: int = 2) -> int:
@@ -186,9 +150,7 @@ def cache_bytes(shape: ModelShape, program: LayerSchedule, prompt: Prompt, value
     """
     at = products.decoder_positions(program, prompt.text, prompt.image, Mode.PREFILL)
     row = 2 * shape.decoder.key_value_heads * shape.decoder.head_dim * value_bytes
-    remembered = 0
-    if at.side:
-        remembered = at.images * (shape.decoder.hidden * value_bytes + POSITION_BYTES)
+    remembered = at.images * (shape.decoder.hidden * value_bytes + POSITION_BYTES) if at.side else 0
     return prompt.batch * (sum(layer.held for layer in at.layers) * row + remembered)
 
 

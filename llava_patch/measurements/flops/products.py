@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
-from functools import reduce
 
 from llava_patch.measurements.flops.shape import DecoderShape
 from llava_patch.routing.schedule import LayerMode, LayerSchedule
@@ -25,17 +24,11 @@ class Mode(Enum):
 
 @dataclass(frozen=True)
 class Positions:
-    """How many positions of a sample a layer works on.
+    """How many positions of a sample a layer works on."""
 
-    Attributes:
-        asking: go through the queries, the output projection and the feed-forward network.
-        giving: go through the projections of keys and values.
-        held: keys that each query is multiplied with (full attention: the causal half is computed too).
-    """
-
-    asking: int
-    giving: int
-    held: int
+    asking: int  # go through the queries, the output projection and the feed-forward network
+    giving: int  # go through the projections of keys and values
+    held: int  # keys that each query is multiplied with (full attention: the causal half is computed too)
 
 
 @dataclass(frozen=True)
@@ -53,7 +46,7 @@ class LayerProducts:
 
 def add(*counts: Counter[Product]) -> Counter[Product]:
     """The sum of several counts."""
-    return reduce(lambda a, b: a + b, counts, Counter())
+    return sum(counts, Counter())
 
 
 def total(counts: Counter[Product]) -> int:
@@ -85,21 +78,13 @@ def layer_products(shape: DecoderShape, at: Positions, batch: int) -> LayerProdu
 
 @dataclass(frozen=True)
 class DecoderPositions:
-    """How many positions every part of the decoder works on.
+    """How many positions every part of the decoder works on."""
 
-    Attributes:
-        layers: of each decoder layer.
-        side: of each side-branch layer; () without one, or where it does not run.
-        chooser: of the pruning's own row of attention, which finds what to prune; None where nothing is pruned.
-        answered: positions of a sample that the head answers.
-        images: image positions that are left at the split.
-    """
-
-    layers: tuple[Positions, ...]
-    side: tuple[Positions, ...]
-    chooser: Positions | None
-    answered: int
-    images: int
+    layers: tuple[Positions, ...]  # of each decoder layer
+    side: tuple[Positions, ...]  # of each side-branch layer; () without one, or where it does not run
+    chooser: Positions | None  # of the pruning's own row of attention, which finds what to prune; None: none is pruned
+    answered: int  # positions of a sample that the head answers
+    images: int  # image positions that are left at the split
 
 
 def decoder_positions(
@@ -123,26 +108,20 @@ def decoder_positions(
     last = program.n_layers - 1
     last_token_only = mode is Mode.PREFILL and routed
     pruning = program.pruning if images else None
-    kept = images if pruning is None else pruning.keep_counts((images,), (0,))[0]
     here, layers, at_split = images, [], images
     for number, does in enumerate(program.modes):
         if pruning is not None and number == pruning.layer:
-            here = kept
+            here = pruning.keep_counts((images,), (0,))[0]
         if number == program.split:
             at_split = here
-        whole = text + here
-        held = text if routed and does is LayerMode.TEXT else whole
-        asking = held
+        held = asking = text if routed and does is LayerMode.TEXT else text + here
         if routed and does is LayerMode.KEYS and number != last:
             asking = text
         if last_token_only and text > 1 and does is LayerMode.FUSE and number != last and number == program.fusion[-1]:
             asking = text
         if last_token_only and number == last:
             asking = 1
-        if mode is Mode.DECODE:
-            layers.append(Positions(1, 1, held + 1))
-        else:
-            layers.append(Positions(asking, held, held))
+        layers.append(Positions(1, 1, held + 1) if mode is Mode.DECODE else Positions(asking, held, held))
     side: tuple[Positions, ...] = ()
     chooser = None
     if mode is not Mode.DECODE:
