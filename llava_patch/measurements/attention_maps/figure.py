@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 from llava_patch.core import plotting
 from llava_patch.core.extras import optional
 from llava_patch.measurements.attention_maps import maths
-from llava_patch.measurements.attention_maps.result import WHOLE, AttentionMapsResult, CheckpointMaps, View
+from llava_patch.measurements.attention_maps.result import WHOLE, AttentionMapsResult, View
 
 CELL, HEAD = 1.35, 0.75  # inches: side of a picture, and what titles and the bar take
 COLOURS = "viridis"

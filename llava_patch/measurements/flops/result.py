@@ -44,9 +44,9 @@ class Row:
     def of(cls, shape: ModelShape, variant: Variant, prompt: Prompt, split: int, value_bytes: int = 2) -> "Row":
         """Count one variant."""
         program = program_of(shape, variant.routing, variant.pruning)
-        passes = (count_flops(shape, program, prompt, mode) for mode in Mode)
-        deep = deep_image_flops(shape, program, prompt, split)
-        return cls(variant, *passes, deep, cache_bytes(shape, program, prompt, value_bytes))
+        passes = {mode.name.lower(): count_flops(shape, program, prompt, mode) for mode in Mode}
+        deep, held = deep_image_flops(shape, program, prompt, split), cache_bytes(shape, program, prompt, value_bytes)
+        return cls(variant, **passes, deep_image=deep, cache_bytes=held)
 
     def to_dict(self, stock: "Row") -> dict[str, Any]:
         """Plain JSON values, with totals, and shares of the stock model's."""
@@ -65,8 +65,9 @@ class Row:
         variant = values["variant"]
         read = {k: from_dict(variant[k], "flops") if variant[k] else None for k in ("routing", "pruning")}
         kept = [field.name for field in fields(Flops)]  # the others are totals
-        passes = [decode(Flops, {k: values[name][k] for k in kept}) for name in PASSES]
-        return cls(Variant(variant["name"], **read), *passes, values["deep_image"], values["cache_bytes"])
+        passes = {name: decode(Flops, {k: values[name][k] for k in kept}) for name in PASSES}
+        counts = {name: values[name] for name in ("deep_image", "cache_bytes")}
+        return cls(Variant(variant["name"], **read), **passes, **counts)
 
 
 @dataclass(frozen=True)
