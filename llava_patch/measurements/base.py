@@ -240,15 +240,12 @@ class Result:
         return found
 
     def content(self) -> dict[str, Any]:
-        """All but format and version."""
-        return {**self.derived(), **self.encode()}
+        """All but format and version; facts only where there are some."""
+        return {**self.derived(), **self.encode(), **({"facts": self.facts} if self.facts else {})}
 
     def encode(self) -> dict[str, Any]:
-        """The fields as JSON values; facts only where there are some."""
-        values = encode_fields(self)
-        if not self.facts:
-            del values["facts"]
-        return values
+        """The fields but the facts as JSON values."""
+        return {name: value for name, value in encode_fields(self).items() if name != "facts"}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "these values") -> "Self":
@@ -318,23 +315,14 @@ class Result:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Several results of one kind side by side.
+    """Several results of one kind side by side."""
 
-    Attributes:
-        results: by name, in order.
-        head: column titles of the table.
-        rows: its cells, a line a result.
-        notes: what keeps them from being compared, and what else is to be said; a sentence each.
-        figure: "MODULE:FUNCTION" that draws them: called with `results` and a path, which it returns.
-        title: of the table.
-    """
-
-    results: Mapping[str, Result]
-    head: list[str]
-    rows: list[list[str]]
-    notes: list[str]
-    figure: str
-    title: str = ""
+    results: Mapping[str, Result]  # by name, in order
+    head: list[str]  # column titles of the table
+    rows: list[list[str]]  # its cells, a line a result
+    notes: list[str]  # what keeps them from being compared, and what else is to be said; a sentence each
+    figure: str  # "MODULE:FUNCTION" that draws them: called with `results` and a path, which it returns
+    title: str = ""  # of the table
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -357,13 +345,7 @@ def default_split(depth: int) -> int:
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any], names: tuple[str, str]) -> str | None:
-    """In what two runs differ beside the model, as a sentence; None: in nothing.
-
-    Args:
-        one: settings and facts that change the numbers.
-        other: those of the run that it is compared with.
-        names: of the two.
-    """
+    """In what two runs' settings and facts differ, beside the model, as a sentence; None: in nothing."""
     unlike = [f"{key} = {one[key]} (there {other[key]})" for key in one if one[key] != other[key]]
     return f"{names[0]} differs from {names[1]} in more than the model: {', '.join(unlike)}" if unlike else None
 
@@ -409,22 +391,15 @@ def names_of(given: Sequence[str], names: str = "", file: str = "") -> list[str]
         if len(own) != len(given) or len(set(own)) < len(own):
             raise SettingError(f"--names {','.join(own)}: expected {len(given)} distinct names")
         return own
-    parts = [_parts(path, file) for path in given]
+    paths = [path.resolve() if path.exists() else path for path in map(Path, given)]
+    parts = [(path.parent if path.name == file else path).parts for path in paths]
+    parts = [tuple(part.removesuffix(".json") for part in path if part not in ("/", "")) for path in parts]
     single = [part[-1] for part in parts]
     above = [part[-2] if len(part) > 1 else part[-1] for part in parts]
     for found in (single, above, [f"{a}__{b}" for a, b in zip(above, single, strict=True)]):
         if len(set(found)) == len(found):
             return found
     return [f"{name}-{i}" for i, name in enumerate(single, 1)]
-
-
-def _parts(given: str, file: str) -> list[str]:
-    path = Path(given)
-    if path.exists():
-        path = path.resolve()
-    if path.name == file:
-        path = path.parent
-    return [part.removesuffix(".json") for part in path.parts if part not in ("/", "")]
 
 
 def words(text: str) -> list[str]:
@@ -435,9 +410,7 @@ def words(text: str) -> list[str]:
 def encode(value: Any, hint: Any = None) -> Any:
     """Dataclasses as dictionaries of their fields, tuples as lists, dictionaries with other keys than text as pairs.
 
-    Args:
-        value: what is written.
-        hint: its type, where it is known.
+    `hint` is the value's type, where it is known.
     """
     if isinstance(value, Result):
         return value.content()

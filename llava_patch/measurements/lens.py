@@ -23,15 +23,13 @@ def lens_kl(anatomy: Anatomy, trace: Trace, chunk: int) -> tuple[list[float], li
         (image, text): per layer the mean in nats over the positions that both the layer and the last one have (pruned
         ones are in neither); NaN where there are none. The last layer's is 0.
     """
-    last = len(anatomy.layers) - 1
-    rows = [trace.rows(layer) for layer in range(last + 1)]
-    text = ~trace.mask()
-    reached = rows[last] >= 0
-    present = [trace.image_states(layer) > 0 for layer in range(last + 1)]
-    image_positions = (trace.mask() & reached).nonzero().flatten()
+    layers = range(len(anatomy.layers))
+    rows = [trace.rows(layer) for layer in layers]
+    image, text = trace.mask() & (rows[-1] >= 0), ~trace.mask()
+    present = [trace.image_states(layer) > 0 for layer in layers]
     return (
-        _means(anatomy, trace, chunk, image_positions, rows, present),
-        _means(anatomy, trace, chunk, text.nonzero().flatten(), rows, [True] * (last + 1)),
+        _means(anatomy, trace, chunk, image.nonzero().flatten(), rows, present),
+        _means(anatomy, trace, chunk, text.nonzero().flatten(), rows, [True] * len(layers)),
     )
 
 

@@ -31,33 +31,22 @@ from llava_patch.routing.layers import ExternalKeys, Observer, observing
 class Trace(Observer):
     """What one sample's forward pass left behind; L layers, T tokens of which some are image.
 
-    Every text position is in every layer, whatever the patch; image positions may be absent.
-
-    Attributes:
-        image_mask: bool [T]; set when the host has placed the image features, before the first layer runs.
-        states: output of each layer, [positions that it runs on, hidden].
-        asking: int64 [rows of states], their positions; only of layers that a routed or pruned decoder runs.
-        giving: int64 [keys], the positions whose keys those look at; likewise.
-        image_cosine: per layer, mean cosine between input and output at image positions; NaN where absent (0-d).
-        text_cosine: the same at text positions.
-        mass: float32 [heads] per layer, text-to-image attention mass; zeros where no image position gives a key.
+    Every text position is in every layer, whatever the patch; image positions may be absent. Dictionaries are by layer.
     """
 
-    image_mask: Tensor | None = None
-    states: dict[int, Tensor] = field(default_factory=dict)
+    image_mask: Tensor | None = None  # bool [T]; set when the host has placed the image features
+    states: dict[int, Tensor] = field(default_factory=dict)  # its output, [positions that it runs on, hidden]
+    # int64: the positions of the states, and of the keys that those look at, where a routed or pruned decoder tells.
     asking: dict[int, Tensor] = field(default_factory=dict)
     giving: dict[int, Tensor] = field(default_factory=dict)
+    # 0-d: mean cosine between input and output at image and at text positions; NaN where there are none.
     image_cosine: dict[int, Tensor] = field(default_factory=dict)
     text_cosine: dict[int, Tensor] = field(default_factory=dict)
-    mass: dict[int, Tensor] = field(default_factory=dict)
+    mass: dict[int, Tensor] = field(default_factory=dict)  # float32 [heads], of text on image keys; zeros without any
     _positions: tuple[Tensor, Tensor, int] | None = None
 
     def mask(self) -> Tensor:
-        """`image_mask`, when it is known.
-
-        Raises:
-            HostError: it is not yet.
-        """
+        """`image_mask`; HostError where the decoder ran before it was known."""
         if self.image_mask is None:
             raise HostError("the decoder ran before the host told where the image features are")
         return self.image_mask
@@ -75,11 +64,7 @@ class Trace(Observer):
         self.asking[number], self.giving[number] = asking[0], giving[0]
 
     def places(self, layer: int, rows: int, keys: bool = False) -> Tensor:
-        """Positions of a layer's hidden states, or of its keys: int64 [rows].
-
-        Raises:
-            HostError: the layer runs on something else than the decoder said, or than all positions.
-        """
+        """Positions of a layer's hidden states, or of its keys: int64 [rows]; HostError where they cannot be known."""
         found = (self.giving if keys else self.asking).get(layer)
         if found is None:
             found = self.positions()[0]
@@ -140,17 +125,7 @@ def traced(anatomy: Anatomy, chunk: int, mass_of: Sequence[int] | None = None) -
 
 
 def run(anatomy: Anatomy, trace: Trace, sample: dict[str, Any], what: str = "saturation") -> None:
-    """Run the model's own forward on one sample inside `traced`.
-
-    Args:
-        anatomy: the host model.
-        trace: from `traced`.
-        sample: keyword arguments of the model's forward, batch of one.
-        what: name of the measurement, for errors.
-
-    Raises:
-        InputError: a batch, or padding.
-    """
+    """Run the model's own forward inside `traced`, on a sample as `passes.one_sample` takes it."""
     input_ids = passes.one_sample(sample, what)
     if anatomy.ids_hold_places:
         trace.image_mask = wrappers.hf_image_mask(anatomy, input_ids)[0]
@@ -211,9 +186,5 @@ def _watch_attention(trace: Trace, index: int, attention: Any, config: Any, chun
 
 
 def text_after_image(image: Tensor) -> Tensor:
-    """Text positions behind the first image position: int64 [n]; they are the queries of the attention mass.
-
-    Args:
-        image: bool [tokens].
-    """
+    """Text positions behind the first image position (bool [tokens]): int64 [n], the queries of the attention mass."""
     return (~image & (image.long().cumsum(0) > 0)).nonzero().flatten()

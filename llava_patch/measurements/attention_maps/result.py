@@ -145,7 +145,6 @@ class AttentionMapsResult(Result):
             "sources": [one.source for one in self.checkpoints],
             "checkpoints": found,
             "settings": encode(self.settings),
-            **({"facts": self.facts} if self.facts else {}),
         }
 
     @classmethod

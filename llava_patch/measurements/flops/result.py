@@ -157,7 +157,6 @@ class FlopsResult(Result):
                 {"prompt": asdict(prompt), "rows": [row.to_dict(rows[0]) for row in rows]}
                 for prompt, rows in zip(self.prompts, self.rows, strict=True)
             ],
-            **({"facts": self.facts} if self.facts else {}),
         }
 
     @classmethod
