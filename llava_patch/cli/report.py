@@ -7,16 +7,11 @@ from typing import Optional
 
 import typer
 
-from llava_patch.cli.common import DATA, DEVICE, GIN_FILE, GIN_PARAM, PANEL, QUESTION, configured
+from llava_patch.cli.common import DATA, DEVICE, GIN_FILE, GIN_PARAM, QUESTION, configured, folder_for
 from llava_patch.core.errors import CheckpointError, SettingError
 from llava_patch.core.extras import needs
 from llava_patch.data.examples import check_data
 from llava_patch.settings.active import settings_of
-
-
-def add(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("report", no_args_is_help=True, rich_help_panel=PANEL)(report_command)
 
 
 @needs("report", "figures", "report")
@@ -50,8 +45,12 @@ def report_command(
     the others stay, and the exit code is 1. Sample counts are settings of
     Report (--gin-param "Report.samples = 64").
     """
+    from llava_patch.core.folder_lock import folder_lock
     from llava_patch.tools.report import build, page
+    from llava_patch.tools.report.context import Context
     from llava_patch.tools.report.section import FAILED
+    from llava_patch.tools.report.sections import sections
+    from llava_patch.tools.report.settings import Report
 
     if source:
         if checkpoint:
@@ -64,36 +63,20 @@ def report_command(
     if not checkpoint:
         raise SettingError("name a checkpoint, or a report's folder with --from")
     with configured(gin_file, gin_param, goes_on=True):
+        every = sections()
+        chosen = build.choose(every, only, skip)
+        for option, name in (("--rprobe", rprobe), ("--run", run)):
+            if name and not Path(name).is_dir():
+                raise CheckpointError(f"{option} {name}: no such folder")
+        folder = folder_for("report", checkpoint, output)
+        check_data(data)
         gin = [word for file in gin_file for word in ("--gin-file", file)]
         gin += [word for binding in gin_param for word in ("--gin-param", binding)]
-        values = _measure(checkpoint, data, base, output, rprobe, run, only, skip, fresh, device, dtype, question, gin)
+        context = Context(checkpoint, data, base, rprobe, run, device, dtype, question, settings_of(Report), gin)
+        with folder_lock(folder):
+            values = build.build(context, every, chosen, folder, fresh, typer.echo)
+            typer.echo(f"wrote {page.write(values, folder)}")
     failed = [record.name for record in values["sections"] if record.state == FAILED]
     if failed:
         typer.echo(f"failed: {', '.join(failed)}", err=True)
     raise typer.Exit(1 if failed else 0)
-
-
-def _measure(
-    checkpoint: str, data: str, base: str, output: Path | None, rprobe: str, run: str, only: list[str],
-    skip: list[str], fresh: bool, device: str, dtype: str, question: str,
-    gin: list[str],
-) -> dict:  # fmt: skip
-    from llava_patch.cli.common import folder_for
-    from llava_patch.core.folder_lock import folder_lock
-    from llava_patch.tools.report import build, page
-    from llava_patch.tools.report.context import Context
-    from llava_patch.tools.report.sections import sections
-    from llava_patch.tools.report.settings import Report
-
-    every = sections()
-    chosen = build.choose(every, only, skip)
-    for option, folder_name in (("--rprobe", rprobe), ("--run", run)):
-        if folder_name and not Path(folder_name).is_dir():
-            raise CheckpointError(f"{option} {folder_name}: no such folder")
-    folder = folder_for("report", checkpoint, output)
-    check_data(data)
-    context = Context(checkpoint, data, base, rprobe, run, device, dtype, question, settings_of(Report), gin)
-    with folder_lock(folder):
-        values = build.build(context, every, chosen, folder, fresh, typer.echo)
-        typer.echo(f"wrote {page.write(values, folder)}")
-    return values

@@ -13,9 +13,7 @@ from llava_patch.core.errors import SettingError
 from llava_patch.core.extras import needs
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from llava_patch.tools.inspect.result import Added, Inspection
+    from llava_patch.tools.inspect.result import Inspection
 
 ROWS = 24
 _OUTPUT = typer.Option(..., "--output", metavar="OUTPUT", help="folder to write: a new one")
@@ -86,6 +84,7 @@ def _show(found: "Inspection") -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from llava_patch.core.terminal import bordered
     from llava_patch.tools.inspect.result import facts_of
 
     console = Console()
@@ -96,32 +95,22 @@ def _show(found: "Inspection") -> None:
         facts.add_row(name, value)
     console.print(facts)
     for kind, values in found.settings.items():
-        if values is None:
-            continue
-        table = Table("setting", "value", title=f"{kind}: {values['method']}", title_justify="left")
-        for name, value in values.items():
-            if name != "method":
-                table.add_row(name, repr(value))
-        console.print(table)
-    if found.added:
-        console.print(_tensors(found.added))
-
-
-def _tensors(added: "list[Added]") -> "Table":
-    from rich.table import Table
-
-    table = Table(title=f"{len(added)} tensors of the patch", title_justify="left")
+        if values is not None:
+            lines = [[name, repr(value)] for name, value in values.items() if name != "method"]
+            console.print(bordered(["setting", "value"], lines, f"{kind}: {values['method']}"))
+    if not found.added:
+        return
+    table = Table(title=f"{len(found.added)} tensors of the patch", title_justify="left")
     table.add_column("tensor", overflow="fold")  # the ends of names tell them apart
     for name in ("shape", "dtype", "parameters", "part"):
         table.add_column(name, justify="right" if name == "parameters" else "left", no_wrap=True)
-    for tensor in added[:ROWS]:
+    for tensor in found.added[:ROWS]:
         shape = "x".join(map(str, tensor.shape))
         table.add_row(tensor.name, shape, tensor.dtype, f"{tensor.parameters:,}", tensor.role)
-    rest = added[ROWS:]
+    rest = [tensor.parameters for tensor in found.added[ROWS:]]
     if rest:
-        count = sum(tensor.parameters for tensor in rest)
-        table.add_row(f"... and {len(rest)} more (--json)", "", "", f"{count:,}", "")
-    return table
+        table.add_row(f"... and {len(rest)} more (--json)", "", "", f"{sum(rest):,}", "")
+    console.print(table)
 
 
 @needs("bench", "figures")
