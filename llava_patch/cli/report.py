@@ -46,7 +46,7 @@ def report_command(
     Report (--gin-param "Report.samples = 64").
     """
     from llava_patch.core.folder_lock import folder_lock
-    from llava_patch.tools.report import build, page
+    from llava_patch.tools.report import build
     from llava_patch.tools.report.context import Context
     from llava_patch.tools.report.section import FAILED
     from llava_patch.tools.report.sections import sections
@@ -58,7 +58,7 @@ def report_command(
         kept = build.read(Path(source))
         if kept is None:
             raise CheckpointError(f"--from {source}: no {build.KEPT} there")
-        typer.echo(f"wrote {page.write(kept, Path(source))}")
+        typer.echo(f"wrote {build.write_page(kept, Path(source))}")
         return
     if not checkpoint:
         raise SettingError("name a checkpoint, or a report's folder with --from")
@@ -72,10 +72,13 @@ def report_command(
         check_data(data)
         gin = [word for file in gin_file for word in ("--gin-file", file)]
         gin += [word for binding in gin_param for word in ("--gin-param", binding)]
-        context = Context(checkpoint, data, base, rprobe, run, device, dtype, question, settings_of(Report), gin)
+        how = {"device": device, "dtype": dtype, "question": question}
+        context = Context(
+            checkpoint, data, base=base, **how, rprobe=rprobe, run=run, settings=settings_of(Report), gin=gin
+        )
         with folder_lock(folder):
             values = build.build(context, every, chosen, folder, fresh, typer.echo)
-            typer.echo(f"wrote {page.write(values, folder)}")
+            typer.echo(f"wrote {build.write_page(values, folder)}")
     failed = [record.name for record in values["sections"] if record.state == FAILED]
     if failed:
         typer.echo(f"failed: {', '.join(failed)}", err=True)

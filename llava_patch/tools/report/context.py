@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,41 +20,26 @@ if TYPE_CHECKING:
     from llava_patch.data.examples import Example
 
 
+@dataclass(eq=False)
 class Context(Target):
     """One checkpoint that a report is about.
 
     Its data type is float32 on CPU, and bfloat16 on a GPU that has it, unless another one is asked for.
-
-    Attributes:
-        folder: where the checkpoint's files are.
-        rprobe: folder of R-Probe results; "": none.
-        run: folder of the training run; "": none.
-        settings: sample counts.
-        gin: gin options of the command line, which commands that repeat a section need as well.
     """
 
-    def __init__(
-        self,
-        checkpoint: str,
-        data: str = "",
-        base: str = "",
-        rprobe: str = "",
-        run: str = "",
-        device: str = "",
-        dtype: str = "",
-        question: str = "",
-        settings: Report | None = None,
-        gin: Sequence[str] = (),
-    ) -> None:
-        super().__init__(checkpoint, data, device=device, dtype=dtype or _dtype(device), question=question)
-        self.rprobe, self.settings, self.gin = rprobe, settings or Report(), list(gin)
-        self.folder = folder_of(checkpoint, download=True)
-        self.inspection: Inspection = inspect_checkpoint(
-            self.folder, base and folder_of(base, download=True, setting="--base")
-        )
-        self.base = base or self._recorded_base()
+    rprobe: str = ""  # folder of R-Probe results; "": none
+    run: str = ""  # folder of the training run; "": none
+    settings: Report = field(default_factory=Report)  # sample counts
+    gin: Sequence[str] = ()  # gin options of the command line, which commands that repeat a section need as well
+
+    def __post_init__(self) -> None:
+        self.dtype = self.dtype or _dtype(self.device)
+        self.folder = folder_of(self.checkpoint, download=True)  # where the checkpoint's files are
+        base = self.base and folder_of(self.base, download=True, setting="--base")
+        self.inspection: Inspection = inspect_checkpoint(self.folder, base)
+        self.base = self.base or self._recorded_base()
         self.below = self.base if self.inspection.form in ("lora", "projector") else ""
-        self.run = run or (self.folder if (Path(self.folder) / "trainer_state.json").is_file() else "")
+        self.run = self.run or (self.folder if (Path(self.folder) / "trainer_state.json").is_file() else "")
 
     def _recorded_base(self) -> str:
         """An adapter's base, where it is a LLaVA that is there (a run that began with a plain LLM names that)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,23 +79,10 @@ class Record:
     key: str = ""  # changes when checkpoint, base, data, settings or version do
     seconds: float = 0.0
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return dataclasses.asdict(self)
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Record":
-        """Read what `to_dict` made; KeyError or TypeError when it is damaged."""
-        found = values["found"]
-        if found is not None:
-            figures = [Figure(**figure) for figure in found["figures"]]
-            found = Found(**{**found, "figures": figures, "tables": [Table(**table) for table in found["tables"]]})
-        return cls(**{**values, "found": found})
-
-
-def found_of(result: "Result", folder: Path, name: str, alt: str, tables: "Sequence[tuple[str, Rows]]" = ()) -> Found:
+def found_of(result: "Result", folder: Path, name: str, alt: str, tables: "Sequence[tuple[str, Rows]]") -> Found:
     """What a measurement's result gives a section: it is saved, and its summary, figure and tables are shown."""
     paths, summary = result.save(folder, name), result.summary()
     figures = [Figure(path.name, f"{alt} {summary}") for path in paths if path.suffix == ".png"]
-    shown = [Table(*table, caption) for caption, table in tables or [("", result.table())]]
+    shown = [Table(*table, caption) for caption, table in tables]
     return Found(summary, figures, shown, [path.name for path in paths])

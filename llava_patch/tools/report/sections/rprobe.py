@@ -11,6 +11,7 @@ from llava_patch.core.errors import InputError
 from llava_patch.core.files import atomic
 from llava_patch.core.paths import named
 from llava_patch.measurements.base import NothingToMeasure
+from llava_patch.measurements.rprobe import ablation
 from llava_patch.measurements.rprobe.ablation import SUMMARY
 from llava_patch.measurements.rprobe.output import RESULT
 from llava_patch.measurements.rprobe.result import RProbeResult
@@ -27,15 +28,18 @@ def _run(context: Context, folder: Path) -> Found:
     result = RProbeResult.load(source / RESULT)
     _check(result.facts.get("checkpoint"), context, source / RESULT)
     figures, files = _copied(source, folder, "rprobe")
-    return Found(result.summary(), figures, [_table(result)], files)
+    rows = [
+        ["MSE", f"{result.mse:.4f}", f"{result.constant_mse:.4f}"],
+        ["FVU", f"{result.fvu:.3f}", f"{result.constant_fvu:.3f}"],
+        ["PSNR (dB)", f"{result.psnr:.1f}", ""],
+    ]
+    return Found(result.summary(), figures, [Table(["held out", "the probe", "a constant patch"], rows)], files)
 
 
 def _ablation(source: Path, folder: Path, context: Context) -> Found:
-    from llava_patch.measurements.rprobe.ablation import notes, tables
-
     try:
         values = json.loads((source / SUMMARY).read_text(encoding="utf-8"))
-        found = [Table(head, rows) for head, rows in tables(values)]
+        found = [Table(head, rows) for head, rows in ablation.tables(values)]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{source / SUMMARY}: cannot be read as R-Probe's ablation ({error})") from error
     _check(values.get("checkpoint"), context, source / SUMMARY)
@@ -44,7 +48,7 @@ def _ablation(source: Path, folder: Path, context: Context) -> Found:
     for part in sorted(p.parent for p in source.glob(f"*/{RESULT}")):
         more, names = _copied(part, folder, f"rprobe-{part.name}")
         figures, files = figures + more[:1], files + names
-    said = notes(values) or ["R-Probe with the region seen or masked, and with its text or without."]
+    said = ablation.notes(values) or ["R-Probe with the region seen or masked, and with its text or without."]
     return Found(" ".join(said), figures, found, files)
 
 
@@ -68,25 +72,15 @@ def _check(measured: Any, context: Context, path: Path) -> None:
         raise NothingToMeasure(f"{path} was measured on {measured}, another checkpoint")
 
 
-def _table(result: RProbeResult) -> Table:
-    rows = [
-        ["MSE", f"{result.mse:.4f}", f"{result.constant_mse:.4f}"],
-        ["FVU", f"{result.fvu:.3f}", f"{result.constant_fvu:.3f}"],
-        ["PSNR (dB)", f"{result.psnr:.1f}", ""],
-    ]
-    return Table(["held out", "the probe", "a constant patch"], rows)
+def _inputs(context: Context) -> list[str]:
+    return [str(Path(context.rprobe) / name) for name in (RESULT, SUMMARY)] if context.rprobe else []
 
 
 def _why_not(context: Context) -> str | None:
     if not context.rprobe:
         return "no results given: measure with llava-patch rprobe CKPT, then give the folder as --rprobe"
-    source = Path(context.rprobe)
-    there = (source / RESULT).is_file() or (source / SUMMARY).is_file()
-    return None if there else f"{source} holds neither {RESULT} nor {SUMMARY}"
-
-
-def _inputs(context: Context) -> list[str]:
-    return [str(Path(context.rprobe) / name) for name in (RESULT, SUMMARY)] if context.rprobe else []
+    there = any(Path(path).is_file() for path in _inputs(context))
+    return None if there else f"{context.rprobe} holds neither {RESULT} nor {SUMMARY}"
 
 
 SECTION = Section(

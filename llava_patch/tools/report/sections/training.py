@@ -50,7 +50,7 @@ def _run_curves(context: Context, folder: Path) -> Found:
     if not losses:
         raise NothingToMeasure(f"{Path(context.run) / STATE} has no logged loss")
     draw(curves, folder / "training.png")
-    write_json(folder / "training.json", {name: [list(pair) for pair in pairs] for name, pairs in curves.items()})
+    write_json(folder / "training.json", curves)
     tail = losses[-max(1, len(losses) // 10) :]
     last = sum(value for _, value in tail) / len(tail)
     summary = f"Training loss went from {losses[0][1]:.3f} to {last:.3f} over {losses[-1][0]} optimizer steps."
@@ -80,37 +80,30 @@ SECTION = Section(
 )
 
 
-def _place(context: Context) -> Path | None:
-    """The run's folder, or the one in it, that holds gradient statistics."""
+def _gradient_files(context: Context) -> list[str]:
+    """Where gradient statistics are kept, in the run's folder or the one in it; []: there are none."""
     for folder in (Path(context.run), Path(context.run) / NAME) if context.run else ():
-        if (folder / LOG).is_file() or (folder / f"{NAME}.json").is_file():
-            return folder
-    return None
+        files = [folder / LOG, folder / f"{NAME}.json"]
+        if any(path.is_file() for path in files):
+            return [str(path) for path in files]
+    return []
 
 
 def _run_gradients(context: Context, folder: Path) -> Found:
-    place = _place(context)
-    assert place is not None
-    return found_of(
-        GradientsResult.read(place),
-        folder,
-        "training_gradients",
+    result = GradientsResult.read(Path(_gradient_files(context)[0]).parent)
+    alt = (
         "Four panels over the training steps: squared norms of the skip and the main gradient, their variance in "
-        "windows, their cosine, and their cross-covariance in windows.",
+        "windows, their cosine, and their cross-covariance in windows."
     )
+    return found_of(result, folder, "training_gradients", alt, [("", result.table())])
 
 
 def _why_no_gradients(context: Context) -> str | None:
     if not context.run:
         return "no training run known: give the folder of one that was measured (a Gradients binding) as --run"
-    if _place(context) is None:
+    if not _gradient_files(context):
         return f"{context.run} holds no gradient statistics: train with a field of Gradients bound to measure them"
     return None
-
-
-def _gradient_files(context: Context) -> list[str]:
-    place = _place(context)
-    return [] if place is None else [str(place / LOG), str(place / f"{NAME}.json")]
 
 
 GRADIENTS = Section(
