@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,11 +71,10 @@ def inspect_command(
     folder that is no checkpoint, or whose base is another one.
     """
     from llava_patch.tools.inspect import inspect_checkpoint
-    from llava_patch.tools.inspect.result import to_json
 
     found = inspect_checkpoint(checkpoint, base)
     if as_json:
-        typer.echo(to_json(found))
+        typer.echo(json.dumps(found.to_dict(), indent=1, default=str))
     else:
         _show(found)
     raise typer.Exit(1 if found.match is not None and found.match.same is False else 0)

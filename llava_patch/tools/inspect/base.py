@@ -33,26 +33,32 @@ def match_base(
     files = weight_files(base)
     if not files:
         raise CheckpointError(f"--base {base}: holds no weights")
-    below_host = _host(base, host)
+    try:
+        below_host = configs.look(base).host or host
+    except CheckpointError:  # a plain language model, which LLaVA's training starts from
+        below_host = host
     below = {neutral(t.name, below_host): t for path in files for t in read_file(path, whole=True)}
     if fingerprint is None:
         compare = {"full": _against_own, "lora": _under_lora}.get(form)
         return compare(below, host, own) if compare else Match(None, 0, 0, "these files record no base")
     if below_host != host:  # which pads its embeddings in another way, so that recorded places are other places
         return Match(None, 0, 0, "it is a checkpoint of the other host: llava-patch convert makes one to compare with")
-    tower = _tower(base) if below_host == LLAVA else {}  # llava's lies in a folder of its own
+    tower: dict[str, StoredTensor] = {}
+    if below_host == LLAVA:  # whose tower lies in a folder of its own
+        place = (read_json(base, "config.json") or {}).get("mm_vision_tower", "")
+        paths = weight_files(place) if os.path.isdir(place) else []
+        tower = {f"tower.{t.name}": t for path in paths for t in read_file(path, whole=True)}
     below |= tower
-    differing, lacking = [], []
-    away = 0
+    differing, lacking, away = [], [], 0
     for name, values in fingerprint.items():
         plain = neutral(name, host)
         there = below.get(plain)
-        if there is None and not tower and below_host == LLAVA and plain.startswith("tower."):
+        if there is not None:
+            differing += [name] * (not same_values(there.sample(len(values)), values))
+        elif not tower and below_host == LLAVA and plain.startswith("tower."):
             away += 1
-        elif there is None:
+        else:
             lacking.append(name)
-        elif not same_values(there.sample(len(values)), values):
-            differing.append(name)
     compared = len(fingerprint) - len(lacking) - away
     if differing:
         return Match(False, compared, len(differing), f"another base: {differing[0]} differs")
@@ -64,19 +70,17 @@ def match_base(
 
 def _against_own(below: dict[str, StoredTensor], host: str, own: list[StoredTensor]) -> Match:
     """A full checkpoint records no base: what was frozen equals the base's, what was trained does not."""
-    differing, compared = [], 0
+    differing = compared = 0
     for tensor in own:
         there = below.get(neutral(tensor.name, host))
-        if there is None or there.shape != tensor.shape or len(tensor.shape) != 2:
-            continue
-        compared += 1
-        if not same_values(there.sample(_VALUES), tensor.sample(_VALUES)):
-            differing.append(tensor.name)
+        if there is not None and there.shape == tensor.shape and len(tensor.shape) == 2:
+            compared += 1
+            differing += not same_values(there.sample(_VALUES), tensor.sample(_VALUES))
     if not compared:
         return Match(False, 0, 0, "another base: no matrix in common")
-    equal = compared - len(differing)
+    equal = compared - differing
     note = f"a full checkpoint records no base; {equal} of {compared} matrices are this one's, at {_VALUES} places each"
-    return Match(True if not differing else None, compared, len(differing), note)
+    return Match(None if differing else True, compared, differing, note)
 
 
 def _under_lora(below: dict[str, StoredTensor], host: str, own: list[StoredTensor]) -> Match:
@@ -95,9 +99,8 @@ def _under_lora(below: dict[str, StoredTensor], host: str, own: list[StoredTenso
         if there is None:
             return Match(False, len(wanted), 0, f"another base: it has no tensor {name}")
         if there.shape[-1] != columns:
-            shape = "x".join(map(str, there.shape))
-            note = f"another base: {name} is {shape}, the LoRA files want {columns} columns"
-            return Match(False, len(wanted), 1, note)
+            what = f"{name} is {'x'.join(map(str, there.shape))}, the LoRA files want {columns} columns"
+            return Match(False, len(wanted), 1, f"another base: {what}")
         fit += 1
     return Match(None, fit, 0, f"LoRA files record no base; the {fit} matrices that they change there fit in size")
 
@@ -105,18 +108,3 @@ def _under_lora(below: dict[str, StoredTensor], host: str, own: list[StoredTenso
 def neutral(name: str, host: str) -> str:
     """A tensor's name in the neutral spelling, which both hosts share; one that is not known stays as it is."""
     return configs.files_of(host).neutral(name) or name
-
-
-def _host(base: str, host: str) -> str:
-    """The base's own host; the checkpoint's for a plain language model, which LLaVA's training starts from."""
-    try:
-        return configs.look(base).host or host
-    except CheckpointError:
-        return host
-
-
-def _tower(base: str) -> dict[str, StoredTensor]:
-    place = (read_json(base, "config.json") or {}).get("mm_vision_tower", "")
-    if not os.path.isdir(place):
-        return {}
-    return {f"tower.{t.name}": t for path in weight_files(place) for t in read_file(path, whole=True)}

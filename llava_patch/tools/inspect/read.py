@@ -46,7 +46,10 @@ def inspect_checkpoint(folder: str | os.PathLike[str], base: str = "") -> Inspec
         )
     host = files.host or LLAVA
     form, own = _form(Path(source), record)
-    settings = _settings(record, source)
+    if record:
+        from_record(record, source)  # refuses a newer format
+    # Every field of every method: what an older version did not write down yet has its default.
+    settings = {kind: to_dict(from_dict(record[kind], source)) if record.get(kind) else None for kind in KINDS}
     below = base or record.get("base")
     tensors = [tensor for path in own for tensor in read_file(path, whole=True)]
     trained_tower = bool(record.get("trained_tower"))
@@ -55,9 +58,7 @@ def inspect_checkpoint(folder: str | os.PathLike[str], base: str = "") -> Inspec
         ours = {"side branch", "second projector"} | ({"projector"} if settings["fusion"] else set())
         ours |= {"tower"} if trained_tower else set()
         added = [tensor for tensor in added if tensor.role in ours]
-    written_by = {
-        "transformers": files.config.get("transformers_version"), "settings of format": record.get("format"),
-    }  # fmt: skip
+    versions = {"transformers": files.config.get("transformers_version"), "settings of format": record.get("format")}
     return Inspection(
         checkpoint=given,
         host=files.host or None,
@@ -70,8 +71,8 @@ def inspect_checkpoint(folder: str | os.PathLike[str], base: str = "") -> Inspec
         base=below,
         match=match_base(below, host, record.get("fingerprint"), tensors, form) if below else None,
         share=_share(files, form, settings, added, below),
-        stage1=_stage1(Path(source)),
-        versions={name: str(value) for name, value in written_by.items() if value is not None},
+        stage1=_stage1_files(Path(source)),
+        versions={name: str(value) for name, value in versions.items() if value is not None},
         files=[name for name in _RUN_FILES if (Path(source) / name).exists()],
     )
 
@@ -99,13 +100,6 @@ def _form(folder: Path, record: dict[str, Any]) -> tuple[str, list[Path]]:
     return ("projector", [projector]) if projector.is_file() else ("settings", [])
 
 
-def _settings(record: dict[str, Any], source: str) -> dict[str, dict[str, Any] | None]:
-    """Every field of every method: what an older version did not write down yet has its default."""
-    if record:
-        from_record(record, source)  # refuses a newer format
-    return {kind: to_dict(from_dict(record[kind], source)) if record.get(kind) else None for kind in KINDS}
-
-
 def role(name: str, host: str) -> str:
     """Which part of a patched model a tensor belongs to."""
     plain = configs.files_of(host).neutral(name.removeprefix("base_model.model."))
@@ -118,11 +112,7 @@ def role(name: str, host: str) -> str:
 
 
 def _share(
-    files: configs.CheckpointFiles,
-    form: str,
-    settings: dict[str, dict[str, Any] | None],
-    added: list[Added],
-    base: str | None,
+    files: configs.CheckpointFiles, form: str, settings: dict[str, Any], added: list[Added], base: str | None
 ) -> Share:
     """From the configuration alone: the patched model is built without weights, and says itself what trains."""
     if form == "lora":
@@ -138,12 +128,12 @@ def _share(
         return Share(None, None, note="decided by the training script: a stock checkpoint")
     try:
         methods = {k: from_dict(v, files.source) for k, v in settings.items() if v and k != "probe"}
-        return count(files.config, files.host, methods, stage1=form == "projector")
+        return _count(files.config, files.host, methods, stage1=form == "projector")
     except LlavaPatchError as error:
         return Share(None, None, note=f"not known: {error}")
 
 
-def count(config: dict[str, Any], host: str, methods: dict[str, Any], stage1: bool = False) -> Share:
+def _count(config: dict[str, Any], host: str, methods: dict[str, Any], stage1: bool) -> Share:
     """Patch the model without its weights and ask what trains.
 
     What the settings say nothing about counts as a training script would have it in LLaVA's stage 2: the decoder and
@@ -181,10 +171,9 @@ def _parameters_of(base: str) -> int | None:
     return sum(tensor.parameters for path in found for tensor in read_file(path, whole=True)) if found else None
 
 
-def _stage1(folder: Path) -> list[str]:
+def _stage1_files(folder: Path) -> list[str]:
     found = []
-    for path in sorted([folder / f"{PROJECTOR}.bin", *folder.glob(f"checkpoint-*/{PROJECTOR}.bin")]):
-        if path.is_file():
-            shapes = [t.shape for t in read_file(path, whole=True) if t.name.endswith("weight")]
-            found.append(f"{path.relative_to(folder)}: {', '.join('x'.join(map(str, s)) for s in shapes)}")
+    for path in sorted([*folder.glob(f"{PROJECTOR}.bin"), *folder.glob(f"checkpoint-*/{PROJECTOR}.bin")]):
+        shapes = ["x".join(map(str, t.shape)) for t in read_file(path, whole=True) if t.name.endswith("weight")]
+        found.append(f"{path.relative_to(folder)}: {', '.join(shapes)}")
     return found
