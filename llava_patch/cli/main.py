@@ -6,7 +6,7 @@ import os
 
 import typer
 
-from llava_patch.cli import measure, report, rprobe, tools
+from llava_patch.cli import measure, rprobe, tools
 from llava_patch.cli.common import PANEL
 from llava_patch.cli.rprobe import compare, export, preview, run, store  # noqa: F401 - they join `app`
 from llava_patch.core import registry
@@ -15,7 +15,7 @@ from llava_patch.core.errors import LlavaPatchError
 app = typer.Typer(no_args_is_help=True)
 app.add_typer(rprobe.app, name="rprobe", rich_help_panel=PANEL)
 app.command("correlate", no_args_is_help=True, rich_help_panel=PANEL)(compare.correlate)
-app.command("report", no_args_is_help=True, rich_help_panel=PANEL)(report.report_command)
+app.command("report", no_args_is_help=True, rich_help_panel=PANEL)(tools.report_command)
 for name in registry.MEASUREMENTS:
     measure.add(app, name)
 app.command("doctor")(tools.doctor_command)

@@ -45,49 +45,34 @@ class Measurement:
 
     The command is made from it: the fields of `settings` and the keyword-only parameters of `measure` are its options,
     and the lines about them in the two docstrings are their help.
-
-    Attributes:
-        name: in the registry, of results' files, of the report's section and of the lmms-eval task; the command has
-            dashes for underscores.
-        title: heading of the report's section.
-        about: the report's paragraph: what is measured, and how to read it.
-        alt: what the figure shows, in words, for who cannot see it.
-        settings: frozen dataclass, which gin binds under its own name; None: all options are of the command. Its field
-            `max_samples` (or `samples`) is --samples, and its field `base` is what --base says unless it is bound.
-        result: "MODULE:ATTRIBUTE" of the `Result` class.
-        samples: how many samples the command takes unless told otherwise; None: it takes no data, and loads no model.
-        compares: whether a base is measured beside the checkpoint.
-        optional: whether CKPT may be left out, see `subject`.
-        several: whether the command takes several checkpoints (DATA is --data then), whose results stand `beside` each
-            other in one.
-        resumes: whether the command, interrupted, goes on where it was.
-        extras: of pyproject.toml, see `core.extras`.
-        words: spelling of single options, such as {"everything": "--all"}.
-        hidden: fields of `settings` that are no options.
-        compare: "MODULE:FUNCTION" that makes a `Comparison` of results by their names; "": they are not compared.
-        report_count: field of `Report` that says how many samples its section takes; "": the settings' own number.
-        readers: who else reads its bindings, for `llava-patch doctor`.
-        metrics: of the lmms-eval task: its value from the `entries` of all documents, by the metric's name; the first
-            one's entries are whole items, from which `pooled` makes the result that is written.
     """
 
+    # In the registry, of results' files, of the report's section and of the lmms-eval task; the command has dashes.
     name: ClassVar[str]
-    title: ClassVar[str]
-    about: ClassVar[str]
-    alt: ClassVar[str] = ""
+    title: ClassVar[str]  # heading of the report's section
+    about: ClassVar[str]  # the report's paragraph: what is measured, and how to read it
+    alt: ClassVar[str] = ""  # what the figure shows, in words, for who cannot see it
+    # Frozen dataclass, which gin binds under its own name; None: all options are of the command. Its field `samples` (or
+    # `max_samples`) is --samples, and its field `base` is what --base says unless it is bound.
     settings: ClassVar[Any] = None
-    result: ClassVar[str]
+    result: ClassVar[str]  # "MODULE:ATTRIBUTE" of the `Result` class
+    # How many samples the command takes unless told otherwise; None: it takes no data, and loads no model.
     samples: ClassVar[int | None] = 32
-    compares: ClassVar[bool] = False
-    optional: ClassVar[bool] = False
+    compares: ClassVar[bool] = False  # whether a base is measured beside the checkpoint
+    optional: ClassVar[bool] = False  # whether CKPT may be left out, see `subject`
+    # Whether the command takes several checkpoints (DATA is --data then), whose results are put `beside` each other.
     several: ClassVar[bool] = False
-    resumes: ClassVar[bool] = False
-    extras: ClassVar[tuple[str, ...]] = ("figures",)
-    words: ClassVar[dict[str, str]] = {}
-    hidden: ClassVar[tuple[str, ...]] = ()
+    resumes: ClassVar[bool] = False  # whether the command, interrupted, goes on where it was
+    extras: ClassVar[tuple[str, ...]] = ("figures",)  # of pyproject.toml, see `core.extras`
+    words: ClassVar[dict[str, str]] = {}  # spelling of single options, such as {"everything": "--all"}
+    hidden: ClassVar[tuple[str, ...]] = ()  # fields of `settings` that are no options
+    # "MODULE:FUNCTION" that makes a `Comparison` of results by their names; "": they are not compared.
     compare: ClassVar[str] = ""
-    readers: ClassVar[tuple[str, ...]] = ()
+    readers: ClassVar[tuple[str, ...]] = ()  # who else reads its bindings, for `llava-patch doctor`
+    # Field of `Report` that says how many samples its section takes; "": the settings' own number.
     report_count: ClassVar[str] = "samples"
+    # Of the lmms-eval task: by each metric's name its value from the `entries` of all documents; the first one's entries
+    # are whole items, from which `pooled` makes the result that is written.
     metrics: ClassVar[dict[str, Callable[[Sequence[Any]], float | int | None]]] = {}
 
     @property
@@ -112,13 +97,7 @@ class Measurement:
         raise NotImplementedError
 
     def check(self, data: str, samples: int | None, **options: Any) -> None:
-        """Refuse words of a command that do not go together, before anything is read.
-
-        Args:
-            data: DATA; "": not given.
-            samples: --samples; None: not given.
-            options: keyword-only parameters of `measure`.
-        """
+        """Refuse words of a command (`options`: keywords of `measure`) that do not go together, before any is read."""
 
     def subject(self, checkpoint: str, **options: Any) -> str:
         """What is measured, as files and folders say it: CKPT, or what stands for one that was left out."""
@@ -149,11 +128,7 @@ class Measurement:
         return context.why_no_base() if self.compares else None
 
     def in_report(self, context: Any, settings: Any) -> "Result":
-        """Measure for a report's section.
-
-        Raises:
-            NothingToMeasure: says why.
-        """
+        """Measure for a report's section; `NothingToMeasure` says why that cannot be."""
         return self.measure(context, settings)
 
     def report_tables(self, result: Any) -> list[tuple[str, Table]]:
@@ -163,16 +138,13 @@ class Measurement:
     def document(
         self, anatomies: Sequence[Any], samples: Sequence[dict[str, Any]], settings: Any, number: int
     ) -> dict[str, Any]:
-        """Measure one document of the lmms-eval task.
+        """Measure one document (`number`, from 0) of the lmms-eval task; gives JSON values.
 
         Args:
             anatomies: of the live model, and of its base where the measurement compares.
             samples: keyword arguments of each one's forward, of the same document.
             settings: of the task.
-            number: of the document, from 0.
-
-        Returns:
-            JSON values.
+            number: of the document.
         """
         raise NotImplementedError
 
@@ -202,19 +174,13 @@ class Result:
 
     A file holds the fields as JSON, its format and version, and what `derived` works out of the fields for those who
     read only the file. NaN becomes null and back.
-
-    Attributes:
-        NAME: stem of its files.
-        TITLE: what it is a result of, in errors and in the file's format.
-        VERSION: of the format; a file that says none is of version 1.
-        FIGURE: "MODULE:FUNCTION" that draws it: called with the result and a path, which it returns.
-        facts: what was measured, such as checkpoint, data and precision; plain JSON values.
     """
 
-    NAME: ClassVar[str]
-    TITLE: ClassVar[str]
-    VERSION: ClassVar[int] = 1
-    FIGURE: ClassVar[str]
+    NAME: ClassVar[str]  # stem of its files
+    TITLE: ClassVar[str]  # what it is a result of, in errors and in the file's format
+    VERSION: ClassVar[int] = 1  # of the format; a file that says none is of version 1
+    FIGURE: ClassVar[str]  # "MODULE:FUNCTION" that draws it: called with the result and a path, which it returns
+    # What was measured, such as checkpoint, data and precision; plain JSON values.
     facts: dict[str, Any] = field(default_factory=dict, kw_only=True)
 
     def summary(self) -> str:
@@ -251,12 +217,9 @@ class Result:
     def from_dict(cls, values: dict[str, Any], where: str = "these values") -> "Self":
         """Read what `to_dict` made.
 
-        Args:
-            values: of JSON.
-            where: the file, for errors.
-
         Raises:
-            InputError: not such a result, one of a newer version, or one with a missing, unknown or damaged field.
+            InputError: not such a result, one of a newer version, or one with a missing, unknown or damaged field; it
+                names the file (`where`).
         """
         what = cls.format().removeprefix("llava_patch ")
         if not isinstance(values, dict) or values.get("format", cls.format()) != cls.format():
@@ -285,11 +248,7 @@ class Result:
         return found
 
     def save(self, folder: str | Path, name: str = "", formats: Sequence[str] = FIGURES[:1]) -> tuple[Path, ...]:
-        """Write NAME.json and the figure into a folder, each whole or not at all.
-
-        Returns:
-            The paths, the JSON's first.
-        """
+        """Write NAME.json and the figure into a folder, each whole or not at all; gives the paths, the JSON's first."""
         folder, name = Path(folder), name or self.NAME
         paths = [write_json(folder / f"{name}.json", self.to_dict())]
         return (*paths, *(self.draw(folder / f"{name}.{suffix}") for suffix in formats))
@@ -301,11 +260,7 @@ class Result:
 
     @classmethod
     def load(cls, path: str | Path) -> "Self":
-        """Read a file that `save` wrote.
-
-        Raises:
-            InputError: see `from_dict`; names the file.
-        """
+        """Read a file that `save` wrote; InputError as of `from_dict`."""
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -351,11 +306,7 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any], names: tuple[s
 
 
 def find_result(given: str, file: str) -> Path | None:
-    """The result file that an argument names; None: it is a checkpoint.
-
-    Args:
-        given: a result file, a folder that holds one (in itself or anywhere below), or a checkpoint.
-        file: name of result files.
+    """The result file that an argument names, or that a folder holds (`file`, anywhere below it); None: a checkpoint.
 
     Raises:
         InputError: a folder with several results below it, or a JSON file that is missing.
@@ -379,9 +330,9 @@ def names_of(given: Sequence[str], names: str = "", file: str = "") -> list[str]
     """What to call several models: by the last part of their paths, or the part above it, that tells them apart.
 
     Args:
-        given: checkpoints, result files or folders.
+        given: checkpoints, result files (called `file`, which says nothing) or folders.
         names: of the user's own, with commas between them; "": none.
-        file: name of result files, which says nothing.
+        file: name of result files.
 
     Raises:
         SettingError: another number of names than of models, or one name twice.

@@ -1,8 +1,9 @@
 """One forward pass seen layer by layer: hooks on a decoder's layers, and what is read there.
 
 Hooks see the layers' own inputs and outputs, so the same code serves stock and patched models and every attention
-backend. A routed or pruned decoder says itself which positions a layer runs on (`routing.layers.Observer`). The side
-branch of a routed model is not part of `decoder.layers` and is not seen.
+backend: q and k are taken from a layer's own projections. A routed or pruned decoder says itself which positions a
+layer runs on (`routing.layers.Observer`). The side branch of a routed model is not part of `decoder.layers` and is not
+seen.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.hosts.compat import layer_output, sliding_window
 from llava_patch.hosts.projections import rotate, split_heads
 from llava_patch.measurements import passes
-from llava_patch.measurements.attention import mass_on_keys
 from llava_patch.routing.layers import ExternalKeys, Observer, observing
 
 
@@ -97,15 +97,12 @@ def traced(anatomy: Anatomy, chunk: int, mass_of: Sequence[int] | None = None) -
     """Watch the forward passes of one sample; every hook is gone afterwards, after an exception too.
 
     Args:
-        anatomy: the host model.
+        anatomy: the host model; HostError for a decoder whose attention is not known.
         chunk: attention queries held at a time.
         mass_of: layers whose attention mass is all that is wanted; None: everything of every layer.
 
     Yields:
         The trace, filled by calling `run` inside the block.
-
-    Raises:
-        HostError: a decoder whose attention is not known.
     """
     known.check_decoder(anatomy.decoder, "measuring attention")
     trace = Trace()
@@ -188,3 +185,49 @@ def _watch_attention(trace: Trace, index: int, attention: Any, config: Any, chun
 def text_after_image(image: Tensor) -> Tensor:
     """Text positions behind the first image position (bool [tokens]): int64 [n], the queries of the attention mass."""
     return (~image & (image.long().cumsum(0) > 0)).nonzero().flatten()
+
+
+def mass_on_keys(
+    q: Tensor,
+    k: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    scaling: float,
+    window: int | None = None,
+    chunk: int = 128,
+    places: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Sum of causal attention probabilities on a set of keys, mean over a set of queries.
+
+    Memory is O(heads * chunk * keys), never O(tokens^2). Products and softmax are in float32 whatever the dtype.
+
+    Args:
+        q: [heads, asking, head_dim], rotary applied.
+        k: [key_value_heads, giving, head_dim], rotary applied; heads must be a multiple (grouped-query attention).
+        queries: int64 [n], the rows of `q` that are read.
+        keys: bool [giving], the rows of `k` whose probabilities are summed.
+        scaling: factor on q.k before the softmax, usually head_dim ** -0.5.
+        window: sliding window (a query sees itself and the window - 1 tokens before it); None: all before it.
+        chunk: queries held at a time.
+        places: int64 ([asking], [giving]), where the rows of `q` and `k` are in the sequence; None: rows are places.
+
+    Returns:
+        float32 [heads], each between 0 and 1.
+    """
+    heads, kinds = q.shape[0], k.shape[0]
+    if places is None:
+        places = torch.arange(q.shape[1], device=q.device), torch.arange(k.shape[1], device=k.device)
+    columns = places[1].to(q.device)
+    transposed = k.float().transpose(1, 2)[:, None]
+    total = torch.zeros(heads, dtype=torch.float32, device=q.device)
+    for rows in queries.split(chunk):
+        # [key_value_heads, groups, rows, giving]: query heads of one group share their key head.
+        grouped = q[:, rows].float().unflatten(0, (kinds, heads // kinds))
+        scores = torch.matmul(grouped, transposed).mul_(scaling)
+        here = places[0].to(q.device)[rows][:, None]
+        hidden = columns[None] > here
+        if window is not None:
+            hidden |= columns[None] <= here - window
+        scores = scores.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
+        total += (scores * keys).sum(dim=(-2, -1)).flatten()
+    return total / max(len(queries), 1)

@@ -15,11 +15,7 @@ COLOURS = "viridis"
 
 
 def attention_maps_figure(result: AttentionMapsResult, path: str | Path) -> Path:
-    """Draw the images that have views; an original stands before each checkpoint that sees the images otherwise.
-
-    Returns:
-        The path written.
-    """
+    """Draw the images that have views; an original stands before each checkpoint that sees the images otherwise."""
     mpl = optional("matplotlib")
     Figure = optional("matplotlib.figure").Figure
 

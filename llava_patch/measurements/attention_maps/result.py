@@ -85,19 +85,13 @@ class CheckpointMaps:
 
 @dataclass(frozen=True)
 class AttentionMapsResult(Result):
-    """Maps of the same images in one or several checkpoints.
-
-    Attributes:
-        images: their names.
-        checkpoints: in the order in which they were given.
-        settings: the settings used.
-    """
+    """Maps of the same images in one or several checkpoints."""
 
     NAME, TITLE = "attention_maps", "attention maps"
     FIGURE = "llava_patch.measurements.attention_maps.figure:attention_maps_figure"
 
-    images: list[str]
-    checkpoints: list[CheckpointMaps]
+    images: list[str]  # their names
+    checkpoints: list[CheckpointMaps]  # in the order in which they were given
     settings: AttentionMaps = field(default_factory=AttentionMaps)
 
     def correlations(self, number: int) -> list[float]:
@@ -109,11 +103,7 @@ class AttentionMapsResult(Result):
         return [maths.correlation(a, b) if a.shape == b.shape else math.nan for a, b in pairs]
 
     def beside(self, other: "AttentionMapsResult") -> "AttentionMapsResult":
-        """This result with another one's checkpoints added.
-
-        Raises:
-            InputError: they are of other images or settings.
-        """
+        """This result with another one's checkpoints added; InputError where those are of other images or settings."""
         if other.images != self.images or other.settings != self.settings:
             raise InputError("attention maps of other images or with other settings cannot stand side by side")
         return AttentionMapsResult(self.images, [*self.checkpoints, *other.checkpoints], self.settings)
@@ -186,11 +176,7 @@ class AttentionMapsResult(Result):
         return " ".join(lines)
 
     def draw(self, path: Path) -> Path:
-        """Write the figure.
-
-        Raises:
-            InputError: a result read from JSON, which has no images to draw.
-        """
+        """Write the figure; InputError for a result read from JSON, which has no images to draw."""
         if not all(one.views for one in self.checkpoints):
             raise InputError("attention maps read from JSON cannot be drawn again: the images are not in it")
         return super().draw(path)

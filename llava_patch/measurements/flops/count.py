@@ -8,7 +8,7 @@ products of the rotary angles).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from llava_patch.core.errors import SettingError
@@ -51,11 +51,7 @@ class Prompt:
             raise SettingError(f"tiles = {self.tiles}, but image = 0: give the image tokens that they become")
 
     def images(self, projected: int) -> int:
-        """How often the tower runs for all samples.
-
-        Args:
-            projected: tokens that the decoder gets of one image.
-        """
+        """How often the tower runs for all samples, where the decoder gets `projected` tokens of one image."""
         return self.batch * (-(-self.image // projected) if self.tiles is None else self.tiles)
 
 
@@ -105,21 +101,14 @@ def program_of(shape: ModelShape, routing: Routing | None, pruning: FastV | None
 
 
 def count_flops(shape: ModelShape, program: LayerSchedule, prompt: Prompt, mode: Mode = Mode.FORWARD) -> Flops:
-    """FLOPs of one pass over a prompt.
-
-    Args:
-        shape: the model's sizes.
-        program: what its layers do; see `program_of`.
-        prompt: what it gets.
-        mode: a plain forward pass, generation's prefill, or its first further token.
-    """
+    """FLOPs of one pass of a model over a prompt, where `program` (see `program_of`) says what its layers do."""
     at = products.decoder_positions(program, prompt.text, prompt.image, mode, answers_last_only=shape.host == HF)
     decoder, batch = shape.decoder, prompt.batch
     images = 0 if mode is Mode.DECODE else prompt.images(shape.projected)
 
     def layer(position: Positions, times: int = 1) -> LayerFlops:
-        parts = products.layer_products(decoder, position, batch)
-        return LayerFlops(*(times * products.total(getattr(parts, part.name)) for part in fields(LayerFlops)))
+        parts = products.layer_products(decoder, position, batch).items()
+        return LayerFlops(**{name: times * products.total(counts) for name, counts in parts})
 
     tower = shape.tower  # every block runs, whichever is read
     block = tower.tokens * _multiplied(tower.linears) + 2 * tower.tokens**2 * tower.attention_width
@@ -142,11 +131,7 @@ def _multiplied(linears: Iterable[Linear]) -> int:
 def cache_bytes(shape: ModelShape, program: LayerSchedule, prompt: Prompt, value_bytes: int = 2) -> int:
     """Bytes of the KV cache after a prompt, and of what the side branch remembers for later images.
 
-    Args:
-        shape: the model's sizes.
-        program: what its layers do.
-        prompt: what it got.
-        value_bytes: of one number: 2 in half precision, 4 in float32.
+    One number takes `value_bytes`: 2 in half precision, 4 in float32.
     """
     at = products.decoder_positions(program, prompt.text, prompt.image, Mode.PREFILL)
     row = 2 * shape.decoder.key_value_heads * shape.decoder.head_dim * value_bytes

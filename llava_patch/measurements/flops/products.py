@@ -31,19 +31,6 @@ class Positions:
     held: int  # keys that each query is multiplied with (full attention: the causal half is computed too)
 
 
-@dataclass(frozen=True)
-class LayerProducts:
-    """One decoder layer's matrix products, how often each, by what they are for."""
-
-    projections: Counter[Product]
-    attention: Counter[Product]
-    feed_forward: Counter[Product]
-
-    def all(self) -> Counter[Product]:
-        """All of them."""
-        return add(self.projections, self.attention, self.feed_forward)
-
-
 def add(*counts: Counter[Product]) -> Counter[Product]:
     """The sum of several counts."""
     return sum(counts, Counter())
@@ -63,8 +50,8 @@ def counted(pairs: Iterable[tuple[Product, int]]) -> Counter[Product]:
     return result
 
 
-def layer_products(shape: DecoderShape, at: Positions, batch: int) -> LayerProducts:
-    """The matrix products of one decoder layer."""
+def layer_products(shape: DecoderShape, at: Positions, batch: int) -> dict[str, Counter[Product]]:
+    """The matrix products of one decoder layer, how often each, by what they are for (fields of `LayerFlops`)."""
     hidden, wide = shape.hidden, shape.intermediate
     queries, keys = shape.heads * shape.head_dim, shape.key_value_heads * shape.head_dim
     asking, giving = at.asking * batch, at.giving * batch
@@ -73,7 +60,7 @@ def layer_products(shape: DecoderShape, at: Positions, batch: int) -> LayerProdu
     heads = shape.heads * batch
     attention = counted([((at.asking, shape.head_dim, at.held), heads), ((at.asking, at.held, shape.head_dim), heads)])
     feed_forward = counted([((asking, hidden, wide), 2), ((asking, wide, hidden), 1)])
-    return LayerProducts(projections, attention, feed_forward)
+    return {"projections": projections, "attention": attention, "feed_forward": feed_forward}
 
 
 @dataclass(frozen=True)

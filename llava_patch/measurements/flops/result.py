@@ -72,24 +72,16 @@ class Row:
 
 @dataclass(frozen=True)
 class FlopsResult(Result):
-    """FLOPs of every variant of a model.
-
-    Attributes:
-        shape: the model's sizes.
-        split: first routed layer of the routed rows.
-        prompts: what the tables are for.
-        rows: for each prompt, a row a variant; the stock model comes first.
-        value_bytes: of one number in the KV cache.
-    """
+    """FLOPs of every variant of a model."""
 
     NAME, TITLE = "flops", "FLOPs"
     FIGURE = "llava_patch.measurements.flops.figure:flops_figure"
 
-    shape: ModelShape
-    split: int
-    prompts: tuple[Prompt, ...]
-    rows: tuple[tuple[Row, ...], ...]
-    value_bytes: int = 2
+    shape: ModelShape  # the model's sizes
+    split: int  # first routed layer of the routed rows
+    prompts: tuple[Prompt, ...]  # what the tables are for
+    rows: tuple[tuple[Row, ...], ...]  # for each prompt, a row a variant; the stock model comes first
+    value_bytes: int = 2  # of one number in the KV cache
 
     def row(self, name: str, prompt: int = 0) -> Row | None:
         """The row of a variant at one of the prompts."""

@@ -75,11 +75,7 @@ class ModelShape:
 
 
 def tower_shape(vision: nn.Module) -> TowerShape:
-    """Read a vision model, whose weights may be on the meta device.
-
-    Raises:
-        HostError: a tower whose blocks, patch embedding or last part are not understood.
-    """
+    """Read a vision model, whose weights may be on the meta device; HostError for one that is not understood."""
     parts = towers.describe(vision)
     patches = parts.grid[0] * parts.grid[1]
     config: Any = getattr(vision, "config", None)
@@ -147,11 +143,7 @@ def shape_of(model: Any, name: str = "") -> ModelShape:
 
 
 def named(name: str) -> ModelShape:
-    """The sizes of LLaVA-1.5: "7b", "13b", or "small" (7B's depth and token counts at a fraction of its width).
-
-    Raises:
-        SettingError: another name.
-    """
+    """The sizes of LLaVA-1.5: "7b", "13b", or "small" (7B's depth and token counts at a fraction of its width)."""
     if name not in SHAPES:
         raise SettingError(f"--shape {name}: expected one of {', '.join(SHAPES)}")
     size, vision = SHAPES[name], TOWERS["small" if name == "small" else "large"]

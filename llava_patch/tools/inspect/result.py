@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llava_patch.settings.methods import from_dict
-from llava_patch.tools.inspect.base import Match
 
 KINDS = ("fusion", "routing", "pruning", "probe")
 FORMS = {
@@ -38,6 +37,16 @@ class Share:
     total: int | None  # parameters of the whole model, vision tower included
     by_part: dict[str, int] = field(default_factory=dict)  # trainable parameters by role
     note: str = ""  # how it was found, or why it is not known (both numbers are then None)
+
+
+@dataclass(frozen=True)
+class Match:
+    """How a base compares."""
+
+    same: bool | None  # whether it is the right one; None: cannot be told
+    compared: int  # matrices that were compared, by a few values each
+    differing: int  # how many of them differ
+    note: str
 
 
 @dataclass(frozen=True)
