@@ -52,8 +52,8 @@ class Measurement:
     title: ClassVar[str]  # heading of the report's section
     about: ClassVar[str]  # the report's paragraph: what is measured, and how to read it
     alt: ClassVar[str] = ""  # what the figure shows, in words, for who cannot see it
-    # Frozen dataclass, which gin binds under its own name; None: all options are of the command. Its field `samples` (or
-    # `max_samples`) is --samples, and its field `base` is what --base says unless it is bound.
+    # Frozen dataclass that gin binds under its own name; None: all options are of the command. Its field `samples`, or
+    # `max_samples`, is --samples, and its field `base` is what --base says unless it is bound.
     settings: ClassVar[Any] = None
     result: ClassVar[str]  # "MODULE:ATTRIBUTE" of the `Result` class
     # How many samples the command takes unless told otherwise; None: it takes no data, and loads no model.
@@ -71,8 +71,8 @@ class Measurement:
     readers: ClassVar[tuple[str, ...]] = ()  # who else reads its bindings, for `llava-patch doctor`
     # Field of `Report` that says how many samples its section takes; "": the settings' own number.
     report_count: ClassVar[str] = "samples"
-    # Of the lmms-eval task: by each metric's name its value from the `entries` of all documents; the first one's entries
-    # are whole items, from which `pooled` makes the result that is written.
+    # Of the lmms-eval task: its value from all documents' `entries`, by the metric's name; the first one's entries are
+    # whole items, from which `pooled` makes the result that is written.
     metrics: ClassVar[dict[str, Callable[[Sequence[Any]], float | int | None]]] = {}
 
     @property

@@ -64,9 +64,9 @@ def _package(need: Requirement, optional: bool) -> Row:
     there = installed(need.name)
     if need.name == "lmms-eval" and there is not None and not there.startswith(f"{LMMS_EVAL}."):
         return Row(need.name, there, NOTE, f"the tasks were run with lmms-eval {LMMS_EVAL} only")
+    if there is None and optional:
+        return Row(need.name, "not installed", OK, f"needed for {_OPTIONAL[need.name]} only")
     if there is None:
-        if optional:
-            return Row(need.name, "not installed", OK, f"needed for {_OPTIONAL[need.name]} only")
         return Row(need.name, "not installed", PROBLEM, f"pip install '{need.name}{need.specifier}'")
     if not need.specifier.contains(there.split("+")[0], prereleases=True):
         state = NOTE if optional else PROBLEM
