@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from llava_patch.core.errors import CheckpointError, SettingError
 from llava_patch.core.paths import default_name
+from llava_patch.measurements.base import FIGURES
 
 DEFAULT = "run"
 PANEL = "Measure a checkpoint"
@@ -96,8 +97,6 @@ def check_checkpoint(name: str, setting: str = "") -> None:
 
 def check_formats(formats: list[str]) -> None:
     """Refuse an unknown figure format before anything is read or written."""
-    from llava_patch.measurements.base import FIGURES
-
     for suffix in formats:
         if suffix not in FIGURES:
             raise SettingError(f"--format {suffix}: expected {' or '.join(FIGURES)}")

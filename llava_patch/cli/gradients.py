@@ -15,12 +15,6 @@ from llava_patch.core.errors import SettingError
 from llava_patch.core.extras import needs
 
 
-def add(group: typer.Typer) -> None:
-    """Add the two to the measurement's group."""
-    group.command("show", no_args_is_help=True)(show)
-    group.command("table", no_args_is_help=True)(table)
-
-
 @needs("gradients show", "figures")
 def show(
     run: Path = typer.Argument(..., metavar="RUN", help="folder of a run that was measured, finished or not"),  # noqa: B008

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from llava_patch.data.target import Target
     from llava_patch.measurements.base import Measurement, Result
 
-FURTHER = {"gradients": "llava_patch.cli.gradients:add"}
-"""Adds subcommands that measure nothing to a measurement's group."""
+FURTHER = {"gradients": {"show": "llava_patch.cli.gradients:show", "table": "llava_patch.cli.gradients:table"}}
+"""Subcommands of a measurement's group that measure nothing."""
 
 
 def add(app: typer.Typer, name: str) -> None:
@@ -44,8 +44,8 @@ def add(app: typer.Typer, name: str) -> None:
     group.command("run", no_args_is_help=True)(run_command(measurement))
     if measurement.compare:
         group.command("compare", no_args_is_help=True)(compare_command(measurement))
-    if name in FURTHER:
-        registry.load(FURTHER[name])(group)
+    for further, entry in FURTHER.get(name, {}).items():
+        group.command(further, no_args_is_help=True)(registry.load(entry))
     app.add_typer(group, name=measurement.command, rich_help_panel=common.PANEL)
 
 
@@ -230,12 +230,9 @@ def _kept(
 
 
 def settings_for(measurement: "Measurement", samples: int | None, given: dict[str, Any]) -> Any:
-    """A measurement's settings: gin's with the command's own on top, and the number of samples filled in.
+    """A measurement's settings: gin's with the command line's (`given`, where not None) on top.
 
-    Args:
-        measurement: what is measured.
-        samples: of the command line; 0: all; None: the setting's, else the command's own number.
-        given: fields that the command line sets; None: it does not.
+    The number of samples is filled in: `samples` (0: all), or for None the setting's, else the command's own number.
     """
     from llava_patch.data.target import count_of
     from llava_patch.settings.active import settings_of
@@ -368,11 +365,9 @@ def _typed(command: Callable[..., None], parameters: common.Parameters, text: st
 
 
 def _help_of_group(measurement: "Measurement") -> str:
-    (first, _, more), name = (inspect.getdoc(type(measurement)) or "").partition("\n\n"), measurement.command
-    short = (
-        f"llava-patch {name} CKPT [DATA] [OPTIONS] is short for {name} run.\nIts options: llava-patch {name} run --help"
-    )
-    return "\n\n".join([first, short, more.partition("\n\n")[0]])
+    name, (first, *more) = measurement.command, (inspect.getdoc(type(measurement)) or "").split("\n\n")
+    short = f"llava-patch {name} CKPT [DATA] [OPTIONS] is short for {name} run.\nIts options: llava-patch {name} run"
+    return "\n\n".join([first, f"{short} --help", *more[:1]])
 
 
 def described(text: str | None, section: str) -> dict[str, str]:
