@@ -21,8 +21,7 @@ from llava_patch.measurements.rprobe import ablation
 from llava_patch.measurements.rprobe.ablation import SUMMARY
 from llava_patch.measurements.rprobe.output import RESULT
 from llava_patch.measurements.rprobe.result import RProbeResult
-from llava_patch.tools.report.context import Context
-from llava_patch.tools.report.section import Figure, Found, Section, Table, found_of
+from llava_patch.tools.report.section import Context, Figure, Found, Section, Table, found_of
 
 if TYPE_CHECKING:
     from llava_patch.measurements.base import Measurement
