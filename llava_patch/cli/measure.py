@@ -10,7 +10,7 @@ import dataclasses
 import inspect
 import re
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, Union, get_args, get_origin
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from llava_patch.data.target import Target
     from llava_patch.measurements.base import Measurement, Result
 
+Words = dict[str, Any]
+"""Values of a command's own options, by name."""
 FURTHER = {"gradients": {"show": "llava_patch.cli.gradients:show", "table": "llava_patch.cli.gradients:table"}}
 """Subcommands of a measurement's group that measure nothing."""
 
@@ -53,9 +55,8 @@ def run_command(measurement: "Measurement") -> Callable[..., None]:
     """The command that measures a checkpoint, or several side by side."""
     name = measurement.command
     takes_data = measurement.samples is not None
-    parameters: common.Parameters = {
-        "checkpoint": (str, common.OPTIONAL if measurement.optional else common.CHECKPOINT)
-    }
+    checkpoint = common.OPTIONAL if measurement.optional else common.CHECKPOINT
+    parameters: common.Parameters = {"checkpoint": (str, checkpoint)}
     if measurement.several:
         parameters = {"checkpoint": (list[str], common.CHECKPOINTS), "names": (str, common.NAMES)}
     if takes_data:
@@ -112,12 +113,7 @@ def run_command(measurement: "Measurement") -> Callable[..., None]:
 
 
 def _run(
-    measurement: "Measurement",
-    targets: "list[Target]",
-    settings: Any,
-    folder: Path,
-    formats: Sequence[str],
-    others: dict[str, Any],
+    measurement: "Measurement", targets: "list[Target]", settings: Any, folder: Path, formats: list[str], others: Words
 ) -> None:
     """Measure, show what was found and write it; several checkpoints are in memory one after the other."""
     from llava_patch.core.folder_lock import folder_lock
@@ -207,9 +203,7 @@ def compare_command(measurement: "Measurement") -> Callable[..., None]:
     return _typed(command, parameters, text)
 
 
-def _kept(
-    measurement: "Measurement", target: "Target", settings: Any, folder: Path, others: dict[str, Any]
-) -> "Result":
+def _kept(measurement: "Measurement", target: "Target", settings: Any, folder: Path, others: Words) -> "Result":
     """A checkpoint's result: of an earlier run where that was the same measurement, else measured and written now."""
     import gc
 
@@ -220,8 +214,7 @@ def _kept(
         if kept is not None:
             typer.echo(f"{folder / (measurement.name + '.json')}: measured before", err=True)
             return kept
-        result = measurement.measure(target, settings, folder, **others)
-        result = with_facts(result, target.checkpoint)
+        result = with_facts(measurement.measure(target, settings, folder, **others), target.checkpoint)
         result.save(folder)
         measurement.finished(folder)
     target.release()
@@ -289,7 +282,7 @@ def _option(measurement: "Measurement", name: str, hint: Any, default: Any, text
     return Optional[hint] if default is None else hint, typer.Option(default, *words, help=text, show_default=shown)
 
 
-def _split(measurement: "Measurement", words: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _split(measurement: "Measurement", words: Words) -> tuple[Words, Words]:
     """(fields of the settings, parameters of `measure`) of a command's own options."""
     hints = {f.name: protocol.hint_of(measurement.settings, f) for f in _fields(measurement)}
     fields = {name: _numbers(name, words.pop(name), hint) for name, hint in hints.items() if name in words}
@@ -305,7 +298,7 @@ def _numbers(name: str, value: Any, hint: Any) -> Any:
         raise SettingError(f"--{name.replace('_', '-')} {value}: expected layer numbers, as 30,31") from None
 
 
-def _how(words: dict[str, Any]) -> dict[str, str]:
+def _how(words: Words) -> dict[str, str]:
     """Take out what says how every model of a command is run."""
     return {word: words.pop(word) for word in ("device", "dtype", "question")}
 
