@@ -8,8 +8,8 @@ from typing import Any
 
 from llava_patch.core.errors import SettingError
 from llava_patch.measurements.base import Result, Table, decode, default_split, encode
-from llava_patch.measurements.flops.count import Flops, Prompt, cache_bytes, count_flops, deep_image_flops, program_of
-from llava_patch.measurements.flops.products import Mode
+from llava_patch.measurements.flops import count
+from llava_patch.measurements.flops.count import Flops, Mode, Prompt
 from llava_patch.measurements.flops.shape import ModelShape
 from llava_patch.settings.methods import FastV, Routing, from_dict, to_dict
 
@@ -43,9 +43,10 @@ class Row:
     @classmethod
     def of(cls, shape: ModelShape, variant: Variant, prompt: Prompt, split: int, value_bytes: int = 2) -> "Row":
         """Count one variant."""
-        program = program_of(shape, variant.routing, variant.pruning)
-        passes = {mode.name.lower(): count_flops(shape, program, prompt, mode) for mode in Mode}
-        deep, held = deep_image_flops(shape, program, prompt, split), cache_bytes(shape, program, prompt, value_bytes)
+        program = count.program_of(shape, variant.routing, variant.pruning)
+        passes = {mode.name.lower(): count.count_flops(shape, program, prompt, mode) for mode in Mode}
+        deep = count.deep_image_flops(shape, program, prompt, split)
+        held = count.cache_bytes(shape, program, prompt, value_bytes)
         return cls(variant, **passes, deep_image=deep, cache_bytes=held)
 
     def to_dict(self, stock: "Row") -> dict[str, Any]:

@@ -19,7 +19,7 @@ import torch
 
 from llava_patch.core import files
 from llava_patch.hosts.sizes import IMAGE_TOKENS
-from llava_patch.measurements.flops import products as decoder
+from llava_patch.measurements.flops import count as decoder
 from llava_patch.measurements.flops.shape import DecoderShape
 from llava_patch.patching.handle import restore_flags
 from llava_patch.patching.patch import patch

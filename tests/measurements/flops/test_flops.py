@@ -14,8 +14,7 @@ from llava_patch.core.errors import SettingError
 from llava_patch.hosts.anatomy import find
 from llava_patch.measurements.base import default_split
 from llava_patch.measurements.flops import shape as shapes
-from llava_patch.measurements.flops.count import Prompt, cache_bytes, count_flops, program_of
-from llava_patch.measurements.flops.products import Mode
+from llava_patch.measurements.flops.count import Mode, Prompt, cache_bytes, count_flops, program_of
 from llava_patch.measurements.flops.result import FlopsResult, measure_flops
 from llava_patch.routing.cache import RoutedCache
 from llava_patch.routing.cache import cache_bytes as held_bytes
