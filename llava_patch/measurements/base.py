@@ -327,12 +327,9 @@ def find_result(given: str, file: str) -> Path | None:
 
 
 def names_of(given: Sequence[str], names: str = "", file: str = "") -> list[str]:
-    """What to call several models: by the last part of their paths, or the part above it, that tells them apart.
+    """What to call several models: by `names`, with commas between them, or what tells their paths apart.
 
-    Args:
-        given: checkpoints, result files (called `file`, which says nothing) or folders.
-        names: of the user's own, with commas between them; "": none.
-        file: name of result files.
+    That is the last part of the paths (result files are called `file`, which says nothing), or the part above it.
 
     Raises:
         SettingError: another number of names than of models, or one name twice.
@@ -382,10 +379,7 @@ def encode_fields(value: Any) -> dict[str, Any]:
 def decode(hint: Any, value: Any) -> Any:
     """The value of a type that `encode` made into JSON.
 
-    Raises:
-        KeyError: a field without a default is missing; names it.
-        ValueError: an unknown field.
-        TypeError: a value of another kind.
+    KeyError names a missing field without a default; ValueError: an unknown field; TypeError: a value of another kind.
     """
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):

@@ -111,26 +111,13 @@ class AttentionMapsResult(Result):
     def encode(self) -> dict[str, Any]:
         """A dictionary a checkpoint, with what follows from its maps."""
         found = []
+        names = ("image", "map", "entropy", "effective_patches", "correlation_with_first")
         for number, one in enumerate(self.checkpoints):
-            values = encode_fields(one)
-            columns = zip(self.images, values.pop("maps"), one.entropies(), self.correlations(number), strict=True)
-            found.append(
-                {
-                    **values,
-                    "grid": list(one.scores(0).shape),
-                    "mean_effective_patches": one.effective_patches(),
-                    "images": [
-                        {
-                            "image": name,
-                            "map": rows,
-                            "entropy": entropy,
-                            "effective_patches": math.exp(entropy),
-                            "correlation_with_first": correlation,
-                        }
-                        for name, rows, entropy, correlation in columns
-                    ],
-                }
-            )
+            values, entropies = encode_fields(one), one.entropies()
+            columns = self.images, values.pop("maps"), entropies, map(math.exp, entropies), self.correlations(number)
+            values |= {"grid": list(one.scores(0).shape), "mean_effective_patches": one.effective_patches()}
+            values["images"] = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+            found.append(values)
         return {
             "sources": [one.source for one in self.checkpoints],
             "checkpoints": found,
@@ -153,16 +140,10 @@ class AttentionMapsResult(Result):
         rows = []
         for number, one in enumerate(self.checkpoints):
             correlations = [value for value in self.correlations(number) if not math.isnan(value)]
-            entropies, patches = one.entropies(), one.scores(0).numel()
-            rows.append(
-                [
-                    one.checkpoint,
-                    one.query,
-                    f"{sum(entropies) / len(entropies):.3f}",
-                    f"{one.effective_patches():.1f} of {patches}",
-                    f"{sum(correlations) / len(correlations):.3f}" if correlations else "-",
-                ]
-            )
+            like = f"{sum(correlations) / len(correlations):.3f}" if correlations else "-"
+            entropy = sum(one.entropies()) / len(one.maps)
+            patches = f"{one.effective_patches():.1f} of {one.scores(0).numel()}"
+            rows.append([one.checkpoint, one.query, f"{entropy:.3f}", patches, like])
         return ["checkpoint", "query", "entropy", "effective patches", "like 1st"], rows
 
     def summary(self) -> str:

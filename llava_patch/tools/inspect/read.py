@@ -55,9 +55,13 @@ def inspect_checkpoint(folder: str | os.PathLike[str], base: str = "") -> Inspec
     trained_tower = bool(record.get("trained_tower"))
     added = [Added(t.name, t.shape, t.dtype, t.parameters, role(t.name, host)) for t in tensors]
     if form not in ("adapter", "lora", "projector"):
-        ours = {"side branch", "second projector"} | ({"projector"} if settings["fusion"] else set())
-        ours |= {"tower"} if trained_tower else set()
-        added = [tensor for tensor in added if tensor.role in ours]
+        changed = {
+            "side branch": True,
+            "second projector": True,
+            "projector": settings["fusion"],
+            "tower": trained_tower,
+        }
+        added = [tensor for tensor in added if changed.get(tensor.role)]
     versions = {"transformers": files.config.get("transformers_version"), "settings of format": record.get("format")}
     return Inspection(
         checkpoint=given,

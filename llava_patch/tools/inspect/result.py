@@ -90,13 +90,19 @@ def facts_of(found: Inspection) -> list[tuple[str, str]]:
     patch = [f"{kind}: {values['method']}" for kind, values in found.settings.items() if values]
     patch += ["vision tower: trained"] if found.trained_tower else []
     word = {True: "yes", False: "NO", None: "not known"}
+    share = found.share
+    trains = share.note
+    if share.trainable is not None:
+        whole = f" of {share.total:,} parameters ({100 * share.trainable / share.total:.2f} %)" if share.total else ""
+        parts = ", ".join(f"{part} {count:,}" for part, count in share.by_part.items())
+        trains = f"{share.trainable:,}{whole}: {parts or 'nothing'} ({share.note})"
     rows = [
         ("checkpoint", found.checkpoint),
         ("host", hosts[found.host]),
         ("form", FORMS[found.form]),
         ("patch", "; ".join(patch) or "none: a stock checkpoint"),
         ("weights", f"{found.parameters:,} parameters in its own files, {found.weight_bytes / 1e6:,.1f} MB"),
-        ("trainable", share_text(found)),
+        ("trainable", trains),
         ("base", found.base or ""),
         ("base matches", "" if found.match is None else f"{word[found.match.same]}: {found.match.note}"),
         ("stage-1 files", "\n".join(found.stage1)),
@@ -104,13 +110,3 @@ def facts_of(found: Inspection) -> list[tuple[str, str]]:
         ("of its run", ", ".join(found.files)),
     ]
     return [(name, text) for name, text in rows if text]
-
-
-def share_text(found: Inspection) -> str:
-    """The trainable share in words."""
-    share = found.share
-    if share.trainable is None:
-        return share.note
-    whole = f" of {share.total:,} parameters ({100 * share.trainable / share.total:.2f} %)" if share.total else ""
-    parts = ", ".join(f"{part} {count:,}" for part, count in share.by_part.items())
-    return f"{share.trainable:,}{whole}: {parts or 'nothing'} ({share.note})"

@@ -103,7 +103,8 @@ class Context(Target):
     gin: Sequence[str] = ()  # gin options of the command line, which commands that repeat a section need as well
 
     def __post_init__(self) -> None:
-        self.dtype = self.dtype or _dtype(self.device)
+        if not self.dtype and pick_device(self.device) != "cpu" and torch.cuda.is_bf16_supported():
+            self.dtype = "bfloat16"  # whose gradients do not vanish as float16's do
         self.folder = folder_of(self.checkpoint, download=True)  # where the checkpoint's files are
         base = self.base and folder_of(self.base, download=True, setting="--base")
         self.inspection: Inspection = inspect_checkpoint(self.folder, base)
@@ -151,13 +152,6 @@ class Context(Target):
         parts += ["--device", self.device] if self.device else []
         parts += ["--dtype", self.dtype] if self.dtype else []
         return shlex.join([*parts, *self.gin])
-
-
-def _dtype(device: str) -> str:
-    """Of the models where none is asked for: on a GPU bfloat16, whose gradients do not vanish as float16's do."""
-    if pick_device(device) == "cpu":
-        return ""
-    return "bfloat16" if torch.cuda.is_bf16_supported() else ""
 
 
 def found_of(

@@ -75,9 +75,7 @@ def _draw(curves: dict[str, list[tuple[int, float]]], path: Path) -> Path:
     for axis, (name, label) in zip(axes, there, strict=True):
         steps, values = zip(*curves[name], strict=True)
         axis.plot(steps, values, color=plotting.TEXT, marker="o" if len(steps) < 30 else "", ms=2.5)
-        axis.set_xlabel("optimizer step")
-        axis.set_ylabel(label)
-        axis.set_title(label.split(" (")[0].capitalize())
+        axis.set(xlabel="optimizer step", ylabel=label, title=label.split(" (")[0].capitalize())
     return plotting.write_figure(figure, path)
 
 
