@@ -80,22 +80,20 @@ def tower_shape(vision: nn.Module) -> TowerShape:
     patches = parts.grid[0] * parts.grid[1]
     config: Any = getattr(vision, "config", None)
     width = towers.shape_of(config).width
-    entry = _patch_embedding(parts.before, type(vision).__name__)
+    inside = (module for part in parts.before for module in part.modules())
+    embedding = next((module for module in inside if isinstance(module, (nn.Conv2d, nn.Linear))), None)
+    if embedding is None:
+        raise HostError(f"vision tower {type(vision).__name__}: no convolution or linear layer embeds its patches")
+    if isinstance(embedding, nn.Conv2d):
+        entry = embedding.in_channels * math.prod(embedding.kernel_size), embedding.out_channels
+    else:
+        entry = embedding.in_features, embedding.out_features
     tokens, linears = parts.prefix_tokens + patches, _linears(parts.blocks[0])
     return TowerShape(len(parts.blocks), tokens, linears, width, patches, entry, _pooling(parts.after, tokens, width))
 
 
 def _linears(module: nn.Module) -> tuple[Linear, ...]:
     return tuple((m.in_features, m.out_features) for m in module.modules() if isinstance(m, nn.Linear))
-
-
-def _patch_embedding(before: list[nn.Module], kind: str) -> Linear:
-    for module in (m for part in before for m in part.modules()):
-        if isinstance(module, nn.Conv2d):
-            return module.in_channels * math.prod(module.kernel_size), module.out_channels
-        if isinstance(module, nn.Linear):
-            return module.in_features, module.out_features
-    raise HostError(f"vision tower {kind}: no convolution or linear layer embeds its patches")
 
 
 def _pooling(after: list[nn.Module], tokens: int, width: int) -> int:

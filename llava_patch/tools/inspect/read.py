@@ -55,13 +55,8 @@ def inspect_checkpoint(folder: str | os.PathLike[str], base: str = "") -> Inspec
     trained_tower = bool(record.get("trained_tower"))
     added = [Added(t.name, t.shape, t.dtype, t.parameters, role(t.name, host)) for t in tensors]
     if form not in ("adapter", "lora", "projector"):
-        changed = {
-            "side branch": True,
-            "second projector": True,
-            "projector": settings["fusion"],
-            "tower": trained_tower,
-        }
-        added = [tensor for tensor in added if changed.get(tensor.role)]
+        ours = {"side branch", "second projector", "projector" * bool(settings["fusion"]), "tower" * trained_tower}
+        added = [tensor for tensor in added if tensor.role in ours]
     versions = {"transformers": files.config.get("transformers_version"), "settings of format": record.get("format")}
     return Inspection(
         checkpoint=given,
@@ -91,9 +86,8 @@ def _form(folder: Path, record: dict[str, Any]) -> tuple[str, list[Path]]:
             )
         return "adapter", [path]
     if (folder / "adapter_config.json").is_file():
-        found = [
-            p for n in ("adapter_model.safetensors", "adapter_model.bin", LORA_FILE) if (p := folder / n).is_file()
-        ]
+        names = ("adapter_model.safetensors", "adapter_model.bin", LORA_FILE)
+        found = [folder / name for name in names if (folder / name).is_file()]
         if not any(p.name.startswith("adapter_model") for p in found):
             raise CheckpointError(f"{folder}: adapter_config.json without adapter_model.safetensors or .bin")
         return "lora", found
