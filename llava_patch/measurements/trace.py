@@ -9,6 +9,7 @@ seen.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -231,3 +232,44 @@ def mass_on_keys(
         scores = scores.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
         total += (scores * keys).sum(dim=(-2, -1)).flatten()
     return total / max(len(queries), 1)
+
+
+def lens_kl(anatomy: Anatomy, trace: Trace, chunk: int) -> tuple[list[float], list[float]]:
+    """KL(final || layer) of the logit lens: what each layer would predict through the model's own final norm and head.
+
+    Args:
+        anatomy: the host model.
+        trace: a finished trace.
+        chunk: positions whose logits [chunk, vocabulary] are held at a time.
+
+    Returns:
+        (image, text): per layer the mean in nats over the positions that both the layer and the last one have (pruned
+        ones are in neither); NaN where there are none. The last layer's is 0.
+    """
+    layers = range(len(anatomy.layers))
+    last = layers[-1]
+    rows = [trace.rows(layer) for layer in layers]
+
+    def predicted(layer: int, positions: Tensor) -> Tensor:
+        states = trace.states[layer]
+        logits = anatomy.lm_head(anatomy.norm(states[rows[layer][positions].to(states.device)][None]))
+        return logits[0].float().log_softmax(-1)
+
+    def means(positions: Tensor, present: list[bool]) -> list[float]:
+        # Layers only ever lose image positions for good or for all of them, so one that has any has those of the last.
+        if not len(positions):
+            return [math.nan] * len(layers)
+        sums = torch.zeros(len(layers), dtype=torch.float64, device=positions.device)
+        for part in positions.split(chunk):
+            final = predicted(last, part)
+            probability = final.exp()
+            for layer in layers:
+                if present[layer]:
+                    log_probs = final if layer == last else predicted(layer, part)
+                    sums[layer] += (probability * (final - log_probs)).sum().to(sums)
+        found = (sums / len(positions)).tolist()
+        return [mean if there else math.nan for mean, there in zip(found, present, strict=True)]
+
+    image, text = trace.mask() & (rows[last] >= 0), ~trace.mask()
+    present = [trace.image_states(layer) > 0 for layer in layers]
+    return means(image.nonzero().flatten(), present), means(text.nonzero().flatten(), [True] * len(layers))
