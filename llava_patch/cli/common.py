@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from llava_patch.core.errors import CheckpointError, SettingError
 from llava_patch.core.paths import default_name
 from llava_patch.measurements.base import FIGURES
+from llava_patch.settings import active
 
 DEFAULT = "run"
 PANEL = "Measure a checkpoint"
@@ -65,7 +66,6 @@ def configured(gin_file: list[str], gin_param: list[str], goes_on: bool = False)
 
     The line says so where the same command takes up what an interrupted one has done (`goes_on`).
     """
-    from llava_patch.settings import active
     from llava_patch.tools.sweep.process import signals_interrupt
 
     try:

@@ -7,12 +7,13 @@ about it in the docstring. What every command has (`cli.common`) means the same 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import inspect
 import re
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional, Union, get_args, get_origin
+from typing import Any, Optional, Union, get_args, get_origin
 
 import typer
 
@@ -21,11 +22,11 @@ from llava_patch.cli.output import check_results, show, with_facts
 from llava_patch.core import registry
 from llava_patch.core.errors import CheckpointError, SettingError
 from llava_patch.core.extras import need
+from llava_patch.data.examples import check_data
+from llava_patch.data.target import Target, count_of
 from llava_patch.measurements import base as protocol
-
-if TYPE_CHECKING:
-    from llava_patch.data.target import Target
-    from llava_patch.measurements.base import Measurement, Result
+from llava_patch.measurements.base import Measurement, Result
+from llava_patch.settings.active import settings_of
 
 Words = dict[str, Any]
 """Values of a command's own options, by name."""
@@ -51,7 +52,7 @@ def add(app: typer.Typer, name: str) -> None:
     app.add_typer(group, name=measurement.command, rich_help_panel=common.PANEL)
 
 
-def run_command(measurement: "Measurement") -> Callable[..., None]:
+def run_command(measurement: Measurement) -> Callable[..., None]:
     """The command that measures a checkpoint, or several side by side."""
     name = measurement.command
     takes_data = measurement.samples is not None
@@ -99,8 +100,6 @@ def run_command(measurement: "Measurement") -> Callable[..., None]:
         labels = protocol.names_of(checkpoints, names)
         folder = common.folder_for(name, checkpoints[0], output)
         with common.configured(gin_file, gin_param, goes_on=measurement.resumes):
-            from llava_patch.data.target import Target
-
             settings = settings_for(measurement, samples, fields)
             targets = []
             for one, label in zip(checkpoints, labels, strict=True):
@@ -113,7 +112,7 @@ def run_command(measurement: "Measurement") -> Callable[..., None]:
 
 
 def _run(
-    measurement: "Measurement", targets: "list[Target]", settings: Any, folder: Path, formats: list[str], others: Words
+    measurement: Measurement, targets: list[Target], settings: Any, folder: Path, formats: list[str], others: Words
 ) -> None:
     """Measure, show what was found and write it; several checkpoints are in memory one after the other."""
     from llava_patch.core.folder_lock import folder_lock
@@ -133,7 +132,7 @@ def _run(
         measurement.finished(folder)
 
 
-def compare_command(measurement: "Measurement") -> Callable[..., None]:
+def compare_command(measurement: Measurement) -> Callable[..., None]:
     """The command that puts results side by side, and measures checkpoints among them."""
     name = measurement.command
     file = f"{measurement.name}.json"
@@ -174,7 +173,6 @@ def compare_command(measurement: "Measurement") -> Callable[..., None]:
         fields, others = _split(measurement, words)
         with common.configured(gin_file, gin_param, goes_on=True):
             from llava_patch.core.weights import read_json
-            from llava_patch.data.target import Target
 
             settings = settings_for(measurement, samples, fields)
             wanted = [(name, given) for name, given in zip(called, models, strict=True) if found[name] is None]
@@ -203,10 +201,8 @@ def compare_command(measurement: "Measurement") -> Callable[..., None]:
     return _typed(command, parameters, text)
 
 
-def _kept(measurement: "Measurement", target: "Target", settings: Any, folder: Path, others: Words) -> "Result":
+def _kept(measurement: Measurement, target: Target, settings: Any, folder: Path, others: Words) -> Result:
     """A checkpoint's result: of an earlier run where that was the same measurement, else measured and written now."""
-    import gc
-
     from llava_patch.core.folder_lock import folder_lock
 
     with folder_lock(folder):
@@ -222,14 +218,11 @@ def _kept(measurement: "Measurement", target: "Target", settings: Any, folder: P
     return result
 
 
-def settings_for(measurement: "Measurement", samples: int | None, given: dict[str, Any]) -> Any:
+def settings_for(measurement: Measurement, samples: int | None, given: dict[str, Any]) -> Any:
     """A measurement's settings: gin's with the command line's (`given`, where not None) on top.
 
     The number of samples is filled in: `samples` (0: all), or for None the setting's, else the command's own number.
     """
-    from llava_patch.data.target import count_of
-    from llava_patch.settings.active import settings_of
-
     if measurement.settings is None:
         return None
     settings = settings_of(measurement.settings, **given)
@@ -240,20 +233,20 @@ def settings_for(measurement: "Measurement", samples: int | None, given: dict[st
     return dataclasses.replace(settings, **{field: count})
 
 
-def _fields(measurement: "Measurement") -> "list[dataclasses.Field[Any]]":
+def _fields(measurement: Measurement) -> list[dataclasses.Field[Any]]:
     """Those of the settings that are not hidden."""
     found = () if measurement.settings is None else dataclasses.fields(measurement.settings)
     return [field for field in found if field.name not in measurement.hidden]
 
 
-def samples_of(measurement: "Measurement") -> Any:
+def samples_of(measurement: Measurement) -> Any:
     """The option --samples."""
     field = f"{measurement.settings.__name__}.{measurement.count_field}"
     text = f"spread evenly over DATA; 0: all of it; default: {field}, or {measurement.samples}"
     return typer.Option(None, min=0, help=text, show_default=False)
 
 
-def options_of(measurement: "Measurement") -> common.Parameters:
+def options_of(measurement: Measurement) -> common.Parameters:
     """(type, option) of each setting that is one, and of each keyword-only parameter of `measure`, by name."""
     found: common.Parameters = {}
     lines = described(getattr(measurement.settings, "__doc__", ""), "Attributes")
@@ -270,7 +263,7 @@ def options_of(measurement: "Measurement") -> common.Parameters:
     return found
 
 
-def _option(measurement: "Measurement", name: str, hint: Any, default: Any, text: str) -> tuple[Any, Any]:
+def _option(measurement: Measurement, name: str, hint: Any, default: Any, text: str) -> tuple[Any, Any]:
     words = [measurement.words[name]] if name in measurement.words else []
     if get_origin(hint) in (Union, types.UnionType):
         hint = next(one for one in get_args(hint) if one is not type(None))
@@ -282,7 +275,7 @@ def _option(measurement: "Measurement", name: str, hint: Any, default: Any, text
     return Optional[hint] if default is None else hint, typer.Option(default, *words, help=text, show_default=shown)
 
 
-def _split(measurement: "Measurement", words: Words) -> tuple[Words, Words]:
+def _split(measurement: Measurement, words: Words) -> tuple[Words, Words]:
     """(fields of the settings, parameters of `measure`) of a command's own options."""
     hints = {f.name: protocol.hint_of(measurement.settings, f) for f in _fields(measurement)}
     fields = {name: _numbers(name, words.pop(name), hint) for name, hint in hints.items() if name in words}
@@ -303,7 +296,7 @@ def _how(words: Words) -> dict[str, str]:
     return {word: words.pop(word) for word in ("device", "dtype", "question")}
 
 
-def _models(measurement: "Measurement", settings: Any, checkpoint: str, base: str) -> tuple[str, str]:
+def _models(measurement: Measurement, settings: Any, checkpoint: str, base: str) -> tuple[str, str]:
     """(the model below the checkpoint, the one that it is compared with); "": none.
 
     Under a LoRA or projector-only checkpoint --base is both, unless the setting `base` names another one to compare
@@ -320,10 +313,8 @@ def _models(measurement: "Measurement", settings: Any, checkpoint: str, base: st
     return base if part else "", base_of(checkpoint, other, "--base")
 
 
-def _check(measurement: "Measurement", targets: "list[Target]", path: Path) -> None:
+def _check(measurement: Measurement, targets: list[Target], path: Path) -> None:
     """Refuse what cannot end well before minutes are spent on loading a model."""
-    from llava_patch.data.examples import check_data
-
     bases = [target.base for target in targets] if measurement.compares else []
     check_results(path, [*(target.checkpoint for target in targets), *bases])
     if measurement.samples is not None:
@@ -357,7 +348,7 @@ def _typed(command: Callable[..., None], parameters: common.Parameters, text: st
     return called
 
 
-def _help_of_group(measurement: "Measurement") -> str:
+def _help_of_group(measurement: Measurement) -> str:
     name, (first, *more) = measurement.command, (inspect.getdoc(type(measurement)) or "").split("\n\n")
     short = f"llava-patch {name} CKPT [DATA] [OPTIONS] is short for {name} run.\nIts options: llava-patch {name} run"
     return "\n\n".join([first, f"{short} --help", *more[:1]])

@@ -7,23 +7,19 @@ import json
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from llava_patch.core.errors import CheckpointError
 from llava_patch.core.paths import named
+from llava_patch.measurements.base import Result
+from llava_patch.settings import active
 
-if TYPE_CHECKING:
-    from llava_patch.measurements.base import Result
-
-    R = TypeVar("R", bound=Result)
-
+R = TypeVar("R", bound=Result)
 CONFIGURED = "configured_patch"
 
 
 def configured_patch() -> dict[str, str]:
     """The methods that gin puts on the checkpoint, by kind, with the settings that are not the defaults; {}: none."""
-    from llava_patch.settings import active
-
     asked = active.configuration()
     return {} if asked is None else {kind: _worded(method) for kind, method in asked.lasting().items()}
 
@@ -68,7 +64,7 @@ def _with(patch: dict[str, str]) -> str:
     return f" with {', '.join(patch.values())} of gin" if patch else " without a patch of gin"
 
 
-def with_facts(result: "R", checkpoint: str) -> "R":
+def with_facts(result: R, checkpoint: str) -> R:
     """A result with what it was measured on among its facts (`facts_of`)."""
     return dataclasses.replace(result, facts={**facts_of(checkpoint), **result.facts})
 

@@ -19,12 +19,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Union, get_args, get_origin
 from llava_patch.core import registry
 from llava_patch.core.errors import InputError, SettingError
 from llava_patch.core.files import plain, write_json
+from llava_patch.data.target import Target
 from llava_patch.settings.active import settings_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-    from llava_patch.data.target import Target
 
 Table = tuple[list[str], list[list[str]]]
 """Head and rows; the first column is a name."""
@@ -86,7 +85,7 @@ class Measurement:
         names = [] if self.settings is None else [field.name for field in dataclasses.fields(self.settings)]
         return next((name for name in COUNTS if name in names), None)
 
-    def measure(self, target: "Target", settings: Any, folder: Path | None = None) -> "Result":
+    def measure(self, target: Target, settings: Any, folder: Path | None = None) -> "Result":
         """Measure a checkpoint.
 
         Args:
@@ -160,7 +159,7 @@ class Measurement:
         """What the command prints: (title, table) each."""
         return [("", result.table())]
 
-    def kept(self, target: "Target", settings: Any, folder: Path) -> "Result | None":
+    def kept(self, target: Target, settings: Any, folder: Path) -> "Result | None":
         """The result of the very same measurement that an earlier run left in a folder; None: there is none."""
         return None
 

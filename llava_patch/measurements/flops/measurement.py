@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_patch.core.errors import SettingError
+from llava_patch.data.target import Target
 from llava_patch.measurements.base import Measurement, Table, words
 from llava_patch.settings import active
 
 if TYPE_CHECKING:
-    from llava_patch.data.target import Target
     from llava_patch.measurements.flops.result import FlopsResult
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -81,7 +81,7 @@ class FlopsMeasurement(Measurement):
 
     def measure(
         self,
-        target: "Target",
+        target: Target,
         settings: Any = None,
         folder: Path | None = None,
         *,

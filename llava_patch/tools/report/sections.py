@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llava_patch.core import plotting, registry
 from llava_patch.core.errors import InputError
 from llava_patch.core.files import atomic, write_json
 from llava_patch.core.paths import named
-from llava_patch.measurements.base import NothingToMeasure
+from llava_patch.measurements.base import Measurement, NothingToMeasure
 from llava_patch.measurements.gradients.log import LOG
 from llava_patch.measurements.gradients.result import NAME, GradientsResult
 from llava_patch.measurements.rprobe import ablation
@@ -22,9 +22,6 @@ from llava_patch.measurements.rprobe.ablation import SUMMARY
 from llava_patch.measurements.rprobe.output import RESULT
 from llava_patch.measurements.rprobe.result import RProbeResult
 from llava_patch.tools.report.section import Context, Figure, Found, Section, Table, found_of
-
-if TYPE_CHECKING:
-    from llava_patch.measurements.base import Measurement
 
 STATE = "trainer_state.json"
 CURVES = (("loss", "loss (nats per token)"), ("learning_rate", "learning rate"), ("grad_norm", "gradient norm"))
@@ -37,7 +34,7 @@ def sections() -> list[Section]:
     return [*measured, GRADIENTS, TRAINING, RPROBE]
 
 
-def _section_of(measurement: "Measurement") -> Section:
+def _section_of(measurement: Measurement) -> Section:
     """The section of a measurement; results of the command and of the section are written alike."""
 
     def run(context: Context, folder: Path) -> Found:
