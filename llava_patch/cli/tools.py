@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional
 
 import typer
 
@@ -14,9 +13,6 @@ from llava_patch.core.errors import CheckpointError, SettingError
 from llava_patch.core.extras import needs
 from llava_patch.data.examples import check_data
 from llava_patch.settings.active import settings_of
-
-if TYPE_CHECKING:
-    from llava_patch.tools.inspect.result import Inspection
 
 ROWS = 24
 _OUTPUT = typer.Option(..., "--output", metavar="OUTPUT", help="folder to write: a new one")
@@ -72,24 +68,18 @@ def inspect_command(
     Reads configuration and headers; no weights are loaded. Exit code 1 for a
     folder that is no checkpoint, or whose base is another one.
     """
-    from llava_patch.tools.inspect import inspect_checkpoint
-
-    found = inspect_checkpoint(checkpoint, base)
-    if as_json:
-        typer.echo(json.dumps(found.to_dict(), indent=1, default=str))
-    else:
-        _show(found)
-    raise typer.Exit(1 if found.match is not None and found.match.same is False else 0)
-
-
-def _show(found: "Inspection") -> None:
     from rich.console import Console
     from rich.table import Table
 
     from llava_patch.core.terminal import bordered
+    from llava_patch.tools.inspect import inspect_checkpoint
     from llava_patch.tools.inspect.result import facts_of
 
-    console = Console()
+    found, console = inspect_checkpoint(checkpoint, base), Console()
+    ended = typer.Exit(1 if found.match is not None and found.match.same is False else 0)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=1, default=str))
+        raise ended
     facts = Table(show_header=False, box=None, pad_edge=False)
     facts.add_column(no_wrap=True, style="bold")
     facts.add_column(overflow="fold")
@@ -100,19 +90,19 @@ def _show(found: "Inspection") -> None:
         if values is not None:
             lines = [[name, repr(value)] for name, value in values.items() if name != "method"]
             console.print(bordered(["setting", "value"], lines, f"{kind}: {values['method']}"))
-    if not found.added:
-        return
-    table = Table(title=f"{len(found.added)} tensors of the patch", title_justify="left")
-    table.add_column("tensor", overflow="fold")  # the ends of names tell them apart
-    for name in ("shape", "dtype", "parameters", "part"):
-        table.add_column(name, justify="right" if name == "parameters" else "left", no_wrap=True)
-    for tensor in found.added[:ROWS]:
-        shape = "x".join(map(str, tensor.shape))
-        table.add_row(tensor.name, shape, tensor.dtype, f"{tensor.parameters:,}", tensor.role)
-    rest = [tensor.parameters for tensor in found.added[ROWS:]]
-    if rest:
-        table.add_row(f"... and {len(rest)} more (--json)", "", "", f"{sum(rest):,}", "")
-    console.print(table)
+    if found.added:
+        table = Table(title=f"{len(found.added)} tensors of the patch", title_justify="left")
+        table.add_column("tensor", overflow="fold")  # the ends of names tell them apart
+        for name in ("shape", "dtype", "parameters", "part"):
+            table.add_column(name, justify="right" if name == "parameters" else "left", no_wrap=True)
+        for tensor in found.added[:ROWS]:
+            shape = "x".join(map(str, tensor.shape))
+            table.add_row(tensor.name, shape, tensor.dtype, f"{tensor.parameters:,}", tensor.role)
+        rest = [tensor.parameters for tensor in found.added[ROWS:]]
+        if rest:
+            table.add_row(f"... and {len(rest)} more (--json)", "", "", f"{sum(rest):,}", "")
+        console.print(table)
+    raise ended
 
 
 @needs("report", "figures", "report")
@@ -233,7 +223,7 @@ def bench(
         about = report.machine(model.device)
         return model, {**about, "shape": shape, "dtype": dtype, "attention": attention, "repeats": repeats}
 
-    def wrote(paths: Sequence[Path]) -> None:
+    def wrote(paths: list[Path]) -> None:
         for path in paths:
             console.print(f"wrote {path}")
 
