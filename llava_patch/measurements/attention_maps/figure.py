@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 from llava_patch.core import plotting
@@ -78,12 +79,6 @@ def _title(result: AttentionMapsResult) -> str:
     return f"Attention of ViT block {blocks} ({who})\nbelow each map: its effective number of patches"
 
 
-def _short(name: str, width: int = 18) -> str:
-    """A long name in lines, cut where it has a separator if there is one."""
-    lines, line = [], ""
-    for letter in name:
-        line += letter
-        if len(line) >= width or (len(line) >= width - 6 and letter in "-_/. "):
-            lines.append(line)
-            line = ""
-    return "\n".join([*lines, line] if line else lines)
+def _short(name: str) -> str:
+    """A long name in lines of at most 18 letters, cut behind the first separator from the 12th on if there is one."""
+    return "\n".join(re.findall(r".{11,17}?[-_/. ]|.{18}|.+", name))

@@ -86,7 +86,10 @@ def build(
     values: dict[str, Any] = {}
     for number, section in enumerate(chosen, 1):
         kept, wanted = records.get(section.name), _key(section, context)
-        holds = not fresh and kept is not None and _holds(kept, wanted, folder)
+        holds = False  # skipped and failed sections have found nothing
+        if not fresh and kept is not None and kept.found is not None and kept.key == wanted:
+            names = [*kept.found.files, *(figure.file for figure in kept.found.figures)]
+            holds = all((folder / name).is_file() for name in names)
         say(f"{number} of {len(chosen)}: {section.title}{': kept' if holds else ''}")
         if not holds:
             records[section.name] = record = _make(section, context, folder, wanted)
@@ -95,13 +98,6 @@ def build(
         values = _values(context, [records[s.name] for s in sections if s.name in records])
         write_json(folder / KEPT, {**values, "sections": encode(values["sections"])})
     return values
-
-
-def _holds(kept: Record, wanted: str, folder: Path) -> bool:
-    if kept.found is None or kept.key != wanted:  # skipped and failed sections have found nothing
-        return False
-    names = [*kept.found.files, *(figure.file for figure in kept.found.figures)]
-    return all((folder / name).is_file() for name in names)
 
 
 def _make(section: Section, context: Context, folder: Path, wanted: str) -> Record:

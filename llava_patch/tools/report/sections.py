@@ -65,32 +65,23 @@ def read_curves(run: str) -> dict[str, list[tuple[int, float]]]:
         raise InputError(f"{path}: cannot be read as a Trainer's state ({error})") from error
 
 
-def _draw(curves: dict[str, list[tuple[int, float]]], path: Path) -> Path:
-    """One panel for each curve that has values."""
-    there = [(name, label) for name, label in CURVES if curves[name]]
-    figure, axes = plotting.panels(1, len(there))
-    for axis, (name, label) in zip(axes, there, strict=True):
-        steps, values = zip(*curves[name], strict=True)
-        axis.plot(steps, values, color=plotting.TEXT, marker="o" if len(steps) < 30 else "", ms=2.5)
-        axis.set(xlabel="optimizer step", ylabel=label, title=label.split(" (")[0].capitalize())
-    return plotting.write_figure(figure, path)
-
-
 def _run_curves(context: Context, folder: Path) -> Found:
     curves = read_curves(context.run)
     losses = curves["loss"]
     if not losses:
         raise NothingToMeasure(f"{Path(context.run) / STATE} has no logged loss")
-    _draw(curves, folder / "training.png")
     write_json(folder / "training.json", curves)
     tail = losses[-max(1, len(losses) // 10) :]
     last = sum(value for _, value in tail) / len(tail)
     summary = f"Training loss went from {losses[0][1]:.3f} to {last:.3f} over {losses[-1][0]} optimizer steps."
-    rows: list[list[str]] = []
-    for name, label in CURVES:
-        values = [value for _, value in curves[name]]
-        if values:
-            rows.append([label, *(f"{v:.4g}" for v in (values[0], values[-1], min(values), max(values)))])
+    there, rows = [(label, curves[name]) for name, label in CURVES if curves[name]], []
+    figure, axes = plotting.panels(1, len(there))
+    for axis, (label, curve) in zip(axes, there, strict=True):
+        steps, values = zip(*curve, strict=True)
+        axis.plot(steps, values, color=plotting.TEXT, marker="o" if len(steps) < 30 else "", ms=2.5)
+        axis.set(xlabel="optimizer step", ylabel=label, title=label.split(" (")[0].capitalize())
+        rows.append([label, *(f"{v:.4g}" for v in (values[0], values[-1], min(values), max(values)))])
+    plotting.write_figure(figure, folder / "training.png")
     alt = f"Curves over the optimizer steps: {', '.join(row[0] for row in rows)}. {summary}"
     table = Table(["curve", "first", "last", "lowest", "highest"], rows)
     return Found(summary, [Figure("training.png", alt)], [table], ["training.json", "training.png"])
