@@ -107,6 +107,8 @@ def check_ignored(asked: "Configuration | None", hook: Row, environment: Mapping
 def check_deepspeed(environment: Mapping[str, str] = os.environ) -> list[Row]:
     """Variables of ours that deepspeed would not hand to other nodes: it exports what `.deepspeed_env` names."""
     ours = [n for n in (active.FILE_VARIABLE, active.PARAM_VARIABLE, DISABLE) if environment.get(n)]
+    if not ours:
+        return []
     hosts = [line for line in _lines(Path(environment.get("DLTS_HOSTFILE") or "/job/hostfile")) if line[0] != "#"]
     name = environment.get("DS_ENV_FILE") or ".deepspeed_env"
     pairs = [line.partition("=") for folder in (Path.home(), Path()) for line in _lines(folder / name)]
