@@ -8,6 +8,7 @@ its functions only: every `llava-patch --help` reads it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 import types
@@ -16,8 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Union, get_args, get_origin
 
-from llava_patch.core import registry
+from llava_patch.core import plotting, registry
 from llava_patch.core.errors import InputError, SettingError
+from llava_patch.core.extras import optional
 from llava_patch.core.files import plain, write_json
 from llava_patch.settings.active import settings_of
 
@@ -349,6 +351,17 @@ class Comparison:
         folder, draw = Path(folder), registry.load(self.figure)
         written = write_json(folder / f"{name}.json", self.to_dict())
         return (written, *(draw(self.results, folder / f"{name}.{suffix}") for suffix in formats))
+
+
+def drawn(make: Callable[[Any], Any]) -> Callable[[Any, str | Path], Path]:
+    """Of a function that makes a figure of a result, the one that `Result.FIGURE` names: it writes that figure."""
+
+    @functools.wraps(make)
+    def write(result: Any, path: str | Path) -> Path:
+        with optional("matplotlib").rc_context(plotting.STYLE):
+            return plotting.write_figure(make(result), path)
+
+    return write
 
 
 def default_split(depth: int) -> int:

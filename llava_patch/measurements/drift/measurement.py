@@ -19,14 +19,15 @@ if TYPE_CHECKING:
 def _pooled(items: Sequence[dict[str, Any]]) -> DriftResult:
     import numpy as np
 
-    from llava_patch.measurements.drift.measure import Meter
+    from llava_patch.measurements.drift.measure import DriftMeter
 
     first = items[0]
-    limit = first["split"], first["prunes"]
-    with Meter(Drift(**first["settings"]), first["rows"] - 1, first["n_layers"], *limit) as meter:
+    with DriftMeter(Drift(**first["settings"])) as meter:
+        meter.n_layers, meter.split, meter.prunes = first["n_layers"], first["split"], first["prunes"]
         for item in items:
             values = np.frombuffer(base64.b64decode(item["cosines"]), dtype="<f4").reshape(item["rows"], -1)
             meter.add_cosines(values, np.array(item["image"], dtype=bool))
+        meter.samples = len(items)
         return meter.result(first["checkpoint"], first["base"])
 
 
@@ -77,23 +78,22 @@ class DriftMeasurement(Measurement):
         """
         import numpy as np
 
-        from llava_patch.measurements.drift.measure import Meter
-        from llava_patch.measurements.drift.states import cosines, states_of
-        from llava_patch.measurements.passes import evaluating, same_input
+        from llava_patch.measurements.drift.measure import DriftMeter
+        from llava_patch.measurements.passes import evaluating
 
         own, base = anatomies
-        meter = Meter.between(own, base, settings)
-        with meter, evaluating(own.model), evaluating(base.model):
-            one, other = (states_of(a, s, meter.layers) for a, s in zip(anatomies, samples, strict=True))
-            same_input(one.seen, other.seen, number, "drift")
-            values, image = cosines(one, other), one.seen.placed.cpu().numpy()
+        with DriftMeter(settings) as meter, evaluating(own.model), evaluating(base.model):
+            meter.begin(own)
+            meter.check(base)
+            one, other = (meter.read(a, s) for a, s in zip(anatomies, samples, strict=True))
+            values, image = meter.add(number, one, other)
         return {
             "cosines": base64.b64encode(np.ascontiguousarray(values, dtype="<f4").tobytes()).decode("ascii"),
             "rows": len(values),
             "image": image.astype(int).tolist(),
+            "n_layers": meter.n_layers,
             "split": meter.split,
             "prunes": meter.prunes,
-            "n_layers": meter.n_layers,
         }
 
     def entries(self, item: dict[str, Any]) -> dict[str, Any]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from llava_patch.core import plotting
 from llava_patch.core.errors import SettingError
 from llava_patch.core.extras import optional
-from llava_patch.measurements.base import Result
+from llava_patch.measurements.base import Result, drawn
 from llava_patch.settings.checks import integer
 
 SMALL = 0.002  # below this, differences from 1 are drawn themselves: at 1 - 1e-6 an axis of cosines cannot be read
@@ -115,47 +114,34 @@ class DriftResult(Result):
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Head and rows: a layer each."""
         curves = (self.image, self.text)
-        rows = [["input", *(f"{c.input:.6f}" for c in curves), *(f"{c.input_low:.6f}" for c in curves)]]
-        for layer in range(self.layers):
-            cells = [f"{c.median[layer]:.6f}" for c in curves] + [f"{c.low[layer]:.6f}" for c in curves]
-            rows.append([str(layer), *cells])
+        medians, lows = ([c.input, *c.median] for c in curves), ([c.input_low, *c.low] for c in curves)
+        names = ["input", *map(str, range(self.layers))]
+        rows = [[name, *(f"{v:.6f}" for v in values)] for name, *values in zip(names, *medians, *lows, strict=True)]
         return ["layer", "image", "text", "image, worst 5 %", "text, worst 5 %"], rows
 
     def summary(self) -> str:
         """What was found, in one or two sentences."""
-        lowest = {name: min(curves.median) for name, curves in (("image", self.image), ("text", self.text))}
+        image, text = (min(curves.median) for curves in (self.image, self.text))
         over = f"over {self.samples} samples, layers 0..{self.layers - 1}"
-        if (
-            min(lowest.values())
-            == 1.0
-            == min(*self.image.low, *self.text.low, self.image.input_low, self.text.input_low)
-        ):
+        if min(image, text, *self.image.low, *self.text.low, self.image.input_low, self.text.input_low) == 1.0:
             return f"No drift: hidden states are the base's, cosine 1 at image and text positions, {over}."
-        where = {
-            name: curves.median.index(lowest[name]) for name, curves in (("image", self.image), ("text", self.text))
-        }
         return (
-            f"Lowest median cosine with the base: image {lowest['image']:.6f} (layer {where['image']}), text "
-            f"{lowest['text']:.6f} (layer {where['text']}), {over}. At the input of layer 0: image "
+            f"Lowest median cosine with the base: image {image:.6f} (layer {self.image.median.index(image)}), text "
+            f"{text:.6f} (layer {self.text.median.index(text)}), {over}. At the input of layer 0: image "
             f"{self.image.input:.6f}, text {self.text.input:.6f}."
         )
 
 
-def drift_figure(result: DriftResult, path: str | Path) -> Path:
+@drawn
+def drift_figure(result: DriftResult) -> Any:
     """Median cosine over the layers at image and text positions; a pale band down to the lowest 5 %.
 
     Where all cosines are within `SMALL` of 1, their distance from 1 is drawn instead.
-
-    Returns:
-        The path written.
     """
-    mpl = optional("matplotlib")
-
     figure, (axis,) = plotting.panels()
-    with mpl.rc_context(plotting.STYLE):
-        _draw(axis, result)
-        figure.legend(loc="outside lower center", ncols=2)
-        return plotting.write_figure(figure, path)
+    _draw(axis, result)
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
 
 
 def _draw(axis: Any, result: DriftResult) -> None:

@@ -116,9 +116,10 @@ class Store:
     next one.
     """
 
-    def __init__(self, limit_gb: float) -> None:
-        """Nothing is written before the first sample."""
+    def __init__(self, limit_gb: float, expected: int | None = None) -> None:
+        """For so many samples, where that is known."""
         self.limit = int(limit_gb * GB)
+        self.expected = expected
         self.used = 0
         self.folder: Path | None = None
         self._lock: FileLock | None = None
@@ -141,17 +142,10 @@ class Store:
             shutil.rmtree(self.folder, ignore_errors=True)
             self._lock.release()
 
-    def expect(self, size: int, samples: int | None) -> None:
-        """Refuse a run that cannot end well, as soon as the first sample's size is known.
-
-        Args:
-            size: bytes of a sample.
-            samples: how many there are; None: not known.
-
-        Raises:
-            InputError: names the setting.
-        """
+    def _expect(self, size: int) -> None:
+        """Refuse a run that cannot end well, as soon as the first sample's size (in bytes) is known."""
         assert self.folder is not None
+        samples = None if self.used else self.expected
         free, wanted = shutil.disk_usage(self.folder).free, self.used + size * (samples or 1)
         advice = "measure fewer samples, set Drift.split lower, or Drift.together = True to keep both models in memory"
         if wanted > self.limit:
@@ -165,14 +159,14 @@ class Store:
                 f"free: put LLAVA_PATCH_CACHE elsewhere, {advice}"
             )
 
-    def put(self, number: int, states: States) -> None:
+    def __setitem__(self, number: int, states: States) -> None:
         """Write one sample.
 
         Raises:
-            InputError: it would exceed the limit.
+            InputError: it would exceed the limit, or all the expected ones would; names the setting.
         """
+        self._expect(states.size)
         assert self.folder is not None
-        self.expect(states.size, None)
         rows = {f"row{i}": row.cpu().contiguous() for i, row in enumerate(states.rows)}
         save_file(
             {**rows, "text_ids": states.seen.text_ids, "image": states.seen.placed.cpu()},
@@ -180,7 +174,7 @@ class Store:
         )
         self.used += states.size
 
-    def take(self, number: int) -> States:
+    def pop(self, number: int) -> States:
         """Read one sample back; its file is gone then."""
         assert self.folder is not None
         path = self.folder / f"{number}.safetensors"

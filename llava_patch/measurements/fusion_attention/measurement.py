@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_patch.core.paths import named
 from llava_patch.measurements.base import Measurement
-from llava_patch.measurements.fusion_attention.result import FusionAttention, FusionAttentionResult
+from llava_patch.measurements.fusion_attention.result import FusionAttention, FusionAttentionResult, mean
 
 if TYPE_CHECKING:
     from llava_patch.data.target import Target
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def _pooled(items: Sequence[dict[str, Any]]) -> FusionAttentionResult:
     found = [FusionAttentionResult.from_dict(item["result"]) for item in items]
     trained, stock = (
-        [[_mean(column) for column in zip(*layer, strict=True)] for layer in zip(*parts, strict=True)]
+        [[mean(column) for column in zip(*layer, strict=True)] for layer in zip(*parts, strict=True)]
         for parts in ([one.trained for one in found], [one.stock for one in found])
     )
     settings = FusionAttention(**items[0]["settings"])
@@ -27,12 +27,12 @@ def _pooled(items: Sequence[dict[str, Any]]) -> FusionAttentionResult:
 
 def _mass(items: Sequence[dict[str, Any]]) -> float:
     """Text-to-image attention mass, mean over heads, fusion layers and documents."""
-    return _mean([value for heads in _pooled(items).trained for value in heads])
+    return mean([value for heads in _pooled(items).trained for value in heads])
 
 
 def _ratio(items: Sequence[dict[str, Any]]) -> float | None:
     """That mass divided by the base's; None where the base's is zero."""
-    stock = _mean([value for heads in _pooled(items).stock for value in heads])
+    stock = mean([value for heads in _pooled(items).stock for value in heads])
     return _mass(items) / stock if stock else None
 
 
@@ -40,10 +40,6 @@ def _heads(items: Sequence[dict[str, Any]]) -> int:
     """Heads of the fusion layers that are above twice their own mass in the base."""
     result = _pooled(items)
     return sum(result.above_twice(index) for index in range(len(result.layers)))
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 class FusionAttentionMeasurement(Measurement):

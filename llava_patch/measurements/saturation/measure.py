@@ -15,14 +15,7 @@ from llava_patch.hosts.anatomy import Anatomy, find
 from llava_patch.measurements import trace
 from llava_patch.measurements.lens import lens_kl
 from llava_patch.measurements.passes import check_finite, evaluating
-from llava_patch.measurements.saturation.result import (
-    DEFAULTS,
-    Curves,
-    PatchOn,
-    Saturation,
-    SaturationResult,
-    summarise,
-)
+from llava_patch.measurements.saturation.result import DEFAULTS, Curves, PatchOn, Saturation, SaturationResult
 from llava_patch.measurements.saturation.state import RunningMean, State
 from llava_patch.patching.handle import get_handle
 
@@ -46,8 +39,7 @@ def patch_on(anatomy: Anatomy) -> PatchOn | None:
         return None
     words = []
     split = program.split if program.split < program.n_layers else None
-    if split is not None:
-        assert handle.routing is not None
+    if split is not None and handle.routing is not None:
         words.append(f"routed ({handle.routing.variant}, split {split})")
     if (pruning := program.pruning) is not None:
         name = type(pruning).__name__
@@ -85,20 +77,16 @@ def measure_sample(anatomy: Anatomy, sample: dict[str, Any], settings: Saturatio
         image_states=[float(seen.image_states(i)) for i in layers],
         image_keys=[float(seen.image_keys(i)) for i in layers],
     )
-    _check_finite(curves, anatomy)
+    # NaN stands for absent positions in the curves: what overflowed must not be taken for that. All layers' states come
+    # before the logit lens, which holds each layer against the last one.
+    there = [bool(states) for states in curves.image_states]
+    for layer in layers:
+        own = [curves.image_cosine[layer]] * there[layer]
+        check_finite([*curves.head_mass[layer], curves.text_cosine[layer], *own], layer, anatomy)
+    for layer in layers:
+        own = [curves.image_kl[layer]] * (there[layer] and there[-1])
+        check_finite([curves.text_kl[layer], *own], layer, anatomy)
     return curves
-
-
-def _check_finite(curves: Curves, anatomy: Anatomy) -> None:
-    # NaN stands for absent positions in the curves: what overflowed must not be taken for that.
-    for layer, states in enumerate(curves.image_states):
-        values = [*curves.head_mass[layer], curves.text_cosine[layer]]
-        if states:
-            values.append(curves.image_cosine[layer])
-        check_finite(values, layer, anatomy)
-    for layer, states in enumerate(curves.image_states):  # behind the states: all are held against the last layer's
-        values = [curves.text_kl[layer]] + [curves.image_kl[layer]] * bool(states and curves.image_states[-1])
-        check_finite(values, layer, anatomy)
 
 
 def measure_saturation(
@@ -152,4 +140,4 @@ def measure_saturation(
     if not done.samples:
         counts = ", ".join(f"{count} with {why}" for why, count in done.skipped.items())
         raise InputError(f"no usable sample for saturation: {counts}")
-    return summarise(done.mean(), done.samples, done.skipped, settings, patch)
+    return SaturationResult(done.mean(), done.samples, done.skipped, settings, patch)

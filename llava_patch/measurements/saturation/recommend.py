@@ -13,14 +13,17 @@ class Recommendation:
     """Where image tokens may leave the decoder.
 
     Attributes:
-        split: first layer of the window; None when there is no window.
-        window: first and last layer of the window, both included; None when there is none.
         reason: why, in a sentence; it says so when the signals disagree.
+        window: first and last layer of the window, both included; None when there is none.
     """
 
-    split: int | None
-    window: tuple[int, int] | None
     reason: str
+    window: tuple[int, int] | None = None
+
+    @property
+    def split(self) -> int | None:
+        """First layer of the window; None when there is no window."""
+        return None if self.window is None else self.window[0]
 
 
 def transition_layer(kl: Sequence[float], share: float) -> int | None:
@@ -101,43 +104,32 @@ def recommend(
     absent = [layer for layer, present in enumerate(image_present) if not present]
     if patched or absent:
         where = f", and layers {absent[0]}..{absent[-1]} have no image states" if absent else ""
-        return Recommendation(
-            None, None, f"the model is already {patched or 'routed'}{where}; measure the stock model for a split"
-        )
+        return Recommendation(f"the model is already {patched or 'routed'}{where}; measure the stock model for a split")
     transition = transition_layer(image_kl, transition_share)
     settled = settled_layer(mass, mass_tolerance)
     median, highest = deep_median(mass), max(mass)
-    lens = (
-        f"the logit lens has its image transition at layer {transition}"
-        if transition is not None
-        else "the logit lens shows no image transition (KL is 0 from layer 0 on)"
-    )
+    lens = f"the logit lens has its image transition at layer {transition}"
+    if transition is None:
+        lens = "the logit lens shows no image transition (KL is 0 from layer 0 on)"
     if median > fall_share * highest:
         return Recommendation(
-            None,
-            None,
             f"attention mass does not fall: its deep median {median:.3g} is {median / highest:.0%} of its highest "
             f"value {highest:.3g} (at most {fall_share:.0%} would count); {lens}"
-            + ("; the signals disagree" if transition is not None and transition < len(mass) - 1 else ""),
+            + ("; the signals disagree" if transition is not None and transition < len(mass) - 1 else "")
         )
+    near = f"within {mass_tolerance:.0%} of its deep median {median:.3g}"
     if settled is None:
-        return Recommendation(
-            None,
-            None,
-            f"attention mass never settles within {mass_tolerance:.0%} of its deep median {median:.3g}; {lens}",
-        )
+        return Recommendation(f"attention mass never settles {near}; {lens}")
     if transition is None:
-        return Recommendation(None, None, f"attention mass settles from layer {settled} on, but {lens}")
+        return Recommendation(f"attention mass settles from layer {settled} on, but {lens}")
     if settled > transition:
         return Recommendation(
-            None,
-            None,
             f"the signals disagree: attention mass settles only from layer {settled} on, after the image transition at "
-            f"layer {transition}: the window is empty",
+            f"layer {transition}: the window is empty"
         )
     reason = (
-        f"attention mass stays within {mass_tolerance:.0%} of its deep median {median:.3g} from layer {settled} on, "
-        f"and image positions have made their transition by layer {transition}"
+        f"attention mass stays {near} from layer {settled} on, and image positions have made their transition by layer "
+        f"{transition}"
     )
     before, after = image_cosine[:settled], image_cosine[settled:-1]
     if before and after and statistics.mean(after) < statistics.mean(before):
@@ -145,4 +137,4 @@ def recommend(
             f"; the signals disagree in part: image states still turn more after the split (mean cosine "
             f"{statistics.mean(after):.3f}) than before it ({statistics.mean(before):.3f})"
         )
-    return Recommendation(settled, (settled, transition), reason)
+    return Recommendation(reason, (settled, transition))

@@ -155,12 +155,14 @@ class State:
             raise CheckpointError(
                 f"{self.path}: not a state of this measurement, or broken ({error!r}): delete it"
             ) from error
-        differs = _difference(saved, self.key)
-        if differs:
-            raise CheckpointError(
-                f"{self.path}: an unfinished measurement of another kind: {differs}. Give what it was started with, "
-                "another folder, or delete the file to start over"
-            )
+        for name in [*self.key, *(name for name in saved if name not in self.key)]:
+            was, here = saved.get(name), self.key.get(name)
+            if was != here:
+                differs = _MEANING.get(name) or f"{name} was {was!r} there and is {here!r} here"
+                raise CheckpointError(
+                    f"{self.path}: an unfinished measurement of another kind: {differs}. Give what it was started "
+                    "with, another folder, or delete the file to start over"
+                )
         return found
 
     def save(self, done: RunningMean) -> None:
@@ -175,10 +177,3 @@ class State:
     def remove(self) -> None:
         """Delete the file, once the result is written."""
         self.path.unlink(missing_ok=True)
-
-
-def _difference(saved: dict[str, Any], key: dict[str, Any]) -> str:
-    for name in [*key, *(name for name in saved if name not in key)]:
-        if saved.get(name) != key.get(name):
-            return _MEANING.get(name) or f"{name} was {saved.get(name)!r} there and is {key.get(name)!r} here"
-    return ""
