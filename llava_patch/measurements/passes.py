@@ -158,15 +158,24 @@ def watch_preparation(anatomy: Anatomy, note: Callable[[Tensor | None], None], u
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients; every module's own training flag comes back."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
+    """Evaluation mode and no gradients; flags come back."""
+    with keeping_flags(model), torch.no_grad():
+        model.eval()
+        yield
+
+
+@contextlib.contextmanager
+def keeping_flags(model: nn.Module) -> Iterator[None]:
+    """Every module's training flag and every parameter's `requires_grad` come back when the block ends."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
-        for module, training in flags:
+        for module, training in modes:
             module.training = training
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 def check_finite(values: Iterable[float], layer: int, anatomy: Anatomy) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from llava_patch.core.errors import InputError
 from llava_patch.core.undo import UndoStack
 from llava_patch.fusion.tower_training import let_tower_train
 from llava_patch.hosts.anatomy import Anatomy
+from llava_patch.measurements.passes import keeping_flags
 from llava_patch.routing.layers import Observer, observing
 
 
@@ -101,48 +103,39 @@ def training_step(anatomy: Anatomy, everything: bool) -> Iterator[None]:
         anatomy: the host model.
         everything: whether every parameter asks for a gradient.
     """
-    model = anatomy.model
-    undo = UndoStack()
+    model, undo = anatomy.model, UndoStack()
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=cuda), torch.enable_grad():
+    with torch.random.fork_rng(devices=cuda), torch.enable_grad(), keeping_flags(model):
         try:
-            _prepare(anatomy, everything, undo)
+            model.train()
+            for module in model.modules():
+                if getattr(module, "gradient_checkpointing", False):
+                    undo.set_attribute(module, "gradient_checkpointing", False)
+            for parameter, _ in gradients:
+                parameter.grad = None
+                if everything and parameter.is_floating_point():
+                    parameter.requires_grad_(True)
+            if everything:
+                let_tower_train(anatomy, undo)
             yield
         finally:
             undo.unwind()
-
-
-def _prepare(anatomy: Anatomy, everything: bool, undo: UndoStack) -> None:
-    parameters = list(anatomy.model.parameters())
-    kept = [(p, p.grad, p.requires_grad) for p in parameters]
-    modes = [(m, m.training) for m in anatomy.model.modules()]
-
-    def restore() -> None:
-        for parameter, gradient, flag in kept:
-            parameter.requires_grad_(flag)
-            parameter.grad = gradient
-        for module, training in modes:
-            module.training = training
-
-    undo.push(restore)
-    for parameter in parameters:
-        parameter.grad = None
-    anatomy.model.train()
-    for module in anatomy.model.modules():
-        if getattr(module, "gradient_checkpointing", False):
-            undo.set_attribute(module, "gradient_checkpointing", False)
-    if everything:
-        for parameter in parameters:
-            if parameter.is_floating_point():
-                parameter.requires_grad_(True)
-        let_tower_train(anatomy, undo)
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
 
 
 @contextlib.contextmanager
 def listening(parameters: dict[str, nn.Parameter], arrivals: Arrivals) -> Iterator[None]:
     """Note the gradient of every parameter that asks for one, and drop it."""
+
+    def note(name: str, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        arrivals.note(name, parameter.grad)
+        parameter.grad = None
+
     hooks = [
-        parameter.register_post_accumulate_grad_hook(_noting(name, arrivals))
+        parameter.register_post_accumulate_grad_hook(functools.partial(note, name))
         for name, parameter in parameters.items()
         if parameter.requires_grad
     ]
@@ -151,15 +144,6 @@ def listening(parameters: dict[str, nn.Parameter], arrivals: Arrivals) -> Iterat
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _noting(name: str, arrivals: Arrivals) -> Any:
-    def note(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        arrivals.note(name, parameter.grad)
-        parameter.grad = None
-
-    return note
 
 
 def backward(model: Any, sample: dict[str, Any], side: SideOutput) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -36,9 +36,7 @@ class Reach:
     everything: bool = False
 
     def __post_init__(self) -> None:
-        if self.samples is not None and (
-            isinstance(self.samples, bool) or not isinstance(self.samples, int) or self.samples < 1
-        ):
+        if self.samples is not None and (not isinstance(self.samples, int) or self.samples is True or self.samples < 1):
             raise SettingError(f"Reach.samples = {self.samples!r}: expected an integer from 1 on")
         if not isinstance(self.everything, bool):
             raise SettingError(f"Reach.everything = {self.everything!r}: expected True or False")
@@ -203,18 +201,14 @@ def merged(parts: Iterable[PartReach]) -> list[tuple[str, list[PartReach]]]:
         part, numbers = members[0].part, [f.part.number for f in members if f.part.number is not None]
         name = part.kind
         if numbers:
-            name = f"{name if len(numbers) == 1 else _plural(name)} {_runs(tuple(numbers))}"
+            lora = LORA * name.endswith(LORA)
+            plural = f"{name.removesuffix(LORA)}s{lora}"
+            name = f"{name if len(numbers) == 1 else plural} {_runs(numbers)}"
         found.append((f"{name}, {part.role}" if part.role else name, members))
     return found
 
 
-def _plural(kind: str) -> str:
-    if kind.endswith(LORA):
-        return f"{kind.removesuffix(LORA)}s{LORA}"
-    return f"{kind}s"
-
-
-def _runs(numbers: tuple[int, ...]) -> str:
+def _runs(numbers: Sequence[int]) -> str:
     """0, 1, 2, 5 as "0-2, 5"."""
     runs: list[list[int]] = []
     for number in numbers:
@@ -247,13 +241,12 @@ class ReachComparison(Result):
         lines = []
         lf, pc = self.of(LF), self.of(PC)
         if lf is not None and pc is not None and lf.side is not None and pc.side is not None:
-            a, b = lf.side, pc.side
             lines.append(
                 f"Layers through which the side branch's output gets a gradient: LF {len(lf.reading_layers)}, PC "
                 f"{len(pc.reading_layers)} (the paper's 7B model: 1 and 14)."
             )
-            if a.norm and b.norm:
-                lines.append(f"Its norm in LF is {a.norm / b.norm:.2f} of PC's.")
+            if lf.side.norm and pc.side.norm:
+                lines.append(f"Its norm in LF is {lf.side.norm / pc.side.norm:.2f} of PC's.")
         dead = [r.name for r in self.results if r.side is not None and not r.side.nonzero]
         if dead:
             lines.append(f"No gradient reaches the side branch under {', '.join(dead)}: it cannot be trained there.")
