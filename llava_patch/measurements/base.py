@@ -285,8 +285,7 @@ class Result:
     @classmethod
     def decode(cls, values: dict[str, Any]) -> "Self":
         """The fields of JSON values; further ones are passed over, see `from_dict`."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        found: Self = decode_fields(cls, {k: v for k, v in values.items() if k in known})
+        found: Self = decode_known(cls, values)
         return found
 
     def save(self, folder: str | Path, name: str = "", formats: Sequence[str] = FIGURES[:1]) -> tuple[Path, ...]:
@@ -519,6 +518,12 @@ def decode_fields(cls: Any, values: Any) -> Any:
         elif one.default is one.default_factory is dataclasses.MISSING:
             raise KeyError(name)
     return cls(**found)
+
+
+def decode_known(cls: Any, values: dict[str, Any]) -> Any:
+    """A dataclass of its fields' JSON values among others."""
+    names = {f.name for f in dataclasses.fields(cls)}
+    return decode_fields(cls, {name: value for name, value in values.items() if name in names})
 
 
 def hint_of(cls: type, one: "dataclasses.Field[Any]") -> Any:

@@ -13,9 +13,6 @@ from llava_patch.core.files import plain
 from llava_patch.measurements.gradients.log import LOG
 from llava_patch.measurements.gradients.result import GradientsResult
 
-HEAD = ["run", "lr", "t_trans", "median cos", "median delta", "steps"]
-
-
 WHOLE = "gradients.json"
 PLACES = ("", "gradients", "seed*/gradients", "*/seed*/gradients")
 """Where a run's results lie: in its folder, a training run's, a sweep's point or a whole sweep."""
@@ -35,7 +32,9 @@ def run_folders(paths: Sequence[Path]) -> dict[str, Path]:
     for path in paths:
         if path.is_file() and len(paths) > 1:
             continue
-        inside = next((hit for place in PLACES if (hit := _measured(path, place))), None)
+        near = ([path] if not place else sorted(path.glob(place)) for place in PLACES)
+        measured = ([f for f in some if (f / LOG).is_file() or (f / WHOLE).is_file()] for some in near)
+        inside = next(filter(None, measured), None)
         if inside is None:
             raise InputError(
                 f"{path}: no {LOG} or {WHOLE} there, nor in a run or a sweep's runs under it: give the folders of runs "
@@ -55,11 +54,6 @@ def run_folders(paths: Sequence[Path]) -> dict[str, Path]:
     return dict(zip([run.relative_to(common).as_posix() for run in runs], found, strict=True))
 
 
-def _measured(path: Path, place: str) -> list[Path]:
-    folders = [path] if not place else sorted(path.glob(place))
-    return [folder for folder in folders if (folder / LOG).is_file() or (folder / WHOLE).is_file()]
-
-
 def ordered(results: Mapping[str, GradientsResult]) -> dict[str, GradientsResult]:
     """Runs by falling learning rate, as in the paper's table; those without one last."""
     falling = sorted(results, key=lambda name: -float(results[name].facts.get("learning_rate") or -math.inf))
@@ -67,28 +61,25 @@ def ordered(results: Mapping[str, GradientsResult]) -> dict[str, GradientsResult
 
 
 def runs_table(results: Mapping[str, GradientsResult]) -> tuple[list[str], list[list[str]]]:
-    """Learning rate, t_trans, median cosine and median delta of each run; head and rows of text.
+    """Learning rate, t_trans, median cosine and median delta of each run, by its name; head and rows of text.
 
     t_trans is "/" where the skip gradient never settled below the main one, as in the paper, and "-" where too few
     steps were measured to tell.
-
-    Args:
-        results: by the run's name.
     """
     rows = []
     for name, result in ordered(results).items():
-        rate = result.facts.get("learning_rate")
+        rate, medians = result.facts.get("learning_rate"), (result.median_cosine, result.median_delta)
+        transition = "-" if result.too_short else "/"
         rows.append(
             [
                 name,
                 f"{rate:g}" if rate else "-",
-                _transition(result),
-                _number(result.median_cosine),
-                _number(result.median_delta),
+                transition if result.transition is None else str(result.transition),
+                *("-" if math.isnan(value) else f"{value:.4f}" for value in medians),
                 str(len(result.steps)),
             ]
         )
-    return list(HEAD), rows
+    return ["run", "lr", "t_trans", "median cos", "median delta", "steps"], rows
 
 
 def runs_dict(results: Mapping[str, GradientsResult]) -> list[dict[str, Any]]:
@@ -105,13 +96,3 @@ def runs_dict(results: Mapping[str, GradientsResult]) -> list[dict[str, Any]]:
         }
         for name, result in ordered(results).items()
     ])  # fmt: skip
-
-
-def _transition(result: GradientsResult) -> str:
-    if result.transition is not None:
-        return str(result.transition)
-    return "-" if result.too_short else "/"
-
-
-def _number(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.4f}"

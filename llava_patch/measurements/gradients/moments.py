@@ -55,14 +55,6 @@ class Step:
         """Plain values, cosine and ratio included."""
         return {**asdict(self), "cosine": self.cosine, "ratio": self.ratio}
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Step":
-        """Read what `to_dict` made; null stands for a number that was not finite."""
-        main, skip, full, inner = (
-            math.nan if values[name] is None else float(values[name]) for name in ("main", "skip", "full", "inner")
-        )
-        return cls(int(values["step"]), main, skip, full, inner, values.get("learning_rate"))
-
 
 @dataclass(frozen=True)
 class Moments:
@@ -237,11 +229,6 @@ class Moments:
             "step_size": gamma,
             "condition": self.holds(smoothness * gamma) if known else None,  # type: ignore[operator]
         }
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Moments":
-        """Read what `to_dict` made."""
-        return cls(**{name: values[name] for name in cls.__dataclass_fields__})
 
 
 def _over(above: float, below: float) -> float:

@@ -11,13 +11,14 @@ from statistics import median
 from typing import Any
 
 from llava_patch.core.errors import CheckpointError
-from llava_patch.measurements.base import Result, decode, encode
+from llava_patch.measurements.base import Result, decode, decode_known, encode
 from llava_patch.measurements.gradients.log import LOG, read_lines
 from llava_patch.measurements.gradients.moments import Moments, Step
 from llava_patch.measurements.gradients.settings import Gradients
 from llava_patch.measurements.gradients.statistics import transition_step
 
 NAME = "gradients"
+_PARTS = ((Step, "steps"), (Moments, "windows"))
 SMALL_C = 0.01
 """Below this c, a correlation of 0.005 between the paths' noise already makes delta 0.1, the paper's bound."""
 
@@ -97,12 +98,8 @@ class GradientsResult(Result):
     @classmethod
     def decode(cls, values: dict[str, Any]) -> "GradientsResult":
         """Read the moments; what follows from them is worked out again."""
-        return cls(
-            [Step.from_dict(s) for s in values["steps"]],
-            [Moments.from_dict(w) for w in values["windows"]],
-            decode(Gradients, values["settings"]),
-            facts=dict(values["facts"]),
-        )
+        steps, windows = ([decode_known(kind, v) for v in values[name]] for kind, name in _PARTS)
+        return cls(steps, windows, decode(Gradients, values["settings"]), facts=dict(values["facts"]))
 
     @classmethod
     def read(cls, folder: str | Path) -> "GradientsResult":
@@ -121,12 +118,8 @@ class GradientsResult(Result):
             if not log.exists():
                 return cls.load(whole)
             first, *rest = read_lines(log)
-            return cls(
-                [Step.from_dict(e) for e in rest if e["kind"] == "step"],
-                [Moments.from_dict(e) for e in rest if e["kind"] == "window"],
-                Gradients(**first["settings"]),
-                facts=dict(first["facts"]),
-            )
+            parts = {f"{kind}s": [entry for entry in rest if entry["kind"] == kind] for kind in ("step", "window")}
+            return cls.decode({**first, **parts})
         except (OSError, ValueError, KeyError, TypeError) as error:
             place = log if log.exists() else whole
             raise CheckpointError(f"{place}: damaged gradient statistics ({error!r})") from error

@@ -79,8 +79,8 @@ def _draw_decoder(axis: Any, result: ReachResult) -> None:
             axis.bar(list(alive), list(alive.values()), width=0.5, label="side branch", **style)
         if dead := {number: found.state for number, found in side if found.state in (ZERO, NONE)}:
             marker, word = _FLOOR[next(iter(dead.values()))]
-            low, style = 4 * axis.get_ylim()[0], {"color": plotting.IMAGE, "ms": 5, "mfc": "white"}
-            axis.plot(list(dead), [low] * len(dead), marker, label=f"side branch: {word}", **style)
+            places, low, label = list(dead), 4 * axis.get_ylim()[0], f"side branch: {word}"
+            axis.plot(places, [low] * len(dead), marker, color=plotting.IMAGE, ms=5, mfc="white", label=label)
     plotting.layer_axis(axis, result.n_layers)
     if result.split is not None:
         axis.axvline(result.split - 0.5, color=plotting.SPLIT, ls="--", lw=1.2, label=f"split {result.split}")
