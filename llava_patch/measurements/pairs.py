@@ -18,23 +18,16 @@ from llava_patch.measurements import passes
 
 
 class Meter(contextlib.ExitStack):
-    """Running comparison of two models; a measurement says what is read of a sample, and what is compared.
+    """Running comparison of two models; a measurement says what is read of a sample, and what is compared."""
 
-    Attributes:
-        what: name of the measurement, for errors and progress bars.
-        lacking: what an unusable sample lacks, for the error where none can be used.
-        samples: how many were compared.
-        skipped: how many were unusable.
-    """
-
-    what: ClassVar[str]
-    lacking: ClassVar[str] = "without an image"
+    what: ClassVar[str]  # name of the measurement, for errors and progress bars
+    lacking: ClassVar[str] = "without an image"  # of unusable samples, for the error where there are no others
 
     def __init__(self, settings: Any) -> None:
         """Start with nothing; of the settings, `max_samples` is read here."""
         super().__init__()
         self.settings = settings
-        self.samples = self.skipped = 0
+        self.samples = self.skipped = 0  # how many were compared, how many were unusable
 
     def begin(self, anatomy: Anatomy) -> None:
         """Choose what is compared, from the checkpoint's model; refuse what it cannot give."""

@@ -41,47 +41,33 @@ def measure_drift(
         InputError: no usable sample, or samples that the two models read in different ways.
         SettingError: a split that one of the models does not have.
     """
-    found: DriftResult = DriftMeter(settings).together(model, base, samples, base_samples, progress)
-    return found
+    return DriftMeter(settings).together(model, base, samples, base_samples, progress)
 
 
 def measure_drift_apart(
     open_model: Opener, open_base: Opener, settings: Drift = DEFAULTS, progress: bool = True
 ) -> DriftResult:
-    """Compare two models that are never in memory together.
+    """Do as `measure_drift`, of two models that are never in memory together.
 
     The checkpoint runs first; its hidden states wait in a temporary store on disk, which is removed whatever happens.
 
     Args:
         open_model: loads the checkpoint: (model, samples as `measure_drift` takes them, for this model).
         open_base: the same of the base; its samples are of the same examples in the same order.
-        settings: see `Drift`; `store_gb` bounds the store.
+        settings: see `Drift`; a store that would exceed `store_gb` is an InputError.
         progress: show progress bars on stderr.
-
-    Raises:
-        InputError: as `measure_drift`, or a store that would exceed its limit.
-        SettingError: as `measure_drift`.
     """
-    found: DriftResult = DriftMeter(settings).apart(open_model, open_base, progress)
-    return found
+    return DriftMeter(settings).apart(open_model, open_base, progress)
 
 
 class DriftMeter(pairs.Meter):
-    """Cosines of the states of both models' shallow layers.
-
-    Attributes:
-        layers: how many are compared.
-        n_layers: L.
-        split: first layer of the checkpoint that does not see every position as the stock model does, or None.
-        prunes: whether that is where it prunes.
-    """
+    """Cosines of the states of both models' shallow layers."""
 
     what = "drift"
-
-    layers: int
-    n_layers: int
-    split: int | None
-    prunes: bool
+    layers: int  # how many are compared
+    n_layers: int  # L
+    split: int | None  # first layer of the checkpoint that does not see every position as the stock model does
+    prunes: bool  # whether that is where it prunes
 
     def __init__(self, settings: Drift) -> None:
         """Start with nothing; `begin` chooses the layers of a model."""
@@ -91,11 +77,7 @@ class DriftMeter(pairs.Meter):
         self.callback(self._text.close)
 
     def begin(self, anatomy: Anatomy) -> None:
-        """Compare as many layers as the settings say and the checkpoint has.
-
-        Raises:
-            SettingError: a split of none, or more than the model has.
-        """
+        """Compare as many layers as the settings say and the checkpoint has; SettingError: it has none, or fewer."""
         self.n_layers = len(anatomy.layers)
         self.split, self.prunes = _image_leaves(anatomy)
         limit, asked = self.n_layers if self.split is None else self.split, self.settings.split
@@ -110,12 +92,7 @@ class DriftMeter(pairs.Meter):
         self.layers = asked or limit
 
     def check(self, base: Anatomy) -> None:
-        """Refuse a base whose layers cannot be compared.
-
-        Raises:
-            SettingError: it routes below the split.
-            InputError: it is of another depth.
-        """
+        """Refuse a base of another depth (InputError), or one that routes below the split (SettingError)."""
         if len(base.layers) != self.n_layers:
             raise InputError(
                 f"drift: the checkpoint has {self.n_layers} decoder layers, the base {len(base.layers)}: is it this "
@@ -137,11 +114,7 @@ class DriftMeter(pairs.Meter):
         return self.enter_context(Store(self.settings.store_gb, expected))
 
     def add(self, number: int, one: States, other: States) -> tuple[np.ndarray, np.ndarray]:
-        """Compare one sample; returns what `add_cosines` takes.
-
-        Raises:
-            InputError: the two do not read the same.
-        """
+        """Compare one sample; gives what `add_cosines` takes."""
         passes.same_input(one.seen, other.seen, number, self.what)
         found = cosines(one, other), one.seen.placed.cpu().numpy()
         self.add_cosines(*found)

@@ -16,21 +16,6 @@ if TYPE_CHECKING:
     from llava_patch.data.target import Target
 
 
-def _pooled(items: Sequence[dict[str, Any]]) -> DriftResult:
-    import numpy as np
-
-    from llava_patch.measurements.drift.measure import DriftMeter
-
-    first = items[0]
-    with DriftMeter(Drift(**first["settings"])) as meter:
-        meter.n_layers, meter.split, meter.prunes = first["n_layers"], first["split"], first["prunes"]
-        for item in items:
-            values = np.frombuffer(base64.b64decode(item["cosines"]), dtype="<f4").reshape(item["rows"], -1)
-            meter.add_cosines(values, np.array(item["image"], dtype=bool))
-        meter.samples = len(items)
-        return meter.result(first["checkpoint"], first["base"])
-
-
 class DriftMeasurement(Measurement):
     """Are a trained checkpoint's lower layers still the base's?
 
@@ -53,8 +38,8 @@ class DriftMeasurement(Measurement):
     words = {"together": "--together/--apart"}  # noqa: RUF012
 
     metrics = {  # noqa: RUF012 - lowest median over the layers below the split
-        "drift_image": lambda items: min(_pooled(items).image.median),
-        "drift_text": lambda items: min(_pooled(items).text.median),
+        "drift_image": lambda items: min(DriftMeasurement().pooled(items).image.median),
+        "drift_text": lambda items: min(DriftMeasurement().pooled(items).text.median),
     }
 
     def measure(self, target: "Target", settings: Drift, folder: Path | None = None) -> DriftResult:
@@ -98,7 +83,7 @@ class DriftMeasurement(Measurement):
 
     def entries(self, item: dict[str, Any]) -> dict[str, Any]:
         """The document's own lowest medians."""
-        found = _pooled([item])
+        found = self.pooled([item])
         return {
             "drift_image": {"lowest_median": min(found.image.median), **item},
             "drift_text": {"lowest_median": min(found.text.median), **item},
@@ -106,4 +91,15 @@ class DriftMeasurement(Measurement):
 
     def pooled(self, items: Sequence[dict[str, Any]]) -> DriftResult:
         """The result over all positions of all documents."""
-        return _pooled(items)
+        import numpy as np
+
+        from llava_patch.measurements.drift.measure import DriftMeter
+
+        first = items[0]
+        with DriftMeter(Drift(**first["settings"])) as meter:
+            meter.n_layers, meter.split, meter.prunes = first["n_layers"], first["split"], first["prunes"]
+            for item in items:
+                values = np.frombuffer(base64.b64decode(item["cosines"]), dtype="<f4").reshape(item["rows"], -1)
+                meter.add_cosines(values, np.array(item["image"], dtype=bool))
+            meter.samples = len(items)
+            return meter.result(first["checkpoint"], first["base"])

@@ -54,53 +54,32 @@ DEFAULTS = Drift()
 
 @dataclass(frozen=True)
 class DriftCurves:
-    """Cosines of one kind of position.
+    """Cosines of one kind of position."""
 
-    Attributes:
-        median: per layer 0..s-1, over all positions of all samples; exact.
-        low: the same, but 5 % of the positions lie below.
-        input: median at the input of layer 0: what tower, projector and embeddings changed.
-        input_low: there too, 5 % of the positions lie below.
-        positions: how many.
-    """
-
-    median: list[float]
-    low: list[float]
-    input: float
-    input_low: float
-    positions: int
+    median: list[float]  # per layer 0..s-1, over all positions of all samples; exact
+    low: list[float]  # the same, but 5 % of the positions lie below
+    input: float  # median at the input of layer 0: what tower, projector and embeddings changed
+    input_low: float  # there too, 5 % of the positions lie below
+    positions: int  # how many
 
 
 @dataclass(frozen=True)
 class DriftResult(Result):
-    """What was measured.
-
-    Attributes:
-        image: cosines at image positions.
-        text: at text positions (everything that is not image).
-        n_layers: L, of the whole decoder.
-        split: s where the model routes or prunes; None: nothing leaves the decoder, or s was set.
-        samples: number of samples.
-        skipped: number of samples without an image.
-        checkpoint: what was measured.
-        base: what with.
-        settings: the settings used.
-        prunes: whether `split` is the first layer without pruned image tokens, rather than a routed model's split.
-    """
+    """What was measured."""
 
     NAME = TITLE = "drift"
     FIGURE = "llava_patch.measurements.drift.result:drift_figure"
 
-    image: DriftCurves
-    text: DriftCurves
-    n_layers: int
-    split: int | None
+    image: DriftCurves  # cosines at image positions
+    text: DriftCurves  # at text positions (everything that is not image)
+    n_layers: int  # L, of the whole decoder
+    split: int | None  # s where the model routes or prunes; None: nothing leaves the decoder, or s was set
     samples: int
-    skipped: int = 0
-    checkpoint: str = ""
-    base: str = ""
+    skipped: int = 0  # samples without an image
+    checkpoint: str = ""  # what was measured
+    base: str = ""  # what with
     settings: Drift = field(default_factory=Drift)
-    prunes: bool = False
+    prunes: bool = False  # whether `split` is the first layer without pruned image tokens, not a routed model's split
 
     @property
     def layers(self) -> int:

@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -31,15 +30,10 @@ PREFIX, LOCK = "states-", ".lock"
 
 @dataclass
 class States:
-    """The shallow layers of one sample.
+    """The shallow layers of one sample."""
 
-    Attributes:
-        seen: its text tokens and image positions.
-        rows: [T, hidden] each: the input of layer 0, then the output of layers 0..s-1.
-    """
-
-    seen: passes.Pass
-    rows: list[Tensor]
+    seen: passes.Pass  # its text tokens and image positions
+    rows: list[Tensor]  # [T, hidden] each: the input of layer 0, then the output of layers 0..s-1
 
     @property
     def size(self) -> int:
@@ -48,12 +42,7 @@ class States:
 
 
 def states_of(anatomy: Anatomy, sample: dict[str, Any], layers: int) -> States:
-    """Run a model on one sample and keep what comes out of its first layers.
-
-    Args:
-        anatomy: the host model, in evaluation mode.
-        sample: keyword arguments of its forward, batch of one, no padding.
-        layers: how many.
+    """Run a model in evaluation mode on one sample, and keep what comes out of its first layers.
 
     Raises:
         HostError: a layer sees a part of the positions only.
@@ -82,10 +71,7 @@ def states_of(anatomy: Anatomy, sample: dict[str, Any], layers: int) -> States:
 
 
 def cosines(one: States, other: States) -> np.ndarray:
-    """Cosine of each row and position, in float64 and then rounded: what is the same gives exactly 1.
-
-    Returns:
-        float32 [rows, T].
+    """Cosine of each row and position, float32 [rows, T]; rounded from float64, so that what is the same gives 1.
 
     Raises:
         InputError: states of other sizes.
@@ -109,20 +95,19 @@ def cosines(one: States, other: States) -> np.ndarray:
     return torch.stack(found).numpy()
 
 
-class Store:
+class Store(contextlib.ExitStack):
     """Hidden states of one model on disk, a file a sample; the folder is gone when the block ends.
 
     Use as a context manager. Reading is memory-mapped, a row at a time. What a killed process left is removed by the
     next one.
     """
 
+    folder: Path
+
     def __init__(self, limit_gb: float, expected: int | None = None) -> None:
         """For so many samples, where that is known."""
-        self.limit = int(limit_gb * GB)
-        self.expected = expected
-        self.used = 0
-        self.folder: Path | None = None
-        self._lock: FileLock | None = None
+        super().__init__()
+        self.limit, self.expected, self.used = int(limit_gb * GB), expected, 0
 
     def __enter__(self) -> "Store":
         """The store."""
@@ -130,21 +115,18 @@ class Store:
         parent.mkdir(parents=True, exist_ok=True)
         with FileLock(parent / LOCK):  # nobody takes a folder for a dead one's before it is locked
             for folder in parent.glob(f"{PREFIX}*"):
-                _remove_if_dead(folder)
+                lock = FileLock(folder / LOCK, timeout=0)
+                with contextlib.suppress(Timeout, OSError):  # in use, or another user's
+                    lock.acquire()  # its process is gone, or it would hold it
+                    shutil.rmtree(folder, ignore_errors=True)
+                    lock.release()
             self.folder = Path(tempfile.mkdtemp(dir=parent, prefix=PREFIX))
-            self._lock = FileLock(self.folder / LOCK)
-            self._lock.acquire()
+            self.enter_context(FileLock(self.folder / LOCK))
+        self.callback(shutil.rmtree, self.folder, ignore_errors=True)
         return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Remove everything."""
-        if self.folder is not None and self._lock is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self._lock.release()
 
     def _expect(self, size: int) -> None:
         """Refuse a run that cannot end well, as soon as the first sample's size (in bytes) is known."""
-        assert self.folder is not None
         samples = None if self.used else self.expected
         free, wanted = shutil.disk_usage(self.folder).free, self.used + size * (samples or 1)
         advice = "measure fewer samples, set Drift.split lower, or Drift.together = True to keep both models in memory"
@@ -166,7 +148,6 @@ class Store:
             InputError: it would exceed the limit, or all the expected ones would; names the setting.
         """
         self._expect(states.size)
-        assert self.folder is not None
         rows = {f"row{i}": row.cpu().contiguous() for i, row in enumerate(states.rows)}
         save_file(
             {**rows, "text_ids": states.seen.text_ids, "image": states.seen.placed.cpu()},
@@ -176,7 +157,6 @@ class Store:
 
     def pop(self, number: int) -> States:
         """Read one sample back; its file is gone then."""
-        assert self.folder is not None
         path = self.folder / f"{number}.safetensors"
         with safe_open(path, framework="pt") as file:
             count = sum(name.startswith("row") for name in file.keys())  # noqa: SIM118  (no mapping)
@@ -184,15 +164,6 @@ class Store:
             seen = passes.Pass(file.get_tensor("text_ids"), file.get_tensor("image"))
         path.unlink()
         return States(seen, rows)
-
-
-def _remove_if_dead(folder: Path) -> None:
-    """Remove a store whose process is gone: its lock went with it."""
-    lock = FileLock(folder / LOCK, timeout=0)
-    with contextlib.suppress(Timeout, OSError):  # in use, or another user's
-        lock.acquire()
-        shutil.rmtree(folder, ignore_errors=True)
-        lock.release()
 
 
 class Quantiles:

@@ -47,27 +47,17 @@ def measure_fusion_attention(
         InputError: no usable sample, or samples that the two models read in different ways.
         SettingError: layers that a model does not have.
     """
-    found: FusionAttentionResult = MassMeter(settings).together(model, base, samples, base_samples, progress)
-    return found
+    return MassMeter(settings).together(model, base, samples, base_samples, progress)
 
 
 def measure_fusion_attention_apart(
     open_model: Opener, open_base: Opener, settings: FusionAttention = DEFAULTS, progress: bool = True
 ) -> FusionAttentionResult:
-    """Compare two models that are never in memory together.
+    """Do as `measure_fusion_attention`, of two models that are never in memory together.
 
-    Args:
-        open_model: loads the checkpoint: (model, samples for it).
-        open_base: the same of the base; its samples are of the same examples in the same order.
-        settings: see `FusionAttention`.
-        progress: show progress bars on stderr.
-
-    Raises:
-        InputError: as `measure_fusion_attention`.
-        SettingError: as `measure_fusion_attention`.
+    Each opener loads one: (model, samples for it); the samples are of the same examples in the same order.
     """
-    found: FusionAttentionResult = MassMeter(settings).apart(open_model, open_base, progress)
-    return found
+    return MassMeter(settings).apart(open_model, open_base, progress)
 
 
 class MassMeter(pairs.Meter):
@@ -83,11 +73,7 @@ class MassMeter(pairs.Meter):
         self.n_layers = self.base_layers
 
     def check(self, base: Anatomy) -> None:
-        """Refuse layers that a model does not have.
-
-        Raises:
-            SettingError: names them.
-        """
+        """Refuse layers that a model does not have: SettingError names them."""
         self.base_layers = len(base.layers)
         outside = [layer for layer in self.layers if layer >= self.base_layers]
         if outside:
@@ -107,11 +93,7 @@ class MassMeter(pairs.Meter):
         return measure_sample(anatomy, sample, self.layers, self.settings.chunk) if usable else None
 
     def add(self, number: int, one: tuple[Tensor, str], other: tuple[Tensor, str] | None) -> None:
-        """Add what `read` gave.
-
-        Raises:
-            InputError: the two are of another depth or number of heads, or did not read the same.
-        """
+        """Add what `read` gave; InputError: another depth or number of heads, or the two did not read the same."""
         heads, base_heads = (one[0].shape[1], 0 if other is None else other[0].shape[1])
         if other is not None and (self.n_layers, heads) != (self.base_layers, base_heads):
             raise InputError(

@@ -54,31 +54,19 @@ DEFAULTS = FusionAttention()
 
 @dataclass(frozen=True)
 class FusionAttentionResult(Result):
-    """What was measured. Mass: attention probability that text behind the image puts on image keys, mean over samples.
-
-    Attributes:
-        layers: numbers.
-        trained: [layers][heads], mass in the checkpoint.
-        stock: [layers][heads], mass in the base.
-        n_layers: L.
-        samples: number of samples.
-        skipped: samples without an image or without text after it.
-        checkpoint: what was measured.
-        base: what with.
-        settings: the settings used.
-    """
+    """Mass: attention probability that text behind the image puts on image keys, mean over samples."""
 
     NAME, TITLE = "fusion_attention", "fusion attention"
     FIGURE = "llava_patch.measurements.fusion_attention.result:fusion_attention_figure"
 
-    layers: list[int]
-    trained: list[list[float]]
-    stock: list[list[float]]
-    n_layers: int
+    layers: list[int]  # numbers
+    trained: list[list[float]]  # [layers][heads], mass in the checkpoint
+    stock: list[list[float]]  # [layers][heads], mass in the base
+    n_layers: int  # L
     samples: int
-    skipped: int = 0
-    checkpoint: str = ""
-    base: str = ""
+    skipped: int = 0  # samples without an image or without text after it
+    checkpoint: str = ""  # what was measured
+    base: str = ""  # what with
     settings: FusionAttention = field(default_factory=FusionAttention)
 
     def mean_ratio(self, index: int) -> float:

@@ -28,12 +28,9 @@ _CHECKPOINT = "_gradient_checkpointing_func"  # transformers' name on every modu
 
 
 def measured_block(model: nn.Module, block: int | None = None, full: str = RUN) -> int:
-    """The number of the block that is measured, checked against the model's fusion; changes nothing.
+    """The number of the block that is measured, checked against the fusion of a model whose tower may not be loaded.
 
-    Args:
-        model: a patched host model, possibly wrapped; its tower need not be loaded yet.
-        block: from 1; None: the shallowest tapped block.
-        full: see `Gradients.full`.
+    `block` None is the shallowest tapped one; for `full`, see `Gradients`.
 
     Raises:
         SettingError: no fusion, no tap through which a gradient reaches the block, or a block above the main feature.
@@ -72,19 +69,14 @@ def measured_block(model: nn.Module, block: int | None = None, full: str = RUN) 
 def block_parameters(model: nn.Module, block: int) -> dict[str, nn.Parameter]:
     """The parameters of a vision block whose gradient is taken, by name: all that are floating-point numbers.
 
-    Args:
-        model: a patched host model with a loaded tower.
-        block: its number, from 1.
-
     Raises:
         HostError: the tower is not loaded, or the block has only quantised weights.
         SettingError: DeepSpeed ZeRO-3 has partitioned the weights.
     """
     handle = get_handle(model)
     assert handle is not None
-    found = {
-        n: p for n, p in handle.anatomy.vision_parts().blocks[block - 1].named_parameters() if p.is_floating_point()
-    }
+    module = handle.anatomy.vision_parts().blocks[block - 1]
+    found = {n: p for n, p in module.named_parameters() if p.is_floating_point()}
     if zero.is_partitioned(found.values()):
         raise SettingError(
             "gradient statistics need whole weights, but DeepSpeed ZeRO-3 has partitioned them: use stage 2 (LLaVA's "

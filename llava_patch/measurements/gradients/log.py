@@ -31,20 +31,12 @@ class StepLog:
 
     @classmethod
     def begin(cls, folder: str | Path, settings: Gradients, facts: dict[str, Any]) -> "StepLog":
-        """Start a log; one that is there already makes way for it.
-
-        Args:
-            folder: of the run.
-            settings: of the measurement.
-            facts: plain values that a reader should know: learning_rate, block, fusion, batch, checkpoint.
-        """
+        """Start a run's log, in the place of one that is there already; for `facts` see `GradientsResult`."""
         return cls(folder, settings, plain(facts))
 
     @classmethod
     def resume(cls, folder: str | Path, settings: Gradients, step: int, source: str | Path | None = None) -> "StepLog":
         """Go on with a log whose run goes on from a checkpoint: what was measured after that is taken out.
-
-        Nothing is written where an error is raised.
 
         Args:
             folder: of the run.

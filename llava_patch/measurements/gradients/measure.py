@@ -48,12 +48,12 @@ def make_batches(inputs: Inputs, examples: Sequence[Example], size: int) -> list
         raise InputError(
             f"{len(examples)} examples are too few for two batches of {size}: lower --batch-size, or give more data"
         )
-    makers = [functools.partial(_inputs_of, inputs, example) for example in examples]
+
+    def inputs_of(example: Example) -> dict[str, Any]:
+        return inputs.training_inputs(example.open_image(), example.question, example.answer)
+
+    makers = [functools.partial(inputs_of, example) for example in examples]
     return [makers[i : i + size] for i in range(0, len(makers) - size + 1, size)]
-
-
-def _inputs_of(inputs: Inputs, example: Example) -> dict[str, Any]:
-    return inputs.training_inputs(example.open_image(), example.question, example.answer)
 
 
 def measure_gradients(
@@ -171,7 +171,7 @@ def _asks_otherwise(header: dict[str, Any], settings: Gradients, facts: dict[str
 
 def _gradients(model: nn.Module, batch: Batch, block: int, full: str) -> tuple[Tensor, Tensor]:
     """Main and full gradient of a batch's mean loss over its scored tokens."""
-    sums: tuple[Tensor, Tensor] | None = None
+    sums: Tensor | None = None
     total = 0
     for example in batch:
         inputs = {"use_cache": False, **example()}
@@ -179,15 +179,15 @@ def _gradients(model: nn.Module, batch: Batch, block: int, full: str) -> tuple[T
         scored = 0 if labels is None else int((labels[:, 1:] != IGNORED).sum())
         if not scored:
             raise InputError("gradient statistics need the loss: an example has no labels, or no scored token")
-        parts = decompose(model, functools.partial(_loss, model, inputs), block, full)
-        parts = parts[0] * scored, parts[1] * scored
-        sums = parts if sums is None else (sums[0] + parts[0], sums[1] + parts[1])
+
+        def loss(inputs: Mapping[str, Any] = inputs) -> Tensor:
+            outputs = model(**inputs)
+            return outputs.loss if hasattr(outputs, "loss") else outputs[0]
+
+        parts = torch.stack(decompose(model, loss, block, full)) * scored
+        sums = parts if sums is None else sums + parts
         total += scored
     if sums is None:
         raise InputError("gradient statistics: a batch without examples")
-    return sums[0] / total, sums[1] / total
-
-
-def _loss(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    outputs = model(**inputs)
-    return outputs.loss if hasattr(outputs, "loss") else outputs[0]
+    main, both = sums / total
+    return main, both

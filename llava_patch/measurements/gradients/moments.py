@@ -15,23 +15,14 @@ EPSILON = 1e-12
 
 @dataclass(frozen=True)
 class Step:
-    """One measured step.
+    """One measured step."""
 
-    Attributes:
-        step: number of the training step, from 1.
-        main: squared norm of the main gradient.
-        skip: of the skip gradient.
-        full: of their sum.
-        inner: inner product of main and skip gradient.
-        learning_rate: of the measured block in this step, or None.
-    """
-
-    step: int
-    main: float
-    skip: float
-    full: float
-    inner: float
-    learning_rate: float | None = None
+    step: int  # number of the training step, from 1
+    main: float  # squared norm of the main gradient
+    skip: float  # of the skip gradient
+    full: float  # of their sum
+    inner: float  # inner product of main and skip gradient
+    learning_rate: float | None = None  # of the measured block in this step
 
     @property
     def finite(self) -> bool:
@@ -58,33 +49,19 @@ class Step:
 
 @dataclass(frozen=True)
 class Moments:
-    """What one window of K steps is made of; everything else follows.
+    """What one window of K steps is made of; everything else follows. m and s are the means of g_main and g_skip."""
 
-    Attributes:
-        first: number of its first training step.
-        last: of its last.
-        count: measured steps K in it.
-        main_square: mean of ||g_main||^2.
-        skip_square: mean of ||g_skip||^2.
-        full_square: mean of ||g_full||^2.
-        inner: mean of <g_main, g_skip>, each within its own step.
-        main_mean: ||m||^2, m being the mean of g_main.
-        skip_mean: ||s||^2.
-        mean_inner: <m, s>.
-        learning_rate: mean of the steps', or None.
-    """
-
-    first: int
-    last: int
-    count: int
-    main_square: float
-    skip_square: float
-    full_square: float
-    inner: float
-    main_mean: float
-    skip_mean: float
-    mean_inner: float
-    learning_rate: float | None = None
+    first: int  # number of its first training step
+    last: int  # of its last
+    count: int  # measured steps K in it
+    main_square: float  # mean of ||g_main||^2
+    skip_square: float  # mean of ||g_skip||^2
+    full_square: float  # mean of ||g_full||^2
+    inner: float  # mean of <g_main, g_skip>, each within its own step
+    main_mean: float  # ||m||^2
+    skip_mean: float  # ||s||^2
+    mean_inner: float  # <m, s>
+    learning_rate: float | None = None  # mean of the steps'
 
     @property
     def full_mean(self) -> float:
@@ -151,11 +128,7 @@ class Moments:
         return (self.mean_inner > 0) - (self.mean_inner < 0)
 
     def snr(self, path: str) -> float:
-        """Signal-to-noise ratio ||mean||^2 / mean ||.||^2 (eq. 5); pure noise gives its floor, about 1 / K.
-
-        Args:
-            path: "main", "skip" or "full".
-        """
+        """Signal-to-noise ratio ||mean||^2 / mean ||.||^2 (eq. 5) of a path; noise gives its floor, about 1 / K."""
         return _over(getattr(self, f"{path}_mean"), getattr(self, f"{path}_square"))
 
     @property
@@ -179,11 +152,7 @@ class Moments:
     def holds(self, product: float) -> bool | None:
         """Whether condition (7) holds: then a step without the skip gradient is no worse in expectation.
 
-        Args:
-            product: L * gamma, smoothness times step size.
-
-        Returns:
-            None with one step.
+        `product` is L * gamma, smoothness times step size; with one step, nothing is known (None).
         """
         return None if math.isnan(self.gain) else self.gain <= product / 2 * self.penalty
 
@@ -202,12 +171,7 @@ class Moments:
         return math.inf if self.penalty >= 0 else 2 * self.gain / self.penalty
 
     def to_dict(self, smoothness: float | None = None, step_size: float | None = None) -> dict[str, Any]:
-        """Plain values: what is stored, then what follows.
-
-        Args:
-            smoothness: L of condition (7); None: "condition" is null.
-            step_size: gamma; None: the window's learning rate.
-        """
+        """Plain values: what is stored, then what follows; `step_size` None is the window's learning rate."""
         gamma = self.learning_rate if step_size is None else step_size
         known = smoothness is not None and gamma is not None
         derived = (

@@ -27,18 +27,14 @@ SMALL_C = 0.01
 class GradientsResult(Result):
     """Measured steps and the windows over them.
 
-    Attributes:
-        steps: every measured step, in order.
-        windows: the complete windows of `settings.window` steps.
-        settings: of the measurement.
-        facts: about the run: learning_rate, block, fusion, batch, checkpoint, trains (False: one fixed checkpoint).
+    Its facts: learning_rate, block, fusion, batch, checkpoint, trains (False: one fixed checkpoint).
     """
 
     NAME, TITLE = NAME, "gradients"
     FIGURE = "llava_patch.measurements.gradients.figure:gradients_figure"
 
-    steps: list[Step]
-    windows: list[Moments]
+    steps: list[Step]  # every measured step, in order
+    windows: list[Moments]  # the complete windows of `settings.window` steps
     settings: Gradients = field(default_factory=Gradients)
 
     @cached_property
@@ -71,7 +67,7 @@ class GradientsResult(Result):
     @property
     def median_delta(self) -> float:
         """Over the complete windows; NaN without one."""
-        return _median(w.delta for w in self.windows)
+        return self.typical("delta")
 
     def typical(self, name: str) -> float:
         """Median of one of the windows' values, by its name in `Moments`; NaN without a complete window."""
@@ -145,10 +141,15 @@ class GradientsResult(Result):
             text += f"No window of {self.settings.window} is complete, so there are no variances. "
         else:
             windows = f"{_count(self.windows, 'window')} of {self.settings.window}"
-            text += (
-                f"Over {windows}: variance {_number(self.typical('c'))} times the main path's (c), "
-                f"{self._cross_covariance()}. {self._condition()} "
-            )
+            c, delta = self.typical("c"), _number(self.median_delta)
+            correlation = f"|correlation| of both paths' noise {_number(self.typical('correlation'))}"
+            cross = f"delta {delta}, {correlation}"
+            if c < SMALL_C:
+                cross = (
+                    f"{correlation}; delta ({delta}) says little with so small a c: it may reach 2 / sqrt(c) = "
+                    f"{_number(self.typical('delta_bound'))}"
+                )
+            text += f"Over {windows}: variance {_number(c)} times the main path's (c), {cross}. {self._condition()} "
         if not self.trains:
             return text.rstrip()
         if self.transition is not None:
@@ -158,16 +159,6 @@ class GradientsResult(Result):
             return f"{text}t_trans cannot be told from {known}: it takes {self.transition_takes}."
         return f"{text}It did not settle below the main one (no t_trans)."
 
-    def _cross_covariance(self) -> str:
-        c, delta = self.typical("c"), _number(self.median_delta)
-        correlation = f"|correlation| of both paths' noise {_number(self.typical('correlation'))}"
-        if c < SMALL_C:
-            return (
-                f"{correlation}; delta ({delta}) says little with so small a c: it may reach 2 / sqrt(c) = "
-                f"{_number(self.typical('delta_bound'))}"
-            )
-        return f"delta {delta}, {correlation}"
-
     def _condition(self) -> str:
         known = [c for c in self.conditions() if c is not None]
         if known:
@@ -175,12 +166,11 @@ class GradientsResult(Result):
         needed, limit = self.typical("product_needed"), self.typical("product_limit")
         if math.isnan(needed):
             return "Condition (7) takes windows of two steps."
+        where = f"where L * gamma is at least {needed:.3g}"
         if math.isinf(needed):
             where = "at no L * gamma"
         elif needed == 0:
             where = "at every L * gamma" if limit == math.inf else f"where L * gamma is at most {_number(limit)}"
-        else:
-            where = f"where L * gamma is at least {needed:.3g}"
         return f"Condition (7) holds {where} (smoothness times step size; median)."
 
     def table(self) -> tuple[list[str], list[list[str]]]:
@@ -202,9 +192,9 @@ class GradientsResult(Result):
         }
         rows += [_row(label, (getattr(w, name) for w in self.windows)) for name, label in names.items()]
         rows += [_row(f"SNR {path}", (w.snr(path) for w in self.windows)) for path in ("main", "skip", "full")]
-        against = [str(sum(w.alignment < 0 for w in self.windows)), str(len(self.windows))]
-        rows.append(["windows with <m, s> < 0", " of ".join(against), "", ""])
-        if (known := [c for c in self.conditions() if c is not None]) and self.windows:
+        against = sum(w.alignment < 0 for w in self.windows)
+        rows.append(["windows with <m, s> < 0", f"{against} of {len(self.windows)}", "", ""])
+        if known := [c for c in self.conditions() if c is not None]:
             rows.append(["windows where (7) holds", f"{sum(known)} of {len(known)}", "", ""])
         return ["quantity", "median", "lowest", "highest"], rows
 

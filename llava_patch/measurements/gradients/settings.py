@@ -53,10 +53,6 @@ class Gradients:
                 raise SettingError(f"Gradients.{name} = {value!r}: expected a number above 0, or None")
 
     def measures(self, step: int) -> bool:
-        """Whether a training step is measured.
-
-        Args:
-            step: its number, from 1.
-        """
+        """Whether a training step (from 1) is measured."""
         behind = step - self.start
         return behind >= 0 and behind % self.every == 0 and (self.steps is None or behind < self.steps)

@@ -29,15 +29,12 @@ class Window:
     """Running sums over windows of K steps, one after the other.
 
     Holds two float32 vectors of the gradient's length and a few numbers, however long the window.
-
-    Attributes:
-        size: steps K of a window, at least 2.
-        last: number of the last training step that was added, also to a window that is complete; 0: none.
     """
 
     def __init__(self, size: int) -> None:
-        """Begin with nothing."""
-        self.size, self.last = size, 0
+        """Begin with nothing; `size` is K, at least 2."""
+        self.size = size
+        self.last = 0  # number of the last training step that was added, also to a window that is complete
         self._begin()
 
     def _begin(self) -> None:
@@ -71,7 +68,7 @@ class Window:
         m += torch.where(finite, main, 0)
         s += torch.where(finite, skip, 0)
         *numbers, main_sum, skip_sum, product = torch.stack([*squares, _dot(m, m), _dot(s, s), _dot(m, s)]).tolist()
-        found = Step(step, *numbers, learning_rate=learning_rate)
+        found = Step(step, numbers[0], numbers[1], numbers[2], numbers[3], learning_rate)
         self.last = step
         if not all(map(math.isfinite, numbers)):
             return found, None
@@ -116,12 +113,7 @@ class Window:
 
     @classmethod
     def load(cls, path: str | Path, size: int, device: torch.device | str = "cpu") -> "Window":
-        """A window that goes on from what `save` wrote.
-
-        Args:
-            path: the file.
-            size: steps of a window in the settings of the run that goes on.
-            device: of the gradients to come.
+        """A window that goes on from what `save` wrote, in a run of windows of `size` and gradients on `device`.
 
         Raises:
             CheckpointError: no such file, a damaged one, or one of windows of another length.

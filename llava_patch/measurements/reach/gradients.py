@@ -21,15 +21,10 @@ from llava_patch.routing.layers import Observer, observing
 
 @dataclass
 class Arrivals:
-    """Squared norms of what arrived, summed over samples.
+    """Squared norms of what arrived, summed over samples."""
 
-    Attributes:
-        squares: sum over samples of ‖g‖² by name; a name that nothing arrived for is missing.
-        nonzero: names for which a value other than 0 arrived.
-    """
-
-    squares: dict[Any, float] = field(default_factory=dict)
-    nonzero: set[Any] = field(default_factory=set)
+    squares: dict[Any, float] = field(default_factory=dict)  # sum of ‖g‖² by name; missing where nothing arrived
+    nonzero: set[Any] = field(default_factory=set)  # names for which a value other than 0 arrived
     _new: list[tuple[Any, Tensor]] = field(default_factory=list)
 
     def note(self, name: Any, gradient: Tensor) -> None:
@@ -39,11 +34,7 @@ class Arrivals:
         self._new.append((name, torch.stack([norm, largest.float()])))
 
     def collect(self) -> None:
-        """Read what one backward pass brought, with one synchronisation a device.
-
-        Raises:
-            InputError: a gradient is not finite; names it.
-        """
+        """Read what one backward pass brought, with one synchronisation a device; InputError: it is not finite."""
         rows: dict[Any, list[float]] = {}
         for device in {values.device for _, values in self._new}:
             there = [(name, values) for name, values in self._new if values.device == device]
@@ -97,11 +88,8 @@ class SideOutput(Observer):
 def training_step(anatomy: Anatomy, everything: bool) -> Iterator[None]:
     """The model as a training step finds it, without gradient checkpointing; as it was afterwards.
 
-    Gradients that were there, flags, training mode and the state of the random generators come back.
-
-    Args:
-        anatomy: the host model.
-        everything: whether every parameter asks for a gradient.
+    Gradients that were there, flags, training mode and the state of the random generators come back. With `everything`,
+    every parameter asks for a gradient.
     """
     model, undo = anatomy.model, UndoStack()
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
@@ -147,11 +135,7 @@ def listening(parameters: dict[str, nn.Parameter], arrivals: Arrivals) -> Iterat
 
 
 def backward(model: Any, sample: dict[str, Any], side: SideOutput) -> float:
-    """One forward and backward pass; returns the loss.
-
-    Raises:
-        InputError: the sample has no labels, or its loss is not finite.
-    """
+    """One forward and backward pass; returns the loss. InputError: it is not finite, or the sample has no labels."""
     with observing(side):
         loss = model(**sample, use_cache=False).loss
     if loss is None:

@@ -84,7 +84,16 @@ def resolve_split(
             f"{_ASKED}: {result.samples} samples recommend no split: {result.recommendation.reason} (curves: {place}); "
             "bind Routing.split to a layer number by hand"
         )
-    _check_room(routing, split, result)
+    # A lower split would leave before the image has been read.
+    layers, fusion = result.n_layers, routing.fusion_layers
+    fusion_start = min(fusion) if isinstance(fusion, tuple) else layers - fusion
+    highest = min(fusion_start, layers - routing.side_layers)
+    if split > highest:
+        raise SettingError(
+            f"{_ASKED}: the measurement recommends {split}, but Routing.fusion_layers = {fusion} and "
+            f"Routing.side_layers = {routing.side_layers} leave room for 0..{highest} of L = {layers} layers only: "
+            "lower them, or bind Routing.split to a layer number by hand"
+        )
     assert result.recommendation.window is not None
     first, last = result.recommendation.window
     skipped = ", ".join(f"{count} {why}" for why, count in result.skipped.items() if count)
@@ -162,19 +171,6 @@ def _read(path: Path, key: dict[str, Any], n_layers: int) -> SaturationResult | 
         logger.warning("llava_patch: %s cannot be used (%s): measuring again, the file is replaced", path, reason)
         return None
     return result
-
-
-def _check_room(routing: Routing, split: int, result: SaturationResult) -> None:
-    """Refuse a split that the variant cannot take: a lower one would leave before the image has been read."""
-    layers, fusion = result.n_layers, routing.fusion_layers
-    fusion_start = min(fusion) if isinstance(fusion, tuple) else layers - fusion
-    highest = min(fusion_start, layers - routing.side_layers)
-    if split > highest:
-        raise SettingError(
-            f"{_ASKED}: the measurement recommends {split}, but Routing.fusion_layers = {fusion} and "
-            f"Routing.side_layers = {routing.side_layers} leave room for 0..{highest} of L = {layers} layers only: "
-            "lower them, or bind Routing.split to a layer number by hand"
-        )
 
 
 def _explain(text: str) -> None:

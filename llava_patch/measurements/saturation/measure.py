@@ -14,7 +14,7 @@ from llava_patch.core.errors import InputError
 from llava_patch.hosts.anatomy import Anatomy, find
 from llava_patch.measurements import trace
 from llava_patch.measurements.lens import lens_kl
-from llava_patch.measurements.passes import check_finite, evaluating
+from llava_patch.measurements.passes import check_finite, evaluating, has_image
 from llava_patch.measurements.saturation.result import DEFAULTS, Curves, PatchOn, Saturation, SaturationResult
 from llava_patch.measurements.saturation.state import RunningMean, State
 from llava_patch.patching.handle import get_handle
@@ -24,11 +24,9 @@ NO_IMAGE, NO_TEXT = "no image", "no text after the image"
 
 def unusable(anatomy: Anatomy, sample: dict[str, Any]) -> str | None:
     """Why a sample cannot be measured; None when it can."""
-    pixels = anatomy.pixels_of(sample)
-    places = sample["input_ids"][0] == anatomy.image_token_id
-    if pixels is None or not bool(places.any()):
+    if not has_image(anatomy, sample):
         return NO_IMAGE
-    return None if len(trace.text_after_image(places)) else NO_TEXT
+    return None if len(trace.text_after_image(sample["input_ids"][0] == anatomy.image_token_id)) else NO_TEXT
 
 
 def patch_on(anatomy: Anatomy) -> PatchOn | None:

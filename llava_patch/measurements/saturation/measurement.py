@@ -32,18 +32,8 @@ def _transition(entries: Sequence[dict[str, Any]]) -> float:
 
 def _split(entries: Sequence[dict[str, Any]]) -> float:
     """The split that the mean curves recommend; NaN when they recommend none."""
-    split = _pooled(entries).recommended_split
+    split = SaturationMeasurement().pooled(entries).recommended_split
     return math.nan if split is None else split
-
-
-def _pooled(items: Sequence[dict[str, Any]]) -> SaturationResult:
-    from llava_patch.measurements.saturation.state import RunningMean
-
-    done = RunningMean()
-    for item in items:
-        done = done.plus(Curves.from_dict(item["curves"]))
-    settings, patch = Saturation(**items[0]["settings"]), decode(PatchOn | None, items[0]["patch"])
-    return SaturationResult(done.mean(), done.samples, settings=settings, patch=patch)
 
 
 class SaturationMeasurement(Measurement):
@@ -128,7 +118,7 @@ class SaturationMeasurement(Measurement):
 
     def entries(self, item: dict[str, Any]) -> dict[str, Any]:
         """Layers of the document's own, and of its curves what the means are taken over."""
-        found = _pooled([item])
+        found = self.pooled([item])
         curves, share = found.curves, found.settings.transition_share
         return {
             "recommended_split": {"split": found.recommended_split, "reason": found.recommendation.reason, **item},
@@ -139,7 +129,13 @@ class SaturationMeasurement(Measurement):
 
     def pooled(self, items: Sequence[dict[str, Any]]) -> SaturationResult:
         """The result of the mean curves."""
-        return _pooled(items)
+        from llava_patch.measurements.saturation.state import RunningMean
+
+        done = RunningMean()
+        for item in items:
+            done = done.plus(Curves.from_dict(item["curves"]))
+        settings, patch = Saturation(**items[0]["settings"]), decode(PatchOn | None, items[0]["patch"])
+        return SaturationResult(done.mean(), done.samples, settings=settings, patch=patch)
 
     def _key(self, target: "Target", settings: Saturation) -> dict[str, Any]:
         from llava_patch.hosts.anatomy import find

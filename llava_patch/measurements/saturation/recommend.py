@@ -6,19 +6,18 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llava_patch.measurements.saturation.result import Saturation
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Where image tokens may leave the decoder.
+    """Where image tokens may leave the decoder."""
 
-    Attributes:
-        reason: why, in a sentence; it says so when the signals disagree.
-        window: first and last layer of the window, both included; None when there is none.
-    """
-
-    reason: str
-    window: tuple[int, int] | None = None
+    reason: str  # a sentence; it says so when the signals disagree
+    window: tuple[int, int] | None = None  # first and last layer, both included; None: there is none
 
     @property
     def split(self) -> int | None:
@@ -76,10 +75,7 @@ def recommend(
     image_kl: Sequence[float],
     image_cosine: Sequence[float],
     image_present: Sequence[bool],
-    *,
-    transition_share: float,
-    mass_tolerance: float,
-    fall_share: float,
+    settings: "Saturation",
     patched: str = "",
 ) -> Recommendation:
     """Recommend a split as a window from where text has stopped reading the image to where the image has stopped.
@@ -93,19 +89,15 @@ def recommend(
         image_kl: logit-lens KL at image positions per layer.
         image_cosine: cosine of image states across each layer.
         image_present: whether the layer has hidden states of image positions.
-        transition_share: see `transition_layer`.
-        mass_tolerance: see `settled_layer`.
-        fall_share: how low the deep median must be, as a share of the highest mass.
+        settings: what counts as transition, as settled and as fallen.
         patched: how the model is routed or pruned, in words; such curves say nothing about where to split it.
-
-    Returns:
-        The window, or the reason why there is none.
     """
+    mass_tolerance, fall_share = settings.mass_tolerance, settings.fall_share
     absent = [layer for layer, present in enumerate(image_present) if not present]
     if patched or absent:
         where = f", and layers {absent[0]}..{absent[-1]} have no image states" if absent else ""
         return Recommendation(f"the model is already {patched or 'routed'}{where}; measure the stock model for a split")
-    transition = transition_layer(image_kl, transition_share)
+    transition = transition_layer(image_kl, settings.transition_share)
     settled = settled_layer(mass, mass_tolerance)
     median, highest = deep_median(mass), max(mass)
     lens = f"the logit lens has its image transition at layer {transition}"

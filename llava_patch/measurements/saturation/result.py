@@ -49,25 +49,16 @@ DEFAULTS = Saturation()
 
 @dataclass(frozen=True)
 class Curves:
-    """Per-layer values of one sample, or the mean over samples; index = layer number.
+    """Per-layer values of one sample, or the mean over samples, by layer number; NaN where positions are absent."""
 
-    Attributes:
-        image_cosine: cosine between a layer's input and output, mean over image positions; NaN where absent.
-        text_cosine: the same over text positions (everything that is not image).
-        head_mass: [layers][heads], attention probability that text behind the image puts on image keys.
-        image_kl: KL(final || layer) of the logit lens in nats, mean over image positions; NaN where absent.
-        text_kl: the same over text positions.
-        image_states: number of image positions that have hidden states in a layer.
-        image_keys: number of image positions that a layer's queries can look at; in the KV variant's deep layers there
-            are keys without states, and pruned layers have the ones that are kept.
-    """
-
-    image_cosine: list[float]
-    text_cosine: list[float]
-    head_mass: list[list[float]]
-    image_kl: list[float]
-    text_kl: list[float]
-    image_states: list[float]
+    image_cosine: list[float]  # between a layer's input and output, mean over image positions
+    text_cosine: list[float]  # the same over text positions (everything that is not image)
+    head_mass: list[list[float]]  # [layers][heads], attention probability that text behind the image puts on image keys
+    image_kl: list[float]  # KL(final || layer) of the logit lens in nats, mean over image positions
+    text_kl: list[float]  # the same over text positions
+    image_states: list[float]  # number of image positions that have hidden states in a layer
+    # Number of image positions that a layer's queries can look at: keys without states in the KV variant's deep layers,
+    # the ones that are kept in pruned layers.
     image_keys: list[float]
 
     @property
@@ -92,39 +83,25 @@ class Curves:
 
 @dataclass(frozen=True)
 class PatchOn:
-    """What a patch on the measured model does to its image positions.
+    """What a patch on the measured model does to its image positions."""
 
-    Attributes:
-        split: the layer at which image tokens leave the decoder; None: they stay.
-        prune_at: the first layer without pruned image tokens; None: nothing is pruned.
-        words: what the model is, such as "routed (lf, split 4)".
-    """
-
-    split: int | None
-    prune_at: int | None
-    words: str
+    split: int | None  # the layer at which image tokens leave the decoder; None: they stay
+    prune_at: int | None  # the first layer without pruned image tokens; None: nothing is pruned
+    words: str  # what the model is, such as "routed (lf, split 4)"
 
 
 @dataclass(frozen=True)
 class SaturationResult(Result):
-    """What was measured and what follows from it.
-
-    Attributes:
-        curves: mean over samples, each of which counts the same.
-        samples: number of samples measured.
-        skipped: number of samples left out, by reason.
-        settings: the settings used.
-        patch: what a routing or pruning patch on the model does; None: the stock decoder.
-    """
+    """What was measured; what follows from it are properties."""
 
     NAME = TITLE = "saturation"
     FIGURE = "llava_patch.measurements.saturation.figure:saturation_figure"
 
-    curves: Curves
-    samples: int
-    skipped: dict[str, int] = field(default_factory=dict)
+    curves: Curves  # mean over samples, each of which counts the same
+    samples: int  # how many were measured
+    skipped: dict[str, int] = field(default_factory=dict)  # how many were left out, by reason
     settings: Saturation = field(default_factory=Saturation)
-    patch: PatchOn | None = None
+    patch: PatchOn | None = None  # what a routing or pruning patch on the model does; None: the stock decoder
 
     @property
     def n_layers(self) -> int:
@@ -134,17 +111,8 @@ class SaturationResult(Result):
     @cached_property
     def recommendation(self) -> recommend.Recommendation:
         """The split and why."""
-        curves, settings = self.curves, self.settings
-        return recommend.recommend(
-            curves.mass,
-            curves.image_kl,
-            curves.image_cosine,
-            curves.image_present,
-            transition_share=settings.transition_share,
-            mass_tolerance=settings.mass_tolerance,
-            fall_share=settings.fall_share,
-            patched="" if self.patch is None else self.patch.words,
-        )
+        c, patched = self.curves, "" if self.patch is None else self.patch.words
+        return recommend.recommend(c.mass, c.image_kl, c.image_cosine, c.image_present, self.settings, patched)
 
     @property
     def image_transition(self) -> int | None:
