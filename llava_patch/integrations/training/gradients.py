@@ -138,7 +138,7 @@ class Following(TrainerExtension):
         self._warn(state.max_steps)
         if not self._go_on(state.global_step):
             self._window = Window(self.settings.window)
-            self._log = StepLog.begin(self.folder, self.settings, self._facts())
+            self._log = StepLog(self.folder, self.settings, self._facts())
 
     def begin_step(self, state: Any, optimizer: Any) -> None:
         """Decide whether this training step is measured."""

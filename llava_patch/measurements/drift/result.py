@@ -9,7 +9,7 @@ from llava_patch.core import plotting
 from llava_patch.core.errors import SettingError
 from llava_patch.core.extras import optional
 from llava_patch.measurements.base import Result, drawn
-from llava_patch.settings.checks import integer
+from llava_patch.settings.checks import integer, is_number
 
 SMALL = 0.002  # below this, differences from 1 are drawn themselves: at 1 - 1e-6 an axis of cosines cannot be read
 
@@ -44,9 +44,8 @@ class Drift:
         for name in ("split", "max_samples"):
             if getattr(self, name) is not None:
                 integer("Drift", name, getattr(self, name), 1)
-        size = self.store_gb
-        if isinstance(size, bool) or not isinstance(size, (int, float)) or not size > 0:
-            raise SettingError(f"Drift.store_gb = {size!r}: expected a number above 0")
+        if not is_number(self.store_gb) or not self.store_gb > 0:
+            raise SettingError(f"Drift.store_gb = {self.store_gb!r}: expected a number above 0")
 
 
 DEFAULTS = Drift()

@@ -42,11 +42,7 @@ class States:
 
 
 def states_of(anatomy: Anatomy, sample: dict[str, Any], layers: int) -> States:
-    """Run a model in evaluation mode on one sample, and keep what comes out of its first layers.
-
-    Raises:
-        HostError: a layer sees a part of the positions only.
-    """
+    """What comes out of a model's first layers for a sample; HostError: one of them sees a part of the positions."""
     found: dict[int, Tensor] = {}
     seen: passes.Pass
 
@@ -125,10 +121,10 @@ class Store(contextlib.ExitStack):
         self.callback(shutil.rmtree, self.folder, ignore_errors=True)
         return self
 
-    def _expect(self, size: int) -> None:
-        """Refuse a run that cannot end well, as soon as the first sample's size (in bytes) is known."""
+    def __setitem__(self, number: int, states: States) -> None:
+        """Write one sample; InputError: it, or all that are expected, would exceed the limit."""
         samples = None if self.used else self.expected
-        free, wanted = shutil.disk_usage(self.folder).free, self.used + size * (samples or 1)
+        free, wanted = shutil.disk_usage(self.folder).free, self.used + states.size * (samples or 1)
         advice = "measure fewer samples, set Drift.split lower, or Drift.together = True to keep both models in memory"
         if wanted > self.limit:
             raise InputError(
@@ -140,14 +136,6 @@ class Store(contextlib.ExitStack):
                 f"drift: hidden states need {wanted / GB:.3g} GB in {self.folder.parent}, where {free / GB:.3g} GB are "
                 f"free: put LLAVA_PATCH_CACHE elsewhere, {advice}"
             )
-
-    def __setitem__(self, number: int, states: States) -> None:
-        """Write one sample.
-
-        Raises:
-            InputError: it would exceed the limit, or all the expected ones would; names the setting.
-        """
-        self._expect(states.size)
         rows = {f"row{i}": row.cpu().contiguous() for i, row in enumerate(states.rows)}
         save_file(
             {**rows, "text_ids": states.seen.text_ids, "image": states.seen.placed.cpu()},

@@ -120,10 +120,8 @@ class MassMeter(pairs.Meter):
 def fusion_layers(anatomy: Anatomy) -> tuple[int, ...]:
     """The layers in which a model's text reads what the deep layers have of the image.
 
-    LF: the fusion layers; PC and KV: all deep layers; a model that routes nothing: the last layer.
-
-    Raises:
-        InputError: ideal and VTW have none.
+    LF: the fusion layers; PC and KV: all deep layers; a model that routes nothing: the last layer. Ideal and VTW have
+    none, which is an InputError.
     """
     n_layers = len(anatomy.layers)
     handle = get_handle(anatomy.model)

@@ -25,27 +25,18 @@ class StepLog:
     def __init__(
         self, folder: str | Path, settings: Gradients, facts: dict[str, Any], kept: Sequence[dict[str, Any]] = ()
     ) -> None:
-        """Write a log anew, with these entries; see `begin` and `resume`."""
-        self.path, self.settings, self.facts = Path(folder) / LOG, settings, facts
+        """Start a run's log, with entries that are kept, in the place of one that is there already."""
+        self.path, self.settings, self.facts = Path(folder) / LOG, settings, plain(facts)
         write_text(self.path, _lines([{_KIND: "run", "settings": asdict(settings), "facts": facts}, *kept]))
 
     @classmethod
-    def begin(cls, folder: str | Path, settings: Gradients, facts: dict[str, Any]) -> "StepLog":
-        """Start a run's log, in the place of one that is there already; for `facts` see `GradientsResult`."""
-        return cls(folder, settings, plain(facts))
-
-    @classmethod
     def resume(cls, folder: str | Path, settings: Gradients, step: int, source: str | Path | None = None) -> "StepLog":
-        """Go on with a log whose run goes on from a checkpoint: what was measured after that is taken out.
+        """Go on with a log (of the folder `source`; None: the run's own) whose run goes on from a checkpoint.
 
-        Args:
-            folder: of the run.
-            settings: of the measurement, as they were but for `READING`.
-            step: number of the last training step that the checkpoint holds.
-            source: folder of the log to go on with; None: the run's own.
+        What was measured after its last training step, `step`, is taken out. An error leaves all as it is.
 
         Raises:
-            CheckpointError: no log, a damaged one, or one with other settings.
+            CheckpointError: no log, a damaged one, or one with settings that are others, but for `READING`.
         """
         path = Path(folder if source is None else source) / LOG
         header, *entries = read_lines(path)
@@ -70,11 +61,7 @@ class StepLog:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The entries of a log, the run's first; a last line that is still being written is left out.
-
-    Raises:
-        CheckpointError: no log there, or a damaged one; names the line.
-    """
+    """The entries of a log (CheckpointError: it is damaged), the run's first; a line being written is left out."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

@@ -147,7 +147,7 @@ def _start(
     # A log in which nothing was measured, or all of it, makes way; a training run's never does.
     whole = done == about.get("batches") and _asks_otherwise(header, settings, facts)
     if about.get("trains") is False and (not entries or whole):
-        return StepLog.begin(folder, settings, facts), Window(settings.window)
+        return StepLog(folder, settings, facts), Window(settings.window)
     if differing:
         name = differing[0]
         what = f"with {name} = {about.get(name)!r}, not {facts.get(name)!r}"
@@ -156,7 +156,7 @@ def _start(
     if done == facts["batches"]:
         return StepLog.resume(folder, settings, done), None
     if not (folder / STATE).exists():  # ended before the first state was written
-        return StepLog.begin(folder, settings, facts), Window(settings.window)
+        return StepLog(folder, settings, facts), Window(settings.window)
     window = Window.load(folder / STATE, settings.window, device)
     return StepLog.resume(folder, settings, window.last), window
 

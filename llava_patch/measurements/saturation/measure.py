@@ -46,12 +46,7 @@ def patch_on(anatomy: Anatomy) -> PatchOn | None:
 
 
 def measure_sample(anatomy: Anatomy, sample: dict[str, Any], settings: Saturation = DEFAULTS) -> Curves:
-    """Measure one usable sample: one forward pass of the model.
-
-    Args:
-        anatomy: the host model, from `hosts.anatomy.find`.
-        sample: keyword arguments of the model's forward, batch of one, no padding.
-        settings: see `Saturation`.
+    """Measure one usable sample, a batch of one without padding: one forward pass of the model.
 
     Raises:
         HostError: numbers that are not finite; names the first layer that has them.

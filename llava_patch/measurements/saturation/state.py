@@ -106,11 +106,7 @@ class State:
     key: dict[str, Any]  # from `make_key`, or any flat JSON values that say what the sums belong to
 
     def load(self) -> RunningMean | None:
-        """The sums so far; None when there is no file.
-
-        Raises:
-            CheckpointError: it belongs to another measurement, or cannot be read.
-        """
+        """The sums so far; None when there is no file. CheckpointError: another measurement's, or a broken one."""
         if not self.path.is_file():
             return None
         try:

@@ -168,7 +168,7 @@ def test_a_measurement_that_found_nothing_makes_way(patched, tmp_path):
         measure_gradients(patched.model, [[missing]] * 2, SETTINGS, tmp_path, {"data": "wrong"}, progress=False)
     found = measure_gradients(patched.model, batches_of(patched, 2), SETTINGS, tmp_path, {"data": "a"}, progress=False)
     assert len(found.steps) == 2 and found.facts["data"] == "a"
-    run = StepLog.begin(tmp_path / "run", SETTINGS, {"trains": True}).path.read_text()
+    run = StepLog(tmp_path / "run", SETTINGS, {"trains": True}).path.read_text()
     with pytest.raises(CheckpointError, match="give another folder"):
         measure_gradients(patched.model, batches_of(patched, 2), SETTINGS, tmp_path / "run", progress=False)
     assert (tmp_path / "run" / LOG).read_text() == run
