@@ -83,11 +83,7 @@ class DriftMeasurement(Measurement):
 
     def entries(self, item: dict[str, Any]) -> dict[str, Any]:
         """The document's own lowest medians."""
-        found = self.pooled([item])
-        return {
-            "drift_image": {"lowest_median": min(found.image.median), **item},
-            "drift_text": {"lowest_median": min(found.text.median), **item},
-        }
+        return {name: {"lowest_median": lowest([item]), **item} for name, lowest in self.metrics.items()}
 
     def pooled(self, items: Sequence[dict[str, Any]]) -> DriftResult:
         """The result over all positions of all documents."""

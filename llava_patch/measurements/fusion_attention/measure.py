@@ -94,18 +94,19 @@ class MassMeter(pairs.Meter):
 
     def add(self, number: int, one: tuple[Tensor, str], other: tuple[Tensor, str] | None) -> None:
         """Add what `read` gave; InputError: another depth or number of heads, or the two did not read the same."""
-        heads, base_heads = (one[0].shape[1], 0 if other is None else other[0].shape[1])
-        if other is not None and (self.n_layers, heads) != (self.base_layers, base_heads):
+        (trained, digest), (stock, base_digest) = one, other or (one[0], "")
+        heads, base_heads = trained.shape[1], stock.shape[1]
+        if (self.n_layers, heads) != (self.base_layers, base_heads):
             raise InputError(
                 f"{WHAT}: the checkpoint has {self.n_layers} layers of {heads} heads, the base {self.base_layers} of "
                 f"{base_heads}: is it this checkpoint's base?"
             )
-        if other is None or one[1] != other[1]:
+        if digest != base_digest:
             raise InputError(
                 f"{WHAT}: sample {number} has other text tokens or image positions in the checkpoint than in the base, "
                 "so that the two cannot be compared: their tokenizers, chat templates or numbers of image tokens differ"
             )
-        mass = torch.stack([one[0], other[0]]).double()
+        mass = torch.stack([trained, stock]).double()
         self.total = mass if self.total is None else self.total + mass
 
     def result(self) -> FusionAttentionResult:
