@@ -49,6 +49,9 @@ class Meter(contextlib.ExitStack):
         """Compare what the checkpoint and the base gave for a sample (`number`, from 0), if they read the same."""
         raise NotImplementedError
 
+    def left_out(self, number: int, base: Anatomy, sample: dict[str, Any]) -> None:
+        """Look at the base's sample where the checkpoint's is unusable."""
+
     def store(self, expected: int | None) -> Any:
         """Where the checkpoint's readings wait for the base's, by number; `expected`: how many, where it is known."""
         return {}
@@ -80,13 +83,14 @@ class Meter(contextlib.ExitStack):
                     self.samples += 1
                 else:
                     self.skipped += 1
+                    self.left_out(number, other, base_sample)
             self._refuse_nothing(self.samples)
             return self.result()
 
     def apart(self, open_model: Opener, open_base: Opener, progress: bool) -> Any:
         """The result of two models that are never in memory together: the checkpoint runs first."""
         with self:
-            waiting, numbers = self._run_first(open_model, progress)
+            waiting, usable = self._run_first(open_model, progress)
             gc.collect()  # the first model leaves the device before the next one is loaded
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -95,34 +99,37 @@ class Meter(contextlib.ExitStack):
             self.check(anatomy)
             with passes.evaluating(base):
                 for number, sample in enumerate(files.track(samples, f"{self.what}: base", progress)):
-                    if number > max(numbers):
+                    if number == len(usable):
                         break
-                    if number in numbers:
+                    if usable[number]:
                         self.add(number, waiting.pop(number), self.read(anatomy, sample))
                         self.samples += 1
-            if self.samples != len(numbers):
-                raise InputError(f"{self.what}: the base got {self.samples} of the checkpoint's {len(numbers)} samples")
+                    else:
+                        self.left_out(number, anatomy, sample)
+            if self.samples != (taken := sum(usable)):
+                raise InputError(f"{self.what}: the base got {self.samples} of the checkpoint's {taken} samples")
             return self.result()
 
-    def _run_first(self, open_model: Opener, progress: bool) -> tuple[Any, set[int]]:
-        """The checkpoint's readings, and the numbers of their samples; its model is let go of."""
+    def _run_first(self, open_model: Opener, progress: bool) -> tuple[Any, list[bool]]:
+        """The checkpoint's readings by number, and which samples are usable; its model is let go of."""
         model, samples = open_model()
         anatomy = find(model)
         self.begin(anatomy)
         count = len(samples) if hasattr(samples, "__len__") else None  # type: ignore[arg-type]
         limit = self.settings.max_samples
-        waiting, numbers = self.store(count and min(count, limit or count)), set[int]()
+        waiting = self.store(count and min(count, limit or count))
+        usable: list[bool] = []
         with passes.evaluating(model):
             for number, sample in enumerate(files.track(samples, f"{self.what}: checkpoint", progress)):
-                if len(numbers) == limit:
+                if number - self.skipped == limit:
                     break
-                if self.usable(anatomy, sample):
+                usable.append(self.usable(anatomy, sample))
+                if usable[number]:
                     waiting[number] = self.read(anatomy, sample)
-                    numbers.add(number)
                 else:
                     self.skipped += 1
-        self._refuse_nothing(len(numbers))
-        return waiting, numbers
+        self._refuse_nothing(len(usable) - self.skipped)
+        return waiting, usable
 
     def _refuse_nothing(self, used: int) -> None:
         if not used:

@@ -102,12 +102,14 @@ class MassMeter(pairs.Meter):
                 f"{base_heads}: is it this checkpoint's base?"
             )
         if digest != base_digest:
-            raise InputError(
-                f"{WHAT}: sample {number} has other text tokens or image positions in the checkpoint than in the base, "
-                "so that the two cannot be compared: their tokenizers, chat templates or numbers of image tokens differ"
-            )
+            raise _unlike(number)
         mass = torch.stack([trained, stock]).double()
         self.total = mass if self.total is None else self.total + mass
+
+    def left_out(self, number: int, base: Anatomy, sample: dict[str, Any]) -> None:
+        """Refuse a sample that is usable in the base alone."""
+        if self.usable(base, sample):
+            raise _unlike(number)
 
     def result(self) -> FusionAttentionResult:
         """The mean over samples."""
@@ -116,6 +118,13 @@ class MassMeter(pairs.Meter):
         return FusionAttentionResult(
             list(self.layers), trained, stock, self.n_layers, self.samples, self.skipped, settings=self.settings
         )
+
+
+def _unlike(number: int) -> InputError:
+    return InputError(
+        f"{WHAT}: sample {number} has other text tokens or image positions in the checkpoint than in the base, so that "
+        "the two cannot be compared: their tokenizers, chat templates or numbers of image tokens differ"
+    )
 
 
 def fusion_layers(anatomy: Anatomy) -> tuple[int, ...]:

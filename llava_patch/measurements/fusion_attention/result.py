@@ -83,25 +83,23 @@ class FusionAttentionResult(Result):
 
     def per_layer(self) -> list[dict[str, Any]]:
         """What there is to say of each layer, as files have it."""
-        found = []
-        for i, (layer, trained, stock) in enumerate(zip(self.layers, self.trained, self.stock, strict=True)):
-            found.append(
-                {
-                    "layer": layer,
-                    "trained": trained,
-                    "stock": stock,
-                    "trained_mean": mean(trained),
-                    "stock_mean": mean(stock),
-                    "mean_ratio": self.mean_ratio(i),
-                    "head_ratios": self.ratios(i),
-                    "highest_head_trained": trained.index(max(trained)),
-                    "highest_head_stock": stock.index(max(stock)),
-                    "highest_mass_trained": max(trained),
-                    "highest_mass_stock": max(stock),
-                    "heads_above_twice_stock": self.above_twice(i),
-                }
-            )
-        return found
+        return [
+            {
+                "layer": layer,
+                "trained": trained,
+                "stock": stock,
+                "trained_mean": mean(trained),
+                "stock_mean": mean(stock),
+                "mean_ratio": self.mean_ratio(i),
+                "head_ratios": self.ratios(i),
+                "highest_head_trained": trained.index(max(trained)),
+                "highest_head_stock": stock.index(max(stock)),
+                "highest_mass_trained": max(trained),
+                "highest_mass_stock": max(stock),
+                "heads_above_twice_stock": self.above_twice(i),
+            }
+            for i, (layer, trained, stock) in enumerate(zip(self.layers, self.trained, self.stock, strict=True))
+        ]
 
     def encode(self) -> dict[str, Any]:
         """A dictionary a layer, with what follows from its masses."""

@@ -9,6 +9,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+PATHS = ("main", "skip", "full")
 EPSILON = 1e-12
 """Added to the denominator of delta (eq. 15)."""
 
@@ -181,15 +182,10 @@ class Moments:
         return {
             **asdict(self),
             **{name: getattr(self, name) for name in derived},
-            "main_trace_debiased": self.main_trace * self.bessel,
-            "skip_trace_debiased": self.skip_trace * self.bessel,
-            "full_trace_debiased": self.full_trace * self.bessel,
-            **{f"{path}_snr": self.snr(path) for path in ("main", "skip", "full")},
+            **{f"{path}_trace_debiased": getattr(self, f"{path}_trace") * self.bessel for path in PATHS},
+            **{f"{path}_snr": self.snr(path) for path in PATHS},
             "snr_floor": 1 / self.count,
-            "gain": self.gain,
-            "penalty": self.penalty,
-            "product_needed": self.product_needed,
-            "product_limit": self.product_limit,
+            **{name: getattr(self, name) for name in ("gain", "penalty", "product_needed", "product_limit")},
             "step_size": gamma,
             "condition": self.holds(smoothness * gamma) if known else None,  # type: ignore[operator]
         }

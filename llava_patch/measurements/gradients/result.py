@@ -15,7 +15,7 @@ from llava_patch.core.errors import CheckpointError, InputError
 from llava_patch.core.files import plain
 from llava_patch.measurements.base import Result, decode, decode_known, encode
 from llava_patch.measurements.gradients.log import LOG, read_lines
-from llava_patch.measurements.gradients.moments import Moments, Step
+from llava_patch.measurements.gradients.moments import PATHS, Moments, Step
 from llava_patch.measurements.gradients.settings import Gradients
 from llava_patch.measurements.gradients.statistics import transition_step
 
@@ -196,7 +196,7 @@ class GradientsResult(Result):
             "product_needed": "L gamma needed by (7)",
         }
         rows += [_row(label, (getattr(w, name) for w in self.windows)) for name, label in names.items()]
-        rows += [_row(f"SNR {path}", (w.snr(path) for w in self.windows)) for path in ("main", "skip", "full")]
+        rows += [_row(f"SNR {path}", (w.snr(path) for w in self.windows)) for path in PATHS]
         against = sum(w.alignment < 0 for w in self.windows)
         rows.append(["windows with <m, s> < 0", f"{against} of {len(self.windows)}", "", ""])
         if known := [c for c in self.conditions() if c is not None]:
@@ -224,11 +224,9 @@ def _row(label: str, values: Iterable[float]) -> list[str]:
 
 
 def run_folders(paths: Sequence[Path]) -> dict[str, Path]:
-    """Folders of measured runs, by a short name of each.
+    """Folders of measured runs, by a short name of each: of results, training runs, a sweep's points or whole sweeps.
 
-    Args:
-        paths: folders of results, of training runs, of a sweep's points, or of whole sweeps; files beside a sweep's
-            points, as a shell's `sweeps/lr/*` gives them, are passed over.
+    Files beside a sweep's points, as a shell's `sweeps/lr/*` gives them, are passed over.
 
     Raises:
         InputError: a folder without results, or one that is named twice.

@@ -62,7 +62,9 @@ def resolve_split(
     anatomy, handle = find(model), get_handle(model)
     if handle is not None and handle.routing is not None:
         there = handle.routing.split
-        _explain(f"the model already carries split {there}, which is kept; nothing is measured")
+        logger.warning(
+            f"llava_patch: {_ASKED}: the model already carries split {there}, which is kept; nothing is measured"
+        )
         return dataclasses.replace(routing, split=there)
     if handle is not None and handle.pruning is not None:
         raise SettingError(
@@ -98,8 +100,9 @@ def resolve_split(
     first, last = result.recommendation.window
     skipped = ", ".join(f"{count} {why}" for why, count in result.skipped.items() if count)
     left_out = f" ({skipped}: left out)" if skipped else ""
-    _explain(
-        f"split {split}, the first layer of the window {first}..{last} of L = {result.n_layers} layers: "
+    # A warning, so that it is seen where nobody configured logging: the choice decides about the whole run.
+    logger.warning(
+        f"llava_patch: {_ASKED}: split {split}, the first layer of the window {first}..{last} of L = {layers} layers: "
         f"{result.recommendation.reason}. Measured on {result.samples} samples{left_out}; curves: {place}. "
         f"Bind Routing.split = {split} to fix it"
     )
@@ -171,8 +174,3 @@ def _read(path: Path, key: dict[str, Any], n_layers: int) -> SaturationResult | 
         logger.warning("llava_patch: %s cannot be used (%s): measuring again, the file is replaced", path, reason)
         return None
     return result
-
-
-def _explain(text: str) -> None:
-    # A warning, so that it is seen where nobody configured logging: the choice decides about the whole run.
-    logger.warning("llava_patch: %s: %s", _ASKED, text)

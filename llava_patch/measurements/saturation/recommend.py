@@ -36,8 +36,8 @@ def transition_layer(kl: Sequence[float], share: float) -> int | None:
         share: of the layer-0 value.
 
     Returns:
-        Layer number, or None when layer 0 already predicts what the last layer does (KL of 0) or is absent, or when
-        the positions are absent before the KL has fallen.
+        None when layer 0 already predicts what the last layer does (KL of 0) or is absent, or when the positions are
+        absent before the KL has fallen.
     """
     if not kl or math.isnan(kl[0]) or kl[0] <= 0:
         return None
@@ -84,13 +84,8 @@ def recommend(
     transition layer. Mass that is flat from the start says nothing (a small model reads the image to its end), so the
     deep median must also have fallen to `fall_share` of the highest mass.
 
-    Args:
-        mass: text-to-image attention mass per layer.
-        image_kl: logit-lens KL at image positions per layer.
-        image_cosine: cosine of image states across each layer.
-        image_present: whether the layer has hidden states of image positions.
-        settings: what counts as transition, as settled and as fallen.
-        patched: how the model is routed or pruned, in words; such curves say nothing about where to split it.
+    The sequences are per layer, as `Curves` has them. `patched` says in words how the model is routed or pruned: its
+    curves say nothing about where to split it.
     """
     mass_tolerance, fall_share = settings.mass_tolerance, settings.fall_share
     absent = [layer for layer, present in enumerate(image_present) if not present]
