@@ -90,8 +90,8 @@ def runs_figure(results: Mapping[str, GradientsResult]) -> Any:
     _positive_log(ratio)
     unit = r"$\|g_\mathrm{skip}\|/\|g_\mathrm{main}\|$"
     _describe(ratio, r"Skip against main, running median (dashed: $t_\mathrm{trans}$)", unit)
-    delta.set_ylim(bottom=0)
     _describe_delta(delta)
+    delta.set_ylim(bottom=0)
     last = max([1, *(s.step for result in results.values() for s in result.steps)])
     for axis in (ratio, delta):
         _step_axis(axis, [1, last], "training step")
