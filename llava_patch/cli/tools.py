@@ -1,7 +1,5 @@
 """The commands of `llava_patch.tools`: doctor, inspect, report, bench, sweep, convert, merge; and gin-files."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any, Optional
