@@ -85,8 +85,11 @@ class Meter(contextlib.ExitStack):
             self._refuse_nothing(self.samples)
             return self.result()
 
-    def apart(self, open_model: Opener, open_base: Opener, progress: bool) -> Any:
-        """The result of two models that are never in memory together: the checkpoint runs first."""
+    def apart(self, open_model: Opener, open_base: Opener, progress: bool = True) -> Any:
+        """The result of two models that are never in memory together: the checkpoint runs first.
+
+        Each opener loads one, (model, samples for it), with samples of the same examples in the same order.
+        """
         with self:
             waiting, usable = self._run_first(open_model, progress)
             gc.collect()  # the first model leaves the device before the next one is loaded

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from llava_patch.core.errors import HostError, InputError
 from llava_patch.core.undo import UndoStack
-from llava_patch.hosts import known, wrappers
+from llava_patch.hosts import known
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.hosts.compat import layer_output, sliding_window
 from llava_patch.hosts.projections import rotate, split_heads
@@ -33,7 +33,7 @@ class Trace(Observer):
     Every text position is in every layer, whatever the patch; image positions may be absent. Dictionaries are by layer.
     """
 
-    image_mask: Tensor | None = None  # bool [T]; set when the host has placed the image features
+    seen: passes.Pass  # the sample, and where its image positions are
     states: dict[int, Tensor] = field(default_factory=dict)  # its output, [positions that it runs on, hidden]
     # int64: the positions of the states, and of the keys that those look at, where a routed or pruned decoder tells.
     asking: dict[int, Tensor] = field(default_factory=dict)
@@ -44,16 +44,15 @@ class Trace(Observer):
     mass: dict[int, Tensor] = field(default_factory=dict)  # float32 [heads], of text on image keys; zeros without any
     _positions: tuple[Tensor, Tensor, int] | None = None
 
+    @property
     def mask(self) -> Tensor:
-        """`image_mask`; HostError where the decoder ran before it was known."""
-        if self.image_mask is None:
-            raise HostError("the decoder ran before the host told where the image features are")
-        return self.image_mask
+        """Image positions, bool [T]; HostError where the decoder ran before they were known."""
+        return self.seen.placed
 
     def positions(self) -> tuple[Tensor, Tensor, int]:
         """(int64 [T], text positions behind the image, number of text positions); one synchronisation a sample."""
         if self._positions is None:
-            image = self.mask()
+            image = self.mask
             queries = text_after_image(image)
             self._positions = torch.arange(len(image), device=image.device), queries, int((~image).sum())
         return self._positions
@@ -70,7 +69,7 @@ class Trace(Observer):
         if len(found) != rows:
             what = "keys" if keys else "tokens"
             raise HostError(
-                f"layer {layer} sees {rows} {what} of {len(found)} expected ones (the sample has {len(self.mask())} "
+                f"layer {layer} sees {rows} {what} of {len(found)} expected ones (the sample has {len(self.mask)} "
                 "tokens): something besides llava_patch removes tokens, and where they are from cannot be known"
             )
         return found
@@ -82,7 +81,7 @@ class Trace(Observer):
     def image_keys(self, layer: int) -> int:
         """How many image positions a layer's queries may look at."""
         found = self.giving.get(layer)
-        return (len(self.mask()) if found is None else len(found)) - self.positions()[2]
+        return (len(self.mask) if found is None else len(found)) - self.positions()[2]
 
     def rows(self, layer: int) -> Tensor:
         """Where each full position is in `states[layer]`: int64 [T], -1 where absent."""
@@ -92,40 +91,31 @@ class Trace(Observer):
 
 
 @contextlib.contextmanager
-def traced(anatomy: Anatomy, chunk: int, mass_of: Sequence[int] | None = None) -> Iterator[Trace]:
-    """Watch the forward passes of one sample; every hook is gone afterwards, after an exception too.
+def traced(
+    anatomy: Anatomy, sample: dict[str, Any], chunk: int, mass_of: Sequence[int] | None = None, what: str = "saturation"
+) -> Iterator[Trace]:
+    """Watch the forward pass of one sample; every hook is gone afterwards, after an exception too.
 
     Args:
         anatomy: the host model; HostError for a decoder whose attention is not known.
+        sample: as `passes.one_sample` takes it.
         chunk: attention queries held at a time.
         mass_of: layers whose attention mass is all that is wanted; None: everything of every layer.
+        what: name of the measurement, for errors.
 
     Yields:
-        The trace, filled by calling `run` inside the block.
+        The trace, filled by calling `passes.run` inside the block.
     """
     known.check_decoder(anatomy.decoder, "measuring attention")
-    trace = Trace()
-    undo = UndoStack()
-    try:
+    with passes.watching(anatomy, sample, what) as (seen, undo):
+        trace = Trace(seen)
         for index, layer in enumerate(anatomy.layers):
             if mass_of is None:
                 _watch_layer(trace, index, layer, undo)
             if mass_of is None or index in mass_of:
                 _watch_attention(trace, index, layer.self_attn, anatomy.text_config, chunk, undo)
-        if not anatomy.ids_hold_places:
-            passes.watch_preparation(anatomy, lambda image: setattr(trace, "image_mask", image), undo)
         with observing(trace):
             yield trace
-    finally:
-        undo.unwind()
-
-
-def run(anatomy: Anatomy, trace: Trace, sample: dict[str, Any], what: str = "saturation") -> None:
-    """Run the model's own forward inside `traced`, on a sample as `passes.one_sample` takes it."""
-    input_ids = passes.one_sample(sample, what)
-    if anatomy.ids_hold_places:
-        trace.image_mask = wrappers.hf_image_mask(anatomy, input_ids)[0]
-    passes.run(anatomy, sample)
 
 
 def _hidden_argument(args: tuple, kwargs: dict[str, Any]) -> Tensor:
@@ -140,7 +130,7 @@ def _watch_layer(trace: Trace, index: int, layer: nn.Module, undo: UndoStack) ->
         before = _hidden_argument(args, kwargs)
         states = layer_output(output)[0]
         places = trace.places(index, len(states))
-        image = trace.mask()[places.to(trace.mask().device)].to(states.device)
+        image = trace.mask[places.to(trace.mask.device)].to(states.device)
         cosine = F.cosine_similarity(before.float(), states.float(), dim=-1)
         trace.image_cosine[index] = (cosine * image).sum() / image.sum()  # 0 / 0 is NaN: absent
         trace.text_cosine[index] = (cosine * ~image).sum() / (~image).sum()
@@ -172,7 +162,7 @@ def _watch_attention(trace: Trace, index: int, attention: Any, config: Any, chun
         giving = trace.places(index, k.shape[1], keys=True).to(hidden.device)
         # Every text position asks in every layer, and positions ascend.
         queries = torch.searchsorted(asking, trace.positions()[1].to(hidden.device))
-        image = trace.mask().to(hidden.device)[giving]
+        image = trace.mask.to(hidden.device)[giving]
         scaling = float(getattr(module, "scaling", head_dim**-0.5))
         trace.mass[index] = mass_on_keys(
             q, k, queries, image, scaling, sliding_window(config), chunk, places=(asking, giving)
@@ -268,6 +258,6 @@ def lens_kl(anatomy: Anatomy, trace: Trace, chunk: int) -> tuple[list[float], li
         found = (sums / len(positions)).tolist()
         return [mean if there else math.nan for mean, there in zip(found, present, strict=True)]
 
-    image, text = trace.mask() & (rows[last] >= 0), ~trace.mask()
+    image, text = trace.mask & (rows[last] >= 0), ~trace.mask
     present = [trace.image_states(layer) > 0 for layer in layers]
     return means(image.nonzero().flatten(), present), means(text.nonzero().flatten(), [True] * len(layers))

@@ -345,7 +345,7 @@ def test_measurements_that_run_or_read_decoder_layers_are_refused_too(kind):
     message, settings = UNPROVEN[kind]
     found = anatomy.find(hf_host(kind, **TEXT, **settings).model)
     with pytest.raises(HostError, match=f"measuring attention is not available on {message}"):
-        with trace.traced(found, 8):
+        with trace.traced(found, {}, 8):
             pass
     with pytest.raises(HostError, match=f"R-Probe is not available on {message}"):
         ProbeDecoder(found, TokenGrid.__new__(TokenGrid))

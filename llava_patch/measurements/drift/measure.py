@@ -7,7 +7,6 @@ import numpy as np
 from torch import nn
 
 from llava_patch.core.errors import InputError, SettingError
-from llava_patch.data.target import Opener
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.measurements import pairs, passes
 from llava_patch.measurements.drift.result import DEFAULTS, Drift, DriftCurves, DriftResult
@@ -40,22 +39,6 @@ def measure_drift(
         SettingError: a split that one of the models does not have.
     """
     return DriftMeter(settings).together(model, base, samples, base_samples, progress)
-
-
-def measure_drift_apart(
-    open_model: Opener, open_base: Opener, settings: Drift = DEFAULTS, progress: bool = True
-) -> DriftResult:
-    """Do as `measure_drift`, of two models that are never in memory together.
-
-    The checkpoint runs first; its hidden states wait in a temporary store on disk, which is removed whatever happens.
-
-    Args:
-        open_model: loads the checkpoint: (model, samples as `measure_drift` takes them, for this model).
-        open_base: the same of the base; its samples are of the same examples in the same order.
-        settings: see `Drift`; a store that would exceed `store_gb` is an InputError.
-        progress: show progress bars on stderr.
-    """
-    return DriftMeter(settings).apart(open_model, open_base, progress)
 
 
 class DriftMeter(pairs.Meter):
@@ -108,7 +91,7 @@ class DriftMeter(pairs.Meter):
         return states_of(anatomy, sample, self.layers)
 
     def store(self, expected: int | None) -> Store:
-        """On disk."""
+        """On disk, in a folder that is removed whatever happens; InputError: more than `store_gb`."""
         return self.enter_context(Store(self.settings.store_gb, expected))
 
     def add(self, number: int, one: States, other: States) -> tuple[np.ndarray, np.ndarray]:

@@ -11,12 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from llava_patch.core.errors import InputError, SettingError
-from llava_patch.data.target import Opener
 from llava_patch.hosts.anatomy import Anatomy
-from llava_patch.measurements import pairs
+from llava_patch.measurements import pairs, passes, trace
 from llava_patch.measurements.fusion_attention.result import DEFAULTS, FusionAttention, FusionAttentionResult
-from llava_patch.measurements.passes import check_finite
-from llava_patch.measurements.trace import run, text_after_image, traced
 from llava_patch.patching.handle import get_handle
 from llava_patch.routing.schedule import LayerMode
 
@@ -48,16 +45,6 @@ def measure_fusion_attention(
     return MassMeter(settings).together(model, base, samples, base_samples, progress)
 
 
-def measure_fusion_attention_apart(
-    open_model: Opener, open_base: Opener, settings: FusionAttention = DEFAULTS, progress: bool = True
-) -> FusionAttentionResult:
-    """Do as `measure_fusion_attention`, of two models that are never in memory together.
-
-    Each opener loads one: (model, samples for it); the samples are of the same examples in the same order.
-    """
-    return MassMeter(settings).apart(open_model, open_base, progress)
-
-
 class MassMeter(pairs.Meter):
     """Attention mass of both models' heads, summed over samples."""
 
@@ -83,7 +70,7 @@ class MassMeter(pairs.Meter):
     def usable(self, anatomy: Anatomy, sample: dict[str, Any]) -> bool:
         """Whether there is an image, and text after it that could look at it."""
         image = sample["input_ids"][0] == anatomy.image_token_id
-        return super().usable(anatomy, sample) and len(text_after_image(image)) > 0
+        return super().usable(anatomy, sample) and len(trace.text_after_image(image)) > 0
 
     def read(self, anatomy: Anatomy, sample: dict[str, Any]) -> tuple[Tensor, str] | None:
         """See `measure_sample`; None for an unusable sample, which the base's may be."""
@@ -160,12 +147,10 @@ def measure_sample(
         InputError: a batch, or padding.
         HostError: something besides llava_patch removes tokens, or numbers that are not finite.
     """
-    with traced(anatomy, chunk, layers) as seen:
-        run(anatomy, seen, sample, WHAT)
-    ids = sample["input_ids"][0]
-    text = ids[ids != anatomy.image_token_id]
-    digest = hashlib.sha256(str((text.tolist(), seen.mask().int().tolist())).encode()).hexdigest()
+    with trace.traced(anatomy, sample, chunk, layers, WHAT) as seen:
+        passes.run(anatomy, sample)
+    digest = hashlib.sha256(str((seen.seen.text_ids.tolist(), seen.mask.int().tolist())).encode()).hexdigest()
     found = torch.stack([seen.mass[layer].cpu() for layer in layers])
     for layer, mass in zip(layers, found.tolist(), strict=True):
-        check_finite(mass, layer, anatomy)
+        passes.check_finite(mass, layer, anatomy)
     return found, digest

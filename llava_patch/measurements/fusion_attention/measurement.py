@@ -57,9 +57,9 @@ class FusionAttentionMeasurement(Measurement):
 
     def measure(self, target: "Target", settings: FusionAttention, folder: Path | None = None) -> FusionAttentionResult:
         """Compare the checkpoint's fusion layers with the base's."""
-        from llava_patch.measurements.fusion_attention.measure import measure_fusion_attention_apart
+        from llava_patch.measurements.fusion_attention.measure import MassMeter
 
-        result = measure_fusion_attention_apart(*target.openers(settings.max_samples), settings)
+        result = MassMeter(settings).apart(*target.openers(settings.max_samples))
         return dataclasses.replace(result, checkpoint=named(target.checkpoint), base=named(target.base))
 
     def document(

@@ -10,8 +10,7 @@ from torch import nn
 from llava_patch.core import files
 from llava_patch.core.errors import InputError
 from llava_patch.hosts.anatomy import Anatomy, find
-from llava_patch.measurements import trace
-from llava_patch.measurements.passes import check_finite, evaluating, has_image
+from llava_patch.measurements import passes, trace
 from llava_patch.measurements.saturation.result import DEFAULTS, Curves, PatchOn, Saturation, SaturationResult
 from llava_patch.measurements.saturation.state import RunningMean, State
 from llava_patch.patching.handle import get_handle
@@ -21,7 +20,7 @@ NO_IMAGE, NO_TEXT = "no image", "no text after the image"
 
 def unusable(anatomy: Anatomy, sample: dict[str, Any]) -> str | None:
     """Why a sample cannot be measured; None when it can."""
-    if not has_image(anatomy, sample):
+    if not passes.has_image(anatomy, sample):
         return NO_IMAGE
     return None if len(trace.text_after_image(sample["input_ids"][0] == anatomy.image_token_id)) else NO_TEXT
 
@@ -49,9 +48,9 @@ def measure_sample(anatomy: Anatomy, sample: dict[str, Any], settings: Saturatio
         HostError: numbers that are not finite; names the first layer that has them.
     """
     layers = range(len(anatomy.layers))
-    with evaluating(anatomy.model):
-        with trace.traced(anatomy, settings.chunk) as seen:
-            trace.run(anatomy, seen, sample)
+    with passes.evaluating(anatomy.model):
+        with trace.traced(anatomy, sample, settings.chunk) as seen:
+            passes.run(anatomy, sample)
         image_kl, text_kl = trace.lens_kl(anatomy, seen, settings.chunk)
 
     def together(values: dict[int, torch.Tensor]) -> list:
@@ -72,10 +71,10 @@ def measure_sample(anatomy: Anatomy, sample: dict[str, Any], settings: Saturatio
     there = [bool(states) for states in curves.image_states]
     for layer in layers:
         own = [curves.image_cosine[layer]] * there[layer]
-        check_finite([*curves.head_mass[layer], curves.text_cosine[layer], *own], layer, anatomy)
+        passes.check_finite([*curves.head_mass[layer], curves.text_cosine[layer], *own], layer, anatomy)
     for layer in layers:
         own = [curves.image_kl[layer]] * (there[layer] and there[-1])
-        check_finite([curves.text_kl[layer], *own], layer, anatomy)
+        passes.check_finite([curves.text_kl[layer], *own], layer, anatomy)
     return curves
 
 

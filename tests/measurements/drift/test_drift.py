@@ -14,7 +14,7 @@ from llava_patch import FastV, Routing, patch
 from llava_patch.core import plotting
 from llava_patch.core.errors import HostError, InputError, SettingError
 from llava_patch.hosts.anatomy import find
-from llava_patch.measurements.drift.measure import measure_drift, measure_drift_apart
+from llava_patch.measurements.drift.measure import DriftMeter, measure_drift
 from llava_patch.measurements.drift.result import Drift, DriftResult
 from llava_patch.measurements.drift.states import Quantiles, Store
 from tests.support import tiny
@@ -45,7 +45,7 @@ def test_a_model_against_itself_is_exactly_one(host: Any) -> None:
         model = make_model().to(dtype)
         cast = [{k: v.to(dtype) if v.is_floating_point() else v for k, v in s.items()} for s in samples]
         together = measure_drift(model, model, cast, progress=False)
-        assert together == measure_drift_apart(opened(model, cast), opened(model, iter(cast)), progress=False)
+        assert together == DriftMeter(Drift()).apart(opened(model, cast), opened(model, iter(cast)), progress=False)
         for curves in (together.image, together.text):
             assert curves.median == curves.low == [1.0] * 5 and curves.input == 1.0
         assert "No drift" in together.summary() and together.samples == 3
@@ -75,7 +75,7 @@ def test_equals_the_naive_computation_with_hidden_states(host: Any) -> None:
         found[0].append(values[:, image].numpy())
         found[1].append(values[:, ~image].numpy())
     result = measure_drift(model, base, samples, Drift(split=4), progress=False)
-    apart = measure_drift_apart(opened(model, samples), opened(base, samples), Drift(split=4), progress=False)
+    apart = DriftMeter(Drift(split=4)).apart(opened(model, samples), opened(base, samples), progress=False)
     assert apart == result
     for curves, parts in zip((result.image, result.text), found):
         everything = np.concatenate(parts, axis=1)
@@ -113,7 +113,7 @@ def test_routed_models_are_compared_below_their_split(host: Any, tmp_path: Path)
     assert not result.prunes and marked(result) == [("split 2", "--")]
     with patch(model, pruning=FastV(1, 0.5)):
         pruned = measure_drift(model, base, [sample], progress=False)
-        apart = measure_drift_apart(opened(model, [sample]), opened(base, [sample]), progress=False)
+        apart = DriftMeter(Drift()).apart(opened(model, [sample]), opened(base, [sample]), progress=False)
     assert pruned.layers == 1 and pruned.prunes and apart == pruned
     assert DriftResult.from_dict(pruned.to_dict()) == pruned and marked(pruned) == [("pruning from layer 1", "-.")]
     drop = find(model).layers[1].register_forward_hook(lambda m, a, o: o[:, :-1])
@@ -129,7 +129,7 @@ def test_models_that_read_differently_are_refused(host: Any) -> None:
         with pytest.raises(InputError, match="drift: sample 0 has"):
             measure_drift(model, model, [sample], progress=False, base_samples=[other])
         with pytest.raises(InputError, match="drift: sample 0 has"):
-            measure_drift_apart(opened(model, [sample]), opened(model, [other]), progress=False)
+            DriftMeter(Drift()).apart(opened(model, [sample]), opened(model, [other]), progress=False)
     moved = {k: v.clone() for k, v in sample.items()}
     moved["input_ids"] = moved["input_ids"].roll(1, 1)  # the same text tokens but for their order
     with pytest.raises(InputError, match="other text tokens"):
@@ -137,12 +137,13 @@ def test_models_that_read_differently_are_refused(host: Any) -> None:
     with pytest.raises(InputError, match="5 decoder layers, the base 4"):
         measure_drift(model, make_model(layers=4), [sample], progress=False)
     with pytest.raises(InputError, match="got 1 of the checkpoint's 2 samples"):
-        measure_drift_apart(opened(model, [sample] * 2), opened(model, [sample]), progress=False)
+        DriftMeter(Drift()).apart(opened(model, [sample] * 2), opened(model, [sample]), progress=False)
     blind = {k: v for k, v in sample.items() if k not in ("images", "pixel_values")}
     with pytest.raises(InputError, match="no usable sample for drift: 1 without an image"):
         measure_drift(model, model, [blind], progress=False)
-    mixed = measure_drift_apart(opened(model, [blind, sample, sample]), opened(model, [blind, sample, sample]),
-                                Drift(max_samples=1), progress=False)  # fmt: skip
+    mixed = DriftMeter(Drift(max_samples=1)).apart(
+        opened(model, [blind, sample, sample]), opened(model, [blind, sample, sample]), progress=False
+    )
     assert (mixed.samples, mixed.skipped) == (1, 1)
 
 
@@ -164,19 +165,19 @@ def test_the_store_is_bounded_and_always_removed(cache: Path, monkeypatch: pytes
         seen.append(len(list(cache.glob("*/*.safetensors"))))
         return model, samples
 
-    assert measure_drift_apart(opened(model, samples), base, enough, progress=False).samples == 4
+    assert DriftMeter(enough).apart(opened(model, samples), base, progress=False).samples == 4
     assert seen == [4] and not list(cache.glob("states-*"))
     with pytest.raises(InputError, match=r"of 4 samples need .* more than Drift.store_gb"):
-        measure_drift_apart(opened(model, samples), base, short, progress=False)  # known from the first sample on
+        DriftMeter(short).apart(opened(model, samples), base, progress=False)  # known from the first sample on
     with pytest.raises(InputError, match=r"Drift\.store_gb"):
-        measure_drift_apart(opened(model, iter(samples)), base, short, progress=False)  # when it gets there
+        DriftMeter(short).apart(opened(model, iter(samples)), base, progress=False)  # when it gets there
     assert seen == [4] and not list(cache.glob("states-*"))
 
     def broken() -> Any:
         raise RuntimeError("base cannot be loaded")
 
     with pytest.raises(RuntimeError):
-        measure_drift_apart(opened(model, samples), broken, enough, progress=False)
+        DriftMeter(enough).apart(opened(model, samples), broken, progress=False)
     assert not list(cache.glob("states-*"))
 
 

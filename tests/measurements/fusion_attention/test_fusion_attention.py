@@ -14,9 +14,9 @@ from llava_patch import FastV, Routing, patch
 from llava_patch.core.errors import HostError, InputError, SettingError
 from llava_patch.hosts.anatomy import find
 from llava_patch.measurements.fusion_attention.measure import (
+    MassMeter,
     fusion_layers,
     measure_fusion_attention,
-    measure_fusion_attention_apart,
     measure_sample,
 )
 from llava_patch.measurements.fusion_attention.result import FusionAttention, FusionAttentionResult
@@ -107,7 +107,7 @@ def test_numbers_figure_and_json(host: Any, tmp_path: Path) -> None:
         shake(model)
         result = measure_fusion_attention(model, stock, samples, progress=False)
         each = [[measure_sample(find(m), samples[i], (4,))[0][0] for i in (0, 2)] for m in (model, stock)]
-        apart = measure_fusion_attention_apart(
+        apart = MassMeter(FusionAttention()).apart(
             lambda: (model, iter(samples)), lambda: (stock, iter(samples)), progress=False
         )
     assert apart == result and (result.samples, result.skipped) == (2, 1)
@@ -137,14 +137,14 @@ def test_what_cannot_be_compared_is_refused(host: Any) -> None:
     other = {**sample, "input_ids": sample["input_ids"].clone()}
     other["input_ids"][0, 0] += 1
     with pytest.raises(InputError, match="sample 1 has other text tokens or image positions"):
-        measure_fusion_attention_apart(
+        MassMeter(FusionAttention()).apart(
             lambda: (model, [sample, sample]), lambda: (model, [sample, other]), progress=False
         )
     cut = [make_sample(after=0), sample]  # the first is usable in the base alone
     with pytest.raises(InputError, match="sample 0 has other text tokens or image positions"):
         measure_fusion_attention(model, model, cut, progress=False, base_samples=[sample, sample])
     with pytest.raises(InputError, match="sample 0 has other text tokens or image positions"):
-        measure_fusion_attention_apart(lambda: (model, cut), lambda: (model, [sample, sample]), progress=False)
+        MassMeter(FusionAttention()).apart(lambda: (model, cut), lambda: (model, [sample, sample]), progress=False)
     with pytest.raises(InputError, match="5 layers of 4 heads, the base 4 of 4"):
         measure_fusion_attention(model, make_model(layers=4), [sample], FusionAttention(layers=(3,)), False)
     with pytest.raises(InputError, match="no usable sample for fusion attention: 1 without"):

@@ -156,7 +156,7 @@ def test_a_patch_that_leaves_the_decoder_alone_is_stock(pair: tuple[Host, Host])
 
 @pytest.mark.parametrize("chunk", [2, 128])
 def test_mass_over_all_keys_is_one_in_every_layer(pair: tuple[Host, Host], chunk: int, monkeypatch: Any) -> None:
-    from llava_patch.measurements import trace
+    from llava_patch.measurements import passes, trace
 
     host, count = pair[1], 0
     real = trace.mass_on_keys
@@ -171,8 +171,8 @@ def test_mass_over_all_keys_is_one_in_every_layer(pair: tuple[Host, Host], chunk
     monkeypatch.setattr(trace, "mass_on_keys", all_keys)
     inputs = host.batch([TWO_IMAGES]).inputs
     with patch(host.model, routing=Routing(variant="kv", split=2)):
-        with torch.no_grad(), traced(find(host.model), chunk) as seen:
-            trace.run(find(host.model), seen, inputs)
+        with torch.no_grad(), traced(find(host.model), inputs, chunk):
+            passes.run(find(host.model), inputs)
     assert count == LAYERS
 
 

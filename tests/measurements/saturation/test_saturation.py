@@ -145,8 +145,9 @@ def test_sliding_window_attention_is_followed() -> None:
     hf = tiny.hf_model(layers=2)
     hf.model.language_model, hf.lm_head = mistral.model, mistral.lm_head
     anatomy, image = find(hf), torch.tensor([False, True, True, True] + [False] * 6)
-    with torch.no_grad(), traced(anatomy, chunk=2) as seen:
-        seen.image_mask = image
+    sample = {"input_ids": torch.zeros(1, 10, dtype=torch.long)}
+    with torch.no_grad(), traced(anatomy, sample, chunk=2) as seen:
+        seen.seen.image = image
         out = mistral.model(inputs_embeds=torch.randn(1, 10, 32), output_attentions=True)
     for layer, attention in enumerate(out.attentions):
         expected = attention[0][:, 4:][:, :, image].sum(-1).mean(-1)
