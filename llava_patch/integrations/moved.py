@@ -18,7 +18,16 @@ MOVED = {
     "checkpoint": ("patching.checkpoint",),
     "config": ("settings.gin_config",),
     "convert": ("tools.convert",),
-    "diagnostics": ("measurements", "integrations.training.gradients", "data.examples"),
+    "diagnostics": (
+        "measurements",
+        *(
+            f"measurements.{name}.measure"
+            for name in ("attention_maps", "drift", "fusion_attention", "gradients", "reach", "saturation")
+        ),
+        "measurements.flops.result",
+        "integrations.training.gradients",
+        "data.examples",
+    ),
     **{
         f"diagnostics.{name}": (f"measurements.{name}", f"measurements.{name}.result", f"measurements.{name}.measure")
         for name in ("attention_maps", "drift", "fusion_attention", "saturation")
