@@ -440,7 +440,7 @@ def saturation_numbers(found: Any) -> dict[str, Any]:
 def test_an_unfinished_saturation_measurement_is_refused():
     """Its key did not see norms and biases: whether it belongs to the model cannot be told any more."""
     from llava_patch.core.errors import CheckpointError
-    from llava_patch.measurements.saturation.state import STATE_FILE, State
+    from llava_patch.measurements.saturation.measure import STATE_FILE, State
 
     path = Path("saturation_unfinished") / STATE_FILE
     with pytest.raises(CheckpointError, match="format 1, this version reads 2: delete the file to start over"):

@@ -1,12 +1,14 @@
-"""What the attention maps of one or several checkpoints are, and how they are written."""
+"""What the attention maps of one or several checkpoints are, how they are written, and their figure."""
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_patch.core.errors import InputError
-from llava_patch.measurements.base import NOT_WRITTEN, Result, Table, decode, encode, encode_fields
+from llava_patch.core.extras import optional
+from llava_patch.measurements.base import NOT_WRITTEN, Result, Table, decode, drawn, encode, encode_fields
 from llava_patch.settings.checks import integer
 
 if TYPE_CHECKING:
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 
 CLS, MEAN = "CLS token", "mean over patches"
 WHOLE, OVERVIEW = "whole image", "overview tile"
+CELL, HEAD = 1.35, 0.75  # inches: side of a picture, and what titles and the bar take
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class AttentionMapsResult(Result):
     """Maps of the same images in one or several checkpoints."""
 
     NAME, TITLE = "attention_maps", "attention maps"
-    FIGURE = "llava_patch.measurements.attention_maps.figure:attention_maps_figure"
+    FIGURE = "llava_patch.measurements.attention_maps.result:attention_maps_figure"
 
     images: list[str]  # their names
     checkpoints: list[CheckpointMaps]  # in the order in which they were given
@@ -159,3 +162,74 @@ class AttentionMapsResult(Result):
         if not all(one.views for one in self.checkpoints):
             raise InputError("attention maps read from JSON cannot be drawn again: the images are not in it")
         return super().draw(path)
+
+
+@drawn
+def attention_maps_figure(result: AttentionMapsResult) -> Any:
+    """Original || checkpoint A || B || ..., one row an image that has views, on white.
+
+    An original stands before each checkpoint that sees the images otherwise.
+    """
+    from llava_patch.measurements.attention_maps import maths
+
+    columns = _columns(result)
+    rows = min(len(result.images), *(len(one.views) for one in result.checkpoints))
+    height, width = result.checkpoints[0].views[0].pixels.shape[:2]
+    size = CELL * len(columns) + 0.75, CELL * height / width * rows + HEAD
+    figure = optional("matplotlib.figure").Figure(figsize=size, layout="constrained", facecolor="w")
+    axes = figure.subplots(rows, len(columns), squeeze=False)
+    for row in range(rows):
+        for axis, (number, is_map) in zip(axes[row], columns, strict=True):
+            one = result.checkpoints[number]
+            view = one.views[row]
+            if is_map:
+                scores = one.scores(row)
+                heat = maths.nearest(maths.min_max(scores), view.patch)
+                picture = axis.imshow(heat.numpy(), cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+                effective = f"{math.exp(maths.entropy(scores)):.1f} of {scores.numel()}"
+                axis.set_xlabel(effective, fontsize=6, labelpad=2)  # no wider than a map: the title has the unit
+            else:
+                axis.imshow(view.pixels, interpolation="nearest")
+            if row == 0:
+                original = f"original ({one.checkpoint})" if number else "original"
+                axis.set_title(_short(one.checkpoint if is_map else original), fontsize=7.5)
+            axis.set(xticks=[], yticks=[])
+            axis.grid(visible=False)
+            for spine in axis.spines.values():  # a white page on white needs a border
+                spine.set(color="0.8", linewidth=0.5)
+    bar = figure.colorbar(picture, ax=list(axes[:, -1]), shrink=0.8 if rows == 1 else 0.5, aspect=20)
+    bar.set_label("attention, min-max of each map", fontsize=6.5)
+    bar.ax.tick_params(labelsize=6.5)
+    figure.suptitle(_title(result), fontsize=8)
+    return figure
+
+
+def _columns(result: AttentionMapsResult) -> list[tuple[int, bool]]:
+    """(checkpoint, whether it is a map) of each column."""
+    columns: list[tuple[int, bool]] = []
+    shown: list[View] | None = None
+    for number, one in enumerate(result.checkpoints):
+        if shown is None or not all(map(_same, shown, one.views)):
+            columns.append((number, False))
+            shown = one.views
+        columns.append((number, True))
+    return columns
+
+
+def _same(one: View, other: View) -> bool:
+    """Up to one step of 8 bits."""
+    pair = one.pixels.astype("int16"), other.pixels.astype("int16")
+    return pair[0].shape == pair[1].shape and int(abs(pair[0] - pair[1]).max()) <= 1
+
+
+def _title(result: AttentionMapsResult) -> str:
+    kinds = list(dict.fromkeys(one.query for one in result.checkpoints))
+    parts = [part for part in dict.fromkeys(one.part for one in result.checkpoints) if part != WHOLE]
+    blocks = ", ".join(dict.fromkeys(f"{one.block} of {one.n_blocks}" for one in result.checkpoints))
+    who = " / ".join(kinds) + "".join(f", {part}" for part in parts)
+    return f"Attention of ViT block {blocks} ({who})\nbelow each map: its effective number of patches"
+
+
+def _short(name: str) -> str:
+    """A long name in lines of at most 18 letters, cut behind the first separator from the 12th on if there is one."""
+    return "\n".join(re.findall(r".{11,17}?[-_/. ]|.{18}|.+", name))

@@ -1,19 +1,32 @@
 """Drift of the shallow stack: are a trained checkpoint's lower layers still the base's?"""
 
-from collections.abc import Iterable
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
+from filelock import FileLock, Timeout
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from llava_patch.core.errors import InputError, SettingError
+from llava_patch.core.errors import HostError, InputError, SettingError
+from llava_patch.core.paths import cache_folder
 from llava_patch.hosts.anatomy import Anatomy
+from llava_patch.hosts.compat import layer_output
 from llava_patch.measurements import pairs, passes
 from llava_patch.measurements.drift.result import DEFAULTS, Drift, DriftCurves, DriftResult
-from llava_patch.measurements.drift.states import Quantiles, States, Store, cosines, states_of
 from llava_patch.patching.handle import get_handle
 
+WHAT = "drift"
 LOW = 0.05
+GB = 10**9
+PREFIX, LOCK = "states-", ".lock"
 
 
 def measure_drift(
@@ -41,10 +54,172 @@ def measure_drift(
     return DriftMeter(settings).together(model, base, samples, base_samples, progress)
 
 
+@dataclass
+class States:
+    """The shallow layers of one sample."""
+
+    seen: passes.Pass  # its text tokens and image positions
+    rows: list[Tensor]  # [T, hidden] each: the input of layer 0, then the output of layers 0..s-1
+
+    @property
+    def size(self) -> int:
+        """Bytes that the rows take."""
+        return sum(row.numel() * row.element_size() for row in self.rows)
+
+
+def states_of(anatomy: Anatomy, sample: dict[str, Any], layers: int) -> States:
+    """What comes out of a model's first layers for a sample; HostError: one of them sees a part of the positions."""
+    found: dict[int, Tensor] = {}
+    seen: passes.Pass
+
+    def keep(row: int) -> Callable[..., None]:
+        def hook(module: Any, args: tuple, kwargs: dict[str, Any], output: Any = None) -> None:
+            states = layer_output(output) if row else args[0] if args else kwargs["hidden_states"]
+            if states.shape[1] != len(seen.placed):
+                raise HostError(
+                    f"layer {row - 1} sees {states.shape[1]} of {len(seen.placed)} positions: set Drift.split to at "
+                    f"most {row - 1}"
+                )
+            found[row] = states[0].detach()
+
+        return hook
+
+    with torch.no_grad(), passes.watching(anatomy, sample, WHAT) as (seen, undo):
+        undo.push(anatomy.layers[0].register_forward_pre_hook(keep(0), with_kwargs=True).remove)
+        for layer in range(layers):
+            undo.push(anatomy.layers[layer].register_forward_hook(keep(layer + 1), with_kwargs=True).remove)
+        passes.run(anatomy, sample)
+    return States(seen, [found[row] for row in range(layers + 1)])
+
+
+def cosines(one: States, other: States) -> np.ndarray:
+    """Cosine of each row and position, float32 [rows, T]; rounded from float64, so that what is the same gives 1.
+
+    Raises:
+        InputError: states of other sizes.
+        HostError: states that are not finite.
+    """
+    found = []
+    for row, (a, b) in enumerate(zip(one.rows, other.rows, strict=True)):
+        if a.shape != b.shape:
+            raise InputError(
+                f"drift: hidden states of {a.shape[-1]} channels in the checkpoint and {b.shape[-1]} in the base: is "
+                "it this checkpoint's base?"
+            )
+        a, b = a.double(), b.to(a.device).double()
+        norms = a.norm(dim=-1) * b.norm(dim=-1)
+        # Rounding in float64 is far below float32's step at 1, so that equal states give 1 and not 1 - 6e-8.
+        value = ((a * b).sum(-1) / norms).float()
+        if not bool(value.isfinite().all()):
+            where = "the input of layer 0" if row == 0 else f"layer {row - 1}"
+            raise HostError(f"hidden states of {where} are not finite, or zero: load the model with --dtype float32")
+        found.append(value.cpu())
+    return torch.stack(found).numpy()
+
+
+class Store(contextlib.ExitStack):
+    """Hidden states of one model on disk, a file a sample; the folder is gone when the block ends.
+
+    Use as a context manager. Reading is memory-mapped, a row at a time. What a killed process left is removed by the
+    next one.
+    """
+
+    folder: Path
+
+    def __init__(self, limit_gb: float, expected: int | None = None) -> None:
+        """For so many samples, where that is known."""
+        super().__init__()
+        self.limit, self.expected, self.used = int(limit_gb * GB), expected, 0
+
+    def __enter__(self) -> "Store":
+        """The store."""
+        parent = cache_folder() / "drift"
+        parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(parent / LOCK):  # nobody takes a folder for a dead one's before it is locked
+            for folder in parent.glob(f"{PREFIX}*"):
+                lock = FileLock(folder / LOCK, timeout=0)
+                with contextlib.suppress(Timeout, OSError):  # in use, or another user's
+                    lock.acquire()  # its process is gone, or it would hold it
+                    shutil.rmtree(folder, ignore_errors=True)
+                    lock.release()
+            self.folder = Path(tempfile.mkdtemp(dir=parent, prefix=PREFIX))
+            self.enter_context(FileLock(self.folder / LOCK))
+        self.callback(shutil.rmtree, self.folder, ignore_errors=True)
+        return self
+
+    def __setitem__(self, number: int, states: States) -> None:
+        """Write one sample; InputError: it, or all that are expected, would exceed the limit."""
+        samples = None if self.used else self.expected
+        free, wanted = shutil.disk_usage(self.folder).free, self.used + states.size * (samples or 1)
+        advice = "measure fewer samples, set Drift.split lower, or Drift.together = True to keep both models in memory"
+        if wanted > self.limit:
+            raise InputError(
+                f"drift: hidden states of {samples or 'these'} samples need {wanted / GB:.3g} GB on disk, more than "
+                f"Drift.store_gb = {self.limit / GB:.3g}: raise it, {advice}"
+            )
+        if wanted > free:
+            raise InputError(
+                f"drift: hidden states need {wanted / GB:.3g} GB in {self.folder.parent}, where {free / GB:.3g} GB are "
+                f"free: put LLAVA_PATCH_CACHE elsewhere, {advice}"
+            )
+        rows = {f"row{i}": row.cpu().contiguous() for i, row in enumerate(states.rows)}
+        save_file(
+            {**rows, "text_ids": states.seen.text_ids, "image": states.seen.placed.cpu()},
+            self.folder / f"{number}.safetensors",
+        )
+        self.used += states.size
+
+    def pop(self, number: int) -> States:
+        """Read one sample back; its file is gone then."""
+        path = self.folder / f"{number}.safetensors"
+        with safe_open(path, framework="pt") as file:
+            count = sum(name.startswith("row") for name in file.keys())  # noqa: SIM118  (no mapping)
+            rows = [file.get_tensor(f"row{i}") for i in range(count)]
+            seen = passes.Pass(file.get_tensor("text_ids"), file.get_tensor("image"))
+        path.unlink()
+        return States(seen, rows)
+
+
+class Quantiles:
+    """Exact quantiles of many columns' rows: columns wait in a temporary file, one row at a time is read back.
+
+    Memory: 4 bytes a position while a row is sorted, whatever the number of rows.
+    """
+
+    def __init__(self) -> None:
+        """Empty."""
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as this object)
+        self._blocks: list[tuple[int, int]] = []  # where each starts, and its columns
+        self.rows = 0
+        self.count = 0
+
+    def add(self, values: np.ndarray) -> None:
+        """Add columns: float32 [rows, n]."""
+        self.rows = values.shape[0]
+        self._blocks.append((self._file.seek(0, 2), values.shape[1]))
+        self._file.write(np.ascontiguousarray(values, dtype=np.float32).tobytes())
+        self.count += values.shape[1]
+
+    def of(self, *shares: float) -> list[list[float]]:
+        """For each share, the quantile of every row (0.5: the median); interpolated between neighbours."""
+        found = []
+        for row in range(self.rows):
+            parts = []
+            for start, columns in self._blocks:
+                self._file.seek(start + 4 * row * columns)
+                parts.append(np.frombuffer(self._file.read(4 * columns), dtype=np.float32))
+            found.append(np.quantile(np.concatenate(parts).astype(np.float64), shares))
+        return np.stack(found, axis=1).tolist() if found else [[] for _ in shares]
+
+    def close(self) -> None:
+        """Remove the file."""
+        self._file.close()
+
+
 class DriftMeter(pairs.Meter):
     """Cosines of the states of both models' shallow layers."""
 
-    what = "drift"
+    what = WHAT
     layers: int  # how many are compared
     n_layers: int  # L
     split: int | None  # first layer of the checkpoint that does not see every position as the stock model does

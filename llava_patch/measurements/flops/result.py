@@ -1,11 +1,12 @@
-"""The table of every variant's FLOPs, as a result that is saved and drawn."""
+"""The table of every variant's FLOPs, as a result that is saved, and its figure."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from llava_patch.core import plotting
 from llava_patch.core.errors import SettingError
-from llava_patch.measurements.base import Result, Table, decode, default_split, encode
+from llava_patch.measurements.base import Result, Table, decode, default_split, drawn, encode
 from llava_patch.measurements.flops import count
 from llava_patch.measurements.flops.count import Flops, Mode, Prompt
 from llava_patch.measurements.flops.shape import ModelShape
@@ -16,6 +17,13 @@ PAPER = "25-30 %"  # forward FLOPs saved, DPVR paper, abstract (7B)
 PAPER_SIZES = 32, 4096  # layers and width of its decoder
 PASSES = tuple(mode.name.lower() for mode in Mode)  # fields of `Row`
 _UNITS = ((1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
+TEXTS = (32, 64, 128, 256, 512)  # the DPVR paper's Table 8
+_PARTS = (
+    ("projections", "projections", plotting.TEXT),
+    ("feed_forward", "feed-forward", plotting.OTHER),
+    ("attention", "attention", plotting.IMAGE),
+)
+_COLOURS = ("0.45", "#dd8452", "#55a868", "#8172b3", "#937860", "#4c72b0", "#64b5cd", "#c44e52")
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,7 @@ class FlopsResult(Result):
     """FLOPs of every variant of a model."""
 
     NAME, TITLE = "flops", "FLOPs"
-    FIGURE = "llava_patch.measurements.flops.figure:flops_figure"
+    FIGURE = "llava_patch.measurements.flops.result:flops_figure"
 
     shape: ModelShape  # the model's sizes
     split: int  # first routed layer of the routed rows
@@ -221,3 +229,67 @@ def variants(split: int, fusion_layers: int | tuple[int, ...], side_layers: int,
         if split >= 2:
             rows.append(Variant("LF + FastV(2, ½)", lf, FastV(2, 0.5)))
     return rows
+
+
+@drawn
+def flops_figure(result: FlopsResult) -> Any:
+    """What each decoder layer costs, and what the variants save over text lengths."""
+    figure, (layers, lengths) = plotting.panels(1, 2)
+    _draw_layers(layers, result)
+    _draw_lengths(lengths, result)
+    return figure
+
+
+def _draw_layers(axis: Any, result: FlopsResult) -> None:
+    """Stacked bars of the main row's layers, the stock model's outline over them, the side branch at its place."""
+    row, stock = result.main_row(), result.rows[0][0]
+    scale, unit = (1e12, "TFLOP") if stock.forward.decoder > 1e12 else (1e9, "GFLOP")
+    numbers = list(range(len(row.forward.layers)))
+    below = [0.0] * len(numbers)
+    for part, label, colour in _PARTS:
+        values = [getattr(layer, part) / scale for layer in row.forward.layers]
+        axis.bar(numbers, values, bottom=below, color=colour, width=0.85, label=label)
+        below = [a + b for a, b in zip(below, values, strict=True)]
+    edges = [n - 0.5 for n in (*numbers, len(numbers))]
+    axis.stairs([layer.total / scale for layer in stock.forward.layers], edges, color="black", lw=1, label="stock")
+    routing = row.variant.routing
+    split = routing.split if routing is not None and isinstance(routing.split, int) else None
+    if split is not None and split < len(numbers):
+        axis.axvline(split - 0.5, color=plotting.SPLIT, ls="--", lw=1.2, label=f"split {split}")
+        if row.forward.side.total:
+            axis.bar(
+                split, row.forward.side.total / scale, bottom=below[split], color="none", edgecolor=plotting.SPLIT,
+                hatch="////", width=0.85, label="side branch",
+            )  # fmt: skip
+    plotting.layer_axis(axis, len(numbers))
+    highest = max(layer.total for layer in stock.forward.layers) / scale
+    axis.set_ylim(0, 1.5 * highest)  # room for the legend
+    axis.set_ylabel(f"{unit} a forward pass")
+    prompt = result.prompts[0]
+    axis.set_title(f"{row.variant.name}: {prompt.image} image + {prompt.text} text tokens")
+    axis.legend(ncols=3, loc="upper center", handlelength=1.2, columnspacing=0.8, framealpha=1, borderpad=0.3)
+
+
+def _draw_lengths(axis: Any, result: FlopsResult) -> None:
+    """Share of the stock model's forward FLOPs that each variant saves, over the text's length."""
+    prompt = result.prompts[0]
+    texts = sorted({*TEXTS, *(p.text for p in result.prompts)})
+    stock = count.program_of(result.shape, None, None)
+    for number, row in enumerate(result.rows[0][1:], 1):
+        program = count.program_of(result.shape, row.variant.routing, row.variant.pruning)
+        saved = []
+        for text in texts:
+            there = replace(prompt, text=text)
+            base = count.count_flops(result.shape, stock, there).total
+            saved.append(100 * (1 - count.count_flops(result.shape, program, there).total / base))
+        colour = _COLOURS[number % len(_COLOURS)]
+        axis.plot(texts, saved, marker="o", ms=2.5, color=colour, label=row.variant.name)
+    axis.axhline(0, color="black", lw=0.8)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(texts, [str(text) for text in texts])
+    axis.set_xlabel(f"text tokens (beside {prompt.image} image tokens)")
+    axis.set_ylabel("forward FLOPs saved (%)")
+    axis.set_title(f"{result.shape.name}, split {result.split}")
+    low, high = axis.get_ylim()
+    axis.set_ylim(low, high + 0.45 * (high - low))
+    axis.legend(ncols=2, loc="upper center", handlelength=1.2, columnspacing=0.8, framealpha=1, borderpad=0.3)

@@ -72,8 +72,7 @@ class SaturationMeasurement(Measurement):
     def measure(self, target: "Target", settings: Saturation, folder: Path | None = None) -> SaturationResult:
         """One forward pass a sample; an unfinished run goes on from its state in the folder."""
         from llava_patch.data.readers.read import resolve_source
-        from llava_patch.measurements.saturation.measure import measure_saturation
-        from llava_patch.measurements.saturation.state import STATE_FILE, State
+        from llava_patch.measurements.saturation.measure import STATE_FILE, State, measure_saturation
 
         samples = target.samples(settings.max_samples)
         key = self._key(target, settings)
@@ -100,7 +99,7 @@ class SaturationMeasurement(Measurement):
 
     def finished(self, folder: Path) -> None:
         """Delete the state."""
-        from llava_patch.measurements.saturation.state import STATE_FILE
+        from llava_patch.measurements.saturation.measure import STATE_FILE
 
         (folder / STATE_FILE).unlink(missing_ok=True)
 
@@ -127,7 +126,7 @@ class SaturationMeasurement(Measurement):
 
     def pooled(self, items: Sequence[dict[str, Any]]) -> SaturationResult:
         """The result of the mean curves."""
-        from llava_patch.measurements.saturation.state import RunningMean
+        from llava_patch.measurements.saturation.measure import RunningMean
 
         done = RunningMean()
         for item in items:
@@ -137,7 +136,7 @@ class SaturationMeasurement(Measurement):
 
     def _key(self, target: "Target", settings: Saturation) -> dict[str, Any]:
         from llava_patch.hosts.anatomy import find
-        from llava_patch.measurements.saturation.state import make_key
+        from llava_patch.measurements.saturation.measure import make_key
 
         return make_key(find(target.subject.model), target.examples(settings.max_samples), settings)
 

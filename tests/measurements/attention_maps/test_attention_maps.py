@@ -21,7 +21,6 @@ from llava_patch.hosts.anatomy import find
 from llava_patch.hosts.towers import attention as tower_attention
 from llava_patch.hosts.towers import layout as towers
 from llava_patch.measurements.attention_maps import maths
-from llava_patch.measurements.attention_maps.figure import _columns, attention_maps_figure
 from llava_patch.measurements.attention_maps.measure import measure_attention_maps
 from llava_patch.measurements.attention_maps.result import (
     WHOLE,
@@ -29,6 +28,8 @@ from llava_patch.measurements.attention_maps.result import (
     AttentionMapsResult,
     CheckpointMaps,
     View,
+    _columns,
+    attention_maps_figure,
 )
 from tests.support import tiny, zoo
 

@@ -14,9 +14,8 @@ from llava_patch import FastV, Routing, patch
 from llava_patch.core import plotting
 from llava_patch.core.errors import HostError, InputError, SettingError
 from llava_patch.hosts.anatomy import find
-from llava_patch.measurements.drift.measure import DriftMeter, measure_drift
+from llava_patch.measurements.drift.measure import DriftMeter, Quantiles, Store, measure_drift
 from llava_patch.measurements.drift.result import Drift, DriftResult
-from llava_patch.measurements.drift.states import Quantiles, Store
 from tests.support import tiny
 
 

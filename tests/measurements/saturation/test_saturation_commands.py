@@ -18,8 +18,8 @@ from llava_patch.data.target import Target
 from llava_patch.measurements.base import find_result, names_of
 from llava_patch.measurements.saturation import measure
 from llava_patch.measurements.saturation.figure import comparison_figure, saturation_figure
+from llava_patch.measurements.saturation.measure import STATE_FILE
 from llava_patch.measurements.saturation.result import Curves, PatchOn, SaturationResult, compare
-from llava_patch.measurements.saturation.state import STATE_FILE
 from tests.support import fileset
 
 from .test_recommend import paper_like

@@ -18,9 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llava_patch.core.errors import CheckpointError
 from llava_patch.data.examples import Example
 from llava_patch.hosts.anatomy import find
-from llava_patch.measurements.saturation.measure import measure_sample, measure_saturation
+from llava_patch.measurements.saturation.measure import (
+    RunningMean,
+    State,
+    make_key,
+    measure_sample,
+    measure_saturation,
+)
 from llava_patch.measurements.saturation.result import Saturation
-from llava_patch.measurements.saturation.state import RunningMean, State, make_key
 from tests.support import tiny
 from tests.support.paths import ROOT
 
