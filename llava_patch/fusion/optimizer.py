@@ -1,12 +1,19 @@
-"""Which parameters share a learning rate: the vision tower's blocks, the projector, and the rest. Mathematics only."""
+"""Which parameters share a learning rate: the vision tower's blocks, the projector, and the rest; and the warm-up.
+
+Adapter first: until a training step the rest of what trains gets no gradient, then it starts like a new run.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
+from llava_patch.core.errors import SettingError
+from llava_patch.fusion.base import Fusion
 from llava_patch.hosts import zero
 from llava_patch.hosts.towers.layout import Tower
 
@@ -29,13 +36,7 @@ def distances(tower: Tower, deepest: int) -> dict[int, int]:
 
 
 def regroup(
-    groups: Iterable[Group],
-    below: Mapping[int, int],
-    *,
-    base_lr: float,
-    tower_lr: float | None = None,
-    layer_decay: float | None = None,
-    adapter: Collection[int] = (),
+    groups: Iterable[Group], below: Mapping[int, int], fusion: Fusion, base_lr: float, adapter: Collection[int]
 ) -> list[Group]:
     """Give the vision tower groups of its own, and keep apart what waits in a warm-up.
 
@@ -47,7 +48,8 @@ def regroup(
         Groups that keep their other entries, none empty, every parameter in exactly one; in the order of the given
         groups, the tower's after the rest of its group, the deepest block first.
     """
-    own_rate = tower_lr is not None or layer_decay is not None
+    own_rate = fusion.tower_lr is not None or fusion.layer_decay is not None
+    tower_lr = base_lr if fusion.tower_lr is None else fusion.tower_lr
     made = []
     for group in groups:
         parts: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
@@ -55,9 +57,8 @@ def regroup(
             distance = below.get(id(parameter)) if own_rate else None
             rate = group.get("lr", base_lr)
             if distance is not None:
-                rate = (base_lr if tower_lr is None else tower_lr) * (layer_decay or 1.0) ** distance
-            place = (distance is not None, -rate, id(parameter) in adapter)
-            parts.setdefault(place, []).append(parameter)
+                rate = tower_lr * (fusion.layer_decay or 1.0) ** distance
+            parts.setdefault((distance is not None, -rate, id(parameter) in adapter), []).append(parameter)
         for (_, rate, _), parameters in sorted(parts.items(), key=lambda item: item[0]):
             made.append({**group, "params": parameters, "lr": -rate})
     return made
@@ -79,10 +80,9 @@ def apart(groups: Iterable[Group], own: Collection[int], lr: float) -> list[Grou
 def by_kind(
     parameters: Iterable[nn.Parameter],
     projector: Collection[int],
-    *,
     lr: float,
-    weight_decay: float = 0.0,
-    projector_lr: float | None = None,
+    weight_decay: float,
+    projector_lr: float | None,
 ) -> list[Group]:
     """Up to four groups as LLaVA's trainer makes them: with and without weight decay, of the projector and of the rest.
 
@@ -97,3 +97,84 @@ def by_kind(
         {"params": members, "lr": projector_lr if apart else lr, "weight_decay": 0.0 if vectors else weight_decay}
         for (apart, vectors), members in sorted(groups.items(), key=lambda item: item[0])
     ]
+
+
+def steps_of(share: float, total: int) -> int:
+    """The number of training steps in a share of the run; a share above 0 is at least one step."""
+    return math.ceil(share * total - 1e-9)  # 0.1 * 30 is a little more than 3
+
+
+class WarmUp:
+    """Holds back everything in an optimizer but the adapter.
+
+    What waits keeps requires_grad (DDP's buckets and DeepSpeed's partitions are made once, from what trains); its
+    gradients are replaced by zeros before anything else sees them, so the clipped norm is the adapter's alone, and its
+    groups have no weight decay. An Adam step then changes nothing, not even a bit. At the switch the step counters and
+    moments of what waited are set to zero: bias correction would otherwise take the first gradients for the thousandth.
+    """
+
+    def __init__(self, optimizer: Any, adapter: Iterable[nn.Parameter], steps: int) -> None:
+        """Remember what waits for the `adapter`; changes nothing yet.
+
+        The optimizer is torch's AdamW or Adam over whole parameters, before DeepSpeed takes it over, and before a saved
+        state is loaded into it. Its groups must not mix the adapter with the rest. SettingError: another optimizer, a
+        mixed group, or nothing that waits or that learns meanwhile.
+        """
+        if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+            raise SettingError(
+                f"unfreeze_after needs torch's Adam or AdamW, whose state it resets at the switch; the optimizer is "
+                f"{type(optimizer).__name__} (--optim adamw_torch)"
+            )
+        learns = {id(p) for p in adapter}
+        self.steps = steps  # how many optimizer steps the warm-up lasts
+        self._waiting: list[int] = []
+        self._decay: list[float] = []
+        self._parameters: list[nn.Parameter] = []
+        self._hooks: list[Any] = []
+        for number, group in enumerate(optimizer.param_groups):
+            inside = sum(id(p) in learns for p in group["params"])
+            if 0 < inside < len(group["params"]):
+                raise SettingError(
+                    "unfreeze_after: an optimizer group mixes the projector with other parameters: make the groups "
+                    "with handle.param_groups()"
+                )
+            if not inside:
+                self._waiting.append(number)
+                self._decay.append(group["weight_decay"])
+                self._parameters += group["params"]
+        if not self._parameters or len(self._waiting) == len(optimizer.param_groups):
+            what = "nothing but the projector" if not self._parameters else "no part of the projector"
+            raise SettingError(f"unfreeze_after: {what} is in the optimizer, so there is no one to wait for the other")
+        self._optimizer = optimizer
+
+    @property
+    def active(self) -> bool:
+        """Whether something is held back now."""
+        return bool(self._hooks)
+
+    def begin_step(self, step: int, optimizer: Any = None) -> None:
+        """Do what an optimizer step needs; call it before the step's first forward pass.
+
+        `step` counts the optimizer steps done so far, in earlier parts of a resumed run too; `optimizer` is what now
+        steps, if it was wrapped (accelerate, DeepSpeed).
+        """
+        optimizer = self._optimizer if optimizer is None else optimizer
+        if step < self.steps:
+            if not self.active:
+                self._hooks = [p.register_hook(torch.zeros_like) for p in self._parameters]
+                self._set_decay(optimizer, [0.0] * len(self._decay))
+        elif self.active or step == self.steps:  # a run that was resumed right at the switch has no hooks
+            self.end()
+            self._set_decay(optimizer, self._decay)
+            for number in self._waiting:
+                zero.reset_state(optimizer, number)
+
+    def end(self) -> None:
+        """Let every gradient through again; can be called twice."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _set_decay(self, optimizer: Any, values: list[float]) -> None:
+        for number, value in zip(self._waiting, values, strict=True):
+            zero.innermost(optimizer).param_groups[number]["weight_decay"] = value

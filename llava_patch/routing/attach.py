@@ -97,7 +97,7 @@ class RoutingMethod(Method):
         if strategy != "none":
             anatomy.model.requires_grad_(False)
         if strategy == "side_and_fusion":
-            for layer in make_schedule(self.settings, None, len(anatomy.layers)).fusion:
+            for layer in make_schedule(self.settings, None, len(anatomy.layers)).late_fusion:
                 anatomy.layers[layer].requires_grad_(True)
         for parameter in branch:
             parameter.requires_grad_(True)

@@ -112,12 +112,6 @@ class RoutedCache(DynamicCache):
             )
         return super().update(key_states, value_states, layer_idx, cache_kwargs)
 
-    def keys_of(self, layer: int) -> Tensor:
-        """Keys that a layer holds: [batch, key_value_heads, positions, head_dim]."""
-        keys = self.layers[layer].keys
-        assert keys is not None
-        return keys
-
     def extend(self, stream: str, new: PositionSet | int) -> KeyPositions:
         """Note the positions (or how many come next) that this call adds to a kind of layer; gives what it holds."""
         held = self.streams[stream]
@@ -129,7 +123,7 @@ class RoutedCache(DynamicCache):
 
     def kept(self) -> Tensor:
         """Positions that pruning has left: bool [batch, length]; all valid ones where nothing is pruned."""
-        places = self.streams.get(KEPT, self.streams[FULL])
+        places = self.streams.get(KEPT, self.streams[FULL]).places
         mask = torch.zeros(len(places.index), self.length + 1, dtype=torch.bool, device=places.index.device)
         index = places.index if places.valid is None else places.index.where(places.valid, self.length)
         return mask.scatter_(1, index, True)[:, :-1]

@@ -16,7 +16,7 @@ from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.hosts.call_context import CallContext, Stacked
 from llava_patch.routing import side_branch
 from llava_patch.routing.cache import FULL, RoutedCache
-from llava_patch.routing.plan import count
+from llava_patch.routing.plan import Counts
 from llava_patch.routing.routed_pass import Call, RoutedPass
 from llava_patch.routing.schedule import LayerSchedule
 
@@ -178,7 +178,7 @@ class RoutedForward:
         if prunes:
             call.protected = _read(call, context) if context.read is None else _fit("labels", context.read, call)
         valid = torch.ones_like(image_mask) if call.valid is None else call.valid
-        counts = count(image_mask, valid, context.suffix or 1, call.protected)
+        counts = Counts.of(image_mask, valid, context.suffix or 1, call.protected)
         if warns and not counts.suffix_valid:
             _warn_right_padding()
         if min(a + b for a, b in zip(counts.image, counts.text, strict=True)) == call.queries:
@@ -235,5 +235,5 @@ def _whole_mask(mask: Tensor | None, cache: Any, seen: int, batch: int, queries:
         return mask
     past = mask.new_ones(batch, seen)
     if isinstance(cache, RoutedCache):
-        past = cache.streams[FULL].validity().to(mask)
+        past = cache.streams[FULL].places.validity().to(mask)
     return torch.cat([past, mask], dim=1)

@@ -88,8 +88,8 @@ class Stream:
 
     def last(self, count: int) -> PositionSet:
         """The last few positions, as places in the conversation."""
-        start, valid = len(self.keys) - count, self.keys.valid
-        return PositionSet(self.keys.index[:, start:], None if valid is None else valid[:, start:])
+        start = len(self.keys) - count
+        return self.keys.places.map(lambda x: x[:, start:])
 
     def mask(self, backend: str, last: int | None = None) -> Any:
         """The mask of a layer of this attention backend whose queries are the new positions, or the `last` few."""
@@ -102,12 +102,14 @@ class Stream:
                 self.masks[key] = None
             else:
                 states = self._example[:, :1].expand(-1, queries, -1)
-                self.masks[key] = compat.causal_mask(self.config, states, self.keys.valid, len(self.keys), backend)
+                valid = self.keys.places.valid if self.keys.padded else None
+                self.masks[key] = compat.causal_mask(self.config, states, valid, len(self.keys), backend)
         return self.masks[key]
 
     def mask_among(self, asking: PositionSet) -> Tensor:
         """The mask of a layer whose queries are other places of the conversation than the last keys."""
-        return compat.position_mask(self.config, asking.index, self.keys.index, self.keys.valid, self._example.dtype)
+        keys = self.keys.places
+        return compat.position_mask(self.config, asking.index, keys.index, keys.valid, self._example.dtype)
 
 
 @dataclass(eq=False)

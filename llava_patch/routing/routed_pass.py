@@ -21,16 +21,7 @@ from llava_patch.hosts.call_context import CallContext
 from llava_patch.routing import side_branch
 from llava_patch.routing.cache import FULL, KEPT, TEXT, RoutedCache
 from llava_patch.routing.layers import Stream, attention_of_last, call_with_keys, observer, prime
-from llava_patch.routing.plan import (
-    Counts,
-    KeyPositions,
-    PositionSet,
-    RoutingPlan,
-    count,
-    make_plan,
-    positions,
-    put_back,
-)
+from llava_patch.routing.plan import Counts, KeyPositions, PositionSet, RoutingPlan, make_plan, positions, put_back
 from llava_patch.routing.pruning import choose_kept
 from llava_patch.routing.schedule import LayerMode, LayerSchedule
 
@@ -221,7 +212,7 @@ class RoutedPass:
         if mode is not LayerMode.FUSE:
             return mode is LayerMode.KEYS
         return (
-            number == self.schedule.fusion[-1]
+            number == self.schedule.late_fusion[-1]
             and self._last_token_only(self._text(), all_text=True)
             and not self._backend(number).startswith("flash_attention")  # its masks cannot say this
         )
@@ -264,7 +255,7 @@ class RoutedPass:
     def _tell(self, number: int, asking: Stream, giving: Stream, last: int | None = None) -> None:
         if self.observer is not None:
             queries = asking.last(asking.count if last is None else last)
-            self.observer.layer(number, queries.index, giving.keys.index)
+            self.observer.layer(number, queries.index, giving.keys.places.index)
 
     def _inject(self, number: int) -> None:
         """Add the taps that DeepStack has for this layer, which lies below the split."""
@@ -389,12 +380,12 @@ class RoutedPass:
         valid = torch.ones_like(image_mask) if call.valid is None else call.valid
         if call.kept is not None:
             kept = (call.kept if call.protected is None else call.kept | call.protected) & valid
-            self.counts = count(image_mask & kept, kept, call.suffix or 1)
+            self.counts = Counts.of(image_mask & kept, kept, call.suffix or 1)
             return kept
-        last, keys = call.last_index(), self.full.keys
+        last, keys = call.last_index(), self.full.keys.places
         attention = functools.partial(
             attention_of_last, self.layers[self.prune_at - 1], self.entered, last, self.rotary,
-            None if call.cache is None else call.cache.keys_of(self.prune_at - 1),
+            None if call.cache is None else call.cache.layers[self.prune_at - 1].keys,
             compat.visible(self.config, (last + call.seen)[:, None], keys.index, keys.valid)[:, 0],
         )  # fmt: skip
         pruning = self.schedule.pruning

@@ -78,8 +78,8 @@ class LayerSchedule:
         return self.split < self.n_layers or self.prune_at is not None
 
     @property
-    def fusion(self) -> tuple[int, ...]:
-        """Late fusion: the layers that see both streams again."""
+    def late_fusion(self) -> tuple[int, ...]:
+        """The layers that see both streams again."""
         return tuple(i for i, mode in enumerate(self.modes) if mode is LayerMode.FUSE)
 
 

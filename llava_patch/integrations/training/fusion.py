@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llava_patch.fusion.warm_up import WarmUp, steps_of
+from llava_patch.fusion.optimizer import WarmUp, steps_of
 from llava_patch.integrations.training.extension import TrainerExtension, extend, refuse
 
 if TYPE_CHECKING:

@@ -135,7 +135,13 @@ def decoder_positions(
         asking = held
         if routed and does is LayerMode.KEYS and number != last:
             asking = text
-        if last_token_only and text > 1 and does is LayerMode.FUSE and number != last and number == program.fusion[-1]:
+        if (
+            last_token_only
+            and text > 1
+            and does is LayerMode.FUSE
+            and number != last
+            and number == program.late_fusion[-1]
+        ):
             asking = text
         if last_token_only and number == last:
             asking = 1

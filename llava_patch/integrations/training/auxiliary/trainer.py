@@ -9,7 +9,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.data import IterableDataset
@@ -201,7 +200,7 @@ def load_head(handle: Handle, folder: Path) -> None:
             "AuxiliaryProbe (start into another --output_dir), or the file is lost"
         )
     parameters = dict(auxiliary.head.named_parameters())
-    with safe_open(path, framework="pt") as stream, torch.no_grad():
+    with safe_open(path, framework="pt") as stream:
         check_fingerprint(handle.model, json.loads((stream.metadata() or {}).get("fingerprint", "{}")), path)
         there = {name: tuple(stream.get_slice(name).get_shape()) for name in stream.keys()}  # noqa: SIM118
         here = {name: tuple(zero.shape(p)) for name, p in parameters.items()}
@@ -211,6 +210,4 @@ def load_head(handle: Handle, folder: Path) -> None:
                 f"{path}: {different[0]} has shape {there.get(different[0])}, the head of {HEAD} here has "
                 f"{here.get(different[0])}: it belongs to another model"
             )
-        for name, parameter in parameters.items():
-            with zero.gathered([parameter], changed=True):
-                parameter.copy_(stream.get_tensor(name))
+        zero.copy_values(parameters, {name: stream.get_tensor(name) for name in parameters})
