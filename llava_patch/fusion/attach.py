@@ -1,6 +1,6 @@
 """How a fusion attaches to a host's tower and projector.
 
-Its definition is in its own file, what trains in the tower in `tower_training`, where a tap is detached in `features`.
+Its definition is in its own file, what trains in the tower in `training`, where a tap is detached in `features`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,10 @@ from llava_patch.core.errors import HostError, SettingError
 from llava_patch.core.files import write_text
 from llava_patch.core.method import Method
 from llava_patch.core.undo import UndoStack
-from llava_patch.fusion import optimizer, stack
-from llava_patch.fusion.base import Fusion, differs
+from llava_patch.fusion import stack, training
+from llava_patch.fusion.base import STI_POOL, Fusion, Join, Taps, choose_taps, differs
 from llava_patch.fusion.features import check_grid, fuse, stacked
 from llava_patch.fusion.linear import FusedLinear
-from llava_patch.fusion.taps import STI_POOL, Join, Taps, choose_taps
-from llava_patch.fusion.tower_training import let_tower_train, set_tower_flags
 from llava_patch.hosts import wrappers, zero
 from llava_patch.hosts.anatomy import when_loaded
 
@@ -162,12 +160,12 @@ class FusionMethod(Method):
         self._watch_projector(undo, last, hooked)
         wrappers.refuse_other_features(anatomy, undo)
         if self.trains_tower:
-            let_tower_train(anatomy, undo)
+            training.let_tower_train(anatomy, undo)
 
     def changed(self, settings: Any, undo: UndoStack) -> Method:
         """Another choice of what trains."""
         if settings.train_tower != "frozen" and not self.trains_tower:
-            let_tower_train(self.anatomy, undo)
+            training.let_tower_train(self.anatomy, undo)
         return super().changed(settings, undo)
 
     def _hook_vision_model(self, undo: UndoStack, last: threading.local) -> nn.Module:
@@ -246,15 +244,15 @@ class FusionMethod(Method):
 
     def freeze(self) -> None:
         """Set the flags of the vision tower."""
-        set_tower_flags(self.anatomy, self.settings, self.taps)
+        training.set_tower_flags(self.anatomy, self.settings, self.taps)
 
     def arrange_groups(
         self, groups: list[dict[str, Any]], base_lr: float, early: Collection[nn.Parameter]
     ) -> list[dict[str, Any]]:
         """Give the tower groups of its own (`tower_lr`, `layer_decay`), and keep `unfreeze_after`'s apart."""
-        below = optimizer.distances(self.anatomy.vision_parts(), self.taps.deepest)
+        below = training.distances(self.anatomy.vision_parts(), self.taps.deepest)
         adapter = {id(p) for p in early} if self.settings.unfreeze_after else set()
-        return optimizer.regroup(groups, below, self.settings, base_lr, adapter)
+        return training.regroup(groups, below, self.settings, base_lr, adapter)
 
     def silent(self, trainable: Collection[str], others: Mapping[str, Any]) -> str | None:
         """Why the fusion does nothing and will not learn to, and what to do; None when it is not so.

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llava_patch.core.errors import SettingError
-from llava_patch.fusion.base import Fusion
-from llava_patch.fusion.taps import Group, check_inside, detached_places
+from llava_patch.fusion.base import Fusion, Group, check_inside, detached_places
 from llava_patch.settings.checks import distinct_blocks, integer
 
 

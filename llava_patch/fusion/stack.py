@@ -99,27 +99,15 @@ def attach(anatomy: Anatomy, undo: UndoStack) -> None:
         return features
 
     undo.set_attribute(owner, name, encode_and_stack)
-    if hasattr(anatomy.wrapper, "pack_image_features"):
-        _report_packing(anatomy, undo)
-
-
-def _project(anatomy: Anatomy, taken: list[list[Tensor]]) -> list[Tensor]:
-    """Taps of the tower's calls through the projector: for each tap [images, tokens, hidden]."""
-    projector: Any = getattr(anatomy.projector_owner, anatomy.stack_name)
-    first = next(projector.parameters())
-    taps = [torch.cat(parts).to(first.dtype) for parts in zip(*taken, strict=True)]
-    return [projector(tap) for tap in taps]
-
-
-def _report_packing(anatomy: Anatomy, undo: UndoStack) -> None:
-    """Anyres tiles are cut and joined on their way: do the same with their rows' numbers."""
-    pack = anatomy.wrapper.pack_image_features
+    pack = getattr(anatomy.wrapper, "pack_image_features", None)
+    if pack is None:
+        return
 
     @functools.wraps(pack)
     def pack_and_report(image_features: Any, image_sizes: Any, *args: Any, **kwargs: Any) -> Any:
         packed = pack(image_features, image_sizes, *args, **kwargs)
         call = call_context.current(anatomy)
-        if call is not None:
+        if call is not None:  # anyres tiles are cut and joined on their way: do the same with their rows' numbers
             counts = [f.shape[0] * f.shape[1] for f in image_features]
             numbers = torch.arange(1, sum(counts) + 1, device=image_features[0].device).split(counts)
             shaped = [n.view(*f.shape[:2], 1) for n, f in zip(numbers, image_features, strict=True)]
@@ -129,3 +117,11 @@ def _report_packing(anatomy: Anatomy, undo: UndoStack) -> None:
         return packed
 
     undo.set_attribute(anatomy.wrapper, "pack_image_features", pack_and_report)
+
+
+def _project(anatomy: Anatomy, taken: list[list[Tensor]]) -> list[Tensor]:
+    """Taps of the tower's calls through the projector: for each tap [images, tokens, hidden]."""
+    projector: Any = getattr(anatomy.projector_owner, anatomy.stack_name)
+    first = next(projector.parameters())
+    taps = [torch.cat(parts).to(first.dtype) for parts in zip(*taken, strict=True)]
+    return [projector(tap) for tap in taps]

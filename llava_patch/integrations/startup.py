@@ -124,9 +124,9 @@ def _wrap_create_optimizer(cls: Any, undo: UndoStack) -> None:
         optimizer = original(self, *args, **kwargs)
         handle = loading.handle_of(self.model)
         if made and handle is not None:
-            from llava_patch.integrations.training import fusion
+            from llava_patch.integrations.training.llava import arrange_groups
 
-            fusion.arrange(self, handle)
+            arrange_groups(self, handle)
         return optimizer
 
     undo.set_attribute(cls, "create_optimizer", create_optimizer)

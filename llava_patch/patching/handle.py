@@ -16,15 +16,14 @@ from llava_patch.core.method import Method
 from llava_patch.core.records import FORMAT
 from llava_patch.core.registry import KINDS, TRAINING_ONLY
 from llava_patch.core.undo import UndoStack
-from llava_patch.fusion.optimizer import WarmUp, by_kind, steps_of
-from llava_patch.fusion.taps import Taps
+from llava_patch.fusion.training import WarmUp, by_kind, steps_of
 from llava_patch.hosts import call_context, handles, lora, zero
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.routing.schedule import LayerSchedule, make_schedule
 from llava_patch.settings.methods import to_dict
 
 if TYPE_CHECKING:
-    from llava_patch.fusion.base import Fusion
+    from llava_patch.fusion.base import Fusion, Taps
     from llava_patch.probe.auxiliary.attach import Auxiliary
     from llava_patch.routing.pruning import Pruning
     from llava_patch.settings.methods import AuxiliaryProbe, Routing
@@ -68,7 +67,7 @@ class Handle:
     probe: "AuxiliaryProbe | None" = _settings_of("probe")
 
     @property
-    def taps(self) -> Taps | None:
+    def taps(self) -> "Taps | None":
         """The blocks that the fusion taps on this tower, or None."""
         return getattr(self.methods.get("fusion"), "taps", None)
 

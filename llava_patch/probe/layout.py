@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llava_patch.core.errors import InputError
-from llava_patch.fusion.taps import STI_POOL
+from llava_patch.fusion.base import STI_POOL
 from llava_patch.probe.sequence import TokenGrid
 
 NO_CELL = -1

@@ -78,27 +78,26 @@ class RoutedCache(DynamicCache):
         routed.schedule, routed.running = schedule, False
         routed.length, routed.image_end, routed.side = length, 0, None
         so_far = PositionSet.run(0, length, batch, device, valid)
-        routed.streams = {FULL: KeyPositions(so_far)}
-        if schedule.prune_at is not None:
-            routed.streams[KEPT] = KeyPositions(so_far)
-        if LayerMode.TEXT in schedule.modes:
-            routed.streams[TEXT] = KeyPositions(so_far)
+        there = {FULL: True, KEPT: schedule.prune_at is not None, TEXT: LayerMode.TEXT in schedule.modes}
+        routed.streams = {name: KeyPositions(so_far) for name, held in there.items() if held}
         return routed
 
     @classmethod
     def check(cls, cache: Any, schedule: LayerSchedule) -> None:
         """Refuse (InputError) a cache whose layers cannot differ in length, or that another schedule has filled."""
+        if cache is None:
+            return
         if isinstance(cache, cls) and cache.schedule != schedule:
             raise InputError(
                 "this KV cache was filled under other routing or pruning settings than the model has now: start from "
                 "an empty cache"
             )
-        if cache is not None and type(cache) is not DynamicCache and type(cache) is not cls:
+        if type(cache) is not DynamicCache and type(cache) is not cls:
             raise InputError(
                 f"routing needs a dynamic KV cache, got {type(cache).__name__}: do not set cache_implementation, or "
                 'set it to "dynamic"'
             )
-        if cache is not None and cache.offloading:
+        if cache.offloading:
             raise InputError('routing needs a KV cache on the device: do not set cache_implementation = "offloaded"')
 
     def update(
@@ -130,15 +129,11 @@ class RoutedCache(DynamicCache):
 
     def remember_side(self, states: Tensor, position_ids: Tensor, places: PositionSet) -> SideMemory:
         """Note what the side branch sees in this call; returns all that it has seen."""
-        if self.side is None:
-            self.side = SideMemory(states, position_ids, places)
-        else:
-            old = self.side
-            self.side = SideMemory(
-                torch.cat([old.states, states], dim=1),
-                torch.cat([old.position_ids, position_ids], dim=1),
-                old.places.joined(places),
-            )
+        if self.side is not None:
+            states = torch.cat([self.side.states, states], dim=1)
+            position_ids = torch.cat([self.side.position_ids, position_ids], dim=1)
+            places = self.side.places.joined(places)
+        self.side = SideMemory(states, position_ids, places)
         return self.side
 
     def get_seq_length(self, layer_idx: int | None = None) -> int:

@@ -71,7 +71,7 @@ class RoutedForward:
             known.check_decoder(self.anatomy.decoder, "routing")
             self._layers = now
         call = None
-        if brings_image or routed_before or self._keeps_order(past_key_values):
+        if brings_image or routed_before or (past_key_values is None and side_branch.keeps_order(self.anatomy)):
             self._check(past_key_values, attention_mask, position_ids, kwargs)
             if inputs_embeds is None:
                 inputs_embeds, input_ids = self.anatomy.decoder.embed_tokens(input_ids), None
@@ -88,10 +88,6 @@ class RoutedForward:
         call.cache_position = cache_position
         call.position_ids = cache_position[None] if position_ids is None else position_ids
         return RoutedPass(self.anatomy, self.schedule, call).forward()
-
-    def _keeps_order(self, cache: Any) -> bool:
-        """Whether a call without an image runs its modules in the order of one that routes (a cache rules it out)."""
-        return cache is None and side_branch.keeps_order(self.anatomy)
 
     def _with_gradients(self, outputs: Any, context: CallContext) -> Any:
         """The stock outputs; every rank must give what was added a gradient, also one whose batch has no image."""
@@ -116,8 +112,7 @@ class RoutedForward:
                 "its layers are called one by one): call handle.remove() first, or use the saturation task"
             )
         compat.attention_of(decoder.config)
-        if cache is not None:
-            RoutedCache.check(cache, self.schedule)
+        RoutedCache.check(cache, self.schedule)
         if attention_mask is not None and attention_mask.ndim != 2:
             raise InputError(
                 f"routing needs a 2-D attention_mask [batch, tokens], got {attention_mask.ndim} dimensions"
@@ -157,7 +152,7 @@ class RoutedForward:
         elif call.valid is None:  # then the last positions are no padding
             call.suffix = context.suffix
         if call.image_mask is None and not isinstance(cache, RoutedCache):
-            if not self._keeps_order(cache):
+            if cache is not None or not side_branch.keeps_order(self.anatomy):
                 return None
             call.use_cache, call.in_order, use_cache = False, True, False
         if cache is not None or use_cache:

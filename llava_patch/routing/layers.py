@@ -11,7 +11,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -66,25 +66,23 @@ def observer() -> Observer | None:
     return _observer.get()
 
 
+@dataclass(eq=False)
 class Stream:
     """Some positions of one call, and the keys that they may look at; masks are made when a layer first asks."""
 
-    def __init__(
-        self, config: Any, rotary: Rotary, count: int, keys: KeyPositions, example: Tensor, windowed: bool
-    ) -> None:
-        self.config = config
-        self.rotary = rotary  # (cos, sin) of the new positions, each [batch or 1, new, head_dim]
-        self.count = count  # how many positions are new, padding included
-        self.keys = keys  # what its layers hold once this call is done: earlier positions, then the new ones
-        self.position_ids: Tensor | None = None  # flash attention takes gaps for packed samples
-        self._example = example  # of the hidden states' dtype and device
-        self._windowed = windowed  # whether a sliding window cuts off a part of the conversation
-        self.masks: dict[tuple[str, int | None], Any] = {}
+    config: Any
+    rotary: Rotary  # (cos, sin) of the new positions, each [batch or 1, new, head_dim]
+    count: int  # how many positions are new, padding included
+    keys: KeyPositions  # what its layers hold once this call is done: earlier positions, then the new ones
+    example: Tensor  # of the hidden states' dtype and device
+    windowed: bool  # whether a sliding window cuts off a part of the conversation
+    position_ids: Tensor | None = None  # flash attention takes gaps for packed samples
+    masks: dict[tuple[str, int | None], Any] = field(default_factory=dict)
 
     @functools.cached_property
     def cache_position(self) -> Tensor:
         """Places of the new keys in the layers' cache: int64 [new]."""
-        return torch.arange(len(self.keys) - self.count, len(self.keys), device=self._example.device)
+        return torch.arange(len(self.keys) - self.count, len(self.keys), device=self.example.device)
 
     def last(self, count: int) -> PositionSet:
         """The last few positions, as places in the conversation."""
@@ -96,12 +94,12 @@ class Stream:
         key = (backend, None if last is not None and last >= self.count else last)
         if key not in self.masks:
             queries = self.count if last is None else last
-            if self._windowed:
+            if self.windowed:
                 self.masks[key] = self.mask_among(self.last(queries))
             elif queries == 1 and not self.keys.padded:
                 self.masks[key] = None
             else:
-                states = self._example[:, :1].expand(-1, queries, -1)
+                states = self.example[:, :1].expand(-1, queries, -1)
                 valid = self.keys.places.valid if self.keys.padded else None
                 self.masks[key] = compat.causal_mask(self.config, states, valid, len(self.keys), backend)
         return self.masks[key]
@@ -109,7 +107,7 @@ class Stream:
     def mask_among(self, asking: PositionSet) -> Tensor:
         """The mask of a layer whose queries are other places of the conversation than the last keys."""
         keys = self.keys.places
-        return compat.position_mask(self.config, asking.index, keys.index, keys.valid, self._example.dtype)
+        return compat.position_mask(self.config, asking.index, keys.index, keys.valid, self.example.dtype)
 
 
 @dataclass(eq=False)

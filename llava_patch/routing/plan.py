@@ -37,10 +37,6 @@ class PositionSet:
         """`take` for (cos, sin)."""
         return self.take(rotary[0]), self.take(rotary[1])
 
-    def of(self, outer: "PositionSet") -> "PositionSet":
-        """These places, which count within `outer`, as places in the sequence that `outer` was taken from."""
-        return replace(self, index=outer.index.gather(1, self.index))
-
     def shifted(self, offset: int) -> "PositionSet":
         """The same places in a sequence that has `offset` more positions in front."""
         return replace(self, index=self.index + offset) if offset else self

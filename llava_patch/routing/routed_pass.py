@@ -77,7 +77,7 @@ class RoutedPass:
         self.schedule = schedule
         self.call = call
         self.config = self.decoder.config
-        prunes = schedule.prune_at is not None and (schedule.prunes_in_training or not self.decoder.training)
+        prunes = schedule.pruning is not None and (schedule.pruning.training or not self.decoder.training)
         self.prune_at = schedule.prune_at if prunes else None
         window = compat.sliding_window(self.config)
         self.windowed = window is not None and call.seen + call.queries > window
@@ -416,7 +416,7 @@ class RoutedPass:
 
     def _columns(self, part: PositionSet) -> PositionSet:
         """Places among the main positions, as columns of this call."""
-        return part if self.main is None else part.of(self.main)
+        return part if self.main is None else replace(part, index=self.main.index.gather(1, part.index))
 
     def _graph_below_split(self) -> bool:
         """Whether anything below the split, or before the decoder, wants a gradient."""

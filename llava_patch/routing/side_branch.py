@@ -23,21 +23,20 @@ def copy_layers(layers: Iterable[nn.Module]) -> nn.ModuleList:
     engine does that when it takes the model over. LoRA updates are merged into plain Linear layers, since the side
     branch trains in full. SettingError: quantised layers, which cannot train.
     """
-    return nn.ModuleList(_copy(layer) for layer in layers)
-
-
-def _copy(layer: nn.Module) -> nn.Module:
-    with zero.gathered(layer.parameters()):
-        # A copied parameter has the gathered values and none of DeepSpeed's attributes.
-        twin = copy.deepcopy(layer)
-    lora.merge(twin)
-    for name, parameter in twin.named_parameters():
-        if not parameter.is_floating_point():
-            raise SettingError(
-                f"the decoder's weights are quantised ({name} is {parameter.dtype}), but the side branch is a copy of "
-                "a decoder layer that trains in full: load the model without quantisation (--bits 16)"
-            )
-    return twin
+    twins = nn.ModuleList()
+    for layer in layers:
+        with zero.gathered(layer.parameters()):
+            # A copied parameter has the gathered values and none of DeepSpeed's attributes.
+            twin = copy.deepcopy(layer)
+        lora.merge(twin)
+        for name, parameter in twin.named_parameters():
+            if not parameter.is_floating_point():
+                raise SettingError(
+                    f"the decoder's weights are quantised ({name} is {parameter.dtype}), but the side branch is a copy "
+                    "of a decoder layer that trains in full: load the model without quantisation (--bits 16)"
+                )
+        twins.append(twin)
+    return twins
 
 
 def parameters(anatomy: Anatomy) -> list[nn.Parameter]:

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import set_seed
 
 from llava_patch.core import records
 from llava_patch.core.errors import SettingError
 from llava_patch.core.files import write_text
+from llava_patch.fusion.training import WarmUp, steps_of
 from llava_patch.hosts import anatomy, compat, lora, zero
-from llava_patch.integrations.training import fusion as fusion_trainer
 from llava_patch.integrations.training import gradients as gradients_trainer
 from llava_patch.integrations.training import stage1
 from llava_patch.integrations.training.auto_split import resolve_for_training
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 OPERATIVE_FILE = "llava_patch_operative.gin"
 ADAPTER_FOLDER = "llava_patch_adapter"
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
+ZERO_STAGES = (1, 2, 3)
 
 
 def prepare_run(given: dict[str, Any]) -> Callable[[Any], None]:
@@ -94,9 +97,9 @@ def prepare(model: Any, training_args: Any, dataset: Any, collator: Any) -> Hand
     for parameter in stack:  # the script has set the projector's flags, and does not know DeepStack's own
         parameter.requires_grad_(any(p.requires_grad for p in handle.anatomy.projector.parameters()))
     handle.apply_freeze()
-    fusion_trainer.check(handle, training_args)
+    check_fusion(handle, training_args)
     auxiliary_trainer.check(handle, training_args)
-    fusion_trainer.make_trainable(handle)
+    make_tower_trainable(handle)
     silent = handle.silent_fusion()
     if silent is not None:
         raise SettingError(silent)
@@ -146,6 +149,110 @@ def _patch_for_training(model: Any, training_args: Any, asked: "Configuration", 
 
 def _auto_split(asked: "Configuration") -> bool:
     return asked.routing is not None and asked.routing.split == AUTO
+
+
+# --- a fusion's training settings: optimizer groups, the warm-up, a tower that can train ------------------------------
+
+
+def check_fusion(handle: Handle, training_args: Any) -> None:
+    """Refuse settings that this run cannot honour, before anything is written; requires_grad is as it will be."""
+    fusion = handle.fusion
+    if fusion is None:
+        return
+    owner = type(fusion).__name__
+    asked = [name for name in ("tower_lr", "layer_decay", "unfreeze_after") if getattr(fusion, name)]
+    first = asked[0] if asked else "train_tower"
+    tower = fusion.train_tower != "frozen"
+    deepspeed = getattr(getattr(training_args, "hf_deepspeed_config", None), "config", None) or {}
+    against = {
+        f"{owner}.{first} does not work with --fsdp, where LLaVA keeps the vision tower out of the model: use "
+        "DeepSpeed": getattr(training_args, "fsdp", None) and (asked or tower),
+        f'{owner}.{first} needs optimizer groups, but the DeepSpeed config has its own "optimizer": remove that entry '
+        '(with offloading, also set "zero_force_ds_cpu_optimizer": false)': asked and "optimizer" in deepspeed,
+        f"{owner}.train_tower = {fusion.train_tower!r}: with --tune_mm_mlp_adapter True LLaVA saves the projector "
+        'alone, and the trained tower would be lost: set train_tower = "frozen" in stage 1': (
+            tower and getattr(training_args, "tune_mm_mlp_adapter", False)
+        ),
+    }
+    refuse(against)
+    if not fusion.unfreeze_after:
+        return
+    setting = f"{owner}.unfreeze_after = {fusion.unfreeze_after}"
+    trained = set(handle.trainable())
+    trains = {id(p) for n, p in handle.model.named_parameters() if n in trained}
+    adapter = {id(p) for p in handle.adapter_parameters()}
+    optimizer = getattr(training_args, "optim", OPTIMIZERS[0])
+    optimization = deepspeed.get("zero_optimization", {})
+    stage, device = optimization.get("stage", 0), (optimization.get("offload_optimizer") or {}).get("device", "none")
+    against = {
+        # An error, as for every setting without an effect: where nothing is left to wait, the setting was meant for
+        # stage 2, or a flag that was meant to let more train is missing.
+        f"{setting}: this run trains nothing but the projector, so nothing waits for it: leave the setting out of "
+        "stage 1 (--tune_mm_mlp_adapter True)": not trains - adapter,
+        f"{setting}: the projector that should learn first does not train in this run: leave out the setting, or what "
+        'freezes it (--freeze_mm_mlp_adapter, or Routing.freeze other than "none")': not trains & adapter,
+        f"{setting} resets Adam's state at the switch and needs --optim {OPTIMIZERS[0]}": (
+            getattr(optimizer, "value", optimizer) not in OPTIMIZERS
+        ),
+        f"{setting} works with DeepSpeed ZeRO stage 1, 2 or 3, not stage {stage}": (
+            deepspeed and stage not in ZERO_STAGES
+        ),
+        f"{setting} cannot reset optimizer states that DeepSpeed keeps on {device}": device not in ("none", "cpu"),
+    }
+    refuse(against)
+
+
+def make_tower_trainable(handle: Handle) -> None:
+    """Give a tower that trains a precision that training can use (in place).
+
+    LLaVA's script makes the tower float16 wherever --bf16 is off. Adam's epsilon and small second moments are zero
+    there, and a gradient scaler refuses float16 gradients. DeepSpeed's ZeRO-3 has its own copy, whose type rules.
+    """
+    if handle.fusion is None or handle.fusion.train_tower == "frozen" or handle.anatomy.vision_model is None:
+        return
+    for parameter in handle.anatomy.vision_model.parameters():
+        if parameter.dtype == torch.float16:
+            own = getattr(parameter, "ds_tensor", None)
+            parameter.data = parameter.data.to(torch.float32 if own is None else own.dtype)
+
+
+def arrange_groups(trainer: Any, handle: Handle) -> None:
+    """Rearrange in place the groups of the optimizer that a Trainer has just made, and let a warm-up follow its run."""
+    fusion, probe, optimizer = handle.fusion, handle.probe, trainer.optimizer
+    own_rates = fusion is not None and (fusion.tower_lr or fusion.layer_decay or fusion.unfreeze_after)
+    if not own_rates and (probe is None or probe.lr is None):
+        return  # the groups stay as LLaVA makes them
+    optimizer.param_groups[:] = handle.arrange_groups(optimizer.param_groups, optimizer.defaults["lr"])
+    if fusion is not None and fusion.unfreeze_after:
+        extend(trainer, WarmUpTraining(handle.warm_up(optimizer, 0), fusion.unfreeze_after))
+
+
+class WarmUpTraining(TrainerExtension):
+    """A fusion's warm-up; a resumed run begins in the phase that its step number says."""
+
+    def __init__(self, warm_up: WarmUp, share: float) -> None:
+        """Follow a warm-up that takes this share of a run's steps."""
+        self._warm_up, self._share = warm_up, share
+
+    def begin(self, state: Any) -> None:
+        """The length of the run is known now."""
+        steps = self._warm_up.steps = steps_of(self._share, state.max_steps)
+        if state.is_world_process_zero:
+            print(f"llava_patch: the projector learns alone in {steps} of {state.max_steps} steps", flush=True)
+
+    def begin_step(self, state: Any, optimizer: Any) -> None:
+        """Hold back what waits, or let it begin."""
+        waited = self._warm_up.active
+        self._warm_up.begin_step(state.global_step, optimizer)
+        if waited and not self._warm_up.active and state.is_world_process_zero:
+            print(f"llava_patch: everything learns from step {state.global_step + 1} on", flush=True)
+
+    def end(self, state: Any) -> None:
+        """Let every gradient through again."""
+        self._warm_up.end()
+
+
+# --- what a run writes ------------------------------------------------------------------------------------------------
 
 
 class Records(TrainerExtension):

@@ -37,36 +37,19 @@ def initialize_vision_modules(original: Callable[..., Any], decoder: Any, model_
     if asked is None or not asked.patches:
         return original(decoder, model_args, fsdp)
     fresh = getattr(decoder, "mm_projector", None) is None and path is None
-    fused = projector is not None and _is_widened(projector, tower_width(decoder, model_args))
-    if fused:  # the stock layer cannot hold it: load it once the projector is widened
+    fused = False  # whether the stock layer cannot hold it: it is loaded once the projector is widened
+    if projector is not None:
+        first = next((projector[n] for n in (f"{PROJECTOR}.0.weight", f"{PROJECTOR}.weight") if n in projector), None)
+        if first is None:
+            raise CheckpointError(f"projector file without a first Linear; it holds {sorted(projector)}")
+        fused = first.shape[1] != tower_width(decoder, model_args) or _has_stack(projector)
+    if fused:
         model_args.pretrain_mm_mlp_adapter = None
     try:
         original(decoder, model_args, fsdp)
     finally:
         model_args.pretrain_mm_mlp_adapter = path
     pending[id(decoder)] = Pending(fresh, projector if fused else None)
-
-
-def _read(path: str) -> dict[str, Any]:
-    import torch
-
-    if not os.path.isfile(path):
-        raise CheckpointError(f"--pretrain_mm_mlp_adapter {path}: no such file")
-    # LLaVA's own file format; weights_only keeps a foreign pickle from running code.
-    tensors = torch.load(path, map_location="cpu", weights_only=True)
-    # "model.mm_projector.0.weight", or "base_model.model.model.mm_projector.0.weight" after LoRA
-    found = {k[k.index(PROJECTOR) :]: v for k, v in tensors.items() if PROJECTOR in k}
-    if not any(k.startswith(f"{PROJECTOR}.") for k in found):
-        raise CheckpointError(f"--pretrain_mm_mlp_adapter {path}: holds no mm_projector tensors")
-    return found
-
-
-def _is_widened(projector: dict[str, Any], width: int) -> bool:
-    """Whether the stock model, whose vision tower has `width` channels, cannot hold a stage-1 file itself."""
-    first = next((projector[n] for n in (f"{PROJECTOR}.0.weight", f"{PROJECTOR}.weight") if n in projector), None)
-    if first is None:
-        raise CheckpointError(f"projector file without a first Linear; it holds {sorted(projector)}")
-    return first.shape[1] != width or _has_stack(projector)
 
 
 def _has_stack(projector: dict[str, Any]) -> bool:
@@ -82,9 +65,18 @@ def check_projector(path: str, fusion: Any) -> dict[str, Any]:
     Raises:
         CheckpointError: no such file, no projector in it, or another fusion's; detach and what trains may differ.
     """
+    import torch
+
     from llava_patch.fusion.base import TRAINING, differs
 
-    projector = _read(path)
+    if not os.path.isfile(path):
+        raise CheckpointError(f"--pretrain_mm_mlp_adapter {path}: no such file")
+    # LLaVA's own file format; weights_only keeps a foreign pickle from running code.
+    tensors = torch.load(path, map_location="cpu", weights_only=True)
+    # "model.mm_projector.0.weight", or "base_model.model.model.mm_projector.0.weight" after LoRA
+    projector = {k[k.index(PROJECTOR) :]: v for k, v in tensors.items() if PROJECTOR in k}
+    if not any(k.startswith(f"{PROJECTOR}.") for k in projector):
+        raise CheckpointError(f"--pretrain_mm_mlp_adapter {path}: holds no mm_projector tensors")
     folder = os.path.dirname(path)
     record = records.read_settings(folder or ".")
     there = None if record is None else from_record(record, folder).get("fusion")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from llava_patch.core.errors import CheckpointError, HostError
-from llava_patch.fusion.taps import Join, Taps, choose_taps
+from llava_patch.fusion.base import Join, Taps, choose_taps
 from llava_patch.hosts import configs
 from llava_patch.hosts.anatomy import HF, LLAVA
 from llava_patch.hosts.towers import layout as towers

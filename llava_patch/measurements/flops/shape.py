@@ -149,7 +149,7 @@ def shape_of(model: Any, name: str = "") -> ModelShape:
     Raises:
         HostError: a model or a tower that is not known, or one that is not loaded yet.
     """
-    from llava_patch.fusion.taps import Join
+    from llava_patch.fusion.base import Join
     from llava_patch.patching.handle import get_handle
 
     anatomy = find(model)

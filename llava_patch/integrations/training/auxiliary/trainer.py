@@ -15,7 +15,6 @@ from torch.utils.data import IterableDataset
 
 from llava_patch.core.errors import CheckpointError, SettingError
 from llava_patch.core.files import atomic
-from llava_patch.fusion import optimizer as optimizer_groups
 from llava_patch.hosts import compat, lora, zero
 from llava_patch.integrations.training.extension import TrainerExtension, extend, refuse
 from llava_patch.patching.handle import Handle, get_handle
@@ -99,25 +98,20 @@ def follow(trainer: Any, *, release: bool = False) -> None:
     auxiliary.head.requires_grad_(True)  # peft freezes whatever is no LoRA
     check(handle, trainer.args)
     if trainer.optimizer is not None:
-        _check_optimizer(trainer.optimizer, auxiliary)
+        hint = "make it from handle.param_groups(lr, weight_decay), after patch()"
+        own, groups = {id(p) for p in auxiliary.head.parameters()}, trainer.optimizer.param_groups
+        # A scheduler that was made already may have changed "lr".
+        rates = {float(g.get("initial_lr", g["lr"])) for g in groups if any(id(p) in own for p in g["params"])}
+        rate, found = auxiliary.settings.lr, ", ".join(map(str, sorted(rates)))
+        against = {
+            f"the Trainer's optimizer does not train the auxiliary loss's head: {hint}": (
+                own - {id(p) for group in groups for p in group["params"]}
+            ),
+            f"AuxiliaryProbe.lr = {rate}, but the Trainer's optimizer has the auxiliary loss's head at {found}: {hint}"
+            ", or leave AuxiliaryProbe.lr out": rate is not None and rates != {float(rate)},
+        }
+        refuse(against)
     extend(trainer, AuxiliaryTraining(handle, release))
-
-
-def _check_optimizer(optimizer: Any, auxiliary: Any) -> None:
-    """Refuse an optimizer of the caller's that leaves the head out, or trains it at another rate than `lr`."""
-    own = {id(p) for p in auxiliary.head.parameters()}
-    hint = "make it from handle.param_groups(lr, weight_decay), after patch()"
-    groups = optimizer.param_groups
-    if own - {id(p) for group in groups for p in group["params"]}:
-        raise SettingError(f"the Trainer's optimizer does not train the auxiliary loss's head: {hint}")
-    rate = auxiliary.settings.lr
-    # A scheduler that was made already may have changed "lr".
-    rates = {float(g.get("initial_lr", g["lr"])) for g in groups if any(id(p) in own for p in g["params"])}
-    if rate is not None and rates != {float(rate)}:
-        raise SettingError(
-            f"AuxiliaryProbe.lr = {rate}, but the Trainer's optimizer has the auxiliary loss's head at "
-            f"{', '.join(map(str, sorted(rates)))}: {hint}, or leave AuxiliaryProbe.lr out"
-        )
 
 
 class AuxiliaryTraining(TrainerExtension):
@@ -130,10 +124,7 @@ class AuxiliaryTraining(TrainerExtension):
 
     def arrange(self, optimizer: Any) -> None:
         """Give the head its own learning rate."""
-        rate, head = self._auxiliary.settings.lr, self._auxiliary.head
-        if rate is not None and head is not None:
-            own = {id(p) for p in head.parameters()}
-            optimizer.param_groups[:] = optimizer_groups.apart(optimizer.param_groups, own, rate)
+        optimizer.param_groups[:] = self._auxiliary.arrange_groups(optimizer.param_groups, 0.0, ())
 
     def resume(self, folder: Path | None) -> None:
         """Bring the head back, which DeepSpeed does with its own state."""
