@@ -89,8 +89,9 @@ class Stream:
         start = len(self.keys) - count
         return self.keys.places.map(lambda x: x[:, start:])
 
-    def mask(self, backend: str, last: int | None = None) -> Any:
-        """The mask of a layer of this attention backend whose queries are the new positions, or the `last` few."""
+    def mask(self, layer: Any, last: int | None = None) -> Any:
+        """The mask, in the form of the layer's backend, where its queries are the new positions, or the `last` few."""
+        backend = compat.attention_of(layer.self_attn.config)
         key = (backend, None if last is not None and last >= self.count else last)
         if key not in self.masks:
             queries = self.count if last is None else last

@@ -214,7 +214,8 @@ class RoutedPass:
         return (
             number == self.schedule.late_fusion[-1]
             and self._last_token_only(self._text(), all_text=True)
-            and not self._backend(number).startswith("flash_attention")  # its masks cannot say this
+            # The masks of flash attention cannot say this.
+            and not compat.attention_of(self.layers[number].self_attn.config).startswith("flash_attention")
         )
 
     def _last_token_only(self, hidden: Tensor, all_text: bool = False) -> bool:
@@ -229,12 +230,12 @@ class RoutedPass:
         last = self.call.suffix
         assert last is not None
         self._tell(number, stream, stream, last)
-        cut = hidden.shape[1] - last
+        layer, cut = self.layers[number], hidden.shape[1] - last
         cos, sin = stream.rotary
         self.merged = call_with_keys(
-            self.layers[number], hidden[:, cut:], hidden[:, :cut], rotary=(cos[:, cut:], sin[:, cut:]),
+            layer, hidden[:, cut:], hidden[:, :cut], rotary=(cos[:, cut:], sin[:, cut:]),
             others_rotary=(cos[:, :cut], sin[:, :cut]), merge=lambda others, own: torch.cat([others, own], dim=2),
-            attention_mask=stream.mask(self._backend(number), last), past_key_values=self.call.cache,
+            attention_mask=stream.mask(layer, last), past_key_values=self.call.cache,
         )  # fmt: skip
         self.text, self.plan = None, None
 
@@ -243,14 +244,11 @@ class RoutedPass:
         layer = self.layers[number]
         hidden = prime(hidden, layer)
         return compat.call_layer(
-            layer, hidden, attention_mask=stream.mask(self._backend(number)), position_ids=stream.position_ids,
+            layer, hidden, attention_mask=stream.mask(layer), position_ids=stream.position_ids,
             position_embeddings=stream.rotary, past_key_values=self.call.cache, use_cache=self.call.use_cache,
             cache_position=self.call.cache_position if stream is self.full else stream.cache_position,
             checkpoint=hidden.requires_grad,
         )  # fmt: skip
-
-    def _backend(self, number: int) -> str:
-        return compat.attention_of(self.layers[number].self_attn.config)
 
     def _tell(self, number: int, asking: Stream, giving: Stream, last: int | None = None) -> None:
         if self.observer is not None:

@@ -50,8 +50,8 @@ def run(anatomy: Anatomy, states: Tensor, stream: Stream) -> Tensor:
     for layer in getattr(anatomy.decoder, SIDE_BRANCH):
         states = prime(states, layer)
         states = compat.call_layer(
-            layer, states, attention_mask=stream.mask(compat.attention_of(layer.self_attn.config)),
-            position_embeddings=stream.rotary, checkpoint=states.requires_grad,
+            layer, states, attention_mask=stream.mask(layer), position_embeddings=stream.rotary,
+            checkpoint=states.requires_grad,
         )  # fmt: skip
     return states
 
