@@ -45,7 +45,10 @@ _SIDE_FILES = (
 
 
 def adapter_tensors(handle: Handle) -> dict[str, Tensor]:
-    """What an adapter holds: the side branch, the projector, and everything that trains; {state-dict name: tensor}."""
+    """What an adapter holds: the side branch, the projector, and everything that trains.
+
+    {state-dict name: tensor on the CPU}, in the model's own shapes and dtypes.
+    """
     model = handle.model
     kept = {id(p) for p in (*handle.added_parameters(), *handle.anatomy.projector.parameters())}
     training = {id(p) for p in handle.training_parameters()}

@@ -35,7 +35,7 @@ class SideMemory:
     places: PositionSet  # where they are in the conversation
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "SideMemory":
-        """The same change of the batch dimension on every tensor."""
+        """The same change of the batch dimension on every tensor, each [batch, ...]."""
         return SideMemory(change(self.states), change(self.position_ids), self.places.map(change))
 
 
@@ -103,7 +103,10 @@ class RoutedCache(DynamicCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs: Any = None
     ) -> tuple[Tensor, Tensor]:
-        """Add a layer's keys and values; InputError for a caller that is no routed model, which knows the positions."""
+        """Add a layer's keys and values, each [batch, key_value_heads, new, head_dim], and give all that it holds.
+
+        InputError: the caller is no routed model, which knows the positions.
+        """
         if not self.running:
             raise InputError(
                 "this KV cache was filled by a routed model, but the model that goes on with it is not routed (was the "
@@ -128,7 +131,7 @@ class RoutedCache(DynamicCache):
         return mask.scatter_(1, index, True)[:, :-1]
 
     def remember_side(self, states: Tensor, position_ids: Tensor, places: PositionSet) -> SideMemory:
-        """Note what the side branch sees in this call; returns all that it has seen."""
+        """Note what the side branch sees in this call, shaped as in `SideMemory`; returns all that it has seen."""
         if self.side is not None:
             states = torch.cat([self.side.states, states], dim=1)
             position_ids = torch.cat([self.side.position_ids, position_ids], dim=1)
@@ -141,11 +144,11 @@ class RoutedCache(DynamicCache):
         return self.length if layer_idx is None else super().get_seq_length(layer_idx)
 
     def get_mask_sizes(self, cache_position: Tensor, layer_idx: int) -> tuple[int, int]:
-        """Key length and offset for a mask over every position."""
+        """Key length and offset for a mask over every position; `cache_position` is int64 [new]."""
         return self.length + cache_position.shape[0], 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder samples (beam search)."""
+        """Reorder samples (beam search); `beam_idx` is int64 [batch]."""
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
@@ -155,7 +158,7 @@ class RoutedCache(DynamicCache):
         self._map(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some samples."""
+        """Keep some samples; `indices` is int64 [samples to keep]."""
         super().batch_select_indices(indices)
         self._map(lambda x: x[indices.to(x.device)])
 

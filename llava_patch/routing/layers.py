@@ -44,7 +44,7 @@ class Observer:
         return states
 
     def side_input(self, states: Tensor, number: int) -> Tensor:
-        """The same as layer `number` is about to read it; L stands for the decoder's end, which no layer changes."""
+        """The same, of the same shape, as layer `number` is about to read it; L stands for the decoder's end."""
         return states
 
 
@@ -106,7 +106,7 @@ class Stream:
         return self.masks[key]
 
     def mask_among(self, asking: PositionSet) -> Tensor:
-        """The mask of a layer whose queries are other places of the conversation than the last keys."""
+        """The mask, [batch, 1, queries, keys], of a layer whose queries are other places than the last keys."""
         keys = self.keys.places
         return compat.position_mask(self.config, asking.index, keys.index, keys.valid, self.example.dtype)
 
@@ -125,7 +125,7 @@ class ExternalKeys:
         return self.merge(self.key, own)
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, cache_kwargs: Any = None) -> tuple[Tensor, Tensor]:
-        """What a layer calls on its cache: merged keys and values, which the real cache takes as well."""
+        """What a layer calls on its cache: merged keys and values, [batch, key_value_heads, keys, head_dim] each."""
         key, value = self.merged_keys(key), self.merge(self.value, value)
         return (key, value) if self.cache is None else self.cache.update(key, value, layer_idx, cache_kwargs)
 
@@ -165,7 +165,7 @@ def trains(modules: Iterable[nn.Module]) -> bool:
 
 
 def prime(states: Tensor, layer: nn.Module) -> Tensor:
-    """Reentrant checkpointing gives no gradient at all unless an input requires one."""
+    """States [batch, n, hidden] that want a gradient if the layer trains: reentrant checkpointing gives none else."""
     if not states.requires_grad and trains([layer]):
         states = states.detach().requires_grad_()
     return states

@@ -18,7 +18,7 @@ class PositionSet:
 
     @classmethod
     def run(cls, start: int, stop: int, batch: int, device: torch.device, valid: Tensor | None = None) -> "PositionSet":
-        """The positions start..stop-1 of every sample."""
+        """The positions start..stop-1 of every sample; `valid` is bool [batch, stop - start], None without padding."""
         return cls(torch.arange(start, stop, device=device).expand(batch, -1), valid)
 
     def __len__(self) -> int:
@@ -34,7 +34,7 @@ class PositionSet:
         return _gather(values, index)
 
     def take_rotary(self, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """`take` for (cos, sin)."""
+        """`take` for (cos, sin), each [batch or 1, tokens, head_dim]."""
         return self.take(rotary[0]), self.take(rotary[1])
 
     def shifted(self, offset: int) -> "PositionSet":
@@ -53,7 +53,7 @@ class PositionSet:
         return PositionSet(torch.cat([self.index, later.index.to(self.index.device)], dim=1), valid)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "PositionSet":
-        """The same change of the batch dimension on both tensors."""
+        """The same change on both tensors [batch, n], mostly of the batch dimension."""
         return PositionSet(change(self.index), None if self.valid is None else change(self.valid))
 
 
@@ -104,7 +104,7 @@ class KeyPositions:
             self.listed = self.listed.map(lambda x: x[:, : -(count - from_run)])
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "KeyPositions":
-        """The same change of the batch dimension on every tensor."""
+        """The same change of the batch dimension on every tensor [batch, n]."""
         return KeyPositions(self.listed.map(change), self.run, self.end)
 
 

@@ -260,7 +260,7 @@ class Following(TrainerExtension):
 
 
 def caught_loss(trainer: Any, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
-    """The scalar that one micro-batch's backward pass would begin at, with its graph and without `loss_scale`.
+    """The scalar [] that one micro-batch's backward pass would begin at, with its graph and without `loss_scale`.
 
     The Trainer's own `training_step` makes it, with its backward pass caught: so it is scaled for accumulation,
     precision and ranks as that Trainer does it, whatever its version or subclass. The model among the arguments should
