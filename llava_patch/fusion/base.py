@@ -216,14 +216,8 @@ def check_inside(setting: str, blocks: Iterable[int], n_blocks: int) -> None:
         raise SettingError(f"{setting}: block {outside[0]} is outside this tower's 1..{n_blocks}")
 
 
-def with_detach(owner: str, detach: int | tuple[int, ...], groups: list[tuple[int, ...]]) -> tuple[Group, ...]:
-    """Taps of these groups of blocks, those that `detach` names under stop-gradient; see `detached_places`."""
-    places = detached_places(owner, detach, groups)
-    return tuple(Group(group, i in places) for i, group in enumerate(groups))
-
-
-def detached_places(owner: str, detach: int | tuple[int, ...], groups: list[tuple[int, ...]]) -> set[int]:
-    """Places of the detached groups: a number means that many of the shallowest.
+def with_detach(owner: str, detach: Detach, groups: list[tuple[int, ...]]) -> tuple[Group, ...]:
+    """Taps of these groups of blocks, those that `detach` names under stop-gradient; a number: that many shallowest.
 
     SettingError: more taps, or places, than there are; names the setting `owner`.detach.
     """
@@ -231,10 +225,10 @@ def detached_places(owner: str, detach: int | tuple[int, ...], groups: list[tupl
     if isinstance(detach, int):
         if detach > len(groups):
             raise SettingError(f"{owner}.detach = {detach}: there are only {len(groups)} taps (blocks {there})")
-        return set(sorted(range(len(groups)), key=lambda i: (max(groups[i]), i))[:detach])
+        detach = tuple(sorted(range(len(groups)), key=lambda i: (max(groups[i]), i))[:detach])
     wrong = [place for place in detach if place >= len(groups)]
     if wrong:
         raise SettingError(
             f"{owner}.detach = {detach}: place {wrong[0]} is outside 0..{len(groups) - 1} of the taps (blocks {there})"
         )
-    return set(detach)
+    return tuple(Group(group, i in detach) for i, group in enumerate(groups))

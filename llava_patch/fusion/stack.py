@@ -21,21 +21,6 @@ from llava_patch.hosts.anatomy import Anatomy
 _taken: ContextVar[list[list[Tensor]] | None] = ContextVar("llava_patch_taps", default=None)
 
 
-def copy_projector(projector: nn.Module) -> nn.Module:
-    """A projector for the taps: a copy whose last Linear is zero, so that it adds nothing before training.
-
-    DeepSpeed ZeRO-3 may have partitioned the original (then every rank must call this). HostError: no Linear in it.
-    """
-    with zero.gathered(projector.parameters()):
-        twin = copy.deepcopy(projector)
-    linears = [m for m in twin.modules() if isinstance(m, nn.Linear)]
-    if not linears:
-        raise HostError(f"the projector {type(projector).__name__} has no Linear layer that DeepStack could start at 0")
-    for parameter in linears[-1].parameters():
-        nn.init.zeros_(parameter)
-    return twin
-
-
 def add(hidden_states: Tensor, features: Tensor, rows: Tensor) -> Tensor:
     """Add projected taps, `features` [rows, hidden], to the image positions of `hidden_states` [batch, tokens, hidden].
 
@@ -76,13 +61,23 @@ def encode(anatomy: Anatomy, pixel_values: Tensor) -> tuple[Tensor, list[Tensor]
 def attach(anatomy: Anatomy, undo: UndoStack) -> None:
     """Project the taps where the host projects its images, and send them on to the decoder.
 
+    Their projector starts as a copy of the host's whose last Linear is zero, so that it adds nothing before training.
+    DeepSpeed ZeRO-3 may have partitioned the original (then every rank must call this). HostError: no Linear in it.
+
     They are projected there, not where they are added, because every rank of a DeepSpeed ZeRO-3 run must call modules
     in the same order, and because the tower runs under `no_grad` on `llava`.
 
     Modifications: a module beside the projector; the instance attribute `encode_images` of the causal LM on `llava`,
     `get_image_features` (and with anyres tiles `pack_image_features`) of the inner LlavaModel on HF.
     """
-    undo.add_module(anatomy.projector_owner, anatomy.stack_name, copy_projector(anatomy.projector))
+    with zero.gathered(anatomy.projector.parameters()):
+        projector = copy.deepcopy(anatomy.projector)
+    linears = [m for m in projector.modules() if isinstance(m, nn.Linear)]
+    if not linears:
+        raise HostError(f"the projector {type(projector).__name__} has no Linear layer that DeepStack could start at 0")
+    for parameter in linears[-1].parameters():
+        nn.init.zeros_(parameter)
+    undo.add_module(anatomy.projector_owner, anatomy.stack_name, projector)
     owner, name = anatomy.encoder
     encode = getattr(owner, name)
 

@@ -41,21 +41,18 @@ def set_tower_flags(anatomy: Anatomy, settings: Fusion, taps: Taps) -> None:
     vision.requires_grad_(False)
     if settings.train_tower == "frozen":
         return
-    used = list(tower.blocks[: taps.deepest])
+    parts: list[Any] = list(tower.blocks[: taps.deepest])
     if settings.train_tower == "all":
-        parts: list[nn.Module] = [*tower.before, *used, *tower.final_norm(taps.deepest)]
+        parts += [*tower.before, *tower.own]
     else:
         k = int(settings.train_tower)
-        if k > len(used):
+        if k > len(parts):
             raise SettingError(
-                f"{type(settings).__name__}.train_tower = {k}: only {len(used)} blocks of this tower are used"
+                f"{type(settings).__name__}.train_tower = {k}: only {len(parts)} blocks of this tower are used"
             )
-        parts = [*used[len(used) - k :], *tower.final_norm(taps.deepest)]
-    for part in parts:
+        parts = parts[len(parts) - k :]
+    for part in (*parts, *tower.final_norm(taps.deepest)):
         part.requires_grad_(True)
-    if settings.train_tower == "all":
-        for parameter in tower.own:
-            parameter.requires_grad_(True)
     for parameter in tower.idle:
         parameter.requires_grad_(False)
 

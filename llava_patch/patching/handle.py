@@ -102,7 +102,6 @@ class Handle:
         return make_schedule(self.routing, self.pruning, len(self.anatomy.layers), injections)
 
     def __repr__(self) -> str:
-        """Name what is applied."""
         parts = [str(settings) for settings in self.applied().values()]
         removed = "" if self.active else " (removed)"
         return f"<llava_patch on {type(self.model).__name__}: {', '.join(parts) or 'nothing'}{removed}>"

@@ -140,7 +140,12 @@ class RoutedForward:
         if decoder.training and getattr(decoder, "gradient_checkpointing", False):
             use_cache = False
         seen = cache.get_seq_length() if cache is not None else 0
-        attention_mask = _whole_mask(attention_mask, cache, seen, batch, queries)
+        if attention_mask is not None and seen and attention_mask.shape[1] == queries:
+            # `llava` makes one for a later turn's own tokens only.
+            past = attention_mask.new_ones(batch, seen)
+            if isinstance(cache, RoutedCache):
+                past = cache.streams[FULL].places.validity().to(attention_mask)
+            attention_mask = torch.cat([past, attention_mask], dim=1)
         asked = kwargs.get("output_hidden_states")
         recording = bool(getattr(config, "output_hidden_states", False) if asked is None else asked)
         call = Call(embeds=embeds, attention_mask=attention_mask, seen=seen, use_cache=use_cache, recording=recording)
@@ -222,13 +227,3 @@ def _fit(what: str, mask: Tensor, call: Call) -> Tensor:
     if batch % mask.shape[0]:
         raise InputError(f"{what} are for {mask.shape[0]} samples but the decoder got {batch}")
     return mask.repeat_interleave(batch // mask.shape[0], dim=0)
-
-
-def _whole_mask(mask: Tensor | None, cache: Any, seen: int, batch: int, queries: int) -> Tensor | None:
-    """An attention mask over the whole conversation; `llava` makes one for a later turn's own tokens only."""
-    if mask is None or not seen or mask.shape[1] != queries:
-        return mask
-    past = mask.new_ones(batch, seen)
-    if isinstance(cache, RoutedCache):
-        past = cache.streams[FULL].places.validity().to(mask)
-    return torch.cat([past, mask], dim=1)

@@ -64,7 +64,7 @@ def prepare_run(given: dict[str, Any]) -> Callable[[Any], None]:
         if gradients is not None:
             gradients_trainer.follow(trainer, gradients)
         if handle is not None or (asked is not None and asked.flags):
-            extend(trainer, Records(handle))
+            extend(trainer, _Records(handle))
 
     return attach
 
@@ -128,13 +128,12 @@ def _train_side_branch_in_full(model: Any, handle: Handle) -> None:
 
 def _patch_for_training(model: Any, training_args: Any, asked: "Configuration", dataset: Any, collator: Any) -> Handle:
     found = anatomy.find(model)
-    noted = stage1.pending.pop(id(found.decoder), None)
-    fresh = noted is not None and noted.fresh
+    fresh, projector = stage1.pending.pop(id(found.decoder), (False, None))
     methods = asked.methods()
     set_seed(getattr(training_args, "seed", 42))
-    if noted is not None and noted.projector is not None:  # before anything is measured through it
+    if projector is not None:  # before anything is measured through it
         patch(model, fusion=asked.fusion)
-        stage1.load(found, noted.projector, asked.fusion)
+        stage1.load(found, projector, asked.fusion)
     if _auto_split(asked):
         if fresh:
             raise SettingError(
@@ -224,66 +223,58 @@ def arrange_groups(trainer: Any, handle: Handle) -> None:
         return  # the groups stay as LLaVA makes them
     optimizer.param_groups[:] = handle.arrange_groups(optimizer.param_groups, optimizer.defaults["lr"])
     if fusion is not None and fusion.unfreeze_after:
-        extend(trainer, WarmUpTraining(handle.warm_up(optimizer, 0), fusion.unfreeze_after))
+        extend(trainer, _WarmUpTraining(handle.warm_up(optimizer, 0), fusion.unfreeze_after))
 
 
-class WarmUpTraining(TrainerExtension):
+class _WarmUpTraining(TrainerExtension):
     """A fusion's warm-up; a resumed run begins in the phase that its step number says."""
 
     def __init__(self, warm_up: WarmUp, share: float) -> None:
-        """Follow a warm-up that takes this share of a run's steps."""
-        self._warm_up, self._share = warm_up, share
+        self._warm_up, self._share = warm_up, share  # of the run's steps
 
     def begin(self, state: Any) -> None:
-        """The length of the run is known now."""
-        steps = self._warm_up.steps = steps_of(self._share, state.max_steps)
+        steps = self._warm_up.steps = steps_of(self._share, state.max_steps)  # which is known now
         if state.is_world_process_zero:
             print(f"llava_patch: the projector learns alone in {steps} of {state.max_steps} steps", flush=True)
 
     def begin_step(self, state: Any, optimizer: Any) -> None:
-        """Hold back what waits, or let it begin."""
         waited = self._warm_up.active
         self._warm_up.begin_step(state.global_step, optimizer)
         if waited and not self._warm_up.active and state.is_world_process_zero:
             print(f"llava_patch: everything learns from step {state.global_step + 1} on", flush=True)
 
     def end(self, state: Any) -> None:
-        """Let every gradient through again."""
         self._warm_up.end()
 
 
 # --- what a run writes ------------------------------------------------------------------------------------------------
 
 
-class Records(TrainerExtension):
+class _Records(TrainerExtension):
     """Writes settings, operative config and (at the end) the adapter into the run's folder."""
 
     def __init__(self, handle: Handle | None) -> None:
-        """For a model's patch; None where gin brings flags alone."""
-        self._handle = handle
+        self._handle = handle  # None where gin brings flags alone
 
     def begin(self, state: Any) -> None:
-        """Write what the run is made with."""
         self.save(state, Path(self.trainer.args.output_dir))
 
     def save(self, state: Any, folder: Path) -> None:
-        """Write what the checkpoint was made with."""
         if state.is_world_process_zero:
             write_records(self._handle, folder)
 
     def end(self, state: Any) -> None:
-        """Save the adapter where the checkpoint is not the better place for it."""
-        handle = self._handle
+        handle, first, better = self._handle, state.is_world_process_zero, None
         if handle is None:
             return
         if lora.has_lora(handle.model):
-            if state.is_world_process_zero:
-                print("llava_patch: no separate adapter beside LoRA: LLaVA's LoRA files hold our weights")
+            better = " beside LoRA: LLaVA's LoRA files hold our weights"
         elif handle.trained_share() > 0.5:
-            if state.is_world_process_zero:
-                print("llava_patch: no separate adapter: most of the model was trained, and the checkpoint has it")
+            better = ": most of the model was trained, and the checkpoint has it"
+        if better is not None and first:
+            print(f"llava_patch: no separate adapter{better}")
         # Partitioned weights are put together by all ranks, of which the first one writes.
-        elif state.is_world_process_zero or zero.is_partitioned(handle.model.parameters()):
+        if better is None and (first or zero.is_partitioned(handle.model.parameters())):
             checkpoint.save(handle, Path(self.trainer.args.output_dir) / ADAPTER_FOLDER)
 
 

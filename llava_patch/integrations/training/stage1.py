@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from llava_patch.core import records
 from llava_patch.core.errors import CheckpointError
@@ -14,14 +14,11 @@ from llava_patch.settings.methods import from_record
 PROJECTOR = "mm_projector"
 
 
-class Pending(NamedTuple):
-    """What `initialize_vision_modules` learned and the patch, applied when the Trainer is made, needs."""
+pending: dict[int, tuple[bool, dict[str, Any] | None]] = {}
+"""What `initialize_vision_modules` learned and the patch, applied when the Trainer is made, needs, by the decoder's id.
 
-    fresh: bool
-    projector: dict[str, Any] | None
-
-
-pending: dict[int, Pending] = {}
+Whether the projector is a new one, and tensors of a stage-1 file that only the widened projector can take.
+"""
 
 
 def initialize_vision_modules(original: Callable[..., Any], decoder: Any, model_args: Any, fsdp: Any) -> Any:
@@ -49,7 +46,7 @@ def initialize_vision_modules(original: Callable[..., Any], decoder: Any, model_
         original(decoder, model_args, fsdp)
     finally:
         model_args.pretrain_mm_mlp_adapter = path
-    pending[id(decoder)] = Pending(fresh, projector if fused else None)
+    pending[id(decoder)] = fresh, projector if fused else None
 
 
 def _has_stack(projector: dict[str, Any]) -> bool:

@@ -135,7 +135,6 @@ class _Around:
         self.inner = inner
 
     def __getattr__(self, name: str) -> Any:
-        """The inner object's attribute."""
         if name == "inner":  # while a worker process unpickles this object
             raise AttributeError(name)
         return getattr(self.inner, name)
@@ -150,7 +149,6 @@ class RegionDataset(_Around, Dataset):
         self._marker, self._regions, self._folder, self._source = marker, regions, folder, source
 
     def __len__(self) -> int:
-        """Records."""
         return len(self.inner)
 
     def __getitem__(self, index: int) -> dict[str, Any]:

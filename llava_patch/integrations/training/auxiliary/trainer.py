@@ -111,45 +111,38 @@ def follow(trainer: Any, *, release: bool = False) -> None:
             ", or leave AuxiliaryProbe.lr out": rate is not None and rates != {float(rate)},
         }
         refuse(against)
-    extend(trainer, AuxiliaryTraining(handle, release))
+    extend(trainer, _AuxiliaryTraining(handle, release))
 
 
-class AuxiliaryTraining(TrainerExtension):
+class _AuxiliaryTraining(TrainerExtension):
     """Steps, logs, checkpoints and learning rate of one Trainer's auxiliary loss; made by `follow`."""
 
     def __init__(self, handle: Handle, release: bool) -> None:
-        """For a model whose loss has a head; see `follow`."""
         assert handle.auxiliary is not None
         self._handle, self._auxiliary, self._release = handle, handle.auxiliary, release
 
     def arrange(self, optimizer: Any) -> None:
-        """Give the head its own learning rate."""
         optimizer.param_groups[:] = self._auxiliary.arrange_groups(optimizer.param_groups, 0.0, ())
 
     def resume(self, folder: Path | None) -> None:
-        """Bring the head back, which DeepSpeed does with its own state."""
-        if folder is None or self.trainer.is_deepspeed_enabled:
+        if folder is None or self.trainer.is_deepspeed_enabled:  # DeepSpeed brings the head back with its own state
             return
         compat.load_renamed(self._handle.model, folder)
         load_head(self._handle, folder)
 
     def begin_step(self, state: Any, optimizer: Any) -> None:
-        """Say which step it is: not every one computes the loss."""
-        self._auxiliary.begin_step(state.global_step)
+        self._auxiliary.begin_step(state.global_step)  # not every one computes the loss
 
     def log(self, logs: dict[str, float]) -> dict[str, float]:
-        """Put the parts of the loss beside it."""
         if "loss" not in logs:
             return logs
         found = {name: round(value, 6) for name, value in self._auxiliary.take_logs().items()}
         return {"loss": logs["loss"], **found, **{k: v for k, v in logs.items() if k != "loss"}}
 
     def save(self, state: Any, folder: Path) -> None:
-        """Write the head beside a checkpoint."""
         save_head(self._handle, folder, state.is_world_process_zero)
 
     def end(self, state: Any) -> None:
-        """Write the head beside the run's result."""
         self.save(state, Path(self.trainer.args.output_dir))
         if self._release:
             self._auxiliary.release()
