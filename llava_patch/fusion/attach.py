@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from llava_patch.core.errors import HostError, SettingError
+from llava_patch.core.errors import HostError, SettingError, refuse
 from llava_patch.core.files import write_text
 from llava_patch.core.method import Method
 from llava_patch.core.undo import UndoStack
@@ -110,23 +110,20 @@ class FusionMethod(Method):
     def _check_tokens(self) -> None:
         anatomy, taps, what = self.anatomy, self.taps, self._token_setting()
         tower = anatomy.vision_parts()
-        if anatomy.drops_patch:
-            raise SettingError(
-                f"{what} needs every patch, but the host drops the first token of a tower without a CLS token: set "
-                'vision_feature_select_strategy = "full"'
-            )
-        if taps.join is Join.TOKENS and taps.main_tokens(tower.grid) < STI_POOL:
-            raise SettingError(
-                f"{what} averages {STI_POOL} neighbouring tokens, but an image of this tower has "
-                f"{taps.main_tokens(tower.grid)}"
-            )
-        if taps.merge_size > 1:
-            if not anatomy.drops_cls and tower.prefix_tokens:
-                raise SettingError(
-                    f"{what} joins patches, but the host keeps the tower's CLS token: set "
-                    'vision_feature_select_strategy = "default" (llava: mm_vision_select_feature = "patch")'
-                )
-            check_grid(tower.grid, taps.merge_size, taps.merge_padding)
+        own = taps.main_tokens(tower.grid)
+        against = {
+            f"{what} needs every patch, but the host drops the first token of a tower without a CLS token: set "
+            'vision_feature_select_strategy = "full"': anatomy.drops_patch,
+            f"{what} averages {STI_POOL} neighbouring tokens, but an image of this tower has {own}": (
+                taps.join is Join.TOKENS and own < STI_POOL
+            ),
+            f"{what} joins patches, but the host keeps the tower's CLS token: set vision_feature_select_strategy = "
+            '"default" (llava: mm_vision_select_feature = "patch")': (
+                taps.merge_size > 1 and not anatomy.drops_cls and tower.prefix_tokens
+            ),
+        }
+        refuse(against)
+        check_grid(tower.grid, taps.merge_size, taps.merge_padding)
 
     def decoder_layers(self) -> tuple[int, ...]:
         """With DeepStack those that take a tap, in the order of the taps."""

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llava_patch.core.errors import CheckpointError, SilentFusionWarning
+from llava_patch.core.errors import CheckpointError, SilentFusionWarning, refuse
 from llava_patch.core.files import atomic
 from llava_patch.core.records import SETTINGS_FILE, read_settings, write_settings
 from llava_patch.core.weights import open_weights
@@ -114,20 +114,17 @@ def save(handle: Handle, directory: str | os.PathLike[str], form: str = "adapter
 
 
 def _check_can_save(handle: Handle, form: str) -> None:
-    if not handle.active:
-        raise CheckpointError("this patch was removed from its model: there is nothing to save")
-    if form not in ("adapter", "full"):
-        raise CheckpointError(f'form = {form!r}: expected "adapter" or "full"')
-    if lora.has_lora(handle.anatomy.model):
-        raise CheckpointError(
-            "the model carries LoRA layers, which an adapter of ours could not bring back: merge them first "
-            "(merge_and_unload), or save with peft and LLaVA's own files"
-        )
-    if form == "full" and zero.is_partitioned(handle.model.parameters()):
-        raise CheckpointError(
-            'the weights are partitioned by DeepSpeed ZeRO-3, where form="full" is not available: save with '
-            "trainer.save_model() (stage3_gather_16bit_weights_on_model_save in the DeepSpeed config)"
-        )
+    against = {
+        "this patch was removed from its model: there is nothing to save": not handle.active,
+        f'form = {form!r}: expected "adapter" or "full"': form not in ("adapter", "full"),
+        "the model carries LoRA layers, which an adapter of ours could not bring back: merge them first "
+        "(merge_and_unload), or save with peft and LLaVA's own files": lora.has_lora(handle.anatomy.model),
+        'the weights are partitioned by DeepSpeed ZeRO-3, where form="full" is not available: save with '
+        "trainer.save_model() (stage3_gather_16bit_weights_on_model_save in the DeepSpeed config)": (
+            form == "full" and zero.is_partitioned(handle.model.parameters())
+        ),
+    }
+    refuse(against, CheckpointError)
 
 
 def _base_of(name: str, folder: Path) -> str:

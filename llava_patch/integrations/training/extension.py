@@ -13,15 +13,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from llava_patch.core.errors import SettingError
 from llava_patch.core.undo import UndoStack
-
-
-def refuse(against: dict[str, Any]) -> None:
-    """Raise a SettingError with the first of these reasons that holds."""
-    for why, holds in against.items():
-        if holds:
-            raise SettingError(why)
 
 
 class TrainerExtension:

@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from llava_patch.core.errors import refuse
 from llava_patch.core.extras import need
 from llava_patch.core.files import atomic
 from llava_patch.core.undo import UndoStack
 from llava_patch.hosts import zero
-from llava_patch.integrations.training.extension import TrainerExtension, extend, refuse
+from llava_patch.integrations.training.extension import TrainerExtension, extend
 from llava_patch.measurements.gradients import state as saved
 from llava_patch.measurements.gradients.decompose import block_parameters, decompose, measured_block
 from llava_patch.measurements.gradients.log import LOG, StepLog

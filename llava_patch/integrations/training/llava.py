@@ -11,7 +11,7 @@ import torch
 from transformers import set_seed
 
 from llava_patch.core import records
-from llava_patch.core.errors import SettingError
+from llava_patch.core.errors import SettingError, refuse
 from llava_patch.core.files import write_text
 from llava_patch.fusion.training import WarmUp, steps_of
 from llava_patch.hosts import anatomy, compat, lora, zero
@@ -20,7 +20,7 @@ from llava_patch.integrations.training import stage1
 from llava_patch.integrations.training.auto_split import resolve_for_training
 from llava_patch.integrations.training.auxiliary import data as region_data
 from llava_patch.integrations.training.auxiliary import trainer as auxiliary_trainer
-from llava_patch.integrations.training.extension import TrainerExtension, extend, refuse
+from llava_patch.integrations.training.extension import TrainerExtension, extend
 from llava_patch.measurements.saturation.result import Saturation
 from llava_patch.patching import checkpoint
 from llava_patch.patching.handle import Handle, get_handle

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llava_patch.core import records
-from llava_patch.core.errors import CheckpointError
+from llava_patch.core.errors import CheckpointError, refuse
 from llava_patch.settings import active
 from llava_patch.settings.methods import from_record
 
@@ -77,16 +77,15 @@ def check_projector(path: str, fusion: Any) -> dict[str, Any]:
     folder = os.path.dirname(path)
     record = records.read_settings(folder or ".")
     there = None if record is None else from_record(record, folder).get("fusion")
-    if there is not None and differs(fusion, there, (*TRAINING, "detach")):
-        raise CheckpointError(
-            f"--pretrain_mm_mlp_adapter {path} was trained with {there}, but this run has {fusion or 'no fusion'}: "
-            "give it the same settings (--gin_file, --gin_param)"
-        )
-    if fusion is None and _has_stack(projector):
-        raise CheckpointError(
-            f"--pretrain_mm_mlp_adapter {path} holds DeepStack's projector, but this run has no fusion: give it the "
-            "settings that it was trained with (--gin_file, --gin_param)"
-        )
+    against = {
+        f"--pretrain_mm_mlp_adapter {path} was trained with {there}, but this run has {fusion or 'no fusion'}: give it "
+        "the same settings (--gin_file, --gin_param)": (
+            there is not None and differs(fusion, there, (*TRAINING, "detach"))
+        ),
+        f"--pretrain_mm_mlp_adapter {path} holds DeepStack's projector, but this run has no fusion: give it the "
+        "settings that it was trained with (--gin_file, --gin_param)": fusion is None and _has_stack(projector),
+    }
+    refuse(against, CheckpointError)
     return projector
 
 

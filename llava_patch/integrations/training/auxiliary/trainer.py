@@ -13,10 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.data import IterableDataset
 
-from llava_patch.core.errors import CheckpointError, SettingError
+from llava_patch.core.errors import CheckpointError, SettingError, refuse
 from llava_patch.core.files import atomic
 from llava_patch.hosts import compat, lora, zero
-from llava_patch.integrations.training.extension import TrainerExtension, extend, refuse
+from llava_patch.integrations.training.extension import TrainerExtension, extend
 from llava_patch.patching.handle import Handle, get_handle
 from llava_patch.patching.keys import base_fingerprint, check_fingerprint
 from llava_patch.probe.auxiliary.attach import HEAD
