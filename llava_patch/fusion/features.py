@@ -73,15 +73,9 @@ def fuse(hidden_states: Sequence[Tensor], taps: Taps, prefix: int, grid: tuple[i
     tokens (STI): the taps' patches, averaged over `STI_POOL` neighbours, behind the main feature's. With merge_size,
     patches of every feature are joined first. In decoder layers (DeepStack): the main feature alone.
 
-    Args:
-        hidden_states: h[0] (embedding) to h[N], each [images, prefix + patches, channels].
-        taps: what to take.
-        prefix: tokens before the patches (1 for a CLS token). They pass with the channels; where patches are merged
-            they have no meaning any more and become zeros.
-        grid: (rows, columns) of patches.
-
-    Returns:
-        [images, prefix + tokens, columns * merge_size^2 * channels].
+    `hidden_states` are h[0] (embedding) to h[N], each [images, prefix + patches, channels], the patches of a `grid`
+    (rows, columns); the result is [images, prefix + tokens, columns * merge_size^2 * channels]. The `prefix` tokens (1
+    for a CLS token) pass with the channels; where patches are merged they have no meaning any more and become zeros.
     """
     main = hidden_states[taps.main]
     groups = () if taps.join is Join.LAYERS else taps.groups

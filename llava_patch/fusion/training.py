@@ -154,9 +154,8 @@ def regroup(
     distance, with `base_lr` where there is no `tower_lr`. With neither setting the tower stays where it is. The
     parameters whose ids are in `adapter` share no group with others.
 
-    Returns:
-        Groups that keep their other entries, none empty, every parameter in exactly one; in the order of the given
-        groups, the tower's after the rest of its group, the deepest block first.
+    Groups keep their other entries and their order, none is empty, and every parameter is in exactly one; the tower's
+    come after the rest of their group, the deepest block first.
     """
     own_rate = fusion.tower_lr is not None or fusion.layer_decay is not None
     tower_lr = base_lr if fusion.tower_lr is None else fusion.tower_lr

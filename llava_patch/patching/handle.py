@@ -242,11 +242,9 @@ class Handle:
         return self.arrange_groups(by_kind(parameters, adapter, lr, weight_decay, projector_lr), lr)
 
     def arrange_groups(self, groups: Iterable[dict[str, Any]], base_lr: float) -> list[dict[str, Any]]:
-        """Split an optimizer's groups as the settings ask: tower_lr, layer_decay, unfreeze_after, the head's lr.
+        """Split a torch optimizer's groups as the settings ask: tower_lr, layer_decay, unfreeze_after, the head's lr.
 
-        Args:
-            groups: groups of a torch optimizer.
-            base_lr: the tower's learning rate where the fusion names none.
+        `base_lr` is the tower's learning rate where the fusion names none.
         """
         lasting, training = self._split()
         groups = list(groups)

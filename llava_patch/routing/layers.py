@@ -33,10 +33,8 @@ class Observer:
     def layer(self, number: int, asking: Tensor, giving: Tensor) -> None:
         """Called before every decoder layer.
 
-        Args:
-            number: the layer's.
-            asking: int64 [batch, n], the positions whose hidden states it gets, as places in the conversation.
-            giving: int64 [batch, keys], the positions whose keys those look at, in the order of the tensors.
+        `asking`, int64 [batch, n], are the positions whose hidden states it gets, as places in the conversation;
+        `giving`, int64 [batch, keys], those whose keys they look at, in the order of the tensors.
         """
 
     def side_output(self, states: Tensor) -> Tensor:

@@ -98,9 +98,8 @@ class RoutedPass:
     def forward(self) -> BaseModelOutputWithPast:
         """Run all layers.
 
-        Returns:
-            last_hidden_state [batch, tokens, hidden] after the final norm, of the last `suffix` positions alone where
-            no others are read; hidden_states where they are recorded, NaN at positions that a layer has no state for.
+        `last_hidden_state` is [batch, tokens, hidden] after the final norm, of the last `suffix` positions alone where
+        no others are read; `hidden_states`, where they are recorded, are NaN at positions that a layer has none for.
         """
         cache = self.call.cache
         if cache is None:

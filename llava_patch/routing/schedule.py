@@ -83,8 +83,7 @@ def make_schedule(
 ) -> LayerSchedule:
     """Resolve settings, and DeepStack's layers (`injections`), against a model's depth L.
 
-    Raises:
-        SettingError: a split, K, n, pruning or injection layer that the model or the variant cannot take.
+    SettingError: a split, K, n, pruning or injection layer that the model or the variant cannot take.
     """
     split = n_layers
     if routing is not None:

@@ -41,10 +41,8 @@ def resolve_for_training(
 
     The first rank decides and tells the others, so that all of them build the same model whatever their hardware. A
     run that is resumed keeps the split of the checkpoint it goes on from, also when data or settings have changed. Of
-    the data only the items that are tried are read.
-
-    Raises:
-        SettingError: as `resolve_split`, on every rank; or data that have no length.
+    the data only the items that are tried are read. SettingError: as `resolve_split`, on every rank; or data that have
+    no length.
     """
     device = arguments.device  # this also joins the ranks
 

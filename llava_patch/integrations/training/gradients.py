@@ -121,10 +121,9 @@ class Following(TrainerExtension):
 
     @property
     def result(self) -> GradientsResult:
-        """What was measured so far, in earlier parts of a resumed run too; on any rank that sees the folder.
+        """What was measured so far, in earlier parts of a resumed run too, on any rank that sees the folder.
 
-        Raises:
-            CheckpointError: no run has begun.
+        CheckpointError: no run has begun.
         """
         return GradientsResult.read(self.folder)
 

@@ -57,10 +57,8 @@ def check_projector(path: str, fusion: Any) -> dict[str, Any]:
     """Read LLaVA's stage-1 file and compare it with the fusion of this run.
 
     Returns the tensors by their names in the decoder. The settings that it was trained with lie beside it, if
-    llava_patch was there.
-
-    Raises:
-        CheckpointError: no such file, no projector in it, or another fusion's; detach and what trains may differ.
+    llava_patch was there. CheckpointError: no such file, no projector in it, or another fusion's; detach and what
+    trains may differ.
     """
     import torch
 

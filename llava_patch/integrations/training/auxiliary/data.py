@@ -181,9 +181,8 @@ class LlavaCollator(_Around):
 def wrap(auxiliary: Auxiliary, train_dataset: Any, data_collator: Any) -> tuple[RegionDataset, LlavaCollator]:
     """Make LLaVA's `LazySupervisedDataset` and its collator carry regions.
 
-    Raises:
-        InputError: a record's region is not one, or no record has any; names file and record.
-        SettingError: a data set that is not LLaVA's, or images in tiles.
+    InputError: a record's region is not one, or no record has any; names file and record. SettingError: a data set
+    that is not LLaVA's, or images in tiles.
     """
     dataset = train_dataset
     records, about = getattr(dataset, "list_data_dict", None), getattr(dataset, "data_args", None)
