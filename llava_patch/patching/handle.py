@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 def _settings_of(kind: str) -> Any:
     """A property: the settings that are applied of one kind, or None."""
-    return property(lambda handle: handle.applied().get(kind))
+    return property(lambda handle: getattr(handle.methods.get(kind), "settings", None))
 
 
 class Handle:
