@@ -8,11 +8,11 @@ from typing import Any
 
 from llava_patch.core import records
 from llava_patch.core.errors import CheckpointError, refuse
+from llava_patch.fusion.base import TRAINING, differs
 from llava_patch.settings import active
 from llava_patch.settings.methods import from_record
 
 PROJECTOR = "mm_projector"
-
 
 pending: dict[int, tuple[bool, dict[str, Any] | None]] = {}
 """What `initialize_vision_modules` learned and the patch, applied when the Trainer is made, needs, by the decoder's id.
@@ -61,8 +61,6 @@ def check_projector(path: str, fusion: Any) -> dict[str, Any]:
     trains may differ.
     """
     import torch
-
-    from llava_patch.fusion.base import TRAINING, differs
 
     if not os.path.isfile(path):
         raise CheckpointError(f"--pretrain_mm_mlp_adapter {path}: no such file")
