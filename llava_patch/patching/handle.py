@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from llava_patch.settings.methods import AuxiliaryProbe, Routing
 
 
-def _settings_of(kind: str) -> Any:
-    """A property: the settings that are applied of one kind, or None."""
-    return property(lambda handle: getattr(handle.methods.get(kind), "settings", None))
+def _of(kind: str, attribute: str = "settings") -> Any:
+    """A property: an attribute of the method that is applied of one kind, or None."""
+    return property(lambda handle: getattr(handle.methods.get(kind), attribute, None))
 
 
 class Handle:
@@ -40,7 +40,8 @@ class Handle:
     Attributes:
         model: the patched causal LM.
         anatomy: where its parts are.
-        methods: what is applied, by kind; `fusion`, `routing`, `pruning` and `probe` are their settings.
+        methods: what is applied, by kind; `fusion`, `routing`, `pruning` and `probe` are their settings, or None.
+        taps: the blocks that the fusion taps on this tower, or None.
         trained_tower: whether the vision tower's weights are not the original ones: something in it trains, or did in
             an earlier run.
         active: whether the patch is still on the model.
@@ -61,15 +62,11 @@ class Handle:
 
     # --- what is applied ----------------------------------------------------------------------------------------------
 
-    fusion: "Fusion | None" = _settings_of("fusion")
-    routing: "Routing | None" = _settings_of("routing")
-    pruning: "Pruning | None" = _settings_of("pruning")
-    probe: "AuxiliaryProbe | None" = _settings_of("probe")
-
-    @property
-    def taps(self) -> "Taps | None":
-        """The blocks that the fusion taps on this tower, or None."""
-        return getattr(self.methods.get("fusion"), "taps", None)
+    fusion: "Fusion | None" = _of("fusion")
+    routing: "Routing | None" = _of("routing")
+    pruning: "Pruning | None" = _of("pruning")
+    probe: "AuxiliaryProbe | None" = _of("probe")
+    taps: "Taps | None" = _of("fusion", "taps")
 
     @property
     def auxiliary(self) -> "Auxiliary | None":
