@@ -3,8 +3,6 @@
 Its definition is in its own file, what trains in the tower in `training`, where a tap is detached in `features`.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import logging

@@ -4,8 +4,6 @@ Blocks are counted from 1: block i is the output of the vision tower's i-th bloc
 dataclass in one file of this folder; nothing here imports torch, so that `import llava_patch` stays cheap.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """DeepStack: which blocks are tapped, and which decoder layers take them; `stack` projects and adds them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from llava_patch.fusion.base import Detach, Fusion, Group, Join, check_inside, detach_setting, with_detach

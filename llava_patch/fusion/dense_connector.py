@@ -1,7 +1,5 @@
 """Dense Connector: features of other blocks beside the main one, as channels (SCI, DCI) or as further tokens (STI)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from llava_patch.core.errors import SettingError

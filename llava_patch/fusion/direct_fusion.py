@@ -1,7 +1,5 @@
 """External direct fusion: features of other blocks on channels beside the main one."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from llava_patch.core.errors import SettingError

@@ -1,7 +1,5 @@
 """Fused features from a tower's hidden states, and where a tap is detached (`detached_or_not`). Mathematics only."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextvars import ContextVar
 

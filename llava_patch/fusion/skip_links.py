@@ -1,7 +1,5 @@
 """Detached Skip-Links: shallow blocks beside the main feature, under stop-gradient."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from llava_patch.core.errors import SettingError

@@ -1,7 +1,5 @@
 """DeepStack: a projector for the taps, and how their features reach the decoder."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import functools

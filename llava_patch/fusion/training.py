@@ -3,8 +3,6 @@
 Adapter first: until a training step the rest of what trains gets no gradient, then it starts like a new run.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping

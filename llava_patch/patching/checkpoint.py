@@ -6,8 +6,6 @@ config. An adapter folder holds only what was added or trained (safetensors), th
 sends them on to the base.
 """
 
-from __future__ import annotations
-
 import copy
 import logging
 import os

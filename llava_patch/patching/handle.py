@@ -1,7 +1,5 @@
 """What `patch` returns: what is applied to a model, what trains, and how it comes off again."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import os

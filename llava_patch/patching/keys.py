@@ -4,8 +4,6 @@ One rule: every tensor counts, norms, biases and buffers too, by its name, shape
 for training alone (the auxiliary loss's head) is no part of a model. `base_fingerprint` is the form that adapters keep.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`patch(model, ...) -> handle`: every change to a model goes through here, and comes back off it here."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any

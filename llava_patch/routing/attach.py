@@ -1,7 +1,5 @@
 """How routing and pruning attach to a host model."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -5,8 +5,6 @@ positions those are travels here, with the cache, never with the model: two gene
 expand and reorder it with the keys and values.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

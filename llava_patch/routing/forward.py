@@ -1,7 +1,5 @@
 """The decoder's forward with routing and pruning: what a call brings, and when the stock forward serves it."""
 
-from __future__ import annotations
-
 import functools
 import logging
 from typing import Any

@@ -5,8 +5,6 @@ values, the layer is called on the others with `ExternalKeys` in the place of it
 the stock code does the rest.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator

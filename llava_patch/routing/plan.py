@@ -1,7 +1,5 @@
 """Where image and text tokens go: index sets of a ragged batch. Mathematics only."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 

@@ -4,8 +4,6 @@ Source: "Late-Layer Fusion is Enough" (DPVR), section 3.2. Layers below the spli
 on the image positions, the deep layers as the variant has it (`schedule`); pruned tokens leave on the way (`pruning`).
 """
 
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass, field, replace
 from typing import Any

@@ -3,8 +3,6 @@
 `routing.reference` says the same in plain mathematics, `routing.routed_pass` runs it.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import Enum
 

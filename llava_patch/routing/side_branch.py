@@ -1,7 +1,5 @@
 """The side branch: trainable decoder layers that the image positions take instead of the deep layers."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable
 

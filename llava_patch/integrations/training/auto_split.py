@@ -1,7 +1,5 @@
 """`Routing(split="auto")` in LLaVA's training scripts: samples of the Trainer's own data, one answer for all ranks."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import os

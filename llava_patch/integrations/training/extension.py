@@ -4,8 +4,6 @@ For some points a Trainer has callbacks. At the others its own methods are repla
 extensions there are, and only where one has something to do there.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from pathlib import Path

@@ -3,8 +3,6 @@
 Source: "Detached Skip-Links and R-Probe", appendix C.1 ("Online Measurement Strategy").
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import logging

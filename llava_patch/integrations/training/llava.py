@@ -1,7 +1,5 @@
 """What LLaVA's training script gets of a patch: the patched model, what takes part in its Trainer, and records."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Flags of LLaVA's training script that gin binds (`Flags.lora_r = 16`), brought into the script."""
 
-from __future__ import annotations
-
 import difflib
 import functools
 import os

@@ -1,7 +1,5 @@
 """The projector that LLaVA's stage 1 saves (mm_projector.bin), read for stage 2 and compared with its fusion."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from typing import Any

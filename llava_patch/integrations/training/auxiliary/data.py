@@ -3,8 +3,6 @@
 LLaVA's data set and collator drop what they do not know, so both are wrapped.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -3,8 +3,6 @@
 The head is no part of the model that is saved: it lies beside each checkpoint, for the run that goes on from it.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
