@@ -9,6 +9,7 @@ lower values are better: a correlation above 0 says that a better probe goes wit
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ import numpy as np
 from llava_patch.core.errors import InputError, SettingError
 from llava_patch.core.extras import optional
 from llava_patch.measurements.rprobe.figures import COLOURS, plain_name
-from llava_patch.measurements.rprobe.scores import Checkpoint, Score
+from llava_patch.measurements.rprobe.scores import Checkpoint
 
 PROBES = {
     "mse": ("held-out MSE (normalised pixel values²)", False),
@@ -109,47 +110,40 @@ def correlate(
 
 def _shared(checkpoints: Sequence[Checkpoint], notes: list[str]) -> list[tuple[str, str]]:
     """Metrics that every checkpoint has a number of and whose direction is known, the probe's own left out."""
-    first = [key for key in checkpoints[0].scores if not key[0].startswith("rprobe")]
-    kept: list[tuple[str, str]] = []
-    blind: list[tuple[str, str]] = []
-    for key in first:
-        scores = [checkpoint.scores.get(key) for checkpoint in checkpoints]
-        if any(score is None or not math.isfinite(score.value) for score in scores):
-            continue
-        (blind if _direction(key, checkpoints) is None else kept).append(key)
-    if blind:
-        notes.append(
-            f"left out, because they do not say whether more is better: {', '.join('/'.join(k) for k in blind)}"
-        )
-    everywhere = set(kept) | set(blind)
-    some = {k for checkpoint in checkpoints for k in checkpoint.scores if not k[0].startswith("rprobe")} - everywhere
-    if some:
-        notes.append(f"left out, because not every checkpoint has them: {', '.join('/'.join(k) for k in sorted(some))}")
+    first, *others = ([k for k in checkpoint.scores if not k[0].startswith("rprobe")] for checkpoint in checkpoints)
+    common = [
+        key for key in first if all(key in one.scores and math.isfinite(one.scores[key].value) for one in checkpoints)
+    ]
+    kept = [key for key in common if _direction(key, checkpoints) is not None]
+    blind = [key for key in common if key not in kept]
+    for left_out, why in (
+        (blind, "they do not say whether more is better"),
+        (sorted({*first}.union(*others) - {*common}), "not every checkpoint has them"),
+    ):
+        if left_out:
+            notes.append(f"left out, because {why}: {', '.join('/'.join(key) for key in left_out)}")
     return kept
 
 
 def _wanted(checkpoints: Sequence[Checkpoint], tasks: Sequence[str]) -> list[tuple[str, str]]:
     known = list(dict.fromkeys(key for checkpoint in checkpoints for key in checkpoint.scores))
-    found: list[tuple[str, str]] = []
+    found: dict[tuple[str, str], None] = {}
     for wanted in tasks:
         task, _, metric = wanted.partition("/")
         match = [key for key in known if key[0] == task and metric in ("", key[1])]
         if not match:
-            names = ", ".join(sorted({key[0] for key in known})) or "none"
             metrics = ", ".join(key[1] for key in known if key[0] == task)
-            there = f"metrics of {task}: {metrics}" if metrics else f"tasks: {names}"
+            there = f"metrics of {task}: {metrics}"
+            if not metrics:
+                there = f"tasks: {', '.join(sorted({key[0] for key in known})) or 'none'}"
             raise SettingError(f"--tasks {wanted}: no checkpoint has it; {there}")
-        found += match
-    return list(dict.fromkeys(found))
+        found |= dict.fromkeys(match)
+    return list(found)
 
 
 def _direction(key: tuple[str, str], checkpoints: Sequence[Checkpoint]) -> bool | None:
     """Whether more is better; the checkpoints that record it must agree."""
-    said = {
-        score.higher_is_better
-        for checkpoint in checkpoints
-        if (score := checkpoint.scores.get(key)) is not None and score.higher_is_better is not None
-    }
+    said = {one.scores[key].higher_is_better for one in checkpoints if key in one.scores} - {None}
     if len(said) > 1:
         raise InputError(f"{key[0]}/{key[1]}: the results disagree on whether more is better")
     return next(iter(said), None)
@@ -159,32 +153,29 @@ def _one(
     key: tuple[str, str], checkpoints: Sequence[Checkpoint], values: Mapping[str, float], probe: str, seed: int
 ) -> Correlation:
     points, notes = [], []
-    for checkpoint in checkpoints:
-        score: Score | None = checkpoint.scores.get(key)
-        if checkpoint.name not in values:
-            continue
-        if score is None or not math.isfinite(score.value):
-            notes.append(f"{checkpoint.name} has no {'/'.join(key)}")
+    for name, scores in ((one.name, one.scores) for one in checkpoints if one.name in values):
+        if key in scores and math.isfinite(scores[key].value):
+            points.append((name, values[name], scores[key].value))
         else:
-            points.append((checkpoint.name, values[checkpoint.name], score.value))
+            notes.append(f"{name} has no {'/'.join(key)}")
     higher = _direction(key, checkpoints)
     if higher is None:
         notes.append("does not say whether more is better: taken as if it were")
     x = np.array([p[1] for p in points]) * (1 if PROBES[probe][1] else -1)
     y = np.array([p[2] for p in points]) * (-1 if higher is False else 1)
-    spearman = kendall = p = None
-    if len(points) >= 2:
-        constant = [what for what, v in (("probe figures", x), ("scores", y)) if len(set(v.tolist())) == 1]
-        if constant:
-            notes.append(f"all {' and '.join(constant)} are equal: no rank")
-        else:
-            spearman, kendall, p = ranks(x, y, seed)
-            ties = [what for what, v in (("probe figures", x), ("scores", y)) if len(set(v.tolist())) < len(v)]
-            if ties:
-                notes.append(f"ties among {' and '.join(ties)} take their mean rank")
-    else:
+    different = {"probe figures": len({*x.tolist()}), "scores": len({*y.tolist()})}
+    constant = [what for what, count in different.items() if count == 1]
+    ties = [what for what, count in different.items() if count < len(points)]
+    found: tuple[float | None, float | None, float | None] = None, None, None
+    if len(points) < 2:
         notes.append("fewer than two checkpoints have it")
-    return Correlation(*key, len(points), spearman, kendall, p, higher, points, notes)
+    elif constant:
+        notes.append(f"all {' and '.join(constant)} are equal: no rank")
+    else:
+        found = ranks(x, y, seed)
+        if ties:
+            notes.append(f"ties among {' and '.join(ties)} take their mean rank")
+    return Correlation(*key, len(points), *found, higher, points, notes)
 
 
 def ranks(x: np.ndarray, y: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
@@ -211,13 +202,12 @@ def ranks(x: np.ndarray, y: np.ndarray, seed: int = 0) -> tuple[float, float, fl
 
 def cells(found: Sequence[Correlation]) -> tuple[list[str], list[list[str]]]:
     """(head, lines) of the table as text."""
-    head = ["benchmark", "metric", "n", "Spearman", "Kendall", "p (permutation)"]
     lines = []
     for one in found:
-        numbers = ["-" if v is None else f"{v:+.3f}" for v in (one.spearman, one.kendall)]
-        p = "-" if one.p is None else f"{one.p:.4f}"
-        lines.append([one.task, one.metric, str(one.n), *numbers, p])
-    return head, lines
+        numbers = ((one.spearman, "+.3f"), (one.kendall, "+.3f"), (one.p, ".4f"))
+        shown = ["-" if value is None else f"{value:{form}}" for value, form in numbers]
+        lines.append([one.task, one.metric, str(one.n), *shown])
+    return ["benchmark", "metric", "n", "Spearman", "Kendall", "p (permutation)"], lines
 
 
 def footer(found: Sequence[Correlation]) -> list[str]:
@@ -231,46 +221,40 @@ def footer(found: Sequence[Correlation]) -> list[str]:
 
 def sign_note(probe: str) -> str:
     """The sign convention in a sentence."""
-    better = "higher" if PROBES[probe][1] else "lower"
-    return (
-        f"above 0: a better probe ({better} {PROBES[probe][0]}) goes with a better score, whichever direction of the "
-        "score is better"
-    )
+    better = f"{'higher' if PROBES[probe][1] else 'lower'} {PROBES[probe][0]}"
+    return f"above 0: a better probe ({better}) goes with a better score, whichever direction of the score is better"
 
 
 def figure(found: Sequence[Correlation], probe: str) -> Any:
     """A small panel a benchmark; a legend names the points, because names beside them would cover one another."""
-    Figure = optional("matplotlib.figure").Figure
     names = list(dict.fromkeys(name for one in found for name, _, _ in one.points))
+    # Colours come round again with another marker.
+    styles = {
+        name: {"marker": marker, "color": color, "markersize": 4.5, "linestyle": "none"}
+        for name, (marker, color) in zip(names, itertools.cycle(itertools.product(MARKERS, COLOURS)), strict=False)
+    }
     columns = min(3, len(found))
     rows = math.ceil(len(found) / columns)
-    picture = Figure(figsize=(max(4.0, 2.5 * columns), 2.4 * rows + 0.4 + 0.17 * math.ceil(len(names) / 2)))
-    picture.set_layout_engine("constrained")
+    size = max(4.0, 2.5 * columns), 2.4 * rows + 0.4 + 0.17 * math.ceil(len(names) / 2)
+    picture = optional("matplotlib.figure").Figure(figsize=size, layout="constrained")
     axes = picture.subplots(rows, columns, squeeze=False).reshape(-1)
     for axis in axes[len(found) :]:
         axis.remove()
     for axis, one in zip(axes, found, strict=False):
-        _panel(axis, one, names)
+        _panel(axis, one, styles)
         axis.set_xlabel(PROBES[probe][0], fontsize=7)
-    points = [axes[0].plot([], [], *_mark(i)[:1], **_mark(i)[1])[0] for i in range(len(names))]
+    points = [axes[0].plot([], [], **style)[0] for style in styles.values()]
     shown = [plain_name(name, 44) for name in names]
     picture.legend(points, shown, loc="outside lower center", ncols=2, fontsize=7, frameon=False)
     return picture
 
 
-def _mark(number: int) -> tuple[str, dict[str, Any]]:
-    """(marker, style) of a checkpoint: colours come round again with another marker."""
-    marker = MARKERS[number // len(COLOURS) % len(MARKERS)]
-    return marker, {"color": COLOURS[number % len(COLOURS)], "markersize": 4.5, "linestyle": "none"}
-
-
-def _panel(axis: Any, one: Correlation, names: Sequence[str]) -> None:
+def _panel(axis: Any, one: Correlation, styles: Mapping[str, Any]) -> None:
     finite = [value for _, value, _ in one.points if math.isfinite(value)]
     # What was never reached stands past the largest value.
     never = 1.15 * max(finite, default=1.0)
     for name, value, score in one.points:
-        marker, style = _mark(names.index(name))
-        axis.plot(value if math.isfinite(value) else never, score, marker, **style)
+        axis.plot(value if math.isfinite(value) else never, score, **styles[name])
     rho = "no rank" if one.spearman is None else f"$\\rho$ = {one.spearman:+.2f}, n = {one.n}"
     axis.set_title(one.task.replace("$", r"\$") + f"\n{rho}", fontsize=8)
     better = {True: "(higher is better)", False: "(lower is better)", None: ""}[one.higher_is_better]

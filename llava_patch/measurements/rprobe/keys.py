@@ -1,4 +1,4 @@
-"""What frozen tokens depend on, as JSON values: a store is found again by their digest, and by nothing else.
+"""What frozen tokens and a trained decoder depend on: stores and states are found again by it, and by nothing else.
 
 The weights enter whole and bit by bit (about a second for a vision tower of 300 M parameters): sampled values could
 miss a checkpoint that a few training steps lie behind, and a stale token would look like a measurement.
@@ -10,7 +10,12 @@ import contextlib
 import dataclasses
 import hashlib
 import math
+import os
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,14 +23,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from llava_patch.core.errors import HostError
+from llava_patch.core.errors import HostError, InputError
 from llava_patch.core.keys import digest
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.measurements.rprobe.settings import RProbe
-from llava_patch.measurements.rprobe.store.shard import FORMAT
+from llava_patch.measurements.rprobe.store.shard import FORMAT, Record
 from llava_patch.patching.handle import get_handle
 from llava_patch.patching.keys import tensors_of, weights_digest
 from llava_patch.probe.decoder import ProbeDecoder
+from llava_patch.probe.sample import Sample
 from llava_patch.probe.sequence import build_sequence
 from llava_patch.probe.transform import Transform
 from llava_patch.probe.view import encode_views
@@ -33,6 +39,95 @@ from llava_patch.probe.view import encode_views
 LIBRARIES = ("llava_patch", "torch", "torchvision", "transformers", "llava-torch", "llava", "timm", "pillow", "numpy")
 SETTINGS = ("masked",)  # those of RProbe that change what is stored; image_mode is the transform's
 _CONFIG = ("mm_", "vision", "image_", "projector_", "multimodal_")  # what of a host's config is about images
+
+
+@dataclass(frozen=True)
+class ImagesOfData:
+    """The samples (their numbers) of each image, in the order in which images come up, and a key of JSON values.
+
+    `records` are None where names and texts are only known once a sample is drawn.
+    """
+
+    images: list[list[int]]
+    records: list[Record] | None
+    key: Any
+
+
+def images_of(samples: Sequence[Sample], settings: RProbe) -> ImagesOfData:
+    """Find the images of a data set and name its content.
+
+    Samples that draw themselves (they have `identity()`, JSON values) have one image each and are not drawn here. Of
+    others every image file is read once: what is in it counts, not its name or time, so that a file that was replaced
+    is noticed and a folder that was moved is known again.
+    """
+    identity = getattr(samples, "identity", None)
+    if identity is not None:
+        return ImagesOfData([[i] for i in range(len(samples))], None, identity())
+    content_of = _Contents()
+    images: dict[Any, list[int]] = {}
+    records, told = [], []
+    for index in range(len(samples)):
+        sample = samples[index]
+        content = content_of(sample)
+        # Lines of one page share its tokens, unless each line is blacked out in a copy of its own.
+        images.setdefault(index if settings.masked else content, []).append(index)
+        records.append(Record(index, sample.id, sample.document or sample.id, sample.text))
+        told.append([content, sample.boxes, sample.all_boxes])
+    key = {"own": digest(told), "samples": len(told), "images": len(images)}
+    return ImagesOfData(list(images.values()), records, key)
+
+
+def trained_on(train: Sequence[Sample], heldout: Sequence[Sample]) -> tuple[list[str], int]:
+    """(held-out documents that are trained on, number of all): told by what is in an image and not by its name.
+
+    Every image file is read once, which costs little beside its way through the tower. An InputError where all held-out
+    documents are trained on.
+    """
+    drawn = [data.identity() for data in (train, heldout) if hasattr(data, "identity")]
+    if drawn:  # samples that draw themselves are told apart by what they are, and not drawn here
+        if len(drawn) == 2 and drawn[0] == drawn[1]:
+            raise InputError("R-Probe: the held-out samples are the training samples: give others, or none")
+        return [], len(heldout)
+    content_of = _Contents()
+    known = {content_of(train[i]) for i in range(len(train))}
+    documents: dict[str, bool] = {}
+    for i in range(len(heldout)):
+        sample = heldout[i]
+        name = sample.document or sample.id
+        documents[name] = content_of(sample) in known or documents.get(name, False)
+    shared = [name for name, found in documents.items() if found]
+    if shared and len(shared) == len(documents):
+        raise InputError(
+            f"R-Probe: all {len(documents)} held-out documents are trained on, such as {shared[0]}: hold out "
+            "documents whose images are not among the training samples"
+        )
+    return shared, len(documents)
+
+
+class _Contents:
+    """What is in a sample's image: a digest of its file's bytes, or of the pixels in memory; each is read once."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, tuple[Any, str]] = {}
+
+    def __call__(self, sample: Sample) -> str:
+        image: Any = sample.image
+        is_path = isinstance(image, (str, os.PathLike))
+        in_memory = not is_path and not hasattr(image, "read")
+        place = id(image) if in_memory else os.path.abspath(image) if is_path else f"inside {image}"
+        known = self._known.get(place)
+        if known is None or (in_memory and known[0]() is not image):  # a number is given again once its object is gone
+            try:
+                if in_memory:
+                    picture = sample.open_image()
+                    content = f"{picture.mode} {picture.size}".encode() + picture.tobytes()
+                else:
+                    content = Path(image).read_bytes() if is_path else image.read()
+                found = hashlib.blake2b(content, digest_size=16).hexdigest()
+            except (OSError, SyntaxError, ValueError, InputError):  # refused, or skipped, when its turn comes
+                found = f"unreadable {sample.id if in_memory else place}"
+            self._known[place] = known = (weakref.ref(image) if in_memory else None), found
+        return known[1]
 
 
 def versions() -> dict[str, str | None]:
@@ -174,13 +269,12 @@ def make_key(decoder: ProbeDecoder, data_key: str, table: Tensor, settings: RPro
 
     The embeddings of the training texts are `table`, float32 [distinct tokens, hidden].
     """
-    values = {f"RProbe.{k}": v for k, v in vars(settings).items() if k not in _NOT_TRAINING}
     config = {k: v for k, v in described(decoder.config).items() if k not in _NOT_MODEL}
     return {
         "decoder": fingerprint(decoder),
         "config": digest(config),
         "answer": fresh_answer(decoder),
-        **values,
+        **{f"RProbe.{k}": v for k, v in vars(settings).items() if k not in _NOT_TRAINING},
         "RProbe.lr": lr,
         "version of torch": torch.__version__,
         "version of transformers": version("transformers"),
@@ -194,12 +288,10 @@ def make_key(decoder: ProbeDecoder, data_key: str, table: Tensor, settings: RPro
 def difference(saved: dict[str, Any], key: dict[str, Any]) -> str:
     """The first field in which a saved key differs, in words; "" when they are equal."""
     for name in [*key, *(name for name in saved if name not in key)]:
-        if not _equal(name, saved.get(name), key.get(name)):
-            return _MEANING.get(name) or f"{name} was {saved.get(name)!r} there and is {key.get(name)!r} here"
+        there, here = saved.get(name), key.get(name)
+        same = bool(there == here)
+        if name == "answer" and isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+            same = math.dist(there, here) <= _CLOSE * math.hypot(*here)
+        if not same:
+            return _MEANING.get(name) or f"{name} was {there!r} there and is {here!r} here"
     return ""
-
-
-def _equal(name: str, saved: Any, here: Any) -> bool:
-    if name != "answer" or not (isinstance(saved, list) and isinstance(here, list) and len(saved) == len(here)):
-        return bool(saved == here)
-    return math.dist(saved, here) <= _CLOSE * math.hypot(*here)

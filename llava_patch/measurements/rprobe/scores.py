@@ -57,7 +57,12 @@ def read_checkpoints(sources: Sequence[str], names: Sequence[str] = ()) -> tuple
     notes: list[str] = []
     for source in sources:
         probe_file, results_file = _files(source, notes)
-        document = _json(results_file)
+        try:
+            document = json.loads(results_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{results_file}: cannot be read as lmms-eval's results JSON: {error}") from error
+        if not isinstance(document, dict):
+            raise InputError(f"{results_file}: not lmms-eval's results JSON (no object)")
         scores = read_scores(document, str(results_file))
         if probe_file is None:
             probe = _probe_of_scores(scores, str(results_file))
@@ -117,8 +122,8 @@ def read_scores(document: Any, name: str) -> dict[tuple[str, str], Score]:
 
 def _files(source: str, notes: list[str]) -> tuple[Path | None, Path]:
     """(R-Probe's result or None, lmms-eval's results) of one source."""
-    if Path(source).exists():
-        path = Path(source)
+    path = Path(source)
+    if path.exists():
         return (_probe_file(path, required=False), _results_file(path, notes)) if path.is_dir() else (None, path)
     # A path may hold "=" itself: take the split at which both parts are there.
     parts = source.split("=")
@@ -138,9 +143,7 @@ def _probe_file(path: Path, required: bool) -> Path | None:
     # lmms-eval's group of the ablation leaves four beside one another.
     named = [file for file in below if file.parent.name == TASK] or below
     if len(named) > 1:
-        raise InputError(
-            f"{path}: holds several results ({', '.join(str(f) for f in named)}): give one as RPROBE=RESULTS"
-        )
+        raise InputError(f"{path}: holds several results ({', '.join(map(str, named))}): give one as RPROBE=RESULTS")
     if not named and required:
         raise InputError(f"{path}: holds no {RESULT}")
     return named[0] if named else None
@@ -156,13 +159,3 @@ def _results_file(path: Path, notes: list[str]) -> Path:
         # lmms-eval puts the date first, so the last name is the newest run.
         notes.append(f"{path} holds {len(found)} results: the newest, {found[-1].name}, is taken")
     return found[-1]
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as lmms-eval's results JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: not lmms-eval's results JSON (no object)")
-    return value

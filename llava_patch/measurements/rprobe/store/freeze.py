@@ -14,8 +14,7 @@ from llava_patch.core.errors import InputError, SettingError
 from llava_patch.core.keys import digest
 from llava_patch.core.terminal import progress_bar
 from llava_patch.hosts.anatomy import Anatomy
-from llava_patch.measurements.rprobe.contents import ImagesOfData, images_of
-from llava_patch.measurements.rprobe.keys import store_key
+from llava_patch.measurements.rprobe.keys import ImagesOfData, images_of, store_key
 from llava_patch.measurements.rprobe.settings import RProbe
 from llava_patch.measurements.rprobe.store.data import Chosen, FrozenData, Text
 from llava_patch.measurements.rprobe.store.disk import Store
@@ -52,7 +51,7 @@ def freeze_samples(
     """
     if not len(samples):
         raise InputError(f"R-Probe got no {label}")
-    with parallel.guard(), torch.inference_mode(False), torch.no_grad():
+    with parallel.guard(), torch.inference_mode(False), torch.no_grad(), contextlib.ExitStack() as on_failure:
         plan = images_of(samples, settings)
         texts = _Texts(tokenizer, settings)
         if plan.records is not None:  # before the long part, where texts are known before images are drawn
@@ -60,34 +59,31 @@ def freeze_samples(
         with _as_measured(anatomy):
             described = store_key(anatomy, transform, plan.key, settings)
         images = [plan.images[i : i + SHARD_IMAGES] for i in range(0, len(plan.images), SHARD_IMAGES)]
+        store = None
+        if settings.store:
+            model = str(getattr(anatomy.model.config, "_name_or_path", "") or type(anatomy.model).__name__)
+            own = f"{len(samples)} samples of own data"
+            data_name = own if plan.records is not None else str(plan.key.get("name", "drawn"))
+            about = {"model": model, "data": data_name, "masked": settings.masked}
+            store = Store(digest(described), len(images), about, settings.store_gb)
+            on_failure.callback(store.close)
+        with progress_bar(len(plan.images), f"R-Probe: encode {label}", progress) as bar:
 
-        def make(number: int) -> Shard:
-            with _as_measured(anatomy):
-                return encode(anatomy, transform, samples, images[number], settings)
+            def make(number: int) -> Shard:
+                with _as_measured(anatomy):
+                    return encode(anatomy, transform, samples, images[number], settings)
 
-        with contextlib.ExitStack() as on_failure:
-            store = None
-            if settings.store:
-                model = str(getattr(anatomy.model.config, "_name_or_path", "") or type(anatomy.model).__name__)
-                own = f"{len(samples)} samples of own data"
-                data_name = own if plan.records is not None else str(plan.key.get("name", "drawn"))
-                about = {"model": model, "data": data_name, "masked": settings.masked}
-                store = Store(digest(described), len(images), about, settings.store_gb)
-                on_failure.callback(store.close)
-            with progress_bar(len(plan.images), f"R-Probe: encode {label}", progress) as bar:
+            def done(number: int) -> None:
+                bar.update(len(images[number]))
 
-                def done(number: int) -> None:
-                    bar.update(len(images[number]))
-
-                shards = [] if store is None else store.fill(make, done)
-                for number in range(len(shards), len(images)):
-                    shards.append(make(number))
-                    done(number)
-            data = _frozen(anatomy, samples, plan, texts, shards, described, label, store)
-            on_failure.pop_all()
-    if warn and parallel.rank() == 0:
-        for note in data.notes:
-            warnings.warn(note, stacklevel=2)
+            shards = [] if store is None else store.fill(make, done)
+            for number in range(len(shards), len(images)):
+                shards.append(make(number))
+                done(number)
+        data = _frozen(anatomy, samples, plan, texts, shards, described, label, store)
+        on_failure.pop_all()
+    for note in data.notes if warn and parallel.rank() == 0 else ():
+        warnings.warn(note, stacklevel=2)
     return data
 
 
@@ -101,15 +97,26 @@ class _Texts:
         self.messages: dict[int, str] = {}
 
     def read(self, records: Sequence[Record], names: Sequence[str]) -> None:
+        """Texts are cut to `max_text_tokens`, and all of unknown tokens where `settings.text` is False."""
+        unknown = getattr(self.tokenizer, "unk_token_id", None)
         for record, name in zip(records, names, strict=True):
-            try:
-                self.ids[record.index], whole = token_ids(record.text, name, self.tokenizer, self.settings)
-                if not whole:
-                    self.cut.add(record.index)
-            except InputError as error:
+            found = list(self.tokenizer(record.text, add_special_tokens=False)["input_ids"])
+            ids = found[: self.settings.max_text_tokens]
+            if not ids:
+                message = f"{name}: the text {record.text!r} has no tokens"
                 if self.settings.broken == "stop":
-                    raise
-                self.messages[record.index] = str(error)
+                    raise InputError(message)
+                self.messages[record.index] = message
+                continue
+            if not self.settings.text:
+                if unknown is None:
+                    raise SettingError(
+                        "RProbe.text = False replaces text by the unknown token, but this tokenizer has none"
+                    )
+                ids = [int(unknown)] * len(ids)
+            self.ids[record.index] = ids
+            if len(ids) < len(found):
+                self.cut.add(record.index)
 
 
 def _frozen(
@@ -140,8 +147,7 @@ def _frozen(
     notes = []
     if skipped:
         notes.append(f"R-Probe leaves out {len(skipped)} of {len(samples)} {label}; the first: {skipped[0]}")
-    texts_cut = len(texts.cut.intersection(kept))
-    if texts_cut:
+    if texts_cut := len(texts.cut.intersection(kept)):
         notes.append(
             f"R-Probe cuts the texts of {texts_cut} of {len(kept)} {label} to RProbe.max_text_tokens = "
             f"{settings.max_text_tokens} tokens: their regions are rebuilt without the rest of it"
@@ -151,7 +157,7 @@ def _frozen(
         labels=[(records[i].id, records[i].document, records[i].text) for i in kept],
         shards=shards,
         places=[places[i] for i in kept],
-        text=embed(anatomy, [texts.ids[i] for i in kept]),
+        text=_embedded(anatomy, [texts.ids[i] for i in kept]),
         skipped=skipped,
         texts_cut=texts_cut,
         notes=notes,
@@ -160,22 +166,7 @@ def _frozen(
     )
 
 
-def token_ids(text: str, name: str, tokenizer: Any, settings: RProbe) -> tuple[list[int], bool]:
-    """Ids of a text, cut to `max_text_tokens`, and whether they are all; unknown tokens if `settings.text` is False."""
-    found = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    ids = found[: settings.max_text_tokens]
-    whole = len(ids) == len(found)
-    if not ids:
-        raise InputError(f"{name}: the text {text!r} has no tokens")
-    if settings.text:
-        return ids, whole
-    unknown = getattr(tokenizer, "unk_token_id", None)
-    if unknown is None:
-        raise SettingError("RProbe.text = False replaces text by the unknown token, but this tokenizer has none")
-    return [int(unknown)] * len(ids), whole
-
-
-def embed(anatomy: Anatomy, texts: Sequence[list[int]]) -> Text:
+def _embedded(anatomy: Anatomy, texts: Sequence[list[int]]) -> Text:
     """Embed every distinct token once; an InputError where the model does not embed an id."""
     counts = torch.tensor([len(ids) for ids in texts], dtype=torch.int64)
     flat = torch.tensor([i for ids in texts for i in ids], dtype=torch.int64)

@@ -7,6 +7,7 @@ file is read when a batch asks for it and not before.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,7 +17,6 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,7 +25,7 @@ from llava_patch.core.errors import InputError
 from llava_patch.core.files import atomic
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.measurements.rprobe.settings import RProbe
-from llava_patch.probe.sample import Box, Sample
+from llava_patch.probe.sample import Sample
 from llava_patch.probe.sequence import TokenGrid, patchify
 from llava_patch.probe.transform import Transform, black_out
 from llava_patch.probe.view import View, encode_views, target_tokens
@@ -111,8 +111,7 @@ def encode(
     `images` has the samples (their numbers) of each image; masked samples have each an image of their own. With
     `broken="stop"` a sample that cannot be used is an InputError that names it.
     """
-    pictures: list[Image.Image] = []
-    members: list[list[tuple[int, Sample, tuple[Box, ...]]]] = []
+    records: list[Record] = []
     skipped: list[tuple[int, str]] = []
 
     def skip(number: int, error: InputError) -> None:
@@ -120,40 +119,41 @@ def encode(
             raise error
         skipped.append((number, str(error)))
 
+    usable = []
     for numbers in images:
-        picture, usable = None, []
+        picture, members = None, []
         for number in numbers:
             try:
                 sample = samples[number]
                 picture = sample.open_image() if picture is None else picture
-                boxes = tuple(transform.box(box, picture.size, sample.place) for box in sample.boxes)
+                boxes = [transform.box(box, picture.size, sample.place) for box in sample.boxes]
                 if not boxes:
                     raise InputError(f"{sample.place}: the sample has no box")
-                usable.append((number, sample, boxes))
+                members.append((number, sample, boxes))
             except InputError as error:
                 skip(number, error)
-        if picture is not None and usable:
-            pictures.append(picture)
-            members.append(usable)
-    seen = pictures
-    if settings.masked:
-        seen = [black_out(p, of[0][1].boxes) for p, of in zip(pictures, members, strict=True)]
+        if picture is not None and members:
+            usable.append((picture, members))
+    seen = [black_out(page, of[0][1].boxes) if settings.masked else page for page, of in usable]
     views = encode_views(anatomy, transform, seen) if seen else []
-    records: list[Record] = []
     owner, targets, pixels, regions = [], [], [], []
-    for image, (picture, of, view) in enumerate(zip(pictures, members, views, strict=True)):
-        patches = patchify(transform.plane(picture)[None], view.grid)[0]
+    for image, ((page, of), view) in enumerate(zip(usable, views, strict=True)):
+        patches = patchify(transform.plane(page)[None], view.grid)[0]
         for number, sample, boxes in of:
             try:
                 target = target_tokens(view, boxes, sample.place).nonzero()[:, 0]
             except InputError as error:
                 skip(number, error)
                 continue
+            for box in sample.all_boxes:
+                # A box that is no target and is wholly cut away: no pixel lies in it.
+                with contextlib.suppress(InputError):
+                    boxes.append(transform.box(box, page.size, sample.place))
             records.append(Record(number, sample.id, sample.document or sample.id, sample.text))
             owner.append(image)
             targets.append(target.to(torch.int32))
             pixels.append(patches[view.cells[target]])  # of the unmasked image, whatever the tower saw
-            regions.append(_regions(transform, picture, sample, boxes))
+            regions.append(torch.tensor(boxes, dtype=torch.float64))
     return Shard(_tensors(views, owner, targets, pixels, regions), records, skipped)
 
 
@@ -181,20 +181,7 @@ def _tensors(
         "box_counts": counted(regions),
     }
     added = [v.injections.transpose(0, 1) for v in views if v.injections is not None]
-    if added:
-        tensors["injections"] = torch.cat(added)
-    return tensors
-
-
-def _regions(transform: Transform, picture: Image.Image, sample: Sample, boxes: tuple[Box, ...]) -> Tensor:
-    """All text regions on the processed image, float64 [boxes, 4]."""
-    moved = list(boxes)
-    for box in sample.all_boxes:
-        try:
-            moved.append(transform.box(box, picture.size, sample.place))
-        except InputError:
-            continue  # not a target, and nothing of it is on the processed image: no pixel lies in it
-    return torch.tensor(moved, dtype=torch.float64)
+    return {**tensors, "injections": torch.cat(added)} if added else tensors
 
 
 def write_shard(path: Path, shard: Shard, key: str, number: int) -> None:
@@ -220,8 +207,7 @@ def open_shard(path: Path, key: str, number: int) -> Shard | None:
     try:
         with safe_open(path, framework="pt") as stream:
             metadata = stream.metadata() or {}
-            found = metadata.get("format"), metadata.get("key"), metadata.get("number")
-            if found != (str(FORMAT), key, str(number)):
+            if [metadata.get(name) for name in ("format", "key", "number")] != [str(FORMAT), key, str(number)]:
                 raise DamagedShard("it belongs to another format or store")
             if not set(stream.keys()) >= NEEDED:
                 raise DamagedShard("a tensor is missing")
@@ -238,8 +224,7 @@ def open_shard(path: Path, key: str, number: int) -> Shard | None:
 def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
     """Digest of all that is small: tables, names, and the shapes of what is large."""
     digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(tensors):
-        tensor = tensors[name]
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         if name not in LARGE and tensor.numel():
             digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
