@@ -9,6 +9,7 @@ import copy
 import math
 import warnings
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,21 +38,12 @@ def injection_layers(anatomy: Anatomy) -> tuple[int, ...]:
 
     The model's own numbers; those from ceil(L/4) on lie behind the probe and are left out.
     """
-    handle = get_handle(anatomy.model)
-    taken = () if handle is None else handle.program().injections
-    return tuple(layer for layer in taken if layer < quarter(len(anatomy.layers)))
+    return tuple(layer for layer in _injected(anatomy) if layer < quarter(len(anatomy.layers)))
 
 
-def _warn_out_of_reach(anatomy: Anatomy, reached: tuple[int, ...]) -> None:
+def _injected(anatomy: Anatomy) -> Sequence[int]:
     handle = get_handle(anatomy.model)
-    beyond = [] if handle is None else [str(layer) for layer in handle.program().injections if layer not in reached]
-    if beyond:
-        what = "only some of" if reached else "none of"
-        warnings.warn(
-            f"R-Probe has layers 0 to {quarter(len(anatomy.layers)) - 1} of this model, so it sees {what} what "
-            f"DeepStack adds to the image tokens: out of reach is what enters layer {', '.join(beyond)}",
-            stacklevel=3,
-        )
+    return () if handle is None else handle.program().injections
 
 
 class ProbeDecoder(nn.Module):
@@ -79,7 +71,14 @@ class ProbeDecoder(nn.Module):
         self.grid = grid
         self.rope = rope
         self.injection_layers = injection_layers(anatomy)
-        _warn_out_of_reach(anatomy, self.injection_layers)
+        beyond = [str(layer) for layer in _injected(anatomy) if layer not in self.injection_layers]
+        if beyond:
+            warnings.warn(
+                f"R-Probe has layers 0 to {n_layers - 1} of this model, so it sees "
+                f"{'only some of' if self.injection_layers else 'none of'} what DeepStack adds to the image tokens: out "
+                f"of reach is what enters layer {', '.join(beyond)}",
+                stacklevel=2,
+            )
         # sdpa whatever the model runs: flash attention has no float32.
         self.config = copy.deepcopy(anatomy.text_config)
         self.config._attn_implementation = "sdpa"
@@ -95,7 +94,12 @@ class ProbeDecoder(nn.Module):
                 nn.GELU(),
                 nn.Linear(2 * hidden, grid.pixels, device="cpu", dtype=torch.float32),
             ).to(device)
-        self.register_buffer("inv_freq", _host_frequencies(anatomy).to(device), persistent=False)
+        inv_freq = getattr(getattr(anatomy.decoder, "rotary_emb", None), "inv_freq", None)
+        if not isinstance(inv_freq, Tensor):
+            name = type(anatomy.decoder).__name__
+            raise HostError(f"{name} has no rotary_emb.inv_freq: R-Probe needs a rotary decoder")
+        inv_freq = inv_freq.detach().clone().to(device, torch.float32)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("embedding_freq", frequencies(hidden).to(device), persistent=False)
         self.requires_grad_(True)
         self.eval()  # no dropout: a measurement, and the same on every run
@@ -188,10 +192,10 @@ def stock_copy(module: nn.Module, name: str, config: Any) -> nn.Module:
     `config` takes the place of every transformers configuration held inside. A HostError where weights are quantised,
     or not in memory.
     """
-    for parameter_name, parameter in module.named_parameters():
+    for weight, parameter in module.named_parameters():
         if parameter.is_meta or not parameter.is_floating_point():
             why = "not in memory (offloaded)" if parameter.is_meta else f"quantised ({parameter.dtype})"
-            raise HostError(f"R-Probe copies {name}, but its {parameter_name} is {why}: load the model without that")
+            raise HostError(f"R-Probe copies {name}, but its {weight} is {why}: load the model without that")
     # Overridden forwards and hooks may hold the whole model: the memo keeps deepcopy from following them.
     memo: dict[int, Any] = {}
     for part in module.modules():
@@ -207,11 +211,3 @@ def stock_copy(module: nn.Module, name: str, config: Any) -> nn.Module:
         for key in ("forward", "_old_forward", "_hf_hook"):
             vars(part).pop(key, None)
     return clone.to(torch.float32)
-
-
-def _host_frequencies(anatomy: Anatomy) -> Tensor:
-    """Rotary frequencies of the model under test, float32 [head_dim / 2]."""
-    inv_freq = getattr(getattr(anatomy.decoder, "rotary_emb", None), "inv_freq", None)
-    if not isinstance(inv_freq, Tensor):
-        raise HostError(f"{type(anatomy.decoder).__name__} has no rotary_emb.inv_freq: R-Probe needs a rotary decoder")
-    return inv_freq.detach().clone().to(torch.float32)

@@ -11,8 +11,7 @@ from llava_patch.core.errors import InputError
 from llava_patch.fusion.taps import STI_POOL
 from llava_patch.probe.sequence import TokenGrid
 
-NO_CELL = -1
-"""Cell of a token that has no pixels of its own."""
+NO_CELL = -1  # of a token that has no pixels of its own
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +25,11 @@ class Layout:
     grid: TokenGrid
     positions: Tensor
     cells: Tensor
+
+    @property
+    def text_start(self) -> int:
+        """The first text token sits at (p, p) for this p, the first place past all tokens on both axes."""
+        return max(self.grid.text_start, int(self.positions.max().floor()) + 1)
 
 
 def square_layout(
@@ -50,12 +54,8 @@ def square_layout(
     count = len(main) // STI_POOL
     means = main[: count * STI_POOL].unflatten(0, (count, STI_POOL)).mean(1).repeat(pooled, 1)
     middle = main.new_tensor([[(rows - 1) / 2, (columns - 1) / 2]]).expand(prefix, 2)
-    none = cells.new_full((1,), NO_CELL)
-    return Layout(
-        grid,
-        torch.cat([middle, main, means])[dropped:],
-        torch.cat([none.expand(prefix), cells, none.expand(len(means))])[dropped:],
-    )
+    cells = torch.cat([cells.new_full((prefix,), NO_CELL), cells, cells.new_full((len(means),), NO_CELL)])
+    return Layout(grid, torch.cat([middle, main, means])[dropped:], cells[dropped:])
 
 
 def tiled_layout(tile: Layout, tiles: tuple[int, int], image: tuple[float, float, float, float], side: int) -> Layout:
@@ -71,16 +71,12 @@ def tiled_layout(tile: Layout, tiles: tuple[int, int], image: tuple[float, float
             'form one grid: use RProbe.image_mode = "resize", or a merge_size that divides the tower\'s patches'
         )
     grid = TokenGrid(tiles[0] * small.rows, tiles[1] * small.columns, small.cell)
-    corners = TokenGrid(*tiles, side).positions() * torch.tensor([small.rows, small.columns])
-    corners = corners[:, None]  # [tiles, 1, 2], first row and column of each
-    positions = tile.positions + corners
+    corners = (TokenGrid(*tiles, side).positions() * torch.tensor([small.rows, small.columns]))[:, None]
+    positions = tile.positions + corners  # of each tile's first row and column
     row, column = tile.cells // small.columns + corners[..., 0], tile.cells % small.columns + corners[..., 1]
     cells = torch.where(tile.cells >= 0, row * grid.columns + column, NO_CELL)
     left, top, width, height = image
     share = (tile.positions + 0.5) / torch.tensor([small.rows, small.columns])
     overview = (share * torch.tensor([height, width]) + torch.tensor([top, left])) / grid.cell - 0.5
-    return Layout(
-        grid,
-        torch.cat([overview, positions.flatten(0, 1)]),
-        torch.cat([torch.full_like(tile.cells, NO_CELL), cells.flatten()]),
-    )
+    unseen = torch.full_like(tile.cells, NO_CELL)
+    return Layout(grid, torch.cat([overview, positions.flatten(0, 1)]), torch.cat([unseen, cells.flatten()]))

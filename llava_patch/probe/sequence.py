@@ -97,12 +97,7 @@ def target_mask(boxes: Tensor, grid: TokenGrid) -> Tensor:
 
 
 def build_sequence(
-    target: Tensor,
-    valid: Tensor,
-    positions: Tensor,
-    text_counts: Tensor,
-    text_start: Tensor,
-    text_width: int | None = None,
+    target: Tensor, valid: Tensor, positions: Tensor, text_counts: Tensor, text_start: Tensor, width: int | None = None
 ) -> ProbeSequence:
     """Order the tokens of a batch as [context ; text ; target ; padding] and give each its position.
 
@@ -115,14 +110,14 @@ def build_sequence(
         positions: float32 [batch, image tokens, 2], (row, column) of each; what stands at padding does not matter.
         text_counts: int64 [batch], text tokens of each sample.
         text_start: int64 [batch], the p of each sample: the first place past its grid on both axes.
-        text_width: width to which the text tokens are padded; None: the largest count.
+        width: to which the text tokens are padded; None: the largest count.
     """
     device = target.device
-    width = int(text_counts.max()) if text_width is None else text_width
+    width = int(text_counts.max()) if width is None else width
     text_index = torch.arange(width, device=device)
     is_text = text_index < text_counts[:, None]
     # Rank of the group that an entry belongs to; a stable sort keeps raster and reading order inside each group.
-    context, text, targets, padding = 0, 1, 2, 3
+    context, text, targets, padding = range(4)
     image = torch.where(target, targets, context).masked_fill(~valid, padding)
     group = torch.cat([image, torch.where(is_text, text, padding)], dim=1)
     order = torch.argsort(group, dim=1, stable=True)
@@ -186,5 +181,4 @@ def rotary_2d(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
 
 def rotary_1d(count: int, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
     """The model's own rotary for consecutive places 0..count-1: (cos, sin), each float32 [1, count, d]."""
-    index = torch.arange(count, device=inv_freq.device)
-    return rotary_2d(torch.stack([index, index], dim=-1)[None], inv_freq)
+    return rotary_2d(torch.arange(count, device=inv_freq.device)[None, :, None].expand(-1, -1, 2), inv_freq)

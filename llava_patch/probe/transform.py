@@ -57,11 +57,8 @@ class Transform:
 
     def plane_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """(height, width) of the plane of an image of (width, height), in pixels."""
-        height, width = self.height, self.width
-        if self.tiling is not None:
-            place = self.tiling.place(size)
-            height, width = place.height, place.width
-        return height // self.cell * self.cell, width // self.cell * self.cell
+        whole: Any = self if self.tiling is None else self.tiling.place(size)
+        return whole.height // self.cell * self.cell, whole.width // self.cell * self.cell
 
     def pixel_values(self, images: Sequence[Image.Image]) -> Tensor:
         """Normalised pixels of RGB images in the square modes, float32 [images, 3, height, width] on CPU."""
@@ -76,15 +73,14 @@ class Transform:
         elif self.mode == "pad":
             fill = tuple(int(x * 255) for x in self.processor.image_mean)
             images = [pad_to_square(image, fill) for image in images]
-        if hasattr(self.processor, "image_grid_pinpoints"):
+        if tiled := hasattr(self.processor, "image_grid_pinpoints"):
             # One tile is the least it cuts; the overview in front of it is the whole image, stretched.
             options = {"image_grid_pinpoints": [[self.height, self.width]]}
         known = known_options(self.processor)
         options = {name: value for name, value in options.items() if name in known}
-        pixels = self.processor(list(images), return_tensors="pt", **options, **layout_options(self.processor))
-        pixels = pixels["pixel_values"]
-        if hasattr(self.processor, "image_grid_pinpoints"):
-            pixels = pixels[:, 0]
+        options |= layout_options(self.processor)
+        pixels = self.processor(list(images), return_tensors="pt", **options)["pixel_values"]
+        pixels = pixels[:, 0] if tiled else pixels
         if tuple(pixels.shape[1:]) != (3, self.height, self.width):
             raise HostError(
                 f"the image processor gives {tuple(pixels.shape[1:])}, the vision tower takes "
@@ -106,18 +102,14 @@ class Transform:
             left, top, square = float((side - width) // 2), float((side - height) // 2), (side, side)
         new_width, new_height, crop_left, crop_top = self._geometry(square)
         scale_x, scale_y = new_width / square[0], new_height / square[1]
-        moved = (
-            min(max((x0 + left) * scale_x - crop_left, 0.0), plane_width),
-            min(max((y0 + top) * scale_y - crop_top, 0.0), plane_height),
-            min(max((x1 + left) * scale_x - crop_left, 0.0), plane_width),
-            min(max((y1 + top) * scale_y - crop_top, 0.0), plane_height),
-        )
-        if not (moved[0] < moved[2] and moved[1] < moved[3]):
+        x0, x1 = (min(max((x + left) * scale_x - crop_left, 0.0), plane_width) for x in (x0, x1))
+        y0, y1 = (min(max((y + top) * scale_y - crop_top, 0.0), plane_height) for y in (y0, y1))
+        if not (x0 < x1 and y0 < y1):
             cut = 'the centre crop cuts away; use image_mode "resize" or "pad"'
             if self.mode != "crop":
                 cut = f"has no whole cell of {self.cell} pixels (merge_padding: its tokens cover padding as well)"
             raise InputError(f"{name}: box {tuple(box)} lies in the part of the {width} x {height} image that {cut}")
-        return moved
+        return x0, y0, x1, y1
 
     def _geometry(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
         """(resized width, resized height, columns cropped on the left, rows cropped at the top); < 0 where padded."""
@@ -178,22 +170,18 @@ def check_box(box: Box, size: tuple[int, int], name: str) -> Box:
     width, height = size
     if not (x0 < x1 and y0 < y1):  # also catches NaN
         raise InputError(f"{name}: empty box {tuple(box)}: expected x0 < x1 and y0 < y1")
-    if min(x0, y0) < -ROUNDING or x1 > width + ROUNDING or y1 > height + ROUNDING:
+    beyond = min(x0, y0) < -ROUNDING or x1 > width + ROUNDING or y1 > height + ROUNDING
+    x0, y0, x1, y1 = max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))
+    if beyond or not (x0 < x1 and y0 < y1):
         raise InputError(f"{name}: box {tuple(box)} is outside its image of {width} x {height} pixels")
-    inside = max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))
-    if not (inside[0] < inside[2] and inside[1] < inside[3]):
-        raise InputError(f"{name}: box {tuple(box)} is outside its image of {width} x {height} pixels")
-    return inside
+    return x0, y0, x1, y1
 
 
 def pad_to_square(image: Image.Image, fill: tuple[int, ...]) -> Image.Image:
     """Centre an RGB image on a square of its longer side, as llava's `expand2square` does."""
-    width, height = image.size
-    if width == height:
-        return image
-    side = max(width, height)
+    side = max(image.size)
     square = Image.new(image.mode, (side, side), fill)
-    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
 
 

@@ -37,7 +37,7 @@ class Head(nn.Module):
         device = next(self.decoder.parameters()).device
         self.register_buffer("positions", layout.positions.to(device), persistent=False)
         self.register_buffer("cells", layout.cells.to(device), persistent=False)
-        self.text_start = max(layout.grid.text_start, int(layout.positions.max().floor()) + 1)
+        self.text_start = layout.text_start
         self._exact = {n: b.detach().to("cpu", copy=True) for n, b in self.named_buffers()}
         self.to(next(anatomy.layers[0].parameters()).dtype)
         self.requires_grad_(True)
