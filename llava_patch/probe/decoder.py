@@ -49,14 +49,11 @@ def _injected(anatomy: Anatomy) -> Sequence[int]:
 class ProbeDecoder(nn.Module):
     """First ceil(L/4) decoder layers and the final norm of the model under test, then hidden -> 2 hidden -> pixels.
 
-    Everything is float32 and shares no memory with the model. The copies are stock layers: overridden forwards and
-    hooks that a patch or a dispatcher put on the model's own layers are left behind. What DeepStack adds to the image
-    tokens is added in the layers that are here (`injection_layers`); a warning names those that are not. Of the grid
-    only the number of pixels under a token is read; the seed is of the MLP's weights, the caller's random state is not
-    touched.
-
-    Raises:
-        HostError: fewer than 4 layers, weights that are quantised or not in memory, a decoder that is not known.
+    Everything is float32 and shares no memory with the model; overridden forwards and hooks of its layers are left
+    behind. What DeepStack adds to the image tokens is added in the layers that are here (`injection_layers`); a warning
+    names those that are not. Of the grid only the number of pixels under a token is read; the seed is of the MLP's
+    weights, the caller's random state is not touched. A HostError: fewer than 4 layers, weights that are quantised or
+    not in memory, a decoder that is not known.
     """
 
     inv_freq: Tensor
@@ -73,10 +70,10 @@ class ProbeDecoder(nn.Module):
         self.injection_layers = injection_layers(anatomy)
         beyond = [str(layer) for layer in _injected(anatomy) if layer not in self.injection_layers]
         if beyond:
+            what = "only some of" if self.injection_layers else "none of"
             warnings.warn(
-                f"R-Probe has layers 0 to {n_layers - 1} of this model, so it sees "
-                f"{'only some of' if self.injection_layers else 'none of'} what DeepStack adds to the image tokens: out "
-                f"of reach is what enters layer {', '.join(beyond)}",
+                f"R-Probe has layers 0 to {n_layers - 1} of this model, so it sees {what} what DeepStack adds to the "
+                f"image tokens: out of reach is what enters layer {', '.join(beyond)}",
                 stacklevel=2,
             )
         # sdpa whatever the model runs: flash attention has no float32.
@@ -108,7 +105,7 @@ class ProbeDecoder(nn.Module):
     def start_at(self, constant: Tensor) -> None:
         """Centre the first answers on a constant patch, float [pixels]: steps are then spent on what the tokens say.
 
-        It becomes the bias of the last Linear (this project's choice, the paper does not tell how the MLP starts).
+        It becomes the last Linear's bias (this project's choice, the paper does not tell how the MLP starts).
         """
         last = self.head[-1]
         assert isinstance(last, nn.Linear)
@@ -120,12 +117,11 @@ class ProbeDecoder(nn.Module):
         """Rebuild the pixels under every target token.
 
         Args:
-            image_tokens: float32 [batch, image tokens, hidden], projected visual tokens in the host's order, padded
-                at the end.
+            image_tokens: float32 [batch, image tokens, hidden], projected, in the host's order, padded at the end.
             text_tokens: float32 [batch, text width, hidden], token embeddings padded at the end.
             sequence: from `build_sequence`, on the same device.
-            injections: float32 [batch, layers, image tokens, hidden], what DeepStack adds to the image tokens in the
-                layers of `injection_layers`; None when there are none.
+            injections: float32 [batch, layers, image tokens, hidden], what DeepStack adds in those of
+                `injection_layers`; None when there are none.
 
         Returns:
             float32 [targets, pixels]: all targets of the first sample in the host's order, then of the second, ...

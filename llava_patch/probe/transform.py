@@ -24,14 +24,11 @@ ROUNDING = 1.0
 
 @dataclass(frozen=True)
 class Transform:
-    """How an image becomes the tower's input.
+    """How an image becomes the tower's input, `height` x `width` pixels, of which `cell` x `cell` lie under one token.
 
-    Attributes:
-        mode: "resize" stretches the whole image, "crop" is the processor's own resize and centre crop, "pad" pads to
-            a square with the mean colour first, as LLaVA-1.5's `image_aspect_ratio=pad` does. "anyres" is the host's
-            tiling: resized with its aspect kept, centred on the best of several resolutions.
-        height: of the tower's input in pixels, as its width; `cell` is the side of the square under one token.
-        tiling: how the host cuts tiles; None in the other modes.
+    Its mode is "resize" (the whole image, stretched), "crop" (the processor's own resize and centre crop), "pad"
+    (padded to a square with the mean colour first, as LLaVA-1.5's `image_aspect_ratio=pad`) or "anyres", the host's
+    `tiling`: resized with its aspect kept, centred on the best of several resolutions.
     """
 
     processor: Any
@@ -44,9 +41,9 @@ class Transform:
     def plane(self, image: Image.Image) -> Tensor:
         """The processed whole image, from which targets are cut: normalised float32 [3, height, width] on CPU.
 
-        In the square modes the tower's input; of anyres the stitched tiles, padding included. Rows and columns behind
-        the last whole cell (merge_padding) are left out, so that cells tile the plane exactly. A HostError where the
-        processor does not give the size that the tower takes.
+        In the square modes the tower's input; of anyres the stitched tiles, padding included. What lies behind the last
+        whole cell (merge_padding) is left out. A HostError where the processor does not give the size that the tower
+        takes.
         """
         if self.tiling is None:
             pixels = self.pixel_values([image])[0]

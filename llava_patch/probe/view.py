@@ -40,8 +40,8 @@ class View(Layout):
 def make_transform(anatomy: Anatomy, image_processor: Any, mode: str) -> Transform:
     """The image transform of a model, for one of `IMAGE_MODES`.
 
-    "resize", "crop" and "pad" make one square of the side that the vision tower takes, on any model; on one that cuts
-    images into tiles this is what its overview tile is made of. "anyres" is the host's own tiling.
+    "resize", "crop" and "pad" make one square of the side that the vision tower takes, on any model; "anyres" is the
+    tiling of a host that cuts images into tiles.
 
     Raises:
         SettingError: a mode that the model or the processor does not know.

@@ -41,9 +41,8 @@ _SHOWN = (
 class Row:
     """One result of a comparison.
 
-    `interval` is the bootstrap 95 % interval of its MSE (None: fewer than 2 documents); `difference` is (MSE minus the
-    baseline's, low, high), paired over documents, None for the baseline itself and where `unlike` says how the held-out
-    samples differ.
+    `interval` is that of its MSE (None: fewer than 2 documents); `difference` is (MSE minus the baseline's, low, high),
+    None for the baseline itself and where `unlike` says how the held-out samples differ.
     """
 
     name: str
@@ -53,7 +52,7 @@ class Row:
     unlike: str | None
 
     def numbers(self) -> dict[str, Any]:
-        """The row as JSON values."""
+        """As JSON values."""
         parts = {"inside": self.result.inside, "outside": self.result.outside}
         return {
             "mse": self.result.mse,
@@ -66,7 +65,7 @@ class Row:
         }
 
     def cells(self, baseline: str) -> list[str]:
-        """The row as text, under `HEAD`."""
+        """As text, under `HEAD`."""
         one = self.result
         steps, half = ("never" if n is None else str(n) for n in (one.steps_to_threshold, one.steps_to_half_fvu))
         apart = "baseline" if self.name == baseline else "not paired"

@@ -1,10 +1,8 @@
 """Rank correlation of several checkpoints' probe results with their benchmark scores.
 
 Source: "Detached Skip-Links and R-Probe", table 8: within one backbone, a lower probe loss goes with a higher OCR
-score.
-
-Sign: everything is turned so that more is better. The probe's error and steps are negated, and so is a score whose
-lower values are better: a correlation above 0 says that a better probe goes with a better score.
+score. Everything is turned so that more is better, the probe's error and steps as well as a score whose lower values
+are better: a correlation above 0 says that a better probe goes with a better score.
 """
 
 from __future__ import annotations
@@ -40,15 +38,10 @@ EXACT = 7  # checkpoints up to which all permutations (5040) are fewer than that
 class Correlation:
     """How one benchmark figure goes with the probe's over checkpoints.
 
-    Attributes:
-        n: checkpoints that have both numbers.
-        spearman: rank correlation, -1..1; above 0: a better probe goes with a better score. None: no rank (n < 2, or
-            all values equal).
-        kendall: tau-b, which allows for ties.
-        p: two-sided p-value of Spearman under permutation of the scores, exact up to 7 checkpoints; None: no rank.
-        higher_is_better: of the score; None: not recorded, taken as True.
-        points: checkpoint, probe figure, score, as measured; a probe figure that was never reached is infinite.
-        notes: what was left out or does not count.
+    `spearman` and `kendall` (tau-b, which allows for ties) are -1..1; `p` is Spearman's two-sided p-value under
+    permutation of the scores; all are None without a rank (n < 2, or all values equal). `higher_is_better` is None
+    where it is not recorded, and taken as True. `points` are (checkpoint, probe figure, score) as measured, a figure
+    that was never reached infinite; `notes` say what was left out or does not count.
     """
 
     task: str
@@ -67,11 +60,8 @@ def correlate(
 ) -> tuple[list[Correlation], list[str]]:
     """Correlate one probe figure (a key of `PROBES`) with the benchmark scores of at least two checkpoints.
 
-    Tasks are named, or "task/metric"; none: every metric with a direction that all checkpoints have. The seed is of the
-    permutations, where there are too many to count out.
-
-    Returns:
-        (correlations, notes that concern all of them).
+    Tasks are named, or "task/metric"; none: every metric with a direction that all checkpoints have. Returns
+    (correlations, notes that concern all of them).
     """
     if probe not in PROBES:
         raise SettingError(f"--probe {probe}: expected one of {', '.join(PROBES)}")

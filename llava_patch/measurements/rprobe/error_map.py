@@ -176,8 +176,7 @@ def colour_limit(pages: Sequence[ErrorMap]) -> float:
 def save_map(page: ErrorMap, path: str | Path, masked: bool = False, limit: float | None = None) -> Path:
     """Draw a page, its reconstruction and the error of each cell on the same grid, as .png or .pdf.
 
-    `masked`: each region was blacked out while it was rebuilt. `limit` is the error at the upper end of the colours,
-    the same for pages to be compared; None: `colour_limit`'s.
+    `masked`: each region was blacked out while it was rebuilt; `limit`: the error at the upper end of the colours.
     """
     limit = colour_limit([page]) if limit is None else limit
     Rectangle = optional("matplotlib.patches").Rectangle

@@ -35,14 +35,8 @@ Cut = tuple[int, int, int, int]  # (top, bottom, left, right) in pixels
 def save_figure(result: RProbeResult, path: str | Path, documents: Sequence[str] | None = None) -> Path:
     """Draw original, region and reconstruction of held-out samples, and the loss curve with its baselines.
 
-    Args:
-        result: what `run_rprobe` returned.
-        path: ends in .png or .pdf; the file appears complete or not at all.
-        documents: ids of samples to show; None: all examples that the run kept.
-
-    Raises:
-        InputError: an id that is not among the run's examples.
-        SettingError: another ending.
+    `documents` are ids of samples to show, of those that the run kept (else an InputError); None: all of them. A
+    SettingError where the path ends neither in .png nor in .pdf.
     """
     known = {example.id: example for example in result.examples}
     unknown = [name for name in documents or () if name not in known]

@@ -240,8 +240,8 @@ def fingerprint(decoder: ProbeDecoder) -> str:
 def fresh_answer(decoder: ProbeDecoder) -> list[float]:
     """What a fresh decoder's layers and norm make of one fixed short sequence, as numbers that every state enters.
 
-    Weights do not tell of a number that a module keeps as an attribute (a norm's epsilon), nor of rotary frequencies:
-    those show here. Numbers and not their hash, because float32 sums depend on threads and device.
+    Weights do not tell of a norm's epsilon, nor of rotary frequencies: those show here. Numbers and not their hash,
+    because float32 sums depend on threads and device.
     """
     hidden = int(decoder.config.hidden_size)
     device = next(decoder.parameters()).device

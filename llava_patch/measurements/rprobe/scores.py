@@ -33,8 +33,8 @@ class Score:
 class Checkpoint:
     """One checkpoint's numbers: of the probe, of benchmarks by (task, metric), and why one of the probe is `missing`.
 
-    The probe's are "mse", "fvu", "psnr", "steps", "steps_half_fvu"; one that is not there was not measured or means
-    nothing, an infinite one was never reached.
+    The probe's are those of `correlate.PROBES`; one that is not there was not measured or means nothing, an infinite
+    one was never reached.
     """
 
     name: str
@@ -46,10 +46,9 @@ class Checkpoint:
 def read_checkpoints(sources: Sequence[str], names: Sequence[str] = ()) -> tuple[list[Checkpoint], list[str]]:
     """Read one checkpoint a source; returns them with notes on what was read from where.
 
-    Args:
-        sources: "RPROBE=RESULTS" (two files, or folders that hold them), a folder that holds both, or lmms-eval's
-            results JSON whose `rprobe` task ran with the benchmarks.
-        names: of the checkpoints, in order; empty: lmms-eval's name of the model, numbered where those are alike.
+    A source is "RPROBE=RESULTS" (two files, or folders that hold them), a folder that holds both, or lmms-eval's
+    results JSON whose `rprobe` task ran with the benchmarks. Without names lmms-eval's name the checkpoints, numbered
+    where alike.
     """
     if names and (len(names) != len(sources) or len(set(names)) < len(names)):
         raise SettingError(f"--names: expected {len(sources)} distinct names, got {', '.join(names)}")

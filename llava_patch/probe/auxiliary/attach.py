@@ -18,7 +18,6 @@ from llava_patch.core.method import Method
 from llava_patch.core.undo import UndoStack
 from llava_patch.fusion import optimizer
 from llava_patch.hosts import call_context, compat, positions, tiles, zero
-from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.hosts.handles import get_handle
 from llava_patch.probe.auxiliary.head import Head, Seen, check_images, token_errors, zero_gradient_pass
 from llava_patch.probe.auxiliary.regions import KEY, Marker
@@ -34,8 +33,8 @@ SILENT_BATCHES = 50
 """Training batches without any region after which a warning says so."""
 UNSEEN = (
     "AuxiliaryProbe: none of the first %d training batches of this process had a region, so that its loss was not "
-    "computed: records carry them under %r; a collator or TrainingArguments.remove_unused_columns (set it to False) may "
-    'drop that, and AuxiliaryProbe.broken = "skip" leaves out what does not fit'
+    "computed: records carry them under %r; a collator or TrainingArguments.remove_unused_columns (set it to False) "
+    'may drop that, and AuxiliaryProbe.broken = "skip" leaves out what does not fit'
 )
 _IGNORED = "_keys_to_ignore_on_save"  # transformers' own list
 
@@ -110,13 +109,13 @@ class Auxiliary(Method):
     def attach(self, undo: UndoStack, *, zero_start: bool, loading: bool) -> None:
         """Put the loss on the model; the head follows what the fusion does, so this comes last.
 
-        Modifications: a module `llava_patch_rprobe` on the causal LM; its instance attributes `forward` (which takes
-        the regions out of the arguments) and `_keys_to_ignore_on_save`; `encode_images` of the causal LM on `llava`,
-        `get_image_features` of the inner LlavaModel on HF.
+        Modifications: a module `llava_patch_rprobe` on the causal LM; its instance attributes `forward` and
+        `_keys_to_ignore_on_save`; `encode_images` of the causal LM on `llava`, `get_image_features` of the inner
+        LlavaModel on HF.
 
         The patched `forward` takes one argument more, `rprobe`, the regions of a batch. It adds the term in training
-        mode with gradients on alone: in evaluation mode and under `no_grad` regions are dropped unread and the loss is
-        the model's own, so that an evaluation during training (`eval_loss`) measures the next-token loss.
+        mode with gradients on alone: else regions are dropped unread and the loss is the model's own, so that an
+        evaluation during training (`eval_loss`) measures the next-token loss.
         """
         model = self.anatomy.model
         if not self.settings.weight:
@@ -187,8 +186,8 @@ class Auxiliary(Method):
             raise InputError(
                 "a training batch with regions but without labels: the auxiliary loss is added to the model's own loss"
             )
-        # How much of its step a batch is. Newer Trainers pass the number of labels in all batches and ranks of a step to
-        # models that take it; the loss is then a sum over it, and the auxiliary term has to be shared out alike.
+        # How much of its step a batch is: newer Trainers pass the number of labels in all batches and ranks of a step
+        # to models that take it; the loss is then a sum over it, and the auxiliary term has to be shared out alike.
         weight: Any = 1.0
         if (of_step := given.get("num_items_in_batch")) is not None:
             weight = (given["labels"] != positions.IGNORE_INDEX).sum() / of_step

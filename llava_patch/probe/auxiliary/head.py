@@ -21,8 +21,8 @@ from llava_patch.settings.auxiliary import AuxiliaryProbe
 class Head(nn.Module):
     """R-Probe's decoder as a module of the model that trains.
 
-    DeepSpeed ZeRO-3 may have partitioned the model (then every rank must make the head), and its Linear layers may be
-    wrapped by peft's LoRA: the copies are plain layers with the update merged in.
+    DeepSpeed ZeRO-3 may have partitioned the model (then every rank must make the head), and peft's LoRA may wrap its
+    Linear layers: the copies are plain layers with the update merged in.
     """
 
     positions: Tensor
@@ -74,10 +74,8 @@ class Head(nn.Module):
 class Seen:
     """What a forward pass of the model made of its images, with the gradient.
 
-    Attributes:
-        tokens: [images, tokens, hidden], projected visual tokens.
-        pixels: [images, 3, height, width], what the vision tower saw.
-        injections: [layers, images, tokens, hidden], what DeepStack adds in the head's layers; None without it.
+    `tokens` are [images, tokens, hidden], projected; `pixels` [images, 3, height, width], what the tower saw;
+    `injections` [layers, images, tokens, hidden], what DeepStack adds in the head's layers, None without it.
     """
 
     tokens: Tensor
@@ -88,12 +86,8 @@ class Seen:
 def token_errors(head: Head, embed: Callable[[Tensor], Tensor], seen: Seen, regions: Mapping[str, Tensor]) -> Tensor:
     """Mean squared error inside each target token of a batch, float32 [targets]; no gradient goes back through `embed`.
 
-    Args:
-        head: the head.
-        embed: the token embedding.
-        seen: the batch's images.
-        regions: from the collator: "image" int64 [samples], whose image it is; "target" bool [samples, tokens];
-            "text" int64 [samples, width], padded with 0; "counts" int64 [samples], text tokens.
+    The collator's regions are "image" int64 [samples], whose image it is; "target" bool [samples, tokens]; "text" int64
+    [samples, width], padded with 0; "counts" int64 [samples], text tokens.
     """
     device = head.cells.device  # of its weights as well; on several devices (device_map) tokens may lie elsewhere
     regions = {name: value.to(device) for name, value in regions.items()}

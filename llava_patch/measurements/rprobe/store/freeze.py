@@ -38,10 +38,10 @@ def freeze_samples(
 ) -> FrozenData:
     """Run vision tower, fusion, projector and token embeddings once over all samples.
 
-    The model is left as it was found: no gradient, evaluation mode only for the time of the call. With
-    `settings.store` the tokens lie on disk; there another run, and other processes of this one, find them: under
-    `torch.distributed` every process calls this, takes shards that nobody else has taken, and returns when all are
-    there. The numbers are the same bit for bit with and without a store.
+    The model is left as it was found: no gradient, evaluation mode only for the time of the call. With `settings.store`
+    tokens lie on disk, where another run and other processes of this one find them: under `torch.distributed` every
+    process calls this, takes shards that nobody else has taken, and returns when all are there. The numbers are the
+    same bit for bit with and without a store.
 
     Raises:
         InputError: no usable sample, or, with `broken="stop"`, one with a bad image, box or text (it is named).

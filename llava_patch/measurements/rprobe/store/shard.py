@@ -1,8 +1,7 @@
 """R-Probe, step 5 of 8: frozen tokens and the pixels under their targets are gathered (`encode`) and kept in shards.
 
-On disk a shard is one safetensors file: it appears whole by a single rename, carries no pickle, keeps bfloat16 as it
-is, its header is checked against its length when it is opened, and its tensors are memory-mapped, so that a page of the
-file is read when a batch asks for it and not before.
+On disk a shard is one safetensors file: it appears whole by a single rename, keeps bfloat16 as it is, its header is
+checked against its length when it is opened, and its tensors are memory-mapped: read when a batch asks for them.
 """
 
 from __future__ import annotations
