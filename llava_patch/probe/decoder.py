@@ -86,11 +86,9 @@ class ProbeDecoder(nn.Module):
         self.norm = stock_copy(anatomy.norm, "the decoder's final norm", self.config).to(device)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            self.head = nn.Sequential(
-                nn.Linear(hidden, 2 * hidden, device="cpu", dtype=torch.float32),
-                nn.GELU(),
-                nn.Linear(2 * hidden, grid.pixels, device="cpu", dtype=torch.float32),
-            ).to(device)
+            place: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
+            first, last = nn.Linear(hidden, 2 * hidden, **place), nn.Linear(2 * hidden, grid.pixels, **place)
+            self.head = nn.Sequential(first, nn.GELU(), last).to(device)
         inv_freq = getattr(getattr(anatomy.decoder, "rotary_emb", None), "inv_freq", None)
         if not isinstance(inv_freq, Tensor):
             name = type(anatomy.decoder).__name__

@@ -35,15 +35,13 @@ class Layout:
 def square_layout(
     patches: tuple[int, int], patch_size: int, merge: int = 1, pooled: int = 0, prefix: int = 0, dropped: int = 0
 ) -> Layout:
-    """Tokens of one image that the tower sees as a whole.
+    """Tokens of one image that the tower sees as a whole; the host drops the first `dropped` of them.
 
-    They are the tower's prefix tokens (CLS, registers), one token for each merge x merge patches, then for each of
-    STI's taps the means of `STI_POOL` tokens that follow each other in raster order. A prefix token sits in the middle
-    of the image, since it stands for all of it; a mean at the mean of the places that it covers; neither has a cell.
-    Where merge does not divide the patches, the tokens at the right and below cover padding as well and have no cell.
-
-    `patches` are the tower's (rows, columns), `patch_size` their side in pixels, `pooled` the number of STI's taps; the
-    host drops the first `dropped` of all these: beyond `prefix` those are patches.
+    They are the tower's prefix tokens (CLS, registers), one token for each merge x merge of the (rows, columns)
+    patches, then for each of STI's `pooled` taps the means of `STI_POOL` tokens that follow each other in raster order.
+    A prefix token sits in the middle of the image, since it stands for all of it; a mean at the mean of the places that
+    it covers; neither has a cell. Where merge does not divide the patches, the tokens at the right and below cover
+    padding as well and have no cell.
     """
     rows, columns = (-(-n // merge) for n in patches)
     grid = TokenGrid(patches[0] // merge, patches[1] // merge, patch_size * merge)

@@ -52,11 +52,9 @@ class TokenGrid:
 class ProbeSequence:
     """The order of a batch. Slot s of sample b holds entry `order[b, s]` of [image tokens ; padded text tokens].
 
-    Attributes:
-        order: int64 [batch, slots]; slots = image tokens + widest text.
-        positions: float32 [batch, slots, 2], (row, column) of what lies in each slot; fractions are allowed.
-        valid: bool [batch, slots]; False at padding, which always lies at the end.
-        target: bool [batch, slots]; True where a target image token is read out.
+    `order` is int64 [batch, slots], slots = image tokens + widest text; `positions` float32 [batch, slots, 2], (row,
+    column) of what lies in each; `valid` bool [batch, slots], False at padding, which always lies at the end; `target`
+    bool [batch, slots], where a target image token is read out.
     """
 
     order: Tensor
@@ -163,9 +161,9 @@ def frequencies(dimension: int, base: float = 10000.0) -> Tensor:
 def rotary_2d(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
     """(cos, sin) for `apply_rotary_pos_emb`, float32 [..., tokens, d]: even pairs turn by the row, odd by the column.
 
-    `rotate_half` pairs dimension i with i + d/2, so what is shared out between the axes is pairs, not dimensions. Each
-    axis gets half of the head dimension and the whole range of frequencies; and because every pair keeps the frequency
-    it has in the model under test, tokens at (p, p), the text, are rotated exactly as the model itself rotates p.
+    `rotate_half` pairs dimension i with i + d/2, so what is shared out between the axes is pairs: each axis gets half
+    of them and the whole range of frequencies. Every pair keeps the frequency it has in the model under test, so tokens
+    at (p, p), the text, are rotated exactly as the model itself rotates p.
 
     Positions are float32 (or integer) [..., tokens, 2], (row, column); `inv_freq` is float32 [d/2], the frequency of
     each pair. An InputError where d/2 is odd, so that the axes would not get the same share.

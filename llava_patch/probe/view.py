@@ -27,10 +27,8 @@ from llava_patch.probe.transform import Transform, check_crop
 class View(Layout):
     """The frozen visual tokens of one image, on CPU, and where they lie on the grid of the whole image.
 
-    Attributes:
-        tokens: [tokens, hidden], in the dtype that the model computed them in.
-        injections: what DeepStack adds to these tokens in the probe's layers: [layers, tokens, hidden], dtype as
-            tokens; None without DeepStack. The layers are those of `decoder.injection_layers(anatomy)`, in order.
+    `tokens` are [tokens, hidden], in the dtype that the model computed them in; `injections` [layers, tokens, hidden],
+    what DeepStack adds to them in the layers of `decoder.injection_layers(anatomy)`, None without it.
     """
 
     tokens: Tensor
@@ -41,11 +39,8 @@ def make_transform(anatomy: Anatomy, image_processor: Any, mode: str) -> Transfo
     """The image transform of a model, for one of `IMAGE_MODES`.
 
     "resize", "crop" and "pad" make one square of the side that the vision tower takes, on any model; "anyres" is the
-    tiling of a host that cuts images into tiles.
-
-    Raises:
-        SettingError: a mode that the model or the processor does not know.
-        HostError: an image processor of another model, or a tower of several scales.
+    tiling of a host that cuts images into tiles. A SettingError for a mode that the model or the processor does not
+    know, a HostError for an image processor of another model, or a tower of several scales.
     """
     if hasattr(anatomy.tower, "s2_scales"):
         raise HostError("R-Probe does not know multi-scale (S2) towers: load the model without s2")
@@ -70,13 +65,10 @@ def make_transform(anatomy: Anatomy, image_processor: Any, mode: str) -> Transfo
 def encode_views(anatomy: Anatomy, transform: Transform, images: Sequence[Image.Image]) -> list[View]:
     """Run vision tower, fusion and projector over RGB images, through the host's own path: one view an image.
 
-    The model is in evaluation mode. Tokens stand in the order in which the host gives them to the LLM. With tiles
-    (anyres) that is the overview tile's tokens, context only, then the big grid's; tokens over padding that the host
-    drops are left out, and so are the learned vectors at the ends of lines, which hold nothing of the image.
-
-    Raises:
-        HostError: the tower is not loaded, or its tokens are not finite.
-        InputError: tokens that cannot be placed on the image.
+    The model is in evaluation mode. Tokens stand in the order in which the host gives them to the LLM: with tiles
+    (anyres) the overview tile's, context only, then the big grid's; tokens over padding that the host drops are left
+    out, and so are the learned vectors at the ends of lines. A HostError where the tower is not loaded or its tokens
+    are not finite, an InputError for tokens that cannot be placed on the image.
     """
     if transform.tiling is not None:
         return [_view_of_tiles(anatomy, transform, transform.tiling, image) for image in images]

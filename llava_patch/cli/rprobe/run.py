@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -82,12 +82,24 @@ def run_command(
         return result
 
     try:
-        with active.also(gin_file, gin_param), signals_interrupt(), _short_warnings(), parallel.processes():
+        with (
+            active.also(gin_file, gin_param),
+            signals_interrupt(),
+            contextlib.ExitStack() as after,
+            parallel.processes(),
+        ):
+            # Warnings as one line each: where in our code they come from says nothing to who runs a command.
+            after.callback(setattr, warnings, "formatwarning", warnings.formatwarning)
+            warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {message}\n"
             settings = active.settings_of(PROBE.settings, **fields)
             with parallel.guard():
                 check_folder(folder, checkpoint)
                 target = Target(checkpoint, data, base, "", device, dtype)
-                sources = _read(data, settings), _read(heldout, settings)
+                sources = read(data, settings), read(heldout, settings)
+                for source, samples in zip((data, heldout), sources, strict=True):
+                    if samples is not None and samples.skipped:
+                        count = counted(len(samples.skipped), "thing")
+                        _say(f"{source}: {count} could not be used, such as {samples.skipped[0]}")
                 if ablation:
                     with folder_lock(folder):
                         _all_four(probe, settings, folder, checkpoint)
@@ -110,14 +122,6 @@ def check_folder(folder: Path, checkpoint: str) -> None:
 
     for name in (RESULT, four.SUMMARY, *(f"{name}/{RESULT}" for name in four.VARIANTS)):
         check_results(folder / name, [checkpoint])
-
-
-def _read(source: str, settings: Any) -> Any:
-    samples = read(source, settings)
-    if samples is not None and samples.skipped:
-        count = counted(len(samples.skipped), "thing")
-        _say(f"{source}: {count} could not be used, such as {samples.skipped[0]}")
-    return samples
 
 
 def _all_four(probe: Callable[[Any, Path], RProbeResult], settings: Any, folder: Path, checkpoint: str) -> None:
@@ -146,14 +150,3 @@ def _say(text: str) -> None:
 
     if parallel.rank() == 0:
         typer.echo(text)
-
-
-@contextlib.contextmanager
-def _short_warnings() -> Iterator[None]:
-    """Warnings as one line each: where in our code they come from says nothing to who runs a command."""
-    before = warnings.formatwarning
-    warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {message}\n"
-    try:
-        yield
-    finally:
-        warnings.formatwarning = before

@@ -101,15 +101,9 @@ def _bootstrap(
     count = len(data[0])
     if count < 2:
         return None
-    found = optional("scipy.stats").bootstrap(
-        data,
-        lambda a, b, axis: a.sum(axis) / b.sum(axis),
-        n_resamples=resamples,
-        batch=max(1, min(resamples, DRAWN_AT_ONCE // count)),
-        vectorized=True,
-        paired=True,
-        confidence_level=LEVEL,
-        method="percentile",
-        random_state=np.random.default_rng(seed),
+    how: dict[str, Any] = {"paired": True, "vectorized": True, "method": "percentile", "confidence_level": LEVEL}
+    how |= {"n_resamples": resamples, "batch": max(1, min(resamples, DRAWN_AT_ONCE // count))}
+    ratio = optional("scipy.stats").bootstrap(
+        data, lambda a, b, axis: a.sum(axis) / b.sum(axis), random_state=np.random.default_rng(seed), **how
     )
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    return float(ratio.confidence_interval.low), float(ratio.confidence_interval.high)

@@ -209,12 +209,6 @@ def footer(found: Sequence[Correlation]) -> list[str]:
     return [f"{', '.join(names)}: {note}" for note, names in said.items()]
 
 
-def sign_note(probe: str) -> str:
-    """The sign convention in a sentence."""
-    better = f"{'higher' if PROBES[probe][1] else 'lower'} {PROBES[probe][0]}"
-    return f"above 0: a better probe ({better}) goes with a better score, whichever direction of the score is better"
-
-
 def figure(found: Sequence[Correlation], probe: str) -> Any:
     """A small panel a benchmark; a legend names the points, because names beside them would cover one another."""
     names = list(dict.fromkeys(name for one in found for name, _, _ in one.points))

@@ -43,9 +43,8 @@ def evaluate(
     for index in torch.tensor(share(len(data)), dtype=torch.int64).split(settings.batch_size):
         if len(index):
             batch = data.batch(index, device)
-            parts.append(
-                _sums(answer(decoder, batch), batch, data.inside(index), data.target_mean, constant, transform)
-            )
+            rebuilt, inside = answer(decoder, batch), data.inside(index)
+            parts.append(_sums(rebuilt, batch, inside, data.target_mean, constant, transform))
     parts = gather_rows(parts)
     sums = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     documents = _documents(data.labels, sums)
@@ -82,11 +81,9 @@ def _sums(
     """Sums over the targets of each sample of a batch, float64 [batch]: all figures are made of these.
 
     They are: target tokens; the mean squared error inside a token, the same on de-normalised clipped pixels, the
-    constant's, and the deviation from `mean`; then of pixels inside and outside text: their number, their error (mean
-    over channels), and each channel's values and squares, [batch, 3].
-
-    The decoder's answer is float32 [targets, pixels], `inside` bool [targets, cell x cell] (the pixel lies in a text
-    box of its image), the mean held-out target and the constant prediction are float32 [pixels].
+    constant's (float32 [pixels]), and the deviation from `mean`, the mean held-out target; then of pixels inside and
+    outside text (`inside` is bool [targets, cell x cell]): their number, their error (mean over channels), and each
+    channel's values and squares, [batch, 3].
     """
     pixels, counts = batch.pixels.cpu(), batch.counts.cpu()
     error = (rebuilt - pixels).double().square()

@@ -37,7 +37,6 @@ from llava_patch.probe.transform import Transform
 from llava_patch.probe.view import encode_views
 
 LIBRARIES = ("llava_patch", "torch", "torchvision", "transformers", "llava-torch", "llava", "timm", "pillow", "numpy")
-SETTINGS = ("masked",)  # those of RProbe that change what is stored; image_mode is the transform's
 _CONFIG = ("mm_", "vision", "image_", "projector_", "multimodal_")  # what of a host's config is about images
 
 
@@ -148,7 +147,7 @@ def store_key(anatomy: Anatomy, transform: Transform, data: Any, settings: RProb
         "answer": answer_key(anatomy, transform),
         "transform": described(transform),
         "data": data,
-        "settings": {name: getattr(settings, name) for name in SETTINGS},
+        "settings": {"masked": settings.masked},  # image_mode is the transform's
     }
 
 
@@ -157,13 +156,12 @@ def model_key(anatomy: Anatomy) -> dict[str, Any]:
     if anatomy.vision_model is None:
         raise HostError("the vision tower is not loaded yet: call its load_model() first")
     model, handle = anatomy.model, get_handle(anatomy.model)
-    config = {name: value for name, value in model.config.to_dict().items() if name.startswith(_CONFIG)}
     device = next(anatomy.vision_model.parameters()).device
     text = (anatomy.layers, anatomy.norm, anatomy.lm_head, anatomy.embed_tokens)  # these make no visual token
     return {
         "host": anatomy.host,
         "weights": weights_digest(tensors_of(anatomy, without=text)),
-        "config": config,
+        "config": {name: value for name, value in model.config.to_dict().items() if name.startswith(_CONFIG)},
         "vision_config": described(anatomy.vision_config),
         "attention": getattr(anatomy.vision_config, "_attn_implementation", None),
         "parts": [type(part).__name__ for part in (model, anatomy.tower, anatomy.vision_model, anatomy.projector)],
@@ -228,12 +226,8 @@ def fingerprint(decoder: ProbeDecoder) -> str:
     6 GB: any training changes practically all values of a tensor.
     """
     found = hashlib.sha256(f"DeepStack enters layers {decoder.injection_layers} ".encode())
-    named = (
-        (name.replace(".base_layer", ""), parameter)
-        for name, parameter in decoder.named_parameters()
-        if not (name.startswith("head.") or "lora_" in name)
-    )
-    return weights_digest(named, _SAMPLED, into=found)[:32]
+    own = ((n, p) for n, p in decoder.named_parameters() if not (n.startswith("head.") or "lora_" in n))
+    return weights_digest(((n.replace(".base_layer", ""), p) for n, p in own), _SAMPLED, into=found)[:32]
 
 
 @torch.no_grad()
@@ -243,19 +237,16 @@ def fresh_answer(decoder: ProbeDecoder) -> list[float]:
     Weights do not tell of a norm's epsilon, nor of rotary frequencies: those show here. Numbers and not their hash,
     because float32 sums depend on threads and device.
     """
-    hidden = int(decoder.config.hidden_size)
+    hidden, layers = int(decoder.config.hidden_size), len(decoder.injection_layers)
     device = next(decoder.parameters()).device
     generator = torch.Generator().manual_seed(0)
-    text, side = 3, 3
-    cells = torch.cartesian_prod(torch.arange(side), torch.arange(side)).float()[None]
-    target = torch.zeros(1, side * side, dtype=torch.bool)
-    target[0, -3:] = True
-    sequence = build_sequence(target, torch.ones_like(target), cells, torch.tensor([text]), torch.tensor([side]))
+    cells = torch.cartesian_prod(torch.arange(3), torch.arange(3)).float()[None]
+    target, three = torch.arange(9)[None] >= 6, torch.tensor([3])
+    sequence = build_sequence(target, torch.ones_like(target), cells, three, three)
     # Of the sizes that projected and embedded tokens have; an epsilon counts where tokens are small.
-    image = 0.5 * torch.randn(1, side * side, hidden, generator=generator)
-    words = 0.02 * torch.randn(1, text, hidden, generator=generator)
-    layers = len(decoder.injection_layers)
-    added = 0.5 * torch.randn(1, layers, side * side, hidden, generator=generator).to(device) if layers else None
+    image = 0.5 * torch.randn(1, 9, hidden, generator=generator)
+    words = 0.02 * torch.randn(1, 3, hidden, generator=generator)
+    added = 0.5 * torch.randn(1, layers, 9, hidden, generator=generator).to(device) if layers else None
     with torch.autocast(device.type, enabled=False):
         states = decoder.hidden_states(image.to(device), words.to(device), sequence.to(device), added)
     flat = states.cpu().double().flatten()

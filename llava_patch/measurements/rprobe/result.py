@@ -145,8 +145,8 @@ class RProbeResult(Result):
 
     def parts(self) -> str:
         """MSE of the pixels inside text and beside it, " (in text 0.820, beside it 0.129)"; "" where there are none."""
-        named = (("in text", self.inside), ("beside it", self.outside))
-        found = [f"{name} {part.mse:.3f}" for name, part in named if part is not None]
+        named = {"in text": self.inside, "beside it": self.outside}
+        found = [f"{name} {part.mse:.3f}" for name, part in named.items() if part is not None]
         return f" ({', '.join(found)})" if found else ""
 
     def summary(self) -> str:

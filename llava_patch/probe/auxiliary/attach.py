@@ -228,8 +228,8 @@ class Auxiliary(Method):
     def take_logs(self) -> dict[str, float]:
         """Mean losses since the last call, over all ranks; every rank must call this.
 
-        "ntp_loss" is the model's own loss, "rprobe_loss" the MSE over the target tokens of the samples that carried a
-        region (unweighted); a key whose mean would be over nothing is left out.
+        "ntp_loss" is the model's own, "rprobe_loss" the MSE over the target tokens of the samples that carried a region
+        (unweighted); a key whose mean would be over nothing is left out.
         """
         device = next(self.anatomy.projector.parameters()).device
         sums = torch.zeros(4, device=device) if self._sums is None else self._sums

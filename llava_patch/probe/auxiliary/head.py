@@ -129,13 +129,12 @@ def zero_gradient_pass(head: Head, embed: Callable[[Tensor], Tensor]) -> Tensor:
     ranks and batches without a region run this. Nobody reads the values, so two tokens do.
     """
     device = head.cells.device
-    target = torch.ones(1, 1, dtype=torch.bool, device=device)
-    counts = torch.ones(1, dtype=torch.int64, device=device)
-    text = _embedded(embed, torch.zeros(1, 1, dtype=torch.int64, device=device))
+    one = torch.ones(1, 1, dtype=torch.int64, device=device)
+    text = _embedded(embed, torch.zeros_like(one))
     tokens = torch.zeros(1, 1, text.shape[-1], dtype=head.dtype, device=device)
     layers = len(head.decoder.injection_layers)
     injections = tokens[:, None].expand(-1, layers, -1, -1) if layers else None
-    return 0.0 * head(tokens, text, _sequence(head, head.positions[-1:], target, counts, 1), injections).sum()
+    return 0.0 * head(tokens, text, _sequence(head, head.positions[-1:], one.bool(), one[0], 1), injections).sum()
 
 
 def _sequence(head: Head, positions: Tensor, target: Tensor, counts: Tensor, width: int) -> ProbeSequence:

@@ -32,12 +32,10 @@ class Text:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Inputs and targets of one step, on the probe's device.
+    """Inputs and targets of one step, on the probe's device, as `ProbeDecoder.forward` takes them.
 
-    `image_tokens` and `text_tokens` are float32 [batch, tokens, hidden], padded at the end, `sequence` their order;
-    `pixels` float32 [targets, pixels], in the order in which the decoder answers, and `counts` int64 [batch] the
-    targets of each sample; `injections` float32 [batch, layers, image tokens, hidden], what DeepStack adds to the image
-    tokens in the probe's layers, None without it.
+    Tokens are padded at the end; `pixels` are float32 [targets, pixels], in the order in which the decoder answers, and
+    `counts` int64 [batch] the targets of each sample.
     """
 
     image_tokens: Tensor
@@ -66,15 +64,10 @@ class Chosen(DrawnSamples):
 class FrozenData:
     """The frozen inputs of many samples, on CPU; image tokens and pixels may be mapped from disk.
 
-    Attributes:
-        samples: where they came from; pages are drawn anew when they are asked for.
-        labels: (id, document, text) of each sample.
-        places: (shard, row in it) of each sample.
-        skipped: a message for each sample that was left out.
-        texts_cut: samples whose text was cut to `max_text_tokens`.
-        notes: sentences on both, for the user.
-        key: digest of all that the batches depend on: model, data, settings.
-        store: the store on disk, which stays in use as long as this lives; None: in memory.
+    `samples` are where they came from (pages are drawn anew when they are asked for), `labels` each one's (id,
+    document, text), `places` its (shard, row in it). `skipped` has a message for each sample that was left out,
+    `texts_cut` counts those whose text was cut to `max_text_tokens`, and `notes` tell the user of both. `key` is a
+    digest of all that the batches depend on. The store, None in memory, stays in use as long as this lives.
     """
 
     samples: Sequence[Sample]
@@ -186,24 +179,13 @@ class FrozenData:
             injections = added.to(device, non_blocking=pin).float().transpose(1, 2).contiguous()
         joined = torch.empty(int(counts.sum()), pixels[0].shape[1], pin_memory=pin, dtype=torch.float32)
         torch.cat(pixels, out=joined)
+        known = torch.arange(tokens.shape[1]) < widths[:, None]
+        start = torch.tensor([shard.text_start(row) for shard, row in shards])
         text_counts = self.text.counts[index]
-        text_width = int(text_counts.max())
-        sequence = build_sequence(
-            target,
-            torch.arange(tokens.shape[1]) < widths[:, None],
-            _padded(rows("positions"), False),
-            text_counts,
-            torch.tensor([shard.text_start(row) for shard, row in shards]),
-            text_width,
-        )
-        return Batch(
-            tokens.to(device, non_blocking=pin).float(),
-            self.text.table[self.text.ids[index, :text_width]].to(device),
-            sequence.to(device),
-            joined.to(device, non_blocking=pin),
-            counts.to(device),
-            injections,
-        )
+        text = self.text.table[self.text.ids[index, : int(text_counts.max())]]
+        sequence = build_sequence(target, known, _padded(rows("positions"), False), text_counts, start, text.shape[1])
+        tokens, joined = tokens.to(device, non_blocking=pin).float(), joined.to(device, non_blocking=pin)
+        return Batch(tokens, text.to(device), sequence.to(device), joined, counts.to(device), injections)
 
 
 def _padded(rows: Sequence[Tensor], pin: bool) -> Tensor:

@@ -54,18 +54,14 @@ class Record:
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """Images with their samples, in memory or mapped.
+    """Images with their samples, in memory or mapped; `skipped` are (number, message) of those that could not be used.
 
-    Attributes:
-        tensors: `tokens` [tokens of all images, hidden] in the model's dtype; `positions` float32 [tokens, 2] and
-            `cells` int32 [tokens] (see `View`); with DeepStack `injections` [tokens, layers, hidden];
-            `image_counts` int64 [images], tokens of each; `grids` int64 [images, 3], (rows, columns, cell);
-            `text_start` int64 [images];
-            `sample_image` int64 [samples]; `target` int32 [targets of all samples], numbers of tokens inside their
-            image, and under them `pixels` float32 [targets, pixels]; `target_counts` int64 [samples]; `boxes` float64
-            [boxes, 4], all text regions on the processed image; `box_counts` int64 [samples].
-        records: of its samples, in that order.
-        skipped: (number, message) of the samples that could not be used.
+    The tensors are `tokens` [tokens of all images, hidden] in the model's dtype, `positions` float32 [tokens, 2] and
+    `cells` int32 [tokens] (see `View`); with DeepStack `injections` [tokens, layers, hidden]; `image_counts` int64
+    [images], tokens of each; `grids` int64 [images, 3], (rows, columns, cell); `text_start` int64 [images]. Of the
+    samples, in the order of `records`: `sample_image` int64 [samples]; `target` int32 [targets of all samples], numbers
+    of tokens inside their image, and under them `pixels` float32 [targets, pixels]; `target_counts` int64 [samples];
+    `boxes` float64 [boxes, 4], all text regions on the processed image; `box_counts` int64 [samples].
     """
 
     tensors: dict[str, Tensor]
@@ -185,13 +181,9 @@ def _tensors(
 
 def write_shard(path: Path, shard: Shard, key: str, number: int) -> None:
     """Write a shard so that it is there whole or not at all, also after a power failure."""
-    metadata = {
-        "format": str(FORMAT),
-        "key": key,
-        "number": str(number),
-        "records": json.dumps([[r.index, r.id, r.document, r.text] for r in shard.records]),
-        "skipped": json.dumps(shard.skipped),
-    }
+    records = json.dumps([[r.index, r.id, r.document, r.text] for r in shard.records])
+    metadata = {"format": str(FORMAT), "key": key, "number": str(number), "records": records}
+    metadata["skipped"] = json.dumps(shard.skipped)
     metadata["digest"] = _digest(shard.tensors, metadata)
     with atomic(path) as temporary:
         save_file({name: t.contiguous() for name, t in shard.tensors.items()}, temporary, metadata=metadata)
