@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -81,36 +80,32 @@ def run_command(
         _say(result.summary())
         return result
 
+    formatwarning = warnings.formatwarning
+    # Warnings as one line each: where in our code they come from says nothing to who runs a command.
+    warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {message}\n"
     try:
-        with (
-            active.also(gin_file, gin_param),
-            signals_interrupt(),
-            contextlib.ExitStack() as after,
-            parallel.processes(),
-        ):
-            # Warnings as one line each: where in our code they come from says nothing to who runs a command.
-            after.callback(setattr, warnings, "formatwarning", warnings.formatwarning)
-            warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {message}\n"
+        with active.also(gin_file, gin_param), signals_interrupt(), parallel.processes(), parallel.guard():
             settings = active.settings_of(PROBE.settings, **fields)
-            with parallel.guard():
-                check_folder(folder, checkpoint)
-                target = Target(checkpoint, data, base, "", device, dtype)
-                sources = read(data, settings), read(heldout, settings)
-                for source, samples in zip((data, heldout), sources, strict=True):
-                    if samples is not None and samples.skipped:
-                        count = counted(len(samples.skipped), "thing")
-                        _say(f"{source}: {count} could not be used, such as {samples.skipped[0]}")
-                if ablation:
-                    with folder_lock(folder):
-                        _all_four(probe, settings, folder, checkpoint)
-                else:
-                    maps = counted(len(probe(settings, folder).maps), "error map")
-                    figure = (folder / FIGURE).with_suffix(f".{formats[0]}")
-                    _say(f"wrote {folder / RESULT}, and {figure} with {maps} beside it")
+            check_folder(folder, checkpoint)
+            target = Target(checkpoint, data, base, "", device, dtype)
+            sources = read(data, settings), read(heldout, settings)
+            for source, samples in zip((data, heldout), sources, strict=True):
+                if samples is not None and samples.skipped:
+                    count = counted(len(samples.skipped), "thing")
+                    _say(f"{source}: {count} could not be used, such as {samples.skipped[0]}")
+            if ablation:
+                with folder_lock(folder):
+                    _all_four(probe, settings, folder, checkpoint)
+            else:
+                maps = counted(len(probe(settings, folder).maps), "error map")
+                figure = (folder / FIGURE).with_suffix(f".{formats[0]}")
+                _say(f"wrote {folder / RESULT}, and {figure} with {maps} beside it")
     except KeyboardInterrupt:
         if parallel.is_first():
             typer.echo("interrupted: the same command goes on from here", err=True)
         raise typer.Exit(130) from None
+    finally:
+        warnings.formatwarning = formatwarning
 
 
 app.command("run", no_args_is_help=True)(measure._typed(run_command, PARAMETERS, PROBE.__doc__ or ""))
