@@ -68,8 +68,7 @@ class ProbeDecoder(nn.Module):
         self.grid = grid
         self.rope = rope
         self.injection_layers = injection_layers(anatomy)
-        beyond = [str(layer) for layer in _injected(anatomy) if layer not in self.injection_layers]
-        if beyond:
+        if beyond := [str(layer) for layer in _injected(anatomy) if layer not in self.injection_layers]:
             what = "only some of" if self.injection_layers else "none of"
             warnings.warn(
                 f"R-Probe has layers 0 to {n_layers - 1} of this model, so it sees {what} what DeepStack adds to the "

@@ -42,8 +42,7 @@ def paired(a: Samples, b: Samples, resamples: int, seed: int) -> tuple[float, fl
     are None where there are fewer than 2 documents; an InputError names what differs where they are not the same
     samples.
     """
-    difference = unlike(a, b)
-    if difference is not None:
+    if (difference := unlike(a, b)) is not None:
         raise InputError(f"no paired difference: {difference}")
     twins = {str(sample["id"]): sample for sample in b}
     b = [twins[str(sample["id"])] for sample in a]

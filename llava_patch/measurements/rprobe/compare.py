@@ -195,8 +195,7 @@ def warnings_of(results: Mapping[str, RProbeResult], baseline: str) -> list[str]
         ]
         if apart:
             found.append(f"{name} differs from {baseline} in more than the model: {', '.join(apart)}")
-        why = unlike(result.documents, base.documents, (name, baseline))
-        if why is not None:
+        if (why := unlike(result.documents, base.documents, (name, baseline))) is not None:
             found.append(f"{name} has other held-out samples than {baseline}, so there is no paired difference: {why}")
     for name, result in results.items():
         if result.settings.get("trained", "all") != "all":
@@ -206,8 +205,7 @@ def warnings_of(results: Mapping[str, RProbeResult], baseline: str) -> list[str]
                 f"{name} was stopped after {len(result.losses)} of {result.settings['steps']} steps: not comparable "
                 "with finished runs"
             )
-    vacuous = [name for name, result in results.items() if result.threshold_is_vacuous]
-    if vacuous:
+    if vacuous := [name for name, result in results.items() if result.threshold_is_vacuous]:
         found.append(
             f"{', '.join(vacuous)}: a constant patch is under the threshold, so steps to it say nothing (in brackets)"
         )

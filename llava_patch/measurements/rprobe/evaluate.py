@@ -145,8 +145,7 @@ def _part(sums: dict[str, Tensor], where: str) -> Part | None:
 def check_shown(data: FrozenData, show: Sequence[str]) -> list[int]:
     """Places of the samples with these ids, in their order; an InputError where there is no such held-out sample."""
     places = {name: i for i, (name, _, _) in enumerate(data.labels)}
-    unknown = [name for name in show if name not in places]
-    if unknown:
+    if unknown := [name for name in show if name not in places]:
         known = list(places)
         more = f", ... ({len(known)} in all)" if len(known) > 3 else ""
         raise InputError(f"no held-out sample {', '.join(unknown)} to show; there are {', '.join(known[:3])}{more}")

@@ -39,8 +39,7 @@ def save_figure(result: RProbeResult, path: str | Path, documents: Sequence[str]
     SettingError where the path ends neither in .png nor in .pdf.
     """
     known = {example.id: example for example in result.examples}
-    unknown = [name for name in documents or () if name not in known]
-    if unknown:
+    if unknown := [name for name in documents or () if name not in known]:
         raise InputError(f"no example {', '.join(unknown)}: this run kept {', '.join(known) or 'none'}")
     examples = result.examples if documents is None else [known[name] for name in documents]
     return save(_examples(result, examples), path)

@@ -59,8 +59,7 @@ def images_of(samples: Sequence[Sample], settings: RProbe) -> ImagesOfData:
     others every image file is read once: what is in it counts, not its name or time, so that a file that was replaced
     is noticed and a folder that was moved is known again.
     """
-    identity = getattr(samples, "identity", None)
-    if identity is not None:
+    if (identity := getattr(samples, "identity", None)) is not None:
         return ImagesOfData([[i] for i in range(len(samples))], None, identity())
     content_of = _Contents()
     images: dict[Any, list[int]] = {}

@@ -79,8 +79,7 @@ class Auxiliary(Method):
 
     def remarks(self, trainable: set[str], others: Mapping[str, Any]) -> Iterator[str]:
         """The size of the head."""
-        head = sum(zero.numel(p) for p in self.parameters())
-        if head:
+        if head := sum(zero.numel(p) for p in self.parameters()):
             yield f"{head:,} of them are the head of the auxiliary loss, which is not part of the finished model"
 
     def begin_step(self, step: int) -> None:

@@ -175,8 +175,7 @@ class Store:
             if waits and len(shards) < self.shards:
                 logger.info("llava_patch: R-Probe waits for another process that encodes into %s", self.folder)
             for number in [n for n in range(self.shards) if n not in shards]:
-                found = self.open(number) if waits is None else self._make(number, encode, waits)
-                if found is not None:
+                if (found := self.open(number) if waits is None else self._make(number, encode, waits)) is not None:
                     shards[number] = found
                     done(number)
             if waits is None and len(shards) == self.shards:  # the bound may have come down since it was written
@@ -189,8 +188,7 @@ class Store:
         locks.mkdir(exist_ok=True)
         try:
             with FileLock(locks / f"{number:05d}.lock", timeout=-1 if waits else 0):
-                there = self.open(number)
-                if there is not None:
+                if (there := self.open(number)) is not None:
                     return there
                 for leftover in self.folder.glob(f".{path.stem}-*"):  # of a process that died
                     leftover.unlink(missing_ok=True)
