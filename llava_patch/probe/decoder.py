@@ -3,8 +3,6 @@
 Source: "Detached Skip-Links and R-Probe", section 5.1.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import warnings

@@ -1,7 +1,5 @@
 """R-Probe, step 3 of 8: where the visual tokens sit on the image's grid, and which cell of pixels each covers."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -5,8 +5,6 @@ As in LLaVA's own loading, EXIF orientation is not applied: boxes are in pixels 
 the colour hidden under them). Of a file with several pages the first is read.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import io

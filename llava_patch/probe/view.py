@@ -1,7 +1,5 @@
 """R-Probe, step 4 of 8: the projected tokens of an image, and which of them are the target (`target_tokens`)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """`llava-patch rprobe`: a first word that names none of its subcommands is a checkpoint for `run`."""
 
-from __future__ import annotations
-
 import typer
 
 from llava_patch.cli.common import DefaultGroup

@@ -1,7 +1,5 @@
 """`llava-patch rprobe compare`, and `llava-patch correlate`, also found as `llava-patch rprobe correlate`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import typer

@@ -1,7 +1,5 @@
 """`llava-patch rprobe preview`, `export` and `store`: what the data hold, and what is kept of them on disk."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 Source: "Detached Skip-Links and R-Probe", table 5 (8B), whose figures are in `PAPER`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any

@@ -5,8 +5,6 @@ replacement. Percentile intervals: BCa would correct for skew, but it fails (nan
 which is where a probe is often read. With few documents (under about 20) they are somewhat too narrow.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Several R-Probe results side by side: one table, one figure, and what keeps them from being compared."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

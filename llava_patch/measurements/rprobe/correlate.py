@@ -5,8 +5,6 @@ score. Everything is turned so that more is better, the probe's error and steps 
 are better: a correlation above 0 says that a better probe goes with a better score.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Mapping, Sequence

@@ -5,8 +5,6 @@ region's size, with a placeholder for text. The probe was trained on text region
 at the page, not a figure to quote.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """R-Probe, step 8 of 8: held-out figures, summed batch by batch: memory does not grow with the pixels of the data."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

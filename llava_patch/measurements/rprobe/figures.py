@@ -1,7 +1,5 @@
 """Figures of a run: held-out regions beside what the probe made of them, the loss curve, error maps; PNG and PDF."""
 
-from __future__ import annotations
-
 import math
 import textwrap
 from collections.abc import Mapping, Sequence

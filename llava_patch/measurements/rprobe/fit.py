@@ -3,8 +3,6 @@
 Source: "Detached Skip-Links and R-Probe", section 5; ablations in appendix D.2, convergence in D.3.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import sys

@@ -4,8 +4,6 @@ The weights enter whole and bit by bit (about a second for a vision tower of 300
 miss a checkpoint that a few training steps lie behind, and a stale token would look like a measurement.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib

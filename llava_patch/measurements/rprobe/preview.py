@@ -1,7 +1,5 @@
 """Pictures and counts by which one sees whether boxes are right, before and after the image transform."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What one R-Probe run found, and how it is written down."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -4,8 +4,6 @@ Both are safetensors files whose header says what they belong to. A file of anot
 never taken up; the message names the first field that differs.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Where a checkpoint's probe figures and benchmark scores are read: R-Probe's JSON and lmms-eval's results JSON."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence

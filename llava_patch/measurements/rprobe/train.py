@@ -6,8 +6,6 @@ up. `DistributedDataParallel` would average over ranks, whatever their number of
 every rank, which a rank without a sample of the batch cannot give.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import re

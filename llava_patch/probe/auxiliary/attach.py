@@ -1,7 +1,5 @@
 """How the auxiliary loss attaches to a model: visual tokens are noted on their way, and the loss grows by one term."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import inspect

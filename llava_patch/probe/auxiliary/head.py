@@ -1,7 +1,5 @@
 """The head of the auxiliary loss: R-Probe's decoder, in the precision of the run, on batches of a training step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Regions of text in training records: how they are written, checked, and turned into what the loss takes."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """What the probe trains on and is measured on: batches out of shards that lie in memory or on disk."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -6,8 +6,6 @@ machines without a common folder each machine does all of it; and what a process
 A process that reads a store holds a lock in it for as long as it lives, and a store with such a lock is not deleted.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """Run the vision tower once over all samples, and never again where a store on disk already holds its tokens."""
 
-from __future__ import annotations
-
 import contextlib
 import warnings
 from collections.abc import Iterator, Sequence

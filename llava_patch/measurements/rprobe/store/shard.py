@@ -4,8 +4,6 @@ On disk a shard is one safetensors file: it appears whole by a single rename, ke
 checked against its length when it is opened, and its tensors are memory-mapped: read when a batch asks for them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
