@@ -136,39 +136,36 @@ def versions() -> dict[str, str | None]:
 
 
 def store_key(anatomy: Anatomy, transform: Transform, data: Any, settings: RProbe) -> dict[str, Any]:
-    """Everything that frozen image tokens and target pixels depend on; text settings are not among it."""
-    return {
-        "format": FORMAT,
-        "versions": versions(),
-        "model": model_key(anatomy),
-        "answer": answer_key(anatomy, transform),
-        "transform": described(transform),
-        "data": data,
-        "settings": {"masked": settings.masked},  # image_mode is the transform's
-    }
+    """Everything that frozen image tokens and target pixels depend on; text settings are not among it.
 
-
-def model_key(anatomy: Anatomy) -> dict[str, Any]:
-    """The part of a model that makes visual tokens, and the arithmetic it is run in."""
+    "model" is the part of a model that makes visual tokens, and the arithmetic it is run in.
+    """
     if anatomy.vision_model is None:
         raise HostError("the vision tower is not loaded yet: call its load_model() first")
     model, handle = anatomy.model, get_handle(anatomy.model)
     device = next(anatomy.vision_model.parameters()).device
     text = (anatomy.layers, anatomy.norm, anatomy.lm_head, anatomy.embed_tokens)  # these make no visual token
+    tf32 = [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32]
     return {
-        "host": anatomy.host,
-        "weights": weights_digest(tensors_of(anatomy, without=text)),
-        "config": {name: value for name, value in model.config.to_dict().items() if name.startswith(_CONFIG)},
-        "vision_config": described(anatomy.vision_config),
-        "attention": getattr(anatomy.vision_config, "_attn_implementation", None),
-        "parts": [type(part).__name__ for part in (model, anatomy.tower, anatomy.vision_model, anatomy.projector)],
-        "layers": len(anatomy.layers),  # DeepStack's layers inside the probe's quarter
-        "fusion": None if handle is None else handle.settings()["fusion"],
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "precision": [
-            torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-        ],
-    }  # fmt: skip
+        "format": FORMAT,
+        "versions": versions(),
+        "model": {
+            "host": anatomy.host,
+            "weights": weights_digest(tensors_of(anatomy, without=text)),
+            "config": {name: value for name, value in model.config.to_dict().items() if name.startswith(_CONFIG)},
+            "vision_config": described(anatomy.vision_config),
+            "attention": getattr(anatomy.vision_config, "_attn_implementation", None),
+            "parts": [type(part).__name__ for part in (model, anatomy.tower, anatomy.vision_model, anatomy.projector)],
+            "layers": len(anatomy.layers),  # DeepStack's layers inside the probe's quarter
+            "fusion": None if handle is None else handle.settings()["fusion"],
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "precision": [torch.get_float32_matmul_precision(), *tf32],
+        },
+        "answer": answer_key(anatomy, transform),
+        "transform": described(transform),
+        "data": data,
+        "settings": {"masked": settings.masked},  # image_mode is the transform's
+    }
 
 
 @torch.no_grad()

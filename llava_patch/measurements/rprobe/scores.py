@@ -62,7 +62,15 @@ def read_checkpoints(sources: Sequence[str], names: Sequence[str] = ()) -> tuple
             raise InputError(f"{results_file}: not lmms-eval's results JSON (no object)")
         scores = read_scores(document, str(results_file))
         if probe_file is None:
-            probe = _probe_of_scores(scores, str(results_file))
+            # Steps that were never reached are not in the figures of lmms-eval's `rprobe` task.
+            given = {
+                key: scores.get((TASK, f"{TASK}_{key}")) for key in ("mse", "fvu", "psnr", "steps", "steps_half_fvu")
+            }
+            probe = {key: one.value for key, one in given.items() if one is not None and math.isfinite(one.value)}
+            if "mse" not in probe:
+                raise InputError(
+                    f"{results_file}: holds no {TASK} task: run it with the benchmarks, or give RPROBE=RESULTS"
+                )
             missing = {key: UNTOLD for key in ("steps", "steps_half_fvu") if key not in probe}
         else:
             result = RProbeResult.load(probe_file)
@@ -81,18 +89,6 @@ def probe_figures(result: RProbeResult) -> dict[str, float]:
         steps["steps"] = result.steps_to_threshold
     reached = {key: NEVER if step is None else float(step) for key, step in steps.items()}
     return {"mse": result.mse, "fvu": result.fvu, "psnr": result.psnr, **reached}
-
-
-def _probe_of_scores(scores: Mapping[tuple[str, str], Score], name: str) -> dict[str, float]:
-    """The figures of lmms-eval's `rprobe` task; steps that were never reached are not in it."""
-    figures = {
-        key: score.value
-        for key in ("mse", "fvu", "psnr", "steps", "steps_half_fvu")
-        if (score := scores.get((TASK, f"{TASK}_{key}"))) is not None and math.isfinite(score.value)
-    }
-    if "mse" not in figures:
-        raise InputError(f"{name}: holds no {TASK} task: run it with the benchmarks, or give RPROBE=RESULTS")
-    return figures
 
 
 def read_scores(document: Any, name: str) -> dict[tuple[str, str], Score]:
