@@ -41,21 +41,7 @@ PARAMETERS: dict[str, tuple[Any, Any]] = {
 }
 
 
-def run_command(
-    checkpoint: str,
-    data: str,
-    output: Path | None,
-    ablation: bool,
-    formats: list[str],
-    base: str,
-    device: str,
-    dtype: str,
-    gin_file: list[str],
-    gin_param: list[str],
-    heldout: str,
-    show: list[str] | None,
-    **fields: Any,
-) -> None:
+def run_command(checkpoint: str, output: Path | None, ablation: bool, formats: list[str], **words: Any) -> None:
     """See `RProbeMeasurement`, whose docstring is the help."""
     need("rprobe", *PROBE.extras)  # before torch, which takes seconds
     from llava_patch.core import parallel
@@ -66,6 +52,9 @@ def run_command(
     from llava_patch.tools.sweep.process import signals_interrupt
 
     common.check_formats(formats)
+    data, heldout, show = (words.pop(name) for name in ("data", "heldout", "show"))
+    base, device, dtype = (words.pop(name) for name in ("base", "device", "dtype"))
+    gin, fields = (words.pop("gin_file"), words.pop("gin_param")), words
     if ablation and (fields["masked"] is not None or fields["text"] is not None):
         raise SettingError("--ablation runs masked and full images, with and without text: leave these options out")
     if heldout and not data:
@@ -84,7 +73,7 @@ def run_command(
     # Warnings as one line each: where in our code they come from says nothing to who runs a command.
     warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {message}\n"
     try:
-        with active.also(gin_file, gin_param), signals_interrupt(), parallel.processes(), parallel.guard():
+        with active.also(*gin), signals_interrupt(), parallel.processes(), parallel.guard():
             settings = active.settings_of(PROBE.settings, **fields)
             check_folder(folder, checkpoint)
             target = Target(checkpoint, data, base, "", device, dtype)

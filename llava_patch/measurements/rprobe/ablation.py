@@ -13,7 +13,7 @@ from llava_patch.measurements.rprobe.result import RProbeResult
 from llava_patch.measurements.rprobe.settings import RProbe
 
 SUMMARY = "ablation.json"
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "masked_without_text": {"masked": True, "text": False},
     "masked_with_text": {"masked": True, "text": True},
     "full_without_text": {"masked": False, "text": False},
@@ -57,7 +57,8 @@ def summarise(results: Mapping[str, RProbeResult], settings: RProbe) -> dict[str
         }
     effects = []
     for label, *pair in _EFFECTS:
-        found = paired(*(results[name].documents for name in pair), settings.resamples, settings.seed)
+        without, with_it = (results[name].documents for name in pair)
+        found = paired(without, with_it, settings.resamples, settings.seed)
         effects.append({"effect": label, **dict(zip(("mse_falls_by", "low", "high"), found, strict=True))})
     whole = results["full_with_text"]
     return {

@@ -93,7 +93,8 @@ def run_rprobe(
         chosen = _data(settings, samples, heldout, transform.height)
         given = samples, heldout
         skipped = [message for data in given for message in getattr(data, "skipped", ())]
-        early, shared = [], []  # notes that are said before the long part; held-out documents that are trained on
+        early = []  # notes that are said before the long part
+        shared: list[str] = []  # held-out documents that are trained on
         if skipped:
             early.append(
                 f"reading the data, {len(skipped)} things could not be used and were skipped; the first: {skipped[0]}"
@@ -124,9 +125,11 @@ def run_rprobe(
         losses = _trained(decoder, train, settings, lr, progress, state)
         trained = time.perf_counter()
         figures = evaluate(decoder, held, train.target_mean, transform, settings, show)
-        maps, without = [], []
-        if parallel.rank() == 0:
-            maps, without = error_maps(decoder, anatomy, transform, tokenizer, held, figures["documents"], settings)
+        maps, without = (
+            error_maps(decoder, anatomy, transform, tokenizer, held, figures["documents"], settings)
+            if parallel.rank() == 0
+            else ([], [])
+        )
         train_variance = train.target_variance
         running = running_mean(losses, start=train_variance)
         result = RProbeResult(

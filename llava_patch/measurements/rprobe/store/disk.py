@@ -101,7 +101,8 @@ def in_use(folder: Path) -> bool:
 
 def delete_unused(root: Path) -> tuple[list[Kept], list[Kept]]:
     """Delete every store that no living process uses; returns (deleted, left)."""
-    deleted, left = [], []
+    deleted: list[Kept] = []
+    left: list[Kept] = []
     if root.is_dir():
         with _alone(root):
             for kept in list_stores(root):
