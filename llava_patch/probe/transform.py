@@ -18,8 +18,7 @@ from llava_patch.hosts.tiles import Tiling
 from llava_patch.probe.sample import Box
 from llava_patch.probe.sequence import CHANNELS, TokenGrid, target_mask, unpatchify
 
-ROUNDING = 1.0
-"""Pixels by which a box may stick out of its image: annotations are rounded."""
+ROUNDING = 1.0  # pixels by which a box may stick out of its image: annotations are rounded
 
 
 @dataclass(frozen=True)

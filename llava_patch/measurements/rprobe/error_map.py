@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llava_patch.core import parallel
 from llava_patch.core.errors import InputError
 from llava_patch.core.extras import optional
 from llava_patch.hosts.anatomy import Anatomy
@@ -41,12 +42,12 @@ def error_maps(
     documents: Sequence[Mapping[str, Any]],
     settings: RProbe,
 ) -> tuple[list[ErrorMap], list[str]]:
-    """Maps of `settings.maps` held-out pages, the best and the worst first, and a sentence for each page that has none.
+    """Maps of `settings.maps` held-out pages, the best and the worst first, and a sentence for each without one; on rank 0.
 
     A map is a look at a page beside a measurement that is finished: what goes wrong in one is said, not raised. The
     tower runs once a page (masked: once a piece), and pages are opened again; `documents` are their figures.
     """
-    if not settings.maps:
+    if not settings.maps or parallel.rank() != 0:
         return [], []
     # Samples of one page carry one document name; a document of several pages is shown by its first.
     pages: dict[str, list[int]] = {}

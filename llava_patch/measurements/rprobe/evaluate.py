@@ -62,7 +62,7 @@ def evaluate(
         "inside": _part(sums, "inside"),
         "outside": _part(sums, "outside"),
         "documents": documents,
-        "examples": [example(decoder, data, i, transform, documents[i]["mse"], documents[i]["psnr"]) for i in shown],
+        "examples": [example(decoder, data, i, transform, documents[i]) for i in shown],
     }
 
 
@@ -167,9 +167,9 @@ def spread_over_ranks(mse: Sequence[float], count: int) -> list[int]:
 
 
 def example(
-    decoder: ProbeDecoder, data: FrozenData, index: int, transform: Transform, mse: float, psnr: float
+    decoder: ProbeDecoder, data: FrozenData, index: int, transform: Transform, figures: dict[str, Any]
 ) -> Reconstruction:
-    """One held-out sample for a figure."""
+    """One held-out sample, with its figures, for a picture."""
     sample = data.samples[index]
     batch = data.batch(torch.tensor([index]), next(decoder.parameters()).device)
     plane = Plane.of(transform, sample.open_image(), batch.pixels.shape[-1])
@@ -188,7 +188,7 @@ def example(
         original=picture(patches, plane.grid, transform),
         rebuilt=picture(painted, plane.grid, transform),
         target=where.numpy(),
-        mse=mse,
-        psnr=psnr,
+        mse=figures["mse"],
+        psnr=figures["psnr"],
         stretch=plane.stretch,
     )

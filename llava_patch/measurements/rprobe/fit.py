@@ -125,11 +125,7 @@ def run_rprobe(
         losses = _trained(decoder, train, settings, lr, progress, state)
         trained = time.perf_counter()
         figures = evaluate(decoder, held, train.target_mean, transform, settings, show)
-        maps, without = (
-            error_maps(decoder, anatomy, transform, tokenizer, held, figures["documents"], settings)
-            if parallel.rank() == 0
-            else ([], [])
-        )
+        maps, without = error_maps(decoder, anatomy, transform, tokenizer, held, figures["documents"], settings)
         train_variance = train.target_variance
         running = running_mean(losses, start=train_variance)
         result = RProbeResult(

@@ -25,10 +25,8 @@ from llava_patch.settings.auxiliary import AuxiliaryProbe
 
 logger = logging.getLogger("llava_patch")
 
-HEAD = "llava_patch_rprobe"
-"""The head's name on the causal LM."""
-SILENT_BATCHES = 50
-"""Training batches without any region after which a warning says so."""
+HEAD = "llava_patch_rprobe"  # its name on the causal LM
+SILENT_BATCHES = 50  # training batches without any region after which a warning says so
 UNSEEN = (
     "AuxiliaryProbe: none of the first %d training batches of this process had a region, so that its loss was not "
     "computed: records carry them under %r; a collator or TrainingArguments.remove_unused_columns (set it to False) "

@@ -19,8 +19,7 @@ from llava_patch.settings.checks import is_number
 
 logger = logging.getLogger("llava_patch")
 
-KEY = "rprobe"
-"""The key of a region in a record, and of the regions in a batch."""
+KEY = "rprobe"  # of a region in a record, and of the regions in a batch
 FIELDS = ("box", "text", "image_index")
 
 
