@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Union, overload
+from typing import Any, Union
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -160,11 +160,7 @@ class DrawnSamples(Sequence[Sample]):
         """Sample number `index`, from 0."""
         raise NotImplementedError
 
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Sample]: ...
-    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self.draw(i) for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):

@@ -44,7 +44,7 @@ def make_transform(anatomy: Anatomy, image_processor: Any, mode: str) -> Transfo
         raise HostError("R-Probe does not know multi-scale (S2) towers: load the model without s2")
     rows, columns = anatomy.grid
     height, width = rows * anatomy.patch_size, columns * anatomy.patch_size
-    taps = _taps(anatomy)
+    taps: Taps | None = getattr(get_handle(anatomy.model), "taps", None)
     # Where merge_padding adds to the patches, the last cells lie partly outside of the image and are left out.
     cell = anatomy.patch_size * (1 if taps is None else taps.merge_size)
     if mode == "anyres":
@@ -116,14 +116,10 @@ def target_tokens(view: Layout, boxes: Sequence[Box], name: str) -> Tensor:
     return target
 
 
-def _taps(anatomy: Anatomy) -> Taps | None:
-    return getattr(get_handle(anatomy.model), "taps", None)
-
-
 def layout_of(anatomy: Anatomy, tokens: int) -> Layout:
     """Where the tokens of one image (tile) sit; an InputError where tower and fusion explain another number of them."""
-    taps, prefix, dropped = _taps(anatomy), anatomy.prefix_tokens, anatomy.dropped_tokens
-    merge, pooled = 1, 0
+    taps: Taps | None = getattr(get_handle(anatomy.model), "taps", None)
+    prefix, dropped, merge, pooled = anatomy.prefix_tokens, anatomy.dropped_tokens, 1, 0
     if taps is not None:
         merge, pooled = taps.merge_size, len(taps.groups) if taps.join is Join.TOKENS else 0
     elif not anatomy.drops_patch:

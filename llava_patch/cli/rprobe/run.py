@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -115,7 +116,7 @@ def _all_four(probe: Callable[[Any, Path], RProbeResult], settings: Any, folder:
     results = {}
     for number, name in enumerate(four.VARIANTS, 1):
         _say(f"{number} of {len(four.VARIANTS)}: {name.replace('_', ' ')}")
-        results[name] = probe(four.variant(settings, name), folder / name)
+        results[name] = probe(dataclasses.replace(settings, **four.VARIANTS[name]), folder / name)
     if parallel.rank() != 0:
         return
     summary = four.summarise(results, settings)

@@ -3,7 +3,6 @@
 Source: "Detached Skip-Links and R-Probe", table 5 (8B), whose figures are in `PAPER`.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +18,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "full_without_text": {"masked": False, "text": False},
     "full_with_text": {"masked": False, "text": True},
 }
-"""Name of each run: what it sets."""
+"""Name of each run: the settings that are its own."""
 PAPER = dict(zip(VARIANTS, (1.980, 1.103, 0.757, 0.724), strict=True))
 # (what is measured, the run without it, the run with it): how much the MSE falls by it.
 _EFFECTS = (
@@ -28,11 +27,6 @@ _EFFECTS = (
     ("region, without text", "masked_without_text", "full_without_text"),
     ("region, with text", "masked_with_text", "full_with_text"),
 )
-
-
-def variant(settings: RProbe, name: str) -> RProbe:
-    """The settings of one of the four runs."""
-    return dataclasses.replace(settings, **VARIANTS[name])
 
 
 def summarise(results: Mapping[str, RProbeResult], settings: RProbe) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """Error map: a whole held-out page rebuilt piece by piece, so that one sees where its tokens lose what is on it.
 
 Each text region is the target once, with its own text; the cells that no region touches follow in blocks of about a
-region's size, with a placeholder for text. The probe was trained on text regions: what it makes of the rest is a look
-at the page, not a figure to quote.
+region's size, with a placeholder for text: the probe was not trained on these, so they are no figures to quote.
 """
 
 import dataclasses
@@ -42,7 +41,7 @@ def error_maps(
     documents: Sequence[Mapping[str, Any]],
     settings: RProbe,
 ) -> tuple[list[ErrorMap], list[str]]:
-    """Maps of `settings.maps` held-out pages, the best and the worst first, and a sentence for each without one; on rank 0.
+    """Maps of `settings.maps` held-out pages, the best and the worst first, and a sentence for each without; on rank 0.
 
     A map is a look at a page beside a measurement that is finished: what goes wrong in one is said, not raised. The
     tower runs once a page (masked: once a piece), and pages are opened again; `documents` are their figures.

@@ -1,7 +1,7 @@
 """A probe's training on disk: the state from which it goes on, and the finished decoder.
 
-Both are safetensors files whose header says what they belong to. A file of another model, data set or settings is
-never taken up; the message names the first field that differs.
+Both are safetensors files whose header says what they belong to; a file of another model, data set or settings is never
+taken up, and the message names the first field that differs.
 """
 
 import json

@@ -1,8 +1,8 @@
 """The probe's training loop: AdamW, warm-up, cosine fall, clipped gradients; divided over processes, resumable.
 
-Under several processes every rank has the whole decoder and takes its share of each batch. The loss is the mean over
-the target tokens of the whole batch, whose number every rank knows, so the gradients of the shares need only be added
-up. `DistributedDataParallel` would average over ranks, whatever their number of tokens, and wait for a backward pass on
+Every rank has the whole decoder and takes its share of each batch. The loss is the mean over the target tokens of the
+whole batch, whose number every rank knows, so the gradients of the shares need only be added up.
+`DistributedDataParallel` would average over ranks, whatever their number of tokens, and wait for a backward pass on
 every rank, which a rank without a sample of the batch cannot give.
 """
 

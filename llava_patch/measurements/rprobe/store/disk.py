@@ -1,9 +1,9 @@
 """Stores on disk: `$LLAVA_PATCH_CACHE/rprobe/KEY/shard-NNNNN.safetensors`, bounded in size.
 
 Processes need no word between them: each takes the next shard that is missing and that nobody else has locked, and
-trusts only files that it sees. So ranks of one run, and runs that happen to want the same tokens, share the work; on
-machines without a common folder each machine does all of it; and what a process that died left undone, another does.
-A process that reads a store holds a lock in it for as long as it lives, and a store with such a lock is not deleted.
+trusts only files that it sees. So ranks of one run, and runs that want the same tokens, share the work, and what a
+process that died left undone, another does. A process that reads a store holds a lock in it for as long as it lives,
+and a store with such a lock is not deleted.
 """
 
 import contextlib
