@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from llava_patch.measurements.rprobe.store.disk import Store
 from llava_patch.measurements.rprobe.store.shard import Shard
@@ -158,39 +159,31 @@ class FrozenData:
 
         Tokens become float32, which is exact for every dtype that a model runs in.
         """
-        device = torch.device(device)
-        pin = device.type == "cuda"  # a copy from pinned memory does not hold up the host
         numbers = index.tolist()
 
         def rows(name: str) -> list[Tensor]:
             return [self._rows(name, i) for i in numbers]
 
+        pin = torch.device(device).type == "cuda"  # a copy from pinned memory does not hold up the host
+
+        def moved(values: Tensor) -> Tensor:
+            return (values.pin_memory() if pin else values).to(device, non_blocking=pin)
+
         shards = [(self.shards[shard], row) for shard, row in (self.places[i] for i in numbers)]
-        tokens, targets, pixels = _padded(rows("tokens"), pin), rows("target"), rows("pixels")
+        tokens, targets = pad_sequence(rows("tokens"), batch_first=True), rows("target")
         widths = torch.tensor([len(cells) for cells in rows("cells")])
         counts = torch.tensor([len(t) for t in targets])
         target = torch.zeros(tokens.shape[:2], dtype=torch.bool)
         target[torch.arange(len(numbers)).repeat_interleave(counts), torch.cat(targets).long()] = True
         injections = None
         if "injections" in shards[0][0].tensors:
-            added = _padded(rows("injections"), pin)
-            injections = added.to(device, non_blocking=pin).float().transpose(1, 2).contiguous()
-        joined = torch.empty(int(counts.sum()), pixels[0].shape[1], pin_memory=pin, dtype=torch.float32)
-        torch.cat(pixels, out=joined)
+            added = moved(pad_sequence(rows("injections"), batch_first=True))
+            injections = added.float().transpose(1, 2).contiguous()
         known = torch.arange(tokens.shape[1]) < widths[:, None]
+        positions = pad_sequence(rows("positions"), batch_first=True)
         start = torch.tensor([shard.text_start(row) for shard, row in shards])
         text_counts = self.text.counts[index]
         text = self.text.table[self.text.ids[index, : int(text_counts.max())]]
-        sequence = build_sequence(target, known, _padded(rows("positions"), False), text_counts, start, text.shape[1])
-        tokens, joined = tokens.to(device, non_blocking=pin).float(), joined.to(device, non_blocking=pin)
-        return Batch(tokens, text.to(device), sequence.to(device), joined, counts.to(device), injections)
-
-
-def _padded(rows: Sequence[Tensor], pin: bool) -> Tensor:
-    """Tensors of unequal length [n, ...] as one [rows, longest n, ...] of their dtype, with zeros behind each."""
-    width = max(len(row) for row in rows)
-    padded = torch.empty(len(rows), width, *rows[0].shape[1:], dtype=rows[0].dtype, pin_memory=pin)
-    for i, row in enumerate(rows):
-        padded[i, : len(row)] = row
-        padded[i, len(row) :] = 0
-    return padded
+        sequence = build_sequence(target, known, positions, text_counts, start, text.shape[1]).to(device)
+        pixels = moved(torch.cat(rows("pixels")))
+        return Batch(moved(tokens).float(), text.to(device), sequence, pixels, counts.to(device), injections)
