@@ -13,12 +13,10 @@ from llava_patch.probe.sample import Box
 class Part:
     """Error of those pixels under target tokens that lie inside text boxes, or of those that lie outside.
 
-    Attributes:
-        mse: mean squared error of these pixels, normalised.
-        variance: their own variance: population variance of each channel's values, mean over channels.
-        fvu: mse / variance; None where they do not vary. Inside and outside it may lie above that of all pixels: text
-            and what is beside it differ in brightness more than within themselves.
-        share: of all pixels under target tokens, 0..1.
+    `mse` is in normalised pixels; `variance` the population variance of each channel's values, mean over channels;
+    `fvu` their quotient, None where they do not vary. Inside and outside it may lie above that of all pixels: text and
+    what is beside it differ in brightness more than within themselves. `share` is of all pixels under target tokens,
+    0..1.
     """
 
     mse: float

@@ -119,11 +119,41 @@ def train_probe(
     state belongs to another run, a LlavaPatchError where the loss is not finite.
     """
     with parallel.guard():
-        return _Training(decoder, data, settings, lr, work if parallel.rank() == 0 else None).run(progress, bool(work))
+        run = _Training(decoder, data, settings, lr, work if parallel.rank() == 0 else None)
+        done, steps = run.start(), settings.steps
+        order = batches(len(data), settings.batch_size, settings.seed)
+        for _ in done.losses:
+            next(order)
+        bar = progress_bar(steps, "R-Probe: train", progress and parallel.rank() == 0)
+        bar.update(len(done.losses))
+        looked, look_every, minutes = time.monotonic(), 1, settings.minutes
+        with bar, torch.enable_grad(), torch.autocast(run.device.type, enabled=False):
+            for step in range(len(done.losses), steps):
+                over = minutes is not None and bool(done.losses) and done.seconds >= 60 * minutes
+                if over and not run.waiting:
+                    break
+                run.step(next(order), rate(step, steps, settings.warmup))
+                saving = work is not None and (step + 1) % settings.save_every == 0
+                if len(run.waiting) < look_every and step + 1 < steps and not saving:
+                    continue
+                fresh = run.look(done)
+                spent = time.monotonic() - looked
+                looked += spent
+                # Rank 0's clock counts for all: they look, and end, at the same step.
+                look_every = max(1, min(LOOK_STEPS, int(LOOK_SECONDS * fresh / max(spent, 1e-6))))
+                done.seconds, look_every = parallel.exchange((done.seconds + spent, look_every))[0]
+                bar.set_postfix(mse=f"{done.losses[-1]:.4f}", refresh=False)
+                bar.update(fresh)
+                if saving and step + 1 < steps:
+                    run.save(done)
+                    looked = time.monotonic()
+        if work is not None:
+            run.save(done)  # unfinished: a larger RProbe.minutes goes on from here
+        return done.losses
 
 
 class _Training:
-    """`work` is rank 0's folder, None elsewhere."""
+    """A decoder in training; `work` is rank 0's folder, None elsewhere and where there is none."""
 
     def __init__(
         self, decoder: ProbeDecoder, data: FrozenData, settings: RProbe, lr: float, work: TrainingFolder | None
@@ -135,40 +165,7 @@ class _Training:
         self.failure: Exception | None = None
         self.waiting: list[Tensor] = []  # losses that are still on the device
 
-    def run(self, progress: bool, kept: bool) -> list[float]:
-        """Train to the end, or until time is over; `kept`: rank 0 has a folder for states."""
-        done, steps = self._start(), self.settings.steps
-        order = batches(len(self.data), self.settings.batch_size, self.settings.seed)
-        for _ in done.losses:
-            next(order)
-        bar = progress_bar(steps, "R-Probe: train", progress and parallel.rank() == 0)
-        bar.update(len(done.losses))
-        looked, look_every, minutes = time.monotonic(), 1, self.settings.minutes
-        with bar, torch.enable_grad(), torch.autocast(self.device.type, enabled=False):
-            for step in range(len(done.losses), steps):
-                over = minutes is not None and bool(done.losses) and done.seconds >= 60 * minutes
-                if over and not self.waiting:
-                    break
-                self.waiting.append(self._step(next(order), rate(step, steps, self.settings.warmup)))
-                saving = kept and (step + 1) % self.settings.save_every == 0
-                if len(self.waiting) < look_every and step + 1 < steps and not saving:
-                    continue
-                fresh = self._look(done)
-                spent = time.monotonic() - looked
-                looked += spent
-                # Rank 0's clock counts for all: they look, and end, at the same step.
-                look_every = max(1, min(LOOK_STEPS, int(LOOK_SECONDS * fresh / max(spent, 1e-6))))
-                done.seconds, look_every = parallel.exchange((done.seconds + spent, look_every))[0]
-                bar.set_postfix(mse=f"{done.losses[-1]:.4f}", refresh=False)
-                bar.update(fresh)
-                if saving and step + 1 < steps:
-                    self._save(done)
-                    looked = time.monotonic()
-        if kept:
-            self._save(done)  # unfinished: a larger RProbe.minutes goes on from here
-        return done.losses
-
-    def _start(self) -> Progress:
+    def start(self) -> Progress:
         """Progress so far: none, or what is in the folder; the same weights on every rank."""
         found = None if self.work is None else self.work.load_state(self.decoder, self.optimizer)
         found = parallel.exchange(found)[0]
@@ -193,8 +190,8 @@ class _Training:
         found.processes = parallel.world()
         return found
 
-    def _step(self, index: Tensor, share_of_lr: float) -> Tensor:
-        """One step on a batch; its loss, a scalar on the device."""
+    def step(self, index: Tensor, share_of_lr: float) -> None:
+        """One step on a batch; its loss waits on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * share_of_lr
         self.optimizer.zero_grad(set_to_none=True)
@@ -219,9 +216,9 @@ class _Training:
             parallel.add_up([loss, *(weight.grad for weight in self.weights if weight.grad is not None)])
         torch.nn.utils.clip_grad_norm_(self.weights, self.settings.clip)
         self.optimizer.step()
-        return loss
+        self.waiting.append(loss)
 
-    def _look(self, done: Progress) -> int:
+    def look(self, done: Progress) -> int:
         """Fetch the losses that wait on the device; how many they were."""
         if self.failure is not None:
             raise self.failure
@@ -238,7 +235,7 @@ class _Training:
         self.waiting.clear()
         return len(values)
 
-    def _save(self, done: Progress) -> None:
+    def save(self, done: Progress) -> None:
         """Write the state, or the decoder when all steps are done; the others wait for it."""
         if self.work is not None and len(done.losses) < self.settings.steps:
             self.work.save_state(self.decoder, self.optimizer, done)
