@@ -60,9 +60,8 @@ def table(
     This is the paper's Table 3; t_trans is "/" where the skip gradient did not
     settle below the main one, "-" where too few steps were measured to tell.
     """
-    from llava_patch.measurements.gradients.compare import ordered, run_folders, runs_dict, runs_table
     from llava_patch.measurements.gradients.figure import runs_figure
-    from llava_patch.measurements.gradients.result import GradientsResult
+    from llava_patch.measurements.gradients.result import GradientsResult, ordered, run_folders, runs_dict, runs_table
 
     if old:
         raise SettingError(f"--format {old}: is of figures in every command; a table is printed with --as {old}")

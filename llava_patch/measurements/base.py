@@ -8,6 +8,7 @@ its functions only: every `llava-patch --help` reads it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 import types
@@ -16,8 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Union, get_args, get_origin
 
-from llava_patch.core import registry
+from llava_patch.core import plotting, registry
 from llava_patch.core.errors import InputError, SettingError
+from llava_patch.core.extras import optional
 from llava_patch.core.files import plain, write_json
 from llava_patch.settings.active import settings_of
 
@@ -283,8 +285,7 @@ class Result:
     @classmethod
     def decode(cls, values: dict[str, Any]) -> "Self":
         """The fields of JSON values; further ones are passed over, see `from_dict`."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        found: Self = decode_fields(cls, {k: v for k, v in values.items() if k in known})
+        found: Self = decode_known(cls, values)
         return found
 
     def save(self, folder: str | Path, name: str = "", formats: Sequence[str] = FIGURES[:1]) -> tuple[Path, ...]:
@@ -349,6 +350,17 @@ class Comparison:
         folder, draw = Path(folder), registry.load(self.figure)
         written = write_json(folder / f"{name}.json", self.to_dict())
         return (written, *(draw(self.results, folder / f"{name}.{suffix}") for suffix in formats))
+
+
+def drawn(make: Callable[[Any], Any]) -> Callable[[Any, str | Path], Path]:
+    """Of a function that makes a figure of a result, the one that `Result.FIGURE` names: it writes that figure."""
+
+    @functools.wraps(make)
+    def write(result: Any, path: str | Path) -> Path:
+        with optional("matplotlib").rc_context(plotting.STYLE):
+            return plotting.write_figure(make(result), path)
+
+    return write
 
 
 def default_split(depth: int) -> int:
@@ -506,6 +518,12 @@ def decode_fields(cls: Any, values: Any) -> Any:
         elif one.default is one.default_factory is dataclasses.MISSING:
             raise KeyError(name)
     return cls(**found)
+
+
+def decode_known(cls: Any, values: dict[str, Any]) -> Any:
+    """A dataclass of its fields' JSON values among others."""
+    names = {f.name for f in dataclasses.fields(cls)}
+    return decode_fields(cls, {name: value for name, value in values.items() if name in names})
 
 
 def hint_of(cls: type, one: "dataclasses.Field[Any]") -> Any:

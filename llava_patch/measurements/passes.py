@@ -6,7 +6,6 @@ Hooks are the caller's; what is here is the same for every measurement that look
 from __future__ import annotations
 
 import contextlib
-import gc
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava_patch.core import files
 from llava_patch.core.errors import HostError, InputError
 from llava_patch.core.undo import UndoStack
 from llava_patch.hosts import call_context, wrappers
@@ -158,39 +156,26 @@ def watch_preparation(anatomy: Anatomy, note: Callable[[Tensor | None], None], u
     undo.set_attribute(anatomy.model, "prepare_inputs_labels_for_multimodal", prepare_and_note)
 
 
-def paired(
-    samples: Iterable[dict[str, Any]], base_samples: Iterable[dict[str, Any]] | None, what: str, progress: bool
-) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Each sample of a model beside that of its base.
-
-    Args:
-        samples: of the model.
-        base_samples: of its base, as many; None: the same ones.
-        what: the measurement, for the progress bar.
-        progress: show one on stderr.
-    """
-    tracked = files.track(samples, what, progress)
-    return ((s, s) for s in tracked) if base_samples is None else zip(tracked, base_samples, strict=True)
-
-
-def forget_models() -> None:
-    """Free the memory of a model that nothing holds any more, before the next one is loaded."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients; flags come back."""
+    with keeping_flags(model), torch.no_grad():
+        model.eval()
+        yield
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients; every module's own training flag comes back."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
+def keeping_flags(model: nn.Module) -> Iterator[None]:
+    """Every module's training flag and every parameter's `requires_grad` come back when the block ends."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
-        for module, training in flags:
+        for module, training in modes:
             module.training = training
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 def check_finite(values: Iterable[float], layer: int, anatomy: Anatomy) -> None:
