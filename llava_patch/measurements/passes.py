@@ -175,7 +175,8 @@ def keeping_flags(model: nn.Module) -> Iterator[None]:
         for module, training in modes:
             module.training = training
         for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+            if parameter.requires_grad != flag:  # weights made under inference mode refuse to be told even the same
+                parameter.requires_grad_(flag)
 
 
 def check_finite(values: Iterable[float], layer: int, anatomy: Anatomy) -> None:
