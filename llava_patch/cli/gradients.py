@@ -1,7 +1,5 @@
 """`llava-patch gradients show` and `table`: what training runs have measured."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path
@@ -13,12 +11,6 @@ from llava_patch.cli import output as written
 from llava_patch.cli.common import folder_for
 from llava_patch.core.errors import SettingError
 from llava_patch.core.extras import needs
-
-
-def add(group: typer.Typer) -> None:
-    """Add the two to the measurement's group."""
-    group.command("show", no_args_is_help=True)(show)
-    group.command("table", no_args_is_help=True)(table)
 
 
 @needs("gradients show", "figures")

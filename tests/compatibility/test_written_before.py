@@ -493,7 +493,7 @@ def test_the_gradient_log_of_a_run_is_read_and_goes_on_from_its_checkpoint():
 
 
 def test_a_trainers_curves_are_read():
-    from llava_patch.tools.report.sections.training import read_curves
+    from llava_patch.tools.report.sections import read_curves
 
     agrees("curves", {name: [list(pair) for pair in pairs] for name, pairs in read_curves("run").items()})
 

@@ -1,7 +1,5 @@
 """Measures visual saturation: one forward pass a sample, means over samples."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,7 +11,6 @@ from llava_patch.core import files
 from llava_patch.core.errors import InputError
 from llava_patch.hosts.anatomy import Anatomy, find
 from llava_patch.measurements import trace
-from llava_patch.measurements.lens import lens_kl
 from llava_patch.measurements.passes import check_finite, evaluating, has_image
 from llava_patch.measurements.saturation.result import DEFAULTS, Curves, PatchOn, Saturation, SaturationResult
 from llava_patch.measurements.saturation.state import RunningMean, State
@@ -55,7 +52,7 @@ def measure_sample(anatomy: Anatomy, sample: dict[str, Any], settings: Saturatio
     with evaluating(anatomy.model):
         with trace.traced(anatomy, settings.chunk) as seen:
             trace.run(anatomy, seen, sample)
-        image_kl, text_kl = lens_kl(anatomy, seen, settings.chunk)
+        image_kl, text_kl = trace.lens_kl(anatomy, seen, settings.chunk)
 
     def together(values: dict[int, torch.Tensor]) -> list:
         """One transfer from the device."""

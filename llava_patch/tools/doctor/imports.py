@@ -6,8 +6,6 @@ as JSON. An import inside a function whose package is not installed belongs to a
 whose package is there but no longer has that module or name would end a run in the middle.
 """
 
-from __future__ import annotations
-
 import ast
 import importlib
 import importlib.util
@@ -99,10 +97,5 @@ def _try(module: str, attribute: str) -> BaseException | None:
     return None
 
 
-def main(arguments: list[str]) -> None:
-    """Print the failures as the last line, behind whatever the modules print themselves."""
-    print("\n" + json.dumps(failures(arguments)), flush=True)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    print("\n" + json.dumps(failures(sys.argv[1:])), flush=True)  # last, behind whatever the modules print themselves

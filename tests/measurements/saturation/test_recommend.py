@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from llava_patch.measurements.attention import mass_on_keys
 from llava_patch.measurements.saturation.recommend import deep_median, recommend, settled_layer, transition_layer
 from llava_patch.measurements.saturation.result import Saturation
+from llava_patch.measurements.trace import mass_on_keys
 
 NAN = float("nan")
 SHARES = Saturation(transition_share=0.5, mass_tolerance=0.2, fall_share=0.5)
