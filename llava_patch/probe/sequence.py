@@ -4,8 +4,6 @@ Pure mathematics on tensors; no host is imported. Source: "Detached Skip-Links a
 input is [context image tokens ; text tokens ; target image tokens], and positions are given before reordering.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -62,7 +60,7 @@ class ProbeSequence:
     valid: Tensor
     target: Tensor
 
-    def to(self, device: torch.device | str) -> ProbeSequence:
+    def to(self, device: torch.device | str) -> "ProbeSequence":
         """The same sequence on another device."""
         return ProbeSequence(*(t.to(device) for t in (self.order, self.positions, self.valid, self.target)))
 

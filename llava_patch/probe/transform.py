@@ -1,7 +1,5 @@
 """R-Probe, step 2 of 8: the processed image (the plane that targets are cut from), and where a text box lies on it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -211,7 +209,7 @@ class Plane:
     transform: Transform
 
     @classmethod
-    def of(cls, transform: Transform, image: Image.Image, pixels: int) -> Plane:
+    def of(cls, transform: Transform, image: Image.Image, pixels: int) -> "Plane":
         """The plane of an RGB image, for cells of that many values (cell x cell x 3)."""
         plane = transform.plane(image)
         cell = math.isqrt(pixels // CHANNELS)

@@ -1,7 +1,5 @@
 """`llava-patch rprobe CKPT [DATA]`: one probe, or the four of the modality ablation."""
 
-from __future__ import annotations
-
 import dataclasses
 import warnings
 from collections.abc import Callable
@@ -62,7 +60,7 @@ def run_command(checkpoint: str, output: Path | None, ablation: bool, formats: l
         raise SettingError("--heldout: name the data to train on as well, as DATA")
     folder = common.folder_for("rprobe", checkpoint, output)
 
-    def probe(settings: Any, folder: Path) -> RProbeResult:
+    def probe(settings: Any, folder: Path) -> "RProbeResult":
         with folder_lock(folder):
             found = PROBE.measure(target, settings, folder, sources, heldout=heldout, show=show)
             result = with_facts(found, checkpoint)
@@ -109,7 +107,7 @@ def check_folder(folder: Path, checkpoint: str) -> None:
         check_results(folder / name, [checkpoint])
 
 
-def _all_four(probe: Callable[[Any, Path], RProbeResult], settings: Any, folder: Path, checkpoint: str) -> None:
+def _all_four(probe: "Callable[[Any, Path], RProbeResult]", settings: Any, folder: Path, checkpoint: str) -> None:
     from llava_patch.core import parallel
     from llava_patch.measurements.rprobe.output import FIGURE, RESULT
 
