@@ -28,7 +28,7 @@ _EXPORTS = {
     "Saturation": "measurements.saturation.result",
     "SkipLinks": "fusion.skip_links",
     "compare_reach": "measurements.reach.measure",
-    "get_handle": "patching.handle",
+    "get_handle": "hosts.anatomy",
     "inspect_checkpoint": "tools.inspect",
     "load": "patching.checkpoint",
     "load_subject": "data.loaded",
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from llava_patch.fusion.dense_connector import DenseConnector as DenseConnector
     from llava_patch.fusion.direct_fusion import DirectFusion as DirectFusion
     from llava_patch.fusion.skip_links import SkipLinks as SkipLinks
+    from llava_patch.hosts.anatomy import get_handle as get_handle
     from llava_patch.integrations.training.auxiliary import RegionCollator as RegionCollator
     from llava_patch.measurements.attention_maps.measure import measure_attention_maps as measure_attention_maps
     from llava_patch.measurements.attention_maps.result import AttentionMaps as AttentionMaps
@@ -76,7 +77,6 @@ if TYPE_CHECKING:
     from llava_patch.measurements.saturation.result import Saturation as Saturation
     from llava_patch.patching.checkpoint import load as load
     from llava_patch.patching.handle import Handle as Handle
-    from llava_patch.patching.handle import get_handle as get_handle
     from llava_patch.patching.patch import patch as patch
     from llava_patch.routing.fastv import FastV as FastV
     from llava_patch.settings.auxiliary import AuxiliaryProbe as AuxiliaryProbe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,12 @@ class UndoStack:
                 vars(owner)[name] = old
 
         self.push(restore)
+
+    def wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
+        """Have calls of an object's or a class's method go to `around(original, *arguments)`."""
+        original = getattr(owner, name)
+        called = functools.wraps(original)(lambda *args, **kwargs: around(original, *args, **kwargs))
+        self.set_attribute(owner, name, called)
 
     def replace_module(
         self, parent: nn.Module, name: str, module: nn.Module, original: Callable[[], nn.Module] | None = None

@@ -18,7 +18,7 @@ from llava_patch.core.errors import InputError
 from llava_patch.core.undo import UndoStack
 from llava_patch.hosts import call_context
 from llava_patch.hosts.anatomy import HF, LLAVA, Anatomy
-from llava_patch.hosts.call_context import HostCall, Prepared, Stacked, current, host_call, not_routed, prepared_of
+from llava_patch.hosts.call_context import CallContext, HostCall, Stacked, current, host_call, not_routed, prepared_of
 from llava_patch.hosts.positions import IGNORE_INDEX, llava_prepare, numbered_rows, row_numbers
 
 _TAKEN = {
@@ -39,15 +39,12 @@ def attach(anatomy: Anatomy, undo: UndoStack) -> None:
     """
     (_attach_llava if anatomy.host == LLAVA else _attach_hf)(anatomy, undo)
     _attach_generate(anatomy, undo)
-    owner, name = anatomy.encoder
-    encode = getattr(owner, name)
 
-    @functools.wraps(encode)
-    def encode_aside(*args: Any, **kwargs: Any) -> Any:
+    def encode_aside(encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with call_context.encoding(anatomy):
             return encode(*args, **kwargs)
 
-    undo.set_attribute(owner, name, encode_aside)
+    undo.wrap(*anatomy.encoder, encode_aside)
     refuse_other_features(anatomy, undo)
 
 
@@ -76,12 +73,9 @@ def refuse_other_features(anatomy: Anatomy, undo: UndoStack) -> None:
     """
     if anatomy.host == LLAVA:
         return
-    owner, name = anatomy.encoder
-    encode = getattr(owner, name)
-    named = _names(encode)
+    named = _names(getattr(*anatomy.encoder))
 
-    @functools.wraps(encode)
-    def checked(*args: Any, **kwargs: Any) -> Any:
+    def checked(encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = named(args, kwargs)
         for key in ("vision_feature_layer", "vision_feature_select_strategy"):
             value, own = given.get(key), getattr(anatomy.model.config, key)
@@ -92,7 +86,7 @@ def refuse_other_features(anatomy: Anatomy, undo: UndoStack) -> None:
                 )
         return encode(*args, **kwargs)
 
-    undo.set_attribute(owner, name, checked)
+    undo.wrap(*anatomy.encoder, checked)
 
 
 def _names(function: Callable[..., Any]) -> Callable[[tuple, dict[str, Any]], dict[str, Any]]:
@@ -102,11 +96,9 @@ def _names(function: Callable[..., Any]) -> Callable[[tuple, dict[str, Any]], di
 
 
 def _attach_generate(anatomy: Anatomy, undo: UndoStack) -> None:
-    generate = anatomy.model.generate
-    named = _names(generate)
+    named = _names(anatomy.model.generate)
 
-    @functools.wraps(generate)
-    def generate_in_context(*args: Any, **kwargs: Any) -> Any:
+    def generate_in_context(generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         pixels = named(args, kwargs).get(anatomy.pixels_argument)
         with host_call(anatomy) as call, call.images_of(pixels):
             _check_arguments(call, kwargs)
@@ -118,16 +110,13 @@ def _attach_generate(anatomy: Anatomy, undo: UndoStack) -> None:
                     call.waiting.context.suffix = 1
                 return generate(*args, **kwargs)
 
-    undo.set_attribute(anatomy.model, "generate", generate_in_context)
+    undo.wrap(anatomy.model, "generate", generate_in_context)
 
 
 def _attach_hf(anatomy: Anatomy, undo: UndoStack) -> None:
-    model, wrapper = anatomy.model, anatomy.wrapper
-    outer, inner = model.forward, wrapper.forward
-    named = _names(outer)
+    wrapper, named = anatomy.wrapper, _names(anatomy.model.forward)
 
-    @functools.wraps(outer)
-    def outer_and_report(*args: Any, **kwargs: Any) -> Any:
+    def outer_and_report(outer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = named(args, kwargs)
         with host_call(anatomy) as call, call.images_of(given.get("pixel_values")):
             _check_arguments(call, given)
@@ -136,9 +125,8 @@ def _attach_hf(anatomy: Anatomy, undo: UndoStack) -> None:
             call.waiting.context.read = _read(given.get("labels"))
             return outer(*args, **kwargs)
 
-    @functools.wraps(inner)
     def inner_and_report(
-        input_ids: Tensor | None = None, pixel_values: Tensor | None = None, *args: Any, **kwargs: Any
+        inner: Callable[..., Any], input_ids: Any = None, pixel_values: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
         with host_call(anatomy) as call, call.images_of(pixel_values):
             _check_arguments(call, kwargs)
@@ -153,8 +141,8 @@ def _attach_hf(anatomy: Anatomy, undo: UndoStack) -> None:
                 context.image_mask = (embeds == wrapper.get_input_embeddings()(token)).all(-1)
             return inner(input_ids, pixel_values, *args, **kwargs)
 
-    undo.set_attribute(model, "forward", outer_and_report)
-    undo.set_attribute(wrapper, "forward", inner_and_report)
+    undo.wrap(anatomy.model, "forward", outer_and_report)
+    undo.wrap(wrapper, "forward", inner_and_report)
 
 
 def hf_image_mask(anatomy: Anatomy, input_ids: Tensor) -> Tensor:
@@ -163,14 +151,12 @@ def hf_image_mask(anatomy: Anatomy, input_ids: Tensor) -> Tensor:
 
 
 def _attach_llava(anatomy: Anatomy, undo: UndoStack) -> None:
-    model = anatomy.model
-    prepare, forward = model.prepare_inputs_labels_for_multimodal, model.forward
-    image_token_id = anatomy.image_token_id
-    named, named_of_prepare = _names(forward), _names(prepare)
+    model, image_token_id = anatomy.model, anatomy.image_token_id
+    named, named_of_prepare = _names(model.forward), _names(model.prepare_inputs_labels_for_multimodal)
 
-    @functools.wraps(prepare)
-    def prepare_and_report(*args: Any, **kwargs: Any) -> tuple:
-        _check_modalities(named_of_prepare(args, kwargs).get("modalities"))
+    def prepare_and_report(prepare: Callable[..., tuple], *args: Any, **kwargs: Any) -> tuple:
+        given = named_of_prepare(args, kwargs)
+        _check_modalities(given.get("modalities"))
         with host_call(anatomy) as call:
             call.offered = None
             outputs, image_mask = llava_prepare(prepare, image_token_id, *args, **kwargs)
@@ -178,27 +164,16 @@ def _attach_llava(anatomy: Anatomy, undo: UndoStack) -> None:
             context.image_mask, context.read = image_mask, _read(outputs[5])
             if image_mask is not None and embeds is not None:
                 if call.offered is not None:
-                    context.stacked = _stack(call, call.offered, image_mask, *args, **kwargs)
-                prepared = Prepared(image_mask, context.stacked)
-                call_context.mark_prepared(embeds, prepared)
+                    without = dict.fromkeys(("position_ids", "past_key_values", "labels"))
+                    numbered = functools.partial(prepare, **{**given, **without})
+                    context.stacked = _stack(call, call.offered, image_mask, numbered)
+                prepared = CallContext(image_mask, stacked=context.stacked)
+                setattr(embeds, call_context.PREPARED, prepared)
                 if call.waiting.own:
                     call.waiting.prepared.append((embeds, prepared))
         return outputs
 
-    def _stack(
-        call: HostCall, features: list[Tensor], image_mask: Tensor, input_ids: Tensor, position_ids: Any,
-        attention_mask: Any, past_key_values: Any, labels: Any, images: Any, *args: Any, **kwargs: Any,
-    ) -> Stacked:  # fmt: skip
-        call.numbers = row_numbers(features[0].shape, image_mask.device)
-        try:
-            with torch.no_grad():
-                numbered = prepare(input_ids, None, attention_mask, None, None, images, *args, **kwargs)[4]
-        finally:
-            call.numbers = None
-        return Stacked([f.flatten(0, 1) for f in features], numbered_rows(numbered, image_mask))
-
-    @functools.wraps(forward)
-    def forward_in_context(*args: Any, **kwargs: Any) -> Any:
+    def forward_in_context(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = named(args, kwargs)
         images, embeds = given.get("images"), given.get("inputs_embeds")
         with host_call(anatomy) as call, call.images_of(images):
@@ -212,18 +187,28 @@ def _attach_llava(anatomy: Anatomy, undo: UndoStack) -> None:
                 # generate's own are copied on their way and lose the mark; whoever calls in between brings others.
                 context.unknown = not call.waiting.own and prepared_of(embeds) is None
                 if call.waiting.own and call.waiting.prepared:
-                    found = call.find_prepared(embeds)
-                    context.unknown = found is None
-                    context.image_mask, context.stacked = (found.image_mask, found.stacked) if found else (None, None)
+                    found = call.find_prepared(embeds) or CallContext(unknown=True)
+                    context.image_mask, context.stacked = found.image_mask, found.stacked
+                    context.unknown = found.unknown
                 call.waiting.own = False
             try:
                 return forward(*args, **kwargs)
             finally:
                 call.waiting.context.suffix = suffix
 
-    setattr(prepare_and_report, _REPORTS, True)
-    undo.set_attribute(model, "prepare_inputs_labels_for_multimodal", prepare_and_report)
-    undo.set_attribute(model, "forward", forward_in_context)
+    undo.wrap(model, "prepare_inputs_labels_for_multimodal", prepare_and_report)
+    setattr(model.prepare_inputs_labels_for_multimodal, _REPORTS, True)
+    undo.wrap(model, "forward", forward_in_context)
+
+
+def _stack(call: HostCall, features: list[Tensor], image_mask: Tensor, prepare: Callable[[], tuple]) -> Stacked:
+    """DeepStack's features with the place of each row: the host prepares the call once more, with rows' numbers."""
+    call.numbers = row_numbers(features[0].shape, image_mask.device)
+    try:
+        with torch.no_grad():
+            return Stacked([f.flatten(0, 1) for f in features], numbered_rows(prepare()[4], image_mask))
+    finally:
+        call.numbers = None
 
 
 def reports(prepare: Any) -> bool:
@@ -240,7 +225,7 @@ def _check_arguments(call: HostCall, given: dict[str, Any]) -> None:
     for name, value in given.items():
         if value is None or name in _TAKEN[anatomy.host] or not _BRINGS.search(name):
             continue
-        if any(images.wait for images in call.images):
+        if any(images.rows for images in call.images):
             raise not_routed(anatomy)
         raise InputError(
             f"{name} is not routed on {type(anatomy.model).__name__}, nor are videos or images that are already "

@@ -20,6 +20,7 @@ from llava_patch.hosts.towers import layout as towers
 
 CLIP = ("clip", "clip_vision_model")
 _CLASSES = {
+    "clip_vision_model": "transformers:CLIPVisionModel",
     towers.TIMM: "llava_patch.hosts.towers.timm:TimmTower",
     "siglip2_vision_model": "llava_patch.hosts.towers.classes:SquareSiglip2",
     "internvl_vision": "llava_patch.hosts.towers.classes:InternViT",

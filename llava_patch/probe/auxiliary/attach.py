@@ -18,8 +18,7 @@ from llava_patch.core.method import Method
 from llava_patch.core.undo import UndoStack
 from llava_patch.fusion import optimizer
 from llava_patch.hosts import call_context, compat, positions, tiles, zero
-from llava_patch.hosts.anatomy import Anatomy
-from llava_patch.hosts.handles import get_handle
+from llava_patch.hosts.anatomy import Anatomy, get_handle
 from llava_patch.probe.auxiliary.head import Head, Seen, check_images, token_errors, zero_gradient_pass
 from llava_patch.probe.auxiliary.regions import KEY, Marker
 from llava_patch.probe.layout import Layout
@@ -128,7 +127,8 @@ class Auxiliary(Method):
         """
         model = self.anatomy.model
         if self.settings.weight:
-            self.layout = _layout(self.anatomy, get_handle(model).tokens_per_image)
+            handle: Any = get_handle(model)
+            self.layout = _layout(self.anatomy, handle.tokens_per_image)
             self.head = Head(self.anatomy, self.layout, self.settings)
         if self.head is None:
             logger.warning("AuxiliaryProbe.weight = 0: no head is built, and training is as without it")
