@@ -26,16 +26,10 @@ class UndoStack:
         """Set an attribute; undo restores the owner's own dictionary, not what a class gives an instance."""
         old = vars(owner).get(name, _MISSING)
         setattr(owner, name, value)
-
-        def restore() -> None:
-            if isinstance(owner, type):  # its dictionary is read-only
-                delattr(owner, name) if old is _MISSING else setattr(owner, name, old)
-            elif old is _MISSING:
-                vars(owner).pop(name, None)
-            else:
-                vars(owner)[name] = old
-
-        self.push(restore)
+        if isinstance(owner, type):  # its dictionary is read-only
+            self.push(lambda: delattr(owner, name) if old is _MISSING else setattr(owner, name, old))
+        else:
+            self.push(lambda: vars(owner).pop(name, None) if old is _MISSING else vars(owner).update({name: old}))
 
     def wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
         """Have calls of an object's or a class's method go to `around(original, *arguments)`."""
@@ -60,6 +54,12 @@ class UndoStack:
 
     def __len__(self) -> int:
         return len(self._steps)
+
+    def __enter__(self) -> "UndoStack":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.unwind()
 
     def unwind(self, to: int = 0) -> None:
         """Take changes back, last one first; a step that fails does not keep the others from running."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from llava_patch.core.errors import HostError, InputError
+from llava_patch.core.undo import UndoStack
 from llava_patch.hosts.anatomy import LLAVA, Anatomy
 
 
@@ -110,17 +111,12 @@ class HostCall:
 
         Without pixels, what is encoded meanwhile is nobody's business. HostError: the images have not reached it.
         """
-        if pixels is None:
-            yield
-            return
         images = _Images(self.level)
-        self.images.append(images)
-        try:
+        with UndoStack() as undo:
+            undo.set_attribute(self, "images", self.images if pixels is None else [*self.images, images])
             yield
             if images.rows:
                 raise not_routed(self.anatomy)
-        finally:
-            self.images.remove(images)
 
     def note_encoded(self, rows: int) -> None:
         """The projector gave so many features."""
@@ -165,11 +161,7 @@ def current(anatomy: Anatomy) -> HostCall | None:
 @contextlib.contextmanager
 def host_call(anatomy: Anatomy) -> Iterator[HostCall]:
     """Join the call of this model that is under way, or open one."""
-    active = current(anatomy)
-    if active is not None:
-        yield active
-        return
-    token = _current.set(call := HostCall(anatomy))
+    token = _current.set(call := current(anatomy) or HostCall(anatomy))
     try:
         yield call
     finally:
@@ -179,17 +171,11 @@ def host_call(anatomy: Anatomy) -> Iterator[HostCall]:
 @contextlib.contextmanager
 def encoding(anatomy: Anatomy) -> Iterator[None]:
     """The host's encoder: who calls the model in there (to choose features by the question) speaks of another call."""
-    call = current(anatomy)
-    if call is None:
+    with UndoStack() as undo:
+        if (call := current(anatomy)) is not None:
+            undo.set_attribute(call, "waiting", _Waiting())
+            undo.set_attribute(call, "level", call.level + 1)
         yield
-        return
-    call.waiting, before = _Waiting(), call.waiting
-    call.level += 1
-    try:
-        yield
-    finally:
-        call.level -= 1
-        call.waiting = before
 
 
 def not_routed(anatomy: Anatomy) -> HostError:
@@ -223,13 +209,10 @@ def placed(anatomy: Anatomy, image_mask: Tensor | None, kept: Tensor | None = No
                 f"image_positions({name}=...): expected a bool tensor [batch, tokens], got {mask.dtype} "
                 f"{list(mask.shape)}"
             )
-    with host_call(anatomy) as call:
-        before = call.placed
-        call.placed = here = _Placed(image_mask, kept, call.level)
-        try:
-            yield
-        finally:
-            call.placed = before
+    with host_call(anatomy) as call, UndoStack() as undo:
+        here = _Placed(image_mask, kept, call.level)
+        undo.set_attribute(call, "placed", here)
+        yield
         if not here.used:
             raise InputError(
                 "image_positions(...): the model was not called in this block, or in another thread: its call would "

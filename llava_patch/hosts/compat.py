@@ -137,7 +137,7 @@ def causal_mask(
     # Of the cache only the number of keys is asked.
     cache = SimpleNamespace(is_compileable=False, get_mask_sizes=lambda cache_position, layer_idx: (keys, 0))
     places = torch.arange(keys - queries, keys, device=hidden_states.device)
-    return _mask(config, hidden_states, attention_mask=key_valid, cache_position=places, past_key_values=cache)
+    return stock_mask(config, hidden_states, attention_mask=key_valid, cache_position=places, past_key_values=cache)
 
 
 def sliding_window(config: Any) -> int | None:
@@ -145,7 +145,11 @@ def sliding_window(config: Any) -> int | None:
     return getattr(config, "sliding_window", None)
 
 
-def _mask(config: Any, inputs_embeds: Tensor, **arguments: Any) -> Any:
+def stock_mask(config: Any, inputs_embeds: Tensor, **arguments: Any) -> Any:
+    """The mask that the stock decoder would build for its forward's arguments (layers below the split must match it).
+
+    They are `attention_mask`, `cache_position`, `past_key_values` and `position_ids`.
+    """
     from transformers import masking_utils
 
     windowed = sliding_window(config) is not None
@@ -215,14 +219,6 @@ def allow_any_mask(attention: Any, undo: UndoStack) -> None:
     """
     if not isinstance(attention.config, _MaskedAttentionConfig):
         undo.set_attribute(attention, "config", _MaskedAttentionConfig(attention.config))
-
-
-def stock_mask(decoder: Any, inputs_embeds: Tensor, **arguments: Any) -> Any:
-    """The mask that the stock decoder would build for its forward's arguments (layers below the split must match it).
-
-    They are `attention_mask`, `cache_position`, `past_key_values` and `position_ids`.
-    """
-    return _mask(decoder.config, inputs_embeds, **arguments)
 
 
 def input_grads_are_forced(*modules: nn.Module) -> bool:

@@ -104,15 +104,14 @@ def make_tiling(anatomy: Anatomy, processor: Any) -> Tiling:
     if rows != columns:
         raise HostError(f"anyres cuts square tiles, but this tower takes {rows} x {columns} patches")
     given = anatomy.model.config.image_grid_pinpoints
-    given = ast.literal_eval(given) if isinstance(given, str) else given
-    resolutions = tuple((int(a), int(b)) for a, b in given)
+    resolutions = _pairs(ast.literal_eval(given) if isinstance(given, str) else given)
     if anatomy.host == HF:
         if not hasattr(processor, "image_grid_pinpoints"):
             raise HostError(
                 f"{type(processor).__name__} does not cut images into tiles: a LLaVA-NeXT model needs its "
                 "LlavaNextImageProcessor"
             )
-        theirs = tuple((int(a), int(b)) for a, b in processor.image_grid_pinpoints)
+        theirs = _pairs(processor.image_grid_pinpoints)
         if set(theirs) != set(resolutions):
             raise HostError(
                 f"image_grid_pinpoints of the image processor {theirs} and of the model {resolutions} differ: is it "
@@ -124,14 +123,17 @@ def make_tiling(anatomy: Anatomy, processor: Any) -> Tiling:
             raise HostError(
                 f"image_grid_pinpoints: {width} x {height} pixels are no multiple of the vision tower's {side}"
             )
-    sizes = {name: _side(getattr(processor, name, None)) for name in ("size", "crop_size")}
-    wrong = {name: value for name, value in sizes.items() if value not in (side, None)}
-    if wrong:
+    sizes = [(name, _side(getattr(processor, name, None))) for name in ("size", "crop_size")]
+    if wrong := [f"{name} = {value}" for name, value in sizes if value not in (side, None)]:
         raise HostError(
-            f"the image processor's {', '.join(f'{n} = {v}' for n, v in wrong.items())} is not the vision tower's side "
-            f"of {side}: is it this model's image processor?"
+            f"the image processor's {', '.join(wrong)} is not the vision tower's side of {side}: is it this model's "
+            "image processor?"
         )
     return Tiling(anatomy.host, resolutions, side)
+
+
+def _pairs(sizes: Any) -> tuple[tuple[int, int], ...]:
+    return tuple((int(a), int(b)) for a, b in sizes)
 
 
 def _side(size: Any) -> int | None:
@@ -167,8 +169,7 @@ def _order_on_llava(anatomy: Anatomy, tiles: int, tokens: int, size: tuple[int, 
     model = anatomy.model
     device = anatomy.embed_tokens.weight.device
     numbers = positions.row_numbers((tiles, tokens, int(anatomy.text_config.hidden_size)), device)
-    undo = UndoStack()
-    try:
+    with UndoStack() as undo:
         # To the host a prompt of one token is a step of decoding: a text token stands in front of the image. It
         # must not run its tower on numbers, nor cut the image where a prompt would end.
         undo.set_attribute(model, "encode_images", lambda images: numbers)
@@ -179,5 +180,3 @@ def _order_on_llava(anatomy: Anatomy, tiles: int, tokens: int, size: tuple[int, 
                 [torch.zeros(tiles, 3, 1, 1, device=device)], [size],
             )[4]  # fmt: skip
         return positions.numbered_rows(embeds, torch.ones(1, 1, dtype=torch.bool, device=device))[0, 1:]
-    finally:
-        undo.unwind()

@@ -46,33 +46,28 @@ def take_flags(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 @contextlib.contextmanager
-def also(files: "Sequence[str]", params: "Sequence[str]") -> "Iterator[None]":
-    """Inside the block, gin files and bindings of one of our own commands count after those of the environment."""
+def _meanwhile(flags: tuple[list[str], list[str]], read: "Configuration | None") -> "Iterator[None]":
     global _configuration, _flags
     before = _flags, _configuration
-    _flags, _configuration = ([*_flags[0], *files], [*_flags[1], *params]), None
+    _flags, _configuration = flags, read
     try:
         yield
     finally:
         _flags, _configuration = before
 
 
-@contextlib.contextmanager
-def without_patches() -> "Iterator[None]":
+def also(files: "Sequence[str]", params: "Sequence[str]") -> "contextlib.AbstractContextManager[None]":
+    """Inside the block, gin files and bindings of one of our own commands count after those of the environment."""
+    return _meanwhile(([*_flags[0], *files], [*_flags[1], *params]), None)
+
+
+def without_patches() -> "contextlib.AbstractContextManager[None]":
     """Inside the block, models come as their checkpoints are: a configured patch is not put on them.
 
     For the model that a patched one is compared with; settings of measurements still count.
     """
-    import dataclasses
-
-    global _configuration
-    now, before = configuration(), _configuration
-    if now is not None:
-        _configuration = dataclasses.replace(now, fusion=None, routing=None, pruning=None, probe=None, off=())
-    try:
-        yield
-    finally:
-        _configuration = before
+    now = configuration()
+    return _meanwhile(_flags, now and now.unpatched())
 
 
 def configuration() -> "Configuration | None":
