@@ -1,8 +1,9 @@
-"""Writing results: JSON and figures appear whole or not at all; progress goes to stderr."""
+"""Writing results: JSON and figures appear whole or not at all; digests of values; progress goes to stderr."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import shutil
@@ -43,6 +44,18 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return value
+
+
+def digest(value: Any) -> str:
+    """Hexadecimal digest of JSON values, for what depends on them; equal values give equal ones in every process."""
+    text = json.dumps(value, sort_keys=True, default=_named)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _named(value: Any) -> str:
+    """What JSON has no form for (dtypes, enumerations, paths); an object without a text of its own is its class."""
+    text = str(value)
+    return type(value).__qualname__ if " at 0x" in text else text
 
 
 def write_json(path: Path, value: Any) -> Path:

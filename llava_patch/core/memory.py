@@ -1,9 +1,12 @@
-"""Whether a model's weights fit into this machine's memory, and in which precision; asked before they are read."""
+"""Precision: in which one a model's weights fit into this machine's memory, and which one new tensors have."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -79,3 +82,18 @@ def cpu_dtype(name: str, source: str) -> torch.dtype | None:
         return torch.bfloat16
     advice = "give --dtype bfloat16" if fits else "give --device cuda, or use a machine with more memory"
     raise SettingError(f"{said}: {advice}")
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New tensors have this dtype inside the block."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+float32_default = functools.partial(default_dtype, torch.float32)
+"""For what makes tensors after llava has loaded a model: it leaves float16 behind."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from llava_patch.core.errors import CheckpointError
+from llava_patch.core.records import read_json_file
 
 Load = Callable[[], Tensor]
 Tensors = dict[str, Load]
@@ -45,12 +46,7 @@ def locate(source: str, name: str) -> Path | None:
 def read_json(source: str, name: str) -> dict | None:
     """A JSON file of a folder or hub model; None when it has none. CheckpointError: not valid JSON."""
     path = locate(source, name)
-    if path is None:
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+    return None if path is None else read_json_file(path)
 
 
 def folder_of(source: str, download: bool = False, setting: str = "") -> str:

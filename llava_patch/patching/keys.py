@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_patch.core.errors import CheckpointError, HostError
-from llava_patch.core.keys import digest
+from llava_patch.core.files import digest
 from llava_patch.hosts import zero
 from llava_patch.hosts.anatomy import Anatomy, get_handle
 

@@ -18,7 +18,7 @@ from typing import Any
 import gin
 from llava_patch.core import registry
 from llava_patch.core.errors import SettingError
-from llava_patch.core.resources import gin_dir
+from llava_patch.core.paths import gin_dir
 
 METHODS = registry.methods()
 MEASUREMENTS: dict[str, Any] = registry.settings()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_patch.core.errors import InputError
-from llava_patch.core.keys import digest
+from llava_patch.core.files import digest
 from llava_patch.measurements.rprobe.settings import RProbe
 from llava_patch.measurements.rprobe.store.shard import Record
 from llava_patch.probe.sample import Sample

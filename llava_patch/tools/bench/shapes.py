@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llava_patch.core.dtypes import default_dtype
+from llava_patch.core.memory import default_dtype
 from llava_patch.hosts.sizes import IMAGE_TOKENS, TOWERS, Shape
 
 

@@ -11,7 +11,7 @@ import torch
 
 from llava_patch.core import parallel
 from llava_patch.core.errors import InputError, SettingError
-from llava_patch.core.keys import digest
+from llava_patch.core.files import digest
 from llava_patch.core.terminal import progress_bar
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.measurements.rprobe.contents import ImagesOfData, images_of
