@@ -192,19 +192,20 @@ class HostFiles:
     # package, or its tower's configuration, is not there.
     skeleton: Callable[[dict[str, Any]], Any]
     linear: Callable[[int], str]  # the name of the projector's k-th Linear
-    parts: tuple[tuple[str, str], ...]  # patterns of the host's tensor names with the neutral prefix of what they hold
-    prefixes: Mapping[str, str]  # of the tensors of each neutral part as the host's files have them
+    # For each neutral part the prefix of its tensors in the host's files, and a pattern of their names in files and, which
+    # adapters take, in memory; its group is the rest of the name.
+    parts: Mapping[str, tuple[str, str]]
 
     def neutral(self, name: str) -> str | None:
         """A tensor's name in the host's files, or in memory, in the neutral spelling; None when it is not known."""
-        for pattern, prefix in self.parts:
+        for part, (_, pattern) in self.parts.items():
             if (found := re.fullmatch(pattern, name)) is None:
                 continue
-            if prefix not in ("projector.", "stack."):
-                return prefix + found[1]
+            if part not in ("projector", "stack"):
+                return f"{part}.{found[1]}" if found[1] else part
             linear, _, kind = found[1].rpartition(".")
             places = {"": 0, **{self.linear(k): k for k in range(_MOST_LINEARS)}}  # "": mm_projector_type = linear
-            return f"{prefix}{places[linear]}.{kind}" if linear in places and kind in ("weight", "bias") else None
+            return f"{part}.{places[linear]}.{kind}" if linear in places and kind in ("weight", "bias") else None
         return None
 
     def written(self, name: str, single: bool = False) -> str:
@@ -213,4 +214,4 @@ class HostFiles:
         if part in ("projector", "stack"):
             place, _, kind = rest.partition(".")
             rest = kind if single else f"{self.linear(int(place))}.{kind}"
-        return self.prefixes[part] + (rest or part)
+        return self.parts[part][0] + rest

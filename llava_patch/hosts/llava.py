@@ -113,16 +113,12 @@ LLAVA_FILES = HostFiles(  # of the vision tower, which has a folder of its own, 
     feature_width=lambda config: int(config["mm_hidden_size"]),
     skeleton=_skeleton,
     linear=lambda k: str(2 * k),  # activations have the odd places
-    parts=(
-        (r"model\.vision_tower\.vision_tower\.(.+)", "tower."),
-        (r"model\.mm_projector\.(.+)", "projector."),
-        (r"model\.mm_projector_stack\.(.+)", "stack."),
-        (r"model\.(image_newline)", ""),
-        (r"lm_head\.(weight)", "head."),
-        (r"model\.((?:embed_tokens|layers|norm|side_branch)\..+)", "decoder."),
-    ),
-    prefixes={
-        "decoder": "model.", "head": "lm_head.", "tower": "model.vision_tower.vision_tower.",
-        "projector": "model.mm_projector.", "stack": "model.mm_projector_stack.", "image_newline": "model.",
+    parts={
+        "decoder": ("model.", r"model\.((?:embed_tokens|layers|norm|side_branch)\..+)"),
+        "head": ("lm_head.", r"lm_head\.(weight)"),
+        "tower": ("model.vision_tower.vision_tower.", r"model\.vision_tower\.vision_tower\.(.+)"),
+        "projector": ("model.mm_projector.", r"model\.mm_projector\.(.+)"),
+        "stack": ("model.mm_projector_stack.", r"model\.mm_projector_stack\.(.+)"),
+        "image_newline": ("model.image_newline", r"model\.image_newline()"),
     },
-)  # fmt: skip
+)

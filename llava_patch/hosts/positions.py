@@ -41,7 +41,16 @@ def llava_prepare(
     if images is None or input_ids is None or input_ids.shape[1] == 1:
         outputs = prepare(input_ids, position_ids, attention_mask, past_key_values, labels, images, *args, **kwargs)
         return outputs, None
-    _check_counts(input_ids, attention_mask, images, image_token_id)
+    placeholders = input_ids == image_token_id
+    if attention_mask is not None:
+        placeholders = placeholders & attention_mask.bool()
+    # A sample without a placeholder still consumes one (dummy) image in the host's loop.
+    needed = int(placeholders.sum(1).clamp(min=1).sum())
+    if needed != len(images):
+        raise InputError(
+            f"image tokens and images disagree: {int(placeholders.sum())} image tokens in {len(input_ids)} samples "
+            f"need {needed} images (a sample without an image token needs one dummy image), got {len(images)}"
+        )
     valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask
     own_index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     outputs = prepare(input_ids, position_ids, valid, past_key_values, own_index, images, *args, **kwargs)
@@ -78,18 +87,3 @@ def numbered_rows(embeds: Tensor, image_mask: Tensor) -> Tensor:
     first, second = embeds[..., 0], embeds[..., 1]
     numbered = image_mask & (first == -second) & (first >= 1) & (first == first.round())
     return torch.where(numbered, first, torch.zeros_like(first)).long()
-
-
-def _check_counts(
-    input_ids: Tensor, attention_mask: Tensor | None, images: Tensor | list[Tensor], image_token_id: int
-) -> None:
-    placeholders = input_ids == image_token_id
-    if attention_mask is not None:
-        placeholders = placeholders & attention_mask.bool()
-    # A sample without a placeholder still consumes one (dummy) image in the host's loop.
-    needed = int(placeholders.sum(1).clamp(min=1).sum())
-    if needed != len(images):
-        raise InputError(
-            f"image tokens and images disagree: {int(placeholders.sum())} image tokens in {len(input_ids)} samples "
-            f"need {needed} images (a sample without an image token needs one dummy image), got {len(images)}"
-        )

@@ -53,11 +53,8 @@ class Tiling:
             from transformers.image_processing_utils import select_best_resolution
 
             height, width = select_best_resolution(size[::-1], [r[::-1] for r in self.resolutions])
-        across, down = width / size[0], height / size[1]
-        if across < down:
-            new_width, new_height = width, min(math.ceil(size[1] * across), height)
-        else:
-            new_width, new_height = min(math.ceil(size[0] * down), width), height
+        scale = min(width / size[0], height / size[1])
+        new_width, new_height = min(math.ceil(size[0] * scale), width), min(math.ceil(size[1] * scale), height)
         return Placement(width, height, new_width, new_height, (width - new_width) // 2, (height - new_height) // 2)
 
     def cut(self, processor: Any, image: Image.Image) -> Tensor:
@@ -89,9 +86,7 @@ class Tiling:
 
 def cuts_tiles(anatomy: Anatomy) -> bool:
     """Whether the host cuts images into tiles: HF's LLaVA-NeXT, or `image_aspect_ratio=anyres` on `llava`."""
-    if anatomy.host == HF:
-        return hasattr(anatomy.wrapper, "pack_image_features")
-    return getattr(anatomy.model.config, "image_aspect_ratio", None) == "anyres"
+    return anatomy.tiles if anatomy.host == HF else getattr(anatomy.model.config, "image_aspect_ratio", "") == "anyres"
 
 
 def make_tiling(anatomy: Anatomy, processor: Any) -> Tiling:

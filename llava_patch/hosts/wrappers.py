@@ -156,7 +156,12 @@ def _attach_llava(anatomy: Anatomy, undo: UndoStack) -> None:
 
     def prepare_and_report(prepare: Callable[..., tuple], *args: Any, **kwargs: Any) -> tuple:
         given = named_of_prepare(args, kwargs)
-        _check_modalities(given.get("modalities"))
+        # LLaVA-NeXT's package takes others beside images ("text" stands for a sample with a dummy image).
+        asked = given.get("modalities") or []
+        if other := [m for m in ([asked] if isinstance(asked, str) else asked) if m not in ("image", "text")]:
+            raise InputError(
+                f"modalities = {other[0]!r} is not routed: give still images, or call handle.remove() first"
+            )
         with host_call(anatomy) as call:
             call.offered = None
             outputs, image_mask = llava_prepare(prepare, image_token_id, *args, **kwargs)
@@ -230,14 +235,6 @@ def _check_arguments(call: HostCall, given: dict[str, Any]) -> None:
             f"encoded: give still images as {anatomy.pixels_argument}, embeddings inside `with "
             "handle.image_positions(mask):`, or call handle.remove() first"
         )
-
-
-def _check_modalities(modalities: Any) -> None:
-    """Refuse what LLaVA-NeXT's package takes beside images ("text" stands for a sample with a dummy image)."""
-    asked = [modalities] if isinstance(modalities, str) else modalities or []
-    other = [m for m in asked if m not in ("image", "text")]
-    if other:
-        raise InputError(f"modalities = {other[0]!r} is not routed: give still images, or call handle.remove() first")
 
 
 def _read(labels: Tensor | None) -> Tensor | None:

@@ -128,22 +128,20 @@ def read(files: Sequence[str], params: Sequence[str]) -> Configuration:
     try:
         gin.parse_config_files_and_bindings([str(p) for p in paths], list(params), finalize_config=False)
         _check_bindings()
-        resolved = _root()
         explicit = gin.get_bindings("Patch", resolve_references=False)
         implied = {k: name for k, name in _implied().items() if k not in explicit}  # `Patch.routing = None` stays off
-        if implied:  # bound for good, so that the operative config reproduces the run
-            gin.parse_config([f"Patch.{kind} = @{name}()" for kind, name in implied.items()])
-            resolved = _root()
+        # Bound for good, so that the operative config reproduces the run.
+        gin.parse_config([f"Patch.{kind} = @{name}()" for kind, name in implied.items()])
+        resolved = _root()
         _check_kinds(resolved)
         measurements = {n: gin.get_configurable(n)() for n in MEASUREMENTS if _bound(n)}
         flags = gin.get_configurable(FLAGS)() if _bound(FLAGS) else {}
         sweep = gin.get_configurable("Sweep")() if _bound("Sweep") else None
         operative = gin.operative_config_str()
-    except SettingError as error:
-        raise SettingError(_setting_error(error)) from None
     except (ValueError, TypeError, SyntaxError, OSError, KeyError, RuntimeError) as error:
         inner = _setting_error(error)
-        raise SettingError(inner or f"gin configuration ({', '.join(sources)}): {_explain(error)}") from error
+        cause = None if isinstance(error, SettingError) else error
+        raise SettingError(inner or f"gin configuration ({', '.join(sources)}): {_explain(error)}") from cause
     finally:
         gin.clear_config()
         for name, values in outside.items():

@@ -103,7 +103,13 @@ def load_processor(name: str, config: Any, side: int) -> Any:
         colours = getattr(config, "pretrained_cfg", None)
         if not colours or "mean" not in colours:
             raise HostError(f"vision tower {name} has no preprocessor_config.json") from error
-        raw = _timm_processor(colours)
+        filters = {f.name.lower(): f for f in PILImageResampling}
+        raw = {  # what timm's own configuration says of its images
+            "image_processor_type": "TimmWrapperImageProcessor",
+            "image_mean": list(colours["mean"]),
+            "image_std": list(colours["std"]),
+            "resample": int(filters.get(colours.get("interpolation"), PILImageResampling.BICUBIC)),
+        }
     kind = raw.get("image_processor_type") or raw.get("feature_extractor_type") or "none named"
     if kind.startswith("CLIP"):
         clip: Any = CLIPImageProcessor.from_dict(raw)
@@ -124,14 +130,3 @@ def load_processor(name: str, config: Any, side: int) -> Any:
     processor.crop_size = {"height": side, "width": side}
     processor.do_center_crop = False  # R-Probe asks every processor
     return processor
-
-
-def _timm_processor(pretrained: dict[str, Any]) -> dict[str, Any]:
-    """What timm's own configuration says of its images."""
-    filters = {f.name.lower(): int(f) for f in PILImageResampling}
-    return {
-        "image_processor_type": "TimmWrapperImageProcessor",
-        "image_mean": list(pretrained["mean"]),
-        "image_std": list(pretrained["std"]),
-        "resample": filters.get(pretrained.get("interpolation", "bicubic"), int(PILImageResampling.BICUBIC)),
-    }
