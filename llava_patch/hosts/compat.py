@@ -1,8 +1,8 @@
 """Differences between versions of the hosts' packages, each found by feature rather than by version number.
 
 Two parts. The first hides how transformers' decoder layers and masks are called. The second makes LLaVA's unmodified
-training script and `generate` run on a transformers newer than the one it was written for: each `fix_*` function names
-what broke and since when, does nothing where the feature is as LLaVA expects, and touches only code that would raise.
+training script and `generate` run on the versions that are supported, which are newer than the one it was written for:
+each `fix_*` function names what broke and since when, and touches only code that would raise.
 """
 
 from __future__ import annotations
@@ -106,9 +106,7 @@ def known_options(processor: Any) -> frozenset[str]:
     Slow processors name them in the signature of `preprocess`, fast ones in a TypedDict of the class.
     """
     fast = getattr(processor, "valid_kwargs", None)
-    if fast is not None:
-        return frozenset(fast.__annotations__)
-    return frozenset(inspect.signature(processor.preprocess).parameters)
+    return frozenset(inspect.signature(processor.preprocess).parameters if fast is None else fast.__annotations__)
 
 
 def layout_options(processor: Any) -> dict[str, str]:

@@ -192,8 +192,8 @@ class HostFiles:
     # package, or its tower's configuration, is not there.
     skeleton: Callable[[dict[str, Any]], Any]
     linear: Callable[[int], str]  # the name of the projector's k-th Linear
-    # For each neutral part the prefix of its tensors in the host's files, and a pattern of their names in files and, which
-    # adapters take, in memory; its group is the rest of the name.
+    # For each neutral part the prefix of its tensors in the host's files, and a pattern of all names that they have in
+    # files or in memory (which adapters take), whose group is the rest.
     parts: Mapping[str, tuple[str, str]]
 
     def neutral(self, name: str) -> str | None:

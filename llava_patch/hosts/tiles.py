@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llava_patch.core.errors import HostError
 from llava_patch.core.undo import UndoStack
-from llava_patch.hosts import positions
+from llava_patch.hosts import wrappers
 from llava_patch.hosts.anatomy import HF, LLAVA, Anatomy
 from llava_patch.hosts.compat import layout_options
 
@@ -163,7 +163,7 @@ def order_of_tokens(anatomy: Anatomy, shape: Sequence[int], size: tuple[int, int
 def _order_on_llava(anatomy: Anatomy, tiles: int, tokens: int, size: tuple[int, int]) -> Tensor:
     model = anatomy.model
     device = anatomy.embed_tokens.weight.device
-    numbers = positions.row_numbers((tiles, tokens, int(anatomy.text_config.hidden_size)), device)
+    numbers = wrappers.row_numbers((tiles, tokens, int(anatomy.text_config.hidden_size)), device)
     with UndoStack() as undo:
         # To the host a prompt of one token is a step of decoding: a text token stands in front of the image. It
         # must not run its tower on numbers, nor cut the image where a prompt would end.
@@ -174,4 +174,4 @@ def _order_on_llava(anatomy: Anatomy, tiles: int, tokens: int, size: tuple[int, 
                 torch.tensor([[0, anatomy.image_token_id]], device=device), None, None, None, None,
                 [torch.zeros(tiles, 3, 1, 1, device=device)], [size],
             )[4]  # fmt: skip
-        return positions.numbered_rows(embeds, torch.ones(1, 1, dtype=torch.bool, device=device))[0, 1:]
+        return wrappers.numbered_rows(embeds, torch.ones(1, 1, dtype=torch.bool, device=device))[0, 1:]

@@ -20,7 +20,7 @@ from llava_patch.core.errors import HostError, InputError
 from llava_patch.core.undo import UndoStack
 from llava_patch.hosts import call_context, wrappers
 from llava_patch.hosts.anatomy import Anatomy
-from llava_patch.hosts.positions import llava_prepare
+from llava_patch.hosts.wrappers import llava_prepare
 
 
 @dataclass

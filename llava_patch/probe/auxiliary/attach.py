@@ -17,7 +17,7 @@ from llava_patch.core.errors import InputError, SettingError
 from llava_patch.core.method import Method
 from llava_patch.core.undo import UndoStack
 from llava_patch.fusion import optimizer
-from llava_patch.hosts import call_context, compat, positions, tiles, zero
+from llava_patch.hosts import call_context, compat, tiles, wrappers, zero
 from llava_patch.hosts.anatomy import Anatomy, get_handle
 from llava_patch.probe.auxiliary.head import Head, Seen, check_images, token_errors, zero_gradient_pass
 from llava_patch.probe.auxiliary.regions import KEY, Marker
@@ -283,4 +283,4 @@ def _share_of_step(given: Mapping[str, Any]) -> Any:
     total = given.get("num_items_in_batch")
     if total is None:
         return 1.0
-    return (given["labels"] != positions.IGNORE_INDEX).sum() / total
+    return (given["labels"] != wrappers.IGNORE_INDEX).sum() / total
