@@ -215,16 +215,7 @@ def _stack(call: HostCall, features: list[Tensor], image_mask: Tensor, prepare: 
 
 
 def llava_prepare(
-    prepare: Callable[..., tuple],
-    image_token_id: int,
-    input_ids: Tensor,
-    position_ids: Tensor | None,
-    attention_mask: Tensor | None,
-    past_key_values: Any,
-    labels: Tensor | None,
-    images: Tensor | list[Tensor] | None,
-    *args: Any,
-    **kwargs: Any,
+    prepare: Callable[..., tuple], image_token_id: int, *args: Any, **kwargs: Any
 ) -> tuple[tuple, Tensor | None]:
     """Run llava's `prepare_inputs_labels_for_multimodal` and learn where the image features went.
 
@@ -232,16 +223,16 @@ def llava_prepare(
     that hold each text token's own index come back as -100 exactly at image features and padding; padding is told apart
     by the attention mask, and the caller's labels are recovered through the indices.
 
-    `prepare` is the host's bound method, the others are its arguments: ids, positions, mask and labels [batch, tokens],
-    images [images, 3, height, width] or a list. InputError: the numbers of placeholders and of images disagree.
+    `prepare` is the host's bound method; of its arguments ids, mask and labels are [batch, tokens], images [images, 3,
+    height, width] or a list. InputError: the numbers of placeholders and of images disagree.
 
     Returns:
         (what the stock method would have returned, bool mask [batch, new tokens] or None when there is no image).
     """
-    outputs: tuple
+    given = _names(prepare)(args, kwargs)
+    input_ids, attention_mask, images = (given.get(name) for name in ("input_ids", "attention_mask", "images"))
     if images is None or input_ids is None or input_ids.shape[1] == 1:
-        outputs = prepare(input_ids, position_ids, attention_mask, past_key_values, labels, images, *args, **kwargs)
-        return outputs, None
+        return prepare(*args, **kwargs), None
     placeholders = input_ids == image_token_id
     if attention_mask is not None:
         placeholders = placeholders & attention_mask.bool()
@@ -254,17 +245,16 @@ def llava_prepare(
         )
     valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask
     own_index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-    outputs = prepare(input_ids, position_ids, valid, past_key_values, own_index, images, *args, **kwargs)
+    outputs: tuple = prepare(**{**given, "attention_mask": valid, "labels": own_index})
     new_ids, new_positions, new_mask, past_key_values, embeds, index = outputs
+    labels = given.get("labels")
     if embeds is None:  # the host had nothing to insert (no vision tower)
         return (new_ids, new_positions, attention_mask, past_key_values, None, labels), None
-    image_mask = (index == IGNORE_INDEX) & new_mask.bool()
-    new_labels = None
     if labels is not None:
-        taken = labels.gather(1, index.clamp(min=0))
-        new_labels = torch.where(index == IGNORE_INDEX, torch.full_like(taken, IGNORE_INDEX), taken)
+        labels = labels.gather(1, index.clamp(min=0)).masked_fill(index == IGNORE_INDEX, IGNORE_INDEX)
     kept_mask = None if attention_mask is None else new_mask
-    return (new_ids, new_positions, kept_mask, past_key_values, embeds, new_labels), image_mask
+    image_mask = (index == IGNORE_INDEX) & new_mask.bool()
+    return (new_ids, new_positions, kept_mask, past_key_values, embeds, labels), image_mask
 
 
 def row_numbers(shape: Sequence[int], device: torch.device) -> Tensor:

@@ -143,9 +143,8 @@ def watch_preparation(anatomy: Anatomy, note: Callable[[Tensor | None], None], u
         note: gets bool [T], True at image positions; None: the sample has no image.
         undo: takes it away again.
     """
-    prepare: Any = anatomy.model.prepare_inputs_labels_for_multimodal
 
-    def prepare_and_note(*args: Any, **kwargs: Any) -> tuple:
+    def prepare_and_note(prepare: Any, *args: Any, **kwargs: Any) -> tuple:
         if wrappers.reports(prepare):
             outputs = prepare(*args, **kwargs)
             prepared = call_context.prepared_of(outputs[4])
@@ -155,7 +154,7 @@ def watch_preparation(anatomy: Anatomy, note: Callable[[Tensor | None], None], u
         note(None if image_mask is None else image_mask[0])
         return outputs
 
-    undo.set_attribute(anatomy.model, "prepare_inputs_labels_for_multimodal", prepare_and_note)
+    undo.wrap(anatomy.model, "prepare_inputs_labels_for_multimodal", prepare_and_note)
 
 
 def paired(
