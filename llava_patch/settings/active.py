@@ -27,22 +27,18 @@ def take_flags(argv: list[str]) -> tuple[list[str], list[str]]:
 
     `--flag value` and `--flag=value` both work, and may be repeated. SettingError: a flag without a value.
     """
-    files: list[str] = []
-    params: list[str] = []
-    kept: list[str] = []
-    rest = iter(argv)
+    taken: dict[str, list[str]] = {flag: [] for flag in FLAGS}
+    rest, kept = iter(argv), []
     for argument in rest:
         flag, equals, value = argument.partition("=")
-        if flag not in FLAGS:
+        if flag not in taken:
             kept.append(argument)
-            continue
-        if not equals:
-            value = next(rest, "")
-        if not value:
+        elif value := value if equals else next(rest, ""):
+            taken[flag].append(value)
+        else:
             raise SettingError(f"{flag} needs a value")
-        (files if flag == FILE_FLAG else params).append(value)
     argv[:] = kept
-    return files, params
+    return taken[FILE_FLAG], taken[PARAM_FLAG]
 
 
 @contextlib.contextmanager
@@ -131,10 +127,8 @@ def take_flags_from_command_line() -> None:
 
 def asked() -> bool:
     """Whether flags or environment configure anything, readable or not."""
-    given = (argument.partition("=")[0] for argument in sys.argv)  # a script's flags are taken out later
-    return (
-        any(_flags) or any(flag in FLAGS for flag in given) or any(_split(os.environ.get(name)) for name in VARIABLES)
-    )
+    given = {argument.partition("=")[0] for argument in sys.argv}  # a script's flags are taken out later
+    return any(_flags) or not given.isdisjoint(FLAGS) or any(_split(os.environ.get(name)) for name in VARIABLES)
 
 
 def settings_of(cls: Any, **given: Any) -> Any:

@@ -31,7 +31,7 @@ class QueriesKeys:
 
     # [images, heads, tokens, head_dim], as the block multiplies them (norm and rotary applied); None before.
     q: Tensor | None = None
-    k: Tensor | None = None  # the same of the keys
+    k: Tensor | None = None
     scaling: float = 1.0  # factor on q.k before the softmax
 
 

@@ -67,8 +67,7 @@ def load_model(name: str, config: Any, device_map: Any = None) -> Any:
     model, info = model_class(config).from_pretrained(
         name, config=copy.deepcopy(config), device_map=device_map, key_mapping=names, output_loading_info=True
     )
-    missing = sorted(info["missing_keys"])
-    if missing:
+    if missing := sorted(info["missing_keys"]):
         raise CheckpointError(
             f"vision tower {name}: its checkpoint holds no {missing[0]} ({len(missing)} tensors are missing): is it a "
             f"{config.model_type}?"
@@ -113,11 +112,9 @@ def load_processor(name: str, config: Any, side: int) -> Any:
     kind = raw.get("image_processor_type") or raw.get("feature_extractor_type") or "none named"
     if kind.startswith("CLIP"):
         clip: Any = CLIPImageProcessor.from_dict(raw)
-        gives = (clip.crop_size["height"], clip.crop_size["width"])
-        if gives != (side, side):
-            raise HostError(
-                f"the image processor of {name} gives {gives} pixels, its vision tower takes {(side, side)}"
-            )
+        gives, takes = (clip.crop_size["height"], clip.crop_size["width"]), (side, side)
+        if gives != takes:
+            raise HostError(f"the image processor of {name} gives {gives} pixels, its vision tower takes {takes}")
         return clip
     if not kind.startswith(("Siglip", "GotOcr2", "PerceptionLM", "Timm")):
         raise HostError(
