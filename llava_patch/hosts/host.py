@@ -149,8 +149,11 @@ class Anatomy(ABC):
 
     # Whether the host makes tokens of several patches on their way (LLaVA-NeXT's pooling and anyres_max).
     mixes_patches = property(lambda self: False)
-    # (owner, name) of the method that turns pixel values into projected visual tokens in the host's own path.
-    encoder = property(lambda self: (self.wrapper, self.encoder_name))
+
+    @property
+    def encoder(self) -> tuple[Any, str]:
+        """(owner, name) of the method that turns pixel values into projected visual tokens in the host's own path."""
+        return self.wrapper, self.encoder_name
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """Projected visual tokens [images, tokens, hidden_size], through the host's own path (so with a patch, fused).

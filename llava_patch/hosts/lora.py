@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from torch import nn
 
@@ -26,7 +27,7 @@ def merge(module: nn.Module) -> bool:
         return False
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    children = [(parent, *child) for parent in module.modules() for child in parent.named_children()]
+    children: list[Any] = [(parent, *child) for parent in module.modules() for child in parent.named_children()]
     wrapped = [found for found in children if isinstance(found[2], BaseTunerLayer)]
     for parent, name, child in wrapped:
         if not child.disable_adapters:

@@ -79,7 +79,8 @@ class Configuration:
 
     def unpatched(self) -> "Configuration":
         """The same without a method."""
-        return dataclasses.replace(self, **dict.fromkeys(registry.KINDS), off=())
+        none: dict[str, Any] = dict.fromkeys(registry.KINDS)
+        return dataclasses.replace(self, **none, off=())
 
     @property
     def patches(self) -> bool:
