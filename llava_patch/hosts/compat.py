@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from llava_patch.core.errors import HostError, InputError
 from llava_patch.core.undo import UndoStack
-from llava_patch.core.weights import read_file
 
 logger = logging.getLogger("llava_patch")
 
@@ -290,6 +289,8 @@ def load_renamed(model: Any, folder: Path) -> None:
     `from_pretrained` translates them, but the Trainer's own loading does not, warns, and trains on with the weights
     that it was started with. With `save_safetensors=False` they lie in PyTorch's own files.
     """
+    from llava_patch.core.weights import read_file  # a stock script loads this module, and nothing that patches
+
     mapping = getattr(model, "_checkpoint_conversion_mapping", None)
     if not mapping:
         return
