@@ -34,8 +34,11 @@ class UndoStack:
     def wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
         """Have calls of an object's or a class's method go to `around(original, *arguments)`."""
         original = getattr(owner, name)
-        called = functools.wraps(original)(lambda *args, **kwargs: around(original, *args, **kwargs))
-        self.set_attribute(owner, name, called)
+        called: Callable[..., Any] = functools.partial(around, original)
+        if isinstance(owner, type):  # which binds functions only
+            self.set_attribute(owner, name, functools.wraps(original)(lambda *args, **kwargs: called(*args, **kwargs)))
+        else:
+            self.set_attribute(owner, name, functools.wraps(original)(called))
 
     def replace_module(
         self, parent: nn.Module, name: str, module: nn.Module, original: Callable[[], nn.Module] | None = None

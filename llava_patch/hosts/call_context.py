@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from llava_patch.core.errors import HostError, InputError
-from llava_patch.core.undo import UndoStack
 from llava_patch.hosts.anatomy import LLAVA, Anatomy
 
 
@@ -80,6 +79,17 @@ class _Waiting:
     chosen: tuple[Tensor, Tensor] | None = None  # in this generation, a prompt's embeddings and what pruning kept of it
 
 
+@contextlib.contextmanager
+def meanwhile(owner: Any, **values: Any) -> Iterator[None]:
+    """Inside the block, an object has these attributes."""
+    before = {name: getattr(owner, name) for name in values}
+    vars(owner).update(values)
+    try:
+        yield
+    finally:
+        vars(owner).update(before)
+
+
 class HostCall:
     """A call of the host under way; calls that it makes of itself (generate of forward) share it."""
 
@@ -112,8 +122,7 @@ class HostCall:
         Without pixels, what is encoded meanwhile is nobody's business. HostError: the images have not reached it.
         """
         images = _Images(self.level)
-        with UndoStack() as undo:
-            undo.set_attribute(self, "images", self.images if pixels is None else [*self.images, images])
+        with meanwhile(self, images=self.images if pixels is None else [*self.images, images]):
             yield
             if images.rows:
                 raise not_routed(self.anatomy)
@@ -171,10 +180,8 @@ def host_call(anatomy: Anatomy) -> Iterator[HostCall]:
 @contextlib.contextmanager
 def encoding(anatomy: Anatomy) -> Iterator[None]:
     """The host's encoder: who calls the model in there (to choose features by the question) speaks of another call."""
-    with UndoStack() as undo:
-        if (call := current(anatomy)) is not None:
-            undo.set_attribute(call, "waiting", _Waiting())
-            undo.set_attribute(call, "level", call.level + 1)
+    call = current(anatomy)
+    with contextlib.nullcontext() if call is None else meanwhile(call, waiting=_Waiting(), level=call.level + 1):
         yield
 
 
@@ -209,10 +216,10 @@ def placed(anatomy: Anatomy, image_mask: Tensor | None, kept: Tensor | None = No
                 f"image_positions({name}=...): expected a bool tensor [batch, tokens], got {mask.dtype} "
                 f"{list(mask.shape)}"
             )
-    with host_call(anatomy) as call, UndoStack() as undo:
+    with host_call(anatomy) as call:
         here = _Placed(image_mask, kept, call.level)
-        undo.set_attribute(call, "placed", here)
-        yield
+        with meanwhile(call, placed=here):
+            yield
         if not here.used:
             raise InputError(
                 "image_positions(...): the model was not called in this block, or in another thread: its call would "

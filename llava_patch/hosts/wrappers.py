@@ -208,8 +208,8 @@ def _attach_llava(anatomy: Anatomy, undo: UndoStack) -> None:
 
 def _stack(call: HostCall, features: list[Tensor], image_mask: Tensor, prepare: Callable[[], tuple]) -> Stacked:
     """DeepStack's features with the place of each row: the host prepares the call once more, with rows' numbers."""
-    with UndoStack() as undo, torch.no_grad():
-        undo.set_attribute(call, "numbers", row_numbers(features[0].shape, image_mask.device))
+    numbers = row_numbers(features[0].shape, image_mask.device)
+    with call_context.meanwhile(call, numbers=numbers), torch.no_grad():
         rows = numbered_rows(prepare()[4], image_mask)
     return Stacked([f.flatten(0, 1) for f in features], rows)
 
