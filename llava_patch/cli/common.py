@@ -14,13 +14,20 @@ from typer.core import TyperGroup
 
 from llava_patch.core.errors import CheckpointError, SettingError
 from llava_patch.core.paths import default_name
+from llava_patch.measurements.base import FIGURES
+from llava_patch.settings import active
 
 DEFAULT = "run"
 PANEL = "Measure a checkpoint"
 
 # Options that mean the same in every measurement.
+Parameters = dict[str, tuple[Any, Any]]
+"""(type, option) of each parameter of a command, by name."""
 CHECKPOINT = typer.Argument(
     ..., metavar="CKPT", help="checkpoint folder or hub name, of llava or HF, patched or not; or an adapter"
+)
+CHECKPOINTS = typer.Argument(
+    ..., metavar="CKPT [CKPT ...]", help="checkpoints of llava or HF, patched or not; or adapters"
 )
 OPTIONAL = typer.Argument("", metavar="CKPT", help="checkpoint folder or hub name; only its JSON files are read")
 DATA = typer.Argument(
@@ -45,18 +52,20 @@ DTYPE = typer.Option(
 QUESTION = typer.Option("", help="asked about every image; default: the data's own, or what its text is")
 GIN_FILE = typer.Option([], help="gin file with bindings of this measurement or a patch; may be repeated")
 GIN_PARAM = typer.Option([], help="one gin binding; may be repeated")
+MODEL: Parameters = {
+    "question": (str, QUESTION), "base": (str, BASE), "device": (str, DEVICE), "dtype": (str, DTYPE),
+}  # fmt: skip
+LAST: Parameters = {
+    "formats": (list[str], FORMAT), "gin_file": (list[str], GIN_FILE), "gin_param": (list[str], GIN_PARAM),
+}  # fmt: skip
 
 
 @contextlib.contextmanager
 def configured(gin_file: list[str], gin_param: list[str], goes_on: bool = False) -> Iterator[None]:
     """A command's own gin bindings count inside; Ctrl-C ends with exit code 130 and one line.
 
-    Args:
-        gin_file: gin files.
-        gin_param: single bindings.
-        goes_on: whether the same command takes up what an interrupted one has done, which the line then says.
+    The line says so where the same command takes up what an interrupted one has done (`goes_on`).
     """
-    from llava_patch.settings import active
     from llava_patch.tools.sweep.process import signals_interrupt
 
     try:
@@ -70,12 +79,9 @@ def configured(gin_file: list[str], gin_param: list[str], goes_on: bool = False)
 def check_checkpoint(name: str, setting: str = "") -> None:
     """Refuse a path that leads nowhere before it is taken for a name of the hub, which has one slash at most.
 
-    Args:
-        name: folder or hub name.
-        setting: what it was given as, for errors; "": CKPT, whose name says enough.
-
     Raises:
-        CheckpointError: a path, and nothing is there; or it may be either, and neither is there.
+        CheckpointError: a path, and nothing is there; or it may be either, and neither is there. It calls the name what
+            it was given as (`setting`; "": CKPT).
     """
     from llava_patch.core.weights import read_json
 
@@ -91,19 +97,13 @@ def check_checkpoint(name: str, setting: str = "") -> None:
 
 def check_formats(formats: list[str]) -> None:
     """Refuse an unknown figure format before anything is read or written."""
-    from llava_patch.measurements.base import FIGURES
-
     for suffix in formats:
         if suffix not in FIGURES:
             raise SettingError(f"--format {suffix}: expected {' or '.join(FIGURES)}")
 
 
 def folder_for(measurement: str, checkpoint: str, output: Path | None) -> Path:
-    """Where results go: `output`, or MEASUREMENT/NAME-OF-CHECKPOINT.
-
-    Raises:
-        CheckpointError: the path is a file.
-    """
+    """Where results go: `output` (CheckpointError where that is a file), or MEASUREMENT/NAME-OF-CHECKPOINT."""
     folder = output if output is not None else Path(measurement) / default_name(checkpoint)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"--output {folder}: is a file; expected a folder")

@@ -15,12 +15,6 @@ from llava_patch.core.errors import SettingError
 from llava_patch.core.extras import needs
 
 
-def add(group: typer.Typer) -> None:
-    """Add the two to the measurement's group."""
-    group.command("show", no_args_is_help=True)(show)
-    group.command("table", no_args_is_help=True)(table)
-
-
 @needs("gradients show", "figures")
 def show(
     run: Path = typer.Argument(..., metavar="RUN", help="folder of a run that was measured, finished or not"),  # noqa: B008
@@ -60,9 +54,8 @@ def table(
     This is the paper's Table 3; t_trans is "/" where the skip gradient did not
     settle below the main one, "-" where too few steps were measured to tell.
     """
-    from llava_patch.measurements.gradients.compare import ordered, run_folders, runs_dict, runs_table
     from llava_patch.measurements.gradients.figure import runs_figure
-    from llava_patch.measurements.gradients.result import GradientsResult
+    from llava_patch.measurements.gradients.result import GradientsResult, ordered, run_folders, runs_dict, runs_table
 
     if old:
         raise SettingError(f"--format {old}: is of figures in every command; a table is printed with --as {old}")

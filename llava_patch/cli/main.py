@@ -6,16 +6,18 @@ import os
 
 import typer
 
-from llava_patch.cli import measure, report, rprobe, tools
+from llava_patch.cli import measure, rprobe, tools
 from llava_patch.cli.common import PANEL
 from llava_patch.cli.rprobe import compare, export, preview, run, store  # noqa: F401 - they join `app`
+from llava_patch.core import registry
 from llava_patch.core.errors import LlavaPatchError
 
 app = typer.Typer(no_args_is_help=True)
 app.add_typer(rprobe.app, name="rprobe", rich_help_panel=PANEL)
 app.command("correlate", no_args_is_help=True, rich_help_panel=PANEL)(compare.correlate)
-report.add(app)
-measure.register(app)
+app.command("report", no_args_is_help=True, rich_help_panel=PANEL)(tools.report_command)
+for name in registry.MEASUREMENTS:
+    measure.add(app, name)
 app.command("doctor")(tools.doctor_command)
 app.command("inspect", no_args_is_help=True)(tools.inspect_command)
 app.command("bench")(tools.bench)

@@ -7,48 +7,39 @@ about it in the docstring. What every command has (`cli.common`) means the same 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import inspect
 import re
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional, Union, get_args, get_origin
+from typing import Any, Optional, Union, get_args, get_origin
 
 import typer
 
-from llava_patch.cli import common, output
+from llava_patch.cli import common
+from llava_patch.cli.output import check_results, show, with_facts
 from llava_patch.core import registry
 from llava_patch.core.errors import CheckpointError, SettingError
 from llava_patch.core.extras import need
+from llava_patch.data.examples import check_data
+from llava_patch.data.target import Target, count_of
 from llava_patch.measurements import base as protocol
+from llava_patch.measurements.base import Measurement, Result
+from llava_patch.settings.active import settings_of
 
-if TYPE_CHECKING:
-    from llava_patch.data.target import Target
-    from llava_patch.measurements.base import Measurement, Result
-
-FURTHER = {"gradients": "llava_patch.cli.gradients:add"}
-"""Adds subcommands that measure nothing to a measurement's group."""
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command of every measurement."""
-    for name in registry.MEASUREMENTS:
-        add(app, name)
+Words = dict[str, Any]
+"""Values of a command's own options, by name."""
+FURTHER = {"gradients": {"show": "llava_patch.cli.gradients:show", "table": "llava_patch.cli.gradients:table"}}
+"""Subcommands of a measurement's group that measure nothing."""
 
 
 def add(app: typer.Typer, name: str) -> None:
-    """Add a measurement's command, or its group where results can be compared.
-
-    Args:
-        app: the console command.
-        name: in the registry.
-    """
+    """Add the command of a measurement of the registry, or its group where results can be compared."""
     measurement = registry.measurement(name)
     if not measurement.compare and name not in FURTHER:
-        add_command = app.command(
-            measurement.command, no_args_is_help=not measurement.optional, rich_help_panel=common.PANEL
-        )
-        add_command(run_command(measurement))
+        how: Any = {"no_args_is_help": not measurement.optional, "rich_help_panel": common.PANEL}
+        app.command(measurement.command, **how)(run_command(measurement))
         return
     several = f"several checkpoints: llava-patch {measurement.command} compare A B ... --data DATA"
     kind = type("Group", (common.DefaultGroup,), {"second": several if measurement.compare else ""})
@@ -56,39 +47,32 @@ def add(app: typer.Typer, name: str) -> None:
     group.command("run", no_args_is_help=True)(run_command(measurement))
     if measurement.compare:
         group.command("compare", no_args_is_help=True)(compare_command(measurement))
-    if name in FURTHER:
-        registry.load(FURTHER[name])(group)
+    for further, entry in FURTHER.get(name, {}).items():
+        group.command(further, no_args_is_help=True)(registry.load(entry))
     app.add_typer(group, name=measurement.command, rich_help_panel=common.PANEL)
 
 
-def run_command(measurement: "Measurement") -> Callable[..., None]:
+def run_command(measurement: Measurement) -> Callable[..., None]:
     """The command that measures a checkpoint, or several side by side."""
     name = measurement.command
-    where = f"folder for results; default: {name}/ and CKPT's name"
-    parameters: dict[str, tuple[Any, Any]] = {"checkpoint": (str, common.CHECKPOINT)}
-    if measurement.optional:
-        parameters["checkpoint"] = (str, common.OPTIONAL)
+    takes_data = measurement.samples is not None
+    checkpoint = common.OPTIONAL if measurement.optional else common.CHECKPOINT
+    parameters: common.Parameters = {"checkpoint": (str, checkpoint)}
     if measurement.several:
-        text = "checkpoints of llava or HF, patched or not; or adapters"
-        parameters["checkpoint"] = (list[str], typer.Argument(..., metavar="CKPT [CKPT ...]", help=text))
-        parameters["names"] = (str, common.NAMES)
-    if measurement.samples is not None:
+        parameters = {"checkpoint": (list[str], common.CHECKPOINTS), "names": (str, common.NAMES)}
+    if takes_data:
         parameters["data"] = (str, common.DATA_OPTION if measurement.several else common.DATA)
     if measurement.compares:
         parameters["extra"] = (Optional[list[str]], typer.Argument(None, hidden=True))
     if measurement.count_field is not None:
         parameters["samples"] = (Optional[int], samples_of(measurement))
     parameters |= options_of(measurement)
-    if measurement.samples is not None:
-        parameters["question"] = (str, common.QUESTION)
-        parameters["base"] = (str, common.COMPARED if measurement.compares else common.BASE)
-        parameters |= {"device": (str, common.DEVICE), "dtype": (str, common.DTYPE)}
-    parameters |= {
-        "output": (Optional[Path], typer.Option(None, help=where, show_default=False)),
-        "formats": (list[str], common.FORMAT),
-        "gin_file": (list[str], common.GIN_FILE),
-        "gin_param": (list[str], common.GIN_PARAM),
-    }
+    if takes_data:
+        parameters |= common.MODEL
+    if measurement.compares:
+        parameters["base"] = (str, common.COMPARED)
+    where = typer.Option(None, help=f"folder for results; default: {name}/ and CKPT's name", show_default=False)
+    parameters |= {"output": (Optional[Path], where), **common.LAST}
 
     def command(
         checkpoint: str | list[str],
@@ -103,11 +87,7 @@ def run_command(measurement: "Measurement") -> Callable[..., None]:
         **words: Any,
     ) -> None:
         need(name, *measurement.extras)
-        how: dict[str, str] = {
-            word: words.pop(word, "") for word in ("question", "base", "device", "dtype") if word in parameters
-        }
-        if measurement.samples is None:
-            words, how = {**how, **words}, {}  # they mean something of its own
+        base, how = words.pop("base", ""), _how(words) if takes_data else {}
         fields, others = _split(measurement, words)
         measurement.check(data, samples, **others)
         given = [one for one in ([checkpoint] if isinstance(checkpoint, str) else checkpoint) if one]
@@ -115,7 +95,7 @@ def run_command(measurement: "Measurement") -> Callable[..., None]:
             common.check_checkpoint(one)
         common.check_formats(formats)
         if measurement.compares:
-            _check_words(measurement, data, extra or [])
+            _check_words(name, data, extra or [])
         checkpoints = given if measurement.several else [measurement.subject("".join(given), **others)]
         labels = protocol.names_of(checkpoints, names)
         folder = common.folder_for(name, checkpoints[0], output)
@@ -123,8 +103,8 @@ def run_command(measurement: "Measurement") -> Callable[..., None]:
             settings = settings_for(measurement, samples, fields)
             targets = []
             for one, label in zip(checkpoints, labels, strict=True):
-                below, base = _models(measurement, settings, one, how.get("base", ""))
-                targets.append(_target(one, data, below, base, how, label))
+                below, compared = _models(measurement, settings, one, base)
+                targets.append(Target(one, data, below, compared, **how, name=label))
             _check(measurement, targets, folder / f"{measurement.stem(**others)}.json")
             _run(measurement, targets, settings, folder, formats, others)
 
@@ -132,12 +112,7 @@ def run_command(measurement: "Measurement") -> Callable[..., None]:
 
 
 def _run(
-    measurement: "Measurement",
-    targets: "list[Target]",
-    settings: Any,
-    folder: Path,
-    formats: Sequence[str],
-    others: dict[str, Any],
+    measurement: Measurement, targets: list[Target], settings: Any, folder: Path, formats: list[str], others: Words
 ) -> None:
     """Measure, show what was found and write it; several checkpoints are in memory one after the other."""
     from llava_patch.core.folder_lock import folder_lock
@@ -150,12 +125,14 @@ def _run(
             if len(targets) > 1:
                 target.release()
         for title, table in measurement.tables(result):
-            output.show(table, title)
-        output.finish(result, folder, targets[0].checkpoint, formats)
+            show(table, title)
+        typer.echo(result.summary())
+        for path in with_facts(result, targets[0].checkpoint).save(folder, formats=formats):
+            typer.echo(f"wrote {path}")
         measurement.finished(folder)
 
 
-def compare_command(measurement: "Measurement") -> Callable[..., None]:
+def compare_command(measurement: Measurement) -> Callable[..., None]:
     """The command that puts results side by side, and measures checkpoints among them."""
     name = measurement.command
     file = f"{measurement.name}.json"
@@ -166,14 +143,9 @@ def compare_command(measurement: "Measurement") -> Callable[..., None]:
         "samples": (Optional[int], samples_of(measurement)),
         **options_of(measurement),
         "names": (str, common.NAMES),
-        "question": (str, common.QUESTION),
-        "base": (str, common.BASE),
-        "device": (str, common.DEVICE),
-        "dtype": (str, common.DTYPE),
+        **common.MODEL,
         "output": (Path, typer.Option(Path(f"{measurement.name}_compare"), help="folder for table, figure, results")),
-        "formats": (list[str], common.FORMAT),
-        "gin_file": (list[str], common.GIN_FILE),
-        "gin_param": (list[str], common.GIN_PARAM),
+        **common.LAST,
     }
 
     def command(
@@ -181,6 +153,7 @@ def compare_command(measurement: "Measurement") -> Callable[..., None]:
         data: str,
         samples: int | None,
         names: str,
+        base: str,
         output: Path,
         formats: list[str],
         gin_file: list[str],
@@ -192,23 +165,33 @@ def compare_command(measurement: "Measurement") -> Callable[..., None]:
         if len(models) < 2:
             raise SettingError(f"{name} compare: one model ({models[0]}), expected at least two")
         # All that can be wrong with the arguments, before minutes are spent on the first checkpoint.
-        how: dict[str, str] = {word: words.pop(word) for word in ("question", "base", "device", "dtype")}
+        how = _how(words)
         called = protocol.names_of(models, names, file)
         kind = registry.load(measurement.result)
         files = [protocol.find_result(given, file) for given in models]
         found = {name: file and kind.load(file) for name, file in zip(called, files, strict=True)}
         fields, others = _split(measurement, words)
         with common.configured(gin_file, gin_param, goes_on=True):
+            from llava_patch.core.weights import read_json
+
             settings = settings_for(measurement, samples, fields)
             wanted = [(name, given) for name, given in zip(called, models, strict=True) if found[name] is None]
-            targets = [_target(given, data, how["base"], "", how, name) for name, given in wanted]
+            targets = [Target(given, data, base, **how, name=name) for name, given in wanted]
             for target in targets:
-                _check_model(measurement, target.checkpoint)
+                given = target.checkpoint
+                common.check_checkpoint(given)
+                if read_json(given, "config.json") is None:
+                    what = f"{given}: neither a checkpoint (no config.json) nor a {measurement.name} result"
+                    raise CheckpointError(what)
                 _check(measurement, [target], output / target.name / file)
             for target in targets:
                 typer.echo(f"measuring {target.name}", err=True)
                 found[target.name] = _kept(measurement, target, settings, output / target.name, others)
-        _finish_comparison(registry.load(measurement.compare)(found), output, formats)
+        compared = registry.load(measurement.compare)(found)
+        paths = compared.save(output, formats=formats)
+        show((compared.head, compared.rows), compared.title, compared.notes)
+        for path in paths:
+            typer.echo(f"wrote {path}")
 
     text = (
         "Compare models: one figure, one table.\n\nCheckpoints are measured one after the other, each into a folder of "
@@ -218,12 +201,8 @@ def compare_command(measurement: "Measurement") -> Callable[..., None]:
     return _typed(command, parameters, text)
 
 
-def _kept(
-    measurement: "Measurement", target: "Target", settings: Any, folder: Path, others: dict[str, Any]
-) -> "Result":
+def _kept(measurement: Measurement, target: Target, settings: Any, folder: Path, others: Words) -> Result:
     """A checkpoint's result: of an earlier run where that was the same measurement, else measured and written now."""
-    import gc
-
     from llava_patch.core.folder_lock import folder_lock
 
     with folder_lock(folder):
@@ -231,8 +210,7 @@ def _kept(
         if kept is not None:
             typer.echo(f"{folder / (measurement.name + '.json')}: measured before", err=True)
             return kept
-        result = measurement.measure(target, settings, folder, **others)
-        result = output.with_facts(result, target.checkpoint)
+        result = with_facts(measurement.measure(target, settings, folder, **others), target.checkpoint)
         result.save(folder)
         measurement.finished(folder)
     target.release()
@@ -240,24 +218,11 @@ def _kept(
     return result
 
 
-def _finish_comparison(compared: Any, folder: Path, formats: Sequence[str]) -> None:
-    paths = compared.save(folder, formats=formats)
-    output.show((compared.head, compared.rows), compared.title, compared.notes)
-    for path in paths:
-        typer.echo(f"wrote {path}")
+def settings_for(measurement: Measurement, samples: int | None, given: dict[str, Any]) -> Any:
+    """A measurement's settings: gin's with the command line's (`given`, where not None) on top.
 
-
-def settings_for(measurement: "Measurement", samples: int | None, given: dict[str, Any]) -> Any:
-    """A measurement's settings: gin's with the command's own on top, and the number of samples filled in.
-
-    Args:
-        measurement: what is measured.
-        samples: of the command line; 0: all; None: the setting's, else the command's own number.
-        given: fields that the command line sets; None: it does not.
+    The number of samples is filled in: `samples` (0: all), or for None the setting's, else the command's own number.
     """
-    from llava_patch.data.target import count_of
-    from llava_patch.settings.active import settings_of
-
     if measurement.settings is None:
         return None
     settings = settings_of(measurement.settings, **given)
@@ -268,58 +233,53 @@ def settings_for(measurement: "Measurement", samples: int | None, given: dict[st
     return dataclasses.replace(settings, **{field: count})
 
 
-def _fields(measurement: "Measurement") -> "tuple[dataclasses.Field[Any], ...]":
-    return () if measurement.settings is None else dataclasses.fields(measurement.settings)
+def _fields(measurement: Measurement) -> list[dataclasses.Field[Any]]:
+    """Those of the settings that are not hidden."""
+    found = () if measurement.settings is None else dataclasses.fields(measurement.settings)
+    return [field for field in found if field.name not in measurement.hidden]
 
 
-def samples_of(measurement: "Measurement") -> Any:
+def samples_of(measurement: Measurement) -> Any:
     """The option --samples."""
     field = f"{measurement.settings.__name__}.{measurement.count_field}"
     text = f"spread evenly over DATA; 0: all of it; default: {field}, or {measurement.samples}"
     return typer.Option(None, min=0, help=text, show_default=False)
 
 
-def options_of(measurement: "Measurement") -> dict[str, tuple[Any, Any]]:
+def options_of(measurement: Measurement) -> common.Parameters:
     """(type, option) of each setting that is one, and of each keyword-only parameter of `measure`, by name."""
-    found: dict[str, tuple[Any, Any]] = {}
+    found: common.Parameters = {}
     lines = described(getattr(measurement.settings, "__doc__", ""), "Attributes")
     for field in _fields(measurement):
-        if field.name in (*protocol.COUNTS, "base", *measurement.hidden):
-            continue
-        text = f"{lines[field.name]}; default: {measurement.settings.__name__}.{field.name}, {_said(field.default)}"
-        found[field.name] = _option(measurement, field.name, protocol.hint_of(measurement.settings, field), None, text)
+        if field.name not in (*protocol.COUNTS, "base"):
+            default = f'"{field.default}"' if isinstance(field.default, str) else field.default
+            text = f"{lines[field.name]}; default: {measurement.settings.__name__}.{field.name}, {default}"
+            hint = protocol.hint_of(measurement.settings, field)
+            found[field.name] = _option(measurement, field.name, hint, None, text)
     lines = described(measurement.measure.__doc__, "Args")
-    for parameter in inspect.signature(measurement.measure, eval_str=True).parameters.values():
-        if parameter.kind is parameter.KEYWORD_ONLY:
-            found[parameter.name] = _option(
-                measurement, parameter.name, parameter.annotation, parameter.default, lines[parameter.name]
-            )
+    for name, one in inspect.signature(measurement.measure, eval_str=True).parameters.items():
+        if one.kind is one.KEYWORD_ONLY:
+            found[name] = _option(measurement, name, one.annotation, one.default, lines[name])
     return found
 
 
-def _option(measurement: "Measurement", name: str, hint: Any, default: Any, text: str) -> tuple[Any, Any]:
+def _option(measurement: Measurement, name: str, hint: Any, default: Any, text: str) -> tuple[Any, Any]:
     words = [measurement.words[name]] if name in measurement.words else []
-    kind = _plain(hint)
-    if kind is bool and not words:
-        words = [f"--{name.replace('_', '-')}/--no-{name.replace('_', '-')}"]
-    if default is None:
-        kind = Optional[kind]
-    return kind, typer.Option(default, *words, help=text, show_default=default not in (None, "", [], False))
-
-
-def _plain(hint: Any) -> Any:
-    """What typer reads for a type: numbers of a tuple come as one word, "30,31"."""
     if get_origin(hint) in (Union, types.UnionType):
         hint = next(one for one in get_args(hint) if one is not type(None))
-    return str if get_origin(hint) is tuple else hint
+    if get_origin(hint) is tuple:  # its numbers come as one word, "30,31"
+        hint = str
+    if hint is bool and not words:
+        words = [f"--{name.replace('_', '-')}/--no-{name.replace('_', '-')}"]
+    shown = default not in (None, "", [], False)
+    return Optional[hint] if default is None else hint, typer.Option(default, *words, help=text, show_default=shown)
 
 
-def _split(measurement: "Measurement", words: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _split(measurement: Measurement, words: Words) -> tuple[Words, Words]:
     """(fields of the settings, parameters of `measure`) of a command's own options."""
     hints = {f.name: protocol.hint_of(measurement.settings, f) for f in _fields(measurement)}
-    fields = {k: v for k, v in words.items() if k in hints and k not in measurement.hidden}
-    others = {k: v for k, v in words.items() if k not in fields}
-    return {k: _numbers(k, v, hints[k]) for k, v in fields.items()}, others
+    fields = {name: _numbers(name, words.pop(name), hint) for name, hint in hints.items() if name in words}
+    return fields, words
 
 
 def _numbers(name: str, value: Any, hint: Any) -> Any:
@@ -331,14 +291,12 @@ def _numbers(name: str, value: Any, hint: Any) -> Any:
         raise SettingError(f"--{name.replace('_', '-')} {value}: expected layer numbers, as 30,31") from None
 
 
-def _target(checkpoint: str, data: str, below: str, base: str, how: dict[str, str], name: str) -> "Target":
-    from llava_patch.data.target import Target
-
-    device, dtype, question = (how.get(word, "") for word in ("device", "dtype", "question"))
-    return Target(checkpoint, data, below, base, device, dtype, question, name)
+def _how(words: Words) -> dict[str, str]:
+    """Take out what says how every model of a command is run."""
+    return {word: words.pop(word) for word in ("device", "dtype", "question")}
 
 
-def _models(measurement: "Measurement", settings: Any, checkpoint: str, base: str) -> tuple[str, str]:
+def _models(measurement: Measurement, settings: Any, checkpoint: str, base: str) -> tuple[str, str]:
     """(the model below the checkpoint, the one that it is compared with); "": none.
 
     Under a LoRA or projector-only checkpoint --base is both, unless the setting `base` names another one to compare
@@ -355,38 +313,27 @@ def _models(measurement: "Measurement", settings: Any, checkpoint: str, base: st
     return base if part else "", base_of(checkpoint, other, "--base")
 
 
-def _check(measurement: "Measurement", targets: "list[Target]", path: Path) -> None:
+def _check(measurement: Measurement, targets: list[Target], path: Path) -> None:
     """Refuse what cannot end well before minutes are spent on loading a model."""
-    from llava_patch.data.examples import check_data
-
     bases = [target.base for target in targets] if measurement.compares else []
-    output.check_results(path, [*(target.checkpoint for target in targets), *bases])
+    check_results(path, [*(target.checkpoint for target in targets), *bases])
     if measurement.samples is not None:
         check_data(targets[0].data)
 
 
-def _check_words(measurement: "Measurement", data: str, extra: list[str]) -> None:
+def _check_words(name: str, data: str, extra: list[str]) -> None:
     """Refuse a base in the place of DATA, where it stood in earlier versions."""
     path = Path(data.partition("?")[0])
     lost = bool(data) and ":" not in data and not path.exists()
-    if not extra and not lost and not (path / "config.json").is_file():
-        return
-    given = " ".join(word or "''" for word in (data, *extra))
-    raise SettingError(
-        f"{measurement.command} CKPT {given}: no data there; it takes CKPT [DATA], and the model to compare with is "
-        "given as --base BASE"
-    )
+    if extra or lost or (path / "config.json").is_file():
+        given = " ".join(word or "''" for word in (data, *extra))
+        raise SettingError(
+            f"{name} CKPT {given}: no data there; it takes CKPT [DATA], and the model to compare with is given as "
+            "--base BASE"
+        )
 
 
-def _check_model(measurement: "Measurement", given: str) -> None:
-    from llava_patch.core.weights import read_json
-
-    common.check_checkpoint(given)
-    if read_json(given, "config.json") is None:
-        raise CheckpointError(f"{given}: neither a checkpoint (no config.json) nor a {measurement.name} result")
-
-
-def _typed(command: Callable[..., None], parameters: dict[str, tuple[Any, Any]], text: str) -> Callable[..., None]:
+def _typed(command: Callable[..., None], parameters: common.Parameters, text: str) -> Callable[..., None]:
     """A command as typer reads it: its parameters with their types and options."""
 
     def called(**given: Any) -> None:
@@ -401,35 +348,14 @@ def _typed(command: Callable[..., None], parameters: dict[str, tuple[Any, Any]],
     return called
 
 
-def _help_of_group(measurement: "Measurement") -> str:
-    (first, _, more), name = (inspect.getdoc(type(measurement)) or "").partition("\n\n"), measurement.command
-    short = (
-        f"llava-patch {name} CKPT [DATA] [OPTIONS] is short for {name} run.\nIts options: llava-patch {name} run --help"
-    )
-    return "\n\n".join([first, short, more.partition("\n\n")[0]])
+def _help_of_group(measurement: Measurement) -> str:
+    name, (first, *more) = measurement.command, (inspect.getdoc(type(measurement)) or "").split("\n\n")
+    short = f"llava-patch {name} CKPT [DATA] [OPTIONS] is short for {name} run.\nIts options: llava-patch {name} run"
+    return "\n\n".join([first, f"{short} --help", *more[:1]])
 
 
 def described(text: str | None, section: str) -> dict[str, str]:
-    """What a docstring says of each attribute or parameter, without the full stop.
-
-    Args:
-        text: the docstring.
-        section: "Attributes" or "Args".
-    """
-    found: dict[str, str] = {}
-    lines = inspect.cleandoc(text or "").partition(f"\n{section}:\n")[2].splitlines()
-    name = ""
-    for line in lines:
-        if line and not line.startswith(" "):
-            break
-        started = re.match(r"    (\w+): (.*)", line)
-        if started:
-            name = started[1]
-            found[name] = started[2]
-        elif line.strip():
-            found[name] += f" {line.strip()}"
-    return {name: line.removesuffix(".") for name, line in found.items()}
-
-
-def _said(value: Any) -> str:
-    return f'"{value}"' if isinstance(value, str) else str(value)
+    """What a docstring's section ("Attributes" or "Args") says of each name, without the full stop."""
+    lines = inspect.cleandoc(text or "").partition(f"\n{section}:\n")[2]
+    found = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", re.split(r"\n(?=\S)", lines)[0], re.M)
+    return {name: " ".join(line.split()).removesuffix(".") for name, line in found}

@@ -7,36 +7,25 @@ import json
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from llava_patch.core.errors import CheckpointError
 from llava_patch.core.paths import named
+from llava_patch.measurements.base import Result
+from llava_patch.settings import active
 
-if TYPE_CHECKING:
-    from llava_patch.measurements.base import Result
-
-    R = TypeVar("R", bound=Result)
-
+R = TypeVar("R", bound=Result)
 CONFIGURED = "configured_patch"
 
 
 def configured_patch() -> dict[str, str]:
     """The methods that gin puts on the checkpoint, by kind, with the settings that are not the defaults; {}: none."""
-    from llava_patch.settings import active
-
     asked = active.configuration()
     return {} if asked is None else {kind: _worded(method) for kind, method in asked.lasting().items()}
 
 
 def facts_of(checkpoint: str) -> dict[str, Any]:
-    """What `check_results` compares, for the facts in a result's file.
-
-    Args:
-        checkpoint: folder or hub name.
-
-    Returns:
-        "checkpoint", and `CONFIGURED` where gin puts a patch on it.
-    """
+    """What `check_results` compares, for a result's file: "checkpoint", and `CONFIGURED` where gin puts a patch on."""
     patch = configured_patch()
     return {"checkpoint": named(checkpoint), **({CONFIGURED: patch} if patch else {})}
 
@@ -46,8 +35,7 @@ def check_results(path: Path, sources: Sequence[str]) -> None:
 
     Args:
         path: the results' JSON file; one that is not there or cannot be read is no obstacle.
-        sources: the checkpoints of this run, in order. The patch that gin puts on them counts too; results without a
-            record of one had none.
+        sources: the checkpoints of this run, in order; the patch that gin puts on them counts too.
 
     Raises:
         CheckpointError: names the file, and what it was measured on.
@@ -56,11 +44,14 @@ def check_results(path: Path, sources: Sequence[str]) -> None:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # none, or none that is worth keeping
         return
-    others, before = _recorded(values)
-    if not others:
+    if not isinstance(values, dict):
         return
-    now = configured_patch()
-    asked = [named(source) for source in sources]
+    facts = values.get("facts", values)
+    facts = facts if isinstance(facts, dict) else {}
+    others, before = values.get("sources", [facts.get("checkpoint")]), facts.get(CONFIGURED) or {}
+    if not isinstance(others, list) or not others or not all(isinstance(other, str) for other in others):
+        return
+    asked, now = [named(source) for source in sources], configured_patch()
     if [named(other) for other in others] == asked and before == now:
         return
     held, wanted = ", ".join(others), ", ".join(asked)
@@ -69,35 +60,20 @@ def check_results(path: Path, sources: Sequence[str]) -> None:
     raise CheckpointError(f"{path} holds the results of {held}, not of {wanted}: give another folder with --output")
 
 
-def with_facts(result: "R", checkpoint: str) -> "R":
+def _with(patch: dict[str, str]) -> str:
+    return f" with {', '.join(patch.values())} of gin" if patch else " without a patch of gin"
+
+
+def with_facts(result: R, checkpoint: str) -> R:
     """A result with what it was measured on among its facts (`facts_of`)."""
     return dataclasses.replace(result, facts={**facts_of(checkpoint), **result.facts})
 
 
-def finish(result: "Result", folder: Path, checkpoint: str, formats: Sequence[str], name: str = "") -> None:
-    """Say what was found, write it with what it was measured on, and say where it is.
-
-    Args:
-        result: what was found.
-        folder: of the files.
-        checkpoint: folder or hub name.
-        formats: of the figure.
-        name: of the files; "": the measurement's.
-    """
-    import typer
-
-    typer.echo(result.summary())
-    for path in with_facts(result, checkpoint).save(folder, name, formats):
-        typer.echo(f"wrote {path}")
-
-
 def show(table: tuple[Sequence[str], Sequence[Sequence[str]]], title: str = "", notes: Sequence[str] = ()) -> None:
-    """Print a measurement's table: the first column is a name, the others are numbers.
+    """Print a measurement's table (head and rows) with a title above and notes below it.
 
-    Args:
-        table: head and rows; where they are too wide for the screen, titles of columns take several lines.
-        title: above it.
-        notes: below it.
+    The first column is a name, the others are numbers; where they are too wide for the screen, titles of columns take
+    several lines.
     """
     from rich.console import Console
 
@@ -112,22 +88,6 @@ def show(table: tuple[Sequence[str], Sequence[Sequence[str]]], title: str = "", 
             for name, width in zip(head, cells, strict=True)
         ]
     screen.show(console, head, rows, notes, title)
-
-
-def _recorded(values: Any) -> tuple[list[str], dict[str, str]]:
-    """(checkpoints, configured patch) of a result's file; ([], {}) where it does not say."""
-    if not isinstance(values, dict):
-        return [], {}
-    facts = values.get("facts", values)
-    facts = facts if isinstance(facts, dict) else {}
-    others = values.get("sources", [facts.get("checkpoint")])
-    if not isinstance(others, list) or not all(isinstance(other, str) for other in others):
-        return [], {}
-    return others, facts.get(CONFIGURED) or {}
-
-
-def _with(patch: dict[str, str]) -> str:
-    return f" with {', '.join(patch.values())} of gin" if patch else " without a patch of gin"
 
 
 def _worded(method: Any) -> str:

@@ -1,21 +1,18 @@
-"""The commands of `llava_patch.tools`: doctor, inspect, bench, sweep, convert, merge; and gin-files."""
+"""The commands of `llava_patch.tools`: doctor, inspect, report, bench, sweep, convert, merge; and gin-files."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Optional
 
 import typer
 
-from llava_patch.cli.common import GIN_FILE, GIN_PARAM
-from llava_patch.core.errors import SettingError
+from llava_patch.cli.common import DATA, DEVICE, GIN_FILE, GIN_PARAM, QUESTION, configured, folder_for
+from llava_patch.core.errors import CheckpointError, SettingError
 from llava_patch.core.extras import needs
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from llava_patch.tools.inspect.result import Added, Inspection
+from llava_patch.data.examples import check_data
+from llava_patch.settings.active import settings_of
 
 ROWS = 24
 _OUTPUT = typer.Option(..., "--output", metavar="OUTPUT", help="folder to write: a new one")
@@ -71,24 +68,18 @@ def inspect_command(
     Reads configuration and headers; no weights are loaded. Exit code 1 for a
     folder that is no checkpoint, or whose base is another one.
     """
-    from llava_patch.tools.inspect import inspect_checkpoint
-    from llava_patch.tools.inspect.result import to_json
-
-    found = inspect_checkpoint(checkpoint, base)
-    if as_json:
-        typer.echo(to_json(found))
-    else:
-        _show(found)
-    raise typer.Exit(1 if found.match is not None and found.match.same is False else 0)
-
-
-def _show(found: "Inspection") -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from llava_patch.core.terminal import bordered
+    from llava_patch.tools.inspect import inspect_checkpoint
     from llava_patch.tools.inspect.result import facts_of
 
-    console = Console()
+    found, console = inspect_checkpoint(checkpoint, base), Console()
+    ended = typer.Exit(1 if found.match is not None and found.match.same is False else 0)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=1, default=str))
+        raise ended
     facts = Table(show_header=False, box=None, pad_edge=False)
     facts.add_column(no_wrap=True, style="bold")
     facts.add_column(overflow="fold")
@@ -96,32 +87,92 @@ def _show(found: "Inspection") -> None:
         facts.add_row(name, value)
     console.print(facts)
     for kind, values in found.settings.items():
-        if values is None:
-            continue
-        table = Table("setting", "value", title=f"{kind}: {values['method']}", title_justify="left")
-        for name, value in values.items():
-            if name != "method":
-                table.add_row(name, repr(value))
-        console.print(table)
+        if values is not None:
+            lines = [[name, repr(value)] for name, value in values.items() if name != "method"]
+            console.print(bordered(["setting", "value"], lines, f"{kind}: {values['method']}"))
     if found.added:
-        console.print(_tensors(found.added))
+        table = Table(title=f"{len(found.added)} tensors of the patch", title_justify="left")
+        table.add_column("tensor", overflow="fold")  # the ends of names tell them apart
+        for name in ("shape", "dtype", "parameters", "part"):
+            table.add_column(name, justify="right" if name == "parameters" else "left", no_wrap=True)
+        for tensor in found.added[:ROWS]:
+            shape = "x".join(map(str, tensor.shape))
+            table.add_row(tensor.name, shape, tensor.dtype, f"{tensor.parameters:,}", tensor.role)
+        rest = [tensor.parameters for tensor in found.added[ROWS:]]
+        if rest:
+            table.add_row(f"... and {len(rest)} more (--json)", "", "", f"{sum(rest):,}", "")
+        console.print(table)
+    raise ended
 
 
-def _tensors(added: "list[Added]") -> "Table":
-    from rich.table import Table
+@needs("report", "figures", "report")
+def report_command(
+    checkpoint: str = typer.Argument(
+        "", metavar="CKPT", help="checkpoint folder or hub name, of llava or HF, patched or not"
+    ),
+    data: str = DATA,
+    base: str = typer.Option("", help="the model it was trained from, for drift and fusion attention"),
+    output: Optional[Path] = typer.Option(  # noqa: B008
+        None,
+        help="folder; the same one again keeps finished sections; default: report/ and CKPT's name",
+        show_default=False,
+    ),
+    rprobe: str = typer.Option("", help="folder with R-Probe results of this checkpoint"),
+    run: str = typer.Option("", help="folder of the training run; default: CKPT, where it has trainer_state.json"),
+    only: list[str] = typer.Option([], help="make this section only; may be repeated"),  # noqa: B008
+    skip: list[str] = typer.Option([], help="leave this section out; may be repeated"),  # noqa: B008
+    fresh: bool = typer.Option(False, "--fresh", help="measure finished sections again"),
+    source: str = typer.Option("", "--from", help="write the page of this report folder again; needs no model"),
+    device: str = DEVICE,
+    dtype: str = typer.Option("", help="of the models; default: float32 on cpu, bfloat16 on cuda"),
+    question: str = QUESTION,
+    gin_file: list[str] = GIN_FILE,
+    gin_param: list[str] = GIN_PARAM,
+) -> None:
+    """Every measurement of a checkpoint in one HTML file that opens offline.
 
-    table = Table(title=f"{len(added)} tensors of the patch", title_justify="left")
-    table.add_column("tensor", overflow="fold")  # the ends of names tell them apart
-    for name in ("shape", "dtype", "parameters", "part"):
-        table.add_column(name, justify="right" if name == "parameters" else "left", no_wrap=True)
-    for tensor in added[:ROWS]:
-        shape = "x".join(map(str, tensor.shape))
-        table.add_row(tensor.name, shape, tensor.dtype, f"{tensor.parameters:,}", tensor.role)
-    rest = added[ROWS:]
-    if rest:
-        count = sum(tensor.parameters for tensor in rest)
-        table.add_row(f"... and {len(rest)} more (--json)", "", "", f"{count:,}", "")
-    return table
+    OUTPUT gets report.html, and beside it each measurement's JSON and figure.
+    A section that cannot be made says why; one that fails is shown as failed,
+    the others stay, and the exit code is 1. Sample counts are settings of
+    Report (--gin-param "Report.samples = 64").
+    """
+    from llava_patch.core.folder_lock import folder_lock
+    from llava_patch.tools.report import build
+    from llava_patch.tools.report.section import FAILED, Context
+    from llava_patch.tools.report.sections import sections
+    from llava_patch.tools.report.settings import Report
+
+    if source:
+        if checkpoint:
+            raise SettingError("--from writes the page of results that are there: leave CKPT out")
+        kept = build.read(Path(source))
+        if kept is None:
+            raise CheckpointError(f"--from {source}: no {build.KEPT} there")
+        typer.echo(f"wrote {build.write_page(kept, Path(source))}")
+        return
+    if not checkpoint:
+        raise SettingError("name a checkpoint, or a report's folder with --from")
+    with configured(gin_file, gin_param, goes_on=True):
+        every = sections()
+        chosen = build.choose(every, only, skip)
+        for option, name in (("--rprobe", rprobe), ("--run", run)):
+            if name and not Path(name).is_dir():
+                raise CheckpointError(f"{option} {name}: no such folder")
+        folder = folder_for("report", checkpoint, output)
+        check_data(data)
+        gin = [word for file in gin_file for word in ("--gin-file", file)]
+        gin += [word for binding in gin_param for word in ("--gin-param", binding)]
+        how = {"device": device, "dtype": dtype, "question": question}
+        context = Context(
+            checkpoint, data, base=base, **how, rprobe=rprobe, run=run, settings=settings_of(Report), gin=gin
+        )
+        with folder_lock(folder):
+            values = build.build(context, every, chosen, folder, fresh, typer.echo)
+            typer.echo(f"wrote {build.write_page(values, folder)}")
+    failed = [record.name for record in values["sections"] if record.state == FAILED]
+    if failed:
+        typer.echo(f"failed: {', '.join(failed)}", err=True)
+    raise typer.Exit(1 if failed else 0)
 
 
 @needs("bench", "figures")
@@ -172,7 +223,7 @@ def bench(
         about = report.machine(model.device)
         return model, {**about, "shape": shape, "dtype": dtype, "attention": attention, "repeats": repeats}
 
-    def wrote(paths: Sequence[Path]) -> None:
+    def wrote(paths: list[Path]) -> None:
         for path in paths:
             console.print(f"wrote {path}")
 

@@ -18,26 +18,18 @@ _EXPORTS = {
     "measure_reach": "reach.measure",
     "measure_saturation": "saturation.measure",
 }
-__all__ = [
-    "compare_reach",
-    "make_batches",
-    "measure_attention_maps",
-    "measure_drift",
-    "measure_flops",
-    "measure_fusion_attention",
-    "measure_gradients",
-    "measure_reach",
-    "measure_saturation",
-]
+__all__ = [*_EXPORTS]
 
 if TYPE_CHECKING:
-    from llava_patch.measurements.attention_maps.measure import measure_attention_maps
-    from llava_patch.measurements.drift.measure import measure_drift
-    from llava_patch.measurements.flops.result import measure_flops
-    from llava_patch.measurements.fusion_attention.measure import measure_fusion_attention
-    from llava_patch.measurements.gradients.measure import make_batches, measure_gradients
-    from llava_patch.measurements.reach.measure import compare_reach, measure_reach
-    from llava_patch.measurements.saturation.measure import measure_saturation
+    from llava_patch.measurements.attention_maps.measure import measure_attention_maps as measure_attention_maps
+    from llava_patch.measurements.drift.measure import measure_drift as measure_drift
+    from llava_patch.measurements.flops.result import measure_flops as measure_flops
+    from llava_patch.measurements.fusion_attention.measure import measure_fusion_attention as measure_fusion_attention
+    from llava_patch.measurements.gradients.measure import make_batches as make_batches
+    from llava_patch.measurements.gradients.measure import measure_gradients as measure_gradients
+    from llava_patch.measurements.reach.measure import compare_reach as compare_reach
+    from llava_patch.measurements.reach.measure import measure_reach as measure_reach
+    from llava_patch.measurements.saturation.measure import measure_saturation as measure_saturation
 
 
 def __getattr__(name: str) -> object:

@@ -8,6 +8,7 @@ its functions only: every `llava-patch --help` reads it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 import types
@@ -16,15 +17,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Union, get_args, get_origin
 
-from llava_patch.core import registry
+from llava_patch.core import plotting, registry
 from llava_patch.core.errors import InputError, SettingError
+from llava_patch.core.extras import optional
 from llava_patch.core.files import plain, write_json
+from llava_patch.data.target import Target
 from llava_patch.settings.active import settings_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-    from llava_patch.data.target import Target
 
 Table = tuple[list[str], list[list[str]]]
 """Head and rows; the first column is a name."""
@@ -45,49 +46,34 @@ class Measurement:
 
     The command is made from it: the fields of `settings` and the keyword-only parameters of `measure` are its options,
     and the lines about them in the two docstrings are their help.
-
-    Attributes:
-        name: in the registry, of results' files, of the report's section and of the lmms-eval task; the command has
-            dashes for underscores.
-        title: heading of the report's section.
-        about: the report's paragraph: what is measured, and how to read it.
-        alt: what the figure shows, in words, for who cannot see it.
-        settings: frozen dataclass, which gin binds under its own name; None: all options are of the command. Its field
-            `max_samples` (or `samples`) is --samples, and its field `base` is what --base says unless it is bound.
-        result: "MODULE:ATTRIBUTE" of the `Result` class.
-        samples: how many samples the command takes unless told otherwise; None: it takes no data, and loads no model.
-        compares: whether a base is measured beside the checkpoint.
-        optional: whether CKPT may be left out, see `subject`.
-        several: whether the command takes several checkpoints (DATA is --data then), whose results stand `beside` each
-            other in one.
-        resumes: whether the command, interrupted, goes on where it was.
-        extras: of pyproject.toml, see `core.extras`.
-        words: spelling of single options, such as {"everything": "--all"}.
-        hidden: fields of `settings` that are no options.
-        compare: "MODULE:FUNCTION" that makes a `Comparison` of results by their names; "": they are not compared.
-        report_count: field of `Report` that says how many samples its section takes; "": the settings' own number.
-        readers: who else reads its bindings, for `llava-patch doctor`.
-        metrics: of the lmms-eval task: its value from the `entries` of all documents, by the metric's name; the first
-            one's entries are whole items, from which `pooled` makes the result that is written.
     """
 
+    # In the registry, of results' files, of the report's section and of the lmms-eval task; the command has dashes.
     name: ClassVar[str]
-    title: ClassVar[str]
-    about: ClassVar[str]
-    alt: ClassVar[str] = ""
+    title: ClassVar[str]  # heading of the report's section
+    about: ClassVar[str]  # the report's paragraph: what is measured, and how to read it
+    alt: ClassVar[str] = ""  # what the figure shows, in words, for who cannot see it
+    # Frozen dataclass that gin binds under its own name; None: all options are of the command. Its field `samples`, or
+    # `max_samples`, is --samples, and its field `base` is what --base says unless it is bound.
     settings: ClassVar[Any] = None
-    result: ClassVar[str]
+    result: ClassVar[str]  # "MODULE:ATTRIBUTE" of the `Result` class
+    # How many samples the command takes unless told otherwise; None: it takes no data, and loads no model.
     samples: ClassVar[int | None] = 32
-    compares: ClassVar[bool] = False
-    optional: ClassVar[bool] = False
+    compares: ClassVar[bool] = False  # whether a base is measured beside the checkpoint
+    optional: ClassVar[bool] = False  # whether CKPT may be left out, see `subject`
+    # Whether the command takes several checkpoints (DATA is --data then), whose results are put `beside` each other.
     several: ClassVar[bool] = False
-    resumes: ClassVar[bool] = False
-    extras: ClassVar[tuple[str, ...]] = ("figures",)
-    words: ClassVar[dict[str, str]] = {}
-    hidden: ClassVar[tuple[str, ...]] = ()
+    resumes: ClassVar[bool] = False  # whether the command, interrupted, goes on where it was
+    extras: ClassVar[tuple[str, ...]] = ("figures",)  # of pyproject.toml, see `core.extras`
+    words: ClassVar[dict[str, str]] = {}  # spelling of single options, such as {"everything": "--all"}
+    hidden: ClassVar[tuple[str, ...]] = ()  # fields of `settings` that are no options
+    # "MODULE:FUNCTION" that makes a `Comparison` of results by their names; "": they are not compared.
     compare: ClassVar[str] = ""
-    readers: ClassVar[tuple[str, ...]] = ()
+    readers: ClassVar[tuple[str, ...]] = ()  # who else reads its bindings, for `llava-patch doctor`
+    # Field of `Report` that says how many samples its section takes; "": the settings' own number.
     report_count: ClassVar[str] = "samples"
+    # Of the lmms-eval task: its value from all documents' `entries`, by the metric's name; the first one's entries are
+    # whole items, from which `pooled` makes the result that is written.
     metrics: ClassVar[dict[str, Callable[[Sequence[Any]], float | int | None]]] = {}
 
     @property
@@ -101,7 +87,7 @@ class Measurement:
         names = [] if self.settings is None else [field.name for field in dataclasses.fields(self.settings)]
         return next((name for name in COUNTS if name in names), None)
 
-    def measure(self, target: "Target", settings: Any, folder: Path | None = None) -> "Result":
+    def measure(self, target: Target, settings: Any, folder: Path | None = None) -> "Result":
         """Measure a checkpoint.
 
         Args:
@@ -112,13 +98,7 @@ class Measurement:
         raise NotImplementedError
 
     def check(self, data: str, samples: int | None, **options: Any) -> None:
-        """Refuse words of a command that do not go together, before anything is read.
-
-        Args:
-            data: DATA; "": not given.
-            samples: --samples; None: not given.
-            options: keyword-only parameters of `measure`.
-        """
+        """Refuse words of a command (`options`: keywords of `measure`) that do not go together, before any is read."""
 
     def subject(self, checkpoint: str, **options: Any) -> str:
         """What is measured, as files and folders say it: CKPT, or what stands for one that was left out."""
@@ -149,11 +129,7 @@ class Measurement:
         return context.why_no_base() if self.compares else None
 
     def in_report(self, context: Any, settings: Any) -> "Result":
-        """Measure for a report's section.
-
-        Raises:
-            NothingToMeasure: says why.
-        """
+        """Measure for a report's section; `NothingToMeasure` says why that cannot be."""
         return self.measure(context, settings)
 
     def report_tables(self, result: Any) -> list[tuple[str, Table]]:
@@ -163,16 +139,13 @@ class Measurement:
     def document(
         self, anatomies: Sequence[Any], samples: Sequence[dict[str, Any]], settings: Any, number: int
     ) -> dict[str, Any]:
-        """Measure one document of the lmms-eval task.
+        """Measure one document (`number`, from 0) of the lmms-eval task; gives JSON values.
 
         Args:
             anatomies: of the live model, and of its base where the measurement compares.
             samples: keyword arguments of each one's forward, of the same document.
             settings: of the task.
-            number: of the document, from 0.
-
-        Returns:
-            JSON values.
+            number: of the document.
         """
         raise NotImplementedError
 
@@ -188,7 +161,7 @@ class Measurement:
         """What the command prints: (title, table) each."""
         return [("", result.table())]
 
-    def kept(self, target: "Target", settings: Any, folder: Path) -> "Result | None":
+    def kept(self, target: Target, settings: Any, folder: Path) -> "Result | None":
         """The result of the very same measurement that an earlier run left in a folder; None: there is none."""
         return None
 
@@ -202,19 +175,13 @@ class Result:
 
     A file holds the fields as JSON, its format and version, and what `derived` works out of the fields for those who
     read only the file. NaN becomes null and back.
-
-    Attributes:
-        NAME: stem of its files.
-        TITLE: what it is a result of, in errors and in the file's format.
-        VERSION: of the format; a file that says none is of version 1.
-        FIGURE: "MODULE:FUNCTION" that draws it: called with the result and a path, which it returns.
-        facts: what was measured, such as checkpoint, data and precision; plain JSON values.
     """
 
-    NAME: ClassVar[str]
-    TITLE: ClassVar[str]
-    VERSION: ClassVar[int] = 1
-    FIGURE: ClassVar[str]
+    NAME: ClassVar[str]  # stem of its files
+    TITLE: ClassVar[str]  # what it is a result of, in errors and in the file's format
+    VERSION: ClassVar[int] = 1  # of the format; a file that says none is of version 1
+    FIGURE: ClassVar[str]  # "MODULE:FUNCTION" that draws it: called with the result and a path, which it returns
+    # What was measured, such as checkpoint, data and precision; plain JSON values.
     facts: dict[str, Any] = field(default_factory=dict, kw_only=True)
 
     def summary(self) -> str:
@@ -240,26 +207,20 @@ class Result:
         return found
 
     def content(self) -> dict[str, Any]:
-        """All but format and version."""
-        return {**self.derived(), **self.encode()}
+        """All but format and version; facts only where there are some."""
+        return {**self.derived(), **self.encode(), **({"facts": self.facts} if self.facts else {})}
 
     def encode(self) -> dict[str, Any]:
-        """The fields as JSON values; facts only where there are some."""
-        values = encode_fields(self)
-        if not self.facts:
-            del values["facts"]
-        return values
+        """The fields but the facts as JSON values."""
+        return {name: value for name, value in encode_fields(self).items() if name != "facts"}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "these values") -> "Self":
         """Read what `to_dict` made.
 
-        Args:
-            values: of JSON.
-            where: the file, for errors.
-
         Raises:
-            InputError: not such a result, one of a newer version, or one with a missing, unknown or damaged field.
+            InputError: not such a result, one of a newer version, or one with a missing, unknown or damaged field; it
+                names the file (`where`).
         """
         what = cls.format().removeprefix("llava_patch ")
         if not isinstance(values, dict) or values.get("format", cls.format()) != cls.format():
@@ -283,16 +244,11 @@ class Result:
     @classmethod
     def decode(cls, values: dict[str, Any]) -> "Self":
         """The fields of JSON values; further ones are passed over, see `from_dict`."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        found: Self = decode_fields(cls, {k: v for k, v in values.items() if k in known})
+        found: Self = decode_known(cls, values)
         return found
 
     def save(self, folder: str | Path, name: str = "", formats: Sequence[str] = FIGURES[:1]) -> tuple[Path, ...]:
-        """Write NAME.json and the figure into a folder, each whole or not at all.
-
-        Returns:
-            The paths, the JSON's first.
-        """
+        """Write NAME.json and the figure into a folder, each whole or not at all; gives the paths, the JSON's first."""
         folder, name = Path(folder), name or self.NAME
         paths = [write_json(folder / f"{name}.json", self.to_dict())]
         return (*paths, *(self.draw(folder / f"{name}.{suffix}") for suffix in formats))
@@ -304,11 +260,7 @@ class Result:
 
     @classmethod
     def load(cls, path: str | Path) -> "Self":
-        """Read a file that `save` wrote.
-
-        Raises:
-            InputError: see `from_dict`; names the file.
-        """
+        """Read a file that `save` wrote; InputError as of `from_dict`."""
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -318,23 +270,14 @@ class Result:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Several results of one kind side by side.
+    """Several results of one kind side by side."""
 
-    Attributes:
-        results: by name, in order.
-        head: column titles of the table.
-        rows: its cells, a line a result.
-        notes: what keeps them from being compared, and what else is to be said; a sentence each.
-        figure: "MODULE:FUNCTION" that draws them: called with `results` and a path, which it returns.
-        title: of the table.
-    """
-
-    results: Mapping[str, Result]
-    head: list[str]
-    rows: list[list[str]]
-    notes: list[str]
-    figure: str
-    title: str = ""
+    results: Mapping[str, Result]  # by name, in order
+    head: list[str]  # column titles of the table
+    rows: list[list[str]]  # its cells, a line a result
+    notes: list[str]  # what keeps them from being compared, and what else is to be said; a sentence each
+    figure: str  # "MODULE:FUNCTION" that draws them: called with `results` and a path, which it returns
+    title: str = ""  # of the table
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -351,29 +294,30 @@ class Comparison:
         return (written, *(draw(self.results, folder / f"{name}.{suffix}") for suffix in formats))
 
 
+def drawn(make: Callable[[Any], Any]) -> Callable[[Any, str | Path], Path]:
+    """Of a function that makes a figure of a result, the one that `Result.FIGURE` names: it writes that figure."""
+
+    @functools.wraps(make)
+    def write(result: Any, path: str | Path) -> Path:
+        with optional("matplotlib").rc_context(plotting.STYLE):
+            return plotting.write_figure(make(result), path)
+
+    return write
+
+
 def default_split(depth: int) -> int:
     """The split of the DPVR paper's 7B model (18 of 32 layers) at another depth."""
     return round(depth * 18 / 32)
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any], names: tuple[str, str]) -> str | None:
-    """In what two runs differ beside the model, as a sentence; None: in nothing.
-
-    Args:
-        one: settings and facts that change the numbers.
-        other: those of the run that it is compared with.
-        names: of the two.
-    """
+    """In what two runs' settings and facts differ, beside the model, as a sentence; None: in nothing."""
     unlike = [f"{key} = {one[key]} (there {other[key]})" for key in one if one[key] != other[key]]
     return f"{names[0]} differs from {names[1]} in more than the model: {', '.join(unlike)}" if unlike else None
 
 
 def find_result(given: str, file: str) -> Path | None:
-    """The result file that an argument names; None: it is a checkpoint.
-
-    Args:
-        given: a result file, a folder that holds one (in itself or anywhere below), or a checkpoint.
-        file: name of result files.
+    """The result file that an argument names, or that a folder holds (`file`, anywhere below it); None: a checkpoint.
 
     Raises:
         InputError: a folder with several results below it, or a JSON file that is missing.
@@ -394,12 +338,9 @@ def find_result(given: str, file: str) -> Path | None:
 
 
 def names_of(given: Sequence[str], names: str = "", file: str = "") -> list[str]:
-    """What to call several models: by the last part of their paths, or the part above it, that tells them apart.
+    """What to call several models: by `names`, with commas between them, or what tells their paths apart.
 
-    Args:
-        given: checkpoints, result files or folders.
-        names: of the user's own, with commas between them; "": none.
-        file: name of result files, which says nothing.
+    That is the last part of the paths (result files are called `file`, which says nothing), or the part above it.
 
     Raises:
         SettingError: another number of names than of models, or one name twice.
@@ -409,22 +350,15 @@ def names_of(given: Sequence[str], names: str = "", file: str = "") -> list[str]
         if len(own) != len(given) or len(set(own)) < len(own):
             raise SettingError(f"--names {','.join(own)}: expected {len(given)} distinct names")
         return own
-    parts = [_parts(path, file) for path in given]
+    paths = [path.resolve() if path.exists() else path for path in map(Path, given)]
+    parts = [(path.parent if path.name == file else path).parts for path in paths]
+    parts = [tuple(part.removesuffix(".json") for part in path if part not in ("/", "")) for path in parts]
     single = [part[-1] for part in parts]
     above = [part[-2] if len(part) > 1 else part[-1] for part in parts]
     for found in (single, above, [f"{a}__{b}" for a, b in zip(above, single, strict=True)]):
         if len(set(found)) == len(found):
             return found
     return [f"{name}-{i}" for i, name in enumerate(single, 1)]
-
-
-def _parts(given: str, file: str) -> list[str]:
-    path = Path(given)
-    if path.exists():
-        path = path.resolve()
-    if path.name == file:
-        path = path.parent
-    return [part.removesuffix(".json") for part in path.parts if part not in ("/", "")]
 
 
 def words(text: str) -> list[str]:
@@ -435,9 +369,7 @@ def words(text: str) -> list[str]:
 def encode(value: Any, hint: Any = None) -> Any:
     """Dataclasses as dictionaries of their fields, tuples as lists, dictionaries with other keys than text as pairs.
 
-    Args:
-        value: what is written.
-        hint: its type, where it is known.
+    `hint` is the value's type, where it is known.
     """
     if isinstance(value, Result):
         return value.content()
@@ -458,10 +390,7 @@ def encode_fields(value: Any) -> dict[str, Any]:
 def decode(hint: Any, value: Any) -> Any:
     """The value of a type that `encode` made into JSON.
 
-    Raises:
-        KeyError: a field without a default is missing; names it.
-        ValueError: an unknown field.
-        TypeError: a value of another kind.
+    KeyError names a missing field without a default; ValueError: an unknown field; TypeError: a value of another kind.
     """
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
@@ -506,6 +435,12 @@ def decode_fields(cls: Any, values: Any) -> Any:
         elif one.default is one.default_factory is dataclasses.MISSING:
             raise KeyError(name)
     return cls(**found)
+
+
+def decode_known(cls: Any, values: dict[str, Any]) -> Any:
+    """A dataclass of its fields' JSON values among others."""
+    names = {f.name for f in dataclasses.fields(cls)}
+    return decode_fields(cls, {name: value for name, value in values.items() if name in names})
 
 
 def hint_of(cls: type, one: "dataclasses.Field[Any]") -> Any:

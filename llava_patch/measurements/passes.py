@@ -6,7 +6,6 @@ Hooks are the caller's; what is here is the same for every measurement that look
 from __future__ import annotations
 
 import contextlib
-import gc
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava_patch.core import files
 from llava_patch.core.errors import HostError, InputError
 from llava_patch.core.undo import UndoStack
 from llava_patch.hosts import call_context, wrappers
@@ -25,23 +23,14 @@ from llava_patch.hosts.wrappers import llava_prepare
 
 @dataclass
 class Pass:
-    """A forward pass of one sample.
+    """A forward pass of one sample."""
 
-    Attributes:
-        text_ids: int64 [text tokens], the sample's token ids without image placeholders, on CPU.
-        image: bool [T], image positions in the decoder's input; None before the host has placed them.
-    """
-
-    text_ids: Tensor
-    image: Tensor | None = None
+    text_ids: Tensor  # int64 [text tokens], the sample's token ids without image placeholders, on CPU
+    image: Tensor | None = None  # bool [T], image positions in the decoder's input; None: not placed yet
 
     @property
     def placed(self) -> Tensor:
-        """`image`, once it is known.
-
-        Raises:
-            HostError: the decoder ran first.
-        """
+        """`image`; HostError where the decoder ran before it was known."""
         if self.image is None:
             raise HostError("the decoder ran before the host told where the image features are")
         return self.image
@@ -53,36 +42,29 @@ def watching(anatomy: Anatomy, sample: dict[str, Any], what: str) -> Iterator[tu
 
     Args:
         anatomy: the host model.
-        sample: keyword arguments of its forward, batch of one, no padding.
+        sample: as `one_sample` takes it.
         what: name of the measurement, for errors.
 
     Yields:
         (the pass, a stack for the caller's hooks).
-
-    Raises:
-        InputError: a batch, or padding.
     """
     ids = one_sample(sample, what)
     seen, undo = Pass(ids[0][ids[0] != anatomy.image_token_id].cpu()), UndoStack()
     try:
-        if not anatomy.ids_hold_places:
-            watch_preparation(anatomy, lambda image: setattr(seen, "image", image), undo)
-        else:
+        if anatomy.ids_hold_places:
             seen.image = wrappers.hf_image_mask(anatomy, ids)[0]
+        else:
+            watch_preparation(anatomy, lambda image: setattr(seen, "image", image), undo)
         yield seen, undo
     finally:
         undo.unwind()
 
 
 def one_sample(sample: dict[str, Any], what: str) -> Tensor:
-    """A sample's token ids: int64 [1, tokens].
-
-    Args:
-        sample: keyword arguments of a host model's forward.
-        what: name of the measurement, for errors.
+    """The token ids, int64 [1, tokens], of keyword arguments of a host model's forward.
 
     Raises:
-        InputError: a batch, or padding.
+        InputError: a batch, or padding; names the measurement (`what`).
     """
     ids: Tensor = sample["input_ids"]
     if ids.shape[0] != 1:
@@ -105,16 +87,11 @@ def has_image(anatomy: Anatomy, sample: dict[str, Any]) -> bool:
 
 
 def same_input(one: Pass, other: Pass, number: int, what: str) -> None:
-    """Refuse to compare two models that do not read the same.
-
-    Args:
-        one: the checkpoint's pass.
-        other: the base's.
-        number: of the sample, from 0, for the error.
-        what: name of the measurement.
+    """Refuse to compare a checkpoint's pass (`one`) with its base's, when the two do not read the same.
 
     Raises:
-        InputError: other text tokens, or image tokens in other places; says which and what to do.
+        InputError: other text tokens, or image tokens in other places; names the measurement (`what`), the sample's
+            number, and what to do.
     """
     ours, theirs = one.placed.cpu(), other.placed.cpu()
     if one.text_ids.tolist() != other.text_ids.tolist():
@@ -137,11 +114,7 @@ def watch_preparation(anatomy: Anatomy, note: Callable[[Tensor | None], None], u
 
     Around whatever is there, so that a routed model's own bookkeeping still runs; but where that already says where
     images are, nothing is asked twice: the labels that `llava_prepare` asks with would tell FastV what to protect.
-
-    Args:
-        anatomy: a model of the `llava` package.
-        note: gets bool [T], True at image positions; None: the sample has no image.
-        undo: takes it away again.
+    `note` gets bool [T], True at image positions, or None for a sample without an image.
     """
 
     def prepare_and_note(prepare: Any, *args: Any, **kwargs: Any) -> tuple:
@@ -157,47 +130,30 @@ def watch_preparation(anatomy: Anatomy, note: Callable[[Tensor | None], None], u
     undo.wrap(anatomy.model, "prepare_inputs_labels_for_multimodal", prepare_and_note)
 
 
-def paired(
-    samples: Iterable[dict[str, Any]], base_samples: Iterable[dict[str, Any]] | None, what: str, progress: bool
-) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Each sample of a model beside that of its base.
-
-    Args:
-        samples: of the model.
-        base_samples: of its base, as many; None: the same ones.
-        what: the measurement, for the progress bar.
-        progress: show one on stderr.
-    """
-    tracked = files.track(samples, what, progress)
-    return ((s, s) for s in tracked) if base_samples is None else zip(tracked, base_samples, strict=True)
-
-
-def forget_models() -> None:
-    """Free the memory of a model that nothing holds any more, before the next one is loaded."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients; flags come back."""
+    with keeping_flags(model), torch.no_grad():
+        model.eval()
+        yield
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients; every module's own training flag comes back."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
+def keeping_flags(model: nn.Module) -> Iterator[None]:
+    """Every module's training flag and every parameter's `requires_grad` come back when the block ends."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
-        for module, training in flags:
+        for module, training in modes:
             module.training = training
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 def check_finite(values: Iterable[float], layer: int, anatomy: Anatomy) -> None:
-    """Refuse what overflowed, or comes of broken weights.
-
-    Raises:
-        HostError: names the layer and the precision.
-    """
+    """Refuse what overflowed, or comes of broken weights: HostError names the layer and the precision."""
     if not all(map(math.isfinite, values)):
         dtype = str(next(anatomy.layers[0].parameters()).dtype).removeprefix("torch.")
         raise HostError(

@@ -1,13 +1,15 @@
 """One forward pass seen layer by layer: hooks on a decoder's layers, and what is read there.
 
 Hooks see the layers' own inputs and outputs, so the same code serves stock and patched models and every attention
-backend. A routed or pruned decoder says itself which positions a layer runs on (`routing.layers.Observer`). The side
-branch of a routed model is not part of `decoder.layers` and is not seen.
+backend: q and k are taken from a layer's own projections. A routed or pruned decoder says itself which positions a
+layer runs on (`routing.layers.Observer`). The side branch of a routed model is not part of `decoder.layers` and is not
+seen.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +25,6 @@ from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.hosts.compat import layer_output, sliding_window
 from llava_patch.hosts.projections import rotate, split_heads
 from llava_patch.measurements import passes
-from llava_patch.measurements.attention import mass_on_keys
 from llava_patch.routing.layers import ExternalKeys, Observer, observing
 
 
@@ -31,33 +32,22 @@ from llava_patch.routing.layers import ExternalKeys, Observer, observing
 class Trace(Observer):
     """What one sample's forward pass left behind; L layers, T tokens of which some are image.
 
-    Every text position is in every layer, whatever the patch; image positions may be absent.
-
-    Attributes:
-        image_mask: bool [T]; set when the host has placed the image features, before the first layer runs.
-        states: output of each layer, [positions that it runs on, hidden].
-        asking: int64 [rows of states], their positions; only of layers that a routed or pruned decoder runs.
-        giving: int64 [keys], the positions whose keys those look at; likewise.
-        image_cosine: per layer, mean cosine between input and output at image positions; NaN where absent (0-d).
-        text_cosine: the same at text positions.
-        mass: float32 [heads] per layer, text-to-image attention mass; zeros where no image position gives a key.
+    Every text position is in every layer, whatever the patch; image positions may be absent. Dictionaries are by layer.
     """
 
-    image_mask: Tensor | None = None
-    states: dict[int, Tensor] = field(default_factory=dict)
+    image_mask: Tensor | None = None  # bool [T]; set when the host has placed the image features
+    states: dict[int, Tensor] = field(default_factory=dict)  # its output, [positions that it runs on, hidden]
+    # int64: the positions of the states, and of the keys that those look at, where a routed or pruned decoder tells.
     asking: dict[int, Tensor] = field(default_factory=dict)
     giving: dict[int, Tensor] = field(default_factory=dict)
+    # 0-d: mean cosine between input and output at image and at text positions; NaN where there are none.
     image_cosine: dict[int, Tensor] = field(default_factory=dict)
     text_cosine: dict[int, Tensor] = field(default_factory=dict)
-    mass: dict[int, Tensor] = field(default_factory=dict)
+    mass: dict[int, Tensor] = field(default_factory=dict)  # float32 [heads], of text on image keys; zeros without any
     _positions: tuple[Tensor, Tensor, int] | None = None
 
     def mask(self) -> Tensor:
-        """`image_mask`, when it is known.
-
-        Raises:
-            HostError: it is not yet.
-        """
+        """`image_mask`; HostError where the decoder ran before it was known."""
         if self.image_mask is None:
             raise HostError("the decoder ran before the host told where the image features are")
         return self.image_mask
@@ -75,11 +65,7 @@ class Trace(Observer):
         self.asking[number], self.giving[number] = asking[0], giving[0]
 
     def places(self, layer: int, rows: int, keys: bool = False) -> Tensor:
-        """Positions of a layer's hidden states, or of its keys: int64 [rows].
-
-        Raises:
-            HostError: the layer runs on something else than the decoder said, or than all positions.
-        """
+        """Positions of a layer's hidden states, or of its keys: int64 [rows]; HostError where they cannot be known."""
         found = (self.giving if keys else self.asking).get(layer)
         if found is None:
             found = self.positions()[0]
@@ -112,15 +98,12 @@ def traced(anatomy: Anatomy, chunk: int, mass_of: Sequence[int] | None = None) -
     """Watch the forward passes of one sample; every hook is gone afterwards, after an exception too.
 
     Args:
-        anatomy: the host model.
+        anatomy: the host model; HostError for a decoder whose attention is not known.
         chunk: attention queries held at a time.
         mass_of: layers whose attention mass is all that is wanted; None: everything of every layer.
 
     Yields:
         The trace, filled by calling `run` inside the block.
-
-    Raises:
-        HostError: a decoder whose attention is not known.
     """
     known.check_decoder(anatomy.decoder, "measuring attention")
     trace = Trace()
@@ -140,17 +123,7 @@ def traced(anatomy: Anatomy, chunk: int, mass_of: Sequence[int] | None = None) -
 
 
 def run(anatomy: Anatomy, trace: Trace, sample: dict[str, Any], what: str = "saturation") -> None:
-    """Run the model's own forward on one sample inside `traced`.
-
-    Args:
-        anatomy: the host model.
-        trace: from `traced`.
-        sample: keyword arguments of the model's forward, batch of one.
-        what: name of the measurement, for errors.
-
-    Raises:
-        InputError: a batch, or padding.
-    """
+    """Run the model's own forward inside `traced`, on a sample as `passes.one_sample` takes it."""
     input_ids = passes.one_sample(sample, what)
     if anatomy.ids_hold_places:
         trace.image_mask = wrappers.hf_image_mask(anatomy, input_ids)[0]
@@ -211,9 +184,92 @@ def _watch_attention(trace: Trace, index: int, attention: Any, config: Any, chun
 
 
 def text_after_image(image: Tensor) -> Tensor:
-    """Text positions behind the first image position: int64 [n]; they are the queries of the attention mass.
+    """Text positions behind the first image position (bool [tokens]): int64 [n], the queries of the attention mass."""
+    return (~image & (image.long().cumsum(0) > 0)).nonzero().flatten()
+
+
+def mass_on_keys(
+    q: Tensor,
+    k: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    scaling: float,
+    window: int | None = None,
+    chunk: int = 128,
+    places: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Sum of causal attention probabilities on a set of keys, mean over a set of queries.
+
+    Memory is O(heads * chunk * keys), never O(tokens^2). Products and softmax are in float32 whatever the dtype.
 
     Args:
-        image: bool [tokens].
+        q: [heads, asking, head_dim], rotary applied.
+        k: [key_value_heads, giving, head_dim], rotary applied; heads must be a multiple (grouped-query attention).
+        queries: int64 [n], the rows of `q` that are read.
+        keys: bool [giving], the rows of `k` whose probabilities are summed.
+        scaling: factor on q.k before the softmax, usually head_dim ** -0.5.
+        window: sliding window (a query sees itself and the window - 1 tokens before it); None: all before it.
+        chunk: queries held at a time.
+        places: int64 ([asking], [giving]), where the rows of `q` and `k` are in the sequence; None: rows are places.
+
+    Returns:
+        float32 [heads], each between 0 and 1.
     """
-    return (~image & (image.long().cumsum(0) > 0)).nonzero().flatten()
+    heads, kinds = q.shape[0], k.shape[0]
+    if places is None:
+        places = torch.arange(q.shape[1], device=q.device), torch.arange(k.shape[1], device=k.device)
+    columns = places[1].to(q.device)
+    transposed = k.float().transpose(1, 2)[:, None]
+    total = torch.zeros(heads, dtype=torch.float32, device=q.device)
+    for rows in queries.split(chunk):
+        # [key_value_heads, groups, rows, giving]: query heads of one group share their key head.
+        grouped = q[:, rows].float().unflatten(0, (kinds, heads // kinds))
+        scores = torch.matmul(grouped, transposed).mul_(scaling)
+        here = places[0].to(q.device)[rows][:, None]
+        hidden = columns[None] > here
+        if window is not None:
+            hidden |= columns[None] <= here - window
+        scores = scores.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
+        total += (scores * keys).sum(dim=(-2, -1)).flatten()
+    return total / max(len(queries), 1)
+
+
+def lens_kl(anatomy: Anatomy, trace: Trace, chunk: int) -> tuple[list[float], list[float]]:
+    """KL(final || layer) of the logit lens: what each layer would predict through the model's own final norm and head.
+
+    Args:
+        anatomy: the host model.
+        trace: a finished trace.
+        chunk: positions whose logits [chunk, vocabulary] are held at a time.
+
+    Returns:
+        (image, text): per layer the mean in nats over the positions that both the layer and the last one have (pruned
+        ones are in neither); NaN where there are none. The last layer's is 0.
+    """
+    layers = range(len(anatomy.layers))
+    last = layers[-1]
+    rows = [trace.rows(layer) for layer in layers]
+
+    def predicted(layer: int, positions: Tensor) -> Tensor:
+        states = trace.states[layer]
+        logits = anatomy.lm_head(anatomy.norm(states[rows[layer][positions].to(states.device)][None]))
+        return logits[0].float().log_softmax(-1)
+
+    def means(positions: Tensor, present: list[bool]) -> list[float]:
+        # Layers only ever lose image positions for good or for all of them, so one that has any has those of the last.
+        if not len(positions):
+            return [math.nan] * len(layers)
+        sums = torch.zeros(len(layers), dtype=torch.float64, device=positions.device)
+        for part in positions.split(chunk):
+            final = predicted(last, part)
+            probability = final.exp()
+            for layer in layers:
+                if present[layer]:
+                    log_probs = final if layer == last else predicted(layer, part)
+                    sums[layer] += (probability * (final - log_probs)).sum().to(sums)
+        found = (sums / len(positions)).tolist()
+        return [mean if there else math.nan for mean, there in zip(found, present, strict=True)]
+
+    image, text = trace.mask() & (rows[last] >= 0), ~trace.mask()
+    present = [trace.image_states(layer) > 0 for layer in layers]
+    return means(image.nonzero().flatten(), present), means(text.nonzero().flatten(), [True] * len(layers))

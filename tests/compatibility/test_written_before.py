@@ -480,11 +480,11 @@ def test_the_gradient_log_of_a_run_is_read_and_goes_on_from_its_checkpoint():
     from llava_patch import Gradients
     from llava_patch.measurements.gradients.log import StepLog
     from llava_patch.measurements.gradients.result import GradientsResult
-    from llava_patch.measurements.gradients.state import STATE, load_window
+    from llava_patch.measurements.gradients.statistics import STATE, Window
 
     whole = GradientsResult.read("run/gradients")
     agrees("gradients of a run", gradient_numbers(whole))
-    window = load_window(f"run/checkpoint-3/{STATE}", 2)
+    window = Window.load(f"run/checkpoint-3/{STATE}", 2)
     tensors, values = window.state()
     agrees("unfinished window", {**values, "tensors": {name: numbers(tensor) for name, tensor in tensors.items()}})
     StepLog.resume("again", Gradients(window=2, smoothness=2.0), 3, "run/checkpoint-3")
@@ -493,7 +493,7 @@ def test_the_gradient_log_of_a_run_is_read_and_goes_on_from_its_checkpoint():
 
 
 def test_a_trainers_curves_are_read():
-    from llava_patch.tools.report.sections.training import read_curves
+    from llava_patch.tools.report.sections import read_curves
 
     agrees("curves", {name: [list(pair) for pair in pairs] for name, pairs in read_curves("run").items()})
 

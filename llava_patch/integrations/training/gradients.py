@@ -24,13 +24,12 @@ from llava_patch.core.files import atomic
 from llava_patch.core.undo import UndoStack
 from llava_patch.hosts import zero
 from llava_patch.integrations.training.extension import TrainerExtension, extend, refuse
-from llava_patch.measurements.gradients import state as saved
 from llava_patch.measurements.gradients.decompose import block_parameters, decompose, measured_block
 from llava_patch.measurements.gradients.log import LOG, StepLog
 from llava_patch.measurements.gradients.moments import Step
 from llava_patch.measurements.gradients.result import NAME, GradientsResult
 from llava_patch.measurements.gradients.settings import Gradients
-from llava_patch.measurements.gradients.statistics import Window
+from llava_patch.measurements.gradients.statistics import STATE, Window
 from llava_patch.patching.handle import get_handle
 
 logger = logging.getLogger("llava_patch")
@@ -139,7 +138,7 @@ class Following(TrainerExtension):
         self._warn(state.max_steps)
         if not self._go_on(state.global_step):
             self._window = Window(self.settings.window)
-            self._log = StepLog.begin(self.folder, self.settings, self._facts())
+            self._log = StepLog(self.folder, self.settings, self._facts())
 
     def begin_step(self, state: Any, optimizer: Any) -> None:
         """Decide whether this training step is measured."""
@@ -179,7 +178,7 @@ class Following(TrainerExtension):
         """Write what was measured so far, and into the checkpoint what a run that goes on from it needs."""
         if self._log is None:
             return
-        saved.save_window(self._window, folder / saved.STATE)
+        self._window.save(folder / STATE)
         with atomic(folder / LOG) as temporary:
             shutil.copyfile(self._log.path, temporary)
         self._write()
@@ -215,13 +214,13 @@ class Following(TrainerExtension):
         folder = self._resumed
         if step == 0 or folder is None:
             return False
-        if not (folder / saved.STATE).is_file() or not (folder / LOG).is_file():
+        if not (folder / STATE).is_file() or not (folder / LOG).is_file():
             logger.warning(
                 "Gradients: %s has no gradient statistics to go on with: they begin at step %d", folder, step + 1
             )
             return False
         device = self._parameters()[0].device
-        self._window = saved.load_window(folder / saved.STATE, self.settings.window, device)
+        self._window = Window.load(folder / STATE, self.settings.window, device)
         # The checkpoint's log: the run's own may have grown since, or lie elsewhere.
         self._log = StepLog.resume(self.folder, self.settings, step, folder)
         return True

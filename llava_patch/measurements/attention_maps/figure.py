@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
-from typing import Any
 
 from llava_patch.core import plotting
 from llava_patch.core.extras import optional
 from llava_patch.measurements.attention_maps import maths
-from llava_patch.measurements.attention_maps.result import WHOLE, AttentionMapsResult, CheckpointMaps, View
+from llava_patch.measurements.attention_maps.result import WHOLE, AttentionMapsResult, View
 
 CELL, HEAD = 1.35, 0.75  # inches: side of a picture, and what titles and the bar take
 COLOURS = "viridis"
 
 
 def attention_maps_figure(result: AttentionMapsResult, path: str | Path) -> Path:
-    """Draw the images that have views; an original stands before each checkpoint that sees the images otherwise.
-
-    Returns:
-        The path written.
-    """
+    """Draw the images that have views; an original stands before each checkpoint that sees the images otherwise."""
     mpl = optional("matplotlib")
     Figure = optional("matplotlib.figure").Figure
 
@@ -36,15 +32,20 @@ def attention_maps_figure(result: AttentionMapsResult, path: str | Path) -> Path
                 one = result.checkpoints[number]
                 view = one.views[row]
                 if drawn:
-                    heat = maths.nearest(maths.min_max(one.scores(row)), view.patch)
+                    scores = one.scores(row)
+                    heat = maths.nearest(maths.min_max(scores), view.patch)
                     picture = axis.imshow(heat.numpy(), cmap=COLOURS, vmin=0, vmax=1, interpolation="nearest")
-                    axis.set_xlabel(_effective(one, row), fontsize=6, labelpad=2)
+                    effective = f"{math.exp(maths.entropy(scores)):.1f} of {scores.numel()}"
+                    axis.set_xlabel(effective, fontsize=6, labelpad=2)  # no wider than a map: the title has the unit
                 else:
                     axis.imshow(view.pixels, interpolation="nearest")
                 if row == 0:
-                    name = one.checkpoint if drawn else "original" + _whose(result, number)
-                    axis.set_title(_short(name), fontsize=7.5)
-                _bare(axis)
+                    original = f"original ({one.checkpoint})" if number else "original"
+                    axis.set_title(_short(one.checkpoint if drawn else original), fontsize=7.5)
+                axis.set(xticks=[], yticks=[])
+                axis.grid(visible=False)
+                for spine in axis.spines.values():  # a white page on white needs a border
+                    spine.set(color="0.8", linewidth=0.5)
         bar = figure.colorbar(picture, ax=list(axes[:, -1]), shrink=0.8 if rows == 1 else 0.5, aspect=20)
         bar.set_label("attention, min-max of each map", fontsize=6.5)
         bar.ax.tick_params(labelsize=6.5)
@@ -57,20 +58,17 @@ def _columns(result: AttentionMapsResult) -> list[tuple[int, bool]]:
     columns: list[tuple[int, bool]] = []
     shown: list[View] | None = None
     for number, one in enumerate(result.checkpoints):
-        if shown is None or not all(a.same(b) for a, b in zip(shown, one.views, strict=True)):
+        if shown is None or not all(map(_same, shown, one.views)):
             columns.append((number, False))
             shown = one.views
         columns.append((number, True))
     return columns
 
 
-def _whose(result: AttentionMapsResult, number: int) -> str:
-    return f" ({result.checkpoints[number].checkpoint})" if number else ""
-
-
-def _effective(one: CheckpointMaps, row: int) -> str:
-    scores = one.scores(row)
-    return f"{math.exp(maths.entropy(scores)):.1f} of {scores.numel()}"  # no wider than a map: the title has the unit
+def _same(one: View, other: View) -> bool:
+    """Up to one step of 8 bits."""
+    pair = one.pixels.astype("int16"), other.pixels.astype("int16")
+    return pair[0].shape == pair[1].shape and int(abs(pair[0] - pair[1]).max()) <= 1
 
 
 def _title(result: AttentionMapsResult) -> str:
@@ -81,21 +79,6 @@ def _title(result: AttentionMapsResult) -> str:
     return f"Attention of ViT block {blocks} ({who})\nbelow each map: its effective number of patches"
 
 
-def _short(name: str, width: int = 18) -> str:
-    """A long name in lines, cut where it has a separator if there is one."""
-    lines, line = [], ""
-    for letter in name:
-        line += letter
-        if len(line) >= width or (len(line) >= width - 6 and letter in "-_/. "):
-            lines.append(line)
-            line = ""
-    return "\n".join([*lines, line] if line else lines)
-
-
-def _bare(axis: Any) -> None:
-    axis.set_xticks([])
-    axis.set_yticks([])
-    axis.grid(visible=False)
-    for spine in axis.spines.values():  # a white page on white needs a border
-        spine.set_color("0.8")
-        spine.set_linewidth(0.5)
+def _short(name: str) -> str:
+    """A long name in lines of at most 18 letters, cut behind the first separator from the 12th on if there is one."""
+    return "\n".join(re.findall(r".{11,17}?[-_/. ]|.{18}|.+", name))

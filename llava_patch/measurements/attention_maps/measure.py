@@ -16,17 +16,7 @@ from llava_patch.core.errors import HostError, InputError, SettingError
 from llava_patch.hosts.anatomy import Anatomy, find
 from llava_patch.hosts.towers import attention as tower_attention
 from llava_patch.measurements.attention_maps import maths
-from llava_patch.measurements.attention_maps.result import (
-    CLS,
-    DEFAULTS,
-    MEAN,
-    OVERVIEW,
-    WHOLE,
-    AttentionMaps,
-    AttentionMapsResult,
-    CheckpointMaps,
-    View,
-)
+from llava_patch.measurements.attention_maps import result as maps
 from llava_patch.measurements.passes import evaluating
 
 ROWS = 12
@@ -36,13 +26,13 @@ ROWS = 12
 def measure_attention_maps(
     model: nn.Module,
     samples: Iterable[dict[str, Any]],
-    settings: AttentionMaps = DEFAULTS,
+    settings: maps.AttentionMaps = maps.DEFAULTS,
     progress: bool = True,
     image_processor: Any = None,
     checkpoint: str = "model",
     images: Iterable[str] = (),
     source: str = "",
-) -> AttentionMapsResult:
+) -> maps.AttentionMapsResult:
     """Measure one checkpoint; `AttentionMapsResult.beside` puts several together.
 
     Only the vision tower runs, up to its end; the decoder does not.
@@ -62,7 +52,7 @@ def measure_attention_maps(
     Raises:
         SettingError: the tower has no such block.
         InputError: no sample with an image, or one with several.
-        HostError: a tower that is not known.
+        HostError: a tower that is not known or whose tokens do not make its grid, or numbers that are not finite.
     """
     anatomy = find(model)
     tower = anatomy.vision_parts()
@@ -73,60 +63,41 @@ def measure_attention_maps(
         )
     if hasattr(anatomy.tower, "s2_scales"):
         raise HostError("attention maps of a multi-scale (S2) tower are not known: load the model without s2")
-    names, labels, part = iter(images), [], WHOLE
+    names, labels, part = iter(images), [], maps.WHOLE
     found: list[list[list[float]]] = []
-    views: list[View] = []
+    views: list[maps.View] = []
     with evaluating(model):
         for sample in files.track(samples, f"attention maps of {checkpoint}", progress):
             if settings.max_samples is not None and len(found) >= settings.max_samples:
                 break
-            pixels, part = pixels_of(anatomy, sample)
-            found.append(map_of(anatomy, pixels, settings).tolist())
+            pixels, part = _pixels_of(anatomy, sample)
+            found.append(_map_of(anatomy, pixels, settings).tolist())
             labels.append(next(names, f"image {len(found)}"))
             if len(views) < ROWS:
                 views.append(_view(anatomy, pixels[0], image_processor))
     if not found:
         raise InputError("no image to draw attention maps of")
-    query = CLS if tower_attention.has_cls(anatomy.vision_model, tower) else MEAN
-    one = CheckpointMaps(checkpoint, query, part, settings.block, len(tower.blocks), found, source, views)
-    return AttentionMapsResult(labels, [one], settings)
+    query = maps.CLS if tower_attention.has_cls(anatomy.vision_model, tower) else maps.MEAN
+    one = maps.CheckpointMaps(checkpoint, query, part, settings.block, len(tower.blocks), found, source, views)
+    return maps.AttentionMapsResult(labels, [one], settings)
 
 
-def pixels_of(anatomy: Anatomy, sample: dict[str, Any]) -> tuple[Tensor, str]:
-    """The pixels that the tower sees, and what of the image they are.
-
-    Args:
-        anatomy: the host model.
-        sample: keyword arguments of its forward.
-
-    Returns:
-        ([1, 3, height, width], `WHOLE` or `OVERVIEW`).
-
-    Raises:
-        InputError: no image, or several.
-    """
+def _pixels_of(anatomy: Anatomy, sample: dict[str, Any]) -> tuple[Tensor, str]:
+    """The pixels that the tower sees, [1, 3, height, width], and what of the image they are: `WHOLE` or `OVERVIEW`."""
     pixels = anatomy.pixels_of(sample)
     if pixels is None or len(pixels) != 1:
         count = 0 if pixels is None else len(pixels)
         raise InputError(f"attention maps take samples of one image each, got {count}")
     tiles = pixels[0]
-    return (tiles[:1], OVERVIEW) if tiles.ndim == 4 else (tiles[None], WHOLE)
+    return (tiles[:1], maps.OVERVIEW) if tiles.ndim == 4 else (tiles[None], maps.WHOLE)
 
 
 @torch.no_grad()
-def map_of(anatomy: Anatomy, pixels: Tensor, settings: AttentionMaps = DEFAULTS) -> Tensor:
-    """The attention map of one image.
-
-    Args:
-        anatomy: the host model, in evaluation mode.
-        pixels: [1, 3, height, width], normalised by the host's image processor.
-        settings: see `AttentionMaps`.
+def _map_of(anatomy: Anatomy, pixels: Tensor, settings: maps.AttentionMaps) -> Tensor:
+    """The attention map of one image's normalised pixels [1, 3, height, width], mean over heads.
 
     Returns:
-        float32 [rows, columns] on CPU: attention probabilities, mean over heads.
-
-    Raises:
-        HostError: the tower's tokens do not make its grid, or its numbers are not finite.
+        float32 [rows, columns] on CPU: attention probabilities.
     """
     vision, tower = anatomy.vision_model, anatomy.vision_parts()
     weight = next(vision.parameters())
@@ -147,7 +118,7 @@ def map_of(anatomy: Anatomy, pixels: Tensor, settings: AttentionMaps = DEFAULTS)
     return scores.reshape(rows, columns).cpu()
 
 
-def _view(anatomy: Anatomy, pixels: Tensor, processor: Any) -> View:
+def _view(anatomy: Anatomy, pixels: Tensor, processor: Any) -> maps.View:
     """The image in 8 bits, cut to what the patches cover; without a processor's numbers stretched to its range."""
     image = pixels.float().cpu()
     mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
@@ -155,7 +126,6 @@ def _view(anatomy: Anatomy, pixels: Tensor, processor: Any) -> View:
         image = maths.min_max(image)
     elif getattr(processor, "do_normalize", True):
         image = image * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
-    rows, columns = anatomy.grid
-    side = anatomy.patch_size
-    image = image[:, : rows * side, : columns * side].clamp(0, 1)
-    return View((image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy(), side)
+    rows, columns = (anatomy.patch_size * patches for patches in anatomy.grid)
+    image = (255 * image[:, :rows, :columns].clamp(0, 1)).round().to(torch.uint8)
+    return maps.View(image.permute(1, 2, 0).numpy(), anatomy.patch_size)

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from llava_patch.core.errors import InputError, SettingError
 from llava_patch.core.paths import named
+from llava_patch.data.examples import check_data
+from llava_patch.data.target import ModelInputs, Target, examples_for
 from llava_patch.measurements.attention_maps.result import AttentionMaps, AttentionMapsResult
 from llava_patch.measurements.base import Measurement
 
 if TYPE_CHECKING:
     from llava_patch.data.loaded import LoadedCheckpoint
-    from llava_patch.data.target import Target
 
 
 class AttentionMapsMeasurement(Measurement):
@@ -39,8 +40,6 @@ class AttentionMapsMeasurement(Measurement):
 
     def check(self, data: str, samples: int | None, **options: Any) -> None:
         """Refuse images beside data, and images that are not there."""
-        from llava_patch.data.examples import check_data
-
         image = options["image"]
         if image and data:
             raise SettingError("--image and --data: give one of them")
@@ -54,7 +53,7 @@ class AttentionMapsMeasurement(Measurement):
 
     def measure(
         self,
-        target: "Target",
+        target: Target,
         settings: AttentionMaps,
         folder: Path | None = None,
         *,
@@ -68,8 +67,6 @@ class AttentionMapsMeasurement(Measurement):
             folder: not needed.
             image: an image; may be repeated; instead of --data.
         """
-        from llava_patch.data.target import examples_for
-
         if image:
             settings = dataclasses.replace(settings, max_samples=len(image))
             examples = [example for path in image for example in examples_for(target.subject, path, 1)]
@@ -96,7 +93,6 @@ class AttentionMapsMeasurement(Measurement):
         self, subject: "LoadedCheckpoint", examples: list[Any], settings: AttentionMaps, label: str, checkpoint: str
     ) -> AttentionMapsResult:
         """The maps of a loaded checkpoint under a name."""
-        from llava_patch.data.target import ModelInputs
         from llava_patch.measurements.attention_maps.measure import measure_attention_maps
 
         return measure_attention_maps(

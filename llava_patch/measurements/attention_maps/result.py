@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_patch.core.errors import InputError
-from llava_patch.measurements.base import Result, decode, encode
+from llava_patch.measurements.base import NOT_WRITTEN, Result, Table, decode, encode, encode_fields
 from llava_patch.settings.checks import integer
 
 if TYPE_CHECKING:
@@ -46,41 +46,25 @@ DEFAULTS = AttentionMaps()
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """An image as the tower sees it: uint8 [height, width, 3], cut to what the patches cover."""
+    """An image as the tower sees it."""
 
-    pixels: Any
-    patch: int
-
-    def same(self, other: "View") -> bool:
-        """Whether two views show the same pixels, up to one step of 8 bits."""
-        if self.pixels.shape != other.pixels.shape:
-            return False
-        return int(abs(self.pixels.astype("int16") - other.pixels.astype("int16")).max()) <= 1
+    pixels: Any  # uint8 [height, width, 3], cut to what the patches cover
+    patch: int  # pixels of a patch's side
 
 
 @dataclass(frozen=True)
 class CheckpointMaps:
-    """The maps of one checkpoint.
+    """The maps of one checkpoint."""
 
-    Attributes:
-        checkpoint: its name.
-        query: whose attention it is: `CLS`, or `MEAN` in a tower without a CLS token.
-        part: what of each image the maps cover: `WHOLE`, or `OVERVIEW` where images are cut into tiles (anyres).
-        block: 1..n_blocks.
-        n_blocks: of the tower.
-        maps: an image each: [rows][columns], the attention probability on each patch (mean over heads).
-        source: where the checkpoint is.
-        views: an image each, as the tower sees it; of images that the figure shows only, and not kept in JSON.
-    """
-
-    checkpoint: str
-    query: str
-    part: str
-    block: int
-    n_blocks: int
-    maps: list[list[list[float]]]
-    source: str = ""
-    views: list[View] = field(default_factory=list, compare=False, repr=False)
+    checkpoint: str  # its name
+    query: str  # whose attention it is: `CLS`, or `MEAN` in a tower without a CLS token
+    part: str  # what of each image the maps cover: `WHOLE`, or `OVERVIEW` where images are cut into tiles (anyres)
+    block: int  # 1..n_blocks
+    n_blocks: int  # of the tower
+    maps: list[list[list[float]]]  # an image each: [rows][columns], the probability on each patch (mean over heads)
+    source: str = ""  # where the checkpoint is
+    # An image each, of those that the figure shows.
+    views: list[View] = field(default_factory=list, compare=False, repr=False, metadata=NOT_WRITTEN)
 
     def scores(self, image: int) -> "Tensor":
         """The map of an image: float32 [rows, columns]."""
@@ -101,19 +85,13 @@ class CheckpointMaps:
 
 @dataclass(frozen=True)
 class AttentionMapsResult(Result):
-    """Maps of the same images in one or several checkpoints.
-
-    Attributes:
-        images: their names.
-        checkpoints: in the order in which they were given.
-        settings: the settings used.
-    """
+    """Maps of the same images in one or several checkpoints."""
 
     NAME, TITLE = "attention_maps", "attention maps"
     FIGURE = "llava_patch.measurements.attention_maps.figure:attention_maps_figure"
 
-    images: list[str]
-    checkpoints: list[CheckpointMaps]
+    images: list[str]  # their names
+    checkpoints: list[CheckpointMaps]  # in the order in which they were given
     settings: AttentionMaps = field(default_factory=AttentionMaps)
 
     def correlations(self, number: int) -> list[float]:
@@ -125,11 +103,7 @@ class AttentionMapsResult(Result):
         return [maths.correlation(a, b) if a.shape == b.shape else math.nan for a, b in pairs]
 
     def beside(self, other: "AttentionMapsResult") -> "AttentionMapsResult":
-        """This result with another one's checkpoints added.
-
-        Raises:
-            InputError: they are of other images or settings.
-        """
+        """This result with another one's checkpoints added; InputError where those are of other images or settings."""
         if other.images != self.images or other.settings != self.settings:
             raise InputError("attention maps of other images or with other settings cannot stand side by side")
         return AttentionMapsResult(self.images, [*self.checkpoints, *other.checkpoints], self.settings)
@@ -137,42 +111,23 @@ class AttentionMapsResult(Result):
     def encode(self) -> dict[str, Any]:
         """A dictionary a checkpoint, with what follows from its maps."""
         found = []
+        names = ("image", "map", "entropy", "effective_patches", "correlation_with_first")
         for number, one in enumerate(self.checkpoints):
-            entropies = one.entropies()
-            found.append(
-                {
-                    "checkpoint": one.checkpoint,
-                    "source": one.source,
-                    "query": one.query,
-                    "part": one.part,
-                    "block": one.block,
-                    "n_blocks": one.n_blocks,
-                    "grid": list(one.scores(0).shape),
-                    "mean_effective_patches": one.effective_patches(),
-                    "images": [
-                        {
-                            "image": name,
-                            "map": one.maps[i],
-                            "entropy": entropies[i],
-                            "effective_patches": math.exp(entropies[i]),
-                            "correlation_with_first": self.correlations(number)[i],
-                        }
-                        for i, name in enumerate(self.images)
-                    ],
-                }
-            )
+            values, entropies = encode_fields(one), one.entropies()
+            columns = self.images, values.pop("maps"), entropies, map(math.exp, entropies), self.correlations(number)
+            values |= {"grid": list(one.scores(0).shape), "mean_effective_patches": one.effective_patches()}
+            values["images"] = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+            found.append(values)
         return {
             "sources": [one.source for one in self.checkpoints],
             "checkpoints": found,
             "settings": encode(self.settings),
-            **({"facts": self.facts} if self.facts else {}),
         }
 
     @classmethod
     def decode(cls, values: dict[str, Any]) -> "AttentionMapsResult":
         """Read the maps; the images themselves are not in the file, so no figure can be drawn from it."""
-        found = values["checkpoints"]
-        names = ("checkpoint", "source", "query", "part", "block", "n_blocks")
+        found, names = values["checkpoints"], ("checkpoint", "source", "query", "part", "block", "n_blocks")
         return cls(
             [image["image"] for image in found[0]["images"]],
             [CheckpointMaps(**{n: one[n] for n in names}, maps=[i["map"] for i in one["images"]]) for one in found],
@@ -180,23 +135,15 @@ class AttentionMapsResult(Result):
             facts=values.get("facts", {}),
         )
 
-    def table(self) -> tuple[list[str], list[list[str]]]:
+    def table(self) -> Table:
         """Head and rows, a checkpoint each; "like 1st" is the correlation with the first checkpoint's maps."""
         rows = []
         for number, one in enumerate(self.checkpoints):
-            patches = one.scores(0).numel()
             correlations = [value for value in self.correlations(number) if not math.isnan(value)]
-            mean = sum(correlations) / len(correlations) if correlations else math.nan
-            entropies = one.entropies()
-            rows.append(
-                [
-                    one.checkpoint,
-                    one.query,
-                    f"{sum(entropies) / len(entropies):.3f}",
-                    f"{one.effective_patches():.1f} of {patches}",
-                    "-" if math.isnan(mean) else f"{mean:.3f}",
-                ]
-            )
+            like = f"{sum(correlations) / len(correlations):.3f}" if correlations else "-"
+            entropy = sum(one.entropies()) / len(one.maps)
+            patches = f"{one.effective_patches():.1f} of {one.scores(0).numel()}"
+            rows.append([one.checkpoint, one.query, f"{entropy:.3f}", patches, like])
         return ["checkpoint", "query", "entropy", "effective patches", "like 1st"], rows
 
     def summary(self) -> str:
@@ -210,11 +157,7 @@ class AttentionMapsResult(Result):
         return " ".join(lines)
 
     def draw(self, path: Path) -> Path:
-        """Write the figure.
-
-        Raises:
-            InputError: a result read from JSON, which has no images to draw.
-        """
+        """Write the figure; InputError for a result read from JSON, which has no images to draw."""
         if not all(one.views for one in self.checkpoints):
             raise InputError("attention maps read from JSON cannot be drawn again: the images are not in it")
         return super().draw(path)

@@ -16,20 +16,6 @@ if TYPE_CHECKING:
     from llava_patch.data.target import Target
 
 
-def _pooled(items: Sequence[dict[str, Any]]) -> DriftResult:
-    import numpy as np
-
-    from llava_patch.measurements.drift.measure import Meter
-
-    first = items[0]
-    limit = first["split"], first["prunes"]
-    with Meter(Drift(**first["settings"]), first["rows"] - 1, first["n_layers"], *limit) as meter:
-        for item in items:
-            values = np.frombuffer(base64.b64decode(item["cosines"]), dtype="<f4").reshape(item["rows"], -1)
-            meter.add_cosines(values, np.array(item["image"], dtype=bool))
-        return meter.result(first["checkpoint"], first["base"])
-
-
 class DriftMeasurement(Measurement):
     """Are a trained checkpoint's lower layers still the base's?
 
@@ -52,8 +38,8 @@ class DriftMeasurement(Measurement):
     words = {"together": "--together/--apart"}  # noqa: RUF012
 
     metrics = {  # noqa: RUF012 - lowest median over the layers below the split
-        "drift_image": lambda items: min(_pooled(items).image.median),
-        "drift_text": lambda items: min(_pooled(items).text.median),
+        "drift_image": lambda items: min(DriftMeasurement().pooled(items).image.median),
+        "drift_text": lambda items: min(DriftMeasurement().pooled(items).text.median),
     }
 
     def measure(self, target: "Target", settings: Drift, folder: Path | None = None) -> DriftResult:
@@ -77,33 +63,39 @@ class DriftMeasurement(Measurement):
         """
         import numpy as np
 
-        from llava_patch.measurements.drift.measure import Meter
-        from llava_patch.measurements.drift.states import cosines, states_of
-        from llava_patch.measurements.passes import evaluating, same_input
+        from llava_patch.measurements.drift.measure import DriftMeter
+        from llava_patch.measurements.passes import evaluating
 
         own, base = anatomies
-        meter = Meter.between(own, base, settings)
-        with meter, evaluating(own.model), evaluating(base.model):
-            one, other = (states_of(a, s, meter.layers) for a, s in zip(anatomies, samples, strict=True))
-            same_input(one.seen, other.seen, number, "drift")
-            values, image = cosines(one, other), one.seen.placed.cpu().numpy()
+        with DriftMeter(settings) as meter, evaluating(own.model), evaluating(base.model):
+            meter.begin(own)
+            meter.check(base)
+            one, other = (meter.read(a, s) for a, s in zip(anatomies, samples, strict=True))
+            values, image = meter.add(number, one, other)
         return {
             "cosines": base64.b64encode(np.ascontiguousarray(values, dtype="<f4").tobytes()).decode("ascii"),
             "rows": len(values),
             "image": image.astype(int).tolist(),
+            "n_layers": meter.n_layers,
             "split": meter.split,
             "prunes": meter.prunes,
-            "n_layers": meter.n_layers,
         }
 
     def entries(self, item: dict[str, Any]) -> dict[str, Any]:
         """The document's own lowest medians."""
-        found = _pooled([item])
-        return {
-            "drift_image": {"lowest_median": min(found.image.median), **item},
-            "drift_text": {"lowest_median": min(found.text.median), **item},
-        }
+        return {name: {"lowest_median": lowest([item]), **item} for name, lowest in self.metrics.items()}
 
     def pooled(self, items: Sequence[dict[str, Any]]) -> DriftResult:
         """The result over all positions of all documents."""
-        return _pooled(items)
+        import numpy as np
+
+        from llava_patch.measurements.drift.measure import DriftMeter
+
+        first = items[0]
+        with DriftMeter(Drift(**first["settings"])) as meter:
+            meter.n_layers, meter.split, meter.prunes = first["n_layers"], first["split"], first["prunes"]
+            for item in items:
+                values = np.frombuffer(base64.b64decode(item["cosines"]), dtype="<f4").reshape(item["rows"], -1)
+                meter.add_cosines(values, np.array(item["image"], dtype=bool))
+            meter.samples = len(items)
+            return meter.result(first["checkpoint"], first["base"])

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from llava_patch.core import plotting
 from llava_patch.core.errors import SettingError
 from llava_patch.core.extras import optional
-from llava_patch.measurements.base import Result
-from llava_patch.settings.checks import integer
+from llava_patch.measurements.base import Result, drawn
+from llava_patch.settings.checks import integer, is_number
 
 SMALL = 0.002  # below this, differences from 1 are drawn themselves: at 1 - 1e-6 an axis of cosines cannot be read
 
@@ -45,9 +44,8 @@ class Drift:
         for name in ("split", "max_samples"):
             if getattr(self, name) is not None:
                 integer("Drift", name, getattr(self, name), 1)
-        size = self.store_gb
-        if isinstance(size, bool) or not isinstance(size, (int, float)) or not size > 0:
-            raise SettingError(f"Drift.store_gb = {size!r}: expected a number above 0")
+        if not is_number(self.store_gb) or not self.store_gb > 0:
+            raise SettingError(f"Drift.store_gb = {self.store_gb!r}: expected a number above 0")
 
 
 DEFAULTS = Drift()
@@ -55,53 +53,32 @@ DEFAULTS = Drift()
 
 @dataclass(frozen=True)
 class DriftCurves:
-    """Cosines of one kind of position.
+    """Cosines of one kind of position."""
 
-    Attributes:
-        median: per layer 0..s-1, over all positions of all samples; exact.
-        low: the same, but 5 % of the positions lie below.
-        input: median at the input of layer 0: what tower, projector and embeddings changed.
-        input_low: there too, 5 % of the positions lie below.
-        positions: how many.
-    """
-
-    median: list[float]
-    low: list[float]
-    input: float
-    input_low: float
-    positions: int
+    median: list[float]  # per layer 0..s-1, over all positions of all samples; exact
+    low: list[float]  # the same, but 5 % of the positions lie below
+    input: float  # median at the input of layer 0: what tower, projector and embeddings changed
+    input_low: float  # there too, 5 % of the positions lie below
+    positions: int  # how many
 
 
 @dataclass(frozen=True)
 class DriftResult(Result):
-    """What was measured.
-
-    Attributes:
-        image: cosines at image positions.
-        text: at text positions (everything that is not image).
-        n_layers: L, of the whole decoder.
-        split: s where the model routes or prunes; None: nothing leaves the decoder, or s was set.
-        samples: number of samples.
-        skipped: number of samples without an image.
-        checkpoint: what was measured.
-        base: what with.
-        settings: the settings used.
-        prunes: whether `split` is the first layer without pruned image tokens, rather than a routed model's split.
-    """
+    """What was measured."""
 
     NAME = TITLE = "drift"
     FIGURE = "llava_patch.measurements.drift.result:drift_figure"
 
-    image: DriftCurves
-    text: DriftCurves
-    n_layers: int
-    split: int | None
+    image: DriftCurves  # cosines at image positions
+    text: DriftCurves  # at text positions (everything that is not image)
+    n_layers: int  # L, of the whole decoder
+    split: int | None  # s where the model routes or prunes; None: nothing leaves the decoder, or s was set
     samples: int
-    skipped: int = 0
-    checkpoint: str = ""
-    base: str = ""
+    skipped: int = 0  # samples without an image
+    checkpoint: str = ""  # what was measured
+    base: str = ""  # what with
     settings: Drift = field(default_factory=Drift)
-    prunes: bool = False
+    prunes: bool = False  # whether `split` is the first layer without pruned image tokens, not a routed model's split
 
     @property
     def layers(self) -> int:
@@ -115,47 +92,34 @@ class DriftResult(Result):
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Head and rows: a layer each."""
         curves = (self.image, self.text)
-        rows = [["input", *(f"{c.input:.6f}" for c in curves), *(f"{c.input_low:.6f}" for c in curves)]]
-        for layer in range(self.layers):
-            cells = [f"{c.median[layer]:.6f}" for c in curves] + [f"{c.low[layer]:.6f}" for c in curves]
-            rows.append([str(layer), *cells])
+        medians, lows = ([c.input, *c.median] for c in curves), ([c.input_low, *c.low] for c in curves)
+        names = ["input", *map(str, range(self.layers))]
+        rows = [[name, *(f"{v:.6f}" for v in values)] for name, *values in zip(names, *medians, *lows, strict=True)]
         return ["layer", "image", "text", "image, worst 5 %", "text, worst 5 %"], rows
 
     def summary(self) -> str:
         """What was found, in one or two sentences."""
-        lowest = {name: min(curves.median) for name, curves in (("image", self.image), ("text", self.text))}
+        image, text = (min(curves.median) for curves in (self.image, self.text))
         over = f"over {self.samples} samples, layers 0..{self.layers - 1}"
-        if (
-            min(lowest.values())
-            == 1.0
-            == min(*self.image.low, *self.text.low, self.image.input_low, self.text.input_low)
-        ):
+        if min(image, text, *self.image.low, *self.text.low, self.image.input_low, self.text.input_low) == 1.0:
             return f"No drift: hidden states are the base's, cosine 1 at image and text positions, {over}."
-        where = {
-            name: curves.median.index(lowest[name]) for name, curves in (("image", self.image), ("text", self.text))
-        }
         return (
-            f"Lowest median cosine with the base: image {lowest['image']:.6f} (layer {where['image']}), text "
-            f"{lowest['text']:.6f} (layer {where['text']}), {over}. At the input of layer 0: image "
+            f"Lowest median cosine with the base: image {image:.6f} (layer {self.image.median.index(image)}), text "
+            f"{text:.6f} (layer {self.text.median.index(text)}), {over}. At the input of layer 0: image "
             f"{self.image.input:.6f}, text {self.text.input:.6f}."
         )
 
 
-def drift_figure(result: DriftResult, path: str | Path) -> Path:
+@drawn
+def drift_figure(result: DriftResult) -> Any:
     """Median cosine over the layers at image and text positions; a pale band down to the lowest 5 %.
 
     Where all cosines are within `SMALL` of 1, their distance from 1 is drawn instead.
-
-    Returns:
-        The path written.
     """
-    mpl = optional("matplotlib")
-
     figure, (axis,) = plotting.panels()
-    with mpl.rc_context(plotting.STYLE):
-        _draw(axis, result)
-        figure.legend(loc="outside lower center", ncols=2)
-        return plotting.write_figure(figure, path)
+    _draw(axis, result)
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
 
 
 def _draw(axis: Any, result: DriftResult) -> None:

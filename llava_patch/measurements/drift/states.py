@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -31,15 +30,10 @@ PREFIX, LOCK = "states-", ".lock"
 
 @dataclass
 class States:
-    """The shallow layers of one sample.
+    """The shallow layers of one sample."""
 
-    Attributes:
-        seen: its text tokens and image positions.
-        rows: [T, hidden] each: the input of layer 0, then the output of layers 0..s-1.
-    """
-
-    seen: passes.Pass
-    rows: list[Tensor]
+    seen: passes.Pass  # its text tokens and image positions
+    rows: list[Tensor]  # [T, hidden] each: the input of layer 0, then the output of layers 0..s-1
 
     @property
     def size(self) -> int:
@@ -48,16 +42,7 @@ class States:
 
 
 def states_of(anatomy: Anatomy, sample: dict[str, Any], layers: int) -> States:
-    """Run a model on one sample and keep what comes out of its first layers.
-
-    Args:
-        anatomy: the host model, in evaluation mode.
-        sample: keyword arguments of its forward, batch of one, no padding.
-        layers: how many.
-
-    Raises:
-        HostError: a layer sees a part of the positions only.
-    """
+    """What comes out of a model's first layers for a sample; HostError: one of them sees a part of the positions."""
     found: dict[int, Tensor] = {}
     seen: passes.Pass
 
@@ -82,10 +67,7 @@ def states_of(anatomy: Anatomy, sample: dict[str, Any], layers: int) -> States:
 
 
 def cosines(one: States, other: States) -> np.ndarray:
-    """Cosine of each row and position, in float64 and then rounded: what is the same gives exactly 1.
-
-    Returns:
-        float32 [rows, T].
+    """Cosine of each row and position, float32 [rows, T]; rounded from float64, so that what is the same gives 1.
 
     Raises:
         InputError: states of other sizes.
@@ -109,19 +91,19 @@ def cosines(one: States, other: States) -> np.ndarray:
     return torch.stack(found).numpy()
 
 
-class Store:
+class Store(contextlib.ExitStack):
     """Hidden states of one model on disk, a file a sample; the folder is gone when the block ends.
 
     Use as a context manager. Reading is memory-mapped, a row at a time. What a killed process left is removed by the
     next one.
     """
 
-    def __init__(self, limit_gb: float) -> None:
-        """Nothing is written before the first sample."""
-        self.limit = int(limit_gb * GB)
-        self.used = 0
-        self.folder: Path | None = None
-        self._lock: FileLock | None = None
+    folder: Path
+
+    def __init__(self, limit_gb: float, expected: int | None = None) -> None:
+        """For so many samples, where that is known."""
+        super().__init__()
+        self.limit, self.expected, self.used = int(limit_gb * GB), expected, 0
 
     def __enter__(self) -> "Store":
         """The store."""
@@ -129,30 +111,20 @@ class Store:
         parent.mkdir(parents=True, exist_ok=True)
         with FileLock(parent / LOCK):  # nobody takes a folder for a dead one's before it is locked
             for folder in parent.glob(f"{PREFIX}*"):
-                _remove_if_dead(folder)
+                lock = FileLock(folder / LOCK, timeout=0)
+                with contextlib.suppress(Timeout, OSError):  # in use, or another user's
+                    lock.acquire()  # its process is gone, or it would hold it
+                    shutil.rmtree(folder, ignore_errors=True)
+                    lock.release()
             self.folder = Path(tempfile.mkdtemp(dir=parent, prefix=PREFIX))
-            self._lock = FileLock(self.folder / LOCK)
-            self._lock.acquire()
+            self.enter_context(FileLock(self.folder / LOCK))
+        self.callback(shutil.rmtree, self.folder, ignore_errors=True)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Remove everything."""
-        if self.folder is not None and self._lock is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self._lock.release()
-
-    def expect(self, size: int, samples: int | None) -> None:
-        """Refuse a run that cannot end well, as soon as the first sample's size is known.
-
-        Args:
-            size: bytes of a sample.
-            samples: how many there are; None: not known.
-
-        Raises:
-            InputError: names the setting.
-        """
-        assert self.folder is not None
-        free, wanted = shutil.disk_usage(self.folder).free, self.used + size * (samples or 1)
+    def __setitem__(self, number: int, states: States) -> None:
+        """Write one sample; InputError: it, or all that are expected, would exceed the limit."""
+        samples = None if self.used else self.expected
+        free, wanted = shutil.disk_usage(self.folder).free, self.used + states.size * (samples or 1)
         advice = "measure fewer samples, set Drift.split lower, or Drift.together = True to keep both models in memory"
         if wanted > self.limit:
             raise InputError(
@@ -164,15 +136,6 @@ class Store:
                 f"drift: hidden states need {wanted / GB:.3g} GB in {self.folder.parent}, where {free / GB:.3g} GB are "
                 f"free: put LLAVA_PATCH_CACHE elsewhere, {advice}"
             )
-
-    def put(self, number: int, states: States) -> None:
-        """Write one sample.
-
-        Raises:
-            InputError: it would exceed the limit.
-        """
-        assert self.folder is not None
-        self.expect(states.size, None)
         rows = {f"row{i}": row.cpu().contiguous() for i, row in enumerate(states.rows)}
         save_file(
             {**rows, "text_ids": states.seen.text_ids, "image": states.seen.placed.cpu()},
@@ -180,9 +143,8 @@ class Store:
         )
         self.used += states.size
 
-    def take(self, number: int) -> States:
+    def pop(self, number: int) -> States:
         """Read one sample back; its file is gone then."""
-        assert self.folder is not None
         path = self.folder / f"{number}.safetensors"
         with safe_open(path, framework="pt") as file:
             count = sum(name.startswith("row") for name in file.keys())  # noqa: SIM118  (no mapping)
@@ -190,15 +152,6 @@ class Store:
             seen = passes.Pass(file.get_tensor("text_ids"), file.get_tensor("image"))
         path.unlink()
         return States(seen, rows)
-
-
-def _remove_if_dead(folder: Path) -> None:
-    """Remove a store whose process is gone: its lock went with it."""
-    lock = FileLock(folder / LOCK, timeout=0)
-    with contextlib.suppress(Timeout, OSError):  # in use, or another user's
-        lock.acquire()
-        shutil.rmtree(folder, ignore_errors=True)
-        lock.release()
 
 
 class Quantiles:

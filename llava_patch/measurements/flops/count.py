@@ -1,4 +1,4 @@
-"""FLOPs of one pass and bytes of its KV cache, by part of the model.
+"""FLOPs of one pass and bytes of its KV cache, by part of the model: the matrix products under any routing.
 
 Counted are matrix products and the patch embedding's convolution, two FLOPs a multiply-add, attention in full. Norms,
 softmax, activations and the rotary embedding are left out, as PyTorch's counter leaves them out (it counts the few
@@ -8,18 +8,149 @@ products of the rotary angles).
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from enum import Enum
 from typing import Any
 
 from llava_patch.core.errors import SettingError
 from llava_patch.hosts.anatomy import HF
-from llava_patch.measurements.flops import products
-from llava_patch.measurements.flops.products import Mode, Positions, Product
-from llava_patch.measurements.flops.shape import DecoderShape, ModelShape
-from llava_patch.routing.schedule import LayerSchedule, make_schedule
+from llava_patch.measurements.flops.shape import DecoderShape, Linear, ModelShape
+from llava_patch.routing.schedule import LayerMode, LayerSchedule, make_schedule
 from llava_patch.settings.methods import FastV, Routing
 
 POSITION_BYTES = 8  # an int64 position id
+Product = tuple[int, int, int]
+"""(rows, inner, columns) of one matrix product."""
+
+
+class Mode(Enum):
+    """Which pass."""
+
+    FORWARD = "a plain forward pass: every position is answered"
+    PREFILL = "generation's pass over the prompt: only the last position is answered"
+    DECODE = "the pass that takes one generated token"
+
+
+@dataclass(frozen=True)
+class Positions:
+    """How many positions of a sample a layer works on."""
+
+    asking: int  # go through the queries, the output projection and the feed-forward network
+    giving: int  # go through the projections of keys and values
+    held: int  # keys that each query is multiplied with (full attention: the causal half is computed too)
+
+
+def add(*counts: Counter[Product]) -> Counter[Product]:
+    """The sum of several counts."""
+    return sum(counts, Counter())
+
+
+def total(counts: Counter[Product]) -> int:
+    """FLOPs: two for each multiply-add."""
+    return sum(2 * rows * inner * columns * n for (rows, inner, columns), n in counts.items())
+
+
+def counted(pairs: Iterable[tuple[Product, int]]) -> Counter[Product]:
+    """Products and how often each; two of the shapes may be the same, and empty products are left out."""
+    result: Counter[Product] = Counter()
+    for product, times in pairs:
+        if all(product) and times:
+            result[product] += times
+    return result
+
+
+def layer_products(shape: DecoderShape, at: Positions, batch: int) -> dict[str, Counter[Product]]:
+    """The matrix products of one decoder layer, how often each, by what they are for (fields of `LayerFlops`)."""
+    hidden, wide = shape.hidden, shape.intermediate
+    queries, keys = shape.heads * shape.head_dim, shape.key_value_heads * shape.head_dim
+    asking, giving = at.asking * batch, at.giving * batch
+    projections = counted([((asking, hidden, queries), 1), ((asking, queries, hidden), 1), ((giving, hidden, keys), 2)])
+    # Grouped keys are repeated for their queries, so every head has its own product.
+    heads = shape.heads * batch
+    attention = counted([((at.asking, shape.head_dim, at.held), heads), ((at.asking, at.held, shape.head_dim), heads)])
+    feed_forward = counted([((asking, hidden, wide), 2), ((asking, wide, hidden), 1)])
+    return {"projections": projections, "attention": attention, "feed_forward": feed_forward}
+
+
+@dataclass(frozen=True)
+class DecoderPositions:
+    """How many positions every part of the decoder works on."""
+
+    layers: tuple[Positions, ...]  # of each decoder layer
+    side: tuple[Positions, ...]  # of each side-branch layer; () without one, or where it does not run
+    chooser: Positions | None  # of the pruning's own row of attention, which finds what to prune; None: none is pruned
+    answered: int  # positions of a sample that the head answers
+    images: int  # image positions that are left at the split
+
+
+def decoder_positions(
+    program: LayerSchedule, text: int, images: int, mode: Mode, *, answers_last_only: bool = True
+) -> DecoderPositions:
+    """What each layer works on, for a prompt whose image is followed by text.
+
+    As the implementation does it: at the prefill of a model that leaves anything out, the last layer answers at the
+    last position alone, and a sparse fusion's last fusion layer takes only keys and values of the image. FastV prunes,
+    as it does outside training. In the last layer of KV, image positions are answered too on a plain forward.
+
+    Args:
+        program: what the layers do.
+        text: text positions of a sample, 1 or more.
+        images: image positions of a sample; 0: the stock forward serves the prompt.
+        mode: which pass; DECODE is the first token after such a prompt.
+        answers_last_only: whether the stock model's head answers at the prompt's last position alone (Hugging Face's
+            generation asks for that; llava's forward answers everywhere).
+    """
+    routed = images > 0 and program.leaves_out
+    last = program.n_layers - 1
+    last_token_only = mode is Mode.PREFILL and routed
+    pruning = program.pruning if images else None
+    here, layers, at_split = images, [], images
+    for number, does in enumerate(program.modes):
+        if pruning is not None and number == pruning.layer:
+            here = pruning.keep_counts((images,), (0,))[0]
+        if number == program.split:
+            at_split = here
+        held = asking = text if routed and does is LayerMode.TEXT else text + here
+        if routed and does is LayerMode.KEYS and number != last:
+            asking = text
+        if last_token_only and text > 1 and does is LayerMode.FUSE and number != last and number == program.fusion[-1]:
+            asking = text
+        if last_token_only and number == last:
+            asking = 1
+        layers.append(Positions(1, 1, held + 1) if mode is Mode.DECODE else Positions(asking, held, held))
+    side: tuple[Positions, ...] = ()
+    chooser = None
+    if mode is not Mode.DECODE:
+        if routed and program.split < program.n_layers and at_split:
+            side = (Positions(at_split, at_split, at_split),) * program.side_layers
+        if pruning is not None and pruning.USES_ATTENTION:  # with a cache the keys are there already
+            chooser = Positions(1, 0 if mode is Mode.PREFILL else text + images, text + images)
+    answered = text + images
+    if mode is Mode.DECODE or (mode is Mode.PREFILL and (routed or answers_last_only)):
+        answered = 1
+    return DecoderPositions(tuple(layers), side, chooser, answered, at_split)
+
+
+def chooser_products(shape: DecoderShape, at: Positions, batch: int) -> Counter[Product]:
+    """FastV's row of attention: the last position's query against all keys, values left out."""
+    queries, keys = shape.heads * shape.head_dim, shape.key_value_heads * shape.head_dim
+    row, rows = (shape.heads // shape.key_value_heads, shape.head_dim, at.held), shape.key_value_heads * batch
+    return counted([((batch, shape.hidden, queries), 1), ((at.giving * batch, shape.hidden, keys), 1), (row, rows)])
+
+
+def lora_products(shape: DecoderShape, at: Positions, batch: int, rank: int) -> Counter[Product]:
+    """LoRA's own products on every linear layer of a decoder layer."""
+    hidden, wide = shape.hidden, shape.intermediate
+    queries, keys = shape.heads * shape.head_dim, shape.key_value_heads * shape.head_dim
+    asking, giving = at.asking * batch, at.giving * batch
+    return counted(
+        [
+            ((asking, hidden, rank), 3), ((asking, rank, queries), 1), ((asking, rank, wide), 2),  # q, gate, up
+            ((giving, hidden, rank), 2), ((giving, rank, keys), 2),  # k, v
+            ((asking, queries, rank), 1), ((asking, rank, hidden), 2), ((asking, wide, rank), 1),  # o, down
+        ]
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,72 +171,45 @@ class Prompt:
     tiles: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("text", 1), ("image", 0), ("batch", 1)):
-            value = getattr(self, name)
+        for name, least in {"text": 1, "image": 0, "batch": 1, "tiles": 1}.items():
+            value, optional = getattr(self, name), name == "tiles"
+            if optional and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise SettingError(f"{name} = {value!r}: expected an integer from {least} on")
-        if self.tiles is not None:
-            if isinstance(self.tiles, bool) or not isinstance(self.tiles, int) or self.tiles < 1:
-                raise SettingError(f"tiles = {self.tiles!r}: expected an integer from 1 on, or None")
-            if not self.image:
-                raise SettingError(f"tiles = {self.tiles}, but image = 0: give the image tokens that they become")
+                also = ", or None" if optional else ""
+                raise SettingError(f"{name} = {value!r}: expected an integer from {least} on{also}")
+        if self.tiles is not None and not self.image:
+            raise SettingError(f"tiles = {self.tiles}, but image = 0: give the image tokens that they become")
 
     def images(self, projected: int) -> int:
-        """How often the tower runs for all samples.
-
-        Args:
-            projected: tokens that the decoder gets of one image.
-        """
+        """How often the tower runs for all samples, where the decoder gets `projected` tokens of one image."""
         return self.batch * (-(-self.image // projected) if self.tiles is None else self.tiles)
 
 
 @dataclass(frozen=True)
 class LayerFlops:
-    """One decoder layer (or all side-branch layers together).
+    """One decoder layer (or all side-branch layers together)."""
 
-    Attributes:
-        projections: of queries, keys, values and the attention's output.
-        attention: queries with keys, probabilities with values.
-        feed_forward: the gated feed-forward network.
-    """
-
-    projections: int = 0
-    attention: int = 0
-    feed_forward: int = 0
+    projections: int = 0  # of queries, keys, values and the attention's output
+    attention: int = 0  # queries with keys, probabilities with values
+    feed_forward: int = 0  # the gated feed-forward network
 
     @property
     def total(self) -> int:
         """All of it."""
         return self.projections + self.attention + self.feed_forward
 
-    def __add__(self, other: "LayerFlops") -> "LayerFlops":
-        """Part by part."""
-        return LayerFlops(
-            self.projections + other.projections,
-            self.attention + other.attention,
-            self.feed_forward + other.feed_forward,
-        )
-
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of one pass.
+    """FLOPs of one pass."""
 
-    Attributes:
-        tower: the vision tower; 0 where the pass brings no image.
-        projector: from tower to decoder, DeepStack's second one included.
-        layers: of each decoder layer.
-        side: the side branch.
-        pruning: its own row of attention.
-        head: hidden size to vocabulary.
-    """
-
-    tower: int
-    projector: int
-    layers: tuple[LayerFlops, ...]
-    side: LayerFlops
-    pruning: int
-    head: int
+    tower: int  # the vision tower; 0 where the pass brings no image
+    projector: int  # from tower to decoder, DeepStack's second one included
+    layers: tuple[LayerFlops, ...]  # of each decoder layer
+    side: LayerFlops  # the side branch
+    pruning: int  # its own row of attention
+    head: int  # hidden size to vocabulary
 
     @property
     def decoder(self) -> int:
@@ -128,67 +232,41 @@ def program_of(shape: ModelShape, routing: Routing | None, pruning: FastV | None
 
 
 def count_flops(shape: ModelShape, program: LayerSchedule, prompt: Prompt, mode: Mode = Mode.FORWARD) -> Flops:
-    """FLOPs of one pass over a prompt.
-
-    Args:
-        shape: the model's sizes.
-        program: what its layers do; see `program_of`.
-        prompt: what it gets.
-        mode: a plain forward pass, generation's prefill, or its first further token.
-    """
-    at = products.decoder_positions(program, prompt.text, prompt.image, mode, answers_last_only=shape.host == HF)
+    """FLOPs of one pass of a model over a prompt, where `program` (see `program_of`) says what its layers do."""
+    at = decoder_positions(program, prompt.text, prompt.image, mode, answers_last_only=shape.host == HF)
     decoder, batch = shape.decoder, prompt.batch
     images = 0 if mode is Mode.DECODE else prompt.images(shape.projected)
-    chooser: Counter[Product] = (
-        Counter() if at.chooser is None else products.chooser_products(decoder, at.chooser, batch)
-    )
-    side = LayerFlops()
-    for position in at.side:
-        side = side + _layer(decoder, position, batch)
+
+    def layer(position: Positions, times: int = 1) -> LayerFlops:
+        parts = layer_products(decoder, position, batch).items()
+        return LayerFlops(**{name: times * total(counts) for name, counts in parts})
+
+    tower = shape.tower  # every block runs, whichever is read
+    block = tower.tokens * _multiplied(tower.linears) + 2 * tower.tokens**2 * tower.attention_width
+    embedded = tower.patches * _multiplied([tower.patch_embedding])
     return Flops(
-        tower=tower_flops(shape, images),
-        projector=projector_flops(shape, images),
-        layers=tuple(_layer(decoder, position, batch) for position in at.layers),
-        side=side,
-        pruning=products.total(chooser),
+        tower=2 * images * (tower.blocks * block + embedded + tower.pooled),
+        projector=2 * images * shape.projected * _multiplied(shape.projector) * (1 + shape.stacked),
+        layers=tuple(map(layer, at.layers)),
+        side=layer(at.side[0], len(at.side)) if at.side else LayerFlops(),
+        pruning=total(chooser_products(decoder, at.chooser, batch)) if at.chooser else 0,
         head=2 * at.answered * batch * decoder.hidden * decoder.vocabulary,
     )
 
 
-def _layer(shape: DecoderShape, at: Positions, batch: int) -> LayerFlops:
-    parts = products.layer_products(shape, at, batch)
-    return LayerFlops(*map(products.total, (parts.projections, parts.attention, parts.feed_forward)))
-
-
-def tower_flops(shape: ModelShape, images: int) -> int:
-    """The vision tower on some images: every block, whichever is read."""
-    tower = shape.tower
-    linears = sum(a * b for a, b in tower.linears)
-    block = tower.tokens * linears + 2 * tower.tokens**2 * tower.attention_width
-    entry, width = tower.patch_embedding
-    return 2 * images * (tower.blocks * block + tower.patches * entry * width + tower.pooled)
-
-
-def projector_flops(shape: ModelShape, images: int) -> int:
-    """The projector on some images, and as often again as DeepStack has taps."""
-    each = sum(a * b for a, b in shape.projector)
-    return 2 * images * shape.projected * each * (1 + shape.stacked)
+def _multiplied(linears: Iterable[Linear]) -> int:
+    """Multiply-adds of linear layers on one position."""
+    return sum(inputs * outputs for inputs, outputs in linears)
 
 
 def cache_bytes(shape: ModelShape, program: LayerSchedule, prompt: Prompt, value_bytes: int = 2) -> int:
     """Bytes of the KV cache after a prompt, and of what the side branch remembers for later images.
 
-    Args:
-        shape: the model's sizes.
-        program: what its layers do.
-        prompt: what it got.
-        value_bytes: of one number: 2 in half precision, 4 in float32.
+    One number takes `value_bytes`: 2 in half precision, 4 in float32.
     """
-    at = products.decoder_positions(program, prompt.text, prompt.image, Mode.PREFILL)
+    at = decoder_positions(program, prompt.text, prompt.image, Mode.PREFILL)
     row = 2 * shape.decoder.key_value_heads * shape.decoder.head_dim * value_bytes
-    remembered = 0
-    if at.side:
-        remembered = at.images * (shape.decoder.hidden * value_bytes + POSITION_BYTES)
+    remembered = at.images * (shape.decoder.hidden * value_bytes + POSITION_BYTES) if at.side else 0
     return prompt.batch * (sum(layer.held for layer in at.layers) * row + remembered)
 
 

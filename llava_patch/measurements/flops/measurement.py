@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_patch.core.errors import SettingError
+from llava_patch.data.target import Target
 from llava_patch.measurements.base import Measurement, Table, words
 from llava_patch.settings import active
 
 if TYPE_CHECKING:
-    from llava_patch.data.target import Target
     from llava_patch.measurements.flops.result import FlopsResult
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -66,8 +66,12 @@ class FlopsMeasurement(Measurement):
 
     def in_report(self, context: Any, settings: Any) -> "FlopsResult":
         """Count one prompt; a fusion that gin puts on the checkpoint is not counted."""
-        dtype = context.dtype if context.dtype == "float32" else "float16"
-        return self._count(context.below or context.checkpoint, "", None, "1", 1, [TEXT], None, None, 1, dtype)
+        from llava_patch.measurements.flops.count import Prompt
+        from llava_patch.measurements.flops.result import measure_flops
+
+        found, split, own = self._model(context.below or context.checkpoint)
+        value_bytes = 4 if context.dtype == "float32" else 2
+        return measure_flops(found, [Prompt(TEXT, found.projected)], split, own=own, value_bytes=value_bytes)
 
     def report_tables(self, result: Any) -> list[tuple[str, Table]]:
         """The table with its prompt."""
@@ -77,7 +81,7 @@ class FlopsMeasurement(Measurement):
 
     def measure(
         self,
-        target: "Target",
+        target: Target,
         settings: Any = None,
         folder: Path | None = None,
         *,
@@ -107,6 +111,9 @@ class FlopsMeasurement(Measurement):
             batch: samples a batch.
             dtype: of the KV cache: float32, bfloat16 or float16.
         """
+        from llava_patch.measurements.flops.count import Prompt
+        from llava_patch.measurements.flops.result import measure_flops
+
         asked = active.configuration()
         if asked is not None and asked.fusion is not None:
             raise SettingError(
@@ -115,37 +122,28 @@ class FlopsMeasurement(Measurement):
             )
         if asked is not None and asked.routing is not None and not isinstance(asked.routing.split, int):
             raise SettingError(f'Routing.split = "{asked.routing.split}": nothing is measured here; name a layer')
-        return self._count(
-            target.checkpoint, shape, split, fusion_layers, side_layers, text, image, tiles, batch, dtype
-        )
-
-    def _count(
-        self, checkpoint: str, shape: str, split: int | None, fusion_layers: str, side_layers: int, text: list[int],
-        image: int | None, tiles: int | None, batch: int, dtype: str,
-    ) -> "FlopsResult":  # fmt: skip
-        from llava_patch.hosts.sizes import SHAPES
-        from llava_patch.measurements.flops import files, result
-        from llava_patch.measurements.flops import shape as shapes
-        from llava_patch.measurements.flops.count import Prompt
-
-        routing = pruning = None
-        asked = active.configuration()
-        if shape or (checkpoint == SHAPE and not Path(SHAPE).exists()):
-            found = shapes.named(checkpoint)
-            if split is None and (asked is None or asked.routing is None):
-                split = SHAPES[checkpoint].split
-        else:
-            found, routing, pruning = files.read_shape(checkpoint)
-        if asked is not None:
-            routing, pruning = asked.routing or routing, asked.pruning or pruning
+        given = words(fusion_layers)
+        if not given or not all(word.isdigit() for word in given):
+            raise SettingError(f"--fusion-layers {fusion_layers}: expected a number, or layer numbers as 20,31")
+        layers: Any = int(given[0]) if len(given) == 1 else tuple(map(int, given))
+        found, own_split, own = self._model(target.checkpoint, shape)
         tokens = found.projected if image is None else image
         prompts = [Prompt(count, tokens, batch, tiles) for count in text]
-        layers, own = _layers(fusion_layers), (routing, pruning)
-        return result.measure_flops(found, prompts, split, layers, side_layers, own, BYTES[dtype])
+        split = own_split if split is None else split
+        return measure_flops(found, prompts, split, layers, side_layers, own, BYTES[dtype])
 
+    def _model(self, checkpoint: str, shape: str = "") -> tuple[Any, int | None, tuple[Any, Any]]:
+        """(sizes, split of a shape where no routing is bound, routing and pruning: gin's, or the checkpoint's)."""
+        from llava_patch.hosts.sizes import SHAPES
+        from llava_patch.measurements.flops.shape import named, read_shape
 
-def _layers(text: str) -> int | tuple[int, ...]:
-    given = words(text)
-    if not given or not all(word.isdigit() for word in given):
-        raise SettingError(f"--fusion-layers {text}: expected a number, or layer numbers as 20,31")
-    return int(given[0]) if len(given) == 1 else tuple(map(int, given))
+        asked = active.configuration()
+        split = routing = pruning = None
+        if shape or (checkpoint == SHAPE and not Path(SHAPE).exists()):
+            found = named(checkpoint)
+            split = SHAPES[checkpoint].split if asked is None or asked.routing is None else None
+        else:
+            found, routing, pruning = read_shape(checkpoint)
+        if asked is not None:
+            routing, pruning = asked.routing or routing, asked.pruning or pruning
+        return found, split, (routing, pruning)

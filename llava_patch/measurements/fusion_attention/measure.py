@@ -7,159 +7,22 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llava_patch.core import files
 from llava_patch.core.errors import InputError, SettingError
 from llava_patch.data.target import Opener
-from llava_patch.hosts.anatomy import Anatomy, find
-from llava_patch.measurements import passes
+from llava_patch.hosts.anatomy import Anatomy
+from llava_patch.measurements import pairs
 from llava_patch.measurements.fusion_attention.result import DEFAULTS, FusionAttention, FusionAttentionResult
-from llava_patch.measurements.passes import check_finite, evaluating
+from llava_patch.measurements.passes import check_finite
 from llava_patch.measurements.trace import run, text_after_image, traced
 from llava_patch.patching.handle import get_handle
 from llava_patch.routing.schedule import LayerMode
 
 WHAT = "fusion attention"
-
-
-@dataclass
-class HeadMass:
-    """Mean over samples of one model.
-
-    Attributes:
-        layers: numbers.
-        n_layers: L.
-        total: float64 [layers, heads], sum over samples.
-        inputs: a digest of each sample's text tokens and image positions; None for one that was left out.
-    """
-
-    layers: tuple[int, ...]
-    n_layers: int
-    total: Tensor | None = None
-    inputs: list[str | None] = field(default_factory=list)
-
-    @property
-    def samples(self) -> int:
-        """How many samples were measured."""
-        return sum(one is not None for one in self.inputs)
-
-    def mean(self) -> list[list[float]]:
-        """[layers][heads].
-
-        Raises:
-            InputError: no sample.
-        """
-        if self.total is None:
-            raise InputError(
-                f"no usable sample for {WHAT}: {len(self.inputs)} without an image, or without text after it"
-            )
-        return (self.total / self.samples).tolist()
-
-    def add(self, mass: Tensor | None, digest: str | None) -> None:
-        """Add one sample; (None, None): left out."""
-        if mass is not None:
-            self.total = mass.double() if self.total is None else self.total + mass.double()
-        self.inputs.append(digest)
-
-
-def fusion_layers(anatomy: Anatomy) -> tuple[int, ...]:
-    """The layers in which a model's text reads what the deep layers have of the image.
-
-    LF: the fusion layers; PC and KV: all deep layers; a model that routes nothing: the last layer.
-
-    Raises:
-        InputError: ideal and VTW have none.
-    """
-    n_layers = len(anatomy.layers)
-    handle = get_handle(anatomy.model)
-    program = None if handle is None else handle.program()
-    if program is None or program.split == n_layers:
-        return (n_layers - 1,)
-    read = (LayerMode.FUSE, LayerMode.RESET, LayerMode.KEYS)
-    found = tuple(i for i, mode in enumerate(program.modes) if mode in read)
-    if not found:
-        raise InputError(
-            f"{WHAT}: text sees no image from layer {program.split} on in this model (ideal, vtw), so there is no "
-            "fusion layer: name layers below the split with FusionAttention.layers, or measure another variant"
-        )
-    return found
-
-
-def check_layers(layers: tuple[int, ...], anatomy: Anatomy) -> None:
-    """Refuse layers that a model does not have.
-
-    Raises:
-        SettingError: names them.
-    """
-    outside = [layer for layer in layers if layer >= len(anatomy.layers)]
-    if outside:
-        raise SettingError(
-            f"FusionAttention.layers = {layers}: this model has layers 0..{len(anatomy.layers) - 1}, not {outside[0]}"
-        )
-
-
-def head_mass(
-    model: nn.Module,
-    samples: Iterable[dict[str, Any]],
-    layers: tuple[int, ...],
-    chunk: int = 128,
-    max_samples: int | None = None,
-    progress: bool = True,
-    name: str = WHAT,
-) -> HeadMass:
-    """Measure one model; memory does not grow with samples but for a digest each.
-
-    Args:
-        model: of either host, stock or routed.
-        samples: keyword arguments of its forward, each a batch of one without padding.
-        layers: numbers.
-        chunk: attention queries held at a time.
-        max_samples: stop after so many usable ones.
-        progress: show a progress bar on stderr.
-        name: what the bar says.
-    """
-    anatomy = find(model)
-    check_layers(layers, anatomy)
-    found = HeadMass(layers, len(anatomy.layers))
-    with evaluating(model):
-        for sample in files.track(samples, name, progress):
-            if max_samples is not None and found.samples >= max_samples:
-                break
-            found.add(*measure_sample(anatomy, sample, layers, chunk))
-    return found
-
-
-@torch.no_grad()
-def measure_sample(
-    anatomy: Anatomy, sample: dict[str, Any], layers: tuple[int, ...], chunk: int = 128
-) -> tuple[Tensor, str] | tuple[None, None]:
-    """One forward pass.
-
-    Returns:
-        (float32 [layers, heads] on CPU, digest of what the model read); (None, None) for a sample without an image or
-        without text after it. Layers that see no image have zeros; where image tokens are pruned, mass is that on the
-        ones that are left.
-
-    Raises:
-        InputError: a batch, or padding.
-        HostError: something besides llava_patch removes tokens, or numbers that are not finite.
-    """
-    ids = sample["input_ids"]
-    if not passes.has_image(anatomy, sample) or not len(text_after_image(ids[0] == anatomy.image_token_id)):
-        return None, None
-    with traced(anatomy, chunk, layers) as seen:
-        run(anatomy, seen, sample, WHAT)
-    text = ids[0][ids[0] != anatomy.image_token_id]
-    digest = hashlib.sha256(str((text.tolist(), seen.mask().int().tolist())).encode()).hexdigest()
-    found = torch.stack([seen.mass[layer].cpu() for layer in layers])
-    for layer, mass in zip(layers, found.tolist(), strict=True):
-        check_finite(mass, layer, anatomy)
-    return found, digest
 
 
 def measure_fusion_attention(
@@ -184,71 +47,127 @@ def measure_fusion_attention(
         InputError: no usable sample, or samples that the two models read in different ways.
         SettingError: layers that a model does not have.
     """
-    own, other = find(model), find(base)
-    layers = settings.layers or fusion_layers(own)
-    for anatomy in (own, other):
-        check_layers(layers, anatomy)
-    trained, stock = HeadMass(layers, len(own.layers)), HeadMass(layers, len(other.layers))
-    with evaluating(model), evaluating(base):
-        for sample, base_sample in passes.paired(samples, base_samples, WHAT, progress):
-            if settings.max_samples is not None and trained.samples >= settings.max_samples:
-                break
-            trained.add(*measure_sample(own, sample, layers, settings.chunk))
-            stock.add(*measure_sample(other, base_sample, layers, settings.chunk))
-    return compare(trained, stock, settings)
+    return MassMeter(settings).together(model, base, samples, base_samples, progress)
 
 
 def measure_fusion_attention_apart(
     open_model: Opener, open_base: Opener, settings: FusionAttention = DEFAULTS, progress: bool = True
 ) -> FusionAttentionResult:
-    """Compare two models that are never in memory together; only sums are kept of the first.
+    """Do as `measure_fusion_attention`, of two models that are never in memory together.
 
-    Args:
-        open_model: loads the checkpoint: (model, samples for it).
-        open_base: the same of the base; its samples are of the same examples in the same order.
-        settings: see `FusionAttention`.
-        progress: show progress bars on stderr.
+    Each opener loads one: (model, samples for it); the samples are of the same examples in the same order.
+    """
+    return MassMeter(settings).apart(open_model, open_base, progress)
+
+
+class MassMeter(pairs.Meter):
+    """Attention mass of both models' heads, summed over samples."""
+
+    what, lacking = WHAT, "without an image, or without text after it"
+    total: Tensor | None = None  # float64 [2, layers, heads]
+
+    def begin(self, anatomy: Anatomy) -> None:
+        """Look at the layers that the settings name, or at the checkpoint's fusion layers."""
+        self.layers = self.settings.layers or fusion_layers(anatomy)
+        self.check(anatomy)
+        self.n_layers = self.base_layers
+
+    def check(self, base: Anatomy) -> None:
+        """Refuse layers that a model does not have: SettingError names them."""
+        self.base_layers = len(base.layers)
+        outside = [layer for layer in self.layers if layer >= self.base_layers]
+        if outside:
+            raise SettingError(
+                f"FusionAttention.layers = {self.layers}: this model has layers 0..{self.base_layers - 1}, not "
+                f"{outside[0]}"
+            )
+
+    def usable(self, anatomy: Anatomy, sample: dict[str, Any]) -> bool:
+        """Whether there is an image, and text after it that could look at it."""
+        image = sample["input_ids"][0] == anatomy.image_token_id
+        return super().usable(anatomy, sample) and len(text_after_image(image)) > 0
+
+    def read(self, anatomy: Anatomy, sample: dict[str, Any]) -> tuple[Tensor, str] | None:
+        """See `measure_sample`; None for an unusable sample, which the base's may be."""
+        usable = self.usable(anatomy, sample)
+        return measure_sample(anatomy, sample, self.layers, self.settings.chunk) if usable else None
+
+    def add(self, number: int, one: tuple[Tensor, str], other: tuple[Tensor, str] | None) -> None:
+        """Add what `read` gave; InputError: another depth or number of heads, or the two did not read the same."""
+        (trained, digest), (stock, base_digest) = one, other or (one[0], "")
+        heads, base_heads = trained.shape[1], stock.shape[1]
+        if (self.n_layers, heads) != (self.base_layers, base_heads):
+            raise InputError(
+                f"{WHAT}: the checkpoint has {self.n_layers} layers of {heads} heads, the base {self.base_layers} of "
+                f"{base_heads}: is it this checkpoint's base?"
+            )
+        if digest != base_digest:
+            raise _unlike(number)
+        mass = torch.stack([trained, stock]).double()
+        self.total = mass if self.total is None else self.total + mass
+
+    def left_out(self, number: int, base: Anatomy, sample: dict[str, Any]) -> None:
+        """Refuse a sample that is usable in the base alone."""
+        if self.usable(base, sample):
+            raise _unlike(number)
+
+    def result(self) -> FusionAttentionResult:
+        """The mean over samples."""
+        assert self.total is not None
+        trained, stock = (self.total / self.samples).tolist()
+        return FusionAttentionResult(
+            list(self.layers), trained, stock, self.n_layers, self.samples, self.skipped, settings=self.settings
+        )
+
+
+def _unlike(number: int) -> InputError:
+    return InputError(
+        f"{WHAT}: sample {number} has other text tokens or image positions in the checkpoint than in the base, so that "
+        "the two cannot be compared: their tokenizers, chat templates or numbers of image tokens differ"
+    )
+
+
+def fusion_layers(anatomy: Anatomy) -> tuple[int, ...]:
+    """The layers in which a model's text reads what the deep layers have of the image.
+
+    LF: the fusion layers; PC and KV: all deep layers; a model that routes nothing: the last layer. Ideal and VTW have
+    none, which is an InputError.
+    """
+    n_layers = len(anatomy.layers)
+    handle = get_handle(anatomy.model)
+    schedule = None if handle is None else handle.program()
+    if schedule is None or schedule.split == n_layers:
+        return (n_layers - 1,)
+    read = (LayerMode.FUSE, LayerMode.RESET, LayerMode.KEYS)
+    found = tuple(i for i, mode in enumerate(schedule.modes) if mode in read)
+    if not found:
+        raise InputError(
+            f"{WHAT}: text sees no image from layer {schedule.split} on in this model (ideal, vtw), so there is no "
+            "fusion layer: name layers below the split with FusionAttention.layers, or measure another variant"
+        )
+    return found
+
+
+@torch.no_grad()
+def measure_sample(
+    anatomy: Anatomy, sample: dict[str, Any], layers: tuple[int, ...], chunk: int = 128
+) -> tuple[Tensor, str]:
+    """One forward pass on a sample with an image and text after it.
+
+    Returns:
+        (float32 [layers, heads] on CPU, digest of what the model read). Layers that see no image have zeros; where
+        image tokens are pruned, mass is that on the ones that are left.
 
     Raises:
-        InputError: as `measure_fusion_attention`.
-        SettingError: as `measure_fusion_attention`.
+        InputError: a batch, or padding.
+        HostError: something besides llava_patch removes tokens, or numbers that are not finite.
     """
-    trained = _one(open_model, settings.layers, settings, progress, f"{WHAT}: checkpoint")
-    passes.forget_models()
-    stock = _one(open_base, trained.layers, settings, progress, f"{WHAT}: base")
-    return compare(trained, stock, settings)
-
-
-def _one(
-    opened: Opener, layers: tuple[int, ...] | None, settings: FusionAttention, progress: bool, name: str
-) -> HeadMass:
-    """Measure one model, which is out of memory when this returns."""
-    model, samples = opened()
-    layers = layers or fusion_layers(find(model))
-    return head_mass(model, samples, layers, settings.chunk, settings.max_samples, progress, name)
-
-
-def compare(trained: HeadMass, stock: HeadMass, settings: FusionAttention) -> FusionAttentionResult:
-    """The result of two measured models.
-
-    Raises:
-        InputError: they did not read the same, or are of another depth or number of heads.
-    """
-    masses = trained.mean(), stock.mean()
-    shapes = [(one.n_layers, len(mass[0])) for one, mass in zip((trained, stock), masses, strict=True)]
-    if shapes[0] != shapes[1]:
-        raise InputError(
-            f"{WHAT}: the checkpoint has {shapes[0][0]} layers of {shapes[0][1]} heads, the base {shapes[1][0]} of "
-            f"{shapes[1][1]}: is it this checkpoint's base?"
-        )
-    if trained.inputs != stock.inputs:
-        pairs = zip(trained.inputs, stock.inputs, strict=False)
-        at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(trained.inputs), len(stock.inputs)))
-        raise InputError(
-            f"{WHAT}: sample {at} has other text tokens or image positions in the checkpoint than in the base, so that "
-            "the two cannot be compared: their tokenizers, chat templates or numbers of image tokens differ"
-        )
-    return FusionAttentionResult(
-        list(trained.layers), *masses, trained.n_layers, trained.samples, len(trained.inputs) - trained.samples,
-        settings=settings,
-    )  # fmt: skip
+    with traced(anatomy, chunk, layers) as seen:
+        run(anatomy, seen, sample, WHAT)
+    ids = sample["input_ids"][0]
+    text = ids[ids != anatomy.image_token_id]
+    digest = hashlib.sha256(str((text.tolist(), seen.mask().int().tolist())).encode()).hexdigest()
+    found = torch.stack([seen.mass[layer].cpu() for layer in layers])
+    for layer, mass in zip(layers, found.tolist(), strict=True):
+        check_finite(mass, layer, anatomy)
+    return found, digest

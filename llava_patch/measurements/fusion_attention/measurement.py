@@ -9,41 +9,27 @@ from typing import TYPE_CHECKING, Any
 
 from llava_patch.core.paths import named
 from llava_patch.measurements.base import Measurement
-from llava_patch.measurements.fusion_attention.result import FusionAttention, FusionAttentionResult
+from llava_patch.measurements.fusion_attention.result import FusionAttention, FusionAttentionResult, mean
 
 if TYPE_CHECKING:
     from llava_patch.data.target import Target
 
 
-def _pooled(items: Sequence[dict[str, Any]]) -> FusionAttentionResult:
-    found = [FusionAttentionResult.from_dict(item["result"]) for item in items]
-    trained, stock = (
-        [[_mean(column) for column in zip(*layer, strict=True)] for layer in zip(*parts, strict=True)]
-        for parts in ([one.trained for one in found], [one.stock for one in found])
-    )
-    settings = FusionAttention(**items[0]["settings"])
-    return dataclasses.replace(found[0], trained=trained, stock=stock, samples=len(found), settings=settings)
-
-
 def _mass(items: Sequence[dict[str, Any]]) -> float:
     """Text-to-image attention mass, mean over heads, fusion layers and documents."""
-    return _mean([value for heads in _pooled(items).trained for value in heads])
+    return mean([value for heads in FusionAttentionMeasurement().pooled(items).trained for value in heads])
 
 
 def _ratio(items: Sequence[dict[str, Any]]) -> float | None:
     """That mass divided by the base's; None where the base's is zero."""
-    stock = _mean([value for heads in _pooled(items).stock for value in heads])
+    stock = mean([value for heads in FusionAttentionMeasurement().pooled(items).stock for value in heads])
     return _mass(items) / stock if stock else None
 
 
 def _heads(items: Sequence[dict[str, Any]]) -> int:
     """Heads of the fusion layers that are above twice their own mass in the base."""
-    result = _pooled(items)
+    result = FusionAttentionMeasurement().pooled(items)
     return sum(result.above_twice(index) for index in range(len(result.layers)))
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 class FusionAttentionMeasurement(Measurement):
@@ -90,5 +76,11 @@ class FusionAttentionMeasurement(Measurement):
 
     def pooled(self, items: Sequence[dict[str, Any]]) -> FusionAttentionResult:
         """The mean over documents, each of which counts the same."""
-        sources = {"checkpoint": items[0]["checkpoint"], "base": items[0]["base"]}
-        return dataclasses.replace(_pooled(items), **sources)
+        found = [FusionAttentionResult.from_dict(item["result"]) for item in items]
+        trained, stock = (
+            [[mean(heads) for heads in zip(*layers, strict=True)] for layers in zip(*parts, strict=True)]
+            for parts in ([one.trained for one in found], [one.stock for one in found])
+        )
+        first, settings = items[0], FusionAttention(**items[0]["settings"])
+        known = {"checkpoint": first["checkpoint"], "base": first["base"], "settings": settings}
+        return dataclasses.replace(found[0], trained=trained, stock=stock, samples=len(found), **known)

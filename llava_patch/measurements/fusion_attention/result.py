@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from llava_patch.core import plotting
 from llava_patch.core.errors import SettingError
-from llava_patch.core.extras import optional
-from llava_patch.measurements.base import Result, decode, encode
+from llava_patch.measurements.base import Result, drawn
 from llava_patch.settings.checks import integer
 
 COLUMNS = 2
@@ -55,36 +54,24 @@ DEFAULTS = FusionAttention()
 
 @dataclass(frozen=True)
 class FusionAttentionResult(Result):
-    """What was measured. Mass: attention probability that text behind the image puts on image keys, mean over samples.
-
-    Attributes:
-        layers: numbers.
-        trained: [layers][heads], mass in the checkpoint.
-        stock: [layers][heads], mass in the base.
-        n_layers: L.
-        samples: number of samples.
-        skipped: samples without an image or without text after it.
-        checkpoint: what was measured.
-        base: what with.
-        settings: the settings used.
-    """
+    """Mass: attention probability that text behind the image puts on image keys, mean over samples."""
 
     NAME, TITLE = "fusion_attention", "fusion attention"
     FIGURE = "llava_patch.measurements.fusion_attention.result:fusion_attention_figure"
 
-    layers: list[int]
-    trained: list[list[float]]
-    stock: list[list[float]]
-    n_layers: int
+    layers: list[int]  # numbers
+    trained: list[list[float]]  # [layers][heads], mass in the checkpoint
+    stock: list[list[float]]  # [layers][heads], mass in the base
+    n_layers: int  # L
     samples: int
-    skipped: int = 0
-    checkpoint: str = ""
-    base: str = ""
+    skipped: int = 0  # samples without an image or without text after it
+    checkpoint: str = ""  # what was measured
+    base: str = ""  # what with
     settings: FusionAttention = field(default_factory=FusionAttention)
 
     def mean_ratio(self, index: int) -> float:
         """Trained mean over heads divided by the stock one, in the index-th layer; NaN for 0 / 0."""
-        return _ratio(_mean(self.trained[index]), _mean(self.stock[index]))
+        return _ratio(mean(self.trained[index]), mean(self.stock[index]))
 
     def ratios(self, index: int) -> list[float]:
         """The same of each head."""
@@ -94,86 +81,70 @@ class FusionAttentionResult(Result):
         """Heads whose mass is more than twice their own in the base."""
         return sum(a > 2 * b for a, b in zip(self.trained[index], self.stock[index], strict=True))
 
+    def per_layer(self) -> list[dict[str, Any]]:
+        """What there is to say of each layer, as files have it."""
+        return [
+            {
+                "layer": layer,
+                "trained": trained,
+                "stock": stock,
+                "trained_mean": mean(trained),
+                "stock_mean": mean(stock),
+                "mean_ratio": self.mean_ratio(i),
+                "head_ratios": self.ratios(i),
+                "highest_head_trained": trained.index(max(trained)),
+                "highest_head_stock": stock.index(max(stock)),
+                "highest_mass_trained": max(trained),
+                "highest_mass_stock": max(stock),
+                "heads_above_twice_stock": self.above_twice(i),
+            }
+            for i, (layer, trained, stock) in enumerate(zip(self.layers, self.trained, self.stock, strict=True))
+        ]
+
     def encode(self) -> dict[str, Any]:
         """A dictionary a layer, with what follows from its masses."""
-        found = []
-        for i, layer in enumerate(self.layers):
-            found.append(
-                {
-                    "layer": layer,
-                    "trained": self.trained[i],
-                    "stock": self.stock[i],
-                    "trained_mean": _mean(self.trained[i]),
-                    "stock_mean": _mean(self.stock[i]),
-                    "mean_ratio": self.mean_ratio(i),
-                    "head_ratios": self.ratios(i),
-                    "highest_head_trained": _highest(self.trained[i]),
-                    "highest_head_stock": _highest(self.stock[i]),
-                    "highest_mass_trained": max(self.trained[i]),
-                    "highest_mass_stock": max(self.stock[i]),
-                    "heads_above_twice_stock": self.above_twice(i),
-                }
-            )
-        return {
-            "sources": [self.checkpoint, self.base],
-            "layers": found,
-            **{name: getattr(self, name) for name in _PLAIN},
-            "settings": encode(self.settings),
-            **({"facts": self.facts} if self.facts else {}),
-        }
+        values = super().encode()
+        del values["trained"], values["stock"]
+        return {"sources": [self.checkpoint, self.base], **values, "layers": self.per_layer()}
 
     @classmethod
     def decode(cls, values: dict[str, Any]) -> "FusionAttentionResult":
         """Read the masses; what follows from them is worked out again."""
-        layers, trained, stock = ([one[n] for one in values["layers"]] for n in ("layer", "trained", "stock"))
-        settings = decode(FusionAttention, values["settings"])
-        plain = {name: values[name] for name in _PLAIN}
-        return cls(layers, trained, stock, **plain, settings=settings, facts=values.get("facts", {}))
+        names = {"layers": "layer", "trained": "trained", "stock": "stock"}
+        return super().decode({**values, **{k: [one[v] for one in values["layers"]] for k, v in names.items()}})
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Head and rows: a layer each."""
-        rows = []
-        for i, layer in enumerate(self.layers):
-            a, b = self.trained[i], self.stock[i]
-            rows.append(
-                [
-                    str(layer),
-                    f"{_mean(a):.4f}",
-                    f"{_mean(b):.4f}",
-                    f"{self.mean_ratio(i):.2f}",
-                    f"{max(a):.3f} ({_highest(a)})",
-                    f"{max(b):.3f} ({_highest(b)})",
-                    f"{self.above_twice(i)} of {len(a)}",
-                ]
-            )
+        rows = [
+            [
+                f"{one['layer']}",
+                f"{one['trained_mean']:.4f}",
+                f"{one['stock_mean']:.4f}",
+                f"{one['mean_ratio']:.2f}",
+                f"{one['highest_mass_trained']:.3f} ({one['highest_head_trained']})",
+                f"{one['highest_mass_stock']:.3f} ({one['highest_head_stock']})",
+                f"{one['heads_above_twice_stock']} of {len(one['trained'])}",
+            ]
+            for one in self.per_layer()
+        ]
         return ["layer", "mean", "stock", "ratio", "highest (head)", "stock's", "over twice"], rows
 
     def summary(self) -> str:
         """What was found, in a sentence a layer."""
         lines = []
-        for i, layer in enumerate(self.layers):
-            a, b = self.trained[i], self.stock[i]
+        for layer, mean, stock, ratio, highest, base_highest, above in self.table()[1]:
+            times = "against" if ratio == "nan" else f"{ratio} times"
             lines.append(
-                f"Layer {layer}: text puts {_mean(a):.4f} of its attention on the image, {_times(self.mean_ratio(i))} "
-                f"stock's {_mean(b):.4f}; highest head {max(a):.3f} (head {_highest(a)}), stock's {max(b):.3f} (head "
-                f"{_highest(b)}); {self.above_twice(i)} of {len(a)} heads are above twice stock."
+                f"Layer {layer}: text puts {mean} of its attention on the image, {times} stock's {stock}; highest head "
+                f"{highest.replace('(', '(head ')}, stock's {base_highest.replace('(', '(head ')}; {above} heads are "
+                "above twice stock."
             )
         return f"{' '.join(lines)} ({self.samples} samples)"
 
 
-_PLAIN = ("n_layers", "samples", "skipped", "checkpoint", "base")
-
-
-def _mean(values: list[float]) -> float:
+def mean(values: Sequence[float]) -> float:
+    """Arithmetic mean."""
     return sum(values) / len(values)
-
-
-def _times(ratio: float) -> str:
-    return "against" if math.isnan(ratio) else f"{ratio:.2f} times"
-
-
-def _highest(values: list[float]) -> int:
-    return values.index(max(values))
 
 
 def _ratio(one: float, other: float) -> float:
@@ -182,27 +153,20 @@ def _ratio(one: float, other: float) -> float:
     return one / other
 
 
-def fusion_attention_figure(result: FusionAttentionResult, path: str | Path) -> Path:
-    """A panel a layer: each head's mass, sorted by stock's; trained as bars, stock as points, its double as dashes.
-
-    Returns:
-        The path written.
-    """
-    mpl = optional("matplotlib")
-
+@drawn
+def fusion_attention_figure(result: FusionAttentionResult) -> Any:
+    """A panel a layer: each head's mass, sorted by stock's; trained as bars, stock as points, its double as dashes."""
     count = len(result.layers)
     columns = min(COLUMNS, count)
     figure, axes = plotting.panels(-(-count // columns), columns)
-    with mpl.rc_context(plotting.STYLE):
-        for index, axis in enumerate(axes):
-            if index < count:
-                _panel(axis, result, index)
-            else:
-                axis.set_visible(False)
-        figure.suptitle(f"Text-to-image attention by head, {result.samples} samples", fontsize=8.5)
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=2)
-        return plotting.write_figure(figure, path)
+    for index, axis in enumerate(axes):
+        if index < count:
+            _panel(axis, result, index)
+        else:
+            axis.set_visible(False)
+    figure.suptitle(f"Text-to-image attention by head, {result.samples} samples", fontsize=8.5)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
 
 
 def _panel(axis: Any, result: FusionAttentionResult, index: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,18 +22,15 @@ from llava_patch.fusion.features import detaching
 from llava_patch.fusion.tower_training import lift_no_grad
 from llava_patch.hosts import zero
 from llava_patch.measurements.gradients.settings import ATTACHED, RUN
-from llava_patch.patching.handle import Handle, get_handle
+from llava_patch.patching.handle import get_handle
 
 _CHECKPOINT = "_gradient_checkpointing_func"  # transformers' name on every module that can checkpoint
 
 
 def measured_block(model: nn.Module, block: int | None = None, full: str = RUN) -> int:
-    """The number of the block that is measured, checked against the model's fusion; changes nothing.
+    """The number of the block that is measured, checked against the fusion of a model whose tower may not be loaded.
 
-    Args:
-        model: a patched host model, possibly wrapped; its tower need not be loaded yet.
-        block: from 1; None: the shallowest tapped block.
-        full: see `Gradients.full`.
+    `block` None is the shallowest tapped one; for `full`, see `Gradients`.
 
     Raises:
         SettingError: no fusion, no tap through which a gradient reaches the block, or a block above the main feature.
@@ -72,15 +69,12 @@ def measured_block(model: nn.Module, block: int | None = None, full: str = RUN) 
 def block_parameters(model: nn.Module, block: int) -> dict[str, nn.Parameter]:
     """The parameters of a vision block whose gradient is taken, by name: all that are floating-point numbers.
 
-    Args:
-        model: a patched host model with a loaded tower.
-        block: its number, from 1.
-
     Raises:
         HostError: the tower is not loaded, or the block has only quantised weights.
         SettingError: DeepSpeed ZeRO-3 has partitioned the weights.
     """
-    handle = _handle(model)
+    handle = get_handle(model)
+    assert handle is not None
     module = handle.anatomy.vision_parts().blocks[block - 1]
     found = {n: p for n, p in module.named_parameters() if p.is_floating_point()}
     if zero.is_partitioned(found.values()):
@@ -132,38 +126,38 @@ def decompose(
         InputError: the loss is no scalar, or no gradient reaches the block from it (a batch without images).
     """
     measured_block(model, block, full)
-    handle = _handle(model)
     block_parameters(model, block)  # refuses before anything changes
+    handle = get_handle(model)
+    assert handle is not None
     devices = sorted({p.device.index for p in handle.model.parameters() if p.device.type == "cuda"})
+    # The auxiliary loss counts the run's own forward passes alone.
+    quiet = contextlib.nullcontext() if handle.auxiliary is None else handle.auxiliary.unobserved()
     undo = UndoStack()
     try:
-        with torch.enable_grad(), _quiet(handle):
+        with torch.enable_grad(), quiet:
             leaves = _stand_in(handle.anatomy.vision_parts().blocks[block - 1], undo)
             if handle.anatomy.tower_apart:
                 lift_no_grad(handle.anatomy, undo)
-            _checkpoint_without_reentry(handle.model, undo)
+            for module in handle.model.modules():
+                if _CHECKPOINT in vars(module):
+                    undo.set_attribute(module, _CHECKPOINT, functools.partial(checkpoint, use_reentrant=False))
             found = []
             for detached in (True, False if full == ATTACHED else None):
-                with torch.random.fork_rng(devices), _taps(detached):
+                token = detaching.set(detached)
+                undo.push(functools.partial(detaching.reset, token))
+                with torch.random.fork_rng(devices):
                     found.append(_gradient(loss_of, leaves, block if images else None, scale))
     finally:
         undo.unwind()
     return found[0], found[1]
 
 
-def _handle(model: nn.Module) -> Handle:
-    handle = get_handle(model)
-    assert handle is not None
-    return handle
-
-
 def _gradient(loss_of: Callable[[], Tensor], leaves: list[nn.Parameter], block: int | None, scale: float) -> Tensor:
     loss = loss_of()
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise InputError(f"the loss must be one number, not {loss!r:.100}: return the model's loss (give it labels)")
-    reached = loss.requires_grad
     parts: Any = [None] * len(leaves)
-    if reached:
+    if loss.requires_grad:
         parts = torch.autograd.grad(loss.reshape(()) * scale, leaves, allow_unused=True)
     if block is not None and all(part is None for part in parts):
         raise InputError(
@@ -171,7 +165,7 @@ def _gradient(loss_of: Callable[[], Tensor], leaves: list[nn.Parameter], block: 
             "runs its images under no_grad"
         )
     flat = [
-        torch.zeros_like(leaf, dtype=torch.float32).flatten() if part is None else part.detach().float().flatten()
+        (torch.zeros_like(leaf) if part is None else part.detach()).float().flatten()
         for leaf, part in zip(leaves, parts, strict=True)
     ]
     joined = torch.cat([part.to(flat[0].device) for part in flat])
@@ -189,24 +183,3 @@ def _stand_in(block: nn.Module, undo: UndoStack) -> list[nn.Parameter]:
             module._parameters[name] = leaf
             undo.push(functools.partial(module._parameters.__setitem__, name, parameter))
     return list(leaves.values())
-
-
-def _checkpoint_without_reentry(model: nn.Module, undo: UndoStack) -> None:
-    function = functools.partial(checkpoint, use_reentrant=False)
-    for module in model.modules():
-        if _CHECKPOINT in vars(module):
-            undo.set_attribute(module, _CHECKPOINT, function)
-
-
-@contextlib.contextmanager
-def _taps(detached: bool | None) -> Iterator[None]:
-    token = detaching.set(detached)
-    try:
-        yield
-    finally:
-        detaching.reset(token)
-
-
-def _quiet(handle: Handle) -> contextlib.AbstractContextManager[None]:
-    """The auxiliary loss counts the run's own forward passes alone."""
-    return contextlib.nullcontext() if handle.auxiliary is None else handle.auxiliary.unobserved()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,8 +22,8 @@ from llava_patch.measurements.gradients.log import LOG, READING, StepLog, read_l
 from llava_patch.measurements.gradients.moments import Moments, Step
 from llava_patch.measurements.gradients.result import GradientsResult
 from llava_patch.measurements.gradients.settings import Gradients
-from llava_patch.measurements.gradients.state import STATE, load_window, save_window
-from llava_patch.measurements.gradients.statistics import Window
+from llava_patch.measurements.gradients.statistics import STATE, Window
+from llava_patch.measurements.passes import keeping_flags
 from llava_patch.patching.handle import get_handle
 from llava_patch.patching.keys import model_digest
 
@@ -50,18 +48,12 @@ def make_batches(inputs: Inputs, examples: Sequence[Example], size: int) -> list
         raise InputError(
             f"{len(examples)} examples are too few for two batches of {size}: lower --batch-size, or give more data"
         )
-    makers = [functools.partial(_inputs_of, inputs, example) for example in examples]
+
+    def inputs_of(example: Example) -> dict[str, Any]:
+        return inputs.training_inputs(example.open_image(), example.question, example.answer)
+
+    makers = [functools.partial(inputs_of, example) for example in examples]
     return [makers[i : i + size] for i in range(0, len(makers) - size + 1, size)]
-
-
-def examples_digest(examples: Sequence[Example]) -> str:
-    """Hexadecimal digest of examples' texts and names, for `measure_gradients`' facts: files change under a name."""
-    texts = [(example.id, example.question, example.answer) for example in examples]
-    return hashlib.sha256(repr(texts).encode()).hexdigest()
-
-
-def _inputs_of(inputs: Inputs, example: Example) -> dict[str, Any]:
-    return inputs.training_inputs(example.open_image(), example.question, example.answer)
 
 
 def measure_gradients(
@@ -106,18 +98,20 @@ def measure_gradients(
         "block": block, "fusion": str(handle.fusion), "routing": str(handle.routing or ""),
         "batch": len(batches[0]), "batches": len(batches), "trains": False, **dict(facts or {}),
     }  # fmt: skip
-    if folder is not None:
-        about["model"] = model_digest(find(model))
     device = next(find(model).projector.parameters()).device
-    log, window = _start(folder, settings, files.plain(about), device)
-    if log is not None and window is None:
-        return GradientsResult.read(log.path.parent)  # complete already
-    assert window is not None
+    log, window = None, Window(settings.window)
+    if folder is not None:
+        folder = Path(folder)
+        log, unfinished = _start(folder, settings, files.plain({**about, "model": model_digest(find(model))}), device)
+        if unfinished is None:
+            return GradientsResult.read(folder)  # complete already
+        window = unfinished
     steps: list[Step] = []
     windows: list[Moments] = []
     saved, noted = time.monotonic(), window.last
     try:
-        with _training_alone(model):
+        with keeping_flags(model):
+            model.train().requires_grad_(False)
             for number, batch in files.track(list(enumerate(batches, 1))[noted:], "gradients", progress):
                 with torch.random.fork_rng([device] if device.type == "cuda" else []):
                     torch.manual_seed(number)
@@ -129,11 +123,11 @@ def measure_gradients(
                     log.add(step, moments)
                     noted = number
                     if time.monotonic() - saved > SAVE_EVERY:
-                        save_window(window, log.path.parent / STATE)
+                        window.save(log.path.parent / STATE)
                         saved = time.monotonic()
     finally:
         if log is not None and 0 < noted < len(batches) and window.last == noted:
-            save_window(window, log.path.parent / STATE)
+            window.save(log.path.parent / STATE)
     if log is None:
         return GradientsResult(steps, windows, settings, facts=files.plain(about))
     (log.path.parent / STATE).unlink(missing_ok=True)
@@ -141,48 +135,43 @@ def measure_gradients(
 
 
 def _start(
-    folder: str | Path | None, settings: Gradients, facts: dict[str, Any], device: torch.device
-) -> tuple[StepLog | None, Window | None]:
+    folder: Path, settings: Gradients, facts: dict[str, Any], device: torch.device
+) -> tuple[StepLog, Window | None]:
     """Where the steps are noted, and the window that comes next; (log, None) when all has been measured before."""
-    if folder is None:
-        return None, Window(settings.window)
-    state, path = Path(folder) / STATE, Path(folder) / LOG
-    if not path.exists():
-        return StepLog.begin(folder, settings, facts), Window(settings.window)
-    header, *entries = read_lines(path)
-    if not entries and header["facts"].get("trains") is False:  # ended before anything was measured
-        return StepLog.begin(folder, settings, facts), Window(settings.window)
+    path = folder / LOG
+    nothing: list[dict[str, Any]] = [{"facts": {"trains": False}}]
+    header, *entries = read_lines(path) if path.exists() else nothing
+    about = header["facts"]
+    differing = [name for name in {**about, **facts} if about.get(name) != facts.get(name)]
     done = max((entry["step"] for entry in entries if entry["kind"] == "step"), default=0)
-    if _makes_way(header, done, settings, facts):
-        return StepLog.begin(folder, settings, facts), Window(settings.window)
-    differing = [name for name in {**header["facts"], **facts} if header["facts"].get(name) != facts.get(name)]
+    # A log in which nothing was measured, or all of it, makes way; a training run's never does.
+    whole = done == about.get("batches") and _asks_otherwise(header, settings, facts)
+    if about.get("trains") is False and (not entries or whole):
+        return StepLog(folder, settings, facts), Window(settings.window)
     if differing:
         name = differing[0]
-        what = f"with {name} = {header['facts'].get(name)!r}, not {facts.get(name)!r}"
+        what = f"with {name} = {about.get(name)!r}, not {facts.get(name)!r}"
         what = f"of {_MEANING[name]}" if name in _MEANING else what
         raise CheckpointError(f"{path} holds a measurement {what}: give another folder (--output), or delete this one")
     if done == facts["batches"]:
         return StepLog.resume(folder, settings, done), None
-    if not state.exists():  # ended before the first state was written
-        return StepLog.begin(folder, settings, facts), Window(settings.window)
-    window = load_window(state, settings.window, device)
+    if not (folder / STATE).exists():  # ended before the first state was written
+        return StepLog(folder, settings, facts), Window(settings.window)
+    window = Window.load(folder / STATE, settings.window, device)
     return StepLog.resume(folder, settings, window.last), window
 
 
-def _makes_way(header: dict[str, Any], done: int, settings: Gradients, facts: dict[str, Any]) -> bool:
-    """Whether a log is of a finished measurement of the same fixed checkpoint with other settings or facts."""
-    about = header["facts"]
-    if about.get("trains") is not False or done != about.get("batches"):  # a training run's, or to be gone on with
-        return False
-    name = "checkpoint" if "checkpoint" in facts else "model"
+def _asks_otherwise(header: dict[str, Any], settings: Gradients, facts: dict[str, Any]) -> bool:
+    """Whether a log is of the same checkpoint and patch, measured with other settings or facts."""
+    about, name = header["facts"], "checkpoint" if "checkpoint" in facts else "model"
     same = all(about.get(what) == facts.get(what) for what in (name, "fusion", "routing"))
-    measured = {k: v for k, v in header["settings"].items() if k not in READING}
-    return same and (about != facts or measured != {k: v for k, v in asdict(settings).items() if k not in READING})
+    was, now = ({k: v for k, v in s.items() if k not in READING} for s in (header["settings"], asdict(settings)))
+    return same and (about != facts or was != now)
 
 
 def _gradients(model: nn.Module, batch: Batch, block: int, full: str) -> tuple[Tensor, Tensor]:
     """Main and full gradient of a batch's mean loss over its scored tokens."""
-    sums: tuple[Tensor, Tensor] | None = None
+    sums: Tensor | None = None
     total = 0
     for example in batch:
         inputs = {"use_cache": False, **example()}
@@ -190,32 +179,15 @@ def _gradients(model: nn.Module, batch: Batch, block: int, full: str) -> tuple[T
         scored = 0 if labels is None else int((labels[:, 1:] != IGNORED).sum())
         if not scored:
             raise InputError("gradient statistics need the loss: an example has no labels, or no scored token")
-        parts = decompose(model, functools.partial(_loss, model, inputs), block, full)
-        parts = parts[0] * scored, parts[1] * scored
-        sums = parts if sums is None else (sums[0] + parts[0], sums[1] + parts[1])
+
+        def loss(inputs: Mapping[str, Any] = inputs) -> Tensor:
+            outputs = model(**inputs)
+            return outputs.loss if hasattr(outputs, "loss") else outputs[0]
+
+        parts = torch.stack(decompose(model, loss, block, full)) * scored
+        sums = parts if sums is None else sums + parts
         total += scored
     if sums is None:
         raise InputError("gradient statistics: a batch without examples")
-    return sums[0] / total, sums[1] / total
-
-
-def _loss(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    outputs = model(**inputs)
-    return outputs.loss if hasattr(outputs, "loss") else outputs[0]
-
-
-@contextlib.contextmanager
-def _training_alone(model: nn.Module) -> Iterator[None]:
-    """Training mode, nothing with a gradient of its own; every module's and parameter's flag comes back."""
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        model.train()
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, wanted in flags:
-            parameter.requires_grad_(wanted)
+    main, both = sums / total
+    return main, both

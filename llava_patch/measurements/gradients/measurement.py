@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,7 +120,7 @@ class GradientsMeasurement(Measurement):
         """
         from llava_patch.data.loaded import pick_device
         from llava_patch.measurements.gradients.decompose import measured_block
-        from llava_patch.measurements.gradients.measure import examples_digest, make_batches, measure_gradients
+        from llava_patch.measurements.gradients.measure import make_batches, measure_gradients
 
         if not target.dtype and pick_device(target.device) != "cpu":
             target.dtype = "bfloat16"  # float16 gradients vanish without a loss scaler
@@ -132,6 +133,7 @@ class GradientsMeasurement(Measurement):
         settings = dataclasses.replace(settings, window=min(settings.window, len(batches)))
         facts: dict[str, Any] = {"checkpoint": named(target.checkpoint), "base": target.below}
         facts |= {"data": target.data or "rendered pages", "question": target.question}
-        facts["examples"] = examples_digest(examples[: len(batches) * batch_size])
+        texts = [(one.id, one.question, one.answer) for one in examples[: len(batches) * batch_size]]
+        facts["examples"] = hashlib.sha256(repr(texts).encode()).hexdigest()  # files change under a name
         facts["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
         return measure_gradients(model, batches, settings, folder, facts)

@@ -9,29 +9,21 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+PATHS = ("main", "skip", "full")
 EPSILON = 1e-12
 """Added to the denominator of delta (eq. 15)."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One measured step.
+    """One measured step."""
 
-    Attributes:
-        step: number of the training step, from 1.
-        main: squared norm of the main gradient.
-        skip: of the skip gradient.
-        full: of their sum.
-        inner: inner product of main and skip gradient.
-        learning_rate: of the measured block in this step, or None.
-    """
-
-    step: int
-    main: float
-    skip: float
-    full: float
-    inner: float
-    learning_rate: float | None = None
+    step: int  # number of the training step, from 1
+    main: float  # squared norm of the main gradient
+    skip: float  # of the skip gradient
+    full: float  # of their sum
+    inner: float  # inner product of main and skip gradient
+    learning_rate: float | None = None  # of the measured block in this step
 
     @property
     def finite(self) -> bool:
@@ -55,44 +47,22 @@ class Step:
         """Plain values, cosine and ratio included."""
         return {**asdict(self), "cosine": self.cosine, "ratio": self.ratio}
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Step":
-        """Read what `to_dict` made; null stands for a number that was not finite."""
-        main, skip, full, inner = (
-            math.nan if values[name] is None else float(values[name]) for name in ("main", "skip", "full", "inner")
-        )
-        return cls(int(values["step"]), main, skip, full, inner, values.get("learning_rate"))
-
 
 @dataclass(frozen=True)
 class Moments:
-    """What one window of K steps is made of; everything else follows.
+    """What one window of K steps is made of; everything else follows. m and s are the means of g_main and g_skip."""
 
-    Attributes:
-        first: number of its first training step.
-        last: of its last.
-        count: measured steps K in it.
-        main_square: mean of ||g_main||^2.
-        skip_square: mean of ||g_skip||^2.
-        full_square: mean of ||g_full||^2.
-        inner: mean of <g_main, g_skip>, each within its own step.
-        main_mean: ||m||^2, m being the mean of g_main.
-        skip_mean: ||s||^2.
-        mean_inner: <m, s>.
-        learning_rate: mean of the steps', or None.
-    """
-
-    first: int
-    last: int
-    count: int
-    main_square: float
-    skip_square: float
-    full_square: float
-    inner: float
-    main_mean: float
-    skip_mean: float
-    mean_inner: float
-    learning_rate: float | None = None
+    first: int  # number of its first training step
+    last: int  # of its last
+    count: int  # measured steps K in it
+    main_square: float  # mean of ||g_main||^2
+    skip_square: float  # mean of ||g_skip||^2
+    full_square: float  # mean of ||g_full||^2
+    inner: float  # mean of <g_main, g_skip>, each within its own step
+    main_mean: float  # ||m||^2
+    skip_mean: float  # ||s||^2
+    mean_inner: float  # <m, s>
+    learning_rate: float | None = None  # mean of the steps'
 
     @property
     def full_mean(self) -> float:
@@ -159,11 +129,7 @@ class Moments:
         return (self.mean_inner > 0) - (self.mean_inner < 0)
 
     def snr(self, path: str) -> float:
-        """Signal-to-noise ratio ||mean||^2 / mean ||.||^2 (eq. 5); pure noise gives its floor, about 1 / K.
-
-        Args:
-            path: "main", "skip" or "full".
-        """
+        """Signal-to-noise ratio ||mean||^2 / mean ||.||^2 (eq. 5) of a path; noise gives its floor, about 1 / K."""
         return _over(getattr(self, f"{path}_mean"), getattr(self, f"{path}_square"))
 
     @property
@@ -187,11 +153,7 @@ class Moments:
     def holds(self, product: float) -> bool | None:
         """Whether condition (7) holds: then a step without the skip gradient is no worse in expectation.
 
-        Args:
-            product: L * gamma, smoothness times step size.
-
-        Returns:
-            None with one step.
+        `product` is L * gamma, smoothness times step size; with one step, nothing is known (None).
         """
         return None if math.isnan(self.gain) else self.gain <= product / 2 * self.penalty
 
@@ -210,12 +172,7 @@ class Moments:
         return math.inf if self.penalty >= 0 else 2 * self.gain / self.penalty
 
     def to_dict(self, smoothness: float | None = None, step_size: float | None = None) -> dict[str, Any]:
-        """Plain values: what is stored, then what follows.
-
-        Args:
-            smoothness: L of condition (7); None: "condition" is null.
-            step_size: gamma; None: the window's learning rate.
-        """
+        """Plain values: what is stored, then what follows; `step_size` None is the window's learning rate."""
         gamma = self.learning_rate if step_size is None else step_size
         known = smoothness is not None and gamma is not None
         derived = (
@@ -225,23 +182,13 @@ class Moments:
         return {
             **asdict(self),
             **{name: getattr(self, name) for name in derived},
-            "main_trace_debiased": self.main_trace * self.bessel,
-            "skip_trace_debiased": self.skip_trace * self.bessel,
-            "full_trace_debiased": self.full_trace * self.bessel,
-            **{f"{path}_snr": self.snr(path) for path in ("main", "skip", "full")},
+            **{f"{path}_trace_debiased": getattr(self, f"{path}_trace") * self.bessel for path in PATHS},
+            **{f"{path}_snr": self.snr(path) for path in PATHS},
             "snr_floor": 1 / self.count,
-            "gain": self.gain,
-            "penalty": self.penalty,
-            "product_needed": self.product_needed,
-            "product_limit": self.product_limit,
+            **{name: getattr(self, name) for name in ("gain", "penalty", "product_needed", "product_limit")},
             "step_size": gamma,
             "condition": self.holds(smoothness * gamma) if known else None,  # type: ignore[operator]
         }
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Moments":
-        """Read what `to_dict` made."""
-        return cls(**{name: values[name] for name in cls.__dataclass_fields__})
 
 
 def _over(above: float, below: float) -> float:

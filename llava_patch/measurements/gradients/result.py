@@ -1,23 +1,28 @@
-"""What the gradient statistics of one run came to."""
+"""What the gradient statistics of one run came to, and several runs side by side: Table 3 of the Skip-Links paper."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sized
+import os
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from llava_patch.core.errors import CheckpointError
-from llava_patch.measurements.base import Result, decode, encode
+from llava_patch.core.errors import CheckpointError, InputError
+from llava_patch.core.files import plain
+from llava_patch.measurements.base import Result, decode, decode_known, encode
 from llava_patch.measurements.gradients.log import LOG, read_lines
-from llava_patch.measurements.gradients.moments import Moments, Step
+from llava_patch.measurements.gradients.moments import PATHS, Moments, Step
 from llava_patch.measurements.gradients.settings import Gradients
 from llava_patch.measurements.gradients.statistics import transition_step
 
 NAME = "gradients"
+WHOLE = f"{NAME}.json"
+PLACES = ("", "gradients", "seed*/gradients", "*/seed*/gradients")
+"""Where a run's results lie: in its folder, a training run's, a sweep's point or a whole sweep."""
 SMALL_C = 0.01
 """Below this c, a correlation of 0.005 between the paths' noise already makes delta 0.1, the paper's bound."""
 
@@ -26,18 +31,14 @@ SMALL_C = 0.01
 class GradientsResult(Result):
     """Measured steps and the windows over them.
 
-    Attributes:
-        steps: every measured step, in order.
-        windows: the complete windows of `settings.window` steps.
-        settings: of the measurement.
-        facts: about the run: learning_rate, block, fusion, batch, checkpoint, trains (False: one fixed checkpoint).
+    Its facts: learning_rate, block, fusion, batch, checkpoint, trains (False: one fixed checkpoint).
     """
 
     NAME, TITLE = NAME, "gradients"
     FIGURE = "llava_patch.measurements.gradients.figure:gradients_figure"
 
-    steps: list[Step]
-    windows: list[Moments]
+    steps: list[Step]  # every measured step, in order
+    windows: list[Moments]  # the complete windows of `settings.window` steps
     settings: Gradients = field(default_factory=Gradients)
 
     @cached_property
@@ -70,7 +71,7 @@ class GradientsResult(Result):
     @property
     def median_delta(self) -> float:
         """Over the complete windows; NaN without one."""
-        return _median(w.delta for w in self.windows)
+        return self.typical("delta")
 
     def typical(self, name: str) -> float:
         """Median of one of the windows' values, by its name in `Moments`; NaN without a complete window."""
@@ -97,12 +98,9 @@ class GradientsResult(Result):
     @classmethod
     def decode(cls, values: dict[str, Any]) -> "GradientsResult":
         """Read the moments; what follows from them is worked out again."""
-        return cls(
-            [Step.from_dict(s) for s in values["steps"]],
-            [Moments.from_dict(w) for w in values["windows"]],
-            decode(Gradients, values["settings"]),
-            facts=dict(values["facts"]),
-        )
+        steps = [decode_known(Step, step) for step in values["steps"]]
+        windows = [decode_known(Moments, window) for window in values["windows"]]
+        return cls(steps, windows, decode(Gradients, values["settings"]), facts=dict(values["facts"]))
 
     @classmethod
     def read(cls, folder: str | Path) -> "GradientsResult":
@@ -111,22 +109,18 @@ class GradientsResult(Result):
         Raises:
             CheckpointError: neither is there, or it is damaged.
         """
-        log, whole = Path(folder) / LOG, Path(folder) / f"{NAME}.json"
+        log, whole = Path(folder) / LOG, Path(folder) / WHOLE
         if not log.exists() and not whole.exists():
             raise CheckpointError(
-                f"{folder}: neither {LOG} nor {whole.name} there: give the output folder of a run that was measured "
+                f"{folder}: neither {LOG} nor {WHOLE} there: give the output folder of a run that was measured "
                 "(a Gradients binding in its gin configuration)"
             )
         try:
             if not log.exists():
                 return cls.load(whole)
             first, *rest = read_lines(log)
-            return cls(
-                [Step.from_dict(e) for e in rest if e["kind"] == "step"],
-                [Moments.from_dict(e) for e in rest if e["kind"] == "window"],
-                Gradients(**first["settings"]),
-                facts=dict(first["facts"]),
-            )
+            parts = {f"{kind}s": [entry for entry in rest if entry["kind"] == kind] for kind in ("step", "window")}
+            return cls.decode({**first, **parts})
         except (OSError, ValueError, KeyError, TypeError) as error:
             place = log if log.exists() else whole
             raise CheckpointError(f"{place}: damaged gradient statistics ({error!r})") from error
@@ -152,10 +146,15 @@ class GradientsResult(Result):
             text += f"No window of {self.settings.window} is complete, so there are no variances. "
         else:
             windows = f"{_count(self.windows, 'window')} of {self.settings.window}"
-            text += (
-                f"Over {windows}: variance {_number(self.typical('c'))} times the main path's (c), "
-                f"{self._cross_covariance()}. {self._condition()} "
-            )
+            c, delta = self.typical("c"), _number(self.median_delta)
+            correlation = f"|correlation| of both paths' noise {_number(self.typical('correlation'))}"
+            cross = f"delta {delta}, {correlation}"
+            if c < SMALL_C:
+                cross = (
+                    f"{correlation}; delta ({delta}) says little with so small a c: it may reach 2 / sqrt(c) = "
+                    f"{_number(self.typical('delta_bound'))}"
+                )
+            text += f"Over {windows}: variance {_number(c)} times the main path's (c), {cross}. {self._condition()} "
         if not self.trains:
             return text.rstrip()
         if self.transition is not None:
@@ -165,16 +164,6 @@ class GradientsResult(Result):
             return f"{text}t_trans cannot be told from {known}: it takes {self.transition_takes}."
         return f"{text}It did not settle below the main one (no t_trans)."
 
-    def _cross_covariance(self) -> str:
-        c, delta = self.typical("c"), _number(self.median_delta)
-        correlation = f"|correlation| of both paths' noise {_number(self.typical('correlation'))}"
-        if c < SMALL_C:
-            return (
-                f"{correlation}; delta ({delta}) says little with so small a c: it may reach 2 / sqrt(c) = "
-                f"{_number(self.typical('delta_bound'))}"
-            )
-        return f"delta {delta}, {correlation}"
-
     def _condition(self) -> str:
         known = [c for c in self.conditions() if c is not None]
         if known:
@@ -182,12 +171,11 @@ class GradientsResult(Result):
         needed, limit = self.typical("product_needed"), self.typical("product_limit")
         if math.isnan(needed):
             return "Condition (7) takes windows of two steps."
+        where = f"where L * gamma is at least {needed:.3g}"
         if math.isinf(needed):
             where = "at no L * gamma"
         elif needed == 0:
             where = "at every L * gamma" if limit == math.inf else f"where L * gamma is at most {_number(limit)}"
-        else:
-            where = f"where L * gamma is at least {needed:.3g}"
         return f"Condition (7) holds {where} (smoothness times step size; median)."
 
     def table(self) -> tuple[list[str], list[list[str]]]:
@@ -208,10 +196,10 @@ class GradientsResult(Result):
             "product_needed": "L gamma needed by (7)",
         }
         rows += [_row(label, (getattr(w, name) for w in self.windows)) for name, label in names.items()]
-        rows += [_row(f"SNR {path}", (w.snr(path) for w in self.windows)) for path in ("main", "skip", "full")]
-        against = [str(sum(w.alignment < 0 for w in self.windows)), str(len(self.windows))]
-        rows.append(["windows with <m, s> < 0", " of ".join(against), "", ""])
-        if (known := [c for c in self.conditions() if c is not None]) and self.windows:
+        rows += [_row(f"SNR {path}", (w.snr(path) for w in self.windows)) for path in PATHS]
+        against = sum(w.alignment < 0 for w in self.windows)
+        rows.append(["windows with <m, s> < 0", f"{against} of {len(self.windows)}", "", ""])
+        if known := [c for c in self.conditions() if c is not None]:
             rows.append(["windows where (7) holds", f"{sum(known)} of {len(known)}", "", ""])
         return ["quantity", "median", "lowest", "highest"], rows
 
@@ -233,3 +221,81 @@ def _count(things: Sized, unit: str) -> str:
 def _row(label: str, values: Iterable[float]) -> list[str]:
     known = [v for v in values if not math.isnan(v)]
     return [label, *(["-"] * 3 if not known else [f"{v:.3g}" for v in (median(known), min(known), max(known))])]
+
+
+def run_folders(paths: Sequence[Path]) -> dict[str, Path]:
+    """Folders of measured runs, by a short name of each: of results, training runs, a sweep's points or whole sweeps.
+
+    Files beside a sweep's points, as a shell's `sweeps/lr/*` gives them, are passed over.
+
+    Raises:
+        InputError: a folder without results, or one that is named twice.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if path.is_file() and len(paths) > 1:
+            continue
+        near = ([path] if not place else sorted(path.glob(place)) for place in PLACES)
+        measured = ([f for f in some if (f / LOG).is_file() or (f / WHOLE).is_file()] for some in near)
+        inside = next(filter(None, measured), None)
+        if inside is None:
+            raise InputError(
+                f"{path}: no {LOG} or {WHOLE} there, nor in a run or a sweep's runs under it: give the folders of runs "
+                "that were measured (a Gradients binding in their gin configuration)"
+            )
+        found += inside
+    resolved = [folder.resolve() for folder in found]
+    twice = next((folder for folder in resolved if resolved.count(folder) > 1), None)
+    if twice is not None:
+        raise InputError(f"{twice}: named twice")
+    if not found:
+        raise InputError(f"{', '.join(map(str, paths))}: files, but no folder of a measured run among them")
+    runs = [folder.parent if folder.name == "gradients" else folder for folder in resolved]
+    if len({run.name for run in runs}) == 1 and runs[0].name.startswith("seed"):  # it tells nothing
+        runs = [run.parent for run in runs]
+    common = os.path.commonpath(runs) if len(runs) > 1 else runs[0].parent
+    return dict(zip([run.relative_to(common).as_posix() for run in runs], found, strict=True))
+
+
+def ordered(results: Mapping[str, GradientsResult]) -> dict[str, GradientsResult]:
+    """Runs by falling learning rate, as in the paper's table; those without one last."""
+    falling = sorted(results, key=lambda name: -float(results[name].facts.get("learning_rate") or -math.inf))
+    return {name: results[name] for name in falling}
+
+
+def runs_table(results: Mapping[str, GradientsResult]) -> tuple[list[str], list[list[str]]]:
+    """Learning rate, t_trans, median cosine and median delta of each run, by its name; head and rows of text.
+
+    t_trans is "/" where the skip gradient never settled below the main one, as in the paper, and "-" where too few
+    steps were measured to tell.
+    """
+    rows = []
+    for name, result in ordered(results).items():
+        rate, medians = result.facts.get("learning_rate"), (result.median_cosine, result.median_delta)
+        transition = "-" if result.too_short else "/"
+        rows.append(
+            [
+                name,
+                f"{rate:g}" if rate else "-",
+                transition if result.transition is None else str(result.transition),
+                *("-" if math.isnan(value) else f"{value:.4f}" for value in medians),
+                str(len(result.steps)),
+            ]
+        )
+    return ["run", "lr", "t_trans", "median cos", "median delta", "steps"], rows
+
+
+def runs_dict(results: Mapping[str, GradientsResult]) -> list[dict[str, Any]]:
+    """The table as plain JSON values."""
+    return plain([
+        {
+            "run": name,
+            "learning_rate": result.facts.get("learning_rate"),
+            "transition_step": result.transition,
+            "median_cosine": result.median_cosine,
+            "median_delta": result.median_delta,
+            "steps": len(result.steps),
+            "facts": result.facts,
+        }
+        for name, result in ordered(results).items()
+    ])  # fmt: skip

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from llava_patch.core.errors import SettingError
-from llava_patch.settings.checks import integer
+from llava_patch.settings.checks import integer, is_number
 
 RUN, ATTACHED = "run", "attached"
 FULL = (RUN, ATTACHED)
@@ -44,22 +44,15 @@ class Gradients:
     def __post_init__(self) -> None:
         if self.full not in FULL:
             raise SettingError(f'Gradients.full = {self.full!r}: expected "{RUN}" or "{ATTACHED}"')
-        for name, minimum in (("every", 1), ("window", 2), ("start", 1), ("transition_windows", 1)):
-            integer("Gradients", name, getattr(self, name), minimum)
-        for name in ("block", "steps"):
-            if getattr(self, name) is not None:
-                integer("Gradients", name, getattr(self, name), 1)
+        for name in ("every", "window", "start", "transition_windows", "block", "steps"):
+            if name not in ("block", "steps") or getattr(self, name) is not None:
+                integer("Gradients", name, getattr(self, name), 2 if name == "window" else 1)
         for name in ("smoothness", "step_size"):
             value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if value is not None and not (number and math.isfinite(value) and value > 0):
+            if value is not None and not (is_number(value) and math.isfinite(value) and value > 0):
                 raise SettingError(f"Gradients.{name} = {value!r}: expected a number above 0, or None")
 
     def measures(self, step: int) -> bool:
-        """Whether a training step is measured.
-
-        Args:
-            step: its number, from 1.
-        """
+        """Whether a training step (from 1) is measured."""
         behind = step - self.start
         return behind >= 0 and behind % self.every == 0 and (self.steps is None or behind < self.steps)

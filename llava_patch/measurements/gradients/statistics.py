@@ -1,4 +1,4 @@
-"""Running sums of main and skip gradients over windows of training steps, and t_trans: mathematics only.
+"""Running sums of main and skip gradients over windows of training steps, and t_trans.
 
 Source: "Detached Skip-Links and R-Probe", appendix C.2 and C.4. Sums of vectors are float32 on the gradients' device
 (two of them, whatever the window), sums of numbers float64. A variance that is a small share v of the mean square may
@@ -7,15 +7,22 @@ be off by K * 6e-8 / v of itself at worst; on random vectors it was a thousandth
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llava_patch.core.errors import CheckpointError
+from llava_patch.core.files import atomic
 from llava_patch.measurements.gradients.moments import Moments, Step
+
+STATE = "llava_patch_gradients.safetensors"
+"""File of an unfinished window, in the folder of a checkpoint or of the results."""
 
 
 class Window:
@@ -25,22 +32,16 @@ class Window:
     """
 
     def __init__(self, size: int) -> None:
-        """Begin with nothing.
-
-        Args:
-            size: steps K of a window, at least 2.
-        """
+        """Begin with nothing; `size` is K, at least 2."""
         self.size = size
-        self._main: Tensor | None = None
-        self._skip: Tensor | None = None
+        self.last = 0  # number of the last training step that was added, also to a window that is complete
+        self._begin()
+
+    def _begin(self) -> None:
+        self._vectors: dict[str, Tensor] = {}  # sums of main and skip gradients
         self._sums = dict.fromkeys(("main", "skip", "full", "inner"), 0.0)
         self._rates: list[float] = []
-        self._first = self._last = self._count = 0
-
-    @property
-    def last(self) -> int:
-        """Number of the last training step that was added, also to a window that is complete; 0: none."""
-        return self._last
+        self._first = self._count = 0
 
     @torch.no_grad()
     def add(
@@ -59,72 +60,82 @@ class Window:
             reported and enters no window.
         """
         skip = full - main
-        if self._main is None or self._skip is None:
-            self._main, self._skip = torch.zeros_like(main), torch.zeros_like(skip)
+        if not self._vectors:
+            self._vectors = {"main": torch.zeros_like(main), "skip": torch.zeros_like(skip)}
+        m, s = self._vectors.values()
         squares = [_dot(main, main), _dot(skip, skip), _dot(full, full), _dot(main, skip)]
         finite = torch.stack(squares).isfinite().all()
-        self._main += torch.where(finite, main, 0)
-        self._skip += torch.where(finite, skip, 0)
-        sums = [_dot(self._main, self._main), _dot(self._skip, self._skip), _dot(self._main, self._skip)]
-        *numbers, main_sum, skip_sum, product = torch.stack([*squares, *sums]).tolist()
+        m += torch.where(finite, main, 0)
+        s += torch.where(finite, skip, 0)
+        *numbers, main_sum, skip_sum, product = torch.stack([*squares, _dot(m, m), _dot(s, s), _dot(m, s)]).tolist()
         found = Step(step, numbers[0], numbers[1], numbers[2], numbers[3], learning_rate)
-        self._last = step
+        self.last = step
         if not all(map(math.isfinite, numbers)):
             return found, None
         for name, number in zip(self._sums, numbers, strict=True):
             self._sums[name] += number
-        if not self._count:
-            self._first = step
+        self._first = self._first if self._count else step
         self._count += 1
-        if learning_rate is not None:
-            self._rates.append(learning_rate)
+        self._rates += [] if learning_rate is None else [learning_rate]
         if self._count < self.size:
             return found, None
         k = self._count
-        means = {name: total / k for name, total in self._sums.items()}
         moments = Moments(
             first=self._first,
             last=step,
             count=k,
-            main_square=means["main"],
-            skip_square=means["skip"],
-            full_square=means["full"],
-            inner=means["inner"],
+            main_square=self._sums["main"] / k,
+            skip_square=self._sums["skip"] / k,
+            full_square=self._sums["full"] / k,
+            inner=self._sums["inner"] / k,
             main_mean=main_sum / k**2,
             skip_mean=skip_sum / k**2,
             mean_inner=product / k**2,
             learning_rate=math.fsum(self._rates) / len(self._rates) if self._rates else None,
         )
-        self._clear()
+        self._begin()
         return found, moments
 
-    def _clear(self) -> None:
-        self._main = self._skip = None
-        self._sums = dict.fromkeys(self._sums, 0.0)
-        self._rates = []
-        self._first = self._count = 0
-
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The unfinished window as tensors and plain values, for `restore`; no tensors at a window's beginning."""
-        tensors = {} if self._main is None or self._skip is None else {"main": self._main, "skip": self._skip}
-        values = {
-            "size": self.size, "sums": dict(self._sums), "rates": list(self._rates), "first": self._first,
-            "last": self._last, "count": self._count,
-        }  # fmt: skip
-        return tensors, values
+        """The unfinished window as tensors and plain values; no tensors at a window's beginning."""
+        values = {"size": self.size, "sums": self._sums, "rates": self._rates}
+        return self._vectors, {**values, "first": self._first, "last": self.last, "count": self._count}
+
+    def save(self, path: str | Path) -> Path:
+        """Write the unfinished window atomically into a safetensors file; returns its path."""
+        from safetensors.torch import save_file
+
+        tensors, values = self.state()
+        with atomic(Path(path)) as temporary:
+            held = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(held, temporary, metadata={"format": "pt", "window": json.dumps(values)})
+        return Path(path)
 
     @classmethod
-    def restore(cls, tensors: dict[str, Tensor], values: dict[str, Any]) -> "Window":
-        """A window that goes on from what `state` gave; tensors on the device of the gradients to come.
+    def load(cls, path: str | Path, size: int, device: torch.device | str = "cpu") -> "Window":
+        """A window that goes on from what `save` wrote, in a run of windows of `size` and gradients on `device`.
 
         Raises:
-            KeyError, TypeError: damaged values.
+            CheckpointError: no such file, a damaged one, or one of windows of another length.
         """
-        window = cls(values["size"])
-        window._main, window._skip = tensors.get("main"), tensors.get("skip")
-        window._sums = {name: float(values["sums"][name]) for name in window._sums}
-        window._rates = [float(rate) for rate in values["rates"]]
-        window._first, window._last, window._count = (int(values[n]) for n in ("first", "last", "count"))
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                values = json.loads((file.metadata() or {})["window"])
+                tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118 - not a dict
+            window = cls(values["size"])
+            window._vectors = {name: tensors[name] for name in ("main", "skip")} if tensors else {}
+            window._sums = {name: float(values["sums"][name]) for name in window._sums}
+            window._rates = [float(rate) for rate in values["rates"]]
+            window._first, window.last, window._count = (int(values[n]) for n in ("first", "last", "count"))
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: no running sums of gradient statistics ({error})") from error
+        if window.size != size:
+            raise CheckpointError(
+                f"{path}: its windows have {window.size} steps, but Gradients.window = {size}: keep it at "
+                f"{window.size} for the run that goes on"
+            )
         return window
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from math import floor, log10
 from typing import Any
 
 from llava_patch.core import plotting
-from llava_patch.core.extras import optional
+from llava_patch.measurements.base import drawn
 from llava_patch.measurements.reach import result as groups
-from llava_patch.measurements.reach.result import FROZEN, NONE, NONZERO, ZERO, ReachComparison, ReachResult
+from llava_patch.measurements.reach.result import FROZEN, NONE, NONZERO, ZERO, PartReach, ReachComparison, ReachResult
 
 _FLOOR = {ZERO: ("o", "exactly 0"), NONE: ("x", "none arrives"), FROZEN: ("_", "frozen")}
 _LINES = {"lf": ("#4c72b0", "o"), "pc": ("#dd8452", "s"), "kv": ("#55a868", "."), "ideal": ("#8172b3", "o")}
@@ -18,48 +19,41 @@ _SHORT = {
 }  # fmt: skip
 
 
-def reach_figure(result: ReachResult, path: str | Path) -> Path:
+@drawn
+def reach_figure(result: ReachResult) -> Any:
     """Gradient norms of the vision side and of the decoder, and the side output's by layer where there is a branch."""
-    mpl = optional("matplotlib")
-
     figure, axes = plotting.panels(1, 2 if result.side is None else 3)
-    with mpl.rc_context(plotting.STYLE):
-        for axis in axes[:2]:  # one scale, so that tower and decoder compare
-            axis.set_yscale("log")
-            axis.set_ylim(*_range(result))
-        _draw_parts(axes[0], result, (groups.EMBEDDING, groups.BLOCK, groups.AFTER, groups.PROJECTOR, groups.STACK))
-        axes[0].set_title("Vision tower and projector")
-        axes[0].set_xlabel("tower block")
-        _draw_decoder(axes[1], result)
-        if result.side is not None:
-            _draw_side(axes[2], [result])
-            axes[2].set_title("Side branch's output, by layer")
-        figure.suptitle(f"Where the gradient goes: {result.name}, {_count(result.samples)}", fontsize=9)
-    return plotting.write_figure(figure, path)
+    for axis in axes[:2]:  # one scale, so that tower and decoder compare
+        axis.set_yscale("log")
+        axis.set_ylim(*_limits([f.norm for f in result.parts if f.state == NONZERO], 0.3))
+    _draw_parts(axes[0], result, (groups.EMBEDDING, groups.BLOCK, groups.AFTER, groups.PROJECTOR, groups.STACK))
+    axes[0].set_title("Vision tower and projector")
+    axes[0].set_xlabel("tower block")
+    _draw_decoder(axes[1], result)
+    if result.side is not None:
+        _draw_side(axes[2], [result])
+        axes[2].set_title("Side branch's output, by layer")
+    samples = f"{result.samples} sample" + "s" * (result.samples != 1)
+    figure.suptitle(f"Where the gradient goes: {result.name}, {samples}", fontsize=9)
+    return figure
 
 
-def comparison_figure(result: ReachComparison, path: str | Path) -> Path:
+@drawn
+def comparison_figure(result: ReachComparison) -> Any:
     """The side output's gradient by layer for every variant, and as a whole."""
-    mpl = optional("matplotlib")
-
     figure, (layers, whole) = plotting.panels(1, 2)
     shown = [r for r in result.results if r.side is not None]
-    with mpl.rc_context(plotting.STYLE):
-        _draw_side(layers, shown)
-        layers.set_title("Gradient at the side branch's output")
-        _draw_whole(whole, shown)
-    return plotting.write_figure(figure, path)
-
-
-def _count(samples: int) -> str:
-    return f"{samples} sample" + "s" * (samples != 1)
+    _draw_side(layers, shown)
+    layers.set_title("Gradient at the side branch's output")
+    _draw_whole(whole, shown)
+    return figure
 
 
 def _draw_parts(axis: Any, result: ReachResult, kinds: tuple[str, ...]) -> None:
     """Bars on a log axis over parts in the model's order; what has no gradient is a mark on the floor."""
     parts = [found for kind in kinds for found in result.of(kind)]
     labels = [str(f.part.number) if f.part.number is not None else _SHORT[f.part.kind] for f in parts]
-    _bars(axis, list(range(len(parts))), [f.state for f in parts], [f.norm for f in parts])
+    _bars(axis, range(len(parts)), parts)
     blocks = [i for i, f in enumerate(parts) if f.part.number is not None]
     step = max(1, len(blocks) // 6)
     places = [i for i in range(len(parts)) if i not in blocks] + blocks[::step]
@@ -74,27 +68,19 @@ def _draw_parts(axis: Any, result: ReachResult, kinds: tuple[str, ...]) -> None:
 
 def _draw_decoder(axis: Any, result: ReachResult) -> None:
     layers = result.of(groups.LAYER)
-    numbers = [f.part.number or 0 for f in layers]
-    _bars(axis, numbers, [f.state for f in layers], [f.norm for f in layers])
-    fused = [f for f in layers if f.part.role == "fusion"]
-    for found in fused:
-        axis.axvspan((found.part.number or 0) - 0.5, (found.part.number or 0) + 0.5, color=plotting.SPLIT, alpha=0.2)
-    side = result.of(groups.SIDE)
-    if side and result.split is not None:
-        alive = [f for f in side if f.state == NONZERO]
-        if alive:
-            axis.bar(
-                [result.split + (f.part.number or 0) for f in alive], [f.norm for f in alive], width=0.5,
-                color="none", edgecolor=plotting.IMAGE, hatch="////", label="side branch",
-            )  # fmt: skip
-        dead = [f for f in side if f.state in (ZERO, NONE)]
-        if dead:
-            marker, word = _FLOOR[dead[0].state]
-            places = [result.split + (f.part.number or 0) for f in dead]
-            axis.plot(
-                places, [4 * axis.get_ylim()[0]] * len(dead), marker, color=plotting.IMAGE, ms=5, mfc="white",
-                label=f"side branch: {word}",
-            )  # fmt: skip
+    _bars(axis, range(len(layers)), layers)
+    fused = [number for number, found in enumerate(layers) if found.part.role == "fusion"]
+    for number in fused:
+        axis.axvspan(number - 0.5, number + 0.5, color=plotting.SPLIT, alpha=0.2)
+    if result.split is not None:
+        side = list(enumerate(result.of(groups.SIDE), result.split))
+        if alive := {number: found.norm for number, found in side if found.state == NONZERO}:
+            style = {"color": "none", "edgecolor": plotting.IMAGE, "hatch": "////"}
+            axis.bar(list(alive), list(alive.values()), width=0.5, label="side branch", **style)
+        if dead := {number: found.state for number, found in side if found.state in (ZERO, NONE)}:
+            marker, word = _FLOOR[next(iter(dead.values()))]
+            places, low, label = list(dead), 4 * axis.get_ylim()[0], f"side branch: {word}"
+            axis.plot(places, [low] * len(dead), marker, color=plotting.IMAGE, ms=5, mfc="white", label=label)
     plotting.layer_axis(axis, result.n_layers)
     if result.split is not None:
         axis.axvline(result.split - 0.5, color=plotting.SPLIT, ls="--", lw=1.2, label=f"split {result.split}")
@@ -102,30 +88,24 @@ def _draw_decoder(axis: Any, result: ReachResult) -> None:
     _legend(axis)
 
 
-def _bars(axis: Any, places: list[int], states: list[str], norms: list[float]) -> None:
-    alive = [(p, n) for p, s, n in zip(places, states, norms, strict=True) if s == NONZERO and n > 0]
+def _bars(axis: Any, places: Sequence[int], parts: Sequence[PartReach]) -> None:
+    alive = {p: f.norm for p, f in zip(places, parts, strict=True) if f.state == NONZERO and f.norm > 0}
     if alive:
-        axis.bar(*zip(*alive, strict=True), color=plotting.TEXT, width=0.8, label="gradient")
-    floor = axis.get_ylim()[0]
+        axis.bar(list(alive), list(alive.values()), color=plotting.TEXT, width=0.8, label="gradient")
+    low = 1.6 * axis.get_ylim()[0]
     for state, (marker, label) in _FLOOR.items():
-        there = [p for p, s in zip(places, states, strict=True) if s == state]
+        there = [p for p, f in zip(places, parts, strict=True) if f.state == state]
         if there:
-            axis.plot(there, [1.6 * floor] * len(there), marker, color="0.35", ms=4, mfc="none", label=label)
+            axis.plot(there, [low] * len(there), marker, color="0.35", ms=4, mfc="none", label=label)
     axis.set_ylabel("gradient norm")
     axis.grid(axis="x", visible=False)
 
 
-def _range(result: ReachResult) -> tuple[float, float]:
-    """Limits of a log axis: a decade below the smallest norm, and room for a legend above the largest."""
-    norms = [f.norm for f in result.parts if f.state == NONZERO and f.norm > 0] or [1.0]
-    low, high = 10.0 ** _below(min(norms)), 2 * max(norms)
-    return low, high * (high / low) ** 0.3
-
-
-def _below(value: float) -> int:
-    from math import floor, log10
-
-    return floor(log10(value)) - 1
+def _limits(norms: Iterable[float], room: float) -> tuple[float, float]:
+    """Of a log axis: a decade below the smallest norm above 0, and room for a legend over the largest."""
+    shown = [norm for norm in norms if norm > 0] or [1.0]
+    low, high = 10.0 ** (floor(log10(min(shown))) - 1), 2 * max(shown)
+    return low, high * (high / low) ** room
 
 
 def _legend(axis: Any) -> None:
@@ -136,8 +116,7 @@ def _draw_side(axis: Any, results: list[ReachResult]) -> None:
     """One line a variant over the deep layers; a layer that reads the output for nothing is a mark on the floor."""
     axis.set_yscale("log")
     first = results[0]
-    found = [n for r in results if r.side for n in (*r.side.layers.values(), r.side.norm or 0.0) if n > 0] or [1.0]
-    floor, top = 10.0 ** _below(min(found)), 2 * max(found)
+    limits = _limits([n for r in results if r.side for n in (*r.side.layers.values(), r.side.norm or 0.0)], 0.35)
     for number, result in enumerate(results):
         assert result.side is not None
         variant = result.variant
@@ -153,12 +132,12 @@ def _draw_side(axis: Any, results: list[ReachResult]) -> None:
             at = dead or [result.n_layers]
             word = "exactly 0" if dead else "none arrives"
             axis.plot(
-                at, [floor * 1.6 * 1.6**number] * len(at), "o", ms=5, mfc="none", color=colour,
+                at, [limits[0] * 1.6 * 1.6**number] * len(at), "o", ms=5, mfc="none", color=colour,
                 label=f"{variant}: {word}",
             )  # fmt: skip
         if len(results) == 1 and result.side.norm:
             axis.axhline(result.side.norm, color="black", ls=":", lw=1, label="whole")
-    axis.set_ylim(floor, top * (top / floor) ** 0.35)
+    axis.set_ylim(*limits)
     if not any(r.side is not None and r.side.norm for r in results):
         axis.set_yticks([], [])  # nothing that a scale could measure
         axis.set_yticks([], [], minor=True)

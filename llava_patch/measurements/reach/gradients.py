@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,20 +15,16 @@ from llava_patch.core.errors import InputError
 from llava_patch.core.undo import UndoStack
 from llava_patch.fusion.tower_training import let_tower_train
 from llava_patch.hosts.anatomy import Anatomy
+from llava_patch.measurements.passes import keeping_flags
 from llava_patch.routing.layers import Observer, observing
 
 
 @dataclass
 class Arrivals:
-    """Squared norms of what arrived, summed over samples.
+    """Squared norms of what arrived, summed over samples."""
 
-    Attributes:
-        squares: sum over samples of ‖g‖² by name; a name that nothing arrived for is missing.
-        nonzero: names for which a value other than 0 arrived.
-    """
-
-    squares: dict[Any, float] = field(default_factory=dict)
-    nonzero: set[Any] = field(default_factory=set)
+    squares: dict[Any, float] = field(default_factory=dict)  # sum of ‖g‖² by name; missing where nothing arrived
+    nonzero: set[Any] = field(default_factory=set)  # names for which a value other than 0 arrived
     _new: list[tuple[Any, Tensor]] = field(default_factory=list)
 
     def note(self, name: Any, gradient: Tensor) -> None:
@@ -37,11 +34,7 @@ class Arrivals:
         self._new.append((name, torch.stack([norm, largest.float()])))
 
     def collect(self) -> None:
-        """Read what one backward pass brought, with one synchronisation a device.
-
-        Raises:
-            InputError: a gradient is not finite; names it.
-        """
+        """Read what one backward pass brought, with one synchronisation a device; InputError: it is not finite."""
         rows: dict[Any, list[float]] = {}
         for device in {values.device for _, values in self._new}:
             there = [(name, values) for name, values in self._new if values.device == device]
@@ -95,54 +88,42 @@ class SideOutput(Observer):
 def training_step(anatomy: Anatomy, everything: bool) -> Iterator[None]:
     """The model as a training step finds it, without gradient checkpointing; as it was afterwards.
 
-    Gradients that were there, flags, training mode and the state of the random generators come back.
-
-    Args:
-        anatomy: the host model.
-        everything: whether every parameter asks for a gradient.
+    Gradients that were there, flags, training mode and the state of the random generators come back. With `everything`,
+    every parameter asks for a gradient.
     """
-    model = anatomy.model
-    undo = UndoStack()
+    model, undo = anatomy.model, UndoStack()
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=cuda), torch.enable_grad():
+    with torch.random.fork_rng(devices=cuda), torch.enable_grad(), keeping_flags(model):
         try:
-            _prepare(anatomy, everything, undo)
+            model.train()
+            for module in model.modules():
+                if getattr(module, "gradient_checkpointing", False):
+                    undo.set_attribute(module, "gradient_checkpointing", False)
+            for parameter, _ in gradients:
+                parameter.grad = None
+                if everything and parameter.is_floating_point():
+                    parameter.requires_grad_(True)
+            if everything:
+                let_tower_train(anatomy, undo)
             yield
         finally:
             undo.unwind()
-
-
-def _prepare(anatomy: Anatomy, everything: bool, undo: UndoStack) -> None:
-    parameters = list(anatomy.model.parameters())
-    kept = [(p, p.grad, p.requires_grad) for p in parameters]
-    modes = [(m, m.training) for m in anatomy.model.modules()]
-
-    def restore() -> None:
-        for parameter, gradient, flag in kept:
-            parameter.requires_grad_(flag)
-            parameter.grad = gradient
-        for module, training in modes:
-            module.training = training
-
-    undo.push(restore)
-    for parameter in parameters:
-        parameter.grad = None
-    anatomy.model.train()
-    for module in anatomy.model.modules():
-        if getattr(module, "gradient_checkpointing", False):
-            undo.set_attribute(module, "gradient_checkpointing", False)
-    if everything:
-        for parameter in parameters:
-            if parameter.is_floating_point():
-                parameter.requires_grad_(True)
-        let_tower_train(anatomy, undo)
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
 
 
 @contextlib.contextmanager
 def listening(parameters: dict[str, nn.Parameter], arrivals: Arrivals) -> Iterator[None]:
     """Note the gradient of every parameter that asks for one, and drop it."""
+
+    def note(name: str, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        arrivals.note(name, parameter.grad)
+        parameter.grad = None
+
     hooks = [
-        parameter.register_post_accumulate_grad_hook(_noting(name, arrivals))
+        parameter.register_post_accumulate_grad_hook(functools.partial(note, name))
         for name, parameter in parameters.items()
         if parameter.requires_grad
     ]
@@ -153,21 +134,8 @@ def listening(parameters: dict[str, nn.Parameter], arrivals: Arrivals) -> Iterat
             hook.remove()
 
 
-def _noting(name: str, arrivals: Arrivals) -> Any:
-    def note(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        arrivals.note(name, parameter.grad)
-        parameter.grad = None
-
-    return note
-
-
 def backward(model: Any, sample: dict[str, Any], side: SideOutput) -> float:
-    """One forward and backward pass; returns the loss.
-
-    Raises:
-        InputError: the sample has no labels, or its loss is not finite.
-    """
+    """One forward and backward pass; returns the loss. InputError: it is not finite, or the sample has no labels."""
     with observing(side):
         loss = model(**sample, use_cache=False).loss
     if loss is None:

@@ -13,45 +13,22 @@ from llava_patch.core.files import track
 from llava_patch.hosts import zero
 from llava_patch.hosts.anatomy import Anatomy, find
 from llava_patch.measurements.reach import gradients
-from llava_patch.measurements.reach.gradients import Arrivals, SideOutput
-from llava_patch.measurements.reach.result import (
-    AFTER,
-    BLOCK,
-    EMBEDDING,
-    FROZEN,
-    HEAD,
-    LAYER,
-    LF,
-    LORA,
-    NONE,
-    NONZERO,
-    NORM,
-    OTHER,
-    PROJECTOR,
-    SIDE,
-    STACK,
-    TOKENS,
-    ZERO,
-    Part,
-    PartReach,
-    Reach,
-    ReachComparison,
-    ReachResult,
-    SideReach,
-)  # fmt: skip
+from llava_patch.measurements.reach import result as groups
+from llava_patch.measurements.reach.result import Part, PartReach, Reach, ReachComparison, ReachResult, SideReach
 from llava_patch.patching.handle import get_handle
 from llava_patch.patching.patch import patch
-from llava_patch.routing.schedule import LayerMode
+from llava_patch.routing.schedule import LayerMode, LayerSchedule
 from llava_patch.routing.side_branch import SIDE_BRANCH
 from llava_patch.settings.methods import VARIANTS, Routing
 
 _ROLES = {
+    LayerMode.STOCK: "below split",
     LayerMode.TEXT: "text only",
     LayerMode.FUSE: "fusion",
     LayerMode.RESET: "image reset",
     LayerMode.KEYS: "image keys",
-    LayerMode.STOCK: "",
 }
+"""What a layer of a routed model does with the image."""
 
 
 def measure_reach(
@@ -80,7 +57,7 @@ def measure_reach(
             "the model's weights are partitioned by DeepSpeed ZeRO-3, where gradients are not seen whole: measure a "
             "checkpoint outside DeepSpeed"
         )
-    arrivals, side, losses = Arrivals(), SideOutput(), []
+    arrivals, side, losses = gradients.Arrivals(), gradients.SideOutput(), []
     with gradients.training_step(anatomy, settings.everything):
         parameters = dict(anatomy.model.named_parameters())
         asking = {name for name, parameter in parameters.items() if parameter.requires_grad}
@@ -91,14 +68,13 @@ def measure_reach(
             side.arrivals.collect()
     if not losses:
         raise InputError("gradient reach: no samples to measure on")
-    handle = get_handle(anatomy.model)
-    split = None if handle is None else handle.program().split
+    schedule = _routing(anatomy)
     return ReachResult(
-        name_of(anatomy),
-        _parts(parts_of(anatomy), parameters, asking, arrivals, len(losses)),
+        _name(anatomy),
+        _parts(anatomy, asking, arrivals, len(losses)),
         _side(side, len(losses)),
         len(anatomy.layers),
-        split if split is not None and split < len(anatomy.layers) else None,
+        None if schedule is None else schedule.split,
         len(losses),
         sum(losses) / len(losses),
         str(next(anatomy.layers[0].parameters()).dtype).removeprefix("torch."),
@@ -106,38 +82,43 @@ def measure_reach(
     )
 
 
-def name_of(anatomy: Anatomy) -> str:
+def _routing(anatomy: Anatomy) -> LayerSchedule | None:
+    """What the layers do where a routing is applied, else None."""
+    handle = get_handle(anatomy.model)
+    schedule = None if handle is None else handle.program()
+    return None if schedule is None or schedule.split >= schedule.n_layers else schedule
+
+
+def _name(anatomy: Anatomy) -> str:
     """The patch in a few words: "stock", "lf", "SkipLinks + lf + FastV"."""
     handle = get_handle(anatomy.model)
     if handle is None:
         return "stock"
     words = [] if handle.fusion is None else [type(handle.fusion).__name__]
-    if handle.routing is not None:
-        words.append(handle.routing.variant)
-    return " + ".join(words + ([] if handle.pruning is None else [type(handle.pruning).__name__])) or "stock"
+    words += [] if handle.routing is None else [handle.routing.variant]
+    words += [] if handle.pruning is None else [type(handle.pruning).__name__]
+    return " + ".join(words) or "stock"
 
 
-def _parts(
-    named: dict[str, Part], parameters: dict[str, nn.Parameter], asking: set[str], arrivals: Arrivals, samples: int
-) -> tuple[PartReach, ...]:
+def _parts(anatomy: Anatomy, asking: set[str], arrivals: gradients.Arrivals, samples: int) -> tuple[PartReach, ...]:
+    sizes = {name: parameter.numel() for name, parameter in anatomy.model.named_parameters()}
     members: dict[Part, list[str]] = {}
-    for name, part in named.items():
+    for name, part in parts_of(anatomy).items():
         members.setdefault(part, []).append(name)
     found = []
     for part, names in members.items():
         ask = [n for n in names if n in asking]
         reached = [n for n in ask if n in arrivals.squares]
-        state = FROZEN if not ask else NONE if not reached else ZERO
+        state = groups.FROZEN if not ask else groups.NONE if not reached else groups.ZERO
         if any(n in arrivals.nonzero for n in reached):
-            state = NONZERO
+            state = groups.NONZERO
         norm = (sum(arrivals.squares[n] for n in reached) / samples) ** 0.5
-        count = sum(parameters[n].numel() for n in names)
-        asked = sum(parameters[n].numel() for n in ask)
+        count, asked = (sum(sizes[n] for n in some) for some in (names, ask))
         found.append(PartReach(part, count, asked, len(ask), len(reached), state, norm))
     return tuple(found)
 
 
-def _side(side: SideOutput, samples: int) -> SideReach | None:
+def _side(side: gradients.SideOutput, samples: int) -> SideReach | None:
     if not side.seen:
         return None
     squares, nonzero = side.arrivals.squares, side.arrivals.nonzero
@@ -158,42 +139,33 @@ def parts_of(anatomy: Anatomy) -> dict[str, Part]:
     if anatomy.vision_model is not None:
         tower = anatomy.vision_parts()
         for module in tower.before:
-            place(module.parameters(), Part(EMBEDDING))
-        place(tower.own, Part(EMBEDDING))
+            place(module.parameters(), Part(groups.EMBEDDING))
+        place(tower.own, Part(groups.EMBEDDING))
         for number, block in enumerate(tower.blocks, 1):
-            place(block.parameters(), Part(BLOCK, number))
+            place(block.parameters(), Part(groups.BLOCK, number))
         for module in tower.after:
-            place(module.parameters(), Part(AFTER))
-    place(anatomy.projector.parameters(), Part(PROJECTOR))
+            place(module.parameters(), Part(groups.AFTER))
+    place(anatomy.projector.parameters(), Part(groups.PROJECTOR))
     stack = getattr(anatomy.projector_owner, anatomy.stack_name, None)
     if stack is not None:
-        place(stack.parameters(), Part(STACK))
-    place(anatomy.embed_tokens.parameters(), Part(TOKENS))
-    roles = roles_of(anatomy)
+        place(stack.parameters(), Part(groups.STACK))
+    place(anatomy.embed_tokens.parameters(), Part(groups.TOKENS))
+    schedule = _routing(anatomy)
     for number, layer in enumerate(anatomy.layers):
-        place(layer.parameters(), Part(LAYER, number, roles[number]))
+        role = "" if schedule is None else _ROLES[schedule.modes[number]]
+        place(layer.parameters(), Part(groups.LAYER, number, role))
     for number, layer in enumerate(getattr(anatomy.decoder, SIDE_BRANCH, [])):
-        place(layer.parameters(), Part(SIDE, number))
-    place(anatomy.norm.parameters(), Part(NORM))
-    place(anatomy.lm_head.parameters(), Part(HEAD))
+        place(layer.parameters(), Part(groups.SIDE, number))
+    place(anatomy.norm.parameters(), Part(groups.NORM))
+    place(anatomy.lm_head.parameters(), Part(groups.HEAD))
     order = {part: place for place, part in enumerate(dict.fromkeys(places.values()))}
-    found = {n: places.get(id(p), Part(OTHER)) for n, p in anatomy.model.named_parameters()}
+    found = {n: places.get(id(p), Part(groups.OTHER)) for n, p in anatomy.model.named_parameters()}
     named = {
-        name: Part(part.kind + LORA, part.number, part.role) if "lora_" in name else part
+        name: Part(part.kind + groups.LORA, part.number, part.role) if "lora_" in name else part
         for name, part in found.items()
     }
     names = sorted(named, key=lambda n: (order.get(found[n], len(order)), named[n].kind))  # stable within a part
     return {name: named[name] for name in names}
-
-
-def roles_of(anatomy: Anatomy) -> list[str]:
-    """What each decoder layer does with the image; see `Part.role`."""
-    handle = get_handle(anatomy.model)
-    layers = len(anatomy.layers)
-    if handle is None or handle.program().split >= layers:
-        return [""] * layers
-    program = handle.program()
-    return ["below split" if i < program.split else _ROLES[program.modes[i]] for i in range(layers)]
 
 
 def compare_reach(
@@ -233,8 +205,7 @@ def compare_reach(
         )
     results = []
     for name in variants:
-        own = {k: v for k, v in routing.items() if name == LF or k != "fusion_layers"}
-        own = {} if name == "vtw" else own
+        own = {k: v for k, v in routing.items() if name == groups.LF or (name != "vtw" and k != "fusion_layers")}
         with patch(model, routing=Routing(variant=name, split=split, **own)):
             results.append(measure_reach(model, samples(), settings, progress))
     return ReachComparison(tuple(results))

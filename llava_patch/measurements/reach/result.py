@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -36,9 +36,7 @@ class Reach:
     everything: bool = False
 
     def __post_init__(self) -> None:
-        if self.samples is not None and (
-            isinstance(self.samples, bool) or not isinstance(self.samples, int) or self.samples < 1
-        ):
+        if self.samples is not None and (not isinstance(self.samples, int) or self.samples is True or self.samples < 1):
             raise SettingError(f"Reach.samples = {self.samples!r}: expected an integer from 1 on")
         if not isinstance(self.everything, bool):
             raise SettingError(f"Reach.everything = {self.everything!r}: expected True or False")
@@ -46,85 +44,52 @@ class Reach:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a model, the smallest that the measurement tells apart.
+    """A part of a model, the smallest that the measurement tells apart."""
 
-    Attributes:
-        kind: one of the names above.
-        number: of a tower block (from 1), decoder or side-branch layer (from 0); None for the others.
-        role: what a decoder layer does with the image: "below split", "text only", "fusion", "image reset" (PC),
-            "image keys" (KV); "" in a model that is not routed.
-    """
-
-    kind: str
-    number: int | None = None
+    kind: str  # one of the names above
+    number: int | None = None  # of a tower block (from 1), decoder or side-branch layer (from 0)
+    # What a decoder layer does with the image: "below split", "text only", "fusion", "image reset" (PC), "image keys"
+    # (KV); "" in a model that is not routed.
     role: str = ""
 
 
 @dataclass(frozen=True)
 class PartReach:
-    """What arrived at one part of the model.
-
-    Attributes:
-        part: which.
-        parameters: how many values it has.
-        asking: how many of them ask for a gradient.
-        tensors: how many of its tensors do.
-        reached: how many of these got one (of zeros too).
-        state: "frozen": nothing asks; "none": no gradient arrived; "zero": exact zeros; "nonzero".
-        norm: root of the mean over samples of the squared norm of all its gradients.
-    """
+    """What arrived at one part of the model."""
 
     part: Part
-    parameters: int
-    asking: int
-    tensors: int
-    reached: int
-    state: str
-    norm: float
+    parameters: int  # how many values it has
+    asking: int  # how many of them ask for a gradient
+    tensors: int  # how many of its tensors do
+    reached: int  # how many of these got one (of zeros too)
+    state: str  # "frozen": nothing asks; "none": no gradient arrived; "zero": exact zeros; "nonzero"
+    norm: float  # root of the mean over samples of the squared norm of all its gradients
 
 
 @dataclass(frozen=True)
 class SideReach:
-    """The gradient of the loss at the side branch's output.
+    """The gradient of the loss at the side branch's output."""
 
-    Attributes:
-        norm: root mean square over samples of its norm; None: none arrived.
-        layers: norm of what came through each layer that reads it, by layer number; L: the decoder's end.
-        nonzero: the layers through which anything but zeros came.
-    """
-
-    norm: float | None
-    layers: dict[int, float]
-    nonzero: tuple[int, ...]
+    norm: float | None  # root mean square over samples of its norm; None: none arrived
+    layers: dict[int, float]  # norm of what came through each layer that reads it, by number; L: the decoder's end
+    nonzero: tuple[int, ...]  # the layers through which anything but zeros came
 
 
 @dataclass(frozen=True)
 class ReachResult(Result):
-    """Where a training step's gradient goes.
-
-    Attributes:
-        name: of the patch, as tables say it.
-        parts: every part of the model, from the image to the head.
-        side: the side branch's output; None without a side branch.
-        n_layers: L.
-        split: first routed layer; None where nothing is routed.
-        samples: how many were measured.
-        loss: their mean loss.
-        dtype: of the decoder.
-        settings: the settings used.
-    """
+    """Where a training step's gradient goes."""
 
     NAME, TITLE = "reach", "gradient reach"
     FIGURE = "llava_patch.measurements.reach.figures:reach_figure"
 
-    name: str
-    parts: tuple[PartReach, ...]
-    side: SideReach | None
-    n_layers: int
-    split: int | None
-    samples: int
-    loss: float
-    dtype: str
+    name: str  # of the patch, as tables say it
+    parts: tuple[PartReach, ...]  # every part of the model, from the image to the head
+    side: SideReach | None  # the side branch's output; None without a side branch
+    n_layers: int  # L
+    split: int | None  # first routed layer; None where nothing is routed
+    samples: int  # how many were measured
+    loss: float  # their mean loss
+    dtype: str  # of the decoder
     settings: Reach = field(default_factory=Reach)
 
     @property
@@ -203,18 +168,14 @@ def merged(parts: Iterable[PartReach]) -> list[tuple[str, list[PartReach]]]:
         part, numbers = members[0].part, [f.part.number for f in members if f.part.number is not None]
         name = part.kind
         if numbers:
-            name = f"{name if len(numbers) == 1 else _plural(name)} {_runs(tuple(numbers))}"
+            lora = LORA * name.endswith(LORA)
+            plural = f"{name.removesuffix(LORA)}s{lora}"
+            name = f"{name if len(numbers) == 1 else plural} {_runs(numbers)}"
         found.append((f"{name}, {part.role}" if part.role else name, members))
     return found
 
 
-def _plural(kind: str) -> str:
-    if kind.endswith(LORA):
-        return f"{kind.removesuffix(LORA)}s{LORA}"
-    return f"{kind}s"
-
-
-def _runs(numbers: tuple[int, ...]) -> str:
+def _runs(numbers: Sequence[int]) -> str:
     """0, 1, 2, 5 as "0-2, 5"."""
     runs: list[list[int]] = []
     for number in numbers:
@@ -227,16 +188,12 @@ def _runs(numbers: tuple[int, ...]) -> str:
 
 @dataclass(frozen=True)
 class ReachComparison(Result):
-    """Several variants on one model and the same samples.
-
-    Attributes:
-        results: of each variant, in the order asked for.
-    """
+    """Several variants on one model and the same samples."""
 
     NAME, TITLE = "reach_variants", "gradient reach comparison"
     FIGURE = "llava_patch.measurements.reach.figures:comparison_figure"
 
-    results: tuple[ReachResult, ...]
+    results: tuple[ReachResult, ...]  # of each variant, in the order asked for
 
     def of(self, variant: str) -> ReachResult | None:
         """A variant's result."""
@@ -247,13 +204,12 @@ class ReachComparison(Result):
         lines = []
         lf, pc = self.of(LF), self.of(PC)
         if lf is not None and pc is not None and lf.side is not None and pc.side is not None:
-            a, b = lf.side, pc.side
             lines.append(
                 f"Layers through which the side branch's output gets a gradient: LF {len(lf.reading_layers)}, PC "
                 f"{len(pc.reading_layers)} (the paper's 7B model: 1 and 14)."
             )
-            if a.norm and b.norm:
-                lines.append(f"Its norm in LF is {a.norm / b.norm:.2f} of PC's.")
+            if lf.side.norm and pc.side.norm:
+                lines.append(f"Its norm in LF is {lf.side.norm / pc.side.norm:.2f} of PC's.")
         dead = [r.name for r in self.results if r.side is not None and not r.side.nonzero]
         if dead:
             lines.append(f"No gradient reaches the side branch under {', '.join(dead)}: it cannot be trained there.")

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from llava_patch.core.errors import HostError, SettingError
+from llava_patch.core.files import write_json
+from llava_patch.core.paths import VARIABLE, cache_folder
 from llava_patch.hosts.anatomy import Anatomy, find
-from llava_patch.measurements.saturation import split_cache
 from llava_patch.measurements.saturation.measure import measure_saturation, unusable
 from llava_patch.measurements.saturation.result import Saturation, SaturationResult
 from llava_patch.patching.handle import get_handle
+from llava_patch.patching.keys import digest_of, model_digest
 from llava_patch.settings.methods import AUTO, Routing
 
 logger = logging.getLogger("llava_patch")
 DEFAULTS = Saturation()
+FORMAT = 3  # of a kept measurement; 2: the model's digest saw matrices only
 _ASKED = f'Routing.split = "{AUTO}"'
+_NOT_MEASURED = ("labels", "attention_mask")  # samples have no padding, so that neither changes what is measured
 
 
 def resolve_split(
@@ -32,8 +38,8 @@ def resolve_split(
     """Put a layer number in the place of split = "auto".
 
     The model is measured as it is, before it is routed, in evaluation mode and without gradients, and nothing on it
-    changes. The measurement is kept in the cache folder (see `split_cache`), and one line of the log says what was
-    chosen and why. A model that already carries a routing keeps its split, and nothing is measured.
+    changes. The measurement is kept in the cache folder (see `_measure`), and one line of the log says what was chosen
+    and why. A model that already carries a routing keeps its split, and nothing is measured.
 
     Args:
         model: a model of either host, possibly wrapped; its vision tower must be loaded.
@@ -56,7 +62,9 @@ def resolve_split(
     anatomy, handle = find(model), get_handle(model)
     if handle is not None and handle.routing is not None:
         there = handle.routing.split
-        _explain(f"the model already carries split {there}, which is kept; nothing is measured")
+        logger.warning(
+            f"llava_patch: {_ASKED}: the model already carries split {there}, which is kept; nothing is measured"
+        )
         return dataclasses.replace(routing, split=there)
     if handle is not None and handle.pruning is not None:
         raise SettingError(
@@ -78,12 +86,24 @@ def resolve_split(
             f"{_ASKED}: {result.samples} samples recommend no split: {result.recommendation.reason} (curves: {place}); "
             "bind Routing.split to a layer number by hand"
         )
-    _check_room(routing, split, result)
+    # A lower split would leave before the image has been read.
+    layers, fusion = result.n_layers, routing.fusion_layers
+    fusion_start = min(fusion) if isinstance(fusion, tuple) else layers - fusion
+    highest = min(fusion_start, layers - routing.side_layers)
+    if split > highest:
+        raise SettingError(
+            f"{_ASKED}: the measurement recommends {split}, but Routing.fusion_layers = {fusion} and "
+            f"Routing.side_layers = {routing.side_layers} leave room for 0..{highest} of L = {layers} layers only: "
+            "lower them, or bind Routing.split to a layer number by hand"
+        )
     assert result.recommendation.window is not None
     first, last = result.recommendation.window
-    _explain(
-        f"split {split}, the first layer of the window {first}..{last} of L = {result.n_layers} layers: "
-        f"{result.recommendation.reason}. Measured on {result.samples} samples{_left_out(result)}; curves: {place}. "
+    skipped = ", ".join(f"{count} {why}" for why, count in result.skipped.items() if count)
+    left_out = f" ({skipped}: left out)" if skipped else ""
+    # A warning, so that it is seen where nobody configured logging: the choice decides about the whole run.
+    logger.warning(
+        f"llava_patch: {_ASKED}: split {split}, the first layer of the window {first}..{last} of L = {layers} layers: "
+        f"{result.recommendation.reason}. Measured on {result.samples} samples{left_out}; curves: {place}. "
         f"Bind Routing.split = {split} to fix it"
     )
     return dataclasses.replace(routing, split=split)
@@ -92,7 +112,12 @@ def resolve_split(
 def _measure(
     anatomy: Anatomy, samples: Iterable[Mapping[str, Any]], settings: Saturation, progress: bool
 ) -> tuple[SaturationResult, str]:
-    """The measurement, from the cache if it is there, and in words where its file is."""
+    """The measurement, from the cache if it is there, and in words where its file is.
+
+    A file is found again by what decides about the measurement: the model's weights (sampled), the settings in its
+    configuration that change the forward pass, a patch that is already on it, the samples, and the settings.
+    Floating-point values enter rounded to bfloat16, so that one model loaded in two precisions is one model.
+    """
     usable: list[dict[str, Any]] = []
     skipped: dict[str, int] = {}
     for sample in samples:
@@ -111,35 +136,41 @@ def _measure(
     if not usable:
         counts = ", ".join(f"{count} with {why}" for why, count in skipped.items()) or "none were given"
         raise SettingError(f"{_ASKED} needs samples with an image and text behind it: {counts}")
-    wanted = split_cache.key(anatomy, usable, settings)
-    path = split_cache.path_of(wanted)
-    kept = split_cache.read(path, wanted, len(anatomy.layers))
+    key = {
+        "format": FORMAT,
+        "model": model_digest(anatomy),
+        "samples": digest_of([{k: v for k, v in s.items() if k not in _NOT_MEASURED} for s in usable]),
+        "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k != "save_every"},
+    }
+    path = cache_folder() / f"saturation-{digest_of(key)[:24]}.json"
+    kept = _read(path, key, len(anatomy.layers)) if path.is_file() else None
     if kept is not None:
         return kept, f"{path}, measured before"
     result = measure_saturation(anatomy.model, usable, settings, progress)
     result = dataclasses.replace(result, skipped=skipped)
-    split_cache.write(path, wanted, result)
+    try:
+        write_json(path, {"key": key, "saturation": result.to_dict()})
+    except OSError as error:
+        logger.warning(
+            "llava_patch: the saturation measurement could not be kept (%s): it will be made again next time; set %s "
+            "to a folder that can be written",
+            error,
+            VARIABLE,
+        )
     return result, str(path)
 
 
-def _check_room(routing: Routing, split: int, result: SaturationResult) -> None:
-    """Refuse a split that the variant cannot take: a lower one would leave before the image has been read."""
-    layers, fusion = result.n_layers, routing.fusion_layers
-    fusion_start = min(fusion) if isinstance(fusion, tuple) else layers - fusion
-    highest = min(fusion_start, layers - routing.side_layers)
-    if split > highest:
-        raise SettingError(
-            f"{_ASKED}: the measurement recommends {split}, but Routing.fusion_layers = {fusion} and "
-            f"Routing.side_layers = {routing.side_layers} leave room for 0..{highest} of L = {layers} layers only: "
-            "lower them, or bind Routing.split to a layer number by hand"
-        )
-
-
-def _left_out(result: SaturationResult) -> str:
-    counts = ", ".join(f"{count} {why}" for why, count in result.skipped.items() if count)
-    return f" ({counts}: left out)" if counts else ""
-
-
-def _explain(text: str) -> None:
-    # A warning, so that it is seen where nobody configured logging: the choice decides about the whole run.
-    logger.warning("llava_patch: %s: %s", _ASKED, text)
+def _read(path: Path, key: dict[str, Any], n_layers: int) -> SaturationResult | None:
+    """A kept measurement; a damaged file counts as none, with a warning."""
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["key"] != key:
+            raise ValueError("it belongs to another model, other samples or other settings")
+        result = SaturationResult.from_dict(kept["saturation"])
+        if result.n_layers != n_layers:
+            raise ValueError(f"it has {result.n_layers} layers, the model {n_layers}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        logger.warning("llava_patch: %s cannot be used (%s): measuring again, the file is replaced", path, reason)
+        return None
+    return result

@@ -13,16 +13,8 @@ from llava_patch.core import files
 from llava_patch.core.errors import InputError
 from llava_patch.hosts.anatomy import Anatomy, find
 from llava_patch.measurements import trace
-from llava_patch.measurements.lens import lens_kl
-from llava_patch.measurements.passes import check_finite, evaluating
-from llava_patch.measurements.saturation.result import (
-    DEFAULTS,
-    Curves,
-    PatchOn,
-    Saturation,
-    SaturationResult,
-    summarise,
-)
+from llava_patch.measurements.passes import check_finite, evaluating, has_image
+from llava_patch.measurements.saturation.result import DEFAULTS, Curves, PatchOn, Saturation, SaturationResult
 from llava_patch.measurements.saturation.state import RunningMean, State
 from llava_patch.patching.handle import get_handle
 
@@ -31,11 +23,9 @@ NO_IMAGE, NO_TEXT = "no image", "no text after the image"
 
 def unusable(anatomy: Anatomy, sample: dict[str, Any]) -> str | None:
     """Why a sample cannot be measured; None when it can."""
-    pixels = anatomy.pixels_of(sample)
-    places = sample["input_ids"][0] == anatomy.image_token_id
-    if pixels is None or not bool(places.any()):
+    if not has_image(anatomy, sample):
         return NO_IMAGE
-    return None if len(trace.text_after_image(places)) else NO_TEXT
+    return None if len(trace.text_after_image(sample["input_ids"][0] == anatomy.image_token_id)) else NO_TEXT
 
 
 def patch_on(anatomy: Anatomy) -> PatchOn | None:
@@ -46,8 +36,7 @@ def patch_on(anatomy: Anatomy) -> PatchOn | None:
         return None
     words = []
     split = program.split if program.split < program.n_layers else None
-    if split is not None:
-        assert handle.routing is not None
+    if split is not None and handle.routing is not None:
         words.append(f"routed ({handle.routing.variant}, split {split})")
     if (pruning := program.pruning) is not None:
         name = type(pruning).__name__
@@ -56,12 +45,7 @@ def patch_on(anatomy: Anatomy) -> PatchOn | None:
 
 
 def measure_sample(anatomy: Anatomy, sample: dict[str, Any], settings: Saturation = DEFAULTS) -> Curves:
-    """Measure one usable sample: one forward pass of the model.
-
-    Args:
-        anatomy: the host model, from `hosts.anatomy.find`.
-        sample: keyword arguments of the model's forward, batch of one, no padding.
-        settings: see `Saturation`.
+    """Measure one usable sample, a batch of one without padding: one forward pass of the model.
 
     Raises:
         HostError: numbers that are not finite; names the first layer that has them.
@@ -70,7 +54,7 @@ def measure_sample(anatomy: Anatomy, sample: dict[str, Any], settings: Saturatio
     with evaluating(anatomy.model):
         with trace.traced(anatomy, settings.chunk) as seen:
             trace.run(anatomy, seen, sample)
-        image_kl, text_kl = lens_kl(anatomy, seen, settings.chunk)
+        image_kl, text_kl = trace.lens_kl(anatomy, seen, settings.chunk)
 
     def together(values: dict[int, torch.Tensor]) -> list:
         """One transfer from the device."""
@@ -85,20 +69,16 @@ def measure_sample(anatomy: Anatomy, sample: dict[str, Any], settings: Saturatio
         image_states=[float(seen.image_states(i)) for i in layers],
         image_keys=[float(seen.image_keys(i)) for i in layers],
     )
-    _check_finite(curves, anatomy)
+    # NaN stands for absent positions in the curves: what overflowed must not be taken for that. All layers' states come
+    # before the logit lens, which holds each layer against the last one.
+    there = [bool(states) for states in curves.image_states]
+    for layer in layers:
+        own = [curves.image_cosine[layer]] * there[layer]
+        check_finite([*curves.head_mass[layer], curves.text_cosine[layer], *own], layer, anatomy)
+    for layer in layers:
+        own = [curves.image_kl[layer]] * (there[layer] and there[-1])
+        check_finite([curves.text_kl[layer], *own], layer, anatomy)
     return curves
-
-
-def _check_finite(curves: Curves, anatomy: Anatomy) -> None:
-    # NaN stands for absent positions in the curves: what overflowed must not be taken for that.
-    for layer, states in enumerate(curves.image_states):
-        values = [*curves.head_mass[layer], curves.text_cosine[layer]]
-        if states:
-            values.append(curves.image_cosine[layer])
-        check_finite(values, layer, anatomy)
-    for layer, states in enumerate(curves.image_states):  # behind the states: all are held against the last layer's
-        values = [curves.text_kl[layer]] + [curves.image_kl[layer]] * bool(states and curves.image_states[-1])
-        check_finite(values, layer, anatomy)
 
 
 def measure_saturation(
@@ -152,4 +132,4 @@ def measure_saturation(
     if not done.samples:
         counts = ", ".join(f"{count} with {why}" for why, count in done.skipped.items())
         raise InputError(f"no usable sample for saturation: {counts}")
-    return summarise(done.mean(), done.samples, done.skipped, settings, patch)
+    return SaturationResult(done.mean(), done.samples, done.skipped, settings, patch)

@@ -7,47 +7,33 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_patch.core.errors import InputError
 from llava_patch.core.files import plain
-from llava_patch.measurements.base import Measurement, Table
-from llava_patch.measurements.saturation.result import Curves, PatchOn, Saturation, SaturationResult, summarise
+from llava_patch.measurements.base import Measurement, Table, decode
+from llava_patch.measurements.saturation.recommend import transition_layer
+from llava_patch.measurements.saturation.result import Curves, PatchOn, Saturation, SaturationResult
 
 if TYPE_CHECKING:
     from llava_patch.data.target import Target
 
 
-NAN = float("nan")
-
-
 def _transition(entries: Sequence[dict[str, Any]]) -> float:
     """Transition layer of the mean logit-lens KL over documents; NaN when there is none."""
-    from llava_patch.measurements.saturation.recommend import transition_layer
-
     kl = [sum(column) / len(column) for column in zip(*(entry["kl"] for entry in entries), strict=True)]
     layer = transition_layer(kl, entries[0]["share"])
-    return NAN if layer is None else layer
+    return math.nan if layer is None else layer
 
 
 def _split(entries: Sequence[dict[str, Any]]) -> float:
     """The split that the mean curves recommend; NaN when they recommend none."""
-    split = _pooled(entries).recommended_split
-    return NAN if split is None else split
-
-
-def _pooled(items: Sequence[dict[str, Any]]) -> SaturationResult:
-    from llava_patch.measurements.saturation.state import RunningMean
-
-    done = RunningMean()
-    for item in items:
-        done = done.plus(Curves.from_dict(item["curves"]))
-    settings, patch = Saturation(**items[0]["settings"]), items[0]["patch"]
-    patch_on = None if patch is None else PatchOn(**patch)
-    return summarise(done.mean(), done.samples, settings=settings, patch=patch_on)
+    split = SaturationMeasurement().pooled(entries).recommended_split
+    return math.nan if split is None else split
 
 
 class SaturationMeasurement(Measurement):
@@ -87,8 +73,6 @@ class SaturationMeasurement(Measurement):
 
     def measure(self, target: "Target", settings: Saturation, folder: Path | None = None) -> SaturationResult:
         """One forward pass a sample; an unfinished run goes on from its state in the folder."""
-        import dataclasses
-
         from llava_patch.data.readers.read import resolve_source
         from llava_patch.measurements.saturation.measure import measure_saturation
         from llava_patch.measurements.saturation.state import STATE_FILE, State
@@ -106,7 +90,7 @@ class SaturationMeasurement(Measurement):
             "device": key["device"],
             "key": _digest(key),
         }
-        return dataclasses.replace(result, facts=facts)
+        return replace(result, facts=facts)
 
     def kept(self, target: "Target", settings: Saturation, folder: Path) -> SaturationResult | None:
         """The result of the very same measurement; one of an earlier version, or damaged, counts as none."""
@@ -134,7 +118,7 @@ class SaturationMeasurement(Measurement):
 
     def entries(self, item: dict[str, Any]) -> dict[str, Any]:
         """Layers of the document's own, and of its curves what the means are taken over."""
-        found = _pooled([item])
+        found = self.pooled([item])
         curves, share = found.curves, found.settings.transition_share
         return {
             "recommended_split": {"split": found.recommended_split, "reason": found.recommendation.reason, **item},
@@ -145,7 +129,13 @@ class SaturationMeasurement(Measurement):
 
     def pooled(self, items: Sequence[dict[str, Any]]) -> SaturationResult:
         """The result of the mean curves."""
-        return _pooled(items)
+        from llava_patch.measurements.saturation.state import RunningMean
+
+        done = RunningMean()
+        for item in items:
+            done = done.plus(Curves.from_dict(item["curves"]))
+        settings, patch = Saturation(**items[0]["settings"]), decode(PatchOn | None, items[0]["patch"])
+        return SaturationResult(done.mean(), done.samples, settings=settings, patch=patch)
 
     def _key(self, target: "Target", settings: Saturation) -> dict[str, Any]:
         from llava_patch.hosts.anatomy import find

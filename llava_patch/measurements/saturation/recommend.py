@@ -6,21 +6,23 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llava_patch.measurements.saturation.result import Saturation
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Where image tokens may leave the decoder.
+    """Where image tokens may leave the decoder."""
 
-    Attributes:
-        split: first layer of the window; None when there is no window.
-        window: first and last layer of the window, both included; None when there is none.
-        reason: why, in a sentence; it says so when the signals disagree.
-    """
+    reason: str  # a sentence; it says so when the signals disagree
+    window: tuple[int, int] | None = None  # first and last layer, both included; None: there is none
 
-    split: int | None
-    window: tuple[int, int] | None
-    reason: str
+    @property
+    def split(self) -> int | None:
+        """First layer of the window; None when there is no window."""
+        return None if self.window is None else self.window[0]
 
 
 def transition_layer(kl: Sequence[float], share: float) -> int | None:
@@ -34,8 +36,8 @@ def transition_layer(kl: Sequence[float], share: float) -> int | None:
         share: of the layer-0 value.
 
     Returns:
-        Layer number, or None when layer 0 already predicts what the last layer does (KL of 0) or is absent, or when
-        the positions are absent before the KL has fallen.
+        None when layer 0 already predicts what the last layer does (KL of 0) or is absent, or when the positions are
+        absent before the KL has fallen.
     """
     if not kl or math.isnan(kl[0]) or kl[0] <= 0:
         return None
@@ -73,10 +75,7 @@ def recommend(
     image_kl: Sequence[float],
     image_cosine: Sequence[float],
     image_present: Sequence[bool],
-    *,
-    transition_share: float,
-    mass_tolerance: float,
-    fall_share: float,
+    settings: "Saturation",
     patched: str = "",
 ) -> Recommendation:
     """Recommend a split as a window from where text has stopped reading the image to where the image has stopped.
@@ -85,59 +84,39 @@ def recommend(
     transition layer. Mass that is flat from the start says nothing (a small model reads the image to its end), so the
     deep median must also have fallen to `fall_share` of the highest mass.
 
-    Args:
-        mass: text-to-image attention mass per layer.
-        image_kl: logit-lens KL at image positions per layer.
-        image_cosine: cosine of image states across each layer.
-        image_present: whether the layer has hidden states of image positions.
-        transition_share: see `transition_layer`.
-        mass_tolerance: see `settled_layer`.
-        fall_share: how low the deep median must be, as a share of the highest mass.
-        patched: how the model is routed or pruned, in words; such curves say nothing about where to split it.
-
-    Returns:
-        The window, or the reason why there is none.
+    The sequences are per layer, as `Curves` has them. `patched` says in words how the model is routed or pruned: its
+    curves say nothing about where to split it.
     """
+    mass_tolerance, fall_share = settings.mass_tolerance, settings.fall_share
     absent = [layer for layer, present in enumerate(image_present) if not present]
     if patched or absent:
         where = f", and layers {absent[0]}..{absent[-1]} have no image states" if absent else ""
-        return Recommendation(
-            None, None, f"the model is already {patched or 'routed'}{where}; measure the stock model for a split"
-        )
-    transition = transition_layer(image_kl, transition_share)
+        return Recommendation(f"the model is already {patched or 'routed'}{where}; measure the stock model for a split")
+    transition = transition_layer(image_kl, settings.transition_share)
     settled = settled_layer(mass, mass_tolerance)
     median, highest = deep_median(mass), max(mass)
-    lens = (
-        f"the logit lens has its image transition at layer {transition}"
-        if transition is not None
-        else "the logit lens shows no image transition (KL is 0 from layer 0 on)"
-    )
+    lens = f"the logit lens has its image transition at layer {transition}"
+    if transition is None:
+        lens = "the logit lens shows no image transition (KL is 0 from layer 0 on)"
     if median > fall_share * highest:
         return Recommendation(
-            None,
-            None,
             f"attention mass does not fall: its deep median {median:.3g} is {median / highest:.0%} of its highest "
             f"value {highest:.3g} (at most {fall_share:.0%} would count); {lens}"
-            + ("; the signals disagree" if transition is not None and transition < len(mass) - 1 else ""),
+            + ("; the signals disagree" if transition is not None and transition < len(mass) - 1 else "")
         )
+    near = f"within {mass_tolerance:.0%} of its deep median {median:.3g}"
     if settled is None:
-        return Recommendation(
-            None,
-            None,
-            f"attention mass never settles within {mass_tolerance:.0%} of its deep median {median:.3g}; {lens}",
-        )
+        return Recommendation(f"attention mass never settles {near}; {lens}")
     if transition is None:
-        return Recommendation(None, None, f"attention mass settles from layer {settled} on, but {lens}")
+        return Recommendation(f"attention mass settles from layer {settled} on, but {lens}")
     if settled > transition:
         return Recommendation(
-            None,
-            None,
             f"the signals disagree: attention mass settles only from layer {settled} on, after the image transition at "
-            f"layer {transition}: the window is empty",
+            f"layer {transition}: the window is empty"
         )
     reason = (
-        f"attention mass stays within {mass_tolerance:.0%} of its deep median {median:.3g} from layer {settled} on, "
-        f"and image positions have made their transition by layer {transition}"
+        f"attention mass stays {near} from layer {settled} on, and image positions have made their transition by layer "
+        f"{transition}"
     )
     before, after = image_cosine[:settled], image_cosine[settled:-1]
     if before and after and statistics.mean(after) < statistics.mean(before):
@@ -145,4 +124,4 @@ def recommend(
             f"; the signals disagree in part: image states still turn more after the split (mean cosine "
             f"{statistics.mean(after):.3f}) than before it ({statistics.mean(before):.3f})"
         )
-    return Recommendation(settled, (settled, transition), reason)
+    return Recommendation(reason, (settled, transition))

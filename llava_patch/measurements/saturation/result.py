@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 from llava_patch.core.errors import SettingError
-from llava_patch.measurements.base import Comparison, Result, decode, differences, encode
-from llava_patch.measurements.saturation.recommend import (
-    Recommendation,
-    absent_from,
-    deep_median,
-    recommend,
-    transition_layer,
-)
+from llava_patch.measurements.base import Comparison, Result, decode, decode_known, differences, encode
+from llava_patch.measurements.saturation import recommend
+from llava_patch.settings.checks import integer, is_number
 
 
 @dataclass(frozen=True)
@@ -41,14 +37,11 @@ class Saturation:
     def __post_init__(self) -> None:
         for name in ("transition_share", "mass_tolerance", "fall_share"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+            if not is_number(value) or not 0 < value < 1:
                 raise SettingError(f"Saturation.{name} = {value!r}: expected a number between 0 and 1, both excluded")
         for name in ("max_samples", "chunk", "save_every"):
-            value = getattr(self, name)
-            if name == "max_samples" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise SettingError(f"Saturation.{name} = {value!r}: expected an integer >= 1")
+            if name != "max_samples" or self.max_samples is not None:
+                integer("Saturation", name, getattr(self, name), 1)
 
 
 DEFAULTS = Saturation()
@@ -56,25 +49,16 @@ DEFAULTS = Saturation()
 
 @dataclass(frozen=True)
 class Curves:
-    """Per-layer values of one sample, or the mean over samples; index = layer number.
+    """Per-layer values of one sample, or the mean over samples, by layer number; NaN where positions are absent."""
 
-    Attributes:
-        image_cosine: cosine between a layer's input and output, mean over image positions; NaN where absent.
-        text_cosine: the same over text positions (everything that is not image).
-        head_mass: [layers][heads], attention probability that text behind the image puts on image keys.
-        image_kl: KL(final || layer) of the logit lens in nats, mean over image positions; NaN where absent.
-        text_kl: the same over text positions.
-        image_states: number of image positions that have hidden states in a layer.
-        image_keys: number of image positions that a layer's queries can look at; in the KV variant's deep layers there
-            are keys without states, and pruned layers have the ones that are kept.
-    """
-
-    image_cosine: list[float]
-    text_cosine: list[float]
-    head_mass: list[list[float]]
-    image_kl: list[float]
-    text_kl: list[float]
-    image_states: list[float]
+    image_cosine: list[float]  # between a layer's input and output, mean over image positions
+    text_cosine: list[float]  # the same over text positions (everything that is not image)
+    head_mass: list[list[float]]  # [layers][heads], attention probability that text behind the image puts on image keys
+    image_kl: list[float]  # KL(final || layer) of the logit lens in nats, mean over image positions
+    text_kl: list[float]  # the same over text positions
+    image_states: list[float]  # number of image positions that have hidden states in a layer
+    # Number of image positions that a layer's queries can look at: keys without states in the KV variant's deep layers,
+    # the ones that are kept in pruned layers.
     image_keys: list[float]
 
     @property
@@ -85,7 +69,7 @@ class Curves:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Curves":
         """Read curves from JSON values, where null is NaN; KeyError, TypeError or ValueError when they are damaged."""
-        curves = cls(**{f.name: _with_nan(values[f.name]) for f in fields(cls)})
+        curves: Curves = decode_known(cls, values)
         lengths = {len(curve) for curve in vars(curves).values()}
         if len(lengths) != 1 or 0 in lengths or not all(curves.head_mass):
             raise ValueError(f"curves over {sorted(lengths)} layers")
@@ -99,50 +83,46 @@ class Curves:
 
 @dataclass(frozen=True)
 class PatchOn:
-    """What a patch on the measured model does to its image positions.
+    """What a patch on the measured model does to its image positions."""
 
-    Attributes:
-        split: the layer at which image tokens leave the decoder; None: they stay.
-        prune_at: the first layer without pruned image tokens; None: nothing is pruned.
-        words: what the model is, such as "routed (lf, split 4)".
-    """
-
-    split: int | None
-    prune_at: int | None
-    words: str
+    split: int | None  # the layer at which image tokens leave the decoder; None: they stay
+    prune_at: int | None  # the first layer without pruned image tokens; None: nothing is pruned
+    words: str  # what the model is, such as "routed (lf, split 4)"
 
 
 @dataclass(frozen=True)
 class SaturationResult(Result):
-    """What was measured and what follows from it.
-
-    Attributes:
-        curves: mean over samples, each of which counts the same.
-        recommendation: the split and why.
-        image_transition: layer number or None, see `recommend.transition_layer`.
-        text_transition: the same at text positions.
-        samples: number of samples measured.
-        skipped: number of samples left out, by reason.
-        settings: the settings used.
-        patch: what a routing or pruning patch on the model does; None: the stock decoder.
-    """
+    """What was measured; what follows from it are properties."""
 
     NAME = TITLE = "saturation"
     FIGURE = "llava_patch.measurements.saturation.figure:saturation_figure"
 
-    curves: Curves
-    recommendation: Recommendation
-    image_transition: int | None
-    text_transition: int | None
-    samples: int
-    skipped: dict[str, int]
+    curves: Curves  # mean over samples, each of which counts the same
+    samples: int  # how many were measured
+    skipped: dict[str, int] = field(default_factory=dict)  # how many were left out, by reason
     settings: Saturation = field(default_factory=Saturation)
-    patch: PatchOn | None = None
+    patch: PatchOn | None = None  # what a routing or pruning patch on the model does; None: the stock decoder
 
     @property
     def n_layers(self) -> int:
         """Number L of decoder layers."""
         return len(self.curves.image_cosine)
+
+    @cached_property
+    def recommendation(self) -> recommend.Recommendation:
+        """The split and why."""
+        c, patched = self.curves, "" if self.patch is None else self.patch.words
+        return recommend.recommend(c.mass, c.image_kl, c.image_cosine, c.image_present, self.settings, patched)
+
+    @property
+    def image_transition(self) -> int | None:
+        """Transition layer at image positions or None, see `recommend.transition_layer`."""
+        return recommend.transition_layer(self.curves.image_kl, self.settings.transition_share)
+
+    @property
+    def text_transition(self) -> int | None:
+        """The same at text positions."""
+        return recommend.transition_layer(self.curves.text_kl, self.settings.transition_share)
 
     @property
     def recommended_split(self) -> int | None:
@@ -157,7 +137,7 @@ class SaturationResult(Result):
     @property
     def deep_mass(self) -> float:
         """Median attention mass of the deep layers, see `recommend.deep_median`."""
-        return deep_median(self.curves.mass)
+        return recommend.deep_median(self.curves.mass)
 
     def depth_percent(self, layer: int | None) -> float | None:
         """A layer number as percent of the decoder's depth."""
@@ -172,35 +152,33 @@ class SaturationResult(Result):
         samples = f"{self.samples} sample" + "s" * (self.samples != 1)
         if self.recommendation.window is not None:
             first, last = self.recommendation.window
-            head = f"Recommended split: layer {self.worded(self.recommended_split)} of {self.n_layers}, "
-            head += f"window {first}..{last}"
+            split = self.worded(self.recommended_split)
+            head = f"Recommended split: layer {split} of {self.n_layers}, window {first}..{last}"
         else:
             head = "No split is recommended"
+        image = self.worded(self.image_transition)
+        if self.image_transition is None and self.image_leaves is not None:
+            image += f" (not reached before the image leaves at layer {self.image_leaves})"
         return (
             f"{head} ({samples}): {self.recommendation.reason}. Attention mass on the image is "
             f"{self.curves.mass[0]:.3g} at layer 0 and {self.deep_mass:.3g} in the deep median; transition layers: "
-            f"image {self.worded(self.image_transition)}{self._why_none()}, text {self.worded(self.text_transition)}."
+            f"image {image}, text {self.worded(self.text_transition)}."
         )
 
     @property
     def image_leaves(self) -> int | None:
         """First layer without hidden states of image positions, or None when all layers have them."""
-        return absent_from(self.curves.image_kl)
-
-    def _why_none(self) -> str:
-        if self.image_transition is not None or self.image_leaves is None:
-            return ""
-        return f" (not reached before the image leaves at layer {self.image_leaves})"
+        return recommend.absent_from(self.curves.image_kl)
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """(head, rows): the curves, a line a layer."""
         c = self.curves
         head = ["layer", "image tokens", "cosine image", "text", "mass", "highest head", "KL image", "text"]
+        columns = c.image_cosine, c.text_cosine, c.mass, map(max, c.head_mass), c.image_kl, c.text_kl
         rows = [
-            [str(i), f"{c.image_keys[i]:g}", _number(c.image_cosine[i]), _number(c.text_cosine[i]), _number(c.mass[i]),
-             _number(max(c.head_mass[i])), _number(c.image_kl[i]), _number(c.text_kl[i])]
-            for i in range(self.n_layers)
-        ]  # fmt: skip
+            [str(i), f"{keys:g}", *("-" if math.isnan(v) else f"{v:.3g}" for v in values)]
+            for i, (keys, *values) in enumerate(zip(c.image_keys, *columns, strict=True))
+        ]
         return head, rows
 
     def encode(self) -> dict[str, Any]:
@@ -229,64 +207,23 @@ class SaturationResult(Result):
     @classmethod
     def decode(cls, values: dict[str, Any]) -> "SaturationResult":
         """Read the curves; what follows from them is worked out again."""
-        patch = None if values["patch"] is None else decode(PatchOn, values["patch"])
+        patch = decode(PatchOn | None, values["patch"])
         settings = decode(Saturation, values["settings"])
         curves = Curves.from_dict(values)
-        return summarise(curves, values["samples"], values["skipped"], settings, patch, values["facts"])
-
-
-def summarise(
-    curves: Curves,
-    samples: int,
-    skipped: dict[str, int] | None = None,
-    settings: Saturation = DEFAULTS,
-    patch: PatchOn | None = None,
-    facts: dict[str, Any] | None = None,
-) -> SaturationResult:
-    """Transition layers and the recommended split of some curves; arguments as `SaturationResult` has them."""
-    return SaturationResult(
-        curves=curves,
-        recommendation=recommend(
-            curves.mass,
-            curves.image_kl,
-            curves.image_cosine,
-            curves.image_present,
-            transition_share=settings.transition_share,
-            mass_tolerance=settings.mass_tolerance,
-            fall_share=settings.fall_share,
-            patched="" if patch is None else patch.words,
-        ),
-        image_transition=transition_layer(curves.image_kl, settings.transition_share),
-        text_transition=transition_layer(curves.text_kl, settings.transition_share),
-        samples=samples,
-        skipped=dict(skipped or {}),
-        settings=settings,
-        patch=patch,
-        facts=dict(facts or {}),
-    )
-
-
-def _number(value: float) -> str:
-    return "-" if value != value else f"{value:.3g}"
+        return cls(curves, values["samples"], values["skipped"], settings, patch, facts=values["facts"])
 
 
 def compare(results: Mapping[str, SaturationResult]) -> Comparison:
-    """Several results side by side: a line and a colour each."""
-    head, rows = table(results)
-    title = "Recommended split, window, image and text transition; attention mass"
-    figure = "llava_patch.measurements.saturation.figure:comparison_figure"
-    return Comparison(results, head, rows, notes(results), figure, title)
+    """Several results side by side: a line and a colour each.
 
-
-def table(results: Mapping[str, SaturationResult]) -> tuple[list[str], list[list[str]]]:
-    """(head, rows), a line a model; layers are numbers with their percentage of the depth.
-
-    `image` and `text` are the transition layers, `mass 0` and `deep` the attention mass at layer 0 and in the deep
-    median, `own` is a patched model's own split.
+    In the table, layers are numbers with their percentage of the depth: `image` and `text` are the transition layers,
+    `mass 0` and `deep` the attention mass at layer 0 and in the deep median, `own` a patched model's own split. The
+    notes say why a model has no recommended split, and what besides the model differs from the first.
     """
     head = ["model", "layers", "split", "window", "image", "text", "mass 0", "deep"]
-    own = any(result.split is not None for result in results.values())
-    rows = []
+    own = ["own"] * any(result.split is not None for result in results.values())
+    rows, notes = [], []
+    base_name, base = next(iter(results.items()))
     for name, result in results.items():
         window = result.recommendation.window
         rows.append(
@@ -299,22 +236,16 @@ def table(results: Mapping[str, SaturationResult]) -> tuple[list[str], list[list
                 result.worded(result.text_transition),
                 f"{result.curves.mass[0]:.3g}",
                 f"{result.deep_mass:.3g}",
-                *([result.worded(result.split)] * own),
+                *(result.worded(result.split) for _ in own),
             ]
         )
-    return head + ["own"] * own, rows
-
-
-def notes(results: Mapping[str, SaturationResult]) -> list[str]:
-    """Why a model has no recommended split, and what besides the model differs from the first; a sentence each."""
-    found = []
-    base_name, base = next(iter(results.items()))
-    for name, result in results.items():
-        if result.recommended_split is None:
-            found.append(f"{name}: no split: {result.recommendation.reason}")
+        if window is None:
+            notes.append(f"{name}: no split: {result.recommendation.reason}")
         unlike = differences(_conditions(result), _conditions(base), (name, base_name))
-        found += [] if unlike is None else [unlike]
-    return found
+        notes += [] if unlike is None else [unlike]
+    title = "Recommended split, window, image and text transition; attention mass"
+    figure = "llava_patch.measurements.saturation.figure:comparison_figure"
+    return Comparison(results, head + own, rows, notes, figure, title)
 
 
 def _conditions(result: SaturationResult) -> dict[str, Any]:
@@ -322,9 +253,3 @@ def _conditions(result: SaturationResult) -> dict[str, Any]:
     settings = {k: v for k, v in asdict(result.settings).items() if k not in ("save_every", "max_samples", "chunk")}
     facts = {name: result.facts.get(name) for name in ("data", "question", "dtype")}
     return {**settings, **facts, "samples": result.samples}
-
-
-def _with_nan(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_with_nan(item) for item in value]
-    return math.nan if value is None else float(value)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
@@ -21,11 +21,10 @@ from torch import Tensor
 
 from llava_patch.core.errors import CheckpointError
 from llava_patch.core.files import atomic
+from llava_patch.data.examples import Example
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.measurements.saturation.result import Curves, Saturation
-
-if TYPE_CHECKING:
-    from llava_patch.data.examples import Example
+from llava_patch.patching.keys import model_digest
 
 STATE_FILE = "saturation.state.safetensors"
 FORMAT = 2  # 1: the model's key saw matrices only
@@ -35,30 +34,9 @@ _MEANING = {
 }
 
 
-def make_key(anatomy: Anatomy, examples: "Sequence[Example]", settings: Saturation) -> dict[str, Any]:
-    """All that a measurement's numbers depend on, as flat JSON values.
-
-    Args:
-        anatomy: the host model, patched or not.
-        examples: what it is measured on, in order; image files count by path, size and time of change.
-        settings: of the measurement.
-    """
-    from llava_patch.patching.keys import model_digest
-
+def make_key(anatomy: Anatomy, examples: Sequence[Example], settings: Saturation) -> dict[str, Any]:
+    """All that a measurement's numbers depend on, as flat JSON values; the order of the examples counts."""
     parameter = next(anatomy.layers[0].parameters())
-    return {
-        **{f"Saturation.{k}": v for k, v in asdict(settings).items() if k != "save_every"},
-        "dtype": str(parameter.dtype),
-        "device": parameter.device.type,
-        "attention": str(anatomy.text_config._attn_implementation),
-        "version of torch": torch.__version__,
-        "version of transformers": version("transformers"),
-        "model": model_digest(anatomy),
-        "data": _digest_of(examples),
-    }
-
-
-def _digest_of(examples: "Sequence[Example]") -> str:
     digest = hashlib.sha256()
     for example in examples:
         image = example.image
@@ -71,7 +49,16 @@ def _digest_of(examples: "Sequence[Example]") -> str:
         else:
             digest.update(str(image).encode())
         digest.update(repr((example.id, example.question)).encode())
-    return digest.hexdigest()
+    return {
+        **{f"Saturation.{k}": v for k, v in asdict(settings).items() if k != "save_every"},
+        "dtype": str(parameter.dtype),
+        "device": parameter.device.type,
+        "attention": str(anatomy.text_config._attn_implementation),
+        "version of torch": torch.__version__,
+        "version of transformers": version("transformers"),
+        "model": model_digest(anatomy),
+        "data": digest.hexdigest(),
+    }
 
 
 @dataclass(frozen=True)
@@ -79,16 +66,11 @@ class RunningMean:
     """Sums over samples, each of which counts the same: memory does not grow with their number.
 
     Never changed in place, so that a signal between two samples cannot leave one counted in half.
-
-    Attributes:
-        samples: number of samples added.
-        skipped: number of samples left out, by reason.
-        sums: float64 [layers] or [layers, heads], by the curve's name; NaN (absent positions) does not count.
-        counts: int64 of the same shapes, how many values each sum has.
     """
 
-    samples: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)
+    samples: int = 0  # how many were added
+    skipped: dict[str, int] = field(default_factory=dict)  # how many were left out, by reason
+    # float64 [layers] or [layers, heads], by the curve's name: sums, and int64 how many values each has; no NaN counts.
     sums: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, Tensor] = field(default_factory=dict)
 
@@ -118,22 +100,13 @@ class RunningMean:
 
 @dataclass(frozen=True)
 class State:
-    """Where an unfinished measurement is kept.
+    """Where an unfinished measurement is kept."""
 
-    Attributes:
-        path: of the file; its folder is made when something is written.
-        key: from `make_key`, or any flat JSON values that say what the sums belong to.
-    """
-
-    path: Path
-    key: dict[str, Any]
+    path: Path  # of the file; its folder is made when something is written
+    key: dict[str, Any]  # from `make_key`, or any flat JSON values that say what the sums belong to
 
     def load(self) -> RunningMean | None:
-        """The sums so far; None when there is no file.
-
-        Raises:
-            CheckpointError: it belongs to another measurement, or cannot be read.
-        """
+        """The sums so far; None when there is no file. CheckpointError: another measurement's, or a broken one."""
         if not self.path.is_file():
             return None
         try:
@@ -141,11 +114,9 @@ class State:
                 header = json.loads((stream.metadata() or {})["llava_patch"])
                 tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 - not a dict
             if header["format"] != FORMAT:
-                raise CheckpointError(
-                    f"{self.path}: format {header['format']}, this version reads {FORMAT}: "
-                    "delete the file to start over"
-                )
-            parts: dict[str, dict[str, torch.Tensor]] = {"sums": {}, "counts": {}}
+                what = f"format {header['format']}, this version reads {FORMAT}"
+                raise CheckpointError(f"{self.path}: {what}: delete the file to start over")
+            parts: dict[str, dict[str, Tensor]] = {"sums": {}, "counts": {}}
             for name, tensor in tensors.items():
                 kind, _, curve = name.partition(".")
                 parts[kind][curve] = tensor
@@ -155,12 +126,14 @@ class State:
             raise CheckpointError(
                 f"{self.path}: not a state of this measurement, or broken ({error!r}): delete it"
             ) from error
-        differs = _difference(saved, self.key)
-        if differs:
-            raise CheckpointError(
-                f"{self.path}: an unfinished measurement of another kind: {differs}. Give what it was started with, "
-                "another folder, or delete the file to start over"
-            )
+        for name in [*self.key, *(name for name in saved if name not in self.key)]:
+            was, here = saved.get(name), self.key.get(name)
+            if was != here:
+                differs = _MEANING.get(name) or f"{name} was {was!r} there and is {here!r} here"
+                raise CheckpointError(
+                    f"{self.path}: an unfinished measurement of another kind: {differs}. Give what it was started "
+                    "with, another folder, or delete the file to start over"
+                )
         return found
 
     def save(self, done: RunningMean) -> None:
@@ -175,10 +148,3 @@ class State:
     def remove(self) -> None:
         """Delete the file, once the result is written."""
         self.path.unlink(missing_ok=True)
-
-
-def _difference(saved: dict[str, Any], key: dict[str, Any]) -> str:
-    for name in [*key, *(name for name in saved if name not in key)]:
-        if saved.get(name) != key.get(name):
-            return _MEANING.get(name) or f"{name} was {saved.get(name)!r} there and is {key.get(name)!r} here"
-    return ""

@@ -19,7 +19,7 @@ import torch
 
 from llava_patch.core import files
 from llava_patch.hosts.sizes import IMAGE_TOKENS
-from llava_patch.measurements.flops import products as decoder
+from llava_patch.measurements.flops import count as decoder
 from llava_patch.measurements.flops.shape import DecoderShape
 from llava_patch.patching.handle import restore_flags
 from llava_patch.patching.patch import patch
@@ -199,7 +199,7 @@ def products(config: Any, method: Method, text: int, batch: int) -> Counter[deco
     shape = DecoderShape.of(config)
     program = make_schedule(method.settings.get("routing"), method.settings.get("pruning"), shape.layers)
     at = decoder.decoder_positions(program, text, IMAGE_TOKENS, decoder.Mode.PREFILL)
-    counts = decoder.add(*(decoder.layer_products(shape, p, batch).all() for p in (*at.side, *at.layers)))
+    counts = decoder.add(*(c for p in (*at.side, *at.layers) for c in decoder.layer_products(shape, p, batch).values()))
     if at.chooser is not None:
         counts += decoder.chooser_products(shape, at.chooser, batch)
     if method.lora_rank is not None:

@@ -107,33 +107,28 @@ def check_ignored(asked: "Configuration | None", hook: Row, environment: Mapping
 def check_deepspeed(environment: Mapping[str, str] = os.environ) -> list[Row]:
     """Variables of ours that deepspeed would not hand to other nodes: it exports what `.deepspeed_env` names."""
     ours = [n for n in (active.FILE_VARIABLE, active.PARAM_VARIABLE, DISABLE) if environment.get(n)]
-    hosts = _nodes(Path(environment.get("DLTS_HOSTFILE") or "/job/hostfile"))
     if not ours:
         return []
+    hosts = [line for line in _lines(Path(environment.get("DLTS_HOSTFILE") or "/job/hostfile")) if line[0] != "#"]
     name = environment.get("DS_ENV_FILE") or ".deepspeed_env"
-    exported: dict[str, str] = {}
-    for folder in (Path.home(), Path()):
-        path = folder / name
-        if path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                key, _, value = line.strip().partition("=")
-                exported[key] = value.strip("\"'")
+    pairs = [line.partition("=") for folder in (Path.home(), Path()) for line in _lines(folder / name)]
+    exported = {key: value.strip("\"'") for key, _, value in pairs}
     rows = []
     for variable in ours:
         if exported.get(variable) == environment[variable]:
             rows.append(Row(f"other nodes: {variable}", f"exported by {name}"))
             continue
         other = f"{name} has another value: {exported[variable]}" if variable in exported else f"not in {name}"
-        found = f"{other}; the hostfile names {hosts} nodes" if hosts > 1 else other
+        found = f"{other}; the hostfile names {len(hosts)} nodes" if len(hosts) > 1 else other
         advice = f"deepspeed on several nodes would leave the others without it: add the line {variable}="
         advice += f"{environment[variable]} to ~/{name}, or give --gin_file and --gin_param to the script"
         rows.append(Row(f"other nodes: {variable}", found, NOTE, advice))
     return rows
 
 
-def _nodes(hostfile: Path) -> int:
+def _lines(path: Path) -> list[str]:
+    """Those that hold something; none where there is no such file."""
     try:
-        lines = hostfile.read_text(encoding="utf-8").splitlines()
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except OSError:
-        return 0
-    return len([line for line in lines if line.strip() and not line.lstrip().startswith("#")])
+        return []

@@ -13,7 +13,7 @@ from llava_patch.core.memory import machine_memory
 from llava_patch.core.version import __version__
 from llava_patch.fusion.base import Fusion, differs
 from llava_patch.settings.methods import AUTO
-from llava_patch.tools.doctor import NOTE, OK, PROBLEM, Row, configured, machine, measured, software
+from llava_patch.tools.doctor import NOTE, PROBLEM, Row, configured, machine, measured, software
 
 if TYPE_CHECKING:
     from llava_patch.settings.gin_config import Configuration
@@ -69,9 +69,10 @@ def check_checkpoint(checkpoint: str, asked: "Configuration | None", hosts: dict
     host = None if found.host is None else hosts.get(found.host)
     if host is not None and (host.state == PROBLEM or host.found == "not installed"):
         rows.append(Row("checkpoint: host", f"{found.host}: {host.found}", PROBLEM, host.advice))
-    rows += _patched_on_load(found.methods(), asked)
+    carried, wanted = found.methods(), {} if asked is None else asked.lasting()
+    rows += _patched_on_load(carried, wanted)
     if found.host is not None and found.form in ("full", "adapter"):
-        rows += _rehearsal(checkpoint, found.host, {**({} if asked is None else asked.lasting()), **found.methods()})
+        rows.append(_rehearsal(checkpoint, found.host, {**wanted, **carried}))
     if found.match is not None and found.match.same is False:
         rows.append(Row("checkpoint: base", found.match.note, PROBLEM, "load the adapter on the base it was made on"))
     elif found.form == "adapter" and found.base and Path(found.base).is_absolute() and not Path(found.base).is_dir():
@@ -85,7 +86,7 @@ def check_checkpoint(checkpoint: str, asked: "Configuration | None", hosts: dict
     return rows
 
 
-def _rehearsal(checkpoint: str, host: str, methods: dict[str, Any]) -> list[Row]:
+def _rehearsal(checkpoint: str, host: str, methods: dict[str, Any]) -> Row:
     """Patch the checkpoint's model without its weights, so that what a load would refuse is known before it."""
     from llava_patch.hosts import anatomy, configs, known
     from llava_patch.patching.patch import patch
@@ -100,27 +101,27 @@ def _rehearsal(checkpoint: str, host: str, methods: dict[str, Any]) -> list[Row]
         else:
             known.check_decoder(anatomy.find(model).decoder, "routing")
     except LlavaPatchError as error:
+        state, advice = PROBLEM, "load it without the patch, or mend what it names"
         if not methods:
-            return [Row("checkpoint: patching it", str(error), NOTE, "as a stock model it works")]
-        return [Row("checkpoint: patching it", str(error), PROBLEM, "load it without the patch, or mend what it names")]
+            state, advice = NOTE, "as a stock model it works"
+        return Row("checkpoint: patching it", str(error), state, advice)
     kind = type(anatomy.find(model).decoder).__name__
-    return [Row("checkpoint: patching it", f"tried without its weights, on {kind}: works")]
+    return Row("checkpoint: patching it", f"tried without its weights, on {kind}: works")
 
 
-def _patched_on_load(carried: dict, asked: "Configuration | None") -> list[Row]:
-    wanted = {} if asked is None else asked.lasting()
+def _patched_on_load(carried: dict[str, Any], wanted: dict[str, Any]) -> list[Row]:
     rows = []
     for kind in sorted({*carried, *wanted}):
         own, other = carried.get(kind), wanted.get(kind)
         same = own is None or other is None or own == other
         if isinstance(own, Fusion) and isinstance(other, Fusion):
             same = not differs(other, own)
-        if not same:
+        whose = "the checkpoint's own" if own is not None else "configured"
+        if same:
+            rows.append(Row(f"load would patch: {kind}", f"{own or other} ({whose})"))
+        else:
             advice = "leave the binding out: the checkpoint carries its own"
             rows.append(Row(f"load would refuse: {kind}", f"it carries {own}, {other} is configured", PROBLEM, advice))
-            continue
-        whose = "the checkpoint's own" if own is not None else "configured"
-        rows.append(Row(f"load would patch: {kind}", f"{own or other} ({whose})", OK))
     return rows or [Row("load would patch", "nothing: a stock model")]
 
 

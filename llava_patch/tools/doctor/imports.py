@@ -99,10 +99,5 @@ def _try(module: str, attribute: str) -> BaseException | None:
     return None
 
 
-def main(arguments: list[str]) -> None:
-    """Print the failures as the last line, behind whatever the modules print themselves."""
-    print("\n" + json.dumps(failures(arguments)), flush=True)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    print("\n" + json.dumps(failures(sys.argv[1:])), flush=True)  # last, behind whatever the modules print themselves

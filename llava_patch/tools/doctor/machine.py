@@ -33,17 +33,14 @@ def check_device() -> list[Row]:
         small = size <= SEVEN_B * 1.15
         advice = f"7B in half precision needs about {SEVEN_B:.0f} GB and some room" if small else ""
         rows.append(Row(f"GPU {number}" if number else "GPU", found, NOTE if small else OK, advice))
-    rows.append(_precision(torch.cuda.get_device_capability(), torch.cuda.is_bf16_supported()))
-    return rows
-
-
-def _precision(capability: tuple[int, int], bf16: bool) -> Row:
-    if capability >= (8, 0) and bf16:
-        return Row("precision", "bfloat16", advice="train with --bf16 True --tf32 True; --dtype bfloat16 to measure")
-    if capability >= (7, 0):
+    capability, state = torch.cuda.get_device_capability(), NOTE
+    found, advice = "float32", "this GPU is slow in half precision: --fp16 False --bf16 False"
+    if capability >= (8, 0) and torch.cuda.is_bf16_supported():
+        found, state, advice = "bfloat16", OK, "train with --bf16 True --tf32 True; --dtype bfloat16 to measure"
+    elif capability >= (7, 0):
+        found = "float16 (no bfloat16 in hardware)"
         advice = "train with --fp16 True instead of LLaVA's --bf16 True, without --tf32 True; attention: sdpa"
-        return Row("precision", "float16 (no bfloat16 in hardware)", NOTE, advice)
-    return Row("precision", "float32", NOTE, "this GPU is slow in half precision: --fp16 False --bf16 False")
+    return [*rows, Row("precision", found, state, advice)]
 
 
 def check_memory() -> list[Row]:
@@ -69,16 +66,11 @@ def check_memory() -> list[Row]:
 def check_disk() -> Row:
     """The cache folder, what it holds, and the room around it."""
     folder = cache_folder()
-    there = folder
-    while not there.exists() and there != there.parent:
-        there = there.parent
+    there = next(path for path in (folder, *folder.parents) if path.exists())
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else 0
     free = shutil.disk_usage(there).free / 1e9
     found = f"{folder}: {size / 1e9:.2f} GB; {free:.0f} GB free on its disk"
+    advice = f"little room for R-Probe's tokens: set {VARIABLE} to a larger disk" if free < LITTLE_DISK else ""
     if not os.access(there, os.W_OK):
-        return Row(
-            "cache", found, NOTE, f"cannot be written, so that nothing is kept: set {VARIABLE} to another folder"
-        )
-    if free < LITTLE_DISK:
-        return Row("cache", found, NOTE, f"little room for R-Probe's tokens: set {VARIABLE} to a larger disk")
-    return Row("cache", found)
+        advice = f"cannot be written, so that nothing is kept: set {VARIABLE} to another folder"
+    return Row("cache", found, NOTE if advice else OK, advice)

@@ -41,8 +41,12 @@ def check_packages() -> list[Row]:
         rows.append(Row("llava_patch", "run from its source folder", NOTE, advice))
     patches = lock_of(installed("transformers"))[0] == "main"  # else an environment of another purpose
     bounds: dict[str, Requirement] = {}
+    core = set()
     for need in wanted:
-        extra = _extra_of(need)
+        asked_by = re.search(r"extra == ['\"]([\w.-]+)['\"]", str(need.marker or ""))
+        extra = asked_by and asked_by[1]
+        if extra is None:  # everyone needs it
+            core.add(need.name)
         if extra == "eval" and installed("lmms-eval") is None:  # what lmms-eval needs to go on working
             continue
         if extra == "hosts" and not patches:
@@ -51,25 +55,18 @@ def check_packages() -> list[Row]:
             bounds[need.name].specifier &= need.specifier
         elif extra is None or need.name in _OPTIONAL or (installed(need.name) is not None and extra in _BOUNDING):
             bounds[need.name] = Requirement(f"{need.name}{need.specifier}")
-    core = {need.name for need in wanted if _extra_of(need) is None}
     for name in _OPTIONAL:
         bounds.setdefault(name, Requirement(name))
     return rows + [_package(need, name not in core) for name, need in bounds.items()]
-
-
-def _extra_of(need: Requirement) -> str | None:
-    """The extra of ours that asks for a requirement; None: everyone needs it."""
-    found = re.search(r"extra == ['\"]([\w.-]+)['\"]", str(need.marker or ""))
-    return found.group(1) if found else None
 
 
 def _package(need: Requirement, optional: bool) -> Row:
     there = installed(need.name)
     if need.name == "lmms-eval" and there is not None and not there.startswith(f"{LMMS_EVAL}."):
         return Row(need.name, there, NOTE, f"the tasks were run with lmms-eval {LMMS_EVAL} only")
+    if there is None and optional:
+        return Row(need.name, "not installed", OK, f"needed for {_OPTIONAL[need.name]} only")
     if there is None:
-        if optional:
-            return Row(need.name, "not installed", OK, f"needed for {_OPTIONAL[need.name]} only")
         return Row(need.name, "not installed", PROBLEM, f"pip install '{need.name}{need.specifier}'")
     if not need.specifier.contains(there.split("+")[0], prereleases=True):
         state = NOTE if optional else PROBLEM
@@ -103,10 +100,9 @@ def check_torchvision() -> Row:
 def check_hosts() -> list[Row]:
     """Both hosts: whether they can be imported, and which `llava` it is."""
     hf = _import("transformers", "LlavaForConditionalGeneration")
+    found = Row("host hf", "LlavaForConditionalGeneration, LlavaNextForConditionalGeneration")
     if isinstance(hf, Exception):
         found = Row("host hf", f"cannot be imported ({_short(hf)})", PROBLEM, "reinstall transformers")
-    else:
-        found = Row("host hf", "LlavaForConditionalGeneration, LlavaNextForConditionalGeneration")
     return [found, _check_llava()]
 
 
@@ -144,29 +140,33 @@ def _origin() -> str:
     number = installed("llava-torch") or installed("llava")
     if "site-packages" in folder.parts or "dist-packages" in folder.parts:
         return f"llava-torch {number}, a wheel"
+    named = f"llava {number or 'of no version'}"
     checkout = next((p for p in folder.parents if (p / ".git").exists()), None)
     if checkout is None:
-        return f"llava {number or 'of no version'}, the folder {folder}"
-    return f"llava {number or 'of no version'}, the git checkout {checkout} ({_commit(checkout)})"
-
-
-def _commit(checkout: Path) -> str:
+        return f"{named}, the folder {folder}"
+    asked = ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"]
     try:
-        asked = ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"]
-        return subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        commit = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return "commit not known"
+        commit = "commit not known"
+    return f"{named}, the git checkout {checkout} ({commit})"
 
 
 def check_attention() -> list[Row]:
     """Which attention a model gets, and what LLaVA's train_mem.py gets, which asks for flash attention."""
     import torch
 
+    from llava_patch.hosts.compat import unsupported
+
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     flash: Any = None if importlib.util.find_spec("flash_attn") is None else _import("flash_attn", "flash_attn_func")
     state, advice = NOTE, "start train.py instead of train_mem.py"
-    if flash is None:
-        has, gets, state, advice = Row("flash attention", "not installed"), *_without_flash()
+    if flash is None:  # the fallback is the start-up hook's: LLaVA's own code would raise
+        has, gets = Row("flash attention", "not installed"), "fails: no flash-attn"
+        if unsupported() is None and autostart.disabled():
+            advice = "unset LLAVA_PATCH_DISABLE, or start train.py"
+        elif unsupported() is None:
+            gets, state, advice = "sdpa, because flash-attn is not installed", OK, "nothing to do: sdpa works"
     elif isinstance(flash, Exception):
         mend = "it was built for another torch: rebuild it, or pip uninstall flash-attn (sdpa then takes its place)"
         has, gets = Row("flash attention", f"cannot be imported ({_short(flash)})", PROBLEM, mend), "fails"
@@ -180,17 +180,6 @@ def check_attention() -> list[Row]:
         has = Row("flash attention", installed("flash-attn") or "installed")
         gets, state, advice = "flash_attention_2", OK, ""
     return [Row("attention", "sdpa, eager"), has, Row("train_mem.py", gets, state, advice)]
-
-
-def _without_flash() -> tuple[str, str, str]:
-    """What train_mem.py gets without flash-attn; the fallback is the start-up hook's: LLaVA's own code would raise."""
-    from llava_patch.hosts.compat import unsupported
-
-    if unsupported() is not None:
-        return "fails: no flash-attn", NOTE, "start train.py instead of train_mem.py"
-    if autostart.disabled():
-        return "fails: no flash-attn", NOTE, "unset LLAVA_PATCH_DISABLE, or start train.py"
-    return "sdpa, because flash-attn is not installed", OK, "nothing to do: sdpa works"
 
 
 def check_hook() -> Row:

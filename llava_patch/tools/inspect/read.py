@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_patch.core.errors import CheckpointError, LlavaPatchError
-from llava_patch.core.weights import folder_of, read_file, weight_files
+from llava_patch.core.weights import StoredTensor, folder_of, read_file, read_json, same_values, weight_files
 from llava_patch.hosts import configs
 from llava_patch.hosts.anatomy import LLAVA
 from llava_patch.hosts.host import is_computed
@@ -17,10 +17,10 @@ from llava_patch.patching import checkpoint as patched
 from llava_patch.patching.patch import patch
 from llava_patch.patching.tower_weights import LORA_FILE
 from llava_patch.settings.methods import from_dict, from_record, to_dict
-from llava_patch.tools.inspect.base import match_base
-from llava_patch.tools.inspect.result import KINDS, Added, Inspection, Share
+from llava_patch.tools.inspect.result import KINDS, Added, Inspection, Match, Share
 
 _RUN_FILES = ("llava_patch_operative.gin", "trainer_state.json", "llava_patch_adapter")
+_VALUES = 4  # of a matrix that are compared
 _ROLES = {"decoder.side_branch": "side branch", "stack": "second projector", "projector": "projector", "tower": "tower"}
 
 
@@ -46,18 +46,18 @@ def inspect_checkpoint(folder: str | os.PathLike[str], base: str = "") -> Inspec
         )
     host = files.host or LLAVA
     form, own = _form(Path(source), record)
-    settings = _settings(record, source)
+    if record:
+        from_record(record, source)  # refuses a newer format
+    # Every field of every method: what an older version did not write down yet has its default.
+    settings = {kind: to_dict(from_dict(record[kind], source)) if record.get(kind) else None for kind in KINDS}
     below = base or record.get("base")
     tensors = [tensor for path in own for tensor in read_file(path, whole=True)]
     trained_tower = bool(record.get("trained_tower"))
     added = [Added(t.name, t.shape, t.dtype, t.parameters, role(t.name, host)) for t in tensors]
     if form not in ("adapter", "lora", "projector"):
-        ours = {"side branch", "second projector"} | ({"projector"} if settings["fusion"] else set())
-        ours |= {"tower"} if trained_tower else set()
+        ours = {"side branch", "second projector", "projector" * bool(settings["fusion"]), "tower" * trained_tower}
         added = [tensor for tensor in added if tensor.role in ours]
-    written_by = {
-        "transformers": files.config.get("transformers_version"), "settings of format": record.get("format"),
-    }  # fmt: skip
+    versions = {"transformers": files.config.get("transformers_version"), "settings of format": record.get("format")}
     return Inspection(
         checkpoint=given,
         host=files.host or None,
@@ -68,10 +68,10 @@ def inspect_checkpoint(folder: str | os.PathLike[str], base: str = "") -> Inspec
         weight_bytes=sum(path.stat().st_size for path in own),
         added=added,
         base=below,
-        match=match_base(below, host, record.get("fingerprint"), tensors, form) if below else None,
+        match=_match(below, host, record.get("fingerprint"), tensors, form) if below else None,
         share=_share(files, form, settings, added, below),
-        stage1=_stage1(Path(source)),
-        versions={name: str(value) for name, value in written_by.items() if value is not None},
+        stage1=_stage1_files(Path(source)),
+        versions={name: str(value) for name, value in versions.items() if value is not None},
         files=[name for name in _RUN_FILES if (Path(source) / name).exists()],
     )
 
@@ -86,9 +86,8 @@ def _form(folder: Path, record: dict[str, Any]) -> tuple[str, list[Path]]:
             )
         return "adapter", [path]
     if (folder / "adapter_config.json").is_file():
-        found = [
-            p for n in ("adapter_model.safetensors", "adapter_model.bin", LORA_FILE) if (p := folder / n).is_file()
-        ]
+        names = ("adapter_model.safetensors", "adapter_model.bin", LORA_FILE)
+        found = [folder / name for name in names if (folder / name).is_file()]
         if not any(p.name.startswith("adapter_model") for p in found):
             raise CheckpointError(f"{folder}: adapter_config.json without adapter_model.safetensors or .bin")
         return "lora", found
@@ -97,13 +96,6 @@ def _form(folder: Path, record: dict[str, Any]) -> tuple[str, list[Path]]:
         return "full", whole
     projector = folder / f"{PROJECTOR}.bin"
     return ("projector", [projector]) if projector.is_file() else ("settings", [])
-
-
-def _settings(record: dict[str, Any], source: str) -> dict[str, dict[str, Any] | None]:
-    """Every field of every method: what an older version did not write down yet has its default."""
-    if record:
-        from_record(record, source)  # refuses a newer format
-    return {kind: to_dict(from_dict(record[kind], source)) if record.get(kind) else None for kind in KINDS}
 
 
 def role(name: str, host: str) -> str:
@@ -118,11 +110,7 @@ def role(name: str, host: str) -> str:
 
 
 def _share(
-    files: configs.CheckpointFiles,
-    form: str,
-    settings: dict[str, dict[str, Any] | None],
-    added: list[Added],
-    base: str | None,
+    files: configs.CheckpointFiles, form: str, settings: dict[str, Any], added: list[Added], base: str | None
 ) -> Share:
     """From the configuration alone: the patched model is built without weights, and says itself what trains."""
     if form == "lora":
@@ -138,12 +126,12 @@ def _share(
         return Share(None, None, note="decided by the training script: a stock checkpoint")
     try:
         methods = {k: from_dict(v, files.source) for k, v in settings.items() if v and k != "probe"}
-        return count(files.config, files.host, methods, stage1=form == "projector")
+        return _count(files.config, files.host, methods, stage1=form == "projector")
     except LlavaPatchError as error:
         return Share(None, None, note=f"not known: {error}")
 
 
-def count(config: dict[str, Any], host: str, methods: dict[str, Any], stage1: bool = False) -> Share:
+def _count(config: dict[str, Any], host: str, methods: dict[str, Any], stage1: bool) -> Share:
     """Patch the model without its weights and ask what trains.
 
     What the settings say nothing about counts as a training script would have it in LLaVA's stage 2: the decoder and
@@ -181,10 +169,96 @@ def _parameters_of(base: str) -> int | None:
     return sum(tensor.parameters for path in found for tensor in read_file(path, whole=True)) if found else None
 
 
-def _stage1(folder: Path) -> list[str]:
+def _stage1_files(folder: Path) -> list[str]:
     found = []
-    for path in sorted([folder / f"{PROJECTOR}.bin", *folder.glob(f"checkpoint-*/{PROJECTOR}.bin")]):
-        if path.is_file():
-            shapes = [t.shape for t in read_file(path, whole=True) if t.name.endswith("weight")]
-            found.append(f"{path.relative_to(folder)}: {', '.join('x'.join(map(str, s)) for s in shapes)}")
+    for path in sorted([*folder.glob(f"{PROJECTOR}.bin"), *folder.glob(f"checkpoint-*/{PROJECTOR}.bin")]):
+        shapes = ["x".join(map(str, t.shape)) for t in read_file(path, whole=True) if t.name.endswith("weight")]
+        found.append(f"{path.relative_to(folder)}: {', '.join(shapes)}")
     return found
+
+
+def _match(
+    base: str, host: str, fingerprint: dict[str, list[float]] | None, own: list[StoredTensor], form: str
+) -> Match:
+    """Compare a base with an adapter's record, or with the checkpoint's own tensors."""
+    if not os.path.isdir(base):
+        lost = "not there any more" if os.path.isabs(base) else "a name of the hub, which is not looked up"
+        return Match(None, 0, 0, f"{base} is {lost}; name a folder with --base to compare")
+    files = weight_files(base)
+    if not files:
+        raise CheckpointError(f"--base {base}: holds no weights")
+    try:
+        below_host = configs.look(base).host or host
+    except CheckpointError:  # a plain language model, which LLaVA's training starts from
+        below_host = host
+    below = {_neutral(t.name, below_host): t for path in files for t in read_file(path, whole=True)}
+    if fingerprint is None:
+        compare = {"full": _against_own, "lora": _under_lora}.get(form)
+        return compare(below, host, own) if compare else Match(None, 0, 0, "these files record no base")
+    if below_host != host:  # which pads its embeddings in another way, so that recorded places are other places
+        return Match(None, 0, 0, "it is a checkpoint of the other host: llava-patch convert makes one to compare with")
+    tower: dict[str, StoredTensor] = {}
+    if below_host == LLAVA:  # whose tower lies in a folder of its own
+        place = (read_json(base, "config.json") or {}).get("mm_vision_tower", "")
+        paths = weight_files(place) if os.path.isdir(place) else []
+        tower = {f"tower.{t.name}": t for path in paths for t in read_file(path, whole=True)}
+    below |= tower
+    differing, lacking, away = [], [], 0
+    for name, values in fingerprint.items():
+        plain = _neutral(name, host)
+        there = below.get(plain)
+        if there is not None:
+            differing += [name] * (not same_values(there.sample(len(values)), values))
+        elif not tower and below_host == LLAVA and plain.startswith("tower."):
+            away += 1
+        else:
+            lacking.append(name)
+    compared = len(fingerprint) - len(lacking) - away
+    if differing:
+        return Match(False, compared, len(differing), f"another base: {differing[0]} differs")
+    if lacking:
+        return Match(False, compared, 0, f"another base: it has no tensor {lacking[0]}")
+    note = f"the base it was made on ({compared} matrices compared at {_VALUES} places)"
+    return Match(True, compared, 0, note + (f"; its vision tower is elsewhere ({away} not compared)" if away else ""))
+
+
+def _against_own(below: dict[str, StoredTensor], host: str, own: list[StoredTensor]) -> Match:
+    """A full checkpoint records no base: what was frozen equals the base's, what was trained does not."""
+    differing = compared = 0
+    for tensor in own:
+        there = below.get(_neutral(tensor.name, host))
+        if there is not None and there.shape == tensor.shape and len(tensor.shape) == 2:
+            compared += 1
+            differing += not same_values(there.sample(_VALUES), tensor.sample(_VALUES))
+    if not compared:
+        return Match(False, 0, 0, "another base: no matrix in common")
+    equal = compared - differing
+    note = f"a full checkpoint records no base; {equal} of {compared} matrices are this one's, at {_VALUES} places each"
+    return Match(None if differing else True, compared, differing, note)
+
+
+def _under_lora(below: dict[str, StoredTensor], host: str, own: list[StoredTensor]) -> Match:
+    """LoRA files record no base either: what they change must be there, in the sizes that they change."""
+    wanted = {
+        t.name.removeprefix("base_model.model.").split(".lora_A.")[0] + ".weight": t.shape[1]
+        for t in own
+        if ".lora_A." in t.name
+    }
+    fit = 0
+    for name, columns in wanted.items():
+        plain = _neutral(name, host)
+        there = below.get(plain)
+        if there is None and plain.startswith("tower."):  # llava's lies in a folder of its own
+            continue
+        if there is None:
+            return Match(False, len(wanted), 0, f"another base: it has no tensor {name}")
+        if there.shape[-1] != columns:
+            what = f"{name} is {'x'.join(map(str, there.shape))}, the LoRA files want {columns} columns"
+            return Match(False, len(wanted), 1, f"another base: {what}")
+        fit += 1
+    return Match(None, fit, 0, f"LoRA files record no base; the {fit} matrices that they change there fit in size")
+
+
+def _neutral(name: str, host: str) -> str:
+    """A tensor's name in the neutral spelling, which both hosts share; one that is not known stays as it is."""
+    return configs.files_of(host).neutral(name) or name

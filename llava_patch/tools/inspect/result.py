@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
 from llava_patch.settings.methods import from_dict
-from llava_patch.tools.inspect.base import Match
 
 KINDS = ("fusion", "routing", "pruning", "probe")
 FORMS = {
@@ -42,40 +40,34 @@ class Share:
 
 
 @dataclass(frozen=True)
+class Match:
+    """How a base compares."""
+
+    same: bool | None  # whether it is the right one; None: cannot be told
+    compared: int  # matrices that were compared, by a few values each
+    differing: int  # how many of them differ
+    note: str
+
+
+@dataclass(frozen=True)
 class Inspection:
-    """What `inspect_checkpoint` found.
+    """What `inspect_checkpoint` found."""
 
-    Attributes:
-        checkpoint: the folder.
-        host: "llava" or "hf"; None where the folder does not say.
-        form: one of `FORMS`.
-        settings: by kind ("fusion", "routing", ...) every field of the settings; None: no such method.
-        trained_tower: whether the vision tower's weights are not the original ones.
-        parameters: values in the folder's own weight files.
-        weight_bytes: size of these files.
-        added: tensors of the patch.
-        base: the model below, by record or --base; None for a full checkpoint without --base.
-        match: how that base compares; None where there is none.
-        share: what the settings leave trainable.
-        stage1: files of LLaVA's stage 1.
-        versions: what wrote it, as far as it is recorded.
-        files: further files of a training run that lie there.
-    """
-
-    checkpoint: str
-    host: str | None
-    form: str
+    checkpoint: str  # the folder
+    host: str | None  # "llava" or "hf"; None where the folder does not say
+    form: str  # one of `FORMS`
+    # By kind ("fusion", "routing", ...) every field of the settings; None: no such method.
     settings: dict[str, dict[str, Any] | None]
-    trained_tower: bool
-    parameters: int
-    weight_bytes: int
-    added: list[Added]
-    base: str | None
-    match: Match | None
-    share: Share
-    stage1: list[str]
-    versions: dict[str, str]
-    files: list[str]
+    trained_tower: bool  # whether the vision tower's weights are not the original ones
+    parameters: int  # values in the folder's own weight files
+    weight_bytes: int  # size of these files
+    added: list[Added]  # tensors of the patch
+    base: str | None  # the model below, by record or --base; None for a full checkpoint without --base
+    match: Match | None  # how that base compares; None where there is none
+    share: Share  # what the settings leave trainable
+    stage1: list[str]  # files of LLaVA's stage 1
+    versions: dict[str, str]  # what wrote it, as far as it is recorded
+    files: list[str]  # further files of a training run that lie there
 
     @property
     def is_patched(self) -> bool:
@@ -97,37 +89,24 @@ def facts_of(found: Inspection) -> list[tuple[str, str]]:
     hosts = {"llava": "the original llava package", "hf": "Hugging Face's LlavaForConditionalGeneration", None: "?"}
     patch = [f"{kind}: {values['method']}" for kind, values in found.settings.items() if values]
     patch += ["vision tower: trained"] if found.trained_tower else []
+    word = {True: "yes", False: "NO", None: "not known"}
+    share = found.share
+    trains = share.note
+    if share.trainable is not None:
+        whole = f" of {share.total:,} parameters ({100 * share.trainable / share.total:.2f} %)" if share.total else ""
+        parts = ", ".join(f"{part} {count:,}" for part, count in share.by_part.items())
+        trains = f"{share.trainable:,}{whole}: {parts or 'nothing'} ({share.note})"
     rows = [
         ("checkpoint", found.checkpoint),
         ("host", hosts[found.host]),
         ("form", FORMS[found.form]),
         ("patch", "; ".join(patch) or "none: a stock checkpoint"),
         ("weights", f"{found.parameters:,} parameters in its own files, {found.weight_bytes / 1e6:,.1f} MB"),
-        ("trainable", share_text(found)),
-    ]
-    word = {True: "yes", False: "NO", None: "not known"}
-    known = [
+        ("trainable", trains),
         ("base", found.base or ""),
         ("base matches", "" if found.match is None else f"{word[found.match.same]}: {found.match.note}"),
         ("stage-1 files", "\n".join(found.stage1)),
         ("written by", ", ".join(f"{name} {value}" for name, value in found.versions.items())),
         ("of its run", ", ".join(found.files)),
     ]
-    return rows + [(name, text) for name, text in known if text]
-
-
-def share_text(found: Inspection) -> str:
-    """The trainable share in words."""
-    share = found.share
-    if share.trainable is None:
-        return share.note
-    text = f"{share.trainable:,}"
-    if share.total:
-        text += f" of {share.total:,} parameters ({100 * share.trainable / share.total:.2f} %)"
-    parts = ", ".join(f"{part} {count:,}" for part, count in share.by_part.items())
-    return f"{text}: {parts or 'nothing'} ({share.note})"
-
-
-def to_json(found: Inspection) -> str:
-    """Everything that was found, as JSON."""
-    return json.dumps(found.to_dict(), indent=1, default=str)
+    return [(name, text) for name, text in rows if text]

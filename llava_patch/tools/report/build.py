@@ -1,29 +1,40 @@
-"""Runs the sections one after the other and keeps what each found, so that a report can go on and be rebuilt."""
+"""Runs the sections one after the other and keeps what each found, so that a report can go on and be rebuilt.
+
+The page is one HTML file that refers to nothing outside itself.
+"""
 
 from __future__ import annotations
 
+import base64
 import datetime
 import json
+import platform
+import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from llava_patch.core.errors import CheckpointError, SettingError
-from llava_patch.core.files import digest, write_json
+from llava_patch.core.extras import optional
+from llava_patch.core.files import digest, write_json, write_text
 from llava_patch.core.paths import named
 from llava_patch.core.version import __version__
 from llava_patch.core.weights import folder_of
-from llava_patch.measurements.base import NothingToMeasure
+from llava_patch.measurements.base import NothingToMeasure, decode, encode
 from llava_patch.settings import active
 from llava_patch.tools.inspect.result import facts_of
-from llava_patch.tools.report.context import Context
-from llava_patch.tools.report.section import DONE, FAILED, SKIPPED, Record, Section
+from llava_patch.tools.report.section import DONE, FAILED, SKIPPED, Context, Record, Section
 
-KEPT = "report.json"
+KEPT, PAGE, TEMPLATE = "report.json", "report.html", "report.html.j2"
 FORMAT = 1
+SHOWN = 0.65
+"""Pixels of the page for one of a figure: 200 dots an inch are finer than a screen."""
+BROAD = 1.8
+"""Width over height from which a figure scrolls on a phone instead of becoming too small to read."""
 _MODEL_FILES = ("*.safetensors", "*.bin", "config.json", "llava_patch.json", "preprocessor_config.json")
 
 
@@ -49,7 +60,7 @@ def read(folder: Path) -> dict[str, Any] | None:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["format"] != FORMAT:
             raise ValueError(f"format {values['format']}, this version reads {FORMAT}")
-        values["sections"] = [Record.from_dict(record) for record in values["sections"]]
+        values["sections"] = [decode(Record, record) for record in values["sections"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}): delete it, or give another --output") from error
     return values
@@ -74,22 +85,18 @@ def build(
     values: dict[str, Any] = {}
     for number, section in enumerate(chosen, 1):
         kept, wanted = records.get(section.name), _key(section, context)
-        holds = not fresh and kept is not None and _holds(kept, wanted, folder)
+        holds = False  # skipped and failed sections have found nothing
+        if not fresh and kept is not None and kept.found is not None and kept.key == wanted:
+            names = [*kept.found.files, *(figure.file for figure in kept.found.figures)]
+            holds = all((folder / name).is_file() for name in names)
         say(f"{number} of {len(chosen)}: {section.title}{': kept' if holds else ''}")
         if not holds:
             records[section.name] = record = _make(section, context, folder, wanted)
             if record.state != DONE:
                 say(f"  {record.state}: {record.reason}")
         values = _values(context, [records[s.name] for s in sections if s.name in records])
-        write_json(folder / KEPT, {**values, "sections": [r.to_dict() for r in values["sections"]]})
+        write_json(folder / KEPT, {**values, "sections": encode(values["sections"])})
     return values
-
-
-def _holds(kept: Record, wanted: str, folder: Path) -> bool:
-    if kept.found is None or kept.key != wanted:  # skipped and failed sections have found nothing
-        return False
-    names = [*kept.found.files, *(figure.file for figure in kept.found.figures)]
-    return all((folder / name).is_file() for name in names)
 
 
 def _make(section: Section, context: Context, folder: Path, wanted: str) -> Record:
@@ -112,13 +119,11 @@ def _make(section: Section, context: Context, folder: Path, wanted: str) -> Reco
 
 
 def _values(context: Context, records: list[Record]) -> dict[str, Any]:
-    import platform
-    import sys
-
     import torch
 
     from llava_patch.tools.doctor.software import installed
 
+    asked = _configured()
     packages = ("torch", "transformers", "llava-torch", "peft", "numpy")
     return {
         "format": FORMAT,
@@ -128,7 +133,7 @@ def _values(context: Context, records: list[Record]) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "facts": [
             *(list(fact) for fact in facts_of(context.inspection)),
-            *([["put on it by gin", "; ".join(_configured())]] if _configured() else []),
+            *([["put on it by gin", "; ".join(asked)]] if asked else []),
         ],
         "settings": {kind: values for kind, values in context.inspection.settings.items() if values},
         "versions": {
@@ -182,3 +187,30 @@ def _stamp(path: Path) -> list[int]:
     except OSError:
         return []
     return [about.st_size, about.st_mtime_ns]
+
+
+def write_page(values: dict[str, Any], folder: Path) -> Path:
+    """Render what `build` kept; returns the page's path."""
+    jinja2 = optional("jinja2")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    source = (resources.files("llava_patch.tools.report") / TEMPLATE).read_text(encoding="utf-8")
+    text = environment.from_string(source).render(
+        **values,
+        name=Path(values["checkpoint"]).name,
+        picture=lambda file: _picture(folder / file),
+        pretty=lambda value: json.dumps(value, indent=1, default=str),
+    )
+    return write_text(folder / PAGE, text)
+
+
+def _picture(path: Path) -> dict[str, Any]:
+    """What an img element needs: its data, its size in pixels, and whether it is broad (several panels in a row)."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        width, height = image.size
+    data = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
+    shown = {"width": round(SHOWN * width), "height": round(SHOWN * height)}
+    return {"data": data, **shown, "broad": width > BROAD * height}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from llava_patch.core.errors import SettingError
+from llava_patch.settings.checks import integer
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,4 @@ class Report:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise SettingError(f"Report.{field.name} = {value!r}: expected an integer >= 1")
+            integer("Report", field.name, getattr(self, field.name), 1)

@@ -110,8 +110,8 @@ def test_zero_2_and_zero_3_train_what_ddp_trains(data, mixed, tmp_path):  # noqa
         assert sum("side_branch" in key for key in adapter) == 9
         assert all(torch.equal(adapter[key], weights[key]) for key in adapter)
     assert len(losses["ddp"]) == 4 and all(math.isfinite(loss) for loss in losses["ddp"])
-    # The same arithmetic in parts: bit for bit, but for the order of sums in the gradients.
-    assert losses["zero3"] == pytest.approx(losses["zero2"], abs=1e-3)
+    # The same arithmetic in parts, but for the order of sums: roundings of bf16, 2^-9 of a value.
+    assert losses["zero3"] == pytest.approx(losses["zero2"], rel=2**-9)
     assert (updates["zero3"] - updates["zero2"]).norm() < 0.02 * updates["zero2"].norm()
     # DDP runs under autocast and steps on bf16 weights, DeepSpeed on float32 copies: they differ by roundings (2^-9 of
     # a value; measured 1e-4 of the loss), and the directions by those of four steps of the size of 20 roundings each.

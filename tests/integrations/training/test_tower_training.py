@@ -151,8 +151,9 @@ def test_zero_2_and_zero_3_go_on_from_a_finished_checkpoint(data, trained, tmp_p
     shutil.copytree(tmp_path / "llava-zero3" / "checkpoint-1", resumed / "checkpoint-1")
     _train(data, data[0] / "v1.json", resumed, *bindings, zero=ZERO3, steps=3, warmup_ratio=0, **extra)
     assert not moved(weights["zero3"], load_file(resumed / "model.safetensors"))
-    # The same arithmetic in parts, but for the order of sums in the gradients; see test_deepspeed.
-    assert len(found["zero2"]) == 3 and found["zero3"] == pytest.approx(found["zero2"], abs=1e-3)
+    # The same arithmetic, but gathered weights lie elsewhere in memory and a kernel may sum in another order: roundings
+    # of bf16, 2^-9 of a value (measured 3e-4 of the loss; the same runs in float32 agree to 2e-5).
+    assert len(found["zero2"]) == 3 and found["zero3"] == pytest.approx(found["zero2"], rel=2**-9)
     assert norms["zero3"] == pytest.approx(norms["zero2"], rel=1e-2)
     assert norms["zero2"][0] < norms["zero2"][1] / 3  # the projector's alone
     changes = [

@@ -13,10 +13,8 @@ from llava_patch import FastV, Routing, patch
 from llava_patch.core.errors import SettingError
 from llava_patch.hosts.anatomy import find
 from llava_patch.measurements.base import default_split
-from llava_patch.measurements.flops import files
 from llava_patch.measurements.flops import shape as shapes
-from llava_patch.measurements.flops.count import Prompt, cache_bytes, count_flops, program_of
-from llava_patch.measurements.flops.products import Mode
+from llava_patch.measurements.flops.count import Mode, Prompt, cache_bytes, count_flops, program_of
 from llava_patch.measurements.flops.result import FlopsResult, measure_flops
 from llava_patch.routing.cache import RoutedCache
 from llava_patch.routing.cache import cache_bytes as held_bytes
@@ -267,7 +265,7 @@ def test_files_alone_say_what_the_model_says(host, form, tmp_path):
     if form == "stock":
         host.model.save_pretrained(tmp_path / "model")
         wanted = shapes.shape_of(host.model, "model")
-        assert files.read_shape(str(tmp_path / "model")) == (wanted, None, None)
+        assert shapes.read_shape(str(tmp_path / "model")) == (wanted, None, None)
         return
     host.model.save_pretrained(tmp_path / "base")
     host.model.config._name_or_path = host.model.name_or_path = str(tmp_path / "base")
@@ -275,7 +273,7 @@ def test_files_alone_say_what_the_model_says(host, form, tmp_path):
     with patch(host.model, fusion=SkipLinks(stride=2), routing=routing) as handle:
         handle.save(tmp_path / "model", form)
         wanted = shapes.shape_of(host.model, "model")
-    assert files.read_shape(str(tmp_path / "model")) == (wanted, routing, None)
+    assert shapes.read_shape(str(tmp_path / "model")) == (wanted, routing, None)
 
 
 def test_the_command(tmp_path, monkeypatch):

@@ -140,6 +140,11 @@ def test_what_cannot_be_compared_is_refused(host: Any) -> None:
         measure_fusion_attention_apart(
             lambda: (model, [sample, sample]), lambda: (model, [sample, other]), progress=False
         )
+    cut = [make_sample(after=0), sample]  # the first is usable in the base alone
+    with pytest.raises(InputError, match="sample 0 has other text tokens or image positions"):
+        measure_fusion_attention(model, model, cut, progress=False, base_samples=[sample, sample])
+    with pytest.raises(InputError, match="sample 0 has other text tokens or image positions"):
+        measure_fusion_attention_apart(lambda: (model, cut), lambda: (model, [sample, sample]), progress=False)
     with pytest.raises(InputError, match="5 layers of 4 heads, the base 4 of 4"):
         measure_fusion_attention(model, make_model(layers=4), [sample], FusionAttention(layers=(3,)), False)
     with pytest.raises(InputError, match="no usable sample for fusion attention: 1 without"):

@@ -111,9 +111,7 @@ def test_data_with_answers(fused, tmp_path):
 def test_a_run_is_drawn_again_and_runs_are_compared(tmp_path):
     for name, rate, turns in (("low", 5e-6, 99), ("high", 8e-5, 8)):
         facts = {"learning_rate": rate, "block": 6}
-        make(
-            rate=rate, turns=turns, log=StepLog.begin(tmp_path / name, Gradients(window=4, transition_windows=2), facts)
-        )
+        make(rate=rate, turns=turns, log=StepLog(tmp_path / name, Gradients(window=4, transition_windows=2), facts))
     out = gradients("show", tmp_path / "low", "--output", tmp_path / "drawn")
     assert "no t_trans" in " ".join(out.split()) and (tmp_path / "drawn" / "gradients.png").exists()
     out = gradients("show", tmp_path / "high", "--smoothness", "1e9", "--step-size", "1", "--transition-windows", "9")

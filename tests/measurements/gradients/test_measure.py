@@ -15,8 +15,7 @@ from llava_patch.measurements.gradients.log import LOG, StepLog
 from llava_patch.measurements.gradients.measure import measure_gradients
 from llava_patch.measurements.gradients.result import GradientsResult
 from llava_patch.measurements.gradients.settings import Gradients
-from llava_patch.measurements.gradients.state import STATE, save_window
-from llava_patch.measurements.gradients.statistics import Window
+from llava_patch.measurements.gradients.statistics import STATE, Window
 from tests.support.fusions import randomise
 
 SETTINGS = Gradients(window=2, full="attached")
@@ -108,9 +107,9 @@ def test_it_goes_on_where_it_was_broken_off(patched, tmp_path, monkeypatch):
 def test_a_log_ahead_of_the_last_state_is_cut_back(patched, tmp_path, monkeypatch):
     """Killed, not interrupted: the state on disk is older than the log."""
     batches = batches_of(patched, count=6)
-    write = module.save_window
+    write = Window.save
     monkeypatch.setattr(module, "SAVE_EVERY", 0.0)
-    monkeypatch.setattr(module, "save_window", lambda window, path: write(window, path) if window.last <= 3 else path)
+    monkeypatch.setattr(Window, "save", lambda window, path: write(window, path) if window.last <= 3 else path)
     whole = measure_gradients(patched.model, batches, SETTINGS, progress=False)
 
     def breaks():
@@ -134,7 +133,7 @@ def test_results_of_another_measurement_are_not_replaced(patched, tmp_path):
     before = "".join(lines[:2])  # one step of two: an unfinished measurement
     (tmp_path / LOG).write_text(before)
     other = dataclasses.replace(SETTINGS, window=3)
-    save_window(Window(2), tmp_path / STATE)
+    Window(2).save(tmp_path / STATE)
     with pytest.raises(CheckpointError, match=r"its windows have 2 steps, but Gradients\.window = 3"):
         measure_gradients(patched.model, batches, other, tmp_path, {"checkpoint": "a"}, progress=False)
     with torch.no_grad():
@@ -169,7 +168,7 @@ def test_a_measurement_that_found_nothing_makes_way(patched, tmp_path):
         measure_gradients(patched.model, [[missing]] * 2, SETTINGS, tmp_path, {"data": "wrong"}, progress=False)
     found = measure_gradients(patched.model, batches_of(patched, 2), SETTINGS, tmp_path, {"data": "a"}, progress=False)
     assert len(found.steps) == 2 and found.facts["data"] == "a"
-    run = StepLog.begin(tmp_path / "run", SETTINGS, {"trains": True}).path.read_text()
+    run = StepLog(tmp_path / "run", SETTINGS, {"trains": True}).path.read_text()
     with pytest.raises(CheckpointError, match="give another folder"):
         measure_gradients(patched.model, batches_of(patched, 2), SETTINGS, tmp_path / "run", progress=False)
     assert (tmp_path / "run" / LOG).read_text() == run
@@ -192,15 +191,12 @@ def test_memory_does_not_grow_with_the_batches(patched, tmp_path):
     """Two vectors are held for the window, whatever its length: the state has no more."""
     from safetensors import safe_open
 
-    from llava_patch.measurements.gradients.state import save_window
-    from llava_patch.measurements.gradients.statistics import Window
-
     sizes = []
     for count in (3, 30):
         window = Window(100)
         for number in range(1, count + 1):
             window.add(number, torch.ones(50), torch.ones(50))
-        with safe_open(str(save_window(window, tmp_path / STATE)), framework="pt") as file:
+        with safe_open(str(window.save(tmp_path / STATE)), framework="pt") as file:
             sizes.append(sum(file.get_tensor(name).numel() for name in ("main", "skip")))
             assert json.loads(file.metadata()["window"])["count"] == count
     assert sizes == [100, 100]

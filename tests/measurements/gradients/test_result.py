@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from llava_patch.core.errors import CheckpointError, SettingError
-from llava_patch.measurements.gradients.compare import ordered, runs_dict, runs_table
 from llava_patch.measurements.gradients.figure import gradients_figure, runs_figure
 from llava_patch.measurements.gradients.log import LOG, StepLog
 from llava_patch.measurements.gradients.moments import Step
-from llava_patch.measurements.gradients.result import GradientsResult
+from llava_patch.measurements.gradients.result import GradientsResult, ordered, runs_dict, runs_table
 from llava_patch.measurements.gradients.settings import Gradients
 from llava_patch.measurements.gradients.statistics import Window
 
@@ -55,7 +54,7 @@ def test_json_there_and_back(tmp_path):
 
 
 def test_a_run_is_read_while_it_trains(tmp_path):
-    log = StepLog.begin(tmp_path, SETTINGS, {"learning_rate": 1e-4, "block": 6, "fusion": "SkipLinks(stride=6)"})
+    log = StepLog(tmp_path, SETTINGS, {"learning_rate": 1e-4, "block": 6, "fusion": "SkipLinks(stride=6)"})
     assert GradientsResult.read(tmp_path).steps == []
     result = make(log=log)
     assert GradientsResult.read(tmp_path) == result
@@ -66,7 +65,7 @@ def test_a_run_is_read_while_it_trains(tmp_path):
 
 def test_a_run_that_is_resumed_takes_back_what_came_after_its_checkpoint(tmp_path):
     facts = {"block": 6}
-    result = make(log=StepLog.begin(tmp_path, SETTINGS, facts))
+    result = make(log=StepLog(tmp_path, SETTINGS, facts))
     log = StepLog.resume(tmp_path, SETTINGS, 10)
     read = GradientsResult.read(tmp_path)
     assert read.steps == result.steps[:10] and read.windows == result.windows[:2] and log.facts == facts
@@ -77,7 +76,7 @@ def test_a_run_that_is_resumed_takes_back_what_came_after_its_checkpoint(tmp_pat
     read_otherwise = dataclasses.replace(SETTINGS, smoothness=3.0, transition_windows=9)
     StepLog.resume(tmp_path, read_otherwise, 11)
     assert GradientsResult.read(tmp_path).settings == read_otherwise
-    StepLog.begin(tmp_path, SETTINGS, facts)
+    StepLog(tmp_path, SETTINGS, facts)
     assert GradientsResult.read(tmp_path).steps == []
 
 
@@ -106,7 +105,7 @@ def test_a_folder_without_results(tmp_path):
 
 
 def test_numbers_that_are_not_finite_survive(tmp_path):
-    log = StepLog.begin(tmp_path, SETTINGS, {})
+    log = StepLog(tmp_path, SETTINGS, {})
     log.add(Step(1, math.inf, math.nan, math.inf, math.nan))
     log.add(Step(2, 1.0, 0.0, 1.0, 0.0))
     first, second = GradientsResult.read(tmp_path).steps

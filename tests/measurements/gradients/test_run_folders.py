@@ -3,7 +3,7 @@
 import pytest
 
 from llava_patch.core.errors import InputError
-from llava_patch.measurements.gradients.compare import run_folders
+from llava_patch.measurements.gradients.result import run_folders
 
 
 def _run(folder):

@@ -13,7 +13,6 @@ from llava_patch.core.errors import CheckpointError
 from llava_patch.measurements.gradients.moments import Moments, Step
 from llava_patch.measurements.gradients.result import GradientsResult
 from llava_patch.measurements.gradients.settings import Gradients
-from llava_patch.measurements.gradients.state import load_window, save_window
 from llava_patch.measurements.gradients.statistics import Window, transition_step
 
 
@@ -214,15 +213,15 @@ def test_a_window_goes_on_from_a_file(cut, tmp_path):
     whole = feed(Window(5), main, skip, rates=[0.1] * 12)
     window = Window(5)
     before = feed(window, main[:cut], skip[:cut], rates=[0.1] * cut)
-    again = load_window(save_window(window, tmp_path / "window.safetensors"), 5)
+    again = Window.load(window.save(tmp_path / "window.safetensors"), 5)
     assert again.last == cut
     after = feed(again, main[cut:], skip[cut:], rates=[0.1] * (12 - cut), first=cut + 1)
     assert before[0] + after[0] == whole[0] and before[1] + after[1] == whole[1]
     with pytest.raises(CheckpointError, match=r"5 steps, but Gradients\.window = 6"):
-        load_window(tmp_path / "window.safetensors", 6)
+        Window.load(tmp_path / "window.safetensors", 6)
     (tmp_path / "window.safetensors").write_bytes(b"no tensors")
     with pytest.raises(CheckpointError, match="no running sums"):
-        load_window(tmp_path / "window.safetensors", 5)
+        Window.load(tmp_path / "window.safetensors", 5)
 
 
 def run(ratios):

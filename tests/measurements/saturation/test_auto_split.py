@@ -211,7 +211,7 @@ def test_what_is_kept_is_the_measurement_and_draws_its_figure(subject: Subject, 
 
 
 def test_the_users_cache_folder(monkeypatch: Any, tmp_path: Path) -> None:
-    from llava_patch.measurements.saturation.split_cache import cache_folder
+    from llava_patch.core.paths import cache_folder
 
     monkeypatch.delenv("LLAVA_PATCH_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -276,7 +276,7 @@ def test_a_fused_model_is_measured_with_its_fusion(subject: Subject, cache: Path
 
 
 def test_other_taps_of_one_width_are_another_model() -> None:
-    from llava_patch.measurements.saturation.split_cache import model_digest
+    from llava_patch.patching.keys import model_digest
     from tests.support import models
 
     model = models.hf_model()

@@ -7,11 +7,12 @@ import math
 import pytest
 import torch
 
-from llava_patch.measurements.attention import mass_on_keys
 from llava_patch.measurements.saturation.recommend import deep_median, recommend, settled_layer, transition_layer
+from llava_patch.measurements.saturation.result import Saturation
+from llava_patch.measurements.trace import mass_on_keys
 
 NAN = float("nan")
-SHARES = {"transition_share": 0.5, "mass_tolerance": 0.2, "fall_share": 0.5}
+SHARES = Saturation(transition_share=0.5, mass_tolerance=0.2, fall_share=0.5)
 
 
 @pytest.mark.parametrize("window", [None, 3])
@@ -81,9 +82,9 @@ def test_deep_mass_leaves_the_last_layer_out() -> None:
 
 def test_the_papers_curve_gives_its_split() -> None:
     kl = [4.0] * 20 + [1.0] * 11 + [0.0]
-    got = recommend(paper_like(), kl, [0.9] * 18 + [0.99] * 14, [True] * 32, **SHARES)
+    got = recommend(paper_like(), kl, [0.9] * 18 + [0.99] * 14, [True] * 32, SHARES)
     assert got.split == 18 and got.window == (18, 20) and "disagree" not in got.reason
-    turning = recommend(paper_like(), kl, [0.99] * 18 + [0.9] * 14, [True] * 32, **SHARES)
+    turning = recommend(paper_like(), kl, [0.99] * 18 + [0.9] * 14, [True] * 32, SHARES)
     assert turning.split == 18 and "disagree in part" in turning.reason
 
 
@@ -101,6 +102,6 @@ def test_no_window_gives_the_reason(mass: list[float], kl: list[float], words: s
     import re
 
     present = [not math.isnan(value) for value in kl]
-    got = recommend(mass, kl, [0.9] * 8, present, **SHARES)
+    got = recommend(mass, kl, [0.9] * 8, present, SHARES)
     assert got.split is None and got.window is None
     assert re.search(words, got.reason), got.reason

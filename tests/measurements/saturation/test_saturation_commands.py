@@ -12,13 +12,13 @@ from typer.testing import CliRunner
 from llava_patch import FastV, Routing, patch
 from llava_patch.cli.main import app
 from llava_patch.cli.measure import settings_for
-from llava_patch.core import registry
+from llava_patch.core import plotting, registry
 from llava_patch.core.errors import CheckpointError, InputError, SettingError
 from llava_patch.data.target import Target
 from llava_patch.measurements.base import find_result, names_of
 from llava_patch.measurements.saturation import measure
 from llava_patch.measurements.saturation.figure import comparison_figure, saturation_figure
-from llava_patch.measurements.saturation.result import PatchOn, notes, summarise, table
+from llava_patch.measurements.saturation.result import Curves, PatchOn, SaturationResult, compare
 from llava_patch.measurements.saturation.state import STATE_FILE
 from tests.support import fileset
 
@@ -132,13 +132,11 @@ def test_results_are_found_and_named(tmp_path: Path) -> None:
 
 
 def made(layers: int = 32, patch_on: PatchOn | None = None) -> Any:
-    from llava_patch.measurements.saturation.result import Curves
-
     mass = paper_like()[:layers] if layers <= 32 else [*paper_like()[:-1], *[0.04] * (layers - 32), 0.2]
     kl = [4.0] * 20 + [1.0] * (layers - 21) + [0.0]
     flat = [0.9] * layers
     curves = Curves(flat, flat, [[m, m] for m in mass], kl, kl, [576] * layers, [576] * layers)
-    return summarise(curves, 4, patch=patch_on)
+    return SaturationResult(curves, 4, patch=patch_on)
 
 
 def test_the_papers_7b_curve_recommends_18() -> None:
@@ -148,8 +146,6 @@ def test_the_papers_7b_curve_recommends_18() -> None:
 
 
 def test_an_image_that_leaves_early_has_no_transition() -> None:
-    from llava_patch.measurements.saturation.result import Curves, SaturationResult
-
     nan = float("nan")
     for kl, layer, said in (
         ([2.0, 1.5, nan, nan, 0.0], None, "image none (not reached before the image leaves at layer 2), text 4"),
@@ -158,7 +154,7 @@ def test_an_image_that_leaves_early_has_no_transition() -> None:
     ):
         gone = [nan if value != value else 0.9 for value in kl]
         curves = Curves(gone, [0.9] * 5, [[0.1]] * 5, kl, [2.0] * 4 + [0.0], [4] * 5, [4] * 5)
-        found = summarise(curves, 1, patch=PatchOn(2, None, "routed (lf, split 2)"))
+        found = SaturationResult(curves, 1, patch=PatchOn(2, None, "routed (lf, split 2)"))
         assert found.image_transition == layer and said in found.summary()
         values = found.to_dict()
         assert values["image_transition_layer"] == layer
@@ -171,10 +167,8 @@ def texts(figure: Any) -> list[str]:
 
 
 def test_figures_mark_recommended_and_own_splits_apart(tmp_path: Path, monkeypatch: Any) -> None:
-    from llava_patch.measurements.saturation import figure as drawing
-
     drawn: list[Any] = []
-    monkeypatch.setattr(drawing, "write_figure", lambda figure, path: drawn.append(figure) or path)
+    monkeypatch.setattr(plotting, "write_figure", lambda figure, path: drawn.append(figure) or path)
     saturation_figure(made(), tmp_path / "a.png")
     saturation_figure(made(patch_on=PatchOn(14, 3, "routed (lf, split 14)")), tmp_path / "b.png")
     assert "recommended split 18" in texts(drawn[0]) and "image transition 20" in texts(drawn[0])
@@ -194,9 +188,9 @@ def test_a_table_says_what_differs_besides_the_model() -> None:
     import dataclasses
 
     one, other = made(), dataclasses.replace(made(), facts={"data": "b.json"}, samples=9)
-    head, rows = table({"one": one, "other": other})
-    assert "own" not in head and rows[0][:4] == ["one", "32", "18 (56 %)", "18..20"]
-    (said,) = notes({"one": one, "other": other})
+    found = compare({"one": one, "other": other})
+    assert "own" not in found.head and found.rows[0][:4] == ["one", "32", "18 (56 %)", "18..20"]
+    (said,) = found.notes
     assert "data = b.json (there None), samples = 9 (there 4)" in said
-    head, rows = table({"one": made(patch_on=PatchOn(14, None, "x"))})
-    assert head[-1] == "own" and rows[0][-1] == "14 (44 %)"
+    found = compare({"one": made(patch_on=PatchOn(14, None, "x"))})
+    assert found.head[-1] == "own" and found.rows[0][-1] == "14 (44 %)"

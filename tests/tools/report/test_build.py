@@ -6,10 +6,9 @@ import json
 import pytest
 
 from llava_patch.core.errors import CheckpointError, SettingError
-from llava_patch.measurements.base import NothingToMeasure
-from llava_patch.tools.report import build, page
-from llava_patch.tools.report.context import Context
-from llava_patch.tools.report.section import DONE, FAILED, SKIPPED, Figure, Found, Record, Section, Table
+from llava_patch.measurements.base import NothingToMeasure, decode, encode
+from llava_patch.tools.report import build
+from llava_patch.tools.report.section import DONE, FAILED, SKIPPED, Context, Figure, Found, Record, Section, Table
 
 
 def _works(context, folder):
@@ -42,7 +41,7 @@ def test_a_failure_leaves_the_others(context, tmp_path):
     every = [_section("fails", _fails), _section("works", _works), _section("skips", _skips)]
     values = build.build(context, every, every, tmp_path)
     assert _states(values) == {"fails": FAILED, "works": DONE, "skips": SKIPPED}
-    text = page.write(values, tmp_path).read_text()
+    text = build.write_page(values, tmp_path).read_text()
     assert "ValueError: broken &lt;tag&gt;" in text and "nothing there" in text and "It is &lt;one&gt;" in text
     assert "<tag>" not in text and "<b>" not in text
 
@@ -122,9 +121,9 @@ def test_a_record_comes_back():
     record = Record(
         "one", "One", "About.", DONE, found=Found("It is.", [Figure("a.png", "a")], [Table(["x"], [["1"]])], ["a.png"])
     )
-    assert Record.from_dict(json.loads(json.dumps(record.to_dict()))) == record
+    assert decode(Record, json.loads(json.dumps(encode(record)))) == record
     skipped = dataclasses.replace(record, state=SKIPPED, found=None, reason="why")
-    assert Record.from_dict(json.loads(json.dumps(skipped.to_dict()))) == skipped
+    assert decode(Record, json.loads(json.dumps(encode(skipped)))) == skipped
 
 
 def test_a_configured_patch_is_measured_shown_and_kept_off_the_base(files, tmp_path):

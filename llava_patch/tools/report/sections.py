@@ -1,0 +1,216 @@
+"""The sections of a report: one for each measurement of the registry, what a training run left, and R-Probe's results.
+
+R-Probe was measured before: a probe takes longer than a report.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from llava_patch.core import plotting, registry
+from llava_patch.core.errors import InputError
+from llava_patch.core.files import atomic, write_json
+from llava_patch.core.paths import named
+from llava_patch.measurements.base import Measurement, NothingToMeasure
+from llava_patch.measurements.gradients.log import LOG
+from llava_patch.measurements.gradients.result import NAME, GradientsResult
+from llava_patch.measurements.rprobe import ablation
+from llava_patch.measurements.rprobe.ablation import SUMMARY
+from llava_patch.measurements.rprobe.output import RESULT
+from llava_patch.measurements.rprobe.result import RProbeResult
+from llava_patch.tools.report.section import Context, Figure, Found, Section, Table, found_of
+
+STATE = "trainer_state.json"
+CURVES = (("loss", "loss (nats per token)"), ("learning_rate", "learning rate"), ("grad_norm", "gradient norm"))
+MAPS = 3  # error maps of R-Probe that are shown
+
+
+def sections() -> list[Section]:
+    """All of them, in the report's order."""
+    measured = [_section_of(registry.measurement(name)) for name in registry.MEASUREMENTS]
+    return [*measured, GRADIENTS, TRAINING, RPROBE]
+
+
+def _section_of(measurement: Measurement) -> Section:
+    """The section of a measurement; results of the command and of the section are written alike."""
+
+    def run(context: Context, folder: Path) -> Found:
+        result = measurement.in_report(context, measurement.report_settings(context))
+        return found_of(result, folder, measurement.name, measurement.alt, measurement.report_tables(result))
+
+    def recorded(context: Context) -> dict[str, Any]:
+        return measurement.recorded(context, measurement.report_settings(context))
+
+    def command(context: Context) -> str:
+        words = measurement.report_words(context, measurement.report_settings(context))
+        takes_data = measurement.samples is not None and not measurement.several
+        return context.command(measurement.command, *words, base=measurement.compares, data=takes_data)
+
+    return Section(measurement.name, measurement.title, measurement.about, run, recorded, command, measurement.why_not)
+
+
+def read_curves(run: str) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) pairs by name, in order of steps."""
+    path = Path(run) / STATE
+    try:
+        history = json.loads(path.read_text(encoding="utf-8"))["log_history"]
+        return {
+            name: [(int(e["step"]), float(e[name])) for e in history if isinstance(e.get(name), (int, float))]
+            for name, _ in CURVES
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: cannot be read as a Trainer's state ({error})") from error
+
+
+def _run_curves(context: Context, folder: Path) -> Found:
+    curves = read_curves(context.run)
+    losses = curves["loss"]
+    if not losses:
+        raise NothingToMeasure(f"{Path(context.run) / STATE} has no logged loss")
+    write_json(folder / "training.json", curves)
+    tail = losses[-max(1, len(losses) // 10) :]
+    last = sum(value for _, value in tail) / len(tail)
+    summary = f"Training loss went from {losses[0][1]:.3f} to {last:.3f} over {losses[-1][0]} optimizer steps."
+    there, rows = [(label, curves[name]) for name, label in CURVES if curves[name]], []
+    figure, axes = plotting.panels(1, len(there))
+    for axis, (label, curve) in zip(axes, there, strict=True):
+        steps, values = zip(*curve, strict=True)
+        axis.plot(steps, values, color=plotting.TEXT, marker="o" if len(steps) < 30 else "", ms=2.5)
+        axis.set(xlabel="optimizer step", ylabel=label, title=label.split(" (")[0].capitalize())
+        rows.append([label, *(f"{v:.4g}" for v in (values[0], values[-1], min(values), max(values)))])
+    plotting.write_figure(figure, folder / "training.png")
+    alt = f"Curves over the optimizer steps: {', '.join(row[0] for row in rows)}. {summary}"
+    table = Table(["curve", "first", "last", "lowest", "highest"], rows)
+    return Found(summary, [Figure("training.png", alt)], [table], ["training.json", "training.png"])
+
+
+def _why_no_curves(context: Context) -> str | None:
+    if not context.run:
+        return f"no training run known: give its folder, with {STATE}, as --run"
+    return None if (Path(context.run) / STATE).is_file() else f"{context.run} holds no {STATE}"
+
+
+TRAINING = Section(
+    "training",
+    "Training curves",
+    "What Hugging Face's Trainer logged during the run. The last loss is the mean over the last tenth of the log.",
+    _run_curves,
+    why_not=_why_no_curves,
+    inputs=lambda context: [str(Path(context.run) / STATE)] if context.run else [],
+)
+
+
+def _gradient_files(context: Context) -> list[str]:
+    """Where gradient statistics are kept, in the run's folder or the one in it; []: there are none."""
+    for folder in (Path(context.run), Path(context.run) / NAME) if context.run else ():
+        files = [folder / LOG, folder / f"{NAME}.json"]
+        if any(path.is_file() for path in files):
+            return [str(path) for path in files]
+    return []
+
+
+def _run_gradients(context: Context, folder: Path) -> Found:
+    result = GradientsResult.read(Path(_gradient_files(context)[0]).parent)
+    alt = (
+        "Four panels over the training steps: squared norms of the skip and the main gradient, their variance in "
+        "windows, their cosine, and their cross-covariance in windows."
+    )
+    return found_of(result, folder, "training_gradients", alt, [("", result.table())])
+
+
+def _why_no_gradients(context: Context) -> str | None:
+    if not context.run:
+        return "no training run known: give the folder of one that was measured (a Gradients binding) as --run"
+    if not _gradient_files(context):
+        return f"{context.run} holds no gradient statistics: train with a field of Gradients bound to measure them"
+    return None
+
+
+GRADIENTS = Section(
+    "training_gradients",
+    "Gradients during training",
+    "The same while the weights moved: does the skip gradient settle below the main one (t_trans), and do the two "
+    "agree?",
+    _run_gradients,
+    why_not=_why_no_gradients,
+    inputs=_gradient_files,
+    command=lambda context: f"llava-patch gradients show {context.run}" if context.run else "",
+)
+
+
+def _run_rprobe(context: Context, folder: Path) -> Found:
+    source = Path(context.rprobe)
+    if (source / SUMMARY).is_file():
+        return _ablation(source, folder, context)
+    result = RProbeResult.load(source / RESULT)
+    _check(result.facts.get("checkpoint"), context, source / RESULT)
+    figures, files = _copied(source, folder, "rprobe")
+    rows = [
+        ["MSE", f"{result.mse:.4f}", f"{result.constant_mse:.4f}"],
+        ["FVU", f"{result.fvu:.3f}", f"{result.constant_fvu:.3f}"],
+        ["PSNR (dB)", f"{result.psnr:.1f}", ""],
+    ]
+    return Found(result.summary(), figures, [Table(["held out", "the probe", "a constant patch"], rows)], files)
+
+
+def _ablation(source: Path, folder: Path, context: Context) -> Found:
+    try:
+        values = json.loads((source / SUMMARY).read_text(encoding="utf-8"))
+        found = [Table(head, rows) for head, rows in ablation.tables(values)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{source / SUMMARY}: cannot be read as R-Probe's ablation ({error})") from error
+    _check(values.get("checkpoint"), context, source / SUMMARY)
+    figures: list[Figure] = []
+    files: list[str] = []
+    for part in sorted(p.parent for p in source.glob(f"*/{RESULT}")):
+        more, names = _copied(part, folder, f"rprobe-{part.name}")
+        figures, files = figures + more[:1], files + names
+    said = ablation.notes(values) or ["R-Probe with the region seen or masked, and with its text or without."]
+    return Found(" ".join(said), figures, found, files)
+
+
+def _copied(source: Path, folder: Path, name: str) -> tuple[list[Figure], list[str]]:
+    """Copy result and figures into the report's folder, which must not need the probe's."""
+    figures, files = [], []
+    alt = {"rprobe": "R-Probe: training curve, and regions as they are and as they were rebuilt."}
+    pictures = [p for p in (source / "rprobe.png", *sorted(source.glob("map-*.png"))[:MAPS]) if p.is_file()]
+    for path in (source / RESULT, *pictures):
+        kept = f"{name}{path.suffix}" if path.stem == "rprobe" else f"{name}-{path.name}"
+        with atomic(folder / kept) as part:
+            shutil.copyfile(path, part)
+        files.append(kept)
+        if path.suffix == ".png":
+            figures.append(Figure(kept, alt.get(path.stem, "R-Probe: error map of a held-out page.")))
+    return figures, files
+
+
+def _check(measured: Any, context: Context, path: Path) -> None:
+    if isinstance(measured, str) and named(measured) != named(context.checkpoint):
+        raise NothingToMeasure(f"{path} was measured on {measured}, another checkpoint")
+
+
+def _rprobe_files(context: Context) -> list[str]:
+    return [str(Path(context.rprobe) / name) for name in (RESULT, SUMMARY)] if context.rprobe else []
+
+
+def _why_no_rprobe(context: Context) -> str | None:
+    if not context.rprobe:
+        return "no results given: measure with llava-patch rprobe CKPT, then give the folder as --rprobe"
+    there = any(Path(path).is_file() for path in _rprobe_files(context))
+    return None if there else f"{context.rprobe} holds neither {RESULT} nor {SUMMARY}"
+
+
+RPROBE = Section(
+    "rprobe",
+    "R-Probe",
+    "Did the model see it, or did it not say? A small decoder rebuilds the pixels under text regions from the "
+    "projected tokens; what it cannot rebuild, the language model cannot read. Lower is better.",
+    _run_rprobe,
+    command=lambda context: context.command("rprobe"),
+    why_not=_why_no_rprobe,
+    inputs=_rprobe_files,
+    supplies=True,
+)
