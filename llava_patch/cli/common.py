@@ -1,7 +1,5 @@
 """What the commands of `llava-patch` share: words that mean the same everywhere, and what is checked first."""
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import os

@@ -1,7 +1,5 @@
 """`llava-patch gradients show` and `table`: what training runs have measured."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

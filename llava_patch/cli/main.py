@@ -1,7 +1,5 @@
 """The console command `llava-patch`."""
 
-from __future__ import annotations
-
 import os
 
 import typer

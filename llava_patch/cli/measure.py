@@ -4,8 +4,6 @@ An option is a field of the measurement's settings or a keyword-only parameter o
 about it in the docstring. What every command has (`cli.common`) means the same in each.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import gc
 import inspect
@@ -257,7 +255,7 @@ def options_of(measurement: Measurement) -> common.Parameters:
             hint = protocol.hint_of(measurement.settings, field)
             found[field.name] = _option(measurement, field.name, hint, None, text)
     lines = described(measurement.measure.__doc__, "Args")
-    for name, one in inspect.signature(measurement.measure, eval_str=True).parameters.items():
+    for name, one in inspect.signature(measurement.measure).parameters.items():
         if one.kind is one.KEYWORD_ONLY:
             found[name] = _option(measurement, name, one.annotation, one.default, lines[name])
     return found

@@ -1,7 +1,5 @@
 """What commands do with results: tables on the screen, and files that no other checkpoint's results replace."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import textwrap

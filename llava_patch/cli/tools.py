@@ -1,7 +1,5 @@
 """The commands of `llava_patch.tools`: doctor, inspect, report, bench, sweep, convert, merge; and gin-files."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any, Optional
@@ -200,8 +198,7 @@ def bench(
     from llava_patch.core.terminal import show
     from llava_patch.data.loaded import pick_device, pick_dtype
     from llava_patch.hosts import sizes
-    from llava_patch.tools.bench import fusion, measure, report, shapes
-    from llava_patch.tools.bench.methods import methods
+    from llava_patch.tools.bench import fusion, measure, methods, report
 
     if shape not in sizes.SHAPES:
         raise SettingError(f"--shape {shape}: expected one of {', '.join(sizes.SHAPES)}")
@@ -219,7 +216,7 @@ def bench(
     console = Console()
 
     def build() -> tuple[Any, dict[str, Any]]:
-        model: Any = shapes.build(size, device, number, attention, tower)
+        model: Any = methods.build(size, device, number, attention, tower)
         about = report.machine(model.device)
         return model, {**about, "shape": shape, "dtype": dtype, "attention": attention, "repeats": repeats}
 
@@ -242,7 +239,7 @@ def bench(
     tables = {}
     for samples, words in settings:
         title = f"{shape}: 576 image + {words} text tokens, batch {samples}, {about['device']}, {dtype}"
-        compared = methods(size.layers, size.split if split < 0 else split, lora)
+        compared = methods.methods(size.layers, size.split if split < 0 else split, lora)
         tables[title] = measure.measure(model, compared, words, samples, repeats=repeats, training=train)
         for table in report.method_tables(tables[title]):
             show(console, *table, [], title)

@@ -1,14 +1,11 @@
 """What a checkpoint's files say of its images, without its weights: image processor, patches, merged tokens, tiles."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from llava_patch.core import records
 from llava_patch.core.errors import CheckpointError, HostError
-from llava_patch.core.records import CONFIG_KEY
 from llava_patch.core.weights import read_json
 from llava_patch.hosts import configs, tiles
 from llava_patch.hosts.anatomy import HF, LLAVA
@@ -19,11 +16,9 @@ from llava_patch.settings.methods import from_record
 
 
 def read_transform(folder: str | Path, mode: str) -> Transform:
-    """The probe's image transform of a checkpoint, as `make_transform` gives it for the loaded model.
+    """The probe's image transform in one of `IMAGE_MODES`, as `make_transform` gives it for the loaded checkpoint.
 
-    Args:
-        folder: a full checkpoint of either host, stock or patched, or an adapter whose base is there.
-        mode: one of `IMAGE_MODES`.
+    The folder is a full checkpoint of either host, stock or patched, or an adapter whose base is there.
 
     Raises:
         CheckpointError: no checkpoint there, or its base or vision tower is gone.
@@ -38,8 +33,9 @@ def read_transform(folder: str | Path, mode: str) -> Transform:
     raw = read_json(str(base), "config.json") if base.is_dir() else None
     if raw is None:
         raise CheckpointError(f"{base}: not a checkpoint, it holds no config.json")
-    record = record or raw.get(CONFIG_KEY)
-    host, config, processor = (_llava if "mm_vision_tower" in raw else _hf)(base, raw)
+    record = record or raw.get(records.CONFIG_KEY)
+    on_llava = "mm_vision_tower" in raw
+    config, processor = _of_llava(raw, str(base)) if on_llava else _of_hf(raw, base)
     shape = towers.shape_of(config.vision_config)
     fusion = from_record(record, str(folder)).get("fusion") if record else None
     cell = shape.patch_size * getattr(fusion, "merge_size", 1)
@@ -48,26 +44,23 @@ def read_transform(folder: str | Path, mode: str) -> Transform:
         check_crop(processor)
     if mode != "anyres":
         return Transform(processor, mode, height, width, cell)
-    on_llava = host == LLAVA and raw.get("image_aspect_ratio") == "anyres"
-    if not on_llava and not (host == HF and hasattr(config, "image_grid_pinpoints")):
+    if not (raw.get("image_aspect_ratio") == "anyres" if on_llava else hasattr(config, "image_grid_pinpoints")):
         raise HostError(f'image mode "anyres": {folder} does not cut images into tiles')
     # The tiling asks an Anatomy for no more than this.
-    parts: Any = SimpleNamespace(
-        host=host, grid=shape.grid, patch_size=shape.patch_size, model=SimpleNamespace(config=config)
-    )
+    parts: Any = SimpleNamespace(host=LLAVA if on_llava else HF, grid=shape.grid, patch_size=shape.patch_size)
+    parts.model = SimpleNamespace(config=config)
     return Transform(processor, mode, height, width, cell, tiles.make_tiling(parts, processor))
 
 
-def _llava(base: Path, raw: dict[str, Any]) -> tuple[str, Any, Any]:
-    """(host, configuration, image processor) of the llava package's checkpoint, whose tower lies elsewhere."""
-    vision = configs.tower_config(raw, str(base))
-    rows, _ = towers.shape_of(vision).grid
-    side = rows * towers.shape_of(vision).patch_size
-    config = SimpleNamespace(**{**raw, "vision_config": vision})
-    return LLAVA, config, tower_models.load_processor(str(raw["mm_vision_tower"]), vision, side)
+def _of_llava(raw: dict[str, Any], base: str) -> tuple[Any, Any]:
+    """Configuration and image processor of the llava package's checkpoint, whose tower lies elsewhere."""
+    vision = configs.tower_config(raw, base)
+    shape = towers.shape_of(vision)
+    processor = tower_models.load_processor(str(raw["mm_vision_tower"]), vision, shape.grid[0] * shape.patch_size)
+    return SimpleNamespace(**{**raw, "vision_config": vision}), processor
 
 
-def _hf(base: Path, raw: dict[str, Any]) -> tuple[str, Any, Any]:
+def _of_hf(raw: dict[str, Any], base: Path) -> tuple[Any, Any]:
     """The same of Hugging Face's LLaVA; its configuration knows what config.json leaves out because it is usual."""
     from transformers import AutoConfig, AutoImageProcessor
 
@@ -78,4 +71,4 @@ def _hf(base: Path, raw: dict[str, Any]) -> tuple[str, Any, Any]:
         raise CheckpointError(f"{base}: its configuration or image processor cannot be read: {error}") from error
     if getattr(config, "vision_config", None) is None:
         raise HostError(f"{base}: a {raw.get('model_type')} model: its config.json has no vision tower")
-    return HF, config, processor
+    return config, processor

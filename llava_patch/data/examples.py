@@ -4,8 +4,6 @@
 nothing at all (rendered pages).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,11 +39,7 @@ class Example:
     where: str = ""
 
     def open_image(self) -> "Image.Image":
-        """The picture in 8-bit RGB.
-
-        Raises:
-            InputError: the file is missing or broken; names example and file.
-        """
+        """The picture in 8-bit RGB; where its file is missing or broken an InputError that names example and file."""
         from llava_patch.probe.sample import open_rgb
 
         return open_rgb(self.image, self.where or self.id)
@@ -103,31 +97,31 @@ def _read(data: str, count: int | None, side: int) -> Sequence[Example]:
     from llava_patch.data.readers.read import parse_source, read_samples
 
     source = parse_source(data)
-    path = Path(source.path)
+    path, told = Path(source.path), source.hub or source.format  # told: what is there needs no guess
     if not source.hub and not path.exists():
         raise InputError(f"DATA {data}: no such file or folder (a data set of the Hugging Face hub is hf:{data})")
-    if not source.hub and not source.format and path.is_file() and path.suffix.lower() == ".json":
+    if not told and path.is_file() and path.suffix.lower() == ".json":
         found = load_json(path)
         if isinstance(found, list) and found and all(isinstance(v, dict) and "conversations" in v for v in found[:8]):
             return _from_conversations(found, path, Path(source.images) if source.images else path.parent)
-    files = [] if source.hub else [path] if path.is_file() else walk(path) if path.is_dir() else []
-    if files and not source.format and all(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
+    files = [] if told else [path] if path.is_file() else walk(path)
+    if files and all(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
         return [Example(file, QUESTION, id=file.name, where=str(file)) for file in files]
-    documents: dict[str, tuple[Example, list[str]]] = {}
+    documents: dict[str, list[Any]] = {}
     try:
-        samples = list(read_samples(data))
+        for sample in read_samples(data):
+            documents.setdefault(sample.document or sample.id, []).append(sample)
     except InputError as error:
-        if source.hub or source.format:
+        if told:
             raise
         raise InputError(
             f"DATA {data} is neither LLaVA's conversation JSON nor an image nor a folder of images only; as data with "
             f"text: {error}"
         ) from error
-    for sample in samples:
-        name = sample.document or sample.id
-        first = Example(sample.image, QUESTION, id=name, where=sample.place)
-        documents.setdefault(name, (first, []))[1].append(sample.text)
-    return [replace(first, answer="\n".join(filter(None, texts))) for first, texts in documents.values()]
+    return [
+        Example(of_page[0].image, QUESTION, "\n".join(s.text for s in of_page if s.text), name, of_page[0].place)
+        for name, of_page in documents.items()
+    ]
 
 
 def _from_conversations(records: list[Any], path: Path, images: Path) -> list[Example]:

@@ -1,7 +1,5 @@
 """Loads the model that a command measures, and the base that it is compared with: of either host, patched or not."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import threading
@@ -19,7 +17,6 @@ from llava_patch.core.weights import locate, read_json
 from llava_patch.data.inputs import Inputs
 from llava_patch.hosts import configs
 from llava_patch.hosts.anatomy import LLAVA, find
-from llava_patch.hosts.configs import CheckpointFiles
 
 DTYPES = ("float32", "bfloat16", "float16")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -28,19 +25,12 @@ _LORA, _PROJECTOR = "adapter_config.json", "mm_projector.bin"
 
 @dataclass(frozen=True, eq=False)
 class LoadedCheckpoint:
-    """A model ready to be measured.
+    """A model ready to be measured."""
 
-    Attributes:
-        model: in evaluation mode, with the patch that its checkpoint carries or that gin asks for.
-        tokenizer: its tokenizer.
-        image_processor: turns PIL images into pixel values.
-        processor: HF's joint processor; None on `llava`.
-    """
-
-    model: Any
+    model: Any  # in evaluation mode, with the patch that its checkpoint carries or that gin asks for
     tokenizer: Any
-    image_processor: Any
-    processor: Any = None
+    image_processor: Any  # turns PIL images into pixel values
+    processor: Any = None  # HF's joint processor; None on `llava`
 
     def inputs(self) -> Inputs:
         """Makes the model's inputs of an image and a question."""
@@ -85,10 +75,7 @@ def load_subject(checkpoint: str, base: str = "", device: str = "", dtype: str =
 def base_of(checkpoint: str, given: str, setting: str) -> str:
     """The base to compare a checkpoint with: the one that was `given`, or the one that its record names.
 
-    `setting` says how to name one, for errors ("BASE", "Drift.base").
-
-    Raises:
-        CheckpointError: none is known, or it is not there.
+    CheckpointError: none is known, or it is not there; `setting` says how to name one ("BASE", "Drift.base").
     """
     if given:
         configs.read(given, f"{setting} {given}")
@@ -137,7 +124,7 @@ def pick_dtype(name: str, device: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def _load_llava(files: CheckpointFiles, base: str, device: str, dtype: torch.dtype) -> LoadedCheckpoint:
+def _load_llava(files: configs.CheckpointFiles, base: str, device: str, dtype: torch.dtype) -> LoadedCheckpoint:
     checkpoint = files.source
     try:
         with _interrupted_afterwards():
@@ -158,14 +145,12 @@ def _load_llava(files: CheckpointFiles, base: str, device: str, dtype: torch.dty
         raise CheckpointError(f"{checkpoint} holds {what} only: name the model below it with --base")
     # llava's loader decides by the name that it is given.
     name = "llava" + "-lora" * lora + "-mistral" * (files.config.get("model_type") == "llava_mistral")
-    tokenizer, model, image_processor, _ = load_pretrained_model(
-        checkpoint, base or None, name, device_map=device, device=device
-    )
-    model.to(dtype)
-    return LoadedCheckpoint(model, tokenizer, image_processor)
+    places = {"device_map": device, "device": device}
+    tokenizer, model, images, _ = load_pretrained_model(checkpoint, base or None, name, **places)
+    return LoadedCheckpoint(model.to(dtype), tokenizer, images)
 
 
-def _is_whole(files: CheckpointFiles) -> bool:
+def _is_whole(files: configs.CheckpointFiles) -> bool:
     return files.base is not None or any(locate(files.source, name) for name in _WEIGHTS)
 
 
@@ -178,20 +163,19 @@ def is_part(checkpoint: str) -> bool:
 @contextlib.contextmanager
 def _interrupted_afterwards() -> Iterator[None]:
     """Hold Ctrl-C back until the block is over: llava's package swallows it among its imports and is broken then."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    main = threading.current_thread() is threading.main_thread()
     came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number)) if main else None
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        if main:
+            signal.signal(signal.SIGINT, before)
     if came:
         raise KeyboardInterrupt
 
 
-def _load_hf(files: CheckpointFiles, base: str, device: str, dtype: torch.dtype) -> LoadedCheckpoint:
+def _load_hf(files: configs.CheckpointFiles, base: str, device: str, dtype: torch.dtype) -> LoadedCheckpoint:
     from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
     checkpoint = files.source

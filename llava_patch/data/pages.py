@@ -5,8 +5,6 @@ that matplotlib ships. Both differ a little between versions of Python and matpl
 within one environment.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import math

@@ -1,8 +1,6 @@
 """What a measurement looks at: a checkpoint, its base and the data; models are loaded when something asks for them."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -10,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from llava_patch.data.examples import Example, read_examples
 
 if TYPE_CHECKING:
-    from llava_patch.data.inputs import Inputs
     from llava_patch.data.loaded import LoadedCheckpoint
 
 Opener = Callable[[], tuple[Any, Iterable[dict[str, Any]]]]
@@ -19,27 +16,16 @@ Opener = Callable[[], tuple[Any, Iterable[dict[str, Any]]]]
 
 @dataclass(eq=False)
 class Target:
-    """A checkpoint that is measured.
+    """A checkpoint that is measured."""
 
-    Attributes:
-        checkpoint: folder or hub name, with the patch that it carries or that gin asks for.
-        data: see `read_examples`; "": rendered pages.
-        below: the model under a LoRA or projector-only checkpoint of llava; "": none.
-        base: the model that the checkpoint is compared with; "": none.
-        device: as `load_subject` takes it.
-        dtype: of the models, as `load_subject` takes it.
-        question: asked about every image; "": the data's own.
-        name: what results call the checkpoint.
-    """
-
-    checkpoint: str
-    data: str = ""
-    below: str = ""
-    base: str = ""
-    device: str = ""
-    dtype: str = ""
-    question: str = ""
-    name: str = ""
+    checkpoint: str  # folder or hub name, with the patch that it carries or that gin asks for
+    data: str = ""  # see `read_examples`; "": rendered pages
+    below: str = ""  # the model under a LoRA or projector-only checkpoint of llava; "": none
+    base: str = ""  # the model that the checkpoint is compared with; "": none
+    device: str = ""  # as `load_subject` takes it
+    dtype: str = ""  # of the models, as `load_subject` takes it
+    question: str = ""  # asked about every image; "": the data's own
+    name: str = ""  # what results call the checkpoint
 
     @cached_property
     def subject(self) -> "LoadedCheckpoint":
@@ -59,15 +45,7 @@ class Target:
         del self.subject
 
     def examples(self, count: int | None, answers: bool = False) -> list[Example]:
-        """Examples at the size of the vision tower, spread evenly over the data.
-
-        Args:
-            count: how many at most; None: all.
-            answers: whether the answer must be known.
-
-        Raises:
-            InputError: nothing usable there, or answers that are not known.
-        """
+        """At most `count` examples (None: all) at the size of the vision tower; `answers`: these must be known."""
         return examples_for(self.subject, self.data, count, self.question, answers)
 
     def samples(self, count: int | None, answers: bool = False) -> "ModelInputs":
@@ -80,15 +58,13 @@ class Target:
         Neither model stays here, so that what compares them may have one in memory at a time.
         """
 
-        def opened(subject: "LoadedCheckpoint") -> "tuple[Any, ModelInputs]":
+        def opened(own: bool) -> "tuple[Any, ModelInputs]":
+            subject = self.subject if own else self.load_base()
+            if own:
+                self.release()
             return subject.model, ModelInputs(subject, examples_for(subject, self.data, count, self.question))
 
-        def own() -> "tuple[Any, ModelInputs]":
-            subject = self.subject
-            self.release()
-            return opened(subject)
-
-        return own, lambda: opened(self.load_base())
+        return lambda: opened(own=True), lambda: opened(own=False)
 
 
 def examples_for(
@@ -107,29 +83,21 @@ def count_of(samples: int | None, bound: int | None, default: int) -> int | None
 
 
 class ModelInputs(Sequence):
-    """Keyword arguments of a model's forward for some examples, made when they are asked for; a slice makes nothing."""
+    """Keyword arguments of a model's forward for some examples, made when they are asked for; a slice makes nothing.
+
+    With `labels` where answers are asked for.
+    """
 
     def __init__(self, subject: "LoadedCheckpoint", examples: list[Example], answers: bool = False) -> None:
-        """The inputs of `examples`; with `labels` where answers are asked for."""
         self.subject, self.examples, self.answers = subject, examples, answers
 
     def __len__(self) -> int:
-        """How many examples."""
         return len(self.examples)
 
     def __getitem__(self, index: Any) -> Any:
-        """The inputs of one example, or the `ModelInputs` of a slice."""
         if isinstance(index, slice):
             return ModelInputs(self.subject, self.examples[index], self.answers)
-        return self._make(self.subject.inputs(), self.examples[index])
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """The inputs of each example in turn."""
-        inputs = self.subject.inputs()
-        return (self._make(inputs, example) for example in self.examples)
-
-    def _make(self, inputs: "Inputs", example: Example) -> dict[str, Any]:
-        image = example.open_image()
+        inputs, example = self.subject.inputs(), self.examples[index]
         if self.answers:
-            return inputs.training_inputs(image, example.question, example.answer)
-        return inputs.forward_inputs(image, example.question)
+            return inputs.training_inputs(example.open_image(), example.question, example.answer)
+        return inputs.forward_inputs(example.open_image(), example.question)

@@ -5,8 +5,6 @@ of llava_patch, torch or transformers is loaded. Written by hand because it runs
 post-import-hook library alone costs more than ten times the 5 ms that this may take.
 """
 
-from __future__ import annotations
-
 import sys
 
 WATCHED = frozenset(

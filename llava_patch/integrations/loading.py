@@ -1,7 +1,5 @@
 """Loading patched checkpoints through the hosts' own from_pretrained: full ones, adapters, and bases of LoRA runs."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import functools
@@ -12,6 +10,7 @@ from typing import Any, NamedTuple
 
 from llava_patch.core import records
 from llava_patch.core.errors import CheckpointError, HostError
+from llava_patch.core.undo import UndoStack
 from llava_patch.settings import active
 
 _IGNORED = "_keys_to_ignore_on_load_unexpected"  # transformers' own list
@@ -51,8 +50,7 @@ class Loading(NamedTuple):
 def load(call: Loading) -> Any:
     """Load a host model, with the patch that its checkpoint carries or that flags and environment ask for.
 
-    Raises:
-        CheckpointError: a patched checkpoint that lacks tensors, or whose base is gone.
+    CheckpointError: a patched checkpoint lacks tensors, or its base is gone.
     """
     record, config = call.record(), call.kwargs.get("config")
     if record is not None and record.get("form") == "adapter":
@@ -90,24 +88,24 @@ def load(call: Loading) -> Any:
 def load_stock(call: Loading, why: str) -> Any:
     """Load a model that cannot be patched (`why` ends a sentence about the patch) as its own from_pretrained does.
 
-    Raises:
-        HostError: the checkpoint carries a patch, or one is configured: it would be another model without it.
+    HostError: the checkpoint carries a patch, or one is configured: it would be another model without it.
     """
 
     def refuse(model: Any = None, record: Any = None) -> None:
         raise HostError(f"{call.path} carries a patch, {why}")
 
-    asked = active.configuration()
-    if asked is not None and asked.lasting():
-        raise HostError(f"{_listed(asked)} is configured, {why}")
+    if configured := _configured():
+        raise HostError(f"{configured} is configured, {why}")
     if (call.record() or {}).get("form") == "adapter":
         refuse()
     with _construction(call.cls, refuse):
         return call.stock()
 
 
-def _listed(asked: Any) -> str:
-    return ", ".join(str(settings) for settings in asked.lasting().values() if settings is not None)
+def _configured() -> str:
+    """What flags or environment ask for, in words."""
+    asked = active.configuration()
+    return "" if asked is None else ", ".join(map(str, asked.lasting().values()))
 
 
 def _load_base_for(call: Loading, config: Any, carried: dict[str, Any]) -> Any:
@@ -153,11 +151,10 @@ def say_unpatched(cls: Any) -> None:
     sub_configs = getattr(getattr(cls, "config_class", None), "sub_configs", {})
     if not hasattr(cls, "generate") or "vision_config" not in sub_configs:
         return
-    asked = active.configuration()
-    if asked is not None and asked.lasting():
+    if configured := _configured():
         _say_once(
             f"llava_patch: {cls.__name__} is not a model that llava_patch knows, and is loaded without what is "
-            f"configured: {_listed(asked)}"
+            f"configured: {configured}"
         )
 
 
@@ -185,8 +182,7 @@ def _construction(cls: Any, found: Callable[[Any, dict[str, Any]], None]) -> Ite
     The host's loader then fills modules that were added like any others: sharded files, device maps and precisions
     need no code of ours.
     """
-    own = "__init__" in vars(cls)
-    original = cls.__init__
+    original, undo = cls.__init__, UndoStack()
 
     @functools.wraps(original)
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -195,14 +191,11 @@ def _construction(cls: Any, found: Callable[[Any, dict[str, Any]], None]) -> Ite
         if type(self) is cls and record:
             found(self, record)
 
-    cls.__init__ = __init__
+    undo.set_attribute(cls, "__init__", __init__)
     try:
         yield
     finally:
-        if own:
-            cls.__init__ = original
-        else:
-            del cls.__init__
+        undo.unwind()
 
 
 def _patch_new(model: Any, record: dict[str, Any]) -> None:

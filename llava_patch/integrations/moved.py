@@ -4,8 +4,7 @@ Loaded by the import hook when nothing else has found a module of ours. Such a m
 where it is now when it is used, with a DeprecationWarning that says where.
 """
 
-from __future__ import annotations
-
+import contextlib
 import importlib
 import importlib.util
 import warnings
@@ -49,17 +48,12 @@ MOVED = {
 
 
 def find_spec(name: str) -> ModuleSpec | None:
-    """The import system's description of an old module; None for a name that never was one.
-
-    Args:
-        name: in full, as "llava_patch.diagnostics.drift".
-    """
+    """The import system's description of an old module, named in full; None for a name that never was one."""
     places = _places(name.partition(".")[2])
-    try:
-        there = bool(places) and all(map(importlib.util.find_spec, places))
-    except ModuleNotFoundError:  # inside what is no package
-        return None
-    return ModuleSpec(name, _Loader(places), is_package=True) if there else None
+    with contextlib.suppress(ModuleNotFoundError):  # inside what is no package
+        if places and all(map(importlib.util.find_spec, places)):
+            return ModuleSpec(name, _Loader(places), is_package=True)
+    return None
 
 
 def _places(old: str) -> tuple[str, ...]:
@@ -74,9 +68,6 @@ class _Loader(Loader):
 
     def __init__(self, places: tuple[str, ...]) -> None:
         self._places = places
-
-    def create_module(self, spec: ModuleSpec) -> None:
-        """A module as any other."""
 
     def exec_module(self, module: ModuleType) -> None:
         """Give it the look-up."""

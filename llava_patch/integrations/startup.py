@@ -5,10 +5,9 @@ raise on the installed versions or load random weights (a vision tower that is n
 other). On versions that llava_patch does not support hosts stay as they are, and what was asked for is refused.
 """
 
-from __future__ import annotations
-
 import functools
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -21,10 +20,7 @@ from llava_patch.settings import active
 def on_import(name: str, module: Any) -> None:
     """Run what a freshly imported host module needs; called by the import hook.
 
-    With nothing configured a handler that fails says so and leaves the host as it is.
-
-    Raises:
-        LlavaPatchError: what is configured cannot be honoured.
+    A handler that fails says so and leaves the host as it is; LlavaPatchError: what is configured cannot be honoured.
     """
     undo = UndoStack()
     try:
@@ -89,14 +85,36 @@ def _on_llava_trainer(module: Any, undo: UndoStack) -> None:
 
         script_flags.add(asked, undo)
     _wrap_trainer_init(module.LLaVATrainer, undo)
-    _wrap_create_optimizer(module.LLaVATrainer, undo)
+
+    @_around(module.LLaVATrainer, "create_optimizer", undo)
+    def create_optimizer(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        made = self.optimizer is None
+        optimizer = original(self, *args, **kwargs)
+        handle = loading.handle_of(self.model)  # a model may be patched once its Trainer is there
+        if made and handle is not None:
+            from llava_patch.integrations.training import fusion
+
+            fusion.arrange(self, handle)
+        return optimizer
+
+
+def _around(owner: Any, name: str, undo: UndoStack) -> Callable[[Callable[..., Any]], None]:
+    """Let the decorated function, which is given the original one first, take the place of the owner's `name`."""
+    original = getattr(owner, name)
+
+    def replace(function: Callable[..., Any]) -> None:
+        @functools.wraps(original)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            return function(original, *args, **kwargs)
+
+        undo.set_attribute(owner, name, wrapped)
+
+    return replace
 
 
 def _wrap_trainer_init(cls: Any, undo: UndoStack) -> None:
-    original = cls.__init__
-
-    @functools.wraps(original)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+    @_around(cls, "__init__", undo)
+    def __init__(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
         names = ("model", "args", "data_collator", "train_dataset")[: len(args)]
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         model = given.get("model")
@@ -111,61 +129,32 @@ def _wrap_trainer_init(cls: Any, undo: UndoStack) -> None:
         original(self, *first, *args[len(names) :], **given)
         attach(self)
 
-    undo.set_attribute(cls, "__init__", __init__)
-
-
-def _wrap_create_optimizer(cls: Any, undo: UndoStack) -> None:
-    """Ask for the patch when the optimizer is made: a model may be patched once its Trainer is there."""
-    original = cls.create_optimizer
-
-    @functools.wraps(original)
-    def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
-        made = self.optimizer is None
-        optimizer = original(self, *args, **kwargs)
-        handle = loading.handle_of(self.model)
-        if made and handle is not None:
-            from llava_patch.integrations.training import fusion
-
-            fusion.arrange(self, handle)
-        return optimizer
-
-    undo.set_attribute(cls, "create_optimizer", create_optimizer)
-
 
 def _on_llava_arch(module: Any, undo: UndoStack) -> None:
     compat = _compat()
     if compat.unsupported() is not None:
         return
-    builder = sys.modules.get(module.build_vision_tower.__module__)
-    if builder is not None and not compat.brings_towers(builder):
-        _wrap_tower_builder(module, undo)
-    cls = module.LlavaMetaModel
-    original = cls.initialize_vision_modules
 
-    @functools.wraps(original)
-    def initialize_vision_modules(self: Any, model_args: Any, fsdp: Any = None) -> Any:
+    @_around(module.LlavaMetaModel, "initialize_vision_modules", undo)
+    def initialize_vision_modules(original: Any, self: Any, model_args: Any, fsdp: Any = None) -> Any:
         if not active.training():
             return original(self, model_args, fsdp)
         from llava_patch.integrations.training import stage1
 
         return stage1.initialize_vision_modules(original, self, model_args, fsdp)
 
-    undo.set_attribute(cls, "initialize_vision_modules", initialize_vision_modules)
+    builder = sys.modules.get(module.build_vision_tower.__module__)
+    if builder is None or compat.brings_towers(builder):
+        return
 
-
-def _wrap_tower_builder(module: Any, undo: UndoStack) -> None:
-    """Build vision towers that are not CLIP, which llava refuses by name or fills with random weights."""
-    original = module.build_vision_tower
-
-    @functools.wraps(original)
-    def build_vision_tower(vision_tower_cfg: Any, **kwargs: Any) -> Any:
+    @_around(module, "build_vision_tower", undo)
+    def build_vision_tower(original: Any, vision_tower_cfg: Any, **kwargs: Any) -> Any:
+        # Towers that are not CLIP, which llava refuses by name or fills with random weights.
         from llava_patch.hosts.towers import llava as llava_tower
 
         name = getattr(vision_tower_cfg, "mm_vision_tower", getattr(vision_tower_cfg, "vision_tower", None))
         tower = llava_tower.build(name, vision_tower_cfg, **kwargs)
         return original(vision_tower_cfg, **kwargs) if tower is None else tower
-
-    undo.set_attribute(module, "build_vision_tower", build_vision_tower)
 
 
 def _on_modeling_utils(module: Any, undo: UndoStack) -> None:

@@ -3,8 +3,6 @@
 The names below are what a notebook needs, loaded on first use.
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 _EXPORTS = {

@@ -5,8 +5,6 @@ bindings, a section of the report and, with `metrics`, what an lmms-eval task ne
 its functions only: every `llava-patch --help` reads it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json

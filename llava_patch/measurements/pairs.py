@@ -1,7 +1,5 @@
 """A checkpoint beside its base, sample by sample: both models in memory, or one after the other."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 from collections.abc import Iterable

@@ -3,8 +3,6 @@
 Hooks are the caller's; what is here is the same for every measurement that looks into the decoder.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator

@@ -6,8 +6,6 @@ layer runs on (`routing.layers.Observer`). The side branch of a routed model is 
 seen.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Finding files of a data set: which image belongs to which annotation."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json
@@ -113,23 +111,20 @@ class Images:
         stem = annotation.stem.lower()
         if Path(stem).suffix in IMAGE_SUFFIXES:  # 12.jpg.txt
             stem = Path(stem).stem
+
+        def near(path: Path) -> tuple[int, int]:
+            """Folders that both share, and (fewer is nearer) how deep the image lies under them."""
+            folder = path.resolve().parent
+            shared = os.path.commonpath([annotation.resolve().parent, folder])
+            return len(Path(shared).parts), -len(folder.parts)
+
         for name in (stem, stem.removeprefix("gt_"), stem.removeprefix("gt."), stem.removesuffix("_gt")):
-            found = self.by_stem.get(name)
-            if found and len(found) == 1:
-                return found[0]
-            if found:
-                near = [_shared(annotation, path) for path in found]
-                best = [path for path, n in zip(found, near, strict=True) if n == max(near)]
+            if found := self.by_stem.get(name):
+                nearest = max(map(near, found))
+                best = [path for path in found if near(path) == nearest]
                 if len(best) > 1:
                     raise InputError(f"{annotation}: which image is it of, {best[0]} or {best[1]}? Both are as near")
                 return best[0]
         if required:
             raise InputError(f"{annotation}: its image is missing: no {stem}.jpg, .png, … under {self.folder}")
         return None
-
-
-def _shared(first: Path, second: Path) -> tuple[int, int]:
-    """How near two files are: folders they share, and (fewer is nearer) how deep the second lies under them."""
-    a, b = first.resolve().parent.parts, second.resolve().parent.parts
-    common = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    return common, -len(b)

@@ -8,10 +8,6 @@ than 1000 pixels on a side and every box fits, thousandths cannot be told from p
 (labels) are ignored.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +34,13 @@ def read_hf(source: Path | str, split: str, config: str, unit: str, images: Path
     that a column names by path; None: the dataset's own.
     """
     name = f"{source}[{split}]" if split else str(source)
-    dataset, columns = _columns(_load(source, split, config), name)
+    dataset = _select_columns(_load(source, split, config), name)
     folder = images or (source if isinstance(source, Path) and source.is_dir() else Path(source).parent)
     scale = _Scale(unit, name)
     for row in range(len(dataset)):
         with collector.one():
-            _read_row(dataset, row, columns, folder, scale, f"{name}:{row}", collector)
+            _read_row(dataset, row, folder, scale, f"{name}:{row}", collector)
     scale.check()
-
-
-@dataclass(frozen=True)
-class _Columns:
-    image: str
-    text: str
-    box: str
 
 
 class _Scale:
@@ -94,70 +83,63 @@ class _Scale:
             )
 
 
-def _read_row(
-    dataset: Any, row: int, columns: _Columns, folder: Path, scale: _Scale, where: str, collector: Collector
-) -> None:
-    values = dataset[row]
-    image = _image(dataset, values[columns.image], row, columns, folder, where)
+def _read_row(dataset: Any, row: int, folder: Path, scale: _Scale, where: str, collector: Collector) -> None:
+    image_column, text_column, box_column = dataset.column_names
+    value, texts, boxes = dataset[row].values()
+    if isinstance(value, dict) and value.get("bytes"):
+        name = f"{where} ({Path(value['path']).name})" if value.get("path") else where
+        image: ImageSource = EncodedImage(name, lambda: dataset[row][image_column]["bytes"])
+    elif isinstance(path := value.get("path") or None if isinstance(value, dict) else value, str):
+        image = folder / path
+    else:
+        raise InputError(f"{where}: no image in column {image_column}")
     page = collector.page(image, str(image), where)
-    texts, boxes = values[columns.text], values[columns.box]
     listed = isinstance(texts, list)
     if not listed:
         texts, boxes = [texts], [boxes]
     if not isinstance(boxes, list) or len(texts) != len(boxes):
-        raise InputError(f"{where}: {columns.text} has {len(texts)} values, {columns.box} does not have as many")
+        raise InputError(f"{where}: {text_column} has {len(texts)} values, {box_column} does not have as many")
     for index, (text, box) in enumerate(zip(texts, boxes, strict=True)):
         with collector.one():
             place = f"{where}[{index}]" if listed else where
             if text is not None and not isinstance(text, str):
-                raise InputError(f"{place}: {columns.text} is {text!r}: expected a string")
-            numbers = four_numbers(box, f"{place}: {columns.box}", "[x0, y0, x1, y1]")
+                raise InputError(f"{place}: {text_column} is {text!r}: expected a string")
+            numbers = four_numbers(box, f"{place}: {box_column}", "[x0, y0, x1, y1]")
             collector.region(page, text, [scale.box(numbers, page.size, place)], place)
 
 
-def _image(dataset: Any, value: Any, row: int, columns: _Columns, folder: Path, where: str) -> ImageSource:
-    if isinstance(value, str):
-        return folder / value
-    if isinstance(value, dict) and value.get("bytes"):
-        name = f"{where} ({Path(value['path']).name})" if value.get("path") else where
-        return EncodedImage(name, lambda: dataset[row][columns.image]["bytes"])
-    if isinstance(value, dict) and value.get("path"):
-        return folder / value["path"]
-    raise InputError(f"{where}: no image in column {columns.image}")
-
-
-def _columns(dataset: Any, name: str) -> tuple[Any, _Columns]:
-    """Find the columns by their names; images stay encoded."""
+def _select_columns(dataset: Any, name: str) -> Any:
+    """The dataset with the columns of image, text and box alone, found by their names; images stay encoded."""
     Image = optional("datasets").Image
     features = dataset.features
     pictures = [key for key, feature in features.items() if isinstance(feature, Image)]
-    image = _first(IMAGES, features) if not pictures else _first(IMAGES, pictures) or pictures[0]
-    text, box = _first(TEXTS, features), _first(BOXES, features)
-    for what, found, known in (("image", image, IMAGES), ("text", text, TEXTS), ("box", box, BOXES)):
-        if not found:
-            raise InputError(
-                f"{name}: no {what} column among {', '.join(features)}: expected one called {' or '.join(known)}"
-            )
+    found: list[str] = []
+    wanted = {
+        "image": ((*IMAGES, *pictures[:1]), pictures or features),
+        "text": (TEXTS, features),
+        "box": (BOXES, features),
+    }
+    for what, (known, among) in wanted.items():
+        column = next((one for one in known if one in among), None)
+        if column is None:
+            expected = f"expected one called {' or '.join(known)}"
+            raise InputError(f"{name}: no {what} column among {', '.join(features)}: {expected}")
+        found.append(column)
+    image = found[0]
     # What an image column becomes when its file does not say that it is one.
     holds_bytes = isinstance(features[image], dict) and "bytes" in features[image]
     if isinstance(features[image], Image):
         dataset = dataset.cast_column(image, Image(decode=False))
     elif getattr(features[image], "dtype", "") != "string" and not holds_bytes:
         raise InputError(f"{name}: column {image} holds neither images nor paths, but {features[image]}")
-    # Other columns are not even decoded.
-    return dataset.select_columns([image, text, box]), _Columns(image, text, box)
-
-
-def _first(names: Sequence[str], among: Any) -> str:
-    return next((name for name in names if name in among), "")
+    return dataset.select_columns(found)  # other columns are not even decoded
 
 
 def _load(source: Path | str, split: str, config: str) -> Any:
     datasets = optional("datasets", f"{source}: a Hugging Face dataset")
     try:
-        found = (
-            _from_disk(datasets, source) if isinstance(source, Path) else datasets.load_dataset(source, config or None)
-        )
+        read = datasets.load_dataset
+        found = _from_disk(datasets, source) if isinstance(source, Path) else read(source, config or None)
     except LlavaPatchError:
         raise
     except Exception as error:  # datasets and its network layers raise dozens of kinds
@@ -179,21 +161,11 @@ def _from_disk(datasets: Any, source: Path) -> Any:
     if source.is_dir() and any((source / name).is_file() for name in SAVED):
         return datasets.load_from_disk(str(source))
     tables = [p for p in source.rglob("*") if p.suffix.lower() in TABLES and not p.name.startswith("cache-")]
-    files = [source] if source.is_file() else sorted(tables)
-    splits: dict[str, list[Path]] = {}
-    for file in files:
-        splits.setdefault(_split_name(file, source), []).append(file)
-    joined = {name: _concatenate(datasets, parts) for name, parts in splits.items()}
+    splits: dict[str, list[Any]] = {}
+    for file in [source] if source.is_file() else sorted(tables):
+        # The hub's file names: train-00000-of-00002.parquet, or a folder a split.
+        named = source.is_file() or file.parent == source or "-of-" in file.stem
+        read = datasets.Dataset.from_file if file.suffix.lower() == ".arrow" else datasets.Dataset.from_parquet
+        splits.setdefault(file.stem.split("-")[0] if named else file.parent.name, []).append(read(str(file)))
+    joined = {name: datasets.concatenate_datasets(parts) for name, parts in splits.items()}
     return joined if len(joined) > 1 else next(iter(joined.values()))
-
-
-def _split_name(file: Path, source: Path) -> str:
-    """The hub's file names: train-00000-of-00002.parquet, or a folder a split."""
-    stem = file.stem.split("-")[0]
-    return stem if source.is_file() or file.parent == source or "-of-" in file.stem else file.parent.name
-
-
-def _concatenate(datasets: Any, files: list[Path]) -> Any:
-    made = datasets.Dataset
-    parts = [(made.from_file if f.suffix.lower() == ".arrow" else made.from_parquet)(str(f)) for f in files]
-    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)

@@ -7,11 +7,10 @@ of the file has one, a first line that names the columns is left out. "###", "*"
 that nobody read: text of the page, but no sample.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llava_patch.core.errors import InputError
 from llava_patch.data.readers.files import Images, first_lines, numbered_lines
@@ -29,17 +28,13 @@ _SEPARATORS = (re.compile(","), re.compile(";"), re.compile("\t"), re.compile(r"
 
 @dataclass(frozen=True)
 class _Line:
-    """A line cut at one separator: `starts` are where its fields begin, `numbers` the numeric ones at its front."""
+    """A line cut at one separator; `numbers`: how many of the fields at its front are numeric."""
 
     number: int
     text: str
-    starts: list[int]
+    separator: re.Pattern[str]
     fields: list[str]
     numbers: int
-
-    def rest(self, count: int) -> str:
-        """Everything behind the first `count` fields."""
-        return self.text[self.starts[count] :] if count < len(self.starts) else ""
 
 
 def looks_like_annotations(lines: list[str]) -> bool:
@@ -62,8 +57,10 @@ def read_icdar(files: list[Path], images: Images, collector: Collector) -> None:
 
 def _read_file(file: Path, image: Path, collector: Collector) -> None:
     lines = [_cut(number, line) for number, line in numbered_lines(file)]
-    if lines and _is_header(lines[0]):
-        del lines[0]
+    if lines and lines[0].numbers == 0:  # it may name columns, in the order in which they are read
+        names = [field.strip('"').lower() for field in re.split(r"[,;\s]+", lines[0].text)[:4]]
+        if [name[:1] for name in names] == ["x", "y", "x", "y"] or names == ["left", "top", "right", "bottom"]:
+            del lines[0]
     # A transcript may open with numbers, so that one line alone does not tell; the layout is that of most lines.
     corners = 2 * sum(line.numbers >= 8 for line in lines) >= len(lines) and bool(lines)
     count = 8 if corners else 4
@@ -75,58 +72,41 @@ def _read_file(file: Path, image: Path, collector: Collector) -> None:
             where = f"{file}:{line.number}"
             if line.numbers < count:
                 raise InputError(f"{where}: {_complaint(line, count)}")
-            text = _unquote(line.rest(count + has_script).strip())
-            box = bounds([float(field.strip(' "')) for field in line.fields[:count]], count == 4)
+            behind = line.separator.split(line.text, count + has_script)[count + has_script :]
+            text = _unquote("".join(behind).strip())
+            numbers = [float(field.strip(' "')) for field in line.fields[:count]]
+            # Two opposite corners stay as they are, so that a reversed box is noticed.
+            box: Any = bounds(numbers) if corners else tuple(numbers)
             collector.region(page, None if text in DONT_CARE else text, [box], where)
 
 
-def bounds(numbers: list[float], corners_are_opposite: bool = False) -> Box:
-    """The upright box around points x, y, x, y, … in pixels.
-
-    Two opposite corners x0, y0, x1, y1 stay as they are, so that a reversed box is noticed.
-    """
-    if corners_are_opposite:
-        x0, y0, x1, y1 = numbers
-        return x0, y0, x1, y1
+def bounds(numbers: list[float]) -> Box:
+    """The upright box around points x, y, x, y, … in pixels."""
     xs, ys = numbers[0::2], numbers[1::2]
     return min(xs), min(ys), max(xs), max(ys)
 
 
-def _is_header(line: _Line) -> bool:
-    """Whether a line names columns in the order in which they are read: x…, y…, x…, y… or left, top, right, bottom."""
-    names = [field.strip('"').lower() for field in re.split(r"[,;\s]+", line.text)[:4]]
-    first = [name[:1] for name in names]
-    return line.numbers == 0 and (first == ["x", "y", "x", "y"] or names == ["left", "top", "right", "bottom"])
-
-
 def _cut(number: int, text: str) -> _Line:
     """Cut a line at the first separator that gives four numbers at its front, else at that which gives most."""
-    best: _Line | None = None
+    cuts: list[_Line] = []
     text = text.strip(" \r\n")
     for separator in _SEPARATORS:
-        starts, end = [0], 0
-        for match in separator.finditer(text):
-            end = match.end()
-            starts.append(end)
         fields = separator.split(text)
         numbers = next((i for i, field in enumerate(fields) if not _NUMBER.fullmatch(field.strip(' "'))), len(fields))
-        if best is None or numbers > best.numbers:
-            best = _Line(number, text, starts, fields, numbers)
-        if best.numbers >= 4:
+        cuts.append(_Line(number, text, separator, fields, numbers))
+        if numbers >= 4:
             break
-    assert best is not None
-    return best
+    return max(cuts, key=lambda line: line.numbers)
 
 
 def _complaint(line: _Line, count: int) -> str:
     shown = line.text if len(line.text) <= 60 else f"{line.text[:60]}…"
-    expected = "x1,y1,x2,y2,x3,y3,x4,y4,text" if count == 8 else "x0,y0,x1,y1,text"
+    rest = [field.strip() for field in line.fields[line.numbers :]]
     if line.numbers == 0:
-        return f"{shown!r} does not open with numbers: expected {expected}"
-    if line.numbers < len(line.fields):
-        field = line.fields[line.numbers].strip()
-        return f"{line.numbers} coordinates, then {field[:20]!r}, in {shown!r}: expected {expected}"
-    return f"{line.numbers} coordinates and nothing else in {shown!r}: expected {expected}"
+        what = f"{shown!r} does not open with numbers"
+    else:
+        what = f"{line.numbers} coordinates{f', then {rest[0][:20]!r},' if rest else ' and nothing else'} in {shown!r}"
+    return f"{what}: expected {'x1,y1,x2,y2,x3,y3,x4,y4,text' if count == 8 else 'x0,y0,x1,y1,text'}"
 
 
 def _unquote(text: str) -> str:

@@ -1,7 +1,5 @@
 """R-Probe's own format: a JSONL file of {"image", "text", "box", ("all_boxes", "document")}."""
 
-from __future__ import annotations
-
 import difflib
 import json
 import os
@@ -9,8 +7,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from llava_patch.core.errors import InputError
 from llava_patch.core.files import atomic
@@ -31,11 +27,7 @@ def read_jsonl(path: str | Path, boxes_per_sample: int = 1, broken: str = "stop"
     say otherwise: its regions are never split between training and held-out samples. Boxes of all of an image's lines
     are its text boxes, beside those of "all_boxes". Other keys are ignored, unless they look like a misspelt one.
 
-    Args:
-        path: the file, in UTF-8.
-        boxes_per_sample: regions of an image that make one sample together.
-        broken: "stop" at the first thing that cannot be used, or "skip" it.
-        root: folder to which ids are relative; None: the file's.
+    Ids are relative to `root` (None: the file's folder); `boxes_per_sample` and `broken` are as for `read_samples`.
 
     Raises:
         InputError: names file and line: a missing file, broken JSON, a missing field or image, or a bad box.
@@ -58,12 +50,11 @@ def _line(collector: Collector, pages: dict[tuple[str, str], Page], line: str, f
         raise InputError(f"{where}: not JSON: {error}") from error
     if not isinstance(values, dict):
         raise InputError(f"{where}: expected an object with image, text and box, got {type(values).__name__}")
-    missing = [name for name in REQUIRED if name not in values]
     for key in values:
         close = [] if key in KNOWN else difflib.get_close_matches(key.lower(), KNOWN, 1, 0.75)
         if close and close[0] not in values:
             raise InputError(f"{where}: unknown key {key!r}: did you mean {close[0]!r}?")
-    if missing:
+    if missing := [name for name in REQUIRED if name not in values]:
         raise InputError(f"{where}: lacks {', '.join(missing)}")
     for name in ("image", "text"):
         if not isinstance(values[name], str):
@@ -83,11 +74,10 @@ def _line(collector: Collector, pages: dict[tuple[str, str], Page], line: str, f
     around = values.get("all_boxes", [])
     if not isinstance(around, list):
         raise InputError(f"{where}: all_boxes is {around!r}: expected a list of boxes")
-    others = [
-        check_box(four_numbers(box, f"{where}: box", EXPECTED), page.size, f"{where}: all_boxes") for box in around
-    ]
+    place = f"{where}: all_boxes"
+    others = [check_box(four_numbers(box, f"{where}: box", EXPECTED), page.size, place) for box in around]
     region = [four_numbers(box, f"{where}: box", EXPECTED) for box in (boxes if nested else [boxes])]
-    collector.mark(page, others)
+    page.boxes.update(dict.fromkeys(others))
     collector.region(page, values["text"], region, where)
     pages[key] = page
 
@@ -97,21 +87,16 @@ def write_jsonl(samples: Sequence[Sample], path: str | Path) -> Path:
 
     Image files stay where they are: their paths are relative to `path` where they lie under its folder, else absolute.
     Pictures that are no files of their own (rendered pages, rows of a parquet file) are written as PNG into a folder
-    beside `path`, called after it with "_images" behind.
-
-    Raises:
-        InputError: an image that cannot be read.
+    beside `path`, called after it with "_images" behind. InputError: an image cannot be read.
     """
     path = Path(path)
     places = _Places(path.parent, path.parent / f"{path.stem}_images")
     with atomic(path) as part, part.open("w", encoding="utf-8") as stream:
         for sample in samples:
-            line: dict[str, Any] = {"image": places.of(sample), "text": sample.text}
-            boxes = [list(box) for box in sample.boxes]
-            line["box"] = boxes[0] if len(boxes) == 1 else boxes
-            if sample.all_boxes:
-                line["all_boxes"] = [list(box) for box in sample.all_boxes]
-            line["document"] = sample.document or sample.id
+            boxes = sample.boxes[0] if len(sample.boxes) == 1 else sample.boxes
+            line: dict[str, Any] = {"image": places.of(sample), "text": sample.text, "box": boxes}
+            around = {"all_boxes": sample.all_boxes} if sample.all_boxes else {}
+            line |= {**around, "document": sample.document or sample.id}
             stream.write(json.dumps(line, ensure_ascii=False) + "\n")
     return path
 
@@ -122,7 +107,7 @@ class _Places:
     def __init__(self, root: Path, folder: Path) -> None:
         self.root, self.folder = root, folder
         self.encoded: dict[str, str] = {}
-        self.last: tuple[Image.Image, str] | None = None  # only one: pages are drawn when they are asked for
+        self.last: tuple[Any, str] = None, ""  # only one picture: pages are drawn when they are asked for
         self.count = 0
 
     def of(self, sample: Sample) -> str:
@@ -132,16 +117,17 @@ class _Places:
             return str(Path(source).resolve()) if inside.parts[0] == ".." else inside.as_posix()
         if isinstance(source, EncodedImage):
             if source.name not in self.encoded:
-                self.encoded[source.name] = self._write(sample.open_image(), sample)
+                self.encoded[source.name] = self._write(sample)
             return self.encoded[source.name]
-        if self.last is None or self.last[0] is not source:
-            self.last = source, self._write(sample.open_image(), sample)
+        if self.last[0] is not source:
+            self.last = source, self._write(sample)
         return self.last[1]
 
-    def _write(self, picture: Image.Image, sample: Sample) -> str:
+    def _write(self, sample: Sample) -> str:
         name = re.sub(r"[^\w-]+", "_", sample.document or sample.id).strip("_")[-80:]
         target = self.folder / f"{self.count:06d}_{name}.png"
         self.count += 1
+        picture = sample.open_image()
         with atomic(target) as part:
             picture.save(part, format="PNG")
         return target.relative_to(self.root).as_posix()

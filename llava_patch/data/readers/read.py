@@ -1,16 +1,16 @@
 """`read_samples`: samples from whatever one has, the format recognised by content."""
 
-from __future__ import annotations
-
+import contextlib
 import os
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llava_patch.core.errors import InputError, SettingError
-from llava_patch.data.readers import cocotext, funsd, hf, icdar
+from llava_patch.data.readers import hf, icdar, json_files
 from llava_patch.data.readers.files import IMAGE_SUFFIXES, Images, first_lines, load_json, walk
 from llava_patch.data.readers.jsonl import read_jsonl
 from llava_patch.data.readers.samples import Collector, Samples
@@ -29,23 +29,15 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Source:
-    """A source with its settings: PATH?name=value&name=value, or hf:NAME[:SPLIT]?name=value.
+    """A source with its settings: PATH?name=value&name=value, or hf:NAME[:SPLIT]?name=value."""
 
-    Attributes:
-        path: file, folder, or name on the hub (then `hub`).
-        format: forces a format of `FORMATS`; "": by content.
-        images: folder of the images where they are not beside the annotations.
-        boxes: unit of a Hugging Face dataset's boxes: "pixels", "1000" or "1"; "": pixels, with an error in doubt.
-        split: of a Hugging Face dataset that has several, and so `config`, of one on the hub.
-    """
-
-    path: str
+    path: str  # file, folder, or name on the hub
     hub: bool = False
-    format: str = ""
-    images: str = ""
-    boxes: str = ""
-    split: str = ""
-    config: str = ""
+    format: str = ""  # forces a format of `FORMATS`; "": by content
+    images: str = ""  # folder of the images where they are not beside the annotations
+    boxes: str = ""  # unit of a dataset's boxes: "pixels", "1000" or "1"; "": pixels, with an error in doubt
+    split: str = ""  # of a dataset that has several
+    config: str = ""  # of a dataset on the hub that has several
 
     def __post_init__(self) -> None:
         if self.format and self.format not in FORMATS:
@@ -106,8 +98,9 @@ def read_samples(
     parts = [text] if Path(text).exists() or "," not in text else [part.strip() for part in text.split(",")]
     given: dict[str, Any] = {"images": str(images), "format": format}
     sources = [replace(parse_source(part), **{n: value for n, value in given.items() if value}) for part in parts]
-    roots = [_folder(one) for one in sources if not one.hub]
-    root = Path(os.path.commonpath(roots)) if roots else Path()
+    # Not resolved: a link has the name that its user gave it.
+    paths = [Path(os.path.abspath(one.path)) for one in sources if not one.hub]
+    root = Path(os.path.commonpath([path if path.is_dir() else path.parent for path in paths]) if paths else "")
     found = [_read(one, boxes_per_sample, broken, root) for one in sources]
     if len(found) == 1:
         return found[0]
@@ -117,11 +110,6 @@ def read_samples(
         sum(part.unread for part in found),
         ", ".join(dict.fromkeys(part.format for part in found)),
     )
-
-
-def _folder(source: Source) -> Path:
-    path = Path(os.path.abspath(source.path))  # not resolved: a link has the name that its user gave it
-    return path if path.is_dir() else path.parent
 
 
 def resolve_source(text: str) -> str:
@@ -150,31 +138,32 @@ def _read(source: Source, boxes_per_sample: int, broken: str, root: Path) -> Sam
         return collector.finish(f"hf:{source.path}", "hf", boxes_per_sample)
     path = Path(source.path)
     if not path.exists():
-        raise InputError(
-            f"R-Probe data {path}: no such file or folder (a dataset on the Hugging Face hub is hf:{source.path})"
-        )
+        hub = f"a dataset on the Hugging Face hub is hf:{source.path}"
+        raise InputError(f"R-Probe data {path}: no such file or folder ({hub})")
     files = [path] if path.is_file() else walk(path)
     kinds = _kinds(path, files)
     format = source.format or _choose(path, files, kinds)
     chosen = kinds.get(format) or _forced(path, files, format)
     if format != "hf" and (source.boxes or source.split or source.config):
         raise SettingError(f"{path}: boxes, split and config are settings of Hugging Face datasets; this is {format}")
+    if format in ("jsonl", "cocotext") and len(chosen) > 1:
+        names = ", ".join(str(file) for file in chosen[:4])
+        raise InputError(f"R-Probe data {path}: {len(chosen)} files of {format} ({names}): name one of them")
     if format == "jsonl":
         if images is not None:
             raise SettingError(f"{path}: images is no setting of JSONL files: their paths are relative to the file")
-        return read_jsonl(_only(path, chosen, format), boxes_per_sample, broken, root)
+        return read_jsonl(chosen[0], boxes_per_sample, broken, root)
     if format == "cocotext":
-        file = _only(path, chosen, format)
-        values = load_json(file)
-        if not cocotext.is_coco_text(values):
-            raise InputError(f"{file}: not {FORMATS[format]}")
-        cocotext.read_coco_text(file, values, images, collector)
+        values = load_json(chosen[0])
+        if not json_files.is_coco_text(values):
+            raise InputError(f"{chosen[0]}: not {FORMATS[format]}")
+        json_files.read_coco_text(chosen[0], values, images, collector)
     elif format == "hf":
         path = Path(os.path.abspath(path))  # "." has no name
         hf.read_hf(path, source.split, "", source.boxes, images, collector)
         root = path.parent if root == path else root
     else:
-        read = funsd.read_funsd if format == "funsd" else icdar.read_icdar
+        read = json_files.read_funsd if format == "funsd" else icdar.read_icdar
         read(chosen, _images(path, files, images), collector)
     return collector.finish(str(path), format, boxes_per_sample, root)
 
@@ -210,15 +199,12 @@ def _json_kind(file: Path) -> str:
     with file.open("rb") as stream:
         head = stream.read(65536).decode("utf-8", errors="replace")
     # The files can be large: what opens with the right key is not parsed here.
-    if re.search(r'"(imgs|anns|imgToAnns)"\s*:', head):
-        return "cocotext"
-    if re.search(r'"form"\s*:', head):
-        return "funsd"
-    try:
-        values = load_json(file)
-    except InputError:
-        return ""
-    return "cocotext" if cocotext.is_coco_text(values) else ""
+    for keys, kind in (("imgs|anns|imgToAnns", "cocotext"), ("form", "funsd")):
+        if re.search(rf'"({keys})"\s*:', head):
+            return kind
+    with contextlib.suppress(InputError):
+        return "cocotext" if json_files.is_coco_text(load_json(file)) else ""
+    return ""
 
 
 _KINDS: dict[str, Callable[[Path], str]] = {
@@ -237,10 +223,8 @@ def _choose(path: Path, files: list[Path], kinds: dict[str, list[Path]]) -> str:
     if kinds:
         there = "; ".join(f"{kind}: {found[0].name} ({len(found)} files)" for kind, found in kinds.items())
         raise InputError(f"R-Probe data {path}: of several formats, {there}: name one with ?format=, or one file")
-    count: dict[str, int] = {}
-    for file in files:
-        count[file.suffix.lower() or "no suffix"] = count.get(file.suffix.lower() or "no suffix", 0) + 1
-    there = ", ".join(f"{n} {suffix}" for suffix, n in sorted(count.items(), key=lambda item: (-item[1], item[0]))[:8])
+    count = Counter(sorted(file.suffix.lower() or "no suffix" for file in files))
+    there = ", ".join(f"{n} {suffix}" for suffix, n in count.most_common(8))
     opens = f" that opens with {''.join(first_lines(path)[:1])[:60]!r}" if path.is_file() else ""
     known = "".join(f"\n  {name}: {text}" for name, text in FORMATS.items())
     raise InputError(
@@ -258,10 +242,3 @@ def _forced(path: Path, files: list[Path], format: str) -> list[Path]:
     if not found:
         raise InputError(f"R-Probe data {path}: format={format}, but there is no {' or '.join(suffixes)} file in it")
     return found
-
-
-def _only(path: Path, files: list[Path], format: str) -> Path:
-    if len(files) > 1:
-        names = ", ".join(str(file) for file in files[:4])
-        raise InputError(f"R-Probe data {path}: {len(files)} files of {format} ({names}): name one of them")
-    return files[0]

@@ -1,8 +1,7 @@
 """From what a reader finds to samples: boxes are checked, regions of a page joined, and what is left out is counted."""
 
-from __future__ import annotations
-
 import contextlib
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -79,15 +78,11 @@ class Collector:
         A text that is None or blank is not known: the region is a box of the page, but no sample.
         """
         checked = tuple(check_box(box, page.size, where) for box in boxes)
-        self.mark(page, checked)
+        page.boxes.update(dict.fromkeys(checked))
         if text is None or not text.strip():
             self.unread += 1
         else:
             self._regions.append(_Region(page, text, checked, where))
-
-    def mark(self, page: Page, boxes: Sequence[Box]) -> None:
-        """Note checked boxes as text of the page."""
-        page.boxes.update(dict.fromkeys(boxes))
 
     def finish(self, source: str, format: str, boxes_per_sample: int = 1, root: Path | None = None) -> Samples:
         """All samples, relative to `root` in ids and documents that are paths; an InputError where none is usable.
@@ -97,21 +92,23 @@ class Collector:
         """
         samples = []
         around: dict[int, tuple[Box, ...]] = {}  # one tuple a page, not one a sample
-        for regions in _runs(self._regions, boxes_per_sample):
-            page = regions[0].page
-            if id(page) not in around:
-                around[id(page)] = tuple(page.boxes)
-            samples.append(
-                Sample(
-                    image=page.image,
-                    text="\n".join(region.text for region in regions),
-                    boxes=tuple(box for region in regions for box in region.boxes),
-                    all_boxes=around[id(page)],
-                    id=_relative_place(regions[0].where, root),
-                    document=_document(page, root),
-                    where=regions[0].where,
+        for number, run in itertools.groupby(self._regions, key=lambda region: id(region.page)):
+            of_page = list(run)
+            page = of_page[0].page
+            around.setdefault(number, tuple(page.boxes))
+            for start in range(0, len(of_page), boxes_per_sample):
+                regions = of_page[start : start + boxes_per_sample]
+                samples.append(
+                    Sample(
+                        image=page.image,
+                        text="\n".join(region.text for region in regions),
+                        boxes=tuple(box for region in regions for box in region.boxes),
+                        all_boxes=around[number],
+                        id=_relative_place(regions[0].where, root),
+                        document=_document(page, root),
+                        where=regions[0].where,
+                    )
                 )
-            )
         if not samples:
             first = f"; the first: {self.skipped[0]}" if self.skipped else ""
             raise InputError(
@@ -134,14 +131,3 @@ def _document(page: Page, root: Path | None) -> str:
         return page.document  # named by the data
     is_file = isinstance(page.image, (str, Path))
     return os.path.relpath(page.document, root) if is_file else _relative_place(page.document, root)
-
-
-def _runs(regions: Sequence[_Region], length: int) -> Iterator[list[_Region]]:
-    run: list[_Region] = []
-    for region in regions:
-        if run and (len(run) == length or run[0].page is not region.page):
-            yield run
-            run = []
-        run.append(region)
-    if run:
-        yield run

@@ -3,8 +3,6 @@
 Nothing heavy is imported here: this module is loaded before lmms-eval's own.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import fnmatch
@@ -43,29 +41,22 @@ def evaluations(words: Sequence[str], given: dict[str, Any] | None = None) -> li
     except (argparse.ArgumentError, ValueError):
         return []  # nothing that lmms-eval could parse: it says so and exits with 2
     options = {k: v for k, v in {**typed, **(given or {})}.items() if k in _OPTIONS and v is not None}
-    listed = [{**given, **options} for given in _configurations(options.pop("config", None))]
-    return [one for one in listed if one.get("tasks") not in _LISTS]
-
-
-def _configurations(path: str | None) -> list[dict[str, Any]]:
-    if path is None:
-        return [{}]
-    read = _read_yaml(Path(path))
-    return [one for one in (read if isinstance(read, list) else [read]) if isinstance(one, dict)] or [{}]
+    path = options.pop("config", None)
+    configured = [one for one in _listed(path and _read_yaml(Path(path))) if isinstance(one, dict)] or [{}]
+    return [one for one in ({**own, **options} for own in configured) if one.get("tasks") not in _LISTS]
 
 
 def involves_us(words: Sequence[str], asked: Sequence[dict[str, Any]]) -> bool:
     """Whether a patch is configured, or an evaluation asks for a task of ours or a checkpoint that carries a patch."""
-    return bool(asked) and (_configured(words, asked) or any(map(_names_us, asked)))
-
-
-def _configured(words: Sequence[str], asked: Sequence[dict[str, Any]]) -> bool:
     from llava_patch.settings import active
 
+    if not asked:
+        return False
     flags = {word.partition("=")[0] for word in words} & set(active.FLAGS)  # they may be taken out of sys.argv by now
     environments = [env for one in asked if isinstance(env := one.get("env"), dict)]
     values = [str(env.get(name) or "") for env in environments for name in active.VARIABLES]
-    return bool(flags) or active.asked() or any(value.strip(" ;") for value in values)
+    configured = bool(flags) or active.asked() or any(value.strip(" ;") for value in values)
+    return configured or any(map(_names_us, asked))
 
 
 def _names_us(one: dict[str, Any]) -> bool:
@@ -77,10 +68,12 @@ def _asks_for_ours(tasks: Any, include_path: Any) -> bool:
 
     wanted = wanted_tasks(tasks)
     given = {name: Path(name) for name in wanted if os.path.exists(name)}  # tasks given by path
-    folders = [eval_tasks_dir(), *(Path(str(path)) for path in _listed(include_path)), *_plugin_folders()]
+    included = [Path(str(path)) for path in _listed(include_path)]
+    places = [eval_tasks_dir(), *included, *_plugin_folders(), *given.values()]
+    files = [file for place in places for file in (sorted(place.rglob("*.yaml")) if place.is_dir() else [place])]
     ours: set[str] = set()
     groups: list[tuple[set[str], set[str]]] = []
-    for path in dict.fromkeys(_yaml_files([*folders, *given.values()])):
+    for path in dict.fromkeys(files):
         config = _task_config(path)
         names = {name for name, place in given.items() if place == path or place in path.parents}
         names |= _names([config.get("group"), config.get("tag")])
@@ -119,11 +112,6 @@ def _plugin_folders() -> Iterator[Path]:
                 yield Path(folder, "tasks")
 
 
-def _yaml_files(places: Sequence[Path]) -> Iterator[Path]:
-    for place in places:
-        yield from sorted(place.rglob("*.yaml")) if place.is_dir() else [place]
-
-
 def _task_config(path: Path, depth: int = 0) -> dict[str, Any]:
     """A task's YAML with what it includes, without its functions."""
     own = _read_yaml(path)
@@ -153,34 +141,29 @@ def _read_yaml(path: Path) -> Any:
 
 def _carries_patch(model_args: Any) -> bool:
     """Whether a checkpoint that the model's arguments name is patched: in its config, or as an adapter."""
+    from llava_patch.core.records import CONFIG_KEY, SETTINGS_FILE
+
     if isinstance(model_args, dict):
         values = list(model_args.values())
     else:
         values = [pair.partition("=")[2] for pair in str(model_args or "").split(",")]
-    return any(isinstance(value, str) and value and _is_patched(value) for value in values)
-
-
-def _is_patched(checkpoint: str) -> bool:
-    from llava_patch.core.records import CONFIG_KEY, SETTINGS_FILE
-
-    if _find(checkpoint, SETTINGS_FILE) is not None:
-        return True
-    config = _find(checkpoint, "config.json")
-    try:
-        return config is not None and CONFIG_KEY in json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return False
+    for checkpoint in values:
+        named = isinstance(checkpoint, str) and checkpoint
+        if named and _find(checkpoint, SETTINGS_FILE) is not None:
+            return True
+        config = _find(checkpoint, "config.json") if named else None
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            if config is not None and CONFIG_KEY in json.loads(config.read_text(encoding="utf-8")):
+                return True
+    return False
 
 
 def _find(checkpoint: str, name: str) -> Path | None:
     """A file of a checkpoint, in its folder or in the hub's cache; None where it has none."""
-    if os.path.isdir(checkpoint):
-        path = Path(checkpoint, name)
-        return path if path.is_file() else None
-    from huggingface_hub import try_to_load_from_cache
+    found: Any = os.path.join(checkpoint, name)
+    if not os.path.isdir(checkpoint):
+        from huggingface_hub import try_to_load_from_cache
 
-    try:
-        cached = try_to_load_from_cache(checkpoint, name)
-    except ValueError:  # no name of a repository
-        return None
-    return Path(cached) if isinstance(cached, str) else None
+        with contextlib.suppress(ValueError):  # no name of a repository
+            found = try_to_load_from_cache(checkpoint, name)
+    return Path(found) if isinstance(found, str) and os.path.isfile(found) else None

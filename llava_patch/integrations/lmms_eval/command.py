@@ -9,8 +9,6 @@ arguments. Commands that it takes no part in end as lmms-eval ends them, also wh
 Nothing heavy is imported here: this module is loaded before lmms-eval's own.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import functools
@@ -44,11 +42,6 @@ class Evaluation:
     outcome: dict[str, Any] | Exception | None = None  # None before it ended, and on ranks that are given no results
     complete: bool = False  # whether lmms-eval has come to the end of it
     before: frozenset[Any] = frozenset()  # the results files that were there when it began
-
-    def is_like(self, arguments: Any) -> bool:
-        """Whether parsed arguments may be this evaluation's."""
-        names = {"model", "tasks", "model_args", "output_path"} & set(self.asked)
-        return all(getattr(arguments, name, None) == self.asked[name] for name in names)
 
     def why_failed(self) -> str | None:
         """What went wrong, in one line; None when all that was asked for is there."""
@@ -121,7 +114,9 @@ class Command:
         if len(self.evaluations) == 1:
             return self.evaluations
         known = [one for one in self.evaluations if arguments is not None and one.arguments is arguments]
-        return known or [one for one in self.evaluations if one.arguments is None and one.is_like(arguments)][:1]
+        told = {name: getattr(arguments, name, None) for name in ("model", "tasks", "model_args", "output_path")}
+        fresh = [one for one in self.evaluations if one.arguments is None]
+        return known or [one for one in fresh if all(one.asked.get(k, v) == v for k, v in told.items())][:1]
 
     def why_failed(self) -> str | None:
         """What went wrong, in one line; None when all that was asked for is there."""
@@ -209,9 +204,7 @@ def _program() -> str | None:
 def _at_exit() -> None:
     """The net behind `called`, for versions and installations in which that is not wrapped."""
     command = _current
-    if command is None or command.told or os.getpid() != command.process:
-        return
-    message = command.failure()
+    message = None if command is None or command.told or os.getpid() != command.process else command.failure()
     if message is None:
         return
     _flush()
@@ -239,12 +232,16 @@ def _flush() -> None:
 
 def _missing(results: dict[str, Any], output_path: Any, before: frozenset[Any]) -> str | None:
     """What is not there of one evaluation's results, in the table or in the file; None when nothing is missing."""
+
+    def has_metrics(row: Any) -> bool:  # one of them may be without a number (N/A)
+        return isinstance(row, dict) and any(key.strip() not in ("", "alias") and "_stderr" not in key for key in row)
+
     tasks = list(results.get("configs") or results["results"])
-    empty = [name for name in tasks if not _has_metrics(results["results"].get(name))]
+    empty = [name for name in tasks if not has_metrics(results["results"].get(name))]
     if not tasks or empty:
         return f"the table has no result for {', '.join(empty) or 'any task'}"
     written = [path for path, *_ in _results_files(output_path) - before]
-    if output_path and not any(set(tasks) <= set(_tasks_in(path)) for path in written):
+    if output_path and not any(set(tasks) <= _tasks_in(path) for path in written):
         return f"no results file with {', '.join(tasks)} was written below {output_path}"
     return None
 
@@ -263,14 +260,7 @@ def _results_files(output_path: Any) -> frozenset[Any]:
     return frozenset(found)
 
 
-def _has_metrics(row: Any) -> bool:
-    # A metric may be without a number (N/A).
-    return isinstance(row, dict) and any(key.strip() not in ("", "alias") and "_stderr" not in key for key in row)
-
-
-def _tasks_in(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))["results"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    return found if isinstance(found, dict) else {}
+def _tasks_in(path: Path) -> set[str]:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return set(json.loads(path.read_text(encoding="utf-8"))["results"])
+    return set()

@@ -5,8 +5,6 @@ empty string and so scores a full table of zeros; and its command line prints an
 0, see `command`. Evaluations that llava_patch takes no part in stay exactly as lmms-eval runs them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os
@@ -36,10 +34,7 @@ class _Escape(BaseException):
 
 
 def install() -> None:
-    """Wrap lmms-eval's command, what it evaluates and what it prints its tables with.
-
-    What is wrapped already, or not loaded, is left as it is.
-    """
+    """Wrap lmms-eval's command, what it evaluates and what it prints tables with, where loaded and not yet wrapped."""
     _wrap("lmms_eval.evaluator", evaluate=_checked_evaluate, simple_evaluate=_checked_simple_evaluate)
     for name in _MAIN:
         if hasattr(sys.modules.get(name), "cli_evaluate"):
@@ -51,86 +46,90 @@ def _wrap(module_name: str, **wrappers: Callable[..., Any]) -> None:
     for name, wrap in wrappers.items():
         function = getattr(module, name, None)
         if function is not None and not getattr(function, _MARK, False):
-            wrapped = functools.wraps(function)(wrap(function))
+            wrapped = wrap(function)
             setattr(wrapped, _MARK, True)
             setattr(module, name, wrapped)
 
 
-def _checked_evaluate(original: Callable[..., Any]) -> Callable[..., Any]:
-    def evaluate(*args: Any, **kwargs: Any) -> Any:
-        run = command.current()
-        lm = kwargs.get("lm", args[0] if args else None)
-        tasks = kwargs.get("task_dict", args[1] if len(args) > 1 else {})
-        configured = _patch_is_configured()
-        try:
-            model = model_of(lm)
-            patch_name = _fingerprint(model)
-            ours = bool(patch_name) or configured or has_our_task(tasks)
-        except Exception as unknown:  # not a model, or not tasks, as we know them
-            if configured:
-                raise
-            run.doubt = unknown
-            return original(*args, **kwargs)
-        if ours:
-            run.ours = True
-        elif not run.involves_us():
-            return original(*args, **kwargs)
-        try:
-            if configured and not patch_name:
-                raise EvaluationFailure(
-                    f"a patch is configured, but {type(model).__name__} was loaded without it: this kind of model is "
-                    "not one that llava_patch knows (unset LLAVA_PATCH_GIN_FILE and LLAVA_PATCH_GIN_PARAM to evaluate "
-                    "it)"
-                )
-            if patch_name:
-                mark_cache(kwargs.get("response_cache"), patch_name)
-            with _guarded(model):
-                # lm.clean() deletes the model before scoring; a name for it here would keep its memory
-                del model
-                return original(*args, **kwargs)
-        except _Escape as escape:
-            what, error = f"the patched model ({patch_name})" if patch_name else "the model", escape.error
-            raise EvaluationFailure(f"{what} failed: {type(error).__name__}: {error}") from error
+def _wrapping(call: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a decorator of what is to be called, with the decorated function first, instead of it."""
 
-    return evaluate
+    def decorate(original: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.wraps(original)(lambda *args, **kwargs: call(original, *args, **kwargs))
+
+    return decorate
 
 
-def _checked_simple_evaluate(original: Callable[..., Any]) -> Callable[..., Any]:
-    def simple_evaluate(*args: Any, **kwargs: Any) -> Any:
-        run, arguments = command.current(), kwargs.get("cli_args")
-        run.began(arguments)
-        try:
-            results = original(*args, **kwargs)
-        except Exception as error:
-            run.ended(arguments, error)
+@_wrapping
+def _checked_evaluate(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    run = command.current()
+    lm = kwargs.get("lm", args[0] if args else None)
+    tasks = kwargs.get("task_dict", args[1] if len(args) > 1 else {})
+    configured = _patch_is_configured()
+    try:
+        model = model_of(lm)
+        patch_name = _fingerprint(model)
+        ours = bool(patch_name) or configured or has_our_task(tasks)
+    except Exception as unknown:  # not a model, or not tasks, as we know them
+        if configured:
             raise
-        # Results are complete when lmms-eval has come to printing them; ranks above the first are given none.
-        complete = os.environ.get("RANK", "0") != "0" if results is None else not _tables_are_noted()
-        run.ended(arguments, results, complete)
-        return results
-
-    return simple_evaluate
-
-
-def _checked_command(original: Callable[..., Any]) -> Callable[..., Any]:
-    def cli_evaluate(*args: Any, **kwargs: Any) -> Any:
-        with command.called(kwargs.get("args", args[0] if args else None)):
+        run.doubt = unknown
+        return original(*args, **kwargs)
+    if ours:
+        run.ours = True
+    elif not run.involves_us():
+        return original(*args, **kwargs)
+    try:
+        if configured and not patch_name:
+            raise EvaluationFailure(
+                f"a patch is configured, but {type(model).__name__} was loaded without it: this kind of model is not "
+                "one that llava_patch knows (unset LLAVA_PATCH_GIN_FILE and LLAVA_PATCH_GIN_PARAM to evaluate it)"
+            )
+        if patch_name:
+            mark_cache(kwargs.get("response_cache"), patch_name)
+        with _guarded(model):
+            # lm.clean() deletes the model before scoring; a name for it here would keep its memory
+            del model
             return original(*args, **kwargs)
-
-    return cli_evaluate
-
-
-def _noted_table(original: Callable[..., Any]) -> Callable[..., Any]:
-    def make_table(result_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        table = original(result_dict, *args, **kwargs)
-        command.current().printed(result_dict)
-        return table
-
-    return make_table
+    except _Escape as escape:
+        what, error = f"the patched model ({patch_name})" if patch_name else "the model", escape.error
+        raise EvaluationFailure(f"{what} failed: {type(error).__name__}: {error}") from error
 
 
-def _tables_are_noted() -> bool:
-    return any(getattr(getattr(sys.modules.get(name), "make_table", None), _MARK, False) for name in _MAIN)
+@_wrapping
+def _checked_simple_evaluate(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    run, arguments = command.current(), kwargs.get("cli_args")
+    run.began(arguments)
+    try:
+        results = original(*args, **kwargs)
+    except Exception as error:
+        run.ended(arguments, error)
+        raise
+    # Results are complete when lmms-eval has come to printing them; ranks above the first are given none.
+    noted = any(getattr(getattr(sys.modules.get(name), "make_table", None), _MARK, False) for name in _MAIN)
+    run.ended(arguments, results, os.environ.get("RANK", "0") != "0" if results is None else not noted)
+    return results
+
+
+@_wrapping
+def _checked_command(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with command.called(kwargs.get("args", args[0] if args else None)):
+        return original(*args, **kwargs)
+
+
+@_wrapping
+def _noted_table(original: Callable[..., Any], result_dict: Any, *args: Any, **kwargs: Any) -> Any:
+    table = original(result_dict, *args, **kwargs)
+    command.current().printed(result_dict)
+    return table
+
+
+@_wrapping
+def _escaping(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    try:
+        return original(*args, **kwargs)
+    except Exception as error:
+        raise _Escape(error) from error
 
 
 def _patch_is_configured() -> bool:
@@ -155,12 +154,8 @@ def has_our_task(task_dict: Any) -> bool:
     tasks = sys.modules.get("llava_patch.integrations.lmms_eval.tasks")
     if tasks is None:  # no task of ours was ever loaded
         return False
-    return any(
-        has_our_task(item)
-        if isinstance(item, dict)
-        else isinstance(item[1] if isinstance(item, tuple) else item, tasks.MeasurementTask)
-        for item in task_dict.values()
-    )
+    found = [item[1] if isinstance(item, tuple) else item for item in task_dict.values()]
+    return any(has_our_task(one) if isinstance(one, dict) else isinstance(one, tasks.MeasurementTask) for one in found)
 
 
 @contextlib.contextmanager
@@ -169,9 +164,9 @@ def _guarded(model: nn.Module | None) -> Iterator[None]:
     if model is None:
         yield
         return
-    missing = object()
-    old = {name: vars(model).get(name, missing) for name in ("generate", "forward")}
-    for name in old:
+    methods = ("generate", "forward")
+    old = {name: vars(model)[name] for name in methods if name in vars(model)}
+    for name in methods:
         setattr(model, name, _escaping(getattr(model, name)))
     reference = weakref.ref(model)
     del model
@@ -180,32 +175,17 @@ def _guarded(model: nn.Module | None) -> Iterator[None]:
     finally:
         owner = reference()
         if owner is not None:
-            for name, value in old.items():
-                if value is missing:
-                    vars(owner).pop(name, None)
-                else:
-                    vars(owner)[name] = value
-
-
-def _escaping(method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return method(*args, **kwargs)
-        except Exception as error:
-            raise _Escape(error) from error
-
-    return guarded
+            for name in methods:
+                vars(owner).pop(name, None)
+            vars(owner).update(old)
 
 
 def mark_cache(response_cache: Any, patch_name: str) -> None:
     """Put a patch's fingerprint into what the cache (None without `--use_cache`) keys on.
 
     lmms-eval keys on the model's name and arguments, which are the same with and without a patch. Entries written
-    under another fingerprint, or none, are not found any more; they stay where they are.
-
-    Raises:
-        HostError: this version's cache has no place for it.
+    under another fingerprint, or none, are not found any more; they stay where they are. HostError: this version's
+    cache has no place for it.
     """
     if response_cache is None:
         return

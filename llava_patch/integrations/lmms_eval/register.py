@@ -4,8 +4,6 @@ Two ways lead here: the start-up hook on the import of `lmms_eval.tasks`, and, w
 without the `.pth` file), the entry point group `lmms_eval.models` of lmms-eval 0.7.3 and later.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 from pathlib import Path
@@ -24,6 +22,7 @@ def register_tasks() -> None:
     Modifications: `TaskManager.initialize_tasks`, and through `fail_fast.install` lmms-eval's `evaluate` and
     `simple_evaluate` once its evaluator is loaded.
     """
+    import lmms_eval
     from lmms_eval.tasks import TaskManager
 
     original = TaskManager.initialize_tasks
@@ -38,22 +37,15 @@ def register_tasks() -> None:
         index = original(self, *args, **kwargs)
         if not kwargs.get("include_defaults", args[1] if len(args) > 1 else True):
             return index
-        ours = self._get_task_and_group(str(eval_tasks_dir()))
-        _warn_of_clashes(ours, index)
+        ours, stock = self._get_task_and_group(str(eval_tasks_dir())), Path(lmms_eval.__file__).resolve().parent
+        for name in sorted(set(ours) & set(index)):
+            path = str(index[name].get("yaml_path", ""))
+            if stock in Path(path).resolve().parents:
+                logger.warning("lmms-eval has a task %r of its own (%s); llava_patch's is hidden", name, path)
         return {**ours, **index}  # a folder named by --include_path wins
 
     setattr(initialize_tasks, _MARK, True)
     TaskManager.initialize_tasks = initialize_tasks
-
-
-def _warn_of_clashes(ours: dict[str, Any], index: dict[str, Any]) -> None:
-    import lmms_eval
-
-    stock = Path(lmms_eval.__file__).resolve().parent
-    for name in sorted(set(ours) & set(index)):
-        path = str(index[name].get("yaml_path", ""))
-        if stock in Path(path).resolve().parents:
-            logger.warning("lmms-eval has a task %r of its own (%s); llava_patch's is hidden", name, path)
 
 
 def entry_point() -> list[Any]:

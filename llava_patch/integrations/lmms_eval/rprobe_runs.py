@@ -4,17 +4,16 @@ Under several processes all of them train and measure the one probe together, ea
 whatever documents lmms-eval gave it; every process then answers its own requests from the one result.
 """
 
-from __future__ import annotations
-
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from llava_patch.core import parallel
 from llava_patch.core.errors import InputError
-from llava_patch.integrations.lmms_eval.runner import output_folder, reach
+from llava_patch.integrations.lmms_eval.runner import active, output_folder, reach
 from llava_patch.measurements.rprobe.settings import RProbe
 
 
@@ -35,8 +34,6 @@ def answer(lm: Any, requests: Sequence[Any]) -> list[str]:
 
     Requests may be of several tasks, and empty on some ranks; each answer is a JSON string: `task`, `document`, `run`.
     """
-    from llava_patch.integrations.lmms_eval.tasks import active
-
     with parallel.guard():
         # A process may have no request, or none of some task: what is run is what any of them was asked for.
         names = dict.fromkeys(parallel.gather_rows([request.task_name for request in requests]))
@@ -44,7 +41,7 @@ def answer(lm: Any, requests: Sequence[Any]) -> list[str]:
     answers = []
     for request in requests:
         documents, run = runs[request.task_name]
-        task = active(request.task_name)
+        task = active[request.task_name]
         name = task.dataset[task.config.test_split]["id"][int(request.doc_id)]
         # None: a document that could not be used when it came to its image (RProbe.broken = "skip").
         answers.append(json.dumps({"task": request.task_name, "document": documents.get(name), "run": run}))
@@ -54,11 +51,10 @@ def answer(lm: Any, requests: Sequence[Any]) -> list[str]:
 def _run(lm: Any, name: str) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Train and measure one task's probe; (numbers of each held-out sample by its id, the run's)."""
     from llava_patch.core.folder_lock import folder_lock
-    from llava_patch.integrations.lmms_eval.tasks import active
     from llava_patch.measurements.rprobe.fit import run_rprobe
     from llava_patch.measurements.rprobe.output import write_run
 
-    task, subject = active(name), reach(lm)
+    task, subject = active[name], reach(lm)
     train, heldout = (None, None) if task.data() is None else own_samples(task.settings, task.data())
     folder = output_folder(getattr(task, "args", None), name)
     with folder_lock(None if folder is None else Path(folder)):
@@ -79,12 +75,10 @@ def _run(lm: Any, name: str) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]
         "steps_done": len(result.losses),
         "warnings": result.warnings,
     }
-    documents = {document["id"]: document for document in result.documents}
-    if len(documents) < len(result.documents):
-        ids = [document["id"] for document in result.documents]
-        twice = next(one for one in ids if ids.count(one) > 1)
-        raise InputError(f"{name}: two held-out samples are called {twice!r}: their numbers cannot be told apart")
-    return documents, run
+    for called, times in Counter(document["id"] for document in result.documents).items():
+        if times > 1:
+            raise InputError(f"{name}: two held-out samples are called {called!r}: their numbers cannot be told apart")
+    return {document["id"]: document for document in result.documents}, run
 
 
 def process_results(doc: Any, results: Sequence[str]) -> dict[str, Any]:

@@ -5,31 +5,29 @@ process measured them. Where a measurement compares, the base is loaded beside t
 pages.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llava_patch.core import registry
 from llava_patch.core.errors import HostError, SettingError
 from llava_patch.core.files import track
-from llava_patch.core.records import CONFIG_KEY
-from llava_patch.core.weights import read_json
 from llava_patch.data.inputs import Inputs
 from llava_patch.data.loaded import base_of, load_base
+from llava_patch.data.pages import Pages
+from llava_patch.hosts import configs
 from llava_patch.hosts.anatomy import Anatomy, find
 from llava_patch.integrations.lmms_eval.fail_fast import model_of
-from llava_patch.patching import checkpoint as patched
+from llava_patch.measurements.base import Measurement
 from llava_patch.patching.handle import get_handle
 from llava_patch.settings.active import settings_of
 
-if TYPE_CHECKING:
-    from llava_patch.measurements.base import Measurement
+active: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+"""The tasks whose requests are being answered, by name."""
 
 
 def names(name: str) -> dict[str, Any]:
@@ -38,38 +36,49 @@ def names(name: str) -> dict[str, Any]:
 
     measurement = registry.measurement(name)
     found: dict[str, Any] = {"Task": task_class(name), "process_results": functools.partial(process, measurement)}
-    return found | {metric: _aggregation(measurement, metric) for metric in measurement.metrics}
+    return found | {metric: functools.partial(_aggregate, measurement, metric) for metric in measurement.metrics}
 
 
-def answer(measurement: "Measurement", lm: Any, requests: Sequence[Any]) -> list[str]:
+def answer(measurement: Measurement, lm: Any, requests: Sequence[Any]) -> list[str]:
     """Measure one document a request: a JSON string with the task's facts and the document's numbers.
 
     Raises:
         CheckpointError: the measurement compares, and no base is named, or it is not there; says how to name one.
     """
+    if not requests:
+        return []
+    live = reach(lm)
+    side = live.anatomy.grid[0] * live.anatomy.patch_size
+    models: dict[str, tuple[list[Inputs], dict[str, str]]] = {}  # of each task
+    bases: dict[str, Inputs] = {}
     found = []
-    for number, (models, samples) in enumerate(_documents(measurement, lm, requests)):
-        anatomies = [one.anatomy for one in models.inputs]
-        values = measurement.document(anatomies, samples, models.task.settings, number)
-        found.append(json.dumps({**models.facts(), **values}))
+    shown = getattr(lm, "rank", 0) == 0
+    for number, request in enumerate(track(requests, measurement.name.replace("_", " "), shown)):
+        name, task = request.task_name, active[request.task_name]
+        if name not in models:
+            models[name] = _beside(task, live, bases) if measurement.compares else ([live], {})
+        inputs, sources = models[name]
+        doc = lm.task_dict[name][request.metadata["split"]][request.doc_id]
+        image = Pages(doc["page"] + 1, side, split="heldout")[doc["page"]].open_image()
+        samples = [one.forward_inputs(image, doc["question"]) for one in inputs]
+        values = measurement.document([one.anatomy for one in inputs], samples, task.settings, number)
+        settings, folder = dataclasses.asdict(task.settings), output_folder(getattr(task, "args", None), name)
+        found.append(json.dumps({"task": name, "settings": settings, "folder": folder, **sources, **values}))
     return found
 
 
-def process(measurement: "Measurement", doc: Any, results: Sequence[str]) -> dict[str, Any]:
+def process(measurement: Measurement, doc: Any, results: Sequence[str]) -> dict[str, Any]:
     """Per-document numbers for the samples log; those of the first metric also carry what pooling needs."""
     return measurement.entries(json.loads(results[0]))
 
 
-def _aggregation(measurement: "Measurement", metric: str) -> Callable[[Sequence[Any]], Any]:
-    def aggregate(entries: Sequence[Any]) -> Any:
-        if metric == next(iter(measurement.metrics)):
-            write(measurement, entries)
-        return measurement.metrics[metric](entries)
-
-    return aggregate
+def _aggregate(measurement: Measurement, metric: str, entries: Sequence[Any]) -> Any:
+    if metric == next(iter(measurement.metrics)):
+        write(measurement, entries)
+    return measurement.metrics[metric](entries)
 
 
-def write(measurement: "Measurement", items: Sequence[dict[str, Any]]) -> None:
+def write(measurement: Measurement, items: Sequence[dict[str, Any]]) -> None:
     """Write what all documents came to beside lmms-eval's own results, and say it in its log."""
     from lmms_eval.utils import eval_logger
 
@@ -80,49 +89,8 @@ def write(measurement: "Measurement", items: Sequence[dict[str, Any]]) -> None:
     eval_logger.info(f"{first['task']}: {result.summary()}")
 
 
-@dataclass(frozen=True, eq=False)
-class _Models:
-    """One task's models: the live one, and its base where they are compared; where they are from."""
-
-    task: Any
-    inputs: list[Inputs]
-    checkpoint: str
-    base: str = ""
-
-    def facts(self) -> dict[str, Any]:
-        """What every answer carries."""
-        name = self.task.config.task
-        folder = output_folder(getattr(self.task, "args", None), name)
-        settings = dataclasses.asdict(self.task.settings)
-        sources = {"checkpoint": self.checkpoint, "base": self.base} if self.base else {}
-        return {"task": name, "settings": settings, "folder": folder, **sources}
-
-
-def _documents(
-    measurement: "Measurement", lm: Any, requests: Sequence[Any]
-) -> Iterator[tuple[_Models, list[dict[str, Any]]]]:
-    """The models of each request's task with the document's sample for each of them."""
-    from llava_patch.data.pages import Pages
-    from llava_patch.integrations.lmms_eval.tasks import active
-
-    if not requests:
-        return
-    live = reach(lm)
-    side = live.anatomy.grid[0] * live.anatomy.patch_size
-    known: dict[str, _Models] = {}
-    bases: dict[str, Inputs] = {}
-    for request in track(requests, measurement.name.replace("_", " "), getattr(lm, "rank", 0) == 0):
-        name = request.task_name
-        if name not in known:
-            task = active(name)
-            known[name] = _beside(task, live, bases) if measurement.compares else _Models(task, [live], "")
-        doc = lm.task_dict[name][request.metadata["split"]][request.doc_id]
-        image = Pages(doc["page"] + 1, side, split="heldout")[doc["page"]].open_image()
-        yield known[name], [one.forward_inputs(image, doc["question"]) for one in known[name].inputs]
-
-
-def _beside(task: Any, live: Inputs, bases: dict[str, Inputs]) -> _Models:
-    """The live model and its base, which is loaded once for all tasks."""
+def _beside(task: Any, live: Inputs, bases: dict[str, Inputs]) -> tuple[list[Inputs], dict[str, str]]:
+    """The live model and its base, which is loaded once for all tasks; and where they are from."""
     checkpoint = str(getattr(live.anatomy.model.config, "_name_or_path", "") or "the model")
     given = task.settings.base
     if not given and _was_stock(live.anatomy, checkpoint):
@@ -132,15 +100,15 @@ def _beside(task: Any, live: Inputs, bases: dict[str, Inputs]) -> _Models:
         weight = live.anatomy.embed_tokens.weight
         base = load_base(name, str(weight.device), str(weight.dtype).removeprefix("torch."))
         bases[name] = dataclasses.replace(base.inputs(), conversation=live.conversation)
-    return _Models(task, [live, bases[name]], checkpoint, name)
+    return [live, bases[name]], {"checkpoint": checkpoint, "base": name}
 
 
 def _was_stock(anatomy: Anatomy, folder: str) -> bool:
     """Whether a patched model's weights were read from a folder that knows nothing of the patch."""
     if get_handle(anatomy.model) is None or not Path(folder).is_dir():
         return False
-    config = read_json(folder, "config.json")
-    return config is not None and CONFIG_KEY not in config and patched.read_settings(folder) is None
+    found = configs.look(folder)
+    return bool(found.host) and found.record is None
 
 
 def reach(lm: Any) -> Inputs:
@@ -157,26 +125,19 @@ def reach(lm: Any) -> Inputs:
     joint = processor if hasattr(processor, "image_processor") else None
     if (joint is not None) != anatomy.ids_hold_places:
         raise HostError(f"{type(processor).__name__} is not the processor of a model of the host {anatomy.host!r}")
-    return Inputs(
-        anatomy=anatomy,
-        tokenizer=tokenizer,
-        image_processor=processor if joint is None else joint.image_processor,
-        processor=joint,
-        conversation=getattr(lm, "conv_template", None),
-    )
+    images = processor if joint is None else joint.image_processor
+    return Inputs(anatomy, tokenizer, images, joint, getattr(lm, "conv_template", None))
 
 
 def settings_for(cls: Any, metadata: Any, task: str) -> Any:
     """Settings of one task: defaults, then gin, then the entry `settings` in its YAML's `metadata`."""
-    base = settings_of(cls)
     given = dict(metadata.get("settings") or {}) if isinstance(metadata, dict) else {}
     known = {f.name for f in dataclasses.fields(cls)}
-    unknown = sorted(set(given) - known)
-    if unknown:
+    if unknown := sorted(set(given) - known):
         raise SettingError(
             f"task {task}: metadata.settings names {', '.join(unknown)}; {cls.__name__} has {', '.join(sorted(known))}"
         )
-    return dataclasses.replace(base, **given)
+    return dataclasses.replace(settings_of(cls), **given)
 
 
 def output_folder(args: Any, task: str) -> str | None:

@@ -6,11 +6,8 @@ image processor are alive there, but no longer when results are processed, so ea
 all that scoring needs.
 """
 
-from __future__ import annotations
-
+import functools
 import os
-import weakref
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import datasets
@@ -24,8 +21,6 @@ from llava_patch.core.extras import need
 from llava_patch.data.examples import QUESTION
 from llava_patch.integrations.lmms_eval import fail_fast, rprobe_runs, runner
 from llava_patch.measurements.rprobe.settings import RProbe
-
-_active: "weakref.WeakValueDictionary[str, MeasurementTask]" = weakref.WeakValueDictionary()
 
 
 class MeasurementTask(ConfigurableTask):
@@ -52,8 +47,8 @@ class MeasurementTask(ConfigurableTask):
         self.dataset_no_image = self.dataset
 
     def build_all_requests(self, **kwargs: Any) -> None:
-        """Build the requests and let `active` find this task while they run."""
-        _active[self.config.task] = self
+        """Build the requests and let `runner.active` find this task while they run."""
+        runner.active[self.config.task] = self
         super().build_all_requests(**kwargs)
 
     def construct_requests(self, doc_id: int, ctx: str, **kwargs: Any) -> Instance:
@@ -69,19 +64,8 @@ class MeasurementTask(ConfigurableTask):
         return self.config.process_results(doc, results)
 
 
-def active(name: str) -> MeasurementTask:
-    """The task of that name whose requests are being answered."""
-    return _active[name]
-
-
 class PagesTask(MeasurementTask):
     """A measurement on rendered pages; YAML: `metadata.documents` is their number."""
-
-    MEASUREMENT: ClassVar[Any]
-
-    def __init__(self, config: dict[str, Any] | None = None) -> None:
-        self.SETTINGS = self.MEASUREMENT.settings  # type: ignore[misc]
-        super().__init__(config)
 
     def documents(self) -> dict[str, list[Any]]:
         """Pages by number; they are drawn when the size of the model's tower is known."""
@@ -113,21 +97,17 @@ class RProbeTask(MeasurementTask):
 
 def task_class(name: str) -> type[PagesTask]:
     """The task of a measurement of the registry, for its YAML."""
-    return type("Task", (PagesTask,), {"MEASUREMENT": registry.measurement(name)})
+    return type("Task", (PagesTask,), {"SETTINGS": registry.measurement(name).settings})
 
 
-def _register(name: str, answer: Callable[..., list[str]]) -> None:
-    """Make our output type known, and the method of lmms-eval's models that answers its requests."""
-    output_type = f"llava_patch_{name}"
-    if output_type not in api_task.ALL_OUTPUT_TYPES:
-        api_task.ALL_OUTPUT_TYPES.append(output_type)
-    setattr(lmms, output_type, answer)
-
-
-for _measurement in map(registry.measurement, registry.MEASUREMENTS):
-    if _measurement.metrics:
-        _register(_measurement.name, lambda *given, _one=_measurement: runner.answer(_one, *given))
-_register("rprobe", lambda self, requests: rprobe_runs.answer(self, requests))
+# Our output types, and the methods of lmms-eval's models that answer their requests.
+_answers: dict[str, Any] = {"rprobe": rprobe_runs.answer}
+_measured = [one for one in map(registry.measurement, registry.MEASUREMENTS) if one.metrics]
+for _name, _answer in (_answers | {one.name: functools.partial(runner.answer, one) for one in _measured}).items():
+    _output_type = f"llava_patch_{_name}"
+    if _output_type not in api_task.ALL_OUTPUT_TYPES:
+        api_task.ALL_OUTPUT_TYPES.append(_output_type)
+    setattr(lmms, _output_type, lambda self, requests, answer=_answer: answer(self, requests))
 
 # What task.py of earlier versions imported, for copies of it.
 DriftTask, FusionAttentionTask, SaturationTask = map(task_class, ("drift", "fusion_attention", "saturation"))

@@ -1,7 +1,5 @@
 """The panel: original || checkpoint A || B || ..., one row an image, on white."""
 
-from __future__ import annotations
-
 import math
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """From queries and keys of one ViT block to a map over the patches: mathematics only."""
 
-from __future__ import annotations
-
 import math
 
 import torch

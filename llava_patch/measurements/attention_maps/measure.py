@@ -3,8 +3,6 @@
 Source: "Detached Skip-Links and R-Probe", figure 2 and appendix A.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

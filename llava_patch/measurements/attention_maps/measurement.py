@@ -1,7 +1,5 @@
 """The attention maps: what commands and report ask of them."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any

@@ -1,7 +1,5 @@
 """What the attention maps of one or several checkpoints are, and how they are written."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from pathlib import Path

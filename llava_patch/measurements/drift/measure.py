@@ -1,7 +1,5 @@
 """Drift of the shallow stack: are a trained checkpoint's lower layers still the base's?"""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

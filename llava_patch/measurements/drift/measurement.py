@@ -1,7 +1,5 @@
 """The drift measurement: what commands, report and lmms-eval ask of it."""
 
-from __future__ import annotations
-
 import base64
 import dataclasses
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Settings of the drift measurement, what it found, and its figure."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Hidden states of the shallow layers, a bounded store of them on disk, and cosines whose median is exact."""
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 import tempfile

@@ -5,8 +5,6 @@ softmax, activations and the rotary embedding are left out, as PyTorch's counter
 products of the rotary angles).
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass

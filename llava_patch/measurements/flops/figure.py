@@ -1,7 +1,5 @@
 """The figure of the FLOP model: what each decoder layer costs, and what the variants save over text lengths."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

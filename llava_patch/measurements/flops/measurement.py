@@ -1,7 +1,5 @@
 """The FLOP model: what commands and report ask of it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 

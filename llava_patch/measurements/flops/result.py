@@ -1,7 +1,5 @@
 """The table of every variant's FLOPs, as a result that is saved and drawn."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any

@@ -1,7 +1,5 @@
 """The sizes that matrix products have in a LLaVA model: one in memory, a checkpoint's files, or LLaVA-1.5's own."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from pathlib import Path

@@ -3,8 +3,6 @@
 Text-to-image attention mass of single heads in chosen layers, from the q and k that the layers really see.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable
 from typing import Any

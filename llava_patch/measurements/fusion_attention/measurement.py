@@ -1,7 +1,5 @@
 """The fusion attention measurement: what commands, report and lmms-eval ask of it."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Settings of the fusion attention measurement, what it found, and its figure."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field

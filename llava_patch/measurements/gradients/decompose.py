@@ -5,8 +5,6 @@ Source: "Detached Skip-Links and R-Probe", appendix C.1. Nothing of the run chan
 the hooks of DDP, DeepSpeed or a warm-up see anything.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Figures of the gradient statistics: figure 3 of the Skip-Links paper, and several runs over one another."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from statistics import median

@@ -1,7 +1,5 @@
 """The log of a run that is being measured: one JSON object a line, readable while training goes on."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import asdict

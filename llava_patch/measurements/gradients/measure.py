@@ -1,7 +1,5 @@
 """Gradient statistics at one fixed checkpoint: what the gradients would be if training went on from it now."""
 
-from __future__ import annotations
-
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence

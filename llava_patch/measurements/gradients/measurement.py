@@ -1,7 +1,5 @@
 """The gradient statistics of a fixed checkpoint: what commands and report ask of them."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 from pathlib import Path

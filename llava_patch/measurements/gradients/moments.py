@@ -3,8 +3,6 @@
 Source: "Detached Skip-Links and R-Probe", sections 4.2 and 4.3, appendix C.2.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict, dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """What the gradient statistics of one run came to, and several runs side by side: Table 3 of the Skip-Links paper."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence, Sized

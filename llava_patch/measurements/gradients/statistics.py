@@ -5,8 +5,6 @@ Source: "Detached Skip-Links and R-Probe", appendix C.2 and C.4. Sums of vectors
 be off by K * 6e-8 / v of itself at worst; on random vectors it was a thousandth of that.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Figures of the gradient reach."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from math import floor, log10
 from typing import Any

@@ -1,7 +1,5 @@
 """Norms of gradients as they arrive: each is dropped at once, so that a model's gradients are never held together."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Iterator

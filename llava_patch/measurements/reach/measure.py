@@ -1,7 +1,5 @@
 """Measures where a training step's gradient goes, on one model or under several variants of routing."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import Any

@@ -1,7 +1,5 @@
 """The gradient reach: what commands and report ask of it."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any

@@ -1,7 +1,5 @@
 """Settings of the gradient reach, what it found on one model, and under several variants of routing."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby

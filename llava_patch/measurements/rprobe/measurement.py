@@ -1,7 +1,5 @@
 """R-Probe as a measurement: its settings, its result, and one run on a checkpoint. Imports no torch."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar

@@ -1,7 +1,5 @@
 """`Routing(split="auto")`: the split that the saturation measurement recommends on the user's own samples."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import logging

@@ -1,7 +1,5 @@
 """Figures of the saturation measurement: three panels over the layers, for one model or for several."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

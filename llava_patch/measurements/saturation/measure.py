@@ -1,7 +1,5 @@
 """Measures visual saturation: one forward pass a sample, means over samples."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any

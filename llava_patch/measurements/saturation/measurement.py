@@ -3,8 +3,6 @@
 Source: "Late-Layer Fusion is Enough" (DPVR), section 3.1 and figure 2.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

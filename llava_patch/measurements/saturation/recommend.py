@@ -1,7 +1,5 @@
 """From saturation curves to transition layers and to a split: mathematics only."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Sequence

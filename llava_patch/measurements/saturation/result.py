@@ -1,7 +1,5 @@
 """Settings of the saturation measurement, what it found, and several results side by side."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field

@@ -3,8 +3,6 @@
 A state of another model, other data or other settings is never taken up; the message names what differs.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence

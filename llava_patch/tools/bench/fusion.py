@@ -1,8 +1,5 @@
 """What a fusion costs: prefill and full training step beside the stock model, and its identity before training."""
 
-from __future__ import annotations
-
-import contextlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,10 +8,9 @@ from torch import nn
 
 from llava_patch.core import files
 from llava_patch.fusion.base import Fusion
-from llava_patch.patching.patch import patch
 from llava_patch.settings.methods import DeepStack, DenseConnector, DirectFusion, SkipLinks
 from llava_patch.tools.bench.measure import Clock, peak_bytes, training_step
-from llava_patch.tools.bench.shapes import inputs as make_inputs
+from llava_patch.tools.bench.methods import make_inputs, patched
 
 
 @dataclass
@@ -23,13 +19,11 @@ class Row:
 
     method: str
     prefill_ms: list[float] = field(default_factory=list)  # each round's prefill, tower included, milliseconds
-    # each round's forward and backward pass with everything trainable, milliseconds
-    train_ms: list[float] = field(default_factory=list)
+    train_ms: list[float] = field(default_factory=list)  # each round's forward and backward pass, all of it trainable
     image_tokens: int = 0  # of one image
     added: int = 0  # parameters that the fusion adds
     kept_bytes: int = 0  # what autograd keeps for the backward pass, weights apart
-    # largest difference of a logit to the stock model before training; None where the number of tokens differs
-    start_delta: float | None = None
+    start_delta: float | None = None  # largest difference of a logit to stock before training; None: other tokens
     peak_bytes: int | None = None  # peak memory of the training step on a GPU; None on CPU
 
 
@@ -61,36 +55,28 @@ def measure(
         row, settings = results[name], rows[name]
         before = sum(p.numel() for p in model.parameters())
         # Every parameter trains in a stock Hugging Face model, so the tower does here too.
-        with contextlib.nullcontext() if settings is None else patch(model, fusion=settings) as handle:
+        with patched(model, {"fusion": settings} if settings else None) as handle:
             row.image_tokens = handle.tokens_per_image if handle is not None else 576
             batch_inputs = make_inputs(model, text, batch, row.image_tokens)
             if number == 0:
                 row.added = sum(p.numel() for p in model.parameters()) - before
-                logits = _logits(model, batch_inputs)
+                with torch.no_grad():
+                    logits = model(**batch_inputs, use_cache=False, logits_to_keep=1).logits.float()
                 stock_logits = logits if stock_logits is None else stock_logits
                 if handle is None or (handle.taps is not None and handle.taps.keeps_tokens):
                     row.start_delta = float((logits - stock_logits).abs().max())
-            _step(model, batch_inputs, row, keep=number > 0)
-    return list(results.values())
-
-
-@torch.no_grad()
-def _logits(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-    return model(**inputs, use_cache=False, logits_to_keep=1).logits.float()
-
-
-def _step(model: Any, inputs: dict[str, Any], row: Row, keep: bool) -> None:
-    with torch.no_grad(), Clock(model.device) as prefill:
-        model(**inputs, use_cache=True, logits_to_keep=1)
-    with training_step(model, inputs, model.parameters()) as arguments:
-        if keep:
-            with Clock(model.device) as step:
-                model(**arguments).loss.backward()
+            with torch.no_grad(), Clock(model.device) as prefill:
+                model(**batch_inputs, use_cache=True, logits_to_keep=1)
+            with training_step(model, batch_inputs, model.parameters()) as arguments:
+                if number == 0:  # the warm-up counts, which takes time
+                    row.kept_bytes = _kept(model, arguments)
+                    continue
+                with Clock(model.device) as step:
+                    model(**arguments).loss.backward()
             row.prefill_ms.append(prefill.ms)
             row.train_ms.append(step.ms)
-        else:  # the warm-up counts, which takes time
-            row.kept_bytes = _kept(model, arguments)
-    row.peak_bytes = peak_bytes(model)
+            row.peak_bytes = peak_bytes(model)
+    return list(results.values())
 
 
 def _kept(model: nn.Module, inputs: dict[str, Any]) -> int:

@@ -4,8 +4,6 @@ The bound is what the decoder's matrix products cost: their FLOPs, and their tim
 machine. It leaves out everything else (norms, rotary embedding, softmax, copies), so no implementation can reach it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import statistics
@@ -22,12 +20,10 @@ from llava_patch.hosts.sizes import IMAGE_TOKENS
 from llava_patch.measurements.flops import count as decoder
 from llava_patch.measurements.flops.shape import DecoderShape
 from llava_patch.patching.handle import restore_flags
-from llava_patch.patching.patch import patch
 from llava_patch.routing.cache import RoutedCache, cache_bytes
 from llava_patch.routing.schedule import make_schedule
 from llava_patch.settings.methods import Routing
-from llava_patch.tools.bench.methods import Method, partner_difference
-from llava_patch.tools.bench.shapes import inputs as make_inputs
+from llava_patch.tools.bench.methods import Method, make_inputs, partner_difference, patched
 
 
 class Clock:
@@ -66,8 +62,7 @@ class Row:
     method: str
     prefill_ms: list[float] = field(default_factory=list)  # each round's prefill, milliseconds
     decode_ms: list[float] = field(default_factory=list)  # each round's decode, milliseconds a token
-    # each round's forward and backward pass, milliseconds; empty when not measured
-    train_ms: list[float] = field(default_factory=list)
+    train_ms: list[float] = field(default_factory=list)  # each round's forward and backward pass, if measured
     cache_bytes: int = 0  # bytes that the cache holds after the prompt
     trainable: int | None = None  # parameters that train; None where nothing does
     partner: str = ""  # the identity that `partner_delta` measures
@@ -104,7 +99,11 @@ def measure(
                     results[i].trainable = sum(p.numel() for p in _trains(model, rows[i]))
                 results[i].cached_delta = _cached_delta(model, handle, batch_inputs)
             if training and number <= 2 and results[i].trainable is not None:  # the step is long, its spread small
-                _time_training(model, rows[i], batch_inputs, results[i], keep=not warm_up)
+                trains = _trains(model, rows[i])
+                with training_step(model, batch_inputs, trains) as arguments, Clock(model.device) as step:
+                    model(**arguments).loss.backward()
+                results[i].train_peak_bytes = peak_bytes(model)
+                results[i].train_ms += [] if warm_up else [step.ms]
     for method, result in zip(rows, files.track(results, "identities and bound", progress), strict=True):
         result.partner_delta = partner_difference(model, method, batch_inputs)
         result.prefill_flops = flops(model, method, text, batch)
@@ -141,14 +140,6 @@ def _trains(model: Any, method: Method) -> list[torch.nn.Parameter]:
     if branch and method.settings["routing"].freeze != "none":
         return branch
     return [p for n, p in named.items() if "language_model" in n and "side_branch" not in n]
-
-
-def _time_training(model: Any, method: Method, inputs: dict[str, Any], row: Row, keep: bool) -> None:
-    with training_step(model, inputs, _trains(model, method)) as arguments, Clock(model.device) as step:
-        model(**arguments).loss.backward()
-    row.train_peak_bytes = peak_bytes(model)
-    if keep:
-        row.train_ms.append(step.ms)
 
 
 @contextlib.contextmanager
@@ -194,9 +185,9 @@ def _cached_delta(model: Any, handle: Any, inputs: dict[str, Any]) -> float:
     return float((out.logits[:, -1].float() - full[:, -1].float()).abs().max())
 
 
-def products(config: Any, method: Method, text: int, batch: int) -> Counter[decoder.Product]:
+def products(model: Any, method: Method, text: int, batch: int) -> Counter[decoder.Product]:
     """The decoder's matrix products at prefill, how often each, the head left out."""
-    shape = DecoderShape.of(config)
+    shape = DecoderShape.of(model.config.text_config)
     program = make_schedule(method.settings.get("routing"), method.settings.get("pruning"), shape.layers)
     at = decoder.decoder_positions(program, text, IMAGE_TOKENS, decoder.Mode.PREFILL)
     counts = decoder.add(*(c for p in (*at.side, *at.layers) for c in decoder.layer_products(shape, p, batch).values()))
@@ -209,16 +200,14 @@ def products(config: Any, method: Method, text: int, batch: int) -> Counter[deco
 
 def flops(model: Any, method: Method, text: int, batch: int) -> float:
     """FLOPs of prefill (two a multiply-add); attention counted in full, as kernels without a causal shortcut do it."""
-    config = model.config.text_config
-    return float(decoder.total(products(config, method, text, batch)))
+    return float(decoder.total(products(model, method, text, batch)))
 
 
 def bound_ms(model: Any, method: Method, text: int, batch: int) -> float:
     """Milliseconds of prefill's matrix products at the rate measured for each shape."""
-    config = model.config.text_config
-    heads = config.num_attention_heads * batch
+    heads = model.config.text_config.num_attention_heads * batch
     total = 0.0
-    for shape, n in products(config, method, text, batch).items():
+    for shape, n in products(model, method, text, batch).items():
         # Attention runs all heads in one call, so its rate is that of a batch of products.
         together = heads if n % heads == 0 and n >= heads else 1
         total += product_ms(shape, together, str(model.device), model.dtype) * n / together
@@ -271,8 +260,7 @@ def measure_prefill(model: Any, inputs: dict[str, Any], routing: Routing, repeat
     stock, routed, tokens = Row("stock"), Row("routed"), 0
     for number in range(repeats + 1):
         for row, settings in ((stock, None), (routed, routing)):
-            patched = contextlib.nullcontext() if settings is None else patch(model, routing=settings)
-            with patched, Clock(model.device) as clock:
+            with patched(model, {"routing": settings} if settings else None), Clock(model.device) as clock:
                 out = model(**inputs, use_cache=True, logits_to_keep=1)
             if number:
                 row.prefill_ms.append(clock.ms)

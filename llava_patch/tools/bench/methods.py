@@ -1,17 +1,18 @@
-"""What is compared, and what each row must equal."""
-
-from __future__ import annotations
+"""What is compared, on which model, and what each row must equal."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from llava_patch.core.errors import SettingError
-from llava_patch.patching.handle import Handle, restore_flags
+from llava_patch.core.memory import default_dtype
+from llava_patch.hosts.sizes import IMAGE_TOKENS, TOWERS, Shape
+from llava_patch.patching.handle import restore_flags
 from llava_patch.patching.patch import patch
 from llava_patch.settings.methods import FastV, Routing
 
@@ -36,17 +37,14 @@ class Method:
     partner: Partner
     lora_rank: int | None = None  # LoRA on every linear layer of the decoder instead
 
-    @contextlib.contextmanager
-    def applied(self, model: nn.Module) -> Iterator[Handle | None]:
+    def applied(self, model: nn.Module) -> AbstractContextManager[Any]:
         """The model with this method; as it was afterwards."""
-        if self.lora_rank is not None:
-            with _lora(model, self.lora_rank):
-                yield None
-        elif self.settings:
-            with patch(model, **self.settings) as handle:
-                yield handle
-        else:
-            yield None
+        return patched(model, self.settings) if self.lora_rank is None else _lora(model, self.lora_rank)
+
+
+def patched(model: nn.Module, settings: dict[str, Any] | None) -> AbstractContextManager[Any]:
+    """The model under keyword arguments of `patch`, with its handle; without any the stock model, and None."""
+    return patch(model, **settings) if settings else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -91,9 +89,8 @@ def methods(n_layers: int, split: int, lora: bool = True) -> list[Method]:
         rows.append(Method(f"FastV(2, {ratio})", pruned(ratio), Partner("r = 0 is stock", pruned(0))))
         off = Partner("r = 0 is LF", {**routed("lf"), **pruned(0)}, routed("lf"))
         rows.append(Method(f"LF + FastV(2, {ratio})", {**routed("lf"), **pruned(ratio)}, off))
-    if lora:
-        for rank in (16, 64):
-            rows.append(Method(f"LoRA, r = {rank}", {}, Partner("B = 0 is stock", None), lora_rank=rank))
+    for rank in (16, 64) if lora else ():
+        rows.append(Method(f"LoRA, r = {rank}", {}, Partner("B = 0 is stock", None), lora_rank=rank))
     return rows
 
 
@@ -101,31 +98,56 @@ def methods(n_layers: int, split: int, lora: bool = True) -> list[Method]:
 def partner_difference(model: Any, method: Method, inputs: dict[str, Any]) -> float:
     """Largest difference of a logit between a method and its identity partner."""
     partner = method.partner
-    if method.lora_rank is not None:
-        with method.applied(model):
-            left = _logits(model, inputs)
-        right = _logits(model, inputs)
-    else:
-        left = _patched_logits(model, partner.left, inputs, partner.silent)
-        right = _patched_logits(model, partner.right, inputs)
+    with patched(model, partner.left) if method.lora_rank is None else method.applied(model) as handle:
+        for layer in handle.anatomy.decoder.side_branch if partner.silent else ():
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        left = model(**inputs, use_cache=False).logits
+    with patched(model, partner.right):
+        right = model(**inputs, use_cache=False).logits
     if partner.text_only:
         text = inputs["input_ids"] != model.config.image_token_id
         left, right = left[text], right[text]
     return float((left.float() - right.float()).abs().max())
 
 
-def _patched_logits(
-    model: Any, settings: dict[str, Any] | None, inputs: dict[str, Any], silent: bool = False
-) -> Tensor:
-    if settings is None:
-        return _logits(model, inputs)
-    with patch(model, **settings) as handle:
-        if silent:
-            for layer in handle.anatomy.decoder.side_branch:
-                layer.self_attn.o_proj.weight.zero_()
-                layer.mlp.down_proj.weight.zero_()
-        return _logits(model, inputs)
+def build(
+    shape: Shape, device: str, dtype: torch.dtype, attention: str = "sdpa", tower: Mapping[str, int] = TOWERS["none"]
+) -> nn.Module:
+    """A Hugging Face LLaVA of a shape, in eval mode, with random weights: speed does not depend on the values."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    vision = CLIPVisionConfig(**tower, image_size=336, patch_size=14)  # type: ignore[arg-type]
+    text = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        max_position_embeddings=4096,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=shape.vocabulary - 1,
+        image_seq_length=IMAGE_TOKENS,
+        attn_implementation=attention,
+    )
+    torch.manual_seed(0)
+    with default_dtype(dtype), torch.device(device):
+        return LlavaForConditionalGeneration(config).eval().requires_grad_(False)
 
 
-def _logits(model: Any, inputs: dict[str, Any]) -> Tensor:
-    return model(**inputs, use_cache=False).logits
+def make_inputs(model: Any, text: int, batch: int, image_tokens: int = IMAGE_TOKENS) -> dict[str, Any]:
+    """A batch of equal prompts: a beginning token, one image, text."""
+    generator = torch.Generator().manual_seed(0)
+    marker = int(model.config.image_token_id)
+    words = torch.randint(3, marker, (batch, text), generator=generator)
+    ids = torch.cat([words[:, :1], torch.full((batch, image_tokens), marker), words[:, 1:]], dim=1)
+    pixels = torch.randn(batch, 3, 336, 336, generator=generator)
+    return {
+        "input_ids": ids.to(model.device),
+        "attention_mask": torch.ones_like(ids).to(model.device),
+        "pixel_values": pixels.to(model.device, model.dtype),
+    }

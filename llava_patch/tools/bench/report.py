@@ -1,11 +1,11 @@
 """The tables of both kinds of rows on screen, in Markdown and in JSON, and the figure of the methods."""
 
-from __future__ import annotations
-
+import contextlib
 import datetime
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,7 @@ from llava_patch.core.terminal import markdown
 from llava_patch.tools.bench.fusion import Row as FusionRow
 from llava_patch.tools.bench.measure import Row, median, ratio
 
-SPEED = ("method", "prefill ms", "/ stock", "of bound", "decode ms/token", "/ stock", "cache MB", "/ stock")
-TRAINING = ("method", "trainable", "training step / stock", "must equal", "max |Δlogit|", "cached decode")
-FUSIONS = (
-    "fusion", "image tokens", "added", "prefill / stock", "training step / stock", "kept for backward", "max |Δlogit|",
-)  # fmt: skip
-Table = tuple[Sequence[str], list[list[str]]]
+Table = tuple[list[str], list[list[str]]]
 """Head and lines."""
 
 
@@ -30,48 +25,43 @@ def method_tables(rows: Sequence[Row]) -> list[Table]:
     """The speed table, and the one of training and identities; ratios refer to the first row."""
     base = rows[0]
     speed = [
-        [
-            row.method,
-            f"{median(row.prefill_ms) or 0:,.0f}",
-            _ratio(row, base, "prefill_ms"),
-            f"{_share_of_bound(row, base):.2f}",
-            f"{median(row.decode_ms) or 0:,.1f}",
-            _ratio(row, base, "decode_ms"),
-            f"{row.cache_bytes / 1e6:,.1f}",
-            f"{row.cache_bytes / base.cache_bytes:.3f}",
-        ]
-        for row in rows
+        ("method", lambda row: row.method),
+        ("prefill ms", lambda row: f"{median(row.prefill_ms) or 0:,.0f}"),
+        ("/ stock", lambda row: _ratio(row, base, "prefill_ms")),
+        ("of bound", lambda row: f"{_share_of_bound(row, base):.2f}"),
+        ("decode ms/token", lambda row: f"{median(row.decode_ms) or 0:,.1f}"),
+        ("/ stock", lambda row: _ratio(row, base, "decode_ms")),
+        ("cache MB", lambda row: f"{row.cache_bytes / 1e6:,.1f}"),
+        ("/ stock", lambda row: f"{row.cache_bytes / base.cache_bytes:.3f}"),
     ]
     training = [
-        [
-            row.method,
-            "-" if row.trainable is None else f"{row.trainable / 1e6:,.1f} M",
-            _ratio(row, base, "train_ms"),
-            row.partner,
-            _difference(row.partner_delta),
-            _difference(row.cached_delta),
-        ]
-        for row in rows
+        ("method", lambda row: row.method),
+        ("trainable", lambda row: "-" if row.trainable is None else f"{row.trainable / 1e6:,.1f} M"),
+        ("training step / stock", lambda row: _ratio(row, base, "train_ms")),
+        ("must equal", lambda row: row.partner),
+        ("max |Δlogit|", lambda row: _difference(row.partner_delta)),
+        ("cached decode", lambda row: _difference(row.cached_delta)),
     ]
-    return [(SPEED, speed), (TRAINING, training)]
+    return [_table(rows, speed), _table(rows, training)]
 
 
 def fusion_table(rows: Sequence[FusionRow]) -> Table:
     """The table of the fusions; ratios refer to the first row."""
     base = rows[0]
-    lines = [
-        [
-            row.method,
-            str(row.image_tokens),
-            f"{row.added / 1e6:,.2f} M" if row.added else "-",
-            _ratio(row, base, "prefill_ms", digits=3),
-            _ratio(row, base, "train_ms", digits=3),
-            f"{row.kept_bytes / base.kept_bytes:.3f}",
-            "other tokens" if row.start_delta is None else _difference(row.start_delta),
-        ]
-        for row in rows
+    columns = [
+        ("fusion", lambda row: row.method),
+        ("image tokens", lambda row: str(row.image_tokens)),
+        ("added", lambda row: f"{row.added / 1e6:,.2f} M" if row.added else "-"),
+        ("prefill / stock", lambda row: _ratio(row, base, "prefill_ms", digits=3)),
+        ("training step / stock", lambda row: _ratio(row, base, "train_ms", digits=3)),
+        ("kept for backward", lambda row: f"{row.kept_bytes / base.kept_bytes:.3f}"),
+        ("max |Δlogit|", lambda row: _difference(row.start_delta)),
     ]
-    return FUSIONS, lines
+    return _table(rows, columns)
+
+
+def _table(rows: Sequence[Any], columns: Sequence[tuple[str, Callable[[Any], str]]]) -> Table:
+    return [name for name, _ in columns], [[cell(row) for _, cell in columns] for row in rows]
 
 
 def _ratio(row: Any, base: Any, what: str, digits: int = 2) -> str:
@@ -79,8 +69,8 @@ def _ratio(row: Any, base: Any, what: str, digits: int = 2) -> str:
     return "-" if values is None else f"{values[0]:.{digits}f} ({values[1]:.2f} to {values[2]:.2f})"
 
 
-def _difference(delta: float) -> str:
-    return f"{delta:.0e}" if delta else "0"
+def _difference(delta: float | None) -> str:
+    return "other tokens" if delta is None else f"{delta:.0e}" if delta else "0"
 
 
 def _share_of_bound(row: Row, base: Row) -> float:
@@ -91,65 +81,59 @@ def _share_of_bound(row: Row, base: Row) -> float:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Where and with what it was measured."""
-    from importlib.metadata import version
-
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    packages = {p: version(p) for p in ("torch", "transformers", "llava_patch")}
+    packages = {package: version(package) for package in ("torch", "transformers", "llava_patch")}
     found = {"device": name, "threads": torch.get_num_threads(), "python": platform.python_version()}
     return {**found, **packages, "date": datetime.date.today().isoformat()}
 
 
 def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+        return platform.machine()
+    return platform.processor() or platform.machine()
 
 
 def write(folder: Path, name: str, tables: dict[str, list[Row]], about: dict[str, Any]) -> list[Path]:
     """Write `<name>.json`, `<name>.md` and `<name>.png` of methods; returns the paths."""
-    values = {**about, "tables": {title: [_values(row, rows[0]) for row in rows] for title, rows in tables.items()}}
-    parts = {title: "\n\n".join(markdown(*table) for table in method_tables(rows)) for title, rows in tables.items()}
-    written = _write(folder, name, "\n".join(f"### {title}\n\n{text}\n" for title, text in parts.items()), values)
+
+    def values(row: Row, base: Row) -> dict[str, Any]:
+        return {
+            **asdict(row),
+            **{f"{kind}_ratio": ratio(row, base, f"{kind}_ms") for kind in ("prefill", "decode", "train")},
+            "cache_ratio": row.cache_bytes / base.cache_bytes,
+            "flop_ratio": row.prefill_flops / base.prefill_flops,
+            "bound_ratio": row.bound_ms / base.bound_ms,
+            "share_of_bound": _share_of_bound(row, base),
+        }
+
+    found = {title: [values(row, rows[0]) for row in rows] for title, rows in tables.items()}
+    pages = {title: method_tables(rows) for title, rows in tables.items()}
     title, rows = next(iter(tables.items()))
+    written = _write(folder, name, pages, {**about, "tables": found})
     return [*written, figure(rows, title, folder / f"{name}.png")]
 
 
 def write_fusions(folder: Path, name: str, rows: Sequence[FusionRow], title: str, about: dict[str, Any]) -> list[Path]:
     """Write `<name>.json` and `<name>.md` of fusions; arguments as for `write`."""
-    base = rows[0]
     values = [
         {
             **asdict(row),
-            "prefill_ratio": ratio(row, base, "prefill_ms"),
-            "train_ratio": ratio(row, base, "train_ms"),
-            "kept_ratio": row.kept_bytes / base.kept_bytes,
+            **{f"{kind}_ratio": ratio(row, rows[0], f"{kind}_ms") for kind in ("prefill", "train")},
+            "kept_ratio": row.kept_bytes / rows[0].kept_bytes,
             "train_median_ms": median(row.train_ms),
         }
         for row in rows
     ]
-    text = f"### {title}\n\n{markdown(*fusion_table(rows))}\n"
-    return _write(folder, name, text, {**about, "table": title, "rows": values})
+    return _write(folder, name, {title: [fusion_table(rows)]}, {**about, "table": title, "rows": values})
 
 
-def _write(folder: Path, name: str, text: str, values: dict[str, Any]) -> list[Path]:
-    page = files.write_text(folder / f"{name}.md", text)
-    return [files.write_json(folder / f"{name}.json", values), page]
-
-
-def _values(row: Row, base: Row) -> dict[str, Any]:
-    return {
-        **asdict(row),
-        "prefill_ratio": ratio(row, base, "prefill_ms"),
-        "decode_ratio": ratio(row, base, "decode_ms"),
-        "train_ratio": ratio(row, base, "train_ms"),
-        "cache_ratio": row.cache_bytes / base.cache_bytes,
-        "flop_ratio": row.prefill_flops / base.prefill_flops,
-        "bound_ratio": row.bound_ms / base.bound_ms,
-        "share_of_bound": _share_of_bound(row, base),
-    }
+def _write(folder: Path, name: str, pages: dict[str, list[Table]], values: dict[str, Any]) -> list[Path]:
+    parts = {title: "\n\n".join(markdown(*table) for table in tables) for title, tables in pages.items()}
+    text = "\n".join(f"### {title}\n\n{part}\n" for title, part in parts.items())
+    return [files.write_json(folder / f"{name}.json", values), files.write_text(folder / f"{name}.md", text)]
 
 
 def figure(rows: list[Row], title: str, path: Path) -> Path:

@@ -1,7 +1,5 @@
 """`merge` and `convert`: what the commands of the same names do, and one host's checkpoint as the other's."""
 
-from __future__ import annotations
-
 import functools
 import os
 from dataclasses import replace
@@ -18,9 +16,9 @@ from llava_patch.core.records import CONFIG_KEY, write_settings
 from llava_patch.hosts.anatomy import HF, LLAVA
 from llava_patch.hosts.configs import files_of
 from llava_patch.hosts.hf import whole_config
-from llava_patch.tools.convert import companions, configs, source
+from llava_patch.tools.convert import companions, source
 from llava_patch.tools.convert.plain import on_meta, without_patch
-from llava_patch.tools.convert.source import Checkpoint, check_samples, same_tower, tower_tensors
+from llava_patch.tools.convert.source import Checkpoint, check_samples, first_difference, tower_tensors
 
 TOWER_FOLDER = "vision_tower"
 VOCAB_MULTIPLE = 64
@@ -57,13 +55,10 @@ def convert(
     found = _read(folder, out, to, vision_tower)
     if found.host == to:
         raise CheckpointError(f"{found.name} is a checkpoint of {to} already")
-    if to == LLAVA:
-        return _write(to_llava(found, Path(out), vision_tower), Path(out), shard_bytes)
-    made = to_hf(found, vision_tower)
+    made = to_llava(found, Path(out), vision_tower) if to == LLAVA else to_hf(found, vision_tower)
     fusion = made.methods().get("fusion")
-    if fusion is not None:
-        handle = on_meta(made, fusion)
-        made = replace(made, files=(*made.files, handle.fit_files))
+    if to == HF and fusion is not None:
+        made = replace(made, files=(*made.files, on_meta(made, fusion).fit_files))
     return _write(made, Path(out), shard_bytes)
 
 
@@ -76,15 +71,8 @@ def merge(
 ) -> Path:
     """Write a plain checkpoint, which needs no llava_patch, where a patch can be expressed in one exactly.
 
-    Args:
-        folder: an adapter or a full patched checkpoint.
-        out: as in `convert`.
-        to: "hf" or "llava", to convert in the same go; None: the host that it is of.
-        vision_tower: as in `convert`.
-        shard_bytes: as in `convert`.
-
-    Returns:
-        The folder.
+    The folder is an adapter or a full patched checkpoint; `to` converts in the same go (None: the host that it is of).
+    All else is as in `convert`.
 
     Raises:
         CheckpointError: a stock checkpoint, or a patch that the stock model cannot express: says why and what to do.
@@ -131,9 +119,9 @@ def _write(made: Checkpoint, out: Path, shard_bytes: int) -> Path:
 
 def to_hf(found: Checkpoint, vision_tower: str | None) -> Checkpoint:
     """A llava checkpoint as one of HF."""
-    configs.check_convertible(found.config, LLAVA)
+    companions.check_convertible(found.config, LLAVA)
     place = vision_tower or found.config["mm_vision_tower"]
-    vision = configs.vision_config(place)
+    vision = companions.vision_config(place)
     tensors = dict(found.tensors)
     if not any(name.startswith("tower.") for name in tensors):
         tensors |= tower_tensors(place, vision)
@@ -142,26 +130,20 @@ def to_hf(found: Checkpoint, vision_tower: str | None) -> Checkpoint:
     rows = tensors[_EMBEDDINGS[0]]().shape[0]
     longest = max(rows, *(i + 1 for i in tokens.values()))
     vocab = -(-longest // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-    tensors |= {name: _lengthened(tensors[name], vocab) for name in _EMBEDDINGS if name in tensors}
-    config = configs.to_hf(found.config, vision, tokens, added, vocab)
-    write = functools.partial(
-        companions.write_hf, found, tokenizer=tokenizer, vision=vision, tower=place, pad_id=tokens[companions.PAD],
-        kind=config["text_config"]["model_type"],
-    )  # fmt: skip
+    tensors |= {k: functools.partial(_lengthened, tensors[k], vocab) for k in _EMBEDDINGS if k in tensors}
+    config = companions.hf_config(found.config, vision, tokens, added, vocab)
+    write = functools.partial(companions.write_hf, found, config, tokenizer, vision, place)
     return replace(found, host=HF, config=config, tensors=tensors, files=(write,))
 
 
 def to_llava(found: Checkpoint, out: Path, vision_tower: str | None) -> Checkpoint:
     """An HF checkpoint as one of llava."""
-    configs.check_convertible(found.config, HF)
+    companions.check_convertible(found.config, HF)
     rows, removed = companions.llava_vocabulary(found)
-    tensors = {k: _shortened(load, rows) if k in _EMBEDDINGS else load for k, load in found.tensors.items()}
-    config = configs.to_llava(found.config, "", rows)
-
-    def write(partial: Path) -> None:
-        companions.write_llava(found, partial, config, removed)
-
-    made = replace(found, host=LLAVA, config=config, tensors=tensors, files=(write,))
+    cut = {k: functools.partial(_shortened, load, rows) for k, load in found.tensors.items() if k in _EMBEDDINGS}
+    config = companions.llava_config(found.config, "", rows)
+    write = functools.partial(companions.write_llava, found, config, removed)
+    made = replace(found, host=LLAVA, config=config, tensors=found.tensors | cut, files=(write,))
     vision = whole_config(found.config).vision_config
     return with_tower_folder(made, out, vision_tower, vision, found.find("preprocessor_config.json"))
 
@@ -177,9 +159,9 @@ def with_tower_folder(
     """
     tower = {name: load for name, load in made.tensors.items() if name.startswith("tower.")}
     pointed = made.config["mm_vision_tower"]
-    config_of_tower = configs.vision_config(pointed) if vision is None else vision
+    config_of_tower = companions.vision_config(pointed) if vision is None else vision
     if vision_tower is not None:
-        differs = same_tower(tower, tower_tensors(vision_tower, configs.vision_config(vision_tower)))
+        differs = first_difference(tower, tower_tensors(vision_tower, companions.vision_config(vision_tower)))
         if differs is not None:
             raise CheckpointError(
                 f"--vision-tower {vision_tower}: {differs} differs from this checkpoint's; leave it out, so that the "
@@ -202,15 +184,12 @@ def with_tower_folder(
     return replace(made, config={**made.config, "mm_vision_tower": place}, tensors=left, files=files)
 
 
-def _lengthened(load: weights.Load, rows: int) -> weights.Load:
-    def longer() -> Tensor:
-        weight = load()
-        # The mean row: an added token is never likelier than every real one.
-        mean = weight.float().mean(0, keepdim=True).to(weight.dtype)
-        return torch.cat([weight, mean.expand(rows - weight.shape[0], -1)])
-
-    return longer
+def _lengthened(load: weights.Load, rows: int) -> Tensor:
+    weight = load()
+    # The mean row: an added token is never likelier than every real one.
+    mean = weight.float().mean(0, keepdim=True).to(weight.dtype)
+    return torch.cat([weight, mean.expand(rows - weight.shape[0], -1)])
 
 
-def _shortened(load: weights.Load, rows: int) -> weights.Load:
-    return lambda: load()[:rows]
+def _shortened(load: weights.Load, rows: int) -> Tensor:
+    return load()[:rows]

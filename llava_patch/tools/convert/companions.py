@@ -1,17 +1,34 @@
-"""A checkpoint's other files: tokenizer, image processor, chat template, generation settings, for either host."""
-
-from __future__ import annotations
+"""A checkpoint's files beside its weights, for either host: config.json, tokenizer, processors, generation settings."""
 
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import transformers
 
 from llava_patch.core.errors import CheckpointError
 from llava_patch.core.weights import locate, read_json, write_json
-from llava_patch.tools.convert.configs import ORIGINAL_KEY, plain
-from llava_patch.tools.convert.source import Checkpoint
+from llava_patch.hosts import compat
+from llava_patch.hosts.anatomy import LLAVA
+from llava_patch.hosts.hf import whole_config
+from llava_patch.hosts.llava import is_own, text_config
 
+if TYPE_CHECKING:
+    from llava_patch.tools.convert.source import Checkpoint
+
+ORIGINAL_KEY = "original_llava_config"
+"""What llava's config says and HF's has no place for is kept there in HF's, so that the way back restores it."""
+_FEATURES = {"patch": "default", "cls_patch": "full"}
+_DERIVED = {"mm_vision_tower", "mm_hidden_size", "mm_vision_select_layer", "mm_vision_select_feature"}
+# What LLaVA-1.5's own release says, for a checkpoint that never was llava's.
+_RELEASED = {
+    "freeze_mm_mlp_adapter": False, "image_aspect_ratio": "pad", "mm_use_im_patch_token": False,
+    "mm_use_im_start_end": False, "tune_mm_mlp_adapter": False, "unfreeze_mm_vision_tower": False, "use_mm_proj": True,
+    "pad_token_id": 0,
+}  # fmt: skip
+_NO_TILES = "conversion knows one tile an image (LLaVA-1.5), not anyres"
+_CLIP_ALONE = "conversion knows CLIP towers, which are what llava builds"
 IMAGE, PAD = "<image>", "<pad>"
 _TOKENIZER_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -39,10 +56,107 @@ CHAT_TEMPLATES = {
 }
 
 
-def hf_tokenizer(source: Checkpoint) -> tuple[Any, dict[str, int], list[str]]:
-    """A llava checkpoint's tokenizer with HF's "<image>" and "<pad>", their ids, and which of them it did not have."""
-    from transformers import AddedToken, AutoTokenizer
+def vision_config(source: str) -> Any:
+    """A CLIP tower's configuration, from a tower folder or hub name."""
+    values = read_json(source, "config.json")
+    if values is None:
+        raise CheckpointError(f"vision tower {source}: no config.json there; name its folder with --vision-tower")
+    if not str(values.get("model_type")).startswith("clip"):
+        raise CheckpointError(f"vision tower {source} is a {values.get('model_type')!r}: {_CLIP_ALONE}")
+    return transformers.CLIPVisionConfig(**values.get("vision_config") or values)
 
+
+def check_convertible(config: dict[str, Any], host: str) -> None:
+    """Refuse what the other host has no counterpart for."""
+    if host == LLAVA:
+        merge, aspect = config.get("mm_patch_merge_type") or "flat", config.get("image_aspect_ratio")
+        projector, feature = config.get("mm_projector_type", "linear"), config.get("mm_vision_select_feature", "patch")
+        faults = {
+            f"mm_patch_merge_type = {merge!r}, image_aspect_ratio = {aspect!r}: {_NO_TILES}": (
+                merge != "flat" or aspect == "anyres"
+            ),
+            f"mm_projector_type = {projector!r}: HF's projector is mlp2x_gelu only": projector != "mlp2x_gelu",
+            "s2 = True: HF has no multi-scale (S2) tower": config.get("s2"),
+            f"mm_vision_select_feature = {feature!r} is not known": feature not in _FEATURES,
+        }
+    else:
+        whole = whole_config(config)
+        vision, text, layer = whole.vision_config.model_type, whole.text_config.model_type, whole.vision_feature_layer
+        act, bias = whole.projector_hidden_act, whole.multimodal_projector_bias
+        faults = {
+            f"model_type = {whole.model_type!r}: {_NO_TILES}": whole.model_type != "llava",
+            f"vision_feature_layer = {layer}: llava's projector takes one layer, so this merged checkpoint stays on "
+            "HF; convert the patched one instead": not isinstance(layer, int),
+            f"its vision tower is a {vision!r}: {_CLIP_ALONE}": vision != "clip_vision_model",
+            f"its language model is a {text!r}: llava has llama and mistral": text not in ("llama", "mistral"),
+            f"projector_hidden_act = {act!r}, multimodal_projector_bias = {bias}: llava's mlp2x_gelu has gelu and "
+            "biases": act != "gelu" or not bias,
+        }
+    for fault, is_there in faults.items():
+        if is_there:
+            raise CheckpointError(fault)
+
+
+def hf_config(
+    config: dict[str, Any], vision: Any, tokens: dict[str, int], added: list[str], vocab: int
+) -> dict[str, Any]:
+    """The config.json of HF for a llava checkpoint."""
+    text = text_config(config)
+    original = {k: v for k, v in config.items() if is_own(k) and k not in _DERIVED}
+    original |= {"vocab_size": text.vocab_size, "pad_token_id": text.pad_token_id, "added_tokens": added}
+    text.vocab_size, text.pad_token_id = vocab, tokens["<pad>"]
+    text.architectures = [f"{text.model_type.capitalize()}ForCausalLM"]
+    stored = compat.stored_dtype(config)
+    dtype = {"torch_dtype": stored} if stored else {}
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_seq_length": (vision.image_size // vision.patch_size) ** 2,
+        "image_token_index": tokens["<image>"],
+        "pad_token_id": tokens["<pad>"],
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "tie_word_embeddings": bool(text.tie_word_embeddings),
+        "text_config": plain(text) | dtype,
+        "vision_config": {**plain(vision), "architectures": ["CLIPVisionModel"]},
+        "vision_feature_layer": config.get("mm_vision_select_layer", -2),
+        "vision_feature_select_strategy": _FEATURES[config.get("mm_vision_select_feature", "patch")],
+        **dtype,
+        ORIGINAL_KEY: original,
+    }
+
+
+def llava_config(config: dict[str, Any], tower: str, vocab: int) -> dict[str, Any]:
+    """The config.json of llava for an HF checkpoint."""
+    whole = whole_config(config)
+    kind, stored = whole.text_config.model_type, compat.stored_dtype(config)
+    original = {k: v for k, v in config.get(ORIGINAL_KEY, {}).items() if k != "added_tokens"}
+    return {
+        **plain(whole.text_config),
+        **({"torch_dtype": stored} if stored else {}),
+        "architectures": [f"Llava{kind.capitalize()}ForCausalLM"],
+        "model_type": f"llava_{kind}",
+        "mm_projector_type": "mlp2x_gelu",
+        **_RELEASED,
+        **original,
+        "vocab_size": vocab,
+        "mm_hidden_size": whole.vision_config.hidden_size,
+        "mm_vision_select_feature": {v: k for k, v in _FEATURES.items()}[whole.vision_feature_select_strategy],
+        "mm_vision_select_layer": whole.vision_feature_layer,
+        "mm_vision_tower": tower,
+    }
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """What a configuration object says beyond what every transformers configuration has by default, without dtype."""
+    default = transformers.PretrainedConfig().to_dict()
+    dropped = ("_name_or_path", "dtype", "torch_dtype", "transformers_version")
+    values = {k: v for k, v in config.to_dict().items() if k not in default or default[k] != v}
+    return {k: v for k, v in values.items() if k not in dropped} | {"model_type": config.model_type}
+
+
+def hf_tokenizer(source: "Checkpoint") -> tuple[Any, dict[str, int], list[str]]:
+    """A llava checkpoint's tokenizer with HF's "<image>" and "<pad>", their ids, and which of them it did not have."""
     place = source.find("tokenizer.model") or source.find("tokenizer.json")
     if place is None:
         raise CheckpointError(
@@ -50,75 +164,68 @@ def hf_tokenizer(source: Checkpoint) -> tuple[Any, dict[str, int], list[str]]:
             "copy the language model's into the folder"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place)
     except (ImportError, ValueError) as error:
         raise CheckpointError(
             f"{place}: the tokenizer cannot be loaded ({error}); if that is for want of a package: "
             "pip install sentencepiece protobuf"
         ) from error
     added = [name for name in (IMAGE, PAD) if name not in tokenizer.get_vocab()]
-    tokenizer.add_tokens(AddedToken(IMAGE, special=True, normalized=False), special_tokens=True)
+    tokenizer.add_tokens(transformers.AddedToken(IMAGE, special=True, normalized=False), special_tokens=True)
     tokenizer.add_special_tokens({"pad_token": PAD})
     return tokenizer, {name: tokenizer.convert_tokens_to_ids(name) for name in (IMAGE, PAD)}, added
 
 
-def write_hf(source: Checkpoint, out: Path, tokenizer: Any, vision: Any, tower: str, kind: str, pad_id: int) -> None:
+def write_hf(source: "Checkpoint", config: dict[str, Any], tokenizer: Any, vision: Any, tower: str, out: Path) -> None:
     """Tokenizer, processor, chat template and generation settings of an HF checkpoint."""
-    from transformers import LlavaProcessor
-    from transformers.models.llava.image_processing_llava import LlavaImageProcessor
-
     images = _clip_images(tower)
     if source.config.get("image_aspect_ratio") == "pad":  # HF has LLaVA's padding to a square in a class of its own
+        from transformers.models.llava.image_processing_llava import LlavaImageProcessor
+
         values = {k: v for k, v in images.to_dict().items() if k != "image_processor_type"}
         images = LlavaImageProcessor(**values, do_pad=True)
     tokenizer.padding_side = "left"  # for generation in batches, as HF's releases have it
-    feature = source.config.get("mm_vision_select_feature", "patch")
-    processor = LlavaProcessor(
+    transformers.LlavaProcessor(
         images, tokenizer, patch_size=vision.patch_size, num_additional_image_tokens=1,
-        vision_feature_select_strategy="default" if feature == "patch" else "full", chat_template=CHAT_TEMPLATES[kind],
-    )  # fmt: skip
-    processor.save_pretrained(out)
-    _generation(source, out, pad_id)
+        vision_feature_select_strategy=config["vision_feature_select_strategy"],
+        chat_template=CHAT_TEMPLATES[config["text_config"]["model_type"]],
+    ).save_pretrained(out)  # fmt: skip
+    _generation(source, out, config.get("pad_token_id"))
 
 
-def _generation(source: Checkpoint, out: Path, pad_id: int | None) -> None:
+def _generation(source: "Checkpoint", out: Path, pad_id: int | None) -> None:
     place = source.find("generation_config.json")
     if place is not None:
         values = read_json(place, "generation_config.json") or {}
         write_json(out / "generation_config.json", values | {"pad_token_id": pad_id})
 
 
-def llava_vocabulary(source: Checkpoint) -> tuple[int, list[str]]:
+def llava_vocabulary(source: "Checkpoint") -> tuple[int, list[str]]:
     """How many rows of HF's embedding are llava's, and the tokens that go with the rest."""
-    from transformers import AutoTokenizer
-
     original = source.config.get(ORIGINAL_KEY)
     if original is not None:
         return int(original["vocab_size"]), list(original["added_tokens"])
     place = source.find("tokenizer.json") or source.find("tokenizer.model")
     if place is None:
         raise CheckpointError(f"{source.name}: no tokenizer there, which says how many tokens the language model knows")
-    vocabulary = AutoTokenizer.from_pretrained(place).get_vocab()
+    vocabulary = transformers.AutoTokenizer.from_pretrained(place).get_vocab()
     added = [name for name in (IMAGE, PAD) if name in vocabulary]
     rows = 1 + max(i for name, i in vocabulary.items() if name not in added)
-    behind = [name for name in added if vocabulary[name] < rows]
-    if behind:
-        raise CheckpointError(
-            f"{source.name}: the tokenizer has tokens of its own behind {behind[0]}, so HF's cannot be cut off"
-        )
+    for name in added:
+        if vocabulary[name] < rows:
+            what = f"the tokenizer has tokens of its own behind {name}"
+            raise CheckpointError(f"{source.name}: {what}, so HF's cannot be cut off")
     return rows, added
 
 
-def write_llava(source: Checkpoint, out: Path, config: dict[str, Any], removed: list[str]) -> None:
+def write_llava(source: "Checkpoint", config: dict[str, Any], removed: list[str], out: Path) -> None:
     """Tokenizer, without the removed tokens (llava grows its embedding to its length), and generation settings."""
     for name in _TOKENIZER_FILES:
         path = source.path(name)
         if path is not None and name == "tokenizer.model":
             shutil.copyfile(path, out / name)
-        elif path is not None:
-            values = _without(name, json.loads(path.read_text(encoding="utf-8")), set(removed))
-            if values:
-                write_json(out / name, values)
+        elif path is not None and (values := _without(name, json.loads(path.read_text("utf-8")), set(removed))):
+            write_json(out / name, values)
     _generation(source, out, config.get("pad_token_id"))
 
 
@@ -165,9 +272,7 @@ def write_tower_files(place: str, folder: Path, vision: Any) -> None:
 
 def _clip_images(place: str) -> Any:
     """CLIP's image processor, without what other processors' files say beside its settings."""
-    from transformers import CLIPImageProcessor
-
-    images = CLIPImageProcessor.from_pretrained(place)
+    images = transformers.CLIPImageProcessor.from_pretrained(place)
     for name in ("do_pad", "_processor_class"):
         vars(images).pop(name, None)
     return images

@@ -4,8 +4,6 @@ HF's LLaVA takes several vision layers: it concatenates them on channels in fron
 channels is therefore a plain HF checkpoint. What adds nothing (zero columns, a split at the model's depth) is left out.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,6 +27,10 @@ logger = logging.getLogger("llava_patch")
 
 _FIRST = "projector.0.weight"
 _KEEP = "keep it patched: with llava_patch installed, the host's own from_pretrained loads it as it is"
+
+
+def _no_plain_form(found: Checkpoint, what: str, further: str = "") -> CheckpointError:
+    return CheckpointError(f"{found.name}: {what} does: it has no plain form; {_KEEP}{further}")
 
 
 def columns(handle: Handle) -> list[tuple[int, ...]]:
@@ -62,15 +64,11 @@ def without_patch(found: Checkpoint, target: str) -> Checkpoint:
     routing, pruning, fusion = (methods.get(kind) for kind in ("routing", "pruning", "fusion"))
     depth = int(configs.files_of(found.host).text_config(found.config).num_hidden_layers)
     if routing is not None and make_schedule(routing, None, depth).does_something:
-        raise CheckpointError(
-            f"{found.name}: {routing} sends image tokens around decoder layers, which no stock decoder does: it has no "
-            f"plain form; {_KEEP}"
-        )
+        raise _no_plain_form(found, f"{routing} sends image tokens around decoder layers, which no stock decoder")
     if pruning is not None and make_schedule(None, pruning, depth).does_something:
-        raise CheckpointError(
-            f"{found.name}: {pruning} takes image tokens out of the decoder, which no stock decoder does: it has no "
-            f"plain form; {_KEEP} (it has no weights of its own: without it, merge the checkpoint that it was put on)"
-        )
+        what = f"{pruning} takes image tokens out of the decoder, which no stock decoder"
+        further = " (it has no weights of its own: without it, merge the checkpoint that it was put on)"
+        raise _no_plain_form(found, what, further)
     plain = replace(found, record=None)
     return plain if fusion is None else _without_fusion(plain, fusion, target)
 
@@ -78,17 +76,17 @@ def without_patch(found: Checkpoint, target: str) -> Checkpoint:
 def _without_fusion(found: Checkpoint, fusion: Fusion, target: str) -> Checkpoint:
     name = type(fusion).__name__
     if fusion.merge_size != 1:
-        raise CheckpointError(
-            f"{found.name}: {name}.merge_size = {fusion.merge_size} joins neighbouring patches, which no stock "
-            f"projector does: it has no plain form; {_KEEP}"
-        )
+        what = f"{name}.merge_size = {fusion.merge_size} joins neighbouring patches, which no stock projector"
+        raise _no_plain_form(found, what)
     if isinstance(fusion, DenseConnector) and fusion.kind == "sti":
-        raise CheckpointError(
-            f'{found.name}: DenseConnector.kind = "sti" appends visual tokens, which no stock model does: it has no '
-            f"plain form; {_KEEP}"
-        )
+        raise _no_plain_form(found, 'DenseConnector.kind = "sti" appends visual tokens, which no stock model')
     if isinstance(fusion, DeepStack):
-        return _without_stack(found)
+        stack = {k: load for k, load in found.tensors.items() if k.startswith("stack.")}
+        last = max(int(k.split(".")[1]) for k in stack)
+        if any(load().any() for k, load in stack.items() if k.startswith(f"stack.{last}.")):
+            what = "its DeepStack has learnt, and adds features inside the decoder, which no stock decoder"
+            raise _no_plain_form(found, what)
+        return replace(found, tensors={k: load for k, load in found.tensors.items() if k not in stack})
     weight, width = found.tensors[_FIRST](), configs.files_of(found.host).feature_width(found.config)
     if not weight[:, width:].any():
         logger.warning("%s: the columns of %s are all zero: nothing of it is left in the merged one", found.name, name)
@@ -99,10 +97,9 @@ def _without_fusion(found: Checkpoint, fusion: Fusion, target: str) -> Checkpoin
             f"whose model takes several, or {_KEEP}"
         )
     groups = columns(on_meta(found, fusion))
-    if weight.shape[1] != (1 + len(groups)) * width:
-        raise CheckpointError(
-            f"{found.name}: its projector takes {weight.shape[1]} channels, {fusion} makes {(1 + len(groups)) * width}"
-        )
+    takes, makes = weight.shape[1], (1 + len(groups)) * width
+    if takes != makes:
+        raise CheckpointError(f"{found.name}: its projector takes {takes} channels, {fusion} makes {makes}")
     merged = _with_projector(found, lambda: spread(found.tensors[_FIRST](), width, groups))
     main = whole_config(found.config).vision_feature_layer
     # Blocks are counted as HF counts hidden states: 0 is the embedding. The main one stays as the config has it (-2).
@@ -112,17 +109,6 @@ def _without_fusion(found: Checkpoint, fusion: Fusion, target: str) -> Checkpoin
 
 def _with_projector(found: Checkpoint, load: Any) -> Checkpoint:
     return replace(found, tensors={**found.tensors, _FIRST: load})
-
-
-def _without_stack(found: Checkpoint) -> Checkpoint:
-    stack = {k: load for k, load in found.tensors.items() if k.startswith("stack.")}
-    last = max(int(k.split(".")[1]) for k in stack)
-    if any(load().any() for k, load in stack.items() if k.startswith(f"stack.{last}.")):
-        raise CheckpointError(
-            f"{found.name}: its DeepStack has learnt, and adds features inside the decoder, which no stock decoder "
-            f"does: it has no plain form; {_KEEP}"
-        )
-    return replace(found, tensors={k: load for k, load in found.tensors.items() if k not in stack})
 
 
 def on_meta(found: Checkpoint, fusion: Fusion) -> Handle:

@@ -3,8 +3,6 @@
 It must hold what its configuration and settings call for, and nothing else.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil
@@ -14,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import transformers
 
 from llava_patch.core.errors import CheckpointError
 from llava_patch.core.records import FORMAT, base_of
@@ -26,7 +24,7 @@ from llava_patch.hosts.host import is_computed
 from llava_patch.patching import checkpoint as patched
 from llava_patch.patching.keys import check_values
 from llava_patch.settings.methods import DeepStack, from_record
-from llava_patch.tools.convert.configs import vision_config
+from llava_patch.tools.convert.companions import vision_config
 
 _LASTING = ("format", "fusion", "routing", "pruning", "trained_tower")
 _OTHER_CLIP_PARTS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
@@ -38,16 +36,12 @@ class Checkpoint:
 
     host: str  # "llava" or "hf"
     config: dict[str, Any]  # its config.json, without our key
-    # our settings ("format", "fusion", "routing", "pruning"); None for a stock checkpoint
-    record: dict[str, Any] | None
-    # neutral name: a function that reads it. On llava without the vision tower, unless the checkpoint's own weights are
-    # what its loader uses
-    tensors: Tensors
+    record: dict[str, Any] | None  # our settings (format, fusion, routing, pruning); None for a stock checkpoint
+    tensors: Tensors  # by neutral names; on llava without the tower, unless its loader takes that from the checkpoint
     sources: tuple[str, ...]  # folders or hub names that its other files are taken from, the first one that has a file
     # what an adapter's fingerprint says of a tower that llava keeps in a folder of its own
     tower_samples: dict[str, list[float]] = field(default_factory=dict)
-    # what writes the files beside weights and configuration into a folder
-    files: tuple[Callable[[Path], None], ...] = ()
+    files: tuple[Callable[[Path], None], ...] = ()  # what writes the files beside weights and configuration
 
     @property
     def name(self) -> str:
@@ -109,11 +103,10 @@ def read(folder: str | os.PathLike[str], vision_tower: str | None = None) -> Che
             below = {k: v for k, v in below.items() if not k.startswith("tower.")}
             if any(k.startswith("tower.") for k in own):
                 below |= tower_tensors(tower, vision_config(tower))
-        fingerprint = settings.get("fingerprint", {})
-        samples = {str(configs.files_of(host).neutral(name)): values for name, values in fingerprint.items()}
-        later = host == LLAVA and not any(k.startswith("tower.") for k in below)
-        check_samples(below, {k: v for k, v in samples.items() if not (later and k.startswith("tower."))}, source)
-        samples = {k: v for k, v in samples.items() if later and k.startswith("tower.")}
+        fingerprint = {str(configs.files_of(host).neutral(k)): v for k, v in settings.get("fingerprint", {}).items()}
+        if host == LLAVA and not any(k.startswith("tower.") for k in below):
+            samples = {k: v for k, v in fingerprint.items() if k.startswith("tower.")}
+        check_samples(below, {k: v for k, v in fingerprint.items() if k not in samples}, source)
         tensors = below | own
     else:
         tensors = _neutral(open_weights(source), host, source)
@@ -139,16 +132,12 @@ def _neutral(tensors: Tensors, host: str, source: str) -> Tensors:
 
 def check_complete(found: Checkpoint, source: str, tower: str) -> None:
     """Compare names and shapes with what the configuration and the settings call for."""
-    from transformers import AutoModelForCausalLM
-
-    text = configs.files_of(found.host).text_config(found.config)
-    with torch.device("meta"):
-        language = _stored(AutoModelForCausalLM.from_config(text))
+    text, shapes = configs.files_of(found.host).text_config(found.config), shapes_of(found.tensors)
+    language = _shapes_by(transformers.AutoModelForCausalLM, text)
     expected = {"decoder." + name.removeprefix("model."): shape for name, shape in language.items()}
     expected["head.weight"] = expected.pop("decoder.lm_head.weight")
     if text.tie_word_embeddings and "head.weight" not in found.tensors:
         del expected["head.weight"]
-    shapes = shapes_of(found.tensors)
     routing = found.methods().get("routing")
     side = 0 if routing is None or routing.split == text.num_hidden_layers else routing.side_layers
     for name in [n for n in expected if n.startswith("decoder.layers.0.")]:
@@ -157,7 +146,8 @@ def check_complete(found: Checkpoint, source: str, tower: str) -> None:
     compare({k: v for k, v in shapes.items() if k.startswith(("decoder.", "head."))}, expected, source)
     if found.host == HF or found.reads_own_tower():
         vision = whole_config(found.config).vision_config if found.host == HF else vision_config(tower)
-        compare({k: v for k, v in shapes.items() if k.startswith("tower.")}, _expected_tower(vision), source)
+        expected = _shapes_by(transformers.AutoModel, vision, "tower.")
+        compare({k: v for k, v in shapes.items() if k.startswith("tower.")}, expected, source)
     _check_projectors(found, shapes, int(text.hidden_size), source)
 
 
@@ -186,15 +176,11 @@ def _check_projectors(found: Checkpoint, shapes: dict[str, torch.Size], hidden: 
     compare({k: v for k, v in shapes.items() if not k.startswith(("decoder.", "head.", "tower."))}, expected, source)
 
 
-def _expected_tower(vision: Any) -> dict[str, torch.Size]:
-    from transformers import AutoModel
-
+def _shapes_by(kind: Any, config: Any, prefix: str = "") -> dict[str, torch.Size]:
+    """Names and shapes of what a model of this configuration stores."""
     with torch.device("meta"):
-        return {f"tower.{name}": shape for name, shape in _stored(AutoModel.from_config(vision)).items()}
-
-
-def _stored(model: nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in model.state_dict().items() if not is_computed(name)}
+        tensors = kind.from_config(config).state_dict()
+    return {prefix + name: tensor.shape for name, tensor in tensors.items() if not is_computed(name)}
 
 
 def shapes_of(tensors: Tensors) -> dict[str, torch.Size]:
@@ -230,16 +216,15 @@ def tower_tensors(source: str, vision: Any) -> Tensors:
         for name, load in open_weights(source).items()
         if not name.startswith(_OTHER_CLIP_PARTS) and not is_computed(name)
     }
-    compare(shapes_of(tensors), _expected_tower(vision), source)
+    compare(shapes_of(tensors), _shapes_by(transformers.AutoModel, vision, "tower."), source)
     return tensors
 
 
-def equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same, one perhaps rounded to the other's precision (llava casts its tower)."""
-    narrow = min((one.dtype, other.dtype), key=lambda dtype: torch.finfo(dtype).bits)
-    return one.shape == other.shape and torch.equal(one.to(narrow), other.to(narrow))
-
-
-def same_tower(one: Tensors, other: Tensors) -> str | None:
-    """The first tensor that differs between two towers; None when they are the same."""
-    return next((name for name, load in one.items() if name not in other or not equal(load(), other[name]())), None)
+def first_difference(one: Tensors, other: Tensors) -> str | None:
+    """The first tensor that differs between two towers; one may be rounded to the other's precision, as llava's are."""
+    for name, load in one.items():
+        pair = load(), other[name]() if name in other else torch.empty(0)
+        narrow = min((tensor.dtype for tensor in pair), key=lambda dtype: torch.finfo(dtype).bits)
+        if not torch.equal(*(tensor.to(narrow) for tensor in pair)):
+            return name
+    return None

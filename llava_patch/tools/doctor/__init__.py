@@ -3,8 +3,6 @@
 The checks return rows and print nothing; the command shows them.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"

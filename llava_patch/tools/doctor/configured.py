@@ -1,7 +1,5 @@
 """What environment and gin options ask for, what that would patch, and what of it would be ignored."""
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import io

@@ -1,7 +1,5 @@
 """All of the doctor's checks, in the order in which they are read, and what loading one checkpoint here would do."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Sequence

@@ -6,8 +6,6 @@ as JSON. An import inside a function whose package is not installed belongs to a
 whose package is there but no longer has that module or name would end a run in the middle.
 """
 
-from __future__ import annotations
-
 import ast
 import importlib
 import importlib.util

@@ -1,7 +1,5 @@
 """GPU, precision, CPU, memory and disk."""
 
-from __future__ import annotations
-
 import os
 import shutil
 

@@ -1,7 +1,5 @@
 """Installed versions against those that llava_patch was run with, and the imports that its hosts make."""
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import json

@@ -1,7 +1,5 @@
 """Python, packages, hosts, attention backends and the start-up hook."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import re

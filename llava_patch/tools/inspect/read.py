@@ -1,7 +1,5 @@
 """Reads what a checkpoint folder is: host, form, settings, added tensors, base, and what its settings let train."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What an inspection found, in words and as JSON."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Any

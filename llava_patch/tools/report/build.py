@@ -3,8 +3,6 @@
 The page is one HTML file that refers to nothing outside itself.
 """
 
-from __future__ import annotations
-
 import base64
 import datetime
 import json

@@ -3,8 +3,6 @@
 R-Probe was measured before: a probe takes longer than a report.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

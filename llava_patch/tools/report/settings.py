@@ -1,7 +1,5 @@
 """How much each section of a report measures."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 
 from llava_patch.settings.checks import integer

@@ -1,7 +1,5 @@
 """`llava-patch sweep`: plan, run what is still to do, and show what came out."""
 
-from __future__ import annotations
-
 import shlex
 import time
 from collections.abc import Sequence
@@ -15,7 +13,6 @@ from llava_patch.core.terminal import show
 from llava_patch.tools.sweep import process, record, summary
 from llava_patch.tools.sweep.figures import bubble_figure, sweep_figure
 from llava_patch.tools.sweep.plan import Run, make_plan, read_sweep
-from llava_patch.tools.sweep.summary import Result
 
 PLACE = "{checkpoint}"
 
@@ -42,26 +39,33 @@ def sweep(
             console.print(line, highlight=False, soft_wrap=True)
         return True
     results = [summary.with_scores(result, plan.scores) for result in _run_all(runs, done, evaluate)]
-    written = [summary.write_results(output / "results.json", results, command, evaluate)]
-    written.append(summary.write_markdown(output / "table.md", results))
+    written = [
+        summary.write_results(output / "results.json", results, command, evaluate),
+        summary.write_markdown(output / "table.md", results),
+    ]
     if summary.measured(results):
         written.append(sweep_figure(results, output / "sweep.png"))
         bubbles = bubble_figure(results, output / "bubbles.png", plan.scores)
         written += [bubbles] if bubbles is not None else []
-    show(console, *summary.mean_rows(results), [], "Mean ± std over seeds")
-    show(console, *summary.seed_rows(results), summary.notes(results), "Each seed")
-    for line in [*(f"wrote {path}" for path in written), *summary.missing_scores(results, plan.scores)]:
+    means, seeds_table = summary.tables(results).values()
+    show(console, *means, [], "Mean ± std over seeds")
+    show(console, *seeds_table, summary.notes(results), "Each seed")
+    lines, found = [f"wrote {path}" for path in written], set(summary.measured(results))
+    for name, metrics in plan.scores.items():
+        if name not in found:
+            wanting = ", ".join(sorted(set(metrics) - found))
+            lines.append(f"Sweep.scores: {name} is not there, for want of {wanting}.")
+    for line in lines:
         console.print(line, highlight=False, markup=False)
     return all(result.error is None for result in results)
 
 
-def _known(run: Run, evaluate: str | None) -> Result | None:
-    loss = record.finished(run)
-    metrics = {} if evaluate is None else record.evaluated(run, evaluate)
-    return None if loss is None or metrics is None else Result(run, loss, metrics)
+def _known(run: Run, evaluate: str | None) -> summary.Result | None:
+    loss, metrics = record.finished(run), record.evaluated(run, evaluate)
+    return None if loss is None or metrics is None else summary.Result(run, loss, metrics)
 
 
-def _run_all(runs: Sequence[Run], done: Sequence[Result | None], evaluate: str | None) -> list[Result]:
+def _run_all(runs: Sequence[Run], done: Sequence[summary.Result | None], evaluate: str | None) -> list[summary.Result]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     results = []
     with Progress(*columns, console=Console(stderr=True)) as progress, process.signals_interrupt():
@@ -79,32 +83,24 @@ def _run_all(runs: Sequence[Run], done: Sequence[Result | None], evaluate: str |
     return results
 
 
-def _attempt(run: Run, evaluate: str | None) -> Result:
+def _attempt(run: Run, evaluate: str | None) -> summary.Result:
     try:
         with process.lock(run.folder) as descriptor:
-            loss = record.finished(run) or _train(run, descriptor)
-            metrics = {} if evaluate is None else record.evaluated(run, evaluate)
-            if metrics is None and evaluate is not None:
-                metrics = _evaluate(run, evaluate, descriptor)
+            loss = record.finished(run)
+            if loss is None:
+                record.begin(run)
+                started = time.monotonic()
+                process.execute(run.command, run.folder / "train.log", descriptor)
+                loss = record.final_loss(record.trainer_state(run.folder))
+                record.finish(run, loss, time.monotonic() - started)
+            metrics = record.evaluated(run, evaluate)
+            if metrics is None:
+                folder = run.folder / record.EVALUATION
+                earlier = frozenset(record.result_files(folder))
+                words = [word.replace(PLACE, str(run.folder)) for word in shlex.split(evaluate or "")]
+                process.execute([*words, "--output_path", str(folder)], run.folder / "evaluate.log", descriptor)
+                metrics = record.metrics(folder, earlier)
+                record.finish_evaluation(run, evaluate, metrics)
     except RunError as error:
-        return Result(run, error=str(error))
-    return Result(run, loss, metrics or {})
-
-
-def _train(run: Run, descriptor: int) -> record.FinalLoss:
-    record.begin(run)
-    started = time.monotonic()
-    process.execute(run.command, run.folder / "train.log", descriptor)
-    loss = record.final_loss(record.trainer_state(run.folder))
-    record.finish(run, loss, time.monotonic() - started)
-    return loss
-
-
-def _evaluate(run: Run, evaluate: str, descriptor: int) -> dict[str, float]:
-    folder = run.folder / record.EVALUATION
-    earlier = frozenset(record.result_files(folder))
-    words = [word.replace(PLACE, str(run.folder)) for word in shlex.split(evaluate)]
-    process.execute([*words, "--output_path", str(folder)], run.folder / "evaluate.log", descriptor)
-    metrics = record.metrics(folder, earlier)
-    record.finish_evaluation(run, evaluate, metrics)
-    return metrics
+        return summary.Result(run, error=str(error))
+    return summary.Result(run, loss, metrics)

@@ -4,18 +4,17 @@ The bubble chart shows how much each point is better or worse than the baseline,
 and R-Probe": stride on one axis, detached layers on the other, size and colour of a bubble for its difference.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import re
 import textwrap
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llava_patch.core.extras import optional
 from llava_patch.core.plotting import TITLE, panel_grid, write_figure
+from llava_patch.settings.checks import is_number
 from llava_patch.tools.sweep.record import FINAL_STEPS
 from llava_patch.tools.sweep.settings import describe
 from llava_patch.tools.sweep.summary import LOSS, Result, Spread, bindings, by_point, measured, spreads
@@ -37,13 +36,12 @@ def sweep_figure(results: Sequence[Result], path: Path) -> Path:
     figure, axes = panel_grid(len(names))
     swept = [result for result in results if not result.run.baseline]
     baseline = spreads([result for result in results if result.run.baseline])
-    key = next(iter(swept[0].run.point))
-    seeds = sorted({result.run.seed for result in results})
     for axis, name in zip(axes, names, strict=True):
-        _lines(axis, swept, key, name)
+        _lines(axis, swept, name)
         if name in baseline:
             axis.axhline(baseline[name].mean, color="0.4", ls="--", lw=1.2, label="baseline", zorder=1)
             axis.legend()
+    seeds = sorted({result.run.seed for result in results})
     word = "seed" if len(seeds) == 1 else "seeds"
     figure.suptitle(
         f"Sweep of {', '.join(bindings(swept))} ({word} {', '.join(map(str, seeds))})"
@@ -53,14 +51,15 @@ def sweep_figure(results: Sequence[Result], path: Path) -> Path:
     return write_figure(figure, path)
 
 
-def _lines(axis: Any, results: Sequence[Result], key: str, name: str) -> None:
+def _lines(axis: Any, results: Sequence[Result], name: str) -> None:
+    key = next(iter(results[0].run.point))
     lines: dict[str, list[tuple[Any, list[float]]]] = {}
     for point, group in by_point(results):
         others = describe({k: v for k, v in point.items() if k != key})
         values = [result.values()[name] for result in group if name in result.values()]
         lines.setdefault(others, []).append((point[key], values))
     swept = list(dict.fromkeys(value for points in lines.values() for value, _ in points))
-    numeric = all(map(_is_number, swept))
+    numeric = all(map(is_number, swept))
     place = {value: value if numeric else i for i, value in enumerate(swept)}
     gap = min((b - a for a, b in itertools.pairwise(sorted(place.values()))), default=1)
     for i, (others, points) in enumerate(lines.items()):
@@ -103,13 +102,8 @@ def swept_numbers(results: Sequence[Result]) -> tuple[str, str] | None:
         return None
     values = {key: [result.run.point.get(key) for result in grid] for key in bindings(grid)}
     swept = [key for key, found in values.items() if len(set(map(repr, found))) > 1]
-    if len(swept) != 2 or not all(map(_is_number, values[swept[0]] + values[swept[1]])):
-        return None
-    return swept[0], swept[1]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    numbers = len(swept) == 2 and all(map(is_number, values[swept[0]] + values[swept[1]]))
+    return (swept[0], swept[1]) if numbers else None
 
 
 def bubble_figure(results: Sequence[Result], path: Path, scores: Collection[str] = ()) -> Path | None:
@@ -121,40 +115,31 @@ def bubble_figure(results: Sequence[Result], path: Path, scores: Collection[str]
         return None
     if set(scores) & set(names):
         names = [name for name in names if name == LOSS or name in scores]
-    points = [(point, group) for point, group in by_point(results) if not group[0].run.baseline]
-    places = tuple({v: i for i, v in enumerate(sorted({point[key] for point, _ in points}))} for key in keys)
-    width, height = max(4.0, 1.0 + 0.7 * (1 + len(places[0]))), max(3.0, 1.2 + 0.4 * len(places[1]))
-    figure, axes = panel_grid(len(names), width, height)
+    points = [(point, spreads(group)) for point, group in by_point(results) if not group[0].run.baseline]
+    places = {key: {v: i for i, v in enumerate(sorted({point[key] for point, _ in points}))} for key in keys}
+    (x, y), (columns, rows) = keys, map(len, places.values())
+    figure, axes = panel_grid(len(names), max(4.0, 1.0 + 0.7 * (1 + columns)), max(3.0, 1.2 + 0.4 * rows))
     for axis, name in zip(axes, names, strict=True):
         means = [
-            (point[keys[0]], point[keys[1]], spreads(group)[name].mean if name in spreads(group) else math.nan)
-            for point, group in points
+            (places[x][point[x]], places[y][point[y]], found[name].mean if name in found else math.nan)
+            for point, found in points
         ]
-        _bubbles(axis, name, keys, places, means, baseline[name].mean)
+        _bubbles(axis, name, places, means, baseline[name].mean)
     seeds = max(len(group) for _, group in by_point(results))
-    seeds_text = "One seed a point." if seeds == 1 else f"Means of up to {seeds} seeds."
-    title = (
-        f"Difference to the baseline (yellow): green better, red worse; area by its size. Cross: failed. {seeds_text}"
-    )
+    title = "Difference to the baseline (yellow): green better, red worse; area by its size. Cross: failed. "
+    title += "One seed a point." if seeds == 1 else f"Means of up to {seeds} seeds."
     figure.suptitle(textwrap.fill(title, 50 * min(3, len(names))), fontsize=TITLE)
     return write_figure(figure, path)
 
 
 def _bubbles(
-    axis: Any,
-    name: str,
-    keys: tuple[str, str],
-    places: tuple[dict[Any, int], ...],
-    means: Sequence[tuple[Any, Any, float]],
-    baseline: float,
+    axis: Any, name: str, places: Mapping[str, dict[Any, int]], means: Sequence[tuple[int, int, float]], baseline: float
 ) -> None:
-    matplotlib = optional("matplotlib")
-
     sign = -1 if lower_is_better(name) else 1
     largest = max((abs(mean - baseline) for *_, mean in means if math.isfinite(mean)), default=0.0) or 1.0
-    colors = matplotlib.colormaps[COLORS]
-    for horizontal, vertical, mean in means:
-        x, y = places[0][horizontal], places[1][vertical]
+    digits = max(0, 1 - math.floor(math.log10(largest)))  # as many as tell the differences of a panel apart
+    colors = optional("matplotlib").colormaps[COLORS]
+    for x, y, mean in means:
         if not math.isfinite(mean):
             axis.plot(x, y, "x", color="0.4", ms=9, mew=2)
             continue
@@ -162,25 +147,16 @@ def _bubbles(
         area = SMALLEST + (LARGEST - SMALLEST) * abs(difference) / largest
         color = colors(0.5 + RANGE * sign * difference / largest)
         axis.scatter([x], [y], s=area, color=[color], edgecolors="0.25", linewidths=0.8, zorder=3)
-        radius = math.sqrt(area / math.pi)
         # Beside the bubble: inside it would be wider than a small one, and unreadable on dark green.
-        axis.annotate(
-            _signed(difference, largest), (x, y), (radius + 2, 0), textcoords="offset points", va="center", **TEXT
-        )
+        beside = (math.sqrt(area / math.pi) + 2, 0)
+        axis.annotate(f"{difference:+.{digits}f}", (x, y), beside, textcoords="offset points", va="center", **TEXT)
     axis.scatter([-1], [0], s=4 * SMALLEST, color=[colors(0.5)], edgecolors="0.25", linewidths=0.8, zorder=3)
     axis.annotate(f"{baseline:.4g}", (-1, 0), (0, 11), textcoords="offset points", ha="center", **TEXT)
     axis.axvline(-0.5, color="0.8", lw=1)
-    axis.set_xticks([-1, *places[0].values()], ["baseline", *map(str, places[0])])
-    axis.set_yticks(list(places[1].values()), list(map(str, places[1])))
-    axis.set_xlim(-1.6, len(places[0]) - 0.15)
-    axis.set_ylim(-0.7, len(places[1]) - 0.3)
-    axis.set_xlabel(AXES.get(keys[0], keys[0]))
-    axis.set_ylabel(AXES.get(keys[1], keys[1]))
+    (across, columns), (up, rows) = places.items()
+    axis.set_xticks([-1, *columns.values()], ["baseline", *map(str, columns)])
+    axis.set_yticks(list(rows.values()), list(map(str, rows)))
+    axis.set(xlim=(-1.6, len(columns) - 0.15), ylim=(-0.7, len(rows) - 0.3))
+    axis.set(xlabel=AXES.get(across, across), ylabel=AXES.get(up, up))
     axis.set_title(f"{_title(name)} ({'lower' if sign < 0 else 'higher'} is better)")
     axis.set_axisbelow(True)
-
-
-def _signed(difference: float, largest: float) -> str:
-    """As many digits as tell the differences of a panel apart."""
-    digits = max(0, 1 - math.floor(math.log10(largest)))
-    return f"{difference:+.{digits}f}"

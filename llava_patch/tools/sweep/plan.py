@@ -1,7 +1,6 @@
 """Which runs a sweep consists of, and everything about them that can be checked before the first one starts."""
 
-from __future__ import annotations
-
+import itertools
 import os
 import shutil
 from collections.abc import Sequence
@@ -70,15 +69,13 @@ def make_plan(sweep: Sweep, seeds: Sequence[int], output: Path, command: Sequenc
         settings = _settings(point, [*own_files, *sweep.gin_files], [*own_params, *params])
         name = folder_name(point)
         other = folders.setdefault(name, point)
-        if other is not point and other == point:
-            raise SettingError(f"Sweep.grid: {describe(point)} is there twice")
         if other is not point:
-            raise SettingError(f"Sweep.grid: {describe(point)} and {describe(other)} would share the folder {name}")
-        files = [word for file in sweep.gin_files for word in (active.FILE_FLAG, file)]
-        bindings = [word for param in params for word in (active.PARAM_FLAG, param)]
+            shared = f"and {describe(other)} would share the folder {name}" if other != point else "is there twice"
+            raise SettingError(f"Sweep.grid: {describe(point)} {shared}")
+        flags = [*((active.FILE_FLAG, file) for file in sweep.gin_files), *((active.PARAM_FLAG, one) for one in params)]
         for seed in seeds:
             folder = output / name / f"seed{seed}"
-            added = (*files, *bindings, "--seed", str(seed), "--output_dir", str(folder))
+            added = (*itertools.chain(*flags), "--seed", str(seed), "--output_dir", str(folder))
             runs.append(Run(point, seed, folder, tuple(command), added, settings, point == sweep.baseline))
     return runs
 

@@ -1,7 +1,5 @@
 """Runs one command of a sweep: output into a log, no second command in the same folder, nothing left running."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os
@@ -51,28 +49,20 @@ def execute(command: Sequence[str], log: Path, descriptor: int) -> None:
         try:
             code = process.wait()
         finally:
-            if process.poll() is None:
-                _stop(process)
+            for sign in (signal.SIGTERM, signal.SIGKILL) if process.poll() is None else ():
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, sign)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE_SECONDS)
+                    break
     if code != 0:
         how = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
-        raise RunError(f"ended with {how}; the end of {log}:\n{_tail(log, start)}")
-
-
-def _stop(process: subprocess.Popen) -> None:
-    for sign in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, sign)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE_SECONDS)
-            return
-
-
-def _tail(log: Path, start: int) -> str:
-    with log.open("rb") as stream:
-        stream.seek(max(start, os.path.getsize(log) - 20_000))
-        text = stream.read().decode(errors="replace")
-    lines = text.replace("\r", "\n").splitlines()  # progress bars rewrite their line
-    return "\n".join(f"    {line}" for line in lines[-TAIL_LINES:]) or "    (no output)"
+        with log.open("rb") as written:
+            written.seek(max(start, os.path.getsize(log) - 20_000))
+            text = written.read().decode(errors="replace")
+        lines = text.replace("\r", "\n").splitlines()  # progress bars rewrite their line
+        tail = "\n".join(f"    {line}" for line in lines[-TAIL_LINES:]) or "    (no output)"
+        raise RunError(f"ended with {how}; the end of {log}:\n{tail}")
 
 
 @contextlib.contextmanager

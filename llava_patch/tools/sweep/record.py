@@ -4,8 +4,6 @@ The record makes a sweep resumable without guessing: a run that is finished is n
 goes on in its folder, and a folder of another sweep is refused.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,13 +11,12 @@ from typing import Any
 
 from llava_patch.core.errors import RunError, SettingError
 from llava_patch.core.files import write_json
+from llava_patch.settings.checks import is_number
 from llava_patch.tools.sweep.plan import Run
 
 EVALUATION = "evaluation"
 FILE, EVALUATION_FILE = "llava_patch_sweep.json", "llava_patch_sweep_evaluation.json"
 FORMAT = 1
-
-
 FINAL_STEPS = 50
 """Optimizer steps that the final loss is averaged over (the DPVR paper's number)."""
 
@@ -37,16 +34,15 @@ def trainer_state(folder: Path) -> Path:
     """The trainer_state.json of a training that came to its end: its own, or its last checkpoint's."""
     checkpoints = [p for p in folder.glob("checkpoint-*") if p.name.split("-")[-1].isdigit()]
     latest = sorted(checkpoints, key=lambda p: int(p.name.split("-")[-1]), reverse=True)
-    for path in (candidate / "trainer_state.json" for candidate in (folder, *latest)):
-        if path.is_file():
-            done, steps = (_left(path).get(key) for key in ("global_step", "max_steps"))
-            # The Trainer writes its own at the end; a checkpoint is also left by a training that broke off.
-            if path.parent != folder and isinstance(steps, int) and isinstance(done, int) and done < steps:
-                raise RunError(
-                    f"{path}: the command ended well but left a training that broke off at step {done} of {steps}"
-                )
-            return path
-    raise RunError(f"{folder}: the command ended well but left no trainer_state.json; does it honour --output_dir?")
+    places = (candidate / "trainer_state.json" for candidate in (folder, *latest))
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise RunError(f"{folder}: the command ended well but left no trainer_state.json; does it honour --output_dir?")
+    done, steps = (_left(path).get(key) for key in ("global_step", "max_steps"))
+    # The Trainer writes its own at the end; a checkpoint is also left by a training that broke off.
+    if path.parent != folder and isinstance(steps, int) and isinstance(done, int) and done < steps:
+        raise RunError(f"{path}: the command ended well but left a training that broke off at step {done} of {steps}")
+    return path
 
 
 def _left(path: Path) -> dict[str, Any]:
@@ -84,7 +80,11 @@ def metrics(folder: Path, known: frozenset[Path] = frozenset()) -> dict[str, flo
     files = sorted(set(result_files(folder)) - known)
     for path in files:
         for task, values in _left(path).get("results", {}).items():
-            found.update(_numbers(task, values))
+            for key, value in values.items():
+                metric, _, variant = key.partition(",")
+                if "_stderr" not in metric and is_number(value):
+                    name = metric if variant in ("", "none") else f"{metric} ({variant})"
+                    found[f"{task}/{name}"] = float(value)
     if not found:
         read = f"read {', '.join(map(str, files))}" if files else "no *results.json there"
         raise RunError(f"{folder}: the evaluation command ended well but left no metric ({read})")
@@ -94,17 +94,6 @@ def metrics(folder: Path, known: frozenset[Path] = frozenset()) -> dict[str, flo
 def result_files(folder: Path) -> list[Path]:
     """lmms-eval's aggregated results below a folder."""
     return sorted(folder.rglob("*results.json"))
-
-
-def _numbers(task: str, values: dict[str, Any]) -> dict[str, float]:
-    numbers = {}
-    for key, value in values.items():
-        metric, _, variant = key.partition(",")
-        if "_stderr" in metric or isinstance(value, bool) or not isinstance(value, (int, float)):
-            continue
-        name = metric if variant in ("", "none") else f"{metric} ({variant})"
-        numbers[f"{task}/{name}"] = float(value)
-    return numbers
 
 
 def begin(run: Run) -> None:
@@ -122,7 +111,8 @@ def finish(run: Run, loss: FinalLoss, seconds: float) -> None:
 def finished(run: Run) -> FinalLoss | None:
     """A finished run's loss; None for a run that is still to do, or whose training's state is gone."""
     path = run.folder / FILE
-    if not path.is_file():
+    found = _read(path)
+    if found is None:
         strange = [p.name for p in run.folder.iterdir() if not p.name.startswith(".")] if run.folder.is_dir() else []
         if strange:
             raise SettingError(
@@ -130,7 +120,6 @@ def finished(run: Run) -> FinalLoss | None:
                 "training's checkpoint: empty the folder, or choose another --output"
             )
         return None
-    found = _read(path)
     for key, expected in _identity(run).items():
         if found.get(key) != expected:
             raise SettingError(
@@ -143,28 +132,30 @@ def finished(run: Run) -> FinalLoss | None:
         trainer_state(run.folder)
     except RunError:
         return None
-    loss = found["loss"]
-    return FinalLoss(float("nan") if loss["mean"] is None else loss["mean"], loss["steps"], loss["last_step"])
+    return FinalLoss(**_numbers(found["loss"]))
 
 
-def finish_evaluation(run: Run, command: str, metrics: dict[str, float]) -> None:
+def finish_evaluation(run: Run, command: str | None, metrics: dict[str, float]) -> None:
     """Write an evaluation's metrics."""
     write_json(run.folder / EVALUATION_FILE, {"format": FORMAT, "command": command, "metrics": metrics})
 
 
-def evaluated(run: Run, command: str) -> dict[str, float] | None:
-    """A finished evaluation's metrics; None when it is still to do, or its results are gone."""
+def evaluated(run: Run, command: str | None) -> dict[str, float] | None:
+    """A finished evaluation's metrics, {} without a command; None when it is still to do, or its results are gone."""
     path = run.folder / EVALUATION_FILE
-    if not path.is_file():
+    found = {"command": None, "metrics": {}} if command is None else _read(path)
+    if found is None:
         return None
-    found = _read(path)
     if found["command"] != command:
         raise SettingError(
             f"{path}: made with --evaluate {found['command']!r}, not {command!r}; remove the file to evaluate again"
         )
-    if not result_files(run.folder / EVALUATION):
-        return None
-    return {key: float("nan") if value is None else value for key, value in found["metrics"].items()}
+    return _numbers(found["metrics"]) if command is None or result_files(run.folder / EVALUATION) else None
+
+
+def _numbers(values: dict[str, Any]) -> dict[str, Any]:
+    """Numbers of JSON, which has no NaN."""
+    return {key: float("nan") if value is None else value for key, value in values.items()}
 
 
 def _identity(run: Run) -> dict[str, Any]:
@@ -173,7 +164,9 @@ def _identity(run: Run) -> dict[str, Any]:
     return {"format": FORMAT, **settings, "command": list(run.base)}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

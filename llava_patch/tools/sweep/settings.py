@@ -1,7 +1,5 @@
 """What a sweep runs over. Imports neither torch nor gin."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Mapping, Sequence
@@ -44,41 +42,37 @@ class Sweep:
         object.__setattr__(self, "grid", grids if several else grids[0])
         if self.baseline is not None:
             if not isinstance(self.baseline, Mapping) or not self.baseline:
-                raise SettingError(
-                    f'Sweep.baseline = {self.baseline!r}: expected bindings with one value each, as {{"Patch.fusion": '
-                    "None}"
-                )
+                raise self._refused("baseline", 'bindings with one value each, as {"Patch.fusion": None}')
             baseline = _checked({key: (value,) for key, value in self.baseline.items()}, "Sweep.baseline")
             object.__setattr__(self, "baseline", {key: value for key, (value,) in baseline.items()})
-        well = isinstance(self.scores, Mapping) and all(
-            isinstance(name, str) and isinstance(metrics, (list, tuple)) and metrics
-            and all(isinstance(metric, str) for metric in metrics)
-            for name, metrics in self.scores.items()
-        )  # fmt: skip
-        if not well:
-            raise SettingError(
-                f'Sweep.scores = {self.scores!r}: expected names with metrics, as {{"OCR": ("pope/pope_accuracy",)}}'
-            )
-        object.__setattr__(self, "scores", {name: tuple(metrics) for name, metrics in self.scores.items()})
+        scores = self.scores
+        if not isinstance(scores, Mapping) or not (_texts([*scores]) and all(m and _texts(m) for m in scores.values())):
+            raise self._refused("scores", 'names with metrics, as {"OCR": ("pope/pope_accuracy",)}')
+        object.__setattr__(self, "scores", {name: tuple(metrics) for name, metrics in scores.items()})
         seeds = tuple(self.seeds) if isinstance(self.seeds, (list, tuple)) else (self.seeds,)
         whole = all(isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in seeds)
         if not seeds or not whole or len(set(seeds)) != len(seeds):
-            raise SettingError(f"Sweep.seeds = {self.seeds!r}: expected distinct integers >= 0")
+            raise self._refused("seeds", "distinct integers >= 0")
         object.__setattr__(self, "seeds", seeds)
         for name in ("gin_files", "gin_params"):
-            texts = getattr(self, name)
-            if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
-                raise SettingError(f"Sweep.{name} = {texts!r}: expected a tuple of strings, as ('a.gin',)")
-            object.__setattr__(self, name, tuple(texts))
+            if not _texts(getattr(self, name)):
+                raise self._refused(name, "a tuple of strings, as ('a.gin',)")
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    def _refused(self, name: str, expected: str) -> SettingError:
+        return SettingError(f"Sweep.{name} = {getattr(self, name)!r}: expected {expected}")
 
     def points(self) -> list[dict[str, Any]]:
         """The baseline, if there is one, then every combination of each grid's values, as {binding: value}."""
-        grids = self.grid if isinstance(self.grid, tuple) else (self.grid,)
+        grids: Any = self.grid if isinstance(self.grid, tuple) else (self.grid,)
         points = [] if self.baseline is None else [dict(self.baseline)]
         for grid in grids:
-            assert isinstance(grid, Mapping)
             points += [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
         return points
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(text, str) for text in value)
 
 
 def _checked(grid: Any, owner: str = "Sweep.grid") -> dict[str, tuple[Any, ...]]:

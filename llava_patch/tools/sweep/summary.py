@@ -1,10 +1,8 @@
 """What a sweep found: mean and spread of each point, the per-seed table; as JSON and as tables."""
 
-from __future__ import annotations
-
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -41,16 +39,6 @@ def with_scores(result: Result, scores: Mapping[str, Sequence[str]]) -> Result:
         if set(metrics) <= set(result.metrics)
     }
     return replace(result, metrics={**result.metrics, **means})
-
-
-def missing_scores(results: Sequence[Result], scores: Mapping[str, Sequence[str]]) -> list[str]:
-    """What a reader must know of scores that no run could be given."""
-    found = set(measured(results))
-    return [
-        f"Sweep.scores: {name} is not there, for want of {', '.join(sorted(set(metrics) - found))}."
-        for name, metrics in scores.items()
-        if name not in found
-    ]
 
 
 @dataclass(frozen=True)
@@ -92,43 +80,25 @@ def measured(results: Iterable[Result]) -> list[str]:
 
 def spreads(results: Sequence[Result]) -> dict[str, Spread]:
     """Mean and spread of everything measured in one point's runs; failed runs are left out."""
-    found: dict[str, list[float]] = {}
-    for result in results:
-        for name, value in result.values().items():
-            found.setdefault(name, []).append(value)
-    return {name: Spread.of(values) for name, values in found.items()}
+    values = [result.values() for result in results]
+    return {name: Spread.of([one[name] for one in values if name in one]) for name in measured(results)}
 
 
-def _rows(results: Sequence[Result], titles: list[str], cells: Callable[[list[Result], str], list[str]]) -> Rows:
-    """For each point one row a measurement, so that a table stays narrow however many there are."""
-    keys = bindings(results)
-    rows = [
-        [*(str(point.get(key, "-")) for key in keys), name, *cells(group, name)]
-        for point, group in by_point(results)
-        for name in measured(results)
-    ]
-    return [*keys, "measured", *titles], rows
-
-
-def mean_rows(results: Sequence[Result]) -> Rows:
-    """The table of means."""
-
-    def cells(group: list[Result], name: str) -> list[str]:
-        spread = spreads(group).get(name)
-        return [str(spread or "-"), f"{spread.n if spread else 0} of {len(group)}"]
-
-    return _rows(results, ["mean ± std", "seeds"], cells)
-
-
-def seed_rows(results: Sequence[Result]) -> Rows:
-    """The per-seed table: one column a seed."""
-    seeds = list(dict.fromkeys(result.run.seed for result in results))
-
-    def cells(group: list[Result], name: str) -> list[str]:
-        values = {result.run.seed: result.values().get(name) for result in group}
-        return ["-" if values[seed] is None else f"{values[seed]:.4f}" for seed in seeds]
-
-    return _rows(results, [f"seed {seed}" for seed in seeds], cells)
+def tables(results: Sequence[Result]) -> dict[str, Rows]:
+    """The table of means and the per-seed one, by title: one row a measurement of each point, so they stay narrow."""
+    keys, seeds = bindings(results), list(dict.fromkeys(result.run.seed for result in results))
+    means, single = [], []
+    for point, group in by_point(results):
+        for name in measured(results):
+            line = [*(str(point.get(key, "-")) for key in keys), name]
+            spread = spreads(group).get(name)
+            means.append([*line, str(spread or "-"), f"{spread.n if spread else 0} of {len(group)}"])
+            values = {result.run.seed: result.values().get(name) for result in group}
+            single.append([*line, *("-" if values[seed] is None else f"{values[seed]:.4f}" for seed in seeds)])
+    return {
+        "Mean ± std": ([*keys, "measured", "mean ± std", "seeds"], means),
+        "Each seed": ([*keys, "measured", *(f"seed {seed}" for seed in seeds)], single),
+    }
 
 
 def notes(results: Sequence[Result]) -> list[str]:
@@ -148,8 +118,7 @@ def notes(results: Sequence[Result]) -> list[str]:
 
 def write_markdown(path: Path, results: Sequence[Result]) -> Path:
     """Both tables as Markdown."""
-    tables = {"Mean ± std": mean_rows(results), "Each seed": seed_rows(results)}
-    parts = [f"# {title}\n\n{markdown(*table, numbers=True)}" for title, table in tables.items()]
+    parts = [f"# {title}\n\n{markdown(*table, numbers=True)}" for title, table in tables(results).items()]
     return write_text(path, "\n\n".join([*parts, *notes(results)]) + "\n")
 
 
@@ -157,14 +126,18 @@ def write_results(path: Path, results: Sequence[Result], command: Sequence[str],
     """Everything as JSON."""
 
     def written(result: Result) -> dict[str, Any]:
-        loss = None if result.loss is None else asdict(result.loss)
+        loss = result.loss and asdict(result.loss)
         of_run = {"seed": result.run.seed, "folder": str(result.run.folder)}
         return {**of_run, "loss": loss, "metrics": result.metrics, "error": result.error}
 
-    points = []
-    for point, group in by_point(results):
-        summary = {k: asdict(v) for k, v in spreads(group).items()}
-        about = {"point": point, "baseline": group[0].run.baseline, "summary": summary}
-        points.append({**about, "runs": [written(result) for result in group]})
+    points = [
+        {
+            "point": point,
+            "baseline": group[0].run.baseline,
+            "summary": {name: asdict(spread) for name, spread in spreads(group).items()},
+            "runs": list(map(written, group)),
+        }
+        for point, group in by_point(results)
+    ]
     about = {"command": list(command), "evaluate": evaluation, "final_steps": FINAL_STEPS}
     return write_json(path, {**about, "points": points})

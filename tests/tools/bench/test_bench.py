@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from llava_patch import patch
 from llava_patch.core.errors import LlavaPatchError
 from llava_patch.hosts import sizes
-from llava_patch.tools.bench import measure, report, shapes
-from llava_patch.tools.bench.methods import methods, partner_difference
+from llava_patch.tools.bench import measure, report
+from llava_patch.tools.bench.methods import build, make_inputs, methods, partner_difference
 
 TINY = sizes.Shape(layers=6, hidden=64, intermediate=96, heads=4, vocabulary=128, split=3)
 ROWS = {m.name: m for m in methods(6, 3)}
@@ -18,7 +18,7 @@ ROWS = {m.name: m for m in methods(6, 3)}
 
 @pytest.fixture(scope="module")
 def model():
-    return shapes.build(TINY, "cpu", torch.float32, "eager")
+    return build(TINY, "cpu", torch.float32, "eager")
 
 
 def test_the_table_has_every_variant_and_baseline():
@@ -34,7 +34,7 @@ def test_flops_are_those_of_the_decoders_products(model, name):
     """PyTorch's counter over the decoder's layers in generation, eager attention: within 1 % (FastV's one row)."""
     method = ROWS[name]
     with method.applied(model), FlopCounterMode(display=False) as counter:
-        model(**shapes.inputs(model, 20, 2), use_cache=True, logits_to_keep=1)
+        model(**make_inputs(model, 20, 2), use_cache=True, logits_to_keep=1)
     by_module = {name: sum(values.values()) for name, values in counter.flop_counts.items()}
     decoder = "LlavaForConditionalGeneration.model.language_model"
     counted = by_module[decoder] - by_module[f"{decoder}.rotary_emb"]
@@ -44,7 +44,7 @@ def test_flops_are_those_of_the_decoders_products(model, name):
 
 @pytest.mark.parametrize("name", ROWS)
 def test_every_identity_of_the_table_holds_and_can_fail(model, name):
-    inputs = shapes.inputs(model, 6, 1)
+    inputs = make_inputs(model, 6, 1)
     method = ROWS[name]
     assert partner_difference(model, method, inputs) < 1e-5
     with torch.no_grad(), method.applied(model):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from llava_patch.hosts import sizes
-from llava_patch.tools.bench import fusion, report, shapes
+from llava_patch.tools.bench import fusion, report
+from llava_patch.tools.bench.methods import build
 
 TINY = sizes.Shape(layers=11, hidden=32, intermediate=48, heads=2, vocabulary=64, split=3)
 TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 24, "num_attention_heads": 2}
@@ -14,7 +15,7 @@ TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 24, "n
 
 @pytest.fixture(scope="module")
 def model():
-    return shapes.build(TINY, "cpu", torch.float32, "sdpa", TOWER)
+    return build(TINY, "cpu", torch.float32, "sdpa", TOWER)
 
 
 def test_measuring_fills_the_table_and_leaves_the_model(model, tmp_path):

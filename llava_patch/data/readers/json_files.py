@@ -1,20 +1,21 @@
-"""COCO-Text and TextOCR: one JSON file with "imgs", "anns" and "imgToAnns", and a folder of images.
+"""JSON annotations: COCO-Text and TextOCR, COCO's own layout, and FUNSD.
 
-COCO's own layout, lists of "images" and "annotations" with their ids, is read as well; there the text may also be
-called "caption" or "text".
+COCO-Text and TextOCR are one file with "imgs", "anns" and "imgToAnns", and a folder of images. COCO's own layout has
+lists of "images" and "annotations" with their ids; there the text may also be called "caption" or "text".
 
 A region is a "bbox" of x, y, width, height in pixels (or the upright box around "points") with its "utf8_string". What
 is illegible (COCO-Text: legibility, or no string; TextOCR: ".") is a box of the page, but no sample. All languages are
 read: leave out what a tokenizer does not know with `llava-patch rprobe export` and a text editor.
-"""
 
-from __future__ import annotations
+FUNSD is annotations/NAME.json with {"form": [{"text", "box", "words"}, …]} beside images/NAME.png. Every entry with a
+text is a sample, its box in pixels; entries without one are boxes of the page alone.
+"""
 
 from pathlib import Path
 from typing import Any
 
 from llava_patch.core.errors import InputError
-from llava_patch.data.readers.files import IMAGE_SUFFIXES, four_numbers
+from llava_patch.data.readers.files import IMAGE_SUFFIXES, Images, four_numbers, load_json
 from llava_patch.data.readers.icdar import bounds
 from llava_patch.data.readers.samples import Collector, Page
 from llava_patch.probe.sample import Box
@@ -28,9 +29,8 @@ def is_coco_text(values: Any) -> bool:
     """Whether a JSON value is of this kind."""
     if not isinstance(values, dict):
         return False
-    return all(isinstance(values.get(name), dict) for name in ("imgs", "anns")) or all(
-        isinstance(values.get(name), list) for name in ("images", "annotations")
-    )
+    kinds: Any = (("imgs", "anns"), dict), (("images", "annotations"), list)
+    return any(all(isinstance(values.get(name), kind) for name in names) for names, kind in kinds)
 
 
 def _by_id(values: Any, where: str) -> dict[str, Any]:
@@ -63,7 +63,8 @@ def read_coco_text(file: Path, values: dict[str, Any], folder: Path | None, coll
                 if not isinstance(ann, dict):
                     raise InputError(f"{file}:{named}[{key}]: expected an object, got {type(ann).__name__}")
                 of_image.setdefault(str(ann.get("image_id")), []).append(key)
-    places = _places(file, folder)
+    roots = [file.parent, file.parent.parent] if folder is None else [folder]
+    places = [place for root in roots for place in (root, *sorted(p for p in root.iterdir() if p.is_dir()))]
     for key, image in images.items():
         if of_image.get(key, []) == []:
             continue
@@ -75,14 +76,12 @@ def read_coco_text(file: Path, values: dict[str, Any], folder: Path | None, coll
             for name in map(str, names):
                 with collector.one():
                     where = f"{file}:{named}[{name}]"
-                    if not isinstance(anns.get(name), dict):
+                    ann = anns.get(name)
+                    if not isinstance(ann, dict):
                         raise InputError(f"{where}: image {key} names this annotation, but there is none")
-                    collector.region(page, _text(anns[name]), [_box(anns[name], where)], where)
-
-
-def _places(file: Path, folder: Path | None) -> list[Path]:
-    roots = [file.parent, file.parent.parent] if folder is None else [folder]
-    return [place for root in roots for place in (root, *sorted(p for p in root.iterdir() if p.is_dir()))]
+                    text = next((ann[name] for name in TEXTS if name in ann), None)
+                    legible = isinstance(text, str) and ann.get("legibility") != "illegible" and text != ILLEGIBLE
+                    collector.region(page, text if legible else None, [_box(ann, where)], where)
 
 
 def _page(where: str, file: Path, key: str, image: Any, places: list[Path], collector: Collector) -> Page:
@@ -111,13 +110,6 @@ def _page(where: str, file: Path, key: str, image: Any, places: list[Path], coll
     return page
 
 
-def _text(ann: dict[str, Any]) -> str | None:
-    text = next((ann[name] for name in TEXTS if name in ann), None)
-    if not isinstance(text, str) or ann.get("legibility") == "illegible" or text == ILLEGIBLE:
-        return None
-    return text
-
-
 def _box(ann: dict[str, Any], where: str) -> Box:
     if "bbox" in ann:
         x, y, width, height = four_numbers(ann["bbox"], f"{where}: bbox", "[x, y, width, height] in pixels")
@@ -127,3 +119,45 @@ def _box(ann: dict[str, Any], where: str) -> Box:
     if not sound or not all(is_number(n) for n in points):
         raise InputError(f"{where}: neither a bbox nor points x, y, x, y, …")
     return bounds([float(n) for n in points])
+
+
+def read_funsd(files: list[Path], images: Images, collector: Collector) -> None:
+    """Read FUNSD's JSON files, one a page, in their order; entries are called FILE:form[INDEX]."""
+    for file in files:
+        with collector.one():
+            values = load_json(file)
+            form = values.get("form") if isinstance(values, dict) else None
+            if not isinstance(form, list):
+                raise InputError(f'{file}: not a FUNSD file: expected {{"form": [...]}}')
+            image = images.of(file)
+            assert image is not None
+            page = collector.page(image, str(image), str(file))
+            for index, entry in enumerate(form):
+                with collector.one():
+                    where = f"{file}:form[{index}]"
+                    text, box = _entry(entry, where)
+                    if box is not None:
+                        collector.region(page, text, [box], where)
+
+
+def _entry(entry: Any, where: str) -> tuple[str, Box | None]:
+    if not isinstance(entry, dict):
+        raise InputError(f"{where}: expected an object with text and box, got {type(entry).__name__}")
+    words = entry.get("words") or []
+    if not isinstance(words, list):
+        raise InputError(f"{where}: words is {words!r}: expected a list")
+    words = [word for word in words if isinstance(word, dict)]
+    text = entry.get("text")
+    if text is None:
+        text = " ".join(str(word.get("text", "")) for word in words)
+    if not isinstance(text, str):
+        raise InputError(f"{where}: text is {text!r}: expected a string")
+    if "box" in entry:
+        return text, four_numbers(entry["box"], f"{where}: box", "[x0, y0, x1, y1] in pixels")
+    boxes = [four_numbers(word.get("box"), f"{where}: box", "[x0, y0, x1, y1] in pixels") for word in words]
+    if not boxes:
+        if text.strip():
+            raise InputError(f"{where}: lacks box")
+        return text, None
+    x0, y0, x1, y1 = zip(*boxes, strict=True)
+    return text, (min(x0), min(y0), max(x1), max(y1))
