@@ -18,8 +18,9 @@ from llava_patch.core.undo import UndoStack
 from llava_patch.fusion import optimizer as optimizer_groups
 from llava_patch.fusion.taps import Taps
 from llava_patch.fusion.warm_up import WarmUp, steps_of
-from llava_patch.hosts import call_context, handles, lora, zero
+from llava_patch.hosts import call_context, lora, zero
 from llava_patch.hosts.anatomy import Anatomy
+from llava_patch.hosts.anatomy import get_handle as get_handle
 from llava_patch.routing.schedule import LayerSchedule, make_schedule
 from llava_patch.settings.methods import to_dict
 
@@ -364,8 +365,3 @@ def restore_flags(model: nn.Module) -> Callable[[], None]:
             parameter.requires_grad_(flag)
 
     return restore
-
-
-def get_handle(model: nn.Module) -> Handle | None:
-    """The handle of a patched model; None when it is not patched."""
-    return handles.get_handle(model)

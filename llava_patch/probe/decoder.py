@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from llava_patch.core.errors import HostError, InputError
 from llava_patch.hosts import known
-from llava_patch.hosts.anatomy import Anatomy
+from llava_patch.hosts.anatomy import Anatomy, get_handle
 from llava_patch.hosts.compat import call_layer, causal_mask, sliding_window
-from llava_patch.hosts.handles import get_handle
 from llava_patch.hosts.projections import rotate
 from llava_patch.probe.sequence import ProbeSequence, TokenGrid, arrange, frequencies, rotary_1d, rotary_2d
 

@@ -12,8 +12,7 @@ from llava_patch.core.errors import HostError, InputError, SettingError
 from llava_patch.fusion import stack
 from llava_patch.fusion.taps import Join, Taps
 from llava_patch.hosts import tiles
-from llava_patch.hosts.anatomy import Anatomy
-from llava_patch.hosts.handles import get_handle
+from llava_patch.hosts.anatomy import Anatomy, get_handle
 from llava_patch.probe.decoder import injection_layers
 from llava_patch.probe.layout import Layout, square_layout, tiled_layout
 from llava_patch.probe.sample import Box

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from llava_patch.core import parallel
-from llava_patch.core.dtypes import float32_default
 from llava_patch.core.errors import InputError, LlavaPatchError
 from llava_patch.core.folder_lock import folder_lock
+from llava_patch.core.memory import float32_default
 from llava_patch.data.pages import Pages
 from llava_patch.hosts.anatomy import find
 from llava_patch.measurements.rprobe.bootstrap import FEW

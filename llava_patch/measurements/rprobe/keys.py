@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from llava_patch.core.errors import HostError, InputError
-from llava_patch.core.keys import digest
+from llava_patch.core.files import digest
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.measurements.rprobe.settings import RProbe
 from llava_patch.measurements.rprobe.store.shard import FORMAT, Record

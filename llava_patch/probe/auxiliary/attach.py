@@ -15,8 +15,8 @@ from llava_patch.core.errors import InputError, SettingError
 from llava_patch.core.method import Method
 from llava_patch.core.undo import UndoStack
 from llava_patch.fusion import optimizer
-from llava_patch.hosts import call_context, compat, positions, tiles, zero
-from llava_patch.hosts.handles import get_handle
+from llava_patch.hosts import call_context, compat, tiles, wrappers, zero
+from llava_patch.hosts.anatomy import get_handle
 from llava_patch.probe.auxiliary.head import Head, Seen, check_images, token_errors, zero_gradient_pass
 from llava_patch.probe.auxiliary.regions import KEY, Marker
 from llava_patch.probe.layout import Layout
@@ -121,8 +121,9 @@ class Auxiliary(Method):
                     "AuxiliaryProbe does not train on images in tiles (anyres), whose tokens differ from image to "
                     "image: leave it out (LLaVA-1.5 takes whole images: image_aspect_ratio = pad)"
                 )
+            handle: Any = get_handle(model)
             try:
-                self.layout = layout_of(self.anatomy, get_handle(model).tokens_per_image)
+                self.layout = layout_of(self.anatomy, handle.tokens_per_image)
             except InputError as error:
                 raise SettingError(f"AuxiliaryProbe: {error}") from None
             self.head = Head(self.anatomy, self.layout, self.settings)
@@ -185,7 +186,7 @@ class Auxiliary(Method):
         # to models that take it; the loss is then a sum over it, and the auxiliary term has to be shared out alike.
         weight: Any = 1.0
         if (of_step := given.get("num_items_in_batch")) is not None:
-            weight = (given["labels"] != positions.IGNORE_INDEX).sum() / of_step
+            weight = (given["labels"] != wrappers.IGNORE_INDEX).sum() / of_step
         if (
             self._without is not None
         ):  # say it, once, when none of the first batches had a region; later ones may lack it

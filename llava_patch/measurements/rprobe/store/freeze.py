@@ -9,7 +9,7 @@ import torch
 
 from llava_patch.core import parallel
 from llava_patch.core.errors import InputError, SettingError
-from llava_patch.core.keys import digest
+from llava_patch.core.files import digest
 from llava_patch.core.terminal import progress_bar
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.measurements.passes import evaluating

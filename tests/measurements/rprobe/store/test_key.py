@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageOps
 
 from llava_patch import SkipLinks, patch
-from llava_patch.core.keys import digest
+from llava_patch.core.files import digest
 from llava_patch.data.pages import Pages
 from llava_patch.hosts.anatomy import find
 from llava_patch.measurements.rprobe import keys as key_module
