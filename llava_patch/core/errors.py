@@ -1,7 +1,5 @@
 """The errors that llava_patch raises; every message names the setting, file or tensor and what to do."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 

@@ -18,7 +18,7 @@ _IGNORED = "_keys_to_ignore_on_load_unexpected"  # transformers' own list
 
 def handle_of(model: Any) -> Any:
     """The handle of a patched model; None without loading anything where nothing can have been patched yet."""
-    module = sys.modules.get("llava_patch.hosts.handles")
+    module = sys.modules.get("llava_patch.hosts.anatomy")
     return None if module is None else module.get_handle(model)
 
 

@@ -15,8 +15,9 @@ from llava_patch.core.records import FORMAT
 from llava_patch.core.registry import KINDS, TRAINING_ONLY
 from llava_patch.core.undo import UndoStack
 from llava_patch.fusion.training import WarmUp, by_kind, steps_of
-from llava_patch.hosts import call_context, handles, lora, zero
+from llava_patch.hosts import call_context, lora, zero
 from llava_patch.hosts.anatomy import Anatomy
+from llava_patch.hosts.anatomy import get_handle as get_handle
 from llava_patch.routing.schedule import LayerSchedule, make_schedule
 from llava_patch.settings.methods import to_dict
 
@@ -324,8 +325,3 @@ def restore_flags(model: nn.Module) -> Callable[[], None]:
             parameter.requires_grad_(flag)
 
     return restore
-
-
-def get_handle(model: nn.Module) -> Handle | None:
-    """The handle of a patched model; None when it is not patched."""
-    return handles.get_handle(model)

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from llava_patch.core.errors import CheckpointError, HostError
-from llava_patch.core.keys import digest
+from llava_patch.core.files import digest
 from llava_patch.hosts import zero
-from llava_patch.hosts.anatomy import Anatomy
-from llava_patch.hosts.handles import get_handle
+from llava_patch.hosts.anatomy import Anatomy, get_handle
 
 _MODEL_SETTINGS = (
     "mm_vision_select_layer", "mm_vision_select_feature", "vision_feature_layer", "vision_feature_select_strategy",

@@ -12,9 +12,8 @@ from llava_patch.core.method import Method
 from llava_patch.core.records import CONFIG_KEY
 from llava_patch.hosts import anatomy as anatomy_module
 from llava_patch.hosts import known, wrappers, zero
-from llava_patch.hosts.anatomy import Anatomy
+from llava_patch.hosts.anatomy import HANDLE, Anatomy
 from llava_patch.hosts.compat import check_versions
-from llava_patch.hosts.handles import HANDLE
 from llava_patch.patching.handle import Handle, get_handle, restore_flags
 from llava_patch.routing import attach as decoder
 

@@ -306,7 +306,7 @@ class RoutedPass:
         self.full = self._stream(FULL, None, hidden)
         self.full.position_ids = call.position_ids
         self.full.masks[(compat.attention_of(self.config), None)] = compat.stock_mask(
-            self.decoder, hidden, attention_mask=call.attention_mask, cache_position=call.cache_position,
+            self.config, hidden, attention_mask=call.attention_mask, cache_position=call.cache_position,
             past_key_values=call.cache, position_ids=call.position_ids,
         )  # fmt: skip
         self.main_stream = self.text_stream = self.full
