@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from llava_patch.core.resources import locks_dir
+from llava_patch.core.paths import locks_dir
 from llava_patch.tools.doctor import NOTE, OK, PROBLEM, Row
 from llava_patch.tools.doctor.imports import TRIED
 
