@@ -10,14 +10,14 @@ TYPE_CHECKING = False  # typing itself takes longer to import than everything he
 from llava_patch.core.version import __version__ as __version__  # noqa: E402
 
 _EXPORTS = {  # beside the methods, which the registry names
-    "AttentionMaps": "measurements.attention_maps.result",
-    "Drift": "measurements.drift.result",
-    "FusionAttention": "measurements.fusion_attention.result",
+    "AttentionMaps": "measurements.attention_maps.measurement",
+    "Drift": "measurements.drift.measurement",
+    "FusionAttention": "measurements.fusion_attention.measurement",
     "Gradients": "measurements.gradients.settings",
     "Handle": "patching.handle",
     "LlavaPatchError": "core.errors",
     "RProbe": "measurements.rprobe.settings",
-    "Reach": "measurements.reach.result",
+    "Reach": "measurements.reach.measurement",
     "RegionCollator": "integrations.training.auxiliary",
     "Saturation": "measurements.saturation.result",
     "compare_reach": "measurements.reach.measure",
@@ -51,17 +51,17 @@ if TYPE_CHECKING:
     from llava_patch.hosts.anatomy import get_handle as get_handle
     from llava_patch.integrations.training.auxiliary import RegionCollator as RegionCollator
     from llava_patch.measurements.attention_maps.measure import measure_attention_maps as measure_attention_maps
-    from llava_patch.measurements.attention_maps.result import AttentionMaps as AttentionMaps
+    from llava_patch.measurements.attention_maps.measurement import AttentionMaps as AttentionMaps
     from llava_patch.measurements.drift.measure import measure_drift as measure_drift
-    from llava_patch.measurements.drift.result import Drift as Drift
+    from llava_patch.measurements.drift.measurement import Drift as Drift
     from llava_patch.measurements.flops.result import measure_flops as measure_flops
     from llava_patch.measurements.fusion_attention.measure import measure_fusion_attention as measure_fusion_attention
-    from llava_patch.measurements.fusion_attention.result import FusionAttention as FusionAttention
+    from llava_patch.measurements.fusion_attention.measurement import FusionAttention as FusionAttention
     from llava_patch.measurements.gradients.measure import measure_gradients as measure_gradients
     from llava_patch.measurements.gradients.settings import Gradients as Gradients
     from llava_patch.measurements.reach.measure import compare_reach as compare_reach
     from llava_patch.measurements.reach.measure import measure_reach as measure_reach
-    from llava_patch.measurements.reach.result import Reach as Reach
+    from llava_patch.measurements.reach.measurement import Reach as Reach
     from llava_patch.measurements.rprobe.fit import run_rprobe as run_rprobe
     from llava_patch.measurements.rprobe.output import write_run as write_run
     from llava_patch.measurements.rprobe.settings import RProbe as RProbe

@@ -29,8 +29,16 @@ MOVED = {
         "data.examples",
     ),
     **{
-        f"diagnostics.{name}": (f"measurements.{name}", f"measurements.{name}.result", f"measurements.{name}.measure")
-        for name in ("attention_maps", "drift", "fusion_attention", "saturation")
+        f"diagnostics.{name}": (
+            f"measurements.{name}",
+            f"measurements.{name}.measurement",
+            f"measurements.{name}.measure",
+        )
+        for name in ("attention_maps", "drift", "fusion_attention")
+    },
+    **{
+        f"diagnostics.{name}.result": (f"measurements.{name}.measurement",)
+        for name in ("attention_maps", "drift", "fusion_attention", "reach")
     },
     "diagnostics.examples": ("data.examples",),
     "diagnostics.gradients": (
@@ -41,8 +49,13 @@ MOVED = {
         "integrations.training.gradients",
     ),
     "diagnostics.inputs": ("data.inputs",),
-    "diagnostics.reach.compare": ("measurements.reach.measure", "measurements.reach.result"),
-    "diagnostics.reach.settings": ("measurements.reach.result",),
+    "diagnostics.reach.compare": ("measurements.reach.measure", "measurements.reach.measurement"),
+    "diagnostics.reach.settings": ("measurements.reach.measurement",),
+    "diagnostics.saturation": (
+        "measurements.saturation",
+        "measurements.saturation.result",
+        "measurements.saturation.measure",
+    ),
     "errors": ("core.errors",),
     "evaluation": ("integrations.lmms_eval",),
     "handle": ("patching.handle",),

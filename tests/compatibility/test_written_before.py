@@ -499,7 +499,7 @@ def test_a_trainers_curves_are_read():
 
 
 def test_reach_is_read():
-    from llava_patch.measurements.reach.result import ReachComparison, ReachResult
+    from llava_patch.measurements.reach.measurement import ReachComparison, ReachResult
 
     def brief(found: Any) -> dict[str, Any]:
         parts = [[p.part.kind, p.part.number, p.part.role, p.state, p.asking, p.norm] for p in found.parts]
@@ -516,7 +516,7 @@ def test_reach_is_read():
 
 
 def test_drift_is_read():
-    from llava_patch.measurements.drift.result import DriftResult
+    from llava_patch.measurements.drift.measurement import DriftResult
 
     found = comes_back(DriftResult, "drift/drift.json", ("facts",))
     brief = {name: getattr(found, name) for name in ("n_layers", "split", "samples", "checkpoint", "base", "prunes")}
@@ -524,7 +524,7 @@ def test_drift_is_read():
 
 
 def test_fusion_attention_is_read():
-    from llava_patch.measurements.fusion_attention.result import FusionAttentionResult
+    from llava_patch.measurements.fusion_attention.measurement import FusionAttentionResult
 
     found = comes_back(FusionAttentionResult, "fusion_attention/fusion_attention.json", ("facts",))
     brief = {name: getattr(found, name) for name in ("layers", "trained", "stock", "samples", "checkpoint", "base")}
@@ -532,7 +532,7 @@ def test_fusion_attention_is_read():
 
 
 def test_attention_maps_are_read():
-    from llava_patch.measurements.attention_maps.result import AttentionMapsResult
+    from llava_patch.measurements.attention_maps.measurement import AttentionMapsResult
 
     found = comes_back(AttentionMapsResult, "attention_maps/attention_maps.json", ("facts",))
     brief = [

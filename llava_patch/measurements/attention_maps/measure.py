@@ -14,7 +14,7 @@ from llava_patch.core.errors import HostError, InputError, SettingError
 from llava_patch.hosts.anatomy import Anatomy, find
 from llava_patch.hosts.towers import attention as tower_attention
 from llava_patch.measurements.attention_maps import maths
-from llava_patch.measurements.attention_maps import result as maps
+from llava_patch.measurements.attention_maps import measurement as maps
 from llava_patch.measurements.passes import evaluating
 
 ROWS = 12

@@ -20,7 +20,7 @@ from llava_patch.core.paths import cache_folder
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.hosts.compat import layer_output
 from llava_patch.measurements import pairs, passes
-from llava_patch.measurements.drift.result import DEFAULTS, Drift, DriftCurves, DriftResult
+from llava_patch.measurements.drift.measurement import DEFAULTS, Drift, DriftCurves, DriftResult
 from llava_patch.patching.handle import get_handle
 
 WHAT = "drift"

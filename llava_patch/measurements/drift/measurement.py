@@ -1,17 +1,166 @@
-"""The drift measurement: what commands, report and lmms-eval ask of it."""
+"""The drift measurement: its settings, what it found, its figure, and what commands, report and lmms-eval ask of it."""
 
 import base64
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from llava_patch.core import plotting
+from llava_patch.core.errors import SettingError
+from llava_patch.core.extras import optional
 from llava_patch.core.paths import named
-from llava_patch.measurements.base import Measurement
-from llava_patch.measurements.drift.result import Drift, DriftResult
+from llava_patch.data.target import Target
+from llava_patch.measurements.base import Measurement, Result, drawn
+from llava_patch.settings.checks import integer, is_number
 
-if TYPE_CHECKING:
-    from llava_patch.data.target import Target
+SMALL = 0.002  # below this, differences from 1 are drawn themselves: at 1 - 1e-6 an axis of cosines cannot be read
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Settings of the drift measurement.
+
+    Source: "Late-Layer Fusion is Enough" (DPVR), section 3.2.
+
+    Attributes:
+        base: what to compare with where --base does not say it; "": what the checkpoint's record names.
+        split: s, how many layers are compared (0..s-1); None: those below the split of a routed or pruned
+            model, or all.
+        together: keep both models in memory. Otherwise one runs after the other, and the first one's hidden states wait
+            on disk.
+        store_gb: how much they may take there, in 10^9 bytes; a run that would need more is refused.
+        max_samples: stop after so many usable samples; None: take all.
+    """
+
+    base: str = ""
+    split: int | None = None
+    together: bool = False
+    store_gb: float = 20.0
+    max_samples: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.base, str):
+            raise SettingError(f"Drift.base = {self.base!r}: expected a checkpoint's folder or name")
+        if not isinstance(self.together, bool):
+            raise SettingError(f"Drift.together = {self.together!r}: expected True or False")
+        for name in ("split", "max_samples"):
+            if getattr(self, name) is not None:
+                integer("Drift", name, getattr(self, name), 1)
+        if not is_number(self.store_gb) or not self.store_gb > 0:
+            raise SettingError(f"Drift.store_gb = {self.store_gb!r}: expected a number above 0")
+
+
+DEFAULTS = Drift()
+
+
+@dataclass(frozen=True)
+class DriftCurves:
+    """Cosines of one kind of position."""
+
+    median: list[float]  # per layer 0..s-1, over all positions of all samples; exact
+    low: list[float]  # the same, but 5 % of the positions lie below
+    input: float  # median at the input of layer 0: what tower, projector and embeddings changed
+    input_low: float  # there too, 5 % of the positions lie below
+    positions: int  # how many
+
+
+@dataclass(frozen=True)
+class DriftResult(Result):
+    """What was measured."""
+
+    NAME = TITLE = "drift"
+    FIGURE = "llava_patch.measurements.drift.measurement:drift_figure"
+
+    image: DriftCurves  # cosines at image positions
+    text: DriftCurves  # at text positions (everything that is not image)
+    n_layers: int  # L, of the whole decoder
+    split: int | None  # s where the model routes or prunes; None: nothing leaves the decoder, or s was set
+    samples: int
+    skipped: int = 0  # samples without an image
+    checkpoint: str = ""  # what was measured
+    base: str = ""  # what with
+    settings: Drift = field(default_factory=Drift)
+    prunes: bool = False  # whether `split` is the first layer without pruned image tokens, not a routed model's split
+
+    @property
+    def layers(self) -> int:
+        """How many layers were compared."""
+        return len(self.image.median)
+
+    def derived(self) -> dict[str, Any]:
+        """What was measured, in the order in which results of other checkpoints are refused."""
+        return {"sources": [self.checkpoint, self.base]}
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Head and rows: a layer each."""
+        curves = (self.image, self.text)
+        medians, lows = ([c.input, *c.median] for c in curves), ([c.input_low, *c.low] for c in curves)
+        names = ["input", *map(str, range(self.layers))]
+        rows = [[name, *(f"{v:.6f}" for v in values)] for name, *values in zip(names, *medians, *lows, strict=True)]
+        return ["layer", "image", "text", "image, worst 5 %", "text, worst 5 %"], rows
+
+    def summary(self) -> str:
+        """What was found, in one or two sentences."""
+        image, text = (min(curves.median) for curves in (self.image, self.text))
+        over = f"over {self.samples} samples, layers 0..{self.layers - 1}"
+        if min(image, text, *self.image.low, *self.text.low, self.image.input_low, self.text.input_low) == 1.0:
+            return f"No drift: hidden states are the base's, cosine 1 at image and text positions, {over}."
+        return (
+            f"Lowest median cosine with the base: image {image:.6f} (layer {self.image.median.index(image)}), text "
+            f"{text:.6f} (layer {self.text.median.index(text)}), {over}. At the input of layer 0: image "
+            f"{self.image.input:.6f}, text {self.text.input:.6f}."
+        )
+
+
+@drawn
+def drift_figure(result: DriftResult) -> Any:
+    """Median cosine over the layers at image and text positions; a pale band down to the lowest 5 %.
+
+    Where all cosines are within `SMALL` of 1, their distance from 1 is drawn instead.
+    """
+    figure, (axis,) = plotting.panels()
+    _draw(axis, result)
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def _draw(axis: Any, result: DriftResult) -> None:
+    MaxNLocator = optional("matplotlib.ticker").MaxNLocator
+
+    curves = (
+        (result.image, plotting.IMAGE, "image positions", "o", 5, "none"),
+        (result.text, plotting.TEXT, "text positions", "s", 2.5, plotting.TEXT),
+    )
+    layers = range(-1, result.layers)
+    lowest = min(min(c.input, c.input_low, *c.median, *c.low) for c, *_ in curves)
+    distance = 0 < 1 - lowest < SMALL
+    for found, color, name, mark, size, fill in curves:
+        median, low = [found.input, *found.median], [found.input_low, *found.low]
+        if distance:
+            median, low = [1 - v for v in median], [1 - v for v in low]
+        axis.plot(layers, median, color=color, marker=mark, ms=size, mfc=fill, label=name)
+        axis.fill_between(layers, low, median, color=color, alpha=0.15, lw=0)
+    axis.fill_between([], [], [], color="0.6", alpha=0.4, lw=0, label="median to worst 5 %")
+    if distance:
+        axis.set_ylabel("1 - cosine with the base")
+        axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
+        axis.set_ylim(bottom=-0.04 * (1 - lowest))
+    else:
+        axis.set_ylabel("cosine with the base")
+        room = 0.04 * (1 - lowest)
+        axis.set_ylim(*((lowest - room, 1 + room) if room else (0.9, 1.02)))
+    leaves = result.split == result.layers
+    last = result.layers if leaves else result.layers - 1
+    axis.set_xlim(-1.5, last + 0.5)
+    numbers = MaxNLocator(nbins=10, integer=True).tick_values(0, max(last, 1))
+    shown = sorted({int(v) for v in numbers if 0 <= v <= last} | ({last} if leaves else set()))
+    axis.set_xticks([-1, *shown], ["in", *map(str, shown)])
+    axis.set_xlabel("decoder layer (in: input of layer 0)")
+    if leaves:
+        (plotting.mark_pruning if result.prunes else plotting.mark_split)(axis, result.split)
+    axis.set_title(f"Drift of the shallow layers, {result.samples} samples")
 
 
 class DriftMeasurement(Measurement):
@@ -31,7 +180,7 @@ class DriftMeasurement(Measurement):
     )
     alt = "Median cosine between this checkpoint's and the base's hidden states over the decoder layers."
     settings = Drift
-    result = "llava_patch.measurements.drift.result:DriftResult"
+    result = "llava_patch.measurements.drift.measurement:DriftResult"
     compares = True
     words = {"together": "--together/--apart"}  # noqa: RUF012
 
@@ -40,7 +189,7 @@ class DriftMeasurement(Measurement):
         "drift_text": lambda items: min(DriftMeasurement().pooled(items).text.median),
     }
 
-    def measure(self, target: "Target", settings: Drift, folder: Path | None = None) -> DriftResult:
+    def measure(self, target: Target, settings: Drift, folder: Path | None = None) -> DriftResult:
         """Compare the checkpoint with its base."""
         from llava_patch.measurements.drift.measure import DriftMeter, measure_drift
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from llava_patch.core.errors import InputError, SettingError
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.measurements import pairs, passes, trace
-from llava_patch.measurements.fusion_attention.result import DEFAULTS, FusionAttention, FusionAttentionResult
+from llava_patch.measurements.fusion_attention.measurement import DEFAULTS, FusionAttention, FusionAttentionResult
 from llava_patch.patching.handle import get_handle
 from llava_patch.routing.schedule import LayerMode
 

@@ -6,8 +6,16 @@ from typing import Any
 
 from llava_patch.core import plotting
 from llava_patch.measurements.base import drawn
-from llava_patch.measurements.reach import result as groups
-from llava_patch.measurements.reach.result import FROZEN, NONE, NONZERO, ZERO, PartReach, ReachComparison, ReachResult
+from llava_patch.measurements.reach import measurement as groups
+from llava_patch.measurements.reach.measurement import (
+    FROZEN,
+    NONE,
+    NONZERO,
+    ZERO,
+    PartReach,
+    ReachComparison,
+    ReachResult,
+)
 
 _FLOOR = {ZERO: ("o", "exactly 0"), NONE: ("x", "none arrives"), FROZEN: ("_", "frozen")}
 _LINES = {"lf": ("#4c72b0", "o"), "pc": ("#dd8452", "s"), "kv": ("#55a868", "."), "ideal": ("#8172b3", "o")}

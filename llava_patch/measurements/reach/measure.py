@@ -11,8 +11,8 @@ from llava_patch.core.files import track
 from llava_patch.hosts import zero
 from llava_patch.hosts.anatomy import Anatomy, find
 from llava_patch.measurements.reach import gradients
-from llava_patch.measurements.reach import result as groups
-from llava_patch.measurements.reach.result import Part, PartReach, Reach, ReachComparison, ReachResult, SideReach
+from llava_patch.measurements.reach import measurement as groups
+from llava_patch.measurements.reach.measurement import Part, PartReach, Reach, ReachComparison, ReachResult, SideReach
 from llava_patch.patching.handle import get_handle
 from llava_patch.patching.patch import patch
 from llava_patch.routing.schedule import LayerMode, LayerSchedule

@@ -22,7 +22,7 @@ from llava_patch.hosts.towers import attention as tower_attention
 from llava_patch.hosts.towers import layout as towers
 from llava_patch.measurements.attention_maps import maths
 from llava_patch.measurements.attention_maps.measure import measure_attention_maps
-from llava_patch.measurements.attention_maps.result import (
+from llava_patch.measurements.attention_maps.measurement import (
     WHOLE,
     AttentionMaps,
     AttentionMapsResult,

@@ -19,7 +19,7 @@ from llava_patch.measurements.fusion_attention.measure import (
     measure_fusion_attention,
     measure_sample,
 )
-from llava_patch.measurements.fusion_attention.result import FusionAttention, FusionAttentionResult
+from llava_patch.measurements.fusion_attention.measurement import FusionAttention, FusionAttentionResult
 from tests.support import tiny
 
 IMAGE = slice(2, 2 + tiny.PATCHES)

@@ -12,10 +12,10 @@ from llava_patch import DeepStack, FastV, Routing, SkipLinks, patch
 from llava_patch.core.errors import InputError, LlavaPatchError, SettingError
 from llava_patch.hosts.anatomy import find
 from llava_patch.measurements.reach import gradients
-from llava_patch.measurements.reach import result as groups
+from llava_patch.measurements.reach import measurement as groups
 from llava_patch.measurements.reach.gradients import SideOutput, training_step
 from llava_patch.measurements.reach.measure import compare_reach, measure_reach, parts_of
-from llava_patch.measurements.reach.result import Reach, ReachComparison, ReachResult
+from llava_patch.measurements.reach.measurement import Reach, ReachComparison, ReachResult
 from llava_patch.routing import layers
 from tests.support import fusions, models, tiny
 from tests.support import routings as cases
