@@ -242,7 +242,7 @@ class Result:
     @classmethod
     def decode(cls, values: dict[str, Any]) -> "Self":
         """The fields of JSON values; further ones are passed over, see `from_dict`."""
-        found: Self = decode_known(cls, values)
+        found: Self = decode_fields(cls, values, others=True)
         return found
 
     def save(self, folder: str | Path, name: str = "", formats: Sequence[str] = FIGURES[:1]) -> tuple[Path, ...]:
@@ -418,13 +418,13 @@ def decode(hint: Any, value: Any) -> Any:
     return value
 
 
-def decode_fields(cls: Any, values: Any) -> Any:
-    """A dataclass of its fields' JSON values; see `decode`."""
+def decode_fields(cls: Any, values: Any, others: bool = False) -> Any:
+    """A dataclass of its fields' JSON values, which may stand among `others`; see `decode`."""
     if not isinstance(values, dict):
         raise TypeError(f"expected the fields of {cls.__name__}, got {values!r}")
     fields = {f.name: f for f in dataclasses.fields(cls) if f.metadata.get("written", True)}
     unknown = sorted(set(values) - set(fields))
-    if unknown:
+    if unknown and not others:
         raise ValueError(f"{cls.__name__} has no {', '.join(unknown)}")
     found = {}
     for name, one in fields.items():
@@ -433,12 +433,6 @@ def decode_fields(cls: Any, values: Any) -> Any:
         elif one.default is one.default_factory is dataclasses.MISSING:
             raise KeyError(name)
     return cls(**found)
-
-
-def decode_known(cls: Any, values: dict[str, Any]) -> Any:
-    """A dataclass of its fields' JSON values among others."""
-    names = {f.name for f in dataclasses.fields(cls)}
-    return decode_fields(cls, {name: value for name, value in values.items() if name in names})
 
 
 def hint_of(cls: type, one: "dataclasses.Field[Any]") -> Any:

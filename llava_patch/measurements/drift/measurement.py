@@ -121,14 +121,6 @@ def drift_figure(result: DriftResult) -> Any:
     Where all cosines are within `SMALL` of 1, their distance from 1 is drawn instead.
     """
     figure, (axis,) = plotting.panels()
-    _draw(axis, result)
-    figure.legend(loc="outside lower center", ncols=2)
-    return figure
-
-
-def _draw(axis: Any, result: DriftResult) -> None:
-    MaxNLocator = optional("matplotlib.ticker").MaxNLocator
-
     curves = (
         (result.image, plotting.IMAGE, "image positions", "o", 5, "none"),
         (result.text, plotting.TEXT, "text positions", "s", 2.5, plotting.TEXT),
@@ -148,19 +140,19 @@ def _draw(axis: Any, result: DriftResult) -> None:
         axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
         axis.set_ylim(bottom=-0.04 * (1 - lowest))
     else:
-        axis.set_ylabel("cosine with the base")
         room = 0.04 * (1 - lowest)
-        axis.set_ylim(*((lowest - room, 1 + room) if room else (0.9, 1.02)))
+        axis.set(ylabel="cosine with the base", ylim=(lowest - room, 1 + room) if room else (0.9, 1.02))
     leaves = result.split == result.layers
     last = result.layers if leaves else result.layers - 1
-    axis.set_xlim(-1.5, last + 0.5)
-    numbers = MaxNLocator(nbins=10, integer=True).tick_values(0, max(last, 1))
+    axis.set(xlim=(-1.5, last + 0.5), xlabel="decoder layer (in: input of layer 0)")
+    numbers = optional("matplotlib.ticker").MaxNLocator(nbins=10, integer=True).tick_values(0, max(last, 1))
     shown = sorted({int(v) for v in numbers if 0 <= v <= last} | ({last} if leaves else set()))
     axis.set_xticks([-1, *shown], ["in", *map(str, shown)])
-    axis.set_xlabel("decoder layer (in: input of layer 0)")
     if leaves:
         (plotting.mark_pruning if result.prunes else plotting.mark_split)(axis, result.split)
     axis.set_title(f"Drift of the shallow layers, {result.samples} samples")
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
 
 
 class DriftMeasurement(Measurement):

@@ -263,10 +263,8 @@ def _draw_layers(axis: Any, result: FlopsResult) -> None:
             )  # fmt: skip
     plotting.layer_axis(axis, len(numbers))
     highest = max(layer.total for layer in stock.forward.layers) / scale
-    axis.set_ylim(0, 1.5 * highest)  # room for the legend
-    axis.set_ylabel(f"{unit} a forward pass")
-    prompt = result.prompts[0]
-    axis.set_title(f"{row.variant.name}: {prompt.image} image + {prompt.text} text tokens")
+    title = f"{row.variant.name}: {result.prompts[0].image} image + {result.prompts[0].text} text tokens"
+    axis.set(ylim=(0, 1.5 * highest), ylabel=f"{unit} a forward pass", title=title)  # with room for the legend
     axis.legend(ncols=3, loc="upper center", handlelength=1.2, columnspacing=0.8, framealpha=1, borderpad=0.3)
 
 
@@ -287,8 +285,7 @@ def _draw_lengths(axis: Any, result: FlopsResult) -> None:
     axis.axhline(0, color="black", lw=0.8)
     axis.set_xscale("log", base=2)
     axis.set_xticks(texts, [str(text) for text in texts])
-    axis.set_xlabel(f"text tokens (beside {prompt.image} image tokens)")
-    axis.set_ylabel("forward FLOPs saved (%)")
+    axis.set(xlabel=f"text tokens (beside {prompt.image} image tokens)", ylabel="forward FLOPs saved (%)")
     axis.set_title(f"{result.shape.name}, split {result.split}")
     low, high = axis.get_ylim()
     axis.set_ylim(low, high + 0.45 * (high - low))

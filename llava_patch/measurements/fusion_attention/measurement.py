@@ -188,12 +188,10 @@ def _panel(axis: Any, result: FusionAttentionResult, index: int) -> None:
     axis.set_title(f"{where}: mean x {ratio:.2f}, {sum(above)} of {heads} heads over twice", fontsize=7.5)
     if heads <= NUMBERED:
         axis.set_xticks(list(places), [str(h) for h in order])
-        axis.set_xlabel("head number, sorted by stock's mass")
-    else:
-        axis.set_xlabel(f"{heads} heads, sorted by stock's mass")
-    axis.set_xlim(-0.7, heads - 0.3)
-    axis.set_ylim(0, 1.08 * max(*own, *base, 1e-9))  # twice stock may lie above, where nothing reaches it
-    axis.set_ylabel("mass on image keys (probability)")
+    what = "head number" if heads <= NUMBERED else f"{heads} heads"
+    axis.set(xlabel=f"{what}, sorted by stock's mass", ylabel="mass on image keys (probability)")
+    top = 1.08 * max(*own, *base, 1e-9)  # twice stock may lie above, where nothing reaches it
+    axis.set(xlim=(-0.7, heads - 0.3), ylim=(0, top))
     axis.grid(visible=False, axis="x")
 
 

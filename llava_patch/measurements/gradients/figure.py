@@ -34,16 +34,16 @@ def gradients_figure(result: GradientsResult) -> Any:
         _levels(traces, result.windows, f"{name}_trace", color)
     _positive_log(norms)
     _positive_log(traces)
-    _describe(norms, r"(a) Norms: $\|g\|^2$ and $\|$window's mean $g\|^2$", "squared norm")
-    _describe(traces, r"(b) Variance in a window", r"tr $\Sigma$ (squared norm)")
+    norms.set(title=r"(a) Norms: $\|g\|^2$ and $\|$window's mean $g\|^2$", ylabel="squared norm")
+    traces.set(title="(b) Variance in a window", ylabel=r"tr $\Sigma$ (squared norm)")
 
     values = [s.cosine for s in steps]
     _dots(cosine, steps, values, SKIP)
     cosine.plot(*_running(steps, values, result.settings.window), color=RUNNING, label="running median")
     cosine.axhline(0, color="0.5", lw=0.8, zorder=0)
     reach = min(1.05, max([0.05, *(1.2 * abs(v) for v in values if not math.isnan(v))]))
-    cosine.set_ylim(-reach, reach)
-    _describe(cosine, "(c) Direction of skip against main", r"cosine of $g_\mathrm{skip}$ and $g_\mathrm{main}$")
+    unit = r"cosine of $g_\mathrm{skip}$ and $g_\mathrm{main}$"
+    cosine.set(ylim=(-reach, reach), title="(c) Direction of skip against main", ylabel=unit)
 
     _draw_delta(delta, result, "o", color=SKIP, ms=3.5)
     delta.set_ylim(0, 1.15 * max([SMALL_DELTA, *(w.delta for w in result.windows if math.isfinite(w.delta))]))
@@ -86,8 +86,8 @@ def runs_figure(results: Mapping[str, GradientsResult]) -> Any:
         _draw_delta(delta, result, "o-", color=color, ms=3, lw=0.8)
     ratio.axhline(1, color="0.5", lw=0.8, zorder=0)
     _positive_log(ratio)
-    unit = r"$\|g_\mathrm{skip}\|/\|g_\mathrm{main}\|$"
-    _describe(ratio, r"Skip against main, running median (dashed: $t_\mathrm{trans}$)", unit)
+    title = r"Skip against main, running median (dashed: $t_\mathrm{trans}$)"
+    ratio.set(title=title, ylabel=r"$\|g_\mathrm{skip}\|/\|g_\mathrm{main}\|$")
     _describe_delta(delta)
     delta.set_ylim(bottom=0)
     last = max([1, *(s.step for result in results.values() for s in result.steps)])
@@ -103,7 +103,7 @@ def _draw_delta(axis: Any, result: GradientsResult, mark: str, **style: Any) -> 
 
 def _describe_delta(axis: Any, letter: str = "") -> None:
     axis.axhline(SMALL_DELTA, color="0.4", ls=":", lw=1, label=rf"$\delta$ = {SMALL_DELTA} (paper: below)")
-    _describe(axis, f"{letter}Cross-covariance in a window", r"$\delta$ (share of tr $\Sigma_\mathrm{skip}$)")
+    axis.set(title=f"{letter}Cross-covariance in a window", ylabel=r"$\delta$ (share of tr $\Sigma_\mathrm{skip}$)")
 
 
 def _dots(axis: Any, steps: Sequence[Step], values: Sequence[float], color: str, label: str | None = None) -> None:
@@ -140,15 +140,8 @@ def _positive_log(axis: Any) -> None:
 
 
 def _step_axis(axis: Any, steps: Sequence[int], label: str) -> None:
-    MaxNLocator = optional("matplotlib.ticker").MaxNLocator
-
     if steps:
         margin = max(0.5, 0.02 * (max(steps) - min(steps)))
         axis.set_xlim(min(steps) - margin, max(steps) + margin)
-    axis.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+    axis.xaxis.set_major_locator(optional("matplotlib.ticker").MaxNLocator(nbins=7, integer=True))
     axis.set_xlabel(label)
-
-
-def _describe(axis: Any, title: str, y_label: str) -> None:
-    axis.set_title(title)
-    axis.set_ylabel(y_label)

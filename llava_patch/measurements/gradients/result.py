@@ -11,7 +11,7 @@ from typing import Any
 
 from llava_patch.core.errors import CheckpointError, InputError
 from llava_patch.core.files import plain
-from llava_patch.measurements.base import Result, decode, decode_known, encode
+from llava_patch.measurements.base import Result, decode, decode_fields, encode
 from llava_patch.measurements.gradients.log import LOG, read_lines
 from llava_patch.measurements.gradients.moments import PATHS, Moments, Step
 from llava_patch.measurements.gradients.settings import Gradients
@@ -96,8 +96,8 @@ class GradientsResult(Result):
     @classmethod
     def decode(cls, values: dict[str, Any]) -> "GradientsResult":
         """Read the moments; what follows from them is worked out again."""
-        steps = [decode_known(Step, step) for step in values["steps"]]
-        windows = [decode_known(Moments, window) for window in values["windows"]]
+        steps = [decode_fields(Step, step, others=True) for step in values["steps"]]
+        windows = [decode_fields(Moments, window, others=True) for window in values["windows"]]
         return cls(steps, windows, decode(Gradients, values["settings"]), facts=dict(values["facts"]))
 
     @classmethod

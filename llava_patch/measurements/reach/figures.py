@@ -30,11 +30,9 @@ def reach_figure(result: ReachResult) -> Any:
     """Gradient norms of the vision side and of the decoder, and the side output's by layer where there is a branch."""
     figure, axes = plotting.panels(1, 2 if result.side is None else 3)
     for axis in axes[:2]:  # one scale, so that tower and decoder compare
-        axis.set_yscale("log")
-        axis.set_ylim(*_limits([f.norm for f in result.parts if f.state == NONZERO], 0.3))
+        axis.set(yscale="log", ylim=_limits([f.norm for f in result.parts if f.state == NONZERO], 0.3))
     _draw_parts(axes[0], result, (groups.EMBEDDING, groups.BLOCK, groups.AFTER, groups.PROJECTOR, groups.STACK))
-    axes[0].set_title("Vision tower and projector")
-    axes[0].set_xlabel("tower block")
+    axes[0].set(title="Vision tower and projector", xlabel="tower block")
     _draw_decoder(axes[1], result)
     if result.side is not None:
         _draw_side(axes[2], [result])
@@ -171,5 +169,4 @@ def _draw_whole(axis: Any, results: list[ReachResult]) -> None:
     axis.bar_label(bars, words, padding=1, fontsize=7)
     axis.margins(y=0.22)
     axis.grid(axis="x", visible=False)
-    axis.set_ylabel("‖∂loss / ∂(side output)‖")
-    axis.set_title("Whole, and number of layers it comes through")
+    axis.set(ylabel="‖∂loss / ∂(side output)‖", title="Whole, and number of layers it comes through")

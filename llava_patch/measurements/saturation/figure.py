@@ -109,11 +109,9 @@ def _panels(height: float, *depths: int) -> tuple[Any, list[Any]]:
     """A figure with three panels over the layers of models of these depths, in percent where they differ."""
     figure, axes = plotting.panels(1, 3, height)
     for axis, title, unit in zip(axes, TITLES, UNITS, strict=True):
-        axis.set_title(title)
-        axis.set_ylabel(unit)
+        axis.set(title=title, ylabel=unit)
         if len(depths) == 1:
             plotting.layer_axis(axis, depths[0])
         else:
-            axis.set_xlim(-2, 102)
-            axis.set_xlabel("depth (% of decoder layers)")
+            axis.set(xlim=(-2, 102), xlabel="depth (% of decoder layers)")
     return figure, axes

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from llava_patch.core.errors import SettingError
-from llava_patch.measurements.base import Comparison, Result, decode, decode_known, differences, encode
+from llava_patch.measurements.base import Comparison, Result, decode, decode_fields, differences, encode
 from llava_patch.measurements.saturation import recommend
 from llava_patch.settings.checks import integer, is_number
 
@@ -67,7 +67,7 @@ class Curves:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Curves":
         """Read curves from JSON values, where null is NaN; KeyError, TypeError or ValueError when they are damaged."""
-        curves: Curves = decode_known(cls, values)
+        curves: Curves = decode_fields(cls, values, others=True)
         lengths = {len(curve) for curve in vars(curves).values()}
         if len(lengths) != 1 or 0 in lengths or not all(curves.head_mass):
             raise ValueError(f"curves over {sorted(lengths)} layers")
