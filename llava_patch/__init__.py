@@ -13,7 +13,7 @@ _EXPORTS = {  # beside the methods, which the registry names
     "AttentionMaps": "measurements.attention_maps.measurement",
     "Drift": "measurements.drift.measurement",
     "FusionAttention": "measurements.fusion_attention.measurement",
-    "Gradients": "measurements.gradients.settings",
+    "Gradients": "measurements.gradients.measurement",
     "Handle": "patching.handle",
     "LlavaPatchError": "core.errors",
     "RProbe": "measurements.rprobe.settings",
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from llava_patch.measurements.fusion_attention.measure import measure_fusion_attention as measure_fusion_attention
     from llava_patch.measurements.fusion_attention.measurement import FusionAttention as FusionAttention
     from llava_patch.measurements.gradients.measure import measure_gradients as measure_gradients
-    from llava_patch.measurements.gradients.settings import Gradients as Gradients
+    from llava_patch.measurements.gradients.measurement import Gradients as Gradients
     from llava_patch.measurements.reach.measure import compare_reach as compare_reach
     from llava_patch.measurements.reach.measure import measure_reach as measure_reach
     from llava_patch.measurements.reach.measurement import Reach as Reach

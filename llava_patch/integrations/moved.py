@@ -43,11 +43,12 @@ MOVED = {
     "diagnostics.examples": ("data.examples",),
     "diagnostics.gradients": (
         "measurements.gradients",
-        "measurements.gradients.settings",
+        "measurements.gradients.measurement",
         "measurements.gradients.result",
         "measurements.gradients.decompose",
         "integrations.training.gradients",
     ),
+    "diagnostics.gradients.settings": ("measurements.gradients.measurement",),
     "diagnostics.inputs": ("data.inputs",),
     "diagnostics.reach.compare": ("measurements.reach.measure", "measurements.reach.measurement"),
     "diagnostics.reach.settings": ("measurements.reach.measurement",),

@@ -25,9 +25,9 @@ from llava_patch.hosts import zero
 from llava_patch.integrations.training.extension import TrainerExtension, extend
 from llava_patch.measurements.gradients.decompose import block_parameters, decompose, measured_block
 from llava_patch.measurements.gradients.log import LOG, StepLog
+from llava_patch.measurements.gradients.measurement import Gradients
 from llava_patch.measurements.gradients.moments import Step
 from llava_patch.measurements.gradients.result import NAME, GradientsResult
-from llava_patch.measurements.gradients.settings import Gradients
 from llava_patch.measurements.gradients.statistics import STATE, Window
 from llava_patch.patching.handle import get_handle
 

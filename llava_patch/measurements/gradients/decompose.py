@@ -19,7 +19,7 @@ from llava_patch.core.undo import UndoStack
 from llava_patch.fusion.features import detaching
 from llava_patch.fusion.training import lift_no_grad
 from llava_patch.hosts import zero
-from llava_patch.measurements.gradients.settings import ATTACHED, RUN
+from llava_patch.measurements.gradients.measurement import ATTACHED, RUN
 from llava_patch.patching.handle import get_handle
 
 _CHECKPOINT = "_gradient_checkpointing_func"  # transformers' name on every module that can checkpoint

@@ -8,8 +8,8 @@ from typing import Any
 
 from llava_patch.core.errors import CheckpointError
 from llava_patch.core.files import plain, write_text
+from llava_patch.measurements.gradients.measurement import Gradients
 from llava_patch.measurements.gradients.moments import Moments, Step
-from llava_patch.measurements.gradients.settings import Gradients
 
 LOG = "gradients.jsonl"
 _KIND = "kind"

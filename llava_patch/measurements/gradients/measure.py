@@ -17,9 +17,9 @@ from llava_patch.data.inputs import IGNORED, Inputs
 from llava_patch.hosts.anatomy import find
 from llava_patch.measurements.gradients.decompose import block_parameters, decompose, measured_block
 from llava_patch.measurements.gradients.log import LOG, READING, StepLog, read_lines
+from llava_patch.measurements.gradients.measurement import Gradients
 from llava_patch.measurements.gradients.moments import Moments, Step
 from llava_patch.measurements.gradients.result import GradientsResult
-from llava_patch.measurements.gradients.settings import Gradients
 from llava_patch.measurements.gradients.statistics import STATE, Window
 from llava_patch.measurements.passes import keeping_flags
 from llava_patch.patching.handle import get_handle

@@ -13,8 +13,8 @@ from llava_patch.core.errors import CheckpointError, InputError
 from llava_patch.core.files import plain
 from llava_patch.measurements.base import Result, decode, decode_fields, encode
 from llava_patch.measurements.gradients.log import LOG, read_lines
+from llava_patch.measurements.gradients.measurement import Gradients
 from llava_patch.measurements.gradients.moments import PATHS, Moments, Step
-from llava_patch.measurements.gradients.settings import Gradients
 from llava_patch.measurements.gradients.statistics import transition_step
 
 NAME = "gradients"

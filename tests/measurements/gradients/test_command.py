@@ -9,8 +9,8 @@ from llava_patch import SkipLinks, patch
 from llava_patch.cli.main import app
 from llava_patch.core.errors import CheckpointError, InputError, LlavaPatchError, SettingError
 from llava_patch.measurements.gradients.log import StepLog
+from llava_patch.measurements.gradients.measurement import Gradients
 from llava_patch.measurements.gradients.result import GradientsResult
-from llava_patch.measurements.gradients.settings import Gradients
 from tests.support import fileset
 from tests.support.fusions import randomise
 

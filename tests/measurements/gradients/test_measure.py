@@ -13,8 +13,8 @@ from llava_patch.measurements.gradients import measure as module
 from llava_patch.measurements.gradients.decompose import decompose
 from llava_patch.measurements.gradients.log import LOG, StepLog
 from llava_patch.measurements.gradients.measure import measure_gradients
+from llava_patch.measurements.gradients.measurement import Gradients
 from llava_patch.measurements.gradients.result import GradientsResult
-from llava_patch.measurements.gradients.settings import Gradients
 from llava_patch.measurements.gradients.statistics import STATE, Window
 from tests.support.fusions import randomise
 

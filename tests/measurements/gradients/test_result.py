@@ -10,9 +10,9 @@ import torch
 from llava_patch.core.errors import CheckpointError, SettingError
 from llava_patch.measurements.gradients.figure import gradients_figure, runs_figure
 from llava_patch.measurements.gradients.log import LOG, StepLog
+from llava_patch.measurements.gradients.measurement import Gradients
 from llava_patch.measurements.gradients.moments import Step
 from llava_patch.measurements.gradients.result import GradientsResult, ordered, runs_dict, runs_table
-from llava_patch.measurements.gradients.settings import Gradients
 from llava_patch.measurements.gradients.statistics import Window
 
 SETTINGS = Gradients(window=4, transition_windows=2, smoothness=10.0)

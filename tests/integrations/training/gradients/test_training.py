@@ -18,7 +18,7 @@ from llava_patch.hosts import compat
 from llava_patch.integrations.training import gradients as training
 from llava_patch.integrations.training.auxiliary import follow as follow_auxiliary
 from llava_patch.integrations.training.gradients import follow, loss_scale
-from llava_patch.measurements.gradients.settings import Gradients
+from llava_patch.measurements.gradients.measurement import Gradients
 from llava_patch.patching.handle import get_handle
 
 from .training_cases import STEPS, history, model, trainer

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from llava_patch.integrations.training.gradients import follow
-from llava_patch.measurements.gradients.settings import Gradients
+from llava_patch.measurements.gradients.measurement import Gradients
 
 from .training_cases import history, model, trainer
 
