@@ -195,15 +195,16 @@ def _panel(axis: Any, result: FusionAttentionResult, index: int) -> None:
     axis.grid(visible=False, axis="x")
 
 
-def _mass(items: Sequence[dict[str, Any]]) -> float:
-    """Text-to-image attention mass, mean over heads, fusion layers and documents."""
-    return mean([value for heads in FusionAttentionMeasurement().pooled(items).trained for value in heads])
+def _masses(items: Sequence[dict[str, Any]]) -> list[float]:
+    """Text-to-image attention mass, mean over heads, fusion layers and documents: the checkpoint's, and the base's."""
+    result = FusionAttentionMeasurement().pooled(items)
+    return [mean([value for heads in layers for value in heads]) for layers in (result.trained, result.stock)]
 
 
 def _mass_ratio(items: Sequence[dict[str, Any]]) -> float | None:
-    """That mass divided by the base's; None where the base's is zero."""
-    stock = mean([value for heads in FusionAttentionMeasurement().pooled(items).stock for value in heads])
-    return _mass(items) / stock if stock else None
+    """One divided by the other; None where the base's is zero."""
+    trained, stock = _masses(items)
+    return trained / stock if stock else None
 
 
 def _heads(items: Sequence[dict[str, Any]]) -> int:
@@ -232,7 +233,7 @@ class FusionAttentionMeasurement(Measurement):
     compares = True
 
     metrics = {  # noqa: RUF012
-        "fusion_attention_mass": _mass,
+        "fusion_attention_mass": lambda items: _masses(items)[0],
         "fusion_attention_ratio": _mass_ratio,
         "heads_above_twice_stock": _heads,
     }

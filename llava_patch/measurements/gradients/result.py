@@ -269,17 +269,10 @@ def runs_table(results: Mapping[str, GradientsResult]) -> tuple[list[str], list[
     """
     rows = []
     for name, result in ordered(results).items():
-        rate, medians = result.facts.get("learning_rate"), (result.median_cosine, result.median_delta)
-        transition = "-" if result.too_short else "/"
-        rows.append(
-            [
-                name,
-                f"{rate:g}" if rate else "-",
-                transition if result.transition is None else str(result.transition),
-                *("-" if math.isnan(value) else f"{value:.4f}" for value in medians),
-                str(len(result.steps)),
-            ]
-        )
+        rate, transition = result.facts.get("learning_rate"), result.transition
+        settled = str(transition) if transition is not None else "-" if result.too_short else "/"
+        medians = ["-" if math.isnan(v) else f"{v:.4f}" for v in (result.median_cosine, result.median_delta)]
+        rows.append([name, f"{rate:g}" if rate else "-", settled, *medians, str(len(result.steps))])
     return ["run", "lr", "t_trans", "median cos", "median delta", "steps"], rows
 
 

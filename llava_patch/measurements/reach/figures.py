@@ -57,22 +57,20 @@ def _draw_parts(axis: Any, result: ReachResult, kinds: tuple[str, ...]) -> None:
     """Bars on a log axis over parts in the model's order; what has no gradient is a mark on the floor."""
     parts = [found for kind in kinds for found in result.of(kind)]
     labels = [str(f.part.number) if f.part.number is not None else _SHORT[f.part.kind] for f in parts]
-    _bars(axis, range(len(parts)), parts)
+    _bars(axis, parts)
     blocks = [i for i, f in enumerate(parts) if f.part.number is not None]
     step = max(1, len(blocks) // 6)
     places = [i for i in range(len(parts)) if i not in blocks] + blocks[::step]
     axis.set_xticks(sorted(places), [labels[i] for i in sorted(places)])
     for i, tick in zip(sorted(places), axis.get_xticklabels(), strict=True):
         if i not in blocks:
-            tick.set_rotation(60)
-            tick.set_ha("right")
-            tick.set_rotation_mode("anchor")
+            tick.set(rotation=60, ha="right", rotation_mode="anchor")
     _legend(axis)
 
 
 def _draw_decoder(axis: Any, result: ReachResult) -> None:
     layers = result.of(groups.LAYER)
-    _bars(axis, range(len(layers)), layers)
+    _bars(axis, layers)
     fused = [number for number, found in enumerate(layers) if found.part.role == "fusion"]
     for number in fused:
         axis.axvspan(number - 0.5, number + 0.5, color=plotting.SPLIT, alpha=0.2)
@@ -92,14 +90,13 @@ def _draw_decoder(axis: Any, result: ReachResult) -> None:
     _legend(axis)
 
 
-def _bars(axis: Any, places: Sequence[int], parts: Sequence[PartReach]) -> None:
-    alive = {p: f.norm for p, f in zip(places, parts, strict=True) if f.state == NONZERO and f.norm > 0}
+def _bars(axis: Any, parts: Sequence[PartReach]) -> None:
+    alive = {p: f.norm for p, f in enumerate(parts) if f.state == NONZERO and f.norm > 0}
     if alive:
         axis.bar(list(alive), list(alive.values()), color=plotting.TEXT, width=0.8, label="gradient")
     low = 1.6 * axis.get_ylim()[0]
     for state, (marker, label) in _FLOOR.items():
-        there = [p for p, f in zip(places, parts, strict=True) if f.state == state]
-        if there:
+        if there := [p for p, f in enumerate(parts) if f.state == state]:
             axis.plot(there, [low] * len(there), marker, color="0.35", ms=4, mfc="none", label=label)
     axis.set_ylabel("gradient norm")
     axis.grid(axis="x", visible=False)
@@ -125,8 +122,7 @@ def _draw_side(axis: Any, results: list[ReachResult]) -> None:
         assert result.side is not None
         variant = result.variant
         colour, marker = _LINES.get(variant, (plotting.TEXT, "o"))
-        alive = {k: v for k, v in result.side.layers.items() if v > 0}
-        if alive:
+        if alive := {k: v for k, v in result.side.layers.items() if v > 0}:
             axis.plot(
                 list(alive), list(alive.values()), marker=marker, ms=7 if marker == "s" else 4, mfc="none",
                 ls=":" if marker == "." else "-", color=colour, label=variant,

@@ -14,13 +14,12 @@ from llava_patch.core.files import write_json
 from llava_patch.core.paths import VARIABLE, cache_folder
 from llava_patch.hosts.anatomy import Anatomy, find
 from llava_patch.measurements.saturation.measure import measure_saturation, unusable
-from llava_patch.measurements.saturation.result import Saturation, SaturationResult
+from llava_patch.measurements.saturation.result import DEFAULTS, Saturation, SaturationResult
 from llava_patch.patching.handle import get_handle
 from llava_patch.patching.keys import digest_of, model_digest
 from llava_patch.settings.methods import AUTO, Routing
 
 logger = logging.getLogger("llava_patch")
-DEFAULTS = Saturation()
 FORMAT = 3  # of a kept measurement; 2: the model's digest saw matrices only
 _ASKED = f'Routing.split = "{AUTO}"'
 _NOT_MEASURED = ("labels", "attention_mask")  # samples have no padding, so that neither changes what is measured

@@ -9,16 +9,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llava_patch.core.errors import InputError
 from llava_patch.core.files import plain
+from llava_patch.data.target import Target
 from llava_patch.measurements.base import Measurement, Table, decode
 from llava_patch.measurements.saturation.recommend import transition_layer
 from llava_patch.measurements.saturation.result import Curves, PatchOn, Saturation, SaturationResult
-
-if TYPE_CHECKING:
-    from llava_patch.data.target import Target
 
 
 def _transition(entries: Sequence[dict[str, Any]]) -> float:
@@ -69,7 +67,7 @@ class SaturationMeasurement(Measurement):
         """None: the curves are for the figure."""
         return []
 
-    def measure(self, target: "Target", settings: Saturation, folder: Path | None = None) -> SaturationResult:
+    def measure(self, target: Target, settings: Saturation, folder: Path | None = None) -> SaturationResult:
         """One forward pass a sample; an unfinished run goes on from its state in the folder."""
         from llava_patch.data.readers.read import resolve_source
         from llava_patch.measurements.saturation.measure import STATE_FILE, State, measure_saturation
@@ -89,7 +87,7 @@ class SaturationMeasurement(Measurement):
         }
         return replace(result, facts=facts)
 
-    def kept(self, target: "Target", settings: Saturation, folder: Path) -> SaturationResult | None:
+    def kept(self, target: Target, settings: Saturation, folder: Path) -> SaturationResult | None:
         """The result of the very same measurement; one of an earlier version, or damaged, counts as none."""
         try:
             found = SaturationResult.load(folder / "saturation.json")
@@ -134,7 +132,7 @@ class SaturationMeasurement(Measurement):
         settings, patch = Saturation(**items[0]["settings"]), decode(PatchOn | None, items[0]["patch"])
         return SaturationResult(done.mean(), done.samples, settings=settings, patch=patch)
 
-    def _key(self, target: "Target", settings: Saturation) -> dict[str, Any]:
+    def _key(self, target: Target, settings: Saturation) -> dict[str, Any]:
         from llava_patch.hosts.anatomy import find
         from llava_patch.measurements.saturation.measure import make_key
 

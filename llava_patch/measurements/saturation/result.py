@@ -224,19 +224,11 @@ def compare(results: Mapping[str, SaturationResult]) -> Comparison:
     base_name, base = next(iter(results.items()))
     for name, result in results.items():
         window = result.recommendation.window
-        rows.append(
-            [
-                name,
-                str(result.n_layers),
-                result.worded(result.recommended_split),
-                "none" if window is None else f"{window[0]}..{window[1]}",
-                result.worded(result.image_transition),
-                result.worded(result.text_transition),
-                f"{result.curves.mass[0]:.3g}",
-                f"{result.deep_mass:.3g}",
-                *(result.worded(result.split) for _ in own),
-            ]
-        )
+        masses = (f"{mass:.3g}" for mass in (result.curves.mass[0], result.deep_mass))
+        layers = [result.recommended_split, result.image_transition, result.text_transition, result.split]
+        split, *transitions, own_split = map(result.worded, layers)
+        shown = "none" if window is None else f"{window[0]}..{window[1]}"
+        rows.append([name, str(result.n_layers), split, shown, *transitions, *masses, *(own_split for _ in own)])
         if window is None:
             notes.append(f"{name}: no split: {result.recommendation.reason}")
         unlike = differences(_conditions(result), _conditions(base), (name, base_name))
