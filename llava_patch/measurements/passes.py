@@ -5,7 +5,7 @@ Hooks are the caller's; what is here is the same for every measurement that look
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,29 +40,14 @@ def watching(anatomy: Anatomy, sample: dict[str, Any], what: str) -> Iterator[tu
 
     Args:
         anatomy: the host model.
-        sample: as `one_sample` takes it.
+        sample: keyword arguments of its forward, with token ids of int64 [1, tokens].
         what: name of the measurement, for errors.
 
     Yields:
         (the pass, a stack for the caller's hooks).
-    """
-    ids = one_sample(sample, what)
-    seen, undo = Pass(ids[0][ids[0] != anatomy.image_token_id].cpu()), UndoStack()
-    try:
-        if anatomy.ids_hold_places:
-            seen.image = wrappers.hf_image_mask(anatomy, ids)[0]
-        else:
-            watch_preparation(anatomy, lambda image: setattr(seen, "image", image), undo)
-        yield seen, undo
-    finally:
-        undo.unwind()
-
-
-def one_sample(sample: dict[str, Any], what: str) -> Tensor:
-    """The token ids, int64 [1, tokens], of keyword arguments of a host model's forward.
 
     Raises:
-        InputError: a batch, or padding; names the measurement (`what`).
+        InputError: a batch, or padding; names the measurement.
     """
     ids: Tensor = sample["input_ids"]
     if ids.shape[0] != 1:
@@ -70,7 +55,15 @@ def one_sample(sample: dict[str, Any], what: str) -> Tensor:
     mask = sample.get("attention_mask")
     if mask is not None and not bool(mask.bool().all()):
         raise InputError(f"{what} takes samples without padding: attention_mask holds zeros")
-    return ids
+    seen, undo = Pass(ids[0][ids[0] != anatomy.image_token_id].cpu()), UndoStack()
+    try:
+        if anatomy.ids_hold_places:
+            seen.image = wrappers.hf_image_mask(anatomy, ids)[0]
+        else:
+            _watch_preparation(anatomy, seen, undo)
+        yield seen, undo
+    finally:
+        undo.unwind()
 
 
 def run(anatomy: Anatomy, sample: dict[str, Any]) -> None:
@@ -107,12 +100,11 @@ def same_input(one: Pass, other: Pass, number: int, what: str) -> None:
         )
 
 
-def watch_preparation(anatomy: Anatomy, note: Callable[[Tensor | None], None], undo: UndoStack) -> None:
+def _watch_preparation(anatomy: Anatomy, seen: Pass, undo: UndoStack) -> None:
     """Have `llava` tell where it places the image features of a sample, before its decoder runs.
 
     Around whatever is there, so that a routed model's own bookkeeping still runs; but where that already says where
     images are, nothing is asked twice: the labels that `llava_prepare` asks with would tell FastV what to protect.
-    `note` gets bool [T], True at image positions, or None for a sample without an image.
     """
 
     def prepare_and_note(prepare: Any, *args: Any, **kwargs: Any) -> tuple:
@@ -122,7 +114,7 @@ def watch_preparation(anatomy: Anatomy, note: Callable[[Tensor | None], None], u
             image_mask = None if prepared is None else prepared.image_mask
         else:
             outputs, image_mask = llava_prepare(prepare, anatomy.image_token_id, *args, **kwargs)
-        note(None if image_mask is None else image_mask[0])
+        seen.image = None if image_mask is None else image_mask[0]
         return outputs
 
     undo.wrap(anatomy.model, "prepare_inputs_labels_for_multimodal", prepare_and_note)

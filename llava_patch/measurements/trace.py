@@ -98,7 +98,7 @@ def traced(
 
     Args:
         anatomy: the host model; HostError for a decoder whose attention is not known.
-        sample: as `passes.one_sample` takes it.
+        sample: as `passes.watching` takes it.
         chunk: attention queries held at a time.
         mass_of: layers whose attention mass is all that is wanted; None: everything of every layer.
         what: name of the measurement, for errors.
