@@ -55,15 +55,13 @@ def watching(anatomy: Anatomy, sample: dict[str, Any], what: str) -> Iterator[tu
     mask = sample.get("attention_mask")
     if mask is not None and not bool(mask.bool().all()):
         raise InputError(f"{what} takes samples without padding: attention_mask holds zeros")
-    seen, undo = Pass(ids[0][ids[0] != anatomy.image_token_id].cpu()), UndoStack()
-    try:
+    seen = Pass(ids[0][ids[0] != anatomy.image_token_id].cpu())
+    with UndoStack() as undo:
         if anatomy.ids_hold_places:
             seen.image = wrappers.hf_image_mask(anatomy, ids)[0]
         else:
             _watch_preparation(anatomy, seen, undo)
         yield seen, undo
-    finally:
-        undo.unwind()
 
 
 def run(anatomy: Anatomy, sample: dict[str, Any]) -> None:

@@ -89,26 +89,21 @@ def training_step(anatomy: Anatomy, everything: bool) -> Iterator[None]:
     Gradients that were there, flags, training mode and the state of the random generators come back. With `everything`,
     every parameter asks for a gradient.
     """
-    model, undo = anatomy.model, UndoStack()
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    model = anatomy.model
     cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=cuda), torch.enable_grad(), keeping_flags(model):
-        try:
-            model.train()
-            for module in model.modules():
-                if getattr(module, "gradient_checkpointing", False):
-                    undo.set_attribute(module, "gradient_checkpointing", False)
-            for parameter, _ in gradients:
-                parameter.grad = None
-                if everything and parameter.is_floating_point():
-                    parameter.requires_grad_(True)
-            if everything:
-                let_tower_train(anatomy, undo)
-            yield
-        finally:
-            undo.unwind()
-            for parameter, gradient in gradients:
-                parameter.grad = gradient
+    with torch.random.fork_rng(devices=cuda), torch.enable_grad(), keeping_flags(model), UndoStack() as undo:
+        model.train()
+        for module in model.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                undo.set_attribute(module, "gradient_checkpointing", False)
+        for parameter in model.parameters():
+            undo.push(functools.partial(setattr, parameter, "grad", parameter.grad))
+            parameter.grad = None
+            if everything and parameter.is_floating_point():
+                parameter.requires_grad_(True)
+        if everything:
+            let_tower_train(anatomy, undo)
+        yield
 
 
 @contextlib.contextmanager
@@ -120,16 +115,11 @@ def listening(parameters: dict[str, nn.Parameter], arrivals: Arrivals) -> Iterat
         arrivals.note(name, parameter.grad)
         parameter.grad = None
 
-    hooks = [
-        parameter.register_post_accumulate_grad_hook(functools.partial(note, name))
-        for name, parameter in parameters.items()
-        if parameter.requires_grad
-    ]
-    try:
+    with UndoStack() as undo:
+        for name, parameter in parameters.items():
+            if parameter.requires_grad:
+                undo.push(parameter.register_post_accumulate_grad_hook(functools.partial(note, name)).remove)
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def backward(model: Any, sample: dict[str, Any], side: SideOutput) -> float:

@@ -11,11 +11,10 @@ import pytest
 import torch
 
 from llava_patch import FastV, Routing, patch
-from llava_patch.core import plotting
 from llava_patch.core.errors import HostError, InputError, SettingError
 from llava_patch.hosts.anatomy import find
 from llava_patch.measurements.drift.measure import DriftMeter, Quantiles, Store, measure_drift
-from llava_patch.measurements.drift.measurement import Drift, DriftResult
+from llava_patch.measurements.drift.measurement import Drift, DriftResult, drift_figure
 from tests.support import tiny
 
 
@@ -88,10 +87,7 @@ def test_equals_the_naive_computation_with_hidden_states(host: Any) -> None:
 
 def marked(result: DriftResult) -> list[tuple[str, str]]:
     """Labels and styles of the vertical lines in the figure."""
-    from llava_patch.measurements.drift import measurement as figure
-
-    (axis,) = plotting.panels()[1]
-    figure._draw(axis, result)
+    (axis,) = drift_figure.__wrapped__(result).axes  # type: ignore[attr-defined]
     return [(str(line.get_label()), line.get_linestyle()) for line in axis.lines if len(set(line.get_xdata())) == 1]
 
 
