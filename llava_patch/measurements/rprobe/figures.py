@@ -13,7 +13,7 @@ from llava_patch.core.extras import optional
 from llava_patch.core.files import atomic
 from llava_patch.core.plotting import shorten
 from llava_patch.measurements.base import FIGURES
-from llava_patch.measurements.rprobe.result import Reconstruction, RProbeResult
+from llava_patch.measurements.rprobe.result import ErrorMap, Reconstruction, RProbeResult
 
 # Okabe and Ito's colours, told apart by colour-blind readers; dashes tell a second round of them apart.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -138,6 +138,62 @@ def _around(cut: Cut, shape: tuple[int, int], stretch: float, size: tuple[float,
 def basename(name: str, length: int) -> str:
     """The last part of a path, for a figure."""
     return shorten(name.rstrip("/").rsplit("/", 1)[-1], length)
+
+
+def colour_limit(pages: Sequence[ErrorMap]) -> float:
+    """Where the colours of error maps end, so that those of several pages can be compared by eye."""
+    error = np.concatenate([page.error.ravel() for page in pages])
+    # On a large page a few cells far above the rest must not make the rest one colour.
+    return float(np.nanpercentile(error, 98) if error.size >= 200 else np.nanmax(error))
+
+
+def save_map(page: ErrorMap, path: str | Path, masked: bool = False, limit: float | None = None) -> Path:
+    """Draw a page, its reconstruction and the error of each cell on the same grid, as .png or .pdf.
+
+    `masked`: each region was blacked out while it was rebuilt; `limit`: the error at the upper end of the colours.
+    """
+    limit = colour_limit([page]) if limit is None else limit
+    Rectangle = optional("matplotlib.patches").Rectangle
+    rows, columns = page.error.shape
+    bar, head, foot = 0.75, 0.66, 0.42
+    aspect = rows * page.stretch / columns
+    wide = min((WIDTH - 2 * EDGE - 2 * GAP - bar) / 3, 6.0 / aspect)
+    high = wide * aspect
+    height = high + head + foot
+    needed = 3 * wide + 2 * GAP + 2 * EDGE + bar
+    width = max(needed, 5.0)  # a narrow page must not cut its own titles
+    left = EDGE + (width - needed) / 2
+    figure = optional("matplotlib.figure").Figure(figsize=(width, height))
+    heat = np.ma.masked_invalid(page.error)
+    extent = (0, columns * page.cell, rows * page.cell, 0)
+    shown: Any = None
+    for title, pixels in (("page", page.original), ("reconstruction", page.rebuilt), ("error of each token", heat)):
+        axes = place(figure, left, foot, wide, high)
+        colours = {"cmap": "viridis", "vmin": 0, "vmax": limit} if pixels is heat else {}
+        shown = axes.imshow(pixels, extent=extent, interpolation="nearest", aspect="auto", **colours)
+        axes.set_title(title, fontsize=TITLE if wide > 1.3 else LABEL - 1, pad=4)
+        left += wide + GAP
+    axes.set_facecolor("0.8")
+    for x0, y0, x1, y1 in page.boxes:
+        axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="white", lw=0.5))
+    scale = figure.colorbar(
+        shown,
+        cax=figure.add_axes((left / width, foot / height, 0.12 / width, high / height)),
+        extend="max" if np.nanmax(page.error) > limit else "neither",
+    )
+    scale.set_label(MSE_LABEL, fontsize=LABEL)
+    scale.ax.tick_params(labelsize=LABEL - 1)
+    outside = "" if page.outside_mse is None else f", elsewhere (not trained on) {page.outside_mse:.3f}"
+    title = f"{basename(page.id, 48)}\nmean MSE: cells with text {page.inside_mse:.3f}{outside}"
+    figure.suptitle(title, fontsize=TITLE, y=1 - 0.08 / height, va="top", parse_math=False)
+    share = min(1.0, page.spoken.sum() / max(1, page.text.sum()))
+    note = (
+        f"white: text boxes; rebuilt piece by piece, {share:.0%} of text cells with their text before them,\n"
+        "the rest without text; the probe was trained on text regions"
+        + (", each blacked out while it was rebuilt" if masked else "")
+    )
+    figure.text(0.5, 0.06 / height, note, ha="center", va="bottom", fontsize=LABEL - 1.5, color="0.3")
+    return save(figure, path)
 
 
 def half_variance(result: RProbeResult) -> float | None:

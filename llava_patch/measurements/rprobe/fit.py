@@ -28,8 +28,7 @@ from llava_patch.measurements.rprobe.keys import difference, make_key, trained_o
 from llava_patch.measurements.rprobe.result import RProbeResult
 from llava_patch.measurements.rprobe.resume import TrainingFolder
 from llava_patch.measurements.rprobe.settings import RProbe
-from llava_patch.measurements.rprobe.store.data import FrozenData
-from llava_patch.measurements.rprobe.store.freeze import freeze_samples
+from llava_patch.measurements.rprobe.store.freeze import FrozenData, freeze_samples
 from llava_patch.measurements.rprobe.train import check_memory, choose_trained, train_probe
 from llava_patch.probe.decoder import ProbeDecoder, quarter, trained_parameters
 from llava_patch.probe.sample import Sample, split_samples

@@ -23,7 +23,7 @@ from llava_patch.core.terminal import progress_bar
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.measurements.rprobe.resume import Progress, TrainingFolder
 from llava_patch.measurements.rprobe.settings import RProbe
-from llava_patch.measurements.rprobe.store.data import FrozenData
+from llava_patch.measurements.rprobe.store.freeze import FrozenData
 from llava_patch.probe.decoder import ProbeDecoder, quarter, trained_parameters
 
 FLOAT = 4  # bytes of a float32

@@ -110,7 +110,7 @@ def test_inside_names_the_pixels_whose_centre_lies_in_a_text_box(model):
 
 @pytest.mark.parametrize("chunk", [1, 3, 256])
 def test_moments_of_the_targets(monkeypatch, chunk):
-    monkeypatch.setattr("llava_patch.measurements.rprobe.store.data.CHUNK", chunk)
+    monkeypatch.setattr("llava_patch.measurements.rprobe.store.freeze.CHUNK", chunk)
     data = made_up(10, 3, "true")
     pixels = targets_of(data).double() * 5 + 1000  # a variance small beside the mean
     data.shards[0].tensors["pixels"] = pixels.float()
