@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llava_patch.core.errors import InputError
-from llava_patch.fusion.taps import STI_POOL
+from llava_patch.fusion.base import STI_POOL
 
 CHANNELS = 3
 NO_CELL = -1  # of a token that has no pixels of its own

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llava_patch.core.errors import HostError, InputError, SettingError
 from llava_patch.fusion import stack
-from llava_patch.fusion.taps import Join, Taps
+from llava_patch.fusion.base import Join, Taps
 from llava_patch.hosts import tiles
 from llava_patch.hosts.anatomy import Anatomy, get_handle
 from llava_patch.probe.decoder import injection_layers

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from llava_patch.core.errors import InputError, SettingError
 from llava_patch.core.method import Method
 from llava_patch.core.undo import UndoStack
-from llava_patch.fusion import optimizer
+from llava_patch.fusion import training
 from llava_patch.hosts import call_context, compat, tiles, wrappers, zero
 from llava_patch.hosts.anatomy import get_handle
 from llava_patch.probe.auxiliary.head import Head, Seen, check_images, token_errors, zero_gradient_pass
@@ -71,7 +71,7 @@ class Auxiliary(Method):
     ) -> list[dict[str, Any]]:
         """Give the head its own learning rate."""
         head, lr = {id(p) for p in self.parameters()}, self.settings.lr
-        return optimizer.apart(groups, head, lr) if head and lr is not None else groups
+        return training.apart(groups, head, lr) if head and lr is not None else groups
 
     def remarks(self, trainable: set[str], others: Mapping[str, Any]) -> Iterator[str]:
         """The size of the head."""
