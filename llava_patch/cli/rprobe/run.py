@@ -111,9 +111,9 @@ def _all_four(probe: "Callable[[Any, Path], RProbeResult]", settings: Any, folde
     from llava_patch.measurements.rprobe.output import FIGURE, RESULT
 
     results = {}
-    for number, name in enumerate(four.VARIANTS, 1):
+    for number, (name, own) in enumerate(four.VARIANTS.items(), 1):
         _say(f"{number} of {len(four.VARIANTS)}: {name.replace('_', ' ')}")
-        results[name] = probe(dataclasses.replace(settings, **four.VARIANTS[name]), folder / name)
+        results[name] = probe(dataclasses.replace(settings, **own), folder / name)
     if parallel.rank() != 0:
         return
     summary = four.summarise(results, settings)

@@ -1,10 +1,11 @@
 """Figures of a run: held-out regions beside what the probe made of them, the loss curve, error maps; PNG and PDF."""
 
+import itertools
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,9 +16,13 @@ from llava_patch.core.plotting import shorten
 from llava_patch.measurements.base import FIGURES
 from llava_patch.measurements.rprobe.result import ErrorMap, Reconstruction, RProbeResult
 
+if TYPE_CHECKING:
+    from llava_patch.measurements.rprobe.correlate import Correlation
+
 # Okabe and Ito's colours, told apart by colour-blind readers; dashes tell a second round of them apart.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 DASHES = ("-", "--", ":", "-.")
+MARKERS = "os^Dv*P"
 FONT = 8.0
 HEADROOM = 1.15
 MSE_LABEL = "MSE (normalised pixel values²)"
@@ -286,3 +291,46 @@ def _plain(axes: Any, grid: str) -> None:
     axes.tick_params(labelsize=FONT - 1)
     axes.grid(axis=grid, alpha=0.25, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_correlations(found: Sequence["Correlation"], label: str) -> Any:
+    """A small panel a benchmark; a legend names the points, because names beside them would cover one another."""
+    names = list(dict.fromkeys(name for one in found for name, _, _ in one.points))
+    # Colours come round again with another marker.
+    styles = {
+        name: {"marker": marker, "color": color, "markersize": 4.5, "linestyle": "none"}
+        for name, (marker, color) in zip(names, itertools.cycle(itertools.product(MARKERS, COLOURS)), strict=False)
+    }
+    columns = min(3, len(found))
+    rows = math.ceil(len(found) / columns)
+    size = max(4.0, 2.5 * columns), 2.4 * rows + 0.4 + 0.17 * math.ceil(len(names) / 2)
+    picture = optional("matplotlib.figure").Figure(figsize=size, layout="constrained")
+    axes = picture.subplots(rows, columns, squeeze=False).reshape(-1)
+    for axis in axes[len(found) :]:
+        axis.remove()
+    for axis, one in zip(axes, found, strict=False):
+        _panel(axis, one, styles)
+        axis.set_xlabel(label, fontsize=7)
+    points = [axes[0].plot([], [], **style)[0] for style in styles.values()]
+    shown = [plain_name(name, 44) for name in names]
+    picture.legend(points, shown, loc="outside lower center", ncols=2, fontsize=7, frameon=False)
+    return picture
+
+
+def _panel(axis: Any, one: "Correlation", styles: Mapping[str, Any]) -> None:
+    finite = [value for _, value, _ in one.points if math.isfinite(value)]
+    # What was never reached stands past the largest value.
+    never = 1.15 * max(finite, default=1.0)
+    for name, value, score in one.points:
+        axis.plot(value if math.isfinite(value) else never, score, **styles[name])
+    rho = "no rank" if one.spearman is None else f"$\\rho$ = {one.spearman:+.2f}, n = {one.n}"
+    axis.set_title(one.task.replace("$", r"\$") + f"\n{rho}", fontsize=8)
+    better = {True: "(higher is better)", False: "(lower is better)", None: ""}[one.higher_is_better]
+    axis.set_ylabel(f"{one.metric}\n{better}".rstrip(), fontsize=7, parse_math=False)
+    axis.tick_params(labelsize=6.5)
+    axis.locator_params(axis="x", nbins=5)
+    axis.margins(0.15, 0.15)
+    axis.grid(alpha=0.25, linewidth=0.5)
+    if len(finite) < len(one.points):
+        axis.axvline(never, color="0.6", linewidth=0.7, linestyle=":")
+        axis.text(never, 1.0, "never", fontsize=6, ha="right", va="top", transform=axis.get_xaxis_transform())

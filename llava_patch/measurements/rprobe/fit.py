@@ -115,9 +115,9 @@ def run_rprobe(
         choose_trained(decoder, settings)
         lr = settings.learning_rate(int(anatomy.text_config.hidden_size))
         key = make_key(decoder, train.key, train.text.table, settings, lr)
-        keys = parallel.exchange(key)
-        for number, other in enumerate(keys):
-            if found := difference(other, keys[0]):
+        first, *others = parallel.exchange(key)
+        for number, other in enumerate(others, 1):
+            if found := difference(other, first):
                 raise LlavaPatchError(f"R-Probe: process {number} and process 0 do not run the same: {found}")
         decoder.start_at(train.target_mean)
         state = None if folder is None else TrainingFolder(folder, key)
@@ -176,15 +176,12 @@ def run_rprobe(
 def _data(
     settings: RProbe, samples: Sequence[Sample] | None, heldout: Sequence[Sample] | None, side: int
 ) -> tuple[Sequence[Sample], Sequence[Sample]]:
+    seed = settings.seed
     if samples is not None:
-        return (
-            (samples, heldout) if heldout is not None else split_samples(samples, settings.heldout_share, settings.seed)
-        )
+        return split_samples(samples, settings.heldout_share, seed) if heldout is None else (samples, heldout)
     if heldout is not None:
         raise LlavaPatchError("run_rprobe: heldout was given without samples to train on")
-    pages = (settings.train_pages, "train"), (settings.heldout_pages, "heldout")
-    train, held = (Pages(count, side, settings.seed, part) for count, part in pages)
-    return train, held
+    return Pages(settings.train_pages, side, seed, "train"), Pages(settings.heldout_pages, side, seed, "heldout")
 
 
 def _check_targets(data: FrozenData, what: str, more: str) -> None:

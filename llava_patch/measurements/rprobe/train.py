@@ -179,15 +179,13 @@ class _Training:
                 parallel.from_rank_0(state.values())
         if found is None:
             return Progress([], processes=parallel.world())
-        note = ""
-        if found.processes != parallel.world():
-            note = (
-                f" (with {parallel.world()} processes after {found.processes}: the numbers agree with an "
-                "uninterrupted run's within rounding, not to the bit)"
-            )
+        processes, found.processes = found.processes, parallel.world()
+        note = f"R-Probe: goes on after step {len(found.losses)} of {self.settings.steps}"
+        if processes != found.processes:
+            note += f" (with {found.processes} processes after {processes}: the numbers agree with an "
+            note += "uninterrupted run's within rounding, not to the bit)"
         if parallel.rank() == 0:
-            print(f"R-Probe: goes on after step {len(found.losses)} of {self.settings.steps}{note}", file=sys.stderr)
-        found.processes = parallel.world()
+            print(note, file=sys.stderr)
         return found
 
     def step(self, index: Tensor, share_of_lr: float) -> None:

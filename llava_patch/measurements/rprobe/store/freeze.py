@@ -8,12 +8,11 @@ import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Subset
 
 from llava_patch.core import parallel
 from llava_patch.core.errors import InputError, SettingError
@@ -25,7 +24,7 @@ from llava_patch.measurements.rprobe.keys import images_of, store_key
 from llava_patch.measurements.rprobe.settings import RProbe
 from llava_patch.measurements.rprobe.store.disk import Store
 from llava_patch.measurements.rprobe.store.shard import Record, Shard, encode
-from llava_patch.probe.sample import Sample
+from llava_patch.probe.sample import DrawnSamples, Sample
 from llava_patch.probe.sequence import ProbeSequence, TokenGrid, build_sequence
 from llava_patch.probe.transform import Transform
 
@@ -63,6 +62,20 @@ class Batch:
     injections: Tensor | None = None
 
 
+class Chosen(DrawnSamples):
+    """Some samples of a sequence, by their numbers."""
+
+    def __init__(self, samples: Sequence[Sample], numbers: Sequence[int]) -> None:
+        self._samples, self._numbers = samples, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def draw(self, index: int) -> Sample:
+        """Of those that were chosen."""
+        return self._samples[self._numbers[index]]
+
+
 @dataclass(frozen=True, eq=False)
 class FrozenData:
     """The frozen inputs of many samples, on CPU; image tokens and pixels may be mapped from disk.
@@ -73,7 +86,7 @@ class FrozenData:
     digest of all that the batches depend on. The store, None in memory, stays in use as long as this lives.
     """
 
-    samples: "Subset[Sample]"
+    samples: Sequence[Sample]
     labels: list[tuple[str, str, str]]
     shards: list[Shard]
     places: list[tuple[int, int]]
@@ -267,7 +280,7 @@ def freeze_samples(
                 f"{settings.max_text_tokens} tokens: their regions are rebuilt without the rest of it"
             )
         data = FrozenData(
-            samples=Subset(cast(Any, samples), kept),
+            samples=Chosen(samples, kept) if skipped else samples,
             labels=[(records[i].id, records[i].document, records[i].text) for i in kept],
             shards=shards,
             places=[stored[i] for i in kept],
