@@ -48,7 +48,7 @@ def save_figure(result: RProbeResult, path: str | Path, documents: Sequence[str]
     return save(_examples(result, examples), path)
 
 
-def save(figure: Any, path: str | Path) -> Path:
+def save(figure: Any, path: str | Path, dpi: float = DPI) -> Path:
     """Write a matplotlib figure atomically, in the format of the path's ending."""
     path = Path(path)
     suffix = path.suffix.lstrip(".").lower()
@@ -57,7 +57,7 @@ def save(figure: Any, path: str | Path) -> Path:
     # PDF carries the date of writing by default: the same run is to give the same file.
     extra = {"metadata": {"CreationDate": None}} if suffix == "pdf" else {}
     with atomic(path) as part:
-        figure.savefig(part, format=suffix, dpi=DPI, **extra)
+        figure.savefig(part, format=suffix, dpi=dpi, **extra)
     return path
 
 

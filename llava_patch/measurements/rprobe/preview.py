@@ -11,9 +11,8 @@ from PIL import Image
 
 from llava_patch.core.errors import InputError, SettingError
 from llava_patch.core.extras import optional
-from llava_patch.core.files import atomic
 from llava_patch.core.plotting import shorten
-from llava_patch.measurements.rprobe.figures import place
+from llava_patch.measurements.rprobe.figures import place, save
 from llava_patch.probe.sample import Box, Sample, image_size
 from llava_patch.probe.sequence import CHANNELS, patchify
 from llava_patch.probe.transform import Plane, Transform, picture
@@ -123,10 +122,7 @@ def save_preview(samples: Sequence[Sample], transform: Transform, path: str | Pa
             draw(axes, sample, *shown, int(width / LETTER))
             left += width + GAP
         top -= CAPTION + row
-    path = Path(path)
-    with atomic(path) as part:
-        figure.savefig(part, format="png", dpi=min(DPI, LARGEST / height))
-    return path
+    return save(figure, path, min(DPI, LARGEST / height))
 
 
 def _fit(ratios: Sequence[float]) -> tuple[float, list[float]]:
