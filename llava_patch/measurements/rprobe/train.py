@@ -258,9 +258,7 @@ def rate(step: int, steps: int, warmup: float) -> float:
 def batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
     """Endless batches of sample numbers, int64 [size]: every sample once before any comes again."""
     generator = torch.Generator().manual_seed(seed)
-    waiting = torch.randperm(count, generator=generator)
+    orders = (torch.randperm(count, generator=generator).tolist() for _ in itertools.repeat(None))
+    numbers = itertools.chain.from_iterable(orders)
     while True:
-        while len(waiting) < size:
-            waiting = torch.cat([waiting, torch.randperm(count, generator=generator)])
-        yield waiting[:size]
-        waiting = waiting[size:]
+        yield torch.tensor(list(itertools.islice(numbers, size)))
