@@ -14,27 +14,20 @@ from torch import Tensor
 
 from llava_patch.core import parallel
 from llava_patch.core.errors import InputError
-from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.measurements.rprobe.evaluate import answer, spread_over_ranks
 from llava_patch.measurements.rprobe.result import ErrorMap
 from llava_patch.measurements.rprobe.settings import RProbe
-from llava_patch.measurements.rprobe.store.freeze import FrozenData, freeze_samples
+from llava_patch.measurements.rprobe.store.freeze import Encoder, FrozenData, freeze_samples
 from llava_patch.probe.decoder import ProbeDecoder
 from llava_patch.probe.sample import Box, Sample
 from llava_patch.probe.sequence import patchify
-from llava_patch.probe.transform import Plane, Transform, picture
+from llava_patch.probe.transform import Plane, picture
 
 PLACEHOLDER = "."
 
 
 def error_maps(
-    decoder: ProbeDecoder,
-    anatomy: Anatomy,
-    transform: Transform,
-    tokenizer: Any,
-    data: FrozenData,
-    documents: Sequence[Mapping[str, Any]],
-    settings: RProbe,
+    decoder: ProbeDecoder, encoder: Encoder, data: FrozenData, documents: Sequence[Mapping[str, Any]], settings: RProbe
 ) -> tuple[list[ErrorMap], list[str]]:
     """Maps of `settings.maps` held-out pages, the best and the worst first, and a sentence for each without; on rank 0.
 
@@ -56,7 +49,7 @@ def error_maps(
     for n in spread_over_ranks(errors, settings.maps):
         name, members = list(pages.items())[n]
         try:
-            maps.append(_map(decoder, anatomy, transform, tokenizer, data, members, settings))
+            maps.append(_map(decoder, encoder, data, members, settings))
         except Exception as error:
             notes.append(f"R-Probe: there is no error map of {name}: {type(error).__name__}: {error}")
     return maps, notes
@@ -102,17 +95,11 @@ def _cells(plane: Plane, box: Box) -> Tensor:
 
 @torch.no_grad()
 def _map(
-    decoder: ProbeDecoder,
-    anatomy: Anatomy,
-    transform: Transform,
-    tokenizer: Any,
-    data: FrozenData,
-    members: Sequence[int],
-    settings: RProbe,
+    decoder: ProbeDecoder, encoder: Encoder, data: FrozenData, members: Sequence[int], settings: RProbe
 ) -> ErrorMap:
     """The map of the page on which the first of a document's samples (`members`) lies."""
     samples, name = [data.samples[i] for i in members], data.labels[members[0]][1]
-    first = samples[0].image
+    transform, first = encoder.transform, samples[0].image
     samples = [s for s in samples if s.image is first or (not hasattr(first, "size") and s.image == first)]
     plane = Plane.of(transform, samples[0].open_image(), data.grid.pixels)
     known, rest = pieces(samples, plane, data.seen_of(members[0]))
@@ -123,12 +110,12 @@ def _map(
     # A piece that cannot be used (a listed text without tokens) stays grey.
     once = dataclasses.replace(settings, store=False, broken="skip")
     # Without an unknown token the placeholder stands for itself.
-    has_unknown = getattr(tokenizer, "unk_token_id", None) is not None
+    has_unknown = getattr(encoder.tokenizer, "unk_token_id", None) is not None
     silent = dataclasses.replace(once, text=False) if has_unknown else once
     for group, setting, with_text in ((known, once, settings.text), (rest, silent, False)):
         if not group:
             continue
-        frozen = freeze_samples(anatomy, transform, tokenizer, group, setting, False, "pieces of a page", warn=False)
+        frozen = freeze_samples(encoder, group, setting, label="pieces of a page", warn=False)
         for index in torch.arange(len(frozen)).split(settings.batch_size):
             batch = frozen.batch(index, next(decoder.parameters()).device)
             answers, truths = (v.cpu().split(batch.counts.tolist()) for v in (answer(decoder, batch), batch.pixels))

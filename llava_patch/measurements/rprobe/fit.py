@@ -28,7 +28,7 @@ from llava_patch.measurements.rprobe.keys import difference, make_key, trained_o
 from llava_patch.measurements.rprobe.result import RProbeResult
 from llava_patch.measurements.rprobe.resume import TrainingFolder
 from llava_patch.measurements.rprobe.settings import RProbe
-from llava_patch.measurements.rprobe.store.freeze import FrozenData, freeze_samples
+from llava_patch.measurements.rprobe.store.freeze import Encoder, FrozenData, freeze_samples
 from llava_patch.measurements.rprobe.train import check_memory, choose_trained, train_probe
 from llava_patch.probe.decoder import ProbeDecoder, quarter, trained_parameters
 from llava_patch.probe.sample import Sample, split_samples
@@ -89,6 +89,7 @@ def run_rprobe(
         quarter(len(anatomy.layers))  # refuse before the long part
         check_memory(anatomy, settings)
         transform = make_transform(anatomy, image_processor, settings.image_mode)
+        encoder = Encoder(anatomy, transform, tokenizer)
         chosen = _data(settings, samples, heldout, transform.height)
         given = samples, heldout
         skipped = [message for data in given for message in getattr(data, "skipped", ())]
@@ -104,7 +105,7 @@ def run_rprobe(
                 early.append(f"{len(shared)} of {n_documents} held-out documents are trained on, such as {shared[0]}")
         _warn(early)
         train, held = (
-            freeze_samples(anatomy, transform, tokenizer, part, settings, progress, label)
+            freeze_samples(encoder, part, settings, progress, label)
             for part, label in zip(chosen, ("training samples", "held-out samples"), strict=True)
         )
         check_shown(held, show)  # before training
@@ -124,7 +125,7 @@ def run_rprobe(
         losses = _trained(decoder, train, settings, lr, progress, state)
         trained = time.perf_counter()
         figures = evaluate(decoder, held, train.target_mean, transform, settings, show)
-        maps, without = error_maps(decoder, anatomy, transform, tokenizer, held, figures["documents"], settings)
+        maps, without = error_maps(decoder, encoder, held, figures["documents"], settings)
         train_variance = train.target_variance
         running = running_mean(losses, start=train_variance)
         result = RProbeResult(

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -207,10 +207,16 @@ class FrozenData:
         return Batch(moved(tokens).float(), text.to(device), sequence, pixels, counts.to(device), injections)
 
 
+class Encoder(NamedTuple):
+    """What samples are encoded with: the model under test, its image transform and its tokenizer."""
+
+    anatomy: Anatomy
+    transform: Transform
+    tokenizer: Any
+
+
 def freeze_samples(
-    anatomy: Anatomy,
-    transform: Transform,
-    tokenizer: Any,
+    encoder: Encoder,
     samples: Sequence[Sample],
     settings: RProbe,
     progress: bool = False,
@@ -232,6 +238,7 @@ def freeze_samples(
     """
     if not len(samples):
         raise InputError(f"R-Probe got no {label}")
+    anatomy, transform, tokenizer = encoder
     own_precision = torch.autocast(next(anatomy.embed_tokens.parameters()).device.type, enabled=False)
     with parallel.guard(), torch.inference_mode(False), evaluating(anatomy.model), own_precision, ExitStack() as failed:
         plan = images_of(samples, settings)

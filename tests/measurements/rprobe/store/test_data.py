@@ -9,7 +9,7 @@ from llava_patch.core.errors import HostError
 from llava_patch.hosts.anatomy import find
 from llava_patch.measurements.rprobe.settings import RProbe
 from llava_patch.measurements.rprobe.store import freeze, shard
-from llava_patch.measurements.rprobe.store.freeze import freeze_samples
+from llava_patch.measurements.rprobe.store.freeze import Encoder, freeze_samples
 from llava_patch.probe.sample import Sample
 from llava_patch.probe.sequence import TokenGrid
 from llava_patch.probe.view import View, make_transform
@@ -24,7 +24,7 @@ def model():
 def freeze_list(model, data, **settings):
     anatomy = find(model)
     return freeze_samples(
-        anatomy, make_transform(anatomy, processor(), "resize"), Characters(), data, RProbe(**settings)
+        Encoder(anatomy, make_transform(anatomy, processor(), "resize"), Characters()), data, RProbe(**settings)
     )
 
 
