@@ -44,10 +44,17 @@ COMPARED = typer.Option(
 FORMAT = typer.Option(["png"], "--format", help="of figures: png or pdf; may be repeated")
 NAMES = typer.Option("", help="what to call them, with commas between; default: by their paths")
 DEVICE = typer.Option("", help="cpu, cuda or cuda:N; default: cuda where there is one")
-DTYPE = typer.Option(
-    "", help="of the model; default: float32 on cpu (bfloat16 where that does not fit), float16 on cuda"
-)
+
 QUESTION = typer.Option("", help="asked about every image; default: the data's own, or what its text is")
+
+
+def dtype(on_gpu: str = "float16") -> Any:
+    """The option --dtype of a command that runs a model on a GPU in that precision."""
+    text = f"of the model; default: float32 on cpu (bfloat16 where that does not fit), {on_gpu} on cuda"
+    return typer.Option("", help=text)
+
+
+DTYPE = dtype()
 GIN_FILE = typer.Option([], help="gin file with bindings of this measurement or a patch; may be repeated")
 GIN_PARAM = typer.Option([], help="one gin binding; may be repeated")
 MODEL: Parameters = {
@@ -75,12 +82,7 @@ def configured(gin_file: list[str], gin_param: list[str], goes_on: bool = False)
 
 
 def check_checkpoint(name: str, setting: str = "") -> None:
-    """Refuse a path that leads nowhere before it is taken for a name of the hub, which has one slash at most.
-
-    Raises:
-        CheckpointError: a path, and nothing is there; or it may be either, and neither is there. It calls the name what
-            it was given as (`setting`; "": CKPT).
-    """
+    """Refuse a path that leads nowhere before it is taken for a name of the hub, which has one slash at most."""
     from llava_patch.core.weights import read_json
 
     if Path(name).exists():

@@ -29,15 +29,7 @@ def facts_of(checkpoint: str) -> dict[str, Any]:
 
 
 def check_results(path: Path, sources: Sequence[str]) -> None:
-    """Refuse to replace the results of other checkpoints, or of the same ones under another configured patch.
-
-    Args:
-        path: the results' JSON file; one that is not there or cannot be read is no obstacle.
-        sources: the checkpoints of this run, in order; the patch that gin puts on them counts too.
-
-    Raises:
-        CheckpointError: names the file, and what it was measured on.
-    """
+    """Refuse to replace a file of other checkpoints' results, or of the same ones' under another configured patch."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # none, or none that is worth keeping

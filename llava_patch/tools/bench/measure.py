@@ -50,11 +50,6 @@ class Clock:
             self.ms = 1000 * (time.perf_counter() - self.began)
 
 
-def median(values: Sequence[float]) -> float | None:
-    """Median; None of nothing."""
-    return statistics.median(values) if values else None
-
-
 @dataclass
 class Row:
     """One method's measurements."""

@@ -55,6 +55,10 @@ def inspect_checkpoint(folder: str | os.PathLike[str], base: str = "") -> Inspec
     if form not in ("adapter", "lora", "projector"):
         ours = {"side branch", "second projector", "projector" * bool(settings["fusion"]), "tower" * trained_tower}
         added = [tensor for tensor in added if tensor.role in ours]
+    stage1 = []
+    for path in sorted([*Path(source).glob(f"{PROJECTOR}.bin"), *Path(source).glob(f"checkpoint-*/{PROJECTOR}.bin")]):
+        shapes = ["x".join(map(str, t.shape)) for t in read_file(path, whole=True) if t.name.endswith("weight")]
+        stage1.append(f"{path.relative_to(source)}: {', '.join(shapes)}")
     versions = {"transformers": files.config.get("transformers_version"), "settings of format": record.get("format")}
     return Inspection(
         checkpoint=given,
@@ -68,7 +72,7 @@ def inspect_checkpoint(folder: str | os.PathLike[str], base: str = "") -> Inspec
         base=below,
         match=_match(below, host, record.get("fingerprint"), tensors, form) if below else None,
         share=_share(files, form, settings, added, below),
-        stage1=_stage1_files(Path(source)),
+        stage1=stage1,
         versions={name: str(value) for name, value in versions.items() if value is not None},
         files=[name for name in _RUN_FILES if (Path(source) / name).exists()],
     )
@@ -165,14 +169,6 @@ def _parameters_of(base: str) -> int | None:
         pass
     found = weight_files(base)
     return sum(tensor.parameters for path in found for tensor in read_file(path, whole=True)) if found else None
-
-
-def _stage1_files(folder: Path) -> list[str]:
-    found = []
-    for path in sorted([*folder.glob(f"{PROJECTOR}.bin"), *folder.glob(f"checkpoint-*/{PROJECTOR}.bin")]):
-        shapes = ["x".join(map(str, t.shape)) for t in read_file(path, whole=True) if t.name.endswith("weight")]
-        found.append(f"{path.relative_to(folder)}: {', '.join(shapes)}")
-    return found
 
 
 def _match(

@@ -3,6 +3,7 @@
 Models are loaded when the first section asks for them.
 """
 
+import contextlib
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -69,20 +70,12 @@ class Context(Target):
         self.folder = folder_of(self.checkpoint, download=True)  # where the checkpoint's files are
         base = self.base and folder_of(self.base, download=True, setting="--base")
         self.inspection: Inspection = inspect_checkpoint(self.folder, base)
-        self.base = self.base or self._recorded_base()
+        recorded = self.inspection.base
+        if not self.base and recorded and Path(recorded).is_dir():
+            with contextlib.suppress(LlavaPatchError):  # no LLaVA: a run that began with a plain LLM names that
+                self.base = inspect_checkpoint(recorded).checkpoint
         self.below = self.base if self.inspection.form in ("lora", "projector") else ""
         self.run = self.run or (self.folder if (Path(self.folder) / "trainer_state.json").is_file() else "")
-
-    def _recorded_base(self) -> str:
-        """An adapter's base, where it is a LLaVA that is there (a run that began with a plain LLM names that)."""
-        recorded = self.inspection.base
-        if not recorded or not Path(recorded).is_dir():
-            return ""
-        try:
-            inspect_checkpoint(recorded)
-        except LlavaPatchError:
-            return ""
-        return recorded
 
     def why_no_base(self) -> str | None:
         """Why there is nothing to compare with; None where there is."""
