@@ -45,7 +45,10 @@ def add(app: typer.Typer, name: str) -> None:
         return
     several = f"several checkpoints: llava-patch {measurement.command} compare A B ... --data DATA"
     kind = type("Group", (common.DefaultGroup,), {"second": several if measurement.compare else ""})
-    group = typer.Typer(cls=kind, no_args_is_help=True, help=_help_of_group(measurement))
+    word, (first, *more) = measurement.command, (inspect.getdoc(type(measurement)) or "").split("\n\n")
+    short = f"llava-patch {word} CKPT [DATA] [OPTIONS] is short for {word} run.\nIts options: llava-patch {word} run"
+    text = "\n\n".join([first, f"{short} --help", *more[:1]])
+    group = typer.Typer(cls=kind, no_args_is_help=True, help=text)
     group.command("run", no_args_is_help=True)(run_command(measurement))
     if measurement.compare:
         group.command("compare", no_args_is_help=True)(compare_command(measurement))
@@ -326,12 +329,6 @@ def _typed(command: Callable[..., None], parameters: common.Parameters, text: st
     called.__annotations__ = {name: hint for name, (hint, _) in parameters.items()}
     called.__doc__ = text
     return called
-
-
-def _help_of_group(measurement: Measurement) -> str:
-    name, (first, *more) = measurement.command, (inspect.getdoc(type(measurement)) or "").split("\n\n")
-    short = f"llava-patch {name} CKPT [DATA] [OPTIONS] is short for {name} run.\nIts options: llava-patch {name} run"
-    return "\n\n".join([first, f"{short} --help", *more[:1]])
 
 
 def described(text: str | None, section: str) -> dict[str, str]:

@@ -136,8 +136,7 @@ def report_command(
     """
     from llava_patch.core.folder_lock import folder_lock
     from llava_patch.tools.report import build
-    from llava_patch.tools.report.section import FAILED, Context
-    from llava_patch.tools.report.sections import sections
+    from llava_patch.tools.report.sections import FAILED, Context, sections
     from llava_patch.tools.report.settings import Report
 
     if source:

@@ -98,10 +98,9 @@ class Images:
                 self.by_stem.setdefault(path.stem.lower(), []).append(path)
 
     def of(self, annotation: Path, required: bool = True) -> Path | None:
-        """The image of an annotation file: the same name, or without "gt_" before or "_gt" behind it.
+        """The image of an annotation file, the nearest of its name, or of that without "gt_" before or "_gt" behind it.
 
-        Of several with that name the nearest one is meant (folders of train and test may count alike). An InputError
-        where two are equally near, and where there is none though one is `required`.
+        InputError: two are equally near, or there is none though one is `required`.
         """
         stem = annotation.stem.lower()
         if Path(stem).suffix in IMAGE_SUFFIXES:  # 12.jpg.txt

@@ -65,10 +65,7 @@ class Collector:
         return Page(image, image_size(image, where), document)
 
     def region(self, page: Page, text: str | None, boxes: Sequence[Box], where: str) -> None:
-        """Add a text region, its boxes in pixels of the image and checked here.
-
-        A text that is None or blank is not known: the region is a box of the page, but no sample.
-        """
+        """Add a text region, its boxes in pixels; without a text (None or blank) it is a box of the page alone."""
         checked = tuple(check_box(box, page.size, where) for box in boxes)
         page.boxes.update(dict.fromkeys(checked))
         if text is None or not text.strip():
@@ -79,8 +76,7 @@ class Collector:
     def finish(self, source: str, format: str, boxes_per_sample: int = 1, root: Path | None = None) -> Samples:
         """All samples, relative to `root` in ids and documents that are paths; an InputError where none is usable.
 
-        They do not depend on how the path of the source is written then. `boxes_per_sample` regions that follow each
-        other on a page make one sample; a page's last may have fewer.
+        `boxes_per_sample` regions that follow each other on a page make one sample; a page's last may have fewer.
         """
         samples = []
         around: dict[int, tuple[Box, ...]] = {}  # one tuple a page, not one a sample

@@ -155,9 +155,7 @@ def watch() -> None:
 def called(arguments: Any = None) -> Iterator[None]:
     """Around lmms-eval's `cli_evaluate`, called by its command or by a program, which may give it parsed arguments.
 
-    Raises:
-        SystemExit: the command failed.
-        EvaluationFailure: the evaluation of another program failed.
+    SystemExit: the command failed; EvaluationFailure: the evaluation of another program did.
     """
     global _current
     outer = run = _current

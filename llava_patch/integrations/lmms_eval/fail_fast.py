@@ -181,11 +181,9 @@ def _guarded(model: nn.Module | None) -> Iterator[None]:
 
 
 def mark_cache(response_cache: Any, patch_name: str) -> None:
-    """Put a patch's fingerprint into what the cache (None without `--use_cache`) keys on.
+    """Put a patch's fingerprint into what the cache (None without `--use_cache`) keys on, beside the model's arguments.
 
-    lmms-eval keys on the model's name and arguments, which are the same with and without a patch. Entries written
-    under another fingerprint, or none, are not found any more; they stay where they are. HostError: this version's
-    cache has no place for it.
+    Entries of another fingerprint, or none, are not found any more, but stay. HostError: the cache has no place for it.
     """
     if response_cache is None:
         return

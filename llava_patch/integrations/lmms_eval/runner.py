@@ -40,11 +40,7 @@ def names(name: str) -> dict[str, Any]:
 
 
 def answer(measurement: Measurement, lm: Any, requests: Sequence[Any]) -> list[str]:
-    """Measure one document a request: a JSON string with the task's facts and the document's numbers.
-
-    Raises:
-        CheckpointError: the measurement compares, and no base is named, or it is not there; says how to name one.
-    """
+    """Measure one document a request: a JSON string with the task's facts and the document's numbers."""
     if not requests:
         return []
     live = reach(lm)

@@ -226,10 +226,7 @@ def product_ms(shape: decoder.Product, together: int, device: str, dtype: torch.
 
 
 def ratio(row: Any, base: Any, what: str) -> tuple[float, float, float] | None:
-    """A row's time over the base's: (ratio of the medians, lowest and highest ratio within one round).
-
-    None where either was not measured.
-    """
+    """A row's time over the base's: (ratio of medians, lowest and highest ratio in a round); None: not measured."""
     times, base_times = getattr(row, what), getattr(base, what)
     pairs = [a / b for a, b in zip(times, base_times, strict=False)]
     if not pairs:

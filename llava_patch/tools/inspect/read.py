@@ -136,8 +136,7 @@ def _share(
 def _count(config: dict[str, Any], host: str, methods: dict[str, Any], stage1: bool) -> Share:
     """Patch the model without its weights and ask what trains.
 
-    What the settings say nothing about counts as a training script would have it in LLaVA's stage 2: the decoder and
-    the projector train, the vision tower does not. With `stage1` (--tune_mm_mlp_adapter True) the decoder does not.
+    Where the settings say nothing it is as in LLaVA's stage 2: the vision tower is frozen, in `stage1` the decoder too.
     """
     model = configs.skeleton(config, host)
     handle = patch(model, **methods, loading=True)

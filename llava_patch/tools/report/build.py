@@ -26,7 +26,7 @@ from llava_patch.core.weights import folder_of
 from llava_patch.measurements.base import NothingToMeasure, decode, encode
 from llava_patch.settings import active
 from llava_patch.tools.inspect.result import facts_of
-from llava_patch.tools.report.section import DONE, FAILED, SKIPPED, Context, Record, Section
+from llava_patch.tools.report.sections import DONE, FAILED, SKIPPED, Context, Record, Section
 
 KEPT, PAGE, TEMPLATE = "report.json", "report.html", "report.html.j2"
 FORMAT = 1
