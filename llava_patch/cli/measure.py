@@ -16,7 +16,7 @@ from typing import Any, Optional, Union, get_args, get_origin
 import typer
 
 from llava_patch.cli import common
-from llava_patch.cli.output import check_results, show, with_facts
+from llava_patch.cli.common import check_results, show, with_facts
 from llava_patch.core import registry
 from llava_patch.core.errors import CheckpointError, SettingError
 from llava_patch.core.extras import need

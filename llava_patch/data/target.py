@@ -34,6 +34,12 @@ class Target:
 
         return load_subject(self.checkpoint, self.below, self.device, self.dtype)
 
+    def load_base(self) -> "LoadedCheckpoint":
+        """The base's model, as its checkpoint is: without the patch that gin asks for."""
+        from llava_patch.data.loaded import load_base
+
+        return load_base(self.base, self.device, self.dtype)
+
     def release(self) -> None:
         """Let go of the checkpoint's model; what asks next loads it again."""
         del self.subject
@@ -53,9 +59,7 @@ class Target:
         """
 
         def opened(own: bool) -> "tuple[Any, ModelInputs]":
-            from llava_patch.data.loaded import load_base
-
-            subject = self.subject if own else load_base(self.base, self.device, self.dtype)
+            subject = self.subject if own else self.load_base()
             if own:
                 self.release()
             return subject.model, ModelInputs(subject, examples_for(subject, self.data, count, self.question))

@@ -163,8 +163,7 @@ def _say_once(line: str) -> None:
 
 
 def _model_of(loaded: Any) -> Any:
-    """The model in what from_pretrained returned, with or without loading info."""
-    return loaded[0] if isinstance(loaded, tuple) else loaded
+    return loaded[0] if isinstance(loaded, tuple) else loaded  # with loading info, or without
 
 
 def _stock_config(config: Any) -> Any:

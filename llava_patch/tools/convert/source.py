@@ -176,7 +176,6 @@ def _check_projectors(found: Checkpoint, shapes: dict[str, torch.Size], hidden: 
 
 
 def _shapes_by(kind: Any, config: Any, prefix: str = "") -> dict[str, torch.Size]:
-    """Names and shapes of what a model of this configuration stores."""
     with torch.device("meta"):
         tensors = kind.from_config(config).state_dict()
     return {prefix + name: tensor.shape for name, tensor in tensors.items() if not is_computed(name)}

@@ -79,7 +79,6 @@ def inspect_checkpoint(folder: str | os.PathLike[str], base: str = "") -> Inspec
 
 
 def _form(folder: Path, record: dict[str, Any]) -> tuple[str, list[Path]]:
-    """The form, and the files that hold the folder's own weights."""
     if record.get("form") == "adapter":
         path = folder / patched.WEIGHTS_FILE
         if not path.is_file():
@@ -173,7 +172,6 @@ def _parameters_of(base: str) -> int | None:
 def _match(
     base: str, host: str, fingerprint: dict[str, list[float]] | None, own: list[StoredTensor], form: str
 ) -> Match:
-    """Compare a base with an adapter's record, or with the checkpoint's own tensors."""
     if not os.path.isdir(base):
         lost = "not there any more" if os.path.isabs(base) else "a name of the hub, which is not looked up"
         return Match(None, 0, 0, f"{base} is {lost}; name a folder with --base to compare")
