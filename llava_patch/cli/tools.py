@@ -279,7 +279,6 @@ def sweep_command(
     from llava_patch.tools.sweep.command import sweep
 
     console = Console()
-
     words = [word.strip() for word in seeds.split(",") if word.strip()]
     if not all(word.isdigit() for word in words) or len(set(words)) != len(words):
         raise SettingError(f"--seeds {seeds}: expected distinct integers, such as 1,2,3")

@@ -53,11 +53,7 @@ def _wrap(module_name: str, **wrappers: Callable[..., Any]) -> None:
 
 def _wrapping(call: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Make a decorator of what is to be called, with the decorated function first, instead of it."""
-
-    def decorate(original: Callable[..., Any]) -> Callable[..., Any]:
-        return functools.wraps(original)(lambda *args, **kwargs: call(original, *args, **kwargs))
-
-    return decorate
+    return lambda original: functools.wraps(original)(functools.partial(call, original))
 
 
 @_wrapping

@@ -1,9 +1,8 @@
 """Our lmms-eval tasks: embedded documents, one request each, answered by looking inside the live model.
 
 lmms-eval runs a task's requests through a method of the model object that bears the task's output type, once per rank
-with all requests. Importing this module adds our output types and their methods; the model, its tokenizer and its
-image processor are alive there, but no longer when results are processed, so each answer is a JSON string that holds
-all that scoring needs.
+with all requests. Importing this module adds ours. The model is alive there, but no longer when results are processed,
+so each answer is a JSON string that holds all that scoring needs.
 """
 
 import functools
