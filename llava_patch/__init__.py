@@ -7,16 +7,11 @@ from __future__ import annotations
 
 TYPE_CHECKING = False  # typing itself takes longer to import than everything here
 
-from llava_patch.core.version import __version__  # noqa: E402
+from llava_patch.core.version import __version__ as __version__  # noqa: E402
 
-_EXPORTS = {
+_EXPORTS = {  # beside the methods, which the registry names
     "AttentionMaps": "measurements.attention_maps.result",
-    "AuxiliaryProbe": "settings.auxiliary",
-    "DeepStack": "fusion.deep_stack",
-    "DenseConnector": "fusion.dense_connector",
-    "DirectFusion": "fusion.direct_fusion",
     "Drift": "measurements.drift.result",
-    "FastV": "routing.fastv",
     "FusionAttention": "measurements.fusion_attention.result",
     "Gradients": "measurements.gradients.settings",
     "Handle": "patching.handle",
@@ -24,11 +19,9 @@ _EXPORTS = {
     "RProbe": "measurements.rprobe.settings",
     "Reach": "measurements.reach.result",
     "RegionCollator": "integrations.training.auxiliary",
-    "Routing": "settings.routing",
     "Saturation": "measurements.saturation.result",
-    "SkipLinks": "fusion.skip_links",
     "compare_reach": "measurements.reach.measure",
-    "get_handle": "patching.handle",
+    "get_handle": "hosts.anatomy",
     "inspect_checkpoint": "tools.inspect",
     "load": "patching.checkpoint",
     "load_subject": "data.loaded",
@@ -45,7 +38,6 @@ _EXPORTS = {
     "run_rprobe": "measurements.rprobe.fit",
     "write_run": "measurements.rprobe.output",
 }
-__all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
     from llava_patch.core.errors import LlavaPatchError as LlavaPatchError
@@ -56,6 +48,7 @@ if TYPE_CHECKING:
     from llava_patch.fusion.dense_connector import DenseConnector as DenseConnector
     from llava_patch.fusion.direct_fusion import DirectFusion as DirectFusion
     from llava_patch.fusion.skip_links import SkipLinks as SkipLinks
+    from llava_patch.hosts.anatomy import get_handle as get_handle
     from llava_patch.integrations.training.auxiliary import RegionCollator as RegionCollator
     from llava_patch.measurements.attention_maps.measure import measure_attention_maps as measure_attention_maps
     from llava_patch.measurements.attention_maps.result import AttentionMaps as AttentionMaps
@@ -76,7 +69,6 @@ if TYPE_CHECKING:
     from llava_patch.measurements.saturation.result import Saturation as Saturation
     from llava_patch.patching.checkpoint import load as load
     from llava_patch.patching.handle import Handle as Handle
-    from llava_patch.patching.handle import get_handle as get_handle
     from llava_patch.patching.patch import patch as patch
     from llava_patch.routing.fastv import FastV as FastV
     from llava_patch.settings.auxiliary import AuxiliaryProbe as AuxiliaryProbe
@@ -88,17 +80,19 @@ def __getattr__(name: str) -> object:
     """Load a public name on first use."""
     import importlib
 
-    if name not in _EXPORTS:
-        registry = importlib.import_module("llava_patch.core.registry")
-        if name in registry.METHODS:  # one that was added there
-            return registry.load(registry.METHODS[name])
-        raise AttributeError(f"module 'llava_patch' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"llava_patch.{_EXPORTS[name]}"), name)
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(f"llava_patch.{_EXPORTS[name]}"), name)
+    registry = importlib.import_module("llava_patch.core.registry")
+    if name == "__all__":
+        return ["__version__", *_EXPORTS, *registry.METHODS]
+    if name in registry.METHODS:
+        return registry.load(registry.METHODS[name])
+    raise AttributeError(f"module 'llava_patch' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     """The public names."""
-    return sorted(__all__)
+    return sorted(__getattr__("__all__"))  # type: ignore[call-overload]
 
 
 from llava_patch.integrations import import_hook as _autostart  # noqa: E402 - after the names it may need

@@ -6,7 +6,7 @@ import typer
 
 from llava_patch.cli import measure, rprobe, tools
 from llava_patch.cli.common import PANEL
-from llava_patch.cli.rprobe import compare, export, preview, run, store  # noqa: F401 - they join `app`
+from llava_patch.cli.rprobe import compare, data, run  # noqa: F401 - they join `app`
 from llava_patch.core import registry
 from llava_patch.core.errors import LlavaPatchError
 

@@ -325,7 +325,7 @@ def _refuse(old: str) -> None:
 
 def gin_files(name: str = typer.Argument("", help="print this file, or list those with this in their name")) -> None:
     """List the shipped gin files, or print one."""
-    from llava_patch.core.resources import gin_dir
+    from llava_patch.core.paths import gin_dir
     from llava_patch.settings.gin_config import find_file
 
     listed = [path for path in sorted(gin_dir().glob("*.gin")) if name in path.name]

@@ -1,6 +1,6 @@
 """The errors that llava_patch raises; every message names the setting, file or tensor and what to do."""
 
-from __future__ import annotations
+from collections.abc import Mapping
 
 
 class LlavaPatchError(RuntimeError):
@@ -33,3 +33,10 @@ class RunError(LlavaPatchError):
 
 class SilentFusionWarning(UserWarning):
     """A fusion was asked for that changes nothing: its new weights are zero, and frozen."""
+
+
+def refuse(against: Mapping[str, object], error: type[LlavaPatchError] = SettingError) -> None:
+    """Raise an error with the first of these reasons that holds."""
+    for why, holds in against.items():
+        if holds:
+            raise error(why)

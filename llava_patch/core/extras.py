@@ -4,20 +4,16 @@ Patching, training and loading need none of them, so that installing llava_patch
 trains. Import them through `optional` alone; a command that will need some says so with `needs`, before it starts.
 """
 
-from __future__ import annotations
-
-import functools
+import contextlib
 import importlib
 import importlib.util
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 from llava_patch.core.errors import MissingExtraError
 
 EXTRAS = {"figures": "matplotlib", "report": "jinja2", "probe": "scipy", "data": "datasets"}
 """The package that each extra of pyproject.toml is there for."""
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 def need(what: str, *extras: str) -> None:
@@ -27,18 +23,11 @@ def need(what: str, *extras: str) -> None:
         raise MissingExtraError(_message(what, missing))
 
 
-def needs(command: str, *extras: str) -> Callable[[F], F]:
-    """Decorate a command that needs some extras: they are looked for when it is called, not for its --help."""
-
-    def decorate(function: F) -> F:
-        @functools.wraps(function)
-        def checked(*args: Any, **kwargs: Any) -> Any:
-            need(command, *extras)
-            return function(*args, **kwargs)
-
-        return checked  # type: ignore[return-value]
-
-    return decorate
+@contextlib.contextmanager
+def needs(command: str, *extras: str) -> Iterator[None]:
+    """Decorates a command that needs some extras: they are looked for when it is called, not for its --help."""
+    need(command, *extras)
+    yield
 
 
 def optional(module: str, what: str = "this") -> Any:

@@ -1,13 +1,11 @@
-"""Writing results: JSON and figures appear whole or not at all; progress goes to stderr."""
-
-from __future__ import annotations
+"""Writing results: JSON and figures appear whole or not at all; digests of values; progress goes to stderr."""
 
 import contextlib
+import hashlib
 import json
 import math
-import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,38 +14,23 @@ T = TypeVar("T")
 
 
 @contextlib.contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A temporary file of the same folder and suffix that takes `path`'s place when the block ends well."""
+def atomic(path: Path, folder: bool = False) -> Iterator[Path]:
+    """A path beside `path`, of the same suffix, for a file that takes its place when the block ends well.
+
+    With `folder` it is a new folder, and `path` must be missing or an empty one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex}{path.suffix}")
     try:
+        if folder:
+            temporary.mkdir()
         yield temporary
-        _share(temporary, 0o666)
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place (it must be missing or empty) when the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
-    try:
-        yield temporary
-        _share(temporary, 0o777)
-        temporary.replace(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _share(path: Path, mode: int) -> None:
-    """Give the usual permissions: tempfile makes things private, results are meant to be shared."""
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(mode & ~umask)
+        if folder:
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
 
 
 def plain(value: Any) -> Any:
@@ -59,6 +42,18 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return value
+
+
+def digest(value: Any) -> str:
+    """Hexadecimal digest of JSON values, for what depends on them; equal values give equal ones in every process."""
+    text = json.dumps(value, sort_keys=True, default=_named)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _named(value: Any) -> str:
+    """What JSON has no form for (dtypes, enumerations, paths); an object without a text of its own is its class."""
+    text = str(value)
+    return type(value).__qualname__ if " at 0x" in text else text
 
 
 def write_json(path: Path, value: Any) -> Path:
@@ -76,10 +71,8 @@ def write_text(path: Path, text: str) -> Path:
 def track(items: Iterable[T], description: str, show: bool) -> Iterator[T]:
     """Iterate with a progress bar on stderr."""
     if not show:
-        yield from items
-        return
+        return iter(items)
     from rich.console import Console
     from rich.progress import track as rich_track
 
-    total = len(items) if hasattr(items, "__len__") else None  # type: ignore[arg-type]
-    yield from rich_track(items, description, total=total, console=Console(stderr=True))
+    return iter(rich_track(items, description, console=Console(stderr=True)))

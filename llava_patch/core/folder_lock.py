@@ -1,7 +1,5 @@
 """One run at a time in a folder of results."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,11 +19,8 @@ def folder_lock(folder: Path | None) -> Iterator[None]:
 
     The lock ends with its process, however that ends. A folder in which nothing was written does not stay.
     """
-    if folder is None or parallel.rank() != 0:
-        yield
-        return
-    path = Path(folder).resolve() / LOCK_FILE
-    if path in _held:
+    path = None if folder is None or parallel.rank() != 0 else Path(folder).resolve() / LOCK_FILE
+    if path is None or path in _held:
         yield
         return
     # Made before the first write: what a failed run would leave behind is taken away again.

@@ -1,15 +1,16 @@
-"""Whether a model's weights fit into this machine's memory, and in which precision; asked before they are read."""
+"""Precision: in which one a model's weights fit into this machine's memory, and which one new tensors have."""
 
-from __future__ import annotations
-
+import contextlib
+import functools
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from llava_patch.core.errors import CheckpointError, SettingError
-from llava_patch.core.weights import locate, read_file, read_json
+from llava_patch.core.weights import WEIGHT_FORMATS, locate, read_file, read_json
 
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 ROOM = 0.9
@@ -34,9 +35,8 @@ def machine_memory() -> int | None:
 
 def parameter_count(source: str) -> int | None:
     """Number of weights of a checkpoint, from its index or headers; None when they do not say."""
-    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
-        index = read_json(source, f"{stem}.{suffix}.index.json")
-        if index is not None:
+    for stem, suffix in WEIGHT_FORMATS:
+        if (index := read_json(source, f"{stem}.{suffix}.index.json")) is not None:
             total = index.get("metadata", {}).get("total_size")
             return None if total is None else int(total) // _stored_bytes(source)
         path = locate(source, f"{stem}.{suffix}")
@@ -60,17 +60,10 @@ def _stored_bytes(source: str) -> int:
 
 
 def cpu_dtype(name: str, source: str) -> torch.dtype | None:
-    """The precision in which a model runs on the CPU; None: float32, as nothing speaks against it.
+    """The precision in which a checkpoint's decoder runs on the CPU; None: float32, as nothing speaks against it.
 
     Weights that do not fit in float32 run in bfloat16, which halves them (float16 is slow on CPUs); a line on stderr
-    says so. An explicit precision is kept.
-
-    Args:
-        name: what the user asked for; "": nothing.
-        source: the checkpoint that holds the decoder's weights.
-
-    Raises:
-        SettingError: the weights do not fit in the precision asked for, or in any.
+    says so. What the user asks for by `name` is kept. SettingError: they do not fit in that precision, or in any.
     """
     count, memory = parameter_count(source), machine_memory()
     if count is None or memory is None:
@@ -87,3 +80,18 @@ def cpu_dtype(name: str, source: str) -> torch.dtype | None:
         return torch.bfloat16
     advice = "give --dtype bfloat16" if fits else "give --device cuda, or use a machine with more memory"
     raise SettingError(f"{said}: {advice}")
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New tensors have this dtype inside the block."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+float32_default = functools.partial(default_dtype, torch.float32)
+"""For what makes tensors after llava has loaded a model: it leaves float16 behind."""

@@ -4,8 +4,6 @@
 takes. The settings are a frozen dataclass with `KIND`, the name of the keyword.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -43,24 +41,16 @@ class Method:
     # --- what it asks, before anything changes ------------------------------------------------------------------------
 
     def check_together(self, others: Mapping[str, Any]) -> None:
-        """Refuse settings of other kinds that contradict these.
-
-        Raises:
-            SettingError: names both settings and what to do.
-        """
+        """Refuse settings of other kinds that contradict these; the SettingError names both, and what to do."""
 
     def refused_when_partitioned(self) -> str | None:
         """The setting that cannot be had with weights that DeepSpeed ZeRO-3 has partitioned, for a message."""
         return None
 
     def check_model(self, loading: bool) -> None:
-        """Refuse a model that it cannot be put on.
+        """Refuse a model that it cannot be put on (SettingError).
 
-        Args:
-            loading: the model is being built from a patched checkpoint and its weights follow.
-
-        Raises:
-            SettingError: says why.
+        `loading`: the model is being built from a patched checkpoint and its weights follow.
         """
 
     def takes_samples(self) -> bool:
@@ -87,12 +77,9 @@ class Method:
         return ()
 
     def attach(self, undo: "UndoStack", *, zero_start: bool, loading: bool) -> None:
-        """Change the model.
+        """Change the model, noting in `undo` how every change is taken back.
 
-        Args:
-            undo: takes every change back.
-            zero_start: new weights leave the output as it is; else they are initialised as new ones.
-            loading: see `check_model`.
+        `zero_start`: new weights leave the output as it is; else they are initialised as new ones.
         """
 
     def changed(self, settings: Any, undo: "UndoStack") -> "Method":
@@ -113,12 +100,9 @@ class Method:
     def arrange_groups(
         self, groups: list[dict[str, Any]], base_lr: float, early: "Collection[nn.Parameter]"
     ) -> list[dict[str, Any]]:
-        """Split an optimizer's groups as the settings ask.
+        """Split the groups of a torch optimizer as the settings ask; `base_lr` holds where they name none.
 
-        Args:
-            groups: of a torch optimizer.
-            base_lr: the learning rate where the settings name none.
-            early: what learns before the rest where the settings ask for a warm-up.
+        `early` learns before the rest where the settings ask for a warm-up.
         """
         return groups
 

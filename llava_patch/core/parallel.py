@@ -1,16 +1,14 @@
 """One run in several processes: who does what, adding up gradients, and ending together when one fails.
 
-Two kinds of communication. Tensors (gradients, weights) go through the default process group, which fits the device.
-Everything else (rows of results, decisions, failures) goes through `exchange`, on a gloo group of our own: it takes
-plain objects from any device and does not time out while another process encodes images.
+Tensors (gradients, weights) go through the default process group, which fits the device. Everything else (rows of
+results, decisions, failures) goes through `exchange`, on a gloo group of our own: it takes plain objects from any
+device and does not time out while another process encodes images.
 
 A process that fails says so in place of its part of the next `exchange`, so the others raise its message there instead
 of waiting for it. That works as long as all processes call `exchange` and its users in the same order, inside `guard`.
 
 Without an initialised process group everything here acts for one process.
 """
-
-from __future__ import annotations
 
 import contextlib
 import datetime
@@ -53,24 +51,25 @@ def share(count: int) -> range:
 
 
 def gather_rows(rows: list[T]) -> list[T]:
-    """The rows of all processes in the order of their ranks, on every process.
-
-    With `share` this is the undivided list again. Rows are plain values or CPU tensors.
-    """
+    """The rows (plain values or CPU tensors) of all processes in the order of their ranks: of `share`s all of them."""
     return [row for part in exchange(rows) for row in part]
 
 
-def exchange(value: T) -> list[T]:
+def exchange(value: T, failure: str | None = None) -> list[T]:
     """One value of every process, in the order of their ranks, on every process; PeerError: another one failed."""
-    return [value] if world() == 1 else _exchange(value, None)
+    if world() == 1:
+        return [value]
+    parts: list[Any] = [None] * world()
+    dist.all_gather_object(parts, (value, failure), group=_control_group())
+    for number, (_, message) in enumerate(parts):
+        if failure is None and message is not None:
+            raise PeerError(f"R-Probe ended because process {number} of {world()} failed: {message}")
+    return [part for part, _ in parts]
 
 
 @contextlib.contextmanager
 def guard() -> Iterator[None]:
-    """End a block on all processes when it fails on one; inside another guard it does nothing.
-
-    All processes must enter it, and leave it together: the end of the block waits for all of them.
-    """
+    """End a block, which all processes enter and leave together, on all when it fails on one; once is enough."""
     global _guarded
     if world() == 1 or _guarded:
         yield
@@ -84,7 +83,7 @@ def guard() -> Iterator[None]:
     except Exception as error:
         # The others may be gone already; what counts is the error at hand.
         with contextlib.suppress(Exception):
-            _exchange(None, f"{type(error).__name__}: {error}")
+            exchange(None, f"{type(error).__name__}: {error}")
         raise
     finally:
         _guarded = False
@@ -92,10 +91,9 @@ def guard() -> Iterator[None]:
 
 def add_up(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor by its sum over the processes, in place; all have the same shapes on every process."""
-    if world() == 1:
-        return
-    for work in [dist.all_reduce(tensor, group=_group(tensor), async_op=True) for tensor in tensors]:
-        work.wait()
+    if world() > 1:
+        for work in [dist.all_reduce(tensor, group=_group(tensor), async_op=True) for tensor in tensors]:
+            work.wait()
 
 
 def from_rank_0(tensors: Iterable[Tensor]) -> None:
@@ -111,9 +109,10 @@ def processes() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or not dist.is_available() or dist.is_initialized():
         yield
         return
-    if torch.cuda.is_available():
+    cuda = torch.cuda.is_available()
+    if cuda:
         torch.cuda.set_device(local_rank())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
     try:
         yield
     finally:
@@ -128,17 +127,6 @@ def is_first() -> bool:
 def local_rank() -> int:
     """Number of this process on its machine: which of the machine's devices it takes."""
     return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def _exchange(value: Any, failure: str | None) -> list[Any]:
-    parts: list[Any] = [None] * world()
-    dist.all_gather_object(parts, (value, failure), group=_control_group())
-    if failure is None:
-        failed = {number: message for number, (_, message) in enumerate(parts) if message is not None}
-        if failed:
-            number, message = next(iter(failed.items()))
-            raise PeerError(f"R-Probe ended because process {number} of {world()} failed: {message}")
-    return [part for part, _ in parts]
 
 
 def _group(tensor: Tensor) -> Any:

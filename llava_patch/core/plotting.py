@@ -1,7 +1,5 @@
 """What the measurements' figures share: size, type, layer axes, the split's line, and how they are written."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +24,8 @@ STYLE: dict[Any, Any] = {
 
 def panels(rows: int = 1, columns: int = 1, height: float = PANEL[1], width: float = PANEL[0]) -> tuple[Any, list[Any]]:
     """A figure without pyplot (no global state, no display) and its axes, row by row."""
-    mpl = optional("matplotlib")
-    Figure = optional("matplotlib.figure").Figure
-
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    with optional("matplotlib").rc_context(STYLE):
+        figure = optional("matplotlib.figure").Figure(figsize=(width * columns, height * rows), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False)
     return figure, list(axes.flat)
 
@@ -46,10 +41,9 @@ def panel_grid(count: int, width: float = PANEL[0], height: float = PANEL[1]) ->
 
 def layer_axis(axis: Any, n_layers: int, label: str = "decoder layer") -> None:
     """Whole layer numbers, at most about a dozen of them."""
-    MaxNLocator = optional("matplotlib.ticker").MaxNLocator
-
+    ticker = optional("matplotlib.ticker")
     axis.set_xlim(-0.5, n_layers - 0.5)
-    axis.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=min(4, n_layers)))
+    axis.xaxis.set_major_locator(ticker.MaxNLocator(nbins=12, integer=True, min_n_ticks=min(4, n_layers)))
     axis.set_xlabel(label)
 
 
@@ -72,22 +66,14 @@ def shorten(name: str, length: int) -> str:
 
 def write_figure(figure: Any, path: str | Path) -> Path:
     """Write a figure atomically, in the format that the path's suffix names."""
-    mpl = optional("matplotlib")
-
     path = Path(path)
-    _fit_type(figure)
-    with atomic(path) as temporary, mpl.rc_context(STYLE):
+    # Titles and legends take matplotlib's own size when they are made, after `panels`: they get the style's.
+    for axis in figure.axes:
+        if axis.title.get_fontsize() == 12.0:
+            axis.title.set_fontsize(STYLE["axes.titlesize"])
+        for text in axis.get_legend().get_texts() if axis.get_legend() else ():
+            if text.get_fontsize() == 10.0:
+                text.set_fontsize(STYLE["legend.fontsize"])
+    with atomic(path) as temporary, optional("matplotlib").rc_context(STYLE):
         figure.savefig(temporary, dpi=200)
     return path
-
-
-def _fit_type(figure: Any) -> None:
-    """Titles and legends take matplotlib's own size when they are made, after `panels`: give them the style's."""
-    usual = {"title": 12.0, "legend": 10.0}
-    for axis in figure.axes:
-        if axis.title.get_fontsize() == usual["title"]:
-            axis.title.set_fontsize(STYLE["axes.titlesize"])
-        texts = [] if axis.get_legend() is None else axis.get_legend().get_texts()
-        for text in texts:
-            if text.get_fontsize() == usual["legend"]:
-                text.set_fontsize(STYLE["legend.fontsize"])

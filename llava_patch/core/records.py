@@ -1,7 +1,5 @@
 """Where a checkpoint keeps the settings of its patch, read without loading anything that patches."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping
@@ -22,12 +20,17 @@ def read_settings(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
     path = Path(directory) / SETTINGS_FILE
     if not path.is_file():
         return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+    record = read_json_file(path)
     check_format(record, str(path))
     return record
+
+
+def read_json_file(path: Path) -> dict[str, Any]:
+    """What a JSON file of a checkpoint holds; CheckpointError: it is not valid."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
 
 
 def check_format(record: Mapping[str, Any], source: str) -> None:

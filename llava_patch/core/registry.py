@@ -3,8 +3,6 @@
 An entry names its module and attribute, which is loaded on first use, so that no layer imports one above it.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 from typing import Any

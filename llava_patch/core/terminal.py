@@ -1,7 +1,5 @@
 """Tables: with their footer on the terminal, and in Markdown."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,6 @@
 """One undo stack for everything that a patch changes."""
 
-from __future__ import annotations
-
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -25,26 +24,29 @@ class UndoStack:
         """Set an attribute; undo restores the owner's own dictionary, not what a class gives an instance."""
         old = vars(owner).get(name, _MISSING)
         setattr(owner, name, value)
+        if isinstance(owner, type):  # its dictionary is read-only
+            self.push(lambda: delattr(owner, name) if old is _MISSING else setattr(owner, name, old))
+        else:
+            self.push(lambda: vars(owner).pop(name, None) if old is _MISSING else vars(owner).update({name: old}))
 
-        def restore() -> None:
-            if isinstance(owner, type):  # its dictionary is read-only
-                delattr(owner, name) if old is _MISSING else setattr(owner, name, old)
-            elif old is _MISSING:
-                vars(owner).pop(name, None)
-            else:
-                vars(owner)[name] = old
-
-        self.push(restore)
+    def wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
+        """Have calls of an object's or a class's method go to `around(original, *arguments)`."""
+        original = getattr(owner, name)
+        called: Callable[..., Any] = functools.partial(around, original)
+        if isinstance(owner, type):  # which binds functions only
+            self.set_attribute(owner, name, functools.wraps(original)(lambda *args, **kwargs: called(*args, **kwargs)))
+        else:
+            self.set_attribute(owner, name, functools.wraps(original)(called))
 
     def replace_module(
-        self, parent: nn.Module, name: str, module: nn.Module, original: Callable[[], nn.Module] | None = None
+        self, parent: "nn.Module", name: str, module: "nn.Module", original: "Callable[[], nn.Module] | None" = None
     ) -> None:
         """Put another module in a child's place; `original` builds what undo puts back, by default the replaced one."""
         old = getattr(parent, name)
         setattr(parent, name, module)
         self.push(lambda: setattr(parent, name, old if original is None else original()))
 
-    def add_module(self, parent: nn.Module, name: str, module: nn.Module) -> None:
+    def add_module(self, parent: "nn.Module", name: str, module: "nn.Module") -> None:
         """Add a child module that was not there."""
         if hasattr(parent, name):
             raise AttributeError(f"{type(parent).__name__} already has an attribute {name!r}")
@@ -53,6 +55,12 @@ class UndoStack:
 
     def __len__(self) -> int:
         return len(self._steps)
+
+    def __enter__(self) -> "UndoStack":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.unwind()
 
     def unwind(self, to: int = 0) -> None:
         """Take changes back, last one first; a step that fails does not keep the others from running."""

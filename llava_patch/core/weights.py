@@ -1,7 +1,5 @@
 """A checkpoint's files: where they are, tensors read one at a time or by their headers alone, written in shards."""
 
-from __future__ import annotations
-
 import functools
 import json
 import math
@@ -15,12 +13,13 @@ import torch
 from torch import Tensor
 
 from llava_patch.core.errors import CheckpointError
+from llava_patch.core.records import read_json_file
 
 Load = Callable[[], Tensor]
 Tensors = dict[str, Load]
 """Tensor name: a function that reads it."""
 SHARD_BYTES = 5 * 10**9
-_FORMATS = (("model", "safetensors"), ("pytorch_model", "bin"))
+WEIGHT_FORMATS = (("model", "safetensors"), ("pytorch_model", "bin"))
 _HUB_FILES = ("*.json", "*.safetensors", "*.bin", "*.model")
 _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
@@ -45,24 +44,14 @@ def locate(source: str, name: str) -> Path | None:
 def read_json(source: str, name: str) -> dict | None:
     """A JSON file of a folder or hub model; None when it has none. CheckpointError: not valid JSON."""
     path = locate(source, name)
-    if path is None:
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+    return None if path is None else read_json_file(path)
 
 
 def folder_of(source: str, download: bool = False, setting: str = "") -> str:
-    """The folder with a checkpoint's files: itself, or that of a model of the hub.
+    """The folder with a checkpoint's files: `source` itself, or that of a model of the hub; else CheckpointError.
 
-    Args:
-        source: a folder, or a hub name.
-        download: fetch a hub model that is not on this machine; without it, its weights are never downloaded.
-        setting: the option that named it, for errors; "": none.
-
-    Raises:
-        CheckpointError: neither is there.
+    Only with `download` is a hub model fetched that is not on this machine. `setting` is the option that named it, for
+    the error.
     """
     if os.path.isdir(source):
         return source
@@ -114,18 +103,14 @@ def same_values(one: Sequence[float], other: Sequence[float]) -> bool:
 
 def weight_files(source: str) -> list[Path]:
     """The files of a full checkpoint's weights, by its index, all of whose files must be there; [] when it has none."""
-    for stem, suffix in _FORMATS:
+    for stem, suffix in WEIGHT_FORMATS:
         index = read_json(source, f"{stem}.{suffix}.index.json")
-        whole = locate(source, f"{stem}.{suffix}")
         if index is not None:
-            found = []
-            for name in sorted(set(index["weight_map"].values())):
-                path = locate(source, name)
-                if path is None:
-                    raise CheckpointError(f"{source}: {name} is missing, which {stem}.{suffix}.index.json names")
-                found.append(path)
-            return found
-        if whole is not None:
+            found = {name: locate(source, name) for name in sorted(set(index["weight_map"].values()))}
+            if missing := [name for name, path in found.items() if path is None]:
+                raise CheckpointError(f"{source}: {missing[0]} is missing, which {stem}.{suffix}.index.json names")
+            return [path for path in found.values() if path is not None]
+        if (whole := locate(source, f"{stem}.{suffix}")) is not None:
             return [whole]
     return []
 
@@ -138,7 +123,7 @@ def open_weights(source: str) -> Tensors:
     hint = ""
     if locate(source, "adapter_config.json") is not None:
         hint = "; it is a LoRA folder: merge it first (LLaVA's scripts/merge_lora_weights.py)"
-    names = " or ".join(f"{stem}.{suffix}" for stem, suffix in _FORMATS)
+    names = " or ".join(f"{stem}.{suffix}" for stem, suffix in WEIGHT_FORMATS)
     raise CheckpointError(f"{source}: no weights here ({names}){hint}")
 
 
@@ -153,13 +138,9 @@ def read_file(path: Path, whole: bool = False) -> list[StoredTensor]:
 
             stream = safe_open(path, framework="pt")
             slices = {name: stream.get_slice(name) for name in stream.keys()}  # noqa: SIM118 - not a dict
-            return [
-                StoredTensor(
-                    n, tuple(s.get_shape()), _DTYPES.get(s.get_dtype(), s.get_dtype()), path,
-                    functools.partial(stream.get_tensor, n), s,
-                )
-                for n, s in slices.items()
-            ]  # fmt: skip
+            load = {name: functools.partial(stream.get_tensor, name) for name in slices}
+            kinds = {name: _DTYPES.get(part.get_dtype(), part.get_dtype()) for name, part in slices.items()}
+            return [StoredTensor(n, tuple(s.get_shape()), kinds[n], path, load[n], s) for n, s in slices.items()]
         return [
             StoredTensor(n, tuple(t.shape), str(t.dtype).removeprefix("torch."), path, t.detach, t)
             for n, t in _torch_file(path, whole).items()
@@ -187,7 +168,7 @@ def _torch_file(path: Path, whole: bool) -> dict[str, Tensor]:
 def write_weights(folder: Path, tensors: Tensors, shard_bytes: int = SHARD_BYTES) -> None:
     """Write tensors as model.safetensors, or as shards with an index when they are more than one shard.
 
-    A shard has at most `shard_bytes`, which is also what this needs of memory; a larger tensor is one shard.
+    A shard has at most `shard_bytes`, which is also what this needs of memory, or one larger tensor.
     """
     from safetensors.torch import save_file
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from llava_patch.core import memory, parallel, records
-from llava_patch.core.dtypes import float32_default
 from llava_patch.core.errors import CheckpointError, HostError, SettingError
+from llava_patch.core.memory import float32_default
 from llava_patch.core.weights import locate, read_json
 from llava_patch.data.inputs import Inputs
 from llava_patch.hosts import configs

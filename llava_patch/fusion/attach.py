@@ -1,9 +1,7 @@
 """How a fusion attaches to a host's tower and projector.
 
-Its definition is in its own file, what trains in the tower in `tower_training`, where a tap is detached in `features`.
+Its definition is in its own file, what trains in the tower in `training`, where a tap is detached in `features`.
 """
-
-from __future__ import annotations
 
 import functools
 import json
@@ -15,30 +13,18 @@ from typing import Any
 
 from torch import nn
 
-from llava_patch.core.errors import HostError, SettingError
+from llava_patch.core.errors import HostError, SettingError, refuse
 from llava_patch.core.files import write_text
 from llava_patch.core.method import Method
 from llava_patch.core.undo import UndoStack
-from llava_patch.fusion import optimizer, stack
-from llava_patch.fusion.base import Fusion, differs
+from llava_patch.fusion import stack, training
+from llava_patch.fusion.base import STI_POOL, Fusion, Join, Taps, choose_taps, differs
 from llava_patch.fusion.features import check_grid, fuse, stacked
 from llava_patch.fusion.linear import FusedLinear
-from llava_patch.fusion.taps import STI_POOL, Join, Taps, choose_taps
-from llava_patch.fusion.tower_training import let_tower_train, set_tower_flags
 from llava_patch.hosts import wrappers, zero
 from llava_patch.hosts.anatomy import when_loaded
 
 logger = logging.getLogger("llava_patch")
-
-
-class _TookPart:
-    """Whether the taps were in what the tower gave."""
-
-    def __init__(self) -> None:
-        # A bare one: what torch.compile makes of a subclass's attributes is another matter.
-        # `fused`: they were in what it gave last in this thread; without it features are the caller's own.
-        self.last = threading.local()
-        self.hooked: nn.Module | None = None  # the vision model that has them; None while it is not loaded
 
 
 class FusionMethod(Method):
@@ -122,23 +108,20 @@ class FusionMethod(Method):
     def _check_tokens(self) -> None:
         anatomy, taps, what = self.anatomy, self.taps, self._token_setting()
         tower = anatomy.vision_parts()
-        if anatomy.drops_patch:
-            raise SettingError(
-                f"{what} needs every patch, but the host drops the first token of a tower without a CLS token: set "
-                'vision_feature_select_strategy = "full"'
-            )
-        if taps.join is Join.TOKENS and taps.main_tokens(tower.grid) < STI_POOL:
-            raise SettingError(
-                f"{what} averages {STI_POOL} neighbouring tokens, but an image of this tower has "
-                f"{taps.main_tokens(tower.grid)}"
-            )
-        if taps.merge_size > 1:
-            if not anatomy.drops_cls and tower.prefix_tokens:
-                raise SettingError(
-                    f"{what} joins patches, but the host keeps the tower's CLS token: set "
-                    'vision_feature_select_strategy = "default" (llava: mm_vision_select_feature = "patch")'
-                )
-            check_grid(tower.grid, taps.merge_size, taps.merge_padding)
+        own = taps.main_tokens(tower.grid)
+        against = {
+            f"{what} needs every patch, but the host drops the first token of a tower without a CLS token: set "
+            'vision_feature_select_strategy = "full"': anatomy.drops_patch,
+            f"{what} averages {STI_POOL} neighbouring tokens, but an image of this tower has {own}": (
+                taps.join is Join.TOKENS and own < STI_POOL
+            ),
+            f"{what} joins patches, but the host keeps the tower's CLS token: set vision_feature_select_strategy = "
+            '"default" (llava: mm_vision_select_feature = "patch")': (
+                taps.merge_size > 1 and not anatomy.drops_cls and tower.prefix_tokens
+            ),
+        }
+        refuse(against)
+        check_grid(tower.grid, taps.merge_size, taps.merge_padding)
 
     def decoder_layers(self) -> tuple[int, ...]:
         """With DeepStack those that take a tap, in the order of the taps."""
@@ -164,20 +147,23 @@ class FusionMethod(Method):
         if not taps.keeps_tokens and not loading:
             rows, columns = anatomy.grid
             _warn_other_tokens(self.name, taps.tokens((rows, columns)), rows * columns, anatomy.ids_hold_places)
-        took_part = _TookPart()
-        when_loaded(anatomy, undo, lambda late: self._hook_vision_model(late, took_part))
-        self._watch_projector(undo, took_part)
+        # `fused`: whether the taps were in what the tower gave last in this thread; without it features are the
+        # caller's own. A bare one: what torch.compile makes of a subclass's attributes is another matter.
+        last = threading.local()
+        hooked: list[nn.Module] = []  # the vision model that has the taps; none while it is not loaded
+        when_loaded(anatomy, undo, lambda late: hooked.append(self._hook_vision_model(late, last)))
+        self._watch_projector(undo, last, hooked)
         wrappers.refuse_other_features(anatomy, undo)
         if self.trains_tower:
-            let_tower_train(anatomy, undo)
+            training.let_tower_train(anatomy, undo)
 
     def changed(self, settings: Any, undo: UndoStack) -> Method:
         """Another choice of what trains."""
         if settings.train_tower != "frozen" and not self.trains_tower:
-            let_tower_train(self.anatomy, undo)
+            training.let_tower_train(self.anatomy, undo)
         return super().changed(settings, undo)
 
-    def _hook_vision_model(self, undo: UndoStack, took_part: _TookPart) -> None:
+    def _hook_vision_model(self, undo: UndoStack, last: threading.local) -> nn.Module:
         """Put the fused feature in the main feature's place among the tower's hidden states."""
         anatomy, taps = self.anatomy, self.taps
         vision = anatomy.vision_model
@@ -187,7 +173,6 @@ class FusionMethod(Method):
             self._check_tokens()
         prefix, grid = tower.prefix_tokens, tower.grid
         needed = {taps.main, *taps.blocks}
-        last = took_part.last
 
         def begin(module: nn.Module, args: Any) -> None:
             last.fused = False
@@ -213,20 +198,20 @@ class FusionMethod(Method):
         undo.push(vision.register_forward_pre_hook(begin).remove)
         undo.push(vision.register_forward_hook(put_fused_feature).remove)
         undo.push(vision.register_forward_hook(end, always_call=True).remove)
-        took_part.hooked = vision
+        return vision
 
-    def _watch_projector(self, undo: UndoStack, took_part: _TookPart) -> None:
+    def _watch_projector(self, undo: UndoStack, last: threading.local, hooked: list[nn.Module]) -> None:
         """Refuse features of a tower whose taps took no part: where nothing gets wider, no shape would tell."""
         anatomy, name = self.anatomy, self.name
 
         def check(module: nn.Module, args: Any) -> None:
-            now, hooked = anatomy.vision_model_now, took_part.hooked
-            if not (now is hooked or now is None or any(m is hooked for m in now.modules())):
+            now = anatomy.vision_model_now
+            if not (now is None or any(m is vision for m in now.modules() for vision in hooked)):
                 raise HostError(
                     f"the vision tower was replaced after patch(): {name} has its taps in the old one. Put it back, or "
                     "call handle.remove() and patch again"
                 )
-            if getattr(took_part.last, "fused", True):  # features without any call of the tower are the caller's own
+            if getattr(last, "fused", True):  # features without any call of the tower are the caller's own
                 return
             raise HostError(
                 f"the projector was called on features that {name} had no part in: the vision tower ran without "
@@ -254,23 +239,35 @@ class FusionMethod(Method):
 
     def freeze(self) -> None:
         """Set the flags of the vision tower."""
-        set_tower_flags(self.anatomy, self.settings, self.taps)
+        training.set_tower_flags(self.anatomy, self.settings, self.taps)
 
     def arrange_groups(
         self, groups: list[dict[str, Any]], base_lr: float, early: Collection[nn.Parameter]
     ) -> list[dict[str, Any]]:
         """Give the tower groups of its own (`tower_lr`, `layer_decay`), and keep `unfreeze_after`'s apart."""
-        settings = self.settings
-        return optimizer.regroup(
-            groups, optimizer.distances(self.anatomy.vision_parts(), self.taps.deepest), base_lr=base_lr,
-            tower_lr=settings.tower_lr, layer_decay=settings.layer_decay,
-            adapter={id(p) for p in early} if settings.unfreeze_after else set(),
-        )  # fmt: skip
+        below = training.distances(self.anatomy.vision_parts(), self.taps.deepest)
+        adapter = {id(p) for p in early} if self.settings.unfreeze_after else set()
+        return training.regroup(groups, below, self.settings, base_lr, adapter)
 
     def silent(self, trainable: Collection[str], others: Mapping[str, Any]) -> str | None:
-        """Why the fusion does nothing and will not learn to, and what to do; None when it is not so."""
-        if not self._is_silent(trainable):
+        """Why the fusion does nothing and will not learn to, and what to do; None when it is not so.
+
+        That is where its new weights are all zero, and stay so because they do not train.
+        """
+        own, layer = self._own_projector(), self.anatomy.first_linear()[2]
+        if own is not None:
+            decisive: list[Any] = list([m for m in own.modules() if isinstance(m, nn.Linear)][-1].parameters())
+        elif isinstance(layer, FusedLinear) and layer.in_features > layer.main_features:
+            decisive = [layer.weight]
+        else:
             return None
+        ids = {id(p) for p in decisive}
+        if {n for n, p in self.anatomy.model.named_parameters() if id(p) in ids} & set(trainable):
+            return None
+        with zero.gathered(decisive):
+            new = decisive if own is not None else [layer.weight[:, layer.main_features :]]
+            if any(bool(values.any()) for values in new):
+                return None
         routing = others.get("routing")
         return f"{self.name} does nothing: its new weights are zero and frozen (" + (
             "train it first, without Routing (LLaVA's stage 1) and load that checkpoint, or set "
@@ -278,23 +275,6 @@ class FusionMethod(Method):
             if routing is not None and routing.freeze != "none"
             else "train it first: set requires_grad on handle.adapter_parameters())"
         )
-
-    def _is_silent(self, trainable: Collection[str]) -> bool:
-        """Whether the new weights are all zero and stay so, because they do not train."""
-        own, layer = self._own_projector(), self.anatomy.first_linear()[2]
-        if own is not None:
-            decisive: list[Any] = list([m for m in own.modules() if isinstance(m, nn.Linear)][-1].parameters())
-        elif isinstance(layer, FusedLinear) and layer.in_features > layer.main_features:
-            decisive = [layer.weight]
-        else:
-            return False
-        ids = {id(p) for p in decisive}
-        if {n for n, p in self.anatomy.model.named_parameters() if id(p) in ids} & set(trainable):
-            return False
-        with zero.gathered(decisive):
-            if own is not None:
-                return not any(bool(p.any()) for p in decisive)
-            return not bool(layer.weight[:, layer.main_features :].any())  # type: ignore[union-attr]
 
     def remarks(self, trainable: set[str], others: Mapping[str, Any]) -> Iterator[str]:
         """A fusion that stays silent, and a `detach` without meaning."""

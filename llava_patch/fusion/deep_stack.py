@@ -1,11 +1,8 @@
 """DeepStack: which blocks are tapped, and which decoder layers take them; `stack` projects and adds them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
-from llava_patch.fusion.base import Detach, Fusion, detach_setting
-from llava_patch.fusion.taps import Group, Join, check_inside, with_detach
+from llava_patch.fusion.base import Detach, Fusion, Group, Join, check_inside, detach_setting, with_detach
 from llava_patch.settings.checks import distinct_blocks, integer
 
 

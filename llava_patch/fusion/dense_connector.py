@@ -1,12 +1,9 @@
 """Dense Connector: features of other blocks beside the main one, as channels (SCI, DCI) or as further tokens (STI)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from llava_patch.core.errors import SettingError
-from llava_patch.fusion.base import Detach, Fusion, detach_setting
-from llava_patch.fusion.taps import Group, Join, check_inside, with_detach
+from llava_patch.fusion.base import Detach, Fusion, Group, Join, check_inside, detach_setting, with_detach
 from llava_patch.settings.checks import distinct_blocks, integer
 
 CONNECTORS = ("sti", "sci", "dci")

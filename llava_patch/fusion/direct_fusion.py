@@ -1,12 +1,9 @@
 """External direct fusion: features of other blocks on channels beside the main one."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from llava_patch.core.errors import SettingError
-from llava_patch.fusion.base import Detach, Fusion, detach_setting
-from llava_patch.fusion.taps import Group, check_inside, with_detach
+from llava_patch.fusion.base import Detach, Fusion, Group, check_inside, detach_setting, with_detach
 from llava_patch.settings.checks import distinct_blocks
 
 NAMED_LAYERS = ("18", "3-18", "3-18-23", "former", "latter", "all")

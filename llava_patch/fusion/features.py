@@ -1,7 +1,5 @@
 """Fused features from a tower's hidden states, and where a tap is detached (`detached_or_not`). Mathematics only."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextvars import ContextVar
 
@@ -10,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llava_patch.core.errors import SettingError
-from llava_patch.fusion.taps import STI_POOL, Group, Join, Taps
+from llava_patch.fusion.base import STI_POOL, Group, Join, Taps
 
 detaching: ContextVar[bool | None] = ContextVar("llava_patch_detaching", default=None)
 """What a measurement asks of every tap: True detaches all, False none; None: as each group says."""
@@ -73,24 +71,19 @@ def fuse(hidden_states: Sequence[Tensor], taps: Taps, prefix: int, grid: tuple[i
     tokens (STI): the taps' patches, averaged over `STI_POOL` neighbours, behind the main feature's. With merge_size,
     patches of every feature are joined first. In decoder layers (DeepStack): the main feature alone.
 
-    Args:
-        hidden_states: h[0] (embedding) to h[N], each [images, prefix + patches, channels].
-        taps: what to take.
-        prefix: tokens before the patches (1 for a CLS token). They pass with the channels; where patches are merged
-            they have no meaning any more and become zeros.
-        grid: (rows, columns) of patches.
-
-    Returns:
-        [images, prefix + tokens, columns * merge_size^2 * channels].
+    `hidden_states` are h[0] (embedding) to h[N], each [images, prefix + patches, channels], the patches of a `grid`
+    (rows, columns); the result is [images, prefix + tokens, columns * merge_size^2 * channels]. The `prefix` tokens (1
+    for a CLS token) pass with the channels; where patches are merged they have no meaning any more and become zeros.
     """
     main = hidden_states[taps.main]
     groups = () if taps.join is Join.LAYERS else taps.groups
+    features = [main, *(tap(hidden_states, group) for group in groups)]
     if taps.keeps_tokens:
-        return torch.cat([main, *(tap(hidden_states, group) for group in groups)], dim=-1) if groups else main
-    parts = [_patches(main, taps, prefix, grid)]
-    parts += [_patches(tap(hidden_states, group), taps, prefix, grid) for group in groups]
-    if taps.join is Join.TOKENS:
-        fused = torch.cat([parts[0], *(_pooled(part) for part in parts[1:])], dim=1)
+        return torch.cat(features, dim=-1) if groups else main
+    parts = [_patches(states, taps, prefix, grid) for states in features]
+    if taps.join is Join.TOKENS:  # means of neighbours; a rest is left out
+        pooled = (F.avg_pool1d(part.transpose(1, 2), STI_POOL, STI_POOL).transpose(1, 2) for part in parts[1:])
+        fused = torch.cat([parts[0], *pooled], dim=1)
     else:
         fused = torch.cat(parts, dim=-1)
     if not prefix:
@@ -110,8 +103,3 @@ def stacked(hidden_states: Sequence[Tensor], taps: Taps, dropped: int, grid: tup
 
 def _patches(states: Tensor, taps: Taps, prefix: int, grid: tuple[int, int]) -> Tensor:
     return merge_patches(states[:, prefix:], grid, taps.merge_size, taps.merge_padding)
-
-
-def _pooled(tokens: Tensor) -> Tensor:
-    """Means of STI_POOL neighbouring tokens: [images, tokens // STI_POOL, channels]; a rest is left out."""
-    return F.avg_pool1d(tokens.transpose(1, 2), STI_POOL, STI_POOL).transpose(1, 2)

@@ -1,7 +1,5 @@
 """The projector's first layer for a fused feature. Mathematics only."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,12 +1,9 @@
 """Detached Skip-Links: shallow blocks beside the main feature, under stop-gradient."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from llava_patch.core.errors import SettingError
-from llava_patch.fusion.base import Fusion
-from llava_patch.fusion.taps import Group, check_inside, detached_places
+from llava_patch.fusion.base import Fusion, Group, check_inside, with_detach
 from llava_patch.settings.checks import distinct_blocks, integer
 
 
@@ -63,5 +60,4 @@ class SkipLinks(Fusion):
                 f"{asked}: no tap left on a tower of {n_blocks} blocks whose main feature is block {main}"
             )
         detached = sum(b <= n_blocks / 2 for b in blocks) if self.detach is None else self.detach
-        places = detached_places("SkipLinks", detached, [(b,) for b in blocks])
-        return tuple(Group((b,), i in places) for i, b in reversed(list(enumerate(blocks))))
+        return with_detach("SkipLinks", detached, [(b,) for b in blocks])[::-1]

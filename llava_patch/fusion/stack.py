@@ -1,7 +1,5 @@
 """DeepStack: a projector for the taps, and how their features reach the decoder."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import functools
@@ -19,21 +17,6 @@ from llava_patch.hosts import call_context, zero
 from llava_patch.hosts.anatomy import Anatomy
 
 _taken: ContextVar[list[list[Tensor]] | None] = ContextVar("llava_patch_taps", default=None)
-
-
-def copy_projector(projector: nn.Module) -> nn.Module:
-    """A projector for the taps: a copy whose last Linear is zero, so that it adds nothing before training.
-
-    DeepSpeed ZeRO-3 may have partitioned the original (then every rank must call this). HostError: no Linear in it.
-    """
-    with zero.gathered(projector.parameters()):
-        twin = copy.deepcopy(projector)
-    linears = [m for m in twin.modules() if isinstance(m, nn.Linear)]
-    if not linears:
-        raise HostError(f"the projector {type(projector).__name__} has no Linear layer that DeepStack could start at 0")
-    for parameter in linears[-1].parameters():
-        nn.init.zeros_(parameter)
-    return twin
 
 
 def add(hidden_states: Tensor, features: Tensor, rows: Tensor) -> Tensor:
@@ -76,13 +59,23 @@ def encode(anatomy: Anatomy, pixel_values: Tensor) -> tuple[Tensor, list[Tensor]
 def attach(anatomy: Anatomy, undo: UndoStack) -> None:
     """Project the taps where the host projects its images, and send them on to the decoder.
 
+    Their projector starts as a copy of the host's whose last Linear is zero, so that it adds nothing before training.
+    DeepSpeed ZeRO-3 may have partitioned the original (then every rank must call this). HostError: no Linear in it.
+
     They are projected there, not where they are added, because every rank of a DeepSpeed ZeRO-3 run must call modules
     in the same order, and because the tower runs under `no_grad` on `llava`.
 
     Modifications: a module beside the projector; the instance attribute `encode_images` of the causal LM on `llava`,
     `get_image_features` (and with anyres tiles `pack_image_features`) of the inner LlavaModel on HF.
     """
-    undo.add_module(anatomy.projector_owner, anatomy.stack_name, copy_projector(anatomy.projector))
+    with zero.gathered(anatomy.projector.parameters()):
+        projector = copy.deepcopy(anatomy.projector)
+    linears = [m for m in projector.modules() if isinstance(m, nn.Linear)]
+    if not linears:
+        raise HostError(f"the projector {type(projector).__name__} has no Linear layer that DeepStack could start at 0")
+    for parameter in linears[-1].parameters():
+        nn.init.zeros_(parameter)
+    undo.add_module(anatomy.projector_owner, anatomy.stack_name, projector)
     owner, name = anatomy.encoder
     encode = getattr(owner, name)
 
@@ -99,27 +92,15 @@ def attach(anatomy: Anatomy, undo: UndoStack) -> None:
         return features
 
     undo.set_attribute(owner, name, encode_and_stack)
-    if hasattr(anatomy.wrapper, "pack_image_features"):
-        _report_packing(anatomy, undo)
-
-
-def _project(anatomy: Anatomy, taken: list[list[Tensor]]) -> list[Tensor]:
-    """Taps of the tower's calls through the projector: for each tap [images, tokens, hidden]."""
-    projector: Any = getattr(anatomy.projector_owner, anatomy.stack_name)
-    first = next(projector.parameters())
-    taps = [torch.cat(parts).to(first.dtype) for parts in zip(*taken, strict=True)]
-    return [projector(tap) for tap in taps]
-
-
-def _report_packing(anatomy: Anatomy, undo: UndoStack) -> None:
-    """Anyres tiles are cut and joined on their way: do the same with their rows' numbers."""
-    pack = anatomy.wrapper.pack_image_features
+    pack = getattr(anatomy.wrapper, "pack_image_features", None)
+    if pack is None:
+        return
 
     @functools.wraps(pack)
     def pack_and_report(image_features: Any, image_sizes: Any, *args: Any, **kwargs: Any) -> Any:
         packed = pack(image_features, image_sizes, *args, **kwargs)
         call = call_context.current(anatomy)
-        if call is not None:
+        if call is not None:  # anyres tiles are cut and joined on their way: do the same with their rows' numbers
             counts = [f.shape[0] * f.shape[1] for f in image_features]
             numbers = torch.arange(1, sum(counts) + 1, device=image_features[0].device).split(counts)
             shaped = [n.view(*f.shape[:2], 1) for n, f in zip(numbers, image_features, strict=True)]
@@ -129,3 +110,11 @@ def _report_packing(anatomy: Anatomy, undo: UndoStack) -> None:
         return packed
 
     undo.set_attribute(anatomy.wrapper, "pack_image_features", pack_and_report)
+
+
+def _project(anatomy: Anatomy, taken: list[list[Tensor]]) -> list[Tensor]:
+    """Taps of the tower's calls through the projector: for each tap [images, tokens, hidden]."""
+    projector: Any = getattr(anatomy.projector_owner, anatomy.stack_name)
+    first = next(projector.parameters())
+    taps = [torch.cat(parts).to(first.dtype) for parts in zip(*taken, strict=True)]
+    return [projector(tap) for tap in taps]

@@ -5,11 +5,8 @@ Two hosts are known, a file each: the original `llava` package (`hosts/llava.py`
 to work; which of the models that have them are taken is in `known`.
 """
 
-from __future__ import annotations
-
-import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava_patch.core.errors import HostError
 from llava_patch.core.undo import UndoStack
@@ -18,8 +15,14 @@ from llava_patch.hosts.hf import HF, HF_FILES, HFAnatomy
 from llava_patch.hosts.host import Anatomy, HostFiles
 from llava_patch.hosts.llava import LLAVA, LLAVA_FILES, LlavaAnatomy
 
-__all__ = ["HF", "HOSTS", "LLAVA", "Anatomy", "find", "unwrap", "when_loaded"]
+if TYPE_CHECKING:
+    from torch import nn
 
+    from llava_patch.patching.handle import Handle
+
+__all__ = ["HF", "HOSTS", "LLAVA", "Anatomy", "find", "get_handle", "unwrap", "when_loaded"]
+
+HANDLE = "_llava_patch_handle"
 HOSTS: dict[str, tuple[type[Anatomy], HostFiles]] = {
     LLAVA: (LlavaAnatomy, LLAVA_FILES),
     HF: (HFAnatomy, HF_FILES),
@@ -56,6 +59,11 @@ def find(model: Any) -> Anatomy:
     )
 
 
+def get_handle(model: "nn.Module") -> "Handle | None":
+    """The handle of a patched model, possibly inside DDP, DeepSpeed, torch.compile or peft; None: it is not patched."""
+    return vars(unwrap(model)).get(HANDLE)
+
+
 def when_loaded(anatomy: Anatomy, undo: UndoStack, work: Callable[[UndoStack], object]) -> None:
     """Do `work` once the vision tower has its weights: now, or right after the host has loaded it.
 
@@ -68,14 +76,11 @@ def when_loaded(anatomy: Anatomy, undo: UndoStack, work: Callable[[UndoStack], o
     if anatomy.vision_model is not None:
         work(late)
         return
-    tower = anatomy.tower
-    load_model = tower.load_model
 
-    @functools.wraps(load_model)
-    def load_and_work(*args: Any, **kwargs: Any) -> None:
-        was_loaded = tower.is_loaded
+    def load_and_work(load_model: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        was_loaded = anatomy.tower.is_loaded
         load_model(*args, **kwargs)
         if not was_loaded:
             work(late)
 
-    undo.set_attribute(tower, "load_model", load_and_work)
+    undo.wrap(anatomy.tower, "load_model", load_and_work)

@@ -8,8 +8,6 @@ What decode needs afterwards travels with the cache.
 Images that a call has encoded and that no call of the decoder has taken raise at its end (`images_of`).
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -48,14 +46,6 @@ class CallContext:
 
 
 @dataclass
-class Prepared:
-    """Where the images are in embeddings that `llava` has prepared; an attribute of the tensor itself."""
-
-    image_mask: Tensor
-    stacked: Stacked | None
-
-
-@dataclass
 class _Placed:
     """Positions set by hand, and whether a call has used them."""
 
@@ -70,13 +60,9 @@ class _Images:
     """What became of the images that one call of the host brought."""
 
     level: int  # the host call's, when this one began
-    # How many features the projector gave, for each time it was called before the images were routed.
+    # How many features the projector gave, for each time that it was called; none when the decoder has taken them.
     rows: list[int] = field(default_factory=list)
-    routed: bool = False  # whether a call of the decoder has taken them
-
-    @property
-    def wait(self) -> bool:
-        return bool(self.rows) and not self.routed
+    routed: bool = False  # whether the decoder has taken some: what is encoded after them need not reach it
 
 
 @dataclass
@@ -86,9 +72,20 @@ class _Waiting:
     context: CallContext = field(default_factory=CallContext)  # what it will be told
     generating: bool = False  # whether `generate` is under way
     own: bool = False  # whether the embeddings that `llava`'s generate itself made are still to come
-    # Embeddings that `llava` has prepared in this generation, which may copy them.
-    prepared: list[tuple[Tensor, Prepared]] = field(default_factory=list)
+    # Embeddings that `llava` has prepared in this generation, which may copy them, and what they say of themselves.
+    prepared: list[tuple[Tensor, CallContext]] = field(default_factory=list)
     chosen: tuple[Tensor, Tensor] | None = None  # in this generation, a prompt's embeddings and what pruning kept of it
+
+
+@contextlib.contextmanager
+def meanwhile(owner: Any, **values: Any) -> Iterator[None]:
+    """Inside the block, an object has these attributes."""
+    before = {name: getattr(owner, name) for name in values}
+    vars(owner).update(values)
+    try:
+        yield
+    finally:
+        vars(owner).update(before)
 
 
 class HostCall:
@@ -122,17 +119,11 @@ class HostCall:
 
         Without pixels, what is encoded meanwhile is nobody's business. HostError: the images have not reached it.
         """
-        if pixels is None:
-            yield
-            return
         images = _Images(self.level)
-        self.images.append(images)
-        try:
+        with meanwhile(self, images=self.images if pixels is None else [*self.images, images]):
             yield
-            if images.wait:
+            if images.rows:
                 raise not_routed(self.anatomy)
-        finally:
-            self.images.remove(images)
 
     def note_encoded(self, rows: int) -> None:
         """The projector gave so many features."""
@@ -152,18 +143,19 @@ class HostCall:
             self.packing = None
         context.stacked = Stacked([f.flatten(0, 1) for f in features], rows)
 
-    def find_prepared(self, embeds: Tensor) -> Prepared | None:
+    def find_prepared(self, embeds: Tensor) -> CallContext | None:
         """Which of the prepared embeddings these are, repeated for beams or not: [batch, tokens, hidden]."""
-        found = None
+        found, single = None, len(self.waiting.prepared) == 1
         for own, prepared in self.waiting.prepared:
-            if own.shape[1:] == embeds.shape[1:] and len(embeds) % len(own) == 0:
-                several = len(self.waiting.prepared) > 1
-                if not several or torch.equal(own.to(embeds).repeat_interleave(len(embeds) // len(own), 0), embeds):
-                    found = prepared
+            times, rest = divmod(len(embeds), len(own))
+            fits = own.shape[1:] == embeds.shape[1:] and rest == 0
+            if fits and (single or torch.equal(own.to(embeds).repeat_interleave(times, 0), embeds)):
+                found = prepared
         return found
 
 
-_PREPARED = "_llava_patch_prepared"
+PREPARED = "_llava_patch_prepared"
+"""Embeddings that `llava` has prepared hold here, as a `CallContext`, where their images are."""
 _current: ContextVar[HostCall | None] = ContextVar("llava_patch_call", default=None)
 
 
@@ -176,11 +168,7 @@ def current(anatomy: Anatomy) -> HostCall | None:
 @contextlib.contextmanager
 def host_call(anatomy: Anatomy) -> Iterator[HostCall]:
     """Join the call of this model that is under way, or open one."""
-    active = current(anatomy)
-    if active is not None:
-        yield active
-        return
-    token = _current.set(call := HostCall(anatomy))
+    token = _current.set(call := current(anatomy) or HostCall(anatomy))
     try:
         yield call
     finally:
@@ -189,21 +177,10 @@ def host_call(anatomy: Anatomy) -> Iterator[HostCall]:
 
 @contextlib.contextmanager
 def encoding(anatomy: Anatomy) -> Iterator[None]:
-    """The host's encoder: whoever calls the model in there (to choose features by the question) speaks of another call.
-
-    What waits for the decoder goes on waiting.
-    """
+    """The host's encoder: who calls the model in there (to choose features by the question) speaks of another call."""
     call = current(anatomy)
-    if call is None:
+    with contextlib.nullcontext() if call is None else meanwhile(call, waiting=_Waiting(), level=call.level + 1):
         yield
-        return
-    call.waiting, before = _Waiting(), call.waiting
-    call.level += 1
-    try:
-        yield
-    finally:
-        call.level -= 1
-        call.waiting = before
 
 
 def not_routed(anatomy: Anatomy) -> HostError:
@@ -218,14 +195,9 @@ def not_routed(anatomy: Anatomy) -> HostError:
     )
 
 
-def mark_prepared(embeds: Tensor, prepared: Prepared) -> None:
-    """Have embeddings say themselves where their images are."""
-    setattr(embeds, _PREPARED, prepared)
-
-
-def prepared_of(embeds: Tensor | None) -> Prepared | None:
+def prepared_of(embeds: Tensor | None) -> CallContext | None:
     """What embeddings say of their images; None: nothing."""
-    return getattr(embeds, _PREPARED, None)
+    return getattr(embeds, PREPARED, None)
 
 
 @contextlib.contextmanager
@@ -243,12 +215,9 @@ def placed(anatomy: Anatomy, image_mask: Tensor | None, kept: Tensor | None = No
                 f"{list(mask.shape)}"
             )
     with host_call(anatomy) as call:
-        before = call.placed
-        call.placed = here = _Placed(image_mask, kept, call.level)
-        try:
+        here = _Placed(image_mask, kept, call.level)
+        with meanwhile(call, placed=here):
             yield
-        finally:
-            call.placed = before
         if not here.used:
             raise InputError(
                 "image_positions(...): the model was not called in this block, or in another thread: its call would "
@@ -270,11 +239,8 @@ def take(anatomy: Anatomy, inputs_embeds: Tensor | None = None, continuing: bool
     call, own = current(anatomy), prepared_of(inputs_embeds)
     if call is None or (call.waiting.context.image_mask is not None and inputs_embeds is None):
         # The decoder itself was called, or in between: images come as embeddings.
-        if own is not None:
-            return CallContext(image_mask=own.image_mask, stacked=own.stacked)
-        return CallContext(unknown=inputs_embeds is not None)
-    waiting = call.waiting
-    context = waiting.context
+        return CallContext(unknown=inputs_embeds is not None) if own is None else replace(own)
+    waiting, context = call.waiting, call.waiting.context
     waiting.context = CallContext(suffix=context.suffix)
     context.generating = waiting.generating
     if own is not None:  # whatever was prepared last
@@ -282,7 +248,7 @@ def take(anatomy: Anatomy, inputs_embeds: Tensor | None = None, continuing: bool
     told = context.image_mask is not None
     if call.placed is not None and call.placed.level == call.level:
         _take_placed(call.placed, context, inputs_embeds, continuing)
-    _check_routed(call, context, told, may_wait=inputs_embeds is None or continuing)
+    _check_routed(call, context.image_mask, told, may_wait=inputs_embeds is None or continuing)
     if waiting.generating:
         context.ahead = 0 if context.suffix is None else context.suffix - 1
         if context.kept is None and waiting.chosen is not None and inputs_embeds is not None and not continuing:
@@ -293,31 +259,29 @@ def take(anatomy: Anatomy, inputs_embeds: Tensor | None = None, continuing: bool
     return context
 
 
-def _check_routed(call: HostCall, context: CallContext, told: bool, may_wait: bool) -> None:
+def _check_routed(call: HostCall, image_mask: Tensor | None, told: bool, may_wait: bool) -> None:
     """Note which images this call of the decoder takes; refuse it where it leaves some that it should take.
 
     `told`: the host's own call says where its images are, not a block of `placed` alone. `may_wait`: a call without
     images may come between them and theirs.
     """
     here = [images for images in call.images if images.level == call.level]
-    waiting = [images for images in here if images.wait]
-    if context.image_mask is not None:
-        if waiting and not _holds(call.anatomy, context.image_mask, waiting, told):
-            raise not_routed(call.anatomy)
-        for images in here:
-            images.routed = True
-    elif waiting and not may_wait:
+    waiting = [images.rows for images in here if images.rows]
+    if waiting and not (may_wait if image_mask is None else _holds(call.anatomy, image_mask, waiting, told)):
         raise not_routed(call.anatomy)
+    if image_mask is not None:
+        for images in here:
+            images.routed, images.rows = True, []
 
 
-def _holds(anatomy: Anatomy, image_mask: Tensor, waiting: list[_Images], told: bool) -> bool:
+def _holds(anatomy: Anatomy, image_mask: Tensor, waiting: list[list[int]], told: bool) -> bool:
     """Whether an image mask can be of the features that wait; asks the device once for every prompt with images."""
     if anatomy.host == LLAVA and told:
         return True  # the host has placed them: it cuts long prompts, and a text's dummy image goes nowhere
-    places, rows = int(image_mask.sum()), [n for images in waiting for n in images.rows]
+    places = int(image_mask.sum())
     if anatomy.host == LLAVA or anatomy.tiles:
         return places > 0  # which joins features, cuts them and ends lines
-    return places in rows or any(places == sum(images.rows) for images in waiting)
+    return any(places in rows or places == sum(rows) for rows in waiting)
 
 
 def _take_placed(here: _Placed, context: CallContext, inputs_embeds: Tensor | None, continuing: bool) -> None:

@@ -1,14 +1,11 @@
 """Differences between versions of the hosts' packages, each found by feature rather than by version number.
 
 Two parts. The first hides how transformers' decoder layers and masks are called. The second makes LLaVA's unmodified
-training script and `generate` run on a transformers newer than the one it was written for: each `fix_*` function names
-what broke and since when, does nothing where the feature is as LLaVA expects, and touches only code that would raise.
+training script and `generate` run on the versions that are supported, which are newer than the one it was written for:
+each `fix_*` function names what broke and since when, and touches only code that would raise.
 """
 
-from __future__ import annotations
-
 import copy
-import dataclasses
 import functools
 import importlib.util
 import inspect
@@ -17,7 +14,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -62,36 +59,16 @@ def brings_towers(builder: ModuleType) -> bool:
 # --- calling decoder layers -------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def _cache_argument(layer_class: Any) -> str:
-    # `past_key_value` up to 4.55, `past_key_values` from 4.56.
-    names = inspect.signature(layer_class.forward).parameters
-    return "past_key_values" if "past_key_values" in names else "past_key_value"
+def call_layer(layer: nn.Module, hidden_states: Tensor, *, checkpoint: bool = True, **arguments: Any) -> Tensor:
+    """Run one decoder layer: [batch, tokens, hidden] to the same.
 
-
-def call_layer(
-    layer: nn.Module,
-    hidden_states: Tensor,
-    *,
-    attention_mask: Tensor | None = None,  # what `causal_mask` returned
-    position_embeddings: tuple[Tensor, Tensor],  # rotary (cos, sin), each [batch or 1, tokens, head_dim]
-    position_ids: Tensor | None = None,  # of consecutive positions only; flash attention takes gaps for packed samples
-    past_key_values: Any = None,  # the cache that the layer appends to
-    cache_position: Tensor | None = None,  # [tokens] places in that cache
-    use_cache: bool = False,
-    checkpoint: bool = True,  # False bypasses gradient checkpointing where no gradient is wanted (it would only warn)
-) -> Tensor:
-    """Run one decoder layer, whatever its version's signature: [batch, tokens, hidden] to the same."""
-    kwargs = {
-        "attention_mask": attention_mask,
-        "position_ids": position_ids,
-        _cache_argument(type(layer)): past_key_values,  # type: ignore[arg-type]
-        "use_cache": use_cache,
-        "cache_position": cache_position,
-        "position_embeddings": position_embeddings,
-    }
+    `arguments` are its forward's: `attention_mask` (what `causal_mask` returned), `position_embeddings` (rotary cos and
+    sin, each [batch or 1, tokens, head_dim]), `position_ids` (of consecutive positions only: flash attention takes gaps
+    for packed samples), `past_key_values` with `cache_position` ([tokens], places in that cache) and `use_cache`.
+    Without `checkpoint`, gradient checkpointing is bypassed where no gradient is wanted (it would only warn).
+    """
     call = layer if checkpoint else functools.partial(nn.Module.__call__, layer)
-    return layer_output(call(hidden_states, **kwargs))
+    return layer_output(call(hidden_states, **arguments))
 
 
 def layer_output(output: Any) -> Tensor:
@@ -120,27 +97,13 @@ def stored_dtype(config: dict[str, Any]) -> str | None:
     return config.get("dtype", config.get("torch_dtype"))
 
 
-class _Lengths:
-    """Stands in for a cache when a mask is built: it only answers how long keys are."""
-
-    is_compileable = False
-
-    def __init__(self, kv_length: int) -> None:
-        self.kv_length = kv_length
-
-    def get_mask_sizes(self, cache_position: Tensor, layer_idx: int) -> tuple[int, int]:
-        return self.kv_length, 0
-
-
 def known_options(processor: Any) -> frozenset[str]:
     """Names that an image processor's call takes; it warns about others and drops them.
 
     Slow processors name them in the signature of `preprocess`, fast ones in a TypedDict of the class.
     """
     fast = getattr(processor, "valid_kwargs", None)
-    if fast is not None:
-        return frozenset(fast.__annotations__)
-    return frozenset(inspect.signature(processor.preprocess).parameters)
+    return frozenset(inspect.signature(processor.preprocess).parameters if fast is None else fast.__annotations__)
 
 
 def layout_options(processor: Any) -> dict[str, str]:
@@ -166,13 +129,10 @@ def causal_mask(
     if attn_implementation is not None and attn_implementation != config._attn_implementation:
         config = copy.copy(config)
         config._attn_implementation = attn_implementation
-    return _mask_maker(config)(
-        config=config,
-        input_embeds=hidden_states,
-        attention_mask=key_valid,
-        cache_position=torch.arange(keys - queries, keys, device=hidden_states.device),
-        past_key_values=_Lengths(keys),  # type: ignore[arg-type]
-    )
+    # Of the cache only the number of keys is asked.
+    cache = SimpleNamespace(is_compileable=False, get_mask_sizes=lambda cache_position, layer_idx: (keys, 0))
+    places = torch.arange(keys - queries, keys, device=hidden_states.device)
+    return stock_mask(config, hidden_states, attention_mask=key_valid, cache_position=places, past_key_values=cache)
 
 
 def sliding_window(config: Any) -> int | None:
@@ -180,11 +140,16 @@ def sliding_window(config: Any) -> int | None:
     return getattr(config, "sliding_window", None)
 
 
-def _mask_maker(config: Any) -> Callable[..., Any]:
+def stock_mask(config: Any, inputs_embeds: Tensor, **arguments: Any) -> Any:
+    """The mask that the stock decoder would build for its forward's arguments (layers below the split must match it).
+
+    They are `attention_mask`, `cache_position`, `past_key_values` and `position_ids`.
+    """
     from transformers import masking_utils
 
     windowed = sliding_window(config) is not None
-    return masking_utils.create_sliding_window_causal_mask if windowed else masking_utils.create_causal_mask
+    make: Any = masking_utils.create_sliding_window_causal_mask if windowed else masking_utils.create_causal_mask
+    return make(config=config, input_embeds=inputs_embeds, **arguments)
 
 
 def visible(config: Any, query_index: Tensor, key_index: Tensor, key_valid: Tensor | None) -> Tensor:
@@ -251,14 +216,6 @@ def allow_any_mask(attention: Any, undo: UndoStack) -> None:
         undo.set_attribute(attention, "config", _MaskedAttentionConfig(attention.config))
 
 
-def stock_mask(decoder: Any, inputs_embeds: Tensor, **arguments: Any) -> Any:
-    """The mask that the stock decoder would build for its forward's arguments (layers below the split must match it).
-
-    They are `attention_mask`, `cache_position`, `past_key_values` and `position_ids`.
-    """
-    return _mask_maker(decoder.config)(config=decoder.config, input_embeds=inputs_embeds, **arguments)
-
-
 def input_grads_are_forced(*modules: nn.Module) -> bool:
     """Whether `enable_input_require_grads` makes embeddings require a gradient that nobody reads."""
     hooks = [getattr(m, "_require_grads_hook", None) for m in modules]
@@ -282,14 +239,9 @@ RENAMED_FLAGS = {"--evaluation_strategy": "--eval_strategy"}  # since 4.46
 
 def fix_argv(argv: list[str]) -> None:
     """Rename flags of LLaVA's launch scripts that TrainingArguments has renamed, in place."""
-    import transformers
-
-    fields = {f.name for f in dataclasses.fields(transformers.TrainingArguments)}
     for i, argument in enumerate(argv):
         flag, equals, value = argument.partition("=")
-        new = RENAMED_FLAGS.get(flag)
-        if new is not None and flag[2:] not in fields and new[2:] in fields:
-            argv[i] = new + equals + value
+        argv[i] = RENAMED_FLAGS.get(flag, flag) + equals + value
 
 
 def fix_trainer_methods(llava_trainer: ModuleType, undo: UndoStack) -> None:
@@ -297,30 +249,18 @@ def fix_trainer_methods(llava_trainer: ModuleType, undo: UndoStack) -> None:
     from transformers import Trainer
 
     cls = llava_trainer.LLaVATrainer
-    sampler = cls._get_train_sampler
-    # The Trainer passes the data set since 4.5x.
-    if (
-        "train_dataset" in inspect.signature(Trainer._get_train_sampler).parameters
-        and "train_dataset" not in inspect.signature(sampler).parameters
-    ):
 
-        @functools.wraps(sampler)
-        def _get_train_sampler(self: Any, train_dataset: Any = None) -> Any:
-            return sampler(self)
+    def without_data(sampler: Callable[..., Any], self: Any, train_dataset: Any = None) -> Any:
+        return sampler(self)
 
-        undo.set_attribute(cls, "_get_train_sampler", _get_train_sampler)
+    def without_metrics(save: Callable[..., None], self: Any, model: Any, trial: Any, metrics: Any = None) -> None:
+        if not getattr(self.args, "tune_mm_mlp_adapter", False):
+            save = Trainer._save_checkpoint
+        save(self, model, trial)
 
-    save = cls._save_checkpoint
-    # `metrics` is gone since 4.47, but LLaVA still hands it to the base class.
-    if "metrics" not in inspect.signature(Trainer._save_checkpoint).parameters:
-
-        @functools.wraps(save)
-        def _save_checkpoint(self: Any, model: Any, trial: Any, metrics: Any = None) -> Any:
-            if getattr(self.args, "tune_mm_mlp_adapter", False):
-                return save(self, model, trial)
-            return Trainer._save_checkpoint(self, model, trial)
-
-        undo.set_attribute(cls, "_save_checkpoint", _save_checkpoint)
+    if "train_dataset" not in inspect.signature(cls._get_train_sampler).parameters:  # which is passed since 4.5x
+        undo.wrap(cls, "_get_train_sampler", without_data)
+    undo.wrap(cls, "_save_checkpoint", without_metrics)  # it hands on `metrics`, which are gone since 4.47
 
 
 def fix_optimizer_groups(llava_trainer: ModuleType, undo: UndoStack) -> None:
@@ -330,17 +270,14 @@ def fix_optimizer_groups(llava_trainer: ModuleType, undo: UndoStack) -> None:
     scheduler then counts more groups than the optimizer has, which raises since torch 2.13 (`zip(strict=True)`).
     Without DeepSpeed the groups stay as LLaVA makes them.
     """
-    cls = llava_trainer.LLaVATrainer
-    create = cls.create_optimizer
 
-    @functools.wraps(create)
-    def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def without_empty(create: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
         optimizer = create(self, *args, **kwargs)
         if self.is_deepspeed_enabled:
             optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 
-    undo.set_attribute(cls, "create_optimizer", create_optimizer)
+    undo.wrap(llava_trainer.LLaVATrainer, "create_optimizer", without_empty)
 
 
 def load_renamed(model: Any, folder: Path) -> None:
@@ -350,23 +287,18 @@ def load_renamed(model: Any, folder: Path) -> None:
     `from_pretrained` translates them, but the Trainer's own loading does not, warns, and trains on with the weights
     that it was started with. With `save_safetensors=False` they lie in PyTorch's own files.
     """
-    from safetensors.torch import load_file
+    from llava_patch.core.weights import read_file  # a stock script loads this module, and nothing that patches
 
     mapping = getattr(model, "_checkpoint_conversion_mapping", None)
     if not mapping:
         return
     expected = set(model.state_dict())
-    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    for path in files:
-        pickled = path.suffix == ".bin"
-        tensors = torch.load(path, map_location="cpu", weights_only=True) if pickled else load_file(path)
+    for path in sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin")):
         found = {}
-        for name, tensor in tensors.items():
-            for old, new in mapping.items() if name not in expected else ():
-                renamed, count = re.subn(old, new, name)
-                if count:
-                    found[renamed] = tensor
-                    break
+        for tensor in read_file(path, whole=True):
+            old = next((old for old in mapping if re.search(old, tensor.name)), None)
+            if tensor.name not in expected and old is not None:
+                found[re.sub(old, mapping[old], tensor.name)] = tensor()
         model.load_state_dict(found, strict=False)
 
 
@@ -389,15 +321,12 @@ def fix_zero3_dtypes(model: nn.Module, training_args: Any) -> None:
 
 def fix_forward_arguments(cls: type, undo: UndoStack) -> None:
     """`generate` passes `cache_position` (4.38 on), which llava's forward does not take and does not need."""
-    forward = cls.forward  # type: ignore[attr-defined]
-    if "cache_position" in inspect.signature(forward).parameters:
-        return
 
-    @functools.wraps(forward)
-    def with_cache_position(self: Any, *args: Any, cache_position: Any = None, **kwargs: Any) -> Any:
-        return forward(self, *args, **kwargs)
+    def without_places(forward: Callable[..., Any], *args: Any, cache_position: Any = None, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
 
-    undo.set_attribute(cls, "forward", with_cache_position)
+    if "cache_position" not in inspect.signature(cls.forward).parameters:  # type: ignore[attr-defined]
+        undo.wrap(cls, "forward", without_places)
 
 
 def flash_fallback(kwargs: dict[str, Any]) -> None:

@@ -1,7 +1,5 @@
 """What a checkpoint's files say without its weights: config.json, its host, and the settings of our patch."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +38,7 @@ def look(source: str) -> CheckpointFiles:
     config = read_json(source, "config.json")
     host = "" if config is None else host_of(config, source)
     record = read_settings(source) if os.path.isdir(source) else None
-    carried = None if config is None else config.pop(CONFIG_KEY, None)
+    carried = (config or {}).pop(CONFIG_KEY, None)
     return CheckpointFiles(source, config or {}, host, record or carried)
 
 
@@ -54,9 +52,8 @@ def read(source: str, what: str = "") -> CheckpointFiles:
 
 def host_of(config: dict[str, Any], source: str) -> str:
     """The host that a config.json is of, "llava" or "hf"; CheckpointError for another model."""
-    for name, (_, files) in HOSTS.items():
-        if files.wrote(config):
-            return name
+    if (name := next((name for name, (_, files) in HOSTS.items() if files.wrote(config)), None)) is not None:
+        return name
     raise CheckpointError(
         f"{source}: model_type = {config.get('model_type')!r} is not a LLaVA that llava_patch knows (llava's "
         "LlavaLlamaForCausalLM or LlavaMistralForCausalLM, HF's LlavaForConditionalGeneration)"

@@ -1,7 +1,5 @@
 """The host `hf`: Hugging Face's LlavaForConditionalGeneration and LlavaNextForConditionalGeneration."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import dataclass
 from operator import attrgetter
@@ -71,17 +69,12 @@ HF_FILES = HostFiles(
     feature_width=lambda config: int(whole_config(config).vision_config.hidden_size),
     skeleton=_skeleton,
     linear=lambda k: f"linear_{k + 1}",
-    # The files have the first spelling of a name, and the model in memory the second, which adapters take.
-    parts=(
-        (r"(?:language_model\.model|model\.language_model)\.(.+)", "decoder."),
-        (r"(?:language_model\.)?lm_head\.(weight)", "head."),
-        (r"(?:model\.)?vision_tower\.(.+)", "tower."),
-        (r"(?:model\.)?multi_modal_projector\.(.+)", "projector."),
-        (r"(?:model\.)?multi_modal_projector_stack\.(.+)", "stack."),
-        (r"(?:model\.)?(image_newline)", ""),
-    ),
-    prefixes={
-        "decoder": "language_model.model.", "head": "language_model.lm_head.", "tower": "vision_tower.",
-        "projector": "multi_modal_projector.", "stack": "multi_modal_projector_stack.", "image_newline": "",
+    parts={
+        "decoder": ("language_model.model.", r"(?:language_model\.model|model\.language_model)\.(.+)"),
+        "head": ("language_model.lm_head.", r"(?:language_model\.)?lm_head\.(weight)"),
+        "tower": ("vision_tower.", r"(?:model\.)?vision_tower\.(.+)"),
+        "projector": ("multi_modal_projector.", r"(?:model\.)?multi_modal_projector\.(.+)"),
+        "stack": ("multi_modal_projector_stack.", r"(?:model\.)?multi_modal_projector_stack\.(.+)"),
+        "image_newline": ("image_newline", r"(?:model\.)?image_newline()"),
     },
-)  # fmt: skip
+)

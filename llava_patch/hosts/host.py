@@ -4,8 +4,6 @@
 a checkpoint on disk: whose config.json it is, its parts' configurations, and the names of its tensors.
 """
 
-from __future__ import annotations
-
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -18,7 +16,7 @@ from torch import Tensor, nn
 from llava_patch.core.errors import HostError
 from llava_patch.hosts import compat, known
 from llava_patch.hosts.towers import layout as towers
-from llava_patch.hosts.towers.layout import Shape, Tower
+from llava_patch.hosts.towers.layout import Tower
 
 
 def _asked() -> Any:
@@ -83,16 +81,10 @@ class Anatomy(ABC):
     lm_head = property(attrgetter("model.lm_head"))  # the output head: hidden size to vocabulary
     embed_tokens = property(attrgetter("decoder.embed_tokens"))  # the token embedding
     text_config = property(attrgetter("decoder.config"))  # of the decoder (hidden_size, num_attention_heads, ...)
-
-    @property
-    def projector(self) -> nn.Module:
-        """The projector: vision channels to decoder hidden size."""
-        return getattr(self.projector_owner, self.projector_name)
-
-    @property
-    def stack_name(self) -> str:
-        """Name of DeepStack's projector beside the projector; LLaVA's scripts treat what starts like it alike."""
-        return f"{self.projector_name}_stack"
+    # Vision channels to decoder hidden size.
+    projector = property(lambda self: getattr(self.projector_owner, self.projector_name))
+    # Where DeepStack's projector is beside it; LLaVA's scripts treat what starts like the projector alike.
+    stack_name = property(lambda self: f"{self.projector_name}_stack")
 
     def first_linear(self) -> tuple[nn.Module, str, nn.Linear]:
         """The projector's first Linear as (parent module, attribute name, module); HostError where it has none."""
@@ -121,10 +113,7 @@ class Anatomy(ABC):
         towers.check_reports(self.vision_model)
         return towers.describe(self.vision_model)
 
-    @property
-    def _shape(self) -> Shape:
-        return towers.shape_of(self.vision_config)
-
+    _shape = property(lambda self: towers.shape_of(self.vision_config))
     vision_width = property(attrgetter("_shape.width"))  # channels of one token of the vision tower
     n_blocks = property(attrgetter("_shape.n_blocks"))  # number N of transformer blocks in the vision tower
     patch_size = property(attrgetter("_shape.patch_size"))  # side of one ViT patch in pixels of the processed image
@@ -147,27 +136,17 @@ class Anatomy(ABC):
             raise HostError(f"vision select layer {select} is outside the tower's {self.n_blocks} blocks")
         return block
 
-    @property
-    def prefix_tokens(self) -> int:
-        """Tokens that the tower puts before the patches (CLS, registers), dropped or not."""
-        return towers.prefix_tokens_of(self.vision_config)
-
-    @property
-    def drops_cls(self) -> bool:
-        """Whether the host drops what comes before the patches (the CLS token) before the projector."""
-        return self.patches_only and self.prefix_tokens > 0
-
-    @property
-    def drops_patch(self) -> bool:
-        """Whether the host drops the first patch, because it counts on a CLS token that the tower does not have."""
-        return self.dropped_tokens > self.prefix_tokens
+    # Tokens that the tower puts before the patches (CLS, registers), dropped or not.
+    prefix_tokens = property(lambda self: towers.prefix_tokens_of(self.vision_config))
+    # Whether the host drops what comes before the patches (the CLS token) before the projector.
+    drops_cls = property(lambda self: self.patches_only and self.prefix_tokens > 0)
+    # Whether it drops the first patch, because it counts on a CLS token that the tower does not have.
+    drops_patch = property(lambda self: self.dropped_tokens > self.prefix_tokens)
 
     # --- from images to the decoder
 
-    @property
-    def mixes_patches(self) -> bool:
-        """Whether the host makes tokens of several patches on their way (LLaVA-NeXT's pooling and anyres_max)."""
-        return False
+    # Whether the host makes tokens of several patches on their way (LLaVA-NeXT's pooling and anyres_max).
+    mixes_patches = property(lambda self: False)
 
     @property
     def encoder(self) -> tuple[Any, str]:
@@ -180,7 +159,7 @@ class Anatomy(ABC):
         On a model that cuts images into tiles: of single tiles, neither joined nor cut. `pixel_values` are [images, 3,
         height, width], normalised by the host's image processor.
         """
-        return compat.one_tensor(getattr(self.wrapper, self.encoder_name)(pixel_values))
+        return compat.one_tensor(getattr(*self.encoder)(pixel_values))
 
     def pixels_of(self, sample: dict[str, Any]) -> Any:
         """The images among the keyword arguments of the model's forward; None where it has none."""
@@ -214,24 +193,21 @@ class HostFiles:
     # package, or its tower's configuration, is not there.
     skeleton: Callable[[dict[str, Any]], Any]
     linear: Callable[[int], str]  # the name of the projector's k-th Linear
-    parts: tuple[tuple[str, str], ...]  # patterns of the host's tensor names with the neutral prefix of what they hold
-    prefixes: Mapping[str, str]  # of the tensors of each neutral part as the host's files have them
+    # For each neutral part the prefix of its tensors in the host's files, and a pattern of all names that they have in
+    # files or in memory (which adapters take), whose group is the rest.
+    parts: Mapping[str, tuple[str, str]]
 
     def neutral(self, name: str) -> str | None:
         """A tensor's name in the host's files, or in memory, in the neutral spelling; None when it is not known."""
-        for pattern, prefix in self.parts:
-            found = re.fullmatch(pattern, name)
-            if found is not None and prefix in ("projector.", "stack."):
-                rest = self._read_linear(found[1])
-                return None if rest is None else prefix + rest
-            if found is not None:
-                return prefix + found[1]
+        for part, (_, pattern) in self.parts.items():
+            if (found := re.fullmatch(pattern, name)) is None:
+                continue
+            if part not in ("projector", "stack"):
+                return f"{part}.{found[1]}" if found[1] else part
+            linear, _, kind = found[1].rpartition(".")
+            places = {"": 0, **{self.linear(k): k for k in range(_MOST_LINEARS)}}  # "": mm_projector_type = linear
+            return f"{part}.{places[linear]}.{kind}" if linear in places and kind in ("weight", "bias") else None
         return None
-
-    def _read_linear(self, rest: str) -> str | None:
-        name, _, kind = rest.rpartition(".")
-        places = {"": 0, **{self.linear(k): k for k in range(_MOST_LINEARS)}}  # "": mm_projector_type = linear
-        return f"{places[name]}.{kind}" if name in places and kind in ("weight", "bias") else None
 
     def written(self, name: str, single: bool = False) -> str:
         """A neutral name as the host's files have it; `single`: the projector is one Linear."""
@@ -239,4 +215,4 @@ class HostFiles:
         if part in ("projector", "stack"):
             place, _, kind = rest.partition(".")
             rest = kind if single else f"{self.linear(int(place))}.{kind}"
-        return self.prefixes[part] + (rest or part)
+        return self.parts[part][0] + rest

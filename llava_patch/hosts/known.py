@@ -6,8 +6,6 @@ made with `functools.wraps` (accelerate's hooks, deprecations) carry the name of
 torch.compile and activation checkpointing put around a layer are seen through.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

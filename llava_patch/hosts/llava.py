@@ -1,7 +1,5 @@
 """The host `llava`: the original package's LlavaLlamaForCausalLM and kin."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import dataclass
 from operator import attrgetter
@@ -49,17 +47,10 @@ class LlavaAnatomy(Anatomy):
     patches_only = property(lambda self: self.tower.select_feature == "patch")  # mm_vision_select_feature
     dropped_tokens = property(lambda self: self.prefix_tokens if self.patches_only else 0)  # those before the patches
 
-    @property
-    def tiles(self) -> bool:
-        """`mm_patch_merge_type` = "spatial", "spatial_unpad", ..."""
-        return str(getattr(self.model.config, "mm_patch_merge_type", "flat")).startswith("spatial")
-
-    @property
-    def mixes_patches(self) -> bool:
-        """See `Anatomy.mixes_patches`."""
-        config = self.model.config
-        ratio, merge = (str(getattr(config, n, "")) for n in ("image_aspect_ratio", "mm_patch_merge_type"))
-        return "anyres_max" in ratio or "maxpool" in merge
+    _ratio = property(lambda self: str(getattr(self.model.config, "image_aspect_ratio", "")))
+    _merge = property(lambda self: str(getattr(self.model.config, "mm_patch_merge_type", "flat")))
+    tiles = property(lambda self: self._merge.startswith("spatial"))  # "spatial", "spatial_unpad", ...
+    mixes_patches = property(lambda self: "anyres_max" in self._ratio or "maxpool" in self._merge)
 
     @property
     def image_token_id(self) -> int:
@@ -78,44 +69,40 @@ def text_config(config: dict[str, Any]) -> Any:
     """The language model's configuration: what is left of a config.json without LLaVA's own keys."""
     from transformers import AutoConfig
 
-    kind = "mistral" if config.get("model_type") == "llava_mistral" else "llama"
     dropped = ("model_type", "architectures", "_name_or_path", "auto_map", CONFIG_KEY)
     values = {k: v for k, v in copy.deepcopy(config).items() if not is_own(k) and k not in dropped}
-    return AutoConfig.for_model(kind, **values)
+    return AutoConfig.for_model(_family(config), **values)
+
+
+def _family(config: dict[str, Any]) -> str:
+    return "mistral" if config.get("model_type") == "llava_mistral" else "llama"
 
 
 def _skeleton(config: dict[str, Any]) -> Any:
+    from transformers import CLIPVisionConfig
+
+    from llava_patch.hosts.towers import models as tower_models
+
     try:
-        if config.get("model_type") == "llava_mistral":
-            from llava.model.language_model.llava_mistral import LlavaMistralConfig as Config
+        if _family(config) == "mistral":
             from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM as Model
         else:
-            from llava.model.language_model.llava_llama import LlavaConfig as Config
             from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM as Model
     except ImportError as error:
         raise HostError(f"the llava package, whose checkpoint this is, cannot be imported ({error})") from error
     values = {k: v for k, v in copy.deepcopy(config).items() if k not in ("model_type", "architectures")}
     values["unfreeze_mm_vision_tower"] = False  # or the constructor would load the tower's weights
     try:
-        model = Model(Config(**values))
+        model = Model(Model.config_class(**values))
     except (OSError, ValueError) as error:
         raise HostError(f"its vision tower {config.get('mm_vision_tower')} is not there ({error})") from error
     tower = model.get_vision_tower()
-    tower.vision_tower = _tower(tower.vision_tower_name)
+    name = tower.vision_tower_name
+    vision = tower_models.read_config(name) or CLIPVisionConfig.from_pretrained(name)
+    tower.vision_tower = tower_models.model_class(vision)(vision)
     tower.vision_tower.requires_grad_(False)  # as llava's own load_model does
     tower.is_loaded = True
     return model
-
-
-def _tower(name: str) -> Any:
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
-    from llava_patch.hosts.towers import models as tower_models
-
-    config = tower_models.read_config(name)
-    if config is None:
-        return CLIPVisionModel(CLIPVisionConfig.from_pretrained(name))
-    return tower_models.model_class(config)(config)
 
 
 LLAVA_FILES = HostFiles(  # of the vision tower, which has a folder of its own, a trained one alone is among them
@@ -124,16 +111,12 @@ LLAVA_FILES = HostFiles(  # of the vision tower, which has a folder of its own, 
     feature_width=lambda config: int(config["mm_hidden_size"]),
     skeleton=_skeleton,
     linear=lambda k: str(2 * k),  # activations have the odd places
-    parts=(
-        (r"model\.vision_tower\.vision_tower\.(.+)", "tower."),
-        (r"model\.mm_projector\.(.+)", "projector."),
-        (r"model\.mm_projector_stack\.(.+)", "stack."),
-        (r"model\.(image_newline)", ""),
-        (r"lm_head\.(weight)", "head."),
-        (r"model\.((?:embed_tokens|layers|norm|side_branch)\..+)", "decoder."),
-    ),
-    prefixes={
-        "decoder": "model.", "head": "lm_head.", "tower": "model.vision_tower.vision_tower.",
-        "projector": "model.mm_projector.", "stack": "model.mm_projector_stack.", "image_newline": "model.",
+    parts={
+        "decoder": ("model.", r"model\.((?:embed_tokens|layers|norm|side_branch)\..+)"),
+        "head": ("lm_head.", r"lm_head\.(weight)"),
+        "tower": ("model.vision_tower.vision_tower.", r"model\.vision_tower\.vision_tower\.(.+)"),
+        "projector": ("model.mm_projector.", r"model\.mm_projector\.(.+)"),
+        "stack": ("model.mm_projector_stack.", r"model\.mm_projector_stack\.(.+)"),
+        "image_newline": ("model.image_newline", r"model\.image_newline()"),
     },
-)  # fmt: skip
+)

@@ -1,8 +1,7 @@
 """LoRA layers that peft has put into a host model."""
 
-from __future__ import annotations
-
 import sys
+from typing import Any
 
 from torch import nn
 
@@ -18,20 +17,16 @@ def trains(model: nn.Module) -> bool:
 
 
 def merge(module: nn.Module) -> bool:
-    """Put plain layers, the active LoRA update merged in, in the place of peft's wrappers; whether there were any.
+    """Put plain layers with the active LoRA update in the place of peft's wrappers (in place); whether there were any.
 
-    Changes the module in place; its weights must be whole.
+    The module's weights must be whole.
     """
     if "peft" not in sys.modules:  # then nothing can be wrapped
         return False
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    wrapped = [
-        (parent, name, child)
-        for parent in module.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, BaseTunerLayer)
-    ]
+    children: list[Any] = [(parent, *child) for parent in module.modules() for child in parent.named_children()]
+    wrapped = [found for found in children if isinstance(found[2], BaseTunerLayer)]
     for parent, name, child in wrapped:
         if not child.disable_adapters:
             child.merge()

@@ -4,8 +4,6 @@ Used where a position gives keys and values but asks nothing (the KV variant, th
 attention without asking any backend for it. Projections are called as modules, so LoRA and quantised ones count.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -33,31 +31,28 @@ def keys_values(layer: Any, hidden_states: Tensor, rotary: tuple[Tensor, Tensor]
     `layer` is a decoder layer, `hidden_states` its input [batch, tokens, hidden] at some positions, `rotary` their
     (cos, sin), each [batch or 1, tokens, head_dim].
     """
-    attention = layer.self_attn
-    states = layer.input_layernorm(hidden_states.to(attention.k_proj.weight.device))
-    return _keys(attention, states, rotary), split_heads(attention.v_proj(states), attention.head_dim)
+    attention, states = layer.self_attn, _normed(layer, hidden_states)
+    values = split_heads(attention.v_proj(states), attention.head_dim)
+    return _heads(attention, attention.k_proj(states), rotary), values
 
 
 def keys(layer: Any, hidden_states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """The keys of `keys_values` alone."""
-    states = hidden_states.to(layer.self_attn.k_proj.weight.device)
-    return _keys(layer.self_attn, layer.input_layernorm(states), rotary)
+    return _heads(layer.self_attn, layer.self_attn.k_proj(_normed(layer, hidden_states)), rotary)
 
 
 def queries(layer: Any, hidden_states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Queries of some positions with rotary applied: [batch, heads, tokens, head_dim]; arguments as `keys_values`."""
-    attention = layer.self_attn
-    projected = attention.q_proj(layer.input_layernorm(hidden_states.to(attention.q_proj.weight.device)))
-    return _rotated(split_heads(projected, attention.head_dim), rotary)
+    return _heads(layer.self_attn, layer.self_attn.q_proj(_normed(layer, hidden_states)), rotary)
 
 
-def _keys(attention: Any, states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    return _rotated(split_heads(attention.k_proj(states), attention.head_dim), rotary)
+def _normed(layer: Any, hidden_states: Tensor) -> Tensor:
+    return layer.input_layernorm(hidden_states.to(layer.self_attn.k_proj.weight.device))
 
 
-def _rotated(heads: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    cos, sin = (part.unsqueeze(-3).to(heads.device) for part in rotary)
-    return rotate(heads, cos, sin)
+def _heads(attention: Any, projected: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    heads = split_heads(projected, attention.head_dim)
+    return rotate(heads, *(part.unsqueeze(-3).to(heads.device) for part in rotary))
 
 
 def attention_of_query(query: Tensor, key: Tensor, allowed: Tensor, scaling: float) -> Tensor:

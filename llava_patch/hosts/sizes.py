@@ -1,7 +1,5 @@
 """The sizes of LLaVA-1.5's models, and of a small one with their depth."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 IMAGE_TOKENS = 576  # LLaVA-1.5: 336 pixels, patches of 14

@@ -4,8 +4,6 @@ An image is resized with its aspect kept and centred on one of several resolutio
 the tower's side. In front of them stands the whole image, stretched to one such square: the overview tile.
 """
 
-from __future__ import annotations
-
 import ast
 import math
 from collections.abc import Sequence
@@ -18,7 +16,7 @@ from torch import Tensor
 
 from llava_patch.core.errors import HostError
 from llava_patch.core.undo import UndoStack
-from llava_patch.hosts import positions
+from llava_patch.hosts import wrappers
 from llava_patch.hosts.anatomy import HF, LLAVA, Anatomy
 from llava_patch.hosts.compat import layout_options
 
@@ -53,11 +51,8 @@ class Tiling:
             from transformers.image_processing_utils import select_best_resolution
 
             height, width = select_best_resolution(size[::-1], [r[::-1] for r in self.resolutions])
-        across, down = width / size[0], height / size[1]
-        if across < down:
-            new_width, new_height = width, min(math.ceil(size[1] * across), height)
-        else:
-            new_width, new_height = min(math.ceil(size[0] * down), width), height
+        scale = min(width / size[0], height / size[1])
+        new_width, new_height = min(math.ceil(size[0] * scale), width), min(math.ceil(size[1] * scale), height)
         return Placement(width, height, new_width, new_height, (width - new_width) // 2, (height - new_height) // 2)
 
     def cut(self, processor: Any, image: Image.Image) -> Tensor:
@@ -89,9 +84,7 @@ class Tiling:
 
 def cuts_tiles(anatomy: Anatomy) -> bool:
     """Whether the host cuts images into tiles: HF's LLaVA-NeXT, or `image_aspect_ratio=anyres` on `llava`."""
-    if anatomy.host == HF:
-        return hasattr(anatomy.wrapper, "pack_image_features")
-    return getattr(anatomy.model.config, "image_aspect_ratio", None) == "anyres"
+    return anatomy.tiles if anatomy.host == HF else getattr(anatomy.model.config, "image_aspect_ratio", "") == "anyres"
 
 
 def make_tiling(anatomy: Anatomy, processor: Any) -> Tiling:
@@ -104,15 +97,14 @@ def make_tiling(anatomy: Anatomy, processor: Any) -> Tiling:
     if rows != columns:
         raise HostError(f"anyres cuts square tiles, but this tower takes {rows} x {columns} patches")
     given = anatomy.model.config.image_grid_pinpoints
-    given = ast.literal_eval(given) if isinstance(given, str) else given
-    resolutions = tuple((int(a), int(b)) for a, b in given)
+    resolutions = _pairs(ast.literal_eval(given) if isinstance(given, str) else given)
     if anatomy.host == HF:
         if not hasattr(processor, "image_grid_pinpoints"):
             raise HostError(
                 f"{type(processor).__name__} does not cut images into tiles: a LLaVA-NeXT model needs its "
                 "LlavaNextImageProcessor"
             )
-        theirs = tuple((int(a), int(b)) for a, b in processor.image_grid_pinpoints)
+        theirs = _pairs(processor.image_grid_pinpoints)
         if set(theirs) != set(resolutions):
             raise HostError(
                 f"image_grid_pinpoints of the image processor {theirs} and of the model {resolutions} differ: is it "
@@ -124,14 +116,17 @@ def make_tiling(anatomy: Anatomy, processor: Any) -> Tiling:
             raise HostError(
                 f"image_grid_pinpoints: {width} x {height} pixels are no multiple of the vision tower's {side}"
             )
-    sizes = {name: _side(getattr(processor, name, None)) for name in ("size", "crop_size")}
-    wrong = {name: value for name, value in sizes.items() if value not in (side, None)}
-    if wrong:
+    sizes = [(name, _side(getattr(processor, name, None))) for name in ("size", "crop_size")]
+    if wrong := [f"{name} = {value}" for name, value in sizes if value not in (side, None)]:
         raise HostError(
-            f"the image processor's {', '.join(f'{n} = {v}' for n, v in wrong.items())} is not the vision tower's side "
-            f"of {side}: is it this model's image processor?"
+            f"the image processor's {', '.join(wrong)} is not the vision tower's side of {side}: is it this model's "
+            "image processor?"
         )
     return Tiling(anatomy.host, resolutions, side)
+
+
+def _pairs(sizes: Any) -> tuple[tuple[int, int], ...]:
+    return tuple((int(a), int(b)) for a, b in sizes)
 
 
 def _side(size: Any) -> int | None:
@@ -166,9 +161,8 @@ def order_of_tokens(anatomy: Anatomy, shape: Sequence[int], size: tuple[int, int
 def _order_on_llava(anatomy: Anatomy, tiles: int, tokens: int, size: tuple[int, int]) -> Tensor:
     model = anatomy.model
     device = anatomy.embed_tokens.weight.device
-    numbers = positions.row_numbers((tiles, tokens, int(anatomy.text_config.hidden_size)), device)
-    undo = UndoStack()
-    try:
+    numbers = wrappers.row_numbers((tiles, tokens, int(anatomy.text_config.hidden_size)), device)
+    with UndoStack() as undo:
         # To the host a prompt of one token is a step of decoding: a text token stands in front of the image. It
         # must not run its tower on numbers, nor cut the image where a prompt would end.
         undo.set_attribute(model, "encode_images", lambda images: numbers)
@@ -178,6 +172,4 @@ def _order_on_llava(anatomy: Anatomy, tiles: int, tokens: int, size: tuple[int, 
                 torch.tensor([[0, anatomy.image_token_id]], device=device), None, None, None, None,
                 [torch.zeros(tiles, 3, 1, 1, device=device)], [size],
             )[4]  # fmt: skip
-        return positions.numbered_rows(embeds, torch.ones(1, 1, dtype=torch.bool, device=device))[0, 1:]
-    finally:
-        undo.unwind()
+        return wrappers.numbered_rows(embeds, torch.ones(1, 1, dtype=torch.bool, device=device))[0, 1:]

@@ -3,12 +3,10 @@
 Each is an instance attribute around the host's own method; `call_context` says how the decoder gets what they note.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,9 +16,9 @@ from llava_patch.core.errors import InputError
 from llava_patch.core.undo import UndoStack
 from llava_patch.hosts import call_context
 from llava_patch.hosts.anatomy import HF, LLAVA, Anatomy
-from llava_patch.hosts.call_context import HostCall, Prepared, Stacked, current, host_call, not_routed, prepared_of
-from llava_patch.hosts.positions import IGNORE_INDEX, llava_prepare, numbered_rows, row_numbers
+from llava_patch.hosts.call_context import CallContext, HostCall, Stacked, current, host_call, not_routed, prepared_of
 
+IGNORE_INDEX = -100
 _TAKEN = {
     LLAVA: {"images", "image_sizes", "modalities"},
     HF: {"pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy"},
@@ -39,15 +37,12 @@ def attach(anatomy: Anatomy, undo: UndoStack) -> None:
     """
     (_attach_llava if anatomy.host == LLAVA else _attach_hf)(anatomy, undo)
     _attach_generate(anatomy, undo)
-    owner, name = anatomy.encoder
-    encode = getattr(owner, name)
 
-    @functools.wraps(encode)
-    def encode_aside(*args: Any, **kwargs: Any) -> Any:
+    def encode_aside(encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with call_context.encoding(anatomy):
             return encode(*args, **kwargs)
 
-    undo.set_attribute(owner, name, encode_aside)
+    undo.wrap(*anatomy.encoder, encode_aside)
     refuse_other_features(anatomy, undo)
 
 
@@ -76,12 +71,9 @@ def refuse_other_features(anatomy: Anatomy, undo: UndoStack) -> None:
     """
     if anatomy.host == LLAVA:
         return
-    owner, name = anatomy.encoder
-    encode = getattr(owner, name)
-    named = _names(encode)
+    named = _names(getattr(*anatomy.encoder))
 
-    @functools.wraps(encode)
-    def checked(*args: Any, **kwargs: Any) -> Any:
+    def checked(encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = named(args, kwargs)
         for key in ("vision_feature_layer", "vision_feature_select_strategy"):
             value, own = given.get(key), getattr(anatomy.model.config, key)
@@ -92,7 +84,7 @@ def refuse_other_features(anatomy: Anatomy, undo: UndoStack) -> None:
                 )
         return encode(*args, **kwargs)
 
-    undo.set_attribute(owner, name, checked)
+    undo.wrap(*anatomy.encoder, checked)
 
 
 def _names(function: Callable[..., Any]) -> Callable[[tuple, dict[str, Any]], dict[str, Any]]:
@@ -102,11 +94,9 @@ def _names(function: Callable[..., Any]) -> Callable[[tuple, dict[str, Any]], di
 
 
 def _attach_generate(anatomy: Anatomy, undo: UndoStack) -> None:
-    generate = anatomy.model.generate
-    named = _names(generate)
+    named = _names(anatomy.model.generate)
 
-    @functools.wraps(generate)
-    def generate_in_context(*args: Any, **kwargs: Any) -> Any:
+    def generate_in_context(generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         pixels = named(args, kwargs).get(anatomy.pixels_argument)
         with host_call(anatomy) as call, call.images_of(pixels):
             _check_arguments(call, kwargs)
@@ -118,16 +108,13 @@ def _attach_generate(anatomy: Anatomy, undo: UndoStack) -> None:
                     call.waiting.context.suffix = 1
                 return generate(*args, **kwargs)
 
-    undo.set_attribute(anatomy.model, "generate", generate_in_context)
+    undo.wrap(anatomy.model, "generate", generate_in_context)
 
 
 def _attach_hf(anatomy: Anatomy, undo: UndoStack) -> None:
-    model, wrapper = anatomy.model, anatomy.wrapper
-    outer, inner = model.forward, wrapper.forward
-    named = _names(outer)
+    wrapper, named = anatomy.wrapper, _names(anatomy.model.forward)
 
-    @functools.wraps(outer)
-    def outer_and_report(*args: Any, **kwargs: Any) -> Any:
+    def outer_and_report(outer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = named(args, kwargs)
         with host_call(anatomy) as call, call.images_of(given.get("pixel_values")):
             _check_arguments(call, given)
@@ -136,9 +123,8 @@ def _attach_hf(anatomy: Anatomy, undo: UndoStack) -> None:
             call.waiting.context.read = _read(given.get("labels"))
             return outer(*args, **kwargs)
 
-    @functools.wraps(inner)
     def inner_and_report(
-        input_ids: Tensor | None = None, pixel_values: Tensor | None = None, *args: Any, **kwargs: Any
+        inner: Callable[..., Any], input_ids: Any = None, pixel_values: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
         with host_call(anatomy) as call, call.images_of(pixel_values):
             _check_arguments(call, kwargs)
@@ -153,8 +139,8 @@ def _attach_hf(anatomy: Anatomy, undo: UndoStack) -> None:
                 context.image_mask = (embeds == wrapper.get_input_embeddings()(token)).all(-1)
             return inner(input_ids, pixel_values, *args, **kwargs)
 
-    undo.set_attribute(model, "forward", outer_and_report)
-    undo.set_attribute(wrapper, "forward", inner_and_report)
+    undo.wrap(anatomy.model, "forward", outer_and_report)
+    undo.wrap(wrapper, "forward", inner_and_report)
 
 
 def hf_image_mask(anatomy: Anatomy, input_ids: Tensor) -> Tensor:
@@ -163,14 +149,17 @@ def hf_image_mask(anatomy: Anatomy, input_ids: Tensor) -> Tensor:
 
 
 def _attach_llava(anatomy: Anatomy, undo: UndoStack) -> None:
-    model = anatomy.model
-    prepare, forward = model.prepare_inputs_labels_for_multimodal, model.forward
-    image_token_id = anatomy.image_token_id
-    named, named_of_prepare = _names(forward), _names(prepare)
+    model, image_token_id = anatomy.model, anatomy.image_token_id
+    named, named_of_prepare = _names(model.forward), _names(model.prepare_inputs_labels_for_multimodal)
 
-    @functools.wraps(prepare)
-    def prepare_and_report(*args: Any, **kwargs: Any) -> tuple:
-        _check_modalities(named_of_prepare(args, kwargs).get("modalities"))
+    def prepare_and_report(prepare: Callable[..., tuple], *args: Any, **kwargs: Any) -> tuple:
+        given = named_of_prepare(args, kwargs)
+        # LLaVA-NeXT's package takes others beside images ("text" stands for a sample with a dummy image).
+        asked = given.get("modalities") or []
+        if other := [m for m in ([asked] if isinstance(asked, str) else asked) if m not in ("image", "text")]:
+            raise InputError(
+                f"modalities = {other[0]!r} is not routed: give still images, or call handle.remove() first"
+            )
         with host_call(anatomy) as call:
             call.offered = None
             outputs, image_mask = llava_prepare(prepare, image_token_id, *args, **kwargs)
@@ -178,27 +167,16 @@ def _attach_llava(anatomy: Anatomy, undo: UndoStack) -> None:
             context.image_mask, context.read = image_mask, _read(outputs[5])
             if image_mask is not None and embeds is not None:
                 if call.offered is not None:
-                    context.stacked = _stack(call, call.offered, image_mask, *args, **kwargs)
-                prepared = Prepared(image_mask, context.stacked)
-                call_context.mark_prepared(embeds, prepared)
+                    without = dict.fromkeys(("position_ids", "past_key_values", "labels"))
+                    numbered = functools.partial(prepare, **{**given, **without})
+                    context.stacked = _stack(call, call.offered, image_mask, numbered)
+                prepared = CallContext(image_mask, stacked=context.stacked)
+                setattr(embeds, call_context.PREPARED, prepared)
                 if call.waiting.own:
                     call.waiting.prepared.append((embeds, prepared))
         return outputs
 
-    def _stack(
-        call: HostCall, features: list[Tensor], image_mask: Tensor, input_ids: Tensor, position_ids: Any,
-        attention_mask: Any, past_key_values: Any, labels: Any, images: Any, *args: Any, **kwargs: Any,
-    ) -> Stacked:  # fmt: skip
-        call.numbers = row_numbers(features[0].shape, image_mask.device)
-        try:
-            with torch.no_grad():
-                numbered = prepare(input_ids, None, attention_mask, None, None, images, *args, **kwargs)[4]
-        finally:
-            call.numbers = None
-        return Stacked([f.flatten(0, 1) for f in features], numbered_rows(numbered, image_mask))
-
-    @functools.wraps(forward)
-    def forward_in_context(*args: Any, **kwargs: Any) -> Any:
+    def forward_in_context(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = named(args, kwargs)
         images, embeds = given.get("images"), given.get("inputs_embeds")
         with host_call(anatomy) as call, call.images_of(images):
@@ -212,18 +190,92 @@ def _attach_llava(anatomy: Anatomy, undo: UndoStack) -> None:
                 # generate's own are copied on their way and lose the mark; whoever calls in between brings others.
                 context.unknown = not call.waiting.own and prepared_of(embeds) is None
                 if call.waiting.own and call.waiting.prepared:
-                    found = call.find_prepared(embeds)
-                    context.unknown = found is None
-                    context.image_mask, context.stacked = (found.image_mask, found.stacked) if found else (None, None)
+                    found = call.find_prepared(embeds) or CallContext(unknown=True)
+                    context.image_mask, context.stacked = found.image_mask, found.stacked
+                    context.unknown = found.unknown
                 call.waiting.own = False
             try:
                 return forward(*args, **kwargs)
             finally:
                 call.waiting.context.suffix = suffix
 
-    setattr(prepare_and_report, _REPORTS, True)
-    undo.set_attribute(model, "prepare_inputs_labels_for_multimodal", prepare_and_report)
-    undo.set_attribute(model, "forward", forward_in_context)
+    undo.wrap(model, "prepare_inputs_labels_for_multimodal", prepare_and_report)
+    setattr(model.prepare_inputs_labels_for_multimodal, _REPORTS, True)
+    undo.wrap(model, "forward", forward_in_context)
+
+
+def _stack(call: HostCall, features: list[Tensor], image_mask: Tensor, prepare: Callable[[], tuple]) -> Stacked:
+    """DeepStack's features with the place of each row: the host prepares the call once more, with rows' numbers."""
+    numbers = row_numbers(features[0].shape, image_mask.device)
+    with call_context.meanwhile(call, numbers=numbers), torch.no_grad():
+        rows = numbered_rows(prepare()[4], image_mask)
+    return Stacked([f.flatten(0, 1) for f in features], rows)
+
+
+def llava_prepare(
+    prepare: Callable[..., tuple], image_token_id: int, *args: Any, **kwargs: Any
+) -> tuple[tuple, Tensor | None]:
+    """Run llava's `prepare_inputs_labels_for_multimodal` and learn where the image features went.
+
+    The host returns embeddings without saying which of them are image features. It does keep labels aligned, so labels
+    that hold each text token's own index come back as -100 exactly at image features and padding; padding is told apart
+    by the attention mask, and the caller's labels are recovered through the indices.
+
+    `prepare` is the host's bound method; of its arguments ids, mask and labels are [batch, tokens], images [images, 3,
+    height, width] or a list. InputError: the numbers of placeholders and of images disagree.
+
+    Returns:
+        (what the stock method would have returned, bool mask [batch, new tokens] or None when there is no image).
+    """
+    given = _names(prepare)(args, kwargs)
+    input_ids, attention_mask, images = (given.get(name) for name in ("input_ids", "attention_mask", "images"))
+    if images is None or input_ids is None or input_ids.shape[1] == 1:
+        return prepare(*args, **kwargs), None
+    placeholders = input_ids == image_token_id
+    if attention_mask is not None:
+        placeholders = placeholders & attention_mask.bool()
+    # A sample without a placeholder still consumes one (dummy) image in the host's loop.
+    needed = int(placeholders.sum(1).clamp(min=1).sum())
+    if needed != len(images):
+        raise InputError(
+            f"image tokens and images disagree: {int(placeholders.sum())} image tokens in {len(input_ids)} samples "
+            f"need {needed} images (a sample without an image token needs one dummy image), got {len(images)}"
+        )
+    valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask
+    own_index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    outputs: tuple = prepare(**{**given, "attention_mask": valid, "labels": own_index})
+    new_ids, new_positions, new_mask, past_key_values, embeds, index = outputs
+    labels = given.get("labels")
+    if embeds is None:  # the host had nothing to insert (no vision tower)
+        return (new_ids, new_positions, attention_mask, past_key_values, None, labels), None
+    if labels is not None:
+        labels = labels.gather(1, index.clamp(min=0)).masked_fill(index == IGNORE_INDEX, IGNORE_INDEX)
+    kept_mask = None if attention_mask is None else new_mask
+    image_mask = (index == IGNORE_INDEX) & new_mask.bool()
+    return (new_ids, new_positions, kept_mask, past_key_values, embeds, labels), image_mask
+
+
+def row_numbers(shape: Sequence[int], device: torch.device) -> Tensor:
+    """Features that hold their own row's number, to learn where the host puts each row: float32 of `shape`.
+
+    The host splits, cuts, joins and truncates features [images (or tiles), tokens, hidden] on the way (anyres above
+    all); it does the same to these. Channels are 1 + the row and its negative in turn, which no learned vector is.
+    """
+    tiles, tokens, width = shape
+    numbers = torch.arange(1, tiles * tokens + 1, device=device, dtype=torch.float32)
+    signs = torch.tensor([1.0, -1.0], device=device).repeat(width // 2)
+    return (numbers[:, None] * signs).view(tiles, tokens, width)
+
+
+def numbered_rows(embeds: Tensor, image_mask: Tensor) -> Tensor:
+    """Which row of the image features stands at each place of the decoder's input: int64 [batch, tokens].
+
+    It is 1 + the row, 0 where there is none (text, padding, line ends of anyres). `embeds` [batch, tokens, hidden] is
+    what the host made of `row_numbers`, `image_mask` bool [batch, tokens] or [1, 1].
+    """
+    first, second = embeds[..., 0], embeds[..., 1]
+    numbered = image_mask & (first == -second) & (first >= 1) & (first == first.round())
+    return torch.where(numbered, first, torch.zeros_like(first)).long()
 
 
 def reports(prepare: Any) -> bool:
@@ -240,21 +292,13 @@ def _check_arguments(call: HostCall, given: dict[str, Any]) -> None:
     for name, value in given.items():
         if value is None or name in _TAKEN[anatomy.host] or not _BRINGS.search(name):
             continue
-        if any(images.wait for images in call.images):
+        if any(images.rows for images in call.images):
             raise not_routed(anatomy)
         raise InputError(
             f"{name} is not routed on {type(anatomy.model).__name__}, nor are videos or images that are already "
             f"encoded: give still images as {anatomy.pixels_argument}, embeddings inside `with "
             "handle.image_positions(mask):`, or call handle.remove() first"
         )
-
-
-def _check_modalities(modalities: Any) -> None:
-    """Refuse what LLaVA-NeXT's package takes beside images ("text" stands for a sample with a dummy image)."""
-    asked = [modalities] if isinstance(modalities, str) else modalities or []
-    other = [m for m in asked if m not in ("image", "text")]
-    if other:
-        raise InputError(f"modalities = {other[0]!r} is not routed: give still images, or call handle.remove() first")
 
 
 def _read(labels: Tensor | None) -> Tensor | None:

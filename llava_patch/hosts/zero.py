@@ -3,8 +3,6 @@
 Whatever gathers must run on every rank, in the same order: a rank that leaves it out leaves the others waiting.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -57,11 +55,14 @@ def copy_values(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) 
                 parameters[name].copy_(value)
 
 
+def _layers(optimizer: Any) -> list[Any]:
+    """An optimizer with accelerate's and DeepSpeed's wrappers around it, the outermost first."""
+    return [optimizer, *(_layers(optimizer.optimizer) if hasattr(optimizer, "optimizer") else ())]
+
+
 def innermost(optimizer: Any) -> Any:
     """The torch optimizer under accelerate's and DeepSpeed's wrappers."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
+    return _layers(optimizer)[-1]
 
 
 def groups(optimizer: Any) -> list[list[Tensor]]:
@@ -69,14 +70,11 @@ def groups(optimizer: Any) -> list[list[Tensor]]:
 
     ZeRO-1 and -2 put one flat tensor into each group, and remember what was there.
     """
-    inner = optimizer
-    while True:
+    for wrapper in _layers(optimizer):
         for name in ("bit16_groups", "bf16_groups"):
-            if hasattr(inner, name):
-                return [list(group) for group in getattr(inner, name)]
-        if not hasattr(inner, "optimizer"):
-            return [list(group["params"]) for group in inner.param_groups]
-        inner = inner.optimizer
+            if hasattr(wrapper, name):
+                return [list(group) for group in getattr(wrapper, name)]
+    return [list(group["params"]) for group in innermost(optimizer).param_groups]
 
 
 def reset_state(optimizer: Any, group: int) -> None:
@@ -85,13 +83,12 @@ def reset_state(optimizer: Any, group: int) -> None:
     In place: DeepSpeed's parameters refer to the same tensors. ZeRO-1 and -2 put one flat tensor into each group;
     ZeRO-3 empties the groups between steps and knows which tensors were there.
     """
-    inner = innermost(optimizer)
+    *wrappers, inner = _layers(optimizer)
     tensors = inner.param_groups[group]["params"]
-    while hasattr(optimizer, "optimizer"):
-        if hasattr(optimizer, "sub_group_to_group_id"):
-            flat = optimizer.fp32_partitioned_groups_flat
-            tensors = [flat[i] for i, owner in optimizer.sub_group_to_group_id.items() if owner == group]
-        optimizer = optimizer.optimizer
+    for wrapper in wrappers:
+        if hasattr(wrapper, "sub_group_to_group_id"):
+            flat = wrapper.fp32_partitioned_groups_flat
+            tensors = [flat[i] for i, owner in wrapper.sub_group_to_group_id.items() if owner == group]
     for tensor in tensors:
         for value in inner.state.get(tensor, {}).values():
             if isinstance(value, Tensor):  # moments, and the step counter

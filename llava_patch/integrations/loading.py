@@ -18,7 +18,7 @@ _IGNORED = "_keys_to_ignore_on_load_unexpected"  # transformers' own list
 
 def handle_of(model: Any) -> Any:
     """The handle of a patched model; None without loading anything where nothing can have been patched yet."""
-    module = sys.modules.get("llava_patch.hosts.handles")
+    module = sys.modules.get("llava_patch.hosts.anatomy")
     return None if module is None else module.get_handle(model)
 
 
@@ -70,7 +70,7 @@ def load(call: Loading) -> Any:
     vars(model).pop(_IGNORED, None)
     handle = handle_of(model)
     if handle is not None:
-        from llava_patch.patching import checkpoint, tower_weights
+        from llava_patch.patching import checkpoint
 
         missing = sorted(set(checkpoint.adapter_names(handle)) & set(info["missing_keys"]))
         if missing:
@@ -79,7 +79,7 @@ def load(call: Loading) -> Any:
                 "tensors)"
             )
         if handle.trained_tower:
-            tower_weights.restore(handle, call.path)
+            checkpoint.restore_tower(handle, call.path)
         handle.apply_freeze()
     _finish(model)
     return (model, info) if call.kwargs.get("output_loading_info") else model
@@ -113,7 +113,7 @@ def _load_base_for(call: Loading, config: Any, carried: dict[str, Any]) -> Any:
 
     The builder then fills in the checkpoint's own files (mm_projector.bin, non_lora_trainables.bin).
     """
-    from llava_patch.patching import tower_weights
+    from llava_patch.patching import checkpoint
     from llava_patch.patching.patch import patch
     from llava_patch.settings.methods import from_record
 
@@ -129,7 +129,7 @@ def _load_base_for(call: Loading, config: Any, carried: dict[str, Any]) -> Any:
     handle = patch(_model_of(loaded), **from_record(carried, f"{source}/config.json"))
     if (handle.trained_tower or carried.get("trained_tower")) and handle.anatomy.tower_apart:
         handle.trained_tower = True
-        tower_weights.restore_beside_lora(handle, source, required=not (own or {}).get("trained_tower"))
+        checkpoint.restore_tower_beside_lora(handle, source, required=not (own or {}).get("trained_tower"))
     return _finish(loaded)
 
 

@@ -93,9 +93,9 @@ def _on_llava_trainer(module: Any, undo: UndoStack) -> None:
         optimizer = original(self, *args, **kwargs)
         handle = loading.handle_of(self.model)  # a model may be patched once its Trainer is there
         if made and handle is not None:
-            from llava_patch.integrations.training import fusion
+            from llava_patch.integrations.training.llava import arrange_groups
 
-            fusion.arrange(self, handle)
+            arrange_groups(self, handle)
         return optimizer
 
 

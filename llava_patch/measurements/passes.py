@@ -16,7 +16,7 @@ from llava_patch.core.errors import HostError, InputError
 from llava_patch.core.undo import UndoStack
 from llava_patch.hosts import call_context, wrappers
 from llava_patch.hosts.anatomy import Anatomy
-from llava_patch.hosts.positions import llava_prepare
+from llava_patch.hosts.wrappers import llava_prepare
 
 
 @dataclass
@@ -114,9 +114,8 @@ def watch_preparation(anatomy: Anatomy, note: Callable[[Tensor | None], None], u
     images are, nothing is asked twice: the labels that `llava_prepare` asks with would tell FastV what to protect.
     `note` gets bool [T], True at image positions, or None for a sample without an image.
     """
-    prepare: Any = anatomy.model.prepare_inputs_labels_for_multimodal
 
-    def prepare_and_note(*args: Any, **kwargs: Any) -> tuple:
+    def prepare_and_note(prepare: Any, *args: Any, **kwargs: Any) -> tuple:
         if wrappers.reports(prepare):
             outputs = prepare(*args, **kwargs)
             prepared = call_context.prepared_of(outputs[4])
@@ -126,7 +125,7 @@ def watch_preparation(anatomy: Anatomy, note: Callable[[Tensor | None], None], u
         note(None if image_mask is None else image_mask[0])
         return outputs
 
-    undo.set_attribute(anatomy.model, "prepare_inputs_labels_for_multimodal", prepare_and_note)
+    undo.wrap(anatomy.model, "prepare_inputs_labels_for_multimodal", prepare_and_note)
 
 
 @contextlib.contextmanager
@@ -148,7 +147,8 @@ def keeping_flags(model: nn.Module) -> Iterator[None]:
         for module, training in modes:
             module.training = training
         for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+            if parameter.requires_grad != flag:  # weights made under inference mode refuse to be told even the same
+                parameter.requires_grad_(flag)
 
 
 def check_finite(values: Iterable[float], layer: int, anatomy: Anatomy) -> None:

@@ -6,13 +6,12 @@ config. An adapter folder holds only what was added or trained (safetensors), th
 sends them on to the base.
 """
 
-from __future__ import annotations
-
 import copy
 import logging
 import os
 import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llava_patch.core.errors import CheckpointError, SilentFusionWarning
+from llava_patch.core.errors import CheckpointError, SilentFusionWarning, refuse
 from llava_patch.core.files import atomic
 from llava_patch.core.records import SETTINGS_FILE, read_settings, write_settings
+from llava_patch.core.weights import open_weights
 from llava_patch.hosts import lora, zero
 from llava_patch.hosts.anatomy import when_loaded
-from llava_patch.patching import tower_weights
 from llava_patch.patching.handle import Handle, get_handle
 from llava_patch.patching.keys import base_fingerprint, check_fingerprint
 from llava_patch.patching.patch import patch
@@ -34,6 +33,8 @@ from llava_patch.settings.methods import from_record
 logger = logging.getLogger("llava_patch")
 
 WEIGHTS_FILE = "llava_patch.safetensors"
+LORA_FILE = "non_lora_trainables.bin"
+_TOWER = "vision_tower."
 _SIDE_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "generation_config.json", "preprocessor_config.json", "processor_config.json", "chat_template.json",
@@ -42,7 +43,10 @@ _SIDE_FILES = (
 
 
 def adapter_tensors(handle: Handle) -> dict[str, Tensor]:
-    """What an adapter holds: the side branch, the projector, and everything that trains; {state-dict name: tensor}."""
+    """What an adapter holds: the side branch, the projector, and everything that trains.
+
+    {state-dict name: tensor on the CPU}, in the model's own shapes and dtypes.
+    """
     model = handle.model
     kept = {id(p) for p in (*handle.added_parameters(), *handle.anatomy.projector.parameters())}
     training = {id(p) for p in handle.training_parameters()}
@@ -83,7 +87,14 @@ def save(handle: Handle, directory: str | os.PathLike[str], form: str = "adapter
     else:
         base = _base_of(base, folder)
         tensors = adapter_tensors(handle)
-        _warn_of_size(handle, tensors)
+        size = sum(t.numel() for t in tensors.values())
+        whole = sum(zero.numel(p) for p in handle.model.parameters())
+        if size > whole // 2:
+            logger.warning(
+                "the adapter holds %.0f %% of the model, because requires_grad is set on that much: if all of it was "
+                'trained, save with form="full"; if not, switch requires_grad off where nothing trains, before',
+                100 * size / whole,
+            )
         record["base"] = os.path.abspath(base) if os.path.isdir(base) else base
         record["fingerprint"] = base_fingerprint(handle.model, set(tensors))
         if zero.is_partitioned(handle.model.parameters()) and torch.distributed.get_rank() != 0:
@@ -101,20 +112,17 @@ def save(handle: Handle, directory: str | os.PathLike[str], form: str = "adapter
 
 
 def _check_can_save(handle: Handle, form: str) -> None:
-    if not handle.active:
-        raise CheckpointError("this patch was removed from its model: there is nothing to save")
-    if form not in ("adapter", "full"):
-        raise CheckpointError(f'form = {form!r}: expected "adapter" or "full"')
-    if lora.has_lora(handle.anatomy.model):
-        raise CheckpointError(
-            "the model carries LoRA layers, which an adapter of ours could not bring back: merge them first "
-            "(merge_and_unload), or save with peft and LLaVA's own files"
-        )
-    if form == "full" and zero.is_partitioned(handle.model.parameters()):
-        raise CheckpointError(
-            'the weights are partitioned by DeepSpeed ZeRO-3, where form="full" is not available: save with '
-            "trainer.save_model() (stage3_gather_16bit_weights_on_model_save in the DeepSpeed config)"
-        )
+    against = {
+        "this patch was removed from its model: there is nothing to save": not handle.active,
+        f'form = {form!r}: expected "adapter" or "full"': form not in ("adapter", "full"),
+        "the model carries LoRA layers, which an adapter of ours could not bring back: merge them first "
+        "(merge_and_unload), or save with peft and LLaVA's own files": lora.has_lora(handle.anatomy.model),
+        'the weights are partitioned by DeepSpeed ZeRO-3, where form="full" is not available: save with '
+        "trainer.save_model() (stage3_gather_16bit_weights_on_model_save in the DeepSpeed config)": (
+            form == "full" and zero.is_partitioned(handle.model.parameters())
+        ),
+    }
+    refuse(against, CheckpointError)
 
 
 def _base_of(name: str, folder: Path) -> str:
@@ -126,17 +134,6 @@ def _base_of(name: str, folder: Path) -> str:
     if Path(base).is_dir() and Path(base).resolve() == folder.resolve():
         raise CheckpointError(f"{folder} is the base model's own folder: save the adapter elsewhere")
     return base
-
-
-def _warn_of_size(handle: Handle, tensors: dict[str, Tensor]) -> None:
-    size = sum(t.numel() for t in tensors.values())
-    whole = sum(zero.numel(p) for p in handle.model.parameters())
-    if size > whole // 2:
-        logger.warning(
-            "the adapter holds %.0f %% of the model, because requires_grad is set on that much: if all of it was "
-            'trained, save with form="full"; if not, switch requires_grad off where nothing trains, before',
-            100 * size / whole,
-        )
 
 
 def _copy_side_files(base: str, folder: Path) -> None:
@@ -151,13 +148,6 @@ def _copy_side_files(base: str, folder: Path) -> None:
             found = None  # the base has no such file: which of these exist depends on the host
         if found:
             shutil.copyfile(found, folder / name)
-
-
-def _check_base(handle: Handle, saved: dict[str, list[float]], source: Path) -> None:
-    """Compare the fingerprint; a tower that `llava` loads later is compared then."""
-    tower = {n: v for n, v in saved.items() if "vision_tower" in n}
-    check_fingerprint(handle.model, {n: v for n, v in saved.items() if n not in tower}, source)
-    when_loaded(handle.anatomy, handle._undo, lambda _: check_fingerprint(handle.model, tower, source))
 
 
 def load(model: nn.Module, directory: str | os.PathLike[str]) -> Handle:
@@ -186,15 +176,19 @@ def load(model: nn.Module, directory: str | os.PathLike[str]) -> Handle:
         warnings.simplefilter("ignore", SilentFusionWarning)  # its weights follow
         handle = patch(model, **from_record(record, str(folder / SETTINGS_FILE)))
     try:
-        tensors = load_file(folder / WEIGHTS_FILE)
-        _check_base(handle, record.get("fingerprint", {}), folder)
+        tensors, source = load_file(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE
+        base = record.get("fingerprint", {})
+        tower = {n: v for n, v in base.items() if "vision_tower" in n}  # which `llava` may load later
+        check_fingerprint(handle.model, {n: v for n, v in base.items() if n not in tower}, folder)
+        when_loaded(handle.anatomy, handle._undo, lambda _: check_fingerprint(handle.model, tower, folder))
         handle.trained_tower |= bool(record.get("trained_tower"))
         if handle.anatomy.vision_model is None:
-            tower = tower_weights.of_tower(tensors)
-            if tower:
-                tower_weights.put(handle, tower, folder / WEIGHTS_FILE)
-                tensors = {n: t for n, t in tensors.items() if not tower_weights.is_of_tower(n)}
-        _copy_tensors(handle.model, tensors, folder / WEIGHTS_FILE, set(adapter_names(handle)))
+            _put_into_tower(handle, tensors, source)
+            tensors = {n: t for n, t in tensors.items() if not _is_of_tower(n)}
+        missing = sorted(set(adapter_names(handle)) - set(tensors))
+        if missing:
+            raise CheckpointError(f"{source}: tensor {missing[0]} is missing ({len(missing)} in all)")
+        _copy(dict(handle.model.named_parameters()), tensors, source)
     except BaseException:
         if not had_patch:
             handle.remove()
@@ -208,19 +202,69 @@ def adapter_names(handle: Handle) -> list[str]:
     return [n for n, p in handle.model.named_parameters() if id(p) in wanted]
 
 
-def _copy_tensors(model: nn.Module, tensors: dict[str, Tensor], source: Path, required: set[str]) -> None:
-    parameters = dict(model.named_parameters())
-    missing = sorted(required - set(tensors))
-    if missing:
-        raise CheckpointError(f"{source}: tensor {missing[0]} is missing ({len(missing)} in all)")
+def _copy(
+    parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: Any, owner: str = "the model"
+) -> None:
     for name, tensor in tensors.items():
         if name not in parameters:
-            raise CheckpointError(f"{source}: the model has no tensor {name}")
+            raise CheckpointError(f"{source}: {owner} has no tensor {name}")
         if parameters[name].is_meta:
             raise CheckpointError(
                 f"{source}: {name} lies outside memory (device_map): load the model without offloading"
             )
-        shape = zero.shape(parameters[name])
+        shape = tuple(zero.shape(parameters[name]))
         if shape != tensor.shape:
-            raise CheckpointError(f"{source}: {name} has shape {tuple(tensor.shape)}, the model's has {tuple(shape)}")
+            raise CheckpointError(f"{source}: {name} has shape {tuple(tensor.shape)}, {owner}'s has {shape}")
     zero.copy_values(parameters, tensors)
+
+
+# --- `llava` loads its vision tower after the model, from the tower's own checkpoint ----------------------------------
+
+
+def _is_of_tower(name: str) -> bool:
+    return f"model.{_TOWER}" in name
+
+
+def _put_into_tower(handle: Handle, tensors: Mapping[str, Tensor], source: Path | str) -> bool:
+    """Put those of a model's tensors that are a `llava` tower's into it, now or once the host has loaded it.
+
+    What is not among them stays. Returns whether there are any.
+
+    Modifications: while the tower is not loaded yet, its instance attribute `load_model`.
+    """
+    given = {name.split(_TOWER, 1)[1]: tensor for name, tensor in tensors.items() if _is_of_tower(name)}
+
+    def copy_now(_: Any) -> None:
+        tower = handle.anatomy.tower
+        buffers = dict(tower.named_buffers())  # position numbers, which some versions save
+        wanted = {n: t for n, t in given.items() if n not in buffers}
+        _copy(dict(tower.named_parameters()), wanted, source, "the vision tower")
+
+    if given:
+        when_loaded(handle.anatomy, handle._undo, copy_now)
+    return bool(given)
+
+
+def restore_tower(handle: Handle, folder: Path | str) -> None:
+    """Bring back trained vision-tower weights from a full checkpoint; CheckpointError where it holds none."""
+    if not handle.anatomy.tower_apart:
+        return  # the tower is part of HF's state dict and was loaded with it
+    tensors = {name: load() for name, load in open_weights(str(folder)).items() if _is_of_tower(name)}
+    if not _put_into_tower(handle, tensors, folder):
+        raise CheckpointError(f"{folder}: its vision tower was trained, but the checkpoint holds no tower weights")
+
+
+def restore_tower_beside_lora(handle: Handle, source: str, required: bool = True) -> None:
+    """Bring back trained vision-tower weights from the file that LLaVA's LoRA script saves beside the adapter.
+
+    LLaVA's own loader reads that file before there is a tower, and loses them without a word. They need not be there
+    (`required`) when the base brought trained ones of its own; else CheckpointError.
+    """
+    from transformers.utils import cached_file
+
+    path = cached_file(source, LORA_FILE, _raise_exceptions_for_missing_entries=False)
+    # LLaVA's own file format; weights_only keeps a foreign pickle from running code.
+    tensors = torch.load(path, map_location="cpu", weights_only=True) if path else {}
+    if not _put_into_tower(handle, tensors, f"{source}/{LORA_FILE}") and required:
+        lacks = "holds no tower weights" if path else "is missing"
+        raise CheckpointError(f"{source}: its vision tower was trained, but {LORA_FILE} {lacks}")

@@ -1,12 +1,11 @@
 """What `patch` returns: what is applied to a model, what trains, and how it comes off again."""
 
-from __future__ import annotations
-
 import contextlib
+import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -15,28 +14,23 @@ from llava_patch.core.method import Method
 from llava_patch.core.records import FORMAT
 from llava_patch.core.registry import KINDS, TRAINING_ONLY
 from llava_patch.core.undo import UndoStack
-from llava_patch.fusion import optimizer as optimizer_groups
-from llava_patch.fusion.taps import Taps
-from llava_patch.fusion.warm_up import WarmUp, steps_of
-from llava_patch.hosts import call_context, handles, lora, zero
+from llava_patch.fusion.training import WarmUp, by_kind, steps_of
+from llava_patch.hosts import call_context, lora, zero
 from llava_patch.hosts.anatomy import Anatomy
+from llava_patch.hosts.anatomy import get_handle as get_handle
 from llava_patch.routing.schedule import LayerSchedule, make_schedule
 from llava_patch.settings.methods import to_dict
 
 if TYPE_CHECKING:
-    from llava_patch.fusion.base import Fusion
+    from llava_patch.fusion.base import Fusion, Taps
     from llava_patch.probe.auxiliary.attach import Auxiliary
     from llava_patch.routing.pruning import Pruning
     from llava_patch.settings.methods import AuxiliaryProbe, Routing
 
 
-class _Mark(NamedTuple):
-    """Where one call of `patch` began."""
-
-    steps: int
-    methods: dict[str, Method]
-    trained_tower: bool
-    carries: bool
+def _of(kind: str, attribute: str = "settings") -> Any:
+    """A property: an attribute of the method that is applied of one kind, or None."""
+    return property(lambda handle: getattr(handle.methods.get(kind), attribute, None))
 
 
 class Handle:
@@ -45,7 +39,8 @@ class Handle:
     Attributes:
         model: the patched causal LM.
         anatomy: where its parts are.
-        methods: what is applied, by kind; `fusion`, `routing`, `pruning` and `probe` are their settings.
+        methods: what is applied, by kind; `fusion`, `routing`, `pruning` and `probe` are their settings, or None.
+        taps: the blocks that the fusion taps on this tower, or None.
         trained_tower: whether the vision tower's weights are not the original ones: something in it trains, or did in
             an earlier run.
         active: whether the patch is still on the model.
@@ -62,38 +57,15 @@ class Handle:
         self.active = True
         self._carries = False
         self._began = self._mark()
-        self._entered: list[_Mark] = []
+        self._entered: list[tuple[Any, ...]] = []
 
     # --- what is applied ----------------------------------------------------------------------------------------------
 
-    def _settings(self, kind: str) -> Any:
-        method = self.methods.get(kind)
-        return None if method is None else method.settings
-
-    @property
-    def fusion(self) -> "Fusion | None":
-        """Settings of a fusion, or None."""
-        return self._settings("fusion")
-
-    @property
-    def routing(self) -> "Routing | None":
-        """Routing settings, or None."""
-        return self._settings("routing")
-
-    @property
-    def pruning(self) -> "Pruning | None":
-        """Pruning settings, or None."""
-        return self._settings("pruning")
-
-    @property
-    def probe(self) -> "AuxiliaryProbe | None":
-        """Settings of the auxiliary loss, or None."""
-        return self._settings("probe")
-
-    @property
-    def taps(self) -> Taps | None:
-        """The blocks that the fusion taps on this tower, or None."""
-        return getattr(self.methods.get("fusion"), "taps", None)
+    fusion: "Fusion | None" = _of("fusion")
+    routing: "Routing | None" = _of("routing")
+    pruning: "Pruning | None" = _of("pruning")
+    probe: "AuxiliaryProbe | None" = _of("probe")
+    taps: "Taps | None" = _of("fusion", "taps")
 
     @property
     def auxiliary(self) -> "Auxiliary | None":
@@ -111,17 +83,14 @@ class Handle:
 
     def settings(self) -> dict[str, Any]:
         """The applied settings as JSON values, as a run's llava_patch.json records them."""
-        training = {kind: to_dict(self._settings(kind)) for kind in TRAINING_ONLY if kind in self.methods}
-        return self.record() | training
+        applied = self.applied()
+        return self.record() | {kind: to_dict(applied[kind]) for kind in TRAINING_ONLY if kind in applied}
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint's config holds: all that its finished model needs, so not the auxiliary loss."""
-        lasting = [kind for kind in KINDS if kind not in TRAINING_ONLY]
-        return {
-            "format": FORMAT,
-            **{kind: to_dict(self._settings(kind)) if kind in self.methods else None for kind in lasting},
-            **({"trained_tower": True} if self.trained_tower else {}),
-        }
+        applied, lasting = self.applied(), [kind for kind in KINDS if kind not in TRAINING_ONLY]
+        record = {"format": FORMAT, **{kind: to_dict(applied[kind]) if kind in applied else None for kind in lasting}}
+        return record | {"trained_tower": True} if self.trained_tower else record
 
     def program(self) -> LayerSchedule:
         """What each decoder layer does under the applied settings."""
@@ -129,24 +98,24 @@ class Handle:
         return make_schedule(self.routing, self.pruning, len(self.anatomy.layers), injections)
 
     def __repr__(self) -> str:
-        """Name what is applied."""
         parts = [str(settings) for settings in self.applied().values()]
         removed = "" if self.active else " (removed)"
         return f"<llava_patch on {type(self.model).__name__}: {', '.join(parts) or 'nothing'}{removed}>"
 
     # --- how it comes off ---------------------------------------------------------------------------------------------
 
-    def _mark(self) -> _Mark:
-        return _Mark(len(self._undo), dict(self.methods), self.trained_tower, self._carries)
+    def _mark(self) -> tuple[Any, ...]:
+        """Where a call of `patch` begins."""
+        return len(self._undo), dict(self.methods), self.trained_tower, self._carries
 
-    def _back_to(self, mark: _Mark) -> None:
+    def _back_to(self, mark: tuple[Any, ...]) -> None:
         """Take back what was applied since; everything when the mark is the beginning."""
-        if mark.steps <= 1:  # the flags alone
+        steps, methods, trained_tower, carries = mark
+        if steps <= 1:  # the flags alone
             self.remove()
         elif self.active:
-            self._undo.unwind(to=mark.steps)
-            _, methods, self.trained_tower, self._carries = mark
-            self.methods = dict(methods)
+            self._undo.unwind(to=steps)
+            self.methods, self.trained_tower, self._carries = dict(methods), trained_tower, carries
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Handle":
         """Refused: the copy's methods would still run the original's weights."""
@@ -266,17 +235,12 @@ class Handle:
         names = set(self.trainable())
         parameters = [p for n, p in self.model.named_parameters() if n in names]
         adapter = {id(p) for p in self.adapter_parameters()}
-        groups = optimizer_groups.by_kind(
-            parameters, adapter, lr=lr, weight_decay=weight_decay, projector_lr=projector_lr
-        )
-        return self.arrange_groups(groups, lr)
+        return self.arrange_groups(by_kind(parameters, adapter, lr, weight_decay, projector_lr), lr)
 
     def arrange_groups(self, groups: Iterable[dict[str, Any]], base_lr: float) -> list[dict[str, Any]]:
-        """Split an optimizer's groups as the settings ask: tower_lr, layer_decay, unfreeze_after, the head's lr.
+        """Split a torch optimizer's groups as the settings ask: tower_lr, layer_decay, unfreeze_after, the head's lr.
 
-        Args:
-            groups: groups of a torch optimizer.
-            base_lr: the tower's learning rate where the fusion names none.
+        `base_lr` is the tower's learning rate where the fusion names none.
         """
         lasting, training = self._split()
         groups = list(groups)
@@ -310,7 +274,7 @@ class Handle:
     def trained_share(self) -> float:
         """Share of the parameters that train, 0..1."""
         count, total = self._counts(set(self.trainable()))
-        return count / max(1, total)
+        return count / max(total, 1)
 
     def _counts(self, names: set[str]) -> tuple[int, int]:
         """Values of the parameters of these names, and of all."""
@@ -322,12 +286,9 @@ class Handle:
         names = set(self.trainable())
         count, total = self._counts(names)
         line = f"{count:,} of {total:,} parameters train ({100 * count / max(total, 1):.2f} %), {len(names)} tensors"
-        return "; ".join([line, *self._remarks(names)])
-
-    def _remarks(self, trainable: set[str]) -> Iterator[str]:
         lasting, training = self._split()
-        for method in (*training, *lasting):
-            yield from method.remarks(trainable, self.applied())
+        remarks = (method.remarks(names, self.applied()) for method in (*training, *lasting))
+        return "; ".join([line, *itertools.chain(*remarks)])
 
     def silent_fusion(self) -> str | None:
         """Why the fusion does nothing and will not learn to, and what to do; None when it is not so.
@@ -364,8 +325,3 @@ def restore_flags(model: nn.Module) -> Callable[[], None]:
             parameter.requires_grad_(flag)
 
     return restore
-
-
-def get_handle(model: nn.Module) -> Handle | None:
-    """The handle of a patched model; None when it is not patched."""
-    return handles.get_handle(model)

@@ -4,8 +4,6 @@ One rule: every tensor counts, norms, biases and buffers too, by its name, shape
 for training alone (the auxiliary loss's head) is no part of a model. `base_fingerprint` is the form that adapters keep.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -15,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from llava_patch.core.errors import CheckpointError, HostError
-from llava_patch.core.keys import digest
+from llava_patch.core.files import digest
 from llava_patch.hosts import zero
-from llava_patch.hosts.anatomy import Anatomy
-from llava_patch.hosts.handles import get_handle
+from llava_patch.hosts.anatomy import Anatomy, get_handle
 
 _MODEL_SETTINGS = (
     "mm_vision_select_layer", "mm_vision_select_feature", "vision_feature_layer", "vision_feature_select_strategy",
@@ -35,7 +32,7 @@ _FINGERPRINT_VALUES = 4
 def weights_digest(
     tensors: Iterable[tuple[str, Tensor]], values: int | None = None, rounded: bool = False, into: Any = None
 ) -> str:
-    """Hexadecimal digest of tensors by name, shape and values; under DeepSpeed ZeRO-3 every rank must call this.
+    """Hexadecimal digest of any tensors by name, shape and values; under DeepSpeed ZeRO-3 every rank must call this.
 
     About `values` evenly spaced values of each tensor count, as float32 and, if `rounded`, rounded to bfloat16, so that
     one model loaded in two precisions is one model; None: all of them bit by bit, and the dtype. `into` is a hash
@@ -166,7 +163,7 @@ def check_fingerprint(model: nn.Module, saved: Mapping[str, list[float]], source
 
 
 def check_values(name: str, tensor: Tensor, values: list[float], source: Path | str) -> None:
-    """Compare one tensor with the values that an adapter keeps of it; CheckpointError where they differ."""
+    """Compare a tensor, whatever its shape and dtype, with what an adapter keeps; CheckpointError: they differ."""
     here, there = sample(tensor, len(values)), torch.tensor(values)
     # Two roundings to bfloat16 (8 bits of mantissa) are the same base; training moves values further.
     if not torch.allclose(here, there, rtol=2**-7, atol=1e-6):

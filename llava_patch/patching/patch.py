@@ -1,7 +1,5 @@
 """`patch(model, ...) -> handle`: every change to a model goes through here, and comes back off it here."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -14,9 +12,8 @@ from llava_patch.core.method import Method
 from llava_patch.core.records import CONFIG_KEY
 from llava_patch.hosts import anatomy as anatomy_module
 from llava_patch.hosts import known, wrappers, zero
-from llava_patch.hosts.anatomy import Anatomy
+from llava_patch.hosts.anatomy import HANDLE, Anatomy
 from llava_patch.hosts.compat import check_versions
-from llava_patch.hosts.handles import HANDLE
 from llava_patch.patching.handle import Handle, get_handle, restore_flags
 from llava_patch.routing import attach as decoder
 
@@ -117,27 +114,22 @@ def _check_model(found: Anatomy, asked: Mapping[str, Method], loading: bool) -> 
             "cannot follow: load it without tp_plan"
         )
     if zero.is_partitioned(found.model.parameters()):
-        _check_partitioned(found, asked)
+        for setting in (method.refused_when_partitioned() for method in asked.values()):
+            if setting is not None:
+                raise SettingError(
+                    f"the model's weights are partitioned by DeepSpeed ZeRO-3 (--deepspeed with stage 3), where "
+                    f"fusions and routing are available but {setting} is not: use stage 2 (LLaVA's scripts/zero2.json)"
+                )
+        if zero.in_engine(found.model):
+            raise SettingError(
+                "DeepSpeed's ZeRO-3 engine has already taken this model over and would not train what a patch adds: "
+                "patch the model before deepspeed.initialize()"
+            )
     names = [method.name for method in asked.values() if method.calls_decoder_layers]
     if names:
         known.check_decoder(found.decoder, " and ".join(names))
     for method in asked.values():
         method.check_model(loading)
-
-
-def _check_partitioned(found: Anatomy, asked: Mapping[str, Method]) -> None:
-    """Refuse what cannot be done with weights that DeepSpeed ZeRO-3 has partitioned."""
-    for setting in (method.refused_when_partitioned() for method in asked.values()):
-        if setting is not None:
-            raise SettingError(
-                f"the model's weights are partitioned by DeepSpeed ZeRO-3 (--deepspeed with stage 3), where fusions "
-                f"and routing are available but {setting} is not: use stage 2 (LLaVA's scripts/zero2.json)"
-            )
-    if zero.in_engine(found.model):
-        raise SettingError(
-            "DeepSpeed's ZeRO-3 engine has already taken this model over and would not train what a patch adds: patch "
-            "the model before deepspeed.initialize()"
-        )
 
 
 def _measure(asked: Mapping[str, Method], samples: Iterable[Mapping[str, Any]] | None) -> None:

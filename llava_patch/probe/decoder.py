@@ -3,12 +3,11 @@
 Source: "Detached Skip-Links and R-Probe", section 5.1.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import warnings
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,9 +15,8 @@ from torch import Tensor, nn
 
 from llava_patch.core.errors import HostError, InputError
 from llava_patch.hosts import known
-from llava_patch.hosts.anatomy import Anatomy
+from llava_patch.hosts.anatomy import Anatomy, get_handle
 from llava_patch.hosts.compat import call_layer, causal_mask, sliding_window
-from llava_patch.hosts.handles import get_handle
 from llava_patch.hosts.projections import rotate
 from llava_patch.probe.sequence import ProbeSequence, TokenGrid, arrange, frequencies, rotary_1d, rotary_2d
 
@@ -37,34 +35,22 @@ def injection_layers(anatomy: Anatomy) -> tuple[int, ...]:
 
     The model's own numbers; those from ceil(L/4) on lie behind the probe and are left out.
     """
-    handle = get_handle(anatomy.model)
-    taken = () if handle is None else handle.program().injections
-    return tuple(layer for layer in taken if layer < quarter(len(anatomy.layers)))
+    return tuple(layer for layer in _injected(anatomy) if layer < quarter(len(anatomy.layers)))
 
 
-def _warn_out_of_reach(anatomy: Anatomy, reached: tuple[int, ...]) -> None:
+def _injected(anatomy: Anatomy) -> Sequence[int]:
     handle = get_handle(anatomy.model)
-    beyond = [] if handle is None else [str(layer) for layer in handle.program().injections if layer not in reached]
-    if beyond:
-        what = "only some of" if reached else "none of"
-        warnings.warn(
-            f"R-Probe has layers 0 to {quarter(len(anatomy.layers)) - 1} of this model, so it sees {what} what "
-            f"DeepStack adds to the image tokens: out of reach is what enters layer {', '.join(beyond)}",
-            stacklevel=3,
-        )
+    return () if handle is None else handle.program().injections
 
 
 class ProbeDecoder(nn.Module):
     """First ceil(L/4) decoder layers and the final norm of the model under test, then hidden -> 2 hidden -> pixels.
 
-    Everything is float32 and shares no memory with the model. The copies are stock layers: overridden forwards and
-    hooks that a patch or a dispatcher put on the model's own layers are left behind. What DeepStack adds to the image
-    tokens is added in the layers that are here (`injection_layers`); a warning names those that are not. Of the grid
-    only the number of pixels under a token is read; the seed is of the MLP's weights, the caller's random state is not
-    touched.
-
-    Raises:
-        HostError: fewer than 4 layers, weights that are quantised or not in memory, a decoder that is not known.
+    Everything is float32 and shares no memory with the model; overridden forwards and hooks of its layers are left
+    behind. What DeepStack adds to the image tokens is added in the layers that are here (`injection_layers`); a warning
+    names those that are not. Of the grid only the number of pixels under a token is read; the seed is of the MLP's
+    weights, the caller's random state is not touched. A HostError: fewer than 4 layers, weights that are quantised or
+    not in memory, a decoder that is not known.
     """
 
     inv_freq: Tensor
@@ -79,7 +65,13 @@ class ProbeDecoder(nn.Module):
         self.grid = grid
         self.rope = rope
         self.injection_layers = injection_layers(anatomy)
-        _warn_out_of_reach(anatomy, self.injection_layers)
+        if beyond := [str(layer) for layer in _injected(anatomy) if layer not in self.injection_layers]:
+            what = "only some of" if self.injection_layers else "none of"
+            warnings.warn(
+                f"R-Probe has layers 0 to {n_layers - 1} of this model, so it sees {what} what DeepStack adds to the "
+                f"image tokens: out of reach is what enters layer {', '.join(beyond)}",
+                stacklevel=2,
+            )
         # sdpa whatever the model runs: flash attention has no float32.
         self.config = copy.deepcopy(anatomy.text_config)
         self.config._attn_implementation = "sdpa"
@@ -90,12 +82,15 @@ class ProbeDecoder(nn.Module):
         self.norm = stock_copy(anatomy.norm, "the decoder's final norm", self.config).to(device)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            self.head = nn.Sequential(
-                nn.Linear(hidden, 2 * hidden, device="cpu", dtype=torch.float32),
-                nn.GELU(),
-                nn.Linear(2 * hidden, grid.pixels, device="cpu", dtype=torch.float32),
-            ).to(device)
-        self.register_buffer("inv_freq", _host_frequencies(anatomy).to(device), persistent=False)
+            place: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
+            first, last = nn.Linear(hidden, 2 * hidden, **place), nn.Linear(2 * hidden, grid.pixels, **place)
+            self.head = nn.Sequential(first, nn.GELU(), last).to(device)
+        inv_freq = getattr(getattr(anatomy.decoder, "rotary_emb", None), "inv_freq", None)
+        if not isinstance(inv_freq, Tensor):
+            name = type(anatomy.decoder).__name__
+            raise HostError(f"{name} has no rotary_emb.inv_freq: R-Probe needs a rotary decoder")
+        inv_freq = inv_freq.detach().clone().to(device, torch.float32)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("embedding_freq", frequencies(hidden).to(device), persistent=False)
         self.requires_grad_(True)
         self.eval()  # no dropout: a measurement, and the same on every run
@@ -104,7 +99,7 @@ class ProbeDecoder(nn.Module):
     def start_at(self, constant: Tensor) -> None:
         """Centre the first answers on a constant patch, float [pixels]: steps are then spent on what the tokens say.
 
-        It becomes the bias of the last Linear (this project's choice, the paper does not tell how the MLP starts).
+        It becomes the last Linear's bias (this project's choice, the paper does not tell how the MLP starts).
         """
         last = self.head[-1]
         assert isinstance(last, nn.Linear)
@@ -116,12 +111,11 @@ class ProbeDecoder(nn.Module):
         """Rebuild the pixels under every target token.
 
         Args:
-            image_tokens: float32 [batch, image tokens, hidden], projected visual tokens in the host's order, padded
-                at the end.
+            image_tokens: float32 [batch, image tokens, hidden], projected, in the host's order, padded at the end.
             text_tokens: float32 [batch, text width, hidden], token embeddings padded at the end.
             sequence: from `build_sequence`, on the same device.
-            injections: float32 [batch, layers, image tokens, hidden], what DeepStack adds to the image tokens in the
-                layers of `injection_layers`; None when there are none.
+            injections: float32 [batch, layers, image tokens, hidden], what DeepStack adds in those of
+                `injection_layers`; None when there are none.
 
         Returns:
             float32 [targets, pixels]: all targets of the first sample in the host's order, then of the second, ...
@@ -188,10 +182,10 @@ def stock_copy(module: nn.Module, name: str, config: Any) -> nn.Module:
     `config` takes the place of every transformers configuration held inside. A HostError where weights are quantised,
     or not in memory.
     """
-    for parameter_name, parameter in module.named_parameters():
+    for weight, parameter in module.named_parameters():
         if parameter.is_meta or not parameter.is_floating_point():
             why = "not in memory (offloaded)" if parameter.is_meta else f"quantised ({parameter.dtype})"
-            raise HostError(f"R-Probe copies {name}, but its {parameter_name} is {why}: load the model without that")
+            raise HostError(f"R-Probe copies {name}, but its {weight} is {why}: load the model without that")
     # Overridden forwards and hooks may hold the whole model: the memo keeps deepcopy from following them.
     memo: dict[int, Any] = {}
     for part in module.modules():
@@ -207,11 +201,3 @@ def stock_copy(module: nn.Module, name: str, config: Any) -> nn.Module:
         for key in ("forward", "_old_forward", "_hf_hook"):
             vars(part).pop(key, None)
     return clone.to(torch.float32)
-
-
-def _host_frequencies(anatomy: Anatomy) -> Tensor:
-    """Rotary frequencies of the model under test, float32 [head_dim / 2]."""
-    inv_freq = getattr(getattr(anatomy.decoder, "rotary_emb", None), "inv_freq", None)
-    if not isinstance(inv_freq, Tensor):
-        raise HostError(f"{type(anatomy.decoder).__name__} has no rotary_emb.inv_freq: R-Probe needs a rotary decoder")
-    return inv_freq.detach().clone().to(torch.float32)

@@ -1,12 +1,9 @@
 """R-Probe, step 1 of 8: a text region of an image, its file opened as 8-bit RGB, and the split by document.
 
-EXIF orientation is not applied: LLaVA's own loading (`Image.open(...).convert("RGB")`) does not apply it either, and
-boxes are in pixels of what the model sees. Unlike that loading, 16-bit grey is scaled to 8 bits (PIL would cut it off
-at 255) and transparent pixels show white paper (PIL would show the colour hidden under them). Of a file with several
-pages the first is read.
+As in LLaVA's own loading, EXIF orientation is not applied: boxes are in pixels of what the model sees. Unlike there,
+16-bit grey is scaled to 8 bits (PIL would cut it off at 255) and transparent pixels show white paper (PIL would show
+the colour hidden under them). Of a file with several pages the first is read.
 """
-
-from __future__ import annotations
 
 import contextlib
 import functools
@@ -18,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Union, overload
+from typing import Any, Union
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -51,13 +48,12 @@ def open_rgb(source: ImageSource, name: str) -> Image.Image:
 
     The two files that were opened last are kept decoded: samples of one page follow each other.
     """
-    with _told(source, name), _whole_files():
+    with _told(source, name):
         if isinstance(source, Image.Image):
             return to_rgb(source)
-        if isinstance(source, EncodedImage):
-            return _decoded_bytes(source).copy()
-        state = os.stat(source)
-        return _decoded_file(os.fspath(source), state.st_mtime_ns, state.st_size).copy()
+        # Time and size are part of the key: a file that was written anew is read anew.
+        state = None if isinstance(source, EncodedImage) else os.stat(source)
+        return _decoded(source, state and (state.st_mtime_ns, state.st_size)).copy()
 
 
 def image_size(source: ImageSource, name: str) -> tuple[int, int]:
@@ -65,13 +61,15 @@ def image_size(source: ImageSource, name: str) -> tuple[int, int]:
     with _told(source, name):
         if isinstance(source, Image.Image):
             return source.size
-        with Image.open(io.BytesIO(source.read()) if isinstance(source, EncodedImage) else source) as image:
+        with _opened(source) as image:
             return image.size
 
 
 @contextlib.contextmanager
 def _told(source: ImageSource, name: str) -> Iterator[None]:
-    """Say which image of which sample cannot be read, and why."""
+    """Say which image of which sample cannot be read, and why; files that are cut short are refused as well."""
+    # lmms-eval's import tells PIL to fill those up with grey.
+    asked, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
         yield
     except BROKEN_FILE as error:
@@ -79,28 +77,17 @@ def _told(source: ImageSource, name: str) -> Iterator[None]:
         if isinstance(error, Image.DecompressionBombError):
             reason = f"{error}; if it is sound, scale it down (and its boxes with it)"
         raise InputError(f"{name}: image {source} cannot be read: {reason}") from error
-
-
-# Time and size are part of the key: a file that was written anew is read anew.
-@functools.lru_cache(maxsize=2)
-def _decoded_file(path: str, modified: int, size: int) -> Image.Image:
-    with Image.open(path) as image:
-        return to_rgb(image)
-
-
-@contextlib.contextmanager
-def _whole_files() -> Iterator[None]:
-    """Let PIL refuse files that are cut short: lmms-eval's import tells it to fill them up with grey."""
-    asked, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-    try:
-        yield
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = asked
 
 
+def _opened(source: str | Path | EncodedImage) -> Image.Image:
+    return Image.open(io.BytesIO(source.read()) if isinstance(source, EncodedImage) else source)
+
+
 @functools.lru_cache(maxsize=2)
-def _decoded_bytes(source: EncodedImage) -> Image.Image:
-    with Image.open(io.BytesIO(source.read())) as image:
+def _decoded(source: str | Path | EncodedImage, written: tuple[int, int] | None) -> Image.Image:
+    with _opened(source) as image:
         return to_rgb(image)
 
 
@@ -111,23 +98,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
         ValueError: 32-bit or floating-point grey whose values leave 0..65535, or are no integers: how bright is white?
     """
     mode = image.mode
-    if mode.startswith("I;16"):
-        return _from_grey16(np.asarray(image).astype(np.float32))
-    if mode in ("I", "F"):
+    if mode in ("I", "F") or mode.startswith("I;16"):  # "I": also 16-bit PNG in older versions of PIL
         values = np.asarray(image)
         if mode == "F" or values.min() < 0 or values.max() > 65535:
             raise ValueError(f"mode {mode}: what value is white is not known; save it with 8 or 16 bits")
-        return _from_grey16(values.astype(np.float32))  # 16-bit PNG in older versions of PIL
+        grey = np.round(values.astype(np.float32) / 257).astype(np.uint8)
+        return Image.fromarray(grey, mode="L").convert("RGB")
     if "transparency" in image.info or mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         # "RGBa" carries premultiplied colours, which only "RGBA" knows how to undo.
         clear = image.convert("RGBA")
         paper = Image.new("RGBA", clear.size, (255, 255, 255, 255))
         return Image.alpha_composite(paper, clear).convert("RGB")
     return image.convert("RGB")
-
-
-def _from_grey16(values: np.ndarray) -> Image.Image:
-    return Image.fromarray(np.round(values / 257).astype(np.uint8), mode="L").convert("RGB")
 
 
 Box = tuple[float, float, float, float]
@@ -178,11 +160,7 @@ class DrawnSamples(Sequence[Sample]):
         """Sample number `index`, from 0."""
         raise NotImplementedError
 
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Sample]: ...
-    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self.draw(i) for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):

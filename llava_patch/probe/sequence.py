@@ -4,8 +4,6 @@ Pure mathematics on tensors; no host is imported. Source: "Detached Skip-Links a
 input is [context image tokens ; text tokens ; target image tokens], and positions are given before reordering.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -52,11 +50,9 @@ class TokenGrid:
 class ProbeSequence:
     """The order of a batch. Slot s of sample b holds entry `order[b, s]` of [image tokens ; padded text tokens].
 
-    Attributes:
-        order: int64 [batch, slots]; slots = image tokens + widest text.
-        positions: float32 [batch, slots, 2], (row, column) of what lies in each slot; fractions are allowed.
-        valid: bool [batch, slots]; False at padding, which always lies at the end.
-        target: bool [batch, slots]; True where a target image token is read out.
+    `order` is int64 [batch, slots], slots = image tokens + widest text; `positions` float32 [batch, slots, 2], (row,
+    column) of what lies in each; `valid` bool [batch, slots], False at padding, which always lies at the end; `target`
+    bool [batch, slots], where a target image token is read out.
     """
 
     order: Tensor
@@ -64,7 +60,7 @@ class ProbeSequence:
     valid: Tensor
     target: Tensor
 
-    def to(self, device: torch.device | str) -> ProbeSequence:
+    def to(self, device: torch.device | str) -> "ProbeSequence":
         """The same sequence on another device."""
         return ProbeSequence(*(t.to(device) for t in (self.order, self.positions, self.valid, self.target)))
 
@@ -97,12 +93,7 @@ def target_mask(boxes: Tensor, grid: TokenGrid) -> Tensor:
 
 
 def build_sequence(
-    target: Tensor,
-    valid: Tensor,
-    positions: Tensor,
-    text_counts: Tensor,
-    text_start: Tensor,
-    text_width: int | None = None,
+    target: Tensor, valid: Tensor, positions: Tensor, text_counts: Tensor, text_start: Tensor, width: int | None = None
 ) -> ProbeSequence:
     """Order the tokens of a batch as [context ; text ; target ; padding] and give each its position.
 
@@ -115,14 +106,14 @@ def build_sequence(
         positions: float32 [batch, image tokens, 2], (row, column) of each; what stands at padding does not matter.
         text_counts: int64 [batch], text tokens of each sample.
         text_start: int64 [batch], the p of each sample: the first place past its grid on both axes.
-        text_width: width to which the text tokens are padded; None: the largest count.
+        width: to which the text tokens are padded; None: the largest count.
     """
     device = target.device
-    width = int(text_counts.max()) if text_width is None else text_width
+    width = int(text_counts.max()) if width is None else width
     text_index = torch.arange(width, device=device)
     is_text = text_index < text_counts[:, None]
     # Rank of the group that an entry belongs to; a stable sort keeps raster and reading order inside each group.
-    context, text, targets, padding = 0, 1, 2, 3
+    context, text, targets, padding = range(4)
     image = torch.where(target, targets, context).masked_fill(~valid, padding)
     group = torch.cat([image, torch.where(is_text, text, padding)], dim=1)
     order = torch.argsort(group, dim=1, stable=True)
@@ -168,9 +159,9 @@ def frequencies(dimension: int, base: float = 10000.0) -> Tensor:
 def rotary_2d(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
     """(cos, sin) for `apply_rotary_pos_emb`, float32 [..., tokens, d]: even pairs turn by the row, odd by the column.
 
-    `rotate_half` pairs dimension i with i + d/2, so what is shared out between the axes is pairs, not dimensions. Each
-    axis gets half of the head dimension and the whole range of frequencies; and because every pair keeps the frequency
-    it has in the model under test, tokens at (p, p), the text, are rotated exactly as the model itself rotates p.
+    `rotate_half` pairs dimension i with i + d/2, so what is shared out between the axes is pairs: each axis gets half
+    of them and the whole range of frequencies. Every pair keeps the frequency it has in the model under test, so tokens
+    at (p, p), the text, are rotated exactly as the model itself rotates p.
 
     Positions are float32 (or integer) [..., tokens, 2], (row, column); `inv_freq` is float32 [d/2], the frequency of
     each pair. An InputError where d/2 is odd, so that the axes would not get the same share.
@@ -186,5 +177,4 @@ def rotary_2d(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
 
 def rotary_1d(count: int, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
     """The model's own rotary for consecutive places 0..count-1: (cos, sin), each float32 [1, count, d]."""
-    index = torch.arange(count, device=inv_freq.device)
-    return rotary_2d(torch.stack([index, index], dim=-1)[None], inv_freq)
+    return rotary_2d(torch.arange(count, device=inv_freq.device)[None, :, None].expand(-1, -1, 2), inv_freq)

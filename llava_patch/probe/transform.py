@@ -1,7 +1,5 @@
 """R-Probe, step 2 of 8: the processed image (the plane that targets are cut from), and where a text box lies on it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,20 +16,16 @@ from llava_patch.hosts.tiles import Tiling
 from llava_patch.probe.sample import Box
 from llava_patch.probe.sequence import CHANNELS, TokenGrid, target_mask, unpatchify
 
-ROUNDING = 1.0
-"""Pixels by which a box may stick out of its image: annotations are rounded."""
+ROUNDING = 1.0  # pixels by which a box may stick out of its image: annotations are rounded
 
 
 @dataclass(frozen=True)
 class Transform:
-    """How an image becomes the tower's input.
+    """How an image becomes the tower's input, `height` x `width` pixels, of which `cell` x `cell` lie under one token.
 
-    Attributes:
-        mode: "resize" stretches the whole image, "crop" is the processor's own resize and centre crop, "pad" pads to
-            a square with the mean colour first, as LLaVA-1.5's `image_aspect_ratio=pad` does. "anyres" is the host's
-            tiling: resized with its aspect kept, centred on the best of several resolutions.
-        height: of the tower's input in pixels, as its width; `cell` is the side of the square under one token.
-        tiling: how the host cuts tiles; None in the other modes.
+    Its mode is "resize" (the whole image, stretched), "crop" (the processor's own resize and centre crop), "pad"
+    (padded to a square with the mean colour first, as LLaVA-1.5's `image_aspect_ratio=pad`) or "anyres", the host's
+    `tiling`: resized with its aspect kept, centred on the best of several resolutions.
     """
 
     processor: Any
@@ -44,9 +38,9 @@ class Transform:
     def plane(self, image: Image.Image) -> Tensor:
         """The processed whole image, from which targets are cut: normalised float32 [3, height, width] on CPU.
 
-        In the square modes the tower's input; of anyres the stitched tiles, padding included. Rows and columns behind
-        the last whole cell (merge_padding) are left out, so that cells tile the plane exactly. A HostError where the
-        processor does not give the size that the tower takes.
+        In the square modes the tower's input; of anyres the stitched tiles, padding included. What lies behind the last
+        whole cell (merge_padding) is left out. A HostError where the processor does not give the size that the tower
+        takes.
         """
         if self.tiling is None:
             pixels = self.pixel_values([image])[0]
@@ -57,11 +51,8 @@ class Transform:
 
     def plane_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """(height, width) of the plane of an image of (width, height), in pixels."""
-        height, width = self.height, self.width
-        if self.tiling is not None:
-            place = self.tiling.place(size)
-            height, width = place.height, place.width
-        return height // self.cell * self.cell, width // self.cell * self.cell
+        whole: Any = self if self.tiling is None else self.tiling.place(size)
+        return whole.height // self.cell * self.cell, whole.width // self.cell * self.cell
 
     def pixel_values(self, images: Sequence[Image.Image]) -> Tensor:
         """Normalised pixels of RGB images in the square modes, float32 [images, 3, height, width] on CPU."""
@@ -76,15 +67,14 @@ class Transform:
         elif self.mode == "pad":
             fill = tuple(int(x * 255) for x in self.processor.image_mean)
             images = [pad_to_square(image, fill) for image in images]
-        if hasattr(self.processor, "image_grid_pinpoints"):
+        if tiled := hasattr(self.processor, "image_grid_pinpoints"):
             # One tile is the least it cuts; the overview in front of it is the whole image, stretched.
             options = {"image_grid_pinpoints": [[self.height, self.width]]}
         known = known_options(self.processor)
         options = {name: value for name, value in options.items() if name in known}
-        pixels = self.processor(list(images), return_tensors="pt", **options, **layout_options(self.processor))
-        pixels = pixels["pixel_values"]
-        if hasattr(self.processor, "image_grid_pinpoints"):
-            pixels = pixels[:, 0]
+        options |= layout_options(self.processor)
+        pixels = self.processor(list(images), return_tensors="pt", **options)["pixel_values"]
+        pixels = pixels[:, 0] if tiled else pixels
         if tuple(pixels.shape[1:]) != (3, self.height, self.width):
             raise HostError(
                 f"the image processor gives {tuple(pixels.shape[1:])}, the vision tower takes "
@@ -106,18 +96,14 @@ class Transform:
             left, top, square = float((side - width) // 2), float((side - height) // 2), (side, side)
         new_width, new_height, crop_left, crop_top = self._geometry(square)
         scale_x, scale_y = new_width / square[0], new_height / square[1]
-        moved = (
-            min(max((x0 + left) * scale_x - crop_left, 0.0), plane_width),
-            min(max((y0 + top) * scale_y - crop_top, 0.0), plane_height),
-            min(max((x1 + left) * scale_x - crop_left, 0.0), plane_width),
-            min(max((y1 + top) * scale_y - crop_top, 0.0), plane_height),
-        )
-        if not (moved[0] < moved[2] and moved[1] < moved[3]):
+        x0, x1 = (min(max((x + left) * scale_x - crop_left, 0.0), plane_width) for x in (x0, x1))
+        y0, y1 = (min(max((y + top) * scale_y - crop_top, 0.0), plane_height) for y in (y0, y1))
+        if not (x0 < x1 and y0 < y1):
             cut = 'the centre crop cuts away; use image_mode "resize" or "pad"'
             if self.mode != "crop":
                 cut = f"has no whole cell of {self.cell} pixels (merge_padding: its tokens cover padding as well)"
             raise InputError(f"{name}: box {tuple(box)} lies in the part of the {width} x {height} image that {cut}")
-        return moved
+        return x0, y0, x1, y1
 
     def _geometry(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
         """(resized width, resized height, columns cropped on the left, rows cropped at the top); < 0 where padded."""
@@ -178,22 +164,18 @@ def check_box(box: Box, size: tuple[int, int], name: str) -> Box:
     width, height = size
     if not (x0 < x1 and y0 < y1):  # also catches NaN
         raise InputError(f"{name}: empty box {tuple(box)}: expected x0 < x1 and y0 < y1")
-    if min(x0, y0) < -ROUNDING or x1 > width + ROUNDING or y1 > height + ROUNDING:
+    beyond = min(x0, y0) < -ROUNDING or x1 > width + ROUNDING or y1 > height + ROUNDING
+    x0, y0, x1, y1 = max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))
+    if beyond or not (x0 < x1 and y0 < y1):
         raise InputError(f"{name}: box {tuple(box)} is outside its image of {width} x {height} pixels")
-    inside = max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))
-    if not (inside[0] < inside[2] and inside[1] < inside[3]):
-        raise InputError(f"{name}: box {tuple(box)} is outside its image of {width} x {height} pixels")
-    return inside
+    return x0, y0, x1, y1
 
 
 def pad_to_square(image: Image.Image, fill: tuple[int, ...]) -> Image.Image:
     """Centre an RGB image on a square of its longer side, as llava's `expand2square` does."""
-    width, height = image.size
-    if width == height:
-        return image
-    side = max(width, height)
+    side = max(image.size)
     square = Image.new(image.mode, (side, side), fill)
-    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
 
 
@@ -227,7 +209,7 @@ class Plane:
     transform: Transform
 
     @classmethod
-    def of(cls, transform: Transform, image: Image.Image, pixels: int) -> Plane:
+    def of(cls, transform: Transform, image: Image.Image, pixels: int) -> "Plane":
         """The plane of an RGB image, for cells of that many values (cell x cell x 3)."""
         plane = transform.plane(image)
         cell = math.isqrt(pixels // CHANNELS)

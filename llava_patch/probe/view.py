@@ -1,7 +1,5 @@
 """R-Probe, step 4 of 8: the projected tokens of an image, and which of them are the target (`target_tokens`)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,58 +10,40 @@ from torch import Tensor
 
 from llava_patch.core.errors import HostError, InputError, SettingError
 from llava_patch.fusion import stack
-from llava_patch.fusion.taps import Join, Taps
+from llava_patch.fusion.base import Join, Taps
 from llava_patch.hosts import tiles
-from llava_patch.hosts.anatomy import Anatomy
-from llava_patch.hosts.handles import get_handle
+from llava_patch.hosts.anatomy import Anatomy, get_handle
 from llava_patch.probe.decoder import injection_layers
 from llava_patch.probe.layout import Layout, square_layout, tiled_layout
 from llava_patch.probe.sample import Box
-from llava_patch.probe.sequence import TokenGrid, merge_size, target_mask
+from llava_patch.probe.sequence import merge_size, target_mask
 from llava_patch.probe.transform import Transform, check_crop
 
 
 @dataclass(frozen=True, eq=False)
-class View:
-    """The frozen visual tokens of one image, on CPU.
+class View(Layout):
+    """The frozen visual tokens of one image, on CPU, and where they lie on the grid of the whole image.
 
-    Attributes:
-        tokens: [tokens, hidden], in the dtype that the model computed them in.
-        positions: float32 [tokens, 2], (row, column) on the grid of the whole image; fractions are possible.
-        cells: int64 [tokens], number (raster order) of the grid's cell under each token; -1: no pixels of its own, so
-            that it is context only.
-        grid: how cells tile `Transform.plane(image)`.
-        injections: what DeepStack adds to these tokens in the probe's layers: [layers, tokens, hidden], dtype as
-            tokens; None without DeepStack. The layers are those of `decoder.injection_layers(anatomy)`, in order.
+    `tokens` are [tokens, hidden], in the dtype that the model computed them in; `injections` [layers, tokens, hidden],
+    what DeepStack adds to them in the layers of `decoder.injection_layers(anatomy)`, None without it.
     """
 
     tokens: Tensor
-    positions: Tensor
-    cells: Tensor
-    grid: TokenGrid
     injections: Tensor | None = None
-
-    @property
-    def text_start(self) -> int:
-        """The first text token sits at (p, p) for this p, the first place past all tokens on both axes."""
-        return max(self.grid.text_start, int(self.positions.max().floor()) + 1)
 
 
 def make_transform(anatomy: Anatomy, image_processor: Any, mode: str) -> Transform:
     """The image transform of a model, for one of `IMAGE_MODES`.
 
-    "resize", "crop" and "pad" make one square of the side that the vision tower takes, on any model; on one that cuts
-    images into tiles this is what its overview tile is made of. "anyres" is the host's own tiling.
-
-    Raises:
-        SettingError: a mode that the model or the processor does not know.
-        HostError: an image processor of another model, or a tower of several scales.
+    "resize", "crop" and "pad" make one square of the side that the vision tower takes, on any model; "anyres" is the
+    tiling of a host that cuts images into tiles. A SettingError for a mode that the model or the processor does not
+    know, a HostError for an image processor of another model, or a tower of several scales.
     """
     if hasattr(anatomy.tower, "s2_scales"):
         raise HostError("R-Probe does not know multi-scale (S2) towers: load the model without s2")
     rows, columns = anatomy.grid
     height, width = rows * anatomy.patch_size, columns * anatomy.patch_size
-    taps = _taps(anatomy)
+    taps: Taps | None = getattr(get_handle(anatomy.model), "taps", None)
     # Where merge_padding adds to the patches, the last cells lie partly outside of the image and are left out.
     cell = anatomy.patch_size * (1 if taps is None else taps.merge_size)
     if mode == "anyres":
@@ -82,27 +62,20 @@ def make_transform(anatomy: Anatomy, image_processor: Any, mode: str) -> Transfo
 def encode_views(anatomy: Anatomy, transform: Transform, images: Sequence[Image.Image]) -> list[View]:
     """Run vision tower, fusion and projector over RGB images, through the host's own path: one view an image.
 
-    The model is in evaluation mode. Tokens stand in the order in which the host gives them to the LLM. With tiles
-    (anyres) that is the overview tile's tokens, context only, then the big grid's; tokens over padding that the host
-    drops are left out, and so are the learned vectors at the ends of lines, which hold nothing of the image.
-
-    Raises:
-        HostError: the tower is not loaded, or its tokens are not finite.
-        InputError: tokens that cannot be placed on the image.
+    The model is in evaluation mode. Tokens stand in the order in which the host gives them to the LLM: with tiles
+    (anyres) the overview tile's, context only, then the big grid's; tokens over padding that the host drops are left
+    out, and so are the learned vectors at the ends of lines. A HostError where the tower is not loaded or its tokens
+    are not finite, an InputError for tokens that cannot be placed on the image.
     """
-    if transform.tiling is None:
-        tokens, injections = _encode(anatomy, transform.pixel_values(images))
-        layout = layout_of(anatomy, tokens.shape[1])
-        return [
-            View(one, layout.positions, layout.cells, layout.grid, None if injections is None else injections[:, i])
-            for i, one in enumerate(tokens)
-        ]
-    return [_look_at_tiles(anatomy, transform, image) for image in images]
+    if transform.tiling is not None:
+        return [_view_of_tiles(anatomy, transform, transform.tiling, image) for image in images]
+    tokens, injections = _encode(anatomy, transform.pixel_values(images))
+    place = layout_of(anatomy, tokens.shape[1])
+    added = [None] * len(tokens) if injections is None else injections.unbind(1)
+    return [View(place.grid, place.positions, place.cells, one, more) for one, more in zip(tokens, added, strict=True)]
 
 
-def _look_at_tiles(anatomy: Anatomy, transform: Transform, image: Image.Image) -> View:
-    tiling = transform.tiling
-    assert tiling is not None
+def _view_of_tiles(anatomy: Anatomy, transform: Transform, tiling: tiles.Tiling, image: Image.Image) -> View:
     tokens, injections = _encode(anatomy, tiling.cut(transform.processor, image))
     rows, columns = anatomy.grid
     if anatomy.tiles and tokens.shape[1] != rows * columns:
@@ -118,16 +91,13 @@ def _look_at_tiles(anatomy: Anatomy, transform: Transform, image: Image.Image) -
         tiling.side,
     )
     order = tiles.order_of_tokens(anatomy, tokens.shape[:2], image.size)
-    return View(
-        tokens.flatten(0, 1)[order],
-        layout.positions[order],
-        layout.cells[order],
-        layout.grid,
-        None if injections is None else injections.flatten(1, 2)[:, order],
-    )
+    if injections is not None:
+        injections = injections.flatten(1, 2)[:, order]
+    tokens = tokens.flatten(0, 1)[order]
+    return View(layout.grid, layout.positions[order], layout.cells[order], tokens, injections)
 
 
-def target_tokens(view: View | Layout, boxes: Sequence[Box], name: str) -> Tensor:
+def target_tokens(view: Layout, boxes: Sequence[Box], name: str) -> Tensor:
     """Tokens whose pixels meet one of the boxes (in pixels of `Transform.plane(image)`), bool [tokens].
 
     Cells without a token (a first patch that HF drops, padding that anyres cuts off) are not measured; an InputError
@@ -145,20 +115,15 @@ def target_tokens(view: View | Layout, boxes: Sequence[Box], name: str) -> Tenso
     return target
 
 
-def _taps(anatomy: Anatomy) -> Taps | None:
-    return getattr(get_handle(anatomy.model), "taps", None)
-
-
 def layout_of(anatomy: Anatomy, tokens: int) -> Layout:
     """Where the tokens of one image (tile) sit; an InputError where tower and fusion explain another number of them."""
-    taps, prefix, dropped = _taps(anatomy), anatomy.prefix_tokens, anatomy.dropped_tokens
+    taps: Taps | None = getattr(get_handle(anatomy.model), "taps", None)
+    prefix, dropped, merge, pooled = anatomy.prefix_tokens, anatomy.dropped_tokens, 1, 0
     if taps is not None:
-        pooled = len(taps.groups) if taps.join is Join.TOKENS else 0
-        layout = square_layout(anatomy.grid, anatomy.patch_size, taps.merge_size, pooled, prefix, dropped)
-    else:
-        kept = max(0, prefix - dropped)
-        merge = 1 if anatomy.drops_patch else merge_size(tokens - kept, *anatomy.grid)
-        layout = square_layout(anatomy.grid, anatomy.patch_size, merge, 0, prefix, dropped)
+        merge, pooled = taps.merge_size, len(taps.groups) if taps.join is Join.TOKENS else 0
+    elif not anatomy.drops_patch:
+        merge = merge_size(tokens - max(0, prefix - dropped), *anatomy.grid)
+    layout = square_layout(anatomy.grid, anatomy.patch_size, merge, pooled, prefix, dropped)
     if len(layout.cells) != tokens:
         raise InputError(
             f"an image has {tokens} visual tokens, but a grid of {anatomy.grid[0]} x {anatomy.grid[1]} patches under "
@@ -183,14 +148,10 @@ def _encode(anatomy: Anatomy, pixel_values: Tensor) -> tuple[Tensor, Tensor | No
     if layers:
         tokens, taps = stack.encode(anatomy, pixel_values)
         injections = torch.stack([tap.detach().cpu() for tap in taps[: len(layers)]])
-        _check_finite(injections, "DeepStack's features")
     else:
         tokens = anatomy.encode_images(pixel_values)
     tokens = tokens.detach().to(device="cpu", copy=True)
-    _check_finite(tokens, "the projected visual tokens")
+    for what, values in (("DeepStack's features", injections), ("the projected visual tokens", tokens)):
+        if values is not None and not torch.isfinite(values).all():
+            raise HostError(f"{what} are not finite (computed in {values.dtype}): load the model in float32")
     return tokens, injections
-
-
-def _check_finite(values: Tensor, what: str) -> None:
-    if not torch.isfinite(values).all():
-        raise HostError(f"{what} are not finite (computed in {values.dtype}): load the model in float32")

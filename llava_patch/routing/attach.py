@@ -1,7 +1,5 @@
 """How routing and pruning attach to a host model."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 
@@ -32,23 +30,19 @@ def attach(anatomy: Anatomy, schedule: LayerSchedule, undo: UndoStack) -> None:
     if schedule.side_layers and not hasattr(decoder, side_branch.SIDE_BRANCH):
         layers = [anatomy.layers[schedule.split + i] for i in range(schedule.side_layers)]
         undo.add_module(decoder, side_branch.SIDE_BRANCH, side_branch.copy_layers(layers))
-    _allow_masks(anatomy, schedule, undo)
+    windowed = compat.sliding_window(decoder.config) is not None
+    first = schedule.split if schedule.prune_at is None else min(schedule.split, schedule.prune_at)
+    masked = [
+        anatomy.layers[i] for i in range(first, schedule.n_layers) if windowed or schedule.modes[i] is LayerMode.KEYS
+    ]
+    if windowed and schedule.side_layers:
+        masked += getattr(decoder, side_branch.SIDE_BRANCH)
+    for layer in masked:
+        compat.allow_any_mask(layer.self_attn, undo)
     if isinstance(decoder.forward, RoutedForward):
         undo.set_attribute(decoder.forward, "schedule", schedule)
     else:
         undo.set_attribute(decoder, "forward", RoutedForward(anatomy, schedule))
-
-
-def _allow_masks(anatomy: Anatomy, schedule: LayerSchedule, undo: UndoStack) -> None:
-    windowed = compat.sliding_window(anatomy.decoder.config) is not None
-    first = schedule.split if schedule.prune_at is None else min(schedule.split, schedule.prune_at)
-    layers = [
-        anatomy.layers[i] for i in range(first, schedule.n_layers) if windowed or schedule.modes[i] is LayerMode.KEYS
-    ]
-    if windowed and schedule.side_layers:
-        layers += getattr(anatomy.decoder, side_branch.SIDE_BRANCH)
-    for layer in layers:
-        compat.allow_any_mask(layer.self_attn, undo)
 
 
 class RoutingMethod(Method):
@@ -97,7 +91,7 @@ class RoutingMethod(Method):
         if strategy != "none":
             anatomy.model.requires_grad_(False)
         if strategy == "side_and_fusion":
-            for layer in make_schedule(self.settings, None, len(anatomy.layers)).fusion:
+            for layer in make_schedule(self.settings, None, len(anatomy.layers)).late_fusion:
                 anatomy.layers[layer].requires_grad_(True)
         for parameter in branch:
             parameter.requires_grad_(True)

@@ -5,8 +5,6 @@ positions those are travels here, with the cache, never with the model: two gene
 expand and reorder it with the keys and values.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +33,7 @@ class SideMemory:
     places: PositionSet  # where they are in the conversation
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "SideMemory":
-        """The same change of the batch dimension on every tensor."""
+        """The same change of the batch dimension on every tensor, each [batch, ...]."""
         return SideMemory(change(self.states), change(self.position_ids), self.places.map(change))
 
 
@@ -78,11 +76,8 @@ class RoutedCache(DynamicCache):
         routed.schedule, routed.running = schedule, False
         routed.length, routed.image_end, routed.side = length, 0, None
         so_far = PositionSet.run(0, length, batch, device, valid)
-        routed.streams = {FULL: KeyPositions(so_far)}
-        if schedule.prune_at is not None:
-            routed.streams[KEPT] = KeyPositions(so_far)
-        if LayerMode.TEXT in schedule.modes:
-            routed.streams[TEXT] = KeyPositions(so_far)
+        there = {FULL: True, KEPT: schedule.prune_at is not None, TEXT: LayerMode.TEXT in schedule.modes}
+        routed.streams = {name: KeyPositions(so_far) for name, held in there.items() if held}
         return routed
 
     @classmethod
@@ -93,30 +88,27 @@ class RoutedCache(DynamicCache):
                 "this KV cache was filled under other routing or pruning settings than the model has now: start from "
                 "an empty cache"
             )
-        if cache is not None and type(cache) is not DynamicCache and type(cache) is not cls:
+        if type(cache) is not DynamicCache and type(cache) is not cls:
             raise InputError(
                 f"routing needs a dynamic KV cache, got {type(cache).__name__}: do not set cache_implementation, or "
                 'set it to "dynamic"'
             )
-        if cache is not None and cache.offloading:
+        if cache.offloading:
             raise InputError('routing needs a KV cache on the device: do not set cache_implementation = "offloaded"')
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs: Any = None
     ) -> tuple[Tensor, Tensor]:
-        """Add a layer's keys and values; InputError for a caller that is no routed model, which knows the positions."""
+        """Add a layer's keys and values, each [batch, key_value_heads, new, head_dim], and give all that it holds.
+
+        InputError: the caller is no routed model, which knows the positions.
+        """
         if not self.running:
             raise InputError(
                 "this KV cache was filled by a routed model, but the model that goes on with it is not routed (was the "
                 "patch removed?): start from an empty cache"
             )
         return super().update(key_states, value_states, layer_idx, cache_kwargs)
-
-    def keys_of(self, layer: int) -> Tensor:
-        """Keys that a layer holds: [batch, key_value_heads, positions, head_dim]."""
-        keys = self.layers[layer].keys
-        assert keys is not None
-        return keys
 
     def extend(self, stream: str, new: PositionSet | int) -> KeyPositions:
         """Note the positions (or how many come next) that this call adds to a kind of layer; gives what it holds."""
@@ -129,22 +121,18 @@ class RoutedCache(DynamicCache):
 
     def kept(self) -> Tensor:
         """Positions that pruning has left: bool [batch, length]; all valid ones where nothing is pruned."""
-        places = self.streams.get(KEPT, self.streams[FULL])
+        places = self.streams.get(KEPT, self.streams[FULL]).places
         mask = torch.zeros(len(places.index), self.length + 1, dtype=torch.bool, device=places.index.device)
         index = places.index if places.valid is None else places.index.where(places.valid, self.length)
         return mask.scatter_(1, index, True)[:, :-1]
 
     def remember_side(self, states: Tensor, position_ids: Tensor, places: PositionSet) -> SideMemory:
-        """Note what the side branch sees in this call; returns all that it has seen."""
-        if self.side is None:
-            self.side = SideMemory(states, position_ids, places)
-        else:
-            old = self.side
-            self.side = SideMemory(
-                torch.cat([old.states, states], dim=1),
-                torch.cat([old.position_ids, position_ids], dim=1),
-                old.places.joined(places),
-            )
+        """Note what the side branch sees in this call, shaped as in `SideMemory`; returns all that it has seen."""
+        if self.side is not None:
+            states = torch.cat([self.side.states, states], dim=1)
+            position_ids = torch.cat([self.side.position_ids, position_ids], dim=1)
+            places = self.side.places.joined(places)
+        self.side = SideMemory(states, position_ids, places)
         return self.side
 
     def get_seq_length(self, layer_idx: int | None = None) -> int:
@@ -152,11 +140,11 @@ class RoutedCache(DynamicCache):
         return self.length if layer_idx is None else super().get_seq_length(layer_idx)
 
     def get_mask_sizes(self, cache_position: Tensor, layer_idx: int) -> tuple[int, int]:
-        """Key length and offset for a mask over every position."""
+        """Key length and offset for a mask over every position; `cache_position` is int64 [new]."""
         return self.length + cache_position.shape[0], 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder samples (beam search)."""
+        """Reorder samples (beam search); `beam_idx` is int64 [batch]."""
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
@@ -166,7 +154,7 @@ class RoutedCache(DynamicCache):
         self._map(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some samples."""
+        """Keep some samples; `indices` is int64 [samples to keep]."""
         super().batch_select_indices(indices)
         self._map(lambda x: x[indices.to(x.device)])
 

@@ -25,5 +25,5 @@ class FastV(Pruning):
     USES_ATTENTION = True
 
     def scores(self, image_mask: Tensor, attention: Callable[[], Tensor]) -> Tensor:
-        """The attention itself."""
+        """The attention itself, float32 [batch, tokens]."""
         return attention()

@@ -1,7 +1,5 @@
 """The decoder's forward with routing and pruning: what a call brings, and when the stock forward serves it."""
 
-from __future__ import annotations
-
 import functools
 import logging
 from typing import Any
@@ -16,7 +14,7 @@ from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.hosts.call_context import CallContext, Stacked
 from llava_patch.routing import side_branch
 from llava_patch.routing.cache import FULL, RoutedCache
-from llava_patch.routing.plan import count
+from llava_patch.routing.plan import Counts
 from llava_patch.routing.routed_pass import Call, RoutedPass
 from llava_patch.routing.schedule import LayerSchedule
 
@@ -71,7 +69,7 @@ class RoutedForward:
             known.check_decoder(self.anatomy.decoder, "routing")
             self._layers = now
         call = None
-        if brings_image or routed_before or self._keeps_order(past_key_values):
+        if brings_image or routed_before or (past_key_values is None and side_branch.keeps_order(self.anatomy)):
             self._check(past_key_values, attention_mask, position_ids, kwargs)
             if inputs_embeds is None:
                 inputs_embeds, input_ids = self.anatomy.decoder.embed_tokens(input_ids), None
@@ -88,10 +86,6 @@ class RoutedForward:
         call.cache_position = cache_position
         call.position_ids = cache_position[None] if position_ids is None else position_ids
         return RoutedPass(self.anatomy, self.schedule, call).forward()
-
-    def _keeps_order(self, cache: Any) -> bool:
-        """Whether a call without an image runs its modules in the order of one that routes (a cache rules it out)."""
-        return cache is None and side_branch.keeps_order(self.anatomy)
 
     def _with_gradients(self, outputs: Any, context: CallContext) -> Any:
         """The stock outputs; every rank must give what was added a gradient, also one whose batch has no image."""
@@ -145,7 +139,12 @@ class RoutedForward:
         if decoder.training and getattr(decoder, "gradient_checkpointing", False):
             use_cache = False
         seen = cache.get_seq_length() if cache is not None else 0
-        attention_mask = _whole_mask(attention_mask, cache, seen, batch, queries)
+        if attention_mask is not None and seen and attention_mask.shape[1] == queries:
+            # `llava` makes one for a later turn's own tokens only.
+            past = attention_mask.new_ones(batch, seen)
+            if isinstance(cache, RoutedCache):
+                past = cache.streams[FULL].places.validity().to(attention_mask)
+            attention_mask = torch.cat([past, attention_mask], dim=1)
         asked = kwargs.get("output_hidden_states")
         recording = bool(getattr(config, "output_hidden_states", False) if asked is None else asked)
         call = Call(embeds=embeds, attention_mask=attention_mask, seen=seen, use_cache=use_cache, recording=recording)
@@ -157,7 +156,7 @@ class RoutedForward:
         elif call.valid is None:  # then the last positions are no padding
             call.suffix = context.suffix
         if call.image_mask is None and not isinstance(cache, RoutedCache):
-            if not self._keeps_order(cache):
+            if cache is not None or not side_branch.keeps_order(self.anatomy):
                 return None
             call.use_cache, call.in_order, use_cache = False, True, False
         if cache is not None or use_cache:
@@ -178,7 +177,7 @@ class RoutedForward:
         if prunes:
             call.protected = _read(call, context) if context.read is None else _fit("labels", context.read, call)
         valid = torch.ones_like(image_mask) if call.valid is None else call.valid
-        counts = count(image_mask, valid, context.suffix or 1, call.protected)
+        counts = Counts.of(image_mask, valid, context.suffix or 1, call.protected)
         if warns and not counts.suffix_valid:
             _warn_right_padding()
         if min(a + b for a, b in zip(counts.image, counts.text, strict=True)) == call.queries:
@@ -227,13 +226,3 @@ def _fit(what: str, mask: Tensor, call: Call) -> Tensor:
     if batch % mask.shape[0]:
         raise InputError(f"{what} are for {mask.shape[0]} samples but the decoder got {batch}")
     return mask.repeat_interleave(batch // mask.shape[0], dim=0)
-
-
-def _whole_mask(mask: Tensor | None, cache: Any, seen: int, batch: int, queries: int) -> Tensor | None:
-    """An attention mask over the whole conversation; `llava` makes one for a later turn's own tokens only."""
-    if mask is None or not seen or mask.shape[1] != queries:
-        return mask
-    past = mask.new_ones(batch, seen)
-    if isinstance(cache, RoutedCache):
-        past = cache.streams[FULL].validity().to(mask)
-    return torch.cat([past, mask], dim=1)

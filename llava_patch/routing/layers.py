@@ -5,13 +5,11 @@ values, the layer is called on the others with `ExternalKeys` in the place of it
 the stock code does the rest.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,10 +31,8 @@ class Observer:
     def layer(self, number: int, asking: Tensor, giving: Tensor) -> None:
         """Called before every decoder layer.
 
-        Args:
-            number: the layer's.
-            asking: int64 [batch, n], the positions whose hidden states it gets, as places in the conversation.
-            giving: int64 [batch, keys], the positions whose keys those look at, in the order of the tensors.
+        `asking`, int64 [batch, n], are the positions whose hidden states it gets, as places in the conversation;
+        `giving`, int64 [batch, keys], those whose keys they look at, in the order of the tensors.
         """
 
     def side_output(self, states: Tensor) -> Tensor:
@@ -44,7 +40,7 @@ class Observer:
         return states
 
     def side_input(self, states: Tensor, number: int) -> Tensor:
-        """The same as layer `number` is about to read it; L stands for the decoder's end, which no layer changes."""
+        """The same, of the same shape, as layer `number` is about to read it; L stands for the decoder's end."""
         return states
 
 
@@ -66,48 +62,49 @@ def observer() -> Observer | None:
     return _observer.get()
 
 
+@dataclass(eq=False)
 class Stream:
     """Some positions of one call, and the keys that they may look at; masks are made when a layer first asks."""
 
-    def __init__(
-        self, config: Any, rotary: Rotary, count: int, keys: KeyPositions, example: Tensor, windowed: bool
-    ) -> None:
-        self.config = config
-        self.rotary = rotary  # (cos, sin) of the new positions, each [batch or 1, new, head_dim]
-        self.count = count  # how many positions are new, padding included
-        self.keys = keys  # what its layers hold once this call is done: earlier positions, then the new ones
-        self.position_ids: Tensor | None = None  # flash attention takes gaps for packed samples
-        self._example = example  # of the hidden states' dtype and device
-        self._windowed = windowed  # whether a sliding window cuts off a part of the conversation
-        self.masks: dict[tuple[str, int | None], Any] = {}
+    config: Any
+    rotary: Rotary  # (cos, sin) of the new positions, each [batch or 1, new, head_dim]
+    count: int  # how many positions are new, padding included
+    keys: KeyPositions  # what its layers hold once this call is done: earlier positions, then the new ones
+    example: Tensor  # of the hidden states' dtype and device
+    windowed: bool  # whether a sliding window cuts off a part of the conversation
+    position_ids: Tensor | None = None  # flash attention takes gaps for packed samples
+    masks: dict[tuple[str, int | None], Any] = field(default_factory=dict)
 
     @functools.cached_property
     def cache_position(self) -> Tensor:
         """Places of the new keys in the layers' cache: int64 [new]."""
-        return torch.arange(len(self.keys) - self.count, len(self.keys), device=self._example.device)
+        return torch.arange(len(self.keys) - self.count, len(self.keys), device=self.example.device)
 
     def last(self, count: int) -> PositionSet:
         """The last few positions, as places in the conversation."""
-        start, valid = len(self.keys) - count, self.keys.valid
-        return PositionSet(self.keys.index[:, start:], None if valid is None else valid[:, start:])
+        start = len(self.keys) - count
+        return self.keys.places.map(lambda x: x[:, start:])
 
-    def mask(self, backend: str, last: int | None = None) -> Any:
-        """The mask of a layer of this attention backend whose queries are the new positions, or the `last` few."""
+    def mask(self, layer: Any, last: int | None = None) -> Any:
+        """The mask, in the form of the layer's backend, where its queries are the new positions, or the `last` few."""
+        backend = compat.attention_of(layer.self_attn.config)
         key = (backend, None if last is not None and last >= self.count else last)
         if key not in self.masks:
             queries = self.count if last is None else last
-            if self._windowed:
+            if self.windowed:
                 self.masks[key] = self.mask_among(self.last(queries))
             elif queries == 1 and not self.keys.padded:
                 self.masks[key] = None
             else:
-                states = self._example[:, :1].expand(-1, queries, -1)
-                self.masks[key] = compat.causal_mask(self.config, states, self.keys.valid, len(self.keys), backend)
+                states = self.example[:, :1].expand(-1, queries, -1)
+                valid = self.keys.places.valid if self.keys.padded else None
+                self.masks[key] = compat.causal_mask(self.config, states, valid, len(self.keys), backend)
         return self.masks[key]
 
     def mask_among(self, asking: PositionSet) -> Tensor:
-        """The mask of a layer whose queries are other places of the conversation than the last keys."""
-        return compat.position_mask(self.config, asking.index, self.keys.index, self.keys.valid, self._example.dtype)
+        """The mask, [batch, 1, queries, keys], of a layer whose queries are other places than the last keys."""
+        keys = self.keys.places
+        return compat.position_mask(self.config, asking.index, keys.index, keys.valid, self.example.dtype)
 
 
 @dataclass(eq=False)
@@ -124,7 +121,7 @@ class ExternalKeys:
         return self.merge(self.key, own)
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, cache_kwargs: Any = None) -> tuple[Tensor, Tensor]:
-        """What a layer calls on its cache: merged keys and values, which the real cache takes as well."""
+        """What a layer calls on its cache: merged keys and values, [batch, key_value_heads, keys, head_dim] each."""
         key, value = self.merged_keys(key), self.merge(self.value, value)
         return (key, value) if self.cache is None else self.cache.update(key, value, layer_idx, cache_kwargs)
 
@@ -164,7 +161,7 @@ def trains(modules: Iterable[nn.Module]) -> bool:
 
 
 def prime(states: Tensor, layer: nn.Module) -> Tensor:
-    """Reentrant checkpointing gives no gradient at all unless an input requires one."""
+    """States [batch, n, hidden] that want a gradient if the layer trains: reentrant checkpointing gives none else."""
     if not states.requires_grad and trains([layer]):
         states = states.detach().requires_grad_()
     return states

@@ -1,7 +1,5 @@
 """Where image and text tokens go: index sets of a ragged batch. Mathematics only."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -18,7 +16,7 @@ class PositionSet:
 
     @classmethod
     def run(cls, start: int, stop: int, batch: int, device: torch.device, valid: Tensor | None = None) -> "PositionSet":
-        """The positions start..stop-1 of every sample."""
+        """The positions start..stop-1 of every sample; `valid` is bool [batch, stop - start], None without padding."""
         return cls(torch.arange(start, stop, device=device).expand(batch, -1), valid)
 
     def __len__(self) -> int:
@@ -34,12 +32,8 @@ class PositionSet:
         return _gather(values, index)
 
     def take_rotary(self, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """`take` for (cos, sin)."""
+        """`take` for (cos, sin), each [batch or 1, tokens, head_dim]."""
         return self.take(rotary[0]), self.take(rotary[1])
-
-    def of(self, outer: "PositionSet") -> "PositionSet":
-        """These places, which count within `outer`, as places in the sequence that `outer` was taken from."""
-        return replace(self, index=outer.index.gather(1, self.index))
 
     def shifted(self, offset: int) -> "PositionSet":
         """The same places in a sequence that has `offset` more positions in front."""
@@ -57,7 +51,7 @@ class PositionSet:
         return PositionSet(torch.cat([self.index, later.index.to(self.index.device)], dim=1), valid)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "PositionSet":
-        """The same change of the batch dimension on both tensors."""
+        """The same change on both tensors [batch, n], mostly of the batch dimension."""
         return PositionSet(change(self.index), None if self.valid is None else change(self.valid))
 
 
@@ -81,35 +75,23 @@ class KeyPositions:
         """Whether any sample has padding."""
         return self.listed.valid is not None
 
-    def _spelled_out(self) -> PositionSet:
+    @property
+    def places(self) -> PositionSet:
+        """All of them, spelled out: places in the conversation."""
         if self.run:
             index = self.listed.index
             run = PositionSet.run(self.end - self.run, self.end, len(index), index.device)
             self.listed, self.run = self.listed.joined(run), 0
         return self.listed
 
-    @property
-    def index(self) -> Tensor:
-        """Places in the conversation: int64 [batch, n]."""
-        return self._spelled_out().index
-
-    @property
-    def valid(self) -> Tensor | None:
-        """False at padding, bool [batch, n]; None when no sample has any."""
-        return self._spelled_out().valid if self.padded else None
-
-    def validity(self) -> Tensor:
-        """`valid`, spelled out: bool [batch, n]."""
-        return self._spelled_out().validity()
-
     def add(self, new: PositionSet) -> None:
         """Add places behind."""
-        self.listed = self._spelled_out().joined(new)
+        self.listed = self.places.joined(new)
 
     def add_run(self, count: int, end: int) -> None:
         """Add the `count` places in front of `end`, none of them padding."""
         if self.run and self.end != end - count:
-            self._spelled_out()
+            self.listed, self.run = self.places, 0
         self.run, self.end = self.run + count, end
 
     def forget(self, count: int) -> None:
@@ -120,7 +102,7 @@ class KeyPositions:
             self.listed = self.listed.map(lambda x: x[:, : -(count - from_run)])
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "KeyPositions":
-        """The same change of the batch dimension on every tensor."""
+        """The same change of the batch dimension on every tensor [batch, n]."""
         return KeyPositions(self.listed.map(change), self.run, self.end)
 
 
@@ -135,26 +117,26 @@ class Counts:
     suffix_text: bool  # whether they are all text
     protected: tuple[int, ...]  # per sample, image positions that are read
 
+    @classmethod
+    def of(cls, image_mask: Tensor, valid: Tensor, suffix: int = 1, protected: Tensor | None = None) -> "Counts":
+        """Count a batch, with one synchronisation whatever its size.
 
-def count(image_mask: Tensor, valid: Tensor, suffix: int = 1, protected: Tensor | None = None) -> Counts:
-    """Count a batch, with one synchronisation whatever its size.
-
-    `image_mask`, `valid` (False at padding) and `protected` (positions that are read; None: none) are bool [batch,
-    tokens]; `suffix_valid` and `suffix_text` speak of the last `suffix` columns.
-    """
-    image_mask = image_mask & valid
-    text_mask = valid & ~image_mask
-    places = torch.arange(1, image_mask.shape[1] + 1, device=image_mask.device)
-    rows = [
-        image_mask.sum(1),
-        text_mask.sum(1),
-        (image_mask * places).amax(1),
-        valid[:, -suffix:].all(1).long(),
-        text_mask[:, -suffix:].all(1).long(),
-        (torch.zeros_like(image_mask) if protected is None else protected & image_mask).sum(1),
-    ]
-    image, text, ends, suffix_valid, suffix_text, kept = torch.stack(rows).tolist()
-    return Counts(tuple(image), tuple(text), max(ends), all(suffix_valid), all(suffix_text), tuple(kept))
+        `image_mask`, `valid` (False at padding) and `protected` (positions that are read; None: none) are bool [batch,
+        tokens]; `suffix_valid` and `suffix_text` speak of the last `suffix` columns.
+        """
+        image_mask = image_mask & valid
+        text_mask = valid & ~image_mask
+        places = torch.arange(1, image_mask.shape[1] + 1, device=image_mask.device)
+        rows = [
+            image_mask.sum(1),
+            text_mask.sum(1),
+            (image_mask * places).amax(1),
+            valid[:, -suffix:].all(1).long(),
+            text_mask[:, -suffix:].all(1).long(),
+            (torch.zeros_like(image_mask) if protected is None else protected & image_mask).sum(1),
+        ]
+        image, text, ends, suffix_valid, suffix_text, kept = torch.stack(rows).tolist()
+        return cls(tuple(image), tuple(text), max(ends), all(suffix_valid), all(suffix_text), tuple(kept))
 
 
 @dataclass(frozen=True)
@@ -182,11 +164,11 @@ class RoutingPlan:
 def make_plan(image_mask: Tensor, valid: Tensor | None, counts: Counts | None = None) -> RoutingPlan:
     """Split a batch into image and text positions by bool [batch, tokens]; `valid` is False at padding, None without.
 
-    `counts` is what `count` says of the two masks, when the caller knows it already.
+    `counts` is what `Counts.of` says of the two masks, when the caller knows it already.
     """
     if valid is None:
         valid = torch.ones_like(image_mask)
-    counts = count(image_mask, valid) if counts is None else counts
+    counts = Counts.of(image_mask, valid) if counts is None else counts
     image_mask = image_mask & valid
     text_mask = valid & ~image_mask
     image, text = positions(image_mask, counts.image), positions(text_mask, counts.text)

@@ -4,8 +4,6 @@ Source: "Late-Layer Fusion is Enough" (DPVR), section 3.2. Layers below the spli
 on the image positions, the deep layers as the variant has it (`schedule`); pruned tokens leave on the way (`pruning`).
 """
 
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,16 +19,7 @@ from llava_patch.hosts.call_context import CallContext
 from llava_patch.routing import side_branch
 from llava_patch.routing.cache import FULL, KEPT, TEXT, RoutedCache
 from llava_patch.routing.layers import Stream, attention_of_last, call_with_keys, observer, prime
-from llava_patch.routing.plan import (
-    Counts,
-    KeyPositions,
-    PositionSet,
-    RoutingPlan,
-    count,
-    make_plan,
-    positions,
-    put_back,
-)
+from llava_patch.routing.plan import Counts, KeyPositions, PositionSet, RoutingPlan, make_plan, positions, put_back
 from llava_patch.routing.pruning import choose_kept
 from llava_patch.routing.schedule import LayerMode, LayerSchedule
 
@@ -86,7 +75,7 @@ class RoutedPass:
         self.schedule = schedule
         self.call = call
         self.config = self.decoder.config
-        prunes = schedule.prune_at is not None and (schedule.prunes_in_training or not self.decoder.training)
+        prunes = schedule.pruning is not None and (schedule.pruning.training or not self.decoder.training)
         self.prune_at = schedule.prune_at if prunes else None
         window = compat.sliding_window(self.config)
         self.windowed = window is not None and call.seen + call.queries > window
@@ -107,9 +96,8 @@ class RoutedPass:
     def forward(self) -> BaseModelOutputWithPast:
         """Run all layers.
 
-        Returns:
-            last_hidden_state [batch, tokens, hidden] after the final norm, of the last `suffix` positions alone where
-            no others are read; hidden_states where they are recorded, NaN at positions that a layer has no state for.
+        `last_hidden_state` is [batch, tokens, hidden] after the final norm, of the last `suffix` positions alone where
+        no others are read; `hidden_states`, where they are recorded, are NaN at positions that a layer has none for.
         """
         cache = self.call.cache
         if cache is None:
@@ -221,9 +209,10 @@ class RoutedPass:
         if mode is not LayerMode.FUSE:
             return mode is LayerMode.KEYS
         return (
-            number == self.schedule.fusion[-1]
+            number == self.schedule.late_fusion[-1]
             and self._last_token_only(self._text(), all_text=True)
-            and not self._backend(number).startswith("flash_attention")  # its masks cannot say this
+            # The masks of flash attention cannot say this.
+            and not compat.attention_of(self.layers[number].self_attn.config).startswith("flash_attention")
         )
 
     def _last_token_only(self, hidden: Tensor, all_text: bool = False) -> bool:
@@ -238,12 +227,12 @@ class RoutedPass:
         last = self.call.suffix
         assert last is not None
         self._tell(number, stream, stream, last)
-        cut = hidden.shape[1] - last
+        layer, cut = self.layers[number], hidden.shape[1] - last
         cos, sin = stream.rotary
         self.merged = call_with_keys(
-            self.layers[number], hidden[:, cut:], hidden[:, :cut], rotary=(cos[:, cut:], sin[:, cut:]),
+            layer, hidden[:, cut:], hidden[:, :cut], rotary=(cos[:, cut:], sin[:, cut:]),
             others_rotary=(cos[:, :cut], sin[:, :cut]), merge=lambda others, own: torch.cat([others, own], dim=2),
-            attention_mask=stream.mask(self._backend(number), last), past_key_values=self.call.cache,
+            attention_mask=stream.mask(layer, last), past_key_values=self.call.cache,
         )  # fmt: skip
         self.text, self.plan = None, None
 
@@ -252,19 +241,16 @@ class RoutedPass:
         layer = self.layers[number]
         hidden = prime(hidden, layer)
         return compat.call_layer(
-            layer, hidden, attention_mask=stream.mask(self._backend(number)), position_ids=stream.position_ids,
+            layer, hidden, attention_mask=stream.mask(layer), position_ids=stream.position_ids,
             position_embeddings=stream.rotary, past_key_values=self.call.cache, use_cache=self.call.use_cache,
             cache_position=self.call.cache_position if stream is self.full else stream.cache_position,
             checkpoint=hidden.requires_grad,
         )  # fmt: skip
 
-    def _backend(self, number: int) -> str:
-        return compat.attention_of(self.layers[number].self_attn.config)
-
     def _tell(self, number: int, asking: Stream, giving: Stream, last: int | None = None) -> None:
         if self.observer is not None:
             queries = asking.last(asking.count if last is None else last)
-            self.observer.layer(number, queries.index, giving.keys.index)
+            self.observer.layer(number, queries.index, giving.keys.places.index)
 
     def _inject(self, number: int) -> None:
         """Add the taps that DeepStack has for this layer, which lies below the split."""
@@ -320,7 +306,7 @@ class RoutedPass:
         self.full = self._stream(FULL, None, hidden)
         self.full.position_ids = call.position_ids
         self.full.masks[(compat.attention_of(self.config), None)] = compat.stock_mask(
-            self.decoder, hidden, attention_mask=call.attention_mask, cache_position=call.cache_position,
+            self.config, hidden, attention_mask=call.attention_mask, cache_position=call.cache_position,
             past_key_values=call.cache, position_ids=call.position_ids,
         )  # fmt: skip
         self.main_stream = self.text_stream = self.full
@@ -389,12 +375,12 @@ class RoutedPass:
         valid = torch.ones_like(image_mask) if call.valid is None else call.valid
         if call.kept is not None:
             kept = (call.kept if call.protected is None else call.kept | call.protected) & valid
-            self.counts = count(image_mask & kept, kept, call.suffix or 1)
+            self.counts = Counts.of(image_mask & kept, kept, call.suffix or 1)
             return kept
-        last, keys = call.last_index(), self.full.keys
+        last, keys = call.last_index(), self.full.keys.places
         attention = functools.partial(
             attention_of_last, self.layers[self.prune_at - 1], self.entered, last, self.rotary,
-            None if call.cache is None else call.cache.keys_of(self.prune_at - 1),
+            None if call.cache is None else call.cache.layers[self.prune_at - 1].keys,
             compat.visible(self.config, (last + call.seen)[:, None], keys.index, keys.valid)[:, 0],
         )  # fmt: skip
         pruning = self.schedule.pruning
@@ -425,7 +411,7 @@ class RoutedPass:
 
     def _columns(self, part: PositionSet) -> PositionSet:
         """Places among the main positions, as columns of this call."""
-        return part if self.main is None else part.of(self.main)
+        return part if self.main is None else replace(part, index=self.main.index.gather(1, part.index))
 
     def _graph_below_split(self) -> bool:
         """Whether anything below the split, or before the decoder, wants a gradient."""

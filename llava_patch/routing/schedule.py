@@ -3,10 +3,9 @@
 `routing.reference` says the same in plain mathematics, `routing.routed_pass` runs it.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 
 from llava_patch.core.errors import SettingError
 from llava_patch.routing.pruning import Pruning
@@ -57,15 +56,10 @@ class LayerSchedule:
     pruning: Pruning | None = None  # what is pruned and where; None: nothing
     injections: tuple[int, ...] = ()  # DeepStack: layers whose input takes a tap, in the order of the taps
 
-    @property
+    @cached_property
     def prune_at(self) -> int | None:
         """First layer without the pruned tokens; None: nothing is pruned."""
         return None if self.pruning is None else self.pruning.layer
-
-    @property
-    def prunes_in_training(self) -> bool:
-        """Whether training mode prunes as well."""
-        return self.pruning is not None and self.pruning.training
 
     @property
     def does_something(self) -> bool:
@@ -78,8 +72,8 @@ class LayerSchedule:
         return self.split < self.n_layers or self.prune_at is not None
 
     @property
-    def fusion(self) -> tuple[int, ...]:
-        """Late fusion: the layers that see both streams again."""
+    def late_fusion(self) -> tuple[int, ...]:
+        """The layers that see both streams again."""
         return tuple(i for i, mode in enumerate(self.modes) if mode is LayerMode.FUSE)
 
 
@@ -88,8 +82,7 @@ def make_schedule(
 ) -> LayerSchedule:
     """Resolve settings, and DeepStack's layers (`injections`), against a model's depth L.
 
-    Raises:
-        SettingError: a split, K, n, pruning or injection layer that the model or the variant cannot take.
+    SettingError: a split, K, n, pruning or injection layer that the model or the variant cannot take.
     """
     split = n_layers
     if routing is not None:
@@ -97,11 +90,15 @@ def make_schedule(
         split = int(routing.split)
     side_layers = routing.side_layers if routing is not None and split < n_layers else 0
     _check_injections(injections, n_layers, split)
-    schedule = LayerSchedule(n_layers, split, modes_of(routing, n_layers), side_layers, injections=injections)
-    if pruning is None or pruning.ratio == 0:
-        return schedule
-    _check_pruning(pruning, routing, n_layers, split)
-    return replace(schedule, pruning=pruning)
+    if pruning is not None and pruning.ratio == 0:
+        pruning = None
+    if pruning is not None:
+        last, why = n_layers - 1, f"this model has layers 0..{n_layers - 1}"
+        if routing is not None and split < n_layers and routing.variant in ("lf", "ideal", "vtw"):
+            last, why = split, f"{routing.variant} takes the image tokens out at layer {split}, so later there are none"
+        if pruning.layer > last:
+            raise SettingError(f"{type(pruning).__name__}.layer = {pruning.layer} is outside 1..{last}: {why}")
+    return LayerSchedule(n_layers, split, modes_of(routing, n_layers), side_layers, pruning, injections)
 
 
 def _check_injections(injections: tuple[int, ...], n_layers: int, split: int) -> None:
@@ -158,12 +155,3 @@ def _check_routing(routing: Routing, n_layers: int) -> None:
             f"Routing.side_layers = {n} with Routing.split = {split}: the side branch starts as a copy of layers "
             f"{split}..{split + n - 1}, but the last layer is {n_layers - 1}: at most {n_layers - split} fit"
         )
-
-
-def _check_pruning(pruning: Pruning, routing: Routing | None, n_layers: int, split: int) -> None:
-    last = n_layers - 1
-    why = f"this model has layers 0..{last}"
-    if routing is not None and split < n_layers and routing.variant in ("lf", "ideal", "vtw"):
-        last, why = split, f"{routing.variant} takes the image tokens out at layer {split}, so later there are none"
-    if pruning.layer > last:
-        raise SettingError(f"{type(pruning).__name__}.layer = {pruning.layer} is outside 1..{last}: {why}")

@@ -1,7 +1,5 @@
 """The side branch: trainable decoder layers that the image positions take instead of the deep layers."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable
 
@@ -23,21 +21,20 @@ def copy_layers(layers: Iterable[nn.Module]) -> nn.ModuleList:
     engine does that when it takes the model over. LoRA updates are merged into plain Linear layers, since the side
     branch trains in full. SettingError: quantised layers, which cannot train.
     """
-    return nn.ModuleList(_copy(layer) for layer in layers)
-
-
-def _copy(layer: nn.Module) -> nn.Module:
-    with zero.gathered(layer.parameters()):
-        # A copied parameter has the gathered values and none of DeepSpeed's attributes.
-        twin = copy.deepcopy(layer)
-    lora.merge(twin)
-    for name, parameter in twin.named_parameters():
-        if not parameter.is_floating_point():
-            raise SettingError(
-                f"the decoder's weights are quantised ({name} is {parameter.dtype}), but the side branch is a copy of "
-                "a decoder layer that trains in full: load the model without quantisation (--bits 16)"
-            )
-    return twin
+    twins = nn.ModuleList()
+    for layer in layers:
+        with zero.gathered(layer.parameters()):
+            # A copied parameter has the gathered values and none of DeepSpeed's attributes.
+            twin = copy.deepcopy(layer)
+        lora.merge(twin)
+        for name, parameter in twin.named_parameters():
+            if not parameter.is_floating_point():
+                raise SettingError(
+                    f"the decoder's weights are quantised ({name} is {parameter.dtype}), but the side branch is a copy "
+                    "of a decoder layer that trains in full: load the model without quantisation (--bits 16)"
+                )
+        twins.append(twin)
+    return twins
 
 
 def parameters(anatomy: Anatomy) -> list[nn.Parameter]:
@@ -51,8 +48,8 @@ def run(anatomy: Anatomy, states: Tensor, stream: Stream) -> Tensor:
     for layer in getattr(anatomy.decoder, SIDE_BRANCH):
         states = prime(states, layer)
         states = compat.call_layer(
-            layer, states, attention_mask=stream.mask(compat.attention_of(layer.self_attn.config)),
-            position_embeddings=stream.rotary, checkpoint=states.requires_grad,
+            layer, states, attention_mask=stream.mask(layer), position_embeddings=stream.rotary,
+            checkpoint=states.requires_grad,
         )  # fmt: skip
     return states
 

@@ -1,7 +1,5 @@
 """What is configured now: gin files and bindings from flags, environment and our own commands, read once."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys
@@ -27,52 +25,43 @@ def take_flags(argv: list[str]) -> tuple[list[str], list[str]]:
 
     `--flag value` and `--flag=value` both work, and may be repeated. SettingError: a flag without a value.
     """
-    files: list[str] = []
-    params: list[str] = []
-    kept: list[str] = []
-    rest = iter(argv)
+    taken: dict[str, list[str]] = {flag: [] for flag in FLAGS}
+    rest, kept = iter(argv), []
     for argument in rest:
         flag, equals, value = argument.partition("=")
-        if flag not in FLAGS:
+        if flag not in taken:
             kept.append(argument)
-            continue
-        if not equals:
-            value = next(rest, "")
-        if not value:
+        elif value := value if equals else next(rest, ""):
+            taken[flag].append(value)
+        else:
             raise SettingError(f"{flag} needs a value")
-        (files if flag == FILE_FLAG else params).append(value)
     argv[:] = kept
-    return files, params
+    return taken[FILE_FLAG], taken[PARAM_FLAG]
 
 
 @contextlib.contextmanager
-def also(files: "Sequence[str]", params: "Sequence[str]") -> "Iterator[None]":
-    """Inside the block, gin files and bindings of one of our own commands count after those of the environment."""
+def _meanwhile(flags: tuple[list[str], list[str]], read: "Configuration | None") -> "Iterator[None]":
     global _configuration, _flags
     before = _flags, _configuration
-    _flags, _configuration = ([*_flags[0], *files], [*_flags[1], *params]), None
+    _flags, _configuration = flags, read
     try:
         yield
     finally:
         _flags, _configuration = before
 
 
-@contextlib.contextmanager
-def without_patches() -> "Iterator[None]":
+def also(files: "Sequence[str]", params: "Sequence[str]") -> "contextlib.AbstractContextManager[None]":
+    """Inside the block, gin files and bindings of one of our own commands count after those of the environment."""
+    return _meanwhile(([*_flags[0], *files], [*_flags[1], *params]), None)
+
+
+def without_patches() -> "contextlib.AbstractContextManager[None]":
     """Inside the block, models come as their checkpoints are: a configured patch is not put on them.
 
     For the model that a patched one is compared with; settings of measurements still count.
     """
-    import dataclasses
-
-    global _configuration
-    now, before = configuration(), _configuration
-    if now is not None:
-        _configuration = dataclasses.replace(now, fusion=None, routing=None, pruning=None, probe=None, off=())
-    try:
-        yield
-    finally:
-        _configuration = before
+    now = configuration()
+    return _meanwhile(_flags, now and now.unpatched())
 
 
 def configuration() -> "Configuration | None":
@@ -136,10 +125,8 @@ def take_flags_from_command_line() -> None:
 
 def asked() -> bool:
     """Whether flags or environment configure anything, readable or not."""
-    given = (argument.partition("=")[0] for argument in sys.argv)  # a script's flags are taken out later
-    return (
-        any(_flags) or any(flag in FLAGS for flag in given) or any(_split(os.environ.get(name)) for name in VARIABLES)
-    )
+    given = {argument.partition("=")[0] for argument in sys.argv}  # a script's flags are taken out later
+    return any(_flags) or not given.isdisjoint(FLAGS) or any(_split(os.environ.get(name)) for name in VARIABLES)
 
 
 def settings_of(cls: Any, **given: Any) -> Any:

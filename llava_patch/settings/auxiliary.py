@@ -1,13 +1,11 @@
 """Settings of R-Probe as an auxiliary loss in training."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from llava_patch.core.errors import SettingError
-from llava_patch.settings.checks import BROKEN, fraction, integer, is_number
+from llava_patch.settings.checks import BROKEN, choice, fraction, integer, is_number
 
 ROPE_FORMS = ("attention", "embedding")
 
@@ -53,8 +51,5 @@ class AuxiliaryProbe:
         integer("AuxiliaryProbe", "seed", self.seed, 0)
         if self.lr is not None and (not is_number(self.lr) or not 0 < self.lr < math.inf):
             raise SettingError(f"AuxiliaryProbe.lr = {self.lr!r}: expected a number above 0")
-        for name, choices in (("rope", ROPE_FORMS), ("broken", BROKEN)):
-            if getattr(self, name) not in choices:
-                raise SettingError(
-                    f"AuxiliaryProbe.{name} = {getattr(self, name)!r}: expected one of {', '.join(choices)}"
-                )
+        choice("AuxiliaryProbe", "rope", self.rope, ROPE_FORMS)
+        choice("AuxiliaryProbe", "broken", self.broken, BROKEN)

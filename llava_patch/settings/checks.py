@@ -1,7 +1,6 @@
 """Checks that several settings share."""
 
-from __future__ import annotations
-
+from collections.abc import Iterable
 from typing import Any
 
 from llava_patch.core.errors import SettingError
@@ -13,6 +12,12 @@ BROKEN = ("stop", "skip")
 def is_number(value: Any) -> bool:
     """Whether a setting is a number; True and False are none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def choice(owner: str, name: str, value: Any, choices: Iterable[str]) -> None:
+    """Refuse what is none of the words."""
+    if value not in (known := tuple(choices)):
+        raise SettingError(f"{owner}.{name} = {value!r}: expected one of {', '.join(known)}")
 
 
 def integer(owner: str, name: str, value: Any, minimum: int) -> None:

@@ -4,13 +4,11 @@ Bindings name the same classes and fields as Python does (`Routing.split = 18`).
 a field a kind of method (`Patch.fusion`, ...); binding any field of a method switches that method on as well.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from typing import Any
 import gin
 from llava_patch.core import registry
 from llava_patch.core.errors import SettingError
-from llava_patch.core.resources import gin_dir
+from llava_patch.core.paths import gin_dir
 
 METHODS = registry.methods()
 MEASUREMENTS: dict[str, Any] = registry.settings()
@@ -33,7 +31,7 @@ for _cls in (*METHODS.values(), *MEASUREMENTS.values(), Sweep):
 
 @gin.configurable("Patch", module="llava_patch")
 def _root(fusion: Any = None, routing: Any = None, pruning: Any = None, probe: Any = None) -> dict[str, Any]:
-    return {"fusion": fusion, "routing": routing, "pruning": pruning, "probe": probe}
+    return locals()
 
 
 @gin.register(FLAGS, module="llava_patch")
@@ -65,7 +63,7 @@ class Configuration:
     flags: dict[str, Any] = field(default_factory=dict)  # flags for LLaVA's training script, by name
     sweep: Any = None  # a grid for `llava-patch sweep`, or None
     operative: str = ""  # gin's operative config as text: every value in use, the defaults included
-    sources: tuple[str, ...] = field(default=())  # the files and bindings it came from
+    sources: tuple[str, ...] = ()  # the files and bindings it came from
     # Kinds of method that are explicitly None, as in `Patch.fusion = None`: asked for, and not nothing.
     off: tuple[str, ...] = ()
 
@@ -76,6 +74,11 @@ class Configuration:
     def lasting(self) -> dict[str, Any]:
         """Keyword arguments of `patch` for a model that is used and not trained; only what is asked for."""
         return {k: v for k, v in self.methods().items() if v is not None and k not in registry.TRAINING_ONLY}
+
+    def unpatched(self) -> "Configuration":
+        """The same without a method."""
+        none: dict[str, Any] = dict.fromkeys(registry.KINDS)
+        return dataclasses.replace(self, **none, off=())
 
     @property
     def patches(self) -> bool:
@@ -96,11 +99,15 @@ def find_file(name: str) -> Path:
         if path.name == name and (gin_dir() / shipped_name).is_file():
             return gin_dir() / shipped_name
     shipped = sorted(p.name for p in gin_dir().glob("*.gin"))
-    near = difflib.get_close_matches(path.name, shipped, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
     raise SettingError(
-        f"{name}: no such gin file here or among the shipped ones{hint} (llava-patch gin-files lists them)"
+        f"{name}: no such gin file here or among the shipped ones{_hint(path.name, shipped)} (llava-patch gin-files "
+        "lists them)"
     )
+
+
+def _hint(word: str, known: Iterable[str], start: str = "; did") -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"{start} you mean {near[0]}?" if near else ""
 
 
 def read(files: Sequence[str], params: Sequence[str]) -> Configuration:
@@ -113,35 +120,32 @@ def read(files: Sequence[str], params: Sequence[str]) -> Configuration:
     # The program's own gin configuration, which ours must neither see nor disturb.
     outside = {name: dict(getattr(gin.config, name)) for name in ("_CONFIG", "_OPERATIVE_CONFIG")}
     gin.clear_config()
-    root = logging.getLogger()
-    handler, quiet = logging.NullHandler(), _FoundElsewhere()
+    root, handler = logging.getLogger(), logging.NullHandler()
     root.addHandler(handler)  # or the first message would set up logging for the whole program
-    root.addFilter(quiet)
+    root.addFilter(_is_no_search)
     gin.add_config_file_search_path(str(gin_dir()))
     try:
         gin.parse_config_files_and_bindings([str(p) for p in paths], list(params), finalize_config=False)
         _check_bindings()
-        resolved = _root()
         explicit = gin.get_bindings("Patch", resolve_references=False)
         implied = {k: name for k, name in _implied().items() if k not in explicit}  # `Patch.routing = None` stays off
-        if implied:  # bound for good, so that the operative config reproduces the run
-            gin.parse_config([f"Patch.{kind} = @{name}()" for kind, name in implied.items()])
-            resolved = _root()
+        # Bound for good, so that the operative config reproduces the run.
+        gin.parse_config([f"Patch.{kind} = @{name}()" for kind, name in implied.items()])
+        resolved = _root()
         _check_kinds(resolved)
         measurements = {n: gin.get_configurable(n)() for n in MEASUREMENTS if _bound(n)}
         flags = gin.get_configurable(FLAGS)() if _bound(FLAGS) else {}
         sweep = gin.get_configurable("Sweep")() if _bound("Sweep") else None
         operative = gin.operative_config_str()
-    except SettingError as error:
-        raise SettingError(_setting_error(error)) from None
     except (ValueError, TypeError, SyntaxError, OSError, KeyError, RuntimeError) as error:
         inner = _setting_error(error)
-        raise SettingError(inner or f"gin configuration ({', '.join(sources)}): {_explain(error)}") from error
+        cause = None if isinstance(error, SettingError) else error
+        raise SettingError(inner or f"gin configuration ({', '.join(sources)}): {_explain(error)}") from cause
     finally:
         gin.clear_config()
         for name, values in outside.items():
             getattr(gin.config, name).update(values)
-        root.removeFilter(quiet)
+        root.removeFilter(_is_no_search)
         root.removeHandler(handler)
     return Configuration(
         **resolved, measurements=measurements, flags=flags, sweep=sweep, operative=operative, sources=sources,
@@ -149,11 +153,9 @@ def read(files: Sequence[str], params: Sequence[str]) -> Configuration:
     )  # fmt: skip
 
 
-class _FoundElsewhere(logging.Filter):
-    """Drops gin's error about an included file that is not in the current folder, before it looks among ours."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not str(record.msg).startswith("Path not found")
+def _is_no_search(record: logging.LogRecord) -> bool:
+    """False for gin's error about an included file that is not in the current folder, before it looks among ours."""
+    return not str(record.msg).startswith("Path not found")
 
 
 def _check_bindings() -> None:
@@ -161,8 +163,8 @@ def _check_bindings() -> None:
     for scope, selector in gin.config._CONFIG:
         if selector == "gin.macro":
             if (scope, selector) not in used:  # gin takes `split = 14` for a macro
-                first = dataclasses.fields(METHODS[scope])[0].name if scope in METHODS else scope
-                example = f"{scope if scope in METHODS else 'Routing'}.{first}"
+                cls = METHODS.get(scope)
+                example = f"Routing.{scope}" if cls is None else f"{scope}.{dataclasses.fields(cls)[0].name}"
                 raise SettingError(f"{scope} = ... sets nothing: write METHOD.setting, as in {example} = ...")
         elif scope:
             raise SettingError(f"{scope}/{selector}: a scoped binding has no effect here; bind {selector} itself")
@@ -171,10 +173,9 @@ def _check_bindings() -> None:
 def _check_kinds(resolved: dict[str, Any]) -> None:
     for kind, value in resolved.items():
         known = registry.methods(kind)
-        if value is None or isinstance(value, tuple(known.values())):
-            continue
-        names = ", ".join(f"@{name}()" for name in known)
-        raise SettingError(f"Patch.{kind} = {value!r}: expected {names}")
+        if value is not None and not isinstance(value, tuple(known.values())):
+            names = ", ".join(f"@{name}()" for name in known)
+            raise SettingError(f"Patch.{kind} = {value!r}: expected {names}")
 
 
 def _bound(name: str) -> bool:
@@ -183,12 +184,10 @@ def _bound(name: str) -> bool:
 
 def _implied() -> dict[str, str]:
     implied: dict[str, str] = {}
-    for name, cls in METHODS.items():
-        if not _bound(name):
-            continue
-        if cls.KIND in implied:
-            raise SettingError(f"two {cls.KIND}s are bound: {implied[cls.KIND]} and {name}; a model takes one")
-        implied[cls.KIND] = name
+    for name in filter(_bound, METHODS):
+        kind = METHODS[name].KIND
+        if implied.setdefault(kind, name) != name:
+            raise SettingError(f"two {kind}s are bound: {implied[kind]} and {name}; a model takes one")
     return implied
 
 
@@ -207,14 +206,11 @@ def _explain(error: BaseException) -> str:
     unknown = re.search(r"No configurable matching '([^']+)'", text)
     if unknown:
         known = ["Patch", *METHODS, *MEASUREMENTS, FLAGS, "Sweep"]
-        near = difflib.get_close_matches(unknown[1].split(".")[0], known, n=1)
-        return f"{text} Known names: {', '.join(known)}." + (f" Did you mean {near[0]}?" if near else "")
+        return f"{text} Known names: {', '.join(known)}.{_hint(unknown[1].split('.')[0], known, ' Did')}"
     parameter = re.search(r"Configurable '(?:llava_patch\.)?(\w+)' doesn't have a parameter named '(\w+)'", text)
-    if parameter and parameter[1] in {**METHODS, **MEASUREMENTS}:
-        names = [f.name for f in dataclasses.fields({**METHODS, **MEASUREMENTS}[parameter[1]])]
-        near = difflib.get_close_matches(parameter[2], names, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return f"{parameter[1]} has no setting {parameter[2]}, it has {', '.join(names)}{hint}"
+    if parameter and (cls := {**METHODS, **MEASUREMENTS}.get(parameter[1])) is not None:
+        names = [f.name for f in dataclasses.fields(cls)]
+        return f"{parameter[1]} has no setting {parameter[2]}, it has {', '.join(names)}{_hint(parameter[2], names)}"
     if "malformed node or string" in text:
         return f'{text.split(":")[0]}: a value is neither a number nor quoted; write text as in Routing.variant = "lf"'
     if "Expected newline" in text:

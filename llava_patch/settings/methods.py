@@ -4,9 +4,8 @@ A class is loaded on first use (`from llava_patch.settings.methods import SkipLi
 Imports neither torch nor gin, so that `import llava_patch` stays cheap.
 """
 
-from __future__ import annotations
-
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -34,18 +33,13 @@ def __getattr__(name: str) -> Any:
     return registry.load(registry.METHODS[name])
 
 
-def _plain(value: Any) -> Any:
-    return [_plain(v) for v in value] if isinstance(value, tuple) else value
-
-
 def _tuples(value: Any) -> Any:
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
 
 
 def to_dict(settings: Any) -> dict[str, Any]:
     """Turn a settings dataclass into plain JSON values, with its class name under "method"."""
-    values = {f.name: _plain(getattr(settings, f.name)) for f in dataclasses.fields(settings)}
-    return {"method": type(settings).__name__, **values}
+    return {"method": type(settings).__name__, **json.loads(json.dumps(dataclasses.asdict(settings)))}
 
 
 def from_dict(values: Mapping[str, Any], source: str) -> Any:
@@ -55,8 +49,7 @@ def from_dict(values: Mapping[str, Any], source: str) -> Any:
     if name not in registry.METHODS:
         raise SettingError(f"{source}: unknown method {name!r}; this version knows {', '.join(registry.METHODS)}")
     cls = registry.load(registry.METHODS[name])
-    known = {f.name for f in dataclasses.fields(cls)}
-    if unknown := sorted(set(values) - known):
+    if unknown := sorted(set(values) - {f.name for f in dataclasses.fields(cls)}):
         raise SettingError(
             f"{source}: {name} has no setting {', '.join(unknown)}; saved by a newer version of llava_patch?"
         )

@@ -1,12 +1,10 @@
 """Settings of what happens in the decoder: routing of image tokens."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 
 from llava_patch.core.errors import SettingError
-from llava_patch.settings.checks import integer
+from llava_patch.settings.checks import choice, integer
 
 AUTO = "auto"
 """Routing.split: measure instead of naming a layer."""
@@ -51,8 +49,7 @@ class Routing:
     freeze: str | None = None
 
     def __post_init__(self) -> None:
-        if self.variant not in VARIANTS:
-            raise SettingError(f"Routing.variant = {self.variant!r}: expected one of {', '.join(VARIANTS)}")
+        choice("Routing", "variant", self.variant, VARIANTS)
         if self.split != AUTO:
             if isinstance(self.split, str):
                 raise SettingError(f'Routing.split = {self.split!r}: expected a layer number or "auto"')
@@ -66,21 +63,16 @@ class Routing:
         learns = self.variant in LEARNING_VARIANTS
         if self.freeze is None:
             object.__setattr__(self, "freeze", "all_but_single" if learns else "none")
-        if self.freeze not in FREEZE_STRATEGIES:
-            raise SettingError(f"Routing.freeze = {self.freeze!r}: expected one of {', '.join(FREEZE_STRATEGIES)}")
+        choice("Routing", "freeze", self.freeze, FREEZE_STRATEGIES)
         if self.freeze == "side_and_fusion" and self.variant in ("pc", "kv"):
             raise SettingError(
                 f'Routing.freeze = "side_and_fusion": {self.variant} has no fusion layer; use "all_but_single"'
             )
         if self.freeze != "none" and not learns:
-            why = (
-                "has no side branch"
-                if self.variant == "vtw"
-                else "never shows the side branch's output to a text token"
-            )
+            why = {"vtw": "has no side branch", "ideal": "never shows the side branch's output to a text token"}
             raise SettingError(
-                f'Routing.freeze = "{self.freeze}" leaves nothing to train: {self.variant} {why}; set Routing.freeze = '
-                '"none", or use variant "lf"'
+                f'Routing.freeze = "{self.freeze}" leaves nothing to train: {self.variant} {why[self.variant]}; set '
+                'Routing.freeze = "none", or use variant "lf"'
             )
 
     def check_saved(self, source: str) -> None:
@@ -92,19 +84,16 @@ class Routing:
             )
 
     def _check_fusion_layers(self) -> None:
-        value = self.fusion_layers
-        if isinstance(value, (tuple, list)):
-            layers = tuple(value)
-            for layer in layers:
-                integer("Routing", "fusion_layers", layer, 0)
-            if len(set(layers)) != len(layers) or not layers:
-                raise SettingError(f"Routing.fusion_layers = {layers}: expected distinct layer numbers, at least one")
-            object.__setattr__(self, "fusion_layers", tuple(sorted(layers)))
+        value = tuple(self.fusion_layers) if isinstance(self.fusion_layers, (tuple, list)) else self.fusion_layers
+        for layer in value if isinstance(value, tuple) else (value,):
+            integer("Routing", "fusion_layers", layer, 0)
+        if isinstance(value, tuple):
+            if len(set(value)) != len(value) or not value:
+                raise SettingError(f"Routing.fusion_layers = {value}: expected distinct layer numbers, at least one")
             if self.variant != "lf":
-                raise SettingError(f"Routing.fusion_layers = {layers}: only lf fuses; {self.variant} takes the default")
-            return
-        integer("Routing", "fusion_layers", value, 0)
-        if self.variant in ("ideal", "vtw"):
+                raise SettingError(f"Routing.fusion_layers = {value}: only lf fuses; {self.variant} takes the default")
+            object.__setattr__(self, "fusion_layers", tuple(sorted(value)))
+        elif self.variant in ("ideal", "vtw"):
             if value > 1:
                 raise SettingError(f"Routing.fusion_layers = {value}: {self.variant} has no fusion layer; leave it out")
             object.__setattr__(self, "fusion_layers", 0)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from llava_patch.core.errors import SettingError
+from llava_patch.fusion.base import choose_taps
 from llava_patch.fusion.features import fuse, merge_patches, stacked
-from llava_patch.fusion.taps import choose_taps
 from llava_patch.settings.methods import DeepStack, DenseConnector, DirectFusion, SkipLinks
 
 N, GRID, D = 24, (4, 8), 5

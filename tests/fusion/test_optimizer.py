@@ -7,7 +7,7 @@ import torch
 
 from llava_patch import Routing, SkipLinks, get_handle, patch
 from llava_patch.core.errors import SettingError
-from llava_patch.integrations.training import fusion as fusion_trainer
+from llava_patch.integrations.training import llava as llava_trainer
 from tests.support.models import IMAGE
 
 SAMPLES = [(2, IMAGE, 5), (3, IMAGE, 1, IMAGE, 4)]
@@ -36,7 +36,7 @@ def arranged(model, **settings):
     handle = patch(model, fusion=SkipLinks(stride=2, **settings))
     optimizer = torch.optim.AdamW(as_llava_makes_them(model, projector_lr=5e-3), lr=1e-3)
     before, groups = layout(optimizer.param_groups), list(optimizer.param_groups)
-    fusion_trainer.arrange(SimpleNamespace(optimizer=optimizer), handle)
+    llava_trainer.arrange_groups(SimpleNamespace(optimizer=optimizer), handle)
     after = [p for g in optimizer.param_groups for p in g["params"]]
     assert len(after) == len({id(p) for p in after})  # none twice
     assert {id(p) for p in after} == {id(p) for p in model.parameters() if p.requires_grad}  # every one that trains
@@ -170,10 +170,10 @@ def test_what_trains_may_differ_from_one_run_to_the_next(host):
 def test_a_float16_tower_trains_in_float32(host):
     handle = patch(host.model, fusion=SkipLinks(stride=2))
     handle.anatomy.vision_model.half()  # as LLaVA's script does without --bf16
-    fusion_trainer.make_trainable(handle)
+    llava_trainer.make_tower_trainable(handle)
     assert next(handle.anatomy.vision_model.parameters()).dtype == torch.float16
     patch(host.model, fusion=SkipLinks(stride=2, train_tower="all"))
-    fusion_trainer.make_trainable(handle)
+    llava_trainer.make_tower_trainable(handle)
     assert {p.dtype for p in handle.anatomy.vision_model.parameters()} == {torch.float32}
 
 
@@ -198,9 +198,9 @@ def deepspeed(**config):
 )
 def test_runs_that_cannot_honour_a_setting_are_refused(host, settings, arguments, message):
     handle = patch(host.model, fusion=SkipLinks(stride=2, train_tower="all", **settings))
-    fusion_trainer.check(handle, SimpleNamespace(optim="adamw_torch"))
+    llava_trainer.check_fusion(handle, SimpleNamespace(optim="adamw_torch"))
     with pytest.raises(SettingError, match=message):
-        fusion_trainer.check(handle, SimpleNamespace(**arguments))
+        llava_trainer.check_fusion(handle, SimpleNamespace(**arguments))
 
 
 @pytest.mark.parametrize(("projector", "message"), [(True, "nothing but the projector"), (False, "does not train")])
@@ -211,7 +211,7 @@ def test_a_warm_up_needs_both_sides(host, projector, message):
     if projector:
         handle.anatomy.projector.requires_grad_(True)
     with pytest.raises(SettingError, match=f"SkipLinks.unfreeze_after = 0.1.*{message}"):
-        fusion_trainer.check(handle, SimpleNamespace())
+        llava_trainer.check_fusion(handle, SimpleNamespace())
 
 
 def test_deepstacks_projector_is_part_of_the_adapter(host):

@@ -3,7 +3,7 @@
 import pytest
 
 from llava_patch.core.errors import SettingError
-from llava_patch.fusion.taps import Join, choose_taps
+from llava_patch.fusion.base import Join, choose_taps
 from llava_patch.settings.methods import DeepStack, DenseConnector, DirectFusion, SkipLinks
 
 

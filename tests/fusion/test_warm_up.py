@@ -7,7 +7,7 @@ import torch
 
 from llava_patch import SkipLinks, patch
 from llava_patch.core.errors import SettingError
-from llava_patch.fusion.warm_up import steps_of
+from llava_patch.fusion.training import steps_of
 from tests.support.models import IMAGE
 
 STEPS, HELD = 6, 3

@@ -6,7 +6,7 @@ import torch
 from llava_patch.core.errors import HostError, InputError
 from llava_patch.core.undo import UndoStack
 from llava_patch.hosts import anatomy, call_context, wrappers
-from llava_patch.hosts.positions import llava_prepare
+from llava_patch.hosts.wrappers import llava_prepare
 from tests.support.models import IMAGE, Host
 
 SAMPLES = [(2, IMAGE, 5), (3, IMAGE, 1, IMAGE, 4), (7,)]

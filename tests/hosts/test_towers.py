@@ -6,7 +6,7 @@ from torch import nn
 
 from llava_patch import DeepStack, DenseConnector, DirectFusion, SkipLinks, patch
 from llava_patch.core.errors import HostError, SettingError
-from llava_patch.fusion.optimizer import distances
+from llava_patch.fusion.training import distances
 from llava_patch.hosts import anatomy
 from llava_patch.hosts.towers import layout as towers
 from tests.support import models, zoo

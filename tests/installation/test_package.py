@@ -15,7 +15,7 @@ CHECK = """
 import sys
 import llava_patch, gin, gin.config
 from llava_patch.integrations import import_hook as autostart
-from llava_patch.core.resources import eval_tasks_dir, gin_dir
+from llava_patch.core.paths import eval_tasks_dir, gin_dir
 assert "site-packages" in llava_patch.__file__, llava_patch.__file__
 assert autostart.installed()
 assert hasattr(gin, "parse_config"), gin.__file__

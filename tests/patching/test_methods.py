@@ -13,8 +13,7 @@ from llava_patch import AuxiliaryProbe, DeepStack, FastV, Routing, SkipLinks, pa
 from llava_patch.core import registry
 from llava_patch.core.errors import SettingError
 from llava_patch.core.method import Method
-from llava_patch.fusion.base import Fusion
-from llava_patch.fusion.taps import Group
+from llava_patch.fusion.base import Fusion, Group
 from llava_patch.routing.pruning import Pruning
 from llava_patch.settings.methods import from_dict, from_record, to_dict
 from tests.support import models

@@ -104,7 +104,7 @@ def test_the_last_files_stay_decoded_until_they_change(tmp_path, monkeypatch):
     Image.new("RGB", (6, 4), (2, 2, 2)).save(file)
     assert open_rgb(file, "x").size == (6, 4)
     assert count
-    assert images._decoded_file.cache_info().maxsize <= 4
+    assert images._decoded.cache_info().maxsize <= 4
 
 
 def test_an_image_inside_another_file(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 
 from llava_patch import Routing, SkipLinks
 from llava_patch.core.errors import SettingError
-from llava_patch.core.resources import gin_dir
+from llava_patch.core.paths import gin_dir
 from llava_patch.settings import gin_config as config
 from llava_patch.settings.methods import from_dict, to_dict
 

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from llava_patch.core.resources import gin_dir
-from llava_patch.fusion.taps import choose_taps
+from llava_patch.core.paths import gin_dir
+from llava_patch.fusion.base import choose_taps
 from llava_patch.settings import gin_config as config
 from llava_patch.settings.methods import (
     LEARNING_VARIANTS,

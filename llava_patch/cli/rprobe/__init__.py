@@ -1,7 +1,5 @@
 """`llava-patch rprobe`: a first word that names none of its subcommands is a checkpoint for `run`."""
 
-from __future__ import annotations
-
 import typer
 
 from llava_patch.cli.common import DefaultGroup
@@ -19,10 +17,5 @@ measures it on held-out ones. Its options: llava-patch rprobe run --help
 """
 
 
-class RProbeGroup(DefaultGroup):
-    """The subcommands of R-Probe."""
-
-    second = "data to measure on goes with --heldout"
-
-
-app = typer.Typer(cls=RProbeGroup, no_args_is_help=True, help=HELP)
+_GROUP = type("RProbeGroup", (DefaultGroup,), {"second": "data to measure on goes with --heldout"})
+app = typer.Typer(cls=_GROUP, no_args_is_help=True, help=HELP)

@@ -1,7 +1,5 @@
 """`llava-patch rprobe compare`, and `llava-patch correlate`, also found as `llava-patch rprobe correlate`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import typer
@@ -78,9 +76,12 @@ def correlate(
     common.check_formats(formats)
     checkpoints, notes = read_checkpoints(sources, words(names))
     found, more = correlation.correlate(checkpoints, probe, words(tasks), seed)
-    notes = [correlation.sign_note(probe), *notes, *more, *correlation.footer(found)]
+    what, more_is_better = correlation.PROBES[probe]
+    better = f"a better probe ({'higher' if more_is_better else 'lower'} {what}) goes with a better score"
+    sign = f"above 0: {better}, whichever direction of the score is better"
+    notes = [sign, *notes, *more, *correlation.footer(found)]
     head, lines = correlation.cells(found)
-    title = f"Rank correlation with R-Probe's {correlation.PROBES[probe][0]}"
+    title = f"Rank correlation with R-Probe's {what}"
     written = [files.write_text(output / "correlate.md", markdown_page(head, lines, notes, title))]
     record = {"probe": probe, "correlations": [one.__dict__ for one in found], "notes": notes}
     written.append(files.write_json(output / "correlate.json", record))

@@ -1,10 +1,8 @@
 """`llava-patch rprobe CKPT [DATA]`: one probe, or the four of the modality ablation."""
 
-from __future__ import annotations
-
-import contextlib
+import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -22,7 +20,6 @@ from llava_patch.measurements.rprobe import ablation as four
 from llava_patch.measurements.rprobe.measurement import RProbeMeasurement, read
 
 if TYPE_CHECKING:
-    from llava_patch.data.target import Target
     from llava_patch.measurements.rprobe.result import RProbeResult
 
 PROBE = RProbeMeasurement()
@@ -43,46 +40,60 @@ PARAMETERS: dict[str, tuple[Any, Any]] = {
 }
 
 
-def run_command(
-    checkpoint: str,
-    data: str,
-    output: Path | None,
-    ablation: bool,
-    formats: list[str],
-    base: str,
-    device: str,
-    dtype: str,
-    gin_file: list[str],
-    gin_param: list[str],
-    heldout: str,
-    show: list[str] | None,
-    **fields: Any,
-) -> None:
+def run_command(checkpoint: str, output: Path | None, ablation: bool, formats: list[str], **words: Any) -> None:
     """See `RProbeMeasurement`, whose docstring is the help."""
     need("rprobe", *PROBE.extras)  # before torch, which takes seconds
     from llava_patch.core import parallel
+    from llava_patch.core.folder_lock import folder_lock
     from llava_patch.data.target import Target
+    from llava_patch.measurements.rprobe.output import FIGURE, RESULT, write_run
     from llava_patch.settings import active
     from llava_patch.tools.sweep.process import signals_interrupt
 
     common.check_formats(formats)
+    data, heldout, show = (words.pop(name) for name in ("data", "heldout", "show"))
+    base, device, dtype = (words.pop(name) for name in ("base", "device", "dtype"))
+    gin, fields = (words.pop("gin_file"), words.pop("gin_param")), words
     if ablation and (fields["masked"] is not None or fields["text"] is not None):
         raise SettingError("--ablation runs masked and full images, with and without text: leave these options out")
     if heldout and not data:
         raise SettingError("--heldout: name the data to train on as well, as DATA")
     folder = common.folder_for("rprobe", checkpoint, output)
+
+    def probe(settings: Any, folder: Path) -> "RProbeResult":
+        with folder_lock(folder):
+            found = PROBE.measure(target, settings, folder, sources, heldout=heldout, show=show)
+            result = with_facts(found, checkpoint)
+            write_run(result, folder, formats)
+        _say(result.summary())
+        return result
+
+    formatwarning = warnings.formatwarning
+    # Warnings as one line each: where in our code they come from says nothing to who runs a command.
+    warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {message}\n"
     try:
-        with active.also(gin_file, gin_param), signals_interrupt(), _short_warnings(), parallel.processes():
+        with active.also(*gin), signals_interrupt(), parallel.processes(), parallel.guard():
             settings = active.settings_of(PROBE.settings, **fields)
-            with parallel.guard():
-                check_folder(folder, checkpoint)
-                target = Target(checkpoint, data, base, "", device, dtype)
-                run = _Run(target, settings, heldout, show, formats)
-                run.ablation(folder) if ablation else run.one(folder)
+            check_folder(folder, checkpoint)
+            target = Target(checkpoint, data, base, "", device, dtype)
+            sources = read(data, settings), read(heldout, settings)
+            for source, samples in zip((data, heldout), sources, strict=True):
+                if samples is not None and samples.skipped:
+                    count = counted(len(samples.skipped), "thing")
+                    _say(f"{source}: {count} could not be used, such as {samples.skipped[0]}")
+            if ablation:
+                with folder_lock(folder):
+                    _all_four(probe, settings, folder, checkpoint)
+            else:
+                maps = counted(len(probe(settings, folder).maps), "error map")
+                figure = (folder / FIGURE).with_suffix(f".{formats[0]}")
+                _say(f"wrote {folder / RESULT}, and {figure} with {maps} beside it")
     except KeyboardInterrupt:
         if parallel.is_first():
             typer.echo("interrupted: the same command goes on from here", err=True)
         raise typer.Exit(130) from None
+    finally:
+        warnings.formatwarning = formatwarning
 
 
 app.command("run", no_args_is_help=True)(measure._typed(run_command, PARAMETERS, PROBE.__doc__ or ""))
@@ -96,62 +107,25 @@ def check_folder(folder: Path, checkpoint: str) -> None:
         check_results(folder / name, [checkpoint])
 
 
-class _Run:
-    """One command's probe or probes."""
+def _all_four(probe: "Callable[[Any, Path], RProbeResult]", settings: Any, folder: Path, checkpoint: str) -> None:
+    from llava_patch.core import parallel
+    from llava_patch.measurements.rprobe.output import FIGURE, RESULT
 
-    def __init__(self, target: Target, settings: Any, heldout: str, show: list[str] | None, formats: list[str]) -> None:
-        self.target, self.settings, self.heldout, self.show, self.formats = target, settings, heldout, show, formats
-        self.samples, self.measured = self._read(target.data), self._read(heldout)
-
-    def _read(self, source: str) -> Any:
-        samples = read(source, self.settings)
-        if samples is not None and samples.skipped:
-            count = counted(len(samples.skipped), "thing")
-            _say(f"{source}: {count} could not be used, such as {samples.skipped[0]}")
-        return samples
-
-    def one(self, folder: Path) -> None:
-        from llava_patch.measurements.rprobe.output import FIGURE, RESULT
-
-        result = self._probe(self.settings, folder)
-        figure = (folder / FIGURE).with_suffix(f".{self.formats[0]}")
-        _say(f"wrote {folder / RESULT}, and {figure} with {counted(len(result.maps), 'error map')} beside it")
-
-    def ablation(self, folder: Path) -> None:
-        from llava_patch.core import parallel
-        from llava_patch.core.folder_lock import folder_lock
-        from llava_patch.measurements.rprobe.output import FIGURE, RESULT
-
-        with folder_lock(folder):
-            results = {}
-            for number, name in enumerate(four.VARIANTS, 1):
-                _say(f"{number} of {len(four.VARIANTS)}: {name.replace('_', ' ')}")
-                results[name] = self._probe(four.variant(self.settings, name), folder / name)
-            if parallel.rank() != 0:
-                return
-            summary = four.summarise(results, self.settings)
-            facts = results[name].facts
-            kept = {key: facts[key] for key in ("base", "source", "heldout_source")}
-            write_json(folder / four.SUMMARY, {**facts_of(self.target.checkpoint), **kept, **summary})
-            write_text(
-                folder / "ablation.md", four.markdown_page(summary, f"R-Probe ablation of {self.target.checkpoint}")
-            )
-            for head, rows in four.tables(summary):
-                Console().print(bordered(head, rows))
-            for note in four.notes(summary):
-                _say(note)
-            _say(f"wrote {folder / 'ablation.json'}, {folder / 'ablation.md'} and, for each run, {RESULT} and {FIGURE}")
-
-    def _probe(self, settings: Any, folder: Path) -> RProbeResult:
-        from llava_patch.core.folder_lock import folder_lock
-        from llava_patch.measurements.rprobe.output import write_run
-
-        with folder_lock(folder):
-            found = PROBE.probe(self.target, settings, folder, self.heldout, self.show, self.samples, self.measured)
-            result = with_facts(found, self.target.checkpoint)
-            write_run(result, folder, self.formats)
-        _say(result.summary())
-        return result
+    results = {}
+    for number, name in enumerate(four.VARIANTS, 1):
+        _say(f"{number} of {len(four.VARIANTS)}: {name.replace('_', ' ')}")
+        results[name] = probe(dataclasses.replace(settings, **four.VARIANTS[name]), folder / name)
+    if parallel.rank() != 0:
+        return
+    summary = four.summarise(results, settings)
+    kept = {key: results[name].facts[key] for key in ("base", "source", "heldout_source")}
+    write_json(folder / four.SUMMARY, {**facts_of(checkpoint), **kept, **summary})
+    write_text(folder / "ablation.md", four.markdown_page(summary, f"R-Probe ablation of {checkpoint}"))
+    for head, rows in four.tables(summary):
+        Console().print(bordered(head, rows))
+    for note in four.notes(summary):
+        _say(note)
+    _say(f"wrote {folder / 'ablation.json'}, {folder / 'ablation.md'} and, for each run, {RESULT} and {FIGURE}")
 
 
 def _say(text: str) -> None:
@@ -159,14 +133,3 @@ def _say(text: str) -> None:
 
     if parallel.rank() == 0:
         typer.echo(text)
-
-
-@contextlib.contextmanager
-def _short_warnings() -> Iterator[None]:
-    """Warnings as one line each: where in our code they come from says nothing to who runs a command."""
-    before = warnings.formatwarning
-    warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {message}\n"
-    try:
-        yield
-    finally:
-        warnings.formatwarning = before

@@ -5,10 +5,9 @@ comes out of the last of them. timm's ViTs have one for queries, keys and values
 embeddings: there the attention module is asked once more, alone, and what it hands to PyTorch's attention is read.
 """
 
-from __future__ import annotations
-
 import contextlib
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +29,7 @@ class QueriesKeys:
 
     # [images, heads, tokens, head_dim], as the block multiplies them (norm and rotary applied); None before.
     q: Tensor | None = None
-    k: Tensor | None = None  # the same of the keys
+    k: Tensor | None = None
     scaling: float = 1.0  # factor on q.k before the softmax
 
 
@@ -57,8 +56,8 @@ def watched(tower: Tower, block: int) -> Iterator[QueriesKeys]:
             f"block {type(layer).__name__} of the vision tower is not known: looked for its attention in "
             f"{', '.join(_ATTENTION)}, but it has {', '.join(n for n, _ in layer.named_children())}"
         )
-    seen, undo = QueriesKeys(), UndoStack()
-    try:
+    seen = QueriesKeys()
+    with UndoStack() as undo:
         if hasattr(attention, "fused_attn"):
             _ask_again(attention, seen, undo)
         elif hasattr(attention, "q_proj") and hasattr(attention, "k_proj"):
@@ -69,24 +68,19 @@ def watched(tower: Tower, block: int) -> Iterator[QueriesKeys]:
                 f"k_proj nor timm's fused_attn, but {', '.join(n for n, _ in attention.named_children())}"
             )
         yield seen
-    finally:
-        undo.unwind()
 
 
 def _watch_projections(attention: Any, seen: QueriesKeys, undo: UndoStack) -> None:
     heads = int(attention.num_heads)
     seen.scaling = float(attention.scale)
 
-    def keep(name: str) -> Callable[..., None]:
-        def after(module: nn.Module, args: Any, output: Tensor) -> None:
-            setattr(seen, name, output.detach().unflatten(-1, (heads, -1)).transpose(1, 2))
-
-        return after
+    def keep(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
+        setattr(seen, name, output.detach().unflatten(-1, (heads, -1)).transpose(1, 2))
 
     for name in ("q", "k"):
         last = getattr(attention, f"{name}_norm", None)  # InternViT: over all heads at once, before they are split
         last = last if isinstance(last, nn.Module) else getattr(attention, f"{name}_proj")
-        undo.push(last.register_forward_hook(keep(name)).remove)
+        undo.push(last.register_forward_hook(functools.partial(keep, name)).remove)
 
 
 class _Handed(TorchFunctionMode):
@@ -103,20 +97,11 @@ class _Handed(TorchFunctionMode):
 
 
 def _ask_again(attention: Any, seen: QueriesKeys, undo: UndoStack) -> None:
-    asking: list[bool] = []
-
     def after(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        if asking:
-            return
-        before, handed = module.fused_attn, _Handed()
-        asking.append(True)
-        module.fused_attn = True
-        try:
-            with torch.no_grad(), handed:
-                module(*args, **kwargs)
-        finally:
-            module.fused_attn = before
-            asking.clear()
+        handed = _Handed()
+        with UndoStack() as meanwhile, torch.no_grad(), handed:
+            meanwhile.set_attribute(module, "fused_attn", True)
+            module.forward(*args, **kwargs)  # past the hooks, this one among them
         if len(handed.calls) != 1:
             raise HostError(
                 f"attention {type(module).__name__} of the vision tower is not known: it called PyTorch's attention "

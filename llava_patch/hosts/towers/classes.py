@@ -3,8 +3,6 @@
 Apart from `tower_models`, so that a CLIP tower imports none of them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import InternVLVisionModel, Siglip2VisionModel
 
+from llava_patch.core.undo import UndoStack
 from llava_patch.hosts.towers import layout as towers
 
 
@@ -50,13 +49,10 @@ def with_states(vision: Any, forward: Callable[[], Any], wanted: bool | None) ->
     def keep(module: Any, args: Any, kwargs: Any) -> None:
         states.append(args[0] if args else kwargs["hidden_states"])
 
-    blocks = towers.describe(vision).blocks
-    hooks = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in blocks]
-    try:
+    with UndoStack() as undo:  # taken back before a recomputation of checkpointed blocks, which would be heard again
+        for block in towers.describe(vision).blocks:
+            undo.push(block.register_forward_pre_hook(keep, with_kwargs=True).remove)
         output = forward()
-    finally:  # before a recomputation of checkpointed blocks, which would be heard again
-        for hook in hooks:
-            hook.remove()
     output["hidden_states"] = (*states, output.last_hidden_state)
     return output
 

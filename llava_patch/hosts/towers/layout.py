@@ -5,8 +5,6 @@ which is the same class), SigLIP 2 NaFlex, InternViT, AIMv2, and timm's ViTs thr
 Encoder).
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import json
@@ -75,12 +73,10 @@ def describe(vision: Any) -> Tower:
             f"vision tower {kind} is not known: looked for its blocks in encoder.layers, encoder.layer and blocks, but "
             f"{type(body).__name__} has {', '.join(children) or 'no child modules'}"
         )
-    inside = {id(p) for p in blocks.parameters()}
-    if any(id(p) not in inside for p in children[holder].parameters()):
+    if {id(p) for p in children[holder].parameters()} != {id(p) for p in blocks.parameters()}:
         raise HostError(f"vision tower {kind} is not known: {holder} holds more weights than its blocks'")
-    at = list(children).index(holder)
-    before = [children[n] for n in list(children)[:at]]
-    after = [children[n] for n in list(children)[at + 1 :]]
+    modules, at = list(children.values()), list(children).index(holder)
+    before, after = modules[:at], modules[at + 1 :]
     prefix = _prefix_tokens(kind, body, children)
     shape = _timm_shape(vision) if hasattr(vision, "timm_model") else shape_of(vision.config)
     _check_positions(kind, body, children, prefix, shape.grid)
@@ -93,33 +89,27 @@ def describe(vision: Any) -> Tower:
 
 def check_reports(vision: Any) -> None:
     """Refuse a class that gives a host no hidden states on `vision(pixels, output_hidden_states)`: HostError."""
-    kind = type(vision).__name__
     parameters = list(inspect.signature(type(vision).forward).parameters.values())[1:]
-    extra = [
-        p.name
-        for p in parameters
-        if p.default is p.empty and p.name != "pixel_values" and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-    ]
-    takes = any(p.name == "output_hidden_states" or p.kind is p.VAR_KEYWORD for p in parameters)
-    reason = None
-    if extra:
+    named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    if extra := [p.name for p in named if p.default is p.empty and p.name != "pixel_values"]:
         reason = f"its forward also needs {', '.join(extra)}"
-    elif not takes:
+    elif not any(p.name == "output_hidden_states" or p.kind is p.VAR_KEYWORD for p in parameters):
         reason = "its forward takes no output_hidden_states"
     elif hasattr(vision, "timm_model") and not hasattr(vision, "last_state_is_normed"):
         reason = "it reports feature maps [images, channels, rows, columns] without prefix tokens, not tokens"
-    if reason is not None:
-        raise HostError(
-            f"{kind} cannot be the tower of this host, which asks for pixel_values with output_hidden_states=True: "
-            f"{reason}. Use it with the llava package, whose tower llava_patch builds for it"
-        )
+    else:
+        return
+    raise HostError(
+        f"{type(vision).__name__} cannot be the tower of this host, which asks for pixel_values with "
+        f"output_hidden_states=True: {reason}. Use it with the llava package, whose tower llava_patch builds for it"
+    )
 
 
 def shape_of(config: Any) -> Shape:
     """Blocks, width, patch size and grid of a vision configuration; HostError names fields that are not understood."""
     kind = type(config).__name__
     if getattr(config, "model_type", None) == TIMM and not hasattr(config, "num_hidden_layers"):
-        return _timm_shape(_on_meta(*_timm_key(config)))
+        return _timm_shape(_without_weights(config))
     missing = [n for n in ("num_hidden_layers", "hidden_size", "patch_size") if not hasattr(config, n)]
     if not hasattr(config, "image_size") and not hasattr(config, "num_patches"):
         missing.append("image_size (or num_patches)")
@@ -145,7 +135,7 @@ def prefix_tokens_of(config: Any) -> int:
     if hasattr(config, "num_prefix_tokens"):
         return int(config.num_prefix_tokens)
     if kind == TIMM:
-        return int(_on_meta(*_timm_key(config)).timm_model.num_prefix_tokens)
+        return int(_without_weights(config).timm_model.num_prefix_tokens)
     if kind not in PREFIX_TOKENS:
         raise HostError(
             f"vision tower of type {kind}: whether it has a CLS token is not known; known are "
@@ -207,40 +197,35 @@ def _last_is_normed(vision: Any, after: Sequence[nn.Module]) -> bool:
 
 
 def _pair(value: Any) -> tuple[int, int]:
-    if isinstance(value, (list, tuple)):
-        height, width = value
-        return int(height), int(width)
-    return int(value), int(value)
+    height, width = value if isinstance(value, (list, tuple)) else (value, value)
+    return int(height), int(width)
 
 
 def _timm_shape(vision: Any) -> Shape:
     body = vision.timm_model
-    embed = getattr(body, "patch_embed", None)
-    blocks = _find_blocks(body)[1]
-    there = {
-        "blocks": blocks is not None,
-        "patch_embed.grid_size": getattr(embed, "grid_size", None) is not None,
-        "patch_embed.patch_size": hasattr(embed, "patch_size"),
-        "embed_dim": hasattr(body, "embed_dim"),
+    embed, kind = getattr(body, "patch_embed", None), type(body).__name__
+    found: dict[str, Any] = {
+        "blocks": _find_blocks(body)[1],
+        "patch_embed.grid_size": getattr(embed, "grid_size", None),
+        "patch_embed.patch_size": getattr(embed, "patch_size", None),
+        "embed_dim": getattr(body, "embed_dim", None),
     }
-    if missing := [name for name, found in there.items() if not found]:
-        raise HostError(f"timm model {type(body).__name__} is not a known tower: it has no {', '.join(missing)}")
-    assert embed is not None and blocks is not None
-    height, width = _pair(embed.patch_size)
+    if missing := [name for name, value in found.items() if value is None]:
+        raise HostError(f"timm model {kind} is not a known tower: it has no {', '.join(missing)}")
+    blocks, grid, patch, channels = found.values()
+    height, width = _pair(patch)
     if height != width:
-        raise HostError(
-            f"timm model {type(body).__name__} has patches of {height} x {width}: only square ones are known"
-        )
-    return Shape(len(blocks), int(body.embed_dim), height, _pair(embed.grid_size))
+        raise HostError(f"timm model {kind} has patches of {height} x {width}: only square ones are known")
+    return Shape(len(blocks), int(channels), height, _pair(grid))
 
 
-def _timm_key(config: Any) -> tuple[str, str]:
-    return config.architecture, json.dumps(config.model_args, sort_keys=True)
+def _without_weights(config: Any) -> Any:
+    """A timm tower on the meta device: its configuration holds only a name that timm alone can resolve."""
+    return _on_meta(config.architecture, json.dumps(config.model_args, sort_keys=True))
 
 
 @functools.lru_cache(maxsize=4)
 def _on_meta(architecture: str, model_args: str) -> Any:
-    """A timm tower without weights: its configuration holds only a name that timm alone can resolve."""
     from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrapperConfig
     from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperModel
 

@@ -1,8 +1,7 @@
 """A vision tower for the `llava` package that is not CLIP: CLIPVisionTower's interface over the other vision models."""
 
-from __future__ import annotations
-
 import copy
+from operator import attrgetter
 from typing import Any
 
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
@@ -20,9 +19,7 @@ def build(name: Any, args: Any, delay_load: bool = False) -> "VisionTower | None
     arguments; `delay_load` reads the configuration only. HostError: a tower that is not known, or multi-scale (S2)
     features of one that is not CLIP.
     """
-    if not isinstance(name, str):
-        return None
-    config = tower_models.read_config(name)
+    config = tower_models.read_config(name) if isinstance(name, str) else None
     if config is None:
         return None
     if getattr(args, "s2", False):
@@ -64,10 +61,8 @@ class VisionTower(CLIPVisionTower):
             return image_forward_outs.hidden_states[self.select_layer][:, self.config.num_prefix_tokens :]
         return super().feature_select(image_forward_outs)
 
-    @property
-    def config(self) -> Any:
-        """The vision model's configuration, its sizes as the plain numbers that llava computes with."""
-        return self._config
+    # The vision model's, its sizes as the plain numbers that llava computes with.
+    config = property(attrgetter("_config"))
 
 
 def _plain_config(name: str, config: Any) -> Any:

@@ -4,8 +4,6 @@ Every model made here answers `vision(pixels, output_hidden_states=True)` with s
 [images, tokens, channels] out; for classes of transformers that do not, `tower_classes` has subclasses that do.
 """
 
-from __future__ import annotations
-
 import copy
 import pkgutil
 from typing import Any
@@ -20,6 +18,7 @@ from llava_patch.hosts.towers import layout as towers
 
 CLIP = ("clip", "clip_vision_model")
 _CLASSES = {
+    "clip_vision_model": "transformers:CLIPVisionModel",
     towers.TIMM: "llava_patch.hosts.towers.timm:TimmTower",
     "siglip2_vision_model": "llava_patch.hosts.towers.classes:SquareSiglip2",
     "internvl_vision": "llava_patch.hosts.towers.classes:InternViT",
@@ -66,8 +65,7 @@ def load_model(name: str, config: Any, device_map: Any = None) -> Any:
     model, info = model_class(config).from_pretrained(
         name, config=copy.deepcopy(config), device_map=device_map, key_mapping=names, output_loading_info=True
     )
-    missing = sorted(info["missing_keys"])
-    if missing:
+    if missing := sorted(info["missing_keys"]):
         raise CheckpointError(
             f"vision tower {name}: its checkpoint holds no {missing[0]} ({len(missing)} tensors are missing): is it a "
             f"{config.model_type}?"
@@ -102,15 +100,19 @@ def load_processor(name: str, config: Any, side: int) -> Any:
         colours = getattr(config, "pretrained_cfg", None)
         if not colours or "mean" not in colours:
             raise HostError(f"vision tower {name} has no preprocessor_config.json") from error
-        raw = _timm_processor(colours)
+        filters = {f.name.lower(): f for f in PILImageResampling}
+        raw = {  # what timm's own configuration says of its images
+            "image_processor_type": "TimmWrapperImageProcessor",
+            "image_mean": list(colours["mean"]),
+            "image_std": list(colours["std"]),
+            "resample": int(filters.get(colours.get("interpolation"), PILImageResampling.BICUBIC)),
+        }
     kind = raw.get("image_processor_type") or raw.get("feature_extractor_type") or "none named"
     if kind.startswith("CLIP"):
         clip: Any = CLIPImageProcessor.from_dict(raw)
-        gives = (clip.crop_size["height"], clip.crop_size["width"])
-        if gives != (side, side):
-            raise HostError(
-                f"the image processor of {name} gives {gives} pixels, its vision tower takes {(side, side)}"
-            )
+        gives, takes = (clip.crop_size["height"], clip.crop_size["width"]), (side, side)
+        if gives != takes:
+            raise HostError(f"the image processor of {name} gives {gives} pixels, its vision tower takes {takes}")
         return clip
     if not kind.startswith(("Siglip", "GotOcr2", "PerceptionLM", "Timm")):
         raise HostError(
@@ -123,14 +125,3 @@ def load_processor(name: str, config: Any, side: int) -> Any:
     processor.crop_size = {"height": side, "width": side}
     processor.do_center_crop = False  # R-Probe asks every processor
     return processor
-
-
-def _timm_processor(pretrained: dict[str, Any]) -> dict[str, Any]:
-    """What timm's own configuration says of its images."""
-    filters = {f.name.lower(): int(f) for f in PILImageResampling}
-    return {
-        "image_processor_type": "TimmWrapperImageProcessor",
-        "image_mean": list(pretrained["mean"]),
-        "image_std": list(pretrained["std"]),
-        "resample": filters.get(pretrained.get("interpolation", "bicubic"), int(PILImageResampling.BICUBIC)),
-    }

@@ -1,7 +1,5 @@
 """timm's ViTs (Perception Encoder) as vision towers; apart from the others because it imports timm."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

@@ -64,7 +64,7 @@ def _names_us(one: dict[str, Any]) -> bool:
 
 
 def _asks_for_ours(tasks: Any, include_path: Any) -> bool:
-    from llava_patch.core.resources import eval_tasks_dir
+    from llava_patch.core.paths import eval_tasks_dir
 
     wanted = wanted_tasks(tasks)
     given = {name: Path(name) for name in wanted if os.path.exists(name)}  # tasks given by path

@@ -9,7 +9,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from llava_patch.core.resources import eval_tasks_dir
+from llava_patch.core.paths import eval_tasks_dir
 from llava_patch.integrations import import_hook as autostart
 
 logger = logging.getLogger("llava_patch")

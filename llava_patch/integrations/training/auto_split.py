@@ -1,7 +1,5 @@
 """`Routing(split="auto")` in LLaVA's training scripts: samples of the Trainer's own data, one answer for all ranks."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import os
@@ -41,10 +39,8 @@ def resolve_for_training(
 
     The first rank decides and tells the others, so that all of them build the same model whatever their hardware. A
     run that is resumed keeps the split of the checkpoint it goes on from, also when data or settings have changed. Of
-    the data only the items that are tried are read.
-
-    Raises:
-        SettingError: as `resolve_split`, on every rank; or data that have no length.
+    the data only the items that are tried are read. SettingError: as `resolve_split`, on every rank; or data that have
+    no length.
     """
     device = arguments.device  # this also joins the ranks
 

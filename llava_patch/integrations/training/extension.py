@@ -4,8 +4,6 @@ For some points a Trainer has callbacks. At the others its own methods are repla
 extensions there are, and only where one has something to do there.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -13,15 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from llava_patch.core.errors import SettingError
 from llava_patch.core.undo import UndoStack
-
-
-def refuse(against: dict[str, Any]) -> None:
-    """Raise a SettingError with the first of these reasons that holds."""
-    for why, holds in against.items():
-        if holds:
-            raise SettingError(why)
 
 
 class TrainerExtension:

@@ -3,8 +3,6 @@
 Source: "Detached Skip-Links and R-Probe", appendix C.1 ("Online Measurement Strategy").
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import logging
@@ -19,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from llava_patch.core.errors import refuse
 from llava_patch.core.extras import need
 from llava_patch.core.files import atomic
 from llava_patch.core.undo import UndoStack
 from llava_patch.hosts import zero
-from llava_patch.integrations.training.extension import TrainerExtension, extend, refuse
+from llava_patch.integrations.training.extension import TrainerExtension, extend
 from llava_patch.measurements.gradients.decompose import block_parameters, decompose, measured_block
 from llava_patch.measurements.gradients.log import LOG, StepLog
 from llava_patch.measurements.gradients.moments import Step
@@ -119,10 +118,9 @@ class Following(TrainerExtension):
 
     @property
     def result(self) -> GradientsResult:
-        """What was measured so far, in earlier parts of a resumed run too; on any rank that sees the folder.
+        """What was measured so far, in earlier parts of a resumed run too, on any rank that sees the folder.
 
-        Raises:
-            CheckpointError: no run has begun.
+        CheckpointError: no run has begun.
         """
         return GradientsResult.read(self.folder)
 
@@ -136,9 +134,21 @@ class Following(TrainerExtension):
         if not self.trainer.is_world_process_zero():
             return
         self._warn(state.max_steps)
-        if not self._go_on(state.global_step):
-            self._window = Window(self.settings.window)
-            self._log = StepLog(self.folder, self.settings, self._facts())
+        if self._go_on(state.global_step):
+            return
+        self._window = Window(self.settings.window)
+        handle, arguments = get_handle(self.trainer.model), self.trainer.args
+        assert handle is not None
+        micro = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+        facts = {
+            "learning_rate": arguments.learning_rate,
+            "block": self.block,
+            "fusion": repr(handle.fusion),
+            "batch": micro * arguments.world_size,
+            "checkpoint": str(getattr(handle.model.config, "_name_or_path", "")),
+            "trains": True,
+        }
+        self._log = StepLog(self.folder, self.settings, facts)
 
     def begin_step(self, state: Any, optimizer: Any) -> None:
         """Decide whether this training step is measured."""
@@ -149,8 +159,16 @@ class Following(TrainerExtension):
 
     def training_step(self, step: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Measure one micro-batch of a measured step, then train on it."""
+        trainer = self.trainer
         if self._measuring:
-            self._measure(lambda bare: caught_loss(self.trainer, step, bare, copy.copy(inputs), *args, **kwargs))
+            bare = trainer.model
+            with unnoticed(bare):
+                found = decompose(
+                    bare, lambda: caught_loss(trainer, step, bare, copy.copy(inputs), *args, **kwargs), self.block,
+                    self.settings.full, loss_scale(trainer), images=False,
+                )  # fmt: skip
+            both = torch.stack(found)
+            self._sums = both if self._sums is None else self._sums.add_(both)
         return step(model, inputs, *args, **kwargs)
 
     def end_step(self, state: Any) -> None:
@@ -172,7 +190,13 @@ class Following(TrainerExtension):
         if "loss" not in logs:
             return logs
         steps, self._unlogged = self._unlogged, []
-        return {**logs, **_means(steps)}
+        values = {
+            "grad_main_norm": [math.sqrt(s.main) for s in steps if s.finite],
+            "grad_skip_norm": [math.sqrt(s.skip) for s in steps if s.finite],
+            "grad_cos": [s.cosine for s in steps if not math.isnan(s.cosine)],
+        }
+        means = {name: math.fsum(found) / len(found) for name, found in values.items() if found}
+        return {**logs, **{name: float(f"{mean:.6g}") for name, mean in means.items()}}
 
     def save(self, state: Any, folder: Path) -> None:
         """Write what was measured so far, and into the checkpoint what a run that goes on from it needs."""
@@ -198,16 +222,6 @@ class Following(TrainerExtension):
 
     def _parameters(self) -> list[nn.Parameter]:
         return list(block_parameters(self.trainer.model, self.block).values())
-
-    def _measure(self, loss_of: Callable[[nn.Module], Tensor]) -> None:
-        """One micro-batch of a measured step."""
-        bare = self.trainer.model
-        with unnoticed(bare):
-            found = decompose(
-                bare, lambda: loss_of(bare), self.block, self.settings.full, loss_scale(self.trainer), images=False
-            )
-        both = torch.stack(found)
-        self._sums = both if self._sums is None else self._sums.add_(both)
 
     def _go_on(self, step: int) -> bool:
         """Whether there was a measurement in the checkpoint that the run is resumed from, which goes on then."""
@@ -241,33 +255,9 @@ class Following(TrainerExtension):
                 self.block,
             )
 
-    def _facts(self) -> dict[str, Any]:
-        handle = get_handle(self.trainer.model)
-        assert handle is not None
-        arguments = self.trainer.args
-        micro = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
-        return {
-            "learning_rate": arguments.learning_rate,
-            "block": self.block,
-            "fusion": repr(handle.fusion),
-            "batch": micro * arguments.world_size,
-            "checkpoint": str(getattr(handle.model.config, "_name_or_path", "")),
-            "trains": True,
-        }
 
-
-def _means(steps: list[Step]) -> dict[str, float]:
-    """What a line of the log says of the steps measured since the last one."""
-    values = {
-        "grad_main_norm": [math.sqrt(s.main) for s in steps if s.finite],
-        "grad_skip_norm": [math.sqrt(s.skip) for s in steps if s.finite],
-        "grad_cos": [s.cosine for s in steps if not math.isnan(s.cosine)],
-    }
-    return {name: float(f"{math.fsum(found) / len(found):.6g}") for name, found in values.items() if found}
-
-
-def caught_loss(trainer: Any, step: Callable[..., Any], *arguments: Any) -> Tensor:
-    """The scalar that one micro-batch's backward pass would begin at, with its graph and without `loss_scale`.
+def caught_loss(trainer: Any, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+    """The scalar [] that one micro-batch's backward pass would begin at, with its graph and without `loss_scale`.
 
     The Trainer's own `training_step` makes it, with its backward pass caught: so it is scaled for accumulation,
     precision and ranks as that Trainer does it, whatever its version or subclass. The model among the arguments should
@@ -277,7 +267,7 @@ def caught_loss(trainer: Any, step: Callable[..., Any], *arguments: Any) -> Tens
     undo = UndoStack()
     undo.set_attribute(trainer.accelerator, "backward", lambda loss, **kwargs: caught.append(loss))
     try:
-        step(*arguments)
+        step(*args, **kwargs)
     finally:
         undo.unwind()
     loss = caught[0]

@@ -1,25 +1,24 @@
 """What LLaVA's training script gets of a patch: the patched model, what takes part in its Trainer, and records."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import set_seed
 
 from llava_patch.core import records
-from llava_patch.core.errors import SettingError
+from llava_patch.core.errors import SettingError, refuse
 from llava_patch.core.files import write_text
+from llava_patch.fusion.training import WarmUp, steps_of
 from llava_patch.hosts import anatomy, compat, lora, zero
-from llava_patch.integrations.training import fusion as fusion_trainer
 from llava_patch.integrations.training import gradients as gradients_trainer
 from llava_patch.integrations.training import stage1
 from llava_patch.integrations.training.auto_split import resolve_for_training
 from llava_patch.integrations.training.auxiliary import data as region_data
 from llava_patch.integrations.training.auxiliary import trainer as auxiliary_trainer
-from llava_patch.integrations.training.extension import TrainerExtension, extend, refuse
+from llava_patch.integrations.training.extension import TrainerExtension, extend
 from llava_patch.measurements.saturation.result import Saturation
 from llava_patch.patching import checkpoint
 from llava_patch.patching.handle import Handle, get_handle
@@ -33,6 +32,8 @@ if TYPE_CHECKING:
 
 OPERATIVE_FILE = "llava_patch_operative.gin"
 ADAPTER_FOLDER = "llava_patch_adapter"
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
+ZERO_STAGES = (1, 2, 3)
 
 
 def prepare_run(given: dict[str, Any]) -> Callable[[Any], None]:
@@ -61,7 +62,7 @@ def prepare_run(given: dict[str, Any]) -> Callable[[Any], None]:
         if gradients is not None:
             gradients_trainer.follow(trainer, gradients)
         if handle is not None or (asked is not None and asked.flags):
-            extend(trainer, Records(handle))
+            extend(trainer, _Records(handle))
 
     return attach
 
@@ -94,9 +95,9 @@ def prepare(model: Any, training_args: Any, dataset: Any, collator: Any) -> Hand
     for parameter in stack:  # the script has set the projector's flags, and does not know DeepStack's own
         parameter.requires_grad_(any(p.requires_grad for p in handle.anatomy.projector.parameters()))
     handle.apply_freeze()
-    fusion_trainer.check(handle, training_args)
+    check_fusion(handle, training_args)
     auxiliary_trainer.check(handle, training_args)
-    fusion_trainer.make_trainable(handle)
+    make_tower_trainable(handle)
     silent = handle.silent_fusion()
     if silent is not None:
         raise SettingError(silent)
@@ -125,13 +126,12 @@ def _train_side_branch_in_full(model: Any, handle: Handle) -> None:
 
 def _patch_for_training(model: Any, training_args: Any, asked: "Configuration", dataset: Any, collator: Any) -> Handle:
     found = anatomy.find(model)
-    noted = stage1.pending.pop(id(found.decoder), None)
-    fresh = noted is not None and noted.fresh
+    fresh, projector = stage1.pending.pop(id(found.decoder), (False, None))
     methods = asked.methods()
     set_seed(getattr(training_args, "seed", 42))
-    if noted is not None and noted.projector is not None:  # before anything is measured through it
+    if projector is not None:  # before anything is measured through it
         patch(model, fusion=asked.fusion)
-        stage1.load(found, noted.projector, asked.fusion)
+        stage1.load(found, projector, asked.fusion)
     if _auto_split(asked):
         if fresh:
             raise SettingError(
@@ -148,35 +148,131 @@ def _auto_split(asked: "Configuration") -> bool:
     return asked.routing is not None and asked.routing.split == AUTO
 
 
-class Records(TrainerExtension):
+# --- a fusion's training settings: optimizer groups, the warm-up, a tower that can train ------------------------------
+
+
+def check_fusion(handle: Handle, training_args: Any) -> None:
+    """Refuse settings that this run cannot honour, before anything is written; requires_grad is as it will be."""
+    fusion = handle.fusion
+    if fusion is None:
+        return
+    owner = type(fusion).__name__
+    asked = [name for name in ("tower_lr", "layer_decay", "unfreeze_after") if getattr(fusion, name)]
+    first = asked[0] if asked else "train_tower"
+    tower = fusion.train_tower != "frozen"
+    deepspeed = getattr(getattr(training_args, "hf_deepspeed_config", None), "config", None) or {}
+    against = {
+        f"{owner}.{first} does not work with --fsdp, where LLaVA keeps the vision tower out of the model: use "
+        "DeepSpeed": getattr(training_args, "fsdp", None) and (asked or tower),
+        f'{owner}.{first} needs optimizer groups, but the DeepSpeed config has its own "optimizer": remove that entry '
+        '(with offloading, also set "zero_force_ds_cpu_optimizer": false)': asked and "optimizer" in deepspeed,
+        f"{owner}.train_tower = {fusion.train_tower!r}: with --tune_mm_mlp_adapter True LLaVA saves the projector "
+        'alone, and the trained tower would be lost: set train_tower = "frozen" in stage 1': (
+            tower and getattr(training_args, "tune_mm_mlp_adapter", False)
+        ),
+    }
+    refuse(against)
+    if not fusion.unfreeze_after:
+        return
+    setting = f"{owner}.unfreeze_after = {fusion.unfreeze_after}"
+    trained = set(handle.trainable())
+    trains = {id(p) for n, p in handle.model.named_parameters() if n in trained}
+    adapter = {id(p) for p in handle.adapter_parameters()}
+    optimizer = getattr(training_args, "optim", OPTIMIZERS[0])
+    optimization = deepspeed.get("zero_optimization", {})
+    stage, device = optimization.get("stage", 0), (optimization.get("offload_optimizer") or {}).get("device", "none")
+    against = {
+        # An error, as for every setting without an effect: where nothing is left to wait, the setting was meant for
+        # stage 2, or a flag that was meant to let more train is missing.
+        f"{setting}: this run trains nothing but the projector, so nothing waits for it: leave the setting out of "
+        "stage 1 (--tune_mm_mlp_adapter True)": not trains - adapter,
+        f"{setting}: the projector that should learn first does not train in this run: leave out the setting, or what "
+        'freezes it (--freeze_mm_mlp_adapter, or Routing.freeze other than "none")': not trains & adapter,
+        f"{setting} resets Adam's state at the switch and needs --optim {OPTIMIZERS[0]}": (
+            getattr(optimizer, "value", optimizer) not in OPTIMIZERS
+        ),
+        f"{setting} works with DeepSpeed ZeRO stage 1, 2 or 3, not stage {stage}": (
+            deepspeed and stage not in ZERO_STAGES
+        ),
+        f"{setting} cannot reset optimizer states that DeepSpeed keeps on {device}": device not in ("none", "cpu"),
+    }
+    refuse(against)
+
+
+def make_tower_trainable(handle: Handle) -> None:
+    """Give a tower that trains a precision that training can use (in place).
+
+    LLaVA's script makes the tower float16 wherever --bf16 is off. Adam's epsilon and small second moments are zero
+    there, and a gradient scaler refuses float16 gradients. DeepSpeed's ZeRO-3 has its own copy, whose type rules.
+    """
+    if handle.fusion is None or handle.fusion.train_tower == "frozen" or handle.anatomy.vision_model is None:
+        return
+    for parameter in handle.anatomy.vision_model.parameters():
+        if parameter.dtype == torch.float16:
+            own = getattr(parameter, "ds_tensor", None)
+            parameter.data = parameter.data.to(torch.float32 if own is None else own.dtype)
+
+
+def arrange_groups(trainer: Any, handle: Handle) -> None:
+    """Rearrange in place the groups of the optimizer that a Trainer has just made, and let a warm-up follow its run."""
+    fusion, probe, optimizer = handle.fusion, handle.probe, trainer.optimizer
+    own_rates = fusion is not None and (fusion.tower_lr or fusion.layer_decay or fusion.unfreeze_after)
+    if not own_rates and (probe is None or probe.lr is None):
+        return  # the groups stay as LLaVA makes them
+    optimizer.param_groups[:] = handle.arrange_groups(optimizer.param_groups, optimizer.defaults["lr"])
+    if fusion is not None and fusion.unfreeze_after:
+        extend(trainer, _WarmUpTraining(handle.warm_up(optimizer, 0), fusion.unfreeze_after))
+
+
+class _WarmUpTraining(TrainerExtension):
+    """A fusion's warm-up; a resumed run begins in the phase that its step number says."""
+
+    def __init__(self, warm_up: WarmUp, share: float) -> None:
+        self._warm_up, self._share = warm_up, share  # of the run's steps
+
+    def begin(self, state: Any) -> None:
+        steps = self._warm_up.steps = steps_of(self._share, state.max_steps)  # which is known now
+        if state.is_world_process_zero:
+            print(f"llava_patch: the projector learns alone in {steps} of {state.max_steps} steps", flush=True)
+
+    def begin_step(self, state: Any, optimizer: Any) -> None:
+        waited = self._warm_up.active
+        self._warm_up.begin_step(state.global_step, optimizer)
+        if waited and not self._warm_up.active and state.is_world_process_zero:
+            print(f"llava_patch: everything learns from step {state.global_step + 1} on", flush=True)
+
+    def end(self, state: Any) -> None:
+        self._warm_up.end()
+
+
+# --- what a run writes ------------------------------------------------------------------------------------------------
+
+
+class _Records(TrainerExtension):
     """Writes settings, operative config and (at the end) the adapter into the run's folder."""
 
     def __init__(self, handle: Handle | None) -> None:
-        """For a model's patch; None where gin brings flags alone."""
-        self._handle = handle
+        self._handle = handle  # None where gin brings flags alone
 
     def begin(self, state: Any) -> None:
-        """Write what the run is made with."""
         self.save(state, Path(self.trainer.args.output_dir))
 
     def save(self, state: Any, folder: Path) -> None:
-        """Write what the checkpoint was made with."""
         if state.is_world_process_zero:
             write_records(self._handle, folder)
 
     def end(self, state: Any) -> None:
-        """Save the adapter where the checkpoint is not the better place for it."""
-        handle = self._handle
+        handle, first, better = self._handle, state.is_world_process_zero, None
         if handle is None:
             return
         if lora.has_lora(handle.model):
-            if state.is_world_process_zero:
-                print("llava_patch: no separate adapter beside LoRA: LLaVA's LoRA files hold our weights")
+            better = " beside LoRA: LLaVA's LoRA files hold our weights"
         elif handle.trained_share() > 0.5:
-            if state.is_world_process_zero:
-                print("llava_patch: no separate adapter: most of the model was trained, and the checkpoint has it")
+            better = ": most of the model was trained, and the checkpoint has it"
+        if better is not None and first:
+            print(f"llava_patch: no separate adapter{better}")
         # Partitioned weights are put together by all ranks, of which the first one writes.
-        elif state.is_world_process_zero or zero.is_partitioned(handle.model.parameters()):
+        if better is None and (first or zero.is_partitioned(handle.model.parameters())):
             checkpoint.save(handle, Path(self.trainer.args.output_dir) / ADAPTER_FOLDER)
 
 

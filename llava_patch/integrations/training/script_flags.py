@@ -1,12 +1,10 @@
 """Flags of LLaVA's training script that gin binds (`Flags.lora_r = 16`), brought into the script."""
 
-from __future__ import annotations
-
 import difflib
 import functools
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformers import HfArgumentParser, set_seed
@@ -36,12 +34,15 @@ def add(asked: "Configuration", undo: "UndoStack") -> None:
     @functools.wraps(original)
     def parse_args_into_dataclasses(self: Any, *args: Any, **kwargs: Any) -> Any:
         cls.parse_args_into_dataclasses = original
-        renamed = {}
-        for name, value in asked.flags.items():
-            option = [f"--{name}"]
+        known = [option[2:] for option in self._option_string_actions if option.startswith("--")]
+        for flag in asked.flags:
+            option = [f"--{flag}"]
             compat.fix_argv(option)
-            renamed[option[0][2:]] = value
-        refuse_unknown(renamed, self._option_string_actions)
+            name = option[0][2:]
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean Flags.{near[0]}?" if near else ""
+                raise SettingError(f"Flags.{name}: the training script has no flag --{name}{hint}")
         parsed = original(self, *args, **kwargs)
         for part in parsed:
             if hasattr(part, "seed"):
@@ -65,17 +66,6 @@ def describe(script: Sequence[str], added: Sequence[str]) -> str:
     replaced = [f"--{name} {before[name]}" for name in after if name in before and before[name] != after[name]]
     line = f"llava_patch: flags from gin: {' '.join(added)}"
     return f"{line} (instead of the script's {' '.join(replaced)})" if replaced else line
-
-
-def refuse_unknown(values: Mapping[str, Any], options: Iterable[str]) -> None:
-    """Refuse a bound flag that is not among the option strings, with their dashes, that a script's parser takes."""
-    known = [option[2:] for option in options if option.startswith("--")]
-    for name in values:
-        if name in known:
-            continue
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean Flags.{near[0]}?" if near else ""
-        raise SettingError(f"Flags.{name}: the training script has no flag --{name}{hint}")
 
 
 def _by_name(words: Sequence[str]) -> dict[str, str]:

@@ -1,27 +1,22 @@
 """The projector that LLaVA's stage 1 saves (mm_projector.bin), read for stage 2 and compared with its fusion."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from llava_patch.core import records
-from llava_patch.core.errors import CheckpointError
+from llava_patch.core.errors import CheckpointError, refuse
+from llava_patch.fusion.base import TRAINING, differs
 from llava_patch.settings import active
 from llava_patch.settings.methods import from_record
 
 PROJECTOR = "mm_projector"
 
+pending: dict[int, tuple[bool, dict[str, Any] | None]] = {}
+"""What `initialize_vision_modules` learned and the patch, applied when the Trainer is made, needs, by the decoder's id.
 
-class Pending(NamedTuple):
-    """What `initialize_vision_modules` learned and the patch, applied when the Trainer is made, needs."""
-
-    fresh: bool
-    projector: dict[str, Any] | None
-
-
-pending: dict[int, Pending] = {}
+Whether the projector is a new one, and tensors of a stage-1 file that only the widened projector can take.
+"""
 
 
 def initialize_vision_modules(original: Callable[..., Any], decoder: Any, model_args: Any, fsdp: Any) -> Any:
@@ -37,36 +32,19 @@ def initialize_vision_modules(original: Callable[..., Any], decoder: Any, model_
     if asked is None or not asked.patches:
         return original(decoder, model_args, fsdp)
     fresh = getattr(decoder, "mm_projector", None) is None and path is None
-    fused = projector is not None and _is_widened(projector, tower_width(decoder, model_args))
-    if fused:  # the stock layer cannot hold it: load it once the projector is widened
+    fused = False  # whether the stock layer cannot hold it: it is loaded once the projector is widened
+    if projector is not None:
+        first = next((projector[n] for n in (f"{PROJECTOR}.0.weight", f"{PROJECTOR}.weight") if n in projector), None)
+        if first is None:
+            raise CheckpointError(f"projector file without a first Linear; it holds {sorted(projector)}")
+        fused = first.shape[1] != tower_width(decoder, model_args) or _has_stack(projector)
+    if fused:
         model_args.pretrain_mm_mlp_adapter = None
     try:
         original(decoder, model_args, fsdp)
     finally:
         model_args.pretrain_mm_mlp_adapter = path
-    pending[id(decoder)] = Pending(fresh, projector if fused else None)
-
-
-def _read(path: str) -> dict[str, Any]:
-    import torch
-
-    if not os.path.isfile(path):
-        raise CheckpointError(f"--pretrain_mm_mlp_adapter {path}: no such file")
-    # LLaVA's own file format; weights_only keeps a foreign pickle from running code.
-    tensors = torch.load(path, map_location="cpu", weights_only=True)
-    # "model.mm_projector.0.weight", or "base_model.model.model.mm_projector.0.weight" after LoRA
-    found = {k[k.index(PROJECTOR) :]: v for k, v in tensors.items() if PROJECTOR in k}
-    if not any(k.startswith(f"{PROJECTOR}.") for k in found):
-        raise CheckpointError(f"--pretrain_mm_mlp_adapter {path}: holds no mm_projector tensors")
-    return found
-
-
-def _is_widened(projector: dict[str, Any], width: int) -> bool:
-    """Whether the stock model, whose vision tower has `width` channels, cannot hold a stage-1 file itself."""
-    first = next((projector[n] for n in (f"{PROJECTOR}.0.weight", f"{PROJECTOR}.weight") if n in projector), None)
-    if first is None:
-        raise CheckpointError(f"projector file without a first Linear; it holds {sorted(projector)}")
-    return first.shape[1] != width or _has_stack(projector)
+    pending[id(decoder)] = fresh, projector if fused else None
 
 
 def _has_stack(projector: dict[str, Any]) -> bool:
@@ -77,27 +55,31 @@ def check_projector(path: str, fusion: Any) -> dict[str, Any]:
     """Read LLaVA's stage-1 file and compare it with the fusion of this run.
 
     Returns the tensors by their names in the decoder. The settings that it was trained with lie beside it, if
-    llava_patch was there.
-
-    Raises:
-        CheckpointError: no such file, no projector in it, or another fusion's; detach and what trains may differ.
+    llava_patch was there. CheckpointError: no such file, no projector in it, or another fusion's; detach and what
+    trains may differ.
     """
-    from llava_patch.fusion.base import TRAINING, differs
+    import torch
 
-    projector = _read(path)
+    if not os.path.isfile(path):
+        raise CheckpointError(f"--pretrain_mm_mlp_adapter {path}: no such file")
+    # LLaVA's own file format; weights_only keeps a foreign pickle from running code.
+    tensors = torch.load(path, map_location="cpu", weights_only=True)
+    # "model.mm_projector.0.weight", or "base_model.model.model.mm_projector.0.weight" after LoRA
+    projector = {k[k.index(PROJECTOR) :]: v for k, v in tensors.items() if PROJECTOR in k}
+    if not any(k.startswith(f"{PROJECTOR}.") for k in projector):
+        raise CheckpointError(f"--pretrain_mm_mlp_adapter {path}: holds no mm_projector tensors")
     folder = os.path.dirname(path)
     record = records.read_settings(folder or ".")
     there = None if record is None else from_record(record, folder).get("fusion")
-    if there is not None and differs(fusion, there, (*TRAINING, "detach")):
-        raise CheckpointError(
-            f"--pretrain_mm_mlp_adapter {path} was trained with {there}, but this run has {fusion or 'no fusion'}: "
-            "give it the same settings (--gin_file, --gin_param)"
-        )
-    if fusion is None and _has_stack(projector):
-        raise CheckpointError(
-            f"--pretrain_mm_mlp_adapter {path} holds DeepStack's projector, but this run has no fusion: give it the "
-            "settings that it was trained with (--gin_file, --gin_param)"
-        )
+    against = {
+        f"--pretrain_mm_mlp_adapter {path} was trained with {there}, but this run has {fusion or 'no fusion'}: give it "
+        "the same settings (--gin_file, --gin_param)": (
+            there is not None and differs(fusion, there, (*TRAINING, "detach"))
+        ),
+        f"--pretrain_mm_mlp_adapter {path} holds DeepStack's projector, but this run has no fusion: give it the "
+        "settings that it was trained with (--gin_file, --gin_param)": fusion is None and _has_stack(projector),
+    }
+    refuse(against, CheckpointError)
     return projector
 
 

@@ -100,7 +100,7 @@ def decoder_positions(
             generation asks for that; llava's forward answers everywhere).
     """
     routed = images > 0 and program.leaves_out
-    last = program.n_layers - 1
+    last, late_fusion = program.n_layers - 1, program.late_fusion
     last_token_only = mode is Mode.PREFILL and routed
     pruning = program.pruning if images else None
     here, layers, at_split = images, [], images
@@ -112,7 +112,7 @@ def decoder_positions(
         held = asking = text if routed and does is LayerMode.TEXT else text + here
         if routed and does is LayerMode.KEYS and number != last:
             asking = text
-        if last_token_only and text > 1 and does is LayerMode.FUSE and number != last and number == program.fusion[-1]:
+        if last_token_only and text > 1 and does is LayerMode.FUSE and number != last and number == late_fusion[-1]:
             asking = text
         if last_token_only and number == last:
             asking = 1

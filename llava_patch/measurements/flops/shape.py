@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from llava_patch.core.errors import CheckpointError, HostError, SettingError
-from llava_patch.fusion.taps import Join, Taps, choose_taps
+from llava_patch.fusion.base import Join, Taps, choose_taps
 from llava_patch.hosts import configs
 from llava_patch.hosts.anatomy import HF, LLAVA, find
 from llava_patch.hosts.sizes import IMAGE_TOKENS, SHAPES, TOWERS

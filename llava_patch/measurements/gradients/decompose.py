@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from llava_patch.core.errors import HostError, InputError, SettingError
 from llava_patch.core.undo import UndoStack
 from llava_patch.fusion.features import detaching
-from llava_patch.fusion.tower_training import lift_no_grad
+from llava_patch.fusion.training import lift_no_grad
 from llava_patch.hosts import zero
 from llava_patch.measurements.gradients.settings import ATTACHED, RUN
 from llava_patch.patching.handle import get_handle

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llava_patch.core.errors import InputError
 from llava_patch.core.undo import UndoStack
-from llava_patch.fusion.tower_training import let_tower_train
+from llava_patch.fusion.training import let_tower_train
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.measurements.passes import keeping_flags
 from llava_patch.routing.layers import Observer, observing

@@ -1,12 +1,8 @@
 """The modality ablation: region visible or blacked out, text given or unknown; one table of the four.
 
-Source: "Detached Skip-Links and R-Probe", table 5 (8B): masked without text 1.980, masked with text 1.103, full without
-text 0.757, full with text 0.724.
+Source: "Detached Skip-Links and R-Probe", table 5 (8B), whose figures are in `PAPER`.
 """
 
-from __future__ import annotations
-
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,10 +18,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "full_without_text": {"masked": False, "text": False},
     "full_with_text": {"masked": False, "text": True},
 }
-"""Name of each run: what it sets."""
-PAPER = {
-    "masked_without_text": 1.980, "masked_with_text": 1.103, "full_without_text": 0.757, "full_with_text": 0.724,
-}  # fmt: skip
+"""Name of each run: the settings that are its own."""
+PAPER = dict(zip(VARIANTS, (1.980, 1.103, 0.757, 0.724), strict=True))
 # (what is measured, the run without it, the run with it): how much the MSE falls by it.
 _EFFECTS = (
     ("text, region masked", "masked_without_text", "masked_with_text"),
@@ -35,16 +29,11 @@ _EFFECTS = (
 )
 
 
-def variant(settings: RProbe, name: str) -> RProbe:
-    """The settings of one of the four runs."""
-    return dataclasses.replace(settings, **VARIANTS[name])
-
-
 def summarise(results: Mapping[str, RProbeResult], settings: RProbe) -> dict[str, Any]:
     """The four results, by the names of `VARIANTS`, as plain JSON values.
 
-    "runs" has the figures of each beside the paper's MSE; "effects" tells for text and region how much the MSE falls by
-    them, with the paired interval (None: too few documents).
+    "runs" has each one's figures beside the paper's; "effects" how much the MSE falls by text and region, with the
+    paired interval (None: too few documents).
     """
     runs = {}
     for name in VARIANTS:
@@ -61,24 +50,20 @@ def summarise(results: Mapping[str, RProbeResult], settings: RProbe) -> dict[str
             "paper": PAPER[name],
         }
     effects = []
-    for label, without, with_it in _EFFECTS:
-        value, low, high = paired(
-            results[without].documents, results[with_it].documents, settings.resamples, settings.seed
-        )
-        effects.append({"effect": label, "mse_falls_by": value, "low": low, "high": high})
-    documents = {sample["document"] for sample in results["full_with_text"].documents}
+    for label, *pair in _EFFECTS:
+        without, with_it = (results[name].documents for name in pair)
+        found = paired(without, with_it, settings.resamples, settings.seed)
+        effects.append({"effect": label, **dict(zip(("mse_falls_by", "low", "high"), found, strict=True))})
+    whole = results["full_with_text"]
     return {
         "runs": runs,
         "effects": effects,
-        "heldout_documents": len(documents),
-        "heldout_samples": len(results["full_with_text"].documents),
-        "constant_mse": results["full_with_text"].constant_mse,
+        "heldout_documents": len({sample["document"] for sample in whole.documents}),
+        "heldout_samples": len(whole.documents),
+        "constant_mse": whole.constant_mse,
         "comparable": settings.trained == "all",
         "cut": any(len(result.losses) < settings.steps for result in results.values()),
-        "trained": settings.trained,
-        "steps": settings.steps,
-        "threshold": settings.threshold,
-        "seed": settings.seed,
+        **{name: getattr(settings, name) for name in ("trained", "steps", "threshold", "seed")},
     }
 
 
@@ -89,14 +74,9 @@ def tables(summary: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]]]
     for name, run in summary["runs"].items():
         image, text = ("masked" if VARIANTS[name]["masked"] else "full"), ("yes" if VARIANTS[name]["text"] else "no")
         steps = "never" if run["steps_to_half_fvu"] is None else str(run["steps_to_half_fvu"])
-        low, high = run["interval"] or (None, None)
-        rows.append(
-            [
-                image, text, f"{run['mse']:.4f}", _between(low, high), f"{run['fvu']:.3f}",
-                "-" if run["mse_in_text"] is None else f"{run['mse_in_text']:.4f}", steps,
-                f"{run['paper']:.3f}",
-            ]
-        )  # fmt: skip
+        inside = "-" if run["mse_in_text"] is None else f"{run['mse_in_text']:.4f}"
+        figures = [f"{run['mse']:.4f}", _between(*(run["interval"] or (None, None))), f"{run['fvu']:.3f}"]
+        rows.append([image, text, *figures, inside, steps, f"{run['paper']:.3f}"])
     effects = [
         [one["effect"], f"{one['mse_falls_by']:+.4f}", _between(one["low"], one["high"])] for one in summary["effects"]
     ]

@@ -1,14 +1,10 @@
 """Bootstrap 95 % intervals of held-out figures, with documents as the unit that is drawn.
 
 Regions of one document share font, paper and image, so they are not independent: whole documents are drawn with
-replacement. Percentile intervals, by `scipy.stats.bootstrap`: BCa would correct for skew, but it fails (nan) where
-documents are few or alike, which is where a probe is often read, and needs a jackknife of documents x documents.
-With few documents (under about 20) percentile intervals are somewhat too narrow.
+replacement. Percentile intervals: BCa would correct for skew, but it fails (nan) where documents are few or alike,
+which is where a probe is often read. With few documents (under about 20) they are somewhat too narrow.
 """
 
-from __future__ import annotations
-
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,16 +25,8 @@ def interval(
 ) -> tuple[float, float] | None:
     """(low, high), a percentile 95 % interval of a mean over tokens: sum(value x tokens) / sum(tokens).
 
-    Args:
-        documents: `RProbeResult.documents`: for every held-out sample "document", "tokens" and the value.
-        resamples: bootstrap resamples; the same seed gives the same interval.
-        seed: of the resamples.
-        value: which per-sample figure.
-        relative_to: divide by the mean over tokens of this figure instead of by 1; "variance" gives FVU. It is drawn
-            together with the value, so the interval holds what both owe to the choice of documents.
-
-    Returns:
-        None where there are fewer than 2 documents (`FEW` says so in words).
+    `documents` are those of `RProbeResult`; `relative_to` divides by the mean of that figure, drawn together with the
+    value, instead of by 1: "variance" gives FVU. None where there are fewer than 2 documents (`FEW` says so in words).
     """
     owner, weights = _owners(documents), _numbers(documents, "tokens")
     below = weights if relative_to is None else _numbers(documents, relative_to) * weights
@@ -46,17 +34,16 @@ def interval(
 
 
 def paired(a: Samples, b: Samples, resamples: int, seed: int) -> tuple[float, float | None, float | None]:
-    """(MSE(a) - MSE(b), low, high) of two results on the same held-out samples, with its 95 % interval.
+    """(MSE(a) - MSE(b), low, high) of two results on the same held-out samples, matched by id, with its 95 % interval.
 
-    Both results are taken from the same drawn documents, so what makes a document hard for both cancels out. The
-    samples (`RProbeResult.documents`) are matched by id, in any order. `low` and `high` are None where there are fewer
-    than 2 documents; an InputError names what differs where they are not the same samples.
+    Both are taken from the same drawn documents, so what makes a document hard for both cancels out. `low` and `high`
+    are None where there are fewer than 2 documents; an InputError names what differs where they are not the same
+    samples.
     """
-    difference = unlike(a, b)
-    if difference is not None:
+    if (difference := unlike(a, b)) is not None:
         raise InputError(f"no paired difference: {difference}")
-    place = {str(sample["id"]): i for i, sample in enumerate(b)}
-    b = [b[place[str(sample["id"])]] for sample in a]
+    twins = {str(sample["id"]): sample for sample in b}
+    b = [twins[str(sample["id"])] for sample in a]
     owner, tokens = _owners(a), _numbers(a, "tokens")
     gap = (_numbers(a, "mse") - _numbers(b, "mse")) * tokens
     found = _bootstrap(owner, gap, tokens, resamples, seed)
@@ -66,22 +53,20 @@ def paired(a: Samples, b: Samples, resamples: int, seed: int) -> tuple[float, fl
 
 def unlike(a: Samples, b: Samples, names: tuple[str, str] = ("the first result", "the second result")) -> str | None:
     """What keeps two results (called `names`) from being of the same held-out samples, in words; None: nothing."""
-    ids_a, ids_b = [str(s["id"]) for s in a], [str(s["id"]) for s in b]
-    for ids in (ids_a, ids_b):
-        twice = next((name for name, count in Counter(ids).items() if count > 1), None)
-        if twice is not None:
-            return f"sample {twice!r} is there twice, so samples cannot be matched by id"
-    known_a, known_b = set(ids_a), set(ids_b)
-    only_a, only_b = [i for i in ids_a if i not in known_b], [i for i in ids_b if i not in known_a]
-    if only_a or only_b:
-        return ", ".join(
-            f"{len(names)} of {len(ids)} held-out samples are only in {which} (such as {names[0]!r})"
-            for names, ids, which in ((only_a, ids_a, names[0]), (only_b, ids_b, names[1]))
-            if names
-        )
-    other = {str(sample["id"]): sample for sample in b}
-    for sample in a:
-        twin = other[str(sample["id"])]
+    by_id: list[dict[str, Mapping[str, Any]]] = [{}, {}]
+    for found, samples in zip(by_id, (a, b), strict=True):
+        for sample in samples:
+            if (name := str(sample["id"])) in found:
+                return f"sample {name!r} is there twice, so samples cannot be matched by id"
+            found[name] = sample
+    only = []
+    for own, other, which in zip(by_id, by_id[::-1], names, strict=True):
+        if alone := [name for name in own if name not in other]:
+            only.append(f"{len(alone)} of {len(own)} held-out samples are only in {which} (such as {alone[0]!r})")
+    if only:
+        return ", ".join(only)
+    for name, sample in by_id[0].items():
+        twin = by_id[1][name]
         for key, what in (("tokens", "target tokens"), ("document", "document"), ("text", "text")):
             if sample.get(key) != twin.get(key):
                 return (
@@ -113,15 +98,9 @@ def _bootstrap(
     count = len(data[0])
     if count < 2:
         return None
-    found = optional("scipy.stats").bootstrap(
-        data,
-        lambda a, b, axis: a.sum(axis) / b.sum(axis),
-        n_resamples=resamples,
-        batch=max(1, min(resamples, DRAWN_AT_ONCE // count)),
-        vectorized=True,
-        paired=True,
-        confidence_level=LEVEL,
-        method="percentile",
-        random_state=np.random.default_rng(seed),
+    how: dict[str, Any] = {"paired": True, "vectorized": True, "method": "percentile", "confidence_level": LEVEL}
+    how |= {"n_resamples": resamples, "batch": max(1, min(resamples, DRAWN_AT_ONCE // count))}
+    ratio = optional("scipy.stats").bootstrap(
+        data, lambda a, b, axis: a.sum(axis) / b.sum(axis), random_state=np.random.default_rng(seed), **how
     )
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    return float(ratio.confidence_interval.low), float(ratio.confidence_interval.high)

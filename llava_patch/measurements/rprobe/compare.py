@@ -1,11 +1,9 @@
 """Several R-Probe results side by side: one table, one figure, and what keeps them from being compared."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from llava_patch.core import files
 from llava_patch.core.errors import InputError, SettingError
@@ -41,15 +39,53 @@ _SHOWN = (
 class Row:
     """One result of a comparison.
 
-    `interval` is the bootstrap 95 % interval of its MSE (None: fewer than 2 documents); `difference` is (MSE minus the
-    baseline's, low, high), paired over documents, None for the baseline itself and where `unlike` says how the held-out
-    samples differ.
+    `interval` is that of its MSE (None: fewer than 2 documents); `difference` is (MSE minus the baseline's, low, high),
+    None for the baseline itself and where `unlike` says how the held-out samples differ.
     """
 
     name: str
+    result: RProbeResult
     interval: tuple[float, float] | None
     difference: tuple[float, float | None, float | None] | None
     unlike: str | None
+
+    def numbers(self) -> dict[str, Any]:
+        """As JSON values."""
+        parts = {"inside": self.result.inside, "outside": self.result.outside}
+        return {
+            "mse": self.result.mse,
+            "mse_interval": self.interval,
+            "difference": None if self.difference is None else self.difference[0],
+            "difference_interval": None if self.difference is None else self.difference[1:],
+            "unlike": self.unlike,
+            **{key: getattr(self.result, key) for key in _SHOWN},
+            **{f"{where}_mse": None if part is None else part.mse for where, part in parts.items()},
+        }
+
+    def cells(self, baseline: str) -> list[str]:
+        """As text, under `HEAD`."""
+        one = self.result
+        steps, half = ("never" if n is None else str(n) for n in (one.steps_to_threshold, one.steps_to_half_fvu))
+        apart = "baseline" if self.name == baseline else "not paired"
+        if self.difference is not None:
+            apart = f"{self.difference[0]:+.4f}{_between(self.difference[1:], '+')}"
+        return [
+            self.name,
+            str(len({sample["document"] for sample in one.documents})),
+            f"{one.mse:.4f}{_between(self.interval)}",
+            f"{one.fvu:.3f}",
+            f"{one.psnr:.1f}",
+            *("-" if part is None else f"{part.mse:.4f}" for part in (one.inside, one.outside)),
+            f"({steps})" if one.threshold_is_vacuous else steps,
+            half,
+            apart,
+        ]
+
+
+def _between(limits: tuple[float | None, float | None] | None, sign: str = "") -> str:
+    """An interval behind its value."""
+    low, high = limits or (None, None)
+    return " [no interval]" if low is None or high is None else f" [{low:{sign}.4f}, {high:{sign}.4f}]"
 
 
 def find_results(path: Path) -> dict[str, Path]:
@@ -57,37 +93,29 @@ def find_results(path: Path) -> dict[str, Path]:
 
     A path is a result file, or a folder that holds `rprobe.json` in itself or anywhere below (lmms-eval's output).
     """
-    path = Path(path)
+    name = path.resolve().name
     if path.is_file():
         return {(path.resolve().parent.name if path.name == RESULT else path.stem): path}
     if not path.is_dir():
         raise InputError(f"{path}: no such file or folder")
-    if (path / RESULT).is_file():
-        return {path.resolve().name: path / RESULT}
-    below = sorted(path.rglob(RESULT))
+    below = [path / RESULT] if (path / RESULT).is_file() else sorted(path.rglob(RESULT))
     if not below:
         raise InputError(f"{path}: holds no {RESULT}, in itself or below")
-    if len(below) == 1:
-        return {path.resolve().name: below[0]}
-    return {f"{path.resolve().name}/{file.parent.relative_to(path)}": file for file in below}
+    return {f"{name}/{file.parent.relative_to(path)}" if len(below) > 1 else name: file for file in below}
 
 
 def load(paths: Sequence[Path], names: Sequence[str] = ()) -> dict[str, RProbeResult]:
     """Results by name, in order; without names they are called by their folders, numbered where those are alike."""
     found = [(name, file) for path in paths for name, file in find_results(path).items()]
-    if names:
-        if len(names) != len(found):
-            files_found = ", ".join(str(file) for _, file in found)
-            raise SettingError(
-                f"--names: {counted(len(names), 'name')} for {counted(len(found), 'result')} ({files_found})"
-            )
-        if len(set(names)) < len(names):
-            raise SettingError(f"--names {','.join(names)}: expected distinct names")
-        return {name: RProbeResult.load(file) for name, (_, file) in zip(names, found, strict=True)}
-    if len({name.split("/")[0] for name, _ in found}) == 1 and all("/" in name for name, _ in found):
-        found = [(name.split("/", 1)[1], file) for name, file in found]  # all of one folder
-    labels = numbered([name for name, _ in found])
-    return {name: RProbeResult.load(file) for name, (_, file) in zip(labels, found, strict=True)}
+    if names and len(names) != len(found):
+        there = ", ".join(str(file) for _, file in found)
+        raise SettingError(f"--names: {counted(len(names), 'name')} for {counted(len(found), 'result')} ({there})")
+    if len(set(names)) < len(names):
+        raise SettingError(f"--names {','.join(names)}: expected distinct names")
+    labels = [name for name, _ in found]
+    if len({label.split("/")[0] for label in labels}) == 1 and all("/" in label for label in labels):
+        labels = [label.split("/", 1)[1] for label in labels]  # all of one folder
+    return {name: RProbeResult.load(file) for name, (_, file) in zip(names or numbered(labels), found, strict=True)}
 
 
 def numbered(names: Sequence[str]) -> list[str]:
@@ -97,14 +125,14 @@ def numbered(names: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class ProbeComparison(Comparison):
-    """R-Probe results beside a baseline; `lines` are what the table's rows say, as numbers."""
+    """R-Probe results beside a baseline; `lines` are the table's rows with their numbers."""
 
     lines: Sequence[Row] = ()
     baseline: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The numbers of the table, by the results' names."""
-        results = {line.name: _numbers(cast(RProbeResult, self.results[line.name]), line) for line in self.lines}
+        results = {line.name: line.numbers() for line in self.lines}
         return {"baseline": self.baseline, "results": results, "notes": list(self.notes)}
 
     def save(self, folder: str | Path, name: str = "compare", formats: Sequence[str] = FIGURES[:1]) -> tuple[Path, ...]:
@@ -118,12 +146,17 @@ class ProbeComparison(Comparison):
 
     def narrow(self) -> list[Table]:
         """Two tables that fit a terminal: errors with their intervals, and the rest."""
-        threshold = f"{cast(RProbeResult, self.results[self.baseline]).threshold:g}"
-        errors = [[row[0], *_apart(row[2]), *_apart(row[-1])] for row in self.rows]
-        rest = [[*row[:2], *row[3:-1]] for row in self.rows]
+        threshold = next(f"{line.result.threshold:g}" for line in self.lines if line.name == self.baseline)
+        errors = []
+        for row in self.rows:
+            (mse, _, spread), (apart, bracket, paired_spread) = (row[i].partition(" [") for i in (2, -1))
+            errors.append([row[0], mse, f"[{spread}", apart, bracket[1:] + paired_spread])
         return [
             (["result", "MSE", "95 %", "minus base", "paired 95 %"], errors),
-            (["result", "docs", "FVU", "PSNR", "in text", "beside", f"to {threshold}", "FVU .5"], rest),
+            (
+                ["result", "docs", "FVU", "PSNR", "in text", "beside", f"to {threshold}", "FVU .5"],
+                [[*row[:2], *row[3:-1]] for row in self.rows],
+            ),
         ]
 
 
@@ -140,9 +173,9 @@ def compare_probes(
         why = unlike(result.documents, base.documents)
         single = name == baseline or why is not None
         difference = None if single else paired(result.documents, base.documents, resamples, seed)
-        lines.append(Row(name, interval(result.documents, resamples, seed), difference, why))
+        lines.append(Row(name, result, interval(result.documents, resamples, seed), difference, why))
     head = [text.format(threshold=f"{base.threshold:g}", baseline=baseline) for text in HEAD]
-    rows = [_cells(results[line.name], line, baseline) for line in lines]
+    rows = [line.cells(baseline) for line in lines]
     notes = warnings_of(results, baseline)
     return ProbeComparison(results, head, rows, notes, "", "R-Probe results", lines=lines, baseline=baseline)
 
@@ -160,8 +193,7 @@ def warnings_of(results: Mapping[str, RProbeResult], baseline: str) -> list[str]
         ]
         if apart:
             found.append(f"{name} differs from {baseline} in more than the model: {', '.join(apart)}")
-        why = unlike(result.documents, base.documents, (name, baseline))
-        if why is not None:
+        if (why := unlike(result.documents, base.documents, (name, baseline))) is not None:
             found.append(f"{name} has other held-out samples than {baseline}, so there is no paired difference: {why}")
     for name, result in results.items():
         if result.settings.get("trained", "all") != "all":
@@ -171,8 +203,7 @@ def warnings_of(results: Mapping[str, RProbeResult], baseline: str) -> list[str]
                 f"{name} was stopped after {len(result.losses)} of {result.settings['steps']} steps: not comparable "
                 "with finished runs"
             )
-    vacuous = [name for name, result in results.items() if result.threshold_is_vacuous]
-    if vacuous:
+    if vacuous := [name for name, result in results.items() if result.threshold_is_vacuous]:
         found.append(
             f"{', '.join(vacuous)}: a constant patch is under the threshold, so steps to it say nothing (in brackets)"
         )
@@ -185,36 +216,10 @@ def _said(value: Any) -> str:
 
 def _plain(key: str, value: Any) -> Any:
     """A value as it is compared: a source by where it lies, not by how its path is written."""
-    if not key.endswith("source") or not isinstance(value, str):
-        return value
     try:
-        return resolve_source(value)
+        return resolve_source(value) if key.endswith("source") and isinstance(value, str) else value
     except SettingError:  # of another version
         return value
-
-
-def _apart(cell: str) -> list[str]:
-    """A value and its interval."""
-    value, _, interval_ = cell.partition(" [")
-    return [value, f"[{interval_}" if interval_ else ""]
-
-
-def _difference(row: Row, baseline: str) -> str:
-    if row.name == baseline:
-        return "baseline"
-    if row.difference is None:
-        return "not paired"
-    value, low, high = row.difference
-    return f"{value:+.4f}" + (" [no interval]" if low is None or high is None else f" [{low:+.4f}, {high:+.4f}]")
-
-
-def between(limits: tuple[float, float] | None) -> str:
-    """An interval behind its value, as text."""
-    return " [no interval]" if limits is None else f" [{limits[0]:.4f}, {limits[1]:.4f}]"
-
-
-def _steps(value: int | None) -> str:
-    return "never" if value is None else str(value)
 
 
 def markdown_page(head: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str], title: str) -> str:
@@ -223,53 +228,23 @@ def markdown_page(head: Sequence[str], lines: Sequence[Sequence[str]], notes: Se
     return f"# {title}\n\n{markdown(head, lines)}\n\n{footer}".rstrip() + "\n"
 
 
-def _cells(result: RProbeResult, line: Row, baseline: str) -> list[str]:
-    steps = _steps(result.steps_to_threshold)
-    return [
-        line.name,
-        str(len({sample["document"] for sample in result.documents})),
-        f"{result.mse:.4f}" + between(line.interval),
-        f"{result.fvu:.3f}",
-        f"{result.psnr:.1f}",
-        *("-" if part is None else f"{part.mse:.4f}" for part in (result.inside, result.outside)),
-        f"({steps})" if result.threshold_is_vacuous else steps,
-        _steps(result.steps_to_half_fvu),
-        _difference(line, baseline),
-    ]
-
-
-def _numbers(result: RProbeResult, line: Row) -> dict[str, Any]:
-    parts = {"inside": result.inside, "outside": result.outside}
-    return {
-        "mse": result.mse,
-        "mse_interval": line.interval,
-        "difference": None if line.difference is None else line.difference[0],
-        "difference_interval": None if line.difference is None else line.difference[1:],
-        "unlike": line.unlike,
-        **{key: getattr(result, key) for key in _SHOWN},
-        **{f"{where}_mse": None if part is None else part.mse for where, part in parts.items()},
-    }
-
-
 def _figure(compared: ProbeComparison) -> Any:
     """All curves above; below, each result's error and, where it is paired, its difference to the baseline."""
-    Figure = optional("matplotlib.figure").Figure
-    results = cast(Mapping[str, RProbeResult], compared.results)
-    below = 0.75 + 0.17 * len(results)
-    figure = Figure(figsize=(7.0, 2.9 + below), layout="constrained")
+    lines, base = compared.lines, compared.baseline
+    below = 0.75 + 0.17 * len(lines)
+    figure = optional("matplotlib.figure").Figure(figsize=(7.0, 2.9 + below), layout="constrained")
     grid = figure.add_gridspec(2, 2, height_ratios=(2.9, below))
-    curves: Any = figure.add_subplot(grid[0, :])
-    draw_curves(curves, results)
+    curves = figure.add_subplot(grid[0, :])
+    draw_curves(curves, {line.name: line.result for line in lines})
     curves.get_legend().remove()  # beside all panels, so that the layout makes room for it
     figure.legend(*curves.get_legend_handles_labels(), loc="outside right upper", fontsize=7, frameon=False)
-    errors = [(results[line.name].mse, *(line.interval or (None, None))) for line in compared.lines]
-    both = any(line.difference is not None for line in compared.lines)
+    errors = [(line.result.mse, *(line.interval or (None, None))) for line in lines]
+    both = any(line.difference is not None for line in lines)
     left = figure.add_subplot(grid[1, 0] if both else grid[1, :])
-    draw_intervals(left, list(results), errors, "held-out MSE, 95 % interval")
+    draw_intervals(left, [line.name for line in lines], errors, "held-out MSE, 95 % interval")
     if both:
-        base = compared.baseline
-        differences = [(0.0, None, None) if line.name == base else line.difference for line in compared.lines]
+        differences = [(0.0, None, None) if line.name == base else line.difference for line in lines]
         right = figure.add_subplot(grid[1, 1])
-        draw_intervals(right, [""] * len(results), differences, f"MSE minus {plain_name(base)}, paired 95 %")
+        draw_intervals(right, [""] * len(lines), differences, f"MSE minus {plain_name(base)}, paired 95 %")
         right.axvline(0, color="0.35", linewidth=0.8)
     return figure

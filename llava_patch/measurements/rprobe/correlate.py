@@ -1,14 +1,11 @@
 """Rank correlation of several checkpoints' probe results with their benchmark scores.
 
 Source: "Detached Skip-Links and R-Probe", table 8: within one backbone, a lower probe loss goes with a higher OCR
-score.
-
-Sign: everything is turned so that more is better. The probe's error and steps are negated, and so is a score whose
-lower values are better: a correlation above 0 says that a better probe goes with a better score.
+score. Everything is turned so that more is better, the probe's error and steps as well as a score whose lower values
+are better: a correlation above 0 says that a better probe goes with a better score.
 """
 
-from __future__ import annotations
-
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +16,7 @@ import numpy as np
 from llava_patch.core.errors import InputError, SettingError
 from llava_patch.core.extras import optional
 from llava_patch.measurements.rprobe.figures import COLOURS, plain_name
-from llava_patch.measurements.rprobe.scores import Checkpoint, Score
+from llava_patch.measurements.rprobe.scores import Checkpoint
 
 PROBES = {
     "mse": ("held-out MSE (normalised pixel values²)", False),
@@ -39,15 +36,10 @@ EXACT = 7  # checkpoints up to which all permutations (5040) are fewer than that
 class Correlation:
     """How one benchmark figure goes with the probe's over checkpoints.
 
-    Attributes:
-        n: checkpoints that have both numbers.
-        spearman: rank correlation, -1..1; above 0: a better probe goes with a better score. None: no rank (n < 2, or
-            all values equal).
-        kendall: tau-b, which allows for ties.
-        p: two-sided p-value of Spearman under permutation of the scores, exact up to 7 checkpoints; None: no rank.
-        higher_is_better: of the score; None: not recorded, taken as True.
-        points: checkpoint, probe figure, score, as measured; a probe figure that was never reached is infinite.
-        notes: what was left out or does not count.
+    `spearman` and `kendall` (tau-b, which allows for ties) are -1..1; `p` is Spearman's two-sided p-value under
+    permutation of the scores; all are None without a rank (n < 2, or all values equal). `higher_is_better` is None
+    where it is not recorded, and taken as True. `points` are (checkpoint, probe figure, score) as measured, a figure
+    that was never reached infinite; `notes` say what was left out or does not count.
     """
 
     task: str
@@ -66,11 +58,8 @@ def correlate(
 ) -> tuple[list[Correlation], list[str]]:
     """Correlate one probe figure (a key of `PROBES`) with the benchmark scores of at least two checkpoints.
 
-    Tasks are named, or "task/metric"; none: every metric with a direction that all checkpoints have. The seed is of the
-    permutations, where there are too many to count out.
-
-    Returns:
-        (correlations, notes that concern all of them).
+    Tasks are named, or "task/metric"; none: every metric with a direction that all checkpoints have. Returns
+    (correlations, notes that concern all of them).
     """
     if probe not in PROBES:
         raise SettingError(f"--probe {probe}: expected one of {', '.join(PROBES)}")
@@ -109,47 +98,40 @@ def correlate(
 
 def _shared(checkpoints: Sequence[Checkpoint], notes: list[str]) -> list[tuple[str, str]]:
     """Metrics that every checkpoint has a number of and whose direction is known, the probe's own left out."""
-    first = [key for key in checkpoints[0].scores if not key[0].startswith("rprobe")]
-    kept: list[tuple[str, str]] = []
-    blind: list[tuple[str, str]] = []
-    for key in first:
-        scores = [checkpoint.scores.get(key) for checkpoint in checkpoints]
-        if any(score is None or not math.isfinite(score.value) for score in scores):
-            continue
-        (blind if _direction(key, checkpoints) is None else kept).append(key)
-    if blind:
-        notes.append(
-            f"left out, because they do not say whether more is better: {', '.join('/'.join(k) for k in blind)}"
-        )
-    everywhere = set(kept) | set(blind)
-    some = {k for checkpoint in checkpoints for k in checkpoint.scores if not k[0].startswith("rprobe")} - everywhere
-    if some:
-        notes.append(f"left out, because not every checkpoint has them: {', '.join('/'.join(k) for k in sorted(some))}")
+    first, *others = ([k for k in checkpoint.scores if not k[0].startswith("rprobe")] for checkpoint in checkpoints)
+    common = [
+        key for key in first if all(key in one.scores and math.isfinite(one.scores[key].value) for one in checkpoints)
+    ]
+    kept = [key for key in common if _direction(key, checkpoints) is not None]
+    blind = [key for key in common if key not in kept]
+    for left_out, why in (
+        (blind, "they do not say whether more is better"),
+        (sorted({*first}.union(*others) - {*common}), "not every checkpoint has them"),
+    ):
+        if left_out:
+            notes.append(f"left out, because {why}: {', '.join('/'.join(key) for key in left_out)}")
     return kept
 
 
 def _wanted(checkpoints: Sequence[Checkpoint], tasks: Sequence[str]) -> list[tuple[str, str]]:
     known = list(dict.fromkeys(key for checkpoint in checkpoints for key in checkpoint.scores))
-    found: list[tuple[str, str]] = []
+    found: dict[tuple[str, str], None] = {}
     for wanted in tasks:
         task, _, metric = wanted.partition("/")
         match = [key for key in known if key[0] == task and metric in ("", key[1])]
         if not match:
-            names = ", ".join(sorted({key[0] for key in known})) or "none"
             metrics = ", ".join(key[1] for key in known if key[0] == task)
-            there = f"metrics of {task}: {metrics}" if metrics else f"tasks: {names}"
+            there = f"metrics of {task}: {metrics}"
+            if not metrics:
+                there = f"tasks: {', '.join(sorted({key[0] for key in known})) or 'none'}"
             raise SettingError(f"--tasks {wanted}: no checkpoint has it; {there}")
-        found += match
-    return list(dict.fromkeys(found))
+        found |= dict.fromkeys(match)
+    return list(found)
 
 
 def _direction(key: tuple[str, str], checkpoints: Sequence[Checkpoint]) -> bool | None:
     """Whether more is better; the checkpoints that record it must agree."""
-    said = {
-        score.higher_is_better
-        for checkpoint in checkpoints
-        if (score := checkpoint.scores.get(key)) is not None and score.higher_is_better is not None
-    }
+    said = {one.scores[key].higher_is_better for one in checkpoints if key in one.scores} - {None}
     if len(said) > 1:
         raise InputError(f"{key[0]}/{key[1]}: the results disagree on whether more is better")
     return next(iter(said), None)
@@ -159,32 +141,29 @@ def _one(
     key: tuple[str, str], checkpoints: Sequence[Checkpoint], values: Mapping[str, float], probe: str, seed: int
 ) -> Correlation:
     points, notes = [], []
-    for checkpoint in checkpoints:
-        score: Score | None = checkpoint.scores.get(key)
-        if checkpoint.name not in values:
-            continue
-        if score is None or not math.isfinite(score.value):
-            notes.append(f"{checkpoint.name} has no {'/'.join(key)}")
+    for name, scores in ((one.name, one.scores) for one in checkpoints if one.name in values):
+        if key in scores and math.isfinite(scores[key].value):
+            points.append((name, values[name], scores[key].value))
         else:
-            points.append((checkpoint.name, values[checkpoint.name], score.value))
+            notes.append(f"{name} has no {'/'.join(key)}")
     higher = _direction(key, checkpoints)
     if higher is None:
         notes.append("does not say whether more is better: taken as if it were")
     x = np.array([p[1] for p in points]) * (1 if PROBES[probe][1] else -1)
     y = np.array([p[2] for p in points]) * (-1 if higher is False else 1)
-    spearman = kendall = p = None
-    if len(points) >= 2:
-        constant = [what for what, v in (("probe figures", x), ("scores", y)) if len(set(v.tolist())) == 1]
-        if constant:
-            notes.append(f"all {' and '.join(constant)} are equal: no rank")
-        else:
-            spearman, kendall, p = ranks(x, y, seed)
-            ties = [what for what, v in (("probe figures", x), ("scores", y)) if len(set(v.tolist())) < len(v)]
-            if ties:
-                notes.append(f"ties among {' and '.join(ties)} take their mean rank")
-    else:
+    different = {"probe figures": len({*x.tolist()}), "scores": len({*y.tolist()})}
+    constant = [what for what, count in different.items() if count == 1]
+    ties = [what for what, count in different.items() if count < len(points)]
+    found: tuple[float | None, float | None, float | None] = None, None, None
+    if len(points) < 2:
         notes.append("fewer than two checkpoints have it")
-    return Correlation(*key, len(points), spearman, kendall, p, higher, points, notes)
+    elif constant:
+        notes.append(f"all {' and '.join(constant)} are equal: no rank")
+    else:
+        found = ranks(x, y, seed)
+        if ties:
+            notes.append(f"ties among {' and '.join(ties)} take their mean rank")
+    return Correlation(*key, len(points), *found, higher, points, notes)
 
 
 def ranks(x: np.ndarray, y: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
@@ -211,13 +190,12 @@ def ranks(x: np.ndarray, y: np.ndarray, seed: int = 0) -> tuple[float, float, fl
 
 def cells(found: Sequence[Correlation]) -> tuple[list[str], list[list[str]]]:
     """(head, lines) of the table as text."""
-    head = ["benchmark", "metric", "n", "Spearman", "Kendall", "p (permutation)"]
     lines = []
     for one in found:
-        numbers = ["-" if v is None else f"{v:+.3f}" for v in (one.spearman, one.kendall)]
-        p = "-" if one.p is None else f"{one.p:.4f}"
-        lines.append([one.task, one.metric, str(one.n), *numbers, p])
-    return head, lines
+        numbers = ((one.spearman, "+.3f"), (one.kendall, "+.3f"), (one.p, ".4f"))
+        shown = ["-" if value is None else f"{value:{form}}" for value, form in numbers]
+        lines.append([one.task, one.metric, str(one.n), *shown])
+    return ["benchmark", "metric", "n", "Spearman", "Kendall", "p (permutation)"], lines
 
 
 def footer(found: Sequence[Correlation]) -> list[str]:
@@ -229,48 +207,36 @@ def footer(found: Sequence[Correlation]) -> list[str]:
     return [f"{', '.join(names)}: {note}" for note, names in said.items()]
 
 
-def sign_note(probe: str) -> str:
-    """The sign convention in a sentence."""
-    better = "higher" if PROBES[probe][1] else "lower"
-    return (
-        f"above 0: a better probe ({better} {PROBES[probe][0]}) goes with a better score, whichever direction of the "
-        "score is better"
-    )
-
-
 def figure(found: Sequence[Correlation], probe: str) -> Any:
     """A small panel a benchmark; a legend names the points, because names beside them would cover one another."""
-    Figure = optional("matplotlib.figure").Figure
     names = list(dict.fromkeys(name for one in found for name, _, _ in one.points))
+    # Colours come round again with another marker.
+    styles = {
+        name: {"marker": marker, "color": color, "markersize": 4.5, "linestyle": "none"}
+        for name, (marker, color) in zip(names, itertools.cycle(itertools.product(MARKERS, COLOURS)), strict=False)
+    }
     columns = min(3, len(found))
     rows = math.ceil(len(found) / columns)
-    picture = Figure(figsize=(max(4.0, 2.5 * columns), 2.4 * rows + 0.4 + 0.17 * math.ceil(len(names) / 2)))
-    picture.set_layout_engine("constrained")
+    size = max(4.0, 2.5 * columns), 2.4 * rows + 0.4 + 0.17 * math.ceil(len(names) / 2)
+    picture = optional("matplotlib.figure").Figure(figsize=size, layout="constrained")
     axes = picture.subplots(rows, columns, squeeze=False).reshape(-1)
     for axis in axes[len(found) :]:
         axis.remove()
     for axis, one in zip(axes, found, strict=False):
-        _panel(axis, one, names)
+        _panel(axis, one, styles)
         axis.set_xlabel(PROBES[probe][0], fontsize=7)
-    points = [axes[0].plot([], [], *_mark(i)[:1], **_mark(i)[1])[0] for i in range(len(names))]
+    points = [axes[0].plot([], [], **style)[0] for style in styles.values()]
     shown = [plain_name(name, 44) for name in names]
     picture.legend(points, shown, loc="outside lower center", ncols=2, fontsize=7, frameon=False)
     return picture
 
 
-def _mark(number: int) -> tuple[str, dict[str, Any]]:
-    """(marker, style) of a checkpoint: colours come round again with another marker."""
-    marker = MARKERS[number // len(COLOURS) % len(MARKERS)]
-    return marker, {"color": COLOURS[number % len(COLOURS)], "markersize": 4.5, "linestyle": "none"}
-
-
-def _panel(axis: Any, one: Correlation, names: Sequence[str]) -> None:
+def _panel(axis: Any, one: Correlation, styles: Mapping[str, Any]) -> None:
     finite = [value for _, value, _ in one.points if math.isfinite(value)]
     # What was never reached stands past the largest value.
     never = 1.15 * max(finite, default=1.0)
     for name, value, score in one.points:
-        marker, style = _mark(names.index(name))
-        axis.plot(value if math.isfinite(value) else never, score, marker, **style)
+        axis.plot(value if math.isfinite(value) else never, score, **styles[name])
     rho = "no rank" if one.spearman is None else f"$\\rho$ = {one.spearman:+.2f}, n = {one.n}"
     axis.set_title(one.task.replace("$", r"\$") + f"\n{rho}", fontsize=8)
     better = {True: "(higher is better)", False: "(lower is better)", None: ""}[one.higher_is_better]

@@ -1,11 +1,8 @@
 """Error map: a whole held-out page rebuilt piece by piece, so that one sees where its tokens lose what is on it.
 
 Each text region is the target once, with its own text; the cells that no region touches follow in blocks of about a
-region's size, with a placeholder for text. The probe was trained on text regions: what it makes of the rest is a look
-at the page, not a figure to quote.
+region's size, with a placeholder for text: the probe was not trained on these, so they are no figures to quote.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import statistics
@@ -17,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llava_patch.core import parallel
 from llava_patch.core.errors import InputError
 from llava_patch.core.extras import optional
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.measurements.rprobe.evaluate import answer, spread_over_ranks
-from llava_patch.measurements.rprobe.figures import EDGE, GAP, LABEL, TITLE, WIDTH, basename, save
+from llava_patch.measurements.rprobe.figures import EDGE, GAP, LABEL, MSE_LABEL, TITLE, WIDTH, basename, place, save
 from llava_patch.measurements.rprobe.result import ErrorMap
 from llava_patch.measurements.rprobe.settings import RProbe
 from llava_patch.measurements.rprobe.store.data import FrozenData
@@ -43,39 +41,30 @@ def error_maps(
     documents: Sequence[Mapping[str, Any]],
     settings: RProbe,
 ) -> tuple[list[ErrorMap], list[str]]:
-    """Maps of `settings.maps` held-out pages, the best and the worst first, and a sentence for each page that has none.
+    """Maps of `settings.maps` held-out pages, the best and the worst first, and a sentence for each without; on rank 0.
 
     A map is a look at a page beside a measurement that is finished: what goes wrong in one is said, not raised. The
     tower runs once a page (masked: once a piece), and pages are opened again; `documents` are their figures.
     """
-    if not settings.maps:
+    if not settings.maps or parallel.rank() != 0:
         return [], []
     # Samples of one page carry one document name; a document of several pages is shown by its first.
-    places: dict[str, list[int]] = {}
+    pages: dict[str, list[int]] = {}
     for i, (_, document, _) in enumerate(data.labels):
-        places.setdefault(document, []).append(i)
+        pages.setdefault(document, []).append(i)
     errors = [
         sum(documents[i]["mse"] * documents[i]["tokens"] for i in members)
         / sum(documents[i]["tokens"] for i in members)
-        for members in places.values()
+        for members in pages.values()
     ]
-    pages = list(places.items())
     maps, notes = [], []
     for n in spread_over_ranks(errors, settings.maps):
-        name, members = pages[n]
+        name, members = list(pages.items())[n]
         try:
-            page = _page([data.samples[i] for i in members])
-            seen = data.seen_of(members[0])
-            maps.append(_map(decoder, anatomy, transform, tokenizer, page, name, seen, settings, len(data.target_mean)))
+            maps.append(_map(decoder, anatomy, transform, tokenizer, data, members, settings))
         except Exception as error:
             notes.append(f"R-Probe: there is no error map of {name}: {type(error).__name__}: {error}")
     return maps, notes
-
-
-def _page(samples: Sequence[Sample]) -> list[Sample]:
-    """Those of a document's samples that lie on the same page as its first."""
-    first = samples[0].image
-    return [s for s in samples if s.image is first or (not hasattr(first, "size") and s.image == first)]
 
 
 def pieces(samples: Sequence[Sample], plane: Plane, seen: Tensor) -> tuple[list[Sample], list[Sample]]:
@@ -90,20 +79,14 @@ def pieces(samples: Sequence[Sample], plane: Plane, seen: Tensor) -> tuple[list[
     covered = {box for sample in samples for box in sample.boxes}
     silent: list[tuple[Box, ...]] = []
     for box in dict.fromkeys(box for sample in samples for box in sample.all_boxes):
-        if box in covered or not (_cells(plane, box) & seen).any():
-            continue
-        if texts.get(box):
-            named[(box,)] = texts[box]
-        else:
-            silent.append((box,))
-    touched = torch.zeros(plane.grid.tokens, dtype=torch.bool)
-    sizes = []
-    for boxes in (*named, *silent):
-        cells = plane.cells([plane.box(box, samples[0].id) for box in boxes])
-        sizes.append(int(cells.sum()))
-        touched |= cells
-    size = max(1, round(statistics.median(sizes)))
-    left = (seen & ~touched).nonzero().flatten().tolist()
+        if box not in covered and (_cells(plane, box) & seen).any():
+            if texts.get(box):
+                named[(box,)] = texts[box]
+            else:
+                silent.append((box,))
+    touched = [plane.cells([plane.box(box, samples[0].id) for box in boxes]) for boxes in (*named, *silent)]
+    size = max(1, round(statistics.median(int(cells.sum()) for cells in touched)))
+    left = (seen & ~torch.stack(touched).any(0)).nonzero().flatten().tolist()
     rest = [part for cell in left if (part := plane.original(cell)) is not None]
     silent += [tuple(rest[start : start + size]) for start in range(0, len(rest), size)]
 
@@ -128,14 +111,16 @@ def _map(
     anatomy: Anatomy,
     transform: Transform,
     tokenizer: Any,
-    samples: list[Sample],
-    name: str,
-    seen: Tensor,
+    data: FrozenData,
+    members: Sequence[int],
     settings: RProbe,
-    pixels: int,
 ) -> ErrorMap:
-    plane = Plane.of(transform, samples[0].open_image(), pixels)
-    known, rest = pieces(samples, plane, seen)
+    """The map of the page on which the first of a document's samples (`members`) lies."""
+    samples, name = [data.samples[i] for i in members], data.labels[members[0]][1]
+    first = samples[0].image
+    samples = [s for s in samples if s.image is first or (not hasattr(first, "size") and s.image == first)]
+    plane = Plane.of(transform, samples[0].open_image(), data.grid.pixels)
+    known, rest = pieces(samples, plane, data.seen_of(members[0]))
     patches = patchify(plane.pixels[None], plane.grid)
     painted = torch.zeros_like(patches)
     error = torch.full((plane.grid.tokens,), float("nan"))
@@ -151,8 +136,7 @@ def _map(
         frozen = freeze_samples(anatomy, transform, tokenizer, group, setting, False, "pieces of a page", warn=False)
         for index in torch.arange(len(frozen)).split(settings.batch_size):
             batch = frozen.batch(index, next(decoder.parameters()).device)
-            answers = answer(decoder, batch).split(batch.counts.tolist())
-            truths = batch.pixels.cpu().split(batch.counts.tolist())
+            answers, truths = (v.cpu().split(batch.counts.tolist()) for v in (answer(decoder, batch), batch.pixels))
             for i, rebuilt, true in zip(index.tolist(), answers, truths, strict=True):
                 cells = frozen.cells_of(i)
                 # A cell that several regions touch is shown as the first of them rebuilt it.
@@ -160,25 +144,18 @@ def _map(
                 painted[0, cells[fresh]] = rebuilt[fresh]
                 error[cells[fresh]] = (rebuilt - true)[fresh].square().mean(-1)
                 spoken[cells[fresh]] = with_text
-    boxes = tuple(
-        plane.box(box, name)
-        for box in dict.fromkeys(each for s in samples for each in (*s.boxes, *s.all_boxes))
-        if _cells(plane, box).any()
-    )
-    text = plane.cells(boxes)
-
-    def shaped(values: Tensor) -> np.ndarray:
-        return values.reshape(plane.grid.rows, plane.grid.columns).numpy()
-
-    done = ~error.isnan()
+    every = dict.fromkeys(box for sample in samples for box in (*sample.boxes, *sample.all_boxes))
+    boxes = tuple(plane.box(box, name) for box in every if _cells(plane, box).any())
+    text, done = plane.cells(boxes), ~error.isnan()
     other = ~text & done
+    shape = plane.grid.rows, plane.grid.columns
     return ErrorMap(
         id=name,
         original=picture(patches, plane.grid, transform),
         rebuilt=picture(painted, plane.grid, transform),
-        error=shaped(error),
-        text=shaped(text),
-        spoken=shaped(spoken),
+        error=error.reshape(shape).numpy(),
+        text=text.reshape(shape).numpy(),
+        spoken=spoken.reshape(shape).numpy(),
         boxes=boxes,
         cell=plane.grid.cell,
         stretch=plane.stretch,
@@ -197,62 +174,47 @@ def colour_limit(pages: Sequence[ErrorMap]) -> float:
 def save_map(page: ErrorMap, path: str | Path, masked: bool = False, limit: float | None = None) -> Path:
     """Draw a page, its reconstruction and the error of each cell on the same grid, as .png or .pdf.
 
-    `masked`: each region was blacked out while it was rebuilt. `limit` is the error at the upper end of the colours,
-    the same for pages to be compared; None: `colour_limit`'s.
+    `masked`: each region was blacked out while it was rebuilt; `limit`: the error at the upper end of the colours.
     """
     limit = colour_limit([page]) if limit is None else limit
-    Figure = optional("matplotlib.figure").Figure
     Rectangle = optional("matplotlib.patches").Rectangle
     rows, columns = page.error.shape
     bar, head, foot = 0.75, 0.66, 0.42
     aspect = rows * page.stretch / columns
-    wide = (WIDTH - 2 * EDGE - 2 * GAP - bar) / 3
-    wide = min(wide, 6.0 / aspect)
+    wide = min((WIDTH - 2 * EDGE - 2 * GAP - bar) / 3, 6.0 / aspect)
     high = wide * aspect
     height = high + head + foot
-    width = 3 * wide + 2 * GAP + 2 * EDGE + bar
-    # A narrow page must not cut its own titles.
-    shift = max(0.0, (5.0 - width) / 2)
-    width = max(width, 5.0)
-    figure = Figure(figsize=(width, height))
+    needed = 3 * wide + 2 * GAP + 2 * EDGE + bar
+    width = max(needed, 5.0)  # a narrow page must not cut its own titles
+    left = EDGE + (width - needed) / 2
+    figure = optional("matplotlib.figure").Figure(figsize=(width, height))
     heat = np.ma.masked_invalid(page.error)
+    extent = (0, columns * page.cell, rows * page.cell, 0)
     shown: Any = None
-    for i, title in enumerate(("page", "reconstruction", "error of each token")):
-        x = shift + EDGE + i * (wide + GAP)
-        axes = figure.add_axes((x / width, foot / height, wide / width, high / height))
-        extent = (0, columns * page.cell, rows * page.cell, 0)
-        if i < 2:
-            picture_ = page.original if i == 0 else page.rebuilt
-            axes.imshow(picture_, extent=extent, interpolation="nearest", aspect="auto")
-        else:
-            axes.set_facecolor("0.8")
-            shown = axes.imshow(
-                heat, extent=extent, interpolation="nearest", aspect="auto", cmap="viridis", vmin=0, vmax=limit
-            )
-            for x0, y0, x1, y1 in page.boxes:
-                axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="white", lw=0.5))
-        axes.set(xticks=[], yticks=[])
+    for title, pixels in (("page", page.original), ("reconstruction", page.rebuilt), ("error of each token", heat)):
+        axes = place(figure, left, foot, wide, high)
+        colours = {"cmap": "viridis", "vmin": 0, "vmax": limit} if pixels is heat else {}
+        shown = axes.imshow(pixels, extent=extent, interpolation="nearest", aspect="auto", **colours)
         axes.set_title(title, fontsize=TITLE if wide > 1.3 else LABEL - 1, pad=4)
-    x = shift + EDGE + 3 * (wide + GAP)
-    colours = figure.colorbar(
+        left += wide + GAP
+    axes.set_facecolor("0.8")
+    for x0, y0, x1, y1 in page.boxes:
+        axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="white", lw=0.5))
+    scale = figure.colorbar(
         shown,
-        cax=figure.add_axes((x / width, foot / height, 0.12 / width, high / height)),
+        cax=figure.add_axes((left / width, foot / height, 0.12 / width, high / height)),
         extend="max" if np.nanmax(page.error) > limit else "neither",
     )
-    colours.set_label("MSE (normalised pixel values²)", fontsize=LABEL)
-    colours.ax.tick_params(labelsize=LABEL - 1)
+    scale.set_label(MSE_LABEL, fontsize=LABEL)
+    scale.ax.tick_params(labelsize=LABEL - 1)
     outside = "" if page.outside_mse is None else f", elsewhere (not trained on) {page.outside_mse:.3f}"
-    figure.suptitle(
-        f"{basename(page.id, 48)}\n"
-        f"mean MSE: cells with text {page.inside_mse:.3f}{outside}",
-        fontsize=TITLE, y=1 - 0.08 / height, va="top", parse_math=False,
-    )  # fmt: skip
-    share = page.spoken.sum() / max(1, page.text.sum())
-    figure.text(
-        0.5, 0.06 / height,
-        f"white: text boxes; rebuilt piece by piece, {min(1.0, share):.0%} of text cells with their text before them,\n"
+    title = f"{basename(page.id, 48)}\nmean MSE: cells with text {page.inside_mse:.3f}{outside}"
+    figure.suptitle(title, fontsize=TITLE, y=1 - 0.08 / height, va="top", parse_math=False)
+    share = min(1.0, page.spoken.sum() / max(1, page.text.sum()))
+    note = (
+        f"white: text boxes; rebuilt piece by piece, {share:.0%} of text cells with their text before them,\n"
         "the rest without text; the probe was trained on text regions"
-        + (", each blacked out while it was rebuilt" if masked else ""),
-        ha="center", va="bottom", fontsize=LABEL - 1.5, color="0.3",
-    )  # fmt: skip
+        + (", each blacked out while it was rebuilt" if masked else "")
+    )
+    figure.text(0.5, 0.06 / height, note, ha="center", va="bottom", fontsize=LABEL - 1.5, color="0.3")
     return save(figure, path)

@@ -1,7 +1,5 @@
 """Figures of a run: held-out regions beside what the probe made of them, the loss curve, error maps; PNG and PDF."""
 
-from __future__ import annotations
-
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -27,30 +25,21 @@ DPI = 200
 WIDTH = 7.0  # inches: the text width of a paper's page
 TITLE, LABEL = 9.0, 8.0  # points
 BLANK = 235  # grey of what is not under a target token
-MARK = COLOURS[1]
 EDGE, GAP, HEAD, CAPTION, CURVE = 0.08, 0.1, 0.24, 0.2, 2.6  # inches
 LOWEST, TALLEST = 0.5, 1.5  # inches of one row's pictures
+Cut = tuple[int, int, int, int]  # (top, bottom, left, right) in pixels
 
 
 def save_figure(result: RProbeResult, path: str | Path, documents: Sequence[str] | None = None) -> Path:
     """Draw original, region and reconstruction of held-out samples, and the loss curve with its baselines.
 
-    Args:
-        result: what `run_rprobe` returned.
-        path: ends in .png or .pdf; the file appears complete or not at all.
-        documents: ids of samples to show; None: all examples that the run kept.
-
-    Raises:
-        InputError: an id that is not among the run's examples.
-        SettingError: another ending.
+    `documents` are ids of samples to show, of those that the run kept (else an InputError); None: all of them. A
+    SettingError where the path ends neither in .png nor in .pdf.
     """
-    examples = list(result.examples)
-    if documents is not None:
-        known = {example.id: example for example in examples}
-        unknown = [name for name in documents if name not in known]
-        if unknown:
-            raise InputError(f"no example {', '.join(unknown)}: this run kept {', '.join(known) or 'none'}")
-        examples = [known[name] for name in documents]
+    known = {example.id: example for example in result.examples}
+    if unknown := [name for name in documents or () if name not in known]:
+        raise InputError(f"no example {', '.join(unknown)}: this run kept {', '.join(known) or 'none'}")
+    examples = result.examples if documents is None else [known[name] for name in documents]
     return save(_examples(result, examples), path)
 
 
@@ -67,19 +56,27 @@ def save(figure: Any, path: str | Path) -> Path:
     return path
 
 
+def place(figure: Any, left: float, bottom: float, wide: float, high: float) -> Any:
+    """Axes without ticks for a picture, at a place in inches."""
+    width, height = figure.get_size_inches()
+    axes = figure.add_axes((left / width, bottom / height, wide / width, high / height))
+    axes.set(xticks=[], yticks=[])
+    return axes
+
+
 def _examples(result: RProbeResult, examples: list[Reconstruction]) -> Any:
-    # matplotlib is imported late: runs without figures do not need it, and no global backend is touched.
-    Figure = optional("matplotlib.figure").Figure
     masked = bool(result.settings["masked"])
     column = (WIDTH - 2 * EDGE - 2 * GAP) / 3
-    rows: list[tuple[Reconstruction, tuple[int, int, int, int], float, float]] = []
+    rows: list[tuple[Reconstruction, Cut, float, float]] = []
     for example in examples:
-        cut = _bounds(example.target)
+        ys, xs = np.nonzero(example.target)
+        cut = int(ys.min()), int(ys.max()) + 1, int(xs.min()), int(xs.max()) + 1
         wide, high = cut[3] - cut[2], (cut[1] - cut[0]) * example.stretch
         scale = min(column / wide, TALLEST / high)  # inches a processed pixel: a region fills its column or its row
         rows.append((example, cut, scale, max(LOWEST, high * scale)))
     height = (HEAD if examples else 0) + sum(row + CAPTION + GAP for *_, row in rows) + CURVE
-    figure = Figure(figsize=(WIDTH, height))
+    # matplotlib is imported late: runs without figures do not need it, and no global backend is touched.
+    figure = optional("matplotlib.figure").Figure(figsize=(WIDTH, height))
     top_edge = height
     if examples:
         first = "tower's input, region blacked out" if masked else "tower's input, region outlined"
@@ -88,20 +85,21 @@ def _examples(result: RProbeResult, examples: list[Reconstruction]) -> Any:
             figure.text(x / WIDTH, 1 - 0.6 * HEAD / height, title, ha="center", va="center", fontsize=TITLE)
         top_edge -= HEAD
     for example, cut, scale, row in rows:
+        text = textwrap.shorten(example.text, 44, placeholder="…") or example.text[:43] + "…"
+        caption = f"{basename(example.id, 38)}: “{text}”   MSE {example.mse:.3f}, PSNR {example.psnr:.1f} dB"
         y = (top_edge - 0.55 * CAPTION) / height
-        figure.text(EDGE / WIDTH, y, _caption(example), fontsize=LABEL, va="center", parse_math=False)
-        bottom = top_edge - CAPTION - row
-        _row(figure, example, cut, scale, (column, row), bottom, height, masked)
-        top_edge = bottom - GAP
+        figure.text(EDGE / WIDTH, y, caption, fontsize=LABEL, va="center", parse_math=False)
+        top_edge -= CAPTION + row
+        _row(figure, example, cut, scale, (column, row), top_edge, masked)
+        top_edge -= GAP
     axes = figure.add_axes((0.6 / WIDTH, 0.45 / height, (WIDTH - 2.65) / WIDTH, (CURVE - 0.8) / height))
     draw_curve(axes, result)
     return figure
 
 
 def _row(
-    figure: Any, example: Reconstruction, cut: tuple[int, int, int, int], scale: float, size: tuple[float, float],
-    bottom: float, total: float, masked: bool,
-) -> None:  # fmt: skip
+    figure: Any, example: Reconstruction, cut: Cut, scale: float, size: tuple[float, float], bottom: float, masked: bool
+) -> None:
     """The three pictures of one sample; the last two at one magnification, nearest neighbour."""
     Rectangle = optional("matplotlib.patches").Rectangle
     column, row = size
@@ -115,48 +113,31 @@ def _row(
     for i, (shown, inches) in enumerate(((context, fit), (region, scale), (rebuilt, scale))):
         wide, high = shown.shape[1] * inches, shown.shape[0] * inches * example.stretch
         x = EDGE + i * (column + GAP) + (column - wide) / 2
-        y = bottom + (row - high) / 2
-        axes = figure.add_axes((x / WIDTH, y / total, wide / WIDTH, high / total))
+        axes = place(figure, x, bottom + (row - high) / 2, wide, high)
         axes.imshow(shown, interpolation="nearest", aspect="auto", vmin=0, vmax=255)
-        axes.set(xticks=[], yticks=[])
         for spine in axes.spines.values():
             spine.set(linewidth=0.4, color="0.5")
         for x0, y0, x1, y1 in example.boxes if i == 0 else ():
             corner = x0 - 0.5 - around[2], y0 - 0.5 - around[0]
-            style = {"fill": masked, "facecolor": "black", "edgecolor": MARK, "lw": 1.0}
+            style = {"fill": masked, "facecolor": "black", "edgecolor": COLOURS[1], "lw": 1.0}
             axes.add_patch(Rectangle(corner, x1 - x0, y1 - y0, **style))
 
 
-def _around(
-    cut: tuple[int, int, int, int], shape: tuple[int, int], stretch: float, size: tuple[float, float]
-) -> tuple[int, int, int, int]:
+def _around(cut: Cut, shape: tuple[int, int], stretch: float, size: tuple[float, float]) -> Cut:
     """(top, bottom, left, right) of the page around a region, in the proportions of the space for it."""
     top, bottom, left, right = cut
     column, row = size
     # The region takes at most 4/5 of the width and 3/5 of the height, and a third of the page's width is in sight.
     pixel = min(column / (1.25 * (right - left)), row / (1.6 * (bottom - top) * stretch), 3 * column / shape[1])
-    wide, high = round(column / pixel), round(row / (pixel * stretch))
-    wide, high = min(wide, shape[1]), min(high, shape[0])
+    wide, high = min(round(column / pixel), shape[1]), min(round(row / (pixel * stretch)), shape[0])
     x = min(max(0, (left + right - wide) // 2), shape[1] - wide)
     y = min(max(0, (top + bottom - high) // 2), shape[0] - high)
     return y, y + high, x, x + wide
 
 
-def _bounds(target: np.ndarray) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right) of the pixels under target tokens."""
-    ys, xs = np.nonzero(target)
-    return int(ys.min()), int(ys.max()) + 1, int(xs.min()), int(xs.max()) + 1
-
-
 def basename(name: str, length: int) -> str:
     """The last part of a path, for a figure."""
     return shorten(name.rstrip("/").rsplit("/", 1)[-1], length)
-
-
-def _caption(example: Reconstruction) -> str:
-    name = basename(example.id, 38)
-    text = textwrap.shorten(example.text, 44, placeholder="…") or example.text[:43] + "…"
-    return f"{name}: “{text}”   MSE {example.mse:.3f}, PSNR {example.psnr:.1f} dB"
 
 
 def half_variance(result: RProbeResult) -> float | None:
@@ -176,20 +157,16 @@ def draw_curve(axes: Any, result: RProbeResult) -> None:
         label += "\n(95 %: {:.3f} to {:.3f})".format(*result.mse_interval)
     _level(axes, result.mse, label, COLOURS[2], "-.", 1.2)
     _level(axes, result.constant_mse, f"constant patch {result.constant_mse:.3f}", "0.35", ":", 1.2)
-    half = half_variance(result)
-    if half is not None:
+    if (half := half_variance(result)) is not None:
         _level(axes, half, f"training FVU 0.5 ({half:.3f})", COLOURS[3], (0, (1, 1)), 1.2)
     top = HEADROOM * max(*result.losses, result.mse, result.constant_mse)
     vacuous = " (vacuous)" if result.threshold_is_vacuous else ""
     _level(axes, result.threshold, f"threshold {result.threshold:g}{vacuous}", COLOURS[1], "--", 1.0, top)
     masked = "region blacked out" if result.settings["masked"] else "full image"
     text = "with text" if result.settings["text"] else "without text"
-    caveat = f"\n{result.caveat()}" if result.caveat() else ""
-    title = (
-        f"{masked}, {text}: held-out MSE {result.mse:.3f}{result.parts()},\n"
-        f"FVU {result.fvu:.3f}, PSNR {result.psnr:.1f} dB{caveat}"
-    )
-    _finish(axes, title, top, len(steps))
+    title = f"{masked}, {text}: held-out MSE {result.mse:.3f}{result.parts()},\n"
+    title += f"FVU {result.fvu:.3f}, PSNR {result.psnr:.1f} dB\n{result.caveat()}"
+    _finish(axes, title.rstrip(), top, len(steps))
 
 
 def _level(axes: Any, value: float, label: str, color: str, style: Any, width: float, top: float = math.inf) -> None:

@@ -3,9 +3,8 @@
 Source: "Detached Skip-Links and R-Probe", section 5; ablations in appendix D.2, convergence in D.3.
 """
 
-from __future__ import annotations
-
 import dataclasses
+import itertools
 import sys
 import time
 import warnings
@@ -17,17 +16,17 @@ import torch
 from torch import nn
 
 from llava_patch.core import parallel
-from llava_patch.core.dtypes import float32_default
 from llava_patch.core.errors import InputError, LlavaPatchError
 from llava_patch.core.folder_lock import folder_lock
+from llava_patch.core.memory import float32_default
 from llava_patch.data.pages import Pages
 from llava_patch.hosts.anatomy import find
-from llava_patch.measurements.rprobe.contents import trained_on
+from llava_patch.measurements.rprobe.bootstrap import FEW
 from llava_patch.measurements.rprobe.error_map import error_maps
-from llava_patch.measurements.rprobe.evaluate import Evaluation, check_shown, evaluate
-from llava_patch.measurements.rprobe.keys import difference, make_key
-from llava_patch.measurements.rprobe.result import ErrorMap, RProbeResult
-from llava_patch.measurements.rprobe.resume import Progress, TrainingFolder
+from llava_patch.measurements.rprobe.evaluate import check_shown, evaluate
+from llava_patch.measurements.rprobe.keys import difference, make_key, trained_on
+from llava_patch.measurements.rprobe.result import RProbeResult
+from llava_patch.measurements.rprobe.resume import TrainingFolder
 from llava_patch.measurements.rprobe.settings import RProbe
 from llava_patch.measurements.rprobe.store.data import FrozenData
 from llava_patch.measurements.rprobe.store.freeze import freeze_samples
@@ -91,24 +90,24 @@ def run_rprobe(
         quarter(len(anatomy.layers))  # refuse before the long part
         check_memory(anatomy, settings)
         transform = make_transform(anatomy, image_processor, settings.image_mode)
-        train_samples, heldout_samples = _data(settings, samples, heldout, transform.height)
-        skipped = [message for data in (samples, heldout) for message in getattr(data, "skipped", ())]
+        chosen = _data(settings, samples, heldout, transform.height)
+        given = samples, heldout
+        skipped = [message for data in given for message in getattr(data, "skipped", ())]
         early = []  # notes that are said before the long part
+        shared: list[str] = []  # held-out documents that are trained on
         if skipped:
             early.append(
                 f"reading the data, {len(skipped)} things could not be used and were skipped; the first: {skipped[0]}"
             )
-        shared: list[str] = []
         if samples is not None:
-            shared, n_documents = trained_on(train_samples, heldout_samples)
+            shared, n_documents = trained_on(*chosen)
             if shared:
                 early.append(f"{len(shared)} of {n_documents} held-out documents are trained on, such as {shared[0]}")
         _warn(early)
-
-        def freeze(chosen: Sequence[Sample], label: str) -> FrozenData:
-            return freeze_samples(anatomy, transform, tokenizer, chosen, settings, progress, label)
-
-        train, held = freeze(train_samples, "training samples"), freeze(heldout_samples, "held-out samples")
+        train, held = (
+            freeze_samples(anatomy, transform, tokenizer, part, settings, progress, label)
+            for part, label in zip(chosen, ("training samples", "held-out samples"), strict=True)
+        )
         check_shown(held, show)  # before training
         _check_targets(train, "training", "train on more")
         _check_targets(held, "held-out", "hold out more")
@@ -117,30 +116,24 @@ def run_rprobe(
         choose_trained(decoder, settings)
         lr = settings.learning_rate(int(anatomy.text_config.hidden_size))
         key = make_key(decoder, train.key, train.text.table, settings, lr)
-        _check_same(key)
+        keys = parallel.exchange(key)
+        for number, other in enumerate(keys):
+            if found := difference(other, keys[0]):
+                raise LlavaPatchError(f"R-Probe: process {number} and process 0 do not run the same: {found}")
         decoder.start_at(train.target_mean)
         state = None if folder is None else TrainingFolder(folder, key)
         losses = _trained(decoder, train, settings, lr, progress, state)
         trained = time.perf_counter()
-        found = evaluate(decoder, held, train.target_mean, transform, settings, show)
-        maps: list[ErrorMap] = []
-        without: list[str] = []
-        if parallel.rank() == 0:
-            maps, without = error_maps(decoder, anatomy, transform, tokenizer, held, found.documents, settings)
-        without = parallel.exchange(without)[0]
+        figures = evaluate(decoder, held, train.target_mean, transform, settings, show)
+        maps, without = error_maps(decoder, anatomy, transform, tokenizer, held, figures["documents"], settings)
         train_variance = train.target_variance
         running = running_mean(losses, start=train_variance)
-        train_fvu = running[-1] / train_variance
-        # The steps to it are counted on a training curve that starts at the training targets' variance.
-        vacuous = settings.threshold >= min(found.constant_mse, train_variance)
-        notes = [*found.notes, *without, *_notes(found, train, len(losses), train_fvu, vacuous, settings)]
-        _warn(notes)
-        return RProbeResult(
-            **{name: value for name, value in vars(found).items() if name != "notes"},
-            constant_fvu=found.constant_mse / found.target_variance,
+        result = RProbeResult(
+            **figures,
             steps_to_threshold=first_under(running, settings.threshold),
             threshold=settings.threshold,
-            threshold_is_vacuous=vacuous,
+            # The steps to it are counted on a training curve that starts at the training targets' variance.
+            threshold_is_vacuous=settings.threshold >= min(figures["constant_mse"], train_variance),
             steps_to_half_fvu=first_under(running, 0.5 * train_variance),
             losses=losses,
             running=running,
@@ -162,19 +155,37 @@ def run_rprobe(
                 "heldout_samples": len(held),
                 "heldout_documents_trained_on": len(shared),
                 "skipped_by_reader": len(skipped),
-                "unread": sum(getattr(data, "unread", 0) for data in (samples, heldout)),
+                "unread": sum(getattr(data, "unread", 0) for data in given),
                 "skipped_train": len(train.skipped),
                 "skipped_heldout": len(held.skipped),
                 "texts_cut": train.texts_cut + held.texts_cut,
-                "train_fvu": train_fvu,
+                "train_fvu": running[-1] / train_variance,
                 "heldout_target_tokens": int(held.counts.sum()),
                 "data": "pages" if samples is None else "own",
                 "encode_seconds": encoded - began,
                 "train_seconds": trained - encoded,
             },
-            warnings=[*early, *train.notes, *held.notes, *notes],
+            warnings=[*early, *train.notes, *held.notes],
             maps=maps,
         )
+        notes = [*parallel.exchange(without)[0], *_notes(result, train, settings)]
+        _warn(notes)
+        result.warnings.extend(notes)
+        return result
+
+
+def _data(
+    settings: RProbe, samples: Sequence[Sample] | None, heldout: Sequence[Sample] | None, side: int
+) -> tuple[Sequence[Sample], Sequence[Sample]]:
+    if samples is not None:
+        return (
+            (samples, heldout) if heldout is not None else split_samples(samples, settings.heldout_share, settings.seed)
+        )
+    if heldout is not None:
+        raise LlavaPatchError("run_rprobe: heldout was given without samples to train on")
+    pages = (settings.train_pages, "train"), (settings.heldout_pages, "heldout")
+    train, held = (Pages(count, side, settings.seed, part) for count, part in pages)
+    return train, held
 
 
 def _check_targets(data: FrozenData, what: str, more: str) -> None:
@@ -186,67 +197,11 @@ def _check_targets(data: FrozenData, what: str, more: str) -> None:
         )
 
 
-def _notes(
-    found: Evaluation, train: FrozenData, steps: int, train_fvu: float, vacuous: bool, settings: RProbe
-) -> list[str]:
-    """What a reader of the figures must know, a sentence each."""
-    notes = []
-    if steps < settings.steps:
-        notes.append(
-            f"RProbe.minutes = {settings.minutes:g} ended training after step {steps} of {settings.steps}, "
-            "before the learning rate had fallen: its figures do not compare with those of finished runs"
-        )
-    if vacuous:
-        notes.append(
-            f"RProbe.threshold = {settings.threshold:g} is not under the MSE of a constant patch "
-            f"({found.constant_mse:.4f} on held-out, {train.target_variance:.4f} on training samples): steps to the "
-            "threshold say nothing; read FVU instead"
-        )
-    if found.mse >= found.constant_mse:
-        notes.append(
-            f"R-Probe learned nothing: its held-out MSE {found.mse:.4f} is not under that of a constant patch "
-            f"({found.constant_mse:.4f}): train longer or on more samples, or see with `llava-patch rprobe preview "
-            "--model` whether text is large enough for this tower"
-        )
-    documents = len({sample["document"] for sample in found.documents})
-    if 2 <= documents < FEW_DOCUMENTS:
-        notes.append(
-            f"R-Probe's 95 % intervals are drawn over {documents} held-out documents only: with so few they are too "
-            "narrow"
-        )
-    # A run too short to learn anything is above that too, but for another reason.
-    if train_fvu < LEARNED and found.fvu > train_fvu + OVERFIT:
-        notes.append(
-            f"R-Probe fits its training samples (FVU {train_fvu:.2f}) much better than the held-out ones "
-            f"({found.fvu:.2f}): {len(train)} samples are few for {settings.steps} steps, and the "
-            "steps to a threshold, which are counted on training samples, say little"
-        )
-    return notes
-
-
-def _warn(notes: Sequence[str]) -> None:
-    """Warn the user on the first process."""
-    if parallel.rank() == 0:
-        for note in notes:
-            warnings.warn(note, stacklevel=3)
-
-
-def _check_same(key: dict[str, Any]) -> None:
-    """Refuse processes that measure different things."""
-    keys = parallel.exchange(key)
-    for number, other in enumerate(keys):
-        found = difference(other, keys[0])
-        if found:
-            raise LlavaPatchError(f"R-Probe: process {number} and process 0 do not run the same: {found}")
-
-
 def _trained(
     decoder: ProbeDecoder, data: FrozenData, settings: RProbe, lr: float, progress: bool, work: TrainingFolder | None
 ) -> list[float]:
     """Train the decoder, or fill it with the weights that the same run left behind; the losses."""
-    found: Progress | None = None
-    if work is not None and parallel.rank() == 0:
-        found = work.load_finished(decoder)
+    found = work.load_finished(decoder) if work is not None and parallel.rank() == 0 else None
     found = parallel.exchange(found)[0]
     if found is None:
         return train_probe(decoder, data, settings, lr, progress, work)
@@ -257,28 +212,56 @@ def _trained(
     return found.losses
 
 
-def _data(
-    settings: RProbe, samples: Sequence[Sample] | None, heldout: Sequence[Sample] | None, side: int
-) -> tuple[Sequence[Sample], Sequence[Sample]]:
-    if samples is None:
-        if heldout is not None:
-            raise LlavaPatchError("run_rprobe: heldout was given without samples to train on")
-        return (
-            Pages(settings.train_pages, side, settings.seed, "train"),
-            Pages(settings.heldout_pages, side, settings.seed, "heldout"),
-        )
-    if heldout is not None:
-        return samples, heldout
-    return split_samples(samples, settings.heldout_share, settings.seed)
+def _notes(result: RProbeResult, train: FrozenData, settings: RProbe) -> list[str]:
+    """What a reader of the figures must know, a sentence each."""
+    documents = len({sample["document"] for sample in result.documents})
+    train_fvu = result.facts["train_fvu"]
+    reasons = [
+        (result.mse_interval is None, FEW),
+        (
+            result.facts["cut"],
+            f"RProbe.minutes = {settings.minutes or 0:g} ended training after step {len(result.losses)} of "
+            f"{settings.steps}, before the learning rate had fallen: its figures do not compare with those of finished "
+            "runs",
+        ),
+        (
+            result.threshold_is_vacuous,
+            f"RProbe.threshold = {settings.threshold:g} is not under the MSE of a constant patch "
+            f"({result.constant_mse:.4f} on held-out, {train.target_variance:.4f} on training samples): steps to the "
+            "threshold say nothing; read FVU instead",
+        ),
+        (
+            result.mse >= result.constant_mse,
+            f"R-Probe learned nothing: its held-out MSE {result.mse:.4f} is not under that of a constant patch "
+            f"({result.constant_mse:.4f}): train longer or on more samples, or see with `llava-patch rprobe preview "
+            "--model` whether text is large enough for this tower",
+        ),
+        (
+            2 <= documents < FEW_DOCUMENTS,
+            f"R-Probe's 95 % intervals are drawn over {documents} held-out documents only: with so few they are too "
+            "narrow",
+        ),
+        (
+            # A run too short to learn anything is above that too, but for another reason.
+            train_fvu < LEARNED and result.fvu > train_fvu + OVERFIT,
+            f"R-Probe fits its training samples (FVU {train_fvu:.2f}) much better than the held-out ones "
+            f"({result.fvu:.2f}): {len(train)} samples are few for {settings.steps} steps, and the steps to a "
+            "threshold, which are counted on training samples, say little",
+        ),
+    ]
+    return [note for holds, note in reasons if holds]
+
+
+def _warn(notes: Sequence[str]) -> None:
+    """Warn the user on the first process."""
+    for note in notes if parallel.rank() == 0 else ():
+        warnings.warn(note, stacklevel=3)
 
 
 def running_mean(losses: Sequence[float], start: float) -> list[float]:
     """Exponential running mean of the losses; starts at the constant patch's MSE: one lucky batch counts for little."""
-    running, mean = [], start
-    for loss in losses:
-        mean = RUNNING * mean + (1 - RUNNING) * loss
-        running.append(mean)
-    return running
+    means = itertools.accumulate(losses, lambda mean, loss: RUNNING * mean + (1 - RUNNING) * loss, initial=start)
+    return list(means)[1:]
 
 
 def first_under(values: Sequence[float], limit: float) -> int | None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Optional
 
 from llava_patch.measurements.base import Measurement
 from llava_patch.measurements.rprobe.settings import RProbe
@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from llava_patch.data.readers import Samples
     from llava_patch.data.target import Target
     from llava_patch.measurements.rprobe.result import RProbeResult
+
+Sources = tuple[Optional["Samples"], Optional["Samples"]]
+"""Samples to train and to measure on; None: rendered pages, a share of the first."""
 
 
 class RProbeMeasurement(Measurement):
@@ -31,13 +34,8 @@ class RProbeMeasurement(Measurement):
 
     name = "rprobe"
     title = "R-Probe"
-    about = (
-        "Did the model see it, or did it not say? A small decoder rebuilds the pixels under text regions from the "
-        "projected tokens; what it cannot rebuild, the language model cannot read. Lower is better."
-    )
     settings = RProbe
     result = "llava_patch.measurements.rprobe.result:RProbeResult"
-    samples = None
     resumes = True
     extras = ("figures", "probe")
     words: ClassVar = {"masked": "--masked/--full"}
@@ -47,6 +45,7 @@ class RProbeMeasurement(Measurement):
         target: "Target",
         settings: RProbe,
         folder: Path | None = None,
+        sources: Sources | None = None,
         *,
         heldout: str = "",
         show: list[str] | None = None,
@@ -57,31 +56,19 @@ class RProbeMeasurement(Measurement):
             target: the checkpoint and the data to train on, as `read_samples` takes them; "": rendered pages.
             settings: of the probe.
             folder: of the state from which an interrupted run goes on, and of the finished decoder; None: nowhere.
+            sources: both data, where they are read already.
             heldout: data to measure on, like DATA; default: a share of DATA's documents.
             show: id of a held-out sample to draw; may be repeated; default: spread over the errors.
         """
-        return self.probe(target, settings, folder, heldout, show, *(read(x, settings) for x in (target.data, heldout)))
-
-    def probe(
-        self,
-        target: "Target",
-        settings: RProbe,
-        folder: Path | None,
-        heldout: str,
-        show: list[str] | None,
-        samples: "Samples | None",
-        measured: "Samples | None",
-    ) -> "RProbeResult":
-        """As `measure`, with the samples of both sources (None: rendered pages, a share of `samples`) already read."""
         from llava_patch.data.readers.read import resolve_source
         from llava_patch.measurements.rprobe.fit import run_rprobe
 
+        samples, measured = sources or (read(target.data, settings), read(heldout, settings))
         one = target.subject
-        result = run_rprobe(
-            one.model, one.image_processor, one.tokenizer, settings, samples, measured, work=folder, show=show or ()
-        )
-        sources = {"source": resolve_source(target.data), "heldout_source": resolve_source(heldout)}
-        return dataclasses.replace(result, facts={**result.facts, "base": target.below, **sources})
+        parts = one.model, one.image_processor, one.tokenizer
+        result = run_rprobe(*parts, settings, samples, measured, work=folder, show=show or ())
+        named = {"source": resolve_source(target.data), "heldout_source": resolve_source(heldout)}
+        return dataclasses.replace(result, facts={**result.facts, "base": target.below, **named})
 
 
 def read(source: str, settings: RProbe) -> "Samples | None":

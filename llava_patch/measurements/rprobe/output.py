@@ -1,7 +1,5 @@
 """The files of one run: its result and its pictures, side by side in a folder."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Pictures and counts by which one sees whether boxes are right, before and after the image transform."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,9 +14,10 @@ from llava_patch.core.errors import InputError, SettingError
 from llava_patch.core.extras import optional
 from llava_patch.core.files import atomic
 from llava_patch.core.plotting import shorten
+from llava_patch.measurements.rprobe.figures import place
 from llava_patch.probe.sample import Box, Sample, image_size
-from llava_patch.probe.sequence import TokenGrid, target_mask
-from llava_patch.probe.transform import Transform
+from llava_patch.probe.sequence import TokenGrid, patchify, target_mask
+from llava_patch.probe.transform import Transform, picture
 
 RED, BLUE = "#d62728", "#1f77b4"
 LONGEST = 1400  # pixels of an original that is drawn: more is not seen
@@ -65,24 +64,24 @@ def choose_shown(samples: Sequence[Sample], count: int, names: Sequence[str] = (
 def counts(samples: Sequence[Sample], transform: Transform) -> list[tuple[str, str]]:
     """What there is, as (name, value), heights in tokens of the transform's model. Of images only headers are read."""
     sizes: dict[Any, tuple[int, int]] = {}
-    heights, small, cut = [], 0, 0
+    moved, cut = [], 0
     for sample in samples:
         key = sample.image if isinstance(sample.image, (str, Path)) else id(sample.image)
         if key not in sizes:
             sizes[key] = image_size(sample.image, sample.id)
         try:
-            moved = [transform.box(box, sizes[key], sample.id) for box in sample.boxes]
+            moved += [transform.box(box, sizes[key], sample.id) for box in sample.boxes]
         except InputError:  # the reader checked the boxes: this one is cut away
             cut += 1
-            continue
-        heights += [(y1 - y0) / transform.cell for _, y0, _, y1 in moved]
-        small += sum(max(x1 - x0, y1 - y0) < transform.cell for x0, y0, x1, y1 in moved)
+    heights = [(y1 - y0) / transform.cell for _, y0, _, y1 in moved]
+    small = sum(max(x1 - x0, y1 - y0) < transform.cell for x0, y0, x1, y1 in moved)
     lengths = [len(sample.text) for sample in samples]
+    tall = f"median {median(heights):.2f}, {min(heights):.2f} to {max(heights):.2f}" if heights else "none left"
     lines = [
         ("documents", f"{len({sample.document or sample.id for sample in samples}):,}"),
         ("samples", f"{len(samples):,}"),
-        ("text length, characters", _range(lengths, "d")),
-        ("region height, tokens", _range(heights, ".2f") if heights else "none left"),
+        ("text length, characters", f"median {int(median(lengths))}, {min(lengths)} to {max(lengths)}"),
+        ("region height, tokens", tall),
         ("lower than a token", _share(sum(height < 1 for height in heights), len(heights))),
         ("smaller than a token in both", _share(small, len(heights))),
     ]
@@ -91,51 +90,39 @@ def counts(samples: Sequence[Sample], transform: Transform) -> list[tuple[str, s
     return lines
 
 
-def _range(values: Sequence[float], form: str) -> str:
-    middle = median(values)
-    middle = int(middle) if form == "d" else middle
-    return f"median {middle:{form}}, {min(values):{form}} to {max(values):{form}}"
-
-
 def _share(part: int, whole: int) -> str:
     return f"{part:,} of {whole:,} ({part / max(whole, 1):.0%})"
 
 
 def save_preview(samples: Sequence[Sample], transform: Transform, path: str | Path, title: str) -> Path:
     """Draw a row a sample, as PNG: the original with its boxes, what the tower sees, and the region enlarged."""
-    # matplotlib is imported late, and no global backend is touched.
-    Figure = optional("matplotlib.figure").Figure
     if not samples:
         raise InputError("preview: there is no sample to show")
-    images = [sample.open_image() for sample in samples]
-    planes = [transform.plane(image) for image in images]
-    cuts = [_around(sample, image) for sample, image in zip(samples, images, strict=True)]
-    rows = [
-        _fit((_ratio(image), plane.shape[-1] / plane.shape[-2], (cut[2] - cut[0]) / (cut[3] - cut[1])))
-        for image, plane, cut in zip(images, planes, cuts, strict=True)
-    ]
-    height = OVER + sum(CAPTION + row for row, _ in rows)
-    figure = Figure(figsize=(WIDTH, height))
-    figure.text(
-        EDGE / WIDTH, 1 - 0.06 / height, shorten(title, 100), fontsize=9, va="top", weight="bold", parse_math=False
-    )
+    drawn = []
+    for sample in samples:
+        image = sample.open_image()
+        plane, cut = transform.plane(image), _around(sample, image)
+        ratio = image.width / min(image.height, TALL * image.width)  # of an original as it is shown
+        sides = ratio, plane.shape[-1] / plane.shape[-2], (cut[2] - cut[0]) / (cut[3] - cut[1])
+        drawn.append((sample, image, plane, cut, *_fit(sides)))
+    height = OVER + sum(CAPTION + row for *_, row, _ in drawn)
+    # matplotlib is imported late, and no global backend is touched.
+    figure = optional("matplotlib.figure").Figure(figsize=(WIDTH, height))
+    x, style = EDGE / WIDTH, {"va": "top", "parse_math": False}
+    figure.text(x, 1 - 0.06 / height, shorten(title, 100), fontsize=9, weight="bold", **style)
     legend = "red: the region;  blue: other text boxes;  shaded: tokens that are the target"
-    figure.text(EDGE / WIDTH, 1 - 0.26 / height, legend, fontsize=8, va="top", color="0.35")
+    figure.text(x, 1 - 0.26 / height, legend, fontsize=8, color="0.35", **style)
     top = height - OVER
-    for sample, image, plane, cut, (row, widths) in zip(samples, images, planes, cuts, rows, strict=True):
+    for sample, image, plane, cut, row, widths in drawn:
         axes, left = [], EDGE
         for width in widths:
-            axes.append(
-                figure.add_axes((left / WIDTH, (top - CAPTION - row + EDGE) / height, width / WIDTH, row / height))
-            )
-            left += width + GAP
-        letters = [int(width / LETTER) for width in widths]
-        for one in axes:
+            one = place(figure, left, top - CAPTION - row + EDGE, width, row)
             one.set_anchor("NW")
-            one.set_xticks([])
-            one.set_yticks([])
             for spine in one.spines.values():
                 spine.set(color="0.6", linewidth=0.5)
+            axes.append(one)
+            left += width + GAP
+        letters = [int(width / LETTER) for width in widths]
         _draw_original(axes[0], sample, image, letters[0])
         _draw_plane(axes[1], sample, image, plane, transform, letters[1])
         _draw_region(axes[2], sample, image, cut, letters[2])
@@ -144,11 +131,6 @@ def save_preview(samples: Sequence[Sample], transform: Transform, path: str | Pa
     with atomic(path) as part:
         figure.savefig(part, format="png", dpi=min(DPI, LARGEST / height))
     return path
-
-
-def _ratio(image: Image.Image) -> float:
-    """Width to height of an original as it is shown."""
-    return image.width / min(image.height, TALL * image.width)
 
 
 def _fit(ratios: Sequence[float]) -> tuple[float, list[float]]:
@@ -166,11 +148,12 @@ def _fit(ratios: Sequence[float]) -> tuple[float, list[float]]:
 
 def _around(sample: Sample, image: Image.Image) -> tuple[int, int, int, int]:
     """(left, top, right, bottom) of a sample's region with a margin, pixels."""
-    x0, y0 = min(box[0] for box in sample.boxes), min(box[1] for box in sample.boxes)
-    x1, y1 = max(box[2] for box in sample.boxes), max(box[3] for box in sample.boxes)
-    margin = 0.35 * max(y1 - y0, 8) / max(len(sample.boxes) ** 0.5, 1)
-    left, top = max(int(x0 - margin), 0), max(int(y0 - margin), 0)
-    return left, top, min(int(x1 + margin) + 1, image.width), min(int(y1 + margin) + 1, image.height)
+    lows = [min(box[axis] for box in sample.boxes) for axis in (0, 1)]
+    highs = [max(box[axis] for box in sample.boxes) for axis in (2, 3)]
+    margin = 0.35 * max(highs[1] - lows[1], 8) / max(len(sample.boxes) ** 0.5, 1)
+    left, top = (max(int(low - margin), 0) for low in lows)
+    right, bottom = (min(int(high + margin) + 1, limit) for high, limit in zip(highs, image.size, strict=True))
+    return left, top, right, bottom
 
 
 def _caption(axes: Any, lines: Sequence[str], letters: int, **style: Any) -> None:
@@ -186,12 +169,11 @@ def _outline(axes: Any, boxes: Sequence[Box], color: str, width: float) -> None:
     axes.add_collection(PolyCollection(corners, facecolors="none", edgecolors=color, linewidths=width), autolim=False)
 
 
-def _show(axes: Any, picture: Any, size: tuple[int, int], origin: tuple[float, float] = (0, 0)) -> None:
+def _show(axes: Any, shown: Any, size: tuple[int, int], origin: tuple[float, float] = (0, 0)) -> None:
     """Draw so that coordinates are pixels, (0, 0) the upper left corner of the upper left pixel."""
     (left, top), (width, height) = origin, size
-    axes.imshow(picture, extent=(left, left + width, top + height, top), interpolation="antialiased")
-    axes.set_xlim(left, left + width)
-    axes.set_ylim(top + height, top)
+    axes.imshow(shown, extent=(left, left + width, top + height, top), interpolation="antialiased")
+    axes.set(xlim=(left, left + width), ylim=(top + height, top))
 
 
 def _draw_original(axes: Any, sample: Sample, image: Image.Image, letters: int) -> None:
@@ -209,21 +191,17 @@ def _draw_original(axes: Any, sample: Sample, image: Image.Image, letters: int) 
         top = round(min(max(middle - tallest / 2, 0), image.height - tallest))
         axes.set_ylim(top + tallest, top)
         note = f", rows {top} to {top + tallest}"
-    name = "/".join(sample.id.split("/")[-2:])
-    name = shorten(name, 2 * letters)
-    _caption(
-        axes, [*filter(None, (name[:letters], name[letters:])), f"{image.width} x {image.height} px{note}"], letters
-    )
+    name = shorten("/".join(sample.id.split("/")[-2:]), 2 * letters)
+    parts = filter(None, (name[:letters], name[letters:]))
+    _caption(axes, [*parts, f"{image.width} x {image.height} px{note}"], letters)
 
 
 def _draw_plane(
     axes: Any, sample: Sample, image: Image.Image, plane: torch.Tensor, transform: Transform, letters: int
 ) -> None:
-    mean, std = transform.statistics()
-    pixels = (plane * std[:, None, None] + mean[:, None, None]).clamp(0, 1)
-    height, width = pixels.shape[1:]
-    _show(axes, (pixels.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8), (width, height))
+    height, width = plane.shape[1:]
     grid = TokenGrid(height // transform.cell, width // transform.cell, transform.cell)
+    _show(axes, picture(patchify(plane[None], grid), grid, transform), (width, height))
     for at in range(0, width + 1, grid.cell):
         axes.axvline(at, color="0.5", linewidth=0.25)
     for at in range(0, height + 1, grid.cell):
@@ -233,10 +211,10 @@ def _draw_plane(
     except InputError:
         _caption(axes, [f"{transform.mode} {width} x {height}:", "the region is cut away"], letters, color=RED)
         return
-    target = target_mask(torch.tensor(moved, dtype=torch.float32), grid).any(0).reshape(grid.rows, grid.columns)
-    shade = np.zeros((grid.rows, grid.columns, 4), np.float32)
+    target = target_mask(torch.tensor(moved, dtype=torch.float32), grid).any(0)
+    shade = np.zeros((grid.tokens, 4), np.float32)
     shade[target.numpy()] = (1.0, 0.75, 0.0, 0.45)
-    axes.imshow(shade, extent=(0, width, height, 0), interpolation="nearest")
+    axes.imshow(shade.reshape(grid.rows, grid.columns, 4), extent=(0, width, height, 0), interpolation="nearest")
     _outline(axes, moved, RED, 1.0)
     size = [f"{transform.mode} {width} x {height},", f"tokens of {grid.cell} px:"]
     _caption(axes, [*size, f"{int(target.sum())} of {grid.tokens} are the target"], letters)

@@ -1,7 +1,5 @@
 """What one R-Probe run found, and how it is written down."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,12 +13,10 @@ from llava_patch.probe.sample import Box
 class Part:
     """Error of those pixels under target tokens that lie inside text boxes, or of those that lie outside.
 
-    Attributes:
-        mse: mean squared error of these pixels, normalised.
-        variance: their own variance: population variance of each channel's values, mean over channels.
-        fvu: mse / variance; None where they do not vary. Text and what is beside it differ in brightness more than
-            within themselves, so both may lie above the FVU of all pixels.
-        share: of all pixels under target tokens, 0..1.
+    `mse` is in normalised pixels; `variance` the population variance of each channel's values, mean over channels;
+    `fvu` their quotient, None where they do not vary. Inside and outside it may lie above that of all pixels: text and
+    what is beside it differ in brightness more than within themselves. `share` is of all pixels under target tokens,
+    0..1.
     """
 
     mse: float
@@ -33,13 +29,9 @@ class Part:
 class Reconstruction:
     """One held-out region as it is and as the probe rebuilt it, on the processed image.
 
-    Attributes:
-        boxes: the region, each (x0, y0, x1, y1) in pixels of the processed image.
-        original: uint8 [height, width, 3].
-        rebuilt: uint8 [height, width, 3], the original with the pixels under target tokens replaced.
-        target: bool [height, width], the pixels under target tokens.
-        mse: per-token MSE of the sample, in normalised pixels; its psnr is in dB.
-        stretch: how much taller than wide a processed pixel is on the original image: figures undo it.
+    `boxes` are the region in its pixels; `original` and `rebuilt` uint8 [height, width, 3], the second with the pixels
+    under target tokens (`target`, bool [height, width]) replaced; `mse` in normalised pixels, `psnr` in dB; `stretch`
+    is how much taller than wide a processed pixel is on the original image: figures undo it.
     """
 
     id: str
@@ -57,18 +49,12 @@ class Reconstruction:
 class ErrorMap:
     """One page as it is and as the probe rebuilt it, cell by cell.
 
-    Attributes:
-        id: of the page: its document, or its first sample.
-        original: uint8 [height, width, 3], the processed page.
-        rebuilt: uint8 [height, width, 3]; grey where nothing was rebuilt.
-        error: float32 [rows, columns], mean squared error of each cell in normalised pixels; nan: not rebuilt
-            (padding, or a cell whose token the host drops).
-        text: bool [rows, columns], the cell touches a text box.
-        spoken: bool [rows, columns], the cell was rebuilt with its own text before it.
-        boxes: text boxes in pixels of the processed page; `cell` is the side of a cell in them.
-        stretch: how much taller than wide a processed pixel is on the original page.
-        inside_mse: mean error of the text cells that were rebuilt.
-        outside_mse: mean error of the other cells that were; None: there are none.
+    `id` is its document. Of the processed page `original` and `rebuilt` are uint8 [height, width, 3] (grey where
+    nothing was rebuilt), `boxes` the text boxes in its pixels, `cell` the side of a cell, `stretch` as in
+    `Reconstruction`. `error` is float32 [rows, columns], each cell's mean squared error in normalised pixels, nan where
+    it was not rebuilt (padding, or a cell whose token the host drops); `text`, bool, where it touches a text box;
+    `spoken`, bool, where it was rebuilt with its own text before it. The mean errors are of the text cells that were
+    rebuilt, and of the others (None: there are none).
     """
 
     id: str
@@ -155,8 +141,8 @@ class RProbeResult(Result):
 
     def parts(self) -> str:
         """MSE of the pixels inside text and beside it, " (in text 0.820, beside it 0.129)"; "" where there are none."""
-        named = (("in text", self.inside), ("beside it", self.outside))
-        found = [f"{name} {part.mse:.3f}" for name, part in named if part is not None]
+        named = {"in text": self.inside, "beside it": self.outside}
+        found = [f"{name} {part.mse:.3f}" for name, part in named.items() if part is not None]
         return f" ({', '.join(found)})" if found else ""
 
     def summary(self) -> str:

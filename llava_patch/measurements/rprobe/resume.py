@@ -1,10 +1,8 @@
 """A probe's training on disk: the state from which it goes on, and the finished decoder.
 
-Both are safetensors files whose header says what they belong to. A file of another model, data set or settings is
-never taken up; the message names the first field that differs.
+Both are safetensors files whose header says what they belong to; a file of another model, data set or settings is never
+taken up, and the message names the first field that differs.
 """
-
-from __future__ import annotations
 
 import json
 import sys
@@ -36,30 +34,22 @@ class Progress:
     processes: int = 1
 
 
-@dataclass(frozen=True)
+@dataclass
 class TrainingFolder:
     """The folder that a training keeps its state in, made when something is written; `key` is from `make_key`."""
 
     folder: Path
     key: dict[str, Any]
 
-    @property
-    def state(self) -> Path:
-        """The unfinished training."""
-        return self.folder / STATE_FILE
-
-    @property
-    def decoder(self) -> Path:
-        """The finished decoder."""
-        return self.folder / DECODER_FILE
+    def __post_init__(self) -> None:
+        self.state, self.decoder = self.folder / STATE_FILE, self.folder / DECODER_FILE  # unfinished, and finished
 
     def save_state(self, decoder: ProbeDecoder, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
         """Write weights, optimizer state and losses in one file, which replaces the last one whole."""
         self._clean()
         tensors = dict(trained_parameters(decoder))
         for name, parameter in trained_parameters(decoder).items():
-            for kind, value in optimizer.state[parameter].items():
-                tensors[f"optimizer.{kind}.{name}"] = value
+            tensors |= {f"optimizer.{kind}.{name}": value for kind, value in optimizer.state[parameter].items()}
         _write(self.state, tensors, progress, self.key)
 
     def load_state(self, decoder: ProbeDecoder, optimizer: torch.optim.Optimizer) -> Progress | None:
@@ -67,8 +57,7 @@ class TrainingFolder:
         if not self.state.is_file():
             return None
         tensors, progress, key = _read(self.state)
-        found = difference(key, self.key)
-        if found:
+        if found := difference(key, self.key):
             raise CheckpointError(
                 f"{self.state}: an unfinished training of another run: {found}. Give the settings and model that it "
                 "was started with, another folder, or delete the file to start over"
@@ -91,8 +80,7 @@ class TrainingFolder:
         if not self.decoder.is_file():
             return None
         tensors, progress, key = _read(self.decoder)
-        found = difference(key, self.key)
-        if found:
+        if found := difference(key, self.key):
             print(f"R-Probe: {self.decoder} is not used and will be replaced: {found}", file=sys.stderr)
             return None
         _fill(decoder, tensors, self.decoder)
@@ -100,8 +88,8 @@ class TrainingFolder:
 
     def _clean(self) -> None:
         """Delete what a killed process left half written."""
-        for path in self.folder.glob(".*.safetensors"):
-            if path.name.startswith((f".{Path(STATE_FILE).stem}-", f".{Path(DECODER_FILE).stem}-")):
+        for name in (STATE_FILE, DECODER_FILE):
+            for path in self.folder.glob(f".{Path(name).stem}-*.safetensors"):
                 path.unlink(missing_ok=True)
 
 
@@ -112,8 +100,7 @@ def load_decoder(decoder: ProbeDecoder, path: str | Path, key: dict[str, Any]) -
     model, data set or settings, or cannot be read.
     """
     tensors, _, saved = _read(Path(path))
-    found = difference({name: value for name, value in saved.items() if name in key}, key)
-    if found:
+    if found := difference({name: value for name, value in saved.items() if name in key}, key):
         raise CheckpointError(f"{path}: {found}")
     _fill(decoder, tensors, Path(path))
 

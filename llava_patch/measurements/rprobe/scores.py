@@ -1,7 +1,5 @@
 """Where a checkpoint's probe figures and benchmark scores are read: R-Probe's JSON and lmms-eval's results JSON."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -33,8 +31,8 @@ class Score:
 class Checkpoint:
     """One checkpoint's numbers: of the probe, of benchmarks by (task, metric), and why one of the probe is `missing`.
 
-    The probe's are "mse", "fvu", "psnr", "steps", "steps_half_fvu"; one that is not there was not measured or means
-    nothing, an infinite one was never reached.
+    The probe's are those of `correlate.PROBES`; one that is not there was not measured or means nothing, an infinite
+    one was never reached.
     """
 
     name: str
@@ -46,10 +44,9 @@ class Checkpoint:
 def read_checkpoints(sources: Sequence[str], names: Sequence[str] = ()) -> tuple[list[Checkpoint], list[str]]:
     """Read one checkpoint a source; returns them with notes on what was read from where.
 
-    Args:
-        sources: "RPROBE=RESULTS" (two files, or folders that hold them), a folder that holds both, or lmms-eval's
-            results JSON whose `rprobe` task ran with the benchmarks.
-        names: of the checkpoints, in order; empty: lmms-eval's name of the model, numbered where those are alike.
+    A source is "RPROBE=RESULTS" (two files, or folders that hold them), a folder that holds both, or lmms-eval's
+    results JSON whose `rprobe` task ran with the benchmarks. Without names lmms-eval's name the checkpoints, numbered
+    where alike.
     """
     if names and (len(names) != len(sources) or len(set(names)) < len(names)):
         raise SettingError(f"--names: expected {len(sources)} distinct names, got {', '.join(names)}")
@@ -57,10 +54,23 @@ def read_checkpoints(sources: Sequence[str], names: Sequence[str] = ()) -> tuple
     notes: list[str] = []
     for source in sources:
         probe_file, results_file = _files(source, notes)
-        document = _json(results_file)
+        try:
+            document = json.loads(results_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{results_file}: cannot be read as lmms-eval's results JSON: {error}") from error
+        if not isinstance(document, dict):
+            raise InputError(f"{results_file}: not lmms-eval's results JSON (no object)")
         scores = read_scores(document, str(results_file))
         if probe_file is None:
-            probe = _probe_of_scores(scores, str(results_file))
+            # Steps that were never reached are not in the figures of lmms-eval's `rprobe` task.
+            given = {
+                key: scores.get((TASK, f"{TASK}_{key}")) for key in ("mse", "fvu", "psnr", "steps", "steps_half_fvu")
+            }
+            probe = {key: one.value for key, one in given.items() if one is not None and math.isfinite(one.value)}
+            if "mse" not in probe:
+                raise InputError(
+                    f"{results_file}: holds no {TASK} task: run it with the benchmarks, or give RPROBE=RESULTS"
+                )
             missing = {key: UNTOLD for key in ("steps", "steps_half_fvu") if key not in probe}
         else:
             result = RProbeResult.load(probe_file)
@@ -79,18 +89,6 @@ def probe_figures(result: RProbeResult) -> dict[str, float]:
         steps["steps"] = result.steps_to_threshold
     reached = {key: NEVER if step is None else float(step) for key, step in steps.items()}
     return {"mse": result.mse, "fvu": result.fvu, "psnr": result.psnr, **reached}
-
-
-def _probe_of_scores(scores: Mapping[tuple[str, str], Score], name: str) -> dict[str, float]:
-    """The figures of lmms-eval's `rprobe` task; steps that were never reached are not in it."""
-    figures = {
-        key: score.value
-        for key in ("mse", "fvu", "psnr", "steps", "steps_half_fvu")
-        if (score := scores.get((TASK, f"{TASK}_{key}"))) is not None and math.isfinite(score.value)
-    }
-    if "mse" not in figures:
-        raise InputError(f"{name}: holds no {TASK} task: run it with the benchmarks, or give RPROBE=RESULTS")
-    return figures
 
 
 def read_scores(document: Any, name: str) -> dict[tuple[str, str], Score]:
@@ -117,8 +115,8 @@ def read_scores(document: Any, name: str) -> dict[tuple[str, str], Score]:
 
 def _files(source: str, notes: list[str]) -> tuple[Path | None, Path]:
     """(R-Probe's result or None, lmms-eval's results) of one source."""
-    if Path(source).exists():
-        path = Path(source)
+    path = Path(source)
+    if path.exists():
         return (_probe_file(path, required=False), _results_file(path, notes)) if path.is_dir() else (None, path)
     # A path may hold "=" itself: take the split at which both parts are there.
     parts = source.split("=")
@@ -138,9 +136,7 @@ def _probe_file(path: Path, required: bool) -> Path | None:
     # lmms-eval's group of the ablation leaves four beside one another.
     named = [file for file in below if file.parent.name == TASK] or below
     if len(named) > 1:
-        raise InputError(
-            f"{path}: holds several results ({', '.join(str(f) for f in named)}): give one as RPROBE=RESULTS"
-        )
+        raise InputError(f"{path}: holds several results ({', '.join(map(str, named))}): give one as RPROBE=RESULTS")
     if not named and required:
         raise InputError(f"{path}: holds no {RESULT}")
     return named[0] if named else None
@@ -156,13 +152,3 @@ def _results_file(path: Path, notes: list[str]) -> Path:
         # lmms-eval puts the date first, so the last name is the newest run.
         notes.append(f"{path} holds {len(found)} results: the newest, {found[-1].name}, is taken")
     return found[-1]
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as lmms-eval's results JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: not lmms-eval's results JSON (no object)")
-    return value

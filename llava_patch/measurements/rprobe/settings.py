@@ -1,7 +1,5 @@
 """Settings of R-Probe; like the package's other settings this file imports no torch."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar

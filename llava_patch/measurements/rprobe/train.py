@@ -1,15 +1,14 @@
 """The probe's training loop: AdamW, warm-up, cosine fall, clipped gradients; divided over processes, resumable.
 
-Under several processes every rank has the whole decoder and takes its share of each batch. The loss is the mean over
-the target tokens of the whole batch, whose number every rank knows beforehand, so the gradients of the shares need only
-be added up. `DistributedDataParallel` would instead average over ranks, whatever their number of tokens, and wait for a
-backward pass on every rank, which a rank without a sample of the batch cannot give.
+Every rank has the whole decoder and takes its share of each batch. The loss is the mean over the target tokens of the
+whole batch, whose number every rank knows, so the gradients of the shares need only be added up.
+`DistributedDataParallel` would average over ranks, whatever their number of tokens, and wait for a backward pass on
+every rank, which a rank without a sample of the batch cannot give.
 """
-
-from __future__ import annotations
 
 import itertools
 import math
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -40,38 +39,31 @@ def choose_trained(decoder: ProbeDecoder, settings: RProbe) -> None:
     """
     decoder.requires_grad_(settings.trained == "all")
     if settings.trained == "lora":
-        _add_lora(decoder, settings)
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+        except ImportError as error:
+            raise SettingError('RProbe.trained = "lora" needs peft: pip install peft') from error
+        names = [f"layers.{name}" for name, part in decoder.layers.named_modules() if isinstance(part, nn.Linear)]
+        rank = settings.lora_rank
+        config = LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, lora_dropout=0.0, target_modules=names)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(settings.seed)
+            inject_adapter_in_model(config, decoder)
+        decoder.eval()
     decoder.head.requires_grad_(True)
-
-
-def _add_lora(decoder: ProbeDecoder, settings: RProbe) -> None:
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise SettingError('RProbe.trained = "lora" needs peft: pip install peft') from error
-    names = [f"layers.{name}" for name, part in decoder.layers.named_modules() if isinstance(part, nn.Linear)]
-    config = LoraConfig(
-        r=settings.lora_rank, lora_alpha=LORA_SCALE * settings.lora_rank, lora_dropout=0.0, target_modules=names
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(settings.seed)
-        inject_adapter_in_model(config, decoder)
-    decoder.eval()
 
 
 def check_memory(anatomy: Anatomy, settings: RProbe) -> None:
     """Refuse a decoder that does not fit beside the model, before any image is encoded; says how much it needs."""
     device = next(anatomy.layers[0].parameters()).device
-    free = free_memory(device)
-    needed = needed_memory(anatomy, settings)
+    free, needed = free_memory(device), needed_memory(anatomy, settings)
     if free is None or needed <= free:
         return
     advice = "use a device with more free memory"
     if settings.trained == "all":
-        low = RProbe(trained="lora", lora_rank=settings.lora_rank)
+        low = needed_memory(anatomy, RProbe(trained="lora", lora_rank=settings.lora_rank)) / 1e9
         advice = (
-            f'set RProbe.trained = "lora" (about {needed_memory(anatomy, low) / 1e9:.1f} GB; its figures compare with '
-            f"each other only), or {advice}"
+            f'set RProbe.trained = "lora" (about {low:.1f} GB; its figures compare with each other only), or {advice}'
         )
     raise SettingError(
         f"R-Probe trains a float32 copy of {quarter(len(anatomy.layers))} decoder layers, which needs about "
@@ -102,11 +94,10 @@ def free_memory(device: torch.device) -> int | None:
     if device.type == "meta":
         raise HostError("the decoder's layers are not in memory (offloaded): load the model without that")
     facts = Path("/proc/meminfo")
-    if device.type == "cpu" and facts.is_file():
-        lines = dict(line.split(":", 1) for line in facts.read_text(encoding="ascii").splitlines() if ":" in line)
-        if "MemAvailable" in lines:
-            return int(lines["MemAvailable"].split()[0]) * 1024
-    return None
+    if device.type != "cpu" or not facts.is_file():
+        return None
+    found = re.search(r"^MemAvailable:\s*(\d+)", facts.read_text(encoding="ascii"), re.MULTILINE)
+    return None if found is None else int(found[1]) * 1024
 
 
 LOOK_SECONDS = 1.0  # about how often losses are fetched from the device
@@ -128,83 +119,79 @@ def train_probe(
     state belongs to another run, a LlavaPatchError where the loss is not finite.
     """
     with parallel.guard():
-        return _Training(decoder, data, settings, lr, work).run(progress)
+        run = _Training(decoder, data, settings, lr, work if parallel.rank() == 0 else None)
+        done, steps = run.start(), settings.steps
+        order = batches(len(data), settings.batch_size, settings.seed)
+        for _ in done.losses:
+            next(order)
+        bar = progress_bar(steps, "R-Probe: train", progress and parallel.rank() == 0)
+        bar.update(len(done.losses))
+        looked, look_every, minutes = time.monotonic(), 1, settings.minutes
+        with bar, torch.enable_grad(), torch.autocast(run.device.type, enabled=False):
+            for step in range(len(done.losses), steps):
+                over = minutes is not None and bool(done.losses) and done.seconds >= 60 * minutes
+                if over and not run.waiting:
+                    break
+                run.step(next(order), rate(step, steps, settings.warmup))
+                saving = work is not None and (step + 1) % settings.save_every == 0
+                if len(run.waiting) < look_every and step + 1 < steps and not saving:
+                    continue
+                fresh = run.look(done)
+                spent = time.monotonic() - looked
+                looked += spent
+                # Rank 0's clock counts for all: they look, and end, at the same step.
+                look_every = max(1, min(LOOK_STEPS, int(LOOK_SECONDS * fresh / max(spent, 1e-6))))
+                done.seconds, look_every = parallel.exchange((done.seconds + spent, look_every))[0]
+                bar.set_postfix(mse=f"{done.losses[-1]:.4f}", refresh=False)
+                bar.update(fresh)
+                if saving and step + 1 < steps:
+                    run.save(done)
+                    looked = time.monotonic()
+        if work is not None:
+            run.save(done)  # unfinished: a larger RProbe.minutes goes on from here
+        return done.losses
 
 
 class _Training:
+    """A decoder in training; `work` is rank 0's folder, None elsewhere and where there is none."""
+
     def __init__(
         self, decoder: ProbeDecoder, data: FrozenData, settings: RProbe, lr: float, work: TrainingFolder | None
     ) -> None:
         self.decoder, self.data, self.settings, self.lr, self.work = decoder, data, settings, lr, work
         self.device = next(decoder.parameters()).device
-        self.counts = data.counts
-        self.trained = trained_parameters(decoder)
-        self.weights = list(self.trained.values())
+        self.weights = list(trained_parameters(decoder).values())
         self.optimizer = torch.optim.AdamW(self.weights, lr=lr, weight_decay=settings.weight_decay)
         self.failure: Exception | None = None
         self.waiting: list[Tensor] = []  # losses that are still on the device
 
-    def run(self, progress: bool) -> list[float]:
-        done = self._start()
-        order = batches(len(self.data), self.settings.batch_size, self.settings.seed)
-        for _ in done.losses:
-            next(order)
-        bar = progress_bar(self.settings.steps, "R-Probe: train", progress and parallel.rank() == 0)
-        bar.update(len(done.losses))
-        looked, look_every, minutes = time.monotonic(), 1, self.settings.minutes
-        with bar, torch.enable_grad(), torch.autocast(self.device.type, enabled=False):
-            for step in range(len(done.losses), self.settings.steps):
-                over = minutes is not None and bool(done.losses) and done.seconds >= 60 * minutes
-                if over and not self.waiting:
-                    break
-                self.waiting.append(self._step(next(order), rate(step, self.settings.steps, self.settings.warmup)))
-                saving = self.work is not None and (step + 1) % self.settings.save_every == 0
-                if len(self.waiting) < look_every and step + 1 < self.settings.steps and not saving:
-                    continue
-                fresh = self._look(done)
-                spent = time.monotonic() - looked
-                looked += spent
-                # Rank 0's clock counts for all: they look, and end, at the same step.
-                done.seconds, look_every = parallel.exchange((done.seconds + spent, _steps_in(spent, fresh)))[0]
-                bar.set_postfix(mse=f"{done.losses[-1]:.4f}", refresh=False)
-                bar.update(fresh)
-                if saving and step + 1 < self.settings.steps:
-                    self._save(done)
-                    looked = time.monotonic()
-        if self.work is not None:
-            self._end(done)
-        return done.losses
-
-    def _start(self) -> Progress:
+    def start(self) -> Progress:
         """Progress so far: none, or what is in the folder; the same weights on every rank."""
-        found: Progress | None = None
-        if self.work is not None and parallel.rank() == 0:
-            found = self.work.load_state(self.decoder, self.optimizer)
+        found = None if self.work is None else self.work.load_state(self.decoder, self.optimizer)
         found = parallel.exchange(found)[0]
         with torch.no_grad():
             parallel.from_rank_0(self.weights)
-            if found is not None:
-                for weight in self.weights:
-                    state = self.optimizer.state[weight]
-                    if not state:
-                        averages = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
-                        state.update(step=torch.tensor(0.0), **averages)
-                    parallel.from_rank_0(state.values())
+            for weight in self.weights if found is not None else ():
+                state = self.optimizer.state[weight]
+                if not state:
+                    averages = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+                    state.update(step=torch.tensor(0.0), **averages)
+                parallel.from_rank_0(state.values())
         if found is None:
             return Progress([], processes=parallel.world())
+        note = ""
+        if found.processes != parallel.world():
+            note = (
+                f" (with {parallel.world()} processes after {found.processes}: the numbers agree with an "
+                "uninterrupted run's within rounding, not to the bit)"
+            )
         if parallel.rank() == 0:
-            note = ""
-            if found.processes != parallel.world():
-                note = (
-                    f" (with {parallel.world()} processes after {found.processes}: the numbers agree with an "
-                    "uninterrupted run's within rounding, not to the bit)"
-                )
             print(f"R-Probe: goes on after step {len(found.losses)} of {self.settings.steps}{note}", file=sys.stderr)
         found.processes = parallel.world()
         return found
 
-    def _step(self, index: Tensor, share_of_lr: float) -> Tensor:
-        """One step on a batch; its loss, a scalar on the device."""
+    def step(self, index: Tensor, share_of_lr: float) -> None:
+        """One step on a batch; its loss waits on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * share_of_lr
         self.optimizer.zero_grad(set_to_none=True)
@@ -214,7 +201,7 @@ class _Training:
             if len(own) and self.failure is None:
                 batch = self.data.batch(index[own.start : own.stop], self.device)
                 rebuilt = self.decoder(batch.image_tokens, batch.text_tokens, batch.sequence, batch.injections)
-                total = token_errors(rebuilt, batch.pixels).sum() / int(self.counts[index].sum())
+                total = token_errors(rebuilt, batch.pixels).sum() / int(self.data.counts[index].sum())
                 total.backward()
                 loss = total.detach()
         except Exception as error:
@@ -229,9 +216,9 @@ class _Training:
             parallel.add_up([loss, *(weight.grad for weight in self.weights if weight.grad is not None)])
         torch.nn.utils.clip_grad_norm_(self.weights, self.settings.clip)
         self.optimizer.step()
-        return loss
+        self.waiting.append(loss)
 
-    def _look(self, done: Progress) -> int:
+    def look(self, done: Progress) -> int:
         """Fetch the losses that wait on the device; how many they were."""
         if self.failure is not None:
             raise self.failure
@@ -248,23 +235,13 @@ class _Training:
         self.waiting.clear()
         return len(values)
 
-    def _save(self, done: Progress) -> None:
-        if self.work is not None and parallel.rank() == 0:
+    def save(self, done: Progress) -> None:
+        """Write the state, or the decoder when all steps are done; the others wait for it."""
+        if self.work is not None and len(done.losses) < self.settings.steps:
             self.work.save_state(self.decoder, self.optimizer, done)
-        parallel.exchange(None)
-
-    def _end(self, done: Progress) -> None:
-        if len(done.losses) < self.settings.steps:  # a larger RProbe.minutes goes on from here
-            self._save(done)
-            return
-        if self.work is not None and parallel.rank() == 0:
+        elif self.work is not None:
             self.work.finish(self.decoder, done)
         parallel.exchange(None)
-
-
-def _steps_in(seconds: float, steps: int) -> int:
-    """Steps until the next look, when the last `steps` took `seconds`."""
-    return max(1, min(LOOK_STEPS, int(LOOK_SECONDS * steps / max(seconds, 1e-6))))
 
 
 def token_errors(rebuilt: Tensor, pixels: Tensor) -> Tensor:

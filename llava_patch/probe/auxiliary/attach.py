@@ -1,7 +1,5 @@
 """How the auxiliary loss attaches to a model: visual tokens are noted on their way, and the loss grows by one term."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import inspect
@@ -16,10 +14,9 @@ from torch import Tensor, nn
 from llava_patch.core.errors import InputError, SettingError
 from llava_patch.core.method import Method
 from llava_patch.core.undo import UndoStack
-from llava_patch.fusion import optimizer
-from llava_patch.hosts import call_context, compat, positions, tiles, zero
-from llava_patch.hosts.anatomy import Anatomy
-from llava_patch.hosts.handles import get_handle
+from llava_patch.fusion import training
+from llava_patch.hosts import call_context, compat, tiles, wrappers, zero
+from llava_patch.hosts.anatomy import get_handle
 from llava_patch.probe.auxiliary.head import Head, Seen, check_images, token_errors, zero_gradient_pass
 from llava_patch.probe.auxiliary.regions import KEY, Marker
 from llava_patch.probe.layout import Layout
@@ -28,24 +25,14 @@ from llava_patch.settings.auxiliary import AuxiliaryProbe
 
 logger = logging.getLogger("llava_patch")
 
-HEAD = "llava_patch_rprobe"
-"""The head's name on the causal LM."""
-SILENT_BATCHES = 50
-"""Training batches without any region after which a warning says so."""
+HEAD = "llava_patch_rprobe"  # its name on the causal LM
+SILENT_BATCHES = 50  # training batches without any region after which a warning says so
+UNSEEN = (
+    "AuxiliaryProbe: none of the first %d training batches of this process had a region, so that its loss was not "
+    "computed: records carry them under %r; a collator or TrainingArguments.remove_unused_columns (set it to False) "
+    'may drop that, and AuxiliaryProbe.broken = "skip" leaves out what does not fit'
+)
 _IGNORED = "_keys_to_ignore_on_save"  # transformers' own list
-
-
-def _layout(anatomy: Anatomy, tokens: int) -> Layout:
-    """Where the visual tokens sit whose pixels the loss rebuilds; a SettingError where they cannot be placed."""
-    if tiles.cuts_tiles(anatomy):
-        raise SettingError(
-            "AuxiliaryProbe does not train on images in tiles (anyres), whose tokens differ from image to image: leave "
-            "it out (LLaVA-1.5 takes whole images: image_aspect_ratio = pad)"
-        )
-    try:
-        return layout_of(anatomy, tokens)
-    except InputError as error:
-        raise SettingError(f"AuxiliaryProbe: {error}") from None
 
 
 class Auxiliary(Method):
@@ -84,12 +71,11 @@ class Auxiliary(Method):
     ) -> list[dict[str, Any]]:
         """Give the head its own learning rate."""
         head, lr = {id(p) for p in self.parameters()}, self.settings.lr
-        return optimizer.apart(groups, head, lr) if head and lr is not None else groups
+        return training.apart(groups, head, lr) if head and lr is not None else groups
 
     def remarks(self, trainable: set[str], others: Mapping[str, Any]) -> Iterator[str]:
         """The size of the head."""
-        head = sum(zero.numel(p) for p in self.parameters())
-        if head:
+        if head := sum(zero.numel(p) for p in self.parameters()):
             yield f"{head:,} of them are the head of the auxiliary loss, which is not part of the finished model"
 
     def begin_step(self, step: int) -> None:
@@ -118,21 +104,29 @@ class Auxiliary(Method):
     def attach(self, undo: UndoStack, *, zero_start: bool, loading: bool) -> None:
         """Put the loss on the model; the head follows what the fusion does, so this comes last.
 
-        Modifications: a module `llava_patch_rprobe` on the causal LM; its instance attributes `forward` (which takes
-        the regions out of the arguments) and `_keys_to_ignore_on_save`; `encode_images` of the causal LM on `llava`,
-        `get_image_features` of the inner LlavaModel on HF.
+        Modifications: a module `llava_patch_rprobe` on the causal LM; its instance attributes `forward` and
+        `_keys_to_ignore_on_save`; `encode_images` of the causal LM on `llava`, `get_image_features` of the inner
+        LlavaModel on HF.
 
         The patched `forward` takes one argument more, `rprobe`, the regions of a batch. It adds the term in training
-        mode with gradients on alone: in evaluation mode and under `no_grad` regions are dropped unread and the loss is
-        the model's own, so that an evaluation during training (`eval_loss`) measures the next-token loss.
+        mode with gradients on alone: else regions are dropped unread and the loss is the model's own, so that an
+        evaluation during training (`eval_loss`) measures the next-token loss.
         """
         model = self.anatomy.model
-        if self.settings.weight:
-            self.layout = _layout(self.anatomy, get_handle(model).tokens_per_image)
-            self.head = Head(self.anatomy, self.layout, self.settings)
-        if self.head is None:
+        if not self.settings.weight:
             logger.warning("AuxiliaryProbe.weight = 0: no head is built, and training is as without it")
         else:
+            if tiles.cuts_tiles(self.anatomy):
+                raise SettingError(
+                    "AuxiliaryProbe does not train on images in tiles (anyres), whose tokens differ from image to "
+                    "image: leave it out (LLaVA-1.5 takes whole images: image_aspect_ratio = pad)"
+                )
+            handle: Any = get_handle(model)
+            try:
+                self.layout = layout_of(self.anatomy, handle.tokens_per_image)
+            except InputError as error:
+                raise SettingError(f"AuxiliaryProbe: {error}") from None
+            self.head = Head(self.anatomy, self.layout, self.settings)
             undo.add_module(model, HEAD, self.head)
             undo.push(lambda: model.add_module(HEAD, self.head) if not hasattr(model, HEAD) else None)
             names = [f"{HEAD}.{name}" for name in self.head.state_dict()]
@@ -165,21 +159,16 @@ class Auxiliary(Method):
             features = encode(*args, **kwargs)
             call = call_context.current(self.anatomy)
             if self._watching and (call is None or call.numbers is None):
+                assert self.head is not None
+                injections, layers = None, self.head.decoder.injection_layers
+                if layers:  # what DeepStack adds to these images in the head's layers
+                    assert call is not None and call.offered is not None  # its wrapper of the encoder lies under ours
+                    injections = torch.stack(call.offered[: len(layers)])
                 pixels = args[0] if args else kwargs["pixel_values"]
-                self._seen = Seen(compat.one_tensor(features), pixels, self._injections())
+                self._seen = Seen(compat.one_tensor(features), pixels, injections)
             return features
 
         undo.set_attribute(owner, name, encode_and_note)
-
-    def _injections(self) -> Tensor | None:
-        """What DeepStack adds to the images just encoded, in the head's layers."""
-        assert self.head is not None
-        layers = self.head.decoder.injection_layers
-        if not layers:
-            return None
-        call = call_context.current(self.anatomy)
-        assert call is not None and call.offered is not None  # its wrapper of the encoder lies under ours
-        return torch.stack(call.offered[: len(layers)])
 
     def _add(self, outputs: Any, regions: Mapping[str, Tensor] | None, given: Mapping[str, Any]) -> Any:
         """The outputs of a forward pass with the loss's term in their loss."""
@@ -193,8 +182,18 @@ class Auxiliary(Method):
             raise InputError(
                 "a training batch with regions but without labels: the auxiliary loss is added to the model's own loss"
             )
-        weight = _share_of_step(given)
-        self._count(regions)
+        # How much of its step a batch is: newer Trainers pass the number of labels in all batches and ranks of a step
+        # to models that take it; the loss is then a sum over it, and the auxiliary term has to be shared out alike.
+        weight: Any = 1.0
+        if (of_step := given.get("num_items_in_batch")) is not None:
+            weight = (given["labels"] != wrappers.IGNORE_INDEX).sum() / of_step
+        if (
+            self._without is not None
+        ):  # say it, once, when none of the first batches had a region; later ones may lack it
+            self._without = None if regions is not None else self._without + 1
+            if self._without == SILENT_BATCHES:
+                self._without = None
+                logger.warning(UNSEEN, SILENT_BATCHES, KEY)
         if regions is None or not self.computes:
             term = zero_gradient_pass(self.head, self.anatomy.embed_tokens)
             self._note(loss, weight, None)
@@ -202,30 +201,14 @@ class Auxiliary(Method):
             if seen is None:
                 raise InputError("a batch with regions but without images")
             check_images(regions, len(seen.tokens))
-            errors = token_errors(self.head, self.anatomy.embed_tokens, seen, regions)
-            errors = errors.to(loss.device)
+            errors = token_errors(self.head, self.anatomy.embed_tokens, seen, regions).to(loss.device)
             term = self.settings.weight * weight * errors.mean()
             self._note(loss, weight, errors)
         total = loss + term.to(loss)
-        if named:
-            outputs.loss = total
-            return outputs
-        return (total, *outputs[1:])
-
-    def _count(self, regions: Any) -> None:
-        """Say it, once, when none of the first batches had a region; later ones may lack them."""
-        if self._without is None:
-            return
-        self._without = None if regions is not None else self._without + 1
-        if self._without == SILENT_BATCHES:
-            self._without = None
-            logger.warning(
-                "AuxiliaryProbe: none of the first %d training batches of this process had a region, so that its loss "
-                "was not computed: records carry them under %r; a collator or TrainingArguments.remove_unused_columns "
-                '(set it to False) may drop that, and AuxiliaryProbe.broken = "skip" leaves out what does not fit',
-                SILENT_BATCHES,
-                KEY,
-            )
+        if not named:
+            return (total, *outputs[1:])
+        outputs.loss = total
+        return outputs
 
     def _note(self, loss: Tensor, weight: Any, errors: Tensor | None) -> None:
         """Add a batch to what the next log line is made of; stays on the device."""
@@ -241,8 +224,8 @@ class Auxiliary(Method):
     def take_logs(self) -> dict[str, float]:
         """Mean losses since the last call, over all ranks; every rank must call this.
 
-        "ntp_loss" is the model's own loss, "rprobe_loss" the MSE over the target tokens of the samples that carried a
-        region (unweighted); a key whose mean would be over nothing is left out.
+        "ntp_loss" is the model's own, "rprobe_loss" the MSE over the target tokens of the samples that carried a region
+        (unweighted); a key whose mean would be over nothing is left out.
         """
         device = next(self.anatomy.projector.parameters()).device
         sums = torch.zeros(4, device=device) if self._sums is None else self._sums
@@ -250,12 +233,8 @@ class Auxiliary(Method):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)
         loss, weight, error, count = sums.tolist()
-        found = {}
-        if weight:
-            found["ntp_loss"] = loss / weight
-        if count:
-            found["rprobe_loss"] = error / count
-        return found
+        means = (("ntp_loss", loss, weight), ("rprobe_loss", error, count))
+        return {name: total / over for name, total, over in means if over}
 
     @contextlib.contextmanager
     def unobserved(self) -> Iterator[None]:
@@ -272,15 +251,3 @@ class Auxiliary(Method):
         if self.head is not None:
             delattr(self.anatomy.model, HEAD)
             self.head = None
-
-
-def _share_of_step(given: Mapping[str, Any]) -> Any:
-    """How much of its step a batch is: 1 where the Trainer divides, else the batch's share of the step's labels.
-
-    Newer Trainers pass the number of labels in all batches and ranks of a step to models that take it; the loss is then
-    a sum over it, and the auxiliary term has to be shared out alike.
-    """
-    total = given.get("num_items_in_batch")
-    if total is None:
-        return 1.0
-    return (given["labels"] != positions.IGNORE_INDEX).sum() / total

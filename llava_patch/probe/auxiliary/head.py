@@ -1,7 +1,5 @@
 """The head of the auxiliary loss: R-Probe's decoder, in the precision of the run, on batches of a training step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +19,8 @@ from llava_patch.settings.auxiliary import AuxiliaryProbe
 class Head(nn.Module):
     """R-Probe's decoder as a module of the model that trains.
 
-    DeepSpeed ZeRO-3 may have partitioned the model (then every rank must make the head), and its Linear layers may be
-    wrapped by peft's LoRA: the copies are plain layers with the update merged in.
+    DeepSpeed ZeRO-3 may have partitioned the model (then every rank must make the head), and peft's LoRA may wrap its
+    Linear layers: the copies are plain layers with the update merged in.
     """
 
     positions: Tensor
@@ -37,7 +35,7 @@ class Head(nn.Module):
         device = next(self.decoder.parameters()).device
         self.register_buffer("positions", layout.positions.to(device), persistent=False)
         self.register_buffer("cells", layout.cells.to(device), persistent=False)
-        self.text_start = max(layout.grid.text_start, int(layout.positions.max().floor()) + 1)
+        self.text_start = layout.text_start
         self._exact = {n: b.detach().to("cpu", copy=True) for n, b in self.named_buffers()}
         self.to(next(anatomy.layers[0].parameters()).dtype)
         self.requires_grad_(True)
@@ -74,10 +72,8 @@ class Head(nn.Module):
 class Seen:
     """What a forward pass of the model made of its images, with the gradient.
 
-    Attributes:
-        tokens: [images, tokens, hidden], projected visual tokens.
-        pixels: [images, 3, height, width], what the vision tower saw.
-        injections: [layers, images, tokens, hidden], what DeepStack adds in the head's layers; None without it.
+    `tokens` are [images, tokens, hidden], projected; `pixels` [images, 3, height, width], what the tower saw;
+    `injections` [layers, images, tokens, hidden], what DeepStack adds in the head's layers, None without it.
     """
 
     tokens: Tensor
@@ -88,12 +84,8 @@ class Seen:
 def token_errors(head: Head, embed: Callable[[Tensor], Tensor], seen: Seen, regions: Mapping[str, Tensor]) -> Tensor:
     """Mean squared error inside each target token of a batch, float32 [targets]; no gradient goes back through `embed`.
 
-    Args:
-        head: the head.
-        embed: the token embedding.
-        seen: the batch's images.
-        regions: from the collator: "image" int64 [samples], whose image it is; "target" bool [samples, tokens];
-            "text" int64 [samples, width], padded with 0; "counts" int64 [samples], text tokens.
+    The collator's regions are "image" int64 [samples], whose image it is; "target" bool [samples, tokens]; "text" int64
+    [samples, width], padded with 0; "counts" int64 [samples], text tokens.
     """
     device = head.cells.device  # of its weights as well; on several devices (device_map) tokens may lie elsewhere
     regions = {name: value.to(device) for name, value in regions.items()}
@@ -118,14 +110,12 @@ def token_errors(head: Head, embed: Callable[[Tensor], Tensor], seen: Seen, regi
 def check_images(regions: Mapping[str, Tensor], images: int) -> None:
     """Refuse a region of an image that the batch does not have, where looking costs no wait for a device."""
     image = regions["image"]
-    if image.device.type != "cpu":
-        return
-    low, high = int(image.min()), int(image.max())
-    if not 0 <= low <= high < images:
-        raise InputError(
-            f"a region belongs to image {high if low >= 0 else low} of the batch, which has {images} (counted from 0): "
-            "the collator must give the model all images of its records, in their order"
-        )
+    for number in image.tolist() if image.device.type == "cpu" else ():
+        if not 0 <= number < images:
+            raise InputError(
+                f"a region belongs to image {number} of the batch, which has {images} (counted from 0): the collator "
+                "must give the model all images of its records, in their order"
+            )
 
 
 def zero_gradient_pass(head: Head, embed: Callable[[Tensor], Tensor]) -> Tensor:
@@ -135,13 +125,12 @@ def zero_gradient_pass(head: Head, embed: Callable[[Tensor], Tensor]) -> Tensor:
     ranks and batches without a region run this. Nobody reads the values, so two tokens do.
     """
     device = head.cells.device
-    target = torch.ones(1, 1, dtype=torch.bool, device=device)
-    counts = torch.ones(1, dtype=torch.int64, device=device)
-    text = _embedded(embed, torch.zeros(1, 1, dtype=torch.int64, device=device))
+    one = torch.ones(1, 1, dtype=torch.int64, device=device)
+    text = _embedded(embed, torch.zeros_like(one))
     tokens = torch.zeros(1, 1, text.shape[-1], dtype=head.dtype, device=device)
     layers = len(head.decoder.injection_layers)
     injections = tokens[:, None].expand(-1, layers, -1, -1) if layers else None
-    return 0.0 * head(tokens, text, _sequence(head, head.positions[-1:], target, counts, 1), injections).sum()
+    return 0.0 * head(tokens, text, _sequence(head, head.positions[-1:], one.bool(), one[0], 1), injections).sum()
 
 
 def _sequence(head: Head, positions: Tensor, target: Tensor, counts: Tensor, width: int) -> ProbeSequence:

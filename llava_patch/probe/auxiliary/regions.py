@@ -1,7 +1,5 @@
 """Regions of text in training records: how they are written, checked, and turned into what the loss takes."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -21,8 +19,7 @@ from llava_patch.settings.checks import is_number
 
 logger = logging.getLogger("llava_patch")
 
-KEY = "rprobe"
-"""The key of a region in a record, and of the regions in a batch."""
+KEY = "rprobe"  # of a region in a record, and of the regions in a batch
 FIELDS = ("box", "text", "image_index")
 
 
@@ -36,10 +33,7 @@ class Region:
 
 
 def entry(record: Mapping[str, Any]) -> Any:
-    """A record's "rprobe" entry; None where it has none.
-
-    Exports and the tables of `datasets` write None where a value is missing, for the entry or for all of its fields.
-    """
+    """A record's "rprobe" entry; None where it has none, or only fields that are None, as tables of `datasets` have."""
     value = record.get(KEY)
     if isinstance(value, Mapping) and value and all(v is None for v in value.values()):
         return None
@@ -49,22 +43,21 @@ def entry(record: Mapping[str, Any]) -> Any:
 def parse(value: Any, images: int, name: str) -> Region:
     """Read a record's "rprobe" entry; its image need not be open, and the record has `images` of them.
 
-    An entry is {"box": [x0, y0, x1, y1] or a list of those, "text": str, "image_index": int (0 if left out)}. Boxes and
+    It is {"box": [x0, y0, x1, y1] or a list of those, "text": str, "image_index": int (0 if left out)}. Boxes and
     numbers may be tensors or arrays; a field that is None counts as left out. An InputError says what is wrong with it.
     """
     if not isinstance(value, Mapping):
         raise InputError(f'{name}: "rprobe" is {value!r}: expected {{"box": [x0, y0, x1, y1], "text": "..."}}')
     value = {k: _plain(v) for k, v in value.items() if v is not None}
-    unknown = sorted(set(value) - set(FIELDS))
-    if unknown:
+    if unknown := sorted(set(value) - set(FIELDS)):
         raise InputError(f'{name}: "rprobe" has no entry {", ".join(unknown)}, it takes {", ".join(FIELDS)}')
     text = value.get("text")
     if not isinstance(text, str) or not text.strip():
         raise InputError(f'{name}: "rprobe" needs the region\'s "text", got {text!r}')
     given: Any = value.get("box")
-    boxes: Any = given if _is_list(given) and len(given) and _is_list(given[0]) else [given]
+    boxes: Any = given if isinstance(given, list) and given and isinstance(given[0], list) else [given]
     for box in boxes:
-        numbers = _is_list(box) and len(box) == 4 and all(is_number(v) and math.isfinite(v) for v in box)
+        numbers = isinstance(box, list) and len(box) == 4 and all(is_number(v) and math.isfinite(v) for v in box)
         if not numbers or not (box[0] < box[2] and box[1] < box[3]):
             raise InputError(f"{name}: box {box!r}: expected [x0, y0, x1, y1] in pixels with x0 < x1 and y0 < y1")
     index = value.get("image_index", 0)
@@ -74,14 +67,10 @@ def parse(value: Any, images: int, name: str) -> Region:
 
 
 def _plain(value: Any) -> Any:
-    """Tensors, arrays and their numbers as Python's own."""
-    if _is_list(value):
+    """Tuples, tensors, arrays and their numbers as Python's own lists and numbers."""
+    if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
     return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple))
 
 
 @dataclass(frozen=True)
@@ -119,13 +108,9 @@ class Marker:
 
 
 def collate(marked: Sequence[dict[str, Tensor]], images: Sequence[int]) -> dict[str, Tensor]:
-    """Put the regions of a batch, from `Marker.mark`, together with the number of each one's image in the batch.
+    """Put the regions of a batch, from `Marker.mark`, together as `token_errors` takes them; `images` are theirs.
 
     No value is a float: DeepSpeed's Trainer casts those to half precision.
-
-    Returns:
-        "image" int64 [samples], "target" bool [samples, tokens], "text" int64 [samples, width] padded with 0, and
-        "counts" int64 [samples], text tokens.
     """
     return {
         "image": torch.tensor(images, dtype=torch.int64),

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from llava_patch.core.dtypes import default_dtype
 from llava_patch.core.errors import SettingError
+from llava_patch.core.memory import default_dtype
 from llava_patch.hosts.sizes import IMAGE_TOKENS, TOWERS, Shape
 from llava_patch.patching.handle import restore_flags
 from llava_patch.patching.patch import patch

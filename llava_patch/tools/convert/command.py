@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llava_patch.core import weights
 from llava_patch.core.errors import CheckpointError, SettingError
-from llava_patch.core.files import atomic_folder
+from llava_patch.core.files import atomic
 from llava_patch.core.records import CONFIG_KEY, write_settings
 from llava_patch.hosts.anatomy import HF, LLAVA
 from llava_patch.hosts.configs import files_of
@@ -107,7 +107,7 @@ def _write(made: Checkpoint, out: Path, shard_bytes: int) -> Path:
     single = made.host == LLAVA and "projector.1.weight" not in made.tensors
     tensors = {files_of(made.host).written(name, single): load for name, load in made.tensors.items()}
     config = made.config if made.record is None else {**made.config, CONFIG_KEY: made.record}
-    with atomic_folder(out) as partial:
+    with atomic(out, folder=True) as partial:
         weights.write_weights(partial, tensors, shard_bytes)
         weights.write_json(partial / "config.json", config)
         if made.record is not None:

@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from llava_patch.core.extras import EXTRAS
-from llava_patch.core.resources import locks_dir
+from llava_patch.core.paths import locks_dir
 from llava_patch.integrations import import_hook as autostart
 from llava_patch.tools.doctor import NOTE, OK, PROBLEM, Row
 from llava_patch.tools.doctor.imports import TRIED

@@ -13,7 +13,6 @@ from llava_patch.hosts.host import is_computed
 from llava_patch.integrations.training.stage1 import PROJECTOR
 from llava_patch.patching import checkpoint as patched
 from llava_patch.patching.patch import patch
-from llava_patch.patching.tower_weights import LORA_FILE
 from llava_patch.settings.methods import from_dict, from_record, to_dict
 from llava_patch.tools.inspect.result import KINDS, Added, Inspection, Match, Share
 
@@ -87,7 +86,7 @@ def _form(folder: Path, record: dict[str, Any]) -> tuple[str, list[Path]]:
             )
         return "adapter", [path]
     if (folder / "adapter_config.json").is_file():
-        names = ("adapter_model.safetensors", "adapter_model.bin", LORA_FILE)
+        names = ("adapter_model.safetensors", "adapter_model.bin", patched.LORA_FILE)
         found = [folder / name for name in names if (folder / name).is_file()]
         if not any(p.name.startswith("adapter_model") for p in found):
             raise CheckpointError(f"{folder}: adapter_config.json without adapter_model.safetensors or .bin")

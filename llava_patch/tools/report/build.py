@@ -18,8 +18,7 @@ from typing import Any
 
 from llava_patch.core.errors import CheckpointError, SettingError
 from llava_patch.core.extras import optional
-from llava_patch.core.files import write_json, write_text
-from llava_patch.core.keys import digest
+from llava_patch.core.files import digest, write_json, write_text
 from llava_patch.core.paths import named
 from llava_patch.core.version import __version__
 from llava_patch.core.weights import folder_of

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from llava_patch.core.resources import eval_tasks_dir
+from llava_patch.core.paths import eval_tasks_dir
 from tests.support import fileset
 from tests.support.paths import ROOT
 

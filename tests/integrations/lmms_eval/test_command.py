@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from llava_patch.core.resources import eval_tasks_dir
+from llava_patch.core.paths import eval_tasks_dir
 from llava_patch.integrations.lmms_eval import asked, command
 from llava_patch.integrations.lmms_eval.asked import evaluations
 from llava_patch.integrations.lmms_eval.command import Command

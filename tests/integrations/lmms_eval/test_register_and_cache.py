@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llava_patch.core.errors import HostError
-from llava_patch.core.resources import eval_tasks_dir
+from llava_patch.core.paths import eval_tasks_dir
 from llava_patch.integrations.lmms_eval import fail_fast, register
 
 OURS = [

@@ -16,7 +16,7 @@ from PIL import Image
 
 from llava_patch.core import registry
 from llava_patch.core.errors import CheckpointError, HostError, InputError, SettingError
-from llava_patch.core.resources import eval_tasks_dir
+from llava_patch.core.paths import eval_tasks_dir
 from llava_patch.data.pages import Pages
 from llava_patch.integrations.lmms_eval import rprobe_runs, runner
 from tests.support import fileset

@@ -185,9 +185,7 @@ def test_a_fused_projector_is_in_place_before_the_model_is_measured(model: Any, 
     linear.bias.data[KIND] = -2 * SIZE  # through this stock projector, no layer looks at the image
     with pytest.raises(SettingError, match="recommend no split"):
         resolve_for_training(model, AUTO, arguments(tmp_path), Data(), collate, Saturation(max_samples=2))
-    stage1.pending[id(model.get_model())] = stage1.Pending(
-        fresh=False, projector={f"mm_projector.{k}": v for k, v in projector.items()}
-    )
+    stage1.pending[id(model.get_model())] = False, {f"mm_projector.{k}": v for k, v in projector.items()}
     asked = config.read([], ["SkipLinks.stride = 1", 'Routing.split = "auto"', "Saturation.max_samples = 2"])
     handle = training._patch_for_training(model, arguments(tmp_path), asked, Data(), collate)
     assert handle.routing == Routing(split=2) and handle.fusion == SkipLinks(stride=1)

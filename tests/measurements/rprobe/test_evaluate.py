@@ -1,11 +1,11 @@
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from llava_patch.hosts.anatomy import find
-from llava_patch.measurements.rprobe.bootstrap import FEW
 from llava_patch.measurements.rprobe.evaluate import evaluate, spread_over_ranks
 from llava_patch.measurements.rprobe.settings import RProbe
 from llava_patch.measurements.rprobe.store.freeze import freeze_samples
@@ -27,6 +27,10 @@ class Offset(torch.nn.Module):
         return torch.cat([self.answers[int(targets.sum())] for targets in sequence.target])
 
 
+def figures(*args):
+    return SimpleNamespace(**evaluate(*args))
+
+
 @pytest.fixture(scope="module")
 def frozen():
     anatomy = find(tiny_model())
@@ -39,7 +43,7 @@ def frozen():
 def test_figures_of_a_probe_whose_error_is_known(frozen):
     data, transform = frozen
     constant = torch.zeros(588)
-    found = evaluate(Offset(data, [0.0, 0.1, 0.3]), data, constant, transform, RProbe(batch_size=2))
+    found = figures(Offset(data, [0.0, 0.1, 0.3]), data, constant, transform, RProbe(batch_size=2))
     assert [d["tokens"] for d in found.documents] == [1, 2, 3]
     assert [d["mse"] for d in found.documents] == pytest.approx([0.0, 0.01, 0.09], abs=1e-6)
     assert found.mse == pytest.approx((2 * 0.01 + 3 * 0.09) / 6, rel=1e-4)  # over tokens, not over samples
@@ -50,7 +54,7 @@ def test_figures_of_a_probe_whose_error_is_known(frozen):
 
 def test_psnr_is_on_denormalised_clipped_pixels(frozen):
     data, transform = frozen
-    found = evaluate(Offset(data, [0.0, 0.05, 100.0]), data, torch.zeros(588), transform, RProbe())
+    found = figures(Offset(data, [0.0, 0.05, 100.0]), data, torch.zeros(588), transform, RProbe())
     psnr = [d["psnr"] for d in found.documents]
     assert psnr[0] == pytest.approx(100)
     _, std = transform.statistics()
@@ -62,7 +66,7 @@ def test_psnr_is_on_denormalised_clipped_pixels(frozen):
 def test_figures_do_not_depend_on_the_batches(frozen):
     data, transform = frozen
     probe = Offset(data, [0.0, 0.1, 0.3])
-    one, all_ = (evaluate(probe, data, torch.zeros(588), transform, RProbe(batch_size=n)) for n in (1, 3))
+    one, all_ = (figures(probe, data, torch.zeros(588), transform, RProbe(batch_size=n)) for n in (1, 3))
     # Sums of a sample are taken inside a batch, sums over samples afterwards: only the order of additions can differ.
     assert one.mse == pytest.approx(all_.mse, rel=1e-12)
     assert one.documents == all_.documents
@@ -92,7 +96,7 @@ def test_error_inside_and_outside_text_is_counted_by_hand():
             answers = true + torch.where(flat, 2.0, 1.0)
             self.answers = {1: answers[:1], 2: answers[1:]}
 
-    found = evaluate(Known(), data, true.mean(0), transform, RProbe(examples=0))
+    found = figures(Known(), data, true.mean(0), transform, RProbe(examples=0))
     assert (found.inside.mse, found.outside.mse) == (pytest.approx(4.0), pytest.approx(1.0))
     assert found.inside.share == pytest.approx((10 + 10 + 6) / (3 * 14))
     for part, chosen_ in ((found.inside, inside), (found.outside, ~inside)):
@@ -112,15 +116,14 @@ def test_error_inside_and_outside_text_is_counted_by_hand():
 
 def test_intervals_stand_around_their_values_and_need_two_documents(frozen):
     data, transform = frozen
-    found = evaluate(Offset(data, [0.0, 0.1, 0.3]), data, torch.zeros(588), transform, RProbe())
-    assert (found.mse_interval, found.fvu_interval, found.notes) == (None, None, [FEW])  # one page
+    found = figures(Offset(data, [0.0, 0.1, 0.3]), data, torch.zeros(588), transform, RProbe())
+    assert (found.mse_interval, found.fvu_interval) == (None, None)  # one page
     apart = dataclasses.replace(data, labels=[(name, name, text) for name, _, text in data.labels])
-    found = evaluate(Offset(data, [0.0, 0.1, 0.3]), apart, torch.zeros(588), transform, RProbe())
+    found = figures(Offset(data, [0.0, 0.1, 0.3]), apart, torch.zeros(588), transform, RProbe())
     low, high = found.mse_interval
     # The middle 95 % of the 27 draws of three documents reach from all-best to all-worst.
     assert (low, high) == (pytest.approx(0.0, abs=1e-9), pytest.approx(0.09, abs=1e-6))
     assert found.fvu_interval[0] < found.mse / found.target_variance < found.fvu_interval[1]
-    assert found.notes == []
 
 
 @pytest.mark.parametrize(
@@ -135,7 +138,7 @@ def test_chosen_examples_are_spread_over_the_errors(count, shown):
 
 def test_examples_show_the_pixels_that_were_rebuilt(frozen):
     data, transform = frozen
-    found = evaluate(Offset(data, [0.0, 0.0, 100.0]), data, torch.zeros(588), transform, RProbe(examples=2))
+    found = figures(Offset(data, [0.0, 0.0, 100.0]), data, torch.zeros(588), transform, RProbe(examples=2))
     first, last = found.examples
     assert (first.id, last.id) == ("s0", "s2")
     assert (first.original == first.rebuilt).all()
@@ -144,4 +147,4 @@ def test_examples_show_the_pixels_that_were_rebuilt(frozen):
     assert last.target.nonzero()[0].max() == 13
     assert last.target.nonzero()[1].max() == 41
     assert last.boxes[0] == pytest.approx((0, 0, 42, 14))
-    assert evaluate(Offset(data, [0.0] * 3), data, torch.zeros(588), transform, RProbe(examples=0)).examples == []
+    assert figures(Offset(data, [0.0] * 3), data, torch.zeros(588), transform, RProbe(examples=0)).examples == []

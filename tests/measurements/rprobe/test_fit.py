@@ -13,6 +13,7 @@ from llava_patch.data.pages import Pages
 from llava_patch.data.readers import Samples
 from llava_patch.hosts.anatomy import find
 from llava_patch.measurements.rprobe import fit
+from llava_patch.measurements.rprobe.bootstrap import FEW
 from llava_patch.measurements.rprobe.evaluate import answer
 from llava_patch.measurements.rprobe.fit import first_under, run_rprobe, running_mean
 from llava_patch.measurements.rprobe.settings import RProbe
@@ -155,6 +156,13 @@ def test_both_forms_of_rotary_and_the_ablations_run():
     options = [{}, {"rope": "embedding"}, {"masked": True}, {"text": False}, {"masked": True, "text": False}]
     losses = [tuple(run(model, dataclasses.replace(QUICK, **o)).losses) for o in options]
     assert len(set(losses)) == len(options)  # each of them does something
+
+
+def test_one_held_out_document_has_no_interval_and_that_is_said():
+    with pytest.warns(UserWarning, match=FEW):
+        few = run_rprobe(tiny_model(), processor(), Characters(), QUICK, samples(6), samples(9)[8:], progress=False)
+    assert few.mse_interval is None and FEW in few.warnings
+    assert FEW not in run(tiny_model()).warnings
 
 
 def test_vacuous_threshold_warns_and_says_so():

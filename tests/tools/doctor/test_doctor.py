@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from llava_patch import Routing, SkipLinks, patch
 from llava_patch.cli import main as cli
 from llava_patch.cli.main import app
-from llava_patch.core.resources import locks_dir
+from llava_patch.core.paths import locks_dir
 from llava_patch.hosts import compat
 from llava_patch.integrations import import_hook as autostart
 from llava_patch.tools.doctor import NOTE, OK, PROBLEM, Row, configured, machine, software

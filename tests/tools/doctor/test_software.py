@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_patch.core.resources import locks_dir
+from llava_patch.core.paths import locks_dir
 from llava_patch.tools.doctor import NOTE, OK, PROBLEM, imports, software
 
 MAIN = software.read_lock(locks_dir() / "main.txt")

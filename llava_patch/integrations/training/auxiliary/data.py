@@ -3,8 +3,6 @@
 LLaVA's data set and collator drop what they do not know, so both are wrapped.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -135,7 +133,6 @@ class _Around:
         self.inner = inner
 
     def __getattr__(self, name: str) -> Any:
-        """The inner object's attribute."""
         if name == "inner":  # while a worker process unpickles this object
             raise AttributeError(name)
         return getattr(self.inner, name)
@@ -150,7 +147,6 @@ class RegionDataset(_Around, Dataset):
         self._marker, self._regions, self._folder, self._source = marker, regions, folder, source
 
     def __len__(self) -> int:
-        """Records."""
         return len(self.inner)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -183,9 +179,8 @@ class LlavaCollator(_Around):
 def wrap(auxiliary: Auxiliary, train_dataset: Any, data_collator: Any) -> tuple[RegionDataset, LlavaCollator]:
     """Make LLaVA's `LazySupervisedDataset` and its collator carry regions.
 
-    Raises:
-        InputError: a record's region is not one, or no record has any; names file and record.
-        SettingError: a data set that is not LLaVA's, or images in tiles.
+    InputError: a record's region is not one, or no record has any; names file and record. SettingError: a data set
+    that is not LLaVA's, or images in tiles.
     """
     dataset = train_dataset
     records, about = getattr(dataset, "list_data_dict", None), getattr(dataset, "data_args", None)

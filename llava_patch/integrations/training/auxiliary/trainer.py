@@ -3,22 +3,18 @@
 The head is no part of the model that is saved: it lies beside each checkpoint, for the run that goes on from it.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.data import IterableDataset
 
-from llava_patch.core.errors import CheckpointError, SettingError
+from llava_patch.core.errors import CheckpointError, SettingError, refuse
 from llava_patch.core.files import atomic
-from llava_patch.fusion import optimizer as optimizer_groups
 from llava_patch.hosts import compat, lora, zero
-from llava_patch.integrations.training.extension import TrainerExtension, extend, refuse
+from llava_patch.integrations.training.extension import TrainerExtension, extend
 from llava_patch.patching.handle import Handle, get_handle
 from llava_patch.patching.keys import base_fingerprint, check_fingerprint
 from llava_patch.probe.auxiliary.attach import HEAD
@@ -100,66 +96,51 @@ def follow(trainer: Any, *, release: bool = False) -> None:
     auxiliary.head.requires_grad_(True)  # peft freezes whatever is no LoRA
     check(handle, trainer.args)
     if trainer.optimizer is not None:
-        _check_optimizer(trainer.optimizer, auxiliary)
-    extend(trainer, AuxiliaryTraining(handle, release))
+        hint = "make it from handle.param_groups(lr, weight_decay), after patch()"
+        own, groups = {id(p) for p in auxiliary.head.parameters()}, trainer.optimizer.param_groups
+        # A scheduler that was made already may have changed "lr".
+        rates = {float(g.get("initial_lr", g["lr"])) for g in groups if any(id(p) in own for p in g["params"])}
+        rate, found = auxiliary.settings.lr, ", ".join(map(str, sorted(rates)))
+        against = {
+            f"the Trainer's optimizer does not train the auxiliary loss's head: {hint}": (
+                own - {id(p) for group in groups for p in group["params"]}
+            ),
+            f"AuxiliaryProbe.lr = {rate}, but the Trainer's optimizer has the auxiliary loss's head at {found}: {hint}"
+            ", or leave AuxiliaryProbe.lr out": rate is not None and rates != {float(rate)},
+        }
+        refuse(against)
+    extend(trainer, _AuxiliaryTraining(handle, release))
 
 
-def _check_optimizer(optimizer: Any, auxiliary: Any) -> None:
-    """Refuse an optimizer of the caller's that leaves the head out, or trains it at another rate than `lr`."""
-    own = {id(p) for p in auxiliary.head.parameters()}
-    hint = "make it from handle.param_groups(lr, weight_decay), after patch()"
-    groups = optimizer.param_groups
-    if own - {id(p) for group in groups for p in group["params"]}:
-        raise SettingError(f"the Trainer's optimizer does not train the auxiliary loss's head: {hint}")
-    rate = auxiliary.settings.lr
-    # A scheduler that was made already may have changed "lr".
-    rates = {float(g.get("initial_lr", g["lr"])) for g in groups if any(id(p) in own for p in g["params"])}
-    if rate is not None and rates != {float(rate)}:
-        raise SettingError(
-            f"AuxiliaryProbe.lr = {rate}, but the Trainer's optimizer has the auxiliary loss's head at "
-            f"{', '.join(map(str, sorted(rates)))}: {hint}, or leave AuxiliaryProbe.lr out"
-        )
-
-
-class AuxiliaryTraining(TrainerExtension):
+class _AuxiliaryTraining(TrainerExtension):
     """Steps, logs, checkpoints and learning rate of one Trainer's auxiliary loss; made by `follow`."""
 
     def __init__(self, handle: Handle, release: bool) -> None:
-        """For a model whose loss has a head; see `follow`."""
         assert handle.auxiliary is not None
         self._handle, self._auxiliary, self._release = handle, handle.auxiliary, release
 
     def arrange(self, optimizer: Any) -> None:
-        """Give the head its own learning rate."""
-        rate, head = self._auxiliary.settings.lr, self._auxiliary.head
-        if rate is not None and head is not None:
-            own = {id(p) for p in head.parameters()}
-            optimizer.param_groups[:] = optimizer_groups.apart(optimizer.param_groups, own, rate)
+        optimizer.param_groups[:] = self._auxiliary.arrange_groups(optimizer.param_groups, 0.0, ())
 
     def resume(self, folder: Path | None) -> None:
-        """Bring the head back, which DeepSpeed does with its own state."""
-        if folder is None or self.trainer.is_deepspeed_enabled:
+        if folder is None or self.trainer.is_deepspeed_enabled:  # DeepSpeed brings the head back with its own state
             return
         compat.load_renamed(self._handle.model, folder)
         load_head(self._handle, folder)
 
     def begin_step(self, state: Any, optimizer: Any) -> None:
-        """Say which step it is: not every one computes the loss."""
-        self._auxiliary.begin_step(state.global_step)
+        self._auxiliary.begin_step(state.global_step)  # not every one computes the loss
 
     def log(self, logs: dict[str, float]) -> dict[str, float]:
-        """Put the parts of the loss beside it."""
         if "loss" not in logs:
             return logs
         found = {name: round(value, 6) for name, value in self._auxiliary.take_logs().items()}
         return {"loss": logs["loss"], **found, **{k: v for k, v in logs.items() if k != "loss"}}
 
     def save(self, state: Any, folder: Path) -> None:
-        """Write the head beside a checkpoint."""
         save_head(self._handle, folder, state.is_world_process_zero)
 
     def end(self, state: Any) -> None:
-        """Write the head beside the run's result."""
         self.save(state, Path(self.trainer.args.output_dir))
         if self._release:
             self._auxiliary.release()
@@ -201,7 +182,7 @@ def load_head(handle: Handle, folder: Path) -> None:
             "AuxiliaryProbe (start into another --output_dir), or the file is lost"
         )
     parameters = dict(auxiliary.head.named_parameters())
-    with safe_open(path, framework="pt") as stream, torch.no_grad():
+    with safe_open(path, framework="pt") as stream:
         check_fingerprint(handle.model, json.loads((stream.metadata() or {}).get("fingerprint", "{}")), path)
         there = {name: tuple(stream.get_slice(name).get_shape()) for name in stream.keys()}  # noqa: SIM118
         here = {name: tuple(zero.shape(p)) for name, p in parameters.items()}
@@ -211,6 +192,4 @@ def load_head(handle: Handle, folder: Path) -> None:
                 f"{path}: {different[0]} has shape {there.get(different[0])}, the head of {HEAD} here has "
                 f"{here.get(different[0])}: it belongs to another model"
             )
-        for name, parameter in parameters.items():
-            with zero.gathered([parameter], changed=True):
-                parameter.copy_(stream.get_tensor(name))
+        zero.copy_values(parameters, {name: stream.get_tensor(name) for name in parameters})

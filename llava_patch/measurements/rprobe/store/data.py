@@ -1,13 +1,12 @@
 """What the probe trains on and is measured on: batches out of shards that lie in memory or on disk."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from llava_patch.measurements.rprobe.store.disk import Store
 from llava_patch.measurements.rprobe.store.shard import Shard
@@ -32,16 +31,10 @@ class Text:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Inputs and targets of one step, on the probe's device.
+    """Inputs and targets of one step, on the probe's device, as `ProbeDecoder.forward` takes them.
 
-    Attributes:
-        image_tokens: float32 [batch, image tokens, hidden], padded at the end.
-        text_tokens: float32 [batch, text width, hidden], padded at the end.
-        sequence: their order and positions.
-        pixels: float32 [targets, pixels], in the order in which the decoder answers.
-        counts: int64 [batch], targets of each sample.
-        injections: float32 [batch, layers, image tokens, hidden], what DeepStack adds to the image tokens in the
-            probe's layers; None without it.
+    Tokens are padded at the end; `pixels` are float32 [targets, pixels], in the order in which the decoder answers, and
+    `counts` int64 [batch] the targets of each sample.
     """
 
     image_tokens: Tensor
@@ -53,10 +46,10 @@ class Batch:
 
 
 class Chosen(DrawnSamples):
-    """Some samples of a sequence."""
+    """Some samples of a sequence, by their numbers."""
 
     def __init__(self, samples: Sequence[Sample], numbers: Sequence[int]) -> None:
-        self._samples, self._numbers = samples, list(numbers)
+        self._samples, self._numbers = samples, numbers
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -70,15 +63,10 @@ class Chosen(DrawnSamples):
 class FrozenData:
     """The frozen inputs of many samples, on CPU; image tokens and pixels may be mapped from disk.
 
-    Attributes:
-        samples: where they came from; pages are drawn anew when they are asked for.
-        labels: (id, document, text) of each sample.
-        places: (shard, row in it) of each sample.
-        skipped: a message for each sample that was left out.
-        texts_cut: samples whose text was cut to `max_text_tokens`.
-        notes: sentences on both, for the user.
-        key: digest of all that the batches depend on: model, data, settings.
-        store: the store on disk, which stays in use as long as this lives; None: in memory.
+    `samples` are where they came from (pages are drawn anew when they are asked for), `labels` each one's (id,
+    document, text), `places` its (shard, row in it). `skipped` has a message for each sample that was left out,
+    `texts_cut` counts those whose text was cut to `max_text_tokens`, and `notes` tell the user of both. `key` is a
+    digest of all that the batches depend on. The store, None in memory, stays in use as long as this lives.
     """
 
     samples: Sequence[Sample]
@@ -95,6 +83,11 @@ class FrozenData:
     def __len__(self) -> int:
         return len(self.places)
 
+    def _rows(self, name: str, index: int) -> Tensor:
+        """A sample's part of one of the tensors of its shard; shapes as in `Shard.tensors`."""
+        shard, row = self.places[index]
+        return self.shards[shard].rows(name, row)
+
     @functools.cached_property
     def counts(self) -> Tensor:
         """Targets of each sample, int64 [samples]."""
@@ -104,23 +97,20 @@ class FrozenData:
     @property
     def grid(self) -> TokenGrid:
         """Grid of the first sample; with tiles (anyres) others may have more or fewer cells, of the same size."""
-        return self.grid_of(0)
+        return self._grid_of(0)
 
-    def grid_of(self, index: int) -> TokenGrid:
-        """How cells tile the processed image of a sample."""
+    def _grid_of(self, index: int) -> TokenGrid:
         shard, row = self.places[index]
         return self.shards[shard].grid(row)
 
     def cells_of(self, index: int) -> Tensor:
         """Cells (raster order) under the targets of a sample, int64 [targets], in the order of its pixels."""
-        shard, row = self.places[index]
-        return self.shards[shard].rows("cells", row)[self.shards[shard].rows("target", row).long()].long()
+        return self._rows("cells", index)[self._rows("target", index).long()].long()
 
     def seen_of(self, index: int) -> Tensor:
         """Cells (raster order) of a sample's image that have a token, bool [cells]; a host may drop some."""
-        shard, row = self.places[index]
-        cells = self.shards[shard].rows("cells", row).long()
-        seen = torch.zeros(self.grid_of(index).tokens, dtype=torch.bool)
+        cells = self._rows("cells", index).long()
+        seen = torch.zeros(self._grid_of(index).tokens, dtype=torch.bool)
         seen[cells[cells >= 0]] = True
         return seen
 
@@ -129,8 +119,7 @@ class FrozenData:
         """Mean and mean population variance of the targets: one pass in float64, joined as Chan et al. (1979) do."""
         count, mean, squares = 0, torch.zeros(self.grid.pixels, dtype=torch.float64), 0.0
         for part in torch.arange(len(self)).split(CHUNK):
-            places = [self.places[i] for i in part.tolist()]
-            pixels = torch.cat([self.shards[shard].rows("pixels", row) for shard, row in places]).double()
+            pixels = torch.cat([self._rows("pixels", i) for i in part.tolist()]).double()
             here = pixels.mean(0)
             apart = here - mean
             whole = count + len(pixels)
@@ -154,69 +143,47 @@ class FrozenData:
 
         `index` is int64 [batch] on CPU; the result bool [targets, cell x cell], in the order of `Batch.pixels`.
         """
-        return torch.cat([self._inside(i) for i in index.tolist()])
-
-    def _inside(self, index: int) -> Tensor:
-        shard, row = self.places[index]
-        grid, cells, boxes = self.grid_of(index), self.cells_of(index), self.shards[shard].rows("boxes", row)
-        centre = torch.arange(grid.cell) + 0.5
-
-        def within(first: Tensor, low: int) -> Tensor:
-            """Bool [targets, cell, boxes] along one axis."""
-            at = (first[:, None] * grid.cell + centre)[..., None]
-            return (at >= boxes[:, low]) & (at < boxes[:, low + 2])
-
-        rows, columns = within(cells // grid.columns, 1), within(cells % grid.columns, 0)
-        return (rows[:, :, None] & columns[:, None]).any(-1).flatten(1)
+        found = []
+        for i in index.tolist():
+            grid, cells, boxes = self._grid_of(i), self.cells_of(i), self._rows("boxes", i)
+            centre = torch.arange(grid.cell) + 0.5
+            within = []  # rows, then columns: bool [targets, cell, boxes]
+            for first, low in ((cells // grid.columns, 1), (cells % grid.columns, 0)):
+                at = (first[:, None] * grid.cell + centre)[..., None]
+                within.append((at >= boxes[:, low]) & (at < boxes[:, low + 2]))
+            found.append((within[0][:, :, None] & within[1][:, None]).any(-1).flatten(1))
+        return torch.cat(found)
 
     def batch(self, index: Tensor, device: torch.device | str = "cpu") -> Batch:
         """The samples of `index` (int64 [batch], on CPU).
 
         Tokens become float32, which is exact for every dtype that a model runs in.
         """
-        device = torch.device(device)
-        pin = device.type == "cuda"  # a copy from pinned memory does not hold up the host
-        places = [(self.shards[shard], row) for shard, row in (self.places[i] for i in index.tolist())]
-        targets = [shard.rows("target", row).long() for shard, row in places]
-        tokens = _padded([shard.rows("tokens", row) for shard, row in places], pin)
-        positions = _padded([shard.rows("positions", row) for shard, row in places], False)
-        widths = torch.tensor([len(shard.rows("cells", row)) for shard, row in places])
+        numbers = index.tolist()
+
+        def rows(name: str) -> list[Tensor]:
+            return [self._rows(name, i) for i in numbers]
+
+        pin = torch.device(device).type == "cuda"  # a copy from pinned memory does not hold up the host
+
+        def moved(values: Tensor) -> Tensor:
+            return (values.pin_memory() if pin else values).to(device, non_blocking=pin)
+
+        shards = [(self.shards[shard], row) for shard, row in (self.places[i] for i in numbers)]
+        tokens, targets = pad_sequence(rows("tokens"), batch_first=True), rows("target")
+        widths = torch.tensor([len(cells) for cells in rows("cells")])
         counts = torch.tensor([len(t) for t in targets])
         target = torch.zeros(tokens.shape[:2], dtype=torch.bool)
-        target[torch.arange(len(places)).repeat_interleave(counts), torch.cat(targets)] = True
+        target[torch.arange(len(numbers)).repeat_interleave(counts), torch.cat(targets).long()] = True
         injections = None
-        if "injections" in places[0][0].tensors:
-            added = _padded([shard.rows("injections", row) for shard, row in places], pin)
-            injections = added.to(device, non_blocking=pin).float().transpose(1, 2).contiguous()
-        pixels = [shard.rows("pixels", row) for shard, row in places]
-        joined = torch.empty(int(counts.sum()), pixels[0].shape[1], pin_memory=pin, dtype=torch.float32)
-        torch.cat(pixels, out=joined)
+        if "injections" in shards[0][0].tensors:
+            added = moved(pad_sequence(rows("injections"), batch_first=True))
+            injections = added.float().transpose(1, 2).contiguous()
+        known = torch.arange(tokens.shape[1]) < widths[:, None]
+        positions = pad_sequence(rows("positions"), batch_first=True)
+        start = torch.tensor([shard.text_start(row) for shard, row in shards])
         text_counts = self.text.counts[index]
-        text_width = int(text_counts.max())
-        sequence = build_sequence(
-            target,
-            torch.arange(tokens.shape[1]) < widths[:, None],
-            positions,
-            text_counts,
-            torch.tensor([shard.text_start(row) for shard, row in places]),
-            text_width,
-        )
-        text_tokens = self.text.table[self.text.ids[index, :text_width]]
-        return Batch(
-            image_tokens=tokens.to(device, non_blocking=pin).float(),
-            text_tokens=text_tokens.to(device),
-            sequence=sequence.to(device),
-            pixels=joined.to(device, non_blocking=pin),
-            counts=counts.to(device),
-            injections=injections,
-        )
-
-
-def _padded(rows: Sequence[Tensor], pin: bool) -> Tensor:
-    """Tensors of unequal length [n, ...] as one [rows, longest n, ...] of their dtype, with zeros behind each."""
-    width = max(len(row) for row in rows)
-    padded = torch.empty(len(rows), width, *rows[0].shape[1:], dtype=rows[0].dtype, pin_memory=pin)
-    for i, row in enumerate(rows):
-        padded[i, : len(row)] = row
-        padded[i, len(row) :] = 0
-    return padded
+        text = self.text.table[self.text.ids[index, : int(text_counts.max())]]
+        sequence = build_sequence(target, known, positions, text_counts, start, text.shape[1]).to(device)
+        pixels = moved(torch.cat(rows("pixels")))
+        return Batch(moved(tokens).float(), text.to(device), sequence, pixels, counts.to(device), injections)

@@ -1,12 +1,10 @@
 """Stores on disk: `$LLAVA_PATCH_CACHE/rprobe/KEY/shard-NNNNN.safetensors`, bounded in size.
 
 Processes need no word between them: each takes the next shard that is missing and that nobody else has locked, and
-trusts only files that it sees. So ranks of one run, and runs that happen to want the same tokens, share the work; on
-machines without a common folder each machine does all of it; and what a process that died left undone, another does.
-A process that reads a store holds a lock in it for as long as it lives, and a store with such a lock is not deleted.
+trusts only files that it sees. So ranks of one run, and runs that want the same tokens, share the work, and what a
+process that died left undone, another does. A process that reads a store holds a lock in it for as long as it lives,
+and a store with such a lock is not deleted.
 """
-
-from __future__ import annotations
 
 import contextlib
 import json
@@ -31,7 +29,7 @@ from llava_patch.measurements.rprobe.store.shard import DamagedShard, Shard, ope
 
 MANIFEST = "manifest.json"
 DELETED = ".deleted-"
-GB, MB = 1e9, 1e6
+GB = 1e9
 IN_MEMORY = "or set RProbe.store = False (then they are kept in memory)"
 logger = logging.getLogger("llava_patch")
 
@@ -53,21 +51,21 @@ class Kept:
 
 def list_stores(root: Path) -> list[Kept]:
     """All stores under `stores_folder()`, the longest unused first."""
-    folders = [f for f in root.iterdir() if f.is_dir() and not f.name.startswith(".")] if root.is_dir() else []
-    return sorted((_kept(f) for f in folders), key=lambda kept: (kept.used, kept.folder.name))
-
-
-def _kept(folder: Path) -> Kept:
-    about: dict[str, Any] = {}
-    size, used = 0, 0.0
-    with contextlib.suppress(OSError, ValueError):
-        about = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # it went away meanwhile
-            size += path.stat().st_size
-    with contextlib.suppress(OSError):
-        used = (folder / "used").stat().st_mtime
-    return Kept(folder, about, size, used)
+    found = []
+    for folder in root.iterdir() if root.is_dir() else ():
+        if not folder.is_dir() or folder.name.startswith("."):
+            continue
+        about: dict[str, Any] = {}
+        size, used = 0, 0.0
+        with contextlib.suppress(OSError, ValueError):
+            about = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+        for path in folder.rglob("*"):
+            with contextlib.suppress(OSError):  # it went away meanwhile
+                size += path.stat().st_size
+        with contextlib.suppress(OSError):
+            used = (folder / "used").stat().st_mtime
+        found.append(Kept(folder, about, size, used))
+    return sorted(found, key=lambda kept: (kept.used, kept.folder.name))
 
 
 @contextlib.contextmanager
@@ -170,68 +168,60 @@ class Store:
     def fill(self, encode: Callable[[int], Shard], done: Callable[[int], None]) -> list[Shard]:
         """All shards, mapped; what is missing is encoded and written. `done` is told each number that is there now."""
         shards: dict[int, Shard] = {}
-        for number in range(self.shards):
-            found = self.open(number)
-            if found is not None:
-                shards[number] = found
-                done(number)
-        if len(shards) == self.shards:  # the bound may have come down since it was written
-            self._make_room(0)
-        # Those that another process is busy with come last: by then it has finished, failed or died.
-        for waits in (False, True):
+        # First those that are there. Those that another process is busy with come last: by then it has finished, failed
+        # or died.
+        for waits in (None, False, True):
             if waits and len(shards) < self.shards:
                 logger.info("llava_patch: R-Probe waits for another process that encodes into %s", self.folder)
             for number in [n for n in range(self.shards) if n not in shards]:
-                made = self._make(number, encode, waits)
-                if made is not None:
-                    shards[number] = made
+                if (found := self.open(number) if waits is None else self._make(number, encode, waits)) is not None:
+                    shards[number] = found
                     done(number)
+            if waits is None and len(shards) == self.shards:  # the bound may have come down since it was written
+                self._make_room(0)
         return [shards[number] for number in range(self.shards)]
 
     def _make(self, number: int, encode: Callable[[int], Shard], waits: bool) -> Shard | None:
-        locks = self.folder / "locks"
+        """Encode and write a shard; None where another process does, and this one does not wait for it."""
+        locks, path = self.folder / "locks", self.path(number)
         locks.mkdir(exist_ok=True)
         try:
             with FileLock(locks / f"{number:05d}.lock", timeout=-1 if waits else 0):
-                there = self.open(number)
-                if there is not None:
+                if (there := self.open(number)) is not None:
                     return there
-                for leftover in self.folder.glob(f".{self.path(number).stem}-*"):  # of a process that died
+                for leftover in self.folder.glob(f".{path.stem}-*"):  # of a process that died
                     leftover.unlink(missing_ok=True)
                 shard = encode(number)
                 self._make_room(shard.bytes)
-                self._write(number, shard)
+                try:
+                    if not (self.folder / MANIFEST).is_file():
+                        write_json(self.folder / MANIFEST, {**self.about, "shards": self.shards})
+                    write_shard(path, shard, self.key, number)
+                except (OSError, SafetensorError) as error:
+                    raise LlavaPatchError(
+                        f"R-Probe's store {self.folder} cannot be written ({error}): set {VARIABLE} to a folder with "
+                        "room, or RProbe.store = False"
+                    ) from error
         except Timeout:
             return None
-        return open_shard(self.path(number), self.key, number)
-
-    def _write(self, number: int, shard: Shard) -> None:
-        try:
-            if not (self.folder / MANIFEST).is_file():
-                write_json(self.folder / MANIFEST, {**self.about, "shards": self.shards})
-            write_shard(self.path(number), shard, self.key, number)
-        except (OSError, SafetensorError) as error:
-            where = f"set {VARIABLE} to a folder with room, or RProbe.store = False"
-            raise LlavaPatchError(f"R-Probe's store {self.folder} cannot be written ({error}): {where}") from error
+        return open_shard(path, self.key, number)
 
     def _make_room(self, shard_bytes: int) -> None:
         """Delete the longest unused other stores until this one fits when it is finished."""
         there = [p.stat().st_size for p in self.folder.glob("shard-*.safetensors")]
-        missing = self.shards - len(there)
-        to_come = int((sum(there) + shard_bytes) / (len(there) + 1) * missing)
+        to_come = int((sum(there) + shard_bytes) / (len(there) + 1) * (self.shards - len(there)))
         whole, limit = sum(there) + to_come, self.limit_gb * GB
-        take = f"R-Probe's frozen tokens take about {whole / GB:.3g} GB on disk"
+        take, bound = f"R-Probe's frozen tokens take about {whole / GB:.3g} GB on disk", f"{self.limit_gb:g}"
         if whole > limit:
             raise SettingError(
-                f"{take}, RProbe.store_gb = {self.limit_gb:g}: raise it, use fewer pages (RProbe.train_pages, "
-                f"heldout_pages) or samples, {IN_MEMORY}"
+                f"{take}, RProbe.store_gb = {bound}: raise it, use fewer pages (RProbe.train_pages, heldout_pages) or "
+                f"samples, {IN_MEMORY}"
             )
         with _alone(self.folder.parent):
             others = [kept for kept in list_stores(self.folder.parent) if kept.folder != self.folder]
             kept_bytes = sum(kept.bytes for kept in others)
             for kept in others:
-                enough = shutil.disk_usage(self.folder).free >= to_come
-                if kept_bytes + whole <= limit and enough:
+                if kept_bytes + whole <= limit and shutil.disk_usage(self.folder).free >= to_come:
                     return
                 if not in_use(kept.folder):
                     logger.info("llava_patch: R-Probe's store %s is deleted to make room", kept.folder)
@@ -241,11 +231,11 @@ class Store:
         if kept_bytes + whole > limit:
             raise SettingError(
                 f"{take} and {kept_bytes / GB:.3g} GB belong to stores in use (this run's other half, or other runs), "
-                f"RProbe.store_gb = {self.limit_gb:g}: raise it, use fewer pages or samples, {IN_MEMORY}"
+                f"RProbe.store_gb = {bound}: raise it, use fewer pages or samples, {IN_MEMORY}"
             )
         if free < to_come:
             raise SettingError(
                 f"R-Probe's frozen tokens need about {to_come / GB:.3g} GB more, {free / GB:.3g} GB are free under "
-                f"{self.folder.parent} (RProbe.store_gb = {self.limit_gb:g}): set {VARIABLE} to a larger disk, use "
-                f"fewer pages or samples, {IN_MEMORY}"
+                f"{self.folder.parent} (RProbe.store_gb = {bound}): set {VARIABLE} to a larger disk, use fewer pages "
+                f"or samples, {IN_MEMORY}"
             )

@@ -1,12 +1,10 @@
 """R-Probe, step 5 of 8: frozen tokens and the pixels under their targets are gathered (`encode`) and kept in shards.
 
-On disk a shard is one safetensors file: it appears whole by a single rename, carries no pickle, keeps bfloat16 as it
-is, its header is checked against its length when it is opened, and its tensors are memory-mapped, so that a page of the
-file is read when a batch asks for it and not before.
+On disk a shard is one safetensors file: it appears whole by a single rename, keeps bfloat16 as it is, its header is
+checked against its length when it is opened, and its tensors are memory-mapped: read when a batch asks for them.
 """
 
-from __future__ import annotations
-
+import contextlib
 import hashlib
 import json
 import os
@@ -16,7 +14,6 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,7 +22,7 @@ from llava_patch.core.errors import InputError
 from llava_patch.core.files import atomic
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.measurements.rprobe.settings import RProbe
-from llava_patch.probe.sample import Box, Sample
+from llava_patch.probe.sample import Sample
 from llava_patch.probe.sequence import TokenGrid, patchify
 from llava_patch.probe.transform import Transform, black_out
 from llava_patch.probe.view import View, encode_views, target_tokens
@@ -55,18 +52,14 @@ class Record:
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """Images with their samples, in memory or mapped.
+    """Images with their samples, in memory or mapped; `skipped` are (number, message) of those that could not be used.
 
-    Attributes:
-        tensors: `tokens` [tokens of all images, hidden] in the model's dtype; `positions` float32 [tokens, 2] and
-            `cells` int32 [tokens] (see `View`); with DeepStack `injections` [tokens, layers, hidden];
-            `image_counts` int64 [images], tokens of each; `grids` int64 [images, 3], (rows, columns, cell);
-            `text_start` int64 [images];
-            `sample_image` int64 [samples]; `target` int32 [targets of all samples], numbers of tokens inside their
-            image, and under them `pixels` float32 [targets, pixels]; `target_counts` int64 [samples]; `boxes` float64
-            [boxes, 4], all text regions on the processed image; `box_counts` int64 [samples].
-        records: of its samples, in that order.
-        skipped: (number, message) of the samples that could not be used.
+    The tensors are `tokens` [tokens of all images, hidden] in the model's dtype, `positions` float32 [tokens, 2] and
+    `cells` int32 [tokens] (see `View`); with DeepStack `injections` [tokens, layers, hidden]; `image_counts` int64
+    [images], tokens of each; `grids` int64 [images, 3], (rows, columns, cell); `text_start` int64 [images]. Of the
+    samples, in the order of `records`: `sample_image` int64 [samples]; `target` int32 [targets of all samples], numbers
+    of tokens inside their image, and under them `pixels` float32 [targets, pixels]; `target_counts` int64 [samples];
+    `boxes` float64 [boxes, 4], all text regions on the processed image; `box_counts` int64 [samples].
     """
 
     tensors: dict[str, Tensor]
@@ -111,8 +104,7 @@ def encode(
     `images` has the samples (their numbers) of each image; masked samples have each an image of their own. With
     `broken="stop"` a sample that cannot be used is an InputError that names it.
     """
-    pictures: list[Image.Image] = []
-    members: list[list[tuple[int, Sample, tuple[Box, ...]]]] = []
+    records: list[Record] = []
     skipped: list[tuple[int, str]] = []
 
     def skip(number: int, error: InputError) -> None:
@@ -120,40 +112,41 @@ def encode(
             raise error
         skipped.append((number, str(error)))
 
+    usable = []
     for numbers in images:
-        picture, usable = None, []
+        picture, members = None, []
         for number in numbers:
             try:
                 sample = samples[number]
                 picture = sample.open_image() if picture is None else picture
-                boxes = tuple(transform.box(box, picture.size, sample.place) for box in sample.boxes)
+                boxes = [transform.box(box, picture.size, sample.place) for box in sample.boxes]
                 if not boxes:
                     raise InputError(f"{sample.place}: the sample has no box")
-                usable.append((number, sample, boxes))
+                members.append((number, sample, boxes))
             except InputError as error:
                 skip(number, error)
-        if picture is not None and usable:
-            pictures.append(picture)
-            members.append(usable)
-    seen = pictures
-    if settings.masked:
-        seen = [black_out(p, of[0][1].boxes) for p, of in zip(pictures, members, strict=True)]
+        if picture is not None and members:
+            usable.append((picture, members))
+    seen = [black_out(page, of[0][1].boxes) if settings.masked else page for page, of in usable]
     views = encode_views(anatomy, transform, seen) if seen else []
-    records: list[Record] = []
     owner, targets, pixels, regions = [], [], [], []
-    for image, (picture, of, view) in enumerate(zip(pictures, members, views, strict=True)):
-        patches = patchify(transform.plane(picture)[None], view.grid)[0]
+    for image, ((page, of), view) in enumerate(zip(usable, views, strict=True)):
+        patches = patchify(transform.plane(page)[None], view.grid)[0]
         for number, sample, boxes in of:
             try:
                 target = target_tokens(view, boxes, sample.place).nonzero()[:, 0]
             except InputError as error:
                 skip(number, error)
                 continue
+            for box in sample.all_boxes:
+                # A box that is no target and is wholly cut away: no pixel lies in it.
+                with contextlib.suppress(InputError):
+                    boxes.append(transform.box(box, page.size, sample.place))
             records.append(Record(number, sample.id, sample.document or sample.id, sample.text))
             owner.append(image)
             targets.append(target.to(torch.int32))
             pixels.append(patches[view.cells[target]])  # of the unmasked image, whatever the tower saw
-            regions.append(_regions(transform, picture, sample, boxes))
+            regions.append(torch.tensor(boxes, dtype=torch.float64))
     return Shard(_tensors(views, owner, targets, pixels, regions), records, skipped)
 
 
@@ -181,31 +174,14 @@ def _tensors(
         "box_counts": counted(regions),
     }
     added = [v.injections.transpose(0, 1) for v in views if v.injections is not None]
-    if added:
-        tensors["injections"] = torch.cat(added)
-    return tensors
-
-
-def _regions(transform: Transform, picture: Image.Image, sample: Sample, boxes: tuple[Box, ...]) -> Tensor:
-    """All text regions on the processed image, float64 [boxes, 4]."""
-    moved = list(boxes)
-    for box in sample.all_boxes:
-        try:
-            moved.append(transform.box(box, picture.size, sample.place))
-        except InputError:
-            continue  # not a target, and nothing of it is on the processed image: no pixel lies in it
-    return torch.tensor(moved, dtype=torch.float64)
+    return {**tensors, "injections": torch.cat(added)} if added else tensors
 
 
 def write_shard(path: Path, shard: Shard, key: str, number: int) -> None:
     """Write a shard so that it is there whole or not at all, also after a power failure."""
-    metadata = {
-        "format": str(FORMAT),
-        "key": key,
-        "number": str(number),
-        "records": json.dumps([[r.index, r.id, r.document, r.text] for r in shard.records]),
-        "skipped": json.dumps(shard.skipped),
-    }
+    records = json.dumps([[r.index, r.id, r.document, r.text] for r in shard.records])
+    metadata = {"format": str(FORMAT), "key": key, "number": str(number), "records": records}
+    metadata["skipped"] = json.dumps(shard.skipped)
     metadata["digest"] = _digest(shard.tensors, metadata)
     with atomic(path) as temporary:
         save_file({name: t.contiguous() for name, t in shard.tensors.items()}, temporary, metadata=metadata)
@@ -220,8 +196,7 @@ def open_shard(path: Path, key: str, number: int) -> Shard | None:
     try:
         with safe_open(path, framework="pt") as stream:
             metadata = stream.metadata() or {}
-            found = metadata.get("format"), metadata.get("key"), metadata.get("number")
-            if found != (str(FORMAT), key, str(number)):
+            if [metadata.get(name) for name in ("format", "key", "number")] != [str(FORMAT), key, str(number)]:
                 raise DamagedShard("it belongs to another format or store")
             if not set(stream.keys()) >= NEEDED:
                 raise DamagedShard("a tensor is missing")
@@ -238,8 +213,7 @@ def open_shard(path: Path, key: str, number: int) -> Shard | None:
 def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
     """Digest of all that is small: tables, names, and the shapes of what is large."""
     digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(tensors):
-        tensor = tensors[name]
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         if name not in LARGE and tensor.numel():
             digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)

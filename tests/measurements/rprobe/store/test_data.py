@@ -42,7 +42,7 @@ def ragged(monkeypatch):
             places = torch.cat([torch.full((extra, 2), 1.5), TokenGrid(4, 4, 14).positions()])[: len(cells)]
             tokens = torch.randn(len(cells), HIDDEN, generator=generator).to(torch.bfloat16)
             added = torch.randn(2, len(cells), HIDDEN, generator=generator).to(torch.bfloat16)
-            views.append(View(tokens, places, cells, TokenGrid(4, 4, 14), added))
+            views.append(View(TokenGrid(4, 4, 14), places, cells, tokens, added))
         return views[-len(images) :]
 
     monkeypatch.setattr(shard, "encode_views", encode_views)

@@ -9,12 +9,11 @@ import torch
 from PIL import Image, ImageOps
 
 from llava_patch import SkipLinks, patch
-from llava_patch.core.keys import digest
+from llava_patch.core.files import digest
 from llava_patch.data.pages import Pages
 from llava_patch.hosts.anatomy import find
 from llava_patch.measurements.rprobe import keys as key_module
-from llava_patch.measurements.rprobe.contents import images_of
-from llava_patch.measurements.rprobe.keys import store_key
+from llava_patch.measurements.rprobe.keys import images_of, store_key
 from llava_patch.measurements.rprobe.settings import RProbe
 from llava_patch.probe.sample import Sample
 from llava_patch.probe.view import make_transform

@@ -1,0 +1,144 @@
+"""`llava-patch rprobe preview`, `export` and `store`: what the data hold, and what is kept of them on disk."""
+
+import time
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+from llava_patch.cli.rprobe import BOXES_PER_SAMPLE, BROKEN, app
+from llava_patch.core.errors import InputError, SettingError
+from llava_patch.core.extras import needs
+from llava_patch.core.terminal import bordered, counted
+from llava_patch.measurements.base import words
+from llava_patch.measurements.rprobe.settings import IMAGE_MODES
+
+PAGES = 16  # rendered pages that are counted when there is no data
+
+
+@app.command("preview")
+@needs("rprobe preview", "figures")
+def preview(
+    data: str = typer.Argument("", help="JSONL file, SROIE/ICDAR, FUNSD, COCO-Text, TextOCR, hf:NAME; default: pages"),
+    model: str = typer.Option("", help="checkpoint whose image processor and tokens are used; no weights are loaded"),
+    image_mode: str = typer.Option("resize", help=f"{', '.join(IMAGE_MODES)} (anyres: with --model)"),
+    size: int = typer.Option(336, min=1, help="side of the tower's input in pixels, without --model"),
+    patch: int = typer.Option(14, min=1, help="side of a token in pixels, without --model"),
+    count: int = typer.Option(6, min=1, help="samples to show, spread over the data"),
+    samples: str = typer.Option("", help="these instead: ids or numbers from 0, joined by commas"),
+    boxes_per_sample: int = BOXES_PER_SAMPLE,
+    broken: str = BROKEN,
+    output: Path = typer.Option(Path("preview.png"), help="picture to write"),  # noqa: B008
+) -> None:
+    """Draw samples with their boxes as they are and as the tower sees them, and count what there is.
+
+    Settings may follow DATA: scans?images=jpg, hf:NAME:train?boxes=1000,
+    x.json?format=funsd. A look before every run: are the boxes right?
+    """
+    from llava_patch.data.configuration import read_transform
+    from llava_patch.data.pages import Pages
+    from llava_patch.data.readers import Samples, read_samples
+    from llava_patch.measurements.rprobe.preview import choose_shown, clip_like, counts, save_preview
+
+    if image_mode not in IMAGE_MODES:
+        raise SettingError(f"--image-mode {image_mode}: expected one of {', '.join(IMAGE_MODES)}")
+    if output.suffix.lower() != ".png":
+        raise SettingError(f"--output {output}: expected a .png file")
+    transform = read_transform(model, image_mode) if model else clip_like(size, patch, image_mode)
+    if data:
+        found = read_samples(data, boxes_per_sample, broken)
+    elif boxes_per_sample != 1:
+        raise SettingError("--boxes-per-sample: rendered pages have one region each")
+    else:
+        found = Samples(Pages(max(PAGES, count), transform.height))
+    rows, shown, skipped = counts(found, transform), choose_shown(found, count, words(samples)), found.skipped
+    if data:
+        rows.insert(0, ("read as", found.format))
+        rows.insert(3, ("regions without transcript", f"{found.unread:,}"))
+        rows.insert(4, ("skipped", f"{len(skipped):,}"))
+    for sample in [*shown] if broken == "skip" else []:
+        try:  # a file may break off behind its header, which is all that was read so far
+            sample.open_image()
+        except InputError as error:
+            skipped.append(str(error))
+            shown.remove(sample)
+    title = f"{data or 'rendered pages'}  ·  {model or f'a CLIP tower of {size} / {patch}'}  ·  {image_mode}"
+    path = save_preview(shown, transform, output, title)
+    console = Console()
+    console.print(bordered(["what", "how many"], rows, data or counted(len(found), "rendered page")))
+    for message in skipped[:5]:
+        console.print(f"skipped: {message}", markup=False, soft_wrap=True)
+    if len(skipped) > 5:
+        console.print(f"… and {len(skipped) - 5:,} more")
+    console.print(f"wrote {path}", markup=False, soft_wrap=True)
+
+
+@app.command("export")
+def export(
+    source: str = typer.Argument(..., help="SROIE/ICDAR, FUNSD, COCO-Text, TextOCR, hf:NAME, or a JSONL file"),
+    out: Path = typer.Argument(..., help="JSONL file to write"),  # noqa: B008
+    boxes_per_sample: int = BOXES_PER_SAMPLE,
+    broken: str = BROKEN,
+    force: bool = typer.Option(False, "--force", help="overwrite OUT"),
+) -> None:
+    """Write samples of any source as JSONL, a line a region, to look at, to cut and to share.
+
+    Images stay where they are; those that are no files (parquet, arrow) are
+    written beside OUT, into a folder called after it with "_images" behind.
+    """
+    from llava_patch.data.readers import read_samples, write_jsonl
+
+    if out.suffix.lower() != ".jsonl":
+        raise SettingError(f"{out}: expected a .jsonl file")
+    if out.exists() and not force:
+        raise SettingError(f"{out}: is there already: name another file, or overwrite it with --force")
+    samples = read_samples(source, boxes_per_sample, broken)
+    write_jsonl(samples, out)
+    for message in samples.skipped:
+        typer.echo(f"skipped: {message}")
+    left = f"; {counted(samples.unread, 'region')} without transcript: boxes only" if samples.unread else ""
+    documents = counted(len({sample.document for sample in samples}), "document")
+    typer.echo(f"wrote {out}: {counted(len(samples), 'sample')} of {documents} ({samples.format}{left})")
+
+
+@app.command("store")
+def store(clear: bool = typer.Option(False, "--clear", help="delete every store that no process uses")) -> None:
+    """List the frozen visual tokens kept on disk; --clear deletes them.
+
+    They lie under $LLAVA_PATCH_CACHE/rprobe (default: llava_patch in the
+    user's cache folder), at most RProbe.store_gb together: the longest unused
+    ones are deleted first. Without them a probe encodes its images again.
+    """
+    from llava_patch.measurements.rprobe.store.disk import delete_unused, list_stores, stores_folder
+
+    console = Console()
+    if clear:
+        deleted, left = delete_unused(stores_folder())
+        console.print(f"deleted {counted(len(deleted), 'store')}, {_size(sum(kept.bytes for kept in deleted))}")
+        for kept in left:
+            console.print(f"left, because a process uses it: {kept.folder}")
+        return
+    stores = list_stores(stores_folder())
+    if not stores:
+        console.print(f"no stores under {stores_folder()}")
+        return
+    # A line a path: a table would break each of them over several.
+    total = _size(sum(kept.bytes for kept in stores))
+    lines = [f"{stores_folder()}: {counted(len(stores), 'store')}, {total}"]
+    for kept in reversed(stores):
+        about = kept.about
+        there = len(list(kept.folder.glob("shard-*.safetensors")))
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(kept.used))
+        lines += [
+            f"{kept.folder.name[:8]}  {_size(kept.bytes)}, {there} of {about.get('shards', '?')} shards, used {used}",
+            f"  model  {about.get('model', '?')}",
+            f"  data   {about.get('data', '?')}{', masked' if about.get('masked') else ''}",
+        ]
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _size(number: int) -> str:
+    """Bytes as text, in the unit that leaves at most three digits before the point."""
+    unit, scale = next((one for one in (("GB", 1e9), ("MB", 1e6)) if number >= one[1]), ("kB", 1e3))
+    return f"{number / scale:.1f} {unit}"
