@@ -96,8 +96,8 @@ def run_command(measurement: Measurement) -> Callable[..., None]:
             targets = []
             for one, label in zip(checkpoints, labels, strict=True):
                 below, compared = _models(measurement, settings, one, asked.base)
-                how = asked.device, asked.dtype, asked.question
-                targets.append(Target(one, asked.data, below, compared, *how, label))
+                how = {"device": asked.device, "dtype": asked.dtype, "question": asked.question}
+                targets.append(Target(one, asked.data, below, compared, **how, name=label))
             _check(measurement, targets, folder / f"{measurement.stem(**others)}.json")
             _run(measurement, targets, settings, folder, asked.formats, others)
 
@@ -157,8 +157,8 @@ def compare_command(measurement: Measurement) -> Callable[..., None]:
 
             settings = settings_for(measurement, asked.samples, fields)
             wanted = [(name, given) for name, given in zip(called, models, strict=True) if found[name] is None]
-            how = asked.base, "", asked.device, asked.dtype, asked.question
-            targets = [Target(given, asked.data, *how, name) for name, given in wanted]
+            how = {"device": asked.device, "dtype": asked.dtype, "question": asked.question}
+            targets = [Target(given, asked.data, asked.base, **how, name=name) for name, given in wanted]
             for target in targets:
                 given = target.checkpoint
                 common.check_checkpoint(given)

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from llava_patch.core import registry
 from llava_patch.core.errors import HostError, LlavaPatchError
 from llava_patch.core.undo import UndoStack
 from llava_patch.integrations import loading
@@ -194,8 +193,19 @@ def _on_lmms_eval(module: ModuleType, undo: UndoStack) -> None:
     active.take_flags_from_command_line()
 
 
-_LMMS_EVAL = "llava_patch.integrations.lmms_eval"
-_HANDLERS: dict[str, Callable[[Any, UndoStack], None]] = {
+def _on_lmms_eval_tasks(module: ModuleType, undo: UndoStack) -> None:
+    from llava_patch.integrations.lmms_eval import register
+
+    register.register_tasks()
+
+
+def _on_lmms_eval_main(module: ModuleType, undo: UndoStack) -> None:
+    from llava_patch.integrations.lmms_eval import fail_fast
+
+    fail_fast.install()
+
+
+_HANDLERS = {
     "transformers.modeling_utils": _on_modeling_utils,
     "transformers.trainer": _on_transformers_trainer,
     "llava": _on_llava,
@@ -204,6 +214,6 @@ _HANDLERS: dict[str, Callable[[Any, UndoStack], None]] = {
     "llava.model.language_model.llava_mistral": _on_llava_model,
     "llava.train.llava_trainer": _on_llava_trainer,
     "lmms_eval": _on_lmms_eval,
-    "lmms_eval.__main__": lambda module, undo: registry.load(f"{_LMMS_EVAL}.fail_fast:install")(),
-    "lmms_eval.tasks": lambda module, undo: registry.load(f"{_LMMS_EVAL}.register:register_tasks")(),
+    "lmms_eval.__main__": _on_lmms_eval_main,
+    "lmms_eval.tasks": _on_lmms_eval_tasks,
 }
