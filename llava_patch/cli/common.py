@@ -1,22 +1,27 @@
-"""What the commands of `llava-patch` share: words that mean the same everywhere, and what is checked first."""
+"""What the commands of `llava-patch` share: words that mean the same everywhere, checks, and how results are shown."""
 
 import contextlib
+import dataclasses
 import difflib
+import json
 import os
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import typer
 from typer.core import TyperGroup
 
 from llava_patch.core.errors import CheckpointError, SettingError
-from llava_patch.core.paths import default_name
-from llava_patch.measurements.base import FIGURES
+from llava_patch.core.paths import default_name, named
+from llava_patch.measurements.base import FIGURES, Result
 from llava_patch.settings import active
 
+R = TypeVar("R", bound=Result)
 DEFAULT = "run"
 PANEL = "Measure a checkpoint"
+CONFIGURED = "configured_patch"
 
 # Options that mean the same in every measurement.
 Parameters = dict[str, tuple[Any, Any]]
@@ -44,10 +49,17 @@ COMPARED = typer.Option(
 FORMAT = typer.Option(["png"], "--format", help="of figures: png or pdf; may be repeated")
 NAMES = typer.Option("", help="what to call them, with commas between; default: by their paths")
 DEVICE = typer.Option("", help="cpu, cuda or cuda:N; default: cuda where there is one")
-DTYPE = typer.Option(
-    "", help="of the model; default: float32 on cpu (bfloat16 where that does not fit), float16 on cuda"
-)
+
 QUESTION = typer.Option("", help="asked about every image; default: the data's own, or what its text is")
+
+
+def dtype(on_gpu: str = "float16") -> Any:
+    """The option --dtype of a command that runs a model on a GPU in that precision."""
+    text = f"of the model; default: float32 on cpu (bfloat16 where that does not fit), {on_gpu} on cuda"
+    return typer.Option("", help=text)
+
+
+DTYPE = dtype()
 GIN_FILE = typer.Option([], help="gin file with bindings of this measurement or a patch; may be repeated")
 GIN_PARAM = typer.Option([], help="one gin binding; may be repeated")
 MODEL: Parameters = {
@@ -75,12 +87,7 @@ def configured(gin_file: list[str], gin_param: list[str], goes_on: bool = False)
 
 
 def check_checkpoint(name: str, setting: str = "") -> None:
-    """Refuse a path that leads nowhere before it is taken for a name of the hub, which has one slash at most.
-
-    Raises:
-        CheckpointError: a path, and nothing is there; or it may be either, and neither is there. It calls the name what
-            it was given as (`setting`; "": CKPT).
-    """
+    """Refuse a path that leads nowhere before it is taken for a name of the hub, which has one slash at most."""
     from llava_patch.core.weights import read_json
 
     if Path(name).exists():
@@ -106,6 +113,81 @@ def folder_for(measurement: str, checkpoint: str, output: Path | None) -> Path:
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"--output {folder}: is a file; expected a folder")
     return folder
+
+
+def configured_patch() -> dict[str, str]:
+    """The methods that gin puts on the checkpoint, by kind, with the settings that are not the defaults; {}: none."""
+    asked = active.configuration()
+    return {} if asked is None else {kind: _worded(method) for kind, method in asked.lasting().items()}
+
+
+def facts_of(checkpoint: str) -> dict[str, Any]:
+    """What `check_results` compares, for a result's file: "checkpoint", and `CONFIGURED` where gin puts a patch on."""
+    patch = configured_patch()
+    return {"checkpoint": named(checkpoint), **({CONFIGURED: patch} if patch else {})}
+
+
+def check_results(path: Path, sources: Sequence[str]) -> None:
+    """Refuse to replace a file of other checkpoints' results, or of the same ones' under another configured patch."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none, or none that is worth keeping
+        return
+    if not isinstance(values, dict):
+        return
+    facts = values.get("facts", values)
+    facts = facts if isinstance(facts, dict) else {}
+    others, before = values.get("sources", [facts.get("checkpoint")]), facts.get(CONFIGURED) or {}
+    if not isinstance(others, list) or not others or not all(isinstance(other, str) for other in others):
+        return
+    asked, now = [named(source) for source in sources], configured_patch()
+    if [named(other) for other in others] == asked and before == now:
+        return
+    held, wanted = ", ".join(others), ", ".join(asked)
+    if before != now:
+        held, wanted = held + _with(before), wanted + _with(now)
+    raise CheckpointError(f"{path} holds the results of {held}, not of {wanted}: give another folder with --output")
+
+
+def _with(patch: dict[str, str]) -> str:
+    return f" with {', '.join(patch.values())} of gin" if patch else " without a patch of gin"
+
+
+def with_facts(result: R, checkpoint: str) -> R:
+    """A result with what it was measured on among its facts (`facts_of`)."""
+    return dataclasses.replace(result, facts={**facts_of(checkpoint), **result.facts})
+
+
+def show(table: tuple[Sequence[str], Sequence[Sequence[str]]], title: str = "", notes: Sequence[str] = ()) -> None:
+    """Print a measurement's table (head and rows) with a title above and notes below it.
+
+    The first column is a name, the others are numbers; where they are too wide for the screen, titles of columns take
+    several lines.
+    """
+    from rich.console import Console
+
+    from llava_patch.core import terminal as screen
+
+    console = Console()
+    head, rows = table
+    if screen.width_of(head, rows) > console.width:
+        cells = [max((len(row[i]) for row in rows), default=1) for i in range(len(head))]
+        head = [
+            "\n".join(textwrap.wrap(name, max(width, 1), break_long_words=False, break_on_hyphens=False))
+            for name, width in zip(head, cells, strict=True)
+        ]
+    screen.show(console, head, rows, notes, title)
+
+
+def _worded(method: Any) -> str:
+    """A method's settings that are not the defaults, so that a setting added later does not make it another one."""
+    given = []
+    for field in dataclasses.fields(method):
+        value = getattr(method, field.name)
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if value != default:
+            given.append(f"{field.name}={value!r}")
+    return f"{type(method).__name__}({', '.join(given)})"
 
 
 class DefaultGroup(TyperGroup):

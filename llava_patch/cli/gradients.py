@@ -7,8 +7,7 @@ from typing import Any, Optional
 
 import typer
 
-from llava_patch.cli import output as written
-from llava_patch.cli.common import folder_for
+from llava_patch.cli import common
 from llava_patch.core.errors import SettingError
 from llava_patch.core.extras import needs
 
@@ -34,8 +33,8 @@ def show(
     asked: dict[str, Any] = {"smoothness": smoothness, "step_size": step_size, "transition_windows": transition_windows}
     given = {name: value for name, value in asked.items() if value is not None}
     result = dataclasses.replace(result, settings=dataclasses.replace(result.settings, **given))
-    folder = folder_for("gradients", str(run), run if output is None else output)
-    written.show(result.table())
+    folder = common.folder_for("gradients", str(run), run if output is None else output)
+    common.show(result.table())
     typer.echo(result.summary())
     for path in result.save(folder):
         typer.echo(f"wrote {path}")
@@ -66,6 +65,6 @@ def table(
     elif form == "markdown":
         typer.echo("\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)))
     else:
-        written.show((head, rows))
+        common.show((head, rows))
     if figure is not None:
         typer.echo(f"wrote {runs_figure(ordered(results), figure)}", err=form == "json")

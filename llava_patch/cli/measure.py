@@ -16,18 +16,22 @@ from typing import Any, Optional, Union, get_args, get_origin
 import typer
 
 from llava_patch.cli import common
-from llava_patch.cli.output import check_results, show, with_facts
+from llava_patch.cli.common import check_results, show, with_facts
 from llava_patch.core import registry
 from llava_patch.core.errors import CheckpointError, SettingError
 from llava_patch.core.extras import need
 from llava_patch.data.examples import check_data
-from llava_patch.data.target import Target, count_of
+from llava_patch.data.target import Target
 from llava_patch.measurements import base as protocol
 from llava_patch.measurements.base import Measurement, Result
 from llava_patch.settings.active import settings_of
 
 Words = dict[str, Any]
 """Values of a command's own options, by name."""
+ABSENT: Words = {
+    "data": "", "samples": None, "names": "", "extra": None, "base": "", "device": "", "dtype": "", "question": "",
+}  # fmt: skip
+"""What commands are called with that have no such option."""
 FURTHER = {"gradients": {"show": "llava_patch.cli.gradients:show", "table": "llava_patch.cli.gradients:table"}}
 """Subcommands of a measurement's group that measure nothing."""
 
@@ -41,7 +45,10 @@ def add(app: typer.Typer, name: str) -> None:
         return
     several = f"several checkpoints: llava-patch {measurement.command} compare A B ... --data DATA"
     kind = type("Group", (common.DefaultGroup,), {"second": several if measurement.compare else ""})
-    group = typer.Typer(cls=kind, no_args_is_help=True, help=_help_of_group(measurement))
+    word, (first, *more) = measurement.command, (inspect.getdoc(type(measurement)) or "").split("\n\n")
+    short = f"llava-patch {word} CKPT [DATA] [OPTIONS] is short for {word} run.\nIts options: llava-patch {word} run"
+    text = "\n\n".join([first, f"{short} --help", *more[:1]])
+    group = typer.Typer(cls=kind, no_args_is_help=True, help=text)
     group.command("run", no_args_is_help=True)(run_command(measurement))
     if measurement.compare:
         group.command("compare", no_args_is_help=True)(compare_command(measurement))
@@ -66,47 +73,35 @@ def run_command(measurement: Measurement) -> Callable[..., None]:
         parameters["samples"] = (Optional[int], samples_of(measurement))
     parameters |= options_of(measurement)
     if takes_data:
-        parameters |= common.MODEL
+        parameters |= common.MODEL | {"dtype": (str, common.dtype(measurement.gpu_dtype))}
     if measurement.compares:
         parameters["base"] = (str, common.COMPARED)
     where = typer.Option(None, help=f"folder for results; default: {name}/ and CKPT's name", show_default=False)
     parameters |= {"output": (Optional[Path], where), **common.LAST}
 
-    def command(
-        checkpoint: str | list[str],
-        output: Path | None,
-        formats: list[str],
-        gin_file: list[str],
-        gin_param: list[str],
-        data: str = "",
-        samples: int | None = None,
-        names: str = "",
-        extra: list[str] | None = None,
-        **words: Any,
-    ) -> None:
+    def command(asked: Any, fields: Words, others: Words) -> None:
         need(name, *measurement.extras)
-        base, how = words.pop("base", ""), _how(words) if takes_data else {}
-        fields, others = _split(measurement, words)
-        measurement.check(data, samples, **others)
-        given = [one for one in ([checkpoint] if isinstance(checkpoint, str) else checkpoint) if one]
+        measurement.check(asked.data, asked.samples, **others)
+        given = [one for one in ([asked.checkpoint] if isinstance(asked.checkpoint, str) else asked.checkpoint) if one]
         for one in given:
             common.check_checkpoint(one)
-        common.check_formats(formats)
+        common.check_formats(asked.formats)
         if measurement.compares:
-            _check_words(name, data, extra or [])
+            _check_words(name, asked.data, asked.extra or [])
         checkpoints = given if measurement.several else [measurement.subject("".join(given), **others)]
-        labels = protocol.names_of(checkpoints, names)
-        folder = common.folder_for(name, checkpoints[0], output)
-        with common.configured(gin_file, gin_param, goes_on=measurement.resumes):
-            settings = settings_for(measurement, samples, fields)
+        labels = protocol.names_of(checkpoints, asked.names)
+        folder = common.folder_for(name, checkpoints[0], asked.output)
+        with common.configured(asked.gin_file, asked.gin_param, goes_on=measurement.resumes):
+            settings = settings_for(measurement, asked.samples, fields)
             targets = []
             for one, label in zip(checkpoints, labels, strict=True):
-                below, compared = _models(measurement, settings, one, base)
-                targets.append(Target(one, data, below, compared, **how, name=label))
+                below, compared = _models(measurement, settings, one, asked.base)
+                how = {"device": asked.device, "dtype": asked.dtype, "question": asked.question}
+                targets.append(Target(one, asked.data, below, compared, **how, name=label))
             _check(measurement, targets, folder / f"{measurement.stem(**others)}.json")
-            _run(measurement, targets, settings, folder, formats, others)
+            _run(measurement, targets, settings, folder, asked.formats, others)
 
-    return _typed(command, parameters, inspect.getdoc(type(measurement)) or "")
+    return _typed(_split(measurement, command), parameters, inspect.getdoc(type(measurement)) or "")
 
 
 def _run(
@@ -146,35 +141,24 @@ def compare_command(measurement: Measurement) -> Callable[..., None]:
         **common.LAST,
     }
 
-    def command(
-        models: list[str],
-        data: str,
-        samples: int | None,
-        names: str,
-        base: str,
-        output: Path,
-        formats: list[str],
-        gin_file: list[str],
-        gin_param: list[str],
-        **words: Any,
-    ) -> None:
+    def command(asked: Any, fields: Words, others: Words) -> None:
+        models, output = asked.models, asked.output
         need(f"{name} compare", *measurement.extras)
-        common.check_formats(formats)
+        common.check_formats(asked.formats)
         if len(models) < 2:
             raise SettingError(f"{name} compare: one model ({models[0]}), expected at least two")
         # All that can be wrong with the arguments, before minutes are spent on the first checkpoint.
-        how = _how(words)
-        called = protocol.names_of(models, names, file)
+        called = protocol.names_of(models, asked.names, file)
         kind = registry.load(measurement.result)
         files = [protocol.find_result(given, file) for given in models]
         found = {name: file and kind.load(file) for name, file in zip(called, files, strict=True)}
-        fields, others = _split(measurement, words)
-        with common.configured(gin_file, gin_param, goes_on=True):
+        with common.configured(asked.gin_file, asked.gin_param, goes_on=True):
             from llava_patch.core.weights import read_json
 
-            settings = settings_for(measurement, samples, fields)
+            settings = settings_for(measurement, asked.samples, fields)
             wanted = [(name, given) for name, given in zip(called, models, strict=True) if found[name] is None]
-            targets = [Target(given, data, base, **how, name=name) for name, given in wanted]
+            how = {"device": asked.device, "dtype": asked.dtype, "question": asked.question}
+            targets = [Target(given, asked.data, asked.base, **how, name=name) for name, given in wanted]
             for target in targets:
                 given = target.checkpoint
                 common.check_checkpoint(given)
@@ -186,7 +170,7 @@ def compare_command(measurement: Measurement) -> Callable[..., None]:
                 typer.echo(f"measuring {target.name}", err=True)
                 found[target.name] = _kept(measurement, target, settings, output / target.name, others)
         compared = registry.load(measurement.compare)(found)
-        paths = compared.save(output, formats=formats)
+        paths = compared.save(output, formats=asked.formats)
         show((compared.head, compared.rows), compared.title, compared.notes)
         for path in paths:
             typer.echo(f"wrote {path}")
@@ -196,7 +180,7 @@ def compare_command(measurement: Measurement) -> Callable[..., None]:
         "OUTPUT that has its name; the same command again takes up what is there. OUTPUT gets compare.json and "
         "compare.png."
     )
-    return _typed(command, parameters, text)
+    return _typed(_split(measurement, command), parameters, text)
 
 
 def _kept(measurement: Measurement, target: Target, settings: Any, folder: Path, others: Words) -> Result:
@@ -227,7 +211,7 @@ def settings_for(measurement: Measurement, samples: int | None, given: dict[str,
     field = measurement.count_field
     if field is None or measurement.samples is None:
         return settings
-    count = count_of(samples, getattr(settings, field), measurement.samples)
+    count = samples or None if samples is not None else getattr(settings, field) or measurement.samples
     return dataclasses.replace(settings, **{field: count})
 
 
@@ -273,13 +257,6 @@ def _option(measurement: Measurement, name: str, hint: Any, default: Any, text: 
     return Optional[hint] if default is None else hint, typer.Option(default, *words, help=text, show_default=shown)
 
 
-def _split(measurement: Measurement, words: Words) -> tuple[Words, Words]:
-    """(fields of the settings, parameters of `measure`) of a command's own options."""
-    hints = {f.name: protocol.hint_of(measurement.settings, f) for f in _fields(measurement)}
-    fields = {name: _numbers(name, words.pop(name), hint) for name, hint in hints.items() if name in words}
-    return fields, words
-
-
 def _numbers(name: str, value: Any, hint: Any) -> Any:
     if not isinstance(value, str) or not any(get_origin(one) is tuple for one in (hint, *get_args(hint))):
         return value
@@ -287,11 +264,6 @@ def _numbers(name: str, value: Any, hint: Any) -> Any:
         return tuple(int(part) for part in value.split(",")) if value else None
     except ValueError:
         raise SettingError(f"--{name.replace('_', '-')} {value}: expected layer numbers, as 30,31") from None
-
-
-def _how(words: Words) -> dict[str, str]:
-    """Take out what says how every model of a command is run."""
-    return {word: words.pop(word) for word in ("device", "dtype", "question")}
 
 
 def _models(measurement: Measurement, settings: Any, checkpoint: str, base: str) -> tuple[str, str]:
@@ -331,6 +303,19 @@ def _check_words(name: str, data: str, extra: list[str]) -> None:
         )
 
 
+def _split(measurement: Measurement, command: Callable[[Any, Words, Words], None]) -> Callable[..., None]:
+    """A command that is called with what every one has (`ABSENT` where this has not), settings, and `measure`'s own."""
+    own = options_of(measurement)
+    hints = {f.name: protocol.hint_of(measurement.settings, f) for f in _fields(measurement) if f.name in own}
+
+    def called(**given: Any) -> None:
+        words = {name: given.pop(name) for name in own}
+        fields = {name: _numbers(name, words.pop(name), hint) for name, hint in hints.items()}
+        command(types.SimpleNamespace(**{**ABSENT, **given}), fields, words)
+
+    return called
+
+
 def _typed(command: Callable[..., None], parameters: common.Parameters, text: str) -> Callable[..., None]:
     """A command as typer reads it: its parameters with their types and options."""
 
@@ -344,12 +329,6 @@ def _typed(command: Callable[..., None], parameters: common.Parameters, text: st
     called.__annotations__ = {name: hint for name, (hint, _) in parameters.items()}
     called.__doc__ = text
     return called
-
-
-def _help_of_group(measurement: Measurement) -> str:
-    name, (first, *more) = measurement.command, (inspect.getdoc(type(measurement)) or "").split("\n\n")
-    short = f"llava-patch {name} CKPT [DATA] [OPTIONS] is short for {name} run.\nIts options: llava-patch {name} run"
-    return "\n\n".join([first, f"{short} --help", *more[:1]])
 
 
 def described(text: str | None, section: str) -> dict[str, str]:

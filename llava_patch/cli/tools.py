@@ -136,8 +136,7 @@ def report_command(
     """
     from llava_patch.core.folder_lock import folder_lock
     from llava_patch.tools.report import build
-    from llava_patch.tools.report.section import FAILED, Context
-    from llava_patch.tools.report.sections import sections
+    from llava_patch.tools.report.sections import FAILED, Context, sections
     from llava_patch.tools.report.settings import Report
 
     if source:
@@ -280,7 +279,6 @@ def sweep_command(
     from llava_patch.tools.sweep.command import sweep
 
     console = Console()
-
     words = [word.strip() for word in seeds.split(",") if word.strip()]
     if not all(word.isdigit() for word in words) or len(set(words)) != len(words):
         raise SettingError(f"--seeds {seeds}: expected distinct integers, such as 1,2,3")

@@ -20,10 +20,7 @@ def read_transform(folder: str | Path, mode: str) -> Transform:
 
     The folder is a full checkpoint of either host, stock or patched, or an adapter whose base is there.
 
-    Raises:
-        CheckpointError: no checkpoint there, or its base or vision tower is gone.
-        SettingError: `mode` "crop" for an image processor that does otherwise.
-        HostError: a model, tower or image processor that is not known, or `mode` "anyres" for a model without tiles.
+    CheckpointError: there is none, or its base or tower is gone; SettingError or HostError: it is none for the mode.
     """
     folder = Path(folder)
     record = records.read_settings(folder)

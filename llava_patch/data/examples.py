@@ -125,7 +125,6 @@ def _read(data: str, count: int | None, side: int) -> Sequence[Example]:
 
 
 def _from_conversations(records: list[Any], path: Path, images: Path) -> list[Example]:
-    """The first question and answer of each record that has one image."""
     found = []
     for number, record in enumerate(records):
         where = f"{path}: entry {number}"

@@ -77,11 +77,6 @@ def examples_for(
     return read_examples(data, count, anatomy.grid[0] * anatomy.patch_size, question, answers)
 
 
-def count_of(samples: int | None, bound: int | None, default: int) -> int | None:
-    """How many samples: the option's number (0: all), else the setting's, else the command's own; None: all."""
-    return (bound or default) if samples is None else (samples or None)
-
-
 class ModelInputs(Sequence):
     """Keyword arguments of a model's forward for some examples, made when they are asked for; a slice makes nothing.
 

@@ -111,8 +111,7 @@ def _configured() -> str:
 def _load_base_for(call: Loading, config: Any, carried: dict[str, Any]) -> Any:
     """Load a base under a patched checkpoint's config, as llava's builder does when it is given a model_base.
 
-    A stock base is loaded as it is and patched afterwards, one that carries a patch comes with it; the builder then
-    fills in the checkpoint's own files (mm_projector.bin, non_lora_trainables.bin).
+    The builder then fills in the checkpoint's own files (mm_projector.bin, non_lora_trainables.bin).
     """
     from llava_patch.patching import checkpoint
     from llava_patch.patching.patch import patch
@@ -125,7 +124,7 @@ def _load_base_for(call: Loading, config: Any, carried: dict[str, Any]) -> Any:
         setattr(stock, records.CONFIG_KEY, own)
         stock._name_or_path = str(call.path)
         loaded = load(call._replace(kwargs={**call.kwargs, "config": stock}))
-    else:
+    else:  # loaded as it is, and patched afterwards
         loaded = call.stock(config=stock)
     handle = patch(_model_of(loaded), **from_record(carried, f"{source}/config.json"))
     if (handle.trained_tower or carried.get("trained_tower")) and handle.anatomy.tower_apart:
@@ -164,8 +163,7 @@ def _say_once(line: str) -> None:
 
 
 def _model_of(loaded: Any) -> Any:
-    """The model in what from_pretrained returned, with or without loading info."""
-    return loaded[0] if isinstance(loaded, tuple) else loaded
+    return loaded[0] if isinstance(loaded, tuple) else loaded  # with loading info, or without
 
 
 def _stock_config(config: Any) -> Any:

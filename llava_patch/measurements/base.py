@@ -62,6 +62,7 @@ class Measurement:
     # Whether the command takes several checkpoints (DATA is --data then), whose results are put `beside` each other.
     several: ClassVar[bool] = False
     resumes: ClassVar[bool] = False  # whether the command, interrupted, goes on where it was
+    gpu_dtype: ClassVar[str] = "float16"  # of the model on a GPU where --dtype is not given, for the command's help
     extras: ClassVar[tuple[str, ...]] = ("figures",)  # of pyproject.toml, see `core.extras`
     words: ClassVar[dict[str, str]] = {}  # spelling of single options, such as {"everything": "--all"}
     hidden: ClassVar[tuple[str, ...]] = ()  # fields of `settings` that are no options

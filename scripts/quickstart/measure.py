@@ -5,6 +5,7 @@
 
 import argparse
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +66,35 @@ def reading(checkpoint: Path, base: Path, rows: int) -> dict[str, Any]:
     return record
 
 
+@torch.no_grad()
+def measure_prefill(model: Any, inputs: dict[str, Any], routing: Any, repeats: int = 7) -> dict[str, Any]:
+    """Prefill time of a routed model over the stock model: pairs of measurements after a warm-up pair, interleaved.
+
+    "stock_ms" and "routed_ms" are medians; "ratio" of the two (below 1 is faster); its "spread" the lowest and highest
+    ratio of a pair; "tokens" of the prompt, image positions included. The vision tower counts.
+    """
+    from llava_patch.tools.bench.measure import Clock, Row, ratio
+    from llava_patch.tools.bench.methods import patched
+
+    stock, routed, tokens = Row("stock"), Row("routed"), 0
+    for number in range(repeats + 1):
+        for row, settings in ((stock, None), (routed, routing)):
+            with patched(model, {"routing": settings} if settings else None), Clock(model.device) as clock:
+                out = model(**inputs, use_cache=True, logits_to_keep=1)
+            if number:
+                row.prefill_ms.append(clock.ms)
+            tokens = int(out.past_key_values.get_seq_length()) if settings is None else tokens
+    times = {f"{row.method}_ms": statistics.median(row.prefill_ms) for row in (stock, routed)}
+    compared = ratio(routed, stock, "prefill_ms")
+    assert compared is not None
+    return {**times, "ratio": compared[0], "spread": compared[1:], "tokens": tokens}
+
+
 def prefill() -> dict[str, Any]:
     """Prefill ratio at LLaVA-1.5's token counts (576 image + 64 text) and depth, at reduced width."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     from llava_patch import Routing
-    from llava_patch.tools.bench.measure import measure_prefill
 
     torch.manual_seed(0)
     vision = CLIPVisionConfig(

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from llava_patch.cli.common import check_checkpoint
+from llava_patch.cli.common import CONFIGURED, check_checkpoint, check_results, facts_of, show
 from llava_patch.cli.main import app
-from llava_patch.cli.output import CONFIGURED, check_results, facts_of, show
 from llava_patch.core.errors import CheckpointError
 from llava_patch.settings import active
 from tests.support import fileset

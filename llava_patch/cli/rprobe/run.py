@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from llava_patch.cli import common, measure
-from llava_patch.cli.output import check_results, facts_of, with_facts
+from llava_patch.cli.common import check_results, facts_of, with_facts
 from llava_patch.cli.rprobe import DATA, app
 from llava_patch.core.errors import SettingError
 from llava_patch.core.extras import need

@@ -1,7 +1,6 @@
 """Finding files of a data set: which image belongs to which annotation."""
 
 import contextlib
-import functools
 import json
 import os
 import re
@@ -14,21 +13,18 @@ from llava_patch.settings.checks import is_number
 
 
 def numbered_lines(path: Path, encoding: str | None = None) -> list[tuple[int, str]]:
-    """(line number from 1, line) of every line that is not blank.
-
-    CRLF, LF and CR end a line, nothing else does (`str.splitlines` would split more). Without an encoding: UTF-8,
-    UTF-16 with a byte order mark, else cp1252.
-    """
+    """(line number from 1, line) of every line that is not blank; without an encoding, as `decode` takes it."""
     try:
         raw = path.read_bytes()
         text = raw.decode(encoding) if encoding else decode(raw)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
+    # Nothing else ends a line: `str.splitlines` would split more.
     return [(n, line) for n, line in enumerate(re.split(r"\r\n|\n|\r", text), 1) if line.strip()]
 
 
 def decode(raw: bytes) -> str:
-    """Text of unknown encoding; every sequence of bytes has an answer."""
+    """Text of unknown encoding: UTF-8, UTF-16 with a byte order mark, else cp1252."""
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return raw.decode("utf-16", errors="replace")
     for encoding in ("utf-8-sig", "cp1252"):
@@ -72,14 +68,13 @@ def walk(folder: Path, deep: bool = True) -> list[Path]:
         if not deep and Path(root) != folder:
             folders[:] = []
         found += [Path(root) / name for name in files if not name.startswith(".")]
-    return sorted(found, key=lambda path: natural(str(path)))
+    return sorted(found, key=_natural)
 
 
-@functools.lru_cache(maxsize=100_000)
-def natural(name: str) -> tuple[tuple[int, int, str], ...]:
+def _natural(path: Path) -> list[tuple[int, int, str]]:
     """A sort key by which img_9 comes before img_10."""
-    parts = re.findall("[0-9]+|[^0-9]", f"{name}\0")
-    return tuple((0, int(part), part) if part.isdecimal() and part.isascii() else (1, 0, part) for part in parts)
+    parts = re.findall("[0-9]+|[^0-9]", f"{path}\0")
+    return [(0, int(part), part) if part.isdecimal() and part.isascii() else (1, 0, part) for part in parts]
 
 
 def first_lines(path: Path) -> list[str]:
@@ -103,10 +98,9 @@ class Images:
                 self.by_stem.setdefault(path.stem.lower(), []).append(path)
 
     def of(self, annotation: Path, required: bool = True) -> Path | None:
-        """The image of an annotation file: the same name, or without "gt_" before or "_gt" behind it.
+        """The image of an annotation file, the nearest of its name, or of that without "gt_" before or "_gt" behind it.
 
-        Of several with that name the nearest one is meant (folders of train and test may count alike). An InputError
-        where two are equally near, and where there is none though one is `required`.
+        InputError: two are equally near, or there is none though one is `required`.
         """
         stem = annotation.stem.lower()
         if Path(stem).suffix in IMAGE_SUFFIXES:  # 12.jpg.txt

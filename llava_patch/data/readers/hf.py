@@ -29,9 +29,7 @@ TABLES = (".parquet", ".arrow")
 def read_hf(source: Path | str, split: str, config: str, unit: str, images: Path | None, collector: Collector) -> None:
     """Read one split of a dataset; rows are called SOURCE[SPLIT]:ROW or, in rows of lists, SOURCE[SPLIT]:ROW[INDEX].
 
-    The source is a folder or file, or a name on the hub; split and config are "" where there is only one. Boxes are in
-    `unit`: "pixels", "1000" or "1"; "": pixels, and an error where that is in doubt. `images` is the folder of images
-    that a column names by path; None: the dataset's own.
+    The source is a path, or a name on the hub; split, config, boxes' unit and images are as in `read.Source`.
     """
     name = f"{source}[{split}]" if split else str(source)
     dataset = _select_columns(_load(source, split, config), name)

@@ -73,7 +73,10 @@ def _read_file(file: Path, image: Path, collector: Collector) -> None:
             if line.numbers < count:
                 raise InputError(f"{where}: {_complaint(line, count)}")
             behind = line.separator.split(line.text, count + has_script)[count + has_script :]
-            text = _unquote("".join(behind).strip())
+            text = "".join(behind).strip()
+            inner = text[1:-1]
+            if len(text) >= 2 and text[0] == text[-1] == '"' and '"' not in inner.replace('""', ""):
+                text = inner.replace('""', '"')
             numbers = [float(field.strip(' "')) for field in line.fields[:count]]
             # Two opposite corners stay as they are, so that a reversed box is noticed.
             box: Any = bounds(numbers) if corners else tuple(numbers)
@@ -107,10 +110,3 @@ def _complaint(line: _Line, count: int) -> str:
     else:
         what = f"{line.numbers} coordinates{f', then {rest[0][:20]!r},' if rest else ' and nothing else'} in {shown!r}"
     return f"{what}: expected {'x1,y1,x2,y2,x3,y3,x4,y4,text' if count == 8 else 'x0,y0,x1,y1,text'}"
-
-
-def _unquote(text: str) -> str:
-    inner = text[1:-1]
-    if len(text) >= 2 and text[0] == text[-1] == '"' and '"' not in inner.replace('""', ""):
-        return inner.replace('""', '"')
-    return text

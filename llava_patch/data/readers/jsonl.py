@@ -26,11 +26,7 @@ def read_jsonl(path: str | Path, boxes_per_sample: int = 1, broken: str = "stop"
     "box" is one [x0, y0, x1, y1] in pixels or a list of them. Lines of one image belong to one document unless they
     say otherwise: its regions are never split between training and held-out samples. Boxes of all of an image's lines
     are its text boxes, beside those of "all_boxes". Other keys are ignored, unless they look like a misspelt one.
-
-    Ids are relative to `root` (None: the file's folder); `boxes_per_sample` and `broken` are as for `read_samples`.
-
-    Raises:
-        InputError: names file and line: a missing file, broken JSON, a missing field or image, or a bad box.
+    Ids are relative to `root` (None: the file's folder); all else is as for `read_samples`.
     """
     path = Path(path)
     if not path.is_file():

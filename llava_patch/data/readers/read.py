@@ -182,7 +182,6 @@ def _images(path: Path, files: list[Path], images: Path | None) -> Images:
 
 
 def _kinds(path: Path, files: list[Path]) -> dict[str, list[Path]]:
-    """The files of each format that are there, told by their content."""
     if path.is_dir() and any((path / name).is_file() for name in hf.SAVED):
         return {"hf": [path]}
     kinds: dict[str, list[Path]] = {}

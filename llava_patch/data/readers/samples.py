@@ -39,14 +39,6 @@ class Page:
     boxes: dict[Box, None] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, eq=False)
-class _Region:
-    page: Page
-    text: str
-    boxes: tuple[Box, ...]
-    where: str
-
-
 class Collector:
     """Takes pages and regions from a reader, in order; `broken`: "stop" at what cannot be used, or "skip" it."""
 
@@ -54,7 +46,7 @@ class Collector:
         if broken not in BROKEN:
             raise SettingError(f"broken = {broken!r}: expected one of {', '.join(BROKEN)}")
         self._skip = broken == "skip"
-        self._regions: list[_Region] = []
+        self._regions: list[tuple[Page, str, tuple[Box, ...], str]] = []  # page, text, boxes and place
         self.skipped: list[str] = []
         self.unread = 0
 
@@ -73,40 +65,35 @@ class Collector:
         return Page(image, image_size(image, where), document)
 
     def region(self, page: Page, text: str | None, boxes: Sequence[Box], where: str) -> None:
-        """Add a text region, its boxes in pixels of the image and checked here.
-
-        A text that is None or blank is not known: the region is a box of the page, but no sample.
-        """
+        """Add a text region, its boxes in pixels; without a text (None or blank) it is a box of the page alone."""
         checked = tuple(check_box(box, page.size, where) for box in boxes)
         page.boxes.update(dict.fromkeys(checked))
         if text is None or not text.strip():
             self.unread += 1
         else:
-            self._regions.append(_Region(page, text, checked, where))
+            self._regions.append((page, text, checked, where))
 
     def finish(self, source: str, format: str, boxes_per_sample: int = 1, root: Path | None = None) -> Samples:
         """All samples, relative to `root` in ids and documents that are paths; an InputError where none is usable.
 
-        They do not depend on how the path of the source is written then. `boxes_per_sample` regions that follow each
-        other on a page make one sample; a page's last may have fewer.
+        `boxes_per_sample` regions that follow each other on a page make one sample; a page's last may have fewer.
         """
         samples = []
         around: dict[int, tuple[Box, ...]] = {}  # one tuple a page, not one a sample
-        for number, run in itertools.groupby(self._regions, key=lambda region: id(region.page)):
+        for number, run in itertools.groupby(self._regions, key=lambda region: id(region[0])):
             of_page = list(run)
-            page = of_page[0].page
-            around.setdefault(number, tuple(page.boxes))
             for start in range(0, len(of_page), boxes_per_sample):
-                regions = of_page[start : start + boxes_per_sample]
+                pages, texts, boxes, places = zip(*of_page[start : start + boxes_per_sample], strict=True)
+                page, where = pages[0], places[0]
                 samples.append(
                     Sample(
                         image=page.image,
-                        text="\n".join(region.text for region in regions),
-                        boxes=tuple(box for region in regions for box in region.boxes),
-                        all_boxes=around[number],
-                        id=_relative_place(regions[0].where, root),
+                        text="\n".join(texts),
+                        boxes=tuple(itertools.chain(*boxes)),
+                        all_boxes=around.setdefault(number, tuple(page.boxes)),
+                        id=_relative_place(where, root),
                         document=_document(page, root),
-                        where=regions[0].where,
+                        where=where,
                     )
                 )
         if not samples:

@@ -147,11 +147,10 @@ def _carries_patch(model_args: Any) -> bool:
         values = list(model_args.values())
     else:
         values = [pair.partition("=")[2] for pair in str(model_args or "").split(",")]
-    for checkpoint in values:
-        named = isinstance(checkpoint, str) and checkpoint
-        if named and _find(checkpoint, SETTINGS_FILE) is not None:
+    for checkpoint in (value for value in values if isinstance(value, str) and value):
+        if _find(checkpoint, SETTINGS_FILE) is not None:
             return True
-        config = _find(checkpoint, "config.json") if named else None
+        config = _find(checkpoint, "config.json")
         with contextlib.suppress(OSError, ValueError, TypeError):
             if config is not None and CONFIG_KEY in json.loads(config.read_text(encoding="utf-8")):
                 return True

@@ -1,12 +1,10 @@
 """The lmms-eval command that this process runs: whether llava_patch takes part in it, and whether it did its work.
 
-lmms-eval's command line prints any exception that ends an evaluation and exits with 0, and what swallows one inside it
-looks like a success. So an absence of exceptions proves nothing here; what counts is what was to come out: for every
-evaluation of the command a table with every task in it, and its results file. That is looked for when `cli_evaluate`
-returns and, where that could not be wrapped, when the process ends. What llava_patch takes part in is read from the
-arguments. Commands that it takes no part in end as lmms-eval ends them, also when something in here fails.
-
-Nothing heavy is imported here: this module is loaded before lmms-eval's own.
+lmms-eval's command line prints any exception that ends an evaluation and exits with 0. So an absence of exceptions
+proves nothing here; what counts is what was to come out: for every evaluation of the command a table with every task in
+it, and its results file. That is looked for when `cli_evaluate` returns and, where that could not be wrapped, when the
+process ends. Commands that llava_patch takes no part in, by their arguments, end as lmms-eval ends them, also when
+something in here fails. Nothing heavy is imported here: this module is loaded before lmms-eval's own.
 """
 
 import atexit
@@ -155,9 +153,7 @@ def watch() -> None:
 def called(arguments: Any = None) -> Iterator[None]:
     """Around lmms-eval's `cli_evaluate`, called by its command or by a program, which may give it parsed arguments.
 
-    Raises:
-        SystemExit: the command failed.
-        EvaluationFailure: the evaluation of another program failed.
+    SystemExit: the command failed; EvaluationFailure: the evaluation of another program did.
     """
     global _current
     outer = run = _current

@@ -53,11 +53,7 @@ def _wrap(module_name: str, **wrappers: Callable[..., Any]) -> None:
 
 def _wrapping(call: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Make a decorator of what is to be called, with the decorated function first, instead of it."""
-
-    def decorate(original: Callable[..., Any]) -> Callable[..., Any]:
-        return functools.wraps(original)(lambda *args, **kwargs: call(original, *args, **kwargs))
-
-    return decorate
+    return lambda original: functools.wraps(original)(functools.partial(call, original))
 
 
 @_wrapping
@@ -181,11 +177,9 @@ def _guarded(model: nn.Module | None) -> Iterator[None]:
 
 
 def mark_cache(response_cache: Any, patch_name: str) -> None:
-    """Put a patch's fingerprint into what the cache (None without `--use_cache`) keys on.
+    """Put a patch's fingerprint into what the cache (None without `--use_cache`) keys on, beside the model's arguments.
 
-    lmms-eval keys on the model's name and arguments, which are the same with and without a patch. Entries written
-    under another fingerprint, or none, are not found any more; they stay where they are. HostError: this version's
-    cache has no place for it.
+    Entries of another fingerprint, or none, are not found any more, but stay. HostError: the cache has no place for it.
     """
     if response_cache is None:
         return

@@ -100,10 +100,8 @@ def process_results(doc: Any, results: Sequence[str]) -> dict[str, Any]:
 
 
 def mse(items: Sequence[dict[str, Any] | None]) -> float | None:
-    """Held-out per-token MSE: mean inside a token, then over all tokens of all documents that could be used.
-
-    None, here and below, where there is no number: lmms-eval prints N/A, and its JSON has null (a NaN is no JSON).
-    """
+    """Held-out MSE, the mean over all tokens of all documents that could be used."""
+    # None, here and below, where there is no number: lmms-eval prints N/A, and its JSON has null (a NaN is no JSON).
     used = [item for item in items if item is not None]
     return sum(item["mse"] * item["tokens"] for item in used) / sum(item["tokens"] for item in used) if used else None
 

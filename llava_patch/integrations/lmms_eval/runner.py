@@ -20,7 +20,7 @@ from llava_patch.data.inputs import Inputs
 from llava_patch.data.loaded import base_of, load_base
 from llava_patch.data.pages import Pages
 from llava_patch.hosts import configs
-from llava_patch.hosts.anatomy import Anatomy, find
+from llava_patch.hosts.anatomy import find
 from llava_patch.integrations.lmms_eval.fail_fast import model_of
 from llava_patch.measurements.base import Measurement
 from llava_patch.patching.handle import get_handle
@@ -40,11 +40,7 @@ def names(name: str) -> dict[str, Any]:
 
 
 def answer(measurement: Measurement, lm: Any, requests: Sequence[Any]) -> list[str]:
-    """Measure one document a request: a JSON string with the task's facts and the document's numbers.
-
-    Raises:
-        CheckpointError: the measurement compares, and no base is named, or it is not there; says how to name one.
-    """
+    """Measure one document a request: a JSON string with the task's facts and the document's numbers."""
     if not requests:
         return []
     live = reach(lm)
@@ -73,42 +69,32 @@ def process(measurement: Measurement, doc: Any, results: Sequence[str]) -> dict[
 
 
 def _aggregate(measurement: Measurement, metric: str, entries: Sequence[Any]) -> Any:
+    """A metric over all documents; with the first one, what they came to is written beside lmms-eval's own results."""
     if metric == next(iter(measurement.metrics)):
-        write(measurement, entries)
+        from lmms_eval.utils import eval_logger
+
+        result, first = measurement.pooled(entries), entries[0]
+        if first["folder"] is not None:
+            paths = result.save(first["folder"])
+            eval_logger.info(f"{first['task']}: wrote {' and '.join(map(str, paths))}")
+        eval_logger.info(f"{first['task']}: {result.summary()}")
     return measurement.metrics[metric](entries)
-
-
-def write(measurement: Measurement, items: Sequence[dict[str, Any]]) -> None:
-    """Write what all documents came to beside lmms-eval's own results, and say it in its log."""
-    from lmms_eval.utils import eval_logger
-
-    result, first = measurement.pooled(items), items[0]
-    if first["folder"] is not None:
-        paths = result.save(first["folder"])
-        eval_logger.info(f"{first['task']}: wrote {' and '.join(map(str, paths))}")
-    eval_logger.info(f"{first['task']}: {result.summary()}")
 
 
 def _beside(task: Any, live: Inputs, bases: dict[str, Inputs]) -> tuple[list[Inputs], dict[str, str]]:
     """The live model and its base, which is loaded once for all tasks; and where they are from."""
     checkpoint = str(getattr(live.anatomy.model.config, "_name_or_path", "") or "the model")
     given = task.settings.base
-    if not given and _was_stock(live.anatomy, checkpoint):
-        given = checkpoint  # an adapter of ours, or gin's patch: what is on disk there is the base
+    if not given and get_handle(live.anatomy.model) is not None and Path(checkpoint).is_dir():
+        files = configs.look(checkpoint)
+        if files.host and files.record is None:
+            given = checkpoint  # an adapter of ours, or gin's patch: what is on disk there is the base
     name = base_of(checkpoint, given, f"{type(task.settings).__name__}.base")
     if name not in bases:
         weight = live.anatomy.embed_tokens.weight
         base = load_base(name, str(weight.device), str(weight.dtype).removeprefix("torch."))
         bases[name] = dataclasses.replace(base.inputs(), conversation=live.conversation)
     return [live, bases[name]], {"checkpoint": checkpoint, "base": name}
-
-
-def _was_stock(anatomy: Anatomy, folder: str) -> bool:
-    """Whether a patched model's weights were read from a folder that knows nothing of the patch."""
-    if get_handle(anatomy.model) is None or not Path(folder).is_dir():
-        return False
-    found = configs.look(folder)
-    return bool(found.host) and found.record is None
 
 
 def reach(lm: Any) -> Inputs:

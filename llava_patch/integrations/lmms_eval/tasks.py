@@ -1,9 +1,8 @@
 """Our lmms-eval tasks: embedded documents, one request each, answered by looking inside the live model.
 
 lmms-eval runs a task's requests through a method of the model object that bears the task's output type, once per rank
-with all requests. Importing this module adds our output types and their methods; the model, its tokenizer and its
-image processor are alive there, but no longer when results are processed, so each answer is a JSON string that holds
-all that scoring needs.
+with all requests. Importing this module adds ours. The model is alive there, but no longer when results are processed,
+so each answer is a JSON string that holds all that scoring needs.
 """
 
 import functools
@@ -24,7 +23,7 @@ from llava_patch.measurements.rprobe.settings import RProbe
 
 
 class MeasurementTask(ConfigurableTask):
-    """A task whose documents are made here and whose answers are measurements; EXTRAS: see `core.extras`."""
+    """A measurement on rendered pages, `metadata.documents` of the YAML in number; EXTRAS: see `core.extras`."""
 
     SETTINGS: ClassVar[type]
     EXTRAS: ClassVar[tuple[str, ...]] = ("figures",)
@@ -38,8 +37,9 @@ class MeasurementTask(ConfigurableTask):
         super().__init__(config=config)
 
     def documents(self) -> dict[str, list[Any]]:
-        """The documents as columns; `id` and `question` must be among them."""
-        raise NotImplementedError
+        """The documents as columns, `id` and `question` among them; pages are drawn when the tower's size is known."""
+        pages = range(int((self.config.metadata or {}).get("documents", 32)))
+        return {"id": [f"page-{i}" for i in pages], "page": list(pages), "question": [QUESTION] * len(pages)}
 
     def download(self, dataset_kwargs: Any = None) -> None:
         """Make the documents; nothing is downloaded."""
@@ -64,15 +64,6 @@ class MeasurementTask(ConfigurableTask):
         return self.config.process_results(doc, results)
 
 
-class PagesTask(MeasurementTask):
-    """A measurement on rendered pages; YAML: `metadata.documents` is their number."""
-
-    def documents(self) -> dict[str, list[Any]]:
-        """Pages by number; they are drawn when the size of the model's tower is known."""
-        pages = range(int((self.config.metadata or {}).get("documents", 32)))
-        return {"id": [f"page-{i}" for i in pages], "page": list(pages), "question": [QUESTION] * len(pages)}
-
-
 class RProbeTask(MeasurementTask):
     """R-Probe: the documents are the held-out samples; the probe is trained on the others."""
 
@@ -95,9 +86,9 @@ class RProbeTask(MeasurementTask):
         return given or os.environ.get("LLAVA_PATCH_RPROBE_DATA") or None
 
 
-def task_class(name: str) -> type[PagesTask]:
+def task_class(name: str) -> type[MeasurementTask]:
     """The task of a measurement of the registry, for its YAML."""
-    return type("Task", (PagesTask,), {"SETTINGS": registry.measurement(name).settings})
+    return type("Task", (MeasurementTask,), {"SETTINGS": registry.measurement(name).settings})
 
 
 # Our output types, and the methods of lmms-eval's models that answer their requests.

@@ -101,6 +101,7 @@ class GradientsMeasurement(Measurement):
     settings = Gradients
     result = "llava_patch.measurements.gradients.result:GradientsResult"
     resumes = True
+    gpu_dtype = "bfloat16"  # float16 gradients vanish without a loss scaler
     report_count = ""
     readers = ("LLaVA's training script",)
     hidden = ("every", "start", "steps", "transition_windows")
@@ -170,7 +171,7 @@ class GradientsMeasurement(Measurement):
         from llava_patch.measurements.gradients.measure import make_batches, measure_gradients
 
         if not target.dtype and pick_device(target.device) != "cpu":
-            target.dtype = "bfloat16"  # float16 gradients vanish without a loss scaler
+            target.dtype = self.gpu_dtype
         model = target.subject.model
         measured_block(model, settings.block, settings.full)  # before data are read
         examples = target.examples(steps * batch_size, answers=True)

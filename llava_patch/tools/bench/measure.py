@@ -22,8 +22,7 @@ from llava_patch.measurements.flops.shape import DecoderShape
 from llava_patch.patching.handle import restore_flags
 from llava_patch.routing.cache import RoutedCache, cache_bytes
 from llava_patch.routing.schedule import make_schedule
-from llava_patch.settings.methods import Routing
-from llava_patch.tools.bench.methods import Method, make_inputs, partner_difference, patched
+from llava_patch.tools.bench.methods import Method, make_inputs, partner_difference
 
 
 class Clock:
@@ -48,11 +47,6 @@ class Clock:
             self.ms = self.start.elapsed_time(self.end)
         else:
             self.ms = 1000 * (time.perf_counter() - self.began)
-
-
-def median(values: Sequence[float]) -> float | None:
-    """Median; None of nothing."""
-    return statistics.median(values) if values else None
 
 
 @dataclass
@@ -231,41 +225,9 @@ def product_ms(shape: decoder.Product, together: int, device: str, dtype: torch.
 
 
 def ratio(row: Any, base: Any, what: str) -> tuple[float, float, float] | None:
-    """A row's time over the base's: (ratio of the medians, lowest and highest ratio within one round).
-
-    None where either was not measured.
-    """
+    """A row's time over the base's: (ratio of medians, lowest and highest ratio in a round); None: not measured."""
     times, base_times = getattr(row, what), getattr(base, what)
     pairs = [a / b for a, b in zip(times, base_times, strict=False)]
     if not pairs:
         return None
     return statistics.median(times) / statistics.median(base_times), min(pairs), max(pairs)
-
-
-@torch.no_grad()
-def measure_prefill(model: Any, inputs: dict[str, Any], routing: Routing, repeats: int = 7) -> dict[str, Any]:
-    """Prefill time of a routed model over the stock model: both in one process, interleaved, medians.
-
-    Args:
-        model: a stock Hugging Face model in eval mode; it is patched and restored for every pair of measurements.
-        inputs: keyword arguments of model.forward, with images.
-        routing: what to compare with the stock model.
-        repeats: pairs of measurements, after one warm-up pair.
-
-    Returns:
-        "stock_ms" and "routed_ms", medians in milliseconds; "ratio" of the two (below 1 is faster); its "spread", the
-        lowest and highest ratio of neighbouring pairs; "tokens" of the prompt, image positions included. A forward with
-        a KV cache is timed as generation makes it (logits of the last position only), the vision tower included.
-    """
-    stock, routed, tokens = Row("stock"), Row("routed"), 0
-    for number in range(repeats + 1):
-        for row, settings in ((stock, None), (routed, routing)):
-            with patched(model, {"routing": settings} if settings else None), Clock(model.device) as clock:
-                out = model(**inputs, use_cache=True, logits_to_keep=1)
-            if number:
-                row.prefill_ms.append(clock.ms)
-            tokens = int(out.past_key_values.get_seq_length()) if settings is None else tokens
-    times = {f"{row.method}_ms": statistics.median(row.prefill_ms) for row in (stock, routed)}
-    compared = ratio(routed, stock, "prefill_ms")
-    assert compared is not None
-    return {**times, "ratio": compared[0], "spread": compared[1:], "tokens": tokens}

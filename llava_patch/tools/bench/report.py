@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from llava_patch.core import files
 from llava_patch.core.plotting import TEXT, TITLE, panels, write_figure
 from llava_patch.core.terminal import markdown
 from llava_patch.tools.bench.fusion import Row as FusionRow
-from llava_patch.tools.bench.measure import Row, median, ratio
+from llava_patch.tools.bench.measure import Row, ratio
 
 Table = tuple[list[str], list[list[str]]]
 """Head and lines."""
@@ -26,10 +27,10 @@ def method_tables(rows: Sequence[Row]) -> list[Table]:
     base = rows[0]
     speed = [
         ("method", lambda row: row.method),
-        ("prefill ms", lambda row: f"{median(row.prefill_ms) or 0:,.0f}"),
+        ("prefill ms", lambda row: f"{median(row.prefill_ms):,.0f}"),
         ("/ stock", lambda row: _ratio(row, base, "prefill_ms")),
         ("of bound", lambda row: f"{_share_of_bound(row, base):.2f}"),
-        ("decode ms/token", lambda row: f"{median(row.decode_ms) or 0:,.1f}"),
+        ("decode ms/token", lambda row: f"{median(row.decode_ms):,.1f}"),
         ("/ stock", lambda row: _ratio(row, base, "decode_ms")),
         ("cache MB", lambda row: f"{row.cache_bytes / 1e6:,.1f}"),
         ("/ stock", lambda row: f"{row.cache_bytes / base.cache_bytes:.3f}"),
@@ -75,8 +76,7 @@ def _difference(delta: float | None) -> str:
 
 def _share_of_bound(row: Row, base: Row) -> float:
     """How much of the speed-up that the matrix products allow was reached: 1 is all of it."""
-    reached = (median(base.prefill_ms) or 0) / (median(row.prefill_ms) or 1)
-    return reached / (base.bound_ms / row.bound_ms)
+    return (median(base.prefill_ms) / median(row.prefill_ms)) / (base.bound_ms / row.bound_ms)
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -140,7 +140,7 @@ def to_llava(found: Checkpoint, out: Path, vision_tower: str | None) -> Checkpoi
     """An HF checkpoint as one of llava."""
     companions.check_convertible(found.config, HF)
     rows, removed = companions.llava_vocabulary(found)
-    cut = {k: functools.partial(_shortened, load, rows) for k, load in found.tensors.items() if k in _EMBEDDINGS}
+    cut = {k: lambda k=k: found.tensors[k]()[:rows] for k in _EMBEDDINGS if k in found.tensors}
     config = companions.llava_config(found.config, "", rows)
     write = functools.partial(companions.write_llava, found, config, removed)
     made = replace(found, host=LLAVA, config=config, tensors=found.tensors | cut, files=(write,))
@@ -154,8 +154,7 @@ def with_tower_folder(
     """A llava checkpoint whose vision tower is in a folder of its own, where llava's stock loader looks for it.
 
     With `vision_tower` it points at that one, which must have the same weights; else OUT/vision_tower is written.
-    The tower's configuration, and what has the image processor's settings, are those of the tower that it points at now
-    where they are not given.
+    Configuration and image processor that are not given are those of the tower that it points at now.
     """
     tower = {name: load for name, load in made.tensors.items() if name.startswith("tower.")}
     pointed = made.config["mm_vision_tower"]
@@ -171,13 +170,19 @@ def with_tower_folder(
     else:
         place = str(out.resolve() / TOWER_FOLDER)
         processor = images or pointed
-        companions.check_image_processor(processor)
+        if weights.locate(processor, "preprocessor_config.json") is None:
+            raise CheckpointError(
+                f"{processor}: no preprocessor_config.json there, which the vision tower's folder needs: name a tower "
+                "that has one with --vision-tower"
+            )
 
         def write_tower(partial: Path) -> None:
             folder = partial / TOWER_FOLDER
             folder.mkdir()
             weights.write_weights(folder, {name.removeprefix("tower."): load for name, load in tower.items()})
-            companions.write_tower_files(processor, folder, config_of_tower)
+            config = {**companions.plain(config_of_tower), "architectures": ["CLIPVisionModel"]}
+            weights.write_json(folder / "config.json", config)
+            companions.clip_images(processor).save_pretrained(folder)
 
         files = (*made.files, write_tower)
     left = made.tensors if made.reads_own_tower() else {k: v for k, v in made.tensors.items() if k not in tower}
@@ -189,7 +194,3 @@ def _lengthened(load: weights.Load, rows: int) -> Tensor:
     # The mean row: an added token is never likelier than every real one.
     mean = weight.float().mean(0, keepdim=True).to(weight.dtype)
     return torch.cat([weight, mean.expand(rows - weight.shape[0], -1)])
-
-
-def _shortened(load: weights.Load, rows: int) -> Tensor:
-    return load()[:rows]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import transformers
 
 from llava_patch.core.errors import CheckpointError
-from llava_patch.core.weights import locate, read_json, write_json
+from llava_patch.core.weights import read_json, write_json
 from llava_patch.hosts import compat
 from llava_patch.hosts.anatomy import LLAVA
 from llava_patch.hosts.hf import whole_config
@@ -178,7 +178,7 @@ def hf_tokenizer(source: "Checkpoint") -> tuple[Any, dict[str, int], list[str]]:
 
 def write_hf(source: "Checkpoint", config: dict[str, Any], tokenizer: Any, vision: Any, tower: str, out: Path) -> None:
     """Tokenizer, processor, chat template and generation settings of an HF checkpoint."""
-    images = _clip_images(tower)
+    images = clip_images(tower)
     if source.config.get("image_aspect_ratio") == "pad":  # HF has LLaVA's padding to a square in a class of its own
         from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 
@@ -255,22 +255,7 @@ def _content(token: Any) -> Any:
     return token["content"] if isinstance(token, dict) else token
 
 
-def check_image_processor(place: str) -> None:
-    """Refuse a folder or hub name without image processor settings, which a vision tower's folder needs."""
-    if locate(place, "preprocessor_config.json") is None:
-        raise CheckpointError(
-            f"{place}: no preprocessor_config.json there, which the vision tower's folder needs: name a tower that has "
-            "one with --vision-tower"
-        )
-
-
-def write_tower_files(place: str, folder: Path, vision: Any) -> None:
-    """config.json and preprocessor_config.json of a vision tower's folder."""
-    write_json(folder / "config.json", {**plain(vision), "architectures": ["CLIPVisionModel"]})
-    _clip_images(place).save_pretrained(folder)
-
-
-def _clip_images(place: str) -> Any:
+def clip_images(place: str) -> Any:
     """CLIP's image processor, without what other processors' files say beside its settings."""
     images = transformers.CLIPImageProcessor.from_pretrained(place)
     for name in ("do_pad", "_processor_class"):

@@ -70,13 +70,6 @@ class Checkpoint:
         """This file of the first of its folders that has it."""
         return next((path for source in self.sources if (path := locate(source, name)) is not None), None)
 
-    def copy_side_files(self, out: Path) -> None:
-        """Copy the files beside the weights as they are."""
-        for name in patched._SIDE_FILES:
-            path = self.path(name)
-            if path is not None:
-                shutil.copyfile(path, out / name)
-
 
 def read(folder: str | os.PathLike[str], vision_tower: str | None = None) -> Checkpoint:
     """Read a full checkpoint, stock or patched, or an adapter together with its base, which must be the right one."""
@@ -111,7 +104,13 @@ def read(folder: str | os.PathLike[str], vision_tower: str | None = None) -> Che
     else:
         tensors = _neutral(open_weights(source), host, source)
     found = Checkpoint(host, config, record, tensors, sources, samples)
-    found = replace(found, files=(found.copy_side_files,))
+
+    def copy_side_files(out: Path) -> None:
+        for name in patched._SIDE_FILES:
+            if path := found.path(name):
+                shutil.copyfile(path, out / name)
+
+    found = replace(found, files=(copy_side_files,))
     if host == LLAVA and not found.reads_own_tower():
         found = replace(found, tensors={k: v for k, v in tensors.items() if not k.startswith("tower.")})
     check_complete(found, source, tower)
@@ -177,7 +176,6 @@ def _check_projectors(found: Checkpoint, shapes: dict[str, torch.Size], hidden: 
 
 
 def _shapes_by(kind: Any, config: Any, prefix: str = "") -> dict[str, torch.Size]:
-    """Names and shapes of what a model of this configuration stores."""
     with torch.device("meta"):
         tensors = kind.from_config(config).state_dict()
     return {prefix + name: tensor.shape for name, tensor in tensors.items() if not is_computed(name)}

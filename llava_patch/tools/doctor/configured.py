@@ -6,18 +6,15 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from llava_patch.core import registry
 from llava_patch.core.errors import LlavaPatchError
 from llava_patch.core.paths import VARIABLE as CACHE_VARIABLE
 from llava_patch.integrations import import_hook as autostart
 from llava_patch.settings import active
+from llava_patch.settings.gin_config import Configuration
 from llava_patch.settings.methods import AUTO, AuxiliaryProbe
 from llava_patch.tools.doctor import NOTE, OK, PROBLEM, Row
-
-if TYPE_CHECKING:
-    from llava_patch.settings.gin_config import Configuration
 
 DISABLE = "LLAVA_PATCH_DISABLE"
 KNOWN_VARIABLES = (
@@ -39,7 +36,7 @@ def readers() -> dict[str, str]:
     return found
 
 
-def read(gin_file: Sequence[str], gin_param: Sequence[str]) -> "tuple[Configuration | None, LlavaPatchError | None]":
+def read(gin_file: Sequence[str], gin_param: Sequence[str]) -> tuple[Configuration | None, LlavaPatchError | None]:
     """What is configured by environment and options, or why it cannot be read."""
     try:
         # It says on stderr what has no effect outside training; the rows say that too.
@@ -49,7 +46,7 @@ def read(gin_file: Sequence[str], gin_param: Sequence[str]) -> "tuple[Configurat
         return None, error
 
 
-def check_configured(asked: "Configuration | None", error: LlavaPatchError | None) -> list[Row]:
+def check_configured(asked: Configuration | None, error: LlavaPatchError | None) -> list[Row]:
     """What is configured, and to what it is applied."""
     if error is not None:
         return [Row("configured", "error", PROBLEM, str(error))]
@@ -71,7 +68,7 @@ def check_configured(asked: "Configuration | None", error: LlavaPatchError | Non
     return rows
 
 
-def check_ignored(asked: "Configuration | None", hook: Row, environment: Mapping[str, str] = os.environ) -> list[Row]:
+def check_ignored(asked: Configuration | None, hook: Row, environment: Mapping[str, str] = os.environ) -> list[Row]:
     """What is set and would have no effect."""
     rows = []
     for name in sorted(n for n in environment if n.startswith("LLAVA_PATCH_") and n not in KNOWN_VARIABLES):

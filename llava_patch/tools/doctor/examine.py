@@ -4,22 +4,20 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llava_patch.core.errors import LlavaPatchError
 from llava_patch.core.memory import machine_memory
 from llava_patch.core.version import __version__
 from llava_patch.fusion.base import Fusion, differs
+from llava_patch.settings.gin_config import Configuration
 from llava_patch.settings.methods import AUTO
-from llava_patch.tools.doctor import NOTE, PROBLEM, Row, configured, machine, measured, software
-
-if TYPE_CHECKING:
-    from llava_patch.settings.gin_config import Configuration
+from llava_patch.tools.doctor import NOTE, PROBLEM, Row, configured, machine, software
 
 
 def examine(checkpoint: str = "", gin_file: Sequence[str] = (), gin_param: Sequence[str] = ()) -> list[Row]:
     """Look at everything."""
-    rows = [*software.check_packages(), *measured.check_measured()]
+    rows = [*software.check_packages(), *software.check_measured()]
     broken = software.check_torch()
     if broken is not None:
         return [*rows, broken]
@@ -27,7 +25,7 @@ def examine(checkpoint: str = "", gin_file: Sequence[str] = (), gin_param: Seque
     hook = software.check_hook()
     asked, error = configured.read(gin_file, gin_param)
     rows += [_supported(asked is not None or error is not None), software.check_torchvision()]
-    rows += [*hosts, *measured.check_imports(), *software.check_attention(), hook]
+    rows += [*hosts, *software.check_imports(), *software.check_attention(), hook]
     rows += configured.check_configured(asked, error)
     rows += configured.check_ignored(asked, hook)
     rows += configured.check_deepspeed()
@@ -47,14 +45,14 @@ def _supported(asked: bool) -> Row:
         reason = str(error)
     if reason is None:
         return Row("supported versions", "yes")
-    stack, _ = measured.lock_of(measured.installed("transformers"))
+    stack, _ = software.lock_of(software.installed("transformers"))
     if stack == "main" or asked:
         return Row("supported versions", "no", PROBLEM, reason)
     found = f"no, these are {stack}.txt of scripts/locks: training and evaluation work, as without llava_patch"
     return Row("supported versions", found, NOTE, "to patch, use another environment: scripts/locks/main.txt is one")
 
 
-def check_checkpoint(checkpoint: str, asked: "Configuration | None", hosts: dict[str, Row]) -> list[Row]:
+def check_checkpoint(checkpoint: str, asked: Configuration | None, hosts: dict[str, Row]) -> list[Row]:
     """Host, form, what a load would patch, and whether it fits."""
     from llava_patch.tools.inspect import inspect_checkpoint
     from llava_patch.tools.inspect.result import FORMS

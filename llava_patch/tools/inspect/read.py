@@ -54,6 +54,10 @@ def inspect_checkpoint(folder: str | os.PathLike[str], base: str = "") -> Inspec
     if form not in ("adapter", "lora", "projector"):
         ours = {"side branch", "second projector", "projector" * bool(settings["fusion"]), "tower" * trained_tower}
         added = [tensor for tensor in added if tensor.role in ours]
+    stage1 = []
+    for path in sorted([*Path(source).glob(f"{PROJECTOR}.bin"), *Path(source).glob(f"checkpoint-*/{PROJECTOR}.bin")]):
+        shapes = ["x".join(map(str, t.shape)) for t in read_file(path, whole=True) if t.name.endswith("weight")]
+        stage1.append(f"{path.relative_to(source)}: {', '.join(shapes)}")
     versions = {"transformers": files.config.get("transformers_version"), "settings of format": record.get("format")}
     return Inspection(
         checkpoint=given,
@@ -67,14 +71,13 @@ def inspect_checkpoint(folder: str | os.PathLike[str], base: str = "") -> Inspec
         base=below,
         match=_match(below, host, record.get("fingerprint"), tensors, form) if below else None,
         share=_share(files, form, settings, added, below),
-        stage1=_stage1_files(Path(source)),
+        stage1=stage1,
         versions={name: str(value) for name, value in versions.items() if value is not None},
         files=[name for name in _RUN_FILES if (Path(source) / name).exists()],
     )
 
 
 def _form(folder: Path, record: dict[str, Any]) -> tuple[str, list[Path]]:
-    """The form, and the files that hold the folder's own weights."""
     if record.get("form") == "adapter":
         path = folder / patched.WEIGHTS_FILE
         if not path.is_file():
@@ -131,8 +134,7 @@ def _share(
 def _count(config: dict[str, Any], host: str, methods: dict[str, Any], stage1: bool) -> Share:
     """Patch the model without its weights and ask what trains.
 
-    What the settings say nothing about counts as a training script would have it in LLaVA's stage 2: the decoder and
-    the projector train, the vision tower does not. With `stage1` (--tune_mm_mlp_adapter True) the decoder does not.
+    Where the settings say nothing it is as in LLaVA's stage 2: the vision tower is frozen, in `stage1` the decoder too.
     """
     model = configs.skeleton(config, host)
     handle = patch(model, **methods, loading=True)
@@ -166,18 +168,9 @@ def _parameters_of(base: str) -> int | None:
     return sum(tensor.parameters for path in found for tensor in read_file(path, whole=True)) if found else None
 
 
-def _stage1_files(folder: Path) -> list[str]:
-    found = []
-    for path in sorted([*folder.glob(f"{PROJECTOR}.bin"), *folder.glob(f"checkpoint-*/{PROJECTOR}.bin")]):
-        shapes = ["x".join(map(str, t.shape)) for t in read_file(path, whole=True) if t.name.endswith("weight")]
-        found.append(f"{path.relative_to(folder)}: {', '.join(shapes)}")
-    return found
-
-
 def _match(
     base: str, host: str, fingerprint: dict[str, list[float]] | None, own: list[StoredTensor], form: str
 ) -> Match:
-    """Compare a base with an adapter's record, or with the checkpoint's own tensors."""
     if not os.path.isdir(base):
         lost = "not there any more" if os.path.isabs(base) else "a name of the hub, which is not looked up"
         return Match(None, 0, 0, f"{base} is {lost}; name a folder with --base to compare")

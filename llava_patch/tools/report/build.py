@@ -25,7 +25,7 @@ from llava_patch.core.weights import folder_of
 from llava_patch.measurements.base import NothingToMeasure, decode, encode
 from llava_patch.settings import active
 from llava_patch.tools.inspect.result import facts_of
-from llava_patch.tools.report.section import DONE, FAILED, SKIPPED, Context, Record, Section
+from llava_patch.tools.report.sections import DONE, FAILED, SKIPPED, Context, Record, Section
 
 KEPT, PAGE, TEMPLATE = "report.json", "report.html", "report.html.j2"
 FORMAT = 1
@@ -168,7 +168,6 @@ def _key(section: Section, context: Context) -> str:
 
 
 def _configured() -> list[str]:
-    """The methods that gin puts on the checkpoint's model when it is loaded."""
     asked = active.configuration()
     return [] if asked is None else [f"{kind}: {value}" for kind, value in asked.lasting().items()]
 
@@ -189,26 +188,21 @@ def _stamp(path: Path) -> list[int]:
 
 def write_page(values: dict[str, Any], folder: Path) -> Path:
     """Render what `build` kept; returns the page's path."""
+    from PIL import Image
+
+    def picture(file: str) -> dict[str, Any]:
+        """What an img element needs."""
+        with Image.open(folder / file) as image:
+            width, height = image.size
+        data = "data:image/png;base64," + base64.b64encode((folder / file).read_bytes()).decode("ascii")
+        shown = {"width": round(SHOWN * width), "height": round(SHOWN * height)}
+        return {"data": data, **shown, "broad": width > BROAD * height}
+
     jinja2 = optional("jinja2")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     source = (resources.files("llava_patch.tools.report") / TEMPLATE).read_text(encoding="utf-8")
-    text = environment.from_string(source).render(
-        **values,
-        name=Path(values["checkpoint"]).name,
-        picture=lambda file: _picture(folder / file),
-        pretty=lambda value: json.dumps(value, indent=1, default=str),
-    )
+    name, pretty = Path(values["checkpoint"]).name, lambda value: json.dumps(value, indent=1, default=str)
+    text = environment.from_string(source).render(**values, name=name, picture=picture, pretty=pretty)
     return write_text(folder / PAGE, text)
-
-
-def _picture(path: Path) -> dict[str, Any]:
-    """What an img element needs: its data, its size in pixels, and whether it is broad (several panels in a row)."""
-    from PIL import Image
-
-    with Image.open(path) as image:
-        width, height = image.size
-    data = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
-    shown = {"width": round(SHOWN * width), "height": round(SHOWN * height)}
-    return {"data": data, **shown, "broad": width > BROAD * height}

@@ -92,26 +92,17 @@ def lower_is_better(name: str) -> bool:
     return bool(LOWER_IS_BETTER & set(re.split(r"[^a-z]+", name.lower())))
 
 
-def swept_numbers(results: Sequence[Result]) -> tuple[str, str] | None:
-    """The chart's horizontal and vertical binding: the only ones with several values, all of them numbers.
+def bubble_figure(results: Sequence[Result], path: Path, scores: Collection[str] = ()) -> Path | None:
+    """One panel for the final loss and for each metric, or for each score where there are any.
 
-    None when there is no baseline or it is another kind of sweep.
+    None for another sweep than one of two bindings, whose several values are all numbers, with a baseline.
     """
     grid = [result for result in results if not result.run.baseline]
-    if len(grid) == len(results):
-        return None
     values = {key: [result.run.point.get(key) for result in grid] for key in bindings(grid)}
-    swept = [key for key, found in values.items() if len(set(map(repr, found))) > 1]
-    numbers = len(swept) == 2 and all(map(is_number, values[swept[0]] + values[swept[1]]))
-    return (swept[0], swept[1]) if numbers else None
-
-
-def bubble_figure(results: Sequence[Result], path: Path, scores: Collection[str] = ()) -> Path | None:
-    """One panel for the final loss and for each metric, or for each score where there are any."""
-    keys = swept_numbers(results)
+    keys = [key for key, found in values.items() if len(set(map(repr, found))) > 1]
     baseline = spreads([result for result in results if result.run.baseline])
     names = [name for name in measured(results) if name in baseline and math.isfinite(baseline[name].mean)]
-    if keys is None or not names:
+    if not names or len(keys) != 2 or not all(is_number(value) for key in keys for value in values[key]):
         return None
     if set(scores) & set(names):
         names = [name for name in names if name == LOSS or name in scores]

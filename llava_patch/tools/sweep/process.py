@@ -17,11 +17,9 @@ GRACE_SECONDS = 20
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[int]:
-    """Hold a folder for one run.
+    """Hold a folder for one run; yields the descriptor of a locked file, for the command to inherit.
 
-    The lock is on an open file that the command inherits, so it lasts as long as the command does, even when the
-    sweep itself was killed: a resumed sweep then does not start a second training beside the first. Yields its file
-    descriptor, to pass on.
+    So the lock lasts as long as the command, though the sweep was killed, and none is started beside it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)

@@ -11,6 +11,7 @@ from typing import Any
 
 from llava_patch.core.errors import RunError, SettingError
 from llava_patch.core.files import write_json
+from llava_patch.measurements.base import decode
 from llava_patch.settings.checks import is_number
 from llava_patch.tools.sweep.plan import Run
 
@@ -132,7 +133,7 @@ def finished(run: Run) -> FinalLoss | None:
         trainer_state(run.folder)
     except RunError:
         return None
-    return FinalLoss(**_numbers(found["loss"]))
+    return decode(FinalLoss, found["loss"])
 
 
 def finish_evaluation(run: Run, command: str | None, metrics: dict[str, float]) -> None:
@@ -150,12 +151,8 @@ def evaluated(run: Run, command: str | None) -> dict[str, float] | None:
         raise SettingError(
             f"{path}: made with --evaluate {found['command']!r}, not {command!r}; remove the file to evaluate again"
         )
-    return _numbers(found["metrics"]) if command is None or result_files(run.folder / EVALUATION) else None
-
-
-def _numbers(values: dict[str, Any]) -> dict[str, Any]:
-    """Numbers of JSON, which has no NaN."""
-    return {key: float("nan") if value is None else value for key, value in values.items()}
+    there = command is None or result_files(run.folder / EVALUATION)
+    return decode(dict[str, float], found["metrics"]) if there else None
 
 
 def _identity(run: Run) -> dict[str, Any]:

@@ -130,3 +130,11 @@ def test_a_run_is_drawn_again_and_runs_are_compared(tmp_path):
     assert "printed with --as json" in gradients("table", tmp_path / "low", "--format", "json", fails=SettingError)
     assert "named twice" in gradients("table", tmp_path / "low", tmp_path / "low", fails=InputError)
     gradients("table", tmp_path / "other", fails=LlavaPatchError)
+
+
+def test_the_help_says_which_precision_a_gpu_gets():
+    def said(command):
+        return CliRunner().invoke(app, [command, "run", "--help"], env={"COLUMNS": "300"}).output
+
+    assert ", bfloat16 on cuda" in said("gradients")
+    assert ", float16 on cuda" in said("saturation")

@@ -17,7 +17,7 @@ from llava_patch.cli.main import app
 from llava_patch.core.paths import locks_dir
 from llava_patch.hosts import compat
 from llava_patch.integrations import import_hook as autostart
-from llava_patch.tools.doctor import NOTE, OK, PROBLEM, Row, configured, machine, measured, software
+from llava_patch.tools.doctor import NOTE, OK, PROBLEM, Row, configured, machine, software
 from llava_patch.tools.doctor import examine as examine_module
 from llava_patch.tools.doctor.examine import examine, summary
 
@@ -33,7 +33,7 @@ def _row(rows, what):
 @pytest.fixture
 def no_imports(monkeypatch):
     """Leave out what takes seconds, and `test_all_is_well_here` tries for real."""
-    monkeypatch.setattr(measured, "check_imports", list)
+    monkeypatch.setattr(software, "check_imports", list)
 
 
 def _run(*arguments, **environment):
@@ -116,9 +116,8 @@ def test_a_llava_with_towers_of_its_own(monkeypatch):
 
 def test_llavas_own_environment_is_no_problem(monkeypatch):
     """There stock training works, and llava_patch must not say that transformers is to be replaced."""
-    pinned = measured.read_lock(locks_dir() / "llava_pinned.txt")
-    for module in (software, measured):
-        monkeypatch.setattr(module, "installed", lambda name: pinned.get(name, "1.0"))
+    pinned = software.read_lock(locks_dir() / "llava_pinned.txt")
+    monkeypatch.setattr(software, "installed", lambda name: pinned.get(name, "1.0"))
     monkeypatch.setattr(compat, "unsupported", lambda: "transformers 4.37.2 is outside the supported range")
     assert not [row for row in software.check_packages() if row.what == "transformers" and row.state != OK]
     row = examine_module._supported(asked=False)

@@ -8,7 +8,7 @@ import pytest
 from llava_patch.core.errors import CheckpointError, SettingError
 from llava_patch.measurements.base import NothingToMeasure, decode, encode
 from llava_patch.tools.report import build
-from llava_patch.tools.report.section import DONE, FAILED, SKIPPED, Context, Figure, Found, Record, Section, Table
+from llava_patch.tools.report.sections import DONE, FAILED, SKIPPED, Context, Figure, Found, Record, Section, Table
 
 
 def _works(context, folder):

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 
 from llava_patch.core.paths import locks_dir
-from llava_patch.tools.doctor import NOTE, OK, PROBLEM, imports, measured
+from llava_patch.tools.doctor import NOTE, OK, PROBLEM, imports, software
 
-MAIN = measured.read_lock(locks_dir() / "main.txt")
+MAIN = software.read_lock(locks_dir() / "main.txt")
 
 
 def _environment(monkeypatch, **versions):
     """An environment as the main lock has it, but for some versions."""
     there = {**MAIN, **versions}
-    monkeypatch.setattr(measured, "installed", lambda name: there.get(name))
+    monkeypatch.setattr(software, "installed", lambda name: there.get(name))
 
 
 def test_a_lock_is_read_for_this_python(tmp_path):
@@ -27,25 +27,25 @@ def test_a_lock_is_read_for_this_python(tmp_path):
     lock.write_text(
         "# a comment\nnumpy==1.0 ; python_version < '3'\nnumpy==2.4.6 ; python_version >= '3'\nSome_Name==1\n"
     )
-    assert measured.read_lock(lock) == {"numpy": "2.4.6", "some-name": "1"}
+    assert software.read_lock(lock) == {"numpy": "2.4.6", "some-name": "1"}
 
 
 @pytest.mark.parametrize(
     "transformers, stack", [("4.57.9", "main"), ("4.37.2", "llava_pinned"), ("5.24.0", "main"), (None, "main")]
 )
 def test_the_nearest_stack(transformers, stack):
-    assert measured.lock_of(transformers)[0] == stack
+    assert software.lock_of(transformers)[0] == stack
 
 
 def test_an_environment_as_locked(monkeypatch):
     _environment(monkeypatch)
-    [row] = measured.check_measured()
+    [row] = software.check_measured()
     assert row.state == OK and "every version as in main.txt" in row.found
 
 
 def test_versions_that_were_never_run(monkeypatch):
     _environment(monkeypatch, peft="9.9", filelock="4.3.1", idna="1.0", deepspeed=None)
-    host, rest = measured.check_measured()
+    host, rest = software.check_measured()
     assert (host.what, host.found, host.state) == ("measured: peft", "9.9", NOTE)
     assert f"pip install 'peft=={MAIN['peft']}'" in host.advice
     assert rest.found.startswith(f"2 of {len(MAIN)} packages") and f"filelock 4.3.1 ({MAIN['filelock']})" in rest.found
@@ -53,12 +53,12 @@ def test_versions_that_were_never_run(monkeypatch):
 
 def test_the_line_to_type(monkeypatch):
     _environment(monkeypatch, filelock="4.3.1", decord=None)
-    monkeypatch.setattr(measured, "packages_distributions", lambda: {"filelock": ["filelock"], "yaml": ["PyYAML"]})
+    monkeypatch.setattr(software, "packages_distributions", lambda: {"filelock": ["filelock"], "yaml": ["PyYAML"]})
     wanted = f"pip install 'filelock=={MAIN['filelock']}': 4.3.1 is installed, {MAIN['filelock']} works"
-    assert measured.advice("filelock._api") == wanted
-    assert measured.advice("decord") == f"pip install 'decord=={MAIN['decord']}'"
-    assert "compare this environment with main.txt" in measured.advice("yaml.gone")  # as locked, and yet not there
-    assert "compare this environment with main.txt" in measured.advice("nobody_knows_it")
+    assert software.advice("filelock._api") == wanted
+    assert software.advice("decord") == f"pip install 'decord=={MAIN['decord']}'"
+    assert "compare this environment with main.txt" in software.advice("yaml.gone")  # as locked, and yet not there
+    assert "compare this environment with main.txt" in software.advice("nobody_knows_it")
 
 
 # --- imports ----------------------------------------------------------------------------------------------------------
@@ -130,8 +130,8 @@ def test_a_module_that_cannot_be_imported(host):
 def test_every_command_is_tried_in_a_process_of_its_own(host, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(host), os.environ.get("PYTHONPATH", "")]))
     tried = {"good": ("there", "there.inner"), "bad": ("a_host.run",), "absent": ("not_installed_either",)}
-    monkeypatch.setattr(measured, "TRIED", tried)
-    rows = {row.what: row for row in measured.check_imports()}
+    monkeypatch.setattr(software, "TRIED", tried)
+    rows = {row.what: row for row in software.check_imports()}
     assert rows.pop("imports: good").found == "all there"
     assert len(rows) == 2 and all(row.state == PROBLEM for row in rows.values())
     assert "a_host" not in sys.modules
@@ -142,8 +142,8 @@ def test_a_command_whose_import_ends_the_interpreter(host, monkeypatch):
         "import os; print('last words', file=__import__('sys').stderr); os._exit(7)"
     )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(host), os.environ.get("PYTHONPATH", "")]))
-    monkeypatch.setattr(measured, "TRIED", {"bad": ("there.inner",)})
-    [row] = measured.check_imports()
+    monkeypatch.setattr(software, "TRIED", {"bad": ("there.inner",)})
+    [row] = software.check_imports()
     assert row.state == PROBLEM and row.found == "last words"
 
 
