@@ -2,8 +2,7 @@
 
 import contextlib
 import copy
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -76,11 +75,8 @@ def attach(anatomy: Anatomy, undo: UndoStack) -> None:
     for parameter in linears[-1].parameters():
         nn.init.zeros_(parameter)
     undo.add_module(anatomy.projector_owner, anatomy.stack_name, projector)
-    owner, name = anatomy.encoder
-    encode = getattr(owner, name)
 
-    @functools.wraps(encode)
-    def encode_and_stack(*args: Any, **kwargs: Any) -> Any:
+    def encode_and_stack(encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         call = call_context.current(anatomy)
         if call is None:  # images encoded for their own sake
             return encode(*args, **kwargs)
@@ -91,13 +87,9 @@ def attach(anatomy: Anatomy, undo: UndoStack) -> None:
         call.offer(_project(anatomy, taken))
         return features
 
-    undo.set_attribute(owner, name, encode_and_stack)
-    pack = getattr(anatomy.wrapper, "pack_image_features", None)
-    if pack is None:
-        return
-
-    @functools.wraps(pack)
-    def pack_and_report(image_features: Any, image_sizes: Any, *args: Any, **kwargs: Any) -> Any:
+    def pack_and_report(
+        pack: Callable[..., Any], image_features: Any, image_sizes: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         packed = pack(image_features, image_sizes, *args, **kwargs)
         call = call_context.current(anatomy)
         if call is not None:  # anyres tiles are cut and joined on their way: do the same with their rows' numbers
@@ -109,7 +101,9 @@ def attach(anatomy: Anatomy, undo: UndoStack) -> None:
             call.packing = torch.cat(pack(shaped, image_sizes, *args, **kwargs)[0])[:, 0]
         return packed
 
-    undo.set_attribute(anatomy.wrapper, "pack_image_features", pack_and_report)
+    undo.wrap(*anatomy.encoder, encode_and_stack)
+    if hasattr(anatomy.wrapper, "pack_image_features"):
+        undo.wrap(anatomy.wrapper, "pack_image_features", pack_and_report)
 
 
 def _project(anatomy: Anatomy, taken: list[list[Tensor]]) -> list[Tensor]:

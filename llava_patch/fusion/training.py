@@ -3,7 +3,6 @@
 Adapter first: until a training step the rest of what trains gets no gradient, then it starts like a new run.
 """
 
-import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -68,18 +67,16 @@ def lift_no_grad(anatomy: Anatomy, undo: UndoStack) -> None:
     Modifications: the tower's instance attribute `forward`.
     """
     tower = anatomy.tower
-    original = tower.forward
     undecorated = getattr(type(tower).forward, "__wrapped__", None)
     if undecorated is None:
         raise HostError(f"{type(tower).__name__}.forward is not under torch.no_grad() as LLaVA's is: cannot lift it")
 
-    @functools.wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward_with_gradients(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters()):
             return undecorated(tower, *args, **kwargs)
-        return original(*args, **kwargs)
+        return forward(*args, **kwargs)
 
-    undo.set_attribute(tower, "forward", forward)
+    undo.wrap(tower, "forward", forward_with_gradients)
 
 
 @dataclass(eq=False)

@@ -47,15 +47,13 @@ def watching(anatomy: Anatomy, sample: dict[str, Any], what: str) -> Iterator[tu
         (the pass, a stack for the caller's hooks).
     """
     ids = one_sample(sample, what)
-    seen, undo = Pass(ids[0][ids[0] != anatomy.image_token_id].cpu()), UndoStack()
-    try:
+    seen = Pass(ids[0][ids[0] != anatomy.image_token_id].cpu())
+    with UndoStack() as undo:
         if anatomy.ids_hold_places:
             seen.image = wrappers.hf_image_mask(anatomy, ids)[0]
         else:
             watch_preparation(anatomy, lambda image: setattr(seen, "image", image), undo)
         yield seen, undo
-    finally:
-        undo.unwind()
 
 
 def one_sample(sample: dict[str, Any], what: str) -> Tensor:

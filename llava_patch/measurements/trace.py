@@ -105,8 +105,7 @@ def traced(anatomy: Anatomy, chunk: int, mass_of: Sequence[int] | None = None) -
     """
     known.check_decoder(anatomy.decoder, "measuring attention")
     trace = Trace()
-    undo = UndoStack()
-    try:
+    with UndoStack() as undo, observing(trace):
         for index, layer in enumerate(anatomy.layers):
             if mass_of is None:
                 _watch_layer(trace, index, layer, undo)
@@ -114,10 +113,7 @@ def traced(anatomy: Anatomy, chunk: int, mass_of: Sequence[int] | None = None) -
                 _watch_attention(trace, index, layer.self_attn, anatomy.text_config, chunk, undo)
         if not anatomy.ids_hold_places:
             passes.watch_preparation(anatomy, lambda image: setattr(trace, "image_mask", image), undo)
-        with observing(trace):
-            yield trace
-    finally:
-        undo.unwind()
+        yield trace
 
 
 def run(anatomy: Anatomy, trace: Trace, sample: dict[str, Any], what: str = "saturation") -> None:

@@ -130,23 +130,19 @@ def decompose(
     devices = sorted({p.device.index for p in handle.model.parameters() if p.device.type == "cuda"})
     # The auxiliary loss counts the run's own forward passes alone.
     quiet = contextlib.nullcontext() if handle.auxiliary is None else handle.auxiliary.unobserved()
-    undo = UndoStack()
-    try:
-        with torch.enable_grad(), quiet:
-            leaves = _stand_in(handle.anatomy.vision_parts().blocks[block - 1], undo)
-            if handle.anatomy.tower_apart:
-                lift_no_grad(handle.anatomy, undo)
-            for module in handle.model.modules():
-                if _CHECKPOINT in vars(module):
-                    undo.set_attribute(module, _CHECKPOINT, functools.partial(checkpoint, use_reentrant=False))
-            found = []
-            for detached in (True, False if full == ATTACHED else None):
-                token = detaching.set(detached)
-                undo.push(functools.partial(detaching.reset, token))
-                with torch.random.fork_rng(devices):
-                    found.append(_gradient(loss_of, leaves, block if images else None, scale))
-    finally:
-        undo.unwind()
+    with UndoStack() as undo, torch.enable_grad(), quiet:
+        leaves = _stand_in(handle.anatomy.vision_parts().blocks[block - 1], undo)
+        if handle.anatomy.tower_apart:
+            lift_no_grad(handle.anatomy, undo)
+        for module in handle.model.modules():
+            if _CHECKPOINT in vars(module):
+                undo.set_attribute(module, _CHECKPOINT, functools.partial(checkpoint, use_reentrant=False))
+        found = []
+        for detached in (True, False if full == ATTACHED else None):
+            token = detaching.set(detached)
+            undo.push(functools.partial(detaching.reset, token))
+            with torch.random.fork_rng(devices):
+                found.append(_gradient(loss_of, leaves, block if images else None, scale))
     return found[0], found[1]
 
 

@@ -89,10 +89,10 @@ def training_step(anatomy: Anatomy, everything: bool) -> Iterator[None]:
     Gradients that were there, flags, training mode and the state of the random generators come back. With `everything`,
     every parameter asks for a gradient.
     """
-    model, undo = anatomy.model, UndoStack()
+    model = anatomy.model
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=cuda), torch.enable_grad(), keeping_flags(model):
+    with torch.random.fork_rng(devices=cuda), torch.enable_grad(), keeping_flags(model), UndoStack() as undo:
         try:
             model.train()
             for module in model.modules():
@@ -106,7 +106,6 @@ def training_step(anatomy: Anatomy, everything: bool) -> Iterator[None]:
                 let_tower_train(anatomy, undo)
             yield
         finally:
-            undo.unwind()
             for parameter, gradient in gradients:
                 parameter.grad = gradient
 

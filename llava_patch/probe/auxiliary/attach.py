@@ -1,11 +1,10 @@
 """How the auxiliary loss attaches to a model: visual tokens are noted on their way, and the loss grows by one term."""
 
 import contextlib
-import functools
 import inspect
 import logging
 import random
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -131,12 +130,10 @@ class Auxiliary(Method):
             undo.push(lambda: model.add_module(HEAD, self.head) if not hasattr(model, HEAD) else None)
             names = [f"{HEAD}.{name}" for name in self.head.state_dict()]
             undo.set_attribute(model, _IGNORED, [*(getattr(model, _IGNORED, None) or ()), *names])
-            self._watch(undo)
-        forward = model.forward
-        order = list(inspect.signature(forward).parameters)
+            undo.wrap(*self.anatomy.encoder, self._encode_and_note)
+        order = list(inspect.signature(model.forward).parameters)
 
-        @functools.wraps(forward)
-        def forward_and_rebuild(*args: Any, **kwargs: Any) -> Any:
+        def forward_and_rebuild(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             regions = kwargs.pop(KEY, None)
             if self.head is None or not model.training or not torch.is_grad_enabled():
                 return forward(*args, **kwargs)
@@ -148,27 +145,20 @@ class Auxiliary(Method):
             given = {**dict(zip(order, args, strict=False)), **kwargs}
             return self._add(outputs, regions, given)
 
-        undo.set_attribute(model, "forward", forward_and_rebuild)
+        undo.wrap(model, "forward", forward_and_rebuild)
 
-    def _watch(self, undo: UndoStack) -> None:
-        owner, name = self.anatomy.encoder
-        encode = getattr(owner, name)
-
-        @functools.wraps(encode)
-        def encode_and_note(*args: Any, **kwargs: Any) -> Any:
-            features = encode(*args, **kwargs)
-            call = call_context.current(self.anatomy)
-            if self._watching and (call is None or call.numbers is None):
-                assert self.head is not None
-                injections, layers = None, self.head.decoder.injection_layers
-                if layers:  # what DeepStack adds to these images in the head's layers
-                    assert call is not None and call.offered is not None  # its wrapper of the encoder lies under ours
-                    injections = torch.stack(call.offered[: len(layers)])
-                pixels = args[0] if args else kwargs["pixel_values"]
-                self._seen = Seen(compat.one_tensor(features), pixels, injections)
-            return features
-
-        undo.set_attribute(owner, name, encode_and_note)
+    def _encode_and_note(self, encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        features = encode(*args, **kwargs)
+        call = call_context.current(self.anatomy)
+        if self._watching and (call is None or call.numbers is None):
+            assert self.head is not None
+            injections, layers = None, self.head.decoder.injection_layers
+            if layers:  # what DeepStack adds to these images in the head's layers
+                assert call is not None and call.offered is not None  # its wrapper of the encoder lies under ours
+                injections = torch.stack(call.offered[: len(layers)])
+            pixels = args[0] if args else kwargs["pixel_values"]
+            self._seen = Seen(compat.one_tensor(features), pixels, injections)
+        return features
 
     def _add(self, outputs: Any, regions: Mapping[str, Tensor] | None, given: Mapping[str, Any]) -> Any:
         """The outputs of a forward pass with the loss's term in their loss."""
