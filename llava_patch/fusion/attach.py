@@ -17,7 +17,7 @@ from llava_patch.core.errors import HostError, SettingError, refuse
 from llava_patch.core.files import write_text
 from llava_patch.core.method import Method
 from llava_patch.core.undo import UndoStack
-from llava_patch.fusion import stack, training
+from llava_patch.fusion import deep_stack_decoder, training
 from llava_patch.fusion.base import STI_POOL, Fusion, Join, Taps, choose_taps, differs
 from llava_patch.fusion.features import check_grid, fuse, stacked
 from llava_patch.fusion.linear import FusedLinear
@@ -134,8 +134,8 @@ class FusionMethod(Method):
 
         Modifications: hooks on the vision model, one of which puts the fused feature in the main feature's place, and
         one on the projector; the projector's first Linear replaced by a `FusedLinear` of the same name where it gets
-        wider; with DeepStack what `stack.attach` says; on `llava` the tower's instance attributes `forward` (its
-        `no_grad` lifted only while something in it trains) and, while its weights are not loaded yet, `load_model`.
+        wider; with DeepStack those of `deep_stack_decoder.attach`; on `llava` the tower's instance attributes `forward`
+        (its `no_grad` lifted only while something in it trains) and, while it is not loaded yet, `load_model`.
         """
         anatomy, taps = self.anatomy, self.taps
         if taps.columns > 1 or taps.merge_size > 1:
@@ -143,7 +143,7 @@ class FusionMethod(Method):
             fused = FusedLinear.grow(linear, taps.columns, taps.merge_size, zero_start)
             undo.replace_module(parent, name, fused, fused.stock if loading else None)
         if taps.join is Join.LAYERS:
-            stack.attach(anatomy, undo)
+            deep_stack_decoder.attach(anatomy, undo)
         if not taps.keeps_tokens and not loading:
             rows, columns = anatomy.grid
             _warn_other_tokens(self.name, taps.tokens((rows, columns)), rows * columns, anatomy.ids_hold_places)
@@ -188,7 +188,7 @@ class FusionMethod(Method):
             if any(states[block] is None for block in needed):
                 return output  # this version keeps only those that the host asked for
             if taps.join is Join.LAYERS:
-                stack.note(stacked(states, taps, anatomy.dropped_tokens, grid))
+                deep_stack_decoder.note(stacked(states, taps, anatomy.dropped_tokens, grid))
             output["hidden_states"] = (
                 *states[: taps.main], fuse(states, taps, prefix, grid), *states[taps.main + 1 :],
             )  # fmt: skip

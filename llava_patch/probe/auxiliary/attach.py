@@ -1,7 +1,6 @@
 """How the auxiliary loss attaches to a model: visual tokens are noted on their way, and the loss grows by one term."""
 
 import contextlib
-import inspect
 import logging
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -131,7 +130,7 @@ class Auxiliary(Method):
             names = [f"{HEAD}.{name}" for name in self.head.state_dict()]
             undo.set_attribute(model, _IGNORED, [*(getattr(model, _IGNORED, None) or ()), *names])
             undo.wrap(*self.anatomy.encoder, self._encode_and_note)
-        order = list(inspect.signature(model.forward).parameters)
+        named = wrappers.arguments_of(model.forward)
 
         def forward_and_rebuild(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             regions = kwargs.pop(KEY, None)
@@ -142,8 +141,7 @@ class Auxiliary(Method):
                 outputs = forward(*args, **kwargs)
             finally:
                 self._watching = False
-            given = {**dict(zip(order, args, strict=False)), **kwargs}
-            return self._add(outputs, regions, given)
+            return self._add(outputs, regions, named(args, kwargs))
 
         undo.wrap(model, "forward", forward_and_rebuild)
 
