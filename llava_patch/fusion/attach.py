@@ -177,11 +177,9 @@ class FusionMethod(Method):
         def begin(module: nn.Module, args: Any) -> None:
             last.fused = False
 
-        def end(module: nn.Module, args: Any, output: Any) -> None:
+        def put_fused_feature(module: nn.Module, args: Any, output: Any) -> Any:
             if output is None:  # it has raised: what the projector gets next is not its
                 last.fused = True
-
-        def put_fused_feature(module: nn.Module, args: Any, output: Any) -> Any:
             states = getattr(output, "hidden_states", None)
             if states is None:  # nobody asked for hidden states: the host does not select a feature here
                 return output
@@ -196,8 +194,7 @@ class FusionMethod(Method):
             return output
 
         undo.push(vision.register_forward_pre_hook(begin).remove)
-        undo.push(vision.register_forward_hook(put_fused_feature).remove)
-        undo.push(vision.register_forward_hook(end, always_call=True).remove)
+        undo.push(vision.register_forward_hook(put_fused_feature, always_call=True).remove)
         return vision
 
     def _watch_projector(self, undo: UndoStack, last: threading.local, hooked: list[nn.Module]) -> None:

@@ -234,8 +234,7 @@ class WarmUp:
             )
         learns = {id(p) for p in adapter}
         self.steps = steps  # how many optimizer steps the warm-up lasts
-        self._waiting: list[int] = []
-        self._decay: list[float] = []
+        self._waiting: dict[int, float] = {}  # groups by number, and the weight decay that they will have
         self._parameters: list[nn.Parameter] = []
         self._hooks: list[Any] = []
         for number, group in enumerate(optimizer.param_groups):
@@ -246,8 +245,7 @@ class WarmUp:
                     "with handle.param_groups()"
                 )
             if not inside:
-                self._waiting.append(number)
-                self._decay.append(group["weight_decay"])
+                self._waiting[number] = group["weight_decay"]
                 self._parameters += group["params"]
         if not self._parameters or len(self._waiting) == len(optimizer.param_groups):
             what = "nothing but the projector" if not self._parameters else "no part of the projector"
@@ -269,10 +267,10 @@ class WarmUp:
         if step < self.steps:
             if not self.active:
                 self._hooks = [p.register_hook(torch.zeros_like) for p in self._parameters]
-                self._set_decay(optimizer, [0.0] * len(self._decay))
+                self._set_decay(optimizer, dict.fromkeys(self._waiting, 0.0))
         elif self.active or step == self.steps:  # a run that was resumed right at the switch has no hooks
             self.end()
-            self._set_decay(optimizer, self._decay)
+            self._set_decay(optimizer, self._waiting)
             for number in self._waiting:
                 zero.reset_state(optimizer, number)
 
@@ -282,6 +280,6 @@ class WarmUp:
             hook.remove()
         self._hooks = []
 
-    def _set_decay(self, optimizer: Any, values: list[float]) -> None:
-        for number, value in zip(self._waiting, values, strict=True):
+    def _set_decay(self, optimizer: Any, values: dict[int, float]) -> None:
+        for number, value in values.items():
             zero.innermost(optimizer).param_groups[number]["weight_decay"] = value

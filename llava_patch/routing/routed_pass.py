@@ -261,10 +261,8 @@ class RoutedPass:
             rows = rows.gather(1, self.main.index)
             if self.main.valid is not None:
                 rows = rows * self.main.valid
-        self.merged, self.text = (
-            deep_stack_decoder.add(hidden, stacked.features[self.schedule.injections.index(number)], rows),
-            None,
-        )
+        features = stacked.features[self.schedule.injections.index(number)]
+        self.merged, self.text = deep_stack_decoder.add(hidden, features, rows), None
 
     # --- states -------------------------------------------------------------------------------------------------------
 

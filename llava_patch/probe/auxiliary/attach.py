@@ -136,11 +136,9 @@ class Auxiliary(Method):
             regions = kwargs.pop(KEY, None)
             if self.head is None or not model.training or not torch.is_grad_enabled():
                 return forward(*args, **kwargs)
-            self._seen, self._watching = None, True
-            try:
+            self._seen = None
+            with call_context.meanwhile(self, _watching=True):
                 outputs = forward(*args, **kwargs)
-            finally:
-                self._watching = False
             return self._add(outputs, regions, named(args, kwargs))
 
         undo.wrap(model, "forward", forward_and_rebuild)
@@ -227,12 +225,9 @@ class Auxiliary(Method):
     @contextlib.contextmanager
     def unobserved(self) -> Iterator[None]:
         """Forward passes inside do not count in what is logged: a measurement's, not the run's."""
-        sums, without = None if self._sums is None else self._sums.clone(), self._without
-        self._without = None  # says nothing meanwhile
-        try:
+        sums = None if self._sums is None else self._sums.clone()
+        with call_context.meanwhile(self, _sums=sums, _without=None):  # which says nothing
             yield
-        finally:
-            self._sums, self._without = sums, without
 
     def release(self) -> None:
         """Take the head off the model, whose training is over, so that nothing saves or counts it."""
