@@ -11,6 +11,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from llava_patch.core import registry
 from llava_patch.core.errors import HostError, LlavaPatchError
 from llava_patch.core.undo import UndoStack
 from llava_patch.integrations import loading
@@ -179,19 +180,7 @@ def _on_lmms_eval(module: ModuleType, undo: UndoStack) -> None:
     active.take_flags_from_command_line()
 
 
-def _on_lmms_eval_tasks(module: ModuleType, undo: UndoStack) -> None:
-    from llava_patch.integrations.lmms_eval import register
-
-    register.register_tasks()
-
-
-def _on_lmms_eval_main(module: ModuleType, undo: UndoStack) -> None:
-    from llava_patch.integrations.lmms_eval import fail_fast
-
-    fail_fast.install()
-
-
-_HANDLERS = {
+_HANDLERS: dict[str, Callable[[Any, UndoStack], None]] = {
     "transformers.modeling_utils": _on_modeling_utils,
     "transformers.trainer": _on_transformers_trainer,
     "llava": _on_llava,
@@ -200,6 +189,6 @@ _HANDLERS = {
     "llava.model.language_model.llava_mistral": _on_llava_model,
     "llava.train.llava_trainer": _on_llava_trainer,
     "lmms_eval": _on_lmms_eval,
-    "lmms_eval.__main__": _on_lmms_eval_main,
-    "lmms_eval.tasks": _on_lmms_eval_tasks,
+    "lmms_eval.__main__": lambda *_: registry.load("llava_patch.integrations.lmms_eval.fail_fast:install")(),
+    "lmms_eval.tasks": lambda *_: registry.load("llava_patch.integrations.lmms_eval.register:register_tasks")(),
 }
