@@ -1,8 +1,7 @@
 """DeepStack: a projector for the taps, and how their features reach the decoder."""
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llava_patch.core.errors import HostError
-from llava_patch.core.undo import UndoStack
+from llava_patch.core.undo import UndoStack, holding
 from llava_patch.hosts import call_context, zero
 from llava_patch.hosts.anatomy import Anatomy
 
@@ -34,23 +33,14 @@ def note(taps: Sequence[Tensor]) -> None:
         taken.append(list(taps))
 
 
-@contextlib.contextmanager
-def _collecting() -> Iterator[list[list[Tensor]]]:
-    taken: list[list[Tensor]] = []
-    token = _taken.set(taken)
-    try:
-        yield taken
-    finally:
-        _taken.reset(token)
-
-
 def encode(anatomy: Anatomy, pixel_values: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Encode images [images, 3, height, width], normalised, outside a call of a model with DeepStack.
 
     Returns:
         (projected visual tokens [images, tokens, hidden], for each tap the same of what it adds to them).
     """
-    with _collecting() as taken:
+    taken: list[list[Tensor]] = []
+    with holding(_taken, taken):
         features = anatomy.encode_images(pixel_values)
     return features, _project(anatomy, taken)
 
@@ -82,7 +72,8 @@ def attach(anatomy: Anatomy, undo: UndoStack) -> None:
             return encode(*args, **kwargs)
         if call.numbers is not None:
             return call.numbers
-        with _collecting() as taken:
+        taken: list[list[Tensor]] = []
+        with holding(_taken, taken):
             features = encode(*args, **kwargs)
         call.offer(_project(anatomy, taken))
         return features

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llava_patch.core.errors import InputError
-from llava_patch.core.undo import UndoStack
+from llava_patch.core.undo import UndoStack, meanwhile
 from llava_patch.hosts import call_context
 from llava_patch.hosts.anatomy import HF, LLAVA, Anatomy
 from llava_patch.hosts.call_context import CallContext, HostCall, Stacked, current, host_call, not_routed, prepared_of
@@ -207,7 +207,7 @@ def _attach_llava(anatomy: Anatomy, undo: UndoStack) -> None:
 def _stack(call: HostCall, features: list[Tensor], image_mask: Tensor, prepare: Callable[[], tuple]) -> Stacked:
     """DeepStack's features with the place of each row: the host prepares the call once more, with rows' numbers."""
     numbers = row_numbers(features[0].shape, image_mask.device)
-    with call_context.meanwhile(call, numbers=numbers), torch.no_grad():
+    with meanwhile(call, numbers=numbers), torch.no_grad():
         rows = numbered_rows(prepare()[4], image_mask)
     return Stacked([f.flatten(0, 1) for f in features], rows)
 

@@ -6,12 +6,12 @@ other). On versions that llava_patch does not support hosts stay as they are, an
 """
 
 import functools
+import pkgutil
 import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from llava_patch.core import registry
 from llava_patch.core.errors import HostError, LlavaPatchError
 from llava_patch.core.undo import UndoStack
 from llava_patch.integrations import loading
@@ -189,6 +189,6 @@ _HANDLERS: dict[str, Callable[[Any, UndoStack], None]] = {
     "llava.model.language_model.llava_mistral": _on_llava_model,
     "llava.train.llava_trainer": _on_llava_trainer,
     "lmms_eval": _on_lmms_eval,
-    "lmms_eval.__main__": lambda *_: registry.load("llava_patch.integrations.lmms_eval.fail_fast:install")(),
-    "lmms_eval.tasks": lambda *_: registry.load("llava_patch.integrations.lmms_eval.register:register_tasks")(),
+    "lmms_eval.__main__": lambda *_: pkgutil.resolve_name("llava_patch.integrations.lmms_eval.fail_fast:install")(),
+    "lmms_eval.tasks": lambda *_: pkgutil.resolve_name("llava_patch.integrations.lmms_eval.register:register_tasks")(),
 }

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,6 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from llava_patch.core import parallel
 from llava_patch.core.errors import SettingError
 from llava_patch.core.records import read_settings
+from llava_patch.core.undo import UndoStack
 from llava_patch.hosts import zero
 from llava_patch.hosts.anatomy import find
 from llava_patch.measurements.saturation.auto_split import logger, resolve_split
@@ -102,14 +104,12 @@ def _samples(
 @contextlib.contextmanager
 def _on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
     """The model where the Trainer will put it; LLaVA's scripts hand it over with only its tower there."""
-    moved = [(t, t.data) for t in (*model.parameters(), *model.buffers()) if t.device != device]
-    try:
-        for tensor, data in moved:
-            tensor.data = data.to(device)
+    with UndoStack() as undo:
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.device != device:
+                undo.push(functools.partial(setattr, tensor, "data", tensor.data))
+                tensor.data = tensor.data.to(device)
         yield
-    finally:
-        for tensor, data in moved:
-            tensor.data = data
 
 
 def _on_first_rank(work: Callable[[], Routing]) -> Routing:

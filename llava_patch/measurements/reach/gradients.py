@@ -119,16 +119,11 @@ def listening(parameters: dict[str, nn.Parameter], arrivals: Arrivals) -> Iterat
         arrivals.note(name, parameter.grad)
         parameter.grad = None
 
-    hooks = [
-        parameter.register_post_accumulate_grad_hook(functools.partial(note, name))
-        for name, parameter in parameters.items()
-        if parameter.requires_grad
-    ]
-    try:
+    with UndoStack() as undo:
+        for name, parameter in parameters.items():
+            if parameter.requires_grad:
+                undo.push(parameter.register_post_accumulate_grad_hook(functools.partial(note, name)).remove)
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def backward(model: Any, sample: dict[str, Any], side: SideOutput) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llava_patch.core.errors import InputError, SettingError
 from llava_patch.core.method import Method
-from llava_patch.core.undo import UndoStack
+from llava_patch.core.undo import UndoStack, meanwhile
 from llava_patch.fusion import training
 from llava_patch.hosts import call_context, compat, tiles, wrappers, zero
 from llava_patch.hosts.anatomy import get_handle
@@ -137,7 +137,7 @@ class Auxiliary(Method):
             if self.head is None or not model.training or not torch.is_grad_enabled():
                 return forward(*args, **kwargs)
             self._seen = None
-            with call_context.meanwhile(self, _watching=True):
+            with meanwhile(self, _watching=True):
                 outputs = forward(*args, **kwargs)
             return self._add(outputs, regions, named(args, kwargs))
 
@@ -226,7 +226,7 @@ class Auxiliary(Method):
     def unobserved(self) -> Iterator[None]:
         """Forward passes inside do not count in what is logged: a measurement's, not the run's."""
         sums = None if self._sums is None else self._sums.clone()
-        with call_context.meanwhile(self, _sums=sums, _without=None):  # which says nothing
+        with meanwhile(self, _sums=sums, _without=None):  # which says nothing
             yield
 
     def release(self) -> None:
