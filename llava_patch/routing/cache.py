@@ -83,8 +83,6 @@ class RoutedCache(DynamicCache):
     @classmethod
     def check(cls, cache: Any, schedule: LayerSchedule) -> None:
         """Refuse (InputError) a cache whose layers cannot differ in length, or that another schedule has filled."""
-        if cache is None:
-            return
         if isinstance(cache, cls) and cache.schedule != schedule:
             raise InputError(
                 "this KV cache was filled under other routing or pruning settings than the model has now: start from "

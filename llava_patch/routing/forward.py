@@ -110,7 +110,8 @@ class RoutedForward:
                 "its layers are called one by one): call handle.remove() first, or use the saturation task"
             )
         compat.attention_of(decoder.config)
-        RoutedCache.check(cache, self.schedule)
+        if cache is not None:
+            RoutedCache.check(cache, self.schedule)
         if attention_mask is not None and attention_mask.ndim != 2:
             raise InputError(
                 f"routing needs a 2-D attention_mask [batch, tokens], got {attention_mask.ndim} dimensions"

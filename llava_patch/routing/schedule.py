@@ -5,6 +5,7 @@
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 
 from llava_patch.core.errors import SettingError
 from llava_patch.routing.pruning import Pruning
@@ -55,7 +56,7 @@ class LayerSchedule:
     pruning: Pruning | None = None  # what is pruned and where; None: nothing
     injections: tuple[int, ...] = ()  # DeepStack: layers whose input takes a tap, in the order of the taps
 
-    @property
+    @cached_property
     def prune_at(self) -> int | None:
         """First layer without the pruned tokens; None: nothing is pruned."""
         return None if self.pruning is None else self.pruning.layer
