@@ -15,7 +15,7 @@ from torch import nn
 
 from llava_patch.core.errors import HostError, SettingError, refuse
 from llava_patch.core.files import write_text
-from llava_patch.core.method import Method
+from llava_patch.core.method import Groups, Method
 from llava_patch.core.undo import UndoStack
 from llava_patch.fusion import deep_stack_decoder, training
 from llava_patch.fusion.base import STI_POOL, Fusion, Join, Taps, choose_taps, differs
@@ -238,9 +238,7 @@ class FusionMethod(Method):
         """Set the flags of the vision tower."""
         training.set_tower_flags(self.anatomy, self.settings, self.taps)
 
-    def arrange_groups(
-        self, groups: list[dict[str, Any]], base_lr: float, early: Collection[nn.Parameter]
-    ) -> list[dict[str, Any]]:
+    def arrange_groups(self, groups: Groups, base_lr: float, early: Collection[nn.Parameter]) -> Groups:
         """Give the tower groups of its own (`tower_lr`, `layer_decay`), and keep `unfreeze_after`'s apart."""
         below = training.distances(self.anatomy.vision_parts(), self.taps.deepest)
         adapter = {id(p) for p in early} if self.settings.unfreeze_after else set()

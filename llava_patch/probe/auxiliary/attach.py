@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_patch.core.errors import InputError, SettingError
-from llava_patch.core.method import Method
+from llava_patch.core.method import Groups, Method
 from llava_patch.core.undo import UndoStack, meanwhile
 from llava_patch.fusion import training
 from llava_patch.hosts import call_context, compat, tiles, wrappers, zero
@@ -64,9 +64,7 @@ class Auxiliary(Method):
         """The head's."""
         return [] if self.head is None else list(self.head.parameters())
 
-    def arrange_groups(
-        self, groups: list[dict[str, Any]], base_lr: float, early: Collection[nn.Parameter]
-    ) -> list[dict[str, Any]]:
+    def arrange_groups(self, groups: Groups, base_lr: float, early: Collection[nn.Parameter]) -> Groups:
         """Give the head its own learning rate."""
         head, lr = {id(p) for p in self.parameters()}, self.settings.lr
         return training.apart(groups, head, lr) if head and lr is not None else groups
