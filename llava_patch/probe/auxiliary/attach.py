@@ -38,17 +38,13 @@ class Auxiliary(Method):
 
     settings: AuxiliaryProbe
     calls_decoder_layers = True  # copies of them
-
-    def __init__(self, settings: AuxiliaryProbe) -> None:
-        """Use `patch(model, probe=AuxiliaryProbe())`, not this."""
-        super().__init__(settings)
-        self.layout: Layout | None = None
-        self.head: Head | None = None
-        self._without: int | None = 0  # batches, as long as none had a region
-        self._step: int | None = None
-        self._seen: Seen | None = None
-        self._watching = False
-        self._sums: Tensor | None = None
+    layout: Layout | None = None
+    head: Head | None = None
+    _without: int | None = 0  # batches, as long as none had a region
+    _step: int | None = None
+    _seen: Seen | None = None
+    _watching = False
+    _sums: Tensor | None = None
 
     def check_together(self, others: Mapping[str, Any]) -> None:
         """Refuse a routing that freezes what the loss is to train."""
