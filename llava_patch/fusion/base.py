@@ -104,7 +104,7 @@ class Fusion:
     """
 
     KIND: ClassVar[str] = "fusion"
-    BLOCKS: ClassVar[str]  # the setting that names the tapped blocks
+    BLOCKS: ClassVar[str] = ""  # the setting that names the tapped blocks, for errors; "": they follow from several
 
     merge_size: int = 1
     merge_padding: bool = False
@@ -203,7 +203,7 @@ def choose_taps(settings: Fusion, n_blocks: int, main: int) -> Taps:
             f"{settings}: no tap left on a tower of {n_blocks} blocks whose main feature is block {main}"
         )
     if outside := [block for group in groups for block in group.blocks if block > n_blocks]:
-        setting = f"{type(settings).__name__}.{settings.BLOCKS}"
+        setting = f"{type(settings).__name__}.{settings.BLOCKS}" if settings.BLOCKS else str(settings)
         raise SettingError(f"{setting}: block {outside[0]} is outside this tower's 1..{n_blocks}")
     layers = settings.decoder_layers(len(groups))
     return Taps(main, groups, settings.join, settings.merge_size, settings.merge_padding, layers)
