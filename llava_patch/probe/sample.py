@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from llava_patch.core.errors import InputError
+from llava_patch.core.undo import UndoStack
 
 BROKEN_FILE = (
     OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error,
@@ -68,17 +69,16 @@ def image_size(source: ImageSource, name: str) -> tuple[int, int]:
 @contextlib.contextmanager
 def _told(source: ImageSource, name: str) -> Iterator[None]:
     """Say which image of which sample cannot be read, and why; files that are cut short are refused as well."""
-    # lmms-eval's import tells PIL to fill those up with grey.
-    asked, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-    try:
-        yield
-    except BROKEN_FILE as error:
-        reason = "it is missing" if isinstance(error, FileNotFoundError) else str(error) or type(error).__name__
-        if isinstance(error, Image.DecompressionBombError):
-            reason = f"{error}; if it is sound, scale it down (and its boxes with it)"
-        raise InputError(f"{name}: image {source} cannot be read: {reason}") from error
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = asked
+    with UndoStack() as undo:
+        # lmms-eval's import tells PIL to fill those up with grey.
+        undo.set_attribute(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
+        try:
+            yield
+        except BROKEN_FILE as error:
+            reason = "it is missing" if isinstance(error, FileNotFoundError) else str(error) or type(error).__name__
+            if isinstance(error, Image.DecompressionBombError):
+                reason = f"{error}; if it is sound, scale it down (and its boxes with it)"
+            raise InputError(f"{name}: image {source} cannot be read: {reason}") from error
 
 
 def _opened(source: str | Path | EncodedImage) -> Image.Image:

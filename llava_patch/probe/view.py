@@ -14,9 +14,8 @@ from llava_patch.fusion.base import Join, Taps
 from llava_patch.hosts import tiles
 from llava_patch.hosts.anatomy import Anatomy, get_handle
 from llava_patch.probe.decoder import injection_layers
-from llava_patch.probe.layout import Layout, square_layout, tiled_layout
 from llava_patch.probe.sample import Box
-from llava_patch.probe.sequence import merge_size, target_mask
+from llava_patch.probe.sequence import Layout, merge_size, square_layout, target_mask, tiled_layout
 from llava_patch.probe.transform import Transform, check_crop
 
 

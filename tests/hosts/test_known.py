@@ -340,7 +340,7 @@ def test_videos_of_llava_next_are_refused_and_its_images_are_not(tower_folder, h
 def test_measurements_that_run_or_read_decoder_layers_are_refused_too(kind):
     from llava_patch.measurements import trace
     from llava_patch.probe.decoder import ProbeDecoder
-    from llava_patch.probe.layout import TokenGrid
+    from llava_patch.probe.sequence import TokenGrid
 
     message, settings = UNPROVEN[kind]
     found = anatomy.find(hf_host(kind, **TEXT, **settings).model)

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from llava_patch.measurements.rprobe.store.data import Batch, FrozenData, Text
+from llava_patch.measurements.rprobe.store.freeze import Batch, FrozenData, Text
 from llava_patch.measurements.rprobe.store.shard import Record, Shard
 from llava_patch.probe.sample import Sample
 from llava_patch.probe.sequence import ProbeSequence, TokenGrid, build_sequence

@@ -70,11 +70,10 @@ def correlate(
     """
     from llava_patch.measurements.rprobe import correlate as correlation
     from llava_patch.measurements.rprobe.compare import markdown_page
-    from llava_patch.measurements.rprobe.figures import save
-    from llava_patch.measurements.rprobe.scores import read_checkpoints
+    from llava_patch.measurements.rprobe.figures import draw_correlations, save
 
     common.check_formats(formats)
-    checkpoints, notes = read_checkpoints(sources, words(names))
+    checkpoints, notes = correlation.read_checkpoints(sources, words(names))
     found, more = correlation.correlate(checkpoints, probe, words(tasks), seed)
     what, more_is_better = correlation.PROBES[probe]
     better = f"a better probe ({'higher' if more_is_better else 'lower'} {what}) goes with a better score"
@@ -85,7 +84,7 @@ def correlate(
     written = [files.write_text(output / "correlate.md", markdown_page(head, lines, notes, title))]
     record = {"probe": probe, "correlations": [one.__dict__ for one in found], "notes": notes}
     written.append(files.write_json(output / "correlate.json", record))
-    picture = correlation.figure(found, probe)
+    picture = draw_correlations(found, what)
     written += [save(picture, output / f"correlate.{suffix}") for suffix in formats]
     show(Console(), head, lines, notes, title)
     for path in written:

@@ -134,8 +134,7 @@ def store(clear: bool = typer.Option(False, "--clear", help="delete every store 
             f"  model  {about.get('model', '?')}",
             f"  data   {about.get('data', '?')}{', masked' if about.get('masked') else ''}",
         ]
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
 def _size(number: int) -> str:

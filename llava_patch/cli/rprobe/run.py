@@ -16,6 +16,7 @@ from llava_patch.core.errors import SettingError
 from llava_patch.core.extras import need
 from llava_patch.core.files import write_json, write_text
 from llava_patch.core.terminal import bordered, counted
+from llava_patch.core.undo import UndoStack
 from llava_patch.measurements.rprobe import ablation as four
 from llava_patch.measurements.rprobe.measurement import RProbeMeasurement, read
 
@@ -68,11 +69,11 @@ def run_command(checkpoint: str, output: Path | None, ablation: bool, formats: l
         _say(result.summary())
         return result
 
-    formatwarning = warnings.formatwarning
+    undo = UndoStack()
     # Warnings as one line each: where in our code they come from says nothing to who runs a command.
-    warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {message}\n"
+    undo.set_attribute(warnings, "formatwarning", lambda message, *args, **kwargs: f"warning: {message}\n")
     try:
-        with active.also(*gin), signals_interrupt(), parallel.processes(), parallel.guard():
+        with undo, active.also(*gin), signals_interrupt(), parallel.processes(), parallel.guard():
             settings = active.settings_of(PROBE.settings, **fields)
             check_folder(folder, checkpoint)
             target = Target(checkpoint, data, base, "", device, dtype)
@@ -92,8 +93,6 @@ def run_command(checkpoint: str, output: Path | None, ablation: bool, formats: l
         if parallel.is_first():
             typer.echo("interrupted: the same command goes on from here", err=True)
         raise typer.Exit(130) from None
-    finally:
-        warnings.formatwarning = formatwarning
 
 
 app.command("run", no_args_is_help=True)(measure._typed(run_command, PARAMETERS, PROBE.__doc__ or ""))
@@ -112,9 +111,9 @@ def _all_four(probe: "Callable[[Any, Path], RProbeResult]", settings: Any, folde
     from llava_patch.measurements.rprobe.output import FIGURE, RESULT
 
     results = {}
-    for number, name in enumerate(four.VARIANTS, 1):
+    for number, (name, own) in enumerate(four.VARIANTS.items(), 1):
         _say(f"{number} of {len(four.VARIANTS)}: {name.replace('_', ' ')}")
-        results[name] = probe(dataclasses.replace(settings, **four.VARIANTS[name]), folder / name)
+        results[name] = probe(dataclasses.replace(settings, **own), folder / name)
     if parallel.rank() != 0:
         return
     summary = four.summarise(results, settings)

@@ -50,10 +50,10 @@ def summarise(results: Mapping[str, RProbeResult], settings: RProbe) -> dict[str
             "paper": PAPER[name],
         }
     effects = []
-    for label, *pair in _EFFECTS:
-        without, with_it = (results[name].documents for name in pair)
-        found = paired(without, with_it, settings.resamples, settings.seed)
-        effects.append({"effect": label, **dict(zip(("mse_falls_by", "low", "high"), found, strict=True))})
+    for label, without, with_it in _EFFECTS:
+        pair = results[without].documents, results[with_it].documents
+        falls, low, high = paired(*pair, settings.resamples, settings.seed)
+        effects.append({"effect": label, "mse_falls_by": falls, "low": low, "high": high})
     whole = results["full_with_text"]
     return {
         "runs": runs,

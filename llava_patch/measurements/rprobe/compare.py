@@ -55,8 +55,8 @@ class Row:
         return {
             "mse": self.result.mse,
             "mse_interval": self.interval,
-            "difference": None if self.difference is None else self.difference[0],
-            "difference_interval": None if self.difference is None else self.difference[1:],
+            "difference": self.difference and self.difference[0],
+            "difference_interval": self.difference and self.difference[1:],
             "unlike": self.unlike,
             **{key: getattr(self.result, key) for key in _SHOWN},
             **{f"{where}_mse": None if part is None else part.mse for where, part in parts.items()},

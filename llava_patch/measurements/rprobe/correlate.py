@@ -1,22 +1,26 @@
 """Rank correlation of several checkpoints' probe results with their benchmark scores.
 
 Source: "Detached Skip-Links and R-Probe", table 8: within one backbone, a lower probe loss goes with a higher OCR
-score. Everything is turned so that more is better, the probe's error and steps as well as a score whose lower values
-are better: a correlation above 0 says that a better probe goes with a better score.
+score. The probe's figures come from R-Probe's JSON, the scores from lmms-eval's results JSON. Everything is turned so
+that more is better, the error and steps as well as a score whose lower values are better: a correlation above 0 says
+that a better probe goes with a better score.
 """
 
-import itertools
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llava_patch.core.errors import InputError, SettingError
 from llava_patch.core.extras import optional
-from llava_patch.measurements.rprobe.figures import COLOURS, plain_name
-from llava_patch.measurements.rprobe.scores import Checkpoint
+from llava_patch.measurements.rprobe.compare import numbered
+from llava_patch.measurements.rprobe.output import RESULT
+from llava_patch.measurements.rprobe.result import RProbeResult
+from llava_patch.settings.checks import is_number
 
 PROBES = {
     "mse": ("held-out MSE (normalised pixel values²)", False),
@@ -26,10 +30,37 @@ PROBES = {
     "psnr": ("held-out PSNR (dB)", True),
 }
 """Name of each probe figure: what it is, and whether more is better."""
-MARKERS = "os^Dv*P"
 FEW = 5
 RESAMPLES = 9999
 EXACT = 7  # checkpoints up to which all permutations (5040) are fewer than that
+
+
+TASK = "rprobe"
+NEVER = math.inf
+VACUOUS = "its threshold {0.threshold:g} is vacuous (a constant patch, MSE {0.constant_mse:.3f}, is under it)"
+UNTOLD = "lmms-eval's results hold no number of steps where they were never reached or their threshold is vacuous"
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number of lmms-eval, which may be nan; `higher_is_better` is None where the JSON does not say."""
+
+    value: float
+    higher_is_better: bool | None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint's numbers: of the probe, of benchmarks by (task, metric), and why one of the probe is `missing`.
+
+    The probe's are those of `correlate.PROBES`; one that is not there was not measured or means nothing, an infinite
+    one was never reached.
+    """
+
+    name: str
+    probe: Mapping[str, float]
+    scores: Mapping[tuple[str, str], Score]
+    missing: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -207,44 +238,114 @@ def footer(found: Sequence[Correlation]) -> list[str]:
     return [f"{', '.join(names)}: {note}" for note, names in said.items()]
 
 
-def figure(found: Sequence[Correlation], probe: str) -> Any:
-    """A small panel a benchmark; a legend names the points, because names beside them would cover one another."""
-    names = list(dict.fromkeys(name for one in found for name, _, _ in one.points))
-    # Colours come round again with another marker.
-    styles = {
-        name: {"marker": marker, "color": color, "markersize": 4.5, "linestyle": "none"}
-        for name, (marker, color) in zip(names, itertools.cycle(itertools.product(MARKERS, COLOURS)), strict=False)
-    }
-    columns = min(3, len(found))
-    rows = math.ceil(len(found) / columns)
-    size = max(4.0, 2.5 * columns), 2.4 * rows + 0.4 + 0.17 * math.ceil(len(names) / 2)
-    picture = optional("matplotlib.figure").Figure(figsize=size, layout="constrained")
-    axes = picture.subplots(rows, columns, squeeze=False).reshape(-1)
-    for axis in axes[len(found) :]:
-        axis.remove()
-    for axis, one in zip(axes, found, strict=False):
-        _panel(axis, one, styles)
-        axis.set_xlabel(PROBES[probe][0], fontsize=7)
-    points = [axes[0].plot([], [], **style)[0] for style in styles.values()]
-    shown = [plain_name(name, 44) for name in names]
-    picture.legend(points, shown, loc="outside lower center", ncols=2, fontsize=7, frameon=False)
-    return picture
+def read_checkpoints(sources: Sequence[str], names: Sequence[str] = ()) -> tuple[list[Checkpoint], list[str]]:
+    """Read one checkpoint a source; returns them with notes on what was read from where.
+
+    A source is "RPROBE=RESULTS" (two files, or folders that hold them), a folder that holds both, or lmms-eval's
+    results JSON whose `rprobe` task ran with the benchmarks. Without names lmms-eval's name the checkpoints, numbered
+    where alike.
+    """
+    if names and (len(names) != len(sources) or len(set(names)) < len(names)):
+        raise SettingError(f"--names: expected {len(sources)} distinct names, got {', '.join(names)}")
+    found: list[Checkpoint] = []
+    notes: list[str] = []
+    for source in sources:
+        probe_file, results_file = _files(source, notes)
+        try:
+            document = json.loads(results_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{results_file}: cannot be read as lmms-eval's results JSON: {error}") from error
+        if not isinstance(document, dict):
+            raise InputError(f"{results_file}: not lmms-eval's results JSON (no object)")
+        scores = read_scores(document, str(results_file))
+        if probe_file is None:
+            # Steps that were never reached are not in the figures of lmms-eval's `rprobe` task.
+            given = {
+                key: scores.get((TASK, f"{TASK}_{key}")) for key in ("mse", "fvu", "psnr", "steps", "steps_half_fvu")
+            }
+            probe = {key: one.value for key, one in given.items() if one is not None and math.isfinite(one.value)}
+            if "mse" not in probe:
+                raise InputError(
+                    f"{results_file}: holds no {TASK} task: run it with the benchmarks, or give RPROBE=RESULTS"
+                )
+            missing = {key: UNTOLD for key in ("steps", "steps_half_fvu") if key not in probe}
+        else:
+            result = RProbeResult.load(probe_file)
+            probe = probe_figures(result)
+            missing = {"steps": VACUOUS.format(result)} if result.threshold_is_vacuous else {}
+        model = str(document.get("model_name") or "").rstrip("/").split("/")[-1]
+        found.append(Checkpoint(model or results_file.resolve().parent.name, probe, scores, missing))
+    labels = names or numbered([one.name for one in found])
+    return [replace(one, name=label) for label, one in zip(labels, found, strict=True)], notes
 
 
-def _panel(axis: Any, one: Correlation, styles: Mapping[str, Any]) -> None:
-    finite = [value for _, value, _ in one.points if math.isfinite(value)]
-    # What was never reached stands past the largest value.
-    never = 1.15 * max(finite, default=1.0)
-    for name, value, score in one.points:
-        axis.plot(value if math.isfinite(value) else never, score, **styles[name])
-    rho = "no rank" if one.spearman is None else f"$\\rho$ = {one.spearman:+.2f}, n = {one.n}"
-    axis.set_title(one.task.replace("$", r"\$") + f"\n{rho}", fontsize=8)
-    better = {True: "(higher is better)", False: "(lower is better)", None: ""}[one.higher_is_better]
-    axis.set_ylabel(f"{one.metric}\n{better}".rstrip(), fontsize=7, parse_math=False)
-    axis.tick_params(labelsize=6.5)
-    axis.locator_params(axis="x", nbins=5)
-    axis.margins(0.15, 0.15)
-    axis.grid(alpha=0.25, linewidth=0.5)
-    if len(finite) < len(one.points):
-        axis.axvline(never, color="0.6", linewidth=0.7, linestyle=":")
-        axis.text(never, 1.0, "never", fontsize=6, ha="right", va="top", transform=axis.get_xaxis_transform())
+def probe_figures(result: RProbeResult) -> dict[str, float]:
+    """The figures of `correlate.PROBES`; steps to a vacuous threshold are missing, steps never reached infinite."""
+    steps = {"steps_half_fvu": result.steps_to_half_fvu}
+    if not result.threshold_is_vacuous:
+        steps["steps"] = result.steps_to_threshold
+    reached = {key: NEVER if step is None else float(step) for key, step in steps.items()}
+    return {"mse": result.mse, "fvu": result.fvu, "psnr": result.psnr, **reached}
+
+
+def read_scores(document: Any, name: str) -> dict[tuple[str, str], Score]:
+    """The numbers of lmms-eval's results JSON, by (task, metric); a filter other than "none" stays part of the metric.
+
+    "results" maps tasks to "metric,filter", "metric_stderr,filter" and "alias".
+    """
+    results = document.get("results") if isinstance(document, dict) else None
+    if not isinstance(results, dict) or not all(isinstance(values, dict) for values in results.values()):
+        raise InputError(f'{name}: not lmms-eval\'s results JSON (it has no tasks under "results")')
+    directions = document.get("higher_is_better") or {}
+    found = {}
+    for task, values in results.items():
+        for key, value in values.items():
+            metric, _, kind = key.partition(",")
+            # lmms-eval writes metric_stderr and kinds of it; counts and texts are no scores.
+            if not kind or "_stderr" in metric or not is_number(value):
+                continue
+            direction = (directions.get(task) or {}).get(metric)
+            better = direction if isinstance(direction, bool) else None
+            found[task, metric if kind == "none" else f"{metric},{kind}"] = Score(float(value), better)
+    return found
+
+
+def _files(source: str, notes: list[str]) -> tuple[Path | None, Path]:
+    """(R-Probe's result or None, lmms-eval's results) of one source."""
+    path = Path(source)
+    if path.exists():
+        return (_probe_file(path, required=False), _results_file(path, notes)) if path.is_dir() else (None, path)
+    # A path may hold "=" itself: take the split at which both parts are there.
+    parts = source.split("=")
+    for i in range(1, len(parts)):
+        left, right = Path("=".join(parts[:i])), Path("=".join(parts[i:]))
+        if left.exists() and right.exists():
+            return _probe_file(left, required=True), _results_file(right, notes)
+    raise InputError(
+        f"{source}: no such file or folder; expected RPROBE=RESULTS, a folder, or lmms-eval's results JSON"
+    )
+
+
+def _probe_file(path: Path, required: bool) -> Path | None:
+    if path.is_file():
+        return path
+    below = [path / RESULT] if (path / RESULT).is_file() else sorted(path.rglob(RESULT))
+    # lmms-eval's group of the ablation leaves four beside one another.
+    named = [file for file in below if file.parent.name == TASK] or below
+    if len(named) > 1:
+        raise InputError(f"{path}: holds several results ({', '.join(map(str, named))}): give one as RPROBE=RESULTS")
+    if not named and required:
+        raise InputError(f"{path}: holds no {RESULT}")
+    return named[0] if named else None
+
+
+def _results_file(path: Path, notes: list[str]) -> Path:
+    if path.is_file():
+        return path
+    found = sorted(path.rglob("*results.json"), key=lambda file: (file.name, str(file)))
+    if not found:
+        raise InputError(f"{path}: holds no results JSON of lmms-eval (*results.json)")
+    if len(found) > 1:
+        # lmms-eval puts the date first, so the last name is the newest run.
+        notes.append(f"{path} holds {len(found)} results: the newest, {found[-1].name}, is taken")
+    return found[-1]

@@ -7,39 +7,27 @@ region's size, with a placeholder for text: the probe was not trained on these, 
 import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from llava_patch.core import parallel
 from llava_patch.core.errors import InputError
-from llava_patch.core.extras import optional
-from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.measurements.rprobe.evaluate import answer, spread_over_ranks
-from llava_patch.measurements.rprobe.figures import EDGE, GAP, LABEL, MSE_LABEL, TITLE, WIDTH, basename, place, save
 from llava_patch.measurements.rprobe.result import ErrorMap
 from llava_patch.measurements.rprobe.settings import RProbe
-from llava_patch.measurements.rprobe.store.data import FrozenData
-from llava_patch.measurements.rprobe.store.freeze import freeze_samples
+from llava_patch.measurements.rprobe.store.freeze import Encoder, FrozenData, freeze_samples
 from llava_patch.probe.decoder import ProbeDecoder
 from llava_patch.probe.sample import Box, Sample
 from llava_patch.probe.sequence import patchify
-from llava_patch.probe.transform import Plane, Transform, picture
+from llava_patch.probe.transform import Plane, picture
 
 PLACEHOLDER = "."
 
 
 def error_maps(
-    decoder: ProbeDecoder,
-    anatomy: Anatomy,
-    transform: Transform,
-    tokenizer: Any,
-    data: FrozenData,
-    documents: Sequence[Mapping[str, Any]],
-    settings: RProbe,
+    decoder: ProbeDecoder, encoder: Encoder, data: FrozenData, documents: Sequence[Mapping[str, Any]], settings: RProbe
 ) -> tuple[list[ErrorMap], list[str]]:
     """Maps of `settings.maps` held-out pages, the best and the worst first, and a sentence for each without; on rank 0.
 
@@ -61,7 +49,7 @@ def error_maps(
     for n in spread_over_ranks(errors, settings.maps):
         name, members = list(pages.items())[n]
         try:
-            maps.append(_map(decoder, anatomy, transform, tokenizer, data, members, settings))
+            maps.append(_map(decoder, encoder, data, members, settings))
         except Exception as error:
             notes.append(f"R-Probe: there is no error map of {name}: {type(error).__name__}: {error}")
     return maps, notes
@@ -107,17 +95,11 @@ def _cells(plane: Plane, box: Box) -> Tensor:
 
 @torch.no_grad()
 def _map(
-    decoder: ProbeDecoder,
-    anatomy: Anatomy,
-    transform: Transform,
-    tokenizer: Any,
-    data: FrozenData,
-    members: Sequence[int],
-    settings: RProbe,
+    decoder: ProbeDecoder, encoder: Encoder, data: FrozenData, members: Sequence[int], settings: RProbe
 ) -> ErrorMap:
     """The map of the page on which the first of a document's samples (`members`) lies."""
     samples, name = [data.samples[i] for i in members], data.labels[members[0]][1]
-    first = samples[0].image
+    transform, first = encoder.transform, samples[0].image
     samples = [s for s in samples if s.image is first or (not hasattr(first, "size") and s.image == first)]
     plane = Plane.of(transform, samples[0].open_image(), data.grid.pixels)
     known, rest = pieces(samples, plane, data.seen_of(members[0]))
@@ -128,12 +110,12 @@ def _map(
     # A piece that cannot be used (a listed text without tokens) stays grey.
     once = dataclasses.replace(settings, store=False, broken="skip")
     # Without an unknown token the placeholder stands for itself.
-    has_unknown = getattr(tokenizer, "unk_token_id", None) is not None
+    has_unknown = getattr(encoder.tokenizer, "unk_token_id", None) is not None
     silent = dataclasses.replace(once, text=False) if has_unknown else once
     for group, setting, with_text in ((known, once, settings.text), (rest, silent, False)):
         if not group:
             continue
-        frozen = freeze_samples(anatomy, transform, tokenizer, group, setting, False, "pieces of a page", warn=False)
+        frozen = freeze_samples(encoder, group, setting, label="pieces of a page", warn=False)
         for index in torch.arange(len(frozen)).split(settings.batch_size):
             batch = frozen.batch(index, next(decoder.parameters()).device)
             answers, truths = (v.cpu().split(batch.counts.tolist()) for v in (answer(decoder, batch), batch.pixels))
@@ -162,59 +144,3 @@ def _map(
         inside_mse=float(error[text & done].double().mean()),
         outside_mse=float(error[other].double().mean()) if other.any() else None,
     )
-
-
-def colour_limit(pages: Sequence[ErrorMap]) -> float:
-    """Where the colours of error maps end, so that those of several pages can be compared by eye."""
-    error = np.concatenate([page.error.ravel() for page in pages])
-    # On a large page a few cells far above the rest must not make the rest one colour.
-    return float(np.nanpercentile(error, 98) if error.size >= 200 else np.nanmax(error))
-
-
-def save_map(page: ErrorMap, path: str | Path, masked: bool = False, limit: float | None = None) -> Path:
-    """Draw a page, its reconstruction and the error of each cell on the same grid, as .png or .pdf.
-
-    `masked`: each region was blacked out while it was rebuilt; `limit`: the error at the upper end of the colours.
-    """
-    limit = colour_limit([page]) if limit is None else limit
-    Rectangle = optional("matplotlib.patches").Rectangle
-    rows, columns = page.error.shape
-    bar, head, foot = 0.75, 0.66, 0.42
-    aspect = rows * page.stretch / columns
-    wide = min((WIDTH - 2 * EDGE - 2 * GAP - bar) / 3, 6.0 / aspect)
-    high = wide * aspect
-    height = high + head + foot
-    needed = 3 * wide + 2 * GAP + 2 * EDGE + bar
-    width = max(needed, 5.0)  # a narrow page must not cut its own titles
-    left = EDGE + (width - needed) / 2
-    figure = optional("matplotlib.figure").Figure(figsize=(width, height))
-    heat = np.ma.masked_invalid(page.error)
-    extent = (0, columns * page.cell, rows * page.cell, 0)
-    shown: Any = None
-    for title, pixels in (("page", page.original), ("reconstruction", page.rebuilt), ("error of each token", heat)):
-        axes = place(figure, left, foot, wide, high)
-        colours = {"cmap": "viridis", "vmin": 0, "vmax": limit} if pixels is heat else {}
-        shown = axes.imshow(pixels, extent=extent, interpolation="nearest", aspect="auto", **colours)
-        axes.set_title(title, fontsize=TITLE if wide > 1.3 else LABEL - 1, pad=4)
-        left += wide + GAP
-    axes.set_facecolor("0.8")
-    for x0, y0, x1, y1 in page.boxes:
-        axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="white", lw=0.5))
-    scale = figure.colorbar(
-        shown,
-        cax=figure.add_axes((left / width, foot / height, 0.12 / width, high / height)),
-        extend="max" if np.nanmax(page.error) > limit else "neither",
-    )
-    scale.set_label(MSE_LABEL, fontsize=LABEL)
-    scale.ax.tick_params(labelsize=LABEL - 1)
-    outside = "" if page.outside_mse is None else f", elsewhere (not trained on) {page.outside_mse:.3f}"
-    title = f"{basename(page.id, 48)}\nmean MSE: cells with text {page.inside_mse:.3f}{outside}"
-    figure.suptitle(title, fontsize=TITLE, y=1 - 0.08 / height, va="top", parse_math=False)
-    share = min(1.0, page.spoken.sum() / max(1, page.text.sum()))
-    note = (
-        f"white: text boxes; rebuilt piece by piece, {share:.0%} of text cells with their text before them,\n"
-        "the rest without text; the probe was trained on text regions"
-        + (", each blacked out while it was rebuilt" if masked else "")
-    )
-    figure.text(0.5, 0.06 / height, note, ha="center", va="bottom", fontsize=LABEL - 1.5, color="0.3")
-    return save(figure, path)

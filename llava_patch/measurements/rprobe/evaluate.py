@@ -12,7 +12,7 @@ from llava_patch.core.parallel import gather_rows, share
 from llava_patch.measurements.rprobe.bootstrap import interval
 from llava_patch.measurements.rprobe.result import Part, Reconstruction
 from llava_patch.measurements.rprobe.settings import RProbe
-from llava_patch.measurements.rprobe.store.data import Batch, FrozenData
+from llava_patch.measurements.rprobe.store.freeze import Batch, FrozenData
 from llava_patch.probe.decoder import ProbeDecoder
 from llava_patch.probe.sequence import CHANNELS, patchify, unpatchify
 from llava_patch.probe.transform import Plane, Transform, picture, unit

@@ -1,10 +1,11 @@
 """Figures of a run: held-out regions beside what the probe made of them, the loss curve, error maps; PNG and PDF."""
 
+import itertools
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,11 +14,15 @@ from llava_patch.core.extras import optional
 from llava_patch.core.files import atomic
 from llava_patch.core.plotting import shorten
 from llava_patch.measurements.base import FIGURES
-from llava_patch.measurements.rprobe.result import Reconstruction, RProbeResult
+from llava_patch.measurements.rprobe.result import ErrorMap, Reconstruction, RProbeResult
+
+if TYPE_CHECKING:
+    from llava_patch.measurements.rprobe.correlate import Correlation
 
 # Okabe and Ito's colours, told apart by colour-blind readers; dashes tell a second round of them apart.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 DASHES = ("-", "--", ":", "-.")
+MARKERS = "os^Dv*P"
 FONT = 8.0
 HEADROOM = 1.15
 MSE_LABEL = "MSE (normalised pixel values²)"
@@ -43,7 +48,7 @@ def save_figure(result: RProbeResult, path: str | Path, documents: Sequence[str]
     return save(_examples(result, examples), path)
 
 
-def save(figure: Any, path: str | Path) -> Path:
+def save(figure: Any, path: str | Path, dpi: float = DPI) -> Path:
     """Write a matplotlib figure atomically, in the format of the path's ending."""
     path = Path(path)
     suffix = path.suffix.lstrip(".").lower()
@@ -52,7 +57,7 @@ def save(figure: Any, path: str | Path) -> Path:
     # PDF carries the date of writing by default: the same run is to give the same file.
     extra = {"metadata": {"CreationDate": None}} if suffix == "pdf" else {}
     with atomic(path) as part:
-        figure.savefig(part, format=suffix, dpi=DPI, **extra)
+        figure.savefig(part, format=suffix, dpi=dpi, **extra)
     return path
 
 
@@ -138,6 +143,62 @@ def _around(cut: Cut, shape: tuple[int, int], stretch: float, size: tuple[float,
 def basename(name: str, length: int) -> str:
     """The last part of a path, for a figure."""
     return shorten(name.rstrip("/").rsplit("/", 1)[-1], length)
+
+
+def colour_limit(pages: Sequence[ErrorMap]) -> float:
+    """Where the colours of error maps end, so that those of several pages can be compared by eye."""
+    error = np.concatenate([page.error.ravel() for page in pages])
+    # On a large page a few cells far above the rest must not make the rest one colour.
+    return float(np.nanpercentile(error, 98) if error.size >= 200 else np.nanmax(error))
+
+
+def save_map(page: ErrorMap, path: str | Path, masked: bool = False, limit: float | None = None) -> Path:
+    """Draw a page, its reconstruction and the error of each cell on the same grid, as .png or .pdf.
+
+    `masked`: each region was blacked out while it was rebuilt; `limit`: the error at the upper end of the colours.
+    """
+    limit = colour_limit([page]) if limit is None else limit
+    Rectangle = optional("matplotlib.patches").Rectangle
+    rows, columns = page.error.shape
+    bar, head, foot = 0.75, 0.66, 0.42
+    aspect = rows * page.stretch / columns
+    wide = min((WIDTH - 2 * EDGE - 2 * GAP - bar) / 3, 6.0 / aspect)
+    high = wide * aspect
+    height = high + head + foot
+    needed = 3 * wide + 2 * GAP + 2 * EDGE + bar
+    width = max(needed, 5.0)  # a narrow page must not cut its own titles
+    left = EDGE + (width - needed) / 2
+    figure = optional("matplotlib.figure").Figure(figsize=(width, height))
+    heat = np.ma.masked_invalid(page.error)
+    extent = (0, columns * page.cell, rows * page.cell, 0)
+    shown: Any = None
+    for title, pixels in (("page", page.original), ("reconstruction", page.rebuilt), ("error of each token", heat)):
+        axes = place(figure, left, foot, wide, high)
+        colours = {"cmap": "viridis", "vmin": 0, "vmax": limit} if pixels is heat else {}
+        shown = axes.imshow(pixels, extent=extent, interpolation="nearest", aspect="auto", **colours)
+        axes.set_title(title, fontsize=TITLE if wide > 1.3 else LABEL - 1, pad=4)
+        left += wide + GAP
+    axes.set_facecolor("0.8")
+    for x0, y0, x1, y1 in page.boxes:
+        axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="white", lw=0.5))
+    scale = figure.colorbar(
+        shown,
+        cax=figure.add_axes((left / width, foot / height, 0.12 / width, high / height)),
+        extend="max" if np.nanmax(page.error) > limit else "neither",
+    )
+    scale.set_label(MSE_LABEL, fontsize=LABEL)
+    scale.ax.tick_params(labelsize=LABEL - 1)
+    outside = "" if page.outside_mse is None else f", elsewhere (not trained on) {page.outside_mse:.3f}"
+    title = f"{basename(page.id, 48)}\nmean MSE: cells with text {page.inside_mse:.3f}{outside}"
+    figure.suptitle(title, fontsize=TITLE, y=1 - 0.08 / height, va="top", parse_math=False)
+    share = min(1.0, page.spoken.sum() / max(1, page.text.sum()))
+    note = (
+        f"white: text boxes; rebuilt piece by piece, {share:.0%} of text cells with their text before them,\n"
+        "the rest without text; the probe was trained on text regions"
+        + (", each blacked out while it was rebuilt" if masked else "")
+    )
+    figure.text(0.5, 0.06 / height, note, ha="center", va="bottom", fontsize=LABEL - 1.5, color="0.3")
+    return save(figure, path)
 
 
 def half_variance(result: RProbeResult) -> float | None:
@@ -230,3 +291,46 @@ def _plain(axes: Any, grid: str) -> None:
     axes.tick_params(labelsize=FONT - 1)
     axes.grid(axis=grid, alpha=0.25, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_correlations(found: Sequence["Correlation"], label: str) -> Any:
+    """A small panel a benchmark; a legend names the points, because names beside them would cover one another."""
+    names = list(dict.fromkeys(name for one in found for name, _, _ in one.points))
+    # Colours come round again with another marker.
+    styles = {
+        name: {"marker": marker, "color": color, "markersize": 4.5, "linestyle": "none"}
+        for name, (marker, color) in zip(names, itertools.cycle(itertools.product(MARKERS, COLOURS)), strict=False)
+    }
+    columns = min(3, len(found))
+    rows = math.ceil(len(found) / columns)
+    size = max(4.0, 2.5 * columns), 2.4 * rows + 0.4 + 0.17 * math.ceil(len(names) / 2)
+    picture = optional("matplotlib.figure").Figure(figsize=size, layout="constrained")
+    axes = picture.subplots(rows, columns, squeeze=False).reshape(-1)
+    for axis in axes[len(found) :]:
+        axis.remove()
+    for axis, one in zip(axes, found, strict=False):
+        _panel(axis, one, styles)
+        axis.set_xlabel(label, fontsize=7)
+    points = [axes[0].plot([], [], **style)[0] for style in styles.values()]
+    shown = [plain_name(name, 44) for name in names]
+    picture.legend(points, shown, loc="outside lower center", ncols=2, fontsize=7, frameon=False)
+    return picture
+
+
+def _panel(axis: Any, one: "Correlation", styles: Mapping[str, Any]) -> None:
+    finite = [value for _, value, _ in one.points if math.isfinite(value)]
+    # What was never reached stands past the largest value.
+    never = 1.15 * max(finite, default=1.0)
+    for name, value, score in one.points:
+        axis.plot(value if math.isfinite(value) else never, score, **styles[name])
+    rho = "no rank" if one.spearman is None else f"$\\rho$ = {one.spearman:+.2f}, n = {one.n}"
+    axis.set_title(one.task.replace("$", r"\$") + f"\n{rho}", fontsize=8)
+    better = {True: "(higher is better)", False: "(lower is better)", None: ""}[one.higher_is_better]
+    axis.set_ylabel(f"{one.metric}\n{better}".rstrip(), fontsize=7, parse_math=False)
+    axis.tick_params(labelsize=6.5)
+    axis.locator_params(axis="x", nbins=5)
+    axis.margins(0.15, 0.15)
+    axis.grid(alpha=0.25, linewidth=0.5)
+    if len(finite) < len(one.points):
+        axis.axvline(never, color="0.6", linewidth=0.7, linestyle=":")
+        axis.text(never, 1.0, "never", fontsize=6, ha="right", va="top", transform=axis.get_xaxis_transform())

@@ -28,8 +28,7 @@ from llava_patch.measurements.rprobe.keys import difference, make_key, trained_o
 from llava_patch.measurements.rprobe.result import RProbeResult
 from llava_patch.measurements.rprobe.resume import TrainingFolder
 from llava_patch.measurements.rprobe.settings import RProbe
-from llava_patch.measurements.rprobe.store.data import FrozenData
-from llava_patch.measurements.rprobe.store.freeze import freeze_samples
+from llava_patch.measurements.rprobe.store.freeze import Encoder, FrozenData, freeze_samples
 from llava_patch.measurements.rprobe.train import check_memory, choose_trained, train_probe
 from llava_patch.probe.decoder import ProbeDecoder, quarter, trained_parameters
 from llava_patch.probe.sample import Sample, split_samples
@@ -90,6 +89,7 @@ def run_rprobe(
         quarter(len(anatomy.layers))  # refuse before the long part
         check_memory(anatomy, settings)
         transform = make_transform(anatomy, image_processor, settings.image_mode)
+        encoder = Encoder(anatomy, transform, tokenizer)
         chosen = _data(settings, samples, heldout, transform.height)
         given = samples, heldout
         skipped = [message for data in given for message in getattr(data, "skipped", ())]
@@ -105,7 +105,7 @@ def run_rprobe(
                 early.append(f"{len(shared)} of {n_documents} held-out documents are trained on, such as {shared[0]}")
         _warn(early)
         train, held = (
-            freeze_samples(anatomy, transform, tokenizer, part, settings, progress, label)
+            freeze_samples(encoder, part, settings, progress, label)
             for part, label in zip(chosen, ("training samples", "held-out samples"), strict=True)
         )
         check_shown(held, show)  # before training
@@ -116,16 +116,16 @@ def run_rprobe(
         choose_trained(decoder, settings)
         lr = settings.learning_rate(int(anatomy.text_config.hidden_size))
         key = make_key(decoder, train.key, train.text.table, settings, lr)
-        keys = parallel.exchange(key)
-        for number, other in enumerate(keys):
-            if found := difference(other, keys[0]):
+        first, *others = parallel.exchange(key)
+        for number, other in enumerate(others, 1):
+            if found := difference(other, first):
                 raise LlavaPatchError(f"R-Probe: process {number} and process 0 do not run the same: {found}")
         decoder.start_at(train.target_mean)
         state = None if folder is None else TrainingFolder(folder, key)
         losses = _trained(decoder, train, settings, lr, progress, state)
         trained = time.perf_counter()
         figures = evaluate(decoder, held, train.target_mean, transform, settings, show)
-        maps, without = error_maps(decoder, anatomy, transform, tokenizer, held, figures["documents"], settings)
+        maps, without = error_maps(decoder, encoder, held, figures["documents"], settings)
         train_variance = train.target_variance
         running = running_mean(losses, start=train_variance)
         result = RProbeResult(
@@ -177,15 +177,12 @@ def run_rprobe(
 def _data(
     settings: RProbe, samples: Sequence[Sample] | None, heldout: Sequence[Sample] | None, side: int
 ) -> tuple[Sequence[Sample], Sequence[Sample]]:
+    seed = settings.seed
     if samples is not None:
-        return (
-            (samples, heldout) if heldout is not None else split_samples(samples, settings.heldout_share, settings.seed)
-        )
+        return split_samples(samples, settings.heldout_share, seed) if heldout is None else (samples, heldout)
     if heldout is not None:
         raise LlavaPatchError("run_rprobe: heldout was given without samples to train on")
-    pages = (settings.train_pages, "train"), (settings.heldout_pages, "heldout")
-    train, held = (Pages(count, side, settings.seed, part) for count, part in pages)
-    return train, held
+    return Pages(settings.train_pages, side, seed, "train"), Pages(settings.heldout_pages, side, seed, "heldout")
 
 
 def _check_targets(data: FrozenData, what: str, more: str) -> None:

@@ -4,7 +4,6 @@ The weights enter whole and bit by bit (about a second for a vision tower of 300
 miss a checkpoint that a few training steps lie behind, and a stale token would look like a measurement.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import math
@@ -126,13 +125,11 @@ class _Contents:
         return known[1]
 
 
-def versions() -> dict[str, str | None]:
-    """Versions of the libraries that decide about a token's or a pixel's bits; None: not installed."""
-    found: dict[str, str | None] = dict.fromkeys(LIBRARIES)
-    for name in LIBRARIES:
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def store_key(anatomy: Anatomy, transform: Transform, data: Any, settings: RProbe) -> dict[str, Any]:
@@ -148,7 +145,7 @@ def store_key(anatomy: Anatomy, transform: Transform, data: Any, settings: RProb
     tf32 = [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32]
     return {
         "format": FORMAT,
-        "versions": versions(),
+        "versions": {name: _version(name) for name in LIBRARIES},  # that decide about a token's or a pixel's bits
         "model": {
             "host": anatomy.host,
             "weights": weights_digest(tensors_of(anatomy, without=text)),

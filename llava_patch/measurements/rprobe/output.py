@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llava_patch.core import parallel
 from llava_patch.measurements.base import FIGURES
-from llava_patch.measurements.rprobe.error_map import colour_limit, save_map
+from llava_patch.measurements.rprobe.figures import colour_limit, save_map
 from llava_patch.measurements.rprobe.result import RProbeResult
 
 RESULT, FIGURE, MAP = "rprobe.json", "rprobe.png", "map-{}.png"

@@ -1,23 +1,21 @@
 """Pictures and counts by which one sees whether boxes are right, before and after the image transform."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from llava_patch.core.errors import InputError, SettingError
 from llava_patch.core.extras import optional
-from llava_patch.core.files import atomic
 from llava_patch.core.plotting import shorten
-from llava_patch.measurements.rprobe.figures import place
+from llava_patch.measurements.rprobe.figures import place, save
 from llava_patch.probe.sample import Box, Sample, image_size
-from llava_patch.probe.sequence import TokenGrid, patchify, target_mask
-from llava_patch.probe.transform import Transform, picture
+from llava_patch.probe.sequence import CHANNELS, patchify
+from llava_patch.probe.transform import Plane, Transform, picture
 
 RED, BLUE = "#d62728", "#1f77b4"
 LONGEST = 1400  # pixels of an original that is drawn: more is not seen
@@ -101,9 +99,9 @@ def save_preview(samples: Sequence[Sample], transform: Transform, path: str | Pa
     drawn = []
     for sample in samples:
         image = sample.open_image()
-        plane, cut = transform.plane(image), _around(sample, image)
+        plane, cut = Plane.of(transform, image, CHANNELS * transform.cell**2), _around(sample, image)
         ratio = image.width / min(image.height, TALL * image.width)  # of an original as it is shown
-        sides = ratio, plane.shape[-1] / plane.shape[-2], (cut[2] - cut[0]) / (cut[3] - cut[1])
+        sides = ratio, plane.pixels.shape[-1] / plane.pixels.shape[-2], (cut[2] - cut[0]) / (cut[3] - cut[1])
         drawn.append((sample, image, plane, cut, *_fit(sides)))
     height = OVER + sum(CAPTION + row for *_, row, _ in drawn)
     # matplotlib is imported late, and no global backend is touched.
@@ -114,23 +112,17 @@ def save_preview(samples: Sequence[Sample], transform: Transform, path: str | Pa
     figure.text(x, 1 - 0.26 / height, legend, fontsize=8, color="0.35", **style)
     top = height - OVER
     for sample, image, plane, cut, row, widths in drawn:
-        axes, left = [], EDGE
-        for width in widths:
-            one = place(figure, left, top - CAPTION - row + EDGE, width, row)
-            one.set_anchor("NW")
-            for spine in one.spines.values():
+        left = EDGE
+        draws: tuple[Callable[..., None], ...] = _draw_original, _draw_plane, _draw_region
+        for draw, shown, width in zip(draws, ((image,), (plane,), (image, cut)), widths, strict=True):
+            axes = place(figure, left, top - CAPTION - row + EDGE, width, row)
+            axes.set_anchor("NW")
+            for spine in axes.spines.values():
                 spine.set(color="0.6", linewidth=0.5)
-            axes.append(one)
+            draw(axes, sample, *shown, int(width / LETTER))
             left += width + GAP
-        letters = [int(width / LETTER) for width in widths]
-        _draw_original(axes[0], sample, image, letters[0])
-        _draw_plane(axes[1], sample, image, plane, transform, letters[1])
-        _draw_region(axes[2], sample, image, cut, letters[2])
         top -= CAPTION + row
-    path = Path(path)
-    with atomic(path) as part:
-        figure.savefig(part, format="png", dpi=min(DPI, LARGEST / height))
-    return path
+    return save(figure, path, min(DPI, LARGEST / height))
 
 
 def _fit(ratios: Sequence[float]) -> tuple[float, list[float]]:
@@ -196,27 +188,24 @@ def _draw_original(axes: Any, sample: Sample, image: Image.Image, letters: int) 
     _caption(axes, [*parts, f"{image.width} x {image.height} px{note}"], letters)
 
 
-def _draw_plane(
-    axes: Any, sample: Sample, image: Image.Image, plane: torch.Tensor, transform: Transform, letters: int
-) -> None:
-    height, width = plane.shape[1:]
-    grid = TokenGrid(height // transform.cell, width // transform.cell, transform.cell)
-    _show(axes, picture(patchify(plane[None], grid), grid, transform), (width, height))
+def _draw_plane(axes: Any, sample: Sample, plane: Plane, letters: int) -> None:
+    (height, width), grid, mode = plane.pixels.shape[1:], plane.grid, plane.transform.mode
+    _show(axes, picture(patchify(plane.pixels[None], grid), grid, plane.transform), (width, height))
     for at in range(0, width + 1, grid.cell):
         axes.axvline(at, color="0.5", linewidth=0.25)
     for at in range(0, height + 1, grid.cell):
         axes.axhline(at, color="0.5", linewidth=0.25)
     try:
-        moved = [transform.box(box, image.size, sample.id) for box in sample.boxes]
+        moved = [plane.box(box, sample.id) for box in sample.boxes]
     except InputError:
-        _caption(axes, [f"{transform.mode} {width} x {height}:", "the region is cut away"], letters, color=RED)
+        _caption(axes, [f"{mode} {width} x {height}:", "the region is cut away"], letters, color=RED)
         return
-    target = target_mask(torch.tensor(moved, dtype=torch.float32), grid).any(0)
+    target = plane.cells(moved)
     shade = np.zeros((grid.tokens, 4), np.float32)
     shade[target.numpy()] = (1.0, 0.75, 0.0, 0.45)
     axes.imshow(shade.reshape(grid.rows, grid.columns, 4), extent=(0, width, height, 0), interpolation="nearest")
     _outline(axes, moved, RED, 1.0)
-    size = [f"{transform.mode} {width} x {height},", f"tokens of {grid.cell} px:"]
+    size = [f"{mode} {width} x {height},", f"tokens of {grid.cell} px:"]
     _caption(axes, [*size, f"{int(target.sum())} of {grid.tokens} are the target"], letters)
 
 

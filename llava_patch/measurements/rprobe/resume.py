@@ -47,8 +47,8 @@ class TrainingFolder:
     def save_state(self, decoder: ProbeDecoder, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
         """Write weights, optimizer state and losses in one file, which replaces the last one whole."""
         self._clean()
-        tensors = dict(trained_parameters(decoder))
-        for name, parameter in trained_parameters(decoder).items():
+        tensors = trained_parameters(decoder)
+        for name, parameter in [*tensors.items()]:
             tensors |= {f"optimizer.{kind}.{name}": value for kind, value in optimizer.state[parameter].items()}
         _write(self.state, tensors, progress, self.key)
 
@@ -88,8 +88,8 @@ class TrainingFolder:
 
     def _clean(self) -> None:
         """Delete what a killed process left half written."""
-        for name in (STATE_FILE, DECODER_FILE):
-            for path in self.folder.glob(f".{Path(name).stem}-*.safetensors"):
+        for file in (self.state, self.decoder):
+            for path in self.folder.glob(f".{file.stem}-*.safetensors"):
                 path.unlink(missing_ok=True)
 
 

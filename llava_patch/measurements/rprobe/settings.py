@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from llava_patch.core.errors import SettingError
-from llava_patch.settings.checks import BROKEN, integer, is_number
+from llava_patch.settings.checks import BROKEN, choice, integer, is_number
 
 ROPE_FORMS = ("attention", "embedding")
 IMAGE_MODES = ("resize", "crop", "pad", "anyres")
@@ -93,10 +93,8 @@ class RProbe:
     resamples: int = 2000
 
     def __post_init__(self) -> None:
-        for name in _COUNTS:
-            integer("RProbe", name, getattr(self, name), 1)
-        for name in ("seed", "examples", "maps"):
-            integer("RProbe", name, getattr(self, name), 0)
+        for name in (*_COUNTS, "seed", "examples", "maps"):
+            integer("RProbe", name, getattr(self, name), int(name in _COUNTS))
         for name in ("clip", "threshold", "store_gb", "lr", "minutes"):
             if getattr(self, name) is not None or name not in ("lr", "minutes"):
                 self._number(name, above=0.0)
@@ -104,8 +102,7 @@ class RProbe:
         self._number("warmup", low=0.0, below=1.0)
         self._number("heldout_share", above=0.0, below=1.0)
         for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise SettingError(f"RProbe.{name} = {getattr(self, name)!r}: expected one of {', '.join(choices)}")
+            choice("RProbe", name, getattr(self, name), choices)
         for name in ("masked", "text", "store"):
             if not isinstance(getattr(self, name), bool):
                 raise SettingError(f"RProbe.{name} = {getattr(self, name)!r}: expected True or False")

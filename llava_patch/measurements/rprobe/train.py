@@ -23,7 +23,7 @@ from llava_patch.core.terminal import progress_bar
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.measurements.rprobe.resume import Progress, TrainingFolder
 from llava_patch.measurements.rprobe.settings import RProbe
-from llava_patch.measurements.rprobe.store.data import FrozenData
+from llava_patch.measurements.rprobe.store.freeze import FrozenData
 from llava_patch.probe.decoder import ProbeDecoder, quarter, trained_parameters
 
 FLOAT = 4  # bytes of a float32
@@ -179,15 +179,13 @@ class _Training:
                 parallel.from_rank_0(state.values())
         if found is None:
             return Progress([], processes=parallel.world())
-        note = ""
-        if found.processes != parallel.world():
-            note = (
-                f" (with {parallel.world()} processes after {found.processes}: the numbers agree with an "
-                "uninterrupted run's within rounding, not to the bit)"
-            )
+        processes, found.processes = found.processes, parallel.world()
+        note = f"R-Probe: goes on after step {len(found.losses)} of {self.settings.steps}"
+        if processes != found.processes:
+            note += f" (with {found.processes} processes after {processes}: the numbers agree with an "
+            note += "uninterrupted run's within rounding, not to the bit)"
         if parallel.rank() == 0:
-            print(f"R-Probe: goes on after step {len(found.losses)} of {self.settings.steps}{note}", file=sys.stderr)
-        found.processes = parallel.world()
+            print(note, file=sys.stderr)
         return found
 
     def step(self, index: Tensor, share_of_lr: float) -> None:
@@ -260,9 +258,7 @@ def rate(step: int, steps: int, warmup: float) -> float:
 def batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
     """Endless batches of sample numbers, int64 [size]: every sample once before any comes again."""
     generator = torch.Generator().manual_seed(seed)
-    waiting = torch.randperm(count, generator=generator)
+    orders = (torch.randperm(count, generator=generator).tolist() for _ in itertools.repeat(None))
+    numbers = itertools.chain.from_iterable(orders)
     while True:
-        while len(waiting) < size:
-            waiting = torch.cat([waiting, torch.randperm(count, generator=generator)])
-        yield waiting[:size]
-        waiting = waiting[size:]
+        yield torch.tensor(list(itertools.islice(numbers, size)))

@@ -17,7 +17,7 @@ from llava_patch.hosts import call_context, compat, tiles, wrappers, zero
 from llava_patch.hosts.anatomy import get_handle
 from llava_patch.probe.auxiliary.head import Head, Seen, check_images, token_errors, zero_gradient_pass
 from llava_patch.probe.auxiliary.regions import KEY, Marker
-from llava_patch.probe.layout import Layout
+from llava_patch.probe.sequence import Layout
 from llava_patch.probe.view import layout_of, make_transform
 from llava_patch.settings.auxiliary import AuxiliaryProbe
 

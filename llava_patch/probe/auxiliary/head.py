@@ -11,8 +11,7 @@ from llava_patch.core.errors import InputError
 from llava_patch.hosts import lora, zero
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.probe.decoder import ProbeDecoder, quarter
-from llava_patch.probe.layout import Layout
-from llava_patch.probe.sequence import ProbeSequence, build_sequence, patchify
+from llava_patch.probe.sequence import Layout, ProbeSequence, build_sequence, patchify
 from llava_patch.settings.auxiliary import AuxiliaryProbe
 
 

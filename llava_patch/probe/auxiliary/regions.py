@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from llava_patch.core.errors import InputError
-from llava_patch.probe.layout import Layout
 from llava_patch.probe.sample import Box
+from llava_patch.probe.sequence import Layout
 from llava_patch.probe.transform import Transform
 from llava_patch.probe.view import target_tokens
 from llava_patch.settings.auxiliary import AuxiliaryProbe

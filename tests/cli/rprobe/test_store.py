@@ -10,7 +10,7 @@ from llava_patch.data.pages import Pages
 from llava_patch.hosts.anatomy import find
 from llava_patch.measurements.rprobe.settings import RProbe
 from llava_patch.measurements.rprobe.store.disk import stores_folder
-from llava_patch.measurements.rprobe.store.freeze import freeze_samples
+from llava_patch.measurements.rprobe.store.freeze import Encoder, freeze_samples
 from llava_patch.probe.view import make_transform
 from tests.support.probes import Characters, processor, tiny_model
 
@@ -26,7 +26,7 @@ def test_stores_are_listed_and_deleted_unless_they_are_in_use():
     assert "deleted 0 stores, 0.0 kB" in call("--clear")
     anatomy = find(tiny_model())
     transform = make_transform(anatomy, processor(), "resize")
-    data = freeze_samples(anatomy, transform, Characters(), Pages(3, 56), RProbe(masked=True))
+    data = freeze_samples(Encoder(anatomy, transform, Characters()), Pages(3, 56), RProbe(masked=True))
     listed = call()
     for shown in (data.store.folder.name[:8], "LlavaForConditionalGeneration", "3 pages of 112 px", "masked", "1 of 1"):
         assert shown in listed

@@ -13,7 +13,7 @@ from llava_patch.measurements.rprobe.error_map import error_maps, pieces
 from llava_patch.measurements.rprobe.fit import run_rprobe
 from llava_patch.measurements.rprobe.output import write_run
 from llava_patch.measurements.rprobe.settings import RProbe
-from llava_patch.measurements.rprobe.store.freeze import freeze_samples
+from llava_patch.measurements.rprobe.store.freeze import Encoder, freeze_samples
 from llava_patch.probe.sample import Sample
 from llava_patch.probe.sequence import patchify
 from llava_patch.probe.transform import Plane, picture
@@ -53,10 +53,10 @@ def measured(page, mode="resize", **settings):
     anatomy = find(tiny_model())
     transform = make_transform(anatomy, processor(), mode)
     settings = RProbe(maps=1, store=False, **settings)
-    data = freeze_samples(anatomy, transform, Characters(), page, settings)
+    data = freeze_samples(Encoder(anatomy, transform, Characters()), page, settings)
     documents = [{"mse": 1.0, "tokens": 3} for _ in page]
     probe = Grey(anatomy.embed_tokens.weight[0].detach())
-    maps, notes = error_maps(probe, anatomy, transform, Characters(), data, documents, settings)
+    maps, notes = error_maps(probe, Encoder(anatomy, transform, Characters()), data, documents, settings)
     assert notes == []
     return maps, transform
 
@@ -129,7 +129,7 @@ def test_pieces_name_each_region_once(page):
 
 
 def test_no_maps_when_none_are_asked_for(page):
-    assert error_maps(None, None, None, None, None, [], RProbe(maps=0)) == ([], [])
+    assert error_maps(None, None, None, [], RProbe(maps=0)) == ([], [])
 
 
 SHORT = RProbe(steps=1, batch_size=4, maps=2, examples=0, resamples=10, heldout_share=0.5, store=False, threshold=1e-6)

@@ -8,7 +8,7 @@ import torch
 from llava_patch.hosts.anatomy import find
 from llava_patch.measurements.rprobe.evaluate import evaluate, spread_over_ranks
 from llava_patch.measurements.rprobe.settings import RProbe
-from llava_patch.measurements.rprobe.store.freeze import freeze_samples
+from llava_patch.measurements.rprobe.store.freeze import Encoder, freeze_samples
 from llava_patch.probe.sample import Sample
 from llava_patch.probe.view import make_transform
 from tests.support.probes import Characters, processor, samples, targets_of, tiny_model
@@ -37,7 +37,7 @@ def frozen():
     transform = make_transform(anatomy, processor(), "resize")
     page = samples(1)[0].image
     data = [Sample(page, f"t{i}", ((0, 0, 14 * (i + 1), 14),), id=f"s{i}", document="page") for i in range(3)]
-    return freeze_samples(anatomy, transform, Characters(), data, RProbe()), transform
+    return freeze_samples(Encoder(anatomy, transform, Characters()), data, RProbe()), transform
 
 
 def test_figures_of_a_probe_whose_error_is_known(frozen):
@@ -82,7 +82,7 @@ def test_error_inside_and_outside_text_is_counted_by_hand():
         Sample(page, "t", ((0, 0, 10, 14),), id="a", document="a"),
         Sample(page, "t", ((0, 0, 10, 14), (14, 0, 20, 14)), id="b", document="b"),
     ]
-    data = freeze_samples(anatomy, transform, Characters(), data, RProbe(store=False))
+    data = freeze_samples(Encoder(anatomy, transform, Characters()), data, RProbe(store=False))
     true = targets_of(data)
     inside = torch.zeros(3, 14, 14, dtype=torch.bool)
     inside[:2, :, :10] = True

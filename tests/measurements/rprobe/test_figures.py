@@ -6,8 +6,7 @@ from PIL import Image
 
 from llava_patch.core.errors import InputError, SettingError
 from llava_patch.measurements.rprobe import figures
-from llava_patch.measurements.rprobe.error_map import save_map
-from llava_patch.measurements.rprobe.figures import half_variance, save_figure
+from llava_patch.measurements.rprobe.figures import half_variance, save_figure, save_map
 from llava_patch.measurements.rprobe.fit import run_rprobe
 from llava_patch.measurements.rprobe.output import write_run
 from llava_patch.measurements.rprobe.settings import RProbe

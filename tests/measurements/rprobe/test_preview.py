@@ -86,7 +86,7 @@ def test_long_names_and_texts_stay_over_their_pictures(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
     drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: drawn.append(self))
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **k: drawn.append(self) or path.touch())
     name = "TextOCR_0.1_train.json:anns[00a1b2c3d4e5f607_112]"
     data = [
         sample([(5, 5, 90, 20)], "MERCHANDISE " * 9, f"folder/{name}", size=size)

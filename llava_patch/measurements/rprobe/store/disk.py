@@ -62,8 +62,7 @@ def list_stores(root: Path) -> list[Kept]:
         for path in folder.rglob("*"):
             with contextlib.suppress(OSError):  # it went away meanwhile
                 size += path.stat().st_size
-        with contextlib.suppress(OSError):
-            used = (folder / "used").stat().st_mtime
+                used = path.stat().st_mtime if path == folder / "used" else used
         found.append(Kept(folder, about, size, used))
     return sorted(found, key=lambda kept: (kept.used, kept.folder.name))
 

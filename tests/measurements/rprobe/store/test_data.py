@@ -9,7 +9,7 @@ from llava_patch.core.errors import HostError
 from llava_patch.hosts.anatomy import find
 from llava_patch.measurements.rprobe.settings import RProbe
 from llava_patch.measurements.rprobe.store import freeze, shard
-from llava_patch.measurements.rprobe.store.freeze import freeze_samples
+from llava_patch.measurements.rprobe.store.freeze import Encoder, freeze_samples
 from llava_patch.probe.sample import Sample
 from llava_patch.probe.sequence import TokenGrid
 from llava_patch.probe.view import View, make_transform
@@ -24,7 +24,7 @@ def model():
 def freeze_list(model, data, **settings):
     anatomy = find(model)
     return freeze_samples(
-        anatomy, make_transform(anatomy, processor(), "resize"), Characters(), data, RProbe(**settings)
+        Encoder(anatomy, make_transform(anatomy, processor(), "resize"), Characters()), data, RProbe(**settings)
     )
 
 
@@ -110,7 +110,7 @@ def test_inside_names_the_pixels_whose_centre_lies_in_a_text_box(model):
 
 @pytest.mark.parametrize("chunk", [1, 3, 256])
 def test_moments_of_the_targets(monkeypatch, chunk):
-    monkeypatch.setattr("llava_patch.measurements.rprobe.store.data.CHUNK", chunk)
+    monkeypatch.setattr("llava_patch.measurements.rprobe.store.freeze.CHUNK", chunk)
     data = made_up(10, 3, "true")
     pixels = targets_of(data).double() * 5 + 1000  # a variance small beside the mean
     data.shards[0].tensors["pixels"] = pixels.float()

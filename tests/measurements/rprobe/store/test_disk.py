@@ -21,7 +21,7 @@ from llava_patch.measurements.rprobe.fit import run_rprobe
 from llava_patch.measurements.rprobe.settings import RProbe
 from llava_patch.measurements.rprobe.store import disk, freeze
 from llava_patch.measurements.rprobe.store.disk import delete_unused, in_use, list_stores, stores_folder
-from llava_patch.measurements.rprobe.store.freeze import freeze_samples
+from llava_patch.measurements.rprobe.store.freeze import Encoder, freeze_samples
 from llava_patch.measurements.rprobe.store.shard import open_shard
 from llava_patch.probe.view import make_transform
 from tests.support.paths import ROOT
@@ -65,7 +65,9 @@ def seen(model, monkeypatch):
 def freeze_pages(model, count=PAGES, seed=0, tokenizer=None, **settings):
     anatomy = find(model)
     transform = make_transform(anatomy, processor(), "resize")
-    return freeze_samples(anatomy, transform, tokenizer or Characters(), Pages(count, 56, seed), RProbe(**settings))
+    return freeze_samples(
+        Encoder(anatomy, transform, tokenizer or Characters()), Pages(count, 56, seed), RProbe(**settings)
+    )
 
 
 def everything(data):
@@ -276,7 +278,7 @@ def test_a_failed_encoding_leaves_no_empty_store(model):
     anatomy = find(model)
     bad = [dataclasses.replace(samples(1)[0], boxes=((5.0, 5.0, 5.0, 9.0),))]
     with pytest.raises(InputError):
-        freeze_samples(anatomy, make_transform(anatomy, processor(), "resize"), Characters(), bad, RProbe())
+        freeze_samples(Encoder(anatomy, make_transform(anatomy, processor(), "resize"), Characters()), bad, RProbe())
     assert list_stores(stores_folder()) == []
 
 

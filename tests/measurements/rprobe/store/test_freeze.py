@@ -9,7 +9,7 @@ from PIL import Image, ImageFile
 from llava_patch.core.errors import HostError, InputError, SettingError
 from llava_patch.hosts.anatomy import find
 from llava_patch.measurements.rprobe.settings import RProbe
-from llava_patch.measurements.rprobe.store.freeze import freeze_samples
+from llava_patch.measurements.rprobe.store.freeze import Encoder, freeze_samples
 from llava_patch.probe.sample import Sample
 from llava_patch.probe.view import make_transform
 from tests.support.probes import HIDDEN, SIDE, Characters, processor, samples, targets_of, tiny_model, unique_page
@@ -23,7 +23,7 @@ def model():
 def freeze(model, data, mode="resize", tokenizer=None, **settings):
     anatomy = find(model)
     transform = make_transform(anatomy, processor(), mode)
-    return freeze_samples(anatomy, transform, tokenizer or Characters(), data, RProbe(**settings))
+    return freeze_samples(Encoder(anatomy, transform, tokenizer or Characters()), data, RProbe(**settings))
 
 
 def test_names_of_samples_are_not_among_what_the_data_are(model):

@@ -61,7 +61,7 @@ def test_the_answer_tells_of_another_way_to_resize(mode):
 
 
 def test_versions_name_what_fast_processors_resize_with():
-    assert "torchvision" in key_module.versions()
+    assert "torchvision" in key_module.LIBRARIES
 
 
 def test_a_mode_of_training_and_a_moved_text_model_are_the_same_model(before):

@@ -12,7 +12,7 @@ from llava_patch.data.pages import Pages
 from llava_patch.hosts.anatomy import find
 from llava_patch.measurements.rprobe.settings import RProbe
 from llava_patch.measurements.rprobe.store import freeze
-from llava_patch.measurements.rprobe.store.freeze import freeze_samples
+from llava_patch.measurements.rprobe.store.freeze import Encoder, freeze_samples
 from llava_patch.probe.view import make_transform
 from tests.support.probes import Characters, processor, tiny_model
 
@@ -38,13 +38,13 @@ def main(folder: Path, rank: int) -> None:
     anatomy = find(model)
     transform = make_transform(anatomy, processor(), "resize")
     torch.distributed.barrier()
-    data = freeze_samples(anatomy, transform, Characters(), Pages(10, 56), RProbe())
+    data = freeze_samples(Encoder(anatomy, transform, Characters()), Pages(10, 56), RProbe())
     assert len(data.batch(torch.arange(10)).counts) == 10
     (folder / f"calls-{rank}").write_text(str(len(calls) - 1))  # one is for the key
     if rank == 0:
         failing.append(True)
     try:
-        freeze_samples(anatomy, transform, Characters(), Pages(4, 56, seed=1), RProbe())
+        freeze_samples(Encoder(anatomy, transform, Characters()), Pages(4, 56, seed=1), RProbe())
     except Exception as error:
         (folder / f"error-{rank}").write_text(f"{type(error).__name__}: {error}")
 
