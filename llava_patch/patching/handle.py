@@ -5,7 +5,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -14,15 +14,18 @@ from llava_patch.core.method import Groups, Method
 from llava_patch.core.records import FORMAT
 from llava_patch.core.registry import KINDS, TRAINING_ONLY
 from llava_patch.core.undo import UndoStack
-from llava_patch.fusion.base import Fusion, Taps
 from llava_patch.fusion.training import WarmUp, by_kind, steps_of
 from llava_patch.hosts import call_context, lora, zero
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.hosts.anatomy import get_handle as get_handle
-from llava_patch.probe.auxiliary.attach import Auxiliary
-from llava_patch.routing.pruning import Pruning
 from llava_patch.routing.schedule import LayerSchedule, make_schedule
-from llava_patch.settings.methods import AuxiliaryProbe, Routing, to_dict
+from llava_patch.settings.methods import to_dict
+
+if TYPE_CHECKING:
+    from llava_patch.fusion.base import Fusion, Taps
+    from llava_patch.probe.auxiliary.attach import Auxiliary
+    from llava_patch.routing.pruning import Pruning
+    from llava_patch.settings.methods import AuxiliaryProbe, Routing
 
 
 def _of(kind: str, attribute: str = "settings") -> Any:
@@ -58,14 +61,14 @@ class Handle:
 
     # --- what is applied ----------------------------------------------------------------------------------------------
 
-    fusion: Fusion | None = _of("fusion")
-    routing: Routing | None = _of("routing")
-    pruning: Pruning | None = _of("pruning")
-    probe: AuxiliaryProbe | None = _of("probe")
-    taps: Taps | None = _of("fusion", "taps")
+    fusion: "Fusion | None" = _of("fusion")
+    routing: "Routing | None" = _of("routing")
+    pruning: "Pruning | None" = _of("pruning")
+    probe: "AuxiliaryProbe | None" = _of("probe")
+    taps: "Taps | None" = _of("fusion", "taps")
 
     @property
-    def auxiliary(self) -> Auxiliary | None:
+    def auxiliary(self) -> "Auxiliary | None":
         """R-Probe as an auxiliary loss, or None."""
         return self.methods.get("probe")  # type: ignore[return-value]
 

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -10,23 +10,25 @@ from llava_patch.core import registry
 from llava_patch.core.errors import SettingError, SilentFusionWarning
 from llava_patch.core.method import Method
 from llava_patch.core.records import CONFIG_KEY
-from llava_patch.fusion.base import Fusion
 from llava_patch.hosts import anatomy as anatomy_module
 from llava_patch.hosts import known, wrappers, zero
 from llava_patch.hosts.anatomy import HANDLE, Anatomy
 from llava_patch.hosts.compat import check_versions
 from llava_patch.patching.handle import Handle, get_handle, restore_flags
 from llava_patch.routing import attach as decoder
-from llava_patch.routing.pruning import Pruning
-from llava_patch.settings.methods import AuxiliaryProbe, Routing
+
+if TYPE_CHECKING:
+    from llava_patch.fusion.base import Fusion
+    from llava_patch.routing.pruning import Pruning
+    from llava_patch.settings.methods import AuxiliaryProbe, Routing
 
 
 def patch(
     model: nn.Module,
-    fusion: Fusion | None = None,
-    routing: Routing | None = None,
-    pruning: Pruning | None = None,
-    probe: AuxiliaryProbe | None = None,
+    fusion: "Fusion | None" = None,
+    routing: "Routing | None" = None,
+    pruning: "Pruning | None" = None,
+    probe: "AuxiliaryProbe | None" = None,
     *,
     zero_start: bool = True,
     loading: bool = False,
