@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from llava_patch.core.undo import UndoStack
     from llava_patch.hosts.anatomy import Anatomy
 
+Groups = list[dict[str, Any]]
+"""An optimizer's groups, as torch takes them."""
+
 
 class Method:
     """One method on one model. `patch` asks in the order of this class; what is not overridden asks and does nothing.
@@ -97,9 +100,7 @@ class Method:
     def freeze(self) -> None:
         """Set requires_grad as the settings say; SettingError where they cannot be honoured."""
 
-    def arrange_groups(
-        self, groups: list[dict[str, Any]], base_lr: float, early: "Collection[nn.Parameter]"
-    ) -> list[dict[str, Any]]:
+    def arrange_groups(self, groups: Groups, base_lr: float, early: "Collection[nn.Parameter]") -> Groups:
         """Split the groups of a torch optimizer as the settings ask; `base_lr` holds where they name none.
 
         `early` learns before the rest where the settings ask for a warm-up.

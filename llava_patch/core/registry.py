@@ -4,7 +4,7 @@ An entry names its module and attribute, which is loaded on first use, so that n
 """
 
 import functools
-import importlib
+import pkgutil
 from typing import Any
 
 KINDS: dict[str, str] = {
@@ -48,10 +48,8 @@ MEASURED = 'Routing(split="auto")'
 """The setting that `patch(samples=...)` is for."""
 
 
-def load(entry: str) -> Any:
-    """What an entry names, such as "MODULE:ATTRIBUTE"."""
-    module, _, attribute = entry.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+load = pkgutil.resolve_name
+"""Gives what an entry names, such as "MODULE:ATTRIBUTE"."""
 
 
 def methods(kind: str | None = None) -> dict[str, Any]:

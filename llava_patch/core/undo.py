@@ -1,13 +1,37 @@
-"""One undo stack for everything that a patch changes."""
+"""How changes are taken back: one undo stack for everything that a patch changes, and values for one block."""
 
+import contextlib
 import functools
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from torch import nn
 
 _MISSING = object()
+T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def meanwhile(owner: Any, **values: Any) -> Iterator[None]:
+    """Inside the block, an object or a module has these attributes."""
+    before = {name: getattr(owner, name) for name in values}
+    vars(owner).update(values)
+    try:
+        yield
+    finally:
+        vars(owner).update(before)
+
+
+@contextlib.contextmanager
+def holding(variable: ContextVar[Any], value: T) -> Iterator[T]:
+    """Inside the block, a context variable holds this value, which is what `with` gives."""
+    token = variable.set(value)
+    try:
+        yield value
+    finally:
+        variable.reset(token)
 
 
 class UndoStack:

@@ -90,10 +90,16 @@ class StoredTensor:
     def sample(self, count: int) -> list[float]:
         """Evenly spaced values of a matrix, as an adapter's fingerprint has them; nothing else is read."""
         rows, columns = self.shape
-        # As a fingerprint takes them: above 2^24 float32 skips integers, and the last place would lie outside.
-        dtype = torch.float32 if rows * columns <= 2**24 else torch.float64
-        places = torch.linspace(0, rows * columns - 1, count, dtype=dtype).long().tolist()
+        places = evenly_spaced(rows * columns, count).tolist()
         return [float(self.part[p // columns : p // columns + 1, p % columns : p % columns + 1]) for p in places]
+
+
+def evenly_spaced(total: int, count: int, device: torch.device | None = None) -> Tensor:
+    """Places among `total` values that an adapter's fingerprint samples: int64 [count]."""
+    # Above 2^24 float32 skips integers, and the last place would lie behind the tensor; below, places stay as in
+    # fingerprints that were saved before.
+    dtype = torch.float32 if total <= 2**24 else torch.float64
+    return torch.linspace(0, total - 1, count, device=device, dtype=dtype).long()
 
 
 def same_values(one: Sequence[float], other: Sequence[float]) -> bool:

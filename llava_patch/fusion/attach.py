@@ -15,9 +15,9 @@ from torch import nn
 
 from llava_patch.core.errors import HostError, SettingError, refuse
 from llava_patch.core.files import write_text
-from llava_patch.core.method import Method
+from llava_patch.core.method import Groups, Method
 from llava_patch.core.undo import UndoStack
-from llava_patch.fusion import stack, training
+from llava_patch.fusion import deep_stack_decoder, training
 from llava_patch.fusion.base import STI_POOL, Fusion, Join, Taps, choose_taps, differs
 from llava_patch.fusion.features import check_grid, fuse, stacked
 from llava_patch.fusion.linear import FusedLinear
@@ -134,8 +134,8 @@ class FusionMethod(Method):
 
         Modifications: hooks on the vision model, one of which puts the fused feature in the main feature's place, and
         one on the projector; the projector's first Linear replaced by a `FusedLinear` of the same name where it gets
-        wider; with DeepStack what `stack.attach` says; on `llava` the tower's instance attributes `forward` (its
-        `no_grad` lifted only while something in it trains) and, while its weights are not loaded yet, `load_model`.
+        wider; with DeepStack those of `deep_stack_decoder.attach`; on `llava` the tower's instance attributes `forward`
+        (its `no_grad` lifted only while something in it trains) and, while it is not loaded yet, `load_model`.
         """
         anatomy, taps = self.anatomy, self.taps
         if taps.columns > 1 or taps.merge_size > 1:
@@ -143,7 +143,7 @@ class FusionMethod(Method):
             fused = FusedLinear.grow(linear, taps.columns, taps.merge_size, zero_start)
             undo.replace_module(parent, name, fused, fused.stock if loading else None)
         if taps.join is Join.LAYERS:
-            stack.attach(anatomy, undo)
+            deep_stack_decoder.attach(anatomy, undo)
         if not taps.keeps_tokens and not loading:
             rows, columns = anatomy.grid
             _warn_other_tokens(self.name, taps.tokens((rows, columns)), rows * columns, anatomy.ids_hold_places)
@@ -177,18 +177,16 @@ class FusionMethod(Method):
         def begin(module: nn.Module, args: Any) -> None:
             last.fused = False
 
-        def end(module: nn.Module, args: Any, output: Any) -> None:
+        def put_fused_feature(module: nn.Module, args: Any, output: Any) -> Any:
             if output is None:  # it has raised: what the projector gets next is not its
                 last.fused = True
-
-        def put_fused_feature(module: nn.Module, args: Any, output: Any) -> Any:
             states = getattr(output, "hidden_states", None)
             if states is None:  # nobody asked for hidden states: the host does not select a feature here
                 return output
             if any(states[block] is None for block in needed):
                 return output  # this version keeps only those that the host asked for
             if taps.join is Join.LAYERS:
-                stack.note(stacked(states, taps, anatomy.dropped_tokens, grid))
+                deep_stack_decoder.note(stacked(states, taps, anatomy.dropped_tokens, grid))
             output["hidden_states"] = (
                 *states[: taps.main], fuse(states, taps, prefix, grid), *states[taps.main + 1 :],
             )  # fmt: skip
@@ -196,8 +194,7 @@ class FusionMethod(Method):
             return output
 
         undo.push(vision.register_forward_pre_hook(begin).remove)
-        undo.push(vision.register_forward_hook(put_fused_feature).remove)
-        undo.push(vision.register_forward_hook(end, always_call=True).remove)
+        undo.push(vision.register_forward_hook(put_fused_feature, always_call=True).remove)
         return vision
 
     def _watch_projector(self, undo: UndoStack, last: threading.local, hooked: list[nn.Module]) -> None:
@@ -241,9 +238,7 @@ class FusionMethod(Method):
         """Set the flags of the vision tower."""
         training.set_tower_flags(self.anatomy, self.settings, self.taps)
 
-    def arrange_groups(
-        self, groups: list[dict[str, Any]], base_lr: float, early: Collection[nn.Parameter]
-    ) -> list[dict[str, Any]]:
+    def arrange_groups(self, groups: Groups, base_lr: float, early: Collection[nn.Parameter]) -> Groups:
         """Give the tower groups of its own (`tower_lr`, `layer_decay`), and keep `unfreeze_after`'s apart."""
         below = training.distances(self.anatomy.vision_parts(), self.taps.deepest)
         adapter = {id(p) for p in early} if self.settings.unfreeze_after else set()

@@ -6,7 +6,6 @@ dataclass in one file of this folder; nothing here imports torch, so that `impor
 
 import dataclasses
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar, Literal, Union
@@ -105,6 +104,7 @@ class Fusion:
     """
 
     KIND: ClassVar[str] = "fusion"
+    BLOCKS: ClassVar[str] = ""  # the setting that names the tapped blocks, for errors; "": they follow from several
 
     merge_size: int = 1
     merge_padding: bool = False
@@ -202,16 +202,11 @@ def choose_taps(settings: Fusion, n_blocks: int, main: int) -> Taps:
         raise SettingError(
             f"{settings}: no tap left on a tower of {n_blocks} blocks whose main feature is block {main}"
         )
-    check_inside(str(settings), (block for group in groups for block in group.blocks), n_blocks)
+    if outside := [block for group in groups for block in group.blocks if block > n_blocks]:
+        setting = f"{type(settings).__name__}.{settings.BLOCKS}" if settings.BLOCKS else str(settings)
+        raise SettingError(f"{setting}: block {outside[0]} is outside this tower's 1..{n_blocks}")
     layers = settings.decoder_layers(len(groups))
     return Taps(main, groups, settings.join, settings.merge_size, settings.merge_padding, layers)
-
-
-def check_inside(setting: str, blocks: Iterable[int], n_blocks: int) -> None:
-    """Refuse blocks that the tower does not have, naming the setting."""
-    outside = [b for b in blocks if b > n_blocks]
-    if outside:
-        raise SettingError(f"{setting}: block {outside[0]} is outside this tower's 1..{n_blocks}")
 
 
 def with_detach(owner: str, detach: Detach, groups: list[tuple[int, ...]]) -> tuple[Group, ...]:

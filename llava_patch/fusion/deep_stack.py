@@ -1,8 +1,8 @@
-"""DeepStack: which blocks are tapped, and which decoder layers take them; `stack` projects and adds them."""
+"""DeepStack: which blocks are tapped, which decoder layers take them; `deep_stack_decoder` projects and adds them."""
 
 from dataclasses import dataclass
 
-from llava_patch.fusion.base import Detach, Fusion, Group, Join, check_inside, detach_setting, with_detach
+from llava_patch.fusion.base import Detach, Fusion, Group, Join, detach_setting, with_detach
 from llava_patch.settings.checks import distinct_blocks, integer
 
 
@@ -20,6 +20,8 @@ class DeepStack(Fusion):
         interval: decoder layers from one tap to the next.
         detach: taps under stop-gradient: a number (that many shallowest), or places in `taps`, from 0.
     """
+
+    BLOCKS = "taps"
 
     taps: tuple[int, ...] | None = None
     start: int = 4
@@ -45,7 +47,6 @@ class DeepStack(Fusion):
             blocks = tuple(sorted({max(1, n_blocks // 4), n_blocks // 2, 3 * n_blocks // 4, n_blocks - 1} - {0}))
         else:
             blocks = self.taps
-            check_inside("DeepStack.taps", blocks, n_blocks)
         return with_detach("DeepStack", self.detach, [(b,) for b in blocks])
 
     def decoder_layers(self, n_taps: int) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from llava_patch.core.errors import SettingError
-from llava_patch.fusion.base import Detach, Fusion, Group, Join, check_inside, detach_setting, with_detach
+from llava_patch.fusion.base import Detach, Fusion, Group, Join, detach_setting, with_detach
 from llava_patch.settings.checks import distinct_blocks, integer
 
 CONNECTORS = ("sti", "sci", "dci")
@@ -23,6 +23,8 @@ class DenseConnector(Fusion):
             Skip-Links paper detaches the first (section 6.4).
         groups: other groups, each a block or a tuple of blocks to average. None: as above.
     """
+
+    BLOCKS = "groups"
 
     kind: str = "dci"
     detach: Detach = (0,)
@@ -67,6 +69,4 @@ class DenseConnector(Fusion):
                     f'DenseConnector.kind = "{self.kind}" taps blocks 7 and 15, but this tower has {n_blocks}: name '
                     "others in DenseConnector.groups, as (2, 5)"
                 )
-        for group in groups:
-            check_inside("DenseConnector.groups", group, n_blocks)
         return with_detach("DenseConnector", self.detach, groups)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from llava_patch.core.errors import SettingError
-from llava_patch.fusion.base import Detach, Fusion, Group, check_inside, detach_setting, with_detach
+from llava_patch.fusion.base import Detach, Fusion, Group, detach_setting, with_detach
 from llava_patch.settings.checks import distinct_blocks
 
 NAMED_LAYERS = ("18", "3-18", "3-18-23", "former", "latter", "all")
@@ -22,6 +22,8 @@ class DirectFusion(Fusion):
         detach: taps under stop-gradient: a number (that many shallowest), or places in the set, from 0. The Skip-Links
             paper detaches the set's last layer (section 6.4), which is (1,) for "3-18"; the default detaches nothing.
     """
+
+    BLOCKS = "layers"
 
     layers: str | tuple[int, ...] = "3-18"
     detach: Detach = ()
@@ -48,7 +50,6 @@ class DirectFusion(Fusion):
         else:
             layers = self.layers.split("-") if isinstance(self.layers, str) else self.layers
             blocks = [int(b) for b in layers]
-            check_inside("DirectFusion.layers", blocks, n_blocks)
             groups = [(b,) for b in blocks if b != main]
             if not groups:
                 raise SettingError(f"DirectFusion.layers = {self.layers!r}: no tap left beside the main block {main}")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from llava_patch.core.errors import SettingError
-from llava_patch.fusion.base import Fusion, Group, check_inside, with_detach
+from llava_patch.fusion.base import Fusion, Group, with_detach
 from llava_patch.settings.checks import distinct_blocks, integer
 
 
@@ -19,6 +19,8 @@ class SkipLinks(Fusion):
         layers: explicit tap blocks (1 = output of the first block) instead of a stride. () is the baseline without
             taps, for a model that merges patches or trains its tower.
     """
+
+    BLOCKS = "layers"
 
     stride: int = 6
     detach: int | None = None
@@ -48,7 +50,6 @@ class SkipLinks(Fusion):
         """
         if self.layers is not None:
             asked = f"SkipLinks.layers = {self.layers}"
-            check_inside("SkipLinks.layers", self.layers, n_blocks)
             candidates = list(self.layers)
         else:
             asked = f"SkipLinks.stride = {self.stride}"

@@ -3,7 +3,6 @@
 Adapter first: until a training step the rest of what trains gets no gradient, then it starts like a new run.
 """
 
-import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -68,18 +67,16 @@ def lift_no_grad(anatomy: Anatomy, undo: UndoStack) -> None:
     Modifications: the tower's instance attribute `forward`.
     """
     tower = anatomy.tower
-    original = tower.forward
     undecorated = getattr(type(tower).forward, "__wrapped__", None)
     if undecorated is None:
         raise HostError(f"{type(tower).__name__}.forward is not under torch.no_grad() as LLaVA's is: cannot lift it")
 
-    @functools.wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward_with_gradients(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters()):
             return undecorated(tower, *args, **kwargs)
-        return original(*args, **kwargs)
+        return forward(*args, **kwargs)
 
-    undo.set_attribute(tower, "forward", forward)
+    undo.wrap(tower, "forward", forward_with_gradients)
 
 
 @dataclass(eq=False)
@@ -237,8 +234,7 @@ class WarmUp:
             )
         learns = {id(p) for p in adapter}
         self.steps = steps  # how many optimizer steps the warm-up lasts
-        self._waiting: list[int] = []
-        self._decay: list[float] = []
+        self._waiting: dict[int, float] = {}  # groups by number, and the weight decay that they will have
         self._parameters: list[nn.Parameter] = []
         self._hooks: list[Any] = []
         for number, group in enumerate(optimizer.param_groups):
@@ -249,8 +245,7 @@ class WarmUp:
                     "with handle.param_groups()"
                 )
             if not inside:
-                self._waiting.append(number)
-                self._decay.append(group["weight_decay"])
+                self._waiting[number] = group["weight_decay"]
                 self._parameters += group["params"]
         if not self._parameters or len(self._waiting) == len(optimizer.param_groups):
             what = "nothing but the projector" if not self._parameters else "no part of the projector"
@@ -272,10 +267,10 @@ class WarmUp:
         if step < self.steps:
             if not self.active:
                 self._hooks = [p.register_hook(torch.zeros_like) for p in self._parameters]
-                self._set_decay(optimizer, [0.0] * len(self._decay))
+                self._set_decay(optimizer, dict.fromkeys(self._waiting, 0.0))
         elif self.active or step == self.steps:  # a run that was resumed right at the switch has no hooks
             self.end()
-            self._set_decay(optimizer, self._decay)
+            self._set_decay(optimizer, self._waiting)
             for number in self._waiting:
                 zero.reset_state(optimizer, number)
 
@@ -285,6 +280,6 @@ class WarmUp:
             hook.remove()
         self._hooks = []
 
-    def _set_decay(self, optimizer: Any, values: list[float]) -> None:
-        for number, value in zip(self._waiting, values, strict=True):
+    def _set_decay(self, optimizer: Any, values: dict[int, float]) -> None:
+        for number, value in values.items():
             zero.innermost(optimizer).param_groups[number]["weight_decay"] = value

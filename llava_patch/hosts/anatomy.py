@@ -8,6 +8,8 @@ to work; which of the models that have them are taken is in `known`.
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from llava_patch.core.errors import HostError
 from llava_patch.core.undo import UndoStack
 from llava_patch.hosts import known
@@ -16,8 +18,6 @@ from llava_patch.hosts.host import Anatomy, HostFiles
 from llava_patch.hosts.llava import LLAVA, LLAVA_FILES, LlavaAnatomy
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from llava_patch.patching.handle import Handle
 
 __all__ = ["HF", "HOSTS", "LLAVA", "Anatomy", "find", "get_handle", "unwrap", "when_loaded"]
@@ -59,7 +59,7 @@ def find(model: Any) -> Anatomy:
     )
 
 
-def get_handle(model: "nn.Module") -> "Handle | None":
+def get_handle(model: nn.Module) -> "Handle | None":
     """The handle of a patched model, possibly inside DDP, DeepSpeed, torch.compile or peft; None: it is not patched."""
     return vars(unwrap(model)).get(HANDLE)
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from llava_patch.core.errors import HostError, InputError
+from llava_patch.core.undo import holding, meanwhile
 from llava_patch.hosts.anatomy import LLAVA, Anatomy
 
 
@@ -75,17 +76,6 @@ class _Waiting:
     # Embeddings that `llava` has prepared in this generation, which may copy them, and what they say of themselves.
     prepared: list[tuple[Tensor, CallContext]] = field(default_factory=list)
     chosen: tuple[Tensor, Tensor] | None = None  # in this generation, a prompt's embeddings and what pruning kept of it
-
-
-@contextlib.contextmanager
-def meanwhile(owner: Any, **values: Any) -> Iterator[None]:
-    """Inside the block, an object has these attributes."""
-    before = {name: getattr(owner, name) for name in values}
-    vars(owner).update(values)
-    try:
-        yield
-    finally:
-        vars(owner).update(before)
 
 
 class HostCall:
@@ -165,22 +155,15 @@ def current(anatomy: Anatomy) -> HostCall | None:
     return call if call is not None and call.anatomy.model is anatomy.model else None
 
 
-@contextlib.contextmanager
-def host_call(anatomy: Anatomy) -> Iterator[HostCall]:
+def host_call(anatomy: Anatomy) -> contextlib.AbstractContextManager[HostCall]:
     """Join the call of this model that is under way, or open one."""
-    token = _current.set(call := current(anatomy) or HostCall(anatomy))
-    try:
-        yield call
-    finally:
-        _current.reset(token)
+    return holding(_current, current(anatomy) or HostCall(anatomy))
 
 
-@contextlib.contextmanager
-def encoding(anatomy: Anatomy) -> Iterator[None]:
+def encoding(anatomy: Anatomy) -> contextlib.AbstractContextManager[None]:
     """The host's encoder: who calls the model in there (to choose features by the question) speaks of another call."""
     call = current(anatomy)
-    with contextlib.nullcontext() if call is None else meanwhile(call, waiting=_Waiting(), level=call.level + 1):
-        yield
+    return contextlib.nullcontext() if call is None else meanwhile(call, waiting=_Waiting(), level=call.level + 1)
 
 
 def not_routed(anatomy: Anatomy) -> HostError:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llava_patch.core.errors import InputError
-from llava_patch.core.undo import UndoStack
+from llava_patch.core.undo import UndoStack, meanwhile
 from llava_patch.hosts import call_context
 from llava_patch.hosts.anatomy import HF, LLAVA, Anatomy
 from llava_patch.hosts.call_context import CallContext, HostCall, Stacked, current, host_call, not_routed, prepared_of
@@ -71,7 +71,7 @@ def refuse_other_features(anatomy: Anatomy, undo: UndoStack) -> None:
     """
     if anatomy.host == LLAVA:
         return
-    named = _names(getattr(*anatomy.encoder))
+    named = arguments_of(getattr(*anatomy.encoder))
 
     def checked(encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = named(args, kwargs)
@@ -87,14 +87,14 @@ def refuse_other_features(anatomy: Anatomy, undo: UndoStack) -> None:
     undo.wrap(*anatomy.encoder, checked)
 
 
-def _names(function: Callable[..., Any]) -> Callable[[tuple, dict[str, Any]], dict[str, Any]]:
+def arguments_of(function: Callable[..., Any]) -> Callable[[tuple, dict[str, Any]], dict[str, Any]]:
     """What puts a function's arguments under their names."""
     order = list(inspect.signature(function).parameters)
     return lambda args, kwargs: {**dict(zip(order, args, strict=False)), **kwargs}
 
 
 def _attach_generate(anatomy: Anatomy, undo: UndoStack) -> None:
-    named = _names(anatomy.model.generate)
+    named = arguments_of(anatomy.model.generate)
 
     def generate_in_context(generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         pixels = named(args, kwargs).get(anatomy.pixels_argument)
@@ -112,7 +112,7 @@ def _attach_generate(anatomy: Anatomy, undo: UndoStack) -> None:
 
 
 def _attach_hf(anatomy: Anatomy, undo: UndoStack) -> None:
-    wrapper, named = anatomy.wrapper, _names(anatomy.model.forward)
+    wrapper, named = anatomy.wrapper, arguments_of(anatomy.model.forward)
 
     def outer_and_report(outer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = named(args, kwargs)
@@ -150,7 +150,7 @@ def hf_image_mask(anatomy: Anatomy, input_ids: Tensor) -> Tensor:
 
 def _attach_llava(anatomy: Anatomy, undo: UndoStack) -> None:
     model, image_token_id = anatomy.model, anatomy.image_token_id
-    named, named_of_prepare = _names(model.forward), _names(model.prepare_inputs_labels_for_multimodal)
+    named, named_of_prepare = arguments_of(model.forward), arguments_of(model.prepare_inputs_labels_for_multimodal)
 
     def prepare_and_report(prepare: Callable[..., tuple], *args: Any, **kwargs: Any) -> tuple:
         given = named_of_prepare(args, kwargs)
@@ -207,7 +207,7 @@ def _attach_llava(anatomy: Anatomy, undo: UndoStack) -> None:
 def _stack(call: HostCall, features: list[Tensor], image_mask: Tensor, prepare: Callable[[], tuple]) -> Stacked:
     """DeepStack's features with the place of each row: the host prepares the call once more, with rows' numbers."""
     numbers = row_numbers(features[0].shape, image_mask.device)
-    with call_context.meanwhile(call, numbers=numbers), torch.no_grad():
+    with meanwhile(call, numbers=numbers), torch.no_grad():
         rows = numbered_rows(prepare()[4], image_mask)
     return Stacked([f.flatten(0, 1) for f in features], rows)
 
@@ -227,7 +227,7 @@ def llava_prepare(
     Returns:
         (what the stock method would have returned, bool mask [batch, new tokens] or None when there is no image).
     """
-    given = _names(prepare)(args, kwargs)
+    given = arguments_of(prepare)(args, kwargs)
     input_ids, attention_mask, images = (given.get(name) for name in ("input_ids", "attention_mask", "images"))
     if images is None or input_ids is None or input_ids.shape[1] == 1:
         return prepare(*args, **kwargs), None

@@ -180,20 +180,16 @@ def _construction(cls: Any, found: Callable[[Any, dict[str, Any]], None]) -> Ite
     The host's loader then fills modules that were added like any others: sharded files, device maps and precisions
     need no code of ours.
     """
-    original, undo = cls.__init__, UndoStack()
 
-    @functools.wraps(original)
-    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+    def init_and_tell(original: Callable[..., None], self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         original(self, config, *args, **kwargs)
         record = records.config_record(config)
         if type(self) is cls and record:
             found(self, record)
 
-    undo.set_attribute(cls, "__init__", __init__)
-    try:
+    with UndoStack() as undo:
+        undo.wrap(cls, "__init__", init_and_tell)
         yield
-    finally:
-        undo.unwind()
 
 
 def _patch_new(model: Any, record: dict[str, Any]) -> None:

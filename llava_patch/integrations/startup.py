@@ -6,6 +6,7 @@ other). On versions that llava_patch does not support hosts stay as they are, an
 """
 
 import functools
+import pkgutil
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -84,9 +85,7 @@ def _on_llava_trainer(module: Any, undo: UndoStack) -> None:
         from llava_patch.integrations.training import script_flags
 
         script_flags.add(asked, undo)
-    _wrap_trainer_init(module.LLaVATrainer, undo)
 
-    @_around(module.LLaVATrainer, "create_optimizer", undo)
     def create_optimizer(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         made = self.optimizer is None
         optimizer = original(self, *args, **kwargs)
@@ -97,37 +96,24 @@ def _on_llava_trainer(module: Any, undo: UndoStack) -> None:
             arrange_groups(self, handle)
         return optimizer
 
-
-def _around(owner: Any, name: str, undo: UndoStack) -> Callable[[Callable[..., Any]], None]:
-    """Let the decorated function, which is given the original one first, take the place of the owner's `name`."""
-    original = getattr(owner, name)
-
-    def replace(function: Callable[..., Any]) -> None:
-        @functools.wraps(original)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            return function(original, *args, **kwargs)
-
-        undo.set_attribute(owner, name, wrapped)
-
-    return replace
+    undo.wrap(module.LLaVATrainer, "__init__", _init_trainer)
+    undo.wrap(module.LLaVATrainer, "create_optimizer", create_optimizer)
 
 
-def _wrap_trainer_init(cls: Any, undo: UndoStack) -> None:
-    @_around(cls, "__init__", undo)
-    def __init__(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
-        names = ("model", "args", "data_collator", "train_dataset")[: len(args)]
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        model = given.get("model")
-        if model is None or (active.configuration() is None and loading.handle_of(model) is None):
-            if model is not None and _mends():
-                _compat().fix_zero3_dtypes(model, given.get("args"))
-            return original(self, *args, **kwargs)
-        from llava_patch.integrations.training.llava import prepare_run
+def _init_trainer(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+    names = ("model", "args", "data_collator", "train_dataset")[: len(args)]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    model = given.get("model")
+    if model is None or (active.configuration() is None and loading.handle_of(model) is None):
+        if model is not None and _mends():
+            _compat().fix_zero3_dtypes(model, given.get("args"))
+        return original(self, *args, **kwargs)
+    from llava_patch.integrations.training.llava import prepare_run
 
-        attach = prepare_run(given)
-        first = [given.pop(name) for name in names]
-        original(self, *first, *args[len(names) :], **given)
-        attach(self)
+    attach = prepare_run(given)
+    first = [given.pop(name) for name in names]
+    original(self, *first, *args[len(names) :], **given)
+    attach(self)
 
 
 def _on_llava_arch(module: Any, undo: UndoStack) -> None:
@@ -135,7 +121,6 @@ def _on_llava_arch(module: Any, undo: UndoStack) -> None:
     if compat.unsupported() is not None:
         return
 
-    @_around(module.LlavaMetaModel, "initialize_vision_modules", undo)
     def initialize_vision_modules(original: Any, self: Any, model_args: Any, fsdp: Any = None) -> Any:
         if not active.training():
             return original(self, model_args, fsdp)
@@ -143,11 +128,11 @@ def _on_llava_arch(module: Any, undo: UndoStack) -> None:
 
         return stage1.initialize_vision_modules(original, self, model_args, fsdp)
 
+    undo.wrap(module.LlavaMetaModel, "initialize_vision_modules", initialize_vision_modules)
     builder = sys.modules.get(module.build_vision_tower.__module__)
     if builder is None or compat.brings_towers(builder):
         return
 
-    @_around(module, "build_vision_tower", undo)
     def build_vision_tower(original: Any, vision_tower_cfg: Any, **kwargs: Any) -> Any:
         # Towers that are not CLIP, which llava refuses by name or fills with random weights.
         from llava_patch.hosts.towers import llava as llava_tower
@@ -155,6 +140,8 @@ def _on_llava_arch(module: Any, undo: UndoStack) -> None:
         name = getattr(vision_tower_cfg, "mm_vision_tower", getattr(vision_tower_cfg, "vision_tower", None))
         tower = llava_tower.build(name, vision_tower_cfg, **kwargs)
         return original(vision_tower_cfg, **kwargs) if tower is None else tower
+
+    undo.wrap(module, "build_vision_tower", build_vision_tower)
 
 
 def _on_modeling_utils(module: Any, undo: UndoStack) -> None:
@@ -193,19 +180,7 @@ def _on_lmms_eval(module: ModuleType, undo: UndoStack) -> None:
     active.take_flags_from_command_line()
 
 
-def _on_lmms_eval_tasks(module: ModuleType, undo: UndoStack) -> None:
-    from llava_patch.integrations.lmms_eval import register
-
-    register.register_tasks()
-
-
-def _on_lmms_eval_main(module: ModuleType, undo: UndoStack) -> None:
-    from llava_patch.integrations.lmms_eval import fail_fast
-
-    fail_fast.install()
-
-
-_HANDLERS = {
+_HANDLERS: dict[str, Callable[[Any, UndoStack], None]] = {
     "transformers.modeling_utils": _on_modeling_utils,
     "transformers.trainer": _on_transformers_trainer,
     "llava": _on_llava,
@@ -214,6 +189,6 @@ _HANDLERS = {
     "llava.model.language_model.llava_mistral": _on_llava_model,
     "llava.train.llava_trainer": _on_llava_trainer,
     "lmms_eval": _on_lmms_eval,
-    "lmms_eval.__main__": _on_lmms_eval_main,
-    "lmms_eval.tasks": _on_lmms_eval_tasks,
+    "lmms_eval.__main__": lambda *_: pkgutil.resolve_name("llava_patch.integrations.lmms_eval.fail_fast:install")(),
+    "lmms_eval.tasks": lambda *_: pkgutil.resolve_name("llava_patch.integrations.lmms_eval.register:register_tasks")(),
 }

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from llava_patch.core.errors import LlavaPatchError, SettingError
-from llava_patch.core.method import Method
+from llava_patch.core.method import Groups, Method
 from llava_patch.core.records import FORMAT
 from llava_patch.core.registry import KINDS, TRAINING_ONLY
 from llava_patch.core.undo import UndoStack
@@ -215,9 +215,7 @@ class Handle:
         """What is there for training alone: the head of the auxiliary loss."""
         return [parameter for method in self._split()[1] for parameter in method.parameters()]
 
-    def param_groups(
-        self, lr: float, weight_decay: float = 0.0, projector_lr: float | None = None
-    ) -> list[dict[str, Any]]:
+    def param_groups(self, lr: float, weight_decay: float = 0.0, projector_lr: float | None = None) -> Groups:
         """Optimizer groups of everything that trains, for a training loop of your own.
 
         `optimizer = torch.optim.AdamW(handle.param_groups(1e-5, weight_decay=0.05))`. The fusion's `tower_lr` and
@@ -237,7 +235,7 @@ class Handle:
         adapter = {id(p) for p in self.adapter_parameters()}
         return self.arrange_groups(by_kind(parameters, adapter, lr, weight_decay, projector_lr), lr)
 
-    def arrange_groups(self, groups: Iterable[dict[str, Any]], base_lr: float) -> list[dict[str, Any]]:
+    def arrange_groups(self, groups: Iterable[dict[str, Any]], base_lr: float) -> Groups:
         """Split a torch optimizer's groups as the settings ask: tower_lr, layer_decay, unfreeze_after, the head's lr.
 
         `base_lr` is the tower's learning rate where the fusion names none.

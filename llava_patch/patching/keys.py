@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from llava_patch.core.errors import CheckpointError, HostError
 from llava_patch.core.files import digest
+from llava_patch.core.weights import evenly_spaced
 from llava_patch.hosts import zero
 from llava_patch.hosts.anatomy import Anatomy, get_handle
 
@@ -146,11 +147,7 @@ def sample(tensor: Tensor, count: int) -> Tensor:
     """Evenly spaced values of a tensor of any shape and dtype: float32 [count] on the CPU."""
     with zero.gathered([tensor]):
         flat = tensor.detach().flatten()
-        # Above 2^24 float32 skips integers, and the last place would lie behind the tensor; below, places stay as in
-        # fingerprints that were saved before.
-        dtype = torch.float32 if flat.numel() <= 2**24 else torch.float64
-        places = torch.linspace(0, flat.numel() - 1, count, device=flat.device, dtype=dtype).long()
-        return flat[places].float().cpu()
+        return flat[evenly_spaced(flat.numel(), count, flat.device)].float().cpu()
 
 
 def check_fingerprint(model: nn.Module, saved: Mapping[str, list[float]], source: Path) -> None:

@@ -61,7 +61,11 @@ def patch(
     for method in asked.values():
         method.anatomy = found
     _check_model(found, asked, loading)
-    _measure(asked, samples)
+    takers = [method for method in asked.values() if method.takes_samples()]
+    if samples is not None and not takers:
+        raise SettingError(f"patch(samples=...) is what {registry.MEASURED} measures on, which was not asked for")
+    for method in takers:  # what their settings leave open
+        method.measure(samples)
     handle = get_handle(found.model)
     if handle is None:
         handle = Handle(found.model, found)
@@ -130,15 +134,6 @@ def _check_model(found: Anatomy, asked: Mapping[str, Method], loading: bool) -> 
         known.check_decoder(found.decoder, " and ".join(names))
     for method in asked.values():
         method.check_model(loading)
-
-
-def _measure(asked: Mapping[str, Method], samples: Iterable[Mapping[str, Any]] | None) -> None:
-    """Let methods measure what their settings leave open."""
-    takers = [method for method in asked.values() if method.takes_samples()]
-    if samples is not None and not takers:
-        raise SettingError(f"patch(samples=...) is what {registry.MEASURED} measures on, which was not asked for")
-    for method in takers:
-        method.measure(samples)
 
 
 def _check_against(handle: Handle, asked: Mapping[str, Method]) -> None:

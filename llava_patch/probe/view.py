@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from llava_patch.core.errors import HostError, InputError, SettingError
-from llava_patch.fusion import stack
+from llava_patch.fusion import deep_stack_decoder
 from llava_patch.fusion.base import Join, Taps
 from llava_patch.hosts import tiles
 from llava_patch.hosts.anatomy import Anatomy, get_handle
@@ -145,7 +145,7 @@ def _encode(anatomy: Anatomy, pixel_values: Tensor) -> tuple[Tensor, Tensor | No
     layers = injection_layers(anatomy)
     injections = None
     if layers:
-        tokens, taps = stack.encode(anatomy, pixel_values)
+        tokens, taps = deep_stack_decoder.encode(anatomy, pixel_values)
         injections = torch.stack([tap.detach().cpu() for tap in taps[: len(layers)]])
     else:
         tokens = anatomy.encode_images(pixel_values)

@@ -184,13 +184,10 @@ class RoutedCache(DynamicCache):
 
     def nbytes(self) -> int:
         """Bytes held: keys and values of every layer, and what the side branch remembers."""
-        return cache_bytes(self) + (0 if self.side is None else _bytes(self.side.states, self.side.position_ids))
+        return cache_bytes(self) + (0 if self.side is None else self.side.states.nbytes + self.side.position_ids.nbytes)
 
 
 def cache_bytes(cache: Any) -> int:
     """Bytes of the keys and values of any transformers cache."""
-    return sum(_bytes(layer.keys, layer.values) for layer in cache.layers if getattr(layer, "keys", None) is not None)
-
-
-def _bytes(*tensors: Tensor) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
+    filled = (layer for layer in cache.layers if getattr(layer, "keys", None) is not None)
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in filled)

@@ -7,7 +7,7 @@ the stock code does the rest.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llava_patch.core.undo import holding
 from llava_patch.hosts import compat, projections
 from llava_patch.routing.plan import KeyPositions, PositionSet
 
@@ -47,14 +48,9 @@ class Observer:
 _observer: ContextVar[Observer | None] = ContextVar("llava_patch_observer", default=None)
 
 
-@contextlib.contextmanager
-def observing(observer: Observer) -> Iterator[None]:
+def observing(observer: Observer) -> contextlib.AbstractContextManager[Observer]:
     """Show the observer every routed pass inside the block."""
-    token = _observer.set(observer)
-    try:
-        yield
-    finally:
-        _observer.reset(token)
+    return holding(_observer, observer)
 
 
 def observer() -> Observer | None:

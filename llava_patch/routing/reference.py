@@ -7,8 +7,6 @@ Source: "Late-Layer Fusion is Enough" (DPVR), section 3, for lf, pc, kv and idea
 Tokens Withdrawal" for vtw; "An Image is Worth 1/2 Tokens After Layer 2", section 4, for FastV.
 """
 
-from __future__ import annotations
-
 import math
 from fractions import Fraction
 from typing import Any

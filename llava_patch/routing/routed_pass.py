@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from llava_patch.fusion import stack
+from llava_patch.fusion import deep_stack_decoder
 from llava_patch.hosts import call_context, compat, projections
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.hosts.call_context import CallContext
@@ -261,7 +261,8 @@ class RoutedPass:
             rows = rows.gather(1, self.main.index)
             if self.main.valid is not None:
                 rows = rows * self.main.valid
-        self.merged, self.text = stack.add(hidden, stacked.features[self.schedule.injections.index(number)], rows), None
+        features = stacked.features[self.schedule.injections.index(number)]
+        self.merged, self.text = deep_stack_decoder.add(hidden, features, rows), None
 
     # --- states -------------------------------------------------------------------------------------------------------
 

@@ -1,14 +1,15 @@
 """What is configured now: gin files and bindings from flags, environment and our own commands, read once."""
 
-import contextlib
 import os
 import sys
 from typing import TYPE_CHECKING, Any
 
 from llava_patch.core.errors import SettingError
+from llava_patch.core.undo import meanwhile
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
+    from contextlib import AbstractContextManager
 
     from llava_patch.settings.gin_config import Configuration
 
@@ -39,29 +40,19 @@ def take_flags(argv: list[str]) -> tuple[list[str], list[str]]:
     return taken[FILE_FLAG], taken[PARAM_FLAG]
 
 
-@contextlib.contextmanager
-def _meanwhile(flags: tuple[list[str], list[str]], read: "Configuration | None") -> "Iterator[None]":
-    global _configuration, _flags
-    before = _flags, _configuration
-    _flags, _configuration = flags, read
-    try:
-        yield
-    finally:
-        _flags, _configuration = before
-
-
-def also(files: "Sequence[str]", params: "Sequence[str]") -> "contextlib.AbstractContextManager[None]":
+def also(files: "Sequence[str]", params: "Sequence[str]") -> "AbstractContextManager[None]":
     """Inside the block, gin files and bindings of one of our own commands count after those of the environment."""
-    return _meanwhile(([*_flags[0], *files], [*_flags[1], *params]), None)
+    flags = [*_flags[0], *files], [*_flags[1], *params]
+    return meanwhile(sys.modules[__name__], _flags=flags, _configuration=None)
 
 
-def without_patches() -> "contextlib.AbstractContextManager[None]":
+def without_patches() -> "AbstractContextManager[None]":
     """Inside the block, models come as their checkpoints are: a configured patch is not put on them.
 
     For the model that a patched one is compared with; settings of measurements still count.
     """
     now = configuration()
-    return _meanwhile(_flags, now and now.unpatched())
+    return meanwhile(sys.modules[__name__], _flags=_flags, _configuration=now and now.unpatched())
 
 
 def configuration() -> "Configuration | None":

@@ -132,7 +132,11 @@ def read(files: Sequence[str], params: Sequence[str]) -> Configuration:
         # Bound for good, so that the operative config reproduces the run.
         gin.parse_config([f"Patch.{kind} = @{name}()" for kind, name in implied.items()])
         resolved = _root()
-        _check_kinds(resolved)
+        for kind, value in resolved.items():
+            known = registry.methods(kind)
+            if value is not None and not isinstance(value, tuple(known.values())):
+                names = ", ".join(f"@{name}()" for name in known)
+                raise SettingError(f"Patch.{kind} = {value!r}: expected {names}")
         measurements = {n: gin.get_configurable(n)() for n in MEASUREMENTS if _bound(n)}
         flags = gin.get_configurable(FLAGS)() if _bound(FLAGS) else {}
         sweep = gin.get_configurable("Sweep")() if _bound("Sweep") else None
@@ -168,14 +172,6 @@ def _check_bindings() -> None:
                 raise SettingError(f"{scope} = ... sets nothing: write METHOD.setting, as in {example} = ...")
         elif scope:
             raise SettingError(f"{scope}/{selector}: a scoped binding has no effect here; bind {selector} itself")
-
-
-def _check_kinds(resolved: dict[str, Any]) -> None:
-    for kind, value in resolved.items():
-        known = registry.methods(kind)
-        if value is not None and not isinstance(value, tuple(known.values())):
-            names = ", ".join(f"@{name}()" for name in known)
-            raise SettingError(f"Patch.{kind} = {value!r}: expected {names}")
 
 
 def _bound(name: str) -> bool:

@@ -46,7 +46,7 @@ def test_the_projector_sees_what_it_was_promised(host, case):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", [c for c in OTHER_TOKENS if "stack" not in c])  # its taps come later: test_stack
+@pytest.mark.parametrize("case", [c for c in OTHER_TOKENS if "stack" not in c])  # see test_deep_stack_decoder
 def test_other_numbers_of_tokens_go_through_the_whole_model(host, case):
     """Ragged batches, several images; logits equal a stock decoder that is given these embeddings."""
     host.tokens = TOKENS[case]

@@ -26,7 +26,7 @@ def test_a_trainer_is_made_with_the_data_that_carry_regions_however_they_are_giv
     monkeypatch.setattr(llava, "prepare_run", prepare_run)
     monkeypatch.setattr(startup.active, "configuration", lambda: "something")
     undo, stock = UndoStack(), Trainer.__init__
-    startup._wrap_trainer_init(Trainer, undo)
+    undo.wrap(Trainer, "__init__", startup._init_trainer)
     names = ["model", "args", "data_collator", "train_dataset", "eval_dataset"]
     given = dict(zip(names, ["model", "args", "collator", "data", "other data"], strict=True))
     made = Trainer(*list(given.values())[:count], **{name: given[name] for name in names[count:]})

@@ -86,9 +86,7 @@ class _Extensions(TrainerCallback):
         for name, point in methods.items():
             wanted = any(getattr(type(one), point) is not getattr(TrainerExtension, point) for one in self.members)
             if wanted and name not in self._replaced:
-                original = getattr(self._trainer, name)
-                ours = functools.wraps(original)(functools.partial(getattr(self, name), original))
-                undo.set_attribute(self._trainer, name, ours)
+                undo.wrap(self._trainer, name, getattr(self, name))
                 self._replaced.add(name)
                 undo.push(functools.partial(self._replaced.discard, name))
 

@@ -264,12 +264,9 @@ def caught_loss(trainer: Any, step: Callable[..., Any], *args: Any, **kwargs: An
     be the bare one, so that no hook of DDP or DeepSpeed wakes up.
     """
     caught: list[Tensor] = []
-    undo = UndoStack()
-    undo.set_attribute(trainer.accelerator, "backward", lambda loss, **kwargs: caught.append(loss))
-    try:
+    with UndoStack() as undo:
+        undo.set_attribute(trainer.accelerator, "backward", lambda loss, **kwargs: caught.append(loss))
         step(*args, **kwargs)
-    finally:
-        undo.unwind()
     loss = caught[0]
     # accelerate divides as well, by a number that Trainers leave at 1; with DeepSpeed it leaves that to the engine.
     return loss if trainer.is_deepspeed_enabled else loss / trainer.accelerator.gradient_accumulation_steps

@@ -15,10 +15,10 @@ from llava_patch.fusion.training import WarmUp, steps_of
 from llava_patch.hosts import anatomy, compat, lora, zero
 from llava_patch.integrations.training import gradients as gradients_trainer
 from llava_patch.integrations.training import stage1
-from llava_patch.integrations.training.auto_split import resolve_for_training
 from llava_patch.integrations.training.auxiliary import data as region_data
 from llava_patch.integrations.training.auxiliary import trainer as auxiliary_trainer
 from llava_patch.integrations.training.extension import TrainerExtension, extend
+from llava_patch.integrations.training.trainer_split import resolve_for_training
 from llava_patch.measurements.saturation.result import Saturation
 from llava_patch.patching import checkpoint
 from llava_patch.patching.handle import Handle, get_handle

@@ -1,23 +1,20 @@
 """Flags of LLaVA's training script that gin binds (`Flags.lora_r = 16`), brought into the script."""
 
 import difflib
-import functools
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from transformers import HfArgumentParser, set_seed
 
 from llava_patch.core.errors import SettingError
+from llava_patch.core.undo import UndoStack
 from llava_patch.hosts import compat
-
-if TYPE_CHECKING:
-    from llava_patch.core.undo import UndoStack
-    from llava_patch.settings.gin_config import Configuration
+from llava_patch.settings.gin_config import Configuration
 
 
-def add(asked: "Configuration", undo: "UndoStack") -> None:
+def add(asked: Configuration, undo: UndoStack) -> None:
     """Append the flags to the script's own: of two, its parser takes the later.
 
     When the script parses them, once, unknown ones are refused by their gin names, and `--seed` seeds: LLaVA makes a
@@ -28,12 +25,9 @@ def add(asked: "Configuration", undo: "UndoStack") -> None:
     if added and os.environ.get("RANK", "0") == "0":
         print(describe(sys.argv[1:], added), flush=True)
     sys.argv.extend(added)
-    cls: Any = HfArgumentParser
-    original = cls.parse_args_into_dataclasses
 
-    @functools.wraps(original)
-    def parse_args_into_dataclasses(self: Any, *args: Any, **kwargs: Any) -> Any:
-        cls.parse_args_into_dataclasses = original
+    def parse_checked(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+        HfArgumentParser.parse_args_into_dataclasses = original  # type: ignore[method-assign]
         known = [option[2:] for option in self._option_string_actions if option.startswith("--")]
         for flag in asked.flags:
             option = [f"--{flag}"]
@@ -49,7 +43,7 @@ def add(asked: "Configuration", undo: "UndoStack") -> None:
                 set_seed(part.seed)
         return parsed
 
-    undo.set_attribute(cls, "parse_args_into_dataclasses", parse_args_into_dataclasses)
+    undo.wrap(HfArgumentParser, "parse_args_into_dataclasses", parse_checked)
 
 
 def arguments(values: Mapping[str, Any]) -> list[str]:

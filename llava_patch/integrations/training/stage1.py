@@ -6,6 +6,7 @@ from typing import Any
 
 from llava_patch.core import records
 from llava_patch.core.errors import CheckpointError, refuse
+from llava_patch.core.undo import meanwhile
 from llava_patch.fusion.base import TRAINING, differs
 from llava_patch.settings import active
 from llava_patch.settings.methods import from_record
@@ -38,12 +39,8 @@ def initialize_vision_modules(original: Callable[..., Any], decoder: Any, model_
         if first is None:
             raise CheckpointError(f"projector file without a first Linear; it holds {sorted(projector)}")
         fused = first.shape[1] != tower_width(decoder, model_args) or _has_stack(projector)
-    if fused:
-        model_args.pretrain_mm_mlp_adapter = None
-    try:
+    with meanwhile(model_args, pretrain_mm_mlp_adapter=None if fused else path):
         original(decoder, model_args, fsdp)
-    finally:
-        model_args.pretrain_mm_mlp_adapter = path
     pending[id(decoder)] = fresh, projector if fused else None
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llava_patch.core.errors import HostError, InputError, SettingError
-from llava_patch.core.undo import UndoStack
+from llava_patch.core.undo import UndoStack, holding
 from llava_patch.fusion.features import detaching
 from llava_patch.fusion.training import lift_no_grad
 from llava_patch.hosts import zero
@@ -139,9 +139,7 @@ def decompose(
                 undo.set_attribute(module, _CHECKPOINT, functools.partial(checkpoint, use_reentrant=False))
         found = []
         for detached in (True, False if full == ATTACHED else None):
-            token = detaching.set(detached)
-            undo.push(functools.partial(detaching.reset, token))
-            with torch.random.fork_rng(devices):
+            with holding(detaching, detached), torch.random.fork_rng(devices):
                 found.append(_gradient(loss_of, leaves, block if images else None, scale))
     return found[0], found[1]
 

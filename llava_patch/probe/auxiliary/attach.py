@@ -1,19 +1,17 @@
 """How the auxiliary loss attaches to a model: visual tokens are noted on their way, and the loss grows by one term."""
 
 import contextlib
-import functools
-import inspect
 import logging
 import random
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llava_patch.core.errors import InputError, SettingError
-from llava_patch.core.method import Method
-from llava_patch.core.undo import UndoStack
+from llava_patch.core.method import Groups, Method
+from llava_patch.core.undo import UndoStack, meanwhile
 from llava_patch.fusion import training
 from llava_patch.hosts import call_context, compat, tiles, wrappers, zero
 from llava_patch.hosts.anatomy import get_handle
@@ -40,17 +38,13 @@ class Auxiliary(Method):
 
     settings: AuxiliaryProbe
     calls_decoder_layers = True  # copies of them
-
-    def __init__(self, settings: AuxiliaryProbe) -> None:
-        """Use `patch(model, probe=AuxiliaryProbe())`, not this."""
-        super().__init__(settings)
-        self.layout: Layout | None = None
-        self.head: Head | None = None
-        self._without: int | None = 0  # batches, as long as none had a region
-        self._step: int | None = None
-        self._seen: Seen | None = None
-        self._watching = False
-        self._sums: Tensor | None = None
+    layout: Layout | None = None
+    head: Head | None = None
+    _without: int | None = 0  # batches, as long as none had a region
+    _step: int | None = None
+    _seen: Seen | None = None
+    _watching = False
+    _sums: Tensor | None = None
 
     def check_together(self, others: Mapping[str, Any]) -> None:
         """Refuse a routing that freezes what the loss is to train."""
@@ -66,9 +60,7 @@ class Auxiliary(Method):
         """The head's."""
         return [] if self.head is None else list(self.head.parameters())
 
-    def arrange_groups(
-        self, groups: list[dict[str, Any]], base_lr: float, early: Collection[nn.Parameter]
-    ) -> list[dict[str, Any]]:
+    def arrange_groups(self, groups: Groups, base_lr: float, early: Collection[nn.Parameter]) -> Groups:
         """Give the head its own learning rate."""
         head, lr = {id(p) for p in self.parameters()}, self.settings.lr
         return training.apart(groups, head, lr) if head and lr is not None else groups
@@ -131,44 +123,32 @@ class Auxiliary(Method):
             undo.push(lambda: model.add_module(HEAD, self.head) if not hasattr(model, HEAD) else None)
             names = [f"{HEAD}.{name}" for name in self.head.state_dict()]
             undo.set_attribute(model, _IGNORED, [*(getattr(model, _IGNORED, None) or ()), *names])
-            self._watch(undo)
-        forward = model.forward
-        order = list(inspect.signature(forward).parameters)
+            undo.wrap(*self.anatomy.encoder, self._encode_and_note)
+        named = wrappers.arguments_of(model.forward)
 
-        @functools.wraps(forward)
-        def forward_and_rebuild(*args: Any, **kwargs: Any) -> Any:
+        def forward_and_rebuild(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             regions = kwargs.pop(KEY, None)
             if self.head is None or not model.training or not torch.is_grad_enabled():
                 return forward(*args, **kwargs)
-            self._seen, self._watching = None, True
-            try:
+            self._seen = None
+            with meanwhile(self, _watching=True):
                 outputs = forward(*args, **kwargs)
-            finally:
-                self._watching = False
-            given = {**dict(zip(order, args, strict=False)), **kwargs}
-            return self._add(outputs, regions, given)
+            return self._add(outputs, regions, named(args, kwargs))
 
-        undo.set_attribute(model, "forward", forward_and_rebuild)
+        undo.wrap(model, "forward", forward_and_rebuild)
 
-    def _watch(self, undo: UndoStack) -> None:
-        owner, name = self.anatomy.encoder
-        encode = getattr(owner, name)
-
-        @functools.wraps(encode)
-        def encode_and_note(*args: Any, **kwargs: Any) -> Any:
-            features = encode(*args, **kwargs)
-            call = call_context.current(self.anatomy)
-            if self._watching and (call is None or call.numbers is None):
-                assert self.head is not None
-                injections, layers = None, self.head.decoder.injection_layers
-                if layers:  # what DeepStack adds to these images in the head's layers
-                    assert call is not None and call.offered is not None  # its wrapper of the encoder lies under ours
-                    injections = torch.stack(call.offered[: len(layers)])
-                pixels = args[0] if args else kwargs["pixel_values"]
-                self._seen = Seen(compat.one_tensor(features), pixels, injections)
-            return features
-
-        undo.set_attribute(owner, name, encode_and_note)
+    def _encode_and_note(self, encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        features = encode(*args, **kwargs)
+        call = call_context.current(self.anatomy)
+        if self._watching and (call is None or call.numbers is None):
+            assert self.head is not None
+            injections, layers = None, self.head.decoder.injection_layers
+            if layers:  # what DeepStack adds to these images in the head's layers
+                assert call is not None and call.offered is not None  # its wrapper of the encoder lies under ours
+                injections = torch.stack(call.offered[: len(layers)])
+            pixels = args[0] if args else kwargs["pixel_values"]
+            self._seen = Seen(compat.one_tensor(features), pixels, injections)
+        return features
 
     def _add(self, outputs: Any, regions: Mapping[str, Tensor] | None, given: Mapping[str, Any]) -> Any:
         """The outputs of a forward pass with the loss's term in their loss."""
@@ -239,12 +219,9 @@ class Auxiliary(Method):
     @contextlib.contextmanager
     def unobserved(self) -> Iterator[None]:
         """Forward passes inside do not count in what is logged: a measurement's, not the run's."""
-        sums, without = None if self._sums is None else self._sums.clone(), self._without
-        self._without = None  # says nothing meanwhile
-        try:
+        sums = None if self._sums is None else self._sums.clone()
+        with meanwhile(self, _sums=sums, _without=None):  # which says nothing
             yield
-        finally:
-            self._sums, self._without = sums, without
 
     def release(self) -> None:
         """Take the head off the model, whose training is over, so that nothing saves or counts it."""

@@ -13,7 +13,7 @@ import torch
 from llava_patch import Routing, Saturation, patch
 from llava_patch.core.errors import SettingError
 from llava_patch.hosts.anatomy import find
-from llava_patch.integrations.training.auto_split import resolve_for_training
+from llava_patch.integrations.training.trainer_split import resolve_for_training
 from tests.support import tiny
 from tests.support.saturating import KIND, SIZE, saturate
 
@@ -140,7 +140,7 @@ def test_partitioned_weights_are_refused_before_anything_runs(model: Any, tmp_pa
 
 
 def test_one_rank_decides_for_all(monkeypatch: Any) -> None:
-    from llava_patch.integrations.training import auto_split as trainer_split
+    from llava_patch.integrations.training import trainer_split
 
     sent: list[Any] = []
 

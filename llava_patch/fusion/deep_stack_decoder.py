@@ -1,9 +1,7 @@
 """DeepStack: a projector for the taps, and how their features reach the decoder."""
 
-import contextlib
 import copy
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -12,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llava_patch.core.errors import HostError
-from llava_patch.core.undo import UndoStack
+from llava_patch.core.undo import UndoStack, holding
 from llava_patch.hosts import call_context, zero
 from llava_patch.hosts.anatomy import Anatomy
 
@@ -35,23 +33,14 @@ def note(taps: Sequence[Tensor]) -> None:
         taken.append(list(taps))
 
 
-@contextlib.contextmanager
-def _collecting() -> Iterator[list[list[Tensor]]]:
-    taken: list[list[Tensor]] = []
-    token = _taken.set(taken)
-    try:
-        yield taken
-    finally:
-        _taken.reset(token)
-
-
 def encode(anatomy: Anatomy, pixel_values: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Encode images [images, 3, height, width], normalised, outside a call of a model with DeepStack.
 
     Returns:
         (projected visual tokens [images, tokens, hidden], for each tap the same of what it adds to them).
     """
-    with _collecting() as taken:
+    taken: list[list[Tensor]] = []
+    with holding(_taken, taken):
         features = anatomy.encode_images(pixel_values)
     return features, _project(anatomy, taken)
 
@@ -76,28 +65,22 @@ def attach(anatomy: Anatomy, undo: UndoStack) -> None:
     for parameter in linears[-1].parameters():
         nn.init.zeros_(parameter)
     undo.add_module(anatomy.projector_owner, anatomy.stack_name, projector)
-    owner, name = anatomy.encoder
-    encode = getattr(owner, name)
 
-    @functools.wraps(encode)
-    def encode_and_stack(*args: Any, **kwargs: Any) -> Any:
+    def encode_and_stack(encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         call = call_context.current(anatomy)
         if call is None:  # images encoded for their own sake
             return encode(*args, **kwargs)
         if call.numbers is not None:
             return call.numbers
-        with _collecting() as taken:
+        taken: list[list[Tensor]] = []
+        with holding(_taken, taken):
             features = encode(*args, **kwargs)
         call.offer(_project(anatomy, taken))
         return features
 
-    undo.set_attribute(owner, name, encode_and_stack)
-    pack = getattr(anatomy.wrapper, "pack_image_features", None)
-    if pack is None:
-        return
-
-    @functools.wraps(pack)
-    def pack_and_report(image_features: Any, image_sizes: Any, *args: Any, **kwargs: Any) -> Any:
+    def pack_and_report(
+        pack: Callable[..., Any], image_features: Any, image_sizes: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         packed = pack(image_features, image_sizes, *args, **kwargs)
         call = call_context.current(anatomy)
         if call is not None:  # anyres tiles are cut and joined on their way: do the same with their rows' numbers
@@ -109,7 +92,9 @@ def attach(anatomy: Anatomy, undo: UndoStack) -> None:
             call.packing = torch.cat(pack(shaped, image_sizes, *args, **kwargs)[0])[:, 0]
         return packed
 
-    undo.set_attribute(anatomy.wrapper, "pack_image_features", pack_and_report)
+    undo.wrap(*anatomy.encoder, encode_and_stack)
+    if hasattr(anatomy.wrapper, "pack_image_features"):
+        undo.wrap(anatomy.wrapper, "pack_image_features", pack_and_report)
 
 
 def _project(anatomy: Anatomy, taken: list[list[Tensor]]) -> list[Tensor]:

@@ -2,24 +2,26 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
+from llava_patch.core import parallel
 from llava_patch.core.errors import SettingError
 from llava_patch.core.records import read_settings
+from llava_patch.core.undo import UndoStack
 from llava_patch.hosts import zero
 from llava_patch.hosts.anatomy import find
 from llava_patch.measurements.saturation.auto_split import logger, resolve_split
 from llava_patch.measurements.saturation.result import Saturation
 from llava_patch.patching.handle import get_handle
 from llava_patch.settings.methods import Routing, from_record
-
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
 
 SAMPLES = 32
 """Samples taken when Saturation.max_samples is not bound."""
@@ -30,7 +32,7 @@ _TRIES = 100
 def resolve_for_training(
     model: nn.Module,
     routing: Routing,
-    arguments: "TrainingArguments",
+    arguments: TrainingArguments,
     dataset: Any,
     collator: Callable[[list[Any]], dict[str, Any]] | None,
     settings: Saturation,
@@ -67,10 +69,8 @@ def resolve_for_training(
     return _on_first_rank(resolve)
 
 
-def _resumed_split(arguments: "TrainingArguments") -> int | None:
+def _resumed_split(arguments: TrainingArguments) -> int | None:
     """The split of the checkpoint that LLaVA's scripts resume from; None when the run is new."""
-    from transformers.trainer_utils import get_last_checkpoint
-
     folder = arguments.output_dir
     last = get_last_checkpoint(folder) if folder and os.path.isdir(folder) else None
     record = None if last is None else read_settings(last)
@@ -104,29 +104,26 @@ def _samples(
 @contextlib.contextmanager
 def _on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
     """The model where the Trainer will put it; LLaVA's scripts hand it over with only its tower there."""
-    moved = [(t, t.data) for t in (*model.parameters(), *model.buffers()) if t.device != device]
-    try:
-        for tensor, data in moved:
-            tensor.data = data.to(device)
+    with UndoStack() as undo:
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.device != device:
+                undo.push(functools.partial(setattr, tensor, "data", tensor.data))
+                tensor.data = tensor.data.to(device)
         yield
-    finally:
-        for tensor, data in moved:
-            tensor.data = data
 
 
 def _on_first_rank(work: Callable[[], Routing]) -> Routing:
     """Do something on rank 0 and give every rank its result; its error reaches every rank too."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+    if parallel.world() == 1:
         return work()
     outcome: list[Any] = [None, None]
     failure: BaseException | None = None
-    if distributed.get_rank() == 0:
+    if parallel.rank() == 0:
         try:
             outcome[0] = work()
         except Exception as error:
             failure, outcome[1] = error, str(error)
-    distributed.broadcast_object_list(outcome, src=0)
+    torch.distributed.broadcast_object_list(outcome, src=0)
     if failure is not None:
         raise failure
     if outcome[1] is not None:
