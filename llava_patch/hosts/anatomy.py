@@ -6,7 +6,7 @@ to work; which of the models that have them are taken is in `known`.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -16,9 +16,6 @@ from llava_patch.hosts import known
 from llava_patch.hosts.hf import HF, HF_FILES, HFAnatomy
 from llava_patch.hosts.host import Anatomy, HostFiles
 from llava_patch.hosts.llava import LLAVA, LLAVA_FILES, LlavaAnatomy
-
-if TYPE_CHECKING:
-    from llava_patch.patching.handle import Handle
 
 __all__ = ["HF", "HOSTS", "LLAVA", "Anatomy", "find", "get_handle", "unwrap", "when_loaded"]
 
@@ -59,8 +56,8 @@ def find(model: Any) -> Anatomy:
     )
 
 
-def get_handle(model: nn.Module) -> "Handle | None":
-    """The handle of a patched model, possibly inside DDP, DeepSpeed, torch.compile or peft; None: it is not patched."""
+def get_handle(model: nn.Module) -> Any:
+    """The `patching.handle.Handle` of a patched model, also inside DDP, DeepSpeed, torch.compile or peft; else None."""
     return vars(unwrap(model)).get(HANDLE)
 
 

@@ -113,9 +113,8 @@ class Auxiliary(Method):
                     "AuxiliaryProbe does not train on images in tiles (anyres), whose tokens differ from image to "
                     "image: leave it out (LLaVA-1.5 takes whole images: image_aspect_ratio = pad)"
                 )
-            handle: Any = get_handle(model)
             try:
-                self.layout = layout_of(self.anatomy, handle.tokens_per_image)
+                self.layout = layout_of(self.anatomy, get_handle(model).tokens_per_image)
             except InputError as error:
                 raise SettingError(f"AuxiliaryProbe: {error}") from None
             self.head = Head(self.anatomy, self.layout, self.settings)
