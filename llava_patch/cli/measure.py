@@ -9,7 +9,7 @@ import gc
 import inspect
 import re
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Optional, Union, get_args, get_origin
 
@@ -235,14 +235,22 @@ def options_of(measurement: Measurement) -> common.Parameters:
     for field in _fields(measurement):
         if field.name not in (*protocol.COUNTS, "base"):
             default = f'"{field.default}"' if isinstance(field.default, str) else field.default
-            text = f"{lines[field.name]}; default: {measurement.settings.__name__}.{field.name}, {default}"
+            text = f"{_help(lines, measurement.settings, field.name)}; default: {measurement.settings.__name__}.{field.name}, {default}"
             hint = protocol.hint_of(measurement.settings, field)
             found[field.name] = _option(measurement, field.name, hint, None, text)
     lines = described(measurement.measure.__doc__, "Args")
     for name, one in inspect.signature(measurement.measure).parameters.items():
         if one.kind is one.KEYWORD_ONLY:
-            found[name] = _option(measurement, name, one.annotation, one.default, lines[name])
+            found[name] = _option(
+                measurement, name, one.annotation, one.default, _help(lines, measurement.measure, name)
+            )
     return found
+
+
+def _help(lines: Mapping[str, str], owner: Any, name: str) -> str:
+    if name not in lines:
+        raise TypeError(f"{owner.__qualname__}: its docstring has no line about {name}, which is the option's help")
+    return lines[name]
 
 
 def _option(measurement: Measurement, name: str, hint: Any, default: Any, text: str) -> tuple[Any, Any]:

@@ -36,7 +36,7 @@ MEASUREMENTS: dict[str, str] = {
     "drift": "llava_patch.measurements.drift.measurement:DriftMeasurement",
     "fusion_attention": "llava_patch.measurements.fusion_attention.measurement:FusionAttentionMeasurement",
 }
-# Further settings that gin binds, beside those of the methods in settings/methods.py.
+# Further settings that gin binds, beside METHODS and those of the measurements.
 SETTINGS: dict[str, str] = {
     "RProbe": "llava_patch.measurements.rprobe.settings:RProbe",
     "Report": "llava_patch.tools.report.settings:Report",

@@ -76,7 +76,7 @@ class Handle:
         """The applied settings by kind."""
         return {kind: method.settings for kind, method in self.methods.items()}
 
-    def _split(self) -> tuple[list[Method], list[Method]]:
+    def _lasting_and_training(self) -> tuple[list[Method], list[Method]]:
         """Methods that last, and those that are there for training alone."""
         lasting = [method for kind, method in self.methods.items() if kind not in TRAINING_ONLY]
         return lasting, [method for kind, method in self.methods.items() if kind in TRAINING_ONLY]
@@ -209,11 +209,11 @@ class Handle:
 
     def added_parameters(self) -> list[nn.Parameter]:
         """What a checkpoint must hold: the side branch, and with a fusion the projector that it widened."""
-        return [parameter for method in self._split()[0] for parameter in method.parameters()]
+        return [parameter for method in self._lasting_and_training()[0] for parameter in method.parameters()]
 
     def training_parameters(self) -> list[nn.Parameter]:
         """What is there for training alone: the head of the auxiliary loss."""
-        return [parameter for method in self._split()[1] for parameter in method.parameters()]
+        return [parameter for method in self._lasting_and_training()[1] for parameter in method.parameters()]
 
     def param_groups(self, lr: float, weight_decay: float = 0.0, projector_lr: float | None = None) -> Groups:
         """Optimizer groups of everything that trains, for a training loop of your own.
@@ -240,7 +240,7 @@ class Handle:
 
         `base_lr` is the tower's learning rate where the fusion names none.
         """
-        lasting, training = self._split()
+        lasting, training = self._lasting_and_training()
         groups = list(groups)
         for method in (*training, *lasting):
             groups = method.arrange_groups(groups, base_lr, self._early())
@@ -284,7 +284,7 @@ class Handle:
         names = set(self.trainable())
         count, total = self._counts(names)
         line = f"{count:,} of {total:,} parameters train ({100 * count / max(total, 1):.2f} %), {len(names)} tensors"
-        lasting, training = self._split()
+        lasting, training = self._lasting_and_training()
         remarks = (method.remarks(names, self.applied()) for method in (*training, *lasting))
         return "; ".join([line, *itertools.chain(*remarks)])
 

@@ -54,6 +54,18 @@ def measure_drift(
     return DriftMeter(settings).together(model, base, samples, base_samples, progress)
 
 
+def measure_drift_apart(
+    open_model: pairs.Opener, open_base: pairs.Opener, settings: Drift = DEFAULTS, progress: bool = True
+) -> DriftResult:
+    """As `measure_drift`, of two models that are never in memory together.
+
+    Each opener loads one and returns (model, samples for it), samples of the same examples in the same order. Hidden
+    states of the first wait on disk, in a folder that is removed whatever happens and takes `settings.store_gb` at
+    most (InputError).
+    """
+    return DriftMeter(settings).apart(open_model, open_base, progress)
+
+
 @dataclass
 class States:
     """The shallow layers of one sample."""

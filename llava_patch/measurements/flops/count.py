@@ -14,8 +14,9 @@ from typing import Any
 from llava_patch.core.errors import SettingError
 from llava_patch.hosts.anatomy import HF
 from llava_patch.measurements.flops.shape import DecoderShape, Linear, ModelShape
+from llava_patch.routing.pruning import Pruning
 from llava_patch.routing.schedule import LayerMode, LayerSchedule, make_schedule
-from llava_patch.settings.methods import FastV, Routing
+from llava_patch.settings.methods import Routing
 
 POSITION_BYTES = 8  # an int64 position id
 Product = tuple[int, int, int]
@@ -224,7 +225,7 @@ class Flops:
         return {**asdict(self), "decoder": self.decoder, "total": self.total}
 
 
-def program_of(shape: ModelShape, routing: Routing | None, pruning: FastV | None) -> LayerSchedule:
+def program_of(shape: ModelShape, routing: Routing | None, pruning: Pruning | None) -> LayerSchedule:
     """Settings resolved against a model's depth; errors name the setting (DeepStack's layers change no FLOPs)."""
     return make_schedule(routing, pruning, shape.decoder.layers)
 

@@ -10,6 +10,7 @@ from llava_patch.measurements.base import Result, Table, decode, default_split, 
 from llava_patch.measurements.flops import count
 from llava_patch.measurements.flops.count import Flops, Mode, Prompt
 from llava_patch.measurements.flops.shape import ModelShape
+from llava_patch.routing.pruning import Pruning
 from llava_patch.settings.methods import FastV, Routing, from_dict, to_dict
 
 OWN = "as configured"
@@ -32,7 +33,7 @@ class Variant:
 
     name: str  # as the table says it
     routing: Routing | None = None
-    pruning: FastV | None = None
+    pruning: Pruning | None = None
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ def measure_flops(
     split: int | None = None,
     fusion_layers: int | tuple[int, ...] = 1,
     side_layers: int = 1,
-    own: tuple[Routing | None, FastV | None] = (None, None),
+    own: tuple[Routing | None, Pruning | None] = (None, None),
     value_bytes: int = 2,
 ) -> FlopsResult:
     """FLOPs of the stock model and every variant.

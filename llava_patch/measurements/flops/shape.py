@@ -17,7 +17,8 @@ from llava_patch.hosts.sizes import IMAGE_TOKENS, SHAPES, TOWERS
 from llava_patch.hosts.towers import layout as towers
 from llava_patch.hosts.towers import models as tower_models
 from llava_patch.patching.handle import get_handle
-from llava_patch.settings.methods import FastV, Routing, from_record
+from llava_patch.routing.pruning import Pruning
+from llava_patch.settings.methods import Routing, from_record
 
 Linear = tuple[int, int]
 """(inputs, outputs) of one linear layer."""
@@ -156,7 +157,7 @@ def named(name: str) -> ModelShape:
     return ModelShape(f"LLaVA-1.5 {name}", HF, decoder, tower, projector, IMAGE_TOKENS)
 
 
-def read_shape(checkpoint: str) -> tuple[ModelShape, Routing | None, FastV | None]:
+def read_shape(checkpoint: str) -> tuple[ModelShape, Routing | None, Pruning | None]:
     """A checkpoint's sizes, and the routing and pruning that it carries.
 
     Args:

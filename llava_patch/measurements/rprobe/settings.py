@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from llava_patch.core.errors import SettingError
 from llava_patch.settings.checks import BROKEN, choice, integer, is_number
@@ -61,8 +61,6 @@ class RProbe:
             result says so; None: after `steps`.
         resamples: bootstrap resamples behind a 95 % interval.
     """
-
-    KIND: ClassVar[str] = "probe"
 
     steps: int = 400
     batch_size: int = 32

@@ -19,7 +19,7 @@ from llava_patch.settings.methods import FastV, Routing
 
 @dataclass(frozen=True)
 class Partner:
-    """What a method must equal, whatever the weights (routing.md's identities)."""
+    """What a method must equal, whatever the weights (docs/guarantees.md)."""
 
     name: str  # as the table says it
     left: dict[str, Any] | None  # settings that are compared; None: the stock model
