@@ -235,7 +235,8 @@ def options_of(measurement: Measurement) -> common.Parameters:
     for field in _fields(measurement):
         if field.name not in (*protocol.COUNTS, "base"):
             default = f'"{field.default}"' if isinstance(field.default, str) else field.default
-            text = f"{_help(lines, measurement.settings, field.name)}; default: {measurement.settings.__name__}.{field.name}, {default}"
+            text = _help(lines, measurement.settings, field.name)
+            text += f"; default: {measurement.settings.__name__}.{field.name}, {default}"
             hint = protocol.hint_of(measurement.settings, field)
             found[field.name] = _option(measurement, field.name, hint, None, text)
     lines = described(measurement.measure.__doc__, "Args")

@@ -180,6 +180,12 @@ def test_a_file_and_a_line_make_a_command(tmp_path: Path, monkeypatch: pytest.Mo
     assert "How large is it?" in said and "how deep it looks" in said and "what it is" in said
 
 
+def test_a_setting_that_its_docstring_leaves_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Toy, "__doc__", "Settings.")
+    with pytest.raises(TypeError, match=r"^Toy: its docstring has no line about depth, which is the option's help$"):
+        measure.options_of(ToyMeasurement())
+
+
 def test_files_of_measurements_load_no_torch() -> None:
     code = (
         "from llava_patch.core import registry; import sys\n"
