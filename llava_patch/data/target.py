@@ -1,6 +1,6 @@
 """What a measurement looks at: a checkpoint, its base and the data; models are loaded when something asks for them."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -88,6 +88,10 @@ class ModelInputs(Sequence):
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    def __iter__(self) -> Iterator[Any]:
+        # Sequence's own would take an IndexError of an image processor for the end.
+        return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):

@@ -68,11 +68,11 @@ class Meter(contextlib.ExitStack):
     ) -> Any:
         """The result of two models that are both in memory; `base_samples` None: they share the samples."""
         own, other = find(model), find(base)
-        self.begin(own)
-        self.check(other)
         tracked = files.track(samples, self.what, progress)
         pairs = ((s, s) for s in tracked) if base_samples is None else zip(tracked, base_samples, strict=True)
         with self, passes.evaluating(model), passes.evaluating(base):
+            self.begin(own)
+            self.check(other)
             for number, (sample, base_sample) in enumerate(pairs):
                 if self.samples == self.settings.max_samples:
                     break

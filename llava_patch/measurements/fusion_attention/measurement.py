@@ -112,6 +112,8 @@ class FusionAttentionResult(Result):
     @classmethod
     def decode(cls, values: dict[str, Any]) -> "FusionAttentionResult":
         """Read the masses; what follows from them is worked out again."""
+        for name in ("skipped", "checkpoint", "base", "settings"):  # what every file says, though they have defaults
+            values[name]
         names = {"layers": "layer", "trained": "trained", "stock": "stock"}
         return super().decode({**values, **{k: [one[v] for one in values["layers"]] for k, v in names.items()}})
 

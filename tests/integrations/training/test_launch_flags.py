@@ -103,6 +103,18 @@ def test_lora_by_gin_alone_and_its_seeds(data, tmp_path):
 
 
 @pytest.mark.timeout(300)
+def test_the_seed_decides_the_data_order_under_a_patch(data, tmp_path):
+    """The side branch starts as a copy, so only the order of the data can make the first losses differ."""
+
+    def first_loss(name, seed):
+        out = tmp_path / name
+        ok(run([TRAIN, *arguments(data, 2, out, steps=1, seed=seed), "--gin_param", "Routing.split = 3"]))
+        return losses(out)[0]
+
+    assert first_loss("llava-a", 1) != first_loss("llava-b", 2)
+
+
+@pytest.mark.timeout(300)
 def test_an_unknown_flag_stops_before_anything_is_written(data, tmp_path):
     done = run([TRAIN, *arguments(data, 2, tmp_path / "out", steps=1), "--gin_param", "Flags.lora_rr = 16"])
     assert done.returncode != 0

@@ -118,6 +118,9 @@ def test_numbers_figure_and_json(host: Any, tmp_path: Path) -> None:
     values = json.loads(json_path.read_text())
     assert png_path.read_bytes().startswith(b"\x89PNG") and png_path.stat().st_size > 10_000
     assert FusionAttentionResult.from_dict(values) == result
+    for name in ("skipped", "checkpoint", "base", "settings"):
+        with pytest.raises(InputError, match=f"missing: '{name}'"):
+            FusionAttentionResult.from_dict({k: v for k, v in values.items() if k != name})
     assert values["layers"][0]["heads_above_twice_stock"] == int((trained > 2 * base).sum())
     assert values["layers"][0]["highest_head_trained"] == int(trained.argmax())
     assert result.table()[1][0][0] == "4"
