@@ -166,7 +166,7 @@ def test_deep_stack_on_tiles(monkeypatch, case):
         view = encode_views(anatomy, transform, [page])[0]
         tiles = transform.tiling.cut(image_processor, page)
         added = []
-        monkeypatch.setattr(routed_pass.stack, "add", lambda h, f, r: added.append((f, r)) or h)
+        monkeypatch.setattr(routed_pass.deep_stack_decoder, "add", lambda h, f, r: added.append((f, r)) or h)
         with torch.no_grad():
             if anatomy.host == "llava":
                 model(input_ids=torch.tensor([[1, -200, 5]]), images=[tiles], image_sizes=[page.size])

@@ -213,7 +213,7 @@ def test_deep_stack_brings_what_the_decoder_would_add(monkeypatch, model):
         randomise(handle)
         view, transform = seen(model, page)
         added = []
-        monkeypatch.setattr(routed_pass.stack, "add", lambda h, f, r: added.append((f, r)) or h)
+        monkeypatch.setattr(routed_pass.deep_stack_decoder, "add", lambda h, f, r: added.append((f, r)) or h)
         pixels = transform.pixel_values([page])
         with torch.no_grad():
             if handle.anatomy.host == "llava":
