@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
@@ -25,12 +26,22 @@ def atomic(path: Path, folder: bool = False) -> Iterator[Path]:
         if folder:
             temporary.mkdir()
         yield temporary
+        _share(temporary.rglob("*") if folder else [temporary])
         temporary.replace(path)
     finally:
         if folder:
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def _share(paths: Iterable[Path]) -> None:
+    """Give files the usual permissions: safetensors makes them private, results are meant to be shared."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in paths:
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o666 & ~umask)
 
 
 def plain(value: Any) -> Any:

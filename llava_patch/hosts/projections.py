@@ -32,8 +32,8 @@ def keys_values(layer: Any, hidden_states: Tensor, rotary: tuple[Tensor, Tensor]
     (cos, sin), each [batch or 1, tokens, head_dim].
     """
     attention, states = layer.self_attn, _normed(layer, hidden_states)
-    values = split_heads(attention.v_proj(states), attention.head_dim)
-    return _heads(attention, attention.k_proj(states), rotary), values
+    key = _heads(attention, attention.k_proj(states), rotary)  # in the stock layer's order, as LoRA's dropout draws
+    return key, split_heads(attention.v_proj(states), attention.head_dim)
 
 
 def keys(layer: Any, hidden_states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:

@@ -57,6 +57,7 @@ MOVED = {
         "measurements.saturation.result",
         "measurements.saturation.measure",
     ),
+    "fusion.taps": ("fusion.base",),
     "errors": ("core.errors",),
     "evaluation": ("integrations.lmms_eval",),
     "handle": ("patching.handle",),
