@@ -39,7 +39,7 @@ class HFAnatomy(Anatomy):
     patches_only = property(lambda self: self.model.config.vision_feature_select_strategy == "default")
     dropped_tokens = property(lambda self: int(self.patches_only))  # on a tower without CLS that is a patch
     tiles = property(lambda self: hasattr(self.wrapper, "pack_image_features"))  # a LLaVA-NeXT
-    image_token_id = property(lambda self: int(self.model.config.image_token_id))
+    image_token_id = property(attrgetter("model.config.image_token_id"))
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """See `Anatomy.encode_images`."""
