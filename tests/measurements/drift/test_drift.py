@@ -13,7 +13,7 @@ import torch
 from llava_patch import FastV, Routing, patch
 from llava_patch.core.errors import HostError, InputError, SettingError
 from llava_patch.hosts.anatomy import find
-from llava_patch.measurements.drift.measure import DriftMeter, Quantiles, Store, measure_drift
+from llava_patch.measurements.drift.measure import DriftMeter, Quantiles, Store, measure_drift, measure_drift_apart
 from llava_patch.measurements.drift.measurement import Drift, DriftResult, drift_figure
 from tests.support import tiny
 
@@ -73,7 +73,7 @@ def test_equals_the_naive_computation_with_hidden_states(host: Any) -> None:
         found[0].append(values[:, image].numpy())
         found[1].append(values[:, ~image].numpy())
     result = measure_drift(model, base, samples, Drift(split=4), progress=False)
-    apart = DriftMeter(Drift(split=4)).apart(opened(model, samples), opened(base, samples), progress=False)
+    apart = measure_drift_apart(opened(model, samples), opened(base, samples), Drift(split=4), progress=False)
     assert apart == result
     for curves, parts in zip((result.image, result.text), found):
         everything = np.concatenate(parts, axis=1)
