@@ -9,7 +9,7 @@ from llava_patch import DeepStack, FastV, Routing, SkipLinks, get_handle, patch
 from llava_patch.core.errors import HostError, InputError, SettingError
 from llava_patch.hosts import anatomy
 from tests.support.fusions import hidden_states, pixels, randomise
-from tests.support.models import HF_IMAGE_TOKEN, IMAGE, TEXT, Host, close, vision_config
+from tests.support.models import HF_IMAGE_TOKEN, IMAGE, Host, close, hf_next_model
 from tests.support.routings import again
 
 RAGGED = [(2, IMAGE, 5), (3, IMAGE, 1, IMAGE, 4), (7,), (1, IMAGE, 9)]
@@ -217,14 +217,7 @@ def test_a_prompt_cut_by_the_length_limit_keeps_its_rows(host):
 @torch.no_grad()
 def test_anyres_tiles_on_hf():
     """Tiles are joined, cut, and rows end in a newline feature, which takes no tap."""
-    from transformers import LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
-
-    torch.manual_seed(0)
-    config = LlavaNextConfig(
-        vision_config=vision_config(), text_config=LlamaConfig(**TEXT), image_token_index=HF_IMAGE_TOKEN,
-        image_grid_pinpoints=[[56, 112], [112, 56], [112, 112]],
-    )  # fmt: skip
-    model = LlavaNextForConditionalGeneration(config).eval()
+    model = hf_next_model()
     generator = torch.Generator().manual_seed(1)
     tiles, sizes = torch.randn(2, 3, 3, 56, 56, generator=generator), torch.tensor([[56, 112], [112, 50]])
     with patch(model, fusion=STACK) as handle:

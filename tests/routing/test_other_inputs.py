@@ -7,7 +7,7 @@ from llava_patch import patch
 from llava_patch.core.errors import InputError, SettingError
 from llava_patch.routing.reference import final_states
 from tests.support import decoders
-from tests.support.models import HF_IMAGE_TOKEN, IMAGE, TEXT, close, vision_config
+from tests.support.models import HF_IMAGE_TOKEN, IMAGE, close, hf_next_model
 from tests.support.routings import ALL, embeddings, places
 
 SOME = ["lf", "lf-k2", "lf-sparse", "pc", "kv", "ideal", "vtw", "fastv", "lf+fastv", "kv+fastv-deep"]
@@ -26,14 +26,7 @@ def test_a_cache_that_has_dropped_positions_is_refused(tower_folder):
 @pytest.mark.parametrize("case", SOME)
 def test_anyres_tiles_on_hf(case):
     """Several tiles an image, with newline features between their rows: all of them are image positions."""
-    from transformers import LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
-
-    torch.manual_seed(0)
-    config = LlavaNextConfig(
-        vision_config=vision_config(), text_config=LlamaConfig(**TEXT), image_token_index=HF_IMAGE_TOKEN,
-        image_grid_pinpoints=[[56, 112], [112, 56], [112, 112]],
-    )  # fmt: skip
-    model = LlavaNextForConditionalGeneration(config).eval()
+    model = hf_next_model()
     generator = torch.Generator().manual_seed(1)
     pixels, sizes = torch.randn(2, 3, 3, 56, 56, generator=generator), torch.tensor([[56, 112], [112, 50]])
     counts = [len(f) for f in model.model.get_image_features(pixels, sizes)]

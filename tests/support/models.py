@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 LAYERS, BLOCKS, TOKENS, VOCAB = 6, 8, 16, 96
 HF_IMAGE_TOKEN = 95
+PINPOINTS = [[56, 112], [112, 56], [112, 112]]
 IMAGE = "image"
 
 
@@ -42,6 +43,18 @@ def hf_model(attention: str = "sdpa") -> nn.Module:
     model = LlavaForConditionalGeneration(config).eval()
     model.set_attn_implementation(attention)
     return model
+
+
+def hf_next_model() -> nn.Module:
+    """Several tiles an image, with newline features between their rows."""
+    from transformers import LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = LlavaNextConfig(
+        vision_config=vision_config(), text_config=LlamaConfig(**TEXT), image_token_index=HF_IMAGE_TOKEN,
+        image_grid_pinpoints=PINPOINTS,
+    )  # fmt: skip
+    return LlavaNextForConditionalGeneration(config).eval()
 
 
 def llava_model(folder: Path, attention: str = "sdpa") -> nn.Module:

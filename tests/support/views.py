@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from llava_patch.hosts.anatomy import Anatomy, find
 from llava_patch.probe.sequence import patchify
 from llava_patch.probe.transform import Transform
-from tests.support.models import HF_IMAGE_TOKEN, TEXT, hf_model, llava_model, vision_config
+from tests.support.models import PINPOINTS, hf_model, hf_next_model, llava_model
 
 SIDE, PATCH = 56, 14
-PINPOINTS = [[56, 112], [112, 56], [112, 112]]
 
 
 def short_sighted(model: nn.Module) -> nn.Module:
@@ -35,9 +34,6 @@ def anyres_model(host: str, folder, merge_type: str = "spatial_unpad") -> tuple[
     """A model that cuts tiles, and its image processor."""
     from transformers import (
         CLIPImageProcessor,
-        LlamaConfig,
-        LlavaNextConfig,
-        LlavaNextForConditionalGeneration,
         LlavaNextImageProcessor,
     )
 
@@ -48,12 +44,7 @@ def anyres_model(host: str, folder, merge_type: str = "spatial_unpad") -> tuple[
         model.config.image_grid_pinpoints = str(PINPOINTS)
         model.model.image_newline = nn.Parameter(torch.randn(64, generator=torch.Generator().manual_seed(2)))
         return short_sighted(model), CLIPImageProcessor(**sizes)
-    torch.manual_seed(0)
-    config = LlavaNextConfig(
-        vision_config=vision_config(), text_config=LlamaConfig(**TEXT), image_token_index=HF_IMAGE_TOKEN,
-        image_grid_pinpoints=PINPOINTS,
-    )  # fmt: skip
-    model = LlavaNextForConditionalGeneration(config).eval()
+    model = hf_next_model()
     nn.init.normal_(model.model.image_newline)
     return short_sighted(model), LlavaNextImageProcessor(**sizes, image_grid_pinpoints=PINPOINTS)
 
