@@ -183,14 +183,14 @@ class DriftMeasurement(Measurement):
 
     def measure(self, target: Target, settings: Drift, folder: Path | None = None) -> DriftResult:
         """Compare the checkpoint with its base."""
-        from llava_patch.measurements.drift.measure import DriftMeter, measure_drift
+        from llava_patch.measurements.drift.measure import measure_drift, measure_drift_apart
 
         own, base = target.openers(settings.max_samples)
         if settings.together:
             (model, samples), (base_model, base_samples) = own(), base()
             result = measure_drift(model, base_model, samples, settings, base_samples=base_samples)
         else:
-            result = DriftMeter(settings).apart(own, base)
+            result = measure_drift_apart(own, base, settings)
         return dataclasses.replace(result, checkpoint=named(target.checkpoint), base=named(target.base))
 
     def document(
