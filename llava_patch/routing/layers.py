@@ -6,7 +6,6 @@ the stock code does the rest.
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
