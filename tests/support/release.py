@@ -53,8 +53,8 @@ def small_llava(vision: dict, text: dict, vocab_size: int) -> Any:
     spread = 1 / math.sqrt(text["hidden_size"])  # Llama's 0.02 fits a width of thousands
     words = {"vocab_size": padded, "pad_token_id": vocab_size + 1, "max_position_embeddings": 2048}
     config = LlavaConfig(
-        CLIPVisionConfig(**vision),
-        LlamaConfig(**{"initializer_range": spread, "rms_norm_eps": 1e-5, **words, **text}),
+        vision_config=CLIPVisionConfig(**vision),
+        text_config=LlamaConfig(**{"initializer_range": spread, "rms_norm_eps": 1e-5, **words, **text}),
         image_token_index=vocab_size,
         image_seq_length=(vision["image_size"] // vision["patch_size"]) ** 2,
         vision_feature_layer=SELECT_LAYER,
