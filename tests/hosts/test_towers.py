@@ -1,5 +1,7 @@
 """Every known class of vision tower: its description against the running model, and Detached Skip-Links on it."""
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
@@ -191,6 +193,8 @@ def test_internvl_reports_its_mask_token_as_idle():
 def test_hf_refuses_a_tower_that_it_cannot_run(name):
     model = zoo.hf_model("clip")
     model.model.vision_tower = zoo.stock(name)
+    if name == "internvl" and "kwargs" in inspect.signature(type(model.model.vision_tower).forward).parameters:
+        pytest.skip("this version's InternVL reports its hidden states")
     with pytest.raises(HostError, match=rf"{type(model.model.vision_tower).__name__} cannot be the tower of this host"):
         patch(model, fusion=SkipLinks(stride=2))
 
@@ -201,19 +205,23 @@ class Unknown(nn.Module):
         self.stem, self.layers = nn.Linear(2, 2), nn.ModuleList([nn.Linear(2, 2)])
 
 
+def body(vision):
+    return getattr(vision, "vision_model", vision)  # there up to transformers 4
+
+
 def test_unknown_towers_say_what_is_missing():
     with pytest.raises(HostError, match=r"encoder.layers, encoder.layer and blocks, but Unknown has stem, layers"):
         towers.describe(Unknown())
     vision = zoo.stock("siglip")
-    vision.vision_model.encoder.extra = nn.Linear(2, 2)
+    body(vision).encoder.extra = nn.Linear(2, 2)
     with pytest.raises(HostError, match="encoder holds more weights than its blocks'"):
         towers.describe(vision)
     vision = zoo.stock("siglip")
-    vision.vision_model.embeddings.position_embedding = nn.Embedding(17, zoo.WIDTH)
+    body(vision).embeddings.position_embedding = nn.Embedding(17, zoo.WIDTH)
     with pytest.raises(HostError, match="positions for 17 tokens, but 0 before a grid of 4 x 4 patches make 16"):
         towers.describe(vision)
     vision = zoo.stock("clip")
-    vision.vision_model.embeddings.register_tokens = nn.Parameter(torch.zeros(1, 4, zoo.WIDTH))
+    body(vision).embeddings.register_tokens = nn.Parameter(torch.zeros(1, 4, zoo.WIDTH))
     with pytest.raises(HostError, match="register tokens"):
         towers.describe(vision)
     config = zoo.config("siglip")
