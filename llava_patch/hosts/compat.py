@@ -368,6 +368,25 @@ def fix_forward_arguments(cls: type, undo: UndoStack) -> None:
         undo.wrap(cls, "forward", without_places)
 
 
+def fix_llama_tokenizer(cls: Any, undo: UndoStack) -> None:
+    """Read Vicuna's tokenizer as it was before 5.0, where a checkpoint that names no `legacy` had it True.
+
+    5.x takes False, splits the text after "</s>" into other tokens, and LLaVA masks all labels of a conversation with a
+    second answer ("tokenization mismatch"). Nor does it save the setting, so that a tokenizer that was trained with
+    True would come back with False: it is saved; what 5.x has saved without it is read as 5.x reads it.
+    """
+
+    def with_legacy(init: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("legacy") is None:
+            kwargs["legacy"] = "backend" not in kwargs  # which 5.x writes
+        init(self, *args, **kwargs)
+        self.init_kwargs["legacy"] = self.legacy
+
+    parameter = inspect.signature(cls.__init__).parameters.get("legacy")
+    if parameter is not None and parameter.default is False:
+        undo.wrap(cls, "__init__", with_legacy)
+
+
 def full_precision(kwargs: dict[str, Any]) -> None:
     """Load in float32 where a script names no precision, as before 5.0, which takes the checkpoint's (in place).
 
