@@ -249,7 +249,7 @@ def fix_argv(argv: list[str]) -> None:
     known = {field.name: field.type for field in dataclasses.fields(TrainingArguments)}
     starts = [i for i, word in enumerate(argv) if word.startswith("--")]
     found = []
-    for start, end in zip(starts, [*starts[1:], len(argv)], strict=True):
+    for start, end in zip(starts, [*starts[1:], len(argv)], strict=False):
         flag, equals, value = argv[start].partition("=")
         found.append((start, end, flag[2:].replace("-", "_"), [value] * bool(equals) + argv[start + 1 : end]))
     given = {name: values for *_, name, values in found}  # of two, the later counts

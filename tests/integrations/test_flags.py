@@ -49,6 +49,13 @@ def test_renamed_flags():
     assert argv == ["--eval_strategy", "no", "--eval_strategy", "no", "--learning_rate=1", "--layer", "-2"]
 
 
+@pytest.mark.parametrize("argv", [[], ["train.py"], ["train.py", "--bf16"], ["--bf16", "True"]])
+def test_other_words_stay(argv):
+    words = list(argv)
+    compat.fix_argv(words)
+    assert words == argv
+
+
 def _arguments(*flags):
     from transformers import HfArgumentParser, TrainingArguments
 
