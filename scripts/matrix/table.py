@@ -83,7 +83,7 @@ def _title(name: str, stack: dict[str, Any]) -> str:
 
 def _cell(cell: dict[str, Any] | None) -> str:
     if cell is None or not (cell["passed"] or cell["failed"] or cell["skipped"]):
-        return "–"
+        return "-"
     if cell["failed"]:
         return f"**{len(cell['failed'])} of {cell['passed'] + len(cell['failed'])} fail**"
     return str(cell["passed"]) if cell["passed"] else "skipped"

@@ -1,6 +1,6 @@
 """A pytest plugin: which tests fill which cell of the table of stacks, hosts and jobs that scripts/matrix.sh makes.
 
-`pytest -p tests.support.jobs --jobs-json FILE` runs these tests alone and writes what became of each cell.
+`pytest -p tests.support.jobs` runs these tests alone; with `--jobs-json FILE` it writes what became of each cell.
 """
 
 import json
@@ -48,7 +48,7 @@ JOBS: dict[str, dict[str | None, list[str]]] = {
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--jobs-json", type=Path, required=True, help="file that gets what became of each cell")
+    parser.addoption("--jobs-json", type=Path, help="file that gets what became of each cell")
 
 
 def cell_of(item: pytest.Item) -> tuple[str, str] | None:
@@ -110,5 +110,6 @@ class _Cells:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput"):  # the process that collects the workers' reports
-        config.pluginmanager.register(_Cells(config.getoption("--jobs-json").absolute()))
+    path = config.getoption("--jobs-json")
+    if path is not None and not hasattr(config, "workerinput"):  # the process that collects the workers' reports
+        config.pluginmanager.register(_Cells(path.absolute()))
