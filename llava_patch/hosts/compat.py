@@ -25,7 +25,7 @@ from llava_patch.core.undo import UndoStack
 
 logger = logging.getLogger("llava_patch")
 
-SUPPORTED_TRANSFORMERS = ("4.57", "5")
+SUPPORTED_TRANSFORMERS = ("4.57", "5.25")
 """Lowest supported version (inclusive) and first unsupported one (exclusive)."""
 
 
