@@ -6,10 +6,12 @@ each `fix_*` function names what broke and since when, and touches only code tha
 """
 
 import copy
+import dataclasses
 import functools
 import importlib.util
 import inspect
 import logging
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -300,18 +302,47 @@ def fix_trainer_exports(trainer_module: ModuleType, undo: UndoStack) -> None:
         undo.set_attribute(trainer_module, "ALL_LAYERNORM_LAYERS", ALL_LAYERNORM_LAYERS)
 
 
-RENAMED_FLAGS = {"--evaluation_strategy": "--eval_strategy"}  # since 4.46
-
-
 def fix_argv(argv: list[str]) -> None:
-    """Rename flags of LLaVA's launch scripts that TrainingArguments has renamed, in place."""
-    for i, argument in enumerate(argv):
-        flag, equals, value = argument.partition("=")
-        argv[i] = RENAMED_FLAGS.get(flag, flag) + equals + value
+    """Write flags of LLaVA's launch scripts as TrainingArguments takes them now, where it has dropped them (in place).
+
+    `--evaluation_strategy` is `--eval_strategy` since 4.46. Since 5.0 `--no_cuda` is `--use_cpu`, `--group_by_length` a
+    sampling strategy, and a share of the steps is a `--warmup_steps` below 1 instead of `--warmup_ratio`, which
+    counted beside 0 steps only.
+    """
+    from transformers import TrainingArguments
+    from transformers.hf_argparser import string_to_bool
+
+    known = {field.name: field.type for field in dataclasses.fields(TrainingArguments)}
+    starts = [i for i, word in enumerate(argv) if word.startswith("--")]
+    found = []
+    for start, end in zip(starts, [*starts[1:], len(argv)], strict=True):
+        flag, equals, value = argv[start].partition("=")
+        found.append((start, end, flag[2:].replace("-", "_"), [value] * bool(equals) + argv[start + 1 : end]))
+    given = {name: values for *_, name, values in found}  # of two, the later counts
+    grouped = all(map(string_to_bool, given.get("group_by_length", [])))
+    now = {
+        "evaluation_strategy": ["--eval_strategy", *given.get("evaluation_strategy", [])],
+        "no_cuda": ["--use_cpu", *given.get("no_cuda", [])],
+        "group_by_length": ["--train_sampling_strategy", "group_by_length" if grouped else "random"],
+    }
+    now = {name: words for name, words in now.items() if name not in known}
+    if "warmup_ratio" in given and known["warmup_steps"] is not int:
+        warmup = ["--warmup_steps", *_warmup(given.get("warmup_steps") or ["0"], given["warmup_ratio"])]
+        now |= {"warmup_ratio": warmup, "warmup_steps": warmup}
+    for start, end, name, _ in reversed(found):
+        argv[start:end] = now.get(name, argv[start:end])
+
+
+def _warmup(steps: list[str], ratio: list[str]) -> list[str]:
+    """The value of a flag that takes steps or, below 1, a share of all."""
+    if float(steps[0]) > 0:
+        return steps
+    whole = math.nextafter(1, 0)  # 1 itself is one step; of any number of steps this share is rounded up to all of them
+    return [str(whole) if float(word) == 1 else word for word in ratio]
 
 
 def fix_trainer_methods(llava_trainer: ModuleType, undo: UndoStack) -> None:
-    """LLaVATrainer overrides two Trainer methods with the signatures of 4.37."""
+    """LLaVATrainer overrides two Trainer methods with the signatures of 4.37, and is made with that `tokenizer`."""
     from transformers import Trainer
 
     cls = llava_trainer.LLaVATrainer
@@ -324,9 +355,17 @@ def fix_trainer_methods(llava_trainer: ModuleType, undo: UndoStack) -> None:
             save = Trainer._save_checkpoint
         save(self, model, trial)
 
+    def with_processing_class(init: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+        if "tokenizer" in kwargs:
+            kwargs["processing_class"] = kwargs.pop("tokenizer")
+        init(self, *args, **kwargs)
+
     if "train_dataset" not in inspect.signature(cls._get_train_sampler).parameters:  # which is passed since 4.5x
         undo.wrap(cls, "_get_train_sampler", without_data)
     undo.wrap(cls, "_save_checkpoint", without_metrics)  # it hands on `metrics`, which are gone since 4.47
+    accepted = inspect.signature(Trainer.__init__, follow_wrapped=False).parameters.values()
+    if not any(one.name == "tokenizer" or one.kind is one.VAR_KEYWORD for one in accepted):  # from 5.0 on
+        undo.wrap(cls, "__init__", with_processing_class)
 
 
 def fix_optimizer_groups(llava_trainer: ModuleType, undo: UndoStack) -> None:
@@ -403,6 +442,18 @@ def fix_forward_arguments(cls: type, undo: UndoStack) -> None:
         undo.wrap(cls, "forward", without_places)
     if cache_argument() == "cache" and "cache" not in _named(cls.prepare_inputs_for_generation):  # type: ignore
         undo.wrap(cls, "prepare_inputs_for_generation", with_old_names)
+
+
+def full_precision(kwargs: dict[str, Any]) -> None:
+    """Load in float32 where a script names no precision, as before 5.0, which takes the checkpoint's (in place).
+
+    LLaVA's train.py passes `torch_dtype=None` without --bf16 and counts on float32: optimizer steps vanish in half
+    precision. What is loaded quantised keeps its own default.
+    """
+    quantised = ("quantization_config", "load_in_8bit", "load_in_4bit")
+    if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None and not any(map(kwargs.get, quantised)):
+        kwargs.pop("torch_dtype", None)
+        kwargs["dtype"] = torch.get_default_dtype()
 
 
 def flash_fallback(kwargs: dict[str, Any]) -> None:

@@ -78,13 +78,14 @@ def _on_llava_trainer(module: Any, undo: UndoStack) -> None:
     active.begin_training()
     asked = active.configuration()  # raises here, before a model is loaded or a file written
     if _mends():
-        compat.fix_argv(sys.argv)
         compat.fix_trainer_methods(module, undo)
         compat.fix_optimizer_groups(module, undo)
     if asked is not None:
         from llava_patch.integrations.training import script_flags
 
         script_flags.add(asked, undo)
+    if _mends():
+        compat.fix_argv(sys.argv)  # with those that gin brings
 
     def create_optimizer(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         made = self.optimizer is None
@@ -168,6 +169,8 @@ def _on_modeling_utils(module: Any, undo: UndoStack) -> None:
             return loading.load_stock(call, f"which cannot be applied: {unsupported}")
         if _mends():
             _compat().flash_fallback(kwargs)
+            if hasattr(model_class, "prepare_inputs_labels_for_multimodal"):
+                _compat().full_precision(kwargs)
         return loading.load(call)
 
     undo.set_attribute(cls, "from_pretrained", classmethod(from_pretrained))
