@@ -14,8 +14,7 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Collection
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -385,26 +384,40 @@ def fix_optimizer_groups(llava_trainer: ModuleType, undo: UndoStack) -> None:
     undo.wrap(llava_trainer.LLaVATrainer, "create_optimizer", without_empty)
 
 
-def load_renamed(model: Any, folder: Path) -> None:
-    """Load what a Trainer that goes on from a checkpoint leaves out on HF (in place).
+def load_saved_names(model: nn.Module, undo: UndoStack) -> None:
+    """Let a model's `load_state_dict` take its tensors under the names that its own `save_pretrained` writes.
 
-    `save_pretrained` writes a LLaVA's tensors under the names of older versions (transformers 4.52 to 4.57);
-    `from_pretrained` translates them, but the Trainer's own loading does not, warns, and trains on with the weights
-    that it was started with. With `save_safetensors=False` they lie in PyTorch's own files.
+    On HF that writes a LLaVA's tensors under the names of older versions (4.52 on); `from_pretrained` translates them,
+    but a Trainer that goes on from a checkpoint, or loads the best one, only warns, and keeps the weights it has.
+
+    Modifications: a load_state_dict pre-hook.
     """
-    from llava_patch.core.weights import read_file  # a stock script loads this module, and nothing that patches
 
-    mapping = getattr(model, "_checkpoint_conversion_mapping", None)
-    if not mapping:
-        return
-    expected = set(model.state_dict())
-    for path in sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin")):
-        found = {}
-        for tensor in read_file(path, whole=True):
-            old = next((old for old in mapping if re.search(old, tensor.name)), None)
-            if tensor.name not in expected and old is not None:
-                found[re.sub(old, mapping[old], tensor.name)] = tensor()
-        model.load_state_dict(found, strict=False)
+    def translate(state: dict[str, Any], prefix: str, *_: Any) -> None:
+        own = {n for named in (model.named_parameters, model.named_buffers) for n, _ in named(remove_duplicate=False)}
+        given = {name.removeprefix(prefix) for name in state if name.startswith(prefix)}
+        for saved, name in _saved_names(model, given - own, own - given).items():
+            state[prefix + name] = state.pop(prefix + saved)
+
+    undo.push(model._register_load_state_dict_pre_hook(translate).remove)
+
+
+def _saved_names(model: Any, unknown: Collection[str], wanted: Collection[str]) -> dict[str, str]:
+    """Which of the unknown names `save_pretrained` writes for which wanted ones."""
+    if not unknown or not wanted:
+        return {}
+    names = sorted(wanted)
+    try:
+        from transformers.core_model_loading import revert_weight_conversion  # since 5.0
+    except ImportError:
+        mapping = getattr(model, "_checkpoint_conversion_mapping", None) or {}
+        found = {
+            name: next((re.sub(o, n, name) for o, n in mapping.items() if re.search(o, name)), "") for name in unknown
+        }
+    else:
+        saved = revert_weight_conversion(model, {name: torch.tensor(i) for i, name in enumerate(names)})
+        found = {name: names[int(place)] for name, place in saved.items()}
+    return {saved: name for saved, name in found.items() if saved in unknown and name in wanted}
 
 
 def fix_zero3_dtypes(model: nn.Module, training_args: Any) -> None:
