@@ -157,6 +157,18 @@ def say_unpatched(cls: Any) -> None:
         )
 
 
+def check_patched(model: Any) -> None:
+    """Refuse to train a host's model without the patch that is configured (HostError)."""
+    from llava_patch.hosts.anatomy import unwrap
+
+    cls, configured = type(unwrap(model)), _configured()
+    if configured and is_host(cls):
+        raise HostError(
+            f"{configured} is configured, but the Trainer got a {cls.__name__} that was not loaded with "
+            "from_pretrained, where it would have been patched: load it so, or call patch(model, ...) first"
+        )
+
+
 @functools.lru_cache
 def _say_once(line: str) -> None:
     print(line, file=sys.stderr)

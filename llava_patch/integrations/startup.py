@@ -50,7 +50,20 @@ def _mends() -> bool:
     return "llava" in sys.modules and _compat().unsupported() is None
 
 
-def _on_transformers_trainer(module: ModuleType, undo: UndoStack) -> None:
+def _on_transformers_trainer(module: Any, undo: UndoStack) -> None:
+    _mend_trainer_exports(module, undo)
+
+    def train(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        llava_trainer = getattr(sys.modules.get("llava.train.llava_trainer"), "LLaVATrainer", ())
+        if not isinstance(self, llava_trainer):  # which gets its patch when it is made
+            _prepare_run(self)
+        return original(self, *args, **kwargs)
+
+    undo.wrap(module.Trainer, "train", train)
+    undo.wrap(module.Trainer, "create_optimizer", _create_optimizer)
+
+
+def _mend_trainer_exports(module: ModuleType, undo: UndoStack) -> None:
     if _mends():
         _compat().fix_trainer_exports(module, undo)
 
@@ -60,12 +73,37 @@ def _on_llama_tokenizer(module: Any, undo: UndoStack) -> None:
         _compat().fix_llama_tokenizer(module.LlamaTokenizer, undo)
 
 
+def _prepare_run(trainer: Any) -> None:
+    """What a Trainer that is not LLaVA's, as TRL's, gets where its model is patched."""
+    handle = loading.handle_of(trainer.model)
+    if handle is not None:
+        from llava_patch.integrations.training import plain
+
+        plain.prepare(trainer, handle)
+    elif active.asked():
+        loading.check_patched(trainer.model)
+
+
+def _create_optimizer(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    made = self.optimizer is None
+    optimizer = original(self, *args, **kwargs)
+    handle = loading.handle_of(self.model)  # a model may be patched once its Trainer is there
+    if made and handle is not None:
+        from llava_patch.integrations.training.llava import arrange_groups
+
+        arrange_groups(self, handle)
+    return optimizer
+
+
 def _on_llava(module: ModuleType, undo: UndoStack) -> None:
     if active.asked():  # before the package's training code may fail on such a version
         _compat().check_versions()
-    for name in ("transformers.trainer", "transformers.models.llama.tokenization_llama"):
+    for name, mend in (
+        ("transformers.trainer", _mend_trainer_exports),
+        ("transformers.models.llama.tokenization_llama", _on_llama_tokenizer),
+    ):
         if name in sys.modules:
-            _HANDLERS[name](sys.modules[name], undo)
+            mend(sys.modules[name], undo)
 
 
 def _on_llava_model(module: ModuleType, undo: UndoStack) -> None:
@@ -94,18 +132,8 @@ def _on_llava_trainer(module: Any, undo: UndoStack) -> None:
     if _mends():
         compat.fix_argv(sys.argv)  # with those that gin brings
 
-    def create_optimizer(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-        made = self.optimizer is None
-        optimizer = original(self, *args, **kwargs)
-        handle = loading.handle_of(self.model)  # a model may be patched once its Trainer is there
-        if made and handle is not None:
-            from llava_patch.integrations.training.llava import arrange_groups
-
-            arrange_groups(self, handle)
-        return optimizer
-
     undo.wrap(module.LLaVATrainer, "__init__", _init_trainer)
-    undo.wrap(module.LLaVATrainer, "create_optimizer", create_optimizer)
+    undo.wrap(module.LLaVATrainer, "create_optimizer", _create_optimizer)
 
 
 def _init_trainer(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
