@@ -16,7 +16,7 @@ import re
 import sys
 from collections.abc import Callable, Collection
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -451,9 +451,12 @@ def fix_forward_arguments(cls: type, undo: UndoStack) -> None:
     def without_places(forward: Callable[..., Any], *args: Any, cache_position: Any = None, **kwargs: Any) -> Any:
         return with_old_names(forward, *args, **kwargs)
 
-    if "cache_position" not in _named(cls.forward):  # type: ignore[attr-defined]
+    old, kind = cache_argument() == "cache", cast(Any, cls)
+    if "cache_position" not in _named(kind.forward):
         undo.wrap(cls, "forward", without_places)
-    if cache_argument() == "cache" and "cache" not in _named(cls.prepare_inputs_for_generation):  # type: ignore
+    elif old and "cache" not in _named(kind.forward):
+        undo.wrap(cls, "forward", with_old_names)
+    if old and "cache" not in _named(getattr(kind, "prepare_inputs_for_generation", with_old_names)):
         undo.wrap(cls, "prepare_inputs_for_generation", with_old_names)
 
 

@@ -97,7 +97,7 @@ def _on_llava(module: ModuleType, undo: UndoStack) -> None:
 
 
 def _on_llava_model(module: ModuleType, undo: UndoStack) -> None:
-    for name in ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM") if _mends() else ():
+    for name in ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM", "LlavaQwenForCausalLM") if _mends() else ():
         cls = vars(module).get(name)
         if cls is not None and cls.__module__ == module.__name__:
             _compat().fix_forward_arguments(cls, undo)
@@ -215,6 +215,7 @@ _HANDLERS: dict[str, Callable[[Any, UndoStack], None]] = {
     "llava.model.llava_arch": _on_llava_arch,
     "llava.model.language_model.llava_llama": _on_llava_model,
     "llava.model.language_model.llava_mistral": _on_llava_model,
+    "llava.model.language_model.llava_qwen": _on_llava_model,
     "llava.train.llava_trainer": _on_llava_trainer,
     "lmms_eval": _on_lmms_eval,
     "lmms_eval.__main__": lambda *_: pkgutil.resolve_name("llava_patch.integrations.lmms_eval.fail_fast:install")(),
