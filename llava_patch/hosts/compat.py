@@ -314,7 +314,7 @@ def fix_argv(argv: list[str]) -> None:
     known = {field.name: field.type for field in dataclasses.fields(TrainingArguments)}
     starts = [i for i, word in enumerate(argv) if word.startswith("--")]
     found = []
-    for start, end in zip(starts, [*starts[1:], len(argv)], strict=True):
+    for start, end in zip(starts, [*starts[1:], len(argv)], strict=False):
         flag, equals, value = argv[start].partition("=")
         found.append((start, end, flag[2:].replace("-", "_"), [value] * bool(equals) + argv[start + 1 : end]))
     given = {name: values for *_, name, values in found}  # of two, the later counts
@@ -458,6 +458,25 @@ def fix_forward_arguments(cls: type, undo: UndoStack) -> None:
         undo.wrap(cls, "forward", with_old_names)
     if old and "cache" not in _named(getattr(kind, "prepare_inputs_for_generation", with_old_names)):
         undo.wrap(cls, "prepare_inputs_for_generation", with_old_names)
+
+
+def fix_llama_tokenizer(cls: Any, undo: UndoStack) -> None:
+    """Read Vicuna's tokenizer as it was before 5.0, where a checkpoint that names no `legacy` had it True.
+
+    5.x takes False, splits the text after "</s>" into other tokens, and LLaVA masks all labels of a conversation with a
+    second answer ("tokenization mismatch"). Nor does it save the setting, so that a tokenizer that was trained with
+    True would come back with False: it is saved; what 5.x has saved without it is read as 5.x reads it.
+    """
+
+    def with_legacy(init: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("legacy") is None:
+            kwargs["legacy"] = "backend" not in kwargs  # which 5.x writes
+        init(self, *args, **kwargs)
+        self.init_kwargs["legacy"] = self.legacy
+
+    parameter = inspect.signature(cls.__init__).parameters.get("legacy")
+    if parameter is not None and parameter.default is False:
+        undo.wrap(cls, "__init__", with_legacy)
 
 
 def full_precision(kwargs: dict[str, Any]) -> None:

@@ -1,8 +1,9 @@
 """What happens in unmodified scripts: flags, environment, compatibility fixes, and patched checkpoints on load.
 
 Each step leaves a model or script alone unless a patch is configured, a checkpoint carries one, or the stock code would
-raise on the installed versions or load random weights (a vision tower that is not CLIP, in a package that brings no
-other). On versions that llava_patch does not support hosts stay as they are, and what was asked for is refused.
+raise on the installed versions, train something else there than on those that it was written for, or load random
+weights (a vision tower that is not CLIP, in a package that brings no other). On versions that llava_patch does not
+support hosts stay as they are, and what was asked for is refused.
 """
 
 import functools
@@ -67,6 +68,11 @@ def _mend_trainer_exports(module: ModuleType, undo: UndoStack) -> None:
         _compat().fix_trainer_exports(module, undo)
 
 
+def _on_llama_tokenizer(module: Any, undo: UndoStack) -> None:
+    if _mends():
+        _compat().fix_llama_tokenizer(module.LlamaTokenizer, undo)
+
+
 def _prepare_run(trainer: Any) -> None:
     """What a Trainer that is not LLaVA's, as TRL's, gets where its model is patched."""
     handle = loading.handle_of(trainer.model)
@@ -92,8 +98,12 @@ def _create_optimizer(original: Callable[..., Any], self: Any, *args: Any, **kwa
 def _on_llava(module: ModuleType, undo: UndoStack) -> None:
     if active.asked():  # before the package's training code may fail on such a version
         _compat().check_versions()
-    if "transformers.trainer" in sys.modules:
-        _mend_trainer_exports(sys.modules["transformers.trainer"], undo)
+    for name, mend in (
+        ("transformers.trainer", _mend_trainer_exports),
+        ("transformers.models.llama.tokenization_llama", _on_llama_tokenizer),
+    ):
+        if name in sys.modules:
+            mend(sys.modules[name], undo)
 
 
 def _on_llava_model(module: ModuleType, undo: UndoStack) -> None:
@@ -211,6 +221,7 @@ def _on_lmms_eval(module: ModuleType, undo: UndoStack) -> None:
 _HANDLERS: dict[str, Callable[[Any, UndoStack], None]] = {
     "transformers.modeling_utils": _on_modeling_utils,
     "transformers.trainer": _on_transformers_trainer,
+    "transformers.models.llama.tokenization_llama": _on_llama_tokenizer,
     "llava": _on_llava,
     "llava.model.llava_arch": _on_llava_arch,
     "llava.model.language_model.llava_llama": _on_llava_model,
