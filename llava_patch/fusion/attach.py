@@ -76,8 +76,7 @@ class FusionMethod(Method):
         """Resolve the taps against the host's tower and check that the host can take them; changes nothing."""
         anatomy = self.anatomy
         self.taps = taps = choose_taps(self.settings, anatomy.n_blocks, anatomy.main_block)
-        if hasattr(anatomy.tower, "s2_scales"):
-            raise HostError(f"{self.name} does not know multi-scale (S2) towers: load the model without s2")
+        anatomy.check_one_scale(self.name)
         if not taps.keeps_tokens:
             if anatomy.tiles:
                 raise SettingError(
