@@ -54,12 +54,16 @@ def load(call: Loading) -> Any:
     """
     record, config = call.record(), call.kwargs.get("config")
     if record is not None and record.get("form") == "adapter":
-        from llava_patch.patching import checkpoint
+        from llava_patch.patching import checkpoint, vocabulary
 
         base = records.base_of(call.path, record)
         if config is None:
             config = call.cls.config_class.from_pretrained(call.path)
-        loaded = call.stock(base, config=_stock_config(config))
+        config = _stock_config(config)
+        size = vocabulary.base_size(base)
+        if size is not None:  # it is resized for the adapter's tensors
+            config.get_text_config().vocab_size = size
+        loaded = call.stock(base, config=config)
         checkpoint.load(_model_of(loaded), call.path)
         return _finish(loaded)
     carried = records.config_record(config) if config is not None else None

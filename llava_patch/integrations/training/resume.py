@@ -23,7 +23,7 @@ from llava_patch.core.undo import UndoStack, meanwhile
 from llava_patch.hosts import lora, zero
 from llava_patch.integrations.training.extension import TrainerExtension, extend
 from llava_patch.patching.handle import Handle
-from llava_patch.patching.vocabulary import grown
+from llava_patch.patching.vocabulary import resized
 
 logger = logging.getLogger("llava_patch")
 
@@ -66,7 +66,7 @@ class _Beside(TrainerExtension):
         peft = hasattr(trainer.model, "get_base_model")
         if not peft and not _projector_alone(trainer):
             return {}
-        kept = {id(p) for p in grown(handle.model)}
+        kept = {id(p) for p in resized(handle.model)}
         if not trainer.is_deepspeed_enabled:
             kept |= {id(p) for n, p in handle.model.named_parameters() if p.requires_grad and not lora.is_pefts(n)}
         kept -= {id(p) for p in handle.training_parameters()}
