@@ -57,12 +57,16 @@ def load(call: Loading) -> Any:
     if carried and str(getattr(config, "_name_or_path", call.path)) != str(call.path):
         return _load_base_for(call, config, carried)
     if record is not None and record.get("form") == "adapter":
-        from llava_patch.patching import checkpoint
+        from llava_patch.patching import checkpoint, vocabulary
 
         base = records.base_of(call.path, record)
         if config is None:
             config = call.cls.config_class.from_pretrained(call.path)
-        loaded = call.stock(base, config=_stock_config(config))
+        config = _stock_config(config)
+        size = vocabulary.base_size(base)
+        if size is not None:  # it is resized for the adapter's tensors
+            config.get_text_config().vocab_size = size
+        loaded = call.stock(base, config=config)
         checkpoint.load(_model_of(loaded), call.path)
         return _finish(loaded)
     with _construction(call.cls, _patch_new):
@@ -154,6 +158,18 @@ def say_unpatched(cls: Any) -> None:
         _say_once(
             f"llava_patch: {cls.__name__} is not a model that llava_patch knows, and is loaded without what is "
             f"configured: {configured}"
+        )
+
+
+def check_patched(model: Any) -> None:
+    """Refuse to train a host's model without the patch that is configured (HostError)."""
+    from llava_patch.hosts.anatomy import unwrap
+
+    cls, configured = type(unwrap(model)), _configured()
+    if configured and is_host(cls):
+        raise HostError(
+            f"{configured} is configured, but the Trainer got a {cls.__name__} that was not loaded with "
+            "from_pretrained, where it would have been patched: load it so, or call patch(model, ...) first"
         )
 
 

@@ -57,6 +57,11 @@ def hf_next_model() -> nn.Module:
     return LlavaNextForConditionalGeneration(config).eval()
 
 
+def features_of(output: Any) -> Any:
+    """The features among what HF's `get_image_features` gives: alone up to transformers 4."""
+    return getattr(output, "pooler_output", output)
+
+
 def llava_model(folder: Path, attention: str = "sdpa", **changes: Any) -> nn.Module:
     from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
     from transformers import CLIPImageProcessor, CLIPVisionModel
