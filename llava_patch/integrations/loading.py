@@ -53,6 +53,9 @@ def load(call: Loading) -> Any:
     CheckpointError: a patched checkpoint lacks tensors, or its base is gone.
     """
     record, config = call.record(), call.kwargs.get("config")
+    carried = records.config_record(config) if config is not None else None
+    if carried and str(getattr(config, "_name_or_path", call.path)) != str(call.path):
+        return _load_base_for(call, config, carried)
     if record is not None and record.get("form") == "adapter":
         from llava_patch.patching import checkpoint, vocabulary
 
@@ -66,9 +69,6 @@ def load(call: Loading) -> Any:
         loaded = call.stock(base, config=config)
         checkpoint.load(_model_of(loaded), call.path)
         return _finish(loaded)
-    carried = records.config_record(config) if config is not None else None
-    if carried and str(getattr(config, "_name_or_path", call.path)) != str(call.path):
-        return _load_base_for(call, config, carried)
     with _construction(call.cls, _patch_new):
         model, info = call.stock(output_loading_info=True)
     vars(model).pop(_IGNORED, None)
