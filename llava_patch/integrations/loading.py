@@ -121,7 +121,7 @@ def _load_base_for(call: Loading, config: Any, carried: dict[str, Any]) -> Any:
     from llava_patch.patching.patch import patch
     from llava_patch.settings.methods import from_record
 
-    source = getattr(config, "_name_or_path", "config.json")
+    source = str(getattr(config, "_name_or_path", ""))
     own = records.config_record(call.cls.config_class.from_pretrained(call.path))
     stock = _stock_config(config)
     if own:  # the base was patched before: its added weights come first
@@ -130,7 +130,7 @@ def _load_base_for(call: Loading, config: Any, carried: dict[str, Any]) -> Any:
         loaded = load(call._replace(kwargs={**call.kwargs, "config": stock}))
     else:  # loaded as it is, and patched afterwards
         loaded = call.stock(config=stock)
-    handle = patch(_model_of(loaded), **from_record(carried, f"{source}/config.json"))
+    handle = patch(_model_of(loaded), **from_record(carried, os.path.join(source, "config.json")))
     if (handle.trained_tower or carried.get("trained_tower")) and handle.anatomy.tower_apart:
         handle.trained_tower = True
         checkpoint.restore_tower_beside_lora(handle, source, required=not (own or {}).get("trained_tower"))
@@ -158,6 +158,18 @@ def say_unpatched(cls: Any) -> None:
         _say_once(
             f"llava_patch: {cls.__name__} is not a model that llava_patch knows, and is loaded without what is "
             f"configured: {configured}"
+        )
+
+
+def check_patched(model: Any) -> None:
+    """Refuse to train a host's model without the patch that is configured (HostError)."""
+    from llava_patch.hosts.anatomy import unwrap
+
+    cls, configured = type(unwrap(model)), _configured()
+    if configured and is_host(cls):
+        raise HostError(
+            f"{configured} is configured, but the Trainer got a {cls.__name__} that was not loaded with "
+            "from_pretrained, where it would have been patched: load it so, or call patch(model, ...) first"
         )
 
 

@@ -266,6 +266,11 @@ def restore_tower_beside_lora(handle: Handle, source: str, required: bool = True
     """
     from transformers.utils import cached_file
 
+    if not source:
+        raise CheckpointError(
+            "the vision tower was trained, but the configuration does not say beside which checkpoint its weights lie: "
+            "load it with from_pretrained, or set config._name_or_path"
+        )
     path = cached_file(source, LORA_FILE, _raise_exceptions_for_missing_entries=False)
     # LLaVA's own file format; weights_only keeps a foreign pickle from running code.
     tensors = torch.load(path, map_location="cpu", weights_only=True) if path else {}
