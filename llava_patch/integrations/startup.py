@@ -58,7 +58,11 @@ def _on_transformers_trainer(module: Any, undo: UndoStack) -> None:
         llava_trainer = getattr(sys.modules.get("llava.train.llava_trainer"), "LLaVATrainer", ())
         if not isinstance(self, llava_trainer):  # which gets its patch when it is made
             _prepare_run(self)
-        return original(self, *args, **kwargs)
+        if loading.handle_of(self.model) is None:
+            return original(self, *args, **kwargs)
+        from llava_patch.integrations.training import resume
+
+        return resume.train(self, functools.partial(original, self), *args, **kwargs)
 
     undo.wrap(module.Trainer, "train", train)
     undo.wrap(module.Trainer, "create_optimizer", _create_optimizer)
