@@ -13,6 +13,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from llava_patch.core import records
 from llava_patch.core.errors import HostError, LlavaPatchError
 from llava_patch.core.undo import UndoStack
 from llava_patch.integrations import loading
@@ -57,7 +58,11 @@ def _on_transformers_trainer(module: Any, undo: UndoStack) -> None:
         llava_trainer = getattr(sys.modules.get("llava.train.llava_trainer"), "LLaVATrainer", ())
         if not isinstance(self, llava_trainer):  # which gets its patch when it is made
             _prepare_run(self)
-        return original(self, *args, **kwargs)
+        if loading.handle_of(self.model) is None:
+            return original(self, *args, **kwargs)
+        from llava_patch.integrations.training import resume
+
+        return resume.train(self, functools.partial(original, self), *args, **kwargs)
 
     undo.wrap(module.Trainer, "train", train)
     undo.wrap(module.Trainer, "create_optimizer", _create_optimizer)
@@ -185,8 +190,10 @@ def _on_modeling_utils(module: Any, undo: UndoStack) -> None:
     original = cls.from_pretrained.__func__
 
     @functools.wraps(original)
-    def from_pretrained(model_class: Any, path: Any = None, *args: Any, **kwargs: Any) -> Any:
-        call = loading.Loading(original, model_class, path, args, kwargs)
+    def from_pretrained(
+        model_class: Any, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:  # with the stock names, by which scripts may call
+        call = loading.Loading(original, model_class, pretrained_model_name_or_path, args, kwargs)
         bare = model_class.__name__
         if bare in ("LlavaModel", "LlavaNextModel"):  # what a host wraps, which cannot be patched by itself
             whole = bare.replace("Model", "ForConditionalGeneration")
@@ -207,6 +214,26 @@ def _on_modeling_utils(module: Any, undo: UndoStack) -> None:
             if hasattr(model_class, "prepare_inputs_labels_for_multimodal"):
                 _compat().full_precision(kwargs)
         return loading.load(call)
+
+    undo.set_attribute(cls, "from_pretrained", classmethod(from_pretrained))
+    _note_sources(sys.modules["transformers.configuration_utils"], undo)
+
+
+def _note_sources(module: Any, undo: UndoStack) -> None:
+    """Have a configuration that carries a patch say which checkpoint it is of, as AutoConfig has it.
+
+    That of a class (LLaVA's builder loads a LoRA run's so) is silent or repeats what its file says of another one.
+    """
+    cls = module.PretrainedConfig
+    original = cls.from_pretrained.__func__
+
+    @functools.wraps(original)
+    def from_pretrained(config_class: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        found = original(config_class, pretrained_model_name_or_path, *args, **kwargs)
+        config = found[0] if isinstance(found, tuple) else found  # with unused arguments, or without
+        if records.config_record(config):
+            config._name_or_path = str(pretrained_model_name_or_path)
+        return found
 
     undo.set_attribute(cls, "from_pretrained", classmethod(from_pretrained))
 
