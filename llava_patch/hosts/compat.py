@@ -14,9 +14,9 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from types import ModuleType, SimpleNamespace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from llava_patch.core.errors import HostError, InputError
 from llava_patch.core.undo import UndoStack
 
 logger = logging.getLogger("llava_patch")
+T = TypeVar("T")
 
 SUPPORTED_TRANSFORMERS = ("4.57", "5.25")
 """Lowest supported version (inclusive) and first unsupported one (exclusive)."""
@@ -148,6 +149,18 @@ def one_tensor(features: Any) -> Tensor:
 def stored_dtype(config: dict[str, Any]) -> str | None:
     """The precision that a config.json names: `torch_dtype` up to 4.55, `dtype` from 4.56."""
     return config.get("dtype", config.get("torch_dtype"))
+
+
+def as_here(named: Mapping[str, T], known: Collection[str]) -> dict[str, T]:
+    """The same under the names that a model has on this version: CLIP lost a level, `vision_model`, with 5.0."""
+    return {_name_here(name, known): value for name, value in named.items()}
+
+
+def _name_here(name: str, known: Collection[str]) -> str:
+    below = name.rpartition("vision_tower.")[2]
+    other = below.removeprefix("vision_model.") if below.startswith("vision_model.") else f"vision_model.{below}"
+    other = name.removesuffix(below) + other
+    return other if name not in known and other in known else name
 
 
 def known_options(processor: Any) -> frozenset[str]:
