@@ -140,6 +140,33 @@ def checkpointed(layer: Any, function: Callable[..., Tensor], *tensors: Tensor) 
     return function(*tensors)
 
 
+def ties_last_state(vision: nn.Module) -> bool:
+    """Whether transformers' output recorder puts a vision model's last_hidden_state in its last block's place.
+
+    Up to 4.57 it always does, so that what follows the blocks (a norm) is in it; from 5.0 on a class can tell it not
+    to, in a variable of the decorator, and from 5.1x on a configuration.
+    """
+    name = "tie_last_hidden_states"
+    told = getattr(getattr(vision, "config", None), name, None)
+    if told is not None:
+        return bool(told)
+    for kind in type(vision).__mro__:
+        forward = vars(kind).get("forward")
+        while forward is not None:
+            free = getattr(getattr(forward, "__code__", None), "co_freevars", ())
+            if name in free:
+                return bool(forward.__closure__[free.index(name)].cell_contents)
+            forward = getattr(forward, "__wrapped__", None)
+    return True
+
+
+def pil_processor(name: str) -> Any:
+    """An image processor's class by its name, the one that computes with PIL: from 5.1x on apart from torchvision's."""
+    import transformers
+
+    return getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
+
+
 def one_tensor(features: Any) -> Tensor:
     """What a host's image encoder returned (up to transformers 4 maybe a list), one tensor [images, tokens, hidden]."""
     features = getattr(features, "pooler_output", features)
