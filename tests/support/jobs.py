@@ -14,7 +14,7 @@ OF_THE_TEST = None  # the host is the test's own parameter
 # Job: host: the tests, a file or a node's beginning each.
 JOBS: dict[str, dict[str | None, list[str]]] = {
     "import, nothing configured": {
-        "llava": ["tests/integrations/test_unconfigured.py::test_a_stock_script_loads_nothing_that_patches"],
+        OF_THE_TEST: ["tests/integrations/test_unconfigured.py::test_a_stock_script_loads_nothing_that_patches"],
     },
     "identities": {
         OF_THE_TEST: [
@@ -42,7 +42,7 @@ JOBS: dict[str, dict[str | None, list[str]]] = {
         "llava": ["tests/integrations/training/test_deepspeed.py::test_zero_2_and_zero_3_train_what_ddp_trains"],
     },
     "lmms-eval": {
-        "hf": ["tests/integrations/lmms_eval/test_cli.py::test_our_tasks_beside_a_stock_one_on_a_patched_model"],
+        OF_THE_TEST: ["tests/integrations/lmms_eval/test_cli.py::test_our_tasks_beside_a_stock_one_on_a_patched_model"],
     },
 }
 
