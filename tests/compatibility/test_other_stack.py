@@ -1,7 +1,7 @@
 """What one version of transformers wrote opens on the others: here, files of 5.24.
 
 They were written with torch 2.13.0 on CPU and transformers 5.24.0, from the models of test_written_before.py: their
-base saved again, two adapters on it, and a full checkpoint of each host, whose added weights were moved; `expected.json`
+base saved again, two adapters on it, and a full checkpoint of each host, whose added weights moved; `expected.json`
 has a few logits of each. Files of 4.57 are those of test_written_before.py.
 """
 
