@@ -53,18 +53,22 @@ def load(call: Loading) -> Any:
     CheckpointError: a patched checkpoint lacks tensors, or its base is gone.
     """
     record, config = call.record(), call.kwargs.get("config")
+    carried = records.config_record(config) if config is not None else None
+    if carried and str(getattr(config, "_name_or_path", call.path)) != str(call.path):
+        return _load_base_for(call, config, carried)
     if record is not None and record.get("form") == "adapter":
-        from llava_patch.patching import checkpoint
+        from llava_patch.patching import checkpoint, vocabulary
 
         base = records.base_of(call.path, record)
         if config is None:
             config = call.cls.config_class.from_pretrained(call.path)
-        loaded = call.stock(base, config=_stock_config(config))
+        config = _stock_config(config)
+        size = vocabulary.base_size(base)
+        if size is not None:  # it is resized for the adapter's tensors
+            config.get_text_config().vocab_size = size
+        loaded = call.stock(base, config=config)
         checkpoint.load(_model_of(loaded), call.path)
         return _finish(loaded)
-    carried = records.config_record(config) if config is not None else None
-    if carried and str(getattr(config, "_name_or_path", call.path)) != str(call.path):
-        return _load_base_for(call, config, carried)
     with _construction(call.cls, _patch_new):
         model, info = call.stock(output_loading_info=True)
     vars(model).pop(_IGNORED, None)
@@ -117,7 +121,7 @@ def _load_base_for(call: Loading, config: Any, carried: dict[str, Any]) -> Any:
     from llava_patch.patching.patch import patch
     from llava_patch.settings.methods import from_record
 
-    source = getattr(config, "_name_or_path", "config.json")
+    source = str(getattr(config, "_name_or_path", ""))
     own = records.config_record(call.cls.config_class.from_pretrained(call.path))
     stock = _stock_config(config)
     if own:  # the base was patched before: its added weights come first
@@ -126,7 +130,7 @@ def _load_base_for(call: Loading, config: Any, carried: dict[str, Any]) -> Any:
         loaded = load(call._replace(kwargs={**call.kwargs, "config": stock}))
     else:  # loaded as it is, and patched afterwards
         loaded = call.stock(config=stock)
-    handle = patch(_model_of(loaded), **from_record(carried, f"{source}/config.json"))
+    handle = patch(_model_of(loaded), **from_record(carried, os.path.join(source, "config.json")))
     if (handle.trained_tower or carried.get("trained_tower")) and handle.anatomy.tower_apart:
         handle.trained_tower = True
         checkpoint.restore_tower_beside_lora(handle, source, required=not (own or {}).get("trained_tower"))
@@ -212,4 +216,4 @@ def _patch_new(model: Any, record: dict[str, Any]) -> None:
     handle = patch(model, **from_record(record, "config.json"), loading=True)
     handle.trained_tower |= bool(record.get("trained_tower"))
     if handle.anatomy.vision_model is None:  # comes later, and the checkpoint's own weights for it with it
-        setattr(model, _IGNORED, [*(getattr(model, _IGNORED) or ()), r"\bvision_tower\."])
+        setattr(model, _IGNORED, {*(getattr(model, _IGNORED) or ()), r"\bvision_tower\."})

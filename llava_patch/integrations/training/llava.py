@@ -14,7 +14,7 @@ from llava_patch.core.files import write_text
 from llava_patch.fusion.training import WarmUp, steps_of
 from llava_patch.hosts import anatomy, compat, lora, zero
 from llava_patch.integrations.training import gradients as gradients_trainer
-from llava_patch.integrations.training import stage1
+from llava_patch.integrations.training import resume, stage1
 from llava_patch.integrations.training.auxiliary import data as region_data
 from llava_patch.integrations.training.auxiliary import trainer as auxiliary_trainer
 from llava_patch.integrations.training.extension import TrainerExtension, extend
@@ -61,6 +61,8 @@ def prepare_run(given: dict[str, Any]) -> Callable[[Any], None]:
             auxiliary_trainer.follow(trainer, release=True)  # before what saves the model that was trained
         if gradients is not None:
             gradients_trainer.follow(trainer, gradients)
+        if handle is not None:
+            resume.follow(trainer, handle)
         if handle is not None or (asked is not None and asked.flags):
             extend(trainer, Records(handle))
 

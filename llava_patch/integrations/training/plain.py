@@ -4,7 +4,7 @@ from typing import Any
 from weakref import WeakSet
 
 from llava_patch.integrations.training import gradients as gradients_trainer
-from llava_patch.integrations.training import llava
+from llava_patch.integrations.training import llava, resume
 from llava_patch.integrations.training.extension import TrainerExtension, extend
 from llava_patch.patching.handle import Handle, get_handle
 from llava_patch.settings import active
@@ -29,6 +29,7 @@ def prepare(trainer: Any, handle: Handle) -> None:
     gradients = None if asked is None else asked.measurements.get("Gradients")
     if gradients is not None:
         gradients_trainer.follow(trainer, gradients)
+    resume.follow(trainer, handle)
     if asked is not None and asked.patches:
         extend(trainer, llava.Records(handle))
 
