@@ -74,7 +74,9 @@ def test_a_patched_model_takes_the_names_that_it_is_saved_under(make, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["transformers", "trl"])
-def test_a_run_trains_what_it_should_goes_on_and_opens_again(kind, method, data, configured, tmp_path, capsys):
+def test_a_run_trains_what_it_should_goes_on_and_opens_again(
+    kind, method, data, configured, tmp_path, capsys, record_property
+):
     configured(METHODS[method])
     run = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2,
            "load_best_model_at_end": True, "greater_is_better": True,  # so not the last
@@ -89,6 +91,7 @@ def test_a_run_trains_what_it_should_goes_on_and_opens_again(kind, method, data,
 
     again = hf_train.trainer(kind, data, tmp_path / "again", **run)
     again.train(resume_from_checkpoint=str(first))
+    record_property("figure", f"{kind}, {method}: losses {losses(whole)}, gone on after step 2 {losses(again)}")
     assert losses(again) == losses(whole)
     ended, here = (load_file(folder / "model.safetensors") for folder in (last, tmp_path / "again" / "checkpoint-4"))
     assert ended.keys() == here.keys() and all(torch.equal(tensor, here[name]) for name, tensor in ended.items())
