@@ -20,8 +20,8 @@ from llava_patch.core.undo import UndoStack
 from llava_patch.fusion import deep_stack_decoder, training
 from llava_patch.fusion.base import STI_POOL, Fusion, Join, Taps, choose_taps, differs
 from llava_patch.fusion.features import check_grid, fuse, stacked
-from llava_patch.fusion.linear import FusedLinear
-from llava_patch.hosts import compat, wrappers, zero
+from llava_patch.fusion.linear import FusedLinear, narrowed
+from llava_patch.hosts import compat, lora, wrappers, zero
 from llava_patch.hosts.anatomy import when_loaded
 
 logger = logging.getLogger("llava_patch")
@@ -138,9 +138,7 @@ class FusionMethod(Method):
         """
         anatomy, taps = self.anatomy, self.taps
         if taps.columns > 1 or taps.merge_size > 1:
-            parent, name, linear = anatomy.first_linear()
-            fused = FusedLinear.grow(linear, taps.columns, taps.merge_size, zero_start)
-            undo.replace_module(parent, name, fused, fused.stock if loading else None)
+            self._widen(undo, zero_start, loading)
         if taps.join is Join.LAYERS:
             deep_stack_decoder.attach(anatomy, undo)
         if not taps.keeps_tokens and not loading:
@@ -155,6 +153,20 @@ class FusionMethod(Method):
         wrappers.refuse_other_features(anatomy, undo)
         if self.trains_tower:
             training.let_tower_train(anatomy, undo)
+
+    def _widen(self, undo: UndoStack, zero_start: bool, loading: bool) -> None:
+        """Put a `FusedLinear` in the place of the projector's first Linear, and of what peft has put beside it."""
+        anatomy, stock = self.anatomy, {}
+        for parent, name, linear in anatomy.first_linears():
+            fused = FusedLinear.grow(linear, self.taps.columns, self.taps.merge_size, zero_start)
+            stock[fused] = fused.stock if loading else functools.partial(_same, linear)
+            setattr(parent, name, fused)
+
+        def narrow() -> None:
+            for parent, name, layer in anatomy.first_linears():  # among them what peft has made since
+                setattr(parent, name, stock[layer]() if layer in stock else narrowed(layer, fused))
+
+        undo.push(narrow)
 
     def changed(self, settings: Any, undo: UndoStack) -> Method:
         """Another choice of what trains."""
@@ -216,7 +228,8 @@ class FusionMethod(Method):
                 "handle.remove(), or install a supported version"
             )
 
-        undo.push(anatomy.projector.register_forward_pre_hook(check).remove)
+        hook = anatomy.projector.register_forward_pre_hook(check)
+        undo.push(lambda: lora.unhook(anatomy.projector, hook))
 
     # --- what trains --------------------------------------------------------------------------------------------------
 
@@ -249,11 +262,11 @@ class FusionMethod(Method):
 
         That is where its new weights are all zero, and stay so because they do not train.
         """
-        own, layer = self._own_projector(), self.anatomy.first_linear()[2]
+        own, (parent, name, layer) = self._own_projector(), self.anatomy.first_linear()
         if own is not None:
             decisive: list[Any] = list([m for m in own.modules() if isinstance(m, nn.Linear)][-1].parameters())
         elif isinstance(layer, FusedLinear) and layer.in_features > layer.main_features:
-            decisive = [layer.weight]
+            decisive = [layer.weight, *(parent.parameters() if name == "base_layer" else ())]  # LoRA's own
         else:
             return None
         ids = {id(p) for p in decisive}
@@ -306,6 +319,10 @@ class FusionMethod(Method):
         fitted = {**values, **self.processor_fields()}
         if fitted != values:
             write_text(path, json.dumps(fitted, indent=2) + "\n")
+
+
+def _same(module: nn.Module) -> nn.Module:
+    return module
 
 
 @functools.lru_cache
