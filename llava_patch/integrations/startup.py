@@ -168,6 +168,7 @@ def _on_modeling_utils(module: Any, undo: UndoStack) -> None:
             return loading.load_stock(call, f"which cannot be applied: {unsupported}")
         if _mends():
             _compat().flash_fallback(kwargs)
+            _compat().fix_quantisation_arguments(kwargs)
         return loading.load(call)
 
     undo.set_attribute(cls, "from_pretrained", classmethod(from_pretrained))
