@@ -21,7 +21,7 @@ from llava_patch.fusion import deep_stack_decoder, training
 from llava_patch.fusion.base import STI_POOL, Fusion, Join, Taps, choose_taps, differs
 from llava_patch.fusion.features import check_grid, fuse, stacked
 from llava_patch.fusion.linear import FusedLinear
-from llava_patch.hosts import storage, wrappers, zero
+from llava_patch.hosts import compat, storage, wrappers, zero
 from llava_patch.hosts.anatomy import when_loaded
 
 logger = logging.getLogger("llava_patch")
@@ -76,8 +76,7 @@ class FusionMethod(Method):
         """Resolve the taps against the host's tower and check that the host can take them; changes nothing."""
         anatomy = self.anatomy
         self.taps = taps = choose_taps(self.settings, anatomy.n_blocks, anatomy.main_block)
-        if hasattr(anatomy.tower, "s2_scales"):
-            raise HostError(f"{self.name} does not know multi-scale (S2) towers: load the model without s2")
+        anatomy.check_one_scale(self.name)
         if not taps.keeps_tokens:
             if anatomy.tiles:
                 raise SettingError(
@@ -178,8 +177,9 @@ class FusionMethod(Method):
         prefix, grid = tower.prefix_tokens, tower.grid
         needed = {taps.main, *taps.blocks}
 
-        def begin(module: nn.Module, args: Any) -> None:
+        def begin(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             last.fused = False
+            compat.ask_all_states(kwargs)
 
         def put_fused_feature(module: nn.Module, args: Any, output: Any) -> Any:
             if output is None:  # it has raised: what the projector gets next is not its
@@ -188,7 +188,7 @@ class FusionMethod(Method):
             if states is None:  # nobody asked for hidden states: the host does not select a feature here
                 return output
             if any(states[block] is None for block in needed):
-                return output  # this version keeps only those that the host asked for
+                return output  # the caller asked for others
             if taps.join is Join.LAYERS:
                 deep_stack_decoder.note(stacked(states, taps, anatomy.dropped_tokens, grid))
             output["hidden_states"] = (
@@ -197,7 +197,7 @@ class FusionMethod(Method):
             last.fused = True
             return output
 
-        undo.push(vision.register_forward_pre_hook(begin).remove)
+        undo.push(vision.register_forward_pre_hook(begin, with_kwargs=True).remove)
         undo.push(vision.register_forward_hook(put_fused_feature, always_call=True).remove)
         return vision
 

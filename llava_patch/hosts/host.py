@@ -113,6 +113,11 @@ class Anatomy(ABC):
         towers.check_reports(self.vision_model)
         return towers.describe(self.vision_model)
 
+    def check_one_scale(self, what: str) -> None:
+        """Refuse a tower of LLaVA's repository that sees an image in several scales; `what` does not know it."""
+        if hasattr(self.tower, "s2_scales"):
+            raise HostError(towers.SEVERAL_SCALES.format(what))
+
     _shape = property(lambda self: towers.shape_of(self.vision_config))
     vision_width = property(attrgetter("_shape.width"))  # channels of one token of the vision tower
     n_blocks = property(attrgetter("_shape.n_blocks"))  # number N of transformer blocks in the vision tower

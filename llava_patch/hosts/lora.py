@@ -19,6 +19,11 @@ def trains(model: nn.Module) -> bool:
     return any("lora_" in name and p.requires_grad for name, p in model.named_parameters())
 
 
+def is_pefts(name: str) -> bool:
+    """Whether a parameter, by its name, is one that peft's own files hold."""
+    return "lora_" in name or ".modules_to_save." in name
+
+
 def merge(module: nn.Module, plain: Callable[[Any], Any] = lambda layer: layer) -> bool:
     """Put plain layers with the active LoRA update in the place of peft's wrappers (in place); whether there were any.
 

@@ -10,6 +10,7 @@ import sys
 WATCHED = frozenset(
     {
         "transformers.modeling_utils",
+        "transformers.models.llama.tokenization_llama",
         "transformers.trainer",
         "llava",
         "llava.model.llava_arch",

@@ -54,13 +54,17 @@ def load(call: Loading) -> Any:
     """
     record, config = call.record(), call.kwargs.get("config")
     if record is not None and record.get("form") == "adapter":
-        from llava_patch.patching import checkpoint, floating
+        from llava_patch.patching import checkpoint, floating, vocabulary
 
         base = records.base_of(call.path, record)
         if config is None:
             config = call.cls.config_class.from_pretrained(call.path)
+        config = _stock_config(config, base)
+        size = vocabulary.base_size(base)
+        if size is not None:  # it is resized for the adapter's tensors
+            config.get_text_config().vocab_size = size
         with _unquantised(record, floating.tensors_in(call.path)):
-            loaded = call.stock(base, config=_stock_config(config, base))
+            loaded = call.stock(base, config=config)
         checkpoint.load(_model_of(loaded), call.path)
         return _finish(loaded)
     carried = records.config_record(config) if config is not None else None
@@ -118,7 +122,7 @@ def _load_base_for(call: Loading, config: Any, carried: dict[str, Any]) -> Any:
     from llava_patch.patching.patch import patch
     from llava_patch.settings.methods import from_record
 
-    source = getattr(config, "_name_or_path", "config.json")
+    source = str(getattr(config, "_name_or_path", ""))
     own = records.config_record(call.cls.config_class.from_pretrained(call.path))
     stock = _stock_config(config)
     if own:  # the base was patched before: its added weights come first
@@ -128,7 +132,7 @@ def _load_base_for(call: Loading, config: Any, carried: dict[str, Any]) -> Any:
     else:  # loaded as it is, and patched afterwards
         with _unquantised(carried):
             loaded = call.stock(config=stock)
-    handle = patch(_model_of(loaded), **from_record(carried, f"{source}/config.json"))
+    handle = patch(_model_of(loaded), **from_record(carried, os.path.join(source, "config.json")))
     if (handle.trained_tower or carried.get("trained_tower")) and handle.anatomy.tower_apart:
         handle.trained_tower = True
         checkpoint.restore_tower_beside_lora(handle, source, required=not (own or {}).get("trained_tower"))
@@ -156,6 +160,18 @@ def say_unpatched(cls: Any) -> None:
         _say_once(
             f"llava_patch: {cls.__name__} is not a model that llava_patch knows, and is loaded without what is "
             f"configured: {configured}"
+        )
+
+
+def check_patched(model: Any) -> None:
+    """Refuse to train a host's model without the patch that is configured (HostError)."""
+    from llava_patch.hosts.anatomy import unwrap
+
+    cls, configured = type(unwrap(model)), _configured()
+    if configured and is_host(cls):
+        raise HostError(
+            f"{configured} is configured, but the Trainer got a {cls.__name__} that was not loaded with "
+            "from_pretrained, where it would have been patched: load it so, or call patch(model, ...) first"
         )
 
 

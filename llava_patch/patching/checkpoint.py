@@ -27,8 +27,9 @@ from llava_patch.core.weights import open_weights
 from llava_patch.hosts import lora, storage, zero
 from llava_patch.hosts.anatomy import when_loaded
 from llava_patch.patching.handle import Handle, get_handle
-from llava_patch.patching.keys import base_fingerprint, check_fingerprint
+from llava_patch.patching.keys import base_fingerprint, check_as_loaded, check_fingerprint
 from llava_patch.patching.patch import patch
+from llava_patch.patching.vocabulary import resize_for, resized
 from llava_patch.settings.methods import from_record
 
 logger = logging.getLogger("llava_patch")
@@ -44,12 +45,12 @@ _SIDE_FILES = (
 
 
 def adapter_tensors(handle: Handle) -> dict[str, Tensor]:
-    """What an adapter holds: the side branch, the projector, and everything that trains.
+    """What an adapter holds: the side branch, the projector, everything that trains, and a resized vocabulary.
 
     {state-dict name: tensor on the CPU}, in the model's own shapes and dtypes.
     """
     model = handle.model
-    kept = {id(p) for p in (*handle.added_parameters(), *handle.anatomy.projector.parameters())}
+    kept = {id(p) for p in (*handle.added_parameters(), *handle.anatomy.projector.parameters(), *resized(model))}
     training = {id(p) for p in handle.training_parameters()}
     if handle.trained_tower and handle.anatomy.vision_model is not None:
         kept |= {id(p) for p in handle.anatomy.vision_model.parameters()}  # trained in this run or an earlier one
@@ -77,7 +78,8 @@ def save(handle: Handle, directory: str | os.PathLike[str], form: str = "adapter
         The folder.
 
     Raises:
-        CheckpointError: the handle was removed, an unknown form, or an adapter without a base to point at.
+        CheckpointError: the handle was removed, an unknown form, or an adapter without a base to point at, or whose
+            model is not that base any more (LoRA merged into it).
     """
     _check_can_save(handle, form)
     folder = Path(directory)
@@ -102,6 +104,7 @@ def save(handle: Handle, directory: str | os.PathLike[str], form: str = "adapter
         record["fingerprint"] = base_fingerprint(handle.model, set(tensors))
         if zero.is_partitioned(handle.model.parameters()) and torch.distributed.get_rank() != 0:
             return folder  # every rank gathers, the first one writes
+        check_as_loaded(handle.anatomy, record["fingerprint"], base)
         folder.mkdir(parents=True, exist_ok=True)
         config: Any = copy.deepcopy(handle.model.config)
         config.use_cache = True  # training scripts switch it off while they train
@@ -195,6 +198,7 @@ def load(model: nn.Module, directory: str | os.PathLike[str]) -> Handle:
         missing = sorted(set(adapter_names(handle)) - set(tensors))
         if missing:
             raise CheckpointError(f"{source}: tensor {missing[0]} is missing ({len(missing)} in all)")
+        resize_for(handle.model, tensors)
         _make_floating(handle, tensors)
         _copy(handle.model, tensors, source)
     except BaseException:
@@ -273,6 +277,11 @@ def restore_tower_beside_lora(handle: Handle, source: str, required: bool = True
     """
     from transformers.utils import cached_file
 
+    if not source:
+        raise CheckpointError(
+            "the vision tower was trained, but the configuration does not say beside which checkpoint its weights lie: "
+            "load it with from_pretrained, or set config._name_or_path"
+        )
     path = cached_file(source, LORA_FILE, _raise_exceptions_for_missing_entries=False)
     # LLaVA's own file format; weights_only keeps a foreign pickle from running code.
     tensors = torch.load(path, map_location="cpu", weights_only=True) if path else {}

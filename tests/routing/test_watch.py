@@ -7,7 +7,7 @@ from torch import nn
 from llava_patch import DeepStack, DenseConnector, FastV, Routing, SkipLinks, patch
 from llava_patch.core.errors import HostError, InputError
 from tests.support import decoders
-from tests.support.models import HF_IMAGE_TOKEN, IMAGE, LAYERS, close
+from tests.support.models import HF_IMAGE_TOKEN, IMAGE, LAYERS, close, features_of
 from tests.support.routings import ALL, embeddings
 
 METHODS = {
@@ -44,7 +44,7 @@ def _newer_host(monkeypatch, way):
         return outputs
 
     def generating(self, inputs=None, pixel_values=None, **kwargs):
-        features = torch.cat(list(self.model.get_image_features(pixel_values=pixel_values)))
+        features = torch.cat(list(features_of(self.model.get_image_features(pixel_values=pixel_values))))
         if way == "hidden":
             self.model.__dict__["waiting"] = features
             return generate(self, inputs, **kwargs)
