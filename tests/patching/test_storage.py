@@ -157,6 +157,7 @@ def test_silent_side_branches_are_the_stock_quantised_model(files, name, quantis
 def test_what_is_added_or_widened_is_not_quantised(files, name, tmp_path, monkeypatch):
     """The user names no module: neither for a checkpoint in 16 bit, nor for a plain one and a configured fusion."""
     host = stored.read(name, files[name])
+    host.model.requires_grad_(False)
     handle = patch(host.model, **METHODS["skip+lf"])
     for parameter in handle.added_parameters():
         parameter.add_(0.01)
