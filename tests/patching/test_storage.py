@@ -202,3 +202,35 @@ def test_quantised_weights_do_not_train(files, name):
     if name == "hf":  # llava's tower is loaded apart, in floating point
         with pytest.raises(SettingError, match="but the vision tower's weights are quantised"):
             patch(host.model, fusion=SkipLinks(stride=2, train_tower="all"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", ["load_8bit", "load_4bit"])
+def test_llavas_own_loader_quantises(files, tmp_path, bits, monkeypatch):
+    """It says twice how to quantise, of which transformers takes one."""
+    from llava.model.builder import load_pretrained_model
+
+    from tests.support.fileset import tokenizer
+
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+
+    def read(path):
+        tokenizer().save_pretrained(path)
+        model = load_pretrained_model(
+            str(path), None, "llava-tiny", **{bits: True}, device_map="cpu", device="cpu"
+        )[1]  # fmt: skip
+        model.get_vision_tower().to(dtype=torch.float16)
+        return stored.Host("llava", model.eval())
+
+    host = read(files["llava"])
+    assert stored.classes(host.decoder.layers) == {"Linear8bitLt" if bits == "load_8bit" else "Linear4bit"}
+    batch = stored.batch(host, SAMPLES)
+    stock = host.logits(batch)
+    handle = patch(host.model, **METHODS["skip+lf"])
+    expected = host.logits(batch)
+    handle.save(tmp_path / "adapter")
+    handle.save(tmp_path / "full", form="full")
+    assert torch.equal(read(tmp_path / "adapter").logits(batch), expected)
+    assert torch.equal(read(tmp_path / "full").logits(batch), expected)
+    handle.remove()
+    assert torch.equal(host.logits(batch), stock)
