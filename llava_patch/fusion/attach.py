@@ -20,8 +20,8 @@ from llava_patch.core.undo import UndoStack
 from llava_patch.fusion import deep_stack_decoder, training
 from llava_patch.fusion.base import STI_POOL, Fusion, Join, Taps, choose_taps, differs
 from llava_patch.fusion.features import check_grid, fuse, stacked
-from llava_patch.fusion.linear import FusedLinear
-from llava_patch.hosts import compat, storage, wrappers, zero
+from llava_patch.fusion.linear import FusedLinear, narrowed
+from llava_patch.hosts import compat, lora, storage, wrappers, zero
 from llava_patch.hosts.anatomy import when_loaded
 
 logger = logging.getLogger("llava_patch")
@@ -137,14 +137,10 @@ class FusionMethod(Method):
         (its `no_grad` lifted only while something in it trains) and, while it is not loaded yet, `load_model`.
         """
         anatomy, taps = self.anatomy, self.taps
-        grows = taps.columns > 1 or taps.merge_size > 1
         if storage.dequantise(anatomy.projector_owner, anatomy.norm.weight.dtype, undo, anatomy.projector_name):
             _say_dequantised(self.name)
-        if grows:
-            parent, name, linear = anatomy.first_linear()
-            with storage.brought_in(linear):
-                fused = FusedLinear.grow(linear, taps.columns, taps.merge_size, zero_start)
-            undo.replace_module(parent, name, fused, fused.stock if loading else None)
+        if taps.columns > 1 or taps.merge_size > 1:
+            self._widen(undo, zero_start, loading)
         if taps.join is Join.LAYERS:
             deep_stack_decoder.attach(anatomy, undo)
         if not taps.keeps_tokens and not loading:
@@ -159,6 +155,22 @@ class FusionMethod(Method):
         wrappers.refuse_other_features(anatomy, undo)
         if self.trains_tower:
             training.let_tower_train(anatomy, undo)
+
+    def _widen(self, undo: UndoStack, zero_start: bool, loading: bool) -> None:
+        """Put a `FusedLinear` in the place of the projector's first Linear, and of what peft has put beside it."""
+        anatomy, stock = self.anatomy, {}
+        for parent, name, linear in anatomy.first_linears():
+            with storage.brought_in(linear):
+                fused = FusedLinear.grow(linear, self.taps.columns, self.taps.merge_size, zero_start)
+            stock[fused] = fused.stock if loading else functools.partial(_same, linear)
+            setattr(parent, name, fused)
+
+        def narrow() -> None:
+            for parent, name, layer in anatomy.first_linears():  # among them what peft has made since
+                with storage.brought_in(layer):
+                    setattr(parent, name, stock[layer]() if layer in stock else narrowed(layer, fused))
+
+        undo.push(narrow)
 
     def changed(self, settings: Any, undo: UndoStack) -> Method:
         """Another choice of what trains."""
@@ -220,7 +232,8 @@ class FusionMethod(Method):
                 "handle.remove(), or install a supported version"
             )
 
-        undo.push(anatomy.projector.register_forward_pre_hook(check).remove)
+        hook = anatomy.projector.register_forward_pre_hook(check)
+        undo.push(lambda: lora.unhook(anatomy.projector, hook))
 
     # --- what trains --------------------------------------------------------------------------------------------------
 
@@ -253,11 +266,11 @@ class FusionMethod(Method):
 
         That is where its new weights are all zero, and stay so because they do not train.
         """
-        own, layer = self._own_projector(), self.anatomy.first_linear()[2]
+        own, (parent, name, layer) = self._own_projector(), self.anatomy.first_linear()
         if own is not None:
             decisive = _last_linear(own)
         elif isinstance(layer, FusedLinear) and layer.in_features > layer.main_features:
-            decisive = [layer.weight]
+            decisive = [layer.weight, *(parent.parameters() if name == "base_layer" else ())]  # LoRA's own
         else:
             return None
         ids = {id(p) for p in decisive}
@@ -323,6 +336,10 @@ def _say_dequantised(name: str) -> None:
         "%s: the projector was quantised, and is dequantised to take the taps. In 8 bit, where stock layers round "
         "their inputs too, the output differs by that rounding from the stock model's", name,
     )  # fmt: skip
+
+
+def _same(module: nn.Module) -> nn.Module:
+    return module
 
 
 @functools.lru_cache

@@ -1,4 +1,4 @@
-"""LoRA layers that peft has put into a host model."""
+"""What peft has put into a host model: LoRA layers, and copies of modules that train in full (`modules_to_save`)."""
 
 import sys
 from collections.abc import Callable
@@ -24,6 +24,39 @@ def is_pefts(name: str) -> bool:
     return "lora_" in name or ".modules_to_save." in name
 
 
+Place = tuple[nn.Module, str, Any]
+"""A module's parent, its name there, and the module."""
+
+
+def copies(parent: nn.Module, name: str) -> list[Place]:
+    """A child, or with peft's `modules_to_save` the copy that computes, other adapters' copies, and the original."""
+    child: Any = getattr(parent, name)
+    if "original_module" not in child._modules:
+        return [(parent, name, child)]
+    own = child.modules_to_save
+    order = sorted(own, key=lambda adapter: adapter not in child.active_adapters)
+    return [*((own, adapter, own[adapter]) for adapter in order), (child, "original_module", child.original_module)]
+
+
+def first_linears(parent: nn.Module, name: str) -> list[Place]:
+    """The first Linear of a child or of its children, and peft's matrices that take the same input; [] without one."""
+    child = getattr(parent, name)
+    if isinstance(child, nn.Linear):
+        return [(parent, name, child)]
+    if isinstance(getattr(child, "base_layer", None), nn.Linear):
+        return [(child, "base_layer", child.base_layer), *((child.lora_A, n, a) for n, a in child.lora_A.items())]
+    below = (first_linears(child, name) for name in child._modules)
+    return next((found for found in below if found), [])
+
+
+def unhook(module: nn.Module, hook: Any) -> None:
+    """Remove a forward hook from a module, and from the copies that peft has made of it since."""
+    hook.remove()
+    for part in module.modules():
+        part._forward_pre_hooks.pop(hook.id, None)
+        part._forward_hooks.pop(hook.id, None)
+
+
 def merge(module: nn.Module, plain: Callable[[Any], Any] = lambda layer: layer) -> bool:
     """Put plain layers with the active LoRA update in the place of peft's wrappers (in place); whether there were any.
 
@@ -37,9 +70,10 @@ def merge(module: nn.Module, plain: Callable[[Any], Any] = lambda layer: layer) 
     children: list[Any] = [(parent, *child) for parent in module.modules() for child in parent.named_children()]
     wrapped = [found for found in children if isinstance(found[2], BaseTunerLayer)]
     for parent, name, child in wrapped:
-        layer, active = child.get_base_layer(), not child.disable_adapters and not child.merged
+        layer, active = child.get_base_layer(), not child.disable_adapters
         if (floating := plain(layer)) is not layer:
-            for adapter in [a for a in child.active_adapters if a in child.lora_A] if active else ():
+            left = [a for a in child.active_adapters if a in child.lora_A and a not in child.merged_adapters]
+            for adapter in left if active else ():
                 if getattr(child, "use_dora", {}).get(adapter):
                     raise SettingError("DoRA on quantised layers cannot be merged: load the model in 16 bit")
                 floating.weight.data += child.get_delta_weight(adapter).to(floating.weight)

@@ -53,6 +53,9 @@ def load(call: Loading) -> Any:
     CheckpointError: a patched checkpoint lacks tensors, or its base is gone.
     """
     record, config = call.record(), call.kwargs.get("config")
+    carried = records.config_record(config) if config is not None else None
+    if carried and str(getattr(config, "_name_or_path", call.path)) != str(call.path):
+        return _load_base_for(call, config, carried)
     if record is not None and record.get("form") == "adapter":
         from llava_patch.patching import checkpoint, floating, vocabulary
 
@@ -67,9 +70,6 @@ def load(call: Loading) -> Any:
             loaded = call.stock(base, config=config)
         checkpoint.load(_model_of(loaded), call.path)
         return _finish(loaded)
-    carried = records.config_record(config) if config is not None else None
-    if carried and str(getattr(config, "_name_or_path", call.path)) != str(call.path):
-        return _load_base_for(call, config, carried)
     with _construction(call.cls, _patch_new), _unquantised():
         model, info = call.stock(output_loading_info=True)
     vars(model).pop(_IGNORED, None)
@@ -255,4 +255,6 @@ def _patch_new(model: Any, record: dict[str, Any]) -> None:
     handle = patch(model, **from_record(record, "config.json"), loading=True)
     handle.trained_tower |= bool(record.get("trained_tower"))
     if handle.anatomy.vision_model is None:  # comes later, and the checkpoint's own weights for it with it
-        setattr(model, _IGNORED, [*(getattr(model, _IGNORED) or ()), r"\bvision_tower\."])
+        own = getattr(model, _IGNORED)
+        own = [] if own is None else own  # a list up to 4.57, a set from 5.0
+        setattr(model, _IGNORED, type(own)([*own, r"\bvision_tower\."]))

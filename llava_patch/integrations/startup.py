@@ -58,10 +58,13 @@ def _on_transformers_trainer(module: Any, undo: UndoStack) -> None:
         llava_trainer = getattr(sys.modules.get("llava.train.llava_trainer"), "LLaVATrainer", ())
         if not isinstance(self, llava_trainer):  # which gets its patch when it is made
             _prepare_run(self)
-        return original(self, *args, **kwargs)
+        if loading.handle_of(self.model) is None:
+            return original(self, *args, **kwargs)
+        from llava_patch.integrations.training import resume
+
+        return resume.train(self, functools.partial(original, self), *args, **kwargs)
 
     undo.wrap(module.Trainer, "train", train)
-    undo.wrap(module.Trainer, "create_optimizer", _create_optimizer)
 
 
 def _mend_trainer_exports(module: ModuleType, undo: UndoStack) -> None:
@@ -83,17 +86,6 @@ def _prepare_run(trainer: Any) -> None:
         plain.prepare(trainer, handle)
     elif active.asked():
         loading.check_patched(trainer.model)
-
-
-def _create_optimizer(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    made = self.optimizer is None
-    optimizer = original(self, *args, **kwargs)
-    handle = loading.handle_of(self.model)  # a model may be patched once its Trainer is there
-    if made and handle is not None:
-        from llava_patch.integrations.training.llava import arrange_groups
-
-        arrange_groups(self, handle)
-    return optimizer
 
 
 def _on_llava(module: ModuleType, undo: UndoStack) -> None:
@@ -133,8 +125,18 @@ def _on_llava_trainer(module: Any, undo: UndoStack) -> None:
     if _mends():
         compat.fix_argv(sys.argv)  # with those that gin brings
 
+    def create_optimizer(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        made = self.optimizer is None
+        optimizer = original(self, *args, **kwargs)
+        handle = loading.handle_of(self.model)  # a model may be patched once its Trainer is there
+        if made and handle is not None:
+            from llava_patch.integrations.training.llava import arrange_groups
+
+            arrange_groups(self, handle)
+        return optimizer
+
     undo.wrap(module.LLaVATrainer, "__init__", _init_trainer)
-    undo.wrap(module.LLaVATrainer, "create_optimizer", _create_optimizer)
+    undo.wrap(module.LLaVATrainer, "create_optimizer", create_optimizer)
 
 
 def _init_trainer(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:

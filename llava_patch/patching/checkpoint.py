@@ -24,7 +24,7 @@ from llava_patch.core.errors import CheckpointError, SilentFusionWarning, refuse
 from llava_patch.core.files import atomic, write_text
 from llava_patch.core.records import SETTINGS_FILE, read_json_file, read_settings, write_settings
 from llava_patch.core.weights import open_weights
-from llava_patch.hosts import lora, storage, zero
+from llava_patch.hosts import compat, lora, storage, zero
 from llava_patch.hosts.anatomy import when_loaded
 from llava_patch.patching.handle import Handle, get_handle
 from llava_patch.patching.keys import base_fingerprint, check_as_loaded, check_fingerprint
@@ -223,6 +223,7 @@ def _make_floating(handle: Handle, tensors: Collection[str]) -> None:
 
 def _copy(owner: nn.Module, tensors: Mapping[str, Tensor], source: Any, what: str = "the model") -> None:
     parameters = dict(owner.named_parameters())
+    tensors = compat.as_here(tensors, parameters)
     for name, tensor in tensors.items():
         if name not in parameters:
             raise CheckpointError(f"{source}: {what} has no tensor {name}")
@@ -252,7 +253,7 @@ def _put_into_tower(handle: Handle, tensors: Mapping[str, Tensor], source: Path 
     def copy_now(_: Any) -> None:
         tower = handle.anatomy.tower
         buffers = dict(tower.named_buffers())  # position numbers, which some versions save
-        wanted = {n: t for n, t in given.items() if n not in buffers}
+        wanted = {n: t for n, t in compat.as_here(given, buffers).items() if n not in buffers}
         _copy(tower, wanted, source, "the vision tower")
 
     if given:

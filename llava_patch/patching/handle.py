@@ -219,8 +219,8 @@ class Handle:
         """Optimizer groups of everything that trains, for a training loop of your own.
 
         `optimizer = torch.optim.AdamW(handle.param_groups(1e-5, weight_decay=0.05))`. The fusion's `tower_lr` and
-        `layer_decay` are in the groups; LLaVA's own trainer gets them without this. A scheduler that multiplies each
-        group's learning rate keeps their ratios. With `unfreeze_after`, see `warm_up`.
+        `layer_decay` are in the groups; LLaVA's and Hugging Face's trainers get them without this. A scheduler that
+        multiplies each group's learning rate keeps their ratios. With `unfreeze_after`, see `warm_up`.
 
         Args:
             lr: learning rate of what has no other.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from llava_patch.core.errors import CheckpointError, HostError
 from llava_patch.core.files import digest
 from llava_patch.core.weights import evenly_spaced, folder_of, read_file, weight_files
-from llava_patch.hosts import storage, zero
+from llava_patch.hosts import compat, storage, zero
 from llava_patch.hosts.anatomy import HOSTS, Anatomy, get_handle
 
 _MODEL_SETTINGS = (
@@ -157,7 +157,7 @@ def check_fingerprint(model: nn.Module, saved: Mapping[str, list[float]], source
     Weights that are quantised here cannot tell: embeddings and the head, which never are, do.
     """
     parameters = dict(model.named_parameters())
-    for name, values in saved.items():
+    for name, values in compat.as_here(saved, parameters).items():
         if name not in parameters:
             raise CheckpointError(f"{source}: made on a base with a tensor {name}, which this model does not have")
         if parameters[name].is_floating_point():

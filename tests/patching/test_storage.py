@@ -1,4 +1,4 @@
-"""Models as people load them: offloaded by a device_map, quantised by bitsandbytes, in float16; every method on them."""
+"""Every method on models as people load them: offloaded by a device_map, quantised by bitsandbytes, in float16."""
 
 import pytest
 import torch

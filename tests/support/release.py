@@ -120,14 +120,16 @@ def write_fileset(out: Path, *, vision: dict, text: dict, vocab_size: int, model
         config.save_pretrained(folder)
         _edit(folder / "config.json", **more)
         _write_generation(folder, pad=0)
-        _write_tokenizer(folder, pieces)
+        _write_tokenizer(folder, pieces, pad_token="<unk>", padding_side="right")
         torch.save({**language, **weights}, folder / "pytorch_model.bin")
 
     model.save_pretrained(files.hf)
     _edit(files.hf / "config.json")
     _write_generation(files.hf, pad=vocab_size + 1)
-    fast = LlamaTokenizerFast.from_pretrained(files.language_model, padding_side="left", add_prefix_space=True)
-    fast.add_special_tokens({"additional_special_tokens": ["<image>"], "pad_token": "<pad>"})
+    _write_tokenizer(files.hf, pieces)
+    fast = LlamaTokenizerFast.from_pretrained(files.hf, padding_side="left", add_prefix_space=True)
+    fast.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    fast.add_special_tokens({"pad_token": "<pad>"})
     LlavaProcessor(
         images, fast, patch_size=vision["patch_size"], vision_feature_select_strategy="default",
         chat_template=CHAT_TEMPLATE, num_additional_image_tokens=1,
@@ -148,14 +150,15 @@ def _write_tower(tower: Any, folder: Path) -> Any:
     return images
 
 
-def _write_tokenizer(folder: Path, pieces: bytes) -> None:
-    """SentencePiece's own file with settings beside it, as vicuna's; newer transformers could no longer write it."""
-    (folder / "tokenizer.model").write_bytes(pieces)
+def _write_tokenizer(folder: Path, pieces: bytes, **more: Any) -> None:
+    """Sentencepiece's file with its settings, as on the hub (transformers 5 saves them as another tokenizer)."""
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     settings = {
-        "tokenizer_class": "LlamaTokenizer", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>",
-        "pad_token": "<unk>", "add_bos_token": True, "add_eos_token": False, "legacy": True, "padding_side": "right",
-        "clean_up_tokenization_spaces": False, "model_max_length": 2048, "sp_model_kwargs": {},
+        "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": True,
+        "model_max_length": 2048, "clean_up_tokenization_spaces": False, "sp_model_kwargs": {}, **tokens, **more,
     }  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(pieces)
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
 
 

@@ -4,9 +4,9 @@ from typing import Any
 from weakref import WeakSet
 
 from llava_patch.integrations.training import gradients as gradients_trainer
-from llava_patch.integrations.training import llava
-from llava_patch.integrations.training.extension import extend
-from llava_patch.patching.handle import Handle
+from llava_patch.integrations.training import llava, resume
+from llava_patch.integrations.training.extension import TrainerExtension, extend
+from llava_patch.patching.handle import Handle, get_handle
 from llava_patch.settings import active
 
 _prepared: WeakSet[Any] = WeakSet()
@@ -25,8 +25,19 @@ def prepare(trainer: Any, handle: Handle) -> None:
     if trainer in _prepared:
         return
     _prepared.add(trainer)
+    extend(trainer, _Groups())
     gradients = None if asked is None else asked.measurements.get("Gradients")
     if gradients is not None:
         gradients_trainer.follow(trainer, gradients)
+    resume.follow(trainer, handle)
     if asked is not None and asked.patches:
         extend(trainer, llava.Records(handle))
+
+
+class _Groups(TrainerExtension):
+    """A fusion's learning rates and its warm-up, in whatever optimizer the Trainer makes."""
+
+    def arrange(self, optimizer: Any) -> None:
+        handle = get_handle(self.trainer.model)
+        if handle is not None:
+            llava.arrange_groups(self.trainer, handle)

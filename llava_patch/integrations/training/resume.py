@@ -28,21 +28,19 @@ from llava_patch.patching.vocabulary import resized
 logger = logging.getLogger("llava_patch")
 
 FILE = "llava_patch_trained.safetensors"
+_PREFIX = "checkpoint-"
 
 
 def follow(trainer: Any, handle: Handle) -> None:
     """Let a Trainer go on from its checkpoints with the losses of a run that was not broken off.
 
-    `train(resume_from_checkpoint=True)` takes the last checkpoint that was written to its end.
-
-    Modifications: a callback is added; the Trainer's instance attributes `train`, `_save_checkpoint`,
+    Modifications: a callback is added; the Trainer's instance attributes `_save_checkpoint`,
     `_load_optimizer_and_scheduler`, `_load_best_model`, and in LLaVA's stage 1 `_load_from_checkpoint`, are replaced.
     """
-    undo = UndoStack()
     if _projector_alone(trainer):
+        undo = UndoStack()  # for good
         undo.wrap(trainer, "_save_checkpoint", functools.partial(_save_state_too, trainer))
         undo.wrap(trainer, "_load_from_checkpoint", lambda original, *args, **kwargs: None)  # ours holds everything
-    undo.wrap(trainer, "train", functools.partial(_train_from_a_whole_one, trainer))
     extend(trainer, _Beside(handle))
 
 
@@ -140,15 +138,14 @@ def _load_leniently(original: Callable[..., Any], state: Any, strict: bool = Tru
 # --- which checkpoint -------------------------------------------------------------------------------------------------
 
 
-def _train_from_a_whole_one(
+def train(
     trainer: Any, original: Callable[..., Any], resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any
 ) -> Any:
-    """`Trainer.train`, which for True takes the highest checkpoint-N, whole or not."""
+    """A Trainer's own `train`, which for True takes the highest checkpoint-N: here the highest that is whole."""
     if resume_from_checkpoint is True:
-        folders = sorted(
-            (path for path in Path(trainer.args.output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()),
-            key=lambda path: int(path.name[11:]), reverse=True,
-        )  # fmt: skip
+        paths = [path for path in Path(trainer.args.output_dir).glob(f"{_PREFIX}*") if path.is_dir()]
+        numbers = {path: path.name.removeprefix(_PREFIX) for path in paths}
+        folders = sorted((p for p in paths if numbers[p].isdecimal()), key=lambda p: -int(numbers[p]))
         whole = next((path for path in folders if not _lacks(path)), None)
         broken = folders if whole is None else folders[: folders.index(whole)]
         if broken and trainer.args.process_index == 0:
