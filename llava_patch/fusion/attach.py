@@ -21,7 +21,7 @@ from llava_patch.fusion import deep_stack_decoder, training
 from llava_patch.fusion.base import STI_POOL, Fusion, Join, Taps, choose_taps, differs
 from llava_patch.fusion.features import check_grid, fuse, stacked
 from llava_patch.fusion.linear import FusedLinear, narrowed
-from llava_patch.hosts import compat, lora, wrappers, zero
+from llava_patch.hosts import compat, lora, storage, wrappers, zero
 from llava_patch.hosts.anatomy import when_loaded
 
 logger = logging.getLogger("llava_patch")
@@ -51,11 +51,11 @@ class FusionMethod(Method):
         return self.settings.join is Join.LAYERS
 
     def check_model(self, loading: bool) -> None:
-        """Refuse a projector that cannot grow because it lies outside memory."""
-        if not loading and any(p.is_meta for p in self.anatomy.projector.parameters()):
+        """Refuse a projector without weights to grow."""
+        if not loading and storage.is_out_of_reach(self.anatomy.projector):
             raise SettingError(
-                f"the projector's weights lie outside memory (device_map with offloading), where {self.name} cannot "
-                "grow them: load the model without offloading, or load a checkpoint that carries the fusion"
+                f"the projector's weights are on the meta device, where {self.name} cannot grow them, and no hook of "
+                "accelerate brings them in: load the model's weights first"
             )
 
     def agrees(self, asked: Any) -> bool:
@@ -92,10 +92,10 @@ class FusionMethod(Method):
             )
         linear = anatomy.first_linear()[2]
         width = int(anatomy.vision_width)
-        if isinstance(linear, FusedLinear) or zero.shape(linear.weight)[1] != width:
+        if isinstance(linear, FusedLinear) or linear.in_features != width:
             fused = taps.columns * taps.merge_size**2 * width
             raise SettingError(
-                f"the projector takes {zero.shape(linear.weight)[1]} channels, but this tower gives {width} ({fused} "
+                f"the projector takes {linear.in_features} channels, but this tower gives {width} ({fused} "
                 "with this fusion): it was made for another tower or another fusion"
             )
 
@@ -137,6 +137,8 @@ class FusionMethod(Method):
         (its `no_grad` lifted only while something in it trains) and, while it is not loaded yet, `load_model`.
         """
         anatomy, taps = self.anatomy, self.taps
+        if storage.dequantise(anatomy.projector_owner, anatomy.norm.weight.dtype, undo, anatomy.projector_name):
+            _say_dequantised(self.name)
         if taps.columns > 1 or taps.merge_size > 1:
             self._widen(undo, zero_start, loading)
         if taps.join is Join.LAYERS:
@@ -158,13 +160,15 @@ class FusionMethod(Method):
         """Put a `FusedLinear` in the place of the projector's first Linear, and of what peft has put beside it."""
         anatomy, stock = self.anatomy, {}
         for parent, name, linear in anatomy.first_linears():
-            fused = FusedLinear.grow(linear, self.taps.columns, self.taps.merge_size, zero_start)
+            with storage.brought_in(linear):
+                fused = FusedLinear.grow(linear, self.taps.columns, self.taps.merge_size, zero_start)
             stock[fused] = fused.stock if loading else functools.partial(_same, linear)
             setattr(parent, name, fused)
 
         def narrow() -> None:
             for parent, name, layer in anatomy.first_linears():  # among them what peft has made since
-                setattr(parent, name, stock[layer]() if layer in stock else narrowed(layer, fused))
+                with storage.brought_in(layer):
+                    setattr(parent, name, stock[layer]() if layer in stock else narrowed(layer, fused))
 
         undo.push(narrow)
 
@@ -264,7 +268,7 @@ class FusionMethod(Method):
         """
         own, (parent, name, layer) = self._own_projector(), self.anatomy.first_linear()
         if own is not None:
-            decisive: list[Any] = list([m for m in own.modules() if isinstance(m, nn.Linear)][-1].parameters())
+            decisive = _last_linear(own)
         elif isinstance(layer, FusedLinear) and layer.in_features > layer.main_features:
             decisive = [layer.weight, *(parent.parameters() if name == "base_layer" else ())]  # LoRA's own
         else:
@@ -272,8 +276,8 @@ class FusionMethod(Method):
         ids = {id(p) for p in decisive}
         if {n for n, p in self.anatomy.model.named_parameters() if id(p) in ids} & set(trainable):
             return None
-        with zero.gathered(decisive):
-            new = decisive if own is not None else [layer.weight[:, layer.main_features :]]
+        with zero.gathered(decisive), storage.brought_in(layer if own is None else own):
+            new = _last_linear(own) if own is not None else [layer.weight[:, layer.main_features :]]
             if any(bool(values.any()) for values in new):
                 return None
         routing = others.get("routing")
@@ -319,6 +323,19 @@ class FusionMethod(Method):
         fitted = {**values, **self.processor_fields()}
         if fitted != values:
             write_text(path, json.dumps(fitted, indent=2) + "\n")
+
+
+def _last_linear(projector: nn.Module) -> list[Any]:
+    """The parameters of a projector's last Linear."""
+    return list([m for m in projector.modules() if isinstance(m, nn.Linear)][-1].parameters())
+
+
+@functools.lru_cache
+def _say_dequantised(name: str) -> None:
+    logger.warning(
+        "%s: the projector was quantised, and is dequantised to take the taps. In 8 bit, where stock layers round "
+        "their inputs too, the output differs by that rounding from the stock model's", name,
+    )  # fmt: skip
 
 
 def _same(module: nn.Module) -> nn.Module:

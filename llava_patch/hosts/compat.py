@@ -531,6 +531,36 @@ def full_precision(kwargs: dict[str, Any]) -> None:
         kwargs["dtype"] = torch.get_default_dtype()
 
 
+def keep_floating(names: Callable[[Callable[[Any], list[str]], Any, bool], list[str]], undo: UndoStack) -> None:
+    """Say which modules transformers leaves in floating point when it quantises a model that it loads.
+
+    `names` gets what names those that it leaves out itself or the user's llm_int8_skip_modules say, the model, and
+    whether its files are quantised already.
+
+    Modifications: the static method `get_modules_to_not_convert` of its quantizers' base.
+    """
+    from transformers.quantizers.base import HfQuantizer
+
+    stock = HfQuantizer.get_modules_to_not_convert
+
+    def all_names(self: Any, model: Any, *args: Any, **kwargs: Any) -> list[str]:
+        return names(lambda model: stock(model, *args, **kwargs), model, bool(self.pre_quantized))
+
+    undo.set_attribute(HfQuantizer, "get_modules_to_not_convert", all_names)
+
+
+def fix_quantisation_arguments(kwargs: dict[str, Any]) -> None:
+    """Llava's loader and script say both how to quantise and `load_in_4bit`, of which transformers takes one (4.41 on).
+
+    In 5.0 the short form is gone altogether.
+    """
+    asked = {name: kwargs.pop(name) for name in ("load_in_8bit", "load_in_4bit") if name in kwargs}
+    if any(asked.values()) and kwargs.get("quantization_config") is None:
+        from transformers import BitsAndBytesConfig
+
+        kwargs["quantization_config"] = BitsAndBytesConfig(**asked)
+
+
 def flash_fallback(kwargs: dict[str, Any]) -> None:
     """`train_mem.py` asks for flash_attention_2; without the package, use sdpa and say so (in place)."""
     if kwargs.get("attn_implementation") == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:

@@ -209,6 +209,7 @@ def _on_modeling_utils(module: Any, undo: UndoStack) -> None:
             return loading.load_stock(call, f"which cannot be applied: {unsupported}")
         if _mends():
             _compat().flash_fallback(kwargs)
+            _compat().fix_quantisation_arguments(kwargs)
             if hasattr(model_class, "prepare_inputs_labels_for_multimodal"):
                 _compat().full_precision(kwargs)
         return loading.load(call)

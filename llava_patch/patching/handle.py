@@ -312,14 +312,19 @@ class Handle:
 
 
 def restore_flags(model: nn.Module) -> Callable[[], None]:
-    """Remember every requires_grad flag; the returned step brings them back."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
+    """Remember every requires_grad flag; the returned step brings them back.
+
+    By module and name: where weights are offloaded, each call makes other parameters of them.
+    """
+    flags = [(m, n, p, p.requires_grad) for m in model.modules() for n, p in m.named_parameters(recurse=False)]
     had_lora = lora.has_lora(model)
 
     def restore() -> None:
         if lora.has_lora(model) and not had_lora:
             return  # get_peft_model() came after the patch and has set the flags that hold now
-        for parameter, flag in flags:
+        for module, name, parameter, flag in flags:
             parameter.requires_grad_(flag)
+            if (now := module._parameters.get(name)) is not None and now is not parameter:
+                now.requires_grad_(flag)
 
     return restore

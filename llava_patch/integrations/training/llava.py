@@ -130,7 +130,7 @@ def train_side_branch_in_full(model: Any, handle: Handle) -> None:
     if branch is None:
         return
     if lora.has_lora(branch):
-        setattr(handle.anatomy.decoder, SIDE_BRANCH, copy_layers(branch))
+        setattr(handle.anatomy.decoder, SIDE_BRANCH, copy_layers(branch, handle.anatomy.norm.weight.dtype))
     for config in getattr(model, "peft_config", {}).values():
         if getattr(config, "exclude_modules", "") is None:  # peft 0.14 and newer
             config.exclude_modules = rf".*\.{SIDE_BRANCH}\..*"
