@@ -192,7 +192,7 @@ def load(model: nn.Module, directory: str | os.PathLike[str]) -> Handle:
         if missing:
             raise CheckpointError(f"{source}: tensor {missing[0]} is missing ({len(missing)} in all)")
         resize_for(handle.model, tensors)
-        _copy(dict(handle.model.named_parameters()), tensors, source)
+        copy_by_name(dict(handle.model.named_parameters()), tensors, source)
     except BaseException:
         if not had_patch:
             handle.remove()
@@ -206,9 +206,10 @@ def adapter_names(handle: Handle) -> list[str]:
     return [n for n, p in handle.model.named_parameters() if id(p) in wanted]
 
 
-def _copy(
+def copy_by_name(
     parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: Any, owner: str = "the model"
 ) -> None:
+    """Put tensors into parameters of the same names; CheckpointError: there is none, or one of another shape."""
     for name, tensor in tensors.items():
         if name not in parameters:
             raise CheckpointError(f"{source}: {owner} has no tensor {name}")
@@ -242,7 +243,7 @@ def _put_into_tower(handle: Handle, tensors: Mapping[str, Tensor], source: Path 
         tower = handle.anatomy.tower
         buffers = dict(tower.named_buffers())  # position numbers, which some versions save
         wanted = {n: t for n, t in given.items() if n not in buffers}
-        _copy(dict(tower.named_parameters()), wanted, source, "the vision tower")
+        copy_by_name(dict(tower.named_parameters()), wanted, source, "the vision tower")
 
     if given:
         when_loaded(handle.anatomy, handle._undo, copy_now)
