@@ -14,9 +14,9 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from types import ModuleType, SimpleNamespace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from llava_patch.core.errors import HostError, InputError
 from llava_patch.core.undo import UndoStack
 
 logger = logging.getLogger("llava_patch")
+T = TypeVar("T")
 
 SUPPORTED_TRANSFORMERS = ("4.57", "5.25")
 """Lowest supported version (inclusive) and first unsupported one (exclusive)."""
@@ -139,6 +140,33 @@ def checkpointed(layer: Any, function: Callable[..., Tensor], *tensors: Tensor) 
     return function(*tensors)
 
 
+def ties_last_state(vision: nn.Module) -> bool:
+    """Whether transformers' output recorder puts a vision model's last_hidden_state in its last block's place.
+
+    Up to 4.57 it always does, so that what follows the blocks (a norm) is in it; from 5.0 on a class can tell it not
+    to, in a variable of the decorator, and from 5.1x on a configuration.
+    """
+    name = "tie_last_hidden_states"
+    told = getattr(getattr(vision, "config", None), name, None)
+    if told is not None:
+        return bool(told)
+    for kind in type(vision).__mro__:
+        forward = vars(kind).get("forward")
+        while forward is not None:
+            free = getattr(getattr(forward, "__code__", None), "co_freevars", ())
+            if name in free:
+                return bool(forward.__closure__[free.index(name)].cell_contents)
+            forward = getattr(forward, "__wrapped__", None)
+    return True
+
+
+def pil_processor(name: str) -> Any:
+    """An image processor's class by its name, the one that computes with PIL: from 5.1x on apart from torchvision's."""
+    import transformers
+
+    return getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
+
+
 def one_tensor(features: Any) -> Tensor:
     """What a host's image encoder returned (up to transformers 4 maybe a list), one tensor [images, tokens, hidden]."""
     features = getattr(features, "pooler_output", features)
@@ -148,6 +176,18 @@ def one_tensor(features: Any) -> Tensor:
 def stored_dtype(config: dict[str, Any]) -> str | None:
     """The precision that a config.json names: `torch_dtype` up to 4.55, `dtype` from 4.56."""
     return config.get("dtype", config.get("torch_dtype"))
+
+
+def as_here(named: Mapping[str, T], known: Collection[str]) -> dict[str, T]:
+    """The same under the names that a model has on this version: CLIP lost a level, `vision_model`, with 5.0."""
+    return {_name_here(name, known): value for name, value in named.items()}
+
+
+def _name_here(name: str, known: Collection[str]) -> str:
+    below = name.rpartition("vision_tower.")[2]
+    other = below.removeprefix("vision_model.") if below.startswith("vision_model.") else f"vision_model.{below}"
+    other = name.removesuffix(below) + other
+    return other if name not in known and other in known else name
 
 
 def known_options(processor: Any) -> frozenset[str]:

@@ -247,4 +247,6 @@ def _patch_new(model: Any, record: dict[str, Any]) -> None:
     handle = patch(model, **from_record(record, "config.json"), loading=True)
     handle.trained_tower |= bool(record.get("trained_tower"))
     if handle.anatomy.vision_model is None:  # comes later, and the checkpoint's own weights for it with it
-        setattr(model, _IGNORED, {*(getattr(model, _IGNORED) or ()), r"\bvision_tower\."})
+        own = getattr(model, _IGNORED)
+        own = [] if own is None else own  # a list up to 4.57, a set from 5.0
+        setattr(model, _IGNORED, type(own)([*own, r"\bvision_tower\."]))

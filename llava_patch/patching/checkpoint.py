@@ -23,7 +23,7 @@ from llava_patch.core.errors import CheckpointError, SilentFusionWarning, refuse
 from llava_patch.core.files import atomic
 from llava_patch.core.records import SETTINGS_FILE, read_settings, write_settings
 from llava_patch.core.weights import open_weights
-from llava_patch.hosts import lora, zero
+from llava_patch.hosts import compat, lora, zero
 from llava_patch.hosts.anatomy import when_loaded
 from llava_patch.patching.handle import Handle, get_handle
 from llava_patch.patching.keys import base_fingerprint, check_as_loaded, check_fingerprint
@@ -210,6 +210,7 @@ def copy_by_name(
     parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: Any, owner: str = "the model"
 ) -> None:
     """Put tensors into parameters of the same names; CheckpointError: there is none, or one of another shape."""
+    tensors = compat.as_here(tensors, parameters)
     for name, tensor in tensors.items():
         if name not in parameters:
             raise CheckpointError(f"{source}: {owner} has no tensor {name}")
@@ -242,7 +243,7 @@ def _put_into_tower(handle: Handle, tensors: Mapping[str, Tensor], source: Path 
     def copy_now(_: Any) -> None:
         tower = handle.anatomy.tower
         buffers = dict(tower.named_buffers())  # position numbers, which some versions save
-        wanted = {n: t for n, t in given.items() if n not in buffers}
+        wanted = {n: t for n, t in compat.as_here(given, buffers).items() if n not in buffers}
         copy_by_name(dict(tower.named_parameters()), wanted, source, "the vision tower")
 
     if given:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from llava_patch.core.errors import CheckpointError, HostError
 from llava_patch.core.files import digest
 from llava_patch.core.weights import evenly_spaced, folder_of, read_file, weight_files
-from llava_patch.hosts import zero
+from llava_patch.hosts import compat, zero
 from llava_patch.hosts.anatomy import HOSTS, Anatomy, get_handle
 
 _MODEL_SETTINGS = (
@@ -153,7 +153,7 @@ def sample(tensor: Tensor, count: int) -> Tensor:
 def check_fingerprint(model: nn.Module, saved: Mapping[str, list[float]], source: Path) -> None:
     """Compare a model with what `base_fingerprint` saved; CheckpointError names the first tensor that differs."""
     parameters = dict(model.named_parameters())
-    for name, values in saved.items():
+    for name, values in compat.as_here(saved, parameters).items():
         if name not in parameters:
             raise CheckpointError(f"{source}: made on a base with a tensor {name}, which this model does not have")
         check_values(name, parameters[name], values, source)
