@@ -85,7 +85,7 @@ class RoutingMethod(Method):
         if strategy != "none" and lora.trains(anatomy.model):
             raise SettingError(
                 f'Routing.freeze = "{strategy}" would freeze the LoRA layers that peft has put into the model '
-                '(--lora_enable True, peft_config): set Routing.freeze = "none", which trains them and the side branch, '
+                '(--lora_enable True; peft_config): set Routing.freeze = "none", which trains them and the branch, '
                 "or leave LoRA out"
             )
         if strategy != "none":
