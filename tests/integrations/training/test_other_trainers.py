@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
-from transformers.modeling_utils import load_sharded_checkpoint
+from transformers.trainer import load_sharded_checkpoint
 
 from llava_patch import Routing, SkipLinks, get_handle, patch
 from llava_patch.core.errors import HostError, SettingError
