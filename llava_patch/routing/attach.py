@@ -86,8 +86,8 @@ class RoutingMethod(Method):
         if strategy != "none" and lora.trains(anatomy.model):
             raise SettingError(
                 f'Routing.freeze = "{strategy}" would freeze the LoRA layers that peft has put into the model '
-                '(--lora_enable True): set Routing.freeze = "none", which trains them and the side branch, or leave '
-                "LoRA out"
+                '(--lora_enable True; peft_config): set Routing.freeze = "none", which trains them and the branch, '
+                "or leave LoRA out"
             )
         late = make_schedule(self.settings, None, len(anatomy.layers)).late_fusion
         fusion = late if strategy == "side_and_fusion" else ()
