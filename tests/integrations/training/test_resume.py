@@ -167,7 +167,8 @@ def _plain_trainer(name, tower, out):
     patch(model, routing=Routing(split=3, freeze="none"))
     samples = [host.batch([(2 + i % 3, IMAGE, 4)], labels=True, seed=i).inputs for i in range(8)]
     settings = {"max_steps": 4, "save_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 1,
-                "report_to": "none", "learning_rate": 1e-2, "use_cpu": True, "remove_unused_columns": False}  # fmt: skip
+                "report_to": "none", "learning_rate": 1e-2, "use_cpu": True,
+                "remove_unused_columns": False}  # fmt: skip
     run = TrainingArguments(str(out), **settings)
     return Trainer(model, run, train_dataset=samples, data_collator=lambda rows: rows[0])
 
