@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Makes the virtual environment that quickstart.sh and test.sh run in: .venv, or $LLAVA_PATCH_VENV. Safe to run again.
-# Usage: source scripts/install.sh
+# Usage: source scripts/install.sh   (with LLAVA_PATCH_LOCK=newest: what scripts/locks/newest.txt says, in .venv-newest)
+_stack=${LLAVA_PATCH_LOCK:-main}
 _root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${LLAVA_PATCH_VENV:-$_root/.venv}
+[ "$_stack" = main ] || VENV=$VENV-$_stack
 _stamp=$VENV/.llava_patch
-_lock=$_root/scripts/locks/main.txt
+_lock=$_root/scripts/locks/$_stack.txt
 _wanted=$(cat "$_lock" "$_root/scripts/install.sh" "$_root/scripts/locks/install.sh" "$_root/pyproject.toml" | sha256sum)$_root
 
 if [ "$(cat "$_stamp" 2>/dev/null)" != "$_wanted" ]; then

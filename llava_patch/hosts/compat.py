@@ -6,16 +6,17 @@ each `fix_*` function names what broke and since when, and touches only code tha
 """
 
 import copy
+import dataclasses
 import functools
 import importlib.util
 import inspect
 import logging
+import math
 import re
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping
 from types import ModuleType, SimpleNamespace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from llava_patch.core.errors import HostError, InputError
 from llava_patch.core.undo import UndoStack
 
 logger = logging.getLogger("llava_patch")
+T = TypeVar("T")
 
 SUPPORTED_TRANSFORMERS = ("4.57", "5.25")
 """Lowest supported version (inclusive) and first unsupported one (exclusive)."""
@@ -174,6 +176,18 @@ def one_tensor(features: Any) -> Tensor:
 def stored_dtype(config: dict[str, Any]) -> str | None:
     """The precision that a config.json names: `torch_dtype` up to 4.55, `dtype` from 4.56."""
     return config.get("dtype", config.get("torch_dtype"))
+
+
+def as_here(named: Mapping[str, T], known: Collection[str]) -> dict[str, T]:
+    """The same under the names that a model has on this version: CLIP lost a level, `vision_model`, with 5.0."""
+    return {_name_here(name, known): value for name, value in named.items()}
+
+
+def _name_here(name: str, known: Collection[str]) -> str:
+    below = name.rpartition("vision_tower.")[2]
+    other = below.removeprefix("vision_model.") if below.startswith("vision_model.") else f"vision_model.{below}"
+    other = name.removesuffix(below) + other
+    return other if name not in known and other in known else name
 
 
 def known_options(processor: Any) -> frozenset[str]:
@@ -327,18 +341,47 @@ def fix_trainer_exports(trainer_module: ModuleType, undo: UndoStack) -> None:
         undo.set_attribute(trainer_module, "ALL_LAYERNORM_LAYERS", ALL_LAYERNORM_LAYERS)
 
 
-RENAMED_FLAGS = {"--evaluation_strategy": "--eval_strategy"}  # since 4.46
-
-
 def fix_argv(argv: list[str]) -> None:
-    """Rename flags of LLaVA's launch scripts that TrainingArguments has renamed, in place."""
-    for i, argument in enumerate(argv):
-        flag, equals, value = argument.partition("=")
-        argv[i] = RENAMED_FLAGS.get(flag, flag) + equals + value
+    """Write flags of LLaVA's launch scripts as TrainingArguments takes them now, where it has dropped them (in place).
+
+    `--evaluation_strategy` is `--eval_strategy` since 4.46. Since 5.0 `--no_cuda` is `--use_cpu`, `--group_by_length` a
+    sampling strategy, and a share of the steps is a `--warmup_steps` below 1 instead of `--warmup_ratio`, which
+    counted beside 0 steps only.
+    """
+    from transformers import TrainingArguments
+    from transformers.hf_argparser import string_to_bool
+
+    known = {field.name: field.type for field in dataclasses.fields(TrainingArguments)}
+    starts = [i for i, word in enumerate(argv) if word.startswith("--")]
+    found = []
+    for start, end in zip(starts, [*starts[1:], len(argv)], strict=False):
+        flag, equals, value = argv[start].partition("=")
+        found.append((start, end, flag[2:].replace("-", "_"), [value] * bool(equals) + argv[start + 1 : end]))
+    given = {name: values for *_, name, values in found}  # of two, the later counts
+    grouped = all(map(string_to_bool, given.get("group_by_length", [])))
+    now = {
+        "evaluation_strategy": ["--eval_strategy", *given.get("evaluation_strategy", [])],
+        "no_cuda": ["--use_cpu", *given.get("no_cuda", [])],
+        "group_by_length": ["--train_sampling_strategy", "group_by_length" if grouped else "random"],
+    }
+    now = {name: words for name, words in now.items() if name not in known}
+    if "warmup_ratio" in given and known["warmup_steps"] is not int:
+        warmup = ["--warmup_steps", *_warmup(given.get("warmup_steps") or ["0"], given["warmup_ratio"])]
+        now |= {"warmup_ratio": warmup, "warmup_steps": warmup}
+    for start, end, name, _ in reversed(found):
+        argv[start:end] = now.get(name, argv[start:end])
+
+
+def _warmup(steps: list[str], ratio: list[str]) -> list[str]:
+    """The value of a flag that takes steps or, below 1, a share of all."""
+    if float(steps[0]) > 0:
+        return steps
+    whole = math.nextafter(1, 0)  # 1 itself is one step; of any number of steps this share is rounded up to all of them
+    return [str(whole) if float(word) == 1 else word for word in ratio]
 
 
 def fix_trainer_methods(llava_trainer: ModuleType, undo: UndoStack) -> None:
-    """LLaVATrainer overrides two Trainer methods with the signatures of 4.37."""
+    """LLaVATrainer overrides two Trainer methods with the signatures of 4.37, and is made with that `tokenizer`."""
     from transformers import Trainer
 
     cls = llava_trainer.LLaVATrainer
@@ -351,9 +394,17 @@ def fix_trainer_methods(llava_trainer: ModuleType, undo: UndoStack) -> None:
             save = Trainer._save_checkpoint
         save(self, model, trial)
 
+    def with_processing_class(init: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+        if "tokenizer" in kwargs:
+            kwargs["processing_class"] = kwargs.pop("tokenizer")
+        init(self, *args, **kwargs)
+
     if "train_dataset" not in inspect.signature(cls._get_train_sampler).parameters:  # which is passed since 4.5x
         undo.wrap(cls, "_get_train_sampler", without_data)
     undo.wrap(cls, "_save_checkpoint", without_metrics)  # it hands on `metrics`, which are gone since 4.47
+    accepted = inspect.signature(Trainer.__init__, follow_wrapped=False).parameters.values()
+    if not any(one.name == "tokenizer" or one.kind is one.VAR_KEYWORD for one in accepted):  # from 5.0 on
+        undo.wrap(cls, "__init__", with_processing_class)
 
 
 def fix_optimizer_groups(llava_trainer: ModuleType, undo: UndoStack) -> None:
@@ -373,26 +424,40 @@ def fix_optimizer_groups(llava_trainer: ModuleType, undo: UndoStack) -> None:
     undo.wrap(llava_trainer.LLaVATrainer, "create_optimizer", without_empty)
 
 
-def load_renamed(model: Any, folder: Path) -> None:
-    """Load what a Trainer that goes on from a checkpoint leaves out on HF (in place).
+def load_saved_names(model: nn.Module, undo: UndoStack) -> None:
+    """Let a model's `load_state_dict` take its tensors under the names that its own `save_pretrained` writes.
 
-    `save_pretrained` writes a LLaVA's tensors under the names of older versions (transformers 4.52 to 4.57);
-    `from_pretrained` translates them, but the Trainer's own loading does not, warns, and trains on with the weights
-    that it was started with. With `save_safetensors=False` they lie in PyTorch's own files.
+    On HF that writes a LLaVA's tensors under the names of older versions (4.52 on); `from_pretrained` translates them,
+    but a Trainer that goes on from a checkpoint, or loads the best one, only warns, and keeps the weights it has.
+
+    Modifications: a load_state_dict pre-hook.
     """
-    from llava_patch.core.weights import read_file  # a stock script loads this module, and nothing that patches
 
-    mapping = getattr(model, "_checkpoint_conversion_mapping", None)
-    if not mapping:
-        return
-    expected = set(model.state_dict())
-    for path in sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin")):
-        found = {}
-        for tensor in read_file(path, whole=True):
-            old = next((old for old in mapping if re.search(old, tensor.name)), None)
-            if tensor.name not in expected and old is not None:
-                found[re.sub(old, mapping[old], tensor.name)] = tensor()
-        model.load_state_dict(found, strict=False)
+    def translate(state: dict[str, Any], prefix: str, *_: Any) -> None:
+        own = {n for named in (model.named_parameters, model.named_buffers) for n, _ in named(remove_duplicate=False)}
+        given = {name.removeprefix(prefix) for name in state if name.startswith(prefix)}
+        for saved, name in _saved_names(model, given - own, own - given).items():
+            state[prefix + name] = state.pop(prefix + saved)
+
+    undo.push(model._register_load_state_dict_pre_hook(translate).remove)
+
+
+def _saved_names(model: Any, unknown: Collection[str], wanted: Collection[str]) -> dict[str, str]:
+    """Which of the unknown names `save_pretrained` writes for which wanted ones."""
+    if not unknown or not wanted:
+        return {}
+    names = sorted(wanted)
+    try:
+        from transformers.core_model_loading import revert_weight_conversion  # since 5.0
+    except ImportError:
+        mapping = getattr(model, "_checkpoint_conversion_mapping", None) or {}
+        found = {
+            name: next((re.sub(o, n, name) for o, n in mapping.items() if re.search(o, name)), "") for name in unknown
+        }
+    else:
+        saved = revert_weight_conversion(model, {name: torch.tensor(i) for i, name in enumerate(names)})
+        found = {name: names[int(place)] for name, place in saved.items()}
+    return {saved: name for saved, name in found.items() if saved in unknown and name in wanted}
 
 
 def fix_zero3_dtypes(model: nn.Module, training_args: Any) -> None:
@@ -433,6 +498,67 @@ def fix_forward_arguments(cls: type, undo: UndoStack) -> None:
         undo.wrap(cls, "forward", with_old_names)
     if old and "cache" not in _named(getattr(kind, "prepare_inputs_for_generation", with_old_names)):
         undo.wrap(cls, "prepare_inputs_for_generation", with_old_names)
+
+
+def fix_llama_tokenizer(cls: Any, undo: UndoStack) -> None:
+    """Read Vicuna's tokenizer as it was before 5.0, where a checkpoint that names no `legacy` had it True.
+
+    5.x takes False, splits the text after "</s>" into other tokens, and LLaVA masks all labels of a conversation with a
+    second answer ("tokenization mismatch"). Nor does it save the setting, so that a tokenizer that was trained with
+    True would come back with False: it is saved; what 5.x has saved without it is read as 5.x reads it.
+    """
+
+    def with_legacy(init: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("legacy") is None:
+            kwargs["legacy"] = "backend" not in kwargs  # which 5.x writes
+        init(self, *args, **kwargs)
+        self.init_kwargs["legacy"] = self.legacy
+
+    parameter = inspect.signature(cls.__init__).parameters.get("legacy")
+    if parameter is not None and parameter.default is False:
+        undo.wrap(cls, "__init__", with_legacy)
+
+
+def full_precision(kwargs: dict[str, Any]) -> None:
+    """Load in float32 where a script names no precision, as before 5.0, which takes the checkpoint's (in place).
+
+    LLaVA's train.py passes `torch_dtype=None` without --bf16 and counts on float32: optimizer steps vanish in half
+    precision. What is loaded quantised keeps its own default.
+    """
+    quantised = ("quantization_config", "load_in_8bit", "load_in_4bit")
+    if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None and not any(map(kwargs.get, quantised)):
+        kwargs.pop("torch_dtype", None)
+        kwargs["dtype"] = torch.get_default_dtype()
+
+
+def keep_floating(names: Callable[[Callable[[Any], list[str]], Any, bool], list[str]], undo: UndoStack) -> None:
+    """Say which modules transformers leaves in floating point when it quantises a model that it loads.
+
+    `names` gets what names those that it leaves out itself or the user's llm_int8_skip_modules say, the model, and
+    whether its files are quantised already.
+
+    Modifications: the static method `get_modules_to_not_convert` of its quantizers' base.
+    """
+    from transformers.quantizers.base import HfQuantizer
+
+    stock = HfQuantizer.get_modules_to_not_convert
+
+    def all_names(self: Any, model: Any, *args: Any, **kwargs: Any) -> list[str]:
+        return names(lambda model: stock(model, *args, **kwargs), model, bool(self.pre_quantized))
+
+    undo.set_attribute(HfQuantizer, "get_modules_to_not_convert", all_names)
+
+
+def fix_quantisation_arguments(kwargs: dict[str, Any]) -> None:
+    """Llava's loader and script say both how to quantise and `load_in_4bit`, of which transformers takes one (4.41 on).
+
+    In 5.0 the short form is gone altogether.
+    """
+    asked = {name: kwargs.pop(name) for name in ("load_in_8bit", "load_in_4bit") if name in kwargs}
+    if any(asked.values()) and kwargs.get("quantization_config") is None:
+        from transformers import BitsAndBytesConfig
+
+        kwargs["quantization_config"] = BitsAndBytesConfig(**asked)
 
 
 def flash_fallback(kwargs: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llava_patch.core.errors import InputError
 from llava_patch.core.undo import UndoStack, meanwhile
-from llava_patch.hosts import call_context, compat
+from llava_patch.hosts import call_context, compat, lora
 from llava_patch.hosts.anatomy import HF, LLAVA, Anatomy
 from llava_patch.hosts.call_context import CallContext, HostCall, Stacked, current, host_call, not_routed, prepared_of
 
@@ -52,7 +52,7 @@ def watch(anatomy: Anatomy, undo: UndoStack) -> None:
     Modifications: a forward hook on the projector.
     """
     projector = anatomy.projector
-    if any(getattr(hook, _WATCHES, False) for hook in projector._forward_hooks.values()):
+    if any(getattr(hook, _WATCHES, False) for part in projector.modules() for hook in part._forward_hooks.values()):
         return
 
     def note(module: Any, args: Any, output: Any) -> None:
@@ -61,7 +61,8 @@ def watch(anatomy: Anatomy, undo: UndoStack) -> None:
             call.note_encoded(output.shape[:-1].numel())
 
     setattr(note, _WATCHES, True)
-    undo.push(projector.register_forward_hook(note).remove)
+    hook = projector.register_forward_hook(note)
+    undo.push(lambda: lora.unhook(anatomy.projector, hook))
 
 
 def refuse_other_features(anatomy: Anatomy, undo: UndoStack) -> None:

@@ -13,7 +13,7 @@ from llava_patch.core.records import CONFIG_KEY
 from llava_patch.hosts import anatomy as anatomy_module
 from llava_patch.hosts import known, wrappers, zero
 from llava_patch.hosts.anatomy import HANDLE, Anatomy
-from llava_patch.hosts.compat import check_versions
+from llava_patch.hosts.compat import check_versions, load_saved_names
 from llava_patch.patching.handle import Handle, get_handle, restore_flags
 from llava_patch.routing import attach as decoder
 
@@ -175,6 +175,8 @@ def _apply(handle: Handle, asked: Mapping[str, Method], zero_start: bool, loadin
         undo.set_attribute(found.model.config, CONFIG_KEY, handle.record())
     if not loading:
         handle.apply_freeze()
+    if HANDLE not in vars(found.model):
+        load_saved_names(found.model, undo)
     undo.set_attribute(found.model, HANDLE, handle)
     for kind, method in new.items():
         if kind in registry.TRAINING_ONLY:

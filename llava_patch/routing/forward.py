@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from llava_patch.core.errors import InputError
+from llava_patch.core.undo import inner
 from llava_patch.hosts import call_context, compat, known
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.hosts.call_context import CallContext, Stacked
@@ -27,7 +28,7 @@ class RoutedForward:
     def __init__(self, anatomy: Anatomy, schedule: LayerSchedule) -> None:
         self.anatomy = anatomy
         self.schedule = schedule
-        self.stock = anatomy.decoder.forward
+        self.stock = inner(anatomy.decoder, "forward")
         functools.update_wrapper(self, self.stock, updated=())
         self._layers = self._layers_now()
 

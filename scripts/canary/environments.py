@@ -18,7 +18,7 @@ SHOWN = (
     "scipy", "pillow", "matplotlib", "jinja2", "datasets", "filelock", "typer", "click", "rich", "gin-config",
     "llava-torch", "lmms-eval",
 )  # fmt: skip
-_LEFT_OUT = 'python_version < "3"'  # of locks/main.overrides: never true
+_LEFT_OUT = 'python_version < "3"'  # of locks/suite.overrides: never true
 
 
 class Environment:
@@ -77,7 +77,7 @@ def resolve(environment: Environment) -> Path:
     if environment.name == "oldest":
         command += ["--resolution", "lowest-direct", "--constraint", here / "oldest.constraints"]
     # What the main lock leaves out of lmms-eval's requirements is left out here.
-    left_out = [line for line in (LOCKS / "main.overrides").read_text("utf-8").splitlines() if _LEFT_OUT in line]
+    left_out = [line for line in (LOCKS / "suite.overrides").read_text("utf-8").splitlines() if _LEFT_OUT in line]
     (folder / "overrides").write_text("\n".join(left_out) + "\n")
     words = ["--extra", "all", "--extra", "hosts", "--extra", "eval", "--override", folder / "overrides"]
     found = environment.run(*command, ROOT / "pyproject.toml", here / "beside.in", *words)

@@ -15,7 +15,7 @@ STACKS = sorted(path.stem for path in LOCKS.glob("*.in"))
 
 
 def test_each_stack_has_a_lock():
-    assert STACKS == ["llava_pinned", "main"]
+    assert STACKS == ["llava_pinned", "main", "newest"]
     assert sorted(path.stem for path in LOCKS.glob("*.txt")) == STACKS
 
 
@@ -33,8 +33,9 @@ def test_every_line_is_exact_and_of_no_machine(stack):
     assert len(here(lock)) == len(locked(lock))  # one version of each, whatever the markers
 
 
-def test_the_main_lock_covers_what_pyproject_asks_for_and_is_within_it():
-    versions = locked(MAIN)
+@pytest.mark.parametrize("stack", ["main", "newest"])
+def test_the_suites_locks_cover_what_pyproject_asks_for_and_are_within_it(stack):
+    versions = locked(LOCKS / f"{stack}.txt")
     needs = core() + [need for name in extras() if name != "flash" for need in extra(name)]
     for need in needs:
         if need.marker is None or need.marker.evaluate():

@@ -20,6 +20,7 @@ from llava_patch.core.errors import HostError
 from llava_patch.hosts import compat
 
 TIMM = "timm_wrapper"
+SEVERAL_SCALES = "{} does not know multi-scale (S2) towers, which see an image several times: take a model without s2"
 PREFIX_TOKENS = {
     "clip_vision_model": 1, "internvl_vision": 1, "siglip_vision_model": 0, "siglip2_vision_model": 0,
     "aimv2_vision_model": 0,

@@ -46,7 +46,7 @@ def _supported(asked: bool) -> Row:
     if reason is None:
         return Row("supported versions", "yes")
     stack, _ = software.lock_of(software.installed("transformers"))
-    if stack == "main" or asked:
+    if stack != "llava_pinned" or asked:
         return Row("supported versions", "no", PROBLEM, reason)
     found = f"no, these are {stack}.txt of scripts/locks: training and evaluation work, as without llava_patch"
     return Row("supported versions", found, NOTE, "to patch, use another environment: scripts/locks/main.txt is one")

@@ -49,12 +49,13 @@ def read_lock(path: Path) -> dict[str, str]:
 
 @functools.lru_cache
 def lock_of(transformers: str | None) -> tuple[str, dict[str, str]]:
-    """Name and versions of the lock with the same minor version of transformers, else of the main one."""
+    """Name and versions of the lock with the same minor version of transformers, else the same major, else of main."""
     locks = {path.stem: read_lock(path) for path in sorted(locks_dir().glob("*.txt"))}
-    series = None if transformers is None else Version(transformers).release[:2]
-    for name, versions in locks.items():
-        if Version(versions["transformers"]).release[:2] == series:
-            return name, versions
+    series = () if transformers is None else Version(transformers).release[:2]
+    for length in (2, 1):
+        for name, versions in locks.items():
+            if series and Version(versions["transformers"]).release[:length] == series[:length]:
+                return name, versions
     return "main", locks["main"]
 
 

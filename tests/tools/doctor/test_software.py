@@ -31,7 +31,15 @@ def test_a_lock_is_read_for_this_python(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "transformers, stack", [("4.57.9", "main"), ("4.37.2", "llava_pinned"), ("5.24.0", "main"), (None, "main")]
+    "transformers, stack",
+    [
+        ("4.57.9", "main"),
+        ("4.37.2", "llava_pinned"),
+        ("5.24.0", "newest"),
+        ("5.0.0", "newest"),
+        ("6.0", "main"),
+        (None, "main"),
+    ],
 )
 def test_the_nearest_stack(transformers, stack):
     assert software.lock_of(transformers)[0] == stack

@@ -1,0 +1,1 @@
+"""The table of stacks, hosts and jobs; see `scripts/matrix.sh`."""

@@ -1,0 +1,56 @@
+"""Checkpoints of one environment for another: `exchange.py write FOLDER` there, `exchange.py read FOLDER` here.
+
+Reading prints a line of JSON for each checkpoint: how far the logits are from those of the environment that wrote it.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from llava_patch import Routing, SkipLinks, get_handle, patch
+from tests.support import checkpoints
+from tests.support.release import write_fileset
+from tests.support.tiny_train import TEXT, VISION
+
+FUSION, ROUTING = SkipLinks(stride=2, detach=1), Routing(split=3)
+KINDS = [(host, form) for host in ("hf", "llava") for form in ("adapter", "full")]
+
+
+def write(folder: Path) -> None:
+    """A base for each host, and what both methods add to it, trained a little, in both forms."""
+    files = write_fileset(folder / "base", vision=VISION, text=TEXT, vocab_size=512)
+    logits = {}
+    for host, form in KINDS:
+        model = checkpoints.load(getattr(files, host))
+        handle = patch(model, fusion=FUSION)
+        checkpoints.trained(handle.anatomy.projector)
+        patch(model, routing=ROUTING)
+        checkpoints.trained(handle.anatomy.decoder.side_branch)
+        logits[f"{host} {form}"] = checkpoints.logits(model).contiguous()
+        handle.save(folder / f"llava-{host}-{form}", form=form)
+    save_file(logits, folder / "logits.safetensors")
+
+
+def read(folder: Path) -> None:
+    """Open what `write` has written, with the host's own loader."""
+    expected = load_file(folder / "logits.safetensors")
+    for host, form in KINDS:
+        name = f"{host} {form}"
+        try:
+            model = checkpoints.load(folder / f"llava-{host}-{form}")
+            handle = get_handle(model)
+            if handle is None or (handle.fusion, handle.routing) != (FUSION, ROUTING):
+                raise AssertionError("the model came back without its patch")
+            found = checkpoints.logits(model).contiguous()
+            row = {"far": float((found - expected[name]).abs().max()), "of": float(expected[name].abs().max())}
+        except Exception as error:  # a refusal is an answer too; the table shows it
+            row = {"refused": f"{type(error).__name__}: {error}"}
+        print(json.dumps({"checkpoint": name, **row}), flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    {"write": write, "read": read}[sys.argv[1]](Path(sys.argv[2]))

@@ -1,0 +1,100 @@
+"""Sessions of `bash scripts/matrix.sh`: one a stack, then checkpoints from each stack on the other, then the table.
+
+Stacks run in the environments that test.sh makes from the locks; a stack in between is another transformers in front.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+from matrix import table  # noqa: E402
+
+WORK = ROOT / ".matrix"
+OVERLAYS = {
+    "transformers-5.0": ("newest", "transformers==5.0.0", "tokenizers==0.22.2"),
+    "transformers-5.10": ("newest", "transformers==5.10.1", "tokenizers==0.22.2"),
+    "transformers-5.18": ("newest", "transformers==5.18.0"),
+}
+TREE = os.environ.get("LLAVA_PATCH_LLAVA_TREE")
+EXCHANGED = ("main", "newest")
+
+nox.options.default_venv_backend = "none"
+nox.options.stop_on_first_error = False
+
+
+def _environment(lock: str, *front: Path) -> dict[str, str]:
+    """What a command needs to run in a lock's environment, which is made first, with folders in front of it."""
+    say = 'source scripts/install.sh >&2 && echo "$VIRTUAL_ENV"'
+    own = {**os.environ, "LLAVA_PATCH_LOCK": lock}
+    said = subprocess.run(["bash", "-c", say], cwd=ROOT, env=own, check=True, stdout=subprocess.PIPE, text=True)
+    venv = said.stdout.strip()
+    return {
+        "PATH": f"{venv}/bin:{os.environ['PATH']}", "PYTHONPATH": os.pathsep.join(map(str, front)), "VIRTUAL_ENV": venv,
+        "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false",
+        "LLAVA_PATCH_GIN_FILE": "", "LLAVA_PATCH_GIN_PARAM": "", "LLAVA_PATCH_DISABLE": "",
+    }  # fmt: skip
+
+
+def _jobs(session: nox.Session, stack: str, environment: dict[str, str], tree: str = "") -> None:
+    out = WORK / f"{stack}.json"
+    out.unlink(missing_ok=True)
+    words = ["python", "-m", "pytest", "-n", os.environ.get("PYTEST_WORKERS", "2"), "--dist", "worksteal"]
+    words += ["-p", "tests.support.jobs", "--jobs-json", str(out), *session.posargs]
+    session.run(*words, env=environment, external=True, success_codes=[0, 1])  # failures are in the table
+    table.add(stack, json.loads(out.read_text(encoding="utf-8")), table.versions(environment), tree)
+
+
+@nox.session
+@nox.parametrize("stack", ["main", "newest"], ids=["main", "newest"])
+def jobs(session: nox.Session, stack: str) -> None:
+    """Every job of both hosts, with what a lock says."""
+    _jobs(session, stack, _environment(stack))
+
+
+@nox.session
+@nox.parametrize("stack", list(OVERLAYS), ids=list(OVERLAYS))
+def between(session: nox.Session, stack: str) -> None:
+    """The same with a transformers between those of the locks."""
+    lock, *packages = OVERLAYS[stack]
+    environment, front = _environment(lock), WORK / stack
+    if not front.is_dir():
+        partial = WORK / f"{stack}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        pip = ["python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        session.run(*pip, "--target", str(partial), *packages, env=environment, external=True)
+        partial.rename(front)
+    _jobs(session, stack, _environment(lock, front))
+
+
+@nox.session(name="llava-head")
+def llava_head(session: nox.Session) -> None:
+    """The same with a checkout of LLaVA in front of its release."""
+    if not TREE:
+        session.skip("LLAVA_PATCH_LLAVA_TREE names no checkout of LLaVA")
+    environment = _environment("main") | {"LLAVA_PATCH_LLAVA_TREE": TREE}
+    revision = subprocess.run(["git", "-C", TREE, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    _jobs(session, "llava-head", environment, revision or "no git checkout")
+
+
+@nox.session
+def exchange(session: nox.Session) -> None:
+    """Checkpoints that each lock's environment writes, opened in the other."""
+    environments = {stack: _environment(stack, ROOT) for stack in EXCHANGED}
+    script, rows = "scripts/matrix/exchange.py", {}
+    for stack, environment in environments.items():
+        shutil.rmtree(WORK / "exchange" / stack, ignore_errors=True)
+        session.run("python", script, "write", str(WORK / "exchange" / stack), env=environment, external=True)
+    for reader, environment in environments.items():
+        for writer in EXCHANGED:
+            words = ["python", script, "read", str(WORK / "exchange" / writer)]
+            said = session.run(*words, env=environment, external=True, silent=True)
+            lines = [json.loads(line) for line in str(said).splitlines() if line.startswith('{"checkpoint"')]
+            rows[f"{writer} -> {reader}"] = {line.pop("checkpoint"): line for line in lines}
+    table.add_exchange(rows)
