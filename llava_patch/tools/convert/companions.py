@@ -180,10 +180,8 @@ def write_hf(source: "Checkpoint", config: dict[str, Any], tokenizer: Any, visio
     """Tokenizer, processor, chat template and generation settings of an HF checkpoint."""
     images = clip_images(tower)
     if source.config.get("image_aspect_ratio") == "pad":  # HF has LLaVA's padding to a square in a class of its own
-        from transformers.models.llava.image_processing_llava import LlavaImageProcessor
-
         values = {k: v for k, v in images.to_dict().items() if k != "image_processor_type"}
-        images = LlavaImageProcessor(**values, do_pad=True)
+        images = compat.pil_processor("LlavaImageProcessor")(**values, do_pad=True)
     tokenizer.padding_side = "left"  # for generation in batches, as HF's releases have it
     transformers.LlavaProcessor(
         images, tokenizer, patch_size=vision.patch_size, num_additional_image_tokens=1,
@@ -257,7 +255,7 @@ def _content(token: Any) -> Any:
 
 def clip_images(place: str) -> Any:
     """CLIP's image processor, without what other processors' files say beside its settings."""
-    images = transformers.CLIPImageProcessor.from_pretrained(place)
+    images = compat.pil_processor("CLIPImageProcessor").from_pretrained(place)
     for name in ("do_pad", "_processor_class"):
         vars(images).pop(name, None)
     return images
