@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import transformers
 
 from llava_patch.core.errors import CheckpointError
-from llava_patch.core.weights import read_json, write_json
+from llava_patch.core.weights import locate, read_json, write_json
 from llava_patch.hosts import compat
 from llava_patch.hosts.anatomy import LLAVA
 from llava_patch.hosts.hf import whole_config
@@ -251,6 +252,15 @@ def _without(name: str, values: dict[str, Any], removed: set[str]) -> dict[str, 
 
 def _content(token: Any) -> Any:
     return token["content"] if isinstance(token, dict) else token
+
+
+def images_of(sources: Sequence[str]) -> str | None:
+    """The first folder with an image processor's settings; transformers 5 writes them into the processor's file."""
+    for source in sources:
+        inside = (read_json(source, "processor_config.json") or {}).get("image_processor")
+        if inside or locate(source, "preprocessor_config.json") is not None:
+            return source
+    return None
 
 
 def clip_images(place: str) -> Any:
