@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llava_patch.core.compiled import follow_as
 from llava_patch.core.errors import HostError, InputError
 from llava_patch.core.undo import UndoStack
 
@@ -67,6 +68,15 @@ def call_layer(layer: nn.Module, hidden_states: Tensor, *, checkpoint: bool = Tr
     for packed samples), `past_key_values` with `cache_position` ([tokens], places in that cache) and `use_cache`.
     Without `checkpoint`, gradient checkpointing is bypassed where no gradient is wanted (it would only warn).
     """
+    past = arguments.get("past_key_values")
+    # What compiled layers have in common. With a cache that is nothing: a layer's number then is in its graph.
+    number = None if getattr(past, "cache", past) is None else int(layer.self_attn.layer_idx)
+    given = frozenset(name for name, value in arguments.items() if value is not None)
+    role = (type(layer).__name__, checkpoint, given, number, torch.is_grad_enabled())
+    return follow_as(role, _run_layer, layer, checkpoint, hidden_states, arguments)
+
+
+def _run_layer(layer: nn.Module, checkpoint: bool, hidden_states: Tensor, arguments: dict[str, Any]) -> Tensor:
     call = layer if checkpoint else functools.partial(nn.Module.__call__, layer)
     return layer_output(call(hidden_states, **arguments))
 

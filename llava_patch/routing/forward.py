@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from llava_patch.core.compiled import aside, follow
 from llava_patch.core.errors import InputError
 from llava_patch.hosts import call_context, compat, known
 from llava_patch.hosts.anatomy import Anatomy
@@ -35,6 +36,7 @@ class RoutedForward:
         layers = list(self.anatomy.decoder.layers)
         return (*layers, *(getattr(layer, "self_attn", None) for layer in layers))
 
+    @aside
     def __call__(
         self,
         input_ids: Tensor | None = None,
@@ -75,8 +77,8 @@ class RoutedForward:
                 inputs_embeds, input_ids = self.anatomy.decoder.embed_tokens(input_ids), None
             call = self._call(context, inputs_embeds, attention_mask, past_key_values, use_cache, kwargs)
         if call is None:
-            outputs = self.stock(
-                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            outputs = follow(
+                self.stock, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
                 past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
                 cache_position=cache_position, **kwargs,
             )  # fmt: skip
