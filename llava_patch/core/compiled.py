@@ -59,6 +59,12 @@ def follow_as(role: Hashable, function: Callable[..., Any], *args: Any, **kwargs
         set_eval_frame(before)
 
 
+def varies(tensor: Any, *dimensions: int) -> None:
+    """Say of a tensor (or of what is none) that these sizes differ from call to call: one graph is enough for all."""
+    if _compiler.get() is not None and isinstance(tensor, torch.Tensor):
+        torch._dynamo.maybe_mark_dynamic(tensor, dimensions)
+
+
 def _call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return function(*args, **kwargs)
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava_patch.core.compiled import follow_as
+from llava_patch.core.compiled import follow_as, varies
 from llava_patch.core.errors import HostError, InputError
 from llava_patch.core.undo import UndoStack
 
@@ -68,6 +68,10 @@ def call_layer(layer: nn.Module, hidden_states: Tensor, *, checkpoint: bool = Tr
     for packed samples), `past_key_values` with `cache_position` ([tokens], places in that cache) and `use_cache`.
     Without `checkpoint`, gradient checkpointing is bypassed where no gradient is wanted (it would only warn).
     """
+    for tensor in (hidden_states, *arguments.get("position_embeddings", ())):
+        varies(tensor, 0, 1)
+    for name in ("attention_mask", "position_ids", "cache_position"):
+        varies(arguments.get(name), *range(getattr(arguments.get(name), "ndim", 0)))
     past = arguments.get("past_key_values")
     # What compiled layers have in common. With a cache that is nothing: a layer's number then is in its graph.
     number = None if getattr(past, "cache", past) is None else int(layer.self_attn.layer_idx)
