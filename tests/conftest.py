@@ -10,7 +10,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+from tests.support import llava_tree
+
+llava_tree.put_in_front()
 torch.set_num_threads(1)  # tiny models: threads only wait for one another
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Say which `llava` this is about, under -q too, which hides pytest's own header."""
+    if reporter := session.config.pluginmanager.get_plugin("terminalreporter"):
+        reporter.write_line(llava_tree.described())
 
 
 @pytest.fixture(scope="session")

@@ -21,8 +21,8 @@ from llava_patch.core.undo import UndoStack
 from llava_patch.fusion import deep_stack_decoder, training
 from llava_patch.fusion.base import STI_POOL, Fusion, Join, Taps, choose_taps, differs
 from llava_patch.fusion.features import check_grid, fuse, stacked
-from llava_patch.fusion.linear import FusedLinear
-from llava_patch.hosts import wrappers, zero
+from llava_patch.fusion.linear import FusedLinear, narrowed
+from llava_patch.hosts import compat, lora, storage, wrappers, zero
 from llava_patch.hosts.anatomy import when_loaded
 
 logger = logging.getLogger("llava_patch")
@@ -52,11 +52,11 @@ class FusionMethod(Method):
         return self.settings.join is Join.LAYERS
 
     def check_model(self, loading: bool) -> None:
-        """Refuse a projector that cannot grow because it lies outside memory."""
-        if not loading and any(p.is_meta for p in self.anatomy.projector.parameters()):
+        """Refuse a projector without weights to grow."""
+        if not loading and storage.is_out_of_reach(self.anatomy.projector):
             raise SettingError(
-                f"the projector's weights lie outside memory (device_map with offloading), where {self.name} cannot "
-                "grow them: load the model without offloading, or load a checkpoint that carries the fusion"
+                f"the projector's weights are on the meta device, where {self.name} cannot grow them, and no hook of "
+                "accelerate brings them in: load the model's weights first"
             )
 
     def agrees(self, asked: Any) -> bool:
@@ -77,8 +77,7 @@ class FusionMethod(Method):
         """Resolve the taps against the host's tower and check that the host can take them; changes nothing."""
         anatomy = self.anatomy
         self.taps = taps = choose_taps(self.settings, anatomy.n_blocks, anatomy.main_block)
-        if hasattr(anatomy.tower, "s2_scales"):
-            raise HostError(f"{self.name} does not know multi-scale (S2) towers: load the model without s2")
+        anatomy.check_one_scale(self.name)
         if not taps.keeps_tokens:
             if anatomy.tiles:
                 raise SettingError(
@@ -94,10 +93,10 @@ class FusionMethod(Method):
             )
         linear = anatomy.first_linear()[2]
         width = int(anatomy.vision_width)
-        if isinstance(linear, FusedLinear) or zero.shape(linear.weight)[1] != width:
+        if isinstance(linear, FusedLinear) or linear.in_features != width:
             fused = taps.columns * taps.merge_size**2 * width
             raise SettingError(
-                f"the projector takes {zero.shape(linear.weight)[1]} channels, but this tower gives {width} ({fused} "
+                f"the projector takes {linear.in_features} channels, but this tower gives {width} ({fused} "
                 "with this fusion): it was made for another tower or another fusion"
             )
 
@@ -139,10 +138,10 @@ class FusionMethod(Method):
         (its `no_grad` lifted only while something in it trains) and, while it is not loaded yet, `load_model`.
         """
         anatomy, taps = self.anatomy, self.taps
+        if storage.dequantise(anatomy.projector_owner, anatomy.norm.weight.dtype, undo, anatomy.projector_name):
+            _say_dequantised(self.name)
         if taps.columns > 1 or taps.merge_size > 1:
-            parent, name, linear = anatomy.first_linear()
-            fused = FusedLinear.grow(linear, taps.columns, taps.merge_size, zero_start)
-            undo.replace_module(parent, name, fused, fused.stock if loading else None)
+            self._widen(undo, zero_start, loading)
         if taps.join is Join.LAYERS:
             deep_stack_decoder.attach(anatomy, undo)
         if not taps.keeps_tokens and not loading:
@@ -157,6 +156,22 @@ class FusionMethod(Method):
         wrappers.refuse_other_features(anatomy, undo)
         if self.trains_tower:
             training.let_tower_train(anatomy, undo)
+
+    def _widen(self, undo: UndoStack, zero_start: bool, loading: bool) -> None:
+        """Put a `FusedLinear` in the place of the projector's first Linear, and of what peft has put beside it."""
+        anatomy, stock = self.anatomy, {}
+        for parent, name, linear in anatomy.first_linears():
+            with storage.brought_in(linear):
+                fused = FusedLinear.grow(linear, self.taps.columns, self.taps.merge_size, zero_start)
+            stock[fused] = fused.stock if loading else functools.partial(_same, linear)
+            setattr(parent, name, fused)
+
+        def narrow() -> None:
+            for parent, name, layer in anatomy.first_linears():  # among them what peft has made since
+                with storage.brought_in(layer):
+                    setattr(parent, name, stock[layer]() if layer in stock else narrowed(layer, fused))
+
+        undo.push(narrow)
 
     def changed(self, settings: Any, undo: UndoStack) -> Method:
         """Another choice of what trains."""
@@ -176,8 +191,9 @@ class FusionMethod(Method):
         needed = {taps.main, *taps.blocks}
 
         @aside
-        def begin(module: nn.Module, args: Any) -> None:
+        def begin(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             last.fused = False
+            compat.ask_all_states(kwargs)
 
         @aside
         def put_fused_feature(module: nn.Module, args: Any, output: Any) -> Any:
@@ -187,7 +203,7 @@ class FusionMethod(Method):
             if states is None:  # nobody asked for hidden states: the host does not select a feature here
                 return output
             if any(states[block] is None for block in needed):
-                return output  # this version keeps only those that the host asked for
+                return output  # the caller asked for others
             if taps.join is Join.LAYERS:
                 deep_stack_decoder.note(stacked(states, taps, anatomy.dropped_tokens, grid))
             output["hidden_states"] = (
@@ -196,7 +212,7 @@ class FusionMethod(Method):
             last.fused = True
             return output
 
-        undo.push(vision.register_forward_pre_hook(begin).remove)
+        undo.push(vision.register_forward_pre_hook(begin, with_kwargs=True).remove)
         undo.push(vision.register_forward_hook(put_fused_feature, always_call=True).remove)
         return vision
 
@@ -220,7 +236,8 @@ class FusionMethod(Method):
                 "handle.remove(), or install a supported version"
             )
 
-        undo.push(anatomy.projector.register_forward_pre_hook(check).remove)
+        hook = anatomy.projector.register_forward_pre_hook(check)
+        undo.push(lambda: lora.unhook(anatomy.projector, hook))
 
     # --- what trains --------------------------------------------------------------------------------------------------
 
@@ -253,18 +270,18 @@ class FusionMethod(Method):
 
         That is where its new weights are all zero, and stay so because they do not train.
         """
-        own, layer = self._own_projector(), self.anatomy.first_linear()[2]
+        own, (parent, name, layer) = self._own_projector(), self.anatomy.first_linear()
         if own is not None:
-            decisive: list[Any] = list([m for m in own.modules() if isinstance(m, nn.Linear)][-1].parameters())
+            decisive = _last_linear(own)
         elif isinstance(layer, FusedLinear) and layer.in_features > layer.main_features:
-            decisive = [layer.weight]
+            decisive = [layer.weight, *(parent.parameters() if name == "base_layer" else ())]  # LoRA's own
         else:
             return None
         ids = {id(p) for p in decisive}
         if {n for n, p in self.anatomy.model.named_parameters() if id(p) in ids} & set(trainable):
             return None
-        with zero.gathered(decisive):
-            new = decisive if own is not None else [layer.weight[:, layer.main_features :]]
+        with zero.gathered(decisive), storage.brought_in(layer if own is None else own):
+            new = _last_linear(own) if own is not None else [layer.weight[:, layer.main_features :]]
             if any(bool(values.any()) for values in new):
                 return None
         routing = others.get("routing")
@@ -310,6 +327,23 @@ class FusionMethod(Method):
         fitted = {**values, **self.processor_fields()}
         if fitted != values:
             write_text(path, json.dumps(fitted, indent=2) + "\n")
+
+
+def _last_linear(projector: nn.Module) -> list[Any]:
+    """The parameters of a projector's last Linear."""
+    return list([m for m in projector.modules() if isinstance(m, nn.Linear)][-1].parameters())
+
+
+@functools.lru_cache
+def _say_dequantised(name: str) -> None:
+    logger.warning(
+        "%s: the projector was quantised, and is dequantised to take the taps. In 8 bit, where stock layers round "
+        "their inputs too, the output differs by that rounding from the stock model's", name,
+    )  # fmt: skip
+
+
+def _same(module: nn.Module) -> nn.Module:
+    return module
 
 
 @functools.lru_cache

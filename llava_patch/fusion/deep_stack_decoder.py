@@ -1,6 +1,5 @@
 """DeepStack: a projector for the taps, and how their features reach the decoder."""
 
-import copy
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from llava_patch.core.compiled import aside
 from llava_patch.core.errors import HostError
 from llava_patch.core.undo import UndoStack, holding
-from llava_patch.hosts import call_context, zero
+from llava_patch.hosts import call_context, lora, storage
 from llava_patch.hosts.anatomy import Anatomy
 
 _taken: ContextVar[list[list[Tensor]] | None] = ContextVar("llava_patch_taps", default=None)
@@ -58,8 +57,10 @@ def attach(anatomy: Anatomy, undo: UndoStack) -> None:
     Modifications: a module beside the projector; the instance attribute `encode_images` of the causal LM on `llava`,
     `get_image_features` (and with anyres tiles `pack_image_features`) of the inner LlavaModel on HF.
     """
-    with zero.gathered(anatomy.projector.parameters()):
-        projector = copy.deepcopy(anatomy.projector)
+    original = lora.copies(anatomy.projector_owner, anatomy.projector_name)[0][2]
+    projector = storage.plain_copy(original, anatomy.norm.weight.dtype)
+    if lora.has_lora(original):
+        projector.requires_grad_(any(p.requires_grad for p in anatomy.projector.parameters()))
     linears = [m for m in projector.modules() if isinstance(m, nn.Linear)]
     if not linears:
         raise HostError(f"the projector {type(projector).__name__} has no Linear layer that DeepStack could start at 0")

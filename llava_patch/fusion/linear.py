@@ -53,15 +53,7 @@ class FusedLinear(nn.Linear):
 
     def stock(self) -> nn.Linear:
         """A layer of the stock width with the main columns; where patches are merged, with their sum."""
-        linear = nn.Linear(
-            self.stock_features, self.out_features, self.bias is not None, self.weight.device, self.weight.dtype
-        )
-        with zero.gathered(self.parameters()), torch.no_grad():
-            main = self.weight[:, : self.main_features]
-            linear.weight.copy_(main.unflatten(1, (-1, self.stock_features)).sum(1))
-            if self.bias is not None:
-                linear.bias.copy_(self.bias)
-        return linear
+        return narrowed(self, self)
 
     def forward(self, features: Tensor) -> Tensor:
         """[..., columns * m^2 * d] to [..., out]."""
@@ -78,3 +70,17 @@ class FusedLinear(nn.Linear):
             main = main.contiguous()
         main = F.linear(main, self.weight[:, :d].contiguous(), self.bias)
         return main if d == self.in_features else main + F.linear(features[..., d:], self.weight[:, d:])
+
+
+def narrowed(layer: nn.Linear, fused: FusedLinear) -> nn.Linear:
+    """A layer of the stock width: of `layer`, which is as wide as `fused`, the columns that are the main ones there."""
+    bias, weight = layer.bias is not None, layer.weight
+    linear = nn.Linear(fused.stock_features, layer.out_features, bias, weight.device, weight.dtype)
+    linear.weight.requires_grad_(weight.requires_grad)
+    with zero.gathered(layer.parameters()), torch.no_grad():
+        main = weight[:, : fused.main_features]
+        linear.weight.copy_(main.unflatten(1, (-1, fused.stock_features)).sum(1))
+        if bias:
+            linear.bias.copy_(layer.bias)
+            linear.bias.requires_grad_(layer.bias.requires_grad)
+    return linear

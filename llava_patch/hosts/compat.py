@@ -6,16 +6,17 @@ each `fix_*` function names what broke and since when, and touches only code tha
 """
 
 import copy
+import dataclasses
 import functools
 import importlib.util
 import inspect
 import logging
+import math
 import re
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from llava_patch.core.errors import HostError, InputError
 from llava_patch.core.undo import UndoStack
 
 logger = logging.getLogger("llava_patch")
+T = TypeVar("T")
 
 SUPPORTED_TRANSFORMERS = ("4.57", "5.25")
 """Lowest supported version (inclusive) and first unsupported one (exclusive)."""
@@ -60,29 +62,76 @@ def brings_towers(builder: ModuleType) -> bool:
 # --- calling decoder layers -------------------------------------------------------------------------------------------
 
 
-def call_layer(layer: nn.Module, hidden_states: Tensor, *, checkpoint: bool = True, **arguments: Any) -> Tensor:
+@functools.cache
+def _named(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
+def cache_argument() -> str:
+    """What decoders and their layers call the KV cache that they are given: `past_key_values`, `cache` from 5.2x on."""
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    return "cache" if "cache" in _named(LlamaDecoderLayer.forward) else "past_key_values"
+
+
+def to_forget(asked: int, held: int) -> int:
+    """How many of the `held` positions the argument of a cache's `crop` tells to forget.
+
+    A negative number always says how many; else it says how many to keep, up to 5.1x. Since then 0 means none, and
+    stock caches refuse a positive one, which still speaks for itself.
+    """
+    from transformers.cache_utils import DynamicCache
+
+    if asked < 0 or (asked == 0 and "tokens_to_remove" in _named(DynamicCache.crop)):
+        return min(-asked, held)
+    return max(held - asked, 0)
+
+
+def encode_in_forward(model: Any, undo: UndoStack) -> None:
+    """Have `generate` hand images to the model's forward, as it always did, instead of encoding them before (5.1x on).
+
+    Only a call of the model knows where they are in its decoder's input.
+
+    Modifications: the instance attribute `_supports_mm_encoder_outputs`, where the class has it.
+    """
+    if hasattr(model, "_supports_mm_encoder_outputs"):
+        undo.set_attribute(model, "_supports_mm_encoder_outputs", lambda: False)
+
+
+def ask_all_states(arguments: dict[str, Any]) -> None:
+    """Have a vision model report every hidden state: from 5.2x on HF asks for those alone that it takes (in place)."""
+    asked = arguments.get("output_hidden_states")
+    if asked is not None and not isinstance(asked, bool):
+        arguments["output_hidden_states"] = True
+
+
+def call_layer(
+    layer: Any, hidden_states: Tensor, *, cache: Any = None, checkpoint: bool = True, **arguments: Any
+) -> Tensor:
     """Run one decoder layer: [batch, tokens, hidden] to the same.
 
     `arguments` are its forward's: `attention_mask` (what `causal_mask` returned), `position_embeddings` (rotary cos and
     sin, each [batch or 1, tokens, head_dim]), `position_ids` (of consecutive positions only: flash attention takes gaps
-    for packed samples), `past_key_values` with `cache_position` ([tokens], places in that cache) and `use_cache`.
-    Without `checkpoint`, gradient checkpointing is bypassed where no gradient is wanted (it would only warn).
+    for packed samples) and `use_cache`. Without `checkpoint`, gradient checkpointing is bypassed: where no gradient is
+    wanted it would only warn, and it drops a cache.
     """
+    if cache is not None:
+        arguments[cache_argument()] = cache
     for tensor in (hidden_states, *arguments.get("position_embeddings", ())):
         varies(tensor, 0, 1)
     for name in ("attention_mask", "position_ids", "cache_position"):
         varies(arguments.get(name), *range(getattr(arguments.get(name), "ndim", 0)))
-    past = arguments.get("past_key_values")
     # What compiled layers have in common. With a cache that is nothing: a layer's number then is in its graph.
-    number = None if getattr(past, "cache", past) is None else int(layer.self_attn.layer_idx)
+    number = None if getattr(cache, "cache", cache) is None else int(layer.self_attn.layer_idx)
     given = frozenset(name for name, value in arguments.items() if value is not None)
     role = (type(layer).__name__, checkpoint, given, number, torch.is_grad_enabled())
-    return follow_as(role, _run_layer, layer, checkpoint, hidden_states, arguments)
-
-
-def _run_layer(layer: nn.Module, checkpoint: bool, hidden_states: Tensor, arguments: dict[str, Any]) -> Tensor:
-    call = layer if checkpoint else functools.partial(nn.Module.__call__, layer)
-    return layer_output(call(hidden_states, **arguments))
+    if checkpoint or not getattr(layer, "gradient_checkpointing", False):
+        return layer_output(follow_as(role, layer, hidden_states, **arguments))
+    layer.gradient_checkpointing = False  # read by the layer's `__call__`, from 5.2x on by its `forward`
+    try:
+        return layer_output(follow_as(role, layer, hidden_states, **arguments))
+    finally:
+        layer.gradient_checkpointing = True
 
 
 def layer_output(output: Any) -> Tensor:
@@ -100,6 +149,33 @@ def checkpointed(layer: Any, function: Callable[..., Tensor], *tensors: Tensor) 
     return function(*tensors)
 
 
+def ties_last_state(vision: nn.Module) -> bool:
+    """Whether transformers' output recorder puts a vision model's last_hidden_state in its last block's place.
+
+    Up to 4.57 it always does, so that what follows the blocks (a norm) is in it; from 5.0 on a class can tell it not
+    to, in a variable of the decorator, and from 5.1x on a configuration.
+    """
+    name = "tie_last_hidden_states"
+    told = getattr(getattr(vision, "config", None), name, None)
+    if told is not None:
+        return bool(told)
+    for kind in type(vision).__mro__:
+        forward = vars(kind).get("forward")
+        while forward is not None:
+            free = getattr(getattr(forward, "__code__", None), "co_freevars", ())
+            if name in free:
+                return bool(forward.__closure__[free.index(name)].cell_contents)
+            forward = getattr(forward, "__wrapped__", None)
+    return True
+
+
+def pil_processor(name: str) -> Any:
+    """An image processor's class by its name, the one that computes with PIL: from 5.1x on apart from torchvision's."""
+    import transformers
+
+    return getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
+
+
 def one_tensor(features: Any) -> Tensor:
     """What a host's image encoder returned (up to transformers 4 maybe a list), one tensor [images, tokens, hidden]."""
     features = getattr(features, "pooler_output", features)
@@ -109,6 +185,18 @@ def one_tensor(features: Any) -> Tensor:
 def stored_dtype(config: dict[str, Any]) -> str | None:
     """The precision that a config.json names: `torch_dtype` up to 4.55, `dtype` from 4.56."""
     return config.get("dtype", config.get("torch_dtype"))
+
+
+def as_here(named: Mapping[str, T], known: Collection[str]) -> dict[str, T]:
+    """The same under the names that a model has on this version: CLIP lost a level, `vision_model`, with 5.0."""
+    return {_name_here(name, known): value for name, value in named.items()}
+
+
+def _name_here(name: str, known: Collection[str]) -> str:
+    below = name.rpartition("vision_tower.")[2]
+    other = below.removeprefix("vision_model.") if below.startswith("vision_model.") else f"vision_model.{below}"
+    other = name.removesuffix(below) + other
+    return other if name not in known and other in known else name
 
 
 def known_options(processor: Any) -> frozenset[str]:
@@ -143,10 +231,7 @@ def causal_mask(
     if attn_implementation is not None and attn_implementation != config._attn_implementation:
         config = copy.copy(config)
         config._attn_implementation = attn_implementation
-    # Of the cache only the number of keys is asked.
-    cache = SimpleNamespace(is_compileable=False, get_mask_sizes=lambda cache_position, layer_idx: (keys, 0))
-    places = torch.arange(keys - queries, keys, device=hidden_states.device)
-    return stock_mask(config, hidden_states, attention_mask=key_valid, cache_position=places, past_key_values=cache)
+    return stock_mask(config, hidden_states, attention_mask=key_valid, seen=keys - queries)
 
 
 def sliding_window(config: Any) -> int | None:
@@ -154,16 +239,33 @@ def sliding_window(config: Any) -> int | None:
     return getattr(config, "sliding_window", None)
 
 
-def stock_mask(config: Any, inputs_embeds: Tensor, **arguments: Any) -> Any:
-    """The mask that the stock decoder would build for its forward's arguments (layers below the split must match it).
-
-    They are `attention_mask`, `cache_position`, `past_key_values` and `position_ids`.
-    """
+def stock_mask(
+    config: Any,
+    inputs_embeds: Tensor,  # [batch, queries, hidden]
+    *,
+    attention_mask: Tensor | None,  # [batch, earlier and new tokens]
+    seen: int | None,  # how many earlier tokens the cache holds; None: there is no cache
+    cache_position: Tensor | None = None,  # int64 [queries], where the caller says it
+    position_ids: Tensor | None = None,  # int64 [batch or 1, queries]
+) -> Any:
+    """The mask that the stock decoder would build for the same arguments (layers below the split must match it)."""
     from transformers import masking_utils
 
     windowed = sliding_window(config) is not None
     make: Any = masking_utils.create_sliding_window_causal_mask if windowed else masking_utils.create_causal_mask
-    return make(config=config, input_embeds=inputs_embeds, **arguments)
+    cache, named = None, _named(make)
+    if seen is not None:  # of a cache only numbers of positions are asked
+        keys = seen + inputs_embeds.shape[1]
+        cache = SimpleNamespace(
+            is_compileable=False, get_mask_sizes=lambda *_: (keys, 0), get_seq_length=lambda *_: seen,
+            get_query_offset=lambda *_: seen,
+        )  # fmt: skip
+    arguments = {"cache" if "cache" in named else "past_key_values": cache, "position_ids": position_ids}
+    if "cache_position" in named:  # up to 5.x; then the cache says where the queries are
+        start, count = seen or 0, inputs_embeds.shape[1]
+        places = torch.arange(start, start + count, device=inputs_embeds.device)
+        arguments["cache_position"] = places if cache_position is None else cache_position
+    return make(config, inputs_embeds, attention_mask, **arguments)
 
 
 def visible(config: Any, query_index: Tensor, key_index: Tensor, key_valid: Tensor | None) -> Tensor:
@@ -248,18 +350,47 @@ def fix_trainer_exports(trainer_module: ModuleType, undo: UndoStack) -> None:
         undo.set_attribute(trainer_module, "ALL_LAYERNORM_LAYERS", ALL_LAYERNORM_LAYERS)
 
 
-RENAMED_FLAGS = {"--evaluation_strategy": "--eval_strategy"}  # since 4.46
-
-
 def fix_argv(argv: list[str]) -> None:
-    """Rename flags of LLaVA's launch scripts that TrainingArguments has renamed, in place."""
-    for i, argument in enumerate(argv):
-        flag, equals, value = argument.partition("=")
-        argv[i] = RENAMED_FLAGS.get(flag, flag) + equals + value
+    """Write flags of LLaVA's launch scripts as TrainingArguments takes them now, where it has dropped them (in place).
+
+    `--evaluation_strategy` is `--eval_strategy` since 4.46. Since 5.0 `--no_cuda` is `--use_cpu`, `--group_by_length` a
+    sampling strategy, and a share of the steps is a `--warmup_steps` below 1 instead of `--warmup_ratio`, which
+    counted beside 0 steps only.
+    """
+    from transformers import TrainingArguments
+    from transformers.hf_argparser import string_to_bool
+
+    known = {field.name: field.type for field in dataclasses.fields(TrainingArguments)}
+    starts = [i for i, word in enumerate(argv) if word.startswith("--")]
+    found = []
+    for start, end in zip(starts, [*starts[1:], len(argv)], strict=False):
+        flag, equals, value = argv[start].partition("=")
+        found.append((start, end, flag[2:].replace("-", "_"), [value] * bool(equals) + argv[start + 1 : end]))
+    given = {name: values for *_, name, values in found}  # of two, the later counts
+    grouped = all(map(string_to_bool, given.get("group_by_length", [])))
+    now = {
+        "evaluation_strategy": ["--eval_strategy", *given.get("evaluation_strategy", [])],
+        "no_cuda": ["--use_cpu", *given.get("no_cuda", [])],
+        "group_by_length": ["--train_sampling_strategy", "group_by_length" if grouped else "random"],
+    }
+    now = {name: words for name, words in now.items() if name not in known}
+    if "warmup_ratio" in given and known["warmup_steps"] is not int:
+        warmup = ["--warmup_steps", *_warmup(given.get("warmup_steps") or ["0"], given["warmup_ratio"])]
+        now |= {"warmup_ratio": warmup, "warmup_steps": warmup}
+    for start, end, name, _ in reversed(found):
+        argv[start:end] = now.get(name, argv[start:end])
+
+
+def _warmup(steps: list[str], ratio: list[str]) -> list[str]:
+    """The value of a flag that takes steps or, below 1, a share of all."""
+    if float(steps[0]) > 0:
+        return steps
+    whole = math.nextafter(1, 0)  # 1 itself is one step; of any number of steps this share is rounded up to all of them
+    return [str(whole) if float(word) == 1 else word for word in ratio]
 
 
 def fix_trainer_methods(llava_trainer: ModuleType, undo: UndoStack) -> None:
-    """LLaVATrainer overrides two Trainer methods with the signatures of 4.37."""
+    """LLaVATrainer overrides two Trainer methods with the signatures of 4.37, and is made with that `tokenizer`."""
     from transformers import Trainer
 
     cls = llava_trainer.LLaVATrainer
@@ -272,9 +403,17 @@ def fix_trainer_methods(llava_trainer: ModuleType, undo: UndoStack) -> None:
             save = Trainer._save_checkpoint
         save(self, model, trial)
 
+    def with_processing_class(init: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+        if "tokenizer" in kwargs:
+            kwargs["processing_class"] = kwargs.pop("tokenizer")
+        init(self, *args, **kwargs)
+
     if "train_dataset" not in inspect.signature(cls._get_train_sampler).parameters:  # which is passed since 4.5x
         undo.wrap(cls, "_get_train_sampler", without_data)
     undo.wrap(cls, "_save_checkpoint", without_metrics)  # it hands on `metrics`, which are gone since 4.47
+    accepted = inspect.signature(Trainer.__init__, follow_wrapped=False).parameters.values()
+    if not any(one.name == "tokenizer" or one.kind is one.VAR_KEYWORD for one in accepted):  # from 5.0 on
+        undo.wrap(cls, "__init__", with_processing_class)
 
 
 def fix_optimizer_groups(llava_trainer: ModuleType, undo: UndoStack) -> None:
@@ -294,26 +433,40 @@ def fix_optimizer_groups(llava_trainer: ModuleType, undo: UndoStack) -> None:
     undo.wrap(llava_trainer.LLaVATrainer, "create_optimizer", without_empty)
 
 
-def load_renamed(model: Any, folder: Path) -> None:
-    """Load what a Trainer that goes on from a checkpoint leaves out on HF (in place).
+def load_saved_names(model: nn.Module, undo: UndoStack) -> None:
+    """Let a model's `load_state_dict` take its tensors under the names that its own `save_pretrained` writes.
 
-    `save_pretrained` writes a LLaVA's tensors under the names of older versions (transformers 4.52 to 4.57);
-    `from_pretrained` translates them, but the Trainer's own loading does not, warns, and trains on with the weights
-    that it was started with. With `save_safetensors=False` they lie in PyTorch's own files.
+    On HF that writes a LLaVA's tensors under the names of older versions (4.52 on); `from_pretrained` translates them,
+    but a Trainer that goes on from a checkpoint, or loads the best one, only warns, and keeps the weights it has.
+
+    Modifications: a load_state_dict pre-hook.
     """
-    from llava_patch.core.weights import read_file  # a stock script loads this module, and nothing that patches
 
-    mapping = getattr(model, "_checkpoint_conversion_mapping", None)
-    if not mapping:
-        return
-    expected = set(model.state_dict())
-    for path in sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin")):
-        found = {}
-        for tensor in read_file(path, whole=True):
-            old = next((old for old in mapping if re.search(old, tensor.name)), None)
-            if tensor.name not in expected and old is not None:
-                found[re.sub(old, mapping[old], tensor.name)] = tensor()
-        model.load_state_dict(found, strict=False)
+    def translate(state: dict[str, Any], prefix: str, *_: Any) -> None:
+        own = {n for named in (model.named_parameters, model.named_buffers) for n, _ in named(remove_duplicate=False)}
+        given = {name.removeprefix(prefix) for name in state if name.startswith(prefix)}
+        for saved, name in _saved_names(model, given - own, own - given).items():
+            state[prefix + name] = state.pop(prefix + saved)
+
+    undo.push(model._register_load_state_dict_pre_hook(translate).remove)
+
+
+def _saved_names(model: Any, unknown: Collection[str], wanted: Collection[str]) -> dict[str, str]:
+    """Which of the unknown names `save_pretrained` writes for which wanted ones."""
+    if not unknown or not wanted:
+        return {}
+    names = sorted(wanted)
+    try:
+        from transformers.core_model_loading import revert_weight_conversion  # since 5.0
+    except ImportError:
+        mapping = getattr(model, "_checkpoint_conversion_mapping", None) or {}
+        found = {
+            name: next((re.sub(o, n, name) for o, n in mapping.items() if re.search(o, name)), "") for name in unknown
+        }
+    else:
+        saved = revert_weight_conversion(model, {name: torch.tensor(i) for i, name in enumerate(names)})
+        found = {name: names[int(place)] for name, place in saved.items()}
+    return {saved: name for saved, name in found.items() if saved in unknown and name in wanted}
 
 
 def fix_zero3_dtypes(model: nn.Module, training_args: Any) -> None:
@@ -334,13 +487,87 @@ def fix_zero3_dtypes(model: nn.Module, training_args: Any) -> None:
 
 
 def fix_forward_arguments(cls: type, undo: UndoStack) -> None:
-    """`generate` passes `cache_position` (4.38 on), which llava's forward does not take and does not need."""
+    """`generate` passes what llava's methods do not take: `cache_position` (4.38 to 5.x), and `cache` (5.2x on).
+
+    The first they do not need, the second they know as `past_key_values`.
+    """
+
+    def with_old_names(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if "cache" in kwargs:
+            kwargs["past_key_values"] = kwargs.pop("cache")
+        return method(*args, **kwargs)
 
     def without_places(forward: Callable[..., Any], *args: Any, cache_position: Any = None, **kwargs: Any) -> Any:
-        return forward(*args, **kwargs)
+        return with_old_names(forward, *args, **kwargs)
 
-    if "cache_position" not in inspect.signature(cls.forward).parameters:  # type: ignore[attr-defined]
+    old, kind = cache_argument() == "cache", cast(Any, cls)
+    if "cache_position" not in _named(kind.forward):
         undo.wrap(cls, "forward", without_places)
+    elif old and "cache" not in _named(kind.forward):
+        undo.wrap(cls, "forward", with_old_names)
+    if old and "cache" not in _named(getattr(kind, "prepare_inputs_for_generation", with_old_names)):
+        undo.wrap(cls, "prepare_inputs_for_generation", with_old_names)
+
+
+def fix_llama_tokenizer(cls: Any, undo: UndoStack) -> None:
+    """Read Vicuna's tokenizer as it was before 5.0, where a checkpoint that names no `legacy` had it True.
+
+    5.x takes False, splits the text after "</s>" into other tokens, and LLaVA masks all labels of a conversation with a
+    second answer ("tokenization mismatch"). Nor does it save the setting, so that a tokenizer that was trained with
+    True would come back with False: it is saved; what 5.x has saved without it is read as 5.x reads it.
+    """
+
+    def with_legacy(init: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("legacy") is None:
+            kwargs["legacy"] = "backend" not in kwargs  # which 5.x writes
+        init(self, *args, **kwargs)
+        self.init_kwargs["legacy"] = self.legacy
+
+    parameter = inspect.signature(cls.__init__).parameters.get("legacy")
+    if parameter is not None and parameter.default is False:
+        undo.wrap(cls, "__init__", with_legacy)
+
+
+def full_precision(kwargs: dict[str, Any]) -> None:
+    """Load in float32 where a script names no precision, as before 5.0, which takes the checkpoint's (in place).
+
+    LLaVA's train.py passes `torch_dtype=None` without --bf16 and counts on float32: optimizer steps vanish in half
+    precision. What is loaded quantised keeps its own default.
+    """
+    quantised = ("quantization_config", "load_in_8bit", "load_in_4bit")
+    if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None and not any(map(kwargs.get, quantised)):
+        kwargs.pop("torch_dtype", None)
+        kwargs["dtype"] = torch.get_default_dtype()
+
+
+def keep_floating(names: Callable[[Callable[[Any], list[str]], Any, bool], list[str]], undo: UndoStack) -> None:
+    """Say which modules transformers leaves in floating point when it quantises a model that it loads.
+
+    `names` gets what names those that it leaves out itself or the user's llm_int8_skip_modules say, the model, and
+    whether its files are quantised already.
+
+    Modifications: the static method `get_modules_to_not_convert` of its quantizers' base.
+    """
+    from transformers.quantizers.base import HfQuantizer
+
+    stock = HfQuantizer.get_modules_to_not_convert
+
+    def all_names(self: Any, model: Any, *args: Any, **kwargs: Any) -> list[str]:
+        return names(lambda model: stock(model, *args, **kwargs), model, bool(self.pre_quantized))
+
+    undo.set_attribute(HfQuantizer, "get_modules_to_not_convert", all_names)
+
+
+def fix_quantisation_arguments(kwargs: dict[str, Any]) -> None:
+    """Llava's loader and script say both how to quantise and `load_in_4bit`, of which transformers takes one (4.41 on).
+
+    In 5.0 the short form is gone altogether.
+    """
+    asked = {name: kwargs.pop(name) for name in ("load_in_8bit", "load_in_4bit") if name in kwargs}
+    if any(asked.values()) and kwargs.get("quantization_config") is None:
+        from transformers import BitsAndBytesConfig
+
+        kwargs["quantization_config"] = BitsAndBytesConfig(**asked)
 
 
 def flash_fallback(kwargs: dict[str, Any]) -> None:

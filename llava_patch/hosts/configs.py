@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
-from llava_patch.core.errors import CheckpointError
+from llava_patch.core.errors import CheckpointError, HostError
 from llava_patch.core.records import CONFIG_KEY, read_settings
 from llava_patch.core.weights import read_json
 from llava_patch.hosts.anatomy import HOSTS
 from llava_patch.hosts.host import HostFiles
+from llava_patch.hosts.towers.layout import SEVERAL_SCALES
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,14 @@ def skeleton(config: dict[str, Any], host: str) -> Any:
 
 
 def tower_config(config: dict[str, Any], source: str) -> Any:
-    """The configuration of the vision tower that llava's config.json names; CheckpointError where it is not there."""
+    """The configuration of the vision tower that llava's config.json names.
+
+    CheckpointError where it is not there, HostError for one of several scales, about which it would not say enough.
+    """
     from transformers import AutoConfig
 
+    if config.get("s2"):
+        raise HostError(f"{source}: {SEVERAL_SCALES.format('this')}")
     name = str(config["mm_vision_tower"])
     try:
         vision = AutoConfig.from_pretrained(name)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from llava_patch.core.errors import HostError
-from llava_patch.hosts import compat, known
+from llava_patch.hosts import compat, known, lora
 from llava_patch.hosts.towers import layout as towers
 from llava_patch.hosts.towers.layout import Tower
 
@@ -86,17 +86,20 @@ class Anatomy(ABC):
     # Where DeepStack's projector is beside it; LLaVA's scripts treat what starts like the projector alike.
     stack_name = property(lambda self: f"{self.projector_name}_stack")
 
-    def first_linear(self) -> tuple[nn.Module, str, nn.Linear]:
+    def first_linear(self) -> lora.Place:
         """The projector's first Linear as (parent module, attribute name, module); HostError where it has none."""
-        if isinstance(self.projector, nn.Linear):
-            return self.projector_owner, self.projector_name, self.projector
-        for name, child in self.projector.named_children():
-            if isinstance(child, nn.Linear):
-                return self.projector, name, child
-        hint = ""
-        if any("lora_" in name for name, _ in self.projector.named_parameters()):
-            hint = ": peft has wrapped it; patch the model first, or leave the projector out of LoRA's target_modules"
-        raise HostError(f"the projector {type(self.projector).__name__} has no Linear layer to widen{hint}")
+        return self.first_linears()[0]
+
+    def first_linears(self) -> list[lora.Place]:
+        """That Linear, and what else must be as wide: in peft's copies of the projector, and LoRA's matrices there."""
+        found = [
+            place
+            for parent, name, _ in lora.copies(self.projector_owner, self.projector_name)
+            for place in lora.first_linears(parent, name)
+        ]
+        if not found:
+            raise HostError(f"the projector {type(self.projector).__name__} has no Linear layer to widen")
+        return found
 
     # --- the vision tower, and which of its tokens the host takes
 
@@ -112,6 +115,11 @@ class Anatomy(ABC):
             raise HostError("the vision tower is not loaded yet: call its load_model() first")
         towers.check_reports(self.vision_model)
         return towers.describe(self.vision_model)
+
+    def check_one_scale(self, what: str) -> None:
+        """Refuse a tower of LLaVA's repository that sees an image in several scales; `what` does not know it."""
+        if hasattr(self.tower, "s2_scales"):
+            raise HostError(towers.SEVERAL_SCALES.format(what))
 
     _shape = property(lambda self: towers.shape_of(self.vision_config))
     vision_width = property(attrgetter("_shape.width"))  # channels of one token of the vision tower

@@ -94,7 +94,7 @@ def _skeleton(config: dict[str, Any]) -> Any:
     values["unfreeze_mm_vision_tower"] = False  # or the constructor would load the tower's weights
     try:
         model = Model(Model.config_class(**values))
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:  # S2 asks for a package of its own
         raise HostError(f"its vision tower {config.get('mm_vision_tower')} is not there ({error})") from error
     tower = model.get_vision_tower()
     name = tower.vision_tower_name

@@ -15,7 +15,7 @@ from torch import Tensor
 from llava_patch.core.compiled import aside, follow
 from llava_patch.core.errors import InputError
 from llava_patch.core.undo import UndoStack, meanwhile
-from llava_patch.hosts import call_context
+from llava_patch.hosts import call_context, compat, lora
 from llava_patch.hosts.anatomy import HF, LLAVA, Anatomy
 from llava_patch.hosts.call_context import CallContext, HostCall, Stacked, current, host_call, not_routed, prepared_of
 
@@ -32,9 +32,9 @@ _WATCHES = "_llava_patch_watches"
 def attach(anatomy: Anatomy, undo: UndoStack) -> None:
     """Make a host model report its image positions and what is read of its output.
 
-    Modifications: instance attributes `forward` and `generate` of the causal LM; on `llava` also
-    `prepare_inputs_labels_for_multimodal` and `encode_images`, on HF `forward` and `get_image_features` of the inner
-    LlavaModel.
+    Modifications: instance attributes `forward` and `generate` of the causal LM (and those of
+    `compat.encode_in_forward`); on `llava` also `prepare_inputs_labels_for_multimodal` and `encode_images`, on HF
+    `forward` and `get_image_features` of the inner LlavaModel.
     """
     (_attach_llava if anatomy.host == LLAVA else _attach_hf)(anatomy, undo)
     _attach_generate(anatomy, undo)
@@ -54,7 +54,7 @@ def watch(anatomy: Anatomy, undo: UndoStack) -> None:
     Modifications: a forward hook on the projector.
     """
     projector = anatomy.projector
-    if any(getattr(hook, _WATCHES, False) for hook in projector._forward_hooks.values()):
+    if any(getattr(hook, _WATCHES, False) for part in projector.modules() for hook in part._forward_hooks.values()):
         return
 
     @aside
@@ -64,7 +64,8 @@ def watch(anatomy: Anatomy, undo: UndoStack) -> None:
             call.note_encoded(output.shape[:-1].numel())
 
     setattr(note, _WATCHES, True)
-    undo.push(projector.register_forward_hook(note).remove)
+    hook = projector.register_forward_hook(note)
+    undo.push(lambda: lora.unhook(anatomy.projector, hook))
 
 
 def refuse_other_features(anatomy: Anatomy, undo: UndoStack) -> None:
@@ -114,6 +115,7 @@ def _attach_generate(anatomy: Anatomy, undo: UndoStack) -> None:
                 return generate(*args, **kwargs)
 
     undo.wrap(anatomy.model, "generate", generate_in_context)
+    compat.encode_in_forward(anatomy.model, undo)
 
 
 def _attach_hf(anatomy: Anatomy, undo: UndoStack) -> None:

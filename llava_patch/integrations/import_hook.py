@@ -10,6 +10,7 @@ import sys
 WATCHED = frozenset(
     {
         "transformers.modeling_utils",
+        "transformers.models.llama.tokenization_llama",
         "transformers.trainer",
         "llava",
         "llava.model.llava_arch",
@@ -19,6 +20,7 @@ WATCHED = frozenset(
         "lmms_eval",
         "lmms_eval.__main__",
         "lmms_eval.tasks",
+        "peft.peft_model",
     }
 )
 

@@ -1,8 +1,9 @@
 """What happens in unmodified scripts: flags, environment, compatibility fixes, and patched checkpoints on load.
 
 Each step leaves a model or script alone unless a patch is configured, a checkpoint carries one, or the stock code would
-raise on the installed versions or load random weights (a vision tower that is not CLIP, in a package that brings no
-other). On versions that llava_patch does not support hosts stay as they are, and what was asked for is refused.
+raise on the installed versions, train something else there than on those that it was written for, or load random
+weights (a vision tower that is not CLIP, in a package that brings no other). On versions that llava_patch does not
+support hosts stay as they are, and what was asked for is refused.
 """
 
 import functools
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from llava_patch.core import records
 from llava_patch.core.errors import HostError, LlavaPatchError
 from llava_patch.core.undo import UndoStack
 from llava_patch.integrations import loading
@@ -49,20 +51,56 @@ def _mends() -> bool:
     return "llava" in sys.modules and _compat().unsupported() is None
 
 
-def _on_transformers_trainer(module: ModuleType, undo: UndoStack) -> None:
+def _on_transformers_trainer(module: Any, undo: UndoStack) -> None:
+    _mend_trainer_exports(module, undo)
+
+    def train(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        llava_trainer = getattr(sys.modules.get("llava.train.llava_trainer"), "LLaVATrainer", ())
+        if not isinstance(self, llava_trainer):  # which gets its patch when it is made
+            _prepare_run(self)
+        if loading.handle_of(self.model) is None:
+            return original(self, *args, **kwargs)
+        from llava_patch.integrations.training import resume
+
+        return resume.train(self, functools.partial(original, self), *args, **kwargs)
+
+    undo.wrap(module.Trainer, "train", train)
+
+
+def _mend_trainer_exports(module: ModuleType, undo: UndoStack) -> None:
     if _mends():
         _compat().fix_trainer_exports(module, undo)
+
+
+def _on_llama_tokenizer(module: Any, undo: UndoStack) -> None:
+    if _mends():
+        _compat().fix_llama_tokenizer(module.LlamaTokenizer, undo)
+
+
+def _prepare_run(trainer: Any) -> None:
+    """What a Trainer that is not LLaVA's, as TRL's, gets where its model is patched."""
+    handle = loading.handle_of(trainer.model)
+    if handle is not None:
+        from llava_patch.integrations.training import plain
+
+        plain.prepare(trainer, handle)
+    elif active.asked():
+        loading.check_patched(trainer.model)
 
 
 def _on_llava(module: ModuleType, undo: UndoStack) -> None:
     if active.asked():  # before the package's training code may fail on such a version
         _compat().check_versions()
-    if "transformers.trainer" in sys.modules:
-        _on_transformers_trainer(sys.modules["transformers.trainer"], undo)
+    for name, mend in (
+        ("transformers.trainer", _mend_trainer_exports),
+        ("transformers.models.llama.tokenization_llama", _on_llama_tokenizer),
+    ):
+        if name in sys.modules:
+            mend(sys.modules[name], undo)
 
 
 def _on_llava_model(module: ModuleType, undo: UndoStack) -> None:
-    for name in ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM") if _mends() else ():
+    for name in ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM", "LlavaQwenForCausalLM") if _mends() else ():
         cls = vars(module).get(name)
         if cls is not None and cls.__module__ == module.__name__:
             _compat().fix_forward_arguments(cls, undo)
@@ -78,13 +116,14 @@ def _on_llava_trainer(module: Any, undo: UndoStack) -> None:
     active.begin_training()
     asked = active.configuration()  # raises here, before a model is loaded or a file written
     if _mends():
-        compat.fix_argv(sys.argv)
         compat.fix_trainer_methods(module, undo)
         compat.fix_optimizer_groups(module, undo)
     if asked is not None:
         from llava_patch.integrations.training import script_flags
 
         script_flags.add(asked, undo)
+    if _mends():
+        compat.fix_argv(sys.argv)  # with those that gin brings
 
     def create_optimizer(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         made = self.optimizer is None
@@ -149,8 +188,10 @@ def _on_modeling_utils(module: Any, undo: UndoStack) -> None:
     original = cls.from_pretrained.__func__
 
     @functools.wraps(original)
-    def from_pretrained(model_class: Any, path: Any = None, *args: Any, **kwargs: Any) -> Any:
-        call = loading.Loading(original, model_class, path, args, kwargs)
+    def from_pretrained(
+        model_class: Any, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:  # with the stock names, by which scripts may call
+        call = loading.Loading(original, model_class, pretrained_model_name_or_path, args, kwargs)
         bare = model_class.__name__
         if bare in ("LlavaModel", "LlavaNextModel"):  # what a host wraps, which cannot be patched by itself
             whole = bare.replace("Model", "ForConditionalGeneration")
@@ -168,9 +209,49 @@ def _on_modeling_utils(module: Any, undo: UndoStack) -> None:
             return loading.load_stock(call, f"which cannot be applied: {unsupported}")
         if _mends():
             _compat().flash_fallback(kwargs)
+            _compat().fix_quantisation_arguments(kwargs)
+            if hasattr(model_class, "prepare_inputs_labels_for_multimodal"):
+                _compat().full_precision(kwargs)
         return loading.load(call)
 
     undo.set_attribute(cls, "from_pretrained", classmethod(from_pretrained))
+    if hasattr(cls, "load_adapter"):
+        undo.wrap(cls, "load_adapter", loading.load_adapter)
+    _note_sources(sys.modules["transformers.configuration_utils"], undo)
+
+
+def _note_sources(module: Any, undo: UndoStack) -> None:
+    """Have a configuration that carries a patch say which checkpoint it is of, as AutoConfig has it.
+
+    That of a class (LLaVA's builder loads a LoRA run's so) is silent or repeats what its file says of another one.
+    """
+    cls = module.PretrainedConfig
+    original = cls.from_pretrained.__func__
+
+    @functools.wraps(original)
+    def from_pretrained(config_class: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        found = original(config_class, pretrained_model_name_or_path, *args, **kwargs)
+        config = found[0] if isinstance(found, tuple) else found  # with unused arguments, or without
+        if records.config_record(config):
+            config._name_or_path = str(pretrained_model_name_or_path)
+        return found
+
+    undo.set_attribute(cls, "from_pretrained", classmethod(from_pretrained))
+    if hasattr(cls, "load_adapter"):
+        undo.wrap(cls, "load_adapter", loading.load_adapter)
+
+
+def _on_peft(module: Any, undo: UndoStack) -> None:
+    cls = module.PeftModel
+    original = cls.from_pretrained.__func__
+
+    @functools.wraps(original)
+    def from_pretrained(model_class: Any, model: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
+        loading.patch_base(model, model_id)
+        return original(model_class, model, model_id, *args, **kwargs)
+
+    undo.set_attribute(cls, "from_pretrained", classmethod(from_pretrained))
+    undo.wrap(cls, "load_adapter", loading.load_adapter)
 
 
 def _on_lmms_eval(module: ModuleType, undo: UndoStack) -> None:
@@ -183,11 +264,14 @@ def _on_lmms_eval(module: ModuleType, undo: UndoStack) -> None:
 _HANDLERS: dict[str, Callable[[Any, UndoStack], None]] = {
     "transformers.modeling_utils": _on_modeling_utils,
     "transformers.trainer": _on_transformers_trainer,
+    "transformers.models.llama.tokenization_llama": _on_llama_tokenizer,
     "llava": _on_llava,
     "llava.model.llava_arch": _on_llava_arch,
     "llava.model.language_model.llava_llama": _on_llava_model,
     "llava.model.language_model.llava_mistral": _on_llava_model,
+    "llava.model.language_model.llava_qwen": _on_llava_model,
     "llava.train.llava_trainer": _on_llava_trainer,
+    "peft.peft_model": _on_peft,
     "lmms_eval": _on_lmms_eval,
     "lmms_eval.__main__": lambda *_: pkgutil.resolve_name("llava_patch.integrations.lmms_eval.fail_fast:install")(),
     "lmms_eval.tasks": lambda *_: pkgutil.resolve_name("llava_patch.integrations.lmms_eval.register:register_tasks")(),

@@ -222,8 +222,8 @@ class Handle:
         """Optimizer groups of everything that trains, for a training loop of your own.
 
         `optimizer = torch.optim.AdamW(handle.param_groups(1e-5, weight_decay=0.05))`. The fusion's `tower_lr` and
-        `layer_decay` are in the groups; LLaVA's own trainer gets them without this. A scheduler that multiplies each
-        group's learning rate keeps their ratios. With `unfreeze_after`, see `warm_up`.
+        `layer_decay` are in the groups; LLaVA's and Hugging Face's trainers get them without this. A scheduler that
+        multiplies each group's learning rate keeps their ratios. With `unfreeze_after`, see `warm_up`.
 
         Args:
             lr: learning rate of what has no other.
@@ -332,14 +332,19 @@ _LOCKS: "WeakKeyDictionary[nn.Module, threading.RLock]" = WeakKeyDictionary()
 
 
 def restore_flags(model: nn.Module) -> Callable[[], None]:
-    """Remember every requires_grad flag; the returned step brings them back."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
+    """Remember every requires_grad flag; the returned step brings them back.
+
+    By module and name: where weights are offloaded, each call makes other parameters of them.
+    """
+    flags = [(m, n, p, p.requires_grad) for m in model.modules() for n, p in m.named_parameters(recurse=False)]
     had_lora = lora.has_lora(model)
 
     def restore() -> None:
         if lora.has_lora(model) and not had_lora:
             return  # get_peft_model() came after the patch and has set the flags that hold now
-        for parameter, flag in flags:
+        for module, name, parameter, flag in flags:
             parameter.requires_grad_(flag)
+            if (now := module._parameters.get(name)) is not None and now is not parameter:
+                now.requires_grad_(flag)
 
     return restore

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from llava_patch.core.errors import CheckpointError, HostError
 from llava_patch.core.files import digest
-from llava_patch.core.weights import evenly_spaced
-from llava_patch.hosts import zero
-from llava_patch.hosts.anatomy import Anatomy, get_handle
+from llava_patch.core.weights import evenly_spaced, folder_of, read_file, weight_files
+from llava_patch.hosts import compat, storage, zero
+from llava_patch.hosts.anatomy import HOSTS, Anatomy, get_handle
 
 _MODEL_SETTINGS = (
     "mm_vision_select_layer", "mm_vision_select_feature", "vision_feature_layer", "vision_feature_select_strategy",
@@ -131,15 +131,16 @@ def _feed(digest: Any, value: Any) -> None:
 def base_fingerprint(model: nn.Module, changed: Collection[str]) -> dict[str, list[float]]:
     """Sampled values of the matrices that a patch does not change: {tensor name: values}, as adapters keep them.
 
-    Values rather than a digest, because a base may be loaded in another precision than it was saved in. `changed` names
-    the tensors that are not the base's.
+    Values rather than a digest, because a base may be loaded in another precision than it was saved in; quantised ones
+    are left out. `changed` names the tensors that are not the base's.
     """
     handle = get_handle(model)
     training = {id(p) for p in (() if handle is None else handle.training_parameters())}
     return {
-        name: sample(parameter, _FINGERPRINT_VALUES).tolist()
+        name: sample(storage.value(model, name), _FINGERPRINT_VALUES).tolist()
         for name, parameter in model.named_parameters()
         if name not in changed and id(parameter) not in training and len(zero.shape(parameter)) == 2
+        if parameter.is_floating_point()
     }
 
 
@@ -151,12 +152,46 @@ def sample(tensor: Tensor, count: int) -> Tensor:
 
 
 def check_fingerprint(model: nn.Module, saved: Mapping[str, list[float]], source: Path) -> None:
-    """Compare a model with what `base_fingerprint` saved; CheckpointError names the first tensor that differs."""
+    """Compare a model with what `base_fingerprint` saved; CheckpointError names the first tensor that differs.
+
+    Weights that are quantised here cannot tell: embeddings and the head, which never are, do.
+    """
     parameters = dict(model.named_parameters())
-    for name, values in saved.items():
+    for name, values in compat.as_here(saved, parameters).items():
         if name not in parameters:
             raise CheckpointError(f"{source}: made on a base with a tensor {name}, which this model does not have")
-        check_values(name, parameters[name], values, source)
+        if parameters[name].is_floating_point():
+            check_values(name, storage.value(model, name), values, source)
+
+
+def check_as_loaded(anatomy: Anatomy, fingerprint: Mapping[str, list[float]], base: str) -> None:
+    """Compare what `base_fingerprint` gives with the files of the base, where they are on this machine.
+
+    CheckpointError: a matrix is not the base's any more, so that an adapter, which has none of it, would be lost.
+    """
+    try:
+        paths = weight_files(folder_of(base))
+    except CheckpointError:
+        return
+    files = HOSTS[anatomy.host][1]
+    below = {files.neutral(t.name) or t.name: t for path in paths for t in read_file(path, whole=True)}
+    for name, parameter in anatomy.model.named_parameters():
+        there = below.get(files.neutral(name) or name) if name in fingerprint else None
+        if there is None or there.shape != tuple(zero.shape(parameter)) or not parameter.is_floating_point():
+            continue  # quantised
+        here = torch.tensor(fingerprint[name])
+        if not _is_rounded(here, torch.tensor(there.sample(len(here)))):
+            raise CheckpointError(
+                f"{name} is not as in the base {base} any more: LoRA was merged into it (merge_and_unload), or it was "
+                'trained and then frozen. An adapter holds what was added and what trains: save with form="full"'
+            )
+
+
+def _is_rounded(here: Tensor, there: Tensor) -> bool:
+    """Whether float32 values are others of which some precision may have kept less."""
+    half, brain = (there.to(dtype).float() for dtype in (torch.float16, torch.bfloat16))
+    forms = torch.stack([there, half, brain, half.bfloat16().float(), brain.half().float()])
+    return bool((forms == here).any(0).all())
 
 
 def check_values(name: str, tensor: Tensor, values: list[float], source: Path | str) -> None:

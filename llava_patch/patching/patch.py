@@ -13,7 +13,7 @@ from llava_patch.core.records import CONFIG_KEY
 from llava_patch.hosts import anatomy as anatomy_module
 from llava_patch.hosts import graphs, known, wrappers, zero
 from llava_patch.hosts.anatomy import HANDLE, Anatomy
-from llava_patch.hosts.compat import check_versions
+from llava_patch.hosts.compat import check_versions, load_saved_names
 from llava_patch.patching.handle import Handle, get_handle, one_at_a_time, refuse_copy, restore_flags
 from llava_patch.routing import attach as decoder
 
@@ -189,6 +189,8 @@ def _apply(handle: Handle, asked: Mapping[str, Method], zero_start: bool, loadin
         undo.set_attribute(found.model.config, CONFIG_KEY, handle.record())
     if not loading:
         handle.apply_freeze()
+    if HANDLE not in vars(found.model):
+        load_saved_names(found.model, undo)
     undo.set_attribute(found.model, HANDLE, handle)
     undo.set_attribute(found.model, "__reduce_ex__", refuse_copy)
     compiled.forget()

@@ -38,8 +38,7 @@ def make_transform(anatomy: Anatomy, image_processor: Any, mode: str) -> Transfo
     tiling of a host that cuts images into tiles. A SettingError for a mode that the model or the processor does not
     know, a HostError for an image processor of another model, or a tower of several scales.
     """
-    if hasattr(anatomy.tower, "s2_scales"):
-        raise HostError("R-Probe does not know multi-scale (S2) towers: load the model without s2")
+    anatomy.check_one_scale("R-Probe")
     rows, columns = anatomy.grid
     height, width = rows * anatomy.patch_size, columns * anatomy.patch_size
     taps: Taps | None = getattr(get_handle(anatomy.model), "taps", None)

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from llava_patch.core.errors import InputError
+from llava_patch.hosts import compat
 from llava_patch.routing.plan import KeyPositions, PositionSet
 from llava_patch.routing.schedule import LayerMode, LayerSchedule
 
@@ -97,7 +98,7 @@ class RoutedCache(DynamicCache):
             raise InputError('routing needs a KV cache on the device: do not set cache_implementation = "offloaded"')
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs: Any = None
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Add a layer's keys and values, each [batch, key_value_heads, new, head_dim], and give all that it holds.
 
@@ -108,7 +109,7 @@ class RoutedCache(DynamicCache):
                 "this KV cache was filled by a routed model, but the model that goes on with it is not routed (was the "
                 "patch removed?): start from an empty cache"
             )
-        return super().update(key_states, value_states, layer_idx, cache_kwargs)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def extend(self, stream: str, new: PositionSet | int) -> KeyPositions:
         """Note the positions (or how many come next) that this call adds to a kind of layer; gives what it holds."""
@@ -139,10 +140,6 @@ class RoutedCache(DynamicCache):
         """Positions that a layer holds; without an argument, positions of the conversation."""
         return self.length if layer_idx is None else super().get_seq_length(layer_idx)
 
-    def get_mask_sizes(self, cache_position: Tensor, layer_idx: int) -> tuple[int, int]:
-        """Key length and offset for a mask over every position; `cache_position` is int64 [new]."""
-        return self.length + cache_position.shape[0], 0
-
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder samples (beam search); `beam_idx` is int64 [batch]."""
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
@@ -168,16 +165,16 @@ class RoutedCache(DynamicCache):
 
         `max_length` are the positions to keep; negative: positions to forget.
         """
-        keep = self.length + max_length if max_length < 0 else max_length
-        forget = self.length - keep
-        if forget <= 0:
+        forget = compat.to_forget(max_length, self.length)
+        keep = self.length - forget
+        if not forget:
             return
         if keep < self.image_end:
             raise InputError(
                 f"a routed KV cache cannot be cropped to {keep} positions: its last image ends at {self.image_end}"
             )
         for layer in self.layers:
-            layer.crop(layer.get_seq_length() - forget)  # type: ignore[attr-defined]
+            layer.crop(-forget)  # type: ignore[attr-defined]
         for held in self.streams.values():
             held.forget(forget)
         self.length = keep

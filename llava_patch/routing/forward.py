@@ -10,6 +10,7 @@ from transformers.cache_utils import DynamicCache
 
 from llava_patch.core.compiled import aside, follow
 from llava_patch.core.errors import InputError
+from llava_patch.core.undo import inner
 from llava_patch.hosts import call_context, compat, known
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.hosts.call_context import CallContext, Stacked
@@ -28,7 +29,7 @@ class RoutedForward:
     def __init__(self, anatomy: Anatomy, schedule: LayerSchedule) -> None:
         self.anatomy = anatomy
         self.schedule = schedule
-        self.stock = anatomy.decoder.forward
+        self.stock = inner(anatomy.decoder, "forward")
         functools.update_wrapper(self, self.stock, updated=())
         self._layers = self._layers_now()
 
@@ -46,9 +47,11 @@ class RoutedForward:
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cache_position: Tensor | None = None,
+        *,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Run the decoder; see LlamaModel.forward for the arguments.
+        """Run the decoder; see LlamaModel.forward for the arguments (`cache`: newer versions' `past_key_values`).
 
         Returns:
             BaseModelOutputWithPast. Where the caller reads only the last positions (generation, `logits_to_keep`),
@@ -59,7 +62,8 @@ class RoutedForward:
             InputError: a cache, mask, backend or output option that routing cannot honour.
             HostError: layers that somebody has replaced by others, or images that would not have been routed.
         """
-        routed_before = isinstance(past_key_values, RoutedCache)
+        cache = past_key_values if cache is None else cache
+        routed_before = isinstance(cache, RoutedCache)
         context = call_context.take(self.anatomy, inputs_embeds, routed_before)
         if context.unknown and context.image_mask is None:
             raise InputError(
@@ -71,16 +75,18 @@ class RoutedForward:
             known.check_decoder(self.anatomy.decoder, "routing")
             self._layers = now
         call = None
-        if brings_image or routed_before or (past_key_values is None and side_branch.keeps_order(self.anatomy)):
-            self._check(past_key_values, attention_mask, position_ids, kwargs)
+        if brings_image or routed_before or (cache is None and side_branch.keeps_order(self.anatomy)):
+            self._check(cache, attention_mask, position_ids, kwargs)
             if inputs_embeds is None:
                 inputs_embeds, input_ids = self.anatomy.decoder.embed_tokens(input_ids), None
-            call = self._call(context, inputs_embeds, attention_mask, past_key_values, use_cache, kwargs)
+            call = self._call(context, inputs_embeds, attention_mask, cache, use_cache, kwargs)
         if call is None:
+            if cache_position is not None:
+                kwargs["cache_position"] = cache_position
+            kwargs[compat.cache_argument()] = cache
             outputs = follow(
                 self.stock, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-                past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
-                cache_position=cache_position, **kwargs,
+                inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
             )  # fmt: skip
             return self._with_gradients(outputs, context)
         if cache_position is None:

@@ -6,7 +6,6 @@ the stock code does the rest.
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -71,11 +70,6 @@ class Stream:
     position_ids: Tensor | None = None  # flash attention takes gaps for packed samples
     masks: dict[tuple[str, int | None], Any] = field(default_factory=dict)
 
-    @functools.cached_property
-    def cache_position(self) -> Tensor:
-        """Places of the new keys in the layers' cache: int64 [new]."""
-        return torch.arange(len(self.keys) - self.count, len(self.keys), device=self.example.device)
-
     def last(self, count: int) -> PositionSet:
         """The last few positions, as places in the conversation."""
         start = len(self.keys) - count
@@ -116,10 +110,10 @@ class ExternalKeys:
         """The keys that the layer's queries meet in this call: [batch, key_value_heads, keys, head_dim]."""
         return self.merge(self.key, own)
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, cache_kwargs: Any = None) -> tuple[Tensor, Tensor]:
+    def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """What a layer calls on its cache: merged keys and values, [batch, key_value_heads, keys, head_dim] each."""
         key, value = self.merged_keys(key), self.merge(self.value, value)
-        return (key, value) if self.cache is None else self.cache.update(key, value, layer_idx, cache_kwargs)
+        return (key, value) if self.cache is None else self.cache.update(key, value, *args, **kwargs)
 
 
 def call_with_keys(
@@ -131,20 +125,20 @@ def call_with_keys(
     others_rotary: Rotary,
     merge: Callable[[Tensor, Tensor], Tensor],
     attention_mask: Any,
-    past_key_values: Any,
+    cache: Any,
 ) -> Tensor:
     """Run a decoder layer on some positions, [batch, queries, hidden], while others give keys and values only.
 
     `others` [batch, n, hidden] is the layer's input there; `rotary` and `others_rotary` are (cos, sin) of both. `merge`
-    puts the others' and the own keys (or values) in the order that `attention_mask` counts, after those that the cache
+    puts the others' and the own keys (or values) in the order that `attention_mask` counts, after those that `cache`
     holds, which takes the merged ones (None: there is no cache).
     """
 
     def run(hidden_states: Tensor, others: Tensor) -> Tensor:
         key, value = projections.keys_values(layer, others, others_rotary)
-        external = ExternalKeys(past_key_values, key, value, merge)
+        external = ExternalKeys(cache, key, value, merge)
         return compat.call_layer(
-            layer, hidden_states, attention_mask=attention_mask, position_embeddings=rotary, past_key_values=external,
+            layer, hidden_states, attention_mask=attention_mask, position_embeddings=rotary, cache=external,
             use_cache=True, checkpoint=False,
         )  # fmt: skip
 

@@ -198,7 +198,7 @@ class RoutedPass:
                 self.text_mask = self.main_stream.mask_among(self.text_stream.last(self.text_stream.count))
             self.text = call_with_keys(
                 layer, text, image, rotary=self.text_stream.rotary, others_rotary=image_rotary, merge=plan.merge_heads,
-                attention_mask=self.text_mask, past_key_values=cache,
+                attention_mask=self.text_mask, cache=cache,
             )  # fmt: skip
         self._record(self._text(), self._columns(plan.text))
 
@@ -232,7 +232,7 @@ class RoutedPass:
         self.merged = call_with_keys(
             layer, hidden[:, cut:], hidden[:, :cut], rotary=(cos[:, cut:], sin[:, cut:]),
             others_rotary=(cos[:, :cut], sin[:, :cut]), merge=lambda others, own: torch.cat([others, own], dim=2),
-            attention_mask=stream.mask(layer, last), past_key_values=self.call.cache,
+            attention_mask=stream.mask(layer, last), cache=self.call.cache,
         )  # fmt: skip
         self.text, self.plan = None, None
 
@@ -242,8 +242,7 @@ class RoutedPass:
         hidden = prime(hidden, layer)
         return compat.call_layer(
             layer, hidden, attention_mask=stream.mask(layer), position_ids=stream.position_ids,
-            position_embeddings=stream.rotary, past_key_values=self.call.cache, use_cache=self.call.use_cache,
-            cache_position=self.call.cache_position if stream is self.full else stream.cache_position,
+            position_embeddings=stream.rotary, cache=self.call.cache, use_cache=self.call.use_cache,
             checkpoint=hidden.requires_grad,
         )  # fmt: skip
 
@@ -307,8 +306,8 @@ class RoutedPass:
         self.full = self._stream(FULL, None, hidden)
         self.full.position_ids = call.position_ids
         self.full.masks[(compat.attention_of(self.config), None)] = compat.stock_mask(
-            self.config, hidden, attention_mask=call.attention_mask, cache_position=call.cache_position,
-            past_key_values=call.cache, position_ids=call.position_ids,
+            self.config, hidden, attention_mask=call.attention_mask, seen=None if call.cache is None else call.seen,
+            cache_position=call.cache_position, position_ids=call.position_ids,
         )  # fmt: skip
         self.main_stream = self.text_stream = self.full
         self.merged = hidden

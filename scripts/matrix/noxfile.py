@@ -22,7 +22,7 @@ OVERLAYS = {
     "transformers-5.10": ("newest", "transformers==5.10.1", "tokenizers==0.22.2"),
     "transformers-5.18": ("newest", "transformers==5.18.0"),
 }
-TREE = os.environ.get("LLAVA_TREE")
+TREE = os.environ.get("LLAVA_PATCH_LLAVA_TREE")
 EXCHANGED = ("main", "newest")
 
 nox.options.default_venv_backend = "none"
@@ -77,8 +77,8 @@ def between(session: nox.Session, stack: str) -> None:
 def llava_head(session: nox.Session) -> None:
     """The same with a checkout of LLaVA in front of its release."""
     if not TREE:
-        session.skip("LLAVA_TREE names no checkout of LLaVA")
-    environment = _environment("main") | {"LLAVA_TREE": TREE}
+        session.skip("LLAVA_PATCH_LLAVA_TREE names no checkout of LLaVA")
+    environment = _environment("main") | {"LLAVA_PATCH_LLAVA_TREE": TREE}
     revision = subprocess.run(["git", "-C", TREE, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     _jobs(session, "llava-head", environment, revision or "no git checkout")
 

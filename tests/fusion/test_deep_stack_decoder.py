@@ -9,7 +9,7 @@ from llava_patch import DeepStack, FastV, Routing, SkipLinks, get_handle, patch
 from llava_patch.core.errors import HostError, InputError, SettingError
 from llava_patch.hosts import anatomy
 from tests.support.fusions import hidden_states, pixels, randomise
-from tests.support.models import HF_IMAGE_TOKEN, IMAGE, Host, close, hf_next_model
+from tests.support.models import HF_IMAGE_TOKEN, IMAGE, Host, close, features_of, hf_next_model
 from tests.support.routings import again
 
 RAGGED = [(2, IMAGE, 5), (3, IMAGE, 1, IMAGE, 4), (7,), (1, IMAGE, 9)]
@@ -232,7 +232,7 @@ def test_anyres_tiles_on_hf():
                 model.model.pack_image_features(features, sizes, "default", image_newline=model.model.image_newline)[0]
             )
         model.model.image_newline = newline
-        counts = [len(f) for f in model.model.get_image_features(tiles, sizes)]
+        counts = [len(f) for f in features_of(model.model.get_image_features(tiles, sizes))]
         rows = [torch.tensor([3, 4] + [HF_IMAGE_TOKEN] * n + [5, 6, 7]) for n in counts]
         longest = max(map(len, rows))
         ids = torch.stack([torch.nn.functional.pad(r, (longest - len(r), 0)) for r in rows])

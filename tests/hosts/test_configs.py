@@ -10,7 +10,7 @@ from llava_patch.hosts.anatomy import HF, HOSTS, LLAVA
 
 CONFIGS = {
     LLAVA: {"model_type": "llava_llama", "mm_vision_tower": "tower", "mm_hidden_size": 8},
-    HF: {"model_type": "llava", "text_config": {}, "vision_config": {"hidden_size": 8}},
+    HF: {"model_type": "llava", "text_config": {}, "vision_config": {"hidden_size": 8, "num_attention_heads": 2}},
 }
 NEUTRAL = (
     "decoder.layers.3.mlp.up_proj.weight", "decoder.side_branch.0.mlp.up_proj.weight", "head.weight",

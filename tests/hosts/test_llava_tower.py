@@ -145,7 +145,7 @@ def test_images_look_as_the_towers_own_processor_makes_them(folders):
         stock = zoo_processor(kind, folders, name)(wide, return_tensors="pt")["pixel_values"]
         assert torch.allclose(ours, torch.as_tensor(stock).float(), atol=1e-6)
     colours = build(zoo.folder(folders, "timm")).image_processor
-    assert isinstance(colours, SiglipImageProcessor) and colours.image_mean == [0.4, 0.5, 0.6]
+    assert isinstance(colours, SiglipImageProcessor) and list(colours.image_mean) == [0.4, 0.5, 0.6]
     assert colours.resample == Image.Resampling.BICUBIC
 
 

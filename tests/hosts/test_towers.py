@@ -1,5 +1,7 @@
 """Every known class of vision tower: its description against the running model, and Detached Skip-Links on it."""
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
@@ -171,7 +173,7 @@ def test_what_trains_is_what_gets_a_gradient(case, folders, layer):
         ids = {id(p) for n, p in case.host.model.named_parameters() if n in listed}
         assert all(id(p) in ids for p in tower.blocks[6].parameters())
         assert any(id(p) in ids for p in tower.blocks[7].parameters()) == (layer == -1)
-        normed = layer == -1 and case.name != "clip"
+        normed = layer == -1 and tower.last_is_normed
         assert [id(p) in ids for p in tower.after[0].parameters()] == [normed] * len(list(tower.after[0].parameters()))
         assert not any(id(p) in ids for m in tower.after[1:] for p in m.parameters())
         assert not any(p.requires_grad for p in tower.idle)
@@ -191,6 +193,8 @@ def test_internvl_reports_its_mask_token_as_idle():
 def test_hf_refuses_a_tower_that_it_cannot_run(name):
     model = zoo.hf_model("clip")
     model.model.vision_tower = zoo.stock(name)
+    if name == "internvl" and "kwargs" in inspect.signature(type(model.model.vision_tower).forward).parameters:
+        pytest.skip("this version's InternVL reports its hidden states")
     with pytest.raises(HostError, match=rf"{type(model.model.vision_tower).__name__} cannot be the tower of this host"):
         patch(model, fusion=SkipLinks(stride=2))
 
@@ -201,23 +205,26 @@ class Unknown(nn.Module):
         self.stem, self.layers = nn.Linear(2, 2), nn.ModuleList([nn.Linear(2, 2)])
 
 
+def body(vision):
+    return getattr(vision, "vision_model", vision)  # there up to transformers 4
+
+
 def test_unknown_towers_say_what_is_missing():
     with pytest.raises(HostError, match=r"encoder.layers, encoder.layer and blocks, but Unknown has stem, layers"):
         towers.describe(Unknown())
     vision = zoo.stock("siglip")
-    vision.vision_model.encoder.extra = nn.Linear(2, 2)
+    body(vision).encoder.extra = nn.Linear(2, 2)
     with pytest.raises(HostError, match="encoder holds more weights than its blocks'"):
         towers.describe(vision)
     vision = zoo.stock("siglip")
-    vision.vision_model.embeddings.position_embedding = nn.Embedding(17, zoo.WIDTH)
+    body(vision).embeddings.position_embedding = nn.Embedding(17, zoo.WIDTH)
     with pytest.raises(HostError, match="positions for 17 tokens, but 0 before a grid of 4 x 4 patches make 16"):
         towers.describe(vision)
     vision = zoo.stock("clip")
-    vision.vision_model.embeddings.register_tokens = nn.Parameter(torch.zeros(1, 4, zoo.WIDTH))
+    body(vision).embeddings.register_tokens = nn.Parameter(torch.zeros(1, 4, zoo.WIDTH))
     with pytest.raises(HostError, match="register tokens"):
         towers.describe(vision)
-    config = zoo.config("siglip")
-    del config.patch_size
+    config = type("SiglipVisionConfig", (), {"num_hidden_layers": 2, "hidden_size": 32, "image_size": 56})()
     with pytest.raises(HostError, match="SiglipVisionConfig is not known: it has no patch_size"):
         towers.shape_of(config)
     config = zoo.config("siglip2")

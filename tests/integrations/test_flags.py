@@ -1,5 +1,6 @@
 """Flags, environment and the import hook, without a training run."""
 
+import math
 import subprocess
 import sys
 
@@ -43,9 +44,52 @@ def test_a_configuration_that_turns_nothing_on_is_an_error(monkeypatch, tmp_path
 
 
 def test_renamed_flags():
-    argv = ["--evaluation_strategy", "no", "--evaluation_strategy=no", "--learning_rate", "1"]
+    argv = ["--evaluation_strategy", "no", "--evaluation-strategy=no", "--learning_rate=1", "--layer", "-2"]
     compat.fix_argv(argv)
-    assert argv == ["--eval_strategy", "no", "--eval_strategy=no", "--learning_rate", "1"]
+    assert argv == ["--eval_strategy", "no", "--eval_strategy", "no", "--learning_rate=1", "--layer", "-2"]
+
+
+@pytest.mark.parametrize("argv", [[], ["train.py"], ["train.py", "--bf16"], ["--bf16", "True"]])
+def test_other_words_stay(argv):
+    words = list(argv)
+    compat.fix_argv(words)
+    assert words == argv
+
+
+def _arguments(*flags):
+    from transformers import HfArgumentParser, TrainingArguments
+
+    argv = ["train.py", "--output_dir", "out", "--report_to", "none", *flags]
+    compat.fix_argv(argv)
+    return HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(argv[1:])[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "share", "steps"),
+    [
+        ("--warmup_ratio 0.03", 0.03, None),
+        ("--warmup_ratio=0.03 --warmup_steps 0", 0.03, None),  # 0 steps are none given
+        ("--warmup_ratio 1", 1, None),
+        ("--warmup_ratio 0", 0, None),
+        ("--warmup_ratio 0.1 --warmup-ratio 0.03", 0.03, None),
+        ("--warmup_steps 5 --warmup_ratio 0.03", None, 5),  # the ratio never counted beside steps
+        ("--warmup_ratio 0.03 --warmup_steps 5", None, 5),
+    ],
+)
+def test_a_warm_up_is_as_long_as_its_flags_have_always_said(flags, share, steps):
+    parsed = _arguments("--use_cpu", "True", *flags.split())
+    for total in (1, 2, 100, 101, 5198, 3 * 2**20 + 1):
+        assert parsed.get_warmup_steps(total) == (math.ceil(total * share) if steps is None else steps)
+
+
+def test_flags_that_say_it_by_another_name_now():
+    for flags in (["--no_cuda"], ["--no_cuda", "True"], ["--no_cuda=True"]):
+        parsed = _arguments(*flags)
+        assert parsed.device.type == "cpu" and parsed.n_gpu == 0
+    grouped = [["--group_by_length"], ["--group_by_length", "yes"], ["--group_by_length=False"]]
+    found = [_arguments("--use_cpu", "True", *flags) for flags in grouped]
+    now = [getattr(one, "group_by_length", getattr(one, "train_sampling_strategy", None)) for one in found]
+    assert now in ([True, True, False], ["group_by_length", "group_by_length", "random"])
 
 
 def test_versions_outside_the_range_are_refused(monkeypatch):
@@ -53,7 +97,7 @@ def test_versions_outside_the_range_are_refused(monkeypatch):
 
     from llava_patch.core.errors import HostError
 
-    for version in ("4.37.2", "5.23.0"):
+    for version in ("4.37.2", "6.0.0"):
         monkeypatch.setattr(transformers, "__version__", version)
         with pytest.raises(HostError, match=rf"transformers {version} is outside the supported range"):
             compat.check_versions()

@@ -34,6 +34,13 @@ for key, value in {"mm_projector_lr": None, "group_by_modality_length": False}.i
 trainer.create_optimizer()
 print("LOADED", *sorted(name for name in sys.modules if name.startswith("llava_patch")))
 """
+STOCK_HF_SCRIPT = """
+import sys
+from transformers import LlavaForConditionalGeneration, Trainer, TrainingArguments
+model = LlavaForConditionalGeneration.from_pretrained(sys.argv[1])
+Trainer(model, args=TrainingArguments(sys.argv[2], use_cpu=True, report_to="none")).create_optimizer()
+print("LOADED", *sorted(name for name in sys.modules if name.startswith("llava_patch")))
+"""
 LIGHT = {
     "llava_patch",
     "llava_patch.core",
@@ -67,8 +74,9 @@ def _run(code, *arguments, **environment):
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
 
 
-def test_a_stock_script_loads_nothing_that_patches(files, tmp_path):
-    done = _run(STOCK_SCRIPT, files.llava, tmp_path)
+@pytest.mark.parametrize("host, script", [("hf", STOCK_HF_SCRIPT), ("llava", STOCK_SCRIPT)], ids=["hf", "llava"])
+def test_a_stock_script_loads_nothing_that_patches(host, script, files, tmp_path):
+    done = _run(script, getattr(files, host), tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "llava_patch:" not in done.stderr  # no handler has failed
     loaded = set(done.stdout.splitlines()[-1].split()[1:])

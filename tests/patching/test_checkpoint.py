@@ -220,6 +220,37 @@ def test_llavas_loader_with_a_model_base(files, tmp_path):
         assert torch.equal(again.eval()(**batch).logits, expected)
 
 
+@pytest.mark.parametrize("case", ["silent", "written by an older version", "over an adapter"])
+def test_a_configuration_of_its_own_class_leads_to_what_lies_beside_it(files, tmp_path, case):
+    """LLaVA's builder may load a LoRA run's so: it then names no folder, or one that an older version wrote."""
+    from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+
+    model = _load("llava", files)
+    handle = patch(model, fusion=SkipLinks(stride=2, train_tower=2))
+    _train_a_little(handle.anatomy.vision_model)
+    lora, base = tmp_path / "llava-lora", str(files.llava)
+    if case == "over an adapter":
+        base = str(handle.save(tmp_path / "llava-adapter"))
+        _train_a_little(handle.anatomy.vision_model)
+    model.config.save_pretrained(lora)
+    beside = {f"base_model.model.{n}": t for n, t in model.state_dict().items() if ".encoder.layers.6." in n}
+    torch.save(beside, lora / "non_lora_trainables.bin")
+    values = json.loads((lora / "config.json").read_text())
+    if case == "written by an older version":
+        (lora / "config.json").write_text(json.dumps({**values, "_name_or_path": base}))
+    config, unused = LlavaConfig.from_pretrained(pretrained_model_name_or_path=lora, other=1, return_unused_kwargs=True)
+    assert config._name_or_path == str(lora) and unused == {"other": 1}
+    again = LlavaLlamaForCausalLM.from_pretrained(pretrained_model_name_or_path=base, config=config)
+    again.get_vision_tower().load_model()
+    loaded = {f"base_model.model.{n}": t for n, t in again.state_dict().items()}
+    assert beside and all(torch.equal(loaded[n], t) for n, t in beside.items())
+    with pytest.raises(CheckpointError, match="does not say beside which checkpoint"):
+        LlavaLlamaForCausalLM.from_pretrained(base, config=LlavaConfig(**{**values, "_name_or_path": ""}))
+    stock = tmp_path / "stock"
+    LlavaConfig(_name_or_path="as it says").save_pretrained(stock)
+    assert LlavaConfig.from_pretrained(stock)._name_or_path == ""  # a stock one stays as it is
+
+
 def test_an_adapter_beside_lora_is_refused(files, tmp_path):
     from peft import LoraConfig, get_peft_model
 

@@ -11,6 +11,7 @@ from llava_patch.hosts.anatomy import find
 from llava_patch.probe.sequence import patchify
 from llava_patch.probe.view import encode_views, make_transform, target_tokens
 from tests.support.fusions import randomise
+from tests.support.models import features_of
 from tests.support.probes import processor, unique_page
 from tests.support.views import SIDE, anyres_model, changed_cells, encode, noise, paper_with_rectangle, with_block
 
@@ -73,7 +74,7 @@ def test_tokens_are_the_hosts_without_line_ends(case, size):
         with torch.no_grad():
             if anatomy.host == "hf":
                 sizes = torch.tensor([size[::-1]])
-                given = model.model.get_image_features(tiles[None], sizes)[0]
+                given = features_of(model.model.get_image_features(tiles[None], sizes))[0]
                 newline = model.model.image_newline
             else:
                 ids = torch.tensor([[7, -200]])
@@ -172,7 +173,7 @@ def test_deep_stack_on_tiles(monkeypatch, case):
                 model(input_ids=torch.tensor([[1, -200, 5]]), images=[tiles], image_sizes=[page.size])
             else:
                 sizes = torch.tensor([page.size[::-1]])
-                count = len(model.model.get_image_features(tiles[None], sizes)[0])
+                count = len(features_of(model.model.get_image_features(tiles[None], sizes))[0])
                 ids = torch.tensor([[1, *[95] * count, 5]])
                 model(input_ids=ids, pixel_values=tiles[None], image_sizes=sizes)
         assert view.injections.shape == (2, len(view.cells), 64)

@@ -5,7 +5,7 @@ import torch
 
 from llava_patch import Routing, patch
 from llava_patch.core.errors import InputError
-from tests.support.models import IMAGE, close
+from tests.support.models import HF_IMAGE_TOKEN, IMAGE, close
 from tests.support.routings import ALL
 
 PROMPTS = [(2, IMAGE, 5), (3, IMAGE, 1, IMAGE, 4), (7,), (1, IMAGE, 9)]
@@ -26,12 +26,13 @@ def test_greedy_generation_picks_what_recomputation_picks(host):
         inputs = dict(batch.inputs)
         ids = inputs.pop("input_ids")
         options = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False, "use_cache": True}
+        options["suppress_tokens"] = [HF_IMAGE_TOKEN]
         answer = host.model.generate(ids, **inputs, **options)
         answer = answer[:, -STEPS:]
         tokens = torch.empty(2, 0, dtype=torch.long)
         for _ in range(STEPS):
             logits = host.model(**_extend(host, batch, tokens), use_cache=False).logits[:, -1]
-            logits[:, 2] = -torch.inf  # min_new_tokens forbids the end token
+            logits[:, [2, HF_IMAGE_TOKEN]] = -torch.inf  # min_new_tokens forbids the end token
             top = logits.topk(2).values
             assert (top[:, 0] - top[:, 1] > 1e-3).all()
             tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], 1)

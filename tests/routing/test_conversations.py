@@ -196,6 +196,10 @@ def test_generate_with_a_chunk_size(host, case):
     options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "suppress_tokens": [HF_IMAGE_TOKEN]}
     with patch(host.model, **ALL[case]):
         whole = host.model.generate(**inputs, **options)
+        if hasattr(host.model, "_supports_mm_encoder_outputs"):  # where chunks are of images encoded before
+            with pytest.raises(ValueError, match="pass `prefill_chunk_size=None`"):
+                host.model.generate(**inputs, **options, prefill_chunk_size=TOKENS + 4)
+            return
         chunked = host.model.generate(**inputs, **options, prefill_chunk_size=TOKENS + 4)
     assert torch.equal(whole, chunked)
 

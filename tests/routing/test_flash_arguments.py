@@ -48,6 +48,7 @@ def calls(monkeypatch):
             out[a:b] = part[0]
         return out
 
+    monkeypatch.setattr(flash, "_loaded_implementation", "flash_attention_2", raising=False)
     monkeypatch.setattr(flash, "_flash_fn", func)
     monkeypatch.setattr(flash, "_flash_varlen_fn", varlen)
     monkeypatch.setattr(flash, "_pad_fn", flash._pad_input)

@@ -7,7 +7,7 @@ from llava_patch import patch
 from llava_patch.core.errors import InputError, SettingError
 from llava_patch.routing.reference import final_states
 from tests.support import decoders
-from tests.support.models import HF_IMAGE_TOKEN, IMAGE, close, hf_next_model
+from tests.support.models import HF_IMAGE_TOKEN, IMAGE, close, features_of, hf_next_model
 from tests.support.routings import ALL, embeddings, places
 
 SOME = ["lf", "lf-k2", "lf-sparse", "pc", "kv", "ideal", "vtw", "fastv", "lf+fastv", "kv+fastv-deep"]
@@ -29,7 +29,7 @@ def test_anyres_tiles_on_hf(case):
     model = hf_next_model()
     generator = torch.Generator().manual_seed(1)
     pixels, sizes = torch.randn(2, 3, 3, 56, 56, generator=generator), torch.tensor([[56, 112], [112, 50]])
-    counts = [len(f) for f in model.model.get_image_features(pixels, sizes)]
+    counts = [len(f) for f in features_of(model.model.get_image_features(pixels, sizes))]
     assert counts[0] != counts[1]
     rows = [torch.tensor([3, 4] + [HF_IMAGE_TOKEN] * n + [5, 6, 7]) for n in counts]
     longest = max(map(len, rows))

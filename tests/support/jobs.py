@@ -11,10 +11,16 @@ import pytest
 HOSTS = ("hf", "llava")
 OF_THE_TEST = None  # the host is the test's own parameter
 
+_OTHER_TRAINERS = (
+    "tests/integrations/training/test_other_trainers.py::test_a_run_trains_what_it_should_goes_on_and_opens_again"
+)
+_HF_ZERO = "tests/integrations/training/test_hf_deepspeed.py"
+_LLAVA_ZERO = "tests/integrations/training/test_deepspeed.py::test_zero_2_and_zero_3_train_what_ddp_trains"
+
 # Job: host: the tests, a file or a node's beginning each.
 JOBS: dict[str, dict[str | None, list[str]]] = {
     "import, nothing configured": {
-        "llava": ["tests/integrations/test_unconfigured.py::test_a_stock_script_loads_nothing_that_patches"],
+        OF_THE_TEST: ["tests/integrations/test_unconfigured.py::test_a_stock_script_loads_nothing_that_patches"],
     },
     "identities": {
         OF_THE_TEST: [
@@ -33,16 +39,22 @@ JOBS: dict[str, dict[str | None, list[str]]] = {
         ],
     },
     "train both stages": {
+        "hf": [_OTHER_TRAINERS],
         "llava": [
             "tests/integrations/training/test_launch_scripts.py::test_both_stages_by_flags_environment_and_torchrun"
         ],
     },
-    "resume": {"llava": ["tests/integrations/training/test_tower_training.py::test_trained_saved_and_resumed"]},
-    "ZeRO-2, ZeRO-3": {
-        "llava": ["tests/integrations/training/test_deepspeed.py::test_zero_2_and_zero_3_train_what_ddp_trains"],
+    "resume": {
+        "hf": [_OTHER_TRAINERS],
+        "llava": [
+            "tests/integrations/training/test_tower_training.py::test_trained_saved_and_resumed",
+            "tests/integrations/training/test_resume.py",
+        ],
     },
+    "ZeRO-2": {"hf": [_HF_ZERO], "llava": [_LLAVA_ZERO]},
+    "ZeRO-3": {"hf": [_HF_ZERO], "llava": [_LLAVA_ZERO]},
     "lmms-eval": {
-        "hf": ["tests/integrations/lmms_eval/test_cli.py::test_our_tasks_beside_a_stock_one_on_a_patched_model"],
+        OF_THE_TEST: ["tests/integrations/lmms_eval/test_cli.py::test_our_tasks_beside_a_stock_one_on_a_patched_model"],
     },
 }
 
@@ -51,14 +63,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--jobs-json", type=Path, help="file that gets what became of each cell")
 
 
-def cell_of(item: pytest.Item) -> tuple[str, str] | None:
-    """Job and host of a test; None: it fills no cell."""
-    for job, hosts in JOBS.items():
-        for host, beginnings in hosts.items():
-            if item.nodeid.startswith(tuple(beginnings)):
-                mine = host or next((v for v in _parameters(item) if v in HOSTS), None)
-                return (job, mine) if mine else None
-    return None
+def cells_of(item: pytest.Item) -> list[tuple[str, str]]:
+    """Jobs with the host of a test, which may show several."""
+    own = next((v for v in _parameters(item) if v in HOSTS), None)
+    return [
+        (job, mine)
+        for job, hosts in JOBS.items()
+        for host, beginnings in hosts.items()
+        if item.nodeid.startswith(tuple(beginnings)) and (mine := host or own)
+    ]
 
 
 def _parameters(item: pytest.Item) -> list[object]:
@@ -69,12 +82,12 @@ def _parameters(item: pytest.Item) -> list[object]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     chosen, others = [], []
     for item in items:
-        cell = cell_of(item)
-        (others if cell is None else chosen).append(item)
-        if cell is not None:
-            item.user_properties.append(("cell", cell))
+        cells = cells_of(item)
+        (chosen if cells else others).append(item)
+        item.user_properties.append(("cells", cells))
+    everything = config.args_source is pytest.Config.ArgsSource.TESTPATHS
     for beginning in [b for hosts in JOBS.values() for bs in hosts.values() for b in bs]:
-        if not any(item.nodeid.startswith(beginning) for item in chosen):
+        if everything and not any(item.nodeid.startswith(beginning) for item in chosen):
             raise pytest.UsageError(f"tests/support/jobs.py: no test begins with {beginning}")
     config.hook.pytest_deselected(items=others)
     items[:] = chosen
@@ -88,11 +101,13 @@ class _Cells:
         self.cells: dict[tuple[str, str], dict] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        properties = dict(report.user_properties)
-        if "cell" not in properties or (report.when != "call" and report.passed):
-            return
+        if report.when == "call" or not report.passed:
+            for cell in dict(report.user_properties)["cells"]:
+                self._add(report, tuple(cell))
+
+    def _add(self, report: pytest.TestReport, name: tuple[str, str]) -> None:
         new = {"passed": 0, "skipped": {}, "failed": {}, "seconds": 0.0, "figures": []}
-        cell = self.cells.setdefault(tuple(properties["cell"]), new)
+        cell, properties = self.cells.setdefault(name, new), dict(report.user_properties)
         cell["seconds"] = round(cell["seconds"] + report.duration, 2)
         if report.passed:
             cell["passed"] += 1

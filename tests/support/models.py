@@ -57,7 +57,12 @@ def hf_next_model() -> nn.Module:
     return LlavaNextForConditionalGeneration(config).eval()
 
 
-def llava_model(folder: Path, attention: str = "sdpa") -> nn.Module:
+def features_of(output: Any) -> Any:
+    """The features among what HF's `get_image_features` gives: alone up to transformers 4."""
+    return getattr(output, "pooler_output", output)
+
+
+def llava_model(folder: Path, attention: str = "sdpa", **changes: Any) -> nn.Module:
     from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
     from transformers import CLIPImageProcessor, CLIPVisionModel
 
@@ -66,12 +71,13 @@ def llava_model(folder: Path, attention: str = "sdpa") -> nn.Module:
     if not tower.exists():
         CLIPVisionModel(vision_config()).save_pretrained(tower)
         CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}).save_pretrained(tower)
-    config = LlavaConfig(
-        **TEXT, mm_vision_tower=str(tower), mm_hidden_size=32, mm_projector_type="mlp2x_gelu",
-        mm_vision_select_layer=-2, mm_vision_select_feature="patch", tune_mm_mlp_adapter=False,
-        attn_implementation=attention,
-    )  # fmt: skip
-    model = LlavaLlamaForCausalLM(config)
+    settings = {
+        **TEXT, "mm_vision_tower": str(tower), "mm_hidden_size": vision_config().hidden_size,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch", "tune_mm_mlp_adapter": False,
+        "attn_implementation": attention,
+    }  # fmt: skip
+    model = LlavaLlamaForCausalLM(LlavaConfig(**(settings | changes)))
     model.get_vision_tower().load_model()
     return model.float().eval()
 

@@ -53,8 +53,8 @@ def small_llava(vision: dict, text: dict, vocab_size: int) -> Any:
     spread = 1 / math.sqrt(text["hidden_size"])  # Llama's 0.02 fits a width of thousands
     words = {"vocab_size": padded, "pad_token_id": vocab_size + 1, "max_position_embeddings": 2048}
     config = LlavaConfig(
-        CLIPVisionConfig(**vision),
-        LlamaConfig(**{"initializer_range": spread, "rms_norm_eps": 1e-5, **words, **text}),
+        vision_config=CLIPVisionConfig(**vision),
+        text_config=LlamaConfig(**{"initializer_range": spread, "rms_norm_eps": 1e-5, **words, **text}),
         image_token_index=vocab_size,
         image_seq_length=(vision["image_size"] // vision["patch_size"]) ** 2,
         vision_feature_layer=SELECT_LAYER,
@@ -74,7 +74,7 @@ def small_llava(vision: dict, text: dict, vocab_size: int) -> Any:
 
 def write_fileset(out: Path, *, vision: dict, text: dict, vocab_size: int, model: Any = None) -> FileSet:
     """Write the set below `out`; `model` is one of `small_llava`, whose weights it then holds."""
-    from transformers import LlamaConfig, LlamaTokenizer, LlamaTokenizerFast, LlavaProcessor
+    from transformers import LlamaConfig, LlamaTokenizerFast, LlavaProcessor
 
     model = model or small_llava(vision, text, vocab_size)
     root = Path(out).resolve()
@@ -115,22 +115,21 @@ def write_fileset(out: Path, *, vision: dict, text: dict, vocab_size: int, model
         "mm_vision_select_layer": SELECT_LAYER, "mm_vision_tower": str(files.tower), "tune_mm_mlp_adapter": False,
         "freeze_mm_mlp_adapter": False, "unfreeze_mm_vision_tower": False, "use_mm_proj": True,
     }  # fmt: skip
-    pieces = root / "tokenizer.model"
-    pieces.write_bytes(_train_pieces(vocab_size))
-    spelling = {"legacy": True, "model_max_length": 2048}
-    slow = LlamaTokenizer(str(pieces), **spelling, pad_token="<unk>", padding_side="right")
+    pieces = _train_pieces(vocab_size)
     for folder, more, weights in ((files.language_model, {}, {}), (files.llava, llava, projector)):
         config.save_pretrained(folder)
         _edit(folder / "config.json", **more)
         _write_generation(folder, pad=0)
-        slow.save_pretrained(folder)
+        _write_tokenizer(folder, pieces, pad_token="<unk>", padding_side="right")
         torch.save({**language, **weights}, folder / "pytorch_model.bin")
 
     model.save_pretrained(files.hf)
     _edit(files.hf / "config.json")
     _write_generation(files.hf, pad=vocab_size + 1)
-    fast = LlamaTokenizerFast(str(pieces), **spelling, padding_side="left", add_prefix_space=True)
-    fast.add_special_tokens({"additional_special_tokens": ["<image>"], "pad_token": "<pad>"})
+    _write_tokenizer(files.hf, pieces)
+    fast = LlamaTokenizerFast.from_pretrained(files.hf, padding_side="left", add_prefix_space=True)
+    fast.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    fast.add_special_tokens({"pad_token": "<pad>"})
     LlavaProcessor(
         images, fast, patch_size=vision["patch_size"], vision_feature_select_strategy="default",
         chat_template=CHAT_TEMPLATE, num_additional_image_tokens=1,
@@ -149,6 +148,18 @@ def _write_tower(tower: Any, folder: Path) -> Any:
     images.save_pretrained(folder)
     _edit(folder / "preprocessor_config.json", size=size, crop_size=size)
     return images
+
+
+def _write_tokenizer(folder: Path, pieces: bytes, **more: Any) -> None:
+    """Sentencepiece's file with its settings, as on the hub (transformers 5 saves them as another tokenizer)."""
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings = {
+        "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": True,
+        "model_max_length": 2048, "clean_up_tokenization_spaces": False, "sp_model_kwargs": {}, **tokens, **more,
+    }  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(pieces)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
 
 
 def _write_generation(folder: Path, pad: int) -> None:

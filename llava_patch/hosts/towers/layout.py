@@ -1,6 +1,6 @@
 """Where things are in a vision tower: its blocks, what comes before and after them, and what its tokens mean.
 
-A tower is recognised by what it is made of. Known on transformers 4.57: CLIP, SigLIP (and SigLIP 2 of one resolution,
+A tower is recognised by what it is made of. Known: CLIP, SigLIP (and SigLIP 2 of one resolution,
 which is the same class), SigLIP 2 NaFlex, InternViT, AIMv2, and timm's ViTs through TimmWrapperModel (Perception
 Encoder).
 """
@@ -17,8 +17,10 @@ import torch
 from torch import nn
 
 from llava_patch.core.errors import HostError
+from llava_patch.hosts import compat
 
 TIMM = "timm_wrapper"
+SEVERAL_SCALES = "{} does not know multi-scale (S2) towers, which see an image several times: take a model without s2"
 PREFIX_TOKENS = {
     "clip_vision_model": 1, "internvl_vision": 1, "siglip_vision_model": 0, "siglip2_vision_model": 0,
     "aimv2_vision_model": 0,
@@ -188,11 +190,12 @@ def _check_positions(kind: str, body: Any, children: dict[str, nn.Module], prefi
 def _last_is_normed(vision: Any, after: Sequence[nn.Module]) -> bool:
     """Whether hidden_states[N] comes after the final norm.
 
-    transformers' output recorder (`_can_record_outputs`) puts the model's last_hidden_state in the last place, which is
-    normed on every class that has a recorder; CLIP has none and norms the pooled token alone.
+    transformers' output recorder (`_can_record_outputs`) may put the model's last_hidden_state in the last place, which
+    is normed on every class where it does; CLIP norms the pooled token alone.
     """
     recorder = getattr(type(vision), "_can_record_outputs", None) or {}
-    normed = getattr(vision, "last_state_is_normed", "hidden_states" in recorder)
+    records = "hidden_states" in recorder and compat.ties_last_state(vision)
+    normed = getattr(vision, "last_state_is_normed", records)
     return bool(normed and after and any(True for _ in after[0].parameters()))
 
 

@@ -8,12 +8,13 @@ import copy
 import pkgutil
 from typing import Any
 
-from transformers import AutoConfig, CLIPImageProcessor, PretrainedConfig, SiglipImageProcessor
+from transformers import AutoConfig, PretrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import PILImageResampling
 from transformers.utils.generic import is_timm_config_dict
 
 from llava_patch.core.errors import CheckpointError, HostError
+from llava_patch.hosts import compat
 from llava_patch.hosts.towers import layout as towers
 
 CLIP = ("clip", "clip_vision_model")
@@ -87,6 +88,16 @@ class SquareSize(dict):
         raise KeyError(key)
 
 
+def _square(kind: Any) -> Any:
+    """`SquareSize` as transformers' own class of sizes, whose fields would be nothing instead of missing."""
+
+    class Square(kind):
+        def __getitem__(self, key: str) -> int:
+            return min(self.height, self.width) if key == "shortest_edge" else super().__getitem__(key)
+
+    return Square
+
+
 def load_processor(name: str, config: Any, side: int) -> Any:
     """The tower's image processor, with the fields that llava reads: image_mean, crop_size and size.
 
@@ -109,7 +120,7 @@ def load_processor(name: str, config: Any, side: int) -> Any:
         }
     kind = raw.get("image_processor_type") or raw.get("feature_extractor_type") or "none named"
     if kind.startswith("CLIP"):
-        clip: Any = CLIPImageProcessor.from_dict(raw)
+        clip = compat.pil_processor("CLIPImageProcessor").from_dict(raw)
         gives, takes = (clip.crop_size["height"], clip.crop_size["width"]), (side, side)
         if gives != takes:
             raise HostError(f"the image processor of {name} gives {gives} pixels, its vision tower takes {takes}")
@@ -121,7 +132,10 @@ def load_processor(name: str, config: Any, side: int) -> Any:
         )
     fields = ("image_mean", "image_std", "resample", "do_rescale", "rescale_factor", "do_normalize")
     known = {n: raw[n] for n in fields if raw.get(n) is not None}
-    processor: Any = SiglipImageProcessor(size=SquareSize(height=side, width=side), do_convert_rgb=True, **known)
+    siglip = compat.pil_processor("SiglipImageProcessor")
+    processor = siglip(size=SquareSize(height=side, width=side), do_convert_rgb=True, **known)
+    if not isinstance(processor.size, dict):  # transformers 5 makes a class of its own of it
+        processor.size = _square(type(processor.size))(height=side, width=side)
     processor.crop_size = {"height": side, "width": side}
     processor.do_center_crop = False  # R-Probe asks every processor
     return processor

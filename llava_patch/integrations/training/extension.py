@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 
 from llava_patch.core.undo import UndoStack
 
@@ -27,6 +28,9 @@ class TrainerExtension:
 
     def arrange(self, optimizer: Any) -> None:
         """The Trainer has made its optimizer, whose groups neither a scheduler nor DeepSpeed has read."""
+
+    def load(self, folder: Path) -> None:
+        """The Trainer has put a checkpoint's weights into the model: a run goes on from it, or it is the best one."""
 
     def resume(self, folder: Path | None) -> None:
         """The run goes on from this checkpoint, whose weights are there, or is a new one."""
@@ -49,7 +53,10 @@ class TrainerExtension:
         return logs
 
     def save(self, state: Any, folder: Path) -> None:
-        """The Trainer has written a checkpoint."""
+        """The Trainer is about to write a checkpoint into this folder, trainer_state.json last of all.
+
+        A folder that has that file has everything.
+        """
 
     def end(self, state: Any) -> None:
         """The run ends."""
@@ -59,8 +66,7 @@ def extend(trainer: Any, extension: TrainerExtension) -> None:
     """Let an extension take part in a Trainer's runs, after those that do already.
 
     Modifications: a callback is added, once. Where an extension has something to do there, instance attributes of the
-    Trainer are replaced: `create_optimizer` and `_load_optimizer_and_scheduler` for good, `training_step` and `log`
-    from a run's beginning to its end.
+    Trainer are replaced: those of `_LASTING` for good, `training_step` and `log` from a run's beginning to its end.
     """
     callbacks = (one for one in trainer.callback_handler.callbacks if isinstance(one, _Extensions))
     extensions = next(callbacks, None)
@@ -69,7 +75,13 @@ def extend(trainer: Any, extension: TrainerExtension) -> None:
         trainer.add_callback(extensions)
     extension.trainer = trainer
     extensions.members.append(extension)
-    extensions.replace({"create_optimizer": "arrange", "_load_optimizer_and_scheduler": "resume"}, UndoStack())
+    extensions.replace(_LASTING, UndoStack())
+
+
+_LASTING = {
+    "create_optimizer": ("arrange",), "_load_optimizer_and_scheduler": ("load", "resume"),
+    "_load_best_model": ("load",), "_save_checkpoint": ("save",),
+}  # fmt: skip
 
 
 class _Extensions(TrainerCallback):
@@ -80,15 +92,18 @@ class _Extensions(TrainerCallback):
         self._trainer = trainer
         self._run = UndoStack()
         self._replaced: set[str] = set()
+        self._said = False  # whether this run's extensions know what it goes on from
 
-    def replace(self, methods: dict[str, str], undo: UndoStack) -> None:
-        """Put ours in the place of the Trainer's methods, {name: point}, at whose points an extension takes part."""
-        for name, point in methods.items():
-            wanted = any(getattr(type(one), point) is not getattr(TrainerExtension, point) for one in self.members)
-            if wanted and name not in self._replaced:
+    def replace(self, methods: dict[str, tuple[str, ...]], undo: UndoStack) -> None:
+        """Put ours in the place of the Trainer's methods, {name: points}, at whose points an extension takes part."""
+        for name, points in methods.items():
+            if name not in self._replaced and any(map(self._takes_part, points)):
                 undo.wrap(self._trainer, name, getattr(self, name))
                 self._replaced.add(name)
                 undo.push(functools.partial(self._replaced.discard, name))
+
+    def _takes_part(self, point: str) -> bool:
+        return any(getattr(type(one), point) is not getattr(TrainerExtension, point) for one in self.members)
 
     def create_optimizer(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         made = self._trainer.optimizer is None
@@ -98,9 +113,32 @@ class _Extensions(TrainerCallback):
         return optimizer
 
     def _load_optimizer_and_scheduler(self, original: Callable[..., Any], checkpoint: Any) -> Any:
+        folder = None if checkpoint is None else Path(checkpoint)
         for one in self.members:
-            one.resume(None if checkpoint is None else Path(checkpoint))
+            if folder is not None:
+                one.load(folder)
+        self._resume(folder)
         return original(checkpoint)
+
+    def _resume(self, folder: Path | None) -> None:
+        for one in self.members:
+            one.resume(folder)
+        self._said = True
+
+    def _load_best_model(self, original: Callable[..., Any]) -> None:
+        original()
+        for one in self.members:
+            one.load(Path(self._trainer.state.best_model_checkpoint))
+
+    def _save_checkpoint(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        state, arguments = self._trainer.state, self._trainer.args
+        folder = Path(arguments.output_dir) / f"checkpoint-{state.global_step}"
+        if arguments.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # a run that begins again writes the folder again
+        for one in self.members:
+            one.save(state, folder)
+        original(*args, **kwargs)
 
     def training_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         for one in self.members:
@@ -113,7 +151,10 @@ class _Extensions(TrainerCallback):
         original(logs, *args, **kwargs)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.replace({"training_step": "training_step", "log": "log"}, self._run)
+        self.replace({"training_step": ("training_step",), "log": ("log",)}, self._run)
+        if not self._said:  # some versions load nothing for a new run
+            self._resume(None)
+        self._said = False
         for one in self.members:
             one.begin(state)
 
@@ -124,10 +165,6 @@ class _Extensions(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for one in self.members:
             one.end_step(state)
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for one in self.members:
-            one.save(state, Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for one in self.members:

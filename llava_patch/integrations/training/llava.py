@@ -14,13 +14,13 @@ from llava_patch.core.files import write_text
 from llava_patch.fusion.training import WarmUp, steps_of
 from llava_patch.hosts import anatomy, compat, lora, zero
 from llava_patch.integrations.training import gradients as gradients_trainer
-from llava_patch.integrations.training import stage1
+from llava_patch.integrations.training import resume, stage1
 from llava_patch.integrations.training.auxiliary import data as region_data
 from llava_patch.integrations.training.auxiliary import trainer as auxiliary_trainer
 from llava_patch.integrations.training.extension import TrainerExtension, extend
 from llava_patch.integrations.training.trainer_split import resolve_for_training
 from llava_patch.measurements.saturation.result import Saturation
-from llava_patch.patching import checkpoint
+from llava_patch.patching import beside_peft, checkpoint
 from llava_patch.patching.handle import Handle, get_handle
 from llava_patch.patching.patch import patch
 from llava_patch.routing.side_branch import SIDE_BRANCH, copy_layers
@@ -61,8 +61,10 @@ def prepare_run(given: dict[str, Any]) -> Callable[[Any], None]:
             auxiliary_trainer.follow(trainer, release=True)  # before what saves the model that was trained
         if gradients is not None:
             gradients_trainer.follow(trainer, gradients)
+        if handle is not None:
+            resume.follow(trainer, handle)
         if handle is not None or (asked is not None and asked.flags):
-            extend(trainer, _Records(handle))
+            extend(trainer, Records(handle))
 
     return attach
 
@@ -79,6 +81,21 @@ def prepare(model: Any, training_args: Any, dataset: Any, collator: Any) -> Hand
         handle = _patch_for_training(model, training_args, asked, dataset, collator)
     if handle is None:
         return None
+    check_run(handle, training_args)
+    train_side_branch_in_full(model, handle)
+    stack = handle.adapter_parameters()[len(list(handle.anatomy.projector.parameters())) :]
+    for parameter in stack:  # the script has set the projector's flags, and does not know DeepStack's own
+        parameter.requires_grad_(any(p.requires_grad for p in handle.anatomy.projector.parameters()))
+    handle.apply_freeze()
+    check_fusion(handle, training_args)
+    auxiliary_trainer.check(handle, training_args)
+    make_tower_trainable(handle)
+    say_what_trains(handle, training_args)
+    return handle
+
+
+def check_run(handle: Handle, training_args: Any) -> None:
+    """Refuse what no run with this patch can honour, whoever's Trainer it is."""
     split, freeze = (None, "none") if handle.routing is None else (handle.routing.split, handle.routing.freeze)
     devices = getattr(training_args, "n_gpu", 0)
     against = {
@@ -90,24 +107,19 @@ def prepare(model: Any, training_args: Any, dataset: Any, collator: Any) -> Hand
         "patch: launch with torchrun or deepspeed, or set CUDA_VISIBLE_DEVICES to one": devices > 1,
     }
     refuse(against)
-    _train_side_branch_in_full(model, handle)
-    stack = handle.adapter_parameters()[len(list(handle.anatomy.projector.parameters())) :]
-    for parameter in stack:  # the script has set the projector's flags, and does not know DeepStack's own
-        parameter.requires_grad_(any(p.requires_grad for p in handle.anatomy.projector.parameters()))
-    handle.apply_freeze()
-    check_fusion(handle, training_args)
-    auxiliary_trainer.check(handle, training_args)
-    make_tower_trainable(handle)
+
+
+def say_what_trains(handle: Handle, training_args: Any) -> None:
+    """Print it, on the first rank; SettingError: a fusion does nothing and will not learn to."""
     silent = handle.silent_fusion()
     if silent is not None:
         raise SettingError(silent)
     report = handle.report()  # on every rank: it may put partitioned weights together
     if getattr(training_args, "process_index", 0) == 0:
         print(f"llava_patch: {handle!r}\nllava_patch: {report}", flush=True)
-    return handle
 
 
-def _train_side_branch_in_full(model: Any, handle: Handle) -> None:
+def train_side_branch_in_full(model: Any, handle: Handle) -> None:
     """Keep peft's LoRA and the side branch apart.
 
     LLaVA's script puts LoRA on every Linear, of a model that was loaded patched on the side branch's too: it is taken
@@ -118,7 +130,7 @@ def _train_side_branch_in_full(model: Any, handle: Handle) -> None:
     if branch is None:
         return
     if lora.has_lora(branch):
-        setattr(handle.anatomy.decoder, SIDE_BRANCH, copy_layers(branch))
+        setattr(handle.anatomy.decoder, SIDE_BRANCH, copy_layers(branch, handle.anatomy.norm.weight.dtype))
     for config in getattr(model, "peft_config", {}).values():
         if getattr(config, "exclude_modules", "") is None:  # peft 0.14 and newer
             config.exclude_modules = rf".*\.{SIDE_BRANCH}\..*"
@@ -248,25 +260,28 @@ class _WarmUpTraining(TrainerExtension):
 # --- what a run writes ------------------------------------------------------------------------------------------------
 
 
-class _Records(TrainerExtension):
+class Records(TrainerExtension):
     """Writes settings, operative config and (at the end) the adapter into the run's folder."""
 
     def __init__(self, handle: Handle | None) -> None:
         self._handle = handle  # None where gin brings flags alone
 
     def begin(self, state: Any) -> None:
+        """Write settings and operative config into the run's folder."""
         self.save(state, Path(self.trainer.args.output_dir))
 
     def save(self, state: Any, folder: Path) -> None:
+        """Write them into a checkpoint's folder."""
         if state.is_world_process_zero:
             write_records(self._handle, folder)
 
     def end(self, state: Any) -> None:
+        """Write the adapter."""
         handle, first, better = self._handle, state.is_world_process_zero, None
         if handle is None:
             return
         if lora.has_lora(handle.model):
-            better = " beside LoRA: LLaVA's LoRA files hold our weights"
+            better = " beside LoRA, whose folder holds our weights"
         elif handle.trained_share() > 0.5:
             better = ": most of the model was trained, and the checkpoint has it"
         if better is not None and first:
@@ -279,7 +294,7 @@ class _Records(TrainerExtension):
 def write_records(handle: Handle | None, folder: Path) -> None:
     """Write a patch's settings, if there is one, and gin's operative config into a run's or checkpoint's folder."""
     if handle is not None:
-        records.write_settings(folder, {**handle.settings(), "form": "full"})
+        records.write_settings(folder, beside_peft.settings_of(handle, handle.model))
     asked = active.configuration()
     if asked is not None:
         header = "".join(f"# {line}\n" for line in ("operative config of llava_patch, from:", *asked.sources))

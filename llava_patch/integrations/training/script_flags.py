@@ -20,11 +20,12 @@ def add(asked: Configuration, undo: UndoStack) -> None:
     When the script parses them, once, unknown ones are refused by their gin names, and `--seed` seeds: LLaVA makes a
     new projector and LoRA's matrices before the Trainer seeds anything.
     """
-    added = arguments(asked.flags)
-    compat.fix_argv(added)
-    if added and os.environ.get("RANK", "0") == "0":
-        print(describe(sys.argv[1:], added), flush=True)
+    script, added = sys.argv[1:], arguments(asked.flags)
     sys.argv.extend(added)
+    for words in (script, added):
+        compat.fix_argv(words)
+    if added and os.environ.get("RANK", "0") == "0":
+        print(describe(script, added), flush=True)
 
     def parse_checked(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
         HfArgumentParser.parse_args_into_dataclasses = original  # type: ignore[method-assign]

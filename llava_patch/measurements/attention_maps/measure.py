@@ -59,8 +59,7 @@ def measure_attention_maps(
             f"AttentionMaps.block = {settings.block}: the vision tower of {checkpoint} has blocks "
             f"1..{len(tower.blocks)}"
         )
-    if hasattr(anatomy.tower, "s2_scales"):
-        raise HostError("attention maps of a multi-scale (S2) tower are not known: load the model without s2")
+    anatomy.check_one_scale("attention_maps")
     names, labels, part = iter(images), [], maps.WHOLE
     found: list[list[list[float]]] = []
     views: list[maps.View] = []

@@ -128,6 +128,7 @@ def shape_of(model: Any, name: str = "") -> ModelShape:
         HostError: a model or a tower that is not known, or one that is not loaded yet.
     """
     anatomy = find(model)
+    anatomy.check_one_scale("flops")
     anatomy.vision_parts()  # an error names what is not loaded
     handle = get_handle(anatomy.model)
     rows, columns = anatomy.grid

@@ -109,6 +109,7 @@ class Auxiliary(Method):
         if not self.settings.weight:
             logger.warning("AuxiliaryProbe.weight = 0: no head is built, and training is as without it")
         else:
+            self.anatomy.check_one_scale("AuxiliaryProbe")
             if tiles.cuts_tiles(self.anatomy):
                 raise SettingError(
                     "AuxiliaryProbe does not train on images in tiles (anyres), whose tokens differ from image to "

@@ -19,7 +19,7 @@ from llava_patch.tools.doctor import NOTE, OK, PROBLEM, Row
 DISABLE = "LLAVA_PATCH_DISABLE"
 KNOWN_VARIABLES = (
     active.FILE_VARIABLE, active.PARAM_VARIABLE, DISABLE, CACHE_VARIABLE, "LLAVA_PATCH_RPROBE_DATA",
-    "LLAVA_PATCH_VENV",
+    "LLAVA_PATCH_VENV", "LLAVA_PATCH_LLAVA_TREE",
 )  # fmt: skip
 READERS = {"Report": "llava-patch report", "RProbe": "llava-patch rprobe, lmms-eval's task rprobe"}
 """Who reads bindings of settings that no measurement of the registry has."""

@@ -16,6 +16,8 @@ import pytest
 from llava_patch.core.paths import eval_tasks_dir
 from tests.support import fileset
 from tests.support.paths import ROOT
+from tests.support.release import write_fileset
+from tests.support.tiny_train import TEXT, VISION
 
 # The start-up hook comes with an installed package; importing llava_patch first does the same.
 START = (
@@ -41,12 +43,14 @@ def folder(tmp_path_factory: Any) -> Path:
     return root
 
 
-def lmms_eval(root: Path, tasks: str, model: str, before: str = "pass", **environment: str) -> Any:
+def lmms_eval(
+    root: Path, tasks: str, model: str, before: str = "pass", host: str = "llava_hf", **environment: str
+) -> Any:
+    out, device = f"out-{host}", "cpu" if host == "llava_hf" else "auto"  # lmms-eval's llava takes "cpu" for a GPU
     command = [
-        sys.executable, "-c", START.format(before=before), "--model", "llava_hf", "--device", "cpu",
-        "--batch_size", "1",
-        "--model_args", f"pretrained={root / model},device_map=cpu", "--tasks", tasks, "--include_path", "fast",
-        "--gen_kwargs", "max_new_tokens=2", "--limit", "2", "--output_path", "out", "--log_samples",
+        sys.executable, "-c", START.format(before=before), "--model", host, "--device", "cpu", "--batch_size", "1",
+        "--model_args", f"pretrained={root / model},device_map={device}", "--tasks", tasks, "--include_path", "fast",
+        "--gen_kwargs", "max_new_tokens=2", "--limit", "2", "--output_path", out, "--log_samples",
     ]  # fmt: skip
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(root / "hf"), "OMP_NUM_THREADS": "2"}
@@ -56,10 +60,17 @@ def lmms_eval(root: Path, tasks: str, model: str, before: str = "pass", **enviro
     )  # fmt: skip
 
 
-def test_our_tasks_beside_a_stock_one_on_a_patched_model(folder: Path) -> None:
-    done = lmms_eval(folder, "saturation,rprobe_fast,pope", "model", LLAVA_PATCH_GIN_PARAM="Routing.split=2")
+def _llava(folder: Path) -> str:
+    files = write_fileset(folder / "set", vision=VISION, text={**TEXT, "num_hidden_layers": 4}, vocab_size=512)
+    return str(files.llava)
+
+
+@pytest.mark.parametrize("host", ["hf", "llava"])
+def test_our_tasks_beside_a_stock_one_on_a_patched_model(host: str, folder: Path) -> None:
+    model, name = ("model", "llava_hf") if host == "hf" else (_llava(folder), "llava")
+    done = lmms_eval(folder, "saturation,rprobe_fast,pope", model, host=name, LLAVA_PATCH_GIN_PARAM="Routing.split=2")
     assert done.returncode == 0, done.stdout + done.stderr
-    (written,) = (folder / "out").glob("*/*_results.json")
+    (written,) = (folder / f"out-{name}").glob("*/*_results.json")
     table = json.loads(written.read_text())["results"]
     assert table["rprobe_fast"]["rprobe_mse,none"] > 0 and table["saturation"]["attention_mass_final,none"] > 0
     assert "pope_accuracy,none" in table["pope"]

@@ -6,7 +6,9 @@ from transformers import Trainer, TrainingArguments
 
 from llava_patch.integrations.training.extension import TrainerExtension, extend
 
-METHODS = {"create_optimizer", "_load_optimizer_and_scheduler", "training_step", "log"}
+METHODS = {
+    "create_optimizer", "_load_optimizer_and_scheduler", "_load_best_model", "_save_checkpoint", "training_step", "log",
+}  # fmt: skip
 
 
 class Model(torch.nn.Module):
@@ -39,6 +41,9 @@ class Noting(TrainerExtension):
     def arrange(self, optimizer):
         self._note("arrange", len(optimizer.param_groups))
 
+    def load(self, folder):
+        self._note("load", folder.name)
+
     def resume(self, folder):
         self._note("resume", folder and folder.name)
 
@@ -59,7 +64,7 @@ class Noting(TrainerExtension):
         return {**logs, self.name: 1.0, "order": logs.get("order", "") + self.name}
 
     def save(self, state, folder):
-        self._note("save", folder.name, folder.is_dir())
+        self._note("save", folder.name, [path.name for path in folder.iterdir()])
 
     def end(self, state):
         self._note("end", state.global_step)
@@ -77,7 +82,7 @@ def test_every_point_comes_once_in_the_order_of_the_extensions(tmp_path):
         ("arrange", 2), ("resume", None), ("begin", 0),
         ("begin_step", 0, True), ("training_step",), ("end_step", 1),
         ("begin_step", 1, True), ("training_step",), ("end_step", 2),
-        ("save", "checkpoint-2", True), ("end", 2),
+        ("save", "checkpoint-2", []), ("end", 2),
     ]  # fmt: skip
     points = [note[:2] for note in notes if note[1] != "training_step"]
     assert points[::2] == [("a", point) for _, point in points[1::2]]  # a first, b next
@@ -86,7 +91,13 @@ def test_every_point_comes_once_in_the_order_of_the_extensions(tmp_path):
     notes.clear()
     trainer.args.max_steps = 3
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert ("a", "resume", "checkpoint-2") in notes and ("b", "begin_step", 2, True) in notes
+    resumed = [(name, "load", "checkpoint-2") for name in "ab"] + [(name, "resume", "checkpoint-2") for name in "ab"]
+    assert [note for note in notes if note[1] in ("load", "resume")] == resumed and (
+        "b",
+        "begin_step",
+        2,
+        True,
+    ) in notes
     assert notes.count(("a", "end_step", 3)) == 1
 
 

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from llava_patch import DeepStack, DenseConnector, DirectFusion, FastV, Routing, SkipLinks, get_handle, patch
 from llava_patch.cli.main import app
 from llava_patch.core.errors import CheckpointError, SettingError
+from llava_patch.hosts.compat import one_tensor
 from llava_patch.settings.methods import to_dict
 from llava_patch.tools.convert.command import convert, merge
 from llava_patch.tools.convert.plain import spread
@@ -172,7 +173,7 @@ def test_cls_is_dropped_from_every_layer(files, strategy, tmp_path):
     assert expected.shape[1] == (16 if strategy == "default" else 17)
     merge(handle.save(tmp_path / "full", form="full"), tmp_path / "plain")
     with torch.no_grad():
-        made = torch.stack(list(load(tmp_path / "plain").get_image_features(pixel_values=pixels)))
+        made = one_tensor(load(tmp_path / "plain").get_image_features(pixel_values=pixels))
     assert close(made, expected)
 
 

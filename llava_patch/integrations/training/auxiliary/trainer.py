@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset
 
 from llava_patch.core.errors import CheckpointError, SettingError, refuse
 from llava_patch.core.files import atomic
-from llava_patch.hosts import compat, lora, zero
+from llava_patch.hosts import lora, zero
 from llava_patch.integrations.training.extension import TrainerExtension, extend
 from llava_patch.patching.handle import Handle, get_handle
 from llava_patch.patching.keys import base_fingerprint, check_fingerprint
@@ -125,7 +125,6 @@ class _AuxiliaryTraining(TrainerExtension):
     def resume(self, folder: Path | None) -> None:
         if folder is None or self.trainer.is_deepspeed_enabled:  # DeepSpeed brings the head back with its own state
             return
-        compat.load_renamed(self._handle.model, folder)
         load_head(self._handle, folder)
 
     def begin_step(self, state: Any, optimizer: Any) -> None:

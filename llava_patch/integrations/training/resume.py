@@ -1,0 +1,193 @@
+"""Runs that are broken off: what a Trainer's own checkpoint-N leaves out, and which of them a run can go on from.
+
+Beside peft's LoRA, and where LLaVA's stage 1 trains the projector alone, a checkpoint-N holds the adapter and nothing
+else that trained. All of that lies in one file of ours there, written before the Trainer's own files.
+"""
+
+import functools
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+
+from llava_patch.core import records
+from llava_patch.core.errors import CheckpointError
+from llava_patch.core.files import atomic
+from llava_patch.core.undo import UndoStack, meanwhile
+from llava_patch.hosts import lora, zero
+from llava_patch.integrations.training.extension import TrainerExtension, extend
+from llava_patch.patching.beside_peft import FILE, settings_of
+from llava_patch.patching.handle import Handle
+from llava_patch.patching.vocabulary import resized
+
+logger = logging.getLogger("llava_patch")
+
+_PREFIX = "checkpoint-"
+
+
+def follow(trainer: Any, handle: Handle) -> None:
+    """Let a Trainer go on from its checkpoints with the losses of a run that was not broken off.
+
+    Modifications: a callback is added; the Trainer's instance attributes `_save_checkpoint`,
+    `_load_optimizer_and_scheduler`, `_load_best_model`, and in LLaVA's stage 1 `_load_from_checkpoint`, are replaced.
+    """
+    if _projector_alone(trainer):
+        undo = UndoStack()  # for good
+        undo.wrap(trainer, "_save_checkpoint", functools.partial(_save_state_too, trainer))
+        undo.wrap(trainer, "_load_from_checkpoint", lambda original, *args, **kwargs: None)  # ours holds everything
+    beside = _Beside(handle)
+    extend(trainer, beside)
+    if beside.under_peft() and not handle.anatomy.tower_apart:  # LLaVA's script keeps it in a file of its own
+        UndoStack().wrap(trainer, "save_model", beside.save_model)
+
+
+def _projector_alone(trainer: Any) -> bool:
+    """Whether LLaVA's trainer saves the projector and nothing to go on from."""
+    return bool(getattr(trainer.args, "tune_mm_mlp_adapter", False))
+
+
+# --- what the Trainer leaves out --------------------------------------------------------------------------------------
+
+
+class _Beside(TrainerExtension):
+    """Keeps in each checkpoint-N, and brings back, what the Trainer's own files there do not hold."""
+
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
+
+    def under_peft(self) -> bool:
+        """Whether peft saves the model."""
+        return hasattr(self.trainer.model, "get_base_model")
+
+    def _left_out(self, engine: bool = True) -> dict[str, nn.Parameter]:
+        """Parameters by name. DeepSpeed's own state (`engine`) has all that trains."""
+        handle, trainer = self._handle, self.trainer
+        if not self.under_peft() and not _projector_alone(trainer):
+            return {}
+        kept = {id(p) for p in resized(handle.model)}
+        if not (engine and trainer.is_deepspeed_enabled):
+            kept |= {id(p) for n, p in handle.model.named_parameters() if p.requires_grad and not lora.is_pefts(n)}
+        kept -= {id(p) for p in handle.training_parameters()}
+        return {name: p for name, p in handle.model.named_parameters() if id(p) in kept}
+
+    def save_model(
+        self, original: Callable[..., None], output_dir: Any = None, _internal_call: bool = False, **more: Any
+    ) -> None:
+        """The Trainer's method of this name."""
+        original(output_dir, _internal_call, **more)
+        if not _internal_call:  # a checkpoint's
+            self._write(self._left_out(engine=False), Path(output_dir or self.trainer.args.output_dir))
+
+    def save(self, state: Any, folder: Path) -> None:
+        self._write(self._left_out(), folder)
+
+    def _write(self, parameters: dict[str, nn.Parameter], folder: Path) -> None:
+        writes = self.trainer.is_world_process_zero()
+        if writes and self.under_peft() and not self._handle.anatomy.tower_apart:
+            records.write_settings(folder, settings_of(self._handle, self.trainer.model))
+        if not parameters or not (writes or zero.is_partitioned(parameters.values())):
+            return
+        tensors = {}
+        for name, parameter in parameters.items():
+            with zero.gathered([parameter]):
+                if writes:
+                    tensors[name] = parameter.detach().to("cpu", copy=True).contiguous()
+        if writes:
+            with atomic(folder / FILE) as temporary:
+                save_file(tensors, temporary, metadata={"format": "pt"})
+
+    def load(self, folder: Path) -> None:
+        parameters, path = self._left_out(), folder / FILE
+        if not parameters:
+            return
+        if not path.is_file():
+            raise CheckpointError(
+                f"{path}: the run would go on from a checkpoint without {next(iter(parameters))} "
+                f"({len(parameters)} tensors), which peft's and LLaVA's files there do not hold: it was written by a "
+                "run without llava_patch, or by an older version. Start into another --output_dir, or move it away"
+            )
+        with safe_open(path, framework="pt") as stream:
+            there = {name: tuple(stream.get_slice(name).get_shape()) for name in stream.keys()}  # noqa: SIM118
+            here = {name: tuple(zero.shape(p)) for name, p in parameters.items()}
+            if there != here:
+                different = sorted(name for name in {**there, **here} if there.get(name) != here.get(name))
+                raise CheckpointError(
+                    f"{path}: {different[0]} has shape {there.get(different[0])} there and {here.get(different[0])} "
+                    "here (None: it does not train): go on with the settings that the run began with, or start into "
+                    "another --output_dir"
+                )
+            zero.copy_values(parameters, {name: stream.get_tensor(name) for name in parameters})
+
+
+# --- LLaVA's stage 1 --------------------------------------------------------------------------------------------------
+
+
+def _save_state_too(
+    trainer: Any, original: Callable[..., None], model: Any, trial: Any, *args: Any, **more: Any
+) -> None:
+    """LLaVA's own `_save_checkpoint` (the projector), then the optimizer, the random states and the Trainer's state.
+
+    No older checkpoint is deleted, as LLaVA's own deletes none. DeepSpeed's state goes without what is frozen: nearly
+    all of the model.
+    """
+    original(model, trial, *args, **more)
+    with UndoStack() as undo, meanwhile(trainer.args, save_total_limit=None):
+        if trainer.is_deepspeed_enabled:
+            undo.wrap(
+                trainer.model_wrapped, "save_checkpoint", functools.partial(_save, exclude_frozen_parameters=True)
+            )
+        Trainer._save_checkpoint(trainer, model, trial)
+
+
+def _save(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return original(*args, **kwargs)
+
+
+def _load_leniently(original: Callable[..., Any], state: Any, strict: bool = True, **kwargs: Any) -> Any:
+    """A module's `load_state_dict` for such a state."""
+    return original(state, strict=False, **kwargs)
+
+
+# --- which checkpoint -------------------------------------------------------------------------------------------------
+
+
+def train(
+    trainer: Any, original: Callable[..., Any], resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any
+) -> Any:
+    """A Trainer's own `train`, which for True takes the highest checkpoint-N: here the highest that is whole."""
+    if resume_from_checkpoint is True:
+        paths = [path for path in Path(trainer.args.output_dir).glob(f"{_PREFIX}*") if path.is_dir()]
+        numbers = {path: path.name.removeprefix(_PREFIX) for path in paths}
+        folders = sorted((p for p in paths if numbers[p].isdecimal()), key=lambda p: -int(numbers[p]))
+        whole = next((path for path in folders if not _lacks(path)), None)
+        broken = folders if whole is None else folders[: folders.index(whole)]
+        if broken and trainer.args.process_index == 0:
+            logger.warning(
+                "llava_patch: not written to the end, and left alone: %s. Training %s",
+                ", ".join(f"{path} ({_lacks(path)})" for path in broken),
+                "begins anew" if whole is None else f"goes on from {whole}",
+            )
+        if folders:
+            resume_from_checkpoint = None if whole is None else str(whole)
+    with UndoStack() as undo:
+        if _projector_alone(trainer) and trainer.is_deepspeed_enabled:
+            undo.wrap(trainer.model, "load_state_dict", _load_leniently)
+        return original(resume_from_checkpoint, *args, **kwargs)
+
+
+def _lacks(folder: Path) -> str:
+    """What a checkpoint that was not written to its end lacks; "" where it lacks nothing."""
+    try:
+        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return f"no {TRAINER_STATE_NAME}"
+    except ValueError:
+        return f"half a {TRAINER_STATE_NAME}"
+    return ""
