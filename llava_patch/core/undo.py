@@ -10,7 +10,18 @@ if TYPE_CHECKING:
     from torch import nn
 
 _MISSING = object()
+_ASIDE = "_old_forward"
 T = TypeVar("T")
+
+
+def _place(owner: Any, name: str) -> str:
+    """Where an attribute of an object is: accelerate's hooks (device_map) move a module's `forward` aside."""
+    return _ASIDE if name == "forward" and not isinstance(owner, type) and _ASIDE in vars(owner) else name
+
+
+def inner(owner: Any, name: str) -> Any:
+    """An attribute, and of a module its own `forward`, inside accelerate's hook: where ours goes."""
+    return getattr(owner, _place(owner, name))
 
 
 @contextlib.contextmanager
@@ -45,22 +56,36 @@ class UndoStack:
         self._steps.append(step)
 
     def set_attribute(self, owner: Any, name: str, value: Any) -> None:
-        """Set an attribute; undo restores the owner's own dictionary, not what a class gives an instance."""
-        old = vars(owner).get(name, _MISSING)
-        setattr(owner, name, value)
+        """Set an attribute; undo restores the owner's own dictionary, not what a class gives an instance.
+
+        A module's `forward` is set inside accelerate's hook, which may come and go while it is there.
+        """
+        old = vars(owner).get(_place(owner, name), _MISSING)
+        setattr(owner, _place(owner, name), value)
+
+        def restore() -> None:
+            place = _place(owner, name)
+            if old is _MISSING and place == name:
+                vars(owner).pop(name, None)
+            else:
+                stock = getattr(type(owner), name).__get__(owner) if old is _MISSING else old
+                vars(owner)[place] = stock
+
         if isinstance(owner, type):  # its dictionary is read-only
             self.push(lambda: delattr(owner, name) if old is _MISSING else setattr(owner, name, old))
         else:
-            self.push(lambda: vars(owner).pop(name, None) if old is _MISSING else vars(owner).update({name: old}))
+            self.push(restore)
 
     def wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
         """Have calls of an object's or a class's method go to `around(original, *arguments)`."""
-        original = getattr(owner, name)
+        original = inner(owner, name)
         called: Callable[..., Any] = functools.partial(around, original)
+        # Without its own attributes: by those of a compiled method torch.compile would find the way past `around`.
+        wraps = functools.wraps(original, updated=())
         if isinstance(owner, type):  # which binds functions only
-            self.set_attribute(owner, name, functools.wraps(original)(lambda *args, **kwargs: called(*args, **kwargs)))
+            self.set_attribute(owner, name, wraps(lambda *args, **kwargs: called(*args, **kwargs)))
         else:
-            self.set_attribute(owner, name, functools.wraps(original)(called))
+            self.set_attribute(owner, name, wraps(called))
 
     def replace_module(
         self, parent: "nn.Module", name: str, module: "nn.Module", original: "Callable[[], nn.Module] | None" = None

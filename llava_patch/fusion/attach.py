@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from llava_patch.core.compiled import aside
 from llava_patch.core.errors import HostError, SettingError, refuse
 from llava_patch.core.files import write_text
 from llava_patch.core.method import Groups, Method
@@ -21,7 +22,7 @@ from llava_patch.fusion import deep_stack_decoder, training
 from llava_patch.fusion.base import STI_POOL, Fusion, Join, Taps, choose_taps, differs
 from llava_patch.fusion.features import check_grid, fuse, stacked
 from llava_patch.fusion.linear import FusedLinear, narrowed
-from llava_patch.hosts import compat, lora, wrappers, zero
+from llava_patch.hosts import compat, lora, storage, wrappers, zero
 from llava_patch.hosts.anatomy import when_loaded
 
 logger = logging.getLogger("llava_patch")
@@ -51,11 +52,11 @@ class FusionMethod(Method):
         return self.settings.join is Join.LAYERS
 
     def check_model(self, loading: bool) -> None:
-        """Refuse a projector that cannot grow because it lies outside memory."""
-        if not loading and any(p.is_meta for p in self.anatomy.projector.parameters()):
+        """Refuse a projector without weights to grow."""
+        if not loading and storage.is_out_of_reach(self.anatomy.projector):
             raise SettingError(
-                f"the projector's weights lie outside memory (device_map with offloading), where {self.name} cannot "
-                "grow them: load the model without offloading, or load a checkpoint that carries the fusion"
+                f"the projector's weights are on the meta device, where {self.name} cannot grow them, and no hook of "
+                "accelerate brings them in: load the model's weights first"
             )
 
     def agrees(self, asked: Any) -> bool:
@@ -92,10 +93,10 @@ class FusionMethod(Method):
             )
         linear = anatomy.first_linear()[2]
         width = int(anatomy.vision_width)
-        if isinstance(linear, FusedLinear) or zero.shape(linear.weight)[1] != width:
+        if isinstance(linear, FusedLinear) or linear.in_features != width:
             fused = taps.columns * taps.merge_size**2 * width
             raise SettingError(
-                f"the projector takes {zero.shape(linear.weight)[1]} channels, but this tower gives {width} ({fused} "
+                f"the projector takes {linear.in_features} channels, but this tower gives {width} ({fused} "
                 "with this fusion): it was made for another tower or another fusion"
             )
 
@@ -137,6 +138,8 @@ class FusionMethod(Method):
         (its `no_grad` lifted only while something in it trains) and, while it is not loaded yet, `load_model`.
         """
         anatomy, taps = self.anatomy, self.taps
+        if storage.dequantise(anatomy.projector_owner, anatomy.norm.weight.dtype, undo, anatomy.projector_name):
+            _say_dequantised(self.name)
         if taps.columns > 1 or taps.merge_size > 1:
             self._widen(undo, zero_start, loading)
         if taps.join is Join.LAYERS:
@@ -158,13 +161,15 @@ class FusionMethod(Method):
         """Put a `FusedLinear` in the place of the projector's first Linear, and of what peft has put beside it."""
         anatomy, stock = self.anatomy, {}
         for parent, name, linear in anatomy.first_linears():
-            fused = FusedLinear.grow(linear, self.taps.columns, self.taps.merge_size, zero_start)
+            with storage.brought_in(linear):
+                fused = FusedLinear.grow(linear, self.taps.columns, self.taps.merge_size, zero_start)
             stock[fused] = fused.stock if loading else functools.partial(_same, linear)
             setattr(parent, name, fused)
 
         def narrow() -> None:
             for parent, name, layer in anatomy.first_linears():  # among them what peft has made since
-                setattr(parent, name, stock[layer]() if layer in stock else narrowed(layer, fused))
+                with storage.brought_in(layer):
+                    setattr(parent, name, stock[layer]() if layer in stock else narrowed(layer, fused))
 
         undo.push(narrow)
 
@@ -185,10 +190,12 @@ class FusionMethod(Method):
         prefix, grid = tower.prefix_tokens, tower.grid
         needed = {taps.main, *taps.blocks}
 
+        @aside
         def begin(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             last.fused = False
             compat.ask_all_states(kwargs)
 
+        @aside
         def put_fused_feature(module: nn.Module, args: Any, output: Any) -> Any:
             if output is None:  # it has raised: what the projector gets next is not its
                 last.fused = True
@@ -213,6 +220,7 @@ class FusionMethod(Method):
         """Refuse features of a tower whose taps took no part: where nothing gets wider, no shape would tell."""
         anatomy, name = self.anatomy, self.name
 
+        @aside
         def check(module: nn.Module, args: Any) -> None:
             now = anatomy.vision_model_now
             if not (now is None or any(m is vision for m in now.modules() for vision in hooked)):
@@ -264,7 +272,7 @@ class FusionMethod(Method):
         """
         own, (parent, name, layer) = self._own_projector(), self.anatomy.first_linear()
         if own is not None:
-            decisive: list[Any] = list([m for m in own.modules() if isinstance(m, nn.Linear)][-1].parameters())
+            decisive = _last_linear(own)
         elif isinstance(layer, FusedLinear) and layer.in_features > layer.main_features:
             decisive = [layer.weight, *(parent.parameters() if name == "base_layer" else ())]  # LoRA's own
         else:
@@ -272,8 +280,8 @@ class FusionMethod(Method):
         ids = {id(p) for p in decisive}
         if {n for n, p in self.anatomy.model.named_parameters() if id(p) in ids} & set(trainable):
             return None
-        with zero.gathered(decisive):
-            new = decisive if own is not None else [layer.weight[:, layer.main_features :]]
+        with zero.gathered(decisive), storage.brought_in(layer if own is None else own):
+            new = _last_linear(own) if own is not None else [layer.weight[:, layer.main_features :]]
             if any(bool(values.any()) for values in new):
                 return None
         routing = others.get("routing")
@@ -319,6 +327,19 @@ class FusionMethod(Method):
         fitted = {**values, **self.processor_fields()}
         if fitted != values:
             write_text(path, json.dumps(fitted, indent=2) + "\n")
+
+
+def _last_linear(projector: nn.Module) -> list[Any]:
+    """The parameters of a projector's last Linear."""
+    return list([m for m in projector.modules() if isinstance(m, nn.Linear)][-1].parameters())
+
+
+@functools.lru_cache
+def _say_dequantised(name: str) -> None:
+    logger.warning(
+        "%s: the projector was quantised, and is dequantised to take the taps. In 8 bit, where stock layers round "
+        "their inputs too, the output differs by that rounding from the stock model's", name,
+    )  # fmt: skip
 
 
 def _same(module: nn.Module) -> nn.Module:

@@ -1,6 +1,5 @@
 """DeepStack: a projector for the taps, and how their features reach the decoder."""
 
-import copy
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -9,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llava_patch.core.compiled import aside
 from llava_patch.core.errors import HostError
 from llava_patch.core.undo import UndoStack, holding
-from llava_patch.hosts import call_context, lora, zero
+from llava_patch.hosts import call_context, lora, storage
 from llava_patch.hosts.anatomy import Anatomy
 
 _taken: ContextVar[list[list[Tensor]] | None] = ContextVar("llava_patch_taps", default=None)
@@ -57,11 +57,10 @@ def attach(anatomy: Anatomy, undo: UndoStack) -> None:
     Modifications: a module beside the projector; the instance attribute `encode_images` of the causal LM on `llava`,
     `get_image_features` (and with anyres tiles `pack_image_features`) of the inner LlavaModel on HF.
     """
-    trains = any(p.requires_grad for p in anatomy.projector.parameters())
-    with zero.gathered(anatomy.projector.parameters()):
-        projector = copy.deepcopy(lora.copies(anatomy.projector_owner, anatomy.projector_name)[0][2])
-        if lora.merge(projector):
-            projector.requires_grad_(trains)
+    original = lora.copies(anatomy.projector_owner, anatomy.projector_name)[0][2]
+    projector = storage.plain_copy(original, anatomy.norm.weight.dtype)
+    if lora.has_lora(original):
+        projector.requires_grad_(any(p.requires_grad for p in anatomy.projector.parameters()))
     linears = [m for m in projector.modules() if isinstance(m, nn.Linear)]
     if not linears:
         raise HostError(f"the projector {type(projector).__name__} has no Linear layer that DeepStack could start at 0")
@@ -69,6 +68,7 @@ def attach(anatomy: Anatomy, undo: UndoStack) -> None:
         nn.init.zeros_(parameter)
     undo.add_module(anatomy.projector_owner, anatomy.stack_name, projector)
 
+    @aside
     def encode_and_stack(encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         call = call_context.current(anatomy)
         if call is None:  # images encoded for their own sake
@@ -81,6 +81,7 @@ def attach(anatomy: Anatomy, undo: UndoStack) -> None:
         call.offer(_project(anatomy, taken))
         return features
 
+    @aside
     def pack_and_report(
         pack: Callable[..., Any], image_features: Any, image_sizes: Any, *args: Any, **kwargs: Any
     ) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from llava_patch.core.errors import HostError, SettingError
 from llava_patch.core.undo import UndoStack
 from llava_patch.fusion.base import Fusion, Taps
-from llava_patch.hosts import zero
+from llava_patch.hosts import storage, zero
 from llava_patch.hosts.anatomy import Anatomy, when_loaded
 from llava_patch.hosts.towers.layout import Tower
 
@@ -38,6 +38,12 @@ def set_tower_flags(anatomy: Anatomy, settings: Fusion, taps: Taps) -> None:
     vision.requires_grad_(False)
     if settings.train_tower == "frozen":
         return
+    if storage.quantised_parameters(vision):
+        raise SettingError(
+            f"{type(settings).__name__}.train_tower = {settings.train_tower!r}, but the vision tower's weights are "
+            "quantised: configure the fusion before the model is loaded (LLAVA_PATCH_GIN_PARAM), which keeps the tower "
+            "in floating point, or load the model in 16 bit"
+        )
     parts: list[Any] = list(tower.blocks[: taps.deepest])
     if settings.train_tower == "all":
         parts += [*tower.before, *tower.own]

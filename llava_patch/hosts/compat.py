@@ -21,6 +21,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from llava_patch.core.compiled import follow_as, varies
 from llava_patch.core.errors import HostError, InputError
 from llava_patch.core.undo import UndoStack
 
@@ -116,11 +117,19 @@ def call_layer(
     """
     if cache is not None:
         arguments[cache_argument()] = cache
+    for tensor in (hidden_states, *arguments.get("position_embeddings", ())):
+        varies(tensor, 0, 1)
+    for name in ("attention_mask", "position_ids", "cache_position"):
+        varies(arguments.get(name), *range(getattr(arguments.get(name), "ndim", 0)))
+    # What compiled layers have in common. With a cache that is nothing: a layer's number then is in its graph.
+    number = None if getattr(cache, "cache", cache) is None else int(layer.self_attn.layer_idx)
+    given = frozenset(name for name, value in arguments.items() if value is not None)
+    role = (type(layer).__name__, checkpoint, given, number, torch.is_grad_enabled())
     if checkpoint or not getattr(layer, "gradient_checkpointing", False):
-        return layer_output(layer(hidden_states, **arguments))
+        return layer_output(follow_as(role, layer, hidden_states, **arguments))
     layer.gradient_checkpointing = False  # read by the layer's `__call__`, from 5.2x on by its `forward`
     try:
-        return layer_output(layer(hidden_states, **arguments))
+        return layer_output(follow_as(role, layer, hidden_states, **arguments))
     finally:
         layer.gradient_checkpointing = True
 
@@ -534,6 +543,36 @@ def full_precision(kwargs: dict[str, Any]) -> None:
     if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None and not any(map(kwargs.get, quantised)):
         kwargs.pop("torch_dtype", None)
         kwargs["dtype"] = torch.get_default_dtype()
+
+
+def keep_floating(names: Callable[[Callable[[Any], list[str]], Any, bool], list[str]], undo: UndoStack) -> None:
+    """Say which modules transformers leaves in floating point when it quantises a model that it loads.
+
+    `names` gets what names those that it leaves out itself or the user's llm_int8_skip_modules say, the model, and
+    whether its files are quantised already.
+
+    Modifications: the static method `get_modules_to_not_convert` of its quantizers' base.
+    """
+    from transformers.quantizers.base import HfQuantizer
+
+    stock = HfQuantizer.get_modules_to_not_convert
+
+    def all_names(self: Any, model: Any, *args: Any, **kwargs: Any) -> list[str]:
+        return names(lambda model: stock(model, *args, **kwargs), model, bool(self.pre_quantized))
+
+    undo.set_attribute(HfQuantizer, "get_modules_to_not_convert", all_names)
+
+
+def fix_quantisation_arguments(kwargs: dict[str, Any]) -> None:
+    """Llava's loader and script say both how to quantise and `load_in_4bit`, of which transformers takes one (4.41 on).
+
+    In 5.0 the short form is gone altogether.
+    """
+    asked = {name: kwargs.pop(name) for name in ("load_in_8bit", "load_in_4bit") if name in kwargs}
+    if any(asked.values()) and kwargs.get("quantization_config") is None:
+        from transformers import BitsAndBytesConfig
+
+        kwargs["quantization_config"] = BitsAndBytesConfig(**asked)
 
 
 def flash_fallback(kwargs: dict[str, Any]) -> None:

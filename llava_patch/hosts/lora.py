@@ -1,9 +1,12 @@
 """What peft has put into a host model: LoRA layers, and copies of modules that train in full (`modules_to_save`)."""
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+
+from llava_patch.core.errors import SettingError
 
 
 def has_lora(model: nn.Module) -> bool:
@@ -54,10 +57,11 @@ def unhook(module: nn.Module, hook: Any) -> None:
         part._forward_hooks.pop(hook.id, None)
 
 
-def merge(module: nn.Module) -> bool:
+def merge(module: nn.Module, plain: Callable[[Any], Any] = lambda layer: layer) -> bool:
     """Put plain layers with the active LoRA update in the place of peft's wrappers (in place); whether there were any.
 
-    The module's weights must be whole.
+    The module's weights must be whole. `plain` gives a layer in floating point for a quantised one, into which peft
+    itself would merge with another rounding. SettingError: DoRA on quantised layers.
     """
     if "peft" not in sys.modules:  # then nothing can be wrapped
         return False
@@ -66,7 +70,14 @@ def merge(module: nn.Module) -> bool:
     children: list[Any] = [(parent, *child) for parent in module.modules() for child in parent.named_children()]
     wrapped = [found for found in children if isinstance(found[2], BaseTunerLayer)]
     for parent, name, child in wrapped:
-        if not child.disable_adapters:
+        layer, active = child.get_base_layer(), not child.disable_adapters
+        if (floating := plain(layer)) is not layer:
+            left = [a for a in child.active_adapters if a in child.lora_A and a not in child.merged_adapters]
+            for adapter in left if active else ():
+                if getattr(child, "use_dora", {}).get(adapter):
+                    raise SettingError("DoRA on quantised layers cannot be merged: load the model in 16 bit")
+                floating.weight.data += child.get_delta_weight(adapter).to(floating.weight)
+        elif active:
             child.merge()
-        setattr(parent, name, child.get_base_layer())
+        setattr(parent, name, child.get_base_layer() if floating is layer else floating)
     return bool(wrapped)

@@ -47,7 +47,10 @@ def queries(layer: Any, hidden_states: Tensor, rotary: tuple[Tensor, Tensor]) ->
 
 
 def _normed(layer: Any, hidden_states: Tensor) -> Tensor:
-    return layer.input_layernorm(hidden_states.to(layer.self_attn.k_proj.weight.device))
+    weight = layer.self_attn.k_proj.weight
+    if not weight.is_meta:  # offloaded weights are brought where the layer runs, and its input with them
+        hidden_states = hidden_states.to(weight.device)
+    return layer.input_layernorm(hidden_states)
 
 
 def _heads(attention: Any, projected: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:

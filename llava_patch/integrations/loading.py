@@ -5,12 +5,12 @@ import copy
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from llava_patch.core import records
 from llava_patch.core.errors import CheckpointError, HostError
-from llava_patch.core.undo import UndoStack
+from llava_patch.core.undo import UndoStack, meanwhile
 from llava_patch.settings import active
 
 _IGNORED = "_keys_to_ignore_on_load_unexpected"  # transformers' own list
@@ -53,23 +53,29 @@ def load(call: Loading) -> Any:
     CheckpointError: a patched checkpoint lacks tensors, or its base is gone.
     """
     record, config = call.record(), call.kwargs.get("config")
+    if record is not None and record.get("form") == records.LORA:
+        # Patched, then given peft's layers: the order of the run, and so its bits.
+        loaded = load(call._replace(path=records.base_of(call.path, record)))
+        _model_of(loaded).load_adapter(str(call.path))  # ours, below
+        return loaded
     carried = records.config_record(config) if config is not None else None
     if carried and str(getattr(config, "_name_or_path", call.path)) != str(call.path):
         return _load_base_for(call, config, carried)
     if record is not None and record.get("form") == "adapter":
-        from llava_patch.patching import checkpoint, vocabulary
+        from llava_patch.patching import checkpoint, floating, vocabulary
 
         base = records.base_of(call.path, record)
         if config is None:
             config = call.cls.config_class.from_pretrained(call.path)
-        config = _stock_config(config)
+        config = _stock_config(config, base)
         size = vocabulary.base_size(base)
         if size is not None:  # it is resized for the adapter's tensors
             config.get_text_config().vocab_size = size
-        loaded = call.stock(base, config=config)
+        with _unquantised(record, floating.tensors_in(call.path)):
+            loaded = call.stock(base, config=config)
         checkpoint.load(_model_of(loaded), call.path)
         return _finish(loaded)
-    with _construction(call.cls, _patch_new):
+    with _construction(call.cls, _patch_new), _unquantised():
         model, info = call.stock(output_loading_info=True)
     vars(model).pop(_IGNORED, None)
     handle = handle_of(model)
@@ -89,6 +95,32 @@ def load(call: Loading) -> Any:
     return (model, info) if call.kwargs.get("output_loading_info") else model
 
 
+def load_adapter(original: Callable[..., Any], model: Any, folder: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """The method of this name, peft's and transformers' own; what else was trained beside the adapter comes too."""
+    record = _beside_peft(folder)
+    if record is None:
+        return original(model, folder, *args, **kwargs)
+    from llava_patch.patching import beside_peft
+
+    load = functools.partial(original, model, folder, *args, **kwargs)
+    return beside_peft.load_adapter(model, str(folder), record, load)
+
+
+def patch_base(base: Any, folder: Any) -> None:
+    """Patch a base as the folder of the adapter says that peft is about to put around it."""
+    record = _beside_peft(folder)
+    if record is not None:
+        from llava_patch.patching import beside_peft
+
+        beside_peft.patch_as(base, str(folder), record)
+
+
+def _beside_peft(folder: Any) -> dict[str, Any] | None:
+    """The settings file of a folder that peft wrote a patched model's adapter into."""
+    record = records.read_settings(folder) if isinstance(folder, (str, os.PathLike)) else None
+    return record if record is not None and record.get("form") == records.LORA else None
+
+
 def load_stock(call: Loading, why: str) -> Any:
     """Load a model that cannot be patched (`why` ends a sentence about the patch) as its own from_pretrained does.
 
@@ -100,7 +132,7 @@ def load_stock(call: Loading, why: str) -> Any:
 
     if configured := _configured():
         raise HostError(f"{configured} is configured, {why}")
-    if (call.record() or {}).get("form") == "adapter":
+    if (call.record() or {}).get("form") in ("adapter", records.LORA):
         refuse()
     with _construction(call.cls, refuse):
         return call.stock()
@@ -129,7 +161,8 @@ def _load_base_for(call: Loading, config: Any, carried: dict[str, Any]) -> Any:
         stock._name_or_path = str(call.path)
         loaded = load(call._replace(kwargs={**call.kwargs, "config": stock}))
     else:  # loaded as it is, and patched afterwards
-        loaded = call.stock(config=stock)
+        with _unquantised(carried):
+            loaded = call.stock(config=stock)
     handle = patch(_model_of(loaded), **from_record(carried, os.path.join(source, "config.json")))
     if (handle.trained_tower or carried.get("trained_tower")) and handle.anatomy.tower_apart:
         handle.trained_tower = True
@@ -182,10 +215,18 @@ def _model_of(loaded: Any) -> Any:
     return loaded[0] if isinstance(loaded, tuple) else loaded  # with loading info, or without
 
 
-def _stock_config(config: Any) -> Any:
-    """A copy of a configuration without the patch it carries: the base is loaded as it is and patched afterwards."""
+def _stock_config(config: Any, base: str | None = None) -> Any:
+    """A copy of a configuration without the patch it carries: the base is loaded as it is and patched afterwards.
+
+    How the files of a `base` are quantised stands in its own config.json, whatever its adapter was trained on.
+    """
     config = copy.deepcopy(config)
     vars(config).pop(records.CONFIG_KEY, None)
+    if base is not None:
+        vars(config).pop("quantization_config", None)
+        own = type(config).get_config_dict(base)[0].get("quantization_config")
+        if own is not None:
+            config.quantization_config = own
     return config
 
 
@@ -205,6 +246,35 @@ def _construction(cls: Any, found: Callable[[Any, dict[str, Any]], None]) -> Ite
 
     with UndoStack() as undo:
         undo.wrap(cls, "__init__", init_and_tell)
+        yield
+
+
+@contextlib.contextmanager
+def _unquantised(record: dict[str, Any] | None = None, tensors: Iterable[str] = ()) -> Iterator[None]:
+    """While a model is loaded, keep from being quantised what its patch adds, widens or has trained.
+
+    The patch is on the model already, is a checkpoint's `record`, or is configured; `tensors` are what will be put in.
+    Files that hold integers are read as they are, and `patch` dequantises what it needs.
+    """
+    from llava_patch.hosts import compat
+
+    asked = active.configuration()
+    configured = {} if asked is None else asked.lasting()
+
+    def names(stock: Callable[[Any], list[str]], model: Any, quantised: bool) -> list[str]:
+        handle = handle_of(model)
+        coming = [] if quantised else [record, configured, tensors]
+        if handle is None and not any(coming):
+            return stock(model)
+        from llava_patch.hosts.anatomy import HANDLE
+        from llava_patch.patching import floating
+
+        kept = floating.modules(model, *(coming or (None, {}, ())))
+        with meanwhile(model, **({HANDLE: None} if handle else {})):  # up to 4.57 the model is copied here
+            return [*stock(model), *kept]
+
+    with UndoStack() as undo:
+        compat.keep_floating(names, undo)
         yield
 
 

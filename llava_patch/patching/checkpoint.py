@@ -7,11 +7,12 @@ sends them on to the base.
 """
 
 import copy
+import json
 import logging
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llava_patch.core.errors import CheckpointError, SilentFusionWarning, refuse
-from llava_patch.core.files import atomic
-from llava_patch.core.records import SETTINGS_FILE, read_settings, write_settings
+from llava_patch.core.files import atomic, write_text
+from llava_patch.core.records import SETTINGS_FILE, read_json_file, read_settings, write_settings
 from llava_patch.core.weights import open_weights
-from llava_patch.hosts import compat, lora, zero
+from llava_patch.hosts import compat, lora, storage, zero
 from llava_patch.hosts.anatomy import when_loaded
 from llava_patch.patching.handle import Handle, get_handle
 from llava_patch.patching.keys import base_fingerprint, check_as_loaded, check_fingerprint
@@ -56,9 +57,11 @@ def adapter_tensors(handle: Handle) -> dict[str, Tensor]:
     trained = set(handle.trainable())
     tensors = {}
     for name, parameter in model.named_parameters():
-        if id(parameter) not in training and (id(parameter) in kept or name in trained):
+        if id(parameter) in training or not (id(parameter) in kept or name in trained):
+            continue
+        if parameter.is_floating_point():  # quantised weights are the base's
             with zero.gathered([parameter]):
-                tensors[name] = parameter.detach().to("cpu").clone().contiguous()
+                tensors[name] = storage.value(model, name).detach().to("cpu").clone().contiguous()
     return tensors
 
 
@@ -106,6 +109,10 @@ def save(handle: Handle, directory: str | os.PathLike[str], form: str = "adapter
         config: Any = copy.deepcopy(handle.model.config)
         config.use_cache = True  # training scripts switch it off while they train
         config.save_pretrained(folder)
+        path = folder / "config.json"
+        values = read_json_file(path)
+        if values.pop("quantization_config", None) is not None:  # the base's files say how they are quantised
+            write_text(path, json.dumps(values, indent=2) + "\n")
         with atomic(folder / WEIGHTS_FILE) as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})
     _copy_side_files(base, folder)
@@ -192,7 +199,8 @@ def load(model: nn.Module, directory: str | os.PathLike[str]) -> Handle:
         if missing:
             raise CheckpointError(f"{source}: tensor {missing[0]} is missing ({len(missing)} in all)")
         resize_for(handle.model, tensors)
-        _copy(dict(handle.model.named_parameters()), tensors, source)
+        _make_floating(handle, tensors)
+        copy_by_name(handle.model, tensors, source)
     except BaseException:
         if not had_patch:
             handle.remove()
@@ -202,25 +210,29 @@ def load(model: nn.Module, directory: str | os.PathLike[str]) -> Handle:
 
 def adapter_names(handle: Handle) -> list[str]:
     """Names of the tensors that a patch adds, which an adapter must hold."""
-    wanted = {id(p) for p in handle.added_parameters()}
+    wanted = {id(p) for p in handle.added_parameters() if p.is_floating_point()}
     return [n for n, p in handle.model.named_parameters() if id(p) in wanted]
 
 
-def _copy(
-    parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: Any, owner: str = "the model"
-) -> None:
+def _make_floating(handle: Handle, tensors: Collection[str]) -> None:
+    """Dequantise the layers whose weights an adapter brings: they were trained, and are kept as they were."""
+    for name in storage.quantised_parameters(handle.model) & set(tensors):
+        layer = name.removesuffix(".weight")
+        storage.dequantise(handle.model, handle.anatomy.norm.weight.dtype, handle._undo, layer)
+
+
+def copy_by_name(owner: nn.Module, tensors: Mapping[str, Tensor], source: Any, what: str = "the model") -> None:
+    """Put tensors into a module's parameters of the same names; CheckpointError: there is none, or of another shape."""
+    parameters = dict(owner.named_parameters())
     tensors = compat.as_here(tensors, parameters)
     for name, tensor in tensors.items():
         if name not in parameters:
-            raise CheckpointError(f"{source}: {owner} has no tensor {name}")
-        if parameters[name].is_meta:
-            raise CheckpointError(
-                f"{source}: {name} lies outside memory (device_map): load the model without offloading"
-            )
+            raise CheckpointError(f"{source}: {what} has no tensor {name}")
         shape = tuple(zero.shape(parameters[name]))
         if shape != tensor.shape:
-            raise CheckpointError(f"{source}: {name} has shape {tuple(tensor.shape)}, {owner}'s has {shape}")
-    zero.copy_values(parameters, tensors)
+            raise CheckpointError(f"{source}: {name} has shape {tuple(tensor.shape)}, {what}'s has {shape}")
+    for name, tensor in tensors.items():
+        storage.put(owner, name, tensor)
 
 
 # --- `llava` loads its vision tower after the model, from the tower's own checkpoint ----------------------------------
@@ -243,7 +255,7 @@ def _put_into_tower(handle: Handle, tensors: Mapping[str, Tensor], source: Path 
         tower = handle.anatomy.tower
         buffers = dict(tower.named_buffers())  # position numbers, which some versions save
         wanted = {n: t for n, t in compat.as_here(given, buffers).items() if n not in buffers}
-        _copy(dict(tower.named_parameters()), wanted, source, "the vision tower")
+        copy_by_name(tower, wanted, source, "the vision tower")
 
     if given:
         when_loaded(handle.anatomy, handle._undo, copy_now)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from llava_patch.core.errors import CheckpointError, HostError
 from llava_patch.core.files import digest
 from llava_patch.core.weights import evenly_spaced, folder_of, read_file, weight_files
-from llava_patch.hosts import compat, zero
+from llava_patch.hosts import compat, storage, zero
 from llava_patch.hosts.anatomy import HOSTS, Anatomy, get_handle
 
 _MODEL_SETTINGS = (
@@ -131,15 +131,16 @@ def _feed(digest: Any, value: Any) -> None:
 def base_fingerprint(model: nn.Module, changed: Collection[str]) -> dict[str, list[float]]:
     """Sampled values of the matrices that a patch does not change: {tensor name: values}, as adapters keep them.
 
-    Values rather than a digest, because a base may be loaded in another precision than it was saved in. `changed` names
-    the tensors that are not the base's.
+    Values rather than a digest, because a base may be loaded in another precision than it was saved in; quantised ones
+    are left out. `changed` names the tensors that are not the base's.
     """
     handle = get_handle(model)
     training = {id(p) for p in (() if handle is None else handle.training_parameters())}
     return {
-        name: sample(parameter, _FINGERPRINT_VALUES).tolist()
+        name: sample(storage.value(model, name), _FINGERPRINT_VALUES).tolist()
         for name, parameter in model.named_parameters()
         if name not in changed and id(parameter) not in training and len(zero.shape(parameter)) == 2
+        if parameter.is_floating_point()
     }
 
 
@@ -151,12 +152,16 @@ def sample(tensor: Tensor, count: int) -> Tensor:
 
 
 def check_fingerprint(model: nn.Module, saved: Mapping[str, list[float]], source: Path) -> None:
-    """Compare a model with what `base_fingerprint` saved; CheckpointError names the first tensor that differs."""
+    """Compare a model with what `base_fingerprint` saved; CheckpointError names the first tensor that differs.
+
+    Weights that are quantised here cannot tell: embeddings and the head, which never are, do.
+    """
     parameters = dict(model.named_parameters())
     for name, values in compat.as_here(saved, parameters).items():
         if name not in parameters:
             raise CheckpointError(f"{source}: made on a base with a tensor {name}, which this model does not have")
-        check_values(name, parameters[name], values, source)
+        if parameters[name].is_floating_point():
+            check_values(name, storage.value(model, name), values, source)
 
 
 def check_as_loaded(anatomy: Anatomy, fingerprint: Mapping[str, list[float]], base: str) -> None:

@@ -1,15 +1,16 @@
 """How routing and pruning attach to a host model."""
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from llava_patch.core import registry
-from llava_patch.core.errors import SettingError
+from llava_patch.core import compiled, registry
+from llava_patch.core.errors import SettingError, refuse
 from llava_patch.core.method import Method
-from llava_patch.core.undo import UndoStack
-from llava_patch.hosts import compat, lora
+from llava_patch.core.undo import UndoStack, inner
+from llava_patch.hosts import compat, lora, storage
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.routing import side_branch
 from llava_patch.routing.forward import RoutedForward
@@ -29,7 +30,7 @@ def attach(anatomy: Anatomy, schedule: LayerSchedule, undo: UndoStack) -> None:
     decoder = anatomy.decoder
     if schedule.side_layers and not hasattr(decoder, side_branch.SIDE_BRANCH):
         layers = [anatomy.layers[schedule.split + i] for i in range(schedule.side_layers)]
-        undo.add_module(decoder, side_branch.SIDE_BRANCH, side_branch.copy_layers(layers))
+        undo.add_module(decoder, side_branch.SIDE_BRANCH, side_branch.copy_layers(layers, anatomy.norm.weight.dtype))
     windowed = compat.sliding_window(decoder.config) is not None
     first = schedule.split if schedule.prune_at is None else min(schedule.split, schedule.prune_at)
     masked = [
@@ -39,9 +40,17 @@ def attach(anatomy: Anatomy, schedule: LayerSchedule, undo: UndoStack) -> None:
         masked += getattr(decoder, side_branch.SIDE_BRANCH)
     for layer in masked:
         compat.allow_any_mask(layer.self_attn, undo)
-    if isinstance(decoder.forward, RoutedForward):
-        undo.set_attribute(decoder.forward, "schedule", schedule)
+    routed = inner(decoder, "forward")
+    if isinstance(routed, RoutedForward):
+        undo.set_attribute(routed, "schedule", schedule)
     else:
+        refuse(
+            {
+                "the decoder's forward is compiled already (decoder.forward = torch.compile(...)), and what is routed "
+                "would run beside it: patch first, or compile the whole model (torch.compile(model)) or the decoder's "
+                "layers": compiled.is_compiled(inspect.unwrap(decoder.forward, stop=compiled.is_compiled))
+            }
+        )
         undo.set_attribute(decoder, "forward", RoutedForward(anatomy, schedule))
 
 
@@ -85,14 +94,20 @@ class RoutingMethod(Method):
         if strategy != "none" and lora.trains(anatomy.model):
             raise SettingError(
                 f'Routing.freeze = "{strategy}" would freeze the LoRA layers that peft has put into the model '
-                '(--lora_enable True): set Routing.freeze = "none", which trains them and the side branch, or leave '
-                "LoRA out"
+                '(--lora_enable True; peft_config): set Routing.freeze = "none", which trains them and the branch, '
+                "or leave LoRA out"
+            )
+        late = make_schedule(self.settings, None, len(anatomy.layers)).late_fusion
+        fusion = late if strategy == "side_and_fusion" else ()
+        if quantised := [i for i in fusion if storage.quantised_parameters(anatomy.layers[i])]:
+            raise SettingError(
+                f'Routing.freeze = "{strategy}" would train layer {quantised[0]}, whose weights are quantised: set '
+                'Routing.freeze = "all_but_single", which trains the side branch alone, or load the model in 16 bit'
             )
         if strategy != "none":
             anatomy.model.requires_grad_(False)
-        if strategy == "side_and_fusion":
-            for layer in make_schedule(self.settings, None, len(anatomy.layers)).late_fusion:
-                anatomy.layers[layer].requires_grad_(True)
+        for layer in fusion:
+            anatomy.layers[layer].requires_grad_(True)
         for parameter in branch:
             parameter.requires_grad_(True)
 

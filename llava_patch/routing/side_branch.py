@@ -1,40 +1,23 @@
 """The side branch: trainable decoder layers that the image positions take instead of the deep layers."""
 
-import copy
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-from llava_patch.core.errors import SettingError
-from llava_patch.hosts import compat, lora, zero
+from llava_patch.hosts import compat, storage, zero
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.routing.layers import Stream, prime, trains
 
 SIDE_BRANCH = "side_branch"
 
 
-def copy_layers(layers: Iterable[nn.Module]) -> nn.ModuleList:
-    """Copies of decoder layers, of the same dtype and device, that share nothing with them.
+def copy_layers(layers: Iterable[nn.Module], dtype: torch.dtype) -> nn.ModuleList:
+    """Copies of decoder layers that share nothing with them and can train, see `storage.plain_copy`.
 
-    The originals may be partitioned by DeepSpeed ZeRO-3 (then every rank must call this); the copies are not, the
-    engine does that when it takes the model over. LoRA updates are merged into plain Linear layers, since the side
-    branch trains in full. SettingError: quantised layers, which cannot train.
+    Of quantised layers they have the dequantised values in `dtype`, the decoder's: the side branch trains in full.
     """
-    twins = nn.ModuleList()
-    for layer in layers:
-        with zero.gathered(layer.parameters()):
-            # A copied parameter has the gathered values and none of DeepSpeed's attributes.
-            twin = copy.deepcopy(layer)
-        lora.merge(twin)
-        for name, parameter in twin.named_parameters():
-            if not parameter.is_floating_point():
-                raise SettingError(
-                    f"the decoder's weights are quantised ({name} is {parameter.dtype}), but the side branch is a copy "
-                    "of a decoder layer that trains in full: load the model without quantisation (--bits 16)"
-                )
-        twins.append(twin)
-    return twins
+    return nn.ModuleList(storage.plain_copy(layer, dtype) for layer in layers)
 
 
 def parameters(anatomy: Anatomy) -> list[nn.Parameter]:

@@ -283,13 +283,12 @@ def test_patches_are_merged_only_where_the_class_token_is_dropped(host):
         assert handle.anatomy.encode_images(torch.zeros(1, 3, 56, 56)).shape[1] == 1 + 16 + 4
 
 
-def test_weights_outside_memory_cannot_grow(host):
-    """As accelerate leaves them where a device map offloads."""
+def test_weights_that_nothing_brings_in_cannot_grow(host):
     from llava_patch.hosts import anatomy
 
     anatomy.find(host.model).projector.to("meta")
     for fusion in (SkipLinks(stride=2), DeepStack(taps=(2, 4), start=0)):
-        with pytest.raises(SettingError, match="projector's weights lie outside memory"):
+        with pytest.raises(SettingError, match="projector's weights are on the meta device"):
             patch(host.model, fusion=fusion)
 
 

@@ -72,7 +72,8 @@ def llava_model(folder: Path, attention: str = "sdpa", **changes: Any) -> nn.Mod
         CLIPVisionModel(vision_config()).save_pretrained(tower)
         CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}).save_pretrained(tower)
     settings = {
-        **TEXT, "mm_vision_tower": str(tower), "mm_hidden_size": 32, "mm_projector_type": "mlp2x_gelu",
+        **TEXT, "mm_vision_tower": str(tower), "mm_hidden_size": vision_config().hidden_size,
+        "mm_projector_type": "mlp2x_gelu",
         "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch", "tune_mm_mlp_adapter": False,
         "attn_implementation": attention,
     }  # fmt: skip
