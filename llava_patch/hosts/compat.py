@@ -199,6 +199,11 @@ def _name_here(name: str, known: Collection[str]) -> str:
     return other if name not in known and other in known else name
 
 
+def neutral_tower(name: str) -> str:
+    """The neutral spelling of a tensor of a tower's own files, which is the same on every version."""
+    return "tower." + name.removeprefix("vision_model.")
+
+
 def known_options(processor: Any) -> frozenset[str]:
     """Names that an image processor's call takes; it warns about others and drops them.
 

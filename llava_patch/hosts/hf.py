@@ -73,7 +73,7 @@ HF_FILES = HostFiles(
     parts={
         "decoder": ("language_model.model.", r"(?:language_model\.model|model\.language_model)\.(.+)"),
         "head": ("language_model.lm_head.", r"(?:language_model\.)?lm_head\.(weight)"),
-        "tower": ("vision_tower.", r"(?:model\.)?vision_tower\.(.+)"),
+        "tower": ("vision_tower.vision_model.", r"(?:model\.)?vision_tower\.(?:vision_model\.)?(.+)"),
         "projector": ("multi_modal_projector.", r"(?:model\.)?multi_modal_projector\.(.+)"),
         "stack": ("multi_modal_projector_stack.", r"(?:model\.)?multi_modal_projector_stack\.(.+)"),
         "image_newline": ("image_newline", r"(?:model\.)?image_newline()"),

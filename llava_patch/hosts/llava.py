@@ -114,7 +114,10 @@ LLAVA_FILES = HostFiles(  # of the vision tower, which has a folder of its own, 
     parts={
         "decoder": ("model.", r"model\.((?:embed_tokens|layers|norm|side_branch)\..+)"),
         "head": ("lm_head.", r"lm_head\.(weight)"),
-        "tower": ("model.vision_tower.vision_tower.", r"model\.vision_tower\.vision_tower\.(.+)"),
+        "tower": (
+            "model.vision_tower.vision_tower.vision_model.",
+            r"model\.vision_tower\.vision_tower\.(?:vision_model\.)?(.+)",
+        ),
         "projector": ("model.mm_projector.", r"model\.mm_projector\.(.+)"),
         "stack": ("model.mm_projector_stack.", r"model\.mm_projector_stack\.(.+)"),
         "image_newline": ("model.image_newline", r"model\.image_newline()"),
