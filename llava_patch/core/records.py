@@ -13,6 +13,8 @@ CONFIG_KEY = "llava_patch"
 SETTINGS_FILE = "llava_patch.json"
 """An adapter carries it in this file."""
 FORMAT = 1
+LORA = "lora"
+"""The form of a folder with peft's adapter and what was trained beside it; the others are "adapter" and "full"."""
 
 
 def read_settings(directory: str | os.PathLike[str]) -> dict[str, Any] | None:

@@ -20,6 +20,7 @@ WATCHED = frozenset(
         "lmms_eval",
         "lmms_eval.__main__",
         "lmms_eval.tasks",
+        "peft.peft_model",
     }
 )
 

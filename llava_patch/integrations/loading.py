@@ -53,6 +53,11 @@ def load(call: Loading) -> Any:
     CheckpointError: a patched checkpoint lacks tensors, or its base is gone.
     """
     record, config = call.record(), call.kwargs.get("config")
+    if record is not None and record.get("form") == records.LORA:
+        # Patched, then given peft's layers: the order of the run, and so its bits.
+        loaded = load(call._replace(path=records.base_of(call.path, record)))
+        _model_of(loaded).load_adapter(str(call.path))  # ours, below
+        return loaded
     carried = records.config_record(config) if config is not None else None
     if carried and str(getattr(config, "_name_or_path", call.path)) != str(call.path):
         return _load_base_for(call, config, carried)
@@ -90,6 +95,32 @@ def load(call: Loading) -> Any:
     return (model, info) if call.kwargs.get("output_loading_info") else model
 
 
+def load_adapter(original: Callable[..., Any], model: Any, folder: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """The method of this name, peft's and transformers' own; what else was trained beside the adapter comes too."""
+    record = _beside_peft(folder)
+    if record is None:
+        return original(model, folder, *args, **kwargs)
+    from llava_patch.patching import beside_peft
+
+    load = functools.partial(original, model, folder, *args, **kwargs)
+    return beside_peft.load_adapter(model, str(folder), record, load)
+
+
+def patch_base(base: Any, folder: Any) -> None:
+    """Patch a base as the folder of the adapter says that peft is about to put around it."""
+    record = _beside_peft(folder)
+    if record is not None:
+        from llava_patch.patching import beside_peft
+
+        beside_peft.patch_as(base, str(folder), record)
+
+
+def _beside_peft(folder: Any) -> dict[str, Any] | None:
+    """The settings file of a folder that peft wrote a patched model's adapter into."""
+    record = records.read_settings(folder) if isinstance(folder, (str, os.PathLike)) else None
+    return record if record is not None and record.get("form") == records.LORA else None
+
+
 def load_stock(call: Loading, why: str) -> Any:
     """Load a model that cannot be patched (`why` ends a sentence about the patch) as its own from_pretrained does.
 
@@ -101,7 +132,7 @@ def load_stock(call: Loading, why: str) -> Any:
 
     if configured := _configured():
         raise HostError(f"{configured} is configured, {why}")
-    if (call.record() or {}).get("form") == "adapter":
+    if (call.record() or {}).get("form") in ("adapter", records.LORA):
         refuse()
     with _construction(call.cls, refuse):
         return call.stock()

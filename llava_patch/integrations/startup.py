@@ -215,6 +215,8 @@ def _on_modeling_utils(module: Any, undo: UndoStack) -> None:
         return loading.load(call)
 
     undo.set_attribute(cls, "from_pretrained", classmethod(from_pretrained))
+    if hasattr(cls, "load_adapter"):
+        undo.wrap(cls, "load_adapter", loading.load_adapter)
     _note_sources(sys.modules["transformers.configuration_utils"], undo)
 
 
@@ -235,6 +237,21 @@ def _note_sources(module: Any, undo: UndoStack) -> None:
         return found
 
     undo.set_attribute(cls, "from_pretrained", classmethod(from_pretrained))
+    if hasattr(cls, "load_adapter"):
+        undo.wrap(cls, "load_adapter", loading.load_adapter)
+
+
+def _on_peft(module: Any, undo: UndoStack) -> None:
+    cls = module.PeftModel
+    original = cls.from_pretrained.__func__
+
+    @functools.wraps(original)
+    def from_pretrained(model_class: Any, model: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
+        loading.patch_base(model, model_id)
+        return original(model_class, model, model_id, *args, **kwargs)
+
+    undo.set_attribute(cls, "from_pretrained", classmethod(from_pretrained))
+    undo.wrap(cls, "load_adapter", loading.load_adapter)
 
 
 def _on_lmms_eval(module: ModuleType, undo: UndoStack) -> None:
@@ -254,6 +271,7 @@ _HANDLERS: dict[str, Callable[[Any, UndoStack], None]] = {
     "llava.model.language_model.llava_mistral": _on_llava_model,
     "llava.model.language_model.llava_qwen": _on_llava_model,
     "llava.train.llava_trainer": _on_llava_trainer,
+    "peft.peft_model": _on_peft,
     "lmms_eval": _on_lmms_eval,
     "lmms_eval.__main__": lambda *_: pkgutil.resolve_name("llava_patch.integrations.lmms_eval.fail_fast:install")(),
     "lmms_eval.tasks": lambda *_: pkgutil.resolve_name("llava_patch.integrations.lmms_eval.register:register_tasks")(),

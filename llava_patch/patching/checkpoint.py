@@ -200,7 +200,7 @@ def load(model: nn.Module, directory: str | os.PathLike[str]) -> Handle:
             raise CheckpointError(f"{source}: tensor {missing[0]} is missing ({len(missing)} in all)")
         resize_for(handle.model, tensors)
         _make_floating(handle, tensors)
-        _copy(handle.model, tensors, source)
+        copy_by_name(handle.model, tensors, source)
     except BaseException:
         if not had_patch:
             handle.remove()
@@ -221,7 +221,8 @@ def _make_floating(handle: Handle, tensors: Collection[str]) -> None:
         storage.dequantise(handle.model, handle.anatomy.norm.weight.dtype, handle._undo, layer)
 
 
-def _copy(owner: nn.Module, tensors: Mapping[str, Tensor], source: Any, what: str = "the model") -> None:
+def copy_by_name(owner: nn.Module, tensors: Mapping[str, Tensor], source: Any, what: str = "the model") -> None:
+    """Put tensors into a module's parameters of the same names; CheckpointError: there is none, or of another shape."""
     parameters = dict(owner.named_parameters())
     tensors = compat.as_here(tensors, parameters)
     for name, tensor in tensors.items():
@@ -254,7 +255,7 @@ def _put_into_tower(handle: Handle, tensors: Mapping[str, Tensor], source: Path 
         tower = handle.anatomy.tower
         buffers = dict(tower.named_buffers())  # position numbers, which some versions save
         wanted = {n: t for n, t in compat.as_here(given, buffers).items() if n not in buffers}
-        _copy(tower, wanted, source, "the vision tower")
+        copy_by_name(tower, wanted, source, "the vision tower")
 
     if given:
         when_loaded(handle.anatomy, handle._undo, copy_now)

@@ -1,12 +1,13 @@
 """How routing and pruning attach to a host model."""
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from llava_patch.core import registry
-from llava_patch.core.errors import SettingError
+from llava_patch.core import compiled, registry
+from llava_patch.core.errors import SettingError, refuse
 from llava_patch.core.method import Method
 from llava_patch.core.undo import UndoStack, inner
 from llava_patch.hosts import compat, lora, storage
@@ -43,6 +44,13 @@ def attach(anatomy: Anatomy, schedule: LayerSchedule, undo: UndoStack) -> None:
     if isinstance(routed, RoutedForward):
         undo.set_attribute(routed, "schedule", schedule)
     else:
+        refuse(
+            {
+                "the decoder's forward is compiled already (decoder.forward = torch.compile(...)), and what is routed "
+                "would run beside it: patch first, or compile the whole model (torch.compile(model)) or the decoder's "
+                "layers": compiled.is_compiled(inspect.unwrap(decoder.forward, stop=compiled.is_compiled))
+            }
+        )
         undo.set_attribute(decoder, "forward", RoutedForward(anatomy, schedule))
 
 
@@ -86,8 +94,8 @@ class RoutingMethod(Method):
         if strategy != "none" and lora.trains(anatomy.model):
             raise SettingError(
                 f'Routing.freeze = "{strategy}" would freeze the LoRA layers that peft has put into the model '
-                '(--lora_enable True): set Routing.freeze = "none", which trains them and the side branch, or leave '
-                "LoRA out"
+                '(--lora_enable True; peft_config): set Routing.freeze = "none", which trains them and the branch, '
+                "or leave LoRA out"
             )
         late = make_schedule(self.settings, None, len(anatomy.layers)).late_fusion
         fusion = late if strategy == "side_and_fusion" else ()

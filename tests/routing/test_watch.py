@@ -1,11 +1,15 @@
 """A patched model either routes its images or raises, whatever the host, somebody else or a new version does."""
 
+import contextlib
+import inspect
+
 import pytest
 import torch
 from torch import nn
 
 from llava_patch import DeepStack, DenseConnector, FastV, Routing, SkipLinks, patch
 from llava_patch.core.errors import HostError, InputError
+from llava_patch.hosts import compat
 from tests.support import decoders
 from tests.support.models import HF_IMAGE_TOKEN, IMAGE, LAYERS, close, features_of
 from tests.support.routings import ALL, embeddings
@@ -20,7 +24,9 @@ NOT_ROUTED = "images were encoded, but no call of the decoder routed them.*handl
 
 
 def _newer_host(monkeypatch, way):
-    """What transformers does from 5.18 on: generate() encodes, the model's forward gets what was encoded.
+    """What transformers does from 5.1x on: generate() encodes, the model's forward gets what was encoded.
+
+    Where this version does it itself, it is let.
 
     Args:
         monkeypatch: takes it back.
@@ -29,6 +35,9 @@ def _newer_host(monkeypatch, way):
     from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration as Outer
     from transformers.models.llava.modeling_llava import LlavaModel as Inner
 
+    if way == "argument" and hasattr(Outer, "_supports_mm_encoder_outputs"):
+        monkeypatch.setattr(compat, "encode_in_forward", lambda *args: None)
+        return
     inner, generate, prepare = Inner.forward, Outer.generate, Outer.prepare_inputs_for_generation
 
     def forward(self, input_ids=None, pixel_values=None, mm_encoder_outputs=None, **kwargs):
@@ -38,9 +47,9 @@ def _newer_host(monkeypatch, way):
             return inner(self, input_ids, pixel_values, **kwargs)
         embeds = self.get_input_embeddings()(input_ids)
         embeds[input_ids == HF_IMAGE_TOKEN] = features
-        names = ("attention_mask", "position_ids", "past_key_values", "use_cache", "cache_position")
+        names = ("attention_mask", "position_ids", "past_key_values", "cache", "use_cache", "cache_position")
         outputs = self.language_model(inputs_embeds=embeds, **{k: v for k, v in kwargs.items() if k in names})
-        outputs.image_hidden_states = None
+        outputs.image_hidden_states = outputs.image_outputs = None
         return outputs
 
     def generating(self, inputs=None, pixel_values=None, **kwargs):
@@ -52,7 +61,7 @@ def _newer_host(monkeypatch, way):
 
     def preparing(self, input_ids, mm_encoder_outputs=None, **kwargs):
         made = prepare(self, input_ids, **kwargs)
-        if kwargs["cache_position"][0] == 0:
+        if not kwargs.get("cache", kwargs.get("past_key_values")).get_seq_length():
             made["mm_encoder_outputs"] = mm_encoder_outputs
         return made
 
@@ -519,8 +528,10 @@ def test_videos_and_encoded_images_are_refused(host, name):
                     call()
         host.model(**batch.inputs, **{name: None} if host.name == "hf" else {})
     if host.name == "hf":
+        taken = name in inspect.signature(host.model.forward).parameters  # as the stock model has it
         with patch(host.model, routing=Routing(split=LAYERS)):
-            host.model(**batch.inputs, **{name: value})  # as the stock model has it
+            with pytest.raises(ValueError, match="at the same time") if taken else contextlib.nullcontext():
+                host.model(**batch.inputs, **{name: value})
 
 
 UNKNOWN = "cannot know where images are in them.*image_positions"

@@ -92,6 +92,7 @@ class _Extensions(TrainerCallback):
         self._trainer = trainer
         self._run = UndoStack()
         self._replaced: set[str] = set()
+        self._said = False  # whether this run's extensions know what it goes on from
 
     def replace(self, methods: dict[str, tuple[str, ...]], undo: UndoStack) -> None:
         """Put ours in the place of the Trainer's methods, {name: points}, at whose points an extension takes part."""
@@ -116,9 +117,13 @@ class _Extensions(TrainerCallback):
         for one in self.members:
             if folder is not None:
                 one.load(folder)
+        self._resume(folder)
+        return original(checkpoint)
+
+    def _resume(self, folder: Path | None) -> None:
         for one in self.members:
             one.resume(folder)
-        return original(checkpoint)
+        self._said = True
 
     def _load_best_model(self, original: Callable[..., Any]) -> None:
         original()
@@ -147,6 +152,9 @@ class _Extensions(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.replace({"training_step": ("training_step",), "log": ("log",)}, self._run)
+        if not self._said:  # some versions load nothing for a new run
+            self._resume(None)
+        self._said = False
         for one in self.members:
             one.begin(state)
 

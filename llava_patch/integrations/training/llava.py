@@ -20,7 +20,7 @@ from llava_patch.integrations.training.auxiliary import trainer as auxiliary_tra
 from llava_patch.integrations.training.extension import TrainerExtension, extend
 from llava_patch.integrations.training.trainer_split import resolve_for_training
 from llava_patch.measurements.saturation.result import Saturation
-from llava_patch.patching import checkpoint
+from llava_patch.patching import beside_peft, checkpoint
 from llava_patch.patching.handle import Handle, get_handle
 from llava_patch.patching.patch import patch
 from llava_patch.routing.side_branch import SIDE_BRANCH, copy_layers
@@ -281,7 +281,7 @@ class Records(TrainerExtension):
         if handle is None:
             return
         if lora.has_lora(handle.model):
-            better = " beside LoRA: LLaVA's LoRA files hold our weights"
+            better = " beside LoRA, whose folder holds our weights"
         elif handle.trained_share() > 0.5:
             better = ": most of the model was trained, and the checkpoint has it"
         if better is not None and first:
@@ -294,7 +294,7 @@ class Records(TrainerExtension):
 def write_records(handle: Handle | None, folder: Path) -> None:
     """Write a patch's settings, if there is one, and gin's operative config into a run's or checkpoint's folder."""
     if handle is not None:
-        records.write_settings(folder, {**handle.settings(), "form": "full"})
+        records.write_settings(folder, beside_peft.settings_of(handle, handle.model))
     asked = active.configuration()
     if asked is not None:
         header = "".join(f"# {line}\n" for line in ("operative config of llava_patch, from:", *asked.sources))

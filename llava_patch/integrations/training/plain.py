@@ -3,6 +3,7 @@
 from typing import Any
 from weakref import WeakSet
 
+from llava_patch.hosts import lora
 from llava_patch.integrations.training import gradients as gradients_trainer
 from llava_patch.integrations.training import llava, resume
 from llava_patch.integrations.training.extension import TrainerExtension, extend
@@ -19,6 +20,8 @@ def prepare(trainer: Any, handle: Handle) -> None:
     and an adapter are written only where flags or environment asked for the patch.
     """
     arguments, asked = trainer.args, active.configuration()
+    if lora.has_lora(handle.model):
+        _train_beside_lora(trainer, handle)
     llava.check_run(handle, arguments)
     llava.check_fusion(handle, arguments)
     llava.say_what_trains(handle, arguments)
@@ -32,6 +35,15 @@ def prepare(trainer: Any, handle: Handle) -> None:
     resume.follow(trainer, handle)
     if asked is not None and asked.patches:
         extend(trainer, llava.Records(handle))
+
+
+def _train_beside_lora(trainer: Any, handle: Handle) -> None:
+    """Let what the patch added train, as under LLaVA's LoRA script: peft froze whatever is not its own."""
+    llava.train_side_branch_in_full(trainer.model, handle)
+    handle.apply_freeze()
+    if handle.fusion is not None and not any(p.requires_grad for p in handle.adapter_parameters()):
+        for parameter in handle.adapter_parameters():
+            parameter.requires_grad_(True)
 
 
 class _Groups(TrainerExtension):

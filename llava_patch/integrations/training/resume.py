@@ -17,17 +17,18 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
+from llava_patch.core import records
 from llava_patch.core.errors import CheckpointError
 from llava_patch.core.files import atomic
 from llava_patch.core.undo import UndoStack, meanwhile
 from llava_patch.hosts import lora, zero
 from llava_patch.integrations.training.extension import TrainerExtension, extend
+from llava_patch.patching.beside_peft import FILE, settings_of
 from llava_patch.patching.handle import Handle
 from llava_patch.patching.vocabulary import resized
 
 logger = logging.getLogger("llava_patch")
 
-FILE = "llava_patch_trained.safetensors"
 _PREFIX = "checkpoint-"
 
 
@@ -41,7 +42,10 @@ def follow(trainer: Any, handle: Handle) -> None:
         undo = UndoStack()  # for good
         undo.wrap(trainer, "_save_checkpoint", functools.partial(_save_state_too, trainer))
         undo.wrap(trainer, "_load_from_checkpoint", lambda original, *args, **kwargs: None)  # ours holds everything
-    extend(trainer, _Beside(handle))
+    beside = _Beside(handle)
+    extend(trainer, beside)
+    if beside.under_peft() and not handle.anatomy.tower_apart:  # LLaVA's script keeps it in a file of its own
+        UndoStack().wrap(trainer, "save_model", beside.save_model)
 
 
 def _projector_alone(trainer: Any) -> bool:
@@ -58,20 +62,36 @@ class _Beside(TrainerExtension):
     def __init__(self, handle: Handle) -> None:
         self._handle = handle
 
-    def _left_out(self) -> dict[str, nn.Parameter]:
-        """Parameters by name. DeepSpeed's own state has all that trains."""
+    def under_peft(self) -> bool:
+        """Whether peft saves the model."""
+        return hasattr(self.trainer.model, "get_base_model")
+
+    def _left_out(self, engine: bool = True) -> dict[str, nn.Parameter]:
+        """Parameters by name. DeepSpeed's own state (`engine`) has all that trains."""
         handle, trainer = self._handle, self.trainer
-        peft = hasattr(trainer.model, "get_base_model")
-        if not peft and not _projector_alone(trainer):
+        if not self.under_peft() and not _projector_alone(trainer):
             return {}
         kept = {id(p) for p in resized(handle.model)}
-        if not trainer.is_deepspeed_enabled:
+        if not (engine and trainer.is_deepspeed_enabled):
             kept |= {id(p) for n, p in handle.model.named_parameters() if p.requires_grad and not lora.is_pefts(n)}
         kept -= {id(p) for p in handle.training_parameters()}
         return {name: p for name, p in handle.model.named_parameters() if id(p) in kept}
 
+    def save_model(
+        self, original: Callable[..., None], output_dir: Any = None, _internal_call: bool = False, **more: Any
+    ) -> None:
+        """The Trainer's method of this name."""
+        original(output_dir, _internal_call, **more)
+        if not _internal_call:  # a checkpoint's
+            self._write(self._left_out(engine=False), Path(output_dir or self.trainer.args.output_dir))
+
     def save(self, state: Any, folder: Path) -> None:
-        parameters, writes = self._left_out(), state.is_world_process_zero
+        self._write(self._left_out(), folder)
+
+    def _write(self, parameters: dict[str, nn.Parameter], folder: Path) -> None:
+        writes = self.trainer.is_world_process_zero()
+        if writes and self.under_peft() and not self._handle.anatomy.tower_apart:
+            records.write_settings(folder, settings_of(self._handle, self.trainer.model))
         if not parameters or not (writes or zero.is_partitioned(parameters.values())):
             return
         tensors = {}

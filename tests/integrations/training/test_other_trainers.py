@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
-from transformers.modeling_utils import load_sharded_checkpoint
+from transformers.trainer import load_sharded_checkpoint
 
 from llava_patch import Routing, SkipLinks, get_handle, patch
 from llava_patch.core.errors import HostError, SettingError
@@ -164,10 +164,42 @@ def test_the_documented_script_in_two_processes(data, configured, tmp_path):
     one = hf_train.trainer("trl", data, tmp_path / "one", max_steps=2, learning_rate=1e-4)
     one.train()
     logged = [float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", done.stdout)]
-    assert logged == pytest.approx(losses(one), abs=2e-4)  # twice a half of the batch is another order of sums
+    assert logged == pytest.approx(losses(one), abs=1e-3)  # twice a half of the batch is another order of sums
     configured("")
     for folder in ("run", "run/checkpoint-1"):
         assert get_handle(_open(tmp_path / folder)).routing == get_handle(one.model).routing
+
+
+@pytest.mark.parametrize("method, targets", [("routing", ["q_proj", "v_proj"]), ("skiplinks", "all-linear")])
+def test_lora_beside_the_patch(method, targets, data, configured, tmp_path):
+    peft = pytest.importorskip("peft")
+    configured(METHODS[method] + ("; Routing.freeze = 'none'" if method == "routing" else ""))
+
+    def run(out, resume=None):
+        lora = peft.LoraConfig(r=4, target_modules=targets, lora_dropout=0.0)
+        made = hf_train.trainer("trl", data, out, peft_config=lora, save_strategy="steps", save_steps=2)
+        made.train(resume_from_checkpoint=resume)
+        return made
+
+    whole = run(tmp_path / "whole")
+    own = get_handle(whole.model)
+    trained = {n for n, p in own.model.named_parameters() if p.requires_grad}
+    assert any("lora_" in name for name in trained) and any("lora_" not in name for name in trained)
+    assert not any("lora_" in name for name in trained if ".side_branch." in name)
+    again = run(tmp_path / "again", str(tmp_path / "whole" / "checkpoint-2"))
+    assert losses(again) == losses(whole) and _same(again.model, whole.model)
+
+    whole.save_model(tmp_path / "saved")
+    batch = next(iter(whole.get_eval_dataloader()))
+    with torch.no_grad():
+        expected = whole.model.eval()(**batch).logits
+    for asked in (os.environ["LLAVA_PATCH_GIN_PARAM"], ""):
+        configured(asked)
+        for folder in (tmp_path / "saved", tmp_path / "whole" / "checkpoint-4"):
+            for model in (_open(folder), peft.PeftModel.from_pretrained(_open(data[1]), folder)):
+                assert get_handle(model).applied() == own.applied()
+                with torch.no_grad():
+                    assert torch.equal(model.eval()(**batch).logits, expected)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

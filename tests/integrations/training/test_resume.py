@@ -8,9 +8,12 @@ import torch
 from safetensors.torch import load_file
 
 import gin
+from llava_patch import Routing, SkipLinks, patch
 from llava_patch.core.errors import CheckpointError
 from llava_patch.integrations.training.resume import FILE
 from llava_patch.settings import active
+from tests.support import models
+from tests.support.models import IMAGE, Host
 from tests.support.tiny_train import arguments, losses, make_data
 
 BOTH = ("SkipLinks.stride = 2", "Routing.split = 3", 'Routing.freeze = "none"')
@@ -149,3 +152,37 @@ def test_the_best_checkpoint_comes_back_whole(data, tmp_path, monkeypatch, stage
     found = {name.removeprefix("base_model.model."): tensor for name, tensor in saved.items()}
     assert found.keys() >= first.keys() and not all(torch.equal(first[name], last[name]) for name in first)
     assert all(torch.equal(found[name], first[name]) for name in first)
+
+
+def _plain_trainer(name, tower, out):
+    """A Trainer that knows nothing of the patch under its LoRA, with the projector trained in full by peft."""
+    import peft
+    from transformers import Trainer, TrainingArguments
+
+    torch.manual_seed(0)
+    host = Host(name, models.hf_model() if name == "hf" else models.llava_model(tower))
+    patch(host.model, fusion=SkipLinks(stride=2))
+    options = {"modules_to_save": ["multi_modal_projector" if name == "hf" else "mm_projector"], "lora_dropout": 0.1}
+    model = peft.get_peft_model(host.model, peft.LoraConfig(target_modules=r".*layers\.5.*q_proj", **options))
+    patch(model, routing=Routing(split=3, freeze="none"))
+    samples = [host.batch([(2 + i % 3, IMAGE, 4)], labels=True, seed=i).inputs for i in range(8)]
+    settings = {"max_steps": 4, "save_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 1,
+                "report_to": "none", "learning_rate": 1e-2, "use_cpu": True,
+                "remove_unused_columns": False}  # fmt: skip
+    run = TrainingArguments(str(out), **settings)
+    return Trainer(model, run, train_dataset=samples, data_collator=lambda rows: rows[0])
+
+
+@pytest.mark.parametrize("name", ["hf", "llava"])
+def test_any_trainer_goes_on_beside_lora(name, tower_folder, tmp_path):
+    models.llava_model(tower_folder)  # the first time it draws a tower, before it draws a model
+    whole = _plain_trainer(name, tower_folder, tmp_path / "whole")
+    whole.train()
+    out = _resumable(tmp_path / "whole", tmp_path / "resumed", 2)
+    (out / "checkpoint-3").mkdir()
+    resumed = _plain_trainer(name, tower_folder, out)
+    resumed.train(resume_from_checkpoint=True)
+    found = [[entry["loss"] for entry in one.state.log_history if "loss" in entry] for one in (whole, resumed)]
+    assert found[0] == found[1] and len(found[0]) == 4
+    assert same(tmp_path / "whole" / "checkpoint-4", out / "checkpoint-4")
+    assert any("side_branch" in name for name in load_file(out / "checkpoint-4" / FILE))

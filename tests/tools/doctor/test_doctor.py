@@ -92,11 +92,12 @@ def test_a_torchvision_of_another_torch(monkeypatch):
 
 def test_llava_as_wheel_checkout_or_broken(monkeypatch, tmp_path):
     real = importlib.util.find_spec
+    places = [str(tmp_path / "site-packages" / "llava")]
+    spec = types.SimpleNamespace(submodule_search_locations=places, origin=None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec if name == "llava" else real(name))
     assert "a wheel" in _row(software.check_hosts(), "host llava").found
     (tmp_path / ".git").mkdir()
-    (tmp_path / "llava").mkdir()
-    spec = types.SimpleNamespace(submodule_search_locations=[str(tmp_path / "llava")], origin=None)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec if name == "llava" else real(name))
+    places[:] = [str(tmp_path / "llava")]
     assert f"the git checkout {tmp_path}" in _row(software.check_hosts(), "host llava").found
     monkeypatch.setattr(software, "_import", lambda module, name: ImportError(f"no {name}"))
     rows = software.check_hosts()

@@ -1,0 +1,59 @@
+"""A patched HF model under peft: what peft's own files leave out of it, kept beside them and brought back.
+
+On `llava` its training script keeps it in files of its own, which its loader reads.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from llava_patch.core import records
+from llava_patch.core.errors import CheckpointError, SilentFusionWarning
+from llava_patch.hosts import lora
+from llava_patch.patching import checkpoint
+from llava_patch.patching.handle import Handle, get_handle
+from llava_patch.patching.patch import patch
+from llava_patch.settings.methods import from_record
+
+FILE = "llava_patch_trained.safetensors"
+"""By the model's own names: what trains, and is not peft's."""
+
+
+def settings_of(handle: Handle, model: Any) -> dict[str, Any]:
+    """What a folder's settings file says of a model that was trained, maybe inside peft."""
+    if not (lora.has_lora(handle.model) or hasattr(model, "get_base_model")) or handle.anatomy.tower_apart:
+        return {**handle.settings(), "form": "full"}
+    base = str(getattr(handle.model.config, "_name_or_path", "") or "")
+    return {**handle.settings(), "form": records.LORA, "base": os.path.abspath(base) if os.path.isdir(base) else base}
+
+
+def patch_as(model: Any, folder: str, record: Mapping[str, Any]) -> Handle:
+    """Patch a base, or what peft has made of it, as the settings file of an adapter's folder says, if it is not yet."""
+    asked = from_record(record, os.path.join(folder, records.SETTINGS_FILE))
+    handle = get_handle(model)
+    if handle is None or handle.applied() != {kind: value for kind, value in asked.items() if value is not None}:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SilentFusionWarning)  # its weights follow
+            handle = patch(model, **asked)
+    return handle
+
+
+def load_adapter(model: Any, folder: str, record: Mapping[str, Any], load: Callable[[], Any]) -> Any:
+    """Call `load`, which brings peft's adapter from a folder into a model, and bring back what else was trained."""
+    handle = patch_as(model, folder, record)
+    result = load()
+    path = Path(folder) / FILE
+    tensors = load_file(path) if path.is_file() else {}
+    branch = {id(p) for p in handle.methods["routing"].parameters()} if "routing" in handle.methods else set()
+    missing = [n for n, p in handle.model.named_parameters() if id(p) in branch and n not in tensors]
+    if missing:
+        raise CheckpointError(
+            f"{path}: {missing[0]} is missing ({len(missing)} tensors), which was trained beside LoRA"
+        )
+    checkpoint.copy_by_name(handle.model, tensors, path)
+    handle.trained_tower |= bool(record.get("trained_tower"))
+    return result
