@@ -21,6 +21,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from llava_patch.core.compiled import follow_as, varies
 from llava_patch.core.errors import HostError, InputError
 from llava_patch.core.undo import UndoStack
 
@@ -116,11 +117,19 @@ def call_layer(
     """
     if cache is not None:
         arguments[cache_argument()] = cache
+    for tensor in (hidden_states, *arguments.get("position_embeddings", ())):
+        varies(tensor, 0, 1)
+    for name in ("attention_mask", "position_ids", "cache_position"):
+        varies(arguments.get(name), *range(getattr(arguments.get(name), "ndim", 0)))
+    # What compiled layers have in common. With a cache that is nothing: a layer's number then is in its graph.
+    number = None if getattr(cache, "cache", cache) is None else int(layer.self_attn.layer_idx)
+    given = frozenset(name for name, value in arguments.items() if value is not None)
+    role = (type(layer).__name__, checkpoint, given, number, torch.is_grad_enabled())
     if checkpoint or not getattr(layer, "gradient_checkpointing", False):
-        return layer_output(layer(hidden_states, **arguments))
+        return layer_output(follow_as(role, layer, hidden_states, **arguments))
     layer.gradient_checkpointing = False  # read by the layer's `__call__`, from 5.2x on by its `forward`
     try:
-        return layer_output(layer(hidden_states, **arguments))
+        return layer_output(follow_as(role, layer, hidden_states, **arguments))
     finally:
         layer.gradient_checkpointing = True
 

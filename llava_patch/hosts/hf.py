@@ -30,8 +30,9 @@ class HFAnatomy(Anatomy):
         inner: Any = getattr(model, "model", None)
         if not (hasattr(inner, cls.projector_name) and hasattr(inner, "language_model")):
             return None
+        inner = known.bare(inner)
         known.check_host(model, ((model, "forward"), (inner, "forward"), (inner, cls.encoder_name)))
-        return cls(model, inner.language_model, inner, inner.vision_tower, inner)
+        return cls(model, known.bare(inner.language_model), inner, known.bare(inner.vision_tower), inner)
 
     vision_model = property(attrgetter("tower"))
     vision_model_now = property(attrgetter("wrapper.vision_tower"))

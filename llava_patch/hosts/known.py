@@ -50,7 +50,7 @@ _VARYING_ROPE = ("dynamic", "longrope")
 
 def bare(module: Any) -> Any:
     """What torch.compile and torch's CheckpointWrapper wrap: they run it as it is."""
-    while name := next((name for name in _WRAPPED if name in vars(module).get("_modules", ())), None):
+    while name := next((name for name in _WRAPPED if name in getattr(module, "_modules", ())), None):
         module = getattr(module, name)
     return module
 

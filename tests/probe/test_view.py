@@ -245,9 +245,9 @@ def test_a_processor_that_pads_by_itself(model, mode):
 def test_crop_is_refused_where_the_processor_pads(model):
     from transformers import LlavaImageProcessor
 
-    with pytest.raises(SettingError, match=r'LlavaImageProcessor has do_pad = True.*RProbe.image_mode = "pad"'):
+    with pytest.raises(SettingError, match=r'LlavaImageProcessor\w* has do_pad = True.*RProbe.image_mode = "pad"'):
         make_transform(find(model), LlavaImageProcessor(do_pad=True), "crop")
     other = processor()
     other.do_pad = True
-    with pytest.raises(SettingError, match=r"CLIPImageProcessor has do_pad = True, and where it pads is not known"):
+    with pytest.raises(SettingError, match=r"CLIPImageProcessor\w* has do_pad = True, and where it pads is not known"):
         make_transform(find(model), other, "crop")

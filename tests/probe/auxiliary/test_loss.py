@@ -135,8 +135,8 @@ def test_evaluation_and_generation_compute_nothing(host, monkeypatch):
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_it_comes_off(host, weight):
     given = batch(host)
+    names, expected = list(host.model.state_dict()), host.model(**given).logits  # transformers 5 hooks blocks here
     parts = {n: (dict(vars(m)), len(m._forward_hooks)) for n, m in host.model.named_modules()}
-    names, expected = list(host.model.state_dict()), host.model(**given).logits
     flags = [p.requires_grad for p in host.model.parameters()]
     handle = patch(host.model, probe=AuxiliaryProbe(weight=weight))
     assert (len(host.model.state_dict()) > len(names)) == (weight > 0)
