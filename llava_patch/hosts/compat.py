@@ -570,6 +570,8 @@ def fix_quantisation_arguments(kwargs: dict[str, Any]) -> None:
     In 5.0 the short form is gone altogether.
     """
     asked = {name: kwargs.pop(name) for name in ("load_in_8bit", "load_in_4bit") if name in kwargs}
+    if any(asked.values()) and kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
+        kwargs["torch_dtype"] = torch.float16  # the rest's precision up to 4.57, to which llava brings its tower
     if any(asked.values()) and kwargs.get("quantization_config") is None:
         from transformers import BitsAndBytesConfig
 
