@@ -8,6 +8,7 @@ each `fix_*` function names what broke and since when, and touches only code tha
 import copy
 import dataclasses
 import functools
+import importlib
 import importlib.util
 import inspect
 import logging
@@ -569,10 +570,30 @@ def fix_quantisation_arguments(kwargs: dict[str, Any]) -> None:
     In 5.0 the short form is gone altogether.
     """
     asked = {name: kwargs.pop(name) for name in ("load_in_8bit", "load_in_4bit") if name in kwargs}
+    if any(asked.values()) and kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
+        kwargs["torch_dtype"] = torch.float16  # the rest's precision up to 4.57, to which llava brings its tower
     if any(asked.values()) and kwargs.get("quantization_config") is None:
         from transformers import BitsAndBytesConfig
 
         kwargs["quantization_config"] = BitsAndBytesConfig(**asked)
+
+
+def fix_recorder(undo: UndoStack) -> None:
+    """A model that records hidden states hooks the models inside it too (5.1x on), again where they have hooks already.
+
+    llava's tower is inside its decoder: once somebody has asked that for hidden states, the tower would report each of
+    its own twice, and llava would take the features of another block.
+    """
+    try:
+        output_capturing = importlib.import_module("transformers.utils.output_capturing")
+    except ImportError:
+        return
+
+    def once(install: Callable[..., None], model: Any, *args: Any, **kwargs: Any) -> None:
+        if not getattr(model, "_output_capturing_hooks_installed", False):
+            install(model, *args, **kwargs)
+
+    undo.wrap(output_capturing, "install_all_output_capturing_hooks", once)
 
 
 def flash_fallback(kwargs: dict[str, Any]) -> None:

@@ -159,6 +159,8 @@ def _on_llava_arch(module: Any, undo: UndoStack) -> None:
     compat = _compat()
     if compat.unsupported() is not None:
         return
+    if _mends():
+        compat.fix_recorder(undo)
 
     def initialize_vision_modules(original: Any, self: Any, model_args: Any, fsdp: Any = None) -> Any:
         if not active.training():
