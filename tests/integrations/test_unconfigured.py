@@ -44,6 +44,7 @@ print("LOADED", *sorted(name for name in sys.modules if name.startswith("llava_p
 LIGHT = {
     "llava_patch",
     "llava_patch.core",
+    "llava_patch.core.compiled",
     "llava_patch.core.errors",
     "llava_patch.core.records",
     "llava_patch.core.undo",
