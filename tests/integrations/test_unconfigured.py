@@ -51,6 +51,7 @@ LIGHT = {
     "llava_patch.core.version",
     "llava_patch.hosts",
     "llava_patch.hosts.compat",
+    "llava_patch.hosts.llava_code",
     "llava_patch.hosts.towers",
     "llava_patch.hosts.towers.layout",
     "llava_patch.hosts.towers.llava",
