@@ -80,10 +80,12 @@ class UndoStack:
         """Have calls of an object's or a class's method go to `around(original, *arguments)`."""
         original = inner(owner, name)
         called: Callable[..., Any] = functools.partial(around, original)
+        # Without its own attributes: by those of a compiled method torch.compile would find the way past `around`.
+        wraps = functools.wraps(original, updated=())
         if isinstance(owner, type):  # which binds functions only
-            self.set_attribute(owner, name, functools.wraps(original)(lambda *args, **kwargs: called(*args, **kwargs)))
+            self.set_attribute(owner, name, wraps(lambda *args, **kwargs: called(*args, **kwargs)))
         else:
-            self.set_attribute(owner, name, functools.wraps(original)(called))
+            self.set_attribute(owner, name, wraps(called))
 
     def replace_module(
         self, parent: "nn.Module", name: str, module: "nn.Module", original: "Callable[[], nn.Module] | None" = None

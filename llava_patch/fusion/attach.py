@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from llava_patch.core.compiled import aside
 from llava_patch.core.errors import HostError, SettingError, refuse
 from llava_patch.core.files import write_text
 from llava_patch.core.method import Groups, Method
@@ -189,10 +190,12 @@ class FusionMethod(Method):
         prefix, grid = tower.prefix_tokens, tower.grid
         needed = {taps.main, *taps.blocks}
 
+        @aside
         def begin(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             last.fused = False
             compat.ask_all_states(kwargs)
 
+        @aside
         def put_fused_feature(module: nn.Module, args: Any, output: Any) -> Any:
             if output is None:  # it has raised: what the projector gets next is not its
                 last.fused = True
@@ -217,6 +220,7 @@ class FusionMethod(Method):
         """Refuse features of a tower whose taps took no part: where nothing gets wider, no shape would tell."""
         anatomy, name = self.anatomy, self.name
 
+        @aside
         def check(module: nn.Module, args: Any) -> None:
             now = anatomy.vision_model_now
             if not (now is None or any(m is vision for m in now.modules() for vision in hooked)):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llava_patch.core.compiled import aside
 from llava_patch.core.errors import HostError
 from llava_patch.core.undo import UndoStack, holding
 from llava_patch.hosts import call_context, lora, storage
@@ -67,6 +68,7 @@ def attach(anatomy: Anatomy, undo: UndoStack) -> None:
         nn.init.zeros_(parameter)
     undo.add_module(anatomy.projector_owner, anatomy.stack_name, projector)
 
+    @aside
     def encode_and_stack(encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         call = call_context.current(anatomy)
         if call is None:  # images encoded for their own sake
@@ -79,6 +81,7 @@ def attach(anatomy: Anatomy, undo: UndoStack) -> None:
         call.offer(_project(anatomy, taken))
         return features
 
+    @aside
     def pack_and_report(
         pack: Callable[..., Any], image_features: Any, image_sizes: Any, *args: Any, **kwargs: Any
     ) -> Any:

@@ -30,8 +30,9 @@ class HFAnatomy(Anatomy):
         inner: Any = getattr(model, "model", None)
         if not (hasattr(inner, cls.projector_name) and hasattr(inner, "language_model")):
             return None
+        inner = known.bare(inner)
         known.check_host(model, ((model, "forward"), (inner, "forward"), (inner, cls.encoder_name)))
-        return cls(model, inner.language_model, inner, inner.vision_tower, inner)
+        return cls(model, known.bare(inner.language_model), inner, known.bare(inner.vision_tower), inner)
 
     vision_model = property(attrgetter("tower"))
     vision_model_now = property(attrgetter("wrapper.vision_tower"))
@@ -72,7 +73,7 @@ HF_FILES = HostFiles(
     parts={
         "decoder": ("language_model.model.", r"(?:language_model\.model|model\.language_model)\.(.+)"),
         "head": ("language_model.lm_head.", r"(?:language_model\.)?lm_head\.(weight)"),
-        "tower": ("vision_tower.", r"(?:model\.)?vision_tower\.(.+)"),
+        "tower": ("vision_tower.vision_model.", r"(?:model\.)?vision_tower\.(?:vision_model\.)?(.+)"),
         "projector": ("multi_modal_projector.", r"(?:model\.)?multi_modal_projector\.(.+)"),
         "stack": ("multi_modal_projector_stack.", r"(?:model\.)?multi_modal_projector_stack\.(.+)"),
         "image_newline": ("image_newline", r"(?:model\.)?image_newline()"),

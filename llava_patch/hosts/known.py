@@ -33,6 +33,7 @@ DECODERS = {
     "LlamaModel": f"{_HF}.llama.modeling_llama.Llama",
     "MistralModel": f"{_HF}.mistral.modeling_mistral.Mistral",
     "Qwen2Model": f"{_HF}.qwen2.modeling_qwen2.Qwen2",
+    "Qwen3Model": f"{_HF}.qwen3.modeling_qwen3.Qwen3",
 }
 """Decoders that the identity tests ran on; followed by "Model", "DecoderLayer" and "Attention"."""
 
@@ -40,7 +41,6 @@ _LOOKED_AT = {
     "GemmaModel": "it scales the embeddings",
     "Gemma2Model": "it scales the embeddings, has two kinds of masks and caps the attention scores",
     "Gemma3TextModel": "it has two kinds of masks and of rotary embeddings, and norms on queries and keys",
-    "Qwen3Model": "it has norms on queries and keys (q_norm, k_norm)",
     "Phi3Model": "one projection makes its queries, keys and values (qkv_proj)",
     "Olmo2Model": "its norms stand behind attention and MLP, and it has norms on queries and keys",
 }
@@ -50,7 +50,7 @@ _VARYING_ROPE = ("dynamic", "longrope")
 
 def bare(module: Any) -> Any:
     """What torch.compile and torch's CheckpointWrapper wrap: they run it as it is."""
-    while name := next((name for name in _WRAPPED if name in vars(module).get("_modules", ())), None):
+    while name := next((name for name in _WRAPPED if name in getattr(module, "_modules", ())), None):
         module = getattr(module, name)
     return module
 

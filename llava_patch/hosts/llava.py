@@ -30,7 +30,7 @@ class LlavaAnatomy(Anatomy):
         """See `Anatomy.of`."""
         if not (hasattr(model, "get_vision_tower") and hasattr(model, "prepare_inputs_labels_for_multimodal")):
             return None
-        decoder, tower = model.get_model(), model.get_vision_tower()
+        decoder, tower = known.bare(model.get_model()), model.get_vision_tower()
         if tower is None or getattr(decoder, cls.projector_name, None) is None:
             raise HostError(
                 "this llava model has no vision tower or projector yet: patch it after "
@@ -39,9 +39,9 @@ class LlavaAnatomy(Anatomy):
         known.check_host(
             model, ((model, "forward"), (model, "prepare_inputs_labels_for_multimodal"), (model, cls.encoder_name))
         )
-        return cls(model, decoder, model, tower, decoder)
+        return cls(model, decoder, model, known.bare(tower), decoder)
 
-    vision_model = property(lambda self: getattr(self.tower, "vision_tower", None))
+    vision_model = property(lambda self: known.bare(getattr(self.tower, "vision_tower", None)))
     vision_model_now = property(lambda self: getattr(self.model.get_vision_tower(), "vision_tower", None))
     selected_layer = property(attrgetter("tower.select_layer"))  # mm_vision_select_layer
     patches_only = property(lambda self: self.tower.select_feature == "patch")  # mm_vision_select_feature
@@ -114,7 +114,10 @@ LLAVA_FILES = HostFiles(  # of the vision tower, which has a folder of its own, 
     parts={
         "decoder": ("model.", r"model\.((?:embed_tokens|layers|norm|side_branch)\..+)"),
         "head": ("lm_head.", r"lm_head\.(weight)"),
-        "tower": ("model.vision_tower.vision_tower.", r"model\.vision_tower\.vision_tower\.(.+)"),
+        "tower": (
+            "model.vision_tower.vision_tower.vision_model.",
+            r"model\.vision_tower\.vision_tower\.(?:vision_model\.)?(.+)",
+        ),
         "projector": ("model.mm_projector.", r"model\.mm_projector\.(.+)"),
         "stack": ("model.mm_projector_stack.", r"model\.mm_projector_stack\.(.+)"),
         "image_newline": ("model.image_newline", r"model\.image_newline()"),

@@ -32,18 +32,18 @@ def keys_values(layer: Any, hidden_states: Tensor, rotary: tuple[Tensor, Tensor]
     (cos, sin), each [batch or 1, tokens, head_dim].
     """
     attention, states = layer.self_attn, _normed(layer, hidden_states)
-    key = _heads(attention, attention.k_proj(states), rotary)  # in the stock layer's order, as LoRA's dropout draws
+    key = _heads(attention, "k", states, rotary)  # in the stock layer's order, as LoRA's dropout draws
     return key, split_heads(attention.v_proj(states), attention.head_dim)
 
 
 def keys(layer: Any, hidden_states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """The keys of `keys_values` alone."""
-    return _heads(layer.self_attn, layer.self_attn.k_proj(_normed(layer, hidden_states)), rotary)
+    return _heads(layer.self_attn, "k", _normed(layer, hidden_states), rotary)
 
 
 def queries(layer: Any, hidden_states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Queries of some positions with rotary applied: [batch, heads, tokens, head_dim]; arguments as `keys_values`."""
-    return _heads(layer.self_attn, layer.self_attn.q_proj(_normed(layer, hidden_states)), rotary)
+    return _heads(layer.self_attn, "q", _normed(layer, hidden_states), rotary)
 
 
 def _normed(layer: Any, hidden_states: Tensor) -> Tensor:
@@ -53,8 +53,11 @@ def _normed(layer: Any, hidden_states: Tensor) -> Tensor:
     return layer.input_layernorm(hidden_states)
 
 
-def _heads(attention: Any, projected: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    heads = split_heads(projected, attention.head_dim)
+def _heads(attention: Any, kind: str, states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Queries ("q") or keys ("k") by the attention's own projection, and its own norm of each head if it has one."""
+    heads = getattr(attention, f"{kind}_proj")(states).unflatten(-1, (-1, attention.head_dim))
+    norm = getattr(attention, f"{kind}_norm", None)
+    heads = (heads if norm is None else norm(heads)).transpose(-3, -2)
     return rotate(heads, *(part.unsqueeze(-3).to(heads.device) for part in rotary))
 
 

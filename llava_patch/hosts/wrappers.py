@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llava_patch.core.compiled import aside, follow
 from llava_patch.core.errors import InputError
 from llava_patch.core.undo import UndoStack, meanwhile
 from llava_patch.hosts import call_context, compat, lora
@@ -38,11 +39,12 @@ def attach(anatomy: Anatomy, undo: UndoStack) -> None:
     (_attach_llava if anatomy.host == LLAVA else _attach_hf)(anatomy, undo)
     _attach_generate(anatomy, undo)
 
-    def encode_aside(encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    @aside
+    def encode_apart(encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with call_context.encoding(anatomy):
             return encode(*args, **kwargs)
 
-    undo.wrap(*anatomy.encoder, encode_aside)
+    undo.wrap(*anatomy.encoder, encode_apart)
     refuse_other_features(anatomy, undo)
 
 
@@ -55,6 +57,7 @@ def watch(anatomy: Anatomy, undo: UndoStack) -> None:
     if any(getattr(hook, _WATCHES, False) for part in projector.modules() for hook in part._forward_hooks.values()):
         return
 
+    @aside
     def note(module: Any, args: Any, output: Any) -> None:
         call = current(anatomy)
         if call is not None:
@@ -74,6 +77,7 @@ def refuse_other_features(anatomy: Anatomy, undo: UndoStack) -> None:
         return
     named = arguments_of(getattr(*anatomy.encoder))
 
+    @aside
     def checked(encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = named(args, kwargs)
         for key in ("vision_feature_layer", "vision_feature_select_strategy"):
@@ -97,6 +101,7 @@ def arguments_of(function: Callable[..., Any]) -> Callable[[tuple, dict[str, Any
 def _attach_generate(anatomy: Anatomy, undo: UndoStack) -> None:
     named = arguments_of(anatomy.model.generate)
 
+    @aside
     def generate_in_context(generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         pixels = named(args, kwargs).get(anatomy.pixels_argument)
         with host_call(anatomy) as call, call.images_of(pixels):
@@ -116,6 +121,7 @@ def _attach_generate(anatomy: Anatomy, undo: UndoStack) -> None:
 def _attach_hf(anatomy: Anatomy, undo: UndoStack) -> None:
     wrapper, named = anatomy.wrapper, arguments_of(anatomy.model.forward)
 
+    @aside
     def outer_and_report(outer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = named(args, kwargs)
         with host_call(anatomy) as call, call.images_of(given.get("pixel_values")):
@@ -123,8 +129,9 @@ def _attach_hf(anatomy: Anatomy, undo: UndoStack) -> None:
             keep = given.get("logits_to_keep")
             call.waiting.context.suffix = keep if isinstance(keep, int) and keep > 0 else None
             call.waiting.context.read = _read(given.get("labels"))
-            return outer(*args, **kwargs)
+            return follow(outer, *args, **kwargs)
 
+    @aside
     def inner_and_report(
         inner: Callable[..., Any], input_ids: Any = None, pixel_values: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
@@ -154,6 +161,7 @@ def _attach_llava(anatomy: Anatomy, undo: UndoStack) -> None:
     model, image_token_id = anatomy.model, anatomy.image_token_id
     named, named_of_prepare = arguments_of(model.forward), arguments_of(model.prepare_inputs_labels_for_multimodal)
 
+    @aside
     def prepare_and_report(prepare: Callable[..., tuple], *args: Any, **kwargs: Any) -> tuple:
         given = named_of_prepare(args, kwargs)
         # LLaVA-NeXT's package takes others beside images ("text" stands for a sample with a dummy image).
@@ -178,6 +186,7 @@ def _attach_llava(anatomy: Anatomy, undo: UndoStack) -> None:
                     call.waiting.prepared.append((embeds, prepared))
         return outputs
 
+    @aside
     def forward_in_context(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = named(args, kwargs)
         images, embeds = given.get("images"), given.get("inputs_embeds")
@@ -197,7 +206,7 @@ def _attach_llava(anatomy: Anatomy, undo: UndoStack) -> None:
                     context.unknown = found.unknown
                 call.waiting.own = False
             try:
-                return forward(*args, **kwargs)
+                return follow(forward, *args, **kwargs)
             finally:
                 call.waiting.context.suffix = suffix
 

@@ -3,12 +3,15 @@
 import contextlib
 import itertools
 import os
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from llava_patch.core import compiled
 from llava_patch.core.errors import LlavaPatchError, SettingError
 from llava_patch.core.method import Groups, Method
 from llava_patch.core.records import FORMAT
@@ -111,18 +114,17 @@ class Handle:
     def _back_to(self, mark: tuple[Any, ...]) -> None:
         """Take back what was applied since; everything when the mark is the beginning."""
         steps, methods, trained_tower, carries = mark
-        if steps <= 1:  # the flags alone
-            self.remove()
-        elif self.active:
-            self._undo.unwind(to=steps)
-            self.methods, self.trained_tower, self._carries = dict(methods), trained_tower, carries
+        with one_at_a_time(self.model):
+            if steps <= 1:  # the flags alone
+                self.remove()
+            elif self.active:
+                self._undo.unwind(to=steps)
+                compiled.forget()
+                self.methods, self.trained_tower, self._carries = dict(methods), trained_tower, carries
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Handle":
-        """Refused: the copy's methods would still run the original's weights."""
-        raise LlavaPatchError(
-            "a patched model cannot be copied: call handle.remove() first and patch the copy, or save the patch and "
-            "load it twice"
-        )
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refused, as for its model."""
+        refuse_copy(protocol)
 
     def __enter__(self) -> "Handle":
         """Use the patch inside a `with` block; what the block's own `patch` added is taken off at its end."""
@@ -139,10 +141,11 @@ class Handle:
         What was trained is lost unless it was saved. Can be called twice. After loading a fused checkpoint there is no
         stock projector to go back to: its first layer keeps the main columns.
         """
-        if not self.active:
-            return
-        self.active = False
-        self._undo.unwind()
+        with one_at_a_time(self.model):
+            if self.active:
+                self.active = False
+                self._undo.unwind()
+                compiled.forget()
 
     # --- images -------------------------------------------------------------------------------------------------------
 
@@ -309,6 +312,23 @@ class Handle:
         from llava_patch.patching import checkpoint
 
         return checkpoint.save(self, directory, form)
+
+
+def refuse_copy(protocol: Any) -> NoReturn:
+    """What copy.deepcopy, pickle and torch.save call: the copy's methods would still run the original's weights."""
+    raise LlavaPatchError(
+        "a patched model cannot be copied or pickled (copy.deepcopy, pickle, torch.save(model), a process that is "
+        "spawned with it): call handle.remove() first and patch the copy, or handle.save(folder) and load it again; "
+        "torch.save(model.state_dict()) holds the weights"
+    )
+
+
+def one_at_a_time(model: nn.Module) -> "threading.RLock":
+    """The lock under which a model is changed: patch() and remove() from two threads come one after the other."""
+    return _LOCKS.setdefault(model, threading.RLock())
+
+
+_LOCKS: "WeakKeyDictionary[nn.Module, threading.RLock]" = WeakKeyDictionary()
 
 
 def restore_flags(model: nn.Module) -> Callable[[], None]:

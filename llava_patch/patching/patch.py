@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from llava_patch.core import registry
+from llava_patch.core import compiled, registry
 from llava_patch.core.errors import SettingError, SilentFusionWarning
 from llava_patch.core.method import Method
 from llava_patch.core.records import CONFIG_KEY
 from llava_patch.hosts import anatomy as anatomy_module
-from llava_patch.hosts import known, wrappers, zero
+from llava_patch.hosts import graphs, known, wrappers, zero
 from llava_patch.hosts.anatomy import HANDLE, Anatomy
 from llava_patch.hosts.compat import check_versions, load_saved_names
-from llava_patch.patching.handle import Handle, get_handle, restore_flags
+from llava_patch.patching.handle import Handle, get_handle, one_at_a_time, refuse_copy, restore_flags
 from llava_patch.routing import attach as decoder
 
 if TYPE_CHECKING:
@@ -57,6 +57,21 @@ def patch(
     """
     asked = _methods({"fusion": fusion, "routing": routing, "pruning": pruning, "probe": probe})
     check_versions()
+    with one_at_a_time(anatomy_module.unwrap(model)):
+        handle = _patch(model, asked, samples, zero_start, loading)
+    new_weights = fusion is not None or routing is not None
+    if new_weights and not loading and (problem := handle.silent_fusion()):
+        warnings.warn(problem, SilentFusionWarning, stacklevel=2)
+    return handle
+
+
+def _patch(
+    model: nn.Module,
+    asked: Mapping[str, Method],
+    samples: Iterable[Mapping[str, Any]] | None,
+    zero_start: bool,
+    loading: bool,
+) -> Handle:
     found = anatomy_module.find(model)
     for method in asked.values():
         method.anatomy = found
@@ -78,9 +93,6 @@ def patch(
     except BaseException:
         handle._back_to(handle._began)
         raise
-    new_weights = fusion is not None or routing is not None
-    if new_weights and not loading and (problem := handle.silent_fusion()):
-        warnings.warn(problem, SilentFusionWarning, stacklevel=2)
     return handle
 
 
@@ -158,6 +170,8 @@ def _apply(handle: Handle, asked: Mapping[str, Method], zero_start: bool, loadin
     for method in new.values():
         method.resolve()
     program = handle.program()
+    if new and not there:
+        graphs.attach(found, undo)
     if program.does_something and not handle._carries:
         wrappers.attach(found, undo)
         handle._carries = True
@@ -178,6 +192,8 @@ def _apply(handle: Handle, asked: Mapping[str, Method], zero_start: bool, loadin
     if HANDLE not in vars(found.model):
         load_saved_names(found.model, undo)
     undo.set_attribute(found.model, HANDLE, handle)
+    undo.set_attribute(found.model, "__reduce_ex__", refuse_copy)
+    compiled.forget()
     for kind, method in new.items():
         if kind in registry.TRAINING_ONLY:
             method.attach(undo, zero_start=zero_start, loading=loading)

@@ -1,12 +1,13 @@
 """How routing and pruning attach to a host model."""
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from llava_patch.core import registry
-from llava_patch.core.errors import SettingError
+from llava_patch.core import compiled, registry
+from llava_patch.core.errors import SettingError, refuse
 from llava_patch.core.method import Method
 from llava_patch.core.undo import UndoStack, inner
 from llava_patch.hosts import compat, lora, storage
@@ -43,6 +44,13 @@ def attach(anatomy: Anatomy, schedule: LayerSchedule, undo: UndoStack) -> None:
     if isinstance(routed, RoutedForward):
         undo.set_attribute(routed, "schedule", schedule)
     else:
+        refuse(
+            {
+                "the decoder's forward is compiled already (decoder.forward = torch.compile(...)), and what is routed "
+                "would run beside it: patch first, or compile the whole model (torch.compile(model)) or the decoder's "
+                "layers": compiled.is_compiled(inspect.unwrap(decoder.forward, stop=compiled.is_compiled))
+            }
+        )
         undo.set_attribute(decoder, "forward", RoutedForward(anatomy, schedule))
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from llava_patch.core.compiled import aside, follow
 from llava_patch.core.errors import InputError
 from llava_patch.core.undo import inner
 from llava_patch.hosts import call_context, compat, known
@@ -36,6 +37,7 @@ class RoutedForward:
         layers = list(self.anatomy.decoder.layers)
         return (*layers, *(getattr(layer, "self_attn", None) for layer in layers))
 
+    @aside
     def __call__(
         self,
         input_ids: Tensor | None = None,
@@ -82,8 +84,8 @@ class RoutedForward:
             if cache_position is not None:
                 kwargs["cache_position"] = cache_position
             kwargs[compat.cache_argument()] = cache
-            outputs = self.stock(
-                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            outputs = follow(
+                self.stock, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
                 inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
             )  # fmt: skip
             return self._with_gradients(outputs, context)

@@ -116,8 +116,10 @@ def probabilities(decoder: Any, layer: Any, asking: Tensor, at: Tensor, giving: 
     """Causal attention of a layer, arguments as in `run_layer`: [heads, queries, keys]."""
     attention = layer.self_attn
     d = attention.head_dim
-    q = _turn(_heads(attention.q_proj(layer.input_layernorm(asking)), d), _rotary(decoder, at))
-    k = _turn(_heads(attention.k_proj(layer.input_layernorm(giving)), d), _rotary(decoder, where))
+    q, k = (_heads(p(layer.input_layernorm(x)), d) for p, x in ((attention.q_proj, asking), (attention.k_proj, giving)))
+    if hasattr(attention, "q_norm"):  # Qwen3's, of each head
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    q, k = _turn(q, _rotary(decoder, at)), _turn(k, _rotary(decoder, where))
     k = k.repeat_interleave(len(q) // len(k), 0)
     scores = q @ k.transpose(1, 2) / math.sqrt(d)
     hidden = where[None] > at[:, None]

@@ -14,7 +14,7 @@ CONFIGS = {
 }
 NEUTRAL = (
     "decoder.layers.3.mlp.up_proj.weight", "decoder.side_branch.0.mlp.up_proj.weight", "head.weight",
-    "projector.0.weight", "projector.1.bias", "stack.1.weight", "tower.vision_model.embeddings.class_embedding",
+    "projector.0.weight", "projector.1.bias", "stack.1.weight", "tower.embeddings.class_embedding",
     "image_newline",
 )  # fmt: skip
 

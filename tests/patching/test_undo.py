@@ -122,14 +122,82 @@ def test_extending_a_patch_keeps_one_handle(host):
     _same(before, _snapshot(host.model))
 
 
-def test_a_patched_model_refuses_to_be_copied(host):
+@pytest.mark.parametrize(
+    "settings",
+    [{"routing": Routing(split=2)}, {"fusion": SkipLinks(stride=2)}, {"fusion": DeepStack(start=0, interval=1)}],
+)
+def test_a_patched_model_refuses_to_be_copied(host, settings):
+    """One error for all that copies it, alone or inside something else; after remove() it is copied as any model."""
     import copy
+    import io
+    import pickle
 
     from llava_patch.core.errors import LlavaPatchError
 
-    with patch(host.model, routing=Routing(split=2)), pytest.raises(LlavaPatchError, match="cannot be copied"):
-        copy.deepcopy(host.model)
-    copy.deepcopy(host.model)
+    ways = {
+        "deepcopy": copy.deepcopy,
+        "pickle": pickle.dumps,
+        "torch.save": lambda model: torch.save(model, io.BytesIO()),
+        "inside": lambda model: copy.deepcopy({"ema": torch.nn.ModuleList([model])}),
+        "compiled": lambda model: copy.deepcopy(torch.compile(model, backend="eager")),
+    }
+    with patch(host.model, **settings) as handle:
+        for way in ways.values():
+            with pytest.raises(LlavaPatchError, match=r"cannot be copied or pickled.*call handle.remove\(\) first"):
+                way(host.model)
+        for way in ("deepcopy", "pickle"):
+            with pytest.raises(LlavaPatchError, match="cannot be copied or pickled"):
+                ways[way](handle)
+        copy.deepcopy(host.model.config)
+        copy.deepcopy(host.model.generation_config)
+        torch.save(host.model.state_dict(), io.BytesIO())
+    for way in ways.values():
+        way(host.model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("host", ["hf"], indirect=True)
+def test_two_threads_patch_and_remove_one_model(host):
+    """They take turns: whoever is second finds the first one's patch, or a stock model."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    before, batch = _snapshot(host.model), host.batch([(2, IMAGE, 5)])
+    settings = {"routing": Routing(split=2), "pruning": FastV(layer=1)}
+
+    def change(i):
+        for _ in range(4):
+            patch(host.model, **settings).remove()
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(change, range(4)))
+        _same(before, _snapshot(host.model))
+        handles = list(threads.map(lambda i: patch(host.model, **settings), range(4)))
+        assert len(set(map(id, handles))) == 1
+        routed = host.logits(batch)
+        list(threads.map(lambda handle: handle.remove(), handles))
+    _same(before, _snapshot(host.model))
+    with patch(host.model, **settings):
+        assert torch.equal(host.logits(batch), routed)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"routing": Routing(split=3), "pruning": FastV(layer=1)},
+        {"fusion": DeepStack(taps=(3, 6), start=0, interval=1), "routing": Routing(variant="kv", split=4)},
+    ],
+)
+def test_two_threads_call_one_patched_model(host, settings):
+    from concurrent.futures import ThreadPoolExecutor
+
+    samples = [[(2, IMAGE, 5)], [(1, IMAGE, 3, IMAGE, 4), (7, IMAGE, 2)], [(9,)], [(3, IMAGE, 1)]]
+    batches = [host.batch(sample, "left", seed) for seed, sample in enumerate(samples)]
+    with patch(host.model, zero_start=False, **settings):
+        expected = [host.logits(batch) for batch in batches]
+        with ThreadPoolExecutor(4) as threads:
+            found = list(threads.map(host.logits, batches * 4))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected * 4, strict=True))
 
 
 def test_a_patched_model_is_freed_with_its_last_reference(tower_folder):

@@ -26,7 +26,7 @@ def load(folder):
     if host_of(folder) == "hf":
         from transformers import LlavaForConditionalGeneration
 
-        return LlavaForConditionalGeneration.from_pretrained(folder).eval()
+        return LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 
     model = LlavaLlamaForCausalLM.from_pretrained(folder)
@@ -67,6 +67,8 @@ def tensors(folder):
 
 
 def same_bits(one, other):
+    """Equal names, bits and types; files that transformers 5 wrote leave out CLIP's level `vision_model`."""
+    one, other = ({name.replace("vision_model.", ""): t for name, t in each.items()} for each in (one, other))
     assert set(one) == set(other), sorted(set(one) ^ set(other))
     for name in one:
         assert one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]), name

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from llava_patch.core.undo import UndoStack
-from llava_patch.hosts import compat
+from llava_patch.hosts import llava_code
 from tests.support import models
 from tests.support.models import HF_IMAGE_TOKEN, TEXT, TOKENS, Host
 
@@ -21,10 +21,11 @@ PROVEN = {
     "mistral": ("Mistral", {**GROUPED, "sliding_window": 12, "head_dim": 16}),
     "qwen2": ("Qwen2", GROUPED),
     "qwen2-window": ("Qwen2", {**GROUPED, **WINDOW, "max_window_layers": 0}),
+    "qwen3": ("Qwen3", {**GROUPED, "head_dim": 32}),
 }
 """Class and configuration; windows of less than one image."""
 
-BOTH_HOSTS = [(host, name) for name in PROVEN for host in ("hf", "llava")]
+BOTH_HOSTS = [(host, name) for name in PROVEN for host in ("hf", "llava") if (host, name) != ("llava", "qwen3")]
 
 
 def text_config(kind: str, **settings: Any) -> Any:
@@ -64,13 +65,15 @@ def build(name: str, decoder: str, folder: Path) -> Host:
 
 
 def _biased(model: nn.Module) -> nn.Module:
-    """Biases start at zero, where nobody would miss them."""
+    """Biases start at zero, and norms of heads at one, where nobody would miss them."""
     generator = torch.Generator().manual_seed(3)
     decoder = model.model.language_model if hasattr(model.model, "language_model") else model.model
     for layer in decoder.layers:
         for name, parameter in layer.named_parameters():
             if name.endswith("bias"):
                 parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+            elif name.endswith(("q_norm.weight", "k_norm.weight")):
+                parameter.data = 1 + 0.3 * torch.randn(parameter.shape, generator=generator)
     return model
 
 
@@ -157,7 +160,7 @@ def _qwen_classes() -> tuple[Any, Any]:
     arch = "llava.model.llava_arch"
     prepare = Meta.prepare_inputs_labels_for_multimodal
     named(prepare, arch, "LlavaMetaForCausalLM.prepare_inputs_labels_for_multimodal")
-    compat.fix_forward_arguments(LlavaQwenForCausalLM, UndoStack())
+    llava_code.fix_forward_arguments(LlavaQwenForCausalLM, UndoStack())
     named(LlavaQwenForCausalLM.forward, "llava.model.language_model.llava_qwen", "LlavaQwenForCausalLM.forward")
     return LlavaQwenConfig, LlavaQwenForCausalLM
 

@@ -31,7 +31,7 @@ JOBS: dict[str, dict[str | None, list[str]]] = {
             "tests/patching/test_undo.py",
         ],
     },
-    "generate": {OF_THE_TEST: ["tests/routing/test_cache.py", "tests/routing/test_conversations.py"]},
+    "generate": {OF_THE_TEST: ["tests/routing/test_cache.py"]},
     "save, load": {
         OF_THE_TEST: [
             "tests/patching/test_checkpoint.py::test_a_new_process_gets_the_same_logits",

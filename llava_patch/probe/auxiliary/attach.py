@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llava_patch.core.compiled import aside, follow
 from llava_patch.core.errors import InputError, SettingError
 from llava_patch.core.method import Groups, Method
 from llava_patch.core.undo import UndoStack, meanwhile
@@ -126,13 +127,14 @@ class Auxiliary(Method):
             undo.wrap(*self.anatomy.encoder, self._encode_and_note)
         named = wrappers.arguments_of(model.forward)
 
+        @aside
         def forward_and_rebuild(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             regions = kwargs.pop(KEY, None)
             if self.head is None or not model.training or not torch.is_grad_enabled():
-                return forward(*args, **kwargs)
+                return follow(forward, *args, **kwargs)
             self._seen = None
             with meanwhile(self, _watching=True):
-                outputs = forward(*args, **kwargs)
+                outputs = follow(forward, *args, **kwargs)
             return self._add(outputs, regions, named(args, kwargs))
 
         undo.wrap(model, "forward", forward_and_rebuild)

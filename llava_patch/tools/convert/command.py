@@ -145,7 +145,7 @@ def to_llava(found: Checkpoint, out: Path, vision_tower: str | None) -> Checkpoi
     write = functools.partial(companions.write_llava, found, config, removed)
     made = replace(found, host=LLAVA, config=config, tensors=found.tensors | cut, files=(write,))
     vision = whole_config(found.config).vision_config
-    return with_tower_folder(made, out, vision_tower, vision, found.find("preprocessor_config.json"))
+    return with_tower_folder(made, out, vision_tower, vision, companions.images_of(found.sources))
 
 
 def with_tower_folder(
@@ -170,7 +170,7 @@ def with_tower_folder(
     else:
         place = str(out.resolve() / TOWER_FOLDER)
         processor = images or pointed
-        if weights.locate(processor, "preprocessor_config.json") is None:
+        if companions.images_of((processor,)) is None:
             raise CheckpointError(
                 f"{processor}: no preprocessor_config.json there, which the vision tower's folder needs: name a tower "
                 "that has one with --vision-tower"
@@ -179,7 +179,9 @@ def with_tower_folder(
         def write_tower(partial: Path) -> None:
             folder = partial / TOWER_FOLDER
             folder.mkdir()
-            weights.write_weights(folder, {name.removeprefix("tower."): load for name, load in tower.items()})
+            weights.write_weights(
+                folder, {f"vision_model.{n.removeprefix('tower.')}": load for n, load in tower.items()}
+            )
             config = {**companions.plain(config_of_tower), "architectures": ["CLIPVisionModel"]}
             weights.write_json(folder / "config.json", config)
             companions.clip_images(processor).save_pretrained(folder)

@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import transformers
 
 from llava_patch.core.errors import CheckpointError
-from llava_patch.core.weights import read_json, write_json
+from llava_patch.core.weights import locate, read_json, write_json
 from llava_patch.hosts import compat
 from llava_patch.hosts.anatomy import LLAVA
 from llava_patch.hosts.hf import whole_config
@@ -180,10 +181,8 @@ def write_hf(source: "Checkpoint", config: dict[str, Any], tokenizer: Any, visio
     """Tokenizer, processor, chat template and generation settings of an HF checkpoint."""
     images = clip_images(tower)
     if source.config.get("image_aspect_ratio") == "pad":  # HF has LLaVA's padding to a square in a class of its own
-        from transformers.models.llava.image_processing_llava import LlavaImageProcessor
-
         values = {k: v for k, v in images.to_dict().items() if k != "image_processor_type"}
-        images = LlavaImageProcessor(**values, do_pad=True)
+        images = compat.pil_processor("LlavaImageProcessor")(**values, do_pad=True)
     tokenizer.padding_side = "left"  # for generation in batches, as HF's releases have it
     transformers.LlavaProcessor(
         images, tokenizer, patch_size=vision.patch_size, num_additional_image_tokens=1,
@@ -255,9 +254,18 @@ def _content(token: Any) -> Any:
     return token["content"] if isinstance(token, dict) else token
 
 
+def images_of(sources: Sequence[str]) -> str | None:
+    """The first folder with an image processor's settings; transformers 5 writes them into the processor's file."""
+    for source in sources:
+        inside = (read_json(source, "processor_config.json") or {}).get("image_processor")
+        if inside or locate(source, "preprocessor_config.json") is not None:
+            return source
+    return None
+
+
 def clip_images(place: str) -> Any:
     """CLIP's image processor, without what other processors' files say beside its settings."""
-    images = transformers.CLIPImageProcessor.from_pretrained(place)
+    images = compat.pil_processor("CLIPImageProcessor").from_pretrained(place)
     for name in ("do_pad", "_processor_class"):
         vars(images).pop(name, None)
     return images

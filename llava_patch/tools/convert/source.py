@@ -17,7 +17,7 @@ import transformers
 from llava_patch.core.errors import CheckpointError
 from llava_patch.core.records import FORMAT, base_of
 from llava_patch.core.weights import StoredTensor, Tensors, locate, open_weights, read_file
-from llava_patch.hosts import configs
+from llava_patch.hosts import compat, configs
 from llava_patch.hosts.anatomy import HF, LLAVA
 from llava_patch.hosts.hf import whole_config
 from llava_patch.hosts.host import is_computed
@@ -145,7 +145,7 @@ def check_complete(found: Checkpoint, source: str, tower: str) -> None:
     compare({k: v for k, v in shapes.items() if k.startswith(("decoder.", "head."))}, expected, source)
     if found.host == HF or found.reads_own_tower():
         vision = whole_config(found.config).vision_config if found.host == HF else vision_config(tower)
-        expected = _shapes_by(transformers.AutoModel, vision, "tower.")
+        expected = _shapes_by(transformers.AutoModel, vision, compat.neutral_tower)
         compare({k: v for k, v in shapes.items() if k.startswith("tower.")}, expected, source)
     _check_projectors(found, shapes, int(text.hidden_size), source)
 
@@ -175,10 +175,10 @@ def _check_projectors(found: Checkpoint, shapes: dict[str, torch.Size], hidden: 
     compare({k: v for k, v in shapes.items() if not k.startswith(("decoder.", "head.", "tower."))}, expected, source)
 
 
-def _shapes_by(kind: Any, config: Any, prefix: str = "") -> dict[str, torch.Size]:
+def _shapes_by(kind: Any, config: Any, spelled: Callable[[str], str] = str) -> dict[str, torch.Size]:
     with torch.device("meta"):
         tensors = kind.from_config(config).state_dict()
-    return {prefix + name: tensor.shape for name, tensor in tensors.items() if not is_computed(name)}
+    return {spelled(name): tensor.shape for name, tensor in tensors.items() if not is_computed(name)}
 
 
 def shapes_of(tensors: Tensors) -> dict[str, torch.Size]:
@@ -210,11 +210,11 @@ def check_samples(tensors: Tensors, samples: dict[str, list[float]], source: str
 def tower_tensors(source: str, vision: Any) -> Tensors:
     """The vision model's tensors of a CLIP tower folder or hub name, by neutral names."""
     tensors = {
-        f"tower.{name}": load
+        compat.neutral_tower(name): load
         for name, load in open_weights(source).items()
         if not name.startswith(_OTHER_CLIP_PARTS) and not is_computed(name)
     }
-    compare(shapes_of(tensors), _shapes_by(transformers.AutoModel, vision, "tower."), source)
+    compare(shapes_of(tensors), _shapes_by(transformers.AutoModel, vision, compat.neutral_tower), source)
     return tensors
 
 

@@ -49,13 +49,17 @@ def read_lock(path: Path) -> dict[str, str]:
 
 @functools.lru_cache
 def lock_of(transformers: str | None) -> tuple[str, dict[str, str]]:
-    """Name and versions of the lock with the same minor version of transformers, else the same major, else of main."""
+    """Name and versions of the lock with the same minor version of transformers, else the same major, else of main.
+
+    Of several with the same major it is the newest: beside main that of LLaVA's own environment, where nothing patches.
+    """
     locks = {path.stem: read_lock(path) for path in sorted(locks_dir().glob("*.txt"))}
     series = () if transformers is None else Version(transformers).release[:2]
     for length in (2, 1):
-        for name, versions in locks.items():
-            if series and Version(versions["transformers"]).release[:length] == series[:length]:
-                return name, versions
+        same = [n for n, v in locks.items() if Version(v["transformers"]).release[:length] == series[:length]]
+        if series and same:
+            name = max(same, key=lambda n: Version(locks[n]["transformers"]))
+            return name, locks[name]
     return "main", locks["main"]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from llava_patch.core.errors import CheckpointError, LlavaPatchError
 from llava_patch.core.weights import StoredTensor, folder_of, read_file, read_json, same_values, weight_files
-from llava_patch.hosts import configs
+from llava_patch.hosts import compat, configs
 from llava_patch.hosts.anatomy import LLAVA
 from llava_patch.hosts.host import is_computed
 from llava_patch.integrations.training.stage1 import PROJECTOR
@@ -191,7 +191,7 @@ def _match(
     if below_host == LLAVA:  # whose tower lies in a folder of its own
         place = (read_json(base, "config.json") or {}).get("mm_vision_tower", "")
         paths = weight_files(place) if os.path.isdir(place) else []
-        tower = {f"tower.{t.name}": t for path in paths for t in read_file(path, whole=True)}
+        tower = {compat.neutral_tower(t.name): t for path in paths for t in read_file(path, whole=True)}
     below |= tower
     differing, lacking, away = [], [], 0
     for name, values in fingerprint.items():

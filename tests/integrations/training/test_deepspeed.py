@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -184,6 +185,22 @@ def test_lora_beside_the_side_branch_under_zero_3(data, mixed, tmp_path):  # noq
 
 
 @pytest.mark.timeout(400)
+def test_stage_1_goes_on_under_zero_2(data, tmp_path):  # noqa: F811
+    """Of the engine's state what is frozen stays out: nearly all of the model."""
+    settings = {"tune_mm_mlp_adapter": True, "version": "plain", "pretrain_mm_mlp_adapter": None, "save_steps": 1,
+                "save_total_limit": 9, "steps": 2}  # fmt: skip
+    flags = ("--gin_param", "SkipLinks.stride = 2")
+    _train(data, data[0] / "plain.json", tmp_path / "whole", *flags, zero=ZERO2, **settings)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-1", tmp_path / "resumed" / "checkpoint-1")
+    _train(data, data[0] / "plain.json", tmp_path / "resumed", *flags, zero=ZERO2, **settings)
+    one, other = (torch.load(tmp_path / name / "mm_projector.bin", weights_only=True) for name in ("whole", "resumed"))
+    assert _losses(tmp_path / "whole") == _losses(tmp_path / "resumed")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    state = next((tmp_path / "whole" / "checkpoint-1").glob("global_step1/*model_states.pt"))
+    assert state.stat().st_size < 200_000
+
+
+@pytest.mark.timeout(300)
 def test_lora_instead_of_ours(data, tmp_path):  # noqa: F811
     """With nothing of ours configured LLaVA's LoRA script runs as it is."""
     from tests.support.tiny_train import ok as _ok

@@ -37,7 +37,7 @@ def test_flops_are_those_of_the_decoders_products(model, name):
         model(**make_inputs(model, 20, 2), use_cache=True, logits_to_keep=1)
     by_module = {name: sum(values.values()) for name, values in counter.flop_counts.items()}
     decoder = "LlavaForConditionalGeneration.model.language_model"
-    counted = by_module[decoder] - by_module[f"{decoder}.rotary_emb"]
+    counted = by_module[decoder] - by_module.get(f"{decoder}.rotary_emb", 0)  # a product up to transformers 4
     wanted = measure.flops(model, method, 20, 2)
     assert abs(counted - wanted) < 0.01 * wanted, (counted, wanted)
 

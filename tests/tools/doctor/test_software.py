@@ -36,6 +36,7 @@ def test_a_lock_is_read_for_this_python(tmp_path):
         ("4.57.9", "main"),
         ("4.37.2", "llava_pinned"),
         ("5.24.0", "newest"),
+        ("4.40.0", "main"),
         ("5.0.0", "newest"),
         ("6.0", "main"),
         (None, "main"),
