@@ -29,7 +29,7 @@ def _snapshot(model):
     }
     return {
         "attributes": {n: attributes(m) for n, m in model.named_modules()},
-        "private": {n: set(vars(m)) for n, m in model.named_modules()},
+        "private": {n: set(vars(m)) - {"_output_capturing_hooks_installed"} for n, m in model.named_modules()},
         "children": {n: [(k, id(c)) for k, c in m.named_children()] for n, m in model.named_modules()},
         "hooks": hooks,
         "config": dict(model.config.to_dict()),
