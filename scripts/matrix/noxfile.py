@@ -44,6 +44,7 @@ def _environment(lock: str, *front: Path) -> dict[str, str]:
 
 
 def _jobs(session: nox.Session, stack: str, environment: dict[str, str], *more: str, tree: str = "") -> None:
+    session.chdir(ROOT)
     out = WORK / f"{stack}.json"
     out.unlink(missing_ok=True)
     words = ["python", "-m", "pytest", "-n", os.environ.get("PYTEST_WORKERS", "2"), "--dist", "worksteal"]
@@ -88,7 +89,7 @@ def llava_head(session: nox.Session) -> None:
 def exchange(session: nox.Session) -> None:
     """Checkpoints that each lock's environment writes, opened in the other."""
     environments = {stack: _environment(stack, ROOT) for stack in EXCHANGED}
-    script, rows = "scripts/matrix/exchange.py", {}
+    script, rows = str(ROOT / "scripts" / "matrix" / "exchange.py"), {}
     for stack, environment in environments.items():
         shutil.rmtree(WORK / "exchange" / stack, ignore_errors=True)
         session.run("python", script, "write", str(WORK / "exchange" / stack), env=environment, external=True)
