@@ -38,6 +38,7 @@ def _environment(lock: str, *front: Path) -> dict[str, str]:
     venv = said.stdout.strip()
     return {
         "PATH": f"{venv}/bin:{os.environ['PATH']}", "PYTHONPATH": os.pathsep.join(map(str, front)), "VIRTUAL_ENV": venv,
+        "PYTHON": f"{venv}/bin/python",
         "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false",
         "LLAVA_PATCH_GIN_FILE": "", "LLAVA_PATCH_GIN_PARAM": "", "LLAVA_PATCH_DISABLE": "",
     }  # fmt: skip
@@ -47,7 +48,7 @@ def _jobs(session: nox.Session, stack: str, environment: dict[str, str], *more: 
     session.chdir(ROOT)
     out = WORK / f"{stack}.json"
     out.unlink(missing_ok=True)
-    words = ["python", "-m", "pytest", "-n", os.environ.get("PYTEST_WORKERS", "2"), "--dist", "worksteal"]
+    words = [environment["PYTHON"], "-m", "pytest", "-n", os.environ.get("PYTEST_WORKERS", "2"), "--dist", "worksteal"]
     words += ["-p", "tests.support.jobs", "--jobs-json", str(out), *more, *session.posargs]
     session.run(*words, env=environment, external=True, success_codes=[0, 1])  # failures are in the table
     table.add(stack, json.loads(out.read_text(encoding="utf-8")), table.versions(environment), tree)
@@ -69,7 +70,7 @@ def between(session: nox.Session, stack: str) -> None:
     if not front.is_dir():
         partial = WORK / f"{stack}.partial"
         shutil.rmtree(partial, ignore_errors=True)
-        pip = ["python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        pip = [environment["PYTHON"], "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
         session.run(*pip, "--target", str(partial), *packages, env=environment, external=True)
         partial.rename(front)
     _jobs(session, stack, _environment(lock, front), "--jobs", BETWEEN)
@@ -92,10 +93,12 @@ def exchange(session: nox.Session) -> None:
     script, rows = str(ROOT / "scripts" / "matrix" / "exchange.py"), {}
     for stack, environment in environments.items():
         shutil.rmtree(WORK / "exchange" / stack, ignore_errors=True)
-        session.run("python", script, "write", str(WORK / "exchange" / stack), env=environment, external=True)
+        session.run(
+            environment["PYTHON"], script, "write", str(WORK / "exchange" / stack), env=environment, external=True
+        )
     for reader, environment in environments.items():
         for writer in EXCHANGED:
-            words = ["python", script, "read", str(WORK / "exchange" / writer)]
+            words = [environment["PYTHON"], script, "read", str(WORK / "exchange" / writer)]
             said = session.run(*words, env=environment, external=True, silent=True)
             lines = [json.loads(line) for line in str(said).splitlines() if line.startswith('{"checkpoint"')]
             rows[f"{writer} -> {reader}"] = {line.pop("checkpoint"): line for line in lines}
