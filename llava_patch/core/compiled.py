@@ -13,9 +13,14 @@ from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
-from torch._C._dynamo.eval_frame import set_eval_frame
 
 from llava_patch.core.undo import holding
+
+# torch has no public way of these: where it lacks one, what a patch puts between modules is out of the graphs whole.
+try:
+    from torch._C._dynamo.eval_frame import set_eval_frame
+except ImportError:
+    set_eval_frame = None  # type: ignore[assignment]
 
 F = TypeVar("F", bound=Callable[..., Any])
 _compiler: ContextVar[Any] = ContextVar("llava_patch_compiler", default=None)
@@ -23,6 +28,9 @@ _compiler: ContextVar[Any] = ContextVar("llava_patch_compiler", default=None)
 
 def aside(function: F) -> F:
     """Decorate a function that compiled code calls: the graph ends before it, and nothing in it is traced."""
+    skip = _skip()
+    if set_eval_frame is None or skip is None:
+        return torch.compiler.disable(function)  # and nothing in it is followed
 
     @functools.wraps(function)
     def beside(*args: Any, **kwargs: Any) -> Any:
@@ -35,10 +43,21 @@ def aside(function: F) -> F:
         finally:
             set_eval_frame(compiler)
 
-    from torch._dynamo.decorators import skip
-
     # As torch.compiler.disable(), which does not tell what it has switched off.
-    return skip(beside)  # type: ignore[return-value]
+    return skip(beside)  # type: ignore[no-any-return]
+
+
+def _skip() -> Any:
+    try:
+        from torch._dynamo.decorators import skip  # at the first decorator: it takes a second
+    except ImportError:
+        return None
+    return skip
+
+
+def following() -> bool:
+    """Whether compiled code has called the `aside` that is at work, so that what is followed is compiled."""
+    return _compiler.get() is not None
 
 
 def follow(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -61,8 +80,10 @@ def follow_as(role: Hashable, function: Callable[..., Any], *args: Any, **kwargs
 
 def varies(tensor: Any, *dimensions: int) -> None:
     """Say of a tensor (or of what is none) that these sizes differ from call to call: one graph is enough for all."""
-    if _compiler.get() is not None and isinstance(tensor, torch.Tensor):
-        torch._dynamo.maybe_mark_dynamic(tensor, dimensions)
+    if following() and isinstance(tensor, torch.Tensor):
+        mark = getattr(torch._dynamo, "maybe_mark_dynamic", None)  # without it torch finds out, by a graph or two more
+        if mark is not None:
+            mark(tensor, dimensions)
 
 
 def _call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -1,22 +1,17 @@
-"""Differences between versions of the hosts' packages, each found by feature rather than by version number.
+"""Differences between versions of transformers, each found by feature rather than by version number.
 
-Two parts. The first hides how transformers' decoder layers and masks are called. The second makes LLaVA's unmodified
-training script and `generate` run on the versions that are supported, which are newer than the one it was written for:
-each `fix_*` function names what broke and since when, and touches only code that would raise.
+How decoder layers, masks and caches are called, and what tensors and settings are named. What makes LLaVA's own code
+run on the supported versions is in `llava_code`.
 """
 
 import copy
-import dataclasses
 import functools
-import importlib.util
 import inspect
 import logging
-import math
 import re
-import sys
 from collections.abc import Callable, Collection, Mapping
 from types import ModuleType, SimpleNamespace
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +58,8 @@ def brings_towers(builder: ModuleType) -> bool:
 
 
 @functools.cache
-def _named(function: Callable[..., Any]) -> frozenset[str]:
+def parameters_of(function: Callable[..., Any]) -> frozenset[str]:
+    """Names that a function takes."""
     return frozenset(inspect.signature(function).parameters)
 
 
@@ -71,7 +67,7 @@ def cache_argument() -> str:
     """What decoders and their layers call the KV cache that they are given: `past_key_values`, `cache` from 5.2x on."""
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-    return "cache" if "cache" in _named(LlamaDecoderLayer.forward) else "past_key_values"
+    return "cache" if "cache" in parameters_of(LlamaDecoderLayer.forward) else "past_key_values"
 
 
 def to_forget(asked: int, held: int) -> int:
@@ -82,7 +78,7 @@ def to_forget(asked: int, held: int) -> int:
     """
     from transformers.cache_utils import DynamicCache
 
-    if asked < 0 or (asked == 0 and "tokens_to_remove" in _named(DynamicCache.crop)):
+    if asked < 0 or (asked == 0 and "tokens_to_remove" in parameters_of(DynamicCache.crop)):
         return min(-asked, held)
     return max(held - asked, 0)
 
@@ -258,7 +254,7 @@ def stock_mask(
 
     windowed = sliding_window(config) is not None
     make: Any = masking_utils.create_sliding_window_causal_mask if windowed else masking_utils.create_causal_mask
-    cache, named = None, _named(make)
+    cache, named = None, parameters_of(make)
     if seen is not None:  # of a cache only numbers of positions are asked
         keys = seen + inputs_embeds.shape[1]
         cache = SimpleNamespace(
@@ -344,100 +340,6 @@ def input_grads_are_forced(*modules: nn.Module) -> bool:
     return any(h is not None and h.id in (h.hooks_dict_ref() or {}) for h in hooks)
 
 
-# --- LLaVA's own code on newer transformers ---------------------------------------------------------------------------
-
-
-def fix_trainer_exports(trainer_module: ModuleType, undo: UndoStack) -> None:
-    """`ALL_LAYERNORM_LAYERS` is no longer re-exported by transformers.trainer (4.5x); llava_trainer imports it."""
-    if not hasattr(trainer_module, "ALL_LAYERNORM_LAYERS"):
-        from transformers.pytorch_utils import ALL_LAYERNORM_LAYERS
-
-        undo.set_attribute(trainer_module, "ALL_LAYERNORM_LAYERS", ALL_LAYERNORM_LAYERS)
-
-
-def fix_argv(argv: list[str]) -> None:
-    """Write flags of LLaVA's launch scripts as TrainingArguments takes them now, where it has dropped them (in place).
-
-    `--evaluation_strategy` is `--eval_strategy` since 4.46. Since 5.0 `--no_cuda` is `--use_cpu`, `--group_by_length` a
-    sampling strategy, and a share of the steps is a `--warmup_steps` below 1 instead of `--warmup_ratio`, which
-    counted beside 0 steps only.
-    """
-    from transformers import TrainingArguments
-    from transformers.hf_argparser import string_to_bool
-
-    known = {field.name: field.type for field in dataclasses.fields(TrainingArguments)}
-    starts = [i for i, word in enumerate(argv) if word.startswith("--")]
-    found = []
-    for start, end in zip(starts, [*starts[1:], len(argv)], strict=False):
-        flag, equals, value = argv[start].partition("=")
-        found.append((start, end, flag[2:].replace("-", "_"), [value] * bool(equals) + argv[start + 1 : end]))
-    given = {name: values for *_, name, values in found}  # of two, the later counts
-    grouped = all(map(string_to_bool, given.get("group_by_length", [])))
-    now = {
-        "evaluation_strategy": ["--eval_strategy", *given.get("evaluation_strategy", [])],
-        "no_cuda": ["--use_cpu", *given.get("no_cuda", [])],
-        "group_by_length": ["--train_sampling_strategy", "group_by_length" if grouped else "random"],
-    }
-    now = {name: words for name, words in now.items() if name not in known}
-    if "warmup_ratio" in given and known["warmup_steps"] is not int:
-        warmup = ["--warmup_steps", *_warmup(given.get("warmup_steps") or ["0"], given["warmup_ratio"])]
-        now |= {"warmup_ratio": warmup, "warmup_steps": warmup}
-    for start, end, name, _ in reversed(found):
-        argv[start:end] = now.get(name, argv[start:end])
-
-
-def _warmup(steps: list[str], ratio: list[str]) -> list[str]:
-    """The value of a flag that takes steps or, below 1, a share of all."""
-    if float(steps[0]) > 0:
-        return steps
-    whole = math.nextafter(1, 0)  # 1 itself is one step; of any number of steps this share is rounded up to all of them
-    return [str(whole) if float(word) == 1 else word for word in ratio]
-
-
-def fix_trainer_methods(llava_trainer: ModuleType, undo: UndoStack) -> None:
-    """LLaVATrainer overrides two Trainer methods with the signatures of 4.37, and is made with that `tokenizer`."""
-    from transformers import Trainer
-
-    cls = llava_trainer.LLaVATrainer
-
-    def without_data(sampler: Callable[..., Any], self: Any, train_dataset: Any = None) -> Any:
-        return sampler(self)
-
-    def without_metrics(save: Callable[..., None], self: Any, model: Any, trial: Any, metrics: Any = None) -> None:
-        if not getattr(self.args, "tune_mm_mlp_adapter", False):
-            save = Trainer._save_checkpoint
-        save(self, model, trial)
-
-    def with_processing_class(init: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
-        if "tokenizer" in kwargs:
-            kwargs["processing_class"] = kwargs.pop("tokenizer")
-        init(self, *args, **kwargs)
-
-    if "train_dataset" not in inspect.signature(cls._get_train_sampler).parameters:  # which is passed since 4.5x
-        undo.wrap(cls, "_get_train_sampler", without_data)
-    undo.wrap(cls, "_save_checkpoint", without_metrics)  # it hands on `metrics`, which are gone since 4.47
-    accepted = inspect.signature(Trainer.__init__, follow_wrapped=False).parameters.values()
-    if not any(one.name == "tokenizer" or one.kind is one.VAR_KEYWORD for one in accepted):  # from 5.0 on
-        undo.wrap(cls, "__init__", with_processing_class)
-
-
-def fix_optimizer_groups(llava_trainer: ModuleType, undo: UndoStack) -> None:
-    """LLaVATrainer makes optimizer groups that may be empty, and DeepSpeed drops those.
-
-    Where biases and norms are frozen (a side branch alone has none that LLaVA exempts from decay), the learning-rate
-    scheduler then counts more groups than the optimizer has, which raises since torch 2.13 (`zip(strict=True)`).
-    Without DeepSpeed the groups stay as LLaVA makes them.
-    """
-
-    def without_empty(create: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-        optimizer = create(self, *args, **kwargs)
-        if self.is_deepspeed_enabled:
-            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-        return optimizer
-
-    undo.wrap(llava_trainer.LLaVATrainer, "create_optimizer", without_empty)
-
-
 def load_saved_names(model: nn.Module, undo: UndoStack) -> None:
     """Let a model's `load_state_dict` take its tensors under the names that its own `save_pretrained` writes.
 
@@ -474,77 +376,6 @@ def _saved_names(model: Any, unknown: Collection[str], wanted: Collection[str]) 
     return {saved: name for saved, name in found.items() if saved in unknown and name in wanted}
 
 
-def fix_zero3_dtypes(model: nn.Module, training_args: Any) -> None:
-    """Give what LLaVA and peft make outside DeepSpeed ZeRO-3's reach the precision that the rest has (in place).
-
-    With --bf16 or --fp16 the weights that ZeRO-3 partitions on loading have that type, but a new projector and LoRA's
-    matrices are float32, and DeepSpeed stops at a mixture (`defragment` asserts one type, a product of two types
-    raises). In stages 1 and 2 DeepSpeed casts the whole model itself; it keeps float32 master weights in every stage.
-    """
-    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-
-    dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else None
-    if dtype is None or not is_deepspeed_zero3_enabled():
-        return
-    for parameter in model.parameters():
-        if parameter.is_floating_point() and not hasattr(parameter, "ds_id"):
-            parameter.data = parameter.data.to(dtype)
-
-
-def fix_forward_arguments(cls: type, undo: UndoStack) -> None:
-    """`generate` passes what llava's methods do not take: `cache_position` (4.38 to 5.x), and `cache` (5.2x on).
-
-    The first they do not need, the second they know as `past_key_values`.
-    """
-
-    def with_old_names(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if "cache" in kwargs:
-            kwargs["past_key_values"] = kwargs.pop("cache")
-        return method(*args, **kwargs)
-
-    def without_places(forward: Callable[..., Any], *args: Any, cache_position: Any = None, **kwargs: Any) -> Any:
-        return with_old_names(forward, *args, **kwargs)
-
-    old, kind = cache_argument() == "cache", cast(Any, cls)
-    if "cache_position" not in _named(kind.forward):
-        undo.wrap(cls, "forward", without_places)
-    elif old and "cache" not in _named(kind.forward):
-        undo.wrap(cls, "forward", with_old_names)
-    if old and "cache" not in _named(getattr(kind, "prepare_inputs_for_generation", with_old_names)):
-        undo.wrap(cls, "prepare_inputs_for_generation", with_old_names)
-
-
-def fix_llama_tokenizer(cls: Any, undo: UndoStack) -> None:
-    """Read Vicuna's tokenizer as it was before 5.0, where a checkpoint that names no `legacy` had it True.
-
-    5.x takes False, splits the text after "</s>" into other tokens, and LLaVA masks all labels of a conversation with a
-    second answer ("tokenization mismatch"). Nor does it save the setting, so that a tokenizer that was trained with
-    True would come back with False: it is saved; what 5.x has saved without it is read as 5.x reads it.
-    """
-
-    def with_legacy(init: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
-        if kwargs.get("legacy") is None:
-            kwargs["legacy"] = "backend" not in kwargs  # which 5.x writes
-        init(self, *args, **kwargs)
-        self.init_kwargs["legacy"] = self.legacy
-
-    parameter = inspect.signature(cls.__init__).parameters.get("legacy")
-    if parameter is not None and parameter.default is False:
-        undo.wrap(cls, "__init__", with_legacy)
-
-
-def full_precision(kwargs: dict[str, Any]) -> None:
-    """Load in float32 where a script names no precision, as before 5.0, which takes the checkpoint's (in place).
-
-    LLaVA's train.py passes `torch_dtype=None` without --bf16 and counts on float32: optimizer steps vanish in half
-    precision. What is loaded quantised keeps its own default.
-    """
-    quantised = ("quantization_config", "load_in_8bit", "load_in_4bit")
-    if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None and not any(map(kwargs.get, quantised)):
-        kwargs.pop("torch_dtype", None)
-        kwargs["dtype"] = torch.get_default_dtype()
-
-
 def keep_floating(names: Callable[[Callable[[Any], list[str]], Any, bool], list[str]], undo: UndoStack) -> None:
     """Say which modules transformers leaves in floating point when it quantises a model that it loads.
 
@@ -561,23 +392,3 @@ def keep_floating(names: Callable[[Callable[[Any], list[str]], Any, bool], list[
         return names(lambda model: stock(model, *args, **kwargs), model, bool(self.pre_quantized))
 
     undo.set_attribute(HfQuantizer, "get_modules_to_not_convert", all_names)
-
-
-def fix_quantisation_arguments(kwargs: dict[str, Any]) -> None:
-    """Llava's loader and script say both how to quantise and `load_in_4bit`, of which transformers takes one (4.41 on).
-
-    In 5.0 the short form is gone altogether.
-    """
-    asked = {name: kwargs.pop(name) for name in ("load_in_8bit", "load_in_4bit") if name in kwargs}
-    if any(asked.values()) and kwargs.get("quantization_config") is None:
-        from transformers import BitsAndBytesConfig
-
-        kwargs["quantization_config"] = BitsAndBytesConfig(**asked)
-
-
-def flash_fallback(kwargs: dict[str, Any]) -> None:
-    """`train_mem.py` asks for flash_attention_2; without the package, use sdpa and say so (in place)."""
-    if kwargs.get("attn_implementation") == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
-        logger.warning("flash_attention_2 was asked for but flash_attn is not installed: using sdpa")
-        print("llava_patch: flash_attn is not installed; attention falls back to sdpa", file=sys.stderr)
-        kwargs["attn_implementation"] = "sdpa"

@@ -6,21 +6,25 @@ routed one: its layers) are followed, as is what the causal LM makes of the deco
 """
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
-from llava_patch.core.compiled import aside, follow
-from llava_patch.core.undo import UndoStack
+from llava_patch.core.compiled import aside, follow, following
+from llava_patch.core.undo import UndoStack, holding
 from llava_patch.hosts.anatomy import HF, Anatomy, when_loaded
+
+_packs: ContextVar[bool] = ContextVar("llava_patch_packs", default=False)
 
 
 def attach(anatomy: Anatomy, undo: UndoStack) -> None:
     """Let a patched host be compiled without a graph for every batch; nothing changes where nothing is compiled.
 
-    Modifications: the instance attributes `forward` of the vision model and, on HF, of the inner LlavaModel and of the
-    decoder; on `llava` `prepare_inputs_labels_for_multimodal`.
+    Modifications: the instance attributes `forward` of the vision model and, on HF, of the causal LM, of the inner
+    LlavaModel and of the decoder; on `llava` `prepare_inputs_labels_for_multimodal`.
     """
     if anatomy.host == HF:
-        undo.wrap(anatomy.wrapper, "forward", _beside)
+        undo.wrap(anatomy.model, "forward", _outer)
+        undo.wrap(anatomy.wrapper, "forward", _inner)
         undo.wrap(anatomy.decoder, "forward", _followed)
     else:
         undo.wrap(anatomy.model, "prepare_inputs_labels_for_multimodal", _beside)
@@ -35,3 +39,33 @@ def _beside(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 @aside
 def _followed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return follow(function, *args, **kwargs)
+
+
+class _Packed:
+    """What the causal LM only hands on: torch looks at what is in a mapping, and at the class alone of this."""
+
+    def __init__(self, result: Any) -> None:
+        self.result = result
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.result, name)
+
+
+@aside
+def _outer(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with holding(_packs, following()):
+        output = follow(forward, *args, **kwargs)
+    for name, value in output.items() if isinstance(output, dict) else ():
+        if isinstance(value, _Packed):
+            output[name] = value.result
+    return output
+
+
+@aside
+def _inner(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The host's own, for `_outer` with the encoder's outputs packed (from 5.2x on): they hold a tensor an image."""
+    output = forward(*args, **kwargs)
+    for name, value in output.items() if _packs.get() and isinstance(output, dict) else ():
+        if isinstance(value, dict):
+            output[name] = _Packed(value)
+    return output

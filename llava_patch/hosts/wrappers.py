@@ -129,7 +129,7 @@ def _attach_hf(anatomy: Anatomy, undo: UndoStack) -> None:
             keep = given.get("logits_to_keep")
             call.waiting.context.suffix = keep if isinstance(keep, int) and keep > 0 else None
             call.waiting.context.read = _read(given.get("labels"))
-            return follow(outer, *args, **kwargs)
+            return outer(*args, **kwargs)  # follows the host's own: `graphs`
 
     @aside
     def inner_and_report(

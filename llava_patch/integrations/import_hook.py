@@ -16,6 +16,7 @@ WATCHED = frozenset(
         "llava.model.llava_arch",
         "llava.model.language_model.llava_llama",
         "llava.model.language_model.llava_mistral",
+        "llava.model.language_model.llava_qwen",
         "llava.train.llava_trainer",
         "lmms_eval",
         "lmms_eval.__main__",

@@ -270,7 +270,8 @@ def _unquantised(record: dict[str, Any] | None = None, tensors: Iterable[str] = 
         from llava_patch.patching import floating
 
         kept = floating.modules(model, *(coming or (None, {}, ())))
-        with meanwhile(model, **({HANDLE: None} if handle else {})):  # up to 4.57 the model is copied here
+        own = {} if handle is None else {HANDLE: None, "__reduce_ex__": type(model).__reduce_ex__.__get__(model)}
+        with meanwhile(model, **own):  # up to 4.57 the model, whose copies are refused, is copied here
             return [*stock(model), *kept]
 
     with UndoStack() as undo:

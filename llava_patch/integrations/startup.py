@@ -46,8 +46,14 @@ def _compat() -> Any:
     return compat
 
 
+def _llava_code() -> Any:
+    from llava_patch.hosts import llava_code
+
+    return llava_code
+
+
 def _mends() -> bool:
-    """Whether `llava` is loaded, on versions that the mends of `compat` were written for."""
+    """Whether `llava` is loaded, on versions that the mends of `llava_code` were written for."""
     return "llava" in sys.modules and _compat().unsupported() is None
 
 
@@ -69,12 +75,12 @@ def _on_transformers_trainer(module: Any, undo: UndoStack) -> None:
 
 def _mend_trainer_exports(module: ModuleType, undo: UndoStack) -> None:
     if _mends():
-        _compat().fix_trainer_exports(module, undo)
+        _llava_code().fix_trainer_exports(module, undo)
 
 
 def _on_llama_tokenizer(module: Any, undo: UndoStack) -> None:
     if _mends():
-        _compat().fix_llama_tokenizer(module.LlamaTokenizer, undo)
+        _llava_code().fix_llama_tokenizer(module.LlamaTokenizer, undo)
 
 
 def _prepare_run(trainer: Any) -> None:
@@ -103,7 +109,7 @@ def _on_llava_model(module: ModuleType, undo: UndoStack) -> None:
     for name in ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM", "LlavaQwenForCausalLM") if _mends() else ():
         cls = vars(module).get(name)
         if cls is not None and cls.__module__ == module.__name__:
-            _compat().fix_forward_arguments(cls, undo)
+            _llava_code().fix_forward_arguments(cls, undo)
 
 
 def _on_llava_trainer(module: Any, undo: UndoStack) -> None:
@@ -116,14 +122,14 @@ def _on_llava_trainer(module: Any, undo: UndoStack) -> None:
     active.begin_training()
     asked = active.configuration()  # raises here, before a model is loaded or a file written
     if _mends():
-        compat.fix_trainer_methods(module, undo)
-        compat.fix_optimizer_groups(module, undo)
+        _llava_code().fix_trainer_methods(module, undo)
+        _llava_code().fix_optimizer_groups(module, undo)
     if asked is not None:
         from llava_patch.integrations.training import script_flags
 
         script_flags.add(asked, undo)
     if _mends():
-        compat.fix_argv(sys.argv)  # with those that gin brings
+        _llava_code().fix_argv(sys.argv)  # with those that gin brings
 
     def create_optimizer(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         made = self.optimizer is None
@@ -145,7 +151,7 @@ def _init_trainer(original: Callable[..., None], self: Any, *args: Any, **kwargs
     model = given.get("model")
     if model is None or (active.configuration() is None and loading.handle_of(model) is None):
         if model is not None and _mends():
-            _compat().fix_zero3_dtypes(model, given.get("args"))
+            _llava_code().fix_zero3_dtypes(model, given.get("args"))
         return original(self, *args, **kwargs)
     from llava_patch.integrations.training.llava import prepare_run
 
@@ -159,6 +165,8 @@ def _on_llava_arch(module: Any, undo: UndoStack) -> None:
     compat = _compat()
     if compat.unsupported() is not None:
         return
+    if _mends():
+        _llava_code().fix_recorder(undo)
 
     def initialize_vision_modules(original: Any, self: Any, model_args: Any, fsdp: Any = None) -> Any:
         if not active.training():
@@ -208,10 +216,10 @@ def _on_modeling_utils(module: Any, undo: UndoStack) -> None:
                 _compat().check_versions()
             return loading.load_stock(call, f"which cannot be applied: {unsupported}")
         if _mends():
-            _compat().flash_fallback(kwargs)
-            _compat().fix_quantisation_arguments(kwargs)
+            _llava_code().flash_fallback(kwargs)
+            _llava_code().fix_quantisation_arguments(kwargs)
             if hasattr(model_class, "prepare_inputs_labels_for_multimodal"):
-                _compat().full_precision(kwargs)
+                _llava_code().full_precision(kwargs)
         return loading.load(call)
 
     undo.set_attribute(cls, "from_pretrained", classmethod(from_pretrained))

@@ -47,9 +47,8 @@ def zero_gradient_pass(anatomy: Anatomy, hidden: Tensor, rotary: tuple[Tensor, T
     """The side branch on one made-up position, times zero: a scalar 0 whose gradient reaches its weights.
 
     A rank or micro-batch without an image must still give the side branch a gradient (of zero), or the others wait for
-    it in the all-reduce for ever. Call it at the split: autograd runs what was made last first.
-
-    `hidden` [batch, tokens, hidden] gives dtype and device, `rotary` (cos, sin) of any positions when they are at hand.
+    it in the all-reduce for ever. Call it at the split: autograd runs what was made last first. `hidden` [batch,
+    tokens, hidden] gives dtype and device, `rotary` (cos, sin) of any positions when they are at hand.
     """
     row = torch.zeros_like(hidden[:1, :1])
     if rotary is None:

@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 
+from llava_patch.core import compiled as compiled_code
 from llava_patch.core.compiled import aside, follow
 from llava_patch.core.undo import UndoStack
 
@@ -50,6 +51,18 @@ def test_only_what_is_followed_is_compiled():
         x = torch.arange(float(size))
         assert torch.equal(compiled(x), _outer(x))
     assert set(backend.operations) == {"tanh", "sin", "exp"} and len(backend.operations) == 6  # twice: sizes vary
+
+
+@pytest.mark.parametrize("lacks", ["set_eval_frame", "_skip"])
+def test_a_torch_without_the_private_names_compiles_around_it(monkeypatch, lacks):
+    expected = [_outer(torch.ones(size)) for size in (3, 4, 5)]
+    monkeypatch.setattr(compiled_code, lacks, {"set_eval_frame": None, "_skip": lambda: None}[lacks])
+    monkeypatch.setattr(torch._dynamo, "maybe_mark_dynamic", None)
+    backend, beside = Counting(), aside(_bookkeeping.__wrapped__)
+    compiled = torch.compile(lambda x: torch.exp(beside(torch.tanh(x))), backend=backend)
+    for x in expected:
+        assert torch.equal(compiled(torch.ones(len(x))), x)
+    assert set(backend.operations) == {"tanh", "exp"}
 
 
 def test_nothing_is_followed_outside_of_a_compiled_call():

@@ -85,6 +85,15 @@ def test_the_hf_host_itself_names_a_mismatch(host):
         host.logits(batch)
 
 
+def test_the_features_stay_when_the_decoder_is_asked_for_its_states(host):
+    """llava's tower is inside its decoder, and transformers 5 hooks what is inside a model that reports its states."""
+    inputs = host.batch([(2, IMAGE, 3)]).inputs
+    with torch.no_grad():
+        before = host.model(**inputs).logits
+        host.model(**inputs, output_hidden_states=True)
+        assert torch.equal(host.model(**inputs).logits, before)
+
+
 def test_anatomy_of_both_hosts(host):
     found = anatomy.find(host.model)
     assert (found.host, found.n_blocks, found.main_block, len(found.layers)) == (host.name, 8, 7, 6)

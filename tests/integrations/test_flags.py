@@ -8,7 +8,7 @@ import pytest
 
 from llava_patch import SkipLinks
 from llava_patch.core.errors import SettingError
-from llava_patch.hosts import compat
+from llava_patch.hosts import compat, llava_code
 from llava_patch.integrations import import_hook as autostart
 from llava_patch.integrations import startup
 from llava_patch.settings import active
@@ -45,14 +45,14 @@ def test_a_configuration_that_turns_nothing_on_is_an_error(monkeypatch, tmp_path
 
 def test_renamed_flags():
     argv = ["--evaluation_strategy", "no", "--evaluation-strategy=no", "--learning_rate=1", "--layer", "-2"]
-    compat.fix_argv(argv)
+    llava_code.fix_argv(argv)
     assert argv == ["--eval_strategy", "no", "--eval_strategy", "no", "--learning_rate=1", "--layer", "-2"]
 
 
 @pytest.mark.parametrize("argv", [[], ["train.py"], ["train.py", "--bf16"], ["--bf16", "True"]])
 def test_other_words_stay(argv):
     words = list(argv)
-    compat.fix_argv(words)
+    llava_code.fix_argv(words)
     assert words == argv
 
 
@@ -60,7 +60,7 @@ def _arguments(*flags):
     from transformers import HfArgumentParser, TrainingArguments
 
     argv = ["train.py", "--output_dir", "out", "--report_to", "none", *flags]
-    compat.fix_argv(argv)
+    llava_code.fix_argv(argv)
     return HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(argv[1:])[0]
 
 

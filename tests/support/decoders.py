@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from llava_patch.core.undo import UndoStack
-from llava_patch.hosts import compat
+from llava_patch.hosts import llava_code
 from tests.support import models
 from tests.support.models import HF_IMAGE_TOKEN, TEXT, TOKENS, Host
 
@@ -160,7 +160,7 @@ def _qwen_classes() -> tuple[Any, Any]:
     arch = "llava.model.llava_arch"
     prepare = Meta.prepare_inputs_labels_for_multimodal
     named(prepare, arch, "LlavaMetaForCausalLM.prepare_inputs_labels_for_multimodal")
-    compat.fix_forward_arguments(LlavaQwenForCausalLM, UndoStack())
+    llava_code.fix_forward_arguments(LlavaQwenForCausalLM, UndoStack())
     named(LlavaQwenForCausalLM.forward, "llava.model.language_model.llava_qwen", "LlavaQwenForCausalLM.forward")
     return LlavaQwenConfig, LlavaQwenForCausalLM
 

@@ -12,7 +12,7 @@ from llava_patch.core import records
 from llava_patch.core.errors import SettingError, refuse
 from llava_patch.core.files import write_text
 from llava_patch.fusion.training import WarmUp, steps_of
-from llava_patch.hosts import anatomy, compat, lora, zero
+from llava_patch.hosts import anatomy, llava_code, lora, zero
 from llava_patch.integrations.training import gradients as gradients_trainer
 from llava_patch.integrations.training import resume, stage1
 from llava_patch.integrations.training.auxiliary import data as region_data
@@ -51,7 +51,7 @@ def prepare_run(given: dict[str, Any]) -> Callable[[Any], None]:
         auxiliary = None
     if auxiliary is not None:
         given["train_dataset"], given["data_collator"] = region_data.wrap(auxiliary, **data)
-    compat.fix_zero3_dtypes(model, arguments)
+    llava_code.fix_zero3_dtypes(model, arguments)
     gradients = None if asked is None else asked.measurements.get("Gradients")
     if gradients is not None:
         gradients_trainer.check(model, arguments, gradients)

@@ -10,7 +10,7 @@ from transformers import HfArgumentParser, set_seed
 
 from llava_patch.core.errors import SettingError
 from llava_patch.core.undo import UndoStack
-from llava_patch.hosts import compat
+from llava_patch.hosts import llava_code
 from llava_patch.settings.gin_config import Configuration
 
 
@@ -23,7 +23,7 @@ def add(asked: Configuration, undo: UndoStack) -> None:
     script, added = sys.argv[1:], arguments(asked.flags)
     sys.argv.extend(added)
     for words in (script, added):
-        compat.fix_argv(words)
+        llava_code.fix_argv(words)
     if added and os.environ.get("RANK", "0") == "0":
         print(describe(script, added), flush=True)
 
@@ -32,7 +32,7 @@ def add(asked: Configuration, undo: UndoStack) -> None:
         known = [option[2:] for option in self._option_string_actions if option.startswith("--")]
         for flag in asked.flags:
             option = [f"--{flag}"]
-            compat.fix_argv(option)
+            llava_code.fix_argv(option)
             name = option[0][2:]
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)

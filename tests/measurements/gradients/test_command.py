@@ -60,8 +60,9 @@ def test_a_patched_checkpoint(fused, tmp_path):
     assert len(result.steps) == 4 and len(result.windows) == 2 and all(s.skip > 0 for s in result.steps)
     assert result.facts["checkpoint"] == str(fused) and result.facts["dtype"] == "float32"
     again = gradients(fused, *QUICK, "--output", tmp_path / "out", "--step-size", "1e-5", "--smoothness", "10")
-    assert again.splitlines() == out.splitlines()[-len(again.splitlines()) :]  # without the bar: nothing was left to do
-    assert len(again.splitlines()) == len(out.splitlines()) - 1
+    first, second = ([line for line in o.splitlines() if line and "Loading weights" not in line] for o in (out, again))
+    assert second == first[-len(second) :]  # without the bar: nothing was left to do
+    assert len(second) < len(first)
     gradients(fused, *QUICK, "--output", tmp_path / "out", "--question", "Why?")  # other settings: in their place
     values = json.loads((tmp_path / "out" / "gradients.json").read_text())
     assert values["facts"]["question"] == "Why?"

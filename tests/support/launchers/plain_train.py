@@ -7,25 +7,25 @@ import runpy
 import sys
 
 from llava_patch.core.undo import UndoStack
-from llava_patch.hosts import compat
+from llava_patch.hosts import llava_code
 
 assert "llava_patch.integrations.startup" not in sys.modules
 import llava.model.language_model.llava_llama as llava_llama  # noqa: E402
 import transformers.trainer  # noqa: E402
 from transformers.models.llama.tokenization_llama import LlamaTokenizer  # noqa: E402
 
-compat.fix_trainer_exports(transformers.trainer, UndoStack())
+llava_code.fix_trainer_exports(transformers.trainer, UndoStack())
 import llava.train.llava_trainer as llava_trainer  # noqa: E402
 
-compat.fix_trainer_methods(llava_trainer, UndoStack())
-compat.fix_forward_arguments(llava_llama.LlavaLlamaForCausalLM, UndoStack())
-compat.fix_llama_tokenizer(LlamaTokenizer, UndoStack())
-compat.fix_argv(sys.argv)
+llava_code.fix_trainer_methods(llava_trainer, UndoStack())
+llava_code.fix_forward_arguments(llava_llama.LlavaLlamaForCausalLM, UndoStack())
+llava_code.fix_llama_tokenizer(LlamaTokenizer, UndoStack())
+llava_code.fix_argv(sys.argv)
 stock = llava_llama.LlavaLlamaForCausalLM.from_pretrained.__func__
 
 
 def from_pretrained(cls, *args, **kwargs):
-    compat.full_precision(kwargs)
+    llava_code.full_precision(kwargs)
     return stock(cls, *args, **kwargs)
 
 
