@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What works on which transformers, which host and for which job: one table, from real runs. docs/measured/matrix.*
-# Usage: bash scripts/matrix.sh [-l] [-s SESSION ...] [-- --no-publish]   (default: every session; words go to nox)
+# Usage: bash scripts/matrix.sh [-l] [-s SESSION ...] [-- PYTEST_ARGUMENTS]   (default: every session; words go to nox)
 # LLAVA_PATCH_LLAVA_TREE=/path/to/LLaVA adds the session `llava-head`, a checkout of LLaVA in front of its release.
 set -euo pipefail
 cd "$(dirname "$0")/.."

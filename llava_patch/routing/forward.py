@@ -75,7 +75,7 @@ class RoutedForward:
             known.check_decoder(self.anatomy.decoder, "routing")
             self._layers = now
         call = None
-        if brings_image or routed_before or (cache is None and side_branch.keeps_order(self.anatomy)):
+        if brings_image or routed_before or (cache is None and self._keeps_order()):
             self._check(cache, attention_mask, position_ids, kwargs)
             if inputs_embeds is None:
                 inputs_embeds, input_ids = self.anatomy.decoder.embed_tokens(input_ids), None
@@ -95,9 +95,12 @@ class RoutedForward:
         call.position_ids = cache_position[None] if position_ids is None else position_ids
         return RoutedPass(self.anatomy, self.schedule, call).forward()
 
+    def _keeps_order(self) -> bool:
+        return side_branch.keeps_order(self.anatomy, [self.anatomy.decoder.layers[i] for i in self.schedule.keys])
+
     def _with_gradients(self, outputs: Any, context: CallContext) -> Any:
         """The stock outputs; every rank must give what was added a gradient, also one whose batch has no image."""
-        if side_branch.wants_gradient(self.anatomy):
+        if side_branch.wants_gradient(self.anatomy):  # the call brought a cache
             last = outputs.last_hidden_state
             outputs["last_hidden_state"] = last + side_branch.zero_gradient_pass(self.anatomy, last)
         if context.stacked is not None and torch.is_grad_enabled():
@@ -164,7 +167,7 @@ class RoutedForward:
         elif call.valid is None:  # then the last positions are no padding
             call.suffix = context.suffix
         if call.image_mask is None and not isinstance(cache, RoutedCache):
-            if cache is not None or not side_branch.keeps_order(self.anatomy):
+            if cache is not None or not self._keeps_order():
                 return None
             call.use_cache, call.in_order, use_cache = False, True, False
         if cache is not None or use_cache:

@@ -18,7 +18,7 @@ from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.hosts.call_context import CallContext
 from llava_patch.routing import side_branch
 from llava_patch.routing.cache import FULL, KEPT, TEXT, RoutedCache
-from llava_patch.routing.layers import Stream, attention_of_last, call_with_keys, observer, prime
+from llava_patch.routing.layers import Stream, attention_of_last, call_with_keys, observer, prime, trains
 from llava_patch.routing.plan import Counts, KeyPositions, PositionSet, RoutingPlan, make_plan, positions, put_back
 from llava_patch.routing.pruning import choose_kept
 from llava_patch.routing.schedule import LayerMode, LayerSchedule
@@ -127,8 +127,6 @@ class RoutedPass:
         if self.left_with is not None and self.main is not None:
             hidden = put_back(self.left_with, self.main, hidden)
         hidden = self.decoder.norm(hidden)
-        if self.counts is not None and max(self.counts.image) == 0 and side_branch.wants_gradient(self.anatomy):
-            hidden = hidden + side_branch.zero_gradient_pass(self.anatomy, hidden)  # pruning left the branch nothing
         if call.cache is not None:
             call.cache.length += call.queries
             if call.counts is not None:
@@ -155,6 +153,9 @@ class RoutedPass:
             self._text_layer(number)
         elif self._image_gives_keys_only(number, mode):
             self._keys_layer(number)
+        elif self.call.in_order and number in self.schedule.keys:
+            self.text = self._without_image(number, self._text())
+            self._record(self.text, self.main)
         else:
             self._whole_layer(number, mode)
 
@@ -191,7 +192,7 @@ class RoutedPass:
             if cache is not None:
                 cache.update(*projections.keys_values(layer, image, image_rotary), layer.self_attn.layer_idx)
         elif not image.shape[1]:
-            self.text = self._call_layer(number, text, self.main_stream)
+            self.text = self._without_image(number, text)
         else:
             self._tell(number, self.text_stream, self.main_stream)
             if self.text_mask is None:
@@ -201,6 +202,15 @@ class RoutedPass:
                 attention_mask=self.text_mask, cache=cache,
             )  # fmt: skip
         self._record(self._text(), self._columns(plan.text))
+
+    def _without_image(self, number: int, text: Tensor) -> Tensor:
+        """A KV layer where no image is left: the keys of no position come first, so that gradients keep their order."""
+        self._tell(number, self.main_stream, self.main_stream)
+        layer, (cos, sin) = self.layers[number], self.main_stream.rotary
+        return call_with_keys(
+            layer, text, text[:, :0], rotary=(cos, sin), others_rotary=(cos[:, :0], sin[:, :0]), merge=_before,
+            attention_mask=self.main_stream.mask(layer), cache=self.call.cache,
+        )  # fmt: skip
 
     def _image_gives_keys_only(self, number: int, mode: LayerMode) -> bool:
         """Whether nobody uses what a layer would make of the image positions; the last layer's are the output."""
@@ -220,6 +230,8 @@ class RoutedPass:
         call = self.call
         if not call.reads_only_suffix or call.suffix is None or not self.schedule.leaves_out:
             return False
+        if self.decoder.training and trains([self.layers[self.last]]):  # ranks differ here, and so would their order
+            return False
         return call.suffix < hidden.shape[1] and (not all_text or call.counts is None or call.counts.suffix_text)
 
     def _finish(self, number: int, hidden: Tensor, stream: Stream) -> None:
@@ -231,7 +243,7 @@ class RoutedPass:
         cos, sin = stream.rotary
         self.merged = call_with_keys(
             layer, hidden[:, cut:], hidden[:, :cut], rotary=(cos[:, cut:], sin[:, cut:]),
-            others_rotary=(cos[:, :cut], sin[:, :cut]), merge=lambda others, own: torch.cat([others, own], dim=2),
+            others_rotary=(cos[:, :cut], sin[:, :cut]), merge=_before,
             attention_mask=stream.mask(layer, last), cache=self.call.cache,
         )  # fmt: skip
         self.text, self.plan = None, None
@@ -328,7 +340,10 @@ class RoutedPass:
         self.text_stream = self._stream(text_name, self._columns(self.plan.text), hidden)
         self._text()
         assert self.image is not None
-        if self.schedule.side_layers and self.image.shape[1]:
+        if self.schedule.side_layers and not self.image.shape[1]:  # pruning left the branch nothing
+            if side_branch.wants_gradient(self.anatomy):
+                self.zero = side_branch.zero_gradient_pass(self.anatomy, hidden, self.rotary)
+        elif self.schedule.side_layers:
             self.image = self._side_branch(self.image, self._columns(self.plan.image))
             if self.observer is not None:
                 self.image = self.observer.side_output(self.image)
@@ -429,3 +444,8 @@ class RoutedPass:
             return self.call.embeds.requires_grad
         # Embeddings may require a gradient only because gradient checkpointing asked for it: nobody reads that one.
         return self.call.embeds.requires_grad and not compat.input_grads_are_forced(a.model, a.wrapper, a.decoder)
+
+
+def _before(others: Tensor, own: Tensor) -> Tensor:
+    """Heads of other positions in front of a layer's own: [batch, heads, positions, head_dim]."""
+    return torch.cat([others, own], dim=2)

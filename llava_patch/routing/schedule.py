@@ -76,6 +76,11 @@ class LayerSchedule:
         """The layers that see both streams again."""
         return tuple(i for i, mode in enumerate(self.modes) if mode is LayerMode.FUSE)
 
+    @property
+    def keys(self) -> tuple[int, ...]:
+        """The layers that project the image's keys and values apart; the last one's image states are the output."""
+        return tuple(i for i, mode in enumerate(self.modes[:-1]) if mode is LayerMode.KEYS)
+
 
 def make_schedule(
     routing: Routing | None, pruning: Pruning | None, n_layers: int, injections: tuple[int, ...] = ()

@@ -47,8 +47,8 @@ def zero_gradient_pass(anatomy: Anatomy, hidden: Tensor, rotary: tuple[Tensor, T
     """The side branch on one made-up position, times zero: a scalar 0 whose gradient reaches its weights.
 
     A rank or micro-batch without an image must still give the side branch a gradient (of zero), or the others wait for
-    it in the all-reduce for ever. `hidden` [batch, tokens, hidden] gives dtype and device, `rotary` (cos, sin) of any
-    positions when they are at hand.
+    it in the all-reduce for ever. Call it at the split: autograd runs what was made last first. `hidden` [batch,
+    tokens, hidden] gives dtype and device, `rotary` (cos, sin) of any positions when they are at hand.
     """
     row = torch.zeros_like(hidden[:1, :1])
     if rotary is None:
@@ -60,10 +60,15 @@ def zero_gradient_pass(anatomy: Anatomy, hidden: Tensor, rotary: tuple[Tensor, T
     return 0.0 * row.sum()
 
 
-def keeps_order(anatomy: Anatomy) -> bool:
+def keeps_order(anatomy: Anatomy, keys_layers: Iterable[nn.Module]) -> bool:
     """Whether a batch without an image must run the same modules in the same order as one that routes.
 
-    Weights that DeepSpeed ZeRO-3 has partitioned are put together module by module, by all ranks at once, and it
-    counts modules without weights too: by the order of the first step it decides what to fetch ahead in the next.
+    DeepSpeed ZeRO-1 and -2 add up over the ranks whatever gradients come next, in flat buckets that know no names: in
+    another order they fail, or add one parameter's gradient to another's. So also where the side branch is frozen but
+    one of `keys_layers` trains, which project the image's keys apart from the text's.
+
+    Weights that ZeRO-3 has partitioned are put together module by module, by all ranks at once, and it counts modules
+    without weights too: by the order of the first step it decides what to fetch ahead in the next.
     """
-    return zero.is_partitioned(parameters(anatomy))
+    learns = wants_gradient(anatomy) or (anatomy.decoder.training and trains(keys_layers))
+    return learns or zero.is_partitioned(parameters(anatomy))

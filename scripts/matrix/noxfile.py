@@ -22,6 +22,7 @@ OVERLAYS = {
     "transformers-5.10": ("newest", "transformers==5.10.1", "tokenizers==0.22.2"),
     "transformers-5.18": ("newest", "transformers==5.18.0"),
 }
+BETWEEN = "import with nothing configured,identities,generate,save and load,train both stages"
 TREE = os.environ.get("LLAVA_PATCH_LLAVA_TREE")
 EXCHANGED = ("main", "newest")
 
@@ -42,11 +43,12 @@ def _environment(lock: str, *front: Path) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _jobs(session: nox.Session, stack: str, environment: dict[str, str], tree: str = "") -> None:
+def _jobs(session: nox.Session, stack: str, environment: dict[str, str], *more: str, tree: str = "") -> None:
+    session.chdir(ROOT)
     out = WORK / f"{stack}.json"
     out.unlink(missing_ok=True)
     words = ["python", "-m", "pytest", "-n", os.environ.get("PYTEST_WORKERS", "2"), "--dist", "worksteal"]
-    words += ["-p", "tests.support.jobs", "--jobs-json", str(out), *session.posargs]
+    words += ["-p", "tests.support.jobs", "--jobs-json", str(out), *more, *session.posargs]
     session.run(*words, env=environment, external=True, success_codes=[0, 1])  # failures are in the table
     table.add(stack, json.loads(out.read_text(encoding="utf-8")), table.versions(environment), tree)
 
@@ -61,7 +63,7 @@ def jobs(session: nox.Session, stack: str) -> None:
 @nox.session
 @nox.parametrize("stack", list(OVERLAYS), ids=list(OVERLAYS))
 def between(session: nox.Session, stack: str) -> None:
-    """The same with a transformers between those of the locks."""
+    """What depends on transformers most, with one between those of the locks."""
     lock, *packages = OVERLAYS[stack]
     environment, front = _environment(lock), WORK / stack
     if not front.is_dir():
@@ -70,7 +72,7 @@ def between(session: nox.Session, stack: str) -> None:
         pip = ["python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
         session.run(*pip, "--target", str(partial), *packages, env=environment, external=True)
         partial.rename(front)
-    _jobs(session, stack, _environment(lock, front))
+    _jobs(session, stack, _environment(lock, front), "--jobs", BETWEEN)
 
 
 @nox.session(name="llava-head")
@@ -80,14 +82,14 @@ def llava_head(session: nox.Session) -> None:
         session.skip("LLAVA_PATCH_LLAVA_TREE names no checkout of LLaVA")
     environment = _environment("main") | {"LLAVA_PATCH_LLAVA_TREE": TREE}
     revision = subprocess.run(["git", "-C", TREE, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    _jobs(session, "llava-head", environment, revision or "no git checkout")
+    _jobs(session, "llava-head", environment, tree=revision or "no git checkout")
 
 
 @nox.session
 def exchange(session: nox.Session) -> None:
     """Checkpoints that each lock's environment writes, opened in the other."""
     environments = {stack: _environment(stack, ROOT) for stack in EXCHANGED}
-    script, rows = "scripts/matrix/exchange.py", {}
+    script, rows = str(ROOT / "scripts" / "matrix" / "exchange.py"), {}
     for stack, environment in environments.items():
         shutil.rmtree(WORK / "exchange" / stack, ignore_errors=True)
         session.run("python", script, "write", str(WORK / "exchange" / stack), env=environment, external=True)

@@ -54,7 +54,13 @@ def _read() -> dict[str, Any]:
     return {"format": 1, "stacks": {}, "exchange": {}}
 
 
+def _age(stack: tuple[str, dict[str, Any]]) -> tuple[list[int], str]:
+    name, about = stack
+    return [int(part) for part in about["versions"]["transformers"].split(".")], name
+
+
 def _write(values: dict[str, Any]) -> None:
+    values["stacks"] = dict(sorted(values["stacks"].items(), key=_age))
     FILE.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     (FILE.parent / "matrix.md").write_text(markdown(values), encoding="utf-8")
     readme = ROOT / "README.md"

@@ -183,7 +183,8 @@ def test_another_base_is_refused(files, tmp_path):
 
 def test_another_tower_is_another_base(files, tmp_path):
     model, folder = _saved(files, tmp_path)
-    torch.nn.init.normal_(model.model.vision_tower.vision_model.encoder.layers[3].mlp.fc1.weight)
+    tower = model.model.vision_tower
+    torch.nn.init.normal_(getattr(tower, "vision_model", tower).encoder.layers[3].mlp.fc1.weight)
     with pytest.raises(CheckpointError, match=r"another base model: .*vision_tower.*layers.3.mlp.fc1"):
         llava_patch.load(model, folder)
 

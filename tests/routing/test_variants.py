@@ -75,7 +75,7 @@ def test_split_at_the_end_is_stock(host, variant):
     stock = host.logits(batch)
     before = set(vars(host.decoder))
     with patch(host.model, routing=Routing(variant=variant, split=LAYERS), pruning=FastV(layer=1, ratio=0)):
-        assert set(vars(host.decoder)) == before
+        assert set(vars(host.decoder)) - {"forward"} == before  # the stock one, which torch.compile follows
         assert torch.equal(host.logits(batch), stock)
 
 

@@ -19,7 +19,7 @@ _LLAVA_ZERO = "tests/integrations/training/test_deepspeed.py::test_zero_2_and_ze
 
 # Job: host: the tests, a file or a node's beginning each.
 JOBS: dict[str, dict[str | None, list[str]]] = {
-    "import, nothing configured": {
+    "import with nothing configured": {
         OF_THE_TEST: ["tests/integrations/test_unconfigured.py::test_a_stock_script_loads_nothing_that_patches"],
     },
     "identities": {
@@ -32,7 +32,7 @@ JOBS: dict[str, dict[str | None, list[str]]] = {
         ],
     },
     "generate": {OF_THE_TEST: ["tests/routing/test_cache.py"]},
-    "save, load": {
+    "save and load": {
         OF_THE_TEST: [
             "tests/patching/test_checkpoint.py::test_a_new_process_gets_the_same_logits",
             "tests/fusion/test_checkpoints.py::test_a_fused_model_comes_back",
@@ -60,6 +60,7 @@ JOBS: dict[str, dict[str | None, list[str]]] = {
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--jobs", default=",".join(JOBS), help="which of them, with commas between; default: all")
     parser.addoption("--jobs-json", type=Path, help="file that gets what became of each cell")
 
 
@@ -80,12 +81,14 @@ def _parameters(item: pytest.Item) -> list[object]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    chosen, others = [], []
+    chosen, others, asked = [], [], config.getoption("--jobs").split(",")
+    if unknown := set(asked) - set(JOBS):
+        raise pytest.UsageError(f"--jobs: there is no {', '.join(sorted(unknown))}, only {', '.join(JOBS)}")
     for item in items:
-        cells = cells_of(item)
+        cells = [cell for cell in cells_of(item) if cell[0] in asked]
         (chosen if cells else others).append(item)
         item.user_properties.append(("cells", cells))
-    everything = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    everything = config.args_source is pytest.Config.ArgsSource.TESTPATHS and len(asked) == len(JOBS)
     for beginning in [b for hosts in JOBS.values() for bs in hosts.values() for b in bs]:
         if everything and not any(item.nodeid.startswith(beginning) for item in chosen):
             raise pytest.UsageError(f"tests/support/jobs.py: no test begins with {beginning}")
@@ -96,8 +99,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 class _Cells:
     """What became of each cell's tests."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, jobs: list[str]) -> None:
+        self.path, self.jobs = path, jobs
         self.cells: dict[tuple[str, str], dict] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -118,7 +121,7 @@ class _Cells:
             cell["failed"][report.nodeid] = str(report.longrepr).strip().splitlines()[-1]
 
     def pytest_sessionfinish(self) -> None:
-        rows: dict[str, dict] = {job: {} for job in JOBS}
+        rows: dict[str, dict] = {job: {} for job in self.jobs}
         for (job, host), cell in sorted(self.cells.items()):
             rows[job][host] = cell
         self.path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
@@ -127,4 +130,4 @@ class _Cells:
 def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--jobs-json")
     if path is not None and not hasattr(config, "workerinput"):  # the process that collects the workers' reports
-        config.pluginmanager.register(_Cells(path.absolute()))
+        config.pluginmanager.register(_Cells(path.absolute(), config.getoption("--jobs").split(",")))

@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
 from llava_patch import get_handle
@@ -39,14 +38,15 @@ def test_the_documented_script_trains_alike_in_both_stages(tmp_path, record_prop
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         assert done.stdout.count("parameters train") == 1
         losses[name] = [float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", done.stdout)]
-        weights[name] = load_file(out / "model.safetensors")
-        model = LlavaForConditionalGeneration.from_pretrained(out)
+        model = LlavaForConditionalGeneration.from_pretrained(out)  # under ZeRO-3 files may have names of their own
         assert get_handle(model).routing.split == 4
+        weights[name] = model.state_dict()
     assert len(losses["2"]) == 3
     record_property("figure", f"losses {losses['2']} in stage 2, {losses['3']} in stage 3")
     assert losses["3"] == pytest.approx(losses["2"], rel=2**-8)  # the same arithmetic in parts: roundings of bf16
-    before = load_file(base / "model.safetensors")
-    moved = {n for n, t in weights["3"].items() if n not in before or not torch.equal(t, before[n].to(t.dtype))}
+    before = LlavaForConditionalGeneration.from_pretrained(base).state_dict()
+    same = {n for n, t in weights["3"].items() if n in before and torch.equal(t.bfloat16(), before[n].bfloat16())}
+    moved = set(weights["3"]) - same
     assert moved == {n for n in weights["3"] if ".side_branch." in n}
     for name in moved:
         assert torch.allclose(weights["3"][name].float(), weights["2"][name].float(), atol=2e-2), name

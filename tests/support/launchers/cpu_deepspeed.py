@@ -10,10 +10,14 @@ import sys
 import deepspeed  # noqa: F401
 import torch
 import transformers.training_args as training_args
+from accelerate.state import PartialState
 from rank import leave
 
 torch.cuda.synchronize = lambda *args, **kwargs: None  # LLaVA's final save calls it
 training_args.is_torch_bf16_gpu_available = lambda *args, **kwargs: True  # --bf16 asks for a GPU
+# Newer versions of accelerate take ranks without an accelerator for one process, unless the CPU is asked for.
+_prepare = PartialState._prepare_backend
+PartialState._prepare_backend = lambda self, cpu=False, *args, **kwargs: _prepare(self, True, *args, **kwargs)
 # It would compile a faster all-reduce for CPUs, which takes a minute. (deepspeed.comm.torch as a name is torch itself.)
 sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
 
