@@ -88,6 +88,13 @@ def load(call: Loading) -> Any:
                 f"{call.path}: the checkpoint says it carries {handle!r} but lacks {missing[0]} ({len(missing)} "
                 "tensors)"
             )
+        lost = sorted(info["missing_keys"])
+        if lost and record is not None and not handle.anatomy.tower_apart:  # transformers fills them at random
+            raise CheckpointError(
+                f"{call.path}: the checkpoint lacks {lost[0]} ({len(lost)} tensors), or has them under names that this "
+                "transformers does not know: open it with the version that wrote it (`transformers_version` in its "
+                "config.json)"
+            )
         if handle.trained_tower:
             checkpoint.restore_tower(handle, call.path)
         handle.apply_freeze()

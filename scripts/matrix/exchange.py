@@ -1,5 +1,7 @@
 """Checkpoints of one environment for another: `exchange.py write FOLDER` there, `exchange.py read FOLDER` here.
 
+What is written lies on a base beside the folder, which the first environment makes: a release of the hub is one.
+
 Reading prints a line of JSON for each checkpoint: how far the logits are from those of the environment that wrote it.
 """
 
@@ -20,11 +22,15 @@ KINDS = [(host, form) for host in ("hf", "llava") for form in ("adapter", "full"
 
 
 def write(folder: Path) -> None:
-    """A base for each host, and what both methods add to it, trained a little, in both forms."""
-    files = write_fileset(folder / "base", vision=VISION, text=TEXT, vocab_size=512)
+    """What both methods add to a base of each host, trained a little, in both forms."""
+    base = folder.parent / "base"
+    if not base.is_dir():
+        write_fileset(base, vision=VISION, text=TEXT, vocab_size=512)
+    bases = {"hf": base / "llava-1.5-small-hf", "llava": base / "llava-v1.5-small"}
+    folder.mkdir(parents=True)
     logits = {}
     for host, form in KINDS:
-        model = checkpoints.load(getattr(files, host))
+        model = checkpoints.load(bases[host])
         handle = patch(model, fusion=FUSION)
         checkpoints.trained(handle.anatomy.projector)
         patch(model, routing=ROUTING)

@@ -91,8 +91,8 @@ def exchange(session: nox.Session) -> None:
     """Checkpoints that each lock's environment writes, opened in the other."""
     environments = {stack: _environment(stack, ROOT) for stack in EXCHANGED}
     script, rows = str(ROOT / "scripts" / "matrix" / "exchange.py"), {}
+    shutil.rmtree(WORK / "exchange", ignore_errors=True)
     for stack, environment in environments.items():
-        shutil.rmtree(WORK / "exchange" / stack, ignore_errors=True)
         session.run(
             environment["PYTHON"], script, "write", str(WORK / "exchange" / stack), env=environment, external=True
         )

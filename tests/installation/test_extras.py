@@ -12,7 +12,7 @@ from llava_patch.core.errors import MissingExtraError
 
 from .project import ROOT, core, extra, module_of
 
-HOSTS = {"llava", "lmms_eval", "peft", "deepspeed", "accelerate", "huggingface_hub", "yaml"}
+HOSTS = {"llava", "lmms_eval", "peft", "deepspeed", "accelerate", "huggingface_hub", "yaml", "bitsandbytes"}
 """What llava_patch works on and what that brings: there when it is asked to, imported where it is used."""
 INSIDE = {"lmms_eval": HOSTS | {"datasets"}, "llava": {"llava"}}
 """Files that a host imports may import that host, and what it needs itself, at their top."""

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import llava_patch
 from llava_patch import FastV, Routing, SkipLinks, get_handle, patch
 from llava_patch.core.errors import CheckpointError, SettingError
 from llava_patch.patching.checkpoint import SETTINGS_FILE, WEIGHTS_FILE
+from tests.support import checkpoints
 from tests.support.models import IMAGE, Host
 from tests.support.release import write_fileset
 
@@ -300,6 +302,18 @@ def test_a_full_checkpoint_without_its_added_weights_is_refused(files, tmp_path)
     save_file({k: v for k, v in load_file(path).items() if "side_branch" not in k}, path, {"format": "pt"})
     with pytest.raises(CheckpointError, match="side_branch"):
         LlavaForConditionalGeneration.from_pretrained(folder)
+
+
+def test_a_full_checkpoint_that_lacks_the_hosts_own_weights_is_refused(files, tmp_path):
+    model = _load("hf", files)
+    patch(model, **PATCH).save(tmp_path / "full", form="full")
+
+    def lose(tensors):
+        del tensors[next(name for name in sorted(tensors) if "vision_tower" in name)]
+
+    folder = checkpoints.edited(tmp_path / "full", tmp_path / "lost", change=lose)
+    with pytest.raises(CheckpointError, match=r"lacks .*vision_tower.*\(1 tensors\).*names that this"):
+        _load("hf", SimpleNamespace(hf=folder))
 
 
 def test_a_full_checkpoint_of_a_newer_format_is_refused(files, tmp_path):

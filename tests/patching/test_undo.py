@@ -195,11 +195,26 @@ def test_two_threads_call_one_patched_model(host, settings):
 
     samples = [[(2, IMAGE, 5)], [(1, IMAGE, 3, IMAGE, 4), (7, IMAGE, 2)], [(9,)], [(3, IMAGE, 1)]]
     batches = [host.batch(sample, "left", seed) for seed, sample in enumerate(samples)]
+    if not _threads_agree(host, batches):
+        pytest.skip("stock models of this transformers are not safe in threads: it swaps forwards while one runs (5.0)")
     with patch(host.model, zero_start=False, **settings):
         expected = [host.logits(batch) for batch in batches]
         with ThreadPoolExecutor(4) as threads:
             found = list(threads.map(host.logits, batches * 4))
     assert all(torch.equal(a, b) for a, b in zip(found, expected * 4, strict=True))
+
+
+def _threads_agree(host, batches):
+    """Whether the stock model answers in threads as it does alone."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    expected = [host.logits(batch) for batch in batches]
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            found = list(threads.map(host.logits, batches * 4))
+    except Exception:  # whatever a forward meets that is not its own
+        return False
+    return all(torch.equal(a, b) for a, b in zip(found, expected * 4, strict=True))
 
 
 def test_a_patched_model_is_freed_with_its_last_reference(tower_folder):

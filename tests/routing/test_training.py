@@ -1,11 +1,12 @@
 """Gradients of a routed model: who gets one, and no autograd where nothing trains."""
 
+import contextlib
 import dataclasses
 
 import pytest
 import torch
 
-from llava_patch import FastV, Routing, SkipLinks, patch
+from llava_patch import DeepStack, FastV, Routing, SkipLinks, patch
 from llava_patch.core.errors import SettingError
 from tests.support.models import IMAGE, LAYERS, TOKENS
 from tests.support.routings import ALL
@@ -117,13 +118,22 @@ def test_checkpointing_gives_the_same_gradients(host, case, freeze, reentrant):
     handle.remove()
 
 
-def test_a_batch_without_image_gives_zero_gradients_not_none(host):
-    with patch(host.model, routing=Routing(split=3)):
-        host.model.train()
-        batch = host.batch([(7,), (4,)], labels=True)
-        host.model(**batch.inputs, use_cache=False).loss.backward()
-        for parameter in host.decoder.side_branch.parameters():
-            assert torch.equal(parameter.grad, torch.zeros_like(parameter))
+@pytest.mark.parametrize("variant", ["lf", "pc", "kv"])
+def test_a_batch_without_image_is_stock_and_gives_zero_gradients_not_none(host, variant):
+    host.model.train()
+    samples, passes = [(7,), (4,)], []
+    for routing in (None, Routing(variant=variant, split=2, freeze="none")):
+        with patch(host.model, routing=routing) if routing else contextlib.nullcontext():
+            host.model.zero_grad()
+            loss = _loss(host, samples)
+            loss.backward()
+            passes.append((loss, {n: p.grad for n, p in host.model.named_parameters() if "side_branch" not in n}))
+            for parameter in host.decoder.side_branch.parameters() if routing else ():
+                assert torch.equal(parameter.grad, torch.zeros_like(parameter))
+    (stock, expected), (loss, gradients) = passes
+    assert torch.equal(loss, stock)
+    for name, gradient in gradients.items():
+        assert expected[name] is None if gradient is None else torch.equal(gradient, expected[name]), name
 
 
 @pytest.mark.parametrize("variant", ["lf", "pc", "kv"])
@@ -142,20 +152,67 @@ def test_frozen_parameters_do_not_move(host, variant):
     handle.remove()
 
 
-@pytest.mark.parametrize("case", ["lf", "lf-sparse", "pc", "kv", "vtw", "ideal", "lf+fastv"])
-def test_a_batch_with_images_in_some_ranks_only(host, case):
-    """The same parameters get a gradient with and without an image, so that no rank waits for another."""
-    settings = dict(ALL[case])
+def _order(host, backward):
+    """The names of the parameters in the order in which `backward` gives them a gradient."""
+    seen, hooks = [], []
+    for name, parameter in host.model.named_parameters():
+        if parameter.requires_grad and not (host.name == "hf" and ("projector" in name or "vision" in name)):
+            hooks.append(parameter.register_post_accumulate_grad_hook(lambda _, name=name: seen.append(name)))
+    host.model.zero_grad()
+    backward()
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+ORDERED = {
+    **{case: ALL[case] for case in ("lf", "lf-split0", "lf-sparse", "pc", "kv", "vtw", "ideal", "lf+fastv")},
+    "kv+fastv-deep": ALL["kv+fastv-deep"],
+    "lf, all pruned": {"routing": Routing(split=2), "pruning": FastV(layer=2, ratio=1.0)},
+    "kv, all pruned": {"routing": Routing(variant="kv", split=2), "pruning": FastV(layer=2, ratio=1.0)},
+    "kv, all pruned later": {"routing": Routing(variant="kv", split=2), "pruning": FastV(layer=4, ratio=1.0)},
+    "pc, all pruned": {"routing": Routing(variant="pc", split=2), "pruning": FastV(layer=2, ratio=1.0)},
+    "lf, deep stack": {"routing": Routing(split=4), "fusion": DeepStack(start=0, interval=1)},
+    "skip links": {"fusion": SkipLinks(stride=2, train_tower="all")},
+}
+
+
+@pytest.mark.parametrize(("reentrant", "freeze"), [(None, None), (None, "none"), (True, "none")])
+@pytest.mark.parametrize("case", ORDERED)
+def test_a_batch_with_images_in_some_ranks_only(host, case, reentrant, freeze):
+    """The same parameters get a gradient with and without an image, in the same order.
+
+    No rank waits for another, and ZeRO-2's buckets, flat and filled as gradients come, hold the same ones on all.
+    """
+    settings = dict(ORDERED[case])
     if "pruning" in settings:
         settings["pruning"] = dataclasses.replace(settings["pruning"], training=True)
+    if "routing" in settings:
+        settings["routing"] = dataclasses.replace(settings["routing"], freeze=freeze)
     with patch(host.model, **settings):
         host.model.train()
-        names = []
-        for samples in ([(7,), (4,)], SAMPLES, [(2, IMAGE, 5)]):
-            host.model.zero_grad()
-            _loss(host, samples).backward()
-            names.append([n for n in _with_gradient(host.model) if "projector" not in n and "vision" not in n])
-        assert names[0] == names[1] == names[2]
+        if reentrant is not None:
+            host.model.enable_input_require_grads()
+            host.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        batches = [(7,), (4,)], SAMPLES, [(2, IMAGE, 5)]
+        orders = []
+        for samples in batches:
+            batch = host.batch(samples, labels=True)
+            batch.inputs["labels"][:, :-2] = -100  # as in a prompt: what pruning drops is not read
+            orders.append(_order(host, lambda batch=batch: host.model(**batch.inputs, use_cache=False).loss.backward()))
+        assert orders[0] and orders[0] == orders[1] == orders[2]
+
+
+@pytest.mark.parametrize("host", ["hf"], indirect=True)
+def test_a_training_pass_that_reads_only_the_end_keeps_the_order_too(host):
+    """Not every rank may spare the last layer the other positions: one has padding at the end."""
+    with patch(host.model, routing=Routing(split=3, freeze="none")):
+        host.model.train()
+        orders = []
+        for samples in ([(2, IMAGE, 5)], [(2, IMAGE, 5), (7,)], [(7,)]):
+            batch = host.batch(samples)
+            orders.append(_order(host, lambda batch=batch: host.logits(batch, logits_to_keep=2).sum().backward()))
+        assert orders[0] == orders[1] == orders[2]
 
 
 @pytest.mark.parametrize("split", [0, 3])

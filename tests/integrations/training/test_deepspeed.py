@@ -134,6 +134,26 @@ NONE = ("--gin_param", "Routing.split = 3", "--gin_param", "Routing.freeze = 'no
 
 
 @pytest.mark.timeout(400)
+def test_all_weights_train_where_a_rank_has_no_image_under_zero_2(data, mixed, tmp_path):  # noqa: F811
+    """Gradients come in one order on both ranks: another is an error or, of equal shapes, one weight's in another's."""
+    base = torch.load(data[1].language_model / "pytorch_model.bin", weights_only=True)
+    losses, moved = {}, {}
+    for name, zero in (("ddp", None), ("zero2", ZERO2)):
+        out = tmp_path / f"llava-{name}"
+        _train(data, mixed, out, *NONE, "--gin_param", "Routing.variant = 'kv'", zero=zero)
+        losses[name], weights = _losses(out), load_file(out / "model.safetensors")
+        layers = [key for key in base if key.startswith("model.layers.") and "proj" in key]
+        moved[name] = {key: (weights[key].float() - base[key].bfloat16().float()).flatten() for key in layers}
+        moved[name]["side_branch"] = _update(weights, base)
+    assert len(losses["ddp"]) == 4 and losses["zero2"] == pytest.approx(losses["ddp"], rel=1e-3)  # roundings, as above
+    alike = {key: float(torch.cosine_similarity(moved["zero2"][key], moved["ddp"][key], dim=0)) for key in moved["ddp"]}
+    # Measured: 0.999 (not in norms, which are near 1 and lose more to bf16); the side branch, whose gradients are small
+    # beside the roundings of autocast, 0.98. With queries' and keys' gradients exchanged on one rank: 0.90 to 0.98.
+    assert alike.pop("side_branch") > 0.97
+    assert min(alike.values()) > 0.995, alike
+
+
+@pytest.mark.timeout(400)
 def test_lora_beside_the_side_branch_under_zero_3(data, mixed, tmp_path):  # noqa: F811
     out = tmp_path / "llava-lora"
     text = _train(data, mixed, out, *NONE, zero=ZERO3, **LORA)
