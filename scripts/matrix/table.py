@@ -61,6 +61,7 @@ def _age(stack: tuple[str, dict[str, Any]]) -> tuple[list[int], str]:
 
 def _write(values: dict[str, Any]) -> None:
     values["stacks"] = dict(sorted(values["stacks"].items(), key=_age))
+    values = json.loads(json.dumps(values).replace(f"{ROOT}/", ""))  # where the checkout lies says nothing
     FILE.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     (FILE.parent / "matrix.md").write_text(markdown(values), encoding="utf-8")
     readme = ROOT / "README.md"
