@@ -213,6 +213,24 @@ def check_patched(model: Any) -> None:
         )
 
 
+def check_resumed(trainer: Any, folder: Any = None) -> None:
+    """Refuse a stock model's run that goes on from a patched one's checkpoint (CheckpointError), whose weights differ.
+
+    `folder`: what the Trainer's `train` got, a checkpoint or True for the last one.
+    """
+    if folder is True:
+        from transformers.trainer_utils import get_last_checkpoint
+
+        output = trainer.args.output_dir
+        folder = get_last_checkpoint(output) if os.path.isdir(output) else None
+    record = records.checkpoint_record(folder) if isinstance(folder, (str, os.PathLike)) else None
+    if record:
+        raise CheckpointError(
+            f"{folder} was written by a patched model, and this run's has no patch: configure what the run began with, "
+            "or start into another --output_dir"
+        )
+
+
 @functools.lru_cache
 def _say_once(line: str) -> None:
     print(line, file=sys.stderr)

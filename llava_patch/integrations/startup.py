@@ -65,6 +65,7 @@ def _on_transformers_trainer(module: Any, undo: UndoStack) -> None:
         if not isinstance(self, llava_trainer):  # which gets its patch when it is made
             _prepare_run(self)
         if loading.handle_of(self.model) is None:
+            loading.check_resumed(self, args[0] if args else kwargs.get("resume_from_checkpoint"))
             return original(self, *args, **kwargs)
         from llava_patch.integrations.training import resume
 
