@@ -65,8 +65,8 @@ def load(call: Loading) -> Any:
         from llava_patch.patching import checkpoint, floating, vocabulary
 
         base = records.base_of(call.path, record)
-        if config is None:
-            config = call.cls.config_class.from_pretrained(call.path)
+        if config is None or isinstance(config, (str, os.PathLike)):
+            config = call.cls.config_class.from_pretrained(config or call.path)
         config = _stock_config(config, base)
         size = vocabulary.base_size(base)
         if size is not None:  # it is resized for the adapter's tensors
