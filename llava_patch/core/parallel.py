@@ -10,6 +10,7 @@ of waiting for it. That works as long as all processes call `exchange` and its u
 Without an initialised process group everything here acts for one process.
 """
 
+import atexit
 import contextlib
 import datetime
 import os
@@ -116,6 +117,7 @@ def processes() -> Iterator[None]:
     try:
         yield
     finally:
+        _end_control_group()
         dist.destroy_process_group()
 
 
@@ -140,3 +142,12 @@ def _control_group() -> Any:
         _world_of_control = dist.group.WORLD
         _control = dist.new_group(backend="gloo", timeout=PATIENCE)
     return _control
+
+
+@atexit.register  # for a process group that a training script or lmms-eval made, and leaves to the interpreter
+def _end_control_group() -> None:
+    """Let the gloo group go while the interpreter runs: one whose threads it meets at its end can abort the process."""
+    global _control, _world_of_control
+    if _control is not None and dist.is_initialized() and _world_of_control is dist.group.WORLD:
+        dist.destroy_process_group(_control)
+    _control = _world_of_control = None

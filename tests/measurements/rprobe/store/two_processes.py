@@ -47,6 +47,7 @@ def main(folder: Path, rank: int) -> None:
         freeze_samples(Encoder(anatomy, transform, Characters()), Pages(4, 56, seed=1), RProbe())
     except Exception as error:
         (folder / f"error-{rank}").write_text(f"{type(error).__name__}: {error}")
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
