@@ -95,6 +95,25 @@ def test_an_adapter_of_an_offloaded_model(host, tmp_path):
     assert torch.equal(host.logits(batch), expected)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+@pytest.mark.parametrize("method", ["lf", "stack", "skip+lf"])
+def test_a_full_checkpoint_opens_with_its_bases_device_map(files, name, method, place, tmp_path):
+    """The map does not know what the patch adds; it is the user's, and stays as it is."""
+    host = stored.read(name, files[name])
+    batch = stored.batch(host, SAMPLES)
+    places = stored.device_map(host, place)
+    given = dict(places)
+    handle = patch(host.model, **METHODS[method])
+    for parameter in handle.added_parameters():
+        parameter.add_(0.01)
+    handle.save(tmp_path / "full", form="full")
+    again = stored.read(name, tmp_path / "full", device_map=places, offload_folder=str(tmp_path / "disk"))
+    assert torch.equal(again.logits(batch), host.logits(batch)) and places == given
+    if method != "stack":
+        assert all(p.is_meta == (place == "disk") for p in again.decoder.side_branch.parameters())
+
+
 # --- quantised, and float16 -------------------------------------------------------------------------------------------
 
 
