@@ -295,10 +295,11 @@ def _unquantised(record: dict[str, Any] | None = None, tensors: Iterable[str] = 
             return stock(model)
         from llava_patch.hosts.anatomy import HANDLE
         from llava_patch.patching import floating
+        from llava_patch.patching.handle import copyable
 
         kept = floating.modules(model, *(coming or (None, {}, ())))
-        own = {} if handle is None else {HANDLE: None, "__reduce_ex__": type(model).__reduce_ex__.__get__(model)}
-        with meanwhile(model, **own):  # up to 4.57 the model, whose copies are refused, is copied here
+        own = {} if handle is None else {HANDLE: None}
+        with copyable(model), meanwhile(model, **own):  # up to 4.57 the model, whose copies are refused, is copied here
             return [*stock(model), *kept]
 
     with UndoStack() as undo:
