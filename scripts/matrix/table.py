@@ -29,11 +29,16 @@ def versions(environment: dict[str, str]) -> dict[str, str]:
     return {name: version for name, version in json.loads(said.stdout.splitlines()[-1]).items() if version}
 
 
-def add(stack: str, cells: dict[str, Any], found: dict[str, str], tree: str) -> None:
-    """Put a stack's cells in place of its older ones."""
-    values = _read()
+def column(found: dict[str, str], tree: str, filled: dict[str, Any]) -> dict[str, Any]:
+    """What became of a stack's jobs, where and when."""
     about = {"date": _today(), "machine": f"{platform.system()} {platform.machine()}", "versions": found}
-    values["stacks"][stack] = {**about, **({"llava": tree} if tree else {}), "cells": cells}
+    return {**about, **({"llava": tree} if tree else {}), "cells": filled}
+
+
+def add(stack: str, new: dict[str, Any]) -> None:
+    """Put a stack's column in place of its older one."""
+    values = _read()
+    values["stacks"][stack] = new
     _write(values)
 
 
@@ -101,7 +106,8 @@ def markdown(values: dict[str, Any]) -> str:
     lines = [
         "# Stacks, hosts and jobs", "",
         "Written by `bash scripts/matrix.sh`, which runs the tests that `tests/support/jobs.py` lists in every stack's "
-        "environment. A figure is the number of tests that passed.", "", cells(values), "",
+        "environment. A figure is the number of tests that passed; a test may show several jobs. Training on HF is "
+        "that of transformers' Trainer and of TRL, which know no stages.", "", cells(values), "",
     ]  # fmt: skip
     for name, stack in values["stacks"].items():
         installed = ", ".join(f"{package} {version}" for package, version in stack["versions"].items())
@@ -116,7 +122,7 @@ def markdown(values: dict[str, Any]) -> str:
                         times = list(cell[state].values()).count(reason)
                         lines.append(f"  - {state} ({times}): {reason}")
         lines.append("")
-    if values["exchange"]:
+    if values.get("exchange"):
         lines += [f"## Checkpoints written on one stack, opened on another ({values['exchange']['date']})", ""]
         lines += ["| written -> opened | checkpoint | logits differ by at most (of) |", "|---|---|---|"]
         for pair, rows in values["exchange"]["rows"].items():
