@@ -12,7 +12,7 @@ from transformers import LlavaForConditionalGeneration
 from transformers.trainer import load_sharded_checkpoint
 
 from llava_patch import Routing, SkipLinks, get_handle, patch
-from llava_patch.core.errors import HostError, SettingError
+from llava_patch.core.errors import CheckpointError, HostError, SettingError
 from llava_patch.settings import active
 from tests.support import hf_train
 from tests.support.hf_train import losses
@@ -213,6 +213,29 @@ def test_a_model_that_misses_what_is_configured_is_not_trained(data, configured,
         HostError, match=r"Routing\(.*is configured, but the Trainer got a LlavaForConditionalGeneration"
     ):
         made.train()
+
+
+def test_a_run_goes_on_with_the_settings_that_it_began_with(data, configured, tmp_path):
+    """Also where the optimizer, or its sizes, would not tell."""
+    run = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "save_only_model": True}
+    for asked in (ROUTING, ""):
+        configured(asked)
+        hf_train.trainer("transformers", data, tmp_path / (asked or "stock"), **run).train()
+    for asked, folder, what in (
+        ("Routing.split = 3", ROUTING, r"written with routing = Routing\(.*split=4.*go on with routing = .*split=3"),
+        (f"{ROUTING}; Routing.variant = 'kv'", ROUTING, r"variant='lf'.*go on with routing = .*variant='kv'"),
+        ("SkipLinks.stride = 2", ROUTING, "written with fusion = None"),
+        (ROUTING, "stock", "written with routing = None"),
+        ("", ROUTING, "written by a patched model"),
+    ):
+        configured(asked)
+        for resumed in (True, str(tmp_path / folder / "checkpoint-1")):
+            made = hf_train.trainer("transformers", data, tmp_path / folder, **{**run, "max_steps": 2})
+            with pytest.raises(CheckpointError, match=what):
+                made.train(resume_from_checkpoint=resumed)
+    configured(f"{ROUTING}; Routing.freeze = 'none'")  # what trains may differ
+    made = hf_train.trainer("transformers", data, tmp_path / ROUTING, **{**run, "max_steps": 2})
+    made.train(resume_from_checkpoint=True)
 
 
 def test_a_fusion_that_could_not_learn_is_not_trained(data, configured, tmp_path):
