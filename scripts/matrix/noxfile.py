@@ -86,8 +86,7 @@ def llava_head(session: nox.Session) -> None:
     if not TREE:
         session.skip("LLAVA_PATCH_LLAVA_TREE names no checkout of LLaVA")
     environment = _environment("main") | {"LLAVA_PATCH_LLAVA_TREE": TREE}
-    revision = subprocess.run(["git", "-C", TREE, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    _jobs(session, "llava-head", environment, tree=revision or "no git checkout")
+    _jobs(session, "llava-head", environment, tree=table.revision(TREE) or "no git checkout")
 
 
 @nox.session

@@ -12,6 +12,7 @@ FILE = ROOT / "docs" / "measured" / "matrix.json"
 SHOWN = ("transformers", "torch", "accelerate", "peft", "trl", "deepspeed", "lmms-eval", "llava-torch", "numpy")
 BEGIN, END = "<!-- by scripts/matrix.sh -->", "<!-- end -->"
 HOSTS = ("hf", "llava")
+TREES = (("llava_patch", "llava_patch"), ("LLaVA", "llava"))
 SAY = (
     "import json, platform, importlib.metadata as m\n"
     "def of(name):\n"
@@ -32,7 +33,18 @@ def versions(environment: dict[str, str]) -> dict[str, str]:
 def column(found: dict[str, str], tree: str, filled: dict[str, Any]) -> dict[str, Any]:
     """What became of a stack's jobs, where and when."""
     about = {"date": _today(), "machine": f"{platform.system()} {platform.machine()}", "versions": found}
-    return {**about, **({"llava": tree} if tree else {}), "cells": filled}
+    trees = {"llava_patch": revision(ROOT, ":!docs/measured", ":!README.md"), "llava": tree}  # which the table is in
+    return {**about, **{name: at for name, at in trees.items() if at}, "cells": filled}
+
+
+def revision(tree: str | Path, *paths: str) -> str:
+    """The git revision of a checkout, and whether tracked files (of these paths) differ from it; "" for no checkout."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(tree), *words], capture_output=True, text=True).stdout.strip()
+
+    found = git("rev-parse", "--short=12", "HEAD")
+    return found + (", changed" if git("status", "--porcelain", "--untracked-files=no", "--", ".", *paths) else "")
 
 
 def add(stack: str, new: dict[str, Any]) -> None:
@@ -111,8 +123,8 @@ def markdown(values: dict[str, Any]) -> str:
     ]  # fmt: skip
     for name, stack in values["stacks"].items():
         installed = ", ".join(f"{package} {version}" for package, version in stack["versions"].items())
-        tree = f"; LLaVA at {stack['llava']}" if "llava" in stack else ""
-        lines += [f"## {name}", "", f"{stack['date']}, {stack['machine']}: {installed}{tree}", ""]
+        trees = (f"; {name} at {stack[key]}" for name, key in TREES if key in stack)
+        lines += [f"## {name}", "", f"{stack['date']}, {stack['machine']}: {installed}{''.join(trees)}", ""]
         for job, hosts in stack["cells"].items():
             for host, cell in hosts.items():
                 figures = f": {'; '.join(cell['figures'])}" if cell["figures"] else ""
