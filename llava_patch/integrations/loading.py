@@ -115,6 +115,20 @@ def load_adapter(original: Callable[..., Any], model: Any, folder: Any = None, *
     return beside_peft.load_adapter(model, str(folder), record, load)
 
 
+def save_adapter(original: Callable[..., Any], model: Any, folder: Any, *args: Any, **kwargs: Any) -> Any:
+    """The method `save_pretrained`, peft's and transformers' own; beside an adapter comes what the patch added."""
+    handle, adapters = handle_of(model), getattr(model, "peft_config", None)
+    save = functools.partial(original, model, folder, *args, **kwargs)
+    if handle is None or not adapters or os.path.isfile(folder):
+        return save()
+    from llava_patch.patching import beside_peft
+
+    if not hasattr(model, "get_base_model"):  # transformers' own writes the active one into the folder
+        adapters = ("default",)
+    adapters = kwargs.get("selected_adapters") or adapters
+    return beside_peft.save_adapter(handle, model, str(folder), adapters, kwargs.get("is_main_process", True), save)
+
+
 def patch_base(base: Any, folder: Any) -> None:
     """Patch a base as the folder of the adapter says that peft is about to put around it."""
     record = _beside_peft(folder)

@@ -226,6 +226,7 @@ def _on_modeling_utils(module: Any, undo: UndoStack) -> None:
     undo.set_attribute(cls, "from_pretrained", classmethod(from_pretrained))
     if hasattr(cls, "load_adapter"):
         undo.wrap(cls, "load_adapter", loading.load_adapter)
+        undo.wrap(cls, "save_pretrained", loading.save_adapter)
     _note_sources(sys.modules["transformers.configuration_utils"], undo)
 
 
@@ -259,6 +260,7 @@ def _on_peft(module: Any, undo: UndoStack) -> None:
 
     undo.set_attribute(cls, "from_pretrained", classmethod(from_pretrained))
     undo.wrap(cls, "load_adapter", loading.load_adapter)
+    undo.wrap(cls, "save_pretrained", loading.save_adapter)
 
 
 def _on_peft_bnb(module: Any, undo: UndoStack) -> None:

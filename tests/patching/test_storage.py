@@ -178,6 +178,24 @@ def test_every_method_on_a_loaded_model_is_saved_and_comes_back(files, name, qua
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("method", ["lf", "skip"])
+def test_a_fast_cpu_kernels_layout_stays(method, files, name):
+    """It cannot be read without rounding the scales, and the layers that are read are the stock model's."""
+    modules = pytest.importorskip("bitsandbytes.nn.modules")
+    if not modules.has_avx512bf16():
+        pytest.skip("bitsandbytes has no fast 4-bit kernel for this CPU")
+    host = stored.read(name, files[name], stored.FOUR)
+    batch = stored.batch(host, SAMPLES)
+    stock = host.logits(batch)  # changes the layout
+    handle = patch(host.model, **METHODS[method])
+    patched = host.logits(batch)
+    if method == "skip":  # computes its projector in another precision than the kernel
+        assert (patched - stock)[batch.valid].abs().max() <= 0.1 * stock.abs().max()
+    handle.remove()
+    assert torch.equal(host.logits(batch), stock)
+
+
+@torch.no_grad()
 def test_silent_side_branches_are_the_stock_quantised_model(files, name, quantise):
     host = stored.read(name, files[name], quantise)
     batch = stored.batch(host, SAMPLES)

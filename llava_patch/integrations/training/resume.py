@@ -26,7 +26,7 @@ from llava_patch.core.registry import KINDS, TRAINING_ONLY
 from llava_patch.core.undo import UndoStack, meanwhile
 from llava_patch.hosts import lora, zero
 from llava_patch.integrations.training.extension import TrainerExtension, extend
-from llava_patch.patching.beside_peft import FILE, settings_of
+from llava_patch.patching.beside_peft import FILE, kept_by_trainer, settings_of
 from llava_patch.patching.handle import Handle, get_handle
 from llava_patch.patching.vocabulary import resized
 from llava_patch.settings.methods import from_record
@@ -86,7 +86,8 @@ class _Beside(TrainerExtension):
         self, original: Callable[..., None], output_dir: Any = None, _internal_call: bool = False, **more: Any
     ) -> None:
         """The Trainer's method of this name."""
-        original(output_dir, _internal_call, **more)
+        with kept_by_trainer():
+            original(output_dir, _internal_call, **more)
         if not _internal_call:  # a checkpoint's
             self._write(self._left_out(engine=False), Path(output_dir or self.trainer.args.output_dir))
 

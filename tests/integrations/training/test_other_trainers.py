@@ -202,6 +202,36 @@ def test_lora_beside_the_patch(method, targets, data, configured, tmp_path):
                     assert torch.equal(model.eval()(**batch).logits, expected)
 
 
+@pytest.mark.parametrize("method", [dict(routing=Routing(split=4)), dict(fusion=SkipLinks(stride=2))])
+@pytest.mark.parametrize("way", ["get_peft_model", "add_adapter"])
+def test_what_peft_saves_without_a_trainer(way, method, data, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = _open(data[1])
+    handle = patch(model, **method)
+    lora = peft.LoraConfig(r=2, target_modules=r".*(language_model.*(q_proj|gate_proj)|projector\.linear_1)")
+    if way == "get_peft_model":
+        model, adapter = peft.get_peft_model(model, lora, "mine"), "mine"
+    else:
+        model.add_adapter(lora)
+        adapter = ""
+    with torch.no_grad():  # as training would
+        for number, (name, parameter) in enumerate(handle.model.named_parameters()):
+            if "lora_" in name or any(parameter is added for added in handle.added_parameters()):
+                torch.manual_seed(number)
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    model.save_pretrained(tmp_path)
+    batch = next(iter(hf_train.trainer("transformers", data, tmp_path / "run").get_eval_dataloader()))
+    with torch.no_grad():
+        expected = model.eval()(**batch).logits
+    opened = [_open(tmp_path / adapter)]
+    if way == "get_peft_model":
+        opened.append(peft.PeftModel.from_pretrained(_open(data[1]), tmp_path / adapter))
+    for other in opened:
+        assert get_handle(other).applied() == handle.applied()
+        with torch.no_grad():
+            assert torch.equal(other.eval()(**batch).logits, expected)
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
