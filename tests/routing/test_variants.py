@@ -75,9 +75,8 @@ def test_split_at_the_end_is_stock(host, variant):
     stock = host.logits(batch)
     before = set(vars(host.decoder))
     with patch(host.model, routing=Routing(variant=variant, split=LAYERS), pruning=FastV(layer=1, ratio=0)):
-        assert (
-            set(vars(host.decoder)) - {"forward", "__reduce_ex__"} == before
-        )  # the stock one, which torch.compile follows, and no copies
+        # Its forward is the stock one, which torch.compile follows; and it refuses to be copied.
+        assert set(vars(host.decoder)) - {"forward", "__reduce_ex__"} == before
         assert torch.equal(host.logits(batch), stock)
 
 
