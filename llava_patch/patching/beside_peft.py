@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from llava_patch.core import records
 from llava_patch.core.errors import CheckpointError, SilentFusionWarning
@@ -57,10 +58,15 @@ def save_adapter(
         tensors = {n: t for n, t in checkpoint.adapter_tensors(handle).items() if not lora.is_pefts(n)}
         for own in (Path(folder) / ("" if name == "default" else name) for name in adapters):
             own.mkdir(parents=True, exist_ok=True)
-            with atomic(own / FILE) as temporary:
-                save_file(tensors, temporary, metadata={"format": "pt"})
+            write(own, tensors)
             records.write_settings(own, record)
     return save()
+
+
+def write(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write what peft leaves out of a folder: `tensors` on the CPU, by the model's own names."""
+    with atomic(folder / FILE) as temporary:
+        save_file(dict(tensors), temporary, metadata={"format": "pt"})
 
 
 def settings_of(handle: Handle, model: Any) -> dict[str, Any]:

@@ -172,7 +172,7 @@ def _apply(handle: Handle, asked: Mapping[str, Method], zero_start: bool, loadin
     program = handle.program()
     if new and not there:
         graphs.attach(found, undo)
-        for part in (found.wrapper, found.decoder):
+        for part in (found.wrapper, found.decoder, found.model):
             undo.set_attribute(part, "__reduce_ex__", refuse_copy)
         when_loaded(found, undo, lambda late: late.set_attribute(found.vision_model, "__reduce_ex__", refuse_copy))
     if program.does_something and not handle._carries:
@@ -195,7 +195,6 @@ def _apply(handle: Handle, asked: Mapping[str, Method], zero_start: bool, loadin
     if HANDLE not in vars(found.model):
         load_saved_names(found.model, undo)
     undo.set_attribute(found.model, HANDLE, handle)
-    undo.set_attribute(found.model, "__reduce_ex__", refuse_copy)
     compiled.forget()
     for kind, method in new.items():
         if kind in registry.TRAINING_ONLY:

@@ -14,18 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
 from llava_patch.core import records
 from llava_patch.core.errors import CheckpointError
-from llava_patch.core.files import atomic
 from llava_patch.core.registry import KINDS, TRAINING_ONLY
 from llava_patch.core.undo import UndoStack, meanwhile
 from llava_patch.hosts import lora, zero
 from llava_patch.integrations.training.extension import TrainerExtension, extend
+from llava_patch.patching import beside_peft
 from llava_patch.patching.beside_peft import FILE, kept_by_trainer, settings_of
 from llava_patch.patching.handle import Handle, get_handle
 from llava_patch.patching.vocabulary import resized
@@ -106,8 +105,7 @@ class _Beside(TrainerExtension):
                 if writes:
                     tensors[name] = parameter.detach().to("cpu", copy=True).contiguous()
         if writes:
-            with atomic(folder / FILE) as temporary:
-                save_file(tensors, temporary, metadata={"format": "pt"})
+            beside_peft.write(folder, tensors)
 
     def load(self, folder: Path) -> None:
         parameters, path = self._left_out(), folder / FILE
