@@ -31,8 +31,28 @@ def tower_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def host(request: pytest.FixtureRequest, tower_folder: Path):
     from tests.support import models
 
+    if request.param == "hf" and (reason := models.hf_is_refused()):
+        pytest.skip(reason)
     model = models.hf_model() if request.param == "hf" else models.llava_model(tower_folder)
     return models.Host(request.param, model)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def definitions_on_older_decoders():
+    """The definitions ask a decoder for rotary embeddings, which up to 4.42 each attention module makes for itself."""
+    from llava_patch.hosts import compat
+    from llava_patch.routing import reference
+
+    stock = reference._rotary
+
+    def rotary(decoder, positions):
+        if hasattr(decoder, "rotary_emb"):
+            return stock(decoder, positions)
+        return tuple(part[0] for part in compat.rotary(decoder, torch.zeros(1, 1, 1), positions[None]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "_rotary", rotary)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

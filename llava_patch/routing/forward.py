@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
 from llava_patch.core.compiled import aside, follow
 from llava_patch.core.errors import InputError
@@ -76,6 +75,7 @@ class RoutedForward:
             self._layers = now
         call = None
         if brings_image or routed_before or (cache is None and self._keeps_order()):
+            cache = compat.as_cache(cache)
             self._check(cache, attention_mask, position_ids, kwargs)
             if inputs_embeds is None:
                 inputs_embeds, input_ids = self.anatomy.decoder.embed_tokens(input_ids), None
@@ -171,7 +171,7 @@ class RoutedForward:
                 return None
             call.use_cache, call.in_order, use_cache = False, True, False
         if cache is not None or use_cache:
-            cache = DynamicCache(config=config) if cache is None else cache
+            cache = compat.new_cache(config) if cache is None else cache
             past_valid = None if attention_mask is None or not seen else attention_mask[:, :seen].bool()
             call.cache = RoutedCache.adopt(cache, self.schedule, past_valid, batch, embeds.device)
         return call

@@ -77,7 +77,7 @@ class Stream:
 
     def mask(self, layer: Any, last: int | None = None) -> Any:
         """The mask, in the form of the layer's backend, where its queries are the new positions, or the `last` few."""
-        backend = compat.attention_of(layer.self_attn.config)
+        backend = compat.backend_of(layer.self_attn)
         key = (backend, None if last is not None and last >= self.count else last)
         if key not in self.masks:
             queries = self.count if last is None else last
@@ -172,5 +172,5 @@ def attention_of_last(
     query = projections.queries(layer, at.take(states), at.take_rotary(rotary))
     if key is None:
         key = projections.keys(layer, states, rotary)
-    attention = projections.attention_of_query(query, key, allowed, float(layer.self_attn.scaling))
+    attention = projections.attention_of_query(query, key, allowed, compat.scaling(layer.self_attn))
     return attention[:, attention.shape[1] - states.shape[1] :]

@@ -9,7 +9,7 @@ from llava_patch import DeepStack, FastV, Routing, SkipLinks, get_handle, patch
 from llava_patch.core.errors import HostError, InputError, SettingError
 from llava_patch.hosts import anatomy
 from tests.support.fusions import hidden_states, pixels, randomise
-from tests.support.models import HF_IMAGE_TOKEN, IMAGE, Host, close, features_of, hf_next_model
+from tests.support.models import HF_IMAGE_TOKEN, IMAGE, Host, close, features_of, hf_next_model, set_attention
 from tests.support.routings import again
 
 RAGGED = [(2, IMAGE, 5), (3, IMAGE, 1, IMAGE, 4), (7,), (1, IMAGE, 9)]
@@ -59,7 +59,7 @@ def _by_hand(host, batch, features):
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_taps_are_added_at_the_image_positions(host, attention, padding):
-    host.model.set_attn_implementation(attention)
+    set_attention(host.model, attention)
     batch = host.batch(RAGGED, padding)
     with patch(host.model, fusion=STACK) as handle:
         randomise(handle)

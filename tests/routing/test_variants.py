@@ -5,7 +5,7 @@ import torch
 
 from llava_patch import FastV, Routing, SkipLinks, patch
 from llava_patch.routing.reference import final_states
-from tests.support.models import IMAGE, LAYERS, close, silence_side_branch
+from tests.support.models import IMAGE, LAYERS, close, set_attention, silence_side_branch
 from tests.support.routings import ALL, PRUNED, RAGGED, VARIANTS, alone, embeddings
 
 EDGES = [(IMAGE, 4), (3, IMAGE), (2, IMAGE, IMAGE, 3), (5,), (1, IMAGE, 1, IMAGE)]
@@ -160,9 +160,9 @@ def test_hidden_states_are_nan_exactly_where_a_position_is_absent(host, case):
 def test_attention_backends_agree(host, case, attention):
     batch = host.batch(RAGGED, "left")
     with patch(host.model, **ALL[case]):
-        host.model.set_attn_implementation("eager")
+        set_attention(host.model, "eager")
         eager = host.logits(batch)
-        host.model.set_attn_implementation(attention)
+        set_attention(host.model, attention)
         assert close(host.logits(batch)[batch.valid], eager[batch.valid])
 
 

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llava_patch.core.undo import UndoStack
+from llava_patch.hosts import compat
+
 LAYERS, BLOCKS, TOKENS, VOCAB = 6, 8, 16, 96
 HF_IMAGE_TOKEN = 95
 PINPOINTS = [[56, 112], [112, 56], [112, 112]]
@@ -43,6 +46,25 @@ def hf_model(attention: str = "sdpa") -> nn.Module:
     model = LlavaForConditionalGeneration(config).eval()
     model.set_attn_implementation(attention)
     return model
+
+
+def set_attention(model: Any, name: str) -> None:
+    """Have a model's decoder run another attention backend; up to 4.47 its attention modules' classes say which."""
+    if hasattr(model, "set_attn_implementation"):
+        model.set_attn_implementation(name)
+        return
+    model.config._attn_implementation = name
+    decoder = model.get_model()
+    decoder._attn_implementation, decoder._use_sdpa = name, name == "sdpa"
+    for layer in [*decoder.layers, *getattr(decoder, "side_branch", ())]:
+        compat.use_backend(layer.self_attn, name, UndoStack())
+
+
+def hf_is_refused() -> str | None:
+    """Why Hugging Face's class is not patched on these transformers; None where it is."""
+    import transformers
+
+    return None if hasattr(transformers, "LlavaModel") else "Hugging Face's LLaVA expands <image> inside forward here"
 
 
 def hf_next_model() -> nn.Module:
