@@ -31,8 +31,8 @@ class HFAnatomy(Anatomy):
         inner: Any = getattr(model, "model", None)
         if inner is None and hasattr(model, cls.projector_name) and hasattr(model, "language_model"):
             raise HostError(
-                f"{type(model).__name__} of this transformers places images inside its own forward and has no "
-                "inner model, so it cannot be patched: install transformers 4.57 or newer, or use the llava package's model"
+                f"{type(model).__name__} of this transformers places images inside its own forward, so it cannot "
+                "be patched: install transformers 4.57 or newer, or use the llava package's model"
             )
         if not (hasattr(inner, cls.projector_name) and hasattr(inner, "language_model")):
             return None

@@ -110,6 +110,12 @@ class ExternalKeys:
         """The keys that the layer's queries meet in this call: [batch, key_value_heads, keys, head_dim]."""
         return self.merge(self.key, own)
 
+    def get_usable_length(self, new: int, layer_idx: int) -> int:
+        """How many keys a call of the layer has beside its `new` own ones; layers of up to 4.4x ask before `update`."""
+        key = self.key[:, :1, :, :1]
+        merged = self.merge(key, key.new_empty(len(key), 1, new, 1)).shape[2]
+        return merged - new + (0 if self.cache is None else int(self.cache.get_seq_length(layer_idx)))
+
     def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """What a layer calls on its cache: merged keys and values, [batch, key_value_heads, keys, head_dim] each."""
         key, value = self.merged_keys(key), self.merge(self.value, value)

@@ -145,9 +145,9 @@ def test_zero_start_generates_the_stock_models_logits(host, dtype):
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.inputs.items()}
     ids = inputs.pop("input_ids")
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
-    stock = host.model.generate(ids, **inputs, **options, output_logits=True).logits
+    stock = host.model.generate(ids, **inputs, **options, output_scores=True).logits
     with patch(host.model, fusion=STACK):
-        patched = host.model.generate(ids, **inputs, **options, output_logits=True).logits
+        patched = host.model.generate(ids, **inputs, **options, output_scores=True).logits
     assert all(torch.equal(a, b) for a, b in zip(patched, stock, strict=True)) and len(stock) == 4
 
 

@@ -100,10 +100,10 @@ def test_lean_generation_reads_what_a_plain_forward_gives(host):
     for case in SOME:
         with patch(host.model, **ALL[case]):
             out = host.model.generate(
-                prompt, **inputs, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
+                prompt, **inputs, max_new_tokens=1, do_sample=False, output_scores=True, return_dict_in_generate=True
             )
             whole = host.model(**batch.inputs, **extra, use_cache=False).logits[:, -1]
-        assert close(out.logits[0], whole), case
+        assert close(out.scores[0], whole), case
 
 
 @torch.no_grad()

@@ -195,11 +195,11 @@ def test_the_first_generated_token_comes_from_the_whole_forward(host, case):
     ids = inputs.pop("input_ids")
     with patch(host.model, **ALL[case]):
         out = host.model.generate(
-            ids, **inputs, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
+            ids, **inputs, max_new_tokens=1, do_sample=False, output_scores=True, return_dict_in_generate=True
         )
         position_ids = {"position_ids": (batch.valid.long().cumsum(-1) - 1).clamp(min=0)} if host.name == "hf" else {}
         whole = host.model(**batch.inputs, **position_ids, use_cache=False).logits[:, -1]
-    assert close(out.logits[0], whole)
+    assert close(out.scores[0], whole)
 
 
 def test_lean_calls_ask_only_where_somebody_reads(host):

@@ -55,9 +55,14 @@ class _Listed:
         self.cache.value_cache[self.number] = self.values[..., :keep, :]
 
 
+def listed_layers(cache: Any) -> list[Any]:
+    """The layers of a cache that keeps lists of tensors."""
+    return [_Listed(cache, number) for number in range(len(cache.key_cache))]
+
+
 def cache_layers(cache: Any) -> list[Any]:
     """The layers of a cache that hold something: `keys` and `values`, each [batch, key_value_heads, held, head_dim]."""
-    layers = cache.layers if hasattr(cache, "layers") else [_Listed(cache, i) for i in range(len(cache.key_cache))]
+    layers = cache.layers if hasattr(cache, "layers") else listed_layers(cache)
     return [layer for layer in layers if isinstance(getattr(layer, "keys", None), Tensor)]
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from llava_patch.core.errors import InputError
-from llava_patch.hosts.compat.caches import cache_layers
+from llava_patch.hosts.compat.caches import listed_layers
 
 
 class _ListedCache(DynamicCache):
@@ -16,7 +16,7 @@ class _ListedCache(DynamicCache):
 
     key_cache: list[Tensor]
     value_cache: list[Tensor]
-    layers = property(cache_layers)
+    layers = property(listed_layers)
     seen_tokens = _seen_tokens = property(lambda self: self.get_seq_length())
 
     def update(
