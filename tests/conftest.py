@@ -31,8 +31,6 @@ def tower_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def host(request: pytest.FixtureRequest, tower_folder: Path):
     from tests.support import models
 
-    if request.param == "hf" and (reason := models.hf_is_refused()):
-        pytest.skip(reason)
     model = models.hf_model() if request.param == "hf" else models.llava_model(tower_folder)
     return models.Host(request.param, model)
 

@@ -120,6 +120,11 @@ def _check_config(decoder: Any, what: str) -> None:
             f"{what} would run them all, the stock model the first ones only"
         )
     window = compat.sliding_window(config)
+    if window is not None and not compat.makes_windows():
+        raise HostError(
+            f"config.sliding_window = {window}, which {kind} of this transformers applies under some attention "
+            f"backends only: {what} is available without one (config.sliding_window = None), or on transformers 4.57"
+        )
     windows = {_window(bare(layer.self_attn)) for layer in decoder.layers}
     if windows != {window}:
         reads = "in some layers only" if window in windows else "in no layer"

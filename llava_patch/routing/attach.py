@@ -54,7 +54,7 @@ def attach(anatomy: Anatomy, schedule: LayerSchedule, undo: UndoStack) -> None:
                 "layers": compiled.is_compiled(inspect.unwrap(decoder.forward, stop=compiled.is_compiled))
             }
         )
-        undo.set_attribute(decoder, "forward", RoutedForward(anatomy, schedule))
+        undo.set_attribute(decoder, "forward", RoutedForward(anatomy, schedule, undo))
 
 
 class RoutingMethod(Method):

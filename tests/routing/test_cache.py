@@ -106,7 +106,11 @@ def test_right_padded_prompts_are_warned_about_once(host, caplog):
 
 @torch.no_grad()
 def test_unsupported_caches_are_refused(host):
-    from transformers import DynamicCache, StaticCache
+    from transformers import DynamicCache
+
+    StaticCache = pytest.importorskip("transformers.cache_utils").__dict__.get("StaticCache")
+    if StaticCache is None:
+        pytest.skip("the only caches here are dynamic, or drop positions")
 
     batch = host.batch([(2, IMAGE, 5)])
     with patch(host.model, routing=Routing(split=2)):

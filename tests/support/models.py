@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +37,7 @@ TEXT = {
 
 
 def hf_model(attention: str = "sdpa") -> nn.Module:
+    needs_hf()
     from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     torch.manual_seed(0)
@@ -60,15 +62,25 @@ def set_attention(model: Any, name: str) -> None:
         compat.use_backend(layer.self_attn, name, UndoStack())
 
 
-def hf_is_refused() -> str | None:
-    """Why Hugging Face's class is not patched on these transformers; None where it is."""
+def needs_hf() -> None:
+    """Skip a test of Hugging Face's classes where they are refused."""
     import transformers
 
-    return None if hasattr(transformers, "LlavaModel") else "Hugging Face's LLaVA expands <image> inside forward here"
+    if not hasattr(transformers, "LlavaModel"):
+        pytest.skip("Hugging Face's LLaVA places images inside its own forward up to 4.51, and is refused")
+
+
+def needs_cpu(dtype: torch.dtype) -> None:
+    """Skip a test in a precision in which this torch multiplies no matrices on the CPU."""
+    try:
+        torch.ones(1, 1, dtype=dtype) @ torch.ones(1, 1, dtype=dtype)
+    except RuntimeError as error:
+        pytest.skip(str(error))
 
 
 def hf_next_model() -> nn.Module:
     """Several tiles an image, with newline features between their rows."""
+    needs_hf()
     from transformers import LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
 
     torch.manual_seed(0)

@@ -26,6 +26,7 @@ from llava_patch.hosts.compat.masks import (
     attention_of,
     backend_of,
     causal_mask,
+    makes_windows,
     position_mask,
     scaling,
     sliding_window,
@@ -51,7 +52,7 @@ __all__ = [
     "backend_of", "brings_towers", "cache_argument", "cache_layers", "call_layer", "causal_mask", "check_versions",
     "checkpointed", "encode_in_forward", "input_grads_are_forced", "inverse_frequencies", "keep_beams",
     "keep_every_position", "keep_floating", "known_options", "layer_output", "layout_options", "load_saved_names",
-    "neutral_tower", "new_cache", "one_tensor", "parameters_of", "pil_processor", "position_mask", "prepare_layers",
-    "rope_type", "rotary", "rotary_of_call", "scaling", "sliding_window", "stock_mask", "stored_dtype",
-    "ties_last_state", "to_forget", "unsupported", "use_backend", "visible",
+    "makes_windows", "neutral_tower", "new_cache", "one_tensor", "parameters_of", "pil_processor", "position_mask",
+    "prepare_layers", "rope_type", "rotary", "rotary_of_call", "scaling", "sliding_window", "stock_mask",
+    "stored_dtype", "ties_last_state", "to_forget", "unsupported", "use_backend", "visible",
 ]  # fmt: skip

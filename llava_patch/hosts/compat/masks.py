@@ -1,6 +1,8 @@
 """Attention backends and their masks."""
 
 import copy
+import functools
+import importlib.util
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +33,14 @@ def causal_mask(
 
 def sliding_window(config: Any) -> int | None:
     """How many positions back attention reaches, the query's own included; None: to the beginning."""
-    return getattr(config, "sliding_window", None)
+    used = getattr(config, "use_sliding_window", True)  # Qwen2's, which keeps the number all the same up to 4.4x
+    return getattr(config, "sliding_window", None) if used else None
+
+
+@functools.cache
+def makes_windows() -> bool:
+    """Whether every backend's mask has the sliding window (4.53 on): before, some backends' have and some have not."""
+    return importlib.util.find_spec("transformers.masking_utils") is not None
 
 
 def stock_mask(
@@ -44,10 +53,10 @@ def stock_mask(
     position_ids: Tensor | None = None,  # int64 [batch or 1, queries]
 ) -> Any:
     """The mask that the stock decoder would build for the same arguments (layers below the split must match it)."""
-    try:
-        from transformers import masking_utils
-    except ImportError:
+    if not makes_windows():
         return _older_mask(config, inputs_embeds, attention_mask, seen or 0)
+    from transformers import masking_utils
+
     windowed = sliding_window(config) is not None
     make: Any = masking_utils.create_sliding_window_causal_mask if windowed else masking_utils.create_causal_mask
     cache, named = None, parameters_of(make)
@@ -70,8 +79,13 @@ def _older_mask(config: Any, inputs_embeds: Tensor, attention_mask: Tensor | Non
     from transformers import modeling_attn_mask_utils as makers
 
     backend, shape = attention_of(config), tuple(inputs_embeds.shape[:2])
+    padded = attention_mask is not None and not bool(attention_mask.all())
     if backend.startswith("flash_attention"):
-        return attention_mask if attention_mask is not None and 0 in attention_mask else None
+        return attention_mask if padded else None
+    if padded and seen and shape[1] > 1:  # where 4.37 takes a query's row for its place
+        places = torch.arange(seen + shape[1], device=inputs_embeds.device).expand(shape[0], -1)
+        assert attention_mask is not None
+        return position_mask(config, places[:, seen:], places, attention_mask.bool(), inputs_embeds.dtype)
     if backend == "sdpa":
         return makers._prepare_4d_causal_attention_mask_for_sdpa(attention_mask, shape, inputs_embeds, seen)
     return makers._prepare_4d_causal_attention_mask(attention_mask, shape, inputs_embeds, seen)
