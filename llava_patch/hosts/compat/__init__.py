@@ -34,7 +34,14 @@ from llava_patch.hosts.compat.masks import (
     use_backend,
     visible,
 )
-from llava_patch.hosts.compat.names import as_here, keep_floating, load_saved_names, neutral_tower, stored_dtype
+from llava_patch.hosts.compat.names import (
+    as_here,
+    keep_floating,
+    load_saved_names,
+    neutral_tower,
+    stored_dtype,
+    text_config,
+)
 from llava_patch.hosts.compat.positions import as_read, inverse_frequencies, rope_type, rotary, rotary_of_call
 from llava_patch.hosts.compat.versions import SUPPORTED_TRANSFORMERS, brings_towers, check_versions, unsupported
 from llava_patch.hosts.compat.vision import (
@@ -54,5 +61,5 @@ __all__ = [
     "keep_every_position", "keep_floating", "known_options", "layer_output", "layout_options", "load_saved_names",
     "makes_windows", "neutral_tower", "new_cache", "one_tensor", "parameters_of", "pil_processor", "position_mask",
     "prepare_layers", "rope_type", "rotary", "rotary_of_call", "scaling", "sliding_window", "stock_mask",
-    "stored_dtype", "ties_last_state", "to_forget", "unsupported", "use_backend", "visible",
+    "stored_dtype", "text_config", "ties_last_state", "to_forget", "unsupported", "use_backend", "visible",
 ]  # fmt: skip

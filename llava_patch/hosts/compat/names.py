@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from llava_patch.core.errors import HostError
 from llava_patch.core.undo import UndoStack
 
 T = TypeVar("T")
@@ -15,6 +16,12 @@ T = TypeVar("T")
 def stored_dtype(config: dict[str, Any]) -> str | None:
     """The precision that a config.json names: `torch_dtype` up to 4.55, `dtype` from 4.56."""
     return config.get("dtype", config.get("torch_dtype"))
+
+
+def text_config(config: Any) -> Any:
+    """The language model's part of a configuration, or the whole; later ones say it themselves."""
+    own = getattr(config, "get_text_config", None)
+    return getattr(config, "text_config", config) if own is None else own()
 
 
 def as_here(named: Mapping[str, T], known: Collection[str]) -> dict[str, T]:
@@ -76,13 +83,33 @@ def keep_floating(names: Callable[[Callable[[Any], list[str]], Any, bool], list[
     `names` gets what names those that it leaves out itself or the user's llm_int8_skip_modules say, the model, and
     whether its files are quantised already.
 
-    Modifications: the static method `get_modules_to_not_convert` of its quantizers' base.
+    Modifications: the static method `get_modules_to_not_convert` of its quantizers' base; up to 4.50, which has none,
+    `replace_with_bnb_linear` of `transformers.integrations`, to refuse what it would quantise (HostError).
     """
-    from transformers.quantizers.base import HfQuantizer
-
+    try:
+        from transformers.quantizers.base import HfQuantizer
+    except ImportError:
+        HfQuantizer = None  # type: ignore[assignment, misc]
+    if not hasattr(HfQuantizer, "get_modules_to_not_convert"):
+        _refuse_to_quantise(names, undo)
+        return
     stock = HfQuantizer.get_modules_to_not_convert
 
     def all_names(self: Any, model: Any, *args: Any, **kwargs: Any) -> list[str]:
         return names(lambda model: stock(model, *args, **kwargs), model, bool(self.pre_quantized))
 
     undo.set_attribute(HfQuantizer, "get_modules_to_not_convert", all_names)
+
+
+def _refuse_to_quantise(names: Callable[..., list[str]], undo: UndoStack) -> None:
+    from transformers import integrations
+
+    def refused(replace: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+        if names(lambda _: [], model, False):
+            raise HostError(
+                "a patched model is not loaded in 8 or 4 bit on this transformers, which would quantise what the patch "
+                "adds: load it in 16 bit, or install transformers 4.57 or newer"
+            )
+        return replace(model, *args, **kwargs)
+
+    undo.wrap(integrations, "replace_with_bnb_linear", refused)
