@@ -111,10 +111,15 @@ def dequantised(linear: Any, dtype: torch.dtype) -> nn.Linear:
     """A plain Linear with exactly the values that a quantised one stands for, rounded to `dtype`; it does not train."""
     from bitsandbytes import functional
 
-    linear.state_dict()  # brings 4 bit back from the layout of a fast CPU kernel, which nothing else can read
     weight = linear.weight
     if type(weight).__name__ == "Params4bit":
+        data, state = weight.data, weight.quant_state
+        about = dict(vars(state))
+        linear.state_dict()  # brings 4 bit back from the layout of a fast CPU kernel, which nothing else can read
         values = functional.dequantize_4bit(weight.data, weight.quant_state)
+        weight.data, weight.quant_state = data, state  # the way back rounds: the original stays what it is
+        vars(state).clear()
+        vars(state).update(about)
     else:
         scale = linear.state.SCB if weight.SCB is None else weight.SCB  # its first call moves them there
         values = functional.int8_vectorwise_dequant(weight.data, scale)

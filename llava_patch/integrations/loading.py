@@ -66,8 +66,8 @@ def load(call: Loading) -> Any:
         from llava_patch.patching import checkpoint, floating, vocabulary
 
         base = records.base_of(call.path, record)
-        if config is None:
-            config = call.cls.config_class.from_pretrained(call.path)
+        if config is None or isinstance(config, (str, os.PathLike)):
+            config = call.cls.config_class.from_pretrained(config or call.path)
         config = _stock_config(config, base)
         size = vocabulary.base_size(base)
         if size is not None:  # it is resized for the adapter's tensors
@@ -112,6 +112,20 @@ def load_adapter(original: Callable[..., Any], model: Any, folder: Any = None, *
 
     load = functools.partial(original, model, folder, *args, **kwargs)
     return beside_peft.load_adapter(model, str(folder), record, load)
+
+
+def save_adapter(original: Callable[..., Any], model: Any, folder: Any, *args: Any, **kwargs: Any) -> Any:
+    """The method `save_pretrained`, peft's and transformers' own; beside an adapter comes what the patch added."""
+    handle, adapters = handle_of(model), getattr(model, "peft_config", None)
+    save = functools.partial(original, model, folder, *args, **kwargs)
+    if handle is None or not adapters or os.path.isfile(folder):
+        return save()
+    from llava_patch.patching import beside_peft
+
+    if not hasattr(model, "get_base_model"):  # transformers' own writes the active one into the folder
+        adapters = ("default",)
+    adapters = kwargs.get("selected_adapters") or adapters
+    return beside_peft.save_adapter(handle, model, str(folder), adapters, kwargs.get("is_main_process", True), save)
 
 
 def patch_base(base: Any, folder: Any) -> None:
@@ -211,6 +225,24 @@ def check_patched(model: Any) -> None:
         raise HostError(
             f"{configured} is configured, but the Trainer got a {cls.__name__} that was not loaded with "
             "from_pretrained, where it would have been patched: load it so, or call patch(model, ...) first"
+        )
+
+
+def check_resumed(trainer: Any, folder: Any = None) -> None:
+    """Refuse a stock model's run that goes on from a patched one's checkpoint (CheckpointError), whose weights differ.
+
+    `folder`: what the Trainer's `train` got, a checkpoint or True for the last one.
+    """
+    if folder is True:
+        from transformers.trainer_utils import get_last_checkpoint
+
+        output = trainer.args.output_dir
+        folder = get_last_checkpoint(output) if os.path.isdir(output) else None
+    record = records.checkpoint_record(folder) if isinstance(folder, (str, os.PathLike)) else None
+    if record:
+        raise CheckpointError(
+            f"{folder} was written by a patched model, and this run's has no patch: configure what the run began with, "
+            "or start into another --output_dir"
         )
 
 
