@@ -46,7 +46,7 @@ def hf_model(attention: str = "sdpa") -> nn.Module:
         image_seq_length=TOKENS,
     )  # fmt: skip
     model = LlavaForConditionalGeneration(config).eval()
-    model.set_attn_implementation(attention)
+    set_attention(model, attention)
     return model
 
 
@@ -55,11 +55,15 @@ def set_attention(model: Any, name: str) -> None:
     if hasattr(model, "set_attn_implementation"):
         model.set_attn_implementation(name)
         return
-    model.config._attn_implementation = name
-    decoder = model.get_model()
-    decoder._attn_implementation, decoder._use_sdpa = name, name == "sdpa"
-    for layer in [*decoder.layers, *getattr(decoder, "side_branch", ())]:
-        compat.use_backend(layer.self_attn, name, UndoStack())
+    for part in model.modules():
+        if hasattr(getattr(part, "config", None), "_attn_implementation"):
+            part.config._attn_implementation = name
+        if hasattr(part, "_use_sdpa"):
+            part._use_sdpa = name == "sdpa"
+        if hasattr(part, "layers") and hasattr(part, "_attn_implementation"):
+            part._attn_implementation = name
+        if hasattr(part, "q_proj") and hasattr(part, "o_proj"):
+            compat.use_backend(part, name, UndoStack())
 
 
 def needs_hf() -> None:

@@ -83,11 +83,11 @@ def keep_beams(model: Any, routed: type, undo: UndoStack) -> None:
     Modifications: the model's instance attribute `_temporary_reorder_cache`, where there is such a method.
     """
 
-    def reorder(stock: Callable[..., Any], cache: Any, beams: Tensor) -> Any:
-        if not isinstance(cache, routed):
-            return stock(cache, beams)
-        cache.reorder_cache(beams)
-        return cache
+    def reorder(stock: Callable[..., Any], past_key_values: Any, beam_idx: Tensor) -> Any:
+        if not isinstance(past_key_values, routed):
+            return stock(past_key_values, beam_idx)
+        past_key_values.reorder_cache(beam_idx)
+        return past_key_values
 
     if hasattr(model, "_temporary_reorder_cache"):
         undo.wrap(model, "_temporary_reorder_cache", reorder)
