@@ -77,13 +77,13 @@ def keep_every_position(cache: Any) -> None:
     cache.layer_class_to_replicate = DynamicLayer
 
 
-def keep_beams(model: Any, routed: type, undo: UndoStack) -> None:
+def keep_beams(model: Any, routed: Any, undo: UndoStack) -> None:
     """Have beam search reorder a `routed` cache itself; in 4.37 to 4.4x it makes tuples of a Llama's.
 
     Modifications: the model's instance attribute `_temporary_reorder_cache`, where there is such a method.
     """
 
-    def reorder(stock: Callable[..., Any], past_key_values: Any, beam_idx: Tensor) -> Any:
+    def reorder(stock: Callable[..., Any], past_key_values: Any, beam_idx: Tensor) -> Any:  # as it is called
         if not isinstance(past_key_values, routed):
             return stock(past_key_values, beam_idx)
         past_key_values.reorder_cache(beam_idx)
