@@ -76,8 +76,10 @@ def load(call: Loading) -> Any:
             loaded = call.stock(base, config=config)
         checkpoint.load(_model_of(loaded), call.path)
         return _finish(loaded)
-    with _construction(call.cls, _patch_new), _unquantised():
-        model, info = call.stock(output_loading_info=True)
+    given = call.kwargs.get("device_map")
+    places = {"device_map": dict(given)} if isinstance(given, dict) else {}
+    with _construction(call.cls, functools.partial(_patch_new, **places)), _unquantised():
+        model, info = call.stock(output_loading_info=True, **places)
     vars(model).pop(_IGNORED, None)
     handle = handle_of(model)
     if handle is not None:
@@ -308,10 +310,11 @@ def _unquantised(record: dict[str, Any] | None = None, tensors: Iterable[str] = 
             return stock(model)
         from llava_patch.hosts.anatomy import HANDLE
         from llava_patch.patching import floating
+        from llava_patch.patching.handle import copyable
 
         kept = floating.modules(model, *(coming or (None, {}, ())))
-        own = {} if handle is None else {HANDLE: None, "__reduce_ex__": type(model).__reduce_ex__.__get__(model)}
-        with meanwhile(model, **own):  # up to 4.57 the model, whose copies are refused, is copied here
+        own = {} if handle is None else {HANDLE: None}
+        with copyable(model), meanwhile(model, **own):  # up to 4.57 the model, whose copies are refused, is copied here
             return [*stock(model), *kept]
 
     with UndoStack() as undo:
@@ -319,13 +322,16 @@ def _unquantised(record: dict[str, Any] | None = None, tensors: Iterable[str] = 
         yield
 
 
-def _patch_new(model: Any, record: dict[str, Any]) -> None:
-    """Put the modules that a checkpoint's record names into its model, whose weights follow."""
+def _patch_new(model: Any, record: dict[str, Any], device_map: dict[str, Any] | None = None) -> None:
+    """Put the modules that a checkpoint's record names into its model, and the map of its weights, which follow."""
+    from llava_patch.patching import placing
     from llava_patch.patching.patch import patch
     from llava_patch.settings.methods import from_record
 
     handle = patch(model, **from_record(record, "config.json"), loading=True)
     handle.trained_tower |= bool(record.get("trained_tower"))
+    if device_map is not None:
+        placing.complete(device_map, handle)
     if handle.anatomy.vision_model is None:  # comes later, and the checkpoint's own weights for it with it
         own = getattr(model, _IGNORED)
         own = [] if own is None else own  # a list up to 4.57, a set from 5.0

@@ -86,8 +86,9 @@ def save(handle: Handle, directory: str | os.PathLike[str], form: str = "adapter
     base = getattr(handle.model.config, "_name_or_path", "") or ""
     record = {**handle.settings(), "form": form}
     if form == "full":
+        state = storage.whole_state(handle.anatomy.model)
         folder.mkdir(parents=True, exist_ok=True)
-        handle.anatomy.model.save_pretrained(folder)
+        handle.anatomy.model.save_pretrained(folder, state_dict=state)
         (folder / WEIGHTS_FILE).unlink(missing_ok=True)  # of an adapter that was saved here before
     else:
         base = _base_of(base, folder)

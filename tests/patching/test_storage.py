@@ -95,6 +95,42 @@ def test_an_adapter_of_an_offloaded_model(host, tmp_path):
     assert torch.equal(host.logits(batch), expected)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+@pytest.mark.parametrize("method", ["lf", "stack", "skip+lf"])
+def test_a_full_checkpoint_opens_with_its_bases_device_map(files, name, method, place, tmp_path):
+    """The map does not know what the patch adds; it is the user's, and stays as it is."""
+    host = stored.read(name, files[name])
+    batch = stored.batch(host, SAMPLES)
+    places = stored.device_map(host, place)
+    given = dict(places)
+    handle = patch(host.model, **METHODS[method])
+    for parameter in handle.added_parameters():
+        parameter.add_(0.01)
+    handle.save(tmp_path / "full", form="full")
+    again = stored.read(name, tmp_path / "full", device_map=places, offload_folder=str(tmp_path / "disk"))
+    assert torch.equal(again.logits(batch), host.logits(batch)) and places == given
+    if method != "stack":
+        assert all(p.is_meta == (place == "disk") for p in again.decoder.side_branch.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["map", "cpu", "disk"])
+def test_an_offloaded_model_is_saved_whole(files, name, way, tmp_path):
+    """Offloaded by a device_map, which `save_pretrained` may know, or by accelerate's functions, which it does not."""
+    host = stored.read(name, files[name])
+    batch = stored.batch(host, SAMPLES)
+    if way != "map":
+        stored.offload(host, tmp_path / "disk" if way == "disk" else None)
+    else:
+        places = stored.device_map(host, "disk")
+        host = stored.read(name, files[name], device_map=places, offload_folder=str(tmp_path / "disk"))
+    handle = patch(host.model, **METHODS["skip+lf"])
+    assert any(p.is_meta for p in host.model.parameters())
+    handle.save(tmp_path / "full", form="full")
+    assert torch.equal(stored.read(name, tmp_path / "full").logits(batch), host.logits(batch))
+
+
 # --- quantised, and float16 -------------------------------------------------------------------------------------------
 
 

@@ -59,6 +59,16 @@ def load_saved_names(model: nn.Module, undo: UndoStack) -> None:
     undo.push(model._register_load_state_dict_pre_hook(translate).remove)
 
 
+def saves_offloaded(model: Any) -> bool:
+    """Whether a model's `save_pretrained` brings in what is offloaded: where a device_map of several places did it.
+
+    Where it writes tensors under names of older versions by a list in the class (HF's LLaVA up to 5.0), it looks those
+    names up in the model, which has none such.
+    """
+    places = set((getattr(model, "hf_device_map", None) or {}).values())
+    return len(places) > 1 and not getattr(model, "_checkpoint_conversion_mapping", None)
+
+
 def _saved_names(model: Any, unknown: Collection[str], wanted: Collection[str]) -> dict[str, str]:
     """Which of the unknown names `save_pretrained` writes for which wanted ones."""
     if not unknown or not wanted:
