@@ -39,6 +39,7 @@ from llava_patch.hosts.compat.names import (
     keep_floating,
     load_saved_names,
     neutral_tower,
+    saves_offloaded,
     stored_dtype,
     text_config,
 )
