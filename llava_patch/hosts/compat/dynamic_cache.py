@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import cache_utils
 from transformers.cache_utils import DynamicCache
 
 from llava_patch.core.errors import InputError
@@ -59,5 +60,5 @@ class _ListedCache(DynamicCache):
         return self.to_legacy_cache()
 
 
-Base: Any = DynamicCache if hasattr(DynamicCache(), "layers") else _ListedCache
+Base: Any = DynamicCache if hasattr(cache_utils, "CacheLayerMixin") else _ListedCache
 """What a routed cache is made of."""
