@@ -36,6 +36,24 @@ def host(request: pytest.FixtureRequest, tower_folder: Path):
 
 
 @pytest.fixture(autouse=True, scope="session")
+def definitions_on_older_decoders():
+    """The definitions ask a decoder for rotary embeddings, which up to 4.42 each attention module makes for itself."""
+    from llava_patch.hosts import compat
+    from llava_patch.routing import reference
+
+    stock = reference._rotary
+
+    def rotary(decoder, positions):
+        if hasattr(decoder, "rotary_emb"):
+            return stock(decoder, positions)
+        return tuple(part[0] for part in compat.rotary(decoder, torch.zeros(1, 1, 1), positions[None]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "_rotary", rotary)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def no_users_cache(tmp_path_factory: pytest.TempPathFactory):
     """Fixtures that live longer than a test keep nothing in the user's cache folder either."""
     with pytest.MonkeyPatch.context() as patch:

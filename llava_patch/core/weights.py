@@ -159,7 +159,7 @@ def read_file(path: Path, whole: bool = False) -> list[StoredTensor]:
 
 def _torch_file(path: Path, whole: bool) -> dict[str, Tensor]:
     # The host's own file format; weights_only keeps a foreign pickle from running code.
-    load = functools.partial(torch.load, path, map_location="cpu", weights_only=True)
+    load = functools.partial(torch.load, str(path), map_location="cpu", weights_only=True)
     try:
         values = load(mmap=True)
     except RuntimeError as error:

@@ -104,26 +104,25 @@ class _WhereGradientsPass:
 def keep_gradients(anatomy: Anatomy, undo: UndoStack) -> None:
     """Let the first block that trains get its gradient where the blocks below it are frozen.
 
-    Modifications: a forward pre-hook on the vision model, which wraps each block's checkpointing function once the host
-    has set it (training scripts switch checkpointing on after the patch).
+    Modifications: a forward pre-hook on the vision model, which wraps the checkpointing function of each block (of the
+    encoder up to 4.52) once the host has set it (training scripts switch checkpointing on after the patch).
     """
     vision = anatomy.vision_model
-    blocks = anatomy.vision_parts().blocks
 
     def wrap_checkpoints(module: nn.Module, args: Any) -> None:
-        for block in blocks:
-            function = vars(block).get(_FUNCTION)
+        for part in vision.modules():
+            function = vars(part).get(_FUNCTION)
             if function is not None and not isinstance(function, _WhereGradientsPass):
-                setattr(block, _FUNCTION, _WhereGradientsPass(function))
+                setattr(part, _FUNCTION, _WhereGradientsPass(function))
 
     hook = vision.register_forward_pre_hook(wrap_checkpoints)
 
     def restore() -> None:
         hook.remove()
-        for block in blocks:
-            function = vars(block).get(_FUNCTION)
+        for part in vision.modules():
+            function = vars(part).get(_FUNCTION)
             if isinstance(function, _WhereGradientsPass):
-                setattr(block, _FUNCTION, function.function)
+                setattr(part, _FUNCTION, function.function)
 
     undo.push(restore)
 

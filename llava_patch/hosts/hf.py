@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from llava_patch.core.errors import HostError
 from llava_patch.hosts import known
 from llava_patch.hosts.host import Anatomy, HostFiles
 
@@ -28,6 +29,11 @@ class HFAnatomy(Anatomy):
     def of(cls, model: Any) -> "HFAnatomy | None":
         """See `Anatomy.of`."""
         inner: Any = getattr(model, "model", None)
+        if inner is None and hasattr(model, cls.projector_name) and hasattr(model, "language_model"):
+            raise HostError(
+                f"{type(model).__name__} of this transformers places images inside its own forward, so it cannot "
+                "be patched: install transformers 4.57 or newer, or use the llava package's model"
+            )
         if not (hasattr(inner, cls.projector_name) and hasattr(inner, "language_model")):
             return None
         inner = known.bare(inner)

@@ -44,6 +44,7 @@ _LOOKED_AT = {
     "Phi3Model": "one projection makes its queries, keys and values (qkv_proj)",
     "Olmo2Model": "its norms stand behind attention and MLP, and it has norms on queries and keys",
 }
+_BY_BACKEND = ("SdpaAttention", "FlashAttention2")  # classes of up to 4.47
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 _VARYING_ROPE = ("dynamic", "longrope")
 
@@ -93,7 +94,8 @@ def check_decoder(decoder: Any, what: str, by_class: bool = False) -> None:
     for number, layer in enumerate(decoder.layers):
         layer = bare(layer)
         for part, kind in ((layer, "DecoderLayer"), (bare(getattr(layer, "self_attn", layer)), "Attention")):
-            if (used := name_of(part, by_class=by_class)) != f"{family}{kind}":
+            used = name_of(part, by_class=by_class)
+            if used not in (f"{family}{kind}", *(f"{family}{own}" for own in _BY_BACKEND if kind == "Attention")):
                 _refuse(type(part), used, what, f"layer {number} of {type(decoder).__name__}: ")
     _check_config(decoder, what)
 
@@ -118,6 +120,11 @@ def _check_config(decoder: Any, what: str) -> None:
             f"{what} would run them all, the stock model the first ones only"
         )
     window = compat.sliding_window(config)
+    if window is not None and not compat.makes_windows():
+        raise HostError(
+            f"config.sliding_window = {window}, which {kind} of this transformers applies under some attention "
+            f"backends only: {what} is available without one (config.sliding_window = None), or on transformers 4.57"
+        )
     windows = {_window(bare(layer.self_attn)) for layer in decoder.layers}
     if windows != {window}:
         reads = "in some layers only" if window in windows else "in no layer"
@@ -125,7 +132,7 @@ def _check_config(decoder: Any, what: str) -> None:
             f"config.sliding_window = {window}, which {kind} applies {reads}: {what} is available where all layers "
             "have the same window" + ("" if window in windows else " (set config.sliding_window = None)")
         )
-    rope = getattr(decoder.rotary_emb, "rope_type", None)
+    rope = compat.rope_type(decoder)
     if rope in _VARYING_ROPE:
         raise HostError(
             f'config.rope_scaling of type "{rope}" changes the rotary embedding with the length of each call, and '
@@ -135,6 +142,6 @@ def _check_config(decoder: Any, what: str) -> None:
 
 def _window(attention: Any) -> int | None:
     """The sliding window that an attention module applies."""
-    if name_of(attention, by_class=True).endswith(".LlamaAttention"):
+    if name_of(attention, by_class=True).rpartition(".")[2].startswith("Llama"):
         return None  # whatever its config says
     return getattr(attention, "sliding_window", compat.sliding_window(attention.config))

@@ -178,8 +178,12 @@ def full_precision(kwargs: dict[str, Any]) -> None:
     """Load in float32 where a script names no precision, as before 5.0, which takes the checkpoint's (in place).
 
     LLaVA's train.py passes `torch_dtype=None` without --bf16 and counts on float32: optimizer steps vanish in half
-    precision. What is loaded quantised keeps its own default.
+    precision. What is loaded quantised keeps its own default. Up to 4.55, which knows no `dtype`, float32 is the rule.
     """
+    from transformers import PretrainedConfig
+
+    if not hasattr(PretrainedConfig(), "dtype"):
+        return
     quantised = ("quantization_config", "load_in_8bit", "load_in_4bit")
     if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None and not any(map(kwargs.get, quantised)):
         kwargs.pop("torch_dtype", None)

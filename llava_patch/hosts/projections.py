@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llava_patch.hosts import compat
+
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Apply rotary (cos, sin) [..., tokens, head_dim] to x [..., heads, tokens, head_dim], broadcast over heads.
@@ -58,7 +60,7 @@ def _heads(attention: Any, kind: str, states: Tensor, rotary: tuple[Tensor, Tens
     heads = getattr(attention, f"{kind}_proj")(states).unflatten(-1, (-1, attention.head_dim))
     norm = getattr(attention, f"{kind}_norm", None)
     heads = (heads if norm is None else norm(heads)).transpose(-3, -2)
-    return rotate(heads, *(part.unsqueeze(-3).to(heads.device) for part in rotary))
+    return rotate(heads, *compat.as_read(attention, rotary, heads))
 
 
 def attention_of_query(query: Tensor, key: Tensor, allowed: Tensor, scaling: float) -> Tensor:

@@ -62,6 +62,7 @@ def load(call: Loading) -> Any:
     if carried and str(getattr(config, "_name_or_path", call.path)) != str(call.path):
         return _load_base_for(call, config, carried)
     if record is not None and record.get("form") == "adapter":
+        from llava_patch.hosts import compat
         from llava_patch.patching import checkpoint, floating, vocabulary
 
         base = records.base_of(call.path, record)
@@ -70,7 +71,7 @@ def load(call: Loading) -> Any:
         config = _stock_config(config, base)
         size = vocabulary.base_size(base)
         if size is not None:  # it is resized for the adapter's tensors
-            config.get_text_config().vocab_size = size
+            compat.text_config(config).vocab_size = size
         with _unquantised(record, floating.tensors_in(call.path)):
             loaded = call.stock(base, config=config)
         checkpoint.load(_model_of(loaded), call.path)

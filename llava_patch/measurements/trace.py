@@ -20,7 +20,8 @@ from llava_patch.core.errors import HostError, InputError
 from llava_patch.core.undo import UndoStack
 from llava_patch.hosts import known
 from llava_patch.hosts.anatomy import Anatomy
-from llava_patch.hosts.compat import layer_output, sliding_window
+from llava_patch.hosts.compat import layer_output, rotary_of_call, sliding_window
+from llava_patch.hosts.compat import scaling as scaling_of
 from llava_patch.hosts.projections import rotate, split_heads
 from llava_patch.measurements import passes
 from llava_patch.routing.layers import ExternalKeys, Observer, observing
@@ -147,13 +148,7 @@ def _watch_attention(trace: Trace, index: int, attention: Any, config: Any, chun
             trace.mass[index] = torch.zeros(int(config.num_attention_heads), device=hidden.device)
             return
         head_dim = int(module.head_dim)
-        rotary = kwargs.get("position_embeddings")
-        if rotary is None:
-            raise HostError(
-                f"{type(module).__name__} does not take position_embeddings: rotary embedding outside the attention "
-                "module needs transformers 4.48 or newer"
-            )
-        cos, sin = (part[0] for part in rotary)
+        cos, sin = (part[0] for part in rotary_of_call(module, hidden[None], kwargs))
         q = rotate(split_heads(module.q_proj(hidden[None])[0], head_dim), cos, sin)
         k = rotate(split_heads(module.k_proj(hidden[None])[0], head_dim), cos, sin)
         external = next((value for value in kwargs.values() if isinstance(value, ExternalKeys)), None)
@@ -163,7 +158,7 @@ def _watch_attention(trace: Trace, index: int, attention: Any, config: Any, chun
         # Every text position asks in every layer, and positions ascend.
         queries = torch.searchsorted(asking, trace.positions()[1].to(hidden.device))
         image = trace.mask.to(hidden.device)[giving]
-        scaling = float(getattr(module, "scaling", head_dim**-0.5))
+        scaling = scaling_of(module)
         trace.mass[index] = mass_on_keys(
             q, k, queries, image, scaling, sliding_window(config), chunk, places=(asking, giving)
         )

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from llava_patch.core.records import read_settings
-from llava_patch.hosts import zero
+from llava_patch.hosts import compat, zero
 
 
 def base_size(base: str) -> int | None:
@@ -21,7 +21,7 @@ def _configured(base: str) -> int | None:
     from transformers import AutoConfig
 
     try:
-        return getattr(AutoConfig.from_pretrained(base).get_text_config(), "vocab_size", None)
+        return getattr(compat.text_config(AutoConfig.from_pretrained(base)), "vocab_size", None)
     except (OSError, ValueError):  # it has moved, or is not a model
         return None
 

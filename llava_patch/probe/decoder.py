@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from llava_patch.core.errors import HostError, InputError
-from llava_patch.hosts import known
+from llava_patch.core.undo import UndoStack
+from llava_patch.hosts import compat, known
 from llava_patch.hosts.anatomy import Anatomy, get_handle
 from llava_patch.hosts.compat import call_layer, causal_mask, sliding_window
 from llava_patch.hosts.projections import rotate
@@ -85,8 +86,11 @@ class ProbeDecoder(nn.Module):
             place: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
             first, last = nn.Linear(hidden, 2 * hidden, **place), nn.Linear(2 * hidden, grid.pixels, **place)
             self.head = nn.Sequential(first, nn.GELU(), last).to(device)
-        inv_freq = getattr(getattr(anatomy.decoder, "rotary_emb", None), "inv_freq", None)
-        if not isinstance(inv_freq, Tensor):
+        compat.prepare_layers(None, self.layers, UndoStack())
+        for layer in self.layers:
+            compat.use_backend(layer.self_attn, "sdpa", UndoStack())
+        inv_freq = compat.inverse_frequencies(anatomy.decoder)
+        if inv_freq is None:
             name = type(anatomy.decoder).__name__
             raise HostError(f"{name} has no rotary_emb.inv_freq: R-Probe needs a rotary decoder")
         inv_freq = inv_freq.detach().clone().to(device, torch.float32)

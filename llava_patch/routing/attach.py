@@ -13,6 +13,7 @@ from llava_patch.core.undo import UndoStack, inner
 from llava_patch.hosts import compat, lora, storage
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.routing import side_branch
+from llava_patch.routing.cache import RoutedCache
 from llava_patch.routing.forward import RoutedForward
 from llava_patch.routing.schedule import LayerMode, LayerSchedule, make_schedule
 from llava_patch.settings.routing import AUTO, Routing
@@ -22,8 +23,8 @@ def attach(anatomy: Anatomy, schedule: LayerSchedule, undo: UndoStack) -> None:
     """Route and prune image tokens of a host model; a schedule that does nothing changes nothing.
 
     Modifications: the decoder's instance attribute `forward`; with a side branch a ModuleList `side_branch` on the
-    decoder; where masks are needed that flash attention does not know (the KV variant, a sliding window), the instance
-    attribute `config` of the deep layers' attention modules.
+    decoder; where masks are needed that flash attention does not know (the KV variant, a sliding window), those of
+    `compat.allow_any_mask` in the deep layers; on older transformers those of `compat.prepare_layers` and `keep_beams`.
     """
     if not schedule.does_something:
         return
@@ -40,6 +41,8 @@ def attach(anatomy: Anatomy, schedule: LayerSchedule, undo: UndoStack) -> None:
         masked += getattr(decoder, side_branch.SIDE_BRANCH)
     for layer in masked:
         compat.allow_any_mask(layer.self_attn, undo)
+    compat.prepare_layers(decoder, [*anatomy.layers, *getattr(decoder, side_branch.SIDE_BRANCH, ())], undo)
+    compat.keep_beams(anatomy.model, RoutedCache, undo)
     routed = inner(decoder, "forward")
     if isinstance(routed, RoutedForward):
         undo.set_attribute(routed, "schedule", schedule)
@@ -51,7 +54,7 @@ def attach(anatomy: Anatomy, schedule: LayerSchedule, undo: UndoStack) -> None:
                 "layers": compiled.is_compiled(inspect.unwrap(decoder.forward, stop=compiled.is_compiled))
             }
         )
-        undo.set_attribute(decoder, "forward", RoutedForward(anatomy, schedule))
+        undo.set_attribute(decoder, "forward", RoutedForward(anatomy, schedule, undo))
 
 
 class RoutingMethod(Method):

@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache
 
 from llava_patch.core.errors import InputError
 from llava_patch.hosts import compat
+from llava_patch.hosts.compat.dynamic_cache import Base
 from llava_patch.routing.plan import KeyPositions, PositionSet
 from llava_patch.routing.schedule import LayerMode, LayerSchedule
 
@@ -38,7 +39,7 @@ class SideMemory:
         return SideMemory(change(self.states), change(self.position_ids), self.places.map(change))
 
 
-class RoutedCache(DynamicCache):
+class RoutedCache(Base):
     """DynamicCache of a routed conversation."""
 
     schedule: LayerSchedule  # what the model's layers do; a cache goes on under the same schedule only
@@ -58,20 +59,17 @@ class RoutedCache(DynamicCache):
         It is empty, as `generate` has made it, or filled by earlier turns of text alone; `valid` is bool [batch, tokens
         so far], False at padding (None: no padding). InputError: a sliding window has already dropped positions.
         """
-        from transformers.cache_utils import DynamicLayer
-
         if isinstance(cache, cls):
             return cache
         length = cache.get_seq_length()
         # A windowed layer drops positions by its own length; ours differ in length, so the mask does the windowing.
-        for number, layer in enumerate(cache.layers):
-            if layer.is_initialized and layer.keys.shape[-2] != length:
+        for number, layer in enumerate(compat.cache_layers(cache)):
+            if layer.keys.shape[-2] != length:
                 raise InputError(
                     f"layer {number} of the KV cache has dropped positions that lie outside its sliding window: an "
                     "image cannot join this conversation; start from an empty cache"
                 )
-            layer.__class__ = DynamicLayer
-        cache.layer_class_to_replicate = DynamicLayer
+        compat.keep_every_position(cache)
         cache.__class__ = cls
         routed: RoutedCache = cache
         routed.schedule, routed.running = schedule, False
@@ -94,7 +92,7 @@ class RoutedCache(DynamicCache):
                 f"routing needs a dynamic KV cache, got {type(cache).__name__}: do not set cache_implementation, or "
                 'set it to "dynamic"'
             )
-        if cache.offloading:
+        if getattr(cache, "offloading", False):
             raise InputError('routing needs a KV cache on the device: do not set cache_implementation = "offloaded"')
 
     def update(
@@ -173,8 +171,8 @@ class RoutedCache(DynamicCache):
             raise InputError(
                 f"a routed KV cache cannot be cropped to {keep} positions: its last image ends at {self.image_end}"
             )
-        for layer in self.layers:
-            layer.crop(-forget)  # type: ignore[attr-defined]
+        for layer in compat.cache_layers(self):
+            layer.crop(-forget)
         for held in self.streams.values():
             held.forget(forget)
         self.length = keep
@@ -186,5 +184,4 @@ class RoutedCache(DynamicCache):
 
 def cache_bytes(cache: Any) -> int:
     """Bytes of the keys and values of any transformers cache."""
-    filled = (layer for layer in cache.layers if getattr(layer, "keys", None) is not None)
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in filled)
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in compat.cache_layers(compat.as_cache(cache)))

@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
 from llava_patch.core.compiled import aside, follow
 from llava_patch.core.errors import InputError
-from llava_patch.core.undo import inner
+from llava_patch.core.undo import UndoStack, inner
 from llava_patch.hosts import call_context, compat, known
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.hosts.call_context import CallContext, Stacked
@@ -26,8 +25,8 @@ logger = logging.getLogger("llava_patch")
 class RoutedForward:
     """The decoder's forward with routing; called as the decoder calls its own."""
 
-    def __init__(self, anatomy: Anatomy, schedule: LayerSchedule) -> None:
-        self.anatomy = anatomy
+    def __init__(self, anatomy: Anatomy, schedule: LayerSchedule, undo: UndoStack) -> None:
+        self.anatomy, self._undo = anatomy, undo
         self.schedule = schedule
         self.stock = inner(anatomy.decoder, "forward")
         functools.update_wrapper(self, self.stock, updated=())
@@ -73,9 +72,11 @@ class RoutedForward:
         brings_image = context.image_mask is not None
         if brings_image and (now := self._layers_now()) != self._layers:  # somebody put others there
             known.check_decoder(self.anatomy.decoder, "routing")
+            compat.prepare_layers(self.anatomy.decoder, self.anatomy.decoder.layers, self._undo)
             self._layers = now
         call = None
         if brings_image or routed_before or (cache is None and self._keeps_order()):
+            cache = compat.as_cache(cache)
             self._check(cache, attention_mask, position_ids, kwargs)
             if inputs_embeds is None:
                 inputs_embeds, input_ids = self.anatomy.decoder.embed_tokens(input_ids), None
@@ -171,7 +172,7 @@ class RoutedForward:
                 return None
             call.use_cache, call.in_order, use_cache = False, True, False
         if cache is not None or use_cache:
-            cache = DynamicCache(config=config) if cache is None else cache
+            cache = compat.new_cache(config) if cache is None else cache
             past_valid = None if attention_mask is None or not seen else attention_mask[:, :seen].bool()
             call.cache = RoutedCache.adopt(cache, self.schedule, past_valid, batch, embeds.device)
         return call

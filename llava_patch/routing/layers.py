@@ -77,7 +77,7 @@ class Stream:
 
     def mask(self, layer: Any, last: int | None = None) -> Any:
         """The mask, in the form of the layer's backend, where its queries are the new positions, or the `last` few."""
-        backend = compat.attention_of(layer.self_attn.config)
+        backend = compat.backend_of(layer.self_attn)
         key = (backend, None if last is not None and last >= self.count else last)
         if key not in self.masks:
             queries = self.count if last is None else last
@@ -109,6 +109,12 @@ class ExternalKeys:
     def merged_keys(self, own: Tensor) -> Tensor:
         """The keys that the layer's queries meet in this call: [batch, key_value_heads, keys, head_dim]."""
         return self.merge(self.key, own)
+
+    def get_usable_length(self, new: int, layer_idx: int) -> int:
+        """How many keys a call of the layer has beside its `new` own ones; layers of up to 4.4x ask before `update`."""
+        key = self.key[:, :1, :, :1]
+        merged = self.merge(key, key.new_empty(len(key), 1, new, 1)).shape[2]
+        return merged - new + (0 if self.cache is None else int(self.cache.get_seq_length(layer_idx)))
 
     def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """What a layer calls on its cache: merged keys and values, [batch, key_value_heads, keys, head_dim] each."""
@@ -172,5 +178,5 @@ def attention_of_last(
     query = projections.queries(layer, at.take(states), at.take_rotary(rotary))
     if key is None:
         key = projections.keys(layer, states, rotary)
-    attention = projections.attention_of_query(query, key, allowed, float(layer.self_attn.scaling))
+    attention = projections.attention_of_query(query, key, allowed, compat.scaling(layer.self_attn))
     return attention[:, attention.shape[1] - states.shape[1] :]

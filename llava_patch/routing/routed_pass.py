@@ -222,7 +222,7 @@ class RoutedPass:
             number == self.schedule.late_fusion[-1]
             and self._last_token_only(self._text(), all_text=True)
             # The masks of flash attention cannot say this.
-            and not compat.attention_of(self.layers[number].self_attn.config).startswith("flash_attention")
+            and not compat.backend_of(self.layers[number].self_attn).startswith("flash_attention")
         )
 
     def _last_token_only(self, hidden: Tensor, all_text: bool = False) -> bool:
@@ -314,7 +314,7 @@ class RoutedPass:
     def _open(self, hidden: Tensor) -> None:
         """Make the stream of all positions, with the stock model's own mask."""
         call = self.call
-        self.rotary = self.decoder.rotary_emb(hidden, call.position_ids)
+        self.rotary = compat.rotary(self.decoder, hidden, call.position_ids)
         self.full = self._stream(FULL, None, hidden)
         self.full.position_ids = call.position_ids
         self.full.masks[(compat.attention_of(self.config), None)] = compat.stock_mask(
@@ -358,7 +358,7 @@ class RoutedPass:
             memory = call.cache.remember_side(states, ids, places)
             if memory.states.shape[1] > new:
                 states, places = memory.states, memory.places
-                rotary = self.decoder.rotary_emb(states, memory.position_ids)
+                rotary = compat.rotary(self.decoder, states, memory.position_ids)
         stream = Stream(self.config, rotary, len(places), KeyPositions(places), states, self.windowed)
         return side_branch.run(self.anatomy, states, stream)[:, -new:]
 

@@ -52,7 +52,7 @@ def zero_gradient_pass(anatomy: Anatomy, hidden: Tensor, rotary: tuple[Tensor, T
     """
     row = torch.zeros_like(hidden[:1, :1])
     if rotary is None:
-        rotary = anatomy.decoder.rotary_emb(row, torch.zeros(1, 1, dtype=torch.long, device=row.device))
+        rotary = compat.rotary(anatomy.decoder, row, torch.zeros(1, 1, dtype=torch.long, device=row.device))
     here = (rotary[0][:1, :1], rotary[1][:1, :1])
     for layer in getattr(anatomy.decoder, SIDE_BRANCH):
         row = prime(row, layer)

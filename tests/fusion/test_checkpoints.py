@@ -5,12 +5,13 @@ import shutil
 
 import pytest
 import torch
+import transformers
 
 import llava_patch
 from llava_patch import DeepStack, DenseConnector, DirectFusion, SkipLinks, get_handle, patch
 from llava_patch.core.errors import CheckpointError, SettingError
 from tests.support.fusions import ALL, TOKENS, randomise
-from tests.support.models import Host
+from tests.support.models import Host, needs_hf
 from tests.support.release import write_fileset
 
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 8, "num_attention_heads": 2,
@@ -30,6 +31,7 @@ def name(request):
 
 def _load(name, path):
     if name == "hf":
+        needs_hf()
         from transformers import LlavaForConditionalGeneration
 
         return LlavaForConditionalGeneration.from_pretrained(path).eval()
@@ -65,7 +67,10 @@ def test_a_fused_model_comes_back(files, tmp_path, name, case, form, caplog):
     handle.save(folder, form=form)
     again = _load(name, folder)
     assert get_handle(again).fusion == ALL[case]
-    assert "were not used" not in caplog.text  # llava's tower is loaded later, which is no reason to frighten anybody
+    if hasattr(transformers, "LlavaModel"):  # before, only the class of a model is asked what to leave unsaid
+        assert (
+            "were not used" not in caplog.text
+        )  # llava's tower is loaded later, which is no reason to frighten anybody
     saved, loaded = model.state_dict(), again.state_dict()
     assert saved.keys() == loaded.keys()
     assert all(torch.equal(saved[key], loaded[key]) for key in saved)

@@ -9,7 +9,16 @@ from llava_patch import DeepStack, FastV, Routing, SkipLinks, get_handle, patch
 from llava_patch.core.errors import HostError, InputError, SettingError
 from llava_patch.hosts import anatomy
 from tests.support.fusions import hidden_states, pixels, randomise
-from tests.support.models import HF_IMAGE_TOKEN, IMAGE, Host, close, features_of, hf_next_model
+from tests.support.models import (
+    HF_IMAGE_TOKEN,
+    IMAGE,
+    Host,
+    close,
+    features_of,
+    hf_next_model,
+    needs_cpu,
+    set_attention,
+)
 from tests.support.routings import again
 
 RAGGED = [(2, IMAGE, 5), (3, IMAGE, 1, IMAGE, 4), (7,), (1, IMAGE, 9)]
@@ -59,7 +68,7 @@ def _by_hand(host, batch, features):
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_taps_are_added_at_the_image_positions(host, attention, padding):
-    host.model.set_attn_implementation(attention)
+    set_attention(host.model, attention)
     batch = host.batch(RAGGED, padding)
     with patch(host.model, fusion=STACK) as handle:
         randomise(handle)
@@ -145,9 +154,9 @@ def test_zero_start_generates_the_stock_models_logits(host, dtype):
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.inputs.items()}
     ids = inputs.pop("input_ids")
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
-    stock = host.model.generate(ids, **inputs, **options, output_logits=True).logits
+    stock = host.model.generate(ids, **inputs, **options, output_scores=True).scores
     with patch(host.model, fusion=STACK):
-        patched = host.model.generate(ids, **inputs, **options, output_logits=True).logits
+        patched = host.model.generate(ids, **inputs, **options, output_scores=True).scores
     assert all(torch.equal(a, b) for a, b in zip(patched, stock, strict=True)) and len(stock) == 4
 
 
@@ -190,6 +199,7 @@ def test_taps_are_the_tokens_that_the_host_keeps(host, merge_size):
 @pytest.mark.parametrize("host", ["llava"], indirect=True)
 def test_text_alone_in_half_precision(host):
     """What is added for nothing must be nothing, also where a sum over features would overflow."""
+    needs_cpu(torch.float16)
     host.model.half()
     with patch(host.model, fusion=STACK) as handle:
         for parameter in handle.anatomy.projector_owner.mm_projector_stack.parameters():

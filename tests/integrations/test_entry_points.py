@@ -13,10 +13,16 @@ from PIL import Image
 
 from llava_patch import Routing, SkipLinks, patch
 from tests.support.checkpoints import trained
+from tests.support.models import multiplies
 from tests.support.release import write_fileset
 from tests.support.tiny_train import TEXT, VISION
 
 QUESTION, COUNT = "What is the number in the image?", 6
+
+
+def precision():
+    """The scripts' own, or single where this torch multiplies no halves on the CPU."""
+    return torch.float16 if multiplies(torch.float16) else torch.float32
 
 
 def load(folder):
@@ -37,7 +43,10 @@ def ask(folder, image):
     talk.append_message(talk.roles[1], None)
     ids = tokenizer_image_token(talk.get_prompt(), tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")[None]
     pixels = process_images([image], processor, model.config).half()
-    said = model.generate(ids, images=pixels, image_sizes=[image.size], do_sample=False, max_new_tokens=COUNT)
+    dtype = precision()
+    said = model.to(dtype).generate(
+        ids, images=pixels.to(dtype), image_sizes=[image.size], do_sample=False, max_new_tokens=COUNT
+    )
     return tokenizer.batch_decode(said, skip_special_tokens=True)[0].strip()
 
 
@@ -70,7 +79,12 @@ def script(monkeypatch, capsys):
         monkeypatch.setattr(layer, "reset_parameters", layer.reset_parameters)
     generate, to = LlavaLlamaForCausalLM.generate, torch.Tensor.to
     short = {"max_new_tokens": COUNT}
-    monkeypatch.setattr(LlavaLlamaForCausalLM, "generate", lambda *args, **more: generate(*args, **{**more, **short}))
+
+    def answer(model, *args, images, **more):
+        dtype = precision()
+        return generate(model.to(dtype), *args, images=images.to(dtype), **{**more, **short})
+
+    monkeypatch.setattr(LlavaLlamaForCausalLM, "generate", answer)
     monkeypatch.setitem(sys.modules, "shortuuid", SimpleNamespace(uuid=lambda: "0"))
     if not torch.cuda.is_available():
         monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor, *args, **more: tensor)

@@ -97,7 +97,7 @@ def test_versions_outside_the_range_are_refused(monkeypatch):
 
     from llava_patch.core.errors import HostError
 
-    for version in ("4.37.2", "6.0.0"):
+    for version in ("4.36.2", "4.40.2", "4.52.4", "4.55.4", "6.0.0"):
         monkeypatch.setattr(transformers, "__version__", version)
         with pytest.raises(HostError, match=rf"transformers {version} is outside the supported range"):
             compat.check_versions()

@@ -7,7 +7,7 @@ import torch
 
 from llava_patch import patch
 from llava_patch.core.errors import InputError
-from tests.support.models import HF_IMAGE_TOKEN, IMAGE, TOKENS, close
+from tests.support.models import HF_IMAGE_TOKEN, IMAGE, TOKENS, close, set_attention
 from tests.support.routings import ALL, RAGGED, VARIANTS, again, embeddings, extend, places
 
 STEPS = 4
@@ -34,7 +34,7 @@ def _whole(host, handle, inputs, mask, cache):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("case", ALL)
 def test_cached_decode_is_recomputation_under_teacher_forcing(host, case, attention):
-    host.model.set_attn_implementation(attention)
+    set_attention(host.model, attention)
     batch = host.batch(RAGGED, "left")
     _teacher_force(host, batch, ALL[case])
 

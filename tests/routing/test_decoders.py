@@ -6,7 +6,7 @@ import torch
 from llava_patch import DeepStack, FastV, Routing, patch
 from llava_patch.routing.reference import final_states
 from tests.support import decoders
-from tests.support.models import IMAGE, LAYERS, TOKENS, close
+from tests.support.models import IMAGE, LAYERS, TOKENS, close, set_attention
 from tests.support.routings import ALL, RAGGED, again, embeddings, extend, places
 
 SOME = ["lf", "lf-k2", "lf-sparse", "pc", "kv", "ideal", "vtw", "fastv", "lf+fastv", "kv+fastv-deep"]
@@ -61,7 +61,7 @@ def test_what_leaves_nothing_out_is_stock(host, settings):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_every_variant_is_its_definition_and_its_own_cache(host, attention):
     """A window counts positions of the whole sequence, also where a layer sees a part of it."""
-    host.model.set_attn_implementation(attention)
+    set_attention(host.model, attention)
     left, right = host.batch(RAGGED, "left"), host.batch(RAGGED, "right")  # llava pads as the last one was made
     embeds = embeddings(host, right)
     tokens = torch.randint(3, 90, (len(RAGGED), 3), generator=torch.Generator().manual_seed(5))
@@ -100,10 +100,10 @@ def test_lean_generation_reads_what_a_plain_forward_gives(host):
     for case in SOME:
         with patch(host.model, **ALL[case]):
             out = host.model.generate(
-                prompt, **inputs, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
+                prompt, **inputs, max_new_tokens=1, do_sample=False, output_scores=True, return_dict_in_generate=True
             )
             whole = host.model(**batch.inputs, **extra, use_cache=False).logits[:, -1]
-        assert close(out.logits[0], whole), case
+        assert close(out.scores[0], whole), case
 
 
 @torch.no_grad()

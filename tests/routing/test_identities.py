@@ -5,7 +5,7 @@ import torch
 
 from llava_patch import Routing, patch
 from llava_patch.core.errors import InputError
-from tests.support.models import IMAGE, LAYERS, close, silence_side_branch
+from tests.support.models import IMAGE, LAYERS, close, set_attention, silence_side_branch
 
 RAGGED = [(2, IMAGE, 5), (3, IMAGE, 1, IMAGE, 4), (7,), (1, IMAGE, 9)]
 
@@ -63,7 +63,7 @@ def test_embeddings_prepared_by_hand_are_routed_too(host):
 @pytest.mark.parametrize("where", ["argument", "config"])
 def test_attention_tensors_are_refused(host, where):
     batch = host.batch(RAGGED)
-    host.model.set_attn_implementation("eager")
+    set_attention(host.model, "eager")
     with patch(host.model, routing=Routing(split=2)), pytest.raises(InputError, match="output_attentions"):
         if where == "config":
             host.model.config.output_attentions = True

@@ -8,6 +8,7 @@ import torch
 
 from llava_patch import DeepStack, FastV, Routing, SkipLinks, patch
 from llava_patch.core.errors import SettingError
+from llava_patch.hosts.compat import layer_output
 from tests.support.models import IMAGE, LAYERS, TOKENS
 from tests.support.routings import ALL
 
@@ -72,7 +73,7 @@ def test_no_graph_below_the_split(host, reentrant):
     seen = {}
     with patch(host.model, routing=Routing(split=3)):
         hooks = [
-            layer.register_forward_hook(lambda m, a, out, i=i: seen.update({i: out.requires_grad}))
+            layer.register_forward_hook(lambda m, a, out, i=i: seen.update({i: layer_output(out).requires_grad}))
             for i, layer in enumerate(host.decoder.layers)
         ]
         _loss(host).backward()

@@ -5,7 +5,7 @@ import torch
 
 from llava_patch import FastV, Routing, SkipLinks, patch
 from llava_patch.routing.reference import final_states
-from tests.support.models import IMAGE, LAYERS, close, silence_side_branch
+from tests.support.models import IMAGE, LAYERS, close, set_attention, silence_side_branch
 from tests.support.routings import ALL, PRUNED, RAGGED, VARIANTS, alone, embeddings
 
 EDGES = [(IMAGE, 4), (3, IMAGE), (2, IMAGE, IMAGE, 3), (5,), (1, IMAGE, 1, IMAGE)]
@@ -161,9 +161,9 @@ def test_hidden_states_are_nan_exactly_where_a_position_is_absent(host, case):
 def test_attention_backends_agree(host, case, attention):
     batch = host.batch(RAGGED, "left")
     with patch(host.model, **ALL[case]):
-        host.model.set_attn_implementation("eager")
+        set_attention(host.model, "eager")
         eager = host.logits(batch)
-        host.model.set_attn_implementation(attention)
+        set_attention(host.model, attention)
         assert close(host.logits(batch)[batch.valid], eager[batch.valid])
 
 
@@ -196,11 +196,11 @@ def test_the_first_generated_token_comes_from_the_whole_forward(host, case):
     ids = inputs.pop("input_ids")
     with patch(host.model, **ALL[case]):
         out = host.model.generate(
-            ids, **inputs, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
+            ids, **inputs, max_new_tokens=1, do_sample=False, output_scores=True, return_dict_in_generate=True
         )
         position_ids = {"position_ids": (batch.valid.long().cumsum(-1) - 1).clamp(min=0)} if host.name == "hf" else {}
         whole = host.model(**batch.inputs, **position_ids, use_cache=False).logits[:, -1]
-    assert close(out.logits[0], whole)
+    assert close(out.scores[0], whole)
 
 
 def test_lean_calls_ask_only_where_somebody_reads(host):

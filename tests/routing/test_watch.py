@@ -500,7 +500,7 @@ def test_a_tower_that_has_raised_is_forgotten(host):
         hook = projector.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
         expected = handle.anatomy.encode_images(pixels)
         hook.remove()
-        with pytest.raises(ValueError):
+        with pytest.raises((ValueError, RuntimeError)):
             vision(pixels[..., :28, :28], output_hidden_states=True)
         assert torch.equal(projector(kept[0]), expected)
 

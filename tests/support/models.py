@@ -7,8 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
+
+from llava_patch.core.undo import UndoStack
+from llava_patch.hosts import compat
 
 LAYERS, BLOCKS, TOKENS, VOCAB = 6, 8, 16, 96
 HF_IMAGE_TOKEN = 95
@@ -33,6 +37,7 @@ TEXT = {
 
 
 def hf_model(attention: str = "sdpa") -> nn.Module:
+    needs_hf()
     from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     torch.manual_seed(0)
@@ -41,12 +46,51 @@ def hf_model(attention: str = "sdpa") -> nn.Module:
         image_seq_length=TOKENS,
     )  # fmt: skip
     model = LlavaForConditionalGeneration(config).eval()
-    model.set_attn_implementation(attention)
+    set_attention(model, attention)
     return model
+
+
+def set_attention(model: Any, name: str) -> None:
+    """Have a model's decoder run another attention backend; up to 4.47 its attention modules' classes say which."""
+    if hasattr(model, "set_attn_implementation"):
+        model.set_attn_implementation(name)
+        return
+    for part in model.modules():
+        if hasattr(getattr(part, "config", None), "_attn_implementation"):
+            part.config._attn_implementation = name
+        if hasattr(part, "_use_sdpa"):
+            part._use_sdpa = name == "sdpa"
+        if hasattr(part, "layers") and hasattr(part, "_attn_implementation"):
+            part._attn_implementation = name
+        if hasattr(part, "q_proj") and hasattr(part, "o_proj"):
+            compat.use_backend(part, name, UndoStack())
+
+
+def needs_hf() -> None:
+    """Skip a test of Hugging Face's classes where they are refused."""
+    import transformers
+
+    if not hasattr(transformers, "LlavaModel"):
+        pytest.skip("Hugging Face's LLaVA places images inside its own forward up to 4.51, and is refused")
+
+
+def needs_cpu(dtype: torch.dtype) -> None:
+    """Skip a test in a precision in which this torch multiplies no matrices on the CPU."""
+    if not multiplies(dtype):
+        pytest.skip(f"this torch does not multiply {dtype} on the CPU")
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    try:
+        torch.ones(2, 2, dtype=dtype) @ torch.ones(2, 2, dtype=dtype)
+    except RuntimeError:
+        return False
+    return True
 
 
 def hf_next_model() -> nn.Module:
     """Several tiles an image, with newline features between their rows."""
+    needs_hf()
     from transformers import LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
 
     torch.manual_seed(0)

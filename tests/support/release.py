@@ -63,13 +63,21 @@ def small_llava(vision: dict, text: dict, vocab_size: int) -> Any:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model = LlavaForConditionalGeneration(config)
-        projector, decoder = model.model.multi_modal_projector, model.model.language_model
+        projector, decoder, head = _parts(model)[1:]
         for linear in (projector.linear_1, projector.linear_2):
             linear.weight.normal_(0, 1 / math.sqrt(linear.in_features))
             linear.bias.zero_()
         decoder.embed_tokens.weight.normal_(0, 0.5)  # of the size of the projector's output
-        model.lm_head.weight.normal_(0, 0.02)
+        head.weight.normal_(0, 0.02)
     return model.eval()
+
+
+def _parts(model: Any) -> tuple[Any, Any, Any, Any]:
+    """Tower, projector, decoder and head; up to 4.51 there is no inner model."""
+    inner = getattr(model, "model", model)
+    language = inner.language_model
+    head = model.lm_head if inner is not model else language.lm_head
+    return inner.vision_tower, inner.multi_modal_projector, getattr(language, "model", language), head
 
 
 def write_fileset(out: Path, *, vision: dict, text: dict, vocab_size: int, model: Any = None) -> FileSet:
@@ -85,21 +93,22 @@ def write_fileset(out: Path, *, vision: dict, text: dict, vocab_size: int, model
         llava=root / "llava-v1.5-small",
         hf=root / "llava-1.5-small-hf",
     )
-    images = _write_tower(model.model.vision_tower, files.tower)
+    tower, bridge, decoder, head = _parts(model)
+    images = _write_tower(tower, files.tower)
     model = model.half()
     model.config.vision_config.dtype = model.config.text_config.dtype = torch.float16
 
     with torch.no_grad():  # an added token is never likelier than every real one
-        for weight in (model.model.language_model.embed_tokens.weight, model.lm_head.weight):
+        for weight in (decoder.embed_tokens.weight, head.weight):
             weight[vocab_size:] = weight[:vocab_size].float().mean(0)
 
-    language = {f"model.{name}": tensor for name, tensor in model.model.language_model.state_dict().items()}
-    language["lm_head.weight"] = model.lm_head.weight.detach()
+    language = {f"model.{name}": tensor for name, tensor in decoder.state_dict().items()}
+    language["lm_head.weight"] = head.weight.detach()
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         language[name] = language[name][:vocab_size].clone()
     places = {"linear_1": "0", "linear_2": "2"}
     projector = {}
-    for name, tensor in model.model.multi_modal_projector.state_dict().items():
+    for name, tensor in bridge.state_dict().items():
         linear, kind = name.split(".")
         projector[f"model.mm_projector.{places[linear]}.{kind}"] = tensor
     torch.save(projector, files.projector)
@@ -123,6 +132,8 @@ def write_fileset(out: Path, *, vision: dict, text: dict, vocab_size: int, model
         _write_tokenizer(folder, pieces, pad_token="<unk>", padding_side="right")
         torch.save({**language, **weights}, folder / "pytorch_model.bin")
 
+    if "multi_modal_projector" in model._modules:  # up to 4.51, where the class is refused
+        return files
     model.save_pretrained(files.hf)
     _edit(files.hf / "config.json")
     _write_generation(files.hf, pad=vocab_size + 1)

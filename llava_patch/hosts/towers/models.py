@@ -11,7 +11,6 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import PILImageResampling
-from transformers.utils.generic import is_timm_config_dict
 
 from llava_patch.core.errors import CheckpointError, HostError
 from llava_patch.hosts import compat
@@ -37,7 +36,7 @@ def read_config(name: str) -> Any:
         raw, _ = PretrainedConfig.get_config_dict(name)
     except OSError:
         return None
-    timm = "model_type" not in raw and is_timm_config_dict(raw)
+    timm = "model_type" not in raw and "pretrained_cfg" in raw
     if not raw or raw.get("model_type") in CLIP or ("model_type" not in raw and not timm):
         return None
     try:

@@ -20,6 +20,7 @@ from llava_patch.routing.cache import RoutedCache
 from llava_patch.routing.cache import cache_bytes as held_bytes
 from tests.support import fusions, models, tiny, zoo
 from tests.support import routings as cases
+from tests.support.models import set_attention
 
 GROUPED = {k: v for k, v in cases.ALL.items() if k in ("lf", "lf-k2", "pc", "kv", "ideal", "vtw", "fastv", "lf+fastv")}
 
@@ -58,7 +59,7 @@ class Counted:
 
 
 def eager(host):
-    host.model.set_attn_implementation("eager")
+    set_attention(host.model, "eager")
     find(host.model).vision_model.set_attn_implementation("eager")
 
 

@@ -21,7 +21,7 @@ from llava_patch.measurements.saturation.measure import measure_sample, measure_
 from llava_patch.measurements.saturation.result import Curves
 from llava_patch.measurements.trace import traced
 from tests.support import models
-from tests.support.models import IMAGE, LAYERS, Host
+from tests.support.models import IMAGE, LAYERS, Host, set_attention
 from tests.support.routings import ALL
 
 TWO_IMAGES = (2, IMAGE, 3, IMAGE, 4)
@@ -187,7 +187,7 @@ def mistral(attention: str) -> nn.Module:
         image_seq_length=models.TOKENS,
     )  # fmt: skip
     model = LlavaForConditionalGeneration(config).eval()
-    model.set_attn_implementation(attention)
+    set_attention(model, attention)
     return model
 
 
