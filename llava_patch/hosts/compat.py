@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from llava_patch.core.compiled import follow_as, varies
 from llava_patch.core.errors import HostError, InputError
 from llava_patch.core.undo import UndoStack
+from llava_patch.hosts.zero import bare
 
 logger = logging.getLogger("llava_patch")
 T = TypeVar("T")
@@ -120,14 +121,15 @@ def call_layer(
     # What compiled layers have in common. With a cache that is nothing: a layer's number then is in its graph.
     number = None if getattr(cache, "cache", cache) is None else int(layer.self_attn.layer_idx)
     given = frozenset(name for name, value in arguments.items() if value is not None)
-    role = (type(layer).__name__, checkpoint, given, number, torch.is_grad_enabled())
-    if checkpoint or not getattr(layer, "gradient_checkpointing", False):
+    own = bare(layer)
+    role = (type(own).__name__, checkpoint, given, number, torch.is_grad_enabled())
+    if checkpoint or not getattr(own, "gradient_checkpointing", False):
         return layer_output(follow_as(role, layer, hidden_states, **arguments))
-    layer.gradient_checkpointing = False  # read by the layer's `__call__`, from 5.2x on by its `forward`
+    own.gradient_checkpointing = False  # read by the layer's `__call__`, from 5.2x on by its `forward`
     try:
         return layer_output(follow_as(role, layer, hidden_states, **arguments))
     finally:
-        layer.gradient_checkpointing = True
+        own.gradient_checkpointing = True
 
 
 def layer_output(output: Any) -> Tensor:

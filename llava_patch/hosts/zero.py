@@ -1,4 +1,8 @@
-"""Weights that DeepSpeed ZeRO-3 keeps in parts: every rank holds a slice, and a collective call puts a tensor together.
+"""Weights that an engine keeps in parts: every rank holds a slice, and a collective call puts a tensor together.
+
+DeepSpeed ZeRO-3 does so with every tensor for itself, while its module runs. FSDP does it with a decoder layer at a
+time: torch's FullyShardedDataParallel (FSDP1), which wraps the layer, and `fully_shard` (FSDP2), which makes DTensors
+of its parameters. So whatever uses a layer's weights does it while the layer runs.
 
 Whatever gathers must run on every rank, in the same order: a rank that leaves it out leaves the others waiting.
 """
@@ -10,10 +14,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+_MARKS = ("ds_id", "_fsdp_flattened", "full_tensor")  # on a parameter, of ZeRO-3, FSDP1 and FSDP2
+
+
+def bare(module: Any) -> Any:
+    """What torch.compile, torch's CheckpointWrapper and FSDP1 wrap: they run it as it is."""
+    while name := next((name for name in _WRAPPERS if name in getattr(module, "_modules", ())), None):
+        module = getattr(module, name)
+    return module
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without the wrappers of `bare`: what it is called in a checkpoint."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
 
 def is_partitioned(parameters: Iterable[Tensor]) -> bool:
     """Whether any of these parameters is partitioned."""
-    return any(hasattr(p, "ds_id") for p in parameters)
+    return any(hasattr(p, mark) for p in parameters for mark in _MARKS)
+
+
+def by_fsdp(parameters: Iterable[Tensor]) -> bool:
+    """Whether FSDP, of either kind, has partitioned any of these parameters."""
+    return any(hasattr(p, mark) for p in parameters for mark in _MARKS[1:])
 
 
 def in_engine(model: nn.Module) -> bool:

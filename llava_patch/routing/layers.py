@@ -6,6 +6,7 @@ the stock code does the rest.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -99,20 +100,23 @@ class Stream:
 
 @dataclass(eq=False)
 class ExternalKeys:
-    """Stands in for a cache during one layer's call: keys and values that the layer did not compute in it."""
+    """Stands in for a cache during one layer's call: keys and values of positions that the layer is not called on.
+
+    They are projected when the layer asks: its weights are there then, also where an engine keeps them in parts.
+    """
 
     cache: Any
-    key: Tensor
-    value: Tensor
+    give: Callable[[], tuple[Tensor, Tensor]]
     merge: Callable[[Tensor, Tensor], Tensor]
 
     def merged_keys(self, own: Tensor) -> Tensor:
         """The keys that the layer's queries meet in this call: [batch, key_value_heads, keys, head_dim]."""
-        return self.merge(self.key, own)
+        return self.merge(self.give()[0], own)
 
     def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """What a layer calls on its cache: merged keys and values, [batch, key_value_heads, keys, head_dim] each."""
-        key, value = self.merged_keys(key), self.merge(self.value, value)
+        others = self.give()
+        key, value = self.merge(others[0], key), self.merge(others[1], value)
         return (key, value) if self.cache is None else self.cache.update(key, value, *args, **kwargs)
 
 
@@ -135,8 +139,8 @@ def call_with_keys(
     """
 
     def run(hidden_states: Tensor, others: Tensor) -> Tensor:
-        key, value = projections.keys_values(layer, others, others_rotary)
-        external = ExternalKeys(cache, key, value, merge)
+        give = functools.partial(projections.keys_values, layer, others, others_rotary)
+        external = ExternalKeys(cache, give, merge)
         return compat.call_layer(
             layer, hidden_states, attention_mask=attention_mask, position_embeddings=rotary, cache=external,
             use_cache=True, checkpoint=False,
