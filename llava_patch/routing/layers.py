@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_patch.core.undo import holding
-from llava_patch.hosts import compat, projections
+from llava_patch.hosts import compat, projections, zero
 from llava_patch.routing.plan import KeyPositions, PositionSet
 
 Rotary = tuple[Tensor, Tensor]
@@ -174,7 +174,8 @@ def attention_of_last(
     """
     at = PositionSet(last[:, None], None)
     query = projections.queries(layer, at.take(states), at.take_rotary(rotary))
-    if key is None:
-        key = projections.keys(layer, states, rotary)
+    if key is None or zero.is_partitioned(layer.parameters()):  # a rank without an image has no cache to read
+        own = projections.keys(layer, states, rotary)
+        key = own if key is None else key
     attention = projections.attention_of_query(query, key, allowed, float(layer.self_attn.scaling))
     return attention[:, attention.shape[1] - states.shape[1] :]
