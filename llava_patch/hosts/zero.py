@@ -71,6 +71,32 @@ def gathered(parameters: Iterable[Tensor], changed: bool = False) -> Iterator[No
         yield
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor itself, or, of FSDP2's, all of it; inside `gathered` and `whole_model` every engine's are whole."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+@contextlib.contextmanager
+def whole_model(wrapped: Any) -> Iterator[None]:
+    """Inside the block the parameters of a model inside FSDP1 are whole on the first rank, on the CPU, to be read.
+
+    `wrapped` is the outermost module, what a Trainer's `model` is while it trains; others are left alone.
+    """
+    if type(wrapped).__name__ != "FullyShardedDataParallel":
+        yield
+        return
+    with type(wrapped).summon_full_params(wrapped, writeback=False, rank0_only=True, offload_to_cpu=True):
+        yield
+
+
+def in_pieces(model: nn.Module) -> bool:
+    """Whether FSDP1 holds a model's matrices as flat pieces now, which `whole_model` puts together."""
+    if any(name.rpartition(".")[2] == "_flat_param" for name, _ in model.named_parameters()):
+        return True
+    matrices = (m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding)))
+    return any(hasattr(w, _MARKS[1]) and w.ndim != 2 for w in matrices)
+
+
 def copy_values(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     """Copy whole tensors into the parameters of the same names and shapes, whatever their dtype and device."""
     with torch.no_grad():

@@ -404,7 +404,7 @@ class RoutedPass:
         pruning = self.schedule.pruning
         assert pruning is not None
         keep = pruning.keep_counts(counts.image, counts.protected)
-        scores = pruning.scores(image_mask, self._attention if self.attention is None else lambda: self.attention)
+        scores = pruning.scores(image_mask, self._attention)
         kept = valid & (~image_mask | choose_kept(scores, image_mask, keep, call.protected))
         self.entered, self.attention, self.counts = None, None, replace(counts, image=keep)
         if call.cache is None:  # with a cache the prompt does not come again
@@ -413,6 +413,8 @@ class RoutedPass:
 
     def _attention(self) -> Tensor:
         """Attention of the last prompt token at the layer before pruning: float32 [batch, tokens]."""
+        if self.attention is not None:
+            return self.attention
         call, keys, last = self.call, self.full.keys.places, self.call.last_index()
         assert self.prune_at is not None and self.entered is not None
         number = self.prune_at - 1
