@@ -25,6 +25,17 @@ def _second() -> bool:
     return os.environ.get("FSDP_VERSION", "1") == "2"
 
 
+def check_llavas_script(training_args: Any) -> None:
+    """Refuse what LLaVA's own script ends in: a save for which the first rank waits for the others (SettingError)."""
+    refuse(
+        {
+            "FSDP2 (fsdp_version: 2) with LLaVA's script, which gathers the weights for its save on the first rank "
+            "alone, where FSDP2 waits for the others: set fsdp_version: 1 in accelerate's configuration, or use "
+            "DeepSpeed": uses_fsdp(training_args) and _second(),
+        }
+    )
+
+
 def outside(handle: Handle) -> bool:
     """Whether the vision tower lies outside the model, where LLaVA's script puts it for --fsdp."""
     inside = {id(p) for p in handle.model.parameters()}

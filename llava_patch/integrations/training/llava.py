@@ -82,6 +82,7 @@ def prepare(model: Any, training_args: Any, dataset: Any, collator: Any) -> Hand
     if handle is None:
         return None
     check_run(handle, training_args)
+    engine.check_llavas_script(training_args)
     train_side_branch_in_full(model, handle)
     stack = handle.adapter_parameters()[len(list(handle.anatomy.projector.parameters())) :]
     for parameter in stack:  # the script has set the projector's flags, and does not know DeepStack's own

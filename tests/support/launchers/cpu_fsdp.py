@@ -15,7 +15,6 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.fsdp._flat_param import FlatParamHandle
 
-
 _after_init = FullyShardedDataParallelPlugin.__post_init__
 
 
