@@ -1,5 +1,6 @@
 """DDP, DeepSpeed ZeRO, FSDP and FSDP2 train a patched model as one process does, on both hosts; what they cannot."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -31,15 +32,25 @@ RUNS = ("llava-kv", "llava-lf_fastv", "hf-lf", "hf-skip", "hf-deep_kv")
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """The folder where every job has run, one after the other."""
-    folder = tmp_path_factory.mktemp("engines")
+    """The folder where every job has run, one after the other; pytest's workers share it."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "engines"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "done").exists():
+            _run_all(folder)
+            (folder / "done").touch()
+    return folder
+
+
+def _run_all(folder):
     ones = [run.replace("-", ":one:") for run in RUNS]
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(LAUNCHERS / "engines.py"), str(folder), *ones, *JOBS]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
-    return folder
 
 
 def _result(folder):
