@@ -41,6 +41,7 @@ def _environment(lock: str, *front: Path) -> dict[str, str]:
         "PYTHON": f"{venv}/bin/python",
         "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false",
         "LLAVA_PATCH_GIN_FILE": "", "LLAVA_PATCH_GIN_PARAM": "", "LLAVA_PATCH_DISABLE": "",
+        "LLAVA_PATCH_LLAVA_TREE": "",  # a lock's stack has the lock's llava
     }  # fmt: skip
 
 
