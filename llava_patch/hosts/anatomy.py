@@ -28,7 +28,7 @@ HOSTS: dict[str, tuple[type[Anatomy], HostFiles]] = {
 
 
 def unwrap(model: Any) -> Any:
-    """Strip DDP, DeepSpeed engines, torch.compile and peft wrappers around a host model."""
+    """Strip DDP, FSDP, DeepSpeed engines, torch.compile and peft wrappers around a host model."""
     while True:
         model = known.bare(model)
         if hasattr(model, "get_base_model"):

@@ -3,7 +3,7 @@
 What counts is whose `forward` runs, not what a class is called: a subclass that overrides nothing passes (llava's own
 `LlavaLlamaModel`), one that overrides `forward` does not, nor does a function that somebody put in its place. Wrappers
 made with `functools.wraps` (accelerate's hooks, deprecations) carry the name of what they wrap, and the modules that
-torch.compile and activation checkpointing put around a layer are seen through.
+torch.compile, activation checkpointing and FSDP put around a layer are seen through.
 """
 
 from collections.abc import Iterable
@@ -13,6 +13,7 @@ from torch import nn
 
 from llava_patch.core.errors import HostError
 from llava_patch.hosts import compat
+from llava_patch.hosts.zero import bare
 
 _HF = "transformers.models"
 _LLAVA = "llava.model"
@@ -45,15 +46,7 @@ _LOOKED_AT = {
     "Olmo2Model": "its norms stand behind attention and MLP, and it has norms on queries and keys",
 }
 _BY_BACKEND = ("SdpaAttention", "FlashAttention2")  # classes of up to 4.47
-_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 _VARYING_ROPE = ("dynamic", "longrope")
-
-
-def bare(module: Any) -> Any:
-    """What torch.compile and torch's CheckpointWrapper wrap: they run it as it is."""
-    while name := next((name for name in _WRAPPED if name in getattr(module, "_modules", ())), None):
-        module = getattr(module, name)
-    return module
 
 
 def name_of(module: nn.Module, method: str = "forward", by_class: bool = False) -> str:

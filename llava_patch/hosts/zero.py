@@ -1,4 +1,8 @@
-"""Weights that DeepSpeed ZeRO-3 keeps in parts: every rank holds a slice, and a collective call puts a tensor together.
+"""Weights that an engine keeps in parts: every rank holds a slice, and a collective call puts a tensor together.
+
+DeepSpeed ZeRO-3 does so with every tensor for itself, while its module runs. FSDP does it with a decoder layer at a
+time: torch's FullyShardedDataParallel (FSDP1), which wraps the layer, and `fully_shard` (FSDP2), which makes DTensors
+of its parameters. So whatever uses a layer's weights does it while the layer runs.
 
 Whatever gathers must run on every rank, in the same order: a rank that leaves it out leaves the others waiting.
 """
@@ -10,10 +14,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+_MARKS = ("ds_id", "_fsdp_flattened", "full_tensor")  # on a parameter, of ZeRO-3, FSDP1 and FSDP2
+
+
+def bare(module: Any) -> Any:
+    """What torch.compile, torch's CheckpointWrapper and FSDP1 wrap: they run it as it is."""
+    while name := next((name for name in _WRAPPERS if name in getattr(module, "_modules", ())), None):
+        module = getattr(module, name)
+    return module
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without the wrappers of `bare`: what it is called in a checkpoint."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
 
 def is_partitioned(parameters: Iterable[Tensor]) -> bool:
     """Whether any of these parameters is partitioned."""
-    return any(hasattr(p, "ds_id") for p in parameters)
+    return any(hasattr(p, mark) for p in parameters for mark in _MARKS)
+
+
+def by_fsdp(parameters: Iterable[Tensor]) -> bool:
+    """Whether FSDP, of either kind, has partitioned any of these parameters."""
+    return any(hasattr(p, mark) for p in parameters for mark in _MARKS[1:])
 
 
 def in_engine(model: nn.Module) -> bool:
@@ -45,6 +69,32 @@ def gathered(parameters: Iterable[Tensor], changed: bool = False) -> Iterator[No
 
     with deepspeed.zero.GatheredParameters(parts, modifier_rank=0 if changed else None):
         yield
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor itself, or, of FSDP2's, all of it; inside `gathered` and `whole_model` every engine's are whole."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+@contextlib.contextmanager
+def whole_model(wrapped: Any) -> Iterator[None]:
+    """Inside the block the parameters of a model inside FSDP1 are whole on the first rank, on the CPU, to be read.
+
+    `wrapped` is the outermost module, what a Trainer's `model` is while it trains; others are left alone.
+    """
+    if type(wrapped).__name__ != "FullyShardedDataParallel":
+        yield
+        return
+    with type(wrapped).summon_full_params(wrapped, writeback=False, rank0_only=True, offload_to_cpu=True):
+        yield
+
+
+def in_pieces(model: nn.Module) -> bool:
+    """Whether FSDP1 holds a model's matrices as flat pieces now, which `whole_model` puts together."""
+    if any(name.rpartition(".")[2] == "_flat_param" for name, _ in model.named_parameters()):
+        return True
+    matrices = (m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding)))
+    return any(hasattr(w, _MARKS[1]) and w.ndim != 2 for w in matrices)
 
 
 def copy_values(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:

@@ -61,7 +61,8 @@ def adapter_tensors(handle: Handle) -> dict[str, Tensor]:
             continue
         if parameter.is_floating_point():  # quantised weights are the base's
             with zero.gathered([parameter]):
-                tensors[name] = storage.value(model, name).detach().to("cpu").clone().contiguous()
+                value = zero.whole(storage.value(model, name).detach())
+                tensors[zero.plain_name(name)] = value.to("cpu").clone().contiguous()
     return tensors
 
 
@@ -70,8 +71,8 @@ def save(handle: Handle, directory: str | os.PathLike[str], form: str = "adapter
 
     Args:
         handle: the patch.
-        directory: folder to write; files of the same name are replaced. With weights that DeepSpeed ZeRO-3 has
-            partitioned, every rank must call this (gathering is collective) and the first one writes.
+        directory: folder to write; files of the same name are replaced. With weights that DeepSpeed ZeRO-3 or FSDP2
+            has partitioned, every rank must call this (gathering is collective) and the first one writes.
         form: "adapter": only what was added or trained, with a pointer to the base; "full": everything.
 
     Returns:
@@ -131,10 +132,11 @@ def _check_can_save(handle: Handle, form: str) -> None:
         "(merge_and_unload), or save with peft and LLaVA's own files": lora.has_lora(handle.anatomy.model),
         f"LoRA was merged into {merged} (merge_and_unload), whose quantised weights an adapter does not hold: save "
         'with form="full"': form == "adapter" and merged is not None,
-        'the weights are partitioned by DeepSpeed ZeRO-3, where form="full" is not available: save with '
-        "trainer.save_model() (stage3_gather_16bit_weights_on_model_save in the DeepSpeed config)": (
-            form == "full" and zero.is_partitioned(handle.model.parameters())
-        ),
+        'the weights are partitioned (DeepSpeed ZeRO-3, FSDP), where form="full" is not available: save with '
+        "trainer.save_model() (stage3_gather_16bit_weights_on_model_save in the DeepSpeed config; FULL_STATE_DICT in "
+        "FSDP's)": form == "full" and zero.is_partitioned(handle.model.parameters()),
+        "FSDP holds the weights in flat pieces: save inside `FullyShardedDataParallel.summon_full_params(model, "
+        "writeback=False, rank0_only=True)`, which all ranks enter, on the first rank": (zero.in_pieces(handle.model)),
     }
     refuse(against, CheckpointError)
 

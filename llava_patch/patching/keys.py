@@ -44,7 +44,7 @@ def weights_digest(
         if tensor.is_meta:
             raise HostError(f"{name} lies outside memory (device_map): load the model without offloading")
         with zero.gathered([tensor]):
-            flat, shape = tensor.detach().reshape(-1), tuple(tensor.shape)
+            flat, shape = zero.whole(tensor.detach()).reshape(-1), tuple(tensor.shape)
             if values is None:
                 found.update(f"{name} {tensor.dtype} {shape}".encode())
                 part = flat.to("cpu").contiguous().view(torch.uint8) if len(flat) else flat.to("cpu", torch.uint8)
@@ -137,9 +137,9 @@ def base_fingerprint(model: nn.Module, changed: Collection[str]) -> dict[str, li
     handle = get_handle(model)
     training = {id(p) for p in (() if handle is None else handle.training_parameters())}
     return {
-        name: sample(storage.value(model, name), _FINGERPRINT_VALUES).tolist()
+        zero.plain_name(name): sample(storage.value(model, name), _FINGERPRINT_VALUES).tolist()
         for name, parameter in model.named_parameters()
-        if name not in changed and id(parameter) not in training and len(zero.shape(parameter)) == 2
+        if zero.plain_name(name) not in changed and id(parameter) not in training and len(zero.shape(parameter)) == 2
         if parameter.is_floating_point()
     }
 
@@ -147,7 +147,7 @@ def base_fingerprint(model: nn.Module, changed: Collection[str]) -> dict[str, li
 def sample(tensor: Tensor, count: int) -> Tensor:
     """Evenly spaced values of a tensor of any shape and dtype: float32 [count] on the CPU."""
     with zero.gathered([tensor]):
-        flat = tensor.detach().flatten()
+        flat = zero.whole(tensor.detach()).flatten()
         return flat[evenly_spaced(flat.numel(), count, flat.device)].float().cpu()
 
 
@@ -175,7 +175,8 @@ def check_as_loaded(anatomy: Anatomy, fingerprint: Mapping[str, list[float]], ba
         return
     files = HOSTS[anatomy.host][1]
     below = {files.neutral(t.name) or t.name: t for path in paths for t in read_file(path, whole=True)}
-    for name, parameter in anatomy.model.named_parameters():
+    for own, parameter in anatomy.model.named_parameters():
+        name = zero.plain_name(own)
         there = below.get(files.neutral(name) or name) if name in fingerprint else None
         if there is None or there.shape != tuple(zero.shape(parameter)) or not parameter.is_floating_point():
             continue  # quantised

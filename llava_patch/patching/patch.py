@@ -129,6 +129,11 @@ def _check_model(found: Anatomy, asked: Mapping[str, Method], loading: bool) -> 
             f"the model runs tensor parallel on {found.model._tp_size} devices (tp_plan), which routing and fusion "
             "cannot follow: load it without tp_plan"
         )
+    if zero.by_fsdp(found.model.parameters()):
+        raise SettingError(
+            "FSDP has already taken this model over and would not train what a patch adds: patch the model before "
+            "FullyShardedDataParallel(), fully_shard() or accelerator.prepare()"
+        )
     if zero.is_partitioned(found.model.parameters()):
         for setting in (method.refused_when_partitioned() for method in asked.values()):
             if setting is not None:

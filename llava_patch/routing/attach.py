@@ -64,10 +64,8 @@ class RoutingMethod(Method):
     calls_decoder_layers = True
 
     def refused_when_partitioned(self) -> str | None:
-        """A measured split, and what calls projections apart from their layers, in another order without an image."""
-        if self.takes_samples():
-            return f'Routing.split = "{AUTO}"'
-        return 'Routing.variant = "kv"' if self.settings.variant == "kv" else None
+        """A measured split."""
+        return f'Routing.split = "{AUTO}"' if self.takes_samples() else None
 
     def takes_samples(self) -> bool:
         """Whether the split is to be measured."""
@@ -119,7 +117,3 @@ class PruningMethod(Method):
     """Pruning of image tokens on a model; `routing.attach.attach` applies the schedule that says which layer prunes."""
 
     calls_decoder_layers = True
-
-    def refused_when_partitioned(self) -> str | None:
-        """Pruning in training."""
-        return f"{self.name}.training = True" if self.settings.training else None

@@ -10,7 +10,7 @@ from torch import Tensor
 from llava_patch.core.compiled import aside, follow
 from llava_patch.core.errors import InputError
 from llava_patch.core.undo import UndoStack, inner
-from llava_patch.hosts import call_context, compat, known
+from llava_patch.hosts import call_context, compat, known, zero
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.hosts.call_context import CallContext, Stacked
 from llava_patch.routing import side_branch
@@ -33,7 +33,7 @@ class RoutedForward:
         self._layers = self._layers_now()
 
     def _layers_now(self) -> tuple[Any, ...]:
-        layers = list(self.anatomy.decoder.layers)
+        layers = [zero.bare(layer) for layer in self.anatomy.decoder.layers]  # engines wrap them when training begins
         return (*layers, *(getattr(layer, "self_attn", None) for layer in layers))
 
     @aside

@@ -6,6 +6,7 @@ the stock code does the rest.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_patch.core.undo import holding
-from llava_patch.hosts import compat, projections
+from llava_patch.hosts import compat, projections, zero
 from llava_patch.routing.plan import KeyPositions, PositionSet
 
 Rotary = tuple[Tensor, Tensor]
@@ -99,26 +100,29 @@ class Stream:
 
 @dataclass(eq=False)
 class ExternalKeys:
-    """Stands in for a cache during one layer's call: keys and values that the layer did not compute in it."""
+    """Stands in for a cache during one layer's call: keys and values of positions that the layer is not called on.
+
+    They are projected when the layer asks: its weights are there then, also where an engine keeps them in parts.
+    """
 
     cache: Any
-    key: Tensor
-    value: Tensor
+    give: Callable[[], tuple[Tensor, Tensor]]
     merge: Callable[[Tensor, Tensor], Tensor]
 
     def merged_keys(self, own: Tensor) -> Tensor:
         """The keys that the layer's queries meet in this call: [batch, key_value_heads, keys, head_dim]."""
-        return self.merge(self.key, own)
+        return self.merge(self.give()[0], own)
 
     def get_usable_length(self, new: int, layer_idx: int) -> int:
         """How many keys a call of the layer has beside its `new` own ones; layers of up to 4.4x ask before `update`."""
-        key = self.key[:, :1, :, :1]
+        key = self.give()[0][:, :1, :, :1]
         merged = self.merge(key, key.new_empty(len(key), 1, new, 1)).shape[2]
         return merged - new + (0 if self.cache is None else int(self.cache.get_seq_length(layer_idx)))
 
     def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """What a layer calls on its cache: merged keys and values, [batch, key_value_heads, keys, head_dim] each."""
-        key, value = self.merged_keys(key), self.merge(self.value, value)
+        others = self.give()
+        key, value = self.merge(others[0], key), self.merge(others[1], value)
         return (key, value) if self.cache is None else self.cache.update(key, value, *args, **kwargs)
 
 
@@ -141,8 +145,8 @@ def call_with_keys(
     """
 
     def run(hidden_states: Tensor, others: Tensor) -> Tensor:
-        key, value = projections.keys_values(layer, others, others_rotary)
-        external = ExternalKeys(cache, key, value, merge)
+        give = functools.partial(projections.keys_values, layer, others, others_rotary)
+        external = ExternalKeys(cache, give, merge)
         return compat.call_layer(
             layer, hidden_states, attention_mask=attention_mask, position_embeddings=rotary, cache=external,
             use_cache=True, checkpoint=False,
@@ -176,7 +180,8 @@ def attention_of_last(
     """
     at = PositionSet(last[:, None], None)
     query = projections.queries(layer, at.take(states), at.take_rotary(rotary))
-    if key is None:
-        key = projections.keys(layer, states, rotary)
+    if key is None or zero.is_partitioned(layer.parameters()):  # a rank without an image has no cache to read
+        own = projections.keys(layer, states, rotary)
+        key = own if key is None else key
     attention = projections.attention_of_query(query, key, allowed, compat.scaling(layer.self_attn))
     return attention[:, attention.shape[1] - states.shape[1] :]

@@ -4,7 +4,8 @@ Source: "Late-Layer Fusion is Enough" (DPVR), section 3.2. Layers below the spli
 on the image positions, the deep layers as the variant has it (`schedule`); pruned tokens leave on the way (`pruning`).
 """
 
-import functools
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llava_patch.fusion import deep_stack_decoder
-from llava_patch.hosts import call_context, compat, projections
+from llava_patch.hosts import call_context, compat, projections, zero
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.hosts.call_context import CallContext
 from llava_patch.routing import side_branch
@@ -90,6 +91,7 @@ class RoutedPass:
         self.side: Tensor | None = None  # the side branch's output, which `image` is until a layer changes it
         self.zero: Tensor | None = None  # joins where a batch with an image first reads the side branch
         self.entered: Tensor | None = None  # what the layer before pruning got
+        self.attention: Tensor | None = None  # of the last prompt token there, where it was taken on the way
         self.left_with: Tensor | None = None  # states that pruned positions left with
         self.text_mask: Tensor | None = None  # of a layer that text asks and whose keys are all that is left
 
@@ -147,8 +149,15 @@ class RoutedPass:
             self._prune(number)
         if self.call.stacked is not None and number in self.schedule.injections:
             self._inject(number)
-        if number + 1 == self.prune_at:
-            self.entered = self._whole(number)
+        if number + 1 != self.prune_at:
+            self._run(number, mode)
+            return
+        self.entered = self._whole(number)
+        with self._scores_taken_inside(number):
+            self._run(number, mode)
+
+    def _run(self, number: int, mode: LayerMode) -> None:
+        """A layer on what its mode says."""
         if mode is LayerMode.TEXT:
             self._text_layer(number)
         elif self._image_gives_keys_only(number, mode):
@@ -341,7 +350,7 @@ class RoutedPass:
         self._text()
         assert self.image is not None
         if self.schedule.side_layers and not self.image.shape[1]:  # pruning left the branch nothing
-            if side_branch.wants_gradient(self.anatomy):
+            if side_branch.keeps_order(self.anatomy, ()):
                 self.zero = side_branch.zero_gradient_pass(self.anatomy, hidden, self.rotary)
         elif self.schedule.side_layers:
             self.image = self._side_branch(self.image, self._columns(self.plan.image))
@@ -392,22 +401,44 @@ class RoutedPass:
             kept = (call.kept if call.protected is None else call.kept | call.protected) & valid
             self.counts = Counts.of(image_mask & kept, kept, call.suffix or 1)
             return kept
-        last, keys = call.last_index(), self.full.keys.places
-        attention = functools.partial(
-            attention_of_last, self.layers[self.prune_at - 1], self.entered, last, self.rotary,
-            None if call.cache is None else call.cache.layers[self.prune_at - 1].keys,
-            compat.visible(self.config, (last + call.seen)[:, None], keys.index, keys.valid)[:, 0],
-        )  # fmt: skip
         pruning = self.schedule.pruning
         assert pruning is not None
         keep = pruning.keep_counts(counts.image, counts.protected)
-        kept = valid & (
-            ~image_mask | choose_kept(pruning.scores(image_mask, attention), image_mask, keep, call.protected)
-        )
-        self.entered, self.counts = None, replace(counts, image=keep)
+        scores = pruning.scores(image_mask, self._attention)
+        kept = valid & (~image_mask | choose_kept(scores, image_mask, keep, call.protected))
+        self.entered, self.attention, self.counts = None, None, replace(counts, image=keep)
         if call.cache is None:  # with a cache the prompt does not come again
             call_context.remember_chosen(self.anatomy, call.embeds, kept)
         return kept
+
+    def _attention(self) -> Tensor:
+        """Attention of the last prompt token at the layer before pruning: float32 [batch, tokens]."""
+        if self.attention is not None:
+            return self.attention
+        call, keys, last = self.call, self.full.keys.places, self.call.last_index()
+        assert self.prune_at is not None and self.entered is not None
+        number = self.prune_at - 1
+        allowed = compat.visible(self.config, (last + call.seen)[:, None], keys.index, keys.valid)[:, 0]
+        cached = None if call.cache is None else call.cache.layers[number].keys
+        return attention_of_last(self.layers[number], self.entered, last, self.rotary, cached, allowed)
+
+    @contextlib.contextmanager
+    def _scores_taken_inside(self, number: int) -> Iterator[None]:
+        """Take `_attention` while the layer runs, where its weights are in parts at any other time; image or not."""
+        attention, pruning = zero.bare(self.layers[number].self_attn), self.schedule.pruning
+        if pruning is None or not pruning.USES_ATTENTION or not zero.is_partitioned(attention.parameters()):
+            yield
+            return
+
+        def take(*_: Any) -> None:
+            hook.remove()  # checkpointing runs the layer again
+            self.attention = self._attention()
+
+        hook = attention.register_forward_hook(take)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     # --- positions ----------------------------------------------------------------------------------------------------
 

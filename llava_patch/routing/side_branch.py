@@ -67,8 +67,8 @@ def keeps_order(anatomy: Anatomy, keys_layers: Iterable[nn.Module]) -> bool:
     another order they fail, or add one parameter's gradient to another's. So also where the side branch is frozen but
     one of `keys_layers` trains, which project the image's keys apart from the text's.
 
-    Weights that ZeRO-3 has partitioned are put together module by module, by all ranks at once, and it counts modules
-    without weights too: by the order of the first step it decides what to fetch ahead in the next.
+    Weights that ZeRO-3 or FSDP has partitioned are put together module by module, by all ranks at once, and ZeRO-3
+    counts modules without weights too: by the order of the first step it decides what to fetch ahead in the next.
     """
     learns = wants_gradient(anatomy) or (anatomy.decoder.training and trains(keys_layers))
-    return learns or zero.is_partitioned(parameters(anatomy))
+    return learns or zero.is_partitioned(anatomy.layers[0].parameters())

@@ -186,7 +186,6 @@ def deepspeed(**config):
     ("settings", "arguments", "message"),
     [
         ({"tower_lr": 1e-4}, deepspeed(optimizer={"type": "AdamW"}), r"SkipLinks.tower_lr needs.*own \"optimizer\""),
-        ({}, {"fsdp": "full_shard"}, "SkipLinks.train_tower does not work with --fsdp"),
         ({}, {"tune_mm_mlp_adapter": True}, "the trained tower would be lost"),
         ({"unfreeze_after": 0.1}, {"optim": "adafactor"}, "SkipLinks.unfreeze_after = 0.1 .*--optim adamw_torch"),
         ({"unfreeze_after": 0.1}, deepspeed(zero_optimization={"stage": 0}), "not stage 0"),

@@ -16,6 +16,7 @@ _OTHER_TRAINERS = (
 )
 _HF_ZERO = "tests/integrations/training/test_hf_deepspeed.py"
 _LLAVA_ZERO = "tests/integrations/training/test_deepspeed.py::test_zero_2_and_zero_3_train_what_ddp_trains"
+_ENGINES = "tests/integrations/training/test_engines.py::test_two_ranks_train_what_one_process_trains"
 
 # Job: host: the tests, a file or a node's beginning each.
 JOBS: dict[str, dict[str | None, list[str]]] = {
@@ -53,6 +54,8 @@ JOBS: dict[str, dict[str | None, list[str]]] = {
     },
     "ZeRO-2": {"hf": [_HF_ZERO], "llava": [_LLAVA_ZERO]},
     "ZeRO-3": {"hf": [_HF_ZERO], "llava": [_LLAVA_ZERO]},
+    "FSDP": {"hf": [f"{_ENGINES}[hf:fsdp:skip]"], "llava": [f"{_ENGINES}[llava:fsdp:kv]"]},
+    "FSDP2": {"hf": [f"{_ENGINES}[hf:fsdp2:skip]"], "llava": [f"{_ENGINES}[llava:fsdp2:kv]"]},
     "lmms-eval": {
         OF_THE_TEST: ["tests/integrations/lmms_eval/test_cli.py::test_our_tasks_beside_a_stock_one_on_a_patched_model"],
     },

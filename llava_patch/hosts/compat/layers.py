@@ -11,6 +11,7 @@ from llava_patch.core.compiled import follow_as, varies
 from llava_patch.core.undo import UndoStack
 from llava_patch.hosts.compat.features import parameters_of
 from llava_patch.hosts.compat.positions import giving, looks_up, take_given
+from llava_patch.hosts.zero import bare
 
 _CHECKPOINTING, _FUNCTION = "gradient_checkpointing", "_gradient_checkpointing_func"
 
@@ -64,7 +65,8 @@ def call_layer(
     """
     if cache is not None:
         arguments[_layer_cache_argument()] = cache
-    if not _checkpoints_itself(layer):
+    own = bare(layer)
+    if not _checkpoints_itself(own):
         run = functools.partial(_call_older, layer, arguments)
         return checkpointed(layer, run, hidden_states) if checkpoint else run(hidden_states)
     for tensor in (hidden_states, *arguments.get("position_embeddings", ())):
@@ -74,14 +76,14 @@ def call_layer(
     # What compiled layers have in common. With a cache that is nothing: a layer's number then is in its graph.
     number = None if getattr(cache, "cache", cache) is None else int(layer.self_attn.layer_idx)
     given = frozenset(name for name, value in arguments.items() if value is not None)
-    role = (type(layer).__name__, checkpoint, given, number, torch.is_grad_enabled())
-    if checkpoint or not getattr(layer, "gradient_checkpointing", False):
+    role = (type(own).__name__, checkpoint, given, number, torch.is_grad_enabled())
+    if checkpoint or not getattr(own, "gradient_checkpointing", False):
         return layer_output(follow_as(role, layer, hidden_states, **arguments))
-    layer.gradient_checkpointing = False  # read by the layer's `__call__`, from 5.2x on by its `forward`
+    own.gradient_checkpointing = False  # read by the layer's `__call__`, from 5.2x on by its `forward`
     try:
         return layer_output(follow_as(role, layer, hidden_states, **arguments))
     finally:
-        layer.gradient_checkpointing = True
+        own.gradient_checkpointing = True
 
 
 def _call_older(layer: Any, arguments: dict[str, Any], hidden_states: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from llava_patch.core.errors import HostError
-from llava_patch.hosts import compat
+from llava_patch.hosts import compat, zero
 
 TIMM = "timm_wrapper"
 SEVERAL_SCALES = "{} does not know multi-scale (S2) towers, which see an image several times: take a model without s2"
@@ -177,7 +177,7 @@ def _check_positions(kind: str, body: Any, children: dict[str, nn.Module], prefi
     embeddings: Any = children["embeddings"]
     table = getattr(getattr(embeddings, "position_embedding", None), "weight", None)
     table = getattr(embeddings, "position_embeddings", None) if table is None else table
-    if not isinstance(table, torch.Tensor) or table.numel() == 0:  # none, or partitioned by ZeRO-3
+    if not isinstance(table, torch.Tensor) or zero.is_partitioned([table]):
         return
     positions, tokens = table.shape[-2], prefix + grid[0] * grid[1]
     if positions != tokens:

@@ -22,6 +22,7 @@ from llava_patch.core.extras import need
 from llava_patch.core.files import atomic
 from llava_patch.core.undo import UndoStack
 from llava_patch.hosts import zero
+from llava_patch.integrations.training import engine
 from llava_patch.integrations.training.extension import TrainerExtension, extend
 from llava_patch.measurements.gradients.decompose import block_parameters, decompose, measured_block
 from llava_patch.measurements.gradients.log import LOG, StepLog
@@ -84,7 +85,7 @@ def check(model: nn.Module, arguments: Any, settings: Gradients) -> int:
         '(LLaVA\'s scripts/zero2.json; Flags.deepspeed = "./scripts/zero2.json")'
     )
     against = {
-        "--fsdp, which cuts weights up: use DeepSpeed ZeRO-2": getattr(arguments, "fsdp", None),
+        "--fsdp, which cuts weights up: use DeepSpeed ZeRO-2": engine.uses_fsdp(arguments),
         f"one process on {arguments.n_gpu} GPUs (nn.DataParallel): launch with torchrun or deepspeed, or set "
         "CUDA_VISIBLE_DEVICES to one": arguments.n_gpu > 1,
         "--torch_compile, whose graphs would keep the taps as they are: leave it out": arguments.torch_compile,

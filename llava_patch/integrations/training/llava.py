@@ -13,8 +13,8 @@ from llava_patch.core.errors import SettingError, refuse
 from llava_patch.core.files import write_text
 from llava_patch.fusion.training import WarmUp, steps_of
 from llava_patch.hosts import anatomy, llava_code, lora, zero
+from llava_patch.integrations.training import engine, resume, stage1
 from llava_patch.integrations.training import gradients as gradients_trainer
-from llava_patch.integrations.training import resume, stage1
 from llava_patch.integrations.training.auxiliary import data as region_data
 from llava_patch.integrations.training.auxiliary import trainer as auxiliary_trainer
 from llava_patch.integrations.training.extension import TrainerExtension, extend
@@ -82,6 +82,7 @@ def prepare(model: Any, training_args: Any, dataset: Any, collator: Any) -> Hand
     if handle is None:
         return None
     check_run(handle, training_args)
+    engine.check_llavas_script(training_args)
     train_side_branch_in_full(model, handle)
     stack = handle.adapter_parameters()[len(list(handle.anatomy.projector.parameters())) :]
     for parameter in stack:  # the script has set the projector's flags, and does not know DeepStack's own
@@ -107,6 +108,7 @@ def check_run(handle: Handle, training_args: Any) -> None:
         "patch: launch with torchrun or deepspeed, or set CUDA_VISIBLE_DEVICES to one": devices > 1,
     }
     refuse(against)
+    engine.check(handle, training_args)
 
 
 def say_what_trains(handle: Handle, training_args: Any) -> None:
@@ -175,7 +177,7 @@ def check_fusion(handle: Handle, training_args: Any) -> None:
     deepspeed = getattr(getattr(training_args, "hf_deepspeed_config", None), "config", None) or {}
     against = {
         f"{owner}.{first} does not work with --fsdp, where LLaVA keeps the vision tower out of the model: use "
-        "DeepSpeed": getattr(training_args, "fsdp", None) and (asked or tower),
+        "DeepSpeed": (asked or tower) and getattr(training_args, "fsdp", None) and engine.outside(handle),
         f'{owner}.{first} needs optimizer groups, but the DeepSpeed config has its own "optimizer": remove that entry '
         '(with offloading, also set "zero_force_ds_cpu_optimizer": false)': asked and "optimizer" in deepspeed,
         f"{owner}.train_tower = {fusion.train_tower!r}: with --tune_mm_mlp_adapter True LLaVA saves the projector "
@@ -288,7 +290,9 @@ class Records(TrainerExtension):
             print(f"llava_patch: no separate adapter{better}")
         # Partitioned weights are put together by all ranks, of which the first one writes.
         if better is None and (first or zero.is_partitioned(handle.model.parameters())):
-            checkpoint.save(handle, Path(self.trainer.args.output_dir) / ADAPTER_FOLDER)
+            with zero.whole_model(self.trainer.model):
+                if first or not zero.in_pieces(handle.model):  # FSDP1 puts them together on the first rank alone
+                    checkpoint.save(handle, Path(self.trainer.args.output_dir) / ADAPTER_FOLDER)
 
 
 def write_records(handle: Handle | None, folder: Path) -> None:

@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset
 from llava_patch.core.errors import CheckpointError, SettingError, refuse
 from llava_patch.core.files import atomic
 from llava_patch.hosts import lora, zero
+from llava_patch.integrations.training import engine
 from llava_patch.integrations.training.extension import TrainerExtension, extend
 from llava_patch.patching.handle import Handle, get_handle
 from llava_patch.patching.keys import base_fingerprint, check_fingerprint
@@ -34,7 +35,7 @@ def check(handle: Handle, training_args: Any) -> None:
         reached |= {id(p) for p in handle.anatomy.vision_model.parameters()}
     trains = set(handle.trainable())
     against = {
-        "AuxiliaryProbe does not work with --fsdp: use DeepSpeed": getattr(training_args, "fsdp", None),
+        "AuxiliaryProbe does not work with FSDP (--fsdp): use DeepSpeed": engine.uses_fsdp(training_args),
         "AuxiliaryProbe adds to the model's own loss, but with --label_smoothing_factor the Trainer computes the loss "
         "itself: leave one of them out": getattr(training_args, "label_smoothing_factor", 0),
         'AuxiliaryProbe.lr needs optimizer groups, but the DeepSpeed config has its own "optimizer": remove that '
