@@ -86,11 +86,6 @@ class FusionMethod(Method):
                 )
             if anatomy.vision_model is not None:
                 self._check_tokens()
-        if taps.join is Join.LAYERS and anatomy.mixes_patches:
-            raise HostError(
-                f"{self.name} adds a tap to each patch's own token, but this model makes tokens of several patches "
-                "(image_aspect_ratio = anyres_max, mm_patch_merge_type = ...maxpool...): take another fusion"
-            )
         linear = anatomy.first_linear()[2]
         width = int(anatomy.vision_width)
         if isinstance(linear, FusedLinear) or linear.in_features != width:

@@ -22,6 +22,8 @@ HOSTS = (
     f"{_HF}.llava.modeling_llava.LlavaModel",
     f"{_HF}.llava_next.modeling_llava_next.LlavaNextForConditionalGeneration",
     f"{_HF}.llava_next.modeling_llava_next.LlavaNextModel",
+    f"{_HF}.llava_onevision.modeling_llava_onevision.LlavaOnevisionForConditionalGeneration",
+    f"{_HF}.llava_onevision.modeling_llava_onevision.LlavaOnevisionModel",
     f"{_LLAVA}.language_model.llava_llama.LlavaLlamaForCausalLM",
     f"{_LLAVA}.language_model.llava_mistral.LlavaMistralForCausalLM",
     f"{_LLAVA}.language_model.llava_qwen.LlavaQwenForCausalLM",

@@ -47,10 +47,8 @@ class LlavaAnatomy(Anatomy):
     patches_only = property(lambda self: self.tower.select_feature == "patch")  # mm_vision_select_feature
     dropped_tokens = property(lambda self: self.prefix_tokens if self.patches_only else 0)  # those before the patches
 
-    _ratio = property(lambda self: str(getattr(self.model.config, "image_aspect_ratio", "")))
     _merge = property(lambda self: str(getattr(self.model.config, "mm_patch_merge_type", "flat")))
     tiles = property(lambda self: self._merge.startswith("spatial"))  # "spatial", "spatial_unpad", ...
-    mixes_patches = property(lambda self: "anyres_max" in self._ratio or "maxpool" in self._merge)
 
     @property
     def image_token_id(self) -> int:

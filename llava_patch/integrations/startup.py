@@ -201,7 +201,7 @@ def _on_modeling_utils(module: Any, undo: UndoStack) -> None:
     ) -> Any:  # with the stock names, by which scripts may call
         call = loading.Loading(original, model_class, pretrained_model_name_or_path, args, kwargs)
         bare = model_class.__name__
-        if bare in ("LlavaModel", "LlavaNextModel"):  # what a host wraps, which cannot be patched by itself
+        if bare in ("LlavaModel", "LlavaNextModel", "LlavaOnevisionModel"):  # what a host wraps, which cannot be patched by itself
             whole = bare.replace("Model", "ForConditionalGeneration")
             why = f"which {bare} would be loaded without: load it with {whole}, and take its .model"
             return loading.load_stock(call, why)

@@ -26,6 +26,8 @@ PROVEN = {
 """Class and configuration; windows of less than one image."""
 
 BOTH_HOSTS = [(host, name) for name in PROVEN for host in ("hf", "llava") if (host, name) != ("llava", "qwen3")]
+ONE_TILE = list(BOTH_HOSTS)
+BOTH_HOSTS += [(host, name) for name in ("llama", "mistral", "qwen2") for host in ("next", "onevision")]
 
 
 def text_config(kind: str, **settings: Any) -> Any:
@@ -59,8 +61,11 @@ def llava_host(folder: Path, kind: str, **settings: Any) -> Host:
 
 
 def build(name: str, decoder: str, folder: Path) -> Host:
-    """A host ("hf" or "llava") on one of PROVEN."""
+    """A host ("hf", "llava", or HF's "next" and "onevision") on one of PROVEN."""
     kind, settings = PROVEN[decoder]
+    if name in ("next", "onevision"):
+        made = models.anyres_host(name, text_config(kind, **settings))
+        return models.AnyresHost("hf", _biased(made.model))
     return hf_host(kind, **settings) if name == "hf" else llava_host(folder, kind, **settings)
 
 

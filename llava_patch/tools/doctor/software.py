@@ -141,7 +141,7 @@ def check_torchvision() -> Row:
 def check_hosts() -> list[Row]:
     """Both hosts: whether they can be imported, and which `llava` it is."""
     hf = _import("transformers", "LlavaForConditionalGeneration")
-    found = Row("host hf", "LlavaForConditionalGeneration, LlavaNextForConditionalGeneration")
+    found = Row("host hf", "Llava, LlavaNext and LlavaOnevision, each with ForConditionalGeneration")
     if isinstance(hf, Exception):
         found = Row("host hf", f"cannot be imported ({_short(hf)})", PROBLEM, "reinstall transformers")
     return [found, _check_llava()]
