@@ -86,6 +86,13 @@ class FusionMethod(Method):
                 )
             if anatomy.vision_model is not None:
                 self._check_tokens()
+        projector = anatomy.projector
+        if convolution := next((m for m in projector.modules() if isinstance(m, nn.Conv2d)), None):
+            raise HostError(
+                f"{self.name} is not available on {type(projector).__name__}, which begins with a "
+                f"{type(convolution).__name__} that pools patches: it needs a projector that begins with a Linear "
+                "(mm_projector_type = linear or mlp2x_gelu)"
+            )
         linear = anatomy.first_linear()[2]
         width = int(anatomy.vision_width)
         if isinstance(linear, FusedLinear) or linear.in_features != width:

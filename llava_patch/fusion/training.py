@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from llava_patch.core.errors import HostError, SettingError
 from llava_patch.core.undo import UndoStack
 from llava_patch.fusion.base import Fusion, Taps
-from llava_patch.hosts import storage, zero
+from llava_patch.hosts import known, storage, zero
 from llava_patch.hosts.anatomy import Anatomy, when_loaded
 from llava_patch.hosts.towers.layout import Tower
 
@@ -68,12 +68,15 @@ def let_tower_train(anatomy: Anatomy, undo: UndoStack) -> None:
 
 
 def lift_no_grad(anatomy: Anatomy, undo: UndoStack) -> None:
-    """Run `llava`'s tower with gradients while something in it asks for one (HostError: its forward has no `no_grad`).
+    """Run `llava`'s tower with gradients while something in it asks for one; LLaVA-NeXT's does so by itself.
 
-    Modifications: the tower's instance attribute `forward`.
+    HostError: a tower of which nobody knows where its `no_grad` is. Modifications: the tower's instance attribute
+    `forward`.
     """
     tower = anatomy.tower
     undecorated = getattr(type(tower).forward, "__wrapped__", None)
+    if undecorated is None and known.name_of(tower, by_class=True).endswith(known.WITHOUT_NO_GRAD):
+        return
     if undecorated is None:
         raise HostError(f"{type(tower).__name__}.forward is not under torch.no_grad() as LLaVA's is: cannot lift it")
 

@@ -75,8 +75,9 @@ def _skeleton(config: dict[str, Any]) -> Any:
 
 
 HF_FILES = HostFiles(
-    wrote=lambda config: config.get("model_type") in ("llava", "llava_next", "llava_onevision")
-    and "text_config" in config,
+    wrote=lambda config: (
+        config.get("model_type") in ("llava", "llava_next", "llava_onevision") and "text_config" in config
+    ),
     text_config=lambda config: whole_config(config).text_config,
     feature_width=lambda config: int(whole_config(config).vision_config.hidden_size),
     skeleton=_skeleton,

@@ -31,6 +31,10 @@ HOSTS = (
 )
 """Models, and what turns their images into embeddings."""
 
+NEXT_SIGLIP = "llava.model.multimodal_encoder.siglip_encoder.SigLipVisionTower"
+WITHOUT_NO_GRAD = ("llava.model.multimodal_encoder.clip_encoder.CLIPVisionTower", NEXT_SIGLIP)
+"""Vision towers of the llava package; those of LLaVA-NeXT's run with gradients."""
+
 DECODERS = {
     "LlamaModel": f"{_HF}.llama.modeling_llama.Llama",
     "MistralModel": f"{_HF}.mistral.modeling_mistral.Mistral",

@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from llava_patch.core.errors import HostError
 from llava_patch.core.undo import UndoStack
 from llava_patch.hosts.compat import cache_argument, parameters_of
 
@@ -30,6 +31,21 @@ def fix_trainer_exports(trainer_module: ModuleType, undo: UndoStack) -> None:
         from transformers.pytorch_utils import ALL_LAYERNORM_LAYERS
 
         undo.set_attribute(trainer_module, "ALL_LAYERNORM_LAYERS", ALL_LAYERNORM_LAYERS)
+
+
+def fix_model_exports(modeling_utils: ModuleType, undo: UndoStack) -> None:
+    """LLaVA-NeXT's Q-Former imports three functions from transformers.modeling_utils, which left it (4.4x on).
+
+    One of them, `find_pruneable_heads_and_indices`, is gone altogether (5.x); nothing of LLaVA-NeXT's calls it.
+    """
+    from transformers import pytorch_utils
+
+    def gone(*args: Any, **kwargs: Any) -> Any:
+        raise HostError("find_pruneable_heads_and_indices: this version of transformers does not prune heads any more")
+
+    for name in ("apply_chunking_to_forward", "find_pruneable_heads_and_indices", "prune_linear_layer"):
+        if not hasattr(modeling_utils, name):
+            undo.set_attribute(modeling_utils, name, getattr(pytorch_utils, name, gone))
 
 
 def fix_argv(argv: list[str]) -> None:

@@ -179,12 +179,6 @@ def _attach_llava(anatomy: Anatomy, undo: UndoStack) -> None:
     @aside
     def prepare_and_report(prepare: Callable[..., tuple], *args: Any, **kwargs: Any) -> tuple:
         given = named_of_prepare(args, kwargs)
-        # LLaVA-NeXT's package takes others beside images ("text" stands for a sample with a dummy image).
-        asked = given.get("modalities") or []
-        if other := [m for m in ([asked] if isinstance(asked, str) else asked) if m not in ("image", "text")]:
-            raise InputError(
-                f"modalities = {other[0]!r} is not routed: give still images, or call handle.remove() first"
-            )
         with host_call(anatomy) as call:
             call.offered = None
             outputs, image_mask = llava_prepare(prepare, image_token_id, *args, **kwargs)

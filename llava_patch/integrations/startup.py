@@ -105,6 +105,12 @@ def _on_llava(module: ModuleType, undo: UndoStack) -> None:
             mend(sys.modules[name], undo)
 
 
+def _on_llava_encoder(module: ModuleType, undo: UndoStack) -> None:
+    """It comes before LLaVA-NeXT's resamplers."""
+    if _mends():
+        _llava_code().fix_model_exports(sys.modules["transformers.modeling_utils"], undo)
+
+
 def _on_llava_model(module: ModuleType, undo: UndoStack) -> None:
     for name in ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM", "LlavaQwenForCausalLM") if _mends() else ():
         cls = vars(module).get(name)
@@ -201,7 +207,11 @@ def _on_modeling_utils(module: Any, undo: UndoStack) -> None:
     ) -> Any:  # with the stock names, by which scripts may call
         call = loading.Loading(original, model_class, pretrained_model_name_or_path, args, kwargs)
         bare = model_class.__name__
-        if bare in ("LlavaModel", "LlavaNextModel", "LlavaOnevisionModel"):  # what a host wraps, which cannot be patched by itself
+        if bare in (
+            "LlavaModel",
+            "LlavaNextModel",
+            "LlavaOnevisionModel",
+        ):  # what a host wraps, which cannot be patched by itself
             whole = bare.replace("Model", "ForConditionalGeneration")
             why = f"which {bare} would be loaded without: load it with {whole}, and take its .model"
             return loading.load_stock(call, why)
@@ -274,6 +284,7 @@ _HANDLERS: dict[str, Callable[[Any, UndoStack], None]] = {
     "transformers.trainer": _on_transformers_trainer,
     "transformers.models.llama.tokenization_llama": _on_llama_tokenizer,
     "llava": _on_llava,
+    "llava.model.multimodal_encoder.clip_encoder": _on_llava_encoder,
     "llava.model.llava_arch": _on_llava_arch,
     "llava.model.language_model.llava_llama": _on_llava_model,
     "llava.model.language_model.llava_mistral": _on_llava_model,

@@ -301,25 +301,6 @@ def test_names_are_those_of_the_class_that_defines_the_method(host):
         assert known.name_of(found.decoder) == "transformers.models.llama.modeling_llama.LlamaModel"
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("how", ["forward", "generate"])
-def test_videos_of_llava_next_are_refused_and_its_images_are_not(tower_folder, how):
-    host = decoders.build("llava", "qwen2", tower_folder)
-    batch = host.batch([(2, IMAGE, 5), (7,)], "left")
-    ids = batch.inputs.pop("input_ids")
-
-    def call(modalities):
-        if how == "forward":
-            return host.model(ids, **batch.inputs, modalities=modalities).logits
-        return host.model.generate(ids, **batch.inputs, modalities=modalities, max_new_tokens=2)
-
-    with patch(host.model, routing=Routing(split=2)):
-        assert torch.equal(call(["image", "text"]), call(["image", "image"]))
-        for modalities in (["video"], ["image", "video"], "video"):
-            with pytest.raises(InputError, match="modalities = 'video' is not routed: give still images"):
-                call(modalities)
-
-
 @pytest.mark.parametrize("kind", ["Gemma", "Phi3"])
 def test_measurements_that_run_or_read_decoder_layers_are_refused_too(kind):
     from llava_patch.measurements import trace

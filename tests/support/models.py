@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,6 +173,10 @@ class Host:
         else:
             self.model.config.tokenizer_padding_side = padding
             inputs["images"] = torch.stack(pixels)
+            if "modalities" in inspect.signature(type(self.model).forward).parameters:
+                inputs["modalities"] = ["image"] * len(pixels)
+            elif hasattr(self.model, "get_2dPool"):  # LLaVA-NeXT's Mistral takes them for its modalities
+                inputs["image_sizes"] = [(56, 56)] * len(pixels)
         if labels:
             drop = (attention == 0) | (input_ids == HF_IMAGE_TOKEN) | (input_ids == -200)
             inputs["labels"] = input_ids.masked_fill(drop, -100)
@@ -243,7 +248,9 @@ class AnyresHost(Host):
         if self.takes_videos:
             given["vision_aspect_ratio"] = self.model.config.vision_aspect_ratio
         features = [torch.zeros(tiles, TOKENS, 4)]
-        return len(inner.pack_image_features(features, torch.tensor([size]), image_newline=torch.zeros(4), **given)[0][0])
+        return len(
+            inner.pack_image_features(features, torch.tensor([size]), image_newline=torch.zeros(4), **given)[0][0]
+        )
 
 
 def _pad(row: Tensor, length: int, value: int, side: str) -> Tensor:
