@@ -69,8 +69,8 @@ def attach(anatomy: Anatomy, undo: UndoStack) -> None:
         raise HostError(f"the projector {type(projector).__name__} has no Linear layer that DeepStack could start at 0")
     if not any(linears[-1] is m for m in (projector, *projector.children())):
         raise HostError(
-            "DeepStack starts its projector's last Linear at 0, but this model's projector adds what that gives to what "
-            "it gets (mm_projector_type = ...res...), which is not 0: take another fusion"
+            "DeepStack starts its projector's last Linear at 0, but this model's adds what that gives to what it gets "
+            "(mm_projector_type = ...res...), which is not 0: take another fusion"
         )
     for parameter in linears[-1].parameters():
         nn.init.zeros_(parameter)

@@ -97,8 +97,8 @@ def make_tiling(anatomy: Anatomy, processor: Any) -> Tiling:
     way = str(getattr(config, "vision_aspect_ratio", None) or getattr(config, "image_aspect_ratio", "anyres"))
     if way != "anyres":  # of HF's, OneVision alone says it
         raise HostError(
-            f'this model cuts images into tiles as {way} says, which makes tokens of several patches: image mode "anyres" '
-            'is known for plain anyres: use "resize", "crop" or "pad"'
+            f"this model cuts images into tiles as {way} says, which makes tokens of several patches: image mode "
+            '"anyres" is known for plain anyres: use "resize", "crop" or "pad"'
         )
     rows, columns = anatomy.grid
     side = rows * anatomy.patch_size

@@ -17,8 +17,8 @@ from llava_patch.core.errors import InputError
 from llava_patch.core.undo import UndoStack, meanwhile
 from llava_patch.hosts import call_context, compat, lora
 from llava_patch.hosts.anatomy import HF, LLAVA, Anatomy
-from llava_patch.hosts.hf import VIDEOS
 from llava_patch.hosts.call_context import CallContext, HostCall, Stacked, current, host_call, not_routed, prepared_of
+from llava_patch.hosts.hf import VIDEOS
 
 IGNORE_INDEX = -100
 _TAKEN = {
@@ -142,11 +142,13 @@ def _attach_hf(anatomy: Anatomy, undo: UndoStack) -> None:
             context.stacked, context.places = None, {}
             context.unknown = ids is None and brought is None
             for argument, number in anatomy.visual_tokens.items():
-                if given.get(argument) is None or (ids is None and embeds is None):
+                if given.get(argument) is None:
                     continue
                 if ids is not None:
                     context.places[argument] = hf_image_mask(ids, number)
-                else:  # the host recognises placeholders by their embedding, as its module gives it (peft adds to it)
+                elif (
+                    embeds is not None
+                ):  # the host recognises placeholders by their embedding, as its module gives it (peft adds to it)
                     token = torch.tensor(number, dtype=torch.long, device=embeds.device)
                     context.places[argument] = (embeds == wrapper.get_input_embeddings()(token)).all(-1)
             masks = list(context.places.values())

@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 
 from llava_patch import AuxiliaryProbe, DeepStack, DenseConnector, DirectFusion, FastV, Routing, SkipLinks, patch
-from llava_patch.core.errors import HostError, InputError
+from llava_patch.core.errors import HostError
 from llava_patch.hosts import anatomy, known
 from llava_patch.patching.handle import get_handle
 from tests.support import decoders

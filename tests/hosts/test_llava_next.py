@@ -1,4 +1,4 @@
-"""LLaVA-NeXT's package: the real one where LLAVA_PATCH_LLAVA_TREE names its checkout, a stand-in for its Qwen elsewhere."""
+"""LLaVA-NeXT's package: where LLAVA_PATCH_LLAVA_TREE names its checkout, else a stand-in for its Qwen."""
 
 import importlib.util
 from dataclasses import replace
@@ -13,7 +13,7 @@ from llava_patch.hosts import anatomy
 from llava_patch.routing.reference import final_states
 from tests.support import decoders
 from tests.support.fusions import randomise
-from tests.support.models import IMAGE, close
+from tests.support.models import close
 from tests.support.routings import ALL, again
 
 REAL = importlib.util.find_spec("llava.model.multimodal_encoder.siglip_encoder") is not None
