@@ -155,14 +155,13 @@ def regroup(
     """Give the vision tower groups of its own, and keep apart what waits in a warm-up.
 
     `below` is what `distances` found, by parameters' ids; the tower's learning rate is tower_lr * layer_decay **
-    distance, with `base_lr` where there is no `tower_lr`. With neither setting the tower stays where it is. The
-    parameters whose ids are in `adapter` share no group with others.
+    distance. Where there is no `tower_lr` it is its group's (LLaVA-NeXT's mm_vision_tower_lr), or else `base_lr`. With
+    neither setting the tower stays where it is. The parameters whose ids are in `adapter` share no group with others.
 
     Groups keep their other entries and their order, none is empty, and every parameter is in exactly one; the tower's
     come after the rest of their group, the deepest block first.
     """
     own_rate = fusion.tower_lr is not None or fusion.layer_decay is not None
-    tower_lr = base_lr if fusion.tower_lr is None else fusion.tower_lr
     made = []
     for group in groups:
         parts: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
@@ -170,7 +169,7 @@ def regroup(
             distance = below.get(id(parameter)) if own_rate else None
             rate = group.get("lr", base_lr)
             if distance is not None:
-                rate = tower_lr * (fusion.layer_decay or 1.0) ** distance
+                rate = (rate if fusion.tower_lr is None else fusion.tower_lr) * (fusion.layer_decay or 1.0) ** distance
             parts.setdefault((distance is not None, -rate, id(parameter) in adapter), []).append(parameter)
         for (_, rate, _), parameters in sorted(parts.items(), key=lambda item: item[0]):
             made.append({**group, "params": parameters, "lr": -rate})

@@ -64,8 +64,8 @@ class LlavaAnatomy(Anatomy):
             return config
         if not known.name_of(self.tower, by_class=True).endswith(known.NEXT_SIGLIP):
             raise HostError(
-                f"{type(self.tower).__name__} is not a vision tower that llava_patch knows on the llava package (it has "
-                "no select_layer, and is not SigLipVisionTower). Routing leaves the tower alone and is available"
+                f"{type(self.tower).__name__} is not a vision tower that llava_patch knows on the llava package: it "
+                "has no select_layer, and is not SigLipVisionTower. Routing leaves the tower alone and is available"
             )
         config = copy.deepcopy(config)
         config.num_hidden_layers -= 1

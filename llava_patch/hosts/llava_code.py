@@ -22,15 +22,18 @@ from llava_patch.core.errors import HostError
 from llava_patch.core.undo import UndoStack
 from llava_patch.hosts.compat import cache_argument, parameters_of
 
+_RESAMPLER = "mm_vision_resampler"
 logger = logging.getLogger("llava_patch")
 
 
 def fix_trainer_exports(trainer_module: ModuleType, undo: UndoStack) -> None:
-    """`ALL_LAYERNORM_LAYERS` is no longer re-exported by transformers.trainer (4.5x); llava_trainer imports it."""
-    if not hasattr(trainer_module, "ALL_LAYERNORM_LAYERS"):
-        from transformers.pytorch_utils import ALL_LAYERNORM_LAYERS
-
-        undo.set_attribute(trainer_module, "ALL_LAYERNORM_LAYERS", ALL_LAYERNORM_LAYERS)
+    """What transformers.trainer no longer re-exports (4.5x) and llava_trainer imports from it."""
+    for module, name in (
+        ("transformers.pytorch_utils", "ALL_LAYERNORM_LAYERS"),
+        ("accelerate.utils", "GradientAccumulationPlugin"),  # LLaVA-NeXT's
+    ):
+        if not hasattr(trainer_module, name):
+            undo.set_attribute(trainer_module, name, getattr(importlib.import_module(module), name))
 
 
 def fix_model_exports(modeling_utils: ModuleType, undo: UndoStack) -> None:
@@ -97,7 +100,7 @@ def fix_trainer_methods(llava_trainer: ModuleType, undo: UndoStack) -> None:
         return sampler(self)
 
     def without_metrics(save: Callable[..., None], self: Any, model: Any, trial: Any, metrics: Any = None) -> None:
-        if not getattr(self.args, "tune_mm_mlp_adapter", False):
+        if not saves_projector_alone(self.args):
             save = Trainer._save_checkpoint
         save(self, model, trial)
 
@@ -112,6 +115,47 @@ def fix_trainer_methods(llava_trainer: ModuleType, undo: UndoStack) -> None:
     accepted = inspect.signature(Trainer.__init__, follow_wrapped=False).parameters.values()
     if not any(one.name == "tokenizer" or one.kind is one.VAR_KEYWORD for one in accepted):  # from 5.0 on
         undo.wrap(cls, "__init__", with_processing_class)
+
+
+def saves_projector_alone(training_args: Any) -> bool:
+    """Whether LLaVA's Trainer saves the projector and nothing else: stage 1, as LLaVA or LLaVA-NeXT says it."""
+    if hasattr(training_args, "mm_vision_tower_lr") and getattr(training_args, "lora_enable", False):
+        return False  # LLaVA-NeXT then saves peft's files
+    parts = tunable_parts(training_args)
+    return bool(getattr(training_args, "tune_mm_mlp_adapter", False)) or parts in (["mm_mlp_adapter"], [_RESAMPLER])
+
+
+def tunable_parts(training_args: Any) -> list[str]:
+    """What LLaVA-NeXT's --mm_tunable_parts lets train; [] without it."""
+    asked = getattr(training_args, "mm_tunable_parts", None) or ""
+    return [part.strip() for part in asked.split(",") if part.strip()]
+
+
+def fix_training_loop(llava_trainer: ModuleType, undo: UndoStack) -> None:
+    """LLaVA-NeXT's Trainer makes its accelerator and runs its loop by copies of transformers' methods.
+
+    The first reads arguments of 4.40 (`dispatch_batches`) that are gone; the second, from its revision 45f2d92 on,
+    names that its module does not have, so that it raises on every version. Where they would, the Trainer's own methods
+    run, of which they are copies; `--trainer_mode zo`, which is in the copy alone, is refused.
+    """
+    from transformers import Trainer, TrainingArguments
+
+    cls = llava_trainer.LLaVATrainer
+    given = {field.name for field in dataclasses.fields(TrainingArguments)}
+
+    def make_accelerator(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+        Trainer.create_accelerator_and_postprocess(self, *args, **kwargs)
+
+    def run(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self, "trainer_mode", "regular") != "regular":
+            raise HostError(f"--trainer_mode {self.trainer_mode} does not run on the installed versions")
+        return Trainer._inner_training_loop(self, *args, **kwargs)
+
+    if "create_accelerator_and_postprocess" in vars(cls) and "dispatch_batches" not in given:
+        undo.wrap(cls, "create_accelerator_and_postprocess", make_accelerator)
+    loop = vars(cls).get("_inner_training_loop")
+    if loop is not None and not hasattr(llava_trainer, "TrainerState"):
+        undo.wrap(cls, "_inner_training_loop", run)
 
 
 def fix_optimizer_groups(llava_trainer: ModuleType, undo: UndoStack) -> None:

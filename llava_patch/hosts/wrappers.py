@@ -146,9 +146,8 @@ def _attach_hf(anatomy: Anatomy, undo: UndoStack) -> None:
                     continue
                 if ids is not None:
                     context.places[argument] = hf_image_mask(ids, number)
-                elif (
-                    embeds is not None
-                ):  # the host recognises placeholders by their embedding, as its module gives it (peft adds to it)
+                elif embeds is not None:
+                    # The host recognises placeholders by their embedding, as its module gives it (peft adds to it).
                     token = torch.tensor(number, dtype=torch.long, device=embeds.device)
                     context.places[argument] = (embeds == wrapper.get_input_embeddings()(token)).all(-1)
             masks = list(context.places.values())

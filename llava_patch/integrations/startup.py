@@ -129,6 +129,7 @@ def _on_llava_trainer(module: Any, undo: UndoStack) -> None:
     asked = active.configuration()  # raises here, before a model is loaded or a file written
     if _mends():
         _llava_code().fix_trainer_methods(module, undo)
+        _llava_code().fix_training_loop(module, undo)
         _llava_code().fix_optimizer_groups(module, undo)
     if asked is not None:
         from llava_patch.integrations.training import script_flags
