@@ -179,7 +179,8 @@ def test_deep_stack_on_tiles(monkeypatch, case):
         assert view.injections.shape == (2, len(view.cells), 64)
         assert not torch.equal(*view.injections)
         for mine, (features, rows) in zip(view.injections, added, strict=False):
-            assert torch.equal(mine, features[rows[rows > 0] - 1])
+            theirs = features[rows[rows > 0] - 1]
+            assert torch.equal(mine, theirs[theirs.any(-1)])  # line ends, which R-Probe leaves out, take nothing
 
 
 def test_other_tokens_on_flat_tiles(tmp_path):

@@ -63,9 +63,8 @@ def test_lf_trains_the_side_branch_alone_whatever_parts_are_tunable(data, tmp_pa
 def test_skip_links_train_the_tower_at_its_own_rate(data, stock, tmp_path):
     """Zero-start: the first loss is the stock run's; the tower's group has LLaVA-NeXT's own learning rate."""
     fused = ("SkipLinks.stride = 2", "SkipLinks.train_tower = 'all'")
-    tiny_train.ok(
-        _train(data, tmp_path, *fused, mm_tunable_parts=PARTS, mm_vision_tower_lr=2e-6, save_steps=3, **ONE_TILE)
-    )
+    rate = {"mm_vision_tower_lr": 2e-6, "save_steps": 3}
+    tiny_train.ok(_train(data, tmp_path, *fused, mm_tunable_parts=PARTS, **rate, **ONE_TILE))
     assert tiny_train.losses(tmp_path)[0] == tiny_train.losses(stock)[0]
     state = torch.load(tmp_path / "checkpoint-3" / "optimizer.pt", weights_only=True)
     assert 2e-6 in {group["initial_lr"] for group in state["param_groups"] if group["params"]}

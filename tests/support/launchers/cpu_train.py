@@ -1,4 +1,4 @@
-"""Runs the script that is the first argument on a machine without CUDA, whose torch LLaVA-NeXT's last save asks for it."""
+"""Runs the script that is the first argument where there is no CUDA, for which LLaVA-NeXT's last save asks."""
 
 import runpy
 import sys
