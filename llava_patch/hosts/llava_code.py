@@ -215,6 +215,44 @@ def fix_forward_arguments(cls: type, undo: UndoStack) -> None:
         undo.wrap(cls, "prepare_inputs_for_generation", with_old_names)
 
 
+def fix_rope_scaling(config_class: Any, undo: UndoStack) -> None:
+    """LLaVA-NeXT's Qwen sets `config.rope_scaling = None`: no scaling, which in 5.x would also drop the base.
+
+    There it is another name of `rope_parameters`, which hold both.
+    """
+    alias = getattr(config_class, "rope_scaling", None)
+    if not isinstance(alias, property):
+        return
+    standard = cast(Callable[[Any, Any], None], alias.fset)
+
+    def set_scaling(self: Any, value: Any) -> None:
+        before = self.rope_parameters or {}
+        if value is None and "rope_theta" in before:
+            value = {"rope_type": "default", "rope_theta": before["rope_theta"]}
+        standard(self, value)
+
+    undo.set_attribute(config_class, "rope_scaling", property(alias.fget, set_scaling))
+
+
+def fix_siglip(module: Any, undo: UndoStack) -> None:
+    """LLaVA-NeXT's SigLIP on 5.x: a helper of its configuration's is gone, and loading leaves its places unset.
+
+    The helper renames an argument that nobody passes any more; the table counts from 0, and is in no checkpoint.
+    """
+    if hasattr(module.SigLipVisionConfig, "_set_token_in_kwargs"):
+        return
+    undo.set_attribute(module.SigLipVisionConfig, "_set_token_in_kwargs", staticmethod(lambda kwargs: None))
+
+    def load(load_model: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+        loaded = self.is_loaded
+        load_model(self, *args, **kwargs)
+        table = self.vision_tower.vision_model.embeddings.position_ids
+        if not loaded and not table.is_meta:
+            table.copy_(torch.arange(table.shape[-1]))
+
+    undo.wrap(module.SigLipVisionTower, "load_model", load)
+
+
 def fix_llama_tokenizer(cls: Any, undo: UndoStack) -> None:
     """Read Vicuna's tokenizer as it was before 5.0, where a checkpoint that names no `legacy` had it True.
 

@@ -111,11 +111,17 @@ def _on_llava_encoder(module: ModuleType, undo: UndoStack) -> None:
         _llava_code().fix_model_exports(sys.modules["transformers.modeling_utils"], undo)
 
 
+def _on_llava_siglip(module: Any, undo: UndoStack) -> None:
+    if _mends():
+        _llava_code().fix_siglip(module, undo)
+
+
 def _on_llava_model(module: ModuleType, undo: UndoStack) -> None:
     for name in ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM", "LlavaQwenForCausalLM") if _mends() else ():
         cls = vars(module).get(name)
         if cls is not None and cls.__module__ == module.__name__:
             _llava_code().fix_forward_arguments(cls, undo)
+            _llava_code().fix_rope_scaling(cls.config_class, undo)
 
 
 def _on_llava_trainer(module: Any, undo: UndoStack) -> None:
@@ -286,6 +292,7 @@ _HANDLERS: dict[str, Callable[[Any, UndoStack], None]] = {
     "transformers.models.llama.tokenization_llama": _on_llama_tokenizer,
     "llava": _on_llava,
     "llava.model.multimodal_encoder.clip_encoder": _on_llava_encoder,
+    "llava.model.multimodal_encoder.siglip_encoder": _on_llava_siglip,
     "llava.model.llava_arch": _on_llava_arch,
     "llava.model.language_model.llava_llama": _on_llava_model,
     "llava.model.language_model.llava_mistral": _on_llava_model,
