@@ -97,6 +97,8 @@ def fix_trainer_methods(llava_trainer: ModuleType, undo: UndoStack) -> None:
     cls = llava_trainer.LLaVATrainer
 
     def without_data(sampler: Callable[..., Any], self: Any, train_dataset: Any = None) -> Any:
+        if not hasattr(self.args, "group_by_length"):  # in 5.0 a sampling strategy; LLaVA-NeXT's asks for it first
+            self.args.group_by_length = self.args.train_sampling_strategy == "group_by_length"
         return sampler(self)
 
     def without_metrics(save: Callable[..., None], self: Any, model: Any, trial: Any, metrics: Any = None) -> None:
@@ -232,6 +234,20 @@ def fix_rope_scaling(config_class: Any, undo: UndoStack) -> None:
         standard(self, value)
 
     undo.set_attribute(config_class, "rope_scaling", property(alias.fget, set_scaling))
+
+
+def fix_tower_loading(llava_arch: ModuleType, undo: UndoStack) -> None:
+    """LLaVA-NeXT loads its tower while the whole model is made on the meta device, where 5.x refuses to load anything.
+
+    The tower is loaded outside of it, as up to 4.57; a checkpoint that has the tower's weights is loaded into it then.
+    """
+
+    def build(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with torch.device("cpu"):
+            return original(*args, **kwargs)
+
+    if importlib.util.find_spec("transformers.core_model_loading") is not None:  # since 5.0
+        undo.wrap(llava_arch, "build_vision_tower", build)
 
 
 def fix_siglip(module: Any, undo: UndoStack) -> None:

@@ -190,6 +190,8 @@ def _on_llava_arch(module: Any, undo: UndoStack) -> None:
 
     undo.wrap(module.LlavaMetaModel, "initialize_vision_modules", initialize_vision_modules)
     builder = sys.modules.get(module.build_vision_tower.__module__)
+    if builder is not None and compat.brings_towers(builder) and _mends():
+        _llava_code().fix_tower_loading(module, undo)
     if builder is None or compat.brings_towers(builder):
         return
 
