@@ -160,7 +160,7 @@ def _check_llava() -> Row:
         advice += "LLAVA_PATCH_DISABLE=1 LLaVA's code meets transformers unmended"
         return Row(what, f"{_origin()}, cannot be imported ({_short(llava)})", PROBLEM, advice)
     if brings_towers(importlib.import_module("llava.model.multimodal_encoder.builder")):
-        advice = "its towers stay its own; llava_patch was measured with LLaVA's original package only"
+        advice = "its towers stay its own: of those, fusions and R-Probe know its CLIP and its SigLIP"
         return Row(what, f"{_origin()}, with vision towers of its own, as LLaVA-NeXT's", NOTE, advice)
     return Row(what, _origin())
 
