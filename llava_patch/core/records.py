@@ -27,6 +27,15 @@ def read_settings(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
     return record
 
 
+def checkpoint_record(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The settings that a checkpoint folder says it was written with, {} for none; None: it does not say."""
+    record = read_settings(directory)
+    config = Path(directory) / "config.json"
+    if record is not None or not config.is_file():
+        return record
+    return read_json_file(config).get(CONFIG_KEY) or {}
+
+
 def read_json_file(path: Path) -> dict[str, Any]:
     """What a JSON file of a checkpoint holds; CheckpointError: it is not valid."""
     try:

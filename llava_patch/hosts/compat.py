@@ -88,10 +88,46 @@ def encode_in_forward(model: Any, undo: UndoStack) -> None:
 
     Only a call of the model knows where they are in its decoder's input.
 
-    Modifications: the instance attribute `_supports_mm_encoder_outputs`, where the class has it.
+    Modifications: the instance attributes `_supports_mm_encoder_outputs` and `_expand_inputs_for_generation`, where the
+    class has the first.
     """
     if hasattr(model, "_supports_mm_encoder_outputs"):
         undo.set_attribute(model, "_supports_mm_encoder_outputs", lambda: False)
+        undo.wrap(model, "_expand_inputs_for_generation", functools.partial(_expand_samples, model))
+
+
+def _expand_samples(
+    model: Any,
+    expand: Callable[..., tuple[Any, dict[str, Any]]],
+    expand_size: int = 1,
+    is_encoder_decoder: bool = False,
+    input_ids: Any = None,
+    **inputs: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """Repeat a batch for beams and return sequences, all images of a sample with it.
+
+    Of images that are not encoded yet the stock method repeats each where it stands, so that with several a sample some
+    land in other samples' copies; in which order encoded ones come it knows.
+    """
+    pixels, order = inputs.get("pixel_values"), None
+    if expand_size > 1 and pixels is not None and not _one_image_each(model, input_ids, pixels):
+        with torch.no_grad():
+            encoded = model.get_image_features(pixels, image_sizes=inputs.get("image_sizes"), return_dict=True)
+        numbers = [torch.full((len(features),), i) for i, features in enumerate(encoded.pooler_output)]
+        stand_in, embeds = SimpleNamespace(pooler_output=numbers), inputs.get("inputs_embeds")
+        model._expand_multimodal_outputs(input_ids, {"image": stand_in}, expand_size, embeds)
+        order = [int(number[0]) for number in stand_in.pooler_output]
+    images = {name: inputs.get(name) for name in ("pixel_values", "image_sizes")}
+    ids, inputs = expand(expand_size, is_encoder_decoder, input_ids, **inputs)
+    if order is not None:
+        inputs |= {name: value[order] for name, value in images.items() if isinstance(value, Tensor)}
+    return ids, inputs
+
+
+def _one_image_each(model: Any, input_ids: Any, pixels: Any) -> bool:
+    if input_ids is None or len(pixels) != len(input_ids):
+        return False
+    return bool((input_ids == model.config.image_token_id).any(-1).all())
 
 
 def ask_all_states(arguments: dict[str, Any]) -> None:
@@ -356,6 +392,16 @@ def load_saved_names(model: nn.Module, undo: UndoStack) -> None:
             state[prefix + name] = state.pop(prefix + saved)
 
     undo.push(model._register_load_state_dict_pre_hook(translate).remove)
+
+
+def saves_offloaded(model: Any) -> bool:
+    """Whether a model's `save_pretrained` brings in what is offloaded: where a device_map of several places did it.
+
+    Where it writes tensors under names of older versions by a list in the class (HF's LLaVA up to 5.0), it looks those
+    names up in the model, which has none such.
+    """
+    places = set((getattr(model, "hf_device_map", None) or {}).values())
+    return len(places) > 1 and not getattr(model, "_checkpoint_conversion_mapping", None)
 
 
 def _saved_names(model: Any, unknown: Collection[str], wanted: Collection[str]) -> dict[str, str]:

@@ -24,6 +24,27 @@ def is_pefts(name: str) -> bool:
     return "lora_" in name or ".modules_to_save." in name
 
 
+_CHANGED = "_llava_patch_changed"
+
+
+def note_change(original: Callable[..., Any], wrapper: Any, *args: Any, **kwargs: Any) -> Any:
+    """The method `merge` or `unmerge` of peft's wrapper around a quantised layer, which quantises that layer anew.
+
+    Integers do not show it: a small update may change few of them.
+    """
+    before = wrapper.get_base_layer().weight
+    result = original(wrapper, *args, **kwargs)
+    layer = wrapper.get_base_layer()
+    if layer.weight is not before:
+        setattr(layer, _CHANGED, True)
+    return result
+
+
+def changed(model: nn.Module) -> str | None:
+    """A quantised layer that LoRA was merged into, by name, or None."""
+    return next((name for name, module in model.named_modules() if hasattr(module, _CHANGED)), None)
+
+
 Place = tuple[nn.Module, str, Any]
 """A module's parent, its name there, and the module."""
 

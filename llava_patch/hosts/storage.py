@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava_patch.core.errors import SettingError
+from llava_patch.core.errors import HostError, SettingError
 from llava_patch.core.undo import UndoStack
-from llava_patch.hosts import lora, zero
+from llava_patch.hosts import compat, lora, zero
 
 # --- offloaded --------------------------------------------------------------------------------------------------------
 
@@ -52,6 +52,24 @@ def value(model: nn.Module, name: str) -> Tensor:
     """A parameter or buffer by its name; where it is offloaded, the values that its hook would bring in."""
     found, place = _stored(model, name)
     return found.get(place, None) if found is not None else _tensor(model, name)
+
+
+def whole_state(model: Any) -> dict[str, Any] | None:
+    """A model's state dict with the values of what is offloaded, for a `save_pretrained` that cannot bring them in.
+
+    None where it can, which takes less memory, or where nothing is offloaded. HostError: a tensor is out of reach.
+    """
+    state = model.state_dict()
+    away = [name for name, tensor in state.items() if isinstance(tensor, Tensor) and tensor.is_meta]
+    if not away or compat.saves_offloaded(model):
+        return None
+    state.update((name, value(model, name)) for name in away)
+    if lost := [name for name in away if state[name].is_meta]:
+        raise HostError(
+            f"{lost[0]} ({len(lost)} tensors) lies outside memory and nothing brings it in: load the model without "
+            "offloading (device_map)"
+        )
+    return state
 
 
 def put(model: nn.Module, name: str, values: Tensor) -> None:
@@ -111,10 +129,15 @@ def dequantised(linear: Any, dtype: torch.dtype) -> nn.Linear:
     """A plain Linear with exactly the values that a quantised one stands for, rounded to `dtype`; it does not train."""
     from bitsandbytes import functional
 
-    linear.state_dict()  # brings 4 bit back from the layout of a fast CPU kernel, which nothing else can read
     weight = linear.weight
     if type(weight).__name__ == "Params4bit":
+        data, state = weight.data, weight.quant_state
+        about = dict(vars(state))
+        linear.state_dict()  # brings 4 bit back from the layout of a fast CPU kernel, which nothing else can read
         values = functional.dequantize_4bit(weight.data, weight.quant_state)
+        weight.data, weight.quant_state = data, state  # the way back rounds: the original stays what it is
+        vars(state).clear()
+        vars(state).update(about)
     else:
         scale = linear.state.SCB if weight.SCB is None else weight.SCB  # its first call moves them there
         values = functional.int8_vectorwise_dequant(weight.data, scale)

@@ -24,6 +24,7 @@ WATCHED = frozenset(
         "lmms_eval.__main__",
         "lmms_eval.tasks",
         "peft.peft_model",
+        "peft.tuners.lora.bnb",
     }
 )
 

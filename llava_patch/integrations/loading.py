@@ -65,8 +65,8 @@ def load(call: Loading) -> Any:
         from llava_patch.patching import checkpoint, floating, vocabulary
 
         base = records.base_of(call.path, record)
-        if config is None:
-            config = call.cls.config_class.from_pretrained(call.path)
+        if config is None or isinstance(config, (str, os.PathLike)):
+            config = call.cls.config_class.from_pretrained(config or call.path)
         config = _stock_config(config, base)
         size = vocabulary.base_size(base)
         if size is not None:  # it is resized for the adapter's tensors
@@ -75,8 +75,10 @@ def load(call: Loading) -> Any:
             loaded = call.stock(base, config=config)
         checkpoint.load(_model_of(loaded), call.path)
         return _finish(loaded)
-    with _construction(call.cls, _patch_new), _unquantised():
-        model, info = call.stock(output_loading_info=True)
+    given = call.kwargs.get("device_map")
+    places = {"device_map": dict(given)} if isinstance(given, dict) else {}
+    with _construction(call.cls, functools.partial(_patch_new, **places)), _unquantised():
+        model, info = call.stock(output_loading_info=True, **places)
     vars(model).pop(_IGNORED, None)
     handle = handle_of(model)
     if handle is not None:
@@ -111,6 +113,20 @@ def load_adapter(original: Callable[..., Any], model: Any, folder: Any = None, *
 
     load = functools.partial(original, model, folder, *args, **kwargs)
     return beside_peft.load_adapter(model, str(folder), record, load)
+
+
+def save_adapter(original: Callable[..., Any], model: Any, folder: Any, *args: Any, **kwargs: Any) -> Any:
+    """The method `save_pretrained`, peft's and transformers' own; beside an adapter comes what the patch added."""
+    handle, adapters = handle_of(model), getattr(model, "peft_config", None)
+    save = functools.partial(original, model, folder, *args, **kwargs)
+    if handle is None or not adapters or os.path.isfile(folder):
+        return save()
+    from llava_patch.patching import beside_peft
+
+    if not hasattr(model, "get_base_model"):  # transformers' own writes the active one into the folder
+        adapters = ("default",)
+    adapters = kwargs.get("selected_adapters") or adapters
+    return beside_peft.save_adapter(handle, model, str(folder), adapters, kwargs.get("is_main_process", True), save)
 
 
 def patch_base(base: Any, folder: Any) -> None:
@@ -213,6 +229,24 @@ def check_patched(model: Any) -> None:
         )
 
 
+def check_resumed(trainer: Any, folder: Any = None) -> None:
+    """Refuse a stock model's run that goes on from a patched one's checkpoint (CheckpointError), whose weights differ.
+
+    `folder`: what the Trainer's `train` got, a checkpoint or True for the last one.
+    """
+    if folder is True:
+        from transformers.trainer_utils import get_last_checkpoint
+
+        output = trainer.args.output_dir
+        folder = get_last_checkpoint(output) if os.path.isdir(output) else None
+    record = records.checkpoint_record(folder) if isinstance(folder, (str, os.PathLike)) else None
+    if record:
+        raise CheckpointError(
+            f"{folder} was written by a patched model, and this run's has no patch: configure what the run began with, "
+            "or start into another --output_dir"
+        )
+
+
 @functools.lru_cache
 def _say_once(line: str) -> None:
     print(line, file=sys.stderr)
@@ -275,10 +309,11 @@ def _unquantised(record: dict[str, Any] | None = None, tensors: Iterable[str] = 
             return stock(model)
         from llava_patch.hosts.anatomy import HANDLE
         from llava_patch.patching import floating
+        from llava_patch.patching.handle import copyable
 
         kept = floating.modules(model, *(coming or (None, {}, ())))
-        own = {} if handle is None else {HANDLE: None, "__reduce_ex__": type(model).__reduce_ex__.__get__(model)}
-        with meanwhile(model, **own):  # up to 4.57 the model, whose copies are refused, is copied here
+        own = {} if handle is None else {HANDLE: None}
+        with copyable(model), meanwhile(model, **own):  # up to 4.57 the model, whose copies are refused, is copied here
             return [*stock(model), *kept]
 
     with UndoStack() as undo:
@@ -286,13 +321,16 @@ def _unquantised(record: dict[str, Any] | None = None, tensors: Iterable[str] = 
         yield
 
 
-def _patch_new(model: Any, record: dict[str, Any]) -> None:
-    """Put the modules that a checkpoint's record names into its model, whose weights follow."""
+def _patch_new(model: Any, record: dict[str, Any], device_map: dict[str, Any] | None = None) -> None:
+    """Put the modules that a checkpoint's record names into its model, and the map of its weights, which follow."""
+    from llava_patch.patching import placing
     from llava_patch.patching.patch import patch
     from llava_patch.settings.methods import from_record
 
     handle = patch(model, **from_record(record, "config.json"), loading=True)
     handle.trained_tower |= bool(record.get("trained_tower"))
+    if device_map is not None:
+        placing.complete(device_map, handle)
     if handle.anatomy.vision_model is None:  # comes later, and the checkpoint's own weights for it with it
         own = getattr(model, _IGNORED)
         own = [] if own is None else own  # a list up to 4.57, a set from 5.0

@@ -65,6 +65,7 @@ def _on_transformers_trainer(module: Any, undo: UndoStack) -> None:
         if not isinstance(self, llava_trainer):  # which gets its patch when it is made
             _prepare_run(self)
         if loading.handle_of(self.model) is None:
+            loading.check_resumed(self, args[0] if args else kwargs.get("resume_from_checkpoint"))
             return original(self, *args, **kwargs)
         from llava_patch.integrations.training import resume
 
@@ -244,6 +245,7 @@ def _on_modeling_utils(module: Any, undo: UndoStack) -> None:
     undo.set_attribute(cls, "from_pretrained", classmethod(from_pretrained))
     if hasattr(cls, "load_adapter"):
         undo.wrap(cls, "load_adapter", loading.load_adapter)
+        undo.wrap(cls, "save_pretrained", loading.save_adapter)
     _note_sources(sys.modules["transformers.configuration_utils"], undo)
 
 
@@ -264,8 +266,6 @@ def _note_sources(module: Any, undo: UndoStack) -> None:
         return found
 
     undo.set_attribute(cls, "from_pretrained", classmethod(from_pretrained))
-    if hasattr(cls, "load_adapter"):
-        undo.wrap(cls, "load_adapter", loading.load_adapter)
 
 
 def _on_peft(module: Any, undo: UndoStack) -> None:
@@ -279,6 +279,15 @@ def _on_peft(module: Any, undo: UndoStack) -> None:
 
     undo.set_attribute(cls, "from_pretrained", classmethod(from_pretrained))
     undo.wrap(cls, "load_adapter", loading.load_adapter)
+    undo.wrap(cls, "save_pretrained", loading.save_adapter)
+
+
+def _on_peft_bnb(module: Any, undo: UndoStack) -> None:
+    from llava_patch.hosts import lora
+
+    for name in ("Linear8bitLt", "Linear4bit"):
+        for method in ("merge", "unmerge") if hasattr(module, name) else ():
+            undo.wrap(getattr(module, name), method, lora.note_change)
 
 
 def _on_lmms_eval(module: ModuleType, undo: UndoStack) -> None:
@@ -301,6 +310,7 @@ _HANDLERS: dict[str, Callable[[Any, UndoStack], None]] = {
     "llava.model.language_model.llava_qwen": _on_llava_model,
     "llava.train.llava_trainer": _on_llava_trainer,
     "peft.peft_model": _on_peft,
+    "peft.tuners.lora.bnb": _on_peft_bnb,
     "lmms_eval": _on_lmms_eval,
     "lmms_eval.__main__": lambda *_: pkgutil.resolve_name("llava_patch.integrations.lmms_eval.fail_fast:install")(),
     "lmms_eval.tasks": lambda *_: pkgutil.resolve_name("llava_patch.integrations.lmms_eval.register:register_tasks")(),

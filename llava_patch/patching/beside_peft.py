@@ -1,19 +1,26 @@
 """A patched HF model under peft: what peft's own files leave out of it, kept beside them and brought back.
 
+A Trainer's run keeps what trains (`integrations.training.resume`), any other call of peft's `save_pretrained` whatever
+an adapter of ours holds.
+
 On `llava` its training script keeps it in files of its own, which its loader reads.
 """
 
+import contextlib
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from llava_patch.core import records
 from llava_patch.core.errors import CheckpointError, SilentFusionWarning
-from llava_patch.hosts import lora
+from llava_patch.core.files import atomic
+from llava_patch.core.undo import holding
+from llava_patch.hosts import lora, zero
 from llava_patch.patching import checkpoint
 from llava_patch.patching.handle import Handle, get_handle
 from llava_patch.patching.patch import patch
@@ -21,6 +28,39 @@ from llava_patch.settings.methods import from_record
 
 FILE = "llava_patch_trained.safetensors"
 """By the model's own names: what trains, and is not peft's."""
+
+_kept_by_trainer: ContextVar[bool] = ContextVar("llava_patch_kept_by_trainer", default=False)
+
+
+def kept_by_trainer() -> contextlib.AbstractContextManager[bool]:
+    """Inside the block a Trainer's run, and not `save_adapter`, keeps what peft leaves out."""
+    return holding(_kept_by_trainer, True)
+
+
+def save_adapter(
+    handle: Handle, model: Any, folder: str, adapters: Collection[str], writes: bool, save: Callable[[], Any]
+) -> Any:
+    """Call `save`, by which peft writes adapters of a patched model, and keep beside them what it leaves out.
+
+    peft puts the adapter "default" into the folder, any other into one of its name there. `writes`: whether this
+    process is the one that writes. CheckpointError: the weights are partitioned by DeepSpeed ZeRO-3.
+    """
+    if handle.anatomy.tower_apart or _kept_by_trainer.get():
+        return save()
+    if zero.is_partitioned(handle.model.parameters()):
+        raise CheckpointError(
+            "the weights are partitioned by DeepSpeed ZeRO-3, and peft's save_pretrained would write LoRA alone: save "
+            "with trainer.save_model()"
+        )
+    if writes:
+        record = settings_of(handle, model)
+        tensors = {n: t for n, t in checkpoint.adapter_tensors(handle).items() if not lora.is_pefts(n)}
+        for own in (Path(folder) / ("" if name == "default" else name) for name in adapters):
+            own.mkdir(parents=True, exist_ok=True)
+            with atomic(own / FILE) as temporary:
+                save_file(tensors, temporary, metadata={"format": "pt"})
+            records.write_settings(own, record)
+    return save()
 
 
 def settings_of(handle: Handle, model: Any) -> dict[str, Any]:
@@ -49,7 +89,9 @@ def load_adapter(model: Any, folder: str, record: Mapping[str, Any], load: Calla
     path = Path(folder) / FILE
     tensors = load_file(path) if path.is_file() else {}
     branch = {id(p) for p in handle.methods["routing"].parameters()} if "routing" in handle.methods else set()
-    missing = [n for n, p in handle.model.named_parameters() if id(p) in branch and n not in tensors]
+    missing = [
+        n for n, p in handle.model.named_parameters() if id(p) in branch and n not in tensors and not lora.is_pefts(n)
+    ]
     if missing:
         raise CheckpointError(
             f"{path}: {missing[0]} is missing ({len(missing)} tensors), which was trained beside LoRA"

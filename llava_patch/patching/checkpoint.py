@@ -86,8 +86,9 @@ def save(handle: Handle, directory: str | os.PathLike[str], form: str = "adapter
     base = getattr(handle.model.config, "_name_or_path", "") or ""
     record = {**handle.settings(), "form": form}
     if form == "full":
+        state = storage.whole_state(handle.anatomy.model)
         folder.mkdir(parents=True, exist_ok=True)
-        handle.anatomy.model.save_pretrained(folder)
+        handle.anatomy.model.save_pretrained(folder, state_dict=state)
         (folder / WEIGHTS_FILE).unlink(missing_ok=True)  # of an adapter that was saved here before
     else:
         base = _base_of(base, folder)
@@ -122,11 +123,14 @@ def save(handle: Handle, directory: str | os.PathLike[str], form: str = "adapter
 
 
 def _check_can_save(handle: Handle, form: str) -> None:
+    merged = lora.changed(handle.model)
     against = {
         "this patch was removed from its model: there is nothing to save": not handle.active,
         f'form = {form!r}: expected "adapter" or "full"': form not in ("adapter", "full"),
         "the model carries LoRA layers, which an adapter of ours could not bring back: merge them first "
         "(merge_and_unload), or save with peft and LLaVA's own files": lora.has_lora(handle.anatomy.model),
+        f"LoRA was merged into {merged} (merge_and_unload), whose quantised weights an adapter does not hold: save "
+        'with form="full"': form == "adapter" and merged is not None,
         'the weights are partitioned by DeepSpeed ZeRO-3, where form="full" is not available: save with '
         "trainer.save_model() (stage3_gather_16bit_weights_on_model_save in the DeepSpeed config)": (
             form == "full" and zero.is_partitioned(handle.model.parameters())

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 from weakref import WeakKeyDictionary
@@ -16,7 +16,7 @@ from llava_patch.core.errors import LlavaPatchError, SettingError
 from llava_patch.core.method import Groups, Method
 from llava_patch.core.records import FORMAT
 from llava_patch.core.registry import KINDS, TRAINING_ONLY
-from llava_patch.core.undo import UndoStack
+from llava_patch.core.undo import UndoStack, meanwhile
 from llava_patch.fusion.training import WarmUp, by_kind, steps_of
 from llava_patch.hosts import call_context, lora, zero
 from llava_patch.hosts.anatomy import Anatomy
@@ -321,6 +321,17 @@ def refuse_copy(protocol: Any) -> NoReturn:
         "spawned with it): call handle.remove() first and patch the copy, or handle.save(folder) and load it again; "
         "torch.save(model.state_dict()) holds the weights"
     )
+
+
+@contextlib.contextmanager
+def copyable(model: nn.Module) -> Iterator[None]:
+    """Inside the block a patched model, which refuses it, is copied as any other: for who only looks at the copy."""
+    with contextlib.ExitStack() as until_then:
+        for part in model.modules():
+            if "__reduce_ex__" in vars(part):
+                stock = type(part).__reduce_ex__.__get__(part)
+                until_then.enter_context(meanwhile(part, __reduce_ex__=stock))
+        yield
 
 
 def one_at_a_time(model: nn.Module) -> "threading.RLock":

@@ -12,7 +12,7 @@ from llava_patch.core.method import Method
 from llava_patch.core.records import CONFIG_KEY
 from llava_patch.hosts import anatomy as anatomy_module
 from llava_patch.hosts import graphs, known, wrappers, zero
-from llava_patch.hosts.anatomy import HANDLE, Anatomy
+from llava_patch.hosts.anatomy import HANDLE, Anatomy, when_loaded
 from llava_patch.hosts.compat import check_versions, load_saved_names
 from llava_patch.patching.handle import Handle, get_handle, one_at_a_time, refuse_copy, restore_flags
 from llava_patch.routing import attach as decoder
@@ -172,6 +172,9 @@ def _apply(handle: Handle, asked: Mapping[str, Method], zero_start: bool, loadin
     program = handle.program()
     if new and not there:
         graphs.attach(found, undo)
+        for part in (found.wrapper, found.decoder):
+            undo.set_attribute(part, "__reduce_ex__", refuse_copy)
+        when_loaded(found, undo, lambda late: late.set_attribute(found.vision_model, "__reduce_ex__", refuse_copy))
     if program.does_something and not handle._carries:
         wrappers.attach(found, undo)
         handle._carries = True

@@ -51,7 +51,11 @@ def _jobs(session: nox.Session, stack: str, environment: dict[str, str], *more: 
     words = [environment["PYTHON"], "-m", "pytest", "-n", os.environ.get("PYTEST_WORKERS", "2"), "--dist", "worksteal"]
     words += ["-p", "tests.support.jobs", "--jobs-json", str(out), *more, *session.posargs]
     session.run(*words, env=environment, external=True, success_codes=[0, 1])  # failures are in the table
-    table.add(stack, json.loads(out.read_text(encoding="utf-8")), table.versions(environment), tree)
+    new = table.column(table.versions(environment), tree, json.loads(out.read_text(encoding="utf-8")))
+    if session.posargs:  # a part of the tests must not take the place of all of them
+        session.log(f"not kept, since pytest was given arguments:\n{table.markdown({'stacks': {stack: new}})}")
+    else:
+        table.add(stack, new)
 
 
 @nox.session
@@ -82,8 +86,7 @@ def llava_head(session: nox.Session) -> None:
     if not TREE:
         session.skip("LLAVA_PATCH_LLAVA_TREE names no checkout of LLaVA")
     environment = _environment("main") | {"LLAVA_PATCH_LLAVA_TREE": TREE}
-    revision = subprocess.run(["git", "-C", TREE, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    _jobs(session, "llava-head", environment, tree=revision or "no git checkout")
+    _jobs(session, "llava-head", environment, tree=table.revision(TREE) or "no git checkout")
 
 
 @nox.session

@@ -12,6 +12,7 @@ FILE = ROOT / "docs" / "measured" / "matrix.json"
 SHOWN = ("transformers", "torch", "accelerate", "peft", "trl", "deepspeed", "lmms-eval", "llava-torch", "numpy")
 BEGIN, END = "<!-- by scripts/matrix.sh -->", "<!-- end -->"
 HOSTS = ("hf", "llava")
+TREES = (("llava_patch", "llava_patch"), ("LLaVA", "llava"))
 SAY = (
     "import json, platform, importlib.metadata as m\n"
     "def of(name):\n"
@@ -29,11 +30,27 @@ def versions(environment: dict[str, str]) -> dict[str, str]:
     return {name: version for name, version in json.loads(said.stdout.splitlines()[-1]).items() if version}
 
 
-def add(stack: str, cells: dict[str, Any], found: dict[str, str], tree: str) -> None:
-    """Put a stack's cells in place of its older ones."""
-    values = _read()
+def column(found: dict[str, str], tree: str, filled: dict[str, Any]) -> dict[str, Any]:
+    """What became of a stack's jobs, where and when."""
     about = {"date": _today(), "machine": f"{platform.system()} {platform.machine()}", "versions": found}
-    values["stacks"][stack] = {**about, **({"llava": tree} if tree else {}), "cells": cells}
+    trees = {"llava_patch": revision(ROOT, ":!docs/measured", ":!README.md"), "llava": tree}  # which the table is in
+    return {**about, **{name: at for name, at in trees.items() if at}, "cells": filled}
+
+
+def revision(tree: str | Path, *paths: str) -> str:
+    """The git revision of a checkout, and whether tracked files (of these paths) differ from it; "" for no checkout."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(tree), *words], capture_output=True, text=True).stdout.strip()
+
+    found = git("rev-parse", "--short=12", "HEAD")
+    return found + (", changed" if git("status", "--porcelain", "--untracked-files=no", "--", ".", *paths) else "")
+
+
+def add(stack: str, new: dict[str, Any]) -> None:
+    """Put a stack's column in place of its older one."""
+    values = _read()
+    values["stacks"][stack] = new
     _write(values)
 
 
@@ -101,12 +118,13 @@ def markdown(values: dict[str, Any]) -> str:
     lines = [
         "# Stacks, hosts and jobs", "",
         "Written by `bash scripts/matrix.sh`, which runs the tests that `tests/support/jobs.py` lists in every stack's "
-        "environment. A figure is the number of tests that passed.", "", cells(values), "",
+        "environment. A figure is the number of tests that passed; a test may show several jobs. Training on HF is "
+        "that of transformers' Trainer and of TRL, which know no stages.", "", cells(values), "",
     ]  # fmt: skip
     for name, stack in values["stacks"].items():
         installed = ", ".join(f"{package} {version}" for package, version in stack["versions"].items())
-        tree = f"; LLaVA at {stack['llava']}" if "llava" in stack else ""
-        lines += [f"## {name}", "", f"{stack['date']}, {stack['machine']}: {installed}{tree}", ""]
+        trees = (f"; {name} at {stack[key]}" for name, key in TREES if key in stack)
+        lines += [f"## {name}", "", f"{stack['date']}, {stack['machine']}: {installed}{''.join(trees)}", ""]
         for job, hosts in stack["cells"].items():
             for host, cell in hosts.items():
                 figures = f": {'; '.join(cell['figures'])}" if cell["figures"] else ""
@@ -116,7 +134,7 @@ def markdown(values: dict[str, Any]) -> str:
                         times = list(cell[state].values()).count(reason)
                         lines.append(f"  - {state} ({times}): {reason}")
         lines.append("")
-    if values["exchange"]:
+    if values.get("exchange"):
         lines += [f"## Checkpoints written on one stack, opened on another ({values['exchange']['date']})", ""]
         lines += ["| written -> opened | checkpoint | logits differ by at most (of) |", "|---|---|---|"]
         for pair, rows in values["exchange"]["rows"].items():

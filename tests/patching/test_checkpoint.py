@@ -254,6 +254,15 @@ def test_a_configuration_of_its_own_class_leads_to_what_lies_beside_it(files, tm
     assert LlavaConfig.from_pretrained(stock)._name_or_path == ""  # a stock one stays as it is
 
 
+def test_an_adapter_opens_with_the_path_of_its_configuration(files, tmp_path):
+    from transformers import LlavaForConditionalGeneration
+
+    folder = patch(_load("hf", files), routing=Routing(split=2)).save(tmp_path / "adapter")
+    for config in (folder, str(folder)):
+        again = LlavaForConditionalGeneration.from_pretrained(folder, config=config)
+        assert get_handle(again).routing == Routing(split=2)
+
+
 def test_an_adapter_beside_lora_is_refused(files, tmp_path):
     from peft import LoraConfig, get_peft_model
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llava_patch import DeepStack, DenseConnector, Routing, SkipLinks, load, patch
-from llava_patch.core.errors import SettingError
+from llava_patch.core.errors import CheckpointError, SettingError
 from llava_patch.hosts import storage
 from tests.support import stored
 from tests.support.models import IMAGE, LAYERS, silence_side_branch
@@ -95,6 +95,42 @@ def test_an_adapter_of_an_offloaded_model(host, tmp_path):
     assert torch.equal(host.logits(batch), expected)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+@pytest.mark.parametrize("method", ["lf", "stack", "skip+lf"])
+def test_a_full_checkpoint_opens_with_its_bases_device_map(files, name, method, place, tmp_path):
+    """The map does not know what the patch adds; it is the user's, and stays as it is."""
+    host = stored.read(name, files[name])
+    batch = stored.batch(host, SAMPLES)
+    places = stored.device_map(host, place)
+    given = dict(places)
+    handle = patch(host.model, **METHODS[method])
+    for parameter in handle.added_parameters():
+        parameter.add_(0.01)
+    handle.save(tmp_path / "full", form="full")
+    again = stored.read(name, tmp_path / "full", device_map=places, offload_folder=str(tmp_path / "disk"))
+    assert torch.equal(again.logits(batch), host.logits(batch)) and places == given
+    if method != "stack":
+        assert all(p.is_meta == (place == "disk") for p in again.decoder.side_branch.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["map", "cpu", "disk"])
+def test_an_offloaded_model_is_saved_whole(files, name, way, tmp_path):
+    """Offloaded by a device_map, which `save_pretrained` may know, or by accelerate's functions, which it does not."""
+    host = stored.read(name, files[name])
+    batch = stored.batch(host, SAMPLES)
+    if way != "map":
+        stored.offload(host, tmp_path / "disk" if way == "disk" else None)
+    else:
+        places = stored.device_map(host, "disk")
+        host = stored.read(name, files[name], device_map=places, offload_folder=str(tmp_path / "disk"))
+    handle = patch(host.model, **METHODS["skip+lf"])
+    assert any(p.is_meta for p in host.model.parameters())
+    handle.save(tmp_path / "full", form="full")
+    assert torch.equal(stored.read(name, tmp_path / "full").logits(batch), host.logits(batch))
+
+
 # --- quantised, and float16 -------------------------------------------------------------------------------------------
 
 
@@ -139,6 +175,24 @@ def test_every_method_on_a_loaded_model_is_saved_and_comes_back(files, name, qua
             for form in ("adapter", "full"):
                 again = stored.read(name, tmp_path / f"{method}-{form}", quantise if form == "adapter" else None)
                 assert torch.equal(again.logits(batch), logits), (method, form)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["lf", "skip"])
+def test_a_fast_cpu_kernels_layout_stays(method, files, name):
+    """It cannot be read without rounding the scales, and the layers that are read are the stock model's."""
+    modules = pytest.importorskip("bitsandbytes.nn.modules")
+    if not modules.has_avx512bf16():
+        pytest.skip("bitsandbytes has no fast 4-bit kernel for this CPU")
+    host = stored.read(name, files[name], stored.FOUR)
+    batch = stored.batch(host, SAMPLES)
+    stock = host.logits(batch)  # changes the layout
+    handle = patch(host.model, **METHODS[method])
+    patched = host.logits(batch)
+    if method == "skip":  # computes its projector in another precision than the kernel
+        assert (patched - stock)[batch.valid].abs().max() <= 0.1 * stock.abs().max()
+    handle.remove()
+    assert torch.equal(host.logits(batch), stock)
 
 
 @torch.no_grad()
@@ -193,6 +247,23 @@ def test_a_side_branch_of_quantised_layers_has_their_values_and_trains(files, na
         host.logits(batch).float().square().mean().backward()
         names = [n for n, p in host.model.named_parameters() if p.grad is not None]
         assert names == handle.trainable() and all("side_branch" in n for n in names)
+
+
+def test_an_adapter_does_not_lose_what_lora_has_changed_in_quantised_weights(files, name, tmp_path):
+    peft = pytest.importorskip("peft")
+    for quantise in (stored.EIGHT, stored.FOUR):
+        host = stored.read(name, files[name], quantise)
+        batch = stored.batch(host, SAMPLES)
+        handle = patch(host.model, routing=Routing(split=3, freeze="none"))
+        model = peft.get_peft_model(host.model, peft.LoraConfig(r=4, target_modules=r".*model\.layers\.5\..*q_proj"))
+        for parameter in (p for n, p in model.named_parameters() if "lora_B" in n):
+            torch.nn.init.normal_(parameter, std=0.05)
+        model.merge_and_unload()
+        with pytest.raises(CheckpointError, match=r'merged into .*layers\.5\.self_attn\.q_proj .* form="full"'):
+            handle.save(tmp_path / "adapter")
+        handle.save(tmp_path / "full", form="full")
+        with torch.no_grad():
+            assert torch.equal(stored.read(name, tmp_path / "full").logits(batch), host.logits(batch))
 
 
 def test_quantised_weights_do_not_train(files, name):

@@ -1,5 +1,7 @@
 """After undo the model is what it was: output, state dict, hooks and the attributes of every module."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -145,14 +147,18 @@ def test_a_patched_model_refuses_to_be_copied(host, settings):
         for way in ways.values():
             with pytest.raises(LlavaPatchError, match=r"cannot be copied or pickled.*call handle.remove\(\) first"):
                 way(host.model)
+        parts = (handle.anatomy.wrapper, handle.anatomy.decoder, handle.anatomy.tower, handle.anatomy.vision_model)
+        for way, part in itertools.product(("deepcopy", "pickle", "torch.save"), parts):
+            with pytest.raises(LlavaPatchError, match="cannot be copied or pickled"):
+                ways[way](part)
         for way in ("deepcopy", "pickle"):
             with pytest.raises(LlavaPatchError, match="cannot be copied or pickled"):
                 ways[way](handle)
         copy.deepcopy(host.model.config)
         copy.deepcopy(host.model.generation_config)
         torch.save(host.model.state_dict(), io.BytesIO())
-    for way in ways.values():
-        way(host.model)
+    for way, part in itertools.product(ways.values(), (host.model, *parts)):
+        way(part)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from llava_patch import patch
 from llava_patch.core.errors import InputError, SettingError
 from llava_patch.routing.reference import final_states
 from tests.support import decoders
-from tests.support.models import HF_IMAGE_TOKEN, IMAGE, close, features_of, hf_next_model
+from tests.support.models import HF_IMAGE_TOKEN, IMAGE, TOKENS, close, features_of, hf_model, hf_next_model
 from tests.support.routings import ALL, embeddings, places
 
 SOME = ["lf", "lf-k2", "lf-sparse", "pc", "kv", "ideal", "vtw", "fastv", "lf+fastv", "kv+fastv-deep"]
@@ -53,6 +53,42 @@ def test_anyres_tiles_on_hf(case):
         assert model.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1] == longest + 3
     assert not close(logits[mask.bool()], stock[mask.bool()])
     assert torch.equal(model(**inputs, position_ids=places(mask)).logits, stock)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_return_sequences": 3, "do_sample": True}])
+@pytest.mark.parametrize("make", [hf_model, hf_next_model])
+def test_copies_of_a_sample_get_the_images_that_the_stock_model_gives_them(make, options):
+    """Several images in a sample: transformers from 5.2x on takes them all along, earlier ones mix them up."""
+    model = make()
+    generator = torch.Generator().manual_seed(1)
+    if make is hf_model:
+        inputs = {"pixel_values": torch.randn(3, 3, 56, 56, generator=generator)}
+        counts = [TOKENS] * 3
+    else:
+        pixels, sizes = torch.randn(3, 3, 3, 56, 56, generator=generator), torch.tensor([[56, 112], [112, 50], [56, 9]])
+        inputs = {"pixel_values": pixels, "image_sizes": sizes}
+        counts = [len(f) for f in features_of(model.model.get_image_features(**inputs))]
+    one, two, three = ([HF_IMAGE_TOKEN] * n for n in counts)
+    rows = [torch.tensor([3, *one, 4, *two, 5]), torch.tensor([6, 7]), torch.tensor([8, *three, 9])]
+    longest = max(map(len, rows))
+    inputs["input_ids"] = torch.stack([torch.nn.functional.pad(r, (longest - len(r), 0)) for r in rows])
+    inputs["attention_mask"] = torch.stack([torch.arange(longest) >= longest - len(r) for r in rows]).long()
+
+    def prefill():
+        seen = []
+        hook = model.model.language_model.register_forward_pre_hook(
+            lambda m, a, kw: seen.append(kw["inputs_embeds"]), with_kwargs=True
+        )
+        model.generate(**inputs, max_new_tokens=2, suppress_tokens=[HF_IMAGE_TOKEN], **options)
+        hook.remove()
+        return seen[0]
+
+    stock = prefill()
+    assert len(stock) == 9
+    for case in SOME:
+        with patch(model, **ALL[case]):
+            assert torch.equal(prefill(), stock)
 
 
 @torch.no_grad()

@@ -41,6 +41,14 @@ def offload(host: Host, folder: Path | None = None) -> None:
             accelerate.disk_offload(part, str(folder / str(i)), execution_device=torch.device("cpu"))
 
 
+def device_map(host: Host, place: str) -> dict[str, str]:
+    """A map that keeps the decoder's layers in one place, by their names, and all the rest on the CPU."""
+    names = {id(module): name for name, module in host.model.named_modules()}
+    layers = {names[id(layer)]: place for layer in host.decoder.layers}
+    owners = (name.rpartition(".")[0] for name, _ in host.model.named_parameters())
+    return layers | {name: "cpu" for name in owners if not name.startswith(tuple(f"{layer}." for layer in layers))}
+
+
 def write(name: str, folder: Path) -> Path:
     """A model's files; widths are multiples of 64, by which bitsandbytes cuts its blocks."""
     vision, path = models.vision_config(), folder / name

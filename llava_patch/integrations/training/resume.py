@@ -5,8 +5,10 @@ else that trained. All of that lies in one file of ours there, written before th
 """
 
 import functools
+import itertools
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,16 +22,19 @@ from transformers.trainer import TRAINER_STATE_NAME
 from llava_patch.core import records
 from llava_patch.core.errors import CheckpointError
 from llava_patch.core.files import atomic
+from llava_patch.core.registry import KINDS, TRAINING_ONLY
 from llava_patch.core.undo import UndoStack, meanwhile
 from llava_patch.hosts import llava_code, lora, zero
 from llava_patch.integrations.training.extension import TrainerExtension, extend
-from llava_patch.patching.beside_peft import FILE, settings_of
-from llava_patch.patching.handle import Handle
+from llava_patch.patching.beside_peft import FILE, kept_by_trainer, settings_of
+from llava_patch.patching.handle import Handle, get_handle
 from llava_patch.patching.vocabulary import resized
+from llava_patch.settings.methods import from_record
 
 logger = logging.getLogger("llava_patch")
 
 _PREFIX = "checkpoint-"
+_ASIDE = "unfinished-"
 
 
 def follow(trainer: Any, handle: Handle) -> None:
@@ -81,7 +86,8 @@ class _Beside(TrainerExtension):
         self, original: Callable[..., None], output_dir: Any = None, _internal_call: bool = False, **more: Any
     ) -> None:
         """The Trainer's method of this name."""
-        original(output_dir, _internal_call, **more)
+        with kept_by_trainer():
+            original(output_dir, _internal_call, **more)
         if not _internal_call:  # a checkpoint's
             self._write(self._left_out(engine=False), Path(output_dir or self.trainer.args.output_dir))
 
@@ -168,18 +174,49 @@ def train(
         folders = sorted((p for p in paths if numbers[p].isdecimal()), key=lambda p: -int(numbers[p]))
         whole = next((path for path in folders if not _lacks(path)), None)
         broken = folders if whole is None else folders[: folders.index(whole)]
-        if broken and trainer.args.process_index == 0:
+        if folders:
+            resume_from_checkpoint = None if whole is None else str(whole)
+        trainer.accelerator.wait_for_everyone()  # every rank has seen the folders
+        if broken and trainer.args.should_save:
             logger.warning(
-                "llava_patch: not written to the end, and left alone: %s. Training %s",
+                "llava_patch: not written to the end, and set aside as %s...: %s. Training %s",
+                _ASIDE,
                 ", ".join(f"{path} ({_lacks(path)})" for path in broken),
                 "begins anew" if whole is None else f"goes on from {whole}",
             )
-        if folders:
-            resume_from_checkpoint = None if whole is None else str(whole)
+            for path in broken:
+                _set_aside(path)
+    handle = get_handle(trainer.model)
+    if handle is not None and isinstance(resume_from_checkpoint, (str, os.PathLike)):
+        check_settings(handle, resume_from_checkpoint)
     with UndoStack() as undo:
         if _projector_alone(trainer) and trainer.is_deepspeed_enabled:
             undo.wrap(trainer.model, "load_state_dict", _load_leniently)
         return original(resume_from_checkpoint, *args, **kwargs)
+
+
+def _set_aside(folder: Path) -> None:
+    """Rename half a checkpoint: as the highest one it would outlive, under save_total_limit, all that are whole."""
+    names = (
+        f"{_ASIDE}{folder.name}{suffix}" for suffix in itertools.chain([""], (f".{i}" for i in itertools.count(1)))
+    )
+    folder.rename(next(path for name in names if not (path := folder.with_name(name)).exists()))
+
+
+def check_settings(handle: Handle, folder: str | os.PathLike[str]) -> None:
+    """Refuse to go on from a checkpoint that was written with other methods, or with others' settings."""
+    record = records.checkpoint_record(folder)
+    if record is None:
+        return
+    theirs = from_record(record, str(folder)) if record else {}
+    for kind in (kind for kind in KINDS if kind not in TRAINING_ONLY):
+        own, carried = handle.methods.get(kind), theirs.get(kind)
+        if (own is None) != (carried is None) or (own is not None and not own.agrees(carried)):
+            raise CheckpointError(
+                f"{folder} was written with {kind} = {carried}, and the run would go on with "
+                f"{kind} = {None if own is None else own.settings}: go on with the settings that the run began with, "
+                "or start into another --output_dir"
+            )
 
 
 def _lacks(folder: Path) -> str:

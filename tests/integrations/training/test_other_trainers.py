@@ -12,7 +12,7 @@ from transformers import LlavaForConditionalGeneration
 from transformers.trainer import load_sharded_checkpoint
 
 from llava_patch import Routing, SkipLinks, get_handle, patch
-from llava_patch.core.errors import HostError, SettingError
+from llava_patch.core.errors import CheckpointError, HostError, SettingError
 from llava_patch.settings import active
 from tests.support import hf_train
 from tests.support.hf_train import losses
@@ -202,6 +202,36 @@ def test_lora_beside_the_patch(method, targets, data, configured, tmp_path):
                     assert torch.equal(model.eval()(**batch).logits, expected)
 
 
+@pytest.mark.parametrize("method", [dict(routing=Routing(split=4)), dict(fusion=SkipLinks(stride=2))])
+@pytest.mark.parametrize("way", ["get_peft_model", "add_adapter"])
+def test_what_peft_saves_without_a_trainer(way, method, data, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = _open(data[1])
+    handle = patch(model, **method)
+    lora = peft.LoraConfig(r=2, target_modules=r".*(language_model.*(q_proj|gate_proj)|projector\.linear_1)")
+    if way == "get_peft_model":
+        model, adapter = peft.get_peft_model(model, lora, "mine"), "mine"
+    else:
+        model.add_adapter(lora)
+        adapter = ""
+    with torch.no_grad():  # as training would
+        for number, (name, parameter) in enumerate(handle.model.named_parameters()):
+            if "lora_" in name or any(parameter is added for added in handle.added_parameters()):
+                torch.manual_seed(number)
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    model.save_pretrained(tmp_path)
+    batch = next(iter(hf_train.trainer("transformers", data, tmp_path / "run").get_eval_dataloader()))
+    with torch.no_grad():
+        expected = model.eval()(**batch).logits
+    opened = [_open(tmp_path / adapter)]
+    if way == "get_peft_model":
+        opened.append(peft.PeftModel.from_pretrained(_open(data[1]), tmp_path / adapter))
+    for other in opened:
+        assert get_handle(other).applied() == handle.applied()
+        with torch.no_grad():
+            assert torch.equal(other.eval()(**batch).logits, expected)
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -213,6 +243,29 @@ def test_a_model_that_misses_what_is_configured_is_not_trained(data, configured,
         HostError, match=r"Routing\(.*is configured, but the Trainer got a LlavaForConditionalGeneration"
     ):
         made.train()
+
+
+def test_a_run_goes_on_with_the_settings_that_it_began_with(data, configured, tmp_path):
+    """Also where the optimizer, or its sizes, would not tell."""
+    run = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "save_only_model": True}
+    for asked in (ROUTING, ""):
+        configured(asked)
+        hf_train.trainer("transformers", data, tmp_path / (asked or "stock"), **run).train()
+    for asked, folder, what in (
+        ("Routing.split = 3", ROUTING, r"written with routing = Routing\(.*split=4.*go on with routing = .*split=3"),
+        (f"{ROUTING}; Routing.variant = 'kv'", ROUTING, r"variant='lf'.*go on with routing = .*variant='kv'"),
+        ("SkipLinks.stride = 2", ROUTING, "written with fusion = None"),
+        (ROUTING, "stock", "written with routing = None"),
+        ("", ROUTING, "written by a patched model"),
+    ):
+        configured(asked)
+        for resumed in (True, str(tmp_path / folder / "checkpoint-1")):
+            made = hf_train.trainer("transformers", data, tmp_path / folder, **{**run, "max_steps": 2})
+            with pytest.raises(CheckpointError, match=what):
+                made.train(resume_from_checkpoint=resumed)
+    configured(f"{ROUTING}; Routing.freeze = 'none'")  # what trains may differ
+    made = hf_train.trainer("transformers", data, tmp_path / ROUTING, **{**run, "max_steps": 2})
+    made.train(resume_from_checkpoint=True)
 
 
 def test_a_fusion_that_could_not_learn_is_not_trained(data, configured, tmp_path):

@@ -88,16 +88,18 @@ def test_a_resumed_run_is_the_run_that_was_not_broken_off(data, tmp_path, bindin
     assert same(tmp_path / "whole" / "checkpoint-4", out / "checkpoint-4")
 
 
-def test_what_was_not_written_to_the_end_is_left_alone(data, beside_lora, tmp_path, caplog):
+def test_what_was_not_written_to_the_end_is_set_aside(data, beside_lora, tmp_path, caplog):
     out = _resumable(beside_lora, tmp_path / "out", 2, 4)
     state = out / "checkpoint-4" / "trainer_state.json"
     state.write_text(state.read_text()[:99])
     (out / "checkpoint-12").mkdir()
     (out / "checkpoint-12" / "adapter_config.json").write_text("{}")
-    assert train(data, out, **LORA) == losses(beside_lora)
+    assert train(data, out, save_total_limit=1, **LORA) == losses(beside_lora)
     assert f"{out}/checkpoint-12 (no trainer_state.json), {out}/checkpoint-4 (half a trainer_state.json)" in caplog.text
     assert f"goes on from {out}/checkpoint-2" in caplog.text
-    assert [path.name for path in (out / "checkpoint-12").iterdir()] == ["adapter_config.json"]
+    assert [path.name for path in (out / "unfinished-checkpoint-12").iterdir()] == ["adapter_config.json"]
+    assert (out / "unfinished-checkpoint-4" / "trainer_state.json").stat().st_size == 99
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-4"]
     assert same(beside_lora / "checkpoint-4", out / "checkpoint-4")
 
     out = tmp_path / "nothing"
@@ -107,6 +109,9 @@ def test_what_was_not_written_to_the_end_is_left_alone(data, beside_lora, tmp_pa
 
 def test_a_checkpoint_that_lacks_what_trained_is_refused(data, beside_lora, tmp_path):
     out = _resumable(beside_lora, tmp_path / "out", 2)
+    with pytest.raises(CheckpointError, match=r"written with fusion = SkipLinks\(.* go on with fusion = None"):
+        train(data, out, BOTH[1:], **LORA)
+    (out / "checkpoint-2" / "llava_patch.json").unlink()
     with pytest.raises(
         CheckpointError, match=r"mm_projector\.0\.weight has shape \(64, 128\) there and \(64, 32\) here"
     ):
