@@ -173,7 +173,8 @@ class Host:
         else:
             self.model.config.tokenizer_padding_side = padding
             inputs["images"] = torch.stack(pixels)
-            if "modalities" in inspect.signature(type(self.model).forward).parameters:
+            forward = getattr(type(self.model), "forward", None)  # a stand-in for a model has none
+            if forward is not None and "modalities" in inspect.signature(forward).parameters:
                 inputs["modalities"] = ["image"] * len(pixels)
             elif hasattr(self.model, "get_2dPool"):  # LLaVA-NeXT's Mistral takes them for its modalities
                 inputs["image_sizes"] = [(56, 56)] * len(pixels)
