@@ -41,7 +41,9 @@ def read_transform(folder: str | Path, mode: str) -> Transform:
         check_crop(processor)
     if mode != "anyres":
         return Transform(processor, mode, height, width, cell)
-    if not (raw.get("image_aspect_ratio") == "anyres" if on_llava else hasattr(config, "image_grid_pinpoints")):
+    if not (
+        str(raw.get("image_aspect_ratio")).startswith("anyres") if on_llava else hasattr(config, "image_grid_pinpoints")
+    ):
         raise HostError(f'image mode "anyres": {folder} does not cut images into tiles')
     # The tiling asks an Anatomy for no more than this.
     parts: Any = SimpleNamespace(host=LLAVA if on_llava else HF, grid=shape.grid, patch_size=shape.patch_size)

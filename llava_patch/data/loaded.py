@@ -176,12 +176,13 @@ def _interrupted_afterwards() -> Iterator[None]:
 
 
 def _load_hf(files: configs.CheckpointFiles, base: str, device: str, dtype: torch.dtype) -> LoadedCheckpoint:
-    from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
+    import transformers
 
     checkpoint = files.source
     if base:
         raise CheckpointError(f"{checkpoint} is a checkpoint of Hugging Face's LLaVA: leave out --base")
-    kinds: dict[str, Any] = {"llava": LlavaForConditionalGeneration, "llava_next": LlavaNextForConditionalGeneration}
-    model: Any = kinds[files.config["model_type"]].from_pretrained(checkpoint, dtype=dtype)
-    processor: Any = AutoProcessor.from_pretrained(checkpoint)
+    kinds = {"llava": "Llava", "llava_next": "LlavaNext", "llava_onevision": "LlavaOnevision"}
+    kind: Any = getattr(transformers, f"{kinds[files.config['model_type']]}ForConditionalGeneration")
+    model: Any = kind.from_pretrained(checkpoint, dtype=dtype)
+    processor: Any = transformers.AutoProcessor.from_pretrained(checkpoint)
     return LoadedCheckpoint(model.to(device), processor.tokenizer, processor.image_processor, processor)

@@ -86,10 +86,12 @@ class FusionMethod(Method):
                 )
             if anatomy.vision_model is not None:
                 self._check_tokens()
-        if taps.join is Join.LAYERS and anatomy.mixes_patches:
+        projector = anatomy.projector
+        if convolution := next((m for m in projector.modules() if isinstance(m, nn.Conv2d)), None):
             raise HostError(
-                f"{self.name} adds a tap to each patch's own token, but this model makes tokens of several patches "
-                "(image_aspect_ratio = anyres_max, mm_patch_merge_type = ...maxpool...): take another fusion"
+                f"{self.name} is not available on {type(projector).__name__}, which begins with a "
+                f"{type(convolution).__name__} that pools patches: it needs a projector that begins with a Linear "
+                "(mm_projector_type = linear or mlp2x_gelu)"
             )
         linear = anatomy.first_linear()[2]
         width = int(anatomy.vision_width)

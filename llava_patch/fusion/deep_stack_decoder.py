@@ -1,5 +1,6 @@
 """DeepStack: a projector for the taps, and how their features reach the decoder."""
 
+import functools
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from llava_patch.core.compiled import aside
 from llava_patch.core.errors import HostError
 from llava_patch.core.undo import UndoStack, holding
-from llava_patch.hosts import call_context, lora, storage
+from llava_patch.hosts import call_context, lora, storage, wrappers
 from llava_patch.hosts.anatomy import Anatomy
+from llava_patch.hosts.hf import VIDEOS
 
 _taken: ContextVar[list[list[Tensor]] | None] = ContextVar("llava_patch_taps", default=None)
 
@@ -55,7 +57,8 @@ def attach(anatomy: Anatomy, undo: UndoStack) -> None:
     in the same order, and because the tower runs under `no_grad` on `llava`.
 
     Modifications: a module beside the projector; the instance attribute `encode_images` of the causal LM on `llava`,
-    `get_image_features` (and with anyres tiles `pack_image_features`) of the inner LlavaModel on HF.
+    `get_image_features` (with anyres tiles also `pack_image_features`, with videos `get_video_features`) of the inner
+    LlavaModel on HF.
     """
     original = lora.copies(anatomy.projector_owner, anatomy.projector_name)[0][2]
     projector = storage.plain_copy(original, anatomy.norm.weight.dtype)
@@ -64,41 +67,60 @@ def attach(anatomy: Anatomy, undo: UndoStack) -> None:
     linears = [m for m in projector.modules() if isinstance(m, nn.Linear)]
     if not linears:
         raise HostError(f"the projector {type(projector).__name__} has no Linear layer that DeepStack could start at 0")
+    if not any(linears[-1] is m for m in (projector, *projector.children())):
+        raise HostError(
+            "DeepStack starts its projector's last Linear at 0, but this model's adds what that gives to what it gets "
+            "(mm_projector_type = ...res...), which is not 0: take another fusion"
+        )
     for parameter in linears[-1].parameters():
         nn.init.zeros_(parameter)
     undo.add_module(anatomy.projector_owner, anatomy.stack_name, projector)
 
-    @aside
-    def encode_and_stack(encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def encode_and_stack(argument: str, encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         call = call_context.current(anatomy)
         if call is None:  # images encoded for their own sake
             return encode(*args, **kwargs)
-        if call.numbers is not None:
-            return call.numbers
+        if call.instead is not None:
+            return call.instead
         taken: list[list[Tensor]] = []
         with holding(_taken, taken):
             features = encode(*args, **kwargs)
-        call.offer(_project(anatomy, taken))
+        if argument == VIDEOS:
+            videos = args[0] if args else next(iter(kwargs.values()))
+            call.pack = functools.partial(_pool_frames, anatomy.wrapper, len(videos))
+        call.offer(_project(anatomy, taken), argument)
         return features
 
     @aside
-    def pack_and_report(
-        pack: Callable[..., Any], image_features: Any, image_sizes: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        packed = pack(image_features, image_sizes, *args, **kwargs)
-        call = call_context.current(anatomy)
-        if call is not None:  # anyres tiles are cut and joined on their way: do the same with their rows' numbers
-            counts = [f.shape[0] * f.shape[1] for f in image_features]
-            numbers = torch.arange(1, sum(counts) + 1, device=image_features[0].device).split(counts)
-            shaped = [n.view(*f.shape[:2], 1) for n, f in zip(numbers, image_features, strict=True)]
-            if kwargs.get("image_newline") is not None:
-                kwargs["image_newline"] = numbers[0].new_zeros(1)
-            call.packing = torch.cat(pack(shaped, image_sizes, *args, **kwargs)[0])[:, 0]
-        return packed
+    def pack_and_report(pack: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        call, given = call_context.current(anatomy), wrappers.arguments_of(pack)(args, kwargs)
+        if call is not None:
+            call.pack = functools.partial(_pack_tiles, pack, given)
+        return pack(*args, **kwargs)
 
-    undo.wrap(*anatomy.encoder, encode_and_stack)
+    for encoder, argument in zip(anatomy.encoders, anatomy.visual_tokens, strict=True):
+        undo.wrap(*encoder, aside(functools.partial(encode_and_stack, argument)))
     if hasattr(anatomy.wrapper, "pack_image_features"):
         undo.wrap(anatomy.wrapper, "pack_image_features", pack_and_report)
+
+
+def _pack_tiles(pack: Callable[..., Any], given: dict[str, Any], features: Tensor) -> Tensor:
+    """What `pack`, called as `given` says, makes of other features of its tiles: [tokens, hidden].
+
+    `features` are [tiles, tokens, hidden]; line ends become zeros.
+    """
+    newline, tiles = given.get("image_newline"), [len(f) for f in given["image_features"]]
+    ends = None if newline is None else features.new_zeros(features.shape[-1])
+    return torch.cat(list(pack(**{**given, "image_features": features.split(tiles), "image_newline": ends})[0]))
+
+
+def _pool_frames(wrapper: Any, videos: int, features: Tensor) -> Tensor:
+    """What the host makes of its videos' frames, of other features [frames, tokens, hidden]: [tokens, hidden].
+
+    The line end behind each video becomes zeros.
+    """
+    pooled = wrapper.apply_pooling(features)
+    return F.pad(pooled.reshape(videos, -1, pooled.shape[-1]), (0, 0, 0, 1)).flatten(0, 1)
 
 
 def _project(anatomy: Anatomy, taken: list[list[Tensor]]) -> list[Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from llava_patch.core.errors import HostError, SettingError
 from llava_patch.core.undo import UndoStack
 from llava_patch.fusion.base import Fusion, Taps
-from llava_patch.hosts import storage, zero
+from llava_patch.hosts import known, storage, zero
 from llava_patch.hosts.anatomy import Anatomy, when_loaded
 from llava_patch.hosts.towers.layout import Tower
 
@@ -68,12 +68,15 @@ def let_tower_train(anatomy: Anatomy, undo: UndoStack) -> None:
 
 
 def lift_no_grad(anatomy: Anatomy, undo: UndoStack) -> None:
-    """Run `llava`'s tower with gradients while something in it asks for one (HostError: its forward has no `no_grad`).
+    """Run `llava`'s tower with gradients while something in it asks for one; LLaVA-NeXT's does so by itself.
 
-    Modifications: the tower's instance attribute `forward`.
+    HostError: a tower of which nobody knows where its `no_grad` is. Modifications: the tower's instance attribute
+    `forward`.
     """
     tower = anatomy.tower
     undecorated = getattr(type(tower).forward, "__wrapped__", None)
+    if undecorated is None and known.name_of(tower, by_class=True).endswith(known.WITHOUT_NO_GRAD):
+        return
     if undecorated is None:
         raise HostError(f"{type(tower).__name__}.forward is not under torch.no_grad() as LLaVA's is: cannot lift it")
 
@@ -151,14 +154,13 @@ def regroup(
     """Give the vision tower groups of its own, and keep apart what waits in a warm-up.
 
     `below` is what `distances` found, by parameters' ids; the tower's learning rate is tower_lr * layer_decay **
-    distance, with `base_lr` where there is no `tower_lr`. With neither setting the tower stays where it is. The
-    parameters whose ids are in `adapter` share no group with others.
+    distance. Where there is no `tower_lr` it is its group's (LLaVA-NeXT's mm_vision_tower_lr), or else `base_lr`. With
+    neither setting the tower stays where it is. The parameters whose ids are in `adapter` share no group with others.
 
     Groups keep their other entries and their order, none is empty, and every parameter is in exactly one; the tower's
     come after the rest of their group, the deepest block first.
     """
     own_rate = fusion.tower_lr is not None or fusion.layer_decay is not None
-    tower_lr = base_lr if fusion.tower_lr is None else fusion.tower_lr
     made = []
     for group in groups:
         parts: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
@@ -166,7 +168,7 @@ def regroup(
             distance = below.get(id(parameter)) if own_rate else None
             rate = group.get("lr", base_lr)
             if distance is not None:
-                rate = tower_lr * (fusion.layer_decay or 1.0) ** distance
+                rate = (rate if fusion.tower_lr is None else fusion.tower_lr) * (fusion.layer_decay or 1.0) ** distance
             parts.setdefault((distance is not None, -rate, id(parameter) in adapter), []).append(parameter)
         for (_, rate, _), parameters in sorted(parts.items(), key=lambda item: item[0]):
             made.append({**group, "params": parameters, "lr": -rate})

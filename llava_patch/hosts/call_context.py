@@ -9,7 +9,7 @@ Images that a call has encoded and that no call of the decoder has taken raise a
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -44,6 +44,8 @@ class CallContext:
     generating: bool = False  # whether `generate` makes this call
     unknown: bool = False  # the caller brings embeddings of which nobody knows whether images are in them
     stacked: Stacked | None = None  # what DeepStack adds; None without it or without pixels
+    # On HF: the positions of what each argument brings, images or videos, until DeepStack has its features of them.
+    places: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -89,9 +91,9 @@ class HostCall:
         self.placed: _Placed | None = None  # positions set by hand
         # DeepStack's features of the images encoded last, for each tap [images, tokens, hidden].
         self.offered: list[Tensor] | None = None
-        self.packing: Tensor | None = None  # int64 [features], their order in anyres: 1 + the row, 0 for a line end
-        # What encoding gives instead of features while `llava` is asked where each row goes.
-        self.numbers: Tensor | None = None
+        # What the host did to the features encoded last, tiles joined and cut, does the same to others (anyres on HF).
+        self.pack: Callable[[Tensor], Tensor] | None = None
+        self.instead: Tensor | None = None  # what encoding gives instead of features, on `llava`
 
     @contextlib.contextmanager
     def generation(self) -> Iterator[None]:
@@ -121,17 +123,21 @@ class HostCall:
             if images.level == self.images[-1].level and not images.routed:
                 images.rows.append(rows)
 
-    def offer(self, features: list[Tensor]) -> None:
-        """Hand DeepStack's features of the images being encoded on: for each tap [images, tokens, hidden]."""
+    def offer(self, features: list[Tensor], argument: str) -> None:
+        """Hand DeepStack's features of the images being encoded on: for each tap [images, tokens, hidden].
+
+        `argument` of the call has brought them.
+        """
         self.offered, context = features, self.waiting.context
-        if self.anatomy.host == LLAVA or context.image_mask is None or context.stacked is not None:
-            return  # `llava` has yet to say where they go; others than the first are not the host's
-        # The host fills its placeholders in order.
-        rows = context.image_mask.flatten().cumsum(0).view_as(context.image_mask) * context.image_mask
-        if self.packing is not None:
-            rows = torch.nn.functional.pad(self.packing, (1, 0))[rows.clamp(max=len(self.packing))]
-            self.packing = None
-        context.stacked = Stacked([f.flatten(0, 1) for f in features], rows)
+        mask, pack, self.pack = context.places.pop(argument, None), self.pack, None
+        if mask is None:
+            return  # `llava` has yet to say where they go; on HF others than the first are not the host's
+        flat = [f.flatten(0, 1) if pack is None else pack(f) for f in features]
+        rows = mask.flatten().cumsum(0).view_as(mask) * mask  # the host fills its placeholders in order
+        if (before := context.stacked) is not None:  # images, in a call that brings videos too
+            rows = before.rows + (rows + len(before.features[0])) * mask
+            flat = [torch.cat(both) for both in zip(before.features, flat, strict=True)]
+        context.stacked = Stacked(flat, rows)
 
     def find_prepared(self, embeds: Tensor) -> CallContext | None:
         """Which of the prepared embeddings these are, repeated for beams or not: [batch, tokens, hidden]."""

@@ -1,4 +1,4 @@
-"""The host `hf`: Hugging Face's LlavaForConditionalGeneration and LlavaNextForConditionalGeneration."""
+"""The host `hf`: Hugging Face's LLaVA, LLaVA-NeXT and LLaVA-OneVision (`...ForConditionalGeneration`)."""
 
 import copy
 from dataclasses import dataclass
@@ -12,6 +12,8 @@ from llava_patch.hosts import known
 from llava_patch.hosts.host import Anatomy, HostFiles
 
 HF = "hf"
+VIDEOS = "pixel_values_videos"
+"""The argument of the model's forward that brings videos, [videos, frames, 3, height, width]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +24,7 @@ class HFAnatomy(Anatomy):
     projector_name = "multi_modal_projector"
     encoder_name = "get_image_features"
     pixels_argument = "pixel_values"
+    video_encoder_name = "get_video_features"  # of a LLaVA-OneVision
     ids_hold_places = True
     tower_apart = False
 
@@ -37,7 +40,8 @@ class HFAnatomy(Anatomy):
         if not (hasattr(inner, cls.projector_name) and hasattr(inner, "language_model")):
             return None
         inner = known.bare(inner)
-        known.check_host(model, ((model, "forward"), (inner, "forward"), (inner, cls.encoder_name)))
+        methods = [name for name in (cls.encoder_name, cls.video_encoder_name) if hasattr(inner, name)]
+        known.check_host(model, ((model, "forward"), (inner, "forward"), *((inner, name) for name in methods)))
         return cls(model, known.bare(inner.language_model), inner, known.bare(inner.vision_tower), inner)
 
     vision_model = property(attrgetter("tower"))
@@ -47,6 +51,12 @@ class HFAnatomy(Anatomy):
     dropped_tokens = property(lambda self: int(self.patches_only))  # on a tower without CLS that is a patch
     tiles = property(lambda self: hasattr(self.wrapper, "pack_image_features"))  # a LLaVA-NeXT
     image_token_id = property(attrgetter("model.config.image_token_id"))
+
+    @property
+    def visual_tokens(self) -> dict[str, int]:
+        """See `Anatomy.visual_tokens`."""
+        videos = {VIDEOS: self.model.config.video_token_id} if self.takes_videos else {}
+        return {**super().visual_tokens, **videos}
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """See `Anatomy.encode_images`."""
@@ -71,7 +81,9 @@ def _skeleton(config: dict[str, Any]) -> Any:
 
 
 HF_FILES = HostFiles(
-    wrote=lambda config: config.get("model_type") in ("llava", "llava_next") and "text_config" in config,
+    wrote=lambda config: (
+        config.get("model_type") in ("llava", "llava_next", "llava_onevision") and "text_config" in config
+    ),
     text_config=lambda config: whole_config(config).text_config,
     feature_width=lambda config: int(whole_config(config).vision_config.hidden_size),
     skeleton=_skeleton,

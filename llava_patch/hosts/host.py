@@ -32,6 +32,7 @@ class Anatomy(ABC):
     projector_name: ClassVar[str]  # the projector's attribute name in `projector_owner`
     encoder_name: ClassVar[str]  # `wrapper`'s method that turns pixel values into projected visual tokens
     pixels_argument: ClassVar[str]  # the argument of the model's forward that brings images
+    video_encoder_name: ClassVar[str] = ""  # `wrapper`'s method that does so for videos, where the host has another
     # Whether `input_ids` have one placeholder for each image token, written by a processor that takes text and images
     # together; else one placeholder an image, and the model makes room while it runs.
     ids_hold_places: ClassVar[bool]
@@ -153,13 +154,23 @@ class Anatomy(ABC):
 
     # --- from images to the decoder
 
-    # Whether the host makes tokens of several patches on their way (LLaVA-NeXT's pooling and anyres_max).
-    mixes_patches = property(lambda self: False)
+    # Whether it takes videos apart from images, through an encoder and an argument of their own.
+    takes_videos = property(lambda self: hasattr(self.wrapper, self.video_encoder_name or "-"))
+
+    @property
+    def visual_tokens(self) -> dict[str, int]:
+        """The arguments of the model's forward that bring images or videos, each with its placeholder's id."""
+        return {self.pixels_argument: self.image_token_id}
 
     @property
     def encoder(self) -> tuple[Any, str]:
         """(owner, name) of the method that turns pixel values into projected visual tokens in the host's own path."""
         return self.wrapper, self.encoder_name
+
+    @property
+    def encoders(self) -> list[tuple[Any, str]]:
+        """The `encoder`, and that of videos where the host has one."""
+        return [self.encoder, *([(self.wrapper, self.video_encoder_name)] if self.takes_videos else [])]
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """Projected visual tokens [images, tokens, hidden_size], through the host's own path (so with a patch, fused).

@@ -23,12 +23,18 @@ HOSTS = (
     f"{_HF}.llava.modeling_llava.LlavaModel",
     f"{_HF}.llava_next.modeling_llava_next.LlavaNextForConditionalGeneration",
     f"{_HF}.llava_next.modeling_llava_next.LlavaNextModel",
+    f"{_HF}.llava_onevision.modeling_llava_onevision.LlavaOnevisionForConditionalGeneration",
+    f"{_HF}.llava_onevision.modeling_llava_onevision.LlavaOnevisionModel",
     f"{_LLAVA}.language_model.llava_llama.LlavaLlamaForCausalLM",
     f"{_LLAVA}.language_model.llava_mistral.LlavaMistralForCausalLM",
     f"{_LLAVA}.language_model.llava_qwen.LlavaQwenForCausalLM",
     f"{_LLAVA}.llava_arch.LlavaMetaForCausalLM",
 )
 """Models, and what turns their images into embeddings."""
+
+NEXT_SIGLIP = "llava.model.multimodal_encoder.siglip_encoder.SigLipVisionTower"
+WITHOUT_NO_GRAD = ("llava.model.multimodal_encoder.clip_encoder.CLIPVisionTower", NEXT_SIGLIP)
+"""Vision towers of the llava package; those of LLaVA-NeXT's run with gradients."""
 
 DECODERS = {
     "LlamaModel": f"{_HF}.llama.modeling_llama.Llama",

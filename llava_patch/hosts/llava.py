@@ -2,7 +2,6 @@
 
 import copy
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
 from llava_patch.core.errors import HostError
@@ -11,6 +10,8 @@ from llava_patch.hosts import known
 from llava_patch.hosts.host import Anatomy, HostFiles
 
 LLAVA = "llava"
+UNKNOWN = ("llava_mpt", "llava_gemma", "llava_mixtral", "llava_qwen_moe")
+"""Model types of the package whose decoders are not known."""
 _OWN_PREFIXES = ("mm_", "tune_mm_", "freeze_mm_", "unfreeze_mm_", "use_mm_", "image_", "tokenizer_")
 
 
@@ -43,14 +44,32 @@ class LlavaAnatomy(Anatomy):
 
     vision_model = property(lambda self: known.bare(getattr(self.tower, "vision_tower", None)))
     vision_model_now = property(lambda self: getattr(self.model.get_vision_tower(), "vision_tower", None))
-    selected_layer = property(attrgetter("tower.select_layer"))  # mm_vision_select_layer
-    patches_only = property(lambda self: self.tower.select_feature == "patch")  # mm_vision_select_feature
+    patches_only = property(lambda self: getattr(self.tower, "select_feature", "") == "patch")
     dropped_tokens = property(lambda self: self.prefix_tokens if self.patches_only else 0)  # those before the patches
 
-    _ratio = property(lambda self: str(getattr(self.model.config, "image_aspect_ratio", "")))
     _merge = property(lambda self: str(getattr(self.model.config, "mm_patch_merge_type", "flat")))
     tiles = property(lambda self: self._merge.startswith("spatial"))  # "spatial", "spatial_unpad", ...
-    mixes_patches = property(lambda self: "anyres_max" in self._ratio or "maxpool" in self._merge)
+
+    @property
+    def selected_layer(self) -> Any:
+        """`mm_vision_select_layer`; the last one on LLaVA-NeXT's SigLIP, and a name where several are joined."""
+        several = str(getattr(self.tower, "select_feature", ""))
+        return several if several.startswith("slice") else getattr(self.tower, "select_layer", -1)
+
+    @property
+    def vision_config(self) -> Any:
+        """Of the vision model; LLaVA-NeXT's SigLIP deletes its last block, and keeps its configuration as it was."""
+        config = self.tower.config
+        if hasattr(self.tower, "select_layer"):
+            return config
+        if not known.name_of(self.tower, by_class=True).endswith(known.NEXT_SIGLIP):
+            raise HostError(
+                f"{type(self.tower).__name__} is not a vision tower that llava_patch knows on the llava package: it "
+                "has no select_layer, and is not SigLipVisionTower. Routing leaves the tower alone and is available"
+            )
+        config = copy.deepcopy(config)
+        config.num_hidden_layers -= 1
+        return config
 
     @property
     def image_token_id(self) -> int:
@@ -74,8 +93,11 @@ def text_config(config: dict[str, Any]) -> Any:
     return AutoConfig.for_model(_family(config), **values)
 
 
+_FAMILIES = {"llava_mistral": "mistral", "llava_qwen": "qwen2"}
+
+
 def _family(config: dict[str, Any]) -> str:
-    return "mistral" if config.get("model_type") == "llava_mistral" else "llama"
+    return _FAMILIES.get(str(config.get("model_type")), "llama")
 
 
 def _skeleton(config: dict[str, Any]) -> Any:
@@ -84,19 +106,26 @@ def _skeleton(config: dict[str, Any]) -> Any:
     from llava_patch.hosts.towers import models as tower_models
 
     try:
-        if _family(config) == "mistral":
+        if (family := _family(config)) == "mistral":
             from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM as Model
+        elif family == "qwen2":
+            from llava.model.language_model.llava_qwen import LlavaQwenForCausalLM as Model
         else:
             from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM as Model
     except ImportError as error:
         raise HostError(f"the llava package, whose checkpoint this is, cannot be imported ({error})") from error
     values = {k: v for k, v in copy.deepcopy(config).items() if k not in ("model_type", "architectures")}
-    values["unfreeze_mm_vision_tower"] = False  # or the constructor would load the tower's weights
+    # Or the constructor would load the tower's weights.
+    values |= {"unfreeze_mm_vision_tower": False, "delay_load": True, "mm_tunable_parts": ""}
     try:
         model = Model(Model.config_class(**values))
     except (ImportError, OSError, ValueError) as error:  # S2 asks for a package of its own
         raise HostError(f"its vision tower {config.get('mm_vision_tower')} is not there ({error})") from error
     tower = model.get_vision_tower()
+    if not hasattr(tower, "select_layer"):
+        raise HostError(
+            f"the vision tower {type(tower).__name__} of the llava package is not known without its weights"
+        )
     name = tower.vision_tower_name
     vision = tower_models.read_config(name) or CLIPVisionConfig.from_pretrained(name)
     tower.vision_tower = tower_models.model_class(vision)(vision)
@@ -106,7 +135,7 @@ def _skeleton(config: dict[str, Any]) -> Any:
 
 
 LLAVA_FILES = HostFiles(  # of the vision tower, which has a folder of its own, a trained one alone is among them
-    wrote=lambda config: "mm_vision_tower" in config and config.get("model_type") != "llava_mpt",
+    wrote=lambda config: "mm_vision_tower" in config and config.get("model_type") not in UNKNOWN,
     text_config=text_config,
     feature_width=lambda config: int(config["mm_hidden_size"]),
     skeleton=_skeleton,

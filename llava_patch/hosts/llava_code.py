@@ -18,18 +18,37 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from llava_patch.core.errors import HostError
 from llava_patch.core.undo import UndoStack
 from llava_patch.hosts.compat import cache_argument, parameters_of
 
+_RESAMPLER = "mm_vision_resampler"
 logger = logging.getLogger("llava_patch")
 
 
 def fix_trainer_exports(trainer_module: ModuleType, undo: UndoStack) -> None:
-    """`ALL_LAYERNORM_LAYERS` is no longer re-exported by transformers.trainer (4.5x); llava_trainer imports it."""
-    if not hasattr(trainer_module, "ALL_LAYERNORM_LAYERS"):
-        from transformers.pytorch_utils import ALL_LAYERNORM_LAYERS
+    """What transformers.trainer no longer re-exports (4.5x) and llava_trainer imports from it."""
+    for module, name in (
+        ("transformers.pytorch_utils", "ALL_LAYERNORM_LAYERS"),
+        ("accelerate.utils", "GradientAccumulationPlugin"),  # LLaVA-NeXT's
+    ):
+        if not hasattr(trainer_module, name):
+            undo.set_attribute(trainer_module, name, getattr(importlib.import_module(module), name))
 
-        undo.set_attribute(trainer_module, "ALL_LAYERNORM_LAYERS", ALL_LAYERNORM_LAYERS)
+
+def fix_model_exports(modeling_utils: ModuleType, undo: UndoStack) -> None:
+    """LLaVA-NeXT's Q-Former imports three functions from transformers.modeling_utils, which left it (4.4x on).
+
+    One of them, `find_pruneable_heads_and_indices`, is gone altogether (5.x); nothing of LLaVA-NeXT's calls it.
+    """
+    from transformers import pytorch_utils
+
+    def gone(*args: Any, **kwargs: Any) -> Any:
+        raise HostError("find_pruneable_heads_and_indices: this version of transformers does not prune heads any more")
+
+    for name in ("apply_chunking_to_forward", "find_pruneable_heads_and_indices", "prune_linear_layer"):
+        if not hasattr(modeling_utils, name):
+            undo.set_attribute(modeling_utils, name, getattr(pytorch_utils, name, gone))
 
 
 def fix_argv(argv: list[str]) -> None:
@@ -78,10 +97,12 @@ def fix_trainer_methods(llava_trainer: ModuleType, undo: UndoStack) -> None:
     cls = llava_trainer.LLaVATrainer
 
     def without_data(sampler: Callable[..., Any], self: Any, train_dataset: Any = None) -> Any:
+        if not hasattr(self.args, "group_by_length"):  # in 5.0 a sampling strategy; LLaVA-NeXT's asks for it first
+            self.args.group_by_length = self.args.train_sampling_strategy == "group_by_length"
         return sampler(self)
 
     def without_metrics(save: Callable[..., None], self: Any, model: Any, trial: Any, metrics: Any = None) -> None:
-        if not getattr(self.args, "tune_mm_mlp_adapter", False):
+        if not saves_projector_alone(self.args):
             save = Trainer._save_checkpoint
         save(self, model, trial)
 
@@ -96,6 +117,47 @@ def fix_trainer_methods(llava_trainer: ModuleType, undo: UndoStack) -> None:
     accepted = inspect.signature(Trainer.__init__, follow_wrapped=False).parameters.values()
     if not any(one.name == "tokenizer" or one.kind is one.VAR_KEYWORD for one in accepted):  # from 5.0 on
         undo.wrap(cls, "__init__", with_processing_class)
+
+
+def saves_projector_alone(training_args: Any) -> bool:
+    """Whether LLaVA's Trainer saves the projector and nothing else: stage 1, as LLaVA or LLaVA-NeXT says it."""
+    if hasattr(training_args, "mm_vision_tower_lr") and getattr(training_args, "lora_enable", False):
+        return False  # LLaVA-NeXT then saves peft's files
+    parts = tunable_parts(training_args)
+    return bool(getattr(training_args, "tune_mm_mlp_adapter", False)) or parts in (["mm_mlp_adapter"], [_RESAMPLER])
+
+
+def tunable_parts(training_args: Any) -> list[str]:
+    """What LLaVA-NeXT's --mm_tunable_parts lets train; [] without it."""
+    asked = getattr(training_args, "mm_tunable_parts", None) or ""
+    return [part.strip() for part in asked.split(",") if part.strip()]
+
+
+def fix_training_loop(llava_trainer: ModuleType, undo: UndoStack) -> None:
+    """LLaVA-NeXT's Trainer makes its accelerator and runs its loop by copies of transformers' methods.
+
+    The first reads arguments of 4.40 (`dispatch_batches`) that are gone; the second, from its revision 45f2d92 on,
+    names that its module does not have, so that it raises on every version. Where they would, the Trainer's own methods
+    run, of which they are copies; `--trainer_mode zo`, which is in the copy alone, is refused.
+    """
+    from transformers import Trainer, TrainingArguments
+
+    cls = llava_trainer.LLaVATrainer
+    given = {field.name for field in dataclasses.fields(TrainingArguments)}
+
+    def make_accelerator(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+        Trainer.create_accelerator_and_postprocess(self, *args, **kwargs)
+
+    def run(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self, "trainer_mode", "regular") != "regular":
+            raise HostError(f"--trainer_mode {self.trainer_mode} does not run on the installed versions")
+        return Trainer._inner_training_loop(self, *args, **kwargs)
+
+    if "create_accelerator_and_postprocess" in vars(cls) and "dispatch_batches" not in given:
+        undo.wrap(cls, "create_accelerator_and_postprocess", make_accelerator)
+    loop = vars(cls).get("_inner_training_loop")
+    if loop is not None and not hasattr(llava_trainer, "TrainerState"):
+        undo.wrap(cls, "_inner_training_loop", run)
 
 
 def fix_optimizer_groups(llava_trainer: ModuleType, undo: UndoStack) -> None:
@@ -153,6 +215,58 @@ def fix_forward_arguments(cls: type, undo: UndoStack) -> None:
         undo.wrap(cls, "forward", with_old_names)
     if old and "cache" not in parameters_of(getattr(kind, "prepare_inputs_for_generation", with_old_names)):
         undo.wrap(cls, "prepare_inputs_for_generation", with_old_names)
+
+
+def fix_rope_scaling(config_class: Any, undo: UndoStack) -> None:
+    """LLaVA-NeXT's Qwen sets `config.rope_scaling = None`: no scaling, which in 5.x would also drop the base.
+
+    There it is another name of `rope_parameters`, which hold both.
+    """
+    alias = getattr(config_class, "rope_scaling", None)
+    if not isinstance(alias, property):
+        return
+    standard = cast(Callable[[Any, Any], None], alias.fset)
+
+    def set_scaling(self: Any, value: Any) -> None:
+        before = self.rope_parameters or {}
+        if value is None and "rope_theta" in before:
+            value = {"rope_type": "default", "rope_theta": before["rope_theta"]}
+        standard(self, value)
+
+    undo.set_attribute(config_class, "rope_scaling", property(alias.fget, set_scaling))
+
+
+def fix_tower_loading(llava_arch: ModuleType, undo: UndoStack) -> None:
+    """LLaVA-NeXT loads its tower while the whole model is made on the meta device, where 5.x refuses to load anything.
+
+    The tower is loaded outside of it, as up to 4.57; a checkpoint that has the tower's weights is loaded into it then.
+    """
+
+    def build(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with torch.device("cpu"):
+            return original(*args, **kwargs)
+
+    if importlib.util.find_spec("transformers.core_model_loading") is not None:  # since 5.0
+        undo.wrap(llava_arch, "build_vision_tower", build)
+
+
+def fix_siglip(module: Any, undo: UndoStack) -> None:
+    """LLaVA-NeXT's SigLIP on 5.x: a helper of its configuration's is gone, and loading leaves its places unset.
+
+    The helper renames an argument that nobody passes any more; the table counts from 0, and is in no checkpoint.
+    """
+    if hasattr(module.SigLipVisionConfig, "_set_token_in_kwargs"):
+        return
+    undo.set_attribute(module.SigLipVisionConfig, "_set_token_in_kwargs", staticmethod(lambda kwargs: None))
+
+    def load(load_model: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+        loaded = self.is_loaded
+        load_model(self, *args, **kwargs)
+        table = self.vision_tower.vision_model.embeddings.position_ids
+        if not loaded and not table.is_meta:
+            table.copy_(torch.arange(table.shape[-1]))
+
+    undo.wrap(module.SigLipVisionTower, "load_model", load)
 
 
 def fix_llama_tokenizer(cls: Any, undo: UndoStack) -> None:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from llava_patch.core.errors import HostError
 from llava_patch.core.undo import UndoStack
-from llava_patch.hosts import wrappers
 from llava_patch.hosts.anatomy import HF, LLAVA, Anatomy
 from llava_patch.hosts.compat import layout_options
 
@@ -83,20 +82,29 @@ class Tiling:
 
 
 def cuts_tiles(anatomy: Anatomy) -> bool:
-    """Whether the host cuts images into tiles: HF's LLaVA-NeXT, or `image_aspect_ratio=anyres` on `llava`."""
-    return anatomy.tiles if anatomy.host == HF else getattr(anatomy.model.config, "image_aspect_ratio", "") == "anyres"
+    """Whether the host cuts images into tiles: LLaVA-NeXT and OneVision on HF, `image_aspect_ratio` on `llava`."""
+    if anatomy.host == HF:
+        return bool(anatomy.tiles)
+    return str(getattr(anatomy.model.config, "image_aspect_ratio", "")).startswith(("anyres", "highres", "crop_split"))
 
 
 def make_tiling(anatomy: Anatomy, processor: Any) -> Tiling:
     """The tiling of a model for which `cuts_tiles` holds, and of its image processor.
 
-    HostError: tiles that do not fit the tower, or a processor of another model.
+    HostError: tiles that do not fit the tower, a processor of another model, or another way of cutting.
     """
+    config = anatomy.model.config
+    way = str(getattr(config, "vision_aspect_ratio", None) or getattr(config, "image_aspect_ratio", "anyres"))
+    if way != "anyres":  # of HF's, OneVision alone says it
+        raise HostError(
+            f"this model cuts images into tiles as {way} says, which makes tokens of several patches: image mode "
+            '"anyres" is known for plain anyres: use "resize", "crop" or "pad"'
+        )
     rows, columns = anatomy.grid
     side = rows * anatomy.patch_size
     if rows != columns:
         raise HostError(f"anyres cuts square tiles, but this tower takes {rows} x {columns} patches")
-    given = anatomy.model.config.image_grid_pinpoints
+    given = config.image_grid_pinpoints
     resolutions = _pairs(ast.literal_eval(given) if isinstance(given, str) else given)
     if anatomy.host == HF:
         if not hasattr(processor, "image_grid_pinpoints"):
@@ -161,7 +169,7 @@ def order_of_tokens(anatomy: Anatomy, shape: Sequence[int], size: tuple[int, int
 def _order_on_llava(anatomy: Anatomy, tiles: int, tokens: int, size: tuple[int, int]) -> Tensor:
     model = anatomy.model
     device = anatomy.embed_tokens.weight.device
-    numbers = wrappers.row_numbers((tiles, tokens, int(anatomy.text_config.hidden_size)), device)
+    numbers = _numbers((tiles, tokens, int(anatomy.text_config.hidden_size)), device)
     with UndoStack() as undo:
         # To the host a prompt of one token is a step of decoding: a text token stands in front of the image. It
         # must not run its tower on numbers, nor cut the image where a prompt would end.
@@ -172,4 +180,27 @@ def _order_on_llava(anatomy: Anatomy, tiles: int, tokens: int, size: tuple[int, 
                 torch.tensor([[0, anatomy.image_token_id]], device=device), None, None, None, None,
                 [torch.zeros(tiles, 3, 1, 1, device=device)], [size],
             )[4]  # fmt: skip
-        return wrappers.numbered_rows(embeds, torch.ones(1, 1, dtype=torch.bool, device=device))[0, 1:]
+        return _rows(embeds, torch.ones(1, 1, dtype=torch.bool, device=device))[0, 1:]
+
+
+def _numbers(shape: Sequence[int], device: torch.device) -> Tensor:
+    """Features that hold their own row's number, to learn where the host puts each row: float32 of `shape`.
+
+    The host splits, cuts, joins and truncates features [images (or tiles), tokens, hidden] on the way (anyres above
+    all); it does the same to these. Channels are 1 + the row and its negative in turn, which no learned vector is.
+    """
+    tiles, tokens, width = shape
+    numbers = torch.arange(1, tiles * tokens + 1, device=device, dtype=torch.float32)
+    signs = torch.tensor([1.0, -1.0], device=device).repeat(width // 2)
+    return (numbers[:, None] * signs).view(tiles, tokens, width)
+
+
+def _rows(embeds: Tensor, image_mask: Tensor) -> Tensor:
+    """Which row of the image features stands at each place of the decoder's input: int64 [batch, tokens].
+
+    It is 1 + the row, 0 where there is none (text, padding, line ends of anyres). `embeds` [batch, tokens, hidden] is
+    what the host made of `_numbers`, `image_mask` bool [batch, tokens] or [1, 1].
+    """
+    first, second = embeds[..., 0], embeds[..., 1]
+    numbered = image_mask & (first == -second) & (first >= 1) & (first == first.round())
+    return torch.where(numbered, first, torch.zeros_like(first)).long()

@@ -6,7 +6,7 @@ Each is an instance attribute around the host's own method; `call_context` says 
 import functools
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,12 +18,14 @@ from llava_patch.core.undo import UndoStack, meanwhile
 from llava_patch.hosts import call_context, compat, lora
 from llava_patch.hosts.anatomy import HF, LLAVA, Anatomy
 from llava_patch.hosts.call_context import CallContext, HostCall, Stacked, current, host_call, not_routed, prepared_of
+from llava_patch.hosts.hf import VIDEOS
 
 IGNORE_INDEX = -100
 _TAKEN = {
     LLAVA: {"images", "image_sizes", "modalities"},
     HF: {"pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy"},
 }
+_TAKEN_WITH_VIDEOS = {VIDEOS, "image_sizes_videos", "batch_num_images", "vision_aspect_ratio"}
 _BRINGS = re.compile("pixel_values|image|video|audio|vision|encoder_outputs")
 _REPORTS = "_llava_patch_reports"
 _WATCHES = "_llava_patch_watches"
@@ -44,7 +46,8 @@ def attach(anatomy: Anatomy, undo: UndoStack) -> None:
         with call_context.encoding(anatomy):
             return encode(*args, **kwargs)
 
-    undo.wrap(*anatomy.encoder, encode_apart)
+    for encoder in anatomy.encoders:
+        undo.wrap(*encoder, encode_apart)
     refuse_other_features(anatomy, undo)
 
 
@@ -75,10 +78,8 @@ def refuse_other_features(anatomy: Anatomy, undo: UndoStack) -> None:
     """
     if anatomy.host == LLAVA:
         return
-    named = arguments_of(getattr(*anatomy.encoder))
 
-    @aside
-    def checked(encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def checked(named: Callable[..., Any], encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = named(args, kwargs)
         for key in ("vision_feature_layer", "vision_feature_select_strategy"):
             value, own = given.get(key), getattr(anatomy.model.config, key)
@@ -89,7 +90,8 @@ def refuse_other_features(anatomy: Anatomy, undo: UndoStack) -> None:
                 )
         return encode(*args, **kwargs)
 
-    undo.wrap(*anatomy.encoder, checked)
+    for owner, name in anatomy.encoders:
+        undo.wrap(owner, name, aside(functools.partial(checked, arguments_of(getattr(owner, name)))))
 
 
 def arguments_of(function: Callable[..., Any]) -> Callable[[tuple, dict[str, Any]], dict[str, Any]]:
@@ -103,8 +105,7 @@ def _attach_generate(anatomy: Anatomy, undo: UndoStack) -> None:
 
     @aside
     def generate_in_context(generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        pixels = named(args, kwargs).get(anatomy.pixels_argument)
-        with host_call(anatomy) as call, call.images_of(pixels):
+        with host_call(anatomy) as call, call.images_of(_brought(anatomy, named(args, kwargs))):
             _check_arguments(call, kwargs)
             with call.generation():
                 # `llava` knows no logits_to_keep; every way of generating but assisted decoding reads the last
@@ -120,11 +121,12 @@ def _attach_generate(anatomy: Anatomy, undo: UndoStack) -> None:
 
 def _attach_hf(anatomy: Anatomy, undo: UndoStack) -> None:
     wrapper, named = anatomy.wrapper, arguments_of(anatomy.model.forward)
+    named_inside = arguments_of(wrapper.forward)
 
     @aside
     def outer_and_report(outer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = named(args, kwargs)
-        with host_call(anatomy) as call, call.images_of(given.get("pixel_values")):
+        with host_call(anatomy) as call, call.images_of(_brought(anatomy, given)):
             _check_arguments(call, given)
             keep = given.get("logits_to_keep")
             call.waiting.context.suffix = keep if isinstance(keep, int) and keep > 0 else None
@@ -132,29 +134,43 @@ def _attach_hf(anatomy: Anatomy, undo: UndoStack) -> None:
             return outer(*args, **kwargs)  # follows the host's own: `graphs`
 
     @aside
-    def inner_and_report(
-        inner: Callable[..., Any], input_ids: Any = None, pixel_values: Any = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        with host_call(anatomy) as call, call.images_of(pixel_values):
-            _check_arguments(call, kwargs)
-            context = call.waiting.context
-            context.image_mask = context.stacked = None
-            context.unknown = input_ids is None and pixel_values is None
-            if pixel_values is not None and input_ids is not None:
-                context.image_mask = hf_image_mask(anatomy, input_ids)
-            elif pixel_values is not None and (embeds := kwargs.get("inputs_embeds")) is not None:
-                # The host recognises placeholders by their embedding, as its module gives it (peft adds to it).
-                token = torch.tensor(anatomy.image_token_id, dtype=torch.long, device=embeds.device)
-                context.image_mask = (embeds == wrapper.get_input_embeddings()(token)).all(-1)
-            return inner(input_ids, pixel_values, *args, **kwargs)
+    def inner_and_report(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given = named_inside(args, kwargs)
+        with host_call(anatomy) as call, call.images_of(brought := _brought(anatomy, given)):
+            _check_arguments(call, given)
+            context, ids, embeds = call.waiting.context, given.get("input_ids"), given.get("inputs_embeds")
+            context.stacked, context.places = None, {}
+            context.unknown = ids is None and brought is None
+            for argument, number in anatomy.visual_tokens.items():
+                if given.get(argument) is None:
+                    continue
+                if ids is not None:
+                    context.places[argument] = hf_image_mask(ids, number)
+                elif embeds is not None:
+                    # The host recognises placeholders by their embedding, as its module gives it (peft adds to it).
+                    token = torch.tensor(number, dtype=torch.long, device=embeds.device)
+                    context.places[argument] = (embeds == wrapper.get_input_embeddings()(token)).all(-1)
+            masks = list(context.places.values())
+            context.image_mask = functools.reduce(torch.logical_or, masks) if masks else None
+            return inner(*args, **kwargs)
 
     undo.wrap(anatomy.model, "forward", outer_and_report)
     undo.wrap(wrapper, "forward", inner_and_report)
 
 
-def hf_image_mask(anatomy: Anatomy, input_ids: Tensor) -> Tensor:
+def hf_image_mask(input_ids: Tensor, number: int) -> Tensor:
     """Bool mask [batch, tokens] of the placeholders that HF's processor already expanded, by the config at the call."""
-    return input_ids == anatomy.image_token_id
+    return input_ids == number
+
+
+def placeholders(anatomy: Anatomy, input_ids: Tensor) -> Tensor:
+    """Which token ids mark images or videos: bool [batch, tokens]; on HF one for each of their tokens."""
+    return torch.isin(input_ids, torch.tensor([*anatomy.visual_tokens.values()], device=input_ids.device))
+
+
+def _brought(anatomy: Anatomy, given: dict[str, Any]) -> Any:
+    """What of a call's arguments brings images or videos; None: nothing."""
+    return next((given[name] for name in anatomy.visual_tokens if given.get(name) is not None), None)
 
 
 def _attach_llava(anatomy: Anatomy, undo: UndoStack) -> None:
@@ -164,12 +180,6 @@ def _attach_llava(anatomy: Anatomy, undo: UndoStack) -> None:
     @aside
     def prepare_and_report(prepare: Callable[..., tuple], *args: Any, **kwargs: Any) -> tuple:
         given = named_of_prepare(args, kwargs)
-        # LLaVA-NeXT's package takes others beside images ("text" stands for a sample with a dummy image).
-        asked = given.get("modalities") or []
-        if other := [m for m in ([asked] if isinstance(asked, str) else asked) if m not in ("image", "text")]:
-            raise InputError(
-                f"modalities = {other[0]!r} is not routed: give still images, or call handle.remove() first"
-            )
         with host_call(anatomy) as call:
             call.offered = None
             outputs, image_mask = llava_prepare(prepare, image_token_id, *args, **kwargs)
@@ -216,11 +226,23 @@ def _attach_llava(anatomy: Anatomy, undo: UndoStack) -> None:
 
 
 def _stack(call: HostCall, features: list[Tensor], image_mask: Tensor, prepare: Callable[[], tuple]) -> Stacked:
-    """DeepStack's features with the place of each row: the host prepares the call once more, with rows' numbers."""
-    numbers = row_numbers(features[0].shape, image_mask.device)
-    with meanwhile(call, numbers=numbers), torch.no_grad():
-        rows = numbered_rows(prepare()[4], image_mask)
-    return Stacked([f.flatten(0, 1) for f in features], rows)
+    """DeepStack's features, each where the host puts its image: it prepares the call again, with them for the image's.
+
+    So they are cut, joined and pooled as the image is (anyres, videos). A line's end is what comes without features; it
+    takes no tap.
+    """
+    embedding, (batch, tokens) = call.anatomy.embed_tokens, image_mask.shape
+
+    def laid_out(feature: Tensor) -> Tensor:
+        with meanwhile(call, instead=feature), UndoStack() as undo:
+            undo.set_attribute(embedding, "forward", lambda ids: feature.new_zeros(*ids.shape, feature.shape[-1]))
+            embeds: Tensor = prepare()[4]
+        return embeds.flatten(0, 1)
+
+    with torch.no_grad():
+        ends = laid_out(torch.zeros_like(features[0])).any(-1).view(batch, tokens)
+    rows = torch.arange(1, batch * tokens + 1, device=image_mask.device).view(batch, tokens)
+    return Stacked([laid_out(feature) for feature in features], rows * (image_mask & ~ends))
 
 
 def llava_prepare(
@@ -266,29 +288,6 @@ def llava_prepare(
     return (new_ids, new_positions, kept_mask, past_key_values, embeds, labels), image_mask
 
 
-def row_numbers(shape: Sequence[int], device: torch.device) -> Tensor:
-    """Features that hold their own row's number, to learn where the host puts each row: float32 of `shape`.
-
-    The host splits, cuts, joins and truncates features [images (or tiles), tokens, hidden] on the way (anyres above
-    all); it does the same to these. Channels are 1 + the row and its negative in turn, which no learned vector is.
-    """
-    tiles, tokens, width = shape
-    numbers = torch.arange(1, tiles * tokens + 1, device=device, dtype=torch.float32)
-    signs = torch.tensor([1.0, -1.0], device=device).repeat(width // 2)
-    return (numbers[:, None] * signs).view(tiles, tokens, width)
-
-
-def numbered_rows(embeds: Tensor, image_mask: Tensor) -> Tensor:
-    """Which row of the image features stands at each place of the decoder's input: int64 [batch, tokens].
-
-    It is 1 + the row, 0 where there is none (text, padding, line ends of anyres). `embeds` [batch, tokens, hidden] is
-    what the host made of `row_numbers`, `image_mask` bool [batch, tokens] or [1, 1].
-    """
-    first, second = embeds[..., 0], embeds[..., 1]
-    numbered = image_mask & (first == -second) & (first >= 1) & (first == first.round())
-    return torch.where(numbered, first, torch.zeros_like(first)).long()
-
-
 def reports(prepare: Any) -> bool:
     """Whether a prepare_inputs_labels_for_multimodal of `llava` has its embeddings say where their images are."""
     return getattr(prepare, _REPORTS, False)
@@ -300,8 +299,9 @@ def _check_arguments(call: HostCall, given: dict[str, Any]) -> None:
     HostError instead of InputError: the host itself has encoded images before this call.
     """
     anatomy = call.anatomy
+    taken = _TAKEN[anatomy.host] | (_TAKEN_WITH_VIDEOS if anatomy.takes_videos else set())
     for name, value in given.items():
-        if value is None or name in _TAKEN[anatomy.host] or not _BRINGS.search(name):
+        if value is None or name in taken or not _BRINGS.search(name):
             continue
         if any(images.rows for images in call.images):
             raise not_routed(anatomy)

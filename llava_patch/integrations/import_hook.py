@@ -14,6 +14,8 @@ WATCHED = frozenset(
         "transformers.trainer",
         "llava",
         "llava.model.llava_arch",
+        "llava.model.multimodal_encoder.clip_encoder",
+        "llava.model.multimodal_encoder.siglip_encoder",
         "llava.model.language_model.llava_llama",
         "llava.model.language_model.llava_mistral",
         "llava.model.language_model.llava_qwen",

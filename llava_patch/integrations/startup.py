@@ -106,11 +106,23 @@ def _on_llava(module: ModuleType, undo: UndoStack) -> None:
             mend(sys.modules[name], undo)
 
 
+def _on_llava_encoder(module: ModuleType, undo: UndoStack) -> None:
+    """It comes before LLaVA-NeXT's resamplers."""
+    if _mends():
+        _llava_code().fix_model_exports(sys.modules["transformers.modeling_utils"], undo)
+
+
+def _on_llava_siglip(module: Any, undo: UndoStack) -> None:
+    if _mends():
+        _llava_code().fix_siglip(module, undo)
+
+
 def _on_llava_model(module: ModuleType, undo: UndoStack) -> None:
     for name in ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM", "LlavaQwenForCausalLM") if _mends() else ():
         cls = vars(module).get(name)
         if cls is not None and cls.__module__ == module.__name__:
             _llava_code().fix_forward_arguments(cls, undo)
+            _llava_code().fix_rope_scaling(cls.config_class, undo)
 
 
 def _on_llava_trainer(module: Any, undo: UndoStack) -> None:
@@ -124,6 +136,7 @@ def _on_llava_trainer(module: Any, undo: UndoStack) -> None:
     asked = active.configuration()  # raises here, before a model is loaded or a file written
     if _mends():
         _llava_code().fix_trainer_methods(module, undo)
+        _llava_code().fix_training_loop(module, undo)
         _llava_code().fix_optimizer_groups(module, undo)
     if asked is not None:
         from llava_patch.integrations.training import script_flags
@@ -178,6 +191,8 @@ def _on_llava_arch(module: Any, undo: UndoStack) -> None:
 
     undo.wrap(module.LlavaMetaModel, "initialize_vision_modules", initialize_vision_modules)
     builder = sys.modules.get(module.build_vision_tower.__module__)
+    if builder is not None and compat.brings_towers(builder) and _mends():
+        _llava_code().fix_tower_loading(module, undo)
     if builder is None or compat.brings_towers(builder):
         return
 
@@ -202,7 +217,11 @@ def _on_modeling_utils(module: Any, undo: UndoStack) -> None:
     ) -> Any:  # with the stock names, by which scripts may call
         call = loading.Loading(original, model_class, pretrained_model_name_or_path, args, kwargs)
         bare = model_class.__name__
-        if bare in ("LlavaModel", "LlavaNextModel"):  # what a host wraps, which cannot be patched by itself
+        if bare in (
+            "LlavaModel",
+            "LlavaNextModel",
+            "LlavaOnevisionModel",
+        ):  # what a host wraps, which cannot be patched by itself
             whole = bare.replace("Model", "ForConditionalGeneration")
             why = f"which {bare} would be loaded without: load it with {whole}, and take its .model"
             return loading.load_stock(call, why)
@@ -283,6 +302,8 @@ _HANDLERS: dict[str, Callable[[Any, UndoStack], None]] = {
     "transformers.trainer": _on_transformers_trainer,
     "transformers.models.llama.tokenization_llama": _on_llama_tokenizer,
     "llava": _on_llava,
+    "llava.model.multimodal_encoder.clip_encoder": _on_llava_encoder,
+    "llava.model.multimodal_encoder.siglip_encoder": _on_llava_siglip,
     "llava.model.llava_arch": _on_llava_arch,
     "llava.model.language_model.llava_llama": _on_llava_model,
     "llava.model.language_model.llava_mistral": _on_llava_model,

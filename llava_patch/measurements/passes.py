@@ -55,10 +55,10 @@ def watching(anatomy: Anatomy, sample: dict[str, Any], what: str) -> Iterator[tu
     mask = sample.get("attention_mask")
     if mask is not None and not bool(mask.bool().all()):
         raise InputError(f"{what} takes samples without padding: attention_mask holds zeros")
-    seen = Pass(ids[0][ids[0] != anatomy.image_token_id].cpu())
+    seen = Pass(ids[0][~wrappers.placeholders(anatomy, ids)[0]].cpu())
     with UndoStack() as undo:
         if anatomy.ids_hold_places:
-            seen.image = wrappers.hf_image_mask(anatomy, ids)[0]
+            seen.image = wrappers.placeholders(anatomy, ids)[0]
         else:
             _watch_preparation(anatomy, seen, undo)
         yield seen, undo
@@ -70,9 +70,9 @@ def run(anatomy: Anatomy, sample: dict[str, Any]) -> None:
 
 
 def has_image(anatomy: Anatomy, sample: dict[str, Any]) -> bool:
-    """Whether a sample brings an image that the decoder sees."""
-    pixels = anatomy.pixels_of(sample)
-    return pixels is not None and bool((sample["input_ids"] == anatomy.image_token_id).any())
+    """Whether a sample brings an image, or a video, that the decoder sees."""
+    brings = any(sample.get(name) is not None for name in anatomy.visual_tokens)
+    return brings and bool(wrappers.placeholders(anatomy, sample["input_ids"]).any())
 
 
 def same_input(one: Pass, other: Pass, number: int, what: str) -> None:

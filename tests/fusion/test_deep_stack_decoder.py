@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from llava_patch import DeepStack, FastV, Routing, SkipLinks, get_handle, patch
-from llava_patch.core.errors import HostError, InputError, SettingError
+from llava_patch.core.errors import InputError, SettingError
 from llava_patch.hosts import anatomy
+from tests.support import decoders
 from tests.support.fusions import hidden_states, pixels, randomise
 from tests.support.models import (
     HF_IMAGE_TOKEN,
+    HF_VIDEO_TOKEN,
     IMAGE,
-    Host,
+    VIDEO,
     close,
-    features_of,
-    hf_next_model,
     needs_cpu,
     set_attention,
 )
@@ -225,42 +225,36 @@ def test_a_prompt_cut_by_the_length_limit_keeps_its_rows(host):
 
 
 @torch.no_grad()
-def test_anyres_tiles_on_hf():
-    """Tiles are joined, cut, and rows end in a newline feature, which takes no tap."""
-    model = hf_next_model()
-    generator = torch.Generator().manual_seed(1)
-    tiles, sizes = torch.randn(2, 3, 3, 56, 56, generator=generator), torch.tensor([[56, 112], [112, 50]])
+@pytest.mark.parametrize("kind", ["next", "onevision"])
+def test_anyres_tiles_and_frames_on_hf(kind, tower_folder):
+    """Tiles are joined, cut and shrunk, frames pooled; line ends and the end of a video take no tap."""
+    host = decoders.build(kind, "llama", tower_folder)
+    model, videos = host.model, kind == "onevision"
+    batch = host.batch([(2, IMAGE, 5), (3, VIDEO, 1, IMAGE, 4), (1, IMAGE, 2)] if videos else RAGGED, "left")
     with patch(model, fusion=STACK) as handle:
         randomise(handle)
-        states = hidden_states(Host("hf", model), tiles.flatten(0, 1))
+        taken, added, newline = handle.anatomy.dropped_tokens, {}, model.model.image_newline
         projector = model.model.multi_modal_projector_stack
-        packed, newline = {}, model.model.image_newline
-        model.model.image_newline = torch.nn.Parameter(torch.zeros_like(newline))
+        tiles, sizes = batch.inputs["pixel_values"], batch.inputs["image_sizes"]
+        counts = [3, 3, 5] if videos else [3, 3, 5, 3]
+        states = hidden_states(host, torch.cat([t[:n] for t, n in zip(tiles, counts, strict=True)]))
+        given = {"vision_aspect_ratio": "anyres_max_1"} if videos else {"vision_feature_select_strategy": "default"}
         for layer, tap in zip(LAYERS, (2, 5, 7), strict=True):
-            features = projector(states[tap][:, 1:]).split([3, 3])
-            packed[layer] = torch.cat(
-                model.model.pack_image_features(features, sizes, "default", image_newline=model.model.image_newline)[0]
-            )
-        model.model.image_newline = newline
-        counts = [len(f) for f in features_of(model.model.get_image_features(tiles, sizes))]
-        rows = [torch.tensor([3, 4] + [HF_IMAGE_TOKEN] * n + [5, 6, 7]) for n in counts]
-        longest = max(map(len, rows))
-        ids = torch.stack([torch.nn.functional.pad(r, (longest - len(r), 0)) for r in rows])
-        mask = torch.stack([torch.arange(longest) >= longest - len(r) for r in rows]).long()
-        inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": tiles, "image_sizes": sizes}
-        logits = model(**inputs).logits
-
-    def adding(layer):
-        def hook(module, args):
-            hidden = args[0].clone()
-            hidden[ids == HF_IMAGE_TOKEN] += packed[layer]
-            return (hidden, *args[1:])
-
-        return hook
-
+            features = projector(states[tap][:, taken:]).split(counts)
+            packed = model.model.pack_image_features(features, sizes, image_newline=torch.zeros(64), **given)[0]
+            added[layer] = torch.zeros(*batch.image.shape, 64)
+            added[layer][batch.inputs["input_ids"] == HF_IMAGE_TOKEN] = torch.cat(list(packed))
+        for layer, tap in zip(LAYERS, (2, 5, 7), strict=True) if videos else ():
+            frames = projector(hidden_states(host, batch.inputs["pixel_values_videos"][0])[tap])
+            pooled = frames.view(3, 2, 2, 2, 2, 64).mean((2, 4)).flatten(0, 2)  # halving a grid of 4 is its mean
+            added[layer][batch.inputs["input_ids"] == HF_VIDEO_TOKEN] = torch.cat([pooled, torch.zeros(1, 64)])
+        assert model.model.image_newline is newline
+        logits = host.logits(batch)
     for layer in LAYERS:
-        model.model.language_model.layers[layer].register_forward_pre_hook(adding(layer))
-    assert close(logits[mask.bool()], model(**inputs).logits[mask.bool()])
+        host.decoder.layers[layer].register_forward_pre_hook(
+            lambda m, args, values=added[layer]: (args[0] + values, *args[1:])
+        )
+    assert close(logits[batch.valid], host.logits(batch)[batch.valid])
 
 
 @torch.no_grad()
@@ -387,15 +381,3 @@ def test_routing_added_later_respects_the_injections(host):
         with pytest.raises(SettingError, match="already carries fusion"):
             patch(host.model, fusion=SkipLinks(stride=2))
             patch(host.model, fusion=STACK)
-
-
-@pytest.mark.parametrize("host", ["llava"], indirect=True)
-@pytest.mark.parametrize(
-    "setting", [{"image_aspect_ratio": "anyres_max_9"}, {"mm_patch_merge_type": "spatial_maxpool2x2"}]
-)
-def test_tokens_of_several_patches_are_refused(host, setting):
-    """LLaVA-NeXT averages neighbouring patches there: no row of a tap belongs to such a token."""
-    vars(host.model.config).update(setting)
-    with pytest.raises(HostError, match="DeepStack adds a tap to each patch's own token, but this model makes tokens"):
-        patch(host.model, fusion=STACK)
-    patch(host.model, fusion=SkipLinks(stride=2)).remove()

@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 
 from llava_patch import AuxiliaryProbe, DeepStack, DenseConnector, DirectFusion, FastV, Routing, SkipLinks, patch
-from llava_patch.core.errors import HostError, InputError
+from llava_patch.core.errors import HostError
 from llava_patch.hosts import anatomy, known
 from llava_patch.patching.handle import get_handle
 from tests.support import decoders
@@ -250,7 +250,7 @@ def test_a_compiled_model_is_patched_as_the_model_in_it(host):
 # --- whole models -----------------------------------------------------------------------------------------------------
 
 OTHER_MODELS = [
-    "LlavaOnevision", "LlavaNextVideo", "VideoLlava", "VipLlava", "Mistral3", "InternVL", "AyaVision", "PaliGemma",
+    "LlavaNextVideo", "VideoLlava", "VipLlava", "Mistral3", "InternVL", "AyaVision", "PaliGemma",
     "Gemma3",
 ]  # fmt: skip
 PATCHES = [{"fusion": SkipLinks(stride=2)}, *DECODER_WORK.values()]
@@ -268,21 +268,6 @@ def test_models_that_only_look_alike_are_refused_by_name(name):
     model.model = within
     for settings in PATCHES:
         with pytest.raises(HostError, match=f"{outer.__name__} is not a model that llava_patch knows: it brings"):
-            patch(model, **settings)
-
-
-def test_onevision_is_refused_whatever_is_asked_for():
-    """Its images would be routed and its videos would not."""
-    config = transformers.LlavaOnevisionConfig(
-        vision_config=transformers.SiglipVisionConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=8, num_attention_heads=2, image_size=56,
-            patch_size=14,
-        ),
-        text_config=transformers.Qwen2Config(**GROUPED), image_token_index=HF_IMAGE_TOKEN, video_token_index=94,
-    )  # fmt: skip
-    model = transformers.LlavaOnevisionForConditionalGeneration(config)
-    for settings in PATCHES:
-        with pytest.raises(HostError, match=r"LlavaOnevisionForConditionalGeneration is not a model that .*videos"):
             patch(model, **settings)
 
 
@@ -314,25 +299,6 @@ def test_names_are_those_of_the_class_that_defines_the_method(host):
     assert known.name_of(found.decoder) == "transformers.models.llama.modeling_llama.LlamaModel"
     with patch(host.model, routing=Routing(split=2)):
         assert known.name_of(found.decoder) == "transformers.models.llama.modeling_llama.LlamaModel"
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("how", ["forward", "generate"])
-def test_videos_of_llava_next_are_refused_and_its_images_are_not(tower_folder, how):
-    host = decoders.build("llava", "qwen2", tower_folder)
-    batch = host.batch([(2, IMAGE, 5), (7,)], "left")
-    ids = batch.inputs.pop("input_ids")
-
-    def call(modalities):
-        if how == "forward":
-            return host.model(ids, **batch.inputs, modalities=modalities).logits
-        return host.model.generate(ids, **batch.inputs, modalities=modalities, max_new_tokens=2)
-
-    with patch(host.model, routing=Routing(split=2)):
-        assert torch.equal(call(["image", "text"]), call(["image", "image"]))
-        for modalities in (["video"], ["image", "video"], "video"):
-            with pytest.raises(InputError, match="modalities = 'video' is not routed: give still images"):
-                call(modalities)
 
 
 @pytest.mark.parametrize("kind", ["Gemma", "Phi3"])

@@ -28,6 +28,8 @@ PROVEN = {
 """Class and configuration; windows of less than one image."""
 
 BOTH_HOSTS = [(host, name) for name in PROVEN for host in ("hf", "llava") if (host, name) != ("llava", "qwen3")]
+ONE_TILE = list(BOTH_HOSTS)
+BOTH_HOSTS += [(host, name) for name in ("llama", "mistral", "qwen2") for host in ("next", "onevision")]
 
 
 def text_config(kind: str, **settings: Any) -> Any:
@@ -62,10 +64,13 @@ def llava_host(folder: Path, kind: str, **settings: Any) -> Host:
 
 
 def build(name: str, decoder: str, folder: Path) -> Host:
-    """A host ("hf" or "llava") on one of PROVEN."""
+    """A host ("hf", "llava", or HF's "next" and "onevision") on one of PROVEN."""
     kind, settings = PROVEN[decoder]
     if settings.get("sliding_window") and not compat.makes_windows():
         pytest.skip("a sliding window is refused on this transformers")
+    if name in ("next", "onevision"):
+        made = models.anyres_host(name, text_config(kind, **settings))
+        return models.AnyresHost("hf", _biased(made.model))
     return hf_host(kind, **settings) if name == "hf" else llava_host(folder, kind, **settings)
 
 
@@ -100,7 +105,19 @@ def _llava_classes(kind: str) -> tuple[Any, Any]:
 
 
 def _qwen_classes() -> tuple[Any, Any]:
-    """A stand-in for LLaVA-NeXT's LlavaQwen: its names and its `modalities`, llava's own way with images."""
+    """LLaVA-NeXT's LlavaQwen where its package is at hand; else a stand-in.
+
+    It has its names and its `modalities`, and llava's own way with images; where a batch brings a video, it pools all
+    patches by 2, and its tower has no `no_grad`.
+    """
+    try:
+        from llava.model.language_model.llava_qwen import LlavaQwenConfig, LlavaQwenForCausalLM
+    except ImportError:
+        return _qwen_stand_in()
+    return LlavaQwenConfig, LlavaQwenForCausalLM
+
+
+def _qwen_stand_in() -> tuple[Any, Any]:
     from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
 
@@ -115,9 +132,16 @@ def _qwen_classes() -> tuple[Any, Any]:
             self, input_ids, position_ids, attention_mask, past_key_values, labels, images, modalities=("image",),
             image_sizes=None,
         ):  # fmt: skip
-            return super().prepare_inputs_labels_for_multimodal(
-                input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes
-            )
+            undo = UndoStack()
+            if "video" in modalities:
+                undo.wrap(self, "encode_images", lambda encode, pixels: self.get_2dPool(encode(pixels)))
+            with undo:
+                return super().prepare_inputs_labels_for_multimodal(
+                    input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes
+                )
+
+        def get_2dPool(self, features):
+            return features.unflatten(1, (2, 2, 2, 2)).mean((2, 4)).flatten(1, 2)
 
     class LlavaQwenForCausalLM(Meta, Qwen2ForCausalLM):
         config_class = LlavaQwenConfig

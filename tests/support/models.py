@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,10 @@ from llava_patch.core.undo import UndoStack
 from llava_patch.hosts import compat
 
 LAYERS, BLOCKS, TOKENS, VOCAB = 6, 8, 16, 96
-HF_IMAGE_TOKEN = 95
+HF_IMAGE_TOKEN, HF_VIDEO_TOKEN = 95, 94
 PINPOINTS = [[56, 112], [112, 56], [112, 112]]
-IMAGE = "image"
+IMAGE, VIDEO = "image", "video"
+FRAMES = 3
 
 
 def vision_config() -> Any:
@@ -99,6 +101,28 @@ def hf_next_model() -> nn.Module:
         image_grid_pinpoints=PINPOINTS,
     )  # fmt: skip
     return LlavaNextForConditionalGeneration(config).eval()
+
+
+def anyres_host(kind: str, text: Any) -> Host:
+    """HF's LLaVA-NeXT ("next") or LLaVA-OneVision ("onevision") on a decoder's configuration."""
+    import transformers as t
+
+    torch.manual_seed(0)
+    settings = {"text_config": text, "image_token_index": HF_IMAGE_TOKEN, "image_grid_pinpoints": PINPOINTS}
+    if kind == "next":
+        settings |= {"vision_config": vision_config()}
+        return AnyresHost("hf", t.LlavaNextForConditionalGeneration(t.LlavaNextConfig(**settings)).eval())
+    siglip = t.SiglipVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=BLOCKS, num_attention_heads=2, image_size=56,
+        patch_size=14,
+    )  # fmt: skip
+    config = t.LlavaOnevisionConfig(
+        **settings, vision_config=siglip, video_token_index=HF_VIDEO_TOKEN, vision_aspect_ratio="anyres_max_1"
+    )
+    model = t.LlavaOnevisionForConditionalGeneration(config).eval()
+    for parameter in model.model.vision_tower.parameters():  # far from its tiny initial values
+        torch.nn.init.normal_(parameter, std=0.2)
+    return AnyresHost("hf", model)
 
 
 def features_of(output: Any) -> Any:
@@ -193,6 +217,11 @@ class Host:
         else:
             self.model.config.tokenizer_padding_side = padding
             inputs["images"] = torch.stack(pixels)
+            forward = getattr(type(self.model), "forward", None)  # a stand-in for a model has none
+            if forward is not None and "modalities" in inspect.signature(forward).parameters:
+                inputs["modalities"] = ["image"] * len(pixels)
+            elif hasattr(self.model, "get_2dPool"):  # LLaVA-NeXT's Mistral takes them for its modalities
+                inputs["image_sizes"] = [(56, 56)] * len(pixels)
         if labels:
             drop = (attention == 0) | (input_ids == HF_IMAGE_TOKEN) | (input_ids == -200)
             inputs["labels"] = input_ids.masked_fill(drop, -100)
@@ -204,6 +233,69 @@ class Host:
     @property
     def decoder(self) -> nn.Module:
         return self.model.get_model() if self.name == "llava" else self.model.model.language_model
+
+
+SIZES = [[56, 112], [112, 50], [100, 112]]
+"""Heights and widths of images, in turn: of 3, 3 and 5 tiles."""
+
+
+class AnyresHost(Host):
+    """HF's hosts that cut images into tiles, which become tokens of different numbers; OneVision takes videos too."""
+
+    @property
+    def takes_videos(self) -> bool:
+        return hasattr(self.model.model, "get_video_features")
+
+    def batch(
+        self, samples: Sequence[Sequence[Any]], padding: str = "right", seed: int = 0, labels: bool = False
+    ) -> Batch:
+        """See `Host.batch`; a sample may hold VIDEO, and OneVision takes several images in a sample whole."""
+        made, images, videos, sizes, counts = [], [], [], [], []
+        for i, sample in enumerate(samples):
+            generator = torch.Generator().manual_seed(1000 * seed + i)
+            ids: list[Tensor] = []
+            own = sum(part == IMAGE for part in sample)
+            counts += [own] * bool(own)
+            for part in sample:
+                if part == IMAGE:
+                    sizes.append(SIZES[len(sizes) % len(SIZES)])
+                    tiles = 1 if self.takes_videos and own > 1 else 5 if sizes[-1] == SIZES[2] else 3
+                    images.append(torch.randn(tiles, 3, 56, 56, generator=generator))
+                    ids.append(torch.full((self._tokens(tiles, sizes[-1]),), HF_IMAGE_TOKEN))
+                elif part == VIDEO:
+                    videos.append(torch.randn(FRAMES, 3, 56, 56, generator=generator))
+                    ids.append(torch.full((FRAMES * 4 + 1,), HF_VIDEO_TOKEN))
+                else:
+                    ids.append(torch.randint(3, 90, (part,), generator=generator))
+            made.append(torch.cat(ids))
+        longest = max(map(len, made))
+        ids = torch.stack([_pad(row, longest, 0, padding) for row in made])
+        mask = torch.stack([_pad(torch.ones(len(row), dtype=torch.long), longest, 0, padding) for row in made])
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+        if images:
+            most = max(map(len, images))
+            fill = [torch.zeros(most - len(tiles), 3, 56, 56) for tiles in images]
+            inputs["pixel_values"] = torch.stack([torch.cat(both) for both in zip(images, fill, strict=True)])
+            inputs["image_sizes"] = torch.tensor(sizes)
+            if self.takes_videos:
+                inputs["batch_num_images"] = torch.tensor(counts)
+        if videos:
+            inputs["pixel_values_videos"] = torch.stack(videos)
+        visual = (ids == HF_IMAGE_TOKEN) | ((ids == HF_VIDEO_TOKEN) if videos else False)
+        if labels:
+            inputs["labels"] = ids.masked_fill((mask == 0) | visual, -100)
+        return Batch(inputs, mask.bool(), visual)
+
+    def _tokens(self, tiles: int, size: list[int]) -> int:
+        """How many tokens the host makes of an image."""
+        inner = self.model.model
+        given = {} if self.takes_videos else {"vision_feature_select_strategy": "default"}
+        if self.takes_videos:
+            given["vision_aspect_ratio"] = self.model.config.vision_aspect_ratio
+        features = [torch.zeros(tiles, TOKENS, 4)]
+        return len(
+            inner.pack_image_features(features, torch.tensor([size]), image_newline=torch.zeros(4), **given)[0][0]
+        )
 
 
 def _pad(row: Tensor, length: int, value: int, side: str) -> Tensor:

@@ -103,7 +103,7 @@ def check_run(handle: Handle, training_args: Any) -> None:
         f"Routing.split = {split} is this model's depth: nothing is routed and there is no side branch for "
         f'Routing.freeze = "{freeze}" to train': freeze != "none" and split == len(handle.anatomy.layers),
         f'--tune_mm_mlp_adapter True trains the projector, but Routing.freeze = "{freeze}" freezes it: leave Routing '
-        "out of stage 1": freeze != "none" and getattr(training_args, "tune_mm_mlp_adapter", False),
+        "out of stage 1": freeze != "none" and llava_code.saves_projector_alone(training_args),
         f"one process on {devices} GPUs (nn.DataParallel) would run the first GPU's weights on all of them under a "
         "patch: launch with torchrun or deepspeed, or set CUDA_VISIBLE_DEVICES to one": devices > 1,
     }
@@ -172,6 +172,7 @@ def check_fusion(handle: Handle, training_args: Any) -> None:
         return
     owner = type(fusion).__name__
     asked = [name for name in ("tower_lr", "layer_decay", "unfreeze_after") if getattr(fusion, name)]
+    parts, tower_lr = llava_code.tunable_parts(training_args), getattr(training_args, "mm_vision_tower_lr", None)
     first = asked[0] if asked else "train_tower"
     tower = fusion.train_tower != "frozen"
     deepspeed = getattr(getattr(training_args, "hf_deepspeed_config", None), "config", None) or {}
@@ -182,8 +183,12 @@ def check_fusion(handle: Handle, training_args: Any) -> None:
         '(with offloading, also set "zero_force_ds_cpu_optimizer": false)': asked and "optimizer" in deepspeed,
         f"{owner}.train_tower = {fusion.train_tower!r}: with --tune_mm_mlp_adapter True LLaVA saves the projector "
         'alone, and the trained tower would be lost: set train_tower = "frozen" in stage 1': (
-            tower and getattr(training_args, "tune_mm_mlp_adapter", False)
+            tower and llava_code.saves_projector_alone(training_args)
         ),
+        f"{owner}.train_tower = 'frozen' freezes the vision tower, which --mm_tunable_parts lets train: set "
+        'train_tower = "all", or leave mm_vision_tower out': not tower and "mm_vision_tower" in parts,
+        f"{owner}.tower_lr = {fusion.tower_lr} and --mm_vision_tower_lr {tower_lr} both set the vision tower's rate: "
+        "leave one out": fusion.tower_lr is not None and tower_lr is not None,
     }
     refuse(against)
     if not fusion.unfreeze_after:

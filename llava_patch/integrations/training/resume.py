@@ -22,7 +22,7 @@ from llava_patch.core import records
 from llava_patch.core.errors import CheckpointError
 from llava_patch.core.registry import KINDS, TRAINING_ONLY
 from llava_patch.core.undo import UndoStack, meanwhile
-from llava_patch.hosts import lora, zero
+from llava_patch.hosts import llava_code, lora, zero
 from llava_patch.integrations.training.extension import TrainerExtension, extend
 from llava_patch.patching import beside_peft
 from llava_patch.patching.beside_peft import FILE, kept_by_trainer, settings_of
@@ -54,7 +54,7 @@ def follow(trainer: Any, handle: Handle) -> None:
 
 def _projector_alone(trainer: Any) -> bool:
     """Whether LLaVA's trainer saves the projector and nothing to go on from."""
-    return bool(getattr(trainer.args, "tune_mm_mlp_adapter", False))
+    return llava_code.saves_projector_alone(trainer.args)
 
 
 # --- what the Trainer leaves out --------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_patch.core.errors import InputError, SettingError
+from llava_patch.hosts import wrappers
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.measurements import pairs, passes, trace
 from llava_patch.measurements.fusion_attention.measurement import DEFAULTS, FusionAttention, FusionAttentionResult
@@ -69,7 +70,7 @@ class MassMeter(pairs.Meter):
 
     def usable(self, anatomy: Anatomy, sample: dict[str, Any]) -> bool:
         """Whether there is an image, and text after it that could look at it."""
-        image = sample["input_ids"][0] == anatomy.image_token_id
+        image = wrappers.placeholders(anatomy, sample["input_ids"])[0]
         return super().usable(anatomy, sample) and len(trace.text_after_image(image)) > 0
 
     def read(self, anatomy: Anatomy, sample: dict[str, Any]) -> tuple[Tensor, str] | None:

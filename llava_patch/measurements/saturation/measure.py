@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from llava_patch.core import files
 from llava_patch.core.errors import CheckpointError, InputError
 from llava_patch.data.examples import Example
+from llava_patch.hosts import wrappers
 from llava_patch.hosts.anatomy import Anatomy, find
 from llava_patch.measurements import passes, trace
 from llava_patch.measurements.saturation.result import DEFAULTS, Curves, PatchOn, Saturation, SaturationResult
@@ -41,7 +42,7 @@ def unusable(anatomy: Anatomy, sample: dict[str, Any]) -> str | None:
     """Why a sample cannot be measured; None when it can."""
     if not passes.has_image(anatomy, sample):
         return NO_IMAGE
-    return None if len(trace.text_after_image(sample["input_ids"][0] == anatomy.image_token_id)) else NO_TEXT
+    return None if len(trace.text_after_image(wrappers.placeholders(anatomy, sample["input_ids"])[0])) else NO_TEXT
 
 
 def patch_on(anatomy: Anatomy) -> PatchOn | None:

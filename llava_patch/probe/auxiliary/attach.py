@@ -142,7 +142,7 @@ class Auxiliary(Method):
     def _encode_and_note(self, encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         features = encode(*args, **kwargs)
         call = call_context.current(self.anatomy)
-        if self._watching and (call is None or call.numbers is None):
+        if self._watching and (call is None or call.instead is None):
             assert self.head is not None
             injections, layers = None, self.head.decoder.injection_layers
             if layers:  # what DeepStack adds to these images in the head's layers

@@ -74,10 +74,11 @@ def check_convertible(config: dict[str, Any], host: str) -> None:
         projector, feature = config.get("mm_projector_type", "linear"), config.get("mm_vision_select_feature", "patch")
         faults = {
             f"mm_patch_merge_type = {merge!r}, image_aspect_ratio = {aspect!r}: {_NO_TILES}": (
-                merge != "flat" or aspect == "anyres"
+                merge != "flat" or str(aspect).startswith("anyres")
             ),
             f"mm_projector_type = {projector!r}: HF's projector is mlp2x_gelu only": projector != "mlp2x_gelu",
             "s2 = True: HF has no multi-scale (S2) tower": config.get("s2"),
+            "model_type = 'llava_qwen': conversion knows Llama and Mistral": config.get("model_type") == "llava_qwen",
             f"mm_vision_select_feature = {feature!r} is not known": feature not in _FEATURES,
         }
     else:

@@ -158,7 +158,7 @@ def _check_projectors(found: Checkpoint, shapes: dict[str, torch.Size], hidden: 
         depth = re.fullmatch(r"mlp(\d+)x_gelu", found.config.get("mm_projector_type", "linear"))
         linears, anyres = int(depth[1]) if depth else 1, "unpad" in (found.config.get("mm_patch_merge_type") or "")
     else:
-        biased, anyres = found.config.get("multimodal_projector_bias", True), found.config["model_type"] == "llava_next"
+        biased, anyres = found.config.get("multimodal_projector_bias", True), found.config["model_type"] != "llava"
         select = found.config.get("vision_feature_layer", -2)
         layers = len(select) if isinstance(select, list) else 1
     expected = {}

@@ -141,7 +141,7 @@ def check_torchvision() -> Row:
 def check_hosts() -> list[Row]:
     """Both hosts: whether they can be imported, and which `llava` it is."""
     hf = _import("transformers", "LlavaForConditionalGeneration")
-    found = Row("host hf", "LlavaForConditionalGeneration, LlavaNextForConditionalGeneration")
+    found = Row("host hf", "Llava, LlavaNext and LlavaOnevision, each with ForConditionalGeneration")
     if isinstance(hf, Exception):
         found = Row("host hf", f"cannot be imported ({_short(hf)})", PROBLEM, "reinstall transformers")
     return [found, _check_llava()]
@@ -160,7 +160,7 @@ def _check_llava() -> Row:
         advice += "LLAVA_PATCH_DISABLE=1 LLaVA's code meets transformers unmended"
         return Row(what, f"{_origin()}, cannot be imported ({_short(llava)})", PROBLEM, advice)
     if brings_towers(importlib.import_module("llava.model.multimodal_encoder.builder")):
-        advice = "its towers stay its own; llava_patch was measured with LLaVA's original package only"
+        advice = "its towers stay its own: of those, fusions and R-Probe know its CLIP and its SigLIP"
         return Row(what, f"{_origin()}, with vision towers of its own, as LLaVA-NeXT's", NOTE, advice)
     return Row(what, _origin())
 

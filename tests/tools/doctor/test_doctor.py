@@ -113,7 +113,7 @@ def test_a_llava_with_towers_of_its_own(monkeypatch):
         compat, "brings_towers", lambda builder: builder.__name__.endswith("multimodal_encoder.builder")
     )
     row = _row(software.check_hosts(), "host llava")
-    assert row.state == NOTE and "vision towers of its own" in row.found and "original package" in row.advice
+    assert row.state == NOTE and "vision towers of its own" in row.found and "its CLIP and its SigLIP" in row.advice
 
 
 def test_llavas_own_environment_is_no_problem(monkeypatch):
