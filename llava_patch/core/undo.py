@@ -19,6 +19,15 @@ def _place(owner: Any, name: str) -> str:
     return _ASIDE if name == "forward" and not isinstance(owner, type) and _ASIDE in vars(owner) else name
 
 
+def _look_up_forward(module: Any) -> None:
+    """Have accelerate's hook run the `forward` that lies aside now; up to 0.2x it runs the one that it was made with."""
+    hooked = vars(module).get("forward")
+    names = getattr(getattr(hooked, "__code__", None), "co_freevars", ())
+    if _ASIDE in vars(module) and "old_forward" in names:
+        cell = hooked.__closure__[names.index("old_forward")]  # type: ignore[union-attr]
+        cell.cell_contents = lambda *args, **kwargs: getattr(module, _ASIDE)(*args, **kwargs)
+
+
 def inner(owner: Any, name: str) -> Any:
     """An attribute, and of a module its own `forward`, inside accelerate's hook: where ours goes."""
     return getattr(owner, _place(owner, name))
@@ -62,6 +71,7 @@ class UndoStack:
         """
         old = vars(owner).get(_place(owner, name), _MISSING)
         setattr(owner, _place(owner, name), value)
+        _look_up_forward(owner)
 
         def restore() -> None:
             place = _place(owner, name)
@@ -70,6 +80,7 @@ class UndoStack:
             else:
                 stock = getattr(type(owner), name).__get__(owner) if old is _MISSING else old
                 vars(owner)[place] = stock
+            _look_up_forward(owner)
 
         if isinstance(owner, type):  # its dictionary is read-only
             self.push(lambda: delattr(owner, name) if old is _MISSING else setattr(owner, name, old))

@@ -15,7 +15,7 @@ from llava_patch import FastV, Routing, SkipLinks, get_handle, patch
 from llava_patch.core.errors import CheckpointError, SettingError
 from llava_patch.patching.checkpoint import SETTINGS_FILE, WEIGHTS_FILE
 from tests.support import checkpoints
-from tests.support.models import IMAGE, Host
+from tests.support.models import IMAGE, Host, needs_hf
 from tests.support.release import write_fileset
 
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 8, "num_attention_heads": 2,
@@ -48,6 +48,7 @@ def files(tmp_path_factory):
 
 def _load(name, files):
     if name == "hf":
+        needs_hf()
         from transformers import LlavaForConditionalGeneration
 
         return LlavaForConditionalGeneration.from_pretrained(files.hf).eval()
