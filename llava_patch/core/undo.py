@@ -20,7 +20,7 @@ def _place(owner: Any, name: str) -> str:
 
 
 def _look_up_forward(module: Any) -> None:
-    """Have accelerate's hook run the `forward` that lies aside now; up to 0.2x it runs the one that it was made with."""
+    """Have accelerate's hook run the `forward` that now lies aside; up to 0.2x it runs the one it was made with."""
     hooked = vars(module).get("forward")
     names = getattr(getattr(hooked, "__code__", None), "co_freevars", ())
     if _ASIDE in vars(module) and "old_forward" in names:

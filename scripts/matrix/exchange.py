@@ -30,7 +30,7 @@ def write(folder: Path) -> None:
     folder.mkdir(parents=True)
     logits = {}
     for host, form in KINDS:
-        if not bases[host].is_dir():  # Hugging Face's class is refused where the base was made (transformers up to 4.51)
+        if not bases[host].is_dir():  # its class is refused where the base was made
             continue
         model = checkpoints.load(bases[host])
         handle = patch(model, fusion=FUSION)
@@ -48,7 +48,7 @@ def read(folder: Path) -> None:
     for host, form in KINDS:
         name = f"{host} {form}"
         if name not in expected:
-            print(json.dumps({"checkpoint": name, "refused": "not written: its environment refuses the host"}), flush=True)
+            print(json.dumps({"checkpoint": name, "refused": "the host, where it was to be written"}), flush=True)
             continue
         try:
             model = checkpoints.load(folder / f"llava-{host}-{form}")

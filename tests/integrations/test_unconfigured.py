@@ -14,7 +14,7 @@ from llava_patch import FastV, Routing, SkipLinks, patch
 from llava_patch.core.errors import HostError, SettingError
 from llava_patch.hosts import compat
 from llava_patch.integrations import startup
-from tests.support.models import IMAGE, Host
+from tests.support.models import IMAGE, Host, needs_hf
 from tests.support.release import write_fileset
 from tests.support.tiny_train import TEXT, VISION
 
@@ -57,6 +57,7 @@ LIGHT = {
     "llava_patch.hosts.towers.layout",
     "llava_patch.hosts.towers.llava",
     "llava_patch.hosts.towers.models",
+    "llava_patch.hosts.zero",
     "llava_patch.integrations",
     "llava_patch.integrations.import_hook",
     "llava_patch.integrations.loading",
@@ -79,6 +80,8 @@ def _run(code, *arguments, **environment):
 
 @pytest.mark.parametrize("host, script", [("hf", STOCK_HF_SCRIPT), ("llava", STOCK_SCRIPT)], ids=["hf", "llava"])
 def test_a_stock_script_loads_nothing_that_patches(host, script, files, tmp_path):
+    if host == "hf":
+        needs_hf()
     done = _run(script, getattr(files, host), tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "llava_patch:" not in done.stderr  # no handler has failed
@@ -95,9 +98,11 @@ def test_on_a_version_out_of_range_a_stock_script_is_as_without_the_package():
         "import llava.train.train"
     )
     here, without = _run(code), _run(code, LLAVA_PATCH_DISABLE="1")
-    assert (here.returncode, here.stdout) == (without.returncode, without.stdout)
-    assert here.stderr.splitlines()[-1] == without.stderr.splitlines()[-1]  # unmended, this transformers lacks a name
-    assert "ALL_LAYERNORM_LAYERS" in without.stderr
+    assert here.returncode == without.returncode
+    if without.returncode:  # unmended, a transformers newer than LLaVA's own lacks a name
+        assert here.stdout == without.stdout
+        assert here.stderr.splitlines()[-1] == without.stderr.splitlines()[-1]
+        assert "ALL_LAYERNORM_LAYERS" in without.stderr
     asked = _run(code, LLAVA_PATCH_GIN_PARAM="SkipLinks.stride = 4")
     assert asked.returncode == 1
     assert "outside the supported range >=90.1,<91" in asked.stderr.splitlines()[-1]
@@ -111,6 +116,8 @@ def test_on_a_version_out_of_range_stock_models_load_and_patched_ones_are_refuse
     from llava.model import LlavaLlamaForCausalLM
     from transformers import LlavaForConditionalGeneration
 
+    if name == "hf":
+        needs_hf()
     cls, stock = (LlavaForConditionalGeneration, files.hf) if name == "hf" else (LlavaLlamaForCausalLM, files.llava)
     model = cls.from_pretrained(stock)
     handle = patch(model, fusion=SkipLinks(stride=2)) if name == "hf" else patch(model, pruning=FastV(2, 0.5))
@@ -143,7 +150,8 @@ def test_modules_that_every_version_loads_import_no_name_that_only_some_have():
     """What patches may be imported on any transformers, so that `patch` can say which versions it needs."""
     code = """
 import transformers.cache_utils, transformers.utils.generic
-del transformers.cache_utils.DynamicLayer, transformers.utils.generic.is_timm_config_dict
+for module, name in ((transformers.cache_utils, "DynamicLayer"), (transformers.utils.generic, "is_timm_config_dict")):
+    vars(module).pop(name, None)
 import llava_patch
 assert llava_patch.patch and llava_patch.load and llava_patch.Saturation and llava_patch.RProbe
 import llava_patch.tools.inspect.read, llava_patch.tools.report.build, llava_patch.cli.main
@@ -296,6 +304,7 @@ def test_a_fork_with_files_of_its_own_is_mended_too(tmp_path):
 
 
 def test_another_module_called_llava_changes_nothing(files, tmp_path):
+    needs_hf()
     (tmp_path / "llava.py").write_text("")
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
     code = (
@@ -311,6 +320,10 @@ def test_another_module_called_llava_changes_nothing(files, tmp_path):
 def test_another_kind_of_model_is_loaded_without_what_is_configured_and_that_is_said(
     asked, tmp_path, monkeypatch, capsys
 ):
+    import transformers
+
+    if not hasattr(transformers, "Mistral3Config"):
+        pytest.skip("this transformers has no Mistral3, which is a model of images that llava_patch does not know")
     from transformers import CLIPVisionModel, LlamaConfig, Mistral3Config, Mistral3ForConditionalGeneration
 
     from tests.support import models
@@ -340,6 +353,7 @@ def test_a_patched_checkpoint_is_not_loaded_as_a_bare_stock_model(kind, files, t
     import transformers
     from transformers import LlavaForConditionalGeneration
 
+    needs_hf()
     cls = getattr(transformers, kind)
     assert cls.from_pretrained(files.hf) is not None
     model = LlavaForConditionalGeneration.from_pretrained(files.hf)
@@ -359,6 +373,7 @@ def test_flags_that_a_script_of_ones_own_leaves_in_its_arguments_count(files, mo
 
     from llava_patch import get_handle
 
+    needs_hf()
     monkeypatch.setattr(sys, "argv", ["own.py", "--own", "1", "--gin_param", "Routing.split = 3"])
     assert get_handle(LlavaForConditionalGeneration.from_pretrained(files.hf)).routing == Routing(split=3)
     assert sys.argv == ["own.py", "--own", "1"]

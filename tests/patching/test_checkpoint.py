@@ -363,6 +363,7 @@ def test_a_stock_checkpoint_grows_taps(name, files, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("form", ["adapter", "full"])
 def test_a_checkpoint_with_another_fusion_than_asked_for_is_refused(form, files, monkeypatch, tmp_path):
+    needs_hf()
     from transformers import LlavaForConditionalGeneration
 
     patch(_load("hf", files), fusion=PATCH["fusion"]).save(tmp_path / "saved", form=form)

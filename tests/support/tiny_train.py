@@ -20,7 +20,7 @@ TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "num
 TRAIN = Path(importlib.util.find_spec("llava").submodule_search_locations[0]) / "train" / "train.py"
 
 HALVES = multiplies(torch.float16)
-"""Without --bf16 LLaVA's script runs its tower in float16, which older versions of torch (2.1) do not have on the CPU."""
+"""Without --bf16 LLaVA's script runs its tower in float16, which older torch (2.1) does not have on the CPU."""
 
 
 def make_data(root):

@@ -1,4 +1,4 @@
-"""What gloo lacks in older versions of torch (2.1), made of what it has: bf16, and collectives on one tensor for all ranks."""
+"""What gloo lacks in older versions of torch (2.1), made of what it has: bf16, and collectives into one tensor."""
 
 from types import SimpleNamespace
 

@@ -20,18 +20,18 @@ if asked:
     sys.modules.update({name: ModuleType(name) for name in EXTENSIONS})
     os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": os.environ.get("LOCAL_WORLD_SIZE", "2")}
 
-import deepspeed
+import deepspeed  # noqa: E402
 
 if asked:
     for name in EXTENSIONS:  # others, too, would take them for installed
         del sys.modules[name]
     deepspeed.accelerator.get_accelerator()._communication_backend_name = "gloo"
 
-import collectives
-import torch
-import transformers.training_args as training_args
-from accelerate.state import PartialState
-from rank import leave
+import collectives  # noqa: E402
+import torch  # noqa: E402
+import transformers.training_args as training_args  # noqa: E402
+from accelerate.state import PartialState  # noqa: E402
+from rank import leave  # noqa: E402
 
 torch.cuda.synchronize = lambda *args, **kwargs: None  # LLaVA's final save calls it
 training_args.is_torch_bf16_gpu_available = lambda *args, **kwargs: True  # --bf16 asks for a GPU
