@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tests.support import models
+
 IMAGE_TOKEN = 63
 PATCHES = 4
 
@@ -22,6 +24,7 @@ def vision_config() -> Any:
 
 def hf_model(layers: int = 5, attention: str = "sdpa") -> nn.Module:
     """Hugging Face host with grouped-query attention (4 heads, 2 key heads)."""
+    models.needs_hf()
     from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     torch.manual_seed(0)

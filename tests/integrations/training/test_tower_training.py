@@ -37,7 +37,7 @@ def trained(data, tmp_path_factory):
 def flags(data, out):
     return [
         *arguments(data, 2, out, steps=4, save_steps=1, save_total_limit=9, gradient_accumulation_steps=2,
-                   mm_projector_lr=2e-3, weight_decay=0.1),
+                   mm_projector_lr=2e-3, weight_decay=0.1, bf16=False),
         *gin("SkipLinks.train_tower = 'all'", "SkipLinks.unfreeze_after = 0.5"),
     ]  # fmt: skip
 
@@ -52,7 +52,7 @@ def moved(before, after):
 
 def _original(data):
     """The tower as it was, under the names that this transformers has: its files have those of older ones."""
-    return CLIPVisionModel.from_pretrained(data[1].tower, dtype=torch.float32).state_dict()
+    return CLIPVisionModel.from_pretrained(data[1].tower).float().state_dict()
 
 
 def tower_of(folder, base=None):
@@ -164,7 +164,8 @@ def test_zero_2_and_zero_3_go_on_from_a_finished_checkpoint(data, trained, tmp_p
     # of bf16, 2^-9 of a value (measured 3e-4 of the loss; the same runs in float32 agree to 2e-5).
     assert len(found["zero2"]) == 3 and found["zero3"] == pytest.approx(found["zero2"], rel=2**-9)
     assert norms["zero3"] == pytest.approx(norms["zero2"], rel=1e-2)
-    assert norms["zero2"][0] < norms["zero2"][1] / 3  # the projector's alone
+    if norms["zero2"]:  # reported from 4.38 on
+        assert norms["zero2"][0] < norms["zero2"][1] / 3  # the projector's alone
     changes = [
         torch.cat([(w[n].float() - before[n].bfloat16().float()).flatten() for n in sorted(before) if used(n)])
         for w in weights.values()

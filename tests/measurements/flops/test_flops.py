@@ -60,7 +60,7 @@ class Counted:
 
 def eager(host):
     set_attention(host.model, "eager")
-    find(host.model).vision_model.set_attn_implementation("eager")
+    models.set_attention(find(host.model).vision_model, "eager")
 
 
 def check(model, settings, inputs, prompt, mode, **kwargs):
