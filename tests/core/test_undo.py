@@ -2,6 +2,8 @@
 
 import inspect
 
+import torch
+
 from llava_patch.core.undo import UndoStack
 
 
@@ -28,3 +30,20 @@ def test_a_method_of_a_class_gets_its_instance():
         undo.wrap(Thing, "double", lambda original, self, number: original(self, number) + 1)
         assert Thing().double(3) == 7
     assert Thing().double(3) == 6
+
+
+def test_a_hook_that_holds_its_forward_runs_ours():
+    """As accelerate's up to 0.21, which does not look up again what it has moved aside."""
+    module, x = torch.nn.Linear(2, 2), torch.ones(1, 2)
+    stock = module(x)
+    old_forward = module._old_forward = module.forward
+
+    def new_forward(*args, **kwargs):
+        return old_forward(*args, **kwargs)
+
+    module.forward = new_forward
+    undo = UndoStack()
+    undo.wrap(module, "forward", lambda original, *args: original(*args) + 1)
+    assert torch.equal(module(x), stock + 1)
+    undo.unwind()
+    assert torch.equal(module(x), stock)
