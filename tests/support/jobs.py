@@ -16,6 +16,26 @@ _OTHER_TRAINERS = (
 )
 _HF_ZERO = "tests/integrations/training/test_hf_deepspeed.py"
 _LLAVA_ZERO = "tests/integrations/training/test_deepspeed.py::test_zero_2_and_zero_3_train_what_ddp_trains"
+_EACH_DECODER = [
+    f"tests/routing/test_decoders.py::{test}[{{}}-"
+    for test in (
+        "test_a_silent_side_branch_is_stock",
+        "test_what_leaves_nothing_out_is_stock",
+        "test_every_variant_is_its_definition_and_its_own_cache",
+        "test_lean_generation_reads_what_a_plain_forward_gives",
+        "test_deepstack_is_the_stock_decoder_with_the_taps_added_by_hand",
+        "test_the_side_branch_learns_and_nothing_else",
+    )
+]
+_NEXT = [  # the others there run on a stand-in too
+    f"tests/hosts/test_llava_next.py::{test}"
+    for test in (
+        "test_its_siglip_ends_before_the_block_that_it_deletes",
+        "test_projectors_that_a_fusion_cannot_start_in_are_refused",
+        "test_other_towers_of_the_package_are_refused_by_name",
+        "test_towers_that_join_layers_themselves_are_refused",
+    )
+]
 _ENGINES = "tests/integrations/training/test_engines.py::test_two_ranks_train_what_one_process_trains"
 
 # Job: host: the tests, a file or a node's beginning each.
@@ -31,6 +51,7 @@ JOBS: dict[str, dict[str | None, list[str]]] = {
             "tests/fusion/test_attach.py",
             "tests/patching/test_undo.py",
         ],
+        "llava": ["tests/hosts/test_llava_next.py"],
     },
     "generate": {OF_THE_TEST: ["tests/routing/test_cache.py"]},
     "save and load": {
@@ -56,6 +77,9 @@ JOBS: dict[str, dict[str | None, list[str]]] = {
     "ZeRO-3": {"hf": [_HF_ZERO], "llava": [_LLAVA_ZERO]},
     "FSDP": {"hf": [f"{_ENGINES}[hf:fsdp:skip]"], "llava": [f"{_ENGINES}[llava:fsdp:kv]"]},
     "FSDP2": {"hf": [f"{_ENGINES}[hf:fsdp2:skip]"], "llava": [f"{_ENGINES}[llava:fsdp2:kv]"]},
+    "HF LLaVA-NeXT": {"hf": [test.format("next") for test in _EACH_DECODER]},
+    "HF LLaVA-OneVision": {"hf": [test.format("onevision") for test in _EACH_DECODER]},
+    "LLaVA-NeXT's package": {"llava": [*_NEXT, "tests/integrations/training/test_llava_next_runs.py"]},
     "lmms-eval": {
         OF_THE_TEST: ["tests/integrations/lmms_eval/test_cli.py::test_our_tasks_beside_a_stock_one_on_a_patched_model"],
     },

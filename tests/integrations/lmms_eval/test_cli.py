@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -44,22 +45,22 @@ def folder(tmp_path_factory: Any) -> Path:
     return root
 
 
+IS_NEXT = importlib.util.find_spec("llava.model.multimodal_encoder.siglip_encoder") is not None  # its package
+MORE_WORDS = {"llava_onevision": ",conv_template=vicuna_v1,attn_implementation=sdpa"}
 LIMIT = 3  # of two processes one gets an example more
 
 
 def lmms_eval(
     root: Path, tasks: str, model: str, before: str = "pass", host: str = "llava_hf", ranks: int = 1, **environment: str
 ) -> Any:
-    out, device = (
-        f"out-{host}-{ranks}",
-        "cpu" if host == "llava_hf" else "auto",
-    )  # lmms-eval's llava takes "cpu" for a GPU
+    out, device = f"out-{host}-{ranks}", "cpu" if host == "llava_hf" else "auto"  # their "cpu" is a GPU on llava
+    words = f"pretrained={root / model},device_map={device}" + MORE_WORDS.get(host, "")
     start = root / "start.py"
     start.write_text(START.format(before=before))
     launch = [sys.executable] if ranks == 1 else TWO_RANKS[:-2]
     command = [
         *launch, str(start), "--model", host, "--device", "cpu", "--batch_size", "1",
-        "--model_args", f"pretrained={root / model},device_map={device}", "--tasks", tasks, "--include_path", "fast",
+        "--model_args", words, "--tasks", tasks, "--include_path", "fast",
         "--gen_kwargs", "max_new_tokens=2", "--limit", str(LIMIT), "--output_path", out, "--log_samples",
     ]  # fmt: skip
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
@@ -90,7 +91,7 @@ def _results(folder: Path, host: str, ranks: int = 1) -> tuple[Path, dict[str, A
 
 @pytest.mark.parametrize("host", ["hf", "llava"])
 def test_our_tasks_beside_a_stock_one_on_a_patched_model(host: str, folder: Path, request: Any) -> None:
-    name = "llava_hf" if host == "hf" else "llava"
+    name = "llava_hf" if host == "hf" else "llava_onevision" if IS_NEXT else "llava"
     if host == "hf":
         done = request.getfixturevalue("one_process")
     else:
