@@ -10,6 +10,7 @@ from llava_patch.hosts.compat.caches import (
     keep_beams,
     keep_every_position,
     new_cache,
+    take_held,
     to_forget,
 )
 from llava_patch.hosts.compat.features import parameters_of
@@ -62,6 +63,6 @@ __all__ = [
     "keep_every_position", "keep_floating", "known_options", "layer_output", "layout_options", "load_saved_names",
     "makes_windows", "neutral_tower", "new_cache", "one_tensor", "parameters_of", "pil_processor", "position_mask",
     "prepare_layers", "rope_type", "rotary", "rotary_of_call", "saves_offloaded", "scaling", "sliding_window",
-    "stock_mask", "stored_dtype", "text_config", "ties_last_state", "to_forget", "unsupported", "use_backend",
-    "visible",
+    "stock_mask", "stored_dtype", "take_held", "text_config", "ties_last_state", "to_forget", "unsupported",
+    "use_backend", "visible",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ from llava_patch.core.errors import HostError
 SUPPORTED_TRANSFORMERS = ("4.37", "5.25")
 """Lowest supported version (inclusive) and first unsupported one (exclusive)."""
 
-GAPS = (("4.38", "4.53"), ("4.54", "4.56"))
+GAPS: tuple[tuple[str, str], ...] = ()
 """What lies between and was not run through: as above."""
 
 
