@@ -108,7 +108,7 @@ def _run(
     measurement: Measurement, targets: list[Target], settings: Any, folder: Path, formats: list[str], others: Words
 ) -> None:
     """Measure, show what was found and write it; several checkpoints are in memory one after the other."""
-    from llava_patch.core.folder_lock import folder_lock
+    from llava_patch.core.locks import folder_lock
 
     with folder_lock(folder if measurement.resumes else None):
         result: Any = None
@@ -185,7 +185,7 @@ def compare_command(measurement: Measurement) -> Callable[..., None]:
 
 def _kept(measurement: Measurement, target: Target, settings: Any, folder: Path, others: Words) -> Result:
     """A checkpoint's result: of an earlier run where that was the same measurement, else measured and written now."""
-    from llava_patch.core.folder_lock import folder_lock
+    from llava_patch.core.locks import folder_lock
 
     with folder_lock(folder):
         kept = measurement.kept(target, settings, folder)

@@ -134,7 +134,7 @@ def report_command(
     the others stay, and the exit code is 1. Sample counts are settings of
     Report (--gin-param "Report.samples = 64").
     """
-    from llava_patch.core.folder_lock import folder_lock
+    from llava_patch.core.locks import folder_lock
     from llava_patch.tools.report import build
     from llava_patch.tools.report.sections import FAILED, Context, sections
     from llava_patch.tools.report.settings import Report

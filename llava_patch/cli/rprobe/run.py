@@ -45,7 +45,7 @@ def run_command(checkpoint: str, output: Path | None, ablation: bool, formats: l
     """See `RProbeMeasurement`, whose docstring is the help."""
     need("rprobe", *PROBE.extras)  # before torch, which takes seconds
     from llava_patch.core import parallel
-    from llava_patch.core.folder_lock import folder_lock
+    from llava_patch.core.locks import folder_lock
     from llava_patch.data.target import Target
     from llava_patch.measurements.rprobe.output import FIGURE, RESULT, write_run
     from llava_patch.settings import active

@@ -50,7 +50,7 @@ def answer(lm: Any, requests: Sequence[Any]) -> list[str]:
 
 def _run(lm: Any, name: str) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Train and measure one task's probe; (numbers of each held-out sample by its id, the run's)."""
-    from llava_patch.core.folder_lock import folder_lock
+    from llava_patch.core.locks import folder_lock
     from llava_patch.measurements.rprobe.fit import run_rprobe
     from llava_patch.measurements.rprobe.output import write_run
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llava_patch.core.errors import HostError, InputError, SettingError
+from llava_patch.core.locks import FileLock
 from llava_patch.core.paths import cache_folder
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.hosts.compat import layer_output

@@ -17,7 +17,7 @@ from torch import nn
 
 from llava_patch.core import parallel
 from llava_patch.core.errors import InputError, LlavaPatchError
-from llava_patch.core.folder_lock import folder_lock
+from llava_patch.core.locks import folder_lock
 from llava_patch.core.memory import float32_default
 from llava_patch.data.pages import Pages
 from llava_patch.hosts.anatomy import find

@@ -21,9 +21,10 @@ from tests.support.tiny_train import TEXT, VISION
 
 # The start-up hook comes with an installed package; importing llava_patch first does the same.
 START = (
-    "import runpy, sys, llava_patch; {before}; sys.argv[0] = 'lmms_eval'; "
-    "runpy.run_module('lmms_eval', run_name='__main__', alter_sys=True)"
+    "import runpy, sys, llava_patch\n{before}\nsys.argv[0] = 'lmms_eval'\n"
+    "runpy.run_module('lmms_eval', run_name='__main__', alter_sys=True)\n"
 )
+TWO_RANKS = ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "lmms_eval"]
 BREAK = "from transformers.models.llama import modeling_llama as l; l.LlamaMLP.forward = lambda *a: 1 / 0"
 
 
@@ -43,14 +44,23 @@ def folder(tmp_path_factory: Any) -> Path:
     return root
 
 
+LIMIT = 3  # of two processes one gets an example more
+
+
 def lmms_eval(
-    root: Path, tasks: str, model: str, before: str = "pass", host: str = "llava_hf", **environment: str
+    root: Path, tasks: str, model: str, before: str = "pass", host: str = "llava_hf", ranks: int = 1, **environment: str
 ) -> Any:
-    out, device = f"out-{host}", "cpu" if host == "llava_hf" else "auto"  # lmms-eval's llava takes "cpu" for a GPU
+    out, device = (
+        f"out-{host}-{ranks}",
+        "cpu" if host == "llava_hf" else "auto",
+    )  # lmms-eval's llava takes "cpu" for a GPU
+    start = root / "start.py"
+    start.write_text(START.format(before=before))
+    launch = [sys.executable] if ranks == 1 else TWO_RANKS[:-2]
     command = [
-        sys.executable, "-c", START.format(before=before), "--model", host, "--device", "cpu", "--batch_size", "1",
+        *launch, str(start), "--model", host, "--device", "cpu", "--batch_size", "1",
         "--model_args", f"pretrained={root / model},device_map={device}", "--tasks", tasks, "--include_path", "fast",
-        "--gen_kwargs", "max_new_tokens=2", "--limit", "2", "--output_path", out, "--log_samples",
+        "--gen_kwargs", "max_new_tokens=2", "--limit", str(LIMIT), "--output_path", out, "--log_samples",
     ]  # fmt: skip
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(root / "hf"), "OMP_NUM_THREADS": "2"}
@@ -65,24 +75,51 @@ def _llava(folder: Path) -> str:
     return str(files.llava)
 
 
+TASKS, PATCHED = "saturation,rprobe_fast,pope", {"LLAVA_PATCH_GIN_PARAM": "Routing.split=2"}
+
+
+@pytest.fixture(scope="module")
+def one_process(folder: Path) -> Any:
+    return lmms_eval(folder, TASKS, "model", **PATCHED)
+
+
+def _results(folder: Path, host: str, ranks: int = 1) -> tuple[Path, dict[str, Any]]:
+    (written,) = (folder / f"out-{host}-{ranks}").glob("*/*_results.json")
+    return written, json.loads(written.read_text())["results"]
+
+
 @pytest.mark.parametrize("host", ["hf", "llava"])
-def test_our_tasks_beside_a_stock_one_on_a_patched_model(host: str, folder: Path) -> None:
-    model, name = ("model", "llava_hf") if host == "hf" else (_llava(folder), "llava")
-    done = lmms_eval(folder, "saturation,rprobe_fast,pope", model, host=name, LLAVA_PATCH_GIN_PARAM="Routing.split=2")
+def test_our_tasks_beside_a_stock_one_on_a_patched_model(host: str, folder: Path, request: Any) -> None:
+    name = "llava_hf" if host == "hf" else "llava"
+    if host == "hf":
+        done = request.getfixturevalue("one_process")
+    else:
+        done = lmms_eval(folder, TASKS, _llava(folder), host=name, **PATCHED)
     assert done.returncode == 0, done.stdout + done.stderr
-    (written,) = (folder / f"out-{name}").glob("*/*_results.json")
-    table = json.loads(written.read_text())["results"]
+    written, table = _results(folder, name)
     assert table["rprobe_fast"]["rprobe_mse,none"] > 0 and table["saturation"]["attention_mass_final,none"] > 0
     assert "pope_accuracy,none" in table["pope"]
-    for name in ("rprobe_fast", "saturation", "pope"):
+    for name in TASKS.split(","):
         (samples,) = written.parent.glob(f"*_samples_{name}.jsonl")
-        assert len(samples.read_text().splitlines()) == 2
+        assert len(samples.read_text().splitlines()) == (2 if name == "pope" else LIMIT)  # POPE here has two
     saturation = json.loads((written.parent / "saturation" / "saturation.json").read_text())
     assert "routed (lf, split 2), and layers 2..2 have no image states" in saturation["reason"]
     assert saturation["patch"]["split"] == 2
     assert (written.parent / "rprobe_fast" / "rprobe.png").is_file()
     for metric in ("rprobe_psnr", "recommended_split", "pope_accuracy"):
         assert metric in done.stdout
+
+
+def test_two_processes_give_the_numbers_of_one(folder: Path, one_process: Any) -> None:
+    """R-Probe's gradients are means of the ranks': sums in another order."""
+    done = lmms_eval(folder, TASKS, "model", ranks=2, ACCELERATE_USE_CPU="true", **PATCHED)
+    assert done.returncode == 0 and one_process.returncode == 0, done.stdout + done.stderr
+    (_, expected), (_, found) = _results(folder, "llava_hf"), _results(folder, "llava_hf", ranks=2)
+    for task in TASKS.split(","):
+        numbers = {name: value for name, value in expected[task].items() if isinstance(value, float)}
+        assert numbers and {name: found[task][name] for name in numbers} == pytest.approx(
+            numbers, rel=1e-6, nan_ok=True
+        )
 
 
 # Appended to every start of Python in the runs below: the start-up hook, as an installed package has it, and faults.
@@ -103,8 +140,6 @@ if "generate" in os.environ["FAULTS"]:
 SCRIPT, MODULE = ["lmms-eval"], [sys.executable, "-m", "lmms_eval"]
 OWN = [sys.executable, "-c", "from lmms_eval.__main__ import cli_evaluate as run; run()"]
 LAUNCHED = ["accelerate", "launch", "--cpu", "--num_processes", "1", "-m", "lmms_eval"]
-TWO_RANKS = ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "lmms_eval"]
-PATCHED = {"LLAVA_PATCH_GIN_PARAM": "Routing.split=2"}
 # name: (how it is started, --tasks, checkpoint, other arguments, environment, exit status, the end of the last line)
 FAILING: dict[str, tuple[list[str], str, str, list[str], dict[str, str], int, str]] = {
     "our task": (SCRIPT, "saturation", "model", [], {"FAULTS": "module"}, 1, "filelock._api"),

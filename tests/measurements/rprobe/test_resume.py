@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from llava_patch.core.errors import CheckpointError
-from llava_patch.core.folder_lock import folder_lock
+from llava_patch.core.locks import folder_lock
 from llava_patch.hosts.anatomy import find
 from llava_patch.measurements.rprobe import train
 from llava_patch.measurements.rprobe.fit import run_rprobe
@@ -186,7 +186,7 @@ def test_an_answer_may_differ_by_rounding_and_by_no_more():
 def test_a_second_run_in_the_same_folder_is_refused_and_a_killed_one_is_not_in_the_way(tmp_path):
     folder = tmp_path / "out"
     program = (
-        "import sys; from pathlib import Path; from llava_patch.core.folder_lock import folder_lock\n"
+        "import sys; from pathlib import Path; from llava_patch.core.locks import folder_lock\n"
         "with folder_lock(Path(sys.argv[1])):\n    print('in', flush=True); sys.stdin.read()"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}

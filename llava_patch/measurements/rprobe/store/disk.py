@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from safetensors import SafetensorError
 
 from llava_patch.core.errors import LlavaPatchError, SettingError
 from llava_patch.core.files import write_json
+from llava_patch.core.locks import FileLock
 from llava_patch.core.paths import VARIABLE, cache_folder
 from llava_patch.measurements.rprobe.store.shard import DamagedShard, Shard, open_shard, write_shard
 

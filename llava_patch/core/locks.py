@@ -1,16 +1,21 @@
-"""One run at a time in a folder of results."""
+"""Locks between processes, and one run at a time in a folder of results."""
 
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+import filelock
+from filelock import Timeout
 
 from llava_patch.core import parallel
 from llava_patch.core.errors import CheckpointError
 
 LOCK_FILE = ".lock"
 _held: set[Path] = set()
+
+
+class FileLock(filelock.FileLock):
+    """A lock that no other of its path is: lmms-eval has filelock's own class return one lock a path, as first made."""
 
 
 @contextlib.contextmanager
