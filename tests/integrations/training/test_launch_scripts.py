@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from tests.support.paths import LAUNCHERS
-from tests.support.tiny_train import TRAIN, make_data
+from tests.support.tiny_train import HALVES, TRAIN, make_data
 from tests.support.tiny_train import arguments as _arguments
 from tests.support.tiny_train import losses as _losses
 from tests.support.tiny_train import ok as _ok
@@ -51,11 +51,13 @@ def test_both_stages_by_flags_environment_and_torchrun(data, tmp_path):
     assert "SkipLinks.stride = 2" in (first / "llava_patch_operative.gin").read_text()
     assert json.loads((first / "config.json").read_text())["llava_patch"]["fusion"]["detach"] == 1
 
-    # stage 2 takes stage 1's wide projector; settings come from the environment, through torchrun with two workers
+    # Stage 2 takes stage 1's wide projector; settings come from the environment, through torchrun with two workers (with
+    # one where short runs are in bf16, which gloo of the same versions of torch does not take).
+    workers = 2 if HALVES else 1
     arguments = _arguments(data, 2, second, pretrain_mm_mlp_adapter=first / "mm_projector.bin")
     text = _ok(
         _run(
-            ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, RANK, TRAIN, *arguments],
+            ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", workers, RANK, TRAIN, *arguments],
             LLAVA_PATCH_GIN_PARAM="SkipLinks.stride = 2; SkipLinks.detach = 1; Routing.split = 3",
         )
     )
@@ -64,8 +66,8 @@ def test_both_stages_by_flags_environment_and_torchrun(data, tmp_path):
     assert torch.equal(weights["model.mm_projector.0.weight"], projector["model.mm_projector.0.weight"])  # frozen
     base = torch.load(files.language_model / "pytorch_model.bin", weights_only=True)
     for name, tensor in base.items():
-        assert torch.equal(weights[name], tensor.float()), name  # all_but_single: nothing else moved
-    moved = weights["model.side_branch.0.mlp.down_proj.weight"] - base["model.layers.3.mlp.down_proj.weight"].float()
+        assert torch.equal(weights[name], tensor.to(weights[name].dtype)), name  # all_but_single: nothing else moved
+    moved = weights["model.side_branch.0.mlp.down_proj.weight"] - weights["model.layers.3.mlp.down_proj.weight"]
     assert moved.abs().max() > 0
     assert (second / "llava_patch_adapter" / "llava_patch.safetensors").is_file()
 
