@@ -17,8 +17,8 @@ sys.path.insert(0, str(ROOT / "scripts"))
 from matrix import table  # noqa: E402
 
 WORK = ROOT / ".matrix"
-# Those on LLaVA's pins need another accelerate as well, for their Trainer's arguments, and from 4.48 on another timm, from
-# which AutoModel imports.
+# Those on LLaVA's pins need another accelerate as well, for their Trainer's arguments, and from 4.48 on another timm,
+# from which AutoModel imports.
 OVERLAYS = {
     "transformers-4.40": ("llava_pinned", "transformers==4.40.2", "tokenizers==0.19.1", "accelerate==0.28.0"),
     "transformers-4.46": ("llava_pinned", "transformers==4.46.3", "tokenizers==0.20.3", "accelerate==0.28.0"),

@@ -89,7 +89,7 @@ def _older_mask(config: Any, inputs_embeds: Tensor, attention_mask: Tensor | Non
         return position_mask(config, places[:, seen:], places, attention_mask.bool(), inputs_embeds.dtype)
     if backend == "sdpa":
         mask = makers._prepare_4d_causal_attention_mask_for_sdpa(attention_mask, shape, inputs_embeds, seen)
-        if mask is not None or _none_is_causal(type(config)):
+        if mask is not None or _none_is_causal(type(config)):  # type: ignore[arg-type]
             return mask
     return makers._prepare_4d_causal_attention_mask(attention_mask, shape, inputs_embeds, seen)
 
