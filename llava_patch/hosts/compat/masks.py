@@ -179,6 +179,14 @@ def use_backend(attention: Any, name: str, undo: UndoStack) -> None:
         undo.push(lambda: setattr(attention, "__class__", before))
 
 
+def choose_backend_again(config: Any) -> None:
+    """Have transformers choose the attention backend of a configuration that was read from a file (in place).
+
+    4.46 to 4.52 note there that they have chosen one, but not which, and then take it for eager.
+    """
+    vars(config).pop("_attn_implementation_autoset", None)
+
+
 def scaling(attention: Any) -> float:
     """The factor on q.k before the softmax, which an attention module does not hold up to 4.47."""
     return float(getattr(attention, "scaling", attention.head_dim**-0.5))
