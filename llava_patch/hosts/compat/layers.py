@@ -40,7 +40,7 @@ def prepare_layers(decoder: Any, layers: Iterable[Any], undo: UndoStack) -> None
     where the decoder checkpoints its layers, the layer's instance attributes `gradient_checkpointing` and
     `_gradient_checkpointing_func`, which transformers sets on whatever has them.
     """
-    for layer in layers:
+    for layer in map(bare, layers):
         take_given(layer.self_attn, undo)
         if decoder is None or _checkpoints_itself(layer) or "gradient_checkpointing" in vars(layer):
             continue

@@ -14,6 +14,7 @@ from torch import Tensor
 from llava_patch.core.errors import InputError
 from llava_patch.core.undo import UndoStack
 from llava_patch.hosts.compat.features import parameters_of
+from llava_patch.hosts.zero import bare
 
 
 def causal_mask(
@@ -163,6 +164,7 @@ def _classes_in(module: ModuleType | None) -> dict[str, type]:
 
 def backend_of(attention: Any) -> str:
     """`attention_of` for one attention module: up to 4.47 its class says it, whatever its config has become since."""
+    attention = bare(attention)
     names = {kind: name for name, kind in _classes_of(attention).items()}
     found = next((names[kind] for kind in type(attention).__mro__ if kind in names), None)
     return attention_of(attention.config) if found is None else found
@@ -173,6 +175,7 @@ def use_backend(attention: Any, name: str, undo: UndoStack) -> None:
 
     Modifications: the module's class.
     """
+    attention = bare(attention)
     before = type(attention)
     if name in (classes := _classes_of(attention)):
         attention.__class__ = classes[name]

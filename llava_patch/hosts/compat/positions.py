@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llava_patch.core.undo import UndoStack, holding, inner
 from llava_patch.hosts.compat.features import parameters_of
+from llava_patch.hosts.zero import bare
 
 Rotary = tuple[Tensor, Tensor]
 _given: ContextVar[Rotary | None] = ContextVar("llava_patch_rotary", default=None)
@@ -21,7 +22,7 @@ _given: ContextVar[Rotary | None] = ContextVar("llava_patch_rotary", default=Non
 
 def looks_up(attention: Any) -> bool:
     """Whether an attention module makes its own rotary embedding instead of being given it."""
-    return "position_embeddings" not in parameters_of(type(attention).forward)
+    return "position_embeddings" not in parameters_of(type(bare(attention)).forward)
 
 
 def _has_table(embedding: Any) -> bool:
