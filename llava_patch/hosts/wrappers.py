@@ -6,6 +6,7 @@ Each is an instance attribute around the host's own method; `call_context` says 
 import functools
 import inspect
 import re
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,7 @@ _TAKEN_WITH_VIDEOS = {VIDEOS, "image_sizes_videos", "batch_num_images", "vision_
 _BRINGS = re.compile("pixel_values|image|video|audio|vision|encoder_outputs")
 _REPORTS = "_llava_patch_reports"
 _WATCHES = "_llava_patch_watches"
+_laying_out = threading.RLock()
 
 
 def attach(anatomy: Anatomy, undo: UndoStack) -> None:
@@ -231,11 +233,14 @@ def _stack(call: HostCall, features: list[Tensor], image_mask: Tensor, prepare: 
     So they are cut, joined and pooled as the image is (anyres, videos). A line's end is what comes without features; it
     takes no tap.
     """
-    embedding, (batch, tokens) = call.anatomy.embed_tokens, image_mask.shape
+    anatomy, (batch, tokens) = call.anatomy, image_mask.shape
 
     def laid_out(feature: Tensor) -> Tensor:
-        with meanwhile(call, instead=feature), UndoStack() as undo:
-            undo.set_attribute(embedding, "forward", lambda ids: feature.new_zeros(*ids.shape, feature.shape[-1]))
+        def no_text(embed: Callable[..., Tensor], ids: Tensor) -> Tensor:
+            return feature.new_zeros(*ids.shape, feature.shape[-1]) if current(anatomy) is call else embed(ids)
+
+        with _laying_out, meanwhile(call, instead=feature), UndoStack() as undo:
+            undo.wrap(anatomy.embed_tokens, "forward", no_text)  # calls in other threads may come by
             embeds: Tensor = prepare()[4]
         return embeds.flatten(0, 1)
 

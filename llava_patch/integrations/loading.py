@@ -262,8 +262,11 @@ def _stock_config(config: Any, base: str | None = None) -> Any:
 
     How the files of a `base` are quantised stands in its own config.json, whatever its adapter was trained on.
     """
+    from llava_patch.hosts import compat
+
     config = copy.deepcopy(config)
     vars(config).pop(records.CONFIG_KEY, None)
+    compat.choose_backend_again(config)
     if base is not None:
         vars(config).pop("quantization_config", None)
         own = type(config).get_config_dict(base)[0].get("quantization_config")

@@ -122,8 +122,9 @@ class RoutedForward:
                 "its layers are called one by one): call handle.remove() first, or use the saturation task"
             )
         compat.attention_of(decoder.config)
-        if cache is not None:
-            RoutedCache.check(cache, self.schedule)
+        for one in (cache, compat.take_held(decoder)):
+            if one is not None:
+                RoutedCache.check(one, self.schedule)
         if attention_mask is not None and attention_mask.ndim != 2:
             raise InputError(
                 f"routing needs a 2-D attention_mask [batch, tokens], got {attention_mask.ndim} dimensions"

@@ -17,11 +17,20 @@ sys.path.insert(0, str(ROOT / "scripts"))
 from matrix import table  # noqa: E402
 
 WORK = ROOT / ".matrix"
+# Those on LLaVA's pins need another accelerate as well, for their Trainer's arguments, and from 4.48 on another timm,
+# from which AutoModel imports.
 OVERLAYS = {
+    "transformers-4.40": ("llava_pinned", "transformers==4.40.2", "tokenizers==0.19.1", "accelerate==0.28.0"),
+    "transformers-4.46": ("llava_pinned", "transformers==4.46.3", "tokenizers==0.20.3", "accelerate==0.28.0"),
+    "transformers-4.51": (
+        "llava_pinned", "transformers==4.51.3", "tokenizers==0.21.1", "accelerate==0.28.0", "timm==1.0.9",
+    ),
+    "transformers-4.53": ("main", "transformers==4.53.3", "tokenizers==0.21.4"),
+    "transformers-4.56": ("main", "transformers==4.56.2", "tokenizers==0.22.1"),
     "transformers-5.0": ("newest", "transformers==5.0.0", "tokenizers==0.22.2"),
     "transformers-5.10": ("newest", "transformers==5.10.1", "tokenizers==0.22.2"),
     "transformers-5.18": ("newest", "transformers==5.18.0"),
-}
+}  # fmt: skip
 BETWEEN = "import with nothing configured,identities,generate,save and load,train both stages"
 TREE = os.environ.get("LLAVA_PATCH_LLAVA_TREE")
 EXCHANGED = ("main", "newest")

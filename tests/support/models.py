@@ -56,7 +56,8 @@ def set_attention(model: Any, name: str) -> None:
     """Have a model's decoder run another attention backend; up to 4.47 its attention modules' classes say which."""
     if hasattr(model, "set_attn_implementation"):
         model.set_attn_implementation(name)
-        return
+        if model.config._attn_implementation == name:
+            return  # to 4.55 it only warns where a class's own file, such as llava's, says nothing of attention
     for part in model.modules():
         if hasattr(getattr(part, "config", None), "_attn_implementation"):
             part.config._attn_implementation = name

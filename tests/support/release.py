@@ -96,7 +96,8 @@ def write_fileset(out: Path, *, vision: dict, text: dict, vocab_size: int, model
     tower, bridge, decoder, head = _parts(model)
     images = _write_tower(tower, files.tower)
     model = model.half()
-    model.config.vision_config.dtype = model.config.text_config.dtype = torch.float16
+    for part in (model.config.vision_config, model.config.text_config):
+        setattr(part, "dtype" if hasattr(part, "dtype") else "torch_dtype", torch.float16)
 
     with torch.no_grad():  # an added token is never likelier than every real one
         for weight in (decoder.embed_tokens.weight, head.weight):

@@ -39,6 +39,18 @@ def as_cache(cache: Any) -> Any:
     return DynamicCache.from_legacy_cache(cache)
 
 
+def take_held(decoder: Any) -> Any:
+    """The static cache that `generate` has given the attention modules themselves (4.38 to 4.40), else None.
+
+    They lose it. Also None they have to lose, which the end of a generation leaves there: they would take it for the
+    cache of every later call, and keep nothing.
+    """
+    attentions = [vars(attention) for layer in decoder.layers if (attention := getattr(layer, "self_attn", None))]
+    return next(
+        (held for held in [names.pop("past_key_value", None) for names in attentions] if held is not None), None
+    )
+
+
 @dataclass
 class _Listed:
     """A layer of a cache that keeps lists of tensors (up to 4.53), as later ones have it."""

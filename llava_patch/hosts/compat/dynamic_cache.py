@@ -46,6 +46,10 @@ class _ListedCache(DynamicCache):
         self.key_cache[:], self.value_cache[:] = map(change, self.key_cache), map(change, self.value_cache)
 
     def to_legacy_cache(self) -> Any:
+        """The cache itself, which `generate` of 4.42 to 4.44 would return as a tuple: that knows no positions."""
+        return self
+
+    def __iter__(self) -> Any:
         """What takes this cache for a tuple would lose which positions its layers hold."""
         raise InputError(
             "a routed KV cache cannot be taken apart, as assisted decoding and contrastive search do on this version "
@@ -53,11 +57,9 @@ class _ListedCache(DynamicCache):
             "install transformers 4.57 or newer"
         )
 
-    def __iter__(self) -> Any:
-        return self.to_legacy_cache()
-
     def __getitem__(self, layer_idx: Any) -> Any:
-        return self.to_legacy_cache()
+        """As `__iter__`."""
+        return iter(self)
 
 
 Base: Any = DynamicCache if hasattr(cache_utils, "CacheLayerMixin") else _ListedCache

@@ -3,8 +3,9 @@
 import copy
 import functools
 import importlib.util
+import inspect
 import sys
-from types import SimpleNamespace
+from types import CodeType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -88,8 +89,27 @@ def _older_mask(config: Any, inputs_embeds: Tensor, attention_mask: Tensor | Non
         assert attention_mask is not None
         return position_mask(config, places[:, seen:], places, attention_mask.bool(), inputs_embeds.dtype)
     if backend == "sdpa":
-        return makers._prepare_4d_causal_attention_mask_for_sdpa(attention_mask, shape, inputs_embeds, seen)
+        mask = makers._prepare_4d_causal_attention_mask_for_sdpa(attention_mask, shape, inputs_embeds, seen)
+        if mask is not None or _none_is_causal(type(config)):  # type: ignore[arg-type]
+            return mask
     return makers._prepare_4d_causal_attention_mask(attention_mask, shape, inputs_embeds, seen)
+
+
+@functools.cache
+def _none_is_causal(config_class: type) -> bool:
+    """Whether a decoder's sdpa attention is causal without a mask: Llama's of 4.38 and 4.39 then sees every key."""
+    for kind in config_class.__mro__:
+        module = sys.modules.get(kind.__module__.replace(".configuration_", ".modeling_"))
+        sdpa = _classes_in(module).get("sdpa")
+        if sdpa is not None:
+            code = inspect.unwrap(sdpa.forward).__code__  # type: ignore[attr-defined]
+            return "is_causal" in (*code.co_names, *code.co_varnames, *_keywords(code))
+    return True
+
+
+def _keywords(code: CodeType) -> list[str]:
+    """Names that a function's code passes arguments by."""
+    return [name for names in code.co_consts if isinstance(names, tuple) for name in names]
 
 
 def visible(config: Any, query_index: Tensor, key_index: Tensor, key_valid: Tensor | None) -> Tensor:
@@ -134,8 +154,12 @@ def attention_of(config: Any) -> str:
 
 def _classes_of(attention: Any) -> dict[str, type]:
     """The classes that a decoder's attention has for its backends (up to 4.47); {} where one serves them all."""
-    module = sys.modules[type(attention).__module__]
-    return next((value for name, value in vars(module).items() if name.endswith("_ATTENTION_CLASSES")), {})
+    return _classes_in(sys.modules[type(attention).__module__])
+
+
+def _classes_in(module: ModuleType | None) -> dict[str, type]:
+    named = {} if module is None else vars(module)
+    return next((value for name, value in named.items() if name.endswith("_ATTENTION_CLASSES")), {})
 
 
 def backend_of(attention: Any) -> str:
@@ -156,6 +180,14 @@ def use_backend(attention: Any, name: str, undo: UndoStack) -> None:
     if name in (classes := _classes_of(attention)):
         attention.__class__ = classes[name]
         undo.push(lambda: setattr(attention, "__class__", before))
+
+
+def choose_backend_again(config: Any) -> None:
+    """Have transformers choose the attention backend of a configuration that was read from a file (in place).
+
+    4.46 to 4.52 note there that they have chosen one, but not which, and then take it for eager.
+    """
+    vars(config).pop("_attn_implementation_autoset", None)
 
 
 def scaling(attention: Any) -> float:

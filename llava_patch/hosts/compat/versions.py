@@ -7,9 +7,6 @@ from llava_patch.core.errors import HostError
 SUPPORTED_TRANSFORMERS = ("4.37", "5.25")
 """Lowest supported version (inclusive) and first unsupported one (exclusive)."""
 
-GAPS = (("4.38", "4.53"), ("4.54", "4.56"))
-"""What lies between and was not run through: as above."""
-
 
 def unsupported() -> str | None:
     """Why nothing can be patched on the installed versions; None where it can."""
@@ -17,13 +14,11 @@ def unsupported() -> str | None:
     from packaging.version import Version
 
     low, high = SUPPORTED_TRANSFORMERS
-    here, gaps = Version(transformers.__version__), [f"{start} to below {end}" for start, end in GAPS]
-    proven = not any(Version(start) <= here < Version(end) for start, end in GAPS)
-    if Version(low) <= here < Version(high) and proven:
+    if Version(low) <= Version(transformers.__version__) < Version(high):
         return None
     return (
-        f"transformers {transformers.__version__} is outside the supported range >={low},<{high} without "
-        f"{' and '.join(gaps)}; install one that is in it, for example: pip install 'transformers==4.57.*'"
+        f"transformers {transformers.__version__} is outside the supported range >={low},<{high}; install one that is "
+        "in it, for example: pip install 'transformers==4.57.*'"
     )
 
 

@@ -51,13 +51,13 @@ def test_both_stages_by_flags_environment_and_torchrun(data, tmp_path):
     assert "SkipLinks.stride = 2" in (first / "llava_patch_operative.gin").read_text()
     assert json.loads((first / "config.json").read_text())["llava_patch"]["fusion"]["detach"] == 1
 
-    # Stage 2 takes stage 1's wide projector; settings come from the environment, by torchrun with two workers (one
+    # Stage 2 takes stage 1's wide projector; settings come from the environment, through torchrun with two workers (not
     # where short runs are in bf16, which gloo of the same versions of torch does not take).
-    workers = 2 if HALVES else 1
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, RANK] if HALVES else []
     arguments = _arguments(data, 2, second, pretrain_mm_mlp_adapter=first / "mm_projector.bin")
     text = _ok(
         _run(
-            ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", workers, RANK, TRAIN, *arguments],
+            [*launcher, TRAIN, *arguments],
             LLAVA_PATCH_GIN_PARAM="SkipLinks.stride = 2; SkipLinks.detach = 1; Routing.split = 3",
         )
     )
