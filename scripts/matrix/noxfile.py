@@ -32,8 +32,11 @@ OVERLAYS = {
     "transformers-5.18": ("newest", "transformers==5.18.0"),
 }  # fmt: skip
 BETWEEN = "import with nothing configured,identities,generate,save and load,train both stages"
-TREE = os.environ.get("LLAVA_PATCH_LLAVA_TREE")
-EXCHANGED = ("main", "newest")
+PINNED = f"{BETWEEN},resume,ZeRO-2,ZeRO-3"
+NEXT = "identities,generate,save and load,LLaVA-NeXT's package,lmms-eval"
+TREE, NEXT_TREE = (os.environ.get(f"LLAVA_PATCH_{name}_TREE") for name in ("LLAVA", "NEXT"))
+NEXT_NEEDS = ("tyro==1.0.17", "shtab==1.13.0", "typeguard==4.6.1", "docstring-parser==0.18.0", "av==18.1.0")
+EXCHANGED = ("main", "newest", "llava_pinned")
 
 nox.options.default_venv_backend = "none"
 nox.options.stop_on_first_error = False
@@ -75,18 +78,30 @@ def jobs(session: nox.Session, stack: str) -> None:
     _jobs(session, stack, _environment(stack))
 
 
+@nox.session(name="llava-pinned")
+def llava_pinned(session: nox.Session) -> None:
+    """What LLaVA pins: its own host, and no lmms-eval."""
+    _jobs(session, "llava-pinned", _environment("llava_pinned"), "--jobs", PINNED)
+
+
+def _front(session: nox.Session, name: str, environment: dict[str, str], packages: tuple[str, ...]) -> Path:
+    """A folder with some packages, to put in front of an environment."""
+    front = WORK / name
+    if not front.is_dir():
+        partial = WORK / f"{name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        pip = [environment["PYTHON"], "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        session.run(*pip, "--target", str(partial), *packages, env=environment, external=True)
+        partial.rename(front)
+    return front
+
+
 @nox.session
 @nox.parametrize("stack", list(OVERLAYS), ids=list(OVERLAYS))
 def between(session: nox.Session, stack: str) -> None:
     """What depends on transformers most, with one between those of the locks."""
     lock, *packages = OVERLAYS[stack]
-    environment, front = _environment(lock), WORK / stack
-    if not front.is_dir():
-        partial = WORK / f"{stack}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        pip = [environment["PYTHON"], "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        session.run(*pip, "--target", str(partial), *packages, env=environment, external=True)
-        partial.rename(front)
+    front = _front(session, stack, _environment(lock), tuple(packages))
     _jobs(session, stack, _environment(lock, front), "--jobs", BETWEEN)
 
 
@@ -99,9 +114,20 @@ def llava_head(session: nox.Session) -> None:
     _jobs(session, "llava-head", environment, tree=table.revision(TREE) or "no git checkout")
 
 
+@nox.session(name="llava-next")
+def llava_next(session: nox.Session) -> None:
+    """LLaVA-NeXT's package, a checkout, in front of LLaVA's release."""
+    if not NEXT_TREE:
+        session.skip("LLAVA_PATCH_NEXT_TREE names no checkout of LLaVA-NeXT")
+    front = _front(session, "llava-next-needs", _environment("main"), NEXT_NEEDS)
+    environment = _environment("main", front) | {"LLAVA_PATCH_LLAVA_TREE": NEXT_TREE}
+    tree = f"LLaVA-NeXT {table.revision(NEXT_TREE) or 'of no git checkout'}"
+    _jobs(session, "llava-next", environment, "--jobs", NEXT, tree=tree)
+
+
 @nox.session
 def exchange(session: nox.Session) -> None:
-    """Checkpoints that each lock's environment writes, opened in the other."""
+    """Checkpoints that each lock's environment writes, opened in the others."""
     environments = {stack: _environment(stack, ROOT) for stack in EXCHANGED}
     script, rows = str(ROOT / "scripts" / "matrix" / "exchange.py"), {}
     shutil.rmtree(WORK / "exchange", ignore_errors=True)
