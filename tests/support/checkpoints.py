@@ -26,7 +26,7 @@ def load(folder):
     if host_of(folder) == "hf":
         from transformers import LlavaForConditionalGeneration
 
-        return LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+        return LlavaForConditionalGeneration.from_pretrained(folder, torch_dtype=torch.float32).eval()
     from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 
     model = LlavaLlamaForCausalLM.from_pretrained(folder)
