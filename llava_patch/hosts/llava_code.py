@@ -113,7 +113,8 @@ def fix_trainer_methods(llava_trainer: ModuleType, undo: UndoStack) -> None:
 
     if "train_dataset" not in inspect.signature(cls._get_train_sampler).parameters:  # which is passed since 4.5x
         undo.wrap(cls, "_get_train_sampler", without_data)
-    undo.wrap(cls, "_save_checkpoint", without_metrics)  # it hands on `metrics`, which are gone since 4.47
+    if "metrics" not in inspect.signature(Trainer._save_checkpoint).parameters:  # it hands them on; gone since 4.47
+        undo.wrap(cls, "_save_checkpoint", without_metrics)
     accepted = inspect.signature(Trainer.__init__, follow_wrapped=False).parameters.values()
     if not any(one.name == "tokenizer" or one.kind is one.VAR_KEYWORD for one in accepted):  # from 5.0 on
         undo.wrap(cls, "__init__", with_processing_class)

@@ -55,7 +55,8 @@ def copies(parent: nn.Module, name: str) -> list[Place]:
     if "original_module" not in child._modules:
         return [(parent, name, child)]
     own = child.modules_to_save
-    order = sorted(own, key=lambda adapter: adapter not in child.active_adapters)
+    active = getattr(child, "active_adapters", None) or [child.active_adapter]  # peft 0.13 has one
+    order = sorted(own, key=lambda adapter: adapter not in active)
     return [*((own, adapter, own[adapter]) for adapter in order), (child, "original_module", child.original_module)]
 
 

@@ -12,6 +12,7 @@ from transformers import LlavaForConditionalGeneration
 
 from llava_patch import get_handle
 from tests.support import hf_train
+from tests.support.models import needs_hf
 from tests.support.paths import LAUNCHERS, ROOT
 
 from .test_deepspeed import ZERO2, ZERO3
@@ -21,6 +22,7 @@ pytest.importorskip("deepspeed")
 
 @pytest.mark.timeout(400)
 def test_the_documented_script_trains_alike_in_both_stages(tmp_path, record_property):
+    needs_hf()
     root, base = hf_train.write_rows(tmp_path)
     script = tmp_path / "sft.py"
     script.write_text(re.search(r"```python\n(# sft\.py.*?)```", (ROOT / "docs/training.md").read_text(), re.S)[1])

@@ -1,11 +1,13 @@
 """LLaVA's unmodified train(), broken off and resumed in one process: the losses and weights of a run that was not."""
 
+import inspect
 import shutil
 import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments
 
 import gin
 from llava_patch import Routing, SkipLinks, patch
@@ -139,6 +141,10 @@ def test_a_checkpoint_is_whole_or_has_no_state(data, tmp_path, monkeypatch):
 def test_the_best_checkpoint_comes_back_whole(data, tmp_path, monkeypatch, stage, more):
     import llava.train.train as script
 
+    if stage == 1 and "metrics" in inspect.signature(Trainer._save_checkpoint).parameters:
+        pytest.skip(
+            "up to 4.46 the Trainer finds its best checkpoint while it saves one, which LLaVA's stage 1 leaves out"
+        )
     make = script.make_supervised_data_module
 
     def with_evaluation(**given):
@@ -147,7 +153,8 @@ def test_the_best_checkpoint_comes_back_whole(data, tmp_path, monkeypatch, stage
 
     monkeypatch.setattr(script, "make_supervised_data_module", with_evaluation)
     # The loss falls, so that the highest one makes the first checkpoint the best.
-    best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "prediction_loss_only": True,
+    when = "eval_strategy" if hasattr(TrainingArguments, "eval_strategy") else "evaluation_strategy"  # up to 4.40
+    best = {when: "steps", "eval_steps": 2, "load_best_model_at_end": True, "prediction_loss_only": True,
             "metric_for_best_model": "eval_loss", "greater_is_better": True}  # fmt: skip
     out = tmp_path / "out"
     train(data, out, BOTH[:1], stage=stage, **more, **best)
