@@ -137,6 +137,29 @@ def test_llavas_script_cannot_save_under_fsdp_2(monkeypatch):
         engines.check_llavas_script(SimpleNamespace(fsdp="full_shard auto_wrap"))
 
 
+def test_what_the_flags_of_newer_versions_say_of_fsdp_counts_before_the_environment(host, monkeypatch):
+    """From transformers 5.0 on; from 5.10 on --fsdp alone is FSDP2."""
+    first, flat, second = (
+        SimpleNamespace(fsdp=True, fsdp_plugin_args=plugin)
+        for plugin in (
+            {"fsdp_version": 1, "use_orig_params": True},
+            {"fsdp_version": 1, "use_orig_params": False},
+            {"fsdp_version": 2},
+        )
+    )
+    with pytest.raises(SettingError, match=r"FSDP2 \(fsdp_version: 2\) with LLaVA's script"):
+        engines.check_llavas_script(second)
+    handle = patch(host.model, fusion=SkipLinks(stride=2, train_tower="all", tower_lr=1e-3))
+    with pytest.raises(SettingError, match=r"tower_lr needs optimizer groups.*use_orig_params to true"):
+        engines.check(handle, flat)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv("FSDP_USE_ORIG_PARAMS", "false")
+    engines.check_llavas_script(first)
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    engines.check(handle, first)
+    engines.check(handle, second)
+
+
 def test_a_model_that_fsdp_has_taken_over_is_not_patched(host, monkeypatch, tmp_path):
     handle = patch(host.model, fusion=DeepStack(start=1, interval=1))
     weight = host.model.get_input_embeddings().weight
