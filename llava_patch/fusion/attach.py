@@ -165,7 +165,7 @@ class FusionMethod(Method):
         for parent, name, linear in anatomy.first_linears():
             with storage.brought_in(linear):
                 fused = FusedLinear.grow(linear, self.taps.columns, self.taps.merge_size, zero_start)
-            stock[fused] = fused.stock if loading else functools.partial(_same, linear)
+            stock[fused] = fused.stock if loading else functools.partial(_where, fused, linear)
             setattr(parent, name, fused)
 
         def narrow() -> None:
@@ -344,8 +344,14 @@ def _say_dequantised(name: str) -> None:
     )  # fmt: skip
 
 
-def _same(module: nn.Module) -> nn.Module:
-    return module
+def _where(now: nn.Linear, stock: nn.Linear) -> nn.Linear:
+    """A stock layer, on the device and in the precision to which the model was brought since it left."""
+    here = now.weight
+    if not here.is_meta and not zero.is_partitioned(stock.parameters()):
+        for tensor in stock.parameters():
+            if not tensor.is_meta and tensor.dtype.is_floating_point:
+                tensor.data = tensor.data.to(here.device, here.dtype)
+    return stock
 
 
 @functools.lru_cache

@@ -35,7 +35,7 @@ class HFAnatomy(Anatomy):
         if inner is None and hasattr(model, cls.projector_name) and hasattr(model, "language_model"):
             raise HostError(
                 f"{type(model).__name__} of this transformers places images inside its own forward, so it cannot "
-                "be patched: install transformers 4.57 or newer, or use the llava package's model"
+                "be patched: install transformers 4.52 or newer, or use the llava package's model"
             )
         if not (hasattr(inner, cls.projector_name) and hasattr(inner, "language_model")):
             return None

@@ -235,3 +235,17 @@ def test_a_patched_model_is_freed_with_its_last_reference(tower_folder):
     del model
     gc.collect()
     assert reference() is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_a_model_that_was_brought_elsewhere_is_stock_there(host, settings):
+    """What the patch had put aside follows the model: to another precision here, to a GPU in the same way."""
+    batch = host.batch([(2, IMAGE, 5)])
+    stock = host.logits(batch)
+    handle = patch(host.model, **settings)
+    host.model.double()
+    handle.remove()
+    assert {p.dtype for p in host.model.parameters()} == {torch.float64}
+    host.model.float()
+    assert torch.equal(host.logits(batch), stock)

@@ -23,7 +23,6 @@ _EACH_DECODER = [
         "test_what_leaves_nothing_out_is_stock",
         "test_every_variant_is_its_definition_and_its_own_cache",
         "test_lean_generation_reads_what_a_plain_forward_gives",
-        "test_deepstack_is_the_stock_decoder_with_the_taps_added_by_hand",
         "test_the_side_branch_learns_and_nothing_else",
     )
 ]

@@ -24,7 +24,7 @@ def examine(checkpoint: str = "", gin_file: Sequence[str] = (), gin_param: Seque
     hosts = software.check_hosts()
     hook = software.check_hook()
     asked, error = configured.read(gin_file, gin_param)
-    rows += [_supported(asked is not None or error is not None), software.check_torchvision()]
+    rows += [_supported(), software.check_torchvision()]
     rows += [*hosts, *software.check_imports(), *software.check_attention(), hook]
     rows += configured.check_configured(asked, error)
     rows += configured.check_ignored(asked, hook)
@@ -35,21 +35,15 @@ def examine(checkpoint: str = "", gin_file: Sequence[str] = (), gin_param: Seque
     return rows
 
 
-def _supported(asked: bool) -> Row:
-    """Whether these versions can be patched; where LLaVA's own pins are installed, that need not be wanted."""
+def _supported() -> Row:
+    """Whether these versions can be patched."""
     from llava_patch.hosts.compat import unsupported
 
     try:
         reason = unsupported()
     except ImportError as error:  # no transformers
         reason = str(error)
-    if reason is None:
-        return Row("supported versions", "yes")
-    stack, _ = software.lock_of(software.installed("transformers"))
-    if stack != "llava_pinned" or asked:
-        return Row("supported versions", "no", PROBLEM, reason)
-    found = f"no, these are {stack}.txt of scripts/locks: training and evaluation work, as without llava_patch"
-    return Row("supported versions", found, NOTE, "to patch, use another environment: scripts/locks/main.txt is one")
+    return Row("supported versions", "yes") if reason is None else Row("supported versions", "no", PROBLEM, reason)
 
 
 def check_checkpoint(checkpoint: str, asked: Configuration | None, hosts: dict[str, Row]) -> list[Row]:

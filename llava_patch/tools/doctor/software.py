@@ -49,16 +49,13 @@ def read_lock(path: Path) -> dict[str, str]:
 
 @functools.lru_cache
 def lock_of(transformers: str | None) -> tuple[str, dict[str, str]]:
-    """Name and versions of the lock with the same minor version of transformers, else the same major, else of main.
-
-    Of several with the same major it is the newest: beside main that of LLaVA's own environment, where nothing patches.
-    """
+    """Name and versions of the lock with the same major version of transformers and the nearest minor, else of main."""
     locks = {path.stem: read_lock(path) for path in sorted(locks_dir().glob("*.txt"))}
-    series = () if transformers is None else Version(transformers).release[:2]
-    for length in (2, 1):
-        same = [n for n, v in locks.items() if Version(v["transformers"]).release[:length] == series[:length]]
-        if series and same:
-            name = max(same, key=lambda n: Version(locks[n]["transformers"]))
+    if transformers is not None:
+        series = {name: Version(versions["transformers"]).release for name, versions in locks.items()}
+        major, minor = Version(transformers).release[:2]
+        if same := [name for name, release in series.items() if release[0] == major]:
+            name = min(same, key=lambda n: abs(series[n][1] - minor))
             return name, locks[name]
     return "main", locks["main"]
 
@@ -80,7 +77,6 @@ def check_packages() -> list[Row]:
         wanted = []
         advice = "pip install it, or nothing starts with Python"
         rows.append(Row("llava_patch", "run from its source folder", NOTE, advice))
-    patches = lock_of(installed("transformers"))[0] == "main"  # else an environment of another purpose
     bounds: dict[str, Requirement] = {}
     core = set()
     for need in wanted:
@@ -89,8 +85,6 @@ def check_packages() -> list[Row]:
         if extra is None:  # everyone needs it
             core.add(need.name)
         if extra == "eval" and installed("lmms-eval") is None:  # what lmms-eval needs to go on working
-            continue
-        if extra == "hosts" and not patches:
             continue
         if need.name in bounds:
             bounds[need.name].specifier &= need.specifier
@@ -144,6 +138,9 @@ def check_hosts() -> list[Row]:
     found = Row("host hf", "Llava, LlavaNext and LlavaOnevision, each with ForConditionalGeneration")
     if isinstance(hf, Exception):
         found = Row("host hf", f"cannot be imported ({_short(hf)})", PROBLEM, "reinstall transformers")
+    elif isinstance(_import("transformers", "LlavaModel"), Exception):
+        advice = "transformers 4.52 or newer, or the llava package's models"
+        found = Row("host hf", "places images inside its own forward, and cannot be patched", NOTE, advice)
     return [found, _check_llava()]
 
 

@@ -56,7 +56,7 @@ def test_all_is_well_here():
 @pytest.mark.parametrize(
     "name, there, state, advice",
     [
-        ("transformers", "4.40.0", PROBLEM, "pip install 'transformers"),
+        ("transformers", "4.36.2", PROBLEM, "pip install 'transformers"),
         ("gin-config", None, PROBLEM, "pip install 'gin-config"),
         ("peft", "0.3.0", NOTE, "supported is"),
         ("deepspeed", None, OK, "several GPUs only"),
@@ -116,17 +116,31 @@ def test_a_llava_with_towers_of_its_own(monkeypatch):
     assert row.state == NOTE and "vision towers of its own" in row.found and "its CLIP and its SigLIP" in row.advice
 
 
-def test_llavas_own_environment_is_no_problem(monkeypatch):
-    """There stock training works, and llava_patch must not say that transformers is to be replaced."""
+def test_in_llavas_own_environment_every_version_is_within_the_bounds(monkeypatch):
     pinned = software.read_lock(locks_dir() / "llava_pinned.txt")
-    monkeypatch.setattr(software, "installed", lambda name: pinned.get(name, "1.0"))
-    monkeypatch.setattr(compat, "unsupported", lambda: "transformers 4.37.2 is outside the supported range")
-    assert not [row for row in software.check_packages() if row.what == "transformers" and row.state != OK]
-    row = examine_module._supported(asked=False)
-    assert row.state == NOTE and "another environment" in row.advice and "pip install" not in row.advice
-    row = examine_module._supported(asked=True)
+    monkeypatch.setattr(software, "installed", lambda name: pinned.get(name))
+    there = [row for row in software.check_packages() if row.what in pinned]
+    assert len(there) > 10 and {row.state for row in there} == {OK}
+    (row,) = software.check_measured()
+    assert row.state == OK and "llava_pinned.txt" in row.found
+
+
+def test_a_transformers_whose_own_classes_are_refused(monkeypatch):
+    real = software._import
+    monkeypatch.setattr(
+        software, "_import", lambda module, name: AttributeError(name) if name == "LlavaModel" else real(module, name)
+    )
+    row = _row(software.check_hosts(), "host hf")
+    assert row.state == NOTE and "4.52 or newer" in row.advice
+
+
+def test_versions_that_are_not_supported(monkeypatch):
+    assert examine_module._supported().state == OK
+    monkeypatch.setattr(compat, "unsupported", lambda: "transformers 4.36.2 is outside the supported range")
+    row = examine_module._supported()
     assert row.state == PROBLEM and "outside the supported range" in row.advice
     monkeypatch.setattr(software.autostart, "disabled", lambda: False)
+    monkeypatch.setattr(software, "installed", lambda name: None)
     assert "fails" in _row(software.check_attention(), "train_mem.py").found  # nothing falls back to sdpa there
 
 
@@ -383,9 +397,9 @@ def test_a_decoder_that_would_be_refused(adapter, tmp_path, no_imports):
 
 
 def test_a_model_that_is_no_host(tmp_path, no_imports):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava_onevision", "text_config": {}}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava_next_video", "text_config": {}}))
     row = _row(examine(str(tmp_path)), "checkpoint")
-    assert row.state == PROBLEM and "llava_onevision" in row.advice
+    assert row.state == PROBLEM and "llava_next_video" in row.advice
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
