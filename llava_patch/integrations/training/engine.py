@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from llava_patch.core.errors import refuse
-from llava_patch.hosts import lora
+from llava_patch.hosts import llava_code, lora
 from llava_patch.patching.handle import Handle
 
 _SEQUENCE = ("cp_size", "sp_size")  # of accelerate's ParallelismConfig: ranks that share one sample's tokens
@@ -68,9 +68,9 @@ def check(handle: Handle, training_args: Any) -> None:
         against |= {
             "FSDP beside LoRA: peft's and LLaVA's files would get the first rank's part of what trains beside it: use "
             "DDP (torchrun) or DeepSpeed": lora.has_lora(handle.model),
-            "FSDP in stage 1 (--tune_mm_mlp_adapter True): LLaVA saves the projector's tensors as they are on the "
-            "first rank, in parts: use DDP (torchrun) or DeepSpeed": getattr(
-                training_args, "tune_mm_mlp_adapter", False
+            "FSDP in stage 1 (--tune_mm_mlp_adapter True, or LLaVA-NeXT's --mm_tunable_parts mm_mlp_adapter): LLaVA saves "
+            "the projector's tensors as they are on the first rank, in parts: use DDP (torchrun) or DeepSpeed": (
+                llava_code.saves_projector_alone(training_args)
             ),
             f"{name} holds gradients back parameter by parameter, which FSDP does not see: use DDP (torchrun) or "
             "DeepSpeed": "unfreeze_after" in rates,
