@@ -68,8 +68,8 @@ def check(handle: Handle, training_args: Any) -> None:
         against |= {
             "FSDP beside LoRA: peft's and LLaVA's files would get the first rank's part of what trains beside it: use "
             "DDP (torchrun) or DeepSpeed": lora.has_lora(handle.model),
-            "FSDP in stage 1 (--tune_mm_mlp_adapter True, or LLaVA-NeXT's --mm_tunable_parts mm_mlp_adapter): LLaVA saves "
-            "the projector's tensors as they are on the first rank, in parts: use DDP (torchrun) or DeepSpeed": (
+            "FSDP in stage 1 (--tune_mm_mlp_adapter True, or LLaVA-NeXT's --mm_tunable_parts mm_mlp_adapter): LLaVA "
+            "saves the projector's tensors as they are on the first rank, in parts: use DDP or DeepSpeed": (
                 llava_code.saves_projector_alone(training_args)
             ),
             f"{name} holds gradients back parameter by parameter, which FSDP does not see: use DDP (torchrun) or "

@@ -90,8 +90,8 @@ def test_an_adapter_saved_under_fsdp_is_whole(root, job):
 
 REFUSED = {
     "lora": ({}, "peft's and LLaVA's files would get the first rank's part"),
-    "stage 1": ({"tune_mm_mlp_adapter": True}, "FSDP in stage 1.*in parts: use DDP"),
-    "LLaVA-NeXT's": ({"mm_tunable_parts": "mm_mlp_adapter"}, "FSDP in stage 1.*in parts: use DDP"),
+    "stage 1": ({"tune_mm_mlp_adapter": True}, "FSDP in stage 1.*in parts: use DDP or"),
+    "LLaVA-NeXT's": ({"mm_tunable_parts": "mm_mlp_adapter"}, "FSDP in stage 1.*in parts: use DDP or"),
     "unfreeze_after": ({}, "SkipLinks.unfreeze_after holds gradients back"),
     "flat": ({}, "SkipLinks.tower_lr needs optimizer groups.*use_orig_params to true"),
     "sequence": ({"parallelism_config": SimpleNamespace(cp_size=2)}, "parallelism_config.cp_size: ranks that share"),
