@@ -16,7 +16,7 @@ from llava_patch.core.errors import CheckpointError, HostError, SettingError
 from llava_patch.settings import active
 from tests.support import hf_train
 from tests.support.hf_train import losses
-from tests.support.models import hf_model, hf_next_model
+from tests.support.models import hf_model, hf_next_model, needs_hf
 from tests.support.paths import ROOT
 
 ROUTING = "Routing.split = 4"
@@ -25,6 +25,7 @@ METHODS = {"routing": ROUTING, "skiplinks": "SkipLinks.train_tower = 'all'; Skip
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
+    needs_hf()
     return hf_train.write_rows(tmp_path_factory.mktemp("data"))
 
 
