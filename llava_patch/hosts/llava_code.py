@@ -4,10 +4,12 @@ They are newer than the one that LLaVA was written for. Each function names what
 and touches only code that would raise, or would silently do something else than it did.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
 import inspect
+import json
 import logging
 import math
 import sys
@@ -19,10 +21,11 @@ import torch
 from torch import nn
 
 from llava_patch.core.errors import HostError
-from llava_patch.core.undo import UndoStack
+from llava_patch.core.undo import UndoStack, meanwhile
 from llava_patch.hosts.compat import cache_argument, parameters_of
 
 _RESAMPLER = "mm_vision_resampler"
+_FSDP_LAYER = "fsdp_transformer_layer_cls_to_wrap"
 logger = logging.getLogger("llava_patch")
 
 
@@ -56,7 +59,7 @@ def fix_argv(argv: list[str]) -> None:
 
     `--evaluation_strategy` is `--eval_strategy` since 4.46. Since 5.0 `--no_cuda` is `--use_cpu`, `--group_by_length` a
     sampling strategy, and a share of the steps is a `--warmup_steps` below 1 instead of `--warmup_ratio`, which
-    counted beside 0 steps only.
+    counted beside 0 steps only; FSDP's layers go into `--fsdp_config`, without which `--fsdp` is FSDP2 from 5.10 on.
     """
     from transformers import TrainingArguments
     from transformers.hf_argparser import string_to_bool
@@ -78,8 +81,20 @@ def fix_argv(argv: list[str]) -> None:
     if "warmup_ratio" in given and known["warmup_steps"] is not int:
         warmup = ["--warmup_steps", *_warmup(given.get("warmup_steps") or ["0"], given["warmup_ratio"])]
         now |= {"warmup_ratio": warmup, "warmup_steps": warmup}
+    if _FSDP_LAYER not in known and "fsdp_config" not in given:
+        wrapped = {"transformer_layer_cls_to_wrap": given[_FSDP_LAYER]} if _FSDP_LAYER in given else {}
+        config = ["--fsdp_config", json.dumps({"version": 1, **wrapped})]
+        if wrapped:
+            now[_FSDP_LAYER] = config
+        elif any(given.get("fsdp", [])):
+            now["fsdp"] = ["--fsdp", *given["fsdp"], *config]
     for start, end, name, _ in reversed(found):
         argv[start:end] = now.get(name, argv[start:end])
+
+
+def fsdp_options(given: Any) -> Any:
+    """What --fsdp says, of which llava takes the length: from 5.10 on it has become True."""
+    return ["full_shard"] if given is True else given
 
 
 def _warmup(steps: list[str], ratio: list[str]) -> list[str]:
@@ -166,11 +181,13 @@ def fix_optimizer_groups(llava_trainer: ModuleType, undo: UndoStack) -> None:
 
     Where biases and norms are frozen (a side branch alone has none that LLaVA exempts from decay), the learning-rate
     scheduler then counts more groups than the optimizer has, which raises since torch 2.13 (`zip(strict=True)`).
-    Without DeepSpeed the groups stay as LLaVA makes them.
+    Without DeepSpeed the groups stay as LLaVA makes them. Under FSDP the model that it wraps is handed over as an
+    argument (5.1x on), which before was the Trainer's own, where LLaVATrainer looks for it.
     """
 
-    def without_empty(create: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-        optimizer = create(self, *args, **kwargs)
+    def without_empty(create: Callable[..., Any], self: Any, model: Any = None) -> Any:
+        with contextlib.nullcontext() if model is None else meanwhile(self, model=model):
+            optimizer = create(self)
         if self.is_deepspeed_enabled:
             optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer

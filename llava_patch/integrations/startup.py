@@ -183,6 +183,7 @@ def _on_llava_arch(module: Any, undo: UndoStack) -> None:
         _llava_code().fix_recorder(undo)
 
     def initialize_vision_modules(original: Any, self: Any, model_args: Any, fsdp: Any = None) -> Any:
+        fsdp = _llava_code().fsdp_options(fsdp)
         if not active.training():
             return original(self, model_args, fsdp)
         from llava_patch.integrations.training import stage1

@@ -45,9 +45,9 @@ def resize_for(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     own = {id(module.weight) for module in _ends(model)}
     rows = {len(tensors[name]) for name, p in model.named_parameters() if id(p) in own and name in tensors}
     if rows - {zero.shape(module.weight)[0] for module in _ends(model)}:
-        resize = host.resize_token_embeddings
-        takes = compat.parameters_of(resize)
-        resize(max(rows), **({"mean_resizing": False} if "mean_resizing" in takes else {}))  # all of it is overwritten
+        takes = compat.parameters_of(type(host).resize_token_embeddings)  # of the model's own it would keep the model
+        options = {"mean_resizing": False} if "mean_resizing" in takes else {}
+        host.resize_token_embeddings(max(rows), **options)  # every new value is overwritten
 
 
 def _ends(model: nn.Module) -> list[Any]:

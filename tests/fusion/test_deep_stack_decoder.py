@@ -225,6 +225,31 @@ def test_a_prompt_cut_by_the_length_limit_keeps_its_rows(host):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "samples",
+    [
+        [(2, VIDEO, 1, VIDEO, 5), (3, VIDEO, 4)],
+        [(2, VIDEO, 1, VIDEO, 5), (9,)],  # as many as samples, of one
+        [(2, IMAGE, 1, IMAGE, 5), (3, IMAGE, 4)],
+        [(4, IMAGE, 2, VIDEO, 5), (3, VIDEO, 6, IMAGE, 1, IMAGE, 2)],
+    ],
+    ids=["videos", "videos of one", "images", "both"],
+)
+def test_beams_take_their_own_samples_images_and_videos(samples, tower_folder):
+    """As the stock model's, whose `generate` encodes them before it repeats samples (transformers 5.1x on)."""
+    host = decoders.build("onevision", "llama", tower_folder)
+    batch = host.batch(samples, "left")
+    options = {"max_new_tokens": 4, "do_sample": False, "num_beams": 3, "output_scores": True}
+
+    def scores():
+        return host.model.generate(**batch.inputs, **options, return_dict_in_generate=True).sequences_scores
+
+    stock = scores()
+    with patch(host.model, fusion=STACK):  # which starts at zero
+        assert close(scores(), stock)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("kind", ["next", "onevision"])
 def test_anyres_tiles_and_frames_on_hf(kind, tower_folder):
     """Tiles are joined, cut and shrunk, frames pooled; line ends and the end of a video take no tap."""

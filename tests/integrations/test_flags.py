@@ -3,11 +3,13 @@
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from llava_patch import SkipLinks
 from llava_patch.core.errors import SettingError
+from llava_patch.core.undo import UndoStack
 from llava_patch.hosts import compat, llava_code
 from llava_patch.integrations import import_hook as autostart
 from llava_patch.integrations import startup
@@ -53,6 +55,55 @@ def test_renamed_flags():
         assert argv == before
     else:
         assert argv == ["--eval_strategy", "no", "--eval_strategy", "no", "--learning_rate=1", "--layer", "-2"]
+
+
+FSDP = ["--fsdp", "full_shard auto_wrap"]
+LAYER = ["--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "config"),
+    [
+        (FSDP, '{"version": 1}'),
+        ([*FSDP, *LAYER], '{"version": 1, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}'),
+        ([*FSDP, "--fsdp_config", "own.json"], None),
+        (["--fsdp="], None),
+    ],
+)
+def test_fsdp_of_llavas_scripts_stays_fsdp(argv, config):
+    """Its layers are in --fsdp_config from transformers 5.0 on, where --fsdp alone became FSDP2 later."""
+    from transformers import TrainingArguments
+
+    words = list(argv)
+    llava_code.fix_argv(words)
+    if config is None or LAYER[0][2:] in TrainingArguments.__dataclass_fields__:
+        assert words == argv
+    else:
+        assert words == [*FSDP, "--fsdp_config", config]
+
+
+def test_llava_takes_the_length_of_what_fsdp_says():
+    assert len(llava_code.fsdp_options(True)) == 1  # from transformers 5.10 on
+    assert [llava_code.fsdp_options(given) for given in (None, "", [], ["full_shard"])] == [
+        None,
+        "",
+        [],
+        ["full_shard"],
+    ]
+
+
+def test_llavas_optimizer_is_of_the_model_that_fsdp_hands_over():
+    class LLaVATrainer:
+        model, is_deepspeed_enabled = "its own", False
+
+        def create_optimizer(self):
+            return self.model
+
+    with UndoStack() as undo:
+        llava_code.fix_optimizer_groups(SimpleNamespace(LLaVATrainer=LLaVATrainer), undo)
+        trainer = LLaVATrainer()
+        assert trainer.create_optimizer("wrapped") == "wrapped"
+        assert trainer.create_optimizer() == trainer.model == "its own"
 
 
 @pytest.mark.parametrize("argv", [[], ["train.py"], ["train.py", "--bf16"], ["--bf16", "True"]])
@@ -107,7 +158,7 @@ def test_versions_outside_the_range_are_refused(monkeypatch):
 
     from llava_patch.core.errors import HostError
 
-    for version in ("4.36.2", "4.40.2", "4.52.4", "4.55.4", "6.0.0"):
+    for version in ("4.36.2", "5.25.0", "6.0.0"):
         monkeypatch.setattr(transformers, "__version__", version)
         with pytest.raises(HostError, match=rf"transformers {version} is outside the supported range"):
             compat.check_versions()

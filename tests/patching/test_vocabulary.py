@@ -1,12 +1,16 @@
 """Adapters of a model whose vocabulary is not the base's, and of one that is not its base any more."""
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from llava_patch import Routing, get_handle, load, patch
 from llava_patch.core.errors import CheckpointError
+from llava_patch.hosts.compat import parameters_of
 from llava_patch.patching.checkpoint import WEIGHTS_FILE
+from llava_patch.patching.vocabulary import resize_for
 
 from .test_checkpoint import _batch, _load, files  # noqa: F401
 
@@ -64,3 +68,15 @@ def test_an_adapter_whose_base_lora_was_merged_into_is_refused(dtype, files, tmp
         handle.save(tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     handle.save(tmp_path / "full", form="full")
+
+
+def test_a_resized_model_is_not_kept(host):
+    """What functions take is remembered by function: of a model's own method that would keep the model."""
+    before = parameters_of.cache_info().currsize
+    embedding = host.model.get_input_embeddings().weight
+    name = next(name for name, p in host.model.named_parameters() if p is embedding)
+    for more in (2, 4):
+        model = copy.deepcopy(host.model)
+        resize_for(model, {name: torch.zeros(len(embedding) + more, embedding.shape[1])})
+        assert len(model.get_input_embeddings().weight) == len(embedding) + more
+    assert parameters_of.cache_info().currsize <= before + 1

@@ -25,6 +25,12 @@ def encode_in_forward(model: Any, undo: UndoStack) -> None:
         undo.wrap(model, "_expand_inputs_for_generation", functools.partial(_expand_samples, model))
 
 
+_VISUAL = {  # what brings each, one by one
+    "image": ("pixel_values", "image_sizes"),
+    "video": ("pixel_values_videos", "image_sizes_videos"),
+}
+
+
 def _expand_samples(
     model: Any,
     expand: Callable[..., tuple[Any, dict[str, Any]]],
@@ -33,30 +39,37 @@ def _expand_samples(
     input_ids: Any = None,
     **inputs: Any,
 ) -> tuple[Any, dict[str, Any]]:
-    """Repeat a batch for beams and return sequences, all images of a sample with it.
+    """Repeat a batch for beams and return sequences, all images and videos of a sample with it.
 
-    Of images that are not encoded yet the stock method repeats each where it stands, so that with several a sample some
+    Of those that are not encoded yet the stock method repeats each where it stands, so that with several a sample some
     land in other samples' copies; in which order encoded ones come it knows.
     """
-    pixels, order = inputs.get("pixel_values"), None
-    if expand_size > 1 and pixels is not None and not _one_image_each(model, input_ids, pixels):
-        with torch.no_grad():
-            encoded = model.get_image_features(pixels, image_sizes=inputs.get("image_sizes"), return_dict=True)
-        numbers = [torch.full((len(features),), i) for i, features in enumerate(encoded.pooler_output)]
-        stand_in, embeds = SimpleNamespace(pooler_output=numbers), inputs.get("inputs_embeds")
-        model._expand_multimodal_outputs(input_ids, {"image": stand_in}, expand_size, embeds)
-        order = [int(number[0]) for number in stand_in.pooler_output]
-    images = {name: inputs.get(name) for name in ("pixel_values", "image_sizes")}
+    moved: dict[str, Tensor] = {}
+    for kind, names in _VISUAL.items():
+        pixels = inputs.get(names[0])
+        if expand_size > 1 and pixels is not None and not _one_each(model, kind, input_ids, pixels):
+            order = _order_of_copies(model, kind, expand_size, input_ids, inputs)
+            moved |= {name: inputs[name][order] for name in names if isinstance(inputs.get(name), Tensor)}
     ids, inputs = expand(expand_size, is_encoder_decoder, input_ids, **inputs)
-    if order is not None:
-        inputs |= {name: value[order] for name, value in images.items() if isinstance(value, Tensor)}
-    return ids, inputs
+    return ids, inputs | moved
 
 
-def _one_image_each(model: Any, input_ids: Any, pixels: Any) -> bool:
+def _order_of_copies(model: Any, kind: str, times: int, input_ids: Any, inputs: dict[str, Any]) -> list[int]:
+    """Which image (or video) each place has where the batch is repeated sample by sample."""
+    encode = getattr(model, f"get_{kind}_features")
+    taken = inspect.signature(encode).parameters
+    with torch.no_grad():
+        encoded = encode(**{n: v for n, v in inputs.items() if n in taken and v is not None}, return_dict=True)
+    numbers = [torch.full((len(features),), i) for i, features in enumerate(encoded.pooler_output)]
+    stand_in = SimpleNamespace(pooler_output=numbers)
+    model._expand_multimodal_outputs(input_ids, {kind: stand_in}, times, inputs.get("inputs_embeds"))
+    return [int(number[0]) for number in stand_in.pooler_output]
+
+
+def _one_each(model: Any, kind: str, input_ids: Any, pixels: Any) -> bool:
     if input_ids is None or len(pixels) != len(input_ids):
         return False
-    return bool((input_ids == model.config.image_token_id).any(-1).all())
+    return bool((input_ids == getattr(model.config, f"{kind}_token_id")).any(-1).all())
 
 
 def ask_all_states(arguments: dict[str, Any]) -> None:

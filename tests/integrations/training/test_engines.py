@@ -90,7 +90,8 @@ def test_an_adapter_saved_under_fsdp_is_whole(root, job):
 
 REFUSED = {
     "lora": ({}, "peft's and LLaVA's files would get the first rank's part"),
-    "stage 1": ({"tune_mm_mlp_adapter": True}, "FSDP in stage 1.*in parts: use DDP"),
+    "stage 1": ({"tune_mm_mlp_adapter": True}, "FSDP in stage 1.*in parts: use DDP or"),
+    "LLaVA-NeXT's": ({"mm_tunable_parts": "mm_mlp_adapter"}, "FSDP in stage 1.*in parts: use DDP or"),
     "unfreeze_after": ({}, "SkipLinks.unfreeze_after holds gradients back"),
     "flat": ({}, "SkipLinks.tower_lr needs optimizer groups.*use_orig_params to true"),
     "sequence": ({"parallelism_config": SimpleNamespace(cp_size=2)}, "parallelism_config.cp_size: ranks that share"),
@@ -135,6 +136,29 @@ def test_llavas_script_cannot_save_under_fsdp_2(monkeypatch):
     engines.check_llavas_script(SimpleNamespace(fsdp=""))
     with pytest.raises(SettingError, match=r"FSDP2 \(fsdp_version: 2\) with LLaVA's script.*fsdp_version: 1"):
         engines.check_llavas_script(SimpleNamespace(fsdp="full_shard auto_wrap"))
+
+
+def test_what_the_flags_of_newer_versions_say_of_fsdp_counts_before_the_environment(host, monkeypatch):
+    """From transformers 5.0 on; from 5.10 on --fsdp alone is FSDP2."""
+    first, flat, second = (
+        SimpleNamespace(fsdp=True, fsdp_plugin_args=plugin)
+        for plugin in (
+            {"fsdp_version": 1, "use_orig_params": True},
+            {"fsdp_version": 1, "use_orig_params": False},
+            {"fsdp_version": 2},
+        )
+    )
+    with pytest.raises(SettingError, match=r"FSDP2 \(fsdp_version: 2\) with LLaVA's script"):
+        engines.check_llavas_script(second)
+    handle = patch(host.model, fusion=SkipLinks(stride=2, train_tower="all", tower_lr=1e-3))
+    with pytest.raises(SettingError, match=r"tower_lr needs optimizer groups.*use_orig_params to true"):
+        engines.check(handle, flat)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv("FSDP_USE_ORIG_PARAMS", "false")
+    engines.check_llavas_script(first)
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    engines.check(handle, first)
+    engines.check(handle, second)
 
 
 def test_a_model_that_fsdp_has_taken_over_is_not_patched(host, monkeypatch, tmp_path):

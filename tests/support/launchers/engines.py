@@ -42,15 +42,17 @@ def _deepspeed(stage: int, offload: bool = False) -> dict:
     }}  # fmt: skip
 
 
-def _fsdp(**more: object) -> dict:
+def _fsdp(version: int = 1, **more: object) -> dict:
+    """From transformers 5.0 on the version counts, before it SECOND."""
     config = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "sync_module_states": False, **more}
+    config["version"] = version
     return {"fsdp": "full_shard auto_wrap", "fsdp_config": config}
 
 
 ENGINES = {
     "one": {}, "zero3": _deepspeed(3), "zero3_offload": _deepspeed(3, offload=True), "fsdp": _fsdp(),
     "fsdp_flat": _fsdp(use_orig_params=False), "fsdp_checkpoints": _fsdp(activation_checkpointing=True),
-    "fsdp2": _fsdp(), "fsdp2_checkpoints": _fsdp(activation_checkpointing=True),
+    "fsdp2": _fsdp(2), "fsdp2_checkpoints": _fsdp(2, activation_checkpointing=True),
 }  # fmt: skip
 SECOND = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
 """What `accelerate launch` sets for fsdp_version: 2."""
@@ -111,6 +113,8 @@ def _train(folder: Path, host_name: str, engine: str, method: str, rank: int) ->
     trainer = Trainer(model, arguments, _collate, Samples(models.Host(host_name, model)))
     trainer.train()
     if engine.startswith("fsdp"):
+        first = type(trainer.model).__name__ == "FullyShardedDataParallel"
+        assert first != engine.startswith("fsdp2"), f"{engine} ran as {type(trainer.model).__name__}"
         weights = trainer.accelerator.get_state_dict(trainer.model)
         with zero.whole_model(trainer.model):
             if rank == 0 or not zero.in_pieces(model):
