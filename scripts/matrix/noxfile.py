@@ -32,7 +32,7 @@ OVERLAYS = {
     "transformers-5.18": ("newest", "transformers==5.18.0"),
 }  # fmt: skip
 BETWEEN = "import with nothing configured,identities,generate,save and load,train both stages"
-PINNED = f"{BETWEEN},resume,ZeRO-2,ZeRO-3"
+PINNED = f"{BETWEEN},resume,ZeRO-2,ZeRO-3,LLaVA's own evaluation"
 NEXT = "identities,generate,save and load,LLaVA-NeXT's package,lmms-eval"
 TREE, NEXT_TREE = (os.environ.get(f"LLAVA_PATCH_{name}_TREE") for name in ("LLAVA", "NEXT"))
 NEXT_NEEDS = ("tyro==1.0.17", "shtab==1.13.0", "typeguard==4.6.1", "docstring-parser==0.18.0", "av==18.1.0")

@@ -79,6 +79,7 @@ JOBS: dict[str, dict[str | None, list[str]]] = {
     "HF LLaVA-NeXT": {"hf": [test.format("next") for test in _EACH_DECODER]},
     "HF LLaVA-OneVision": {"hf": [test.format("onevision") for test in _EACH_DECODER]},
     "LLaVA-NeXT's package": {"llava": [*_NEXT, "tests/integrations/training/test_llava_next_runs.py"]},
+    "LLaVA's own evaluation": {"llava": ["tests/integrations/test_entry_points.py"]},
     "lmms-eval": {
         OF_THE_TEST: ["tests/integrations/lmms_eval/test_cli.py::test_our_tasks_beside_a_stock_one_on_a_patched_model"],
     },

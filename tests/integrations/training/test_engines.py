@@ -1,6 +1,7 @@
 """DDP, DeepSpeed ZeRO, FSDP and FSDP2 train a patched model as one process does, on both hosts; what they cannot."""
 
 import fcntl
+import importlib.util
 import json
 import os
 import subprocess
@@ -33,6 +34,8 @@ RUNS = ("llava-kv", "llava-lf_fastv", "hf-lf", "hf-skip", "hf-deep_kv")
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """The folder where every job has run, one after the other; pytest's workers share it."""
+    if importlib.util.find_spec("torch.distributed.fsdp._flat_param") is None:
+        pytest.skip("the CPU's stand-ins are for FSDP of newer torch")
     folder = tmp_path_factory.getbasetemp()
     folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "engines"
     folder.mkdir(exist_ok=True)
