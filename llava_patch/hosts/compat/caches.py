@@ -8,6 +8,7 @@ from torch import Tensor
 
 from llava_patch.core.undo import UndoStack
 from llava_patch.hosts.compat.features import parameters_of
+from llava_patch.hosts.zero import bare
 
 
 def to_forget(asked: int, held: int) -> int:
@@ -45,7 +46,7 @@ def take_held(decoder: Any) -> Any:
     They lose it. Also None they have to lose, which the end of a generation leaves there: they would take it for the
     cache of every later call, and keep nothing.
     """
-    attentions = [vars(attention) for layer in decoder.layers if (attention := getattr(layer, "self_attn", None))]
+    attentions = [vars(bare(layer.self_attn)) for layer in decoder.layers if hasattr(layer, "self_attn")]
     return next(
         (held for held in [names.pop("past_key_value", None) for names in attentions] if held is not None), None
     )
