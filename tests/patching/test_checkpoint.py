@@ -33,7 +33,11 @@ if host == "hf":
     model = LlavaForConditionalGeneration.from_pretrained(path)
 else:
     from llava.model.builder import load_pretrained_model
-    model = load_pretrained_model(path, None, "llava-small", device_map="cpu", device="cpu")[1].float()
+    import inspect  # LLaVA-NeXT's builder knows GPUs and "auto", and asks for flash attention
+    takes_device = "device" in inspect.signature(load_pretrained_model).parameters
+    more = {"device": "cpu"} if takes_device else {"attn_implementation": "sdpa"}
+    more["device_map"] = "cpu" if takes_device else "auto"
+    model = load_pretrained_model(path, None, "llava-v1.5-small", **more)[1].float()
     model.get_vision_tower().float()
 model.eval()
 with torch.no_grad():
@@ -52,9 +56,7 @@ def _load(name, files):
         from transformers import LlavaForConditionalGeneration
 
         return LlavaForConditionalGeneration.from_pretrained(files.hf).eval()
-    from llava.model.builder import load_pretrained_model
-
-    model = load_pretrained_model(str(files.llava), None, "llava-small", device_map="cpu", device="cpu")[1].float()
+    model = checkpoints.built(files.llava).float()
     model.get_vision_tower().float()
     return model.eval()
 
@@ -204,7 +206,6 @@ def test_a_base_that_has_moved_is_named(files, tmp_path):
 
 def test_llavas_loader_with_a_model_base(files, tmp_path):
     """A stage-1 folder (config and projector) over its language model, as LLaVA's evaluation scripts load it."""
-    from llava.model.builder import load_pretrained_model
 
     model = _load("llava", files)
     batch = _batch("llava", model)
@@ -216,9 +217,7 @@ def test_llavas_loader_with_a_model_base(files, tmp_path):
     model.config.save_pretrained(stage1)
     tensors = {f"model.mm_projector.{k}": v for k, v in handle.anatomy.projector.state_dict().items()}
     torch.save(tensors, stage1 / "mm_projector.bin")
-    again = load_pretrained_model(
-        str(stage1), str(files.language_model), "llava-small", device_map="cpu", device="cpu"
-    )[1].float()
+    again = checkpoints.built(stage1, files.language_model).float()
     again.get_vision_tower().float()
     with torch.no_grad():
         assert torch.equal(again.eval()(**batch).logits, expected)

@@ -51,9 +51,9 @@ def test_embeddings_prepared_by_hand_are_routed_too(host):
     batch = host.batch(RAGGED)
     with patch(host.model, routing=Routing(split=2)):
         expected = host.logits(batch)
-        i = batch.inputs
+        i, more = batch.inputs, {k: v for k, v in batch.inputs.items() if k == "modalities"}  # LLaVA-NeXT's
         _, positions, mask, _, embeds, _ = host.model.prepare_inputs_labels_for_multimodal(
-            i["input_ids"], None, i["attention_mask"], None, None, i["images"]
+            i["input_ids"], None, i["attention_mask"], None, None, i["images"], **more
         )
         by_hand = host.model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions).logits
     assert torch.equal(by_hand, expected)

@@ -1,5 +1,6 @@
 """Loading and comparing checkpoint folders of both hosts, in full precision."""
 
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -32,6 +33,20 @@ def load(folder):
     model = LlavaLlamaForCausalLM.from_pretrained(folder)
     model.get_vision_tower().load_model()
     return model.float().eval()
+
+
+def built(folder, base=None):
+    """The model by llava's builder; LLaVA-NeXT's knows GPUs and "auto", and asks for flash attention."""
+    from llava.model.builder import load_pretrained_model
+
+    takes_device = "device" in inspect.signature(load_pretrained_model).parameters
+    more = (
+        {"device_map": "cpu", "device": "cpu"}
+        if takes_device
+        else {"device_map": "auto", "attn_implementation": "sdpa"}
+    )
+    base = None if base is None else str(base)
+    return load_pretrained_model(str(folder), base, "llava-v1.5-small", **more)[1]
 
 
 def batch(name, image_token=512):
