@@ -1,6 +1,5 @@
 """LLaVA-NeXT's package: where LLAVA_PATCH_LLAVA_TREE names its checkout, else a stand-in for its Qwen."""
 
-import importlib.util
 from dataclasses import replace
 
 import pytest
@@ -11,12 +10,12 @@ from llava_patch import DeepStack, DenseConnector, DirectFusion, SkipLinks, get_
 from llava_patch.core.errors import HostError
 from llava_patch.hosts import anatomy
 from llava_patch.routing.reference import final_states
-from tests.support import decoders
+from tests.support import decoders, llava_tree
 from tests.support.fusions import randomise
 from tests.support.models import close
 from tests.support.routings import ALL, again
 
-REAL = importlib.util.find_spec("llava.model.multimodal_encoder.siglip_encoder") is not None
+REAL = llava_tree.is_next()
 ours_only = pytest.mark.skipif(not REAL, reason="LLAVA_PATCH_LLAVA_TREE names no checkout of LLaVA-NeXT")
 GRID = [[56, 112], [112, 56], [112, 112]]
 SETTINGS = {

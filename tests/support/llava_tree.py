@@ -27,6 +27,11 @@ def put_in_front(environment: MutableMapping[str, str] = os.environ) -> None:
         sys.path.insert(1, str(tree))  # behind this repository, which has a folder `scripts` as well
 
 
+def is_next() -> bool:
+    """Whether the `llava` that is found is LLaVA-NeXT's package: it has a SigLIP of its own."""
+    return importlib.util.find_spec("llava.model.multimodal_encoder.siglip_encoder") is not None
+
+
 def described() -> str:
     """The `llava` that is found, in a line: where it lies, and its revision or version."""
     found = importlib.util.find_spec("llava")

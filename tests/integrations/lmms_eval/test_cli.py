@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 
 from llava_patch.core.paths import eval_tasks_dir
-from tests.support import fileset
+from tests.support import fileset, llava_tree
 from tests.support.paths import ROOT
 from tests.support.release import write_fileset
 from tests.support.tiny_train import TEXT, VISION
@@ -45,7 +44,7 @@ def folder(tmp_path_factory: Any) -> Path:
     return root
 
 
-IS_NEXT = importlib.util.find_spec("llava.model.multimodal_encoder.siglip_encoder") is not None  # its package
+IS_NEXT = llava_tree.is_next()
 MORE_WORDS = {"llava_onevision": ",conv_template=vicuna_v1,attn_implementation=sdpa"}
 LIMIT = 3  # of two processes one gets an example more
 

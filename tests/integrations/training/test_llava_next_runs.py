@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import CLIPImageProcessor
 
-from tests.support import tiny_train
+from tests.support import llava_tree, tiny_train
 from tests.support.paths import ROOT
 
-REAL = importlib.util.find_spec("llava.model.multimodal_encoder.siglip_encoder") is not None
+REAL = llava_tree.is_next()
 MISSING = [name for name in ("tyro", "deepspeed") if importlib.util.find_spec(name) is None]
 pytestmark = [
     pytest.mark.skipif(not REAL, reason="LLAVA_PATCH_LLAVA_TREE names no checkout of LLaVA-NeXT"),
