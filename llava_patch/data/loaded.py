@@ -15,7 +15,7 @@ from llava_patch.core.errors import CheckpointError, HostError, SettingError
 from llava_patch.core.memory import float32_default
 from llava_patch.core.weights import locate, read_json
 from llava_patch.data.inputs import Inputs
-from llava_patch.hosts import configs
+from llava_patch.hosts import compat, configs
 from llava_patch.hosts.anatomy import LLAVA, find
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -183,6 +183,6 @@ def _load_hf(files: configs.CheckpointFiles, base: str, device: str, dtype: torc
         raise CheckpointError(f"{checkpoint} is a checkpoint of Hugging Face's LLaVA: leave out --base")
     kinds = {"llava": "Llava", "llava_next": "LlavaNext", "llava_onevision": "LlavaOnevision"}
     kind: Any = getattr(transformers, f"{kinds[files.config['model_type']]}ForConditionalGeneration")
-    model: Any = kind.from_pretrained(checkpoint, dtype=dtype)
+    model: Any = kind.from_pretrained(checkpoint, **compat.dtype_argument(dtype))
     processor: Any = transformers.AutoProcessor.from_pretrained(checkpoint)
     return LoadedCheckpoint(model.to(device), processor.tokenizer, processor.image_processor, processor)

@@ -1,5 +1,6 @@
 """Every fusion comes back from adapters and full checkpoints through the hosts' own loaders; others are refused."""
 
+import inspect
 import json
 import shutil
 
@@ -72,10 +73,9 @@ def test_a_fused_model_comes_back(files, tmp_path, name, case, form, caplog):
     again = _load(name, folder)
     _round(again)  # LLaVA-NeXT's leaves the tower's as they are
     assert get_handle(again).fusion == ALL[case]
-    if hasattr(transformers, "LlavaModel"):  # before, only the class of a model is asked what to leave unsaid
-        assert (
-            "were not used" not in caplog.text
-        )  # llava's tower is loaded later, which is no reason to frighten anybody
+    # Up to 4.53 only the class of a model is asked what to leave unsaid.
+    if "self._keys_to_ignore_on_load_unexpected" in inspect.getsource(transformers.PreTrainedModel):
+        assert "were not used" not in caplog.text  # llava's tower comes later, which is no reason to frighten anybody
     saved, loaded = model.state_dict(), again.state_dict()
     assert saved.keys() == loaded.keys()
     assert all(torch.equal(saved[key], loaded[key]) for key in saved)

@@ -58,7 +58,7 @@ def _collator(processor):
 def trainer(kind, data, out, *, model=None, peft_config=None, **more):
     """A trainer of a kind ("transformers" or "trl"), with evaluation data, on a freshly loaded model."""
     root, base = data
-    model = model or LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
+    model = model or LlavaForConditionalGeneration.from_pretrained(base, torch_dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(base, use_fast=False)
     values = {**VALUES, **more}
     if kind == "transformers":

@@ -68,7 +68,7 @@ def read(name: str, path: Path, quantise: dict[str, Any] | None = None, **option
     if quantise is not None:
         options["quantization_config"] = BitsAndBytesConfig(**quantise)
     if name == "hf":
-        model: Any = LlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float16, **options)
+        model: Any = LlavaForConditionalGeneration.from_pretrained(path, torch_dtype=torch.float16, **options)
     else:
         from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 

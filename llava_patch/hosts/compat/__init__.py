@@ -38,6 +38,7 @@ from llava_patch.hosts.compat.masks import (
 )
 from llava_patch.hosts.compat.names import (
     as_here,
+    dtype_argument,
     keep_floating,
     load_saved_names,
     neutral_tower,
@@ -58,7 +59,7 @@ from llava_patch.hosts.compat.vision import (
 )
 
 __all__ = [
-    "SUPPORTED_TRANSFORMERS", "allow_any_mask", "as_cache", "as_here", "as_read", "ask_all_states", "attention_of",
+    "SUPPORTED_TRANSFORMERS", "allow_any_mask", "as_cache", "as_here", "as_read", "dtype_argument", "ask_all_states", "attention_of",
     "backend_of", "brings_towers", "cache_argument", "cache_layers", "call_layer", "causal_mask", "check_versions",
     "checkpointed", "choose_backend_again", "encode_in_forward", "input_grads_are_forced", "inverse_frequencies",
     "keep_beams", "keep_every_position", "keep_floating", "known_options", "layer_output", "layout_options",

@@ -41,7 +41,7 @@ def configured(monkeypatch):
 
 
 def _open(folder):
-    return LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    return LlavaForConditionalGeneration.from_pretrained(folder, torch_dtype=torch.float32)
 
 
 def _same(one, other):
