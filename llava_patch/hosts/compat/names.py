@@ -6,7 +6,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
 
 from llava_patch.core.errors import HostError
 from llava_patch.core.undo import UndoStack
@@ -16,6 +15,8 @@ T = TypeVar("T")
 
 def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
     """How `from_pretrained` is told a precision: `torch_dtype` up to 4.55, `dtype` from 4.56."""
+    from transformers import PretrainedConfig  # this module is loaded while transformers itself is
+
     return {"dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype": dtype}
 
 
