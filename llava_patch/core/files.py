@@ -19,7 +19,8 @@ T = TypeVar("T")
 _REFUSED = {
     errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "the file is too large",
     errno.EROFS: "it is read-only", errno.EACCES: "you may not write there", errno.EPERM: "you may not write there",
-    errno.ENOTDIR: "a part of the path is a file", errno.EISDIR: "it is a folder", errno.EIO: "the disk fails",
+    errno.ENOTDIR: "a part of the path is a file", errno.EEXIST: "a part of the path is a file",
+    errno.EISDIR: "it is a folder", errno.EIO: "the disk fails",
     errno.ENAMETOOLONG: "the name is too long", errno.ELOOP: "its links go round in a circle",
 }  # fmt: skip
 _FREE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -101,6 +102,8 @@ def atomic(path: Path, folder: bool = False, size: float = 0) -> Iterator[Path]:
     it takes the place. StorageError: the disk or folder does not take it, or has less room than `size` bytes.
     """
     with storage_errors(path):
+        if folder and path.exists() and not path.is_dir():
+            raise StorageError(f"{path}: a file is in the way of this folder: name another one")
         if size:
             check_space(path.parent, size, path.name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,13 +141,13 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def staged(folder: Path, last: Iterable[str] = ()) -> Iterator[Path]:
+def staged(folder: Path, last: Iterable[str] = (), replaced: Iterable[str] = ()) -> Iterator[Path]:
     """A new folder beside `folder` whose files take their places in it when the block ends well.
 
     A `folder` that was not there appears at once. In one that was, files of the same names are replaced and others
-    stay; those that make it what it is (`last`) are taken away before the first one is replaced and come after all
-    others, so that a process killed in between leaves something that cannot be taken for either. StorageError as of
-    `atomic`.
+    stay, but for those of some patterns (`replaced`). Those that make it what it is (`last`) are taken away before the
+    first one is replaced and come after all others, so that a process killed in between leaves something that cannot be
+    taken for either. StorageError as of `atomic`.
     """
     last = tuple(last)
     if not folder.is_dir() or not any(folder.iterdir()):
@@ -163,6 +166,9 @@ def staged(folder: Path, last: Iterable[str] = ()) -> Iterator[Path]:
             for name in last:
                 (folder / name).unlink(missing_ok=True)
             _sync(folder)
+            for pattern in replaced:
+                for file in folder.glob(pattern):
+                    file.unlink()
             order = {name: place for place, name in enumerate(last, 1)}
             for file in sorted(new.iterdir(), key=lambda file: (order.get(file.name, 0), file.name)):
                 target = folder / file.name

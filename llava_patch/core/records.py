@@ -1,29 +1,58 @@
-"""Where a checkpoint keeps the settings of its patch, read without loading anything that patches."""
+"""Where a checkpoint keeps the settings of its patch, read without loading anything that patches.
 
+A folder's record says which version wrote it, and holds the checksum of its weights and of itself: no save that was
+broken off, and no file of another save, can be taken for it.
+"""
+
+import contextlib
 import json
 import os
 from collections.abc import Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 from llava_patch.core.errors import CheckpointError
+from llava_patch.core.registry import KINDS, TRAINING_ONLY
+from llava_patch.core.stored import checksum, first_unknown, numbers, read_object, shown
+from llava_patch.core.undo import holding
+from llava_patch.core.version import __version__
 
 CONFIG_KEY = "llava_patch"
 """A checkpoint's config.json carries its patch under this key."""
 SETTINGS_FILE = "llava_patch.json"
 """An adapter carries it in this file."""
 FORMAT = 1
-LORA = "lora"
-"""The form of a folder with peft's adapter and what was trained beside it; the others are "adapter" and "full"."""
+ADAPTER, FULL, LORA = "adapter", "full", "lora"
+"""Forms of a folder: what was added or trained; the whole model; peft's adapter and what was trained beside it."""
+VERSION, BASE_FROM_HERE = "version", "base_from_here"
+"""The version of llava_patch that wrote a record; where the base lies, as a path from the record's folder."""
+CHECKSUM, WEIGHTS_CHECKSUM = "checksum", "weights_checksum"
+"""Of the record itself (its place and its base's may change), and of the file of weights that it goes with."""
+_MAY_CHANGE = ("base", BASE_FROM_HERE, CHECKSUM)
+_FIELDS = (
+    "format", VERSION, "form", "base", BASE_FROM_HERE, "fingerprint", "trained_tower", WEIGHTS_CHECKSUM, CHECKSUM,
+    *KINDS,
+)  # fmt: skip
+_TEXTS = (VERSION, "form", "base", BASE_FROM_HERE, WEIGHTS_CHECKSUM, CHECKSUM)
+
+_bases: ContextVar[Mapping[str, str] | None] = ContextVar("llava_patch_bases", default=None)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 def read_settings(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The settings file of a checkpoint folder, of a format that is known; None when there is none."""
+    """The settings file of a checkpoint folder; None when there is none.
+
+    CheckpointError: it is damaged, of another format, changed after it was written, or not what config.json says.
+    """
     path = Path(directory) / SETTINGS_FILE
     if not path.is_file():
         return None
-    record = read_json_file(path)
-    check_format(record, str(path))
+    record = read_object(path)
+    check_record(record, str(path))
+    _check_agrees(record, path)
     return record
 
 
@@ -33,43 +62,159 @@ def checkpoint_record(directory: str | os.PathLike[str]) -> dict[str, Any] | Non
     config = Path(directory) / "config.json"
     if record is not None or not config.is_file():
         return record
-    return read_json_file(config).get(CONFIG_KEY) or {}
+    return carried(read_object(config), str(config)) or {}
 
 
-def read_json_file(path: Path) -> dict[str, Any]:
-    """What a JSON file of a checkpoint holds; CheckpointError: it is not valid."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
-
-
-def check_format(record: Mapping[str, Any], source: str) -> None:
-    """Refuse settings of another format."""
-    if record.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{source}: llava_patch settings of format {record.get('format')!r}, this version reads {FORMAT}"
-        )
-
-
-def write_settings(directory: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
-    """Write a checkpoint folder's settings file."""
-    from llava_patch.core.files import write_text  # the hook reads records where nothing else of ours is loaded
-
-    write_text(Path(directory) / SETTINGS_FILE, json.dumps(record, indent=2) + "\n")
-
-
-def base_of(directory: str | os.PathLike[str], record: Mapping[str, Any]) -> str:
-    """The folder, which must be there, or the hub name of the base that an adapter lies on."""
-    base = str(record["base"])
-    if os.path.isabs(base) and not os.path.isdir(base):
-        raise CheckpointError(
-            f'{directory}: its base model {base} is not there any more; change "base" in '
-            f"{os.path.join(directory, SETTINGS_FILE)} to where it is now"
-        )
-    return base
+def carried(config: Mapping[str, Any], source: str) -> dict[str, Any] | None:
+    """The settings in a config.json that was read, checked; None when it has none."""
+    record = config.get(CONFIG_KEY)
+    if record is None:
+        return None
+    check_record(record, source)
+    return dict(record)
 
 
 def config_record(config: Any) -> dict[str, Any] | None:
-    """The settings that a model configuration carries; None when it has none."""
-    return getattr(config, CONFIG_KEY, None)
+    """The settings that a model configuration carries, checked; None when it has none."""
+    record = getattr(config, CONFIG_KEY, None)
+    if record is not None:
+        check_record(record, os.path.join(str(getattr(config, "_name_or_path", "") or ""), "config.json"))
+    return record
+
+
+def check_record(record: Any, source: str) -> None:
+    """Refuse a record that is damaged, of another format or version, or not as it was written (CheckpointError)."""
+    if not isinstance(record, Mapping):
+        raise CheckpointError(f"{source}: its llava_patch settings are {shown(record)}, expected an object")
+    by = f", written by version {shown(record[VERSION])}" if VERSION in record else ""
+    if record.get("format") != FORMAT or isinstance(record.get("format"), bool):
+        raise CheckpointError(
+            f"{source}: llava_patch settings of format {shown(record.get('format'))}{by}; this version ({__version__}) "
+            f"reads {FORMAT}: update llava_patch"
+        )
+    if (unknown := first_unknown(record, _FIELDS)) is not None:
+        raise CheckpointError(
+            f"{source}: {shown(unknown)} is unknown to this version of llava_patch ({__version__}){by}: update it"
+        )
+    for name in _TEXTS:
+        if name in record and not isinstance(record[name], str):
+            raise CheckpointError(f"{source}: {name} = {shown(record[name])}: expected text")
+    for kind in KINDS:
+        if not isinstance(record.get(kind), (Mapping, type(None))):
+            raise CheckpointError(f"{source}: {kind} = {shown(record[kind])}: expected an object or null")
+    if not isinstance(record.get("trained_tower", False), bool):
+        raise CheckpointError(f"{source}: trained_tower = {shown(record['trained_tower'])}: expected true or false")
+    if record.get("form", FULL) not in (ADAPTER, FULL, LORA):
+        raise CheckpointError(f"{source}: form = {shown(record['form'])}: expected {ADAPTER}, {FULL} or {LORA}")
+    if record.get("form") in (ADAPTER, LORA) and not record.get("base"):
+        raise CheckpointError(
+            f"{source}: base is missing, the model that this {record['form']} lies on: write it there"
+        )
+    if record.get("form") == ADAPTER:
+        _check_fingerprint(record.get("fingerprint"), source)
+    if VERSION in record and "form" in record and record.get(CHECKSUM) != seal(record):
+        raise CheckpointError(
+            f"{source}: its settings were changed after they were written (only base may be), or half of it is of "
+            "another save: take it from the copy that it came from, or save again"
+        )
+
+
+def _check_fingerprint(values: Any, source: str) -> None:
+    sound = isinstance(values, Mapping) and all(numbers(sampled) for sampled in values.values())
+    if not sound:
+        raise CheckpointError(
+            f"{source}: fingerprint = {shown(values)}: expected sampled values of its base's tensors, without which "
+            "nothing tells whether a model is that base: take the file from the copy that it came from, or save again"
+        )
+
+
+def _check_agrees(record: Mapping[str, Any], path: Path) -> None:
+    """Refuse a settings file beside a config.json that carries other settings: they are of two saves."""
+    config = path.with_name("config.json")
+    if not config.is_file() or record.get("form") == LORA:
+        return
+    other = carried(read_object(config), str(config))
+    for kind in (kind for kind in KINDS if kind not in TRAINING_ONLY):
+        if other is not None and record.get(kind) != other.get(kind):
+            raise CheckpointError(
+                f"{path} and config.json beside it disagree about {kind} ({shown(record.get(kind))} and "
+                f"{shown(other.get(kind))}): they are of two saves, or one was changed; save again"
+            )
+
+
+def check_weights(record: Mapping[str, Any], path: Path) -> None:
+    """Refuse a file of weights that is not the one that a record was written with (CheckpointError)."""
+    if record.get(WEIGHTS_CHECKSUM) not in (None, checksum(path)):
+        raise CheckpointError(
+            f"{path}: not the weights that {SETTINGS_FILE} beside it was written with: they are of another save, or a "
+            "copy was not complete; copy the folder again, or save again"
+        )
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write_settings(directory: str | os.PathLike[str], record: Mapping[str, Any], weights: Path | None = None) -> None:
+    """Write a checkpoint folder's settings file: `record`, which version wrote it, and checksums.
+
+    `weights` is the file of weights that it goes with, as it is on the disk.
+    """
+    from llava_patch.core.files import write_text  # the hook reads records where nothing else of ours is loaded
+
+    whole = {**record, VERSION: __version__}
+    if weights is not None:
+        whole[WEIGHTS_CHECKSUM] = checksum(weights)
+    whole[CHECKSUM] = seal(whole)
+    write_text(Path(directory) / SETTINGS_FILE, json.dumps(whole, indent=2) + "\n")
+
+
+def seal(record: Mapping[str, Any]) -> str:
+    """The checksum of a record: of all in it that does not change when folders are moved."""
+    from llava_patch.core.files import digest
+
+    return digest({name: value for name, value in record.items() if name not in _MAY_CHANGE})
+
+
+# --- the base ---------------------------------------------------------------------------------------------------------
+
+
+def named_base(base: str, directory: str | os.PathLike[str]) -> dict[str, str]:
+    """What a record says of a base: its folder, also as a path from the record's folder, or its name on the hub."""
+    if not os.path.isdir(base):
+        return {"base": base}
+    try:
+        return {"base": os.path.abspath(base), BASE_FROM_HERE: os.path.relpath(base, directory)}
+    except ValueError:  # on another drive
+        return {"base": os.path.abspath(base)}
+
+
+def base_is(directory: str | os.PathLike[str], base: str) -> contextlib.AbstractContextManager[Any]:
+    """Inside the block an adapter's base is the one that the user names, whatever its record says."""
+    return holding(_bases, {**(_bases.get() or {}), os.path.realpath(directory): base})
+
+
+def find_base(directory: str | os.PathLike[str], record: Mapping[str, Any]) -> str | None:
+    """The folder or hub name of an adapter's base; None: it was a folder, and is not there.
+
+    Where it was when the adapter was saved, or, where both were moved, where it lies from there.
+    """
+    if (given := (_bases.get() or {}).get(os.path.realpath(directory))) is not None:
+        return given
+    base = str(record["base"])
+    beside = os.path.normpath(os.path.join(directory, record.get(BASE_FROM_HERE) or base))
+    if os.path.isdir(base):
+        return base
+    if os.path.isdir(beside):
+        return beside
+    return None if os.path.isabs(base) or record.get(BASE_FROM_HERE) else base
+
+
+def base_of(directory: str | os.PathLike[str], record: Mapping[str, Any]) -> str:
+    """The same, which must be there (else CheckpointError)."""
+    base = find_base(directory, record)
+    if base is None:
+        raise CheckpointError(
+            f"{directory}: its base model {record['base']} is not there any more: say where it is with --base (of "
+            f'commands that have it), or change "base" in {os.path.join(directory, SETTINGS_FILE)}'
+        )
+    return base

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llava_patch.core.errors import CheckpointError
-from llava_patch.core.records import read_json_file
+from llava_patch.core.stored import read_object
 
 Load = Callable[[], Tensor]
 Tensors = dict[str, Load]
@@ -44,7 +44,7 @@ def locate(source: str, name: str) -> Path | None:
 def read_json(source: str, name: str) -> dict | None:
     """A JSON file of a folder or hub model; None when it has none. CheckpointError: not valid JSON."""
     path = locate(source, name)
-    return None if path is None else read_json_file(path)
+    return None if path is None else read_object(path)
 
 
 def folder_of(source: str, download: bool = False, setting: str = "") -> str:

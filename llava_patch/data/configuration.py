@@ -24,13 +24,15 @@ def read_transform(folder: str | Path, mode: str) -> Transform:
     """
     folder = Path(folder)
     record = records.read_settings(folder)
-    base = Path(record["base"]) if record is not None and record.get("form") == "adapter" else folder
-    if base != folder and not base.is_dir():
-        raise CheckpointError(f"{folder}: its base {base} is no folder here: give --size and --patch instead")
+    base = folder
+    if record is not None and record.get("form") == records.ADAPTER:
+        base = Path(records.find_base(folder, record) or record["base"])
+        if not base.is_dir():
+            raise CheckpointError(f"{folder}: its base {base} is no folder here: give --size and --patch instead")
     raw = read_json(str(base), "config.json") if base.is_dir() else None
     if raw is None:
         raise CheckpointError(f"{base}: not a checkpoint, it holds no config.json")
-    record = record or raw.get(records.CONFIG_KEY)
+    record = record or records.carried(raw, f"{base}/config.json")
     on_llava = "mm_vision_tower" in raw
     config, processor = _of_llava(raw, str(base)) if on_llava else _of_hf(raw, base)
     shape = towers.shape_of(config.vision_config)

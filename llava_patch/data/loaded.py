@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from llava_patch.core import memory, parallel, records
-from llava_patch.core.errors import CheckpointError, HostError, SettingError
+from llava_patch.core.errors import CheckpointError, HostError, LlavaPatchError, SettingError, brief
 from llava_patch.core.memory import float32_default
 from llava_patch.core.weights import locate, read_json
 from llava_patch.data.inputs import Inputs
@@ -46,7 +46,8 @@ def load_subject(checkpoint: str, base: str = "", device: str = "", dtype: str =
     Args:
         checkpoint: folder or hub name: a full checkpoint of either host, stock or patched; an adapter of llava_patch; a
             LoRA or projector-only checkpoint of llava (then with `base`).
-        base: the model under such a checkpoint.
+        base: the model under such a checkpoint; under an adapter of llava_patch, the one that its record names unless
+            given.
         device: "cpu", "cuda" (the process's own one), "cuda:N"; "": cuda where there is one.
         dtype: one of `DTYPES`; "": float32 on CPU (bfloat16 where the machine's memory does not hold that, which is
             said), float16 elsewhere.
@@ -63,11 +64,18 @@ def load_subject(checkpoint: str, base: str = "", device: str = "", dtype: str =
     if place == "cpu":
         number = memory.cpu_dtype(dtype, base or files.base or checkpoint) or number
     load = _load_llava if files.host == LLAVA else _load_hf
-    with float32_default():
+    given: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if base and files.is_adapter:
+        given, base = records.base_is(checkpoint, base), ""
+    with float32_default(), given:
         try:
             found = load(files, base, place, number)
-        except (OSError, ImportError) as error:
-            raise CheckpointError(f"{checkpoint} cannot be loaded: {error}") from error
+        except (LlavaPatchError, MemoryError):
+            raise
+        except Exception as error:  # of a damaged file each library says it in its own way
+            if "out of memory" in str(error).lower():
+                raise
+            raise CheckpointError(f"{checkpoint} cannot be loaded: {type(error).__name__}: {brief(error)}") from error
     found.model.eval()
     return found
 
@@ -82,6 +90,8 @@ def base_of(checkpoint: str, given: str, setting: str) -> str:
         return given
     record = records.read_settings(checkpoint) if Path(checkpoint).is_dir() else None
     named = (record or {}).get("base")
+    if record is not None and named:
+        named = records.find_base(checkpoint, record) or named
     if not named:
         why = "it is no adapter of llava_patch, so it names no base" if record is None else "its record names no base"
         raise CheckpointError(f"{checkpoint}: {why}: say with {setting} what to compare it with")
@@ -151,12 +161,17 @@ def _load_llava(files: configs.CheckpointFiles, base: str, device: str, dtype: t
 
 
 def _is_whole(files: configs.CheckpointFiles) -> bool:
-    return files.base is not None or any(locate(files.source, name) for name in _WEIGHTS)
+    return files.is_adapter or any(locate(files.source, name) for name in _WEIGHTS)
 
 
 def is_part(checkpoint: str) -> bool:
-    """Whether a checkpoint is one of llava that holds LoRA weights or a projector only: it needs the model below."""
+    """Whether a checkpoint must be told the model below it.
+
+    It is one of llava that holds LoRA weights or a projector only, or an adapter whose base is not where it was.
+    """
     files = configs.look(checkpoint)
+    if files.is_adapter:
+        return records.find_base(checkpoint, files.record or {}) is None
     return files.host == LLAVA and not _is_whole(files)
 
 

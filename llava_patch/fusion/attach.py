@@ -17,6 +17,7 @@ from llava_patch.core.compiled import aside
 from llava_patch.core.errors import HostError, SettingError, refuse
 from llava_patch.core.files import write_text
 from llava_patch.core.method import Groups, Method
+from llava_patch.core.stored import read_object
 from llava_patch.core.undo import UndoStack
 from llava_patch.fusion import deep_stack_decoder, training
 from llava_patch.fusion.base import STI_POOL, Fusion, Join, Taps, choose_taps, differs
@@ -325,7 +326,7 @@ class FusionMethod(Method):
         path = folder / "processor_config.json"
         if self.taps.keeps_tokens or not path.is_file():
             return
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_object(path)
         fitted = {**values, **self.processor_fields()}
         if fitted != values:
             write_text(path, json.dumps(fitted, indent=2) + "\n")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from llava_patch.core.errors import CheckpointError, HostError
-from llava_patch.core.records import CONFIG_KEY, read_settings
+from llava_patch.core.records import ADAPTER, CONFIG_KEY, carried, find_base, read_settings
 from llava_patch.core.weights import read_json
 from llava_patch.hosts.anatomy import HOSTS
 from llava_patch.hosts.host import HostFiles
@@ -25,10 +25,15 @@ class CheckpointFiles:
     record: dict[str, Any] | None
 
     @property
+    def is_adapter(self) -> bool:
+        """Whether it is an adapter of ours, which needs its base."""
+        return (self.record or {}).get("form") == ADAPTER
+
+    @property
     def base(self) -> str | None:
         """The model below an adapter; None for everything else."""
         record = self.record or {}
-        return str(record["base"]) if record.get("form") == "adapter" else None
+        return (find_base(self.source, record) or str(record["base"])) if record.get("form") == ADAPTER else None
 
 
 def look(source: str) -> CheckpointFiles:
@@ -39,8 +44,9 @@ def look(source: str) -> CheckpointFiles:
     config = read_json(source, "config.json")
     host = "" if config is None else host_of(config, source)
     record = read_settings(source) if os.path.isdir(source) else None
-    carried = (config or {}).pop(CONFIG_KEY, None)
-    return CheckpointFiles(source, config or {}, host, record or carried)
+    own = carried(config or {}, f"{source}/config.json")
+    plain = {key: value for key, value in (config or {}).items() if key != CONFIG_KEY}
+    return CheckpointFiles(source, plain, host, record or own)
 
 
 def read(source: str, what: str = "") -> CheckpointFiles:

@@ -14,12 +14,13 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from llava_patch.core import records
 from llava_patch.core.errors import CheckpointError, SilentFusionWarning
 from llava_patch.core.files import atomic
+from llava_patch.core.stored import check_values, read_tensors
 from llava_patch.core.undo import holding
 from llava_patch.hosts import lora, zero
 from llava_patch.patching import checkpoint
@@ -59,7 +60,7 @@ def save_adapter(
         for own in (Path(folder) / ("" if name == "default" else name) for name in adapters):
             own.mkdir(parents=True, exist_ok=True)
             write(own, tensors)
-            records.write_settings(own, record)
+            records.write_settings(own, {**record, **records.named_base(record["base"], own)}, weights=own / FILE)
     return save()
 
 
@@ -93,7 +94,11 @@ def load_adapter(model: Any, folder: str, record: Mapping[str, Any], load: Calla
     handle = patch_as(model, folder, record)
     result = load()
     path = Path(folder) / FILE
-    tensors = load_file(path) if path.is_file() else {}
+    tensors = {}
+    if path.is_file():
+        tensors = read_tensors(path, advice=": copy the folder again, or go back to an earlier checkpoint")
+        check_values(tensors, path)
+        records.check_weights(record, path)
     branch = {id(p) for p in handle.methods["routing"].parameters()} if "routing" in handle.methods else set()
     missing = [
         n for n, p in handle.model.named_parameters() if id(p) in branch and n not in tensors and not lora.is_pefts(n)

@@ -17,13 +17,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llava_patch.core.errors import CheckpointError, SilentFusionWarning, refuse
-from llava_patch.core.files import atomic, write_text
-from llava_patch.core.records import SETTINGS_FILE, read_json_file, read_settings, write_settings
-from llava_patch.core.weights import open_weights
+from llava_patch.core.files import check_space, staged, write_text
+from llava_patch.core.records import (
+    ADAPTER,
+    CONFIG_KEY,
+    FULL,
+    SETTINGS_FILE,
+    base_of,
+    check_weights,
+    named_base,
+    read_settings,
+    write_settings,
+)
+from llava_patch.core.stored import check_values, read_object, read_tensors
+from llava_patch.core.weights import WEIGHT_FORMATS, open_weights, read_file
 from llava_patch.hosts import compat, lora, storage, zero
 from llava_patch.hosts.anatomy import when_loaded
 from llava_patch.patching.handle import Handle, get_handle
@@ -37,6 +48,10 @@ logger = logging.getLogger("llava_patch")
 WEIGHTS_FILE = "llava_patch.safetensors"
 LORA_FILE = "non_lora_trainables.bin"
 _TOWER = "vision_tower."
+_LAST = (SETTINGS_FILE, "config.json")
+"""What makes a folder a checkpoint: a save that was broken off leaves one without them."""
+_WEIGHTS = (WEIGHTS_FILE, *(f"{stem}*.{suffix}*" for stem, suffix in WEIGHT_FORMATS))
+"""Patterns of the files of weights that a save of the whole model takes the place of."""
 _SIDE_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "generation_config.json", "preprocessor_config.json", "processor_config.json", "chat_template.json",
@@ -71,8 +86,9 @@ def save(handle: Handle, directory: str | os.PathLike[str], form: str = "adapter
 
     Args:
         handle: the patch.
-        directory: folder to write; files of the same name are replaced. With weights that DeepSpeed ZeRO-3 or FSDP2
-            has partitioned, every rank must call this (gathering is collective) and the first one writes.
+        directory: folder to write. A new one appears at once; in an earlier save's, files are replaced when all are
+            on the disk. With weights that DeepSpeed ZeRO-3 or FSDP2 has partitioned, every rank must call this
+            (gathering is collective) and the first one writes.
         form: "adapter": only what was added or trained, with a pointer to the base; "full": everything.
 
     Returns:
@@ -80,47 +96,76 @@ def save(handle: Handle, directory: str | os.PathLike[str], form: str = "adapter
 
     Raises:
         CheckpointError: the handle was removed, an unknown form, or an adapter without a base to point at, or whose
-            model is not that base any more (LoRA merged into it).
+            model is not that base any more (LoRA merged into it), or a folder that holds another checkpoint.
+        StorageError: the disk or folder does not take it.
     """
     _check_can_save(handle, form)
     folder = Path(directory)
     base = getattr(handle.model.config, "_name_or_path", "") or ""
     record = {**handle.settings(), "form": form}
-    if form == "full":
+    if form == FULL:
+        _check_folder(folder, form)
         state = storage.whole_state(handle.anatomy.model)
-        folder.mkdir(parents=True, exist_ok=True)
-        handle.anatomy.model.save_pretrained(folder, state_dict=state)
-        (folder / WEIGHTS_FILE).unlink(missing_ok=True)  # of an adapter that was saved here before
-    else:
-        base = _base_of(base, folder)
-        tensors = adapter_tensors(handle)
-        size = sum(t.numel() for t in tensors.values())
-        whole = sum(zero.numel(p) for p in handle.model.parameters())
-        if size > whole // 2:
-            logger.warning(
-                "the adapter holds %.0f %% of the model, because requires_grad is set on that much: if all of it was "
-                'trained, save with form="full"; if not, switch requires_grad off where nothing trains, before',
-                100 * size / whole,
-            )
-        record["base"] = os.path.abspath(base) if os.path.isdir(base) else base
-        record["fingerprint"] = base_fingerprint(handle.model, set(tensors))
-        if zero.is_partitioned(handle.model.parameters()) and torch.distributed.get_rank() != 0:
-            return folder  # every rank gathers, the first one writes
-        check_as_loaded(handle.anatomy, record["fingerprint"], base)
-        folder.mkdir(parents=True, exist_ok=True)
-        config: Any = copy.deepcopy(handle.model.config)
-        config.use_cache = True  # training scripts switch it off while they train
-        config.save_pretrained(folder)
-        path = folder / "config.json"
-        values = read_json_file(path)
+        size = sum(p.numel() * p.element_size() for p in handle.anatomy.model.parameters())
+        check_space(folder, size, "the model")
+        with staged(folder, _LAST, _WEIGHTS) as new:
+            handle.anatomy.model.save_pretrained(new, state_dict=state)
+            _complete(handle, base, folder, new)
+            write_settings(new, record)
+        return folder
+    base = _base_of(base, folder)
+    _check_folder(folder, form)
+    tensors = adapter_tensors(handle)
+    _check_tensors(handle, tensors)
+    record |= named_base(base, folder)
+    record["fingerprint"] = base_fingerprint(handle.model, set(tensors))
+    if zero.is_partitioned(handle.model.parameters()) and torch.distributed.get_rank() != 0:
+        return folder  # every rank gathers, the first one writes
+    check_as_loaded(handle.anatomy, record["fingerprint"], base)
+    check_space(folder, sum(t.nbytes for t in tensors.values()), "the adapter")
+    config: Any = copy.deepcopy(handle.model.config)
+    config.use_cache = True  # training scripts switch it off while they train
+    with staged(folder, _LAST) as new:
+        config.save_pretrained(new)
+        path = new / "config.json"
+        values = read_object(path)
         if values.pop("quantization_config", None) is not None:  # the base's files say how they are quantised
             write_text(path, json.dumps(values, indent=2) + "\n")
-        with atomic(folder / WEIGHTS_FILE) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-    _copy_side_files(base, folder)
-    handle.fit_files(folder)
-    write_settings(folder, record)
+        save_file(tensors, new / WEIGHTS_FILE, metadata={"format": "pt"})
+        _complete(handle, base, folder, new)
+        write_settings(new, record, weights=new / WEIGHTS_FILE)
     return folder
+
+
+def _complete(handle: Handle, base: str, folder: Path, new: Path) -> None:
+    """Put what a host's loaders need beside the weights into a `new` folder that is to become `folder`."""
+    _copy_side_files(base, folder, new)
+    handle.fit_files(new)
+
+
+def _check_tensors(handle: Handle, tensors: Mapping[str, Tensor]) -> None:
+    """Say what an adapter of most of the model, or of weights that are not finite, means."""
+    size = sum(t.numel() for t in tensors.values())
+    whole = sum(zero.numel(p) for p in handle.model.parameters())
+    if size > whole // 2:
+        logger.warning(
+            "the adapter holds %.0f %% of the model, because requires_grad is set on that much: if all of it was "
+            'trained, save with form="full"; if not, switch requires_grad off where nothing trains, before',
+            100 * size / whole,
+        )
+    check_values(tensors, "the adapter is not saved")
+
+
+def _check_folder(folder: Path, form: str) -> None:
+    """Refuse a folder in which a save of this form would spoil a checkpoint that is none of ours, or a whole one."""
+    held = next((path for pattern in _WEIGHTS[1:] for path in folder.glob(pattern)), None)
+    if held is None:
+        return
+    config = folder / "config.json"
+    ours = read_settings(folder) is not None or (config.is_file() and CONFIG_KEY in read_object(config))
+    if form == ADAPTER or not ours:
+        what = "a whole checkpoint" if ours else "a checkpoint without a patch"
+        raise CheckpointError(f"{folder} holds {what} ({held.name}), which would be lost: save to another folder")
 
 
 def _check_can_save(handle: Handle, form: str) -> None:
@@ -144,7 +189,7 @@ def _check_can_save(handle: Handle, form: str) -> None:
 def _base_of(name: str, folder: Path) -> str:
     """The base that an adapter in `folder` is to point at: where its model came from, or that adapter's own base."""
     record = read_settings(name) if name else None
-    base = record["base"] if record is not None and record.get("form") == "adapter" else name
+    base = base_of(name, record) if record is not None and record.get("form") == ADAPTER else name
     if not base:
         raise CheckpointError('the model does not say where it was loaded from: save it with form="full"')
     if Path(base).is_dir() and Path(base).resolve() == folder.resolve():
@@ -152,18 +197,22 @@ def _base_of(name: str, folder: Path) -> str:
     return base
 
 
-def _copy_side_files(base: str, folder: Path) -> None:
+def _copy_side_files(base: str, folder: Path, new: Path) -> None:
+    """Copy the base's tokenizer and processor files, but for those that an earlier save, or the host, has put there."""
     from transformers.utils import cached_file
 
     for name in _SIDE_FILES:
-        if (folder / name).exists():
+        if (new / name).exists():
+            continue
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, new / name)
             continue
         try:
             found = cached_file(base, name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
         except (OSError, ValueError):
             found = None  # the base has no such file: which of these exist depends on the host
         if found:
-            shutil.copyfile(found, folder / name)
+            shutil.copyfile(found, new / name)
 
 
 def load(model: nn.Module, directory: str | os.PathLike[str]) -> Handle:
@@ -177,7 +226,8 @@ def load(model: nn.Module, directory: str | os.PathLike[str]) -> Handle:
         The model's handle.
 
     Raises:
-        CheckpointError: no settings file, another base, a missing tensor or one of another shape.
+        CheckpointError: no settings file, another base, a missing tensor or one of another shape, dtype or save, or
+            that is not finite.
     """
     if not isinstance(model, nn.Module):
         raise CheckpointError(f"load(model, directory) takes the base model itself, not {model!r}: load that one first")
@@ -185,15 +235,16 @@ def load(model: nn.Module, directory: str | os.PathLike[str]) -> Handle:
     record = read_settings(folder)
     if record is None:
         raise CheckpointError(f"{folder}: no {SETTINGS_FILE} here; was it saved with handle.save()?")
-    if record.get("form") != "adapter":
+    if record.get("form") != ADAPTER:
         raise CheckpointError(f"{folder}: a full checkpoint; open it with the host's own from_pretrained")
-    had_patch = get_handle(model) is not None
+    source, had_patch = folder / WEIGHTS_FILE, get_handle(model) is not None
+    tensors = read_tensors(source, advice=": copy the folder again, or save again")
+    check_values(tensors, source)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SilentFusionWarning)  # its weights follow
         handle = patch(model, **from_record(record, str(folder / SETTINGS_FILE)))
     try:
-        tensors, source = load_file(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE
-        base = record.get("fingerprint", {})
+        base = record["fingerprint"]
         tower = {n: v for n, v in base.items() if "vision_tower" in n}  # which `llava` may load later
         check_fingerprint(handle.model, {n: v for n, v in base.items() if n not in tower}, folder)
         when_loaded(handle.anatomy, handle._undo, lambda _: check_fingerprint(handle.model, tower, folder))
@@ -205,6 +256,8 @@ def load(model: nn.Module, directory: str | os.PathLike[str]) -> Handle:
         if missing:
             raise CheckpointError(f"{source}: tensor {missing[0]} is missing ({len(missing)} in all)")
         resize_for(handle.model, tensors)
+        check_names(handle.model, tensors, source)
+        check_weights(record, source)
         _make_floating(handle, tensors)
         copy_by_name(handle.model, tensors, source)
     except BaseException:
@@ -229,6 +282,14 @@ def _make_floating(handle: Handle, tensors: Collection[str]) -> None:
 
 def copy_by_name(owner: nn.Module, tensors: Mapping[str, Tensor], source: Any, what: str = "the model") -> None:
     """Put tensors into a module's parameters of the same names; CheckpointError: there is none, or of another shape."""
+    for name, tensor in check_names(owner, tensors, source, what).items():
+        storage.put(owner, name, tensor)
+
+
+def check_names(
+    owner: nn.Module, tensors: Mapping[str, Tensor], source: Any, what: str = "the model"
+) -> Mapping[str, Tensor]:
+    """Tensors by the names of a module's parameters; CheckpointError: there is none, or of another shape."""
     parameters = dict(owner.named_parameters())
     tensors = compat.as_here(tensors, parameters)
     for name, tensor in tensors.items():
@@ -237,8 +298,7 @@ def copy_by_name(owner: nn.Module, tensors: Mapping[str, Tensor], source: Any, w
         shape = tuple(zero.shape(parameters[name]))
         if shape != tensor.shape:
             raise CheckpointError(f"{source}: {name} has shape {tuple(tensor.shape)}, {what}'s has {shape}")
-    for name, tensor in tensors.items():
-        storage.put(owner, name, tensor)
+    return tensors
 
 
 # --- `llava` loads its vision tower after the model, from the tower's own checkpoint ----------------------------------
@@ -291,8 +351,7 @@ def restore_tower_beside_lora(handle: Handle, source: str, required: bool = True
             "load it with from_pretrained, or set config._name_or_path"
         )
     path = cached_file(source, LORA_FILE, _raise_exceptions_for_missing_entries=False)
-    # LLaVA's own file format; weights_only keeps a foreign pickle from running code.
-    tensors = torch.load(path, map_location="cpu", weights_only=True) if path else {}
+    tensors = {tensor.name: tensor() for tensor in read_file(Path(path), whole=True)} if path else {}
     if not _put_into_tower(handle, tensors, f"{source}/{LORA_FILE}") and required:
         lacks = "holds no tower weights" if path else "is missing"
         raise CheckpointError(f"{source}: its vision tower was trained, but {LORA_FILE} {lacks}")

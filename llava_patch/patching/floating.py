@@ -8,8 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
+from llava_patch.core.stored import read_shapes
 from llava_patch.hosts import anatomy as anatomy_module
 from llava_patch.hosts.anatomy import get_handle
 from llava_patch.patching.checkpoint import WEIGHTS_FILE
@@ -22,8 +21,7 @@ def tensors_in(folder: str | os.PathLike[str]) -> list[str]:
     path = Path(folder) / WEIGHTS_FILE
     if not path.is_file():
         return []  # loading it says so
-    with safe_open(path, framework="pt") as file:
-        return list(file.keys())
+    return list(read_shapes(path, advice=": copy the folder again, or save again")[0])
 
 
 def modules(

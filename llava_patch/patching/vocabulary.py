@@ -5,15 +5,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from llava_patch.core.records import read_settings
+from llava_patch.core.records import ADAPTER, base_of, read_settings
 from llava_patch.hosts import compat, zero
 
 
 def base_size(base: str) -> int | None:
     """Tokens of the vocabulary in the configuration of a base, which may be an adapter of ours; None: not known."""
     record = read_settings(base)
-    if record is not None and record.get("form") == "adapter":
-        base = str(record["base"])
+    if record is not None and record.get("form") == ADAPTER:
+        base = base_of(base, record)
     return _configured(base)
 
 

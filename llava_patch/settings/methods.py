@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_patch.core import registry
 from llava_patch.core.errors import SettingError
-from llava_patch.core.records import check_format
+from llava_patch.core.records import check_record
 from llava_patch.settings.routing import AUTO as AUTO
 from llava_patch.settings.routing import LEARNING_VARIANTS as LEARNING_VARIANTS
 from llava_patch.settings.routing import VARIANTS as VARIANTS
@@ -64,6 +64,6 @@ def from_record(record: Mapping[str, Any], source: str) -> dict[str, Any]:
 
     CheckpointError: a record of a newer format. SettingError: an unknown method or field. Both name `source`.
     """
-    check_format(record, source)
+    check_record(record, source)
     lasting = (kind for kind in registry.KINDS if kind not in registry.TRAINING_ONLY)
     return {kind: from_dict(record[kind], source) for kind in lasting if record.get(kind)}

@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from llava_patch.core import records
 from llava_patch.core.errors import CheckpointError, refuse
 from llava_patch.core.undo import meanwhile
+from llava_patch.core.weights import read_file
 from llava_patch.fusion.base import TRAINING, differs
 from llava_patch.settings import active
 from llava_patch.settings.methods import from_record
@@ -55,12 +57,9 @@ def check_projector(path: str, fusion: Any) -> dict[str, Any]:
     llava_patch was there. CheckpointError: no such file, no projector in it, or another fusion's; detach and what
     trains may differ.
     """
-    import torch
-
     if not os.path.isfile(path):
         raise CheckpointError(f"--pretrain_mm_mlp_adapter {path}: no such file")
-    # LLaVA's own file format; weights_only keeps a foreign pickle from running code.
-    tensors = torch.load(path, map_location="cpu", weights_only=True)
+    tensors = {tensor.name: tensor() for tensor in read_file(Path(path), whole=True)}
     # "model.mm_projector.0.weight", or "base_model.model.model.mm_projector.0.weight" after LoRA
     projector = {k[k.index(PROJECTOR) :]: v for k, v in tensors.items() if PROJECTOR in k}
     if not any(k.startswith(f"{PROJECTOR}.") for k in projector):

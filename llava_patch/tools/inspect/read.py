@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from llava_patch.core import records
 from llava_patch.core.errors import CheckpointError, LlavaPatchError
 from llava_patch.core.weights import StoredTensor, folder_of, read_file, read_json, same_values, weight_files
 from llava_patch.hosts import compat, configs
@@ -47,7 +48,7 @@ def inspect_checkpoint(folder: str | os.PathLike[str], base: str = "") -> Inspec
         from_record(record, source)  # refuses a newer format
     # Every field of every method: what an older version did not write down yet has its default.
     settings = {kind: to_dict(from_dict(record[kind], source)) if record.get(kind) else None for kind in KINDS}
-    below = base or record.get("base")
+    below = base or (records.find_base(source, record) or record["base"] if record.get("base") else None)
     tensors = [tensor for path in own for tensor in read_file(path, whole=True)]
     trained_tower = bool(record.get("trained_tower"))
     added = [Added(t.name, t.shape, t.dtype, t.parameters, role(t.name, host)) for t in tensors]
