@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llava_patch.core.errors import CheckpointError, SilentFusionWarning, refuse
-from llava_patch.core.files import check_space, staged, write_text
+from llava_patch.core.files import check_space, staged, storage_errors, write_text
 from llava_patch.core.records import (
     ADAPTER,
     CONFIG_KEY,
@@ -158,7 +158,8 @@ def _check_tensors(handle: Handle, tensors: Mapping[str, Tensor]) -> None:
 
 def _check_folder(folder: Path, form: str) -> None:
     """Refuse a folder in which a save of this form would spoil a checkpoint that is none of ours, or a whole one."""
-    held = next((path for pattern in _WEIGHTS[1:] for path in folder.glob(pattern)), None)
+    with storage_errors(folder):
+        held = next((path for pattern in _WEIGHTS[1:] for path in folder.glob(pattern)), None)
     if held is None:
         return
     config = folder / "config.json"
@@ -192,7 +193,7 @@ def _base_of(name: str, folder: Path) -> str:
     base = base_of(name, record) if record is not None and record.get("form") == ADAPTER else name
     if not base:
         raise CheckpointError('the model does not say where it was loaded from: save it with form="full"')
-    if Path(base).is_dir() and Path(base).resolve() == folder.resolve():
+    if os.path.isdir(base) and os.path.realpath(base) == os.path.realpath(folder):
         raise CheckpointError(f"{folder} is the base model's own folder: save the adapter elsewhere")
     return base
 

@@ -125,8 +125,8 @@ class Place:
     @staticmethod
     def edit(path: Path, **changes: Any) -> Path:
         """Change fields of a JSON file; None takes one away."""
-        values = json.loads(path.read_text()) | changes
-        path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+        values = {k: v for k, v in json.loads(path.read_text()).items() if k not in changes}
+        path.write_text(json.dumps({**values, **{k: v for k, v in changes.items() if v is not None}}))
         return path
 
     @staticmethod

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -281,7 +280,7 @@ ROWS = [
     Row("adapter weights", "int8", weights_become(lambda t: first(t, t[first(t)].to(torch.int8))), ("int8", SAVE)),
     Row("adapter weights", "complex", weights_become(lambda t: first(t, t[first(t)].to(torch.complex64))),
         ("complex64", "expected floating-point")),
-    Row("adapter weights", "one that is missing", weights_become(lambda t: t.pop(first(t))), ("is missing (1 in all)",)),
+    Row("adapter weights", "one that is missing", weights_become(lambda t: t.pop(first(t))), ("missing (1 in all)",)),
     Row("adapter weights", "one of another shape", weights_become(lambda t: first(t, torch.zeros(3, 3))),
         (WEIGHTS, "has shape (3, 3)")),
     Row("adapter weights", "one that is unknown", weights_become(lambda t: first(t, torch.zeros(2), "more")),
@@ -291,7 +290,7 @@ ROWS = [
         (CONFIG, "expected an object")),
     Row("adapter folder", "its base is gone, by the host's loader", moved_without_its_base,
         ("base model /nowhere/model is not there", "--base", 'change "base"')),
-    Row("adapter folder", "its base is gone, by a command", command_on_moved, ("/nowhere/model is not there", "--base")),
+    Row("adapter folder", "its base is gone, by a command", command_on_moved, ("model is not there", "--base")),
     Row("adapter folder", "--base is another model", wrong_base, ("made on another base model", "differs")),
     *(
         Row("full checkpoint", what, make, says)
