@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,9 +41,9 @@ def storage_errors(path: Path) -> Iterator[None]:
         number = _number(error)
         if number is None or not _is_about(error, path):
             raise
-        folder = path if path.is_dir() else path.parent
-        advice = f"free some of {free(folder)} or name another folder" if number in _FREE else "name another folder"
-        raise StorageError(f"{path}: cannot be written: {_REFUSED[number]} ({brief(error)}): {advice}") from error
+        advice = f"free some of {free(path)} or name another folder" if number in _FREE else "name another folder"
+        name = str(path) if len(str(path)) < 500 else f"{str(path)[:100]}..."
+        raise StorageError(f"{name}: cannot be written: {_REFUSED[number]} ({brief(error)}): {advice}") from error
 
 
 def _number(error: BaseException) -> int | None:
@@ -141,15 +141,14 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def staged(folder: Path, last: Iterable[str] = (), replaced: Iterable[str] = ()) -> Iterator[Path]:
+def staged(folder: Path, last: Mapping[str, str | None], replaced: Iterable[str] = ()) -> Iterator[Path]:
     """A new folder beside `folder` whose files take their places in it when the block ends well.
 
     A `folder` that was not there appears at once. In one that was, files of the same names are replaced and others
-    stay, but for those of some patterns (`replaced`). Those that make it what it is (`last`) are taken away before the
-    first one is replaced and come after all others, so that a process killed in between leaves something that cannot be
-    taken for either. StorageError as of `atomic`.
+    stay, but for those of some patterns (`replaced`). Those that make it what it is (`last`) come after all others;
+    until then, from before the first one is replaced, they hold a text that says so (None: are not there), so that what
+    a process leaves that is killed in between cannot be taken for either. StorageError as of `atomic`.
     """
-    last = tuple(last)
     if not folder.is_dir() or not any(folder.iterdir()):
         with atomic(folder, folder=True) as new:
             yield new
@@ -163,9 +162,11 @@ def staged(folder: Path, last: Iterable[str] = (), replaced: Iterable[str] = ())
             _share(written)
             for file in written:
                 _sync(file)
-            for name in last:
-                (folder / name).unlink(missing_ok=True)
-            _sync(folder)
+            for name, text in last.items():
+                if text is None:
+                    (folder / name).unlink(missing_ok=True)
+                else:
+                    write_text(folder / name, text)
             for pattern in replaced:
                 for file in folder.glob(pattern):
                     file.unlink()

@@ -29,6 +29,10 @@ VERSION, BASE_FROM_HERE = "version", "base_from_here"
 """The version of llava_patch that wrote a record; where the base lies, as a path from the record's folder."""
 CHECKSUM, WEIGHTS_CHECKSUM = "checksum", "weights_checksum"
 """Of the record itself (its place and its base's may change), and of the file of weights that it goes with."""
+WEIGHTS_FILE = "llava_patch.safetensors"
+"""An adapter's weights."""
+UNFINISHED = "a save into this folder was broken off"
+"""What config.json says of a patch while files are replaced."""
 _MAY_CHANGE = ("base", BASE_FROM_HERE, CHECKSUM)
 _FIELDS = (
     "format", VERSION, "form", "base", BASE_FROM_HERE, "fingerprint", "trained_tower", WEIGHTS_CHECKSUM, CHECKSUM,
@@ -49,6 +53,11 @@ def read_settings(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
     """
     path = Path(directory) / SETTINGS_FILE
     if not path.is_file():
+        if path.with_name(WEIGHTS_FILE).is_file():
+            raise CheckpointError(
+                f"{path}: is missing, which {WEIGHTS_FILE} there goes with: the save, or a copy, was broken off: save, "
+                "or copy the folder, again"
+            )
         return None
     record = read_object(path)
     check_record(record, str(path))
@@ -84,6 +93,10 @@ def config_record(config: Any) -> dict[str, Any] | None:
 
 def check_record(record: Any, source: str) -> None:
     """Refuse a record that is damaged, of another format or version, or not as it was written (CheckpointError)."""
+    if record == UNFINISHED:
+        raise CheckpointError(
+            f"{source}: {UNFINISHED} while files were replaced: save again, into this folder or another"
+        )
     if not isinstance(record, Mapping):
         raise CheckpointError(f"{source}: its llava_patch settings are {shown(record)}, expected an object")
     by = f", written by version {shown(record[VERSION])}" if VERSION in record else ""

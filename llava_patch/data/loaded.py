@@ -61,8 +61,9 @@ def load_subject(checkpoint: str, base: str = "", device: str = "", dtype: str =
     files = configs.read(checkpoint)
     if base and read_json(base, "config.json") is None:  # it may be a language model alone
         raise CheckpointError(f"--base {base}: not a checkpoint, it has no config.json")
+    below = base or (records.base_of(checkpoint, files.record or {}) if files.is_adapter else "")
     if place == "cpu":
-        number = memory.cpu_dtype(dtype, base or files.base or checkpoint) or number
+        number = memory.cpu_dtype(dtype, below or checkpoint) or number
     load = _load_llava if files.host == LLAVA else _load_hf
     given: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if base and files.is_adapter:

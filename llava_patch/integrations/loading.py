@@ -43,8 +43,11 @@ class Loading(NamedTuple):
         return self.original(self.cls, self.path if path is None else path, *self.args, **{**self.kwargs, **changed})
 
     def record(self) -> dict[str, Any] | None:
-        """The settings file of a patched checkpoint's folder."""
-        return records.read_settings(self.path) if isinstance(self.path, (str, os.PathLike)) else None
+        """The settings file of a patched checkpoint's folder; what its config.json says is checked as well."""
+        if not isinstance(self.path, (str, os.PathLike)):
+            return None
+        records.checkpoint_record(self.path)
+        return records.read_settings(self.path)
 
 
 def load(call: Loading) -> Any:

@@ -27,6 +27,8 @@ from llava_patch.core.records import (
     CONFIG_KEY,
     FULL,
     SETTINGS_FILE,
+    UNFINISHED,
+    WEIGHTS_FILE,
     base_of,
     check_weights,
     named_base,
@@ -45,11 +47,10 @@ from llava_patch.settings.methods import from_record
 
 logger = logging.getLogger("llava_patch")
 
-WEIGHTS_FILE = "llava_patch.safetensors"
 LORA_FILE = "non_lora_trainables.bin"
 _TOWER = "vision_tower."
-_LAST = (SETTINGS_FILE, "config.json")
-"""What makes a folder a checkpoint: a save that was broken off leaves one without them."""
+_LAST = {SETTINGS_FILE: None, "config.json": json.dumps({CONFIG_KEY: UNFINISHED})}
+"""What makes a folder a checkpoint, with what stands there while files are replaced."""
 _WEIGHTS = (WEIGHTS_FILE, *(f"{stem}*.{suffix}*" for stem, suffix in WEIGHT_FORMATS))
 """Patterns of the files of weights that a save of the whole model takes the place of."""
 _SIDE_FILES = (
