@@ -119,11 +119,9 @@ def check_record(record: Any, source: str) -> None:
         raise CheckpointError(f"{source}: trained_tower = {shown(record['trained_tower'])}: expected true or false")
     if record.get("form", FULL) not in (ADAPTER, FULL, LORA):
         raise CheckpointError(f"{source}: form = {shown(record['form'])}: expected {ADAPTER}, {FULL} or {LORA}")
-    if record.get("form") in (ADAPTER, LORA) and not record.get("base"):
-        raise CheckpointError(
-            f"{source}: base is missing, the model that this {record['form']} lies on: write it there"
-        )
     if record.get("form") == ADAPTER:
+        if not record.get("base"):
+            raise CheckpointError(f"{source}: base is missing, the model that the adapter lies on: write it there")
         _check_fingerprint(record.get("fingerprint"), source)
     if VERSION in record and "form" in record and record.get(CHECKSUM) != seal(record):
         raise CheckpointError(
@@ -213,9 +211,9 @@ def find_base(directory: str | os.PathLike[str], record: Mapping[str, Any]) -> s
     """
     if (given := (_bases.get() or {}).get(os.path.realpath(directory))) is not None:
         return given
-    base = str(record["base"])
+    base = str(record.get("base") or "")
     beside = os.path.normpath(os.path.join(directory, record.get(BASE_FROM_HERE) or base))
-    if os.path.isdir(base):
+    if not base or os.path.isdir(base):
         return base
     if os.path.isdir(beside):
         return beside
@@ -225,6 +223,11 @@ def find_base(directory: str | os.PathLike[str], record: Mapping[str, Any]) -> s
 def base_of(directory: str | os.PathLike[str], record: Mapping[str, Any]) -> str:
     """The same, which must be there (else CheckpointError)."""
     base = find_base(directory, record)
+    if base == "":
+        raise CheckpointError(
+            f'{directory}: its settings name no base: write the model below it as "base" into '
+            f"{os.path.join(directory, SETTINGS_FILE)}"
+        )
     if base is None:
         raise CheckpointError(
             f"{directory}: its base model {record['base']} is not there any more: say where it is with --base (of "

@@ -45,7 +45,7 @@ def test_the_host_is_the_one_that_wrote_the_config(host, tmp_path):
 
 def test_an_adapters_own_settings_come_before_those_of_its_config(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**CONFIGS[HF], "llava_patch": {"format": 1}}))
-    record = {"format": 1, "form": "adapter", "base": "/below"}
+    record = {"format": 1, "form": "adapter", "base": "/below", "fingerprint": {}}
     (tmp_path / "llava_patch.json").write_text(json.dumps(record))
     found = configs.look(str(tmp_path))
     assert found.record == record and found.base == "/below"

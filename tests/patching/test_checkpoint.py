@@ -373,7 +373,8 @@ def test_a_checkpoint_with_another_fusion_than_asked_for_is_refused(form, files,
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("{", "not valid JSON"), ('{"format": 99}', "format 99"), (None, f"no {SETTINGS_FILE}")]
+    ("content", "message"),
+    [("{", "not valid JSON"), ('{"format": 99}', "format 99"), (None, f"{SETTINGS_FILE}: is missing")],
 )
 def test_damaged_settings(files, tmp_path, content, message):
     model, folder = _saved(files, tmp_path)

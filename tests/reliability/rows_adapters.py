@@ -264,7 +264,7 @@ ROWS = [
             ("an unknown key", {"later": 1}, ("'later'", "update")),
         )
     ),
-    Row("adapter settings", "missing", bytes_of(SETTINGS, gone), (SETTINGS, "handle.save()")),
+    Row("adapter settings", "missing", bytes_of(SETTINGS, gone), (SETTINGS, "is missing", "again")),
     Row("adapter weights", "missing", bytes_of(WEIGHTS, gone), (WEIGHTS, "is missing", "copy the folder again")),
     Row("adapter weights", "empty", bytes_of(WEIGHTS, empty), (WEIGHTS, "cannot be read", "copy the folder again")),
     Row("adapter weights", "cut off", bytes_of(WEIGHTS, Place.cut), (WEIGHTS, "whole safetensors", "copy the folder")),
