@@ -150,8 +150,7 @@ class _Reader(gin.ParserDelegate):  # type: ignore[misc]
             while statement := parser.parse_statement():
                 found.append(statement)
         except Exception as error:  # the parser meets any text, and raises whatever comes of it
-            line = 1 if parser is None or parser.current_token is None else parser.current_token.start[0]
-            _explain(error, text, path, line)
+            _explain(error, text, path, None if parser is None else parser.current_token)
         return found
 
     def _name(self, scope: str, selector: str, place: Place) -> str:
@@ -215,7 +214,8 @@ class _Reader(gin.ParserDelegate):  # type: ignore[misc]
             raise SettingError(f"{place}: {setting} = {value}: only Patch takes a name with @; write the value itself")
         if value is None or isinstance(value, (bool, Reference)) or is_number(value) or is_text(value):
             return value
-        expected = "a finite number below 2**63, or text without NUL and lone surrogates"
+        kinds = {float: "a finite number", int: "an integer below 2**63", str: "text without NUL and lone surrogates"}
+        expected = kinds.get(type(value), "numbers, texts, True, False, None, or tuples of them")
         raise SettingError(f"{place}: {setting} = {shown(value)}: expected {expected}")
 
 
@@ -257,27 +257,31 @@ def _included(name: str, place: Place, path: Path | None) -> Path:
     for found in (path.parent / asked, gin_dir() / asked):
         if is_file(found):
             return found
-    near = hint(name, (other.name for folder in (path.parent, gin_dir()) for other in folder.glob("*.gin")))
+    there = {other.name for folder in (path.parent, gin_dir()) for other in folder.glob("*.gin")}
+    near = hint(name, there - {path.name})
     raise SettingError(
         f"{place}: include {shown(name)}: no such file beside {path.name} or among the shipped gin files{near}"
     )
 
 
-def _explain(error: Exception, text: str, path: Path | None, line: int) -> NoReturn:
-    """Raise what the parser's error means, with its line."""
+def _explain(error: Exception, text: str, path: Path | None, token: Any) -> NoReturn:
+    """Raise what the parser's error means, with its line; `token` is what it had come to, if it had begun."""
+    line = 1 if token is None else token.start[0]
     why = " ".join(str(getattr(error, "msg", None) or error).split()) or type(error).__name__
     if isinstance(error, SyntaxError):
         line = error.lineno or line
-    if isinstance(error, tokenize.TokenError):
-        why, line = str(error.args[0]), error.args[1][0] if len(error.args) > 1 else line
-        if "EOF" in why or "unterminated" in why:
-            why = "a bracket or a quoted text is never closed: close it"
-    elif isinstance(error, RecursionError):
+    open_quote = token is not None and token.type == tokenize.ERRORTOKEN and token.string[:1] in ("'", '"')
+    if isinstance(error, RecursionError) or "too many nested" in why:
         why = "brackets are nested too deeply: write a flat value"
+    elif open_quote or isinstance(error, tokenize.TokenError):
+        why = "a bracket or a quoted text is never closed: close it"
+        why += " (; ends a binding in LLAVA_PATCH_GIN_PARAM, in quotes too)" if path is None else ""
     elif isinstance(error, StopIteration):
         why = "ends in the middle of a binding: complete it, as Routing.split = 18"
     elif "malformed node or string" in why:
         why = 'a value is neither a number nor quoted; write text as in Routing.variant = "lf"'
+    elif "Exceeds the limit" in why:
+        why = "an integer of thousands of digits: no setting takes it"
     elif "Expected newline" in why and path is None:
         why = f'{why} (one binding a --gin_param; ";" separates them in LLAVA_PATCH_GIN_PARAM only)'
     else:
