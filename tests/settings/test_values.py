@@ -32,11 +32,34 @@ class Strange:
 
 
 NEVER = [
-    10**400, -(10**400), 10**5000, 2**63, math.inf, -math.inf, math.nan, 1j, b"x", "a\0b", "\ud800", object(), Strange(),
-    {1: Strange()}, (Strange(),), (math.inf,), [math.nan, 1], (10**400,), {"a": math.inf}, {"a": (2**63,)}, ("\ud800",), {1, 2},
-    (None,), ((1,),), "x" * 100_000, range(3), int, len,
+    10**400, -(10**400), 10**5000, 2**63,
+    math.inf, -math.inf, math.nan, 1j, b"x", "a\0b", "\ud800", object(), Strange(),
+    {1: Strange()}, (Strange(),),
+    (math.inf,), [math.nan, 1], (10**400,), {"a": math.inf}, {"a": (2**63,)}, ("\ud800",), {1, 2},
+    (None,), "x" * 100_000, range(3), int, len,
 ]  # fmt: skip
-MAYBE = [None, True, False, -1, 0, 1, 3, 0.5, 1.5, "x", "", "auto", [], {}, (), (1, 2), [2, 1], (1, 1), {"a": (1,)}]
+MAYBE = [
+    None,
+    True,
+    False,
+    -1,
+    0,
+    1,
+    3,
+    0.5,
+    1.5,
+    "x",
+    "",
+    "auto",
+    [],
+    {},
+    (),
+    (1, 2),
+    [2, 1],
+    (1, 1),
+    {"a": (1,)},
+    ((1,),),
+]
 
 
 def take(name, field, value):
