@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from llava_patch.core.errors import SettingError
 from llava_patch.core.undo import meanwhile
-from llava_patch.settings.checks import short
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,6 +67,7 @@ def configuration() -> "Configuration | None":
         return None
     if _configuration is None:
         from llava_patch.settings import gin_config as config
+        from llava_patch.settings.checks import short
 
         read, given = config.read(files, params), short(", ".join([*files, *params]), 300)
         if not read:
