@@ -5,13 +5,12 @@ dataclass in one file of this folder; nothing here imports torch, so that `impor
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar, Literal, Union
 
 from llava_patch.core.errors import SettingError
-from llava_patch.settings.checks import fraction, integer, is_number
+from llava_patch.settings.checks import flag, fraction, integer, is_integer, number, refused, shown
 
 TrainTower = Union[Literal["frozen", "all"], int]
 Detach = Union[int, tuple[int, ...]]
@@ -115,17 +114,14 @@ class Fusion:
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
-        if self.merge_size not in (1, 2) or isinstance(self.merge_size, bool):
-            raise SettingError(f"{owner}.merge_size = {self.merge_size!r}: expected 1 (LLaVA-1.5) or 2")
-        if not isinstance(self.merge_padding, bool):
-            raise SettingError(f"{owner}.merge_padding = {self.merge_padding!r}: expected True or False")
+        if not is_integer(self.merge_size) or self.merge_size not in (1, 2):
+            raise refused(owner, "merge_size", self.merge_size, "1 (LLaVA-1.5) or 2")
+        flag(owner, "merge_padding", self.merge_padding)
         train = self.train_tower
-        if train not in ("frozen", "all") and (isinstance(train, bool) or not isinstance(train, int) or train < 1):
-            raise SettingError(
-                f'{owner}.train_tower = {train!r}: expected "frozen", "all" or k >= 1 (train the last k used blocks)'
-            )
-        if self.tower_lr is not None and not (is_number(self.tower_lr) and 0 < self.tower_lr < math.inf):
-            raise SettingError(f"{owner}.tower_lr = {self.tower_lr!r}: expected a number above 0")
+        if not (train in ("frozen", "all") if isinstance(train, str) else is_integer(train) and train >= 1):
+            raise refused(owner, "train_tower", train, '"frozen", "all" or k >= 1 (train the last k used blocks)')
+        if self.tower_lr is not None:
+            number(owner, "tower_lr", self.tower_lr, above=0)
         if self.layer_decay is not None:
             fraction(owner, "layer_decay", self.layer_decay)
         if self.merge_padding and self.merge_size == 1:
@@ -191,7 +187,7 @@ def detach_setting(owner: str, value: Any) -> Detach:
     for place in value:
         integer(owner, "detach", place, 0)
     if len(set(value)) != len(value):
-        raise SettingError(f"{owner}.detach = {tuple(value)}: a tap is named twice")
+        raise SettingError(f"{owner}.detach = {shown(tuple(value))}: a tap is named twice")
     return tuple(sorted(value))
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from llava_patch.core.errors import SettingError
 from llava_patch.fusion.base import Detach, Fusion, Group, Join, detach_setting, with_detach
-from llava_patch.settings.checks import distinct_blocks, integer
+from llava_patch.settings.checks import choice, distinct_blocks, integer, refused
 
 CONNECTORS = ("sti", "sci", "dci")
 
@@ -32,15 +32,12 @@ class DenseConnector(Fusion):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kind not in CONNECTORS:
-            raise SettingError(f"DenseConnector.kind = {self.kind!r}: expected one of {', '.join(CONNECTORS)}")
+        choice("DenseConnector", "kind", self.kind, CONNECTORS)
         object.__setattr__(self, "detach", detach_setting("DenseConnector", self.detach))
         if self.groups is None:
             return
         if not isinstance(self.groups, (tuple, list)) or not self.groups:
-            raise SettingError(
-                f"DenseConnector.groups = {self.groups!r}: expected blocks or tuples of blocks, as ((0, 1, 2), 15)"
-            )
+            raise refused("DenseConnector", "groups", self.groups, "blocks or tuples of blocks, as ((0, 1, 2), 15)")
         groups: list[int | tuple[int, ...]] = []
         for group in self.groups:
             if isinstance(group, (tuple, list)):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from llava_patch.core.errors import SettingError
 from llava_patch.fusion.base import Detach, Fusion, Group, detach_setting, with_detach
-from llava_patch.settings.checks import distinct_blocks
+from llava_patch.settings.checks import distinct_blocks, refused
 
 NAMED_LAYERS = ("18", "3-18", "3-18-23", "former", "latter", "all")
 
@@ -33,10 +33,8 @@ class DirectFusion(Fusion):
         object.__setattr__(self, "detach", detach_setting("DirectFusion", self.detach))
         if isinstance(self.layers, str):
             if self.layers not in NAMED_LAYERS:
-                raise SettingError(
-                    f"DirectFusion.layers = {self.layers!r}: expected one of {', '.join(NAMED_LAYERS)}, or a tuple of "
-                    "blocks, as (3, 18)"
-                )
+                expected = f"one of {', '.join(NAMED_LAYERS)}, or a tuple of blocks, as (3, 18)"
+                raise refused("DirectFusion", "layers", self.layers, expected)
             return
         object.__setattr__(self, "layers", distinct_blocks("DirectFusion", "layers", self.layers, 1, ordered=True))
 

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, ClassVar
 
-from llava_patch.core.errors import SettingError
-from llava_patch.settings.checks import fraction, integer
+from llava_patch.settings.checks import flag, fraction, integer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,8 +44,7 @@ class Pruning:
         owner = type(self).__name__
         integer(owner, "layer", self.layer, 1)
         fraction(owner, "ratio", self.ratio, zero=True)
-        if not isinstance(self.training, bool):
-            raise SettingError(f"{owner}.training = {self.training!r}: expected True or False")
+        flag(owner, "training", self.training)
 
     def scores(self, image_mask: Tensor, attention: Callable[[], Tensor]) -> Tensor:
         """The method's definition: how much each image token is worth.

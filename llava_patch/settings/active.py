@@ -67,15 +67,15 @@ def configuration() -> "Configuration | None":
         return None
     if _configuration is None:
         from llava_patch.settings import gin_config as config
+        from llava_patch.settings.checks import short
 
-        read = config.read(files, params)
+        read, given = config.read(files, params), short(", ".join([*files, *params]), 300)
         if not read:
             raise SettingError(
-                f"{', '.join([*files, *params])} configures nothing: bind Patch.fusion or Patch.routing, or a field "
-                "of a method or measurement"
+                f"{given} configures nothing: bind Patch.fusion or Patch.routing, or a field of a method or measurement"
             )
         if read.sweep is not None:
-            raise SettingError(f"{', '.join([*files, *params])} describes a sweep: run it with `llava-patch sweep`")
+            raise SettingError(f"{given} describes a sweep: run it with `llava-patch sweep`")
         if read.flags and not _training:  # a training recipe reused for evaluation
             names = ", ".join(f"Flags.{name}" for name in read.flags)
             print(f"llava_patch: {names}: flags of LLaVA's training script, without effect here", file=sys.stderr)

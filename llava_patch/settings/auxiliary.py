@@ -1,11 +1,9 @@
 """Settings of R-Probe as an auxiliary loss in training."""
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from llava_patch.core.errors import SettingError
-from llava_patch.settings.checks import BROKEN, choice, fraction, integer, is_number
+from llava_patch.settings.checks import BROKEN, choice, fraction, integer, number
 
 ROPE_FORMS = ("attention", "embedding")
 
@@ -44,12 +42,11 @@ class AuxiliaryProbe:
     broken: str = "stop"
 
     def __post_init__(self) -> None:
-        if not is_number(self.weight) or not 0 <= self.weight < math.inf:
-            raise SettingError(f"AuxiliaryProbe.weight = {self.weight!r}: expected a number >= 0")
+        number("AuxiliaryProbe", "weight", self.weight, 0)
         fraction("AuxiliaryProbe", "share", self.share)
         integer("AuxiliaryProbe", "max_text_tokens", self.max_text_tokens, 1)
         integer("AuxiliaryProbe", "seed", self.seed, 0)
-        if self.lr is not None and (not is_number(self.lr) or not 0 < self.lr < math.inf):
-            raise SettingError(f"AuxiliaryProbe.lr = {self.lr!r}: expected a number above 0")
+        if self.lr is not None:
+            number("AuxiliaryProbe", "lr", self.lr, above=0)
         choice("AuxiliaryProbe", "rope", self.rope, ROPE_FORMS)
         choice("AuxiliaryProbe", "broken", self.broken, BROKEN)

@@ -5,18 +5,18 @@ a field a kind of method (`Patch.fusion`, ...); binding any field of a method sw
 """
 
 import dataclasses
-import difflib
-import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import gin
 from llava_patch.core import registry
 from llava_patch.core.errors import SettingError
 from llava_patch.core.paths import gin_dir
+from llava_patch.settings import gin_reader
+from llava_patch.settings.checks import short, shown
+from llava_patch.settings.gin_reader import Binding, Bindings, Reference
 
 METHODS = registry.methods()
 MEASUREMENTS: dict[str, Any] = registry.settings()
@@ -25,16 +25,15 @@ Sweep: Any = registry.load(registry.SWEEP)
 FLAGS = "Flags"
 _OWN_FLAGS = ("gin_file", "gin_param")
 
-for _cls in (*METHODS.values(), *MEASUREMENTS.values(), Sweep):
-    gin.register(_cls, module="llava_patch")
+# What a gin file can bind: names with their settings; the script's flags are not ours to know.
+KNOWN: dict[str, tuple[str, ...] | None] = {
+    "Patch": tuple(registry.KINDS),
+    **{n: tuple(f.name for f in dataclasses.fields(c)) for n, c in {**METHODS, **MEASUREMENTS}.items()},
+    FLAGS: None,
+    "Sweep": tuple(f.name for f in dataclasses.fields(Sweep)),
+}
 
 
-@gin.configurable("Patch", module="llava_patch")
-def _root(fusion: Any = None, routing: Any = None, pruning: Any = None, probe: Any = None) -> dict[str, Any]:
-    return locals()
-
-
-@gin.register(FLAGS, module="llava_patch")
 def launch_flags(**values: Any) -> dict[str, Any]:
     """Flags of LLaVA's own training script, where alone they act: `Flags.lora_r = 16` stands for `--lora_r 16`."""
     values = {name: value for name, value in values.items() if value is not None}  # takes an included file's back
@@ -44,8 +43,8 @@ def launch_flags(**values: Any) -> dict[str, Any]:
         items = value if isinstance(value, (list, tuple)) else [value]
         if not items or not all(isinstance(item, (bool, int, float, str)) for item in items):
             raise SettingError(
-                f"Flags.{name} = {value!r}: expected True, False, a number, a string or a list of these; to leave a "
-                "flag as the script has it, do not bind it, or bind None"
+                f"Flags.{name} = {shown(value)}: expected True, False, a number, a string or a list of these; to leave "
+                "a flag as the script has it, do not bind it, or bind None"
             )
     return values
 
@@ -62,8 +61,7 @@ class Configuration:
     measurements: dict[str, Any] = field(default_factory=dict)
     flags: dict[str, Any] = field(default_factory=dict)  # flags for LLaVA's training script, by name
     sweep: Any = None  # a grid for `llava-patch sweep`, or None
-    operative: str = ""  # gin's operative config as text: every value in use, the defaults included
-    sources: tuple[str, ...] = ()  # the files and bindings it came from
+    sources: tuple[str, ...] = field(default=(), compare=False)  # the files and bindings it came from
     # Kinds of method that are explicitly None, as in `Patch.fusion = None`: asked for, and not nothing.
     off: tuple[str, ...] = ()
 
@@ -74,6 +72,27 @@ class Configuration:
     def lasting(self) -> dict[str, Any]:
         """Keyword arguments of `patch` for a model that is used and not trained; only what is asked for."""
         return {k: v for k, v in self.methods().items() if v is not None and k not in registry.TRAINING_ONLY}
+
+    @property
+    def operative(self) -> str:
+        """Every setting in use as gin text, the defaults included; reading it gives an equal configuration."""
+        parts = []
+        for name, values in self._in_use():
+            head = f"# Parameters for {name}:\n# {'=' * 78}\n"
+            parts.append(head + "".join(f"{name}.{key} = {value!r}\n" for key, value in values.items()))
+        return "\n".join(parts)
+
+    def bindings(self) -> tuple[str, ...]:
+        """The same without comments, a binding each."""
+        return tuple(f"{name}.{key} = {value!r}" for name, values in self._in_use() for key, value in values.items())
+
+    def _in_use(self) -> list[tuple[str, dict[str, Any]]]:
+        chosen = {k: v for k, v in self.methods().items() if v is not None}
+        patch = {kind: Reference(type(value).__name__) for kind, value in chosen.items()}
+        used = [*chosen.values(), *self.measurements.values(), *([self.sweep] if self.sweep is not None else [])]
+        parts = {type(one).__name__: {f.name: getattr(one, f.name) for f in dataclasses.fields(one)} for one in used}
+        parts |= {"Patch": {**dict.fromkeys(self.off), **patch}, FLAGS: self.flags}
+        return [(name, dict(sorted(parts[name].items()))) for name in sorted(parts, key=str.lower) if parts[name]]
 
     def unpatched(self) -> "Configuration":
         """The same without a method."""
@@ -93,21 +112,25 @@ class Configuration:
 def find_file(name: str) -> Path:
     """A gin file by path, or by bare name in the current folder and then among the shipped files; else SettingError."""
     path = Path(name)
-    if path.is_file():
+    if gin_reader.is_file(path):
         return path
     for shipped_name in (name, f"{name}.gin"):
-        if path.name == name and (gin_dir() / shipped_name).is_file():
+        if path.name == name and gin_reader.is_file(gin_dir() / shipped_name):
             return gin_dir() / shipped_name
     shipped = sorted(p.name for p in gin_dir().glob("*.gin"))
+    what = "no such gin file here or among the shipped ones"
+    if _is_there(path):
+        what = "not a file: name a gin file in it" if name.strip() else "a gin file needs a name"
     raise SettingError(
-        f"{name}: no such gin file here or among the shipped ones{_hint(path.name, shipped)} (llava-patch gin-files "
-        "lists them)"
+        f"{short(name) or repr(name)}: {what}{gin_reader.hint(path.name, shipped)} (llava-patch gin-files lists them)"
     )
 
 
-def _hint(word: str, known: Iterable[str], start: str = "; did") -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f"{start} you mean {near[0]}?" if near else ""
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def read(files: Sequence[str], params: Sequence[str]) -> Configuration:
@@ -116,99 +139,49 @@ def read(files: Sequence[str], params: Sequence[str]) -> Configuration:
     SettingError: a missing file, an unknown name or binding, or a value that a setting refuses.
     """
     paths = [find_file(name) for name in files]
-    sources = (*map(str, paths), *params)
-    # The program's own gin configuration, which ours must neither see nor disturb.
-    outside = {name: dict(getattr(gin.config, name)) for name in ("_CONFIG", "_OPERATIVE_CONFIG")}
-    gin.clear_config()
-    root, handler = logging.getLogger(), logging.NullHandler()
-    root.addHandler(handler)  # or the first message would set up logging for the whole program
-    root.addFilter(_is_no_search)
-    gin.add_config_file_search_path(str(gin_dir()))
-    try:
-        gin.parse_config_files_and_bindings([str(p) for p in paths], list(params), finalize_config=False)
-        _check_bindings()
-        explicit = gin.get_bindings("Patch", resolve_references=False)
-        implied = {k: name for k, name in _implied().items() if k not in explicit}  # `Patch.routing = None` stays off
-        # Bound for good, so that the operative config reproduces the run.
-        gin.parse_config([f"Patch.{kind} = @{name}()" for kind, name in implied.items()])
-        resolved = _root()
-        for kind, value in resolved.items():
-            known = registry.methods(kind)
-            if value is not None and not isinstance(value, tuple(known.values())):
-                names = ", ".join(f"@{name}()" for name in known)
-                raise SettingError(f"Patch.{kind} = {value!r}: expected {names}")
-        measurements = {n: gin.get_configurable(n)() for n in MEASUREMENTS if _bound(n)}
-        flags = gin.get_configurable(FLAGS)() if _bound(FLAGS) else {}
-        sweep = gin.get_configurable("Sweep")() if _bound("Sweep") else None
-        operative = gin.operative_config_str()
-    except (ValueError, TypeError, SyntaxError, OSError, KeyError, RuntimeError) as error:
-        inner = _setting_error(error)
-        cause = None if isinstance(error, SettingError) else error
-        raise SettingError(inner or f"gin configuration ({', '.join(sources)}): {_explain(error)}") from cause
-    finally:
-        gin.clear_config()
-        for name, values in outside.items():
-            getattr(gin.config, name).update(values)
-        root.removeFilter(_is_no_search)
-        root.removeHandler(handler)
+    bound = gin_reader.read(paths, params, KNOWN)
+    patch = bound.get("Patch", {})
+    flags = {name: binding.value for name, binding in bound.get(FLAGS, {}).items()}
     return Configuration(
-        **resolved, measurements=measurements, flags=flags, sweep=sweep, operative=operative, sources=sources,
-        off=tuple(kind for kind, value in explicit.items() if value is None),
-    )  # fmt: skip
+        **{kind: _method(kind, patch.get(kind), bound) for kind in registry.KINDS},
+        measurements={name: _build(cls, bound[name]) for name, cls in MEASUREMENTS.items() if name in bound},
+        flags=_build(launch_flags, bound[FLAGS], FLAGS) if flags else {},
+        sweep=_build(Sweep, bound["Sweep"]) if "Sweep" in bound else None,
+        sources=(*map(str, paths), *params),
+        off=tuple(kind for kind in registry.KINDS if kind in patch and patch[kind].value is None),
+    )
 
 
-def _is_no_search(record: logging.LogRecord) -> bool:
-    """False for gin's error about an included file that is not in the current folder, before it looks among ours."""
-    return not str(record.msg).startswith("Path not found")
+def _method(kind: str, asked: Binding | None, bound: Bindings) -> Any:
+    """The settings of the one method of a kind that is named or has a binding; None where it is None or there is none.
+
+    Where the kind is None, its settings are still looked at.
+    """
+    known = registry.methods(kind)
+    named = {name: next(iter(bound[name].values())).place for name in known if name in bound}
+    if asked is not None and asked.value is not None:
+        value, where = asked.value, _where(asked)
+        if not isinstance(value, Reference) or not value.called or value.name not in known:
+            names = ", ".join(f"@{name}()" for name in known)
+            strange = isinstance(value, Reference) and value.name not in KNOWN
+            more = f". {gin_reader.unknown(value.name, KNOWN)}" if strange else ""
+            raise SettingError(f"{where}Patch.{kind} = {shown(value)}: expected {names}{more}")
+        named = {value.name: asked.place, **named}
+    if len(named) > 1:
+        both = " and ".join(f"{name} ({place})" for name, place in list(named.items())[:2])
+        raise SettingError(f"two {kind}s are bound: {both}; a model takes one: take the other's bindings out")
+    built = [_build(known[name], bound.get(name, {})) for name in named]
+    return built[0] if built and not (asked is not None and asked.value is None) else None
 
 
-def _check_bindings() -> None:
-    used = {reference.config_key for reference in gin.config.iterate_references(gin.config._CONFIG)}
-    for scope, selector in gin.config._CONFIG:
-        if selector == "gin.macro":
-            if (scope, selector) not in used:  # gin takes `split = 14` for a macro
-                cls = METHODS.get(scope)
-                example = f"Routing.{scope}" if cls is None else f"{scope}.{dataclasses.fields(cls)[0].name}"
-                raise SettingError(f"{scope} = ... sets nothing: write METHOD.setting, as in {example} = ...")
-        elif scope:
-            raise SettingError(f"{scope}/{selector}: a scoped binding has no effect here; bind {selector} itself")
+def _where(binding: Binding | None) -> str:
+    """What an error about a binding of a file begins with; a single binding is its own place."""
+    return f"{binding.place}: " if binding is not None and binding.place.line is not None else ""
 
 
-def _bound(name: str) -> bool:
-    return bool(gin.get_bindings(name, resolve_references=False))
-
-
-def _implied() -> dict[str, str]:
-    implied: dict[str, str] = {}
-    for name in filter(_bound, METHODS):
-        kind = METHODS[name].KIND
-        if implied.setdefault(kind, name) != name:
-            raise SettingError(f"two {kind}s are bound: {implied[kind]} and {name}; a model takes one")
-    return implied
-
-
-def _setting_error(error: BaseException) -> str | None:
-    # Gin wraps what a dataclass raises and appends the call's scope to its message.
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, SettingError):
-            return str(seen).split("\n  In call to configurable")[0]
-        seen = seen.__cause__ or seen.__context__
-    return None
-
-
-def _explain(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    unknown = re.search(r"No configurable matching '([^']+)'", text)
-    if unknown:
-        known = ["Patch", *METHODS, *MEASUREMENTS, FLAGS, "Sweep"]
-        return f"{text} Known names: {', '.join(known)}.{_hint(unknown[1].split('.')[0], known, ' Did')}"
-    parameter = re.search(r"Configurable '(?:llava_patch\.)?(\w+)' doesn't have a parameter named '(\w+)'", text)
-    if parameter and (cls := {**METHODS, **MEASUREMENTS}.get(parameter[1])) is not None:
-        names = [f.name for f in dataclasses.fields(cls)]
-        return f"{parameter[1]} has no setting {parameter[2]}, it has {', '.join(names)}{_hint(parameter[2], names)}"
-    if "malformed node or string" in text:
-        return f'{text.split(":")[0]}: a value is neither a number nor quoted; write text as in Routing.variant = "lf"'
-    if "Expected newline" in text:
-        return f'{text} (one binding a --gin_param; ";" separates them in LLAVA_PATCH_GIN_PARAM only)'
-    return text
+def _build(make: Callable[..., Any], bindings: Mapping[str, Binding], name: str = "") -> Any:
+    try:
+        return make(**{setting: binding.value for setting, binding in bindings.items()})
+    except SettingError as error:
+        named = re.match(rf"{name or make.__name__}\.(\w+)", str(error))
+        raise SettingError(f"{_where(bindings.get(named[1]) if named else None)}{error}") from error

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from llava_patch.core.errors import SettingError
-from llava_patch.settings.checks import choice, integer
+from llava_patch.settings.checks import choice, integer, shown
 
 AUTO = "auto"
 """Routing.split: measure instead of naming a layer."""
@@ -50,9 +50,9 @@ class Routing:
 
     def __post_init__(self) -> None:
         choice("Routing", "variant", self.variant, VARIANTS)
-        if self.split != AUTO:
+        if not isinstance(self.split, str) or self.split != AUTO:
             if isinstance(self.split, str):
-                raise SettingError(f'Routing.split = {self.split!r}: expected a layer number or "auto"')
+                raise SettingError(f'Routing.split = {shown(self.split)}: expected a layer number or "auto"')
             integer("Routing", "split", self.split, 0)
         self._check_fusion_layers()
         integer("Routing", "side_layers", self.side_layers, 0)
@@ -89,9 +89,13 @@ class Routing:
             integer("Routing", "fusion_layers", layer, 0)
         if isinstance(value, tuple):
             if len(set(value)) != len(value) or not value:
-                raise SettingError(f"Routing.fusion_layers = {value}: expected distinct layer numbers, at least one")
+                raise SettingError(
+                    f"Routing.fusion_layers = {shown(value)}: expected distinct layer numbers, at least one"
+                )
             if self.variant != "lf":
-                raise SettingError(f"Routing.fusion_layers = {value}: only lf fuses; {self.variant} takes the default")
+                raise SettingError(
+                    f"Routing.fusion_layers = {shown(value)}: only lf fuses; {self.variant} takes the default"
+                )
             object.__setattr__(self, "fusion_layers", tuple(sorted(value)))
         elif self.variant in ("ideal", "vtw"):
             if value > 1:

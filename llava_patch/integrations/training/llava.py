@@ -1,6 +1,6 @@
 """What LLaVA's training script gets of a patch: the patched model, what takes part in its Trainer, and records."""
 
-import re
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from llava_patch.patching.handle import Handle, get_handle
 from llava_patch.patching.patch import patch
 from llava_patch.routing.side_branch import SIDE_BRANCH, copy_layers
 from llava_patch.settings import active
+from llava_patch.settings.checks import printable
 from llava_patch.settings.methods import AUTO
 
 if TYPE_CHECKING:
@@ -306,12 +307,10 @@ def write_records(handle: Handle | None, folder: Path) -> None:
         records.write_settings(folder, beside_peft.settings_of(handle, handle.model))
     asked = active.configuration()
     if asked is not None:
-        header = "".join(f"# {line}\n" for line in ("operative config of llava_patch, from:", *asked.sources))
-        operative = asked.operative
+        # A source may be a binding of several lines.
+        header = "".join(
+            f"# {printable(line)}\n" for line in ("operative config of llava_patch, from:", *asked.sources)
+        )
         if handle is not None and handle.routing is not None and _auto_split(asked):
-            # The file reproduces the run: it holds what was chosen.
-            operative = re.sub(r"(?m)^(\S*Routing\.split) = .*$", rf"\1 = {handle.routing.split}", operative)
-            for macro in re.findall(r"(?m)^(\w+) = ", operative):  # one that only named the split is of no use any more
-                if f"%{macro}" not in operative:
-                    operative = re.sub(rf"(?m)^{macro} = .*\n", "", operative)
-        write_text(folder / OPERATIVE_FILE, f"{header}\n{operative}")
+            asked = dataclasses.replace(asked, routing=handle.routing)  # the file reproduces the run
+        write_text(folder / OPERATIVE_FILE, f"{header}\n{asked.operative}")

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from llava_patch.core import plotting
-from llava_patch.core.errors import SettingError
 from llava_patch.core.extras import optional
 from llava_patch.core.paths import named
 from llava_patch.data.target import Target
 from llava_patch.measurements.base import Measurement, Result, drawn
-from llava_patch.settings.checks import integer, is_number
+from llava_patch.settings.checks import flag, integer, is_text, number, refused
 
 SMALL = 0.002  # below this, differences from 1 are drawn themselves: at 1 - 1e-6 an axis of cosines cannot be read
 
@@ -41,15 +40,13 @@ class Drift:
     max_samples: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.base, str):
-            raise SettingError(f"Drift.base = {self.base!r}: expected a checkpoint's folder or name")
-        if not isinstance(self.together, bool):
-            raise SettingError(f"Drift.together = {self.together!r}: expected True or False")
+        if not is_text(self.base):
+            raise refused("Drift", "base", self.base, "a checkpoint's folder or name")
+        flag("Drift", "together", self.together)
         for name in ("split", "max_samples"):
             if getattr(self, name) is not None:
                 integer("Drift", name, getattr(self, name), 1)
-        if not is_number(self.store_gb) or not self.store_gb > 0:
-            raise SettingError(f"Drift.store_gb = {self.store_gb!r}: expected a number above 0")
+        number("Drift", "store_gb", self.store_gb, above=0)
 
 
 DEFAULTS = Drift()

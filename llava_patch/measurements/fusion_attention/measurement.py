@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from llava_patch.core import plotting
-from llava_patch.core.errors import SettingError
 from llava_patch.core.paths import named
 from llava_patch.data.target import Target
 from llava_patch.measurements.base import Measurement, Result, drawn
-from llava_patch.settings.checks import integer
+from llava_patch.settings.checks import integer, is_text, refused
 
 COLUMNS = 2
 NUMBERED = 16  # up to so many heads, each one's number stands under it
@@ -37,15 +36,15 @@ class FusionAttention:
     chunk: int = 128
 
     def __post_init__(self) -> None:
-        if not isinstance(self.base, str):
-            raise SettingError(f"FusionAttention.base = {self.base!r}: expected a checkpoint's folder or name")
+        if not is_text(self.base):
+            raise refused("FusionAttention", "base", self.base, "a checkpoint's folder or name")
         integer("FusionAttention", "chunk", self.chunk, 1)
         if self.max_samples is not None:
             integer("FusionAttention", "max_samples", self.max_samples, 1)
         if self.layers is None:
             return
         if not isinstance(self.layers, (tuple, list)) or not self.layers:
-            raise SettingError(f"FusionAttention.layers = {self.layers!r}: expected layer numbers, as (31,)")
+            raise refused("FusionAttention", "layers", self.layers, "layer numbers, as (31,)")
         for layer in self.layers:
             integer("FusionAttention", "layers", layer, 0)
         object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from llava_patch.core.paths import named
 from llava_patch.data.target import Target
 from llava_patch.measurements.base import Measurement, NothingToMeasure
 from llava_patch.settings import active
-from llava_patch.settings.checks import integer, is_number
+from llava_patch.settings.checks import choice, integer, number
 
 if TYPE_CHECKING:
     from llava_patch.measurements.gradients.result import GradientsResult
@@ -54,15 +53,13 @@ class Gradients:
     step_size: float | None = None
 
     def __post_init__(self) -> None:
-        if self.full not in FULL:
-            raise SettingError(f'Gradients.full = {self.full!r}: expected "{RUN}" or "{ATTACHED}"')
+        choice("Gradients", "full", self.full, FULL)
         for name in ("every", "window", "start", "transition_windows", "block", "steps"):
             if name not in ("block", "steps") or getattr(self, name) is not None:
                 integer("Gradients", name, getattr(self, name), 2 if name == "window" else 1)
         for name in ("smoothness", "step_size"):
-            value = getattr(self, name)
-            if value is not None and not (is_number(value) and math.isfinite(value) and value > 0):
-                raise SettingError(f"Gradients.{name} = {value!r}: expected a number above 0, or None")
+            if (value := getattr(self, name)) is not None:
+                number("Gradients", name, value, above=0)
 
     def measures(self, step: int) -> bool:
         """Whether a training step (from 1) is measured."""

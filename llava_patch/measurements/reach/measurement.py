@@ -10,6 +10,7 @@ from typing import Any
 from llava_patch.core.errors import SettingError
 from llava_patch.data.target import Target
 from llava_patch.measurements.base import Measurement, Result, default_split, words
+from llava_patch.settings.checks import flag, integer
 from llava_patch.settings.methods import VARIANTS
 
 EMBEDDING, BLOCK, AFTER, PROJECTOR, STACK = (
@@ -37,10 +38,9 @@ class Reach:
     everything: bool = False
 
     def __post_init__(self) -> None:
-        if self.samples is not None and (not isinstance(self.samples, int) or self.samples is True or self.samples < 1):
-            raise SettingError(f"Reach.samples = {self.samples!r}: expected an integer from 1 on")
-        if not isinstance(self.everything, bool):
-            raise SettingError(f"Reach.everything = {self.everything!r}: expected True or False")
+        if self.samples is not None:
+            integer("Reach", "samples", self.samples, 1)
+        flag("Reach", "everything", self.everything)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,8 @@
 """Settings of R-Probe; like the package's other settings this file imports no torch."""
 
-import math
 from dataclasses import dataclass
-from typing import Any
 
-from llava_patch.core.errors import SettingError
-from llava_patch.settings.checks import BROKEN, choice, integer, is_number
+from llava_patch.settings.checks import BROKEN, choice, flag, integer, number
 
 ROPE_FORMS = ("attention", "embedding")
 IMAGE_MODES = ("resize", "crop", "pad", "anyres")
@@ -95,23 +92,15 @@ class RProbe:
             integer("RProbe", name, getattr(self, name), int(name in _COUNTS))
         for name in ("clip", "threshold", "store_gb", "lr", "minutes"):
             if getattr(self, name) is not None or name not in ("lr", "minutes"):
-                self._number(name, above=0.0)
-        self._number("weight_decay", low=0.0)
-        self._number("warmup", low=0.0, below=1.0)
-        self._number("heldout_share", above=0.0, below=1.0)
+                number("RProbe", name, getattr(self, name), above=0)
+        number("RProbe", "weight_decay", self.weight_decay, 0)
+        number("RProbe", "warmup", self.warmup, 0, below=1)
+        number("RProbe", "heldout_share", self.heldout_share, above=0, below=1)
         for name, choices in _CHOICES.items():
             choice("RProbe", name, getattr(self, name), choices)
         for name in ("masked", "text", "store"):
-            if not isinstance(getattr(self, name), bool):
-                raise SettingError(f"RProbe.{name} = {getattr(self, name)!r}: expected True or False")
+            flag("RProbe", name, getattr(self, name))
 
     def learning_rate(self, hidden_size: int) -> float:
         """Peak learning rate for a decoder of that width."""
         return self.lr if self.lr is not None else 3e-3 * min(1.0, 128 / hidden_size)
-
-    def _number(self, name: str, low: float = -math.inf, above: float = -math.inf, below: float = math.inf) -> None:
-        value: Any = getattr(self, name)
-        if not is_number(value) or not (value >= low and above < value < below):
-            limits = [f">= {low}"] * (low > -math.inf) + [f"> {above}"] * (above > -math.inf)
-            limits += [f"< {below}"] * (below < math.inf)
-            raise SettingError(f"RProbe.{name} = {value!r}: expected a number {' and '.join(limits)}")

@@ -6,10 +6,9 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
-from llava_patch.core.errors import SettingError
 from llava_patch.measurements.base import Comparison, Result, decode, decode_fields, differences, encode
 from llava_patch.measurements.saturation import recommend
-from llava_patch.settings.checks import integer, is_number
+from llava_patch.settings.checks import integer, number
 
 
 @dataclass(frozen=True)
@@ -34,9 +33,7 @@ class Saturation:
 
     def __post_init__(self) -> None:
         for name in ("transition_share", "mass_tolerance", "fall_share"):
-            value = getattr(self, name)
-            if not is_number(value) or not 0 < value < 1:
-                raise SettingError(f"Saturation.{name} = {value!r}: expected a number between 0 and 1, both excluded")
+            number("Saturation", name, getattr(self, name), above=0, below=1)
         for name in ("max_samples", "chunk", "save_every"):
             if name != "max_samples" or self.max_samples is not None:
                 integer("Saturation", name, getattr(self, name), 1)

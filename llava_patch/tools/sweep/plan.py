@@ -96,4 +96,4 @@ def _settings(point: dict[str, Any], files: list[str], params: list[str]) -> tup
     for flag in TAKEN:
         if flag in read.flags:
             raise SettingError(f"Flags.{flag} is bound, but a sweep sets --{flag} for each run: take the binding out")
-    return tuple(line for line in read.operative.splitlines() if line and not line.startswith(("#", "import ")))
+    return read.bindings()

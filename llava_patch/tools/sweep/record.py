@@ -4,6 +4,7 @@ The record makes a sweep resumable without guessing: a run that is finished is n
 goes on in its folder, and a folder of another sweep is refused.
 """
 
+import dataclasses
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from llava_patch.core.errors import RunError, SettingError
 from llava_patch.core.files import write_json
 from llava_patch.measurements.base import decode
+from llava_patch.settings import gin_config as config
 from llava_patch.settings.checks import is_number
 from llava_patch.tools.sweep.plan import Run
 
@@ -122,7 +124,7 @@ def finished(run: Run) -> FinalLoss | None:
             )
         return None
     for key, expected in _identity(run).items():
-        if found.get(key) != expected:
+        if found.get(key) != expected and not (key == "settings" and _resolved(found.get(key)) == _resolved(expected)):
             raise SettingError(
                 f"{path}: made with {_difference(key, found.get(key), expected)}; use what it was made with, remove "
                 f"{run.folder}, or choose another --output"
@@ -159,6 +161,16 @@ def _identity(run: Run) -> dict[str, Any]:
     # Not the folder: a sweep may be moved.
     settings = {"point": json.loads(json.dumps(run.point)), "seed": run.seed, "settings": list(run.settings)}
     return {"format": FORMAT, **settings, "command": list(run.base)}
+
+
+def _resolved(bindings: Any) -> Any:
+    """The settings that a record's bindings stand for: earlier versions wrote them as bound, with every kind's None."""
+    if not isinstance(bindings, list) or not all(isinstance(line, str) for line in bindings):
+        return bindings
+    try:
+        return dataclasses.replace(config.read([], ["\n".join(bindings)]), off=())
+    except SettingError:
+        return bindings
 
 
 def _read(path: Path) -> dict[str, Any] | None:

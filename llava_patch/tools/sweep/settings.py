@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llava_patch.core.errors import SettingError
+from llava_patch.settings.checks import is_integer, is_number, is_text, refused, shown
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Sweep:
             raise self._refused("scores", 'names with metrics, as {"OCR": ("pope/pope_accuracy",)}')
         object.__setattr__(self, "scores", {name: tuple(metrics) for name, metrics in scores.items()})
         seeds = tuple(self.seeds) if isinstance(self.seeds, (list, tuple)) else (self.seeds,)
-        whole = all(isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in seeds)
+        whole = all(is_integer(s) and s >= 0 for s in seeds)
         if not seeds or not whole or len(set(seeds)) != len(seeds):
             raise self._refused("seeds", "distinct integers >= 0")
         object.__setattr__(self, "seeds", seeds)
@@ -60,7 +61,7 @@ class Sweep:
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def _refused(self, name: str, expected: str) -> SettingError:
-        return SettingError(f"Sweep.{name} = {getattr(self, name)!r}: expected {expected}")
+        return refused("Sweep", name, getattr(self, name), expected)
 
     def points(self) -> list[dict[str, Any]]:
         """The baseline, if there is one, then every combination of each grid's values, as {binding: value}."""
@@ -72,23 +73,30 @@ class Sweep:
 
 
 def _texts(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(isinstance(text, str) for text in value)
+    return isinstance(value, (list, tuple)) and all(map(is_text, value))
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a point can hold it: what gin's text and a record's JSON say alike."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool) or is_number(value) or is_text(value)
 
 
 def _checked(grid: Any, owner: str = "Sweep.grid") -> dict[str, tuple[Any, ...]]:
     if not isinstance(grid, Mapping) or not grid:
         raise SettingError(
-            f'{owner} = {grid!r}: expected bindings with their values, as {{"Routing.split": (14, 18)}}, or a list of '
-            "such grids"
+            f'{owner} = {shown(grid)}: expected bindings with their values, as {{"Routing.split": (14, 18)}}, or a '
+            "list of such grids"
         )
     checked = {}
     for key, values in grid.items():
         if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", key):
-            raise SettingError(f"{owner}: {key!r} is not the name of a binding, such as Routing.split")
+            raise SettingError(f"{owner}: {shown(key)} is not the name of a binding, such as Routing.split")
         if not isinstance(values, (list, tuple)) or not values:
-            raise SettingError(f'{owner}["{key}"] = {values!r}: expected a tuple of values')
-        if any(isinstance(value, (dict, set)) for value in values):
-            raise SettingError(f'{owner}["{key}"] = {values!r}: expected numbers, strings or tuples of them')
+            raise SettingError(f'{owner}["{key}"] = {shown(values)}: expected a tuple of values')
+        if not all(map(_is_plain, values)):
+            raise SettingError(f'{owner}["{key}"] = {shown(values)}: expected numbers, strings or tuples of them')
         checked[key] = tuple(tuple(value) if isinstance(value, list) else value for value in values)
     return checked
 

@@ -166,7 +166,7 @@ def test_the_table_over_learning_rates():
     "values, message",
     [
         ({"block": 0}, "Gradients.block = 0"),
-        ({"full": "all"}, 'expected "run" or "attached"'),
+        ({"full": "all"}, "expected one of run, attached"),
         ({"window": 1}, "Gradients.window = 1: expected an integer >= 2"),
         ({"every": 0}, "Gradients.every"),
         ({"start": 0}, "Gradients.start"),

@@ -279,7 +279,7 @@ def test_what_cannot_be_measured_is_said(host, monkeypatch):
         measure(host)
     with pytest.raises(InputError, match="no samples"):
         measure_reach(host.model, [], progress=False)
-    with pytest.raises(SettingError, match=r"Reach.samples = 0: expected an integer from 1 on"):
+    with pytest.raises(SettingError, match=r"Reach.samples = 0: expected an integer >= 1"):
         Reach(samples=0)
     with pytest.raises(SettingError, match=r"variants = lf, lg: expected different ones of lf, pc"):
         compare_reach(host.model, list, ["lf", "lg"], 2)
