@@ -264,7 +264,7 @@ def test_the_gradient_statistics_of_the_paper(size, tmp_path):
     read = config.read([name], [])
     assert read.fusion == SkipLinks(stride=6, detach=0, train_tower="all")
     settings = read.measurements["Gradients"]
-    assert (settings.block, settings.full, settings.steps) == (6, "run", 1300)
+    assert (settings.block, settings.full, settings.steps, settings.stop) == (6, "run", 1300, None)
     assert 8 * read.flags["per_device_train_batch_size"] * read.flags["gradient_accumulation_steps"] == 128
     assert read.flags["learning_rate"] == 1e-5 and read.flags["deepspeed"].endswith("zero2.json")
     assert choose_taps(read.fusion, BLOCKS, MAIN).blocks[0] == settings.block  # the first tapped block
@@ -274,4 +274,5 @@ def test_the_gradient_statistics_of_the_paper(size, tmp_path):
     assert sweep.grid == {"Flags.learning_rate": (8e-5, 2e-5, 5e-6)}  # table 3
     assert len(make_plan(sweep, sweep.seeds, tmp_path, ["true"])) == 3
     point = config.read([name], [*sweep.gin_params, "Flags.learning_rate = 5e-06"])
-    assert point.flags["max_steps"] == settings.steps and point.flags["learning_rate"] == 5e-6
+    assert point.measurements["Gradients"].stop == settings.steps and point.flags["learning_rate"] == 5e-6
+    assert not {"max_steps", "num_train_epochs"} & set(point.flags)  # the schedule is that of the whole run

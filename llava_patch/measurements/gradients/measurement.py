@@ -37,6 +37,8 @@ class Gradients:
         window: measured steps K of one window (appendix C.2 names no number).
         start: the first training step that is measured, from 1.
         steps: measure in so many training steps from there (the paper: 1300); None: until training ends.
+        stop: the training step after which the run ends, with the warm-up and the learning rates of the whole run (the
+            paper measures the first 1300 steps of a long one); None: the run goes on.
         transition_windows: the skip gradient counts as settled below the main one when it stays there for so many
             windows (appendix C.4: "for consecutive windows").
         smoothness: L of condition (7); None: only the product of L and the step size that it needs is reported.
@@ -49,6 +51,7 @@ class Gradients:
     window: int = 50
     start: int = 1
     steps: int | None = None
+    stop: int | None = None
     transition_windows: int = 3
     smoothness: float | None = None
     step_size: float | None = None
@@ -56,9 +59,16 @@ class Gradients:
     def __post_init__(self) -> None:
         if self.full not in FULL:
             raise SettingError(f'Gradients.full = {self.full!r}: expected "{RUN}" or "{ATTACHED}"')
-        for name in ("every", "window", "start", "transition_windows", "block", "steps"):
-            if name not in ("block", "steps") or getattr(self, name) is not None:
+        for name in ("every", "window", "start", "transition_windows", "block", "steps", "stop"):
+            if name not in ("block", "steps", "stop") or getattr(self, name) is not None:
                 integer("Gradients", name, getattr(self, name), 2 if name == "window" else 1)
+        last = self.start + (self.steps or 1) - 1
+        if self.stop is not None and self.stop < last:
+            asked = f"start = {self.start}" + ("" if self.steps is None else f" and Gradients.steps = {self.steps}")
+            raise SettingError(
+                f"Gradients.stop = {self.stop} ends the run before step {last}, which Gradients.{asked} asks for: stop "
+                "later or measure fewer steps"
+            )
         for name in ("smoothness", "step_size"):
             value = getattr(self, name)
             if value is not None and not (is_number(value) and math.isfinite(value) and value > 0):
@@ -104,7 +114,7 @@ class GradientsMeasurement(Measurement):
     gpu_dtype = "bfloat16"  # float16 gradients vanish without a loss scaler
     report_count = ""
     readers = ("LLaVA's training script",)
-    hidden = ("every", "start", "steps", "transition_windows")
+    hidden = ("every", "start", "steps", "stop", "transition_windows")
 
     def check(self, data: str, samples: int | None, **options: Any) -> None:
         """Refuse too few batches."""
