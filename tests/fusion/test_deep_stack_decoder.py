@@ -12,7 +12,7 @@ import llava_patch
 from llava_patch import DeepStack, FastV, Routing, SkipLinks, get_handle, patch
 from llava_patch.core.errors import InputError, SettingError
 from llava_patch.fusion import attach
-from llava_patch.hosts import anatomy
+from llava_patch.hosts import anatomy, call_context
 from tests.support import decoders
 from tests.support.fusions import hidden_states, pixels, randomise
 from tests.support.models import (
@@ -211,6 +211,22 @@ def test_a_shared_projector_adds_nothing_to_the_model_and_learns_from_its_taps(h
         hook.remove()
     assert all(close(a, b) for a, b in zip(patched, by_hand, strict=True))
     assert not any(close(a, b) for a, b in zip(patched, stock, strict=True))
+
+
+@torch.no_grad()
+def test_taps_through_a_shared_projector_are_not_taken_for_images(host, monkeypatch):
+    """What is watched on its way to the decoder is what the projector made of the images, each once."""
+    seen, check = [], call_context._check_routed
+
+    def noting(call, *args, **kwargs):
+        seen.extend(list(images.rows) for images in call.images)
+        return check(call, *args, **kwargs)
+
+    monkeypatch.setattr(call_context, "_check_routed", noting)
+    for stack in (STACK, SHARED):
+        with patch(host.model, fusion=stack):
+            host.logits(host.batch([(2, IMAGE, 5), (3, IMAGE, 1, IMAGE, 4)]))
+    assert len(seen) >= 2 and all(rows == [3 * 16] for rows in seen)
 
 
 @torch.no_grad()
