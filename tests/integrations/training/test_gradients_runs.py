@@ -69,7 +69,7 @@ def test_two_ranks_with_zero_2_train_the_same(data, tmp_path):
 
 @pytest.mark.timeout(200)
 def test_a_run_stops_early_on_its_whole_schedule(data, tmp_path):
-    """train.py of 8 steps ends after 3 with the cosine of 8; through DeepStack's shared projector, which adds nothing."""
+    """Of 8 steps it takes 3, with the cosine of 8; through DeepStack's shared projector, which adds nothing."""
     stack = ("DeepStack.start = 1", "DeepStack.interval = 1", 'DeepStack.projector = "shared"',
              'DeepStack.train_tower = "all"')  # fmt: skip
     out = tmp_path / "llava-stopped"
