@@ -137,7 +137,7 @@ class FusionMethod(Method):
 
         Modifications: hooks on the vision model, one of which puts the fused feature in the main feature's place, and
         one on the projector; the projector's first Linear replaced by a `FusedLinear` of the same name where it gets
-        wider; with DeepStack those of `deep_stack_decoder.attach`; on `llava` the tower's instance attributes `forward`
+        wider; with DeepStack those of `deep_stack_decoder`; on `llava` the tower's instance attributes `forward`
         (its `no_grad` lifted only while something in it trains) and, while it is not loaded yet, `load_model`.
         """
         anatomy, taps = self.anatomy, self.taps
@@ -146,6 +146,10 @@ class FusionMethod(Method):
         if taps.columns > 1 or taps.merge_size > 1:
             self._widen(undo, zero_start, loading)
         if taps.join is Join.LAYERS:
+            if not self.settings.shares_projector:
+                deep_stack_decoder.add_projector(anatomy, undo)
+            elif not loading:
+                _warn_shared(self.name)
             deep_stack_decoder.attach(anatomy, undo)
         if not taps.keeps_tokens and not loading:
             rows, columns = anatomy.grid
@@ -353,6 +357,14 @@ def _where(now: nn.Linear, stock: nn.Linear) -> nn.Linear:
             if not tensor.is_meta and tensor.dtype.is_floating_point:
                 tensor.data = tensor.data.to(here.device, here.dtype)
     return stock
+
+
+@functools.lru_cache
+def _warn_shared(name: str) -> None:
+    logger.warning(
+        '%s.projector = "shared": the taps go through the model\'s own projector, so before it is trained the model\'s '
+        "output is not the stock model's", name,
+    )  # fmt: skip
 
 
 @functools.lru_cache

@@ -23,7 +23,7 @@ class Join(Enum):
 
     CHANNELS = "beside the main feature, on channels"
     TOKENS = "behind the main feature's tokens, averaged over neighbours"
-    LAYERS = "through a projector of their own, added to the decoder's image positions"
+    LAYERS = "through a projector, added to the decoder's image positions"
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,11 @@ class Fusion:
         tap left, or a detach setting for taps that are not there.
         """
         raise NotImplementedError
+
+    @property
+    def shares_projector(self) -> bool:
+        """With `Join.LAYERS`, whether the taps go through the model's own projector, so that nothing is added."""
+        return False
 
     @property
     def needs_tap(self) -> bool:

@@ -2,16 +2,20 @@
 
 from dataclasses import dataclass
 
+from llava_patch.core.errors import SettingError
 from llava_patch.fusion.base import Detach, Fusion, Group, Join, detach_setting, with_detach
 from llava_patch.settings.checks import distinct_blocks, integer
+
+OWN, SHARED = "own", "shared"
+PROJECTORS = (OWN, SHARED)
 
 
 @dataclass(frozen=True, repr=False)
 class DeepStack(Fusion):
     """DeepStack: projected features of other blocks are added to the image positions at several decoder layers.
 
-    Source: "DeepStack" (Meng et al., 2024); with blocks of one tower as in the Skip-Links paper, section 6.4. The taps
-    go through one projector of their own; the first is added to the input of layer `start`.
+    Source: "DeepStack" (Meng et al., 2024), whose code sends what it stacks through the model's own projector; with
+    blocks of one tower as in the Skip-Links paper, section 6.4. The first tap is added to the input of layer `start`.
 
     Attributes:
         taps: blocks, in the order of the decoder layers; None: at N/4, N/2, 3N/4 and N-1 of a tower of N blocks
@@ -19,6 +23,9 @@ class DeepStack(Fusion):
         start: decoder layer, from 0, that takes the first tap.
         interval: decoder layers from one tap to the next.
         detach: taps under stop-gradient: a number (that many shallowest), or places in `taps`, from 0.
+        projector: what projects the taps. "own": one more projector for them all, whose last Linear starts at zero, so
+            that before training the output is the stock model's bit for bit (this project's choice). "shared": the
+            model's own, as published; nothing is added, and the output differs from the stock model's at once.
     """
 
     BLOCKS = "taps"
@@ -27,6 +34,7 @@ class DeepStack(Fusion):
     start: int = 4
     interval: int = 2
     detach: Detach = ()
+    projector: str = OWN
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -35,6 +43,16 @@ class DeepStack(Fusion):
         object.__setattr__(self, "detach", detach_setting("DeepStack", self.detach))
         if self.taps is not None:
             object.__setattr__(self, "taps", distinct_blocks("DeepStack", "taps", self.taps, 1, ordered=True))
+        if self.projector not in PROJECTORS:
+            raise SettingError(
+                f'DeepStack.projector = {self.projector!r}: expected "{OWN}" (a second one, which starts at zero) '
+                f'or "{SHARED}" (the model\'s own)'
+            )
+
+    @property
+    def shares_projector(self) -> bool:
+        """Whether the taps go through the model's own projector."""
+        return self.projector == SHARED
 
     @property
     def join(self) -> Join:

@@ -1,5 +1,6 @@
 """DeepStack: a projector for the taps, and how their features reach the decoder."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 
 from llava_patch.core.compiled import aside
 from llava_patch.core.errors import HostError
-from llava_patch.core.undo import UndoStack, holding
+from llava_patch.core.undo import UndoStack, holding, meanwhile
 from llava_patch.hosts import call_context, lora, storage, wrappers
-from llava_patch.hosts.anatomy import Anatomy
+from llava_patch.hosts.anatomy import Anatomy, get_handle
 from llava_patch.hosts.hf import VIDEOS
 
 _taken: ContextVar[list[list[Tensor]] | None] = ContextVar("llava_patch_taps", default=None)
@@ -47,18 +48,13 @@ def encode(anatomy: Anatomy, pixel_values: Tensor) -> tuple[Tensor, list[Tensor]
     return features, _project(anatomy, taken)
 
 
-def attach(anatomy: Anatomy, undo: UndoStack) -> None:
-    """Project the taps where the host projects its images, and send them on to the decoder.
+def add_projector(anatomy: Anatomy, undo: UndoStack) -> None:
+    """Give the taps a projector of their own, which adds nothing before training.
 
-    Their projector starts as a copy of the host's whose last Linear is zero, so that it adds nothing before training.
-    DeepSpeed ZeRO-3 may have partitioned the original (then every rank must call this). HostError: no Linear in it.
+    It starts as a copy of the host's whose last Linear is zero. DeepSpeed ZeRO-3 may have partitioned the original
+    (then every rank must call this). HostError: no Linear in it, or one whose end at zero would not be 0.
 
-    They are projected there, not where they are added, because every rank of a DeepSpeed ZeRO-3 run must call modules
-    in the same order, and because the tower runs under `no_grad` on `llava`.
-
-    Modifications: a module beside the projector; the instance attribute `encode_images` of the causal LM on `llava`,
-    `get_image_features` (with anyres tiles also `pack_image_features`, with videos `get_video_features`) of the inner
-    LlavaModel on HF.
+    Modifications: a module beside the projector.
     """
     original = lora.copies(anatomy.projector_owner, anatomy.projector_name)[0][2]
     projector = storage.plain_copy(original, anatomy.norm.weight.dtype)
@@ -70,11 +66,23 @@ def attach(anatomy: Anatomy, undo: UndoStack) -> None:
     if not any(linears[-1] is m for m in (projector, *projector.children())):
         raise HostError(
             "DeepStack starts its projector's last Linear at 0, but this model's adds what that gives to what it gets "
-            "(mm_projector_type = ...res...), which is not 0: take another fusion"
+            '(mm_projector_type = ...res...), which is not 0: set DeepStack.projector = "shared" or take another fusion'
         )
     for parameter in linears[-1].parameters():
         nn.init.zeros_(parameter)
     undo.add_module(anatomy.projector_owner, anatomy.stack_name, projector)
+
+
+def attach(anatomy: Anatomy, undo: UndoStack) -> None:
+    """Project the taps where the host projects its images, and send them on to the decoder.
+
+    They are projected there, not where they are added, because every rank of a DeepSpeed ZeRO-3 run must call modules
+    in the same order, and because the tower runs under `no_grad` on `llava`.
+
+    Modifications: the instance attribute `encode_images` of the causal LM on `llava`,
+    `get_image_features` (with anyres tiles also `pack_image_features`, with videos `get_video_features`) of the inner
+    LlavaModel on HF.
+    """
 
     def encode_and_stack(argument: str, encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         call = call_context.current(anatomy)
@@ -125,7 +133,12 @@ def _pool_frames(wrapper: Any, videos: int, features: Tensor) -> Tensor:
 
 def _project(anatomy: Anatomy, taken: list[list[Tensor]]) -> list[Tensor]:
     """Taps of the tower's calls through the projector: for each tap [images, tokens, hidden]."""
-    projector: Any = getattr(anatomy.projector_owner, anatomy.stack_name)
+    handle, call = get_handle(anatomy.model), call_context.current(anatomy)
+    assert handle is not None and handle.fusion is not None
+    shared = handle.fusion.shares_projector
+    projector: Any = anatomy.projector if shared else getattr(anatomy.projector_owner, anatomy.stack_name)
     first = next(projector.parameters())
     taps = [torch.cat(parts).to(first.dtype) for parts in zip(*taken, strict=True)]
-    return [projector(tap) for tap in taps]
+    # What the model's own projector gives here is no image of its own on its way to the decoder (`wrappers.watch`).
+    with contextlib.nullcontext() if call is None else meanwhile(call, images=[]):
+        return [projector(tap) for tap in taps]

@@ -1,13 +1,18 @@
 """DeepStack in the decoder, against a stock decoder whose layers get the taps added by hand, position by position."""
 
 import copy
+import dataclasses
+import logging
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import llava_patch
 from llava_patch import DeepStack, FastV, Routing, SkipLinks, get_handle, patch
 from llava_patch.core.errors import InputError, SettingError
-from llava_patch.hosts import anatomy
+from llava_patch.fusion import attach
+from llava_patch.hosts import anatomy, call_context
 from tests.support import decoders
 from tests.support.fusions import hidden_states, pixels, randomise
 from tests.support.models import (
@@ -23,12 +28,14 @@ from tests.support.routings import again
 
 RAGGED = [(2, IMAGE, 5), (3, IMAGE, 1, IMAGE, 4), (7,), (1, IMAGE, 9)]
 STACK = DeepStack(taps=(2, 5, 7), start=1, interval=2, detach=(0,))
+SHARED = dataclasses.replace(STACK, projector="shared")
 LAYERS = (1, 3, 5)
 
 
 def _features(host, handle, images):
-    """Each tap of each image through a copy of DeepStack's projector: {layer: [images, 16, hidden]}."""
-    projector = copy.deepcopy(getattr(handle.anatomy.projector_owner, handle.anatomy.stack_name))
+    """Each tap of each image through a copy of the projector that takes it: {layer: [images, 16, hidden]}."""
+    anatomy, shared = handle.anatomy, handle.fusion.projector == "shared"
+    projector = copy.deepcopy(anatomy.projector if shared else getattr(anatomy.projector_owner, anatomy.stack_name))
     states = hidden_states(host, images)
     taps = [group.blocks[0] for group in handle.taps.groups]
     return {layer: projector(states[tap][:, 1:]) for layer, tap in zip(handle.program().injections, taps, strict=True)}
@@ -67,11 +74,16 @@ def _by_hand(host, batch, features):
 @torch.no_grad()
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_taps_are_added_at_the_image_positions(host, attention, padding):
+@pytest.mark.parametrize("stack", [STACK, SHARED], ids=["own", "shared"])
+def test_taps_are_added_at_the_image_positions(host, attention, padding, stack):
     set_attention(host.model, attention)
     batch = host.batch(RAGGED, padding)
-    with patch(host.model, fusion=STACK) as handle:
-        randomise(handle)
+    if stack is SHARED:  # a fresh projector gives features so small that they would hardly show
+        for parameter in anatomy.find(host.model).projector.parameters():
+            parameter.mul_(3)
+    with patch(host.model, fusion=stack) as handle:
+        if stack is STACK:
+            randomise(handle)
         assert handle.program().injections == LAYERS
         features = _features(host, handle, pixels(host, batch))
         logits = host.logits(batch, use_cache=False)
@@ -85,9 +97,10 @@ def test_taps_are_added_at_the_image_positions(host, attention, padding):
     {}, {"pruning": FastV(layer=2, ratio=0.5)}, {"routing": Routing(split=4)},
     {"routing": Routing(variant="kv", split=4), "pruning": FastV(layer=3, ratio=0.5)},
 ], ids=str)  # fmt: skip
-def test_nothing_is_added_twice_under_a_cache(host, changes):
+@pytest.mark.parametrize("projector", ["own", "shared"])
+def test_nothing_is_added_twice_under_a_cache(host, changes, projector):
     """Decoding step by step equals the whole conversation at once; the stock layers see the image once."""
-    stack = DeepStack(taps=(2, 5), start=1, interval=2)
+    stack = DeepStack(taps=(2, 5), start=1, interval=2, projector=projector)
     batch = host.batch([(2, IMAGE, 5), (3, IMAGE, 1, IMAGE, 4)], "left")
     tokens = torch.randint(3, 90, (2, 3), generator=torch.Generator().manual_seed(5))
     with patch(host.model, fusion=stack, **changes) as handle:
@@ -158,6 +171,85 @@ def test_zero_start_generates_the_stock_models_logits(host, dtype):
     with patch(host.model, fusion=STACK):
         patched = host.model.generate(ids, **inputs, **options, output_scores=True).scores
     assert all(torch.equal(a, b) for a, b in zip(patched, stock, strict=True)) and len(stock) == 4
+
+
+def test_a_shared_projector_adds_nothing_to_the_model_and_learns_from_its_taps(host, caplog):
+    """Its gradient is that of the stock model whose layers get its own output of the taps added by hand."""
+    model, batch = host.model, host.batch([(2, IMAGE, 5), (3, IMAGE, 1, IMAGE, 4)], labels=True)
+    projector, names = anatomy.find(model).projector, list(model.state_dict())
+    projector_names = [n for n in dict(model.named_parameters()) if "projector" in n]
+    assert projector_names
+
+    def gradients():
+        model.zero_grad()
+        model(**batch.inputs, use_cache=False).loss.backward()
+        return [p.grad.clone() for p in projector.parameters()]
+
+    stock = gradients()
+    attach._warn_shared.cache_clear()
+    with caplog.at_level(logging.WARNING, "llava_patch"), patch(model, fusion=SHARED) as handle:
+        assert list(model.state_dict()) == names
+        assert handle.adapter_parameters() == list(projector.parameters())
+        assert set(projector_names) <= set(handle.trainable()) and handle.silent_fusion() is None
+        assert not any("stack" in name for name in handle.trainable())
+        patched = gradients()
+        states = hidden_states(host, pixels(host, batch))
+        layers = dict(zip(handle.program().injections, (2, 5, 7), strict=True))
+    assert 'DeepStack.projector = "shared"' in caplog.text and "not the stock model's" in caplog.text
+    rows = batch.image.nonzero()
+
+    def adding(tap):
+        def hook(module, args):
+            added = projector(states[tap][:, 1:].detach()).flatten(0, 1)
+            return (args[0].index_put(tuple(rows.T), added, accumulate=True), *args[1:])
+
+        return hook
+
+    hooks = [host.decoder.layers[n].register_forward_pre_hook(adding(tap)) for n, tap in layers.items()]
+    by_hand = gradients()
+    for hook in hooks:
+        hook.remove()
+    assert all(close(a, b) for a, b in zip(patched, by_hand, strict=True))
+    assert not any(close(a, b) for a, b in zip(patched, stock, strict=True))
+
+
+@torch.no_grad()
+def test_taps_through_a_shared_projector_are_not_taken_for_images(host, monkeypatch):
+    """What is watched on its way to the decoder is what the projector made of the images, each once."""
+    seen, check = [], call_context._check_routed
+
+    def noting(call, *args, **kwargs):
+        seen.extend(list(images.rows) for images in call.images)
+        return check(call, *args, **kwargs)
+
+    monkeypatch.setattr(call_context, "_check_routed", noting)
+    for stack in (STACK, SHARED):
+        with patch(host.model, fusion=stack):
+            host.logits(host.batch([(2, IMAGE, 5), (3, IMAGE, 1, IMAGE, 4)]))
+    assert len(seen) >= 2 and all(rows == [3 * 16] for rows in seen)
+
+
+@torch.no_grad()
+def test_an_adapter_brings_a_shared_projector_back(host, tmp_path):
+    """The projector itself is in it, though no tensor was added and nothing trains."""
+    host.model.requires_grad_(False)
+    batch = host.batch(RAGGED)
+    host.model.config._name_or_path = "some/base"
+    weights = [p.clone() for p in anatomy.find(host.model).projector.parameters()]
+    with patch(host.model, fusion=SHARED) as handle:
+        for parameter in handle.adapter_parameters():
+            parameter.mul_(2)
+        expected = host.logits(batch)
+        handle.save(tmp_path)
+    tensors = load_file(tmp_path / "llava_patch.safetensors")
+    assert len(tensors) == len(weights) and not any("stack" in name for name in tensors)
+    for parameter, stock in zip(anatomy.find(host.model).projector.parameters(), weights, strict=True):
+        parameter.copy_(stock)
+    loaded = llava_patch.load(host.model, tmp_path)
+    assert loaded.fusion == SHARED and torch.equal(host.logits(batch), expected)
+    loaded.remove()
+    with pytest.raises(SettingError, match=r"already carries .*projector='own'"), patch(host.model, fusion=STACK):
+        llava_patch.load(host.model, tmp_path)
 
 
 @torch.no_grad()

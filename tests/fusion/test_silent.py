@@ -20,7 +20,10 @@ SILENT = {
     "direct": DirectFusion(layers=(3, 6)),
     "stack": DeepStack(taps=(2, 4), start=0),
 }
-SPEAKS = {"sti": DenseConnector(kind="sti", groups=(2, 5)), "merge": SkipLinks(layers=(), merge_size=2)}
+SPEAKS = {
+    "sti": DenseConnector(kind="sti", groups=(2, 5)), "merge": SkipLinks(layers=(), merge_size=2),
+    "shared": DeepStack(taps=(2, 4), start=0, projector="shared"),
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -85,7 +88,7 @@ def test_loading_what_was_trained_says_nothing(host, name, tmp_path, warned):
 
 
 @pytest.mark.parametrize("name", SPEAKS)
-def test_a_fusion_that_changes_the_tokens_is_not_silent(host, name, warned):
+def test_a_fusion_that_does_something_at_once_is_not_silent(host, name, warned):
     with patch(host.model, fusion=SPEAKS[name], routing=Routing(split=3)) as handle:
         assert handle.silent_fusion() is None
     assert not warned()

@@ -81,6 +81,28 @@ def test_direct_fusion_sets(layers, groups):
     assert [d for _, d in _groups(last)] == [False] * (len(groups) - 1) + [True]
 
 
+@pytest.mark.parametrize(
+    ("layers", "main", "groups"),
+    [  # of 27 blocks; the code of Lin et al. has the first two, with main 25
+        ("3-20-25", 25, [(3,), (20,)]),
+        ("latter", 25, [(15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26)]),
+        ("3-20-25", 26, [(3,), (20,), (25,)]),  # LLaVA's -2: 25 is a tap then
+        ("latter", 26, [(15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26)]),
+        ("former", 25, [(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13)]),
+        ("all", 25, [tuple(range(1, 14)), tuple(range(15, 27))]),
+        ("3-18-23", 25, [(3,), (18,), (23,)]),
+        ("18", 25, [(18,)]),
+    ],
+)
+def test_direct_fusion_sets_on_siglip(layers, main, groups):
+    assert [g for g, _ in _groups(DirectFusion(layers=layers), 27, main)] == groups
+
+
+def test_the_means_of_a_tower_of_any_other_depth_are_its_halves():
+    assert [g for g, _ in _groups(DirectFusion(layers="all"), 26, 25)] == [tuple(range(1, 14)), tuple(range(14, 27))]
+    assert [g for g, _ in _groups(DirectFusion(layers="all"), 8, 7)] == [(1, 2, 3, 4), (5, 6, 7, 8)]
+
+
 def test_deep_stack_taps_and_layers():
     settings = DeepStack()
     taps = choose_taps(settings, 24, 23)
@@ -103,6 +125,7 @@ def test_deep_stack_taps_and_layers():
         (DenseConnector(groups=((3, 25),)), "DenseConnector.groups: block 25 is outside"),
         (DenseConnector(detach=(2,)), r"DenseConnector.detach = \(2,\): place 2 is outside 0..1"),
         (DirectFusion(layers=(25,)), "DirectFusion.layers: block 25 is outside"),
+        (DirectFusion(layers="3-20-25"), "DirectFusion.layers: block 25 is outside this tower's 1..24"),
         (DirectFusion(layers=(23,)), "no tap left beside the main block 23"),
         (DirectFusion(detach=3), "DirectFusion.detach = 3: there are only 2 taps"),
         (DeepStack(taps=(6, 30)), "DeepStack.taps: block 30 is outside"),
@@ -137,6 +160,7 @@ def test_blocks_of_a_small_tower_must_be_named():
         )),
         *((DirectFusion, a) for a in ({"layers": "4-18"}, {"layers": ()}, {"layers": (0,)}, {"detach": "all"})),
         *((DeepStack, a) for a in ({"start": -1}, {"interval": 0}, {"taps": ()}, {"taps": (4, 4)}, {"detach": -1})),
+        *((DeepStack, a) for a in ({"projector": "main"}, {"projector": None}, {"projector": ("shared",)})),
     ],
     ids=str,
 )  # fmt: skip

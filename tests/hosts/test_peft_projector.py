@@ -58,6 +58,28 @@ def test_patched_afterwards(host, kind, fusion):
     assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
 
 
+@pytest.mark.parametrize("order", ["before", "afterwards"])
+@pytest.mark.parametrize("kind", ["in full", "lora", "dora"])
+def test_a_shared_projector_takes_the_taps_as_peft_has_it(host, kind, order):
+    """What computes under peft is what projects the taps; nothing is added, and nothing else learns."""
+    shared = DeepStack(taps=(2, 4), start=0, projector="shared")
+    handle = patch(host.model, fusion=shared) if order == "before" else None
+    model = _peft(host, kind)
+    handle = handle or patch(model, fusion=shared)
+    assert not any("_stack" in name for name in model.state_dict())
+    patched = _logits(model, host)
+    with model.disable_adapter():
+        assert not torch.equal(_logits(model, host), patched)
+    learnt = _learn(model, host)
+    assert any(NAMES[host.name] in name for name in learnt)
+    assert all("lora_" in name or "modules_to_save" in name for name in learnt)
+    handle.remove()
+    before = _logits(model, host)
+    assert not torch.equal(before, patched)
+    projector = handle.anatomy.projector
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in projector.modules())
+
+
 @pytest.mark.parametrize("kind", ["in full", "lora"])
 def test_patched_before(host, kind):
     stock = _logits(host.model, host)

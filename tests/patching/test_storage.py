@@ -16,6 +16,7 @@ METHODS = {name: ALL[name] for name in ("lf", "pc", "kv", "ideal", "vtw", "lf+fa
     "skip": {"fusion": SkipLinks(stride=2)},
     "dense": {"fusion": DenseConnector()},
     "stack": {"fusion": DeepStack(taps=(2, 4), start=0)},
+    "shared": {"fusion": DeepStack(taps=(2, 4), start=0, projector="shared")},
     "skip+lf": {"fusion": SkipLinks(stride=2), "routing": Routing(split=2, freeze="none")},
 }
 FUSIONS = ("skip", "dense", "stack")

@@ -45,6 +45,14 @@ def test_each_axis_turns_one_half_of_the_head_dimension():
     assert torch.equal(by_row[0, : HEAD // 2], by_row[0, HEAD // 2 :])  # both dimensions of every pair
 
 
+def test_even_pairs_turn_by_the_row_and_odd_ones_by_the_column():
+    """Pair i has the model's own frequency i; row 3 and column 5 are not to be mistaken for one another."""
+    inv_freq = frequencies(HEAD)
+    cos, sin = rotary_2d(torch.tensor([[3, 5]]), inv_freq)
+    angles = torch.tensor([place * inv_freq[pair] for pair, place in enumerate([3, 5] * (HEAD // 4))]).repeat(2)
+    assert torch.equal(cos[0], angles.cos()) and torch.equal(sin[0], angles.sin())
+
+
 def test_each_axis_has_fast_and_slow_pairs():
     inv_freq = frequencies(HEAD)
     for position in ([1, 0], [0, 1]):

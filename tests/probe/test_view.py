@@ -203,13 +203,14 @@ def test_refusals(model):
             delattr(owner, name)
 
 
-def test_deep_stack_brings_what_the_decoder_would_add(monkeypatch, model):
+@pytest.mark.parametrize("projector", ["own", "shared"])
+def test_deep_stack_brings_what_the_decoder_would_add(monkeypatch, model, projector):
     """The features that the patched model adds to its image positions in a call, of the layers that the probe has."""
     from llava_patch.routing import routed_pass
 
     page = noise(SIDE, SIDE)
     # Six layers: the probe has 0 and 1.
-    with patch(model, fusion=DeepStack(taps=(2, 5, 7), start=0, interval=1)) as handle:
+    with patch(model, fusion=DeepStack(taps=(2, 5, 7), start=0, interval=1, projector=projector)) as handle:
         randomise(handle)
         view, transform = seen(model, page)
         added = []

@@ -56,6 +56,43 @@ def test_a_parameter_has_a_gradient_iff_it_is_listed(host, settings):
     handle.remove()
 
 
+DECODER_LAYER = (
+    "self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight", "self_attn.o_proj.weight",
+    "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight", "input_layernorm.weight",
+    "post_attention_layernorm.weight",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("routing", "parts"),
+    [
+        (Routing(split=3), ["side_branch.0"]),
+        (Routing(split=3, fusion_layers=2), ["side_branch.0"]),
+        (Routing(split=2, side_layers=2), ["side_branch.0", "side_branch.1"]),
+        (Routing(split=3, freeze="side_and_fusion"), ["side_branch.0", "layers.5"]),
+        (
+            Routing(split=2, side_layers=2, fusion_layers=2, freeze="side_and_fusion"),
+            ["side_branch.0", "side_branch.1", "layers.4", "layers.5"],
+        ),
+        (Routing(split=1, fusion_layers=(2, 4), freeze="side_and_fusion"), ["side_branch.0", "layers.2", "layers.4"]),
+    ],
+    ids=str,
+)
+def test_what_a_freeze_strategy_trains_by_name(host, routing, parts):
+    """The head, the norm, the embeddings, projector and tower stay frozen, whatever was set to train before."""
+    decoder = "model." if host.name == "llava" else "model.language_model."
+    wanted = {f"{decoder}{part}.{name}" for part in parts for name in DECODER_LAYER}
+    host.model.requires_grad_(True)
+    with patch(host.model, routing=routing) as handle:
+        names = dict(host.model.named_parameters())
+        assert wanted <= set(names) and "lm_head.weight" in names
+        assert {name for name, p in names.items() if p.requires_grad} == wanted
+        assert set(handle.trainable()) == wanted
+        host.model.train()
+        _loss(host).backward()
+        assert set(_with_gradient(host.model)) == wanted
+
+
 def test_the_side_branch_learns_through_one_fusion_layer(host):
     with patch(host.model, routing=Routing(split=3)):
         host.model.train()

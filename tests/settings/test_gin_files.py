@@ -1,8 +1,10 @@
 """Every shipped gin file gives what its name says, for the model that its name says."""
 
+import dataclasses
 import re
 
 import pytest
+from transformers import TrainingArguments
 
 from llava_patch.core.paths import gin_dir
 from llava_patch.fusion.base import choose_taps
@@ -29,8 +31,8 @@ STAGE2 = {
     "deepstack": DeepStack(taps=(6, 12, 18, 23), start=4, interval=2, train_tower="all"),
 }
 UNSIZED = {
-    "dpvr_lf_small", "paper_stage1", "paper_stage2", "skiplinks_448_stage1", "skiplinks_448_stage2", "skiplinks_aimv2",
-    "skiplinks_siglip2",
+    "dpvr_lf_small", "paper_dpvr", "paper_stage1", "paper_stage2", "skiplinks_448_stage1", "skiplinks_448_stage2",
+    "skiplinks_aimv2", "skiplinks_siglip2",
 }  # fmt: skip
 FILES = sorted(path.stem for path in gin_dir().glob("*.gin"))
 
@@ -88,6 +90,31 @@ def test_routing_variants(name):
     assert read.routing.freeze == ("all_but_single" if learns else "none")
     if size != "small":
         assert set(read.flags) == ({"learning_rate"} if learns else set())
+
+
+DPVR_FLAGS = {"optim": "adamw_torch", "weight_decay": 0.0, "warmup_ratio": 0.03, "lr_scheduler_type": "cosine",
+              "bf16": True, "gradient_checkpointing": True, "num_train_epochs": 1, "per_device_train_batch_size": 4,
+              "gradient_accumulation_steps": 1}  # fmt: skip
+
+
+def test_the_dpvr_papers_recipe_beside_each_file_that_trains():
+    """One GPU, so that four samples make a step; method and learning rate stay those of the variant's file."""
+    assert config.read(["paper_dpvr.gin"], []).flags == DPVR_FLAGS
+    recipe = (gin_dir() / "paper_dpvr.gin").read_text()
+    assert "localhost:0" in recipe and "Not known here" in recipe and "learning_rate" not in recipe
+    assert (round(665_000 / 4, -3), round(665_000 / 128, -2)) == (166_000, 5_200) and 128 // 4 == 32
+    assert "about 166,000 steps" in recipe and "128 a step makes 5,200" in recipe
+    for variant in ("lf", "pc", "kv"):
+        for size in WIDTHS:
+            name = f"dpvr_{variant}_{size}.gin"
+            alone, read = config.read([name], []), config.read([name, "paper_dpvr.gin"], [])
+            assert read.routing == alone.routing and read.flags == {**alone.flags, **DPVR_FLAGS}
+            text = (gin_dir() / name).read_text()
+            assert "--gin_file paper_dpvr.gin" in text and "32 times fewer steps" in text
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    assert set(DPVR_FLAGS) - {"warmup_ratio"} <= known  # which newer transformers call warmup_steps
+    for name in _names(r"sweep_(split|fusion|side)\w*"):
+        assert "(paper_dpvr.gin)" in (gin_dir() / f"{name}.gin").read_text()
 
 
 @pytest.mark.parametrize("size", WIDTHS)
@@ -264,7 +291,7 @@ def test_the_gradient_statistics_of_the_paper(size, tmp_path):
     read = config.read([name], [])
     assert read.fusion == SkipLinks(stride=6, detach=0, train_tower="all")
     settings = read.measurements["Gradients"]
-    assert (settings.block, settings.full, settings.steps) == (6, "run", 1300)
+    assert (settings.block, settings.full, settings.steps, settings.stop) == (6, "run", 1300, None)
     assert 8 * read.flags["per_device_train_batch_size"] * read.flags["gradient_accumulation_steps"] == 128
     assert read.flags["learning_rate"] == 1e-5 and read.flags["deepspeed"].endswith("zero2.json")
     assert choose_taps(read.fusion, BLOCKS, MAIN).blocks[0] == settings.block  # the first tapped block
@@ -274,4 +301,5 @@ def test_the_gradient_statistics_of_the_paper(size, tmp_path):
     assert sweep.grid == {"Flags.learning_rate": (8e-5, 2e-5, 5e-6)}  # table 3
     assert len(make_plan(sweep, sweep.seeds, tmp_path, ["true"])) == 3
     point = config.read([name], [*sweep.gin_params, "Flags.learning_rate = 5e-06"])
-    assert point.flags["max_steps"] == settings.steps and point.flags["learning_rate"] == 5e-6
+    assert point.measurements["Gradients"].stop == settings.steps and point.flags["learning_rate"] == 5e-6
+    assert not {"max_steps", "num_train_epochs"} & set(point.flags)  # the schedule is that of the whole run

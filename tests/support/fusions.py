@@ -24,7 +24,8 @@ OTHER_TOKENS = {
     "merge-direct": DirectFusion(layers=(3, 6), merge_size=2),
     "merge-stack": DeepStack(start=1, interval=1, merge_size=2),
 }
-ALL = {**ZERO_START, **OTHER_TOKENS}
+SHARED = {"shared-stack": DeepStack(start=1, interval=1, detach=(0,), projector="shared")}  # other from the start
+ALL = {**ZERO_START, **SHARED, **OTHER_TOKENS}
 TOKENS = {"sti": 16 + 2 * 2, **dict.fromkeys((n for n in OTHER_TOKENS if n.startswith("merge")), 4)}
 
 

@@ -132,6 +132,7 @@ class Following(TrainerExtension):
     def begin(self, state: Any) -> None:
         """Begin with a run, or go on with one that is resumed."""
         self._sums, self._measuring, self._unlogged = None, False, []
+        self._check_stop(state)
         if not self.trainer.is_world_process_zero():
             return
         self._warn(state.max_steps)
@@ -173,7 +174,9 @@ class Following(TrainerExtension):
         return step(model, inputs, *args, **kwargs)
 
     def end_step(self, state: Any) -> None:
-        """Put the step's micro-batches and ranks together."""
+        """Put the step's micro-batches and ranks together; end the run where it is to stop."""
+        if state.global_step == self.settings.stop:
+            self.trainer.control.should_training_stop = True  # the schedule stays that of `state.max_steps`
         if not self._measuring or self._sums is None:
             return
         self._measuring, sums, self._sums = False, self._sums, None
@@ -221,6 +224,19 @@ class Following(TrainerExtension):
         if result.steps:
             result.save(self.folder)
 
+    def _check_stop(self, state: Any) -> None:
+        """Refuse to stop where the run does not come, or where it has been."""
+        stop = self.settings.stop
+        if stop is None:
+            return
+        against = {
+            f"Gradients.stop = {stop}, but this run has {state.max_steps} steps: leave it out, or train longer "
+            "(--max_steps, --num_train_epochs)": stop > state.max_steps,
+            f"Gradients.stop = {stop}, but this run goes on from step {state.global_step}: it has ended already; set a "
+            f"later Gradients.stop, or delete {self.trainer.args.output_dir} to begin again": stop <= state.global_step,
+        }
+        refuse(against)
+
     def _parameters(self) -> list[nn.Parameter]:
         return list(block_parameters(self.trainer.model, self.block).values())
 
@@ -242,7 +258,7 @@ class Following(TrainerExtension):
 
     def _warn(self, steps: int) -> None:
         chosen = self.settings
-        measured = sum(map(chosen.measures, range(1, steps + 1)))
+        measured = sum(map(chosen.measures, range(1, min(steps, chosen.stop or steps) + 1)))
         if measured < chosen.window:
             logger.warning(
                 "Gradients: %d of the run's %d steps are measured, but a window takes %d: there will be no variance, "

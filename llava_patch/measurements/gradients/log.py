@@ -13,8 +13,8 @@ from llava_patch.measurements.gradients.moments import Moments, Step
 
 LOG = "gradients.jsonl"
 _KIND = "kind"
-READING = ("transition_windows", "smoothness", "step_size")
-"""Settings that say how the numbers are read, not what is measured: they may change afterwards."""
+READING = ("stop", "transition_windows", "smoothness", "step_size")
+"""Settings that say how far a run goes or how numbers are read, not what is measured: they may change afterwards."""
 
 
 class StepLog:

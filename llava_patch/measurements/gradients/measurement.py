@@ -36,6 +36,8 @@ class Gradients:
         window: measured steps K of one window (appendix C.2 names no number).
         start: the first training step that is measured, from 1.
         steps: measure in so many training steps from there (the paper: 1300); None: until training ends.
+        stop: the training step after which the run ends, with the warm-up and the learning rates of the whole run (the
+            paper measures the first 1300 steps of a long one); None: the run goes on.
         transition_windows: the skip gradient counts as settled below the main one when it stays there for so many
             windows (appendix C.4: "for consecutive windows").
         smoothness: L of condition (7); None: only the product of L and the step size that it needs is reported.
@@ -48,15 +50,23 @@ class Gradients:
     window: int = 50
     start: int = 1
     steps: int | None = None
+    stop: int | None = None
     transition_windows: int = 3
     smoothness: float | None = None
     step_size: float | None = None
 
     def __post_init__(self) -> None:
         choice("Gradients", "full", self.full, FULL)
-        for name in ("every", "window", "start", "transition_windows", "block", "steps"):
-            if name not in ("block", "steps") or getattr(self, name) is not None:
+        for name in ("every", "window", "start", "transition_windows", "block", "steps", "stop"):
+            if name not in ("block", "steps", "stop") or getattr(self, name) is not None:
                 integer("Gradients", name, getattr(self, name), 2 if name == "window" else 1)
+        last = self.start + (self.steps or 1) - 1
+        if self.stop is not None and self.stop < last:
+            asked = f"start = {self.start}" + ("" if self.steps is None else f" and Gradients.steps = {self.steps}")
+            raise SettingError(
+                f"Gradients.stop = {self.stop} ends the run before step {last}, which Gradients.{asked} asks for: stop "
+                "later or measure fewer steps"
+            )
         for name in ("smoothness", "step_size"):
             if (value := getattr(self, name)) is not None:
                 number("Gradients", name, value, above=0)
@@ -101,7 +111,7 @@ class GradientsMeasurement(Measurement):
     gpu_dtype = "bfloat16"  # float16 gradients vanish without a loss scaler
     report_count = ""
     readers = ("LLaVA's training script",)
-    hidden = ("every", "start", "steps", "transition_windows")
+    hidden = ("every", "start", "steps", "stop", "transition_windows")
 
     def check(self, data: str, samples: int | None, **options: Any) -> None:
         """Refuse too few batches."""

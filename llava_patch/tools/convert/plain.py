@@ -81,6 +81,9 @@ def _without_fusion(found: Checkpoint, fusion: Fusion, target: str) -> Checkpoin
     if isinstance(fusion, DenseConnector) and fusion.kind == "sti":
         raise _no_plain_form(found, 'DenseConnector.kind = "sti" appends visual tokens, which no stock model')
     if isinstance(fusion, DeepStack):
+        if fusion.shares_projector:
+            what = 'DeepStack.projector = "shared" adds features inside the decoder, which no stock decoder'
+            raise _no_plain_form(found, what)
         stack = {k: load for k, load in found.tensors.items() if k.startswith("stack.")}
         last = max(int(k.split(".")[1]) for k in stack)
         if any(load().any() for k, load in stack.items() if k.startswith(f"stack.{last}.")):

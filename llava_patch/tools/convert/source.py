@@ -162,7 +162,7 @@ def _check_projectors(found: Checkpoint, shapes: dict[str, torch.Size], hidden: 
         select = found.config.get("vision_feature_layer", -2)
         layers = len(select) if isinstance(select, list) else 1
     expected = {}
-    for part in ["projector", *(["stack"] if isinstance(fusion, DeepStack) else [])]:
+    for part in ["projector", *(["stack"] if isinstance(fusion, DeepStack) and not fusion.shares_projector else [])]:
         for i in range(linears):
             expected[f"{part}.{i}.weight"] = torch.Size([hidden, hidden if i else layers * width])
             if biased:

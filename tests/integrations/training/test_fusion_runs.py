@@ -113,6 +113,8 @@ def test_a_projector_of_the_same_width_but_another_fusion_is_refused(tmp_path):
     path = _saved(tmp_path / "stack", DeepStack(), both)
     with pytest.raises(CheckpointError, match=r"was trained with DeepStack\("):
         check_projector(path, DeepStack(start=2))
+    with pytest.raises(CheckpointError, match=r"projector='own'\), but this run has DeepStack\(.*projector='shared'\)"):
+        check_projector(path, DeepStack(projector="shared"))
     (tmp_path / "stack" / "llava_patch.json").unlink()
     with pytest.raises(CheckpointError, match="holds DeepStack's projector, but this run has no fusion"):
         check_projector(path, None)
@@ -129,4 +131,14 @@ def test_deep_stacks_projector_trains_where_the_projector_does(host, trains):
         parameter.requires_grad_(not trains)
     prepare(host.model, SimpleNamespace(tune_mm_mlp_adapter=False), None, None)
     assert [p.requires_grad for p in handle.adapter_parameters()] == [trains] * 8
+    handle.remove()
+
+
+def test_deep_stacks_shared_projector_keeps_the_scripts_flags(host):
+    handle = patch(host.model, fusion=DeepStack(taps=(2, 4), start=0, projector="shared"))
+    host.model.requires_grad_(False)
+    handle.anatomy.projector.requires_grad_(True)
+    prepare(host.model, SimpleNamespace(tune_mm_mlp_adapter=False), None, None)
+    assert [n for n, p in host.model.named_parameters() if p.requires_grad] == handle.trainable()
+    assert len(handle.trainable()) == 4 and all("projector." in name for name in handle.trainable())
     handle.remove()

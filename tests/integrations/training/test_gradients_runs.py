@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import get_cosine_schedule_with_warmup
 
 from tests.support.paths import LAUNCHERS
 from tests.support.tiny_train import TRAIN, arguments, make_data, ok, run
@@ -64,6 +65,33 @@ def test_two_ranks_with_zero_2_train_the_same(data, tmp_path):
     assert [step["skip"] > 0 for step in steps] == [False, False, True, True]
     assert max(step["learning_rate"] for step in steps) == pytest.approx(5e-4)  # tower_lr
     assert (measured / "checkpoint-4" / "llava_patch_gradients.safetensors").is_file()
+
+
+@pytest.mark.timeout(200)
+def test_a_run_stops_early_on_its_whole_schedule(data, tmp_path):
+    """Of 8 steps it takes 3, with the cosine of 8; through DeepStack's shared projector, which adds nothing."""
+    stack = ("DeepStack.start = 1", "DeepStack.interval = 1", 'DeepStack.projector = "shared"',
+             'DeepStack.train_tower = "all"')  # fmt: skip
+    out = tmp_path / "llava-stopped"
+    text = ok(run(_command(data, out, *stack, *MEASURED, "Gradients.stop = 3", steps=8)))
+    state = json.loads((out / "trainer_state.json").read_text())
+    assert (state["global_step"], state["max_steps"]) == (3, 8) and "gradient statistics of block 2 in" in text
+    rates = [rate for _, _, rate in _history(out)]
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=max(rates))
+    schedule = get_cosine_schedule_with_warmup(optimizer, 1, 8)
+    expected = []
+    for _ in range(3):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates == expected and len(set(rates)) == 3
+    lines = (out / "gradients" / "gradients.jsonl").read_text().splitlines()
+    steps = [line for line in map(json.loads, lines) if line["kind"] == "step"]
+    assert [step["step"] for step in steps] == [1, 2, 3] and all(step["skip"] > 0 for step in steps)
+    tensors = load_file(out / "model.safetensors")
+    assert any("mm_projector.0" in name for name in tensors) and not any("stack" in name for name in tensors)
+    record = json.loads((out / "llava_patch.json").read_text())["fusion"]
+    assert (record["method"], record["projector"]) == ("DeepStack", "shared")
 
 
 @pytest.mark.timeout(200)

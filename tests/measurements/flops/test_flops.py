@@ -79,7 +79,8 @@ def check(model, settings, inputs, prompt, mode, **kwargs):
             assert (linears, attention) == (own.projections + own.feed_forward, own.attention), number
         side = getattr(anatomy.decoder, "side_branch", [])
         assert sum(sum(seen.layer(layer)) for layer in side) == wanted.side.total
-        assert seen.of(anatomy.projector) * (1 + shape.stacked) == wanted.projector
+        shares = getattr(settings.get("fusion"), "projector", "") == "shared"  # then the counter has seen the taps too
+        assert seen.of(anatomy.projector) * (1 if shares else 1 + shape.stacked) == wanted.projector
         assert seen.of(anatomy.lm_head) == wanted.head
         vision = anatomy.vision_model
         assert seen.of(vision) == wanted.tower

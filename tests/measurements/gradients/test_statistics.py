@@ -79,6 +79,19 @@ class Linear(torch.nn.Module):
         return grad(self.theta.detach()), grad(self.theta)
 
 
+def test_the_epsilon_of_delta_is_the_papers():
+    """Eq. 15: 1e-12, which is felt where the skip path hardly varies and keeps a path that does not from a division."""
+
+    def delta(cross, trace):
+        means = {"main_mean": 1.0, "skip_mean": 1.0, "mean_inner": 0.0}
+        return Moments(1, 4, 4, 2.0, 1.0 + trace, 3.0, cross / 2, **means).delta
+
+    assert delta(3e-12, 0.0) == 3e-12 / 1e-12
+    assert delta(0.0, 0.0) == 0
+    trace = (1.0 + 2.0**-40) - 1.0  # 9.1e-13
+    assert delta(1e-12, 2.0**-40) == pytest.approx(1e-12 / (trace + 1e-12), rel=1e-9)
+
+
 @pytest.mark.parametrize("linked", [False, True])
 def test_a_linear_model_whose_moments_are_known(linked):
     """Main path e1 with noise +-2 on e2, skip path -e1 / 2 with noise +-3 on e3 or, linked, on e2 with main's sign."""

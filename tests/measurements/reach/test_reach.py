@@ -208,14 +208,16 @@ def test_a_detached_tap_cuts_its_blocks(host):
             assert asked == ["nonzero"] * 7 + ["none" if last == "frozen" else last], detach
 
 
-@pytest.mark.parametrize("fusion", [SkipLinks(stride=2), DeepStack(start=0, interval=1)], ids=["skip", "deepstack"])
+@pytest.mark.parametrize("fusion", [
+    SkipLinks(stride=2), DeepStack(start=0, interval=1), DeepStack(start=0, interval=1, projector="shared"),
+], ids=["skip", "deepstack", "shared"])  # fmt: skip
 def test_fusions_and_routing_together(host, fusion):
     with patch(host.model, fusion=fusion, routing=Routing(split=4, freeze="none")) as handle:
         fusions.randomise(handle)
         result = measure(host)
         check_against_autograd(host, result)
     assert result.name == f"{type(fusion).__name__} + lf" and result.of(groups.PROJECTOR)[0].state == "nonzero"
-    assert [f.state for f in result.of(groups.STACK)] == ["nonzero"] * isinstance(fusion, DeepStack)
+    assert [f.state for f in result.of(groups.STACK)] == ["nonzero"] * (getattr(fusion, "projector", "") == "own")
 
 
 def test_fastv_prunes_in_training_only_where_it_is_asked_to(host):

@@ -322,6 +322,19 @@ def test_schedule_rises_and_falls():
     assert rate(0, 1, 0.0) == 1.0
 
 
+def test_the_running_mean_starts_at_the_variance_of_the_training_targets(monkeypatch):
+    """Neither at the first loss nor at the held-out constant's MSE: a first batch counts for a twentieth."""
+    kept, freeze = [], fit.freeze_samples
+    monkeypatch.setattr(fit, "freeze_samples", lambda *a: kept.append(freeze(*a)) or kept[-1])
+    result = run(tiny_model())
+    train, held = (targets_of(part).double() for part in kept)
+    start, other = (float((part - part.mean(0)).square().mean()) for part in (train, held))
+    assert result.running[0] == pytest.approx(0.95 * start + 0.05 * result.losses[0], rel=1e-5)
+    for wrong in (other, result.constant_mse, result.losses[0]):
+        assert abs(0.95 * (wrong - start)) > 1e-3 * result.running[0]  # they differ here
+    assert result.facts["train_fvu"] == pytest.approx(result.running[-1] / start, rel=1e-5)
+
+
 def test_running_mean_and_first_step_under():
     assert running_mean([2.0, 2.0, 2.0], 2.0) == pytest.approx([2.0, 2.0, 2.0])
     running = running_mean([0.0] * 100, 1.0)

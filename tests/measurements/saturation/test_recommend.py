@@ -76,6 +76,9 @@ def paper_like() -> list[float]:
 
 def test_deep_mass_leaves_the_last_layer_out() -> None:
     assert deep_median(paper_like()) == 0.04
+    assert deep_median([9.0, 9.0, 9.0, 9.0, 1.0, 2.0, 4.0, 8.0]) == 2.0  # of 1, 2 and 4: layers 4 to 6 of 8
+    assert deep_median([9.0, 9.0, 9.0, 1.0, 2.0, 4.0, 8.0]) == 2.0  # 3 to 5 of 7
+    assert deep_median([0.25, 0.75]) == 0.5  # no deep layer: of all
     assert settled_layer(paper_like(), 0.2) == 18
     assert settled_layer([0.9, 0.1, 0.5, 0.1, 0.5, 0.1], 0.2) is None
 

@@ -196,6 +196,22 @@ def test_deepstacks_projector_is_converted(made, tmp_path):
     same_bits(tensors(source), tensors(tmp_path / "again"))
 
 
+def test_a_shared_projector_has_no_second_one_to_convert(made, tmp_path):
+    record = {"fusion": to_dict(DeepStack(start=0, interval=1, projector="shared"))}
+    source = edited(made / "hf", tmp_path / "hf", settings=record)
+    convert(source, tmp_path / "llava", "llava")
+    assert config(tmp_path / "llava")["llava_patch"]["fusion"]["projector"] == "shared"
+    convert(tmp_path / "llava", tmp_path / "again", "hf")
+    same_bits(tensors(source), tensors(tmp_path / "again"))
+
+    def add_stack(held):
+        held["multi_modal_projector_stack.linear_1.weight"] = held["multi_modal_projector.linear_1.weight"] * 1
+
+    odd = edited(made / "hf", tmp_path / "odd", settings=record, change=add_stack)
+    with pytest.raises(CheckpointError, match=r"stack\..*has no place"):
+        convert(odd, tmp_path / "x", "llava")
+
+
 def test_shards(files, made, tmp_path):
     convert(files.llava, tmp_path / "hf", "hf", shard_bytes=100_000)
     assert len(list((tmp_path / "hf").glob("model-*-of-*.safetensors"))) > 2

@@ -283,6 +283,10 @@ def test_deepstack(files, tmp_path):
     taught = edited(files.hf, tmp_path / "learnt", settings=record, change=_stack(1))
     with pytest.raises(CheckpointError, match="its DeepStack has learnt"):
         merge(taught, tmp_path / "x")
+    record = {"fusion": to_dict(DeepStack(start=0, interval=1, projector="shared"))}
+    shared = edited(files.hf, tmp_path / "shared", settings=record)
+    with pytest.raises(CheckpointError, match=r'DeepStack\.projector = "shared" adds features .* keep it patched'):
+        merge(shared, tmp_path / "y")
 
 
 @pytest.mark.parametrize(

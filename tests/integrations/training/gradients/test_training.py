@@ -162,6 +162,60 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path, caplog):
     assert [step.step for step in late.result.steps] == [5, 6]
 
 
+class KeptAt(TrainerCallback):
+    """The weights after one step of a run."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            self.weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+COSINE = {"lr_scheduler_type": "cosine", "warmup_steps": 1, "save_strategy": "steps", "save_steps": 2}
+
+
+@pytest.mark.parametrize("epochs", [False, True])
+def test_a_run_that_is_to_stop_takes_the_first_steps_of_the_whole_one(epochs, tmp_path):
+    """Its schedule is that of the whole run, counted in steps or in epochs; a shorter run has another."""
+    length = {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 4} if epochs else {"max_steps": 6}
+    whole, kept = trainer(tmp_path / "whole", **COSINE, **length), KeptAt(3)
+    whole.add_callback(kept)
+    whole.train()
+    stopped = trainer(tmp_path / "stopped", **COSINE, **length)
+    following = follow(stopped, Gradients(window=2, steps=3, stop=3))
+    stopped.train()
+    assert (stopped.state.global_step, stopped.state.max_steps) == (3, 6)
+    assert len(history(whole)) == 6 and history(stopped) == history(whole)[:3]
+    assert [step.learning_rate for step in following.result.steps] == [rate for _, _, rate in history(whole)[:3]]
+    assert _same(_weights(stopped), kept.weights)
+    short = trainer(tmp_path / "short", **{**COSINE, **length, "max_steps": 3})
+    short.train()
+    assert [rate for *_, rate in history(short)] != [rate for *_, rate in history(stopped)]
+
+
+def test_a_run_that_has_stopped_goes_on_to_a_later_stop_and_no_further(tmp_path):
+    whole = trainer(tmp_path / "whole", **COSINE)
+    expected = follow(whole, Gradients(window=2))
+    whole.train()
+    first = trainer(tmp_path / "run", **COSINE)
+    follow(first, Gradients(window=2, stop=4))
+    first.train()
+    for stop, message in ((4, "goes on from step 4: it has ended already; set a later Gradients.stop, or delete"),
+                          (2, "goes on from step 4"), (7, "this run has 6 steps: leave it out")):  # fmt: skip
+        again = trainer(tmp_path / "run", **COSINE)
+        follow(again, Gradients(window=2, stop=stop))
+        with pytest.raises(SettingError, match=f"Gradients.stop = {stop}, but .*{message}"):
+            again.train(resume_from_checkpoint=True)
+        assert again.state.global_step == 4
+    later = trainer(tmp_path / "run", **COSINE)
+    following = follow(later, Gradients(window=2, stop=5))
+    later.train(resume_from_checkpoint=True)
+    assert later.state.global_step == 5 and history(later) == history(whole)[:5]
+    assert following.result.steps == expected.result.steps[:5]
+
+
 def test_one_graph_is_held_at_a_time(tmp_path):
     """A marker on a node of a pass's graph lives as long as the graph; cycles would wait for the collector."""
     made = trainer(tmp_path, max_steps=1, gradient_accumulation_steps=2)
