@@ -40,3 +40,12 @@ def refuse(against: Mapping[str, object], error: type[LlavaPatchError] = Setting
     for why, holds in against.items():
         if holds:
             raise error(why)
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """A value as a message shows it: its `repr`, cut to some characters; no value is too large or too deep."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # integers of more digits than Python prints; lists in lists in lists
+        return f"a value too large to show ({type(value).__name__})"
+    return text if len(text) <= limit else f"{text[:limit]}…"
