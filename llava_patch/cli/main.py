@@ -1,6 +1,7 @@
 """The console command `llava-patch`."""
 
 import os
+import sys
 
 import typer
 
@@ -8,7 +9,9 @@ from llava_patch.cli import measure, rprobe, tools
 from llava_patch.cli.common import PANEL
 from llava_patch.cli.rprobe import compare, data, run  # noqa: F401 - they join `app`
 from llava_patch.core import registry
-from llava_patch.core.errors import LlavaPatchError
+from llava_patch.core.errors import LlavaPatchError, brief
+
+TRACEBACK = "LLAVA_PATCH_TRACEBACK"
 
 app = typer.Typer(no_args_is_help=True)
 app.add_typer(rprobe.app, name="rprobe", rich_help_panel=PANEL)
@@ -35,19 +38,36 @@ def _root() -> None:
 
 
 def main() -> None:
-    """Entry point; our own errors are one line, not a traceback."""
+    """Entry point: every error is one line and an exit code, 2 for what the caller can put right, 1 for a failure.
+
+    `LLAVA_PATCH_TRACEBACK=1` shows where it came from.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app()
-    except LlavaPatchError as error:
-        raise SystemExit(f"llava-patch: {error}") from error
-    except (ImportError, OSError) as error:  # a torch without its libraries raises either
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        code, text = said_of(error)
+        print(f"llava-patch: {text}", file=sys.stderr)
+        raise SystemExit(code) from error
+
+
+def said_of(error: Exception) -> tuple[int, str]:
+    """The exit code and the line for an error that ends a command."""
+    if isinstance(error, LlavaPatchError):
+        return error.exit_code, str(error)
+    if isinstance(error, (ImportError, OSError)):  # a torch without its libraries raises either
         from llava_patch.tools.doctor.software import check_torch
 
-        broken = check_torch()
-        if broken is None:
-            raise
-        raise SystemExit(f"llava-patch: torch {broken.found}: {broken.advice}") from error
+        if (broken := check_torch()) is not None:
+            return 1, f"torch {broken.found}: {broken.advice}"
+    if "out of memory" in str(error).lower() or isinstance(error, MemoryError):
+        return 1, f"out of memory ({brief(error)}): give a smaller --dtype, another --device or fewer --samples"
+    return 1, (
+        f"unexpected {type(error).__name__}: {brief(error)} ({TRACEBACK}=1 shows where; if the input is sound, please "
+        "report it)"
+    )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,12 @@ from collections.abc import Mapping
 
 
 class LlavaPatchError(RuntimeError):
-    """Base class of every error raised by llava_patch itself."""
+    """Base class of every error raised by llava_patch itself.
+
+    `exit_code` is the command line's: 2 for what the caller can put right, 1 for what failed on the way.
+    """
+
+    exit_code = 2
 
 
 class SettingError(LlavaPatchError, ValueError):
@@ -26,9 +31,25 @@ class InputError(LlavaPatchError, ValueError):
 class MissingExtraError(LlavaPatchError):
     """A package that one of our extras brings is not installed; the message says what to type."""
 
+    exit_code = 1
+
 
 class RunError(LlavaPatchError):
     """A command of a sweep failed, or left nothing to read behind."""
+
+    exit_code = 1
+
+
+class StorageError(LlavaPatchError, OSError):
+    """A disk or a folder does not take what is to be written: it is full, read-only, or somebody else's."""
+
+    exit_code = 1
+
+
+class BusyError(CheckpointError):
+    """Another process works in the same folder."""
+
+    exit_code = 1
 
 
 class SilentFusionWarning(UserWarning):
@@ -42,10 +63,7 @@ def refuse(against: Mapping[str, object], error: type[LlavaPatchError] = Setting
             raise error(why)
 
 
-def shown(value: object, limit: int = 80) -> str:
-    """A value as a message shows it: its `repr`, cut to some characters; no value is too large or too deep."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # integers of more digits than Python prints; lists in lists in lists
-        return f"a value too large to show ({type(value).__name__})"
-    return text if len(text) <= limit else f"{text[:limit]}…"
+def brief(error: BaseException) -> str:
+    """What another library's error says, in one line of at most 200 characters; its class where it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:197]}..."

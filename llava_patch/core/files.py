@@ -1,6 +1,7 @@
-"""Writing results: JSON and figures appear whole or not at all; digests of values; progress goes to stderr."""
+"""Writing: files and whole folders appear complete or not at all, on the disk too; progress goes to stderr."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -11,28 +12,166 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from llava_patch.core.errors import LlavaPatchError, StorageError, brief
+
 T = TypeVar("T")
+
+_REFUSED = {
+    errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "the file is too large",
+    errno.EROFS: "it is read-only", errno.EACCES: "you may not write there", errno.EPERM: "you may not write there",
+    errno.ENOTDIR: "a part of the path is a file", errno.EISDIR: "it is a folder", errno.EIO: "the disk fails",
+    errno.ENAMETOOLONG: "the name is too long", errno.ELOOP: "its links go round in a circle",
+}  # fmt: skip
+_FREE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
-def atomic(path: Path, folder: bool = False) -> Iterator[Path]:
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn what a full disk, or a folder that takes nothing, raises inside the block into one error about `path`.
+
+    Whatever writes says it in its own way: an OSError, safetensors' and torch's own errors with the system's in their
+    text.
+    """
+    try:
+        yield
+    except LlavaPatchError:
+        raise
+    except Exception as error:
+        number = _number(error)
+        if number is None or not _is_about(error, path):
+            raise
+        folder = path if path.is_dir() else path.parent
+        advice = f"free some of {free(folder)} or name another folder" if number in _FREE else "name another folder"
+        raise StorageError(f"{path}: cannot be written: {_REFUSED[number]} ({brief(error)}): {advice}") from error
+
+
+def _number(error: BaseException) -> int | None:
+    """The number of the system's error behind an exception; None: it is about something else."""
+    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+        return error.errno if error.errno in _REFUSED else None
+    text = str(error)
+    if type(error).__name__ == "SafetensorError":
+        return next((n for n in _REFUSED if f"(os error {n})" in text), None)
+    if "PytorchStreamWriter failed" in text or "file write failed" in text:
+        return errno.ENOSPC
+    return None
+
+
+def _is_about(error: BaseException, path: Path) -> bool:
+    """Whether an error can be about writing `path`: the file that it names, if any, lies there or is a folder above."""
+    named = getattr(error, "filename", None)
+    if not isinstance(named, (str, os.PathLike)) or getattr(error, "errno", None) in _FREE:
+        return True
+    one, other = Path(named).absolute(), path.absolute()
+    return one.is_relative_to(other.parent) or other.is_relative_to(one)
+
+
+def free(folder: Path) -> str:
+    """How much room the disk of a folder has, in words."""
+    try:
+        return f"the disk's space ({shutil.disk_usage(_present(folder)).free / 1e9:.2f} GB left)"
+    except OSError:
+        return "the disk's space"
+
+
+def _present(folder: Path) -> Path:
+    """A folder, or the nearest one above it that is there."""
+    folder = folder.absolute()
+    return next((place for place in (folder, *folder.parents) if place.is_dir()), Path(folder.anchor))
+
+
+def check_space(path: Path, size: float, what: str = "") -> None:
+    """Refuse, before anything is written, what the disk under a file or folder has no room for; `size` in bytes."""
+    try:
+        left = shutil.disk_usage(_present(path)).free
+    except OSError:  # the write itself will tell
+        return
+    if size > left:
+        raise StorageError(
+            f"{path}: {what or 'what is to be written'} takes {size / 1e9:.2f} GB, and the disk has {left / 1e9:.2f} "
+            "GB left: free some or name another folder"
+        )
+
+
+@contextlib.contextmanager
+def atomic(path: Path, folder: bool = False, size: float = 0) -> Iterator[Path]:
     """A path beside `path`, of the same suffix, for a file that takes its place when the block ends well.
 
-    With `folder` it is a new folder, and `path` must be missing or an empty one.
+    With `folder` it is a new folder, and `path` must be missing or an empty one. What is written is on the disk before
+    it takes the place. StorageError: the disk or folder does not take it, or has less room than `size` bytes.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex}{path.suffix}")
-    try:
-        if folder:
-            temporary.mkdir()
-        yield temporary
-        _share(temporary.rglob("*") if folder else [temporary])
-        temporary.replace(path)
-    finally:
-        if folder:
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+    with storage_errors(path):
+        if size:
+            check_space(path.parent, size, path.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = beside(path)
+        try:
+            if folder:
+                temporary.mkdir()
+            yield temporary
+            written = [file for file in temporary.rglob("*") if file.is_file()] if folder else [temporary]
+            _share(written)
+            for file in (*written, *([temporary] if folder else [])):
+                _sync(file)
+            temporary.replace(path)
+            _sync(path.parent)
+        finally:
+            if folder:
+                shutil.rmtree(temporary, ignore_errors=True)
+            else:
+                temporary.unlink(missing_ok=True)
+
+
+def beside(path: Path) -> Path:
+    """A new hidden name in the folder of `path`, with its suffix; a run that is killed may leave one behind."""
+    return path.with_name(f".{path.stem[:100]}-{uuid.uuid4().hex}{path.suffix}")
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or a folder's list of names, written to the disk; some network disks cannot, and do without."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def staged(folder: Path, last: Iterable[str] = ()) -> Iterator[Path]:
+    """A new folder beside `folder` whose files take their places in it when the block ends well.
+
+    A `folder` that was not there appears at once. In one that was, files of the same names are replaced and others
+    stay; those that make it what it is (`last`) are taken away before the first one is replaced and come after all
+    others, so that a process killed in between leaves something that cannot be taken for either. StorageError as of
+    `atomic`.
+    """
+    last = tuple(last)
+    if not folder.is_dir() or not any(folder.iterdir()):
+        with atomic(folder, folder=True) as new:
+            yield new
+        return
+    with storage_errors(folder):
+        new = beside(folder)
+        try:
+            new.mkdir()
+            yield new
+            written = [file for file in new.iterdir() if file.is_file()]
+            _share(written)
+            for file in written:
+                _sync(file)
+            for name in last:
+                (folder / name).unlink(missing_ok=True)
+            _sync(folder)
+            order = {name: place for place, name in enumerate(last, 1)}
+            for file in sorted(new.iterdir(), key=lambda file: (order.get(file.name, 0), file.name)):
+                target = folder / file.name
+                if target.is_dir() and not target.is_symlink():
+                    shutil.rmtree(target)
+                file.replace(target)
+            _sync(folder)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
 
 
 def _share(paths: Iterable[Path]) -> None:

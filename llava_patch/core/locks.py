@@ -1,6 +1,7 @@
 """Locks between processes, and one run at a time in a folder of results."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import filelock
 from filelock import Timeout
 
 from llava_patch.core import parallel
-from llava_patch.core.errors import CheckpointError
+from llava_patch.core.errors import BusyError, StorageError, brief
 
 LOCK_FILE = ".lock"
 _held: set[Path] = set()
@@ -19,10 +20,11 @@ class FileLock(filelock.FileLock):
 
 
 @contextlib.contextmanager
-def folder_lock(folder: Path | None) -> Iterator[None]:
+def folder_lock(folder: Path | None, advice: str = "give another --output") -> Iterator[None]:
     """Keep other runs out of a folder for the time of the block; rank 0 does, and its process may enter again.
 
-    The lock ends with its process, however that ends. A folder in which nothing was written does not stay.
+    The lock ends with its process, however that ends. Neither the lock's file nor a folder in which nothing was written
+    stays. BusyError: another process works there; StorageError: the folder cannot be written.
     """
     path = None if folder is None or parallel.rank() != 0 else Path(folder).resolve() / LOCK_FILE
     if path is None or path in _held:
@@ -32,20 +34,39 @@ def folder_lock(folder: Path | None) -> Iterator[None]:
     made = [parent for parent in path.parents if not parent.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path, timeout=0)
-        lock.acquire()
+        lock = _acquire(path)
     except Timeout as error:
-        raise CheckpointError(f"another run works in {folder}: wait for it or give another --output") from error
+        raise BusyError(f"another run works in {folder}: wait for it or {advice}") from error
     except (OSError, NotImplementedError) as error:
-        raise CheckpointError(f"{folder} cannot be written or locked ({error}): give another --output") from error
+        _take_away(made)
+        raise StorageError(f"{folder} cannot be written or locked ({brief(error)}): {advice}") from error
     _held.add(path)
     try:
         yield
     finally:
         _held.remove(path)
         with contextlib.suppress(OSError):
-            if [entry.name for entry in path.parent.iterdir()] == [LOCK_FILE]:
-                path.unlink()
-                for parent in made:
-                    parent.rmdir()
+            path.unlink()  # while it is held: `_acquire` sees to who waits for it
         lock.release()
+        with contextlib.suppress(OSError):
+            if not any(path.parent.iterdir()):
+                _take_away(made)
+
+
+def _acquire(path: Path) -> FileLock:
+    """The lock on a file that is still there: its last holder takes it away, and others may hold one by its name."""
+    while True:
+        lock = FileLock(path, timeout=0)
+        lock.acquire()
+        descriptor = getattr(getattr(lock, "_context", lock), "lock_file_fd", None)
+        with contextlib.suppress(FileNotFoundError):
+            if descriptor is None or os.path.samestat(os.fstat(descriptor), path.stat()):
+                return lock
+        lock.release()
+
+
+def _take_away(folders: list[Path]) -> None:
+    """Remove folders, the innermost first, as far as they are empty."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()

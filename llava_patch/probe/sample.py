@@ -88,7 +88,8 @@ def size_and_orientation(source: ImageSource, name: str) -> tuple[tuple[int, int
                 return image.size, 1
             if image.format == "TIFF":  # whether its size is that of the upright picture depends on PIL's version
                 return _upright(image).size, orientation
-            return image.size[:: -1 if orientation >= 5 else 1], orientation
+            width, height = image.size
+            return (height, width) if orientation >= 5 else (width, height), orientation
 
 
 def upright_box(box: "Box", size: tuple[int, int], orientation: int) -> "Box":

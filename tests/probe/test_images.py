@@ -7,7 +7,13 @@ from PIL import Image, ImageFile, ImageOps
 from llava_patch.core.errors import InputError
 from llava_patch.probe import sample as images
 from llava_patch.probe.sample import (
-    EncodedImage, Sample, image_size, open_rgb, size_and_orientation, to_rgb, upright_box,
+    EncodedImage,
+    Sample,
+    image_size,
+    open_rgb,
+    size_and_orientation,
+    to_rgb,
+    upright_box,
 )  # fmt: skip
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)

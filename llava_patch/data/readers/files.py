@@ -2,14 +2,14 @@
 
 import contextlib
 import json
-import math
 import os
 import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from llava_patch.core.errors import InputError, shown
+from llava_patch.core.errors import InputError
+from llava_patch.core.stored import is_finite, shown
 from llava_patch.probe.sample import Box
 from llava_patch.settings.checks import is_number
 
@@ -68,20 +68,12 @@ def parse_json(text: str, where: str) -> Any:
         raise InputError(f"{where}: a number in it cannot be read: {error}") from error
 
 
-def finite(value: Any) -> bool:
-    """Whether a JSON value is a number that float64 holds."""
-    try:
-        return is_number(value) and math.isfinite(float(value))
-    except OverflowError:
-        return False
-
-
 def four_numbers(value: Any, where: str, expected: str) -> Box:
     """Four finite numbers of a JSON list; an InputError where it is anything else."""
     sound = isinstance(value, (list, tuple)) and len(value) == 4
     if not sound or not all(is_number(n) for n in value):
         raise InputError(f"{where} {shown(value)}: expected {expected}")
-    if not all(map(finite, value)):
+    if not all(map(is_finite, value)):
         raise InputError(f"{where} {shown(value)}: a number in it is not finite: expected {expected}")
     a, b, c, d = (float(n) for n in value)
     return a, b, c, d
@@ -93,7 +85,7 @@ def check_text(text: str, what: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InputError(
-            f"{what}: {ascii(text[error.start])} at character {error.start} is half of a surrogate pair and no "
+            f"{what}: {text[error.start]!a} at character {error.start} is half of a surrogate pair and no "
             "character: write the text anew as UTF-8"
         ) from error
     return text
@@ -112,7 +104,7 @@ def nothing_there(box: Any) -> bool:
     """Whether a value stands for no box: null, an empty list, or a box without area."""
     if not box:
         return box is None or isinstance(box, (list, tuple))
-    sound = isinstance(box, (list, tuple)) and len(box) == 4 and all(map(finite, box))
+    sound = isinstance(box, (list, tuple)) and len(box) == 4 and all(map(is_finite, box))
     return sound and (box[0] == box[2] or box[1] == box[3])
 
 

@@ -11,8 +11,9 @@ than 1000 pixels on a side and every box fits, thousandths cannot be told from p
 from pathlib import Path
 from typing import Any
 
-from llava_patch.core.errors import InputError, LlavaPatchError, shown
+from llava_patch.core.errors import InputError, LlavaPatchError, brief
 from llava_patch.core.extras import optional
+from llava_patch.core.stored import shown
 from llava_patch.data.readers.files import check_name, four_numbers, nothing_there
 from llava_patch.data.readers.samples import Collector, SourceError
 from llava_patch.probe.sample import Box, EncodedImage, ImageSource
@@ -84,7 +85,7 @@ def _read_row(dataset: Any, row: int, folder: Path, scale: _Scale, where: str, c
     try:
         value, texts, boxes = dataset[row].values()
     except Exception as error:  # arrow and the columns' decoders raise dozens of kinds
-        raise InputError(f"{where}: the row cannot be read: {_reason(error)}") from error
+        raise InputError(f"{where}: the row cannot be read: {brief(error)}") from error
     if isinstance(value, dict) and value.get("bytes"):
         name = f"{where} ({Path(value['path']).name})" if value.get("path") else where
         image: ImageSource = EncodedImage(name, lambda: dataset[row][image_column]["bytes"])
@@ -147,7 +148,7 @@ def _load(source: Path | str, split: str, config: str) -> Any:
     except LlavaPatchError:
         raise
     except Exception as error:  # datasets and its network layers raise dozens of kinds
-        raise InputError(f"{shown(str(source), 300)[1:-1]}: datasets cannot load it: {_reason(error)}") from error
+        raise InputError(f"{shown(str(source), 300)[1:-1]}: datasets cannot load it: {brief(error)}") from error
     if isinstance(found, dict):
         if not split and len(found) == 1:
             return next(iter(found.values()))
@@ -158,10 +159,6 @@ def _load(source: Path | str, split: str, config: str) -> Any:
     if split:
         raise InputError(f"{source}: it has no splits: leave out {split!r}")
     return found
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _from_disk(datasets: Any, source: Path) -> Any:

@@ -1,8 +1,8 @@
-"""SROIE and ICDAR annotations: a text file an image, a region a line.
+r"""SROIE and ICDAR annotations: a text file an image, a region a line.
 
 A line is four corners x1,y1,…,x4,y4 (the upright box around them counts) or a box x0,y0,x1,y1 and then the transcript,
 separated by commas, semicolons, tabs or spaces. The transcript is the rest of the line, so it may hold commas; quotes
-around it are taken off, and those inside it that are written "" or \\" are unescaped (ICDAR 2013, csv). Numbers inside
+around it are taken off, and those inside it that are written "" or \" are unescaped (ICDAR 2013, csv). Numbers inside
 quotes are transcript. The script column of ICDAR MLT between the two is recognised when every line of the file has one,
 a first line that names the columns is left out. "###", "*" and an empty transcript mark a region that nobody read: text
 of the page, but no sample.
@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_patch.core.errors import InputError, shown
+from llava_patch.core.errors import InputError
+from llava_patch.core.stored import shown
 from llava_patch.data.readers.files import Images, first_lines, numbered_lines
 from llava_patch.data.readers.samples import Collector, Page
 from llava_patch.probe.sample import Box
@@ -138,7 +139,8 @@ def _convex(numbers: list[float]) -> bool:
 def _unquoted(text: str) -> str:
     """A transcript without the quotes around it, and those in it unescaped; one that is no quotation stays."""
     inner = text[1:-1]
-    if len(text) < 2 or text[0] != '"' or text[-1] != '"' or '"' in re.sub(r'\\"|""', "", inner):
+    quoted = len(text) >= 2 and text[0] == text[-1] == '"'
+    if not quoted or '"' in re.sub(r'\\"|""', "", inner):
         return text
     return re.sub(r'\\"|""', '"', inner)
 
@@ -166,8 +168,9 @@ def _cut(number: int, text: str) -> _Line:
 
 def _complaint(line: _Line, count: int) -> str:
     rest = [field.strip() for field in line.fields[line.numbers :]]
+    whole = shown(line.text, 62)
     if line.numbers == 0:
-        what = f"{shown(line.text, 62)} does not open with numbers"
+        what = f"{whole} does not open with numbers"
     else:
-        what = f"{line.numbers} coordinates{f', then {rest[0][:20]!r},' if rest else ' and nothing else'} in {shown(line.text, 62)}"
+        what = f"{line.numbers} coordinates{f', then {rest[0][:20]!r},' if rest else ' and nothing else'} in {whole}"
     return f"{what}: expected {'x1,y1,x2,y2,x3,y3,x4,y4,text' if count == 8 else 'x0,y0,x1,y1,text'}"

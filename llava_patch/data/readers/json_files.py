@@ -17,9 +17,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-from llava_patch.core.errors import InputError, shown
+from llava_patch.core.errors import InputError
+from llava_patch.core.stored import is_finite, shown
 from llava_patch.data.readers.files import (
-    IMAGE_SUFFIXES, Images, check_name, finite, four_numbers, load_json, nothing_there,
+    IMAGE_SUFFIXES,
+    Images,
+    check_name,
+    four_numbers,
+    load_json,
+    nothing_there,
 )  # fmt: skip
 from llava_patch.data.readers.icdar import bounds
 from llava_patch.data.readers.samples import Collector, Page
@@ -85,9 +91,9 @@ def read_coco_text(file: Path, values: dict[str, Any], folder: Path | None, coll
                         raise InputError(f"{where}: image {key} names this annotation, but there is none")
                     text = next((ann[name] for name in TEXTS if name in ann), None)
                     legible = isinstance(text, str) and ann.get("legibility") != "illegible" and text != ILLEGIBLE
-                    unread = not legible or not text.strip()
-                    box = None if unread and _is_empty(ann) else _box(ann, where)
-                    collector.region(page, text if legible else None, [] if box is None else [box], where)
+                    read = text if legible and str(text).strip() else None
+                    boxes = [] if read is None and _is_empty(ann) else [_box(ann, where)]
+                    collector.region(page, read, boxes, where)
 
 
 def _page(where: str, file: Path, key: str, image: Any, places: list[Path], collector: Collector) -> Page:
@@ -124,7 +130,7 @@ def _box(ann: dict[str, Any], where: str) -> Box:
         return x, y, x + width, y + height
     points: Any = ann.get("points")
     sound = isinstance(points, list) and len(points) >= 6 and len(points) % 2 == 0
-    if not sound or not all(map(finite, points)):
+    if not sound or not all(map(is_finite, points)):
         raise InputError(f"{where}: neither a bbox nor points x, y, x, y, …")
     return bounds([float(n) for n in points])
 
@@ -132,7 +138,7 @@ def _box(ann: dict[str, Any], where: str) -> Box:
 def _is_empty(ann: dict[str, Any]) -> bool:
     """Whether an annotation has no box that could be read: none, or one without area."""
     bbox = ann.get("bbox")
-    if not isinstance(bbox, list) or len(bbox) != 4 or not all(map(finite, bbox)):
+    if not isinstance(bbox, list) or len(bbox) != 4 or not all(map(is_finite, bbox)):
         return not bbox and not ann.get("points")
     return 0 in bbox[2:]
 

@@ -8,10 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_patch.core.errors import InputError, shown
+from llava_patch.core.errors import InputError
 from llava_patch.core.files import atomic
+from llava_patch.core.stored import shown
 from llava_patch.data.readers.files import (
-    check_name, check_text, four_numbers, nothing_there, numbered_lines, parse_json,
+    check_name,
+    check_text,
+    four_numbers,
+    nothing_there,
+    numbered_lines,
+    parse_json,
 )  # fmt: skip
 from llava_patch.data.readers.samples import Collector, Page, Samples
 from llava_patch.probe.sample import EncodedImage, Sample

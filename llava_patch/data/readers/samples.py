@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llava_patch.core.errors import InputError, SettingError, shown
+from llava_patch.core.errors import InputError, SettingError
+from llava_patch.core.stored import shown
 from llava_patch.data.readers.files import check_text, nothing_there
 from llava_patch.probe.sample import Box, ImageSource, Sample, size_and_orientation, upright_box
 from llava_patch.probe.transform import check_box
@@ -74,8 +75,8 @@ class Page:
         other = "leave ?exif=stored out" if self.stored else "add ?exif=stored to the source"
         now, then = ("stored", "displayed") if self.stored else ("displayed", "stored")
         return (
-            f" (its EXIF orientation is {self.orientation}, and boxes are taken to lie on the {now} image: if they were "
-            f"measured on the {then} one, {other})"
+            f" (its EXIF orientation is {self.orientation}, and boxes are taken to lie on the {now} image; if they "
+            f"were measured on the {then} one, {other})"
         )
 
 
