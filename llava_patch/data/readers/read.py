@@ -113,7 +113,7 @@ def read_samples(
     sources = [replace(parse_source(part), **{n: value for n, value in given.items() if value}) for part in parts]
     # Not resolved: a link has the name that its user gave it.
     paths = [Path(os.path.abspath(one.path)) for one in sources if not one.hub]
-    root = Path(os.path.commonpath([path if path.is_dir() else path.parent for path in paths]) if paths else "")
+    root = Path(os.path.commonpath([path if os.path.isdir(path) else path.parent for path in paths]) if paths else "")
     found = [_read(one, boxes_per_sample, broken, root) for one in sources]
     if len(found) == 1:
         return found[0]
