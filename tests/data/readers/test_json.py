@@ -242,7 +242,7 @@ def test_json_that_cannot_be_parsed(tmp_path):
         with pytest.raises(InputError, match=words):
             read_samples(f"{file}?format=funsd")
     file.write_bytes(b'{"pages": [\n')
-    with pytest.raises(InputError, match="0a.json: not JSON"):
+    with pytest.raises(InputError, match=r"0a.json: not JSON"):
         read_samples(file)
 
 

@@ -97,9 +97,7 @@ def test_one_image_is_not_read_for_two_folders_of_annotations(tmp_path):
     page(tmp_path / "img" / "1.jpg")
     for folder in ("words", "lines"):
         text(tmp_path / folder / "1.txt", f"{LINE}{folder}")
-    with pytest.raises(
-        InputError, match=r"words/1.txt: its image .*img/1.jpg is that of .*lines/1.txt as well: .*subf"
-    ):
+    with pytest.raises(InputError, match=r"words/1.txt: its image .*img/1.jpg is that of .*lines/1.txt as well: "):
         read_samples(tmp_path)
     assert [s.text for s in read_samples(tmp_path / "words")] == ["words"]
 

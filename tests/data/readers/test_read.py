@@ -219,7 +219,7 @@ def test_errors_that_can_be_passed_over_say_how_and_the_source_takes_it(tmp_path
     assert str(caught.value).count("broken=skip") == 1
     found = read_samples(f"{file}?broken=skip")
     assert (len(found), len(found.skipped)) == (1, 2) and not any("broken=skip" in m for m in found.skipped)
-    with pytest.raises(InputError, match="list.jsonl:2"):
+    with pytest.raises(InputError, match=r"list.jsonl:2"):
         read_samples(f"{file}?broken=stop", broken="skip")
     joined = read_samples(f"{file}?broken=skip,{jsonl(tmp_path, LINE, name='sound.jsonl')}")
     assert (len(joined), len(joined.skipped)) == (2, 2)
