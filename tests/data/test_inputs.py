@@ -113,9 +113,7 @@ def test_pixels_have_the_models_precision_and_conversations_can_be_chosen(files:
 def test_a_prompt_longer_than_the_model_has_positions_is_refused_with_numbers(subject: Any, answers: bool) -> None:
     inputs, picture = subject.inputs(), "page.png"
     long = Example(PICTURE, "word " * 3000, "no", picture)
-    with pytest.raises(
-        InputError, match=r"page.png: the prompt has [3-9],\d+ tokens, .* has 2,048 positions .*: sh"
-    ):
+    with pytest.raises(InputError, match=r"page.png: the prompt has [3-9],\d+ tokens, .* has 2,048 positions .*: sh"):
         inputs.of(long, answers)
     with pytest.raises(InputError, match="the prompt has"):  # the answer counts
         inputs.training_inputs(PICTURE, QUESTION, "word " * 3000)
