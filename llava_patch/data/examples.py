@@ -47,7 +47,10 @@ class Example:
         """The picture in 8-bit RGB; where its file is missing or broken an InputError that names example and file."""
         from llava_patch.probe.sample import open_rgb
 
-        return open_rgb(self.image, self.where or self.id)
+        try:
+            return open_rgb(self.image, self.where or self.id)
+        except InputError as error:
+            raise InputError(f"{error}; ?broken=skip behind the data leaves out what cannot be read") from error
 
 
 def read_examples(
@@ -115,7 +118,7 @@ def _usable(found: list[Example], chosen: list[int], skipped: list[str]) -> list
             found[index].open_image()
             taken.append(index)
         except InputError as error:
-            skipped.append(str(error))
+            skipped.append(str(error.__cause__))
     return [found[index] for index in sorted(taken)]
 
 

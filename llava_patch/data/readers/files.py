@@ -21,7 +21,7 @@ def numbered_lines(path: Path, encoding: str | None = None) -> list[tuple[int, s
         text = raw.decode(encoding) if encoding else decode(raw)
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}:{line}: not {encoding}: {error.reason}; save it as UTF-8") from error
+        raise InputError(f"{path}:{line}: not UTF-8: {error.reason}; save it as UTF-8") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
     # Nothing else ends a line: `str.splitlines` would split more.
@@ -79,14 +79,14 @@ def four_numbers(value: Any, where: str, expected: str) -> Box:
     return a, b, c, d
 
 
-def check_text(text: str, what: str) -> str:
-    """A text that UTF-8 can hold; an InputError of `what` where half a surrogate pair is in it."""
+def check_text(text: str, what: str, way: str = "write the text anew as UTF-8") -> str:
+    """A text that UTF-8 can hold; an InputError of `what` with the `way` out where half a surrogate pair is in it."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InputError(
             f"{what}: {text[error.start]!a} at character {error.start} is half of a surrogate pair and no "
-            "character: write the text anew as UTF-8"
+            f"character: {way}"
         ) from error
     return text
 

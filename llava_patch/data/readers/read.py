@@ -125,6 +125,12 @@ def read_samples(
     )
 
 
+def skips(source: str, broken: str) -> bool:
+    """Whether what cannot be used in any of the sources is left out, by their own setting or the command's."""
+    parts = [source] if os.path.exists(source) or "," not in source else source.split(",")
+    return "skip" in {parse_source(part.strip()).broken or broken for part in parts}
+
+
 def resolve_source(text: str) -> str:
     """A source as `read_samples` takes it, with absolute paths: two spellings of one source become equal."""
     if not text or os.path.exists(text):

@@ -103,13 +103,14 @@ class Collector:
         except (SourceError, _Told):
             raise
         except InputError as error:
+            said = str(error).encode("utf-8", "backslashreplace").decode()  # names of files may be no UTF-8
             if not self._skip:
-                raise _Told(f"{error}; {SKIP}") from error
-            self.skipped.append(str(error))
+                raise _Told(f"{said}; {SKIP}") from error
+            self.skipped.append(said)
 
     def page(self, image: ImageSource, document: str, where: str) -> Page:
         """Open a page: its image must be there."""
-        check_text(str(image), f"{where}: the image's path")
+        check_text(str(image), f"{where}: the image's path", "rename the file or its folder")
         size, orientation = size_and_orientation(image, where)
         if self._stored and orientation >= 5:
             size = size[::-1]

@@ -268,7 +268,7 @@ def test_an_empty_line_of_our_format_is_nothing_to_read(tmp_path):
 def test_bytes_that_are_no_utf8_are_named_by_line(tmp_path):
     file = jsonl(tmp_path, LINE)
     file.write_bytes(file.read_bytes() + b'\n{"text": "\xe9"}\n')
-    with pytest.raises(InputError, match=r"list.jsonl:2: not utf-8-sig: .*save it as UTF-8"):
+    with pytest.raises(InputError, match=r"list.jsonl:2: not UTF-8: .*save it as UTF-8"):
         read_samples(file)
 
 
