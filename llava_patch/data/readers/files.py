@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import re
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +165,7 @@ class Images:
         self.by_stem: dict[str, list[Path]] = {}
         self._foreign: dict[tuple[Path, str], set[Path]] = {}  # folders whose images belong to other annotations
         self._taken: dict[Path, Path] = {}  # the annotation file of each image
+        self._near: dict[tuple[Path, Path], tuple[int, ...]] = {}
         for path in walk(folder) if files is None else files:
             if path.suffix.lower() in IMAGE_SUFFIXES:
                 self.by_stem.setdefault(path.stem.lower(), []).append(path)
@@ -205,18 +205,19 @@ class Images:
 
     def _nearest(self, annotation: Path) -> list[Path]:
         """The images of an annotation's name and split that are nearest to it."""
-
-        def near(path: Path) -> tuple[int, int]:
-            """Folders that both share, and (fewer is nearer) how deep the image lies under them."""
-            folder = _resolved(path.parent)
-            return len(_shared(_resolved(annotation.parent), folder).parts), -len(folder.parts)
-
         for name in _names(annotation):
-            found = self.by_stem.get(name, [])
-            if found := [path for path in found if not _other_split(annotation.parent, path.parent)]:
-                nearest = max(map(near, found))
-                return [path for path in found if near(path) == nearest]
+            found = [(self._nearness(annotation.parent, path.parent), path) for path in self.by_stem.get(name, [])]
+            if known := [near for near, _ in found if near]:
+                return [path for near, path in found if near == max(known)]
         return []
+
+    def _nearness(self, folder: Path, other: Path) -> tuple[int, ...]:
+        """Folders that annotations and images share, and (fewer is nearer) how deep the images lie; () for none."""
+        if (folder, other) not in self._near:
+            one, two = _resolved(folder), _resolved(other)
+            near = len(_shared(one, two).parts), -len(two.parts)
+            self._near[folder, other] = () if _other_split(folder, other) else near
+        return self._near[folder, other]
 
     def _foreign_folders(self, folder: Path, suffix: str) -> set[Path]:
         """Of the folders that are equally near to a folder of annotations, those whose images are not theirs."""
@@ -242,11 +243,6 @@ def _names(annotation: Path) -> list[str]:
 
 
 def _resolved(folder: Path) -> Path:
-    return _real(os.path.abspath(folder))
-
-
-@lru_cache(maxsize=1024)
-def _real(folder: str) -> Path:
     return Path(os.path.realpath(folder))
 
 
