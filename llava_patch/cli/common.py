@@ -34,7 +34,10 @@ CHECKPOINTS = typer.Argument(
 )
 OPTIONAL = typer.Argument("", metavar="CKPT", help="checkpoint folder or hub name; only its JSON files are read")
 DATA = typer.Argument(
-    "", metavar="DATA", help="LLaVA's JSON, R-Probe's kinds of data, an image or a folder of them; default: pages"
+    "",
+    metavar="DATA",
+    help="LLaVA's JSON, R-Probe's kinds of data, an image or a folder of them (DATA?broken=skip: without what cannot "
+    "be read); default: pages",
 )
 DATA_OPTION = typer.Option(
     "", "--data", help="LLaVA's JSON, R-Probe's kinds of data or a folder of images; default: pages"

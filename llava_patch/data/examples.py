@@ -4,18 +4,23 @@
 nothing at all (rendered pages).
 """
 
+import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_patch.core.errors import InputError
+from llava_patch.core.errors import InputError, SettingError
+from llava_patch.core.stored import shown
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from llava_patch.data.readers.read import Source
     from llava_patch.probe.sample import ImageSource
 
+logger = logging.getLogger("llava_patch")
 QUESTION = "What is written in the image?"
 IMAGE = "<image>"  # where LLaVA's data have the image
 
@@ -42,7 +47,10 @@ class Example:
         """The picture in 8-bit RGB; where its file is missing or broken an InputError that names example and file."""
         from llava_patch.probe.sample import open_rgb
 
-        return open_rgb(self.image, self.where or self.id)
+        try:
+            return open_rgb(self.image, self.where or self.id)
+        except InputError as error:
+            raise InputError(f"{error}; ?broken=skip behind the data leaves out what cannot be read") from error
 
 
 def read_examples(
@@ -53,7 +61,8 @@ def read_examples(
     Args:
         data: LLaVA's conversation JSON (images beside it, or PATH?images=FOLDER), a source that
             `llava_patch.data.readers.read_samples` takes (one example a page, its transcript the answer), an image, or
-            a folder of images; "": rendered pages.
+            a folder of images; "": rendered pages. `?broken=skip` behind it leaves out what cannot be used, images
+            included, and says so; otherwise the first such thing is an error.
         count: how many at most, spread evenly over the data, which often come sorted by kind; None: all (32 rendered
             pages).
         side: of the vision tower's input in pixels; rendered pages have twice that.
@@ -66,9 +75,14 @@ def read_examples(
     Raises:
         InputError: nothing usable there; names the file.
     """
-    found = list(_read(data, count, side))
+    skipped: list[str] = []
+    found = list(_read(data, count, side, skipped))
+    spread: Sequence[int] = range(len(found))
     if count is not None and count < len(found):
-        found = [found[i * len(found) // count] for i in range(count)]
+        spread = [i * len(found) // count for i in range(count)]
+    found = _usable(found, list(spread), skipped) if _skips(data) else [found[i] for i in spread]
+    if skipped:
+        logger.warning("%s: %d things left out (?broken=skip); the first: %s", data, len(skipped), skipped[0])
     if question:
         found = [replace(example, question=question) for example in found]
     if answers and (silent := next((e for e in found if not e.answer), None)) is not None:
@@ -84,10 +98,31 @@ def read_examples(
 def check_data(data: str) -> None:
     """Refuse data that cannot be read as `read_examples` does, before minutes are spent on loading a model."""
     if data:
-        read_examples(data, 1)
+        read_examples(data, 1)[0].open_image()
 
 
-def _read(data: str, count: int | None, side: int) -> Sequence[Example]:
+def _skips(data: str) -> bool:
+    """Whether a source leaves out what cannot be used."""
+    from llava_patch.data.readers.read import parse_source
+
+    return bool(data) and not os.path.exists(data) and parse_source(data).broken == "skip"
+
+
+def _usable(found: list[Example], chosen: list[int], skipped: list[str]) -> list[Example]:
+    """As many of the examples as are chosen, these first, whose image can be opened; in their order."""
+    taken: list[int] = []
+    for index in dict.fromkeys([*chosen, *range(len(found))]):
+        if len(taken) == len(chosen):
+            break
+        try:
+            found[index].open_image()
+            taken.append(index)
+        except InputError as error:
+            skipped.append(str(error.__cause__))
+    return [found[index] for index in sorted(taken)]
+
+
+def _read(data: str, count: int | None, side: int, skipped: list[str]) -> Sequence[Example]:
     if not data:
         from llava_patch.data.pages import Pages
 
@@ -98,18 +133,21 @@ def _read(data: str, count: int | None, side: int) -> Sequence[Example]:
 
     source = parse_source(data)
     path, told = Path(source.path), source.hub or source.format  # told: what is there needs no guess
-    if not source.hub and not path.exists():
-        raise InputError(f"DATA {data}: no such file or folder (a data set of the Hugging Face hub is hf:{data})")
+    if not source.hub and not os.path.exists(path):
+        named = shown(data, 300)[1:-1]
+        raise InputError(f"DATA {named}: no such file or folder (a data set of the Hugging Face hub is hf:{named})")
     if not told and path.is_file() and path.suffix.lower() == ".json":
         found = load_json(path)
-        if isinstance(found, list) and found and all(isinstance(v, dict) and "conversations" in v for v in found[:8]):
-            return _from_conversations(found, path, Path(source.images) if source.images else path.parent)
+        if isinstance(found, list) and any(isinstance(v, dict) and "conversations" in v for v in found[:8]):
+            return _from_conversations(found, path, source, skipped)
     files = [] if told else [path] if path.is_file() else walk(path)
     if files and all(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
         return [Example(file, QUESTION, id=file.name, where=str(file)) for file in files]
     documents: dict[str, list[Any]] = {}
     try:
-        for sample in read_samples(data):
+        samples = read_samples(data)
+        skipped += samples.skipped
+        for sample in samples:
             documents.setdefault(sample.document or sample.id, []).append(sample)
     except InputError as error:
         if told:
@@ -124,17 +162,34 @@ def _read(data: str, count: int | None, side: int) -> Sequence[Example]:
     ]
 
 
-def _from_conversations(records: list[Any], path: Path, images: Path) -> list[Example]:
-    found = []
+def _from_conversations(records: list[Any], path: Path, source: "Source", skipped: list[str]) -> list[Example]:
+    from llava_patch.data.readers.samples import Collector
+
+    images = Path(source.images) if source.images else path.parent
+    if told := [name for name in ("boxes", "split", "config", "exif", "coordinates") if getattr(source, name)]:
+        raise SettingError(f"{path}: {', '.join(told)}: LLaVA's conversation JSON has no boxes, splits or lines")
+    if not os.path.isdir(images):
+        raise InputError(f"DATA {path}: folder of images {shown(str(images), 300)[1:-1]}: no such folder")
+    collector, found = Collector(source.broken or "stop"), []
     for number, record in enumerate(records):
-        where = f"{path}: entry {number}"
-        try:
-            if not record.get("image") or not isinstance(record["image"], str):
-                continue
-            asked, answered = (record["conversations"][i]["value"] + "" for i in (0, 1))  # text
-        except (AttributeError, KeyError, IndexError, TypeError) as error:
-            expected = "expected a question and an answer, each {from, value}"
-            raise InputError(f"{where}: conversations: {expected}") from error
-        question, name = asked.replace(IMAGE, "").strip(), str(record.get("id", number))
-        found.append(Example(images / record["image"], question, answered, name, where))
+        with collector.one():
+            if (example := _conversation(record, number, f"{path}: entry {number}", images)) is not None:
+                found.append(example)
+    skipped += collector.skipped
     return found
+
+
+def _conversation(record: Any, number: int, where: str, images: Path) -> Example | None:
+    """The first question and answer of a record; None: it has no image, or several."""
+    from llava_patch.data.readers.files import check_name, check_text
+
+    try:
+        if not record.get("image") or not isinstance(record["image"], str):
+            return None
+        asked, answered = (record["conversations"][i]["value"] + "" for i in (0, 1))  # text
+    except (AttributeError, KeyError, IndexError, TypeError) as error:
+        expected = "expected a question and an answer, each {from, value}"
+        raise InputError(f"{where}: conversations: {expected}") from error
+    image = images / check_name(record["image"], f"{where}: image")
+    texts = {"question": asked.replace(IMAGE, "").strip(), "answer": answered, "id": str(record.get("id", number))}
+    return Example(image, **{name: check_text(text, f"{where}: {name}") for name, text in texts.items()}, where=where)

@@ -97,6 +97,4 @@ class ModelInputs(Sequence):
         if isinstance(index, slice):
             return ModelInputs(self.subject, self.examples[index], self.answers)
         inputs, example = self.subject.inputs(), self.examples[index]
-        if self.answers:
-            return inputs.training_inputs(example.open_image(), example.question, example.answer)
-        return inputs.forward_inputs(example.open_image(), example.question)
+        return inputs.of(example, self.answers)

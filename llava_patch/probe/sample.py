@@ -1,8 +1,9 @@
 """R-Probe, step 1 of 8: a text region of an image, its file opened as 8-bit RGB, and the split by document.
 
-As in LLaVA's own loading, EXIF orientation is not applied: boxes are in pixels of what the model sees. Unlike there,
-16-bit grey is scaled to 8 bits (PIL would cut it off at 255) and transparent pixels show white paper (PIL would show
-the colour hidden under them). Of a file with several pages the first is read.
+A file is turned as its EXIF orientation says, so that boxes are in pixels of what a viewer shows and the model sees
+(LLaVA's own training does not turn it); a picture in memory is taken as it is. 16-bit grey is scaled to 8 bits (PIL
+would cut it off at 255) and transparent pixels show white paper (PIL would show the colour hidden under them). Of a
+file with several pages the first is read.
 """
 
 import contextlib
@@ -24,10 +25,22 @@ from llava_patch.core.errors import InputError
 from llava_patch.core.undo import UndoStack
 
 BROKEN_FILE = (
-    OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error,
-    Image.DecompressionBombError,
+    OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError,
+    NotImplementedError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 """What PIL raises on files that are missing, cut short, damaged or far too large."""
+
+_ORIENTATION = 274  # EXIF's tag
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What shows the stored pixels of each EXIF orientation upright; 1 is upright."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +58,7 @@ ImageSource = Union[Image.Image, str, Path, EncodedImage]
 
 
 def open_rgb(source: ImageSource, name: str) -> Image.Image:
-    """The picture in 8-bit RGB; a copy of one's own. An InputError says `name` (sample id, or file and line).
+    """The picture in 8-bit RGB, turned upright; a copy of one's own. An InputError says `name` (sample id, or line).
 
     The two files that were opened last are kept decoded: samples of one page follow each other.
     """
@@ -58,12 +71,53 @@ def open_rgb(source: ImageSource, name: str) -> Image.Image:
 
 
 def image_size(source: ImageSource, name: str) -> tuple[int, int]:
-    """(width, height) in stored pixels; reads the header alone. An InputError says `name`."""
+    """(width, height) of the upright picture; reads the header alone. An InputError says `name`."""
+    return size_and_orientation(source, name)[0]
+
+
+def size_and_orientation(source: ImageSource, name: str) -> tuple[tuple[int, int], int]:
+    """(width, height) of the upright picture, and the EXIF orientation, 1 to 8, that it is stored in."""
     with _told(source, name):
         if isinstance(source, Image.Image):
-            return source.size
+            return source.size, 1
         with _opened(source) as image:
-            return image.size
+            if min(image.size) < 1:
+                raise ValueError(f"it has {image.width} x {image.height} pixels")
+            orientation = _orientation(image)
+            if orientation == 1:
+                return image.size, 1
+            if image.format == "TIFF":  # whether its size is that of the upright picture depends on PIL's version
+                return _upright(image).size, orientation
+            width, height = image.size
+            return (height, width) if orientation >= 5 else (width, height), orientation
+
+
+def upright_box(box: "Box", size: tuple[int, int], orientation: int) -> "Box":
+    """A box of stored pixels, (width, height), on the upright picture; `orientation` is EXIF's."""
+    x0, y0, x1, y1 = box
+    width, height = size
+    if orientation in (2, 3, 7, 8):
+        x0, x1 = width - x1, width - x0
+    if orientation in (3, 4, 6, 7):
+        y0, y1 = height - y1, height - y0
+    return (y0, x0, y1, x1) if orientation >= 5 else (x0, y0, x1, y1)
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation of an opened file; 1 where there is none. Of a PNG, what stands before its pixels counts."""
+    try:
+        found = Image.Image.getexif(image).get(_ORIENTATION, 1)  # PNG's own would decode the whole file
+    except Exception:  # damaged EXIF data beside a sound picture
+        return 1
+    return found if found in _TURNS else 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """An opened file in 8-bit RGB and turned upright."""
+    orientation, rgb = _orientation(image), to_rgb(image)
+    if image.format == "TIFF":
+        orientation = _orientation(image)  # newer versions of PIL have turned it
+    return rgb if orientation == 1 else rgb.transpose(_TURNS[orientation])
 
 
 @contextlib.contextmanager
@@ -78,6 +132,8 @@ def _told(source: ImageSource, name: str) -> Iterator[None]:
             reason = "it is missing" if isinstance(error, FileNotFoundError) else str(error) or type(error).__name__
             if isinstance(error, Image.DecompressionBombError):
                 reason = f"{error}; if it is sound, scale it down (and its boxes with it)"
+            if "\0" in str(source):
+                source = ascii(str(source))
             raise InputError(f"{name}: image {source} cannot be read: {reason}") from error
 
 
@@ -88,7 +144,7 @@ def _opened(source: str | Path | EncodedImage) -> Image.Image:
 @functools.lru_cache(maxsize=2)
 def _decoded(source: str | Path | EncodedImage, written: tuple[int, int] | None) -> Image.Image:
     with _opened(source) as image:
-        return to_rgb(image)
+        return _upright(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -122,7 +178,7 @@ class Sample:
     Attributes:
         image: the picture, or the file it is in (opened when it is needed; an `EncodedImage` lies inside another file).
         text: transcript of the region.
-        boxes: the region: one (x0, y0, x1, y1) or several, in pixels of the image, x to the right, y down.
+        boxes: the region: one (x0, y0, x1, y1) or several, in pixels of the upright image, x to the right, y down.
         all_boxes: boxes of all text regions of the image.
         id: names the sample in results. A file and line where it came from one; the file is relative to the source, so
             that the same data have the same ids wherever they lie.
@@ -149,7 +205,7 @@ class Sample:
         return f"Sample({self.id!r}, {self.text!r}, boxes={self.boxes})"
 
     def open_image(self) -> Image.Image:
-        """The picture in 8-bit RGB and stored pixels (`llava_patch.probe.sample` says how modes are converted)."""
+        """The picture in 8-bit RGB, turned upright (`llava_patch.probe.sample` says how modes are converted)."""
         return open_rgb(self.image, self.place)
 
 

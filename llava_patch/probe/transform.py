@@ -11,12 +11,13 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from llava_patch.core.errors import HostError, InputError, SettingError
+from llava_patch.core.stored import shown
 from llava_patch.hosts.compat import known_options, layout_options
 from llava_patch.hosts.tiles import Tiling
 from llava_patch.probe.sample import Box
 from llava_patch.probe.sequence import CHANNELS, TokenGrid, target_mask, unpatchify
 
-ROUNDING = 1.0  # pixels by which a box may stick out of its image: annotations are rounded
+ROUNDING = 1.0  # pixels by which a box may stick out of its image without a question: annotations are rounded
 
 
 @dataclass(frozen=True)
@@ -156,19 +157,27 @@ def check_crop(processor: Any) -> None:
 
 
 def check_box(box: Box, size: tuple[int, int], name: str) -> Box:
-    """A box (pixels) cut at the border of its image of (width, height), by what rounding makes it stick out at most.
+    """A box (pixels) cut at the border of its image of (width, height): more than half of its area must lie inside.
 
-    An InputError with `name` where it has no area or is not on the image.
+    What sticks out further than that was more likely measured on a copy of another size. An InputError with `name`
+    where it does, or where the box has no area or is no four finite numbers.
     """
-    x0, y0, x1, y1 = (float(v) for v in box)
+    try:
+        x0, y0, x1, y1 = (float(v) for v in box)
+    except (OverflowError, TypeError, ValueError):
+        raise InputError(f"{name}: box {shown(box)}: expected four finite numbers") from None
     width, height = size
     if not (x0 < x1 and y0 < y1):  # also catches NaN
-        raise InputError(f"{name}: empty box {tuple(box)}: expected x0 < x1 and y0 < y1")
-    beyond = min(x0, y0) < -ROUNDING or x1 > width + ROUNDING or y1 > height + ROUNDING
-    x0, y0, x1, y1 = max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))
-    if beyond or not (x0 < x1 and y0 < y1):
-        raise InputError(f"{name}: box {tuple(box)} is outside its image of {width} x {height} pixels")
-    return x0, y0, x1, y1
+        raise InputError(f"{name}: empty box {shown(tuple(box))}: expected x0 < x1 and y0 < y1")
+    inside = max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))
+    across, down = inside[2] - inside[0], inside[3] - inside[1]
+    what = f"{name}: box {shown(tuple(box))} is outside its image of {width} x {height} pixels"
+    if not (across > 0 and down > 0):
+        raise InputError(what)
+    rounded = min(x0, y0) >= -ROUNDING and x1 <= width + ROUNDING and y1 <= height + ROUNDING
+    if not rounded and (across / (x1 - x0)) * (down / (y1 - y0)) <= 0.5:
+        raise InputError(f"{what} by half of it or more: was it measured on a copy of another size?")
+    return inside
 
 
 def pad_to_square(image: Image.Image, fill: tuple[int, ...]) -> Image.Image:

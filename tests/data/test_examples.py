@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from llava_patch.core.errors import InputError
+from llava_patch.core.errors import InputError, SettingError
 from llava_patch.data.examples import QUESTION, check_data, read_examples
 
 
@@ -111,3 +111,72 @@ def test_data_that_are_not_there_or_of_no_known_kind(tmp_path: Path) -> None:
     (tmp_path / "odd.json").write_text('{"a": 1}')
     with pytest.raises(InputError, match=r"odd\.json is neither LLaVA's conversation JSON .*format not recognised"):
         check_data(str(tmp_path / "odd.json"))
+
+
+def test_what_cannot_be_used_is_left_out_where_the_source_says_so(tmp_path: Path, caplog: Any) -> None:
+    """Broken entries and images that break off behind their header; what is chosen stays spread over the data."""
+    sound = {"image": "a.png", "conversations": turns("<image>\nWhat?", "A")}
+    records = [
+        {"id": "gone", **sound, "image": "gone.png"}, {"id": "cut", **sound, "image": "cut.png"},
+        {"id": "one", **sound}, {"id": "odd", "image": "a.png", "conversations": 5}, {"id": "two", **sound},
+    ]  # fmt: skip
+    path = conversations(tmp_path, records)
+    Image.effect_noise((64, 64), 90).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-900])
+    with pytest.raises(InputError, match=r"data.json: entry 3: conversations: .*\?broken=skip"):
+        read_examples(str(path))
+    assert [e.id for e in read_examples(f"{path}?broken=skip")] == ["one", "two"]
+    assert "3 things left out (?broken=skip); the first: " in caplog.text and "entry 3" in caplog.text
+    assert [e.id for e in read_examples(f"{path}?broken=skip", 1)] == ["one"]
+    check_data(f"{path}?broken=skip")
+    for name in ("gone", "cut", "odd"):
+        path.write_text(json.dumps([r for r in records if r["id"] == name]))
+        with pytest.raises(InputError, match="no example with an image in it"):
+            read_examples(f"{path}?broken=skip")
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "a.png").rename(tmp_path / "pictures" / "b.png")
+    (tmp_path / "pictures" / "a.png").write_bytes(b"no picture")
+    assert [e.id for e in read_examples(f"{tmp_path / 'pictures'}?broken=skip")] == ["b.png"]
+    with pytest.raises(InputError, match=r"a\.png: image .* cannot be read"):
+        check_data(str(tmp_path / "pictures"))  # before a model is loaded
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"image": "\ud800.png"}, r"entry 0: image: .*half of a surrogate pair"),
+        ({"image": "a\0.png"}, r"entry 0: image is 'a.x00.png': expected the path of a file"),
+        ({"conversations": turns("x\udc00", "y")}, r"entry 0: question: .*half of a surrogate pair"),
+        ({"conversations": turns("x", "\ud800")}, r"entry 0: answer: .*half of a surrogate pair"),
+        ({"id": "\ud800"}, r"entry 0: id: .*half of a surrogate pair"),
+        ({"conversations": {"0": "x"}}, r"entry 0: conversations: expected a question and an answer"),
+    ],
+)
+def test_entries_that_cannot_be_used_are_named(tmp_path: Path, record: Any, words: str) -> None:
+    path = conversations(tmp_path, [{"image": "a.png", "conversations": turns("x", "y"), **record}])
+    with pytest.raises(InputError, match=words):
+        read_examples(str(path))
+
+
+def test_files_that_are_no_conversations(tmp_path: Path) -> None:
+    path = conversations(tmp_path, [5, RECORDS[1]])
+    with pytest.raises(InputError, match=r"data\.json: entry 0: conversations"):
+        read_examples(str(path))
+    with pytest.raises(InputError, match=r"folder of images nowhere: no such folder"):
+        read_examples(f"{path}?images=nowhere")
+    with pytest.raises(SettingError, match=r"exif: LLaVA's conversation JSON has no boxes"):
+        read_examples(f"{path}?exif=stored")
+    for content, words in (("", "empty: expected JSON"), ("[" * 100_000, ".*too deeply"), ("[1,", "not JSON")):
+        path.write_text(content)
+        with pytest.raises(InputError, match=rf"data\.json: {words}"):
+            read_examples(str(path))
+    for source in ("a\0b", "x" * 5000):
+        with pytest.raises(InputError, match="no such file or folder"):
+            read_examples(source)
+
+
+def test_a_rotated_scan_is_shown_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
+    assert read_examples(str(tmp_path))[0].open_image().size == (20, 40)

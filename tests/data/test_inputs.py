@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
+from llava_patch.core.errors import InputError
+from llava_patch.data.examples import Example
 from llava_patch.data.inputs import IGNORED, Inputs
 from llava_patch.data.loaded import load_subject
 from llava_patch.hosts.anatomy import HF, find
@@ -104,3 +107,48 @@ def test_pixels_have_the_models_precision_and_conversations_can_be_chosen(files:
     unknown = Inputs(inputs.anatomy, inputs.tokenizer, inputs.image_processor, conversation="nothing")
     with pytest.raises(KeyError, match="nothing"):
         unknown.forward_inputs(PICTURE, QUESTION)
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_a_prompt_longer_than_the_model_has_positions_is_refused_with_numbers(subject: Any, answers: bool) -> None:
+    inputs, picture = subject.inputs(), "page.png"
+    long = Example(PICTURE, "word " * 3000, "no", picture)
+    with pytest.raises(InputError, match=r"page.png: the prompt has [3-9],\d+ tokens, .* has 2,048 positions .*: sh"):
+        inputs.of(long, answers)
+    with pytest.raises(InputError, match="the prompt has"):  # the answer counts
+        inputs.training_inputs(PICTURE, QUESTION, "word " * 3000)
+    known = find(subject.model).model.config
+    known = getattr(known, "text_config", None) or known
+    short = inputs.forward_inputs(PICTURE, QUESTION)["input_ids"].shape[1]
+    limit = known.max_position_embeddings
+    try:
+        known.max_position_embeddings = short
+        inputs.forward_inputs(PICTURE, QUESTION)  # as many as there are
+        known.max_position_embeddings = short - 1
+        with pytest.raises(InputError, match=f"has {short} tokens, and the language model has {short - 1} positions"):
+            inputs.forward_inputs(PICTURE, QUESTION)
+    finally:
+        known.max_position_embeddings = limit
+
+
+def test_an_image_that_the_processor_refuses_is_named(subject: Any, tmp_path: Any, monkeypatch: Any) -> None:
+    path = tmp_path / "dot.png"
+    Image.new("RGB", (1, 1)).save(path)
+    inputs = subject.inputs()
+
+    def refuses(*args: Any, **options: Any) -> Any:
+        raise ValueError("mean must have 1 elements if it is an iterable, got 3")
+
+    # Which images are refused depends on the version of transformers: that one is, is not.
+    place = inputs.processor if inputs.anatomy.host == HF else inputs.image_processor
+    monkeypatch.setattr(type(place), "__call__", refuses)
+    monkeypatch.setattr(type(place), "preprocess", refuses, raising=False)
+    with pytest.raises(InputError, match=r"list:3: the model's processor refuses the image of 1 x 1 .*dot.png"):
+        inputs.of(Example(path, QUESTION, "no", where="list:3"))
+
+
+def test_images_of_a_pixel_give_inputs_or_the_error(subject: Any) -> None:
+    for size in ((1, 1), (1, 60), (3, 2), (2, 1)):
+        example = Example(Image.new("RGB", size), QUESTION, id="dot")
+        with contextlib.suppress(InputError):
+            assert subject.inputs().of(example)["input_ids"].shape[0] == 1

@@ -12,15 +12,12 @@ class Question:
     def __init__(self, question: str) -> None:
         self.question = question
 
-    def open_image(self) -> None:
-        """There is none."""
-
 
 def test_an_index_error_while_inputs_are_made_does_not_end_the_data() -> None:
-    def made(image: Any, question: str) -> Any:
-        return [question][question == "broken"]
+    def made(example: Question, answers: bool) -> Any:
+        return [example.question][example.question == "broken"]
 
-    subject: Any = SimpleNamespace(inputs=lambda: SimpleNamespace(forward_inputs=made))
+    subject: Any = SimpleNamespace(inputs=lambda: SimpleNamespace(of=made))
     inputs = ModelInputs(subject, [Question(q) for q in ("first", "broken", "last")])  # type: ignore[list-item]
     assert list(inputs[::2]) == ["first", "last"]
     with pytest.raises(IndexError):

@@ -2,11 +2,19 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 
 from llava_patch.core.errors import InputError
 from llava_patch.probe import sample as images
-from llava_patch.probe.sample import EncodedImage, Sample, image_size, open_rgb, to_rgb
+from llava_patch.probe.sample import (
+    EncodedImage,
+    Sample,
+    image_size,
+    open_rgb,
+    size_and_orientation,
+    to_rgb,
+    upright_box,
+)  # fmt: skip
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 
@@ -52,18 +60,43 @@ def test_what_is_transparent_shows_white_paper(tmp_path):
     assert opened(tmp_path / "p.png")[0].tolist() == [[255] * 3, [9] * 3]
 
 
-def test_cmyk_first_page_and_stored_pixels(tmp_path):
+def test_cmyk_and_the_first_page(tmp_path):
     Image.new("CMYK", (4, 3), (0, 0, 0, 255)).save(tmp_path / "cmyk.jpg")
     assert opened(tmp_path / "cmyk.jpg").max() < 10
     first, second = Image.new("RGB", (4, 3), (1, 2, 3)), Image.new("RGB", (9, 9), (7, 7, 7))
     first.save(tmp_path / "pages.tif", save_all=True, append_images=[second])
     assert opened(tmp_path / "pages.tif")[0, 0].tolist() == [1, 2, 3]
-    turned = Image.new("RGB", (30, 20))
-    exif = turned.getexif()
-    exif[274] = 6  # a quarter turn
-    turned.save(tmp_path / "turned.jpg", exif=exif)
-    assert opened(tmp_path / "turned.jpg").shape == (20, 30, 3)
-    assert image_size(tmp_path / "turned.jpg", "x") == (30, 20)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_files_are_opened_as_viewers_show_them(tmp_path, orientation, suffix):
+    """PIL's own turning is the reference; sizes and boxes of stored pixels follow."""
+    values = np.zeros((24, 40, 3), np.uint8)
+    values[4:8, 8:24] = 255
+    stored, path = Image.fromarray(values), tmp_path / f"turned.{suffix}"
+    exif = Image.Exif()
+    exif[274] = orientation
+    stored.save(path, exif=exif, **({"lossless": True} if suffix == "webp" else {}))
+    with Image.open(path) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    found = opened(path)
+    assert np.array_equal(found, expected)
+    assert image_size(path, "x") == found.shape[1::-1] == ((40, 24) if orientation < 5 else (24, 40))
+    assert size_and_orientation(path, "x")[1] == orientation
+    x0, y0, x1, y1 = map(int, upright_box((8, 4, 24, 8), (40, 24), orientation))
+    assert (x1 - x0) * (y1 - y0) == 64 and found[y0:y1, x0:x1].min() > 150
+
+
+def test_damaged_exif_data_and_pictures_in_memory_are_taken_as_they_are(tmp_path):
+    Image.new("RGB", (30, 20)).save(tmp_path / "odd.jpg", exif=b"Exif\0\0nothing of the kind")
+    assert image_size(tmp_path / "odd.jpg", "x") == (30, 20)
+    assert opened(tmp_path / "odd.jpg").shape == (20, 30, 3)
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new("RGB", (30, 20)).save(tmp_path / "turned.png", exif=exif)
+    with Image.open(tmp_path / "turned.png") as image:
+        assert image_size(image, "x") == (30, 20) and opened(image).shape == (20, 30, 3)
 
 
 def test_grey_of_unknown_range_is_refused(tmp_path):

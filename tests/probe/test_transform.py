@@ -102,8 +102,10 @@ def test_box_smaller_than_a_pixel_is_kept():
         ((10, 10, 10, 20), "empty box"),
         ((10, 20, 30, 10), "empty box"),
         ((float("nan"), 0, 5, 5), "empty box"),
-        ((-5, 0, 20, 20), "outside its image of 100 x 50"),
-        ((10, 10, 20, 52), "outside its image"),
+        ((-20, 0, 20, 20), "outside its image of 100 x 50 pixels by half of it or more: .*copy of another size"),
+        ((80, 40, 110, 65), "outside its image"),  # two thirds across, but less than half of it
+        ((0, 0, float("inf"), 20), "outside its image"),
+        ((0, 0, 10**400, 20), "expected four finite numbers"),
         ((200, 10, 220, 20), "outside its image"),
         ((100.2, 10, 100.9, 20), "outside its image"),
     ],
@@ -113,8 +115,15 @@ def test_bad_boxes_name_the_sample(box, message):
         Transform(processor(), "resize", SIDE, SIDE).box(box, (100, 50), "labels.csv:7")
 
 
-def test_rounding_at_the_border_is_cut_off():
-    assert check_box((-0.5, 0, 100.5, 51), (100, 50), "s") == (0, 0, 100, 50)
+def test_what_sticks_out_of_the_image_is_cut_off():
+    for box, kept in (
+        ((-0.5, 0, 100.5, 51), (0, 0, 100, 50)),
+        ((-5, 0, 20, 20), (0, 0, 20, 20)),
+        ((10, 10, 20, 52), (10, 10, 20, 50)),
+        ((99.5, 0, 100.9, 20), (99.5, 0, 100, 20)),  # mostly outside, by no more than rounding
+        ((-10, -5, 110, 60), (0, 0, 100, 50)),  # of 120 x 65
+    ):
+        assert check_box(box, (100, 50), "s") == kept
 
 
 def test_box_that_the_crop_cuts_away():

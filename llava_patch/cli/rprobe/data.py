@@ -33,11 +33,14 @@ def preview(
     """Draw samples with their boxes as they are and as the tower sees them, and count what there is.
 
     Settings may follow DATA: scans?images=jpg, hf:NAME:train?boxes=1000,
-    x.json?format=funsd. A look before every run: are the boxes right?
+    x.json?format=funsd, scans?broken=skip&exif=stored, gt?coordinates=4.
+    A look before every run: are the boxes right?
     """
     from llava_patch.data.configuration import read_transform
     from llava_patch.data.pages import Pages
     from llava_patch.data.readers import Samples, read_samples
+    from llava_patch.data.readers.read import skips
+    from llava_patch.data.readers.samples import SKIP
     from llava_patch.measurements.rprobe.preview import choose_shown, clip_like, counts, save_preview
 
     if image_mode not in IMAGE_MODES:
@@ -56,10 +59,12 @@ def preview(
         rows.insert(0, ("read as", found.format))
         rows.insert(3, ("regions without transcript", f"{found.unread:,}"))
         rows.insert(4, ("skipped", f"{len(skipped):,}"))
-    for sample in [*shown] if broken == "skip" else []:
+    for sample in [*shown] if data else []:
         try:  # a file may break off behind its header, which is all that was read so far
             sample.open_image()
         except InputError as error:
+            if not skips(data, broken):
+                raise InputError(f"{error}; {SKIP}") from error
             skipped.append(str(error))
             shown.remove(sample)
     title = f"{data or 'rendered pages'}  ·  {model or f'a CLIP tower of {size} / {patch}'}  ·  {image_mode}"
@@ -85,6 +90,7 @@ def export(
 
     Images stay where they are; those that are no files (parquet, arrow) are
     written beside OUT, into a folder called after it with "_images" behind.
+    Boxes come out in pixels of the displayed image, whatever SOURCE says.
     """
     from llava_patch.data.readers import read_samples, write_jsonl
 

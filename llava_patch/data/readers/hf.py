@@ -11,10 +11,11 @@ than 1000 pixels on a side and every box fits, thousandths cannot be told from p
 from pathlib import Path
 from typing import Any
 
-from llava_patch.core.errors import InputError, LlavaPatchError
+from llava_patch.core.errors import InputError, LlavaPatchError, brief
 from llava_patch.core.extras import optional
-from llava_patch.data.readers.files import four_numbers
-from llava_patch.data.readers.samples import Collector
+from llava_patch.core.stored import shown
+from llava_patch.data.readers.files import check_name, four_numbers, nothing_there
+from llava_patch.data.readers.samples import Collector, SourceError
 from llava_patch.probe.sample import Box, EncodedImage, ImageSource
 from llava_patch.probe.transform import ROUNDING
 
@@ -62,16 +63,14 @@ class _Scale:
                 f"{where}: box {box} is outside its image of {size[0]} x {size[1]} pixels, but within 0..1000: are "
                 "these LayoutLM's thousandths? Then add ?boxes=1000 to the source, otherwise ?boxes=pixels"
             )
-        if self.doubt:
-            raise InputError(self.doubt)
+        if self.doubt:  # not to be skipped: the other boxes would be wrong as well
+            raise SourceError(self.doubt)
         return box
 
     def check(self) -> None:
         """After the last row: refuse boxes that could all be pixels as well as thousandths or shares."""
         if self.unit or not self.longest:
             return
-        if self.doubt:  # not to be skipped: the other boxes would be wrong as well
-            raise InputError(self.doubt)
         if self.largest <= 1:
             raise InputError(f"{self.name}: all boxes are within 0..1: add ?boxes=1 to the source if they are shares")
         if self.largest <= 1000 < self.longest:
@@ -83,25 +82,33 @@ class _Scale:
 
 def _read_row(dataset: Any, row: int, folder: Path, scale: _Scale, where: str, collector: Collector) -> None:
     image_column, text_column, box_column = dataset.column_names
-    value, texts, boxes = dataset[row].values()
+    try:
+        value, texts, boxes = dataset[row].values()
+    except Exception as error:  # arrow and the columns' decoders raise dozens of kinds
+        raise InputError(f"{where}: the row cannot be read: {brief(error)}") from error
     if isinstance(value, dict) and value.get("bytes"):
         name = f"{where} ({Path(value['path']).name})" if value.get("path") else where
         image: ImageSource = EncodedImage(name, lambda: dataset[row][image_column]["bytes"])
     elif isinstance(path := value.get("path") or None if isinstance(value, dict) else value, str):
-        image = folder / path
+        image = folder / check_name(path, f"{where}: {image_column}")
     else:
         raise InputError(f"{where}: no image in column {image_column}")
     page = collector.page(image, str(image), where)
     listed = isinstance(texts, list)
     if not listed:
         texts, boxes = [texts], [boxes]
+    elif not texts and boxes is None:
+        boxes = []
     if not isinstance(boxes, list) or len(texts) != len(boxes):
         raise InputError(f"{where}: {text_column} has {len(texts)} values, {box_column} does not have as many")
     for index, (text, box) in enumerate(zip(texts, boxes, strict=True)):
         with collector.one():
             place = f"{where}[{index}]" if listed else where
             if text is not None and not isinstance(text, str):
-                raise InputError(f"{place}: {text_column} is {text!r}: expected a string")
+                raise InputError(f"{place}: {text_column} is {shown(text)}: expected a string")
+            if not (text or "").strip() and nothing_there(box):
+                collector.region(page, None, [], place)
+                continue
             numbers = four_numbers(box, f"{place}: {box_column}", "[x0, y0, x1, y1]")
             collector.region(page, text, [scale.box(numbers, page.size, place)], place)
 
@@ -141,8 +148,7 @@ def _load(source: Path | str, split: str, config: str) -> Any:
     except LlavaPatchError:
         raise
     except Exception as error:  # datasets and its network layers raise dozens of kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{source}: datasets cannot load it: {reason}") from error
+        raise InputError(f"{shown(str(source), 300)[1:-1]}: datasets cannot load it: {brief(error)}") from error
     if isinstance(found, dict):
         if not split and len(found) == 1:
             return next(iter(found.values()))
@@ -159,6 +165,8 @@ def _from_disk(datasets: Any, source: Path) -> Any:
     if source.is_dir() and any((source / name).is_file() for name in SAVED):
         return datasets.load_from_disk(str(source))
     tables = [p for p in source.rglob("*") if p.suffix.lower() in TABLES and not p.name.startswith("cache-")]
+    if not source.is_file() and not tables:
+        raise InputError(f"{source}: no {' or '.join(TABLES)} file in it, and no {' or '.join(SAVED)}")
     splits: dict[str, list[Any]] = {}
     for file in [source] if source.is_file() else sorted(tables):
         # The hub's file names: train-00000-of-00002.parquet, or a folder a split.

@@ -10,28 +10,38 @@ from typing import Any
 
 from llava_patch.core.errors import InputError
 from llava_patch.core.files import atomic
-from llava_patch.data.readers.files import four_numbers, numbered_lines
+from llava_patch.core.stored import shown
+from llava_patch.data.readers.files import (
+    check_name,
+    check_text,
+    four_numbers,
+    nothing_there,
+    numbered_lines,
+    parse_json,
+)  # fmt: skip
 from llava_patch.data.readers.samples import Collector, Page, Samples
 from llava_patch.probe.sample import EncodedImage, Sample
-from llava_patch.probe.transform import check_box
 
 REQUIRED = ("image", "text", "box")
 EXPECTED = "[x0, y0, x1, y1] in pixels, or a list of such boxes"
 KNOWN = (*REQUIRED, "all_boxes", "document")
 
 
-def read_jsonl(path: str | Path, boxes_per_sample: int = 1, broken: str = "stop", root: Path | None = None) -> Samples:
+def read_jsonl(
+    path: str | Path, boxes_per_sample: int = 1, broken: str = "stop", root: Path | None = None, exif: str = ""
+) -> Samples:
     """Read samples; image paths are relative to the file's folder.
 
     "box" is one [x0, y0, x1, y1] in pixels or a list of them. Lines of one image belong to one document unless they
     say otherwise: its regions are never split between training and held-out samples. Boxes of all of an image's lines
     are its text boxes, beside those of "all_boxes". Other keys are ignored, unless they look like a misspelt one.
-    Ids are relative to `root` (None: the file's folder); all else is as for `read_samples`.
+    A region without a text and without a box is nothing. Ids are relative to `root` (None: the file's folder); all else
+    is as for `read_samples`, `exif` as in `Source`.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"R-Probe data {path}: no such file")
-    collector = Collector(broken)
+    if not os.path.isfile(path):
+        raise InputError(f"R-Probe data {shown(str(path), 300)[1:-1]}: no such file")
+    collector = Collector(broken, exif)
     pages: dict[tuple[str, str], Page] = {}
     for number, line in numbered_lines(path, "utf-8-sig"):
         with collector.one():
@@ -40,10 +50,7 @@ def read_jsonl(path: str | Path, boxes_per_sample: int = 1, broken: str = "stop"
 
 
 def _line(collector: Collector, pages: dict[tuple[str, str], Page], line: str, folder: Path, where: str) -> None:
-    try:
-        values = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON: {error}") from error
+    values = parse_json(line, where)
     if not isinstance(values, dict):
         raise InputError(f"{where}: expected an object with image, text and box, got {type(values).__name__}")
     for key in values:
@@ -52,27 +59,32 @@ def _line(collector: Collector, pages: dict[tuple[str, str], Page], line: str, f
             raise InputError(f"{where}: unknown key {key!r}: did you mean {close[0]!r}?")
     if missing := [name for name in REQUIRED if name not in values]:
         raise InputError(f"{where}: lacks {', '.join(missing)}")
-    for name in ("image", "text"):
-        if not isinstance(values[name], str):
-            raise InputError(f"{where}: {name} is {values[name]!r}: expected a string")
-    image = folder / values["image"]
-    if not image.is_file():
-        raise InputError(f"{where}: image {image} is missing")
+    if not isinstance(values["text"], str):
+        raise InputError(f"{where}: text is {shown(values['text'])}: expected a string")
+    image = folder / check_name(values["image"], f"{where}: image")
+    if not os.path.isfile(image):
+        what = "is a folder: expected a file" if os.path.isdir(image) else "is missing"
+        raise InputError(f"{where}: image {image} {what}")
     # However its path is spelt, an image is one document: split by name, it would be trained on and held out.
     short = Path(os.path.normpath(image))
     if short.is_file() and short.samefile(image):  # not so where a link precedes ".."
         image = short
-    document = str(values.get("document") or image)
+    document = values.get("document") or str(image)
+    if not isinstance(document, (str, int)):
+        raise InputError(f"{where}: document is {shown(document)}: expected a string")
+    document = check_text(str(document), f"{where}: document")
     key = (os.path.realpath(image), document)
     page = pages.get(key) or collector.page(image, document, where)
     boxes = values["box"]
     nested = isinstance(boxes, list) and bool(boxes) and all(isinstance(box, list) for box in boxes)
     around = values.get("all_boxes", [])
     if not isinstance(around, list):
-        raise InputError(f"{where}: all_boxes is {around!r}: expected a list of boxes")
+        raise InputError(f"{where}: all_boxes is {shown(around)}: expected a list of boxes")
     place = f"{where}: all_boxes"
-    others = [check_box(four_numbers(box, f"{where}: box", EXPECTED), page.size, place) for box in around]
-    region = [four_numbers(box, f"{where}: box", EXPECTED) for box in (boxes if nested else [boxes])]
+    others = [page.place(four_numbers(box, f"{where}: box", EXPECTED), place) for box in around]
+    unread = not values["text"].strip()
+    given = [box for box in (boxes if nested else [boxes]) if not (unread and nothing_there(box))]
+    region = [four_numbers(box, f"{where}: box", EXPECTED) for box in given]
     page.boxes.update(dict.fromkeys(others))
     collector.region(page, values["text"], region, where)
     pages[key] = page

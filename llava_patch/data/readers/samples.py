@@ -8,9 +8,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llava_patch.core.errors import InputError, SettingError
-from llava_patch.probe.sample import Box, ImageSource, Sample, image_size
+from llava_patch.core.stored import shown
+from llava_patch.data.readers.files import check_text, nothing_there
+from llava_patch.probe.sample import Box, ImageSource, Sample, size_and_orientation, upright_box
 from llava_patch.probe.transform import check_box
 from llava_patch.settings.checks import BROKEN
+
+SKIP = '?broken=skip behind the data (or --broken skip, RProbe.broken = "skip") leaves out what cannot be used'
+EXIF = ("displayed", "stored")  # what boxes were measured on: the image as viewers show it, or its stored pixels
+
+
+class SourceError(InputError):
+    """What is wrong with a source as a whole: leaving out a sample would not mend it."""
+
+
+class _Told(InputError):
+    """An error that has named the way around it."""
 
 
 class Samples(list[Sample]):
@@ -31,20 +44,52 @@ class Samples(list[Sample]):
 
 @dataclass(eq=False)
 class Page:
-    """One image of (width, height) stored pixels, with the boxes of all its text regions in order, without repeats."""
+    """One image, with the boxes of all its text regions in order, without repeats.
+
+    Attributes:
+        size: (width, height) of the pixels that its boxes are given in.
+        orientation: EXIF's, 1 to 8.
+        stored: whether boxes are given in stored pixels, and not in those of the upright picture.
+        boxes: in pixels of the upright picture.
+    """
 
     image: ImageSource
     size: tuple[int, int]
     document: str
+    orientation: int = 1
+    stored: bool = False
     boxes: dict[Box, None] = field(default_factory=dict)
+
+    def place(self, box: Box, where: str) -> Box:
+        """A box as the data give it, cut at the image's border, in pixels of the upright picture."""
+        try:
+            checked = check_box(box, self.size, where)
+        except InputError as error:
+            raise InputError(f"{error}{self.turned()}") from error
+        return upright_box(checked, self.size, self.orientation) if self.stored else checked
+
+    def turned(self) -> str:
+        """What to try when boxes do not fit an image that EXIF turns."""
+        if self.orientation == 1:
+            return ""
+        other = "leave ?exif=stored out" if self.stored else "add ?exif=stored to the source"
+        now, then = ("stored", "displayed") if self.stored else ("displayed", "stored")
+        return (
+            f" (its EXIF orientation is {self.orientation}, and boxes are taken to lie on the {now} image; if they "
+            f"were measured on the {then} one, {other})"
+        )
 
 
 class Collector:
-    """Takes pages and regions from a reader, in order; `broken`: "stop" at what cannot be used, or "skip" it."""
+    """Takes pages and regions from a reader, in order.
 
-    def __init__(self, broken: str) -> None:
+    `broken`: "stop" at what cannot be used, or "skip" it; `exif`: one of `EXIF`, "" is the first.
+    """
+
+    def __init__(self, broken: str, exif: str = "") -> None:
         if broken not in BROKEN:
             raise SettingError(f"broken = {broken!r}: expected one of {', '.join(BROKEN)}")
+        self._stored = exif == "stored"
         self._skip = broken == "skip"
         self._regions: list[tuple[Page, str, tuple[Box, ...], str]] = []  # page, text, boxes and place
         self.skipped: list[str] = []
@@ -55,23 +100,36 @@ class Collector:
         """Around one thing of the data (line, file, entry): what is wrong in it stops the reading, or is noted."""
         try:
             yield
+        except (SourceError, _Told):
+            raise
         except InputError as error:
+            said = str(error).encode("utf-8", "backslashreplace").decode()  # names of files may be no UTF-8
             if not self._skip:
-                raise
-            self.skipped.append(str(error))
+                raise _Told(f"{said}; {SKIP}") from error
+            self.skipped.append(said)
 
     def page(self, image: ImageSource, document: str, where: str) -> Page:
         """Open a page: its image must be there."""
-        return Page(image, image_size(image, where), document)
+        check_text(str(image), f"{where}: the image's path", "rename the file or its folder")
+        size, orientation = size_and_orientation(image, where)
+        if self._stored and orientation >= 5:
+            size = size[::-1]
+        return Page(image, size, document, orientation, self._stored)
 
     def region(self, page: Page, text: str | None, boxes: Sequence[Box], where: str) -> None:
-        """Add a text region, its boxes in pixels; without a text (None or blank) it is a box of the page alone."""
-        checked = tuple(check_box(box, page.size, where) for box in boxes)
+        """Add a text region, its boxes in pixels; without a text (None or blank) it is a box of the page alone.
+
+        Without a text, boxes without an extent are nothing.
+        """
+        unread = text is None or not text.strip()
+        if unread:
+            boxes = [box for box in boxes if not nothing_there(box)]
+        checked = tuple(page.place(box, where) for box in boxes)
+        if not unread:
+            check_text(str(text), f"{where}: text {shown(text, 40)}")
+            self._regions.append((page, str(text), checked, where))
         page.boxes.update(dict.fromkeys(checked))
-        if text is None or not text.strip():
-            self.unread += 1
-        else:
-            self._regions.append((page, text, checked, where))
+        self.unread += unread
 
     def finish(self, source: str, format: str, boxes_per_sample: int = 1, root: Path | None = None) -> Samples:
         """All samples, relative to `root` in ids and documents that are paths; an InputError where none is usable.

@@ -48,7 +48,7 @@ def make_batches(inputs: Inputs, examples: Sequence[Example], size: int) -> list
         )
 
     def inputs_of(example: Example) -> dict[str, Any]:
-        return inputs.training_inputs(example.open_image(), example.question, example.answer)
+        return inputs.of(example, answers=True)
 
     makers = [functools.partial(inputs_of, example) for example in examples]
     return [makers[i : i + size] for i in range(0, len(makers) - size + 1, size)]

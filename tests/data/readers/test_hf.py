@@ -144,9 +144,41 @@ def test_missing_columns_broken_rows_and_unknown_names(tmp_path, monkeypatch):
         raise ConnectionError("no way there\nand more")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(InputError, match=r"someone/pages: datasets cannot load it: no way there$"):
+    with pytest.raises(InputError, match=r"someone/pages: datasets cannot load it: no way there and more$"):
         read_samples("hf:someone/pages")
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *a: asked.append(a) or datasets.DatasetDict({"test": lists()}))
     assert len(read_samples("hf:someone/pages:test?config=small")) == 3
     assert asked == [("someone/pages", "small")]
+
+
+def test_regions_over_the_edge_are_cut_once_the_unit_is_told_and_empty_ones_are_nothing(tmp_path):
+    boxes = [[[-3, 5, 40, 15], [50, 5, 104, 15], None, []]]
+    words = {"image": [picture()], "words": [["gross", "net", None, ""]], "boxes": boxes}
+    made = datasets.Dataset.from_dict(words).cast_column("image", datasets.Image())
+    made.save_to_disk(tmp_path / "set")
+    with pytest.raises(InputError, match=r"set:0\[1\]: .*boxes=1000 to the source, otherwise .boxes=pixels"):
+        read_samples(tmp_path / "set")
+    found = read_samples(f"{tmp_path}/set?boxes=pixels")
+    assert [s.boxes for s in found] == [((0, 5, 40, 15),), ((50, 5, 100, 15),)]
+    assert (found.unread, len(found[0].all_boxes)) == (2, 2)
+
+
+def test_rows_and_folders_that_cannot_be_read(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"empty: no .parquet or .arrow file in it, and no dataset_dict.json"):
+        read_samples(f"{tmp_path}/empty?format=hf")
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 nothing of the kind")
+    with pytest.raises(InputError, match=r"x.parquet: datasets cannot load it"):
+        read_samples(tmp_path / "x.parquet")
+    made = datasets.Dataset.from_dict({"image_path": ["a\0.png"], "words": [["a"]], "boxes": [[[1, 2, 3, 9]]]})
+    made.save_to_disk(tmp_path / "set")
+    with pytest.raises(InputError, match=r"set:0: image_path is 'a.x00.png': expected the path of a file; .bro"):
+        read_samples(tmp_path / "set")
+
+    def broken(self, row):
+        raise OSError("the row is damaged")
+
+    monkeypatch.setattr(datasets.Dataset, "__getitem__", broken)
+    with pytest.raises(InputError, match=r"set:0: the row cannot be read: the row is damaged; .broken=skip"):
+        read_samples(tmp_path / "set")

@@ -1,6 +1,6 @@
 import pytest
 
-from llava_patch.core.errors import InputError
+from llava_patch.core.errors import InputError, SettingError
 from llava_patch.data.readers import read_samples
 
 from .common import page, quad, text
@@ -178,3 +178,82 @@ def test_regions_of_a_page_are_joined(tmp_path):
     assert samples[1].boxes == ((1, 21, 9, 29),)
     assert all(len(s.all_boxes) == 3 for s in samples)
     assert [s.id.rpartition("/")[2] for s in samples] == ["a.txt:1", "a.txt:3", "b.txt:1", "b.txt:3"]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('10 5 60 20 "24 7 365 1"', "24 7 365 1"),
+        ('10,5,60,20,"24,7,365,1"', "24,7,365,1"),
+        ('10,5,60,20,"58,35,8,20"', "58,35,8,20"),  # the corners of a tilted sign, but for the quotes
+        ('10;5;60;20;"24";7', '"24";7'),
+        (f'{quad(10, 5, 60, 20)},"5"', "5"),
+        ('"10","5","60","20","7"', "7"),
+        (r'10 5 60 20 "a \"b\""', 'a "b"'),
+        (r'10,5,60,20,"\"b\", c"', '"b", c'),
+        ('10,5,60,20,"a ""b"""', 'a "b"'),
+        (r'10,5,60,20,"C:\dir"', r"C:\dir"),
+        ('10,5,60,20,5"', '5"'),
+        ('10,5,60,20,"', '"'),
+        ('10,5,60,20,"a","b"', '"a","b"'),
+    ],
+)
+def test_quotes_are_cut_before_numbers_are_told_from_text(tmp_path, line, words):
+    (sample,) = read(tmp_path, line)
+    assert (sample.text, sample.boxes) == (words, ((10, 5, 60, 20),))
+
+
+@pytest.mark.parametrize(
+    ("lines", "box", "words"),
+    [
+        (["10,5,60,20,1,2,3,4"], (10, 5, 60, 20), "1,2,3,4"),  # corners would cross each other
+        (["10,5,60,20,70,2000,30,4000"], (10, 5, 60, 20), "70,2000,30,4000"),  # far outside the image
+        (["10,5,60,20,58,35,8,20"], (8, 5, 60, 35), None),  # in doubt alone: corners of a tilted sign, or a number
+        (["10,5,60,20,58,35,8,20", "1,2,30,12,word"], (10, 5, 60, 20), "58,35,8,20"),
+        (["10,5,60,20,58,35,8,20", f"{quad(1, 2, 30, 12)},word"], (8, 5, 60, 35), ""),
+        (["10,5,60,20,58,35,8,20,word"], (8, 5, 60, 35), "word"),
+        (["10,5,60,20,58,35,8,20,12"], (8, 5, 60, 35), "12"),
+        (["x1,y1,x2,y2,text", "10,5,60,20,58,35,8,20"], (10, 5, 60, 20), "58,35,8,20"),
+        (["x1,y1,x2,y2,x3,y3,x4,y4,text", "10,5,60,20,58,35,8,20,1"], (8, 5, 60, 35), "1"),
+    ],
+)
+def test_four_coordinates_and_a_number_are_told_from_eight(tmp_path, lines, box, words):
+    if words is None:
+        with pytest.raises(InputError, match=r"p.txt:1: .*58,35,8,20.*\?coordinates=8 or \?coordinates=4"):
+            read(tmp_path, *lines)
+        (sample,) = read_samples(f"{tmp_path}?coordinates=4")
+        assert (sample.text, sample.boxes) == ("58,35,8,20", ((10, 5, 60, 20),))
+        with pytest.raises(InputError, match="1 regions without a transcript"):  # nobody read the corners
+            read_samples(f"{tmp_path}?coordinates=8")
+        return
+    samples = read(tmp_path, *lines)
+    assert samples[0].all_boxes[0] == box and (samples[0].text == words if words else samples.unread == 1)
+
+
+def test_the_option_settles_every_line(tmp_path):
+    read(tmp_path, f"{quad(1, 2, 30, 12)},9")
+    (sample,) = read_samples(f"{tmp_path}?coordinates=8")
+    assert sample.text == "9"
+    with pytest.raises(InputError, match=r"p.txt:1: empty box .1.0, 2.0, 30.0, 2.0."):
+        read_samples(f"{tmp_path}?coordinates=4")
+    with pytest.raises(SettingError, match="coordinates=6: expected one of 8, 4"):
+        read_samples(f"{tmp_path}?coordinates=6")
+
+
+def test_a_region_over_the_edge_is_cut_and_kept(tmp_path):
+    samples = read(tmp_path, "-3,5,60,20,first", "90,30,106,64,###", "40,30,103,58,last")
+    assert [s.boxes for s in samples] == [((0, 5, 60, 20),), ((40, 30, 100, 58),)]
+    assert samples[0].all_boxes == ((0, 5, 60, 20), (90, 30, 100, 60), (40, 30, 100, 58))
+    with pytest.raises(InputError, match=r"p.txt:1: box .* is outside its image of 100 x 60 pixels;"):
+        read(tmp_path, "120,5,160,20,nothing of it inside")
+
+
+def test_regions_without_text_and_area_are_nothing(tmp_path):
+    samples = read(tmp_path, GOOD, "0,0,0,0,0,0,0,0,", f"{quad(5, 5, 5, 9)},###", f"{quad(20, 5, 30, 9)},###")
+    assert (len(samples), samples.unread, len(samples[0].all_boxes)) == (1, 3, 2)
+
+
+def test_numbers_beyond_floats_are_named(tmp_path):
+    for number in ("1e400", "9" * 400, "-1e999"):
+        with pytest.raises(InputError, match=r"p.txt:2: a coordinate is not finite"):
+            read(tmp_path, GOOD, f"1,1,9,1,{number},9,1,9,x")

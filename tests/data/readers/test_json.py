@@ -184,3 +184,80 @@ def test_images_of_another_size_than_annotated_are_refused(tmp_path):
     coco(tmp_path, [{"utf8_string": "x", "bbox": [1, 1, 5, 5]}])
     with pytest.raises(InputError, match=r"imgs\[7\]: .*a.jpg has 50 x 30 pixels, its annotation says 100 x 60"):
         read_samples(tmp_path)
+
+
+def test_empty_entries_are_nothing_to_read(tmp_path):
+    empty = [
+        {}, {"text": ""}, {"text": "", "box": []}, {"text": None, "box": None, "words": []}, {"box": [0, 0, 0, 0]},
+        {"text": " ", "box": [5, 5, 5, 9]}, {"text": "", "words": [{"text": "", "box": None}]},
+    ]  # fmt: skip
+    funsd(tmp_path, [*empty, FORM[0], *empty])
+    samples = read_samples(tmp_path)
+    assert (len(samples), samples.unread, samples.skipped) == (1, 2 * len(empty), [])
+    assert samples[0].all_boxes == ((1, 2, 30, 12),)
+    words = [{"text": "", "box": []}, {"text": "kg", "box": [12, 21, 30, 33]}]
+    funsd(tmp_path, [{"text": "kg", "box": [], "words": words}])
+    assert read_samples(tmp_path)[0].boxes == ((12, 21, 30, 33),)
+    with pytest.raises(InputError, match=r"form\[0\]: words has 5: expected objects"):
+        funsd(tmp_path, [{"words": [5]}])
+        read_samples(tmp_path)
+
+
+def test_empty_coco_annotations_are_nothing_to_read(tmp_path):
+    page(tmp_path / "a.jpg")
+    empty = [{"bbox": []}, {"bbox": None}, {"bbox": [0, 0, 0, 0]}, {"bbox": [5, 5, 0, 9], "utf8_string": ""}]
+    coco(tmp_path, [{"utf8_string": "x"}, *empty])
+    samples = read_samples(tmp_path)
+    assert (len(samples), samples.unread, len(samples[0].all_boxes)) == (1, 4, 1)
+
+
+def test_regions_over_the_edge_are_cut_in_json_too(tmp_path):
+    page(tmp_path / "coco" / "a.jpg")
+    coco(tmp_path / "coco", [{"utf8_string": "x", "bbox": [-2, 50, 30, 13]}])
+    funsd(tmp_path / "funsd", [{"text": "x", "box": [-2, 50, 28, 63]}])
+    for name in ("coco", "funsd"):
+        (sample,) = read_samples(tmp_path / name)
+        assert sample.boxes == sample.all_boxes == ((0, 50, 28, 60),)
+
+
+@pytest.mark.parametrize(
+    "raw", ["1" + "0" * 400, "1" + "0" * 5000, "Infinity", "-Infinity", "NaN", "1e400"], ids=lambda raw: raw[:9]
+)
+def test_numbers_beyond_floats_are_named(tmp_path, raw):
+    file = funsd(tmp_path)
+    text(file, '{"form": [{"text": "x", "box": [1, 2, ' + raw + ", 12]}]}")
+    with pytest.raises(InputError, match=r"0a.json:(form\[0\]: box .*not finite| a number in it cannot be read)"):
+        read_samples(tmp_path)
+
+
+def test_json_that_cannot_be_parsed(tmp_path):
+    file = funsd(tmp_path)
+    for content, words in (
+        (b'{"form": ' + b"[" * 100_000, "0a.json: .*too deeply"),
+        (b'{"form": [\n"\xff"]}', "0a.json:2: not UTF-8: .*save it as UTF-8"),
+        (b"", "0a.json: empty: expected JSON"),
+        (b'{"form": [', "0a.json: not JSON"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(InputError, match=words):
+            read_samples(f"{file}?format=funsd")
+    file.write_bytes(b'{"pages": [\n')
+    with pytest.raises(InputError, match=r"0a.json: not JSON"):
+        read_samples(file)
+
+
+def test_names_and_texts_that_are_none(tmp_path):
+    page(tmp_path / "a.jpg")
+    for name, words in (
+        ("a\0.jpg", "file_name is .*expected the path of a file"),
+        ("\ud800.jpg", "half of a surrogate pair"),
+        (["a.jpg"], r"file_name is \['a.jpg'\]: expected a string"),
+        ("x" * 5000, "is missing"),
+    ):
+        coco(tmp_path, [{"utf8_string": "x"}], {"7": {"file_name": name}}, imgToAnns={"7": [0]})
+        with pytest.raises(InputError, match=rf"set.json:imgs\[7\]: .*{words}"):
+            read_samples(tmp_path)
+    coco(tmp_path, [{"utf8_string": "a\udc00"}])
+    with pytest.raises(InputError, match=r"anns\[0\]: text .*'.udc00' at character 1 is half of a surrogate pair"):
+        coco(tmp_path, [{"utf8_string": "a\udc00"}], {"7": {"file_name": "a.jpg"}})
+        read_samples(tmp_path)

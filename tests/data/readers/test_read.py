@@ -120,6 +120,10 @@ def test_two_formats_need_a_word(tmp_path):
         ("boxes=100", "boxes=100: expected one of pixels"),
         ("boxes=1000", "settings of Hugging Face datasets"),
         ("images=.", "images is no setting of JSONL"),
+        ("broken=", "broken has no value: write broken=VALUE"),
+        ("broken=maybe", "broken=maybe: expected one of stop, skip"),
+        ("broken=skip&broken=stop", "broken is set twice, to skip and to stop"),
+        ("coordinates=4", "coordinates is a setting of SROIE and ICDAR files; this is jsonl"),
     ],
 )
 def test_settings_of_a_source(tmp_path, query, words):
@@ -206,3 +210,94 @@ def test_pictures_without_a_file_are_written_once(tmp_path):
         "000000_a_page.png", "000001_page-train-0-0.png", "000002_page-train-0-1.png"
     ]  # fmt: skip
     assert again[0].open_image().getpixel((0, 0)) == (9, 8, 7)
+
+
+def test_errors_that_can_be_passed_over_say_how_and_the_source_takes_it(tmp_path):
+    file = jsonl(tmp_path, LINE, {**LINE, "box": [5, 2, 5, 4]}, {**LINE, "image": "gone.png"})
+    with pytest.raises(InputError, match=r"list.jsonl:2: empty box .*\?broken=skip.*--broken skip") as caught:
+        read_samples(file)
+    assert str(caught.value).count("broken=skip") == 1
+    found = read_samples(f"{file}?broken=skip")
+    assert (len(found), len(found.skipped)) == (1, 2) and not any("broken=skip" in m for m in found.skipped)
+    with pytest.raises(InputError, match=r"list.jsonl:2"):
+        read_samples(f"{file}?broken=stop", broken="skip")
+    joined = read_samples(f"{file}?broken=skip,{jsonl(tmp_path, LINE, name='sound.jsonl')}")
+    assert (len(joined), len(joined.skipped)) == (2, 2)
+    page(tmp_path / "coco" / "a.jpg")
+    inside = {"id": 1, "image_id": 1, "bbox": [5, 5, 0, 9], "text": "x"}  # an error inside of an error's block
+    document(tmp_path / "coco" / "s.json", {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [inside]})
+    with pytest.raises(InputError) as caught:
+        read_samples(tmp_path / "coco")
+    assert str(caught.value).count("broken=skip") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ({**LINE, "box": [1, 2, 10**400, 12]}, "not finite"),
+        ('{"image": "a.png", "text": "x", "box": [1, 2, 1e400, 12]}', "not finite"),
+        ('{"image": "a.png", "text": "x", "box": [1, 2, ' + "9" * 5000 + ", 12]}", "a number in it cannot be read"),
+        ("[" * 100_000, "too deeply"),
+        ({**LINE, "text": "a\ud800"}, "text 'a.ud800': '.ud800' at character 1 is half of a surrogate pair"),
+        ({**LINE, "image": "\udfff.png"}, "image: '.udfff' at character 0 is half of"),
+        ({**LINE, "image": "a\0.png"}, "image is 'a.x00.png': expected the path of a file"),
+        ({**LINE, "image": ""}, "image is '': expected the path of a file"),
+        ({**LINE, "image": "."}, "is a folder: expected a file"),
+        ({**LINE, "image": "x" * 5000}, "is missing"),
+        ({**LINE, "document": ["a"]}, "document is .'a'.: expected a string"),
+        ({**LINE, "document": "\ud800"}, "document: .*half of a surrogate pair"),
+        ({**LINE, "all_boxes": [[1, 2, 10**400, 12]]}, "not finite"),
+    ],
+)
+def test_what_no_number_text_or_path_can_be(tmp_path, line, words):
+    file = jsonl(tmp_path, LINE, line)
+    with pytest.raises(InputError, match=rf"list.jsonl:2: .*{words}") as caught:
+        read_samples(file)
+    assert len(str(caught.value)) < 6000 and str(caught.value).isprintable()
+    assert len(read_samples(f"{file}?broken=skip")) == 1
+
+
+def test_an_empty_line_of_our_format_is_nothing_to_read(tmp_path):
+    empty = [{**LINE, "text": "", "box": box} for box in (None, [], [0, 0, 0, 0])]
+    found = read_samples(jsonl(tmp_path, LINE, *empty))
+    assert (len(found), found.unread, len(found[0].all_boxes)) == (1, 3, 1)
+    (over,) = read_samples(jsonl(tmp_path, {**LINE, "box": [80, 2, 107, 12], "all_boxes": [[-4, 2, 30, 12]]}))
+    assert over.boxes == ((80, 2, 100, 12),) and over.all_boxes == ((0, 2, 30, 12), (80, 2, 100, 12))
+
+
+def test_bytes_that_are_no_utf8_are_named_by_line(tmp_path):
+    file = jsonl(tmp_path, LINE)
+    file.write_bytes(file.read_bytes() + b'\n{"text": "\xe9"}\n')
+    with pytest.raises(InputError, match=r"list.jsonl:2: not UTF-8: .*save it as UTF-8"):
+        read_samples(file)
+
+
+@pytest.mark.parametrize("source", ["a\0b", "\ud800", "x" * 5000, "nowhere/at/all"])
+def test_paths_that_are_none(source):
+    for one in (source, f"{source}?format=icdar"):
+        with pytest.raises(InputError, match="no such file or folder") as caught:
+            read_samples(one)
+        assert str(caught.value).isprintable()
+
+
+def image_bytes(kind: str) -> bytes:
+    import struct
+    import zlib
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    width, height = {"bomb": (60_000, 60_000), "empty": (0, 5)}[kind]
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("kind", ["bomb", "empty", "nothing", "text", "cut"])
+def test_images_that_are_none(tmp_path, kind):
+    whole = page(tmp_path / "whole.png").read_bytes()
+    made = {"nothing": b"", "text": b"no picture", "cut": whole[:20]}
+    file = jsonl(tmp_path, LINE, {**LINE, "image": "bad.png"})
+    (tmp_path / "bad.png").write_bytes(made[kind] if kind in made else image_bytes(kind))
+    with pytest.raises(InputError, match=r"list.jsonl:2: image .*bad.png cannot be read: "):
+        read_samples(file)
+    assert len(read_samples(f"{file}?broken=skip")) == 1

@@ -23,7 +23,7 @@ from llava_patch.measurements.passes import evaluating
 from llava_patch.measurements.rprobe.keys import images_of, store_key
 from llava_patch.measurements.rprobe.settings import RProbe
 from llava_patch.measurements.rprobe.store.disk import Store
-from llava_patch.measurements.rprobe.store.shard import Record, Shard, encode
+from llava_patch.measurements.rprobe.store.shard import SKIP, Record, Shard, encode
 from llava_patch.probe.sample import DrawnSamples, Sample
 from llava_patch.probe.sequence import ProbeSequence, TokenGrid, build_sequence
 from llava_patch.probe.transform import Transform
@@ -273,7 +273,7 @@ def freeze_samples(
             texts = _Texts(records.values(), [record.id for record in records.values()], tokenizer, settings)
         messages = texts.messages | {index: message for shard in shards for index, message in shard.skipped}
         if messages and settings.broken == "stop":  # a store that was written with broken="skip"
-            raise InputError(messages[min(messages)])
+            raise InputError(f"{messages[min(messages)]}; {SKIP}")
         kept = sorted(set(stored) - set(messages))
         skipped = [messages[index] for index in sorted(messages)]
         if not kept:
@@ -323,7 +323,7 @@ class _Texts:
             if not ids:
                 self.messages[record.index] = f"{name}: the text {record.text!r} has no tokens"
                 if settings.broken == "stop":
-                    raise InputError(self.messages[record.index])
+                    raise InputError(f"{self.messages[record.index]}; {SKIP}")
             elif not settings.text:
                 if unknown is None:
                     raise SettingError(

@@ -27,7 +27,8 @@ from llava_patch.probe.sequence import TokenGrid, patchify
 from llava_patch.probe.transform import Transform, black_out
 from llava_patch.probe.view import View, encode_views, target_tokens
 
-FORMAT = 1
+FORMAT = 2
+SKIP = 'RProbe.broken = "skip" leaves out what cannot be used'
 LARGE = ("tokens", "pixels", "injections")  # what is not read when a shard is opened
 COUNTED_BY = {
     "tokens": "image_counts", "positions": "image_counts", "cells": "image_counts", "injections": "image_counts",
@@ -109,7 +110,7 @@ def encode(
 
     def skip(number: int, error: InputError) -> None:
         if settings.broken == "stop":
-            raise error
+            raise InputError(f"{error}; {SKIP}") from error
         skipped.append((number, str(error)))
 
     usable = []
