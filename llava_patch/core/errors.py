@@ -1,6 +1,7 @@
 """The errors that llava_patch raises; every message names the setting, file or tensor and what to do."""
 
 from collections.abc import Mapping
+from typing import Any
 
 
 class LlavaPatchError(RuntimeError):
@@ -67,3 +68,22 @@ def brief(error: BaseException) -> str:
     """What another library's error says, in one line of at most 200 characters; its class where it says nothing."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def printable(text: str) -> str:
+    """A text on one line that every terminal and file takes: newlines, NUL, lone surrogates and the like escaped."""
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
+def short(text: str, length: int = 80) -> str:
+    """A text as messages show it: printable, and its middle left out where it is longer."""
+    text = printable(text)
+    return text if len(text) <= length else f"{text[: length - 20]}...{text[-17:]}"
+
+
+def shown(value: Any) -> str:
+    """A value as messages show it: its `repr`, shortened; its type where it has none, as of 5,000 digits."""
+    try:
+        return short(repr(value))
+    except Exception:
+        return f"<{type(value).__name__}>"

@@ -12,9 +12,9 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from llava_patch.core.errors import CheckpointError
+from llava_patch.core.errors import CheckpointError, shown
 from llava_patch.core.registry import KINDS, TRAINING_ONLY
-from llava_patch.core.stored import checksum, first_unknown, numbers, read_object, shown
+from llava_patch.core.stored import checksum, first_unknown, numbers, read_object
 from llava_patch.core.undo import holding
 from llava_patch.core.version import __version__
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_patch.core.errors import CheckpointError, LlavaPatchError, brief
+from llava_patch.core.errors import CheckpointError, LlavaPatchError, brief, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,16 +56,6 @@ _WORDS = {
     str: "text", int: "an integer", float: "a number", dict: "an object", list: "a list", bool: "true or false",
     type(None): "null",
 }  # fmt: skip
-
-
-def shown(value: Any, width: int = 80) -> str:
-    """A value in a message, shortened."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an integer of more digits than Python writes, or nested too deeply
-        text = f"a {type(value).__name__} that is too large to show"
-    text = text.encode("utf-8", "backslashreplace").decode()
-    return text if len(text) <= width else f"{text[: width - 3]}..."
 
 
 # --- tensors ----------------------------------------------------------------------------------------------------------

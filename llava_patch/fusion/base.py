@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar, Literal, Union
 
-from llava_patch.core.errors import SettingError
-from llava_patch.settings.checks import flag, fraction, integer, is_integer, number, refused, shown
+from llava_patch.core.errors import SettingError, shown
+from llava_patch.settings.checks import flag, fraction, integer, is_integer, number, refused
 
 TrainTower = Union[Literal["frozen", "all"], int]
 Detach = Union[int, tuple[int, ...]]

@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-from llava_patch.core.errors import SettingError
 from llava_patch.fusion.base import Detach, Fusion, Group, Join, detach_setting, with_detach
-from llava_patch.settings.checks import distinct_blocks, integer
+from llava_patch.settings.checks import distinct_blocks, integer, refused
 
 OWN, SHARED = "own", "shared"
 PROJECTORS = (OWN, SHARED)
@@ -43,11 +42,9 @@ class DeepStack(Fusion):
         object.__setattr__(self, "detach", detach_setting("DeepStack", self.detach))
         if self.taps is not None:
             object.__setattr__(self, "taps", distinct_blocks("DeepStack", "taps", self.taps, 1, ordered=True))
-        if self.projector not in PROJECTORS:
-            raise SettingError(
-                f'DeepStack.projector = {self.projector!r}: expected "{OWN}" (a second one, which starts at zero) '
-                f'or "{SHARED}" (the model\'s own)'
-            )
+        if not isinstance(self.projector, str) or self.projector not in PROJECTORS:
+            what = f'"{OWN}" (a second one, which starts at zero) or "{SHARED}" (the model\'s own)'
+            raise refused("DeepStack", "projector", self.projector, what)
 
     @property
     def shares_projector(self) -> bool:

@@ -66,8 +66,8 @@ def configuration() -> "Configuration | None":
     if not files and not params:
         return None
     if _configuration is None:
+        from llava_patch.core.errors import short
         from llava_patch.settings import gin_config as config
-        from llava_patch.settings.checks import short
 
         read, given = config.read(files, params), short(", ".join([*files, *params]), 300)
         if not read:

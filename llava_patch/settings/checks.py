@@ -4,31 +4,12 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from llava_patch.core.errors import SettingError
+from llava_patch.core.errors import SettingError, shown
 
 BROKEN = ("stop", "skip")
 """What happens on a sample that cannot be read."""
 LARGEST = 2**63 - 1
 """The largest integer that a setting may be: tensors, and most readers of JSON, hold no larger one."""
-
-
-def printable(text: str) -> str:
-    """A text on one line that every terminal and file takes: newlines, NUL, lone surrogates and the like escaped."""
-    return text if text.isprintable() else repr(text)[1:-1]
-
-
-def short(text: str, length: int = 80) -> str:
-    """A text as messages show it: printable, and its middle left out where it is longer."""
-    text = printable(text)
-    return text if len(text) <= length else f"{text[: length - 20]}...{text[-17:]}"
-
-
-def shown(value: Any) -> str:
-    """A value as messages show it: its `repr`, shortened; its type where it has none (an integer of 5,000 digits)."""
-    try:
-        return short(repr(value))
-    except Exception:
-        return f"<{type(value).__name__}>"
 
 
 def refused(owner: str, name: str, value: Any, expected: str) -> SettingError:

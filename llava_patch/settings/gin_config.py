@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from llava_patch.core import registry
-from llava_patch.core.errors import SettingError
+from llava_patch.core.errors import SettingError, short, shown
 from llava_patch.core.paths import gin_dir
 from llava_patch.settings import gin_reader
-from llava_patch.settings.checks import short, shown
 from llava_patch.settings.gin_reader import Binding, Bindings, Reference
 
 METHODS = registry.methods()

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gin import config_parser as gin
-from llava_patch.core.errors import SettingError
+from llava_patch.core.errors import SettingError, short, shown
 from llava_patch.core.paths import gin_dir
-from llava_patch.settings.checks import is_number, is_text, short, shown
+from llava_patch.settings.checks import is_number, is_text
 
 OWN = "llava_patch."
 """May stand before a name."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from llava_patch.core import registry
-from llava_patch.core.errors import SettingError
+from llava_patch.core.errors import SettingError, shown
 from llava_patch.core.records import check_record
 from llava_patch.settings.routing import AUTO as AUTO
 from llava_patch.settings.routing import LEARNING_VARIANTS as LEARNING_VARIANTS
@@ -47,13 +47,16 @@ def from_dict(values: Mapping[str, Any], source: str) -> Any:
     values = dict(values)
     name = values.pop("method", None)
     if name not in registry.METHODS:
-        raise SettingError(f"{source}: unknown method {name!r}; this version knows {', '.join(registry.METHODS)}")
+        raise SettingError(f"{source}: unknown method {shown(name)}; this version knows {', '.join(registry.METHODS)}")
     cls = registry.load(registry.METHODS[name])
     if unknown := sorted(set(values) - {f.name for f in dataclasses.fields(cls)}):
         raise SettingError(
             f"{source}: {name} has no setting {', '.join(unknown)}; saved by a newer version of llava_patch?"
         )
-    settings = cls(**{k: _tuples(v) for k, v in values.items()})
+    try:
+        settings = cls(**{k: _tuples(v) for k, v in values.items()})
+    except SettingError as error:
+        raise SettingError(f"{source}: {error}") from error
     if hasattr(settings, "check_saved"):
         settings.check_saved(source)
     return settings

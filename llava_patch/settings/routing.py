@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from llava_patch.core.errors import SettingError
-from llava_patch.settings.checks import choice, integer, shown
+from llava_patch.core.errors import SettingError, shown
+from llava_patch.settings.checks import choice, integer
 
 AUTO = "auto"
 """Routing.split: measure instead of naming a layer."""

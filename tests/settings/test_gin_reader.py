@@ -36,13 +36,13 @@ def a_program_of_gins(monkeypatch, tmp_path):
     """A program with its own configuration, names like ours, an import, a singleton, a search path and the lock."""
     monkeypatch.chdir(tmp_path)
     before = copy.copy(gin.config._LOCATION_PREFIXES), copy.copy(gin.config._IMPORTS)
-    for name in ("Routing", "Report", "users_own"):
+    for name in ("Routing", "Report", "users_rate"):
         if f"users_program.{name}" not in gin.config._REGISTRY:
             gin.external_configurable(dict, name, module="users_program")
     gin.add_config_file_search_path(str(tmp_path))
-    (tmp_path / "own.gin").write_text("import json\nRouting.split = 99\nusers_own.x = %depth\ndepth = 5\n")
+    (tmp_path / "own.gin").write_text("import json\nRouting.split = 99\nusers_rate.x = %depth\ndepth = 5\n")
     gin.parse_config_file("own.gin")
-    gin.get_configurable("users_own")()
+    gin.get_configurable("users_rate")()
     gin.finalize()
     yield
     with gin.unlock_config():

@@ -7,6 +7,7 @@ import math
 
 import pytest
 
+from llava_patch.core import errors
 from llava_patch.core.errors import SettingError
 from llava_patch.settings import checks
 from llava_patch.settings import gin_config as config
@@ -67,7 +68,7 @@ def take(name, field, value):
 
 
 def show(value):
-    return checks.shown(value)[:12]
+    return errors.shown(value)[:12]
 
 
 @pytest.mark.parametrize(("name", "field"), [(n, f.name) for n, f in FIELDS], ids=lambda word: word)
@@ -100,10 +101,10 @@ def test_no_number_without_an_end_comes_from_gin(name, field, text):
 
 
 def test_values_are_shown_short():
-    assert checks.shown("x" * 5000) == f"'{'x' * 59}...{'x' * 16}'"
-    assert checks.shown(10**5000) in ("<int>", checks.short(str(10**500)[:1] + "0" * 5000))
-    assert checks.shown(Strange()) == "<Strange>"
-    assert checks.shown((1, "a")) == "(1, 'a')"
+    assert errors.shown("x" * 5000) == f"'{'x' * 59}...{'x' * 16}'"
+    assert errors.shown(10**5000) in ("<int>", errors.short(str(10**500)[:1] + "0" * 5000))
+    assert errors.shown(Strange()) == "<Strange>"
+    assert errors.shown((1, "a")) == "(1, 'a')"
     assert checks.printable("a\nb\0\ud800") == r"a\nb\x00\ud800" and checks.printable("Maße") == "Maße"
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import set_seed
 
 from llava_patch.core import records
-from llava_patch.core.errors import SettingError, refuse
+from llava_patch.core.errors import SettingError, printable, refuse
 from llava_patch.core.files import write_text
 from llava_patch.fusion.training import WarmUp, steps_of
 from llava_patch.hosts import anatomy, llava_code, lora, zero
@@ -25,7 +25,6 @@ from llava_patch.patching.handle import Handle, get_handle
 from llava_patch.patching.patch import patch
 from llava_patch.routing.side_branch import SIDE_BRANCH, copy_layers
 from llava_patch.settings import active
-from llava_patch.settings.checks import printable
 from llava_patch.settings.methods import AUTO
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llava_patch.core.errors import SettingError
-from llava_patch.settings.checks import is_integer, is_number, is_text, refused, shown
+from llava_patch.core.errors import SettingError, shown
+from llava_patch.settings.checks import is_integer, is_number, is_text, refused
 
 
 @dataclass(frozen=True)
