@@ -81,9 +81,9 @@ def short(text: str, length: int = 80) -> str:
     return text if len(text) <= length else f"{text[: length - 20]}...{text[-17:]}"
 
 
-def shown(value: Any) -> str:
+def shown(value: Any, width: int = 80) -> str:
     """A value as messages show it: its `repr`, shortened; its type where it has none, as of 5,000 digits."""
     try:
-        return short(repr(value))
+        return short(repr(value), width)
     except Exception:
         return f"<{type(value).__name__}>"
