@@ -88,16 +88,14 @@ def configured(gin_file: list[str], gin_param: list[str], goes_on: bool = False)
 
 def check_checkpoint(name: str, setting: str = "") -> None:
     """Refuse a path that leads nowhere before it is taken for a name of the hub, which has one slash at most."""
-    from llava_patch.core.weights import read_json
+    from llava_patch.core.weights import is_path, lacks_config, nothing_at, read_json
 
     if Path(name).exists():
         return
-    what = f"{setting} {name}".strip()
-    slashes = name.replace("\\", "/").rstrip("/").count("/")
-    if name.startswith((".", "/", "~")) or name.endswith("/") or slashes > 1:
-        raise CheckpointError(f"{what}: no such folder")
-    if slashes and read_json(name, "config.json") is None:
-        raise CheckpointError(f"{what}: no such folder; as a hub name: the hub does not give it")
+    if is_path(name):
+        raise nothing_at(name, setting)
+    if read_json(name, "config.json") is None:
+        raise lacks_config(name, f"{setting} {name}".strip())
 
 
 def check_formats(formats: list[str]) -> None:

@@ -291,7 +291,7 @@ def sweep_command(
 
 
 def convert_command(
-    checkpoint: Path = typer.Argument(..., metavar="CKPT", help="a full checkpoint, stock or patched, or an adapter"),  # noqa: B008
+    checkpoint: str = typer.Argument(..., metavar="CKPT", help="a full checkpoint, stock or patched, or an adapter"),
     old: str = _OLD,
     output: Path = _OUTPUT,
     to: str = typer.Option(..., help="hf or llava"),
@@ -305,7 +305,7 @@ def convert_command(
 
 
 def merge_command(
-    checkpoint: Path = typer.Argument(..., metavar="CKPT", help="an adapter or a full patched checkpoint"),  # noqa: B008
+    checkpoint: str = typer.Argument(..., metavar="CKPT", help="an adapter or a full patched checkpoint"),
     old: str = _OLD,
     output: Path = _OUTPUT,
     to: str = typer.Option("", help="hf or llava, to convert in the same go; default: the host that it is of"),

@@ -13,7 +13,7 @@ import torch
 from llava_patch.core import memory, parallel, records
 from llava_patch.core.errors import CheckpointError, HostError, SettingError
 from llava_patch.core.memory import float32_default
-from llava_patch.core.weights import locate, read_json
+from llava_patch.core.weights import lacks_config, locate, read_json
 from llava_patch.data.inputs import Inputs
 from llava_patch.hosts import compat, configs
 from llava_patch.hosts.anatomy import LLAVA, find
@@ -59,7 +59,7 @@ def load_subject(checkpoint: str, base: str = "", device: str = "", dtype: str =
     place, number = pick_device(device), pick_dtype(dtype, pick_device(device))
     files = configs.read(checkpoint)
     if base and read_json(base, "config.json") is None:  # it may be a language model alone
-        raise CheckpointError(f"--base {base}: not a checkpoint, it has no config.json")
+        raise lacks_config(base, f"--base {base}")
     if place == "cpu":
         number = memory.cpu_dtype(dtype, base or files.base or checkpoint) or number
     load = _load_llava if files.host == LLAVA else _load_hf
