@@ -129,7 +129,7 @@ def beside(path: Path) -> Path:
 
 
 def left_beside(path: Path) -> list[Path]:
-    """The names that `beside` has given for a path and that are still there: of runs that were killed, or that write."""
+    """What is still there under names that `beside` gave for a path: of runs that were killed, or that write now."""
     name = re.compile(rf"\.{re.escape(path.stem[:100])}-[0-9a-f]{{32}}{re.escape(path.suffix)}")
     return [other for other in path.parent.iterdir() if name.fullmatch(other.name)]
 

@@ -94,7 +94,7 @@ def _on_machine(name: str) -> bool:
 
 
 def read_json(source: str, name: str) -> dict | None:
-    """The object in a JSON file of a folder or hub model; None when it has none. CheckpointError: it holds no object."""
+    """The object in a JSON file of a folder or hub model; None when there is no such file. CheckpointError: damaged."""
     path = locate(source, name)
     return None if path is None else stored.read_object(path, advice=MEND)
 
@@ -210,6 +210,13 @@ def open_weights(source: str) -> Tensors:
         hint = "; it is a LoRA folder: merge it first (LLaVA's scripts/merge_lora_weights.py)"
     names = " or ".join(f"{stem}.{suffix}" for stem, suffix in WEIGHT_FORMATS)
     raise CheckpointError(f"{source}: no weights here ({names}){hint}")
+
+
+def check_headers(source: str) -> None:
+    """Refuse safetensors files of a folder that are not whole, by their headers; others are left to who loads them."""
+    for path in weight_files(source) if os.path.isdir(source) else ():
+        if path.suffix == ".safetensors":
+            read_file(path)
 
 
 def read_files(paths: Sequence[Path], whole: bool = False) -> list[StoredTensor]:

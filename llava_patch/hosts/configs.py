@@ -128,7 +128,7 @@ def tower_config(config: dict[str, Any], source: str) -> Any:
         vision = AutoConfig.from_pretrained(name)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{source}: its vision tower {name} cannot be read ({brief(error)}): download it, or change mm_vision_tower in "
-            "config.json to where it is"
+            f"{source}: its vision tower {name} cannot be read ({brief(error)}): download it, or change "
+            "mm_vision_tower in config.json to where it is"
         ) from error
     return getattr(vision, "vision_config", vision)

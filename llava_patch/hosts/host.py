@@ -195,9 +195,16 @@ def made_of(where: str) -> Iterator[None]:
         raise
     except Exception as error:  # of whatever class: the values reach code that counts on sound ones
         raise CheckpointError(
-            f"{where}: nothing can be made of its values ({type(error).__name__}: {brief(error)}): correct them, or copy "
-            "or download this file again"
+            f"{where}: nothing can be made of its values ({type(error).__name__}: {brief(error)}): correct them, or "
+            "copy or download this file again"
         ) from error
+
+
+def named_weights(anatomy: Anatomy) -> Iterator[tuple[str, Tensor]]:
+    """A model's parameters by name, and those of a tower that the host keeps where the model does not list it."""
+    yield from anatomy.model.named_parameters()
+    if anatomy.tower_apart and anatomy.vision_model is not None:
+        yield from ((f"vision tower: {name}", tensor) for name, tensor in anatomy.vision_model.named_parameters())
 
 
 _MOST_LINEARS = 16

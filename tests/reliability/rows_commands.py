@@ -257,16 +257,28 @@ CONFIGS: tuple[tuple[str, Spoil, tuple[str, ...]], ...] = (
     ("of a patch that is a list", edits("config.json", llava_patch=[1]), ("config.json", "llava_patch")),
 )
 LLAVA_CONFIGS: tuple[tuple[str, Spoil, tuple[str, ...]], ...] = (
-    ("a tower that is nowhere", edits("config.json", mm_vision_tower="/nosuch/tower"), ("/nosuch/tower", "--vision-tower")),
-    ("a tower that no hub has", edits("config.json", mm_vision_tower="nosuch/tower"), ("nosuch/tower", "--vision-tower")),
+    (
+        "a tower that is nowhere",
+        edits("config.json", mm_vision_tower="/nosuch/tower"),
+        ("/nosuch/tower", "--vision-tower"),
+    ),
+    (
+        "a tower that no hub has",
+        edits("config.json", mm_vision_tower="nosuch/tower"),
+        ("nosuch/tower", "--vision-tower"),
+    ),
     ("a tower that is a number", edits("config.json", mm_vision_tower=7), ("config.json", "mm_vision_tower")),
     ("an empty tower", edits("config.json", mm_vision_tower=""), ("config.json", "mm_vision_tower")),
     ("no width of the tower", edits("config.json", mm_hidden_size=None), ("config.json", "mm_hidden_size")),
     ("a width that is text", edits("config.json", mm_hidden_size="x"), ("config.json", "mm_hidden_size")),
-    ("a select layer that is text", edits("config.json", mm_vision_select_layer="x"), ("config.json", "mm_vision_select_layer")),
+    (
+        "a select layer that is text",
+        edits("config.json", mm_vision_select_layer="x"),
+        ("config.json", "mm_vision_select_layer"),
+    ),
     ("a projector that is a list", edits("config.json", mm_projector_type=[1]), ("config.json", "mm_projector_type")),
     ("a depth that is text", edits("config.json", num_hidden_layers="x"), ("config.json", "num_hidden_layers")),
-)  # fmt: skip
+)
 FILES: tuple[tuple[str, Spoil, tuple[str, ...]], ...] = (
     ("weights cut off", cuts(WEIGHTS), (WEIGHTS, DAMAGED)),
     ("weights of five bytes", writes(WEIGHTS, b"\x01\x02\x03\x04\x05"), (WEIGHTS, DAMAGED)),
@@ -278,43 +290,103 @@ FILES: tuple[tuple[str, Spoil, tuple[str, ...]], ...] = (
     ("an index whose weight_map is a list", index({"weight_map": ["a"]}), (INDEX, "weight_map")),
     ("an index whose weight_map is empty", index({"weight_map": {}}), (INDEX, "weight_map")),
     ("an index that names numbers", index({"weight_map": {"a": 3}}), (INDEX, "weight_map", "3")),
-    ("an index that names a file outside", index({"weight_map": {"a": "../x.safetensors"}}), (INDEX, "../x.safetensors")),
+    (
+        "an index that names a file outside",
+        index({"weight_map": {"a": "../x.safetensors"}}),
+        (INDEX, "../x.safetensors"),
+    ),
     ("an index that names an absolute file", index({"weight_map": {"a": "/etc/passwd"}}), (INDEX, "/etc/passwd")),
-    ("an index that names a missing file", index({"weight_map": {"a": "two.safetensors"}}), (INDEX, "two.safetensors is missing")),
+    (
+        "an index that names a missing file",
+        index({"weight_map": {"a": "two.safetensors"}}),
+        (INDEX, "two.safetensors is missing"),
+    ),
     ("an index that names a file of another kind", index({"weight_map": {"a": "config.json"}}), ("config.json",)),
     ("two shards that hold one name", two_shards_with_one_name, ("two.safetensors", "norm.weight", "twice")),
     ("a torch file that is text", torch_file(lambda path: path.write_text("no")), ("pytorch_model.bin", "download")),
     ("a torch file of no bytes", torch_file(lambda path: path.write_bytes(b"")), ("pytorch_model.bin", "download")),
     ("a pickle that would run a program", torch_file(_pickled), ("pytorch_model.bin", "save it again")),
-    ("a torch file of an object", torch_file(lambda path: torch.save({"a": _Harmful()}, path)), ("pytorch_model.bin", "not read")),
-    ("a torch file of a list", torch_file(lambda path: torch.save([torch.ones(1)], path)), ("pytorch_model.bin", "no named tensors")),
-    ("a torch file without tensors", torch_file(lambda path: torch.save({"a": 1}, path)), ("pytorch_model.bin", "no named tensors")),
-)  # fmt: skip
+    (
+        "a torch file of an object",
+        torch_file(lambda path: torch.save({"a": _Harmful()}, path)),
+        ("pytorch_model.bin", "not read"),
+    ),
+    (
+        "a torch file of a list",
+        torch_file(lambda path: torch.save([torch.ones(1)], path)),
+        ("pytorch_model.bin", "no named tensors"),
+    ),
+    (
+        "a torch file without tensors",
+        torch_file(lambda path: torch.save({"a": 1}, path)),
+        ("pytorch_model.bin", "no named tensors"),
+    ),
+)
 TENSORS: tuple[tuple[str, Spoil, tuple[str, ...]], ...] = (
-    ("a tensor too few", tensors(lambda held: {k: v for k, v in held.items() if k != first(held, "norm.weight")}), ("norm.weight", "is missing")),
+    (
+        "a tensor too few",
+        tensors(lambda held: {k: v for k, v in held.items() if k != first(held, "norm.weight")}),
+        ("norm.weight", "is missing"),
+    ),
     ("a tensor too many", tensors(lambda held: held | {"more": torch.ones(1)}), ("more",)),
-    ("a tensor of another shape", tensors(lambda held: held | {first(held, "q_proj.weight"): torch.ones(3, 3)}), ("q_proj.weight", "shape")),
-    ("a tensor of integers", tensors(lambda held: held | {(n := first(held, "q_proj.weight")): held[n].to(torch.int8)}), ("q_proj.weight", "int8")),
-    ("a tensor of complex numbers", tensors(lambda held: held | {(n := first(held, "q_proj.weight")): held[n].to(torch.complex64)}), ("q_proj.weight", "complex64")),
-    ("a tensor of no dimension", tensors(lambda held: held | {first(held, "embed_tokens.weight"): torch.tensor(1.0)}), ("embed_tokens.weight", "shape")),
-)  # fmt: skip
+    (
+        "a tensor of another shape",
+        tensors(lambda held: held | {first(held, "q_proj.weight"): torch.ones(3, 3)}),
+        ("q_proj.weight", "shape"),
+    ),
+    (
+        "a tensor of integers",
+        tensors(lambda held: held | {(n := first(held, "q_proj.weight")): held[n].to(torch.int8)}),
+        ("q_proj.weight", "int8"),
+    ),
+    (
+        "a tensor of complex numbers",
+        tensors(lambda held: held | {(n := first(held, "q_proj.weight")): held[n].to(torch.complex64)}),
+        ("q_proj.weight", "complex64"),
+    ),
+    (
+        "a tensor of no dimension",
+        tensors(lambda held: held | {first(held, "embed_tokens.weight"): torch.tensor(1.0)}),
+        ("embed_tokens.weight", "shape"),
+    ),
+)
 TOKENIZERS: tuple[tuple[str, Spoil, tuple[str, ...]], ...] = (
     ("tokenizer.json cut off", cuts("tokenizer.json"), ("tokenizer.json",)),
     ("tokenizer.json a list", writes("tokenizer.json", []), ("tokenizer.json",)),
     ("tokenizer.json without added_tokens", edits("tokenizer.json", added_tokens=None), ("tokenizer.json",)),
     ("tokenizer_config.json a list", writes("tokenizer_config.json", []), ("tokenizer_config.json", "object")),
-    ("tokenizer_config.json not UTF-8", writes("tokenizer_config.json", b"\xff"), ("tokenizer_config.json", "not valid JSON")),
+    (
+        "tokenizer_config.json not UTF-8",
+        writes("tokenizer_config.json", b"\xff"),
+        ("tokenizer_config.json", "not valid JSON"),
+    ),
     ("no tokenizer", removes("tokenizer.json"), ("no tokenizer", "tokenizer.json")),
-)  # fmt: skip
+)
 OTHER_FILES: tuple[tuple[str, Spoil, tuple[str, ...]], ...] = (
     ("processor_config.json a list", writes("processor_config.json", []), ("processor_config.json", "object")),
-    ("processor_config.json of an image processor that is a list", edits("processor_config.json", image_processor=[1]), ("processor_config.json", "image_processor")),
+    (
+        "processor_config.json of an image processor that is a list",
+        edits("processor_config.json", image_processor=[1]),
+        ("processor_config.json", "image_processor"),
+    ),
     ("generation_config.json a list", writes("generation_config.json", []), ("generation_config.json", "object")),
     ("generation_config.json cut off", cuts("generation_config.json"), ("generation_config.json", "not valid JSON")),
-    ("processor files missing", removes("processor_config.json", "preprocessor_config.json"), ("preprocessor_config.json", "--vision-tower")),
-    ("what llava's config said is a list", edits("config.json", original_llava_config=[1]), ("config.json", "original_llava_config")),
-    ("what llava's config said has no vocabulary", edits("config.json", original_llava_config={"added_tokens": []}), ("config.json", "original_llava_config", "vocab_size")),
-)  # fmt: skip
+    (
+        "processor files missing",
+        removes("processor_config.json", "preprocessor_config.json"),
+        ("preprocessor_config.json", "--vision-tower"),
+    ),
+    (
+        "what llava's config said is a list",
+        edits("config.json", original_llava_config=[1]),
+        ("config.json", "original_llava_config"),
+    ),
+    (
+        "what llava's config said has no vocabulary",
+        edits("config.json", original_llava_config={"added_tokens": []}),
+        ("config.json", "original_llava_config", "vocab_size"),
+    ),
+)
 
 
 def rows(command: str, make: Callable[..., Any], cases: Any, kind: str = "") -> list[Row]:
@@ -419,6 +491,22 @@ def tower_without_weights(place: Place) -> Call:
     return place.command("convert", folder, "--to", "hf", "--output", "out", "--vision-tower", "tower")
 
 
+def measured(command: str, spoil: Spoil, *words: Any) -> Callable[[Place], Call]:
+    """A measurement of a stock HF checkpoint on one picture, once the checkpoint is spoilt."""
+
+    def make(place: Place) -> Call:
+        folder = place.stock()
+        spoil(place, folder)
+        picture = place.image()
+        return place.command(command, folder, picture, *words, "--output", "result", "--device", "cpu")
+
+    return make
+
+
+def not_a_number(held: dict[str, torch.Tensor]) -> None:
+    held[first(held, "down_proj.weight")][0, 0] = float("nan")
+
+
 TO = ("--to", "llava", "--output", "out")
 NOT_THERE = (
     ("a path that leads nowhere", "/nosuch/model", ("/nosuch/model", "no such folder")),
@@ -439,6 +527,21 @@ OUTPUTS: tuple[tuple[str, Callable[[Place, Path], Any], tuple[str, ...], int], .
     ("a link to itself", circle, ("circle", "name another"), 2),
     ("a name that is too long", lambda place, folder: "x" * 300, ("xxx", "too long", "name another"), 2),
 )
+MEASURED: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    ("saturation", ()),
+    ("attention-maps", ()),
+    ("gradients", ()),
+    ("drift", ("--base", "model")),
+    ("reach", ()),
+)
+MEASURED_ON: tuple[tuple[str, Spoil, tuple[str, ...]], ...] = (
+    ("with a weight that is no number", tensors(not_a_number), ("down_proj.weight", "NaN", "earlier checkpoint")),
+    ("with weights that are cut off", cuts(WEIGHTS), (WEIGHTS, DAMAGED, "download")),
+    ("with a tensor too few", TENSORS[0][1], ("norm.weight is missing", "download")),
+    ("with a tensor of another shape", TENSORS[2][1], ("model", "cannot be loaded", "inspect")),
+    ("whose config.json is a list", writes("config.json", []), ("config.json", "object")),
+    ("whose tokenizer is cut off", cuts("tokenizer.json"), ("model", "cannot be loaded", "download")),
+)
 ROWS = [
     *rows("convert", convert, CONFIGS, "config.json "),
     *rows("convert", lambda spoil: convert(spoil, "llava"), LLAVA_CONFIGS, "llava's config.json with "),
@@ -451,7 +554,12 @@ ROWS = [
     *(Row("convert", f"CKPT {what}", named("convert", name, *TO), says) for what, name, says in NOT_THERE),
     *(Row("convert", f"--output {what}", into(place), says, code) for what, place, says, code in OUTPUTS),
     Row("convert", "a host that does not exist", named("convert", "x", "--to", "jax", "--output", "o"), ("--to jax",)),
-    Row("convert", "to the host that it is of", on("convert", lambda place, folder: 0, "--to", "hf", "--output", "o"), ("model", "hf already")),
+    Row(
+        "convert",
+        "to the host that it is of",
+        on("convert", lambda place, folder: 0, "--to", "hf", "--output", "o"),
+        ("model", "hf already"),
+    ),
     Row("convert", "LoRA files without adapter_config.json", lora, ("model", "LoRA", "merge it first")),
     Row("convert", "another tower", other_tower, ("--vision-tower tower", "leave it out")),
     Row("convert", "a tower of another kind", tower_of_another_kind, ("tower", "siglip")),
@@ -462,17 +570,35 @@ ROWS = [
     Row("convert", "a disk that fills on the way", full(False), ("out", "name another folder"), 1),
     *rows("merge", lambda spoil: merge(spoil, "full"), [case for case in FILES if "torch" not in case[0]]),
     Row("merge", "a stock checkpoint", unpatched, ("model", "nothing to merge")),
-    Row("merge", "an adapter whose base is gone", base_is_gone("merge", "--output", "out"), ("llava_patch.json", "/nosuch/base")),
+    Row(
+        "merge",
+        "an adapter whose base is gone",
+        base_is_gone("merge", "--output", "out"),
+        ("llava_patch.json", "/nosuch/base"),
+    ),
     *(Row("merge", f"CKPT {what}", named("merge", name, "--output", "out"), says) for what, name, says in NOT_THERE),
     Row("merge", "adapter weights missing", merge(removes("llava_patch.safetensors")), ("llava_patch.safetensors",)),
-    Row("merge", "adapter weights cut off", merge(cuts("llava_patch.safetensors")), ("llava_patch.safetensors", DAMAGED)),
+    Row(
+        "merge", "adapter weights cut off", merge(cuts("llava_patch.safetensors")), ("llava_patch.safetensors", DAMAGED)
+    ),
     *rows("inspect", inspect, CONFIGS[:12], "config.json "),
     Row("inspect", "config.json missing", inspect(removes("config.json")), ("model", "config.json", "name the folder")),
     *rows("inspect", inspect, [case for case in FILES if case[0] != "weights missing"]),
     *(Row("inspect", f"CKPT {what}", named("inspect", name), says) for what, name, says in NOT_THERE),
-    *(Row("inspect", f"--base {what}", on("inspect", lambda place, folder: 0, "--base", name), ("--base", *says)) for what, name, says in NOT_THERE[:-1]),
+    *(
+        Row("inspect", f"--base {what}", on("inspect", lambda place, folder: 0, "--base", name), ("--base", *says))
+        for what, name, says in NOT_THERE[:-1]
+    ),
     Row("inspect", "LoRA without its weights", lora_without_weights, ("adapter_config.json", "adapter_model")),
     *(Row("flops", f"CKPT {what}", named("flops", name), says) for what, name, says in NOT_THERE[:-1]),
     *(Row("drift", f"CKPT {what}", named("drift", name), says) for what, name, says in NOT_THERE[:-1]),
-    *(Row("report", f"CKPT {what}", named("report", name, "--output", "r"), says) for what, name, says in NOT_THERE[:-1]),
-]  # fmt: skip
+    *(
+        Row("report", f"CKPT {what}", named("report", name, "--output", "r"), says)
+        for what, name, says in NOT_THERE[:-1]
+    ),
+    *(
+        Row(command, f"a checkpoint {what}", measured(command, spoil, *words), says)
+        for command, words in MEASURED
+        for what, spoil, says in MEASURED_ON
+    ),
+]

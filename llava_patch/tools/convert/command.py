@@ -60,7 +60,7 @@ def convert(
     fusion = made.methods().get("fusion")
     if to == HF and fusion is not None:
         made = replace(made, files=(*made.files, on_meta(made, fusion).fit_files))
-    return _write(made, Path(out), shard_bytes)
+    return _write(found, made, Path(out), shard_bytes)
 
 
 def merge(
@@ -93,24 +93,25 @@ def merge(
             made = with_tower_folder(made, Path(out), vision_tower)
         elif vision_tower is not None:
             raise SettingError("--vision-tower: this checkpoint's tower is the base's own; there is nothing to replace")
-    return _write(made, Path(out), shard_bytes)
+    return _write(found, made, Path(out), shard_bytes)
 
 
 def _read(folder: str | os.PathLike[str], out: str | os.PathLike[str], to: str | None, tower: str | None) -> Checkpoint:
     if to not in (None, HF, LLAVA):
         raise SettingError(f"--to {to}: expected {HF} or {LLAVA}")
-    weights.check_output(Path(out), [os.fspath(folder), *([tower] if tower else [])])
     found = source.read(folder, tower if to == HF else None)
-    weights.check_output(Path(out), found.sources)
+    weights.check_output(Path(out), [*found.sources, *([tower] if tower else [])])
     companions.check_files(found)
     return found
 
 
-def _write(made: Checkpoint, out: Path, shard_bytes: int) -> Path:
+def _write(found: Checkpoint, made: Checkpoint, out: Path, shard_bytes: int) -> Path:
     single = made.host == LLAVA and "projector.1.weight" not in made.tensors
     tensors = {files_of(made.host).written(name, single): load for name, load in made.tensors.items()}
     config = made.config if made.record is None else {**made.config, CONFIG_KEY: made.record}
-    size = sum(load.nbytes for load in made.tensors.values() if isinstance(load, weights.StoredTensor))
+    # What is joined or cut is counted as it lies on the disk now; a llava tower's own folder is among what was found.
+    stored = {**made.tensors, **found.tensors}.values()
+    size = sum(load.nbytes for load in stored if isinstance(load, weights.StoredTensor))
     with output_lock(out), atomic(out, folder=True, size=size) as partial:
         weights.write_weights(partial, tensors, shard_bytes)
         weights.write_json(partial / "config.json", config)
@@ -176,8 +177,8 @@ def with_tower_folder(
         processor = images or pointed
         if not processor or companions.images_of((processor,)) is None:
             raise CheckpointError(
-                f"{processor or made.name}: no preprocessor_config.json there, which the vision tower's folder needs: name a tower "
-                "that has one with --vision-tower"
+                f"{processor or made.name}: no preprocessor_config.json there, which the vision tower's folder needs: "
+                "name a tower that has one with --vision-tower"
             )
 
         image_processor = companions.clip_images(processor)

@@ -197,8 +197,8 @@ def _tokenizer(place: str) -> Any:
     except Exception as error:  # tokenizers has no class of its own, and damaged files meet any of Python's
         files = " or ".join(name for name in _TOKENIZER_FILES if locate(place, name) is not None)
         raise CheckpointError(
-            f"{place}: the tokenizer cannot be loaded ({brief(error)}): copy or download {files} again; if it is for want "
-            "of a package: pip install sentencepiece protobuf"
+            f"{place}: the tokenizer cannot be loaded ({brief(error)}): copy or download {files} again; if it is for "
+            "want of a package: pip install sentencepiece protobuf"
         ) from error
 
 

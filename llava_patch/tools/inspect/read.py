@@ -47,8 +47,8 @@ def inspect_checkpoint(folder: str | os.PathLike[str], base: str = "") -> Inspec
     record = files.record or {}
     if not files.host and not record and not (Path(source) / f"{PROJECTOR}.bin").is_file():
         raise CheckpointError(
-            f"{source}: not a checkpoint, it holds neither {patched.SETTINGS_FILE} nor config.json nor {PROJECTOR}.bin: "
-            "name the folder that has one of them"
+            f"{source}: not a checkpoint, it holds neither {patched.SETTINGS_FILE} nor config.json nor {PROJECTOR}.bin"
+            ": name the folder that has one of them"
         )
     host = files.host or LLAVA
     form, own = _form(Path(source), record)
