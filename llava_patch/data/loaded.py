@@ -73,7 +73,7 @@ def load_subject(checkpoint: str, base: str = "", device: str = "", dtype: str =
         except LlavaPatchError:
             raise
         except Exception as error:  # damaged files raise whatever the host's code meets first
-            if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+            if isinstance(error, MemoryError) or "memory" in str(error).lower():
                 raise
             raise CheckpointError(
                 f"{checkpoint} cannot be loaded ({type(error).__name__}: {brief(error)}): look at it with llava-patch "

@@ -507,6 +507,21 @@ def not_a_number(held: dict[str, torch.Tensor]) -> None:
     held[first(held, "down_proj.weight")][0, 0] = float("nan")
 
 
+def output_is_a_file(command: str, below: str = "", *words: Any) -> Callable[[Place], Call]:
+    def make(place: Place) -> Call:
+        return place.command(command, *words, "--output", f"{place.file('file', 'x')}{below}")
+
+    return make
+
+
+def measured_into_a_file(place: Place) -> Call:
+    return place.command("saturation", place.stock(), place.image(), "--output", place.file("file", "x") / "y")
+
+
+def gin_of_bytes(place: Place) -> Call:
+    return place.command("gin-files", place.file("bytes.gin", b"\xff\xfe"))
+
+
 TO = ("--to", "llava", "--output", "out")
 NOT_THERE = (
     ("a path that leads nowhere", "/nosuch/model", ("/nosuch/model", "no such folder")),
@@ -601,4 +616,13 @@ ROWS = [
         for command, words in MEASURED
         for what, spoil, says in MEASURED_ON
     ),
+    Row("bench", "--output is a file", output_is_a_file("bench"), ("file: is a file", "expected a folder")),
+    Row("bench", "--output below a file", output_is_a_file("bench", "/x"), ("file is a file", "expected a folder")),
+    Row("bench", "a shape that is not known", named("bench", "--shape", "x"), ("--shape x", "small")),
+    Row("bench", "a split behind the last layer", named("bench", "--split", 99), ("--split 99", "0..30")),
+    Row("bench", "another attention", named("bench", "--attention", "x"), ("--attention x", "sdpa")),
+    Row("bench", "another precision", named("bench", "--dtype", "int8"), ("--dtype int8", "float32")),
+    Row("saturation", "--output below a file", measured_into_a_file, ("file is a file", "expected a folder")),
+    Row("gin-files", "a file that is not there", named("gin-files", "nosuch.gin"), ("nosuch.gin", "lists them")),
+    Row("gin-files", "a file that is no text", gin_of_bytes, ("bytes.gin", "UTF-8")),
 ]
