@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 import typer
 from typer.core import TyperGroup
 
-from llava_patch.core.errors import CheckpointError, SettingError
+from llava_patch.core.errors import CheckpointError, SettingError, StorageError, brief
 from llava_patch.core.paths import default_name, named
+from llava_patch.core.stored import shown
 from llava_patch.measurements.base import FIGURES, Result
 from llava_patch.settings import active
 
@@ -91,16 +92,14 @@ def configured(gin_file: list[str], gin_param: list[str], goes_on: bool = False)
 
 def check_checkpoint(name: str, setting: str = "") -> None:
     """Refuse a path that leads nowhere before it is taken for a name of the hub, which has one slash at most."""
-    from llava_patch.core.weights import read_json
+    from llava_patch.core.weights import is_path, lacks_config, nothing_at, read_json
 
     if Path(name).exists():
         return
-    what = f"{setting} {name}".strip()
-    slashes = name.replace("\\", "/").rstrip("/").count("/")
-    if name.startswith((".", "/", "~")) or name.endswith("/") or slashes > 1:
-        raise CheckpointError(f"{what}: no such folder")
-    if slashes and read_json(name, "config.json") is None:
-        raise CheckpointError(f"{what}: no such folder; as a hub name: the hub does not give it")
+    if is_path(name):
+        raise nothing_at(name, setting)
+    if read_json(name, "config.json") is None:
+        raise lacks_config(name, f"{setting} {name}".strip())
 
 
 def check_formats(formats: list[str]) -> None:
@@ -111,11 +110,26 @@ def check_formats(formats: list[str]) -> None:
 
 
 def folder_for(measurement: str, checkpoint: str, output: Path | None) -> Path:
-    """Where results go: `output` (CheckpointError where that is a file), or MEASUREMENT/NAME-OF-CHECKPOINT."""
+    """Where results go: `output` (CheckpointError where that can be none), or MEASUREMENT/NAME-OF-CHECKPOINT."""
     folder = output if output is not None else Path(measurement) / default_name(checkpoint)
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"--output {folder}: is a file; expected a folder")
+    check_folder(folder)
     return folder
+
+
+def check_folder(folder: Path, setting: str = "--output") -> None:
+    """Refuse what cannot be a folder to write to, before the work whose results go there."""
+    try:
+        folder.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # a link to itself, too long a name, one with a null byte
+        raise CheckpointError(f"{setting} {shown(str(folder))}: {brief(error)}: name another folder") from error
+    nearest = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+    if not nearest.is_dir():
+        what = "is a file" if nearest == folder else f"{nearest} is a file"
+        raise CheckpointError(f"{setting} {folder}: {what}; expected a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise StorageError(f"{setting} {folder}: you may not write in {nearest}: name another folder")
 
 
 def configured_patch() -> dict[str, str]:

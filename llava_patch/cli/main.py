@@ -62,7 +62,9 @@ def said_of(error: Exception) -> tuple[int, str]:
 
         if (broken := check_torch()) is not None:
             return 1, f"torch {broken.found}: {broken.advice}"
-    if "out of memory" in str(error).lower() or isinstance(error, MemoryError):
+    if any(word in str(error).lower() for word in ("out of memory", "can't allocate memory")) or isinstance(
+        error, MemoryError
+    ):
         return 1, f"out of memory ({brief(error)}): give a smaller --dtype, another --device or fewer --samples"
     return 1, (
         f"unexpected {type(error).__name__}: {brief(error)} ({TRACEBACK}=1 shows where; if the input is sound, please "

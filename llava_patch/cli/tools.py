@@ -6,7 +6,7 @@ from typing import Any, Optional
 
 import typer
 
-from llava_patch.cli.common import DATA, DEVICE, GIN_FILE, GIN_PARAM, QUESTION, configured, folder_for
+from llava_patch.cli.common import DATA, DEVICE, GIN_FILE, GIN_PARAM, QUESTION, check_folder, configured, folder_for
 from llava_patch.core.errors import CheckpointError, SettingError
 from llava_patch.core.extras import needs
 from llava_patch.data.examples import check_data
@@ -211,6 +211,7 @@ def bench(
         raise SettingError(f"--split {split}: shape {shape} has {size.layers} layers; expected 0..{size.layers - 2}")
     if fusions and (split >= 0 or train):
         raise SettingError("--fusions: always times a training step, and knows no --split: leave both out")
+    check_folder(output)
     tower = sizes.TOWERS["none" if not fusions else "small" if shape == "small" else "large"]
     console = Console()
 
@@ -291,7 +292,7 @@ def sweep_command(
 
 
 def convert_command(
-    checkpoint: Path = typer.Argument(..., metavar="CKPT", help="a full checkpoint, stock or patched, or an adapter"),  # noqa: B008
+    checkpoint: str = typer.Argument(..., metavar="CKPT", help="a full checkpoint, stock or patched, or an adapter"),
     old: str = _OLD,
     output: Path = _OUTPUT,
     to: str = typer.Option(..., help="hf or llava"),
@@ -305,7 +306,7 @@ def convert_command(
 
 
 def merge_command(
-    checkpoint: Path = typer.Argument(..., metavar="CKPT", help="an adapter or a full patched checkpoint"),  # noqa: B008
+    checkpoint: str = typer.Argument(..., metavar="CKPT", help="an adapter or a full patched checkpoint"),
     old: str = _OLD,
     output: Path = _OUTPUT,
     to: str = typer.Option("", help="hf or llava, to convert in the same go; default: the host that it is of"),
@@ -326,11 +327,12 @@ def _refuse(old: str) -> None:
 def gin_files(name: str = typer.Argument("", help="print this file, or list those with this in their name")) -> None:
     """List the shipped gin files, or print one."""
     from llava_patch.core.paths import gin_dir
+    from llava_patch.core.stored import read_text
     from llava_patch.settings.gin_config import find_file
 
     listed = [path for path in sorted(gin_dir().glob("*.gin")) if name in path.name]
     if name and (name.endswith(".gin") or not listed):
-        typer.echo(find_file(name).read_text(encoding="utf-8"))
+        typer.echo(read_text(find_file(name), SettingError))
         return
     for path in listed:
         first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")

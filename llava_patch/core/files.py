@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -128,6 +129,12 @@ def atomic(path: Path, folder: bool = False, size: float = 0) -> Iterator[Path]:
 def beside(path: Path) -> Path:
     """A new hidden name in the folder of `path`, with its suffix; a run that is killed may leave one behind."""
     return path.with_name(f".{path.stem[:100]}-{uuid.uuid4().hex}{path.suffix}")
+
+
+def left_beside(path: Path) -> list[Path]:
+    """What is still there under names that `beside` gave for a path: of runs that were killed, or that write now."""
+    name = re.compile(rf"\.{re.escape(path.stem[:100])}-[0-9a-f]{{32}}{re.escape(path.suffix)}")
+    return [other for other in path.parent.iterdir() if name.fullmatch(other.name)]
 
 
 def _sync(path: Path) -> None:

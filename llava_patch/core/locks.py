@@ -2,13 +2,14 @@
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
 from filelock import Timeout
 
-from llava_patch.core import parallel
+from llava_patch.core import files, parallel
 from llava_patch.core.errors import BusyError, StorageError, brief
 
 LOCK_FILE = ".lock"
@@ -27,6 +28,27 @@ def folder_lock(folder: Path | None, advice: str = "give another --output") -> I
     stays. BusyError: another process works there; StorageError: the folder cannot be written.
     """
     path = None if folder is None or parallel.rank() != 0 else Path(folder).resolve() / LOCK_FILE
+    with _file_lock(path, folder, advice):
+        yield
+
+
+@contextlib.contextmanager
+def output_lock(folder: Path, advice: str = "give another --output") -> Iterator[None]:
+    """The same for a folder that is to appear whole: the lock's file lies beside it.
+
+    Who was killed while he wrote it leaves that file, and hidden folders, which are taken away here.
+    """
+    place = folder.resolve()
+    path = place.with_name(f".{place.name}{LOCK_FILE}")
+    killed = path.exists()
+    with _file_lock(path, folder, advice):
+        for left in files.left_beside(place) if killed else ():
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+
+
+@contextlib.contextmanager
+def _file_lock(path: Path | None, folder: Path | None, advice: str) -> Iterator[None]:
     if path is None or path in _held:
         yield
         return

@@ -30,6 +30,15 @@ def read_json(path: Path, error: Error = CheckpointError, advice: str = "") -> A
         raise error(f"{path}: not valid JSON ({brief(reason)}){advice}") from reason
 
 
+def read_text(path: Path, error: Error = CheckpointError, advice: str = "") -> str:
+    """The text of a file in UTF-8; `error` names the file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UNREADABLE as reason:
+        what = getattr(reason, "strerror", None) or f"not text in UTF-8: {brief(reason)}"
+        raise error(f"{path}: cannot be read ({what}){advice}") from reason
+
+
 def read_object(path: Path, error: Error = CheckpointError, advice: str = "") -> dict[str, Any]:
     """The object in a JSON file; as `read_json`."""
     value = read_json(path, error, advice)

@@ -1,9 +1,12 @@
 """A checkpoint's files: where they are, tensors read one at a time or by their headers alone, written in shards."""
 
+import contextlib
 import functools
 import json
 import math
 import os
+import pickle
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,39 +15,88 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_patch.core.errors import CheckpointError
-from llava_patch.core.stored import read_object
+from llava_patch.core import stored
+from llava_patch.core.errors import CheckpointError, StorageError, brief
+from llava_patch.core.files import track
 
 Load = Callable[[], Tensor]
 Tensors = dict[str, Load]
 """Tensor name: a function that reads it."""
 SHARD_BYTES = 5 * 10**9
+_SHOWN_BYTES = 10**9  # more shows a progress bar
 WEIGHT_FORMATS = (("model", "safetensors"), ("pytorch_model", "bin"))
+MEND = ": copy or download this file again"
+_AGAIN = ": save it again as model.safetensors, or as a dictionary of tensors"
 _HUB_FILES = ("*.json", "*.safetensors", "*.bin", "*.model")
 _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
     "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "C64": "complex64",
 }  # fmt: skip
 
 
 def locate(source: str, name: str) -> Path | None:
-    """A file of a folder, or of a model of the hub (from its cache, or downloaded); None when it has no such file."""
+    """A file of a folder, or of a model of the hub (from its cache, or downloaded); None when it has no such file.
+
+    CheckpointError: `source` is a path that leads nowhere or to a file, or the hub does not answer for the name.
+    """
     if os.path.isdir(source):
         path = Path(source) / name
         return path if path.is_file() else None
+    if is_path(source):
+        raise nothing_at(source)
     from transformers.utils import cached_file
 
     try:
         found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{source}: neither a folder nor a model that the hub gives ({error})") from error
+        raise nothing_at(source) from error
     return None if found is None else Path(found)
 
 
+def is_path(source: str) -> bool:
+    """Whether a word can only be a path: it is there, or is spelled as no name of the hub is (one slash at most)."""
+    spelled = source.startswith((".", "/", "~")) or source.endswith("/")
+    return spelled or os.path.lexists(source) or not 1 <= len(source.replace("\\", "/").split("/")) <= 2 or not source
+
+
+def nothing_at(source: str, setting: str = "", download: bool = True) -> CheckpointError:
+    """The error for what is neither a folder nor a model of the hub that can be had here; says what is the matter.
+
+    `setting` is the option that named it; `download`: whether the hub was asked, which a process offline never does.
+    """
+    what = f"{setting} {source}".strip() or "''"
+    if os.path.isfile(source):
+        return CheckpointError(f"{what}: is a file: name the folder that it is in")
+    if is_path(source):
+        return CheckpointError(f"{what}: no such folder: name the folder with the checkpoint's config.json")
+    from huggingface_hub import constants
+
+    where = f"it is not on this machine: hf download {source}"
+    if download and not constants.HF_HUB_OFFLINE:
+        where = "the hub does not give it: look at its name"
+    return CheckpointError(f"{what}: no such folder; as a hub name: {where}")
+
+
+def lacks_config(source: str, what: str = "") -> CheckpointError:
+    """The error for a folder or name of the hub that has no config.json; `what` is what it is called there."""
+    if not os.path.isdir(source) and (is_path(source) or not _on_machine(source)):
+        return nothing_at(source, what.removesuffix(source).strip())
+    advice = "name the folder that has it beside the weights"
+    return CheckpointError(f"{what or source}: not a checkpoint, it has no config.json: {advice}")
+
+
+def _on_machine(name: str) -> bool:
+    """Whether anything of a model of the hub is in its cache."""
+    from huggingface_hub import constants
+
+    return (Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "snapshots").is_dir()
+
+
 def read_json(source: str, name: str) -> dict | None:
-    """A JSON file of a folder or hub model; None when it has none. CheckpointError: not valid JSON."""
+    """The object in a JSON file of a folder or hub model; None when there is no such file. CheckpointError: damaged."""
     path = locate(source, name)
-    return None if path is None else read_object(path)
+    return None if path is None else stored.read_object(path, advice=MEND)
 
 
 def folder_of(source: str, download: bool = False, setting: str = "") -> str:
@@ -55,16 +107,14 @@ def folder_of(source: str, download: bool = False, setting: str = "") -> str:
     """
     if os.path.isdir(source):
         return source
+    if is_path(source):
+        raise nothing_at(source, setting)
     from huggingface_hub import snapshot_download
 
     try:
         return snapshot_download(source, allow_patterns=list(_HUB_FILES), local_files_only=not download)
     except (OSError, ValueError) as error:  # no such name, none of this machine, no network
-        where = "the hub does not give it" if download else "it is not on this machine"
-        raise CheckpointError(
-            f"{setting} {source}: no such folder; as a hub name: {where}".strip()
-            + ("" if download else f" (hf download {source})")
-        ) from error
+        raise nothing_at(source, setting, download) from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +137,17 @@ class StoredTensor:
         """How many values it has."""
         return math.prod(self.shape)
 
+    @property
+    def is_floating(self) -> bool:
+        """Whether its values are floating-point numbers, which an integer, a quantised or a complex one's are not."""
+        return self.dtype.startswith(("float", "bfloat"))
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes its values take."""
+        number = getattr(torch, self.dtype, None)
+        return self.parameters * (number.itemsize if isinstance(number, torch.dtype) else 1)
+
     def sample(self, count: int) -> list[float]:
         """Evenly spaced values of a matrix, as an adapter's fingerprint has them; nothing else is read."""
         rows, columns = self.shape
@@ -108,29 +169,68 @@ def same_values(one: Sequence[float], other: Sequence[float]) -> bool:
 
 
 def weight_files(source: str) -> list[Path]:
-    """The files of a full checkpoint's weights, by its index, all of whose files must be there; [] when it has none."""
+    """The files of a full checkpoint's weights, by its index, all of whose files must be there; [] when it has none.
+
+    CheckpointError: an index that is damaged, or names what is not a file beside it.
+    """
     for stem, suffix in WEIGHT_FORMATS:
-        index = read_json(source, f"{stem}.{suffix}.index.json")
-        if index is not None:
-            found = {name: locate(source, name) for name in sorted(set(index["weight_map"].values()))}
-            if missing := [name for name, path in found.items() if path is None]:
-                raise CheckpointError(f"{source}: {missing[0]} is missing, which {stem}.{suffix}.index.json names")
-            return [path for path in found.values() if path is not None]
+        index = f"{stem}.{suffix}.index.json"
+        if (found := read_json(source, index)) is not None:
+            return [_shard(source, index, name) for name in _shards(found, os.path.join(source, index))]
         if (whole := locate(source, f"{stem}.{suffix}")) is not None:
             return [whole]
     return []
+
+
+def _shards(index: dict[str, Any], where: str) -> list[str]:
+    """The names of files in an index."""
+    places = stored.field(index, "weight_map", dict, where)
+    for tensor, name in places.items():
+        if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name:
+            wrong = f"weight_map has {tensor} in {stored.shown(name)}: expected the name of a file beside it"
+            raise CheckpointError(f"{where}: {wrong}{MEND}")
+    if not places:
+        raise CheckpointError(f"{where}: weight_map names no tensor{MEND}")
+    return sorted(set(places.values()))
+
+
+def _shard(source: str, index: str, name: str) -> Path:
+    if (path := locate(source, name)) is None:
+        raise CheckpointError(f"{source}: {name} is missing, which {index} names: copy or download it too")
+    return path
 
 
 def open_weights(source: str) -> Tensors:
     """All tensors of a checkpoint folder or hub model, which must have some, by their names in the files."""
     files = weight_files(source)
     if files:
-        return {tensor.name: tensor for path in files for tensor in read_file(path)}
-    hint = ""
-    if locate(source, "adapter_config.json") is not None:
+        return {tensor.name: tensor for tensor in read_files(files)}
+    hint = ": copy or download them too"
+    if any(locate(source, name) for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")):
         hint = "; it is a LoRA folder: merge it first (LLaVA's scripts/merge_lora_weights.py)"
     names = " or ".join(f"{stem}.{suffix}" for stem, suffix in WEIGHT_FORMATS)
     raise CheckpointError(f"{source}: no weights here ({names}){hint}")
+
+
+def check_headers(source: str) -> None:
+    """Refuse safetensors files of a folder that are not whole, by their headers; others are left to who loads them."""
+    for path in weight_files(source) if os.path.isdir(source) else ():
+        if path.suffix == ".safetensors":
+            read_file(path)
+
+
+def read_files(paths: Sequence[Path], whole: bool = False) -> list[StoredTensor]:
+    """The tensors of a checkpoint's files, each of which may be in one file only; as `read_file`."""
+    found: dict[str, StoredTensor] = {}
+    for path in paths:
+        for tensor in read_file(path, whole):
+            if (other := found.get(tensor.name)) is not None:
+                raise CheckpointError(
+                    f"{path}: tensor {tensor.name} is there twice, in {other.file.name} too, and they may differ: save "
+                    "the checkpoint again, or take the wrong file away"
+                )
+            found[tensor.name] = tensor
+    return list(found.values())
 
 
 def read_file(path: Path, whole: bool = False) -> list[StoredTensor]:
@@ -154,21 +254,32 @@ def read_file(path: Path, whole: bool = False) -> list[StoredTensor]:
     except CheckpointError:
         raise
     except Exception as error:  # safetensors, zipfile and pickle have their own
-        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+        kind = "safetensors" if path.suffix == ".safetensors" else "torch"
+        raise CheckpointError(f"{path}: cannot be read as a whole {kind} file ({brief(error)}){MEND}") from error
 
 
 def _torch_file(path: Path, whole: bool) -> dict[str, Tensor]:
     # The host's own file format; weights_only keeps a foreign pickle from running code.
-    load = functools.partial(torch.load, str(path), map_location="cpu", weights_only=True)
+    with path.open("rb") as stream:
+        begins = stream.read(2)
+    zipped = begins == b"PK"
+    if not zipped and begins[:1] != b"\x80":
+        raise ValueError("it is neither a zip archive nor a pickle")
+    if not zipped and not whole:
+        what = "is no archive as torch 1.6 and newer write, and cannot be read tensor by tensor"
+        raise CheckpointError(f"{path}: {what}{_AGAIN}")
     try:
-        values = load(mmap=True)
-    except RuntimeError as error:
-        if not whole:
-            raise CheckpointError(f"{path}: cannot be read tensor by tensor ({error})") from error
-        values = load()
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: holds no named tensors")
-    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle's version
+            values = torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        what = "holds something besides tensors, which is not read, as it could run any code"
+        raise CheckpointError(f"{path}: {what}{_AGAIN}") from error
+    held = values.items() if isinstance(values, dict) else ()
+    tensors = {name: value for name, value in held if isinstance(value, Tensor)}
+    if values != {} and not (tensors and stored.strings(list(tensors))):
+        raise CheckpointError(f"{path}: holds no named tensors{_AGAIN}")
+    return tensors
 
 
 def write_weights(folder: Path, tensors: Tensors, shard_bytes: int = SHARD_BYTES) -> None:
@@ -178,6 +289,7 @@ def write_weights(folder: Path, tensors: Tensors, shard_bytes: int = SHARD_BYTES
     """
     from safetensors.torch import save_file
 
+    show = sum(load.nbytes for load in tensors.values() if isinstance(load, StoredTensor)) > _SHOWN_BYTES
     shards: list[list[str]] = []
     shard: dict[str, Tensor] = {}
     total = 0
@@ -188,7 +300,7 @@ def write_weights(folder: Path, tensors: Tensors, shard_bytes: int = SHARD_BYTES
             shards.append(list(shard))
             shard.clear()
 
-    for name, load in tensors.items():
+    for name, load in track(list(tensors.items()), f"writing {len(tensors)} tensors", show):
         tensor = load().detach().clone(memory_format=torch.contiguous_format)
         if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > shard_bytes:
             flush()
@@ -213,9 +325,32 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def check_output(out: Path, sources: Iterable[str]) -> None:
-    """Refuse a folder that must not be written over."""
+    """Refuse a folder that must not be written: over or within an input, around one, full, a file, or not ours.
+
+    CheckpointError; StorageError where this user may not write.
+    """
+    try:
+        place, there = out.resolve(), os.path.lexists(out)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            out.stat()
+        nearest = next(folder for folder in (place, *place.parents) if os.path.lexists(folder))
+    except (OSError, RuntimeError, ValueError) as error:  # a link to itself, too long a name, one with a null byte
+        raise CheckpointError(
+            f"{stored.shown(str(out))} is no place for a folder ({brief(error)}): name another"
+        ) from error
     for source in sources:
-        if os.path.isdir(source) and out.resolve() == Path(source).resolve():
+        if not os.path.isdir(source):
+            continue
+        given = Path(source).resolve()
+        if place == given:
             raise CheckpointError(f"{out} is the input itself: name another folder to write to")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if place.is_relative_to(given):
+            raise CheckpointError(f"{out} is inside the input {source}: name a folder beside it")
+        if given.is_relative_to(place):
+            raise CheckpointError(f"{out} has the input {source} inside: name a folder beside it")
+    if there and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} is there already and not an empty folder: name a new one")
+    if not nearest.is_dir():
+        raise CheckpointError(f"{out}: {nearest} is a file, so no folder can be in it: name another folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise StorageError(f"{out}: you may not write in {nearest}: name another folder")

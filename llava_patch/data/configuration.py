@@ -6,7 +6,7 @@ from typing import Any
 
 from llava_patch.core import records
 from llava_patch.core.errors import CheckpointError, HostError
-from llava_patch.core.weights import read_json
+from llava_patch.core.weights import lacks_config, read_json
 from llava_patch.hosts import configs, tiles
 from llava_patch.hosts.anatomy import HF, LLAVA
 from llava_patch.hosts.towers import layout as towers
@@ -31,7 +31,7 @@ def read_transform(folder: str | Path, mode: str) -> Transform:
             raise CheckpointError(f"{folder}: its base {base} is no folder here: give --size and --patch instead")
     raw = read_json(str(base), "config.json") if base.is_dir() else None
     if raw is None:
-        raise CheckpointError(f"{base}: not a checkpoint, it holds no config.json")
+        raise lacks_config(str(base))
     record = record or records.carried(raw, f"{base}/config.json")
     on_llava = "mm_vision_tower" in raw
     config, processor = _of_llava(raw, str(base)) if on_llava else _of_hf(raw, base)

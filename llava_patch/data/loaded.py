@@ -12,11 +12,13 @@ import torch
 
 from llava_patch.core import memory, parallel, records
 from llava_patch.core.errors import CheckpointError, HostError, LlavaPatchError, SettingError, brief
+from llava_patch.core.finite import DAMAGED, first_not_finite
 from llava_patch.core.memory import float32_default
-from llava_patch.core.weights import locate, read_json
+from llava_patch.core.weights import check_headers, lacks_config, locate, read_json
 from llava_patch.data.inputs import Inputs
 from llava_patch.hosts import compat, configs
 from llava_patch.hosts.anatomy import LLAVA, find
+from llava_patch.hosts.host import is_computed, named_weights
 
 DTYPES = ("float32", "bfloat16", "float16")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -53,14 +55,15 @@ def load_subject(checkpoint: str, base: str = "", device: str = "", dtype: str =
             said), float16 elsewhere.
 
     Raises:
-        CheckpointError: no checkpoint, one of another model, or one that needs `base` or must not have it.
+        CheckpointError: no checkpoint, a damaged one, one of another model or whose weights are not finite, or one
+            that needs `base` or must not have it.
         HostError: the llava package, whose checkpoint it is, is not installed.
         SettingError: a device or dtype that is not there, or weights that this machine's memory cannot hold.
     """
     place, number = pick_device(device), pick_dtype(dtype, pick_device(device))
     files = configs.read(checkpoint)
     if base and read_json(base, "config.json") is None:  # it may be a language model alone
-        raise CheckpointError(f"--base {base}: not a checkpoint, it has no config.json")
+        raise lacks_config(base, f"--base {base}")
     below = base or (records.base_of(checkpoint, files.record or {}) if files.is_adapter else "")
     if place == "cpu":
         number = memory.cpu_dtype(dtype, below or checkpoint) or number
@@ -69,14 +72,20 @@ def load_subject(checkpoint: str, base: str = "", device: str = "", dtype: str =
     if base and files.is_adapter:
         given, base = records.base_is(checkpoint, base), ""
     with float32_default(), given:
+        check_headers(below or checkpoint)
         try:
             found = load(files, base, place, number)
-        except (LlavaPatchError, MemoryError):
+        except LlavaPatchError:
             raise
-        except Exception as error:  # of a damaged file each library says it in its own way
-            if "out of memory" in str(error).lower():
+        except Exception as error:  # damaged files raise whatever the host's code meets first
+            if isinstance(error, MemoryError) or "memory" in str(error).lower():
                 raise
-            raise CheckpointError(f"{checkpoint} cannot be loaded: {type(error).__name__}: {brief(error)}") from error
+            raise CheckpointError(
+                f"{checkpoint} cannot be loaded ({type(error).__name__}: {brief(error)}): look at it with llava-patch "
+                f"inspect {checkpoint}, or copy or download its files again"
+            ) from error
+    if (broken := first_not_finite(named_weights(find(found.model)))) is not None:
+        raise CheckpointError(f"{checkpoint}: {broken} holds NaN or infinity: {DAMAGED}")
     found.model.eval()
     return found
 
@@ -199,6 +208,11 @@ def _load_hf(files: configs.CheckpointFiles, base: str, device: str, dtype: torc
         raise CheckpointError(f"{checkpoint} is a checkpoint of Hugging Face's LLaVA: leave out --base")
     kinds = {"llava": "Llava", "llava_next": "LlavaNext", "llava_onevision": "LlavaOnevision"}
     kind: Any = getattr(transformers, f"{kinds[files.config['model_type']]}ForConditionalGeneration")
-    model: Any = kind.from_pretrained(checkpoint, **compat.dtype_argument(dtype))
+    model, info = kind.from_pretrained(checkpoint, output_loading_info=True, **compat.dtype_argument(dtype))
+    if missing := sorted(name for name in info["missing_keys"] if not is_computed(name)):
+        raise CheckpointError(
+            f"{checkpoint}: tensor {missing[0]} is missing ({len(missing)} in all), which transformers would make up: "
+            "copy or download its weights again"
+        )
     processor: Any = transformers.AutoProcessor.from_pretrained(checkpoint)
     return LoadedCheckpoint(model.to(device), processor.tokenizer, processor.image_processor, processor)

@@ -198,6 +198,10 @@ def placed(anatomy: Anatomy, image_mask: Tensor | None, kept: Tensor | None = No
     block in which the model was not called.
     """
     for name, mask in (("image_mask", image_mask), ("kept", kept)):
+        if mask is not None and not isinstance(mask, Tensor):
+            raise InputError(
+                f"image_positions({name}=...): expected a bool tensor [batch, tokens], got {type(mask).__name__}"
+            )
         if mask is not None and (mask.ndim != 2 or mask.dtype != torch.bool):
             raise InputError(
                 f"image_positions({name}=...): expected a bool tensor [batch, tokens], got {mask.dtype} "

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llava_patch.core.errors import HostError
 from llava_patch.hosts import known
-from llava_patch.hosts.host import Anatomy, HostFiles
+from llava_patch.hosts.host import Anatomy, HostFiles, made_of
 
 HF = "hf"
 VIDEOS = "pixel_values_videos"
@@ -71,7 +71,8 @@ def whole_config(config: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
     values = copy.deepcopy(config)
-    return AutoConfig.for_model(values.pop("model_type"), **values)
+    with made_of("config.json"):
+        return AutoConfig.for_model(values.pop("model_type"), **values)
 
 
 def _skeleton(config: dict[str, Any]) -> Any:

@@ -4,16 +4,17 @@
 a checkpoint on disk: whose config.json it is, its parts' configurations, and the names of its tensors.
 """
 
+import contextlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from llava_patch.core.errors import HostError
+from llava_patch.core.errors import CheckpointError, HostError, LlavaPatchError, brief
 from llava_patch.hosts import compat, known, lora
 from llava_patch.hosts.towers import layout as towers
 from llava_patch.hosts.towers.layout import Tower
@@ -183,6 +184,27 @@ class Anatomy(ABC):
     def pixels_of(self, sample: dict[str, Any]) -> Any:
         """The images among the keyword arguments of the model's forward; None where it has none."""
         return sample.get(self.pixels_argument)
+
+
+@contextlib.contextmanager
+def made_of(where: str) -> Iterator[None]:
+    """Turn what a library raises that makes something of a damaged file's values into one error that names the file."""
+    try:
+        yield
+    except (LlavaPatchError, ImportError, OSError, MemoryError):
+        raise
+    except Exception as error:  # of whatever class: the values reach code that counts on sound ones
+        raise CheckpointError(
+            f"{where}: nothing can be made of its values ({type(error).__name__}: {brief(error)}): correct them, or "
+            "copy or download this file again"
+        ) from error
+
+
+def named_weights(anatomy: Anatomy) -> Iterator[tuple[str, Tensor]]:
+    """A model's parameters by name, and those of a tower that the host keeps where the model does not list it."""
+    yield from anatomy.model.named_parameters()
+    if anatomy.tower_apart and anatomy.vision_model is not None:
+        yield from ((f"vision tower: {name}", tensor) for name, tensor in anatomy.vision_model.named_parameters())
 
 
 _MOST_LINEARS = 16

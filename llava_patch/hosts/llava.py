@@ -4,10 +4,11 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
+from llava_patch.core import stored
 from llava_patch.core.errors import HostError
 from llava_patch.core.records import CONFIG_KEY
 from llava_patch.hosts import known
-from llava_patch.hosts.host import Anatomy, HostFiles
+from llava_patch.hosts.host import Anatomy, HostFiles, made_of
 
 LLAVA = "llava"
 UNKNOWN = ("llava_mpt", "llava_gemma", "llava_mixtral", "llava_qwen_moe")
@@ -90,7 +91,8 @@ def text_config(config: dict[str, Any]) -> Any:
 
     dropped = ("model_type", "architectures", "_name_or_path", "auto_map", CONFIG_KEY)
     values = {k: v for k, v in copy.deepcopy(config).items() if not is_own(k) and k not in dropped}
-    return AutoConfig.for_model(_family(config), **values)
+    with made_of("config.json"):
+        return AutoConfig.for_model(_family(config), **values)
 
 
 _FAMILIES = {"llava_mistral": "mistral", "llava_qwen": "qwen2"}
@@ -137,7 +139,7 @@ def _skeleton(config: dict[str, Any]) -> Any:
 LLAVA_FILES = HostFiles(  # of the vision tower, which has a folder of its own, a trained one alone is among them
     wrote=lambda config: "mm_vision_tower" in config and config.get("model_type") not in UNKNOWN,
     text_config=text_config,
-    feature_width=lambda config: int(config["mm_hidden_size"]),
+    feature_width=lambda config: stored.field(config, "mm_hidden_size", int, "config.json"),
     skeleton=_skeleton,
     linear=lambda k: str(2 * k),  # activations have the odd places
     parts={

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from llava_patch.core.errors import HostError, InputError
+from llava_patch.core.finite import why_not_finite
 from llava_patch.core.undo import UndoStack
 from llava_patch.hosts import call_context, wrappers
 from llava_patch.hosts.anatomy import Anatomy
+from llava_patch.hosts.host import named_weights
 from llava_patch.hosts.wrappers import llava_prepare
 
 
@@ -144,8 +146,6 @@ def keeping_flags(model: nn.Module) -> Iterator[None]:
 def check_finite(values: Iterable[float], layer: int, anatomy: Anatomy) -> None:
     """Refuse what overflowed, or comes of broken weights: HostError names the layer and the precision."""
     if not all(map(math.isfinite, values)):
-        dtype = str(next(anatomy.layers[0].parameters()).dtype).removeprefix("torch.")
-        raise HostError(
-            f"the hidden states or the attention of layer {layer} are not finite in {dtype}: load the model with "
-            "--dtype float32 (or bfloat16), and if that does not help its weights are broken"
-        )
+        dtype = next(anatomy.layers[0].parameters()).dtype
+        what = f"the hidden states or the attention of layer {layer}"
+        raise HostError(why_not_finite(what, dtype, named_weights(anatomy)))

@@ -9,10 +9,12 @@ from PIL import Image
 from torch import Tensor
 
 from llava_patch.core.errors import HostError, InputError, SettingError
+from llava_patch.core.finite import why_not_finite
 from llava_patch.fusion import deep_stack_decoder
 from llava_patch.fusion.base import Join, Taps
 from llava_patch.hosts import tiles
 from llava_patch.hosts.anatomy import Anatomy, get_handle
+from llava_patch.hosts.host import named_weights
 from llava_patch.probe.decoder import injection_layers
 from llava_patch.probe.sample import Box
 from llava_patch.probe.sequence import Layout, merge_size, square_layout, target_mask, tiled_layout
@@ -151,5 +153,5 @@ def _encode(anatomy: Anatomy, pixel_values: Tensor) -> tuple[Tensor, Tensor | No
     tokens = tokens.detach().to(device="cpu", copy=True)
     for what, values in (("DeepStack's features", injections), ("the projected visual tokens", tokens)):
         if values is not None and not torch.isfinite(values).all():
-            raise HostError(f"{what} are not finite (computed in {values.dtype}): load the model in float32")
+            raise HostError(why_not_finite(what, values.dtype, named_weights(anatomy)))
     return tokens, injections

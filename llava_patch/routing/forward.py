@@ -125,9 +125,12 @@ class RoutedForward:
         for one in (cache, compat.take_held(decoder)):
             if one is not None:
                 RoutedCache.check(one, self.schedule)
-        if attention_mask is not None and attention_mask.ndim != 2:
+        if attention_mask is not None and not isinstance(attention_mask, Tensor):
+            raise InputError(f"attention_mask: expected a tensor [batch, tokens], got {type(attention_mask).__name__}")
+        if attention_mask is not None and (attention_mask.ndim != 2 or attention_mask.is_complex()):
             raise InputError(
-                f"routing needs a 2-D attention_mask [batch, tokens], got {attention_mask.ndim} dimensions"
+                "routing needs a 2-D attention_mask [batch, tokens] of 0 and 1, got "
+                f"{attention_mask.ndim} dimensions of {attention_mask.dtype}"
             )
         packed = kwargs.get("cu_seq_lens_q") is not None
         if attention_mask is None and cache is None and position_ids is not None:
@@ -146,6 +149,8 @@ class RoutedForward:
     ) -> Call | None:
         """What this call brings; None when the stock forward serves it."""
         decoder, config = self.anatomy.decoder, self.anatomy.decoder.config
+        if embeds.ndim != 3:
+            raise InputError(f"input_ids: expected [batch, tokens], got embeddings of shape {list(embeds.shape)}")
         batch, queries = embeds.shape[:2]
         warns = context.generating or use_cache is True
         use_cache = bool(getattr(config, "use_cache", False) if use_cache is None else use_cache)
@@ -157,7 +162,9 @@ class RoutedForward:
             past = attention_mask.new_ones(batch, seen)
             if isinstance(cache, RoutedCache):
                 past = cache.streams[FULL].places.validity().to(attention_mask)
-            attention_mask = torch.cat([past, attention_mask], dim=1)
+            attention_mask = _joined(past, attention_mask)
+        if context.image_mask is not None or isinstance(cache, RoutedCache):  # else the stock forward may take it
+            _check_size(attention_mask, batch, seen, queries)
         asked = kwargs.get("output_hidden_states")
         recording = bool(getattr(config, "output_hidden_states", False) if asked is None else asked)
         call = Call(embeds=embeds, attention_mask=attention_mask, seen=seen, use_cache=use_cache, recording=recording)
@@ -210,6 +217,21 @@ class RoutedForward:
             call.kept = _fit("kept positions", context.kept, call)
 
 
+def _joined(past: Tensor, mask: Tensor) -> Tensor:
+    """The mask of all tokens, from that of the cached ones; one of other samples stays as it is, to be refused."""
+    return torch.cat([past, mask], dim=1) if len(past) == len(mask) else mask
+
+
+def _check_size(mask: Tensor | None, batch: int, seen: int, queries: int) -> None:
+    """Refuse an attention mask of other tokens than the call's: which of them it means, routing cannot know."""
+    if mask is not None and mask.shape != (batch, seen + queries):
+        cached = f" after {seen} cached ones" if seen else ""
+        raise InputError(
+            f"attention_mask is {list(mask.shape)}, but the call has {batch} samples of {queries} tokens{cached}: give "
+            f"one of [{batch}, {seen + queries}], as the processor makes it"
+        )
+
+
 def _read(call: Call, context: CallContext) -> Tensor:
     """Positions that are read without labels, which pruning must leave in: bool [batch, tokens]."""
     read = torch.zeros(call.embeds.shape[:2], dtype=torch.bool, device=call.embeds.device)
@@ -234,8 +256,9 @@ def _fit(what: str, mask: Tensor, call: Call) -> Tensor:
         mask = mask[:, call.seen :]
     if mask.shape[1] != queries:
         raise InputError(
-            f"{what} cover {mask.shape[1]} tokens but the decoder got {queries} (after {call.seen} cached ones)"
+            f"{what} cover {mask.shape[1]} tokens but the decoder got {queries} (after {call.seen} cached ones): give "
+            "them for the call's tokens"
         )
-    if batch % mask.shape[0]:
-        raise InputError(f"{what} are for {mask.shape[0]} samples but the decoder got {batch}")
+    if not len(mask) or batch % len(mask):
+        raise InputError(f"{what} are for {mask.shape[0]} samples but the decoder got {batch}: give a row a sample")
     return mask.repeat_interleave(batch // mask.shape[0], dim=0)

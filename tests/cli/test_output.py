@@ -99,22 +99,29 @@ def test_reach_takes_all_samples(stock: Path) -> None:
         assert json.loads(Path("reach/stock/reach.json").read_text())["samples"] == count
 
 
+NAME_IT = "name the folder with the checkpoint's config.json"
+
+
 @pytest.mark.parametrize("name", [*COMMANDS, "gradients"])
 def test_a_folder_that_is_not_there(name: str, stock: Path) -> None:
     for path in ("./gone", "/gone", "some/where/gone", "gone/"):
-        assert str(run(name, path).exception) == f"{path}: no such folder"
+        assert str(run(name, path).exception) == f"{path}: no such folder: {NAME_IT}"
     if name in ("drift", "fusion-attention"):
-        assert str(run(name, stock, "--base", "./gone").exception) == "--base ./gone: no such folder"
+        assert str(run(name, stock, "--base", "./gone").exception) == f"--base ./gone: no such folder: {NAME_IT}"
 
 
 def test_names_of_the_hub_are_no_folders(monkeypatch: pytest.MonkeyPatch) -> None:
     from llava_patch.core import weights
 
-    check_checkpoint("llava-v1.5-7b")
     monkeypatch.setattr(weights, "read_json", lambda source, name: {} if source == "org/model" else None)
     check_checkpoint("org/model")
-    with pytest.raises(CheckpointError, match="out/model: no such folder; as a hub name: the hub does not give it"):
-        check_checkpoint("out/model")
+    for name in ("out/model", "model"):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        with pytest.raises(CheckpointError, match=f"{name}: no such folder; as a hub name: the hub does not give it"):
+            check_checkpoint(name)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        with pytest.raises(CheckpointError, match=f"{name}: no such folder; .* hf download {name}"):
+            check_checkpoint(name)
 
 
 def test_a_table_fits_the_screen(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

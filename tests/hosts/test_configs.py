@@ -58,3 +58,43 @@ def test_other_models_and_folders_without_a_config_are_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(CheckpointError, match="model_type = 'llama' is not a LLaVA"):
         configs.look(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "host, changes, says",
+    [
+        (HF, {"text_config": "llama"}, "text_config = 'llama': expected an object"),
+        (HF, {"text_config": {"num_hidden_layers": -1}}, "text_config: num_hidden_layers = -1: expected a positive"),
+        (
+            HF,
+            {"text_config": {"num_hidden_layers": True}},
+            "text_config: num_hidden_layers = True: expected an integer",
+        ),
+        (HF, {"vision_config": {"hidden_size": "x"}}, "vision_config: hidden_size = 'x': expected an integer"),
+        (HF, {"vision_feature_layer": "x"}, "vision_feature_layer = 'x': expected an integer or a list"),
+        (HF, {"llava_patch": [1]}, r"llava_patch = \[1\]: expected the settings of a patch"),
+        (LLAVA, {"mm_vision_tower": 3}, "mm_vision_tower = 3: expected text"),
+        (LLAVA, {"mm_vision_tower": ""}, "mm_vision_tower = '': expected the folder or hub name"),
+        (LLAVA, {"mm_hidden_size": "8"}, "mm_hidden_size = '8': expected an integer"),
+        (LLAVA, {"num_hidden_layers": 0}, "num_hidden_layers = 0: expected a positive integer"),
+        (LLAVA, {"mm_projector_type": []}, r"mm_projector_type = \[\]: expected text"),
+        (LLAVA, {"model_type": ["llava"]}, r"model_type = \['llava'\] is not a LLaVA"),
+    ],
+)
+def test_a_field_of_another_kind_is_named_with_its_file(host, changes, says, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIGS[host], **changes}))
+    with pytest.raises(CheckpointError, match=rf"config\.json: {says}"):
+        configs.read(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '"x"', "", "{", "[" * 100_000, "1" * 5000])
+def test_a_config_that_holds_no_object_is_refused(content, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"config\.json: not valid JSON .*copy or download this file again"):
+        configs.look(str(tmp_path))
+
+
+def test_what_transformers_makes_nothing_of_is_one_error():
+    config = {**CONFIGS[HF], "text_config": {"model_type": "nosuch"}}
+    with pytest.raises(CheckpointError, match=r"config\.json: nothing can be made of its values .*nosuch"):
+        configs.skeleton(config, HF)

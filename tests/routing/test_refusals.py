@@ -347,3 +347,30 @@ def test_a_side_branch_that_pruning_left_nothing_gets_a_gradient_of_zero(host):
         host.model(**batch.inputs, use_cache=False).loss.backward()
         for parameter in host.decoder.side_branch.parameters():
             assert torch.equal(parameter.grad, torch.zeros_like(parameter))
+
+
+@pytest.mark.parametrize("shape", [(1, 11), (1, 5), (1, 0), (2, 8), (8,), (1, 1, 8, 8)])
+def test_a_mask_of_other_tokens_is_stocks_business_until_tokens_are_routed(shape):
+    """Stock's answer is the measure: where nothing is routed it is the same, bit for bit or the same error."""
+    from tests.reliability.place import open_stock
+    from tests.reliability.rows_runtime import ids, pixels
+
+    model, mask = open_stock(), torch.ones(shape, dtype=torch.long)
+
+    def answer(**inputs):
+        with torch.no_grad():
+            try:
+                return model(**inputs, attention_mask=mask).logits
+            except (RuntimeError, ValueError, IndexError) as error:
+                return str(error)
+
+    inputs = {"input_ids": ids(), "pixel_values": pixels()}
+    blind = {"input_ids": ids()[:, :1].expand(1, 8).contiguous()}
+    stock, stock_blind = answer(**inputs), answer(**blind)
+    same = lambda a, b: torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b  # noqa: E731
+    with patch(model, routing=Routing(split=model.config.text_config.num_hidden_layers)):
+        assert same(answer(**inputs), stock)
+    with patch(model, routing=Routing(split=2)):
+        assert same(answer(**blind), stock_blind)
+        with pytest.raises(InputError, match="attention_mask"):
+            model(**inputs, attention_mask=mask)

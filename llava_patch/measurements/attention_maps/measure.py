@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from llava_patch.core import files
 from llava_patch.core.errors import HostError, InputError, SettingError
+from llava_patch.core.finite import why_not_finite
 from llava_patch.hosts.anatomy import Anatomy, find
 from llava_patch.hosts.towers import attention as tower_attention
 from llava_patch.measurements.attention_maps import maths
@@ -111,7 +112,8 @@ def _map_of(anatomy: Anatomy, pixels: Tensor, settings: maps.AttentionMaps) -> T
             f"configuration says {rows} x {columns}: is this the model's image processor?"
         )
     if not bool(scores.isfinite().all()):
-        raise HostError(f"attention of block {settings.block} is not finite in {weight.dtype}: load it in float32")
+        what = f"attention scores of the vision tower's block {settings.block}"
+        raise HostError(why_not_finite(what, weight.dtype, vision.named_parameters()))
     return scores.reshape(rows, columns).cpu()
 
 

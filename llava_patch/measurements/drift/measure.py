@@ -125,7 +125,10 @@ def cosines(one: States, other: States) -> np.ndarray:
         value = ((a * b).sum(-1) / norms).float()
         if not bool(value.isfinite().all()):
             where = "the input of layer 0" if row == 0 else f"layer {row - 1}"
-            raise HostError(f"hidden states of {where} are not finite, or zero: load the model with --dtype float32")
+            raise HostError(
+                f"drift: the hidden states of {where} are not finite, or zero, in the checkpoint or its base: load "
+                "both with --dtype float32; if they are in that already, one of them is no working model"
+            )
         found.append(value.cpu())
     return torch.stack(found).numpy()
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from llava_patch.core.errors import CheckpointError, HostError, SettingError
+from llava_patch.core.weights import lacks_config
 from llava_patch.fusion.base import Join, Taps, choose_taps
 from llava_patch.hosts import configs
 from llava_patch.hosts.anatomy import HF, LLAVA, find
@@ -173,8 +174,7 @@ def read_shape(checkpoint: str) -> tuple[ModelShape, Routing | None, Pruning | N
     if files.base is not None:
         below = configs.look(files.base)
     if not below.host:
-        what = "it" if files.base is None else f"its base {files.base}"
-        raise CheckpointError(f"{checkpoint}: not a checkpoint, {what} has no config.json")
+        raise lacks_config(below.source, "" if files.base is None else f"{checkpoint}: its base {below.source}")
     methods = from_record(files.record, checkpoint) if files.record else {}
     text, vision, select, drops, projector = (_llava if below.host == LLAVA else _hf)(below.source, below.config)
     shape = towers.shape_of(vision)

@@ -42,7 +42,8 @@ class Arrivals:
         for name, (norm, largest) in rows.items():
             if not norm < float("inf"):
                 raise InputError(
-                    f"the gradient of {name} is not finite: measure in another precision (--dtype float32 or bfloat16)"
+                    f"the gradient of {name} is not finite: measure with --dtype bfloat16 or float32; in that already, "
+                    "the model's weights have grown too large: take an earlier checkpoint"
                 )
             self.squares[name] = self.squares.get(name, 0.0) + norm**2
             if largest:
@@ -130,7 +131,10 @@ def backward(model: Any, sample: dict[str, Any], side: SideOutput) -> float:
         raise InputError("a sample without labels has no loss: make samples with training_inputs(...)")
     value = float(loss.detach())
     if not abs(value) < float("inf"):
-        raise InputError(f"the loss is {value}: has the sample an answer, and is the precision enough (--dtype)?")
+        raise InputError(
+            f"the loss is {value}: has the sample an answer? In float16 it may "
+            "overflow: measure with --dtype bfloat16 or float32"
+        )
     if loss.requires_grad:  # else nothing asks for a gradient, and none arrives
         loss.backward()
     return value

@@ -12,6 +12,7 @@ from torch import Tensor
 from llava_patch.core import weights
 from llava_patch.core.errors import CheckpointError, SettingError
 from llava_patch.core.files import atomic
+from llava_patch.core.locks import output_lock
 from llava_patch.core.records import CONFIG_KEY, write_settings
 from llava_patch.hosts.anatomy import HF, LLAVA
 from llava_patch.hosts.configs import files_of
@@ -59,7 +60,7 @@ def convert(
     fusion = made.methods().get("fusion")
     if to == HF and fusion is not None:
         made = replace(made, files=(*made.files, on_meta(made, fusion).fit_files))
-    return _write(made, Path(out), shard_bytes)
+    return _write(found, made, Path(out), shard_bytes)
 
 
 def merge(
@@ -92,22 +93,26 @@ def merge(
             made = with_tower_folder(made, Path(out), vision_tower)
         elif vision_tower is not None:
             raise SettingError("--vision-tower: this checkpoint's tower is the base's own; there is nothing to replace")
-    return _write(made, Path(out), shard_bytes)
+    return _write(found, made, Path(out), shard_bytes)
 
 
 def _read(folder: str | os.PathLike[str], out: str | os.PathLike[str], to: str | None, tower: str | None) -> Checkpoint:
     if to not in (None, HF, LLAVA):
         raise SettingError(f"--to {to}: expected {HF} or {LLAVA}")
     found = source.read(folder, tower if to == HF else None)
-    weights.check_output(Path(out), found.sources)
+    weights.check_output(Path(out), [*found.sources, *([tower] if tower else [])])
+    companions.check_files(found)
     return found
 
 
-def _write(made: Checkpoint, out: Path, shard_bytes: int) -> Path:
+def _write(found: Checkpoint, made: Checkpoint, out: Path, shard_bytes: int) -> Path:
     single = made.host == LLAVA and "projector.1.weight" not in made.tensors
     tensors = {files_of(made.host).written(name, single): load for name, load in made.tensors.items()}
     config = made.config if made.record is None else {**made.config, CONFIG_KEY: made.record}
-    with atomic(out, folder=True) as partial:
+    # What is joined or cut is counted as it lies on the disk now; a llava tower's own folder is among what was found.
+    stored = {**made.tensors, **found.tensors}.values()
+    size = sum(load.nbytes for load in stored if isinstance(load, weights.StoredTensor))
+    with output_lock(out), atomic(out, folder=True, size=size) as partial:
         weights.write_weights(partial, tensors, shard_bytes)
         weights.write_json(partial / "config.json", config)
         if made.record is not None:
@@ -132,7 +137,7 @@ def to_hf(found: Checkpoint, vision_tower: str | None) -> Checkpoint:
     vocab = -(-longest // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     tensors |= {k: functools.partial(_lengthened, tensors[k], vocab) for k in _EMBEDDINGS if k in tensors}
     config = companions.hf_config(found.config, vision, tokens, added, vocab)
-    write = functools.partial(companions.write_hf, found, config, tokenizer, vision, place)
+    write = functools.partial(companions.write_hf, found, config, tokenizer, vision, companions.clip_images(place))
     return replace(found, host=HF, config=config, tensors=tensors, files=(write,))
 
 
@@ -142,7 +147,7 @@ def to_llava(found: Checkpoint, out: Path, vision_tower: str | None) -> Checkpoi
     rows, removed = companions.llava_vocabulary(found)
     cut = {k: lambda k=k: found.tensors[k]()[:rows] for k in _EMBEDDINGS if k in found.tensors}
     config = companions.llava_config(found.config, "", rows)
-    write = functools.partial(companions.write_llava, found, config, removed)
+    write = functools.partial(companions.write_llava, found, config, companions.llava_tokenizer(found, removed))
     made = replace(found, host=LLAVA, config=config, tensors=found.tensors | cut, files=(write,))
     vision = whole_config(found.config).vision_config
     return with_tower_folder(made, out, vision_tower, vision, companions.images_of(found.sources))
@@ -170,11 +175,13 @@ def with_tower_folder(
     else:
         place = str(out.resolve() / TOWER_FOLDER)
         processor = images or pointed
-        if companions.images_of((processor,)) is None:
+        if not processor or companions.images_of((processor,)) is None:
             raise CheckpointError(
-                f"{processor}: no preprocessor_config.json there, which the vision tower's folder needs: name a tower "
-                "that has one with --vision-tower"
+                f"{processor or made.name}: no preprocessor_config.json there, which the vision tower's folder needs: "
+                "name a tower that has one with --vision-tower"
             )
+
+        image_processor = companions.clip_images(processor)
 
         def write_tower(partial: Path) -> None:
             folder = partial / TOWER_FOLDER
@@ -184,7 +191,7 @@ def with_tower_folder(
             )
             config = {**companions.plain(config_of_tower), "architectures": ["CLIPVisionModel"]}
             weights.write_json(folder / "config.json", config)
-            companions.clip_images(processor).save_pretrained(folder)
+            image_processor.save_pretrained(folder)
 
         files = (*made.files, write_tower)
     left = made.tensors if made.reads_own_tower() else {k: v for k, v in made.tensors.items() if k not in tower}

@@ -1,6 +1,5 @@
 """A checkpoint's files beside its weights, for either host: config.json, tokenizer, processors, generation settings."""
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import transformers
 
-from llava_patch.core.errors import CheckpointError
-from llava_patch.core.weights import locate, read_json, write_json
-from llava_patch.hosts import compat
+from llava_patch.core.errors import CheckpointError, brief
+from llava_patch.core.stored import field, read_object
+from llava_patch.core.weights import MEND, lacks_config, locate, read_json, write_json
+from llava_patch.hosts import compat, configs
 from llava_patch.hosts.anatomy import LLAVA
 from llava_patch.hosts.hf import whole_config
+from llava_patch.hosts.host import made_of
 from llava_patch.hosts.llava import is_own, text_config
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ IMAGE, PAD = "<image>", "<pad>"
 _TOKENIZER_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
+_OTHER_FILES = ("preprocessor_config.json", "processor_config.json", "generation_config.json")
 _CONTENT = (
     "{%- if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{%- for part in message['content'] if part['type'] == 'image' %}{{ '<image>\\n' }}{% endfor %}"
@@ -59,12 +61,28 @@ CHAT_TEMPLATES = {
 
 def vision_config(source: str) -> Any:
     """A CLIP tower's configuration, from a tower folder or hub name."""
-    values = read_json(source, "config.json")
-    if values is None:
-        raise CheckpointError(f"vision tower {source}: no config.json there; name its folder with --vision-tower")
+    elsewhere = "or name the folder where it is with --vision-tower"
+    try:
+        values = read_json(source, "config.json")
+        if values is None:
+            raise lacks_config(source)
+    except CheckpointError as error:
+        raise CheckpointError(f"vision tower {error}, {elsewhere}") from error
     if not str(values.get("model_type")).startswith("clip"):
         raise CheckpointError(f"vision tower {source} is a {values.get('model_type')!r}: {_CLIP_ALONE}")
-    return transformers.CLIPVisionConfig(**values.get("vision_config") or values)
+    where = f"vision tower {source}: config.json"
+    configs.check_fields(values, where, {"vision_config": dict})
+    with made_of(where):
+        return transformers.CLIPVisionConfig(**values.get("vision_config") or values)
+
+
+def check_files(found: "Checkpoint") -> None:
+    """Refuse damaged JSON among the files beside the weights, before anything is written."""
+    for name in (*_TOKENIZER_FILES[1:], *_OTHER_FILES):
+        if (path := found.path(name)) is not None:
+            values = read_object(path, advice=MEND)
+            if name == "processor_config.json" and "image_processor" in values:
+                field(values, "image_processor", dict, path)
 
 
 def check_convertible(config: dict[str, Any], host: str) -> None:
@@ -165,22 +183,27 @@ def hf_tokenizer(source: "Checkpoint") -> tuple[Any, dict[str, int], list[str]]:
             f"{source.name}: no tokenizer there (tokenizer.model or tokenizer.json), and HF needs one with {IMAGE}: "
             "copy the language model's into the folder"
         )
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place)
-    except (ImportError, ValueError) as error:
-        raise CheckpointError(
-            f"{place}: the tokenizer cannot be loaded ({error}); if that is for want of a package: "
-            "pip install sentencepiece protobuf"
-        ) from error
+    tokenizer = _tokenizer(place)
     added = [name for name in (IMAGE, PAD) if name not in tokenizer.get_vocab()]
     tokenizer.add_tokens(transformers.AddedToken(IMAGE, special=True, normalized=False), special_tokens=True)
     tokenizer.add_special_tokens({"pad_token": PAD})
     return tokenizer, {name: tokenizer.convert_tokens_to_ids(name) for name in (IMAGE, PAD)}, added
 
 
-def write_hf(source: "Checkpoint", config: dict[str, Any], tokenizer: Any, vision: Any, tower: str, out: Path) -> None:
+def _tokenizer(place: str) -> Any:
+    """The tokenizer of a folder; CheckpointError: its files are damaged, or want a package."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(place)
+    except Exception as error:  # tokenizers has no class of its own, and damaged files meet any of Python's
+        files = " or ".join(name for name in _TOKENIZER_FILES if locate(place, name) is not None)
+        raise CheckpointError(
+            f"{place}: the tokenizer cannot be loaded ({brief(error)}): copy or download {files} again; if it is for "
+            "want of a package: pip install sentencepiece protobuf"
+        ) from error
+
+
+def write_hf(source: "Checkpoint", config: dict[str, Any], tokenizer: Any, vision: Any, images: Any, out: Path) -> None:
     """Tokenizer, processor, chat template and generation settings of an HF checkpoint."""
-    images = clip_images(tower)
     if source.config.get("image_aspect_ratio") == "pad":  # HF has LLaVA's padding to a square in a class of its own
         values = {k: v for k, v in images.to_dict().items() if k != "image_processor_type"}
         images = compat.pil_processor("LlavaImageProcessor")(**values, do_pad=True)
@@ -202,13 +225,17 @@ def _generation(source: "Checkpoint", out: Path, pad_id: int | None) -> None:
 
 def llava_vocabulary(source: "Checkpoint") -> tuple[int, list[str]]:
     """How many rows of HF's embedding are llava's, and the tokens that go with the rest."""
-    original = source.config.get(ORIGINAL_KEY)
-    if original is not None:
-        return int(original["vocab_size"]), list(original["added_tokens"])
     place = source.find("tokenizer.json") or source.find("tokenizer.model")
     if place is None:
-        raise CheckpointError(f"{source.name}: no tokenizer there, which says how many tokens the language model knows")
-    vocabulary = transformers.AutoTokenizer.from_pretrained(place).get_vocab()
+        raise CheckpointError(
+            f"{source.name}: no tokenizer there (tokenizer.model or tokenizer.json), which says how many "
+            "tokens the language model knows: copy it into the folder"
+        )
+    original = source.config.get(ORIGINAL_KEY)
+    if original is not None:
+        where = f"{source.name}: config.json: {ORIGINAL_KEY}"
+        return field(original, "vocab_size", int, where), field(original, "added_tokens", list, where)
+    vocabulary = _tokenizer(place).get_vocab()
     added = [name for name in (IMAGE, PAD) if name in vocabulary]
     rows = 1 + max(i for name, i in vocabulary.items() if name not in added)
     for name in added:
@@ -218,14 +245,23 @@ def llava_vocabulary(source: "Checkpoint") -> tuple[int, list[str]]:
     return rows, added
 
 
-def write_llava(source: "Checkpoint", config: dict[str, Any], removed: list[str], out: Path) -> None:
-    """Tokenizer, without the removed tokens (llava grows its embedding to its length), and generation settings."""
-    for name in _TOKENIZER_FILES:
-        path = source.path(name)
-        if path is not None and name == "tokenizer.model":
-            shutil.copyfile(path, out / name)
-        elif path is not None and (values := _without(name, json.loads(path.read_text("utf-8")), set(removed))):
-            write_json(out / name, values)
+def llava_tokenizer(source: "Checkpoint", removed: list[str]) -> dict[str, dict[str, Any]]:
+    """The JSON files of the tokenizer without some tokens (llava grows its embedding to its length), by name."""
+    files = {}
+    for name in _TOKENIZER_FILES[1:]:
+        if (path := source.path(name)) is not None:
+            values = read_object(path, advice=MEND)
+            with made_of(str(path)):
+                files[name] = _without(name, values, set(removed))
+    return {name: values for name, values in files.items() if values}
+
+
+def write_llava(source: "Checkpoint", config: dict[str, Any], tokenizer: dict[str, dict[str, Any]], out: Path) -> None:
+    """Tokenizer and generation settings."""
+    if (path := source.path("tokenizer.model")) is not None:
+        shutil.copyfile(path, out / "tokenizer.model")
+    for name, values in tokenizer.items():
+        write_json(out / name, values)
     _generation(source, out, config.get("pad_token_id"))
 
 
@@ -266,7 +302,14 @@ def images_of(sources: Sequence[str]) -> str | None:
 
 def clip_images(place: str) -> Any:
     """CLIP's image processor, without what other processors' files say beside its settings."""
-    images = compat.pil_processor("CLIPImageProcessor").from_pretrained(place)
+    with made_of(f"{place}: preprocessor_config.json"):
+        try:
+            images = compat.pil_processor("CLIPImageProcessor").from_pretrained(place)
+        except OSError as error:
+            raise CheckpointError(
+                f"{place}: no image processor can be read there ({brief(error)}): copy the vision tower's "
+                "preprocessor_config.json into the folder, or name a tower that has one with --vision-tower"
+            ) from error
     for name in ("do_pad", "_processor_class"):
         vars(images).pop(name, None)
     return images

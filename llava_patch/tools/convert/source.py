@@ -16,11 +16,11 @@ import transformers
 
 from llava_patch.core.errors import CheckpointError
 from llava_patch.core.records import FORMAT, base_of
-from llava_patch.core.weights import StoredTensor, Tensors, locate, open_weights, read_file
+from llava_patch.core.weights import StoredTensor, Tensors, folder_of, locate, open_weights, read_file
 from llava_patch.hosts import compat, configs
 from llava_patch.hosts.anatomy import HF, LLAVA
 from llava_patch.hosts.hf import whole_config
-from llava_patch.hosts.host import is_computed
+from llava_patch.hosts.host import is_computed, made_of
 from llava_patch.patching import checkpoint as patched
 from llava_patch.patching.keys import check_values
 from llava_patch.settings.methods import DeepStack, from_record
@@ -73,9 +73,7 @@ class Checkpoint:
 
 def read(folder: str | os.PathLike[str], vision_tower: str | None = None) -> Checkpoint:
     """Read a full checkpoint, stock or patched, or an adapter together with its base, which must be the right one."""
-    source = os.fspath(folder)
-    if not os.path.isdir(source):
-        raise CheckpointError(f"{source}: no such folder")
+    source = folder_of(os.fspath(folder))
     files = configs.read(source)
     host, config, settings, base = files.host, files.config, files.record or {}, files.base
     record = {k: settings[k] for k in _LASTING if k in settings} or None
@@ -125,6 +123,11 @@ def _neutral(tensors: Tensors, host: str, source: str) -> Tensors:
         plain = configs.files_of(host).neutral(name)
         if plain is None:
             raise CheckpointError(f"{source}: tensor {name} is not one that llava_patch knows where to put")
+        if isinstance(load, StoredTensor) and not load.is_floating:
+            raise CheckpointError(
+                f"{load.file}: {name} is of {load.dtype}: expected floating-point numbers; a quantised checkpoint is "
+                "converted before it is quantised"
+            )
         renamed[plain] = load
     return renamed
 
@@ -176,7 +179,7 @@ def _check_projectors(found: Checkpoint, shapes: dict[str, torch.Size], hidden: 
 
 
 def _shapes_by(kind: Any, config: Any, spelled: Callable[[str], str] = str) -> dict[str, torch.Size]:
-    with torch.device("meta"):
+    with torch.device("meta"), made_of("config.json"):
         tensors = kind.from_config(config).state_dict()
     return {spelled(name): tensor.shape for name, tensor in tensors.items() if not is_computed(name)}
 
@@ -189,14 +192,18 @@ def shapes_of(tensors: Tensors) -> dict[str, torch.Size]:
 
 def compare(found: dict[str, torch.Size], expected: dict[str, torch.Size], source: str) -> None:
     """Compare names and shapes."""
+    other = ": its weights and its config.json are not of one model, copy or download both from one place"
     missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing:
-        raise CheckpointError(f"{source}: tensor {missing[0]} is missing ({len(missing)} in all)")
+        raise CheckpointError(f"{source}: tensor {missing[0]} is missing ({len(missing)} in all){other}")
     if unknown:
-        raise CheckpointError(f"{source}: tensor {unknown[0]} has no place in this model ({len(unknown)} in all)")
+        raise CheckpointError(
+            f"{source}: tensor {unknown[0]} has no place in this model ({len(unknown)} in all){other}"
+        )
     for name, shape in expected.items():
         if found[name] != shape:
-            raise CheckpointError(f"{source}: {name} has shape {tuple(found[name])}, expected {tuple(shape)}")
+            wrong = f"{name} has shape {tuple(found[name])}, expected {tuple(shape)}"
+            raise CheckpointError(f"{source}: {wrong}{other}")
 
 
 def check_samples(tensors: Tensors, samples: dict[str, list[float]], source: str) -> None:

@@ -7,7 +7,15 @@ from typing import Any
 
 from llava_patch.core import records
 from llava_patch.core.errors import CheckpointError, LlavaPatchError
-from llava_patch.core.weights import StoredTensor, folder_of, read_file, read_json, same_values, weight_files
+from llava_patch.core.weights import (
+    StoredTensor,
+    folder_of,
+    read_file,
+    read_files,
+    read_json,
+    same_values,
+    weight_files,
+)
 from llava_patch.hosts import compat, configs
 from llava_patch.hosts.anatomy import LLAVA
 from llava_patch.hosts.host import is_computed
@@ -41,6 +49,7 @@ def inspect_checkpoint(folder: str | os.PathLike[str], base: str = "") -> Inspec
     if not files.host and not record and not (Path(source) / f"{PROJECTOR}.bin").is_file():
         raise CheckpointError(
             f"{source}: not a checkpoint, it holds neither {patched.SETTINGS_FILE} nor config.json nor {PROJECTOR}.bin"
+            ": name the folder that has one of them"
         )
     host = files.host or LLAVA
     form, own = _form(Path(source), record)
@@ -49,7 +58,7 @@ def inspect_checkpoint(folder: str | os.PathLike[str], base: str = "") -> Inspec
     # Every field of every method: what an older version did not write down yet has its default.
     settings = {kind: to_dict(from_dict(record[kind], source)) if record.get(kind) else None for kind in KINDS}
     below = base or (records.find_base(source, record) or record["base"] if record.get("base") else None)
-    tensors = [tensor for path in own for tensor in read_file(path, whole=True)]
+    tensors = read_files(own, whole=True)
     trained_tower = bool(record.get("trained_tower"))
     added = [Added(t.name, t.shape, t.dtype, t.parameters, role(t.name, host)) for t in tensors]
     if form not in ("adapter", "lora", "projector"):
@@ -166,7 +175,7 @@ def _parameters_of(base: str) -> int | None:
     except LlavaPatchError:
         pass
     found = weight_files(base)
-    return sum(tensor.parameters for path in found for tensor in read_file(path, whole=True)) if found else None
+    return sum(tensor.parameters for tensor in read_files(found, whole=True)) if found else None
 
 
 def _match(
@@ -182,7 +191,7 @@ def _match(
         below_host = configs.look(base).host or host
     except CheckpointError:  # a plain language model, which LLaVA's training starts from
         below_host = host
-    below = {_neutral(t.name, below_host): t for path in files for t in read_file(path, whole=True)}
+    below = {_neutral(t.name, below_host): t for t in read_files(files, whole=True)}
     if fingerprint is None:
         compare = {"full": _against_own, "lora": _under_lora}.get(form)
         return compare(below, host, own) if compare else Match(None, 0, 0, "these files record no base")
@@ -192,7 +201,7 @@ def _match(
     if below_host == LLAVA:  # whose tower lies in a folder of its own
         place = (read_json(base, "config.json") or {}).get("mm_vision_tower", "")
         paths = weight_files(place) if os.path.isdir(place) else []
-        tower = {compat.neutral_tower(t.name): t for path in paths for t in read_file(path, whole=True)}
+        tower = {compat.neutral_tower(t.name): t for t in read_files(paths, whole=True)}
     below |= tower
     differing, lacking, away = [], [], 0
     for name, values in fingerprint.items():

@@ -122,12 +122,27 @@ def a_tower_weight(subject: Subject) -> None:
     blocks[0].mlp.fc1.weight.data.mul_(1.1)
 
 
+def a_decoder_norm(subject: Subject) -> None:
+    find(subject.model).layers[3].input_layernorm.weight.data.add_(0.5)
+
+
+def a_tower_bias(subject: Subject) -> None:
+    find(subject.model).vision_parts().blocks[0].mlp.fc1.bias.data.add_(0.5)
+
+
+def a_projector_bias(subject: Subject) -> None:
+    next(p for n, p in find(subject.model).projector.named_parameters() if n.endswith("bias")).data.add_(0.5)
+
+
 def the_selected_block(subject: Subject) -> None:
     name = "mm_vision_select_layer" if hasattr(subject.model.config, "mm_vision_select_layer") else None
     setattr(subject.model.config, name or "vision_feature_layer", -1)
 
 
-@pytest.mark.parametrize("change", [a_decoder_weight, a_tower_weight, the_selected_block])
+@pytest.mark.parametrize(
+    "change",
+    [a_decoder_weight, a_tower_weight, a_decoder_norm, a_tower_bias, a_projector_bias, the_selected_block],
+)
 def test_another_model_is_measured_again(subject: Subject, change: Callable[[Subject], None]) -> None:
     resolve_split(subject.model, AUTO, subject.samples(), progress=False)
     change(subject)

@@ -63,7 +63,7 @@ def test_what_is_not_finite_is_not_taken_for_absent(host: Any, at: str) -> None:
     with torch.no_grad():
         weight.fill_(math.nan)
     where = 2 if at == "layer" else 0  # only the logit lens, which has the norm in every layer
-    with pytest.raises(HostError, match=f"layer {where} are not finite in float32: load the model with --dtype"):
+    with pytest.raises(HostError, match=f"layer {where} are not finite in float32: the weights are not either"):
         measure_saturation(model, [make_sample()], progress=False)
 
 

@@ -160,11 +160,13 @@ def test_a_torch_that_cannot_be_imported(monkeypatch, capsys):
         raise OSError("libcudart.so.12: cannot open")
 
     monkeypatch.setattr(cli, "app", fails)
-    with pytest.raises(SystemExit, match=r"llava-patch: torch cannot be imported \(OSError: libcudart"):
+    with pytest.raises(SystemExit, match="1"):
         cli.main()
+    assert "llava-patch: torch cannot be imported (OSError: libcudart" in capsys.readouterr().err
     monkeypatch.setattr(software, "_import", real)
-    with pytest.raises(OSError, match="libcudart"):  # torch is fine: it was something else
+    with pytest.raises(SystemExit, match="1"):  # torch is fine: it was something else
         cli.main()
+    assert "unexpected OSError: libcudart" in capsys.readouterr().err
 
 
 def test_filelock_matters_to_lmms_eval_alone(monkeypatch):
@@ -432,3 +434,26 @@ def test_the_outcome_in_a_line():
     assert summary([Row("a", "b")]) == "all well"
     assert "1 to note" in summary([Row("a", "b", NOTE)])
     assert "2 problems" in summary([Row("a", "b", PROBLEM)] * 2)
+
+
+@pytest.mark.parametrize(
+    "name, content, says",
+    [
+        ("config.json", "[]", "config.json"), ("config.json", "{", "config.json"),
+        ("model.safetensors", "x", "model.safetensors"),
+        ("model.safetensors.index.json", "{}", "weight_map is missing"),
+    ],
+)  # fmt: skip
+def test_a_damaged_checkpoint_is_a_row_that_names_the_file(name, content, says, tmp_path):
+    values = {"model_type": "llava", "text_config": {}, "vision_config": {}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    (tmp_path / name).write_text(content)
+    (row,) = examine_module.check_checkpoint(str(tmp_path), None, {})
+    assert row.state == PROBLEM and says in row.advice
+
+
+def test_a_checkpoint_that_is_not_there_is_a_row_that_says_what_to_do(tmp_path):
+    (row,) = examine_module.check_checkpoint(str(tmp_path / "nosuch"), None, {})
+    assert row.state == PROBLEM and "no such folder" in row.advice
+    (row,) = examine_module.check_checkpoint("nosuch/model", None, {})
+    assert row.state == PROBLEM and "hf download nosuch/model" in row.advice
