@@ -3,18 +3,19 @@
 import contextlib
 import dataclasses
 import difflib
-import json
 import os
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import typer
 from typer.core import TyperGroup
 
-from llava_patch.core.errors import CheckpointError, SettingError
+from llava_patch.core.errors import CheckpointError, SettingError, brief
 from llava_patch.core.paths import default_name, named
+from llava_patch.core.stored import shown, strings
+from llava_patch.measurements import asked as kept
 from llava_patch.measurements.base import FIGURES, Result
 from llava_patch.settings import active
 
@@ -47,6 +48,7 @@ COMPARED = typer.Option(
     show_default=False,
 )
 FORMAT = typer.Option(["png"], "--format", help="of figures: png or pdf; may be repeated")
+OVERWRITE = typer.Option(False, "--overwrite", help="replace results of other settings, data or checkpoints in OUTPUT")
 NAMES = typer.Option("", help="what to call them, with commas between; default: by their paths")
 DEVICE = typer.Option("", help="cpu, cuda or cuda:N; default: cuda where there is one")
 
@@ -66,7 +68,8 @@ MODEL: Parameters = {
     "question": (str, QUESTION), "base": (str, BASE), "device": (str, DEVICE), "dtype": (str, DTYPE),
 }  # fmt: skip
 LAST: Parameters = {
-    "formats": (list[str], FORMAT), "gin_file": (list[str], GIN_FILE), "gin_param": (list[str], GIN_PARAM),
+    "overwrite": (bool, OVERWRITE), "formats": (list[str], FORMAT), "gin_file": (list[str], GIN_FILE),
+    "gin_param": (list[str], GIN_PARAM),
 }  # fmt: skip
 
 
@@ -108,10 +111,21 @@ def check_formats(formats: list[str]) -> None:
 
 
 def folder_for(measurement: str, checkpoint: str, output: Path | None) -> Path:
-    """Where results go: `output` (CheckpointError where that is a file), or MEASUREMENT/NAME-OF-CHECKPOINT."""
-    folder = output if output is not None else Path(measurement) / default_name(checkpoint)
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"--output {folder}: is a file; expected a folder")
+    """Where results go: `output` (CheckpointError where that can be no folder), or MEASUREMENT/NAME-OF-CHECKPOINT."""
+    return check_output(output if output is not None else Path(measurement) / default_name(checkpoint))
+
+
+def check_output(folder: Path) -> Path:
+    """Refuse a folder for results that is a file, lies below one, or has a name that no folder can have."""
+    try:
+        part = next((part for part in (folder, *folder.parents) if part.exists()), None)
+    except (OSError, ValueError) as error:  # too long, or with a NUL
+        raise CheckpointError(
+            f"--output {shown(str(folder))}: cannot be a folder ({brief(error)}): give another"
+        ) from error
+    if part is not None and not part.is_dir():
+        what = "is a file; expected a folder" if part == folder else f"{part} is a file; expected folders"
+        raise CheckpointError(f"--output {folder}: {what}")
     return folder
 
 
@@ -127,35 +141,50 @@ def facts_of(checkpoint: str) -> dict[str, Any]:
     return {"checkpoint": named(checkpoint), **({CONFIGURED: patch} if patch else {})}
 
 
-def check_results(path: Path, sources: Sequence[str]) -> None:
-    """Refuse to replace a file of other checkpoints' results, or of the same ones' under another configured patch."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none, or none that is worth keeping
-        return
-    if not isinstance(values, dict):
+def check_results(
+    path: Path,
+    sources: Sequence[str],
+    asked: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> None:
+    """Refuse to replace a file of results of other checkpoints, another configured patch, other settings or data.
+
+    `asked` and `defaults` are as `measurements.asked` makes them; None: only the checkpoints and the patch count.
+    """
+    values = kept.read_kept(path)
+    if values is None:
         return
     facts = values.get("facts", values)
     facts = facts if isinstance(facts, dict) else {}
     others, before = values.get("sources", [facts.get("checkpoint")]), facts.get(CONFIGURED) or {}
-    if not isinstance(others, list) or not others or not all(isinstance(other, str) for other in others):
-        return
-    asked, now = [named(source) for source in sources], configured_patch()
-    if [named(other) for other in others] == asked and before == now:
-        return
-    held, wanted = ", ".join(others), ", ".join(asked)
-    if before != now:
-        held, wanted = held + _with(before), wanted + _with(now)
-    raise CheckpointError(f"{path} holds the results of {held}, not of {wanted}: give another folder with --output")
+    told = strings(others) and bool(others) and isinstance(before, dict) and strings([*before.values()])
+    wanted, now = [named(source) for source in sources], configured_patch()
+    if told and ([_named(other) for other in others] != wanted or before != now):
+        held, asked_for = ", ".join(others), ", ".join(wanted)
+        if before != now:
+            held, asked_for = held + _with(before), asked_for + _with(now)
+        raise CheckpointError(f"{path} holds the results of {held}, not of {asked_for}: {kept.ADVICE}")
+    if asked is not None:
+        kept.check_asked(values if told else {}, str(path), asked, defaults)
+
+
+def _named(checkpoint: str) -> str:
+    """As `named`, of text from a file, which need be no path."""
+    try:
+        return named(checkpoint)
+    except (OSError, ValueError):
+        return checkpoint
 
 
 def _with(patch: dict[str, str]) -> str:
     return f" with {', '.join(patch.values())} of gin" if patch else " without a patch of gin"
 
 
-def with_facts(result: R, checkpoint: str) -> R:
-    """A result with what it was measured on among its facts (`facts_of`)."""
-    return dataclasses.replace(result, facts={**facts_of(checkpoint), **result.facts})
+def with_facts(result: R, checkpoint: str, asked: Mapping[str, Any] | None = None) -> R:
+    """A result with what it was measured on among its facts (`facts_of`), and what it was asked for."""
+    return dataclasses.replace(
+        result, facts={**facts_of(checkpoint), **({kept.ASKED: asked} if asked else {}), **result.facts}
+    )
 
 
 def show(table: tuple[Sequence[str], Sequence[Sequence[str]]], title: str = "", notes: Sequence[str] = ()) -> None:
