@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import errno
 import os
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -93,14 +94,30 @@ def check_checkpoint(name: str, setting: str = "") -> None:
     """Refuse a path that leads nowhere before it is taken for a name of the hub, which has one slash at most."""
     from llava_patch.core.weights import read_json
 
+    check_paths([name], setting)
+    what = f"{setting} {name}".strip()
+    if Path(name).is_file():
+        raise CheckpointError(f"{what}: is a file; expected a checkpoint's folder or hub name")
     if Path(name).exists():
         return
-    what = f"{setting} {name}".strip()
     slashes = name.replace("\\", "/").rstrip("/").count("/")
     if name.startswith((".", "/", "~")) or name.endswith("/") or slashes > 1:
         raise CheckpointError(f"{what}: no such folder")
     if slashes and read_json(name, "config.json") is None:
         raise CheckpointError(f"{what}: no such folder; as a hub name: the hub does not give it")
+
+
+def check_paths(given: Sequence[Any], setting: str = "") -> None:
+    """Refuse words that can be no path: empty, too long, with a NUL, or text that no encoding has."""
+    for one in map(str, given):
+        what = f"{setting} {shown(one)}".strip()
+        if not one.strip():
+            raise CheckpointError(f"{what}: is empty: name a folder or file")
+        try:
+            os.stat(one)
+        except (OSError, ValueError) as error:
+            if isinstance(error, ValueError) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+                raise CheckpointError(f"{what}: can be no folder or file ({brief(error)}): name another") from error
 
 
 def check_formats(formats: list[str]) -> None:

@@ -11,7 +11,6 @@ from llava_patch.cli import common
 from llava_patch.core.errors import SettingError
 from llava_patch.core.extras import needs
 from llava_patch.core.files import plain
-from llava_patch.core.locks import folder_lock
 from llava_patch.measurements import asked as kept
 
 
@@ -29,8 +28,10 @@ def show(
     Writes gradients.json and gradients.png from the run's gradients.jsonl.
     What is asked about condition (7) and t_trans may be changed afterwards.
     """
+    from llava_patch.core.locks import folder_lock
     from llava_patch.measurements.gradients.result import GradientsResult
 
+    common.check_paths([run])
     inside = run / "gradients"  # a training run's own folder does as well
     run = inside if inside.is_dir() else run
     result = GradientsResult.read(run)
@@ -73,6 +74,7 @@ def table(
 
     if old:
         raise SettingError(f"--format {old}: is of figures in every command; a table is printed with --as {old}")
+    common.check_paths(runs)
     if form not in ("text", "markdown", "json"):
         raise SettingError(f"--as {form}: expected text, markdown or json")
     results = {name: GradientsResult.read(folder) for name, folder in run_folders(runs).items()}

@@ -158,6 +158,7 @@ def compare_command(measurement: Measurement) -> Callable[..., None]:
         if len(models) < 2:
             raise SettingError(f"{name} compare: one model ({models[0]}), expected at least two")
         # All that can be wrong with the arguments, before minutes are spent on the first checkpoint.
+        common.check_paths(models)
         called = protocol.names_of(models, asked.names, file)
         kind = registry.load(measurement.result)
         files = [protocol.find_result(given, file) for given in models]

@@ -13,7 +13,6 @@ from llava_patch.cli.rprobe import app
 from llava_patch.core import files
 from llava_patch.core.errors import SettingError
 from llava_patch.core.extras import needs
-from llava_patch.core.locks import folder_lock
 from llava_patch.core.terminal import show
 from llava_patch.measurements import asked as kept
 from llava_patch.measurements.base import words
@@ -39,9 +38,11 @@ def compare_command(
     both results are of the same held-out samples. What differs between runs
     besides the model is listed under the table.
     """
+    from llava_patch.core.locks import folder_lock
     from llava_patch.measurements.rprobe.compare import compare_probes, load
 
     common.check_formats(formats)
+    common.check_paths(results)
     with folder_lock(common.check_output(output)):
         found = load(results, words(names))
         if len(found) < 2:
@@ -78,12 +79,14 @@ def correlate(
     Scores come from lmms-eval's results JSON. The sign is turned so that
     above 0 a better probe goes with a better score.
     """
+    from llava_patch.core.locks import folder_lock
     from llava_patch.measurements.rprobe import correlate as correlation
     from llava_patch.measurements.rprobe.compare import markdown_page
     from llava_patch.measurements.rprobe.figures import draw_correlations, save
 
     common.check_formats(formats)
     common.check_output(output)
+    common.check_paths([part for source in sources for part in source.split("=") if part or not source])
     checkpoints, notes = correlation.read_checkpoints(sources, words(names))
     found, more = correlation.correlate(checkpoints, probe, words(tasks), seed)
     what, more_is_better = correlation.PROBES[probe]
