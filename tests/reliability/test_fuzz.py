@@ -6,7 +6,6 @@ import copy
 import json
 import os
 import struct
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -71,10 +70,17 @@ def damaged(good: bytes, name: str, data: st.DataObject) -> bytes:
     return json.dumps(replaced(json.loads(good), data)).encode()
 
 
+class Good(dict):
+    """Files and their bytes by the kind's name; a failure does not print them."""
+
+    def __repr__(self) -> str:
+        return "the good files"
+
+
 @pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, bytes]]:
+def good(tmp_path_factory: pytest.TempPathFactory) -> Good:
     """Every kind's good file and its bytes."""
-    made = {}
+    made = Good()
     for number, kind in enumerate(KINDS):
         path = kind.write(tmp_path_factory.mktemp(f"kind{number}"))
         made[kind.name] = path, path.read_bytes()
@@ -82,7 +88,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, byte
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_what_we_wrote_is_read(kind: Kind, good: dict[str, tuple[Path, bytes]]) -> None:
+def test_what_we_wrote_is_read(kind: Kind, good: Good) -> None:
     assert kind.read(good[kind.name][0]) is not None
 
 
@@ -90,9 +96,7 @@ def test_what_we_wrote_is_read(kind: Kind, good: dict[str, tuple[Path, bytes]]) 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @given(data=st.data())
-def test_any_bytes_are_read_or_refused_in_our_words(
-    kind: Kind, good: dict[str, tuple[Path, bytes]], data: st.DataObject
-) -> None:
+def test_any_bytes_are_read_or_refused_in_our_words(kind: Kind, good: Good, data: st.DataObject) -> None:
     path, before = good[kind.name]
     path.write_bytes(damaged(before, path.name, data))
     try:
