@@ -91,11 +91,9 @@ def build(
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Make the chosen sections, keep each as soon as it is finished, and return all that is kept, as `read` does."""
-    before = read(folder)
+    before = _before(context, folder, overwrite)
     if before is not None and not overwrite:
-        _check(before, context, chosen, folder / KEPT)
-    if before is not None and named(before["checkpoint"]) != named(context.checkpoint):
-        before = None  # nothing of another checkpoint stays
+        _check_sections(before, context, chosen, folder / KEPT)
     records = {} if before is None else {record.name: record for record in before["sections"]}
     values: dict[str, Any] = {}
     for number, section in enumerate(chosen, 1):
@@ -114,8 +112,21 @@ def build(
     return values
 
 
-def _check(before: dict[str, Any], context: Context, chosen: Sequence[Section], path: Path) -> None:
-    """Refuse to replace a report of another checkpoint, of other data, or finished sections of other settings."""
+def _before(context: Context, folder: Path, overwrite: bool) -> dict[str, Any] | None:
+    """What an earlier run left of the same report; one of another is refused, or nothing of it stays."""
+    try:
+        before = read(folder)
+        if before is not None:
+            _check_report(before, context, folder / KEPT)
+    except CheckpointError:
+        if not overwrite:
+            raise
+        return None
+    return before
+
+
+def _check_report(before: dict[str, Any], context: Context, path: Path) -> None:
+    """Refuse to replace a report of another checkpoint or of other data."""
     if named(before["checkpoint"]) != named(context.checkpoint):
         raise CheckpointError(
             f"{path} is the report of {before['checkpoint']}, not of {named(context.checkpoint)}: {asked.ADVICE}"
@@ -124,6 +135,10 @@ def _check(before: dict[str, Any], context: Context, chosen: Sequence[Section], 
     if isinstance(there, dict) and not there.get(BASE):  # one that is named later makes the sections that need it
         there, here = ({name: value for name, value in one.items() if name != BASE} for one in (there, here))
     asked.check_asked({asked.ASKED: there}, str(path), here)
+
+
+def _check_sections(before: dict[str, Any], context: Context, chosen: Sequence[Section], path: Path) -> None:
+    """Refuse to replace finished sections of other settings."""
     finished = {record.name: record for record in before["sections"] if record.state == DONE}
     for section in chosen:
         if section.name in finished:
