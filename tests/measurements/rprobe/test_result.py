@@ -46,7 +46,7 @@ def test_missing_and_broken_files_are_named(tmp_path):
     with pytest.raises(InputError, match=r"half\.json: not valid JSON"):
         RProbeResult.load(tmp_path / "half.json")
     (tmp_path / "list.json").write_text("[1]")
-    with pytest.raises(InputError, match=r"list\.json: not a R-Probe result"):
+    with pytest.raises(InputError, match=r"list\.json: not valid JSON of this kind"):
         RProbeResult.load(tmp_path / "list.json")
 
 
