@@ -176,21 +176,13 @@ def check_results(
     others, before = values.get("sources", [facts.get("checkpoint")]), facts.get(CONFIGURED) or {}
     told = strings(others) and bool(others) and isinstance(before, dict) and strings([*before.values()])
     wanted, now = [named(source) for source in sources], configured_patch()
-    if told and ([_named(other) for other in others] != wanted or before != now):
+    if told and ([named(other) for other in others] != wanted or before != now):
         held, asked_for = ", ".join(others), ", ".join(wanted)
         if before != now:
             held, asked_for = held + _with(before), asked_for + _with(now)
         raise CheckpointError(f"{path} holds the results of {held}, not of {asked_for}: {kept.ADVICE}")
     if asked is not None:
         kept.check_asked(values if told else {}, str(path), asked, defaults)
-
-
-def _named(checkpoint: str) -> str:
-    """As `named`, of text from a file, which need be no path."""
-    try:
-        return named(checkpoint)
-    except (OSError, ValueError):
-        return checkpoint
 
 
 def _with(patch: dict[str, str]) -> str:
